@@ -1,0 +1,108 @@
+"""Import and export against `cp`: memory, throughput, bits.
+
+Makes a random Llama of any preset in Hugging Face's layout, imports it, exports it again and compares the
+files' tensors bit for bit; `cp` of the same directory runs in the same session. Peak memory is that of the
+whole `lemur` process, mapped file pages included.
+
+    python benchmarks/convert.py --preset llama2_7b --directory /tmp/convert
+    python benchmarks/convert.py --preset llama2_70b --layers 4 --directory /tmp/convert
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import ml_dtypes
+import numpy as np
+
+from lemur_jax.convert import hf_config, layout
+from lemur_jax.convert.hf_weights import open_weights
+from lemur_jax.convert.safetensors_writer import plan_shards, write_index, write_shard
+from lemur_jax.models.presets import preset
+
+
+def make_model(directory: pathlib.Path, config, seed: int = 0) -> int:
+    """Writes normal bfloat16 weights in shards of 5 GB; returns their bytes."""
+    directory.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
+
+    def tensor(name):
+        return (rng.standard_normal(shapes[name], np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+
+    sizes = [(name, 2 * int(np.prod(shape))) for name, shape in shapes.items()]
+    shards = plan_shards(sizes, 5e9)
+    for shard in shards:
+        write_shard(directory / shard.file, shard.names, shapes, "bfloat16", tensor)
+    total = sum(size for _, size in sizes)
+    write_index(directory, shards, total)
+    described = hf_config.to_hf(config, dtype="bfloat16", bos=1, eos=2, pad=None)
+    (directory / "config.json").write_text(json.dumps(described))
+    return total
+
+
+def timed(words: list[str]) -> tuple[float, float]:
+    """(seconds, peak GiB) of a command; what it wrote is on the disk when the clock stops."""
+    os.sync()
+    started = time.perf_counter()
+    process, peak = subprocess.Popen(words), 0
+    while process.poll() is None:  # the kernel's own figure would begin with ours, before exec
+        with contextlib.suppress(OSError, StopIteration):
+            status = pathlib.Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            peak = max(peak, int(next(line for line in status if line.startswith("VmHWM")).split()[1]))
+        time.sleep(0.02)
+    os.sync()
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise SystemExit(f"{' '.join(words)} failed")
+    return seconds, peak / 2**20
+
+
+def same(left: pathlib.Path, right: pathlib.Path) -> bool:
+    """Whether two directories hold the same tensors, bit for bit."""
+    ours, theirs = open_weights(left), open_weights(right)
+    return ours.keys() == theirs.keys() and all(
+        np.array_equal(ours[name].read().view(np.uint16), theirs[name].read().view(np.uint16))
+        for name in ours
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--layers", type=int, default=0, help="default: the preset's")
+    parser.add_argument("--directory", required=True, help="for the files; emptied before and after")
+    arguments = parser.parse_args()
+    config = preset(arguments.preset, **({"num_hidden_layers": arguments.layers} if arguments.layers else {}))
+    root = pathlib.Path(arguments.directory)
+    shutil.rmtree(root, ignore_errors=True)
+    source, copy, checkpoint, out = (root / name for name in ("hf", "copy", "checkpoint", "out"))
+    size = make_model(source, config)
+    print(f"{arguments.preset}, {config.num_hidden_layers} layers: {size / 1e9:.2f} GB in bfloat16")
+    lemur = [sys.executable, "-m", "lemur_jax.cli"]
+    jobs = [
+        ("cp", ["cp", "-r", str(source), str(copy)]),
+        ("import-hf", [*lemur, "import-hf", str(source), str(checkpoint), "--dtype", "bfloat16"]),
+        ("export-hf", [*lemur, "export-hf", str(checkpoint), str(out), "--dtype", "bfloat16"]),
+        ("cp again", ["cp", "-r", str(source), str(copy)]),
+    ]
+    rates = {}
+    for name, words in jobs:
+        shutil.rmtree(copy, ignore_errors=True)
+        seconds, peak = timed(words)
+        rates[name] = size / seconds / 1e9
+        print(f"{name:10} {seconds:7.1f} s  {rates[name]:6.3f} GB/s  peak {peak:5.2f} GiB", flush=True)
+    cp = max(rates["cp"], rates["cp again"])
+    print(f"of the better cp: import {rates['import-hf'] / cp:.0%}, export {rates['export-hf'] / cp:.0%}")
+    print("bit-exact:", same(source, out))
+    shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()

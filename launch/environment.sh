@@ -1,0 +1,29 @@
+# shellcheck shell=bash
+# Sourced by the other scripts: finds a Python and makes a virtual environment with this package in it.
+
+# Prints the first interpreter of Python 3.11 to 3.13 that really runs; $PYTHON goes before all others.
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3 python; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  echo "no Python 3.11, 3.12 or 3.13 found: install one, or name it with PYTHON=/path/to/python3" >&2
+  return 2
+}
+
+# make_environment DIR EXTRAS: an environment in DIR with the package and e.g. "[test]"; does nothing when
+# it is there and setup.cfg has not changed since.
+make_environment() {
+  local directory=$1 extras=$2 stamp python
+  stamp="$directory/.installed$extras"
+  if ! cmp -s setup.cfg "$stamp"; then
+    python=$(find_python)
+    echo "making $directory with $("$python" --version) (once; a few minutes)"
+    "$python" -m venv "$directory"
+    "$directory/bin/pip" install --quiet --disable-pip-version-check --editable ".$extras"
+    cp setup.cfg "$stamp"
+  fi
+}

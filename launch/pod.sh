@@ -1,0 +1,279 @@
+#!/usr/bin/env bash
+# A run on a Cloud TPU slice, from nothing to finished, through queued resources.
+#
+#   launch/pod.sh watch                 all of the below: creates, sets up, starts, and does so again after every
+#                                       preemption and crash, until the run says that it is finished
+#   launch/pod.sh create                asks for the slice or slices and waits until they are there
+#   launch/pod.sh push | setup          copies `git archive HEAD` to every worker | installs it there
+#   launch/pod.sh doctor                `lemur doctor` on every worker
+#   launch/pod.sh start | stop          starts the run on every worker | stops it (SIGTERM)
+#   launch/pod.sh status | logs         one word a worker | follows the log of worker 0
+#   launch/pod.sh delete                gives the slices back
+#
+# --settings FILE   default launch/settings.sh; see launch/settings.example.sh
+# --dry-run         prints the commands exactly as they would be executed, and executes none
+#
+# Exit status: 0 done; 2 a mistake in the settings or in the run's config; 3 no quota; 4 a worker cannot be
+# reached; 5 the run crashes again and again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() {
+  echo "pod.sh: $2" >&2
+  exit "$1"
+}
+
+read_arguments() {
+  verb='' settings=launch/settings.sh dry_run=''
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --dry-run) dry_run=yes ;;
+      --settings)
+        [ $# -gt 1 ] || fail 2 "--settings needs a file"
+        settings=$2
+        shift
+        ;;
+      -h | --help)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+        exit 0
+        ;;
+      -*) fail 2 "unknown argument $1; see launch/pod.sh --help" ;;
+      *) verb=$1 ;;
+    esac
+    shift
+  done
+  [ -n "$verb" ] || fail 2 "say what to do; see launch/pod.sh --help"
+}
+
+read_settings() {
+  [ -f "$settings" ] || fail 2 "there is no $settings: copy launch/settings.example.sh there and fill it in"
+  OVERRIDES=() ENVIRONMENT=() CREATE_FLAGS=() SSH_FLAGS=() SECRETS_FILE=''
+  # shellcheck source=launch/settings.example.sh
+  source launch/settings.example.sh # defaults of whatever the file leaves out
+  # shellcheck source=launch/settings.example.sh
+  source "$settings"
+  local name
+  for name in RUN CONFIG WORKDIR PROJECT ZONE ACCELERATOR RUNTIME; do
+    [ -n "${!name}" ] || fail 2 "$name is empty in $settings"
+  done
+  [[ $RUN =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail 2 "RUN is $RUN: lower case letters, digits and - only"
+  [ -f "$CONFIG" ] || fail 2 "CONFIG: there is no file $CONFIG"
+  case $PROVISIONING in
+    on-demand) tier=() ;;
+    spot) tier=(--spot) ;;
+    reserved) tier=(--reserved) ;;
+    *) fail 2 "PROVISIONING is $PROVISIONING: it must be on-demand, spot or reserved" ;;
+  esac
+  if [ -n "$SECRETS_FILE" ]; then
+    [ -f "$SECRETS_FILE" ] || fail 2 "SECRETS_FILE: there is no file $SECRETS_FILE"
+    [ -z "$(find "$SECRETS_FILE" -perm /077)" ] || fail 2 "others can read $SECRETS_FILE: chmod 600 it"
+  fi
+  place=(--project="$PROJECT" --zone="$ZONE")
+  if [ "$SLICES" -gt 1 ]; then
+    nodes=()
+    local slice
+    for slice in $(seq 0 $((SLICES - 1))); do nodes+=("$RUN-$slice"); done
+    shape=(--node-prefix="$RUN" --node-count="$SLICES")
+  else
+    nodes=("$RUN")
+    shape=(--node-id="$RUN")
+  fi
+  train=(train --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
+}
+
+# Every command that touches the cloud goes through here.
+execute() {
+  if [ -n "$dry_run" ]; then
+    printf '%q ' "$@"
+    printf '\n'
+  else
+    "$@"
+  fi
+}
+
+# The same, up to RETRIES times: ssh to hundreds of workers fails now and then.
+insist() {
+  local attempt
+  for attempt in $(seq "$RETRIES"); do
+    if execute "$@"; then return 0; fi
+    [ "$attempt" -eq "$RETRIES" ] || sleep "$((attempt * POLL_SECONDS / 6))"
+  done
+  return 1
+}
+
+quoted() { printf '%q ' "$@"; }
+
+# on_workers WORKER COMMAND: on that worker ("all" or a number) of every slice.
+on_workers() {
+  local node
+  for node in "${nodes[@]}"; do
+    insist timeout "$SSH_SECONDS" gcloud compute tpus tpu-vm ssh "$node" "${place[@]}" --worker="$1" \
+      ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command="$2" || return 4
+  done
+}
+
+copy_to_workers() {
+  local node
+  for node in "${nodes[@]}"; do
+    insist timeout "$SSH_SECONDS" gcloud compute tpus tpu-vm scp "$1" "$node:$2" "${place[@]}" --worker=all \
+      ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} || return 4
+  done
+}
+
+# ACTIVE, WAITING_FOR_RESOURCES, FAILED, SUSPENDED, ...; NONE when there is no such request.
+state() {
+  local found
+  if found=$(gcloud compute tpus queued-resources describe "$RUN" "${place[@]}" --format='value(state.state)' 2>&1); then
+    echo "$found" | tail -n 1
+  elif [[ $found == *NOT_FOUND* || $found == *"not found"* ]]; then
+    echo NONE
+  else
+    echo "$found" >&2
+    echo UNKNOWN
+  fi
+}
+
+request() {
+  local said
+  if said=$(execute gcloud compute tpus queued-resources create "$RUN" "${place[@]}" "${shape[@]}" \
+    --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" ${tier[@]+"${tier[@]}"} \
+    ${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"} 2>&1); then
+    echo "$said"
+    return 0
+  fi
+  echo "$said" >&2
+  case $said in
+    *[Qq]uota*) fail 3 "no quota for $ACCELERATOR in $ZONE: ask for it in the console, or change the settings" ;;
+    *ALREADY_EXISTS*) return 0 ;;
+    *capacity* | *UNAVAILABLE* | *INTERNAL*) return 1 ;; # try again later
+    *) fail 2 "the request was refused: mend $settings" ;;
+  esac
+}
+
+delete() {
+  local said
+  if said=$(execute gcloud compute tpus queued-resources delete "$RUN" "${place[@]}" --force --quiet 2>&1); then
+    echo "$said"
+  elif [[ $said != *NOT_FOUND* && $said != *"not found"* ]]; then
+    echo "$said" >&2
+    return 1
+  fi
+}
+
+# Until the slices are there. Requests that ended are made anew.
+create() {
+  if [ -n "$dry_run" ]; then
+    request
+    return
+  fi
+  local now before=''
+  while true; do
+    now=$(state)
+    [ "$now" = "$before" ] || echo "$(date -u +%T) $RUN: $now"
+    before=$now
+    case $now in
+      ACTIVE) return 0 ;;
+      NONE) request || true ;;
+      FAILED | SUSPENDED) delete || true ;;
+    esac
+    sleep "$POLL_SECONDS"
+  done
+}
+
+push() {
+  local archive pair
+  [ -n "$dry_run" ] || git diff --quiet HEAD || echo "pod.sh: changes that are not committed are not pushed" >&2
+  archive=$(mktemp -d)
+  git archive --format=tar.gz --output="$archive/code.tar.gz" HEAD
+  for pair in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
+    printf '%s=%q\n' "${pair%%=*}" "${pair#*=}"
+  done >"$archive/run.env"
+  local result=0
+  copy_to_workers "$archive/code.tar.gz" lemur-code.tar.gz &&
+    copy_to_workers "$archive/run.env" lemur-run.env &&
+    on_workers all 'mkdir -p lemur && tar -xzf lemur-code.tar.gz -C lemur && mv lemur-run.env lemur/run.env' ||
+    result=$?
+  if [ "$result" -eq 0 ] && [ -n "$SECRETS_FILE" ]; then
+    copy_to_workers "$SECRETS_FILE" lemur-secrets.env &&
+      on_workers all 'chmod 600 lemur-secrets.env && mv lemur-secrets.env lemur/secrets.env' || result=$?
+  fi
+  rm -rf "$archive"
+  return "$result"
+}
+
+setup() { on_workers all 'bash lemur/launch/worker.sh setup'; }
+start() { on_workers all "bash lemur/launch/worker.sh start $(quoted "$RUNNER" "${train[@]}")"; }
+stop() { on_workers all 'bash lemur/launch/worker.sh stop'; }
+doctor() { on_workers all "bash lemur/launch/worker.sh doctor $(quoted "${train[@]:1}")"; }
+logs() { execute gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${place[@]}" --worker=0 \
+  ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command='tail -n 100 -F lemur/run.log'; }
+status() { on_workers all 'if [ -d lemur/launch ]; then bash lemur/launch/worker.sh status; else echo absent; fi'; }
+
+# One word for the whole pod out of every worker's: a run is only finished where all are.
+summary() {
+  local words
+  words=$(status 2>/dev/null) || {
+    echo unreachable
+    return
+  }
+  words=$(echo "$words" | grep -Ex 'absent|ready|running|[0-9]+' || true)
+  case $'\n'$words$'\n' in
+    *$'\n'absent$'\n'*) echo absent ;;
+    *$'\n'running$'\n'*) echo running ;;
+    *$'\n'ready$'\n'*) echo ready ;;
+    *$'\n'2$'\n'*) echo 2 ;;
+    *) echo "$words" | sort -rn | head -n 1 ;;
+  esac
+}
+
+# Sets up and starts; a preemption in the middle of it is seen at the next look.
+begin() {
+  push && setup && start || echo "pod.sh: could not set up every worker; looking again" >&2
+}
+
+watch() {
+  if [ -n "$dry_run" ]; then
+    create && push && setup && start && status && delete
+    return
+  fi
+  local restarts=0 unreachable=0 now
+  while true; do
+    create
+    now=$(summary)
+    echo "$(date -u +%T) run: $now"
+    [ "$now" = unreachable ] || unreachable=0
+    case $now in
+      running) ;;
+      absent | ready) begin ;;
+      0)
+        echo "finished: $WORKDIR"
+        [ "$DELETE_WHEN_FINISHED" = yes ] && delete
+        return 0
+        ;;
+      2) fail 2 "the run refuses its config or data: see launch/pod.sh logs; the slice is still there" ;;
+      unreachable)
+        unreachable=$((unreachable + 1))
+        # A worker that stays away while the slice counts as ACTIVE never comes back by itself.
+        if [ "$unreachable" -ge "$RETRIES" ]; then
+          [ "$unreachable" -lt $((2 * RETRIES)) ] || fail 4 "a worker cannot be reached, on a new slice either"
+          echo "pod.sh: a worker cannot be reached; making the slice anew" >&2
+          delete || true
+        fi
+        ;;
+      *)
+        restarts=$((restarts + 1))
+        [ "$restarts" -le "$MAX_RESTARTS" ] || fail 5 "crashed $restarts times, last with $now: see launch/pod.sh logs"
+        stop || true # hosts that wait for a dead one
+        start || true
+        ;;
+    esac
+    sleep "$POLL_SECONDS"
+  done
+}
+
+read_arguments "$@"
+read_settings
+case $verb in
+  create | push | setup | doctor | start | stop | status | logs | delete | watch) "$verb" ;;
+  *) fail 2 "unknown verb $verb; see launch/pod.sh --help" ;;
+esac

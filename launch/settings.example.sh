@@ -1,0 +1,36 @@
+# Settings of launch/pod.sh and launch/slurm.sh. Copy to launch/settings.sh (git ignores it) and fill in.
+# shellcheck shell=bash disable=SC2034  # read by the scripts that source this file
+
+# --- the run
+RUN=my-run                              # names everything that is made; lower case, digits, "-"
+CONFIG=configs/lemur_7b_pretrain.py     # committed: the code that is pushed is `git archive HEAD`
+WORKDIR=                                # gs://BUCKET/... for pods; a shared directory for Slurm
+OVERRIDES=()                            # e.g. (--config.train.steps=1000)
+ENVIRONMENT=()                          # e.g. (LIBTPU_INIT_ARGS=--xla_...); never a secret
+
+# Secrets: a local file of NAME=value lines, mode 600. It is copied as a file, read by the run on the workers,
+# and never appears in an argument or a log. Empty: none.
+SECRETS_FILE=
+
+# --- TPU VMs (launch/pod.sh)
+PROJECT=                                # as `gcloud projects list` shows it
+ZONE=
+ACCELERATOR=                            # e.g. v4-512, v5litepod-256, v5p-128, v6e-64
+RUNTIME=                                # image, e.g. tpu-ubuntu2204-base or v2-alpha-tpuv6e
+SLICES=1                                # > 1: joined by the data-centre network
+PROVISIONING=on-demand                  # on-demand, spot or reserved
+CREATE_FLAGS=()                         # more flags of `gcloud compute tpus queued-resources create`
+SSH_FLAGS=()                            # e.g. (--tunnel-through-iap)
+RUNNER=tmux                             # tmux, or systemd (a unit of the user; needs lingering allowed)
+
+# --- patience
+SSH_SECONDS=900                         # one command on all workers
+RETRIES=3                               # of a command that failed on a worker
+POLL_SECONDS=60                         # between two looks of `watch`
+MAX_RESTARTS=20                         # `watch` gives up after so many crashes of the run itself
+DELETE_WHEN_FINISHED=yes                # `watch` gives the slice back at the end: yes or no
+
+# --- Slurm (launch/slurm.sh)
+NODES=2
+GPUS_PER_NODE=8
+SLURM_FLAGS=()                          # e.g. (--partition=gpu --time=24:00:00 --account=...)

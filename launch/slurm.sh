@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# A run on the GPUs of a Slurm cluster, one task a GPU; requeued when a host is lost or the job preempted.
+#
+#   launch/slurm.sh [--settings FILE] [--dry-run]
+#
+# Settings: RUN, CONFIG, WORKDIR, OVERRIDES, ENVIRONMENT, SECRETS_FILE, NODES, GPUS_PER_NODE, SLURM_FLAGS, as in
+# launch/settings.example.sh. The code and .venv must lie where every node sees them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+settings=launch/settings.sh dry_run=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) dry_run=yes ;;
+    --settings)
+      settings=${2:?--settings needs a file}
+      shift
+      ;;
+    *)
+      echo "slurm.sh: unknown argument $1" >&2
+      exit 2
+      ;;
+  esac
+  shift
+done
+if [ ! -f "$settings" ]; then
+  echo "slurm.sh: there is no $settings: copy launch/settings.example.sh there and fill it in" >&2
+  exit 2
+fi
+# shellcheck source=launch/settings.example.sh
+source launch/settings.example.sh # defaults of whatever the file leaves out
+# shellcheck source=launch/settings.example.sh
+source "$settings"
+for name in RUN CONFIG WORKDIR; do
+  if [ -z "${!name}" ]; then
+    echo "slurm.sh: $name is empty in $settings" >&2
+    exit 2
+  fi
+done
+
+printf -v train '%q ' lemur train --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+printf -v here '%q' "$PWD"
+exports=''
+for pair in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
+  printf -v exports '%sexport %s=%q\n' "$exports" "${pair%%=*}" "${pair#*=}"
+done
+if [ -n "$SECRETS_FILE" ]; then
+  printf -v exports '%sset -a; source %q; set +a\n' "$exports" "$SECRETS_FILE"
+fi
+
+# The batch script goes in by standard input: nothing of it is seen in `ps`.
+script="#!/usr/bin/env bash
+cd $here
+export PATH=$here/.venv/bin:\$PATH
+export LEMUR_RELAUNCH=1
+${exports}srun --kill-on-bad-exit=1 $train
+status=\$?
+# 75: a host was lost (parallel/liveness.py); above: a task was killed or aborted. The run goes on from the newest
+# checkpoint. 1 and 2 are mistakes that come again.
+if [ \$status -ge 75 ] && [ \${SLURM_RESTART_COUNT:-0} -lt $MAX_RESTARTS ]; then
+  scontrol requeue \$SLURM_JOB_ID
+fi
+exit \$status
+"
+submit=(sbatch --job-name="$RUN" --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE"
+  --gpus-per-node="$GPUS_PER_NODE" --requeue --open-mode=append --output="$RUN-%j.log" --signal=TERM@120
+  ${SLURM_FLAGS[@]+"${SLURM_FLAGS[@]}"})
+if [ -n "$dry_run" ]; then
+  printf '%q ' "${submit[@]}"
+  printf "<<'SCRIPT'\n%sSCRIPT\n" "$script"
+else
+  "${submit[@]}" <<<"$script"
+fi

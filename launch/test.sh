@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs the test suite in an environment of its own. Arguments go to pytest:
+#   bash launch/test.sh                         everything but the slow tests
+#   bash launch/test.sh -m slow                 the slow ones
+#   bash launch/test.sh tests/data -k mixture   a part
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+make_environment .venv-test "[test,plan,eval]"
+# Two processes, a file each: the tests of one file share their fixtures.
+exec .venv-test/bin/python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Runs on every worker of a pod, in the directory of the pushed code. launch/pod.sh calls it over ssh.
+#
+#   worker.sh setup                    makes .venv; needs no root
+#   worker.sh start RUNNER WORDS...    starts `lemur WORDS` so that it survives the ssh session
+#   worker.sh status                   one word: absent, ready, running, or the exit status of the run
+#   worker.sh stop                     SIGTERM, and waits: the run saves a checkpoint if it can
+#   worker.sh doctor WORDS...          `lemur doctor WORDS` in the run's environment
+set -euo pipefail
+cd "$(dirname "$0")/.."
+unit=lemur-run
+log=run.log
+export PATH="$PWD/.venv/bin:$HOME/.local/bin:$PATH"
+
+running() { [ -f run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null; }
+
+load_environment() {
+  export LEMUR_JOIN=1 # a plain TPU VM does not say in its environment that it has companions
+  export LEMUR_RELAUNCH=1 # a run that was told to stop ends with 75, one that is finished with 0
+  set -a
+  # shellcheck source=/dev/null
+  [ ! -f run.env ] || source run.env
+  # shellcheck source=/dev/null
+  [ ! -f secrets.env ] || source secrets.env
+  set +a
+}
+
+case ${1:-} in
+  setup)
+    # The images carry Python 3.10; uv brings a newer one without root.
+    [ -x "$HOME/.local/bin/uv" ] || python3 -m pip install --quiet --user uv
+    [ -x .venv/bin/python ] || uv venv --quiet --python 3.12 .venv
+    uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
+    ;;
+  start)
+    runner=$2
+    shift 2
+    if running; then
+      echo "already running"
+      exit 0
+    fi
+    rm -f exit_status
+    case $runner in
+      tmux)
+        tmux kill-session -t "$unit" 2>/dev/null || true
+        tmux new-session -d -s "$unit" "$(printf '%q ' "$PWD/launch/worker.sh" run "$@")"
+        ;;
+      systemd)
+        loginctl enable-linger
+        systemctl --user reset-failed "$unit" 2>/dev/null || true
+        systemd-run --user --quiet --collect --unit="$unit" --working-directory="$PWD" \
+          "$PWD/launch/worker.sh" run "$@"
+        ;;
+      *)
+        echo "RUNNER is $runner: it must be tmux or systemd" >&2
+        exit 2
+        ;;
+    esac
+    ;;
+  run)
+    shift
+    load_environment
+    echo "== $(date -u +%FT%TZ) $(hostname)" >>"$log"
+    set +e
+    lemur "$@" >>"$log" 2>&1 &
+    echo $! >run.pid
+    trap 'kill -TERM "$(cat run.pid)"' TERM
+    wait $!
+    status=$?
+    # A trapped signal ends `wait` early.
+    while running; do
+      wait "$(cat run.pid)"
+      status=$?
+    done
+    rm -f run.pid
+    echo "$status" >exit_status
+    ;;
+  status)
+    if running; then
+      echo running
+    elif [ -f exit_status ]; then
+      cat exit_status
+    elif [ -f run.pid ]; then
+      echo 137 # it was there, and nothing wrote down how it ended: killed, or the machine restarted
+    elif [ -x .venv/bin/lemur ]; then
+      echo ready
+    else
+      echo absent
+    fi
+    ;;
+  stop)
+    if running; then
+      kill -TERM "$(cat run.pid)"
+      for _ in $(seq 300); do
+        running || exit 0
+        sleep 1
+      done
+      echo "still running after 300 s" >&2
+      exit 1
+    fi
+    ;;
+  doctor)
+    shift
+    load_environment
+    exec lemur doctor "$@"
+    ;;
+  *)
+    echo "worker.sh setup|start|run|status|stop|doctor" >&2
+    exit 2
+    ;;
+esac

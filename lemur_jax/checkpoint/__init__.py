@@ -1,0 +1,1 @@
+"""Checkpoints that say everything about themselves, through Orbax."""

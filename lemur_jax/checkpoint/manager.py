@@ -1,0 +1,285 @@
+"""Checkpoints through Orbax: asynchronous, committed or invisible, self-describing, verified.
+
+A checkpoint directory holds one folder a step, each with the items `params`, `optimizer` (not in an
+imported one) and `metadata`: the model's shape, the run's config, the tokenizer's files, the digests of
+the data, and shape, dtype and digest of every leaf. Nothing else is needed to resume, export or generate,
+and nothing is taken from a checkpoint that does not agree with it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from lemur_jax.checkpoint.leaves import check_wanted, describe, named
+from lemur_jax.checkpoint.metadata import Damaged, SaveLateJson, make_metadata, seal, tokenizer_files
+from lemur_jax.checkpoint.reading import (
+    measured,
+    metadata_of,
+    open_manager,
+    read_metadata,
+    restore_item,
+    restore_params,
+    steps_in,
+)
+from lemur_jax.checkpoint.streaming import BY_LAYER, Streamed, streamed
+from lemur_jax.common.errors import UserError
+from lemur_jax.parallel import hosts
+
+__all__ = (
+    "Checkpoints",
+    "Damaged",
+    "make_metadata",
+    "read_metadata",
+    "restore_params",
+    "steps_in",
+    "tokenizer_files",
+    "write_params",
+)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      path: directory, local or gs://; made if missing.
+      keep: newest checkpoints that are kept; None: all.
+      keep_every: besides, checkpoints of steps that this divides; 0: none.
+      keep_best: besides, so many with the lowest loss given to `save`.
+      max_failures: saves that may fail in a row before `save`, `wait` and `poll` raise.
+      say: gets a line for every failure.
+    """
+
+    def __init__(
+        self,
+        path: epath.PathLike,
+        keep: int | None = None,
+        *,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        max_failures: int = 1,
+        say: Callable[[str], None] = print,
+    ):
+        self.path = epath.Path(path).resolve()
+        policies = [checkpoint_managers.LatestN(keep)]
+        if keep_every:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        if keep_best:
+            best = checkpoint_managers.BestN(
+                get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
+            )
+            policies.append(best)
+        self._manager = open_manager(
+            self.path,
+            create=True,
+            cleanup_tmp_directories=True,  # of a run that was killed while it saved
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=_loss if keep_best else None,  # without it, Orbax does not store the loss
+            best_mode="min",
+        )
+        self._max_failures = max_failures
+        self._failures = 0
+        self._pending: int | None = None  # the step whose save is not known to have ended
+        self._say = say
+
+    def latest_step(self) -> int | None:
+        """The newest committed step, None without one; it may be damaged."""
+        return self._manager.latest_step()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save that ended has failed: the next should not wait for its turn."""
+        return self._failures > 0
+
+    def save(
+        self, step: int, params: Any, optimizer: Any, metadata: Mapping[str, Any], loss: float | None = None
+    ) -> None:
+        """Starts saving; returns once the arrays are copied to the host.
+
+        A save that fails, now or later, is reported and does not raise before `max_failures` in a row.
+
+        Args:
+          step: updates done.
+          params: the parameters.
+          optimizer: the optimizer's state.
+          metadata: as `make_metadata` gives it.
+          loss: held-out loss, by which `keep_best` chooses.
+
+        Raises:
+          UserError: a leaf is not finite, or too many saves failed.
+        """
+        self.wait()
+        trees = {"params": params, "optimizer": optimizer}
+        leaves = {item: measured(tree, f"step {step} is not saved: {item}") for item, tree in trees.items()}
+        # A tree mapped by path: stacked matrices are cut by layer, so that an export is bounded.
+        save_args = jax.tree_util.tree_map_with_path(_save_args, params)
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.PyTreeSave(params, save_args=save_args),
+                    optimizer=ocp.args.PyTreeSave(optimizer),
+                    metadata=SaveLateJson(lambda: seal(metadata, leaves)),
+                ),
+                metrics=None if loss is None else {"loss": loss},
+                force=True,
+            )
+            self._pending = step
+        except Exception as error:  # full disks and refused writes come in many classes
+            self._count_failure(step, error)
+
+    def wait(self) -> None:
+        """Until no save is going on; reports, and raises, as `save` does."""
+        if self._pending is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            self._failures, self._pending = 0, None
+        except Exception as error:
+            self._count_failure(self._pending, error)
+
+    def poll(self) -> None:
+        """Reports a save that has failed in the background, without waiting for one that goes on."""
+        if self._pending is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def _count_failure(self, step: int, error: Exception) -> None:
+        self._pending = None
+        self._failures += 1
+        # What is half written takes room that the next attempt may need, and the step is not there.
+        if hosts.is_chief():
+            for leftover in self.path.glob("*.orbax-checkpoint-tmp*"):
+                leftover.rmtree(missing_ok=True)
+        self._manager.reload()
+        kept = self._manager.latest_step()
+        reason = f"{type(error).__name__}: {error}"
+        message = (
+            f"the checkpoint of step {step} could not be saved in {self.path} (failure {self._failures} of at"
+            f" most {self._max_failures} in a row): {reason[:300]}; the newest one there is of step {kept}"
+        )
+        if self._failures >= self._max_failures:
+            raise UserError(f"{message}. Make room or mend the storage, then run the same command again")
+        self._say(f"WARNING: {message}. It will be tried again")
+
+    def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any]:
+        """Reads both trees onto the shardings of the given abstract trees, and verifies them.
+
+        Raises:
+          Damaged: something is not what was saved.
+          UserError: a leaf is missing, unexpected, or of another shape or dtype than wanted.
+        """
+        metadata = metadata_of(self._manager, self.path, step)
+        wanted = {"params": params, "optimizer": optimizer}
+        where = f"checkpoint {self.path}/{step}"
+        for item, tree in wanted.items():
+            check_wanted(metadata["leaves"].get(item), tree, f"{where}, {item}")
+        restored = {
+            item: restore_item(self._manager, self.path, step, item, tree, metadata["leaves"][item])
+            for item, tree in wanted.items()
+        }
+        return restored["params"], restored["optimizer"]
+
+    def restore_newest(
+        self, params: Any, optimizer: Any, check: Callable[[Mapping[str, Any]], None]
+    ) -> tuple[int, Any, Any] | None:
+        """(step, params, optimizer) of the newest checkpoint that is whole; None where there is none.
+
+        Damaged ones are named and set aside, so that they neither count as kept nor block their step.
+
+        Args:
+          params: abstract tree with shardings.
+          optimizer: likewise.
+          check: is given the checkpoint's metadata first and may refuse it.
+
+        Raises:
+          UserError: every checkpoint is damaged, or the newest whole one does not fit.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: dict[int, Damaged] = {}
+        for step in steps:
+            try:
+                check(metadata_of(self._manager, self.path, step))
+                restored = self.restore(step, params, optimizer)
+            except Damaged as error:
+                damaged[step] = error
+                continue
+            for bad, error in damaged.items():
+                aside = self._set_aside(bad)
+                self._say(
+                    f"WARNING: {error}. Going on from step {step}: {bad - step} steps are lost and will be"
+                    f" trained again; the damaged checkpoint is {aside}"
+                )
+            return step, *restored
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {self.path} is whole; {damaged[steps[0]]}. Put back a copy, or start in a"
+                " new --workdir"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> str:
+        """Takes a damaged step out of the sequence; says what became of it."""
+        if "://" in str(self.path):  # object stores rename no directories
+            self._manager.delete(step)
+            return "deleted"
+        aside = self.path / f"damaged-{step}"
+        if hosts.is_chief():
+            aside.rmtree(missing_ok=True)
+            (self.path / str(step)).rename(aside)
+        hosts.wait_for_all("set aside")
+        self._manager.reload()
+        return f"kept as {aside}"
+
+    def close(self) -> None:
+        """Waits, then lets go of Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _loss(metrics: Mapping[str, Any]) -> float:
+    return metrics["loss"]
+
+
+def _save_args(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
+    # Norm scales are small: cut by layer and by device they would be crumbs.
+    stacked = getattr(path[0], "key", None) == "layers" and leaf.ndim > 2
+    return BY_LAYER if stacked else ocp.SaveArgs()
+
+
+def write_params(path: epath.PathLike, params: Any, metadata: Mapping[str, Any], step: int = 0) -> None:
+    """A checkpoint of parameters alone, as an import makes it.
+
+    Args:
+      path: checkpoint directory to make.
+      params: tree of `Streamed` leaves, written piece by piece, or of arrays.
+      metadata: as `make_metadata` gives it.
+      step: of the checkpoint.
+    """
+    params = jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, Streamed) else streamed(np.asarray(leaf)), params
+    )
+    save_args = jax.tree.map(lambda leaf: BY_LAYER if leaf.pieces > 1 else ocp.SaveArgs(), params)
+
+    def sealed() -> dict[str, Any]:
+        leaves = {name: describe(leaf, leaf.digest.value) for name, leaf in named(params).items()}
+        return seal(metadata, {"params": leaves})
+
+    with open_manager(epath.Path(path).resolve(), create=True, streaming=True) as manager:
+        items = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(params, save_args=save_args), metadata=SaveLateJson(sealed)
+        )
+        manager.save(step, args=items)
+        manager.wait_until_finished()

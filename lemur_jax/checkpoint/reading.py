@@ -1,0 +1,184 @@
+"""Reading checkpoints: nothing is taken from one that does not agree with what was saved."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import type_handlers
+
+from lemur_jax.checkpoint import digest
+from lemur_jax.checkpoint.leaves import Leaf, check_wanted, describe, named
+from lemur_jax.checkpoint.metadata import Damaged, LateJsonHandler, RestoreLateJson, unseal
+from lemur_jax.checkpoint.streaming import Streamed, StreamedHandler
+from lemur_jax.common.errors import UserError
+from lemur_jax.parallel import hosts
+
+# How errors of storage begin that say nothing about the files themselves.
+_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED")
+
+
+def open_manager(
+    path: epath.Path, *, create: bool = False, streaming: bool = False, **options: Any
+) -> ocp.CheckpointManager:
+    """Orbax's manager of our items.
+
+    Args:
+      path: the checkpoint directory.
+      create: for writing too; makes the directory.
+      streaming: what is written are `Streamed` arrays.
+      options: of `CheckpointManagerOptions`.
+    """
+    host = (Streamed, StreamedHandler()) if streaming else (np.ndarray, type_handlers.NumpyHandler())
+    registry = type_handlers.create_type_handler_registry((jax.Array, type_handlers.ArrayHandler()), host)
+
+    def arrays() -> ocp.PyTreeCheckpointHandler:
+        # Weights hardly compress, and compressing them is slower than the disk.
+        return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+
+    return ocp.CheckpointManager(
+        path,
+        options=ocp.CheckpointManagerOptions(create=create, enable_async_checkpointing=create, **options),
+        item_handlers={"params": arrays(), "optimizer": arrays(), "metadata": LateJsonHandler()},
+    )
+
+
+def steps_in(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
+    """The checkpoint directory meant by `path` and its finished steps, oldest first.
+
+    Args:
+      path: a checkpoint directory, or a workdir that holds one.
+
+    Raises:
+      UserError: there is no such directory, or no step in it.
+    """
+    directory = epath.Path(path).resolve()
+    if (directory / "checkpoints").is_dir():
+        directory = directory / "checkpoints"
+    if not directory.is_dir():
+        raise UserError(f"no checkpoint directory at {path}")
+    steps = sorted(open_manager(directory).all_steps())
+    if not steps:
+        raise UserError(f"no finished checkpoint in {directory}")
+    return directory, steps
+
+
+def _open(path: epath.PathLike, step: int | None) -> tuple[ocp.CheckpointManager, epath.Path, int]:
+    """A reader, its directory and the step meant by `step` (None: the newest)."""
+    directory, steps = steps_in(path)
+    if step is not None and step not in steps:
+        raise UserError(
+            f"no checkpoint of step {step} in {directory}; there are {', '.join(map(str, steps))}"
+        )
+    return open_manager(directory), directory, steps[-1] if step is None else step
+
+
+def read_metadata(path: epath.PathLike, step: int | None = None) -> dict[str, Any]:
+    """The `metadata` item and the key `step`, of the newest checkpoint or of `step`.
+
+    Raises:
+      Damaged: the metadata is not what was saved.
+      UserError: no checkpoint there, or one of another format.
+    """
+    manager, directory, step = _open(path, step)
+    return {**metadata_of(manager, directory, step), "step": step}
+
+
+def metadata_of(manager: ocp.CheckpointManager, directory: epath.Path, step: int) -> dict[str, Any]:
+    def read() -> Any:
+        item = ocp.args.Composite(metadata=RestoreLateJson())
+        return unseal(manager.restore(step, args=item)["metadata"], f"checkpoint {directory}/{step}")
+
+    return _reading(read, f"checkpoint {directory}/{step}, metadata")
+
+
+def restore_params(path: epath.PathLike, abstract: Any, step: int | None = None) -> Any:
+    """Parameters alone, onto the shardings (and into the dtypes) of an abstract tree, verified.
+
+    One leaf after the other: the dtype that is stored exists beside the wanted one for a leaf at a time.
+
+    Raises:
+      Damaged: something is not what was saved.
+      UserError: no checkpoint there; a leaf is missing, unexpected or of another shape.
+    """
+    manager, directory, step = _open(path, step)
+    leaves = metadata_of(manager, directory, step)["leaves"]["params"]
+    check_wanted(leaves, abstract, f"checkpoint {directory}/{step}, params", dtypes=False)
+
+    def restore(path: tuple[Any, ...], wanted: Any) -> Any:
+        name = "/".join(str(key.key) for key in path)
+        stored = jax.ShapeDtypeStruct(wanted.shape, leaves[name].dtype, sharding=wanted.sharding)
+        tree: Any = stored
+        for key in reversed(path):
+            tree = {key.key: tree}
+        restored = restore_item(manager, directory, step, "params", tree, {name: leaves[name]})
+        leaf = jax.tree.leaves(restored)[0]
+        return leaf if leaf.dtype == wanted.dtype else leaf.astype(wanted.dtype)
+
+    return jax.tree_util.tree_map_with_path(restore, abstract)
+
+
+def restore_item(
+    manager: ocp.CheckpointManager,
+    directory: epath.Path,
+    step: int,
+    item: str,
+    wanted: Any,
+    leaves: Mapping[str, Leaf],
+) -> Any:
+    """The leaves of `wanted`, equal to what was saved."""
+    where = f"checkpoint {directory}/{step}, {item}"
+    arguments = ocp.args.PyTreeRestore(
+        item=wanted, restore_args=jax.tree.map(_restore_args, wanted), partial_restore=True
+    )
+    restored = _reading(
+        lambda: manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item], where
+    )
+    for name, found in measured(restored, where, Damaged).items():
+        if found != leaves[name]:
+            raise Damaged(
+                f"{where} is damaged: {name} is not what was saved (digest {found.digest:08x},"
+                f" saved {leaves[name].digest:08x})"
+            )
+    return restored
+
+
+def _restore_args(leaf: Any) -> Any:
+    if leaf.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
+
+def _reading(read: Callable[[], Any], where: str) -> Any:
+    """What `read` returns; errors that a file not as it was written leads to become `Damaged`."""
+    failure: Exception | None = None
+    result = None
+    try:
+        result = read()
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise  # says something about this machine, not about the files
+    except Exception as error:  # Orbax raises no narrower class for data that is missing
+        failure = error
+    if isinstance(failure, PermissionError) or str(failure).startswith(_PASSING):
+        raise UserError(f"{where} cannot be read now: {str(failure)[:300]}") from failure
+    if hosts.any_host(failure is not None):
+        reason = (
+            "another host could not read it" if failure is None else f"{type(failure).__name__}: {failure}"
+        )
+        raise Damaged(f"{where} is damaged: {reason[:300]}") from failure
+    return result
+
+
+def measured(tree: Any, where: str, error: type[UserError] = UserError) -> dict[str, Leaf]:
+    """Shape, dtype and digest of every leaf.
+
+    Raises:
+      UserError, or the given kind of it: a leaf is not finite.
+    """
+    arrays = named(tree)
+    digests, bad = digest.on_devices(arrays)
+    if bad:
+        raise error(f"{where}: {bad[0]} has values that are not finite ({len(bad)} such leaves in all)")
+    return {name: describe(arrays[name], value) for name, value in digests.items()}

@@ -1,0 +1,1 @@
+"""Small shared pieces that every room may use: errors, configs, trees, paths. No JAX at import."""

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in and out: one table of names, read in opposite directions."""

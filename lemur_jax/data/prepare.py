@@ -1,0 +1,212 @@
+"""`lemur prepare`: seqio tasks to token stores, once.
+
+Reads top to bottom: the tokenizer, then one store after the other, then what the config makes of them.
+A store that is whole and was made from the same data by the same task and tokenizer is left as it is.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.data import tasks
+from lemur_jax.data.chat import chat_template
+from lemur_jax.data.cleaning import NO_STEPS, Duplicates, Removed, parse_steps
+from lemur_jax.data.code import check_tokens
+from lemur_jax.data.digests import input_digest, task_digest
+from lemur_jax.data.documents import Encode, Record, Refused, Result, available_cores, encoder
+from lemur_jax.data.journal import Journal
+from lemur_jax.data.mixture import budget, check_budget, format_budget, open_mixture
+from lemur_jax.data.prepare_tokenizer import ShowProgress, no_progress, prepare_tokenizer
+from lemur_jax.data.store import Manifest, StoreWriter, read_manifest
+from lemur_jax.data.tokenizer import Tokenizer, compatible
+
+SAVE_SECONDS = 60.0  # at most so much work, and the rest of an input shard, is lost by a kill
+
+
+def prepare(
+    config: ConfigDict,
+    *,
+    progress: ShowProgress = no_progress,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Makes the tokenizer and the token stores that a config needs, where they are not there already.
+
+    Train splits of `data.sources`, validation splits of `eval.tasks` and `prepare.held_out_tasks`. An
+    error, Ctrl-C or a kill leaves whole stores behind, and of one of several input shards what was
+    saved, from which the same command goes on.
+
+    Args:
+      config: a run config.
+      progress: called with (total or None, label, unit); e.g. `telemetry.progress.Progress`.
+      say: gets one line a store, then the budget table.
+
+    Raises:
+      UserError: an unknown task, an empty or unreadable corpus, too many bad records, a tokenizer that
+        does not fit, or (when all stores are there) a budget that they cannot meet.
+    """
+    wanted = _wanted_stores(config)
+    found = {name: tasks.find(name, config.data.modules) for name, _ in wanted}
+    for name, split in wanted:
+        tasks.check_split(found[name], split)
+    steps = _steps(config, found)
+    workers = _workers(config)
+    tokenizer = prepare_tokenizer(config, progress=progress, say=say)
+    with encoder(tokenizer, workers) as encode:
+        for name, split in wanted:
+            _prepare_store(config, found[name], split, steps[name], tokenizer, encode, progress, say)
+    if config.data.sources:
+        needs = budget(open_mixture(config, tokenizer), config.train.steps)
+        say(format_budget(needs))
+        check_budget(needs)
+
+
+def _wanted_stores(config: ConfigDict) -> list[tuple[str, str]]:
+    """(task, split) in the config's order, each once."""
+    train = [(name, "train") for name in config.data.sources]
+    held_out = [(name, "validation") for name in (*config.eval.tasks, *config.prepare.held_out_tasks)]
+    return list(dict.fromkeys(train + held_out))
+
+
+def _workers(config: ConfigDict) -> int:
+    if config.prepare.workers < 0:
+        raise UserError(f"prepare.workers is {config.prepare.workers}: it must be 0 (one a core) or more")
+    return config.prepare.workers or available_cores()
+
+
+def _prepare_store(
+    config: ConfigDict,
+    task: tasks.Task,
+    split: str,
+    steps: str,
+    tokenizer: Tokenizer,
+    encode: Encode,
+    progress: ShowProgress,
+    say: Callable[[str], None],
+) -> None:
+    path = epath.Path(config.data.stores) / task.name / split
+    writer = _writer(path, task, split, tokenizer, steps)
+    current = _current_manifest(path, writer, tokenizer)
+    if current is not None:
+        say(f"{_describe(current)}; unchanged")
+        return
+    begin = time.monotonic()
+    label = f"{task.name}/{split}"
+    with progress(tasks.count(task, split), label, "documents") as shown, writer:
+        saved = writer.saved or {"shard": 0, "journal": None}
+        duplicates = Duplicates(steps)
+        journal = Journal(path, duplicates, saved["journal"])
+        shown.update(journal.records)
+        shard, last_save = saved["shard"], time.monotonic()
+        try:
+            for result in encode(_records(task, split, shard), steps, journal.records):
+                if result is None:
+                    shard += 1
+                    if time.monotonic() - last_save >= SAVE_SECONDS:
+                        journal.check(config.prepare.max_bad_share, label, finished=False)
+                        writer.save({"shard": shard, "journal": journal.save()})
+                        last_save = time.monotonic()
+                    continue
+                shown.update()
+                _put(result, writer, duplicates, journal)
+            _check_any(task, split, journal, writer)
+            journal.check(config.prepare.max_bad_share, label, finished=True)
+        except BaseException:
+            journal.close(keep=writer.has_saved)
+            raise
+    journal.finish()
+    say(f"{_describe(read_manifest(path))}; {journal.summary()}{time.monotonic() - begin:.1f} s")
+
+
+def _records(task: tasks.Task, split: str, first_shard: int) -> Iterator[Record | None]:
+    """The records of a split, shard by shard, with a None after each shard."""
+    shards = tasks.count_shards(task, split)
+    for shard in range(first_shard, shards):
+        yield from tasks.examples(task, split, shard, shards)
+        if shards > 1:
+            yield None
+
+
+def _put(result: Result, writer: StoreWriter, duplicates: Duplicates, journal: Journal) -> None:
+    if isinstance(result, Refused):
+        journal.refuse(result)
+    elif isinstance(result, Removed):
+        journal.remove(result)
+    elif duplicate := duplicates.remove(result.id, result.fingerprint, result.excerpt):
+        journal.remove(duplicate)
+    else:
+        writer.add(result.tokens, result.id, result.n_bytes, result.mask)
+        journal.keep()
+
+
+def _check_any(task: tasks.Task, split: str, journal: Journal, writer: StoreWriter) -> None:
+    if not journal.records:
+        raise UserError(f"task {task.name!r} has no documents in its {split} split: look at its source")
+    if not writer.documents and journal.all_removed:
+        raise UserError(
+            f"the steps of task {task.name!r} remove every document of its {split} split ({journal.summary()[:-2]}):"
+            f" look at prepare.steps.{task.name}"
+        )
+
+
+def _steps(config: ConfigDict, names: Iterable[str]) -> dict[str, str]:
+    """The steps of each task, as workers get them."""
+    given = config.prepare.steps.to_dict()
+    names = sorted(set(names))
+    for name in given:
+        if name not in names:
+            raise UserError(f"prepare.steps names {name!r}; the tasks of this config are {', '.join(names)}")
+    return {name: parse_steps(name, given.get(name, {})) for name in names}
+
+
+def _writer(path: epath.Path, task: tasks.Task, split: str, tokenizer: Tokenizer, steps: str) -> StoreWriter:
+    is_chat = tasks.is_chat(task, split)
+    has_control_tokens = is_chat or check_tokens(json.loads(steps), tokenizer, task.name)
+    # Of the task's definition, its steps and, for conversations, the template that they are written in.
+    definition = (
+        task_digest(task) + steps * (steps != NO_STEPS) + (chat_template(tokenizer) if is_chat else "")
+    )
+    return StoreWriter(
+        path,
+        task=task.name,
+        split=split,
+        source=task.name,
+        tokenizer_digest=tokenizer.digest,
+        # Plain text has no control tokens in it, so the tokenizer without them can read it as well.
+        added_tokens=tokenizer.added_tokens if has_control_tokens else {},
+        vocab_size=tokenizer.vocab_size,
+        has_loss_mask=is_chat,
+        task_digest=hashlib.sha256(definition.encode()).hexdigest(),
+        input_digest=input_digest(task, split),
+    )
+
+
+def _current_manifest(path: epath.Path, writer: StoreWriter, tokenizer: Tokenizer) -> Manifest | None:
+    """The manifest of the store at `path` if it is what `writer` would make again."""
+    if not path.exists():
+        return None
+    if not any((path / name).exists() for name in ("manifest.json", "tokens")) and any(path.iterdir()):
+        raise UserError(f"{path} is no token store but has files in it: point data.stores somewhere else")
+    try:
+        manifest = read_manifest(path)
+    except (UserError, ValueError, TypeError):  # unfinished, or of another format
+        return None
+    same = (
+        manifest.documents > 0
+        and compatible(tokenizer, manifest.tokenizer_digest, manifest.added_tokens)
+        and manifest.task_digest == writer.fields["task_digest"]
+        and manifest.input_digest == writer.fields["input_digest"]
+    )
+    return manifest if same else None
+
+
+def _describe(manifest: Manifest) -> str:
+    parts = [f"{manifest.documents:,} documents", f"{manifest.tokens:,} tokens"]
+    if manifest.has_loss_mask:
+        parts.append(f"{manifest.supervised_tokens / manifest.tokens:.0%} of them supervised")
+    parts.append(f"{manifest.bytes / max(manifest.supervised_tokens, 1):.2f} bytes a target")
+    return f"{manifest.task}/{manifest.split}: {', '.join(parts)}"

@@ -1,0 +1,221 @@
+"""Rows: views of a token store as examples of fixed length, any of them at any time.
+
+`ConcatRows` (pretraining) cuts the stream of all documents every T tokens: nothing is padded or thrown
+away. `FitRows` (chat) packs whole documents. Targets are shifted inside each document, and the loss
+mask is the store's own array: nothing is derived from a token's value.
+
+Axes: R rows of one read, T position in a row.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.store import TokenStore
+
+# One read: "tokens", "targets", "segment_ids", "positions" int32 [R, T], "loss_weights" float32 [R, T].
+Batch = dict[str, np.ndarray]
+
+
+class Rows(Protocol):
+    """What the mixture and the loader need of a view.
+
+    Attributes:
+      store: what it is a view of.
+      length: T.
+      num_tokens: real (not padding) positions of all rows together.
+    """
+
+    store: TokenStore
+    length: int
+    num_tokens: int
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray) -> Batch:
+        """Rows by index, int64 [R].
+
+        Returns:
+          tokens, targets: int32 [R, T]; a target is the token that follows in the same document.
+          loss_weights: float32 [R, T]; 0 where there is no target, or one that is not supervised.
+          segment_ids: int32 [R, T]; 1, 2, ... for the documents of a row, 0 for padding.
+          positions: int32 [R, T]; from 0 in each segment of the row.
+        """
+        ...
+
+    def documents(self, index: int) -> list[str]:
+        """Ids of the documents in a row."""
+        ...
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean number of real positions."""
+        ...
+
+
+class ConcatRows:
+    """The token stream cut every T: row i has inputs [i T, (i+1) T) and targets one further.
+
+    A document that is cut goes on in the next row, as a segment of its own with positions from 0. Every
+    token but the stream's last is an input once, every one but its first a target once; the target of a
+    document's last token, which would be the next document's first, weighs 0. The last row is padded.
+    """
+
+    def __init__(self, store: TokenStore, length: int):
+        self.store = store
+        self.length = length
+        self.num_tokens = store.num_tokens - 1  # the last one has no target
+        if self.num_tokens < 1:
+            raise UserError(f"the token store {store.path} has a single token, so nothing to predict")
+
+    def __len__(self) -> int:
+        return -(-self.num_tokens // self.length)
+
+    @property
+    def tokens_per_row(self) -> float:
+        return self.num_tokens / len(self)
+
+    def read(self, indices: np.ndarray) -> Batch:
+        starts = np.asarray(indices, np.int64) * self.length
+        lengths = np.minimum(self.length + 1, self.store.num_tokens - starts)
+        real = np.arange(self.length + 1) < lengths[:, None]
+        tokens = _scatter(self.store.tokens(starts, lengths), real)
+
+        spans, _, positions = self.store.document_starts(starts, starts + lengths)
+        begins = np.zeros(real.shape, bool)
+        inside = positions >= starts[spans]
+        begins[spans[inside], (positions - starts[spans])[inside]] = True
+        # A token that begins a document is nobody's target.
+        has_target = real[:, 1:] & ~begins[:, 1:]
+        weights = has_target
+        if self.store.manifest.has_loss_mask:
+            weights = has_target & (_scatter(self.store.loss_mask(starts, lengths), real)[:, 1:] != 0)
+        begins[:, 0] = True
+        return _batch(tokens[:, :-1], tokens[:, 1:] * has_target, weights, begins[:, :-1], real[:, 1:])
+
+    def documents(self, index: int) -> list[str]:
+        start = index * self.length
+        stop = min(start + self.length, self.num_tokens)
+        _, documents, _ = self.store.document_starts(np.array([start]), np.array([stop]))
+        return self.store.document_ids(documents)
+
+
+class FitRows:
+    """Whole documents packed into rows of T by best-fit decreasing; longer ones are cut at T.
+
+    Every document is in one row, in the store's order inside it. Where each one lies is held in memory
+    (some 30 bytes a document); the same store and T give the same rows.
+
+    Attributes:
+      truncated: number of documents longer than T.
+    """
+
+    def __init__(self, store: TokenStore, length: int):
+        self.store = store
+        self.length = length
+        self._starts = store.offsets()
+        lengths = np.diff(self._starts)
+        self.truncated = int(np.count_nonzero(lengths > length))
+        self._lengths = np.minimum(lengths, length)
+        self.num_tokens = int(self._lengths.sum())
+        self._documents, self._row_offsets = pack(self._lengths, length)
+
+    def __len__(self) -> int:
+        return len(self._row_offsets) - 1
+
+    @property
+    def tokens_per_row(self) -> float:
+        return self.num_tokens / len(self)
+
+    def read(self, indices: np.ndarray) -> Batch:
+        indices = np.asarray(indices, np.int64)
+        first, counts = self._row_offsets[indices], np.diff(self._row_offsets)[indices]
+        # Documents of these rows, one after the other.
+        documents = self._documents[_ranges(first, counts)]
+        starts, lengths = self._starts[documents], self._lengths[documents]
+
+        ends = np.cumsum(lengths)
+        row_ends = ends[np.cumsum(counts) - 1]
+        row_lengths = np.diff(row_ends, prepend=0)
+        real = np.arange(self.length) < row_lengths[:, None]
+        flat = self.store.tokens(starts, lengths)
+        begins = np.zeros(len(flat), bool)
+        begins[ends - lengths] = True
+        # The next of the joined tokens is the target, unless it begins a document.
+        has_target = ~np.append(begins[1:], True)
+        weights = has_target
+        if self.store.manifest.has_loss_mask:
+            weights = has_target & (np.append(self.store.loss_mask(starts, lengths)[1:], 0) != 0)
+        targets = np.append(flat[1:], 0) * has_target
+        tokens, targets, weights, begins = (
+            _scatter(values, real) for values in (flat, targets, weights, begins)
+        )
+        return _batch(tokens, targets, weights, begins, real)
+
+    def documents(self, index: int) -> list[str]:
+        first, last = self._row_offsets[index : index + 2]
+        return self.store.document_ids(self._documents[first:last])
+
+
+def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best-fit decreasing bin packing.
+
+    Args:
+      lengths: int64 [documents], each in [1, capacity].
+      capacity: T.
+
+    Returns:
+      documents: int64 [documents], ordered by row, then by index.
+      row_offsets: int64 [rows + 1]: row r holds documents[row_offsets[r] : row_offsets[r + 1]].
+    """
+    order = np.argsort(-lengths, kind="stable")
+    rows = np.empty(len(lengths), np.int64)
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows with so much room left
+    nonempty = 0  # bit r: by_room[r] is not empty
+    count = 0
+    for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        fitting = nonempty >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1  # the least that is enough
+            row = by_room[room].pop()
+            if not by_room[room]:
+                nonempty ^= 1 << room
+        else:
+            room, row = capacity, count
+            count += 1
+        rows[document] = row
+        if room > length:
+            by_room[room - length].append(row)
+            nonempty |= 1 << (room - length)
+    return np.argsort(rows, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(rows))])
+
+
+def _batch(
+    tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray, begins: np.ndarray, real: np.ndarray
+) -> Batch:
+    """Numbers the segments that begin where `begins` [R, T] says; padding is 0 everywhere."""
+    here = np.arange(tokens.shape[1], dtype=np.int32)
+    segments = np.cumsum(begins, axis=1, dtype=np.int32)
+    positions = here - np.maximum.accumulate(np.where(begins, here, 0), axis=1)
+    return {
+        "tokens": (tokens * real).astype(np.int32),
+        "targets": targets.astype(np.int32),
+        "loss_weights": weights.astype(np.float32),
+        "segment_ids": segments * real,
+        "positions": positions * real,
+    }
+
+
+def _scatter(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Puts values [n] at the n true places of `where`, in order; 0 elsewhere."""
+    if where.all():
+        return values.reshape(where.shape)
+    out = np.zeros(where.shape, values.dtype)
+    out[where] = values
+    return out
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[start, start + count) for each, joined: int64 [sum of counts]."""
+    return np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)

@@ -1,0 +1,315 @@
+"""Tokenizers read from a Hugging Face directory: text to ids and back.
+
+Plain text never gives a control token here, whatever it spells: control tokens are put in by id. Where
+the directory holds `tokenizer.model`, SentencePiece encodes; else `tokenizer.json` does, through the
+`tokenizers` library. Writing such directories is `tokenizer_files`' business.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+from lemur_jax.common.errors import UserError
+
+# What makes up a tokenizer directory; any other file in it is left alone.
+FILE_NAMES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+class _Model(Protocol):
+    """A vocabulary that encodes plain text."""
+
+    size: int
+    digest: str
+    control_tokens: dict[str, int]  # inside the vocabulary, e.g. <s>
+    special_ids: dict[str, int]  # of "bos", "eos", "unk", "pad", where the model file knows them
+
+    def encode(self, text: str, prefix: bool) -> list[int]: ...
+
+    def encode_with_offsets(self, text: str, prefix: bool) -> tuple[list[int], list[int]]: ...
+
+    def decode(self, ids: list[int], prefix: bool) -> str: ...
+
+    def token(self, index: int) -> str: ...
+
+
+class Tokenizer:
+    """Encodes and decodes; opened by `load` or `from_files`. Pickles as its files.
+
+    Attributes:
+      vocab_size: highest id + 1, added tokens included.
+      bos_id, eos_id: ids that begin and end a document.
+      unk_id, pad_id: ids, or None.
+      added_tokens: control tokens that are not in the model file, to their ids.
+      control_tokens: these and the model's own (`<s>`, ...).
+      digest: sha256 (hex) of the model file, whatever tokens are added to it.
+      chat_template: Jinja source, or None.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], name: str):
+        self._files = dict(files)
+        self._name = name
+        if "tokenizer.model" in files:
+            self._model: _Model = _SentencePieceModel(files["tokenizer.model"])
+        elif "tokenizer.json" in files:
+            self._model = _JsonModel(files["tokenizer.json"])
+        else:
+            raise UserError(
+                f"no tokenizer.model and no tokenizer.json in {name}: name a tokenizer directory in"
+                " tokenizer.path, or let `lemur prepare` train one with tokenizer.train_vocab_size"
+            )
+        self.digest = self._model.digest
+        self.added_tokens = _added_tokens(files, self._model, name)
+        self.control_tokens = {**self._model.control_tokens, **self.added_tokens}
+        self._control_names = {index: token for token, index in self.control_tokens.items()}
+        self.vocab_size = max(self._model.size, *(index + 1 for index in self.control_tokens.values()))
+        self.bos_id = self._required_id("bos")
+        self.eos_id = self._required_id("eos")
+        self.unk_id = self._special_id("unk")
+        self.pad_id = self._special_id("pad")
+        template = files.get("chat_template.jinja")
+        self.chat_template: str | None = (
+            template.decode() if template is not None else self.config.get("chat_template")
+        )
+
+    @classmethod
+    def load(cls, path: epath.PathLike) -> "Tokenizer":
+        """Opens a directory.
+
+        Raises:
+          UserError: there is no tokenizer in it, or its files contradict each other.
+        """
+        return cls(read_files(path), str(path))
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":
+        """The inverse of `files`."""
+        return cls(files, "the tokenizer files")
+
+    def files(self) -> dict[str, bytes]:
+        """All files of the directory by name: what a checkpoint keeps."""
+        return dict(self._files)
+
+    def __reduce__(self):
+        return (Tokenizer, (self._files, self._name))
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """`tokenizer_config.json` over `special_tokens_map.json`."""
+        return _read_json(self._files, "special_tokens_map.json") | _read_json(
+            self._files, "tokenizer_config.json"
+        )
+
+    def encode(self, text: str, *, prefix: bool = True) -> list[int]:
+        """Ids of plain text, without bos and eos, never a control token.
+
+        Args:
+          prefix: whether the model's dummy space goes in front; False for text that follows a
+            control token.
+        """
+        return self._model.encode(text, prefix)
+
+    def encode_with_offsets(self, text: str, *, prefix: bool = True) -> tuple[list[int], list[int]]:
+        """`encode`, and for each token the index of the character where it begins."""
+        return self._model.encode_with_offsets(text, prefix)
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Text of ids; control tokens are shown by name, or left out if `skip_special`.
+
+        An id that no token has (rows that pad the vocabulary) is shown as U+FFFD.
+        """
+        text: list[str] = []
+        run: list[int] = []
+        prefix = True
+
+        def flush() -> None:
+            if run:
+                text.append(self._model.decode(run, prefix))
+                run.clear()
+
+        for index in map(int, ids):
+            name = self._control_names.get(index)
+            if name is None and 0 <= index < self._model.size:
+                run.append(index)
+                continue
+            flush()
+            if not skip_special:
+                text.append("\ufffd" if name is None else name)
+            # The dummy space is put in front of a document's first text alone.
+            prefix = index == self.bos_id
+        flush()
+        return "".join(text)
+
+    def token(self, index: int) -> str:
+        """The piece with this id as the vocabulary spells it, e.g. "▁the" or "<|im_end|>"."""
+        return self._control_names.get(index) or self._model.token(index)
+
+    def _special_id(self, kind: str) -> int | None:
+        token = self.config.get(f"{kind}_token")
+        if isinstance(token, Mapping):
+            token = token["content"]
+        if token is None:
+            return self._model.special_ids.get(kind)
+        if token not in self.control_tokens:
+            raise UserError(
+                f"{self._name}: {kind}_token {token!r} of tokenizer_config.json is no token of its vocabulary"
+            )
+        return self.control_tokens[token]
+
+    def _required_id(self, kind: str) -> int:
+        index = self._special_id(kind)
+        if index is None:
+            raise UserError(
+                f"{self._name} has no {kind} token: name one as {kind}_token in tokenizer_config.json"
+            )
+        return index
+
+
+def compatible(tokenizer: Tokenizer, digest: str, added_tokens: Mapping[str, int]) -> bool:
+    """Whether ids made with (digest, added_tokens) mean the same to `tokenizer`.
+
+    So a tokenizer reads what was made with it before tokens were added, and not the reverse.
+    """
+    return tokenizer.digest == digest and added_tokens.items() <= tokenizer.added_tokens.items()
+
+
+def read_files(path: epath.PathLike) -> dict[str, bytes]:
+    """The tokenizer files that exist in a directory."""
+    directory = epath.Path(path)
+    return {name: (directory / name).read_bytes() for name in FILE_NAMES if (directory / name).exists()}
+
+
+def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    return json.loads(files[name]) if name in files else {}
+
+
+def _added_tokens(files: Mapping[str, bytes], model: _Model, name: str) -> dict[str, int]:
+    """Tokens outside the model's own vocabulary, from each file that Hugging Face keeps them in."""
+    pairs = list(_read_json(files, "added_tokens.json").items())
+    pairs += [(t["content"], t["id"]) for t in _read_json(files, "tokenizer.json").get("added_tokens", ())]
+    decoder = _read_json(files, "tokenizer_config.json").get("added_tokens_decoder", {})
+    pairs += [(token["content"], int(index)) for index, token in decoder.items()]
+    added: dict[str, int] = {}
+    for token, index in sorted(pairs, key=lambda pair: pair[1]):
+        if model.control_tokens.get(token) == index:
+            continue
+        if added.setdefault(token, index) != index or (index < model.size and model.token(index) != token):
+            raise UserError(
+                f"{name}: its files give the token {token!r} more than one id, or id {index} twice"
+            )
+    if len(set(added.values())) != len(added):
+        raise UserError(f"{name}: two added tokens have one id")
+    return added
+
+
+class _SentencePieceModel:
+    """`tokenizer.model` through sentencepiece."""
+
+    def __init__(self, proto: bytes):
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+        self.digest = hashlib.sha256(proto).hexdigest()
+        model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+        with_prefix = SentencePieceProcessor(model_proto=proto)
+        model.normalizer_spec.add_dummy_prefix = False
+        without = SentencePieceProcessor(model_proto=model.SerializeToString())
+        self._processors = {True: with_prefix, False: without}
+        self.size = with_prefix.piece_size()
+        kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+        self.control_tokens = {
+            piece.piece: index
+            for index, piece in enumerate(model.pieces)
+            if piece.type in (kinds.UNKNOWN, kinds.CONTROL)
+        }
+        ids = {kind: getattr(with_prefix, f"{kind}_id")() for kind in ("bos", "eos", "unk", "pad")}
+        self.special_ids = {kind: index for kind, index in ids.items() if index >= 0}
+
+    def encode(self, text: str, prefix: bool) -> list[int]:
+        return self._processors[prefix].encode(text)
+
+    def encode_with_offsets(self, text: str, prefix: bool) -> tuple[list[int], list[int]]:
+        from sentencepiece import sentencepiece_pb2
+
+        encoded = self._processors[prefix].encode(text, out_type="serialized_proto")
+        pieces = sentencepiece_pb2.SentencePieceText.FromString(encoded).pieces
+        ids, starts = [piece.id for piece in pieces], [piece.begin for piece in pieces]
+        if not text.isascii():
+            # SentencePiece counts UTF-8 bytes; a byte begins a character unless it is 0b10xxxxxx.
+            data = np.frombuffer(text.encode(), np.uint8)
+            character = np.append(np.cumsum((data & 0xC0) != 0x80) - 1, len(text))
+            starts = character[starts].tolist()
+        return ids, starts
+
+    def decode(self, ids: list[int], prefix: bool) -> str:
+        return self._processors[prefix].decode(ids)
+
+    def token(self, index: int) -> str:
+        return self._processors[True].id_to_piece(index)
+
+
+class _JsonModel:
+    """`tokenizer.json` through the tokenizers library."""
+
+    def __init__(self, data: bytes):
+        import tokenizers
+
+        spec = json.loads(data)
+        added = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
+        # Without its added tokens the library cannot find one in plain text; without its
+        # post-processor it neither adds bos nor trims the offsets.
+        spec |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        what = [spec["model"], spec["normalizer"], spec["pre_tokenizer"]]
+        self.digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        self._tokenizers = {
+            prefix: tokenizers.Tokenizer.from_str(json.dumps(spec if prefix else _without_prefix(spec)))
+            for prefix in (True, False)
+        }
+        self.size = self._tokenizers[True].get_vocab_size()
+        self.control_tokens = {token: index for token, index in added.items() if index < self.size}
+        unk = self._tokenizers[True].token_to_id(spec["model"].get("unk_token") or "")
+        self.special_ids = {} if unk is None else {"unk": unk}
+
+    def encode(self, text: str, prefix: bool) -> list[int]:
+        return self._tokenizers[prefix].encode(text, add_special_tokens=False).ids
+
+    def encode_with_offsets(self, text: str, prefix: bool) -> tuple[list[int], list[int]]:
+        encoding = self._tokenizers[prefix].encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def decode(self, ids: list[int], prefix: bool) -> str:
+        return self._tokenizers[prefix].decode(ids, skip_special_tokens=False)
+
+    def token(self, index: int) -> str:
+        return self._tokenizers[True].id_to_token(index) or ""
+
+
+def _without_prefix(spec: Any) -> Any:
+    """A `tokenizer.json` without the parts that add a space in front, or take it off in decoding."""
+    if isinstance(spec, list):
+        kept = (
+            part for part in spec if not (isinstance(part, dict) and part.get("type") in ("Prepend", "Strip"))
+        )
+        return [_without_prefix(part) for part in kept]
+    if not isinstance(spec, dict):
+        return spec
+    if spec.get("type") == "Prepend":
+        return None
+    spec = {
+        key: value if key in ("vocab", "merges") else _without_prefix(value) for key, value in spec.items()
+    }
+    if "prepend_scheme" in spec:
+        spec["prepend_scheme"] = "never"
+    if "add_prefix_space" in spec:
+        spec["add_prefix_space"] = False
+    return spec

@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks through the harness, code in a sandbox, agents in environments."""

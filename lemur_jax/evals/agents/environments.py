@@ -1,0 +1,249 @@
+"""Environments in the manner of MINT and InterCode: an action in, an observation and a reward out.
+
+Everything an agent writes is run in the sandbox. A reward of 1 ends an episode.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import tempfile
+from collections.abc import Mapping
+from typing import Protocol
+
+from lemur_jax.evals.code import Problem, run_checked, verdict_of
+from lemur_jax.evals.sandbox import Limits, run
+
+SHOWN = 1500  # characters of an observation
+LIMITS = Limits(wall_seconds=10, cpu_seconds=8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """What came of an action.
+
+    Attributes:
+      observation: what the agent is told.
+      reward: 1 if the task is solved, else 0.
+      verdict: "passed", or in a word what went wrong; see `episodes.failure`.
+    """
+
+    observation: str
+    reward: float
+    verdict: str
+
+
+class Environment(Protocol):
+    """One task. `reset` may be called again; `close` frees what it holds."""
+
+    id: str
+
+    def reset(self) -> str: ...
+
+    def step(self, action: str) -> Step: ...
+
+    def close(self) -> None: ...
+
+
+def block(action: str, *languages: str) -> str:
+    """The last fenced block of an answer in one of the languages (or none), or else all of it."""
+    names = "|".join(map(re.escape, languages))
+    found = re.findall(rf"```(?:{names})?[ \t]*\n(.*?)(?:```|\Z)", action, re.DOTALL | re.IGNORECASE)
+    return found[-1] if found else action
+
+
+def _cut(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}\n[...]\n{text[-SHOWN // 2 :]}"
+
+
+EMPTY = Step(observation="Your answer contained no code.", reward=0.0, verdict="no code")
+
+
+class PythonEnvironment:
+    """A HumanEval problem; an answer that fails its tests is told how."""
+
+    def __init__(self, problem: Problem):
+        self.id = problem.id
+        self._problem = problem
+
+    def reset(self) -> str:
+        return (
+            "Complete this Python function. Answer with the whole function in one ```python block."
+            f" It is tested, and you see what went wrong.\n\n```python\n{self._problem.prompt}```"
+        )
+
+    def step(self, action: str) -> Step:
+        code = block(action, "python", "py")
+        if not code.strip():
+            return EMPTY
+        # What stands above the function (imports, helpers) is kept; the answer defines it anew.
+        head = self._problem.prompt + "\n    pass\n"
+        result, finished = run_checked(f"{head}\n{code}{self._problem.check}")
+        verdict = verdict_of(result, finished)
+        if verdict == "passed":
+            return Step(observation="All tests passed.", reward=1.0, verdict=verdict)
+        seen = _cut(result.errors or result.output) or f"(no output; {verdict})"
+        return Step(observation=f"The tests failed ({verdict}):\n{seen}", reward=0.0, verdict=verdict)
+
+    def close(self) -> None:
+        pass
+
+
+# Runs in the box: the database is made anew, so that no action outlives its turn.
+_SQL = """
+import json, sqlite3
+task = json.load(open('task.json'))
+def rows(query):
+    database = sqlite3.connect(':memory:')
+    database.executescript(task['schema'])
+    return [list(row) for row in database.execute(query).fetchmany(1000)]
+expected = rows(task['solution'])
+try:
+    found = rows(task['query'])
+except Exception as error:
+    print(json.dumps({'error': str(error)}))
+else:
+    key = (lambda r: r) if task['ordered'] else (lambda r: sorted(r, key=repr))
+    print(json.dumps({'rows': found[:20], 'count': len(found), 'right': key(found) == key(expected)}))
+"""
+
+
+class SqlEnvironment:
+    """A question to an SQLite database; solved by a query that gives the rows of the solution."""
+
+    def __init__(self, id: str, schema: str, question: str, solution: str):
+        self.id = id
+        self._schema, self._question, self._solution = schema, question, solution
+
+    def reset(self) -> str:
+        return (
+            "Answer the question with one SQLite query in a ```sql block. You see what it returns.\n\n"
+            f"{self._schema}\nQuestion: {self._question}"
+        )
+
+    def step(self, action: str) -> Step:
+        query = block(action, "sql", "sqlite").strip().rstrip(";")
+        if not query:
+            return EMPTY
+        ordered = "order by" in self._solution.lower()
+        task = {"schema": self._schema, "solution": self._solution, "query": query, "ordered": ordered}
+        files = {"task.json": json.dumps(task), "main.py": _SQL}
+        result = run(["python", "-I", "-S", "main.py"], files=files, limits=LIMITS)
+        if result.code != 0:
+            return Step(observation="The query did not finish.", reward=0.0, verdict="time")
+        found = json.loads(result.output)
+        if "error" in found:
+            error = found["error"]
+            verdict = "syntax" if "syntax" in error else "name" if "no such" in error else "other error"
+            return Step(observation=f"Error: {error}", reward=0.0, verdict=verdict)
+        shown = _cut(f"{found['count']} rows:\n" + "\n".join(map(str, found["rows"])))
+        if found["right"]:
+            return Step(observation=f"Right. {shown}", reward=1.0, verdict="passed")
+        return Step(observation=f"Not the answer. {shown}", reward=0.0, verdict="wrong answer")
+
+    def close(self) -> None:
+        pass
+
+
+class BashEnvironment:
+    """A shell in a box whose files stay from turn to turn; solved when a check script succeeds."""
+
+    def __init__(self, id: str, task: str, files: Mapping[str, str], check: str):
+        self.id = id
+        self._task, self._files, self._check = task, dict(files), check
+        self._box: tempfile.TemporaryDirectory | None = None
+
+    def reset(self) -> str:
+        self.close()
+        self._box = tempfile.TemporaryDirectory(prefix="lemur-bash-", ignore_cleanup_errors=True)
+        for name, text in self._files.items():
+            path = pathlib.Path(self._box.name) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            # The box may run as another user.
+            path.chmod(0o666)
+            path.parent.chmod(0o777)
+        return (
+            "You have a Bash shell. Answer with commands in one ```bash block; you see their output."
+            f" Files stay between turns.\n\nTask: {self._task}"
+        )
+
+    def step(self, action: str) -> Step:
+        script = block(action, "bash", "sh", "shell")
+        if not script.strip():
+            return EMPTY
+        assert self._box is not None, "reset comes first"
+        result = run(["bash", "-c", script], directory=self._box.name, limits=LIMITS)
+        seen = _cut(result.output + result.errors) or "(no output)"
+        if result.timed_out:
+            return Step(observation=f"{seen}\n(stopped: out of time)", reward=0.0, verdict="time")
+        # Judged by a run of its own, so that nothing the agent started is there any more.
+        if run(["bash", "-c", self._check], directory=self._box.name, limits=LIMITS).code == 0:
+            return Step(observation=f"{seen}\nThe task is solved.", reward=1.0, verdict="passed")
+        verdict = "wrong answer" if result.code == 0 else "other error"
+        if "command not found" in result.errors or "No such file" in result.errors:
+            verdict = "name"
+        elif "syntax error" in result.errors:
+            verdict = "syntax"
+        return Step(observation=f"{seen}\n(exit code {result.code})", reward=0.0, verdict=verdict)
+
+    def close(self) -> None:
+        if self._box is not None:
+            self._box.cleanup()
+            self._box = None
+
+
+SCHEMA = """CREATE TABLE author (id INTEGER PRIMARY KEY, name TEXT, country TEXT, born INTEGER);
+CREATE TABLE book (id INTEGER PRIMARY KEY, title TEXT, author_id INTEGER, year INTEGER, pages INTEGER);
+INSERT INTO author VALUES (1,'Ada','UK',1815),(2,'Grace','US',1906),(3,'Alan','UK',1912),(4,'Edsger','NL',1930);
+INSERT INTO book VALUES (1,'Notes',1,1843,66),(2,'Flow',2,1952,120),(3,'Compilers',2,1955,310),
+  (4,'Machines',3,1936,36),(5,'Minds',3,1950,28),(6,'Discipline',4,1976,217);"""
+
+QUESTIONS = {
+    "count": ("How many books are there?", "SELECT count(*) FROM book"),
+    "filter": ("Titles of the books with more than 100 pages?", "SELECT title FROM book WHERE pages > 100"),
+    "join": (
+        "Titles of the books by authors from the UK?",
+        "SELECT title FROM book JOIN author ON author.id = author_id WHERE country = 'UK'",
+    ),
+    "group": (
+        "Each author's name with the number of books?",
+        "SELECT name, count(*) FROM author JOIN book ON author.id = author_id GROUP BY name",
+    ),
+    "order": ("All titles, the newest first?", "SELECT title FROM book ORDER BY year DESC"),
+}
+
+CHORES = {
+    "count": (
+        "Write the number of lines of log.txt to count.txt.",
+        {"log.txt": "a\nb\nc\nd\n"},
+        '[ "$(tr -d " \\n" < count.txt)" = 4 ]',
+    ),
+    "rename": (
+        "Rename every .txt file to .md.",
+        {"a.txt": "1", "b.txt": "2"},
+        '[ "$(ls)" = "$(printf "a.md\\nb.md")" ]',
+    ),
+    "errors": (
+        "Copy the lines of log.txt that contain ERROR to errors.txt.",
+        {"log.txt": "INFO x\nERROR y\nINFO z\nERROR w\n"},
+        '[ "$(cat errors.txt)" = "$(printf "ERROR y\\nERROR w")" ]',
+    ),
+    "sum": (
+        "Write the sum of the numbers in numbers.txt to sum.txt.",
+        {"numbers.txt": "3\n14\n15\n"},
+        '[ "$(tr -d " \\n" < sum.txt)" = 32 ]',
+    ),
+}
+
+
+def sql_environments() -> list[SqlEnvironment]:
+    return [
+        SqlEnvironment(f"sql/{name}", SCHEMA, question, query)
+        for name, (question, query) in QUESTIONS.items()
+    ]
+
+
+def bash_environments() -> list[BashEnvironment]:
+    return [BashEnvironment(f"bash/{name}", *chore) for name, chore in CHORES.items()]

@@ -1,0 +1,166 @@
+"""Agents, episodes with full traces, and what they add up to."""
+
+import collections
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.chat import Message, encode_chat
+from lemur_jax.evals.agents import environments
+from lemur_jax.evals.agents.environments import Environment, PythonEnvironment, Step
+from lemur_jax.evals.code import humaneval
+from lemur_jax.infer.chat import fit
+from lemur_jax.infer.complete import complete
+from lemur_jax.infer.sampling import Sampling
+from lemur_jax.infer.session import Session
+
+# A conversation to the next turn of the assistant.
+Agent = Callable[[Sequence[Message]], str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turn:
+    """An action of the agent and what came of it."""
+
+    action: str
+    step: Step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A whole episode."""
+
+    id: str
+    task: str
+    turns: tuple[Turn, ...]
+
+    @property
+    def solved_at(self) -> int | None:
+        """The turn, counted from 1, that solved it."""
+        return len(self.turns) if self.turns and self.turns[-1].step.reward >= 1 else None
+
+
+def session_agent(session: Session, *, max_new_tokens: int = 512, temperature: float = 0.0) -> Agent:
+    """Our model in process; the oldest turns are dropped when they no longer fit."""
+    tokenizer = session.need_tokenizer()
+    room = min(max_new_tokens, session.model.max_position_embeddings // 2)
+
+    def answer(messages: Sequence[Message]) -> str:
+        prompt, _ = encode_chat(tokenizer, fit(session, messages, room), add_generation_prompt=True)
+        sampling = Sampling(temperature=temperature)
+        (text,) = complete(session, [prompt], max_new_tokens=room, sampling=sampling, seeds=[len(messages)])
+        return text.text.strip()
+
+    return answer
+
+
+def endpoint_agent(
+    base_url: str, model: str, *, max_new_tokens: int = 512, temperature: float = 0.0
+) -> Agent:
+    """A model behind an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY.
+
+    Raises:
+      UserError: the client is not installed.
+    """
+    try:
+        from openai import OpenAI
+    except ImportError as error:
+        raise UserError("an endpoint needs the client: pip install openai") from error
+    client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+
+    def answer(messages: Sequence[Message]) -> str:
+        reply = client.chat.completions.create(
+            model=model, messages=list(messages), max_tokens=max_new_tokens, temperature=temperature
+        )
+        return (reply.choices[0].message.content or "").strip()
+
+    return answer
+
+
+def open_environments(names: Iterable[str], limit: int | None = None) -> list[Environment]:
+    """Environments of the kinds "python", "sql" and "bash".
+
+    Raises:
+      UserError: another kind.
+    """
+    makers: dict[str, Callable[[], Sequence[Environment]]] = {
+        "python": lambda: [PythonEnvironment(problem) for problem in humaneval()],
+        "sql": environments.sql_environments,
+        "bash": environments.bash_environments,
+    }
+    found: list[Environment] = []
+    for name in names:
+        if name not in makers:
+            raise UserError(f"unknown environment {name!r}: there are {', '.join(makers)}")
+        found += makers[name]()[:limit]
+    return found
+
+
+def run_episode(environment: Environment, agent: Agent, *, max_turns: int) -> Trace:
+    """Acts until the task is solved or the turns are used up."""
+    try:
+        task = environment.reset()
+        messages: list[Message] = [{"role": "user", "content": task}]
+        turns: list[Turn] = []
+        while len(turns) < max_turns:
+            action = agent(messages)
+            step = environment.step(action)
+            turns.append(Turn(action=action, step=step))
+            if step.reward >= 1:
+                break
+            messages += [
+                {"role": "assistant", "content": action},
+                {"role": "user", "content": step.observation},
+            ]
+        return Trace(id=environment.id, task=task, turns=tuple(turns))
+    finally:
+        environment.close()
+
+
+def success_by_turn(traces: Sequence[Trace], max_turns: int) -> list[float]:
+    """Percent solved within 1, 2, ... turns: what later turns add is the gain from feedback."""
+    return [
+        100 * sum((trace.solved_at or max_turns + 1) <= turn for trace in traces) / max(1, len(traces))
+        for turn in range(1, max_turns + 1)
+    ]
+
+
+def failure(trace: Trace) -> str | None:
+    """Why an episode failed: "repeated itself" if it did in the end, else its last verdict.
+
+    The verdicts: no code, syntax, name (of what does not exist), type, wrong answer, time, memory,
+    exited early, killed, other error.
+    """
+    if trace.solved_at is not None:
+        return None
+    if len(trace.turns) > 1 and trace.turns[-1].action == trace.turns[-2].action:
+        return "repeated itself"
+    return trace.turns[-1].step.verdict
+
+
+def table(traces: Sequence[Trace], max_turns: int) -> str:
+    """Success by turn for each kind of environment, and the failures."""
+    kinds = collections.defaultdict(list)
+    for trace in traces:
+        kinds[trace.id.partition("/")[0]].append(trace)
+    header = "".join(f"{f'turn {turn}':>9}" for turn in range(1, max_turns + 1))
+    lines = [f"{'solved, %':<14}{'episodes':>9}{header}"]
+    for kind, of_kind in kinds.items():
+        rates = "".join(f"{rate:9.1f}" for rate in success_by_turn(of_kind, max_turns))
+        lines.append(f"{kind:<14}{len(of_kind):>9}{rates}")
+    for kind, of_kind in kinds.items():
+        counts = collections.Counter(filter(None, map(failure, of_kind))).most_common()
+        if counts:
+            lines.append(f"{kind} failures: " + ", ".join(f"{name} {count}" for name, count in counts))
+    return "\n".join(lines)
+
+
+def to_json(traces: Sequence[Trace], max_turns: int) -> str:
+    """Every trace whole."""
+    whole = [
+        dataclasses.asdict(trace) | {"solved_at": trace.solved_at, "failure": failure(trace)}
+        for trace in traces
+    ]
+    return json.dumps({"max_turns": max_turns, "traces": whole}, indent=1)

@@ -1,0 +1,219 @@
+"""Our models in lm-evaluation-harness, as its model `lemur`.
+
+Tokenization, windows, truncation and stops are those of the harness's own `hf` model, so both give the
+same numbers for one checkpoint. One default differs: no bos is put in front (the paper's protocol);
+`add_bos=True` is the other way.
+
+Importing this module needs lm-eval (`pip install 'lemur_jax[eval]'`) and registers the model.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.chat import chat_template as template_of
+from lemur_jax.data.chat import render
+from lemur_jax.infer.generate import bucket, stream
+from lemur_jax.infer.sampling import Sampling
+from lemur_jax.infer.score import BATCH_TOKENS, score
+from lemur_jax.infer.session import Session, load, stop_ids
+from lemur_jax.parallel.mesh import parse_mesh
+
+try:
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+except ImportError as error:
+    raise UserError(f"the evaluation harness is missing ({error}): pip install 'lemur_jax[eval]'") from error
+
+
+@register_model("lemur")
+class LemurLM(TemplateLM):
+    """A session behind the harness's interface.
+
+    Args:
+      session: opened already; or else
+      checkpoint, mesh, dtype, step: as `lemur generate` takes them.
+      add_bos: put bos in front of every text.
+      batch_tokens: tokens of a batch, padding and room for generation included.
+      seed: of sampling, where a task samples.
+    """
+
+    def __init__(
+        self,
+        session: Session | None = None,
+        *,
+        checkpoint: str = "",
+        mesh: str = "",
+        dtype: str = "float32",
+        step: int | None = None,
+        add_bos: bool = False,
+        batch_tokens: int = BATCH_TOKENS,
+        seed: int = 0,
+        **ignored: Any,  # the harness passes batch_size, device and their like
+    ):
+        super().__init__()
+        self.session = session or load(checkpoint, parse_mesh(mesh), dtype, step)
+        self.tokenizer = self.session.need_tokenizer()
+        self.add_bos = add_bos
+        self.batch_tokens = int(batch_tokens)
+        self.seed = seed
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.tokenizer.bos_id
+
+    @property
+    def max_length(self) -> int:
+        return self.session.model.max_position_embeddings
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"lemur-{self.tokenizer.digest[:16]}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """Ids of a text in which control tokens may be spelled out, as the harness's templates do."""
+        ids = encode_with_control(self.tokenizer, string)
+        bos = self.add_bos if add_special_tokens is None else add_special_tokens and self.add_bos
+        return [self.tokenizer.bos_id, *ids] if bos and ids[:1] != [self.tokenizer.bos_id] else ids
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
+        """[(texts, context ids, continuation ids)] to [(log-likelihood in nats, is greedy)]."""
+        pairs = []
+        for _, context, continuation in requests:
+            tokens = [*context, *continuation][-(self.max_length + 1) :]
+            cut = len(tokens) - len(continuation)
+            pairs.append((tokens[:cut], tokens[cut:]))
+        found = score(self.session, pairs, batch_tokens=self.batch_tokens)
+        results = [(item.total, all(item.greedy)) for item in found]
+        for (texts, _, _), result in zip(requests, results, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, result)
+        return results
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, cut into windows of the model's length."""
+        windows, owners = [], []
+        for index, request in enumerate(requests):
+            (text,) = request.args
+            cut = utils.get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            for context, continuation in map(utils.make_disjoint_window, cut):
+                windows.append((None, context, continuation))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        for owner, (total, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += total
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to the first stop string, without it."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(index)
+        answers: dict[int, str] = {}
+        for members in groups.values():
+            options = normalize_gen_kwargs(requests[members[0]].args[1])
+            for batch, prompts in self._generation_batches(requests, members, options["max_gen_toks"]):
+                for index, answer in zip(batch, self._generate(prompts, options, batch), strict=True):
+                    answers[index] = answer
+                    self.cache_hook.add_partial("generate_until", requests[index].args, answer)
+        return [answers[index] for index in range(len(requests))]
+
+    def _generation_batches(self, requests, members: list[int], room: int):
+        """Batches of (request indices, prompts), longest prompts first, each of one bucket of lengths."""
+        longest = self.max_length - room
+        if longest < 1:
+            raise UserError(
+                f"a task wants {room} new tokens, the model's max_position_embeddings are {self.max_length}"
+            )
+        prompts = {index: self.tok_encode(requests[index].args[0])[-longest:] for index in members}
+        prompts = {index: ids or [self.prefix_token_id] for index, ids in prompts.items()}
+        order = sorted(members, key=lambda index: -len(prompts[index]))
+        while order:
+            length = bucket(len(prompts[order[0]])) + room
+            size = max(1, self.batch_tokens // length)
+            batch, order = order[:size], order[size:]
+            yield batch, [prompts[index] for index in batch]
+
+    def _generate(self, prompts: list[list[int]], options: dict[str, Any], seeds: Sequence[int]) -> list[str]:
+        stops = [stop for stop in options.get("until") or [] if stop]
+        greedy = not options.get("do_sample") or not options.get("temperature")
+        sampling = Sampling(
+            temperature=0.0 if greedy else options["temperature"],
+            top_p=options.get("top_p", 1.0),
+            top_k=options.get("top_k", 0) or 0,
+            repetition_penalty=options.get("repetition_penalty", 1.0),
+            seed=self.seed,
+        )
+        ids: list[list[int]] = [[] for _ in prompts]
+        done = [False] * len(prompts)
+        pieces = stream(
+            self.session,
+            prompts,
+            max_new_tokens=options["max_gen_toks"],
+            stop_ids=stop_ids(self.tokenizer),
+            sampling=sampling,
+            seeds=list(seeds),
+            chunk=32,
+        )
+        for piece in pieces:
+            for row, part in enumerate(piece):
+                ids[row] += part.content
+                done[row] = bool(part.finish_reason) or done[row] or self._stopped(ids[row], stops)
+            # Stop strings are the host's business: the devices go on until every row has met one.
+            if all(done):
+                break
+        return [postprocess_generated_text(self._decode(row), stops, None) for row in ids]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special=True)
+
+    def _stopped(self, ids: list[int], stops: list[str]) -> bool:
+        text = self._decode(ids)
+        return any(stop in text for stop in stops)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return template_of(self.tokenizer) if chat_template else None
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as text; without a generation prompt its last turn is left open."""
+        pieces = render(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
+        text = "".join(piece.text for piece in pieces)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
+
+
+def encode_with_control(tokenizer, text: str) -> list[int]:
+    """Ids of a text whose control tokens are spelled out; plain text goes through the model alone.
+
+    For text that a program of ours or the harness rendered, never for what a user typed.
+    """
+    ids: list[int] = []
+    for position, part in enumerate(_control_tokens(tuple(tokenizer.control_tokens)).split(text)):
+        if part in tokenizer.control_tokens:
+            ids.append(tokenizer.control_tokens[part])
+        elif part:
+            # The dummy space goes in front of text that opens the whole alone.
+            ids += tokenizer.encode(part, prefix=position == 0)
+    return ids
+
+
+@functools.lru_cache(maxsize=16)
+def _control_tokens(names: tuple[str, ...]) -> re.Pattern[str]:
+    # Longest first: one token may begin with another. The group keeps them in the split.
+    return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")

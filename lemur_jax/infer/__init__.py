@@ -1,0 +1,1 @@
+"""Inference on the training mesh: prefill and decode, sampling, streaming, chat."""

@@ -1,0 +1,119 @@
+"""Conversation with a chat model: history, its template, answers as they come."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from lemur_jax.data.chat import Message, encode_chat
+from lemur_jax.infer.generate import stream
+from lemur_jax.infer.sampling import Sampling
+from lemur_jax.infer.session import Session, stop_ids
+from lemur_jax.infer.text import stream_text
+
+HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C cuts an answer short"
+
+
+def reply(
+    session: Session,
+    messages: Sequence[Message],
+    *,
+    max_new_tokens: int = 512,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Iterator[str]:
+    """The assistant's next turn, streamed as text without the token that ends it.
+
+    Args:
+      messages: the conversation so far, the user's turn last.
+      sampling: default greedy.
+      seed: this turn's own; see `Sampling.seed`.
+
+    Raises:
+      UserError: there is no tokenizer or it is not a chat model's, or the conversation and
+        `max_new_tokens` are longer than the model's `max_position_embeddings`.
+    """
+    tokenizer = session.need_tokenizer()
+    prompt, _ = encode_chat(tokenizer, messages, add_generation_prompt=True)
+    pieces = stream(
+        session,
+        [prompt],
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids(tokenizer),
+        sampling=sampling,
+        seeds=[seed],
+    )
+    yield from stream_text(tokenizer, prompt, (piece.content for (piece,) in pieces))
+
+
+def fit(session: Session, messages: Sequence[Message], max_new_tokens: int) -> list[Message]:
+    """The newest turns of a conversation that leave room for an answer; a system turn is always kept.
+
+    What is kept begins with a user's turn. A conversation is returned with at least its last turn,
+    though that alone may be too long.
+    """
+    head = [message for message in messages[:1] if message["role"] == "system"]
+    turns = list(messages[len(head) :])
+    room = session.model.max_position_embeddings - max_new_tokens
+
+    def length() -> int:
+        return len(encode_chat(session.need_tokenizer(), [*head, *turns], add_generation_prompt=True)[0])
+
+    while len(turns) > 1 and (turns[0]["role"] != "user" or length() > room):
+        del turns[0]
+    return head + turns
+
+
+def converse(
+    session: Session,
+    lines: Iterable[str],
+    write: Callable[[str], None],
+    *,
+    system: str = "",
+    max_new_tokens: int = 512,
+    sampling: Sampling | None = None,
+) -> list[Message]:
+    """A whole conversation: each line is a user's turn, answers are written as they come.
+
+    Args:
+      lines: the user's turns, e.g. typed; blank ones are passed over. See `HELP` for commands.
+      write: takes text, e.g. `print(text, end="", flush=True)`.
+      system: text of a system turn in front; "": none.
+
+    Returns:
+      The messages in the end.
+
+    Raises:
+      UserError: as `reply`.
+    """
+    start: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    for turn, line in enumerate(map(str.strip, lines)):
+        if line == "/exit":
+            break
+        if line == "/help":
+            write(HELP + "\n")
+        elif line == "/reset":
+            messages = list(start)
+            write("(forgotten)\n")
+        elif line:
+            asked = [*messages, {"role": "user", "content": line}]
+            messages = fit(session, asked, max_new_tokens)
+            if dropped := len(asked) - len(messages):
+                write(f"(the first {dropped} turns no longer fit the model's context and are forgotten)\n")
+            answer = _write_answer(
+                reply(session, messages, max_new_tokens=max_new_tokens, sampling=sampling, seed=turn), write
+            )
+            messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def _write_answer(pieces: Iterator[str], write: Callable[[str], None]) -> str:
+    """Writes the pieces, and returns them joined; Ctrl-C keeps what came until then."""
+    answer = ""
+    try:
+        for piece in pieces:
+            piece = piece if answer else piece.lstrip()
+            write(piece)
+            answer += piece
+    except KeyboardInterrupt:
+        write(" (cut short)")
+    write("\n")
+    return answer.strip()

@@ -1,0 +1,144 @@
+"""A model that is ready to generate: parameters on a mesh, tokenizer, compiled functions."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from lemur_jax.checkpoint import manager
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.infer.programs import Programs, programs
+from lemur_jax.models import llama
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.llama import Compute, Params
+from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.parallel.rules import param_shardings
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+    """Everything that generation needs.
+
+    Attributes:
+      model: the architecture.
+      compute: dtype, attention and mesh.
+      tokenizer: None where only ids are used.
+      params: the parameter tree on the mesh, in the compute dtype.
+      programs: the compiled prefill and decode.
+    """
+
+    model: LlamaConfig
+    compute: Compute
+    tokenizer: Tokenizer | None
+    params: Params
+    programs: Programs
+
+    @property
+    def mesh(self) -> Mesh:
+        assert self.compute.mesh is not None  # `make_session` gives one
+        return self.compute.mesh
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer, for those who cannot do without.
+
+        Raises:
+          UserError: there is none.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                "this checkpoint holds no tokenizer: import it again from a directory that has"
+                " tokenizer.model or tokenizer.json, or generate from token ids in Python"
+            )
+        return self.tokenizer
+
+
+def load(
+    checkpoint: epath.PathLike,
+    mesh_sizes: Mapping[str, int],
+    dtype: str,
+    step: int | None = None,
+    *,
+    attention: str = "auto",
+    devices: Sequence[jax.Device] | None = None,
+) -> Session:
+    """Opens a checkpoint for generation; each device reads its own shards alone.
+
+    Args:
+      checkpoint: checkpoint directory, or a workdir that holds one; local or gs://.
+      mesh_sizes: sizes of the mesh axes, e.g. `config.mesh`; one may be -1.
+      dtype: of parameters, activations and cache: "float32", "bfloat16" or "float16".
+      step: which checkpoint; None: the newest.
+      attention: a name in `models.attention.IMPLEMENTATIONS`, for the prefill.
+      devices: default `jax.devices()`.
+
+    Raises:
+      UserError: no checkpoint there, a damaged one, or a mesh that does not fit the model.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"cannot generate in dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    metadata = manager.read_metadata(checkpoint, step)
+    model = LlamaConfig.from_dict(metadata["model"])
+    files = manager.tokenizer_files(metadata)
+    mesh = make_mesh(mesh_sizes, devices)
+    wanted = abstract_params(model, mesh, dtype)
+    params = manager.restore_params(checkpoint, wanted, metadata["step"])
+    # Weights can be imported without a tokenizer; then only ids can be used.
+    tokenizer = Tokenizer.from_files(files) if files else None
+    return make_session(model, params, mesh, dtype, tokenizer=tokenizer, attention=attention)
+
+
+def make_session(
+    model: LlamaConfig,
+    params: Params,
+    mesh: Mesh,
+    dtype: str,
+    *,
+    tokenizer: Tokenizer | None = None,
+    attention: str = "auto",
+) -> Session:
+    """A session from parameters at hand, e.g. those of a run in training.
+
+    Args:
+      params: arrays of any dtype, anywhere; moved and cast as needed.
+
+    Raises:
+      UserError: the mesh does not fit the model.
+    """
+    if mesh.shape["sequence"] > 1:
+        raise UserError(
+            f"generation cannot cut the sequence: mesh axis sequence is {mesh.shape['sequence']}, set it to 1"
+            " and use fsdp or tensor instead"
+        )
+    wanted = abstract_params(model, mesh, dtype)
+    # Nothing is copied where dtype and place are right already.
+    params = jax.tree.map(lambda x, want: jax.device_put(x.astype(want.dtype), want.sharding), params, wanted)
+    compute = Compute(dtype=dtype, attention=attention, mesh=mesh)
+    return Session(
+        model=model,
+        compute=compute,
+        tokenizer=tokenizer,
+        params=params,
+        programs=programs(model, compute),
+    )
+
+
+def abstract_params(model: LlamaConfig, mesh: Mesh, dtype: str) -> Params:
+    """The parameter tree as ShapeDtypeStructs with shardings; nothing is allocated.
+
+    Raises:
+      UserError: the mesh does not fit the model.
+    """
+    params = llama.abstract_params(model, dtype)
+    shardings = param_shardings(mesh, params, llama.logical_axes(model))
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), params, shardings)
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids after which an answer is over: ChatML's `<|im_end|>` if there is one, and eos."""
+    ends = [tokenizer.control_tokens[token] for token in ("<|im_end|>",) if token in tokenizer.control_tokens]
+    return (*ends, tokenizer.eos_id)

@@ -1,0 +1,107 @@
+"""The smoke test that a slice runs before anything else: load, generate, compare, time."""
+
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.infer.generate import generate
+from lemur_jax.infer.session import Session
+
+NEW_TOKENS = 48
+
+# Prompts of different lengths: a ragged batch.
+PROMPTS = (
+    "def",
+    "import os\n\nclass Path:\n    def __init__(self, name):\n        self.name = name\n",
+    "The with statement is used to wrap the execution of a block with methods defined by a context manager.",
+    "for i in range(10):",
+)
+
+
+def smoke(session: Session, hf_dir: str = "", say: Callable[[str], None] = print) -> None:
+    """Generates greedily on the session's mesh and checks what can be checked.
+
+    The first run of `NEW_TOKENS` compiles, the second is timed; both must give the same tokens. With
+    `hf_dir` and `transformers` at hand, the tokens are compared with those of the exported model.
+
+    Args:
+      session: a loaded model with its tokenizer.
+      hf_dir: the same model as a Hugging Face directory, or "".
+      say: gets the findings, one line each.
+
+    Raises:
+      UserError: tokens differ from one run to the next, or from transformers'.
+    """
+    tokenizer = session.need_tokenizer()
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+    first = generate(session, prompts, max_new_tokens=NEW_TOKENS, stop_ids=())
+    started = time.perf_counter()
+    second = generate(session, prompts, max_new_tokens=NEW_TOKENS, stop_ids=())
+    seconds = time.perf_counter() - started
+    if [completion.tokens for completion in first] != [completion.tokens for completion in second]:
+        raise UserError(
+            "smoke test failed: two greedy runs gave different tokens on this mesh; check the devices"
+        )
+
+    axes = (
+        " × ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items() if size > 1) or "one device"
+    )
+    say(
+        f"{len(prompts)} prompts × {NEW_TOKENS} tokens on {session.mesh.size} {jax.devices()[0].platform} devices"
+        f" ({axes}): {len(prompts) * NEW_TOKENS / seconds:,.0f} tokens/s, {_memory(session)}"
+    )
+    if hf_dir:
+        expected = _transformers_tokens(hf_dir, prompts)
+        if expected is None:
+            say(
+                "not compared with transformers: it or torch is not installed (pip install transformers torch==2.13.0)"
+            )
+            return
+        for prompt, ours, theirs in zip(PROMPTS, first, expected, strict=True):
+            if list(ours.tokens) != theirs:
+                position = next(i for i, (a, b) in enumerate(zip(ours.tokens, theirs, strict=True)) if a != b)
+                raise UserError(
+                    f"smoke test failed: after {prompt[:20]!r} the token at position {position} is"
+                    f" {ours.tokens[position]}, transformers' on {hf_dir} is {theirs[position]}"
+                )
+        say(f"all {sum(map(len, expected))} greedy tokens equal transformers' on {hf_dir}")
+
+
+def _memory(session: Session) -> str:
+    """The largest share of the parameters that one device holds, and its memory in use where it tells."""
+    held: dict[jax.Device, int] = {}
+    for leaf in jax.tree.leaves(session.params):
+        for shard in leaf.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    text = f"{max(held.values()) / 2**20:,.1f} MiB of parameters a device"
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_in_use" in stats:
+        text += f", {stats['bytes_in_use'] / 2**30:,.2f} GiB in use"
+    return text
+
+
+def _transformers_tokens(hf_dir: str, prompts: list[list[int]]) -> list[list[int]] | None:
+    """Greedy tokens of transformers in float32, one prompt at a time; None where it is not installed."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return None
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+    expected = []
+    for prompt in prompts:
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
+            do_sample=False,
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            # Neither side stops early: every position is compared.
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        expected.append(np.asarray(out[0, len(prompt) :]).tolist())
+    return expected

@@ -1,0 +1,1 @@
+"""The Llama model: its shape, its presets, its forward pass and its cache."""

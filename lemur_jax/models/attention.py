@@ -1,0 +1,110 @@
+"""Causal self-attention over packed rows.
+
+Axis legend: B batch, T query position, S key position, H query heads, K key heads, G queries a key
+head (H = K·G), N head width.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.parallel.rules import constrain
+
+# Query positions whose scores exist at a time; a block sees only the keys up to its own end, which
+# saves up to half of the causal square.
+BLOCK = 128
+
+
+def grouped_attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
+    """Softmax attention with grouped keys and an explicit mask.
+
+    Args:
+      query: [B, T, H, N], already rotated.
+      key, value: [B, S, K, N], keys already rotated; H must be a multiple of K.
+      visible: bool, broadcastable to [B, 1, 1, T, S]: which keys a query sees.
+
+    Returns:
+      [B, T, H, N] in query's dtype. Scores and softmax are float32. A query that sees no key gets
+      the mean of the values (its row carries no loss).
+    """
+    B, T, H, N = query.shape
+    K = key.shape[2]
+    precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    grouped = query.reshape(B, T, K, H // K, N) * jnp.asarray(N**-0.5, query.dtype)
+    scores = jnp.einsum(
+        "BTKGN,BSKN->BKGTS", grouped, key, precision=precision, preferred_element_type=jnp.float32
+    )
+    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    out = jnp.einsum("BKGTS,BSKN->BTKGN", weights, value, precision=precision)
+    return out.reshape(B, T, H, N)
+
+
+def xla_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, mesh: Mesh | None
+) -> jax.Array:
+    """Causal attention inside segments, in blocks of queries.
+
+    Args:
+      query: [B, T, H, N]; key, value: [B, T, K, N]; all rotated.
+      segment_ids: int32 [B, T]; documents packed in a row do not see each other.
+      mesh: the device mesh, or None. With a `sequence` axis above 1 the queries stay cut over it and
+        every device gathers the keys.
+
+    Returns:
+      [B, T, H, N].
+    """
+    T = query.shape[1]
+    positions = jnp.arange(T)
+
+    def attend(start: int, stop: int) -> jax.Array:
+        rows, columns = positions[start:stop], positions[:stop]
+        causal = rows[:, None] >= columns[None, :]
+        same = segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
+        visible = (causal & same)[:, None, None]
+        return grouped_attention(query[:, start:stop], key[:, :stop], value[:, :stop], visible)
+
+    if mesh is not None and mesh.shape["sequence"] > 1:
+        key = constrain(key, mesh, "batch", "keys", "kv_heads", "head_dim")
+        value = constrain(value, mesh, "batch", "keys", "kv_heads", "head_dim")
+        return attend(0, T)
+    if T <= BLOCK:
+        return attend(0, T)
+    # Scores of a block are computed again in the backward pass rather than kept.
+    block = jax.checkpoint(attend, static_argnums=(0, 1))
+    out = jnp.concatenate([block(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)], axis=1)
+    return checkpoint_name(out, "attention_out")
+
+
+def _splash_attention(query, key, value, segment_ids, mesh) -> jax.Array:
+    # Pallas costs half a second to import, and only TPU runs need it.
+    from lemur_jax.models.splash import splash_attention
+
+    return splash_attention(query, key, value, segment_ids, mesh)
+
+
+# name -> (query, key, value, segment ids, mesh) -> mixed values
+IMPLEMENTATIONS: dict[str, Callable] = {"xla": xla_attention, "splash": _splash_attention}
+
+
+def attention(implementation: str, mesh: Mesh | None = None) -> Callable:
+    """The attention function named in `config.compute.attention`.
+
+    Args:
+      implementation: "auto" takes what fits the mesh's devices: splash on TPU, xla elsewhere.
+      mesh: the device mesh, of real or of described devices; None: the default device.
+
+    Raises:
+      UserError: no implementation has that name.
+    """
+    if implementation == "auto":
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        implementation = "splash" if platform == "tpu" and mesh is not None else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        names = ", ".join(["auto", *IMPLEMENTATIONS])
+        raise UserError(f"unknown config.compute.attention {implementation!r}: it must be one of {names}")
+    return IMPLEMENTATIONS[implementation]

@@ -1,0 +1,79 @@
+"""Products with fully sharded weights whose gradient is reduced by an all-to-all and a local sum.
+
+Left to itself, XLA:TPU reduces a weight's gradient over all of `fsdp` by an all-reduce of the whole matrix
+that computation waits for, and then throws all but one slice away: 5 to 10% of a 70B step on a v4-512.
+Here every device sends each slice of its own part of the gradient to the device that keeps that slice, which
+adds up what it gets in float32. That is more traffic on the wires, but the TPU sends it beside the computation,
+and bfloat16 is rounded once instead of at every hop.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lemur_jax.parallel.rules import constrain, spec
+
+
+def gathered(param: jax.Array, axes: tuple[str, ...], mesh: Mesh | None, dtype) -> jax.Array:
+    """The matrix in `dtype`, whole along `fsdp`.
+
+    Cast first, so that half the bytes travel; the constraint makes the partitioner gather the weights rather
+    than reduce activations.
+    """
+    return constrain(param.astype(dtype), mesh, *("width" if axis == "embed" else axis for axis in axes))
+
+
+def product(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """An einsum in the dtype of its inputs; float32 is not cut to bfloat16 on accelerators."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, weight, precision=precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def sharded_product(
+    equation: str, axes: tuple[str, ...], mesh: Mesh, x: jax.Array, param: jax.Array
+) -> jax.Array:
+    """`product(equation, x, gathered(param))`, with the gradient of `param` reduced as above.
+
+    Args:
+      equation: einsum with the batch B first in `x` and in the result, e.g. "BTD,DF->BTF".
+      axes: logical axes of `param`, one of them "embed".
+      mesh: the device mesh; its `data` × `fsdp` must divide B.
+      x: activations, sharded over the batch.
+      param: the master weight.
+    """
+    return product(equation, x, gathered(param, axes, mesh, x.dtype))
+
+
+def _forward(equation, axes, mesh, x, param):
+    # The whole weight is gathered again in the backward pass rather than kept.
+    return sharded_product(equation, axes, mesh, x, param), (x, param)
+
+
+def _backward(equation, axes, mesh, saved, upstream):
+    x, param = saved
+    inputs, result = equation.split("->")
+    left, right = inputs.split(",")
+    back = product(f"{result},{right}->{left}", upstream, gathered(param, axes, mesh, x.dtype))
+
+    def by_device(array):  # [B, ...] -> [data, fsdp, B / (data · fsdp), ...]
+        return array.reshape(mesh.shape["data"], mesh.shape["fsdp"], -1, *array.shape[1:])
+
+    own = product(f"XY{left},XY{result}->XY{right}", by_device(x), by_device(upstream))
+    placed = spec(mesh, axes, param.shape)
+    whole = (None if axis == "embed" else where for axis, where in zip(axes, placed, strict=True))
+    own = _place(own, mesh, "data", "fsdp", *whole)
+    slices = _place(own, mesh, "data", None, *placed)
+    gradient = jnp.sum(slices.astype(jnp.float32), axis=(0, 1)).astype(param.dtype)
+    # Nobody goes on before both are there, so the scheduler puts the exchange beside the product `back`; else it
+    # starts every exchange of a layer at the layer's end, where too little is left to hide it.
+    return jax.lax.optimization_barrier((back, _place(gradient, mesh, *placed)))
+
+
+def _place(array: jax.Array, mesh: Mesh, *entries) -> jax.Array:
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*entries)))
+
+
+sharded_product.defvjp(_forward, _backward)

@@ -1,0 +1,319 @@
+"""Llama as a Flax NNX module, its parameters as a plain nested dict.
+
+Axis legend: B batch, T position, D model, H query heads, K key heads, N head width, F mlp,
+V vocabulary, L layers.
+
+The module says what the parameters are and how they are used; outside of it (optimizer, checkpoint,
+conversion) parameters are a nested dict of arrays with layers stacked on a leading axis L.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from lemur_jax.models.attention import attention
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.linear import gathered, product, sharded_product
+from lemur_jax.models.remat import rematerialize
+from lemur_jax.models.rope import rotary_angles, rotate, rotate_by_matmul
+from lemur_jax.parallel import compiler_flags
+from lemur_jax.parallel.rules import constrain
+
+Params = dict[str, Any]
+# (query [B,T,H,N], key [B,T,K,N], value [B,T,K,N], cache, layer index) -> ([B,T,H,N], cache)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the model is computed; none of it changes the result beyond rounding.
+
+    Attributes:
+      dtype: of activations and of matmul inputs ("float32", "bfloat16").
+      remat: a name in `models.remat.POLICIES`.
+      attention: "auto" or a name in `models.attention.IMPLEMENTATIONS`.
+      loss_chunk: positions whose logits exist at a time; 0: all at once.
+      mesh: where activations are sharded; None: wherever XLA puts them.
+    """
+
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "auto"
+    loss_chunk: int = 0
+    mesh: Mesh | None = None
+
+    @property
+    def on_tpu(self) -> bool:
+        """Whether the mesh is of TPU devices, real or described."""
+        return self.mesh is not None and self.mesh.devices.flat[0].platform == "tpu"
+
+    @property
+    def exchanges_gradients(self) -> bool:
+        """Whether weight gradients are reduced by all-to-alls over `fsdp` (models/linear.py)."""
+        if self.mesh is None or self.mesh.shape["fsdp"] == 1:
+            return False
+        return compiler_flags.exchanges_gradients(self.mesh.devices.flat[0].device_kind)
+
+    @classmethod
+    def from_config(cls, options: Mapping[str, Any], mesh: Mesh | None) -> "Compute":
+        """From `config.compute`."""
+        return cls(
+            dtype=options["dtype"],
+            remat=options["remat"],
+            attention=options["attention"],
+            loss_chunk=options["loss_chunk"],
+            mesh=mesh,
+        )
+
+
+class RMSNorm(nnx.Module):
+    """Zhang & Sennrich 2019: x / rms(x) · scale, statistics in float32."""
+
+    def __init__(self, config: LlamaConfig, compute: Compute):
+        self.compute = compute
+        self.epsilon = config.rms_norm_eps
+        self.scale = nnx.Param(jnp.ones((config.hidden_size,)), axes=("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        out = (wide * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
+        # On TPU the norm would be computed again inside each matmul that reads it, tile by tile.
+        return jax.lax.optimization_barrier(out) if self.compute.on_tpu else out
+
+
+class Projections(nnx.Module):
+    """A module of matrices that are gathered from `fsdp` and cast just before use."""
+
+    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
+        self.compute = compute
+        self._initialize = functools.partial(_normal, rngs, config.initializer_range)
+
+    def weight(self, param: nnx.Param) -> jax.Array:
+        """The matrix in the compute dtype, whole along `fsdp`."""
+        return gathered(param.get_value(), param.axes, self.compute.mesh, self.compute.dtype)
+
+    def einsum(self, equation: str, x: jax.Array, param: nnx.Param) -> jax.Array:
+        if self.compute.exchanges_gradients:
+            return sharded_product(equation, param.axes, self.compute.mesh, x, param.get_value())
+        return product(equation, x, self.weight(param))
+
+
+def _normal(rngs: nnx.Rngs, scale: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape), axes=axes)
+
+
+class Attention(Projections):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
+        super().__init__(config, compute, rngs)
+        D, H, K, N = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.query = self._initialize((D, H, N), ("embed", "heads", "head_dim"))
+        self.key = self._initialize((D, K, N), ("embed", "kv_heads", "head_dim"))
+        self.value = self._initialize((D, K, N), ("embed", "kv_heads", "head_dim"))
+        self.out = self._initialize((H, N, D), ("heads", "head_dim", "embed"))
+
+    def __call__(self, x: jax.Array, angles, attend: Callable) -> tuple[jax.Array, Any]:
+        """[B, T, D] -> ([B, T, D], whatever cache `attend` returns)."""
+        mesh = self.compute.mesh
+        turn = rotate_by_matmul if self.compute.on_tpu else rotate
+        query = turn(self.einsum("BTD,DHN->BTHN", x, self.query), angles)
+        key = turn(self.einsum("BTD,DKN->BTKN", x, self.key), angles)
+        value = self.einsum("BTD,DKN->BTKN", x, self.value)
+        query = constrain(query, mesh, "batch", "length", "heads", "head_dim")
+        key = constrain(key, mesh, "batch", "length", "kv_heads", "head_dim")
+        value = constrain(value, mesh, "batch", "length", "kv_heads", "head_dim")
+        query = checkpoint_name(query, "query")
+        key, value = checkpoint_name(key, "key_value"), checkpoint_name(value, "key_value")
+        mixed, cache = attend(query, key, value)
+        return self.einsum("BTHN,HND->BTD", mixed, self.out), cache
+
+
+class MLP(Projections):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
+        super().__init__(config, compute, rngs)
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate = self._initialize((D, F), ("embed", "mlp"))
+        self.up = self._initialize((D, F), ("embed", "mlp"))
+        self.down = self._initialize((F, D), ("mlp", "embed"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        gate = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.gate), "mlp_in")
+        up = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.up), "mlp_in")
+        hidden = jax.nn.silu(gate) * up
+        hidden = constrain(hidden, self.compute.mesh, "batch", "length", "mlp")
+        return self.einsum("BTF,FD->BTD", hidden, self.down)
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
+        self.compute = compute
+        self.attention_norm = RMSNorm(config, compute)
+        self.attention = Attention(config, compute, rngs)
+        self.mlp_norm = RMSNorm(config, compute)
+        self.mlp = MLP(config, compute, rngs)
+
+    def __call__(self, x: jax.Array, angles, attend: Callable) -> tuple[jax.Array, Any]:
+        """[B, T, D] -> ([B, T, D], cache)."""
+        mixed, cache = self.attention(self.attention_norm(x), angles, attend)
+        x = constrain(x + mixed, self.compute.mesh, "batch", "length", "width")
+        x = checkpoint_name(x, "residual")
+        x = constrain(x + self.mlp(self.mlp_norm(x)), self.compute.mesh, "batch", "length", "width")
+        return x, cache
+
+
+class Embedding(Projections):
+    """Token embedding [V, D]; also the head of a tied model."""
+
+    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
+        super().__init__(config, compute, rngs)
+        self.embedding = self._initialize((config.vocab_size, config.hidden_size), ("vocab", "embed"))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int32 [B, T] -> [B, T, D]."""
+        x = jnp.take(self.weight(self.embedding), tokens, axis=0, mode="clip")
+        return constrain(x, self.compute.mesh, "batch", "length", "width")
+
+
+class Head(Projections):
+    """Output projection [D, V] of an untied model."""
+
+    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
+        super().__init__(config, compute, rngs)
+        self.kernel = self._initialize((config.hidden_size, config.vocab_size), ("embed", "vocab"))
+
+
+class Llama(nnx.Module):
+    """The decoder. `self.layers` is one `Block` whose parameters carry a leading axis L."""
+
+    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
+        self.config = config
+        self.compute = compute
+        self.embed = Embedding(config, compute, rngs)
+        make = nnx.vmap(lambda rngs: Block(config, compute, rngs), in_axes=0, out_axes=0)
+        self.layers = make(rngs.split(config.num_hidden_layers))
+        self.final_norm = RMSNorm(config, compute)
+        if not config.tie_word_embeddings:
+            self.head = Head(config, compute, rngs)
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, attend: Attend, cache: Any = ()
+    ) -> tuple[jax.Array, Any]:
+        """Tokens to final hidden states.
+
+        Args:
+          tokens, positions: int32 [B, T].
+          attend: attention over (query, key, value, cache, layer index); see `packed` for training.
+          cache: pytree carried through the layers, e.g. keys and values [L, ...]; () without one.
+
+        Returns:
+          Hidden states [B, T, D] after the final norm, and the cache.
+        """
+        x = self.embed(tokens)
+        angles = rotary_angles(self.config, positions)
+        graph, stacked = nnx.split(self.layers)
+
+        def body(carry, layer):
+            x, cache, index = carry
+            block = nnx.merge(graph, layer)
+            x = checkpoint_name(x, "layer_in")
+            x, cache = block(x, angles, lambda q, k, v: attend(q, k, v, cache, index))
+            return (x, cache, index + 1), None
+
+        body = rematerialize(body, self.compute.remat)
+        (x, cache, _), _ = jax.lax.scan(body, (x, cache, jnp.int32(0)), stacked)
+        return self.final_norm(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[B, T, D] -> float32 [B, T, V]."""
+        if self.config.tie_word_embeddings:
+            kernel, equation = self.embed.weight(self.embed.embedding), "BTD,VD->BTV"
+        else:
+            kernel, equation = self.head.weight(self.head.kernel), "BTD,DV->BTV"
+        precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+        out = jnp.einsum(equation, hidden, kernel, precision=precision, preferred_element_type=jnp.float32)
+        return constrain(out, self.compute.mesh, "batch", "length", "vocab")
+
+    def packed(self, segment_ids: jax.Array) -> Attend:
+        """Attention for training: causal inside each segment of int32 [B, T], no cache."""
+        implementation = attention(self.compute.attention, self.compute.mesh)
+
+        def attend(query, key, value, cache, index):
+            return implementation(query, key, value, segment_ids, self.compute.mesh), cache
+
+        return attend
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract(config: LlamaConfig, compute: Compute):
+    """(graph definition, abstract state) of a model; no array is made."""
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, compute, nnx.Rngs(0))))
+
+
+def bind(config: LlamaConfig, compute: Compute, params: Params) -> Llama:
+    """The module with these parameters in it."""
+    graph, state = _abstract(config, compute)
+    state = nnx.clone(state)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def abstract_params(config: LlamaConfig, dtype: str = "float32") -> Params:
+    """The parameter tree as ShapeDtypeStructs."""
+    tree = nnx.to_pure_dict(_abstract(config, Compute())[1])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), tree)
+
+
+def logical_axes(config: LlamaConfig) -> dict[str, Any]:
+    """The parameter tree with a tuple of logical axis names at each leaf."""
+    axes: dict[str, Any] = {}
+    for path, param in nnx.to_flat_state(_abstract(config, Compute())[1]):
+        node = axes
+        for key in path[:-1]:
+            node = node.setdefault(str(key), {})
+        node[str(path[-1])] = (("layers",) if path[0] == "layers" else ()) + tuple(param.axes)
+    return axes
+
+
+def init_params(config: LlamaConfig, key: jax.Array, dtype: str = "float32") -> Params:
+    """Fresh parameters: normal with `initializer_range`, norm scales one."""
+    params = nnx.to_pure_dict(nnx.state(Llama(config, Compute(), nnx.Rngs(key))))
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def num_params(config: LlamaConfig) -> int:
+    """Parameters, embedding and head included."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def forward(
+    config: LlamaConfig,
+    compute: Compute,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+) -> jax.Array:
+    """Logits float32 [B, T, V] for int32 tokens, positions and segment ids [B, T]."""
+    model = bind(config, compute, params)
+    hidden, _ = model(tokens, positions, model.packed(segment_ids))
+    return model.logits(hidden)

@@ -1,0 +1,77 @@
+"""Rotary position embedding.
+
+Axis legend: B batch, T position, H heads, N head width.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lemur_jax.models.config import LlamaConfig
+
+
+def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Radians a position for each pair of channels: float32 [N/2].
+
+    Source: Su et al. 2021, eq. 15; Llama-3 scaling as in Meta's `llama-models` `apply_scaling`: short
+    wavelengths stay, long ones are divided by the factor, and between them it is interpolated.
+
+    Computed in float32 throughout, as Meta and Hugging Face do: published weights were trained with
+    exactly these roundings, and at position 100,000 the last bit of a frequency shows.
+    """
+    one = np.float32(1)
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = one / np.float32(config.rope_theta) ** exponents
+    factor = np.float32(config.rope_factor)
+    if config.rope_scaling == "linear":
+        return frequencies / factor
+    if config.rope_scaling == "llama3":
+        original = np.float32(config.rope_original_max_position_embeddings)
+        low, high = np.float32(config.rope_low_freq_factor), np.float32(config.rope_high_freq_factor)
+        wavelengths = np.float32(2 * math.pi) / frequencies
+        keep = np.clip((original / wavelengths - low) / (high - low), np.float32(0), one)
+        return (one - keep) * frequencies / factor + keep * frequencies
+    return frequencies
+
+
+def rotary_angles(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the angles, float32 [B, T, 1, N/2], for int32 positions [B, T].
+
+    Always float32: in bfloat16 the angle at position 2047 is wrong by up to 3.4 radians.
+    """
+    frequencies = jnp.asarray(inverse_frequencies(config))
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates [B, T, H, N] by the angles, in float32; returns x's dtype.
+
+    Channel i is paired with i + N/2, Hugging Face's convention.
+    """
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rotate_by_matmul(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The same as `rotate`, with the halves swapped by a matrix of 0, 1 and -1.
+
+    On TPU, cutting the 128 lanes of a head in halves costs several passes over memory; this is one pass, and
+    exact: every sum has one term that is not 0.
+    """
+    N = x.shape[-1]
+    swap = np.zeros((N, N), np.float32)
+    first, second = np.arange(N // 2), np.arange(N // 2, N)
+    swap[second, first], swap[first, second] = -1, 1
+    cos, sin = (jnp.concatenate([half, half], axis=-1) for half in angles)
+    swapped = jnp.einsum(
+        "BTHN,NM->BTHM",
+        x,
+        jnp.asarray(swap, x.dtype),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)

@@ -1,0 +1,133 @@
+"""Causal attention on TPU: JAX's Pallas splash kernels under `shard_map`.
+
+Axis legend: B batch, T query position, S key position, H query heads, K key heads, N head width.
+
+The kernels (`jax.experimental.pallas.ops.tpu.splash_attention`) skip the blocks above the diagonal,
+read each key head once for all its query heads, and mask by segment inside a block. Scores and
+softmax are float32. Queries enter already divided by √N.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh, PartitionSpec
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.parallel.rules import RULES
+
+# Lanes of a TPU register: block sizes must be multiples of it.
+LANES = 128
+# Name under which the output and its log-sum-exp can be kept by a policy in models/remat.py. Both are
+# needed: with one of them missing the whole forward kernel runs again in the backward pass.
+RESIDUALS = "attention_out"
+
+
+def splash_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, mesh: Mesh | None
+) -> jax.Array:
+    """Causal attention inside segments by the splash kernels.
+
+    With a `sequence` axis above 1, each device trades its slice of positions for a slice of heads
+    before the kernel and back after it (Jacobs et al. 2023, "DeepSpeed Ulysses"), so that the causal
+    triangle costs every device the same; key heads fewer than devices are repeated for the trade.
+
+    Args:
+      query: [B, T, H, N]; key, value: [B, T, K, N]; all rotated.
+      segment_ids: int32 [B, T]; documents packed in a row do not see each other.
+      mesh: the device mesh; None: one device. Off TPU the kernels run in the interpreter.
+
+    Returns:
+      [B, T, H, N] in query's dtype.
+
+    Raises:
+      UserError: T is not a multiple of 128, or the heads cannot be cut over `sequence`.
+    """
+    T = query.shape[1]
+    if T % LANES:
+        raise UserError(
+            f"config.data.sequence_length {T} is not a multiple of {LANES}, which the splash kernels need:"
+            ' change it or set config.compute.attention to "xla"'
+        )
+    query = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
+    if mesh is None:
+        return _local(query, key, value, segment_ids, kind=jax.devices()[0].device_kind, ways=1)
+    ways = mesh.shape["sequence"]
+    _check_heads(query.shape[2], key.shape[2], mesh)
+    heads = PartitionSpec(RULES["batch"], RULES["length"], RULES["heads"], None)
+    local = functools.partial(_local, kind=mesh.devices.flat[0].device_kind, ways=ways)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, PartitionSpec(RULES["batch"], RULES["length"])),
+        out_specs=heads,
+        check_vma=False,
+    )(query, key, value, segment_ids)
+
+
+def _check_heads(H: int, K: int, mesh: Mesh) -> None:
+    ways = mesh.shape["sequence"]
+    H, K = H // mesh.shape["tensor"], K // mesh.shape["tensor"]
+    if H % ways or max(K, ways) % min(K, ways):
+        raise UserError(
+            f"{H} query heads and {K} key heads a device cannot be cut over config.mesh.sequence {ways}: it must"
+            " divide the query heads, and divide the key heads or be a multiple of them"
+        )
+
+
+def _local(query, key, value, segment_ids, *, kind: str, ways: int) -> jax.Array:
+    """The kernel on one device's shard: [B, T/ways, H, N] in and out."""
+    if ways > 1:
+        repeats = max(1, ways // key.shape[2])
+        key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+        query, key, value = (_positions_for_heads(x) for x in (query, key, value))
+        segment_ids = jax.lax.all_gather(segment_ids, "sequence", axis=1, tiled=True)
+    B, T, H, N = query.shape
+    K = key.shape[2]
+    query = query.swapaxes(1, 2).reshape(B, K, H // K, T, N)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    # Mapped axes are what the two cores of a v4 or v5p chip share out; inside the kernels only the
+    # forward one has an axis that they may.
+    kernel = jax.vmap(jax.vmap(_kernel(H // K, T, kind), in_axes=(0, 0, 0, None)))
+    out = kernel(query, key, value, kernels.SegmentIds(q=segment_ids, kv=segment_ids))
+    out = out.reshape(B, H, T, N).swapaxes(1, 2)
+    return jax.lax.all_to_all(out, "sequence", split_axis=1, concat_axis=2, tiled=True) if ways > 1 else out
+
+
+def _positions_for_heads(x: jax.Array) -> jax.Array:
+    """[B, T/ways, H, N] -> [B, T, H/ways, N]."""
+    return jax.lax.all_to_all(x, "sequence", split_axis=2, concat_axis=1, tiled=True)
+
+
+def _kernel(heads: int, length: int, kind: str):
+    """The kernel for one row and the `heads` query heads of one key head."""
+    causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+    return kernels.make_splash_mqa(
+        causal,
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=block_sizes(length),
+        residual_checkpoint_name=RESIDUALS,
+        interpret="TPU" not in kind,
+    )
+
+
+def block_sizes(length: int) -> kernels.BlockSizes:
+    """Block sizes of the kernels: the best in static schedules for v4 and v5e at T 4096, cut to what divides T.
+
+    The backward pass is the fused kernel: it computes the scores once for dq, dk and dv, and leaves one dq
+    a block of keys to be summed, so its blocks are large.
+    """
+    forward, backward = math.gcd(length, 512), math.gcd(length, 1024)
+    return kernels.BlockSizes(
+        block_q=forward,
+        block_kv=forward,
+        block_kv_compute=forward,
+        block_q_dkv=backward,
+        block_kv_dkv=backward,
+        block_kv_dkv_compute=math.gcd(backward, 512),
+        use_fused_bwd_kernel=True,
+    )

@@ -1,0 +1,45 @@
+"""XLA:TPU options of the train step, by TPU generation; `lemur plan` and `lemur train` pass the same.
+
+`train/step.py` hands them to `jax.jit(compiler_options=...)`, so a plan is of the very program that a run
+compiles. They change speed and memory alone. Each was kept because the estimate got better with it;
+those that the compiler warns of on a generation are absent there.
+"""
+
+Options = dict[str, bool | int | str]
+
+# Weights are gathered while the layer before them computes. The default on v5e, off elsewhere.
+_ASYNC_GATHERS: Options = {"xla_enable_async_all_gather": True}
+# Fully sharded weights: gather them whole. Loops of small matmuls and permutes lose 1.7 x on a v4-32.
+_WHOLE_GATHERS: Options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+
+# models/linear.py reduces gradients by all-to-alls that run beside the computation. v5e has no such.
+_ASYNC_EXCHANGES = {"xla_tpu_enable_async_all_to_all": True}
+
+# By the beginning of `jax.Device.device_kind`; of several that fit, the longest counts.
+OPTIONS: dict[str, Options] = {
+    "TPU v4": {**_ASYNC_GATHERS, **_WHOLE_GATHERS, **_ASYNC_EXCHANGES},
+    "TPU v5 lite": _WHOLE_GATHERS,
+    "TPU v5": {**_ASYNC_GATHERS, **_WHOLE_GATHERS, **_ASYNC_EXCHANGES},
+    "TPU v6 lite": {
+        **_ASYNC_GATHERS,
+        **_WHOLE_GATHERS,
+        **_ASYNC_EXCHANGES,
+        "xla_tpu_scoped_vmem_limit_kib": 98_304,
+    },
+    "TPU7x": {**_WHOLE_GATHERS, **_ASYNC_EXCHANGES},
+}
+
+
+def compiler_options(device_kind: str) -> Options:
+    """Options for `jax.jit(compiler_options=...)`; none off TPU.
+
+    Args:
+      device_kind: `jax.Device.device_kind`, e.g. "TPU v4".
+    """
+    known = [start for start in OPTIONS if device_kind.startswith(start)]
+    return dict(OPTIONS[max(known, key=len)]) if known else {}
+
+
+def exchanges_gradients(device_kind: str) -> bool:
+    """Whether weight gradients are better reduced by all-to-alls: where those run beside the computation."""
+    return "xla_tpu_enable_async_all_to_all" in compiler_options(device_kind)

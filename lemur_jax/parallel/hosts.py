@@ -1,0 +1,127 @@
+"""Platform and hosts of a run: chosen and joined before JAX touches a device."""
+
+import glob
+import logging
+import os
+from typing import Any
+
+from lemur_jax.common.errors import UserError
+
+
+def choose_platform(virtual_devices: int = 0) -> None:
+    """Settles `JAX_PLATFORMS` before JAX initializes.
+
+    With libtpu installed and no TPU present, JAX spends seconds and a page of warnings to find out;
+    so where no accelerator is seen and the user said nothing, the platform is the CPU.
+
+    Args:
+      virtual_devices: > 0: this many virtual CPU devices, whatever hardware there is.
+    """
+    if virtual_devices:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+        flags.append(f"--xla_force_host_platform_device_count={virtual_devices}")
+        # Many devices on few cores keep each other waiting longer than the 40 s after which XLA aborts.
+        flags.append("--xla_cpu_collective_call_terminate_timeout_seconds=600")
+        os.environ["XLA_FLAGS"] = " ".join(flags)
+    elif "JAX_PLATFORMS" not in os.environ and not _accelerator_present():
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    # Orbax and JAX log every checkpoint and every compile at INFO through absl.
+    for name in ("absl", "jax", "orbax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _accelerator_present() -> bool:
+    """Whether the device files of a TPU (accel*, vfio) or of an NVIDIA GPU are here."""
+    return any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*"))
+
+
+def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
+    """Joins the processes of a run of several hosts, if this is one.
+
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say so explicitly; under Slurm, and
+    on a TPU pod slice, where `TPU_WORKER_HOSTNAMES` lists more than one host, JAX finds them itself. A plain TPU VM
+    has none of these variables: the scripts in launch/ set `LEMUR_JOIN=1` there, and JAX asks the metadata server.
+
+    Args:
+      connect_seconds: how long to wait for the other hosts.
+      lost_seconds: silence after which a host is lost (`parallel/liveness.py`). JAX's own heartbeat, which
+        aborts without a word of which run this was, comes second.
+
+    Raises:
+      UserError: the variables make no sense, or not all hosts came.
+    """
+    import jax
+
+    arguments: dict[str, Any] = {}
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        if os.environ.get("JAX_PLATFORMS") == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        arguments["coordinator_address"] = address
+        arguments["num_processes"] = _number("JAX_NUM_PROCESSES")
+        arguments["process_id"] = _number("JAX_PROCESS_ID")
+    elif not _many_workers():
+        return
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=connect_seconds,
+            heartbeat_timeout_seconds=2 * lost_seconds + 20,
+            shutdown_timeout_seconds=lost_seconds,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the hosts of this run did not all come together within {connect_seconds} s: {reason};"
+            " is the same command running on every host, with the same coordinator address?"
+        ) from error
+
+
+def _number(variable: str) -> int:
+    value = os.environ.get(variable, "")
+    if not value.isdigit():
+        raise UserError(f"JAX_COORDINATOR_ADDRESS is set, so {variable} must be a number; it is {value!r}")
+    return int(value)
+
+
+def _many_workers() -> bool:
+    """Whether this is one of several tasks of a Slurm step, or one worker of several of a TPU slice."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    if os.environ.get("LEMUR_JOIN") == "1":
+        return True
+    # A batch script has SLURM_NTASKS as well; only `srun` sets the task's own address list.
+    if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return True
+    if int(os.environ.get("MEGASCALE_NUM_SLICES", "1")) > 1:
+        return True
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def is_chief() -> bool:
+    """Whether this is the one process that writes and prints what all know."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def any_host(flag: bool) -> bool:
+    """Whether `flag` holds on any process; all must call, as all get the same answer."""
+    import jax
+
+    if jax.process_count() == 1:
+        return flag
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
+
+
+def wait_for_all(name: str) -> None:
+    """Until every process has come here."""
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,84 @@
+"""The device mesh: `data × fsdp × sequence × tensor`."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh
+
+from lemur_jax.common.errors import UserError
+
+# Outermost first: neighbours in the last axis are neighbours on the interconnect.
+AXES = ("data", "fsdp", "sequence", "tensor")
+
+
+def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
+    """Sizes of `AXES`, with −1 replaced by whatever devices are left.
+
+    Raises:
+      UserError: more than one −1, a size below 1, or a product that is not `num_devices`.
+    """
+    shape = [int(sizes[axis]) for axis in AXES]
+    written = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+    if shape.count(-1) > 1:
+        raise UserError(f"mesh {written}: only one axis may be -1")
+    if any(size < 1 and size != -1 for size in shape):
+        raise UserError(f"mesh {written}: sizes must be at least 1, or -1 for the rest")
+    fixed = math.prod(size for size in shape if size != -1)
+    if -1 in shape and num_devices % fixed == 0:
+        shape[shape.index(-1)] = num_devices // fixed
+    if math.prod(shape) != num_devices:
+        raise UserError(
+            f"mesh {written} does not multiply to the {num_devices} devices here:"
+            " set config.mesh.* so that it does, or one axis to -1"
+        )
+    return tuple(shape)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices of all hosts, or over `devices` (a slice that is only described).
+
+    Several TPU slices are laid along `data`, so that only gradients cross the slow network between them.
+
+    Args:
+      sizes: the sizes of `AXES`, e.g. `config.mesh`; one may be −1.
+      devices: default `jax.devices()`.
+
+    Raises:
+      UserError: sizes that do not fit the devices, or a `data` axis that the slices cannot share.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
+    shape = mesh_shape(sizes, len(devices))
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    if shape[0] % len(slices):
+        raise UserError(
+            f"config.mesh.data is {shape[0]}: it must be a multiple of the {len(slices)} TPU slices, whose"
+            " network carries nothing but data parallelism"
+        )
+    inside = (shape[0] // len(slices), *shape[1:])
+    grids = [
+        mesh_utils.create_device_mesh(inside, group, allow_split_physical_axes=True)
+        for _, group in sorted(slices.items())
+    ]
+    return Mesh(np.concatenate(grids), AXES)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`"fsdp=4,tensor=2"` as sizes of `AXES`; axes not named are 1, and `fsdp` is the rest.
+
+    Raises:
+      UserError: an unknown axis, or a size that is no number.
+    """
+    sizes = {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if axis.strip() not in sizes or not size.strip().lstrip("-").isdigit():
+            raise UserError(
+                f"cannot read mesh {text!r}: write it as fsdp=4,tensor=2 with axes {', '.join(AXES)}"
+            )
+        sizes[axis.strip()] = int(size)
+    return sizes

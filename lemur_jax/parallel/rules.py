@@ -1,0 +1,112 @@
+"""One table from logical axes to mesh axes, for parameters and activations alike.
+
+A parameter names its axes where it is made (`models/llama.py`); this file alone says where an axis
+lies. FSDP is nothing but the row `embed`: every matrix has that axis once, so every matrix, its
+gradient and its optimizer moments are cut `fsdp` ways.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lemur_jax.common.errors import UserError
+
+MeshAxes = str | tuple[str, ...] | None
+
+RULES: dict[str, MeshAxes] = {
+    # parameters
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "head_dim": None,
+    "layers": None,
+    "norm": None,
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": "sequence",
+    "keys": None,  # key positions: every query sees all of them
+    "width": None,
+}
+
+# Vocabularies such as 32,005 are divisible by nothing: there the axis stays whole.
+WHOLE_IF_UNEVEN = frozenset({"vocab"})
+
+
+def _ways(mesh: Mesh, axes: MeshAxes) -> int:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    ways = 1
+    for name in names:
+        ways *= mesh.shape[name]
+    return ways
+
+
+def spec(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], what: str = "array") -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes.
+
+    Args:
+      mesh: the device mesh.
+      axes: one logical axis name a dimension.
+      shape: sizes of the dimensions.
+      what: name of the array, for the message.
+
+    Raises:
+      UserError: an axis that the table does not know, or one whose size the mesh does not divide.
+    """
+    if len(axes) != len(shape):
+        raise UserError(f"{what} has shape {shape} but the logical axes {axes}")
+    entries: list[MeshAxes] = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis not in RULES:
+            raise UserError(
+                f"{what}: no sharding rule for logical axis {axis!r}; add one to parallel/rules.py"
+            )
+        mesh_axes = RULES[axis]
+        ways = _ways(mesh, mesh_axes)
+        if size % ways:
+            if axis not in WHOLE_IF_UNEVEN:
+                raise UserError(
+                    f"{what}: axis {axis!r} of size {size} is not divisible by {ways}, the size of mesh axis"
+                    f" {mesh_axes!r}; change config.mesh or the model"
+                )
+            mesh_axes = None
+        entries.append(mesh_axes)
+    return PartitionSpec(*entries)
+
+
+def param_shardings(mesh: Mesh, abstract: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
+    """NamedShardings for a tree of parameters.
+
+    Args:
+      mesh: the device mesh.
+      abstract: nested dict of arrays or ShapeDtypeStructs.
+      axes: the same tree with a tuple of logical axis names at each leaf.
+    """
+
+    def sharding(path, leaf, leaf_axes):
+        name = "/".join(str(key.key) for key in path)
+        return NamedSharding(mesh, spec(mesh, leaf_axes, leaf.shape, name))
+
+    return jax.tree_util.tree_map_with_path(sharding, dict(abstract), dict(axes))
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: str) -> jax.Array:
+    """`with_sharding_constraint` by logical axes; does nothing without a mesh."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(mesh, axes, x.shape)))
+
+
+def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
+    """Sharding of a batch array: [B, T] or, with `ndim` 1, [B]."""
+    return NamedSharding(
+        mesh, PartitionSpec(RULES["batch"], RULES["length"]) if ndim == 2 else PartitionSpec(RULES["batch"])
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())

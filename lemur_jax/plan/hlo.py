@@ -1,0 +1,292 @@
+"""Reads the text of a scheduled, optimized HLO module: what runs, how often, and what moves.
+
+Only what the cost model needs is taken from each instruction. The text format is XLA's
+(https://openxla.org/xla/operation_semantics); the cycles are the TPU compiler's own estimates, which
+it leaves in `backend_config`.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
+    "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
+}  # fmt: skip
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_NAME = re.compile(r"^  (ROOT )?%?([\w.\-]+) = ")
+_OPCODE = re.compile(r"([a-z][\w\-]*)\(")
+_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+\w*|c64|c128)\[([\d,]*)\]")
+_HOST_ARRAY = re.compile(r"\b\w+\[[\d,]*\]\{[^}]*S\(5\)\}")
+_COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CALLED = re.compile(r"(?:calls|to_apply|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_NAMES = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+      name: without the percent sign.
+      opcode: e.g. "fusion", "all-gather-start".
+      shape: text of the result's shape, layouts included.
+      arguments: the text between the parentheses: operands, or the value of a constant.
+      attributes: the text after the operands.
+      root: whether it is its computation's result.
+    """
+
+    name: str
+    opcode: str
+    shape: str
+    arguments: str
+    attributes: str
+    root: bool
+
+    @functools.cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the operands."""
+        return tuple(_NAMES.findall(self.arguments))
+
+    @functools.cached_property
+    def cycles(self) -> int:
+        """The compiler's estimate for one execution; 0 where it gives none."""
+        return sum(int(count) for count in _CYCLES.findall(self.attributes))
+
+    @functools.cached_property
+    def op_name(self) -> str:
+        """Where in the Python program it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @functools.cached_property
+    def called(self) -> tuple[str, ...]:
+        """Names of called computations, except a loop's body and condition."""
+        found = _CALLED.findall(self.attributes)
+        return tuple(name.strip().lstrip("%") for group in found for name in group.strip("{}").split(","))
+
+    def attribute(self, key: str) -> str:
+        """The value of `key=value`, a name or a number; "" if absent."""
+        found = re.search(rf"\b{key}=%?([\w.\-\"]+)", self.attributes)
+        return found[1].strip('"') if found else ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Module:
+    """A module: its computations by name, each a list of instructions in the order they are issued."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, dict[str, Instruction]]:
+        return {name: {each.name: each for each in body} for name, body in self.computations.items()}
+
+    def find(self, computation: str, name: str) -> Instruction | None:
+        return self._by_name[computation].get(name)
+
+    def inside(self, instruction: Instruction) -> Iterator[Instruction]:
+        """The instructions of everything that it calls, recursively."""
+        for name in instruction.called:
+            for each in self.computations.get(name, ()):
+                yield each
+                yield from self.inside(each)
+
+    def body(self, loop: Instruction) -> str:
+        """Name of the computation that a `while` repeats."""
+        return loop.attribute("body")
+
+
+def parse(text: str) -> Module:
+    """Reads a module.
+
+    Raises:
+      ValueError: there is no entry computation.
+    """
+    computations: dict[str, list[Instruction]] = {}
+    entry, current, pending = "", None, ""
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        starts = _NAME.match(line)
+        if pending and (starts or header or line == "}"):
+            current.append(_instruction(pending))
+            pending = ""
+        if header and not line.startswith(" "):
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif starts and current is not None:
+            pending = line
+        elif pending:
+            pending += line  # some attributes, such as a kernel's metadata, span lines
+    if not entry:
+        raise ValueError("the HLO text has no entry computation")
+    return Module(computations=computations, entry=entry)
+
+
+def _instruction(text: str) -> Instruction:
+    name = _NAME.match(text)
+    rest = text[name.end() :]
+    shape_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    opcode = _OPCODE.search(rest, shape_end)
+    end = _closing(rest, opcode.end() - 1)
+    return Instruction(
+        name=name[2],
+        opcode=opcode[1],
+        shape=rest[:shape_end],
+        arguments=rest[opcode.end() : end],
+        attributes=rest[end + 1 :],
+        root=bool(name[1]),
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the one at `start`."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
+        if depth == 0:
+            return index
+    raise ValueError(f"unbalanced parentheses in {text[:200]!r}")
+
+
+def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, dimensions) of each array in a shape's text."""
+    return [
+        (dtype, tuple(int(size) for size in sizes.split(",") if size))
+        for dtype, sizes in _SHAPE.findall(text)
+        if dtype in BYTES
+    ]
+
+
+def num_bytes(text: str) -> int:
+    """Bytes of all arrays in a shape's text, without padding."""
+    return int(sum(BYTES[dtype] * math.prod(sizes) for dtype, sizes in shapes(text)))
+
+
+def host_transfer_bytes(each: Instruction) -> int:
+    """Bytes between device and host that an asynchronous copy, slice or update begins to move; else 0.
+
+    The layout of an array in host memory ends with S(5); what moves is the other one.
+    """
+    if each.opcode not in _COPIES or "S(5)" not in each.shape:
+        return 0
+    return num_bytes(_HOST_ARRAY.sub("", each.shape))
+
+
+def trip_count(module: Module, computation: str, loop: Instruction) -> int:
+    """How often a `while` in `computation` runs its body.
+
+    JAX's loops count one element of the carried tuple from a constant up to a constant.
+
+    Raises:
+      ValueError: the loop is of another kind.
+    """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if known:
+        return int(known[1])
+    condition = loop.attribute("condition")
+    test = next(each for each in module.computations[condition] if each.root)
+    if test.opcode != "compare":  # `and` with a constant true, or a fusion of the comparison
+        test = next((each for each in module.inside(test) if each.opcode == "compare"), test)
+    if test.opcode != "compare" or test.attribute("direction") != "LT":
+        raise ValueError(f"cannot count the trips of {loop.name}: its condition is {test.opcode}")
+    initial = module.find(computation, loop.operands[0])
+    bounds = []
+    for name in test.operands:
+        element = module.find(condition, name)
+        if element is not None and element.opcode == "get-tuple-element":
+            source = initial.operands[int(element.attribute("index"))]
+            bounds.append((_constant(module, computation, source), int(element.attribute("index"))))
+        else:
+            bounds.append((_constant(module, condition, name), -1))
+    (start, index), (stop, _) = bounds
+    return max(0, -(-(stop - start) // _increment(module, loop, index)))
+
+
+def _constant(module: Module, computation: str, name: str) -> int:
+    """The value of a scalar constant, through copies."""
+    found = module.find(computation, name)
+    while found is not None and found.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        found = module.find(computation, found.operands[0])
+    if found is None or found.opcode != "constant":
+        raise ValueError(f"{name} in {computation} is not a constant")
+    return int(found.arguments)
+
+
+def _increment(module: Module, loop: Instruction, index: int) -> int:
+    """By how much the body raises element `index` of the carried tuple."""
+    body = module.body(loop)
+    root = next(each for each in module.computations[body] if each.root)
+    found = module.find(body, root.operands[index]) if root.opcode == "tuple" else None
+    while found is not None and found.opcode in ("copy", "bitcast"):
+        found = module.find(body, found.operands[0])
+    if found is None or found.opcode != "add":
+        return 1
+    for name in found.operands:
+        try:
+            return _constant(module, body, name)
+        except ValueError:
+            continue
+    return 1
+
+
+def group(attributes: str, devices: int) -> list[int]:
+    """The first group of a collective, as positions in the device assignment.
+
+    Understands the three ways in which XLA writes groups: lists, iota tiles and mesh axes.
+    """
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    if listed:
+        return [int(each) for each in listed[1].split(",")]
+    tiled = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if tiled:
+        shape, source = _integers(tiled[1]), _integers(tiled[2])
+        return _transposed(source, _integers(tiled[3]) if tiled[3] else list(range(len(source))))[: shape[-1]]
+    meshed = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?\s*\{([^}]*)\}", attributes
+    )
+    if meshed:
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", meshed[1])}
+        return _mesh_group(
+            list(axes), list(axes.values()), re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", meshed[4])
+        )
+    return list(range(devices))
+
+
+def _integers(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
+
+
+def _transposed(sizes: list[int], order: list[int]) -> list[int]:
+    """iota reshaped to `sizes`, transposed by `order` and flattened."""
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    flat = [0]
+    for axis in order:
+        flat = [base + step * strides[axis] for base in flat for step in range(sizes[axis])]
+    return flat
+
+
+def _mesh_group(names: list[str], sizes: list[int], chosen: list[tuple[str, str, str]]) -> list[int]:
+    """Devices that differ from device 0 along the chosen axes; an axis may be cut as 'axis':(before)size."""
+    strides = {name: math.prod(sizes[place + 1 :]) for place, name in enumerate(names)}
+    flat = [0]
+    for name, before, part in chosen:
+        size = sizes[names.index(name)]
+        count = int(part) if part else size
+        step = strides[name] * (size // (int(before) * count) if part else 1)
+        flat = [base + step * each for base in flat for each in range(count)]
+    return flat
+
+
+def pairs(attributes: str) -> list[tuple[int, int]]:
+    """Source and target of each transfer of a collective-permute."""
+    found = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
+    return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", found[0])] if found else []

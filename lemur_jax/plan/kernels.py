@@ -1,0 +1,86 @@
+"""Cycles of the splash attention kernels, which the compiler does not count.
+
+The kernel visits blocks of scores; a visit that the causal mask skips still costs the bookkeeping of a
+grid step. Cycles a visit are bundles of the compiler's static schedule of the kernel
+(`LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"`, `*final_bundles.txt`; one bundle,
+one cycle), taken with libtpu 0.0.52 at blocks of 512 × 512, head width 128, and scaled by the area.
+"""
+
+import dataclasses
+import math
+import re
+
+from lemur_jax.plan import hlo
+from lemur_jax.plan.topologies import Generation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """Cycles on one core.
+
+    Attributes:
+      blocks: side of a square block of scores -> cycles of computing it, at head width 128.
+      step: of a grid step, whether it computes or not.
+    """
+
+    blocks: dict[int, int]
+    step: int
+
+
+# (generation, pass) -> cycles. "fused" is the backward pass in one kernel. The blocks are bundles of the
+# body of the kernel; the steps of v4 and v5e come from whole schedules, the others' are taken alike.
+KERNELS: dict[tuple[str, str], Kernel] = {
+    ("v4", "fwd"): Kernel(blocks={512: 1807, 1024: 7921}, step=290),
+    ("v4", "dq"): Kernel(blocks={512: 2072, 1024: 7905}, step=353),
+    ("v4", "dkv"): Kernel(blocks={512: 2604, 1024: 10633}, step=462),
+    ("v4", "fused"): Kernel(blocks={1024: 12212}, step=462),
+    ("v5e", "fwd"): Kernel(blocks={512: 1178, 1024: 4554}, step=73),
+    ("v5e", "dq"): Kernel(blocks={512: 1504, 1024: 5814}, step=166),
+    ("v5e", "dkv"): Kernel(blocks={512: 1909, 1024: 7425}, step=63),
+    ("v5e", "fused"): Kernel(blocks={1024: 8895}, step=63),
+    ("v5p", "fwd"): Kernel(blocks={512: 1178}, step=150),
+    ("v5p", "fused"): Kernel(blocks={1024: 9064}, step=150),
+    ("v6e", "fwd"): Kernel(blocks={512: 989}, step=100),
+    ("v6e", "fused"): Kernel(blocks={1024: 6154}, step=100),
+    ("tpu7x", "fwd"): Kernel(blocks={512: 975}, step=100),
+    ("tpu7x", "fused"): Kernel(blocks={1024: 5625}, step=100),
+}
+# Chips whose two cores are one device and share out the heads.
+TWO_CORES = ("v4", "v5p")
+_BLOCKS = {
+    "fwd": ("block_q", "block_kv"),
+    "dq": ("block_q_dq", "block_kv_dq"),
+    "dkv": ("block_q_dkv", "block_kv_dkv"),
+}
+
+
+def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
+    """Cycles of one execution of a splash kernel; None if `each` is none.
+
+    Raises:
+      ValueError: a kernel whose shapes cannot be read.
+    """
+    named = re.match(r"splash_(?:mha|mqa)_(fwd|dq|dkv)", each.name)
+    if each.opcode != "custom-call" or not named:
+        return None
+    phase = named[1]
+    # The layout constraints list the operands; the first two matrices are q [..., T, N] and k [..., S, N].
+    listed = each.attributes.partition("operand_layout_constraints=")[2].partition("}, frontend_attributes")[
+        0
+    ]
+    matrices = [sizes for dtype, sizes in hlo.shapes(listed) if dtype in ("bf16", "f32")]
+    sizes = [re.search(rf'{key}\\": (\d+)', each.attributes) for key in _BLOCKS[phase]]
+    if len(matrices) < 2 or None in sizes:
+        raise ValueError(f"cannot read the shapes of the kernel {each.name}")
+    (*heads, T, N), S = matrices[0], matrices[1][-2]
+    bq, bkv = (int(size[1]) for size in sizes)
+    if phase == "dkv" and len(hlo.shapes(each.shape)) > 4:  # dq comes along
+        phase = "fused"
+    kernel = KERNELS[generation.name, phase]
+    steps = (T // bq) * (S // bkv)
+    # Blocks that touch the causal triangle.
+    visits = sum(-(-((row + 1) * bq) // bkv) for row in range(T // bq))
+    known = min(kernel.blocks, key=lambda side: abs(math.log(bq * bkv / side**2)))
+    block = kernel.blocks[known] * bq * bkv / known**2 * max(N, 128) / 128
+    cores = 2 if generation.name in TWO_CORES and math.prod(heads) > 1 else 1
+    return math.prod(heads) * (visits * block + steps * kernel.step) / cores

@@ -1,0 +1,276 @@
+"""The report: one HTML page that needs nothing but a browser."""
+
+import datetime
+import functools
+import html
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from etils import epath
+
+import lemur_jax
+from lemur_jax.common.errors import UserError
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.report.assets import CSS, JS
+from lemur_jax.report.plots import Panel, Series, chart, compact
+from lemur_jax.report.runs import Run, all_tasks, load_runs
+from lemur_jax.report.tables import Cell, bits_per_byte_cells, bits_per_byte_table, byte_notes, percent
+from lemur_jax.telemetry.flops import parameter_counts
+
+__all__ = ["bits_per_byte_table", "report"]
+
+COLOURS = 8  # of the palette, besides the text's own
+
+_TOTAL = "all sources"
+_MISSING = "–"  # an option that a config does not have
+# Curves of training beside the loss: title, unit, field, logarithmic, from zero.
+_CURVES = (
+    ("Learning rate", "as applied", "learning_rate", False, True),
+    ("Gradient norm", "before clipping, global L2", "grad_norm", True, False),
+    ("Throughput", "target tokens per second, all devices", "tokens_per_second", False, True),
+    ("Parameter norm", "global L2", "param_norm", False, False),
+    ("Update norm", "global L2 of one update", "update_norm", True, False),
+    ("Model FLOPs utilization", "share of the peak", "mfu", False, True),
+)
+
+
+def report(workdirs: Sequence[epath.PathLike], output: epath.PathLike) -> epath.Path:
+    """Writes one self-contained HTML page about a run, or about several as stages side by side.
+
+    Args:
+      workdirs: of `lemur train`, in the order in which the stages followed each other.
+      output: the HTML file to write; its directory is made if need be.
+
+    Returns:
+      `output`.
+
+    Raises:
+      UserError: a workdir has no metrics or an unreadable config, or the page cannot be written.
+    """
+    runs = load_runs(workdirs)
+    page = _page(runs)
+    path = epath.Path(output)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the report to {path}: {error.strerror or error}") from error
+    return path
+
+
+def _page(runs: Sequence[Run]) -> str:
+    names = [run.name for run in runs]
+    title = " → ".join(names if len(names) < 6 else [*names[:2], "…", names[-1]])
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{_text(title)} · lemur report</title>
+<style>{CSS}</style>
+</head>
+<body>
+<main>
+<h1>{_text(title)}</h1>
+<p class="soft">Training report, {now}</p>
+<h2>{"Stages" if len(runs) > 1 else "Run"}</h2>
+{_summary(runs)}
+<h2>Held-out bits per byte{" after each stage" if len(runs) > 1 else ""}</h2>
+{_bits(runs)}
+<h2>Curves</h2>
+<div class="charts{" wide" if len(runs) > 4 else ""}">
+{_charts(runs)}</div>
+<h2>Config</h2>
+{_configs(runs)}
+<footer>Written by <code>lemur report</code>, lemur_jax {_text(lemur_jax.__version__)}, from
+{", ".join(f"<code>{_text(run.workdir)}</code>" for run in runs)}.</footer>
+</main>
+<script>{JS}</script>
+</body>
+</html>
+"""
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    head = (
+        "stage",
+        "parameters",
+        "updates",
+        "target tokens",
+        "tokens per update",
+        "last loss",
+        "median tokens/s",
+    )
+    return _table(head, [[_text(run.name), *_summary_row(run)] for run in runs])
+
+
+def _summary_row(run: Run) -> list[str]:
+    config = run.flat_config
+    planned = config.get("train.steps")
+    updates = f"{run.last_step:,}"
+    if planned and planned != run.last_step:
+        updates += f"<small>of {planned:,}</small>"
+    rows, length = config.get("train.batch_rows"), config.get("data.sequence_length")
+    speeds = [y for _, y in _points(run.train, "tokens_per_second") if y is not None]
+    losses = [y for _, y in _points(run.train, "loss") if y is not None]
+    tokens = [y for _, y in _points(run.train, "tokens") if y is not None]
+    return [
+        _parameters(run),
+        updates,
+        compact(tokens[-1]) if tokens else "–",
+        f"{rows * length:,}<small>{rows:,} × {length:,}</small>" if rows and length else "–",
+        f"{losses[-1]:.3f}" if losses else "–",
+        f"{statistics.median(speeds):,.0f}" if speeds else "–",
+    ]
+
+
+def _parameters(run: Run) -> str:
+    try:
+        return compact(parameter_counts(LlamaConfig.from_dict(run.config["model"])).total)
+    except (KeyError, TypeError, UserError):  # no config, or one of another version
+        return "–"
+
+
+def _bits(runs: Sequence[Run]) -> str:
+    cells = bits_per_byte_cells(runs)
+    if not cells:
+        return '<p class="soft">No held-out evaluation has run yet.</p>'
+    names = [run.name for run in runs]
+    rows = [
+        [_text(name), *(_bits_cell(column[index], names[:index]) for column in cells.values())]
+        for index, name in enumerate(names)
+    ]
+    notes = "".join(f'<p class="note">{_text(note)}</p>' for note in byte_notes(runs))
+    what = " of each stage and its change against earlier ones" if len(runs) > 1 else ""
+    lead = f'<p class="soft">Last evaluation{what}; lower is better.</p>'
+    return lead + _table(["stage", *map(_text, cells)], rows, kind="bits") + notes
+
+
+def _bits_cell(cell: Cell, earlier: list[str]) -> str:
+    """Bits per byte, and the change against the first and the last of the earlier stages."""
+    if cell.value is None:
+        return "–"
+    # Of one earlier stage both names are the same, and it is shown once; of none there is no name.
+    changes = dict(zip(earlier[:1] + earlier[-1:], (cell.first, cell.previous), strict=False))
+    notes = [
+        f"<small>{_change(change)} vs {_text(name)}</small>"
+        for name, change in changes.items()
+        if change is not None
+    ]
+    return f"<b>{cell.value:.4f}</b>{''.join(notes)}"
+
+
+def _change(change: float) -> str:
+    text = percent(change)
+    if float(text.rstrip("%")) == 0:
+        return "± 0.0%"
+    kind, arrow = ("bad", "▲") if change > 0 else ("good", "▼")
+    return f'<span class="{kind}">{arrow} {text}</span>'
+
+
+def _charts(runs: Sequence[Run]) -> str:
+    names = dict.fromkeys([*(source for run in runs for source in run.sources), *all_tasks(runs)])
+    colours = {name: 1 + index % COLOURS for index, name in enumerate(names)}
+
+    def panels(series: Callable[[Run], Iterable[Series]]) -> list[Panel]:
+        return [Panel(title=run.name, end=run.last_step, series=list(series(run))) for run in runs]
+
+    def held_out(field: str) -> list[Panel]:
+        return panels(
+            lambda run: [
+                Series(name=task, colour=colours[task], points=_points(records, field), dots=True)
+                for task, records in run.evals.items()
+            ]
+        )
+
+    charts = [
+        chart("Training loss", "nats per target token", panels(lambda run: _losses(run, colours)), log=True),
+        chart("Held-out bits per byte", "bits per byte of text", held_out("bits_per_byte")),
+        chart("Held-out loss", "nats per token", held_out("loss")),
+    ]
+    for title, unit, field, log, from_zero in _CURVES:
+        curve = functools.partial(_curve, title=title, field=field)
+        charts.append(chart(title, unit, panels(curve), log=log, from_zero=from_zero))
+    return "".join(charts)
+
+
+def _losses(run: Run, colours: dict[str, int]) -> list[Series]:
+    """The loss of each source; over all of them first, if they are not one."""
+    sources = [
+        Series(name=source, colour=colours[source], points=_points(run.train, f"loss/{source}"))
+        for source in run.sources
+    ]
+    total = Series(name=_TOTAL, colour=0, points=_points(run.train, "loss"))
+    return sources if len(sources) == 1 else [total, *sources]
+
+
+def _curve(run: Run, title: str, field: str) -> list[Series]:
+    series = [Series(name=title.lower(), colour=1, points=_points(run.train, field))]
+    limit = run.flat_config.get("optimizer.clip_norm")
+    if field == "grad_norm" and limit:
+        ends = [(0, limit), (run.last_step, limit)]
+        series.append(Series(name="clipped above", colour=0, points=ends, dashed=True))
+    return series
+
+
+def _points(records: Iterable[dict[str, Any]], field: str) -> list[tuple[float, float | None]]:
+    """(step, value) of the records that have the field; what was not finite is a gap."""
+    return [(record["step"], record[field]) for record in records if field in record]
+
+
+def _configs(runs: Sequence[Run]) -> str:
+    flats = {run.name: run.flat_config for run in runs}
+    missing = [name for name, flat in flats.items() if not flat]
+    parts = [f'<p class="note">{_text(name)} has no config.json.</p>' for name in missing]
+    known = {name: flat for name, flat in flats.items() if flat}
+    if len(known) > 1:
+        keys = list(dict.fromkeys(key for flat in known.values() for key in flat))
+        rows = [
+            [_key(key), *(_value(flat, key) for flat in known.values())]
+            for key in keys
+            if len({json.dumps(flat.get(key, _MISSING)) for flat in known.values()}) > 1
+        ]
+        same = len(keys) - len(rows)
+        differ = "option differs" if len(rows) == 1 else "options differ"
+        parts.append(f'<p class="soft">{len(rows)} {differ} between the stages, {same} are the same.</p>')
+        if rows:
+            parts.append(_table(["option", *map(_text, known)], rows, kind="keys"))
+    for name, flat in known.items():
+        rows = [[_key(key), _value(flat, key)] for key in flat]
+        table = _table(["option", "value"], rows, kind="keys", card=False)
+        summary = f"<summary>All {len(flat)} options of {_text(name)}</summary>"
+        parts.append(f'<details class="card">{summary}{table}</details>')
+    return "".join(parts)
+
+
+def _key(key: str) -> str:
+    """A config key that may break after its dots and underscores."""
+    return _text(key).replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
+def _value(flat: dict[str, Any], key: str) -> str:
+    value = flat.get(key, _MISSING)
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return _text(value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False))
+
+
+def _table(head: Iterable[str], rows: Iterable[Sequence[str]], *, kind: str = "", card: bool = True) -> str:
+    """A table of HTML cells that scrolls sideways where it does not fit."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>\n'
+        for row in rows
+    )
+    table = f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table>'
+    return f'<div class="card" tabindex="0">{table}</div>' if card else table
+
+
+def _text(value: str) -> str:
+    return html.escape(os.fspath(value))

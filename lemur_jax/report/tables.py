@@ -1,0 +1,97 @@
+"""Held-out bits per byte after each stage, and what each stage changed."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from etils import epath
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.report.runs import Run, all_tasks, load_runs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One task after one stage; None where there is nothing to show or to compare with.
+
+    Attributes:
+      value: bits per byte in the last evaluation.
+      first, previous: relative change against the first stage and the one before, -0.1 for 10% lower.
+    """
+
+    value: float | None
+    first: float | None
+    previous: float | None
+
+
+def bits_per_byte_cells(runs: Sequence[Run]) -> dict[str, list[Cell]]:
+    """Task -> a cell for each run."""
+    return {task: _cells([run.last_eval(task) for run in runs]) for task in all_tasks(runs)}
+
+
+def byte_notes(runs: Sequence[Run]) -> list[str]:
+    """A sentence for each task whose stages were scored on different texts, seen by their sizes."""
+    notes = []
+    for task in all_tasks(runs):
+        records = [(run.name, run.last_eval(task)) for run in runs]
+        sizes = {name: record["bytes"] for name, record in records if record and record.get("bytes")}
+        if len(set(sizes.values())) > 1:
+            scored = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+            notes.append(f"{task} was not scored on the same bytes ({scored}): its changes mislead.")
+    return notes
+
+
+def bits_per_byte_table(workdirs: Sequence[epath.PathLike]) -> str:
+    """A plain text table: a row for each stage, a group of columns for each held-out task.
+
+    A group holds the bits per byte of the stage's last evaluation and its change against the first and
+    the previous stage in %. Lower is better.
+
+    Raises:
+      UserError: a workdir has no metrics, or no run has been evaluated.
+    """
+    runs = load_runs(workdirs)
+    cells = bits_per_byte_cells(runs)
+    if not cells:
+        raise UserError(
+            f"no held-out evaluation in {', '.join(run.workdir for run in runs)}:"
+            " name tasks in config.eval.tasks and train to the end"
+        )
+    stages = ["", "stage", *(run.name for run in runs)]
+    columns = [[f"{stage:<{max(map(len, stages))}}" for stage in stages]]
+    for task, column in cells.items():
+        rows = [f"{'bits':>7}{'first':>9}{'prev.':>9}"]
+        rows += [
+            f"{_number(cell.value):>7}{percent(cell.first):>9}{percent(cell.previous):>9}" for cell in column
+        ]
+        width = max(len(task), len(rows[0]))
+        columns.append([f"{task:^{width}}", *(f"{row:>{width}}" for row in rows)])
+    lines = ["   ".join(row).rstrip() for row in zip(*columns, strict=True)]
+    title = (
+        "Held-out bits per byte after each stage (lower is better); change against first and previous stage"
+    )
+    return "\n".join([title, "", *lines, *byte_notes(runs)])
+
+
+def percent(change: float | None) -> str:
+    """-0.104 as `-10.4%`; None as `-`."""
+    return "-" if change is None else f"{100 * change:+.1f}%"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _cells(records: Sequence[dict | None]) -> list[Cell]:
+    values = [record["bits_per_byte"] if record else None for record in records]
+    return [
+        Cell(
+            value=value,
+            first=_change(value, values[0]) if index else None,
+            previous=_change(value, values[index - 1]) if index else None,
+        )
+        for index, value in enumerate(values)
+    ]
+
+
+def _change(value: float | None, reference: float | None) -> float | None:
+    return None if value is None or not reference else value / reference - 1

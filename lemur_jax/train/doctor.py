@@ -1,0 +1,220 @@
+"""Looks at everything that a run needs, on every host, before the run: a table and one verdict."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from lemur_jax.common.config import fingerprint
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.mixture import budget, check_budget, open_mixture
+from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.parallel import liveness
+from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.train.evaluate import open_held_out
+from lemur_jax.train.step import build
+
+_PACKAGES = ("lemur_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "libtpu")
+_CLOCK_SECONDS = 5.0  # hosts whose clocks differ by more make wrong file times and refused credentials
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at on one host.
+
+    Attributes:
+      check: what.
+      good: whether the run can do with it.
+      detail: what was found.
+      same: must be the same text on every host.
+    """
+
+    check: str
+    good: bool
+    detail: str
+    same: bool = False
+
+
+def doctor(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None] = print) -> None:
+    """Examines every host of the run; all hosts call it together.
+
+    Args:
+      config: the run config.
+      workdir: of the run; left as it was.
+      say: gets the table and the verdict, on the first host.
+
+    Raises:
+      UserError: something would stop the run; on every host.
+    """
+    patience = config.hosts.connect_seconds
+    mine = list(_examine(config, epath.Path(workdir), patience))
+    payload = json.dumps([socket.gethostname(), [dataclasses.asdict(finding) for finding in mine]])
+    hosts = [json.loads(text) for text in liveness.exchange("findings", payload, patience)]
+    names = [f"host {number} ({name})" for number, (name, _) in enumerate(hosts)]
+    rows = _merge(names, [[Finding(**found) for found in findings] for _, findings in hosts])
+    bad = [check for check, good, _ in rows if not good]
+    if jax.process_index() == 0:
+        width = max(len(check) for check, _, _ in rows)
+        for check, good, detail in rows:
+            say(f"{'ok  ' if good else 'FAIL'}  {check:<{width}}  {detail}")
+        if not bad:
+            say(f"verdict: {len(hosts)} host{'s' * (len(hosts) > 1)} ready")
+    if bad:
+        raise UserError(f"verdict: not ready, because of {', '.join(bad)}")
+
+
+def _examine(config: ConfigDict, workdir: epath.Path, patience: float) -> Iterator[Finding]:
+    yield Finding(check="versions", good=True, detail=_versions(), same=True)
+    yield Finding(check="config", good=True, detail=fingerprint(config)[:12], same=True)
+    devices = jax.local_devices()
+    here = f"{len(devices)} × {devices[0].device_kind}"
+    yield Finding(check="devices of a host", good=True, detail=here, same=True)
+    mixture = None
+    with _caught() as problem:
+        tokenizer = Tokenizer.load(config.tokenizer.path)
+        mixture = open_mixture(config, tokenizer)
+        check_budget(budget(mixture, config.train.steps))
+        open_held_out(config, tokenizer)
+        mixture.read(*(values[:1] for values in mixture.locate(0)))
+    stores = f"{len(config.data.sources)} to train on, {len(config.eval.tasks)} held out"
+    yield _finding("token stores", problem, stores)
+    with _caught() as problem:
+        program = build(config, make_mesh(config.mesh), num_sources=len(config.data.sources))
+    if problem:
+        yield _finding("mesh", problem, "")
+        size = None
+    else:
+        axes = " × ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+        yield _finding("mesh", problem, f"{axes} = {program.mesh.size} devices")
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
+    yield from _storage(config, workdir, size, patience)
+    with _caught() as problem:
+        speed = _all_reduce_speed()
+    yield _finding("collectives", problem, speed if not problem else "")
+
+
+def _versions() -> str:
+    found = [f"python {platform.python_version()}"]
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
+
+
+def _storage(config: ConfigDict, workdir: epath.Path, size: int | None, patience: float) -> Iterator[Finding]:
+    """Writes, reads and removes a file of every host in the workdir."""
+    me, count = liveness.process()
+    made = not workdir.exists()
+    probe = workdir / f".doctor-{me}"
+    skew = 0.0
+    with _caught() as problem:
+        workdir.mkdir(parents=True, exist_ok=True)
+        before = time.time()
+        probe.write_text(str(me))
+        after = time.time()
+        if probe.read_text() != str(me):
+            raise UserError("what was written is not what is read")
+        changed = probe.stat().mtime
+        skew = max(before - changed, changed - after, 0.0)
+    liveness.barrier("probes written", patience)
+    unseen = [host for host in range(count) if not problem and not (workdir / f".doctor-{host}").exists()]
+    if unseen and not problem:
+        problem.append(f"the files of host {', '.join(map(str, unseen))} are not seen here: is it shared?")
+    yield _finding("workdir", problem, f"{workdir}: written, read and shared" if count > 1 else
+                   f"{workdir}: written and read")  # fmt: skip
+    yield _free_disk(config, workdir, size)
+    clocks = [float(text) for text in liveness.exchange("clock", str(time.time()), patience)]
+    spread = max(clocks) - min(clocks)
+    detail = f"hosts differ by {spread:.1f} s" if count > 1 else "one host"
+    good = max(spread, skew) <= _CLOCK_SECONDS
+    yield Finding(check="clock", good=good, detail=f"{detail}, the workdir's storage by {skew:.1f} s")
+    liveness.barrier("probes seen", patience)
+    with contextlib.suppress(OSError):
+        probe.unlink()
+    # Whoever came first made the directory; nobody's file is in it any more when all have said so.
+    made = str(True) in liveness.exchange("workdir made", str(made), patience)
+    if made and me == 0:
+        with contextlib.suppress(OSError):
+            workdir.rmdir()  # refuses where something is in it
+
+
+def _free_disk(config: ConfigDict, workdir: epath.Path, size: int | None) -> Finding:
+    """Room for the checkpoints that are kept and the one that is being written."""
+    if "://" in os.fspath(workdir):
+        return Finding(check="free disk", good=True, detail="an object store: not bounded")
+    place = workdir
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    need = (size or 0) * (config.checkpoint.keep + 1)
+    detail = (
+        f"{free / 1e9:,.1f} GB free, {need / 1e9:,.1f} GB needed for {config.checkpoint.keep} + 1 checkpoints"
+    )
+    return Finding(check="free disk", good=free >= need, detail=detail)
+
+
+def _all_reduce_speed() -> str:
+    """Seconds of an all-reduce over all devices, and what that is in bytes a second and device."""
+    devices = np.array(jax.devices())
+    if devices.size == 1:
+        return "one device: none needed"
+    mib = 64 if devices[0].platform != "cpu" else 1
+    mesh = jax.sharding.Mesh(devices, ("all",))
+    rows = NamedSharding(mesh, PartitionSpec("all"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    shape = (devices.size, mib * 2**18)
+    array = jax.jit(lambda: jnp.ones(shape, jnp.float32), out_shardings=rows)()
+    total = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=whole)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        result = jax.block_until_ready(total(array))
+        seconds.append(time.perf_counter() - started)
+    if float(result.addressable_shards[0].data[0]) != devices.size:
+        raise UserError("an all-reduce over all devices gave a wrong sum")
+    # A ring sends every byte twice but for one part of it; the first round compiled.
+    best = min(seconds[1:])
+    speed = 2 * (devices.size - 1) / devices.size * mib * 2**20 / best
+    return f"all-reduce of {mib} MiB in {best * 1e3:.1f} ms = {speed / 1e9:.2f} GB/s a device"
+
+
+@contextlib.contextmanager
+def _caught() -> Iterator[list[str]]:
+    """A list that is empty as long as nothing went wrong."""
+    problem: list[str] = []
+    try:
+        yield problem
+    except (UserError, OSError, ValueError, RuntimeError) as error:
+        problem.append(" ".join(str(error).split()) or type(error).__name__)
+
+
+def _finding(check: str, problem: list[str], detail: str) -> Finding:
+    return Finding(check=check, good=not problem, detail="; ".join(problem) or detail)
+
+
+def _merge(names: list[str], hosts: list[list[Finding]]) -> list[tuple[str, bool, str]]:
+    """(check, good, detail) of all hosts; a detail that is not good says on which."""
+    rows: list[tuple[str, bool, str]] = []
+    for found in zip(*hosts, strict=True):
+        first = found[0]
+        bad = []
+        for name, one in zip(names, found, strict=True):
+            if not one.good:
+                bad.append(f"{name}: {one.detail}")
+            elif first.same and one.detail != first.detail:
+                bad.append(f"{name}: {one.detail}, but {names[0]}: {first.detail}")
+        rows.append((first.check, not bad, "; ".join(bad) or first.detail))
+    return rows

@@ -1,0 +1,64 @@
+"""Notices that the machine will go away: SIGTERM, as clouds send it before they take a machine."""
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Interruption:
+    """A context in which SIGTERM is a request to save and stop.
+
+    With one process the signal is taken here. With several, JAX's own preemption service takes it on
+    whichever host it arrives, and all hosts agree on a step.
+
+    Args:
+      grace_s: seconds from the signal (with several processes: from the agreed step) until the process is
+        ended, saved or not; what is half saved is never seen by a reader. 0: no limit.
+    """
+
+    def __init__(self, grace_s: float):
+        self._grace_s = grace_s
+        self._asked = False
+        self._timer: threading.Timer | None = None
+        self._old: Any = None
+
+    def __enter__(self) -> "Interruption":
+        # Signals can be taken in the main thread alone; elsewhere the caller's own handling stays.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._old = signal.signal(signal.SIGTERM, lambda *_: self._ask())
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)
+        if self._timer:
+            self._timer.cancel()
+
+    def reached(self, step: int) -> bool:
+        """Whether to save after this step and stop; all hosts must ask and agree."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self._ask()
+        return self._asked
+
+    def _ask(self) -> None:
+        if self._asked:
+            return
+        self._asked = True
+        if self._grace_s:
+            self._timer = threading.Timer(self._grace_s, self._give_up)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _give_up(self) -> None:
+        print(
+            f"lemur train: not saved within config.checkpoint.grace_s = {self._grace_s:g} s of SIGTERM; the"
+            " newest finished checkpoint stays",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)

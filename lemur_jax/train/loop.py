@@ -1,0 +1,233 @@
+"""The training loop of every stage: mesh, data, model, state, then step after step."""
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from lemur_jax.checkpoint.manager import Checkpoints, make_metadata
+from lemur_jax.common.config import to_json
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.loader import Loader
+from lemur_jax.data.mixture import budget, check_budget, format_budget, open_mixture
+from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.models.llama import num_params
+from lemur_jax.parallel.hosts import any_host
+from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.parallel.rules import batch_sharding
+from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
+from lemur_jax.telemetry.progress import Progress
+from lemur_jax.train import state as states
+from lemur_jax.train.evaluate import HeldOut, evaluate, open_held_out
+from lemur_jax.train.initial import initial_params
+from lemur_jax.train.interruption import Interruption
+from lemur_jax.train.state import TrainState
+from lemur_jax.train.step import Program, build
+from lemur_jax.train.steplog import StepLog
+from lemur_jax.train.workdir import claim
+
+# Between two attempts to save the last step.
+_RETRY_SECONDS = 10.0
+
+
+def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None] = print) -> None:
+    """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
+
+    Killed at any moment and called again, it reaches the parameters that it would have reached: the
+    batch of a step depends on the step alone, and a checkpoint holds all the rest.
+
+    Args:
+      config: a run config.
+      workdir: gets `config.json`, `metrics.jsonl` and `checkpoints/`.
+      say: gets what a person wants to read.
+
+    Raises:
+      UserError: the config, the data and the workdir do not fit together, or the loss is not finite.
+    """
+    mesh = make_mesh(config.mesh)
+    chief = jax.process_index() == 0
+
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    mixture = open_mixture(config, tokenizer)
+    held_out = open_held_out(config, tokenizer)
+    needs = budget(mixture, config.train.steps)
+    check_budget(needs)
+
+    program = build(config, mesh, num_sources=len(mixture.sources))
+    _check_vocabulary(config, tokenizer)
+
+    workdir = claim(config, workdir, write=chief)
+    metadata = make_metadata(
+        model=program.model.to_dict(),
+        tokenizer_files=tokenizer.files(),
+        config=to_json(config),
+        data=mixture.digests(),
+    )
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(_checkpoints(config, workdir, say))
+        state, first = _first_state(config, program, checkpoints, metadata)
+
+        writer = stack.enter_context(_writer(config, workdir)) if chief else None
+        if writer:
+            writer.truncate_after(first)
+        if first == config.train.steps:
+            say(f"{workdir}: already finished at step {first}")
+            return
+        if chief:
+            say(format_budget(needs))
+            say(_headline(program, config, first))
+
+        progress = stack.enter_context(
+            Progress(config.train.steps, f"train {workdir.name}", "steps", initial=first, enabled=chief)
+        )
+        trained = _tokens_until(workdir) if chief else 0
+        log = StepLog(writer, progress, mixture, tokens=trained, program=program)
+        interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
+        saved_at = time.monotonic()
+        batches = Loader(mixture, batch_sharding(mesh)).iterate(first, config.train.steps)
+        for step, batch in log.waiting(batches):
+            state, metrics = program.step(state, batch)
+            done = step + 1
+            log.add(done, metrics)
+            stopping = interruption.reached(done)
+            last = done == config.train.steps
+            evaluating = held_out and (last or _due(done, config.eval.every_steps)) and not stopping
+            saving = last or stopping or _due(done, config.checkpoint.every_steps)
+            if _due(done, config.log.every_steps):
+                saving |= _overdue(config, checkpoints, saved_at)
+            if evaluating or saving:
+                log.flush()  # parameters that are not finite are never saved
+                losses: dict[str, float] = {}
+                if evaluating:
+                    with log.paused("eval"):
+                        losses = _evaluate(program, config, state.params, done, held_out, writer, progress)
+                if saving:
+                    with log.paused("checkpoint"):
+                        log.write_time(done)
+                        if writer:
+                            writer.sync()
+                        best = losses.get(config.checkpoint.keep_best)
+                        checkpoints.save(done, state.params, state.optimizer, metadata, best)
+                        saved_at = time.monotonic()
+                        if last or stopping:
+                            _finish(checkpoints, done, state, metadata, best)
+            elif _due(done, config.log.every_steps):
+                log.flush(keep=1)  # the newest step may still be running
+            if stopping:
+                say(f"SIGTERM: step {done} is saved; the same command goes on from there")
+                return
+
+
+def _checkpoints(config: ConfigDict, workdir: epath.Path, say: Callable[[str], None]) -> Checkpoints:
+    options = config.checkpoint
+    if options.keep_best and options.keep_best not in config.eval.tasks:
+        raise UserError(
+            f"config.checkpoint.keep_best {options.keep_best!r} is not among config.eval.tasks"
+            f" {tuple(config.eval.tasks)}"
+        )
+    return Checkpoints(
+        workdir / "checkpoints",
+        keep=options.keep,
+        keep_every=options.keep_every,
+        keep_best=1 if options.keep_best else 0,
+        max_failures=options.max_failures,
+        say=say,
+    )
+
+
+def _overdue(config: ConfigDict, checkpoints: Checkpoints, saved_at: float) -> bool:
+    """Whether to save out of turn: the last save failed, or is too long ago; the same on all hosts."""
+    checkpoints.poll()
+    minutes = config.checkpoint.every_minutes
+    late = minutes > 0 and time.monotonic() - saved_at >= 60 * minutes
+    return any_host(late or checkpoints.failed)
+
+
+def _finish(
+    checkpoints: Checkpoints, step: int, state: TrainState, metadata: dict[str, Any], loss: float | None
+) -> None:
+    """Waits for the save of the last step and repeats it while it fails; too many failures raise."""
+    checkpoints.wait()
+    while checkpoints.failed:
+        time.sleep(_RETRY_SECONDS)
+        checkpoints.save(step, state.params, state.optimizer, metadata, loss)
+        checkpoints.wait()
+
+
+def _writer(config: ConfigDict, workdir: epath.Path) -> MetricsWriter:
+    return MetricsWriter(workdir, tensorboard=config.log.tensorboard)
+
+
+def _check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} tokens, config.model.vocab_size is"
+            f" {config.model.vocab_size}: it must be at least as large"
+        )
+
+
+def _first_state(
+    config: ConfigDict, program: Program, checkpoints: Checkpoints, metadata: dict[str, Any]
+) -> tuple[TrainState, int]:
+    """The state of the newest checkpoint that is whole and its step, or a fresh state and 0."""
+
+    def check(stored: Mapping[str, Any]) -> None:
+        if stored["data"] != metadata["data"]:
+            changed = sorted(k for k in metadata["data"] if stored["data"].get(k) != metadata["data"][k])
+            raise UserError(
+                f"{checkpoints.path} was trained on other data: the store of {', '.join(changed) or 'a task'}"
+                " has changed since; put the old stores back, or start in a new --workdir"
+            )
+
+    found = checkpoints.restore_newest(program.state.params, program.state.optimizer, check)
+    if found is None:
+        return states.start(initial_params(config, program), program.optimizer, program.state), 0
+    step, params, optimizer = found
+    counter = jax.device_put(jax.numpy.int32(step), program.state.step.sharding)
+    return TrainState(step=counter, params=params, optimizer=optimizer), step
+
+
+def _evaluate(
+    program: Program,
+    config: ConfigDict,
+    params: Any,
+    step: int,
+    held_out: Sequence[HeldOut],
+    writer: MetricsWriter | None,
+    progress: Progress,
+) -> dict[str, float]:
+    """Scores every held-out task, tells the metrics file and the person, and gives the losses by task."""
+    losses = {}
+    rows = config.eval.batch_rows or config.train.batch_rows // config.train.microbatches
+    for task in held_out:
+        record = evaluate(program, params, task, rows, config.eval.max_rows)
+        if writer:
+            writer.write({"step": step, "kind": "eval", **record})
+        figures = f"{record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
+        progress.write(f"step {step}: held-out {task.task}: {figures}")
+        losses[task.task] = record["loss"]
+    return losses
+
+
+def _tokens_until(workdir: epath.Path) -> int:
+    """Target tokens that earlier processes of this run trained on."""
+    trained = [record["tokens"] for record in read_metrics(workdir) if record.get("kind") == "train"]
+    return trained[-1] if trained else 0
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _headline(program: Program, config: ConfigDict, step: int) -> str:
+    axes = " × ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    tokens = config.train.batch_rows * config.data.sequence_length
+    start = f"resuming at step {step}" if step else "starting"
+    return (
+        f"{start}: {num_params(program.model) / 1e6:,.1f}M parameters, {program.mesh.size}"
+        f" {jax.devices()[0].platform} devices ({axes}), {tokens:,} tokens an update, {config.train.steps:,} updates"
+    )

@@ -1,0 +1,65 @@
+"""Next-token loss as sums, so that any split of the batch adds up to the same number.
+
+Axis legend: B batch row, T position, D model, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lemur_jax.models.llama import Llama
+
+
+class RowSums(NamedTuple):
+    """Sums over the positions of each row, float32 [B].
+
+    Attributes:
+      loss: weighted token losses in nats, without the z-loss.
+      z: weighted squares of log Z.
+      weight: loss weights.
+    """
+
+    loss: jax.Array
+    z: jax.Array
+    weight: jax.Array
+
+
+def row_sums(model: Llama, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> RowSums:
+    """Cross-entropy of the head's logits, in chunks of positions.
+
+    Args:
+      model: for its head and for `compute.loss_chunk`.
+      hidden: [B, T, D] after the final norm.
+      targets: int32 [B, T], already shifted inside each document.
+      weights: float32 [B, T]; 0 where nothing is to be predicted.
+    """
+
+    def chunk(hidden, targets, weights) -> RowSums:
+        logits = model.logits(hidden)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        # A sum over a comparison keeps a vocabulary that is cut over `tensor` where it is; a gather would not.
+        hit = targets[..., None] == jnp.arange(logits.shape[-1])
+        chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+        return RowSums(
+            loss=jnp.sum((log_z - chosen) * weights, axis=-1),
+            z=jnp.sum(jnp.square(log_z) * weights, axis=-1),
+            weight=jnp.sum(weights, axis=-1),
+        )
+
+    B, T = targets.shape
+    size = model.compute.loss_chunk
+    if not size or T % size or size == T:
+        return chunk(hidden, targets, weights)
+
+    def split(x):  # [B, T, ...] -> [T / size, B, size, ...]
+        return jnp.moveaxis(x.reshape(B, T // size, size, *x.shape[2:]), 1, 0)
+
+    def add(total: RowSums, part) -> tuple[RowSums, None]:
+        return jax.tree.map(jnp.add, total, chunk(*part)), None
+
+    zeros = RowSums(*(jnp.zeros((B,), jnp.float32) for _ in RowSums._fields))
+    # The logits of a chunk are computed again in the backward pass rather than kept.
+    body = jax.checkpoint(add, prevent_cse=False)
+    total, _ = jax.lax.scan(body, zeros, (split(hidden), split(targets), split(weights)))
+    return total

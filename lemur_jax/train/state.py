@@ -1,0 +1,93 @@
+"""What training changes: the step, the parameters and the optimizer's state."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.models import llama
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.parallel.rules import param_shardings, replicated
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything that a checkpoint must hold; the position in the data is `step` alone.
+
+    Attributes:
+      step: int32 [], updates done.
+      params: nested dict of master parameters.
+      optimizer: the optax state.
+    """
+
+    step: Any
+    params: Any
+    optimizer: Any
+
+
+def abstract_params(model: LlamaConfig, dtype: str, mesh: Mesh) -> Any:
+    """The parameters as ShapeDtypeStructs with their shardings.
+
+    Raises:
+      UserError: a leaf without a sharding rule, or one that the mesh does not divide.
+    """
+    params = llama.abstract_params(model, dtype)
+    return jax.tree.map(_with_sharding, params, param_shardings(mesh, params, llama.logical_axes(model)))
+
+
+def abstract_state(
+    model: LlamaConfig, param_dtype: str, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated.
+
+    Raises:
+      UserError: a leaf without a sharding rule.
+    """
+    params = abstract_params(model, param_dtype, mesh)
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        params=params,
+        optimizer=_place_like(params, jax.eval_shape(optimizer.init, params), mesh),
+    )
+
+
+def _with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _place_like(params: Any, optimizer_state: Any, mesh: Mesh) -> Any:
+    """Moments lie where their parameter lies; counters and rates are replicated.
+
+    A moment is known by its path, which ends with the path of its parameter.
+    """
+    places = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+
+    def place(path, leaf):
+        for length in range(len(path)):
+            parameter = places.get(path[length:])
+            if parameter is not None and parameter.shape == leaf.shape:
+                return _with_sharding(leaf, parameter.sharding)
+        if leaf.ndim == 0:
+            return _with_sharding(leaf, replicated(mesh))
+        raise UserError(
+            f"optimizer leaf {jax.tree_util.keystr(path)} of shape {leaf.shape} has no sharding rule"
+        )
+
+    return jax.tree_util.tree_map_with_path(place, optimizer_state)
+
+
+def shardings_of(tree: Any) -> Any:
+    """The shardings of a tree of ShapeDtypeStructs or arrays."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def start(params: Any, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+    """The state before the first update, from parameters that already lie where they belong."""
+    fresh = jax.jit(optimizer.init, out_shardings=shardings_of(abstract.optimizer))(params)
+    step = jax.device_put(jnp.int32(0), abstract.step.sharding)
+    return TrainState(step=step, params=params, optimizer=fresh)

@@ -1,0 +1,189 @@
+"""The update: what `lemur train` runs and `lemur plan` compiles.
+
+Axis legend: B batch row, T position, M microbatch, S source.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.models import llama
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.llama import Compute
+from lemur_jax.parallel.compiler_flags import compiler_options
+from lemur_jax.parallel.rules import RULES, batch_sharding, replicated
+from lemur_jax.train.losses import RowSums, row_sums
+from lemur_jax.train.optimizer import make_optimizer
+from lemur_jax.train.state import TrainState, abstract_state, shardings_of
+
+Batch = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A config made into functions over a mesh.
+
+    Attributes:
+      model, compute: the model and how it is computed.
+      optimizer: the optax transformation.
+      mesh: the device mesh.
+      state: abstract TrainState with shardings.
+      batch: abstract batch with shardings: `tokens, targets, segment_ids, positions` int32 [B, T],
+        `loss_weights` float32 [B, T], `source_ids` int32 [B].
+      step: jitted (state, batch) -> (state, metrics); the old state is donated.
+      score: jitted (params, batch) -> RowSums, for held-out loss; takes any number of rows.
+    """
+
+    model: LlamaConfig
+    compute: Compute
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    state: TrainState
+    batch: Batch
+    step: jax.stages.Wrapped
+    score: jax.stages.Wrapped
+
+
+def check(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses batches that the mesh cannot cut.
+
+    Raises:
+      UserError: naming the keys.
+    """
+    rows, passes = config.train.batch_rows, config.train.microbatches
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if passes < 1 or rows % passes or (rows // passes) % ways:
+        raise UserError(
+            f"config.train.batch_rows {rows} / config.train.microbatches {passes} must be a multiple of {ways},"
+            " the product of mesh axes data and fsdp"
+        )
+    if config.data.sequence_length % mesh.shape["sequence"]:
+        raise UserError(
+            f"config.data.sequence_length {config.data.sequence_length} is not divisible by"
+            f" config.mesh.sequence {mesh.shape['sequence']}"
+        )
+    if config.data.sequence_length > config.model.max_position_embeddings:
+        raise UserError(
+            f"config.data.sequence_length {config.data.sequence_length} is longer than"
+            f" config.model.max_position_embeddings {config.model.max_position_embeddings}"
+        )
+
+
+def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a batch of `rows` × `length`."""
+    keys = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32}
+    keys |= {"segment_ids": jnp.int32, "positions": jnp.int32}
+    batch = {
+        key: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh))
+        for key, dtype in keys.items()
+    }
+    batch["source_ids"] = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=batch_sharding(mesh, ndim=1))
+    return batch
+
+
+def build(config: ConfigDict, mesh: Mesh, num_sources: int) -> Program:
+    """The program of a config on a mesh, which may be of real or of described devices.
+
+    Args:
+      config: a run config.
+      mesh: from `parallel.mesh.make_mesh`.
+      num_sources: S, sources of the mixture.
+
+    Raises:
+      UserError: the mesh does not divide the model or the batch.
+    """
+    check(config, mesh)
+    model = LlamaConfig.from_dict(config.model)
+    compute = Compute.from_config(config.compute, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, llama.logical_axes(model))
+    state = abstract_state(model, config.compute.param_dtype, optimizer, mesh)
+
+    def sums(params, batch: Batch) -> RowSums:
+        bound = llama.bind(model, compute, params)
+        hidden, _ = bound(batch["tokens"], batch["positions"], bound.packed(batch["segment_ids"]))
+        return row_sums(bound, hidden, batch["targets"], batch["loss_weights"])
+
+    def objective(params, batch: Batch) -> tuple[jax.Array, RowSums]:
+        rows = sums(params, batch)
+        return jnp.sum(rows.loss + config.optimizer.z_loss * rows.z), rows
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        microbatches = _split(batch, config.train.microbatches, mesh)
+        gradient, rows = _accumulate(jax.grad(objective, has_aux=True), state.params, microbatches)
+        weight = jnp.maximum(jnp.sum(rows.weight), 1.0)
+        gradient = jax.tree.map(lambda g: g / weight, gradient)
+        changes, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, changes)
+        metrics = {
+            "loss": jnp.sum(rows.loss) / weight,
+            "target_tokens": jnp.sum(rows.weight),
+            "learning_rate": optimizer_state.hyperparams["learning_rate"],
+            "grad_norm": optax.tree.norm(gradient),
+            "param_norm": optax.tree.norm(params),
+            "update_norm": optax.tree.norm(changes),
+            # [M, B/M] back to the batch's own order
+            "finite_rows": jnp.isfinite(jnp.moveaxis(rows.loss, 0, 1).reshape(-1)),
+            **_by_source(rows, microbatches["source_ids"], num_sources),
+        }
+        new = TrainState(step=state.step + 1, params=params, optimizer=optimizer_state)
+        return new, metrics
+
+    options = compiler_options(mesh.devices.flat[0].device_kind)
+    return Program(
+        model=model,
+        compute=compute,
+        optimizer=optimizer,
+        mesh=mesh,
+        state=state,
+        batch=abstract_batch(config.train.batch_rows, config.data.sequence_length, mesh),
+        step=jax.jit(
+            update,
+            donate_argnums=0,
+            out_shardings=(shardings_of(state), replicated(mesh)),
+            compiler_options=options,
+        ),
+        score=jax.jit(sums, out_shardings=replicated(mesh), compiler_options=options),
+    )
+
+
+def _split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
+    """[B, ...] -> [M, B/M, ...]; every device keeps the rows that it has."""
+
+    def split(x):
+        x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+        spec = PartitionSpec(None, RULES["batch"], *([RULES["length"]] if x.ndim == 3 else []))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(split, batch)
+
+
+def _accumulate(gradient_of: Callable, params: Any, microbatches: Batch) -> tuple[Any, RowSums]:
+    """Sums the gradients of the microbatches; RowSums come back as [M, B/M].
+
+    The objective is a sum over tokens, so adding up microbatches needs no weights.
+    """
+    if jax.tree.leaves(microbatches)[0].shape[0] == 1:
+        gradient, rows = gradient_of(params, jax.tree.map(lambda x: x[0], microbatches))
+        return gradient, jax.tree.map(lambda x: x[None], rows)
+
+    def add(total, microbatch):
+        gradient, rows = gradient_of(params, microbatch)
+        return jax.tree.map(jnp.add, total, gradient), rows
+
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), microbatches)
+
+
+def _by_source(rows: RowSums, source_ids: jax.Array, num_sources: int) -> dict[str, jax.Array]:
+    """Loss sums and weights of each source, float32 [S]."""
+    hit = source_ids.reshape(-1)[None] == jnp.arange(num_sources)[:, None]
+    return {
+        "source_loss": jnp.sum(jnp.where(hit, rows.loss.reshape(-1)[None], 0.0), axis=-1),
+        "source_weight": jnp.sum(jnp.where(hit, rows.weight.reshape(-1)[None], 0.0), axis=-1),
+    }

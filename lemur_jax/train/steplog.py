@@ -1,0 +1,192 @@
+"""Metrics of the steps: kept on the device until a moment when the host may wait.
+
+docs/metrics.md says what each record holds, with units.
+"""
+
+import collections
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.mixture import Mixture
+from lemur_jax.telemetry.flops import chip, flops_per_token, mfu
+from lemur_jax.telemetry.metrics import MetricsWriter
+from lemur_jax.telemetry.progress import Progress
+from lemur_jax.train.step import Program
+
+# What a train record says about the clock and the machine, and not about the model: it differs between two
+# runs that are otherwise the same.
+CLOCK_KEYS = (
+    "seconds", "data_wait_seconds", "tokens_per_second", "tokens_per_second_per_chip", "mfu", "hbm_bytes",
+    "hbm_peak_bytes",
+)  # fmt: skip
+
+_Item = TypeVar("_Item")
+# JAX and the rooms above are imported by now, the rest of the start is still to come.
+_BEGAN = time.perf_counter()
+
+
+class StepLog:
+    """Collects what `Program.step` returns and writes it out in batches.
+
+    Between two flushes nothing is read back, so the device always has the next step queued.
+
+    Args:
+      writer: where records go; None on hosts that do not write.
+      progress: told about steps done.
+      mixture: names the sources, and the documents of a bad batch.
+      tokens: target tokens trained on before the first step of this process.
+      program: for the FLOPs of a step and the chips that make them; None leaves utilization out.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter | None,
+        progress: Progress,
+        mixture: Mixture,
+        tokens: int,
+        program: Program | None = None,
+    ):
+        self._writer = writer
+        self._progress = progress
+        self._mixture = mixture
+        self._tokens = tokens
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._since = time.perf_counter()
+        self._machine = _Machine(program, mixture.batch_rows * mixture.length) if program else None
+        self._data_wait = 0.0
+        self._taken: float | None = None  # when the batch was there that is being worked on
+        # Wall seconds of this process by what they went to.
+        self._spent: collections.defaultdict[str, float] = collections.defaultdict(float)
+        self._spent["startup"] = self._since - _BEGAN
+
+    def waiting(self, batches: Iterable[_Item]) -> Iterator[_Item]:
+        """The same items; time spent waiting for them is counted as `data_wait_seconds`."""
+        iterator = iter(batches)
+        try:
+            while True:
+                started = time.perf_counter()
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+                self._taken = time.perf_counter()
+                self._data_wait += self._taken - started
+                yield item
+        finally:
+            if hasattr(iterator, "close"):
+                iterator.close()  # ends the thread that reads ahead, also when the loop is left early
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of the update that made the step counter `step`."""
+        if "compile" not in self._spent and self._taken is not None:
+            # The first call returns when the program is compiled; later ones return at once.
+            self._spent["compile"] += time.perf_counter() - self._taken
+            self._since += self._spent["compile"]
+        self._pending.append((step, metrics))
+
+    def flush(self, keep: int = 0) -> None:
+        """Reads back and writes all steps but the newest `keep`.
+
+        Raises:
+          UserError: a loss or a gradient was not finite; names the step and the documents.
+        """
+        ready = self._pending[: len(self._pending) - keep]
+        if not ready:
+            return
+        self._pending = self._pending[len(ready) :]
+        fetched = jax.device_get([metrics for _, metrics in ready])
+        now = time.perf_counter()
+        seconds = (now - self._since) / len(ready)
+        self._since = now
+        data_wait, self._data_wait = self._data_wait / len(ready), 0.0
+        self._spent["data_wait"] += data_wait * len(ready)
+        self._spent["steps"] += (seconds - data_wait) * len(ready)
+        for (step, _), metrics in zip(ready, fetched, strict=True):
+            self._check_finite(step, metrics)
+            self._tokens += int(metrics["target_tokens"])
+            record = self._record(step, metrics, seconds) | {"data_wait_seconds": data_wait}
+            if self._writer:
+                self._writer.write(record)
+        self._progress.set(loss=record["loss"], lr=record["learning_rate"], tok_s=record["tokens_per_second"])
+        self._progress.update(len(ready))
+
+    @contextlib.contextmanager
+    def paused(self, what: str = "other") -> Iterator[None]:
+        """Time spent inside is counted as `what` ("eval", "checkpoint"), and not as step time."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self._since += seconds
+        self._spent[what] += seconds
+
+    def write_time(self, step: int) -> None:
+        """Writes where the wall time of this process has gone until now."""
+        if self._writer:
+            wall = time.perf_counter() - _BEGAN
+            parts = {f"{what}_seconds": seconds for what, seconds in self._spent.items()}
+            goodput = self._spent["steps"] / wall
+            self._writer.write(
+                {"step": step, "kind": "time", "wall_seconds": wall, "goodput": goodput, **parts}
+            )
+
+    def _record(self, step: int, metrics: dict[str, np.ndarray], seconds: float) -> dict[str, Any]:
+        record = {"step": step, "kind": "train"}
+        for key in ("loss", "learning_rate", "grad_norm", "param_norm", "update_norm"):
+            record[key] = float(metrics[key])
+        record["tokens"] = self._tokens
+        record["tokens_per_second"] = float(metrics["target_tokens"]) / max(seconds, 1e-9)
+        record["seconds"] = seconds
+        if self._machine:
+            record |= self._machine.describe(seconds)
+        sums = zip(self._mixture.sources, metrics["source_loss"], metrics["source_weight"], strict=True)
+        record |= {f"loss/{source.name}": float(loss / weight) for source, loss, weight in sums if weight > 0}
+        return record
+
+    def _check_finite(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+        if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
+            return
+        # A gradient can overflow where every loss is finite: then all rows are suspects.
+        bad = ~metrics["finite_rows"]
+        names = self._mixture.documents(step - 1, np.flatnonzero(bad if bad.any() else ~bad))
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise UserError(
+            f"step {step}: loss is {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}, in the batch"
+            f" with documents {shown}; stopped before any later checkpoint, the last good one is intact."
+            " Look at those documents, or lower config.optimizer.learning_rate, in a new --workdir"
+        )
+
+
+class _Machine:
+    """What the devices of this run can do, and how much of it a step uses.
+
+    Args:
+      program: its model and mesh.
+      tokens: of a global batch, padding included: that is what is computed.
+    """
+
+    def __init__(self, program: Program, tokens: int):
+        length = program.batch["tokens"].shape[1]
+        self._tokens = tokens
+        self._flops = flops_per_token(program.model, length).total
+        self._devices = program.mesh.size
+        self._chip = chip(program.mesh.devices.flat[0].device_kind)
+
+    def describe(self, seconds: float) -> dict[str, float | int]:
+        """Utilization of all chips, memory of the fullest device of this host; what is unknown is left out."""
+        record: dict[str, float | int] = {}
+        speed = self._tokens / max(seconds, 1e-9)
+        if self._chip:
+            record["tokens_per_second_per_chip"] = speed / math.ceil(self._devices / self._chip.devices)
+            record["mfu"] = mfu(speed, self._flops, self._devices * self._chip.flops_per_device)
+        memory = [device.memory_stats() or {} for device in jax.local_devices()]
+        for key, stat in (("hbm_bytes", "bytes_in_use"), ("hbm_peak_bytes", "peak_bytes_in_use")):
+            if found := [stats[stat] for stats in memory if stat in stats]:
+                record[key] = max(found)
+        return record

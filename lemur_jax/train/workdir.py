@@ -1,0 +1,62 @@
+"""A workdir belongs to one config: the first run writes it down, later runs must agree."""
+
+import json
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from lemur_jax.common.config import flatten, to_json
+from lemur_jax.common.errors import UserError
+
+# What may differ between a run and its resumption: nothing of it changes the result beyond rounding.
+FREE = (
+    "mesh.", "compute.", "log.", "checkpoint.", "eval.", "prepare.", "hosts.", "train.microbatches", "data.stores",
+)  # fmt: skip
+
+
+def claim(config: ConfigDict, workdir: epath.PathLike, *, write: bool = True) -> epath.Path:
+    """Makes the workdir this config's own, or finds that it is.
+
+    Args:
+      config: the run config.
+      workdir: local or gs:// directory; made if missing.
+      write: whether this process writes `config.json` (one host does).
+
+    Raises:
+      UserError: the workdir holds a run of another config; the first key that differs is named.
+    """
+    workdir = epath.Path(workdir)
+    path = workdir / "config.json"
+    mine = to_json(config)
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        if difference := first_difference(theirs, mine):
+            key, old, new = difference
+            raise UserError(
+                f"{workdir} belongs to another config: {key} was {old!r} there and is {new!r} now;"
+                " use another --workdir, or the old value to resume"
+            )
+    if write:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Renamed when whole: other hosts look at it at this very moment.
+        temporary = workdir / "config.json.tmp"
+        temporary.write_text(json.dumps(mine, indent=2, sort_keys=True) + "\n")
+        temporary.replace(path)
+    return workdir
+
+
+def finished(config: ConfigDict, workdir: epath.PathLike) -> bool:
+    """Whether the checkpoint of the last step is there."""
+    return (epath.Path(workdir) / "checkpoints" / str(config.train.steps)).exists()
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """(key, old value, new value) of the first key that matters and differs."""
+    old, new = flatten(old), flatten(new)
+    for key in sorted(old.keys() | new.keys()):
+        if key.startswith(FREE):
+            continue
+        if old.get(key) != new.get(key):
+            return key, old.get(key), new.get(key)
+    return None

@@ -1,0 +1,132 @@
+"""Damaged checkpoints: whichever file is hurt, in whichever way, no wrong value is ever restored."""
+
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lemur_jax.checkpoint import manager
+from lemur_jax.common.errors import UserError
+from tests.train.tiny import first_state, program_on
+
+METADATA = manager.make_metadata(model={"vocab_size": 512}, tokenizer_files={"tokenizer.model": b"abc"})
+PROGRAM = program_on((1, 1, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Checkpoints 5 and 9 of different states, the newer of a four-device mesh."""
+    path = tmp_path_factory.mktemp("run") / "checkpoints"
+    old, new = first_state(PROGRAM), first_state(program_on((1, 4, 1, 1)))
+    new_params = jax.tree.map(lambda x: x + 1, new.params)
+    with manager.Checkpoints(path) as checkpoints:
+        checkpoints.save(5, old.params, old.optimizer, METADATA)
+        checkpoints.save(9, new_params, new.optimizer, METADATA)
+    return path, {5: (old.params, old.optimizer), 9: (new_params, new.optimizer)}
+
+
+def flip(path: pathlib.Path):
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 0x10
+    path.write_bytes(data)
+
+
+def truncate(path: pathlib.Path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def same(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)))
+
+
+def restore_newest(path, lines, check=lambda metadata: None):
+    with manager.Checkpoints(path, say=lines.append) as checkpoints:
+        return checkpoints.restore_newest(PROGRAM.state.params, PROGRAM.state.optimizer, check)
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, pathlib.Path.unlink])
+def test_any_file_hurt_gives_the_same_bits_or_the_previous_checkpoint(run, tmp_path, harm):
+    path, states = run
+    files = [f.relative_to(path) for f in sorted((path / "9").rglob("*")) if f.is_file()]
+    skipped = []
+    for number, file in enumerate(files):
+        copy = tmp_path / str(number)
+        shutil.copytree(path, copy)
+        harm(copy / file)
+        lines = []
+        step, *state = restore_newest(copy, lines)
+        assert same(tuple(state), states[step]), file
+        assert (step == 5) == bool(lines)
+        if step == 5:
+            skipped.append(str(file))
+            assert f"checkpoint {copy}/9" in lines[0]
+            assert "4 steps are lost" in lines[0]
+            assert (copy / "damaged-9").is_dir()
+        shutil.rmtree(copy)
+    # Data of both items and the metadata were among them; what is left has no part in a restore.
+    assert {name.split("/")[1] for name in skipped} >= {"params", "optimizer", "metadata"}
+    assert sum("/d/" in name for name in skipped) >= 2
+
+
+def test_step_of_the_damaged_one_can_be_saved_again(run, tmp_path):
+    path, states = run
+    shutil.copytree(path, tmp_path / "c")
+    (tmp_path / "c" / "9" / "metadata" / "metadata").unlink()
+    with manager.Checkpoints(tmp_path / "c", keep=1, say=lambda line: None) as checkpoints:
+        restored = checkpoints.restore_newest(PROGRAM.state.params, PROGRAM.state.optimizer, lambda m: None)
+        checkpoints.save(7, *restored[1:], METADATA)
+        checkpoints.wait()
+        assert checkpoints.latest_step() == 7
+        checkpoints.save(9, *restored[1:], METADATA)
+        checkpoints.wait()
+        assert checkpoints.latest_step() == 9
+    assert same(restored[1:], states[5])
+
+
+def test_all_damaged_is_an_error_and_leaves_them(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "c")
+    for step in (5, 9):
+        flip(tmp_path / "c" / str(step) / "metadata" / "metadata")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole; checkpoint .*/9.* is damaged"):
+        restore_newest(tmp_path / "c", [])
+    assert {p.name for p in (tmp_path / "c").iterdir()} == {"5", "9"}
+
+
+def test_what_does_not_fit_is_no_damage(run, tmp_path):
+    """A refusal of the caller, or a leaf of another shape, skips nothing."""
+
+    def refuse(metadata):
+        raise UserError("other data")
+
+    with pytest.raises(UserError, match="other data"):
+        restore_newest(run[0], [], refuse)
+    wanted = {**PROGRAM.state.params, "extra": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    with manager.Checkpoints(run[0]) as checkpoints, pytest.raises(UserError, match="extra is missing"):
+        checkpoints.restore_newest(wanted, PROGRAM.state.optimizer, lambda m: None)
+    assert {p.name for p in run[0].iterdir()} == {"5", "9"}
+
+
+def test_values_that_are_not_finite_are_neither_saved_nor_restored(tmp_path):
+    state = first_state(PROGRAM)
+    bad = jax.tree.map(lambda x: x, state.params)
+    bad["layers"]["mlp"]["up"] = bad["layers"]["mlp"]["up"].at[0, 1, 2].set(jnp.nan)
+    with manager.Checkpoints(tmp_path / "run") as checkpoints:
+        with pytest.raises(
+            UserError, match=r"step 3 is not saved: params: layers/mlp/up has values .* finite"
+        ):
+            checkpoints.save(3, bad, state.optimizer, METADATA)
+        assert checkpoints.latest_step() is None
+    manager.write_params(tmp_path / "imported", bad, METADATA)
+    with pytest.raises(manager.Damaged, match="layers/mlp/up has values that are not finite"):
+        manager.restore_params(tmp_path / "imported", PROGRAM.state.params)
+
+
+def test_other_format_is_told_apart(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "c")
+    file = tmp_path / "c" / "9" / "metadata" / "metadata"
+    file.write_text(file.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(UserError, match="has checkpoint format 1, this reads 2"):
+        manager.read_metadata(tmp_path / "c")

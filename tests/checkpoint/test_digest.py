@@ -1,0 +1,74 @@
+"""Digests against the sum of the module's docstring, in Python's own integers."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lemur_jax.checkpoint.digest import RunningDigest, on_devices
+
+DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.int32]
+
+
+def reference(array):
+    """u(j) = (m ^ m >> 15) | 1 with m = j * 0x9E3779B1 mod 2^32; v(b) = 2 b + 1."""
+    bits = np.frombuffer(array.tobytes(), f"u{array.dtype.itemsize}").tolist()
+    total = 0
+    for i, x in enumerate(bits):
+        m = (i % 65536) * 0x9E3779B1 % 2**32
+        total += x * ((m ^ m >> 15) | 1) * (2 * (i // 65536) + 1)
+    return total % 2**32
+
+
+def values(shape, dtype):
+    return (np.random.default_rng(0).standard_normal(shape) * 100).astype(dtype)
+
+
+def running(array, *cuts):
+    digest = RunningDigest()
+    for block in np.split(array.reshape(-1), cuts):
+        digest.update(block)
+    return digest.value
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (7,), (3, 40, 1024)])
+def test_is_the_sum_it_says(dtype, shape):
+    array = values(shape, dtype)
+    assert running(array) == reference(array)
+    assert on_devices({"x": array}) == ({"x": reference(array)}, [])
+
+
+def test_is_the_same_in_any_blocks_and_on_any_mesh():
+    array = values((8, 64, 256), np.float32)
+    expected = reference(array)
+    assert running(array, 1, 65535, 65537, 130000) == expected
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+    for spec in [("a", "b"), (None, "b", "a"), (("a", "b"),), ()]:
+        placed = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+        assert on_devices({"x": placed})[0] == {"x": expected}
+
+
+def test_every_flipped_bit_is_seen():
+    array = values((70_000,), ml_dtypes.bfloat16)
+    expected = running(array)
+    for position in (0, 1, 65_535, 65_536, 69_999):
+        for bit in range(16):
+            array.view(np.uint16)[position] ^= 1 << bit
+            assert running(array) != expected
+            array.view(np.uint16)[position] ^= 1 << bit
+    assert running(array) == expected
+
+
+def test_swapped_and_zeroed_values_are_seen():
+    array = values((4, 5), np.float32)
+    assert running(array[::-1].copy()) != running(array)
+    assert running(np.zeros_like(array)) != running(array)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_names_what_is_not_finite(bad):
+    array = values((4, 5), np.float32)
+    array[2, 3] = bad
+    assert on_devices({"good": values((3,), np.float32), "bad": array})[1] == ["bad"]

@@ -1,0 +1,44 @@
+"""The table of checkpoints, whole and damaged, and the difference of their configs."""
+
+import pytest
+
+from lemur_jax.checkpoint import listing, manager
+from lemur_jax.cli import main
+from lemur_jax.common.errors import UserError
+from tests.train.tiny import first_state, program_on
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "checkpoints"
+    state = first_state(program_on((1, 4, 1, 2)))
+    with manager.Checkpoints(path) as checkpoints:
+        for step, rows in ((3, 8), (6, 16)):
+            config = {"train": {"batch_rows": rows, "steps": 9}, "seed": 1}
+            metadata = manager.make_metadata(model={}, tokenizer_files={}, config=config)
+            checkpoints.save(step, state.params, state.optimizer, metadata)
+    return path.parent
+
+
+def test_verifies_every_byte(run, capsys):
+    assert main(["checkpoints", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["3", "6"]
+    assert [line.split("  ")[-1] for line in lines[2:]] == ["verified (params, optimizer)"] * 2
+    assert float(lines[2].split()[1]) > 0
+
+    data = max((run / "checkpoints/6/optimizer").rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(content)
+    damaged = listing.table(run).splitlines()
+    assert damaged[2].endswith("verified (params, optimizer)")
+    assert "DAMAGED: optimizer: " in damaged[3]
+
+
+def test_difference_of_configs(run, capsys):
+    assert main(["checkpoints", str(run), "--diff", "3", "6"]) == 0
+    assert capsys.readouterr().out == "train.batch_rows: 8 -> 16\n"
+    assert "are the same" in listing.difference(run, 3, 3)
+    with pytest.raises(UserError, match="no checkpoint of step 4"):
+        listing.difference(run, 3, 4)

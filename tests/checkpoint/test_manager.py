@@ -1,0 +1,106 @@
+"""Checkpoints: what goes in comes out, onto any mesh, and what does not fit is named."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lemur_jax.checkpoint import manager
+from lemur_jax.common.errors import UserError
+from tests.train.tiny import first_state, program_on, tiny_config
+
+METADATA = manager.make_metadata(
+    model={"vocab_size": 512},
+    tokenizer_files={"tokenizer.model": b"\x00\xff"},
+    config={"seed": 1},
+    data={"code": "ab"},
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with three checkpoints of an eight-device state, of which two are kept."""
+    workdir = tmp_path_factory.mktemp("run")
+    state = first_state(program_on((1, 4, 1, 2)))
+    checkpoints = manager.Checkpoints(workdir / "checkpoints", keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state.params, state.optimizer, METADATA)
+    checkpoints.wait()
+    checkpoints.close()
+    return workdir, state
+
+
+def equal(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 2), (1, 1, 1, 1), (2, 2, 1, 2)])
+def test_restores_the_same_bits_onto_any_mesh(saved, shape):
+    workdir, state = saved
+    program = program_on(shape)
+    checkpoints = manager.Checkpoints(workdir / "checkpoints", keep=2)
+    assert checkpoints.latest_step() == 3
+    params, optimizer = checkpoints.restore(3, program.state.params, program.state.optimizer)
+    equal((params, optimizer), (state.params, state.optimizer))
+    assert jax.tree.leaves(params)[0].sharding == jax.tree.leaves(program.state.params)[0].sharding
+
+
+def test_parameters_alone_and_metadata(saved):
+    workdir, state = saved
+    equal(manager.restore_params(workdir, program_on((1, 8, 1, 1)).state.params), state.params)
+    metadata = manager.read_metadata(workdir, 2)
+    assert metadata["step"] == 2
+    assert metadata["config"] == {"seed": 1}
+    assert manager.tokenizer_files(metadata) == {"tokenizer.model": b"\x00\xff"}
+
+
+def test_dropped_step_is_refused_and_the_others_named(saved):
+    with pytest.raises(UserError, match="no checkpoint of step 1 .* 2, 3"):
+        manager.read_metadata(saved[0], 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"tie_word_embeddings": True}, "head/kernel is not wanted"),
+        ({"intermediate_size": 96}, r"mlp/down has shape \(2, 160, 64\), this config wants \(2, 96, 64\)"),
+    ],
+)
+def test_other_model_is_refused_by_leaf(saved, model, words):
+    program = program_on((1, 1, 1, 1), tiny_config(**model))
+    with pytest.raises(UserError, match=words):
+        manager.restore_params(saved[0], program.state.params)
+
+
+def test_missing_leaf_is_named_and_never_zeros(saved):
+    params = program_on((1, 1, 1, 1)).state.params
+    wanted = {**params, "extra": {"scale": jax.ShapeDtypeStruct((3,), jnp.float32)}}
+    with pytest.raises(UserError, match="extra/scale is missing"):
+        manager.restore_params(saved[0], wanted)
+
+
+def test_optimizer_of_another_dtype_is_refused(saved):
+    config = tiny_config()
+    config.optimizer.moments_dtype = "bfloat16"
+    program = program_on((1, 1, 1, 1), config)
+    checkpoints = manager.Checkpoints(saved[0] / "checkpoints", keep=2)
+    with pytest.raises(
+        UserError, match=r"optimizer: inner_state/1/mu/.* is float32, this config wants bfloat16"
+    ):
+        checkpoints.restore(3, program.state.params, program.state.optimizer)
+
+
+def test_parameters_alone_hold_no_optimizer(tmp_path):
+    state = first_state(program_on((1, 1, 1, 1)))
+    manager.write_params(tmp_path / "imported", state.params, METADATA)
+    equal(manager.restore_params(tmp_path / "imported", state.params), state.params)
+    checkpoints = manager.Checkpoints(tmp_path / "imported")
+    with pytest.raises(UserError, match="optimizer: there is none"):
+        checkpoints.restore(0, state.params, state.optimizer)
+
+
+def test_no_checkpoint_there(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint directory"):
+        manager.read_metadata(tmp_path / "none")
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        manager.read_metadata(tmp_path)

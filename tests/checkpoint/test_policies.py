@@ -1,0 +1,71 @@
+"""Which checkpoints stay, and saves that the storage refuses."""
+
+import contextlib
+import resource
+import signal
+
+import pytest
+
+from lemur_jax.checkpoint import manager
+from lemur_jax.common.errors import UserError
+from tests.train.tiny import first_state, program_on
+
+METADATA = manager.make_metadata(model={}, tokenizer_files={})
+
+
+@pytest.fixture(scope="module")
+def state():
+    return first_state(program_on((1, 1, 1, 1)))
+
+
+def test_keeps_newest_every_fourth_and_the_best(state, tmp_path):
+    with manager.Checkpoints(tmp_path, keep=2, keep_every=4, keep_best=1) as checkpoints:
+        for step, loss in enumerate([3.0, 2.0, 1.0, 4.0, 5.0, None, 6.0, None, None], start=1):
+            checkpoints.save(step, state.params, state.optimizer, METADATA, loss)
+    assert manager.steps_in(tmp_path)[1] == [3, 4, 8, 9]
+
+
+@contextlib.contextmanager
+def full_disk():
+    """The system refuses to let any file grow over 4 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+
+
+def test_refused_writes_are_reported_and_tried_again(state, tmp_path):
+    lines = []
+    checkpoints = manager.Checkpoints(tmp_path, max_failures=3, say=lines.append)
+    checkpoints.save(1, state.params, state.optimizer, METADATA)
+    checkpoints.wait()
+    assert not checkpoints.failed
+    with full_disk():
+        checkpoints.save(2, state.params, state.optimizer, METADATA)
+        checkpoints.wait()
+    assert checkpoints.failed
+    assert "step 2 could not be saved" in lines[0]
+    assert "failure 1 of at most 3" in lines[0]
+    assert "newest one there is of step 1" in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]  # nothing half written takes room
+    checkpoints.save(2, state.params, state.optimizer, METADATA)
+    checkpoints.wait()
+    assert not checkpoints.failed
+    assert checkpoints.latest_step() == 2
+    assert len(lines) == 1
+    checkpoints.close()
+
+
+def test_too_many_failures_in_a_row_stop(state, tmp_path):
+    lines = []
+    checkpoints = manager.Checkpoints(tmp_path, max_failures=2, say=lines.append)
+    with full_disk():
+        checkpoints.save(1, state.params, state.optimizer, METADATA)
+        checkpoints.save(2, state.params, state.optimizer, METADATA)  # reports the first
+        with pytest.raises(UserError, match=r"failure 2 of at most 2 in a row.*Make room"):
+            checkpoints.wait()
+    assert len(lines) == 1

@@ -1,0 +1,304 @@
+"""Export, reopened by transformers and compared bit for bit."""
+
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+import tensorstore
+import torch
+import transformers
+
+from lemur_jax.checkpoint.arrays import read_parts
+from lemur_jax.checkpoint.digest import RunningDigest
+from lemur_jax.checkpoint.leaves import describe
+from lemur_jax.checkpoint.manager import (
+    Damaged,
+    make_metadata,
+    read_metadata,
+    restore_params,
+    write_params,
+)
+from lemur_jax.common.errors import UserError
+from lemur_jax.convert import export_hf as export_module
+from lemur_jax.convert import layout
+from lemur_jax.convert.export_hf import export_hf
+from lemur_jax.convert.import_hf import import_hf
+from lemur_jax.data.chat import CHATML_TOKENS
+from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.data.tokenizer_files import extend
+from lemur_jax.models.llama import abstract_params
+from lemur_jax.models.presets import preset
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def bits(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def read_file(directory):
+    state = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        state.update(safetensors.torch.load_file(file))
+    return state
+
+
+@pytest.fixture
+def checkpoint(hf_model, tmp_path):
+    """An imported model without a tokenizer."""
+    import_hf(hf_model.path, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_import_then_export_is_bit_exact(make_model, variant, tmp_path, dtype):
+    hf = make_model(DTYPES[dtype], **variant)
+    import_hf(hf.path, tmp_path / "checkpoint", dtype=dtype)
+    export_hf(tmp_path / "checkpoint", tmp_path / "out", dtype=dtype)
+    # The files: the same tensors as transformers wrote.
+    before, after = read_file(hf.path), read_file(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype
+        assert torch.equal(bits(before[name]), bits(after[name])), name
+    # And what transformers makes of them.
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert type(model) is transformers.LlamaForCausalLM
+    assert model.dtype == DTYPES[dtype]
+    assert model.config.rope_parameters == hf.model.config.rope_parameters
+    for name, tensor in hf.state().items():
+        assert torch.equal(bits(tensor), bits(model.state_dict()[name])), name
+
+
+def test_through_float32_masters(make_model, tmp_path):
+    hf = make_model(torch.bfloat16)
+    import_hf(hf.path, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "out")
+    after = read_file(tmp_path / "out")
+    assert all(torch.equal(bits(tensor), bits(after[name])) for name, tensor in read_file(hf.path).items())
+
+
+def test_shards(hf_model, checkpoint, tmp_path):
+    export_hf(checkpoint, tmp_path / "out", dtype="float32", max_shard_bytes=20_000)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    assert all(file.stat().st_size < 24_000 for file in files)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for tensor in read_file(hf_model.path).values()
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, tensor in hf_model.state().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_layers_are_read_chunk_by_chunk(monkeypatch):
+    weight = next(row for row in layout.weights(preset("tiny", num_hidden_layers=5)) if "query" in row.path)
+    values = np.random.default_rng(0).normal(size=weight.shape).astype(np.float32)
+    spec = {"driver": "zarr", "kvstore": "memory://", "metadata": {"chunks": [2, *weight.shape[1:]]}}
+    array = tensorstore.open(spec, create=True, dtype=tensorstore.float32, shape=values.shape).result()
+    array.write(values).result()
+    sizes = []
+
+    def watched(array, cuts, name):
+        for block in read_parts(array, cuts, name):
+            sizes.append(len(block))
+            yield block
+
+    monkeypatch.setattr(export_module, "read_parts", watched)
+    digest = RunningDigest()
+    digest.update(values)
+    stored = describe(values, digest.value)
+    streamed = dict(export_module._stream(weight, array, stored, "float32"))
+    assert sizes == [2, 2, 1]
+    assert list(streamed) == list(weight.names)
+    for layer, name in enumerate(weight.names):
+        np.testing.assert_array_equal(weight.from_hf(streamed[name]), values[layer])
+    array[3, 1, 2, 3].write(9.0).result()
+    with pytest.raises(Damaged, match="query .* is not what was saved"):
+        list(export_module._stream(weight, array, stored, "float32"))
+
+
+def with_tokenizer(make_model, path, tokenizer, vocab_size):
+    """A bfloat16 checkpoint with that tokenizer."""
+    hf = make_model(torch.bfloat16, vocab_size=vocab_size)
+    shutil.copytree(tokenizer, hf.path, dirs_exist_ok=True)
+    import_hf(hf.path, path)
+
+
+def test_base_model_directory(make_model, tmp_path, tokenizer_dir):
+    with_tokenizer(make_model, tmp_path / "checkpoint", tokenizer_dir, 400)
+    export_hf(tmp_path / "checkpoint", tmp_path / "out")
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, None)
+    text = "def parent(path):\n    return path.parent"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs(text)["input_ids"] == [1, *Tokenizer.load(tokenizer_dir).encode(text)]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| Weights | bfloat16 |" in card
+    assert "ChatML" not in card
+
+
+def test_chat_model_directory(make_model, tmp_path, tokenizer_dir):
+    tokenizer = extend(tokenizer_dir, tmp_path / "chat", CHATML_TOKENS)
+    end = tokenizer.added_tokens["<|im_end|>"]
+    with_tokenizer(make_model, tmp_path / "checkpoint", tmp_path / "chat", 405)
+    export_hf(tmp_path / "checkpoint", tmp_path / "out")
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert generation.eos_token_id == [end, 2]
+    assert generation.pad_token_id == tokenizer.added_tokens["<pad>"]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": " hello "}]
+    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    # The model's only answer is <|im_end|>: transformers stops there by the files alone.
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.model.norm.weight.zero_()
+    prompt = torch.tensor([[1, 5, 6]])
+    model.lm_head.forward = lambda x: torch.eye(405)[end].expand(1, x.shape[1], 405)
+    assert model.generate(prompt, max_new_tokens=8).tolist() == [[1, 5, 6, end]]
+    assert "ChatML" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_chat_template_is_supplied(make_model, tmp_path, tokenizer_dir):
+    extend(tokenizer_dir, tmp_path / "chat", CHATML_TOKENS)
+    (tmp_path / "chat" / "chat_template.jinja").unlink()
+    with_tokenizer(make_model, tmp_path / "checkpoint", tmp_path / "chat", 405)
+    export_hf(tmp_path / "checkpoint", tmp_path / "out")
+    assert "<|im_start|>" in (tmp_path / "out" / "chat_template.jinja").read_text()
+
+
+def test_without_tokenizer_no_id_is_invented(checkpoint, tmp_path):
+    export_hf(checkpoint, tmp_path / "out")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.bos_token_id, config.eos_token_id) == (None, None)
+
+
+def test_existing_target(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    export_hf(checkpoint, out, dtype="float32", max_shard_bytes=20_000)
+    before = {file.name for file in out.iterdir()}
+    with pytest.raises(UserError, match="exists already"):
+        export_hf(checkpoint, out)
+    assert {file.name for file in out.iterdir()} == before
+    export_hf(checkpoint, out, overwrite=True)
+    assert [file.name for file in out.glob("*.safetensors*")] == ["model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf", "out"]
+
+
+def test_never_deletes_what_is_no_model(checkpoint, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="remove it yourself"):
+        export_hf(checkpoint, home, overwrite=True)
+    with pytest.raises(UserError, match="remove it yourself"):
+        export_hf(checkpoint, checkpoint, overwrite=True)
+    assert (home / "thesis.tex").exists()
+
+
+def write_changed(checkpoint, target, change, **model):
+    """A checkpoint beside, with changed parameters or shape."""
+    metadata = read_metadata(checkpoint)
+    config = preset("tiny").from_dict(metadata["model"])
+    params = jax.device_get(restore_params(checkpoint, abstract_params(config)))
+    change(params)
+    write_params(target, params, make_metadata(model=config.to_dict() | model, tokenizer_files={}))
+
+
+def set_value(value):
+    def change(params):
+        up = params["layers"]["mlp"]["up"] = params["layers"]["mlp"]["up"].copy()
+        up[1, 3, 4] = value
+
+    return change
+
+
+def test_float16_overflow_names_the_tensor(checkpoint, tmp_path):
+    write_changed(checkpoint, tmp_path / "changed", set_value(1e5))
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has a value of 100000"):
+        export_hf(tmp_path / "changed", tmp_path / "out", dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["changed", "checkpoint", "hf"]
+    export_hf(tmp_path / "changed", tmp_path / "out", dtype="bfloat16")
+
+
+def test_infinity_is_exported_as_it_is(checkpoint, tmp_path):
+    write_changed(checkpoint, tmp_path / "changed", set_value(np.inf))
+    export_hf(tmp_path / "changed", tmp_path / "out", dtype="float16")
+    tensor = read_file(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"]
+    assert tensor[4, 3] == torch.inf
+
+
+def drop_head(params):
+    del params["head"]
+
+
+def add_bias(params):
+    params["layers"]["mlp"]["bias"] = np.zeros(3, ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "model", "message"),
+    [
+        (drop_head, {}, "parameter head/kernel is missing"),
+        (add_bias, {}, "parameter layers/mlp/bias is not part"),
+        (lambda params: None, {"vocab_size": 97}, r"parameter embed/embedding has shape \(96, 32\)"),
+    ],
+)
+def test_checkpoint_that_is_not_its_model(checkpoint, tmp_path, change, model, message):
+    write_changed(checkpoint, tmp_path / "changed", change, **model)
+    with pytest.raises(UserError, match=message):
+        export_hf(tmp_path / "changed", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_checkpoint_data(checkpoint, tmp_path):
+    data = sorted((checkpoint / "0" / "params").rglob("d/*"), key=lambda file: file.stat().st_size)[-1]
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(UserError, match="cannot be"):
+        export_hf(checkpoint, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf"]
+
+
+def test_missing_step_and_missing_checkpoint(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint of step 7"):
+        export_hf(checkpoint, tmp_path / "out", step=7)
+    with pytest.raises(UserError, match="no checkpoint directory"):
+        export_hf(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_tokenizer_file_outside_the_directory(hf_model, tmp_path):
+    params = {"final_norm": {"scale": np.ones(3, np.float32)}}
+    metadata = make_metadata(model=preset("tiny").to_dict(), tokenizer_files={"../evil": b"x"})
+    write_params(tmp_path / "checkpoint", params, metadata)
+    with pytest.raises(UserError):
+        export_hf(tmp_path / "checkpoint", tmp_path / "out")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_card_tells_of_the_training(checkpoint, tmp_path):
+    sources = {"code": {"share": 10.0}, "text": {"share": 1.0}}
+    run = {
+        "data": {"sources": sources, "sequence_length": 4096},
+        "train": {"batch_rows": 1024, "steps": 500},
+        "optimizer": {"learning_rate": 4e-5, "final_learning_rate": 4e-6},
+    }
+    card = export_module.model_card(
+        preset("lemur_70b"), {"step": 250, "config": run}, "bfloat16", chatml=False
+    )
+    assert "| Tokens an update | 4,194,304 |" in card
+    assert "code 90.9%, text 9.1%" in card
+    assert "| Learning rate | 4e-05 → 4e-06 |" in card
+    assert "| Checkpoint step | 250 |" in card

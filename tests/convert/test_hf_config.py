@@ -1,0 +1,145 @@
+"""config.json against what transformers reads and writes."""
+
+import dataclasses
+import json
+
+import pytest
+import transformers
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.convert import hf_config
+from lemur_jax.models.presets import preset
+
+LLAMA2 = {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def with_keys(**changes):
+    return {**LLAMA2, **changes}
+
+
+def test_llama2_as_published():
+    assert hf_config.from_hf(LLAMA2) == preset("llama2_7b")
+
+
+@pytest.mark.parametrize(
+    "name", ["llama2_70b", "codellama_34b", "llama3.1_8b", "llama3.2_1b", "lemur_70b_chat"]
+)
+def test_round_trip_and_transformers_agrees(name, tmp_path):
+    config = preset(name)
+    written = hf_config.to_hf(config, dtype="bfloat16", bos=1, eos=2, pad=None)
+    assert hf_config.from_hf(written) == config
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(theirs) is transformers.LlamaConfig
+    assert theirs.rope_parameters["rope_theta"] == config.rope_theta
+    assert str(theirs.dtype) == "torch.bfloat16"
+    # What transformers 5 makes of it, and writes again, is the same model to us.
+    theirs.save_pretrained(tmp_path / "again")
+    assert hf_config.read_config(tmp_path / "again") == config
+
+
+def test_linear_scaling_by_its_old_name():
+    config = hf_config.from_hf(with_keys(rope_scaling={"type": "linear", "factor": 4}))
+    assert (config.rope_scaling, config.rope_factor) == ("linear", 4.0)
+    written = hf_config.to_hf(config, dtype="float32", bos=1, eos=2, pad=0)
+    assert written["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+def test_rope_parameters_of_transformers_5():
+    config = hf_config.from_hf(with_keys(rope_parameters={**LLAMA3, "rope_theta": 500_000.0}))
+    assert (config.rope_theta, config.rope_scaling) == (500_000.0, "llama3")
+    assert config.rope_original_max_position_embeddings == 8192
+
+
+def test_missing_original_length_is_the_model_length():
+    scaling = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    config = hf_config.from_hf(with_keys(rope_scaling=scaling, max_position_embeddings=1234))
+    assert config.rope_original_max_position_embeddings == 1234
+
+
+def test_defaults_are_those_of_transformers():
+    raw = {key: LLAMA2[key] for key in ("model_type", *hf_config._REQUIRED)}
+    ours, theirs = hf_config.from_hf(raw), transformers.LlamaConfig(**raw)
+    for field in dataclasses.fields(ours):
+        if not field.name.startswith("rope_"):
+            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_mistral_without_window():
+    mistral = with_keys(model_type="mistral", num_key_value_heads=8)
+    assert hf_config.from_hf({**mistral, "sliding_window": None}).num_key_value_heads == 8
+    with pytest.raises(UserError, match="sliding_window is 4096"):
+        hf_config.from_hf(mistral)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"model_type": ["llama"]}, "model_type is"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"sliding_window": 4096}, "sliding_window is 4096"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config .* \(gptq\)"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor is '2'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "mscale": 1}}, "unknown key mscale"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "unknown key full_attention"),
+        ({"rope_scaling": "linear"}, "not an object"),
+        ({"rope_scaling": {"type": ["linear"]}}, "has the type"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"vocab_size": "32000"}, "vocab_size is '32000'"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_hidden_layers": float("nan")}, "num_hidden_layers is nan"),
+        ({"head_dim": -2}, "head_dim is -2"),
+        ({"max_position_embeddings": float("inf")}, "max_position_embeddings is inf"),
+        ({"hidden_size": 4097}, "not a multiple of num_attention_heads"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
+        ({"num_key_value_heads": 5}, "not a multiple"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+    ],
+)
+def test_refused_by_name(changes, message):
+    with pytest.raises(UserError, match=message):
+        hf_config.from_hf(with_keys(**changes))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "[" * 100_000])
+def test_damaged_json(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        hf_config.read_config(tmp_path)
+
+
+def test_no_directory_and_no_config(tmp_path):
+    with pytest.raises(UserError, match="not a directory"):
+        hf_config.read_config(tmp_path / "meta-llama/Llama-2-7b-hf")
+    with pytest.raises(UserError, match="does not exist"):
+        hf_config.read_config(tmp_path)

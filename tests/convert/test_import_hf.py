@@ -1,0 +1,271 @@
+"""Import against the state dict that transformers wrote, element for element."""
+
+import json
+import shutil
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from lemur_jax.checkpoint.manager import read_metadata, restore_params, tokenizer_files
+from lemur_jax.common.errors import UserError
+from lemur_jax.convert.import_hf import import_hf, load_hf_params
+from lemur_jax.data.tokenizer_files import extend
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.llama import abstract_params, logical_axes
+from lemur_jax.parallel.mesh import AXES, make_mesh
+from lemur_jax.parallel.rules import param_shardings
+
+
+def expected_params(state, config):
+    """The parameter tree written out by hand, in float32."""
+    H, K, N = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+    def tensor(name):
+        return state[name].float().numpy()
+
+    def stack(name, convert=lambda x: x):
+        layers = range(config.num_hidden_layers)
+        return np.stack([convert(tensor(f"model.layers.{layer}.{name}.weight")) for layer in layers])
+
+    def heads(count):
+        return lambda x: x.T.reshape(-1, count, N)
+
+    params = {
+        "embed": {"embedding": tensor("model.embed_tokens.weight")},
+        "layers": {
+            "attention_norm": {"scale": stack("input_layernorm")},
+            "attention": {
+                "query": stack("self_attn.q_proj", heads(H)),
+                "key": stack("self_attn.k_proj", heads(K)),
+                "value": stack("self_attn.v_proj", heads(K)),
+                "out": stack("self_attn.o_proj", lambda x: x.T.reshape(H, N, -1)),
+            },
+            "mlp_norm": {"scale": stack("post_attention_layernorm")},
+            "mlp": {
+                "gate": stack("mlp.gate_proj", np.transpose),
+                "up": stack("mlp.up_proj", np.transpose),
+                "down": stack("mlp.down_proj", np.transpose),
+            },
+        },
+        "final_norm": {"scale": tensor("model.norm.weight")},
+    }
+    if not config.tie_word_embeddings:
+        params["head"] = {"kernel": tensor("lm_head.weight").T}
+    return params
+
+
+def mesh(*sizes):
+    return make_mesh(dict(zip(AXES, sizes, strict=True)))
+
+
+def assert_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_tensor(make_model, variant, dtype):
+    hf = make_model(dtype, **variant)
+    config, params = load_hf_params(hf.path)
+    assert config.num_key_value_heads == hf.model.config.num_key_value_heads
+    assert_same(params, expected_params(hf.state(), config))
+
+
+def test_dtype_as_stored_keeps_the_bits(make_model):
+    hf = make_model(torch.bfloat16)
+    config, params = load_hf_params(hf.path, dtype="bfloat16")
+    assert params["embed"]["embedding"].dtype == ml_dtypes.bfloat16
+    assert_same(jax.tree.map(lambda x: x.astype(np.float32), params), expected_params(hf.state(), config))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 1, 2)])
+def test_onto_a_mesh(make_model, sizes):
+    hf = make_model(num_key_value_heads=2)
+    config, whole = load_hf_params(hf.path)
+    shardings = param_shardings(mesh(*sizes), abstract_params(config), logical_axes(config))
+    _, params = load_hf_params(hf.path, shardings)
+    assert_same(jax.device_get(params), whole)
+    jax.tree.map(
+        lambda array, sharding: array.sharding == sharding or pytest.fail("sharding"), params, shardings
+    )
+
+
+def test_sharded_files(make_model):
+    hf = make_model(shard="20KB")
+    assert len(list(hf.path.glob("*.safetensors"))) > 2
+    config, params = load_hf_params(hf.path)
+    assert_same(params, expected_params(hf.state(), config))
+
+
+def test_bin_files(make_model, monkeypatch):
+    hf = make_model(torch.bfloat16)
+    (hf.path / "model.safetensors").unlink()
+    torch.save(hf.state(), hf.path / "pytorch_model.bin")
+    config, params = load_hf_params(hf.path)
+    assert_same(params, expected_params(hf.state(), config))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="install torch"):
+        load_hf_params(hf.path)
+
+
+def test_bin_file_with_code_in_it(make_model, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    hf = make_model()
+    (hf.path / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Trap()}, hf.path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        load_hf_params(hf.path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_checkpoint(make_model, tmp_path, tokenizer_dir):
+    hf = make_model(vocab_size=400)
+    shutil.copytree(tokenizer_dir, hf.path, dirs_exist_ok=True)
+    config = import_hf(hf.path, tmp_path / "checkpoint")
+    metadata = read_metadata(tmp_path / "checkpoint")
+    assert LlamaConfig.from_dict(metadata["model"]) == config
+    assert (metadata["step"], metadata["config"]) == (0, None)
+    files = tokenizer_files(metadata)
+    assert files["tokenizer.model"] == (tokenizer_dir / "tokenizer.model").read_bytes()
+    assert "tokenizer_config.json" in files
+    params = restore_params(tmp_path / "checkpoint", abstract_params(config))
+    assert_same(jax.device_get(params), expected_params(hf.state(), config))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf"]
+
+
+def test_existing_target(make_model, tmp_path):
+    hf, target = make_model(), tmp_path / "checkpoint"
+    import_hf(hf.path, target)
+    with pytest.raises(UserError, match="exists already"):
+        import_hf(hf.path, target)
+    import_hf(hf.path, target, dtype="bfloat16", overwrite=True)
+    config = load_hf_params(hf.path)[0]
+    restored = restore_params(target, abstract_params(config, "bfloat16"))
+    assert restored["final_norm"]["scale"].dtype == ml_dtypes.bfloat16
+    (target / "1000").mkdir()  # a training's: never deleted
+    with pytest.raises(UserError, match="remove it yourself"):
+        import_hf(hf.path, target, overwrite=True)
+    assert (target / "0").exists()
+
+
+def truncate(hf):
+    file = hf.path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def edit(**changes):
+    """Changes tensors of the model file; None removes one."""
+
+    def damage(hf):
+        file = hf.path / "model.safetensors"
+        state = safetensors.torch.load_file(file)
+        state.update({name.replace("__", "."): tensor for name, tensor in changes.items()})
+        kept = {name: tensor for name, tensor in state.items() if tensor is not None}
+        safetensors.torch.save_file(kept, file)
+
+    return damage
+
+
+def config(**changes):
+    return lambda hf: hf.edit_config(**changes)
+
+
+FAULTS = {
+    "truncated": (truncate, "not a whole safetensors file"),
+    "no weights": (lambda hf: (hf.path / "model.safetensors").unlink(), "holds no weights"),
+    "missing": (
+        edit(model__layers__1__mlp__up_proj__weight=None),
+        r"model\.layers\.1\.mlp\.up_proj\.weight is missing$",
+    ),
+    "missing head": (edit(lm_head__weight=None), r"lm_head\.weight is missing"),
+    "unexpected": (
+        edit(model__layers__0__self_attn__q_proj__bias=torch.zeros(32)),
+        r"model\.layers\.0\.self_attn\.q_proj\.bias is not part",
+    ),
+    "one layer more": (
+        edit(model__layers__3__mlp__up_proj__weight=torch.zeros(80, 32)),
+        r"layers\.3\.mlp\.up_proj\.weight is not part",
+    ),
+    "shape": (edit(model__norm__weight=torch.ones(31)), r"model\.norm\.weight has shape \[31\], .* \[32\]"),
+    "transposed": (
+        edit(model__layers__0__mlp__up_proj__weight=torch.zeros(32, 80)),
+        r"up_proj\.weight has shape \[32, 80\], .* \[80, 32\]",
+    ),
+    "integers": (edit(model__norm__weight=torch.ones(32, dtype=torch.int32)), "dtype I32"),
+    "another vocabulary": (
+        config(vocab_size=97),
+        r"embed_tokens\.weight has shape \[96, 32\], .* \[97, 32\]",
+    ),
+    "more layers": (config(num_hidden_layers=4), r"model\.layers\.3\..* is missing \(and 8 more\)"),
+    "a million million layers": (config(num_hidden_layers=10**12), "only 30 tensors"),
+    "tied but two heads": (config(tie_word_embeddings=True), r"lm_head\.weight differs from"),
+    "biases": (config(attention_bias=True), "attention_bias"),
+    "no config": (lambda hf: (hf.path / "config.json").unlink(), "config.json does not exist"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_write_nothing(make_model, tmp_path, fault):
+    hf = make_model()
+    damage, message = FAULTS[fault]
+    damage(hf)
+    with pytest.raises(UserError, match=message):
+        import_hf(hf.path, tmp_path / "checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_unknown_dtype(hf_model, tmp_path):
+    with pytest.raises(UserError, match="unknown dtype 'int8'"):
+        import_hf(hf_model.path, tmp_path / "checkpoint", dtype="int8")
+
+
+def test_overflow_names_the_tensor(hf_model, tmp_path):
+    weight = hf_model.state()["model.layers.1.mlp.down_proj.weight"].clone()
+    weight[3, 4] = -70_000.0
+    edit(model__layers__1__mlp__down_proj__weight=weight)(hf_model)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight has a value of 70000, .*float16"):
+        import_hf(hf_model.path, tmp_path / "checkpoint", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_tokenizer_with_more_ids_than_rows(make_model, tmp_path, tokenizer_dir):
+    hf = make_model(vocab_size=400)
+    extend(tokenizer_dir, hf.path, ["<|im_start|>"])
+    with pytest.raises(UserError, match="ids up to 400, but the model's vocab_size is 400"):
+        import_hf(hf.path, tmp_path / "checkpoint")
+
+
+def test_rotary_tables_and_a_second_tied_head_are_ignored(make_model):
+    hf = make_model(tie_word_embeddings=True)
+    table = torch.ones(4)
+    embedding = hf.state()["model.embed_tokens.weight"].clone()
+    changes = {"model.layers.0.self_attn.rotary_emb.inv_freq": table, "lm_head.weight": embedding}
+    edit(**{name.replace(".", "__"): tensor for name, tensor in changes.items()})(hf)
+    _, params = load_hf_params(hf.path)
+    assert "head" not in params
+
+
+def test_symlinks_as_in_the_hub_cache(make_model, tmp_path):
+    hf = make_model()
+    (hf.path / "model.safetensors").rename(tmp_path / "blob")
+    (hf.path / "model.safetensors").symlink_to("../blob")
+    config, params = load_hf_params(hf.path)
+    assert_same(params, expected_params(hf.state(), config))
+
+
+def test_index_is_read(make_model, tmp_path):
+    hf = make_model(shard="20KB")
+    index = hf.path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = "../model.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"model\.norm\.weight .* not the name of a"):
+        import_hf(hf.path, tmp_path / "checkpoint")

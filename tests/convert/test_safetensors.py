@@ -1,0 +1,197 @@
+"""Reader and writer against the safetensors library, and a corpus of damaged files."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.convert import hf_weights
+from lemur_jax.convert.safetensors_reader import read_header
+from lemur_jax.convert.safetensors_writer import plan_shards, write_index, write_shard
+
+
+def file_of(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reads_what_the_library_writes(tmp_path, dtype):
+    state = {"a": torch.randn(3, 5).to(dtype), "b": torch.randn(7).to(dtype), "c": torch.randn(()).to(dtype)}
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    tensors = read_header(tmp_path / "x.safetensors")
+    assert set(tensors) == set(state)
+    for name, expected in state.items():
+        got = tensors[name].read()
+        assert got.shape == tuple(expected.shape)
+        assert got.tobytes() == expected.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_library_reads_what_is_written(tmp_path, dtype):
+    numpy_dtype = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
+    rng = np.random.default_rng(0)
+    state = {name: rng.normal(size=shape).astype(numpy_dtype) for name, shape in [("b", (3, 4)), ("a", (5,))]}
+    shapes = {name: array.shape for name, array in state.items()}
+    path = epath.Path(tmp_path / "x.safetensors")
+    write_shard(path, ["b", "a"], shapes, dtype, state.__getitem__)
+    loaded = safetensors.torch.load_file(path)
+    assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == shapes
+    for name, tensor in loaded.items():
+        assert tensor.dtype == getattr(torch, dtype)
+        assert tensor.reshape(-1).view(torch.uint8).numpy().tobytes() == state[name].tobytes()
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_shards():
+    sizes = [("a", 4), ("b", 4), ("c", 20), ("d", 1)]
+    assert [shard.file for shard in plan_shards(sizes, 100)] == ["model.safetensors"]
+    shards = plan_shards(sizes, 8)
+    assert [shard.names for shard in shards] == [("a", "b"), ("c",), ("d",)]
+    assert shards[1].file == "model-00002-of-00003.safetensors"
+
+
+def test_index_lists_every_tensor(tmp_path):
+    shards = plan_shards([("a", 4), ("b", 4)], 4)
+    write_index(epath.Path(tmp_path), shards, 8)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {
+        "a": "model-00001-of-00002.safetensors",
+        "b": "model-00002-of-00002.safetensors",
+    }
+    assert index["metadata"]["total_size"] == 8
+
+
+DAMAGED = {
+    "empty": b"",
+    "seven bytes": b"\0" * 7,
+    "no header": b"\0" * 8,
+    "header longer than file": file_of({"a": entry()}, b"\0" * 8, length=1000),
+    "header of 2^63": file_of({"a": entry()}, b"\0" * 8, length=1 << 63),
+    "header of 2^64 - 1": file_of({"a": entry()}, b"\0" * 8, length=(1 << 64) - 1),
+    "header cut short": file_of({"a": entry()}, b"\0" * 8, length=10),
+    "not json": file_of(b"abcdefgh"),
+    "not utf-8": file_of(b'{"\xff\xfe": 1}'),
+    "a list": file_of([]),
+    "deep nesting": file_of(b"[" * 100_000),
+    "an entry that is a number": file_of({"a": 5}),
+    "an entry without shape": file_of({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, b"\0" * 8),
+    "an entry with more": file_of({"a": {**entry(), "x": 1}}, b"\0" * 8),
+    "name twice": file_of(
+        b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}"
+    ),
+    "integers": file_of({"a": entry("I64", (1,))}, b"\0" * 8),
+    "unknown dtype": file_of({"a": entry("F7")}, b"\0" * 8),
+    "dtype a list": file_of({"a": entry(["F32"])}, b"\0" * 8),
+    "float8": file_of({"a": entry("F8_E4M3", (8,))}, b"\0" * 8),
+    "shape negative": file_of({"a": entry(shape=(-2,))}, b"\0" * 8),
+    "shape two negatives": file_of({"a": entry(shape=(-1, -2))}, b"\0" * 8),
+    "shape a string": file_of({"a": {**entry(), "shape": "2"}}, b"\0" * 8),
+    "shape of booleans": file_of({"a": entry(shape=(True, 2))}, b"\0" * 8),
+    "shape of fractions": file_of({"a": entry(shape=(2.0,))}, b"\0" * 8),
+    "shape that overflows 64 bits": file_of({"a": entry(shape=(1 << 62, 1 << 62))}, b"\0" * 8),
+    "shape that wraps to 8 bytes": file_of({"a": entry(shape=((1 << 62) + 1, 2))}, b"\0" * 8),
+    "shape huge": file_of({"a": entry(shape=(1 << 40,), offsets=(0, 1 << 42))}, b"\0" * 8),
+    "number of 10,000 digits": file_of(b'{"a": ' + b"9" * 10_000 + b"}"),
+    "rank 9": file_of({"a": entry(shape=(2,) + (1,) * 8)}, b"\0" * 8),
+    "offsets reversed": file_of({"a": entry(offsets=(8, 0))}, b"\0" * 8),
+    "offsets of three": file_of({"a": entry(offsets=(0, 8, 8))}, b"\0" * 8),
+    "offsets beyond the file": file_of({"a": entry(offsets=(8, 16))}, b"\0" * 8),
+    "size other than shape": file_of({"a": entry(offsets=(0, 4))}, b"\0" * 4),
+    "overlap": file_of({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12),
+    "same bytes twice": file_of({"a": entry(), "b": entry()}, b"\0" * 8),
+    "gap": file_of({"a": entry(), "b": entry(offsets=(12, 20))}, b"\0" * 20),
+    "data cut short": file_of({"a": entry()}, b"\0" * 7),
+    "data left over": file_of({"a": entry()}, b"\0" * 9),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_file(tmp_path, damage):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(DAMAGED[damage])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        read_header(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(position=st.integers(0, 90), byte=st.integers(0, 255))
+def test_flipped_bytes_give_errors_or_the_same_promises(tmp_path_factory, position, byte):
+    good = bytearray(file_of({"a": entry(), "b": entry(shape=(1, 2), offsets=(8, 16))}, b"\0" * 16))
+    good[position] = byte
+    path = tmp_path_factory.getbasetemp() / "flipped.safetensors"
+    path.write_bytes(good)
+    try:
+        tensors = read_header(path)
+    except UserError:
+        return
+    assert sum(tensor.read().nbytes for tensor in tensors.values()) == 16
+
+
+def sharded(directory, weight_map, files=("model-00001-of-00001.safetensors",)):
+    for file in files:
+        (directory / file).write_bytes(file_of({"a": entry()}, b"\0" * 8))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", ".x.safetensors", 5, None,
+     "C:\\x.safetensors", "gs://bucket/x.safetensors", "x.bin", "x.safetensors\n", "x\0.safetensors"],
+)  # fmt: skip
+def test_index_pointing_elsewhere(tmp_path, file):
+    (tmp_path / "secret.safetensors").write_bytes(file_of({"a": entry()}, b"\0" * 8))
+    directory = tmp_path / "hf"
+    directory.mkdir()
+    sharded(directory, {"a": file})
+    with pytest.raises(UserError, match="not the name of a"):
+        hf_weights.open_weights(directory)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({}, "no weight_map"),
+        ([], "no weight_map"),
+        ({"a": "gone.safetensors"}, "missing"),
+        (
+            {"a": "model-00001-of-00001.safetensors", "b": "model-00001-of-00001.safetensors"},
+            "lacks tensor b",
+        ),
+        ({"b": "model-00001-of-00001.safetensors"}, "lacks tensor b"),
+        ({"a": "model-00001-of-00001.safetensors", "b": "two.safetensors"}, "two.safetensors lacks tensor b"),
+    ],
+)
+def test_index_that_disagrees(tmp_path, weight_map, message):
+    sharded(tmp_path, weight_map, ("model-00001-of-00001.safetensors", "two.safetensors"))
+    with pytest.raises(UserError, match=message):
+        hf_weights.open_weights(tmp_path)
+
+
+def test_tensor_that_the_index_does_not_list(tmp_path):
+    sharded(tmp_path, {"a": "one.safetensors"})
+    data = file_of({"a": entry(), "z": entry(offsets=(8, 16))}, b"\0" * 16)
+    (tmp_path / "one.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match="tensor z"):
+        hf_weights.open_weights(tmp_path)
+
+
+def test_names_in_a_file_are_shown_in_one_short_line(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(file_of({"\x1b[31m" + "n" * 10_000: entry("I64")}, b"\0" * 8))
+    with pytest.raises(UserError) as caught:
+        read_header(path)
+    assert len(str(caught.value)) < 500
+    assert "\x1b" not in str(caught.value)

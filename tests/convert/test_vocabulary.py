@@ -1,0 +1,103 @@
+"""Vocabulary rows against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.convert import vocabulary
+from lemur_jax.models.llama import abstract_params, init_params, logical_axes
+from lemur_jax.models.presets import preset
+from lemur_jax.parallel.mesh import AXES, make_mesh
+from lemur_jax.parallel.rules import param_shardings
+
+
+def tables(rows, dtype=np.float32, tied=False):
+    rng = np.random.default_rng(0)
+    params = {
+        "embed": {"embedding": rng.normal(1.0, size=(rows, 6)).astype(dtype)},
+        "final_norm": {"scale": np.ones(6, dtype)},
+    }
+    if not tied:
+        params["head"] = {"kernel": rng.normal(2.0, size=(6, rows)).astype(dtype)}
+    return params
+
+
+@pytest.mark.parametrize("xp", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_new_rows_are_the_mean_of_the_old(xp):
+    before = tables(100)
+    after = vocabulary.extend_rows(jax.tree.map(xp, before), 105)
+    embedding, kernel = after["embed"]["embedding"], after["head"]["kernel"]
+    assert isinstance(embedding, type(xp(0)) if xp is jnp.asarray else np.ndarray)
+    np.testing.assert_array_equal(embedding[:100], before["embed"]["embedding"])
+    np.testing.assert_array_equal(kernel[:, :100], before["head"]["kernel"])
+    for new in range(100, 105):
+        np.testing.assert_allclose(
+            embedding[new], before["embed"]["embedding"].mean(0, dtype=np.float64), rtol=1e-5
+        )
+        np.testing.assert_allclose(
+            kernel[:, new], before["head"]["kernel"].mean(1, dtype=np.float64), rtol=1e-5
+        )
+    assert before["embed"]["embedding"].shape == (100, 6)
+
+
+def test_bfloat16_mean_is_not_summed_in_bfloat16():
+    before = tables(4000, ml_dtypes.bfloat16, tied=True)
+    after = vocabulary.extend_rows(before, 4001)
+    assert after["embed"]["embedding"].dtype == ml_dtypes.bfloat16
+    exact = before["embed"]["embedding"].astype(np.float64).mean(0)
+    np.testing.assert_allclose(after["embed"]["embedding"][-1].astype(np.float64), exact, rtol=2**-8)
+    assert "head" not in after
+
+
+def test_the_recipes_path():
+    """32,024 -> 32,000 -> 32,005, in small: StarCoder's rows are forgotten, ChatML's are new."""
+    base = tables(324)
+    chat = vocabulary.resize(base, 305, drop_rows_above=300, new_rows="mean")
+    embedding = chat["embed"]["embedding"]
+    assert embedding.shape == (305, 6)
+    assert chat["head"]["kernel"].shape == (6, 305)
+    np.testing.assert_array_equal(embedding[:300], base["embed"]["embedding"][:300])
+    # The mean is of the rows that stay.
+    np.testing.assert_allclose(
+        embedding[300], base["embed"]["embedding"][:300].mean(0, dtype=np.float64), rtol=1e-5
+    )
+
+
+def test_same_size_changes_nothing():
+    params = tables(10)
+    assert vocabulary.resize(params, 10)["embed"]["embedding"] is params["embed"]["embedding"]
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        (12, {}, "new_rows='mean'"),
+        (8, {}, "drop_rows_above=8"),
+        (8, {"new_rows": "mean"}, "drop_rows_above=8"),
+        (12, {"drop_rows_above": 11, "new_rows": "mean"}, "first 11 vocabulary rows of a model that has 10"),
+        (12, {"new_rows": "zeros"}, "must be 'mean' or 'refuse'"),
+    ],
+)
+def test_refused(size, options, message):
+    with pytest.raises(UserError, match=message):
+        vocabulary.resize(tables(10), size, **options)
+
+
+def test_extending_downwards():
+    with pytest.raises(UserError, match="drop rows first"):
+        vocabulary.extend_rows(tables(10), 9)
+
+
+def test_sharded_arrays():
+    config = preset("tiny", num_hidden_layers=1)
+    mesh = make_mesh(dict(zip(AXES, (1, 4, 1, 2), strict=True)))
+    shardings = param_shardings(mesh, abstract_params(config), logical_axes(config))
+    whole = init_params(config, jax.random.key(0))
+    params = jax.device_put(whole, shardings)
+    after = vocabulary.resize(params, 505, drop_rows_above=500, new_rows="mean")
+    expected = vocabulary.resize(jax.device_get(whole), 505, drop_rows_above=500, new_rows="mean")
+    for name in ("embed", "head"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), after[name], expected[name])

@@ -1,0 +1,205 @@
+"""What `lemur inspect` shows."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from lemur_jax.common.config import default_config
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.chat import encode_chat
+from lemur_jax.data.inspect import histogram, inspect_config, inspect_store, page, printable
+from lemur_jax.models.presets import preset
+
+TALK = [{"role": "user", "content": "Grüße?"}, {"role": "assistant", "content": "Ja,\nvielen Dank."}]
+
+
+def described(tokenizer):
+    return {
+        "tokenizer_digest": tokenizer.digest,
+        "added_tokens": tokenizer.added_tokens,
+        "vocab_size": tokenizer.vocab_size,
+    }
+
+
+@pytest.fixture
+def chat_store(make_store, chat_tokenizer):
+    ids, mask = encode_chat(chat_tokenizer, TALK)
+    return make_store([ids] * 3, [mask] * 3, name="talks/train", **described(chat_tokenizer))
+
+
+@pytest.fixture
+def text_store(make_store, tokenizer):
+    documents = [
+        [tokenizer.bos_id, *tokenizer.encode(f"def f{n}(x): return {n}"), tokenizer.eos_id] for n in range(9)
+    ]
+    return make_store(documents, name="code/train", **described(tokenizer))
+
+
+@pytest.fixture
+def config(tmp_path, chat_dir, chat_store, text_store):
+    config = default_config(preset("quickstart").to_dict())
+    config.tokenizer.path = str(chat_dir)
+    config.data.stores = str(tmp_path)
+    config.data.sequence_length = 16
+    config.data.sources = {
+        "code": {"share": 3.0, "packing": "concat", "max_epochs": 0.0},
+        "talks": {"share": 1.0, "packing": "fit", "max_epochs": 0.0},
+    }
+    config.train.steps = 200
+    config.train.batch_rows = 8
+    return config
+
+
+def test_supervised_text_is_bracketed_in_a_pipe(chat_store, chat_tokenizer):
+    shown = inspect_store(chat_store.path, tokenizer=chat_tokenizer, samples=1)
+    assert (
+        "<|im_start|>user\nGrüße?<|im_end|>\n<|im_start|>assistant\n{+Ja,\nvielen Dank.<|im_end|>\n+}"
+        in shown
+    )
+    assert "\x1b" not in shown
+
+
+def test_supervised_text_is_green_in_a_terminal(chat_store, chat_tokenizer):
+    shown = inspect_store(chat_store.path, tokenizer=chat_tokenizer, samples=1, color=True)
+    assert "\x1b[32mJa,\nvielen Dank.<|im_end|>\n\x1b[0m" in shown
+    assert "{+" not in shown
+
+
+def test_a_store_says_how_much_it_holds(chat_store, chat_tokenizer):
+    ids, mask = encode_chat(chat_tokenizer, TALK)
+    shown = inspect_store(chat_store.path, tokenizer=chat_tokenizer)
+    assert re.search(r"documents +3\n", shown)
+    assert re.search(rf"tokens +{3 * len(ids)}, uint16\n", shown)
+    assert re.search(rf"supervised +{3 * sum(mask)} ", shown)
+    assert shown.count("--- doc-") == 3
+
+
+def test_without_a_tokenizer_there_are_ids(chat_store, chat_tokenizer):
+    ids, _ = encode_chat(chat_tokenizer, TALK)
+    shown = inspect_store(chat_store.path)
+    assert f"{ids[0]} {ids[1]} {ids[2]} " in shown
+    assert "tokenizer's directory" in shown
+
+
+def test_every_token_of_text_but_the_first_is_supervised(text_store, tokenizer):
+    shown = inspect_store(text_store.path, tokenizer=tokenizer, samples=1)
+    assert "<s>{+def f0(x): return 0</s>+}" in shown
+
+
+def test_a_foreign_tokenizer_is_refused(chat_store, tokenizer):
+    with pytest.raises(UserError, match="made with the tokenizer"):
+        inspect_store(chat_store.path, tokenizer=tokenizer)
+
+
+def test_a_directory_without_a_store_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        inspect_store(tmp_path / "nothing")
+
+
+def test_a_config_shows_what_it_trains_on(config):
+    shown = inspect_config(config)
+    assert shown.startswith("200 steps of 8 rows of 16 tokens")
+    shares = {
+        name: float(share) / 100
+        for name, share in re.findall(r"^(code|talks) +[\d.]+% +([\d.]+)%", shown, flags=re.MULTILINE)
+    }
+    # Exact to the row: 800 rows of at most 16 tokens.
+    assert shares["code"] == pytest.approx(0.75, abs=0.003)
+    assert shares["talks"] == pytest.approx(0.25, abs=0.003)
+    assert "3 documents longer than a row are cut" in shown
+    assert "tokens wanted" in shown
+    assert shown.count("--- code, row") == shown.count("--- talks, row") == 1
+
+
+def test_the_documents_of_a_row_are_divided(config, text_store, tokenizer):
+    config.data.sequence_length = 4 * int(np.diff(text_store.offsets())[0])
+    shown = inspect_config(config)
+    code = shown[shown.index("--- code") : shown.index("--- talks")]
+    assert "\n- - -\n" in code
+    assert re.search(r"\n- - -\n<s>\{\+def f\d\(x\): return \d</s>\+\}", code)
+
+
+def test_a_config_without_stores_says_what_to_do(config, tmp_path):
+    config.data.stores = str(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="lemur prepare"):
+        inspect_config(config)
+
+
+def test_the_histogram_counts_every_length_once():
+    lengths = np.array([1, 2, 3, 4, 5, 8, 9, 100])
+    lines = [(line.split()[2], line.split()[-1]) for line in histogram(lengths)]
+    assert lines == [
+        ("1", "1"),
+        ("2", "1"),
+        ("4", "2"),
+        ("8", "2"),
+        ("16", "1"),
+        ("32", "0"),
+        ("64", "0"),
+        ("128", "1"),
+    ]
+
+
+def test_text_cannot_command_the_terminal():
+    assert printable("a\x1b[2Jb\tc\nd\u202eé漢") == "a\\x1b[2Jb\tc\nd\\u202eé漢"
+
+
+def test_inspecting_needs_neither_tensorflow_nor_seqio(config, tmp_path):
+    (tmp_path / "config.json").write_text(config.to_json())
+    code = f"""if True:
+        import json, sys
+        sys.modules["tensorflow"] = sys.modules["seqio"] = None
+        from ml_collections import ConfigDict
+        from lemur_jax.data.inspect import inspect_config
+
+        print(inspect_config(ConfigDict(json.load(open({str(tmp_path / "config.json")!r})))))"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("200 steps")
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 200
+
+
+class Reader(HTMLParser):
+    """The text of a page, and of it what stands in <b> and in <i> inside <pre>."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text = [], {"pre": "", "b": "", "i": ""}
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "pre" in self.open:
+            for tag in set(self.open) & set(self.text):
+                self.text[tag] += data
+
+
+def test_a_page_says_the_same_and_escapes_it(make_store, chat_tokenizer):
+    talk = [
+        {"role": "user", "content": "<script>a && b</script>"},
+        {"role": "assistant", "content": "<i>no</i>"},
+    ]
+    ids, mask = encode_chat(chat_tokenizer, talk)
+    fields = {"tokenizer_digest": chat_tokenizer.digest, "vocab_size": chat_tokenizer.vocab_size}
+    store = make_store([ids], [mask], added_tokens=chat_tokenizer.added_tokens, **fields)
+    options = {"tokenizer": chat_tokenizer, "samples": 1}
+    document = page("a <store>", inspect_store(store.path, color=True, **options))
+    assert "<script" not in document
+    assert "\x1b" not in document
+    reader = Reader()
+    reader.feed(document)
+    plain = inspect_store(store.path, **options)
+    assert reader.text["pre"] == plain.replace("{+", "").replace("+}", "")
+    assert reader.text["b"] == "<i>no</i><|im_end|>\n"
+    assert "<script>a && b</script>" in reader.text["i"]

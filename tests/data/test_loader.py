@@ -1,0 +1,181 @@
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lemur_jax.data.loader import BATCH_KEYS, Loader, held_out_batches
+from lemur_jax.data.mixture import Mixture, Source
+from lemur_jax.data.rows import ConcatRows, FitRows
+
+LENGTH = 24
+
+
+BOTH = PartitionSpec("rows", "columns")
+
+
+def sharding_of(rows, columns, spec=BOTH):
+    devices = np.array(jax.devices()[: rows * columns]).reshape(rows, columns)
+    return NamedSharding(Mesh(devices, ("rows", "columns")), spec)
+
+
+@pytest.fixture
+def mixture(make_store, random_documents):
+    documents = random_documents(200, 40)
+    masks = [np.arange(len(ids)) % 3 == 1 for ids in documents]
+    sources = [
+        Source(name="text", rows=ConcatRows(make_store(documents), LENGTH), share=2.0),
+        Source(name="chat", rows=FitRows(make_store(documents, masks, name="b/train"), LENGTH), share=1.0),
+    ]
+    return Mixture(sources, seed=7, batch_rows=16)
+
+
+def assert_batches_equal(batch, expected):
+    assert set(batch) == {*BATCH_KEYS, "source_ids"} == set(expected)
+    for key in expected:
+        np.testing.assert_array_equal(np.asarray(batch[key]), np.asarray(expected[key]), err_msg=key)
+
+
+def expected_batch(mixture, step):
+    source_ids, row_indices = mixture.locate(step)
+    return mixture.read(source_ids, row_indices) | {"source_ids": source_ids}
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        lambda: sharding_of(1, 1),
+        lambda: sharding_of(8, 1),
+        lambda: sharding_of(2, 4),
+        lambda: sharding_of(1, 8),
+        lambda: sharding_of(4, 2, PartitionSpec("rows")),
+        lambda: sharding_of(4, 2, PartitionSpec(("rows", "columns"), None)),
+        lambda: sharding_of(4, 2, PartitionSpec()),
+    ],
+)
+def test_a_batch_is_the_same_on_every_mesh(mixture, sharding):
+    loader = Loader(mixture, sharding())
+    for step in (0, 1_000_000):
+        batch = loader.batch(step)
+        assert_batches_equal(batch, expected_batch(mixture, step))
+        for key in BATCH_KEYS:
+            assert batch[key].sharding == sharding()
+            assert batch[key].dtype == (np.float32 if key == "loss_weights" else np.int32)
+        assert batch["source_ids"].dtype == np.int32
+    assert loader.documents(3) == mixture.documents(3)
+
+
+def test_iterate_gives_each_step_in_order(mixture):
+    loader = Loader(mixture, sharding_of(8, 1))
+    batches = dict(loader.iterate(5, 12))
+    assert list(batches) == list(range(5, 12))
+    for step, batch in batches.items():
+        assert_batches_equal(batch, loader.batch(step))
+    assert list(loader.iterate(5, 5)) == []
+
+
+def read_ahead_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+
+
+def test_iterate_reads_two_batches_ahead_and_stops_with_its_reader(mixture, monkeypatch):
+    loader = Loader(mixture, sharding_of(1, 1))
+    read = []
+    batch = loader.batch
+    monkeypatch.setattr(loader, "batch", lambda step: read.append(step) or batch(step))
+    steps = loader.iterate(0, 1000)
+    next(steps)
+    deadline = time.monotonic() + 10
+    while len(read) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert read == [0, 1, 2, 3]  # one taken, two that wait, one that finds no room
+    assert read_ahead_threads()
+    steps.close()
+    assert not read_ahead_threads()
+
+
+def test_iterate_raises_what_the_thread_raises(mixture, monkeypatch):
+    loader = Loader(mixture, sharding_of(1, 1))
+    batch = loader.batch
+    monkeypatch.setattr(loader, "batch", lambda step: batch(step) if step < 2 else 1 / 0)
+    steps = loader.iterate(0, 5)
+    assert [next(steps)[0], next(steps)[0]] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(steps)
+    assert not read_ahead_threads()
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_rows"), [(1, 0), (15, 0), (16, 0), (17, 0), (40, 0), (40, 17), (40, 99)]
+)
+def test_held_out_batches_hold_every_row_once(make_store, rows, max_rows):
+    documents = [np.arange(1, LENGTH + 1)] * rows
+    held_out = FitRows(make_store(documents), LENGTH)
+    batches = list(held_out_batches(held_out, 16, sharding_of(8, 1), max_rows))
+    count = min(rows, max_rows or rows)
+    assert len(batches) == -(-count // 16)
+    joined = {key: np.concatenate([np.asarray(batch[key]) for batch in batches]) for key in batches[0]}
+    expected = held_out.read(np.arange(count))
+    for key in BATCH_KEYS:
+        np.testing.assert_array_equal(joined[key][:count], expected[key])
+        assert not joined[key][count:].any()
+    assert joined["source_ids"].shape == (len(batches) * 16,)
+    assert not joined["source_ids"].any()
+
+
+HOST = """
+import sys
+import numpy as np
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from lemur_jax.data.loader import Loader
+from lemur_jax.data.mixture import Mixture, Source
+from lemur_jax.data.rows import ConcatRows
+from lemur_jax.data.store import TokenStore
+
+path, port, process, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+assert jax.device_count() == 8
+# Groups of four rows go to the first host, the second, the first, the second.
+devices = np.array(jax.devices())[[0, 1, 4, 5, 2, 3, 6, 7]].reshape(4, 2)
+sharding = NamedSharding(Mesh(devices, ("a", "b")), PartitionSpec("a", "b"))
+rows = ConcatRows(TokenStore.open(path), 24)
+read, count = rows.read, []
+rows.read = lambda indices: count.append(len(indices)) or read(indices)
+loader = Loader(Mixture([Source(name="text", rows=rows, share=1.0)], seed=7, batch_rows=16), sharding)
+batch = loader.batch(3)
+tokens = np.full((16, 24), -1)
+for shard in batch["tokens"].addressable_shards:
+    tokens[shard.index] = shard.data
+np.savez(out, tokens=tokens, read=count)
+"""
+
+
+def test_each_host_reads_its_own_rows_alone(make_store, random_documents, tmp_path):
+    store = make_store(random_documents(200, 40))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "host.py").write_text(HOST)
+    command = [sys.executable, str(tmp_path / "host.py"), str(store.path), str(port)]
+    hosts = [subprocess.Popen([*command, str(i), str(tmp_path / f"{i}.npz")]) for i in range(2)]
+    try:
+        assert [host.wait(timeout=60) for host in hosts] == [0, 0]
+    finally:
+        for host in hosts:
+            host.kill()
+    first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
+    assert first["read"].tolist() == second["read"].tolist() == [8]
+    mixture = Mixture([Source(name="text", rows=ConcatRows(store, LENGTH), share=1.0)], seed=7, batch_rows=16)
+    expected = expected_batch(mixture, 3)["tokens"]
+    here = np.arange(16) // 4 % 2 == 0
+    for tokens, held in ((first["tokens"], here), (second["tokens"], ~here)):
+        np.testing.assert_array_equal(tokens[held], expected[held])
+        assert (tokens[~held] == -1).all()

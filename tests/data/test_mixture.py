@@ -1,0 +1,238 @@
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.mixture import (
+    Mixture,
+    Source,
+    budget,
+    check_budget,
+    format_budget,
+    open_mixture,
+    open_rows,
+)
+from lemur_jax.data.rows import ConcatRows, FitRows
+
+
+class FakeRows:
+    """Rows that are counted and not read; `fill` real tokens in each of them."""
+
+    store = None
+
+    def __init__(self, count, length=16, fill=16):
+        self.count, self.length, self.num_tokens = count, length, count * fill
+
+    def __len__(self):
+        return self.count
+
+    def read(self, indices):
+        tokens = np.repeat(np.asarray(indices)[:, None], self.length, axis=1).astype(np.int32)
+        return {"tokens": tokens, "loss_weights": tokens.astype(np.float32)}
+
+    def documents(self, index):
+        return [f"d{index}", f"e{index}"]
+
+
+def source(name, share, rows=1000, fill=16, **fields):
+    return Source(name=name, rows=FakeRows(rows, fill=fill), share=share, **fields)
+
+
+def ids_of(mixture, steps):
+    return np.concatenate([mixture.locate(step)[0] for step in steps])
+
+
+def test_ten_to_one():
+    mixture = Mixture([source("code", 10.0), source("text", 1.0)], seed=1, batch_rows=11)
+    ids = ids_of(mixture, range(100))
+    text = np.convolve(ids == 1, np.ones(110), "valid")
+    assert set(text) == {10.0}  # in every window of 110 rows, wherever it begins
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shares=st.lists(st.integers(0, 1000), min_size=1, max_size=6).filter(any),
+    fills=st.lists(st.integers(1, 16), min_size=6, max_size=6),
+    batch_rows=st.integers(1, 40),
+    first=st.sampled_from([0, 1, 12345, 10**6, 2**40]),
+)
+def test_shares_are_exact_by_tokens_in_every_window(shares, fills, batch_rows, first):
+    sources = [source(f"s{i}", share, fill=fills[i]) for i, share in enumerate(shares)]
+    mixture = Mixture(sources, seed=0, batch_rows=batch_rows)
+    ids = ids_of(mixture, range(first, first + 20))
+    weights = [Fraction(share, fill) for share, fill in zip(shares, fills, strict=False)]
+    for index, weight in enumerate(weights):
+        wanted = float(weight / sum(weights))
+        # Rows so far less the share of them; the error of a window is the difference of two of these.
+        ahead = np.cumsum(np.append(0, (ids == index) - wanted))
+        assert ahead.max() - ahead.min() <= len(shares) - 1 + 1e-9
+
+
+@pytest.mark.parametrize("first", [0, 7, 1_000_000, 2**40 // 13, 2**40])
+def test_locate_agrees_with_python_integers(first):
+    shares = [0.1, 3.3, 7e-5, 1 / 3, 0.0]
+    mixture = Mixture([source(f"s{i}", s, rows=97) for i, s in enumerate(shares)], seed=3, batch_rows=13)
+    counts = mixture.rows_before(first * 13)
+    assert sum(counts) == first * 13
+    source_ids, row_indices = mixture.locate(first)
+    for place in range(13):
+        row = first * 13 + place
+        after = mixture.rows_before(row + 1)
+        (taken,) = [i for i in range(5) if after[i] != counts[i]]
+        assert source_ids[place] == taken
+        # The row is that of this visit alone, whatever batch it is in.
+        assert row_indices[place] == mixture._visit(taken, counts[taken], 1)[0]
+        counts = after
+    assert source_ids.dtype == np.int32
+    assert row_indices.dtype == np.int64
+
+
+def test_a_source_is_seen_whole_in_each_epoch():
+    mixture = Mixture([source("a", 2.0, rows=50), source("b", 1.0, rows=31)], seed=9, batch_rows=9)
+    ids, rows = map(np.concatenate, zip(*(mixture.locate(step) for step in range(100)), strict=True))
+    for index, size in enumerate((50, 31)):
+        visits = rows[ids == index]
+        epochs = visits[: len(visits) // size * size].reshape(-1, size)
+        assert len(epochs) > 5
+        for epoch in epochs:
+            np.testing.assert_array_equal(np.sort(epoch), np.arange(size))
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)  # each in an order of its own
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    sources = [source("a", 1.0), source("b", 1.0)]
+    mixture = Mixture(sources, seed=1, batch_rows=8)
+    later = mixture.locate(500)
+    mixture.locate(3)
+    for array, again in zip(later, Mixture(sources, seed=1, batch_rows=8).locate(500), strict=True):
+        np.testing.assert_array_equal(array, again)
+    assert (Mixture(sources, seed=2, batch_rows=8).locate(500)[1] != later[1]).any()
+    # A source's order is its own: it does not change with what it is mixed with.
+    alone = Mixture([sources[1]], seed=1, batch_rows=8).locate(0)[1]
+    mixed = np.concatenate([mixture.locate(step)[1][mixture.locate(step)[0] == 1] for step in range(4)])
+    np.testing.assert_array_equal(alone, mixed[:8])
+
+
+def test_two_batch_sizes_see_the_same_rows():
+    sources = [source("a", 3.0), source("b", 1.0)]
+    small, large = (Mixture(sources, seed=1, batch_rows=rows) for rows in (8, 32))
+    for part, whole in zip(zip(*map(small.locate, range(4)), strict=True), large.locate(0), strict=True):
+        np.testing.assert_array_equal(np.concatenate(part), whole)
+
+
+def test_the_order_is_pinned():
+    # A resumed run must see what the first one saw. If this fails, old runs can no longer be resumed.
+    mixture = Mixture([source("code", 10.0), source("text", 1.0)], seed=42, batch_rows=12)
+    source_ids, row_indices = mixture.locate(1_000_000)
+    assert source_ids.tolist() == SOURCE_IDS
+    assert row_indices.tolist() == ROW_INDICES
+
+
+SOURCE_IDS = [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+ROW_INDICES = [782, 647, 268, 842, 805, 127, 880, 174, 939, 970, 909, 404]
+
+
+def test_read_puts_rows_in_their_places():
+    mixture = Mixture([source("a", 1.0), source("b", 1.0)], seed=0, batch_rows=6)
+    source_ids, row_indices = mixture.locate(0)
+    batch = mixture.read(source_ids, row_indices)
+    np.testing.assert_array_equal(batch["tokens"], np.repeat(row_indices[:, None], 16, axis=1))
+    assert batch["loss_weights"].dtype == np.float32
+    part = mixture.read(source_ids[2:5], row_indices[2:5])
+    np.testing.assert_array_equal(part["tokens"], batch["tokens"][2:5])
+    names = [
+        f"{'ab'[i]}/{kind}{row}" for i, row in zip(source_ids, row_indices, strict=True) for kind in "de"
+    ]
+    assert mixture.documents(0) == names
+
+
+def test_budget():
+    sources = [source("code", 10.0, rows=100, max_epochs=2.0), source("text", 1.0, rows=5, fill=8)]
+    # Text rows are half full: 10 : 2 by rows.
+    mixture = Mixture(sources, seed=0, batch_rows=12)
+    code, text = budget(mixture, steps=20)
+    assert (code.rows_wanted, text.rows_wanted) == (200, 40)
+    assert (code.tokens_wanted, code.tokens_available) == (3200, 1600)
+    assert (text.tokens_wanted, text.tokens_available) == (320, 40)
+    assert (code.epochs, text.epochs) == (2.0, 8.0)
+    check_budget([code, text])  # exactly two epochs, and no limit
+    table = format_budget([code, text]).splitlines()
+    assert table[0].split() == ["source", "share", "tokens", "wanted", "available", "epochs", "allowed"]
+    assert table[1].split() == ["code", "90.91%", "3,200", "1,600", "2.00", "2"]
+    assert table[2].split() == ["text", "9.09%", "320", "40", "8.00", "any"]
+    assert len({len(line) for line in table}) == 1
+    with pytest.raises(UserError, match=r"source code: the run needs 3,\d+ tokens.*max_epochs is 2"):
+        check_budget(budget(mixture, steps=21))
+    assert "2 !" in format_budget(budget(mixture, steps=21))
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([], "data.sources is empty"),
+        ([("a", -1.0)], r"data.sources.a.share is -1.0"),
+        ([("a", float("nan"))], r"data.sources.a.share is nan"),
+        ([("a", 0.0), ("b", 0.0)], r"the shares of all of data.sources \(a, b\) are 0"),
+        ([("a", 1.0), ("a", 1.0)], "twice"),
+    ],
+)
+def test_impossible_shares_are_refused(sources, message):
+    with pytest.raises(UserError, match=message):
+        Mixture([source(*each) for each in sources], seed=0, batch_rows=4)
+
+
+def test_impossible_sources_are_refused():
+    with pytest.raises(UserError, match="max_epochs is -1"):
+        Mixture([source("a", 1.0, max_epochs=-1)], seed=0, batch_rows=4)
+    odd = Source(name="b", rows=FakeRows(9, length=8), share=1.0)
+    with pytest.raises(UserError, match=r"sequence length: \[8, 16\]"):
+        Mixture([source("a", 1.0), odd], seed=0, batch_rows=4)
+
+
+@pytest.fixture
+def config(tmp_path):
+    text = {"share": 10.0, "packing": "concat", "max_epochs": 1.0}
+    chat = {"share": 1.0, "packing": "fit", "max_epochs": 0.0}
+    return ConfigDict(
+        {
+            "seed": 42,
+            "data": {"stores": str(tmp_path), "sequence_length": 32, "sources": {"text": text, "chat": chat}},
+            "train": {"batch_rows": 8},
+        }
+    )
+
+
+def test_open_mixture(config, make_store, random_documents, chat_tokenizer, tmp_path):
+    fields = {"tokenizer_digest": chat_tokenizer.digest}
+    documents = random_documents(40, 30)
+    with pytest.raises(UserError, match=r"chat.train does not exist.*lemur prepare"):
+        open_mixture(config, chat_tokenizer)
+    stores = [
+        make_store(documents, masks=[ids % 2 for ids in documents], name="chat/train", **fields),
+        make_store(documents, name="text/train", **fields),
+    ]
+    mixture = open_mixture(config, chat_tokenizer)
+    assert [type(source.rows) for source in mixture.sources] == [FitRows, ConcatRows]
+    assert [(source.name, source.share, source.max_epochs) for source in mixture.sources] == [
+        ("chat", 1.0, 0.0),
+        ("text", 10.0, 1.0),
+    ]
+    assert (mixture.seed, mixture.batch_rows, mixture.length) == (42, 8, 32)
+    assert mixture.digests() == {
+        name: store.manifest.digest for name, store in zip(("chat", "text"), stores, strict=True)
+    }
+    assert isinstance(open_rows(config, chat_tokenizer, "chat", "train"), FitRows)
+    assert isinstance(open_rows(config, chat_tokenizer, "text", "train"), ConcatRows)
+    config.data.sources.text.packing = "tight"
+    with pytest.raises(UserError, match="packing is 'tight': it must be one of concat, fit"):
+        open_mixture(config, chat_tokenizer)
+    file = tmp_path / "text/train/manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_digest": "0" * 64}))
+    config.data.sources.text.packing = "concat"
+    with pytest.raises(UserError, match="tokenizer 00000000"):
+        open_mixture(config, chat_tokenizer)

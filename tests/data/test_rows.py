@@ -1,0 +1,172 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.rows import ConcatRows, FitRows, pack
+
+DTYPES = {
+    "tokens": np.int32,
+    "targets": np.int32,
+    "loss_weights": np.float32,
+    "segment_ids": np.int32,
+    "positions": np.int32,
+}
+
+
+def random_masks(documents, seed=5):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 2, len(ids)).astype(np.uint8) for ids in documents]
+
+
+def row_of(segments, length):
+    """A row written out in plain Python from (ids, targets, weights) of each of its segments."""
+    row = {key: [] for key in DTYPES}
+    for number, (ids, targets, weights) in enumerate(segments, start=1):
+        row["tokens"] += list(ids)
+        row["targets"] += list(targets)
+        row["loss_weights"] += list(weights)
+        row["segment_ids"] += [number] * len(ids)
+        row["positions"] += list(range(len(ids)))
+    return {key: np.array(values + [0] * (length - len(values)), DTYPES[key]) for key, values in row.items()}
+
+
+def shifted(ids, mask):
+    """Targets and weights of a document: the next token, and none after the last."""
+    mask = np.ones(len(ids)) if mask is None else mask
+    return [*ids[1:], 0], [*mask[1:], 0]
+
+
+def concat_reference(documents, masks, length):
+    """All rows of the stream, token by token."""
+    stream = []  # (document, id, target, weight)
+    for number, ids in enumerate(documents):
+        targets, weights = shifted(ids, masks and masks[number])
+        stream += zip([number] * len(ids), ids, targets, weights, strict=True)
+    stream = stream[:-1]
+    rows = []
+    for start in range(0, len(stream), length):
+        piece = stream[start : start + length]
+        segments = []
+        for number in dict.fromkeys(token[0] for token in piece):
+            segments.append(list(zip(*[token[1:] for token in piece if token[0] == number], strict=True)))
+        rows.append(row_of(segments, length))
+    return rows
+
+
+def assert_rows(rows, expected, indices):
+    batch = rows.read(np.array(indices))
+    assert {key: values.dtype for key, values in batch.items()} == DTYPES
+    for place, index in enumerate(indices):
+        for key, values in expected[index].items():
+            np.testing.assert_array_equal(batch[key][place], values, err_msg=f"{key} of row {index}")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("longest", "length"), [(1, 16), (30, 7), (30, 64), (500, 33), (3, 10_000)])
+def test_concat_rows(make_store, random_documents, longest, length, masked):
+    documents = random_documents(60, longest)
+    masks = random_masks(documents) if masked else None
+    rows = ConcatRows(make_store(documents, masks), length)
+    expected = concat_reference(documents, masks, length)
+    assert len(rows) == len(expected)
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    assert_rows(rows, expected, order + order[:3])
+
+
+def test_concat_rows_hold_every_token_once(make_store, random_documents):
+    documents = random_documents(50, 300)
+    # The stream's length against T: shorter, one more, a multiple, one less, unlike.
+    stream = np.concatenate(documents)
+    for length in (len(stream) - 1, len(stream), 2 * len(stream), 100, 1):
+        rows = ConcatRows(make_store(documents), length)
+        batch = rows.read(np.arange(len(rows)))
+        real = batch["segment_ids"] > 0
+        np.testing.assert_array_equal(batch["tokens"][real], stream[:-1])
+        assert real.sum() == rows.num_tokens == len(stream) - 1
+        assert rows.tokens_per_row == rows.num_tokens / len(rows)
+        weighed = batch["loss_weights"] > 0
+        np.testing.assert_array_equal(
+            np.sort(batch["targets"][weighed]), np.sort(np.concatenate([ids[1:] for ids in documents]))
+        )
+
+
+def test_a_token_of_any_value_is_a_token(make_store):
+    # 0 is padding to many, 2 is eos: neither means anything here.
+    rows = ConcatRows(make_store([[0, 0, 2, 2, 0], [2, 0, 0]]), 7)
+    batch = rows.read(np.array([0]))
+    assert batch["tokens"].tolist() == [[0, 0, 2, 2, 0, 2, 0]]
+    assert batch["targets"].tolist() == [[0, 2, 2, 0, 0, 0, 0]]
+    assert batch["loss_weights"].tolist() == [[1, 1, 1, 1, 0, 1, 1]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 1, 1, 2, 2]]
+    assert batch["positions"].tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+
+
+def test_documents_of_a_concat_row(make_store):
+    rows = ConcatRows(make_store([[1] * 5, [1] * 2, [1] * 9, [1]]), 6)
+    assert [rows.documents(index) for index in range(3)] == [
+        ["doc-0", "doc-1"],
+        ["doc-1", "doc-2"],
+        ["doc-2"],
+    ]
+
+
+def test_a_store_of_one_token_is_refused(make_store):
+    with pytest.raises(UserError, match="single token"):
+        ConcatRows(make_store([[1]]), 4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("longest", "length"), [(1, 16), (40, 64), (90, 64), (500, 100)])
+def test_fit_rows(make_store, random_documents, longest, length, masked):
+    documents = random_documents(80, longest)
+    masks = random_masks(documents) if masked else None
+    rows = FitRows(make_store(documents, masks), length)
+    expected, seen = [], []
+    for index in range(len(rows)):
+        numbers = [int(name.removeprefix("doc-")) for name in rows.documents(index)]
+        seen += numbers
+        segments = []
+        for number in numbers:
+            ids = documents[number][:length]
+            segments.append((ids, *shifted(ids, masks and masks[number][:length])))
+        expected.append(row_of(segments, length))
+    assert sorted(seen) == list(range(80))
+    assert rows.truncated == sum(len(ids) > length for ids in documents)
+    assert rows.num_tokens == sum(min(len(ids), length) for ids in documents)
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    assert_rows(rows, expected, order + order[:2])
+
+
+def best_fit_decreasing(lengths, capacity):
+    """The textbook's: each into the fullest bin that has room."""
+    room = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [space for space in room if space >= length]
+        if fitting:
+            room[room.index(min(fitting))] -= length
+        else:
+            room.append(capacity - length)
+    return sorted(room)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=60))
+def test_packing_is_best_fit_decreasing(lengths):
+    documents, row_offsets = pack(np.array(lengths), 20)
+    rows = [documents[a:b] for a, b in itertools.pairwise(row_offsets)]
+    assert sorted(documents.tolist()) == list(range(len(lengths)))
+    assert all((np.diff(row) > 0).all() for row in rows)
+    room = sorted(20 - sum(lengths[index] for index in row) for row in rows)
+    assert room == best_fit_decreasing(lengths, 20)
+
+
+@pytest.mark.parametrize("length", [1024, 2048, 4096])
+def test_chat_like_lengths_leave_little_padding(length):
+    lengths = np.random.default_rng(0).lognormal(6.2, 1.0, 30_000).astype(np.int64) + 10
+    lengths = np.minimum(lengths, length)
+    _, row_offsets = pack(lengths, length)
+    assert 1 - lengths.sum() / (length * (len(row_offsets) - 1)) < 0.02

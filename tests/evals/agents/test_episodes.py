@@ -1,0 +1,75 @@
+"""Scripted agents through whole episodes, and our own model behind the command."""
+
+import json
+import sys
+
+import pytest
+
+from lemur_jax.cli import main
+from lemur_jax.common.errors import UserError
+from lemur_jax.evals.agents import environments
+from lemur_jax.evals.agents.episodes import (
+    failure,
+    open_environments,
+    run_episode,
+    success_by_turn,
+    table,
+    to_json,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+
+
+def scripted(*answers):
+    """An agent that says these in turn, and keeps what it was shown."""
+    seen = []
+    left = iter(answers)
+
+    def agent(messages):
+        seen.append(list(messages))
+        return next(left)
+
+    agent.seen = seen
+    return agent
+
+
+@pytest.fixture
+def count():
+    return environments.sql_environments()[0]
+
+
+def test_an_episode_that_feedback_solves(count):
+    agent = scripted("SELECT * FROM nowhere", "SELECT count(*) FROM book", "never said")
+    trace = run_episode(count, agent, max_turns=5)
+    assert trace.solved_at == 2
+    assert failure(trace) is None
+    assert "no such table" in agent.seen[1][-1]["content"]
+    assert [message["role"] for message in agent.seen[1]] == ["user", "assistant", "user"]
+
+
+def test_an_episode_that_fails(count):
+    trace = run_episode(count, scripted("SELECT 1", "SELECT 2"), max_turns=2)
+    assert (trace.solved_at, failure(trace)) == (None, "wrong answer")
+    assert failure(run_episode(count, scripted("SELECT 1", "SELECT 1"), max_turns=2)) == "repeated itself"
+    assert failure(run_episode(count, scripted(""), max_turns=1)) == "no code"
+
+
+def test_success_by_turn(count):
+    solved = run_episode(count, scripted("x", "SELECT 6"), max_turns=3)
+    failed = run_episode(count, scripted("x", "y", "z"), max_turns=3)
+    assert success_by_turn([solved, failed], 3) == [0, 50, 50]
+    assert "sql                   2      0.0     50.0     50.0" in table([solved, failed], 3)
+    kept = json.loads(to_json([solved], 3))["traces"][0]
+    assert [turn["action"] for turn in kept["turns"]] == ["x", "SELECT 6"]
+
+
+def test_our_model_from_the_command(checkpoint, tmp_path, capsys):
+    words = ["eval", "--checkpoint", str(checkpoint), "--agents", "bash", "--turns", "2", "--limit", "1"]
+    assert main([*words, "--json", str(tmp_path / "traces.json")]) == 0
+    assert "solved, %" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"][0]["turns"]) >= 1
+
+
+def test_unknown_environment():
+    with pytest.raises(UserError, match="unknown environment 'x'"):
+        open_environments(["x"])

@@ -1,0 +1,145 @@
+"""lm-evaluation-harness over our model on 8 devices, against its own `hf` model on the export."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lemur_jax.common.errors import UserError
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
+pytest.importorskip("accelerate", reason="lm-eval's hf model needs accelerate: pip install '.[eval]'")
+
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from lemur_jax.evals.harness import LemurLM, encode_with_control
+
+CHOICE = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}\\nAnswer:"
+doc_to_choice: ["A", "B", "a longer answer"]
+doc_to_target: 1
+metric_list: [{metric: acc}]
+"""
+GENERATE = """
+task: local_generate
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "x"
+generation_kwargs: {until: ["e"], max_gen_toks: 24, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+ROLLING = """
+task: local_rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+"""
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint):
+    return LemurLM(checkpoint=checkpoint, mesh="fsdp=4,tensor=2", batch_tokens=1024)
+
+
+@pytest.fixture(scope="module")
+def theirs(exported):
+    # Its cache of logits gives windows of repetitive text each other's continuations.
+    options = {"dtype": "float32", "add_bos_token": False, "device": "cpu", "logits_cache": False}
+    return HFLM(pretrained=str(exported), batch_size=4, **options)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tasks")
+    documents = [
+        {"question": f"def f{i}(x):" + " return x + 1" * (2 * i), "text": f"text {i} é\n" * (15 * i + 1)}
+        for i in range(4)
+    ]
+    (path / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    for name, text in (("choice", CHOICE), ("generate", GENERATE), ("rolling", ROLLING)):
+        (path / f"{name}.yaml").write_text(text.replace("DATA", str(path / "data.jsonl")))
+    return TaskManager(include_path=str(path), include_defaults=False)
+
+
+def samples(model, tasks, **options):
+    """Raw responses by task and document."""
+    found = simple_evaluate(
+        model=model,
+        tasks=["local_choice", "local_generate", "local_rolling"],
+        task_manager=tasks,
+        bootstrap_iters=0,
+        **options,
+    )["samples"]
+    order = {name: sorted(items, key=lambda item: item["doc_id"]) for name, items in found.items()}
+    return {name: [item["resps"] for item in items] for name, items in order.items()}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_local_tasks_give_what_the_harness_gives(ours, theirs, tasks, chat):
+    got, expected = (samples(model, tasks, apply_chat_template=chat) for model in (ours, theirs))
+    assert got["local_generate"] == expected["local_generate"]
+    assert any(answer[0][0] for answer in got["local_generate"])
+    for mine, his in zip(got["local_choice"], expected["local_choice"], strict=True):
+        assert [r[0][1] for r in mine] == [r[0][1] for r in his]
+        np.testing.assert_allclose([r[0][0] for r in mine], [r[0][0] for r in his], atol=1e-3)
+    np.testing.assert_allclose(
+        [float(r[0][0]) for r in got["local_rolling"]],
+        [float(r[0][0]) for r in expected["local_rolling"]],
+        atol=1e-3,
+    )
+
+
+def instances(kind, *arguments):
+    return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
+
+
+def test_edges(ours, theirs):
+    """An empty context, one too long, trailing spaces, control tokens, options of one token."""
+    chat = ours.apply_chat_template([{"role": "user", "content": " hello "}])
+    assert chat == theirs.apply_chat_template([{"role": "user", "content": " hello "}])
+    requests = instances(
+        "loglikelihood",
+        ("", "hello there"), ("word " * 200, "the end"), ("in front  ", " of"), (chat, "An answer"),
+        ("x", " A"), ("x", " B"), ("x", "<|im_end|>"),
+    )  # fmt: skip
+    got, expected = ours.loglikelihood(requests), theirs.loglikelihood(requests)
+    np.testing.assert_allclose([x for x, _ in got], [x for x, _ in expected], atol=1e-3)
+    assert [greedy for _, greedy in got] == [greedy for _, greedy in expected]
+
+
+def test_a_prefilled_answer_is_left_open(ours, theirs):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The answer is"}]
+    text = ours.apply_chat_template(turns, add_generation_prompt=False)
+    assert text.endswith("assistant\nThe answer is")
+    assert text == theirs.apply_chat_template(turns, add_generation_prompt=False)
+
+
+def test_bos_only_where_it_is_wanted(ours, checkpoint):
+    with_bos = LemurLM(ours.session, add_bos=True)
+    assert with_bos.tok_encode("a b") == [1, *ours.tok_encode("a b")]
+    assert with_bos.tok_encode("<s>a b") == [1, *ours.tokenizer.encode("a b", prefix=False)]
+
+
+def test_ids_of_rendered_text_are_those_of_transformers(ours, theirs):
+    for text in ("<|im_start|>user\nhi <|im_end|>\n a", "plain", " two  spaces", "<|im_sep|><|im_end|>x"):
+        assert encode_with_control(ours.tokenizer, text) == theirs.tok_encode(text)
+
+
+def test_too_many_new_tokens(ours):
+    with pytest.raises(UserError, match="wants 150 new tokens"):
+        ours.generate_until(instances("generate_until", ("x", {"until": [], "max_gen_toks": 150})))

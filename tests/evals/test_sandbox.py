@@ -1,0 +1,232 @@
+"""The box, and attempts to get out of it."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.evals.sandbox import Limits, Result, run, run_python
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+
+QUICK = Limits(wall_seconds=3, cpu_seconds=2, memory_bytes=256 << 20, file_bytes=1 << 20, processes=16)
+
+
+@pytest.fixture(scope="module")
+def namespaces():
+    """Tests of what namespaces alone can hold are skipped where the platform forbids them."""
+    if not run(["true"]).isolated:
+        pytest.skip("this platform forbids namespaces")
+
+
+@pytest.fixture(params=[True, False], ids=["namespaces", "plain"])
+def box(request):
+    """A runner of shell scripts, with namespaces (if the platform has them) and without."""
+    return lambda script, **options: run(["sh", "-c", script], namespaces=request.param, **options)
+
+
+def alive(mark: str) -> list[str]:
+    """Command lines of the machine's processes that contain the mark."""
+    lines = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    return [line for line in lines if mark in line]
+
+
+def test_output_errors_and_code(box):
+    found = box("echo out; echo err >&2; cat data/x; exit 3", files={"data/x": "dáta"})
+    assert (found.output, found.errors, found.code) == ("out\ndáta", "err\n", 3)
+    assert 0 < found.seconds < 5
+    assert not found.timed_out
+
+
+def test_a_signal_is_counted_as_in_a_shell(box):
+    assert box("kill -TERM $$").code == 128 + signal.SIGTERM
+
+
+def test_python_has_the_standard_library_alone():
+    found = run_python("import json, sqlite3, sys; print(json.dumps(sys.argv)); import numpy")
+    assert found.output == '["main.py"]\n'
+    assert "ModuleNotFoundError: No module named 'numpy'" in found.errors
+    assert found.code == 1
+
+
+def test_infinite_loop(box):
+    found = box("while :; do sleep 0.1; done", limits=Limits(wall_seconds=0.5))
+    assert found.timed_out
+    assert 0.5 <= found.seconds < 3
+
+
+def test_cpu_time():
+    found = run_python("while True: pass", limits=Limits(wall_seconds=10, cpu_seconds=1))
+    assert found.code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL)
+
+
+def test_memory_bomb():
+    found = run_python("x = bytearray(10**9); print('got it')", limits=QUICK)
+    assert "MemoryError" in found.errors
+    assert "got it" not in found.output
+
+
+def test_fork_bomb():
+    program = """
+import os, time
+count = 0
+try:
+    while True:
+        if os.fork() == 0:
+            time.sleep(60)
+        count += 1
+except OSError as error:
+    print(count, type(error).__name__)
+"""
+    found = run_python(program, limits=QUICK)
+    count, error = found.output.split()
+    assert (int(count) < 16, error) == (True, "BlockingIOError")
+
+
+def test_a_fork_bomb_that_goes_on_is_over_with_the_clock(box):
+    mark = f"bomb{time.monotonic_ns()}"
+    found = box(f"f() {{ f & f; }}; f {mark}", limits=Limits(wall_seconds=1, processes=16))
+    assert found.seconds < 4
+    assert not alive(mark)
+
+
+def test_orphans_die(box):
+    mark = f"3{time.monotonic_ns()}"
+    found = box(f"setsid sleep {mark} & setsid setsid sleep {mark} & sleep 0.2; echo started")
+    assert found.output == "started\n"
+    assert not alive(mark)
+
+
+def test_orphans_die_at_the_time_limit_too(box):
+    mark = f"4{time.monotonic_ns()}"
+    assert box(f"setsid sleep {mark} & sleep 60", limits=Limits(wall_seconds=0.5)).timed_out
+    assert not alive(mark)
+
+
+def test_large_file_and_full_disk(namespaces):
+    found = run_python(
+        "f = open('x', 'wb')\nfor _ in range(9): f.write(bytes(1 << 20)); f.flush(); print('ok', flush=True)",
+        limits=Limits(file_bytes=4 << 20),
+    )
+    assert (found.output, found.code) == ("ok\n" * 4, 1)
+    assert "File too large" in found.errors
+    program = "for i in range(20): open(str(i), 'wb').write(bytes(1 << 20))"
+    assert "No space left" in run_python(program, limits=Limits(disk_bytes=8 << 20)).errors
+
+
+def test_endless_output_is_cut(box):
+    found = box("yes | head -c 300000", limits=Limits(output_bytes=1000))
+    assert len(found.output) < 1100
+    assert "299000 bytes left out" in found.output
+
+
+def test_writing_outside(namespaces, tmp_path):
+    target = tmp_path / "target"
+    target.write_text("before")
+    os.chmod(target, 0o666)
+    program = f"""
+for path in ({str(target)!r}, '/usr/x', '/x', '/etc/x', '/tmp/x', '/dev/shm/x', '/proc/sysrq-trigger'):
+    try:
+        open(path, 'w').write('after')
+        print('wrote', path)
+    except OSError as error:
+        pass
+"""
+    assert run_python(program).output == ""
+    assert target.read_text() == "before"
+
+
+def test_files_of_the_user_are_not_there(namespaces):
+    program = f"import os; print(os.path.exists({__file__!r}), os.listdir('/box'))"
+    assert run_python(program).output == "False ['main.py']\n"
+
+
+def test_environment(box, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    found = box("env; cat /proc/*/environ 2>/dev/null | tr '\\0' '\\n'")
+    assert "HOME=" in found.output
+    assert "hunter2" not in found.output
+
+
+def test_other_processes_cannot_be_seen_or_signalled(namespaces):
+    victim = subprocess.Popen(["sleep", "60"])
+    try:
+        program = f"""
+import os, signal
+for process in ({victim.pid}, {os.getpid()}, os.getppid(), -1):
+    try:
+        os.kill(process, signal.SIGKILL)
+    except OSError as error:
+        print(type(error).__name__)
+print('still here')
+"""
+        found = run_python(program)
+        # 1 is the box's own init, of another user if the machine's root runs this.
+        assert found.output.startswith("ProcessLookupError\nProcessLookupError\n")
+        assert found.output.endswith("still here\n")
+        assert victim.poll() is None
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+def test_no_network(namespaces):
+    program = """
+import socket
+for family, address in ((socket.AF_INET, ('127.0.0.1', 9)), (socket.AF_INET, ('8.8.8.8', 53))):
+    try:
+        socket.socket(family, socket.SOCK_STREAM).connect(address)
+    except OSError as error:
+        print(error.strerror)
+print(len(open('/proc/net/dev').readlines()) if __import__('os').path.exists('/proc/net/dev') else 3)
+"""
+    assert run_python(program).output == "Network is unreachable\nNetwork is unreachable\n3\n"
+
+
+def test_no_way_to_more_rights(namespaces):
+    program = """
+import os
+os.mkdir('d')
+for attempt in (lambda: os.setuid(0), lambda: os.chroot('d')):
+    try:
+        attempt()
+        print('done')
+    except OSError:
+        pass
+"""
+    assert run_python(program).output == ""
+
+
+def test_a_directory_is_kept(box, tmp_path):
+    # pytest keeps its directories to the user; how deep they lie depends on how it is started.
+    for path in (tmp_path, *tmp_path.parents):
+        if path.stat().st_uid == os.getuid() and path.parent != path and not path.stat().st_mode & 0o005:
+            path.chmod(0o755)
+    directory = tmp_path / "box"
+    directory.mkdir()
+    box("echo one > file", directory=directory)
+    assert box("cat file", directory=directory).output == "one\n"
+    assert (directory / "file").read_text() == "one\n"
+
+
+def test_bad_input():
+    with pytest.raises(UserError, match="cannot run no-such-program"):
+        run(["no-such-program"])
+    with pytest.raises(UserError, match="stay inside the box"):
+        run(["true"], files={"../x": ""})
+    with pytest.raises(UserError, match="no namespaces here"):
+        run(["true"], namespaces=False, require_isolation=True)
+
+
+def test_a_result_says_that_it_timed_out():
+    assert Result(code=None, output="", errors="", seconds=1.0, isolated=True).timed_out

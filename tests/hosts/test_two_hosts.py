@@ -1,0 +1,173 @@
+"""Two real processes of four devices each are one run: same batches, same losses, one writer.
+
+Real `jax.distributed`, real collectives (gloo), real signals; the network alone is the machine's own.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lemur_jax.checkpoint.manager import read_metadata, restore_params
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.llama import abstract_params
+from lemur_jax.parallel.liveness import LOST
+from lemur_jax.telemetry.metrics import read_metrics
+from tests.hosts.conftest import STEPS, finish
+
+# Prints what this process holds of three batches: {"step row key": digest}.
+BATCHES = """
+import hashlib, json, os
+from lemur_jax.parallel import hosts
+hosts.choose_platform(int(os.environ["DEVICES"]))
+hosts.join()
+from lemur_jax.common.config import load
+from lemur_jax.data.loader import Loader
+from lemur_jax.data.mixture import open_mixture
+from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.parallel.rules import batch_sharding
+config = load("config.py")
+mixture = open_mixture(config, Tokenizer.load(config.tokenizer.path))
+loader = Loader(mixture, batch_sharding(make_mesh(config.mesh)))
+held = {}
+for step in (0, 5, 1000):
+    for key, array in loader.batch(step).items():
+        for shard in array.addressable_shards:
+            first = shard.index[0].start or 0
+            for row, values in enumerate(shard.data, first):
+                held[f"{step} {row} {key}"] = hashlib.sha256(values.__array__().tobytes()).hexdigest()
+print("HELD", json.dumps(held))
+"""
+
+
+def final_params(workdir):
+    metadata = read_metadata(workdir)
+    assert metadata["step"] == STEPS
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        abstract_params(LlamaConfig.from_dict(metadata["model"])),
+    )
+    return jax.tree.map(np.asarray, restore_params(workdir, wanted))
+
+
+def losses(workdir):
+    """Losses of all records, whose steps must have neither gaps nor doubles."""
+    records = read_metrics(workdir)
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [STEPS]
+    return [r["loss"] for r in records if r["kind"] != "time"]
+
+
+@pytest.fixture(scope="module")
+def one(hosts_project):
+    workdir = hosts_project.root / "one"
+    hosts_project.lemur(1, *hosts_project.train_words(workdir))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two(hosts_project):
+    """A run of two hosts, and what each printed."""
+    workdir = hosts_project.root / "two"
+    return workdir, hosts_project.lemur(2, *hosts_project.train_words(workdir))
+
+
+def test_batches_are_identical_and_each_host_reads_its_own_rows(hosts_project):
+    def held(hosts):
+        outputs = finish(hosts_project.start(hosts, "-c", BATCHES))
+        return [json.loads(output.split("HELD ")[1].splitlines()[0]) for output in outputs]
+
+    (whole,), halves = held(1), held(2)
+    assert halves[0].keys() & halves[1].keys() == set()
+    assert halves[0] | halves[1] == whole
+
+
+def test_two_hosts_train_as_one_and_one_of_them_writes(hosts_project, one, two):
+    workdir, (chief, other) = two
+    np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
+    assert "8 cpu devices" in chief
+    assert "held-out text" in chief
+    assert [line for line in other.splitlines() if "[Gloo]" not in line and line] == []
+    assert {path.name for path in workdir.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints"}
+    jax.tree.map(
+        lambda mine, theirs: np.testing.assert_allclose(mine, theirs, atol=1e-4),
+        final_params(workdir),
+        final_params(one),
+    )
+
+
+def test_two_hosts_generate_and_one_exports(hosts_project, two):
+    workdir, _ = two
+    words = ["generate", "--checkpoint", str(workdir), "--prompt", "value_1 =", "--max-new-tokens", "8"]
+    chief, other = hosts_project.lemur(2, *words)
+    (alone,) = hosts_project.lemur(1, *words)
+    assert alone.strip().startswith("value_1 =")
+    assert alone.strip() in chief
+    assert "value_1" not in other
+    finish(hosts_project.start(1, "-m", "lemur_jax.cli", "export-hf", str(workdir), str(workdir) + "-hf"))
+    assert (hosts_project.root / "two-hf" / "config.json").exists()
+
+
+def kill_host_1(hosts_project, workdir, how):
+    """Lets a run of two hosts save once, hits host 1, and gives what host 0 said and how long it took."""
+    processes = hosts_project.start(
+        2, "-m", "lemur_jax.cli", *hosts_project.train_words(workdir), "--virtual-devices", "4"
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (workdir / "checkpoints" / "3").exists():
+        assert processes[1].poll() is None, processes[1].communicate()[0]
+        time.sleep(0.02)
+    os.kill(processes[1].pid, how)
+    hit = time.monotonic()
+    said, _ = processes[0].communicate(timeout=240)
+    seconds = time.monotonic() - hit
+    processes[1].kill()
+    processes[1].communicate()
+    return processes[0].returncode, said, seconds
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_lost_host_ends_the_run_by_name_and_the_relaunch_is_exact(hosts_project, two, one, how, tmp_path):
+    workdir = tmp_path / "run"
+    code, said, seconds = kill_host_1(hosts_project, workdir, how)
+    assert code == LOST, said
+    assert "has not been heard of for 10 s" in said
+    assert "host 1 (" in said
+    assert seconds < 10 + 15  # lost_seconds, two beats, and a busy machine
+    on_one_host = tmp_path / "elastic"
+    shutil.copytree(workdir, on_one_host)
+    chief, _ = hosts_project.lemur(2, *hosts_project.train_words(workdir))
+    assert "resuming at step" in chief
+    jax.tree.map(np.testing.assert_array_equal, final_params(workdir), final_params(two[0]))
+    (alone,) = hosts_project.lemur(1, *hosts_project.train_words(on_one_host))
+    assert "resuming at step" in alone
+    np.testing.assert_allclose(losses(on_one_host), losses(one), rtol=1e-5)
+
+
+def test_hosts_with_other_configs_are_refused(hosts_project, tmp_path):
+    words = [*hosts_project.train_words(tmp_path / "run"), "--virtual-devices", "4"]
+    code = (
+        "import os, sys\nfrom lemur_jax.cli import main\n"
+        "sys.exit(main(sys.argv[1:] + ['--config.seed=' + os.environ['JAX_PROCESS_ID']]))"
+    )
+    processes = hosts_project.start(2, "-c", code, *words)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert "the config differs between hosts: host 1" in outputs[0] + outputs[1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_doctor_looks_at_both_hosts(hosts_project, tmp_path):
+    words = ["doctor", "--config", "config.py", "--workdir", str(tmp_path / "run")]
+    chief, other = hosts_project.lemur(2, *words)
+    assert "verdict: 2 hosts ready" in chief
+    assert "written, read and shared" in chief
+    assert "verdict" not in other
+    assert not (tmp_path / "run").exists()

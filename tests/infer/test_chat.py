@@ -1,0 +1,97 @@
+"""Chat with models that recite: what they say is known, so is what they must have been given."""
+
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.chat import encode_chat
+from lemur_jax.infer import chat
+from lemur_jax.infer.chat import converse, fit, reply
+from tests.infer.conftest import recite
+
+ANSWER = "yes: 😀!"
+
+
+@pytest.fixture(scope="module")
+def parrot(chat_tokenizer):
+    """Says ANSWER after the newline of an assistant's header, whatever it was asked."""
+    newline = chat_tokenizer.encode("\n", prefix=False)
+    answer = chat_tokenizer.encode(ANSWER, prefix=False)
+    ids = [*newline, *answer, chat_tokenizer.control_tokens["<|im_end|>"]]
+    return recite(chat_tokenizer, ids, max_position_embeddings=96)
+
+
+def test_an_answer_is_streamed_without_its_end(parrot):
+    pieces = list(reply(parrot, [{"role": "user", "content": "hello <|im_end|>"}], max_new_tokens=20))
+    assert "".join(pieces) == ANSWER
+    assert len(pieces) > 1
+
+
+def test_the_model_sees_the_whole_conversation(parrot, monkeypatch):
+    prompts = []
+    stream = chat.stream
+
+    def spy(session, batch, **options):
+        prompts.extend(batch)
+        return stream(session, batch, **options)
+
+    monkeypatch.setattr(chat, "stream", spy)
+    written = []
+    messages = converse(parrot, ["one\n", " ", "two\n"], written.append, system="be brief", max_new_tokens=20)
+    expected = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": ANSWER},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": ANSWER},
+    ]
+    assert messages == expected
+    assert "".join(written) == f"{ANSWER}\n{ANSWER}\n"
+    for prompt, turns in zip(prompts, (expected[:2], expected[:4]), strict=True):
+        assert prompt == encode_chat(parrot.tokenizer, turns, add_generation_prompt=True)[0]
+
+
+def test_commands(parrot):
+    written = []
+    lines = ["/help", "one", "/reset", "two", "/exit", "three"]
+    messages = converse(parrot, lines, written.append, max_new_tokens=20)
+    assert [message["content"] for message in messages] == ["two", ANSWER]
+    assert written[0] == chat.HELP + "\n"
+
+
+def test_old_turns_are_forgotten_aloud(parrot):
+    written = []
+    lines = ["tell me " + "a" * index for index in range(6)]
+    messages = converse(parrot, lines, written.append, system="s", max_new_tokens=20)
+    assert [message["role"] for message in messages[:2]] == ["system", "user"]
+    assert messages[-2]["content"] == lines[-1]
+    assert 3 <= len(messages) < 1 + 2 * len(lines)
+    assert any("no longer fit" in text for text in written)
+
+
+def test_fit_keeps_the_last_turn_however_long(parrot):
+    turns = [{"role": role, "content": "x y z " * 30} for role in ("system", "user", "assistant", "user")]
+    assert fit(parrot, turns, 20) == [turns[0], turns[3]]
+    with pytest.raises(UserError, match="max_position_embeddings 96"):
+        list(reply(parrot, fit(parrot, turns, 20), max_new_tokens=20))
+
+
+def test_an_answer_cut_short_is_kept(parrot):
+    written = []
+
+    def write(text):
+        written.append(text)
+        if len(written) == 1:
+            raise KeyboardInterrupt
+
+    messages = converse(parrot, ["one", "two"], write, max_new_tokens=20)
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert ANSWER.startswith(messages[1]["content"])
+    assert messages[1]["content"] != ANSWER
+    assert messages[3]["content"] == ANSWER
+
+
+def test_a_base_model_cannot_chat(chat_tokenizer):
+    base = type(chat_tokenizer).from_files({"tokenizer.model": chat_tokenizer.files()["tokenizer.model"]})
+    session = recite(base, [3, 4])
+    with pytest.raises(UserError, match="no chat template"):
+        list(reply(session, [{"role": "user", "content": "hello"}]))

@@ -1,0 +1,373 @@
+"""launch/pod.sh against a `gcloud` that writes down its calls and fails where the test says so.
+
+No cloud is touched: what the real gcloud does with these commands is not tested here.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# Answers with the first rule whose words are in the command and that is not used up: {"when", "out", "code",
+# "times", "hang"}; a command that no rule knows succeeds and says nothing.
+FAKE = """
+import json, os, sys, time
+home = os.environ["FAKE"]
+words = " ".join(sys.argv[1:])
+with open(home + "/calls", "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+rules = json.load(open(home + "/rules"))
+for rule in rules:
+    if rule["when"] in words and rule.get("times", 1) != 0:
+        rule["times"] = rule.get("times", 1) - 1
+        json.dump(rules, open(home + "/rules", "w"))
+        if rule.get("hang"):
+            time.sleep(60)
+        print(rule.get("out", ""), file=sys.stderr if rule.get("code") else sys.stdout)
+        sys.exit(rule.get("code", 0))
+"""
+
+SETTINGS = """
+RUN=test-run
+CONFIG=configs/lemur_7b_pretrain.py
+WORKDIR=gs://bucket/run
+PROJECT=some-project
+ZONE=some-zone
+ACCELERATOR=v4-16
+RUNTIME=some-image
+POLL_SECONDS=0
+SSH_SECONDS=5
+"""
+
+DESCRIBE = "queued-resources describe"
+STATUS = "worker.sh status"
+FINISHED = [
+    {"when": DESCRIBE, "out": "ACTIVE", "times": -1},
+    {"when": STATUS, "out": "0\n0", "times": -1},
+]
+
+
+class Pod:
+    def __init__(self, home: pathlib.Path):
+        self.home = home
+        (home / "bin").mkdir()
+        fake = home / "bin" / "gcloud"
+        fake.write_text(f"#!{sys.executable}\n{FAKE}")
+        fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+        self.settings(SETTINGS)
+
+    def settings(self, text: str) -> None:
+        (self.home / "settings.sh").write_text(text)
+
+    def __call__(self, *words: str, rules=()) -> subprocess.CompletedProcess:
+        (self.home / "rules").write_text(json.dumps([*rules]))
+        (self.home / "calls").write_text("")
+        path = f"{self.home}/bin:{os.environ['PATH']}"
+        return subprocess.run(
+            ["bash", "launch/pod.sh", *words, "--settings", str(self.home / "settings.sh")],
+            cwd=ROOT,
+            env={**os.environ, "PATH": path, "FAKE": str(self.home)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def calls(self, having: str = "") -> list[list[str]]:
+        calls = map(json.loads, (self.home / "calls").read_text().splitlines())
+        return [call for call in calls if having in " ".join(call)]
+
+    def steps(self) -> list[str]:
+        """What was done to the slice, in one word each."""
+        names = {
+            "queued-resources create": "create",
+            "queued-resources delete": "delete",
+            "code.tar.gz test-run:": "push",
+            "worker.sh setup": "setup",
+            "worker.sh start": "start",
+            "worker.sh stop": "stop",
+        }
+        lines = [" ".join(call) for call in self.calls()]
+        return [word for line in lines for text, word in names.items() if text in line]
+
+
+@pytest.fixture
+def pod(tmp_path):
+    return Pod(tmp_path)
+
+
+def test_a_run_from_nothing_to_finished(pod):
+    done = pod("watch", rules=[
+        {"when": DESCRIBE, "out": "ERROR: NOT_FOUND: no such thing", "code": 1},
+        {"when": DESCRIBE, "out": "WAITING_FOR_RESOURCES", "times": 3},
+        {"when": STATUS, "out": "absent\nabsent"},
+        {"when": STATUS, "out": "running\nrunning", "times": 2},
+        {"when": STATUS, "out": "0\nrunning"},  # host 0 is done a little earlier
+        *FINISHED,
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "finished: gs://bucket/run" in done.stdout
+    assert pod.steps() == ["create", "push", "setup", "start", "delete"]
+    (create,) = pod.calls("queued-resources create")
+    assert create == [
+        "compute", "tpus", "queued-resources", "create", "test-run", "--project=some-project", "--zone=some-zone",
+        "--node-id=test-run", "--accelerator-type=v4-16", "--runtime-version=some-image",
+    ]  # fmt: skip
+    (start,) = pod.calls("worker.sh start")
+    assert "--worker=all" in start
+    assert start[-1].rstrip() == (
+        "--command=bash lemur/launch/worker.sh start tmux train --config configs/lemur_7b_pretrain.py"
+        " --workdir gs://bucket/run"
+    )
+
+
+def test_preempted_slice_is_made_anew_and_the_run_resumed(pod):
+    pod.settings(SETTINGS + "PROVISIONING=spot\n")
+    done = pod("watch", rules=[
+        {"when": DESCRIBE, "out": "ACTIVE"},
+        {"when": STATUS, "out": "running"},
+        {"when": DESCRIBE, "out": "SUSPENDED"},
+        {"when": DESCRIBE, "out": "NOT_FOUND", "code": 1},
+        {"when": DESCRIBE, "out": "ACTIVE"},
+        {"when": STATUS, "out": "absent"},
+        *FINISHED,
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert pod.steps() == ["delete", "create", "push", "setup", "start", "delete"]
+    assert "--spot" in pod.calls("queued-resources create")[0]
+
+
+@pytest.mark.parametrize("step", ["tpu-vm scp", "worker.sh setup", "worker.sh start"])
+def test_preemption_in_the_middle_of_setting_up(pod, step):
+    done = pod("watch", rules=[
+        {"when": DESCRIBE, "out": "ACTIVE"},
+        {"when": STATUS, "out": "absent"},
+        {"when": step, "out": "ssh: connect: no route to host", "code": 255, "times": 3},
+        {"when": DESCRIBE, "out": "FAILED"},
+        {"when": DESCRIBE, "out": "NOT_FOUND", "code": 1},
+        {"when": STATUS, "out": "absent"},
+        *FINISHED,
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "could not set up every worker" in done.stderr
+    assert pod.steps()[-6:] == ["delete", "create", "push", "setup", "start", "delete"]
+
+
+def test_one_failure_of_ssh_is_tried_again(pod):
+    done = pod("setup", rules=[{"when": "worker.sh setup", "out": "timeout", "code": 255}])
+    assert done.returncode == 0
+    assert len(pod.calls("worker.sh setup")) == 2
+
+
+def test_ssh_that_hangs_is_cut_off(pod):
+    pod.settings(SETTINGS + "SSH_SECONDS=1\nRETRIES=2\n")
+    done = pod("setup", rules=[{"when": "worker.sh setup", "hang": True, "times": 2}])
+    assert done.returncode == 4
+    assert len(pod.calls("worker.sh setup")) == 2
+
+
+def test_worker_that_stays_away_costs_one_new_slice_and_then_the_run(pod):
+    done = pod("watch", rules=[
+        {"when": STATUS, "out": "unreachable", "code": 255, "times": -1},
+        {"when": DESCRIBE, "out": "ACTIVE", "times": -1},
+    ])  # fmt: skip
+    assert done.returncode == 4
+    assert "a worker cannot be reached, on a new slice either" in done.stderr
+    assert "delete" in pod.steps()
+
+
+def test_no_quota_ends_it_at_once(pod):
+    done = pod("watch", rules=[
+        {"when": DESCRIBE, "out": "NOT_FOUND", "code": 1},
+        {"when": "create", "out": "RESOURCE_EXHAUSTED: Quota limit 'TPUV4PerProject' has been exceeded", "code": 1},
+    ])  # fmt: skip
+    assert done.returncode == 3
+    assert "no quota for v4-16 in some-zone" in done.stderr
+    assert pod.steps() == ["create"]
+
+
+def test_no_capacity_waits_for_some(pod):
+    done = pod("create", rules=[
+        {"when": DESCRIBE, "out": "NOT_FOUND", "code": 1, "times": 2},
+        {"when": "create", "out": "There is no more capacity in the zone", "code": 1},
+        *FINISHED,
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert pod.steps() == ["create", "create"]
+
+
+def test_refused_request_names_the_settings(pod):
+    done = pod("create", rules=[
+        {"when": DESCRIBE, "out": "NOT_FOUND", "code": 1},
+        {"when": "create", "out": "INVALID_ARGUMENT: unknown accelerator", "code": 1},
+    ])  # fmt: skip
+    assert done.returncode == 2
+    assert "unknown accelerator" in done.stderr
+
+
+@pytest.mark.parametrize("status", ["75\n75", "137\n75", "1\n0"])
+def test_crash_is_started_again_without_setting_up(pod, status):
+    done = pod("watch", rules=[
+        {"when": STATUS, "out": status},
+        {"when": STATUS, "out": "running"},
+        *FINISHED,
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert pod.steps() == ["stop", "start", "delete"]
+
+
+def test_run_that_crashes_for_ever_is_given_up(pod):
+    pod.settings(SETTINGS + "MAX_RESTARTS=2\n")
+    rules = [{"when": STATUS, "out": "1", "times": -1}, {"when": DESCRIBE, "out": "ACTIVE", "times": -1}]
+    done = pod("watch", rules=rules)
+    assert done.returncode == 5
+    assert pod.steps() == ["stop", "start"] * 2  # and the slice is still there to look at
+
+
+def test_refused_config_is_not_tried_again(pod):
+    rules = [{"when": STATUS, "out": "2\n75"}, {"when": DESCRIBE, "out": "ACTIVE", "times": -1}]
+    done = pod("watch", rules=rules)
+    assert done.returncode == 2
+    assert pod.steps() == []
+
+
+def test_dry_run_prints_what_the_real_run_executes(pod):
+    extra = "OVERRIDES=(--config.data.modules=\"('a b',)\")\nENVIRONMENT=('A_FLAG=two words')\n"
+    pod.settings(SETTINGS + extra)
+    pod("push")
+    assert "run.env" in pod.calls("scp")[1][4]
+    printed = pod("start", "--dry-run")
+    assert printed.returncode == 0, printed.stderr
+    assert pod.calls() == []
+    pod("start")
+    (real,) = pod.calls()
+    told = subprocess.run(
+        [
+            "bash",
+            "-c",
+            f'gcloud() {{ printf "%s\\0" "$@"; }}\ntimeout() {{ shift; "$@"; }}\n{printed.stdout}',
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert told.stdout.split("\0")[:-1] == real
+    everything = pod("watch", "--dry-run")
+    assert everything.returncode == 0, everything.stderr
+    assert pod.calls() == []
+    assert [word in everything.stdout for word in ("create", "scp", "setup", "start", "delete")] == [True] * 5
+
+
+def test_several_slices(pod):
+    pod.settings(SETTINGS + "SLICES=2\n")
+    pod("create", rules=[{"when": DESCRIBE, "out": "NOT_FOUND", "code": 1}, *FINISHED])
+    assert {"--node-prefix=test-run", "--node-count=2"} <= set(pod.calls("create")[0])
+    pod("setup")
+    assert [call[4] for call in pod.calls("worker.sh setup")] == ["test-run-0", "test-run-1"]
+
+
+def test_secrets_go_as_a_file_that_others_cannot_read(pod):
+    secrets = pod.home / "secrets.env"
+    secrets.write_text("TOKEN=hunter2\n")
+    pod.settings(SETTINGS + f"SECRETS_FILE={secrets}\n")
+    secrets.chmod(0o644)
+    assert "others can read" in pod("push").stderr
+    secrets.chmod(0o600)
+    done = pod("push")
+    assert done.returncode == 0, done.stderr
+    assert "hunter2" not in done.stdout + done.stderr + json.dumps(pod.calls())
+    assert any(str(secrets) in call for call in pod.calls("scp"))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("PROJECT=", "PROJECT is empty"),
+        ("RUN='My Run'", "RUN is My Run"),
+        ("CONFIG=none.py", "there is no file none.py"),
+        ("PROVISIONING=cheap", "PROVISIONING is cheap"),
+    ],
+)
+def test_mistakes_in_the_settings(pod, change, expected):
+    pod.settings(SETTINGS + change + "\n")
+    done = pod("create")
+    assert (done.returncode, pod.calls()) == (2, [])
+    assert expected in done.stderr
+
+
+def test_unknown_verb_and_missing_settings(pod):
+    assert pod("fly").returncode == 2
+    (pod.home / "settings.sh").unlink()
+    assert "copy launch/settings.example.sh" in pod("create").stderr
+
+
+# --- launch/worker.sh, really run, with a `lemur` of our own
+
+
+@pytest.fixture
+def worker(tmp_path):
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "worker.sh", tmp_path / "launch")
+
+    def run(*words, **more):
+        command = ["bash", str(tmp_path / "launch" / "worker.sh"), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, **more)
+
+    def install(script):
+        lemur = tmp_path / ".venv" / "bin" / "lemur"
+        lemur.parent.mkdir(parents=True, exist_ok=True)
+        lemur.write_text("#!/bin/bash\n" + script)
+        lemur.chmod(0o755)
+
+    run.install, run.home = install, tmp_path
+    return run
+
+
+def test_worker_says_how_the_run_is(worker):
+    assert worker("status").stdout == "absent\n"
+    worker.install('echo "$@ $A_FLAG $TOKEN $LEMUR_JOIN"; exit 75')
+    assert worker("status").stdout == "ready\n"
+    (worker.home / "run.env").write_text("A_FLAG='two words'\n")
+    (worker.home / "secrets.env").write_text("TOKEN=hunter2\n")
+    worker("run", "train", "--config", "c.py")
+    assert worker("status").stdout == "75\n"
+    assert "train --config c.py two words hunter2 1" in (worker.home / "run.log").read_text()
+    (worker.home / "exit_status").unlink()
+    (worker.home / "run.pid").write_text("999999999")
+    assert worker("status").stdout == "137\n"
+
+
+@pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux")
+def test_worker_starts_and_stops_a_run_in_tmux(worker):
+    worker.install("trap 'echo saving; exit 0' TERM; echo started; while true; do sleep 0.05; done")
+    started = worker("start", "tmux", "train", env={**os.environ, "TMUX_TMPDIR": str(worker.home)})
+    assert started.returncode == 0, started.stderr
+    for _ in range(200):
+        if worker("status").stdout == "running\n":
+            break
+    assert worker("start", "tmux", "train").stdout == "already running\n"
+    assert worker("stop").returncode == 0
+    for _ in range(200):
+        if (status := worker("status").stdout) == "0\n":
+            break
+    assert status == "0\n"
+    assert (worker.home / "run.log").read_text().endswith("started\nsaving\n")
+
+
+# --- the scripts themselves
+
+
+@pytest.mark.parametrize("path", sorted(map(str, ROOT.glob("launch/*.sh"))), ids=os.path.basename)
+def test_shellcheck(path):
+    shellcheck = shutil.which("shellcheck", path=os.path.dirname(sys.executable)) or shutil.which(
+        "shellcheck"
+    )
+    if shellcheck is None:
+        pytest.skip('shellcheck is not installed (pip install -e ".[test]")')
+    done = subprocess.run([shellcheck, "-x", path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,84 @@
+"""What the model must do whatever its weights: packing, rematerialization, initialization."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.models.llama import Compute, abstract_params, forward, init_params, logical_axes
+from lemur_jax.models.presets import preset
+from lemur_jax.models.remat import POLICIES
+
+CONFIG = preset("tiny", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def params():
+    fresh = init_params(CONFIG, jax.random.key(0))
+    return jax.tree.map(lambda x: x * 5 if x.ndim > 2 else x, fresh)  # sharper attention than at the start
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(1), (2, 96), 0, CONFIG.vocab_size)
+
+
+def logits(params, tokens, positions, segments, **compute):
+    return forward(CONFIG, Compute(**compute), params, tokens, positions, segments)
+
+
+def test_packed_documents_are_as_if_alone(params, tokens):
+    cut = 40
+    lengths = [cut, tokens.shape[1] - cut]
+    positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None].repeat(2, 0)
+    segments = jnp.repeat(jnp.array([1, 2]), jnp.array(lengths))[None].repeat(2, 0)
+    packed = logits(params, tokens, positions, segments)
+    first = logits(params, tokens[:, :cut], positions[:, :cut], segments[:, :cut])
+    second = logits(params, tokens[:, cut:], positions[:, cut:], segments[:, cut:])
+    np.testing.assert_allclose(packed, jnp.concatenate([first, second], axis=1), atol=1e-5)
+    together = logits(params, tokens, positions, jnp.ones_like(segments))
+    assert np.abs(packed - together)[:, cut:].max() > 1e-2  # the check can fail
+
+
+@pytest.mark.parametrize("remat", [name for name in POLICIES if name != "none"])
+def test_rematerialization_changes_nothing(params, tokens, remat):
+    positions = jnp.arange(tokens.shape[1])[None].repeat(2, 0)
+    ones = jnp.ones_like(tokens)
+
+    def loss(params, remat):
+        return jnp.mean(jnp.square(logits(params, tokens, positions, ones, remat=remat)))
+
+    kept, recomputed = (jax.grad(loss)(params, policy) for policy in ("none", remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), kept, recomputed)
+
+
+def test_unknown_policy_lists_the_known(params, tokens):
+    with pytest.raises(UserError, match="full"):
+        logits(params, tokens, tokens, tokens, remat="some")
+
+
+def test_layers_start_different_and_norms_start_at_one():
+    fresh = init_params(CONFIG, jax.random.key(0))
+    query = fresh["layers"]["attention"]["query"]
+    assert not np.array_equal(query[0], query[1])
+    np.testing.assert_allclose(np.std(query), CONFIG.initializer_range, rtol=0.05)
+    assert np.all(np.asarray(fresh["layers"]["mlp_norm"]["scale"]) == 1)
+
+
+def test_bfloat16_compute_gives_float32_logits_close_to_float32(params, tokens):
+    positions = jnp.arange(tokens.shape[1])[None].repeat(2, 0)
+    wide, narrow = (
+        logits(params, tokens, positions, jnp.ones_like(tokens), dtype=d) for d in ("float32", "bfloat16")
+    )
+    assert narrow.dtype == jnp.float32
+    assert 0 < np.abs(wide - narrow).max() < 0.1 * np.abs(wide).max()
+
+
+def test_axes_name_every_dimension():
+    tied = preset("llama3.2_1b")
+    for config in (CONFIG, tied):
+        shapes = jax.tree.leaves(abstract_params(config))
+        axes = jax.tree.leaves(logical_axes(config), is_leaf=lambda x: isinstance(x, tuple))
+        assert [leaf.ndim for leaf in shapes] == [len(names) for names in axes]
+    assert "head" not in abstract_params(tied)

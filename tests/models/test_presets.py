@@ -1,0 +1,73 @@
+"""Presets against the published parameter counts; nothing is allocated."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.llama import num_params
+from lemur_jax.models.presets import PRESETS, preset
+
+# From the model cards and safetensors indices on Hugging Face (bytes of bfloat16 weights / 2); Lemur's
+# two are Llama-2-70B's with 24 and 5 rows more in embedding and head.
+PUBLISHED = {
+    "llama3.2_1b": 1_235_814_400,
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "codellama_7b": 6_738_546_688,
+    "codellama_34b": 33_743_970_304,
+    "llama3.1_8b": 8_030_261_248,
+    "llama3.1_70b": 70_553_706_496,
+    "lemur_70b": 68_976_648_192 + 2 * 24 * 8192,
+    "lemur_70b_chat": 68_976_648_192 + 2 * 5 * 8192,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_count_is_the_published_one(name):
+    assert num_params(preset(name)) == PUBLISHED[name]
+
+
+def test_every_preset_survives_its_dictionary():
+    for config in PRESETS.values():
+        assert LlamaConfig.from_dict(config.to_dict()) == config
+
+
+def test_unknown_preset_lists_the_known():
+    with pytest.raises(UserError, match="llama2_70b"):
+        preset("llama2_71b")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"rope_scaling": "yarn"}, "rope_scaling"),
+        ({"vocab_size": 0}, "vocab_size"),
+    ],
+)
+def test_impossible_shape_is_named(change, words):
+    with pytest.raises(UserError, match=words):
+        preset("tiny", **change)
+
+
+def test_abstract_70b_is_quick_and_small():
+    """Under 10 s and 1 GiB, imports included: measured in a fresh process."""
+    code = (
+        "import json, re, time; start = time.time()\n"
+        "from lemur_jax.models.llama import abstract_params\n"
+        "from lemur_jax.models.presets import preset\n"
+        "abstract_params(preset('lemur_70b'))\n"
+        # Not ru_maxrss: a child inherits its parent's.
+        "peak = int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read()).group(1))\n"
+        "print(json.dumps([time.time() - start, peak / 2**20]))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    seconds, gibibytes = json.loads(out)
+    assert seconds < 10
+    assert gibibytes < 1

@@ -1,0 +1,101 @@
+"""The splash kernels in the interpreter against NumPy in float64, forward and backward, whole and cut over a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.models import splash
+from lemur_jax.models.splash import splash_attention
+from lemur_jax.parallel.mesh import make_mesh
+
+B, T, H, K, N = 2, 256, 4, 2, 16
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Two blocks a row, in both passes."""
+    original = splash.block_sizes
+    monkeypatch.setattr(splash, "block_sizes", lambda length: original(128))
+
+
+def arrays(heads=H, key_heads=K):
+    rng = np.random.default_rng(0)
+    query, weight = rng.normal(size=(2, B, T, heads, N))
+    key, value = rng.normal(size=(2, B, T, key_heads, N))
+    segments = np.sort(rng.integers(1, 4, size=(B, T)), axis=1)
+    return query, key, value, segments, weight
+
+
+def reference(query, key, value, segments, weight):
+    """Output, and gradients of sum(output · weight) by the formulas of softmax attention."""
+    G = query.shape[2] // key.shape[2]
+    key, value = (np.repeat(x, G, axis=2) for x in (key, value))
+    visible = np.tril(np.ones((T, T), bool)) & (segments[:, :, None] == segments[:, None])
+    scores = np.where(visible[:, None], np.einsum("bthn,bshn->bhts", query, key) / np.sqrt(N), -np.inf)
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    out = np.einsum("bhts,bshn->bthn", shares, value)
+    upstream = np.einsum("bthn,bshn->bhts", weight, value)
+    inner = shares * (upstream - np.einsum("bhts,bhts->bht", shares, upstream)[..., None]) / np.sqrt(N)
+
+    def grouped(x):  # the gradient of a key head is the sum over its query heads
+        return x.reshape(B, T, -1, G, N).sum(3)
+
+    return (
+        out,
+        np.einsum("bhts,bshn->bthn", inner, key),
+        grouped(np.einsum("bhts,bthn->bshn", inner, query)),
+        grouped(np.einsum("bhts,bthn->bshn", shares, weight)),
+    )
+
+
+def computed(inputs, mesh):
+    *qkv, segments, weight = (jnp.asarray(x, jnp.int32 if x.dtype == int else jnp.float32) for x in inputs)
+
+    @jax.jit
+    def both(query, key, value):
+        out, pull = jax.vjp(lambda *qkv: splash_attention(*qkv, segments, mesh), query, key, value)
+        return out, *pull(weight)
+
+    return both(*qkv)
+
+
+def test_forward_and_backward_against_float64():
+    inputs = arrays()
+    for ours, theirs in zip(computed(inputs, None), reference(*inputs), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "key_heads"),
+    [
+        ((1, 2, 1, 2), 4, 2),  # heads cut over tensor
+        ((1, 1, 2, 2), 8, 4),  # positions traded for heads, key heads too
+        ((1, 1, 4, 1), 4, 2),  # fewer key heads than devices: repeated for the trade
+    ],
+)
+def test_cut_over_a_mesh(shape, heads, key_heads):
+    inputs = arrays(heads, key_heads)
+    mesh = make_mesh(dict(zip(("data", "fsdp", "sequence", "tensor"), shape, strict=True)), jax.devices()[:4])
+    for ours, theirs in zip(computed(inputs, mesh), reference(*inputs), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def test_refuses_what_the_kernels_cannot_do():
+    query, key, value, segments, _ = arrays()
+    with pytest.raises(UserError, match=r"sequence_length 100 .* multiple of 128"):
+        splash_attention(query[:, :100], key[:, :100], value[:, :100], segments[:, :100], None)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "sequence": 8, "tensor": 1})
+    with pytest.raises(UserError, match=r"cannot be cut over config.mesh.sequence 8"):
+        splash_attention(query, key, value, segments, mesh)
+
+
+def test_block_sizes_divide_the_length(monkeypatch):
+    monkeypatch.undo()
+    for length in (128, 384, 512, 1536, 2048, 4096):
+        sizes = splash.block_sizes(length)
+        for size in (sizes.block_q, sizes.block_kv, sizes.block_q_dkv, sizes.block_kv_dkv):
+            assert length % size == 0
+            assert size % 128 == 0

@@ -1,0 +1,54 @@
+"""The sharding table: every parameter is cut as it says, and nothing falls through."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.models.llama import abstract_params, logical_axes
+from lemur_jax.models.presets import preset
+from lemur_jax.parallel.mesh import AXES, make_mesh
+from lemur_jax.parallel.rules import param_shardings, spec
+
+
+def mesh_of(*shape):
+    return make_mesh(dict(zip(AXES, shape, strict=True)))
+
+
+def test_every_matrix_is_cut_over_fsdp_and_tensor():
+    config = preset("tiny")
+    abstract = abstract_params(config)
+    shardings = param_shardings(mesh_of(1, 4, 1, 2), abstract, logical_axes(config))
+    for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True):
+        ways = leaf.size // _size(sharding.shard_shape(leaf.shape))
+        # Norm scales are whole everywhere, matrices are cut over all eight devices.
+        assert ways == (8 if leaf.size > 1000 else 1)
+
+
+def _size(shape):
+    size = 1
+    for dimension in shape:
+        size *= dimension
+    return size
+
+
+def test_fsdp_cuts_the_model_axis_and_tensor_the_heads():
+    mesh = mesh_of(1, 4, 1, 2)
+    assert spec(mesh, ("layers", "embed", "heads", "head_dim"), (2, 64, 4, 16)) == PartitionSpec(
+        None, "fsdp", "tensor", None
+    )
+
+
+def test_axis_without_a_rule_is_an_error_that_names_the_leaf():
+    with pytest.raises(UserError, match=r"layers/mixer.*'experts'"):
+        spec(mesh_of(1, 8, 1, 1), ("experts", "embed"), (4, 64), "layers/mixer")
+
+
+def test_heads_that_tensor_does_not_divide():
+    config = preset("tiny")  # 2 key-value heads
+    with pytest.raises(UserError, match=r"attention/key.*kv_heads.*size 2 is not divisible by 4"):
+        param_shardings(mesh_of(1, 2, 1, 4), abstract_params(config), logical_axes(config))
+
+
+def test_odd_vocabulary_stays_whole():
+    assert spec(mesh_of(1, 4, 1, 2), ("vocab", "embed"), (32_005, 64)) == PartitionSpec(None, "fsdp")

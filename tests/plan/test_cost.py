@@ -1,0 +1,122 @@
+"""The cost model on numbers that can be worked out by hand."""
+
+import itertools
+
+import pytest
+
+from lemur_jax.plan import cost, hlo, kernels, topologies
+
+
+def network(name, slices=1):
+    tpu = topologies.find(name, slices)
+    places = list(itertools.product(range(slices), *(range(size) for size in tpu.shape)))
+    return cost.Network(tpu, places)
+
+
+def test_all_gather_over_a_closed_torus():
+    net = network("v4-512")  # 4 x 8 x 8, six links
+    seconds = net.seconds("all-gather", list(range(256)), 1e9)
+    assert seconds == pytest.approx(1e9 * 255 / 256 / (6 * 45e9) + 10e-6)  # (4 + 8 + 8) / 2 hops
+    assert net.seconds("all-reduce", list(range(256)), 1e9) == pytest.approx(2 * seconds)
+
+
+def test_open_axes_have_one_link():
+    net = network("v4-32")  # 2 x 2 x 4, open
+    assert net.seconds("all-gather", list(range(16)), 1e9) == pytest.approx(1e9 * 15 / 16 / (3 * 45e9) + 5e-6)
+
+
+def test_a_group_along_one_axis():
+    net = network("v4-512")
+    assert net.seconds("reduce-scatter", list(range(8)), 1e9) == pytest.approx(
+        1e9 * 7 / 8 / (2 * 45e9) + 4e-6
+    )
+    assert net.seconds("all-gather", [3], 1e9) == 0
+
+
+def test_slices_are_joined_by_the_slow_network():
+    net = network("v4-8", slices=2)
+    inside = net.seconds("all-reduce", list(range(4)), 1e9)
+    both = net.seconds("all-reduce", list(range(8)), 1e9)
+    assert both == pytest.approx(inside + 2 * 1e9 / 4 / 2 / 6.25e9)
+
+
+def test_transfer_takes_the_short_way_round():
+    net = network("v4-512")
+    assert net.transfer([(0, 7)], 45e9) == pytest.approx(1.0, rel=1e-3)  # 7 is next to 0 on a ring of 8
+    assert net.transfer([(0, 4)], 45e9) == pytest.approx(4.0, rel=1e-3)
+
+
+def module(body):
+    return hlo.parse(f"HloModule m\n\nENTRY %main (q: f32[8]) -> f32[8] {{\n{body}\n}}\n")
+
+
+CYCLES = 'backend_config={"estimated_cycles":"1050000"}'  # 1 ms on v4
+GATHER = "replica_groups=[1,256]<=[256], dimensions={0}"
+
+
+def test_asynchronous_collective_hides_behind_computation():
+    size = 270_000_000 // 2  # bf16: about 1 ms on the wire
+    text = f"""  %q = f32[8]{{0}} parameter(0)
+  %ag = (bf16[{size // 256}]{{0}}, bf16[{size}]{{0}}) all-gather-start(%q), {GATHER}
+  %one = f32[8]{{0}} fusion(%q), kind=kLoop, {CYCLES}
+  %done = bf16[{size}]{{0}} all-gather-done(%ag)
+  ROOT %two = f32[8]{{0}} fusion(%done), kind=kLoop, {CYCLES}"""
+    hidden = cost.Estimator(module(text), network("v4-512")).run()
+    wire = hidden.traffic["all-gather"].seconds
+    assert wire == pytest.approx(1e-3, rel=0.02)
+    assert hidden.seconds == pytest.approx(1e-3 + max(1e-3, wire))
+    late = cost.Estimator(module(text.replace(CYCLES, "", 1)), network("v4-512")).run()
+    assert late.exposed == pytest.approx(wire)
+    assert late.seconds == pytest.approx(wire + 1e-3)
+    assert late.seconds == pytest.approx(sum(late.compute.values()) + late.exposed)
+
+
+def test_synchronous_collective_is_exposed():
+    text = f"""  %q = f32[8]{{0}} parameter(0)
+  %one = f32[8]{{0}} fusion(%q), kind=kLoop, {CYCLES}
+  ROOT %ar = f32[67500000]{{0}} all-reduce(%one), {GATHER}"""
+    result = cost.Estimator(module(text), network("v4-512")).run()
+    assert result.exposed == pytest.approx(2e-3, rel=0.02)  # 270 MB, twice
+    assert result.seconds == pytest.approx(3e-3, rel=0.02)
+
+
+def test_copies_to_the_host_have_their_own_link():
+    text = f"""  %q = f32[8]{{0}} parameter(0)
+  %out = (f32[3000000]{{0:S(5)}}, f32[3000000]{{0}}, u32[]) copy-start(%q)
+  %one = f32[8]{{0}} fusion(%q), kind=kLoop, {CYCLES}
+  ROOT %done = f32[3000000]{{0:S(5)}} copy-done(%out)"""
+    result = cost.Estimator(module(text), network("v4-512")).run()
+    assert result.traffic[cost.HOST].seconds == pytest.approx(1e-3, rel=1e-4)  # 12 MB at 12 GB/s
+    assert result.seconds == pytest.approx(1e-3, rel=1e-4)
+
+
+def kernel(name, outputs, blocks):
+    return hlo.Instruction(
+        name=name,
+        opcode="custom-call",
+        shape=f"({', '.join(['f32[512,128]'] * outputs)})",
+        arguments="%a",
+        attributes=', custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,8,8]{2,1,0},'
+        " bf16[2,8,8,4096,128]{4,3,2,1,0}, bf16[2,8,4096,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={"
+        f'"xprof_metadata":"{{{blocks}}}"}}',
+        root=False,
+    )
+
+
+def test_kernel_cycles_against_the_published_schedules():
+    """Static cycles of one batch and head at S 4096 in blocks of 512, summed from the compiler's dumps by others."""
+    blocks = r"\"block_q\": 512, \"block_kv\": 512, \"block_kv_compute\": 512"
+    forward = kernel("splash_mqa_fwd_segmented_residuals.2", 5, blocks)
+    for name, published in (("v4", 41_944), ("v5e", 47_088)):
+        cycles = kernels.cycles(forward, topologies.GENERATIONS[name])
+        assert cycles / 128 == pytest.approx(published, rel=0.01)
+    keys = r"\"block_q_dkv\": 512, \"block_kv_dkv\": 512"
+    backward = kernel("splash_mqa_dkv_segmented_no_residuals.1", 4, keys)
+    assert kernels.cycles(backward, topologies.GENERATIONS["v5e"]) / 128 == pytest.approx(72_760, rel=0.01)
+    assert kernels.cycles(backward, topologies.GENERATIONS["v4"]) / 128 == pytest.approx(
+        123_336 / 2, rel=0.01
+    )
+
+
+def test_other_instructions_are_no_kernels():
+    assert kernels.cycles(module("  ROOT %q = f32[8]{0} parameter(0)").computations["main"][0], None) is None

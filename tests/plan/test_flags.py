@@ -1,0 +1,27 @@
+"""The compiler takes its options on every generation, and knows nothing of them elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lemur_jax.parallel.compiler_flags import compiler_options, exchanges_gradients
+from lemur_jax.plan import topologies
+
+
+@pytest.mark.parametrize("name", ["v4-8", "v5e-4", "v5p-8", "v6e-4", "tpu7x-8"])
+def test_the_compiler_accepts_them(name):
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    device = topologies.devices(topologies.find(name))[0]
+    options = compiler_options(device.device_kind)
+    assert options
+    x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
+    jax.jit(jnp.dot, compiler_options=options).lower(x, x).compile()
+
+
+def test_by_device_kind():
+    assert compiler_options("cpu") == {}
+    assert compiler_options("NVIDIA H100 80GB HBM3") == {}
+    assert compiler_options("TPU v5 lite") != compiler_options("TPU v5")
+    assert exchanges_gradients("TPU v4")
+    assert not exchanges_gradients("TPU v5 lite")  # "Async all-to-all not supported on limited ICI"
+    assert not exchanges_gradients("cpu")

@@ -1,0 +1,112 @@
+"""The reader of HLO text on a small module with every form that matters, written by hand."""
+
+import pytest
+
+from lemur_jax.plan import hlo
+
+MODULE = """HloModule jit_update, is_scheduled=true
+
+%body.1 (arg: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %arg = (s32[]{:T(128)}, bf16[4,8]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%i, %two)
+  %x = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
+  %fusion.1 = bf16[4,8]{1,0} fusion(%x), calls=%fused.1, metadata={op_name="jit(f)/dot"}, backend_config={"x":{"estimated_cycles":"1000"}}
+  ROOT %t = (s32[]{:T(128)}, bf16[4,8]{1,0}) tuple(%next, %fusion.1)
+}
+
+%fused.1 (p: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %dot = bf16[4,8]{1,0} convolution(%p, %p), dim_labels=bf_io->bf
+}
+
+%cond.1 (arg: (s32[], bf16[4,8])) -> pred[] {
+  %stop = s32[]{:T(128)} constant(9)
+  %arg.2 = (s32[]{:T(128)}, bf16[4,8]{1,0}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%arg.2), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%j, %stop), direction=LT
+}
+
+ENTRY %main (q: bf16[4,8]) -> bf16[4,8] {
+  %q = bf16[4,8]{1,0} parameter(0)
+  %one = s32[]{:T(128)} constant(1)
+  %start = s32[]{:T(128)} copy(%one)
+  %init = (s32[]{:T(128)}, /*index=1*/bf16[4,8]{1,0}) tuple(%start, %q)
+  %while.1 = (s32[]{:T(128)}, bf16[4,8]{1,0}) while(%init), condition=%cond.1, body=%body.1
+  %kernel = bf16[4,8]{1,0} custom-call(%q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"a":"b"
+}}, backend_config={"estimated_cycles":"7"}
+  %offload = (bf16[64]{0:T(8)S(5)}, bf16[64]{0:T(8)}, u32[]{:S(2)}) copy-start(%q)
+  ROOT %out = bf16[4,8]{1,0} get-tuple-element(%while.1), index=1
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def module():
+    return hlo.parse(MODULE)
+
+
+def test_instructions(module):
+    assert module.entry == "main"
+    body = {each.name: each for each in module.computations["body.1"]}
+    fusion = body["fusion.1"]
+    assert (fusion.opcode, fusion.cycles, fusion.operands, fusion.op_name) == (
+        "fusion",
+        1000,
+        ("x",),
+        "jit(f)/dot",
+    )
+    assert [each.opcode for each in module.inside(fusion)] == ["parameter", "convolution"]
+    assert body["t"].root
+    assert not fusion.root
+
+
+def test_an_instruction_over_several_lines(module):
+    kernel = module.find("main", "kernel")
+    assert kernel.cycles == 7
+    assert '"a":"b"' in kernel.attributes
+
+
+def test_trip_count_from_start_stop_and_stride(module):
+    loop = module.find("main", "while.1")
+    assert hlo.trip_count(module, "main", loop) == 4  # 1, 3, 5, 7
+    assert module.body(loop) == "body.1"
+
+
+def test_unknown_loop_is_an_error_rather_than_a_guess():
+    module = hlo.parse(MODULE.replace("direction=LT", "direction=NE"))
+    with pytest.raises(ValueError, match=r"cannot count the trips of while\.1"):
+        hlo.trip_count(module, "main", module.find("main", "while.1"))
+
+
+def test_sizes(module):
+    assert hlo.num_bytes("(bf16[2,3]{1,0:T(8,128)}, f32[]{:T(128)}, pred[5])") == 12 + 4 + 5
+    assert hlo.host_transfer_bytes(module.find("main", "offload")) == 128 + 4
+    assert hlo.host_transfer_bytes(module.find("main", "q")) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("replica_groups={{0,2,4},{1,3,5}}", [0, 2, 4]),
+        ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, x", [0, 1, 2, 3]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, x", [0, 4]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1':(2)2}, x", [0, 1]),
+        ("replica_groups={}", list(range(8))),
+    ],
+)
+def test_groups(text, group):
+    assert hlo.group(text, 8) == group
+
+
+def test_pairs():
+    assert hlo.pairs("source_target_pairs={{0,1},{1,2},{2,0}}, x") == [(0, 1), (1, 2), (2, 0)]
+
+
+def test_no_entry():
+    with pytest.raises(ValueError, match="no entry"):
+        hlo.parse("nothing here")

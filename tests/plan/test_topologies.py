@@ -1,0 +1,62 @@
+"""Slice names against the published table of slices."""
+
+import math
+
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.plan import topologies
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "chips", "wrap"),
+    [  # https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e
+        ("v4-8", (2, 2, 1), 4, (False, False, False)),
+        ("v4-32", (2, 2, 4), 16, (False, False, False)),
+        ("v4-512", (4, 8, 8), 256, (True, True, True)),
+        ("v4-1024", (8, 8, 8), 512, (True, True, True)),
+        ("v5e-16", (4, 4), 16, (False, False)),
+        ("v5e-128", (8, 16), 128, (False, True)),
+        ("v5e-256", (16, 16), 256, (True, True)),
+        ("v5p-128", (4, 4, 4), 64, (True, True, True)),
+        ("v6e-256", (16, 16), 256, (True, True)),
+        ("tpu7x-128", (4, 4, 4), 64, (True, True, True)),
+    ],
+)
+def test_known_slices(name, shape, chips, wrap):
+    tpu = topologies.find(name)
+    assert (tpu.shape, tpu.chips, tpu.wrap) == (shape, chips, wrap)
+    assert topologies.find(name, 2).chips == 2 * chips
+
+
+def test_every_name_finds_itself():
+    for name in topologies.names():
+        assert topologies.find(name.upper()).shape == topologies.find(name).shape
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [("v4-500", "v4-512"), ("v5-8", "v5p-8"), ("v6e-300", "v6e-256"), ("v5p", "v5p-8"), ("", "v4-8")],
+)
+def test_unknown_name_lists_the_near_ones(wrong, near):
+    with pytest.raises(UserError, match=f"unknown TPU slice '{wrong}'.*") as error:
+        topologies.find(wrong)
+    assert near in str(error.value) or wrong == ""
+
+
+def test_slices_below_one():
+    with pytest.raises(UserError, match="--slices is 0"):
+        topologies.find("v4-8", 0)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("name", ["v4-32", "v5e-8", "v5p-8", "v6e-16", "tpu7x-8"])
+def test_described_devices(name, slices):
+    pytest.importorskip("libtpu", reason="the plan extra (libtpu) is not installed")
+    tpu = topologies.find(name, slices)
+    devices = topologies.devices(tpu)
+    assert len(devices) == slices * tpu.devices_per_slice
+    assert {tuple(device.coords[: len(tpu.shape)]) for device in devices} == {
+        tuple(index // math.prod(tpu.shape[axis + 1 :]) % size for axis, size in enumerate(tpu.shape))
+        for index in range(math.prod(tpu.shape))
+    }

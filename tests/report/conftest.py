@@ -1,0 +1,54 @@
+"""Three small stages as `lemur train` leaves them."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from lemur_jax.common.config import default_config, to_json
+from lemur_jax.models.presets import preset
+from lemur_jax.telemetry.metrics import MetricsWriter
+
+# Bits per byte at the end of each stage; the table is worked out by hand from these.
+BITS = {
+    "base": {"python_docs": 2.0, "python_stdlib": 4.0},
+    "lemur": {"python_docs": 2.1, "python_stdlib": 3.0},
+    "chat": {"python_docs": 2.0, "python_stdlib": 3.3, "python_chat": 1.25},
+}
+STEPS = 40
+
+
+def write_stage(
+    workdir: Path, bits: dict[str, float], *, steps: int = STEPS, planned: int = STEPS, **options
+):
+    """Metrics of every step, evaluations in the middle and at the end, and the config."""
+    config = default_config(preset("tiny").to_dict())
+    config.train.steps = planned
+    config.update(options)
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(to_json(config)))
+    with MetricsWriter(workdir) as writer:
+        for step in range(1, steps + 1):
+            loss = 4.0 - 2.0 * step / steps
+            record = {"step": step, "kind": "train", "loss": loss, "learning_rate": 1e-3 * step / steps}
+            record |= {"grad_norm": math.nan if step == 20 else 8.0 / step, "tokens": 1000 * step}
+            record |= {"tokens_per_second": 500.0, "loss/python_docs": loss, "loss/python_stdlib": loss + 1}
+            writer.write(record)
+            if step in (steps // 2, steps):
+                for task, value in bits.items():
+                    value += 0.5 * (step < steps)
+                    record = {"step": step, "kind": "eval", "task": task, "loss": 2 * value, "tokens": 300}
+                    writer.write(record | {"bits_per_byte": value, "bytes": 999})
+    return workdir
+
+
+@pytest.fixture(name="write_stage")
+def write_stage_fixture():
+    return write_stage
+
+
+@pytest.fixture
+def stages(tmp_path) -> list[Path]:
+    """Workdirs of base, lemur and chat."""
+    return [write_stage(tmp_path / name, bits, seed=seed) for seed, (name, bits) in enumerate(BITS.items())]

@@ -1,0 +1,104 @@
+"""The table of bits per byte against changes worked out by hand."""
+
+import json
+
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.report import bits_per_byte_table
+from lemur_jax.report.runs import load_runs
+from lemur_jax.telemetry.metrics import METRICS_FILE, MetricsWriter
+
+EXPECTED = """\
+Held-out bits per byte after each stage (lower is better); change against first and previous stage
+
+               python_docs                python_stdlib                python_chat
+stage      bits    first    prev.      bits    first    prev.      bits    first    prev.
+base     2.0000        -        -    4.0000        -        -         -        -        -
+lemur    2.1000    +5.0%    +5.0%    3.0000   -25.0%   -25.0%         -        -        -
+chat     2.0000    +0.0%    -4.8%    3.3000   -17.5%   +10.0%    1.2500        -        -"""
+
+
+def rewrite(workdir, change):
+    """Passes every record through `change`; None drops it."""
+    path = workdir / METRICS_FILE
+    records = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records if record))
+
+
+def test_the_last_evaluation_of_each_stage_and_its_changes(stages):
+    assert bits_per_byte_table(stages) == EXPECTED
+
+
+def test_one_run_has_nothing_to_compare_with(stages):
+    lines = bits_per_byte_table([f"{stages[1]}/"]).splitlines()
+    assert lines[-1].split() == ["lemur", "2.1000", "-", "-", "3.0000", "-", "-"]
+
+
+def test_a_step_recorded_twice_counts_once_and_the_later_record_wins(stages):
+    with MetricsWriter(stages[0]) as writer:
+        record = {"step": 20, "kind": "eval", "task": "python_docs", "loss": 1.0, "bits_per_byte": 9.0}
+        writer.write(record)  # an older step, written late: not the last evaluation
+        writer.write({**record, "step": 40, "bits_per_byte": 2.5})
+    run = load_runs(stages)[0]
+    assert [entry["step"] for entry in run.evals["python_docs"]] == [20, 40]
+    assert run.last_eval("python_docs")["bits_per_byte"] == 2.5
+
+
+def test_an_evaluation_that_was_not_finite_does_not_count(stages):
+    with MetricsWriter(stages[2]) as writer:
+        record = {"step": 50, "kind": "eval", "task": "python_docs", "loss": 1.0}
+        writer.write(record | {"bits_per_byte": float("nan")})
+    assert bits_per_byte_table(stages) == EXPECTED
+
+
+def test_stages_scored_on_different_texts_are_told(stages):
+    def shorter(record):
+        return record | {"bytes": 500} if record.get("task") == "python_docs" else record
+
+    rewrite(stages[1], shorter)
+    note = bits_per_byte_table(stages).splitlines()[-1]
+    assert note.startswith("python_docs was not scored on the same bytes (base 999, lemur 500, chat 999)")
+
+
+def test_records_of_another_kind_are_passed_over(stages):
+    with MetricsWriter(stages[0]) as writer:
+        for record in (
+            {"kind": "host", "step": 99},
+            {"kind": "train"},
+            {"step": 99},
+            {"kind": "eval", "step": 99},
+        ):
+            writer.write(record)
+    assert bits_per_byte_table(stages) == EXPECTED
+    assert load_runs(stages)[0].last_step == 40
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, stages):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        stages[0].rename(tmp_path / name / "base") if name == "one" else stages[1].rename(
+            tmp_path / name / "base"
+        )
+    names = [run.name for run in load_runs([tmp_path / "one" / "base", tmp_path / "two" / "base", stages[2]])]
+    assert [name.split("/")[-2:] for name in names[:2]] == [["one", "base"], ["two", "base"]]
+    again = load_runs([stages[2], stages[2]])
+    assert again[0].name != again[1].name
+
+
+def test_mistakes_are_one_line_that_names_the_run(tmp_path, stages):
+    with pytest.raises(UserError, match="no run to report on"):
+        bits_per_byte_table([])
+    with pytest.raises(UserError, match=r"no metrics.jsonl in .*/absent"):
+        bits_per_byte_table([stages[0], tmp_path / "absent"])
+    rewrite(stages[0], lambda record: record if record["kind"] == "train" else None)
+    with pytest.raises(
+        UserError, match=r"no held-out evaluation in .*/base: name tasks in config.eval.tasks"
+    ):
+        bits_per_byte_table([stages[0]])
+    (stages[1] / METRICS_FILE).write_text("")
+    with pytest.raises(UserError, match=r"metrics.jsonl in .*/lemur holds no record yet"):
+        bits_per_byte_table(stages)
+    (stages[2] / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"/chat/config.json is not JSON"):
+        bits_per_byte_table([stages[2]])

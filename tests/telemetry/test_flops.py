@@ -1,0 +1,165 @@
+"""FLOPs against published figures and against the products in a traced Llama; peaks against JAX's kinds."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.presets import preset
+from lemur_jax.telemetry.flops import CHIPS, chip, flops_per_token, mfu, parameter_counts
+
+# Parameters in the safetensors index of each model on Hugging Face.
+PUBLISHED = {
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "codellama_7b": 6_738_546_688,
+    "codellama_34b": 33_743_970_304,
+    "llama3.2_1b": 1_235_814_400,
+    "llama3.1_8b": 8_030_261_248,
+    "llama3.1_70b": 70_553_706_496,
+}
+
+SMALL = LlamaConfig(
+    vocab_size=40,
+    hidden_size=24,
+    intermediate_size=56,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,  # wider than hidden_size / heads
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_the_published_ones(name):
+    assert parameter_counts(preset(name)).total == PUBLISHED[name]
+
+
+def test_lemur_costs_its_vocabulary_more_than_llama():
+    more = parameter_counts(preset("lemur_70b")).total - PUBLISHED["llama2_70b"]
+    assert more == 2 * 24 * 8192
+
+
+@pytest.mark.parametrize(("causal", "gflop"), [(True, 428.4), (False, 444.5)])
+def test_llama2_70b_costs_what_is_known(causal, gflop):
+    flops = flops_per_token(preset("llama2_70b"), 4096, causal=causal)
+    assert round(flops.total / 1e9, 1) == gflop
+
+
+def llama(params, tokens, config: LlamaConfig):
+    """A Llama without norms, rotary embedding and softmax, none of which is counted: [T] -> scalar."""
+    H, K, N = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    x = params["embedding"][tokens]
+    for layer in params["layers"]:
+        query = (x @ layer["q"]).reshape(-1, H, N)
+        key = jnp.repeat((x @ layer["k"]).reshape(-1, K, N), H // K, axis=1)
+        value = jnp.repeat((x @ layer["v"]).reshape(-1, K, N), H // K, axis=1)
+        scores = jnp.einsum("THN,SHN->HTS", query, key)
+        mixed = jnp.einsum("HTS,SHN->THN", scores, value)
+        x = x + mixed.reshape(-1, H * N) @ layer["o"]
+        x = x + (jax.nn.silu(x @ layer["gate"]) * (x @ layer["up"])) @ layer["down"]
+    return jnp.sum(jnp.square(x @ params["head"]))
+
+
+def shapes(config: LlamaConfig):
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    D, F = config.hidden_size, config.intermediate_size
+    HN, KN = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layer = {"q": array(D, HN), "k": array(D, KN), "v": array(D, KN), "o": array(HN, D)}
+    layer |= {"gate": array(D, F), "up": array(D, F), "down": array(F, D)}
+    return {
+        "embedding": array(config.vocab_size, D),
+        "layers": [layer] * config.num_hidden_layers,
+        "head": array(D, config.vocab_size),
+    }
+
+
+def product_flops(jaxpr) -> int:
+    """FLOPs of all matrix products in a traced function."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            depth = math.prod(left[axis] for axis in contracted)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        for inner in equation.params.values():
+            if hasattr(inner, "jaxpr"):
+                total += product_flops(inner.jaxpr)
+    return total
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_formula_counts_the_products_of_a_traced_llama(backward):
+    T = 16
+    function = jax.grad(llama) if backward else llama
+    tokens = jax.ShapeDtypeStruct((T,), jnp.int32)
+    traced = jax.make_jaxpr(lambda params, tokens: function(params, tokens, SMALL))(shapes(SMALL), tokens)
+    expected = flops_per_token(SMALL, T, causal=False, backward=backward).total * T
+    assert product_flops(traced.jaxpr) == expected
+
+
+def test_causal_attention_counts_the_pairs_of_the_triangle():
+    T = 7
+    pairs = sum(1 for query in range(T) for key in range(T) if key <= query)
+    full, causal = (flops_per_token(SMALL, T, causal=causal) for causal in (False, True))
+    assert causal.attention * T / pairs == pytest.approx(full.attention * T / T**2)
+    assert (causal.projections, causal.mlp, causal.head) == (full.projections, full.mlp, full.head)
+
+
+def test_a_tied_head_is_computed_but_not_stored():
+    tied = LlamaConfig(**{**SMALL.to_dict(), "tie_word_embeddings": True})
+    assert parameter_counts(SMALL).total - parameter_counts(tied).total == 40 * 24
+    assert flops_per_token(tied, 8) == flops_per_token(SMALL, 8)
+
+
+def test_no_sequence_is_refused():
+    with pytest.raises(UserError, match="sequence length is 0"):
+        flops_per_token(SMALL, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "tflops", "devices"),
+    [
+        ("TPU v4", "TPU v4", 275, 1),
+        ("TPU v5 lite", "TPU v5e", 197, 1),
+        ("TPU v5", "TPU v5p", 459, 1),
+        ("TPU v5p", "TPU v5p", 459, 1),
+        ("TPU v6 lite", "TPU v6e", 918, 1),
+        ("TPU7x", "TPU7x", 2307, 2),
+        ("NVIDIA A100-SXM4-80GB", "A100", 312, 1),
+        ("NVIDIA A100 80GB PCIe", "A100", 312, 1),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM", 989.4, 1),
+        ("NVIDIA H100 PCIe", "H100 PCIe", 756, 1),
+        ("NVIDIA H200", "H200 SXM", 989.4, 1),
+        ("NVIDIA H200 NVL", "H200 NVL", 835.5, 1),
+    ],
+)
+def test_peaks_by_device_kind(kind, name, tflops, devices):
+    found = chip(kind)
+    assert (found.name, found.bf16_flops, found.devices) == (name, pytest.approx(tflops * 1e12), devices)
+    assert found.flops_per_device == pytest.approx(tflops * 1e12 / devices)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "", "TPU v4 lite", "TPU v3", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"])
+def test_unknown_chips_have_no_peak(kind):
+    assert chip(kind) is None
+
+
+def test_every_peak_names_its_source():
+    assert all(known.source.startswith("https://") for known in CHIPS.values())
+
+
+def test_mfu_of_a_published_run():
+    """PaLM 540B: 238.3K tokens/s on 6,144 TPU v4 is an MFU of 46.2% with attention (its table 3)."""
+    attention = 12 * 118 * 48 * 256 * 2048  # L, H, N, T, full
+    token_flops = 6 * 540.35e9 + attention
+    assert mfu(238.3e3, token_flops, 6144 * chip("TPU v4").flops_per_device) == pytest.approx(
+        0.462, abs=0.001
+    )

@@ -1,0 +1,183 @@
+"""The metrics file through kills, resumes, full disks and object stores."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.telemetry import metrics
+from lemur_jax.telemetry.metrics import METRICS_FILE, MetricsWriter, read_metrics
+
+
+def train(step: int, **fields):
+    return {"step": step, "kind": "train", "loss": 1 / step, **fields}
+
+
+@pytest.fixture(params=["file", "object store"])
+def storage(request, monkeypatch):
+    """Runs a test as on a disk, and as where nothing can be appended."""
+    if request.param == "object store":
+        monkeypatch.setattr(metrics, "_can_append", lambda path: False)
+    return request.param
+
+
+def test_records_come_back(tmp_path):
+    with MetricsWriter(tmp_path / "new" / "run") as writer:
+        writer.write(
+            {
+                "step": 1,
+                "kind": "train",
+                "loss": jnp.float32(2.5),
+                "tokens": np.int64(2**40),
+                "loss/a": np.float64(0.1),
+            }
+        )
+        writer.write({"step": 1, "kind": "eval", "task": "prosa_é", "loss": 3, "done": True, "note": None})
+        # Visible before anything is closed.
+        assert len(read_metrics(tmp_path / "new" / "run")) == 2
+    assert read_metrics(str(tmp_path / "new" / "run")) == [
+        {"step": 1, "kind": "train", "loss": 2.5, "tokens": 2**40, "loss/a": 0.1},
+        {"step": 1, "kind": "eval", "task": "prosa_é", "loss": 3, "done": True, "note": None},
+    ]
+
+
+def test_what_is_not_finite_stays_readable_json(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write({"step": 1, "loss": math.nan, "grad_norm": jnp.inf, "z": np.float32("-inf")})
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    line = (tmp_path / METRICS_FILE).read_text()
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "loss": None, "grad_norm": None, "z": None}
+
+
+def test_a_resume_neither_doubles_nor_misses_a_step(tmp_path, storage):
+    """Kill after any step, resume from any earlier checkpoint: the file is as if nothing had happened."""
+    whole = tmp_path / "whole"
+    with MetricsWriter(whole) as writer:
+        for step in range(1, 21):
+            writer.write(train(step))
+            writer.write({"step": step, "kind": "eval", "task": "a", "loss": 0.5})
+    broken = tmp_path / "broken"
+    rng = random.Random(0)
+    step = checkpoint = 0
+    while step < 20:
+        writer = MetricsWriter(broken)  # never closed: a kill closes nothing
+        writer.truncate_after(checkpoint)
+        step = checkpoint
+        for _ in range(rng.randint(1, 6)):
+            if step == 20:
+                break
+            step += 1
+            writer.write(train(step))
+            writer.write({"step": step, "kind": "eval", "task": "a", "loss": 0.5})
+            if step % 2 == 0:
+                writer.sync()
+                checkpoint = step
+    writer.close()
+    writer.close()
+    assert (broken / METRICS_FILE).read_bytes() == (whole / METRICS_FILE).read_bytes()
+    assert [path.name for path in broken.iterdir()] == [METRICS_FILE]
+
+
+def test_an_object_store_sees_whole_objects_at_each_sync(tmp_path, storage):
+    writer = MetricsWriter(tmp_path)
+    assert read_metrics(tmp_path) == []
+    writer.write(train(1))
+    writer.sync()
+    writer.write(train(2))
+    assert len(read_metrics(tmp_path)) == (2 if storage == "file" else 1)
+    writer.close()
+    assert len(read_metrics(tmp_path)) == 2
+
+
+def test_a_torn_line_is_left_out_and_cut_off(tmp_path):
+    whole = b"".join(json.dumps(train(step, task="é")).encode() + b"\n" for step in (1, 2, 3))
+    path = tmp_path / METRICS_FILE
+    start = whole.rindex(b"\n", 0, -1) + 1
+    for size in range(start, len(whole) + 1):
+        path.write_bytes(whole[:size])
+        complete = 3 if size >= len(whole) - 1 else 2
+        assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3][:complete]
+        with MetricsWriter(tmp_path) as writer:
+            writer.write(train(complete + 1))
+        assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, complete + 2))
+
+
+def test_damage_in_the_middle_is_left_out_with_a_warning(tmp_path, caplog):
+    lines = [json.dumps(train(1)).encode(), b"\0\0\0", b"[1]", b"\xff", b"", json.dumps(train(2)).encode()]
+    (tmp_path / METRICS_FILE).write_bytes(b"\n".join(lines) + b"\n")
+    with caplog.at_level(logging.WARNING):
+        assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    assert [f"line {number} " in caplog.text for number in range(1, 7)] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_sigkill_leaves_a_file_to_go_on_with(tmp_path):
+    script = (
+        "import sys; from lemur_jax.telemetry.metrics import MetricsWriter\n"
+        "writer = MetricsWriter(sys.argv[1]); step = 0\n"
+        "while True: step += 1; writer.write({'step': step, 'pad': 'x' * 500}); print(step, flush=True)"
+    )
+    job = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    seen = 0
+    killer = threading.Timer(0.3, job.send_signal, [signal.SIGKILL])
+    for line in job.stdout:
+        if seen == 0:
+            killer.start()
+        if line.endswith(b"\n"):
+            seen = int(line)
+    job.wait()
+    job.stdout.close()
+    with MetricsWriter(tmp_path) as writer:
+        writer.truncate_after(seen)
+        writer.write({"step": seen + 1})
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, seen + 2))
+
+
+def test_truncate_with_nothing_to_drop_leaves_the_file_alone(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(train(1))
+    before = os.stat(tmp_path / METRICS_FILE)
+    with MetricsWriter(tmp_path) as writer:
+        writer.truncate_after(1)
+    after = os.stat(tmp_path / METRICS_FILE)
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_missing_or_unwritable_places_are_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"no metrics.jsonl in .*nowhere: give the --workdir"):
+        read_metrics(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"no metrics.jsonl in .*file"):
+        read_metrics(tmp_path / "file")
+    with pytest.raises(UserError, match=r"cannot write .*file/metrics.jsonl"):
+        MetricsWriter(tmp_path / "file")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    full = open("/dev/full", "ab")  # noqa: SIM115
+    monkeypatch.setattr(MetricsWriter, "_open", lambda self, data: full)
+    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No space left on device"):
+        MetricsWriter(tmp_path).write(train(1))
+    with contextlib.suppress(OSError):
+        full.close()

@@ -1,0 +1,99 @@
+"""The console command: quick help, and one clear line with exit code 2 for every mistake."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lemur_jax.cli import main
+
+VERBS = (
+    "prepare",
+    "inspect",
+    "plan",
+    "train",
+    "doctor",
+    "import-hf",
+    "export-hf",
+    "generate",
+    "chat",
+    "smoke",
+    "eval",
+    "serve",
+    "checkpoints",
+    "report",
+)
+
+CONFIG = """
+from lemur_jax.common.config import default_config
+from lemur_jax.models.presets import preset
+
+def get_config(arg=""):
+    config = default_config(preset("tiny").to_dict())
+    config.tokenizer.path = "no_tokenizer"
+    return config
+"""
+
+
+def lemur(*words, cwd=None):
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "lemur_jax.cli", *words],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_help_names_every_verb_and_answers_at_once():
+    """Under a second: whatever it imports, JAX and TensorFlow are not among it."""
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = lemur("--help")
+        seconds.append(time.perf_counter() - started)
+    assert all(verb in done.stdout for verb in VERBS)
+    assert min(seconds) < 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert f"lemur {verb}" in capsys.readouterr().out.split("example:")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "--config", "none.py", "--workdir", "run"], "no config file none.py"),
+        (
+            ["train", "--config", "c.py", "--workdir", "run", "--config.train.stps=1"],
+            "did you mean train.steps",
+        ),
+        (["train", "--config", "c.py", "--workdir", "run", "--config.train.steps=x"], "train.steps"),
+        (["train", "--config", "c.py", "--workdir", "run", "--config.mesh.fsdp=3"], "does not multiply"),
+        (["train", "--config", "c.py", "--workdir", "run"], "no_tokenizer"),
+        (["train", "--config", "c.py", "--workdir", "run", "--steps=1"], "unknown argument --steps=1"),
+        (["prepare", "--config", "c.py", "--config.data.sources={'nope':{'share':1.0}}"], "nope"),
+        (["export-hf", "no_run", "out"], "no_run"),
+        (["import-hf", "no_dir", "out"], "no_dir"),
+        (["generate", "--checkpoint", "no_run", "--prompt", "x"], "no_run"),
+        (["smoke", "--checkpoint", "no_run", "--mesh", "fspd=2"], "cannot read mesh"),
+        (["checkpoints", "no_run"], "no checkpoint directory at no_run"),
+        (["inspect", "no_store"], "no_store"),
+        (["report", "no_run"], "no_run"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(tmp_path, words, expected):
+    (tmp_path / "c.py").write_text(CONFIG)
+    done = lemur(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(f"lemur {words[0]}: ")
+    assert expected in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"c.py", "__pycache__"}

@@ -1,0 +1,47 @@
+"""Every config beside the code loads, is a possible model, and holds the recipe's numbers."""
+
+import pathlib
+
+import jax
+import pytest
+
+from lemur_jax.common.config import load
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.llama import num_params
+from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.train.step import build
+
+CONFIGS = sorted(
+    path for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if "tasks" not in path.name
+)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_makes_a_program(path):
+    config = load(str(path))
+    program = build(config, make_mesh(config.mesh), len(config.data.sources))
+    assert all(leaf.sharding is not None for leaf in jax.tree.leaves(program.state))
+    text = path.read_text()
+    assert f"lemur train --config configs/{path.name}" in text  # the exact command
+
+
+def test_pretraining_has_the_recipes_numbers():
+    config = load(str(CONFIGS[0].parent / "lemur_70b_pretrain.py"))
+    assert config.train.batch_rows * config.data.sequence_length == 4_194_304
+    assert config.train.steps * 4_194_304 == pytest.approx(90e9, rel=1e-4)
+    assert (config.data.sources.lemur_code.share, config.data.sources.lemur_text.share) == (10.0, 1.0)
+    assert (config.optimizer.learning_rate, config.optimizer.final_learning_rate) == (4e-5, 4e-6)
+    assert (config.optimizer.b1, config.optimizer.b2, config.optimizer.weight_decay) == (0.9, 0.95, 0.1)
+    assert (config.optimizer.clip_norm, config.seed) == (1.0, 42)
+    assert LlamaConfig.from_dict(config.model).vocab_size == 32_024
+
+
+def test_chat_goes_from_32024_over_32000_to_32005():
+    config = load(str(CONFIGS[0].parent / "lemur_70b_chat.py"))
+    assert (config.init.drop_rows_above, config.init.new_rows, config.model.vocab_size) == (
+        32_000,
+        "mean",
+        32_005,
+    )
+    assert len(config.tokenizer.add_tokens) == 5
+    assert num_params(LlamaConfig.from_dict(config.model)) > 68e9

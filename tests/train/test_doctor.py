@@ -1,0 +1,91 @@
+"""`lemur doctor` on a run that is ready, and with one thing wrong at a time."""
+
+import json
+
+import pytest
+
+from lemur_jax.common.config import load
+from lemur_jax.common.errors import UserError
+from lemur_jax.parallel import liveness
+from lemur_jax.train import doctor as module
+from lemur_jax.train.doctor import doctor
+from tests.hosts.conftest import Project
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return Project(tmp_path_factory.mktemp("doctor"))
+
+
+@pytest.fixture
+def examine(project, monkeypatch, tmp_path):
+    monkeypatch.chdir(project.root)
+
+    def run(*overrides, workdir=tmp_path / "run"):
+        lines = []
+        try:
+            doctor(load("config.py", overrides), workdir, lines.append)
+        except UserError as error:
+            lines.append(str(error))
+        return "\n".join(lines)
+
+    return run
+
+
+def test_ready_run_and_a_workdir_left_as_it_was(examine, tmp_path):
+    said = examine()
+    assert said.endswith("verdict: 1 host ready")
+    assert "FAIL" not in said
+    for words in ("jax 0.", "8 × cpu", "fsdp 8", "written and read", "GB free", "all-reduce of 1 MiB"):
+        assert words in said
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("x")
+    examine()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "check", "detail"),
+    [
+        (["--config.mesh.fsdp=3"], "mesh", "does not multiply"),
+        (["--config.train.batch_rows=12"], "mesh", "must be a multiple of 8"),
+        (["--config.data.stores=nowhere"], "token stores", "nowhere"),
+        (["--config.tokenizer.path=nowhere"], "token stores", "nowhere"),
+        (["--config.checkpoint.keep=1000000000"], "free disk", "GB needed"),
+    ],
+)
+def test_one_thing_wrong(examine, overrides, check, detail):
+    said = examine(*overrides)
+    (line,) = [line for line in said.splitlines() if line.startswith("FAIL")]
+    assert check in line
+    assert detail in line
+    assert said.endswith(f"verdict: not ready, because of {check}")
+
+
+def test_workdir_that_cannot_be_written(examine, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "because of workdir" in examine(workdir=tmp_path / "file" / "run")
+
+
+def test_wrong_sum_is_a_broken_interconnect(examine, monkeypatch):
+    monkeypatch.setattr(module.jnp, "sum", lambda x, axis: x[0])
+    assert "because of collectives" in examine()
+
+
+def test_host_with_other_versions_is_named(examine, monkeypatch):
+    """The other host's findings, as they would come through the service."""
+
+    def exchange(name, value, seconds):
+        if name == "clock":
+            return [value, str(float(value) + 60)]
+        if name == "workdir made":
+            return [value, value]
+        _, findings = json.loads(value)
+        other = [{**one, "detail": one["detail"].replace("jax 0.", "jax 9.")} for one in findings]
+        return [value, json.dumps(["other", other])]
+
+    monkeypatch.setattr(liveness, "exchange", exchange)
+    said = examine()
+    assert "FAIL  versions           host 1 (other): python" in said
+    assert "because of versions, clock" in said

@@ -1,0 +1,258 @@
+"""A run killed with SIGKILL and started again ends with the bits of the run that was left alone.
+
+Real processes, real signals: the whole of `lemur train` is under test, not a simulation of it.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lemur_jax.checkpoint.manager import read_metadata, restore_params
+from lemur_jax.data.store import StoreWriter
+from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.data.tokenizer_files import train_sentencepiece
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.llama import abstract_params
+from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.train.steplog import CLOCK_KEYS
+
+STEPS = 24
+
+CONFIG = f"""
+from lemur_jax.common.config import default_config
+from lemur_jax.models.presets import preset
+
+def get_config(arg=""):
+    config = default_config(preset("tiny").to_dict())
+    config.compute.dtype = "float32"
+    config.tokenizer.path = "tokenizer"
+    config.data.stores = "stores"
+    config.data.sequence_length = 64
+    config.data.sources = {{
+        "code": {{"share": 10.0, "packing": "concat", "max_epochs": 0.0}},
+        "text": {{"share": 1.0, "packing": "concat", "max_epochs": 0.0}},
+    }}
+    config.train.steps = {STEPS}
+    config.train.batch_rows = 8
+    config.optimizer.learning_rate = 1e-2
+    config.eval.tasks = ("text",)
+    config.eval.every_steps = 10
+    config.checkpoint.every_steps = 3
+    config.checkpoint.keep = 2
+    config.log.every_steps = 2
+    return config
+"""
+
+
+def write_store(path, tokenizer, task, split, seed):
+    rng = np.random.default_rng(seed)
+    with StoreWriter(
+        path,
+        task=task,
+        split=split,
+        source=task,
+        tokenizer_digest=tokenizer.digest,
+        added_tokens=tokenizer.added_tokens,
+        vocab_size=tokenizer.vocab_size,
+    ) as writer:
+        for number in range(60):
+            ids = rng.integers(3, tokenizer.vocab_size, rng.integers(20, 200)).tolist()
+            writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id], f"{task}-{number}", 3 * len(ids))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A directory with a config, a tokenizer and stores."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "config.py").write_text(CONFIG)
+    words = [f"value_{i} = {i} + other_{i % 7}" for i in range(400)]
+    train_sentencepiece(words, root / "tokenizer", vocab_size=300)
+    tokenizer = Tokenizer.load(root / "tokenizer")
+    for seed, (task, split) in enumerate([("code", "train"), ("text", "train"), ("text", "validation")]):
+        write_store(root / "stores" / task / split, tokenizer, task, split, seed)
+    return root
+
+
+def start(project, workdir, devices=1):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    words = ["train", "--config", "config.py", "--workdir", str(workdir), "--virtual-devices", str(devices)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "lemur_jax.cli", *words],
+        cwd=project,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(project, workdir, devices=1):
+    process = start(project, workdir, devices)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def final_params(workdir):
+    metadata = read_metadata(workdir)
+    assert metadata["step"] == STEPS
+    wanted = abstract_params(LlamaConfig.from_dict(metadata["model"]))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted)
+    return jax.tree.map(np.asarray, restore_params(workdir, wanted))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(project):
+    workdir = project / "undisturbed"
+    finish(project, workdir)
+    return workdir
+
+
+def kill_somewhere(project, workdir, checkpoints):
+    """Starts a run and kills it a random fraction of a second after it has committed some checkpoints."""
+    process = start(project, workdir)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        committed = max(
+            (int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()), default=0
+        )
+        if committed >= 3 * checkpoints:
+            break
+        time.sleep(0.005)
+    time.sleep(random.random() * 0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def losses(workdir):
+    return {r["step"]: r["loss"] for r in read_metrics(workdir) if r["kind"] == "train"}
+
+
+def without_clock(records):
+    """What two runs must have in common."""
+    kept = [record for record in records if record["kind"] != "time"]
+    return [{key: value for key, value in record.items() if key not in CLOCK_KEYS} for record in kept]
+
+
+@pytest.mark.parametrize("checkpoints", [0, 2])
+def test_killed_run_reaches_the_same_bits(project, undisturbed, checkpoints, tmp_path):
+    kill_somewhere(project, tmp_path / "run", checkpoints)
+    finish(project, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(undisturbed))
+    records = read_metrics(tmp_path / "run")
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [10, 20, STEPS]
+    assert without_clock(records) == without_clock(read_metrics(undisturbed))
+
+
+def test_killed_run_continues_on_other_devices(project, undisturbed, tmp_path):
+    kill_somewhere(project, tmp_path / "run", 2)
+    out = finish(project, tmp_path / "run", devices=4)
+    assert "resuming at step" in out
+    expected = losses(undisturbed)
+    found = losses(tmp_path / "run")
+    assert list(found) == list(expected)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_finished_run_is_not_repeated(project, undisturbed):
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    assert "already finished" in finish(project, undisturbed)
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def test_self_describing(undisturbed):
+    metadata = read_metadata(undisturbed)
+    assert metadata["config"] == json.loads((undisturbed / "config.json").read_text())
+    assert set(metadata["data"]) == {"code", "text"}
+    assert "tokenizer.model" in metadata["tokenizer"]
+
+
+def refused(project, workdir, *words):
+    arguments = ["train", "--config", "config.py", "--workdir", str(workdir), *words]
+    done = subprocess.run(
+        [sys.executable, "-m", "lemur_jax.cli", *arguments],
+        cwd=project,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    *progress, message = done.stderr.strip().splitlines()
+    assert all(line.startswith("train ") for line in progress)
+    return message
+
+
+def test_workdir_of_another_config_is_refused_and_left_alone(project, undisturbed):
+    before = sorted(p.stat().st_mtime_ns for p in undisturbed.rglob("*"))
+    message = refused(project, undisturbed, "--config.optimizer.learning_rate=0.5")
+    assert "belongs to another config: optimizer.learning_rate was 0.01 there and is 0.5 now" in message
+    assert sorted(p.stat().st_mtime_ns for p in undisturbed.rglob("*")) == before
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(project, tmp_path):
+    """A learning rate that overflows after a few good steps."""
+    message = refused(
+        project,
+        tmp_path / "run",
+        "--config.optimizer.learning_rate=1e30",
+        "--config.optimizer.clip_norm=0",
+        "--config.optimizer.warmup_steps=20",
+        "--config.checkpoint.every_steps=1",
+    )
+    assert "loss is" in message
+    assert "code/code-" in message
+    step = read_metadata(tmp_path / "run")["step"]
+    assert f"step {step + 1}:" in message  # every step before was saved, this one was not
+
+
+def test_store_that_changed_since_is_refused(project, undisturbed, tmp_path):
+    copy = tmp_path / "stores"
+    tokenizer = Tokenizer.load(project / "tokenizer")
+    write_store(copy / "code" / "train", tokenizer, "code", "train", 99)
+    for split in ("train", "validation"):
+        write_store(copy / "text" / split, tokenizer, "text", split, 1)
+    message = refused(project, undisturbed, f"--config.data.stores={copy}")
+    assert "was trained on other data" in message
+    assert "code" in message
+
+
+def test_sigterm_saves_and_exits_0_and_the_bits_are_the_same(project, undisturbed, tmp_path):
+    process = start(project, tmp_path / "run")
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not list((tmp_path / "run").glob("checkpoints/3")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    stopped = read_metadata(tmp_path / "run")["step"]
+    assert f"SIGTERM: step {stopped} is saved" in out
+    assert 3 <= stopped < STEPS
+    assert f"resuming at step {stopped}" in finish(project, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(undisturbed))
+
+
+def test_damaged_newest_checkpoint_is_skipped_and_the_bits_are_the_same(project, undisturbed, tmp_path):
+    kill_somewhere(project, tmp_path / "run", 3)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    newest, previous = sorted((int(p.name) for p in checkpoints.glob("*") if p.name.isdigit()), reverse=True)[
+        :2
+    ]
+    data = max((checkpoints / str(newest) / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    out = finish(project, tmp_path / "run")
+    assert f"Going on from step {previous}: {newest - previous} steps are lost" in out
+    assert f"resuming at step {previous}" in out
+    jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(undisturbed))

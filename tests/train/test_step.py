@@ -1,0 +1,110 @@
+"""The update: the same number on every mesh and in any split, and the number that NumPy gets."""
+
+import jax
+import numpy as np
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.models import llama
+from tests.train.tiny import first_state, placed, program_on, tiny_config
+
+STEPS = 3
+
+
+def losses(program, batch, steps=STEPS):
+    state, batch = first_state(program), placed(batch, program)
+    found = []
+    for _ in range(steps):
+        state, metrics = program.step(state, batch)
+        found.append(float(metrics["loss"]))
+    return found, jax.device_get(metrics), state
+
+
+@pytest.fixture(scope="module")
+def alone(batch):
+    return losses(program_on((1, 1, 1, 1)), batch)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)])
+def test_same_loss_on_every_mesh(alone, batch, shape):
+    found, _, state = losses(program_on(shape), batch)
+    np.testing.assert_allclose(found, alone[0], rtol=1e-5)
+    assert int(state.step) == STEPS
+
+
+@pytest.mark.parametrize(("microbatches", "chunk"), [(4, 0), (1, 16), (2, 32)])
+def test_same_loss_in_any_split(alone, batch, microbatches, chunk):
+    config = tiny_config()
+    config.train.microbatches = microbatches
+    config.compute.loss_chunk = chunk
+    found, metrics, _ = losses(program_on((1, 1, 1, 1), config), batch)
+    np.testing.assert_allclose(found, alone[0], rtol=1e-5)
+    for key in ("grad_norm", "source_loss", "source_weight"):
+        np.testing.assert_allclose(metrics[key], alone[1][key], rtol=2e-5)
+
+
+def test_loss_is_the_weighted_token_mean(alone, batch):
+    """Against float64: sum of weighted losses / sum of weights, not a mean of row means."""
+    program = program_on((1, 1, 1, 1))
+    logits = llama.forward(
+        program.model,
+        program.compute,
+        first_state(program).params,
+        *(batch[key] for key in ("tokens", "positions", "segment_ids")),
+    )
+    logits = np.asarray(logits, np.float64)
+    chosen = np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    token_loss = np.log(np.exp(logits).sum(-1)) - chosen
+    weights = batch["loss_weights"].astype(np.float64)
+    np.testing.assert_allclose(alone[0][0], (token_loss * weights).sum() / weights.sum(), rtol=1e-5)
+    row_means = (token_loss * weights).sum(1) / np.maximum(weights.sum(1), 1)
+    assert abs(alone[0][0] - row_means.mean()) > 1e-3  # the wrong mean is another number here
+
+
+def test_learning_rate_and_sources_in_the_metrics(alone, batch):
+    _, metrics, state = alone
+    assert metrics["learning_rate"] == state.optimizer.hyperparams["learning_rate"]
+    np.testing.assert_allclose(metrics["learning_rate"], 1e-2)  # warmup 0, 0.005, then the peak
+    np.testing.assert_allclose(metrics["source_weight"].sum(), batch["loss_weights"].sum())
+    np.testing.assert_allclose(
+        metrics["source_loss"].sum() / metrics["target_tokens"], alone[0][-1], rtol=1e-5
+    )
+
+
+def test_state_lies_where_the_rules_say(batch):
+    program = program_on((1, 4, 1, 2))
+    _, _, state = losses(program, batch, steps=1)
+    moments = state.optimizer.inner_state[1].mu
+    for parameter, moment in zip(jax.tree.leaves(state.params), jax.tree.leaves(moments), strict=True):
+        assert parameter.sharding == moment.sharding
+    assert state.params["layers"]["mlp"]["gate"].sharding.shard_shape((2, 64, 160)) == (2, 16, 80)
+
+
+def test_finite_rows_name_the_bad_ones_through_microbatches(batch):
+    config = tiny_config()
+    config.train.microbatches = 2
+    program = program_on((1, 2, 1, 1), config)
+    state = first_state(program)
+    bad = dict(batch, loss_weights=batch["loss_weights"].copy())
+    bad["loss_weights"][5, 3] = np.nan
+    _, metrics = program.step(state, placed(bad, program))
+    assert np.flatnonzero(~np.asarray(metrics["finite_rows"])).tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("train.batch_rows", 12, "batch_rows 12"),
+        ("train.microbatches", 3, "microbatches 3"),
+        ("data.sequence_length", 4096, "max_position_embeddings"),
+        ("optimizer.warmup_steps", 10, "warmup_steps"),
+        ("optimizer.learning_rate", 0.0, "learning_rate"),
+    ],
+)
+def test_impossible_combination_is_named(key, value, words):
+    config = tiny_config()
+    with config.unlocked():
+        section, name = key.split(".")
+        config[section][name] = value
+    with pytest.raises(UserError, match=words):
+        program_on((1, 8, 1, 1), config)

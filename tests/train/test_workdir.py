@@ -1,0 +1,51 @@
+"""Whose workdir it is, and whether its run is finished."""
+
+import pytest
+
+from lemur_jax import cli
+from lemur_jax.common.errors import UserError
+from lemur_jax.parallel.liveness import LOST
+from lemur_jax.train import loop
+from lemur_jax.train.workdir import claim, finished
+from tests.train.tiny import tiny_config
+
+
+def test_other_hosts_never_see_half_a_config(tmp_path):
+    """The file is renamed into place: whoever reads it meanwhile sees nothing or all of it."""
+    claim(tiny_config(), tmp_path)
+    before = (tmp_path / "config.json").stat().st_ino
+    claim(tiny_config(), tmp_path)
+    assert (tmp_path / "config.json").stat().st_ino != before
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_patience_may_change_between_a_run_and_its_resumption(tmp_path):
+    claim(tiny_config(), tmp_path)
+    config = tiny_config()
+    config.hosts.lost_seconds = 7
+    claim(config, tmp_path)
+    config.seed = 7
+    with pytest.raises(UserError, match="seed was 42"):
+        claim(config, tmp_path)
+
+
+def test_finished_means_the_last_step_is_saved(tmp_path):
+    config = tiny_config()
+    assert not finished(config, tmp_path)
+    (tmp_path / "checkpoints" / str(config.train.steps - 1)).mkdir(parents=True)
+    assert not finished(config, tmp_path)
+    (tmp_path / "checkpoints" / str(config.train.steps)).mkdir()
+    assert finished(config, tmp_path)
+
+
+@pytest.mark.parametrize(("relaunch", "saved", "status"), [("1", 10, 0), ("1", 9, LOST), ("", 9, 0)], ids=str)
+def test_launchers_see_whether_a_run_that_stopped_is_finished(tmp_path, monkeypatch, relaunch, saved, status):
+    path = tmp_path / "c.py"
+    path.write_text("from tests.train.tiny import tiny_config\ndef get_config(arg=''): return tiny_config()")
+
+    def train(config, workdir):
+        (tmp_path / "checkpoints" / str(saved)).mkdir(parents=True)
+
+    monkeypatch.setenv("LEMUR_RELAUNCH", relaunch)
+    monkeypatch.setattr(loop, "train", train)
+    assert cli.main(["train", "--config", str(path), "--workdir", str(tmp_path)]) == status
