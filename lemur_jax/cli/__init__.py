@@ -1,0 +1,78 @@
+"""The console command `lemur`: one verb a job. A verb's room is imported only when it is called."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from lemur_jax.cli import data, evaluation, inference, planning, training, weights
+from lemur_jax.common.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a verb.
+
+    Returns:
+      0, or 2 for a mistake that the user can mend, or 130 when interrupted, or 75 when another host was
+      lost and where a launcher is to start an unfinished run again (`parallel/liveness.py`).
+    """
+    parser = _parser()
+    known, rest = parser.parse_known_args(arguments)
+    try:
+        known.overrides = _overrides(rest, known.takes_config)
+        return known.run(known) or 0
+    except UserError as error:
+        print(f"lemur {known.verb}: {error}", file=sys.stderr)
+        _leave_other_hosts(2)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"lemur {known.verb}: interrupted; the same command goes on from what is finished",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone (`lemur inspect ... | head`).
+        sys.stderr.close()
+        return 0
+
+
+def _overrides(rest: Sequence[str], allowed: bool) -> list[str]:
+    """`--config.a.b=value` and `--config.a.b value`, as the former."""
+    overrides: list[str] = []
+    words = iter(rest)
+    for word in words:
+        if not allowed or not word.startswith("--config."):
+            raise UserError(f"unknown argument {word}; see lemur --help")
+        if "=" not in word:
+            value = next(words, None)
+            if value is None:
+                raise UserError(f"{word} needs a value: {word}=VALUE")
+            word = f"{word}={value}"
+        overrides.append(word)
+    return overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lemur",
+        description="Pretrain, tune, convert and run Llama models in JAX, from one machine to a TPU pod.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for group in (data, planning, training, weights, inference, evaluation):
+        group.add_verbs(verbs)
+    return parser
+
+
+def _leave_other_hosts(status: int) -> None:
+    """Ends a process of several without the goodbye of `jax.distributed`.
+
+    That waits for hosts that may wait in a collective for this one, and then aborts with a status of its own.
+    """
+    if "lemur_jax.parallel.liveness" in sys.modules:
+        from lemur_jax.parallel import liveness
+
+        if liveness.client() is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)

@@ -1,0 +1,61 @@
+"""What the verbs share: their shape, groups of arguments, and how JAX and a checkpoint are opened."""
+
+import argparse
+
+CONFIG_HELP = "config file, optionally with an argument: path.py or path.py:arg"
+
+Verbs = argparse._SubParsersAction
+
+
+def add_verb(verbs: Verbs, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
+    """A verb with its help; `run(args)` does its work and may return an exit status."""
+    sub = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.set_defaults(run=run, takes_config=False)
+    return sub
+
+
+def add_config(sub: argparse.ArgumentParser) -> None:
+    """`--config FILE`, and `--config.a.b=value` in `args.overrides`."""
+    sub.add_argument("--config", required=True, help=CONFIG_HELP)
+    sub.set_defaults(takes_config=True)
+
+
+def add_devices(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--virtual-devices",
+        type=int,
+        default=0,
+        metavar="N",
+        help="run on N virtual CPU devices instead of hardware",
+    )
+
+
+def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
+    sub.add_argument("--checkpoint", required=required, default="", help="checkpoint directory or workdir")
+    sub.add_argument("--step", type=int, help="default: the newest")
+    sub.add_argument("--mesh", default="", help="e.g. fsdp=4,tensor=2; default: all devices fsdp")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
+    add_devices(sub)
+
+
+def start_jax(args: argparse.Namespace, *seconds: int) -> None:
+    """Settles platform, devices and hosts (`hosts.join(*seconds)`) before anything imports JAX."""
+    from lemur_jax.parallel import hosts
+
+    hosts.choose_platform(getattr(args, "virtual_devices", 0))
+    hosts.join(*seconds)
+
+
+def open_session(args: argparse.Namespace):
+    """The checkpoint on the mesh that the arguments say."""
+    start_jax(args)
+    from lemur_jax.infer.session import load
+    from lemur_jax.parallel.mesh import parse_mesh
+
+    return load(args.checkpoint, parse_mesh(args.mesh), args.dtype, args.step)

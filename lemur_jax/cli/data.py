@@ -1,0 +1,64 @@
+"""What a run reads: `prepare`, `inspect`."""
+
+import sys
+
+from lemur_jax.cli.arguments import Verbs, add_config, add_verb
+
+
+def add_verbs(verbs: Verbs) -> None:
+    sub = add_verb(
+        verbs,
+        "prepare",
+        _prepare,
+        "read a config's tasks once and write token stores",
+        "lemur prepare --config configs/quickstart_base.py",
+    )
+    add_config(sub)
+
+    sub = add_verb(
+        verbs,
+        "inspect",
+        _inspect,
+        "show what is in a token store, or what a config would train on",
+        "lemur inspect quickstart/stores/python_chat/train --tokenizer quickstart/tokenizer_chat",
+    )
+    sub.set_defaults(takes_config=True)
+    sub.add_argument("target", help="a token store, or a config file (path.py or path.py:arg)")
+    sub.add_argument(
+        "--tokenizer", default="", help="directory of a store's tokenizer, to show text instead of ids"
+    )
+    sub.add_argument(
+        "--samples", type=int, default=2, help="documents, or rows a source, to show (default 2)"
+    )
+    sub.add_argument("--html", default="", metavar="FILE", help="write a page instead of printing")
+
+
+def _prepare(args) -> None:
+    from lemur_jax.common.config import load
+
+    config = load(args.config, args.overrides)
+    from lemur_jax.data.prepare import prepare
+    from lemur_jax.telemetry.progress import Progress
+
+    prepare(config, progress=Progress)
+
+
+def _inspect(args) -> None:
+    from lemur_jax.data.inspect import inspect_config, inspect_store, page
+
+    show = {"samples": args.samples, "color": bool(args.html) or sys.stdout.isatty()}
+    if args.target.partition(":")[0].endswith(".py"):
+        from lemur_jax.common.config import load
+
+        text = inspect_config(load(args.target, args.overrides), **show)
+    else:
+        from lemur_jax.data.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+        text = inspect_store(args.target, tokenizer=tokenizer, **show)
+    if args.html:
+        from etils import epath
+
+        epath.Path(args.html).write_text(page(args.target, text))
+        text = f"wrote {args.html}"
+    print(text)

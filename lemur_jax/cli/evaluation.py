@@ -1,0 +1,68 @@
+"""How good a checkpoint is: `eval`."""
+
+from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, open_session
+from lemur_jax.common.errors import UserError
+
+
+def add_verbs(verbs: Verbs) -> None:
+    sub = add_verb(
+        verbs,
+        "eval",
+        _eval,
+        "run benchmarks: HumanEval and MBPP in a sandbox, all others through lm-evaluation-harness",
+        "lemur eval --checkpoint quickstart/runs/lemur --tasks humaneval --limit 8",
+    )
+    add_checkpoint(sub, required=False)
+    sub.add_argument("--tasks", default="", help="names with commas: humaneval, mbpp, or the harness's")
+    sub.add_argument("--suite", default="", help="paper: MMLU, BBH, GSM8K, HumanEval and MBPP")
+    sub.add_argument("--data", default=".", help="directory with mbpp.jsonl")
+    sub.add_argument("--include-path", default="", help="directory of task files (YAML) for the harness")
+    sub.add_argument("--limit", type=int, help="only so many documents of each task")
+    sub.add_argument("--chat", action="store_true", help="apply the chat template in the harness's tasks")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--agents", default="", help="episodes with environments: python, sql, bash")
+    sub.add_argument("--turns", type=int, default=5, help="turns of an episode at most (default 5)")
+    sub.add_argument("--endpoint", default="", help="OpenAI-compatible URL of the agent, not the checkpoint")
+    sub.add_argument("--endpoint-model", default="", help="the agent's name there")
+    sub.add_argument("--json", default="", metavar="FILE", help="also write everything as JSON")
+
+
+def _eval(args) -> None:
+    import json
+
+    written: dict = {}
+    tasks = [task for task in args.tasks.split(",") if task]
+    needs_session = tasks or args.suite or not args.endpoint
+    if needs_session and not args.checkpoint:
+        raise UserError("name a --checkpoint; agents alone can have an --endpoint instead")
+    session = open_session(args) if needs_session else None
+    if tasks or args.suite or not args.agents:
+        from lemur_jax.evals.benchmarks import evaluate, table, to_json
+
+        found = evaluate(
+            session,
+            tasks,
+            suite=args.suite,
+            data=args.data,
+            include_path=args.include_path,
+            limit=args.limit,
+            chat=args.chat,
+            seed=args.seed,
+        )
+        print(table(found, args.checkpoint))
+        written |= json.loads(to_json(found, args.checkpoint))
+    if args.agents:
+        from lemur_jax.evals.agents import episodes
+
+        agent = (
+            episodes.endpoint_agent(args.endpoint, args.endpoint_model)
+            if args.endpoint
+            else episodes.session_agent(session)
+        )
+        worlds = episodes.open_environments(args.agents.split(","), args.limit)
+        traces = [episodes.run_episode(world, agent, max_turns=args.turns) for world in worlds]
+        print(episodes.table(traces, args.turns))
+        written["agents"] = json.loads(episodes.to_json(traces, args.turns))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(written, file, indent=1)

@@ -1,0 +1,134 @@
+"""A checkpoint at work: `generate`, `chat`, `smoke`, `serve`."""
+
+import argparse
+import os
+
+from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, open_session
+from lemur_jax.common.errors import UserError
+
+
+def add_verbs(verbs: Verbs) -> None:
+    sub = add_verb(
+        verbs,
+        "generate",
+        _generate,
+        "continue prompts",
+        'lemur generate --checkpoint quickstart/runs/lemur --prompt "def fibonacci(n):"',
+    )
+    _add_inference(sub)
+    sub.add_argument("--prompt", action="append", required=True, help="may be given several times")
+
+    sub = add_verb(
+        verbs, "chat", _chat, "talk to a chat model", "lemur chat --checkpoint quickstart/runs/chat"
+    )
+    _add_inference(sub)
+    sub.add_argument("--prompt", action="append", help="ask this and stop; without it, a conversation starts")
+    sub.add_argument("--system", default="", help="system message")
+
+    sub = add_verb(
+        verbs,
+        "smoke",
+        _smoke,
+        "sharded inference smoke test: load, generate, compare, time",
+        "lemur smoke --checkpoint quickstart/runs/chat --virtual-devices 8 --mesh fsdp=4,tensor=2",
+    )
+    add_checkpoint(sub)
+    sub.add_argument("--hf", default="", help="exported directory: compare with transformers' greedy tokens")
+
+    sub = add_verb(
+        verbs,
+        "serve",
+        _serve,
+        "answer OpenAI's client: a small endpoint for smoke tests",
+        "lemur serve --checkpoint quickstart/runs/chat",
+    )
+    add_checkpoint(sub)
+    sub.add_argument("--host", default="127.0.0.1", help="default: this machine alone can reach it")
+    sub.add_argument("--port", type=int, default=8000)
+
+
+def _generate(args) -> None:
+    session = open_session(args)
+    from lemur_jax.infer.generate import generate
+    from lemur_jax.infer.session import stop_ids
+    from lemur_jax.infer.text import continuation
+    from lemur_jax.parallel import hosts
+
+    tokenizer = session.need_tokenizer()
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in args.prompt]
+    completions = generate(
+        session,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        stop_ids=stop_ids(tokenizer),
+        sampling=_sampling(args),
+    )
+    for text, prompt, completion in zip(args.prompt, prompts, completions, strict=True):
+        if not hosts.is_chief():
+            break  # every host has computed the same
+        print(text + continuation(tokenizer, prompt, completion.content))
+
+
+def _chat(args) -> None:
+    session = open_session(args)
+    from lemur_jax.infer.chat import HELP, converse
+    from lemur_jax.parallel import hosts
+
+    if not args.prompt and session.mesh.is_multi_process:
+        raise UserError("a conversation cannot be typed into several hosts: give --prompt")
+
+    def typed():
+        print(HELP)
+        while True:
+            try:
+                yield input("> ")
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+
+    converse(
+        session,
+        args.prompt or typed(),
+        lambda text: print(text, end="", flush=True) if hosts.is_chief() else None,
+        system=args.system,
+        max_new_tokens=args.max_new_tokens,
+        sampling=_sampling(args),
+    )
+
+
+def _smoke(args) -> None:
+    session = open_session(args)
+    from lemur_jax.infer.smoke import smoke
+
+    smoke(session, args.hf)
+
+
+def _serve(args) -> None:
+    session = open_session(args)
+    from lemur_jax.evals.serve import serve
+
+    serve(session, os.path.basename(os.path.normpath(args.checkpoint)), host=args.host, port=args.port)
+
+
+def _sampling(args):
+    from lemur_jax.infer.sampling import Sampling
+
+    return Sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+
+
+def _add_inference(sub: argparse.ArgumentParser) -> None:
+    add_checkpoint(sub)
+    sub.add_argument("--max-new-tokens", type=int, default=128)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    sub.add_argument("--top-k", type=int, default=0, help="0: off")
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--min-p", type=float, default=0.0)
+    sub.add_argument("--repetition-penalty", type=float, default=1.0)
+    sub.add_argument("--seed", type=int, default=0)
