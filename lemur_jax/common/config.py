@@ -61,6 +61,9 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             # name of a seqio task -> share (of tokens), packing ("concat" or "fit") and
             # max_epochs (0: repeat without limit)
             sources=ConfigDict(),
+            # other shares later in the run, e.g. to anneal: name of a stage -> step (its first update)
+            # and shares (source -> share of tokens; a source that is not named has none)
+            stages=ConfigDict(),
         )
     )
     config.prepare = ConfigDict(
@@ -134,9 +137,10 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             lost_seconds=100,  # a host silent for so long is lost, and the others stop
         )
     )
-    # A mistyped key in a config file is an error there and then; only sources and steps bring keys of their own.
+    # A mistyped key in a config file is an error there and then; only these three bring keys of their own.
     config.lock()
     config.data.sources.unlock()
+    config.data.stages.unlock()
     config.prepare.steps.unlock()
     return config
 

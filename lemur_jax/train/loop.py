@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from lemur_jax.checkpoint.manager import Checkpoints, make_metadata
 from lemur_jax.common.config import to_json
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.loader import Loader
-from lemur_jax.data.mixture import budget, check_budget, format_budget, open_mixture
+from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.hosts import any_host
