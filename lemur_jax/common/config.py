@@ -96,6 +96,16 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             z_loss=0.0,  # weight of log(Z)^2
         )
     )
+    # Updates that are skipped by rule, see train.spikes; what is skipped is the same on any hosts and after any
+    # restart. All off: a gradient that is not finite stops the run.
+    config.spikes = ConfigDict(
+        dict(
+            factor=0.0,  # > 0: skip where the gradient norm is above so many times the running median, or not finite
+            window=100,  # ... of so many accepted norms; before there are so many, only what is not finite is skipped
+            rollback_after=0,  # so many skips in a row undo the updates since the last regular checkpoint; 0: never
+            max_rollbacks=3,  # after which the run stops instead
+        )
+    )
     # Where the parameters come from; all empty: fresh ones from `seed`.
     config.init = ConfigDict(
         dict(

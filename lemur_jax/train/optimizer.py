@@ -7,6 +7,7 @@ import jax
 import optax
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.train.spikes import check_options, skip_spikes
 
 
 def schedule(options: Mapping[str, Any], steps: int) -> optax.Schedule:
@@ -26,7 +27,7 @@ def decayed(axes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_optimizer(
-    options: Mapping[str, Any], steps: int, axes: Mapping[str, Any]
+    options: Mapping[str, Any], steps: int, axes: Mapping[str, Any], spikes: Mapping[str, Any] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of `config.optimizer` (Loshchilov & Hutter 2019).
 
@@ -36,10 +37,13 @@ def make_optimizer(
       options: `config.optimizer`.
       steps: updates of the whole run.
       axes: logical axes of each parameter.
+      spikes: `config.spikes`; None: nothing is skipped.
 
     Raises:
-      UserError: a warmup longer than the run, or rates that are not positive.
+      UserError: a warmup longer than the run, rates that are not positive, or spikes that make no sense.
     """
+    if spikes:
+        check_options(spikes)
     if not 0 <= options["warmup_steps"] < steps:
         raise UserError(
             f"config.optimizer.warmup_steps is {options['warmup_steps']} but config.train.steps is {steps}:"
@@ -51,7 +55,7 @@ def make_optimizer(
     @optax.inject_hyperparams
     def adamw(learning_rate):
         clip = options["clip_norm"]
-        return optax.chain(
+        update = optax.chain(
             optax.clip_by_global_norm(clip) if clip else optax.identity(),
             optax.scale_by_adam(
                 b1=options["b1"], b2=options["b2"], eps=options["eps"], mu_dtype=options["moments_dtype"]
@@ -59,5 +63,8 @@ def make_optimizer(
             optax.add_decayed_weights(options["weight_decay"], mask=decayed(axes)),
             optax.scale_by_learning_rate(learning_rate),
         )
+        if spikes and spikes["factor"]:
+            return skip_spikes(update, spikes["factor"], spikes["window"])
+        return update
 
     return adamw(learning_rate=schedule(options, steps))

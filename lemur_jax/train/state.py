@@ -72,7 +72,8 @@ def _place_like(params: Any, optimizer_state: Any, mesh: Mesh) -> Any:
             parameter = places.get(path[length:])
             if parameter is not None and parameter.shape == leaf.shape:
                 return _with_sharding(leaf, parameter.sharding)
-        if leaf.ndim == 0:
+        # The norms by which spikes are known are a few numbers.
+        if leaf.ndim == 0 or getattr(path[-1], "name", "") == "norms":
             return _with_sharding(leaf, replicated(mesh))
         raise UserError(
             f"optimizer leaf {jax.tree_util.keystr(path)} of shape {leaf.shape} has no sharding rule"
