@@ -58,8 +58,8 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             modules=(),  # Python modules that register more seqio tasks; may lie beside the config
             stores="stores",  # directory of token stores, one folder a task and split
             sequence_length=2048,  # T
-            # name of a seqio task -> share (of tokens), packing ("concat" or "fit") and
-            # max_epochs (0: repeat without limit)
+            # name of a seqio task, or task/label for a part of it (see the step "label") -> share (of
+            # tokens), packing ("concat" or "fit") and max_epochs (0: repeat without limit)
             sources=ConfigDict(),
             # other shares later in the run, e.g. to anneal: name of a stage -> step (its first update)
             # and shares (source -> share of tokens; a source that is not named has none)

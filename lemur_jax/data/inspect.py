@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from lemur_jax.data.budget import budget, format_budget
 from lemur_jax.data.mixture import Mixture, open_mixture
+from lemur_jax.data.parts import describe_labels
 from lemur_jax.data.rows import FitRows
 from lemur_jax.data.store import TokenStore
 from lemur_jax.data.tokenizer import Tokenizer
@@ -50,6 +51,8 @@ def inspect_store(
         + "".join(f", {token}" for token in manifest.added_tokens),
         "made by": manifest.created_with,
     }
+    if manifest.label_field:
+        counts["labels"] = f"{manifest.label_field}: {describe_labels(manifest)}"
     lines = [str(path), *(f"  {key:<12}{value}" for key, value in counts.items())]
     lines += ["", "tokens of a document", *histogram(lengths)]
     for index in np.linspace(0, len(lengths) - 1, min(samples, len(lengths))).astype(int):
