@@ -121,6 +121,9 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             tasks=(),  # tasks whose validation stores are scored, each for itself
             batch_rows=0,  # 0: as train.batch_rows
             max_rows=0,  # rows a task; 0: all
+            # name of a group -> its tasks, e.g. code=("stack_python", "stack_java"); the balance score weighs
+            # groups alike. Empty: each task is a group
+            groups=ConfigDict(),
         )
     )
     config.checkpoint = ConfigDict(
@@ -147,10 +150,11 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             lost_seconds=100,  # a host silent for so long is lost, and the others stop
         )
     )
-    # A mistyped key in a config file is an error there and then; only these three bring keys of their own.
+    # A mistyped key in a config file is an error there and then; only these bring keys of their own.
     config.lock()
     config.data.sources.unlock()
     config.data.stages.unlock()
+    config.eval.groups.unlock()
     config.prepare.steps.unlock()
     return config
 

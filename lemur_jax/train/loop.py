@@ -20,10 +20,10 @@ from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.hosts import any_host
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
-from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
+from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
 from lemur_jax.telemetry.progress import Progress
 from lemur_jax.train import state as states
-from lemur_jax.train.evaluate import HeldOut, evaluate, open_held_out
+from lemur_jax.train.evaluate import Evaluations, open_held_out
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.interruption import Interruption
 from lemur_jax.train.spikes import memory, rollback_target, rolled_back
@@ -36,7 +36,12 @@ from lemur_jax.train.workdir import claim
 _RETRY_SECONDS = 10.0
 
 
-def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None] = print) -> None:
+def train(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    say: Callable[[str], None] = print,
+    build: Callable[..., Program] = build,
+) -> None:
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
     Killed at any moment and called again, it reaches the parameters that it would have reached: the
@@ -46,10 +51,12 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
       config: a run config.
       workdir: gets `config.json`, `metrics.jsonl` and `checkpoints/`.
       say: gets what a person wants to read.
+      build: makes the program; several runs of one process may share one (`sweep/runner.py`).
 
     Raises:
       UserError: the config, the data and the workdir do not fit together, or the loss is not finite.
     """
+    began = time.perf_counter()
     mesh = make_mesh(config.mesh)
     chief = jax.process_index() == 0
 
@@ -75,7 +82,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
 
         writer = stack.enter_context(_writer(config, workdir)) if chief else None
         if writer:
-            writer.truncate_after(first)
+            # From step 0 on, what was scored there is scored again.
+            writer.truncate_after(first or -1)
         if first == config.train.steps:
             say(f"{workdir}: already finished at step {first}")
             return
@@ -86,9 +94,13 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
         progress = stack.enter_context(
             Progress(config.train.steps, f"train {workdir.name}", "steps", initial=first, enabled=chief)
         )
-        trained = _tokens_until(workdir) if chief else 0
-        log = StepLog(writer, progress, mixture, tokens=trained, program=program)
+        records = read_metrics(workdir) if chief else []
+        log = StepLog(writer, progress, mixture, _tokens_until(records), program=program, began=began)
+        evaluations = Evaluations(program, config, held_out, writer, progress.write, records)
         interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
+        if first == 0 and config.init.checkpoint:
+            with log.paused("eval"):
+                evaluations.score(state.params, 0)
         saved_at = time.monotonic()
         loader = Loader(mixture, batch_sharding(mesh))
         for step, batch in log.waiting(loader.iterate(first, config.train.steps)):
@@ -112,7 +124,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
                 losses: dict[str, float] = {}
                 if evaluating:
                     with log.paused("eval"):
-                        losses = _evaluate(program, config, state.params, done, held_out, writer, progress)
+                        losses = evaluations.score(state.params, done)
                 if saving:
                     with log.paused("checkpoint"):
                         log.write_time(done)
@@ -253,31 +265,9 @@ def _roll_back(
     return rolled_back(counters, good, state.step, rollbacks + 1), target
 
 
-def _evaluate(
-    program: Program,
-    config: ConfigDict,
-    params: Any,
-    step: int,
-    held_out: Sequence[HeldOut],
-    writer: MetricsWriter | None,
-    progress: Progress,
-) -> dict[str, float]:
-    """Scores every held-out task, tells the metrics file and the person, and gives the losses by task."""
-    losses = {}
-    rows = config.eval.batch_rows or config.train.batch_rows // config.train.microbatches
-    for task in held_out:
-        record = evaluate(program, params, task, rows, config.eval.max_rows)
-        if writer:
-            writer.write({"step": step, "kind": "eval", **record})
-        figures = f"{record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
-        progress.write(f"step {step}: held-out {task.task}: {figures}")
-        losses[task.task] = record["loss"]
-    return losses
-
-
-def _tokens_until(workdir: epath.Path) -> int:
+def _tokens_until(records: Sequence[Record]) -> int:
     """Target tokens that earlier processes of this run trained on."""
-    trained = [record["tokens"] for record in read_metrics(workdir) if record.get("kind") == "train"]
+    trained = [record["tokens"] for record in records if record.get("kind") == "train"]
     return trained[-1] if trained else 0
 
 
