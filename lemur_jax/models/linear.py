@@ -66,10 +66,23 @@ def _backward(equation, axes, mesh, saved, upstream):
     whole = (None if axis == "embed" else where for axis, where in zip(axes, placed, strict=True))
     own = _place(own, mesh, "data", "fsdp", *whole)
     slices = _place(own, mesh, "data", None, *placed)
-    gradient = jnp.sum(slices.astype(jnp.float32), axis=(0, 1)).astype(param.dtype)
+    gradient = _sum(slices).astype(param.dtype)
     # Nobody goes on before both are there, so the scheduler puts the exchange beside the product `back`; else it
     # starts every exchange of a layer at the layer's end, where too little is left to hide it.
     return jax.lax.optimization_barrier((back, _place(gradient, mesh, *placed)))
+
+
+def _sum(slices: jax.Array) -> jax.Array:
+    """The float32 sum over the two leading axes, as a product with ones.
+
+    The matrix units add up at the memory's speed, a plain sum at a quarter of it. Eight rows of ones, because a
+    product with one row would be made a plain sum again.
+    """
+    ones = jnp.ones((8, *slices.shape[:2]), slices.dtype)
+    precision = jax.lax.Precision.HIGHEST if slices.dtype == jnp.float32 else None
+    return jnp.einsum(
+        "SXY,XY...->S...", ones, slices, precision=precision, preferred_element_type=jnp.float32
+    )[0]
 
 
 def _place(array: jax.Array, mesh: Mesh, *entries) -> jax.Array:

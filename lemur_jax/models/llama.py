@@ -155,8 +155,8 @@ class MLP(Projections):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        gate = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.gate), "mlp_in")
-        up = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.up), "mlp_in")
+        gate = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.gate), "gate")
+        up = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.up), "up")
         hidden = jax.nn.silu(gate) * up
         hidden = constrain(hidden, self.compute.mesh, "batch", "length", "mlp")
         return self.einsum("BTF,FD->BTD", hidden, self.down)
