@@ -81,6 +81,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
+            name="adamw",  # a name in train.optimizer.OPTIMIZERS: "adamw", "adafactor" or "muon"
             learning_rate=3e-4,  # peak, in updates, not in microbatches
             final_learning_rate=3e-5,
             warmup_steps=0,
@@ -89,7 +90,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             eps=1e-8,
             weight_decay=0.1,  # of matrices; norm scales are never decayed
             clip_norm=1.0,  # of the global gradient norm; 0: off
-            moments_dtype="float32",
+            moments_dtype="float32",  # of first moments
             z_loss=0.0,  # weight of log(Z)^2
         )
     )
