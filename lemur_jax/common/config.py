@@ -61,6 +61,9 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             # name of a seqio task -> share (of tokens), packing ("concat" or "fit") and
             # max_epochs (0: repeat without limit)
             sources=ConfigDict(),
+            # other shares later in the run, e.g. to anneal: name of a stage -> step (its first update)
+            # and shares (source -> share of tokens; a source that is not named has none)
+            stages=ConfigDict(),
         )
     )
     config.prepare = ConfigDict(
@@ -92,6 +95,16 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             clip_norm=1.0,  # of the global gradient norm; 0: off
             moments_dtype="float32",  # of first moments
             z_loss=0.0,  # weight of log(Z)^2
+        )
+    )
+    # Updates that are skipped by rule, see train.spikes; what is skipped is the same on any hosts and after any
+    # restart. All off: a gradient that is not finite stops the run.
+    config.spikes = ConfigDict(
+        dict(
+            factor=0.0,  # > 0: skip where the gradient norm is above so many times the running median, or not finite
+            window=100,  # ... of so many accepted norms; before there are so many, only what is not finite is skipped
+            rollback_after=0,  # so many skips in a row undo the updates since the last regular checkpoint; 0: never
+            max_rollbacks=3,  # after which the run stops instead
         )
     )
     # Where the parameters come from; all empty: fresh ones from `seed`.
@@ -135,9 +148,10 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             lost_seconds=100,  # a host silent for so long is lost, and the others stop
         )
     )
-    # A mistyped key in a config file is an error there and then; only sources and steps bring keys of their own.
+    # A mistyped key in a config file is an error there and then; only these three bring keys of their own.
     config.lock()
     config.data.sources.unlock()
+    config.data.stages.unlock()
     config.prepare.steps.unlock()
     return config
 

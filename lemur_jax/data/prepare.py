@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import tasks
+from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.chat import chat_template
 from lemur_jax.data.cleaning import NO_STEPS, Duplicates, Removed, parse_steps
 from lemur_jax.data.code import check_tokens
 from lemur_jax.data.digests import input_digest, task_digest
 from lemur_jax.data.documents import Encode, Record, Refused, Result, available_cores, encoder
 from lemur_jax.data.journal import Journal
-from lemur_jax.data.mixture import budget, check_budget, format_budget, open_mixture
+from lemur_jax.data.mixture import open_mixture, stages_of
 from lemur_jax.data.prepare_tokenizer import ShowProgress, no_progress, prepare_tokenizer
 from lemur_jax.data.store import Manifest, StoreWriter, read_manifest
 from lemur_jax.data.tokenizer import Tokenizer, compatible
@@ -54,6 +55,7 @@ def prepare(
     for name, split in wanted:
         tasks.check_split(found[name], split)
     steps = _steps(config, found)
+    stages_of(config)  # a mistake there is said now, not when all is prepared
     workers = _workers(config)
     tokenizer = prepare_tokenizer(config, progress=progress, say=say)
     with encoder(tokenizer, workers) as encode:

@@ -81,14 +81,20 @@ def read_manifest(path: epath.PathLike) -> Manifest:
     if not file.exists():
         what = "is unfinished (it has no manifest.json)" if directory.exists() else "does not exist"
         raise UserError(f"the token store {path} {what}: make it with `lemur prepare --config ...`")
-    fields = json.loads(file.read_text())
-    version = fields.get("format_version")
+    remake = "make it again with `lemur prepare --config ...`"
+    try:
+        fields = json.loads(file.read_text())
+        version = fields["format_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): {remake}") from error
     if version != FORMAT_VERSION:
         raise UserError(
-            f"the token store {path} has format version {version}, this program reads {FORMAT_VERSION}:"
-            " make it again with `lemur prepare --config ...`"
+            f"the token store {path} has format version {version}, this program reads {FORMAT_VERSION}: {remake}"
         )
-    return Manifest(**fields)
+    try:
+        return Manifest(**fields)
+    except TypeError as error:
+        raise UserError(f"{file} is damaged ({error}): {remake}") from error
 
 
 class StoreWriter:

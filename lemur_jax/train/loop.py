@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from lemur_jax.checkpoint.manager import Checkpoints, make_metadata
 from lemur_jax.common.config import to_json
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.loader import Loader
-from lemur_jax.data.mixture import budget, check_budget, format_budget, open_mixture
+from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.hosts import any_host
@@ -25,6 +26,7 @@ from lemur_jax.train import state as states
 from lemur_jax.train.evaluate import HeldOut, evaluate, open_held_out
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.interruption import Interruption
+from lemur_jax.train.spikes import memory, rollback_target, rolled_back
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program, build
 from lemur_jax.train.steplog import StepLog
@@ -88,15 +90,21 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
         log = StepLog(writer, progress, mixture, tokens=trained, program=program)
         interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
         saved_at = time.monotonic()
-        batches = Loader(mixture, batch_sharding(mesh)).iterate(first, config.train.steps)
-        for step, batch in log.waiting(batches):
+        loader = Loader(mixture, batch_sharding(mesh))
+        for step, batch in log.waiting(loader.iterate(first, config.train.steps)):
             state, metrics = program.step(state, batch)
             done = step + 1
             log.add(done, metrics)
+            undoing = _too_many_skips(config, metrics)
+            if undoing:
+                log.flush()
+                with log.paused("checkpoint"):
+                    state, target = _roll_back(config, program, checkpoints, metadata, loader, state)
+                log.rolled_back(done, target)
             stopping = interruption.reached(done)
             last = done == config.train.steps
             evaluating = held_out and (last or _due(done, config.eval.every_steps)) and not stopping
-            saving = last or stopping or _due(done, config.checkpoint.every_steps)
+            saving = last or stopping or undoing or _due(done, config.checkpoint.every_steps)
             if _due(done, config.log.every_steps):
                 saving |= _overdue(config, checkpoints, saved_at)
             if evaluating or saving:
@@ -171,9 +179,17 @@ def _check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:
 
 
 def _first_state(
-    config: ConfigDict, program: Program, checkpoints: Checkpoints, metadata: dict[str, Any]
+    config: ConfigDict,
+    program: Program,
+    checkpoints: Checkpoints,
+    metadata: dict[str, Any],
+    at_most: int | None = None,
 ) -> tuple[TrainState, int]:
-    """The state of the newest checkpoint that is whole and its step, or a fresh state and 0."""
+    """The state of the newest checkpoint that is whole and its step, or a fresh state and 0.
+
+    Args:
+      at_most: later checkpoints are left alone; None: there are none such.
+    """
 
     def check(stored: Mapping[str, Any]) -> None:
         if stored["data"] != metadata["data"]:
@@ -183,12 +199,58 @@ def _first_state(
                 " has changed since; put the old stores back, or start in a new --workdir"
             )
 
-    found = checkpoints.restore_newest(program.state.params, program.state.optimizer, check)
+    found = checkpoints.restore_newest(program.state.params, program.state.optimizer, check, at_most)
     if found is None:
         return states.start(initial_params(config, program), program.optimizer, program.state), 0
     step, params, optimizer = found
     counter = jax.device_put(jax.numpy.int32(step), program.state.step.sharding)
     return TrainState(step=counter, params=params, optimizer=optimizer), step
+
+
+def _too_many_skips(config: ConfigDict, metrics: Mapping[str, jax.Array]) -> bool:
+    """Whether to roll back; only where that is asked for does the host wait for the step."""
+    limit = config.spikes.rollback_after
+    return limit > 0 and int(metrics["skips_in_a_row"]) >= limit
+
+
+def _roll_back(
+    config: ConfigDict,
+    program: Program,
+    checkpoints: Checkpoints,
+    metadata: dict[str, Any],
+    loader: Loader,
+    state: TrainState,
+) -> tuple[TrainState, int]:
+    """The state with the parameters of the last regular checkpoint before the skips, and its step.
+
+    Where that checkpoint is not there, a save having failed, its parameters are made again from an older one.
+
+    Raises:
+      UserError: the run was rolled back too often.
+    """
+    rule = memory(state.optimizer)
+    assert rule is not None
+    done, in_a_row = int(state.step), int(rule.in_a_row)
+    rollbacks, before = int(rule.rollbacks), int(rule.rolled_back_at)
+    if rollbacks >= config.spikes.max_rollbacks:
+        raise UserError(
+            f"step {done}: {in_a_row} updates in a row were skipped, and the run was rolled back"
+            f" {rollbacks} times already (config.spikes.max_rollbacks); look at the documents of the skips in"
+            " metrics.jsonl, or lower config.optimizer.learning_rate, in a new --workdir"
+        )
+    target = rollback_target(done, in_a_row, config.checkpoint.every_steps, before)
+    checkpoints.wait()
+    counters = state.optimizer._replace(inner_state=None)
+    for leaf in jax.tree.leaves((state.params, rule)):
+        leaf.delete()  # two states may be more than the devices hold
+    good, at = _first_state(config, program, checkpoints, metadata, at_most=target)
+    if at < before:
+        raise UserError(
+            f"step {done}: cannot roll back to step {target}: no whole checkpoint from step {before} on is left"
+        )
+    for step in range(at, target):
+        good, _ = program.step(good, loader.batch(step))
+    return rolled_back(counters, good, state.step, rollbacks + 1), target
 
 
 def _evaluate(

@@ -8,6 +8,7 @@ import optax
 from optax import contrib
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.train.spikes import check_options, skip_spikes
 
 
 def schedule(options: Mapping[str, Any], steps: int) -> optax.Schedule:
@@ -87,7 +88,7 @@ OPTIMIZERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Parts]] =
 
 
 def make_optimizer(
-    options: Mapping[str, Any], steps: int, axes: Mapping[str, Any]
+    options: Mapping[str, Any], steps: int, axes: Mapping[str, Any], spikes: Mapping[str, Any] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of `config.optimizer`: clipping, a direction, decoupled weight decay, the learning rate.
 
@@ -97,14 +98,18 @@ def make_optimizer(
       options: `config.optimizer`.
       steps: updates of the whole run.
       axes: logical axes of each parameter.
+      spikes: `config.spikes`; None: nothing is skipped.
 
     Raises:
-      UserError: an unknown name, a warmup longer than the run, or rates that are not positive.
+      UserError: an unknown name, a warmup longer than the run, rates that are not positive, or spikes that make no
+        sense.
     """
     if options["name"] not in OPTIMIZERS:
         raise UserError(
             f"unknown config.optimizer.name {options['name']!r}: it must be one of {', '.join(OPTIMIZERS)}"
         )
+    if spikes:
+        check_options(spikes)
     if not 0 <= options["warmup_steps"] < steps:
         raise UserError(
             f"config.optimizer.warmup_steps is {options['warmup_steps']} but config.train.steps is {steps}:"
@@ -116,11 +121,14 @@ def make_optimizer(
     @optax.inject_hyperparams
     def chain(learning_rate):
         clip = options["clip_norm"]
-        return optax.chain(
+        update = optax.chain(
             optax.clip_by_global_norm(clip) if clip else optax.identity(),
             *OPTIMIZERS[options["name"]](options, axes),
             optax.add_decayed_weights(options["weight_decay"], mask=decayed(axes)),
             optax.scale_by_learning_rate(learning_rate),
         )
+        if spikes and spikes["factor"]:
+            return skip_spikes(update, spikes["factor"], spikes["window"])
+        return update
 
     return chain(learning_rate=schedule(options, steps))

@@ -60,8 +60,8 @@ def _with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-# The optimizer's own numbers (counters, rates, coefficients) are no larger.
-_SMALL = 128
+# What is not of a parameter (counters, rates, coefficients, remembered norms) is no larger.
+_SMALL = 4096
 
 
 def _place_like(params: Any, optimizer_state: Any, mesh: Mesh) -> Any:

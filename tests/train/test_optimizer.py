@@ -211,6 +211,6 @@ def test_unknown_optimizer_is_named():
 
 def test_a_large_leaf_without_a_parameter_is_refused():
     program = program_on((1, 8, 1, 1))
-    odd = optax.GradientTransformation(lambda params: np.zeros(1000), lambda g, s, p=None: (g, s))
+    odd = optax.GradientTransformation(lambda params: np.zeros(10_000), lambda g, s, p=None: (g, s))
     with pytest.raises(UserError, match="no sharding rule"):
         abstract_state(program.model, "float32", odd, program.mesh)
