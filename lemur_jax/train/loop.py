@@ -21,6 +21,7 @@ from lemur_jax.parallel.hosts import any_host
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
+from lemur_jax.telemetry.profiler import check_steps, traced
 from lemur_jax.telemetry.progress import Progress
 from lemur_jax.train import state as states
 from lemur_jax.train.evaluate import HeldOut, evaluate, open_held_out
@@ -36,7 +37,12 @@ from lemur_jax.train.workdir import claim
 _RETRY_SECONDS = 10.0
 
 
-def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None] = print) -> None:
+def train(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    say: Callable[[str], None] = print,
+    profile: range = range(0),
+) -> None:
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
     Killed at any moment and called again, it reaches the parameters that it would have reached: the
@@ -46,10 +52,12 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
       config: a run config.
       workdir: gets `config.json`, `metrics.jsonl` and `checkpoints/`.
       say: gets what a person wants to read.
+      profile: steps of which every host writes a trace to `WORKDIR/profile`.
 
     Raises:
-      UserError: the config, the data and the workdir do not fit together, or the loss is not finite.
+      UserError: the config, the data, the workdir and `profile` do not fit together, or the loss is not finite.
     """
+    check_steps(profile, config.train.steps)
     mesh = make_mesh(config.mesh)
     chief = jax.process_index() == 0
 
@@ -79,6 +87,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
         if first == config.train.steps:
             say(f"{workdir}: already finished at step {first}")
             return
+        if profile and profile.start < first:
+            say(f"no trace: step {profile.start} of --profile was made before this start")
         if chief:
             say(format_budget(needs))
             say(_headline(program, config, first))
@@ -91,7 +101,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
         interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
         saved_at = time.monotonic()
         loader = Loader(mixture, batch_sharding(mesh))
-        for step, batch in log.waiting(loader.iterate(first, config.train.steps)):
+        batches = log.waiting(loader.iterate(first, config.train.steps))
+        for step, batch in traced(batches, profile, workdir / "profile", finish=log.flush):
             state, metrics = program.step(state, batch)
             done = step + 1
             log.add(done, metrics)
