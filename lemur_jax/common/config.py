@@ -34,6 +34,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             dtype="bfloat16",  # of activations and matmul inputs
             param_dtype="float32",  # of the master parameters
             remat="full",  # a name in models.remat.POLICIES: what the backward pass keeps
+            reduce_dtype="",  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
             attention="auto",  # "auto" or a name in models.attention.IMPLEMENTATIONS
             loss_chunk=512,  # positions whose logits exist at a time; 0: all at once
         )
@@ -84,6 +85,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
+            name="adamw",  # a name in train.optimizer.OPTIMIZERS: "adamw", "adafactor" or "muon"
             learning_rate=3e-4,  # peak, in updates, not in microbatches
             final_learning_rate=3e-5,
             warmup_steps=0,
@@ -92,7 +94,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             eps=1e-8,
             weight_decay=0.1,  # of matrices; norm scales are never decayed
             clip_norm=1.0,  # of the global gradient norm; 0: off
-            moments_dtype="float32",
+            moments_dtype="float32",  # of first moments
             z_loss=0.0,  # weight of log(Z)^2
         )
     )

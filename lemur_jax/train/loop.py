@@ -21,6 +21,7 @@ from lemur_jax.parallel.hosts import any_host
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
+from lemur_jax.telemetry.profiler import check_steps, traced
 from lemur_jax.telemetry.progress import Progress
 from lemur_jax.train import state as states
 from lemur_jax.train.evaluate import Evaluations, open_held_out
@@ -41,6 +42,7 @@ def train(
     workdir: epath.PathLike,
     say: Callable[[str], None] = print,
     build: Callable[..., Program] = build,
+    profile: range = range(0),
 ) -> None:
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
@@ -52,11 +54,13 @@ def train(
       workdir: gets `config.json`, `metrics.jsonl` and `checkpoints/`.
       say: gets what a person wants to read.
       build: makes the program; several runs of one process may share one (`sweep/runner.py`).
+      profile: steps of which every host writes a trace to `WORKDIR/profile`.
 
     Raises:
-      UserError: the config, the data and the workdir do not fit together, or the loss is not finite.
+      UserError: the config, the data, the workdir and `profile` do not fit together, or the loss is not finite.
     """
     began = time.perf_counter()
+    check_steps(profile, config.train.steps)
     mesh = make_mesh(config.mesh)
     chief = jax.process_index() == 0
 
@@ -87,6 +91,8 @@ def train(
         if first == config.train.steps:
             say(f"{workdir}: already finished at step {first}")
             return
+        if profile and profile.start < first:
+            say(f"no trace: step {profile.start} of --profile was made before this start")
         if chief:
             say(format_budget(needs))
             say(_headline(program, config, first))
@@ -103,7 +109,8 @@ def train(
                 evaluations.score(state.params, 0)
         saved_at = time.monotonic()
         loader = Loader(mixture, batch_sharding(mesh))
-        for step, batch in log.waiting(loader.iterate(first, config.train.steps)):
+        batches = log.waiting(loader.iterate(first, config.train.steps))
+        for step, batch in traced(batches, profile, workdir / "profile", finish=log.flush):
             state, metrics = program.step(state, batch)
             done = step + 1
             log.add(done, metrics)
