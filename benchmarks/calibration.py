@@ -123,11 +123,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="rows whose slice begins so, e.g. v5p or v6e-8")
+    parser.add_argument(
+        "--only", default="", help="rows whose `slice model` begins so, e.g. v5p or 'v5e-256 16B'"
+    )
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     for row in PUBLISHED:
-        if row.topology.startswith(options.only):
+        if f"{row.topology} {row.name}".startswith(options.only):
             print(json.dumps(record(row)), flush=True)
 
 

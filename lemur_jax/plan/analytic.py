@@ -122,7 +122,7 @@ def sizes(model: LlamaConfig) -> dict[str, int]:
     HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
     return {
         "layer_in": D, "attention_out": HN, "query": HN, "key_value": 2 * KN, "residual": D,
-        "gate": F, "up": F, "mlp_in": 2 * F,
+        "gate": F, "up": F,
     }  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def stored_bytes(config: ConfigDict, mesh: AbstractMesh, where: str) -> list[tup
     return [
         (name, size * elements[name] / (1 if name in ("layer_in", "residual") else cut))
         for name, place in places.items()
-        if place == where and name != "mlp_in"
+        if place == where
     ]
 
 
@@ -181,14 +181,9 @@ def _flops(config: ConfigDict, model: LlamaConfig) -> float:
     if policy == "dots":
         repeated = again["attention_out"]
     elif policy != "none":
-        repeated = sum(cost for name, cost in again.items() if _repeats(policy, name))
+        repeated = sum(cost for name, cost in again.items() if decision(policy, name) == "recompute")
     per_token = flops.flops_per_token(model, T).total + L * repeated
     return config.train.batch_rows * T * per_token
-
-
-def _repeats(policy: str, name: str) -> bool:
-    names = (name, "mlp_in") if name in ("gate", "up") else (name,)
-    return all(decision(policy, each) == "recompute" for each in names)
 
 
 def _network(config: ConfigDict, model: LlamaConfig, mesh: AbstractMesh, tokens: float, tpu: Slice) -> float:

@@ -14,7 +14,7 @@ import multiprocessing
 import multiprocessing.connection
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -38,6 +38,9 @@ OPTION_SETS: tuple[tuple[str, ...], ...] = (
 )
 # Seconds between two looks at the clock while compiles run.
 _PATIENCE = 1.0
+
+# Sections of the config on which no plan depends; of `data` the length and the number of sources count.
+_NOT_OF_THE_STEP = ("checkpoint", "data", "eval", "hosts", "init", "log", "prepare", "seed", "tokenizer")
 
 Changes = dict[str, Any]
 Process = multiprocessing.process.BaseProcess
@@ -190,6 +193,11 @@ def search(
     found = Found()
     queue = candidates(config, tpu, found.pruned)
     say(f"{len(queue)} candidates, {sum(found.pruned.values())} dropped by their shapes")
+
+    def finish(outcome: Outcome) -> None:
+        _record(outcome, found, queue, config.compute.compiler_options)
+        say(line(outcome))
+
     # By what tells that a process has ended.
     running: dict[Any, tuple[Process, Candidate, pathlib.Path]] = {}
     try:
@@ -199,7 +207,7 @@ def search(
                 path = cache / f"{key(wanted, topology, slices)}.json"
                 if path.exists():
                     found.cached += 1
-                    _record(read(candidate, path), found, queue, say)
+                    finish(read(candidate, path))
                 else:
                     process = _CONTEXT.Process(
                         target=compile_to, args=(wanted, topology, slices, path), daemon=True
@@ -210,7 +218,7 @@ def search(
                 process, candidate, path = running.pop(ended)
                 process.join()
                 found.compiled += 1
-                _record(read(candidate, path, process.exitcode), found, queue, say)
+                finish(read(candidate, path, process.exitcode))
     except KeyboardInterrupt:
         say("stopped: what was found so far counts")
     finally:
@@ -221,14 +229,13 @@ def search(
     return found
 
 
-def _record(outcome: Outcome, found: Found, queue: list[Candidate], say: Callable[[str], None]) -> None:
-    """Notes an outcome; a new best is followed by itself with more compiler options."""
+def _record(outcome: Outcome, found: Found, queue: list[Candidate], given: Sequence[str]) -> None:
+    """Notes an outcome; a new best is followed by itself with compiler options beyond the given ones."""
     found.outcomes.append(outcome)
-    say(line(outcome))
     if found.best is outcome and "compute.compiler_options" not in outcome.changes:
         queue[:0] = [
             Candidate(
-                changes={**outcome.changes, "compute.compiler_options": options},
+                changes={**outcome.changes, "compute.compiler_options": (*given, *options)},
                 bound=outcome.candidate.bound,
             )
             for options in OPTION_SETS
@@ -287,8 +294,7 @@ def read(candidate: Candidate, path: pathlib.Path, exit_code: int | None = 0) ->
 
 def key(config: ConfigDict, topology: str, slices: int) -> str:
     """Names what a plan depends on: the options of the step, the slice, jax, libtpu, and the package's own source."""
-    options = to_json(config)
-    facts = {section: options[section] for section in ("model", "compute", "mesh", "optimizer", "train")}
+    facts = {name: value for name, value in to_json(config).items() if name not in _NOT_OF_THE_STEP}
     facts |= {
         "sequence_length": config.data.sequence_length,
         "sources": len(config.data.sources),
