@@ -113,19 +113,9 @@ def plan_generate(
       UserError: lengths that make no sense, or a mesh that does not fit the slice, the model or the batch.
     """
     model = LlamaConfig.from_dict(config.model)
-    if not 0 < prompt_length < cache_length <= model.max_position_embeddings:
-        raise UserError(
-            f"--prompt-length {prompt_length} must be below --cache-length {cache_length}, and that at most"
-            f" config.model.max_position_embeddings {model.max_position_embeddings}"
-        )
     tpu = topologies.find(topology, slices)
     mesh = make_mesh(config.mesh, topologies.devices(tpu))
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if mesh.shape["sequence"] > 1 or batch < 1 or batch % ways:
-        raise UserError(
-            f"--batch {batch} must be a multiple of {ways}, the product of config.mesh.data and config.mesh.fsdp,"
-            f" and config.mesh.sequence {mesh.shape['sequence']} must be 1"
-        )
+    _check(model, mesh, batch, prompt_length, cache_length)
     compute = Compute(dtype=dtype, mesh=mesh)
     params = abstract_params(model, mesh, dtype)
     tokens, rows = _inputs(mesh, batch, prompt_length)
@@ -143,10 +133,6 @@ def plan_generate(
     prefill = compiling.compile_program(run.prefill, params, tokens, rows, {}, new_slots=new_slots)
     decode = compiling.compile_program(run.decode, params, state, {}, steps)
     phases = {"prefill": _phase(prefill, sizes, tpu, mesh), "decode": _phase(decode, sizes, tpu, mesh)}
-    rates = {
-        "prefill_tokens_per_second": _rate(batch * prompt_length, phases["prefill"]),
-        "decode_tokens_per_second": _rate(batch, phases["decode"]),
-    }
     return GeneratePlan(
         topology=topology,
         slices=slices,
@@ -160,8 +146,24 @@ def plan_generate(
         hbm_limit_bytes_per_chip=cost.CHIPS[tpu.generation.name].hbm * tpu.generation.devices_per_chip,
         largest_buffers=_largest(params, state, tpu),
         **phases,
-        **rates,
+        prefill_tokens_per_second=_rate(batch * prompt_length, phases["prefill"]),
+        decode_tokens_per_second=_rate(batch, phases["decode"]),
     )
+
+
+def _check(model: LlamaConfig, mesh: Mesh, B: int, T: int, S: int) -> None:
+    """Refuses lengths that make no sense and a batch that the mesh does not divide."""
+    if not 0 < T < S <= model.max_position_embeddings:
+        raise UserError(
+            f"--prompt-length {T} must be below --cache-length {S}, and that at most"
+            f" config.model.max_position_embeddings {model.max_position_embeddings}"
+        )
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if mesh.shape["sequence"] > 1 or B < 1 or B % ways:
+        raise UserError(
+            f"--batch {B} must be a multiple of {ways}, the product of config.mesh.data and config.mesh.fsdp,"
+            f" and config.mesh.sequence {mesh.shape['sequence']} must be 1"
+        )
 
 
 def _rate(tokens: int, phase: Phase) -> float | None:

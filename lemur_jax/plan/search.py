@@ -178,8 +178,7 @@ def search(
     Args:
       config: the base; what it says of mesh, remat and microbatches is left behind.
       topology, slices: as for `plan`.
-      minutes: after so long the compiles under way are ended.
-      processes: compiles at a time, 2 to 3 GiB each for a big model.
+      minutes, processes: time in all, after which compiles under way are ended; compiles at a time.
       cache: directory of finished plans; made where missing.
       say: takes one line for each finished candidate.
 
@@ -209,10 +208,7 @@ def search(
                     found.cached += 1
                     finish(read(candidate, path))
                 else:
-                    process = _CONTEXT.Process(
-                        target=compile_to, args=(wanted, topology, slices, path), daemon=True
-                    )
-                    process.start()
+                    process = _launch(wanted, topology, slices, path)
                     running[process.sentinel] = (process, candidate, path)
             for ended in multiprocessing.connection.wait(list(running), timeout=_PATIENCE):
                 process, candidate, path = running.pop(ended)
@@ -227,6 +223,13 @@ def search(
     found.untried = len(queue) + len(running)
     found.seconds = time.monotonic() - started
     return found
+
+
+def _launch(*arguments) -> Process:
+    """Starts `compile_to` with these arguments; it dies with this process."""
+    process = _CONTEXT.Process(target=compile_to, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 def _record(outcome: Outcome, found: Found, queue: list[Candidate], given: Sequence[str]) -> None:
