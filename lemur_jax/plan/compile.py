@@ -23,10 +23,10 @@ class Compiled:
     Attributes:
       fits: whether the program was given memory.
       seconds: that lowering and compiling took here.
-      hlo: optimized, scheduled HLO text; "" where it does not fit.
+      hlo: optimized, scheduled HLO text; "" where it does not fit or cannot be written out.
       peak_bytes: most HBM in use on a device, arguments included; where it does not fit, what it asked for.
       host_bytes: host memory a device, for what is kept there.
-      verdict: the compiler's message, "" where it fits.
+      verdict: the compiler's message, "" where all went well.
       largest: the largest buffers as (bytes, description), where the compiler names them.
     """
 
@@ -83,13 +83,13 @@ def compile_program(
     peak = memory.peak_memory_in_bytes
     if host:  # The peak then counts the host's memory too; what the device needs is at most this.
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return Compiled(
-        fits=True,
-        seconds=time.monotonic() - start,
-        hlo=compiled.as_text(),
-        peak_bytes=peak,
-        host_bytes=host,
-    )
+    facts: dict[str, Any] = dict(fits=True, peak_bytes=peak, host_bytes=host)
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        # libtpu 0.0.52 compiles offloading for v6e, and then cannot read its own asynchronous instructions.
+        return Compiled(**facts, seconds=time.monotonic() - start, verdict=str(error))
+    return Compiled(**facts, seconds=time.monotonic() - start, hlo=text)
 
 
 def out_of_memory(message: str, seconds: float) -> Compiled:

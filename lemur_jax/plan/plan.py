@@ -24,7 +24,7 @@ class Plan:
       topology, slices, chips: the slice.
       mesh: sizes of the mesh axes.
       fits: the compiler's verdict.
-      verdict: its message where it does not fit.
+      verdict: its message where it does not fit, or fits but cannot be written out, and so not be estimated.
       compile_seconds: lowering and compiling, on this machine.
       hbm_bytes_per_chip: most in use at a time; where it does not fit, what was asked for.
       hbm_limit_bytes_per_chip: what a program may use.
@@ -222,6 +222,9 @@ def report(plan: Plan) -> str:
         lines += ["", f"{over:.2f} GiB too much a chip; the largest buffers:"]
         lines += [f"  {size / GIB:8.2f} GiB  {what}" for size, what in plan.largest_buffers]
         return "\n".join([*lines, "", plan.verdict.strip().splitlines()[0]])
+    if plan.step_seconds is None:
+        reason = plan.verdict.strip().splitlines()[0]
+        return "\n".join([*lines, "", f"no estimate: the compiler cannot write this program out ({reason})"])
     lines += [
         "",
         f"ESTIMATED step of {plan.tokens_per_step:,} tokens: {plan.step_seconds:.3f} s (not measured)",

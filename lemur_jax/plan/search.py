@@ -74,7 +74,8 @@ class Outcome:
 
     @property
     def fits(self) -> bool:
-        return self.plan is not None and self.plan.fits
+        """Whether it fits and its time could be estimated."""
+        return self.plan is not None and self.plan.step_seconds is not None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -268,7 +269,7 @@ def _hopeless(candidate: Candidate, found: Found) -> str:
             return "cannot beat one that was compiled"
         same = outcome.changes["compute.remat"] == candidate.changes["compute.remat"]
         alike = same and outcome.candidate.mesh == candidate.mesh
-        if alike and not outcome.fits and outcome.candidate.bound.bytes <= candidate.bound.bytes:
+        if alike and not outcome.plan.fits and outcome.candidate.bound.bytes <= candidate.bound.bytes:
             return "needs more than one that did not fit"
     return ""
 
@@ -326,7 +327,7 @@ def line(outcome: Outcome) -> str:
         return f"  refused         {what}: {outcome.error}"
     size = f"{outcome.plan.hbm_bytes_per_chip / GIB:6.2f} GiB"
     if outcome.plan.step_seconds is None:
-        return f"  does not fit  {size}  {what}"
+        return f"  {'no estimate' if outcome.plan.fits else 'does not fit'}  {size}  {what}"
     return f"  {outcome.plan.step_seconds:10.3f} s  {size}  {what}"
 
 
