@@ -102,7 +102,7 @@ class Projections(nnx.Module):
         return gathered(param.get_value(), param.axes, self.compute.mesh, self.compute.dtype)
 
     def einsum(self, equation: str, x: jax.Array, param: nnx.Param) -> jax.Array:
-        if self.compute.exchanges_gradients:
+        if self.compute.exchanges_gradients and isinstance(param.get_value(), jax.Array):
             return sharded_product(equation, param.axes, self.compute.mesh, x, param.get_value())
         return product(equation, x, self.weight(param))
 
