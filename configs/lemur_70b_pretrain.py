@@ -39,7 +39,7 @@ def get_config(arg: str = ""):
     }
 
     config.mesh.fsdp = -1
-    config.compute.remat = "offload_attention"  # the best that `lemur plan` found on v4-512 (docs/planner.md)
+    config.compute.remat = "offload_mlp"  # the best that `lemur plan` found on v4-512 (docs/planner.md)
     config.train.batch_rows = 1024  # × 4096 = 4,194,304 tokens
     config.train.microbatches = 2
     config.train.steps = 21_458  # 90.0B tokens

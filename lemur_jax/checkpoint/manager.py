@@ -185,7 +185,11 @@ class Checkpoints:
         return restored["params"], restored["optimizer"]
 
     def restore_newest(
-        self, params: Any, optimizer: Any, check: Callable[[Mapping[str, Any]], None]
+        self,
+        params: Any,
+        optimizer: Any,
+        check: Callable[[Mapping[str, Any]], None],
+        at_most: int | None = None,
     ) -> tuple[int, Any, Any] | None:
         """(step, params, optimizer) of the newest checkpoint that is whole; None where there is none.
 
@@ -195,11 +199,13 @@ class Checkpoints:
           params: abstract tree with shardings.
           optimizer: likewise.
           check: is given the checkpoint's metadata first and may refuse it.
+          at_most: checkpoints of later steps are left alone; None: there are none such.
 
         Raises:
           UserError: every checkpoint is damaged, or the newest whole one does not fit.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = [step for step in steps if at_most is None or step <= at_most]
         damaged: dict[int, Damaged] = {}
         for step in steps:
             try:

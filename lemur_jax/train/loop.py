@@ -12,19 +12,22 @@ from ml_collections import ConfigDict
 from lemur_jax.checkpoint.manager import Checkpoints, make_metadata
 from lemur_jax.common.config import to_json
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.loader import Loader
-from lemur_jax.data.mixture import budget, check_budget, format_budget, open_mixture
+from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.hosts import any_host
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
+from lemur_jax.telemetry.profiler import check_steps, traced
 from lemur_jax.telemetry.progress import Progress
 from lemur_jax.train import state as states
 from lemur_jax.train.evaluate import Evaluations, open_held_out
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.interruption import Interruption
+from lemur_jax.train.spikes import memory, rollback_target, rolled_back
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program, build
 from lemur_jax.train.steplog import StepLog
@@ -39,6 +42,7 @@ def train(
     workdir: epath.PathLike,
     say: Callable[[str], None] = print,
     build: Callable[..., Program] = build,
+    profile: range = range(0),
 ) -> None:
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
@@ -50,11 +54,13 @@ def train(
       workdir: gets `config.json`, `metrics.jsonl` and `checkpoints/`.
       say: gets what a person wants to read.
       build: makes the program; several runs of one process may share one (`sweep/runner.py`).
+      profile: steps of which every host writes a trace to `WORKDIR/profile`.
 
     Raises:
-      UserError: the config, the data and the workdir do not fit together, or the loss is not finite.
+      UserError: the config, the data, the workdir and `profile` do not fit together, or the loss is not finite.
     """
     began = time.perf_counter()
+    check_steps(profile, config.train.steps)
     mesh = make_mesh(config.mesh)
     chief = jax.process_index() == 0
 
@@ -85,6 +91,8 @@ def train(
         if first == config.train.steps:
             say(f"{workdir}: already finished at step {first}")
             return
+        if profile and profile.start < first:
+            say(f"no trace: step {profile.start} of --profile was made before this start")
         if chief:
             say(format_budget(needs))
             say(_headline(program, config, first))
@@ -100,15 +108,22 @@ def train(
             with log.paused("eval"):
                 evaluations.score(state.params, 0)
         saved_at = time.monotonic()
-        batches = Loader(mixture, batch_sharding(mesh)).iterate(first, config.train.steps)
-        for step, batch in log.waiting(batches):
+        loader = Loader(mixture, batch_sharding(mesh))
+        batches = log.waiting(loader.iterate(first, config.train.steps))
+        for step, batch in traced(batches, profile, workdir / "profile", finish=log.flush):
             state, metrics = program.step(state, batch)
             done = step + 1
             log.add(done, metrics)
+            undoing = _too_many_skips(config, metrics)
+            if undoing:
+                log.flush()
+                with log.paused("checkpoint"):
+                    state, target = _roll_back(config, program, checkpoints, metadata, loader, state)
+                log.rolled_back(done, target)
             stopping = interruption.reached(done)
             last = done == config.train.steps
             evaluating = held_out and (last or _due(done, config.eval.every_steps)) and not stopping
-            saving = last or stopping or _due(done, config.checkpoint.every_steps)
+            saving = last or stopping or undoing or _due(done, config.checkpoint.every_steps)
             if _due(done, config.log.every_steps):
                 saving |= _overdue(config, checkpoints, saved_at)
             if evaluating or saving:
@@ -183,9 +198,17 @@ def _check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:
 
 
 def _first_state(
-    config: ConfigDict, program: Program, checkpoints: Checkpoints, metadata: dict[str, Any]
+    config: ConfigDict,
+    program: Program,
+    checkpoints: Checkpoints,
+    metadata: dict[str, Any],
+    at_most: int | None = None,
 ) -> tuple[TrainState, int]:
-    """The state of the newest checkpoint that is whole and its step, or a fresh state and 0."""
+    """The state of the newest checkpoint that is whole and its step, or a fresh state and 0.
+
+    Args:
+      at_most: later checkpoints are left alone; None: there are none such.
+    """
 
     def check(stored: Mapping[str, Any]) -> None:
         if stored["data"] != metadata["data"]:
@@ -195,12 +218,58 @@ def _first_state(
                 " has changed since; put the old stores back, or start in a new --workdir"
             )
 
-    found = checkpoints.restore_newest(program.state.params, program.state.optimizer, check)
+    found = checkpoints.restore_newest(program.state.params, program.state.optimizer, check, at_most)
     if found is None:
         return states.start(initial_params(config, program), program.optimizer, program.state), 0
     step, params, optimizer = found
     counter = jax.device_put(jax.numpy.int32(step), program.state.step.sharding)
     return TrainState(step=counter, params=params, optimizer=optimizer), step
+
+
+def _too_many_skips(config: ConfigDict, metrics: Mapping[str, jax.Array]) -> bool:
+    """Whether to roll back; only where that is asked for does the host wait for the step."""
+    limit = config.spikes.rollback_after
+    return limit > 0 and int(metrics["skips_in_a_row"]) >= limit
+
+
+def _roll_back(
+    config: ConfigDict,
+    program: Program,
+    checkpoints: Checkpoints,
+    metadata: dict[str, Any],
+    loader: Loader,
+    state: TrainState,
+) -> tuple[TrainState, int]:
+    """The state with the parameters of the last regular checkpoint before the skips, and its step.
+
+    Where that checkpoint is not there, a save having failed, its parameters are made again from an older one.
+
+    Raises:
+      UserError: the run was rolled back too often.
+    """
+    rule = memory(state.optimizer)
+    assert rule is not None
+    done, in_a_row = int(state.step), int(rule.in_a_row)
+    rollbacks, before = int(rule.rollbacks), int(rule.rolled_back_at)
+    if rollbacks >= config.spikes.max_rollbacks:
+        raise UserError(
+            f"step {done}: {in_a_row} updates in a row were skipped, and the run was rolled back"
+            f" {rollbacks} times already (config.spikes.max_rollbacks); look at the documents of the skips in"
+            " metrics.jsonl, or lower config.optimizer.learning_rate, in a new --workdir"
+        )
+    target = rollback_target(done, in_a_row, config.checkpoint.every_steps, before)
+    checkpoints.wait()
+    counters = state.optimizer._replace(inner_state=None)
+    for leaf in jax.tree.leaves((state.params, rule)):
+        leaf.delete()  # two states may be more than the devices hold
+    good, at = _first_state(config, program, checkpoints, metadata, at_most=target)
+    if at < before:
+        raise UserError(
+            f"step {done}: cannot roll back to step {target}: no whole checkpoint from step {before} on is left"
+        )
+    for step in range(at, target):
+        good, _ = program.step(good, loader.batch(step))
+    return rolled_back(counters, good, state.step, rollbacks + 1), target
 
 
 def _tokens_until(records: Sequence[Record]) -> int:

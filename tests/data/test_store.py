@@ -5,7 +5,8 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import arrays
-from lemur_jax.data.store import StoreWriter, TokenStore, read_manifest
+from lemur_jax.data.manifest import read_manifest
+from lemur_jax.data.store import StoreWriter, TokenStore
 
 FIELDS = {
     "task": "t",
