@@ -20,10 +20,11 @@ from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.hosts import any_host
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
-from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
+from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
+from lemur_jax.telemetry.profiler import check_steps, traced
 from lemur_jax.telemetry.progress import Progress
 from lemur_jax.train import state as states
-from lemur_jax.train.evaluate import HeldOut, evaluate, open_held_out
+from lemur_jax.train.evaluate import Evaluations, open_held_out
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.interruption import Interruption
 from lemur_jax.train.spikes import memory, rollback_target, rolled_back
@@ -36,7 +37,13 @@ from lemur_jax.train.workdir import claim
 _RETRY_SECONDS = 10.0
 
 
-def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None] = print) -> None:
+def train(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    say: Callable[[str], None] = print,
+    build: Callable[..., Program] = build,
+    profile: range = range(0),
+) -> None:
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
     Killed at any moment and called again, it reaches the parameters that it would have reached: the
@@ -46,10 +53,14 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
       config: a run config.
       workdir: gets `config.json`, `metrics.jsonl` and `checkpoints/`.
       say: gets what a person wants to read.
+      build: makes the program; several runs of one process may share one (`sweep/runner.py`).
+      profile: steps of which every host writes a trace to `WORKDIR/profile`.
 
     Raises:
-      UserError: the config, the data and the workdir do not fit together, or the loss is not finite.
+      UserError: the config, the data, the workdir and `profile` do not fit together, or the loss is not finite.
     """
+    began = time.perf_counter()
+    check_steps(profile, config.train.steps)
     mesh = make_mesh(config.mesh)
     chief = jax.process_index() == 0
 
@@ -75,10 +86,13 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
 
         writer = stack.enter_context(_writer(config, workdir)) if chief else None
         if writer:
-            writer.truncate_after(first)
+            # From step 0 on, what was scored there is scored again.
+            writer.truncate_after(first or -1)
         if first == config.train.steps:
             say(f"{workdir}: already finished at step {first}")
             return
+        if profile and profile.start < first:
+            say(f"no trace: step {profile.start} of --profile was made before this start")
         if chief:
             say(format_budget(needs))
             say(_headline(program, config, first))
@@ -86,12 +100,17 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
         progress = stack.enter_context(
             Progress(config.train.steps, f"train {workdir.name}", "steps", initial=first, enabled=chief)
         )
-        trained = _tokens_until(workdir) if chief else 0
-        log = StepLog(writer, progress, mixture, tokens=trained, program=program)
+        records = read_metrics(workdir) if chief else []
+        log = StepLog(writer, progress, mixture, _tokens_until(records), program=program, began=began)
+        evaluations = Evaluations(program, config, held_out, writer, progress.write, records)
         interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
+        if first == 0 and config.init.checkpoint:
+            with log.paused("eval"):
+                evaluations.score(state.params, 0)
         saved_at = time.monotonic()
         loader = Loader(mixture, batch_sharding(mesh))
-        for step, batch in log.waiting(loader.iterate(first, config.train.steps)):
+        batches = log.waiting(loader.iterate(first, config.train.steps))
+        for step, batch in traced(batches, profile, workdir / "profile", finish=log.flush):
             state, metrics = program.step(state, batch)
             done = step + 1
             log.add(done, metrics)
@@ -112,7 +131,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
                 losses: dict[str, float] = {}
                 if evaluating:
                     with log.paused("eval"):
-                        losses = _evaluate(program, config, state.params, done, held_out, writer, progress)
+                        losses = evaluations.score(state.params, done)
                 if saving:
                     with log.paused("checkpoint"):
                         log.write_time(done)
@@ -132,6 +151,10 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
 
 def _checkpoints(config: ConfigDict, workdir: epath.Path, say: Callable[[str], None]) -> Checkpoints:
     options = config.checkpoint
+    if options.other_optimizer not in ("refuse", "fresh"):
+        raise UserError(
+            f"config.checkpoint.other_optimizer is {options.other_optimizer!r}: it must be 'refuse' or 'fresh'"
+        )
     if options.keep_best and options.keep_best not in config.eval.tasks:
         raise UserError(
             f"config.checkpoint.keep_best {options.keep_best!r} is not among config.eval.tasks"
@@ -143,6 +166,7 @@ def _checkpoints(config: ConfigDict, workdir: epath.Path, say: Callable[[str], N
         keep_every=options.keep_every,
         keep_best=1 if options.keep_best else 0,
         max_failures=options.max_failures,
+        broadcast=options.broadcast,
         say=say,
     )
 
@@ -199,10 +223,14 @@ def _first_state(
                 " has changed since; put the old stores back, or start in a new --workdir"
             )
 
-    found = checkpoints.restore_newest(program.state.params, program.state.optimizer, check, at_most)
+    fresh = config.checkpoint.other_optimizer == "fresh"
+    abstract = program.state
+    found = checkpoints.restore_newest(abstract.params, abstract.optimizer, check, at_most, fresh)
     if found is None:
         return states.start(initial_params(config, program), program.optimizer, program.state), 0
     step, params, optimizer = found
+    if optimizer is None:
+        return states.start(params, program.optimizer, program.state, step), step
     counter = jax.device_put(jax.numpy.int32(step), program.state.step.sharding)
     return TrainState(step=counter, params=params, optimizer=optimizer), step
 
@@ -253,31 +281,9 @@ def _roll_back(
     return rolled_back(counters, good, state.step, rollbacks + 1), target
 
 
-def _evaluate(
-    program: Program,
-    config: ConfigDict,
-    params: Any,
-    step: int,
-    held_out: Sequence[HeldOut],
-    writer: MetricsWriter | None,
-    progress: Progress,
-) -> dict[str, float]:
-    """Scores every held-out task, tells the metrics file and the person, and gives the losses by task."""
-    losses = {}
-    rows = config.eval.batch_rows or config.train.batch_rows // config.train.microbatches
-    for task in held_out:
-        record = evaluate(program, params, task, rows, config.eval.max_rows)
-        if writer:
-            writer.write({"step": step, "kind": "eval", **record})
-        figures = f"{record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
-        progress.write(f"step {step}: held-out {task.task}: {figures}")
-        losses[task.task] = record["loss"]
-    return losses
-
-
-def _tokens_until(workdir: epath.Path) -> int:
+def _tokens_until(records: Sequence[Record]) -> int:
     """Target tokens that earlier processes of this run trained on."""
-    trained = [record["tokens"] for record in read_metrics(workdir) if record.get("kind") == "train"]
+    trained = [record["tokens"] for record in records if record.get("kind") == "train"]
     return trained[-1] if trained else 0
 
 

@@ -28,8 +28,6 @@ CLOCK_KEYS = (
 )  # fmt: skip
 
 _Item = TypeVar("_Item")
-# JAX and the rooms above are imported by now, the rest of the start is still to come.
-_BEGAN = time.perf_counter()
 
 
 class StepLog:
@@ -43,6 +41,7 @@ class StepLog:
       mixture: names the sources, and the documents of a bad batch.
       tokens: target tokens trained on before the first step of this process.
       program: for the FLOPs of a step and the chips that make them; None leaves utilization out.
+      began: `time.perf_counter()` when the run began.
     """
 
     def __init__(
@@ -52,6 +51,7 @@ class StepLog:
         mixture: Mixture,
         tokens: int,
         program: Program | None = None,
+        began: float | None = None,
     ):
         self._writer = writer
         self._progress = progress
@@ -64,7 +64,8 @@ class StepLog:
         self._taken: float | None = None  # when the batch was there that is being worked on
         # Wall seconds of this process by what they went to.
         self._spent: collections.defaultdict[str, float] = collections.defaultdict(float)
-        self._spent["startup"] = self._since - _BEGAN
+        self._began = self._since if began is None else began
+        self._spent["startup"] = self._since - self._began
 
     def waiting(self, batches: Iterable[_Item]) -> Iterator[_Item]:
         """The same items; time spent waiting for them is counted as `data_wait_seconds`."""
@@ -133,7 +134,7 @@ class StepLog:
     def write_time(self, step: int) -> None:
         """Writes where the wall time of this process has gone until now."""
         if self._writer:
-            wall = time.perf_counter() - _BEGAN
+            wall = time.perf_counter() - self._began
             parts = {f"{what}_seconds": seconds for what, seconds in self._spent.items()}
             goodput = self._spent["steps"] / wall
             self._writer.write(
