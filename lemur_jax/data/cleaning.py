@@ -37,10 +37,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "near_duplicates": {"threshold": 0.7, "words": 5, "hashes": 128, "bands": 32},
     "repository": {"name": "", "path": ""},  # metadata fields: write <reponame> and <filename> in front
     "fim": {"rate": 0.0, "spm": 0.5},  # share of documents turned, and of those, in the order SPM
+    "label": {"field": ""},  # metadata field, e.g. the language: `data.sources` can name the parts
 }
 NO_STEPS = "{}"
 _WORD = re.compile(r"\w+")
 EXCERPT = 200  # characters
+RECENT = 1 << 20  # digests in a set of Python's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,11 @@ class Filters:
             if reason:
                 return Removed(step=name, reason=reason, id=id, excerpt=text[:EXCERPT])
         return None
+
+    def label(self, meta: Mapping[str, Any]) -> str:
+        """The value of the label field; "": none."""
+        value = meta.get(self.steps.get("label", {}).get("field"))
+        return "" if value is None else str(value)
 
     def fingerprint(self, text: str) -> Fingerprint:
         exact = near = b""
@@ -280,6 +287,28 @@ def _benchmark(name: str) -> list[str]:
         ) from error
 
 
+class Digests:
+    """A set of 16-byte digests, in 16 bytes each but for the newest, which wait in a set to be sorted in."""
+
+    def __init__(self) -> None:
+        self._recent: set[bytes] = set()
+        self._sorted = np.empty(0, "S16")
+
+    def __contains__(self, digest: bytes) -> bool:
+        if digest in self._recent:
+            return True
+        place = np.searchsorted(self._sorted, np.bytes_(digest))
+        # As arrays: NumPy takes zeros at the end for padding, in both.
+        return bool((self._sorted[place : place + 1] == np.bytes_(digest)).any())
+
+    def add(self, digest: bytes) -> None:
+        self._recent.add(digest)
+        if len(self._recent) == RECENT:
+            both = np.concatenate([self._sorted, np.array(sorted(self._recent), "S16")])
+            self._sorted = np.sort(both, kind="stable")  # merges two runs in linear time
+            self._recent.clear()
+
+
 class Duplicates:
     """The steps that look for earlier documents of the same corpus.
 
@@ -289,7 +318,7 @@ class Duplicates:
 
     def __init__(self, steps: str):
         self._steps = json.loads(steps)
-        self._exact: set[bytes] = set()
+        self._exact = Digests()
         self._ids: list[str] = []
         self._new: list[tuple[Fingerprint, str]] = []
         if "near_duplicates" in self._steps:

@@ -52,6 +52,7 @@ class Tokenizer:
 
     Attributes:
       vocab_size: highest id + 1, added tokens included.
+      model_size: ids of the model file itself.
       bos_id, eos_id: ids that begin and end a document.
       unk_id, pad_id: ids, or None.
       added_tokens: control tokens that are not in the model file, to their ids.
@@ -76,7 +77,8 @@ class Tokenizer:
         self.added_tokens = _added_tokens(files, self._model, name)
         self.control_tokens = {**self._model.control_tokens, **self.added_tokens}
         self._control_names = {index: token for token, index in self.control_tokens.items()}
-        self.vocab_size = max(self._model.size, *(index + 1 for index in self.control_tokens.values()))
+        self.model_size = self._model.size
+        self.vocab_size = max(self.model_size, *(index + 1 for index in self.control_tokens.values()))
         self.bos_id = self._required_id("bos")
         self.eos_id = self._required_id("eos")
         self.unk_id = self._special_id("unk")

@@ -83,7 +83,7 @@ class MetricsWriter:
             self._file = self._open(whole)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record. Its values: strings, integers, and anything that `float` takes."""
+        """Appends one record. Its values: strings, lists of them, integers, and anything that `float` takes."""
         plain = {key: _plain(value) for key, value in record.items()}
         line = json.dumps(plain, allow_nan=False)
         with self._explained():
@@ -200,7 +200,7 @@ def _plain(value: Any) -> Any:
     """A JSON value: NumPy and JAX scalars as Python's, what is not finite as None."""
     if hasattr(value, "item"):
         value = value.item()
-    if value is None or isinstance(value, str | bool | int):
+    if value is None or isinstance(value, str | bool | int | list):
         return value
     number = float(value)
     return number if math.isfinite(number) else None

@@ -12,19 +12,22 @@ from ml_collections import ConfigDict
 from lemur_jax.checkpoint.manager import Checkpoints, make_metadata
 from lemur_jax.common.config import to_json
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.loader import Loader
-from lemur_jax.data.mixture import budget, check_budget, format_budget, open_mixture
+from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.hosts import any_host
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
-from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
+from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
+from lemur_jax.telemetry.profiler import check_steps, traced
 from lemur_jax.telemetry.progress import Progress
 from lemur_jax.train import state as states
-from lemur_jax.train.evaluate import HeldOut, evaluate, open_held_out
+from lemur_jax.train.evaluate import Evaluations, open_held_out
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.interruption import Interruption
+from lemur_jax.train.spikes import memory, rollback_target, rolled_back
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program, build
 from lemur_jax.train.steplog import StepLog
@@ -34,7 +37,13 @@ from lemur_jax.train.workdir import claim
 _RETRY_SECONDS = 10.0
 
 
-def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None] = print) -> None:
+def train(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    say: Callable[[str], None] = print,
+    build: Callable[..., Program] = build,
+    profile: range = range(0),
+) -> None:
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
     Killed at any moment and called again, it reaches the parameters that it would have reached: the
@@ -44,10 +53,14 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
       config: a run config.
       workdir: gets `config.json`, `metrics.jsonl` and `checkpoints/`.
       say: gets what a person wants to read.
+      build: makes the program; several runs of one process may share one (`sweep/runner.py`).
+      profile: steps of which every host writes a trace to `WORKDIR/profile`.
 
     Raises:
-      UserError: the config, the data and the workdir do not fit together, or the loss is not finite.
+      UserError: the config, the data, the workdir and `profile` do not fit together, or the loss is not finite.
     """
+    began = time.perf_counter()
+    check_steps(profile, config.train.steps)
     mesh = make_mesh(config.mesh)
     chief = jax.process_index() == 0
 
@@ -73,10 +86,13 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
 
         writer = stack.enter_context(_writer(config, workdir)) if chief else None
         if writer:
-            writer.truncate_after(first)
+            # From step 0 on, what was scored there is scored again.
+            writer.truncate_after(first or -1)
         if first == config.train.steps:
             say(f"{workdir}: already finished at step {first}")
             return
+        if profile and profile.start < first:
+            say(f"no trace: step {profile.start} of --profile was made before this start")
         if chief:
             say(format_budget(needs))
             say(_headline(program, config, first))
@@ -84,19 +100,30 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
         progress = stack.enter_context(
             Progress(config.train.steps, f"train {workdir.name}", "steps", initial=first, enabled=chief)
         )
-        trained = _tokens_until(workdir) if chief else 0
-        log = StepLog(writer, progress, mixture, tokens=trained, program=program)
+        records = read_metrics(workdir) if chief else []
+        log = StepLog(writer, progress, mixture, _tokens_until(records), program=program, began=began)
+        evaluations = Evaluations(program, config, held_out, writer, progress.write, records)
         interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
+        if first == 0 and config.init.checkpoint:
+            with log.paused("eval"):
+                evaluations.score(state.params, 0)
         saved_at = time.monotonic()
-        batches = Loader(mixture, batch_sharding(mesh)).iterate(first, config.train.steps)
-        for step, batch in log.waiting(batches):
+        loader = Loader(mixture, batch_sharding(mesh))
+        batches = log.waiting(loader.iterate(first, config.train.steps))
+        for step, batch in traced(batches, profile, workdir / "profile", finish=log.flush):
             state, metrics = program.step(state, batch)
             done = step + 1
             log.add(done, metrics)
+            undoing = _too_many_skips(config, metrics)
+            if undoing:
+                log.flush()
+                with log.paused("checkpoint"):
+                    state, target = _roll_back(config, program, checkpoints, metadata, loader, state)
+                log.rolled_back(done, target)
             stopping = interruption.reached(done)
             last = done == config.train.steps
             evaluating = held_out and (last or _due(done, config.eval.every_steps)) and not stopping
-            saving = last or stopping or _due(done, config.checkpoint.every_steps)
+            saving = last or stopping or undoing or _due(done, config.checkpoint.every_steps)
             if _due(done, config.log.every_steps):
                 saving |= _overdue(config, checkpoints, saved_at)
             if evaluating or saving:
@@ -104,7 +131,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
                 losses: dict[str, float] = {}
                 if evaluating:
                     with log.paused("eval"):
-                        losses = _evaluate(program, config, state.params, done, held_out, writer, progress)
+                        losses = evaluations.score(state.params, done)
                 if saving:
                     with log.paused("checkpoint"):
                         log.write_time(done)
@@ -124,6 +151,10 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
 
 def _checkpoints(config: ConfigDict, workdir: epath.Path, say: Callable[[str], None]) -> Checkpoints:
     options = config.checkpoint
+    if options.other_optimizer not in ("refuse", "fresh"):
+        raise UserError(
+            f"config.checkpoint.other_optimizer is {options.other_optimizer!r}: it must be 'refuse' or 'fresh'"
+        )
     if options.keep_best and options.keep_best not in config.eval.tasks:
         raise UserError(
             f"config.checkpoint.keep_best {options.keep_best!r} is not among config.eval.tasks"
@@ -135,6 +166,7 @@ def _checkpoints(config: ConfigDict, workdir: epath.Path, say: Callable[[str], N
         keep_every=options.keep_every,
         keep_best=1 if options.keep_best else 0,
         max_failures=options.max_failures,
+        broadcast=options.broadcast,
         say=say,
     )
 
@@ -171,9 +203,17 @@ def _check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:
 
 
 def _first_state(
-    config: ConfigDict, program: Program, checkpoints: Checkpoints, metadata: dict[str, Any]
+    config: ConfigDict,
+    program: Program,
+    checkpoints: Checkpoints,
+    metadata: dict[str, Any],
+    at_most: int | None = None,
 ) -> tuple[TrainState, int]:
-    """The state of the newest checkpoint that is whole and its step, or a fresh state and 0."""
+    """The state of the newest checkpoint that is whole and its step, or a fresh state and 0.
+
+    Args:
+      at_most: later checkpoints are left alone; None: there are none such.
+    """
 
     def check(stored: Mapping[str, Any]) -> None:
         if stored["data"] != metadata["data"]:
@@ -183,39 +223,67 @@ def _first_state(
                 " has changed since; put the old stores back, or start in a new --workdir"
             )
 
-    found = checkpoints.restore_newest(program.state.params, program.state.optimizer, check)
+    fresh = config.checkpoint.other_optimizer == "fresh"
+    abstract = program.state
+    found = checkpoints.restore_newest(abstract.params, abstract.optimizer, check, at_most, fresh)
     if found is None:
         return states.start(initial_params(config, program), program.optimizer, program.state), 0
     step, params, optimizer = found
+    if optimizer is None:
+        return states.start(params, program.optimizer, program.state, step), step
     counter = jax.device_put(jax.numpy.int32(step), program.state.step.sharding)
     return TrainState(step=counter, params=params, optimizer=optimizer), step
 
 
-def _evaluate(
-    program: Program,
+def _too_many_skips(config: ConfigDict, metrics: Mapping[str, jax.Array]) -> bool:
+    """Whether to roll back; only where that is asked for does the host wait for the step."""
+    limit = config.spikes.rollback_after
+    return limit > 0 and int(metrics["skips_in_a_row"]) >= limit
+
+
+def _roll_back(
     config: ConfigDict,
-    params: Any,
-    step: int,
-    held_out: Sequence[HeldOut],
-    writer: MetricsWriter | None,
-    progress: Progress,
-) -> dict[str, float]:
-    """Scores every held-out task, tells the metrics file and the person, and gives the losses by task."""
-    losses = {}
-    rows = config.eval.batch_rows or config.train.batch_rows // config.train.microbatches
-    for task in held_out:
-        record = evaluate(program, params, task, rows, config.eval.max_rows)
-        if writer:
-            writer.write({"step": step, "kind": "eval", **record})
-        figures = f"{record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
-        progress.write(f"step {step}: held-out {task.task}: {figures}")
-        losses[task.task] = record["loss"]
-    return losses
+    program: Program,
+    checkpoints: Checkpoints,
+    metadata: dict[str, Any],
+    loader: Loader,
+    state: TrainState,
+) -> tuple[TrainState, int]:
+    """The state with the parameters of the last regular checkpoint before the skips, and its step.
+
+    Where that checkpoint is not there, a save having failed, its parameters are made again from an older one.
+
+    Raises:
+      UserError: the run was rolled back too often.
+    """
+    rule = memory(state.optimizer)
+    assert rule is not None
+    done, in_a_row = int(state.step), int(rule.in_a_row)
+    rollbacks, before = int(rule.rollbacks), int(rule.rolled_back_at)
+    if rollbacks >= config.spikes.max_rollbacks:
+        raise UserError(
+            f"step {done}: {in_a_row} updates in a row were skipped, and the run was rolled back"
+            f" {rollbacks} times already (config.spikes.max_rollbacks); look at the documents of the skips in"
+            " metrics.jsonl, or lower config.optimizer.learning_rate, in a new --workdir"
+        )
+    target = rollback_target(done, in_a_row, config.checkpoint.every_steps, before)
+    checkpoints.wait()
+    counters = state.optimizer._replace(inner_state=None)
+    for leaf in jax.tree.leaves((state.params, rule)):
+        leaf.delete()  # two states may be more than the devices hold
+    good, at = _first_state(config, program, checkpoints, metadata, at_most=target)
+    if at < before:
+        raise UserError(
+            f"step {done}: cannot roll back to step {target}: no whole checkpoint from step {before} on is left"
+        )
+    for step in range(at, target):
+        good, _ = program.step(good, loader.batch(step))
+    return rolled_back(counters, good, state.step, rollbacks + 1), target
 
 
-def _tokens_until(workdir: epath.Path) -> int:
+def _tokens_until(records: Sequence[Record]) -> int:
     """Target tokens that earlier processes of this run trained on."""
-    trained = [record["tokens"] for record in read_metrics(workdir) if record.get("kind") == "train"]
+    trained = [record["tokens"] for record in records if record.get("kind") == "train"]
     return trained[-1] if trained else 0
 
 

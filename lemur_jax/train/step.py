@@ -21,6 +21,7 @@ from lemur_jax.parallel.compiler_flags import compiler_options
 from lemur_jax.parallel.rules import RULES, batch_sharding, replicated
 from lemur_jax.train.losses import RowSums, row_sums
 from lemur_jax.train.optimizer import make_optimizer
+from lemur_jax.train.spikes import memory
 from lemur_jax.train.state import TrainState, abstract_state, shardings_of
 
 Batch = dict[str, Any]
@@ -102,7 +103,7 @@ def build(config: ConfigDict, mesh: Mesh, num_sources: int) -> Program:
     check(config, mesh)
     model = LlamaConfig.from_dict(config.model)
     compute = Compute.from_config(config.compute, mesh)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, llama.logical_axes(model))
+    optimizer = make_optimizer(config.optimizer, config.train.steps, llama.logical_axes(model), config.spikes)
     state = abstract_state(model, config.compute.param_dtype, optimizer, mesh)
 
     def sums(params, batch: Batch) -> RowSums:
@@ -132,10 +133,13 @@ def build(config: ConfigDict, mesh: Mesh, num_sources: int) -> Program:
             "finite_rows": jnp.isfinite(jnp.moveaxis(rows.loss, 0, 1).reshape(-1)),
             **_by_source(rows, microbatches["source_ids"], num_sources),
         }
+        if spikes := memory(optimizer_state):
+            metrics |= {"grad_norm_limit": spikes.limit, "skips_in_a_row": spikes.in_a_row}
+            metrics["row_loss"] = jnp.moveaxis(rows.loss / jnp.maximum(rows.weight, 1.0), 0, 1).reshape(-1)
         new = TrainState(step=state.step + 1, params=params, optimizer=optimizer_state)
         return new, metrics
 
-    options = compiler_options(mesh.devices.flat[0].device_kind)
+    options = compiler_options(mesh.devices.flat[0].device_kind, config.compute.compiler_options)
     return Program(
         model=model,
         compute=compute,

@@ -28,8 +28,6 @@ CLOCK_KEYS = (
 )  # fmt: skip
 
 _Item = TypeVar("_Item")
-# JAX and the rooms above are imported by now, the rest of the start is still to come.
-_BEGAN = time.perf_counter()
 
 
 class StepLog:
@@ -43,6 +41,7 @@ class StepLog:
       mixture: names the sources, and the documents of a bad batch.
       tokens: target tokens trained on before the first step of this process.
       program: for the FLOPs of a step and the chips that make them; None leaves utilization out.
+      began: `time.perf_counter()` when the run began.
     """
 
     def __init__(
@@ -52,6 +51,7 @@ class StepLog:
         mixture: Mixture,
         tokens: int,
         program: Program | None = None,
+        began: float | None = None,
     ):
         self._writer = writer
         self._progress = progress
@@ -64,7 +64,8 @@ class StepLog:
         self._taken: float | None = None  # when the batch was there that is being worked on
         # Wall seconds of this process by what they went to.
         self._spent: collections.defaultdict[str, float] = collections.defaultdict(float)
-        self._spent["startup"] = self._since - _BEGAN
+        self._began = self._since if began is None else began
+        self._spent["startup"] = self._since - self._began
 
     def waiting(self, batches: Iterable[_Item]) -> Iterator[_Item]:
         """The same items; time spent waiting for them is counted as `data_wait_seconds`."""
@@ -109,11 +110,15 @@ class StepLog:
         self._spent["data_wait"] += data_wait * len(ready)
         self._spent["steps"] += (seconds - data_wait) * len(ready)
         for (step, _), metrics in zip(ready, fetched, strict=True):
-            self._check_finite(step, metrics)
+            skipped = metrics.get("skips_in_a_row", 0) > 0
+            if not skipped:
+                self._check_finite(step, metrics)
             self._tokens += int(metrics["target_tokens"])
             record = self._record(step, metrics, seconds) | {"data_wait_seconds": data_wait}
             if self._writer:
                 self._writer.write(record)
+            if skipped:
+                self._tell_skip(step, metrics)
         self._progress.set(loss=record["loss"], lr=record["learning_rate"], tok_s=record["tokens_per_second"])
         self._progress.update(len(ready))
 
@@ -129,12 +134,32 @@ class StepLog:
     def write_time(self, step: int) -> None:
         """Writes where the wall time of this process has gone until now."""
         if self._writer:
-            wall = time.perf_counter() - _BEGAN
+            wall = time.perf_counter() - self._began
             parts = {f"{what}_seconds": seconds for what, seconds in self._spent.items()}
             goodput = self._spent["steps"] / wall
             self._writer.write(
                 {"step": step, "kind": "time", "wall_seconds": wall, "goodput": goodput, **parts}
             )
+
+    def rolled_back(self, step: int, target: int) -> None:
+        """Writes that at `step` the parameters of step `target` were taken again."""
+        if self._writer:
+            self._writer.write({"step": step, "kind": "rollback", "to": target})
+        self._progress.write(f"step {step}: rolled back to the parameters of step {target}")
+
+    def _tell_skip(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+        """Writes and says that an update was skipped, and in which documents the reason may be."""
+        losses = metrics["row_loss"]
+        suspects = np.argsort(-np.where(np.isfinite(losses), losses, np.inf), kind="stable")
+        names = self._mixture.documents(step - 1, suspects)
+        norm, limit = float(metrics["grad_norm"]), float(metrics["grad_norm_limit"])
+        if self._writer:
+            record = {"grad_norm": norm, "grad_norm_limit": limit, "in_a_row": metrics["skips_in_a_row"]}
+            self._writer.write({"step": step, "kind": "skip", **record, "documents": names})
+        reason = f"above {limit:.4g}" if limit and math.isfinite(norm) else "not finite"
+        self._progress.write(
+            f"step {step}: update skipped, gradient norm {norm:.4g} is {reason}; {_some(names)}"
+        )
 
     def _record(self, step: int, metrics: dict[str, np.ndarray], seconds: float) -> dict[str, Any]:
         record = {"step": step, "kind": "train"}
@@ -143,6 +168,8 @@ class StepLog:
         record["tokens"] = self._tokens
         record["tokens_per_second"] = float(metrics["target_tokens"]) / max(seconds, 1e-9)
         record["seconds"] = seconds
+        if metrics.get("grad_norm_limit", 0) > 0:
+            record["grad_norm_limit"] = float(metrics["grad_norm_limit"])
         if self._machine:
             record |= self._machine.describe(seconds)
         sums = zip(self._mixture.sources, metrics["source_loss"], metrics["source_weight"], strict=True)
@@ -155,12 +182,16 @@ class StepLog:
         # A gradient can overflow where every loss is finite: then all rows are suspects.
         bad = ~metrics["finite_rows"]
         names = self._mixture.documents(step - 1, np.flatnonzero(bad if bad.any() else ~bad))
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise UserError(
             f"step {step}: loss is {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}, in the batch"
-            f" with documents {shown}; stopped before any later checkpoint, the last good one is intact."
+            f" with {_some(names)}; stopped before any later checkpoint, the last good one is intact."
             " Look at those documents, or lower config.optimizer.learning_rate, in a new --workdir"
         )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"documents {', '.join(names[:8])}{more}"
 
 
 class _Machine:

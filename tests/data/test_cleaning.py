@@ -6,6 +6,7 @@ import random
 import pytest
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.data import cleaning
 from lemur_jax.data.cleaning import Duplicates, Filters, filters, parse_steps
 
 
@@ -186,3 +187,18 @@ def test_what_was_saved_is_known_to_the_next_attempt():
 def test_a_mistake_in_the_steps_is_one_line(options, message):
     with pytest.raises(UserError, match=message):
         parse_steps("t", options)
+
+
+def test_digests_are_a_set(monkeypatch):
+    monkeypatch.setattr(cleaning, "RECENT", 50)
+    generator = random.Random(0)
+    # Few values, so that each comes often; zeros at the end, which NumPy does not tell from padding.
+    values = [bytes(generator.choices(b"\0\1\xff", k=16)) for _ in range(300)] + [b"\0" * 16]
+    digests, expected = cleaning.Digests(), set()
+    for value in generator.choices(values, k=2000):
+        assert (value in digests) == (value in expected)
+        if value not in digests:
+            digests.add(value)
+        expected.add(value)
+    assert all(value in digests for value in expected)
+    assert sum(value in digests for value in values) == len(expected & set(values))

@@ -5,7 +5,8 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import arrays
-from lemur_jax.data.store import StoreWriter, TokenStore, read_manifest
+from lemur_jax.data.manifest import read_manifest
+from lemur_jax.data.store import StoreWriter, TokenStore
 
 FIELDS = {
     "task": "t",
@@ -166,6 +167,10 @@ def test_missing_damaged_empty_and_foreign_stores(make_store, tmp_path):
     file.write_text(json.dumps(json.loads(whole) | {"format_version": 99, "new_field": 1}))
     with pytest.raises(UserError, match="format version 99, this program reads 1"):
         TokenStore.open(tmp_path / "a/train")
+    for damaged in (whole[:40], "[]", "{}", whole.replace('"documents"', '"dokuments"')):
+        file.write_text(damaged)
+        with pytest.raises(UserError, match=r"manifest.json is damaged .*: make it again"):
+            TokenStore.open(tmp_path / "a/train")
     file.write_text(whole)
     (tmp_path / "a/train/offsets/zarr.json").unlink()
     with pytest.raises(UserError, match="damaged"):

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.chat import CHATML_TEMPLATE, CHATML_TOKENS
 from lemur_jax.data.tokenizer import FILE_NAMES, Tokenizer, compatible
-from lemur_jax.data.tokenizer_files import extend, train_sentencepiece, write_directory
+from lemur_jax.data.tokenizer_files import extend, revise, train_sentencepiece, write_directory
 
 from .conftest import HARD_TEXTS, VOCAB_SIZE, hard_texts
 
@@ -213,6 +213,33 @@ def test_extend_a_directory_as_others_write_it(tokenizer, tmp_path):
 def test_extend_clears_files_of_another_tokenizer(tokenizer_dir, tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"<|old|>": 5}')
     assert extend(tokenizer_dir, tmp_path, ["<|a|>"]).added_tokens == {"<|a|>": VOCAB_SIZE}
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "json"])
+def test_control_tokens_forgotten(chat_dir, byte_level_dir, tmp_path, kind):
+    """What named them goes with them, so that transformers does not bring them back."""
+    source = chat_dir if kind == "sentencepiece" else byte_level_dir
+    old = extend(source, tmp_path / "old", ["<|old|>", "<|older|>", *CHATML_TOKENS])
+    config = json.loads((tmp_path / "old/tokenizer_config.json").read_text())
+    more = {"pad_token": "<pad>", "additional_special_tokens": ["<|old|>"]}
+    (tmp_path / "old/tokenizer_config.json").write_text(json.dumps(config | more))
+    old = Tokenizer.load(tmp_path / "old")
+    keep = old.added_tokens["<|old|>"]
+    if kind == "sentencepiece":
+        keep = VOCAB_SIZE
+    files = revise(old, keep=keep, add=["<|new|>"])
+    new = Tokenizer.from_files(files)
+    assert new.added_tokens["<|new|>"] == keep
+    assert new.vocab_size == keep + 1
+    assert (new.pad_id, new.chat_template) == (None, None)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    hf = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(hf) == keep + 1
+    assert hf.convert_tokens_to_ids("<|new|>") == keep
+    assert "<|old|>" not in hf.get_vocab()
+    for text in TEXTS:
+        assert hf_plain(hf, text) == new.encode(text) == old.encode(text)
 
 
 def test_a_byte_level_tokenizer(byte_level_dir, tmp_path):

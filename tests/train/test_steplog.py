@@ -43,7 +43,6 @@ def program(kind, devices):
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(steplog, "time", clock)
-    monkeypatch.setattr(steplog, "_BEGAN", clock.now - 7.0)
     return clock
 
 
@@ -61,7 +60,7 @@ def run(clock, steps=4, kind="TPU v4", devices=256):
         sources=[types.SimpleNamespace(name="code")], batch_rows=ROWS, length=LENGTH
     )
     writer = Keep()
-    log = StepLog(writer, Keep(), mixture, tokens=0, program=program(kind, devices))
+    log = StepLog(writer, Keep(), mixture, tokens=0, program=program(kind, devices), began=clock.now - 7.0)
     keys = ("loss", "learning_rate", "grad_norm", "param_norm", "update_norm")
     metrics = {key: np.float32(1.5) for key in keys}
     metrics |= {"target_tokens": np.float32(1000), "finite_rows": np.ones(ROWS, bool)}

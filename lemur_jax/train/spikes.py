@@ -1,0 +1,144 @@
+"""Loss spikes: updates that are skipped by rule, and undone after several in a row; off by default.
+
+The rule looks at the global norm of the gradient before clipping: not finite, or above `factor` × the
+median of the last `window` norms that were accepted. All that it remembers is part of the optimizer's
+state and so of every checkpoint: what is skipped is a function of the run alone, on any number of hosts,
+and not of where it was killed.
+
+A skipped update leaves parameters and moments as they are; the step, the data and the learning rate's
+schedule go on. A roll back takes parameters, moments and memory from the last regular checkpoint before
+the skips, and likewise goes on: the batches in between have been seen and are not trained on, as in
+Chowdhery et al. 2022, section 5.1.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.train.state import TrainState
+
+
+class SpikeState(NamedTuple):
+    """State of `skip_spikes`.
+
+    Attributes:
+      inner: of the transformation inside.
+      norms: float32 [window], accepted gradient norms; the oldest is overwritten.
+      accepted: int32 [], how many there were.
+      limit: float32 [], the norm above which the last update was to be skipped; 0: there was none yet.
+      in_a_row: int32 [], skips up to now without an accepted update between them.
+      rollbacks: int32 [], how often the run was rolled back.
+      rolled_back_at: int32 [], the step of the last time; 0: never.
+    """
+
+    inner: Any
+    norms: Any
+    accepted: Any
+    limit: Any
+    in_a_row: Any
+    rollbacks: Any
+    rolled_back_at: Any
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuses a `config.spikes` that cannot work.
+
+    Raises:
+      UserError: naming the key.
+    """
+    if options["factor"] and not options["factor"] > 1:
+        raise UserError(f"config.spikes.factor is {options['factor']}: it must be above 1, or 0 for off")
+    if options["window"] < 1:
+        raise UserError(f"config.spikes.window is {options['window']}: it must be at least 1")
+    if options["rollback_after"] and not options["factor"]:
+        raise UserError("config.spikes.rollback_after needs config.spikes.factor: nothing is skipped without")
+
+
+def skip_spikes(
+    inner: optax.GradientTransformation, factor: float, window: int
+) -> optax.GradientTransformation:
+    """`inner`, but an update whose gradient norm is a spike changes nothing.
+
+    Args:
+      inner: what makes updates of gradients.
+      factor: a norm above so many times the running median is a spike.
+      window: the median is over so many accepted norms; before there are so many, only a norm that is not
+        finite is a spike.
+    """
+
+    def init(params: Any) -> SpikeState:
+        zero = jnp.int32(0)
+        return SpikeState(
+            inner=inner.init(params),
+            norms=jnp.zeros(window, jnp.float32),
+            accepted=zero,
+            limit=jnp.float32(0),
+            in_a_row=zero,
+            rollbacks=zero,
+            rolled_back_at=zero,
+        )
+
+    def update(gradient: Any, state: SpikeState, params: Any = None) -> tuple[Any, SpikeState]:
+        norm = optax.tree.norm(gradient).astype(jnp.float32)
+        limit = jnp.where(state.accepted >= window, factor * jnp.median(state.norms), 0.0)
+        skip = ~jnp.isfinite(norm) | ((limit > 0) & (norm > limit))
+        changes, changed = inner.update(gradient, state.inner, params)
+        return jax.tree.map(lambda change: jnp.where(skip, 0, change), changes), SpikeState(
+            inner=jax.tree.map(lambda new, old: jnp.where(skip, old, new), changed, state.inner),
+            norms=jnp.where(skip, state.norms, state.norms.at[state.accepted % window].set(norm)),
+            accepted=state.accepted + ~skip,
+            limit=limit,
+            in_a_row=jnp.where(skip, state.in_a_row + 1, 0),
+            rollbacks=state.rollbacks,
+            rolled_back_at=state.rolled_back_at,
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def memory(optimizer_state: Any) -> SpikeState | None:
+    """The rule's part of an optimizer state; None where the rule is off."""
+    inner = optimizer_state.inner_state
+    return inner if isinstance(inner, SpikeState) else None
+
+
+def rollback_target(step: int, in_a_row: int, every_steps: int, rolled_back_at: int) -> int:
+    """The step to whose parameters to go back: of the last regular checkpoint before the first skip.
+
+    Checkpoints out of turn do not count: whether they are there depends on signals and clocks.
+
+    Args:
+      step: updates done, the last `in_a_row` of them skipped.
+      every_steps: `config.checkpoint.every_steps`.
+      rolled_back_at: where the run was rolled back before; it was saved there, and does not go back further.
+    """
+    good = step - in_a_row
+    regular = good - good % every_steps if every_steps else 0
+    return max(regular, rolled_back_at)
+
+
+def rolled_back(counters: Any, good: TrainState, step: jax.Array, rollbacks: int) -> TrainState:
+    """The state of `step` with the parameters, moments and remembered norms of `good`.
+
+    Args:
+      counters: the optimizer's state at `step`, of which the schedule's counters are taken.
+      good: the state to go back to.
+      step: int32 [], updates done, those that are undone included.
+      rollbacks: how often the run was rolled back, this time included.
+    """
+
+    def number(value: int, like: jax.Array) -> jax.Array:
+        return jax.device_put(np.int32(value), like.sharding)
+
+    then = good.optimizer.inner_state
+    restored = then._replace(
+        in_a_row=number(0, then.in_a_row),
+        rollbacks=number(rollbacks, then.rollbacks),
+        rolled_back_at=number(int(step), then.rolled_back_at),
+    )
+    return TrainState(step=step, params=good.params, optimizer=counters._replace(inner_state=restored))

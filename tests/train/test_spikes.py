@@ -1,0 +1,160 @@
+"""Skipped updates against optax run by hand over the accepted ones; roll backs and restarts to the bit."""
+
+import collections
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.models import llama
+from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.train.losses import row_sums
+from lemur_jax.train.optimizer import decayed, make_optimizer, schedule
+from lemur_jax.train.spikes import memory, rollback_target, skip_spikes
+from tests.train.planted import plant
+from tests.train.test_resume import final_params, finish, kill_somewhere, project, without_clock  # noqa: F401
+from tests.train.tiny import first_state, placed, program_on, tiny_config
+
+
+def test_rule_is_the_median_of_the_accepted_norms():
+    rng = np.random.default_rng(0)
+    norms = rng.uniform(0.5, 2.0, 60)
+    norms[[3, 20, 21, 40]] = [np.nan, 50.0, 60.0, np.inf]
+    rule = skip_spikes(optax.sgd(1.0), factor=1.4, window=5)
+    params = jnp.zeros(2)
+    state = rule.init(params)
+    accepted, expected, found = [], [], []
+    for norm in norms:
+        limit = 1.4 * np.median(accepted[-5:]) if len(accepted) >= 5 else np.inf
+        expected.append(not (np.isfinite(norm) and norm <= limit))
+        if not expected[-1]:
+            accepted.append(norm)
+        changes, state = rule.update(jnp.array([norm * 0.6, norm * -0.8]), state, params)
+        found.append(bool(state.in_a_row > 0))
+        np.testing.assert_allclose(changes, 0 if found[-1] else [norm * -0.6, norm * 0.8], rtol=1e-6)
+    assert found == expected
+    assert sum(found) > 6  # natural fluctuations too
+    assert int(state.accepted) == len(accepted)
+
+
+@pytest.fixture(scope="module")
+def spiking():
+    config = tiny_config()
+    config.spikes.factor = 3.0
+    config.spikes.window = 2
+    return config
+
+
+def by_hand(config, program, batches):
+    """optax over the given batches {step: batch}, with the gradient of a plain token mean."""
+    options = config.optimizer
+    rate = schedule(options, config.train.steps)
+    adam = optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        optax.scale_by_adam(options.b1, options.b2, options.eps),
+        optax.add_decayed_weights(options.weight_decay, mask=decayed(llama.logical_axes(program.model))),
+    )
+
+    def loss(params, batch):
+        bound = llama.bind(program.model, program.compute, params)
+        hidden, _ = bound(batch["tokens"], batch["positions"], bound.packed(batch["segment_ids"]))
+        rows = row_sums(bound, hidden, batch["targets"], batch["loss_weights"])
+        return jnp.sum(rows.loss) / jnp.sum(rows.weight)
+
+    gradient_of = jax.jit(jax.grad(loss))
+    params = first_state(program).params
+    state = adam.init(params)
+    for step, batch in batches.items():
+        changes, state = adam.update(gradient_of(params, batch), state, params)
+        params = jax.tree.map(lambda p, c, step=step: p - rate(step) * c, params, changes)
+    return params
+
+
+def constant(batch):
+    """A batch of one token over and over: forty times the gradient of random tokens."""
+    return dict(batch, tokens=np.full_like(batch["tokens"], 7), targets=np.full_like(batch["targets"], 7))
+
+
+def test_planted_spikes_change_nothing(spiking, batch):
+    program = program_on((1, 2, 1, 1), spiking)
+    batch = dict(batch, loss_weights=np.ones_like(batch["loss_weights"]))
+    poisoned = dict(batch, loss_weights=np.where(np.arange(64) == 9, np.nan, batch["loss_weights"]))
+    planted = {1: poisoned, 4: constant(batch)}
+    state = first_state(program)
+    for step in range(6):
+        state, metrics = program.step(state, placed(planted.get(step, batch), program))
+        assert int(metrics["skips_in_a_row"]) == (step in planted)
+    np.testing.assert_allclose(metrics["learning_rate"], schedule(spiking.optimizer, 10)(5), rtol=1e-6)
+    good = by_hand(spiking, program, dict.fromkeys((0, 2, 3, 5), batch))
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5), state.params, good)
+    spoiled = by_hand(spiking, program, {step: planted.get(step, batch) for step in (0, 2, 3, 4, 5)})
+    differences = jax.tree.map(lambda one, other: float(jnp.abs(one - other).max()), spoiled, good)
+    assert max(jax.tree.leaves(differences)) > 1e-3  # the spike would have been seen
+
+
+def test_off_is_the_program_without_it():
+    config = tiny_config()
+    program = program_on((1, 1, 1, 1), config)
+    plain = make_optimizer(config.optimizer, config.train.steps, llama.logical_axes(program.model))
+    assert jax.tree.structure(program.state.optimizer) == jax.tree.structure(
+        jax.eval_shape(plain.init, program.state.params)
+    )
+    assert memory(program.state.optimizer) is None
+    assert (
+        "stablehlo.sort" not in program.step.lower(program.state, program.batch).as_text()
+    )  # the median sorts
+
+
+@pytest.mark.parametrize(
+    ("step", "in_a_row", "rolled_back_at", "target"),
+    [(9, 3, 0, 6), (8, 3, 0, 3), (2, 2, 0, 0), (9, 3, 5, 6), (10, 3, 7, 7)],
+)
+def test_rollback_goes_to_the_last_regular_checkpoint_before_the_skips(
+    step, in_a_row, rolled_back_at, target
+):
+    assert rollback_target(step, in_a_row, 3, rolled_back_at) == target
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("factor", 0.5), ("factor", -2.0), ("window", 0), ("rollback_after", 2)]
+)
+def test_options_that_make_no_sense_are_named(key, value):
+    config = tiny_config()
+    config.spikes.factor = 0.0 if key == "rollback_after" else 2.0
+    config.spikes[key] = value
+    with pytest.raises(UserError, match=f"config.spikes.{key}"):
+        program_on((1, 1, 1, 1), config)
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory, project):  # noqa: F811
+    """A project in whose code some documents are one token over and over."""
+    root = tmp_path_factory.mktemp("poisoned")
+    shutil.copytree(project, root, dirs_exist_ok=True)
+    shutil.rmtree(root / "stores/code/train")
+    plant(root)
+    shutil.rmtree(root / "undisturbed", ignore_errors=True)
+    return root
+
+
+def test_killed_run_skips_and_rolls_back_the_same(poisoned, tmp_path):
+    out = finish(poisoned, tmp_path / "alone")
+    records = read_metrics(tmp_path / "alone")
+    kinds = collections.Counter(record["kind"] for record in records)
+    assert kinds["skip"] >= 3, kinds
+    assert kinds["rollback"] >= 1, kinds
+    for record in records:
+        if record["kind"] == "skip":
+            assert any(name.startswith("code/poison-") for name in record["documents"])
+    assert "update skipped, gradient norm" in out
+    for checkpoints in (1, 4):
+        kill_somewhere(poisoned, tmp_path / "run", checkpoints)
+    finish(poisoned, tmp_path / "run")
+    jax.tree.map(
+        np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(tmp_path / "alone")
+    )
+    assert without_clock(read_metrics(tmp_path / "run")) == without_clock(records)
