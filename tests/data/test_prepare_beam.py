@@ -86,7 +86,7 @@ def files_of(directory):
 def test_a_beam_runner_makes_the_same_stores(config, tmp_path):
     pytest.importorskip("apache_beam", reason="needs the extra beam")
     found = {}
-    for name, runner in (("local", ""), ("beam", "BundleBasedDirectRunner")):
+    for name, runner in (("local", ""), ("beam", "FnApiRunner")):
         config.data.stores = str(tmp_path / name)
         said: list[str] = []
         prepare(config, runner=runner, say=said.append)
