@@ -181,6 +181,13 @@ def host_transfer_bytes(each: Instruction) -> int:
     return num_bytes(_HOST_ARRAY.sub("", each.shape))
 
 
+def between_slices(each: Instruction) -> str:
+    """The name by which a `send` and its `recv` to other slices know each other; "" of other instructions."""
+    if each.opcode not in ("send", "recv") or "xla_megascale_runtime" not in each.attributes:
+        return ""
+    return each.attribute("_xla_host_transfer_rendezvous")
+
+
 def trip_count(module: Module, computation: str, loop: Instruction) -> int:
     """How often a `while` in `computation` runs its body.
 
