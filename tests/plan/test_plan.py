@@ -41,6 +41,11 @@ def test_two_layers_of_70b(topology, chips, limit, tmp_path):
     assert made.hbm["activations"] == pytest.approx(2 * 2 * 2 * 1024 * 8192, rel=0.05)
     assert sum(made.hbm.values()) == made.hbm_bytes_per_chip < made.hbm_limit_bytes_per_chip
 
+    # Nor may anything beat the analytic bounds, which should not be far off either.
+    bound = analytic.bound(options, topologies.find(topology))
+    assert 0.3 * made.hbm_bytes_per_chip < bound.bytes < made.hbm_bytes_per_chip
+    assert 0.3 * made.step_seconds < bound.seconds < made.step_seconds
+
     # No estimate may beat the peak: 3 passes over the matrices at 275 or 197 TFLOP/s.
     assert 0.1 < made.mfu < made.mfu_full_attention < 0.9
     assert made.step_seconds == pytest.approx(sum(made.parts.values()))
