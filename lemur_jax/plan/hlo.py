@@ -186,6 +186,13 @@ def on_device(text: str) -> str:
     return _HOST_ARRAY.sub("", text)
 
 
+def between_slices(each: Instruction) -> str:
+    """The name by which a `send` and its `recv` to other slices know each other; "" of other instructions."""
+    if each.opcode not in ("send", "recv") or "xla_megascale_runtime" not in each.attributes:
+        return ""
+    return each.attribute("_xla_host_transfer_rendezvous")
+
+
 def trip_count(module: Module, computation: str, loop: Instruction) -> int:
     """How often a `while` in `computation` runs its body.
 
