@@ -37,6 +37,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             reduce_dtype="",  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
             attention="auto",  # "auto" or a name in models.attention.IMPLEMENTATIONS
             loss_chunk=512,  # positions whose logits exist at a time; 0: all at once
+            compiler_options=(),  # more for XLA:TPU, "name=value" each; those of parallel/compiler_flags.py are on
         )
     )
 

@@ -182,7 +182,10 @@ def make_files(
     else:
         spec, defaults = json.loads(tokenizer_json or b""), {}
     present = {token["content"] for token in spec["added_tokens"]}
-    spec["added_tokens"] += [_token(token, index) for token, index in added.items() if token not in present]
+    flags = {token["content"]: token for token in (config or {}).get("added_tokens_decoder", {}).values()}
+    spec["added_tokens"] += [
+        _token(token, index, flags.get(token, {})) for token, index in added.items() if token not in present
+    ]
     if "<pad>" in added:
         defaults["pad_token"] = "<pad>"
     given = {key: value for key, value in (config or {}).items() if value is not None}
@@ -330,8 +333,10 @@ def _tokenizer_json(
 _SPACE = "\u2581"  # SentencePiece's visible space
 
 
-def _token(content: str, index: int) -> dict[str, Any]:
+def _token(content: str, index: int, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """An added token as tokenizer.json has it, with the flags that its first files gave it."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags |= {name: value for name, value in (given or {}).items() if name in flags}
     return {"id": index, "content": content, **flags}
 
 
