@@ -24,6 +24,7 @@ class Run:
       workdir: where it lies.
       config: the run config as in `config.json`, nested; empty if there is none.
       train: records of training, by rising step, each step once.
+      time: the last record of where the wall time went; empty if there is none.
       evals: task -> records of its held-out evaluations, by rising step, each step once.
     """
 
@@ -32,6 +33,7 @@ class Run:
     config: dict[str, Any]
     train: list[Record]
     evals: dict[str, list[Record]]
+    time: Record
 
     @property
     def flat_config(self) -> dict[str, Any]:
@@ -79,6 +81,7 @@ def _absolute(path: str) -> str:
 def _load(path: str, name: str) -> Run:
     train: dict[int, Record] = {}
     evals: dict[str, dict[int, Record]] = {}
+    time: Record = {}
     for record in read_metrics(path):
         # Of a step that was recorded twice the later record counts; kinds of other versions are no curves.
         kind, step, task = record.get("kind"), record.get("step"), record.get("task")
@@ -86,6 +89,8 @@ def _load(path: str, name: str) -> Run:
             train[step] = record
         elif kind == "eval" and isinstance(step, int) and isinstance(task, str):
             evals.setdefault(task, {})[step] = record
+        elif kind == "time":
+            time = record
     if not train and not evals:
         raise UserError(f"{METRICS_FILE} in {path} holds no record yet: wait for the first step of the run")
     return Run(
@@ -94,6 +99,7 @@ def _load(path: str, name: str) -> Run:
         config=_load_config(path),
         train=_by_step(train),
         evals={task: _by_step(records) for task, records in evals.items()},
+        time=time,
     )
 
 

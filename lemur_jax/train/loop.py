@@ -19,6 +19,7 @@ from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.hosts import any_host
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
+from lemur_jax.telemetry.goodput import carried_over
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.telemetry.progress import Progress
 from lemur_jax.train import state as states
@@ -28,7 +29,7 @@ from lemur_jax.train.interruption import Interruption
 from lemur_jax.train.spikes import memory, rollback_target, rolled_back
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program, build
-from lemur_jax.train.steplog import StepLog
+from lemur_jax.train.steplog import StepLog, began
 from lemur_jax.train.workdir import claim
 
 # Between two attempts to save the last step.
@@ -72,6 +73,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
         checkpoints = stack.enter_context(_checkpoints(config, workdir, say))
         state, first = _first_state(config, program, checkpoints, metadata)
 
+        spent = carried_over(workdir, first, began()) if chief else {}
         writer = stack.enter_context(_writer(config, workdir)) if chief else None
         if writer:
             writer.truncate_after(first)
@@ -85,8 +87,10 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
         progress = stack.enter_context(
             Progress(config.train.steps, f"train {workdir.name}", "steps", initial=first, enabled=chief)
         )
-        trained = _tokens_until(workdir) if chief else 0
-        log = StepLog(writer, progress, mixture, tokens=trained, program=program)
+        before = _last_train_record(workdir) if chief else {}
+        log = StepLog(writer, progress, mixture, before, spent, program)
+        if not first:
+            log.write_time(0)  # the first start, from which goodput counts
         interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
         saved_at = time.monotonic()
         loader = Loader(mixture, batch_sharding(mesh))
@@ -166,7 +170,7 @@ def _finish(
 
 
 def _writer(config: ConfigDict, workdir: epath.Path) -> MetricsWriter:
-    return MetricsWriter(workdir, tensorboard=config.log.tensorboard)
+    return MetricsWriter(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb)
 
 
 def _check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:
@@ -274,10 +278,10 @@ def _evaluate(
     return losses
 
 
-def _tokens_until(workdir: epath.Path) -> int:
-    """Target tokens that earlier processes of this run trained on."""
-    trained = [record["tokens"] for record in read_metrics(workdir) if record.get("kind") == "train"]
-    return trained[-1] if trained else 0
+def _last_train_record(workdir: epath.Path) -> dict[str, Any]:
+    """What earlier processes of this run wrote of their last step that counts."""
+    trained = [record for record in read_metrics(workdir) if record.get("kind") == "train"]
+    return trained[-1] if trained else {}
 
 
 def _due(step: int, every: int) -> bool:
