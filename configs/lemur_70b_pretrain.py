@@ -39,7 +39,7 @@ def get_config(arg: str = ""):
     }
 
     config.mesh.fsdp = -1
-    config.compute.remat = "offload_attention"  # the best that `lemur plan` found on v4-512 (docs/planner.md)
+    config.compute.remat = "offload_mlp"  # the best that `lemur plan` found on v4-512 (docs/planner.md)
     config.train.batch_rows = 1024  # × 4096 = 4,194,304 tokens
     config.train.microbatches = 2
     config.train.steps = 21_458  # 90.0B tokens
@@ -50,6 +50,7 @@ def get_config(arg: str = ""):
     config.optimizer.clip_norm = 1.0
 
     config.eval.tasks = ("lemur_code", "lemur_text")
+    config.eval.groups = {"code": ("lemur_code",), "text": ("lemur_text",)}
     config.eval.every_steps = 1000
     config.eval.max_rows = 2048
     config.checkpoint.every_steps = 500

@@ -43,6 +43,7 @@ def get_config(arg: str = ""):
     config.optimizer.clip_norm = 1.0
 
     config.eval.tasks = ("lemur_code", "lemur_text", "lemur_chat")
+    config.eval.groups = {"code": ("lemur_code",), "text": ("lemur_text",), "chat": ("lemur_chat",)}
     config.eval.max_rows = 2048
     config.checkpoint.every_steps = 100
     return config

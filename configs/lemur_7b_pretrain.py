@@ -48,6 +48,7 @@ def get_config(arg: str = ""):
     config.optimizer.clip_norm = 1.0
 
     config.eval.tasks = ("lemur_code", "lemur_text")
+    config.eval.groups = {"code": ("lemur_code",), "text": ("lemur_text",)}
     config.eval.every_steps = 1000
     config.eval.max_rows = 2048
     config.checkpoint.every_steps = 500

@@ -36,6 +36,7 @@ def get_config(arg: str = ""):
     config.optimizer.warmup_steps = 10
 
     config.eval.tasks = ("python_stdlib", "python_docs", "python_chat")
+    config.eval.groups = {"code": ("python_stdlib",), "text": ("python_docs",), "chat": ("python_chat",)}
     config.eval.max_rows = 200
     config.checkpoint.every_steps = 100
     config.log.every_steps = 10

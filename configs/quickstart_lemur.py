@@ -34,6 +34,7 @@ def get_config(arg: str = ""):
     config.optimizer.warmup_steps = 20
 
     config.eval.tasks = ("python_stdlib", "python_docs")
+    config.eval.groups = {"code": ("python_stdlib",), "text": ("python_docs",)}
     config.eval.every_steps = 160
     config.eval.max_rows = 400
     config.checkpoint.every_steps = 200

@@ -14,6 +14,7 @@ VERBS = (
     "inspect",
     "plan",
     "train",
+    "sweep",
     "doctor",
     "import-hf",
     "export-hf",

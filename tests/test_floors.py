@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "lemur_jax"
 # Top to bottom, as in docs/architecture.md. Rooms on one floor may use each other's public names.
 FLOORS = [
     {"cli"},
-    {"train", "plan", "infer", "evals", "convert", "report"},
+    {"train", "sweep", "plan", "infer", "evals", "convert", "report"},
     {"checkpoint", "telemetry"},
     {"models", "data"},
     {"parallel", "common"},
@@ -73,5 +73,7 @@ def test_training_planning_and_inference_run_without_tensorflow():
         "import lemur_jax.cli, lemur_jax.train.loop, lemur_jax.infer.chat, lemur_jax.infer.smoke\n"
         "import lemur_jax.convert.import_hf, lemur_jax.convert.export_hf, lemur_jax.report.page\n"
         "import lemur_jax.plan.plan, lemur_jax.data.inspect\n"
+        "print(sorted(name for name in sys.modules if name.startswith('lemur_jax.data.tasks')))\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

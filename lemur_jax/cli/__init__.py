@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
     try:
+        known.command = shlex.join(["lemur", *(sys.argv[1:] if arguments is None else arguments)])
         known.overrides = _overrides(rest, known.takes_config)
         return known.run(known) or 0
     except UserError as error:

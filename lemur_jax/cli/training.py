@@ -1,4 +1,4 @@
-"""Runs: `train`, `doctor`, `checkpoints`, `report`."""
+"""Runs: `train`, `sweep`, `doctor`, `checkpoints`, `report`."""
 
 import os
 
@@ -15,6 +15,39 @@ def add_verbs(verbs: Verbs) -> None:
     )
     add_config(sub)
     sub.add_argument("--workdir", required=True, help="directory of the run, local or gs://")
+    sub.add_argument(
+        "--profile",
+        default="",
+        metavar="FIRST:STOP",
+        help="trace these steps into WORKDIR/profile, for TensorBoard and Perfetto: 10:13 for steps 10, 11 and 12",
+    )
+    add_devices(sub)
+
+    sub = add_verb(
+        verbs,
+        "sweep",
+        _sweep,
+        "train one base on several mixtures, and show what each gives and costs",
+        "lemur sweep --config configs/quickstart_lemur.py --workdir quickstart/sweep --ratios 1:0,10:1,1:1,0:1"
+        " --config.train.steps=120",
+    )
+    add_config(sub)
+    sub.add_argument("--workdir", required=True, help="directory of the sweep; its runs lie below it")
+    sub.add_argument("--ratios", default="", help="e.g. 1:0,10:1,1:1: shares of the tokens")
+    sub.add_argument(
+        "--sources", default="", metavar="NAME,NAME",
+        help="whose shares; python+java,text: a part may be several (default: the order of config.eval.tasks)",
+    )  # fmt: skip
+    sub.add_argument("--seeds", type=int, default=3, help="runs of each mixture (default 3)")
+    sub.add_argument(
+        "--vary", action="append", default=[], metavar="KEY=VALUE,VALUE",
+        help="also another config key, e.g. optimizer.learning_rate=1e-3,3e-3; may be given several times",
+    )  # fmt: skip
+    sub.add_argument(
+        "--merge", default="", metavar="KIND:WEIGHT,...",
+        help="afterwards, merge with the base: linear:0.5 each run, arithmetic:0.5 the sum of one-source runs",
+    )  # fmt: skip
+    sub.add_argument("--print", action="store_true", help="only print a `lemur train` command for each run")
     add_devices(sub)
 
     sub = add_verb(
@@ -61,17 +94,49 @@ def _train(args) -> int:
     config = load(args.config, args.overrides)
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.parallel import liveness
+    from lemur_jax.telemetry.profiler import parse_steps
     from lemur_jax.train.loop import train
     from lemur_jax.train.workdir import finished
 
+    profile = parse_steps(args.profile) if args.profile else range(0)
     with liveness.watched(config.hosts.lost_seconds):
         liveness.agree("the config", fingerprint(config), config.hosts.connect_seconds)
-        train(config, args.workdir)
+        train(config, args.workdir, profile=profile)
     # A run that saved and stopped because its machine goes away has not failed, but it is not finished either.
     # Launchers tell the two apart by the exit status.
     if os.environ.get("LEMUR_RELAUNCH") == "1" and not finished(config, args.workdir):
         return liveness.LOST
     return 0
+
+
+def _sweep(args) -> None:
+    from lemur_jax.common.config import load
+
+    config = load(args.config, args.overrides)
+    ratios, merges = ([word for word in text.split(",") if word] for text in (args.ratios, args.merge))
+    if args.print:
+        from lemur_jax.sweep.runs import command, plan_runs
+
+        for run in plan_runs(config, ratios, args.seeds, args.vary, args.sources):
+            print(command(args.config, args.overrides, run, args.workdir))
+        return
+    start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
+    from lemur_jax.sweep.results import markdown
+    from lemur_jax.sweep.sweep import sweep
+
+    found = sweep(
+        args.config,
+        args.overrides,
+        args.workdir,
+        ratios=ratios,
+        sources=args.sources,
+        seeds=args.seeds,
+        varied=args.vary,
+        merges=merges,
+        command=args.command,
+    )
+    if found:
+        print(f"{markdown(found)}\nwrote {args.workdir}/index.html, table.md, pareto.svg and results.json")
 
 
 def _doctor(args) -> None:

@@ -34,6 +34,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             dtype="bfloat16",  # of activations and matmul inputs
             param_dtype="float32",  # of the master parameters
             remat="full",  # a name in models.remat.POLICIES: what the backward pass keeps
+            reduce_dtype="",  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
             attention="auto",  # "auto" or a name in models.attention.IMPLEMENTATIONS
             loss_chunk=512,  # positions whose logits exist at a time; 0: all at once
         )
@@ -58,9 +59,12 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             modules=(),  # Python modules that register more seqio tasks; may lie beside the config
             stores="stores",  # directory of token stores, one folder a task and split
             sequence_length=2048,  # T
-            # name of a seqio task -> share (of tokens), packing ("concat" or "fit") and
-            # max_epochs (0: repeat without limit)
+            # name of a seqio task, or task/label for a part of it (see the step "label") -> share (of
+            # tokens), packing ("concat" or "fit") and max_epochs (0: repeat without limit)
             sources=ConfigDict(),
+            # other shares later in the run, e.g. to anneal: name of a stage -> step (its first update)
+            # and shares (source -> share of tokens; a source that is not named has none)
+            stages=ConfigDict(),
         )
     )
     config.prepare = ConfigDict(
@@ -81,6 +85,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
+            name="adamw",  # a name in train.optimizer.OPTIMIZERS: "adamw", "adafactor" or "muon"
             learning_rate=3e-4,  # peak, in updates, not in microbatches
             final_learning_rate=3e-5,
             warmup_steps=0,
@@ -89,7 +94,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             eps=1e-8,
             weight_decay=0.1,  # of matrices; norm scales are never decayed
             clip_norm=1.0,  # of the global gradient norm; 0: off
-            moments_dtype="float32",
+            moments_dtype="float32",  # of first moments
             z_loss=0.0,  # weight of log(Z)^2
         )
     )
@@ -118,6 +123,9 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             tasks=(),  # tasks whose validation stores are scored, each for itself
             batch_rows=0,  # 0: as train.batch_rows
             max_rows=0,  # rows a task; 0: all
+            # name of a group -> its tasks, e.g. code=("stack_python", "stack_java"); the balance score weighs
+            # groups alike. Empty: each task is a group
+            groups=ConfigDict(),
         )
     )
     config.checkpoint = ConfigDict(
@@ -145,9 +153,11 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             lost_seconds=100,  # a host silent for so long is lost, and the others stop
         )
     )
-    # A mistyped key in a config file is an error there and then; only sources and steps bring keys of their own.
+    # A mistyped key in a config file is an error there and then; only these bring keys of their own.
     config.lock()
     config.data.sources.unlock()
+    config.data.stages.unlock()
+    config.eval.groups.unlock()
     config.prepare.steps.unlock()
     return config
 

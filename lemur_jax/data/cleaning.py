@@ -35,6 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "near_duplicates": {"threshold": 0.7, "words": 5, "hashes": 128, "bands": 32},
     "repository": {"name": "", "path": ""},  # metadata fields: write <reponame> and <filename> in front
     "fim": {"rate": 0.0, "spm": 0.5},  # share of documents turned, and of those, in the order SPM
+    "label": {"field": ""},  # metadata field, e.g. the language: `data.sources` can name the parts
 }
 NO_STEPS = "{}"
 _WORD = re.compile(r"\w+")
@@ -129,6 +130,11 @@ class Filters:
             if reason:
                 return Removed(step=name, reason=reason, id=id, excerpt=text[:EXCERPT])
         return None
+
+    def label(self, meta: Mapping[str, Any]) -> str:
+        """The value of the label field; "": none."""
+        value = meta.get(self.steps.get("label", {}).get("field"))
+        return "" if value is None else str(value)
 
     def fingerprint(self, text: str) -> Fingerprint:
         exact = near = b""

@@ -45,6 +45,7 @@ class Encoded:
       n_bytes: UTF-8 bytes of the text; of a conversation, of what is supervised in it.
       fingerprint: what duplicates of it are found by.
       excerpt: its beginning, where duplicates are looked for.
+      label: the value of its label field.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Encoded:
     n_bytes: int
     fingerprint: Fingerprint = NO_FINGERPRINT
     excerpt: str = ""
+    label: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,9 +92,10 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
         removed = cleaning.remove(name, text, meta)
         if removed is not None:
             return removed
-        marks = (
-            {"fingerprint": cleaning.fingerprint(text), "excerpt": text[:EXCERPT]} if cleaning.steps else {}
-        )
+        marks: dict[str, Any] = {}
+        if cleaning.steps:
+            marks = {"fingerprint": cleaning.fingerprint(text), "excerpt": text[:EXCERPT]}
+            marks["label"] = cleaning.label(meta)
         if messages is not None:
             return _encode_messages(tokenizer, messages, name, marks)
     except (ValueError, UserError) as error:

@@ -4,12 +4,15 @@ Supervised tokens, those that the loss counts, are green in a terminal and stand
 """
 
 import html
+from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from lemur_jax.data.mixture import Mixture, budget, format_budget, open_mixture
+from lemur_jax.data.budget import budget, format_budget
+from lemur_jax.data.mixture import Mixture, open_mixture
+from lemur_jax.data.parts import describe_labels
 from lemur_jax.data.rows import FitRows
 from lemur_jax.data.store import TokenStore
 from lemur_jax.data.tokenizer import Tokenizer
@@ -48,6 +51,8 @@ def inspect_store(
         + "".join(f", {token}" for token in manifest.added_tokens),
         "made by": manifest.created_with,
     }
+    if manifest.label_field:
+        counts["labels"] = f"{manifest.label_field}: {describe_labels(manifest)}"
     lines = [str(path), *(f"  {key:<12}{value}" for key, value in counts.items())]
     lines += ["", "tokens of a document", *histogram(lengths)]
     for index in np.linspace(0, len(lengths) - 1, min(samples, len(lengths))).astype(int):
@@ -61,7 +66,7 @@ def inspect_store(
 
 
 def inspect_config(config: ConfigDict, *, samples: int = 1, color: bool = False) -> str:
-    """The mixture that a config trains on: shares as trained, budget, and rows of the first batch.
+    """The mixture that a config trains on: shares as trained, budget, and rows of the first batches.
 
     Args:
       config: a run config whose stores are there.
@@ -73,18 +78,16 @@ def inspect_config(config: ConfigDict, *, samples: int = 1, color: bool = False)
     """
     tokenizer = Tokenizer.load(config.tokenizer.path)
     mixture = open_mixture(config, tokenizer)
-    steps = max(1, min(COUNTED_STEPS, config.train.steps))
-    lines = [
-        f"{config.train.steps:,} steps of {mixture.batch_rows:,} rows of {mixture.length:,} tokens",
-        "",
-        f"the first {steps:,} steps",
-        *_shares(mixture, steps),
-        "",
-        "the whole run",
-        format_budget(budget(mixture, config.train.steps)),
-    ]
-    source_ids, row_indices = mixture.locate(0)
+    lines = [f"{config.train.steps:,} steps of {mixture.batch_rows:,} rows of {mixture.length:,} tokens"]
+    stops = [stage.step for stage in mixture.stages[1:]] + [max(1, config.train.steps)]
+    for stage, stop in zip(mixture.stages, stops, strict=True):
+        steps = range(stage.step, min(stop, stage.step + COUNTED_STEPS))
+        of_stage = f" of {stage.name}, from step {stage.step:,} on" if len(stops) > 1 else ""
+        lines += ["", f"the first {len(steps):,} steps{of_stage}", *_shares(mixture, stage.shares, steps)]
+    lines += ["", "the whole run", format_budget(budget(mixture, config.train.steps))]
     for index, source in enumerate(mixture.sources):
+        stage = next((stage for stage in mixture.stages if stage.shares.get(source.name)), mixture.stages[0])
+        source_ids, row_indices = mixture.locate(stage.step)
         for row in row_indices[source_ids == index][:samples]:
             documents = source.rows.documents(int(row))
             more = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
@@ -106,13 +109,13 @@ def histogram(lengths: np.ndarray) -> list[str]:
     ]
 
 
-def _shares(mixture: Mixture, steps: int) -> list[str]:
-    """Rows of each source in the first steps, counted one by one, and what they make of the tokens."""
+def _shares(mixture: Mixture, shares: Mapping[str, float], steps: range) -> list[str]:
+    """Rows of each source in these steps, counted one by one, and what they make of the tokens."""
     rows = np.zeros(len(mixture.sources), np.int64)
-    for step in range(steps):
+    for step in steps:
         rows += np.bincount(mixture.locate(step)[0], minlength=len(rows))
     tokens = rows * np.array([source.rows.tokens_per_row for source in mixture.sources])
-    wanted = np.array([float(source.share) for source in mixture.sources])
+    wanted = np.array([float(shares.get(source.name, 0)) for source in mixture.sources])
     lines = [f"{'source':<20}{'share wanted':>14}{'of tokens':>12}{'rows':>10}{'padding':>10}"]
     for source, *values in zip(
         mixture.sources, wanted / wanted.sum(), tokens / tokens.sum(), rows, strict=True

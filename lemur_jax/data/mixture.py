@@ -7,8 +7,10 @@ resumes at any step at no cost, and on any number of hosts sees the same batches
 Axes: B rows of the global batch, T position in a row.
 """
 
+import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -45,44 +47,85 @@ class Source:
     max_epochs: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Shares that hold from an update on, until the next stage begins.
+
+    Attributes:
+      name: for people.
+      step: its first update.
+      shares: the share of tokens of each source, by name; a source that is not named has none.
+    """
+
+    name: str
+    step: int
+    shares: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Stretch:
+    """A stage by rows: where it begins, how far each source was by then, and how they take turns."""
+
+    first_row: int
+    visited: Sequence[int]
+    splits: Sequence[tuple[int, int]]
+
+    def rows_before(self, row: int) -> list[int]:
+        counts = []
+        row -= self.first_row
+        for visited, (numerator, denominator) in zip(self.visited, self.splits, strict=True):
+            count = (2 * row * numerator + denominator) // (2 * denominator)
+            counts.append(visited + count)
+            row -= count
+        return counts
+
+
 class Mixture:
     """Sources mixed by tokens into global batches of `batch_rows` rows.
 
     The first source is split off from the others by a fraction p in lowest terms: of the first g rows of
-    the run, floor(g p + 1/2) are its own. What is left is split in the same way for the second source,
-    and so on. All in integers: with two sources the rows of each in any window, however far into the
-    run, are its share to within one row; with n sources, to within n - 1.
+    a stage, floor(g p + 1/2) are its own. What is left is split in the same way for the second source,
+    and so on. All in integers: with two sources the rows of each in any window of a stage, however far
+    into the run, are its share to within one row; with n sources, to within n - 1. A source goes through
+    its rows in one order over all stages: none is repeated or left out where a stage begins.
+
+    Args:
+      stages: those after the first, which begins at step 0 with the sources' own shares.
+
+    Attributes:
+      stages: all of them, in order.
 
     Raises:
       UserError: no sources, two of one name, a negative share, all shares 0, or sources that differ in
-        sequence length.
+        sequence length; of stages, see `check_stages`.
     """
 
-    def __init__(self, sources: Sequence[Source], seed: int, batch_rows: int):
+    def __init__(self, sources: Sequence[Source], seed: int, batch_rows: int, stages: Sequence[Stage] = ()):
         _check_sources(sources)
+        own = {source.name: source.share for source in sources}
+        check_stages(stages, list(own))
         self.sources = tuple(sources)
+        self.stages = (
+            Stage(name="start", step=0, shares=own),
+            *sorted(stages, key=lambda stage: stage.step),
+        )
         self.seed = seed
         self.batch_rows = batch_rows
         self.length = sources[0].rows.length
-        # Rows of a source, by the share of tokens that they are to make up.
-        weights = [
-            Fraction(str(source.share)) * len(source.rows) / source.rows.num_tokens for source in sources
-        ]
-        left = sum(weights)
-        self._splits: list[tuple[int, int]] = []
-        for weight in weights:
-            part = (weight / left if left else Fraction(0)).limit_denominator(_MAX_DENOMINATOR)
-            self._splits.append((part.numerator, part.denominator))
-            left -= weight
         self._keys = [key_of("rows", int(seed), source.name) for source in sources]
+        self._stretches: list[_Stretch] = []
+        for stage in self.stages:
+            row = stage.step * batch_rows
+            visited = self.rows_before(row) if row else [0] * len(sources)
+            splits = _splits(sources, stage.shares)
+            self._stretches.append(_Stretch(first_row=row, visited=visited, splits=splits))
 
     def rows_before(self, row: int) -> list[int]:
         """How many of the first `row` global rows of the run each source has; they add up to `row`."""
-        counts = []
-        for numerator, denominator in self._splits:
-            counts.append((2 * row * numerator + denominator) // (2 * denominator))
-            row -= counts[-1]
-        return counts
+        return self._stretch(row).rows_before(row)
+
+    def _stretch(self, row: int) -> _Stretch:
+        return self._stretches[bisect.bisect(self._stretches, row, key=lambda each: each.first_row) - 1]
 
     def locate(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows of the global batch at a step.
@@ -91,12 +134,14 @@ class Mixture:
           source_ids: int32 [B], indices into `sources`.
           row_indices: int64 [B], indices into the rows of that source.
         """
-        first = step * self.batch_rows
+        row = step * self.batch_rows
+        stretch = self._stretch(row)
+        first = row - stretch.first_row  # a stage begins with a batch, so this one lies in it whole
         source_ids = np.empty(self.batch_rows, np.int32)
         row_indices = np.empty(self.batch_rows, np.int64)
         left = np.arange(self.batch_rows)  # rows of the batch not yet given to a source
-        for index, visited in enumerate(self.rows_before(first)):
-            numerator, denominator = self._splits[index]
+        for index, visited in enumerate(stretch.rows_before(row)):
+            numerator, denominator = stretch.splits[index]
             # Python's integers carry the run so far; inside the batch int64 is enough.
             remainder = (2 * first * numerator + denominator) % (2 * denominator)
             turns = (remainder + 2 * numerator * np.arange(len(left) + 1)) // (2 * denominator)
@@ -104,7 +149,7 @@ class Mixture:
             mine, left = left[taken], left[~taken]
             source_ids[mine] = index
             row_indices[mine] = self._visit(index, visited, len(mine))
-            first -= visited
+            first -= visited - stretch.visited[index]
         return source_ids, row_indices
 
     def read(self, source_ids: np.ndarray, row_indices: np.ndarray) -> Batch:
@@ -144,83 +189,6 @@ class Mixture:
         return permute(places % size, size, self._keys[index], epoch + places // size)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Need:
-    """What a run needs of one source.
-
-    Attributes:
-      name: of the source.
-      rows_wanted, rows_available: visits in the whole run, and rows of one epoch.
-      tokens_wanted, tokens_available: the same in real (not padding) positions.
-      max_epochs: the cap; 0: none.
-    """
-
-    name: str
-    rows_wanted: int
-    rows_available: int
-    tokens_wanted: int
-    tokens_available: int
-    max_epochs: float
-
-    @property
-    def epochs(self) -> float:
-        return self.rows_wanted / self.rows_available
-
-    @property
-    def exceeded(self) -> bool:
-        return bool(self.max_epochs) and self.rows_wanted > Fraction(self.max_epochs) * self.rows_available
-
-
-def budget(mixture: Mixture, steps: int) -> list[Need]:
-    """What a run of so many updates needs of each source."""
-    wanted = mixture.rows_before(steps * mixture.batch_rows)
-    return [
-        Need(
-            name=source.name,
-            rows_wanted=rows,
-            rows_available=len(source.rows),
-            tokens_wanted=rows * source.rows.num_tokens // len(source.rows),
-            tokens_available=source.rows.num_tokens,
-            max_epochs=source.max_epochs,
-        )
-        for source, rows in zip(mixture.sources, wanted, strict=True)
-    ]
-
-
-def check_budget(needs: Sequence[Need]) -> None:
-    """Raises UserError if a source would be repeated more often than it may be."""
-    for need in needs:
-        if need.exceeded:
-            raise UserError(
-                f"source {need.name}: the run needs {need.tokens_wanted:,} tokens, {need.epochs:.2f} epochs"
-                f" of its {need.tokens_available:,}, and data.sources.{need.name}.max_epochs is"
-                f" {need.max_epochs:g}: raise that (0: no limit), lower the share or train.steps, or prepare"
-                " more data"
-            )
-
-
-def format_budget(needs: Sequence[Need]) -> str:
-    """The budget as a table for people."""
-    total = sum(need.tokens_wanted for need in needs)
-    lines = [("source", "share", "tokens wanted", "available", "epochs", "allowed")]
-    for need in needs:
-        lines.append(
-            (
-                need.name,
-                f"{need.tokens_wanted / max(total, 1):.2%}",
-                f"{need.tokens_wanted:,}",
-                f"{need.tokens_available:,}",
-                f"{need.epochs:.2f}",
-                (f"{need.max_epochs:g}" if need.max_epochs else "any") + (" !" if need.exceeded else ""),
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in line)
-        for line in (enumerate(zip(cells, widths, strict=True)) for cells in lines)
-    )
-
-
 def open_mixture(config: ConfigDict, tokenizer: Tokenizer) -> Mixture:
     """The mixture of the training stores that `config.data` describes.
 
@@ -238,7 +206,47 @@ def open_mixture(config: ConfigDict, tokenizer: Tokenizer) -> Mixture:
                 max_epochs=options.get("max_epochs", 0.0),
             )
         )
-    return Mixture(sources, config.seed, config.train.batch_rows)
+    return Mixture(sources, config.seed, config.train.batch_rows, stages_of(config))
+
+
+def stages_of(config: ConfigDict) -> list[Stage]:
+    """The stages of `config.data.stages`, the first one (the sources' own shares) left out.
+
+    Raises:
+      UserError: one without `step` or `shares`, a step that is not one of the run's, or what
+        `check_stages` finds.
+    """
+    stages = []
+    for name, options in config.data.stages.items():
+        where = f"data.stages.{name}"
+        if not isinstance(options, ConfigDict) or set(options) != {"step", "shares"}:
+            raise UserError(f"{where} must be {{'step': first update, 'shares': {{source: share}}}}")
+        if not isinstance(options.step, int) or not 0 < options.step < config.train.steps:
+            raise UserError(
+                f"{where}.step is {options.step!r}: it must be a whole number above 0 and below train.steps"
+                f" ({config.train.steps})"
+            )
+        stages.append(Stage(name=name, step=options.step, shares=options.shares.to_dict()))
+    check_stages(stages, list(config.data.sources))
+    return stages
+
+
+def check_stages(stages: Sequence[Stage], sources: Sequence[str]) -> None:
+    """Raises UserError for an unknown source, a share that is none, or two stages that begin together."""
+    begins: dict[int, str] = {}
+    for stage in stages:
+        if begins.setdefault(stage.step, stage.name) != stage.name:
+            raise UserError(
+                f"data.stages.{begins[stage.step]} and data.stages.{stage.name} both begin at step {stage.step}"
+            )
+        where = f"data.stages.{stage.name}.shares"
+        for name in stage.shares:
+            if name not in sources:
+                nearest = difflib.get_close_matches(name, sources, n=1, cutoff=0.0)[0]
+                raise UserError(
+                    f"{where} names {name!r}, which is not in data.sources; did you mean {nearest!r}?"
+                )
+        _check_shares({f"{where}.{name}": share for name, share in stage.shares.items()}, where)
 
 
 def open_rows(config: ConfigDict, tokenizer: Tokenizer, task: str, split: str, packing: str = "") -> Rows:
@@ -268,17 +276,36 @@ def _check_sources(sources: Sequence[Source]) -> None:
     if len(set(names)) != len(names):
         raise UserError(f"data.sources names a source twice: {', '.join(names)}")
     for source in sources:
-        if not 0 <= source.share < float("inf"):
-            raise UserError(
-                f"data.sources.{source.name}.share is {source.share}: it must be 0 or more, and finite"
-            )
         if source.max_epochs < 0:
             raise UserError(
                 f"data.sources.{source.name}.max_epochs is {source.max_epochs}: it must be 0 (no limit) or"
                 " more"
             )
-    if not any(source.share for source in sources):
-        raise UserError(f"the shares of all of data.sources ({', '.join(names)}) are 0: give one a share")
+    _check_shares({f"data.sources.{source.name}.share": source.share for source in sources}, "data.sources")
     lengths = {source.rows.length for source in sources}
     if len(lengths) > 1:
         raise UserError(f"sources of one mixture differ in sequence length: {sorted(lengths)}")
+
+
+def _check_shares(shares: Mapping[str, float], where: str) -> None:
+    for name, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < float("inf"):
+            raise UserError(f"{name} is {share!r}: it must be a number, 0 or more, and finite")
+    if not any(shares.values()):
+        raise UserError(f"all shares of {where} are 0: give one source a share")
+
+
+def _splits(sources: Sequence[Source], shares: Mapping[str, float]) -> list[tuple[int, int]]:
+    """By which fraction (numerator, denominator) each source is split off from those after it."""
+    # Rows of a source, by the share of tokens that they are to make up.
+    weights = [
+        Fraction(str(shares.get(source.name, 0))) * len(source.rows) / source.rows.num_tokens
+        for source in sources
+    ]
+    left = sum(weights)
+    splits = []
+    for weight in weights:
+        part = (weight / left if left else Fraction(0)).limit_denominator(_MAX_DENOMINATOR)
+        splits.append((part.numerator, part.denominator))
+        left -= weight
+    return splits

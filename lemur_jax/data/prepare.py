@@ -4,25 +4,29 @@ Reads top to bottom: the tokenizer, then one store after the other, then what th
 A store that is whole and was made from the same data by the same task and tokenizer is left as it is.
 """
 
+import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import tasks
+from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.chat import chat_template
 from lemur_jax.data.cleaning import NO_STEPS, Duplicates, Removed, parse_steps
 from lemur_jax.data.code import check_tokens
 from lemur_jax.data.digests import input_digest, task_digest
 from lemur_jax.data.documents import Encode, Record, Refused, Result, available_cores, encoder
 from lemur_jax.data.journal import Journal
-from lemur_jax.data.mixture import budget, check_budget, format_budget, open_mixture
+from lemur_jax.data.manifest import Manifest, read_manifest
+from lemur_jax.data.mixture import open_mixture, stages_of
+from lemur_jax.data.parts import check_part, copy_part, split_name
 from lemur_jax.data.prepare_tokenizer import ShowProgress, no_progress, prepare_tokenizer
-from lemur_jax.data.store import Manifest, StoreWriter, read_manifest
+from lemur_jax.data.store import StoreWriter, TokenStore
 from lemur_jax.data.tokenizer import Tokenizer, compatible
 
 SAVE_SECONDS = 60.0  # at most so much work, and the rest of an input shard, is lost by a kill
@@ -50,15 +54,22 @@ def prepare(
         does not fit, or (when all stores are there) a budget that they cannot meet.
     """
     wanted = _wanted_stores(config)
-    found = {name: tasks.find(name, config.data.modules) for name, _ in wanted}
+    found = {name: tasks.find(split_name(name)[0], config.data.modules) for name, _ in wanted}
     for name, split in wanted:
         tasks.check_split(found[name], split)
-    steps = _steps(config, found)
+    steps = _steps(config, {task.name for task in found.values()})
+    for name, split in wanted:
+        check_part(name, split, list(config.data.sources), json.loads(steps[found[name].name]))
+    stages_of(config)  # a mistake there is said now, not when all is prepared
     workers = _workers(config)
     tokenizer = prepare_tokenizer(config, progress=progress, say=say)
     with encoder(tokenizer, workers) as encode:
+        run = _Run(config=config, steps=steps, tokenizer=tokenizer, encode=encode, progress=progress, say=say)
         for name, split in wanted:
-            _prepare_store(config, found[name], split, steps[name], tokenizer, encode, progress, say)
+            if name == found[name].name:
+                _prepare_store(run, found[name], split)
+            else:
+                _prepare_part(run, found[name], name, split)
     if config.data.sources:
         needs = budget(open_mixture(config, tokenizer), config.train.steps)
         say(format_budget(needs))
@@ -78,48 +89,70 @@ def _workers(config: ConfigDict) -> int:
     return config.prepare.workers or available_cores()
 
 
-def _prepare_store(
-    config: ConfigDict,
-    task: tasks.Task,
-    split: str,
-    steps: str,
-    tokenizer: Tokenizer,
-    encode: Encode,
-    progress: ShowProgress,
-    say: Callable[[str], None],
-) -> None:
-    path = epath.Path(config.data.stores) / task.name / split
-    writer = _writer(path, task, split, tokenizer, steps)
-    current = _current_manifest(path, writer, tokenizer)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What the stores of one config have in common; `steps` by task, as workers get them."""
+
+    config: ConfigDict
+    steps: Mapping[str, str]
+    tokenizer: Tokenizer
+    encode: Encode
+    progress: ShowProgress
+    say: Callable[[str], None]
+
+    def path(self, name: str, split: str) -> epath.Path:
+        return epath.Path(self.config.data.stores) / name / split
+
+
+def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
+    path = run.path(task.name, split)
+    steps = run.steps[task.name]
+    writer = _writer(run, task, split)
+    current = _current_manifest(path, writer, run.tokenizer)
     if current is not None:
-        say(f"{_describe(current)}; unchanged")
+        run.say(f"{_describe(current)}; unchanged")
         return
     begin = time.monotonic()
     label = f"{task.name}/{split}"
-    with progress(tasks.count(task, split), label, "documents") as shown, writer:
+    with run.progress(tasks.count(task, split), label, "documents") as shown, writer:
         saved = writer.saved or {"shard": 0, "journal": None}
         duplicates = Duplicates(steps)
         journal = Journal(path, duplicates, saved["journal"])
         shown.update(journal.records)
         shard, last_save = saved["shard"], time.monotonic()
         try:
-            for result in encode(_records(task, split, shard), steps, journal.records):
+            for result in run.encode(_records(task, split, shard), steps, journal.records):
                 if result is None:
                     shard += 1
                     if time.monotonic() - last_save >= SAVE_SECONDS:
-                        journal.check(config.prepare.max_bad_share, label, finished=False)
+                        journal.check(run.config.prepare.max_bad_share, label, finished=False)
                         writer.save({"shard": shard, "journal": journal.save()})
                         last_save = time.monotonic()
                     continue
                 shown.update()
                 _put(result, writer, duplicates, journal)
             _check_any(task, split, journal, writer)
-            journal.check(config.prepare.max_bad_share, label, finished=True)
+            journal.check(run.config.prepare.max_bad_share, label, finished=True)
         except BaseException:
             journal.close(keep=writer.has_saved)
             raise
     journal.finish()
-    say(f"{_describe(read_manifest(path))}; {journal.summary()}{time.monotonic() - begin:.1f} s")
+    run.say(f"{_describe(read_manifest(path))}; {journal.summary()}{time.monotonic() - begin:.1f} s")
+
+
+def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
+    """The documents of a task with one label, out of the store of all of them."""
+    path = run.path(name, split)
+    writer = _writer(run, task, split, part=name)
+    current = _current_manifest(path, writer, run.tokenizer)
+    if current is not None:
+        run.say(f"{_describe(current)}; unchanged")
+        return
+    _prepare_store(run, task, split)
+    begin = time.monotonic()
+    with writer:
+        copy_part(TokenStore.open(run.path(task.name, split)), split_name(name)[1], writer)
+    run.say(f"{_describe(read_manifest(path))}; {time.monotonic() - begin:.1f} s")
 
 
 def _records(task: tasks.Task, split: str, first_shard: int) -> Iterator[Record | None]:
@@ -139,7 +172,7 @@ def _put(result: Result, writer: StoreWriter, duplicates: Duplicates, journal: J
     elif duplicate := duplicates.remove(result.id, result.fingerprint, result.excerpt):
         journal.remove(duplicate)
     else:
-        writer.add(result.tokens, result.id, result.n_bytes, result.mask)
+        writer.add(result.tokens, result.id, result.n_bytes, result.mask, result.label)
         journal.keep()
 
 
@@ -156,23 +189,25 @@ def _check_any(task: tasks.Task, split: str, journal: Journal, writer: StoreWrit
 def _steps(config: ConfigDict, names: Iterable[str]) -> dict[str, str]:
     """The steps of each task, as workers get them."""
     given = config.prepare.steps.to_dict()
-    names = sorted(set(names))
+    names = sorted(names)
     for name in given:
         if name not in names:
             raise UserError(f"prepare.steps names {name!r}; the tasks of this config are {', '.join(names)}")
     return {name: parse_steps(name, given.get(name, {})) for name in names}
 
 
-def _writer(path: epath.Path, task: tasks.Task, split: str, tokenizer: Tokenizer, steps: str) -> StoreWriter:
+def _writer(run: _Run, task: tasks.Task, split: str, part: str = "") -> StoreWriter:
+    """Of the store of a task, or of a part of it."""
+    tokenizer, steps = run.tokenizer, run.steps[task.name]
     is_chat = tasks.is_chat(task, split)
     has_control_tokens = is_chat or check_tokens(json.loads(steps), tokenizer, task.name)
     # Of the task's definition, its steps and, for conversations, the template that they are written in.
     definition = (
-        task_digest(task) + steps * (steps != NO_STEPS) + (chat_template(tokenizer) if is_chat else "")
+        task_digest(task) + steps * (steps != NO_STEPS) + (chat_template(tokenizer) if is_chat else "") + part
     )
     return StoreWriter(
-        path,
-        task=task.name,
+        run.path(part or task.name, split),
+        task=part or task.name,
         split=split,
         source=task.name,
         tokenizer_digest=tokenizer.digest,
@@ -182,6 +217,7 @@ def _writer(path: epath.Path, task: tasks.Task, split: str, tokenizer: Tokenizer
         has_loss_mask=is_chat,
         task_digest=hashlib.sha256(definition.encode()).hexdigest(),
         input_digest=input_digest(task, split),
+        label_field="" if part else json.loads(steps).get("label", {}).get("field", ""),
     )
 
 

@@ -8,6 +8,7 @@ A store is a directory of one-dimensional zarr3 arrays and a manifest:
     loss_mask        uint8 [N]                1: a supervised target (chat only)
     id_bytes         uint8 [bytes of ids]     UTF-8 of all document ids, one after the other
     id_offsets       int64 [documents + 1]
+    labels           uint16 [documents]       numbers of labels in the manifest (with a label field only)
     manifest.json                             written last: a directory without one is no store
 
 A corpus is a few large files, locally or on gs://, and a random read of one row touches one or two
@@ -15,7 +16,6 @@ compressed chunks of one of them.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,72 +23,14 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-import lemur_jax
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.arrays import ArrayWriter, open_array
+from lemur_jax.data.arrays import ArrayWriter, finish, open_array
+from lemur_jax.data.manifest import Manifest, read_manifest
 from lemur_jax.data.tokenizer import Tokenizer, compatible
 
-FORMAT_VERSION = 1
 _PROGRESS = "progress.json"  # in a store that is being written
 BLOCK = 4096  # tokens between two entries of `block_documents`
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a store says of itself; the content of `manifest.json`.
-
-    Attributes:
-      documents, tokens: counts; tokens include bos and eos.
-      bytes: UTF-8 bytes of the text that the tokens stand for.
-      supervised_tokens: targets with loss: those of the mask, else all but each document's first.
-      tokenizer_digest, added_tokens, vocab_size: of the tokenizer that made it.
-      task_digest, input_digest: of the task's definition and of the data it read.
-      created_with: the program and its version.
-    """
-
-    format_version: int = FORMAT_VERSION
-    task: str
-    split: str
-    source: str
-    documents: int
-    tokens: int
-    bytes: int
-    supervised_tokens: int
-    has_loss_mask: bool
-    tokenizer_digest: str
-    added_tokens: Mapping[str, int]
-    vocab_size: int
-    task_digest: str = ""
-    input_digest: str = ""
-    created_with: str = f"lemur_jax {lemur_jax.__version__}"
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) of everything but the program's version: changes when the content does."""
-        fields = dataclasses.asdict(self)
-        del fields["created_with"]
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(path: epath.PathLike) -> Manifest:
-    """The manifest of a store.
-
-    Raises:
-      UserError: there is no whole store of this format at `path`.
-    """
-    directory = epath.Path(path)
-    file = directory / "manifest.json"
-    if not file.exists():
-        what = "is unfinished (it has no manifest.json)" if directory.exists() else "does not exist"
-        raise UserError(f"the token store {path} {what}: make it with `lemur prepare --config ...`")
-    fields = json.loads(file.read_text())
-    version = fields.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"the token store {path} has format version {version}, this program reads {FORMAT_VERSION}:"
-            " make it again with `lemur prepare --config ...`"
-        )
-    return Manifest(**fields)
+MAX_LABELS = 1000
 
 
 class StoreWriter:
@@ -122,6 +64,7 @@ class StoreWriter:
         has_loss_mask: bool = False,
         task_digest: str = "",
         input_digest: str = "",
+        label_field: str = "",
     ):
         self._path = epath.Path(path)
         # One name for every attempt: the next one clears what a killed one left.
@@ -138,8 +81,12 @@ class StoreWriter:
             "has_loss_mask": has_loss_mask,
             "task_digest": task_digest,
             "input_digest": input_digest,
+            "label_field": label_field,
         }
-        self._counts = dict.fromkeys(("documents", "tokens", "bytes", "supervised_tokens", "id_bytes"), 0)
+        self._counts: dict[str, Any] = dict.fromkeys(
+            ("documents", "tokens", "bytes", "supervised_tokens", "id_bytes"), 0
+        )
+        self._counts["labels"] = {}
         self.saved: Any = None
 
     @property
@@ -164,6 +111,8 @@ class StoreWriter:
         dtypes |= {"block_documents": "int64", "id_bytes": "uint8", "id_offsets": "int64"}
         if self._has_loss_mask:
             dtypes["loss_mask"] = "uint8"
+        if self.fields["label_field"]:
+            dtypes["labels"] = "uint16"
         self._arrays = {
             name: ArrayWriter(self._partial / name, dtype, lengths.get(name))
             for name, dtype in dtypes.items()
@@ -188,6 +137,7 @@ class StoreWriter:
         id: str,
         n_bytes: int,
         mask: Sequence[int] | np.ndarray | None = None,
+        label: str = "",
     ) -> None:
         """Appends a document.
 
@@ -196,9 +146,11 @@ class StoreWriter:
           id: its name, shown to the user.
           n_bytes: UTF-8 bytes of the text that it stands for.
           mask: for a store with a loss mask, 1 for each token that is a supervised target.
+          label: for a store with a label field, its value.
 
         Raises:
           ValueError: no tokens, an id outside the vocabulary, or a mask that does not fit.
+          UserError: more than `MAX_LABELS` labels.
         """
         tokens = np.asarray(ids)
         if not tokens.size or tokens.min() < 0 or tokens.max() >= self._vocab_size:
@@ -223,9 +175,23 @@ class StoreWriter:
         counts["id_bytes"] += name.size
         self._arrays["id_bytes"].append(name)
         self._arrays["id_offsets"].append([counts["id_bytes"]])
+        if self.fields["label_field"]:
+            self._add_label(label, n_bytes)
         counts["tokens"] = stop
         counts["documents"] += 1
         counts["bytes"] += n_bytes
+
+    def _add_label(self, label: str, n_bytes: int) -> None:
+        labels = self._counts["labels"]
+        of_label = labels.setdefault(label, {"number": len(labels), "documents": 0, "bytes": 0})
+        if len(labels) > MAX_LABELS:
+            raise UserError(
+                f"the metadata field {self.fields['label_field']!r} of the task {self.fields['task']} has more than"
+                f" {MAX_LABELS:,} values: documents can be told apart by language or the like, not by this"
+            )
+        of_label["documents"] += 1
+        of_label["bytes"] += n_bytes
+        self._arrays["labels"].append([of_label["number"]])
 
     def __exit__(self, kind, value, traceback) -> None:
         try:
@@ -263,7 +229,7 @@ class TokenStore:
         self.path = path
         self.manifest = manifest
         names = ["tokens", "offsets", "block_documents", "id_bytes", "id_offsets"]
-        names += ["loss_mask"] * manifest.has_loss_mask
+        names += ["loss_mask"] * manifest.has_loss_mask + ["labels"] * bool(manifest.label_field)
         opening = {name: open_array(path / name) for name in names}
         try:
             self._arrays = {name: future.result() for name, future in opening.items()}
@@ -308,7 +274,7 @@ class TokenStore:
 
     def offsets(self) -> np.ndarray:
         """Where each document begins, and the number of tokens: int64 [documents + 1], in memory."""
-        return self._arrays["offsets"].read().result()
+        return finish(self._arrays["offsets"].read())
 
     def document_starts(
         self, starts: np.ndarray, stops: np.ndarray
@@ -325,7 +291,7 @@ class TokenStore:
         inside = after < blocks.shape[0]
         ends = np.full(len(stops), self.num_documents - 1)
         first, last = blocks[starts // BLOCK].read(), blocks[after[inside]].read()
-        first, ends[inside] = first.result(), last.result()
+        first, ends[inside] = finish(first), finish(last)
         counts = ends - first + 1
         # One offset more than documents: where each one ends.
         bounds = self._spans("offsets", first, counts + 1)
@@ -338,25 +304,42 @@ class TokenStore:
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Ids of a document, and its loss mask if the store has one."""
-        start, stop = self._arrays["offsets"][index : index + 2].read().result()
+        start, stop = finish(self._arrays["offsets"][index : index + 2].read())
         span = np.array([start]), np.array([stop - start])
         return self.tokens(*span), self.loss_mask(*span) if self.manifest.has_loss_mask else None
+
+    def read_documents(
+        self, indices: np.ndarray
+    ) -> tuple[list[np.ndarray], list[np.ndarray] | list[None], list[str]]:
+        """Ids, loss masks (None in a store without) and names of documents."""
+        bounds = self._spans("offsets", indices, np.full(len(indices), 2)).reshape(-1, 2)
+        starts, lengths = bounds[:, 0], np.diff(bounds)[:, 0]
+        cuts = np.cumsum(lengths)[:-1]
+        masks: list[np.ndarray] | list[None] = [None] * len(indices)
+        if self.manifest.has_loss_mask:
+            masks = np.split(self.loss_mask(starts, lengths), cuts)
+        return np.split(self.tokens(starts, lengths), cuts), masks, self.document_ids(indices)
 
     def document_ids(self, indices: np.ndarray) -> list[str]:
         """Names of documents."""
         count = len(indices)
         bounds = self._spans("id_offsets", indices, np.full(count, 2)).reshape(count, 2)
         names = [self._arrays["id_bytes"][start:stop].read() for start, stop in bounds.tolist()]
-        return [name.result().tobytes().decode() for name in names]
+        return [finish(name).tobytes().decode() for name in names]
 
     def document_id(self, index: int) -> str:
         return self.document_ids(np.array([index]))[0]
+
+    def documents_of(self, label: str, first: int, stop: int) -> np.ndarray:
+        """Which of the documents [first, stop) have a label: int64; needs `manifest.label_field`."""
+        numbers = finish(self._arrays["labels"][first : min(stop, self.num_documents)].read())
+        return first + np.flatnonzero(numbers == self.manifest.labels[label]["number"])
 
     def _spans(self, name: str, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         array = self._arrays[name]
         stops = np.asarray(starts) + lengths
         reads = [array[a:b].read() for a, b in zip(np.asarray(starts).tolist(), stops.tolist(), strict=True)]
-        return np.concatenate([read.result() for read in reads])
+        return np.concatenate([finish(read) for read in reads])
 
 
 def _check_tokenizer(path: epath.PathLike, manifest: Manifest, tokenizer: Tokenizer) -> None:

@@ -4,15 +4,16 @@ Axis legend: B batch, T query position, S key position, H query heads, K key hea
 head (H = K·G), N head width.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.parallel.rules import constrain
+from lemur_jax.parallel.rules import RULES, constrain
 
 # Query positions whose scores exist at a time; a block sees only the keys up to its own end, which
 # saves up to half of the causal square.
@@ -80,6 +81,54 @@ def xla_attention(
     return checkpoint_name(out, "attention_out")
 
 
+def cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, mesh: Mesh | None
+) -> jax.Array:
+    """Causal attention inside segments by cuDNN's fused kernels, on NVIDIA GPUs.
+
+    Rows of one document each need the causal mask alone, of which the kernels skip the upper half; which rows those
+    are is known only when the step runs. Packed rows take a mask [B, 1, T, T] that the kernels read; the backward
+    pass makes it again rather than keep it.
+
+    Args:
+      query: [B, T, H, N]; key, value: [B, T, K, N]; all rotated, in bfloat16 or float16.
+      segment_ids: int32 [B, T]; documents packed in a row do not see each other.
+      mesh: the device mesh, or None.
+
+    Returns:
+      [B, T, H, N].
+
+    Raises:
+      UserError: float32, or a mesh with a `sequence` axis.
+    """
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        raise UserError(
+            f"cuDNN's attention needs bfloat16, not {query.dtype}: set config.compute.dtype or"
+            ' config.compute.attention to "xla"'
+        )
+    if mesh is not None and mesh.shape["sequence"] > 1:
+        raise UserError(
+            'config.mesh.sequence above 1 is not possible with config.compute.attention "cudnn": set it to "xla"'
+        )
+    fused = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+
+    @jax.checkpoint
+    def packed(query, key, value, segment_ids):
+        return fused(query, key, value, mask=(segment_ids[:, None, :, None] == segment_ids[:, None, None, :]))
+
+    def local(query, key, value, segment_ids):
+        whole = jnp.all(segment_ids == segment_ids[:, :1])
+        return jax.lax.cond(whole, lambda *x: fused(*x[:3]), packed, query, key, value, segment_ids)
+
+    if mesh is not None:
+        heads = PartitionSpec(RULES["batch"], None, RULES["heads"], None)
+        rows = PartitionSpec(RULES["batch"], None)
+        local = jax.shard_map(
+            local, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+        )
+    return checkpoint_name(local(query, key, value, segment_ids), "attention_out")
+
+
 def _splash_attention(query, key, value, segment_ids, mesh) -> jax.Array:
     # Pallas costs half a second to import, and only TPU runs need it.
     from lemur_jax.models.splash import splash_attention
@@ -88,23 +137,38 @@ def _splash_attention(query, key, value, segment_ids, mesh) -> jax.Array:
 
 
 # name -> (query, key, value, segment ids, mesh) -> mixed values
-IMPLEMENTATIONS: dict[str, Callable] = {"xla": xla_attention, "splash": _splash_attention}
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "xla": xla_attention,
+    "splash": _splash_attention,
+    "cudnn": cudnn_attention,
+}
 
 
-def attention(implementation: str, mesh: Mesh | None = None) -> Callable:
+def attention(implementation: str, mesh: Mesh | None = None, dtype: str = "float32") -> Callable:
     """The attention function named in `config.compute.attention`.
 
     Args:
-      implementation: "auto" takes what fits the mesh's devices: splash on TPU, xla elsewhere.
+      implementation: "auto" takes what fits the mesh's devices: splash on TPU, cudnn on a GPU if the dtype and the
+        mesh allow it, xla elsewhere.
       mesh: the device mesh, of real or of described devices; None: the default device.
+      dtype: of queries, keys and values.
 
     Raises:
       UserError: no implementation has that name.
     """
     if implementation == "auto":
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        implementation = "splash" if platform == "tpu" and mesh is not None else "xla"
+        implementation = _fitting(platform, mesh, dtype)
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(["auto", *IMPLEMENTATIONS])
         raise UserError(f"unknown config.compute.attention {implementation!r}: it must be one of {names}")
     return IMPLEMENTATIONS[implementation]
+
+
+def _fitting(platform: str, mesh: Mesh | None, dtype: str) -> str:
+    if platform == "tpu" and mesh is not None:
+        return "splash"
+    whole = mesh is None or mesh.shape["sequence"] == 1
+    if platform in ("gpu", "cuda") and whole and dtype != "float32":
+        return "cudnn"
+    return "xla"

@@ -60,7 +60,7 @@ def prefilling(compute: Compute, valid: jax.Array) -> Attend:
       valid: bool [B, T], False where a shorter prompt is padded on the right; what is computed and
         written there is never looked at.
     """
-    implementation = attention(compute.attention, compute.mesh)
+    implementation = attention(compute.attention, compute.mesh, compute.dtype)
     segment_ids = valid.astype(jnp.int32)
 
     def attend(query, key, value, cache, layer):

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from lemur_jax.models.attention import attention
 from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.linear import gathered, product, sharded_product
+from lemur_jax.models.linear import Reduction, gathered, product, sharded_product
 from lemur_jax.models.remat import rematerialize
 from lemur_jax.models.rope import rotary_angles, rotate, rotate_by_matmul
 from lemur_jax.parallel import compiler_flags
@@ -38,6 +38,7 @@ class Compute:
     Attributes:
       dtype: of activations and of matmul inputs ("float32", "bfloat16").
       remat: a name in `models.remat.POLICIES`.
+      reduce_dtype: of weight gradients on their way between devices; "": as `dtype`.
       attention: "auto" or a name in `models.attention.IMPLEMENTATIONS`.
       loss_chunk: positions whose logits exist at a time; 0: all at once.
       mesh: where activations are sharded; None: wherever XLA puts them.
@@ -45,6 +46,7 @@ class Compute:
 
     dtype: str = "float32"
     remat: str = "none"
+    reduce_dtype: str = ""
     attention: str = "auto"
     loss_chunk: int = 0
     mesh: Mesh | None = None
@@ -55,11 +57,14 @@ class Compute:
         return self.mesh is not None and self.mesh.devices.flat[0].platform == "tpu"
 
     @property
-    def exchanges_gradients(self) -> bool:
-        """Whether weight gradients are reduced by all-to-alls over `fsdp` (models/linear.py)."""
-        if self.mesh is None or self.mesh.shape["fsdp"] == 1:
-            return False
-        return compiler_flags.exchanges_gradients(self.mesh.devices.flat[0].device_kind)
+    def reduction(self) -> Reduction | None:
+        """How weight gradients are reduced over `fsdp` and `data`; None: as autodiff and XLA do."""
+        if self.mesh is None:
+            return None
+        dtype = self.reduce_dtype or self.dtype
+        kind = self.mesh.devices.flat[0].device_kind
+        exchange = self.mesh.shape["fsdp"] > 1 and compiler_flags.exchanges_gradients(kind)
+        return Reduction(dtype, exchange) if exchange or dtype != self.dtype else None
 
     @classmethod
     def from_config(cls, options: Mapping[str, Any], mesh: Mesh | None) -> "Compute":
@@ -67,6 +72,7 @@ class Compute:
         return cls(
             dtype=options["dtype"],
             remat=options["remat"],
+            reduce_dtype=options["reduce_dtype"],
             attention=options["attention"],
             loss_chunk=options["loss_chunk"],
             mesh=mesh,
@@ -102,8 +108,8 @@ class Projections(nnx.Module):
         return gathered(param.get_value(), param.axes, self.compute.mesh, self.compute.dtype)
 
     def einsum(self, equation: str, x: jax.Array, param: nnx.Param) -> jax.Array:
-        if self.compute.exchanges_gradients:
-            return sharded_product(equation, param.axes, self.compute.mesh, x, param.get_value())
+        if reduction := self.compute.reduction:
+            return sharded_product(equation, param.axes, self.compute.mesh, reduction, x, param.get_value())
         return product(equation, x, self.weight(param))
 
 
@@ -155,8 +161,8 @@ class MLP(Projections):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        gate = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.gate), "mlp_in")
-        up = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.up), "mlp_in")
+        gate = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.gate), "gate")
+        up = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.up), "up")
         hidden = jax.nn.silu(gate) * up
         hidden = constrain(hidden, self.compute.mesh, "batch", "length", "mlp")
         return self.einsum("BTF,FD->BTD", hidden, self.down)
@@ -190,7 +196,10 @@ class Embedding(Projections):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, T] -> [B, T, D]."""
-        x = jnp.take(self.weight(self.embedding), tokens, axis=0, mode="clip")
+        # Cast after the lookup: what the lookup takes is what its gradient is reduced in.
+        dtype = self.compute.reduce_dtype or self.compute.dtype
+        table = gathered(self.embedding.get_value(), self.embedding.axes, self.compute.mesh, dtype)
+        x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute.dtype)
         return constrain(x, self.compute.mesh, "batch", "length", "width")
 
 
@@ -255,7 +264,7 @@ class Llama(nnx.Module):
 
     def packed(self, segment_ids: jax.Array) -> Attend:
         """Attention for training: causal inside each segment of int32 [B, T], no cache."""
-        implementation = attention(self.compute.attention, self.compute.mesh)
+        implementation = attention(self.compute.attention, self.compute.mesh, self.compute.dtype)
 
         def attend(query, key, value, cache, index):
             return implementation(query, key, value, segment_ids, self.compute.mesh), cache

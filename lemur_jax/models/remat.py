@@ -7,7 +7,7 @@ that saves from being computed again (D model, H query heads, K key heads, N hea
     query          H·N: the query product and its rotation
     key_value      2K·N: the key and value products and the rotation
     residual       D: the output product
-    mlp_in         2F: the gate and up products, the largest
+    gate, up       F each: the gate and the up product of the mlp, the largest
 
 The policies that offload send the big ones to the host's memory while the next layer computes, and keep in HBM
 what is small or needed at once.
@@ -47,14 +47,21 @@ POLICIES: dict[str, Callable | None] = {
     "attention_all": _keep(*_ATTENTION),
     # Of the products only the mlp's gate and up run twice.
     "mlp": _keep(*_ATTENTION, "residual"),
+    # Only the mlp's up product runs twice.
+    "mlp_gate": _keep(*_ATTENTION, "residual", "gate"),
+    # No product runs twice.
+    "mlp_all": _keep(*_ATTENTION, "residual", "gate", "up"),
     # Every projection's output, but nothing of the size of attention scores.
     "dots": _policies.dots_with_no_batch_dims_saveable,
     # As `full`, `attention` and `mlp`, with the host's help.
     "offload_full": _to_host("layer_in"),
     "offload_attention": _to_host("layer_in", keep=("attention_out", "key_value")),
-    "offload_mlp": _to_host("layer_in", "query", "residual", keep=("attention_out", "key_value")),
+    # What the backward pass of a layer needs last goes to the host, so that it comes back in time.
+    "offload_mlp": _to_host("layer_in", "query", "attention_out", keep=("residual", "key_value")),
     # Everything named, for hosts with memory to spare.
-    "offload_all": _to_host("layer_in", "attention_out", "query", "residual", "mlp_in", keep=("key_value",)),
+    "offload_all": _to_host(
+        "layer_in", "attention_out", "query", "residual", "gate", "up", keep=("key_value",)
+    ),
     # Everything is kept.
     "none": None,
 }

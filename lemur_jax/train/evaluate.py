@@ -1,7 +1,8 @@
-"""Held-out loss of each task, over its whole validation store."""
+"""Held-out loss of each task, over its whole validation store, and what it was before training."""
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from lemur_jax.data.mixture import open_rows
 from lemur_jax.data.rows import Rows
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.parallel.rules import batch_sharding
+from lemur_jax.telemetry.metrics import MetricsWriter, Record
+from lemur_jax.train.balance import balance, check_groups, group_ratios
 from lemur_jax.train.step import Program
 
 
@@ -34,8 +37,9 @@ def open_held_out(config: ConfigDict, tokenizer: Tokenizer) -> list[HeldOut]:
     """The validation stores of `config.eval.tasks`: chat packed whole, text as one stream.
 
     Raises:
-      UserError: a store is missing or of another tokenizer.
+      UserError: a store is missing or of another tokenizer, or a group names a task that is not there.
     """
+    check_groups(config.eval.groups, config.eval.tasks)
     found = []
     for task in config.eval.tasks:
         rows = open_rows(config, tokenizer, task, "validation")
@@ -75,3 +79,59 @@ def evaluate(
         "tokens": tokens,
         "bytes": num_bytes,
     }
+
+
+class Evaluations:
+    """The held-out evaluations of a run: scored, written down, and compared with the one before step 1.
+
+    Args:
+      program, config: of the run.
+      held_out: the tasks.
+      writer: where records go; None on hosts that do not write.
+      say: told in words.
+      records: of this run so far; of a resumed one they hold what was scored at step 0.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        config: ConfigDict,
+        held_out: Sequence[HeldOut],
+        writer: MetricsWriter | None,
+        say: Callable[[str], None],
+        records: Sequence[Record] = (),
+    ):
+        self._program, self._held_out = program, held_out
+        self._writer, self._say = writer, say
+        self._rows = config.eval.batch_rows or config.train.batch_rows // config.train.microbatches
+        self._max_rows = config.eval.max_rows
+        self._groups = check_groups(config.eval.groups, config.eval.tasks)
+        at_start = [record for record in records if record.get("kind") == "eval" and record["step"] == 0]
+        self._first = {record["task"]: record["bits_per_byte"] for record in at_start}
+
+    def score(self, params: Any, step: int) -> dict[str, float]:
+        """Scores every task; the losses (nats a target token) by task."""
+        losses, bits = {}, {}
+        for task in self._held_out:
+            record = evaluate(self._program, params, task, self._rows, self._max_rows)
+            losses[task.task], bits[task.task] = record["loss"], record["bits_per_byte"]
+            figures = f"{record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
+            if step and (before := self._first.get(task.task)):
+                record["change"] = record["bits_per_byte"] / before - 1
+                figures += f" ({record['change']:+.1%} since the start)"
+            if self._writer:
+                self._writer.write({"step": step, "kind": "eval", **record})
+            self._say(f"step {step}: held-out {task.task}: {figures}")
+        if not step:
+            self._first = bits
+        elif ratios := group_ratios(self._first, bits, self._groups):
+            self._write_balance(ratios, step)
+        return losses
+
+    def _write_balance(self, ratios: dict[str, float], step: int) -> None:
+        score = balance(ratios)
+        changes = {f"change/{name}": ratio - 1 for name, ratio in ratios.items()}
+        if self._writer:
+            self._writer.write({"step": step, "kind": "balance", "balance": score, **changes})
+        shown = ", ".join(f"{name} {ratio - 1:+.1%}" for name, ratio in ratios.items())
+        self._say(f"step {step}: balance {score:+.1%} ({shown} bits/byte)")

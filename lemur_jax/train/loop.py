@@ -12,31 +12,39 @@ from ml_collections import ConfigDict
 from lemur_jax.checkpoint.manager import Checkpoints, make_metadata
 from lemur_jax.common.config import to_json
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.loader import Loader
-from lemur_jax.data.mixture import budget, check_budget, format_budget, open_mixture
+from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.hosts import any_host
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.goodput import carried_over
-from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
+from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
+from lemur_jax.telemetry.profiler import check_steps, traced
 from lemur_jax.telemetry.progress import Progress
 from lemur_jax.train import state as states
-from lemur_jax.train.evaluate import HeldOut, evaluate, open_held_out
+from lemur_jax.train.evaluate import Evaluations, open_held_out
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.interruption import Interruption
 from lemur_jax.train.spikes import memory, rollback_target, rolled_back
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program, build
-from lemur_jax.train.steplog import StepLog, began
+from lemur_jax.train.steplog import StepLog
 from lemur_jax.train.workdir import claim
 
 # Between two attempts to save the last step.
 _RETRY_SECONDS = 10.0
 
 
-def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None] = print) -> None:
+def train(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    say: Callable[[str], None] = print,
+    build: Callable[..., Program] = build,
+    profile: range = range(0),
+) -> None:
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
     Killed at any moment and called again, it reaches the parameters that it would have reached: the
@@ -46,10 +54,14 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
       config: a run config.
       workdir: gets `config.json`, `metrics.jsonl` and `checkpoints/`.
       say: gets what a person wants to read.
+      build: makes the program; several runs of one process may share one (`sweep/runner.py`).
+      profile: steps of which every host writes a trace to `WORKDIR/profile`.
 
     Raises:
-      UserError: the config, the data and the workdir do not fit together, or the loss is not finite.
+      UserError: the config, the data, the workdir and `profile` do not fit together, or the loss is not finite.
     """
+    began, started = time.perf_counter(), time.time()
+    check_steps(profile, config.train.steps)
     mesh = make_mesh(config.mesh)
     chief = jax.process_index() == 0
 
@@ -73,13 +85,16 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
         checkpoints = stack.enter_context(_checkpoints(config, workdir, say))
         state, first = _first_state(config, program, checkpoints, metadata)
 
-        spent = carried_over(workdir, first, began()) if chief else {}
+        spent = carried_over(workdir, first, started) if chief else {}
         writer = stack.enter_context(_writer(config, workdir)) if chief else None
         if writer:
-            writer.truncate_after(first)
+            # From step 0 on, what was scored there is scored again.
+            writer.truncate_after(first or -1)
         if first == config.train.steps:
             say(f"{workdir}: already finished at step {first}")
             return
+        if profile and profile.start < first:
+            say(f"no trace: step {profile.start} of --profile was made before this start")
         if chief:
             say(format_budget(needs))
             say(_headline(program, config, first))
@@ -87,14 +102,19 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
         progress = stack.enter_context(
             Progress(config.train.steps, f"train {workdir.name}", "steps", initial=first, enabled=chief)
         )
-        before = _last_train_record(workdir) if chief else {}
-        log = StepLog(writer, progress, mixture, before, spent, program)
+        records = read_metrics(workdir) if chief else []
+        log = StepLog(writer, progress, mixture, _last_train_record(records), spent, program, began)
         if not first:
             log.write_time(0)  # the first start, from which goodput counts
+        evaluations = Evaluations(program, config, held_out, writer, progress.write, records)
         interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
+        if first == 0 and config.init.checkpoint:
+            with log.paused("eval"):
+                evaluations.score(state.params, 0)
         saved_at = time.monotonic()
         loader = Loader(mixture, batch_sharding(mesh))
-        for step, batch in log.waiting(loader.iterate(first, config.train.steps)):
+        batches = log.waiting(loader.iterate(first, config.train.steps))
+        for step, batch in traced(batches, profile, workdir / "profile", finish=log.flush):
             state, metrics = program.step(state, batch)
             done = step + 1
             log.add(done, metrics)
@@ -115,7 +135,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None
                 losses: dict[str, float] = {}
                 if evaluating:
                     with log.paused("eval"):
-                        losses = _evaluate(program, config, state.params, done, held_out, writer, progress)
+                        losses = evaluations.score(state.params, done)
                 if saving:
                     with log.paused("checkpoint"):
                         log.write_time(done)
@@ -256,31 +276,9 @@ def _roll_back(
     return rolled_back(counters, good, state.step, rollbacks + 1), target
 
 
-def _evaluate(
-    program: Program,
-    config: ConfigDict,
-    params: Any,
-    step: int,
-    held_out: Sequence[HeldOut],
-    writer: MetricsWriter | None,
-    progress: Progress,
-) -> dict[str, float]:
-    """Scores every held-out task, tells the metrics file and the person, and gives the losses by task."""
-    losses = {}
-    rows = config.eval.batch_rows or config.train.batch_rows // config.train.microbatches
-    for task in held_out:
-        record = evaluate(program, params, task, rows, config.eval.max_rows)
-        if writer:
-            writer.write({"step": step, "kind": "eval", **record})
-        figures = f"{record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
-        progress.write(f"step {step}: held-out {task.task}: {figures}")
-        losses[task.task] = record["loss"]
-    return losses
-
-
-def _last_train_record(workdir: epath.Path) -> dict[str, Any]:
+def _last_train_record(records: Sequence[Record]) -> Record:
     """What earlier processes of this run wrote of their last step that counts."""
-    trained = [record for record in read_metrics(workdir) if record.get("kind") == "train"]
+    trained = [record for record in records if record.get("kind") == "train"]
     return trained[-1] if trained else {}
 
 

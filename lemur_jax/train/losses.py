@@ -49,11 +49,14 @@ def row_sums(model: Llama, hidden: jax.Array, targets: jax.Array, weights: jax.A
 
     B, T = targets.shape
     size = model.compute.loss_chunk
-    if not size or T % size or size == T:
+    ways = model.compute.mesh.shape["sequence"] if model.compute.mesh else 1
+    if not size or T % size or size == T or size % ways:
         return chunk(hidden, targets, weights)
 
     def split(x):  # [B, T, ...] -> [T / size, B, size, ...]
-        return jnp.moveaxis(x.reshape(B, T // size, size, *x.shape[2:]), 1, 0)
+        # Every chunk takes as much of each device's slice of positions, so that all have work in each.
+        x = jnp.moveaxis(x.reshape(B, ways, T // size, size // ways, *x.shape[2:]), 2, 0)
+        return x.reshape(T // size, B, size, *x.shape[4:])
 
     def add(total: RowSums, part) -> tuple[RowSums, None]:
         return jax.tree.map(jnp.add, total, chunk(*part)), None

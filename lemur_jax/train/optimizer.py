@@ -1,10 +1,11 @@
-"""AdamW as the recipe has it: clipping, decay on matrices only, warmup and cosine counted in updates."""
+"""AdamW, Adafactor or Muon, with clipping, decay on matrices only, and warmup and cosine counted in updates."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
+from optax import contrib
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.train.spikes import check_options, skip_spikes
@@ -26,10 +27,70 @@ def decayed(axes: Mapping[str, Any]) -> dict[str, Any]:
     return jax.tree.map(lambda names: "norm" not in names, dict(axes), is_leaf=lambda x: isinstance(x, tuple))
 
 
+Parts = tuple[optax.GradientTransformation, ...]
+
+
+def _adamw(options: Mapping[str, Any], axes: Mapping[str, Any]) -> Parts:
+    """Loshchilov & Hutter 2019."""
+    return (
+        optax.scale_by_adam(
+            b1=options["b1"], b2=options["b2"], eps=options["eps"], mu_dtype=options["moments_dtype"]
+        ),
+    )
+
+
+def _adafactor(options: Mapping[str, Any], axes: Mapping[str, Any]) -> Parts:
+    """Shazeer & Stern 2018: second moments of rows and columns alone, no first moment.
+
+    Updates are clipped at a root mean square of 1 and, unlike there, not scaled by the parameter's own: the learning
+    rate means what it means for AdamW.
+    """
+    return optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+
+
+def _muon(options: Mapping[str, Any], axes: Mapping[str, Any]) -> Parts:
+    """Jordan et al. 2024 for the layers' matrices, Adam for embedding, head and norm scales.
+
+    Updates are scaled to AdamW's usual root mean square of 0.2 (Liu et al. 2025), so one learning rate serves both.
+    """
+    return (
+        contrib.muon(
+            learning_rate=-1.0,  # the rate and its sign come later, for all optimizers alike
+            eps=options["eps"],
+            mu_dtype=options["moments_dtype"],
+            adam_b1=options["b1"],
+            adam_b2=options["b2"],
+            muon_weight_dimension_numbers=matrices(axes),
+            consistent_rms=0.2,
+        ),
+    )
+
+
+def matrices(axes: Mapping[str, Any]) -> dict[str, Any]:
+    """Which axes Muon takes as rows and columns: those on either side of `embed`; None where it is not used."""
+
+    def numbers(names: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:
+        if "layers" not in names or "embed" not in names:
+            return None
+        width = names.index("embed")
+        others = tuple(place for place, name in enumerate(names) if name not in ("layers", "embed"))
+        return contrib.MuonDimensionNumbers(reduction_axis=(width,), output_axis=others)
+
+    return jax.tree.map(numbers, dict(axes), is_leaf=lambda x: isinstance(x, tuple))
+
+
+# config.optimizer.name -> (options, logical axes) -> what turns a clipped gradient into a direction
+OPTIMIZERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Parts]] = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "muon": _muon,
+}
+
+
 def make_optimizer(
     options: Mapping[str, Any], steps: int, axes: Mapping[str, Any], spikes: Mapping[str, Any] | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of `config.optimizer` (Loshchilov & Hutter 2019).
+    """The optimizer of `config.optimizer`: clipping, a direction, decoupled weight decay, the learning rate.
 
     Its state carries `hyperparams["learning_rate"]`, the rate that the last update really used.
 
@@ -40,8 +101,13 @@ def make_optimizer(
       spikes: `config.spikes`; None: nothing is skipped.
 
     Raises:
-      UserError: a warmup longer than the run, rates that are not positive, or spikes that make no sense.
+      UserError: an unknown name, a warmup longer than the run, rates that are not positive, or spikes that make no
+        sense.
     """
+    if options["name"] not in OPTIMIZERS:
+        raise UserError(
+            f"unknown config.optimizer.name {options['name']!r}: it must be one of {', '.join(OPTIMIZERS)}"
+        )
     if spikes:
         check_options(spikes)
     if not 0 <= options["warmup_steps"] < steps:
@@ -53,13 +119,11 @@ def make_optimizer(
         raise UserError(f"config.optimizer.learning_rate is {options['learning_rate']}: it must be positive")
 
     @optax.inject_hyperparams
-    def adamw(learning_rate):
+    def chain(learning_rate):
         clip = options["clip_norm"]
         update = optax.chain(
             optax.clip_by_global_norm(clip) if clip else optax.identity(),
-            optax.scale_by_adam(
-                b1=options["b1"], b2=options["b2"], eps=options["eps"], mu_dtype=options["moments_dtype"]
-            ),
+            *OPTIMIZERS[options["name"]](options, axes),
             optax.add_decayed_weights(options["weight_decay"], mask=decayed(axes)),
             optax.scale_by_learning_rate(learning_rate),
         )
@@ -67,4 +131,4 @@ def make_optimizer(
             return skip_spikes(update, spikes["factor"], spikes["window"])
         return update
 
-    return adamw(learning_rate=schedule(options, steps))
+    return chain(learning_rate=schedule(options, steps))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.models import llama
@@ -60,26 +60,42 @@ def _with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _place_like(params: Any, optimizer_state: Any, mesh: Mesh) -> Any:
-    """Moments lie where their parameter lies; counters and rates are replicated.
+# What is not of a parameter (counters, rates, coefficients, remembered norms) is no larger.
+_SMALL = 4096
 
-    A moment is known by its path, which ends with the path of its parameter.
+
+def _place_like(params: Any, optimizer_state: Any, mesh: Mesh) -> Any:
+    """Moments lie where their parameter lies, sums over one of its axes where the others lie.
+
+    What belongs to a parameter is known by its path, which ends with the path of the parameter. All that is small
+    and not cut like a parameter is replicated.
     """
     places = dict(jax.tree_util.tree_flatten_with_path(params)[0])
 
     def place(path, leaf):
         for length in range(len(path)):
             parameter = places.get(path[length:])
-            if parameter is not None and parameter.shape == leaf.shape:
-                return _with_sharding(leaf, parameter.sharding)
-        # The norms by which spikes are known are a few numbers.
-        if leaf.ndim == 0 or getattr(path[-1], "name", "") == "norms":
+            spec = parameter and _spec_like(parameter, leaf.shape)
+            if spec is not None:
+                return _with_sharding(leaf, NamedSharding(mesh, spec))
+        if leaf.size <= _SMALL:
             return _with_sharding(leaf, replicated(mesh))
         raise UserError(
             f"optimizer leaf {jax.tree_util.keystr(path)} of shape {leaf.shape} has no sharding rule"
         )
 
     return jax.tree_util.tree_map_with_path(place, optimizer_state)
+
+
+def _spec_like(parameter: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> PartitionSpec | None:
+    """The spec of an array of the parameter's shape, whole or without one axis; None for other shapes."""
+    spec = tuple(parameter.sharding.spec)
+    if shape == parameter.shape:
+        return PartitionSpec(*spec)
+    for axis in range(len(parameter.shape)):
+        if shape == parameter.shape[:axis] + parameter.shape[axis + 1 :]:
+            return PartitionSpec(*spec[:axis], *spec[axis + 1 :])
+    return None
 
 
 def shardings_of(tree: Any) -> Any:

@@ -30,14 +30,7 @@ CLOCK_KEYS = (
 )  # fmt: skip
 
 
-def began() -> float:
-    """When this process began, as near as Python can tell: seconds since 1970."""
-    return time.time() - (time.perf_counter() - _BEGAN)
-
-
 _Item = TypeVar("_Item")
-# JAX and the rooms above are imported by now, the rest of the start is still to come.
-_BEGAN = time.perf_counter()
 
 
 class StepLog:
@@ -52,6 +45,7 @@ class StepLog:
       before: the last train record of the earlier processes of this run; empty for the first one.
       spent: seconds that went to what in earlier processes, see `telemetry.goodput.carried_over`.
       program: for the FLOPs of a step and the chips that make them; None leaves utilization out.
+      began: `time.perf_counter()` when the run began.
     """
 
     def __init__(
@@ -62,6 +56,7 @@ class StepLog:
         before: Mapping[str, Any],
         spent: Mapping[str, float] | None = None,
         program: Program | None = None,
+        began: float | None = None,
     ):
         self._writer = writer
         self._progress = progress
@@ -77,7 +72,8 @@ class StepLog:
         # Wall seconds of the run by what they went to.
         self._spent = collections.Counter(spent or {})
         self._wall_before = self._spent.pop("wall", 0.0)
-        self._spent["startup"] += self._since - _BEGAN
+        self._began = self._since if began is None else began
+        self._spent["startup"] += self._since - self._began
         self._compiled = False
 
     def waiting(self, batches: Iterable[_Item]) -> Iterator[_Item]:
@@ -155,7 +151,7 @@ class StepLog:
     def write_time(self, step: int) -> None:
         """Writes where the wall time of the run has gone until now."""
         if self._writer:
-            wall = self._wall_before + time.perf_counter() - _BEGAN
+            wall = self._wall_before + time.perf_counter() - self._began
             self._writer.write({"step": step, **time_record(self._spent, wall)})
 
     def rolled_back(self, step: int, target: int) -> None:

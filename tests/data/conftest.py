@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lemur_jax.common.config import default_config
 from lemur_jax.data.chat import CHATML_TOKENS
 from lemur_jax.data.store import StoreWriter, TokenStore
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.data.tokenizer_files import extend, train_sentencepiece
+from lemur_jax.models.presets import preset
 
 VOCAB_SIZE = 700
 
@@ -81,6 +83,49 @@ def random_documents() -> Callable[..., list[np.ndarray]]:
     def make(count: int, longest: int, seed: int = 0) -> list[np.ndarray]:
         rng = np.random.default_rng(seed)
         return [rng.integers(0, 1000, rng.integers(1, longest + 1)) for _ in range(count)]
+
+    return make
+
+
+@pytest.fixture
+def task():
+    """task(train, validation=..., name="made_up") registers records under a name and returns their source."""
+    import seqio
+
+    from tests.data.list_source import ListSource
+
+    names = []
+
+    def add(train, validation=(), name="made_up"):
+        names.append(name)
+        train, validation = list(train), list(validation)
+        source = ListSource({"train": train, "validation": validation or train[:1]})
+        seqio.TaskRegistry.add(name, source=source, output_features={}, metric_fns=[])
+        return source
+
+    yield add
+    for name in names:
+        seqio.TaskRegistry.remove(name)
+
+
+@pytest.fixture
+def make_config(tmp_path, tokenizer_dir):
+    """make_config(*sources, held_out=(), **options) -> a small config with its stores in tmp_path."""
+
+    def make(*sources, held_out=(), **options):
+        config = default_config(preset("quickstart").to_dict())
+        config.tokenizer.path = str(tokenizer_dir)
+        config.data.stores = str(tmp_path / "stores")
+        config.data.sequence_length = 32
+        config.data.sources = {
+            name: {"share": 1.0, "packing": "concat", "max_epochs": 0.0} for name in sources
+        }
+        config.eval.tasks = tuple(held_out)
+        config.prepare.workers = 1
+        config.train.steps = 10
+        config.train.batch_rows = 4
+        config.update_from_flattened_dict(options)
+        return config
 
     return make
 

@@ -116,6 +116,17 @@ def test_a_config_shows_what_it_trains_on(config):
     assert shown.count("--- code, row") == shown.count("--- talks, row") == 1
 
 
+def test_stages_are_shown_each_for_itself(config):
+    config.data.sources.talks.share = 0.0
+    config.data.stages = {"anneal": {"step": 150, "shares": {"code": 1.0, "talks": 1.0}}}
+    shown = inspect_config(config)
+    first, second = shown.index("the first 100 steps of start"), shown.index("the first 50 steps of anneal")
+    assert re.search(r"^talks +0\.00% +0\.00%", shown[first:second], flags=re.MULTILINE)
+    assert re.search(r"^talks +50\.00% +(49\.\d|50\.\d)", shown[second:], flags=re.MULTILINE)
+    assert "start, step 0 on  anneal, step 150 on" in shown
+    assert shown.count("--- talks, row") == 1  # a row of the stage that it comes in
+
+
 def test_the_documents_of_a_row_are_divided(config, text_store, tokenizer):
     config.data.sequence_length = 4 * int(np.diff(text_store.offsets())[0])
     shown = inspect_config(config)

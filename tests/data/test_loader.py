@@ -139,11 +139,11 @@ from lemur_jax.data.mixture import Mixture, Source
 from lemur_jax.data.rows import ConcatRows
 from lemur_jax.data.store import TokenStore
 
-path, port, process, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-jax.config.update("jax_num_cpu_devices", 4)
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+path, port, hosts, process, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+jax.config.update("jax_num_cpu_devices", 8 // hosts)
+jax.distributed.initialize(f"127.0.0.1:{port}", hosts, process)
 assert jax.device_count() == 8
-# Groups of four rows go to the first host, the second, the first, the second.
+# Groups of four rows: with two hosts they go to the first, the second, the first, the second.
 devices = np.array(jax.devices())[[0, 1, 4, 5, 2, 3, 6, 7]].reshape(4, 2)
 sharding = NamedSharding(Mesh(devices, ("a", "b")), PartitionSpec("a", "b"))
 rows = ConcatRows(TokenStore.open(path), 24)
@@ -158,24 +158,28 @@ np.savez(out, tokens=tokens, read=count)
 """
 
 
-def test_each_host_reads_its_own_rows_alone(make_store, random_documents, tmp_path):
+@pytest.mark.parametrize(
+    "groups_of_hosts", [([0, 2], [1, 3]), ([0], [2], [1], [3])], ids=["2 hosts", "4 hosts"]
+)
+def test_each_host_reads_its_own_rows_alone(make_store, random_documents, tmp_path, groups_of_hosts):
     store = make_store(random_documents(200, 40))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "host.py").write_text(HOST)
-    command = [sys.executable, str(tmp_path / "host.py"), str(store.path), str(port)]
-    hosts = [subprocess.Popen([*command, str(i), str(tmp_path / f"{i}.npz")]) for i in range(2)]
+    count = len(groups_of_hosts)
+    command = [sys.executable, str(tmp_path / "host.py"), str(store.path), str(port), str(count)]
+    hosts = [subprocess.Popen([*command, str(i), str(tmp_path / f"{i}.npz")]) for i in range(count)]
     try:
-        assert [host.wait(timeout=60) for host in hosts] == [0, 0]
+        assert [host.wait(timeout=60) for host in hosts] == [0] * count
     finally:
         for host in hosts:
             host.kill()
-    first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
-    assert first["read"].tolist() == second["read"].tolist() == [8]
     mixture = Mixture([Source(name="text", rows=ConcatRows(store, LENGTH), share=1.0)], seed=7, batch_rows=16)
     expected = expected_batch(mixture, 3)["tokens"]
-    here = np.arange(16) // 4 % 2 == 0
-    for tokens, held in ((first["tokens"], here), (second["tokens"], ~here)):
-        np.testing.assert_array_equal(tokens[held], expected[held])
-        assert (tokens[~held] == -1).all()
+    for number, groups in enumerate(groups_of_hosts):
+        with np.load(tmp_path / f"{number}.npz") as host:
+            held = np.isin(np.arange(16) // 4, groups)
+            assert host["read"].tolist() == [held.sum()]
+            np.testing.assert_array_equal(host["tokens"][held], expected[held])
+            assert (host["tokens"][~held] == -1).all()

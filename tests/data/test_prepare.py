@@ -4,61 +4,16 @@ import json
 import random
 
 import pytest
+import tensorflow as tf
 
-from lemur_jax.common.config import default_config
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import documents, prepare_tokenizer
 from lemur_jax.data.chat import CHATML_TOKENS, encode_chat
-from lemur_jax.data.prepare import prepare
-from lemur_jax.data.store import TokenStore, read_manifest
+from lemur_jax.data.manifest import read_manifest
+from lemur_jax.data.prepare import prepare  # first: it keeps TensorFlow quiet
+from lemur_jax.data.store import TokenStore
 from lemur_jax.data.tokenizer import Tokenizer
-from lemur_jax.models.presets import preset
-
-# After prepare, which keeps TensorFlow quiet.
-import seqio  # isort: skip
-import tensorflow as tf  # isort: skip
-
-STRING = tf.TensorSpec((), tf.string)
-
-
-class ListSource(seqio.FunctionDataSource):
-    """Records that a test can change; an exception among them is raised when it is reached."""
-
-    def __init__(self, records):
-        self.records = records
-        super().__init__(self._dataset, splits=list(records))
-
-    def _dataset(self, split, shuffle_files, seed=None):
-        features = next((r for r in self.records[split] if isinstance(r, dict)), {"text": b""})
-        return tf.data.Dataset.from_generator(
-            lambda: self._generate(split), output_signature=dict.fromkeys(features, STRING)
-        )
-
-    def _generate(self, split):
-        for item in self.records[split]:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-
-    def fingerprint(self, split):
-        return repr(self.records[split])
-
-
-@pytest.fixture
-def task():
-    """task(train, validation=..., name="made_up") registers records under a name and returns their source."""
-    names = []
-
-    def add(train, validation=(), name="made_up"):
-        names.append(name)
-        train, validation = list(train), list(validation)
-        source = ListSource({"train": train, "validation": validation or train[:1]})
-        seqio.TaskRegistry.add(name, source=source, output_features={}, metric_fns=[])
-        return source
-
-    yield add
-    for name in names:
-        seqio.TaskRegistry.remove(name)
+from tests.data.list_source import run
 
 
 def text_records(count, seed=0):
@@ -75,32 +30,6 @@ def chat_records(count, talk=TALK):
     for index in range(count):
         messages = [*talk[:-1], {"role": talk[-1]["role"], "content": f"Answer {index}."}]
         yield {"messages": json.dumps(messages), "id": f"talk-{index}"}
-
-
-@pytest.fixture
-def make_config(tmp_path, tokenizer_dir):
-    def make(*sources, held_out=(), **options):
-        config = default_config(preset("quickstart").to_dict())
-        config.tokenizer.path = str(tokenizer_dir)
-        config.data.stores = str(tmp_path / "stores")
-        config.data.sequence_length = 32
-        config.data.sources = {
-            name: {"share": 1.0, "packing": "concat", "max_epochs": 0.0} for name in sources
-        }
-        config.eval.tasks = tuple(held_out)
-        config.prepare.workers = 1
-        config.train.steps = 10
-        config.train.batch_rows = 4
-        config.update_from_flattened_dict(options)
-        return config
-
-    return make
-
-
-def run(config):
-    said = []
-    prepare(config, say=said.append)
-    return said
 
 
 def files_of(directory):
@@ -318,6 +247,7 @@ def test_an_empty_corpus_names_its_task(task, make_config, tmp_path):
         (["made_up"], [], {"tokenizer.chat_template": "x.jinja"}, r"tokenizer\.chat_template goes with"),
         (["made_up"], [], {"tokenizer.train_vocab_size": 800}, r"has 700 tokens, .*train_vocab_size is 800"),
         (["made_up"], [], {"model.vocab_size": 600}, r"has 700 tokens, model\.vocab_size is 600"),
+        (["made_up"], [], {"data.stages": {"late": {"step": 1, "shares": {"x": 1.0}}}}, r"shares names 'x'"),
         (["made_up"], [], {"data.modules": ("no_module",)}, r"'no_module' of data\.modules"),
     ],
 )

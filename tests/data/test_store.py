@@ -5,7 +5,8 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import arrays
-from lemur_jax.data.store import StoreWriter, TokenStore, read_manifest
+from lemur_jax.data.manifest import read_manifest
+from lemur_jax.data.store import StoreWriter, TokenStore
 
 FIELDS = {
     "task": "t",
@@ -65,6 +66,19 @@ def test_loss_mask(make_store):
     assert store.loss_mask(np.array([5, 0]), np.array([2, 1])).tolist() == [1, 0, 1]
     # The first token of a document is nobody's target.
     assert store.manifest.supervised_tokens == 3
+
+
+def test_a_file_that_is_gone_is_an_error_and_no_zeros(make_store, tmp_path):
+    mask = np.zeros(9000, np.uint8)  # two chunks of nothing but zeros: they are stored too
+    mask[-1] = 1
+    store = make_store([np.arange(9000) % 100], masks=[mask])
+    np.testing.assert_array_equal(store.loss_mask(np.array([0]), np.array([9000])), mask)
+    (path,) = {file.parents[2] for file in tmp_path.rglob("loss_mask/c/*")}
+    (path / "loss_mask" / "c" / "0").unlink()
+    again = TokenStore.open(path)
+    np.testing.assert_array_equal(again.tokens(np.array([0]), np.array([9000])), np.arange(9000) % 100)
+    with pytest.raises(UserError, match=r"cannot be read: .*loss_mask/c/0.* is missing; put the file back"):
+        again.loss_mask(np.array([0]), np.array([9000]))
 
 
 def test_manifest(make_store, tmp_path):
@@ -166,6 +180,10 @@ def test_missing_damaged_empty_and_foreign_stores(make_store, tmp_path):
     file.write_text(json.dumps(json.loads(whole) | {"format_version": 99, "new_field": 1}))
     with pytest.raises(UserError, match="format version 99, this program reads 1"):
         TokenStore.open(tmp_path / "a/train")
+    for damaged in (whole[:40], "[]", "{}", whole.replace('"documents"', '"dokuments"')):
+        file.write_text(damaged)
+        with pytest.raises(UserError, match=r"manifest.json is damaged .*: make it again"):
+            TokenStore.open(tmp_path / "a/train")
     file.write_text(whole)
     (tmp_path / "a/train/offsets/zarr.json").unlink()
     with pytest.raises(UserError, match="damaged"):

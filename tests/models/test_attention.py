@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models.attention import attention, xla_attention
+from lemur_jax.models.attention import IMPLEMENTATIONS, attention, cudnn_attention, xla_attention
+from lemur_jax.parallel.mesh import AXES, make_mesh
 
 B, T, H, K, N = 2, 300, 4, 2, 8  # T is no multiple of the block
 
@@ -62,3 +63,57 @@ def test_backward_against_finite_differences(arrays):
 def test_unknown_implementation_lists_the_known():
     with pytest.raises(UserError, match="xla"):
         attention("flash9")
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    """cuDNN's kernels replaced by what JAX computes in their place: the call, the masks and the cutting are ours."""
+    original = jax.nn.dot_product_attention
+
+    def call(*arrays, implementation, **options):
+        assert implementation == "cudnn"
+        return original(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", call)
+
+
+@pytest.mark.parametrize("documents", [1, 3])
+@pytest.mark.parametrize("shape", [None, (1, 2, 1, 2)])
+def test_cudnn_sees_documents_and_their_gradients(arrays, without_gpu, documents, shape):
+    query, key, value, segments = arrays
+    segments = np.minimum(segments, documents)
+    mesh = shape and make_mesh(dict(zip(AXES, shape, strict=True)), jax.devices()[: int(np.prod(shape))])
+    inputs = [jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)]
+
+    def pulled(attend):
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, jnp.asarray(segments), mesh), *inputs)
+        return out, *pull(jnp.ones_like(out))
+
+    ours, theirs = jax.jit(lambda: pulled(cudnn_attention))(), pulled(xla_attention)
+    rounded = [np.asarray(x, np.float64) for x in inputs]
+    np.testing.assert_allclose(np.asarray(ours[0], np.float64), reference(*rounded, segments), atol=0.02)
+    for mine, other in zip(ours[1:], theirs[1:], strict=True):
+        np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(other, np.float32), atol=0.06)
+
+
+def test_cudnn_refuses_what_it_cannot_do(arrays):
+    query, key, value, segments = (jnp.asarray(x) for x in arrays)
+    with pytest.raises(UserError, match="needs bfloat16"):
+        cudnn_attention(query, key, value, segments, None)
+    mesh = make_mesh(dict(zip(AXES, (1, 1, 2, 1), strict=True)), jax.devices()[:2])
+    with pytest.raises(UserError, match="config.mesh.sequence"):
+        cudnn_attention(*(x.astype(jnp.bfloat16) for x in (query, key, value)), segments, mesh)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "name"),
+    [
+        ("cpu", "bfloat16", "xla"),
+        ("gpu", "bfloat16", "cudnn"),
+        ("gpu", "float32", "xla"),
+        ("tpu", "bfloat16", "xla"),  # the splash kernels need a mesh
+    ],
+)
+def test_auto_takes_what_fits_the_device(monkeypatch, platform, dtype, name):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert attention("auto", None, dtype) is IMPLEMENTATIONS[name]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lemur_jax.models.linear import product, sharded_product
+from lemur_jax.models.linear import Reduction, product, sharded_product
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import spec
 
@@ -18,9 +18,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)])
+@pytest.mark.parametrize(
+    ("shape", "exchange"),
+    [((1, 8, 1, 1), True), ((2, 2, 1, 2), True), ((1, 2, 2, 2), True), ((2, 2, 1, 2), False)],
+)
 @pytest.mark.parametrize(("equation", "axes", "weight_shape", "x_shape"), CASES)
-def test_same_result_and_gradients_as_autodiff(equation, axes, weight_shape, x_shape, shape):
+def test_same_result_and_gradients_as_autodiff(equation, axes, weight_shape, x_shape, shape, exchange):
     mesh = make_mesh(dict(zip(("data", "fsdp", "sequence", "tensor"), shape, strict=True)))
     rng = np.random.default_rng(0)
     x, weight = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in (x_shape, weight_shape))
@@ -29,10 +32,13 @@ def test_same_result_and_gradients_as_autodiff(equation, axes, weight_shape, x_s
         return lambda x, weight: jnp.sum(jnp.sin(multiply(x, weight)))
 
     plain = jax.value_and_grad(loss(lambda x, w: product(equation, x, w)), argnums=(0, 1))(x, weight)
+    reduction = Reduction("float32", exchange)
     placed = NamedSharding(mesh, spec(mesh, axes, weight_shape))
     batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
     ours = jax.jit(
-        jax.value_and_grad(loss(lambda x, w: sharded_product(equation, axes, mesh, x, w)), argnums=(0, 1))
+        jax.value_and_grad(
+            loss(lambda x, w: sharded_product(equation, axes, mesh, reduction, x, w)), argnums=(0, 1)
+        )
     )(jax.device_put(x, batch), jax.device_put(weight, placed))
     assert ours[1][1].sharding.is_equivalent_to(placed, weight.ndim)
     for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
@@ -46,7 +52,9 @@ def test_the_gradient_travels_by_all_to_all():
     x = jax.ShapeDtypeStruct(x_shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
     weight = jax.ShapeDtypeStruct(weight_shape, jnp.float32, sharding=placed)
     gradient = jax.grad(
-        lambda w, x: jnp.sum(sharded_product(equation, axes, mesh, x, w).astype(jnp.float32) ** 2)
+        lambda w, x: jnp.sum(
+            sharded_product(equation, axes, mesh, Reduction("bfloat16", True), x, w).astype(jnp.float32) ** 2
+        )
     )
     compiled = jax.jit(gradient, out_shardings=placed).lower(weight, x).compile().as_text()
     assert "all-to-all" in compiled

@@ -132,7 +132,9 @@ def test_barrier_opens_when_all_have_come(run, monkeypatch):
 
 
 def test_one_host_needs_nobody():
-    liveness.barrier("alone", 0)
-    liveness.agree("alone", "x", 0)
+    """Neither a barrier without time to wait nor a watch over nobody holds one process up or leaves a thread."""
+    threads = threading.active_count()
+    assert liveness.barrier("alone", 0) is None
+    assert liveness.agree("alone", "x", 0) is None
     with liveness.watched(1):
-        pass
+        assert threading.active_count() == threads

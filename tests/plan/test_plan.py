@@ -1,6 +1,7 @@
 """Plans of a model of Llama-2-70B's width and two layers, compiled by the real TPU compiler."""
 
 import json
+import re
 
 import pytest
 
@@ -8,6 +9,7 @@ from lemur_jax.common.config import default_config
 from lemur_jax.common.errors import UserError
 from lemur_jax.models.presets import preset
 from lemur_jax.plan import compile as compiling
+from lemur_jax.plan import topologies
 from lemur_jax.plan.plan import GIB, plan, report
 from lemur_jax.telemetry.flops import parameter_counts
 
@@ -71,6 +73,36 @@ def test_what_does_not_fit_is_said():
     assert made.step_seconds is None
     assert made.hbm_bytes_per_chip > 20 * GIB
     assert "DOES NOT FIT" in report(made)
+
+
+@pytest.mark.parametrize(("dtype", "short", "moved"), [("", "bf16", 2), ("float32", "f32", 4)])
+def test_gradients_travel_in_the_dtype_of_the_config(dtype, short, moved, tmp_path):
+    """On v4 by all-to-alls; 2 or 4 bytes for each weight of the layer."""
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    options = default_config(preset("tiny", hidden_size=1024, intermediate_size=2048, head_dim=128).to_dict())
+    options.data.sequence_length = 512
+    options.train.batch_rows = 8
+    options.compute.loss_chunk = 0
+    options.compute.reduce_dtype = dtype
+    made = plan(options, "v4-16", hlo_path=str(tmp_path / "step.hlo"))
+    text = (tmp_path / "step.hlo").read_text()
+    sent = re.findall(r"= \(?(\w+)\[.* all-to-all(?:-start)?\(", text)
+    assert set(sent) == {short}
+    layers = parameter_counts(preset("tiny", hidden_size=1024, intermediate_size=2048, head_dim=128))
+    weights = layers.attention + layers.mlp
+    found = {row["kind"]: row["bytes"] for row in made.collectives}
+    assert found["all-to-all"] == pytest.approx(moved * weights, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "share"), [("adafactor", 0.01), ("muon", 1.1)])
+def test_states_of_other_optimizers_are_counted(name, share):
+    """Against AdamW's two moments a parameter in `test_two_layers_of_70b`."""
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    options = config()
+    options.optimizer.name = name
+    program = compiling.program(options, topologies.find("v4-32", 1))
+    state, params = (compiling.device_bytes(tree) for tree in (program.state.optimizer, program.state.params))
+    assert 0.2 * share < state / params < share
 
 
 def test_the_mesh_must_cover_the_slice():

@@ -27,7 +27,7 @@ def log_records(data):
 
 
 def test_offline_run_holds_every_number(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -37,6 +37,7 @@ def test_offline_run_holds_every_number(tmp_path, monkeypatch):
         writer.write({"step": 3, "kind": "train", "loss": 2.5, "loss/code": 1.25, "grad_norm": float("nan")})
         writer.write({"step": 3, "kind": "eval", "task": "docs", "bits_per_byte": 0.5})
         writer.write({"step": 4, "kind": "skip", "grad_norm": 9.0, "documents": ["code/a"]})
+    wandb.teardown()  # ends W&B's own process, which writes the file
     (file,) = (workdir / "wandb").glob("offline-run-*/*.wandb")
     rows, names = [], []
     for data in log_records(file.read_bytes()):

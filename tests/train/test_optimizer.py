@@ -1,15 +1,22 @@
-"""AdamW, clipping, decay mask and schedule against torch's, which shares no code with optax."""
+"""AdamW, clipping, decay mask and schedule against torch's, which shares no code with optax.
+
+Adafactor and Muon against optax used directly, on a tree that is not sharded and whose layers lie apart.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
+from optax import contrib
 
-from lemur_jax.models.llama import logical_axes
+from lemur_jax.common.errors import UserError
+from lemur_jax.models.llama import abstract_params, logical_axes
 from lemur_jax.models.presets import preset
 from lemur_jax.train.optimizer import decayed, make_optimizer, schedule
-from tests.train.tiny import tiny_config
+from lemur_jax.train.state import abstract_state, shardings_of
+from tests.train.tiny import program_on, tiny_config
 
 AXES = {"matrix": ("embed", "mlp"), "layers": {"scale": ("layers", "norm")}}
 
@@ -68,3 +75,142 @@ def test_norm_scales_are_not_decayed_even_stacked():
     }
     assert {key for key, value in flat.items() if not value} == {key for key in flat if "norm" in key}
     assert len([value for value in flat.values() if not value]) == 3
+
+
+RATE, DECAY = 0.01, 0.1
+
+
+def options(name):
+    found = tiny_config().optimizer
+    found.name = name
+    found.learning_rate = found.final_learning_rate = RATE
+    found.warmup_steps = 0
+    found.clip_norm = 0.0
+    return found
+
+
+def sharded_updates(name, mesh_shape=(1, 4, 1, 2), steps=3):
+    """(parameters before, gradients, parameters after) of a model whose matrices are large enough to be factored."""
+    config = tiny_config(hidden_size=256, intermediate_size=512, head_dim=128)
+    config.optimizer.update(options(name))
+    program = program_on(mesh_shape, config)
+    rng = np.random.default_rng(0)
+    shapes = abstract_params(program.model)
+    first = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    gradients = [
+        jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+        for _ in range(steps)
+    ]
+    where = shardings_of(program.state)
+    params = jax.device_put(first, where.params)
+    state = jax.jit(program.optimizer.init, out_shardings=where.optimizer)(params)
+
+    def update(params, state, gradient):
+        changes, state = program.optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, changes), state
+
+    update = jax.jit(update, out_shardings=(where.params, where.optimizer))
+    for gradient in gradients:
+        params, state = update(params, state, jax.device_put(gradient, where.params))
+    return first, gradients, jax.device_get(params)
+
+
+def alone(optimizer, first, gradients):
+    state, params = optimizer.init(first), first
+    update = jax.jit(optimizer.update)
+    for gradient in gradients:
+        changes, state = update(gradient, state, params)
+        params = optax.apply_updates(params, changes)
+    return params
+
+
+def assert_equal(ours, theirs):
+    for (path, mine), other in zip(
+        jax.tree_util.tree_flatten_with_path(ours)[0], jax.tree.leaves(theirs), strict=True
+    ):
+        np.testing.assert_allclose(mine, other, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_adafactor_equals_optax():
+    first, gradients, ours = sharded_updates("adafactor")
+    reference = optax.adafactor(
+        RATE,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=RATE * DECAY,
+        weight_decay_mask=lambda tree: jax.tree_util.tree_map_with_path(
+            lambda path, _: "norm" not in jax.tree_util.keystr(path), tree
+        ),
+    )
+    assert_equal(ours, alone(reference, first, gradients))
+
+
+def test_muon_equals_optax_on_each_layers_own_matrices():
+    first, gradients, ours = sharded_updates("muon")
+    first, gradients, ours = (apart(tree) for tree in (first, gradients, ours))
+    reference = contrib.muon(RATE, weight_decay=DECAY, adam_b2=0.95, consistent_rms=0.2)
+    embedding = optax.chain(
+        optax.scale_by_adam(b1=0.9, b2=0.95, nesterov=True),
+        optax.add_decayed_weights(DECAY),
+        optax.scale_by_learning_rate(RATE),
+    )
+    for name, leaf in first.items():
+        # Embedding and head are not orthogonalized.
+        optimizer = embedding if name.startswith(("['embed']", "['head']")) else reference
+        assert_equal(ours[name], alone(optimizer, leaf, [gradient[name] for gradient in gradients]))
+
+
+def apart(tree):
+    """Every layer's matrices as [D, all the rest] or [all the rest, D], by name and layer; other leaves as they are."""
+    if isinstance(tree, list):
+        return [apart(each) for each in tree]
+    axes = jax.tree_util.tree_flatten_with_path(
+        logical_axes(preset("tiny", hidden_size=256)), is_leaf=lambda x: isinstance(x, tuple)
+    )[0]
+    found = {}
+    for (path, names), leaf in zip(axes, jax.tree.leaves(tree), strict=True):
+        name = jax.tree_util.keystr(path)
+        if names[0] != "layers":
+            found[name] = leaf
+            continue
+        for layer, matrix in enumerate(leaf):
+            if names[-1] == "embed":
+                matrix = matrix.reshape(-1, 256)
+            elif names[1] == "embed":
+                matrix = matrix.reshape(256, -1)
+            found[f"{name} {layer}"] = matrix
+    return found
+
+
+@pytest.mark.parametrize(("name", "share"), [("adamw", 2.0), ("muon", 1.2), ("adafactor", 0.05)])
+def test_every_state_is_cut_like_its_parameter(name, share):
+    """Bytes a device, against those of the parameters, on a mesh of eight."""
+    config = tiny_config(hidden_size=256, intermediate_size=512, head_dim=128)
+    config.optimizer.name = name
+    program = program_on((1, 8, 1, 1), config)
+    cut = [leaf for leaf in jax.tree.leaves(program.state.optimizer) if leaf.size > 4096]
+    assert all(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in cut if 256 in leaf.shape)
+
+    def held(tree):
+        return sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+    assert held(program.state.optimizer) < share * held(program.state.params) * 1.05
+
+
+def test_moments_in_bfloat16():
+    config = tiny_config()
+    config.optimizer.moments_dtype = "bfloat16"
+    state = program_on((1, 8, 1, 1), config).state.optimizer.inner_state[1]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.mu)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.nu)} == {"float32"}
+
+
+def test_unknown_optimizer_is_named():
+    with pytest.raises(UserError, match="'adam'.*adamw, adafactor, muon"):
+        make_optimizer(dict(options("adamw"), name="adam"), 10, AXES)
+
+
+def test_a_large_leaf_without_a_parameter_is_refused():
+    program = program_on((1, 8, 1, 1))
+    odd = optax.GradientTransformation(lambda params: np.zeros(10_000), lambda g, s, p=None: (g, s))
+    with pytest.raises(UserError, match="no sharding rule"):
+        abstract_state(program.model, "float32", odd, program.mesh)

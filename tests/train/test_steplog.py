@@ -53,7 +53,6 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(steplog, "time", clock)
     monkeypatch.setattr(goodput, "time", clock)
-    monkeypatch.setattr(steplog, "_BEGAN", clock.now - 7.0)
     return clock
 
 
@@ -75,7 +74,7 @@ def run(clock, steps=4, kind="TPU v4", devices=256, spent=None, **more):
     )
     writer = Keep()
     progress = Keep()
-    log = StepLog(writer, progress, mixture, {}, spent, program(kind, devices))
+    log = StepLog(writer, progress, mixture, {}, spent, program(kind, devices), clock.now - 7.0)
     keys = ("loss", "learning_rate", "grad_norm", "param_norm", "update_norm")
     metrics = {key: np.float32(1.5) for key in keys}
     metrics |= {"target_tokens": np.float32(1000), "finite_rows": np.ones(ROWS, bool)}

@@ -1,0 +1,106 @@
+"""What a run needs of each source and what there is: said before step 0, as a table."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.mixture import Mixture
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Need:
+    """What a run needs of one source.
+
+    Attributes:
+      name: of the source.
+      rows_wanted, rows_available: visits in the whole run, and rows of one epoch.
+      tokens_wanted, tokens_available: the same in real (not padding) positions.
+      max_epochs: the cap; 0: none.
+      shares: its part of the tokens of each stage that the run reaches, by what to call that.
+    """
+
+    name: str
+    rows_wanted: int
+    rows_available: int
+    tokens_wanted: int
+    tokens_available: int
+    max_epochs: float
+    shares: Mapping[str, float]
+
+    @property
+    def epochs(self) -> float:
+        return self.rows_wanted / self.rows_available
+
+    @property
+    def exceeded(self) -> bool:
+        return bool(self.max_epochs) and self.rows_wanted > Fraction(self.max_epochs) * self.rows_available
+
+
+def budget(mixture: Mixture, steps: int) -> list[Need]:
+    """What a run of so many updates needs of each source."""
+    wanted = mixture.rows_before(steps * mixture.batch_rows)
+    stages = [stage for stage in mixture.stages if stage.step < steps]
+    shares = {}
+    for number, stage in enumerate(stages):
+        stop = stages[number + 1].step if stage is not stages[-1] else steps
+        label = f"{stage.name}, step {stage.step:,} on"
+        shares[label] = stage_shares(mixture, stage.step, stop)
+    return [
+        Need(
+            name=source.name,
+            rows_wanted=wanted[index],
+            rows_available=len(source.rows),
+            tokens_wanted=wanted[index] * source.rows.num_tokens // len(source.rows),
+            tokens_available=source.rows.num_tokens,
+            max_epochs=source.max_epochs,
+            shares={label: parts[index] for label, parts in shares.items()},
+        )
+        for index, source in enumerate(mixture.sources)
+    ]
+
+
+def stage_shares(mixture: Mixture, start: int, stop: int) -> list[float]:
+    """What each source makes up of the tokens of updates [start, stop)."""
+    bounds = (mixture.rows_before(step * mixture.batch_rows) for step in (start, stop))
+    rows = [after - before for before, after in zip(*bounds, strict=True)]
+    tokens = [
+        n * source.rows.num_tokens / len(source.rows) for n, source in zip(rows, mixture.sources, strict=True)
+    ]
+    return [count / sum(tokens) for count in tokens]
+
+
+def check_budget(needs: Sequence[Need]) -> None:
+    """Raises UserError if a source would be repeated more often than it may be."""
+    for need in needs:
+        if need.exceeded:
+            raise UserError(
+                f"source {need.name}: the run needs {need.tokens_wanted:,} tokens, {need.epochs:.2f} epochs"
+                f" of its {need.tokens_available:,}, and data.sources.{need.name}.max_epochs is"
+                f" {need.max_epochs:g}: raise that (0: no limit), lower the share or train.steps, or prepare"
+                " more data"
+            )
+
+
+def format_budget(needs: Sequence[Need]) -> str:
+    """The budget as a table for people; of several stages with the shares in each."""
+    total = sum(need.tokens_wanted for need in needs)
+    stages = list(needs[0].shares) if len(needs[0].shares) > 1 else []
+    lines = [("source", *stages, "share", "tokens wanted", "available", "epochs", "allowed")]
+    for need in needs:
+        lines.append(
+            (
+                need.name,
+                *(f"{need.shares[stage]:.2%}" for stage in stages),
+                f"{need.tokens_wanted / max(total, 1):.2%}",
+                f"{need.tokens_wanted:,}",
+                f"{need.tokens_available:,}",
+                f"{need.epochs:.2f}",
+                (f"{need.max_epochs:g}" if need.max_epochs else "any") + (" !" if need.exceeded else ""),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in line)
+        for line in (enumerate(zip(cells, widths, strict=True)) for cells in lines)
+    )

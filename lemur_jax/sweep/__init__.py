@@ -1,0 +1,1 @@
+"""Many short runs from one base: what each mixture of data gives and costs."""

@@ -1,0 +1,144 @@
+"""Models merged with the weights that training began from; nothing is trained again.
+
+With θ0 the start, θ a trained run and λ the weight:
+  linear      θ0 + λ (θ - θ0), for each run (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models")
+  arithmetic  θ0 + λ Σ (θi - θ0) over the runs of a seed that saw one part of the data alone (Ilharco et al. 2023,
+              "Editing models with task arithmetic")
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from lemur_jax.checkpoint.manager import restore_params
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.sweep.runs import SweepRun, run_config, run_directory
+from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
+from lemur_jax.train.evaluate import Evaluations, open_held_out
+from lemur_jax.train.initial import initial_params
+from lemur_jax.train.step import Program
+
+KINDS = ("linear", "arithmetic")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Merge:
+    """One merged model: the start plus `weight` times what each of `parts` has learned."""
+
+    kind: str
+    weight: float
+    parts: tuple[SweepRun, ...]
+
+    @property
+    def seed(self) -> int:
+        return self.parts[0].seed
+
+    @property
+    def variant(self) -> str:
+        """What merges that differ in their seed alone have in common."""
+        return f"{' + '.join(part.variant for part in self.parts)}, {self.kind} {self.weight:g}"
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        return f"{self.kind}-{self.weight:g}_{'+'.join(part.name for part in self.parts)}"
+
+
+def plan_merges(merges: Sequence[str], runs: Sequence[SweepRun]) -> list[Merge]:
+    """The merged models of a sweep, those of one variant together.
+
+    Args:
+      merges: like "linear:0.5" and "arithmetic:0.5".
+      runs: all of the sweep's.
+
+    Raises:
+      UserError: not such a text, or no two runs of one part of the data each for arithmetic.
+    """
+    found = []
+    for text in merges:
+        kind, weight = _parse(text)
+        if kind == "linear":
+            found += [Merge(kind=kind, weight=weight, parts=(run,)) for run in runs]
+            continue
+        specialists = sorted(
+            (run for run in runs if run.specialist), key=lambda run: (run.settings, run.seed)
+        )
+        groups = [
+            tuple(group)
+            for _, group in itertools.groupby(specialists, key=lambda run: (run.settings, run.seed))
+        ]
+        if not groups or min(map(len, groups)) < 2:
+            raise UserError(
+                f"--merge {text} adds up runs of one part of the data each: sweep two such ratios, e.g. 1:0,0:1"
+            )
+        found += [Merge(kind=kind, weight=weight, parts=group) for group in groups]
+    return found
+
+
+def _parse(text: str) -> tuple[str, float]:
+    kind, _, weight = text.partition(":")
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if kind not in KINDS or not math.isfinite(number):
+        raise UserError(
+            f"cannot read --merge {text!r}: write linear:WEIGHT or arithmetic:WEIGHT, e.g. linear:0.5"
+        )
+    return kind, number
+
+
+def merged(base: Any, trained: Iterable[Any], weight: float) -> Any:
+    """base + weight · Σ (trained - base), leaf by leaf."""
+    total = base
+    for params in trained:
+        total = jax.tree.map(lambda t, p, b: t + weight * (p - b), total, params, base)
+    return total
+
+
+def merge_directory(workdir: epath.PathLike, merge: Merge) -> epath.Path:
+    """Where the figures of a merged model lie."""
+    return epath.Path(workdir) / "merged" / merge.name
+
+
+def evaluate_all(
+    argument: str,
+    overrides: Sequence[str],
+    merges: Sequence[Merge],
+    workdir: epath.PathLike,
+    build: Callable[..., Program],
+    say: Callable[[str], None] = print,
+) -> None:
+    """Scores the merged models whose figures are not there, as the runs were scored at their end.
+
+    Args:
+      argument, overrides: the base config.
+      merges: from `plan_merges`; their parts are trained.
+      workdir: of the sweep.
+      build: `train.step.build`, or one that remembers.
+    """
+    for number, merge in enumerate(merges, start=1):
+        directory = merge_directory(workdir, merge)
+        if any(record.get("kind") == "balance" for record in _records(directory)):
+            continue
+        say(f"merge {number} of {len(merges)}: {merge.variant}, seed {merge.seed}")
+        config = run_config(argument, overrides, merge.parts[0])
+        program = build(config, make_mesh(config.mesh), len(config.data.sources))
+        trained = (restore_params(run_directory(workdir, part), program.state.params) for part in merge.parts)
+        params = merged(initial_params(config, program), trained, merge.weight)
+        held_out = open_held_out(config, Tokenizer.load(config.tokenizer.path))
+        before = _records(run_directory(workdir, merge.parts[0]))
+        with MetricsWriter(directory) as writer:
+            writer.truncate_after(-1)
+            Evaluations(program, config, held_out, writer, say, before).score(params, config.train.steps)
+
+
+def _records(directory: epath.Path) -> list[dict[str, Any]]:
+    return read_metrics(directory) if (directory / "metrics.jsonl").exists() else []

@@ -1,0 +1,95 @@
+"""Trains the runs of a sweep one after another, in one process that compiles each program once."""
+
+import json
+from collections.abc import Callable, Sequence
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lemur_jax.common.config import to_json
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.budget import budget, check_budget
+from lemur_jax.data.mixture import open_mixture
+from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.sweep.runs import SweepRun, run_config, run_directory
+from lemur_jax.train import step
+from lemur_jax.train.loop import train
+from lemur_jax.train.workdir import claim, finished
+
+# Sections of a config that no program depends on.
+_NOT_COMPILED = ("seed", "init", "tokenizer", "prepare", "eval", "checkpoint", "log", "hosts")
+
+
+def train_all(
+    argument: str,
+    overrides: Sequence[str],
+    runs: Sequence[SweepRun],
+    workdir: epath.PathLike,
+    build: Callable[..., step.Program],
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Trains what is not finished; killed and called again, it goes on where it was.
+
+    Args:
+      argument, overrides: the base config, as `common.config.load` takes them.
+      runs: from `plan_runs`.
+      workdir: each run gets its own below it.
+      build: from `building_once`.
+      say: gets what a person wants to read.
+
+    Returns:
+      Whether all runs are finished; not so after a SIGTERM.
+
+    Raises:
+      UserError: before the first step, if any of the runs cannot be trained.
+    """
+    if jax.process_count() > 1:
+        raise UserError("a sweep is for one process: print its runs with --print and launch each")
+    configs = [run_config(argument, overrides, run) for run in runs]
+    for run, config in zip(runs, configs, strict=True):
+        _check(run, config)
+    for number, (run, config) in enumerate(zip(runs, configs, strict=True), start=1):
+        directory = claim(config, run_directory(workdir, run))
+        where = f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}"
+        if finished(config, directory):
+            say(f"{where}: finished already")
+            continue
+        say(where)
+        train(config, directory, say, build)
+        if not finished(config, directory):
+            return False
+    return True
+
+
+def _check(run: SweepRun, config: ConfigDict) -> None:
+    """Refuses what the run would refuse at its start."""
+    if not config.init.checkpoint:
+        raise UserError("a sweep compares runs from one base: name it with --config.init.checkpoint")
+    if not config.eval.tasks:
+        raise UserError("a sweep compares held-out figures: name tasks in config.eval.tasks")
+    try:
+        mixture = open_mixture(config, Tokenizer.load(config.tokenizer.path))
+        check_budget(budget(mixture, config.train.steps))
+    except UserError as error:
+        raise UserError(f"{run.variant}: {error}") from error
+
+
+def building_once() -> Callable[..., step.Program]:
+    """`train.step.build` that gives the same program again for a config that differs in nothing compiled.
+
+    Its jitted functions keep what they have compiled, so only the first of such runs waits for XLA.
+    """
+    programs: dict[str, step.Program] = {}
+
+    def build(config: ConfigDict, mesh: Mesh, num_sources: int) -> step.Program:
+        content = {key: value for key, value in to_json(config).items() if key not in _NOT_COMPILED}
+        content["data"] = config.data.sequence_length, num_sources
+        content["devices"] = [str(device) for device in mesh.devices.flat]
+        key = json.dumps(content, sort_keys=True)
+        if key not in programs:
+            programs[key] = step.build(config, mesh, num_sources)
+        return programs[key]
+
+    return build

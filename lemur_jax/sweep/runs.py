@@ -1,0 +1,181 @@
+"""Which runs a sweep has: every ratio, every setting, every seed; each is a `lemur train` of its own."""
+
+import dataclasses
+import itertools
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from lemur_jax.common.config import flatten, load
+from lemur_jax.common.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepRun:
+    """One run.
+
+    Attributes:
+      ratio: shares of the parts of `source_parts`, as typed: "10:1".
+      settings: other keys that are varied, with their values as typed.
+      seed: of the run.
+      overrides: all that as `--config.key=value`.
+    """
+
+    ratio: str
+    settings: tuple[tuple[str, str], ...]
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def variant(self) -> str:
+        """What runs that differ in their seed alone have in common."""
+        return ", ".join([self.ratio, *(f"{key} {value}" for key, value in self.settings)])
+
+    @property
+    def name(self) -> str:
+        """Of its workdir."""
+        words = [self.ratio.replace(":", "-"), *(f"{key}-{value}" for key, value in self.settings)]
+        return "_".join([*words, f"seed-{self.seed}"]).replace("/", "-")
+
+    @property
+    def specialist(self) -> bool:
+        """Whether it sees one part of the data alone."""
+        return sum(share > 0 for share in parse_ratio(self.ratio)) == 1
+
+
+def parse_ratio(ratio: str) -> list[float]:
+    """The shares in "10:1".
+
+    Raises:
+      UserError: not that, or nothing but zeros.
+    """
+    try:
+        shares = [float(share) for share in ratio.split(":")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 <= share < math.inf for share in shares) or not any(shares):
+        raise UserError(
+            f"cannot read the ratio {ratio!r}: write shares of 0 or more like 10:1, not all of them 0"
+        )
+    return shares
+
+
+def source_parts(config: ConfigDict, sources: str = "") -> list[tuple[str, ...]]:
+    """The sources that each part of a ratio is divided among.
+
+    Args:
+      sources: "code,text", or "python+java,web" where a part is several; empty: the sources in the order of
+        `config.eval.tasks` (a ConfigDict does not keep its own).
+
+    Raises:
+      UserError: a source that the config does not have or that is left out, or no order to go by.
+    """
+    have = set(config.data.sources)
+    order = sources or ",".join(config.eval.tasks)
+    parts = [tuple(part.split("+")) for part in order.split(",")]
+    names = [name for part in parts for name in part]
+    if sorted(names) != sorted(have):
+        wanted = (
+            f"--sources {sources!r}"
+            if sources
+            else "config.eval.tasks does not give the ratios an order: --sources"
+        )
+        raise UserError(
+            f"{wanted} must name each of {', '.join(sorted(have))} once, e.g. code,text or python+java,text"
+        )
+    return parts
+
+
+def plan_runs(
+    config: ConfigDict, ratios: Sequence[str], seeds: int, varied: Sequence[str] = (), sources: str = ""
+) -> list[SweepRun]:
+    """All runs, those of one variant together.
+
+    Args:
+      config: the base config; its seed is the first.
+      ratios: like "10:1"; none: the config's own shares.
+      seeds: how many.
+      varied: "key=value,value" for every other key that is varied.
+      sources: what the parts of a ratio are, see `source_parts`.
+
+    Raises:
+      UserError: a ratio that does not fit the sources, no seeds, an unknown key, or the same run twice.
+    """
+    parts = source_parts(config, sources)
+    shares = {name: source.share for name, source in config.data.sources.items()}
+    ratios = list(ratios) or [":".join(f"{sum(shares[name] for name in part):g}" for part in parts)]
+    if seeds < 1:
+        raise UserError(f"--seeds is {seeds}: it must be 1 at least")
+    for ratio in ratios:
+        if len(parse_ratio(ratio)) != len(parts):
+            named = ", ".join("+".join(part) for part in parts)
+            raise UserError(
+                f"the ratio {ratio!r} has {len(parse_ratio(ratio))} parts, the sources have {len(parts)}: {named}"
+            )
+    axes = [_parse_varied(config, text) for text in varied]
+    runs = []
+    for ratio, settings in itertools.product(ratios, itertools.product(*axes)):
+        overrides = [
+            f"--config.data.sources.{name}.share={share:.12g}"
+            for part, total in zip(parts, parse_ratio(ratio), strict=True)
+            for name, share in _divided(total, part, shares).items()
+        ]
+        overrides += [f"--config.{key}={value}" for key, value in settings]
+        runs += [
+            SweepRun(
+                ratio=ratio,
+                settings=settings,
+                seed=seed,
+                overrides=(*overrides, f"--config.seed={seed}"),
+            )
+            for seed in range(config.seed, config.seed + seeds)
+        ]
+    if len({run.name for run in runs}) < len(runs):
+        raise UserError("the sweep has a run twice: name every ratio and every value once")
+    return runs
+
+
+def _divided(total: float, part: Sequence[str], shares: Mapping[str, float]) -> dict[str, float]:
+    """`total` among the sources of a part as the config divides it, or evenly where it gives them nothing."""
+    own = sum(shares[name] for name in part)
+    return {name: total * shares[name] / own if own else total / len(part) for name in part}
+
+
+def _parse_varied(config: ConfigDict, text: str) -> list[tuple[str, str]]:
+    """[(key, value)] of "key=value,value"."""
+    key, equals, values = text.partition("=")
+    if not equals or not all(values.split(",")):
+        raise UserError(
+            f"cannot read --vary {text!r}: write a config key and values, e.g. train.steps=100,200"
+        )
+    if key not in flatten(config.to_dict()) or key == "seed" or key.startswith("data.sources"):
+        why = (
+            "--seeds and --ratios are for that"
+            if key.startswith(("seed", "data."))
+            else "there is no such key"
+        )
+        raise UserError(f"cannot vary config.{key}: {why}")
+    return [(key, value) for value in values.split(",")]
+
+
+def run_config(argument: str, overrides: Sequence[str], run: SweepRun) -> ConfigDict:
+    """The config of a run.
+
+    Raises:
+      UserError: as `common.config.load`.
+    """
+    return load(argument, [*overrides, *run.overrides])
+
+
+def run_directory(workdir: epath.PathLike, run: SweepRun) -> epath.Path:
+    """Where a run of the sweep has its workdir."""
+    return epath.Path(workdir) / "runs" / run.name
+
+
+def command(argument: str, overrides: Sequence[str], run: SweepRun, workdir: epath.PathLike) -> str:
+    """The run as a line for a shell, or for a launcher."""
+    words = ["lemur", "train", "--config", argument, "--workdir", str(run_directory(workdir, run))]
+    return shlex.join([*words, *overrides, *run.overrides])

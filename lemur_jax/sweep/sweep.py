@@ -1,0 +1,53 @@
+"""`lemur sweep`: the runs, the merges, and what they add up to."""
+
+import json
+from collections.abc import Callable, Sequence
+
+from etils import epath
+
+from lemur_jax.common.config import load
+from lemur_jax.sweep import merging, pareto, results, runner, runs
+
+
+def sweep(
+    argument: str,
+    overrides: Sequence[str],
+    workdir: epath.PathLike,
+    *,
+    ratios: Sequence[str] = (),
+    sources: str = "",
+    seeds: int = 3,
+    varied: Sequence[str] = (),
+    merges: Sequence[str] = (),
+    command: str = "lemur sweep",
+    say: Callable[[str], None] = print,
+) -> results.Results | None:
+    """Trains and scores what is missing, then writes `results.json`, `table.md`, `pareto.svg` and `index.html`.
+
+    Args:
+      argument, overrides: the base config, as `common.config.load` takes them.
+      workdir: of the sweep.
+      ratios, sources, seeds, varied: as `runs.plan_runs` takes them.
+      merges: as `merging.plan_merges` takes them.
+      command: stands on the results.
+      say: gets what a person wants to read.
+
+    Returns:
+      The results; None if a SIGTERM came before they were all there.
+
+    Raises:
+      UserError: before the first step, if any of the runs cannot be trained.
+    """
+    config = load(argument, overrides)
+    planned = runs.plan_runs(config, ratios, seeds, varied, sources)
+    to_merge = merging.plan_merges(merges, planned)
+    build = runner.building_once()
+    if not runner.train_all(argument, overrides, planned, workdir, build, say):
+        say("stopped; the same command goes on from there")
+        return None
+    merging.evaluate_all(argument, overrides, to_merge, workdir, build, say)
+    found = results.collect(config, planned, to_merge, workdir)
+    written = {"results.json": json.dumps(results.to_json(found), indent=1) + "\n"}
+    for name, text in (written | pareto.files(found, command)).items():
+        (epath.Path(workdir) / name).write_text(text)
+    return found

@@ -1,0 +1,76 @@
+"""Traces of chosen steps, for TensorBoard and Perfetto."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from lemur_jax.common.errors import UserError
+
+
+def parse_steps(text: str) -> range:
+    """`"10:13"` as steps 10, 11 and 12, counted from 0.
+
+    Raises:
+      UserError: two numbers are not there, or the first is not below the second.
+    """
+    first, _, stop = text.partition(":")
+    if not (first.isdecimal() and stop.isdecimal() and int(first) < int(stop)):
+        raise UserError(f"cannot read --profile {text!r}: write it as 10:13 for steps 10, 11 and 12")
+    return range(int(first), int(stop))
+
+
+def check_steps(steps: range, end: int) -> None:
+    """Refuses steps that a run of `end` steps does not make.
+
+    Raises:
+      UserError: saying which steps there are.
+    """
+    if steps.stop > end:
+        raise UserError(
+            f"--profile {steps.start}:{steps.stop} goes beyond config.train.steps {end}: choose steps below it"
+        )
+
+
+def traced(
+    batches: Iterable[tuple[int, Any]], steps: range, directory: epath.Path, finish: Callable[[], None]
+) -> Iterator[tuple[int, Any]]:
+    """The same (step, batch) pairs; what happens between the first and the last of `steps` is traced.
+
+    Args:
+      batches: pairs; whoever takes them works on one until it asks for the next.
+      steps: of which a trace is made; none if the range is empty or begins before the first pair.
+      directory: gets `plugins/profile/TIME/HOST.xplane.pb` and `.trace.json.gz`; local or gs://.
+      finish: waits until the device has done all that was asked of it.
+    """
+    iterator = iter(batches)
+    local: tempfile.TemporaryDirectory | None = None
+    try:
+        for step, batch in iterator:
+            if step == steps.start and steps:
+                local = tempfile.TemporaryDirectory()
+                jax.profiler.start_trace(local.name)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                yield step, batch
+            if local and step + 1 == steps.stop:
+                finish()
+                _keep(local, directory)
+                local = None
+    finally:
+        if local:
+            _keep(local, directory)
+        if hasattr(iterator, "close"):
+            iterator.close()
+
+
+def _keep(local: tempfile.TemporaryDirectory, directory: epath.Path) -> None:
+    """Ends the trace and moves it to where it belongs."""
+    jax.profiler.stop_trace()
+    with local as name:
+        for source in epath.Path(name).rglob("*"):
+            if source.is_file():
+                target = directory / source.relative_to(name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source.copy(target, overwrite=True)

@@ -1,0 +1,60 @@
+"""What training has done to each held-out task and group since its start, and to the balance between them.
+
+docs/evaluation.md says why the score is what it is.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from lemur_jax.common.errors import UserError
+
+Groups = Mapping[str, Sequence[str]]
+
+
+def check_groups(groups: Groups, tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """`config.eval.groups`; without any, each task is a group of its own.
+
+    Raises:
+      UserError: a group without tasks, or with one that is not evaluated.
+    """
+    for name, members in groups.items():
+        if isinstance(members, str) or not members:
+            raise UserError(
+                f"config.eval.groups.{name} is {members!r}: it must name one task or more in a tuple"
+            )
+        if missing := [task for task in members if task not in tasks]:
+            raise UserError(
+                f"config.eval.groups.{name} has {missing[0]!r}, which is not among config.eval.tasks"
+                f" {tuple(tasks)}"
+            )
+    return {name: tuple(members) for name, members in groups.items()} or {task: (task,) for task in tasks}
+
+
+def group_ratios(first: Mapping[str, float], now: Mapping[str, float], groups: Groups) -> dict[str, float]:
+    """Bits per byte against those at the start, a geometric mean over the tasks of each group.
+
+    Args:
+      first, now: bits per byte by task.
+      groups: tasks by group; tasks that were not scored at the start are left out, and groups without one.
+    """
+    found = {}
+    for name, tasks in groups.items():
+        known = [task for task in tasks if first.get(task) and now.get(task)]
+        if known:
+            found[name] = math.exp(_mean(math.log(now[task] / first[task]) for task in known))
+    return found
+
+
+def balance(ratios: Mapping[str, float]) -> float:
+    """1 - exp((mean + worst) / 2) of the log ratios: 0.05 is as good as every group 5% lower.
+
+    Args:
+      ratios: of each group, bits per byte now over those at the start; none of them 0.
+    """
+    logs = [math.log(ratio) for ratio in ratios.values()]
+    return 1 - math.exp((_mean(logs) + max(logs)) / 2)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)

@@ -1,0 +1,125 @@
+"""Tables and plots of a sweep worked out by hand."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.sweep import pareto, results
+from lemur_jax.sweep.results import Results, Variant, collect
+from lemur_jax.sweep.runs import plan_runs, run_directory
+from lemur_jax.telemetry.metrics import MetricsWriter
+from tests.sweep.test_runs import config_of
+
+
+def variant(name, code, text, merged=False):
+    seeds = tuple(range(len(code)))
+    return Variant(
+        name=name, merged=merged, seeds=seeds, bits={"code": code, "text": text}, balance=(0.1,) * len(code)
+    )
+
+
+FOUND = Results(
+    base={"code": 3.0, "text": 2.0},
+    variants=(
+        variant("1:0", (2.0, 2.1, 2.2), (2.4, 2.5, 2.6)),
+        variant("1:1", (2.3, 2.3, 2.3), (2.0, 2.1, 2.2)),
+        variant("0:1", (3.0, 3.1, 3.2), (2.1, 2.2, 2.3)),
+        variant("1:1, linear 0.5", (2.3, 2.3, 2.3), (1.9, 1.9, 1.9), merged=True),
+    ),
+    steps=10,
+    tokens=5120,
+)
+
+
+def test_the_front_has_what_nothing_else_betters():
+    assert [one.name for one in FOUND.front(["code", "text"])] == ["1:0", "1:1, linear 0.5"]
+    assert [one.name for one in FOUND.front(["code"])] == ["1:0"]
+
+
+def test_the_least_difference_is_that_of_a_pooled_t_test():
+    trained = [np.array(one.bits["code"]) for one in FOUND.variants[:3]]
+    pooled = np.mean([values.var(ddof=1) for values in trained])
+    found = FOUND.least_difference("code")
+    assert found == pytest.approx(stats.t.ppf(0.975, 6) * np.sqrt(pooled * (1 / 3 + 1 / 3)))
+    one_seed = Results(base=FOUND.base, variants=(variant("1:0", (2.0,), (2.4,)),), steps=1, tokens=1)
+    assert one_seed.least_difference("code") is None
+    assert "not told apart" not in results.note(one_seed)
+
+
+def test_table():
+    head, base, first, *_ = results.rows(FOUND)
+    assert base[:4] == ["base", "", "3.0000", "2.0000"]
+    assert first == [
+        "1:0",
+        "3",
+        "2.1000 ± 0.1000",
+        "2.5000 ± 0.1000",
+        "-30.0%",
+        "+25.0%",
+        "+10.00% ± 0.00%",
+        "yes",
+    ]
+    assert all(len(line) == len(head) for line in results.rows(FOUND))
+    content = json.loads(json.dumps(results.to_json(FOUND)))
+    assert content["pareto"] == ["1:0", "1:1, linear 0.5"]
+    assert content["variants"][0]["bits"]["code"] == [2.0, 2.1, 2.2]
+
+
+def test_plot():
+    files = pareto.files(FOUND, "lemur sweep --ratios '1:0,<x>'")
+    assert set(files) == {"table.md", "index.html", "pareto.svg"}
+    root = ElementTree.fromstring(files["pareto.svg"])
+    space = {"s": "http://www.w3.org/2000/svg"}
+    circles = root.findall("s:circle", space)
+    means = [c for c in circles if c.get("r") == "4.5"]
+    assert len(means) == 4
+    assert len(circles) == 4 + 12  # and one for each seed
+    # Text runs across, code upwards: more of either lies further right, and higher.
+    across = [float(c.get("cx")) for c in means]
+    down = [float(c.get("cy")) for c in means]
+    assert np.argsort(across).tolist() == np.argsort([one.mean("text") for one in FOUND.variants]).tolist()
+    assert down[0] == max(down)
+    assert down[2] == min(down)
+    assert all(pareto.LEFT <= x <= pareto.WIDTH - pareto.RIGHT for x in across)
+    names = [text.text for text in root.findall("s:text", space)]
+    assert {one.name for one in FOUND.variants} <= set(names)
+    assert "1:0,&lt;x&gt;" in files["index.html"]
+    assert re.findall(r"(src|href)=", files["index.html"]) == []
+
+
+def write_run(workdir, run, bits, end=True):
+    with MetricsWriter(run_directory(workdir, run)) as writer:
+        for step, change in ((0, 1.0), (5, 1.5), (10, 0.5))[: 3 if end else 2]:
+            for task, value in bits.items():
+                writer.write({"step": step, "kind": "eval", "task": task, "bits_per_byte": change * value})
+            if step:
+                writer.write({"step": step, "kind": "balance", "balance": 1 - change})
+
+
+def test_figures_are_read_back_by_group(tmp_path):
+    config = config_of(("python", "java", "web"), python=1.0, java=1.0, web=1.0)
+    config.eval.groups = {"code": ("python", "java"), "text": ("web",)}
+    config.train.steps = 10
+    runs = plan_runs(config, ["1:1"], 2, sources="python+java,web")
+    for run, scale in zip(runs, (1.0, 2.0), strict=True):
+        write_run(tmp_path, run, {"python": 2.0 * scale, "java": 8.0 * scale, "web": 3.0 * scale})
+    found = collect(config, runs, [], tmp_path)
+    assert found.base == pytest.approx({"code": 4.0, "text": 3.0})
+    (only,) = found.variants
+    assert only.bits["code"] == pytest.approx((2.0, 4.0))
+    assert only.balance == (0.5, 0.5)
+    assert found.tokens == 10 * config.train.batch_rows * config.data.sequence_length
+
+
+def test_a_run_without_a_start_is_named(tmp_path):
+    config = config_of()
+    (run,) = plan_runs(config, ["1:1"], 1)
+    with MetricsWriter(run_directory(tmp_path, run)) as writer:
+        writer.write({"step": 10, "kind": "eval", "task": "code", "bits_per_byte": 1.0})
+    with pytest.raises(UserError, match="1-1_seed-42 has no held-out figure of code at step 0"):
+        collect(config, [run], [], tmp_path)

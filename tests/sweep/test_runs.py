@@ -1,0 +1,93 @@
+"""Which runs a sweep has, and the commands that train them one by one."""
+
+import shlex
+
+import pytest
+
+from lemur_jax.cli import main
+from lemur_jax.common.config import default_config, load
+from lemur_jax.common.errors import UserError
+from lemur_jax.models.presets import preset
+from lemur_jax.sweep.runs import plan_runs
+
+
+def config_of(tasks=("code", "text"), **shares):
+    config = default_config(preset("tiny").to_dict())
+    shares = shares or {"code": 10.0, "text": 1.0}
+    config.data.sources = {name: {"share": share, "packing": "concat"} for name, share in shares.items()}
+    config.eval.tasks = tasks
+    return config
+
+
+def shares_of(run):
+    pairs = [item.removeprefix("--config.data.sources.").split(".share=") for item in run.overrides]
+    return {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2}
+
+
+def test_every_ratio_setting_and_seed():
+    varied = ["optimizer.learning_rate=1e-3,3e-3", "optimizer.warmup_steps=0,10"]
+    runs = plan_runs(config_of(), ["1:0", "10:1"], 3, varied)
+    assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 2 * 3
+    assert [run.seed for run in runs[:4]] == [42, 43, 44, 42]
+    assert len({run.variant for run in runs}) == 8
+    assert runs[0].variant == "1:0, optimizer.learning_rate 1e-3, optimizer.warmup_steps 0"
+    assert "--config.optimizer.warmup_steps=10" in runs[-1].overrides
+
+
+def test_a_ratio_follows_the_order_of_the_tasks_and_not_of_the_alphabet():
+    (run,) = plan_runs(config_of(("web", "code"), code=1.0, web=1.0), ["10:1"], 1)
+    assert shares_of(run) == {"web": 10.0, "code": 1.0}
+    (run,) = plan_runs(config_of(("web", "code"), code=1.0, web=1.0), ["10:1"], 1, sources="code,web")
+    assert shares_of(run) == {"web": 1.0, "code": 10.0}
+
+
+def test_a_part_of_several_sources_keeps_its_own_shares():
+    config = config_of(python=3.0, java=1.0, web=2.0)
+    (run,) = plan_runs(config, ["10:1"], 1, sources="python+java,web")
+    assert shares_of(run) == {"python": 7.5, "java": 2.5, "web": 1.0}
+    empty = config_of(python=0.0, java=0.0, web=2.0)
+    (run,) = plan_runs(empty, ["10:1"], 1, sources="python+java,web")
+    assert shares_of(run) == {"python": 5.0, "java": 5.0, "web": 1.0}
+    (run,) = plan_runs(config, [], 1, sources="python+java,web")
+    assert run.ratio == "4:2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratios": ["1"]}, "'1' has 1 parts, the sources have 2: code, text"),
+        ({"ratios": ["0:0"]}, "cannot read the ratio '0:0'"),
+        ({"ratios": ["-1:1"]}, "cannot read the ratio '-1:1'"),
+        ({"ratios": ["1:x"]}, "cannot read the ratio '1:x'"),
+        ({"ratios": ["1:1", "1:1"]}, "a run twice"),
+        ({"seeds": 0}, "--seeds is 0"),
+        ({"sources": "code"}, "must name each of code, text once"),
+        ({"varied": ["train.steps"]}, "cannot read --vary 'train.steps'"),
+        ({"varied": ["train.step=1"]}, "cannot vary config.train.step: there is no such key"),
+        ({"varied": ["seed=1,2"]}, "cannot vary config.seed: --seeds and --ratios"),
+    ],
+)
+def test_bad_input(changes, message):
+    options = {"ratios": ["1:1"], "seeds": 1} | changes
+    with pytest.raises(UserError, match=message):
+        plan_runs(config_of(), **options)
+
+
+def test_the_order_of_sources_must_be_known():
+    with pytest.raises(
+        UserError, match="config.eval.tasks does not give the ratios an order: --sources must name"
+    ):
+        plan_runs(config_of(tasks=("code",)), ["1:1"], 1)
+
+
+def test_printed_commands_train_the_same_runs(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    words = "sweep --config config.py --workdir out --ratios 1:0,3:1 --seeds 2 --print --config.train.steps=9"
+    assert main(words.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    lemur, verb, flag, path, _, workdir, *overrides = shlex.split(lines[-1])
+    assert (lemur, verb, flag, workdir) == ("lemur", "train", "--config", "out/runs/3-1_seed-43")
+    config = load(path, overrides)
+    assert (config.seed, config.train.steps) == (43, 9)
+    assert (config.data.sources.code.share, config.data.sources.text.share) == (3.0, 1.0)

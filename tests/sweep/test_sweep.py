@@ -1,0 +1,110 @@
+"""`lemur sweep` whole: trained, interrupted, gone on with, merged, and written down."""
+
+import json
+
+import pytest
+
+from lemur_jax.cli import main
+from lemur_jax.sweep import runner
+from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.train import step
+from lemur_jax.train.balance import balance
+
+WORDS = "sweep --config config.py --workdir out --ratios 1:0,0:1 --seeds 2 --merge linear:0.5,arithmetic:0.5"
+
+
+@pytest.fixture(scope="module")
+def swept(project):
+    """The directory of a sweep that was interrupted before its third run, and what was said after that."""
+    said, built = [], []
+    train, build = runner.train, step.build
+
+    def until_the_third(config, workdir, *rest):
+        if len(said) == 2:
+            raise KeyboardInterrupt
+        said.append(workdir)
+        train(config, workdir, *rest)
+
+    def counted(*args):
+        built.append(args)
+        return build(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        patch.setattr(runner, "train", until_the_third)
+        patch.setattr(step, "build", counted)
+        assert main(WORDS.split()) == 130
+        assert len(built) == 1
+        patch.setattr(runner, "train", train)
+        before = {path: path.stat().st_mtime_ns for path in (project / "out/runs").glob("*/metrics.jsonl")}
+        assert len(before) == 2
+        assert main(WORDS.split()) == 0
+        assert len(built) == 2
+    return project / "out", before
+
+
+def test_what_was_finished_is_left_alone(swept):
+    _, before = swept
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_the_results(swept):
+    out, _ = swept
+    found = json.loads((out / "results.json").read_text())
+    variants = {one["name"]: one for one in found["variants"]}
+    names = {"1:0", "0:1", "1:0, linear 0.5", "0:1, linear 0.5", "1:0 + 0:1, arithmetic 0.5"}
+    assert set(variants) == names
+    base = found["base"]
+    for one in variants.values():
+        assert one["seeds"] == [42, 43]
+        assert one["bits"]["code"][0] != one["bits"]["code"][1]
+    assert max(variants["1:0"]["bits"]["code"]) < base["code"]
+    assert max(variants["0:1"]["bits"]["text"]) < base["text"]
+    # A run that never saw the code is worse at it than one that saw nothing else.
+    assert min(variants["0:1"]["bits"]["code"]) > max(variants["1:0"]["bits"]["code"])
+    assert found["tokens"] == 6 * 8 * 64
+    assert (out / "table.md").read_text().count("\n| 1:0 ") == 2
+    assert "lemur sweep --config config.py" in (out / "index.html").read_text()
+
+
+def test_every_later_evaluation_is_compared_with_step_0(swept):
+    records = read_metrics(swept[0] / "runs/1-0_seed-42")
+    evals = {(r["step"], r["task"]): r for r in records if r["kind"] == "eval"}
+    assert sorted(evals) == [(0, "code"), (0, "text"), (6, "code"), (6, "text")]
+    ratios = {
+        task: evals[6, task]["bits_per_byte"] / evals[0, task]["bits_per_byte"] for task in ("code", "text")
+    }
+    (score,) = [r for r in records if r["kind"] == "balance"]
+    for task, ratio in ratios.items():
+        assert evals[6, task]["change"] == score[f"change/{task}"] == ratio - 1
+        assert "change" not in evals[0, task]
+    assert score["balance"] == balance(ratios)
+
+
+def test_a_run_is_the_run_that_train_makes_of_the_printed_command(swept, project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    assert main([*WORDS.split(), "--print"]) == 0
+    words = capsys.readouterr().out.splitlines()[-1].replace("out/runs/", "alone/").split()
+    assert main(words[1:]) == 0
+    last = [
+        [r["loss"] for r in read_metrics(path) if r["kind"] == "train"]
+        for path in (words[5], "out/runs/0-1_seed-43")
+    ]
+    assert last[0] == last[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config.init.checkpoint="], "compares runs from one base"),
+        (["--config.eval.tasks=()", "--sources", "code,text"], "name tasks in config.eval.tasks"),
+        (["--config.data.sources.text.max_epochs=0.1"], "0:1: source text: the run needs"),
+        (["--config.train.steps=7"], "belongs to another config: train.steps was 6"),
+    ],
+)
+def test_bad_input_is_told_before_the_first_step(swept, project, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(project)
+    assert main([*WORDS.split(), *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1

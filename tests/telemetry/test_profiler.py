@@ -1,0 +1,94 @@
+"""`lemur train --profile`: a trace that opens, of the steps that were asked for, in which the host never waits."""
+
+import gzip
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from lemur_jax.cli import main
+from lemur_jax.common.errors import UserError
+from lemur_jax.telemetry.profiler import check_steps, parse_steps, traced
+from tests.train.test_resume import project  # noqa: F401  a config, a tokenizer and stores
+
+
+def events(directory):
+    """The events of the only trace."""
+    (path,) = directory.glob("plugins/profile/*/*.trace.json.gz")
+    (binary,) = directory.glob("plugins/profile/*/*.xplane.pb")
+    assert binary.stat().st_size > 0
+    return json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+
+
+def steps_in(found):
+    return sorted(int(each["args"]["step_num"]) for each in found if "step_num" in each.get("args", {}))
+
+
+@pytest.fixture(scope="module")
+def trace(project, tmp_path_factory):  # noqa: F811
+    """Steps 4 to 8 of a run that logs every 2 steps and saves every 3."""
+    workdir = tmp_path_factory.mktemp("profiled") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        status = main(
+            [
+                *("train", "--config", "config.py", "--workdir", str(workdir), "--profile", "4:9"),
+                *(
+                    "--config.train.steps=12",
+                    "--config.log.every_steps=6",
+                    "--config.checkpoint.every_steps=12",
+                ),
+                "--config.eval.every_steps=0",
+            ]
+        )
+    assert not status
+    return events(workdir / "profile")
+
+
+def test_the_trace_holds_the_steps_asked_for(trace):
+    assert steps_in(trace) == [4, 5, 6, 7, 8]
+
+
+def test_between_two_steps_the_host_does_not_wait(trace):
+    """Nothing is read back but at step 6, a log step, and after step 9, where the trace ends."""
+    read = re.compile(r"device_get|block_until_ready|_value|__array__|item\b")
+    waits = [each["ts"] for each in trace if read.search(each.get("name", ""))]
+    spans = {
+        int(each["args"]["step_num"]): (each["ts"], each["ts"] + each["dur"])
+        for each in trace
+        if "step_num" in each.get("args", {})
+    }
+    during = {step for step, (start, end) in spans.items() for moment in waits if start <= moment < end}
+    assert during == {5}  # the step counter is 6 when step 5 is done
+
+
+def test_an_unfinished_range_is_kept_and_others_leave_no_trace(tmp_path):
+    double = jax.jit(lambda x: 2 * x)
+
+    def run(steps, end):
+        state = jnp.ones(4)
+        pairs = ((step, np.ones(4)) for step in range(3, end))
+        target = epath.Path(tmp_path / f"{steps.start}-{end}")
+        for _, batch in traced(pairs, steps, target, finish=lambda: None):
+            state = double(state) + batch
+        return target
+
+    assert steps_in(events(run(range(4, 9), end=6))) == [4, 5]
+    assert not run(range(0), end=6).exists()
+    assert not run(range(1, 5), end=7).exists()
+
+
+@pytest.mark.parametrize("text", ["", "10", "13:10", "10:10", "-1:3", "a:b", "1:2:3"])
+def test_what_is_no_range_is_refused(text):
+    with pytest.raises(UserError, match="write it as 10:13"):
+        parse_steps(text)
+
+
+def test_steps_beyond_the_run_are_refused():
+    check_steps(range(10, 13), 13)
+    with pytest.raises(UserError, match=r"--profile 10:13 goes beyond config.train.steps 12"):
+        check_steps(range(10, 13), 12)
