@@ -146,6 +146,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
         dict(
             every_steps=10,
             tensorboard=False,  # also write WORKDIR/tensorboard; needs the extra "tensorboard"
+            wandb=False,  # also send to Weights & Biases, set up by WANDB_*; needs the extra "wandb"
         )
     )
     # Runs of several hosts.

@@ -20,6 +20,7 @@ from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.hosts import any_host
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
+from lemur_jax.telemetry.goodput import carried_over
 from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
 from lemur_jax.telemetry.profiler import check_steps, traced
 from lemur_jax.telemetry.progress import Progress
@@ -59,7 +60,7 @@ def train(
     Raises:
       UserError: the config, the data, the workdir and `profile` do not fit together, or the loss is not finite.
     """
-    began = time.perf_counter()
+    began, started = time.perf_counter(), time.time()
     check_steps(profile, config.train.steps)
     mesh = make_mesh(config.mesh)
     chief = jax.process_index() == 0
@@ -84,6 +85,7 @@ def train(
         checkpoints = stack.enter_context(_checkpoints(config, workdir, say))
         state, first = _first_state(config, program, checkpoints, metadata)
 
+        spent = carried_over(workdir, first, started) if chief else {}
         writer = stack.enter_context(_writer(config, workdir)) if chief else None
         if writer:
             # From step 0 on, what was scored there is scored again.
@@ -101,7 +103,9 @@ def train(
             Progress(config.train.steps, f"train {workdir.name}", "steps", initial=first, enabled=chief)
         )
         records = read_metrics(workdir) if chief else []
-        log = StepLog(writer, progress, mixture, _tokens_until(records), program=program, began=began)
+        log = StepLog(writer, progress, mixture, _last_train_record(records), spent, program, began)
+        if not first:
+            log.write_time(0)  # the first start, from which goodput counts
         evaluations = Evaluations(program, config, held_out, writer, progress.write, records)
         interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
         if first == 0 and config.init.checkpoint:
@@ -191,7 +195,7 @@ def _finish(
 
 
 def _writer(config: ConfigDict, workdir: epath.Path) -> MetricsWriter:
-    return MetricsWriter(workdir, tensorboard=config.log.tensorboard)
+    return MetricsWriter(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb)
 
 
 def _check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:
@@ -281,10 +285,10 @@ def _roll_back(
     return rolled_back(counters, good, state.step, rollbacks + 1), target
 
 
-def _tokens_until(records: Sequence[Record]) -> int:
-    """Target tokens that earlier processes of this run trained on."""
-    trained = [record["tokens"] for record in records if record.get("kind") == "train"]
-    return trained[-1] if trained else 0
+def _last_train_record(records: Sequence[Record]) -> Record:
+    """What earlier processes of this run wrote of their last step that counts."""
+    trained = [record for record in records if record.get("kind") == "train"]
+    return trained[-1] if trained else {}
 
 
 def _due(step: int, every: int) -> bool:
