@@ -90,7 +90,7 @@ def train(
             writer.truncate_after(first or -1)
         if first == config.train.steps:
             say(f"{workdir}: already finished at step {first}")
-            return
+            return False
         if profile and profile.start < first:
             say(f"no trace: step {profile.start} of --profile was made before this start")
         if chief:
@@ -120,8 +120,8 @@ def train(
                 with log.paused("checkpoint"):
                     state, target = _roll_back(config, program, checkpoints, metadata, loader, state)
                 log.rolled_back(done, target)
-            stopping = interruption.reached(done)
             last = done == config.train.steps
+            stopping = interruption.reached(done) and not last  # the last step is scored and saved as ever
             evaluating = held_out and (last or _due(done, config.eval.every_steps)) and not stopping
             saving = last or stopping or undoing or _due(done, config.checkpoint.every_steps)
             if _due(done, config.log.every_steps):
@@ -146,7 +146,8 @@ def train(
                 log.flush(keep=1)  # the newest step may still be running
             if stopping:
                 say(f"SIGTERM: step {done} is saved; the same command goes on from there")
-                return
+                return True
+        return interruption.asked
 
 
 def _checkpoints(config: ConfigDict, workdir: epath.Path, say: Callable[[str], None]) -> Checkpoints:
