@@ -22,22 +22,24 @@ class Chip:
       dcn: bytes a second between slices, a device: its share of the host's network cards (assumed).
       host: bytes a second between the chip and its host's memory (assumed: PCIe 3.0 x16 at four fifths).
       hbm: bytes that a program may use, as the compiler reports.
+      bandwidth: bytes a second between the HBM and the device, as published.
     """
 
     clock: float
     link: float
     dcn: float
     hbm: int
+    bandwidth: float
     host: float = 12e9
 
 
 _GIB = 2**30
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(clock=1.05e9, link=45e9, dcn=6.25e9, hbm=int(30.75 * _GIB)),
-    "v5e": Chip(clock=1.5e9, link=45e9, dcn=3.125e9, hbm=int(15.75 * _GIB)),
-    "v5p": Chip(clock=1.75e9, link=90e9, dcn=6.25e9, hbm=int(95.74 * _GIB)),
-    "v6e": Chip(clock=1.75e9, link=90e9, dcn=12.5e9, hbm=int(31.24 * _GIB)),
-    "tpu7x": Chip(clock=2.2e9, link=90e9, dcn=12.5e9, hbm=int(94.74 * _GIB)),
+    "v4": Chip(clock=1.05e9, link=45e9, dcn=6.25e9, hbm=int(30.75 * _GIB), bandwidth=1228e9),
+    "v5e": Chip(clock=1.5e9, link=45e9, dcn=3.125e9, hbm=int(15.75 * _GIB), bandwidth=819e9),
+    "v5p": Chip(clock=1.75e9, link=90e9, dcn=6.25e9, hbm=int(95.74 * _GIB), bandwidth=2765e9),
+    "v6e": Chip(clock=1.75e9, link=90e9, dcn=12.5e9, hbm=int(31.24 * _GIB), bandwidth=1638e9),
+    "tpu7x": Chip(clock=2.2e9, link=90e9, dcn=12.5e9, hbm=int(94.74 * _GIB), bandwidth=3690e9),
 }
 # Seconds for a message to pass one chip.
 HOP = 1e-6
@@ -45,6 +47,8 @@ HOP = 1e-6
 # Buckets of the report.
 MATMUL, ATTENTION, OTHER = "matmul", "attention kernels", "other compute"
 HOST = "host transfer"
+# Added to the name of a collective that crosses the data-centre network.
+BETWEEN = ", slices"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -112,6 +116,9 @@ class Network:
         self.chip = CHIPS[tpu.generation.name]
         self.places = places
 
+    def slice_of(self, device: int) -> int:
+        return self.places[device][0]
+
     def _axes(self, group: list[int]) -> tuple[list[tuple[int, int]], int]:
         """[(chips, links)] for each torus axis that the group spans, and the slices that it spans."""
         coordinates = list(zip(*(self.places[device] for device in group), strict=True))
@@ -166,7 +173,9 @@ class Network:
 class Estimator:
     """Walks a scheduled module the way the device would."""
 
-    def __init__(self, module: hlo.Module, network: Network):
+    def __init__(self, module: hlo.Module, network: Network, uncounted: int | None = None):
+        """`uncounted`: turns of a loop whose end depends on data; None: such a loop is an error."""
+        self.uncounted = uncounted
         self.module = module
         self.network = network
         self.chip = network.chip
@@ -212,8 +221,7 @@ class Estimator:
                 cost.seconds += wire.exposed
                 cost.traffic[kind].add(wire)
             elif each.opcode == "while":
-                trips = hlo.trip_count(self.module, name, each)
-                cost.add(self._computation(self.module.body(each)), trips)
+                cost.add(self._computation(self.module.body(each)), self._trips(name, each))
             elif each.opcode == "call":
                 cost.add(self._computation(each.called[0]))
             elif each.opcode == "conditional":
@@ -223,6 +231,14 @@ class Estimator:
                 self._compute(each, cost)
         self._done[name] = cost
         return cost
+
+    def _trips(self, computation: str, loop: hlo.Instruction) -> int:
+        try:
+            return hlo.trip_count(self.module, computation, loop)
+        except ValueError:
+            if self.uncounted is None:
+                raise
+            return self.uncounted
 
     def _compute(self, each: hlo.Instruction, cost: Cost) -> float:
         """Adds a computing instruction; returns its seconds."""
@@ -255,7 +271,7 @@ class Estimator:
         inner = next((one for one in self._candidates(each) if _kind(one)), None)
         if inner is None:
             return "", "", "", Traffic()
-        kind, wire = _kind(inner), self._wire(inner)
+        kind, wire = self._label(inner), self._wire(inner)
         if each.opcode.endswith("-start"):
             return "start", each.name, kind, wire
         if each.name.startswith("async-collective-start"):
@@ -274,6 +290,16 @@ class Estimator:
             if each.opcode in ("fusion", "async-start")
             else []
         )
+
+    def _label(self, each: hlo.Instruction) -> str:
+        """The kind of a collective, and whether it leaves the slice."""
+        if _kind(each) == "collective-permute":
+            pairs = hlo.pairs(each.attributes)
+            leaves = any(self.network.slice_of(a) != self.network.slice_of(b) for a, b in pairs)
+        else:
+            group = hlo.group(each.attributes, len(self.network.places))
+            leaves = len({self.network.slice_of(device) for device in group}) > 1
+        return _kind(each) + (BETWEEN if leaves else "")
 
     def _wire(self, each: hlo.Instruction) -> Traffic:
         kind = _kind(each)

@@ -120,3 +120,38 @@ def test_kernel_cycles_against_the_published_schedules():
 
 def test_other_instructions_are_no_kernels():
     assert kernels.cycles(module("  ROOT %q = f32[8]{0} parameter(0)").computations["main"][0], None) is None
+
+
+def test_a_collective_that_leaves_its_slice_is_charged_to_the_slow_network():
+    groups = "replica_groups={{0,4},{1,5},{2,6},{3,7}}"
+    text = f"""  %q = f32[8]{{0}} parameter(0)
+  %inside = f32[1000000]{{0}} all-reduce(%q), replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}
+  ROOT %across = f32[1000000]{{0}} all-reduce(%q), {groups}"""
+    result = cost.Estimator(module(text), network("v4-8", slices=2)).run()
+    assert set(result.traffic) == {"all-reduce", "all-reduce" + cost.BETWEEN}
+    across = result.traffic["all-reduce" + cost.BETWEEN]
+    assert across.seconds == pytest.approx(2 * 4e6 / 2 / 6.25e9)  # two ways, half of it each time
+
+
+def test_a_loop_that_ends_with_the_data():
+    text = f"""HloModule m
+
+%body (p: (f32[8])) -> (f32[8]) {{
+  %p = (f32[8]{{0}}) parameter(0)
+  ROOT %work = (f32[8]{{0}}) fusion(%p), kind=kLoop, {CYCLES}
+}}
+
+%until (p: (f32[8])) -> pred[] {{
+  %p.1 = (f32[8]{{0}}) parameter(0)
+  ROOT %any = pred[] fusion(%p.1), kind=kLoop
+}}
+
+ENTRY %main (q: f32[8]) -> f32[8] {{
+  %q = (f32[8]{{0}}) parameter(0)
+  ROOT %loop = (f32[8]{{0}}) while(%q), condition=%until, body=%body
+}}
+"""
+    with pytest.raises(ValueError, match="cannot count the trips of loop"):
+        cost.Estimator(hlo.parse(text), network("v4-8")).run()
+    twice = cost.Estimator(hlo.parse(text), network("v4-8"), uncounted=2).run()
+    assert twice.seconds == pytest.approx(2e-3)

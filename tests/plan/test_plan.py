@@ -72,7 +72,15 @@ def test_what_does_not_fit_is_said():
     assert not made.fits
     assert made.step_seconds is None
     assert made.hbm_bytes_per_chip > 20 * GIB
-    assert "DOES NOT FIT" in report(made)
+    # Far above the limit the compiler names no buffer, the shapes do: two layers' gate, up or down in float32.
+    size, what = made.largest_buffers[0]
+    assert size == 2 * 8192 * 28_672 * 4
+    assert "mlp" in what
+    assert json.loads(made.to_json())["largest_buffers"][0] == [size, what]
+    text = report(made)
+    assert "DOES NOT FIT" in text
+    assert f"{(made.hbm_bytes_per_chip - made.hbm_limit_bytes_per_chip) / GIB:.2f} GiB too much" in text
+    assert what in text
 
 
 @pytest.mark.parametrize(("dtype", "short", "moved"), [("", "bf16", 2), ("float32", "f32", 4)])
@@ -105,6 +113,30 @@ def test_states_of_other_optimizers_are_counted(name, share):
     assert 0.2 * share < state / params < share
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "topology", "length", "ways"),
+    [("llama2_7b", "v5e-16", 32_768, 8), ("llama3.1_8b", "v5p-16", 131_072, 8)],
+)
+def test_two_layers_of_a_long_context(name, topology, length, ways):
+    """Positions are cut over devices, traded for heads before the attention kernels and back after them."""
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    options = default_config(
+        preset(name, num_hidden_layers=2, max_position_embeddings=length, vocab_size=32_000).to_dict()
+    )
+    options.data.sequence_length = length
+    options.mesh.sequence = ways
+    options.compute.remat = "attention"
+    options.train.batch_rows = topologies.find(topology, 1).chips // ways
+    made = plan(options, topology)
+    assert made.fits
+    assert made.mesh["sequence"] == ways
+    # Input and attention output of each layer, bf16, of the positions that a chip has.
+    assert made.hbm["activations"] == pytest.approx(2 * 2 * 2 * length // ways * 4096, rel=0.1)
+    # Forward and twice backward: queries, keys, values and outputs travel.
+    assert {row["kind"]: row["count"] for row in made.collectives}["all-to-all"] >= 2 * 4 * 2
+
+
 def test_the_mesh_must_cover_the_slice():
     pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
     options = config()
@@ -121,3 +153,32 @@ def test_reading_the_compilers_refusal():
     refused = compiling.out_of_memory(message, 1.0)
     assert not refused.fits
     assert refused.peak_bytes == pytest.approx(53.65 * GIB, abs=1)
+    assert refused.largest == ()
+
+
+def test_reading_the_report_of_a_near_miss():
+    message = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.12G of 30.75G hbm.
+Exceeded hbm capacity by 2.37G.
+
+Total hbm usage >= 34.00G:
+    reserved        900.00M
+
+  Largest program allocations in hbm:
+
+  1. Size: 4.00G
+     Operator: op_name="jit(update)/while/body/dot_general" source_file="llama.py"
+     Shape: bf16[80,2,4096,8192]{3,2,1,0:T(8,128)(2,1)}
+     Unpadded size: 4.00G
+     Allocation type: HLO temp
+     ==========================
+
+  2. Size: 512.00M
+     Shape: f32[80,32,8192]{2,1,0}
+     Allocation type: HLO temp
+"""
+    refused = compiling.out_of_memory(message, 1.0)
+    assert refused.peak_bytes == pytest.approx(33.12 * GIB, abs=1)
+    assert refused.largest == (
+        (4 * GIB, "bf16[80,2,4096,8192] jit(update)/while/body/dot_general"),
+        (GIB // 2, "f32[80,32,8192]"),
+    )
