@@ -43,7 +43,7 @@ def train(
     say: Callable[[str], None] = print,
     build: Callable[..., Program] = build,
     profile: range = range(0),
-) -> None:
+) -> bool:
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
     Killed at any moment and called again, it reaches the parameters that it would have reached: the
@@ -55,6 +55,9 @@ def train(
       say: gets what a person wants to read.
       build: makes the program; several runs of one process may share one (`sweep/runner.py`).
       profile: steps of which every host writes a trace to `WORKDIR/profile`.
+
+    Returns:
+      Whether a SIGTERM came: no other work should begin.
 
     Raises:
       UserError: the config, the data, the workdir and `profile` do not fit together, or the loss is not finite.

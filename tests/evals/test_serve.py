@@ -74,7 +74,12 @@ def reference(session, ids):
     tokens = np.array([ids])
     positions, segments = np.arange(len(ids))[None], np.ones_like(tokens)
     logits = llama.forward(
-        session.model, Compute(), jax.device_get(session.params), tokens, positions, segments
+        session.model,
+        Compute(),
+        jax.tree.map(jax.numpy.asarray, jax.device_get(session.params)),
+        tokens,
+        positions,
+        segments,
     )
     return np.asarray(jax.nn.log_softmax(logits[0], axis=-1))
 
@@ -173,3 +178,23 @@ def test_until():
     assert "".join(until(["ab", "cS", "TOP", "x"], ["STOP"])) == "abc"
     assert "".join(until(["ab", "cS", "TO"], ["STOP"])) == "abcSTO"
     assert "".join(until(["abc"], [])) == "abc"
+
+
+def test_lm_eval_scores_over_http_what_it_scores_in_process(url, session, exported):
+    pytest.importorskip("tenacity", reason="lm-eval's HTTP models need it: pip install 'lm-eval[api]'")
+    harness = pytest.importorskip("lm_eval.models.openai_completions", reason="lm-eval is not installed")
+    from lm_eval.api.instance import Instance
+
+    from lemur_jax.evals.harness import LemurLM
+
+    pairs = [("def f(x):", " return x"), ("a b c", " d"), ("x", " A longer answer, of words")]
+    requests = [
+        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)
+    ]
+    options = {"tokenizer": str(exported), "tokenizer_backend": "huggingface", "add_bos_token": False}
+    remote = harness.LocalCompletionsAPI(
+        base_url=f"{url}/completions", model="tiny", max_length=100, **options
+    )
+    got, expected = remote.loglikelihood(requests), LemurLM(session).loglikelihood(requests)
+    np.testing.assert_allclose([x for x, _ in got], [x for x, _ in expected], atol=1e-3)
+    assert [greedy for _, greedy in got] == [greedy for _, greedy in expected]
