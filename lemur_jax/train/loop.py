@@ -44,7 +44,7 @@ def train(
     say: Callable[[str], None] = print,
     build: Callable[..., Program] = build,
     profile: range = range(0),
-) -> None:
+) -> bool:
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
     Killed at any moment and called again, it reaches the parameters that it would have reached: the
@@ -56,6 +56,9 @@ def train(
       say: gets what a person wants to read.
       build: makes the program; several runs of one process may share one (`sweep/runner.py`).
       profile: steps of which every host writes a trace to `WORKDIR/profile`.
+
+    Returns:
+      Whether a SIGTERM came: no other work should begin.
 
     Raises:
       UserError: the config, the data, the workdir and `profile` do not fit together, or the loss is not finite.
@@ -92,7 +95,7 @@ def train(
             writer.truncate_after(first or -1)
         if first == config.train.steps:
             say(f"{workdir}: already finished at step {first}")
-            return
+            return False
         if profile and profile.start < first:
             say(f"no trace: step {profile.start} of --profile was made before this start")
         if chief:
@@ -124,8 +127,8 @@ def train(
                 with log.paused("checkpoint"):
                     state, target = _roll_back(config, program, checkpoints, metadata, loader, state)
                 log.rolled_back(done, target)
-            stopping = interruption.reached(done)
             last = done == config.train.steps
+            stopping = interruption.reached(done) and not last  # the last step is scored and saved as ever
             evaluating = held_out and (last or _due(done, config.eval.every_steps)) and not stopping
             saving = last or stopping or undoing or _due(done, config.checkpoint.every_steps)
             if _due(done, config.log.every_steps):
@@ -150,7 +153,8 @@ def train(
                 log.flush(keep=1)  # the newest step may still be running
             if stopping:
                 say(f"SIGTERM: step {done} is saved; the same command goes on from there")
-                return
+                return True
+        return interruption.asked
 
 
 def _checkpoints(config: ConfigDict, workdir: epath.Path, say: Callable[[str], None]) -> Checkpoints:
