@@ -6,9 +6,9 @@ one slice away: 5 to 10% of a 70B step on a v4-512. In an exchange every device 
 the gradient to the device that keeps that slice, which adds up what it gets in float32. That is more traffic on the
 wires, but the TPU sends it beside the computation, and bfloat16 is rounded once instead of at every hop.
 
-In which order of factors matters off TPU: XLA:CPU first copies the left one of a product that sums over its rows, and
-autodiff puts the gradient of the result there, which is larger than the activations for the mlp and the head. And
-float32 gradients of logits are rounded to the dtype of the activations, or a GPU would take its slow float32 path.
+The order of factors matters off TPU: XLA:CPU first copies the left one of a product that sums over its rows, so the
+smaller one goes there; autodiff would put the gradient of the logits there. And float32 gradients of logits are
+rounded to the dtype of the activations, or a GPU would take its slow float32 path.
 """
 
 import functools
@@ -89,7 +89,9 @@ def _backward(equation, axes, mesh, reduction, dtype, saved, upstream):
     back = product(f"{result},{right}->{left}", upstream, gathered(param, axes, mesh, x.dtype))
     placed = spec(mesh, axes, param.shape)
     if not reduction.exchange:
-        gradient = product(f"{left},{result}->{right}", x, upstream, reduction.dtype)
+        factors = sorted([(x, left), (upstream, result)], key=lambda factor: factor[0].size)
+        (small, first), (large, second) = factors
+        gradient = product(f"{first},{second}->{right}", small, large, reduction.dtype)
         return back, _place(gradient, mesh, *placed).astype(param.dtype)
 
     def by_device(array):  # [B, ...] -> [data, fsdp, B / (data · fsdp), ...]
