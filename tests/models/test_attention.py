@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.models import attention as choosing
 from lemur_jax.models.attention import IMPLEMENTATIONS, attention, cudnn_attention, xla_attention
 from lemur_jax.parallel.mesh import AXES, make_mesh
 
@@ -38,7 +39,9 @@ def test_forward(arrays):
     np.testing.assert_allclose(out, reference(*arrays), atol=2e-6)
 
 
-def test_backward_against_finite_differences(arrays):
+@pytest.mark.parametrize("kept", [0, T])  # the softmax computed again in the backward pass, or kept
+def test_backward_against_finite_differences(arrays, kept, monkeypatch):
+    monkeypatch.setattr(choosing, "KEPT", kept)
     query, key, value, segments = arrays
     rng = np.random.default_rng(1)
     weight = rng.normal(size=(B, T, H, N))
