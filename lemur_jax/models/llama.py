@@ -265,9 +265,11 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, V]."""
         if self.config.tie_word_embeddings:
-            module, param, equation = self.embed, self.embed.embedding, "BTD,VD->BTV"
+            module: Embedding | Head = self.embed
+            param, equation = self.embed.embedding, "BTD,VD->BTV"
         else:
-            module, param, equation = self.head, self.head.kernel, "BTD,DV->BTV"
+            module = self.head
+            param, equation = self.head.kernel, "BTD,DV->BTV"
         if reduction := self.compute.head_reduction:
             out = sharded_product(
                 equation, param.axes, self.compute.mesh, reduction, hidden, param.get_value(), "float32"
