@@ -138,6 +138,8 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             keep_best="",  # besides, the one with the lowest held-out loss on this task of eval.tasks
             grace_s=0.0,  # after SIGTERM a save may take so long, then the process ends; 0: no limit
             max_failures=3,  # saves that may fail in a row; each is tried again
+            other_optimizer="refuse",  # "fresh": where the stored optimizer is another one, start it anew
+            broadcast=False,  # with mesh.data > 1: one slice reads a checkpoint and sends it to the others
         )
     )
     config.log = ConfigDict(

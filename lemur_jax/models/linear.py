@@ -8,7 +8,7 @@ wires, but the TPU sends it beside the computation, and bfloat16 is rounded once
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,24 @@ class Reduction(NamedTuple):
     exchange: bool
 
 
-def gathered(param: jax.Array, axes: tuple[str, ...], mesh: Mesh | None, dtype) -> jax.Array:
+def gathered(param: Any, axes: tuple[str, ...], mesh: Mesh | None, dtype) -> jax.Array:
     """The matrix in `dtype`, whole along `fsdp`.
 
     Cast first, so that half the bytes travel; the constraint makes the partitioner gather the weights rather
-    than reduce activations.
+    than reduce activations. Of a `qwix.QArray` (`infer/quantize.py`) the integers travel.
     """
-    return constrain(param.astype(dtype), mesh, *("width" if axis == "embed" else axis for axis in axes))
+    whole = tuple("width" if axis == "embed" else axis for axis in axes)
+    if isinstance(param, jax.Array):
+        return constrain(param.astype(dtype), mesh, *whole)
+    import qwix
+
+    placed = jax.tree.map(lambda part: constrain(part, mesh, *scale_axes(whole, part.shape)), param)
+    return qwix.dequantize(placed.astype(dtype))
+
+
+def scale_axes(axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The logical axes of a matrix as those of its scales, which have size 1 along what is summed over."""
+    return tuple("width" if size == 1 else axis for axis, size in zip(axes, shape, strict=True))
 
 
 def product(equation: str, x: jax.Array, weight: jax.Array, dtype: str | None = None) -> jax.Array:

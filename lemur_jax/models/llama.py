@@ -108,7 +108,8 @@ class Projections(nnx.Module):
         return gathered(param.get_value(), param.axes, self.compute.mesh, self.compute.dtype)
 
     def einsum(self, equation: str, x: jax.Array, param: nnx.Param) -> jax.Array:
-        if reduction := self.compute.reduction:
+        reduction = self.compute.reduction
+        if reduction and isinstance(param.get_value(), jax.Array):  # of integers there is no gradient
             return sharded_product(equation, param.axes, self.compute.mesh, reduction, x, param.get_value())
         return product(equation, x, self.weight(param))
 

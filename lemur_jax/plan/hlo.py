@@ -178,7 +178,12 @@ def host_transfer_bytes(each: Instruction) -> int:
     """
     if each.opcode not in _COPIES or "S(5)" not in each.shape:
         return 0
-    return num_bytes(_HOST_ARRAY.sub("", each.shape))
+    return num_bytes(on_device(each.shape))
+
+
+def on_device(text: str) -> str:
+    """A shape's text without the arrays that lie in the host's memory."""
+    return _HOST_ARRAY.sub("", text)
 
 
 def between_slices(each: Instruction) -> str:

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from lemur_jax.common.config import to_json
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.mixture import budget, check_budget, open_mixture
+from lemur_jax.data.budget import budget, check_budget
+from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.sweep.runs import SweepRun, run_config, run_directory
 from lemur_jax.train import step

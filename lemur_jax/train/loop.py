@@ -151,6 +151,10 @@ def train(
 
 def _checkpoints(config: ConfigDict, workdir: epath.Path, say: Callable[[str], None]) -> Checkpoints:
     options = config.checkpoint
+    if options.other_optimizer not in ("refuse", "fresh"):
+        raise UserError(
+            f"config.checkpoint.other_optimizer is {options.other_optimizer!r}: it must be 'refuse' or 'fresh'"
+        )
     if options.keep_best and options.keep_best not in config.eval.tasks:
         raise UserError(
             f"config.checkpoint.keep_best {options.keep_best!r} is not among config.eval.tasks"
@@ -162,6 +166,7 @@ def _checkpoints(config: ConfigDict, workdir: epath.Path, say: Callable[[str], N
         keep_every=options.keep_every,
         keep_best=1 if options.keep_best else 0,
         max_failures=options.max_failures,
+        broadcast=options.broadcast,
         say=say,
     )
 
@@ -218,10 +223,14 @@ def _first_state(
                 " has changed since; put the old stores back, or start in a new --workdir"
             )
 
-    found = checkpoints.restore_newest(program.state.params, program.state.optimizer, check, at_most)
+    fresh = config.checkpoint.other_optimizer == "fresh"
+    abstract = program.state
+    found = checkpoints.restore_newest(abstract.params, abstract.optimizer, check, at_most, fresh)
     if found is None:
         return states.start(initial_params(config, program), program.optimizer, program.state), 0
     step, params, optimizer = found
+    if optimizer is None:
+        return states.start(params, program.optimizer, program.state, step), step
     counter = jax.device_put(jax.numpy.int32(step), program.state.step.sharding)
     return TrainState(step=counter, params=params, optimizer=optimizer), step
 

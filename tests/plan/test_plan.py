@@ -118,6 +118,30 @@ def test_states_of_other_optimizers_are_counted(name, share):
     assert 0.2 * share < state / params < share
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "topology", "length", "ways"),
+    [("llama2_7b", "v5e-16", 32_768, 8), ("llama3.1_8b", "v5p-16", 131_072, 8)],
+)
+def test_two_layers_of_a_long_context(name, topology, length, ways):
+    """Positions are cut over devices, traded for heads before the attention kernels and back after them."""
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    options = default_config(
+        preset(name, num_hidden_layers=2, max_position_embeddings=length, vocab_size=32_000).to_dict()
+    )
+    options.data.sequence_length = length
+    options.mesh.sequence = ways
+    options.compute.remat = "attention"
+    options.train.batch_rows = topologies.find(topology, 1).chips // ways
+    made = plan(options, topology)
+    assert made.fits
+    assert made.mesh["sequence"] == ways
+    # Input and attention output of each layer, bf16, of the positions that a chip has.
+    assert made.hbm["activations"] == pytest.approx(2 * 2 * 2 * length // ways * 4096, rel=0.1)
+    # Forward and twice backward: queries, keys, values and outputs travel.
+    assert {row["kind"]: row["count"] for row in made.collectives}["all-to-all"] >= 2 * 4 * 2
+
+
 def test_two_slices_exchange_gradients_alone(tmp_path):
     pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
     model = preset("tiny", hidden_size=512, intermediate_size=1024)
