@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from lemur_jax.cli import main
 from lemur_jax.common.config import default_config, load
 from lemur_jax.models.presets import preset
 from lemur_jax.plan import analytic, pareto, search, topologies
@@ -107,6 +108,29 @@ def test_no_time_leaves_what_there_is(base, tmp_path):
     assert found.untried > 0
     assert found.best is None
     assert "nothing that was tried fits" in pareto.table(found)
+
+
+def test_the_verb_without_time(base, tmp_path, capsys):
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    verb = [
+        "plan",
+        "--config",
+        str(base),
+        "--topology",
+        "v5e-4",
+        "--search",
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
+    out = tmp_path / "out"
+    assert main([*verb, "--minutes", "1e-9", "--output", str(out)]) == 1
+    assert "nothing that was tried fits" in capsys.readouterr().out
+    assert json.loads((out / "search.json").read_text())["untried"] > 0
+    assert not (out / "best.py").exists()
+    assert main([*verb, "--json", "plan.json"]) == 2
+    assert "leave out --mode, --json and --hlo" in capsys.readouterr().err
+    assert main([*verb, "--minutes", "0"]) == 2
+    assert "--minutes must be above 0" in capsys.readouterr().err
 
 
 def test_what_cannot_fit_is_not_compiled():
