@@ -8,8 +8,8 @@ import pytest
 from lemur_jax.common.config import default_config
 from lemur_jax.common.errors import UserError
 from lemur_jax.models.presets import preset
+from lemur_jax.plan import analytic, hlo, topologies
 from lemur_jax.plan import compile as compiling
-from lemur_jax.plan import hlo, topologies
 from lemur_jax.plan.plan import GIB, plan, report
 from lemur_jax.telemetry.flops import parameter_counts
 
