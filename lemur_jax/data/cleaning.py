@@ -313,13 +313,11 @@ class Duplicates:
     """The steps that look for earlier documents of the same corpus.
 
     In memory: 16 bytes a document for exact ones and some 150 MiB besides; some 4 KiB a document for near
-    ones. What was added since the last `take_state` can be saved and given back to `restore`; until then it
-    is held as well, unless `saves` is False.
+    ones. What was added since the last `take_state` can be saved and given back to `restore`.
     """
 
-    def __init__(self, steps: str, saves: bool = True):
+    def __init__(self, steps: str):
         self._steps = json.loads(steps)
-        self._saves = saves
         self._exact = Digests()
         self._ids: list[str] = []
         self._new: list[tuple[Fingerprint, str]] = []
@@ -346,8 +344,7 @@ class Duplicates:
                     reason = f"similar to {self._ids[other]} (Jaccard about {similarity:.2f})"
                     return Removed(step="near_duplicates", reason=reason, id=id, excerpt=excerpt)
         self._add(fingerprint, id)
-        if self._saves:
-            self._new.append((fingerprint, id))
+        self._new.append((fingerprint, id))
         return None
 
     def _add(self, fingerprint: Fingerprint, id: str) -> None:

@@ -5,6 +5,7 @@ order of the records, whatever the number of workers, and no more than a few chu
 time: memory does not grow with the corpus.
 """
 
+import array
 import collections
 import contextlib
 import dataclasses
@@ -101,7 +102,8 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
     except (ValueError, UserError) as error:
         return _refuse(record, name, "invalid UTF-8" if isinstance(error, UnicodeError) else str(error))
     ids = encode_pieces(tokenizer, layout(text, meta, name, cleaning.steps))
-    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.uint32)
+    # An array of Python's on the way: NumPy takes three times as long over a list.
+    tokens = np.frombuffer(array.array("I", [tokenizer.bos_id, *ids, tokenizer.eos_id]), np.uint32)
     return Encoded(id=name, tokens=tokens, mask=None, n_bytes=len(record["text"]), **marks)
 
 

@@ -6,6 +6,7 @@ A store that is whole and was made from the same data by the same task and token
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,8 @@ from lemur_jax.data.prepare_tokenizer import ShowProgress, no_progress, prepare_
 from lemur_jax.data.store import StoreWriter, TokenStore
 from lemur_jax.data.tokenizer import Tokenizer, compatible
 
-SAVE_SECONDS = 60.0  # at most so much work, and the rest of an input shard, is lost by a kill
+SAVE_SECONDS = 60.0  # at most so much work is lost by a kill; looked at every SAVE_RECORDS of a shard
+SAVE_RECORDS = 1000
 
 
 def prepare(
@@ -130,22 +132,23 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
     begin = time.monotonic()
     label = f"{task.name}/{split}"
     with run.progress(tasks.count(task, split), label, "documents") as shown, writer:
-        saved = writer.saved or {"shard": 0, "journal": None}
-        duplicates = Duplicates(steps, saves=tasks.count_shards(task, split) > 1)
+        saved = writer.saved or {"place": (0, 0), "journal": None}
+        duplicates = Duplicates(steps)
         journal = Journal(path, duplicates, saved["journal"])
         shown.update(journal.records)
-        shard, last_save = saved["shard"], time.monotonic()
+        (shard, done), last_save = saved["place"], time.monotonic()
         try:
-            for result in _results(run, task, split, writer, shard, journal.records):
+            for result in _results(run, task, split, writer, (shard, done), journal.records):
                 if result is None:
-                    shard += 1
-                    if time.monotonic() - last_save >= SAVE_SECONDS:
-                        journal.check(run.config.prepare.max_bad_share, label, finished=False)
-                        writer.save({"shard": shard, "journal": journal.save()})
-                        last_save = time.monotonic()
-                    continue
-                shown.update()
-                _put(result, writer, duplicates, journal)
+                    shard, done = shard + 1, 0
+                else:
+                    done += 1
+                    shown.update()
+                    _put(result, writer, duplicates, journal)
+                if done % SAVE_RECORDS == 0 and time.monotonic() - last_save >= SAVE_SECONDS:
+                    journal.check(run.config.prepare.max_bad_share, label, finished=False)
+                    writer.save({"place": (shard, done), "journal": journal.save()})
+                    last_save = time.monotonic()
             _check_any(task, split, journal, writer)
             journal.check(run.config.prepare.max_bad_share, label, finished=True)
         except BaseException:
@@ -172,12 +175,13 @@ def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
 
 
 def _results(
-    run: _Run, task: tasks.Task, split: str, writer: StoreWriter, shard: int, number: int
+    run: _Run, task: tasks.Task, split: str, writer: StoreWriter, place: tuple[int, int], number: int
 ) -> Iterator[Result | None]:
-    """What becomes of the records from a shard on, in their order."""
+    """What becomes of the records from a place on, (shard, records of it), in their order."""
     steps = run.steps[task.name]
+    shard, done = place
     if not run.runner:
-        return run.encode(_records(task, split, shard), steps, number)
+        return run.encode(_records(task, split, shard, done), steps, number)
     made_of = hashlib.sha256(json.dumps(writer.fields, sort_keys=True).encode()).hexdigest()
     job = prepare_beam.Job(
         task=task.name,
@@ -188,20 +192,21 @@ def _results(
         tokenizer=run.config.tokenizer.path,
         folder=str(_beam_folder(run.path(task.name, split)) / made_of[:16]),
         first_shard=shard,
-        first_number=number,
+        first_number=number - done,
     )
-    return prepare_beam.results(job, run.runner, run.runner_options)
+    return itertools.islice(prepare_beam.results(job, run.runner, run.runner_options), done, None)
 
 
 def _beam_folder(store: epath.Path) -> epath.Path:
     return store.parent / f".{store.name}.beam"
 
 
-def _records(task: tasks.Task, split: str, first_shard: int) -> Iterator[Record | None]:
-    """The records of a split, shard by shard, with a None after each shard."""
+def _records(task: tasks.Task, split: str, first_shard: int, done: int) -> Iterator[Record | None]:
+    """The records of a split but `done` of the first shard, shard by shard, with a None after each shard."""
     shards = tasks.count_shards(task, split)
     for shard in range(first_shard, shards):
-        yield from tasks.examples(task, split, shard, shards)
+        yield from itertools.islice(tasks.examples(task, split, shard, shards), done, None)
+        done = 0
         if shards > 1:
             yield None
 

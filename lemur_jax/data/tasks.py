@@ -75,15 +75,10 @@ class CorpusSource(seqio.FunctionDataSource):
 
 
 def _example(document: corpora.Document) -> dict[str, str | bytes]:
-    content = (
-        {"text": document["text"]} if "text" in document else {"messages": json.dumps(document["messages"])}
-    )
-    return {
-        **content,
-        "id": document["id"],
-        "source": document["source"],
-        "meta": json.dumps(document["meta"], sort_keys=True),
-    }
+    is_text = "text" in document
+    content = {"text": document["text"]} if is_text else {"messages": json.dumps(document["messages"])}
+    rest = {"id": document["id"], "source": document["source"]}
+    return content | rest | {"meta": json.dumps(document["meta"], sort_keys=True)}
 
 
 def _string_feature() -> seqio.Feature:
@@ -120,6 +115,7 @@ class DocumentSource(seqio.DataSource):
             raise UserError(f"there is no format {kind!r}; there are {', '.join(readers.FORMATS)}")
         self._patterns = dict(patterns)
         self._fields, self._kind, self._max_bytes = fields, kind, max_bytes
+        self.content = fields.content
         self._held_out = held_out if "validation" not in patterns else 0.0
         super().__init__(splits=(*patterns, *["validation"] * bool(self._held_out)))
 
@@ -151,7 +147,7 @@ class DocumentSource(seqio.DataSource):
     ) -> tf.data.Dataset:
         del shuffle, seed  # documents come in a fixed order: rows are drawn from the store
         shard, shards = (0, 1) if shard_info is None else (shard_info.index, shard_info.num_shards)
-        names = (self._fields.content, "id", "meta", "where", "error")
+        names = (self.content, "id", "meta", "where", "error")
         return tf.data.Dataset.from_generator(
             lambda: self.documents(split, shard, shards),
             output_signature={name: tf.TensorSpec((), tf.string) for name in names},
@@ -185,10 +181,8 @@ def _tfrecord_rows(file: str) -> Iterator[tuple[str, readers.Row | readers.Bad]]
             try:
                 features = tf.train.Example.FromString(data).features.feature
             except Exception:  # protobuf's DecodeError, which each of its implementations defines anew
-                yield (
-                    f"record {number}",
-                    readers.Bad(reason="not a tf.Example", excerpt=data[: readers.EXCERPT]),
-                )
+                bad = readers.Bad(reason="not a tf.Example", excerpt=data[: readers.EXCERPT])
+                yield f"record {number}", bad
                 continue
             lists = {
                 name: list(getattr(value, value.WhichOneof("kind") or "bytes_list").value)
@@ -327,6 +321,8 @@ def is_chat(task: seqio.Task, split: str) -> bool:
     Raises:
       UserError: it gives neither those nor `text`, or files that cannot be found.
     """
+    if _is_read_directly(task):
+        return task.source.content == "messages"
     return "messages" in _dataset(task, split, 0, 1).element_spec
 
 
@@ -347,13 +343,17 @@ def examples(task: seqio.Task, split: str, shard: int = 0, shards: int = 1) -> I
     """
     check_split(task, split)
     try:
-        if isinstance(task.source, DocumentSource) and not task.preprocessors:
-            # TensorFlow would only carry them, at the cost of reading them once more.
+        if _is_read_directly(task):
             yield from task.source.documents(split, shard, shards)
         else:
             yield from _dataset(task, split, shard, shards).prefetch(16).as_numpy_iterator()
     except _UNREADABLE as error:
         raise _explain(task, split, error) from error
+
+
+def _is_read_directly(task: seqio.Task) -> bool:
+    """Whether TensorFlow would only carry the documents, at the cost of reading them once more."""
+    return isinstance(task.source, DocumentSource) and not task.preprocessors
 
 
 def _dataset(task: seqio.Task, split: str, shard: int, shards: int) -> tf.data.Dataset:

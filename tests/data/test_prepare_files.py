@@ -151,6 +151,50 @@ def test_after_a_kill_it_goes_on_and_no_byte_differs(tmp_path, corpus, make_conf
     assert not [name for name in results["whole"] if "work" in name or "partial" in name]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_goes_on_within_a_file(tmp_path, corpus, make_config, register, monkeypatch, workers):
+    """Stopped with 230 of the 600 lines of one file done, and then with 410."""
+    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(prepare_module, "SAVE_RECORDS", 100)
+    monkeypatch.setattr(documents, "CHUNK_RECORDS", 7)
+    one = tmp_path / "one.jsonl"
+    one.write_bytes(b"".join(file.read_bytes() for file in sorted(corpus.iterdir())))
+    register(one)
+    shown = []
+
+    class Progress:
+        stop = 0
+
+        def __init__(self, *_):
+            self.done = 0
+
+        def __enter__(self):
+            shown.append(self)
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, n=1):
+            self.first = n if not self.done else self.first
+            self.done += n
+            if self.done == Progress.stop:
+                raise KeyboardInterrupt
+
+    def options(name):
+        stores = {"data.stores": str(tmp_path / name), "prepare.workers": workers}
+        return make_config(**stores, **{"prepare.steps": {"files": STEPS}})
+
+    for Progress.stop in (230, 410):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(options("stopped"), progress=Progress, say=lambda line: None)
+    Progress.stop = 0
+    prepare(options("stopped"), progress=Progress, say=lambda line: None)
+    assert [progress.first for progress in shown[1:]] == [200, 400]
+    prepare(options("whole"), say=lambda line: None)
+    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
+
+
 def test_workers_change_no_byte_of_what_steps_leave(tmp_path, corpus, make_config, register, monkeypatch):
     monkeypatch.setattr(documents, "CHUNK_RECORDS", 7)
     register(corpus)
