@@ -117,8 +117,7 @@ class Found:
     @property
     def best(self) -> Outcome | None:
         """The fastest that fits."""
-        fitting = [outcome for outcome in self.outcomes if outcome.fits]
-        return min(fitting, key=lambda outcome: outcome.seconds, default=None)
+        return next(iter(self.front()), None)
 
     def front(self) -> list[Outcome]:
         """Those that no other beats in both step time and HBM, fastest first."""
