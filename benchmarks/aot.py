@@ -27,8 +27,8 @@ PROGRAMS = {
         "asynchronous gathers; 348 by default",
     ),
     "70b-v5p-128": ("llama2_70b", "v5p-128", 256, 1, "mlp", None, ""),
-    "7b-v4-32": ("llama2_7b", "v4-32", 1024, 16, "mlp", 2875.0, "windowed einsum off; 1,686 by default"),
-    "7b-v5e-256": ("llama2_7b", "v5e-256", 1024, 1, "mlp", 2367.0, ""),
+    "7b-v4-32": ("llama2_7b", "v4-32", 64, 2, "mlp", 2875.0, "windowed einsum off; 1,686 by default"),
+    "7b-v5e-256": ("llama2_7b", "v5e-256", 1024, 4, "mlp_all", 2367.0, ""),
 }
 LENGTH = 4096
 
