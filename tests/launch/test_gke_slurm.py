@@ -148,7 +148,9 @@ def kubectl(tmp_path, monkeypatch):
 
     def install(script):
         fake = tmp_path / "kubectl"
-        fake.write_text(f'#!/bin/bash\necho "$@" >{tmp_path}/arguments\n/bin/cat >{tmp_path}/manifest\n{script}\n')
+        fake.write_text(
+            f'#!/bin/bash\necho "$@" >{tmp_path}/arguments\n/bin/cat >{tmp_path}/manifest\n{script}\n'
+        )
         fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
 
     monkeypatch.chdir(ROOT)
