@@ -27,8 +27,8 @@ from lemur_jax.convert.safetensors_writer import plan_shards, write_index, write
 from lemur_jax.models.presets import preset
 
 
-def make_model(directory: pathlib.Path, config, seed: int = 0) -> int:
-    """Writes normal bfloat16 weights in shards of 5 GB; returns their bytes."""
+def make_model(directory: pathlib.Path, config, seed: int = 0) -> None:
+    """Writes normal bfloat16 weights in shards of 5 GB."""
     directory.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
@@ -40,11 +40,9 @@ def make_model(directory: pathlib.Path, config, seed: int = 0) -> int:
     shards = plan_shards(sizes, 5e9)
     for shard in shards:
         write_shard(directory / shard.file, shard.names, shapes, "bfloat16", tensor)
-    total = sum(size for _, size in sizes)
-    write_index(directory, shards, total)
+    write_index(directory, shards, sum(size for _, size in sizes))
     described = hf_config.to_hf(config, dtype="bfloat16", bos=1, eos=2, pad=None)
     (directory / "config.json").write_text(json.dumps(described))
-    return total
 
 
 def timed(words: list[str]) -> tuple[float, float]:
@@ -78,12 +76,19 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--layers", type=int, default=0, help="default: the preset's")
     parser.add_argument("--directory", required=True, help="for the files; emptied before and after")
+    parser.add_argument(
+        "--keep", action="store_true", help="take the model that is there, and leave it there"
+    )
     arguments = parser.parse_args()
     config = preset(arguments.preset, **({"num_hidden_layers": arguments.layers} if arguments.layers else {}))
     root = pathlib.Path(arguments.directory)
-    shutil.rmtree(root, ignore_errors=True)
-    source, copy, checkpoint, out = (root / name for name in ("hf", "copy", "checkpoint", "out"))
-    size = make_model(source, config)
+    source, *results = (root / name for name in ("hf", "copy", "checkpoint", "out"))
+    copy, checkpoint, out = results
+    for path in results if arguments.keep else [root]:
+        shutil.rmtree(path, ignore_errors=True)
+    if not source.exists():
+        make_model(source, config)
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     print(f"{arguments.preset}, {config.num_hidden_layers} layers: {size / 1e9:.2f} GB in bfloat16")
     lemur = [sys.executable, "-m", "lemur_jax.cli"]
     jobs = [
@@ -94,14 +99,16 @@ def main() -> None:
     ]
     rates = {}
     for name, words in jobs:
-        shutil.rmtree(copy, ignore_errors=True)
+        for path in (copy, checkpoint) if name == "cp again" else (copy,):  # never four of them on the disk
+            shutil.rmtree(path, ignore_errors=True)
         seconds, peak = timed(words)
         rates[name] = size / seconds / 1e9
         print(f"{name:10} {seconds:7.1f} s  {rates[name]:6.3f} GB/s  peak {peak:5.2f} GiB", flush=True)
     cp = max(rates["cp"], rates["cp again"])
     print(f"of the better cp: import {rates['import-hf'] / cp:.0%}, export {rates['export-hf'] / cp:.0%}")
     print("bit-exact:", same(source, out))
-    shutil.rmtree(root)
+    for path in results if arguments.keep else [root]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,31 @@
 """One training step against transformers on torch, in one run on the same machine.
 
-    python benchmarks/train_step.py                     # CPU: 4 layers, width 256, T 512, batch 8, float32
-    python benchmarks/train_step.py --preset llama3.2_1b --batch 4 --length 4096 --dtype bfloat16   # a GPU
+    python benchmarks/train_step.py                 # CPU: 4 layers, width 256, T 512, batch 8, float32
+    python benchmarks/train_step.py --preset llama3.2_1b --batch 4 --length 4096 --dtype bfloat16 --apart    # a GPU
+    python benchmarks/train_step.py --preset llama2_7b --batch 2 --length 4096 --dtype bfloat16 --remat mlp --apart
 
-Both sides take the same batch through forward, backward, clipping and AdamW. Each is timed for `--rounds` rounds of
-`--steps` steps in turn, after a warm-up; the medians and their ratio are printed. Needs torch and transformers.
+Both sides take the same batch through forward, backward, clipping and AdamW with float32 parameters and moments.
+Each is timed for `--rounds` rounds of `--steps` steps after a warm-up, in turn, or with `--apart` one after the other
+in a process of its own, so that each has the whole GPU; the medians and their ratio are printed, and with `--apart`
+the MFU of the fastest bfloat16 matmul that the machine is seen to do. On a GPU transformers runs under torch.compile
+with SDPA. Llama-2-7B takes 16 bytes a parameter, 108 GB: `--layers 16` fits 80 GB. Needs torch and transformers.
 """
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from lemur_jax.common.config import default_config
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel import hosts
+from lemur_jax.telemetry.flops import flops_per_token
 
 CPU_MODEL = dict(
     vocab_size=8192,
@@ -67,7 +77,7 @@ def ours(model, batch_rows, length, dtype, remat, tokens):
     return run, time.perf_counter() - started
 
 
-def theirs(model, batch_rows, length, dtype, tokens):
+def theirs(model, dtype, tokens):
     """The same for transformers with SDPA; torch.compile on a GPU, where it pays."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -103,7 +113,23 @@ def theirs(model, batch_rows, length, dtype, tokens):
     return run
 
 
-def main() -> None:
+def matmul_peak(size: int = 8192, repeats: int = 10) -> float:
+    """FLOP/s of the fastest of several bfloat16 products of square matrices."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((size, size), jnp.bfloat16)
+    multiply = jax.jit(jnp.matmul)
+    multiply(x, x).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -115,37 +141,101 @@ def main() -> None:
     parser.add_argument("--remat", default="none")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    hosts.choose_platform()
+    parser.add_argument("--apart", action="store_true", help="one side after the other, and MFU")
+    parser.add_argument("--matmul", type=int, default=8192, help="side of the matrices of --apart's peak")
+    parser.add_argument("--side", default="", choices=("", *SIDES), help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
 
-    model = preset(options.preset) if options.preset else preset("tiny", **CPU_MODEL)
-    if options.layers:
-        model = preset(
-            options.preset or "tiny",
-            **({} if options.preset else CPU_MODEL),
-            num_hidden_layers=options.layers,
-        )
+
+SIDES = ("ours", "transformers")
+
+
+def make(side: str, options: argparse.Namespace) -> tuple[Callable[[int], float], float]:
+    """(function that makes so many steps and returns the loss, seconds from building to the first step done)."""
+    model = model_of(options)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.vocab_size, (options.batch, options.length + 1)).astype(np.int32)
-    run_ours, first = ours(model, options.batch, options.length, options.dtype, options.remat, tokens)
-    run_theirs = theirs(model, options.batch, options.length, options.dtype, tokens)
+    if side == "ours":
+        return ours(model, options.batch, options.length, options.dtype, options.remat, tokens)
+    started = time.perf_counter()
+    return theirs(model, options.dtype, tokens), time.perf_counter() - started
 
-    seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
+
+def model_of(options: argparse.Namespace):
+    fields = {} if options.preset else CPU_MODEL
+    if options.layers:
+        fields = {**fields, "num_hidden_layers": options.layers}
+    return preset(options.preset or "tiny", **fields)
+
+
+def timed(run: Callable[[int], float], steps: int) -> float:
+    """Seconds a step."""
+    started = time.perf_counter()
+    run(steps)
+    return (time.perf_counter() - started) / steps
+
+
+def alone(options: argparse.Namespace) -> dict:
+    """What one side takes when it has the machine to itself."""
+    run, first = make(options.side, options)
+    found = {
+        "first": first,
+        "seconds": [timed(run, options.steps) for _ in range(options.rounds)],
+        "loss": run(1),
+    }
+    return found | ({"peak": matmul_peak(options.matmul)} if options.side == "ours" else {})
+
+
+def in_turn(options: argparse.Namespace) -> dict[str, dict]:
+    made = {side: make(side, options) for side in SIDES}
+    found: dict[str, dict] = {side: {"first": made[side][1], "seconds": []} for side in SIDES}
     for _ in range(options.rounds):
-        for name, run in (("ours", run_ours), ("transformers", run_theirs)):
-            started = time.perf_counter()
-            run(options.steps)
-            seconds[name].append((time.perf_counter() - started) / options.steps)
-    for name, found in seconds.items():
-        tokens_per_second = options.batch * options.length / statistics.median(found)
-        spread = f"{min(found):.3f} to {max(found):.3f}"
-        print(
-            f"{name:>13}: {statistics.median(found):.3f} s a step ({spread}), {tokens_per_second:,.0f} tokens/s"
+        for side in SIDES:
+            found[side]["seconds"].append(timed(made[side][0], options.steps))
+    for side in SIDES:
+        found[side]["loss"] = made[side][0](1)
+    return found
+
+
+def apart(arguments: Sequence[str]) -> dict[str, dict]:
+    found = {}
+    for side in SIDES:
+        command = [sys.executable, __file__, *arguments, "--side", side]
+        found[side] = json.loads(
+            subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1]
         )
-    ratios = [b / a for a, b in zip(seconds["ours"], seconds["transformers"], strict=True)]
+    return found
+
+
+def report(options: argparse.Namespace, found: dict[str, dict]) -> None:
+    tokens = options.batch * options.length
+    for side in SIDES:
+        seconds = found[side]["seconds"]
+        rate = tokens / statistics.median(seconds)
+        line = f"{side:>13}: {statistics.median(seconds):.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}),"
+        line += f" {rate:,.0f} tokens/s, loss {found[side]['loss']:.3f}"
+        if options.apart:
+            work = flops_per_token(model_of(options), options.length, causal=True).total * rate
+            line += f", {work / found['ours']['peak']:.1%} of the measured matmul peak"
+        print(line)
+    ratios = [b / a for a, b in zip(found["ours"]["seconds"], found["transformers"]["seconds"], strict=True)]
     print(
-        f"ours is {statistics.median(ratios):.2f} × transformers' speed; building to first step took {first:.1f} s"
+        f"ours is {statistics.median(ratios):.2f} × transformers' speed; building to first step took"
+        f" {found['ours']['first']:.1f} s"
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    if options.apart and not options.side:
+        report(options, apart(sys.argv[1:] if arguments is None else arguments))
+        return
+    hosts.choose_platform()
+    if options.side:
+        print(json.dumps(alone(options)))
+    else:
+        report(options, in_turn(options))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class Checkpoints:
       keep_every: besides, checkpoints of steps that this divides; 0: none.
       keep_best: besides, so many with the lowest loss given to `save`.
       max_failures: saves that may fail in a row before `save`, `wait` and `poll` raise.
+      broadcast: see `open_manager`; for restores.
       say: gets a line for every failure.
     """
 
@@ -62,6 +63,7 @@ class Checkpoints:
         keep_every: int = 0,
         keep_best: int = 0,
         max_failures: int = 1,
+        broadcast: bool = False,
         say: Callable[[str], None] = print,
     ):
         self.path = epath.Path(path).resolve()
@@ -81,6 +83,7 @@ class Checkpoints:
             best_fn=_loss if keep_best else None,  # without it, Orbax does not store the loss
             best_mode="min",
         )
+        self._broadcast = broadcast
         self._max_failures = max_failures
         self._failures = 0
         self._pending: int | None = None  # the step whose save is not known to have ended
@@ -166,23 +169,33 @@ class Checkpoints:
             raise UserError(f"{message}. Make room or mend the storage, then run the same command again")
         self._say(f"WARNING: {message}. It will be tried again")
 
-    def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any]:
+    def restore(self, step: int, params: Any, optimizer: Any, fresh: bool = False) -> tuple[Any, Any]:
         """Reads both trees onto the shardings of the given abstract trees, and verifies them.
+
+        Args:
+          fresh: where the stored optimizer is another one, None is returned for it.
 
         Raises:
           Damaged: something is not what was saved.
           UserError: a leaf is missing, unexpected, or of another shape or dtype than wanted.
         """
-        metadata = metadata_of(self._manager, self.path, step)
+        reader = open_manager(self.path, broadcast=self._broadcast)
+        metadata = metadata_of(reader, self.path, step)
         wanted = {"params": params, "optimizer": optimizer}
         where = f"checkpoint {self.path}/{step}"
-        for item, tree in wanted.items():
-            check_wanted(metadata["leaves"].get(item), tree, f"{where}, {item}")
+        check_wanted(metadata["leaves"].get("params"), params, f"{where}, params")
+        try:
+            check_wanted(metadata["leaves"].get("optimizer"), optimizer, f"{where}, optimizer")
+        except UserError as error:
+            if not fresh:
+                raise UserError(f"{error}; config.checkpoint.other_optimizer='fresh' starts anew") from error
+            self._say(f"WARNING: {error}: the optimizer starts anew at step {step}")
+            del wanted["optimizer"]
         restored = {
-            item: restore_item(self._manager, self.path, step, item, tree, metadata["leaves"][item])
+            item: restore_item(reader, self.path, step, item, tree, metadata["leaves"][item], self._broadcast)
             for item, tree in wanted.items()
         }
-        return restored["params"], restored["optimizer"]
+        return restored["params"], restored.get("optimizer")
 
     def restore_newest(
         self,
@@ -190,6 +203,7 @@ class Checkpoints:
         optimizer: Any,
         check: Callable[[Mapping[str, Any]], None],
         at_most: int | None = None,
+        fresh: bool = False,
     ) -> tuple[int, Any, Any] | None:
         """(step, params, optimizer) of the newest checkpoint that is whole; None where there is none.
 
@@ -200,6 +214,7 @@ class Checkpoints:
           optimizer: likewise.
           check: is given the checkpoint's metadata first and may refuse it.
           at_most: checkpoints of later steps are left alone; None: there are none such.
+          fresh: as in `restore`.
 
         Raises:
           UserError: every checkpoint is damaged, or the newest whole one does not fit.
@@ -209,8 +224,8 @@ class Checkpoints:
         damaged: dict[int, Damaged] = {}
         for step in steps:
             try:
-                check(metadata_of(self._manager, self.path, step))
-                restored = self.restore(step, params, optimizer)
+                check(metadata_of(open_manager(self.path), self.path, step))
+                restored = self.restore(step, params, optimizer, fresh)
             except Damaged as error:
                 damaged[step] = error
                 continue

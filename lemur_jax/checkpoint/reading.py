@@ -21,7 +21,12 @@ _PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSIO
 
 
 def open_manager(
-    path: epath.Path, *, create: bool = False, streaming: bool = False, **options: Any
+    path: epath.Path,
+    *,
+    create: bool = False,
+    streaming: bool = False,
+    broadcast: bool = False,
+    **options: Any,
 ) -> ocp.CheckpointManager:
     """Orbax's manager of our items.
 
@@ -29,15 +34,24 @@ def open_manager(
       path: the checkpoint directory.
       create: for writing too; makes the directory.
       streaming: what is written are `Streamed` arrays.
+      broadcast: arrays are read by the devices of one entry of the mesh's first axis, which send them on.
       options: of `CheckpointManagerOptions`.
     """
     host = (Streamed, StreamedHandler()) if streaming else (np.ndarray, type_handlers.NumpyHandler())
-    registry = type_handlers.create_type_handler_registry((jax.Array, type_handlers.ArrayHandler()), host)
+    handler = type_handlers.SingleReplicaArrayHandler if broadcast else type_handlers.ArrayHandler
+    registry = type_handlers.create_type_handler_registry((jax.Array, handler()), host)
 
     def arrays() -> ocp.PyTreeCheckpointHandler:
         # Weights hardly compress, and compressing them is slower than the disk.
         return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
 
+    if not create:
+        # Each host reads for itself: one that cannot must not be waited for inside Orbax, see `_reading`.
+        options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"host_{jax.process_index()}",
+        )
     return ocp.CheckpointManager(
         path,
         options=ocp.CheckpointManagerOptions(create=create, enable_async_checkpointing=create, **options),
@@ -127,14 +141,15 @@ def restore_item(
     item: str,
     wanted: Any,
     leaves: Mapping[str, Leaf],
+    broadcast: bool = False,
 ) -> Any:
-    """The leaves of `wanted`, equal to what was saved."""
+    """The leaves of `wanted`, equal to what was saved; `broadcast`: by a manager that was opened so."""
     where = f"checkpoint {directory}/{step}, {item}"
     arguments = ocp.args.PyTreeRestore(
         item=wanted, restore_args=jax.tree.map(_restore_args, wanted), partial_restore=True
     )
     restored = _reading(
-        lambda: manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item], where
+        lambda: manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item], where, broadcast
     )
     for name, found in measured(restored, where, Damaged).items():
         if found != leaves[name]:
@@ -148,10 +163,13 @@ def restore_item(
 def _restore_args(leaf: Any) -> Any:
     if leaf.sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+    # The handler that reads everywhere takes these as well.
+    return type_handlers.SingleReplicaArrayRestoreArgs(
+        sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+    )
 
 
-def _reading(read: Callable[[], Any], where: str) -> Any:
+def _reading(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
     """What `read` returns; errors that a file not as it was written leads to become `Damaged`."""
     failure: Exception | None = None
     result = None
@@ -163,7 +181,13 @@ def _reading(read: Callable[[], Any], where: str) -> Any:
         failure = error
     if isinstance(failure, PermissionError) or str(failure).startswith(_PASSING):
         raise UserError(f"{where} cannot be read now: {str(failure)[:300]}") from failure
-    if hosts.any_host(failure is not None):
+    if broadcast and failure is not None:
+        # The other slices wait for the values that this one cannot read, and can agree to nothing.
+        raise UserError(
+            f"{where} cannot be read ({str(failure)[:200]}): start again with config.checkpoint.broadcast=False,"
+            " which skips a damaged checkpoint"
+        ) from failure
+    if not broadcast and hosts.any_host(failure is not None):
         reason = (
             "another host could not read it" if failure is None else f"{type(failure).__name__}: {failure}"
         )

@@ -76,7 +76,8 @@ async def _write(value: Streamed, spec: ts.Spec, context: ts.Context) -> None:
     for number in range(value.pieces):
         part = array[number * rows : (number + 1) * rows]
         write = part.write(piece, can_reference_source_data_indefinitely=True)
-        await asyncio.to_thread(value.digest.update, piece)
+        summed = asyncio.create_task(asyncio.to_thread(value.digest.update, piece))
         if number + 1 < value.pieces:  # the next is made while this one goes to the disk
             piece = await asyncio.to_thread(value.read, number + 1)
+        await summed
         await write

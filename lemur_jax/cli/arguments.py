@@ -41,6 +41,9 @@ def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
     sub.add_argument("--step", type=int, help="default: the newest")
     sub.add_argument("--mesh", default="", help="e.g. fsdp=4,tensor=2; default: all devices fsdp")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
+    sub.add_argument(
+        "--weights", default="float", choices=("float", "int8"), help="int8: the matrices as 8-bit integers"
+    )
     add_devices(sub)
 
 
@@ -58,4 +61,4 @@ def open_session(args: argparse.Namespace):
     from lemur_jax.infer.session import load
     from lemur_jax.parallel.mesh import parse_mesh
 
-    return load(args.checkpoint, parse_mesh(args.mesh), args.dtype, args.step)
+    return load(args.checkpoint, parse_mesh(args.mesh), args.dtype, args.step, weights=args.weights)

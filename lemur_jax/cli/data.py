@@ -1,5 +1,6 @@
 """What a run reads: `prepare`, `inspect`."""
 
+import shlex
 import sys
 
 from lemur_jax.cli.arguments import Verbs, add_config, add_verb
@@ -14,6 +15,16 @@ def add_verbs(verbs: Verbs) -> None:
         "lemur prepare --config configs/quickstart_base.py",
     )
     add_config(sub)
+    sub.add_argument(
+        "--runner",
+        default="",
+        help="an Apache Beam runner, e.g. FnApiRunner, which is local; default: processes of this machine",
+    )
+    sub.add_argument(
+        "--runner-options",
+        default="",
+        help="of Beam's pipeline, e.g. --runner-options='--region=X --project=Y'",
+    )
 
     sub = add_verb(
         verbs,
@@ -40,7 +51,8 @@ def _prepare(args) -> None:
     from lemur_jax.data.prepare import prepare
     from lemur_jax.telemetry.progress import Progress
 
-    prepare(config, progress=Progress)
+    options = shlex.split(args.runner_options)
+    prepare(config, runner=args.runner, runner_options=options, progress=Progress)
 
 
 def _inspect(args) -> None:

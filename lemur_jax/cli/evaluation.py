@@ -15,16 +15,23 @@ def add_verbs(verbs: Verbs) -> None:
     add_checkpoint(sub, required=False)
     sub.add_argument("--tasks", default="", help="names with commas: humaneval, mbpp, or the harness's")
     sub.add_argument("--suite", default="", help="paper: MMLU, BBH, GSM8K, HumanEval and MBPP")
-    sub.add_argument("--data", default=".", help="directory with mbpp.jsonl")
+    sub.add_argument("--data", default=".", help="directory with mbpp.jsonl, mmlu/, bbh/, gsm8k/")
     sub.add_argument("--include-path", default="", help="directory of task files (YAML) for the harness")
     sub.add_argument("--limit", type=int, help="only so many documents of each task")
     sub.add_argument("--chat", action="store_true", help="apply the chat template in the harness's tasks")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--agents", default="", help="episodes with environments: python, sql, bash")
+    sub.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=512,
+        help="of an answer to HumanEval or MBPP, or of an agent's turn",
+    )
+    sub.add_argument("--agents", default="", help="episodes with environments: python, sql, bash, tools")
     sub.add_argument("--turns", type=int, default=5, help="turns of an episode at most (default 5)")
     sub.add_argument("--endpoint", default="", help="OpenAI-compatible URL of the agent, not the checkpoint")
     sub.add_argument("--endpoint-model", default="", help="the agent's name there")
     sub.add_argument("--json", default="", metavar="FILE", help="also write everything as JSON")
+    sub.add_argument("--html", default="", metavar="FILE", help="also write the episodes as a page")
 
 
 def _eval(args) -> None:
@@ -48,6 +55,7 @@ def _eval(args) -> None:
             limit=args.limit,
             chat=args.chat,
             seed=args.seed,
+            max_new_tokens=args.max_new_tokens,
         )
         print(table(found, args.checkpoint))
         written |= json.loads(to_json(found, args.checkpoint))
@@ -55,14 +63,19 @@ def _eval(args) -> None:
         from lemur_jax.evals.agents import episodes
 
         agent = (
-            episodes.endpoint_agent(args.endpoint, args.endpoint_model)
+            episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=args.max_new_tokens)
             if args.endpoint
-            else episodes.session_agent(session)
+            else episodes.session_agent(session, max_new_tokens=args.max_new_tokens)
         )
         worlds = episodes.open_environments(args.agents.split(","), args.limit)
         traces = [episodes.run_episode(world, agent, max_turns=args.turns) for world in worlds]
         print(episodes.table(traces, args.turns))
         written["agents"] = json.loads(episodes.to_json(traces, args.turns))
+        if args.html:
+            from lemur_jax.evals.agents.page import page
+
+            with open(args.html, "w") as file:
+                file.write(page(written["agents"], args.checkpoint or args.endpoint_model))
     if args.json:
         with open(args.json, "w") as file:
             json.dump(written, file, indent=1)

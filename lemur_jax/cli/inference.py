@@ -34,6 +34,9 @@ def add_verbs(verbs: Verbs) -> None:
     )
     add_checkpoint(sub)
     sub.add_argument("--hf", default="", help="exported directory: compare with transformers' greedy tokens")
+    sub.add_argument(
+        "--reference", default="", metavar="FILE", help="compare with it; written where there is none"
+    )
 
     sub = add_verb(
         verbs,
@@ -100,7 +103,7 @@ def _smoke(args) -> None:
     session = open_session(args)
     from lemur_jax.infer.smoke import smoke
 
-    smoke(session, args.hf)
+    smoke(session, args.hf, args.reference)
 
 
 def _serve(args) -> None:

@@ -36,7 +36,7 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("--ratios", default="", help="e.g. 1:0,10:1,1:1: shares of the tokens")
     sub.add_argument(
         "--sources", default="", metavar="NAME,NAME",
-        help="whose shares; python+java,text: a part may be several (default: the order of config.eval.tasks)",
+        help="whose shares; python&java,text: a part may be several (default: the order of config.eval.tasks)",
     )  # fmt: skip
     sub.add_argument("--seeds", type=int, default=3, help="runs of each mixture (default 3)")
     sub.add_argument(

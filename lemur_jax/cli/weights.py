@@ -1,6 +1,9 @@
 """Hugging Face both ways: `import-hf`, `export-hf`."""
 
+import argparse
+
 from lemur_jax.cli.arguments import Verbs, add_verb, start_jax
+from lemur_jax.common.errors import UserError
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -15,6 +18,7 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("checkpoint", help="checkpoint directory to make")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     sub.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _add_vocabulary(sub)
 
     sub = add_verb(
         verbs,
@@ -28,6 +32,36 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     sub.add_argument("--step", type=int, help="default: the newest")
     sub.add_argument("--overwrite", action="store_true", help="replace what is there")
+    sub.add_argument(
+        "--verify",
+        action="store_true",
+        help="read it again: every tensor as in the checkpoint, and transformers' logits on 512 tokens",
+    )
+    _add_vocabulary(sub)
+
+
+def _add_vocabulary(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group(
+        "vocabulary", "rows and tokenizer files are changed together, in this order"
+    )
+    group.add_argument("--drop-rows-above", type=int, default=0, metavar="ID", help="forget ids from ID on")
+    group.add_argument("--add-tokens", default="", metavar="A,B", help="control tokens for the next ids")
+    group.add_argument(
+        "--vocab-size",
+        type=int,
+        default=0,
+        metavar="V",
+        help="rows afterwards; new ones are the others' mean",
+    )
+
+
+def _change(args):
+    from lemur_jax.convert.vocabulary import Change
+
+    tokens = tuple(args.add_tokens.split(",")) if args.add_tokens else ()
+    if not all(tokens) or min(args.drop_rows_above, args.vocab_size) < 0:
+        raise UserError("--add-tokens takes names with commas between, the other two numbers above 0")
+    return Change(drop_rows_above=args.drop_rows_above, add_tokens=tokens, vocab_size=args.vocab_size)
 
 
 def _import_hf(args) -> None:
@@ -36,7 +70,8 @@ def _import_hf(args) -> None:
     from lemur_jax.convert.memory import keep_freed_memory
 
     keep_freed_memory()
-    import_hf(args.hf_dir, args.checkpoint, dtype=args.dtype, overwrite=args.overwrite)
+    change = _change(args)
+    import_hf(args.hf_dir, args.checkpoint, dtype=args.dtype, overwrite=args.overwrite, change=change)
 
 
 def _export_hf(args) -> None:
@@ -45,4 +80,12 @@ def _export_hf(args) -> None:
     from lemur_jax.convert.memory import keep_freed_memory
 
     keep_freed_memory()
-    export_hf(args.checkpoint, args.hf_dir, dtype=args.dtype, step=args.step, overwrite=args.overwrite)
+    export_hf(
+        args.checkpoint,
+        args.hf_dir,
+        dtype=args.dtype,
+        step=args.step,
+        overwrite=args.overwrite,
+        change=_change(args),
+        verify=args.verify,
+    )

@@ -36,7 +36,8 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             remat="full",  # a name in models.remat.POLICIES: what the backward pass keeps
             reduce_dtype="",  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
             attention="auto",  # "auto" or a name in models.attention.IMPLEMENTATIONS
-            loss_chunk=512,  # positions whose logits exist at a time; 0: all at once
+            loss_chunk=512,  # positions whose logits exist at a time, cut to what divides the length; 0: all
+            compiler_options=(),  # more for XLA:TPU, "name=value" each; those of parallel/compiler_flags.py are on
         )
     )
 
@@ -137,6 +138,8 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             keep_best="",  # besides, the one with the lowest held-out loss on this task of eval.tasks
             grace_s=0.0,  # after SIGTERM a save may take so long, then the process ends; 0: no limit
             max_failures=3,  # saves that may fail in a row; each is tried again
+            other_optimizer="refuse",  # "fresh": where the stored optimizer is another one, start it anew
+            broadcast=False,  # with mesh.data > 1: one slice reads a checkpoint and sends it to the others
         )
     )
     config.log = ConfigDict(

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
 from lemur_jax.convert.model_card import model_card
 from lemur_jax.convert.safetensors_writer import plan_shards, write_index, write_shard
+from lemur_jax.convert.verify import compare_logits, compare_tensors
+from lemur_jax.convert.vocabulary import AS_IT_IS, Change
 from lemur_jax.data.chat import CHATML_TEMPLATE
 from lemur_jax.data.tokenizer import FILE_NAMES, Tokenizer
 from lemur_jax.models.config import LlamaConfig
@@ -57,6 +60,9 @@ def export_hf(
     step: int | None = None,
     overwrite: bool = False,
     max_shard_bytes: float = 5e9,
+    change: Change = AS_IT_IS,
+    verify: bool = False,
+    say: Callable[[str], None] = print,
 ) -> LlamaConfig:
     """Writes safetensors, configs, tokenizer, chat template and model card.
 
@@ -70,28 +76,43 @@ def export_hf(
       step: which checkpoint; None: the newest.
       overwrite: replace an earlier export at `hf_dir`.
       max_shard_bytes: tensor bytes a safetensors file; a larger tensor gets its own.
+      change: of the vocabulary.
+      verify: read what was written again, and compare it with the checkpoint as `convert.verify` does.
+      say: gets what `verify` finds.
 
     Returns:
-      The model's shape.
+      The shape of the model that is written.
 
     Raises:
       UserError: no such checkpoint, `hf_dir` exists, a parameter is missing, unexpected, damaged or of
-        another shape, a value does not fit `dtype`, or the tokenizer has ids that the model lacks.
-        Nothing is written then.
+        another shape, a value does not fit `dtype`, vocabulary and tokenizer do not fit each other, or what
+        was written differs. Nothing is written then.
     """
     numpy_dtype(dtype)
     target = epath.Path(hf_dir)
     check_target(target, overwrite, _is_export)
     metadata = read_metadata(ckpt_dir, step)
-    config = LlamaConfig.from_dict(metadata["model"])
+    stored = LlamaConfig.from_dict(metadata["model"])
     arrays = open_params(ckpt_dir, metadata["step"])
-    _check_params(config, arrays, f"checkpoint {ckpt_dir}, step {metadata['step']}")
+    _check_params(stored, arrays, f"checkpoint {ckpt_dir}, step {metadata['step']}")
     files = tokenizer_files(metadata)
-    tokenizer = _tokenizer(files, config, ckpt_dir)
+    if unknown := sorted(files.keys() - set(FILE_NAMES)):
+        raise UserError(
+            f"{ckpt_dir}: {unknown[0]!r} among the tokenizer's files is none that a tokenizer has"
+        )
+    config, files = change.apply(stored, files, ckpt_dir)
+    tokenizer = Tokenizer.from_files(files) if files else None
     tokens = SpecialTokens() if tokenizer is None else SpecialTokens.of(tokenizer)
     chatml = tokenizer is not None and "<|im_end|>" in tokenizer.control_tokens
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        """Parameter by parameter, all layers of one after the other, as they lie in the checkpoint."""
+        for before, after in zip(layout.weights(stored), layout.weights(config), strict=True):
+            leaf = metadata["leaves"]["params"][before.path]
+            yield from _stream(before, after, arrays[before.path], leaf, dtype, change)
+
     with staged(target) as directory:
-        _write_weights(directory, config, arrays, metadata["leaves"]["params"], dtype, max_shard_bytes)
+        _write_weights(directory, config, _ahead(tensors()), dtype, max_shard_bytes)
         for name, content in files.items():
             (directory / name).write_bytes(content)
         if tokenizer is not None and chatml and tokenizer.chat_template is None:
@@ -101,6 +122,9 @@ def export_hf(
         # Last: without it nobody takes the directory for a model.
         described = hf_config.to_hf(config, dtype=dtype, bos=tokens.bos, eos=tokens.eos, pad=tokens.pad)
         _write_json(directory / "config.json", described)
+        if verify:
+            say(compare_tensors(directory, config, tensors()))
+            say(compare_logits(directory, config, tokenizer))
     return config
 
 
@@ -131,24 +155,15 @@ def _check_params(config: LlamaConfig, arrays: Mapping[str, ts.TensorStore], whe
 def _write_weights(
     directory: epath.Path,
     config: LlamaConfig,
-    arrays: Mapping[str, ts.TensorStore],
-    leaves: Mapping[str, Leaf],
+    stream: Iterator[tuple[str, np.ndarray]],
     dtype: str,
     max_shard_bytes: float,
 ) -> None:
-    """All safetensors files and their index.
-
-    Tensors go parameter by parameter, all layers of one after the other, as they lie in the
-    checkpoint; readers find them by name.
-    """
-    rows = layout.weights(config)
-    shapes = {name: weight.hf_shape for weight in rows for name in weight.names}
+    """All safetensors files and their index; readers find tensors by name, whatever their order."""
+    shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
     itemsize = numpy_dtype(dtype).itemsize
     sizes = [(name, math.prod(shape) * itemsize) for name, shape in shapes.items()]
     shards = plan_shards(sizes, max_shard_bytes)
-    stream = (
-        pair for weight in rows for pair in _stream(weight, arrays[weight.path], leaves[weight.path], dtype)
-    )
 
     def next_tensor(name: str) -> np.ndarray:
         streamed, tensor = next(stream)
@@ -161,10 +176,28 @@ def _write_weights(
     write_index(directory, shards, sum(size for _, size in sizes))
 
 
+def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same; the next is made in a thread while the caller writes the last."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, tensors, None)
+        while (tensor := waiting.result()) is not None:
+            waiting = pool.submit(next, tensors, None)
+            yield tensor
+
+
 def _stream(
-    weight: layout.Weight, array: ts.TensorStore, stored: Leaf, dtype: str
+    weight: layout.Weight,
+    written: layout.Weight,
+    array: ts.TensorStore,
+    stored: Leaf,
+    dtype: str,
+    change: Change,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) of each Hugging Face tensor of one parameter, in order.
+
+    Args:
+      weight: as it lies in the checkpoint.
+      written: as it is written, with another vocabulary perhaps.
 
     Raises:
       Damaged: after the last of them, if they are not what was saved.
@@ -172,9 +205,13 @@ def _stream(
     digest = RunningDigest()
 
     def convert(block: np.ndarray, name: str) -> np.ndarray:
-        digest.update(block)
-        tensor = np.empty(weight.hf_shape, numpy_dtype(dtype))
-        copy_cast(tensor, weight.to_hf(block), name)
+        summed = pool.submit(digest.update, block)
+        tensor = np.empty(written.hf_shape, numpy_dtype(dtype))
+        source = weight.to_hf(block)
+        if name in layout.VOCABULARY:
+            source = change.of_table(source, written.hf_shape[0])
+        copy_cast(tensor, source, name)
+        summed.result()
         return tensor
 
     # A chunk is decoded whole, however little of it is wanted: read as many layers as one holds.
@@ -182,26 +219,12 @@ def _stream(
     groups = [weight.names[start : start + layers] for start in range(0, len(weight.names), layers)]
     cuts = [slice(number * layers, number * layers + len(group)) for number, group in enumerate(groups)]
     blocks = read_parts(array, cuts if weight.stacked else [...], weight.path)
-    for names, block in zip(groups, blocks, strict=True):
-        for name, layer in zip(names, block if weight.stacked else (block,), strict=True):
-            yield name, convert(layer, name)
+    with ThreadPoolExecutor(1) as pool:  # NumPy lets go of the interpreter: digest and cast run side by side
+        for names, block in zip(groups, blocks, strict=True):
+            for name, layer in zip(names, block if weight.stacked else (block,), strict=True):
+                yield name, convert(layer, name)
     if digest.value != stored.digest:
         raise Damaged(f"parameter {weight.path} of the checkpoint is damaged: it is not what was saved")
-
-
-def _tokenizer(files: Mapping[str, bytes], config: LlamaConfig, where: epath.PathLike) -> Tokenizer | None:
-    """The checkpoint's tokenizer; None where weights were imported without one."""
-    if not files:
-        return None
-    if unknown := sorted(files.keys() - set(FILE_NAMES)):
-        raise UserError(f"{where}: {unknown[0]!r} among the tokenizer's files is none that a tokenizer has")
-    tokenizer = Tokenizer.from_files(files)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's vocab_size is"
-            f" {config.vocab_size}"
-        )
-    return tokenizer
 
 
 def _generation_config(tokens: SpecialTokens) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from jax.sharding import Sharding
 
 from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.checkpoint.streaming import Streamed
-from lemur_jax.common.errors import UserError
 from lemur_jax.convert import layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
 from lemur_jax.convert.hf_config import read_config
 from lemur_jax.convert.hf_weights import Tensor, check_weights, open_weights
-from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.convert.vocabulary import AS_IT_IS, Change
+from lemur_jax.data.tokenizer import read_files
 from lemur_jax.models.config import LlamaConfig
 
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -79,6 +79,7 @@ def import_hf(
     *,
     dtype: str = "float32",
     overwrite: bool = False,
+    change: Change = AS_IT_IS,
 ) -> LlamaConfig:
     """Writes a Hugging Face Llama as a checkpoint of parameters alone, step 0.
 
@@ -90,35 +91,39 @@ def import_hf(
       ckpt_dir: checkpoint directory to make, local or gs://.
       dtype: of the parameters: "float32", "bfloat16" or "float16".
       overwrite: replace an earlier import at `ckpt_dir`.
+      change: of the vocabulary.
 
     Returns:
-      The model's shape.
+      The shape of the model in the checkpoint.
 
     Raises:
-      UserError: `ckpt_dir` exists, the tokenizer has ids that the model lacks, or as in
-        `load_hf_params`.
+      UserError: `ckpt_dir` exists, or as in `Change.apply` and `load_hf_params`.
     """
     numpy_dtype(dtype)
     source, target = epath.Path(hf_dir), epath.Path(ckpt_dir)
     check_target(target, overwrite, _is_import)
-    config = read_config(source)
-    files = _tokenizer_files(source, config)
+    stored = read_config(source)
+    tokenizer = read_files(source) if any((source / name).exists() for name in _TOKENIZERS) else {}
+    config, files = change.apply(stored, tokenizer, source)
     tensors = open_weights(source)
-    check_weights(config, tensors, source)
-    params = {weight.path: _stream(weight, tensors, dtype) for weight in layout.weights(config)}
+    check_weights(stored, tensors, source)
+    params = {weight.path: _stream(weight, tensors, dtype, change) for weight in layout.weights(config)}
     metadata = make_metadata(model=config.to_dict(), tokenizer_files=files)
     with staged(target) as directory:
         write_params(directory, layout.nest(params), metadata)
     return config
 
 
-def _stream(weight: layout.Weight, tensors: Mapping[str, Tensor], dtype: str) -> Streamed:
+def _stream(weight: layout.Weight, tensors: Mapping[str, Tensor], dtype: str, change: Change) -> Streamed:
     """One parameter, a layer at a time if it is stacked."""
 
     def read(number: int) -> np.ndarray:
         name = weight.names[number]
+        tensor = tensors[name].read()
+        if name in layout.VOCABULARY:
+            tensor = change.of_table(tensor, weight.hf_shape[0])
         out = np.empty(weight.shape[1:] if weight.stacked else weight.shape, numpy_dtype(dtype))
-        copy_cast(out, weight.from_hf(tensors[name].read()), name)
+        copy_cast(out, weight.from_hf(tensor), name)
         return out[None] if weight.stacked else out
 
     return Streamed(shape=weight.shape, dtype=numpy_dtype(dtype), pieces=len(weight.names), read=read)
@@ -127,16 +132,3 @@ def _stream(weight: layout.Weight, tensors: Mapping[str, Tensor], dtype: str) ->
 def _is_import(directory: epath.Path) -> bool:
     """Whether this is what `import_hf` writes: step 0 alone, so that no training is ever deleted."""
     return all(child.name == "0" for child in directory.iterdir())
-
-
-def _tokenizer_files(hf_dir: epath.Path, config: LlamaConfig) -> dict[str, bytes]:
-    """The tokenizer's files; none where the directory has no tokenizer."""
-    if not any((hf_dir / name).exists() for name in _TOKENIZERS):
-        return {}
-    tokenizer = Tokenizer.load(hf_dir)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{hf_dir}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's vocab_size is"
-            f" {config.vocab_size}: extend the model or remove the added tokens"
-        )
-    return tokenizer.files()

@@ -38,6 +38,7 @@ TABLE: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 )
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+VOCABULARY = (EMBEDDING, HEAD)  # both [V, D]
 
 # Tables of angles that old versions of transformers saved; the config says all that is in them.
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")

@@ -6,6 +6,7 @@ The recipe's way: Llama-2 has 32,000 rows; the base Lemur adds StarCoder's token
 chat those are dropped again (their ids now mean ChatML's tokens) and the rows grow to 32,005.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.data.tokenizer_files import revise
+from lemur_jax.models.config import LlamaConfig
 
 Array = jax.Array | np.ndarray
 
@@ -51,14 +55,16 @@ def extend_rows(params: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     if vocab_size < rows:
         raise UserError(f"cannot extend a vocabulary of {rows} rows to {vocab_size}: drop rows first")
 
-    def extend(table: Array, axis: int) -> Array:
-        xp = np if isinstance(table, np.ndarray) else jnp
-        mean = xp.mean(table, axis=axis, keepdims=True, dtype=np.float32).astype(table.dtype)
-        shape = list(table.shape)
-        shape[axis] = vocab_size - rows
-        return xp.concatenate([table, xp.broadcast_to(mean, shape)], axis=axis)
+    return _with_tables(params, lambda table, axis: _extended(table, axis, vocab_size))
 
-    return _with_tables(params, extend)
+
+def _extended(table: Array, axis: int, size: int) -> Array:
+    """The table with entries along `axis` up to `size`, each the mean of those that are there."""
+    xp = np if isinstance(table, np.ndarray) else jnp
+    mean = xp.mean(table, axis=axis, keepdims=True, dtype=np.float32).astype(table.dtype)
+    shape = list(table.shape)
+    shape[axis] = size - table.shape[axis]
+    return xp.concatenate([table, xp.broadcast_to(mean, shape)], axis=axis)
 
 
 def resize(
@@ -100,3 +106,66 @@ def _with_tables(params: Mapping[str, Any], change: Callable[[Array, int], Array
     if "head" in params:
         changed["head"] = {**params["head"], "kernel": change(params["head"]["kernel"], 1)}
     return changed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Change:
+    """What to do to the vocabulary on the way from one format to the other; by default nothing.
+
+    Attributes:
+      drop_rows_above: > 0: rows and control tokens with ids from this one on are forgotten first.
+      add_tokens: control tokens that get the next ids, and rows where there are none.
+      vocab_size: > 0: rows V afterwards; missing ones become the mean of the others.
+    """
+
+    drop_rows_above: int = 0
+    add_tokens: tuple[str, ...] = ()
+    vocab_size: int = 0
+
+    def apply(
+        self, config: LlamaConfig, files: Mapping[str, bytes], where: object
+    ) -> tuple[LlamaConfig, dict[str, bytes]]:
+        """The model and the tokenizer's files afterwards.
+
+        Args:
+          config: the model before.
+          files: of its tokenizer; none where there is no tokenizer.
+          where: what has that vocabulary, for messages.
+
+        Raises:
+          UserError: rows would be lost that were not named, or tokens and rows do not fit each other.
+        """
+        rows = self.kept(config.vocab_size)
+        if not 0 < rows <= config.vocab_size:
+            raise UserError(
+                f"--drop-rows-above {self.drop_rows_above}: {where} has {config.vocab_size} vocabulary rows"
+            )
+        if self.add_tokens and not files:
+            raise UserError(f"--add-tokens: {where} has no tokenizer to add them to")
+        if files and (self.drop_rows_above or self.add_tokens):
+            files = revise(Tokenizer.from_files(files), keep=self.drop_rows_above, add=self.add_tokens)
+        tokens = Tokenizer.from_files(files).vocab_size if files else 0
+        size = self.vocab_size or (max(rows, tokens) if self.add_tokens else rows)
+        if size < rows:
+            raise UserError(
+                f"--vocab-size {size}: {where} has {rows} vocabulary rows; say which to forget with"
+                f" --drop-rows-above {size}"
+            )
+        if size < tokens:
+            raise UserError(
+                f"{where}: the tokenizer has ids up to {tokens - 1}, but the model's vocab_size is {size}:"
+                f" say --vocab-size {tokens}, or --drop-rows-above to forget added tokens"
+            )
+        return dataclasses.replace(config, vocab_size=size), dict(files)
+
+    def kept(self, rows: int) -> int:
+        """How many of so many rows stay."""
+        return self.drop_rows_above or rows
+
+    def of_table(self, table: np.ndarray, size: int) -> np.ndarray:
+        """The embedding or the head [V, D] with `size` rows; not copied where nothing changes."""
+        table = table[: self.kept(table.shape[0])]
+        return table if table.shape[0] == size else np.asarray(_extended(table, 0, size))
+
+
+AS_IT_IS = Change()

@@ -69,9 +69,10 @@ def encode_chat(
       name: what to call the conversation in errors.
 
     Returns:
-      ids, and a mask of the same length: 1 where the token is a supervised target, that is where it
-      begins inside text that the template marks as generated. With ChatML: the assistant's content
-      and its closing `<|im_end|>\\n`.
+      ids, and a mask of the same length: 1 where the token is a supervised target, that is where some
+      of its characters are in text that the template marks as generated (as transformers has it, so a
+      token that joins the last space of the prompt to the answer's first word is one). With ChatML:
+      the assistant's content and its closing `<|im_end|>\\n`.
 
     Raises:
       UserError: malformed messages, or no supervised token although no generation prompt was asked.
@@ -85,13 +86,13 @@ def encode_chat(
             mask.append(int(piece.supervised[0]))
         else:
             # Only text that opens the conversation gets the dummy space in front.
-            text_ids, starts = tokenizer.encode_with_offsets(piece.text, prefix=position == 0)
+            text_ids, spans = tokenizer.encode_with_spans(piece.text, prefix=position == 0)
             ids += text_ids
-            mask += [int(piece.supervised[start]) for start in starts]
+            mask += [int(any(piece.supervised[begin:end])) for begin, end in spans]
     if not add_generation_prompt and not any(mask):
         raise UserError(
-            f"conversation {name or '(unnamed)'} has no supervised token: no assistant turn among the"
-            f" roles {', '.join(message['role'] for message in messages)}"
+            f"conversation {name or '(unnamed)'} has no supervised token: its template marks nothing as"
+            f" generated; the roles are {', '.join(message['role'] for message in messages)}"
         )
     return ids, mask
 
@@ -229,7 +230,7 @@ def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return function(value)
     if isinstance(value, Mapping):
-        return {key: _map_strings(item, function) for key, item in value.items()}
+        return {function(key): _map_strings(item, function) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_map_strings(item, function) for item in value]
     return value

@@ -28,11 +28,17 @@ _ROLES = {
 
 
 def sharegpt(row: Row) -> Messages:
-    """ShareGPT: `conversations`, a list of {"from", "value"}; with a `system` field if there is one."""
-    turns = row.get("conversations", row.get("conversation"))
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise ValueError("no list `conversations`")
-    messages = [_message(_get(turn, "from"), _get(turn, "value")) for turn in turns]
+    """ShareGPT: `conversations`, a list of {"from", "value"}; with a `system` field if there is one.
+
+    Turns that are spelled {"role", "content"}, as some of its descendants do, are taken too.
+    """
+    turns = _list(row, "conversation" if "conversation" in row else "conversations")
+    messages = [
+        _message(turn["role"], _get(turn, "content"))
+        if isinstance(turn, Mapping) and "from" not in turn and "role" in turn
+        else _message(_get(turn, "from"), _get(turn, "value"))
+        for turn in turns
+    ]
     return _checked([*_system(row.get("system")), *messages])
 
 
@@ -60,6 +66,8 @@ def openassistant(row: Row) -> Messages:
     """
     messages: Messages = []
     node = row.get("prompt")
+    if node is not None and node.get("deleted"):
+        raise ValueError("the prompt was deleted")
     while node is not None:
         messages.append(_message(_get(node, "role"), _get(node, "text")))
         replies = [reply for reply in node.get("replies") or [] if not reply.get("deleted")]
@@ -69,6 +77,25 @@ def openassistant(row: Row) -> Messages:
     return _checked(messages)
 
 
+def openassistant_messages(row: Row) -> Messages:
+    """OpenAssistant 1, a message a row (its Parquet files, `*.messages.jsonl.gz`): the same path of a tree.
+
+    For `Fields(gather="message_tree_id")`, which gives the rows of a tree together: each has
+    `message_id`, `parent_id` (None at the root), `text`, `role`, and perhaps `rank` and `deleted`. The
+    language is that of the root: name `lang` in `Fields.meta`.
+    """
+    nodes = {_get(message, "message_id"): {**message, "replies": []} for message in _list(row, "rows")}
+    roots: list[Row] = []
+    for name, node in nodes.items():
+        parent = node.get("parent_id")
+        if parent is not None and parent not in nodes:
+            raise ValueError(f"message {name} answers {parent}, which is not beside it: a tree is in pieces")
+        (roots if parent is None else nodes[parent]["replies"]).append(node)
+    if len(roots) != 1:
+        raise ValueError(f"a tree with {len(roots)} messages that answer none")
+    return openassistant({"prompt": roots[0]})
+
+
 def openai(row: Row) -> Messages:
     """OpenAI `messages`: contents as strings or parts, tool calls and tool results.
 
@@ -76,12 +103,13 @@ def openai(row: Row) -> Messages:
     JSON between <tool_call> and </tool_call>, and so is trained on; a result is a turn of the role tool.
     """
     messages = []
-    for turn in _get(row, "messages"):
+    for turn in _list(row, "messages"):
+        role = _get(turn, "role")
         content = _parts(turn.get("content"))
-        calls = [_call(call.get("function")) for call in turn.get("tool_calls") or []]
+        calls = [_call(_get(call, "function")) for call in turn.get("tool_calls") or []]
         if turn.get("function_call"):  # before tools were called so
             calls.append(_call(turn["function_call"]))
-        messages.append(_message(_get(turn, "role"), "\n".join([content] * bool(content) + calls)))
+        messages.append(_message(role, "\n".join([content] * bool(content) + calls)))
     return _checked(messages)
 
 
@@ -104,12 +132,13 @@ def _call(function: Any) -> str:
 def _parts(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    odd = [
-        part.get("type") for part in content if part.get("type") not in ("text", "input_text", "output_text")
-    ]
+    if not isinstance(content, Sequence):
+        raise ValueError(f"a content is {type(content).__name__}, neither a string nor a list of parts")
+    kinds = [_get(part, "type") for part in content]
+    odd = [kind for kind in kinds if kind not in ("text", "input_text", "output_text")]
     if odd:
         raise ValueError(f"a message has a part of type {odd[0]!r}; only text can be trained on")
-    return "".join(part["text"] for part in content)
+    return "".join(_get(part, "text") for part in content)
 
 
 def _message(role: Any, content: Any) -> dict[str, str]:
@@ -122,6 +151,13 @@ def _message(role: Any, content: Any) -> dict[str, str]:
 
 def _system(text: Any) -> Messages:
     return [_message("system", text)] if text else []
+
+
+def _list(row: Row, name: str) -> Sequence[Any]:
+    value = row.get(name)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"no list `{name}`")
+    return value
 
 
 def _get(mapping: Any, name: str) -> Any:

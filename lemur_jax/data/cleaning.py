@@ -12,6 +12,7 @@ import difflib
 import functools
 import gzip
 import hashlib
+import importlib.metadata
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "lines": {"max_chars": 0, "max_mean_chars": 0},
     "alphanumeric": {"min_share": 0.0},
     "metadata": {},  # name of a metadata field -> values that may stay, e.g. licences or languages
+    "language": {"keep": (), "chars": 1000},  # codes as "en"; guessed by py3langid from so many characters
     "decontaminate": {"against": (), "n": 10},  # "human_eval" or a JSON Lines file with `text`; words
     "exact_duplicates": {},
     # Two documents are duplicates when the Jaccard similarity of their runs of `words` words, estimated
@@ -40,6 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 NO_STEPS = "{}"
 _WORD = re.compile(r"\w+")
 EXCERPT = 200  # characters
+RECENT = 1 << 20  # digests in a set of Python's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,18 @@ def parse_steps(task: str, options: Mapping[str, Mapping[str, Any]]) -> str:
     if not steps:
         return NO_STEPS
     digests = {name: hashlib.sha256("\0".join(_benchmark(name)).encode()).hexdigest() for name in against}
+    if "language" in steps:
+        _check_language(f"prepare.steps.{task}.language.keep", steps["language"]["keep"])
+        digests["py3langid"] = importlib.metadata.version("py3langid")
     return json.dumps({name: steps[name] for name in DEFAULTS if name in steps} | {"digests": digests})
+
+
+def _check_language(where: str, keep: Iterable[str]) -> None:
+    known = sorted(_identifier().labels)
+    odd = [code for code in keep if code not in known]
+    if odd or not keep:
+        names = repr(odd[0]) if odd else "no language"
+        raise UserError(f"{where} names {names}; there are {', '.join(known)}")
 
 
 def _check_name(where: str, name: str, known: Iterable[str]) -> None:
@@ -119,6 +133,7 @@ class Filters:
             "lines": _lines,
             "alphanumeric": _alphanumeric,
             "metadata": _metadata,
+            "language": _language,
             "decontaminate": _decontaminate,
         }
         self._checks = [(name, check[name](**steps[name])) for name in check if name in steps]
@@ -206,6 +221,27 @@ def _metadata(**fields):
     return check
 
 
+def _language(keep, chars):
+    identifier = _identifier()
+
+    def check(text, meta):
+        found, _ = identifier.classify(text[:chars])
+        if found not in keep:
+            return f"the language seems to be {found!r}"
+
+    return check
+
+
+@functools.cache
+def _identifier():
+    """py3langid: 140 languages by naive Bayes over byte n-grams, its model in the package."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        raise UserError("the step `language` needs py3langid: pip install lemur_jax[langid]") from error
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
+
+
 def _decontaminate(against, n):
     grams = {}
     for name in against:
@@ -251,16 +287,40 @@ def _benchmark(name: str) -> list[str]:
         ) from error
 
 
+class Digests:
+    """A set of 16-byte digests, in 16 bytes each but for the newest, which wait in a set to be sorted in."""
+
+    def __init__(self) -> None:
+        self._recent: set[bytes] = set()
+        self._sorted = np.empty(0, "S16")
+
+    def __contains__(self, digest: bytes) -> bool:
+        if digest in self._recent:
+            return True
+        place = np.searchsorted(self._sorted, np.bytes_(digest))
+        # As arrays: NumPy takes zeros at the end for padding, in both.
+        return bool((self._sorted[place : place + 1] == np.bytes_(digest)).any())
+
+    def add(self, digest: bytes) -> None:
+        self._recent.add(digest)
+        if len(self._recent) == RECENT:
+            both = np.concatenate([self._sorted, np.array(sorted(self._recent), "S16")])
+            self._sorted = np.sort(both, kind="stable")  # merges two runs in linear time
+            self._recent.clear()
+
+
 class Duplicates:
     """The steps that look for earlier documents of the same corpus.
 
-    In memory: 16 bytes and Python's overhead (some 100 in all) a document for exact ones, some 4 KiB for
-    near ones. What was added since the last `take_state` can be saved and given back to `restore`.
+    In memory: 16 bytes a document for exact ones and some 150 MiB besides; some 4 KiB a document for near
+    ones. What was added since the last `take_state` can be saved and given back to `restore`; until then it
+    is held as well, unless `saves` is False.
     """
 
-    def __init__(self, steps: str):
+    def __init__(self, steps: str, saves: bool = True):
         self._steps = json.loads(steps)
-        self._exact: set[bytes] = set()
+        self._saves = saves
+        self._exact = Digests()
         self._ids: list[str] = []
         self._new: list[tuple[Fingerprint, str]] = []
         if "near_duplicates" in self._steps:
@@ -270,7 +330,7 @@ class Duplicates:
             self._lsh = rensa.RMinHashLSH(
                 threshold=near["threshold"], num_perm=near["hashes"], num_bands=near["bands"]
             )
-            self._minhashes: list[Any] = []
+            self._near: list[bytes] = []  # states: a fifth of the objects' size
 
     def remove(self, id: str, fingerprint: Fingerprint, excerpt: str) -> Removed | None:
         """What removes a document; one that stays is remembered."""
@@ -281,21 +341,21 @@ class Duplicates:
             minhash = self._load(fingerprint.near)
             threshold = self._steps["near_duplicates"]["threshold"]
             for other in sorted(self._lsh.query(minhash)):
-                similarity = minhash.jaccard(self._minhashes[other])
+                similarity = minhash.jaccard(self._load(self._near[other]))
                 if similarity >= threshold:
                     reason = f"similar to {self._ids[other]} (Jaccard about {similarity:.2f})"
                     return Removed(step="near_duplicates", reason=reason, id=id, excerpt=excerpt)
         self._add(fingerprint, id)
-        self._new.append((fingerprint, id))
+        if self._saves:
+            self._new.append((fingerprint, id))
         return None
 
     def _add(self, fingerprint: Fingerprint, id: str) -> None:
         if fingerprint.exact:
             self._exact.add(fingerprint.exact)
         if fingerprint.near:
-            minhash = self._load(fingerprint.near)
-            self._lsh.insert(len(self._minhashes), minhash)
-            self._minhashes.append(minhash)
+            self._lsh.insert(len(self._near), self._load(fingerprint.near))
+            self._near.append(fingerprint.near)
             self._ids.append(id)
 
     def _load(self, state: bytes):

@@ -8,13 +8,13 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data import tasks
+from lemur_jax.data import prepare_beam, tasks
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.chat import chat_template
 from lemur_jax.data.cleaning import NO_STEPS, Duplicates, Removed, parse_steps
@@ -35,6 +35,8 @@ SAVE_SECONDS = 60.0  # at most so much work, and the rest of an input shard, is 
 def prepare(
     config: ConfigDict,
     *,
+    runner: str = "",
+    runner_options: Sequence[str] = (),
     progress: ShowProgress = no_progress,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -46,6 +48,8 @@ def prepare(
 
     Args:
       config: a run config.
+      runner: a Beam runner that reads and tokenizes, e.g. "DirectRunner"; "": processes of this machine.
+      runner_options: options of its pipeline, e.g. ["--region=europe-west4"].
       progress: called with (total or None, label, unit); e.g. `telemetry.progress.Progress`.
       say: gets one line a store, then the budget table.
 
@@ -64,7 +68,16 @@ def prepare(
     workers = _workers(config)
     tokenizer = prepare_tokenizer(config, progress=progress, say=say)
     with encoder(tokenizer, workers) as encode:
-        run = _Run(config=config, steps=steps, tokenizer=tokenizer, encode=encode, progress=progress, say=say)
+        run = _Run(
+            config=config,
+            steps=steps,
+            tokenizer=tokenizer,
+            encode=encode,
+            runner=runner,
+            runner_options=runner_options,
+            progress=progress,
+            say=say,
+        )
         for name, split in wanted:
             if name == found[name].name:
                 _prepare_store(run, found[name], split)
@@ -97,6 +110,8 @@ class _Run:
     steps: Mapping[str, str]
     tokenizer: Tokenizer
     encode: Encode
+    runner: str
+    runner_options: Sequence[str]
     progress: ShowProgress
     say: Callable[[str], None]
 
@@ -116,12 +131,12 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
     label = f"{task.name}/{split}"
     with run.progress(tasks.count(task, split), label, "documents") as shown, writer:
         saved = writer.saved or {"shard": 0, "journal": None}
-        duplicates = Duplicates(steps)
+        duplicates = Duplicates(steps, saves=tasks.count_shards(task, split) > 1)
         journal = Journal(path, duplicates, saved["journal"])
         shown.update(journal.records)
         shard, last_save = saved["shard"], time.monotonic()
         try:
-            for result in run.encode(_records(task, split, shard), steps, journal.records):
+            for result in _results(run, task, split, writer, shard, journal.records):
                 if result is None:
                     shard += 1
                     if time.monotonic() - last_save >= SAVE_SECONDS:
@@ -137,6 +152,7 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
             journal.close(keep=writer.has_saved)
             raise
     journal.finish()
+    _beam_folder(path).rmtree(missing_ok=True)
     run.say(f"{_describe(read_manifest(path))}; {journal.summary()}{time.monotonic() - begin:.1f} s")
 
 
@@ -153,6 +169,32 @@ def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
     with writer:
         copy_part(TokenStore.open(run.path(task.name, split)), split_name(name)[1], writer)
     run.say(f"{_describe(read_manifest(path))}; {time.monotonic() - begin:.1f} s")
+
+
+def _results(
+    run: _Run, task: tasks.Task, split: str, writer: StoreWriter, shard: int, number: int
+) -> Iterator[Result | None]:
+    """What becomes of the records from a shard on, in their order."""
+    steps = run.steps[task.name]
+    if not run.runner:
+        return run.encode(_records(task, split, shard), steps, number)
+    made_of = hashlib.sha256(json.dumps(writer.fields, sort_keys=True).encode()).hexdigest()
+    job = prepare_beam.Job(
+        task=task.name,
+        modules=tuple(run.config.data.modules),
+        split=split,
+        shards=tasks.count_shards(task, split),
+        steps=steps,
+        tokenizer=run.config.tokenizer.path,
+        folder=str(_beam_folder(run.path(task.name, split)) / made_of[:16]),
+        first_shard=shard,
+        first_number=number,
+    )
+    return prepare_beam.results(job, run.runner, run.runner_options)
+
+
+def _beam_folder(store: epath.Path) -> epath.Path:
+    return store.parent / f".{store.name}.beam"
 
 
 def _records(task: tasks.Task, split: str, first_shard: int) -> Iterator[Record | None]:

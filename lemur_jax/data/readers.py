@@ -28,6 +28,7 @@ _SUFFIXES = {
     ".tfrecord": "tfrecord",
 }
 MAX_BYTES = 2 << 20  # of one record: tokenizing takes up to 150 times as much memory (conversations)
+MAX_GATHERED = 10_000  # rows of one document
 _READ_BYTES = 1 << 20
 _BATCH_ROWS = 64
 EXCERPT = 500  # bytes of a bad record that are kept
@@ -46,6 +47,8 @@ class Fields:
       id: the document's name; "": its file and position.
       meta: fields kept as metadata, under their own names; filters and code layout read them.
       group: documents with the same value here are held out together, e.g. a repository's; "": each alone.
+      gather: rows that follow each other with the same value here are one document, for `messages`: its
+        row is the first one with all of them as `rows`. "": each row is one.
     """
 
     text: str = "text"
@@ -53,6 +56,7 @@ class Fields:
     id: str = ""
     meta: tuple[str, ...] = ()
     group: str = ""
+    gather: str = ""
 
     @property
     def content(self) -> str:
@@ -142,7 +146,7 @@ def documents(
     A document has the string features `text` or `messages`, `id`, `meta` (JSON), `where`, and `error`:
     empty, or JSON with the reason why it cannot be used and how many records that stands for.
     """
-    for position, row in found:
+    for position, row in gather(found, fields.gather) if fields.gather else found:
         where = f"{path}: {position}"
         if isinstance(row, Bad):
             bad = row
@@ -155,6 +159,35 @@ def documents(
         failure = json.dumps({"reason": bad.reason, "records": bad.records})
         features = {fields.content: bad.excerpt, "id": where, "meta": "{}", "where": where, "error": failure}
         yield {key: _bytes(value) for key, value in features.items()}, where.encode()
+
+
+def gather(found: Iterable[tuple[str, Row | Bad]], name: str) -> Iterator[tuple[str, Row | Bad]]:
+    """Rows that follow each other with the same value in a field as one, at the place of the first.
+
+    Bad rows, those without the field among them, come out as they are.
+    """
+    held: list[Row] = []
+    place, value, count = "", None, 0
+    for position, row in found:
+        if isinstance(row, Bad) or name not in row:
+            yield position, row if isinstance(row, Bad) else Bad(reason=f"no field {name!r}")
+            continue
+        if count and row[name] != value:
+            yield place, _joined(held, count, name)
+            held, count = [], 0
+        if not count:
+            place, value = position, row[name]
+        count += 1
+        if count <= MAX_GATHERED:
+            held.append(row)
+    if count:
+        yield place, _joined(held, count, name)
+
+
+def _joined(rows: Sequence[Row], count: int, name: str) -> Row | Bad:
+    if count > MAX_GATHERED:
+        return Bad(reason=f"{count:,} rows have one {name!r}, more than {MAX_GATHERED:,}", records=count)
+    return {**rows[0], "rows": rows}
 
 
 def is_held_out(key: bytes, share: float) -> bool:
@@ -189,6 +222,8 @@ _NOTHING = object()
 def _look_up(row: Row, name: str, default: Any = _NOTHING) -> Any:
     value: Any = row
     for part in [name] if name in row else name.split("."):
+        if isinstance(value, str) and value.startswith("{"):  # RedPajama's Parquet spells metadata as JSON
+            value = json.loads(value)
         if not isinstance(value, Mapping) or part not in value:
             if default is _NOTHING:
                 raise ValueError(f"no field {name!r}; there are {', '.join(map(str, row))}")

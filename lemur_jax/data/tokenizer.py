@@ -27,6 +27,9 @@ FILE_NAMES = (
 )
 
 
+Span = tuple[int, int]
+
+
 class _Model(Protocol):
     """A vocabulary that encodes plain text."""
 
@@ -37,7 +40,7 @@ class _Model(Protocol):
 
     def encode(self, text: str, prefix: bool) -> list[int]: ...
 
-    def encode_with_offsets(self, text: str, prefix: bool) -> tuple[list[int], list[int]]: ...
+    def encode_with_spans(self, text: str, prefix: bool) -> tuple[list[int], list[Span]]: ...
 
     def decode(self, ids: list[int], prefix: bool) -> str: ...
 
@@ -49,6 +52,7 @@ class Tokenizer:
 
     Attributes:
       vocab_size: highest id + 1, added tokens included.
+      model_size: ids of the model file itself.
       bos_id, eos_id: ids that begin and end a document.
       unk_id, pad_id: ids, or None.
       added_tokens: control tokens that are not in the model file, to their ids.
@@ -73,7 +77,8 @@ class Tokenizer:
         self.added_tokens = _added_tokens(files, self._model, name)
         self.control_tokens = {**self._model.control_tokens, **self.added_tokens}
         self._control_names = {index: token for token, index in self.control_tokens.items()}
-        self.vocab_size = max(self._model.size, *(index + 1 for index in self.control_tokens.values()))
+        self.model_size = self._model.size
+        self.vocab_size = max(self.model_size, *(index + 1 for index in self.control_tokens.values()))
         self.bos_id = self._required_id("bos")
         self.eos_id = self._required_id("eos")
         self.unk_id = self._special_id("unk")
@@ -120,9 +125,12 @@ class Tokenizer:
         """
         return self._model.encode(text, prefix)
 
-    def encode_with_offsets(self, text: str, *, prefix: bool = True) -> tuple[list[int], list[int]]:
-        """`encode`, and for each token the index of the character where it begins."""
-        return self._model.encode_with_offsets(text, prefix)
+    def encode_with_spans(self, text: str, *, prefix: bool = True) -> tuple[list[int], list[Span]]:
+        """`encode`, and for each token the characters [begin, end) that it spells.
+
+        A token for some bytes of a character has that character, and the dummy space the first one.
+        """
+        return self._model.encode_with_spans(text, prefix)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of ids; control tokens are shown by name, or left out if `skip_special`.
@@ -238,18 +246,20 @@ class _SentencePieceModel:
     def encode(self, text: str, prefix: bool) -> list[int]:
         return self._processors[prefix].encode(text)
 
-    def encode_with_offsets(self, text: str, prefix: bool) -> tuple[list[int], list[int]]:
+    def encode_with_spans(self, text: str, prefix: bool) -> tuple[list[int], list[Span]]:
         from sentencepiece import sentencepiece_pb2
 
         encoded = self._processors[prefix].encode(text, out_type="serialized_proto")
         pieces = sentencepiece_pb2.SentencePieceText.FromString(encoded).pieces
-        ids, starts = [piece.id for piece in pieces], [piece.begin for piece in pieces]
+        begins, ends = [piece.begin for piece in pieces], [piece.end for piece in pieces]
         if not text.isascii():
             # SentencePiece counts UTF-8 bytes; a byte begins a character unless it is 0b10xxxxxx.
             data = np.frombuffer(text.encode(), np.uint8)
             character = np.append(np.cumsum((data & 0xC0) != 0x80) - 1, len(text))
-            starts = character[starts].tolist()
-        return ids, starts
+            begins, ends = character[begins].tolist(), character[ends].tolist()
+        # Of the bytes of a character SentencePiece gives the last one alone an extent.
+        spans = [(begin, max(end, begin + 1)) for begin, end in zip(begins, ends, strict=True)]
+        return [piece.id for piece in pieces], spans
 
     def decode(self, ids: list[int], prefix: bool) -> str:
         return self._processors[prefix].decode(ids)
@@ -283,9 +293,9 @@ class _JsonModel:
     def encode(self, text: str, prefix: bool) -> list[int]:
         return self._tokenizers[prefix].encode(text, add_special_tokens=False).ids
 
-    def encode_with_offsets(self, text: str, prefix: bool) -> tuple[list[int], list[int]]:
+    def encode_with_spans(self, text: str, prefix: bool) -> tuple[list[int], list[Span]]:
         encoding = self._tokenizers[prefix].encode(text, add_special_tokens=False)
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: list[int], prefix: bool) -> str:
         return self._tokenizers[prefix].decode(ids, skip_special_tokens=False)

@@ -6,7 +6,7 @@ tokenizers library get the ids that SentencePiece gives.
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -75,32 +75,89 @@ def extend(
     Raises:
       UserError: no tokenizer in `source`, or a token twice in `tokens`.
     """
-    if len(set(tokens)) != len(tokens):
-        raise UserError(f"tokenizer.add_tokens names a token twice: {', '.join(tokens)}")
-    base = Tokenizer.load(source)
-    files = base.files()
-    new = [token for token in tokens if token not in base.control_tokens]
-    added = base.added_tokens | {token: base.vocab_size + index for index, token in enumerate(new)}
-    return write_directory(
-        target,
+    files = revise(Tokenizer.load(source), add=tokens, chat_template=chat_template)
+    _replace_files(epath.Path(target), files)
+    return Tokenizer.load(target)
+
+
+def revise(
+    tokenizer: Tokenizer, *, keep: int = 0, add: Sequence[str] = (), chat_template: str | None = None
+) -> dict[str, bytes]:
+    """The files of a tokenizer with fewer and with more control tokens.
+
+    Args:
+      keep: > 0: control tokens with ids from this one on are forgotten first, and with them a chat
+        template that names one.
+      add: names, in the order of their ids, which follow those that are left. One that is there keeps
+        its id.
+      chat_template: Jinja source; None: the tokenizer's, or ChatML if the result has ChatML's tokens.
+
+    Raises:
+      UserError: a token twice in `add`, or the model file itself has ids from `keep` on.
+    """
+    if len(set(add)) != len(add):
+        raise UserError(f"tokenizer.add_tokens names a token twice: {', '.join(add)}")
+    keep = keep or tokenizer.vocab_size
+    dropped = {token for token, index in tokenizer.control_tokens.items() if index >= keep}
+    kept = {token: index for token, index in tokenizer.added_tokens.items() if token not in dropped}
+    if tokenizer.model_size > keep:
+        raise UserError(
+            f"the tokenizer's model file has {tokenizer.model_size} pieces of its own: only control tokens"
+            f" that were added to it can be dropped, not all ids from {keep} on"
+        )
+    size = max([tokenizer.model_size, *(index + 1 for index in kept.values())])
+    new = [token for token in add if token in dropped or token not in tokenizer.control_tokens]
+    old = tokenizer.chat_template
+    if old is not None and any(token in old for token in dropped):
+        old = None
+    files = tokenizer.files()
+    return make_files(
         files.get("tokenizer.model"),
-        tokenizer_json=None if "tokenizer.model" in files else files["tokenizer.json"],
-        added_tokens=added,
-        chat_template=chat_template or base.chat_template,
-        config=base.config,
+        tokenizer_json=None if "tokenizer.model" in files else _without(files["tokenizer.json"], dropped),
+        added_tokens=kept | {token: size + index for index, token in enumerate(new)},
+        chat_template=chat_template or old,
+        config=_config_without(tokenizer.config, dropped),
     )
 
 
+def _without(tokenizer_json: bytes, dropped: Collection[str]) -> bytes:
+    spec = json.loads(tokenizer_json)
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in dropped]
+    return _dump(spec)
+
+
+def _config_without(config: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Any]:
+    """`tokenizer_config.json` that names none of these tokens."""
+
+    def name(token: Any) -> Any:
+        return token["content"] if isinstance(token, Mapping) else token
+
+    kept = {key: value for key, value in config.items() if key != "chat_template"}
+    for key, value in config.items():
+        if key.endswith("_token") and name(value) in dropped:
+            del kept[key]
+        elif key in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, list):
+            kept[key] = [token for token in value if name(token) not in dropped]
+    return kept
+
+
 def write_directory(
-    path: epath.PathLike,
+    path: epath.PathLike, model: bytes | None, *, tokenizer_json: bytes | None = None
+) -> Tokenizer:
+    """Writes `make_files`."""
+    _replace_files(epath.Path(path), make_files(model, tokenizer_json=tokenizer_json))
+    return Tokenizer.load(path)
+
+
+def make_files(
     model: bytes | None,
     *,
     tokenizer_json: bytes | None = None,
     added_tokens: Mapping[str, int] | None = None,
     chat_template: str | None = None,
     config: Mapping[str, Any] | None = None,
-) -> Tokenizer:
-    """Writes every file that transformers reads.
+) -> dict[str, bytes]:
+    """Every file that transformers reads, by name.
 
     Args:
       model: a SentencePiece BPE model, from which `tokenizer.json` is converted; or None, and
@@ -125,7 +182,10 @@ def write_directory(
     else:
         spec, defaults = json.loads(tokenizer_json or b""), {}
     present = {token["content"] for token in spec["added_tokens"]}
-    spec["added_tokens"] += [_token(token, index) for token, index in added.items() if token not in present]
+    flags = {token["content"]: token for token in (config or {}).get("added_tokens_decoder", {}).values()}
+    spec["added_tokens"] += [
+        _token(token, index, flags.get(token, {})) for token, index in added.items() if token not in present
+    ]
     if "<pad>" in added:
         defaults["pad_token"] = "<pad>"
     given = {key: value for key, value in (config or {}).items() if value is not None}
@@ -145,14 +205,13 @@ def write_directory(
         "special_tokens_map.json": _dump(named),
         "chat_template.jinja": None if chat_template is None else chat_template.encode(),
     }
-    _replace_files(epath.Path(path), files)
-    return Tokenizer.load(path)
+    return {name: content for name, content in files.items() if content is not None}
 
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def _replace_files(directory: epath.Path, files: Mapping[str, bytes | None]) -> None:
+def _replace_files(directory: epath.Path, files: Mapping[str, bytes]) -> None:
     """Writes a directory's tokenizer files, and removes those of another tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     for name in FILE_NAMES:
@@ -274,8 +333,10 @@ def _tokenizer_json(
 _SPACE = "\u2581"  # SentencePiece's visible space
 
 
-def _token(content: str, index: int) -> dict[str, Any]:
+def _token(content: str, index: int, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """An added token as tokenizer.json has it, with the flags that its first files gave it."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags |= {name: value for name, value in (given or {}).items() if name in flags}
     return {"id": index, "content": content, **flags}
 
 

@@ -1,8 +1,8 @@
 """`lemur serve`: the smallest endpoint that OpenAI's client and what is built on it can talk to.
 
 For smoke tests and for harnesses that speak HTTP; for production, serve the exported directory with vLLM.
-One request is on the devices at a time. Not there: several answers to a prompt, top log-probabilities,
-tools, embeddings, keys.
+One request is on the devices at a time. Not there: tools (calls are text, `evals/agents/tools.py`), several answers in
+one stream, embeddings, keys.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from lemur_jax.data.chat import encode_chat
 from lemur_jax.infer.complete import Text, complete
 from lemur_jax.infer.generate import stream
 from lemur_jax.infer.sampling import Sampling
-from lemur_jax.infer.score import score
+from lemur_jax.infer.score import score, top_logprobs
 from lemur_jax.infer.session import Session, stop_ids
 from lemur_jax.infer.text import stream_text
 
@@ -34,6 +34,7 @@ except ImportError as error:
     ) from error
 
 Json = dict[str, Any]
+MOST_ANSWERS, MOST_TOP = 64, 20  # of one request; OpenAI's own limits are 128 and 20
 
 
 def serve(session: Session, name: str, *, host: str = "127.0.0.1", port: int = 8000) -> None:
@@ -81,21 +82,24 @@ class _Server:
 
     async def completions(self, request: Request):
         body = await _body(request)
-        prompts = [self._ids(prompt) for prompt in _prompts(body)]
+        prompts = [ids for prompt in _prompts(body) for ids in [self._ids(prompt)] * _answers_wanted(body)]
         if body.get("stream"):
             if len(prompts) != 1:
-                raise UserError("stream one prompt at a time")
+                raise UserError("stream one answer to one prompt at a time")
             return self._stream(body, prompts[0], "text_completion", lambda text: {"text": text})
         return await run_in_threadpool(self._complete, body, prompts)
 
     async def chat(self, request: Request):
         body = await _body(request)
         prompt, _ = encode_chat(self.tokenizer, body.get("messages") or [], add_generation_prompt=True)
+        wanted = _answers_wanted(body)
         if body.get("stream"):
+            if wanted != 1:
+                raise UserError("stream one answer to one prompt at a time")
             return self._stream(
                 body, prompt, "chat.completion.chunk", lambda text: {"delta": {"content": text}}
             )
-        return await run_in_threadpool(self._chat, body, prompt)
+        return await run_in_threadpool(self._chat, body, [prompt] * wanted)
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Text gets a bos, ids are taken as they are."""
@@ -122,54 +126,81 @@ class _Server:
 
     def _complete(self, body: Json, prompts: list[list[int]]) -> JSONResponse:
         nothing = Text(text="", tokens=(), logprobs=(), finish_reason="length")
+        count = body.get("logprobs")
         with self.busy:
             only_score = body.get("max_tokens") == 0  # the prompt, with echo
             answers = [nothing for _ in prompts] if only_score else self._answers(body, prompts, 16)
-            choices = [
-                self._choice(index, body, prompt, answer)
-                for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-            ]
+            choices = []
+            for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+                text, tokens, logprobs = answer.text, list(answer.tokens), list(answer.logprobs)
+                first = prompt[:0]
+                if body.get("echo"):
+                    first, text = prompt[:1], self.tokenizer.decode(prompt, skip_special=True) + text
+                    tokens = prompt[1:] + tokens
+                    if count is not None and prompt[1:]:
+                        logprobs = [*score(self.session, [(first, prompt[1:])])[0].logprobs, *logprobs]
+                told = None
+                if count is not None:
+                    told = self._told(first, first or prompt, tokens, logprobs, _number(body, "logprobs", 0))
+                choices.append(
+                    {"index": index, "text": text, "logprobs": told, "finish_reason": answer.finish_reason}
+                )
         return self._response("text_completion", "cmpl", choices, prompts, answers)
 
-    def _choice(self, index: int, body: Json, prompt: list[int], answer: Text) -> Json:
-        tokens, text = list(answer.tokens), answer.text
-        logprobs: list[float | None] = list(answer.logprobs)
-        if body.get("echo"):
-            text = self.tokenizer.decode(prompt, skip_special=True) + text
-            tokens = prompt + tokens
-            if body.get("logprobs") is not None:
-                before = score(self.session, [(prompt[:1], prompt[1:])])[0].logprobs if prompt[1:] else ()
-                logprobs = [None, *before, *logprobs]
-        told: Json | None = None
-        if body.get("logprobs") is not None:
-            spelled = [self.tokenizer.token(token) for token in tokens]
-            told = {"tokens": spelled, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": None}
-        return {"index": index, "text": text, "logprobs": told, "finish_reason": answer.finish_reason}
-
-    def _chat(self, body: Json, prompt: list[int]) -> JSONResponse:
-        with self.busy:
-            (answer,) = self._answers(body, [prompt], 256)
-        told: Json | None = None
-        if body.get("logprobs"):
-            told = {
-                "content": [
-                    {
-                        "token": self.tokenizer.token(token),
-                        "logprob": value,
-                        "bytes": None,
-                        "top_logprobs": [],
-                    }
-                    for token, value in zip(answer.tokens, answer.logprobs, strict=True)
-                ]
-            }
-        message = {"role": "assistant", "content": answer.text}
-        choice = {
-            "index": 0,
-            "message": message,
-            "logprobs": told,
-            "finish_reason": answer.finish_reason,
+    def _told(
+        self, first: list[int], before: list[int], tokens: list[int], logprobs: list[float], count: int
+    ) -> Json:
+        """Log-probabilities as completions have them; the first token of an echoed prompt has none."""
+        tops = self._tops(before, tokens, logprobs, count)
+        spelled = [{self.tokenizer.token(id): value for id, value in top.items()} for top in tops]
+        none = [None] * len(first)
+        return {
+            "tokens": [self.tokenizer.token(token) for token in [*first, *tokens]],
+            "token_logprobs": [*none, *logprobs],
+            "top_logprobs": [*none, *spelled] if count else None,
+            "text_offset": None,
         }
-        return self._response("chat.completion", "chatcmpl", [choice], [prompt], [answer])
+
+    def _tops(
+        self, before: list[int], tokens: list[int], logprobs: list[float], count: int
+    ) -> list[dict[int, float]]:
+        """The `count` likeliest ids at each token; that of the token itself is the one told for it."""
+        if not count or not tokens:
+            return [{} for _ in tokens]
+        (tops,) = top_logprobs(self.session, [(before, tokens)], count)
+        for top, token, value in zip(tops, tokens, logprobs, strict=True):
+            if token in top:
+                top[token] = value
+        return tops
+
+    def _chat(self, body: Json, prompts: list[list[int]]) -> JSONResponse:
+        with self.busy:
+            answers = self._answers(body, prompts, 256)
+            choices = [
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": answer.text},
+                    "logprobs": self._told_chat(body, prompt, answer) if body.get("logprobs") else None,
+                    "finish_reason": answer.finish_reason,
+                }
+                for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+            ]
+        return self._response("chat.completion", "chatcmpl", choices, prompts[:1], answers)
+
+    def _told_chat(self, body: Json, prompt: list[int], answer: Text) -> Json:
+        """Log-probabilities as chat completions have them."""
+
+        def entry(token: int, value: float) -> Json:
+            return {"token": self.tokenizer.token(token), "logprob": value, "bytes": None}
+
+        tokens, logprobs = list(answer.tokens), list(answer.logprobs)
+        tops = self._tops(prompt, tokens, logprobs, _number(body, "top_logprobs", 0))
+        return {
+            "content": [
+                entry(token, value) | {"top_logprobs": [entry(*one) for one in top.items()]}
+                for token, value, top in zip(tokens, logprobs, tops, strict=True)
+            ]
+        }
 
     def _response(self, kind: str, prefix: str, choices, prompts, answers) -> JSONResponse:
         asked, given = sum(map(len, prompts)), sum(len(answer.tokens) for answer in answers)
@@ -249,9 +280,22 @@ async def _body(request: Request) -> Json:
         raise UserError(f"the request is no JSON: {error}") from error
     if not isinstance(body, dict):
         raise UserError("the request must be a JSON object")
-    if body.get("n") not in (None, 1) or body.get("best_of") not in (None, 1):
-        raise UserError("one answer to a prompt: n and best_of must be 1")
+    for key in ("logprobs", "top_logprobs"):
+        count = body.get(key)
+        if (
+            count is not None
+            and type(count) is not bool
+            and not (type(count) is int and 0 <= count <= MOST_TOP)
+        ):
+            raise UserError(f"{key} is {count!r}: it must be between 0 and {MOST_TOP}")
     return body
+
+
+def _answers_wanted(body: Json) -> int:
+    wanted = _number(body, "n", 1)
+    if not 1 <= wanted <= MOST_ANSWERS or body.get("best_of") not in (None, wanted):
+        raise UserError(f"n is {wanted}: it must be between 1 and {MOST_ANSWERS}, and best_of the same")
+    return wanted
 
 
 def _prompts(body: Json) -> list[str | list[int]]:

@@ -154,6 +154,59 @@ def _run(session: Session, requests, rows: list[_Row], T: int, P: int, B: int) -
     return found
 
 
+def top_logprobs(
+    session: Session, requests: Sequence[tuple[Sequence[int], Sequence[int]]], k: int
+) -> list[list[dict[int, float]]]:
+    """For each (context, continuation), at each token of the continuation: the k likeliest ids there, likeliest
+    first, with their log-probabilities in nats under the model's own distribution.
+
+    All of them run as one batch: for a few short texts, as an endpoint has them.
+
+    Raises:
+      UserError: as `score`, or a k that is not between 1 and the vocabulary's size.
+    """
+    if not 1 <= k <= session.model.vocab_size:
+        raise UserError(
+            f"top log-probabilities of {k} tokens: it must be between 1 and {session.model.vocab_size}"
+        )
+    for index, (context, continuation) in enumerate(requests):
+        _check(session, index, context, continuation)
+    ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    B = ways * bucket(-(-len(requests) // ways))
+    T = _slots(session, max(len(context) + len(continuation) - 1 for context, continuation in requests))
+    P = bucket(max(len(continuation) for _, continuation in requests))
+    tokens, valid, where = (np.zeros(shape, np.int32) for shape in ((B, T), (B, T), (B, P)))
+    valid[:, 0] = 1
+    for index, (context, continuation) in enumerate(requests):
+        row = [*context, *continuation[:-1]]
+        tokens[index, : len(row)], valid[index, : len(row)] = row, 1
+        where[index, : len(continuation)] = np.arange(len(context) - 1, len(row))
+    arrays = (_put(session, array) for array in (tokens, valid, where))
+    values, ids = map(np.asarray, _top_program(session.model, session.compute, k)(session.params, *arrays))
+    return [
+        [
+            dict(zip(ids[row, place].tolist(), values[row, place].tolist(), strict=True))
+            for place in range(len(said))
+        ]
+        for row, (_, said) in enumerate(requests)
+    ]
+
+
+@functools.lru_cache(maxsize=8)
+def _top_program(config: LlamaConfig, compute: Compute, k: int) -> Callable[..., tuple[jax.Array, ...]]:
+    def top(params: Params, tokens: jax.Array, valid: jax.Array, where: jax.Array) -> tuple[jax.Array, ...]:
+        """Log-probabilities float32 [B, P, k] and ids int32 [B, P, k]."""
+        B, T = tokens.shape
+        model = llama.bind(config, compute, params)
+        hidden, _ = model(tokens, jnp.broadcast_to(jnp.arange(T), (B, T)), model.packed(valid))
+        hidden = jnp.take_along_axis(hidden, where[..., None], axis=1)
+        logprobs = jax.nn.log_softmax(model.logits(hidden), axis=-1)
+        whole = constrain(logprobs, compute.mesh, "width", "width", "width")
+        return tuple(jax.lax.top_k(whole, k))
+
+    return jax.jit(top)
+
+
 @functools.lru_cache(maxsize=8)
 def _program(config: LlamaConfig, compute: Compute) -> Callable[..., tuple[jax.Array, ...]]:
     return jax.jit(functools.partial(_score, config, compute))

@@ -11,6 +11,7 @@ from lemur_jax.checkpoint import manager
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.infer.programs import Programs, programs
+from lemur_jax.infer.quantize import WEIGHTS, quantize
 from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import Compute, Params
@@ -28,7 +29,7 @@ class Session:
       model: the architecture.
       compute: dtype, attention and mesh.
       tokenizer: None where only ids are used.
-      params: the parameter tree on the mesh, in the compute dtype.
+      params: the parameter tree on the mesh, in the compute dtype or with int8 matrices.
       programs: the compiled prefill and decode.
     """
 
@@ -64,6 +65,7 @@ def load(
     step: int | None = None,
     *,
     attention: str = "auto",
+    weights: str = "float",
     devices: Sequence[jax.Device] | None = None,
 ) -> Session:
     """Opens a checkpoint for generation; each device reads its own shards alone.
@@ -74,6 +76,7 @@ def load(
       dtype: of parameters, activations and cache: "float32", "bfloat16" or "float16".
       step: which checkpoint; None: the newest.
       attention: a name in `models.attention.IMPLEMENTATIONS`, for the prefill.
+      weights: "float", or "int8" for the matrices; then both are in memory while it loads.
       devices: default `jax.devices()`.
 
     Raises:
@@ -81,6 +84,8 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"cannot generate in dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    if weights not in WEIGHTS:
+        raise UserError(f"unknown weights {weights!r}: it must be one of {', '.join(WEIGHTS)}")
     metadata = manager.read_metadata(checkpoint, step)
     model = LlamaConfig.from_dict(metadata["model"])
     files = manager.tokenizer_files(metadata)
@@ -89,7 +94,7 @@ def load(
     params = manager.restore_params(checkpoint, wanted, metadata["step"])
     # Weights can be imported without a tokenizer; then only ids can be used.
     tokenizer = Tokenizer.from_files(files) if files else None
-    return make_session(model, params, mesh, dtype, tokenizer=tokenizer, attention=attention)
+    return make_session(model, params, mesh, dtype, tokenizer=tokenizer, attention=attention, weights=weights)
 
 
 def make_session(
@@ -100,6 +105,7 @@ def make_session(
     *,
     tokenizer: Tokenizer | None = None,
     attention: str = "auto",
+    weights: str = "float",
 ) -> Session:
     """A session from parameters at hand, e.g. those of a run in training.
 
@@ -117,6 +123,8 @@ def make_session(
     wanted = abstract_params(model, mesh, dtype)
     # Nothing is copied where dtype and place are right already.
     params = jax.tree.map(lambda x, want: jax.device_put(x.astype(want.dtype), want.sharding), params, wanted)
+    if weights == "int8":
+        params = quantize(model, mesh, params)
     compute = Compute(dtype=dtype, attention=attention, mesh=mesh)
     return Session(
         model=model,

@@ -1,16 +1,22 @@
 """The smoke test that a slice runs before anything else: load, generate, compare, time."""
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.infer.generate import generate
+from lemur_jax.infer.generate import Completion, generate
 from lemur_jax.infer.session import Session
+from lemur_jax.parallel import hosts
 
 NEW_TOKENS = 48
+
+# Largest difference of a log-probability from a stored one, in nats: another mesh rounds otherwise.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
 # Prompts of different lengths: a ragged batch.
 PROMPTS = (
@@ -21,19 +27,23 @@ PROMPTS = (
 )
 
 
-def smoke(session: Session, hf_dir: str = "", say: Callable[[str], None] = print) -> None:
+def smoke(
+    session: Session, hf_dir: str = "", reference: str = "", say: Callable[[str], None] = print
+) -> None:
     """Generates greedily on the session's mesh and checks what can be checked.
 
     The first run of `NEW_TOKENS` compiles, the second is timed; both must give the same tokens. With
-    `hf_dir` and `transformers` at hand, the tokens are compared with those of the exported model.
+    `hf_dir` and `transformers` at hand, the tokens are compared with those of the exported model; with
+    `reference`, tokens and log-probabilities with those of an earlier run, on whatever mesh.
 
     Args:
       session: a loaded model with its tokenizer.
       hf_dir: the same model as a Hugging Face directory, or "".
+      reference: JSON file, local or gs://; written where there is none. "": none.
       say: gets the findings, one line each.
 
     Raises:
-      UserError: tokens differ from one run to the next, or from transformers'.
+      UserError: tokens differ from one run to the next, from transformers', or from the reference.
     """
     tokenizer = session.need_tokenizer()
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
@@ -53,6 +63,8 @@ def smoke(session: Session, hf_dir: str = "", say: Callable[[str], None] = print
         f"{len(prompts)} prompts × {NEW_TOKENS} tokens on {session.mesh.size} {jax.devices()[0].platform} devices"
         f" ({axes}): {len(prompts) * NEW_TOKENS / seconds:,.0f} tokens/s, {_memory(session)}"
     )
+    if reference:
+        say(_compare_stored(epath.Path(reference), prompts, first, session.compute.dtype))
     if hf_dir:
         expected = _transformers_tokens(hf_dir, prompts)
         if expected is None:
@@ -68,6 +80,49 @@ def smoke(session: Session, hf_dir: str = "", say: Callable[[str], None] = print
                     f" {ours.tokens[position]}, transformers' on {hf_dir} is {theirs[position]}"
                 )
         say(f"all {sum(map(len, expected))} greedy tokens equal transformers' on {hf_dir}")
+
+
+def _compare_stored(
+    path: epath.Path, prompts: Sequence[Sequence[int]], found: Sequence[Completion], dtype: str
+) -> str:
+    """Compares with what an earlier run wrote, or writes it; says which."""
+    mine = {
+        "prompts": [list(prompt) for prompt in prompts],
+        "tokens": [list(completion.tokens) for completion in found],
+        "logprobs": [list(completion.logprobs) for completion in found],
+    }
+    count = sum(map(len, mine["tokens"]))
+    if not path.exists():
+        if hosts.is_chief():
+            temporary = path.parent / f"{path.name}.tmp"  # other hosts look at it at this very moment
+            temporary.write_text(json.dumps(mine) + "\n")
+            temporary.replace(path)
+        return f"{count} tokens and their log-probabilities written to {path}"
+    try:
+        stored = json.loads(path.read_text())
+        theirs = {key: stored[key] for key in mine}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no reference of lemur smoke: {error}; remove it to write a new one"
+        ) from error
+    if theirs["prompts"] != mine["prompts"]:
+        raise UserError(
+            f"{path} was written for other prompts or another tokenizer: remove it to write a new one"
+        )
+    for prompt, ours, expected in zip(PROMPTS, mine["tokens"], theirs["tokens"], strict=True):
+        if ours != expected:
+            at = next(i for i in range(len(ours)) if ours[i : i + 1] != expected[i : i + 1])
+            raise UserError(
+                f"smoke test failed: after {prompt[:20]!r} the token at position {at} is {ours[at]}, in {path}"
+                f" {expected[at : at + 1]}"
+            )
+    difference = np.abs(np.array(mine["logprobs"]) - np.array(theirs["logprobs"])).max()
+    if not difference <= TOLERANCE[dtype]:
+        raise UserError(
+            f"smoke test failed: log-probabilities differ by up to {difference:.2g} nats from {path}, more than"
+            f" {TOLERANCE[dtype]:g}"
+        )
+    return f"all {count} tokens equal those in {path}, log-probabilities within {difference:.1e} nats"
 
 
 def _memory(session: Session) -> str:

@@ -5,6 +5,10 @@ compiles. They change speed and memory alone. Each was kept because the estimate
 those that the compiler warns of on a generation are absent there.
 """
 
+from collections.abc import Sequence
+
+from lemur_jax.common.errors import UserError
+
 Options = dict[str, bool | int | str]
 
 # Weights are gathered while the layer before them computes. The default on v5e, off elsewhere.
@@ -33,14 +37,30 @@ OPTIONS: dict[str, Options] = {
 }
 
 
-def compiler_options(device_kind: str) -> Options:
+def compiler_options(device_kind: str, more: Sequence[str] = ()) -> Options:
     """Options for `jax.jit(compiler_options=...)`; none off TPU.
 
     Args:
       device_kind: `jax.Device.device_kind`, e.g. "TPU v4".
+      more: `config.compute.compiler_options`, "name=value" each; they win over the table's.
+
+    Raises:
+      UserError: one of `more` is not written so.
     """
+    given = dict(_read(text) for text in more)
     known = [start for start in OPTIONS if device_kind.startswith(start)]
-    return dict(OPTIONS[max(known, key=len)]) if known else {}
+    return {**OPTIONS[max(known, key=len)], **given} if known else {}
+
+
+def _read(text: str) -> tuple[str, bool | int | str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.startswith("xla_"):
+        raise UserError(
+            f"cannot read {text!r} in config.compute.compiler_options: write xla_name=value, without dashes"
+        )
+    if value in ("true", "false"):
+        return name, value == "true"
+    return name, int(value) if value.lstrip("-").isdigit() else value
 
 
 def exchanges_gradients(device_kind: str) -> bool:

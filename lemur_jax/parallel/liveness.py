@@ -273,7 +273,7 @@ def _aborted(signal_number: int) -> None:
     """Runs where C++ has called abort(): says so where the reason is that host 0 is gone."""
     from jax._src import distributed
 
-    host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+    host, _, port = (distributed.global_state.coordinator_address or "").rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError:

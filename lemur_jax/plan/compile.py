@@ -23,10 +23,10 @@ class Compiled:
     Attributes:
       fits: whether the program was given memory.
       seconds: that lowering and compiling took here.
-      hlo: optimized, scheduled HLO text; "" where it does not fit.
+      hlo: optimized, scheduled HLO text; "" where it does not fit or cannot be written out.
       peak_bytes: most HBM in use on a device, arguments included; where it does not fit, what it asked for.
       host_bytes: host memory a device, for what is kept there.
-      verdict: the compiler's message, "" where it fits.
+      verdict: the compiler's message, "" where all went well.
       largest: the largest buffers as (bytes, description), where the compiler names them.
     """
 
@@ -56,8 +56,22 @@ def compile_step(program: Program, options: Options | None = None) -> Compiled:
       program: over described TPU devices.
       options: compiler options beyond those of parallel/compiler_flags.py.
     """
+    return compile_program(program.step, program.state, program.batch, options=options)
+
+
+def compile_program(
+    function: jax.stages.Wrapped, *arguments: Any, options: Options | None = None, **static
+) -> Compiled:
+    """Compiles a jitted function for the devices of its arguments' shardings.
+
+    Args:
+      function: made by `jax.jit`.
+      arguments: trees of ShapeDtypeStructs with shardings.
+      options: compiler options beyond its own.
+      static: static keyword arguments.
+    """
     start = time.monotonic()
-    lowered = program.step.lower(program.state, program.batch)
+    lowered = function.lower(*arguments, **static)
     try:
         compiled = lowered.compile(compiler_options=dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
@@ -69,33 +83,51 @@ def compile_step(program: Program, options: Options | None = None) -> Compiled:
     peak = memory.peak_memory_in_bytes
     if host:  # The peak then counts the host's memory too; what the device needs is at most this.
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return Compiled(
-        fits=True,
-        seconds=time.monotonic() - start,
-        hlo=compiled.as_text(),
-        peak_bytes=peak,
-        host_bytes=host,
-    )
+    facts: dict[str, Any] = dict(fits=True, peak_bytes=peak, host_bytes=host)
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        # libtpu 0.0.52 compiles offloading for v6e, and then cannot read its own asynchronous instructions.
+        return Compiled(**facts, seconds=time.monotonic() - start, verdict=str(error))
+    return Compiled(**facts, seconds=time.monotonic() - start, hlo=text)
 
 
 def out_of_memory(message: str, seconds: float) -> Compiled:
-    """Reads the compiler's refusal."""
+    """Reads the compiler's refusal.
+
+    Far above the limit it says two sizes alone, "(53.65G) exceeds available HBM (30.75G)"; near it, a report with
+    "Used 33.1G of 30.7G hbm" and the largest allocations.
+    """
+    used = re.search(r"Used ([\d.]+[KMGT]?) of|temporaries \(([\d.]+[KMGT]?)\)", message)
     return Compiled(
         fits=False,
         seconds=seconds,
         verdict=message,
-        peak_bytes=max([0, *_sizes(message)]),
+        peak_bytes=_size(used[1] or used[2]) if used else 0,
+        largest=tuple(_allocations(message)),
     )
 
 
-_UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _sizes(text: str) -> list[int]:
-    """Every size written as 12.34G."""
-    return [
-        int(float(number) * _UNITS[unit]) for number, unit in re.findall(r"(\d+(?:\.\d+)?)([KMGT])\b", text)
-    ]
+def _size(text: str) -> int:
+    """Bytes of a size written as 12.34G."""
+    unit = _UNITS.get(text[-1], 1)
+    return int(float(text.rstrip("KMGTB")) * unit)
+
+
+def _allocations(message: str) -> list[tuple[int, str]]:
+    """(bytes, shape and origin) of each entry "1. Size: 4.00G / Operator: op_name=... / Shape: ..." of the report."""
+    found = []
+    for entry in re.split(r"\n\s*\d+\. (?=Size: )", message)[1:]:
+        size = re.match(r"Size: ([\d.]+[KMGT]?)", entry)
+        shape = re.search(r"Shape: ([^\s{]+)", entry)
+        origin = re.search(r'op_name="([^"]*)"', entry)
+        if size:
+            what = " ".join(part[1] for part in (shape, origin) if part)
+            found.append((_size(size[1]), what or "unnamed"))
+    return found
 
 
 def device_bytes(tree: Any) -> int:

@@ -7,6 +7,7 @@ fitted to the compiler's static schedules of them (plan/kernels.py). docs/planne
 
 import collections
 import dataclasses
+import math
 
 from lemur_jax.plan import hlo, kernels
 from lemur_jax.plan.topologies import Slice
@@ -22,22 +23,24 @@ class Chip:
       dcn: bytes a second between slices, a device: its share of the host's network cards (assumed).
       host: bytes a second between the chip and its host's memory (assumed: PCIe 3.0 x16 at four fifths).
       hbm: bytes that a program may use, as the compiler reports.
+      bandwidth: bytes a second between the HBM and the device, as published.
     """
 
     clock: float
     link: float
     dcn: float
     hbm: int
+    bandwidth: float
     host: float = 12e9
 
 
 _GIB = 2**30
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(clock=1.05e9, link=45e9, dcn=6.25e9, hbm=int(30.75 * _GIB)),
-    "v5e": Chip(clock=1.5e9, link=45e9, dcn=3.125e9, hbm=int(15.75 * _GIB)),
-    "v5p": Chip(clock=1.75e9, link=90e9, dcn=6.25e9, hbm=int(95.74 * _GIB)),
-    "v6e": Chip(clock=1.75e9, link=90e9, dcn=12.5e9, hbm=int(31.24 * _GIB)),
-    "tpu7x": Chip(clock=2.2e9, link=90e9, dcn=12.5e9, hbm=int(94.74 * _GIB)),
+    "v4": Chip(clock=1.05e9, link=45e9, dcn=6.25e9, hbm=int(30.75 * _GIB), bandwidth=1228e9),
+    "v5e": Chip(clock=1.5e9, link=45e9, dcn=3.125e9, hbm=int(15.75 * _GIB), bandwidth=819e9),
+    "v5p": Chip(clock=1.75e9, link=90e9, dcn=6.25e9, hbm=int(95.74 * _GIB), bandwidth=2765e9),
+    "v6e": Chip(clock=1.75e9, link=90e9, dcn=12.5e9, hbm=int(31.24 * _GIB), bandwidth=1638e9),
+    "tpu7x": Chip(clock=2.2e9, link=90e9, dcn=12.5e9, hbm=int(94.74 * _GIB), bandwidth=3690e9),
 }
 # Seconds for a message to pass one chip.
 HOP = 1e-6
@@ -45,6 +48,8 @@ HOP = 1e-6
 # Buckets of the report.
 MATMUL, ATTENTION, OTHER = "matmul", "attention kernels", "other compute"
 HOST = "host transfer"
+# Added to the name of a collective that crosses the data-centre network.
+BETWEEN = ", slices"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -112,6 +117,9 @@ class Network:
         self.chip = CHIPS[tpu.generation.name]
         self.places = places
 
+    def slice_of(self, device: int) -> int:
+        return self.places[device][0]
+
     def _axes(self, group: list[int]) -> tuple[list[tuple[int, int]], int]:
         """[(chips, links)] for each torus axis that the group spans, and the slices that it spans."""
         coordinates = list(zip(*(self.places[device] for device in group), strict=True))
@@ -166,11 +174,14 @@ class Network:
 class Estimator:
     """Walks a scheduled module the way the device would."""
 
-    def __init__(self, module: hlo.Module, network: Network):
+    def __init__(self, module: hlo.Module, network: Network, uncounted: int | None = None):
+        """`uncounted`: turns of a loop whose end depends on data; None: such a loop is an error."""
+        self.uncounted = uncounted
         self.module = module
         self.network = network
         self.chip = network.chip
         self._done: dict[str, Cost] = {}
+        self._received: dict[str, str] = {}  # name of a `recv` -> the transfer that it belongs to
 
     def run(self) -> Cost:
         """The cost of one step."""
@@ -190,11 +201,11 @@ class Estimator:
         if name in self._done:
             return self._done[name]
         cost = Cost()
-        busy = {HOST: 0.0, "network": 0.0}  # until when the links are
+        busy: dict[str, float] = collections.defaultdict(float)  # until when the links are
         pending: dict[str, tuple[float, str]] = {}
         for each in self.module.computations[name]:
             stage, key, kind, wire = self._communication(each)
-            link = HOST if kind == HOST else "network"
+            link = HOST if kind == HOST else BETWEEN if kind.endswith(BETWEEN) else "network"
             if stage == "start":
                 busy[link] = max(busy[link], cost.seconds) + wire.seconds
                 pending[key] = (busy[link], kind)
@@ -212,8 +223,7 @@ class Estimator:
                 cost.seconds += wire.exposed
                 cost.traffic[kind].add(wire)
             elif each.opcode == "while":
-                trips = hlo.trip_count(self.module, name, each)
-                cost.add(self._computation(self.module.body(each)), trips)
+                cost.add(self._computation(self.module.body(each)), self._trips(name, each))
             elif each.opcode == "call":
                 cost.add(self._computation(each.called[0]))
             elif each.opcode == "conditional":
@@ -223,6 +233,14 @@ class Estimator:
                 self._compute(each, cost)
         self._done[name] = cost
         return cost
+
+    def _trips(self, computation: str, loop: hlo.Instruction) -> int:
+        try:
+            return hlo.trip_count(self.module, computation, loop)
+        except ValueError:
+            if self.uncounted is None:
+                raise
+            return self.uncounted
 
     def _compute(self, each: hlo.Instruction, cost: Cost) -> float:
         """Adds a computing instruction; returns its seconds."""
@@ -244,18 +262,25 @@ class Estimator:
     def _communication(self, each: hlo.Instruction) -> tuple[str, str, str, Traffic]:
         """(stage, key, kind, traffic) of an instruction; stage "" if it does not communicate.
 
-        Three forms: plain; a pair of `-start` and `-done`; and on v5e fusions that begin a collective, carry it
-        on beside their own computation, and end it. Those name it in each part, by its channel.
+        Three forms inside a slice: plain; a pair of `-start` and `-done`; and on v5e fusions that begin a collective,
+        carry it on beside their own computation, and end it. Those name it in each part, by its channel. Between
+        slices the hosts carry it: a `send`, and a `recv` with the same rendezvous, whose `-done` waits.
         """
+        meeting = hlo.between_slices(each)
+        if each.opcode == "recv" and meeting:
+            self._received[each.name] = meeting
+            return "", "", "", Traffic()
+        if each.opcode == "send" and meeting:
+            return "start", meeting, *self._sent(each)
         if each.opcode.endswith("-done"):
-            return "done", each.operands[0], "", Traffic()
+            return "done", self._received.get(each.operands[0], each.operands[0]), "", Traffic()
         moved = hlo.host_transfer_bytes(each)
         if moved:
             return "start", each.name, HOST, Traffic(count=1, bytes=moved, seconds=moved / self.chip.host)
         inner = next((one for one in self._candidates(each) if _kind(one)), None)
         if inner is None:
             return "", "", "", Traffic()
-        kind, wire = _kind(inner), self._wire(inner)
+        kind, wire = self._label(inner), self._wire(inner)
         if each.opcode.endswith("-start"):
             return "start", each.name, kind, wire
         if each.name.startswith("async-collective-start"):
@@ -274,6 +299,26 @@ class Estimator:
             if each.opcode in ("fusion", "async-start")
             else []
         )
+
+    def _sent(self, each: hlo.Instruction) -> tuple[str, Traffic]:
+        """What a `send` to the other slices moves; of an all-reduce each device gives away and takes its share."""
+        kind = each.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
+        dtype, sizes = hlo.shapes(each.shape)[0]
+        moved = hlo.BYTES[dtype] * math.prod(sizes)
+        slices = self.network.tpu.slices
+        passes = 2 if kind == "all-reduce" else 1
+        seconds = passes * moved * (slices - 1) / slices / self.chip.dcn
+        return kind + BETWEEN, Traffic(count=1, bytes=moved, seconds=seconds)
+
+    def _label(self, each: hlo.Instruction) -> str:
+        """The kind of a collective, and whether it leaves the slice."""
+        if _kind(each) == "collective-permute":
+            pairs = hlo.pairs(each.attributes)
+            leaves = any(self.network.slice_of(a) != self.network.slice_of(b) for a, b in pairs)
+        else:
+            group = hlo.group(each.attributes, len(self.network.places))
+            leaves = len({self.network.slice_of(device) for device in group}) > 1
+        return _kind(each) + (BETWEEN if leaves else "")
 
     def _wire(self, each: hlo.Instruction) -> Traffic:
         kind = _kind(each)

@@ -9,8 +9,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lemur_jax.models.config import LlamaConfig
+from lemur_jax.plan import analytic, cost, hlo, topologies
 from lemur_jax.plan import compile as compiling
-from lemur_jax.plan import cost, hlo, topologies
 from lemur_jax.telemetry import flops
 
 GIB = 2**30
@@ -24,14 +24,15 @@ class Plan:
       topology, slices, chips: the slice.
       mesh: sizes of the mesh axes.
       fits: the compiler's verdict.
-      verdict: its message where it does not fit.
+      verdict: its message where it does not fit, or fits but cannot be written out, and so not be estimated.
       compile_seconds: lowering and compiling, on this machine.
       hbm_bytes_per_chip: most in use at a time; where it does not fit, what was asked for.
       hbm_limit_bytes_per_chip: what a program may use.
       hbm: bytes a chip by kind: parameters, optimizer, batch, activations (kept for the backward
         pass), temporaries (the rest of the peak: gradients, gathered weights, workspace).
       host_bytes_per_chip: host memory in use.
-      largest_buffers: [bytes, description] where it does not fit.
+      largest_buffers: [bytes, description] where it does not fit: the compiler's list, or where its refusal holds
+        none, the largest arrays of the state and of what the layers keep, by their shapes.
       tokens_per_step: tokens of one update.
       step_seconds: of one update.
       parts: seconds by part: matmul, attention kernels, other compute, exposed communication.
@@ -116,7 +117,7 @@ def plan(
         hbm_limit_bytes_per_chip=cost.CHIPS[tpu.generation.name].hbm * per_chip,
         hbm={kind: size * per_chip for kind, size in known.items()},
         host_bytes_per_chip=compiled.host_bytes * per_chip,
-        largest_buffers=[list(each) for each in compiled.largest],
+        largest_buffers=_largest_buffers(config, tpu, compiled),
         tokens_per_step=config.train.batch_rows * config.data.sequence_length,
         versions={"jax": jax.__version__, "libtpu": _libtpu_version()},
     )
@@ -124,6 +125,16 @@ def plan(
         network = cost.Network(tpu, cost.places(program.mesh.devices.flat, tpu))
         facts |= _estimates(config, tpu, program, cost.Estimator(module, network).run())
     return Plan(**facts)
+
+
+def _largest_buffers(
+    config: ConfigDict, tpu: topologies.Slice, compiled: compiling.Compiled
+) -> list[list[Any]]:
+    """[bytes a chip, description], largest first, where the program does not fit."""
+    if compiled.fits:
+        return []
+    named = compiled.largest or analytic.largest(config, tpu)
+    return [[size * tpu.generation.devices_per_chip, what] for size, what in named]
 
 
 def _estimates(config: ConfigDict, tpu: topologies.Slice, program, estimate: cost.Cost) -> dict[str, Any]:
@@ -172,7 +183,7 @@ def kept_activations(module: hlo.Module, program) -> int:
                 continue
             kept = [
                 hlo.BYTES[dtype] * _product(sizes)
-                for dtype, sizes in hlo.shapes(loop.shape)
+                for dtype, sizes in hlo.shapes(hlo.on_device(loop.shape))
                 if len(sizes) > 2 and sizes[0] == L and tuple(sorted(sizes)) not in stacked
             ]
             most = max(most, int(sum(kept)))
@@ -207,8 +218,13 @@ def report(plan: Plan) -> str:
     if plan.host_bytes_per_chip:
         lines.append(f"  {'(in host memory)':<22}{plan.host_bytes_per_chip / GIB:10.2f} GiB")
     if not plan.fits:
+        over = (plan.hbm_bytes_per_chip - plan.hbm_limit_bytes_per_chip) / GIB
+        lines += ["", f"{over:.2f} GiB too much a chip; the largest buffers:"]
         lines += [f"  {size / GIB:8.2f} GiB  {what}" for size, what in plan.largest_buffers]
         return "\n".join([*lines, "", plan.verdict.strip().splitlines()[0]])
+    if plan.step_seconds is None:
+        reason = plan.verdict.strip().splitlines()[0]
+        return "\n".join([*lines, "", f"no estimate: the compiler cannot write this program out ({reason})"])
     lines += [
         "",
         f"ESTIMATED step of {plan.tokens_per_step:,} tokens: {plan.step_seconds:.3f} s (not measured)",
@@ -217,7 +233,11 @@ def report(plan: Plan) -> str:
         f"  {part:<22}{seconds:10.3f} s  {seconds / plan.step_seconds:6.1%}"
         for part, seconds in sorted(plan.parts.items(), key=lambda item: -item[1])
     ]
-    lines += ["", f"  {'collective':<22}{'count':>8}{'GB':>10}{'on wire':>10}{'exposed':>10}{'hidden':>10}"]
+    if plan.collectives:
+        lines += [
+            "",
+            f"  {'collective':<22}{'count':>8}{'GB':>10}{'on wire':>10}{'exposed':>10}{'hidden':>10}",
+        ]
     lines += [
         f"  {row['kind']:<22}{row['count']:8.0f}{row['bytes'] / 1e9:10.1f}{row['seconds']:8.3f} s"
         f"{row['exposed']:8.3f} s{row['hidden']:8.3f} s"

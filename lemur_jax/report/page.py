@@ -156,10 +156,16 @@ def _bits(runs: Sequence[Run]) -> str:
         [text(name), *(_bits_cell(column[index], names[:index]) for column in cells.values())]
         for index, name in enumerate(names)
     ]
+    heads = ["stage", *map(text, cells)]
+    if any(run.last_balance is not None for run in runs):
+        heads.append("balance")
+        for row, run in zip(rows, runs, strict=True):
+            score = run.last_balance
+            row.append("–" if score is None else f"<b>{percent(score)}</b><small>since its start</small>")
     notes = "".join(f'<p class="note">{text(note)}</p>' for note in byte_notes(runs))
     what = " of each stage and its change against earlier ones" if len(runs) > 1 else ""
     lead = f'<p class="soft">Last evaluation{what}; lower is better.</p>'
-    return lead + table(["stage", *map(text, cells)], rows, kind="bits") + notes
+    return lead + table(heads, rows, kind="bits") + notes
 
 
 def _bits_cell(cell: Cell, earlier: list[str]) -> str:
@@ -203,6 +209,7 @@ def _charts(runs: Sequence[Run]) -> str:
         chart("Training loss", "nats per target token", panels(lambda run: _losses(run, colours)), log=True),
         chart("Held-out bits per byte", "bits per byte of text", held_out("bits_per_byte")),
         chart("Held-out loss", "nats per token", held_out("loss")),
+        chart("Since the start of the stage", "relative change of bits per byte", panels(_changes)),
     ]
     for title, unit, field, log, from_zero in _CURVES:
         curve = functools.partial(_curve, title=title, field=field)
@@ -218,6 +225,17 @@ def _losses(run: Run, colours: dict[str, int]) -> list[Series]:
     ]
     total = Series(name=_TOTAL, colour=0, points=_points(run.train, "loss"))
     return sources if len(sources) == 1 else [total, *sources]
+
+
+def _changes(run: Run) -> list[Series]:
+    """The balance score, and the change of each group since the stage began."""
+    groups = list(dict.fromkeys(key for record in run.balance for key in record if key.startswith("change/")))
+    series = [Series(name="balance", colour=0, points=_points(run.balance, "balance"), dots=True)]
+    for index, key in enumerate(groups):
+        points = [(0, 0.0), *_points(run.balance, key)]
+        name = f"{key.removeprefix('change/')}, change"
+        series.append(Series(name=name, colour=1 + index % COLOURS, points=points, dots=True))
+    return series
 
 
 def _curve(run: Run, title: str, field: str) -> list[Series]:

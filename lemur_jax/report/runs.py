@@ -26,6 +26,7 @@ class Run:
       train: records of training, by rising step, each step once.
       time: the last record of where the wall time went; empty if there is none.
       evals: task -> records of its held-out evaluations, by rising step, each step once.
+      balance: records of the balance since the checkpoint that the run started from, likewise.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Run:
     config: dict[str, Any]
     train: list[Record]
     evals: dict[str, list[Record]]
+    balance: list[Record]
     time: Record
 
     @property
@@ -55,6 +57,12 @@ class Run:
         """The last evaluation of `task` that gave a number of bits per byte."""
         scored = [record for record in self.evals.get(task, ()) if record.get("bits_per_byte") is not None]
         return scored[-1] if scored else None
+
+    @property
+    def last_balance(self) -> float | None:
+        """The last balance score that is a number."""
+        scores = [record["balance"] for record in self.balance if record.get("balance") is not None]
+        return scores[-1] if scores else None
 
 
 def load_runs(workdirs: Sequence[epath.PathLike]) -> list[Run]:
@@ -81,6 +89,7 @@ def _absolute(path: str) -> str:
 def _load(path: str, name: str) -> Run:
     train: dict[int, Record] = {}
     evals: dict[str, dict[int, Record]] = {}
+    balance: dict[int, Record] = {}
     time: Record = {}
     for record in read_metrics(path):
         # Of a step that was recorded twice the later record counts; kinds of other versions are no curves.
@@ -89,6 +98,8 @@ def _load(path: str, name: str) -> Run:
             train[step] = record
         elif kind == "eval" and isinstance(step, int) and isinstance(task, str):
             evals.setdefault(task, {})[step] = record
+        elif kind == "balance" and isinstance(step, int):
+            balance[step] = record
         elif kind == "time":
             time = record
     if not train and not evals:
@@ -99,6 +110,7 @@ def _load(path: str, name: str) -> Run:
         config=_load_config(path),
         train=_by_step(train),
         evals={task: _by_step(records) for task, records in evals.items()},
+        balance=_by_step(balance),
         time=time,
     )
 

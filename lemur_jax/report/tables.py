@@ -44,7 +44,8 @@ def bits_per_byte_table(workdirs: Sequence[epath.PathLike]) -> str:
     """A plain text table: a row for each stage, a group of columns for each held-out task.
 
     A group holds the bits per byte of the stage's last evaluation and its change against the first and
-    the previous stage in %. Lower is better.
+    the previous stage in %. Lower is better. Where a stage was scored before its first step, its balance score
+    since then comes last; there higher is better.
 
     Raises:
       UserError: a workdir has no metrics, or no run has been evaluated.
@@ -65,6 +66,8 @@ def bits_per_byte_table(workdirs: Sequence[epath.PathLike]) -> str:
         ]
         width = max(len(task), len(rows[0]))
         columns.append([f"{task:^{width}}", *(f"{row:>{width}}" for row in rows)])
+    if any(run.last_balance is not None for run in runs):
+        columns.append([" " * 7, "balance", *(f"{percent(run.last_balance):>7}" for run in runs)])
     lines = ["   ".join(row).rstrip() for row in zip(*columns, strict=True)]
     title = (
         "Held-out bits per byte after each stage (lower is better); change against first and previous stage"

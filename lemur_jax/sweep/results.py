@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -74,20 +75,21 @@ class Results:
         return [variant for variant in self.variants if not beaten(variant)]
 
     def least_difference(self, group: str) -> float | None:
-        """How far two means must lie apart to be told from chance at 95%; None with a single seed.
+        """How far two means must lie apart to be told from chance at 95%; None where that cannot be said.
 
-        Fisher's least significant difference: t · s · √(2 / n), s pooled over the trained variants. It
-        does not correct for the number of comparisons.
+        Fisher's least significant difference, t · s · √(2 / n), of a randomized block design: a seed is a
+        block, for it fixes which documents every mixture sees, so what it does to all of them alike is
+        no noise between them. It does not correct for the number of comparisons.
         """
         from scipy import stats
 
-        trained = [variant for variant in self.variants if not variant.merged]
-        freedom = sum(len(variant.seeds) - 1 for variant in trained)
+        bits = np.array([variant.bits[group] for variant in self.variants if not variant.merged])
+        freedom = (bits.shape[0] - 1) * (bits.shape[1] - 1)
         if not freedom:
             return None
-        pooled = sum((len(variant.seeds) - 1) * variant.spread(group) ** 2 for variant in trained) / freedom
-        seeds = len(trained[0].seeds)
-        return float(stats.t.ppf(0.975, freedom)) * math.sqrt(pooled * 2 / seeds)
+        residual = bits - bits.mean(1, keepdims=True) - bits.mean(0, keepdims=True) + bits.mean()
+        variance = np.sum(residual**2) / freedom
+        return float(stats.t.ppf(0.975, freedom) * np.sqrt(2 * variance / bits.shape[1]))
 
 
 def spread(values: Sequence[float]) -> float:

@@ -40,7 +40,7 @@ def train_all(
       say: gets what a person wants to read.
 
     Returns:
-      Whether all runs are finished; not so after a SIGTERM.
+      Whether all runs are finished; False after a SIGTERM.
 
     Raises:
       UserError: before the first step, if any of the runs cannot be trained.
@@ -57,8 +57,7 @@ def train_all(
             say(f"{where}: finished already")
             continue
         say(where)
-        train(config, directory, say, build)
-        if not finished(config, directory):
+        if train(config, directory, say, build):
             return False
     return True
 

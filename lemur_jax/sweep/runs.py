@@ -67,7 +67,7 @@ def source_parts(config: ConfigDict, sources: str = "") -> list[tuple[str, ...]]
     """The sources that each part of a ratio is divided among.
 
     Args:
-      sources: "code,text", or "python+java,web" where a part is several; empty: the sources in the order of
+      sources: "code,text", or "code/Python&code/C++,web" where a part is several; empty: the sources in the order of
         `config.eval.tasks` (a ConfigDict does not keep its own).
 
     Raises:
@@ -75,7 +75,7 @@ def source_parts(config: ConfigDict, sources: str = "") -> list[tuple[str, ...]]
     """
     have = set(config.data.sources)
     order = sources or ",".join(config.eval.tasks)
-    parts = [tuple(part.split("+")) for part in order.split(",")]
+    parts = [tuple(part.split("&")) for part in order.split(",")]
     names = [name for part in parts for name in part]
     if sorted(names) != sorted(have):
         wanted = (
@@ -84,7 +84,7 @@ def source_parts(config: ConfigDict, sources: str = "") -> list[tuple[str, ...]]
             else "config.eval.tasks does not give the ratios an order: --sources"
         )
         raise UserError(
-            f"{wanted} must name each of {', '.join(sorted(have))} once, e.g. code,text or python+java,text"
+            f"{wanted} must name each of {', '.join(sorted(have))} once, e.g. code,text or python&java,text"
         )
     return parts
 
@@ -111,7 +111,7 @@ def plan_runs(
         raise UserError(f"--seeds is {seeds}: it must be 1 at least")
     for ratio in ratios:
         if len(parse_ratio(ratio)) != len(parts):
-            named = ", ".join("+".join(part) for part in parts)
+            named = ", ".join("&".join(part) for part in parts)
             raise UserError(
                 f"the ratio {ratio!r} has {len(parse_ratio(ratio))} parts, the sources have {len(parts)}: {named}"
             )

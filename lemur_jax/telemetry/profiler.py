@@ -1,5 +1,6 @@
 """Traces of chosen steps, for TensorBoard and Perfetto."""
 
+import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -69,8 +70,7 @@ def _keep(local: tempfile.TemporaryDirectory, directory: epath.Path) -> None:
     """Ends the trace and moves it to where it belongs."""
     jax.profiler.stop_trace()
     with local as name:
-        for source in epath.Path(name).rglob("*"):
-            if source.is_file():
-                target = directory / source.relative_to(name)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                source.copy(target, overwrite=True)
+        for source in filter(pathlib.Path.is_file, pathlib.Path(name).rglob("*")):
+            target = directory / source.relative_to(name).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())

@@ -39,6 +39,11 @@ class Interruption:
         if self._timer:
             self._timer.cancel()
 
+    @property
+    def asked(self) -> bool:
+        """Whether the signal has come."""
+        return self._asked
+
     def reached(self, step: int) -> bool:
         """Whether to save after this step and stop; all hosts must ask and agree."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):

@@ -103,8 +103,25 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def start(params: Any, optimizer: optax.GradientTransformation, abstract: TrainState) -> TrainState:
-    """The state before the first update, from parameters that already lie where they belong."""
-    fresh = jax.jit(optimizer.init, out_shardings=shardings_of(abstract.optimizer))(params)
-    step = jax.device_put(jnp.int32(0), abstract.step.sharding)
-    return TrainState(step=step, params=params, optimizer=fresh)
+def start(
+    params: Any, optimizer: optax.GradientTransformation, abstract: TrainState, step: int = 0
+) -> TrainState:
+    """The state of a new optimizer after `step` updates of another one, if any.
+
+    Moments and their bias correction begin at 0, the learning rate where its schedule is at `step`.
+
+    Args:
+      params: parameters that already lie where they belong.
+      optimizer: as `make_optimizer` makes it.
+      abstract: of the state.
+      step: updates done.
+    """
+
+    def init(params: Any) -> Any:
+        state = optimizer.init(params)
+        counts = jax.tree.map(lambda count: jnp.full_like(count, step), state.hyperparams_states)
+        return state._replace(count=jnp.full_like(state.count, step), hyperparams_states=counts)
+
+    fresh = jax.jit(init, out_shardings=shardings_of(abstract.optimizer))(params)
+    done = jax.device_put(jnp.int32(step), abstract.step.sharding)
+    return TrainState(step=done, params=params, optimizer=fresh)

@@ -139,7 +139,7 @@ def build(config: ConfigDict, mesh: Mesh, num_sources: int) -> Program:
         new = TrainState(step=state.step + 1, params=params, optimizer=optimizer_state)
         return new, metrics
 
-    options = compiler_options(mesh.devices.flat[0].device_kind)
+    options = compiler_options(mesh.devices.flat[0].device_kind, config.compute.compiler_options)
     return Program(
         model=model,
         compute=compute,

@@ -70,7 +70,7 @@ class StepLog:
         self._data_wait = 0.0
         self._taken: float | None = None  # when the batch was there that is being worked on
         # Wall seconds of the run by what they went to.
-        self._spent = collections.Counter(spent or {})
+        self._spent = collections.defaultdict(float, spent or {})
         self._wall_before = self._spent.pop("wall", 0.0)
         self._began = self._since if began is None else began
         self._spent["startup"] += self._since - self._began

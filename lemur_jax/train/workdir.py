@@ -31,7 +31,7 @@ def claim(config: ConfigDict, workdir: epath.PathLike, *, write: bool = True) ->
     mine = to_json(config)
     if path.exists():
         theirs = json.loads(path.read_text())
-        if difference := first_difference(theirs, mine):
+        if difference := first_difference(theirs, mine, _free(config)):
             key, old, new = difference
             raise UserError(
                 f"{workdir} belongs to another config: {key} was {old!r} there and is {new!r} now;"
@@ -51,11 +51,18 @@ def finished(config: ConfigDict, workdir: epath.PathLike) -> bool:
     return (epath.Path(workdir) / "checkpoints" / str(config.train.steps)).exists()
 
 
-def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
+def _free(config: ConfigDict) -> tuple[str, ...]:
+    """What may differ from the run that is resumed."""
+    return (*FREE, "optimizer.") if config.checkpoint.other_optimizer == "fresh" else FREE
+
+
+def first_difference(
+    old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...] = FREE
+) -> tuple[str, Any, Any] | None:
     """(key, old value, new value) of the first key that matters and differs."""
     old, new = flatten(old), flatten(new)
     for key in sorted(old.keys() | new.keys()):
-        if key.startswith(FREE):
+        if key.startswith(free):
             continue
         if old.get(key) != new.get(key):
             return key, old.get(key), new.get(key)

@@ -90,6 +90,32 @@ def test_optimizer_of_another_dtype_is_refused(saved):
         checkpoints.restore(3, program.state.params, program.state.optimizer)
 
 
+def test_one_slice_reads_and_sends_to_the_others(saved, monkeypatch):
+    """With two slices of four devices each array is deserialized onto the four of the first."""
+    from orbax.checkpoint._src.serialization import jax_array_handlers
+
+    workdir, state = saved
+    program = program_on((2, 2, 1, 2))
+    read = []
+    deserialize = jax_array_handlers._deserialize_arrays
+
+    async def watched(infos, args, shardings, *rest):
+        read.extend(sharding.num_devices for sharding in shardings)
+        return await deserialize(infos, args, shardings, *rest)
+
+    monkeypatch.setattr(jax_array_handlers, "_deserialize_arrays", watched)
+    with manager.Checkpoints(workdir / "checkpoints", keep=2, broadcast=True) as checkpoints:
+        found = checkpoints.restore(3, program.state.params, program.state.optimizer)
+    equal(found, (state.params, state.optimizer))
+    assert set(read) == {4}
+    wanted = jax.tree.leaves((program.state.params, program.state.optimizer))
+    assert [leaf.sharding for leaf in jax.tree.leaves(found)] == [leaf.sharding for leaf in wanted]
+    for leaf in jax.tree.leaves(found[0]):  # every slice holds the values, not the first alone
+        whole = np.asarray(leaf)
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), whole[shard.index])
+
+
 def test_parameters_alone_hold_no_optimizer(tmp_path):
     state = first_state(program_on((1, 1, 1, 1)))
     manager.write_params(tmp_path / "imported", state.params, METADATA)

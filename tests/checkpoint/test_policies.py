@@ -3,10 +3,14 @@
 import contextlib
 import resource
 import signal
+import threading
 
+import jax
+import numpy as np
 import pytest
 
 from lemur_jax.checkpoint import manager
+from lemur_jax.checkpoint.metadata import LateJsonHandler
 from lemur_jax.common.errors import UserError
 from tests.train.tiny import first_state, program_on
 
@@ -23,6 +27,31 @@ def test_keeps_newest_every_fourth_and_the_best(state, tmp_path):
         for step, loss in enumerate([3.0, 2.0, 1.0, 4.0, 5.0, None, 6.0, None, None], start=1):
             checkpoints.save(step, state.params, state.optimizer, METADATA, loss)
     assert manager.steps_in(tmp_path)[1] == [3, 4, 8, 9]
+
+
+def test_save_returns_before_the_files_are_there_and_the_arrays_may_go(tmp_path, monkeypatch):
+    """Storage that takes as long as it likes: the step is invisible until then, and holds what was given."""
+    program = program_on((1, 4, 1, 2))
+    state = first_state(program)
+    expected = jax.device_get((state.params, state.optimizer))
+    slow, finalize = threading.Event(), LateJsonHandler.finalize
+
+    def wait(self, directory):
+        assert slow.wait(60)
+        finalize(self, directory)
+
+    monkeypatch.setattr(LateJsonHandler, "finalize", wait)
+    with manager.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state.params, state.optimizer, METADATA)
+        jax.tree.map(lambda array: array.delete(), (state.params, state.optimizer))  # as donation does
+        assert not slow.is_set()
+        assert not (tmp_path / "1").exists()
+        with pytest.raises(UserError, match="no finished checkpoint"):
+            manager.steps_in(tmp_path)
+        slow.set()
+        checkpoints.wait()
+        found = checkpoints.restore(1, program.state.params, program.state.optimizer)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
 
 
 @contextlib.contextmanager

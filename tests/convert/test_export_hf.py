@@ -27,6 +27,7 @@ from lemur_jax.convert import export_hf as export_module
 from lemur_jax.convert import layout
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.import_hf import import_hf
+from lemur_jax.convert.vocabulary import AS_IT_IS
 from lemur_jax.data.chat import CHATML_TOKENS
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.data.tokenizer_files import extend
@@ -117,14 +118,14 @@ def test_layers_are_read_chunk_by_chunk(monkeypatch):
     digest = RunningDigest()
     digest.update(values)
     stored = describe(values, digest.value)
-    streamed = dict(export_module._stream(weight, array, stored, "float32"))
+    streamed = dict(export_module._stream(weight, weight, array, stored, "float32", AS_IT_IS))
     assert sizes == [2, 2, 1]
     assert list(streamed) == list(weight.names)
     for layer, name in enumerate(weight.names):
         np.testing.assert_array_equal(weight.from_hf(streamed[name]), values[layer])
     array[3, 1, 2, 3].write(9.0).result()
     with pytest.raises(Damaged, match="query .* is not what was saved"):
-        list(export_module._stream(weight, array, stored, "float32"))
+        list(export_module._stream(weight, weight, array, stored, "float32", AS_IT_IS))
 
 
 def with_tokenizer(make_model, path, tokenizer, vocab_size):

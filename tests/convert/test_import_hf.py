@@ -222,6 +222,16 @@ def test_faults_write_nothing(make_model, tmp_path, fault):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "model.norm.weight/../../outside", "a\0b"])
+def test_names_that_are_paths(make_model, tmp_path, name):
+    """A tensor's name is never a path: it is looked up in the table, or refused."""
+    hf = make_model()
+    edit(**{name: torch.zeros(2)})(hf)
+    with pytest.raises(UserError, match="is not part of this Llama"):
+        import_hf(hf.path, tmp_path / "checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_unknown_dtype(hf_model, tmp_path):
     with pytest.raises(UserError, match="unknown dtype 'int8'"):
         import_hf(hf_model.path, tmp_path / "checkpoint", dtype="int8")

@@ -1,6 +1,7 @@
 """Reader and writer against the safetensors library, and a corpus of damaged files."""
 
 import json
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -122,8 +123,13 @@ DAMAGED = {
 def test_damaged_file(tmp_path, damage):
     path = tmp_path / "model.safetensors"
     path.write_bytes(DAMAGED[damage])
-    with pytest.raises(UserError, match=r"model\.safetensors"):
-        read_header(path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"model\.safetensors"):
+            read_header(path)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20  # whatever sizes the file promises
+    finally:
+        tracemalloc.stop()
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,13 +1,27 @@
 """Vocabulary rows against NumPy in float64."""
 
+import pathlib
+import re
+import shlex
+import shutil
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
+import transformers
 
+from lemur_jax.checkpoint import manager
+from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import vocabulary
+from lemur_jax.convert.import_hf import import_hf
+from lemur_jax.convert.vocabulary import Change
+from lemur_jax.data.chat import CHATML_TOKENS
+from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.models.llama import abstract_params, init_params, logical_axes
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import AXES, make_mesh
@@ -101,3 +115,70 @@ def test_sharded_arrays():
     expected = vocabulary.resize(jax.device_get(whole), 505, drop_rows_above=500, new_rows="mean")
     for name in ("embed", "head"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), after[name], expected[name])
+
+
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "conversion.md").read_text()
+
+
+def table_of(directory, name):
+    return safetensors.torch.load_file(directory / "model.safetensors")[name]
+
+
+def test_the_recipes_path_as_documented(make_model, tokenizer_dir, tmp_path, monkeypatch, capsys):
+    """The lines of docs/conversion.md with 400 rows where Llama-2 has 32,000."""
+    hf = make_model(vocab_size=400)
+    shutil.copytree(tokenizer_dir, hf.path, dirs_exist_ok=True)
+    hf.path.rename(tmp_path / "llama-2")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.replace("320", "4").strip().splitlines():  # 32000 -> 400, 32024 -> 424
+        assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert said.count("read again equal the checkpoint's") == 2
+    assert said.count("logits (float32) equal transformers' on 512 tokens") == 2
+
+    old = hf.state()["lm_head.weight"].bfloat16()
+    lemur, chat = Tokenizer.load(tmp_path / "lemur"), Tokenizer.load(tmp_path / "lemur-chat")
+    assert lemur.control_tokens["<|endoftext|>"] == 400
+    assert lemur.control_tokens["<reponame>"] == 418
+    assert list(chat.added_tokens.items()) == [(token, 400 + i) for i, token in enumerate(CHATML_TOKENS)]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "lemur-chat")
+    assert theirs.convert_tokens_to_ids("<|im_end|>") == 402
+    assert len(theirs) == 405
+    for directory, rows in (("lemur", 424), ("lemur-chat", 405)):
+        assert transformers.AutoConfig.from_pretrained(tmp_path / directory).vocab_size == rows
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            table = table_of(tmp_path / directory, name)
+            assert table.shape == (rows, 32)
+            mean = hf.state()[name].double().mean(0)
+            torch.testing.assert_close(
+                table[400:].double(), mean.expand(rows - 400, -1), atol=1e-3, rtol=2**-8
+            )
+        assert torch.equal(table_of(tmp_path / directory, "lm_head.weight")[:400], old)
+    assert manager.read_metadata("plain")["model"]["vocab_size"] == 400
+    assert Tokenizer.from_files(manager.tokenizer_files(manager.read_metadata("plain"))).added_tokens == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop_rows_above": 401}, "--drop-rows-above 401: .* has 400 vocabulary rows"),
+        ({"drop_rows_above": 399}, "model file has 400 pieces of its own"),
+        ({"vocab_size": 300}, "--drop-rows-above 300"),
+        ({"vocab_size": 401, "add_tokens": ("<a>", "<b>")}, "ids up to 401, .* vocab_size is 401"),
+        ({"add_tokens": ("<a>", "<a>")}, "names a token twice"),
+    ],
+)
+def test_a_change_that_does_not_come_out_even(make_model, tokenizer_dir, tmp_path, change, message):
+    hf = make_model(vocab_size=400)
+    shutil.copytree(tokenizer_dir, hf.path, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=message):
+        import_hf(hf.path, tmp_path / "checkpoint", change=Change(**change))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_tokens_without_a_tokenizer(hf_model, tmp_path):
+    with pytest.raises(UserError, match="has no tokenizer to add them to"):
+        import_hf(hf_model.path, tmp_path / "checkpoint", change=Change(add_tokens=("<a>",)))
+    config = import_hf(hf_model.path, tmp_path / "checkpoint", change=Change(vocab_size=104))
+    assert config.vocab_size == 104

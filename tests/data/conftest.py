@@ -1,5 +1,6 @@
 """A small trained tokenizer, and stores of made-up documents."""
 
+import json
 import pydoc
 import random
 from collections.abc import Callable, Sequence
@@ -43,6 +44,27 @@ def chat_dir(tokenizer_dir) -> Path:
 @pytest.fixture(scope="session")
 def chat_tokenizer(chat_dir) -> Tokenizer:
     return Tokenizer.load(chat_dir)
+
+
+@pytest.fixture(scope="session")
+def byte_level_dir(tmp_path_factory) -> Path:
+    """A directory like Llama-3's: tokenizer.json alone, byte-level BPE, tokens above the vocabulary."""
+    import tokenizers
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(["the quick brown fox\n" * 9, "def f(x):\n    return x\n" * 9], trainer)
+    backend.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>"])
+    path = tmp_path_factory.mktemp("byte_level")
+    backend.save(str(path / "tokenizer.json"))
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|end_of_text|>", "lstrip": False}}
+    (path / "special_tokens_map.json").write_text(json.dumps(names))
+    return path
 
 
 MakeStore = Callable[..., TokenStore]

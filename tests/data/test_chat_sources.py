@@ -1,11 +1,17 @@
 """Published forms of conversations, each to the one normal form."""
 
+import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lemur_jax.data import chat_sources as sources
+from lemur_jax.data import readers
 from lemur_jax.data.chat import encode_chat
+from lemur_jax.data.cleaning import filters, parse_steps
+from lemur_jax.data.readers import Fields
 
 
 def talk(*turns):
@@ -20,10 +26,16 @@ def test_sharegpt():
     assert sources.sharegpt({"conversations": turns}) == QUESTION_ANSWER
     found = sources.sharegpt({"conversations": turns, "system": "Be kind."})
     assert found == talk(("system", "Be kind.")) + QUESTION_ANSWER
+    assert sources.sharegpt({"conversation": QUESTION_ANSWER}) == QUESTION_ANSWER
+    # As the dump of 2023 has them: an id, other names of the model, turns that follow one another.
+    row = {"id": "QWJhYvA_0", "conversations": [{"from": "human", "value": "Why?", "markdown": None}]}
+    row["conversations"] += [{"from": name, "value": name} for name in ("gpt", "bing", "bard", "chatgpt")]
+    found = sources.sharegpt(row)
+    assert [message["role"] for message in found] == ["user"] + ["assistant"] * 4
 
 
 def test_openorca():
-    row = {"system_prompt": "", "question": "Why?", "response": "Because."}
+    row = {"id": "niv.242684", "system_prompt": "", "question": "Why?", "response": "Because."}
     assert sources.openorca(row) == QUESTION_ANSWER
     assert sources.openorca(row | {"system_prompt": "S"})[0] == talk(("system", "S"))[0]
 
@@ -57,6 +69,75 @@ def test_openassistant_takes_the_best_ranked_path():
     tree["replies"][2]["replies"][0]["replies"].append(reply("assistant", "a2"))
     found = sources.openassistant({"prompt": tree})
     assert [m["content"] for m in found] == ["q", "first", "q2", "a2"]
+
+
+def flat(*messages):
+    """Rows as OpenAssistant's Parquet files have them: (id, parent, role, text, and what else is not usual)."""
+    usual = {"lang": "en", "deleted": False, "rank": None, "message_tree_id": "t", "synthetic": False}
+    names = ("message_id", "parent_id", "role", "text")
+    return [usual | dict(zip(names, m, strict=False)) | (m[4] if len(m) > 4 else {}) for m in messages]
+
+
+TREE = flat(
+    ("q", None, "prompter", "What is a monopsony?"),
+    ("a1", "q", "assistant", "second", {"rank": 1}),
+    ("a0", "q", "assistant", "deleted", {"rank": 0, "deleted": True}),
+    ("q2", "a2", "prompter", "Now in verse.", {"rank": None}),
+    ("a2", "q", "assistant", "best that is left", {"rank": 0}),
+    ("a3", "q2", "assistant", "Roses are red."),
+    ("q3", "a3", "prompter", "Thanks!"),
+)
+
+
+def test_openassistant_of_flat_messages_is_the_path_of_their_tree():
+    found = sources.openassistant_messages({"rows": TREE})
+    assert found == talk(
+        ("user", "What is a monopsony?"),
+        ("assistant", "best that is left"),
+        ("user", "Now in verse."),
+        ("assistant", "Roses are red."),
+    )
+    # As the nested release has the same tree; the order of the rows is that of unranked replies alone.
+    nodes = {row["message_id"]: row | {"replies": []} for row in TREE}
+    for node in nodes.values():
+        if node["parent_id"]:
+            nodes[node["parent_id"]]["replies"].append(node)
+    assert sources.openassistant({"prompt": nodes["q"]}) == found
+    assert sources.openassistant_messages({"rows": TREE[::-1]}) == found
+
+
+FLAT = Fields(
+    messages=sources.openassistant_messages, gather="message_tree_id", id="message_tree_id", meta=("lang",)
+)
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl.gz"])
+def test_flat_messages_as_the_hub_ships_them(tmp_path, form):
+    """Trees one after the other; languages filtered; a tree in pieces and one without an answer are bad."""
+    german = [row | {"message_tree_id": "d", "lang": "de"} for row in TREE]
+    lonely = [row | {"message_tree_id": "l"} for row in TREE[:1]]
+    rows = [*TREE, *german, *lonely, *(row | {"message_tree_id": "p"} for row in TREE[1:])]
+    path = tmp_path / f"train-00000-of-00001.{form}"
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=5)
+    else:
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    found = [
+        document
+        for document, _ in readers.documents(str(path), readers.rows(str(path), form.partition(".")[0]), FLAT)
+    ]
+    first, second, *bad = found
+    assert (first["id"], second["id"]) == (b"t", b"d")
+    assert json.loads(first["messages"]) == json.loads(second["messages"])
+    assert len(json.loads(first["messages"])) == 4
+    assert [json.loads(document["error"])["reason"] for document in bad] == [
+        "no turn of the assistant",
+        "message a1 answers q, which is not beside it: a tree is in pieces",
+    ]
+    assert bad[0]["where"].decode() == f"{path}: {'row 14' if form == 'parquet' else 'line 15'}"
+    languages = filters(parse_steps("t", {"metadata": {"lang": ("en",)}}))
+    stay = [languages.remove("x", "", json.loads(document["meta"])) is None for document in (first, second)]
+    assert stay == [True, False]
 
 
 def test_openai_with_tools():
@@ -100,10 +181,35 @@ def test_calls_are_trained_on_and_results_are_not(chat_tokenizer):
         (sources.sharegpt, {"conversations": [{"from": "alien", "value": ""}]}, "unknown role 'alien'"),
         (sources.sharegpt, {"conversations": [{"from": "gpt"}]}, "no field 'value'"),
         (sources.sharegpt, {"conversations": [{"from": "human", "value": "q"}]}, "no turn of the assistant"),
+        (sources.sharegpt, {"conversations": "human: q"}, "no list `conversations`"),
+        (sources.sharegpt, {"conversations": ["q"]}, "no field 'from'"),
+        (sources.sharegpt, {"conversations": [{"from": "gpt", "value": None}]}, "is NoneType, not a string"),
+        (sources.openorca, {"question": None, "response": "a"}, "turn of user is NoneType"),
+        (sources.openorca, {"system_prompt": 3, "question": "q", "response": "a"}, "turn of system is int"),
         (sources.openorca, {"question": "q"}, "no field 'response'"),
         (sources.evol_code_alpaca, {"instruction": "q", "output": 3}, "is int, not a string"),
         (sources.openassistant, {}, "no turn of the assistant"),
         (sources.openassistant, {"prompt": {"role": "prompter", "text": "q"}}, "no turn of the assistant"),
+        (sources.openassistant, {"prompt": reply("prompter", "q", deleted=True)}, "prompt was deleted"),
+        (sources.openassistant, {"prompt": reply("moderator", "q")}, "unknown role 'moderator'"),
+        (sources.openassistant_messages, {"text": "q"}, "no list `rows`"),
+        (sources.openassistant_messages, {"rows": [{"text": "q"}]}, "no field 'message_id'"),
+        (
+            sources.openassistant_messages,
+            {"rows": flat(("q", None), ("r", None))},
+            "2 messages that answer none",
+        ),
+        (
+            sources.openassistant_messages,
+            {"rows": flat(("q", "r", "prompter", ""), ("r", "q", "assistant", ""))},
+            "0 messages that answer none",
+        ),
+        (sources.openai, {"messages": None}, "no list `messages`"),
+        (sources.openai, {"messages": ["hi"]}, "no field 'role'"),
+        (sources.openai, {"messages": [{"content": "hi"}]}, "no field 'role'"),
+        (sources.openai, {"messages": [{"role": "user", "content": 3}]}, "content is int"),
+        (sources.openai, {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "no field 'type'"),
+        (sources.openai, {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "no field 'function'"),
         (sources.openai, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
         (
             sources.openai,

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.data import cleaning
 from lemur_jax.data.cleaning import Duplicates, Filters, filters, parse_steps
 
 
@@ -43,6 +44,27 @@ def test_filter_on_metadata():
     assert removed_by("metadata", options, "", {"licence": "mit", "lang": "de"}) == "lang is 'de'"
     assert removed_by("metadata", options, "", {"licence": [], "lang": "en"}) == "licence is 'empty'"
     assert removed_by("metadata", options, "", {"lang": "en"}) == "licence is None"
+
+
+LANGUAGES = {
+    "en": "The committee adjourned without a decision, and the members went home through the rain.",
+    "de": "Der Ausschuss vertagte sich ohne Beschluss, und die Mitglieder gingen durch den Regen nach Hause.",
+    "fr": "La commission s'est séparée sans décision, et les membres sont rentrés chez eux sous la pluie.",
+    "ja": "委員会は結論を出さずに散会し、委員たちは雨の中を帰った。",
+    "ru": "Комитет разошёлся, не приняв решения, и его члены пошли домой под дождём.",
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_filter_on_the_language_of_the_text(language):
+    pytest.importorskip("py3langid")
+    for name, text in LANGUAGES.items():
+        reason = removed_by("language", {"keep": (language,)}, text)
+        assert reason == (None if name == language else f"the language seems to be {name!r}")
+    assert removed_by("language", {"keep": tuple(LANGUAGES)}, LANGUAGES[language]) is None
+    # The beginning decides.
+    other = "".join(text * 20 for name, text in LANGUAGES.items() if name != language)
+    assert removed_by("language", {"keep": (language,), "chars": 60}, LANGUAGES[language] + other) is None
 
 
 def test_humaneval_is_found_inside_other_code():
@@ -154,6 +176,8 @@ def test_what_was_saved_is_known_to_the_next_attempt():
             r"prepare\.steps\.t\.length has no 'min_char'; did you mean 'min_chars'",
         ),
         ({"length": {"min_chars": "3"}}, r"length\.min_chars is '3': it must be of the type int"),
+        ({"language": {"keep": ["english"]}}, r"language\.keep names 'english'; there are .*, en, "),
+        ({"language": {}}, r"language\.keep names no language"),
         ({"metadata": {"lang": "en"}}, r"metadata\.lang is 'en': it must be of the type tuple"),
         ({"near_duplicates": {"hashes": 100}}, r"bands must divide hashes"),
         ({"decontaminate": {"against": ["nothing.jsonl"]}}, r"cannot read the evaluation set nothing\.jsonl"),
@@ -163,3 +187,18 @@ def test_what_was_saved_is_known_to_the_next_attempt():
 def test_a_mistake_in_the_steps_is_one_line(options, message):
     with pytest.raises(UserError, match=message):
         parse_steps("t", options)
+
+
+def test_digests_are_a_set(monkeypatch):
+    monkeypatch.setattr(cleaning, "RECENT", 50)
+    generator = random.Random(0)
+    # Few values, so that each comes often; zeros at the end, which NumPy does not tell from padding.
+    values = [bytes(generator.choices(b"\0\1\xff", k=16)) for _ in range(300)] + [b"\0" * 16]
+    digests, expected = cleaning.Digests(), set()
+    for value in generator.choices(values, k=2000):
+        assert (value in digests) == (value in expected)
+        if value not in digests:
+            digests.add(value)
+        expected.add(value)
+    assert all(value in digests for value in expected)
+    assert sum(value in digests for value in values) == len(expected & set(values))

@@ -105,6 +105,20 @@ def test_what_is_there_is_not_made_again(task, make_config, tmp_path, chat_dir):
     assert said[1].endswith("unchanged")
 
 
+def test_shares_change_without_preparing_again(task, make_config, tmp_path):
+    task(text_records(40))
+    task(text_records(40, seed=1), name="second")
+    run(make_config("made_up", "second"))
+    before = files_of(tmp_path / "stores")
+    config = make_config("made_up", "second")
+    config.data.sources.second.share = 7.0
+    config.data.stages = {"anneal": {"step": 5, "shares": {"second": 1.0}}}
+    said = run(config)
+    assert [line.endswith("unchanged") for line in said[:2]] == [True, True]
+    assert "anneal, step 5 on" in said[2]
+    assert files_of(tmp_path / "stores") == before
+
+
 def test_a_store_of_plain_text_made_with_added_tokens_serves_without_them(task, make_config, chat_dir):
     task(text_records(10))
     run(make_config("made_up", **{"tokenizer.path": str(chat_dir)}))

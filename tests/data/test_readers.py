@@ -1,5 +1,6 @@
 """Documents out of files, and every way in which a file can be bad."""
 
+import datetime
 import gzip
 import json
 import random
@@ -12,7 +13,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import readers
-from lemur_jax.data.readers import Fields
+from lemur_jax.data.readers import Bad, Fields
 
 
 def read(path, fields=None, kind="", **options):
@@ -155,6 +156,64 @@ def test_parquet_by_columns_with_nested_fields(tmp_path):
     assert found[299][0]["where"].decode() == f"{path}: row 299"
 
 
+# What stands in a row of each, as its card on the hub has it, and how to read it.
+PUBLISHED = {
+    "the-stack/data/python/train-00000-of-00206.parquet": (
+        {
+            **{"hexsha": "a1", "size": 17, "ext": "py", "lang": "Python", "content": "print('hello')"},
+            **{"max_stars_repo_path": "src/a.py", "max_stars_repo_name": "me/a", "max_stars_count": 3},
+            **{"max_stars_repo_licenses": ["MIT"], "avg_line_length": 17.0, "alphanum_fraction": 0.6},
+        },
+        Fields(text="content", id="hexsha", meta=("lang", "max_stars_repo_licenses")),
+        {"lang": "Python", "max_stars_repo_licenses": ["MIT"]},
+    ),
+    "falcon-refinedweb/data/train-00000-of-05534-b8fc5348cbe605a5.parquet": (
+        {
+            **{"content": "A web page.", "url": "http://example.org", "dump": "CC-MAIN-2013-20"},
+            **{
+                "timestamp": datetime.datetime(2013, 5, 18),
+                "segment": "1368",
+                "image_urls": [["a.png", "b"]],
+            },
+        },
+        Fields(text="content", id="url", meta=("dump", "timestamp", "image_urls")),
+        {"dump": "CC-MAIN-2013-20", "timestamp": "2013-05-18 00:00:00", "image_urls": [["a.png", "b"]]},
+    ),
+    "RedPajama-Data-1T-Sample/data/train-00000-of-00002.parquet": (
+        {"text": "A page.", "meta": '{"source": "github", "license": "mit"}', "red_pajama_subset": "github"},
+        Fields(meta=("meta.license", "red_pajama_subset")),
+        {"meta.license": "mit", "red_pajama_subset": "github"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_directories_of_parquet_as_published(tmp_path, name):
+    row, fields, meta = PUBLISHED[name]
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 3), path, row_group_size=2)
+    (path.parent / "README.md").write_text("not data")
+    (file,) = readers.find_files(f"{tmp_path}/*/data/{'*/' * ('python' in name)}*.parquet")
+    found = read(file, fields)
+    assert good(found) == [row[fields.text]] * 3
+    assert [json.loads(document["meta"]) for document in found] == [meta] * 3
+    assert found[2]["id"].decode() == (row[fields.id] if fields.id else f"{path}: row 2")
+
+
+def test_redpajamas_json_lines(tmp_path):
+    """JSON Lines in .zst: the licence is in nested metadata, and may be missing in a row."""
+    path = tmp_path / "github" / "filtered_1.jsonl.zst"
+    path.parent.mkdir()
+    languages = [{"name": "Python", "bytes": "12"}]
+    rows = [{"text": "x = 1", "meta": {"license": "mit", "language": languages}}, {"text": "y", "meta": {}}]
+    path.write_bytes(pack("".join(json.dumps(row) + "\n" for row in rows).encode(), ".zst"))
+    found = read(path, Fields(meta=("meta.license", "meta.language")))
+    assert good(found) == ["x = 1", "y"]
+    expected = {"meta.license": "mit", "meta.language": languages}
+    assert [json.loads(document["meta"]) for document in found] == [expected, dict.fromkeys(expected)]
+
+
 def test_a_corrupt_parquet_page_loses_its_row_group_and_says_how_much(tmp_path):
     path = tmp_path / "a.parquet"
     generator = random.Random(0)
@@ -215,3 +274,17 @@ def test_held_out_share():
     chosen = sum(readers.is_held_out(str(n).encode(), 0.1) for n in range(10_000))
     assert 900 < chosen < 1100
     assert not readers.is_held_out(b"x", 0.0)
+
+
+def test_rows_are_gathered_while_they_follow_each_other(monkeypatch):
+    monkeypatch.setattr(readers, "MAX_GATHERED", 3)
+    rows = [{"t": name, "n": n} for n, name in enumerate("aabacccca")]
+    found = [*((f"row {n}", row) for n, row in enumerate(rows)), ("row 9", Bad(reason="x")), ("row 10", {})]
+    gathered = dict(readers.gather(found, "t"))
+    assert gathered["row 0"] == {"t": "a", "n": 0, "rows": rows[:2]}
+    assert gathered["row 3"] == {"t": "a", "n": 3, "rows": rows[3:4]}
+    assert gathered["row 8"]["rows"] == rows[8:9]
+    assert gathered["row 4"] == Bad(reason="4 rows have one 't', more than 3", records=4)
+    assert gathered["row 9"] == Bad(reason="x")
+    assert gathered["row 10"] == Bad(reason="no field 't'")
+    assert len(gathered) == 7

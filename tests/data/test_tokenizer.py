@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.chat import CHATML_TEMPLATE, CHATML_TOKENS
 from lemur_jax.data.tokenizer import FILE_NAMES, Tokenizer, compatible
-from lemur_jax.data.tokenizer_files import extend, train_sentencepiece, write_directory
+from lemur_jax.data.tokenizer_files import extend, revise, train_sentencepiece, write_directory
 
 from .conftest import HARD_TEXTS, VOCAB_SIZE, hard_texts
 
@@ -42,27 +42,6 @@ def json_tokenizer(chat_tokenizer):
     files = chat_tokenizer.files()
     del files["tokenizer.model"]
     return Tokenizer.from_files(files)
-
-
-@pytest.fixture(scope="module")
-def byte_level_dir(tmp_path_factory):
-    """A directory like Llama-3's: tokenizer.json alone, byte-level BPE, tokens above the vocabulary."""
-    import tokenizers
-
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    backend.train_from_iterator(["the quick brown fox\n" * 9, "def f(x):\n    return x\n" * 9], trainer)
-    backend.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>"])
-    path = tmp_path_factory.mktemp("byte_level")
-    backend.save(str(path / "tokenizer.json"))
-    names = {"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|end_of_text|>", "lstrip": False}}
-    (path / "special_tokens_map.json").write_text(json.dumps(names))
-    return path
 
 
 def test_ids_are_those_of_sentencepiece(tokenizer, reference):
@@ -107,25 +86,25 @@ def test_the_json_file_alone_does_the_same(chat_tokenizer, json_tokenizer):
         assert getattr(json_tokenizer, name) == getattr(chat_tokenizer, name)
     for text in TEXTS:
         for prefix in (True, False):
-            ids, starts = chat_tokenizer.encode_with_offsets(text, prefix=prefix)
+            ids, spans = chat_tokenizer.encode_with_spans(text, prefix=prefix)
             assert ids == chat_tokenizer.encode(text, prefix=prefix)
             assert json_tokenizer.encode(text, prefix=prefix) == ids, repr(text)
-            assert json_tokenizer.encode_with_offsets(text, prefix=prefix) == (ids, starts), repr(text)
+            assert json_tokenizer.encode_with_spans(text, prefix=prefix) == (ids, spans), repr(text)
         assert json_tokenizer.decode(ids) == chat_tokenizer.decode(ids)
 
 
-def test_offsets_are_where_pieces_begin(chat_tokenizer):
+def test_spans_are_the_characters_of_a_token(chat_tokenizer):
     for text in TEXTS:
-        ids, starts = chat_tokenizer.encode_with_offsets(text, prefix=False)
+        ids, spans = chat_tokenizer.encode_with_spans(text, prefix=False)
         data = text.replace(" ", "▁").encode()
         character = [index for index, c in enumerate(text.replace(" ", "▁")) for _ in c.encode()]
         position = 0
-        for index, start in zip(ids, starts, strict=True):
+        for index, (begin, end) in zip(ids, spans, strict=True):
             piece = chat_tokenizer.token(index)
             spelled = bytes([int(piece[3:5], 16)]) if piece.startswith("<0x") else piece.encode()
             assert data[position:].startswith(spelled)
-            # A byte in the middle of a character begins where the character does.
-            assert start == character[position]
+            # A byte in the middle of a character has that character.
+            assert (begin, end) == (character[position], character[position + len(spelled) - 1] + 1)
             position += len(spelled)
         assert position == len(data)
 
@@ -236,6 +215,33 @@ def test_extend_clears_files_of_another_tokenizer(tokenizer_dir, tmp_path):
     assert extend(tokenizer_dir, tmp_path, ["<|a|>"]).added_tokens == {"<|a|>": VOCAB_SIZE}
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "json"])
+def test_control_tokens_forgotten(chat_dir, byte_level_dir, tmp_path, kind):
+    """What named them goes with them, so that transformers does not bring them back."""
+    source = chat_dir if kind == "sentencepiece" else byte_level_dir
+    old = extend(source, tmp_path / "old", ["<|old|>", "<|older|>", *CHATML_TOKENS])
+    config = json.loads((tmp_path / "old/tokenizer_config.json").read_text())
+    more = {"pad_token": "<pad>", "additional_special_tokens": ["<|old|>"]}
+    (tmp_path / "old/tokenizer_config.json").write_text(json.dumps(config | more))
+    old = Tokenizer.load(tmp_path / "old")
+    keep = old.added_tokens["<|old|>"]
+    if kind == "sentencepiece":
+        keep = VOCAB_SIZE
+    files = revise(old, keep=keep, add=["<|new|>"])
+    new = Tokenizer.from_files(files)
+    assert new.added_tokens["<|new|>"] == keep
+    assert new.vocab_size == keep + 1
+    assert (new.pad_id, new.chat_template) == (None, None)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    hf = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(hf) == keep + 1
+    assert hf.convert_tokens_to_ids("<|new|>") == keep
+    assert "<|old|>" not in hf.get_vocab()
+    for text in TEXTS:
+        assert hf_plain(hf, text) == new.encode(text) == old.encode(text)
+
+
 def test_a_byte_level_tokenizer(byte_level_dir, tmp_path):
     base = Tokenizer.load(byte_level_dir)
     begin = base.added_tokens["<|begin_of_text|>"]
@@ -246,11 +252,11 @@ def test_a_byte_level_tokenizer(byte_level_dir, tmp_path):
     assert wide.bos_id == begin
     hf = AutoTokenizer.from_pretrained(tmp_path / "chat")
     for text in TEXTS:
-        ids, starts = wide.encode_with_offsets(text)
+        ids, spans = wide.encode_with_spans(text)
         assert ids == base.encode(text) == hf_plain(hf, text)
-        assert starts == sorted(starts)
+        assert spans == sorted(spans)
+        assert "".join(text[begin:end] for begin, end in dict.fromkeys(spans)) == text or not text.isascii()
         assert wide.decode(ids) == text
-    assert starts[:1] == [0]
     assert "<|im_end|>" not in [wide.token(index) for index in wide.encode("<|im_end|>")]
 
 

@@ -1,10 +1,12 @@
 """Mesh shapes: −1 is the rest, and a mesh that does not fit says so."""
 
 import jax
+import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.parallel.mesh import AXES, make_mesh, mesh_shape
+from lemur_jax.plan import topologies
 
 
 def sizes(*values):
@@ -36,3 +38,25 @@ def test_mesh_holds_every_device_once():
     mesh = make_mesh(sizes(2, -1, 1, 2))
     assert mesh.axis_names == AXES
     assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()}
+
+
+@pytest.mark.parametrize("data", [2, 4])
+def test_slices_lie_along_data(data):
+    """Described devices of two slices: only the outermost axis leaves a slice."""
+    pytest.importorskip("libtpu", reason="the plan extra (libtpu) is not installed")
+    devices = topologies.devices(topologies.find("v5e-8", 2))
+    mesh = make_mesh(sizes(data, -1, 1, 2), devices)
+    assert mesh.devices.shape == (data, 8 // data, 1, 2)
+    halves = np.split(mesh.devices, 2)
+    assert [{device.slice_index for device in half.flat} for half in halves] == [{0}, {1}]
+    # The slices are laid out alike, so a group along `data` joins the same place of each.
+    assert [[tuple(device.coords) for device in half.flat] for half in halves] == [
+        [tuple(device.coords) for device in halves[0].flat]
+    ] * 2
+
+
+def test_slices_need_data_parallelism():
+    pytest.importorskip("libtpu", reason="the plan extra (libtpu) is not installed")
+    devices = topologies.devices(topologies.find("v5e-8", 2))
+    with pytest.raises(UserError, match=r"config.mesh.data is 1: it must be a multiple of the 2 TPU slices"):
+        make_mesh(sizes(1, 16, 1, 1), devices)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lemur_jax.common.errors import UserError
 from lemur_jax.parallel.compiler_flags import compiler_options, exchanges_gradients
 from lemur_jax.plan import topologies
 
@@ -25,3 +26,15 @@ def test_by_device_kind():
     assert exchanges_gradients("TPU v4")
     assert not exchanges_gradients("TPU v5 lite")  # "Async all-to-all not supported on limited ICI"
     assert not exchanges_gradients("cpu")
+
+
+def test_more_options_of_the_config():
+    more = ("xla_tpu_scheduler_percent_shared_memory_limit=110", "xla_enable_async_all_gather=false")
+    options = compiler_options("TPU v4", more)
+    assert options["xla_tpu_scheduler_percent_shared_memory_limit"] == 110
+    assert options["xla_enable_async_all_gather"] is False  # the config wins
+    assert set(compiler_options("TPU v4")) < set(options)
+    assert compiler_options("cpu", more) == {}
+    for wrong in ("--xla_enable_async_all_gather=true", "xla_enable_async_all_gather"):
+        with pytest.raises(UserError, match="write xla_name=value"):
+            compiler_options("cpu", (wrong,))

@@ -11,6 +11,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.report import report
+from lemur_jax.telemetry.metrics import MetricsWriter
 
 VOID = {"meta", "br", "wbr", "path", "link", "img"}
 
@@ -56,6 +57,15 @@ class Outline(html.parser.HTMLParser):
 def written(workdirs, output) -> tuple[str, Outline]:
     text = report(workdirs, output).read_text(encoding="utf-8")
     return text, Outline(text)
+
+
+def test_what_changed_since_the_start_of_a_stage(stages, tmp_path):
+    with MetricsWriter(stages[1]) as writer:
+        writer.write({"step": 40, "kind": "balance", "balance": 0.0123, "change/code": -0.02})
+    text, outline = written(stages, tmp_path / "report.html")
+    assert "Since the start of the stage" in outline.titles
+    assert [row[-1] for row in outline.rows[4:8]] == ["balance", "–", "+1.2%since its start", "–"]
+    assert "code, change" in text
 
 
 def test_the_page_has_all_its_parts(stages, tmp_path):

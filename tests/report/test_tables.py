@@ -30,6 +30,15 @@ def test_the_last_evaluation_of_each_stage_and_its_changes(stages):
     assert bits_per_byte_table(stages) == EXPECTED
 
 
+def test_the_balance_of_a_stage_that_was_scored_at_its_start(stages):
+    with MetricsWriter(stages[1]) as writer:
+        for step, score in ((20, 0.3), (40, 0.0123)):
+            writer.write({"step": step, "kind": "balance", "balance": score, "change/code": -0.02})
+    lines = bits_per_byte_table(stages).splitlines()
+    assert lines[3].endswith("balance")
+    assert [line.split()[-1] for line in lines[4:]] == ["-", "+1.2%", "-"]
+
+
 def test_one_run_has_nothing_to_compare_with(stages):
     lines = bits_per_byte_table([f"{stages[1]}/"]).splitlines()
     assert lines[-1].split() == ["lemur", "2.1000", "-", "-", "3.0000", "-", "-"]

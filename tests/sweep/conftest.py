@@ -31,6 +31,8 @@ def get_config(arg=""):
     config.optimizer.learning_rate = 1e-2
     config.eval.tasks = ("code", "text")
     config.log.every_steps = 2
+    if arg == "annealed":
+        config.data.stages = {"anneal": {"step": 4, "shares": {"code": 1.0, "text": 1.0}}}
     return config
 """
 

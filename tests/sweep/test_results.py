@@ -1,5 +1,6 @@
 """Tables and plots of a sweep worked out by hand."""
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -41,11 +42,21 @@ def test_the_front_has_what_nothing_else_betters():
     assert [one.name for one in FOUND.front(["code"])] == ["1:0"]
 
 
-def test_the_least_difference_is_that_of_a_pooled_t_test():
-    trained = [np.array(one.bits["code"]) for one in FOUND.variants[:3]]
-    pooled = np.mean([values.var(ddof=1) for values in trained])
-    found = FOUND.least_difference("code")
-    assert found == pytest.approx(stats.t.ppf(0.975, 6) * np.sqrt(pooled * (1 / 3 + 1 / 3)))
+def test_the_least_difference_is_that_of_a_block_design():
+    bits = np.array([one.bits["text"] for one in FOUND.variants[:3]])
+    bits[1, 2] += 0.05
+    found = dataclasses.replace(
+        FOUND, variants=tuple(variant(str(row), (1.0, 1.0, 1.0), tuple(bits[row])) for row in range(3))
+    )
+    # A linear model with an effect of every mixture and of every seed, fitted by least squares.
+    mixture, seed = np.divmod(np.arange(9), 3)
+    design = np.concatenate([np.eye(3)[mixture], np.eye(3)[seed][:, 1:]], axis=1)
+    _, (error,), _, _ = np.linalg.lstsq(design, bits.reshape(-1))
+    expected = stats.t.ppf(0.975, 4) * np.sqrt(error / 4 * (1 / 3 + 1 / 3))
+    assert found.least_difference("text") == pytest.approx(expected)
+
+
+def test_one_seed_tells_nothing_of_chance():
     one_seed = Results(base=FOUND.base, variants=(variant("1:0", (2.0,), (2.4,)),), steps=1, tokens=1)
     assert one_seed.least_difference("code") is None
     assert "not told apart" not in results.note(one_seed)
@@ -105,7 +116,7 @@ def test_figures_are_read_back_by_group(tmp_path):
     config = config_of(("python", "java", "web"), python=1.0, java=1.0, web=1.0)
     config.eval.groups = {"code": ("python", "java"), "text": ("web",)}
     config.train.steps = 10
-    runs = plan_runs(config, ["1:1"], 2, sources="python+java,web")
+    runs = plan_runs(config, ["1:1"], 2, sources="python&java,web")
     for run, scale in zip(runs, (1.0, 2.0), strict=True):
         write_run(tmp_path, run, {"python": 2.0 * scale, "java": 8.0 * scale, "web": 3.0 * scale})
     found = collect(config, runs, [], tmp_path)

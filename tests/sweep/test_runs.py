@@ -8,7 +8,7 @@ from lemur_jax.cli import main
 from lemur_jax.common.config import default_config, load
 from lemur_jax.common.errors import UserError
 from lemur_jax.models.presets import preset
-from lemur_jax.sweep.runs import plan_runs
+from lemur_jax.sweep.runs import plan_runs, run_config
 
 
 def config_of(tasks=("code", "text"), **shares):
@@ -43,13 +43,29 @@ def test_a_ratio_follows_the_order_of_the_tasks_and_not_of_the_alphabet():
 
 def test_a_part_of_several_sources_keeps_its_own_shares():
     config = config_of(python=3.0, java=1.0, web=2.0)
-    (run,) = plan_runs(config, ["10:1"], 1, sources="python+java,web")
+    (run,) = plan_runs(config, ["10:1"], 1, sources="python&java,web")
     assert shares_of(run) == {"python": 7.5, "java": 2.5, "web": 1.0}
     empty = config_of(python=0.0, java=0.0, web=2.0)
-    (run,) = plan_runs(empty, ["10:1"], 1, sources="python+java,web")
+    (run,) = plan_runs(empty, ["10:1"], 1, sources="python&java,web")
     assert shares_of(run) == {"python": 5.0, "java": 5.0, "web": 1.0}
-    (run,) = plan_runs(config, [], 1, sources="python+java,web")
+    (run,) = plan_runs(config, [], 1, sources="python&java,web")
     assert run.ratio == "4:2"
+
+
+def test_languages_of_one_corpus_are_a_part():
+    config = config_of(("code/C++", "web"), **{"code/C++": 1.0, "code/Java": 1.0, "web": 1.0})
+    (run,) = plan_runs(config, ["10:1"], 1, sources="code/C++&code/Java,web")
+    assert shares_of(run) == {"code/C++": 5.0, "code/Java": 5.0, "web": 1.0}
+
+
+def test_annealing_is_varied_like_any_key(project, monkeypatch):
+    monkeypatch.chdir(project)
+    config = load("config.py:annealed")
+    varied = ["data.stages.anneal.step=3,5", "data.stages.anneal.shares.text=1,9"]
+    runs = plan_runs(config, ["10:1"], 1, varied)
+    assert len(runs) == 4
+    anneal = run_config("config.py:annealed", [], runs[-1]).data.stages.anneal
+    assert (anneal.step, anneal.shares.code, anneal.shares.text) == (5, 1.0, 9.0)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def swept(project):
         if len(said) == 2:
             raise KeyboardInterrupt
         said.append(workdir)
-        train(config, workdir, *rest)
+        return train(config, workdir, *rest)
 
     def counted(*args):
         built.append(args)
@@ -91,6 +91,21 @@ def test_a_run_is_the_run_that_train_makes_of_the_printed_command(swept, project
         for path in (words[5], "out/runs/0-1_seed-43")
     ]
     assert last[0] == last[1]
+
+
+def test_a_sigterm_ends_the_sweep_and_not_the_run_alone(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    calls = []
+
+    def signalled(*args):
+        calls.append(args)
+        return len(calls) == 2
+
+    monkeypatch.setattr(runner, "train", signalled)
+    assert main(WORDS.replace("out", "stopped").split()) == 0
+    assert len(calls) == 2
+    assert "stopped; the same command goes on from there" in capsys.readouterr().out
+    assert not (project / "stopped/results.json").exists()
 
 
 @pytest.mark.parametrize(

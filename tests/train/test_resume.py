@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.checkpoint.manager import read_metadata, restore_params
+from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.data.store import StoreWriter
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.data.tokenizer_files import train_sentencepiece
@@ -197,6 +198,16 @@ def test_self_describing(undisturbed):
     assert metadata["config"] == json.loads((undisturbed / "config.json").read_text())
     assert set(metadata["data"]) == {"code", "text"}
     assert "tokenizer.model" in metadata["tokenizer"]
+
+
+def test_any_step_of_a_run_is_exported(undisturbed, tmp_path):
+    lines = []
+    for name, step in (("before", STEPS - 3), ("newest", None)):
+        export_hf(undisturbed, tmp_path / name, step=step, verify=True, say=lines.append)
+    assert "| Checkpoint step | 21 |" in (tmp_path / "before" / "README.md").read_text()
+    assert sum(line.startswith("logits (float32) equal transformers'") for line in lines) == 2
+    before, newest = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "newest"))
+    assert before != newest
 
 
 def refused(project, workdir, *words):

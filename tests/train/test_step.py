@@ -43,6 +43,14 @@ def test_same_loss_in_any_split(alone, batch, microbatches, chunk):
         np.testing.assert_allclose(metrics[key], alone[1][key], rtol=2e-5)
 
 
+def test_same_loss_with_positions_and_chunks_cut_over_devices(alone, batch):
+    config = tiny_config()
+    config.compute.loss_chunk = 16
+    found, metrics, _ = losses(program_on((1, 2, 4, 1), config), batch)
+    np.testing.assert_allclose(found, alone[0], rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], alone[1]["grad_norm"], rtol=2e-5)
+
+
 def test_loss_is_the_weighted_token_mean(alone, batch):
     """Against float64: sum of weighted losses / sum of weights, not a mean of row means."""
     program = program_on((1, 1, 1, 1))

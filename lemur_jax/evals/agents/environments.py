@@ -26,11 +26,13 @@ class Step:
       observation: what the agent is told.
       reward: 1 if the task is solved, else 0.
       verdict: "passed", or in a word what went wrong; see `episodes.failure`.
+      role: whose turn the observation is: "user", or "tool" for the result of a call.
     """
 
     observation: str
     reward: float
     verdict: str
+    role: str = "user"
 
 
 class Environment(Protocol):

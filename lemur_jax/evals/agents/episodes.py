@@ -5,10 +5,11 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.chat import Message, encode_chat
-from lemur_jax.evals.agents import environments
+from lemur_jax.evals.agents import environments, tools
 from lemur_jax.evals.agents.environments import Environment, PythonEnvironment, Step
 from lemur_jax.evals.code import humaneval
 from lemur_jax.infer.chat import fit
@@ -71,8 +72,12 @@ def endpoint_agent(
     client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 
     def answer(messages: Sequence[Message]) -> str:
+        # OpenAI takes a turn of the role tool only as the answer to a call of its own form.
+        turns: list[Any] = [
+            {**message, "role": "user"} if message["role"] == "tool" else message for message in messages
+        ]
         reply = client.chat.completions.create(
-            model=model, messages=list(messages), max_tokens=max_new_tokens, temperature=temperature
+            model=model, messages=turns, max_tokens=max_new_tokens, temperature=temperature
         )
         return (reply.choices[0].message.content or "").strip()
 
@@ -80,7 +85,7 @@ def endpoint_agent(
 
 
 def open_environments(names: Iterable[str], limit: int | None = None) -> list[Environment]:
-    """Environments of the kinds "python", "sql" and "bash".
+    """Environments of the kinds "python", "sql", "bash" and "tools".
 
     Raises:
       UserError: another kind.
@@ -89,6 +94,7 @@ def open_environments(names: Iterable[str], limit: int | None = None) -> list[En
         "python": lambda: [PythonEnvironment(problem) for problem in humaneval()],
         "sql": environments.sql_environments,
         "bash": environments.bash_environments,
+        "tools": tools.tool_environments,
     }
     found: list[Environment] = []
     for name in names:
@@ -112,7 +118,7 @@ def run_episode(environment: Environment, agent: Agent, *, max_turns: int) -> Tr
                 break
             messages += [
                 {"role": "assistant", "content": action},
-                {"role": "user", "content": step.observation},
+                {"role": step.role, "content": step.observation},
             ]
         return Trace(id=environment.id, task=task, turns=tuple(turns))
     finally:
@@ -131,7 +137,8 @@ def failure(trace: Trace) -> str | None:
     """Why an episode failed: "repeated itself" if it did in the end, else its last verdict.
 
     The verdicts: no code, syntax, name (of what does not exist), type, wrong answer, time, memory,
-    exited early, killed, other error.
+    exited early, killed, other error; of tool calls also unfinished (still calling when the turns were used
+    up), asked (still asking) and no answer.
     """
     if trace.solved_at is not None:
         return None

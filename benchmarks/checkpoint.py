@@ -1,0 +1,72 @@
+"""How long a save holds the step up, against the device-to-host copy alone and the whole write.
+
+    python benchmarks/checkpoint.py --preset tiny --directory /tmp/checkpoint
+
+Saves a fresh training state `--rounds` times as `lemur train` does; medians. "held" is how long `save` takes to
+return: digests of all leaves, then the copy to the host. "copy" is `jax.device_get` of the same state.
+"""
+
+import argparse
+import shutil
+import statistics
+import time
+
+from lemur_jax.parallel import hosts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--layers", type=int, default=0, help="default: the preset's")
+    parser.add_argument("--directory", required=True, help="for the checkpoints; emptied before and after")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    hosts.choose_platform()
+
+    import jax
+    import numpy as np
+
+    from lemur_jax.checkpoint.digest import on_devices
+    from lemur_jax.checkpoint.leaves import named
+    from lemur_jax.checkpoint.manager import Checkpoints, make_metadata
+    from lemur_jax.common.config import default_config
+    from lemur_jax.models import llama
+    from lemur_jax.models.presets import preset
+    from lemur_jax.parallel.mesh import make_mesh
+    from lemur_jax.train.state import shardings_of, start
+    from lemur_jax.train.step import build
+
+    layers = {"num_hidden_layers": options.layers} if options.layers else {}
+    config = default_config(preset(options.preset, **layers).to_dict())
+    program = build(config, make_mesh(config.mesh), 1)
+    init = jax.jit(
+        lambda key: llama.init_params(program.model, key), out_shardings=shardings_of(program.state.params)
+    )
+    state = start(init(jax.random.key(0)), program.optimizer, program.state)
+    trees = {"params": state.params, "optimizer": state.optimizer}
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+    metadata = make_metadata(model=program.model.to_dict(), tokenizer_files={})
+    seconds: dict[str, list[float]] = {}
+
+    def timed(name: str, run) -> None:
+        started = time.perf_counter()
+        run()
+        seconds.setdefault(name, []).append(time.perf_counter() - started)
+
+    shutil.rmtree(options.directory, ignore_errors=True)
+    with Checkpoints(options.directory, keep=1) as checkpoints:
+        for step in range(options.rounds + 1):
+            timed("copy", lambda: jax.tree.map(lambda leaf: np.array(leaf, copy=True), trees))
+            timed("digests", lambda: on_devices(named(trees)))
+            timed("held", lambda step=step: checkpoints.save(step, state.params, state.optimizer, metadata))
+            timed("written after", checkpoints.wait)
+    print(f"{options.preset}: {size / 1e9:.2f} GB of state, {jax.device_count()} device(s)")
+    for name, values in seconds.items():
+        print(f"{name:14} {statistics.median(values[1:]):6.2f} s")  # the first compiles
+    shutil.rmtree(options.directory)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Whether an exported directory holds what the checkpoint holds: every tensor, and the logits that they give."""
+
+import argparse
+import os
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.convert import layout
+from lemur_jax.convert.hf_weights import check_weights, open_weights
+from lemur_jax.convert.import_hf import load_hf_params
+from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.models.config import LlamaConfig
+
+TOKENS = 512
+# Of float32 logits, by their largest: rounding gives 1e-6 to 1e-5, a wrong rotary angle or norm far more.
+TOLERANCE = 1e-3
+
+
+def compare_tensors(
+    directory: epath.Path, config: LlamaConfig, expected: Iterator[tuple[str, np.ndarray]]
+) -> str:
+    """Reads every tensor of the directory and compares it bit for bit.
+
+    Args:
+      directory: a Hugging Face directory.
+      config: the model that is to be in it.
+      expected: every tensor, out of the checkpoint, in any order; one is held at a time.
+
+    Returns:
+      A line that says how much was compared.
+
+    Raises:
+      UserError: naming the first tensor that is missing, unexpected, of another shape or different.
+    """
+    written = open_weights(directory)
+    check_weights(config, written, directory)
+    count = size = 0
+    for name, tensor in expected:
+        found = written[name].read()
+        if found.dtype != tensor.dtype:
+            raise UserError(f"{written[name].path}: tensor {name} is {found.dtype}, not {tensor.dtype}")
+        bits = f"u{tensor.dtype.itemsize}"
+        differs = found.view(bits) != tensor.view(bits)
+        if differs.any():
+            where = np.unravel_index(int(differs.argmax()), differs.shape)
+            raise UserError(
+                f"{written[name].path}: tensor {name} differs from the checkpoint in {int(differs.sum())} of"
+                f" {differs.size} values, first at {list(map(int, where))}: {found[where]} is written,"
+                f" {tensor[where]} was to be"
+            )
+        count, size = count + 1, size + tensor.nbytes
+    return f"verified: {count} tensors ({size / 1e9:.2f} GB) read again equal the checkpoint's"
+
+
+def compare_logits(directory: epath.Path, config: LlamaConfig, tokenizer: Tokenizer | None) -> str:
+    """Our logits against those of `transformers`, in float32, on 512 tokens of a program text.
+
+    Both sides take the weights in the directory; ours takes the shape from the checkpoint, theirs from the
+    files, so that a mistake in `config.json` shows.
+
+    Args:
+      tokenizer: of the model; None: the tokens are random.
+
+    Returns:
+      A line with the largest difference and the Kullback-Leibler divergence, or why nothing was compared.
+
+    Raises:
+      UserError: the logits differ by more than rounding.
+    """
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return "logits not compared: transformers and torch are not installed"
+    if "://" in str(directory):
+        return f"logits not compared: transformers does not open {directory}"
+    size = sum(np.prod(weight.shape) for weight in layout.weights(config))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 10 * size > free:  # both models in float32, and some room
+        return f"logits not compared: that takes {10 * size / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
+    tokens = _tokens(config, tokenizer)
+    ours = _our_logits(directory, config, tokens)
+    model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    largest, scale = np.abs(ours - theirs).max(), max(1.0, np.abs(theirs).max())
+    found = f"on {tokens.size} tokens: max |Δ| {largest:.2e}, KL {_divergence(theirs, ours):.2e} nats"
+    if not largest <= TOLERANCE * scale:
+        raise UserError(f"{directory}: logits differ from transformers' {found}; largest logit {scale:.3g}")
+    return f"logits (float32) equal transformers' {found}"
+
+
+def _tokens(config: LlamaConfig, tokenizer: Tokenizer | None) -> np.ndarray:
+    """int32 [1, T] with T up to 512."""
+    length = min(TOKENS, config.max_position_embeddings)
+    if tokenizer is None:
+        return np.random.default_rng(0).integers(0, config.vocab_size, (1, length), np.int32)
+    text = pathlib.Path(argparse.__file__).read_text(encoding="utf-8")  # at hand wherever Python is
+    return np.array([[tokenizer.bos_id, *tokenizer.encode(text[: 20 * length])][:length]], np.int32)
+
+
+def _our_logits(directory: epath.Path, config: LlamaConfig, tokens: np.ndarray) -> np.ndarray:
+    import jax
+
+    from lemur_jax.models.llama import Compute, forward
+
+    _, params = load_hf_params(directory)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    run = jax.jit(lambda params: forward(config, Compute(), params, tokens, positions, np.ones_like(tokens)))
+    return np.asarray(run(params))
+
+
+def _divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """The mean over positions of KL(softmax p || softmax q), in nats."""
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64) - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    log_p, log_q = log_softmax(p), log_softmax(q)
+    return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())

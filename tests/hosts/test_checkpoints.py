@@ -1,0 +1,100 @@
+"""Two processes agree: on the step that a SIGTERM ends with, on a checkpoint that is damaged, on who reads."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lemur_jax.checkpoint.manager import read_metadata, steps_in
+from lemur_jax.telemetry.metrics import read_metrics
+from tests.hosts.conftest import STEPS
+from tests.hosts.test_two_hosts import final_params
+
+
+@pytest.fixture(scope="module")
+def stopped(hosts_project, tmp_path_factory):
+    """A workdir whose run got SIGTERM on host 1 after its first checkpoint, and what both hosts said."""
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    words = [*hosts_project.train_words(workdir), "--virtual-devices", "4"]
+    processes = hosts_project.start(2, "-m", "lemur_jax.cli", *words)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (workdir / "checkpoints" / "3").exists():
+        assert processes[1].poll() is None, processes[1].communicate()[0]
+        time.sleep(0.02)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return workdir, said
+
+
+def test_sigterm_on_one_host_ends_both_with_the_same_step_saved(stopped):
+    workdir, said = stopped
+    step = read_metadata(workdir)["step"]
+    assert f"SIGTERM: step {step} is saved" in said[0]
+    assert 3 <= step < STEPS
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
+    records = [record for record in read_metrics(workdir) if record["kind"] == "train"]
+    assert [record["step"] for record in records] == list(range(1, step + 1))
+
+
+def truncate_newest(workdir):
+    """Cuts the largest file of the newest checkpoint's parameters; gives its step and the one before."""
+    previous, newest = steps_in(workdir)[1][-2:]
+    data = (workdir / "checkpoints" / str(newest) / "params").rglob("d/*")
+    largest = max(data, key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    return newest, previous
+
+
+def test_both_hosts_go_back_to_the_same_whole_checkpoint(hosts_project, stopped, tmp_path):
+    """Whichever host meets the hole."""
+    workdir, _ = stopped
+    damaged = tmp_path / "damaged"
+    shutil.copytree(workdir, damaged)
+    if len(steps_in(damaged)[1]) == 1:  # the signal came with the first save: it is its own predecessor
+        shutil.copytree(damaged / "checkpoints" / "3", damaged / "checkpoints" / "2")
+    newest, previous = truncate_newest(damaged)
+    chief, _ = hosts_project.lemur(2, *hosts_project.train_words(damaged))
+    assert f"Going on from step {previous}: {newest - previous} steps are lost" in chief
+    assert f"resuming at step {previous}" in chief
+    assert (damaged / "checkpoints" / f"damaged-{newest}").is_dir()
+    records = [record["step"] for record in read_metrics(damaged) if record["kind"] == "train"]
+    assert records == list(range(1, STEPS + 1))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(final_params(damaged)))
+
+
+@pytest.mark.slow
+def test_the_run_that_went_back_ends_with_the_same_bits(hosts_project, stopped, tmp_path):
+    straight, back = tmp_path / "straight", tmp_path / "back"
+    for path in (straight, back):
+        shutil.copytree(stopped[0], path)
+    truncate_newest(back)
+    for path in (straight, back):
+        hosts_project.lemur(2, *hosts_project.train_words(path))
+    jax.tree.map(np.testing.assert_array_equal, final_params(straight), final_params(back))
+    assert json.loads((back / "config.json").read_text())["mesh"]["data"] == 1
+
+
+@pytest.mark.slow
+def test_one_host_reads_and_sends_to_the_other(hosts_project, stopped, tmp_path):
+    """Two slices of one host each; a file that the reading one cannot read ends the run, loudly."""
+    straight, sent, damaged = tmp_path / "straight", tmp_path / "sent", tmp_path / "damaged"
+    for path in (straight, sent, damaged):
+        shutil.copytree(stopped[0], path)
+    words = ["--config.mesh.data=2", "--config.checkpoint.broadcast=True"]
+    chief, _ = hosts_project.lemur(2, *hosts_project.train_words(sent), *words)
+    assert "resuming at step" in chief
+    hosts_project.lemur(2, *hosts_project.train_words(straight), words[0])
+    jax.tree.map(np.testing.assert_array_equal, final_params(straight), final_params(sent))
+    truncate_newest(damaged)
+    arguments = [*hosts_project.train_words(damaged), *words, "--virtual-devices", "4"]
+    processes = hosts_project.start(2, "-m", "lemur_jax.cli", *arguments)
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert processes[0].returncode == 2, said
+    assert processes[1].returncode != 0, said
+    assert "config.checkpoint.broadcast=False" in said[0]

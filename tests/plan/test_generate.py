@@ -1,0 +1,65 @@
+"""Plans of prefill and decode, compiled by the real TPU compiler."""
+
+import json
+
+import pytest
+
+from lemur_jax.common.config import default_config
+from lemur_jax.common.errors import UserError
+from lemur_jax.models.presets import preset
+from lemur_jax.plan.generate import plan_generate, report_generate
+from lemur_jax.telemetry.flops import parameter_counts
+
+MODEL = preset("llama2_70b", num_hidden_layers=2)
+
+
+def config(tensor=4):
+    options = default_config(MODEL.to_dict())
+    options.mesh.tensor = tensor
+    return options
+
+
+def test_two_layers_of_70b_on_v5e():
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    made = plan_generate(config(), "v5e-4", batch=8, prompt_length=256, cache_length=512)
+    assert made.fits
+    weights = parameter_counts(MODEL).total
+    # Norm scales are whole on every chip.
+    assert made.decode.hbm["parameters"] == pytest.approx(2 * weights / 4, rel=1e-3)
+    # Keys and values of two layers, 8 sequences, 512 slots, 8 heads of 128 over 4 chips, bfloat16.
+    assert made.decode.hbm["kv_cache"] == 2 * 2 * 8 * 512 * 8 * 128 * 2 / 4
+    for phase in (made.prefill, made.decode):
+        assert sum(phase.hbm.values()) == phase.hbm_bytes_per_chip < made.hbm_limit_bytes_per_chip
+        assert phase.seconds == max(phase.scheduled_seconds, phase.hbm_seconds)
+    # No token can come sooner than its weights are read at 819 GB/s, and one should not take ten times that.
+    assert 2 * weights / 4 / 819e9 < made.decode.seconds < 20 * weights / 4 / 819e9
+    # 2 FLOPs a parameter and token at 197 TFLOP/s, but for the embedding.
+    least = 2 * (weights - 32_000 * 8192) * 8 * 256 / (4 * 197e12)
+    assert least * 0.9 < made.prefill.seconds < 10 * least
+    assert made.decode_tokens_per_second == pytest.approx(8 / made.decode.seconds)
+    assert "decode: FITS" in report_generate(made)
+    assert json.loads(made.to_json())["prefill"]["fits"] is True
+
+
+def test_what_does_not_fit_is_said():
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    made = plan_generate(config(), "v5e-4", batch=2048, prompt_length=128, cache_length=4096)
+    assert not made.fits
+    assert made.decode_tokens_per_second is None
+    text = report_generate(made)
+    assert "DOES NOT FIT" in text
+    assert "cache" in text.partition("the largest buffers")[2].splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(prompt_length=512), "--prompt-length 512 must be below --cache-length 512"),
+        (dict(cache_length=8192), "at most config.model.max_position_embeddings 4096"),
+        (dict(batch=7), "--batch 7 must be a multiple of 2"),
+    ],
+)
+def test_impossible_sizes(changes, message):
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    with pytest.raises(UserError, match=message):
+        plan_generate(config(2), "v5e-4", **{"batch": 8, "prompt_length": 256, "cache_length": 512} | changes)

@@ -1,0 +1,183 @@
+"""The search on a model small enough to compile in seconds, with the real TPU compiler."""
+
+import json
+
+import pytest
+
+from lemur_jax.cli import main
+from lemur_jax.common.config import default_config, load
+from lemur_jax.models.presets import preset
+from lemur_jax.plan import analytic, pareto, search, topologies
+from lemur_jax.plan.plan import plan
+
+BASE = """
+from lemur_jax.common.config import default_config
+from lemur_jax.models.presets import preset
+
+def get_config(arg=""):
+    config = default_config(preset("tiny", num_hidden_layers=int(arg or 2)).to_dict())
+    config.data.sequence_length = 128
+    config.train.batch_rows = 8
+    config.train.steps = 10
+    return config
+"""
+
+
+def tpu():
+    return topologies.find("v5e-4")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "base.py"
+    path.write_text(BASE)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Few enough candidates to compile them all."""
+    monkeypatch.setattr(search, "TENSOR_WAYS", (1,))
+    monkeypatch.setattr(search, "POLICIES", ("full", "none"))
+    monkeypatch.setattr(search, "OPTION_SETS", ())
+
+
+@pytest.fixture(scope="module")
+def first(base, tmp_path_factory):
+    """A search that ended by itself, and its cache."""
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    cache = tmp_path_factory.mktemp("cache")
+    config = load(str(base))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "candidates", two)
+        patch.setattr(search, "OPTION_SETS", ())
+        found = search.search(config, "v5e-4", minutes=10, processes=2, cache=cache, say=print)
+    return config, cache, found
+
+
+def two(config, tpu, pruned):
+    """Two candidates that fit, and one that the compiler is not asked about."""
+    changes = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.sequence": 1, "mesh.tensor": 1, "train.microbatches": 1}
+    wanted = [{**changes, "compute.remat": remat} for remat in ("full", "none")]
+    made = [
+        search.Candidate(changes=each, bound=analytic.bound(search.changed(config, each), tpu))
+        for each in wanted
+    ]
+    slow = analytic.Bound(buffers=((10**10, "all"),), compute=1e3, memory=0.0, network=0.0, host=0.0)
+    return [*made, search.Candidate(changes={**wanted[0], "train.microbatches": 2}, bound=slow)]
+
+
+def test_finds_the_best_and_does_not_compile_the_hopeless(first):
+    _, cache, found = first
+    assert (found.compiled, found.cached, found.untried) == (2, 0, 0)
+    assert found.pruned == {"cannot beat one that was compiled": 1}
+    assert len(list(cache.glob("*.json"))) == 2
+    assert found.best.plan.step_seconds == min(outcome.plan.step_seconds for outcome in found.outcomes)
+    assert found.best in found.front()
+
+
+def test_a_second_run_reads_the_cache(first):
+    config, cache, found = first
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "candidates", two)
+        again = search.search(config, "v5e-4", minutes=10, processes=2, cache=cache)
+    assert (again.compiled, again.cached) == (0, 2)
+    assert again.best.plan == found.best.plan
+
+
+def test_the_fragment_is_a_config_with_the_same_plan(first, base, tmp_path):
+    found = first[2]
+    pareto.write(found, tmp_path / "out", f"{base}:2", ["--config.train.steps=20"], "title")
+    loaded = load(str(tmp_path / "out" / "best.py"))
+    assert loaded.train.steps == 20
+    assert loaded.mesh.fsdp == 4
+    again = plan(search.changed(loaded, {"train.steps": 10}), "v5e-4")
+    assert again.step_seconds == pytest.approx(found.best.plan.step_seconds)
+    assert again.hbm == found.best.plan.hbm
+    # It is a config like any other: overrides come on top.
+    assert load(str(tmp_path / "out" / "best.py"), ["--config.mesh.fsdp=2"]).mesh.fsdp == 2
+    written = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert len(written["outcomes"]) == 2
+    page = (tmp_path / "out" / "pareto.html").read_text()
+    assert page.count("<circle") == 2
+
+
+def test_no_time_leaves_what_there_is(base, tmp_path):
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    found = search.search(load(str(base)), "v5e-4", minutes=0, processes=1, cache=tmp_path)
+    assert found.untried > 0
+    assert found.best is None
+    assert "nothing that was tried fits" in pareto.table(found)
+
+
+def test_the_verb_without_time(base, tmp_path, capsys):
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    verb = [
+        "plan",
+        "--config",
+        str(base),
+        "--topology",
+        "v5e-4",
+        "--search",
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
+    out = tmp_path / "out"
+    assert main([*verb, "--minutes", "1e-9", "--output", str(out)]) == 1
+    assert "nothing that was tried fits" in capsys.readouterr().out
+    assert json.loads((out / "search.json").read_text())["untried"] > 0
+    assert not (out / "best.py").exists()
+    assert main([*verb, "--json", "plan.json"]) == 2
+    assert "leave out --mode, --json and --hlo" in capsys.readouterr().err
+    assert main([*verb, "--minutes", "0"]) == 2
+    assert "--minutes must be above 0" in capsys.readouterr().err
+
+
+def test_what_cannot_fit_is_not_compiled():
+    config = default_config(preset("llama2_7b").to_dict())
+    config.data.sequence_length = 4096
+    config.train.batch_rows = 16
+    pruned = {}
+    # 12 bytes a parameter in float32 with AdamW and 4 of gradients: 108 GB over 4 chips of 16.
+    assert search.candidates(config, tpu(), pruned) == []
+    assert pruned["cannot fit by its shapes"] > 0
+
+
+def test_bounds_by_hand():
+    config = default_config(preset("llama2_7b").to_dict())
+    config.data.sequence_length = 4096
+    config.train.batch_rows = 64
+    config.train.microbatches = 2
+    config.compute.remat = "attention"
+    bound = analytic.bound(config, topologies.find("v5e-16"))
+    buffers = {what.partition(",")[0]: size for size, what in bound.buffers}
+    assert buffers["parameters"] == pytest.approx(6_738_415_616 * 4 / 16, rel=1e-3)
+    assert buffers["optimizer state"] == pytest.approx(2 * buffers["parameters"], rel=1e-3)
+    rows = 64 / 2 / 16
+    assert buffers["activations kept: attention_out"] == rows * 4096 * 4096 * 2 * 32
+    assert buffers["activations kept: layer_in"] == rows * 4096 * 4096 * 2 * 32
+    # 6 FLOPs a parameter and token, 2 more for the layers that are computed again, at 197 TFLOP/s.
+    tokens = 64 * 4096
+    assert bound.compute > 6 * 6.6e9 * tokens / (16 * 197e12)
+    assert bound.compute < 8.5 * 6.74e9 * tokens / (16 * 197e12) * 1.2
+
+
+def test_host_memory_costs_time():
+    config = default_config(preset("llama2_7b").to_dict())
+    config.data.sequence_length, config.train.batch_rows = 4096, 16
+    config.compute.remat = "offload_full"
+    bound = analytic.bound(config, topologies.find("v5e-16"))
+    assert bound.host == pytest.approx(2 * 4096 * 4096 * 2 * 32 / 12e9)  # there and back
+    assert not any("activations" in what for _, what in bound.buffers)
+
+
+def test_the_key_follows_what_the_plan_depends_on(base):
+    config = load(str(base))
+    known = search.key(config, "v5e-4", 1)
+    assert search.key(load(str(base), ["--config.log.every_steps=3"]), "v5e-4", 1) == known
+    for other in (
+        search.key(load(str(base), ["--config.compute.remat=none"]), "v5e-4", 1),
+        search.key(config, "v5e-8", 1),
+        search.key(config, "v5e-4", 2),
+    ):
+        assert other != known

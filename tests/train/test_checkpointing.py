@@ -1,0 +1,96 @@
+"""When a run saves, what SIGTERM may take, and a run that goes on with another optimizer."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lemur_jax.checkpoint.manager import read_metadata, steps_in
+from lemur_jax.common.config import load
+from lemur_jax.common.errors import UserError
+from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.train import loop
+from lemur_jax.train.interruption import Interruption
+from tests.train.test_resume import project  # noqa: F401
+
+
+@pytest.fixture
+def train(project, monkeypatch):  # noqa: F811
+    """`train(workdir, key=value, ...)` runs six steps of the project's config in this process."""
+    monkeypatch.chdir(project)
+
+    def run(workdir, **options):
+        words = {"train.steps": 6, "eval.every_steps": 0, "checkpoint.keep": 100} | options
+        config = load("config.py", [f"--config.{key}={value}" for key, value in words.items()])
+        lines = []
+        loop.train(config, workdir, lines.append)
+        return lines
+
+    return run
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(1e-6, [2, 4, 6]), (1000.0, [6])])
+def test_saves_by_minutes_whenever_it_logs(train, tmp_path, minutes, steps):
+    train(tmp_path, **{"checkpoint.every_steps": 0, "checkpoint.every_minutes": minutes})
+    assert steps_in(tmp_path)[1] == steps
+
+
+def test_another_optimizer_is_refused_by_leaf_unless_told_to_start_fresh(train, tmp_path, monkeypatch):
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    train(undisturbed)
+    with monkeypatch.context() as stop:
+        stop.setattr(Interruption, "reached", lambda self, step: step == 3)
+        train(run)
+    other = {"optimizer.moments_dtype": "bfloat16"}
+    with pytest.raises(UserError, match="belongs to another config: optimizer.moments_dtype"):
+        train(run, **other)
+    with pytest.raises(UserError, match=r"must be 'refuse' or 'fresh'"):
+        train(run, **{"checkpoint.other_optimizer": "zeros"})
+    lines = train(run, **other, **{"checkpoint.other_optimizer": "fresh"})
+    assert "optimizer: inner_state/1/mu/" in lines[0]
+    assert "is float32, this config wants bfloat16: the optimizer starts anew at step 3" in lines[0]
+    leaves = read_metadata(run)["leaves"]["optimizer"]
+    assert {leaf.dtype for name, leaf in leaves.items() if "/mu/" in name} == {"bfloat16"}
+    expected, found = (
+        [record["learning_rate"] for record in read_metrics(path) if record["kind"] == "train"]
+        for path in (undisturbed, run)
+    )
+    assert found == expected  # the schedule goes on where it was
+    assert len(set(found)) == 6
+
+
+# Every save after that of step 3 takes for ever.
+STUCK = """
+import sys, time
+from lemur_jax.cli import main
+from lemur_jax.train.saves import Checkpoints
+save = Checkpoints.save
+def stuck(self, step, *rest):
+    save(self, step, *rest) if step <= 3 else time.sleep(600)
+Checkpoints.save = stuck
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_after_the_grace_period_the_process_ends_and_the_newest_checkpoint_stays(project, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    words = ["train", "--config", "config.py", "--workdir", str(run), "--virtual-devices", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, *words, "--config.checkpoint.grace_s=1"],
+        cwd=project,
+        env={**os.environ, "XLA_FLAGS": ""},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (run / "checkpoints" / "3").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert "not saved within config.checkpoint.grace_s = 1 s of SIGTERM" in said
+    assert read_metadata(run)["step"] == 3
