@@ -43,6 +43,8 @@ class Run:
         self.log = root / f"{name}.log"
         self.mark = uuid.uuid4().hex
         self.process: subprocess.Popen | None = None
+        # Through a pipe: a full disk is to hit the files of the run and not its log.
+        self.pipe = subprocess.Popen(["tee", str(self.log)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
     def start(self) -> None:
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
@@ -51,20 +53,26 @@ class Run:
         environment["PYTHONPATH"] = os.pathsep.join([str(SHIM), *filter(None, sys.path)])
         words = ["train", "--config", "config.py", "--workdir", self.workdir.name, "--virtual-devices", "1"]
         words += [f"--config.train.steps={self.steps}", "--config.eval.every_steps=40"]
-        with open(self.log, "a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "lemur_jax.cli", *words],
-                cwd=self.root,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lemur_jax.cli", *words],
+            cwd=self.root,
+            env=environment,
+            stdout=self.pipe.stdin,
+            stderr=self.pipe.stdin,
+            start_new_session=True,
+        )
 
     def start_again(self, allowed: set[int | None]) -> None:
         """After an end that the fault explains."""
         assert self.ended in allowed, f"ended with {self.ended}: {self.log.read_text()[-3000:]}"
         self.start()
+
+    def close(self) -> None:
+        """Ends what is left of it, after which the log is whole."""
+        if self.process and self.ended is None:
+            self.process.kill()
+            self.process.wait()
+        self.pipe.communicate()
 
     @property
     def pid(self) -> int:
@@ -110,7 +118,7 @@ class Run:
         return found
 
 
-def drill(root: pathlib.Path, seed: int, kinds: list, say=print) -> Run:
+def drill(root: pathlib.Path, seed: int, kinds: list, say=print) -> None:
     """Runs once alone and once under `kinds` of faults, one after the other, and compares.
 
     Raises:
@@ -120,23 +128,33 @@ def drill(root: pathlib.Path, seed: int, kinds: list, say=print) -> Run:
     make_project(root)
     steps = STEPS_PER_FAULT * (len(kinds) + 1)
     alone, hurt = Run(root, "alone", steps), Run(root, "hurt", steps)
+    try:
+        _throw(alone, hurt, kinds, rng, say)
+    finally:
+        for run in (alone, hurt):
+            run.close()
+    compare(alone, hurt)
+
+
+def _throw(alone: Run, hurt: Run, kinds: list, rng: random.Random, say) -> None:
+    """Both runs, from their start to their end."""
     alone.start()
     assert alone.wait() == 0, alone.log.read_text()
     hurt.start()
+    allowed: set[int | None] = set()
     for number, fault in enumerate(kinds, start=1):
         # After a few steps, or else the run may still be starting, which is a moment too.
         goal = hurt.step() + rng.randint(1, 8) if rng.random() < 0.9 else 0
-        while not hurt.reach(goal):
-            hurt.start_again(ENDS[kinds[number - 2]])  # what a fault did may be seen late
+        while hurt.ended is not None or not hurt.reach(goal):
+            hurt.start_again(allowed)  # what the last fault did may be seen late
         time.sleep(rng.random() * 0.1)
-        say(f"fault {number}: {fault.__name__} at step {hurt.step()} of {steps}")
+        say(f"fault {number}: {fault.__name__} at step {hurt.step()} of {hurt.steps}")
         fault(hurt, rng)
+        allowed = ENDS[fault]
         if hurt.ended is not None:
-            hurt.start_again(ENDS[fault])
+            hurt.start_again(allowed)
     while hurt.wait() != 0:
-        hurt.start_again(ENDS[kinds[-1]])
-    compare(alone, hurt)
-    return hurt
+        hurt.start_again(allowed)
 
 
 def compare(alone: Run, hurt: Run) -> None:

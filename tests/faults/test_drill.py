@@ -2,10 +2,13 @@
 
 import os
 
+import pytest
+
 from tests.faults.drill import drill
 from tests.faults.faults import ENDS
 
 
+@pytest.mark.slow
 def test_one_fault_of_every_kind(tmp_path):
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}")  # shown when it fails
