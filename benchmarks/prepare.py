@@ -3,18 +3,22 @@
     python benchmarks/prepare.py
 
 The corpus is Python's standard library as JSON Lines, several times over; the tokenizer a SentencePiece
-BPE of 8,000 pieces trained on a part of it. Both sides include starting their processes.
+BPE of 8,000 pieces trained on a part of it. Each case runs in a process of its own. Both sides include
+starting their workers; importing TensorFlow is left out.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import resource
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lemur_jax.common.config import default_config
@@ -34,18 +38,21 @@ CLEANING = {
 }
 
 
-def write_corpus(folder: Path, copies: int) -> tuple[list[str], int]:
-    """JSON Lines, one file a copy, and the texts of one copy; copies differ by a line, not to be equal."""
-    texts = [stdlib.read_source(path) for _, path in stdlib.files()]
-    texts = [text for text in texts if isinstance(text, str) and text.strip()]
-    n_bytes = 0
+def texts_of(copy: int) -> Iterator[str]:
+    """The standard library; copies differ by a line, not to be equal."""
+    for _, path in stdlib.files():
+        text = stdlib.read_source(path)
+        if isinstance(text, str) and text.strip():
+            yield f"# {copy}\n{text}"
+
+
+def write_corpus(folder: Path, copies: int) -> int:
+    """JSON Lines, one file a copy; returns the bytes of text in each."""
+    folder.mkdir()
     for copy in range(copies):
         with (folder / f"{copy}.jsonl").open("w") as file:
-            for text in texts:
-                text = f"# {copy}\n{text}"
-                n_bytes += len(text.encode())
-                file.write(json.dumps({"text": text}) + "\n")
-    return texts, n_bytes
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts_of(copy))
+    return sum(len(text.encode()) for text in texts_of(0))
 
 
 def start(path: str) -> None:
@@ -57,39 +64,52 @@ def encode(texts: list[str]) -> int:
     return sum(len(tokenizer.encode(text)) for text in texts)
 
 
-@contextlib.contextmanager
-def measured(n_bytes: int, label: str) -> Iterator[None]:
-    """Prints speed, and processor time, which other work on the machine disturbs less."""
-
-    def used() -> float:
-        kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, kinds))
-
-    begin, before = time.monotonic(), used()
-    yield
-    seconds, processor = time.monotonic() - begin, used() - before
-    speeds = f"{n_bytes / seconds / 1e6:5.2f} MB/s, {n_bytes / processor / 1e6:5.2f} MB a processor second"
-    print(f"{label:<18}{speeds}", flush=True)
-
-
-def bare(path: Path, texts: list[str], copies: int, workers: int) -> None:
+def bare(root: Path, copies: int, workers: int) -> Callable[[], None]:
     """Processes that do nothing but tokenize texts handed to them."""
     chunks, chunk, size = [], [], 0
     for copy in range(copies):
-        for text in texts:
-            chunk.append(f"# {copy}\n{text}")
+        for text in texts_of(copy):
+            chunk.append(text)
             size += len(text)
             if size > CHUNK_BYTES:
                 chunks.append(chunk)
                 chunk, size = [], 0
-    pool = multiprocessing.get_context("spawn").Pool(workers, start, (str(path),))
-    sum(pool.imap(encode, [*chunks, chunk]))
-    pool.close()
-    pool.join()
+
+    def run() -> None:
+        pool = multiprocessing.get_context("spawn").Pool(workers, start, (str(root / "tokenizer"),))
+        sum(pool.imap(encode, [*chunks, chunk]))
+        pool.close()
+        pool.join()
+
+    return run
+
+
+def prepared(root: Path, copies: int, workers: int, steps: dict) -> Callable[[], None]:
+    from lemur_jax.data import tasks
+    from lemur_jax.data.prepare import prepare
+
+    tasks.add_files("corpus", [str(root / "corpus" / f"{copy}.jsonl") for copy in range(copies)])
+    config = default_config(preset("quickstart", vocab_size=8_000).to_dict())
+    config.tokenizer.path = str(root / "tokenizer")
+    config.data.stores = tempfile.mkdtemp(dir=root)
+    config.data.sources = {"corpus": {"share": 1.0, "packing": "concat", "max_epochs": 0.0}}
+    config.prepare.workers = workers
+    config.prepare.steps = {"corpus": steps}
+    config.train.steps = 1
+    return lambda: prepare(config, say=lambda line: None)
+
+
+def used() -> float:
+    """Processor seconds of this process and of its children that have ended."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, kinds))
 
 
 def watch_workers(peaks: dict[int, int], done: threading.Event) -> None:
-    """Notes the largest resident memory (KiB) of each child process so far, again and again."""
+    """Notes the largest resident memory (KiB) of each child process so far, again and again.
+
+    `ru_maxrss` of a child is at least what its parent had when it was started.
+    """
     while not done.wait(0.2):
         for child in multiprocessing.active_children():
             with contextlib.suppress(OSError, StopIteration):
@@ -98,50 +118,49 @@ def watch_workers(peaks: dict[int, int], done: threading.Event) -> None:
                 peaks[child.pid] = int(line.split()[1])
 
 
-def prepared(name: str, folder: Path, tokenizer_path: Path, steps: dict, workers: int) -> None:
-    from lemur_jax.data import tasks
-    from lemur_jax.data.prepare import prepare
-
-    tasks.add_files(name, str(folder))
-    config = default_config(preset("quickstart", vocab_size=8_000).to_dict())
-    config.tokenizer.path = str(tokenizer_path)
-    config.data.stores = str(tokenizer_path.parent / "stores")
-    config.data.sources = {name: {"share": 1.0, "packing": "concat", "max_epochs": 0.0}}
-    config.prepare.workers = workers
-    config.prepare.steps = {name: steps}
-    config.train.steps = 1
-    prepare(config, say=lambda line: None)
+def measure(case: str, root: Path, copies: int, workers: int, n_bytes: int) -> None:
+    """Runs a case and prints its speed, by time and by processor time, and its memory."""
+    arguments = (root, copies, workers)
+    run = bare(*arguments) if case == "bare" else prepared(*arguments, CLEANING if case == "cleaned" else {})
+    peaks: dict[int, int] = {}
+    done = threading.Event()
+    threading.Thread(target=watch_workers, args=(peaks, done), daemon=True).start()
+    begin, before = time.monotonic(), used()
+    run()
+    seconds, processor = time.monotonic() - begin, used() - before
+    done.set()
+    megabytes = copies * n_bytes / 1e6
+    parent = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        f"{case:<8}{megabytes:4.0f} MB: {megabytes / seconds:5.2f} MB/s,"
+        f" {megabytes / processor:5.2f} MB a processor second;"
+        f" largest worker {max(peaks.values()) >> 10:,} MiB, parent {parent >> 10:,} MiB",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--copies", type=int, default=3, help="of the standard library, some 30 MB each")
     parser.add_argument("--workers", type=int, default=available_cores())
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.measure:
+        case, root, copies, n_bytes = args.measure
+        measure(case, Path(root), int(copies), args.workers, int(n_bytes))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        (root / "corpus").mkdir()
-        texts, n_bytes = write_corpus(root / "corpus", args.copies)
-        train_sentencepiece(texts[::10], root / "tokenizer", 8_000)
-        print(f"{n_bytes / 1e6:.0f} MB, {args.workers} workers")
-        from lemur_jax.data import prepare  # noqa: F401  (TensorFlow starts outside of what is measured)
-
+        n_bytes = write_corpus(root / "corpus", args.copies)
+        train_sentencepiece(itertools.islice(texts_of(0), 0, None, 10), root / "tokenizer", 8_000)
+        print(f"{args.workers} workers", flush=True)
         # The bare tokenizer before and after each: other work on the machine shows in the difference.
-        arguments = (root / "tokenizer", texts, args.copies, args.workers)
-        with measured(n_bytes, "bare tokenizer"):
-            bare(*arguments)
-        for name, steps in (("plain", {}), ("cleaned", CLEANING)):
-            peaks: dict[int, int] = {}
-            done = threading.Event()
-            threading.Thread(target=watch_workers, args=(peaks, done), daemon=True).start()
-            with measured(n_bytes, f"prepare, {name}"):
-                prepared(name, root / "corpus", root / "tokenizer", steps, args.workers)
-            done.set()
-            with measured(n_bytes, "bare tokenizer"):
-                bare(*arguments)
-            print(f"  the largest worker of {name}: {max(peaks.values()) / 1024:,.0f} MiB", flush=True)
-        parent = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"the parent, with TensorFlow and a copy of the corpus: {parent:,.0f} MiB")
+        # One copy alone at the end: what memory grows with the corpus shows against all of them.
+        cases = [(case, args.copies) for case in ("bare", "plain", "bare", "cleaned", "bare")]
+        for case, copies in [*cases, ("plain", 1), ("cleaned", 1)]:
+            words = ["--measure", case, temporary, str(copies), str(n_bytes)]
+            command = [sys.executable, __file__, "--workers", str(args.workers), *words]
+            subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 As published for 70B: AdamW, betas (0.9, 0.95), weight decay 0.1, clipping at 1.0, cosine 4e-5 to 4e-6, seed 42,
 4,194,304 tokens an update. Not published, chosen here: a warmup of 200 updates, T 4096.
-Hardware: TPU v4-32 (16 chips) or larger. `lemur plan` tells what it takes.
+Hardware: TPU v4-32 (16 chips); on a v5e-256 add `--config.train.microbatches=4 --config.compute.remat=mlp_all`.
+`lemur plan` tells what either takes (docs/planner.md).
 
     export LEMUR_DATA=gs://BUCKET/data                      # see configs/lemur_tasks.py
     lemur import-hf Llama-2-7b-hf gs://BUCKET/llama2_7b
@@ -38,8 +39,9 @@ def get_config(arg: str = ""):
     }
 
     config.mesh.fsdp = -1
+    config.compute.remat = "mlp"  # the best that `lemur plan` found on v4-32, with 2 rows a chip at a time
     config.train.batch_rows = 1024  # × 4096 = 4,194,304 tokens
-    config.train.microbatches = 16
+    config.train.microbatches = 32
     config.train.steps = 21_458  # 90.0B tokens
     config.optimizer.learning_rate = 4e-5
     config.optimizer.final_learning_rate = 4e-6

@@ -1,7 +1,9 @@
 """Prints the JobSet that runs a config on TPU slices of a GKE cluster.
 
     python launch/gke.py --config configs/lemur_7b_pretrain.py --workdir gs://BUCKET/run \\
-        --topology v4-128 --image REGISTRY/lemur:TAG --name my-run | kubectl apply -f -
+        --topology v4-128 --image REGISTRY/lemur:TAG --name my-run --apply
+
+Without --apply it prints it and does nothing else.
 
 The cluster needs the JobSet controller (https://jobset.sigs.k8s.io) and a node pool of that topology; the image
 needs this package with the extra "tpu" and the configs. Restarts: a host that is lost ends the others with
@@ -12,17 +14,24 @@ With XPK, `xpk workload create --command` takes the same `lemur train` line and 
 import argparse
 import json
 import math
+import pathlib
 import re
 import shlex
+import string
+import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+import yaml
 
 from lemur_jax.common.config import load
 from lemur_jax.common.errors import UserError
 from lemur_jax.parallel.mesh import mesh_shape
 from lemur_jax.plan.topologies import Slice, find
 
+TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
+SPOT = "cloud.google.com/gke-spot"
 # https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: values of the node labels.
 ACCELERATORS = {
     "v4": "tpu-v4-podslice",
@@ -81,83 +90,47 @@ def jobset(
     slice_ = find(topology, slices)
     mesh_shape(config.mesh, slice_.devices_per_slice * slices)
     hosts, chips = hosts_and_chips(slice_)
-    container: dict[str, Any] = {
-        "name": "lemur",
+    values = {
+        "name": name,
+        "namespace": namespace,
+        "max_restarts": max_restarts,
+        "slices": slices,
+        "hosts": hosts,
+        "accelerator": ACCELERATORS[slice_.generation.name],
+        "shape": "x".join(map(str, slice_.shape)),
         "image": image,
         "command": list(command),
-        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
-        "resources": {"limits": {"google.com/tpu": chips}, "requests": {"google.com/tpu": chips}},
-        "securityContext": {"allowPrivilegeEscalation": False},
+        "join": "1" if hosts * slices > 1 else "0",
+        "chips": chips,
     }
-    # An evicted run has saved and ends with 75: to Kubernetes, 0 would be a finished job.
-    container["env"] = [{"name": "LEMUR_RELAUNCH", "value": "1"}]
-    if hosts > 1 or slices > 1:
-        container["env"].append({"name": "LEMUR_JOIN", "value": "1"})
+    template = string.Template(TEMPLATE.read_text())
+    manifest = yaml.safe_load(template.substitute({key: json.dumps(value) for key, value in values.items()}))
+    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     if secret:
-        container["envFrom"] = [{"secretRef": {"name": secret}}]
-    selector = {
-        "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[slice_.generation.name],
-        "cloud.google.com/gke-tpu-topology": "x".join(map(str, slice_.shape)),
-    }
-    pod: dict[str, Any] = {
-        "restartPolicy": "Never",
-        # The pod's SIGTERM lets a run save before it is evicted.
-        "terminationGracePeriodSeconds": 120,
-        "nodeSelector": selector,
-        "containers": [container],
-    }
+        pod["containers"][0]["envFrom"] = [{"secretRef": {"name": secret}}]
     if service_account:
         pod["serviceAccountName"] = service_account
     if spot:
-        selector["cloud.google.com/gke-spot"] = "true"
-        pod["tolerations"] = [
-            {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
-        ]
-    return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": {
-            "name": name,
-            "namespace": namespace,
-            # One slice, one node pool.
-            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
-        },
-        "spec": {
-            "failurePolicy": {
-                "maxRestarts": max_restarts,
-                "rules": [
-                    {"name": "refused", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
-                ],
-            },
-            "replicatedJobs": [
-                {
-                    "name": "slice",
-                    "replicas": slices,
-                    "template": {
-                        "spec": {
-                            "parallelism": hosts,
-                            "completions": hosts,
-                            "completionMode": "Indexed",
-                            "backoffLimit": 0,
-                            "podFailurePolicy": {
-                                "rules": [
-                                    {
-                                        "action": "FailJob",
-                                        "onExitCodes": {
-                                            "containerName": "lemur",
-                                            "operator": "In",
-                                            "values": [2],
-                                        },
-                                    }
-                                ]
-                            },
-                            "template": {"spec": pod},
-                        }
-                    },
-                }
-            ],
-        },
-    }
+        pod["nodeSelector"][SPOT] = "true"
+        pod["tolerations"] = [{"key": SPOT, "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
+    return manifest
+
+
+def apply(manifest: str) -> None:
+    """Hands the manifest to kubectl.
+
+    Raises:
+      UserError: kubectl is not installed, or the cluster refuses; its words are in the message.
+    """
+    try:
+        done = subprocess.run(
+            ["kubectl", "apply", "-f", "-"], input=manifest, capture_output=True, text=True, timeout=300
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"cannot call kubectl: {error}") from error
+    if done.returncode:
+        raise UserError(f"kubectl apply ended with {done.returncode}: {done.stderr.strip()}")
+    print(done.stdout, end="")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--secret", default="", help="name of a Kubernetes secret, never a value")
     parser.add_argument("--spot", action="store_true")
     parser.add_argument("--max-restarts", type=int, default=20)
+    parser.add_argument("--apply", action="store_true", help="hand it to kubectl instead of printing it")
     options, overrides = parser.parse_known_args(arguments)
     command = ["lemur", "train", "--config", options.config, "--workdir", options.workdir, *overrides]
     try:
@@ -190,12 +164,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             spot=options.spot,
             max_restarts=options.max_restarts,
         )
+        # JSON is YAML, and kubectl reads it.
+        text = f"# {shlex.join(command)}\n{json.dumps(manifest, indent=2)}"
+        if options.apply:
+            apply(text)
+        else:
+            print(text)
     except UserError as error:
         print(f"gke.py: {error}", file=sys.stderr)
         return 2
-    print(f"# {shlex.join(command)}")
-    # JSON is YAML, and kubectl reads it.
-    print(json.dumps(manifest, indent=2))
     return 0
 
 

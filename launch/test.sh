@@ -6,6 +6,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-make_environment .venv-test "[test,plan,eval]"
+make_environment .venv-test "[test,plan,eval,beam]"
 # Two processes, a file each: the tests of one file share their fixtures.
 exec .venv-test/bin/python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"

@@ -78,7 +78,6 @@ class Checkpoints:
         self._manager = open_manager(
             self.path,
             create=True,
-            broadcast=broadcast,
             cleanup_tmp_directories=True,  # of a run that was killed while it saved
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=_loss if keep_best else None,  # without it, Orbax does not store the loss
@@ -180,7 +179,8 @@ class Checkpoints:
           Damaged: something is not what was saved.
           UserError: a leaf is missing, unexpected, or of another shape or dtype than wanted.
         """
-        metadata = metadata_of(self._manager, self.path, step)
+        reader = open_manager(self.path, broadcast=self._broadcast)
+        metadata = metadata_of(reader, self.path, step)
         wanted = {"params": params, "optimizer": optimizer}
         where = f"checkpoint {self.path}/{step}"
         check_wanted(metadata["leaves"].get("params"), params, f"{where}, params")
@@ -192,9 +192,7 @@ class Checkpoints:
             self._say(f"WARNING: {error}: the optimizer starts anew at step {step}")
             del wanted["optimizer"]
         restored = {
-            item: restore_item(
-                self._manager, self.path, step, item, tree, metadata["leaves"][item], self._broadcast
-            )
+            item: restore_item(reader, self.path, step, item, tree, metadata["leaves"][item], self._broadcast)
             for item, tree in wanted.items()
         }
         return restored["params"], restored.get("optimizer")
@@ -226,7 +224,7 @@ class Checkpoints:
         damaged: dict[int, Damaged] = {}
         for step in steps:
             try:
-                check(metadata_of(self._manager, self.path, step))
+                check(metadata_of(open_manager(self.path), self.path, step))
                 restored = self.restore(step, params, optimizer, fresh)
             except Damaged as error:
                 damaged[step] = error

@@ -45,6 +45,13 @@ def open_manager(
         # Weights hardly compress, and compressing them is slower than the disk.
         return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
 
+    if not create:
+        # Each host reads for itself: one that cannot must not be waited for inside Orbax, see `_reading`.
+        options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"host_{jax.process_index()}",
+        )
     return ocp.CheckpointManager(
         path,
         options=ocp.CheckpointManagerOptions(create=create, enable_async_checkpointing=create, **options),

@@ -18,7 +18,7 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument(
         "--runner",
         default="",
-        help="an Apache Beam runner, e.g. DirectRunner; default: processes of this machine",
+        help="an Apache Beam runner, e.g. FnApiRunner, which is local; default: processes of this machine",
     )
     sub.add_argument(
         "--runner-options",

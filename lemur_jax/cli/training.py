@@ -83,6 +83,9 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("workdirs", nargs="+", help="workdirs in the order of their stages")
     sub.add_argument("--output", default="report.html", help="file to write (default report.html)")
     sub.add_argument("--table", action="store_true", help="also print the table of bits per byte")
+    sub.add_argument(
+        "--prompt", action="append", default=[], help="show how each newest checkpoint continues this"
+    )
 
 
 def _train(args) -> int:
@@ -158,7 +161,13 @@ def _checkpoints(args) -> None:
 def _report(args) -> None:
     from lemur_jax.report.page import bits_per_byte_table, report
 
-    path = report(args.workdirs, args.output)
+    answers = []
+    if args.prompt:
+        start_jax(args)
+        from lemur_jax.report.samples import sample
+
+        answers = sample(args.workdirs, args.prompt)
+    path = report(args.workdirs, args.output, args.prompt, answers)
     if args.table:
         print(bits_per_byte_table(args.workdirs))
     print(f"wrote {path}")

@@ -36,7 +36,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             remat="full",  # a name in models.remat.POLICIES: what the backward pass keeps
             reduce_dtype="",  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
             attention="auto",  # "auto" or a name in models.attention.IMPLEMENTATIONS
-            loss_chunk=512,  # positions whose logits exist at a time; 0: all at once
+            loss_chunk=512,  # positions whose logits exist at a time, cut to what divides the length; 0: all
             compiler_options=(),  # more for XLA:TPU, "name=value" each; those of parallel/compiler_flags.py are on
         )
     )
@@ -146,6 +146,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
         dict(
             every_steps=10,
             tensorboard=False,  # also write WORKDIR/tensorboard; needs the extra "tensorboard"
+            wandb=False,  # also send to Weights & Biases, set up by WANDB_*; needs the extra "wandb"
         )
     )
     # Runs of several hosts.

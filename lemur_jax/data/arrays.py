@@ -5,14 +5,19 @@ of a file.
 """
 
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from lemur_jax.common.errors import UserError
+
 _CHUNK = 1 << 12  # elements decompressed by the smallest read
 _SHARD_BYTES = 1 << 25  # in one file, before compression
+# An attribute of arrays of which every chunk is stored, also those of zeros alone: none may be missing.
+_COMPLETE = "complete"
 _CACHE_BYTES = 256 << 20  # of decompressed chunks, for all arrays of this process together
 
 
@@ -20,8 +25,32 @@ def open_array(path: epath.Path):
     """A future of the `tensorstore.TensorStore` at `path`, for reading."""
     import tensorstore as ts
 
-    spec = {"driver": "zarr3", "kvstore": _kvstore(path), "recheck_cached_data": "open"}
+    try:
+        metadata = json.loads((path / "zarr.json").read_text())
+    except (OSError, ValueError):
+        metadata = {}  # TensorStore says better what is wrong
+    spec = {
+        "driver": "zarr3",
+        "kvstore": _kvstore(path),
+        "recheck_cached_data": "open",
+        # A file that is not there must not be read as zeros.
+        "fill_missing_data_reads": not metadata.get("attributes", {}).get(_COMPLETE, False),
+    }
     return ts.open(spec, context=_context(), read=True)
+
+
+def finish(read: Any) -> np.ndarray:
+    """The result of a read that was started.
+
+    Raises:
+      UserError: a file cannot be read, or is not there.
+    """
+    try:
+        return read.result()
+    except ValueError as error:
+        raise UserError(
+            f"a token store cannot be read: {error}; put the file back, or prepare the store again"
+        ) from error
 
 
 class ArrayWriter:
@@ -89,7 +118,9 @@ def _create_spec(path: epath.Path, dtype: np.dtype, shard: int) -> dict[str, Any
     return {
         "driver": "zarr3",
         "kvstore": _kvstore(path),
+        "store_data_equal_to_fill_value": True,
         "metadata": {
+            "attributes": {_COMPLETE: True},
             "shape": [1 << 50],  # more than will come; cut to size at the end
             "data_type": dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},

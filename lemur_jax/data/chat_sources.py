@@ -85,7 +85,7 @@ def openassistant_messages(row: Row) -> Messages:
     language is that of the root: name `lang` in `Fields.meta`.
     """
     nodes = {_get(message, "message_id"): {**message, "replies": []} for message in _list(row, "rows")}
-    roots = []
+    roots: list[Row] = []
     for name, node in nodes.items():
         parent = node.get("parent_id")
         if parent is not None and parent not in nodes:

@@ -131,7 +131,7 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
     label = f"{task.name}/{split}"
     with run.progress(tasks.count(task, split), label, "documents") as shown, writer:
         saved = writer.saved or {"shard": 0, "journal": None}
-        duplicates = Duplicates(steps)
+        duplicates = Duplicates(steps, saves=tasks.count_shards(task, split) > 1)
         journal = Journal(path, duplicates, saved["journal"])
         shown.update(journal.records)
         shard, last_save = saved["shard"], time.monotonic()

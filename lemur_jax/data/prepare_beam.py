@@ -1,8 +1,9 @@
-"""Preparing on a Beam runner: its workers read, clean and tokenize shards, by the functions of the local path.
+"""Preparing on a Beam runner: its workers read, clean and tokenize, by the functions of the local path.
 
-Each input shard becomes a file of results, where all workers can write (a shared disk, gs://). The process that
-started the pipeline then takes the results in the order of the shards, as it takes them from processes of its
-own, so that duplicates, the journal and the store come out the same. A shard whose file is there is not done again.
+Each input shard becomes a file of results, where all workers can write (a shared disk, gs://). The process
+that started the pipeline then takes the results in the order of the shards, as it takes them from processes
+of its own, so that duplicates, the journal and the store come out the same. A shard whose file is there is
+not done again.
 """
 
 import dataclasses

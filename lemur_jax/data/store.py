@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.arrays import ArrayWriter, open_array
+from lemur_jax.data.arrays import ArrayWriter, finish, open_array
 from lemur_jax.data.manifest import Manifest, read_manifest
 from lemur_jax.data.tokenizer import Tokenizer, compatible
 
@@ -274,7 +274,7 @@ class TokenStore:
 
     def offsets(self) -> np.ndarray:
         """Where each document begins, and the number of tokens: int64 [documents + 1], in memory."""
-        return self._arrays["offsets"].read().result()
+        return finish(self._arrays["offsets"].read())
 
     def document_starts(
         self, starts: np.ndarray, stops: np.ndarray
@@ -291,7 +291,7 @@ class TokenStore:
         inside = after < blocks.shape[0]
         ends = np.full(len(stops), self.num_documents - 1)
         first, last = blocks[starts // BLOCK].read(), blocks[after[inside]].read()
-        first, ends[inside] = first.result(), last.result()
+        first, ends[inside] = finish(first), finish(last)
         counts = ends - first + 1
         # One offset more than documents: where each one ends.
         bounds = self._spans("offsets", first, counts + 1)
@@ -304,7 +304,7 @@ class TokenStore:
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Ids of a document, and its loss mask if the store has one."""
-        start, stop = self._arrays["offsets"][index : index + 2].read().result()
+        start, stop = finish(self._arrays["offsets"][index : index + 2].read())
         span = np.array([start]), np.array([stop - start])
         return self.tokens(*span), self.loss_mask(*span) if self.manifest.has_loss_mask else None
 
@@ -325,21 +325,21 @@ class TokenStore:
         count = len(indices)
         bounds = self._spans("id_offsets", indices, np.full(count, 2)).reshape(count, 2)
         names = [self._arrays["id_bytes"][start:stop].read() for start, stop in bounds.tolist()]
-        return [name.result().tobytes().decode() for name in names]
+        return [finish(name).tobytes().decode() for name in names]
 
     def document_id(self, index: int) -> str:
         return self.document_ids(np.array([index]))[0]
 
     def documents_of(self, label: str, first: int, stop: int) -> np.ndarray:
         """Which of the documents [first, stop) have a label: int64; needs `manifest.label_field`."""
-        numbers = self._arrays["labels"][first : min(stop, self.num_documents)].read().result()
+        numbers = finish(self._arrays["labels"][first : min(stop, self.num_documents)].read())
         return first + np.flatnonzero(numbers == self.manifest.labels[label]["number"])
 
     def _spans(self, name: str, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         array = self._arrays[name]
         stops = np.asarray(starts) + lengths
         reads = [array[a:b].read() for a, b in zip(np.asarray(starts).tolist(), stops.tolist(), strict=True)]
-        return np.concatenate([read.result() for read in reads])
+        return np.concatenate([finish(read) for read in reads])
 
 
 def _check_tokenizer(path: epath.PathLike, manifest: Manifest, tokenizer: Tokenizer) -> None:

@@ -150,14 +150,17 @@ class DocumentSource(seqio.DataSource):
         **_: Any,
     ) -> tf.data.Dataset:
         del shuffle, seed  # documents come in a fixed order: rows are drawn from the store
-        files = self.list_shards(split)
-        if shard_info is not None:
-            files = files[shard_info.index :: shard_info.num_shards]
+        shard, shards = (0, 1) if shard_info is None else (shard_info.index, shard_info.num_shards)
         names = (self._fields.content, "id", "meta", "where", "error")
         return tf.data.Dataset.from_generator(
-            lambda: (document for file in files for document in self._documents(file, split)),
+            lambda: self.documents(split, shard, shards),
             output_signature={name: tf.TensorSpec((), tf.string) for name in names},
         )
+
+    def documents(self, split: str, shard: int, shards: int) -> Iterator[readers.Document]:
+        """The documents of every `shards`-th file from number `shard` on."""
+        for file in self.list_shards(split)[shard::shards]:
+            yield from self._documents(file, split)
 
     def _documents(self, file: str, split: str) -> Iterator[readers.Document]:
         kind = self._kind or readers.format_of(file)
@@ -342,8 +345,13 @@ def examples(task: seqio.Task, split: str, shard: int = 0, shards: int = 1) -> I
       UserError: no such split, no `text` and no `messages`, a feature that is not one string, or files
         that cannot be read.
     """
+    check_split(task, split)
     try:
-        yield from _dataset(task, split, shard, shards).prefetch(16).as_numpy_iterator()
+        if isinstance(task.source, DocumentSource) and not task.preprocessors:
+            # TensorFlow would only carry them, at the cost of reading them once more.
+            yield from task.source.documents(split, shard, shards)
+        else:
+            yield from _dataset(task, split, shard, shards).prefetch(16).as_numpy_iterator()
     except _UNREADABLE as error:
         raise _explain(task, split, error) from error
 

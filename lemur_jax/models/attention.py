@@ -15,9 +15,11 @@ from jax.sharding import Mesh, PartitionSpec
 from lemur_jax.common.errors import UserError
 from lemur_jax.parallel.rules import RULES, constrain
 
-# Query positions whose scores exist at a time; a block sees only the keys up to its own end, which
-# saves up to half of the causal square.
-BLOCK = 128
+# Query positions of a block; a block sees only the keys up to its own end, which saves up to half of the causal
+# square. Smaller ones would save a little more and take longer to compile.
+BLOCK = 256
+# Up to so many positions the softmax is kept for the backward pass; of longer rows it is computed again.
+KEPT = 1024
 
 
 def grouped_attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
@@ -75,8 +77,7 @@ def xla_attention(
         return attend(0, T)
     if T <= BLOCK:
         return attend(0, T)
-    # Scores of a block are computed again in the backward pass rather than kept.
-    block = jax.checkpoint(attend, static_argnums=(0, 1))
+    block = attend if T <= KEPT else jax.checkpoint(attend, static_argnums=(0, 1))
     out = jnp.concatenate([block(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)], axis=1)
     return checkpoint_name(out, "attention_out")
 

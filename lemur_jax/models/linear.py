@@ -1,10 +1,14 @@
-"""Products with fully sharded weights that say how the weight's gradient is reduced.
+"""Products with fully sharded weights that say how the weight's gradient is made and reduced.
 
-In which dtype is the config's choice; by which collective is the TPU's. Left to itself, XLA:TPU reduces a weight's
+In which dtype is the config's choice. By which collective is the TPU's: left to itself, XLA:TPU reduces a weight's
 gradient over all of `fsdp` by an all-reduce of the whole matrix that computation waits for, and then throws all but
 one slice away: 5 to 10% of a 70B step on a v4-512. In an exchange every device sends each slice of its own part of
 the gradient to the device that keeps that slice, which adds up what it gets in float32. That is more traffic on the
 wires, but the TPU sends it beside the computation, and bfloat16 is rounded once instead of at every hop.
+
+The order of factors matters off TPU: XLA:CPU first copies the left one of a product that sums over its rows, so the
+smaller one goes there; autodiff would put the gradient of the logits there. And float32 gradients of logits are
+rounded to the dtype of the activations, or a GPU would take its slow float32 path.
 """
 
 import functools
@@ -55,11 +59,16 @@ def product(equation: str, x: jax.Array, weight: jax.Array, dtype: str | None = 
     return jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def sharded_product(
-    equation: str, axes: tuple[str, ...], mesh: Mesh, reduction: Reduction, x: jax.Array, param: jax.Array
+    equation: str,
+    axes: tuple[str, ...],
+    mesh: Mesh,
+    reduction: Reduction,
+    x: jax.Array,
+    param: jax.Array,
+    dtype: str | None = None,
 ) -> jax.Array:
-    """`product(equation, x, gathered(param))`, with the gradient of `param` reduced as above.
+    """`product(equation, x, gathered(param), dtype)`, with the gradient of `param` reduced as above.
 
     Args:
       equation: einsum with the batch B first in `x` and in the result, e.g. "BTD,DF->BTF".
@@ -68,23 +77,32 @@ def sharded_product(
       reduction: of the gradient.
       x: activations, sharded over the batch.
       param: the master weight.
+      dtype: of the result; None: as x.
     """
-    return product(equation, x, gathered(param, axes, mesh, x.dtype))
+    return _product(equation, axes, mesh, reduction, dtype, x, param)
 
 
-def _forward(equation, axes, mesh, reduction, x, param):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _product(equation, axes, mesh, reduction, dtype, x, param) -> jax.Array:
+    return product(equation, x, gathered(param, axes, mesh, x.dtype), dtype)
+
+
+def _forward(equation, axes, mesh, reduction, dtype, x, param):
     # The whole weight is gathered again in the backward pass rather than kept.
-    return sharded_product(equation, axes, mesh, reduction, x, param), (x, param)
+    return _product(equation, axes, mesh, reduction, dtype, x, param), (x, param)
 
 
-def _backward(equation, axes, mesh, reduction, saved, upstream):
+def _backward(equation, axes, mesh, reduction, dtype, saved, upstream):
     x, param = saved
+    upstream = upstream.astype(x.dtype)
     inputs, result = equation.split("->")
     left, right = inputs.split(",")
     back = product(f"{result},{right}->{left}", upstream, gathered(param, axes, mesh, x.dtype))
     placed = spec(mesh, axes, param.shape)
     if not reduction.exchange:
-        gradient = product(f"{left},{result}->{right}", x, upstream, reduction.dtype)
+        factors = sorted([(x, left), (upstream, result)], key=lambda factor: factor[0].size)
+        (small, first), (large, second) = factors
+        gradient = product(f"{first},{second}->{right}", small, large, reduction.dtype)
         return back, _place(gradient, mesh, *placed).astype(param.dtype)
 
     def by_device(array):  # [B, ...] -> [data, fsdp, B / (data · fsdp), ...]
@@ -117,4 +135,4 @@ def _place(array: jax.Array, mesh: Mesh, *entries) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*entries)))
 
 
-sharded_product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)

@@ -62,9 +62,18 @@ class Compute:
         if self.mesh is None:
             return None
         dtype = self.reduce_dtype or self.dtype
-        kind = self.mesh.devices.flat[0].device_kind
-        exchange = self.mesh.shape["fsdp"] > 1 and compiler_flags.exchanges_gradients(kind)
-        return Reduction(dtype, exchange) if exchange or dtype != self.dtype else None
+        device = self.mesh.devices.flat[0]
+        exchange = self.mesh.shape["fsdp"] > 1 and compiler_flags.exchanges_gradients(device.device_kind)
+        written = exchange or dtype != self.dtype or device.platform != "tpu"
+        return Reduction(dtype, exchange) if written else None
+
+    @property
+    def head_reduction(self) -> Reduction | None:
+        """The same for the head, whose gradient is never exchanged: it is reduced once and not in every layer."""
+        found = self.reduction
+        if found is None or (found.exchange and found.dtype == self.dtype):
+            return None
+        return Reduction(found.dtype, exchange=False)
 
     @classmethod
     def from_config(cls, options: Mapping[str, Any], mesh: Mesh | None) -> "Compute":
@@ -256,11 +265,17 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, V]."""
         if self.config.tie_word_embeddings:
-            kernel, equation = self.embed.weight(self.embed.embedding), "BTD,VD->BTV"
+            module: Embedding | Head = self.embed
+            param, equation = self.embed.embedding, "BTD,VD->BTV"
         else:
-            kernel, equation = self.head.weight(self.head.kernel), "BTD,DV->BTV"
-        precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-        out = jnp.einsum(equation, hidden, kernel, precision=precision, preferred_element_type=jnp.float32)
+            module = self.head
+            param, equation = self.head.kernel, "BTD,DV->BTV"
+        if reduction := self.compute.head_reduction:
+            out = sharded_product(
+                equation, param.axes, self.compute.mesh, reduction, hidden, param.get_value(), "float32"
+            )
+        else:
+            out = product(equation, hidden, module.weight(param), "float32")
         return constrain(out, self.compute.mesh, "batch", "length", "vocab")
 
     def packed(self, segment_ids: jax.Array) -> Attend:

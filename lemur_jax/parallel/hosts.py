@@ -117,11 +117,12 @@ def any_host(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
 
 
-def wait_for_all(name: str) -> None:
-    """Until every process has come here."""
-    import jax
+def wait_for_all(name: str, seconds: float = 300.0) -> None:
+    """Until every process has come here.
 
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    Raises:
+      UserError: somebody did not come in time; names it.
+    """
+    from lemur_jax.parallel.liveness import barrier
 
-        multihost_utils.sync_global_devices(name)
+    barrier(name, seconds)

@@ -9,8 +9,10 @@ all of this does nothing.
 """
 
 import contextlib
+import ctypes
 import itertools
 import os
+import signal
 import socket
 import sys
 import threading
@@ -113,6 +115,24 @@ def describe(host: int, service: Any) -> str:
     return f"host {host} ({found[1]})" if len(found) > 2 and found[0].isdigit() else f"host {host}"
 
 
+def tell(name: str, value: float) -> None:
+    """Leaves a number where all hosts can read it; the last one counts. Waits for nobody."""
+    if (service := client()) is not None:
+        with contextlib.suppress(RuntimeError):
+            service.key_value_set(f"lemur/told/{name}/{process()[0]}", repr(value), allow_overwrite=True)
+
+
+def told(name: str) -> dict[int, float]:
+    """What each host has told last, by its number; empty on one host."""
+    place = f"lemur/told/{name}/"
+    if (service := client()) is None:
+        return {}
+    with contextlib.suppress(RuntimeError):
+        found = service.key_value_dir_get(place)
+        return {int(key.removeprefix(place)): float(value) for key, value in sorted(found)}
+    return {}
+
+
 class Watch:
     """Who is lost, judged from beats; separate from threads and exits so that it can be tested.
 
@@ -199,6 +219,8 @@ def watched(lost_seconds: float) -> Iterator[None]:
     from jax.errors import JaxRuntimeError
 
     me, count = process()
+    if me > 0:
+        _explain_abort()
     watch = Watch(service, me, count, lost_seconds)
     pause = min(2.0, lost_seconds / 5)
     done = threading.Event()
@@ -244,3 +266,29 @@ def _end(verdict: str, linger: float) -> None:
     time.sleep(linger)
     # What one host refuses, trying again does not mend.
     os._exit(2 if _REFUSED in verdict else LOST)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(signal_number: int) -> None:
+    """Runs where C++ has called abort(): says so where the reason is that host 0 is gone."""
+    from jax._src import distributed
+
+    host, _, port = (distributed.global_state.coordinator_address or "").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        _end(f"host 0 ({host}), which coordinates, is gone", linger=0)
+    signal.signal(signal_number, signal.SIG_DFL)
+    os.abort()
+
+
+def _explain_abort() -> None:
+    """JAX's client ends the process with a page of its own, status 134, as soon as host 0 is gone.
+
+    Its callback cannot be given in Python (jaxlib has no Python type for the status that it gets), and a
+    handler of Python's `signal` runs too late: so a C one.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, type(_aborted)]
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal(signal.SIGABRT, _aborted)

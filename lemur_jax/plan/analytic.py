@@ -8,6 +8,7 @@ Only what must be is counted: no padding, no workspace, every transfer hidden, e
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def bound(config: ConfigDict, tpu: Slice) -> Bound:
       UserError: the mesh does not divide the slice, the model or the batch.
     """
     devices = tpu.devices_per_slice * tpu.slices
-    mesh = AbstractMesh(mesh_shape(config.mesh, devices), AXES)
+    mesh = _mesh(config, tpu)
     check(config, mesh)
     model = LlamaConfig.from_dict(config.model)
     optimizer = tuple(sorted(config.optimizer.items()))
@@ -98,10 +99,13 @@ def bound(config: ConfigDict, tpu: Slice) -> Bound:
     )
 
 
+def _mesh(config: ConfigDict, tpu: Slice) -> Any:
+    """A mesh without devices, for those who read nothing but its axes."""
+    return AbstractMesh(mesh_shape(config.mesh, tpu.devices_per_slice * tpu.slices), AXES)
+
+
 @functools.lru_cache(maxsize=256)
-def _state_bytes(
-    model: LlamaConfig, dtype: str, optimizer: tuple, steps: int, mesh: AbstractMesh
-) -> tuple[int, int]:
+def _state_bytes(model: LlamaConfig, dtype: str, optimizer: tuple, steps: int, mesh: Any) -> tuple[int, int]:
     """Bytes a device of parameters and of optimizer state."""
     made = make_optimizer(dict(optimizer), steps, llama.logical_axes(model))
     state = abstract_state(model, dtype, made, mesh)
@@ -141,7 +145,7 @@ def decision(policy: str, name: str) -> str:
     return kinds[type(answer).__name__]
 
 
-def stored_bytes(config: ConfigDict, mesh: AbstractMesh, where: str) -> list[tuple[str, float]]:
+def stored_bytes(config: ConfigDict, mesh: Any, where: str) -> list[tuple[str, float]]:
     """(name, bytes a token of all layers) that the forward pass leaves for the backward one, on one device.
 
     A layer's input is always stored. The policies "dots" and "none" keep what has no name as well: every projection's
@@ -186,7 +190,7 @@ def _flops(config: ConfigDict, model: LlamaConfig) -> float:
     return config.train.batch_rows * T * per_token
 
 
-def _network(config: ConfigDict, model: LlamaConfig, mesh: AbstractMesh, tokens: float, tpu: Slice) -> float:
+def _network(config: ConfigDict, model: LlamaConfig, mesh: Any, tokens: float, tpu: Slice) -> float:
     """Seconds over all links at once: weights gathered twice a pass, activations summed over `tensor`."""
     size = jnp.dtype(config.compute.dtype).itemsize
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
@@ -200,7 +204,7 @@ def _network(config: ConfigDict, model: LlamaConfig, mesh: AbstractMesh, tokens:
 
 def largest(config: ConfigDict, tpu: Slice) -> list[tuple[int, str]]:
     """The largest arrays of the state and of what the layers keep, (bytes a device, what), largest first."""
-    mesh = AbstractMesh(mesh_shape(config.mesh, tpu.devices_per_slice * tpu.slices), AXES)
+    mesh = _mesh(config, tpu)
     model = LlamaConfig.from_dict(config.model)
     optimizer = make_optimizer(config.optimizer, config.train.steps, llama.logical_axes(model))
     state = abstract_state(model, config.compute.param_dtype, optimizer, mesh)

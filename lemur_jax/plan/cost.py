@@ -7,6 +7,7 @@ fitted to the compiler's static schedules of them (plan/kernels.py). docs/planne
 
 import collections
 import dataclasses
+import math
 
 from lemur_jax.plan import hlo, kernels
 from lemur_jax.plan.topologies import Slice
@@ -180,6 +181,7 @@ class Estimator:
         self.network = network
         self.chip = network.chip
         self._done: dict[str, Cost] = {}
+        self._received: dict[str, str] = {}  # name of a `recv` -> the transfer that it belongs to
 
     def run(self) -> Cost:
         """The cost of one step."""
@@ -199,11 +201,11 @@ class Estimator:
         if name in self._done:
             return self._done[name]
         cost = Cost()
-        busy = {HOST: 0.0, "network": 0.0}  # until when the links are
+        busy: dict[str, float] = collections.defaultdict(float)  # until when the links are
         pending: dict[str, tuple[float, str]] = {}
         for each in self.module.computations[name]:
             stage, key, kind, wire = self._communication(each)
-            link = HOST if kind == HOST else "network"
+            link = HOST if kind == HOST else BETWEEN if kind.endswith(BETWEEN) else "network"
             if stage == "start":
                 busy[link] = max(busy[link], cost.seconds) + wire.seconds
                 pending[key] = (busy[link], kind)
@@ -260,11 +262,18 @@ class Estimator:
     def _communication(self, each: hlo.Instruction) -> tuple[str, str, str, Traffic]:
         """(stage, key, kind, traffic) of an instruction; stage "" if it does not communicate.
 
-        Three forms: plain; a pair of `-start` and `-done`; and on v5e fusions that begin a collective, carry it
-        on beside their own computation, and end it. Those name it in each part, by its channel.
+        Three forms inside a slice: plain; a pair of `-start` and `-done`; and on v5e fusions that begin a collective,
+        carry it on beside their own computation, and end it. Those name it in each part, by its channel. Between
+        slices the hosts carry it: a `send`, and a `recv` with the same rendezvous, whose `-done` waits.
         """
+        meeting = hlo.between_slices(each)
+        if each.opcode == "recv" and meeting:
+            self._received[each.name] = meeting
+            return "", "", "", Traffic()
+        if each.opcode == "send" and meeting:
+            return "start", meeting, *self._sent(each)
         if each.opcode.endswith("-done"):
-            return "done", each.operands[0], "", Traffic()
+            return "done", self._received.get(each.operands[0], each.operands[0]), "", Traffic()
         moved = hlo.host_transfer_bytes(each)
         if moved:
             return "start", each.name, HOST, Traffic(count=1, bytes=moved, seconds=moved / self.chip.host)
@@ -290,6 +299,16 @@ class Estimator:
             if each.opcode in ("fusion", "async-start")
             else []
         )
+
+    def _sent(self, each: hlo.Instruction) -> tuple[str, Traffic]:
+        """What a `send` to the other slices moves; of an all-reduce each device gives away and takes its share."""
+        kind = each.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
+        dtype, sizes = hlo.shapes(each.shape)[0]
+        moved = hlo.BYTES[dtype] * math.prod(sizes)
+        slices = self.network.tpu.slices
+        passes = 2 if kind == "all-reduce" else 1
+        seconds = passes * moved * (slices - 1) / slices / self.chip.dcn
+        return kind + BETWEEN, Traffic(count=1, bytes=moved, seconds=seconds)
 
     def _label(self, each: hlo.Instruction) -> str:
         """The kind of a collective, and whether it leaves the slice."""

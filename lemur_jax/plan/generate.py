@@ -184,14 +184,15 @@ def _inputs(mesh: Mesh, B: int, T: int) -> tuple[Any, Rows]:
 
 def _struct(leaf, mesh: Mesh, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec(mesh, axes, leaf.shape, "/".join(axes)))
+        leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec(mesh, axes, leaf.shape))
     )
 
 
 def _placed_state(state, mesh: Mesh):
     """The abstract state between two dispatches with the shardings that prefill leaves it in."""
     cache = jax.tree.map(lambda leaf: _struct(leaf, mesh, kv_cache.AXES), state.cache)
-    placed = jax.tree.map(lambda leaf: _struct(leaf, mesh, ("batch", "width")[: leaf.ndim]), state)
+    others = dataclasses.replace(state, cache=None)
+    placed = jax.tree.map(lambda leaf: _struct(leaf, mesh, ("batch", "width")[: leaf.ndim]), others)
     return dataclasses.replace(placed, cache=cache)
 
 

@@ -178,7 +178,19 @@ def host_transfer_bytes(each: Instruction) -> int:
     """
     if each.opcode not in _COPIES or "S(5)" not in each.shape:
         return 0
-    return num_bytes(_HOST_ARRAY.sub("", each.shape))
+    return num_bytes(on_device(each.shape))
+
+
+def on_device(text: str) -> str:
+    """A shape's text without the arrays that lie in the host's memory."""
+    return _HOST_ARRAY.sub("", text)
+
+
+def between_slices(each: Instruction) -> str:
+    """The name by which a `send` and its `recv` to other slices know each other; "" of other instructions."""
+    if each.opcode not in ("send", "recv") or "xla_megascale_runtime" not in each.attributes:
+        return ""
+    return each.attribute("_xla_host_transfer_rendezvous")
 
 
 def trip_count(module: Module, computation: str, loop: Instruction) -> int:

@@ -17,8 +17,8 @@ def table(found: Found) -> str:
     lines = [
         f"  {'step, s':>10}{'tokens/s/chip':>15}{'MFU':>8}{'HBM, GiB':>10}  (estimated; MFU with causal attention)",
         *(
-            f"  {each.plan.step_seconds:10.3f}{each.plan.tokens_per_second_per_chip:15,.0f}{each.plan.mfu:8.1%}"
-            f"{each.plan.hbm_bytes_per_chip / GIB:10.2f}  {describe(each.changes)}"
+            f"  {each.seconds:10.3f}{each.made.tokens_per_second_per_chip:15,.0f}{each.made.mfu:8.1%}"
+            f"{each.hbm / GIB:10.2f}  {describe(each.changes)}"
             for each in front
         ),
     ]
@@ -74,9 +74,7 @@ polyline{{fill:none;stroke:#cc6677;stroke-width:2}}pre{{overflow-x:auto}}</style
 
 def _point(outcome: Outcome) -> tuple[float, float]:
     """(GiB a chip, seconds a step)"""
-    assert outcome.plan is not None
-    assert outcome.plan.step_seconds is not None
-    return outcome.plan.hbm_bytes_per_chip / GIB, outcome.plan.step_seconds
+    return outcome.hbm / GIB, outcome.seconds
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
@@ -98,13 +96,12 @@ def fragment(best: Outcome, base: str, overrides: Sequence[str], directory: path
     path, colon, argument = base.partition(":")
     beside = os.path.relpath(path, directory)
     values = "\n".join(f"    config.{name} = {value!r}" for name, value in best.changes.items())
-    made = best.plan
-    assert made is not None
+    made = best.made
     versions = f"jax {made.versions['jax']} and libtpu {made.versions['libtpu']}"
     slices = f"{made.slices} x " if made.slices > 1 else ""
     return f'''"""{path} as `lemur plan --search` would run it on {slices}{made.topology}.
 
-Estimated, not measured: {made.step_seconds:.3f} s a step, {made.tokens_per_second_per_chip:,.0f} tokens/s/chip,
+Estimated, not measured: {best.seconds:.3f} s a step, {made.tokens_per_second_per_chip:,.0f} tokens/s/chip,
 {made.hbm_bytes_per_chip / GIB:.2f} GiB of HBM a chip, with {versions}.
 """
 

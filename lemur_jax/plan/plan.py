@@ -183,7 +183,7 @@ def kept_activations(module: hlo.Module, program) -> int:
                 continue
             kept = [
                 hlo.BYTES[dtype] * _product(sizes)
-                for dtype, sizes in hlo.shapes(loop.shape)
+                for dtype, sizes in hlo.shapes(hlo.on_device(loop.shape))
                 if len(sizes) > 2 and sizes[0] == L and tuple(sorted(sizes)) not in stacked
             ]
             most = max(most, int(sum(kept)))

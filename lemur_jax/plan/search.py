@@ -77,6 +77,23 @@ class Outcome:
         """Whether it fits and its time could be estimated."""
         return self.plan is not None and self.plan.step_seconds is not None
 
+    @property
+    def made(self) -> Plan:
+        """The plan of one that was compiled."""
+        assert self.plan is not None
+        return self.plan
+
+    @property
+    def seconds(self) -> float:
+        """Estimated, of one that fits."""
+        assert self.made.step_seconds is not None
+        return self.made.step_seconds
+
+    @property
+    def hbm(self) -> int:
+        """Bytes a chip."""
+        return self.made.hbm_bytes_per_chip
+
 
 @dataclasses.dataclass(kw_only=True)
 class Found:
@@ -100,18 +117,17 @@ class Found:
     @property
     def best(self) -> Outcome | None:
         """The fastest that fits."""
-        fitting = [outcome for outcome in self.outcomes if outcome.fits]
-        return min(fitting, key=lambda outcome: outcome.plan.step_seconds, default=None)
+        return next(iter(self.front()), None)
 
     def front(self) -> list[Outcome]:
         """Those that no other beats in both step time and HBM, fastest first."""
         ordered = sorted(
             (outcome for outcome in self.outcomes if outcome.fits),
-            key=lambda outcome: (outcome.plan.step_seconds, outcome.plan.hbm_bytes_per_chip),
+            key=lambda outcome: (outcome.seconds, outcome.hbm),
         )
         front: list[Outcome] = []
         for outcome in ordered:
-            if not front or outcome.plan.hbm_bytes_per_chip < front[-1].plan.hbm_bytes_per_chip:
+            if not front or outcome.hbm < front[-1].hbm:
                 front.append(outcome)
         return front
 
@@ -263,8 +279,7 @@ def _hopeless(candidate: Candidate, found: Found) -> str:
         if outcome.plan is None:
             continue
         if outcome.fits and (
-            outcome.plan.step_seconds <= candidate.bound.seconds
-            and outcome.plan.hbm_bytes_per_chip <= candidate.bound.bytes
+            outcome.seconds <= candidate.bound.seconds and outcome.hbm <= candidate.bound.bytes
         ):
             return "cannot beat one that was compiled"
         same = outcome.changes["compute.remat"] == candidate.changes["compute.remat"]

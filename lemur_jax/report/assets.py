@@ -38,6 +38,13 @@ td small { display: block; font-size: .8rem; color: var(--soft); }
 .keys tbody th { font-weight: 400; min-width: 21rem; }
 .keys :is(tbody th, td) { padding: 5px 14px;
   font: .84rem/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+.bar { display: flex; height: 8px; margin-top: 5px; min-width: 9rem; border-radius: 4px; overflow: hidden; }
+.bar i { background: var(--c); flex-basis: 0; }
+.key::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px;
+  background: var(--c); margin-right: 5px; }
+.sample { padding: 10px 14px; margin-top: 10px; }
+pre { margin: 4px 0 12px; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: .84rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 details { margin-top: 10px; }
 summary { cursor: pointer; padding: 9px 14px; }
 .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 500px), 1fr)); }

@@ -2,9 +2,7 @@
 
 import datetime
 import functools
-import html
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,8 +13,10 @@ import lemur_jax
 from lemur_jax.common.errors import UserError
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.report.assets import CSS, JS
+from lemur_jax.report.html import table, text
 from lemur_jax.report.plots import Panel, Series, chart, compact
 from lemur_jax.report.runs import Run, all_tasks, load_runs
+from lemur_jax.report.sections import goodput, mixture, samples
 from lemur_jax.report.tables import Cell, bits_per_byte_cells, bits_per_byte_table, byte_notes, percent
 from lemur_jax.telemetry.flops import parameter_counts
 
@@ -37,12 +37,19 @@ _CURVES = (
 )
 
 
-def report(workdirs: Sequence[epath.PathLike], output: epath.PathLike) -> epath.Path:
+def report(
+    workdirs: Sequence[epath.PathLike],
+    output: epath.PathLike,
+    prompts: Sequence[str] = (),
+    answers: Sequence[Sequence[str]] = (),
+) -> epath.Path:
     """Writes one self-contained HTML page about a run, or about several as stages side by side.
 
     Args:
       workdirs: of `lemur train`, in the order in which the stages followed each other.
       output: the HTML file to write; its directory is made if need be.
+      prompts: what the runs were asked to continue.
+      answers: of each run, to each prompt; `report.samples.sample` makes them.
 
     Returns:
       `output`.
@@ -51,7 +58,7 @@ def report(workdirs: Sequence[epath.PathLike], output: epath.PathLike) -> epath.
       UserError: a workdir has no metrics or an unreadable config, or the page cannot be written.
     """
     runs = load_runs(workdirs)
-    page = _page(runs)
+    page = _page(runs, samples(runs, prompts, answers))
     path = epath.Path(output)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +68,7 @@ def report(workdirs: Sequence[epath.PathLike], output: epath.PathLike) -> epath.
     return path
 
 
-def _page(runs: Sequence[Run]) -> str:
+def _page(runs: Sequence[Run], sampled: str) -> str:
     names = [run.name for run in runs]
     title = " → ".join(names if len(names) < 6 else [*names[:2], "…", names[-1]])
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -72,12 +79,12 @@ def _page(runs: Sequence[Run]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{_text(title)} · lemur report</title>
+<title>{text(title)} · lemur report</title>
 <style>{CSS}</style>
 </head>
 <body>
 <main>
-<h1>{_text(title)}</h1>
+<h1>{text(title)}</h1>
 <p class="soft">Training report, {now}</p>
 <h2>{"Stages" if len(runs) > 1 else "Run"}</h2>
 {_summary(runs)}
@@ -86,10 +93,13 @@ def _page(runs: Sequence[Run]) -> str:
 <h2>Curves</h2>
 <div class="charts{" wide" if len(runs) > 4 else ""}">
 {_charts(runs)}</div>
+{mixture(runs)}
+{goodput(runs)}
+{sampled}
 <h2>Config</h2>
 {_configs(runs)}
-<footer>Written by <code>lemur report</code>, lemur_jax {_text(lemur_jax.__version__)}, from
-{", ".join(f"<code>{_text(run.workdir)}</code>" for run in runs)}.</footer>
+<footer>Written by <code>lemur report</code>, lemur_jax {text(lemur_jax.__version__)}, from
+{", ".join(f"<code>{text(run.workdir)}</code>" for run in runs)}.</footer>
 </main>
 <script>{JS}</script>
 </body>
@@ -107,7 +117,7 @@ def _summary(runs: Sequence[Run]) -> str:
         "last loss",
         "median tokens/s",
     )
-    return _table(head, [[_text(run.name), *_summary_row(run)] for run in runs])
+    return table(head, [[text(run.name), *_summary_row(run)] for run in runs])
 
 
 def _summary_row(run: Run) -> list[str]:
@@ -143,19 +153,19 @@ def _bits(runs: Sequence[Run]) -> str:
         return '<p class="soft">No held-out evaluation has run yet.</p>'
     names = [run.name for run in runs]
     rows = [
-        [_text(name), *(_bits_cell(column[index], names[:index]) for column in cells.values())]
+        [text(name), *(_bits_cell(column[index], names[:index]) for column in cells.values())]
         for index, name in enumerate(names)
     ]
-    heads = ["stage", *map(_text, cells)]
+    heads = ["stage", *map(text, cells)]
     if any(run.last_balance is not None for run in runs):
         heads.append("balance")
         for row, run in zip(rows, runs, strict=True):
             score = run.last_balance
             row.append("–" if score is None else f"<b>{percent(score)}</b><small>since its start</small>")
-    notes = "".join(f'<p class="note">{_text(note)}</p>' for note in byte_notes(runs))
+    notes = "".join(f'<p class="note">{text(note)}</p>' for note in byte_notes(runs))
     what = " of each stage and its change against earlier ones" if len(runs) > 1 else ""
     lead = f'<p class="soft">Last evaluation{what}; lower is better.</p>'
-    return lead + _table(heads, rows, kind="bits") + notes
+    return lead + table(heads, rows, kind="bits") + notes
 
 
 def _bits_cell(cell: Cell, earlier: list[str]) -> str:
@@ -165,7 +175,7 @@ def _bits_cell(cell: Cell, earlier: list[str]) -> str:
     # Of one earlier stage both names are the same, and it is shown once; of none there is no name.
     changes = dict(zip(earlier[:1] + earlier[-1:], (cell.first, cell.previous), strict=False))
     notes = [
-        f"<small>{_change(change)} vs {_text(name)}</small>"
+        f"<small>{_change(change)} vs {text(name)}</small>"
         for name, change in changes.items()
         if change is not None
     ]
@@ -245,7 +255,7 @@ def _points(records: Iterable[dict[str, Any]], field: str) -> list[tuple[float, 
 def _configs(runs: Sequence[Run]) -> str:
     flats = {run.name: run.flat_config for run in runs}
     missing = [name for name, flat in flats.items() if not flat]
-    parts = [f'<p class="note">{_text(name)} has no config.json.</p>' for name in missing]
+    parts = [f'<p class="note">{text(name)} has no config.json.</p>' for name in missing]
     known = {name: flat for name, flat in flats.items() if flat}
     if len(known) > 1:
         keys = list(dict.fromkeys(key for flat in known.values() for key in flat))
@@ -258,37 +268,22 @@ def _configs(runs: Sequence[Run]) -> str:
         differ = "option differs" if len(rows) == 1 else "options differ"
         parts.append(f'<p class="soft">{len(rows)} {differ} between the stages, {same} are the same.</p>')
         if rows:
-            parts.append(_table(["option", *map(_text, known)], rows, kind="keys"))
+            parts.append(table(["option", *map(text, known)], rows, kind="keys"))
     for name, flat in known.items():
         rows = [[_key(key), _value(flat, key)] for key in flat]
-        table = _table(["option", "value"], rows, kind="keys", card=False)
-        summary = f"<summary>All {len(flat)} options of {_text(name)}</summary>"
-        parts.append(f'<details class="card">{summary}{table}</details>')
+        options = table(["option", "value"], rows, kind="keys", card=False)
+        summary = f"<summary>All {len(flat)} options of {text(name)}</summary>"
+        parts.append(f'<details class="card">{summary}{options}</details>')
     return "".join(parts)
 
 
 def _key(key: str) -> str:
     """A config key that may break after its dots and underscores."""
-    return _text(key).replace(".", ".<wbr>").replace("_", "_<wbr>")
+    return text(key).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def _value(flat: dict[str, Any], key: str) -> str:
     value = flat.get(key, _MISSING)
     if isinstance(value, float):
         return f"{value:.12g}"
-    return _text(value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False))
-
-
-def _table(head: Iterable[str], rows: Iterable[Sequence[str]], *, kind: str = "", card: bool = True) -> str:
-    """A table of HTML cells that scrolls sideways where it does not fit."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>\n'
-        for row in rows
-    )
-    table = f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table>'
-    return f'<div class="card" tabindex="0">{table}</div>' if card else table
-
-
-def _text(value: str) -> str:
-    return html.escape(os.fspath(value))
+    return text(value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False))

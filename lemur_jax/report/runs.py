@@ -24,6 +24,7 @@ class Run:
       workdir: where it lies.
       config: the run config as in `config.json`, nested; empty if there is none.
       train: records of training, by rising step, each step once.
+      time: the last record of where the wall time went; empty if there is none.
       evals: task -> records of its held-out evaluations, by rising step, each step once.
       balance: records of the balance since the checkpoint that the run started from, likewise.
     """
@@ -34,6 +35,7 @@ class Run:
     train: list[Record]
     evals: dict[str, list[Record]]
     balance: list[Record]
+    time: Record
 
     @property
     def flat_config(self) -> dict[str, Any]:
@@ -88,6 +90,7 @@ def _load(path: str, name: str) -> Run:
     train: dict[int, Record] = {}
     evals: dict[str, dict[int, Record]] = {}
     balance: dict[int, Record] = {}
+    time: Record = {}
     for record in read_metrics(path):
         # Of a step that was recorded twice the later record counts; kinds of other versions are no curves.
         kind, step, task = record.get("kind"), record.get("step"), record.get("task")
@@ -97,6 +100,8 @@ def _load(path: str, name: str) -> Run:
             evals.setdefault(task, {})[step] = record
         elif kind == "balance" and isinstance(step, int):
             balance[step] = record
+        elif kind == "time":
+            time = record
     if not train and not evals:
         raise UserError(f"{METRICS_FILE} in {path} holds no record yet: wait for the first step of the run")
     return Run(
@@ -106,6 +111,7 @@ def _load(path: str, name: str) -> Run:
         train=_by_step(train),
         evals={task: _by_step(records) for task, records in evals.items()},
         balance=_by_step(balance),
+        time=time,
     )
 
 

@@ -23,6 +23,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.telemetry.tensorboard import TensorBoard
+from lemur_jax.telemetry.weights_and_biases import WeightsAndBiases
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -60,19 +61,20 @@ class MetricsWriter:
     whole by `sync()` and `close()`, so a kill loses only what came after the last checkpoint.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, tensorboard: bool = False):
+    def __init__(self, workdir: epath.PathLike, *, tensorboard: bool = False, wandb: bool = False):
         """Opens the file, which is made if need be, and cuts a torn last line off.
 
         Args:
           workdir: of the run, local or gs://.
           tensorboard: also write every record for TensorBoard, from `truncate_after` on.
+          wandb: also send every record to Weights & Biases, from `truncate_after` on.
 
         Raises:
           UserError: the file cannot be written; so do all other methods.
         """
         self._path = epath.Path(workdir) / METRICS_FILE
-        self._wants_board = tensorboard
-        self._board: TensorBoard | None = None
+        self._wants_board, self._wants_wandb = tensorboard, wandb
+        self._boards: list[TensorBoard | WeightsAndBiases] = []
         self._can_append = _can_append(self._path)
         with self._explained():
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +91,8 @@ class MetricsWriter:
         with self._explained():
             self._file.write(line.encode() + b"\n")
             self._file.flush()
-            if self._board:
-                self._board.write(plain)
+            for board in self._boards:
+                board.write(plain)
 
     def truncate_after(self, step: int) -> None:
         """Drops the records of later steps than `step`; call it when a run resumes at `step`."""
@@ -104,7 +106,9 @@ class MetricsWriter:
                 self._file.close()
                 self._file = self._open(data)
             if self._wants_board:
-                self._board = TensorBoard(self._path.parent, step)
+                self._boards.append(TensorBoard(self._path.parent, step))
+            if self._wants_wandb:
+                self._boards.append(WeightsAndBiases(self._path.parent))
 
     def sync(self) -> None:
         """Makes all records so far outlive a crash of the machine; call it before each checkpoint."""
@@ -113,16 +117,16 @@ class MetricsWriter:
                 os.fsync(self._file.fileno())
             else:
                 self._path.write_bytes(self._contents())
-            if self._board:
-                self._board.flush()
+            for board in self._boards:
+                board.flush()
 
     def close(self) -> None:
         """Syncs and closes; may be called twice."""
         if not self._file.closed:
             self.sync()
             self._file.close()
-            if self._board:
-                self._board.close()
+            for board in self._boards:
+                board.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -28,6 +28,8 @@ class RowSums(NamedTuple):
 def row_sums(model: Llama, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> RowSums:
     """Cross-entropy of the head's logits, in chunks of positions.
 
+    A chunk is the largest divisor of T up to `compute.loss_chunk`: logits [B, T, V] are never there at once.
+
     Args:
       model: for its head and for `compute.loss_chunk`.
       hidden: [B, T, D] after the final norm.
@@ -48,9 +50,10 @@ def row_sums(model: Llama, hidden: jax.Array, targets: jax.Array, weights: jax.A
         )
 
     B, T = targets.shape
-    size = model.compute.loss_chunk
     ways = model.compute.mesh.shape["sequence"] if model.compute.mesh else 1
-    if not size or T % size or size == T or size % ways:
+    sizes = range(min(model.compute.loss_chunk or T, T), 0, -1)
+    size = next((size for size in sizes if T % size == 0 and size % ways == 0), T)
+    if size == T:
         return chunk(hidden, targets, weights)
 
     def split(x):  # [B, T, ...] -> [T / size, B, size, ...]

@@ -1,5 +1,6 @@
 """AdamW, Adafactor or Muon, with clipping, decay on matrices only, and warmup and cosine counted in updates."""
 
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -105,8 +106,10 @@ def make_optimizer(
         sense.
     """
     if options["name"] not in OPTIMIZERS:
+        nearest = difflib.get_close_matches(options["name"], OPTIMIZERS, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"unknown config.optimizer.name {options['name']!r}: it must be one of {', '.join(OPTIMIZERS)}"
+            f"unknown config.optimizer.name {options['name']!r}: it must be one of {', '.join(OPTIMIZERS)};"
+            f" did you mean {nearest}?"
         )
     if spikes:
         check_options(spikes)

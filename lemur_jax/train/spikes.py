@@ -142,3 +142,14 @@ def rolled_back(counters: Any, good: TrainState, step: jax.Array, rollbacks: int
         rolled_back_at=number(int(step), then.rolled_back_at),
     )
     return TrainState(step=step, params=good.params, optimizer=counters._replace(inner_state=restored))
+
+
+def too_many_skips(options: Mapping[str, Any], metrics: Mapping[str, jax.Array]) -> bool:
+    """Whether to roll back; only where that is asked for does the host wait for the step.
+
+    Args:
+      options: `config.spikes`.
+      metrics: of the step.
+    """
+    limit = options["rollback_after"]
+    return limit > 0 and int(metrics["skips_in_a_row"]) >= limit

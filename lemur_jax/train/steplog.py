@@ -7,7 +7,7 @@ import collections
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -15,7 +15,9 @@ import numpy as np
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.mixture import Mixture
+from lemur_jax.parallel import liveness
 from lemur_jax.telemetry.flops import chip, flops_per_token, mfu
+from lemur_jax.telemetry.goodput import time_record
 from lemur_jax.telemetry.metrics import MetricsWriter
 from lemur_jax.telemetry.progress import Progress
 from lemur_jax.train.step import Program
@@ -24,8 +26,9 @@ from lemur_jax.train.step import Program
 # runs that are otherwise the same.
 CLOCK_KEYS = (
     "seconds", "data_wait_seconds", "tokens_per_second", "tokens_per_second_per_chip", "mfu", "hbm_bytes",
-    "hbm_peak_bytes",
+    "hbm_peak_bytes", "host_seconds",
 )  # fmt: skip
+
 
 _Item = TypeVar("_Item")
 
@@ -39,7 +42,8 @@ class StepLog:
       writer: where records go; None on hosts that do not write.
       progress: told about steps done.
       mixture: names the sources, and the documents of a bad batch.
-      tokens: target tokens trained on before the first step of this process.
+      before: the last train record of the earlier processes of this run; empty for the first one.
+      spent: seconds that went to what in earlier processes, see `telemetry.goodput.carried_over`.
       program: for the FLOPs of a step and the chips that make them; None leaves utilization out.
       began: `time.perf_counter()` when the run began.
     """
@@ -49,23 +53,28 @@ class StepLog:
         writer: MetricsWriter | None,
         progress: Progress,
         mixture: Mixture,
-        tokens: int,
+        before: Mapping[str, Any],
+        spent: Mapping[str, float] | None = None,
         program: Program | None = None,
         began: float | None = None,
     ):
         self._writer = writer
         self._progress = progress
         self._mixture = mixture
-        self._tokens = tokens
+        # Target tokens since step 0, of all sources and of each, by their keys in a record.
+        names = ["tokens", *(f"tokens/{source.name}" for source in mixture.sources)]
+        self._tokens = {name: before.get(name, 0) for name in names}
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._since = time.perf_counter()
         self._machine = _Machine(program, mixture.batch_rows * mixture.length) if program else None
         self._data_wait = 0.0
         self._taken: float | None = None  # when the batch was there that is being worked on
-        # Wall seconds of this process by what they went to.
-        self._spent: collections.defaultdict[str, float] = collections.defaultdict(float)
+        # Wall seconds of the run by what they went to.
+        self._spent = collections.defaultdict(float, spent or {})
+        self._wall_before = self._spent.pop("wall", 0.0)
         self._began = self._since if began is None else began
-        self._spent["startup"] = self._since - self._began
+        self._spent["startup"] += self._since - self._began
+        self._compiled = False
 
     def waiting(self, batches: Iterable[_Item]) -> Iterator[_Item]:
         """The same items; time spent waiting for them is counted as `data_wait_seconds`."""
@@ -86,10 +95,12 @@ class StepLog:
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of the update that made the step counter `step`."""
-        if "compile" not in self._spent and self._taken is not None:
+        if not self._compiled and self._taken is not None:
             # The first call returns when the program is compiled; later ones return at once.
-            self._spent["compile"] += time.perf_counter() - self._taken
-            self._since += self._spent["compile"]
+            seconds = time.perf_counter() - self._taken
+            self._spent["compile"] += seconds
+            self._since += seconds
+            self._compiled = True
         self._pending.append((step, metrics))
 
     def flush(self, keep: int = 0) -> None:
@@ -102,19 +113,25 @@ class StepLog:
         if not ready:
             return
         self._pending = self._pending[len(ready) :]
+        asked = time.perf_counter()
         fetched = jax.device_get([metrics for _, metrics in ready])
         now = time.perf_counter()
+        # Without the wait for the devices, in which every host waits for the slowest one.
+        liveness.tell("seconds", (asked - self._since) / len(ready))
         seconds = (now - self._since) / len(ready)
         self._since = now
         data_wait, self._data_wait = self._data_wait / len(ready), 0.0
         self._spent["data_wait"] += data_wait * len(ready)
         self._spent["steps"] += (seconds - data_wait) * len(ready)
+        hosts = {f"host_seconds/{host}": own for host, own in liveness.told("seconds").items()}
         for (step, _), metrics in zip(ready, fetched, strict=True):
             skipped = metrics.get("skips_in_a_row", 0) > 0
             if not skipped:
                 self._check_finite(step, metrics)
-            self._tokens += int(metrics["target_tokens"])
-            record = self._record(step, metrics, seconds) | {"data_wait_seconds": data_wait}
+            self._tokens["tokens"] += int(metrics["target_tokens"])
+            for source, weight in zip(self._mixture.sources, metrics["source_weight"], strict=True):
+                self._tokens[f"tokens/{source.name}"] += int(weight)
+            record = self._record(step, metrics, seconds) | {"data_wait_seconds": data_wait} | hosts
             if self._writer:
                 self._writer.write(record)
             if skipped:
@@ -132,14 +149,10 @@ class StepLog:
         self._spent[what] += seconds
 
     def write_time(self, step: int) -> None:
-        """Writes where the wall time of this process has gone until now."""
+        """Writes where the wall time of the run has gone until now."""
         if self._writer:
-            wall = time.perf_counter() - self._began
-            parts = {f"{what}_seconds": seconds for what, seconds in self._spent.items()}
-            goodput = self._spent["steps"] / wall
-            self._writer.write(
-                {"step": step, "kind": "time", "wall_seconds": wall, "goodput": goodput, **parts}
-            )
+            wall = self._wall_before + time.perf_counter() - self._began
+            self._writer.write({"step": step, **time_record(self._spent, wall)})
 
     def rolled_back(self, step: int, target: int) -> None:
         """Writes that at `step` the parameters of step `target` were taken again."""
@@ -165,7 +178,7 @@ class StepLog:
         record = {"step": step, "kind": "train"}
         for key in ("loss", "learning_rate", "grad_norm", "param_norm", "update_norm"):
             record[key] = float(metrics[key])
-        record["tokens"] = self._tokens
+        record |= self._tokens
         record["tokens_per_second"] = float(metrics["target_tokens"]) / max(seconds, 1e-9)
         record["seconds"] = seconds
         if metrics.get("grad_norm_limit", 0) > 0:

@@ -1,5 +1,7 @@
 """Configs: every mistake is one line that names the key, the value and the way out."""
 
+import pathlib
+
 import pytest
 
 from lemur_jax.common.config import flatten, load
@@ -37,6 +39,12 @@ def test_overrides_take_the_type_of_the_leaf(path):
     assert config.optimizer.learning_rate == 1.0
     assert isinstance(config.optimizer.learning_rate, float)
     assert config.data.sources.code.share == 5.0
+
+
+def test_a_source_with_a_slash_is_overridden_by_its_name(path):
+    text = pathlib.Path(path).read_text().replace('"code"', '"code/C++"')
+    pathlib.Path(path).write_text(text)
+    assert load(path, ["--config.data.sources['code/C++'].share=3"]).data.sources["code/C++"].share == 3.0
 
 
 def test_argument_reaches_get_config(path):

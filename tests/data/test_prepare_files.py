@@ -1,15 +1,18 @@
 """Preparing from files: bad records with their place, cleaning, and going on after a kill."""
 
+import gzip
 import json
 import random
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lemur_jax.common.config import default_config
 from lemur_jax.common.errors import UserError
-from lemur_jax.data import journal, tasks
+from lemur_jax.data import documents, journal, readers, tasks
 from lemur_jax.data import prepare as prepare_module
 from lemur_jax.data.code import FIM_TOKENS, layout
 from lemur_jax.data.prepare import prepare
@@ -148,6 +151,18 @@ def test_after_a_kill_it_goes_on_and_no_byte_differs(tmp_path, corpus, make_conf
     assert not [name for name in results["whole"] if "work" in name or "partial" in name]
 
 
+def test_workers_change_no_byte_of_what_steps_leave(tmp_path, corpus, make_config, register, monkeypatch):
+    monkeypatch.setattr(documents, "CHUNK_RECORDS", 7)
+    register(corpus)
+    found = {}
+    for workers in (1, 2, 3):
+        options = {"prepare.workers": workers, "data.stores": str(tmp_path / f"stores{workers}")}
+        run(make_config(**options, **{"prepare.steps": {"files": STEPS}}))
+        found[workers] = files_of(tmp_path / f"stores{workers}")
+    assert found[1] == found[2] == found[3]
+    assert {"files/train.quarantine.jsonl", "files/train.removed.json"} < set(found[1])
+
+
 def test_what_steps_remove_is_counted_with_examples(tmp_path, corpus, make_config, register):
     register(corpus)
     said = run(make_config(**{"prepare.steps": {"files": STEPS}}))
@@ -191,20 +206,56 @@ def test_bad_records_are_put_aside_with_file_and_position(tmp_path, corpus, make
     assert found[0]["record"]["text"].startswith("{bad")
 
 
-def test_lost_rows_count_each(tmp_path, make_config, register, monkeypatch):
-    """A page that holds 100 of 200 rows is half of the records, although one entry tells of it."""
-    import pyarrow
-    import pyarrow.parquet
-
-    path = tmp_path / "a.parquet"
-    table = pyarrow.table({"text": [f"some text {n}" for n in range(200)]})
+def write_corrupt_parquet(path, rows):
+    """Two row groups; a byte of the second one's page is another than was written."""
+    table = pyarrow.table({"text": [f"some text {n}" for n in range(rows)]})
     pyarrow.parquet.write_table(
-        table, path, row_group_size=100, write_page_checksum=True, use_dictionary=False
+        table, path, row_group_size=rows // 2, write_page_checksum=True, use_dictionary=False
     )
-    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
     data = bytearray(path.read_bytes())
     data[column.data_page_offset + column.total_compressed_size - 8] ^= 255
     path.write_bytes(data)
+
+
+GOOD = b'{"text": "one good record, and more"}\n' * 100
+BAD_LINES = {
+    "encoding": (b'{"text": "caf\xe9"}\n', "invalid UTF-8"),
+    "field": (b'{"content": "x"}\n', "no field 'text'; there are content"),
+    "long": (b'{"text": "' + b"x" * 3000 + b'"}\n', "3,013 bytes long, more than 2,000"),
+    "type": (b'{"text": ["x"]}\n', "field 'text' is list, not a string"),
+}
+
+
+def test_each_way_to_be_bad_is_counted_and_put_aside_with_its_place(tmp_path, make_config, register):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for name, (line, _) in BAD_LINES.items():
+        (folder / f"{name}.jsonl").write_bytes(GOOD + line + GOOD)
+    (folder / "truncated.jsonl.gz").write_bytes(gzip.compress(GOOD)[:-20])
+    write_corrupt_parquet(folder / "page.parquet", rows=20)
+    register(folder, max_bytes=2000)
+    with pytest.raises(UserError, match=r"15 of 8\d\d records cannot be used, more than .* = 0\.01"):
+        run(make_config(**{"prepare.max_bad_share": 0.01}))
+    said = run(make_config(**{"prepare.max_bad_share": 0.1}))
+    assert "refused 15 records" in said[0]
+    lines = (tmp_path / "stores/files/train.quarantine.jsonl").read_text().splitlines()
+    found = {entry["where"].removeprefix(f"{folder}/"): entry for entry in map(json.loads, lines)}
+    for name, (_, reason) in BAD_LINES.items():
+        entry = found.pop(f"{name}.jsonl: line 101")
+        assert (entry["reason"], entry["records"]) == (reason, 1)
+        assert 0 < len(entry["record"]["text"]) <= readers.EXCERPT
+    page = found.pop("page.parquet: row 10")
+    assert (page["reason"].partition(":")[0], page["records"]) == ("row group 1", 10)
+    ((where, truncated),) = found.items()
+    assert where.startswith("truncated.jsonl.gz: line ")
+    assert truncated["reason"].startswith("the file cannot be read on")
+
+
+def test_lost_rows_count_each(tmp_path, make_config, register):
+    """A page that holds 100 of 200 rows is half of the records, although one entry tells of it."""
+    path = tmp_path / "a.parquet"
+    write_corrupt_parquet(path, rows=200)
     register(path)
     with pytest.raises(UserError, match=r"files/train: 100 of 200 records cannot be used"):
         run(make_config())

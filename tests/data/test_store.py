@@ -68,6 +68,19 @@ def test_loss_mask(make_store):
     assert store.manifest.supervised_tokens == 3
 
 
+def test_a_file_that_is_gone_is_an_error_and_no_zeros(make_store, tmp_path):
+    mask = np.zeros(9000, np.uint8)  # two chunks of nothing but zeros: they are stored too
+    mask[-1] = 1
+    store = make_store([np.arange(9000) % 100], masks=[mask])
+    np.testing.assert_array_equal(store.loss_mask(np.array([0]), np.array([9000])), mask)
+    (path,) = {file.parents[2] for file in tmp_path.rglob("loss_mask/c/*")}
+    (path / "loss_mask" / "c" / "0").unlink()
+    again = TokenStore.open(path)
+    np.testing.assert_array_equal(again.tokens(np.array([0]), np.array([9000])), np.arange(9000) % 100)
+    with pytest.raises(UserError, match=r"cannot be read: .*loss_mask/c/0.* is missing; put the file back"):
+        again.loss_mask(np.array([0]), np.array([9000]))
+
+
 def test_manifest(make_store, tmp_path):
     store = make_store([[1, 2, 3], [4, 5]], task_digest="aa", input_digest="bb")
     written = json.loads((tmp_path / "a/train/manifest.json").read_text())

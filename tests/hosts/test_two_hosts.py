@@ -1,4 +1,4 @@
-"""Two real processes of four devices each are one run: same batches, same losses, one writer.
+"""Two and four real processes that share eight devices are one run: same batches, same losses, one writer.
 
 Real `jax.distributed`, real collectives (gloo), real signals; the network alone is the machine's own.
 """
@@ -18,7 +18,8 @@ from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import abstract_params
 from lemur_jax.parallel.liveness import LOST
 from lemur_jax.telemetry.metrics import read_metrics
-from tests.hosts.conftest import STEPS, finish
+from tests.hosts.conftest import STEPS, Project, finish
+from tests.train.planted import plant
 
 # Prints what this process holds of three batches: {"step row key": digest}.
 BATCHES = """
@@ -79,14 +80,17 @@ def two(hosts_project):
     return workdir, hosts_project.lemur(2, *hosts_project.train_words(workdir))
 
 
-def test_batches_are_identical_and_each_host_reads_its_own_rows(hosts_project):
-    def held(hosts):
-        outputs = finish(hosts_project.start(hosts, "-c", BATCHES))
-        return [json.loads(output.split("HELD ")[1].splitlines()[0]) for output in outputs]
+def held(hosts_project, hosts):
+    outputs = finish(hosts_project.start(hosts, "-c", BATCHES))
+    return [json.loads(output.split("HELD ")[1].splitlines()[0]) for output in outputs]
 
-    (whole,), halves = held(1), held(2)
-    assert halves[0].keys() & halves[1].keys() == set()
-    assert halves[0] | halves[1] == whole
+
+def test_batches_are_identical_and_each_host_reads_its_own_rows(hosts_project):
+    (whole,) = held(hosts_project, 1)
+    for hosts in (2, 4):
+        parts = held(hosts_project, hosts)
+        assert sum(len(part) for part in parts) == len(whole)
+        assert {row: digest for part in parts for row, digest in part.items()} == whole
 
 
 def test_two_hosts_train_as_one_and_one_of_them_writes(hosts_project, one, two):
@@ -115,8 +119,8 @@ def test_two_hosts_generate_and_one_exports(hosts_project, two):
     assert (hosts_project.root / "two-hf" / "config.json").exists()
 
 
-def kill_host_1(hosts_project, workdir, how):
-    """Lets a run of two hosts save once, hits host 1, and gives what host 0 said and how long it took."""
+def kill(hosts_project, workdir, how, victim=1):
+    """Lets a run of two hosts save once, hits one, and gives what the other said and how long it took."""
     processes = hosts_project.start(
         2, "-m", "lemur_jax.cli", *hosts_project.train_words(workdir), "--virtual-devices", "4"
     )
@@ -124,31 +128,96 @@ def kill_host_1(hosts_project, workdir, how):
     while time.monotonic() < deadline and not (workdir / "checkpoints" / "3").exists():
         assert processes[1].poll() is None, processes[1].communicate()[0]
         time.sleep(0.02)
-    os.kill(processes[1].pid, how)
+    os.kill(processes[victim].pid, how)
     hit = time.monotonic()
-    said, _ = processes[0].communicate(timeout=240)
+    said, _ = processes[1 - victim].communicate(timeout=240)
     seconds = time.monotonic() - hit
-    processes[1].kill()
-    processes[1].communicate()
-    return processes[0].returncode, said, seconds
+    processes[victim].kill()
+    processes[victim].communicate()
+    return processes[1 - victim].returncode, said, seconds
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_lost_host_ends_the_run_by_name_and_the_relaunch_is_exact(hosts_project, two, one, how, tmp_path):
     workdir = tmp_path / "run"
-    code, said, seconds = kill_host_1(hosts_project, workdir, how)
+    code, said, seconds = kill(hosts_project, workdir, how)
     assert code == LOST, said
     assert "has not been heard of for 10 s" in said
     assert "host 1 (" in said
     assert seconds < 10 + 15  # lost_seconds, two beats, and a busy machine
-    on_one_host = tmp_path / "elastic"
+    on_one_host, on_four_hosts = tmp_path / "one", tmp_path / "four"
     shutil.copytree(workdir, on_one_host)
+    shutil.copytree(workdir, on_four_hosts)
     chief, _ = hosts_project.lemur(2, *hosts_project.train_words(workdir))
     assert "resuming at step" in chief
     jax.tree.map(np.testing.assert_array_equal, final_params(workdir), final_params(two[0]))
     (alone,) = hosts_project.lemur(1, *hosts_project.train_words(on_one_host))
     assert "resuming at step" in alone
     np.testing.assert_allclose(losses(on_one_host), losses(one), rtol=1e-5)
+    if how == signal.SIGSTOP:  # the slow one of the two
+        chief, *_ = hosts_project.lemur(4, *hosts_project.train_words(on_four_hosts))
+        assert "resuming at step" in chief
+        np.testing.assert_allclose(losses(on_four_hosts), losses(one), rtol=1e-5)
+
+
+def test_death_of_host_0_is_named_too(hosts_project, tmp_path):
+    code, said, _ = kill(hosts_project, tmp_path / "run", signal.SIGKILL, victim=0)
+    assert code == LOST, said
+    assert "lemur: host 0 (127.0.0.1), which coordinates, is gone; this host stops too" in said
+
+
+@pytest.mark.slow
+def test_four_hosts_train_evaluate_and_generate_as_one(hosts_project, one, tmp_path):
+    chief, *others = hosts_project.lemur(4, *hosts_project.train_words(tmp_path / "run"))
+    assert "held-out text" in chief
+    assert not any("held-out" in output for output in others)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(one), rtol=1e-5)
+    words = ["--prompt", "value_1 =", "--max-new-tokens", "8"]
+    chief, *_ = hosts_project.lemur(4, "generate", "--checkpoint", str(tmp_path / "run"), *words)
+    (alone,) = hosts_project.lemur(1, "generate", "--checkpoint", str(tmp_path / "run"), *words)
+    assert alone.strip() in chief
+
+
+# A host whose data are slow: each of its batches takes 0.3 s longer.
+SLOW = """
+import os, sys, time
+from lemur_jax.cli import main
+from lemur_jax.data.loader import Loader
+batch = Loader.batch
+def late(self, step):
+    time.sleep(0.3 * (os.environ["JAX_PROCESS_ID"] == "1"))
+    return batch(self, step)
+Loader.batch = late
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_straggler_is_seen_in_the_metrics(hosts_project, tmp_path):
+    words = [*hosts_project.train_words(tmp_path / "run"), "--virtual-devices", "4"]
+    finish(hosts_project.start(2, "-c", SLOW, *words))
+    last = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"][-1]
+    assert last["host_seconds/1"] > last["host_seconds/0"] + 0.1
+
+
+@pytest.mark.slow
+def test_two_hosts_skip_and_roll_back_as_one(hosts_project, tmp_path):
+    root = tmp_path / "poisoned"
+    shutil.copytree(hosts_project.root, root, ignore=shutil.ignore_patterns("one", "two"))
+    shutil.rmtree(root / "stores/code/train")
+    plant(root, every=4)
+    poisoned = Project.__new__(Project)
+    poisoned.root = root
+    for hosts in (1, 2):
+        poisoned.lemur(hosts, *poisoned.train_words(tmp_path / str(hosts)), "--config.train.steps=24")
+    alone, both = (
+        [record for record in read_metrics(tmp_path / name) if record["kind"] in ("skip", "rollback")]
+        for name in ("1", "2")
+    )
+    assert {record["kind"] for record in alone} == {"skip", "rollback"}
+    assert [(r["kind"], r["step"], r.get("to")) for r in both] == [
+        (r["kind"], r["step"], r.get("to")) for r in alone
+    ]
+    assert [sorted(r.get("documents", ())) for r in both] == [sorted(r.get("documents", ())) for r in alone]
 
 
 def test_hosts_with_other_configs_are_refused(hosts_project, tmp_path):

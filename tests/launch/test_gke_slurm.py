@@ -142,6 +142,52 @@ def test_manifest_says_what_was_asked(gke, capsys, monkeypatch):
     assert container["envFrom"] == [{"secretRef": {"name": "tokens"}}]
 
 
+@pytest.fixture
+def kubectl(tmp_path, monkeypatch):
+    """Puts a `kubectl` in the path that keeps what it is given and ends as it is told."""
+
+    def install(script):
+        fake = tmp_path / "kubectl"
+        fake.write_text(
+            f'#!/bin/bash\necho "$@" >{tmp_path}/arguments\n/bin/cat >{tmp_path}/manifest\n{script}\n'
+        )
+        fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    install.home = tmp_path
+    return install
+
+
+def test_apply_hands_kubectl_what_would_be_printed(gke, capsys, kubectl):
+    kubectl("echo jobset.jobset.x-k8s.io/my-run created")
+    printed = manifest(gke, capsys, "--topology", "v4-8")
+    assert not (kubectl.home / "arguments").exists()
+    assert gke.main([*ARGUMENTS, "--topology", "v4-8", "--apply"]) == 0
+    assert (kubectl.home / "arguments").read_text() == "apply -f -\n"
+    assert json.loads((kubectl.home / "manifest").read_text().partition("\n")[2]) == printed
+    assert capsys.readouterr().out == "jobset.jobset.x-k8s.io/my-run created\n"
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "exceeded quota: tpu, requested: google.com/tpu=64",
+        'no matches for kind "JobSet" in version "jobset.x-k8s.io/v1alpha2"',
+        "Unable to connect to the server: dial tcp: i/o timeout",
+    ],
+)
+def test_refusals_of_kubectl_are_passed_on(gke, capsys, kubectl, reason):
+    kubectl(f"echo '{reason}' >&2; exit 1")
+    assert gke.main([*ARGUMENTS, "--topology", "v4-8", "--apply"]) == 2
+    assert f"kubectl apply ended with 1: {reason}" in capsys.readouterr().err
+
+
+def test_without_kubectl_it_says_so(gke, capsys, kubectl):
+    assert gke.main([*ARGUMENTS, "--topology", "v4-8", "--apply"]) == 2
+    assert "cannot call kubectl" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("v4-8", (1, 4)), ("v4-512", (64, 4)), ("v5e-1", (1, 1)), ("v5e-8", (1, 8)), ("v5e-16", (4, 4)),

@@ -359,6 +359,80 @@ def test_worker_starts_and_stops_a_run_in_tmux(worker):
     assert (worker.home / "run.log").read_text().endswith("started\nsaving\n")
 
 
+@pytest.fixture
+def fakes(tmp_path):
+    """Programs that write down how they were called: `fakes("uv", "exit 1")` puts one into a PATH."""
+    directory = tmp_path / "fakes"
+    directory.mkdir()
+    calls = tmp_path / "calls"
+
+    def install(name, script=""):
+        (directory / name).write_text(f'#!/bin/bash\necho {name} "$@" >>{calls}\n{script}\n')
+        (directory / name).chmod(0o755)
+
+    install.environment = {"PATH": f"{directory}:/usr/bin:/bin", "HOME": str(tmp_path / "home")}
+    install.calls = lambda: calls.read_text().splitlines() if calls.exists() else []
+    return install
+
+
+def test_worker_sets_itself_up_without_root_and_once(worker, fakes, tmp_path):
+    uv = tmp_path / "home/.local/bin/uv"
+    make_uv = f"""mkdir -p {uv.parent}; cat >{uv} <<'END'
+#!/bin/bash
+echo uv "$@" >>{tmp_path}/calls
+[ "$1" != venv ] || {{ mkdir -p .venv/bin; touch .venv/bin/python; chmod +x .venv/bin/python; }}
+END
+chmod +x {uv}"""
+    fakes("python3", make_uv)
+    install = "uv pip install --quiet --python .venv/bin/python --editable .[tpu]"
+    first = worker("setup", env=fakes.environment)
+    assert first.returncode == 0, first.stderr
+    assert fakes.calls() == [
+        "python3 -m pip install --quiet --user uv", "uv venv --quiet --python 3.12 .venv", install,
+    ]  # fmt: skip
+    worker("setup", env=fakes.environment)
+    assert fakes.calls()[3:] == [install]
+
+
+@pytest.mark.parametrize("broken", ["pip", "venv", "install"])
+def test_worker_that_cannot_set_itself_up_fails(worker, fakes, tmp_path, broken):
+    uv = tmp_path / "home/.local/bin/uv"
+    fakes("python3", "echo no network >&2; exit 1")
+    if broken != "pip":
+        uv.parent.mkdir(parents=True)
+        words = {"venv": "venv", "install": "pip"}[broken]
+        uv.write_text(f'#!/bin/bash\n[ "$1" != {words} ] || {{ echo disk full >&2; exit 1; }}\n')
+        uv.chmod(0o755)
+    done = worker("setup", env=fakes.environment)
+    assert done.returncode == 1
+    assert ("no network" if broken == "pip" else "disk full") in done.stderr
+
+
+def test_worker_starts_a_unit_of_the_user(worker, fakes):
+    for name in ("loginctl", "systemctl"):
+        fakes(name)
+    fakes("systemd-run", 'shift 5; "$@"')  # past its own options
+    worker.install('echo "trained $@"')
+    started = worker("start", "systemd", "train", "--config", "c.py", env=fakes.environment)
+    assert started.returncode == 0, started.stderr
+    assert fakes.calls() == [
+        "loginctl enable-linger",
+        "systemctl --user reset-failed lemur-run",
+        f"systemd-run --user --quiet --collect --unit=lemur-run --working-directory={worker.home}"
+        f" {worker.home}/launch/worker.sh run train --config c.py",
+    ]
+    assert worker("status").stdout == "0\n"
+    assert "trained train --config c.py" in (worker.home / "run.log").read_text()
+
+
+def test_worker_refuses_an_unknown_runner_and_passes_on_what_systemd_refuses(worker, fakes):
+    done = worker("start", "screen", "train", env=fakes.environment)
+    assert (done.returncode, "RUNNER is screen" in done.stderr) == (2, True)
+    fakes("loginctl", "echo no such privilege >&2; exit 1")
+    done = worker("start", "systemd", "train", env=fakes.environment)
+    assert (done.returncode, "no such privilege" in done.stderr) == (1, True)
+
+
 # --- the scripts themselves
 
 

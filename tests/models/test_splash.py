@@ -51,8 +51,8 @@ def reference(query, key, value, segments, weight):
     )
 
 
-def computed(inputs, mesh):
-    *qkv, segments, weight = (jnp.asarray(x, jnp.int32 if x.dtype == int else jnp.float32) for x in inputs)
+def computed(inputs, mesh, dtype=jnp.float32):
+    *qkv, segments, weight = (jnp.asarray(x, jnp.int32 if x.dtype == int else dtype) for x in inputs)
 
     @jax.jit
     def both(query, key, value):
@@ -90,6 +90,34 @@ def test_refuses_what_the_kernels_cannot_do():
     mesh = make_mesh({"data": 1, "fsdp": 1, "sequence": 8, "tensor": 1})
     with pytest.raises(UserError, match=r"cannot be cut over config.mesh.sequence 8"):
         splash_attention(query, key, value, segments, mesh)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.05)])
+def test_block_sizes_of_real_runs(monkeypatch, dtype, tolerance):
+    """Blocks of another size in the backward pass, and there a computation finer than the block."""
+    monkeypatch.undo()
+    monkeypatch.setitem(globals(), "T", 1024)
+    sizes = splash.block_sizes(T)
+    assert (sizes.block_kv, sizes.block_kv_dkv, sizes.block_kv_dkv_compute) == (512, 1024, 512)
+    inputs = arrays(2, 1)
+    rounded = [np.asarray(jnp.asarray(x, dtype), np.float64) for x in (*inputs[:3], inputs[4])]
+    wanted = reference(*rounded[:3], inputs[3], rounded[3])
+    for ours, theirs in zip(computed(inputs, None, dtype), wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, atol=tolerance)
+
+
+def test_residuals_kept_by_name_save_the_forward_kernel():
+    """With the output alone and not its log-sum-exp, the kernel would run again in the backward pass."""
+    query, key, value, segments, _ = (jnp.asarray(x, jnp.float32) for x in arrays())
+    segments = segments.astype(jnp.int32)
+
+    def kernels_in(policy):
+        body = jax.checkpoint(lambda *qkv: splash_attention(*qkv, segments, None), policy=policy)
+        gradient = jax.grad(lambda *qkv: jnp.sum(body(*qkv)), argnums=(0, 1, 2))
+        return str(jax.make_jaxpr(gradient)(query, key, value)).count("pallas_call[")
+
+    assert kernels_in(jax.checkpoint_policies.save_only_these_names(splash.RESIDUALS)) == 2
+    assert kernels_in(jax.checkpoint_policies.nothing_saveable) == 3
 
 
 def test_block_sizes_divide_the_length(monkeypatch):

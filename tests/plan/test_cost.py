@@ -133,6 +133,27 @@ def test_a_collective_that_leaves_its_slice_is_charged_to_the_slow_network():
     assert across.seconds == pytest.approx(2 * 4e6 / 2 / 6.25e9)  # two ways, half of it each time
 
 
+def test_hosts_carry_what_goes_between_slices():
+    """The form in which the compiler writes it: a send and a receive by the same rendezvous, through the hosts."""
+    known = (
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    )
+    known += '_xla_host_transfer_rendezvous="all-reduce.5_0",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    text = f"""  %q = bf16[3125000,2]{{1,0}} parameter(0)
+  %t = token[] after-all()
+  %recv = (bf16[3125000,2]{{1,0}}, u32[], token[]) recv(%t), channel_id=1, {known}
+  %send = (bf16[3125000,2]{{1,0}}, u32[], token[]) send(%q, %t), channel_id=2, {known}
+  %one = f32[8]{{0}} fusion(%q), kind=kLoop, {CYCLES}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  ROOT %got = (bf16[3125000,2]{{1,0}}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true"""
+    result = cost.Estimator(module(text), network("v4-8", slices=2)).run()
+    between = result.traffic["all-reduce" + cost.BETWEEN]
+    assert between.bytes == 12.5e6
+    assert between.seconds == pytest.approx(2e-3)  # 12.5 MB, two ways, half of it each, at 6.25 GB/s
+    assert between.exposed == pytest.approx(1e-3)
+    assert result.seconds == pytest.approx(2e-3)
+
+
 def test_a_loop_that_ends_with_the_data():
     text = f"""HloModule m
 

@@ -110,3 +110,8 @@ def test_pairs():
 def test_no_entry():
     with pytest.raises(ValueError, match="no entry"):
         hlo.parse("nothing here")
+
+
+def test_arrays_in_host_memory_are_told_apart():
+    shape = "(s32[], bf16[80,4]{1,0:T(8,128)(2,1)S(5)}, bf16[80,8]{1,0:T(8,128)})"
+    assert hlo.shapes(hlo.on_device(shape)) == [("s32", ()), ("bf16", (80, 8))]

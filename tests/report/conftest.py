@@ -25,6 +25,7 @@ def write_stage(
     """Metrics of every step, evaluations in the middle and at the end, and the config."""
     config = default_config(preset("tiny").to_dict())
     config.train.steps = planned
+    config.data.sources = {"python_docs": {"share": 1.0}, "python_stdlib": {"share": 4.0}}
     config.update(options)
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(to_json(config)))
@@ -33,6 +34,7 @@ def write_stage(
             loss = 4.0 - 2.0 * step / steps
             record = {"step": step, "kind": "train", "loss": loss, "learning_rate": 1e-3 * step / steps}
             record |= {"grad_norm": math.nan if step == 20 else 8.0 / step, "tokens": 1000 * step}
+            record |= {"tokens/python_docs": 250 * step, "tokens/python_stdlib": 750 * step}
             record |= {"tokens_per_second": 500.0, "loss/python_docs": loss, "loss/python_stdlib": loss + 1}
             writer.write(record)
             if step in (steps // 2, steps):
@@ -40,6 +42,17 @@ def write_stage(
                     value += 0.5 * (step < steps)
                     record = {"step": step, "kind": "eval", "task": task, "loss": 2 * value, "tokens": 300}
                     writer.write(record | {"bits_per_byte": value, "bytes": 999})
+        parts = {
+            "steps": 6000,
+            "startup": 60,
+            "compile": 540,
+            "lost": 900,
+            "data_wait": 0,
+            "eval": 0,
+            "other": 0,
+        }
+        time = {f"{part}_seconds": seconds for part, seconds in parts.items()}
+        writer.write({"step": steps, "kind": "time", "wall_seconds": 7500, "goodput": 0.8, **time})
     return workdir
 
 

@@ -1,5 +1,6 @@
 """The page: whole, self-contained, safe against odd names, and alive in a browser where there is one."""
 
+import html
 import html.parser
 import json
 import re
@@ -106,6 +107,25 @@ def test_only_what_differs_is_in_the_diff_and_all_is_below(stages, tmp_path):
     assert ["tokenizer.path", '""'] in outline.rows
 
 
+def test_time_mixture_and_samples(stages, tmp_path):
+    evil = "def f(</pre>"
+    answers = [[f"{stage.name} says <b>"] for stage in stages]
+    text = report(stages, tmp_path / "report.html", [evil], answers).read_text(encoding="utf-8")
+    outline = Outline(text)
+    assert ["stage", "wall time", "steps", "startup", "compile", "lost steps"] in outline.rows
+    assert [
+        "lemur",
+        "2 h 05 min",
+        "80.0%1 h 40 min",
+        "0.8%1 min 00 s",
+        "7.2%9 min 00 s",
+        "12.0%15 min 00 s",
+    ] in (outline.rows)
+    assert ["chat", "python_stdlib", "30k", "75.00%", "80.00%"] in outline.rows
+    assert text.count("def f(&lt;/pre&gt;</span>") == 3
+    assert "base says &lt;b&gt;" in text
+
+
 def test_one_run_stands_alone(stages, tmp_path):
     text, outline = written(stages[1:2], tmp_path / "report.html")
     assert "differ" not in text
@@ -157,7 +177,19 @@ def test_mistakes_leave_nothing_behind(stages, tmp_path):
         report(stages, tmp_path)
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="looks at the page in Debian's chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def browse(page, *words):
+    """What headless chromium prints."""
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+    options += " --disable-sync --disable-component-update --hide-scrollbars"
+    command = [CHROMIUM, *options.split(), profile, *words, f"file://{page}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="looks at the page in chromium, and there is none on PATH")
 def test_the_page_answers_a_pointer_in_a_browser(stages, tmp_path):
     text, _ = written(stages, tmp_path / "report.html")
     probe = """<script>
@@ -167,12 +199,35 @@ def test_the_page_answers_a_pointer_in_a_browser(stages, tmp_path):
     </script></body>"""
     # The probe's own script needs no exception: the page allows inline ones.
     (tmp_path / "probe.html").write_text(text.replace("</body>", probe), encoding="utf-8")
-    options = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    )
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    page = f"file://{tmp_path / 'probe.html'}"
-    command = ["chromium", *options.split(), "--disable-component-update", profile, "--dump-dom", page]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    shown = browse(tmp_path / "probe.html", "--dump-dom")
     tips = re.findall(r'<output class="tip"[^>]*>(.*?)</output>', shown)
     assert re.sub("<[^>]*>", "|", tips[1]) == "update 20|python_docs  2.6||python_stdlib  3.5|"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="looks at the page in chromium, and there is none on PATH")
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_fits_a_phone_and_follows_dark_mode(stages, tmp_path, dark):
+    """Nothing but tables may be wider than the screen, and text stands out from what is behind it."""
+    answers = [["    return x" * 40]] * 3
+    text = report(stages, tmp_path / "report.html", ["def f(x):"], answers).read_text(encoding="utf-8")
+    frame = """<body><iframe style="width:390px;height:800px" srcdoc="PAGE"></iframe><script>
+    onload = () => {
+      const page = document.querySelector("iframe").contentDocument, colour = getComputedStyle(page.body);
+      const out = document.createElement("output");
+      out.textContent = [page.documentElement.scrollWidth, colour.color, colour.backgroundColor].join(" / ");
+      document.body.append(out);
+    };
+    </script></body>"""
+    (tmp_path / "frame.html").write_text(frame.replace("PAGE", html.escape(text)), encoding="utf-8")
+    mode = (
+        ["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]
+    )
+    shown = browse(tmp_path / "frame.html", *mode, "--dump-dom")
+    width, front, back = re.search(r"<output>(.*?)</output>", shown)[1].split(" / ")
+    assert int(width) <= 390
+    brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in (front, back)]
+    assert (
+        (brightness[0] > 0.8 and brightness[1] < 0.2)
+        if dark
+        else (brightness[0] < 0.2 and brightness[1] > 0.8)
+    )

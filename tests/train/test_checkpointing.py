@@ -66,7 +66,7 @@ def test_another_optimizer_is_refused_by_leaf_unless_told_to_start_fresh(train, 
 STUCK = """
 import sys, time
 from lemur_jax.cli import main
-from lemur_jax.train.loop import Checkpoints
+from lemur_jax.train.saves import Checkpoints
 save = Checkpoints.save
 def stuck(self, step, *rest):
     save(self, step, *rest) if step <= 3 else time.sleep(600)

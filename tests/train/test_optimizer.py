@@ -205,7 +205,7 @@ def test_moments_in_bfloat16():
 
 
 def test_unknown_optimizer_is_named():
-    with pytest.raises(UserError, match="'adam'.*adamw, adafactor, muon"):
+    with pytest.raises(UserError, match=r"'adam'.*adamw, adafactor, muon; did you mean adamw\?"):
         make_optimizer(dict(options("adamw"), name="adam"), 10, AXES)
 
 

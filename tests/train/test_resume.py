@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.checkpoint.manager import read_metadata, restore_params
+from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.data.store import StoreWriter
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.data.tokenizer_files import train_sentencepiece
@@ -23,6 +24,7 @@ from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import abstract_params
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.train.steplog import CLOCK_KEYS
+from tests.train.test_steplog import documented
 
 STEPS = 24
 
@@ -68,16 +70,20 @@ def write_store(path, tokenizer, task, split, seed):
             writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id], f"{task}-{number}", 3 * len(ids))
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A directory with a config, a tokenizer and stores."""
-    root = tmp_path_factory.mktemp("project")
+def make_project(root):
+    """Fills a directory with a config, a tokenizer and stores."""
     (root / "config.py").write_text(CONFIG)
     words = [f"value_{i} = {i} + other_{i % 7}" for i in range(400)]
     train_sentencepiece(words, root / "tokenizer", vocab_size=300)
     tokenizer = Tokenizer.load(root / "tokenizer")
     for seed, (task, split) in enumerate([("code", "train"), ("text", "train"), ("text", "validation")]):
         write_store(root / "stores" / task / split, tokenizer, task, split, seed)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    root = tmp_path_factory.mktemp("project")
+    make_project(root)
     return root
 
 
@@ -140,7 +146,10 @@ def losses(workdir):
 def without_clock(records):
     """What two runs must have in common."""
     kept = [record for record in records if record["kind"] != "time"]
-    return [{key: value for key, value in record.items() if key not in CLOCK_KEYS} for record in kept]
+    return [
+        {key: value for key, value in record.items() if key.split("/")[0] not in CLOCK_KEYS}
+        for record in kept
+    ]
 
 
 @pytest.mark.parametrize("checkpoints", [0, 2])
@@ -170,11 +179,35 @@ def test_finished_run_is_not_repeated(project, undisturbed):
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
 
+def test_records_are_as_documented_in_their_order(undisturbed):
+    records = read_metrics(undisturbed)
+    assert {key for r in records if r["kind"] == "eval" for key in r} == documented()["eval"] | {
+        "step",
+        "kind",
+        "task",
+    }
+    train, times = ([r for r in records if r["kind"] == kind] for kind in ("train", "time"))
+    assert {key for record in times for key in record} == documented()["time"] | {"step", "kind"}
+    assert times[0]["step"] == 0
+    assert 0 < times[-1]["goodput"] < 1
+    assert train[-1]["tokens"] == train[-1]["tokens/code"] + train[-1]["tokens/text"]
+
+
 def test_self_describing(undisturbed):
     metadata = read_metadata(undisturbed)
     assert metadata["config"] == json.loads((undisturbed / "config.json").read_text())
     assert set(metadata["data"]) == {"code", "text"}
     assert "tokenizer.model" in metadata["tokenizer"]
+
+
+def test_any_step_of_a_run_is_exported(undisturbed, tmp_path):
+    lines = []
+    for name, step in (("before", STEPS - 3), ("newest", None)):
+        export_hf(undisturbed, tmp_path / name, step=step, verify=True, say=lines.append)
+    assert "| Checkpoint step | 21 |" in (tmp_path / "before" / "README.md").read_text()
+    assert sum(line.startswith("logits (float32) equal transformers'") for line in lines) == 2
+    before, newest = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "newest"))
+    assert before != newest
 
 
 def refused(project, workdir, *words):

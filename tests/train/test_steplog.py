@@ -1,11 +1,17 @@
 """What the records say about the clock and the machine, with a clock that the test turns."""
 
+import collections
+import os
+import pathlib
+import re
 import types
 
 import numpy as np
 import pytest
 
 from lemur_jax.models.presets import preset
+from lemur_jax.telemetry import goodput
+from lemur_jax.telemetry.metrics import MetricsWriter
 from lemur_jax.train import steplog
 from lemur_jax.train.steplog import CLOCK_KEYS, StepLog
 
@@ -17,6 +23,9 @@ class Clock:
 
     def perf_counter(self):
         return self.now
+
+    def time(self):
+        return 1_000_000 + self.now
 
 
 class Keep(list):
@@ -43,6 +52,7 @@ def program(kind, devices):
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(steplog, "time", clock)
+    monkeypatch.setattr(goodput, "time", clock)
     return clock
 
 
@@ -54,17 +64,22 @@ def memory(monkeypatch):
     monkeypatch.setattr(steplog.jax, "local_devices", lambda: devices)
 
 
-def run(clock, steps=4, kind="TPU v4", devices=256):
+def run(clock, steps=4, kind="TPU v4", devices=256, spent=None, **more):
     """Steps of 10 s of which 1 s waits for data, after 3 s of start and 60 s of compiling."""
     mixture = types.SimpleNamespace(
-        sources=[types.SimpleNamespace(name="code")], batch_rows=ROWS, length=LENGTH
+        sources=[types.SimpleNamespace(name="code")],
+        batch_rows=ROWS,
+        length=LENGTH,
+        documents=lambda step, places: [f"code/{place}" for place in places],
     )
     writer = Keep()
-    log = StepLog(writer, Keep(), mixture, tokens=0, program=program(kind, devices), began=clock.now - 7.0)
+    progress = Keep()
+    log = StepLog(writer, progress, mixture, {}, spent, program(kind, devices), clock.now - 7.0)
     keys = ("loss", "learning_rate", "grad_norm", "param_norm", "update_norm")
     metrics = {key: np.float32(1.5) for key in keys}
     metrics |= {"target_tokens": np.float32(1000), "finite_rows": np.ones(ROWS, bool)}
     metrics |= {"source_loss": np.ones(1), "source_weight": np.ones(1)}
+    metrics |= more
 
     def batches():
         for step in range(steps):
@@ -90,11 +105,64 @@ def test_seconds_go_where_they_went(clock, memory):
     *records, spent = run(clock)
     assert [record["seconds"] for record in records] == pytest.approx([10.0] * 4)
     assert [record["data_wait_seconds"] for record in records] == pytest.approx([1.0] * 4)
+    parts = {
+        "startup": 7.0, "compile": 60.0, "data_wait": 4.0, "steps": 36.0, "eval": 5.0, "checkpoint": 2.0,
+        "lost": 0.0, "down": 0.0, "other": 0.0,
+    }  # fmt: skip
     assert spent == pytest.approx({
-        "step": 4, "kind": "time", "wall_seconds": 7 + 4 * 10 + 60 + 5 + 2, "startup_seconds": 7.0,
-        "compile_seconds": 60.0, "data_wait_seconds": 4.0, "steps_seconds": 36.0, "eval_seconds": 5.0,
-        "checkpoint_seconds": 2.0, "goodput": 36 / 114,
+        "step": 4, "kind": "time", "wall_seconds": 7 + 4 * 10 + 60 + 5 + 2, "goodput": 36 / 114,
+        "unix_seconds": 1_000_000 + clock.now, **{f"{part}_seconds": value for part, value in parts.items()},
     })  # fmt: skip
+    assert [record["tokens/code"] for record in records] == [1, 2, 3, 4]
+
+
+def test_goodput_counts_from_the_first_start(clock, memory, tmp_path):
+    """Saved at step 4, killed 20 s later, started again after another 30 s."""
+    first = run(clock)
+    with MetricsWriter(tmp_path) as writer:
+        for record in first:
+            writer.write(record)
+        writer.write({"step": 5, "kind": "train", "loss": 1.0})  # lost
+    killed = first[-1]["unix_seconds"] + 20
+    os.utime(tmp_path / "metrics.jsonl", (killed, killed))
+    spent = goodput.carried_over(tmp_path, 4, killed + 30)
+    assert (spent["lost"], spent["down"], spent["wall"]) == pytest.approx((20, 30, 114 + 50))
+    last = run(clock, spent=spent)[-1]
+    assert last["steps_seconds"] == pytest.approx(72)
+    assert last["compile_seconds"] == pytest.approx(120)
+    assert (last["lost_seconds"], last["down_seconds"]) == pytest.approx((20, 30))
+    assert last["goodput"] == pytest.approx(72 / last["wall_seconds"])
+    assert sum(last[f"{part}_seconds"] for part in (*goodput.PARTS, "other")) == pytest.approx(
+        last["wall_seconds"]
+    )
+    assert goodput.carried_over(tmp_path / "absent", 0, killed) == {}
+
+
+def test_every_key_is_documented_and_every_documented_key_is_written(clock, memory, monkeypatch):
+    """Of records of training and time here; those of evaluation are in test_resume.py."""
+    monkeypatch.setattr(steplog.liveness, "told", lambda _: {0: 1.0, 1: 2.0})
+    more = {"skips_in_a_row": np.int32(1), "grad_norm_limit": np.float32(1.2), "row_loss": np.ones(ROWS)}
+    written = collections.defaultdict(set)
+    for record in run(clock, **more):
+        written[record["kind"]] |= {
+            re.sub("/code$", "/SOURCE", re.sub("/[01]$", "/N", key)) for key in record
+        }
+    for kind in ("train", "skip", "time"):
+        assert written[kind] - {"kind"} - {"step"} == documented()[kind] - {"step"}
+
+
+def documented():
+    """Keys in docs/metrics.md by kind."""
+    kinds = collections.defaultdict(set)
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for section in text.split("\n## ")[1:]:
+        title, _, body = section.partition("\n")
+        for kind in re.findall(r"kind: (\w+)", title):
+            for cell in re.findall(r"^\| (`.*?) \|", body, re.MULTILINE):
+                where = re.findall(r"\((\w+)\)", cell)
+                if not where or kind in where:
+                    kinds[kind] |= set(re.findall(r"`([^`]+)`", cell))
+    return kinds
 
 
 def test_utilization_of_a_known_chip(clock, memory):
@@ -127,7 +195,7 @@ def test_reader_is_closed_when_the_loop_is_left(clock):
             closed.append(True)
 
     mixture = types.SimpleNamespace(sources=[], batch_rows=1, length=1)
-    waiting = StepLog(None, Keep(), mixture, tokens=0).waiting(batches())
+    waiting = StepLog(None, Keep(), mixture, {}).waiting(batches())
     next(waiting)
     waiting.close()
     assert closed == [True]

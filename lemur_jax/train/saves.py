@@ -1,0 +1,183 @@
+"""The checkpoints of one run: where it starts, when it saves, and where it goes back to."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from lemur_jax.checkpoint.manager import Checkpoints
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.loader import Loader
+from lemur_jax.parallel.hosts import any_host
+from lemur_jax.train import state as states
+from lemur_jax.train.initial import initial_params
+from lemur_jax.train.spikes import memory, rollback_target, rolled_back
+from lemur_jax.train.state import TrainState
+from lemur_jax.train.step import Program
+
+# Between two attempts to save the last step.
+_RETRY_SECONDS = 10.0
+
+
+class Saves:
+    """A context in which `WORKDIR/checkpoints` is open.
+
+    Args:
+      config: a run config.
+      workdir: of the run.
+      program: the run's.
+      metadata: goes into every checkpoint (`checkpoint.manager.make_metadata`).
+      say: gets what a person wants to read.
+
+    Raises:
+      UserError: `config.checkpoint` asks for what cannot be.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.Path,
+        program: Program,
+        metadata: dict[str, Any],
+        say: Callable[[str], None],
+    ):
+        self._config = config
+        self._program = program
+        self._metadata = metadata
+        self._checkpoints = _open(config, workdir, say)
+        self._saved_at = time.monotonic()
+
+    def __enter__(self) -> "Saves":
+        self._checkpoints.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._checkpoints.__exit__(*error)
+
+    def first_state(self, at_most: int | None = None) -> tuple[TrainState, int]:
+        """The state of the newest checkpoint that is whole and its step, or a fresh state and 0.
+
+        Args:
+          at_most: later checkpoints are left alone; None: there are none such.
+
+        Raises:
+          UserError: no checkpoint is whole, or they are of another model, optimizer or data.
+        """
+        program, fresh = self._program, self._config.checkpoint.other_optimizer == "fresh"
+        found = self._checkpoints.restore_newest(
+            program.state.params, program.state.optimizer, self._check_data, at_most, fresh
+        )
+        if found is None:
+            params = initial_params(self._config, program)
+            return states.start(params, program.optimizer, program.state), 0
+        step, params, optimizer = found
+        if optimizer is None:
+            return states.start(params, program.optimizer, program.state, step), step
+        counter = jax.device_put(jax.numpy.int32(step), program.state.step.sharding)
+        return TrainState(step=counter, params=params, optimizer=optimizer), step
+
+    def _check_data(self, stored: Mapping[str, Any]) -> None:
+        theirs, ours = stored["data"], self._metadata["data"]
+        if theirs != ours:
+            changed = sorted(task for task in ours if theirs.get(task) != ours[task])
+            raise UserError(
+                f"{self._checkpoints.path} was trained on other data: the store of"
+                f" {', '.join(changed) or 'a task'} has changed since; put the old stores back, or start in a"
+                " new --workdir"
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this update; the same on all hosts, which must all ask.
+
+        Out of turn, too: where the last save failed or is too long ago, looked at every `log.every_steps`.
+        """
+        if due(step, self._config.checkpoint.every_steps):
+            return True
+        if not due(step, self._config.log.every_steps):
+            return False
+        self._checkpoints.poll()
+        minutes = self._config.checkpoint.every_minutes
+        late = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
+        return any_host(late or self._checkpoints.failed)
+
+    def save(self, step: int, state: TrainState, losses: Mapping[str, float], to_the_end: bool) -> None:
+        """Saves in the background.
+
+        Args:
+          losses: held-out losses at this step by task, as far as there are any.
+          to_the_end: wait until all is written and repeat it while it fails; too many failures raise.
+        """
+        best = losses.get(self._config.checkpoint.keep_best)
+        self._checkpoints.save(step, state.params, state.optimizer, self._metadata, best)
+        self._saved_at = time.monotonic()
+        if not to_the_end:
+            return
+        self._checkpoints.wait()
+        while self._checkpoints.failed:
+            time.sleep(_RETRY_SECONDS)
+            self._checkpoints.save(step, state.params, state.optimizer, self._metadata, best)
+            self._checkpoints.wait()
+
+    def roll_back(self, state: TrainState, loader: Loader) -> tuple[TrainState, int]:
+        """The state with the parameters of the last regular checkpoint before the skips, and its step.
+
+        Where that checkpoint is not there, a save having failed, its parameters are made again from an older
+        one. `state` is used up.
+
+        Raises:
+          UserError: the run was rolled back too often.
+        """
+        rule = memory(state.optimizer)
+        assert rule is not None
+        done, in_a_row = int(state.step), int(rule.in_a_row)
+        rollbacks, before = int(rule.rollbacks), int(rule.rolled_back_at)
+        if rollbacks >= self._config.spikes.max_rollbacks:
+            raise UserError(
+                f"step {done}: {in_a_row} updates in a row were skipped, and the run was rolled back"
+                f" {rollbacks} times already (config.spikes.max_rollbacks); look at the documents of the skips in"
+                " metrics.jsonl, or lower config.optimizer.learning_rate, in a new --workdir"
+            )
+        target = rollback_target(done, in_a_row, self._config.checkpoint.every_steps, before)
+        self._checkpoints.wait()
+        counters = state.optimizer._replace(inner_state=None)
+        for leaf in jax.tree.leaves((state.params, rule)):
+            leaf.delete()  # two states may be more than the devices hold
+        good, at = self.first_state(at_most=target)
+        if at < before:
+            raise UserError(
+                f"step {done}: cannot roll back to step {target}: no whole checkpoint from step {before} on is"
+                " left"
+            )
+        for step in range(at, target):
+            good, _ = self._program.step(good, loader.batch(step))
+        return rolled_back(counters, good, state.step, rollbacks + 1), target
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that is done every so many updates (0: never) is done after this one."""
+    return every > 0 and step % every == 0
+
+
+def _open(config: ConfigDict, workdir: epath.Path, say: Callable[[str], None]) -> Checkpoints:
+    options = config.checkpoint
+    if options.other_optimizer not in ("refuse", "fresh"):
+        raise UserError(
+            f"config.checkpoint.other_optimizer is {options.other_optimizer!r}: it must be 'refuse' or 'fresh'"
+        )
+    if options.keep_best and options.keep_best not in config.eval.tasks:
+        raise UserError(
+            f"config.checkpoint.keep_best {options.keep_best!r} is not among config.eval.tasks"
+            f" {tuple(config.eval.tasks)}"
+        )
+    return Checkpoints(
+        workdir / "checkpoints",
+        keep=options.keep,
+        keep_every=options.keep_every,
+        keep_best=1 if options.keep_best else 0,
+        max_failures=options.max_failures,
+        broadcast=options.broadcast,
+        say=say,
+    )

@@ -1,0 +1,183 @@
+"""A small training under faults, which must end as if nothing had happened. README.md has the command."""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from lemur_jax.checkpoint.manager import read_metadata
+from lemur_jax.telemetry.metrics import read_metrics
+from tests.faults.faults import ENDS
+from tests.train.test_resume import make_project, without_clock
+
+SHIM = pathlib.Path(__file__).parent / "shim"
+STEPS_PER_FAULT = 16
+PATIENCE = 600.0  # seconds for the next step, of a machine that may be busy
+
+
+class Run:
+    """`lemur train` in a directory, started again as often as need be.
+
+    Attributes:
+      root: config, tokenizer and stores.
+      workdir, checkpoints: of the run.
+      faults: what the shim reads.
+      mark: in the environment of all its processes.
+    """
+
+    def __init__(self, root: pathlib.Path, name: str, steps: int):
+        self.root, self.workdir, self.steps = root, root / name, steps
+        self.checkpoints = self.workdir / "checkpoints"
+        self.faults, self.temporary = root / f"{name}-faults", root / f"{name}-tmp"
+        self.faults.mkdir()
+        self.temporary.mkdir()
+        self.log = root / f"{name}.log"
+        self.mark = uuid.uuid4().hex
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+        environment |= {"LEMUR_FAULTS": str(self.faults), "LEMUR_MARK": self.mark}
+        environment["TMPDIR"] = str(self.temporary)
+        environment["PYTHONPATH"] = os.pathsep.join([str(SHIM), *filter(None, sys.path)])
+        words = ["train", "--config", "config.py", "--workdir", self.workdir.name, "--virtual-devices", "1"]
+        words += [f"--config.train.steps={self.steps}", "--config.eval.every_steps=40"]
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lemur_jax.cli", *words],
+                cwd=self.root,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def start_again(self, allowed: set[int | None]) -> None:
+        """After an end that the fault explains."""
+        assert self.ended in allowed, f"ended with {self.ended}: {self.log.read_text()[-3000:]}"
+        self.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def ended(self) -> int | None:
+        """Exit status; None while it runs."""
+        return self.process.poll()
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=PATIENCE)
+
+    def step(self) -> int:
+        """The last step in the metrics."""
+        file = self.workdir / "metrics.jsonl"
+        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    def reach(self, step: int) -> bool:
+        """Waits until the step is in the metrics; False if the process ends before."""
+        deadline = time.monotonic() + PATIENCE
+        while self.step() < min(step, self.steps):
+            if self.ended is not None:
+                return False
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"step {step} is not reached, see {self.log}")
+            time.sleep(0.01)
+        return True
+
+    def processes(self) -> list[int]:
+        """All processes that come from this run, by their environment."""
+        found = []
+        for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if self.mark.encode() in path.read_bytes():
+                    found.append(int(path.parent.name))
+            except OSError:
+                continue
+        return found
+
+
+def drill(root: pathlib.Path, seed: int, kinds: list, say=print) -> Run:
+    """Runs once alone and once under `kinds` of faults, one after the other, and compares.
+
+    Raises:
+      AssertionError: something is not as if nothing had happened.
+    """
+    rng = random.Random(seed)
+    make_project(root)
+    steps = STEPS_PER_FAULT * (len(kinds) + 1)
+    alone, hurt = Run(root, "alone", steps), Run(root, "hurt", steps)
+    alone.start()
+    assert alone.wait() == 0, alone.log.read_text()
+    hurt.start()
+    for number, fault in enumerate(kinds, start=1):
+        # After a few steps, or else the run may still be starting, which is a moment too.
+        goal = hurt.step() + rng.randint(1, 8) if rng.random() < 0.9 else 0
+        while not hurt.reach(goal):
+            hurt.start_again(ENDS[kinds[number - 2]])  # what a fault did may be seen late
+        time.sleep(rng.random() * 0.1)
+        say(f"fault {number}: {fault.__name__} at step {hurt.step()} of {steps}")
+        fault(hurt, rng)
+        if hurt.ended is not None:
+            hurt.start_again(ENDS[fault])
+    while hurt.wait() != 0:
+        hurt.start_again(ENDS[kinds[-1]])
+    compare(alone, hurt)
+    return hurt
+
+
+def compare(alone: Run, hurt: Run) -> None:
+    assert "Traceback" not in hurt.log.read_text(), hurt.log.read_text()
+    ours, theirs = read_metadata(hurt.workdir), read_metadata(alone.workdir)
+    assert ours["step"] == alone.steps
+    assert ours["leaves"] == theirs["leaves"]  # digests of all bits of parameters and optimizer
+    records = without_clock(read_metrics(hurt.workdir))
+    # The loss of a step to the bit: its rows were the same, and the steps are 1, 2, 3 ...
+    assert records == without_clock(read_metrics(alone.workdir))
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, alone.steps + 1))
+    assert hurt.processes() == []
+    assert list(hurt.temporary.iterdir()) == []
+    assert sorted(path.name for path in hurt.workdir.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+    ]
+    kept = {path.name for path in hurt.checkpoints.iterdir() if not path.name.startswith("damaged-")}
+    assert kept == {path.name for path in alone.checkpoints.iterdir()}
+    assert not [path for path in hurt.checkpoints.rglob("*") if "tmp" in path.name]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--directory", help="kept; without it, a temporary one is removed when all is well")
+    args = parser.parse_args()
+    print(f"seed {args.seed}", flush=True)
+    kinds = random.Random(args.seed).choices(list(ENDS), k=args.faults)
+    root = pathlib.Path(args.directory or tempfile.mkdtemp(prefix="drill-"))
+    root.mkdir(exist_ok=True)
+    began = time.monotonic()
+    drill(root, args.seed, kinds, lambda line: print(line, flush=True))
+    counts = collections.Counter(kind.__name__ for kind in kinds)
+    print(", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
+    print(f"all as if nothing had happened, after {time.monotonic() - began:.0f} s")
+    if not args.directory:
+        subprocess.run(["rm", "-rf", str(root)], check=True)
+
+
+if __name__ == "__main__":
+    main()
