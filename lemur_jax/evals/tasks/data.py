@@ -24,7 +24,7 @@ LETTERS = "ABCD"
 Document = dict[str, Any]
 
 
-def mmlu(data: str = "", **_: Any) -> dict[str, list[Document]]:
+def mmlu(data: str = "", **_: Any) -> dict[str, Any]:
     """Questions of all subjects, each with the first 5 development questions of its subject in front.
 
     Raises:
@@ -39,7 +39,7 @@ def mmlu(data: str = "", **_: Any) -> dict[str, list[Document]]:
         head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         prompt = head + "".join(shots[row["subject"]][:5]) + _question(row)
         found.append({"prompt": prompt, "answer": row["answer"], "subject": row["subject"]})
-    return {"test": found}
+    return _test_split(found)
 
 
 def _question(row: Mapping[str, Any]) -> str:
@@ -47,7 +47,7 @@ def _question(row: Mapping[str, Any]) -> str:
     return f"{row['question'].strip()}{choices}\nAnswer:"
 
 
-def bbh(data: str = "", **_: Any) -> dict[str, list[Document]]:
+def bbh(data: str = "", **_: Any) -> dict[str, Any]:
     """Questions of all tasks, each with its task's description and 3 examples in front.
 
     Raises:
@@ -64,7 +64,7 @@ def bbh(data: str = "", **_: Any) -> dict[str, list[Document]]:
         for row in rows("bbh", name, "test", data):
             prompt = f"{head}Q: {row['input'].strip()}\nA:"
             found.append({"prompt": prompt, "target": row["target"].strip(), "task": name})
-    return {"test": found}
+    return _test_split(found)
 
 
 def bbh_result(doc: Document, results: Sequence[str]) -> dict[str, tuple[str, bool]]:
@@ -80,7 +80,7 @@ def mean_over_tasks(items: Iterable[tuple[str, bool]]) -> float:
     return statistics.fmean(statistics.fmean(of) for of in by_task.values())
 
 
-def gsm8k(data: str = "", **_: Any) -> dict[str, list[Document]]:
+def gsm8k(data: str = "", **_: Any) -> dict[str, Any]:
     """Test questions with 8 worked ones in front.
 
     Raises:
@@ -89,15 +89,11 @@ def gsm8k(data: str = "", **_: Any) -> dict[str, list[Document]]:
     settings = yaml.safe_load((_harness_tasks() / "gsm8k/gsm8k-cot.yaml").read_text())
     shots = settings["fewshot_config"]["samples"][:8]
     head = "".join(f"Q: {shot['question']}\nA: {shot['target']}\n\n" for shot in shots)
-    return {
-        "test": [
-            {
-                "prompt": f"{head}Q: {row['question']}\nA:",
-                "target": row["answer"].rpartition("####")[2].strip(),
-            }
-            for row in rows("gsm8k", "main", "test", data)
-        ]
-    }
+    found = []
+    for row in rows("gsm8k", "main", "test", data):
+        target = row["answer"].rpartition("####")[2].strip()
+        found.append({"prompt": f"{head}Q: {row['question']}\nA:", "target": target})
+    return _test_split(found)
 
 
 def gsm8k_result(doc: Document, results: Sequence[str]) -> dict[str, bool]:
@@ -137,6 +133,13 @@ def rows(name: str, config: str, split: str, data: str = "") -> list[Document]:
             f" where there is a network, hf download {repository} --repo-type dataset --local-dir DIR/{name};"
             " bring DIR here and name it with --data DIR"
         ) from error
+
+
+def _test_split(documents: list[Document]) -> dict[str, Any]:
+    """The documents as the harness takes them."""
+    import datasets
+
+    return {"test": datasets.Dataset.from_list(documents)}
 
 
 def _harness_tasks() -> pathlib.Path:
