@@ -75,10 +75,16 @@ class CorpusSource(seqio.FunctionDataSource):
 
 
 def _example(document: corpora.Document) -> dict[str, str | bytes]:
-    is_text = "text" in document
-    content = {"text": document["text"]} if is_text else {"messages": json.dumps(document["messages"])}
-    rest = {"id": document["id"], "source": document["source"]}
-    return content | rest | {"meta": json.dumps(document["meta"], sort_keys=True)}
+    return {
+        **(
+            {"text": document["text"]}
+            if "text" in document
+            else {"messages": json.dumps(document["messages"])}
+        ),
+        "id": document["id"],
+        "source": document["source"],
+        "meta": json.dumps(document["meta"], sort_keys=True),
+    }
 
 
 def _string_feature() -> seqio.Feature:
