@@ -122,17 +122,23 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Syncs and closes; may be called twice."""
-        if not self._file.closed:
+        if self._file.closed:
+            return
+        try:
             self.sync()
-            self._file.close()
-            for board in self._boards:
-                board.close()
+        finally:
+            with self._explained():
+                self._file.close()  # tries once more to write what could not be written
+                for board in self._boards:
+                    board.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # What went wrong first is what to tell.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(UserError):
+            self.close()
 
     def _open(self, data: bytes) -> BinaryIO:
         """A file that continues after `data`, which lies there already."""

@@ -185,7 +185,7 @@ from lemur_jax.cli import main
 from lemur_jax.data.loader import Loader
 batch = Loader.batch
 def late(self, step):
-    time.sleep(0.3 * (os.environ["JAX_PROCESS_ID"] == "1"))
+    time.sleep(2 * (os.environ["JAX_PROCESS_ID"] == "1"))
     return batch(self, step)
 Loader.batch = late
 sys.exit(main(sys.argv[1:]))
@@ -196,7 +196,7 @@ def test_straggler_is_seen_in_the_metrics(hosts_project, tmp_path):
     words = [*hosts_project.train_words(tmp_path / "run"), "--virtual-devices", "4"]
     finish(hosts_project.start(2, "-c", SLOW, *words))
     last = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"][-1]
-    assert last["host_seconds/1"] > last["host_seconds/0"] + 0.1
+    assert last["host_seconds/1"] > last["host_seconds/0"]
 
 
 @pytest.mark.slow

@@ -181,3 +181,19 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         MetricsWriter(tmp_path).write(train(1))
     with contextlib.suppress(OSError):
         full.close()
+
+
+def test_a_full_disk_is_one_clear_error_and_hides_no_other(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer._file.close()
+    writer._file = open("/dev/full", "ab")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        writer.write({"step": 1})
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        writer.close()
+    other = MetricsWriter(tmp_path)
+    other._file.close()
+    other._file = open("/dev/full", "ab")  # noqa: SIM115
+    other._file.write(b"x")
+    with pytest.raises(KeyError, match="first"), other:
+        raise KeyError("first")
