@@ -99,7 +99,7 @@ def test_gradients_travel_in_the_dtype_of_the_config(dtype, short, moved, tmp_pa
     options.compute.reduce_dtype = dtype
     made = plan(options, "v4-16", hlo_path=str(tmp_path / "step.hlo"))
     text = (tmp_path / "step.hlo").read_text()
-    sent = re.findall(r"= \(?(\w+)\[.* all-to-all(?:-start)?\(", text)
+    sent = re.findall(r"= \(*(\w+)\[.* all-to-all(?:-start)?\(", text)
     assert set(sent) == {short}
     layers = parameter_counts(preset("tiny", hidden_size=1024, intermediate_size=2048, head_dim=128))
     weights = layers.attention + layers.mlp
