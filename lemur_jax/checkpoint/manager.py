@@ -6,6 +6,9 @@ the data, and shape, dtype and digest of every leaf. Nothing else is needed to r
 and nothing is taken from a checkpoint that does not agree with it.
 """
 
+import contextlib
+import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,6 +43,10 @@ __all__ = (
     "tokenizer_files",
     "write_params",
 )
+
+
+# A thread of Orbax that waits for one that has failed goes on waiting for minutes, and writes nothing.
+_LAST_WRITES_SECONDS = 10.0
 
 
 class Checkpoints:
@@ -156,8 +163,7 @@ class Checkpoints:
         self._failures += 1
         # What is half written takes room that the next attempt may need, and the step is not there.
         if hosts.is_chief():
-            for leftover in self.path.glob("*.orbax-checkpoint-tmp*"):
-                leftover.rmtree(missing_ok=True)
+            _remove_half_written(self.path)
         self._manager.reload()
         kept = self._manager.latest_step()
         reason = f"{type(error).__name__}: {error}"
@@ -268,6 +274,26 @@ class Checkpoints:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _remove_half_written(path: epath.Path) -> None:
+    """Removes what a failed save has left, until nothing of it comes back.
+
+    The first error ends Orbax's wait, while its other threads, and TensorStore's behind them, may still be at it.
+    """
+    deadline = time.monotonic() + _LAST_WRITES_SECONDS
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            # Orbax's own `join` raises the thread's error, which is reported already.
+            threading.Thread.join(thread, max(0.0, deadline - time.monotonic()))
+    while leftovers := list(path.glob("*.orbax-checkpoint-tmp*")):
+        for leftover in leftovers:
+            # A file that is written while its directory is emptied.
+            with contextlib.suppress(OSError):
+                leftover.rmtree(missing_ok=True)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
 
 
 def _loss(metrics: Mapping[str, Any]) -> float:
