@@ -106,7 +106,7 @@ def kill_after_a_local_checkpoint(project, words, disks):
     processes = project.start(2, "-m", "lemur_jax.cli", *words, "--virtual-devices", "4")
 
     def newest():
-        steps = [[int(path.parent.name) for path in disk.glob("*/*/state")] for disk in disks]
+        steps = [[int(path.name) for path in disk.glob("*/*") if path.name.isdigit()] for disk in disks]
         return [max((step for step in found), default=0) for found in steps]
 
     deadline = time.monotonic() + 240
