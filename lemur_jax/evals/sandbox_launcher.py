@@ -171,8 +171,8 @@ def enter(request):
     except OSError as error:
         give_up_root()
         if user := os.getuid():
-            # Here the limit counts everything that this user runs already.
-            request["limits"]["processes"] += threads_of(user)
+            # Here the limit counts everything that this user runs already; this process is the box's first.
+            request["limits"]["processes"] += threads_of(user) - 1
         box = request["directory"] or request["root"]
         report(request, isolated=confine(request, box), reason=str(error))
         execute(request, box)
