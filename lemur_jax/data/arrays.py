@@ -53,6 +53,16 @@ def finish(read: Any) -> np.ndarray:
         ) from error
 
 
+def read_spans(array: Any, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[start, start + length) of an array for each of the spans, joined; what adjoins is one read."""
+    starts = np.asarray(starts)
+    stops = starts + lengths
+    cuts = np.flatnonzero(starts[1:] != stops[:-1])
+    starts, stops = np.append(starts[:1], starts[1:][cuts]), np.append(stops[:-1][cuts], stops[-1:])
+    reads = [array[a:b].read() for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+    return np.concatenate([finish(read) for read in reads])
+
+
 class ArrayWriter:
     """Appends to a one-dimensional array of unknown length, a whole shard at a time.
 

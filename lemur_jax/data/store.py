@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.arrays import ArrayWriter, finish, open_array
+from lemur_jax.data.arrays import ArrayWriter, finish, open_array, read_spans
 from lemur_jax.data.manifest import Manifest, read_manifest
 from lemur_jax.data.tokenizer import Tokenizer, compatible
 
@@ -296,9 +296,11 @@ class TokenStore:
         """The loss mask of the same spans: uint8 [sum of lengths]; needs `manifest.has_loss_mask`."""
         return self._spans("loss_mask", starts, lengths)
 
-    def offsets(self) -> np.ndarray:
-        """Where each document begins, and the number of tokens: int64 [documents + 1], in memory."""
-        return finish(self._arrays["offsets"].read())
+    def offsets(self, first: int = 0, stop: int | None = None) -> np.ndarray:
+        """Where each document begins, and the number of tokens: [first, stop) of int64 [documents + 1], in memory."""
+        return finish(
+            self._arrays["offsets"][first : self.num_documents + 1 if stop is None else stop].read()
+        )
 
     def document_starts(
         self, starts: np.ndarray, stops: np.ndarray
@@ -374,13 +376,7 @@ class TokenStore:
         return starts, stops - starts
 
     def _spans(self, name: str, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """[start, start + length) of an array for each of the spans, joined; what adjoins is one read."""
-        array, starts = self._arrays[name], np.asarray(starts)
-        stops = starts + lengths
-        cuts = np.flatnonzero(starts[1:] != stops[:-1])
-        starts, stops = np.append(starts[:1], starts[1:][cuts]), np.append(stops[:-1][cuts], stops[-1:])
-        reads = [array[a:b].read() for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
-        return np.concatenate([finish(read) for read in reads])
+        return read_spans(self._arrays[name], starts, lengths)
 
 
 def _check_tokenizer(path: epath.PathLike, manifest: Manifest, tokenizer: Tokenizer) -> None:
