@@ -1,6 +1,6 @@
 """What Orbax and TensorStore print about a failed save besides raising it: kept off the terminal.
 
-`Checkpoints` says of a failed save what there is to say, in one line. Three places in Orbax log the traceback of the
+`Checkpoints` says of a failed save what there is to say, in one line. Several places in Orbax log the traceback of the
 same error before they raise it, and writes of TensorStore that end later still find the event loop of the save
 closed. That would be pages around the one line; whatever else is logged or cannot be raised passes.
 """
@@ -15,6 +15,8 @@ _RAISED_TOO = {
     ("future.py", "run"),
     ("async_checkpointer.py", "_thread_func"),
     ("checkpoint_manager.py", "wait_until_finished"),
+    ("checkpoint.py", "_write_and_log"),
+    ("checkpoint.py", "_update_and_log"),
 }
 
 
