@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import stat
 import subprocess
 import sys
@@ -217,7 +218,8 @@ def test_start_hands_kubectl_what_the_dry_run_prints(gke_sh):
 )  # fmt: skip
 def test_the_other_verbs_call_kubectl(gke_sh, verb, calls):
     printed = gke_sh(verb, "--dry-run")
-    assert [line.strip() for line in printed.stdout.splitlines()] == [f"kubectl {call}" for call in calls]
+    told = [shlex.split(line) for line in printed.stdout.splitlines()]
+    assert told == [["kubectl", *call.split()] for call in calls]
     assert gke_sh.calls() == []
     assert gke_sh(verb).returncode == 0
     assert gke_sh.calls() == calls
