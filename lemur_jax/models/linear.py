@@ -33,6 +33,11 @@ class Reduction(NamedTuple):
     exchange: bool
 
 
+def is_quantized(param: Any) -> bool:
+    """Whether this is a `qwix.QArray`, integers and their scales, and no array; told without importing qwix."""
+    return hasattr(param, "qvalue")
+
+
 def gathered(param: Any, axes: tuple[str, ...], mesh: Mesh | None, dtype) -> jax.Array:
     """The matrix in `dtype`, whole along `fsdp`.
 
@@ -40,7 +45,7 @@ def gathered(param: Any, axes: tuple[str, ...], mesh: Mesh | None, dtype) -> jax
     than reduce activations. Of a `qwix.QArray` (`infer/quantize.py`) the integers travel.
     """
     whole = tuple("width" if axis == "embed" else axis for axis in axes)
-    if isinstance(param, jax.Array):
+    if not is_quantized(param):
         return constrain(param.astype(dtype), mesh, *whole)
     import qwix
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from lemur_jax.models.attention import attention
 from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.linear import Reduction, gathered, product, sharded_product
+from lemur_jax.models.linear import Reduction, gathered, is_quantized, product, sharded_product
 from lemur_jax.models.remat import rematerialize
 from lemur_jax.models.rope import rotary_angles, rotate, rotate_by_matmul
 from lemur_jax.parallel import compiler_flags
@@ -118,7 +118,7 @@ class Projections(nnx.Module):
 
     def einsum(self, equation: str, x: jax.Array, param: nnx.Param) -> jax.Array:
         reduction = self.compute.reduction
-        if reduction and isinstance(param.get_value(), jax.Array):  # of integers there is no gradient
+        if reduction and not is_quantized(param.get_value()):  # of integers there is no gradient
             return sharded_product(equation, param.axes, self.compute.mesh, reduction, x, param.get_value())
         return product(equation, x, self.weight(param))
 

@@ -27,7 +27,8 @@ def goodput(runs: Sequence[Run]) -> str:
             if share
         )
         cells = [
-            f"{share:.1%}<small>{duration(_seconds(run, part))}</small>" for part, share in shares.items()
+            f'<i class="key c{colour}"></i>{share:.1%}<small>{duration(_seconds(run, part))}</small>'
+            for colour, (part, share) in enumerate(shares.items())
         ]
         rows.append([f'{text(run.name)}<span class="bar">{bar}</span>', duration(wall), *cells])
     if not rows:

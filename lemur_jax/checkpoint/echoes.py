@@ -1,0 +1,38 @@
+"""What Orbax and TensorStore print about a failed save besides raising it: kept off the terminal.
+
+`Checkpoints` says of a failed save what there is to say, in one line. Several places in Orbax log the traceback of the
+same error before they raise it, and writes of TensorStore that end later still find the event loop of the save
+closed. That would be pages around the one line; whatever else is logged or cannot be raised passes.
+"""
+
+import functools
+import logging
+import sys
+from typing import Any
+
+# In Orbax: file and function that log an error and raise it too.
+_RAISED_TOO = {
+    ("future.py", "run"),
+    ("async_checkpointer.py", "_thread_func"),
+    ("checkpoint_manager.py", "wait_until_finished"),
+    ("checkpoint.py", "_write_and_log"),
+    ("checkpoint.py", "_update_and_log"),
+}
+
+
+@functools.cache
+def silence_echoes() -> None:
+    """From now on, for the whole process; may be called again."""
+    logging.getLogger("absl").addFilter(_is_news)
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if _is_late_write(found) else before(found)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "/orbax/" not in record.pathname or (record.filename, record.funcName) not in _RAISED_TOO
+
+
+def _is_late_write(found: Any) -> bool:
+    """Whether this is a callback from C++ to an event loop that is closed: no Python code is there to be told."""
+    value = found.exc_value
+    return found.object is None and isinstance(value, RuntimeError) and str(value) == "Event loop is closed"
