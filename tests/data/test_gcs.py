@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from lemur_jax.data import chat_sources, tasks
 from lemur_jax.data.prepare import prepare
-from lemur_jax.data.readers import Fields
+from lemur_jax.data.fields import Fields
 from lemur_jax.data.rows import ConcatRows, FitRows
 from lemur_jax.data.store import TokenStore
 
