@@ -15,7 +15,7 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 
 _CHUNK = 1 << 12  # elements decompressed by the smallest read
-_SHARD_BYTES = 1 << 25  # in one file, before compression
+_SHARD_BYTES = 1 << 25
 # An attribute of arrays of which every chunk is stored, also those of zeros alone: none may be missing.
 _COMPLETE = "complete"
 _CACHE_BYTES = 256 << 20  # of decompressed chunks, for all arrays of this process together
@@ -70,13 +70,14 @@ class ArrayWriter:
       path: its directory.
       dtype: of its elements.
       length: None: make a new array; else go on after so many elements of one that was saved.
+      shard_bytes: in one file, before compression (0: 32 MiB); twice as much may be in memory.
     """
 
-    def __init__(self, path: epath.Path, dtype: str, length: int | None = None):
+    def __init__(self, path: epath.Path, dtype: str, length: int | None = None, shard_bytes: int = 0):
         import tensorstore as ts
 
         self.dtype = np.dtype(dtype)
-        self._shard = _SHARD_BYTES // self.dtype.itemsize
+        self._shard = (shard_bytes or _SHARD_BYTES) // self.dtype.itemsize
         spec = _create_spec(path, self.dtype, self._shard)
         self._array = ts.open(spec, create=length is None, open=length is not None).result()
         self._buffer = np.empty(self._shard, self.dtype)
