@@ -21,7 +21,7 @@ _COMPLETE = "complete"
 _SHORT = (
     512  # elements: shorter spans are read faster in one read by index (measured), longer ones by themselves
 )
-_CACHE_BYTES = 256 << 20  # of decompressed chunks, for all arrays of this process together
+_CACHE_BYTES = 128 << 20  # of decompressed chunks, for all arrays of this process together
 
 
 def open_array(path: epath.Path, *, cache: bool = True):

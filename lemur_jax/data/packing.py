@@ -24,7 +24,7 @@ from lemur_jax.data.arrays import ArrayWriter, open_array, read_spans
 from lemur_jax.data.store import TokenStore
 
 # Documents that are packed together: every P-th of the store, so that a row mixes documents of the whole store.
-PACKED = 1 << 18
+PACKED = 1 << 16
 _COPIED = 1 << 20
 _SHARD_BYTES = 1 << 22
 _DTYPES = {"documents": "int64", "starts": "int64", "lengths": "int32", "row_offsets": "int64"}

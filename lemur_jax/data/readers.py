@@ -60,7 +60,8 @@ def find_files(patterns: str | Iterable[str]) -> list[str]:
             raise UserError(f"{pattern}: ** is not understood; write one * for each directory")
         path = epath.Path(pattern)
         if "*" not in pattern and "?" not in pattern and "[" not in pattern:
-            found |= {path} if not path.is_dir() else {file for file in path.glob("*") if not file.is_dir()}
+            inside = (file for file in path.glob("*") if not file.is_dir()) if path.is_dir() else [path]
+            found |= {file for file in inside if file.exists()}
             continue
         # epath globs below a directory only: begin at the last one without a wildcard.
         parts = path.parts

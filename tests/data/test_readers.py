@@ -271,6 +271,7 @@ def test_globs_and_directories_are_sorted_and_leave_out_hidden_files(tmp_path):
     assert relative(readers.find_files(f"{tmp_path}/*/*.jsonl")) == ["a/1.jsonl", "b/2.jsonl"]
     assert relative(readers.find_files([f"{tmp_path}/a", f"{tmp_path}/c.txt"])) == ["a/1.jsonl", "c.txt"]
     assert readers.find_files(f"{tmp_path}/nothing/*") == []
+    assert readers.find_files(f"{tmp_path}/nothing.jsonl") == []
     with pytest.raises(UserError, match=r"\*\*"):
         readers.find_files(f"{tmp_path}/**/*.jsonl")
 
