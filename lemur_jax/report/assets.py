@@ -108,7 +108,7 @@ footer { margin-top: 32px; }
   table:not(.keys) :is(tbody th, td) { padding: 2px 0; border: 0; white-space: normal; position: static; }
   table:not(.keys) td { display: flex; gap: 8px; align-items: baseline; }
   table:not(.keys) td::before { content: attr(data-head); color: var(--soft); margin-right: auto;
-    overflow-wrap: anywhere; text-align: left; }
+    flex: none; max-width: 50%; overflow-wrap: anywhere; text-align: left; }
   table:not(.keys) td small { order: -1; }
   table:not(.keys) td::before { order: -2; }
   td .key { display: inline; order: -3; }
