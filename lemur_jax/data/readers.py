@@ -291,7 +291,7 @@ def _lines(path: str, max_bytes: int) -> Iterator[tuple[str, bytes | Bad]]:
         for chunk in _chunks(path):
             for part in io.BytesIO(chunk):  # cut after line feeds alone
                 length += len(part)
-                held = held + part if length <= max_bytes else held[:EXCERPT]
+                held = held + part if length <= max_bytes else (held[:EXCERPT] + part[:EXCERPT])[:EXCERPT]
                 if part.endswith(b"\n"):
                     yield f"line {number}", _bounded(held, length, max_bytes)
                     number, held, length = number + 1, b"", 0

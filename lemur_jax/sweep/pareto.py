@@ -98,7 +98,7 @@ def _variant(one: Variant, x: str, y: str, across, down, on_front: bool) -> str:
 def _base(x: float, y: float) -> str:
     return (
         f'<path class="base" stroke-width="2.5" d="M{x - 6:.1f} {y - 6:.1f}l12 12m0 -12l-12 12"/>'
-        f'<text class="text" x="{x - 10:.1f}" y="{y + 20:.1f}" text-anchor="end">base</text>'
+        f'<text class="text" x="{x + 11:.1f}" y="{y + 4.5:.1f}">base</text>'
     )
 
 

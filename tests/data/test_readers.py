@@ -118,6 +118,16 @@ def test_a_truncated_file_gives_what_is_whole_and_one_bad_record(tmp_path, suffi
     assert "cannot be read on" in reason
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_what_is_kept_of_a_long_line_is_its_beginning(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(readers, "_READ_BYTES", chunk)
+    line = b'{"text": "' + bytes(range(97, 123)) * 100 + b'"}'
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
+    _, (place, found), _ = readers.rows(str(path), "jsonl", max_bytes=1000)
+    assert (place, found.excerpt) == ("line 2", line[: readers.EXCERPT])
+
+
 def test_a_line_of_200_mb_takes_no_memory(tmp_path):
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
