@@ -94,6 +94,7 @@ svg .range { fill: var(--c); fill-opacity: .16; stroke: none; }
 .tip span::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%;
   background: var(--c); margin-right: 6px; }
 footer { margin-top: 32px; }
+@media (max-width: 1100px) { th, td { padding: 8px 9px; } }
 @media (max-width: 600px) {
   main { padding: 16px 10px 32px; }
   .chart { padding: 12px 10px 8px; }
