@@ -123,7 +123,7 @@ def plan_runs(
     runs = []
     for ratio, settings in itertools.product(ratios, itertools.product(*axes)):
         overrides = [
-            f"--config.data.sources.{name}.share={share:.12g}"
+            f"--config.data.sources{_key(name)}.share={share:.12g}"
             for part, total in zip(parts, parse_ratio(ratio), strict=True)
             for name, share in _divided(total, part, shares).items()
         ]
@@ -140,6 +140,11 @@ def plan_runs(
     if len({run.name for run in runs}) < len(runs):
         raise UserError("the sweep has a run twice: name every ratio and every value once")
     return runs
+
+
+def _key(name: str) -> str:
+    """A source's name as an override has it: languages of a corpus ("code/C++") are quoted."""
+    return f".{name}" if name.isidentifier() else f"[{name!r}]"
 
 
 def _divided(total: float, part: Sequence[str], shares: Mapping[str, float]) -> dict[str, float]:

@@ -61,10 +61,16 @@ def test_a_part_of_several_sources_keeps_its_own_shares():
     assert run.ratio == "4:2"
 
 
-def test_languages_of_one_corpus_are_a_part():
-    config = config_of(("code/C++", "web"), **{"code/C++": 1.0, "code/Java": 1.0, "web": 1.0})
+def test_languages_of_one_corpus_are_a_part(project, monkeypatch):
+    monkeypatch.chdir(project)
+    config = load("config.py:languages")
     (run,) = plan_runs(config, ["10:1"], 1, sources="code/C++&code/Java,web")
-    assert shares_of(run) == {"code/C++": 5.0, "code/Java": 5.0, "web": 1.0}
+    sources = run_config("config.py:languages", [], run).data.sources
+    assert {name: source.share for name, source in sources.items()} == {
+        "code/C++": 7.5,
+        "code/Java": 2.5,
+        "web": 1.0,
+    }
 
 
 def test_annealing_is_varied_like_any_key(project, monkeypatch):
