@@ -109,19 +109,25 @@ def _kernel(heads: int, length: int, kind: str):
         causal,
         head_shards=1,
         q_seq_shards=1,
-        block_sizes=block_sizes(length),
+        block_sizes=block_sizes(length, kind),
         residual_checkpoint_name=RESIDUALS,
         interpret="TPU" not in kind,
     )
 
 
-def block_sizes(length: int) -> kernels.BlockSizes:
+def block_sizes(length: int, kind: str) -> kernels.BlockSizes:
     """Block sizes of the kernels: the best in static schedules for v4 and v5e at T 4096, cut to what divides T.
 
-    The backward pass is the fused kernel: it computes the scores once for dq, dk and dv, and leaves one dq
-    a block of keys to be summed, so its blocks are large.
+    The fused backward kernel computes the scores once for dq, dk and dv, and leaves one dq a block of keys to be
+    summed, so its blocks are large. On v5e that sum takes longer than computing the scores twice, and at T 131,072
+    the parts of dq are 4 GiB a head: there dq has a kernel of its own.
+
+    Args:
+      length: T.
+      kind: `jax.Device.device_kind`, e.g. "TPU v5 lite".
     """
     forward, backward = math.gcd(length, 512), math.gcd(length, 1024)
+    fused = kind != "TPU v5 lite"
     return kernels.BlockSizes(
         block_q=forward,
         block_kv=forward,
@@ -129,5 +135,7 @@ def block_sizes(length: int) -> kernels.BlockSizes:
         block_q_dkv=backward,
         block_kv_dkv=backward,
         block_kv_dkv_compute=math.gcd(backward, 512),
-        use_fused_bwd_kernel=True,
+        block_q_dq=None if fused else backward,
+        block_kv_dq=None if fused else backward,
+        use_fused_bwd_kernel=fused,
     )
