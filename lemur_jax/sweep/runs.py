@@ -32,7 +32,11 @@ class SweepRun:
     @property
     def variant(self) -> str:
         """What runs that differ in their seed alone have in common."""
-        return ", ".join([self.ratio, *(f"{key} {value}" for key, value in self.settings)])
+        short = [key.rpartition(".")[2] for key, _ in self.settings]
+        keys = short if len(set(short)) == len(short) else [key for key, _ in self.settings]
+        return ", ".join(
+            [self.ratio, *(f"{key} {value}" for key, (_, value) in zip(keys, self.settings, strict=True))]
+        )
 
     @property
     def name(self) -> str:
