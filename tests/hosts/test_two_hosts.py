@@ -48,9 +48,9 @@ print("HELD", json.dumps(held))
 """
 
 
-def final_params(workdir):
+def final_params(workdir, steps=STEPS):
     metadata = read_metadata(workdir)
-    assert metadata["step"] == STEPS
+    assert metadata["step"] == steps
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
