@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lemur_jax.common.config import default_config
+from lemur_jax.common.config import default_config, load
 from lemur_jax.common.errors import UserError
 from lemur_jax.models.presets import preset
 from lemur_jax.plan import analytic, hlo, topologies
@@ -140,6 +140,19 @@ def test_two_layers_of_a_long_context(name, topology, length, ways):
     assert made.hbm["activations"] == pytest.approx(2 * 2 * 2 * length // ways * 4096, rel=0.1)
     # Forward and twice backward: queries, keys, values and outputs travel.
     assert {row["kind"]: row["count"] for row in made.collectives}["all-to-all"] >= 2 * 4 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("argument", "length", "rate"), [("", 32_768, 1200), (":128k", 131_072, 500)])
+def test_long_rows_with_all_layers(argument, length, rate):
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    options = load(f"configs/long_context.py{argument}")
+    assert options.model.num_hidden_layers == 32
+    assert options.data.sequence_length == length
+    made = plan(options, "v5e-256")
+    assert made.fits
+    assert made.tokens_per_step == 4_194_304
+    assert made.tokens_per_second_per_chip > rate
 
 
 def test_two_slices_exchange_gradients_alone(tmp_path):
