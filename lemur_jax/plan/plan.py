@@ -217,6 +217,8 @@ def report(plan: Plan) -> str:
     lines += [f"  {kind:<22}{size / GIB:10.2f} GiB" for kind, size in plan.hbm.items() if size]
     if plan.host_bytes_per_chip:
         lines.append(f"  {'(in host memory)':<22}{plan.host_bytes_per_chip / GIB:10.2f} GiB")
+    if not plan.fits and plan.hbm_bytes_per_chip == 0:  # another memory is too small
+        return "\n".join([lines[0], "", f"DOES NOT FIT: {plan.verdict.strip().splitlines()[0]}"])
     if not plan.fits:
         over = (plan.hbm_bytes_per_chip - plan.hbm_limit_bytes_per_chip) / GIB
         lines += ["", f"{over:.2f} GiB too much a chip; the largest buffers:"]

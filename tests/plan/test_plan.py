@@ -199,6 +199,16 @@ def test_reading_the_compilers_refusal():
     assert refused.largest == ()
 
 
+def test_what_a_kernel_lacks_of_vector_memory_is_no_hbm():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack for %splash_mqa_dkv ="
+        " custom-call(). Scoped allocation with size 18.62M and limit 16.00M exceeded scoped vmem limit by 2.62M."
+    )
+    assert compiling.out_of_memory(message, 1.0).peak_bytes == 0
+    used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 18.62M of 16.00M vmem."
+    assert compiling.out_of_memory(used, 1.0).peak_bytes == 0
+
+
 def test_reading_the_report_of_a_near_miss():
     message = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.12G of 30.75G hbm.
 Exceeded hbm capacity by 2.37G.
