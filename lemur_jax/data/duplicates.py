@@ -6,7 +6,8 @@ enough for two different hashes to be equal once in 65,536. When all are there, 
 band of hashes (locality-sensitive hashing), are brought together by sorting, band after band; candidates are
 compared by their whole MinHash; and the documents that stay are copied from the draft into the store.
 
-A document is removed only for an earlier one that stays, whatever the number of workers.
+A near duplicate is removed for an earlier document that stays, an exact one for the first with its text, whatever
+the number of workers.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ _READ = 1 << 16  # documents whose fingerprints are read together
 _SORTED = 1 << 19  # keys that are sorted together
 _COMPARED = 4  # of a group with one key: how many just before it each document is compared with
 _VERIFIED = 1 << 16  # pairs whose MinHashes are compared together
-_RESOLVED = 1 << 18  # documents whose similar pairs are in memory together
+_RESOLVED = 1 << 17  # documents whose similar pairs are in memory together
 _COPIED = 256
 
 # Told how many documents more are copied.
@@ -215,9 +216,8 @@ def _resolve(documents: int, scratch: Path) -> np.ndarray:
     for part in range(-(-documents // _RESOLVED)):
         path = scratch / f"similar-{part}"
         if path.exists():
-            pairs = np.unique(np.fromfile(path, np.uint64))
-            second, first = (pairs >> 32).tolist(), (pairs & 0xFFFFFFFF).tolist()
-            for later, other in zip(second, first, strict=True):
+            for pair in np.unique(np.fromfile(path, np.uint64)):
+                later, other = divmod(int(pair), 1 << 32)
                 if earlier[later] < 0 and earlier[other] < 0:
                     earlier[later] = other
     return earlier

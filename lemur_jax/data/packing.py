@@ -24,8 +24,9 @@ from lemur_jax.data.arrays import ArrayWriter, open_array, read_spans
 from lemur_jax.data.store import TokenStore
 
 # Documents that are packed together: every P-th of the store, so that a row mixes documents of the whole store.
-PACKED = 1 << 18
+PACKED = 1 << 16
 _COPIED = 1 << 20
+_SHARD_BYTES = 1 << 22
 _DTYPES = {"documents": "int64", "starts": "int64", "lengths": "int32", "row_offsets": "int64"}
 
 
@@ -93,7 +94,9 @@ def _put_in_place(partial: epath.Path, folder: epath.Path) -> None:
 
 
 def _write(store: TokenStore, length: int, folder: epath.Path) -> epath.Path:
-    writers = {name: ArrayWriter(folder / name, dtype) for name, dtype in _DTYPES.items()}
+    writers = {
+        name: ArrayWriter(folder / name, dtype, shard_bytes=_SHARD_BYTES) for name, dtype in _DTYPES.items()
+    }
     counts = dict.fromkeys(("documents", "rows", "tokens", "truncated"), 0)
     writers["row_offsets"].append([0])
     groups = -(-store.num_documents // PACKED)

@@ -94,6 +94,7 @@ svg .range { fill: var(--c); fill-opacity: .16; stroke: none; }
 .tip span::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%;
   background: var(--c); margin-right: 6px; }
 footer { margin-top: 32px; }
+@media (max-width: 1100px) { th, td { padding: 8px 9px; } }
 @media (max-width: 600px) {
   main { padding: 16px 10px 32px; }
   .chart { padding: 12px 10px 8px; }
@@ -108,7 +109,7 @@ footer { margin-top: 32px; }
   table:not(.keys) :is(tbody th, td) { padding: 2px 0; border: 0; white-space: normal; position: static; }
   table:not(.keys) td { display: flex; gap: 8px; align-items: baseline; }
   table:not(.keys) td::before { content: attr(data-head); color: var(--soft); margin-right: auto;
-    overflow-wrap: anywhere; text-align: left; }
+    flex: none; max-width: 50%; overflow-wrap: anywhere; text-align: left; }
   table:not(.keys) td small { order: -1; }
   table:not(.keys) td::before { order: -2; }
   td .key { display: inline; order: -3; }

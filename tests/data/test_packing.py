@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -122,3 +123,18 @@ def test_a_store_that_cannot_be_written_is_packed_elsewhere(store, monkeypatch):
     assert packed.tokens == np.minimum(lengths, 48).sum()
     assert packed.documents(0).size
     assert not (store.path / "fit-48").exists()
+
+
+def test_memory_does_not_grow_with_the_corpus(make_store, monkeypatch):
+    for name, value in {"PACKED": 1000, "_COPIED": 1000, "_SHARD_BYTES": 1 << 15}.items():
+        monkeypatch.setattr(packing, name, value)
+    lengths = np.random.default_rng(6).integers(1, 9, 40_000)
+    peaks = []
+    for count in (1000, 5000, 40_000):
+        store = make_store([[1] * length for length in lengths[:count]], name=f"a/{count}")
+        tracemalloc.start()
+        packed = open_packing(store, 48)
+        packed.spans(np.arange(64) % packed.rows)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 2 * peaks[1]  # of a corpus eight times as large

@@ -15,6 +15,7 @@ import uuid
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from lemur_jax.checkpoint.manager import read_metadata
+from lemur_jax.parallel.hosts import choose_platform
 from lemur_jax.telemetry.metrics import read_metrics
 from tests.faults.faults import ENDS
 from tests.train.test_resume import make_project, without_clock
@@ -200,6 +201,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--directory", help="kept; without it, a temporary one is removed when all is well")
     args = parser.parse_args()
+    choose_platform()
     print(f"seed {args.seed}", flush=True)
     kinds = random.Random(args.seed).choices(list(ENDS), k=args.faults)
     root = pathlib.Path(args.directory or tempfile.mkdtemp(prefix="drill-"))
