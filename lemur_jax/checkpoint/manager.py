@@ -6,6 +6,9 @@ the data, and shape, dtype and digest of every leaf. Nothing else is needed to r
 and nothing is taken from a checkpoint that does not agree with it.
 """
 
+import contextlib
+import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from lemur_jax.checkpoint.echoes import silence_echoes
 from lemur_jax.checkpoint.leaves import check_wanted, describe, named
 from lemur_jax.checkpoint.metadata import Damaged, SaveLateJson, make_metadata, seal, tokenizer_files
 from lemur_jax.checkpoint.reading import (
@@ -42,6 +46,10 @@ __all__ = (
 )
 
 
+# A thread of Orbax that waits for one that has failed goes on waiting for minutes, and writes nothing.
+_LAST_WRITES_SECONDS = 10.0
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -66,6 +74,7 @@ class Checkpoints:
         broadcast: bool = False,
         say: Callable[[str], None] = print,
     ):
+        silence_echoes()
         self.path = epath.Path(path).resolve()
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every:
@@ -156,8 +165,7 @@ class Checkpoints:
         self._failures += 1
         # What is half written takes room that the next attempt may need, and the step is not there.
         if hosts.is_chief():
-            for leftover in self.path.glob("*.orbax-checkpoint-tmp*"):
-                leftover.rmtree(missing_ok=True)
+            _remove_half_written(self.path)
         self._manager.reload()
         kept = self._manager.latest_step()
         reason = f"{type(error).__name__}: {error}"
@@ -261,13 +269,35 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            # Threads of a save that has failed may raise once more what is reported already.
+            with contextlib.suppress(Exception) if self.failed else contextlib.nullcontext():
+                self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _remove_half_written(path: epath.Path) -> None:
+    """Removes what a failed save has left, until nothing of it comes back.
+
+    The first error ends Orbax's wait, while its other threads, and TensorStore's behind them, may still be at it.
+    """
+    deadline = time.monotonic() + _LAST_WRITES_SECONDS
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            # Orbax's own `join` raises the thread's error, which is reported already.
+            threading.Thread.join(thread, max(0.0, deadline - time.monotonic()))
+    while leftovers := list(path.glob("*.orbax-checkpoint-tmp*")):
+        for leftover in leftovers:
+            # A file that is written while its directory is emptied.
+            with contextlib.suppress(OSError):
+                leftover.rmtree(missing_ok=True)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
 
 
 def _loss(metrics: Mapping[str, Any]) -> float:

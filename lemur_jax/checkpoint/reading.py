@@ -46,7 +46,7 @@ def open_manager(
         return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
 
     if not create:
-        # Each host reads for itself: one that cannot must not be waited for inside Orbax, see `_reading`.
+        # Each host reads for itself: one that cannot must not be waited for inside Orbax, see `agreed`.
         options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(),
             active_processes={jax.process_index()},
@@ -105,7 +105,7 @@ def metadata_of(manager: ocp.CheckpointManager, directory: epath.Path, step: int
         item = ocp.args.Composite(metadata=RestoreLateJson())
         return unseal(manager.restore(step, args=item)["metadata"], f"checkpoint {directory}/{step}")
 
-    return _reading(read, f"checkpoint {directory}/{step}, metadata")
+    return agreed(read, f"checkpoint {directory}/{step}, metadata")
 
 
 def restore_params(path: epath.PathLike, abstract: Any, step: int | None = None) -> Any:
@@ -146,21 +146,30 @@ def restore_item(
     """The leaves of `wanted`, equal to what was saved; `broadcast`: by a manager that was opened so."""
     where = f"checkpoint {directory}/{step}, {item}"
     arguments = ocp.args.PyTreeRestore(
-        item=wanted, restore_args=jax.tree.map(_restore_args, wanted), partial_restore=True
+        item=wanted, restore_args=jax.tree.map(restore_args, wanted), partial_restore=True
     )
-    restored = _reading(
+    restored = agreed(
         lambda: manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item], where, broadcast
     )
+    check_same(restored, leaves, where)
+    return restored
+
+
+def check_same(restored: Any, leaves: Mapping[str, Leaf], where: str) -> None:
+    """That restored arrays are those that were saved.
+
+    Raises:
+      Damaged: one is not, or has a value that is not finite.
+    """
     for name, found in measured(restored, where, Damaged).items():
         if found != leaves[name]:
             raise Damaged(
                 f"{where} is damaged: {name} is not what was saved (digest {found.digest:08x},"
                 f" saved {leaves[name].digest:08x})"
             )
-    return restored
 
 
-def _restore_args(leaf: Any) -> Any:
+def restore_args(leaf: Any) -> Any:
     if leaf.sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     # The handler that reads everywhere takes these as well.
@@ -169,7 +178,7 @@ def _restore_args(leaf: Any) -> Any:
     )
 
 
-def _reading(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
+def agreed(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
     """What `read` returns; errors that a file not as it was written leads to become `Damaged`."""
     failure: Exception | None = None
     result = None

@@ -16,15 +16,20 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("--tasks", default="", help="names with commas: humaneval, mbpp, or the harness's")
     sub.add_argument("--suite", default="", help="paper: MMLU, BBH, GSM8K, HumanEval and MBPP")
     sub.add_argument("--data", default=".", help="directory with mbpp.jsonl, mmlu/, bbh/, gsm8k/")
+    sub.add_argument(
+        "--scores",
+        default="",
+        metavar="NAME=PERCENT,...",
+        help="of Spider, MultiPL-E, DS-1000, for the suite's table",
+    )
     sub.add_argument("--include-path", default="", help="directory of task files (YAML) for the harness")
     sub.add_argument("--limit", type=int, help="only so many documents of each task")
-    sub.add_argument("--chat", action="store_true", help="apply the chat template in the harness's tasks")
+    sub.add_argument("--chat", action="store_true", help="ask in the model's chat template")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument(
         "--max-new-tokens",
         type=int,
-        default=512,
-        help="of an answer to HumanEval or MBPP, or of an agent's turn",
+        help="of an answer or an agent's turn (default: what a task says, else 512)",
     )
     sub.add_argument("--agents", default="", help="episodes with environments: python, sql, bash, tools")
     sub.add_argument("--turns", type=int, default=5, help="turns of an episode at most (default 5)")
@@ -43,39 +48,59 @@ def _eval(args) -> None:
     if needs_session and not args.checkpoint:
         raise UserError("name a --checkpoint; agents alone can have an --endpoint instead")
     session = open_session(args) if needs_session else None
-    if tasks or args.suite or not args.agents:
-        from lemur_jax.evals.benchmarks import evaluate, table, to_json
+    try:
+        if tasks or args.suite or not args.agents:
+            _benchmarks(args, session, tasks, written)
+        if args.agents:
+            _agents(args, session, written)
+    finally:
+        # An endpoint that fails, or Ctrl-C, costs what was under way and not what was done before.
+        if args.json and written:
+            with open(args.json, "w") as file:
+                json.dump(written, file, indent=1)
 
-        found = evaluate(
-            session,
-            tasks,
-            suite=args.suite,
-            data=args.data,
-            include_path=args.include_path,
-            limit=args.limit,
-            chat=args.chat,
-            seed=args.seed,
-            max_new_tokens=args.max_new_tokens,
-        )
-        print(table(found, args.checkpoint))
-        written |= json.loads(to_json(found, args.checkpoint))
-    if args.agents:
-        from lemur_jax.evals.agents import episodes
 
-        agent = (
-            episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=args.max_new_tokens)
-            if args.endpoint
-            else episodes.session_agent(session, max_new_tokens=args.max_new_tokens)
-        )
-        worlds = episodes.open_environments(args.agents.split(","), args.limit)
-        traces = [episodes.run_episode(world, agent, max_turns=args.turns) for world in worlds]
-        print(episodes.table(traces, args.turns))
-        written["agents"] = json.loads(episodes.to_json(traces, args.turns))
-        if args.html:
-            from lemur_jax.evals.agents.page import page
+def _benchmarks(args, session, tasks: list[str], written: dict) -> None:
+    import json
 
-            with open(args.html, "w") as file:
-                file.write(page(written["agents"], args.checkpoint or args.endpoint_model))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(written, file, indent=1)
+    from lemur_jax.evals.benchmarks import evaluate, parse_scores, table, to_json
+
+    found = evaluate(
+        session,
+        tasks,
+        suite=args.suite,
+        data=args.data,
+        include_path=args.include_path,
+        limit=args.limit,
+        chat=args.chat,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        scores=parse_scores(args.scores),
+    )
+    print(table(found, args.checkpoint))
+    written |= json.loads(to_json(found, args.checkpoint))
+
+
+def _agents(args, session, written: dict) -> None:
+    import json
+
+    from lemur_jax.evals.agents import episodes
+    from lemur_jax.evals.agents.page import page
+
+    room = args.max_new_tokens or 512
+    agent = (
+        episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=room)
+        if args.endpoint
+        else episodes.session_agent(session, max_new_tokens=room)
+    )
+    traces: list[episodes.Trace] = []
+    try:
+        for world in episodes.open_environments(args.agents.split(","), args.limit):
+            traces.append(episodes.run_episode(world, agent, max_turns=args.turns))
+    finally:
+        if traces:
+            print(episodes.table(traces, args.turns))
+            written["agents"] = json.loads(episodes.to_json(traces, args.turns))
+            if args.html:
+                with open(args.html, "w") as file:
+                    file.write(page(written["agents"], args.checkpoint or args.endpoint_model))

@@ -140,6 +140,10 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             max_failures=3,  # saves that may fail in a row; each is tried again
             other_optimizer="refuse",  # "fresh": where the stored optimizer is another one, start it anew
             broadcast=False,  # with mesh.data > 1: one slice reads a checkpoint and sends it to the others
+            # besides, emergency checkpoints on each host's own disk, where $VARIABLES are that host's; "": none.
+            # Hosts serve them to each other on an open port: within a trusted network only
+            local_directory="",
+            local_every_steps=50,
         )
     )
     config.log = ConfigDict(

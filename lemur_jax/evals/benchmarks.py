@@ -7,8 +7,9 @@ the user's own files for it.
 import collections
 import dataclasses
 import json
+import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -34,8 +35,12 @@ PAPER = {
     "BBH": ("lemur_bbh", "exact_match,none"),
     "GSM8K": ("lemur_gsm8k", "exact_match,none"),
 }
-# Benchmarks of the paper that have harnesses of their own.
-ELSEWHERE = ("Spider", "MultiPL-E", "DS-1000")
+# Benchmarks of the paper that have harnesses of their own; docs/evaluation.md has the commands whole.
+ELSEWHERE = {
+    "Spider": "bigcode-eval --task spider, then test-suite-sql-eval",
+    "MultiPL-E": "bigcode-eval --task multiple-LANGUAGE",
+    "DS-1000": "bigcode-eval --task ds1000-all-completion",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,8 @@ def evaluate(
     limit: int | None = None,
     chat: bool = False,
     seed: int = 0,
-    max_new_tokens: int = 512,
+    max_new_tokens: int | None = None,
+    scores: Mapping[str, float] | None = None,
 ) -> list[Found]:
     """Runs tasks one after another.
 
@@ -76,9 +82,10 @@ def evaluate(
       data: directory with `mbpp.jsonl`, `mmlu/`, `bbh/` and `gsm8k/`; what is not there is asked of the hub.
       include_path: directory of the user's own task files (YAML) for the harness.
       limit: only the first so many documents of each task.
-      chat: apply the chat template in the harness's tasks.
+      chat: ask in the model's chat template.
       seed: of sampling.
-      max_new_tokens: of an answer to HumanEval or MBPP.
+      max_new_tokens: of an answer; None: 512 for HumanEval and MBPP, what the task says for others.
+      scores: per cent of benchmarks in `ELSEWHERE`, for the suite's table; see `parse_scores`.
 
     Raises:
       UserError: an unknown suite or task, or a task asked for by name whose data is missing.
@@ -87,7 +94,7 @@ def evaluate(
         raise UserError(f"unknown suite {suite!r}: there is one, paper")
     jobs: dict[str, Callable[[], Found]] = {}
     if suite:
-        jobs |= {name: _paper_job(session, name, data, limit, chat) for name in PAPER}
+        jobs |= {name: _paper_job(session, name, data, limit, chat, max_new_tokens) for name in PAPER}
     own = ["humaneval", "mbpp"] if suite else []
     for task in dict.fromkeys([*own, *tasks]):
         jobs[task] = _job(session, task, data, include_path, limit, chat, seed, max_new_tokens)
@@ -103,21 +110,57 @@ def evaluate(
             shown = {"humaneval": "HumanEval", "mbpp": "MBPP"}.get(name, name)
             found.append(Found(task=shown, score=None, detail={}, missing=str(error)))
     if suite:
-        where = "it has a harness of its own, see docs/evaluation.md"
-        found += [Found(task=name, score=None, detail={}, missing=where) for name in ELSEWHERE]
+        found += _elsewhere(scores or {})
     return found
 
 
+def parse_scores(text: str) -> dict[str, float]:
+    """{"Spider": 62.8} of "Spider=62.8": what harnesses of their own have found.
+
+    Raises:
+      UserError: not such a text, or another benchmark.
+    """
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, score = part.partition("=")
+        try:
+            found[name] = float(score)
+        except ValueError:
+            found[name] = math.nan
+        if name not in ELSEWHERE or not 0 <= found[name] <= 100:
+            raise UserError(
+                f"cannot read the score {part!r}: write per cent of {', '.join(ELSEWHERE)}, e.g. Spider=62.8"
+            )
+    return found
+
+
+def _elsewhere(scores: Mapping[str, float]) -> list[Found]:
+    return [
+        Found(
+            task=name,
+            score=scores.get(name),
+            detail={},
+            missing=""
+            if name in scores
+            else f"it has a harness of its own ({command}): see docs/evaluation.md",
+        )
+        for name, command in ELSEWHERE.items()
+    ]
+
+
 def _job(session, task, data, include_path, limit, chat, seed, max_new_tokens) -> Callable[[], Found]:
-    options = {"seed": seed, "max_new_tokens": max_new_tokens}
+    options = {"chat": chat, "max_new_tokens": max_new_tokens or 512}
     if task == "humaneval":
-        options |= {"stops": code.HUMANEVAL_STOPS, "temperature": 0.2}
+        options |= {
+            "stops": code.HUMANEVAL_STOPS,
+            "sampling": dataclasses.replace(code.HUMANEVAL_SAMPLING, seed=seed),
+        }
         return lambda: _run_code(session, "HumanEval", code.humaneval()[:limit], options)
     if task == "mbpp":
         path = epath.Path(data) / "mbpp.jsonl"
-        options |= {"stops": code.MBPP_STOPS, "temperature": 0.0}
+        options |= {"stops": code.MBPP_STOPS, "sampling": code.MBPP_SAMPLING}
         return lambda: _run_code(session, "MBPP", code.mbpp(path)[:limit], options)
-    return lambda: _run_harness(session, task, include_path, data, limit, chat)
+    return lambda: _run_harness(session, task, include_path, data, limit, chat, max_new_tokens)
 
 
 def _run_code(session, name: str, problems: Sequence[code.Problem], options: dict[str, Any]) -> Found:
@@ -128,17 +171,17 @@ def _run_code(session, name: str, problems: Sequence[code.Problem], options: dic
     return Found(task=name, score=code.pass_rate(outcomes), detail=detail)
 
 
-def _paper_job(session, name: str, data: str, limit, chat) -> Callable[[], Found]:
+def _paper_job(session, name: str, data: str, limit, chat, max_new_tokens) -> Callable[[], Found]:
     task, metric = PAPER[name]
 
     def run() -> Found:
-        found = _run_harness(session, task, "", data, limit, chat)
+        found = _run_harness(session, task, "", data, limit, chat, max_new_tokens)
         return dataclasses.replace(found, task=name, score=100 * found.detail["metrics"][metric])
 
     return run
 
 
-def _run_harness(session, task: str, include_path: str, data: str, limit, chat) -> Found:
+def _run_harness(session, task: str, include_path: str, data: str, limit, chat, max_new_tokens) -> Found:
     from lemur_jax.evals.harness import LemurLM  # registers, and says so if the harness is missing
 
     from lm_eval import simple_evaluate  # isort: skip
@@ -157,6 +200,7 @@ def _run_harness(session, task: str, include_path: str, data: str, limit, chat) 
         limit=limit,
         task_manager=manager,
         apply_chat_template=chat,
+        gen_kwargs={"max_gen_toks": max_new_tokens} if max_new_tokens else None,
         bootstrap_iters=0,
         log_samples=False,
     )

@@ -1,4 +1,8 @@
-"""Benchmarks whose answers are run: HumanEval and MBPP, as the paper did them, in the sandbox."""
+"""Benchmarks whose answers are run: HumanEval and MBPP, in the sandbox.
+
+Prompts, examples, stops and sampling are those of the paper's own evaluation code (OpenLemur/Lemur, `xchat/eval`),
+for base models and for chat models.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -11,14 +15,17 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.chat import Message, encode_chat
 from lemur_jax.evals.sandbox import Limits, Result, run_python
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 
 # Where a function's body is over (Chen et al. 2021, "Evaluating Large Language Models Trained on Code").
-HUMANEVAL_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@")
-MBPP_STOPS = ("[DONE]",)
+HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")
+MBPP_STOPS = ("[DONE]", "[/PYTHON]", "\nassert", "\nprint")
+HUMANEVAL_SAMPLING = Sampling(temperature=0.2, top_p=0.95)
+MBPP_SAMPLING = Sampling(temperature=0.0)
 LIMITS = Limits(wall_seconds=10, cpu_seconds=8)
 
 
@@ -28,13 +35,17 @@ class Problem:
 
     Attributes:
       id: e.g. "HumanEval/0".
-      prompt: what the model continues.
+      prompt: what a base model continues.
+      turns: what a chat model answers.
+      opening: how its answer begins.
       head: what comes before its answer when that is run.
       check: what comes after; ends with an error unless the answer is right.
     """
 
     id: str
     prompt: str
+    turns: tuple[Message, ...] = ()
+    opening: str = ""
     head: str
     check: str
 
@@ -53,6 +64,8 @@ def humaneval() -> list[Problem]:
         Problem(
             id=name,
             prompt=item["prompt"],
+            turns=(_user(f"Complete the following python function.\n\n\n{item['prompt']}"),),
+            opening=f"Here is the completed function:\n\n\n{item['prompt']}",
             head=item["prompt"],
             check=f"\n{item['test']}\ncheck({item['entry_point']})\n",
         )
@@ -78,24 +91,46 @@ def mbpp(path: epath.PathLike) -> list[Problem]:
     if missing := {2, 3, 4} - items.keys():
         raise UserError(f"{path} lacks the example tasks {sorted(missing)}: bring the whole file")
 
-    def asked(item: Mapping[str, Any]) -> str:
-        tests = "\n".join(item["test_list"][:3])
-        return (
-            f"You are an expert Python programmer, and here is your task: {item['text']}"
-            f" Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
-        )
-
-    shots = "".join(f"{asked(items[n])}{items[n]['code']}\n[DONE]\n\n" for n in (2, 3, 4))
+    shots = "".join(f"{_asked(items[n])}{items[n]['code']}\n[DONE]\n\n" for n in (2, 3, 4))
+    turns = [turn for n in (2, 3, 4) for turn in (_asked_in_chat(items[n]), _answer(items[n]["code"]))]
     return [
         Problem(
             id=f"MBPP/{number}",
-            prompt=shots + asked(item),
+            prompt=shots + _asked(item),
+            turns=(*turns, _asked_in_chat(item)),
+            opening="[PYTHON]\n",
             head="",
             check="\n" + "\n".join([item.get("test_setup_code") or "", *item["test_list"]]) + "\n",
         )
         for number, item in sorted(items.items())
         if 11 <= number <= 510
     ]
+
+
+def _asked(item: Mapping[str, Any]) -> str:
+    return (
+        f"You are an expert Python programmer, and here is your task: {item['text']}"
+        f" Your code should pass these tests:\n\n{_tests(item)}\n[BEGIN]\n"
+    )
+
+
+def _asked_in_chat(item: Mapping[str, Any]) -> Message:
+    return _user(
+        f"You are an expert Python programmer, and here is your task: {item['text']}\nYour code should pass these"
+        f" tests:\n\n{_tests(item)}\nYour code should start with a [PYTHON] tag and end with a [/PYTHON] tag.\n"
+    )
+
+
+def _tests(item: Mapping[str, Any]) -> str:
+    return "\n".join(item["test_list"][:3])
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _answer(code: str) -> Message:
+    return {"role": "assistant", "content": f"[PYTHON]\n{code}\n[/PYTHON]"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,19 +148,29 @@ def solve(
     problems: Sequence[Problem],
     *,
     stops: Sequence[str],
-    temperature: float,
+    sampling: Sampling,
+    chat: bool = False,
     max_new_tokens: int = 512,
-    seed: int = 0,
 ) -> list[Outcome]:
-    """One answer to each problem, run in the sandbox; no bos in front of the prompts."""
+    """One answer to each problem, run in the sandbox; no bos in front of the prompts.
+
+    Args:
+      chat: ask in the model's chat template, rather than let it continue the prompt.
+
+    Raises:
+      UserError: as `complete`, or `chat` without a chat template.
+    """
     tokenizer = session.need_tokenizer()
     room = min(max_new_tokens, session.model.max_position_embeddings // 2)
+
+    def ids(problem: Problem) -> list[int]:
+        if not chat:
+            return tokenizer.encode(problem.prompt)
+        asked, _ = encode_chat(tokenizer, problem.turns, add_generation_prompt=True)
+        return [*asked, *tokenizer.encode(problem.opening, prefix=False)]
+
     texts = complete(
-        session,
-        [tokenizer.encode(problem.prompt) for problem in problems],
-        max_new_tokens=room,
-        stops=stops,
-        sampling=Sampling(temperature=temperature, seed=seed),
+        session, [ids(problem) for problem in problems], max_new_tokens=room, stops=stops, sampling=sampling
     )
     return judge(problems, [text.text for text in texts])
 

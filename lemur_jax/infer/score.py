@@ -22,6 +22,8 @@ from lemur_jax.parallel.rules import constrain
 
 # Tokens of a batch, padding included; decides how many rows run at once.
 BATCH_TOKENS = 8192
+# So many batches at the end of a call have one shape.
+FEW_BATCHES = 4
 # Positions of a batch whose logits [., V] exist at a time.
 LOGIT_POSITIONS = 2048
 
@@ -61,7 +63,7 @@ def score(
 ) -> list[Score]:
     """Scores (context, continuation) pairs of ids.
 
-    Pairs are batched by length, and one program is compiled for each bucket of lengths; pairs that
+    Pairs are batched by length, and one program is compiled for each shape of a batch; pairs that
     differ in their last token alone (the options of a multiple-choice question) are run once.
 
     Args:
@@ -109,23 +111,38 @@ def _merge(requests) -> list[_Row]:
 def _batches(
     session: Session, rows: list[_Row], batch_tokens: int
 ) -> Iterator[tuple[list[_Row], int, int, int]]:
-    """(rows, T, P, B), longest first: what does not fit in memory fails at once."""
+    """(rows, T, P, B), longest first: what does not fit in memory fails at once.
+
+    A batch is full whatever the lengths in it, and what is left for `FEW_BATCHES` keeps the last shape: to pad that
+    much costs less than another program. Many requests have neighbours of nearly their own length.
+    """
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
-    longest = session.model.max_position_embeddings
-    groups: dict[tuple[int, int], list[_Row]] = collections.defaultdict(list)
+    groups: dict[int, list[_Row]] = collections.defaultdict(list)
     for row in rows:
-        # Powers of two: few programs. Padding costs little where attention is not the most of it.
-        asked = min(1 << (row.asked - 1).bit_length(), longest)
-        groups[_slots(session, len(row.tokens)), asked].append(row)
-    for (T, P), group in sorted(groups.items(), reverse=True):
-        most = max(1, batch_tokens // (T * ways))
-        B = ways * min(most, bucket(-(-len(group) // ways)))
-        for start in range(0, len(group), B):
-            yield group[start : start + B], T, P, B
+        groups[_asked(row.asked)].append(row)
+    for P, group in sorted(groups.items(), reverse=True):
+        group.sort(key=lambda row: -len(row.tokens))
+        T = B = 0
+        while group:
+            if len(group) > FEW_BATCHES * B:
+                T = _slots(session, len(group[0].tokens))
+                B = ways * min(max(1, batch_tokens // (T * ways)), _power_of_two(-(-len(group) // ways)))
+            yield group[:B], T, min(P, T), B
+            group = group[B:]
+
+
+def _asked(size: int) -> int:
+    """The next of 1, 16, 64, 256, ...: logits of a few positions more cost less than another program."""
+    bits = (size - 1).bit_length()
+    return 1 if size == 1 else max(16, 1 << (bits + bits % 2))
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 def _run(session: Session, requests, rows: list[_Row], T: int, P: int, B: int) -> dict[int, Score]:
-    E = bucket(max(len(row.last) for row in rows))
+    E = _power_of_two(max(len(row.last) for row in rows))
     tokens, valid = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
     where, targets = np.zeros((B, P), np.int32), np.zeros((B, P), np.int32)
     end, candidates = np.zeros(B, np.int32), np.zeros((B, E), np.int32)

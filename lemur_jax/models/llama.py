@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from lemur_jax.models.attention import attention
 from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.linear import Reduction, gathered, product, sharded_product
+from lemur_jax.models.linear import Reduction, gathered, is_quantized, product, sharded_product
 from lemur_jax.models.remat import rematerialize
 from lemur_jax.models.rope import rotary_angles, rotate, rotate_by_matmul
 from lemur_jax.parallel import compiler_flags
@@ -55,6 +55,15 @@ class Compute:
     def on_tpu(self) -> bool:
         """Whether the mesh is of TPU devices, real or described."""
         return self.mesh is not None and self.mesh.devices.flat[0].platform == "tpu"
+
+    def recomputed(self, function: Callable) -> Callable:
+        """`function`, whose elementwise work the backward pass does again rather than keep; as it is on TPU.
+
+        Autodiff keeps several arrays for one norm or one SiLU; on CPU to write and read them takes longer. On TPU it is
+        the policy `remat` alone that says what is kept.
+        """
+        # prevent_cse=False: as in models/remat.py
+        return function if self.on_tpu else jax.checkpoint(function, prevent_cse=False)
 
     @property
     def reduction(self) -> Reduction | None:
@@ -98,11 +107,14 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        out = (wide * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
+        out = self.compute.recomputed(self._normalize)(x)
         # On TPU the norm would be computed again inside each matmul that reads it, tile by tile.
         return jax.lax.optimization_barrier(out) if self.compute.on_tpu else out
+
+    def _normalize(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
 
 
 class Projections(nnx.Module):
@@ -118,7 +130,7 @@ class Projections(nnx.Module):
 
     def einsum(self, equation: str, x: jax.Array, param: nnx.Param) -> jax.Array:
         reduction = self.compute.reduction
-        if reduction and isinstance(param.get_value(), jax.Array):  # of integers there is no gradient
+        if reduction and not is_quantized(param.get_value()):  # of integers there is no gradient
             return sharded_product(equation, param.axes, self.compute.mesh, reduction, x, param.get_value())
         return product(equation, x, self.weight(param))
 
@@ -173,6 +185,9 @@ class MLP(Projections):
         """[B, T, D] -> [B, T, D]."""
         gate = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.gate), "gate")
         up = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.up), "up")
+        return self.compute.recomputed(self._down)(gate, up)
+
+    def _down(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         hidden = jax.nn.silu(gate) * up
         hidden = constrain(hidden, self.compute.mesh, "batch", "length", "mlp")
         return self.einsum("BTF,FD->BTD", hidden, self.down)

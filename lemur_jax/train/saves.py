@@ -1,5 +1,7 @@
 """The checkpoints of one run: where it starts, when it saves, and where it goes back to."""
 
+import contextlib
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,10 +10,11 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from lemur_jax.checkpoint.local import LocalCheckpoints, directory_of
 from lemur_jax.checkpoint.manager import Checkpoints
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.loader import Loader
-from lemur_jax.parallel.hosts import any_host
+from lemur_jax.parallel.hosts import any_host, is_chief, wait_for_all
 from lemur_jax.train import state as states
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.spikes import memory, rollback_target, rolled_back
@@ -23,7 +26,7 @@ _RETRY_SECONDS = 10.0
 
 
 class Saves:
-    """A context in which `WORKDIR/checkpoints` is open.
+    """A context in which `WORKDIR/checkpoints` is open, and this host's local checkpoints where the run has them.
 
     Args:
       config: a run config.
@@ -47,15 +50,21 @@ class Saves:
         self._config = config
         self._program = program
         self._metadata = metadata
+        self._say = say
         self._checkpoints = _open(config, workdir, say)
+        self._local = _open_local(config, workdir, program, say)
+        self._only_locally: int | None = None  # the step that is due locally alone
         self._saved_at = time.monotonic()
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Saves":
-        self._checkpoints.__enter__()
+        self._stack.enter_context(self._checkpoints)
+        if self._local:
+            self._stack.enter_context(self._local)
         return self
 
     def __exit__(self, *error) -> None:
-        self._checkpoints.__exit__(*error)
+        self._stack.__exit__(*error)
 
     def first_state(self, at_most: int | None = None) -> tuple[TrainState, int]:
         """The state of the newest checkpoint that is whole and its step, or a fresh state and 0.
@@ -67,9 +76,17 @@ class Saves:
           UserError: no checkpoint is whole, or they are of another model, optimizer or data.
         """
         program, fresh = self._program, self._config.checkpoint.other_optimizer == "fresh"
-        found = self._checkpoints.restore_newest(
-            program.state.params, program.state.optimizer, self._check_data, at_most, fresh
-        )
+        wanted = (program.state.params, program.state.optimizer)
+        found: tuple[int, Any, Any] | None = None
+        if self._local and at_most is None:
+            newest = self._checkpoints.latest_step() or 0
+            found = self._local.restore_newest(*wanted, self._check_data, newer_than=newest)
+            if found:
+                self._say(
+                    f"step {found[0]} is taken from local checkpoints; the newest in the workdir is {newest}"
+                )
+        if found is None:
+            found = self._checkpoints.restore_newest(*wanted, self._check_data, at_most, fresh)
         if found is None:
             params = initial_params(self._config, program)
             return states.start(params, program.optimizer, program.state), 0
@@ -90,10 +107,18 @@ class Saves:
             )
 
     def due(self, step: int) -> bool:
-        """Whether to save after this update; the same on all hosts, which must all ask.
+        """Whether to save after this update, if only locally; the same on all hosts, which must all ask.
 
         Out of turn, too: where the last save failed or is too long ago, looked at every `log.every_steps`.
         """
+        if self._due_in_workdir(step):
+            return True
+        if self._local and due(step, self._config.checkpoint.local_every_steps):
+            self._only_locally = step
+            return True
+        return False
+
+    def _due_in_workdir(self, step: int) -> bool:
         if due(step, self._config.checkpoint.every_steps):
             return True
         if not due(step, self._config.log.every_steps):
@@ -104,12 +129,15 @@ class Saves:
         return any_host(late or self._checkpoints.failed)
 
     def save(self, step: int, state: TrainState, losses: Mapping[str, float], to_the_end: bool) -> None:
-        """Saves in the background.
+        """Saves in the background; locally alone where no more was due.
 
         Args:
           losses: held-out losses at this step by task, as far as there are any.
           to_the_end: wait until all is written and repeat it while it fails; too many failures raise.
         """
+        if self._local and step == self._only_locally:
+            self._local.save(step, state.params, state.optimizer, self._metadata)
+            return
         best = losses.get(self._config.checkpoint.keep_best)
         self._checkpoints.save(step, state.params, state.optimizer, self._metadata, best)
         self._saved_at = time.monotonic()
@@ -120,6 +148,8 @@ class Saves:
             time.sleep(_RETRY_SECONDS)
             self._checkpoints.save(step, state.params, state.optimizer, self._metadata, best)
             self._checkpoints.wait()
+        if self._local:
+            self._local.discard()
 
     def roll_back(self, state: TrainState, loader: Loader) -> tuple[TrainState, int]:
         """The state with the parameters of the last regular checkpoint before the skips, and its step.
@@ -181,3 +211,28 @@ def _open(config: ConfigDict, workdir: epath.Path, say: Callable[[str], None]) -
         broadcast=options.broadcast,
         say=say,
     )
+
+
+def _open_local(
+    config: ConfigDict, workdir: epath.Path, program: Program, say: Callable[[str], None]
+) -> LocalCheckpoints | None:
+    options = config.checkpoint
+    if not options.local_directory:
+        return None
+    if options.local_every_steps < 1:
+        raise UserError(
+            f"config.checkpoint.local_every_steps is {options.local_every_steps}: with a local_directory it must be"
+            " at least 1"
+        )
+    return LocalCheckpoints(directory_of(options.local_directory, _run_id(workdir)), program.mesh, say)
+
+
+def _run_id(workdir: epath.Path) -> str:
+    """A name of this run and no other: in a workdir that was emptied, the old run's state is not to be found."""
+    path = workdir / "run_id"
+    if is_chief() and not path.exists():
+        temporary = workdir / "run_id.tmp"
+        temporary.write_text(secrets.token_hex(8))
+        temporary.replace(path)
+    wait_for_all("run id")
+    return path.read_text()

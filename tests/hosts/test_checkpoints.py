@@ -1,4 +1,5 @@
-"""Two processes agree: on the step that a SIGTERM ends with, on a checkpoint that is damaged, on who reads."""
+"""Two processes agree: on the step that a SIGTERM ends with, on a checkpoint that is damaged, on who reads, and on
+what their own disks hold."""
 
 import json
 import os
@@ -98,3 +99,47 @@ def test_one_host_reads_and_sends_to_the_other(hosts_project, stopped, tmp_path)
     assert processes[0].returncode == 2, said
     assert processes[1].returncode != 0, said
     assert "config.checkpoint.broadcast=False" in said[0]
+
+
+def kill_after_a_local_checkpoint(project, words, disks):
+    """Both hosts get SIGKILL when each has one of step 4 or later; gives the newest step of each."""
+    processes = project.start(2, "-m", "lemur_jax.cli", *words, "--virtual-devices", "4")
+
+    def newest():
+        steps = [[int(path.parent.name) for path in disk.glob("*/*/state")] for disk in disks]
+        return [max((step for step in found), default=0) for found in steps]
+
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and min(newest()) < 4:
+        assert processes[0].poll() is None, processes[0].communicate()[0]
+        time.sleep(0.005)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    return newest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", ["none", "one disk is new", "one file is damaged"])
+def test_killed_hosts_go_on_from_their_own_disks_with_the_same_bits(hosts_project, tmp_path, harm):
+    """Where one disk is new, the other host has the same shards (data 2) and sends them."""
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    words = ["--config.mesh.data=2", "--config.checkpoint.every_steps=100", "--config.train.steps=40"]
+    hosts_project.lemur(2, *hosts_project.train_words(straight), *words)
+    words += [f"--config.checkpoint.local_directory={tmp_path}/disk$JAX_PROCESS_ID"]
+    words += ["--config.checkpoint.local_every_steps=2"]
+    disks = [tmp_path / "disk0", tmp_path / "disk1"]
+    newest = kill_after_a_local_checkpoint(hosts_project, [*hosts_project.train_words(run), *words], disks)
+    if harm == "one disk is new":
+        shutil.rmtree(disks[1])
+    elif harm == "one file is damaged":
+        files = [file for file in disks[1].glob("*/*/state/*/d/*") if file.parts[-5] == str(newest[1])]
+        max(files, key=lambda file: file.stat().st_size).write_bytes(b"")
+    said = hosts_project.lemur(2, *hosts_project.train_words(run), *words)
+    assert "is taken from local checkpoints; the newest in the workdir is 0" in said[0]
+    if harm == "one file is damaged":
+        assert "cannot be read and is removed" in said[1]
+    jax.tree.map(np.testing.assert_array_equal, final_params(straight, 40), final_params(run, 40))
+    records = [record["step"] for record in read_metrics(run) if record["kind"] == "train"]
+    assert records == list(range(1, 41))
+    assert not [path for disk in disks for path in disk.glob("*/*")]  # the last checkpoint is in the workdir

@@ -43,7 +43,7 @@ def test_launchers_see_whether_a_run_that_stopped_is_finished(tmp_path, monkeypa
     path = tmp_path / "c.py"
     path.write_text("from tests.train.tiny import tiny_config\ndef get_config(arg=''): return tiny_config()")
 
-    def train(config, workdir):
+    def train(config, workdir, profile):
         (tmp_path / "checkpoints" / str(saved)).mkdir(parents=True)
 
     monkeypatch.setenv("LEMUR_RELAUNCH", relaunch)

@@ -1,7 +1,8 @@
 """Where the task files beside this have their questions, prompts and verdicts from.
 
-Data come from `DIR/NAME/CONFIG/SPLIT*.parquet` (a downloaded repository of the hub) or else from the hub itself. The
-examples of BBH and GSM8K are those that the installed harness ships with its own tasks.
+Prompts and verdicts follow the paper's own evaluation code (OpenLemur/Lemur, `xchat/eval`); where they do not, it is
+said. Data come from `DIR/NAME/CONFIG/SPLIT*.parquet` (a downloaded repository of the hub) or else from the hub itself.
+The examples of BBH and GSM8K are those that the installed harness ships with its own tasks.
 """
 
 import collections
@@ -69,7 +70,18 @@ def bbh(data: str = "", **_: Any) -> dict[str, Any]:
 
 def bbh_result(doc: Document, results: Sequence[str]) -> dict[str, tuple[str, bool]]:
     """Whether the answer is the target, with the task's name for `mean_over_tasks`."""
-    return {"exact_match": (doc["task"], results[0].strip() == doc["target"])}
+    return {"exact_match": (doc["task"], short_answer(results[0]) == short_answer(doc["target"]))}
+
+
+def short_answer(text: str) -> str:
+    """What comes before the first full stop, or the letter of the first option in it; case does not matter.
+
+    The paper's code also leaves out all punctuation, and so takes any brackets of the right number for an answer to
+    Dyck languages; here they must be the right ones.
+    """
+    said = text.strip().partition("\n")[0].partition(".")[0].strip().lower()
+    option = re.search(r"\(\w\)", said)
+    return option.group() if option and not re.search(r"[][]", said) else said
 
 
 def mean_over_tasks(items: Iterable[tuple[str, bool]]) -> float:
@@ -88,11 +100,14 @@ def gsm8k(data: str = "", **_: Any) -> dict[str, Any]:
     """
     settings = yaml.safe_load((_harness_tasks() / "gsm8k/gsm8k-cot.yaml").read_text())
     shots = settings["fewshot_config"]["samples"][:8]
-    head = "".join(f"Q: {shot['question']}\nA: {shot['target']}\n\n" for shot in shots)
+    head = "Answer the following questions.\n\n"
+    for shot in shots:
+        answer = shot["target"].replace("The answer is", "So the answer is")
+        head += f"Question: {shot['question']}\nAnswer: {answer}\n\n"
     found = []
     for row in rows("gsm8k", "main", "test", data):
         target = row["answer"].rpartition("####")[2].strip()
-        found.append({"prompt": f"{head}Q: {row['question']}\nA:", "target": target})
+        found.append({"prompt": f"{head}Question: {row['question'].strip()}\nAnswer:", "target": target})
     return _test_split(found)
 
 
