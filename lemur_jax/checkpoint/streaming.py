@@ -1,7 +1,6 @@
 """Arrays that are written to a checkpoint piece by piece and never exist as a whole."""
 
 import asyncio
-import collections
 import dataclasses
 import math
 from collections.abc import Callable
@@ -16,10 +15,6 @@ from lemur_jax.checkpoint.digest import RunningDigest
 
 # A chunk of one entry of axis 0: what lies in layers can then be read layer by layer.
 BY_LAYER = ocp.SaveArgs(shard_axes=(0,))
-
-# Bytes of a piece of which two are written at once: one alone waits for the disk at its end. Larger ones would
-# need too much memory.
-_SMALL = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,19 +72,12 @@ class StreamedHandler(type_handlers.NumpyHandler):
 async def _write(value: Streamed, spec: ts.Spec, context: ts.Context) -> None:
     array = await ts.open(spec, create=True, open=True, context=context)
     rows = value.shape[0] // value.pieces
-    at_once = 2 if value.nbytes // value.pieces <= _SMALL else 1
-    writes: collections.deque[ts.Future] = collections.deque()
-    summed: asyncio.Task | None = None
+    piece = await asyncio.to_thread(value.read, 0)
     for number in range(value.pieces):
-        piece = await asyncio.to_thread(value.read, number)  # while those before it go to the disk
-        if summed:
-            await summed
-        if len(writes) == at_once:
-            await writes.popleft()
         part = array[number * rows : (number + 1) * rows]
-        writes.append(part.write(piece, can_reference_source_data_indefinitely=True))
+        write = part.write(piece, can_reference_source_data_indefinitely=True)
         summed = asyncio.create_task(asyncio.to_thread(value.digest.update, piece))
-    if summed:
+        if number + 1 < value.pieces:  # the next is made while this one goes to the disk
+            piece = await asyncio.to_thread(value.read, number + 1)
         await summed
-    for write in writes:
         await write
