@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import os
+import statistics
 
 from lemur_jax.common.config import default_config
 from lemur_jax.models.presets import preset
@@ -128,9 +129,19 @@ def main() -> None:
     )
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
+    errors = []
     for row in PUBLISHED:
         if f"{row.topology} {row.name}".startswith(options.only):
-            print(json.dumps(record(row)), flush=True)
+            facts = record(row)
+            print(json.dumps(facts), flush=True)
+            if facts["mfu_full_attention"]:
+                errors.append(facts["mfu_full_attention"] / row.mfu - 1)
+    if len(errors) > 1:
+        absolute = [abs(error) for error in errors]
+        print(
+            f"{len(errors)} rows, ours over published less one: mean {statistics.mean(errors):+.1%}, mean size"
+            f" {statistics.mean(absolute):.1%}, largest {max(errors, key=abs):+.1%}"
+        )
 
 
 if __name__ == "__main__":

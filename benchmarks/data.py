@@ -3,10 +3,12 @@
     python benchmarks/data.py
 
 Each case runs in a process of its own, on one CPU device, over stores of made-up documents whose lengths
-are log-normal: as code for `concat`, as conversations for `fit`.
+are log-normal: as code for `concat`, as conversations for `fit`, and as very short ones, of which there are
+many more: memory must not grow with them.
 """
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
@@ -17,26 +19,31 @@ import numpy as np
 
 from lemur_jax.data.inspect import histogram
 from lemur_jax.data.mixture import PACKINGS, Mixture, Source
+from lemur_jax.data.rows import Rows
 from lemur_jax.data.store import StoreWriter, TokenStore
 
 LENGTH = 4096
 ROWS = 32
-# packing -> median length, spread (of the logarithm), whether there is a loss mask
-SHAPES = {"concat": (700, 1.3, False), "fit": (450, 0.8, True)}
+# name -> packing, median length, spread (of the logarithm), whether there is a loss mask
+SHAPES = {
+    "code": ("concat", 700, 1.3, False),
+    "chat": ("fit", 450, 0.8, True),
+    "short chat": ("fit", 60, 0.8, True),
+}
 
 
-def lengths_of(packing: str, tokens: int) -> np.ndarray:
-    median, spread, _ = SHAPES[packing]
+def lengths_of(shape: str, tokens: int) -> np.ndarray:
+    _, median, spread, _ = SHAPES[shape]
     rng = np.random.default_rng(0)
     lengths = rng.lognormal(np.log(median), spread, 2 * tokens // median).astype(int).clip(8, 200_000)
     return lengths[: np.searchsorted(np.cumsum(lengths), tokens)]
 
 
-def write(path: str, packing: str, tokens: int) -> None:
+def write(path: str, shape: str, tokens: int) -> None:
     rng = np.random.default_rng(1)
-    _, _, masked = SHAPES[packing]
+    _, _, _, masked = SHAPES[shape]
     fields = {
-        "task": packing,
+        "task": shape,
         "split": "train",
         "source": "made up",
         "tokenizer_digest": "",
@@ -45,14 +52,30 @@ def write(path: str, packing: str, tokens: int) -> None:
     # Ids of Zipf's law, as text has them: uniform ones would not compress, and cost more to read.
     ids = rng.zipf(1.2, 1 << 22) % 32_000
     with StoreWriter(path, vocab_size=32_000, has_loss_mask=masked, **fields) as writer:
-        for index, length in enumerate(lengths_of(packing, tokens).tolist()):
+        for index, length in enumerate(lengths_of(shape, tokens).tolist()):
             start = int(rng.integers(len(ids) - length))
             mask = np.arange(length) % 400 > 150 if masked else None
             writer.add(ids[start : start + length], str(index), 4 * length, mask)
 
 
-def read(path: str, packing: str, seconds: float, step: int) -> None:
+def open_rows(path: str, shape: str) -> Rows:
+    return PACKINGS[SHAPES[shape][0]](TokenStore.open(path), LENGTH)
+
+
+def peak() -> str:
+    return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB"
+
+
+def pack(path: str, shape: str) -> None:
+    """Opens the store for the first time, as `lemur prepare` does."""
+    begin = time.monotonic()
+    open_rows(path, shape)
+    print(f"{shape}: first opened in {time.monotonic() - begin:.2f} s, {peak()}", flush=True)
+
+
+def read(path: str, shape: str, seconds: float, step: int) -> None:
     """Opens the store, makes batches from `step` on, and prints what that took."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -61,8 +84,8 @@ def read(path: str, packing: str, seconds: float, step: int) -> None:
     jax.devices()
     sharding = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec("data"))
     begin = time.monotonic()
-    rows = PACKINGS[packing](TokenStore.open(path), LENGTH)
-    mixture = Mixture([Source(name=packing, rows=rows, share=1.0)], 42, ROWS)
+    rows = open_rows(path, shape)
+    mixture = Mixture([Source(name=shape, rows=rows, share=1.0)], 42, ROWS)
     loader = Loader(mixture, sharding)
     jax.block_until_ready(loader.batch(step))
     started = time.monotonic() - begin
@@ -73,10 +96,9 @@ def read(path: str, packing: str, seconds: float, step: int) -> None:
         if time.monotonic() - begin > seconds:
             break
     speed = count * ROWS * rows.tokens_per_row / (time.monotonic() - begin)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"{packing:<7} from step {step:>9,}: {speed / 1e6:6.1f} M tokens/s, first batch after {started:.2f} s,"
-        f" padding {1 - rows.tokens_per_row / LENGTH:.2%}, peak {peak:,.0f} MiB",
+        f"{shape:<10} from step {step:>9,}: {speed / 1e6:6.1f} M tokens/s, first batch after {started:.2f} s,"
+        f" padding {1 - rows.tokens_per_row / LENGTH:.2%}, {peak()}",
         flush=True,
     )
 
@@ -85,22 +107,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=100_000_000, help="of each store")
     parser.add_argument("--seconds", type=float, default=6.0, help="of reading, each case")
-    parser.add_argument("--read", nargs=3, metavar=("PATH", "PACKING", "STEP"), help=argparse.SUPPRESS)
+    parser.add_argument("--read", nargs=3, metavar=("PATH", "SHAPE", "STEP"), help=argparse.SUPPRESS)
+    parser.add_argument("--pack", nargs=2, metavar=("PATH", "SHAPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.read:
-        path, packing, step = args.read
-        read(path, packing, args.seconds, int(step))
+        path, shape, step = args.read
+        read(path, shape, args.seconds, int(step))
+        return
+    if args.pack:
+        pack(*args.pack)
         return
     with tempfile.TemporaryDirectory() as folder:
-        for packing in SHAPES:
-            path = f"{folder}/{packing}"
-            write(path, packing, args.tokens)
-            lengths = lengths_of(packing, args.tokens)
-            print(f"{packing}: {len(lengths):,} documents, {lengths.sum():,} tokens; lengths")
+        for shape in SHAPES:
+            path = f"{folder}/{shape}"
+            write(path, shape, args.tokens)
+            lengths = lengths_of(shape, args.tokens)
+            print(f"{shape}: {len(lengths):,} documents, {lengths.sum():,} tokens; lengths")
             print("\n".join(histogram(lengths)), flush=True)
-            for step in (0, 1_000_000):
-                words = ["--seconds", str(args.seconds), "--read", path, packing, str(step)]
-                subprocess.run([sys.executable, __file__, *words], check=True)
+            cases = [["--read", path, shape, str(step)] for step in (0, 1_000_000)]
+            for words in (["--pack", path, shape], *cases):
+                command = [sys.executable, __file__, "--seconds", str(args.seconds), *words]
+                subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--hf", required=True, help="the same model as a Hugging Face directory")
-    parser.add_argument("--documents", type=int, default=64)
+    parser.add_argument("--documents", type=int, default=64, help="of which requests are made, at most 150")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -54,8 +54,8 @@ def workload(documents: int) -> dict[str, list]:
     """Requests by kind."""
     from lm_eval.api.instance import Instance
 
-    texts = sorted(pydoc_data.topics.topics.values(), key=len)[-documents:]
-    pieces = [text[index * 37 % 400 :][: 900 + 5 * index] for index, text in enumerate(texts)]
+    text = "\n".join(pydoc_data.topics.topics.values())
+    pieces = [text[index * 3000 :][: 900 + 300 * index // documents] for index in range(documents)]
     choice = [(piece + "\nAnswer:", f" {letter}") for piece in pieces for letter in "ABCD"]
     several = [(piece[:-40], piece[-40:][: 10 * n]) for piece in pieces for n in (1, 2, 3, 4)]
     generate = [(piece, {"until": ["\n\n\n"], "max_gen_toks": 32, "do_sample": False}) for piece in pieces]

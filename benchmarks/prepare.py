@@ -157,7 +157,7 @@ def main() -> None:
         # The bare tokenizer before and after each: other work on the machine shows in the difference.
         # One copy alone at the end: what memory grows with the corpus shows against all of them.
         cases = [(case, args.copies) for case in ("bare", "plain", "bare", "cleaned", "bare")]
-        for case, copies in [*cases, ("plain", 1), ("cleaned", 1)]:
+        for case, copies in cases + [("plain", 1), ("cleaned", 1)] * (args.copies > 1):
             words = ["--measure", case, temporary, str(copies), str(n_bytes)]
             command = [sys.executable, __file__, "--workers", str(args.workers), *words]
             subprocess.run(command, check=True)

@@ -1,8 +1,5 @@
-"""Lemur's second stage on the 7B model: 300K text and code conversations in ChatML.
+"""Lemur's second stage on the 7B model: `lemur_70b_chat.py` with the smaller model and all else as there.
 
-As published for 70B: ChatML, loss on the assistant's turns alone, about 300K conversations (OpenAssistant 1, OpenOrca,
-ShareGPT and ChatLogs, Evol-CodeAlpaca), vocabulary 32,005. The base model's ids from 32,000 on mean other
-tokens and are forgotten first. Not published, chosen here: two epochs at 2e-5 to 2e-6, 256 rows of 4096.
 Hardware: TPU v4-32 (16 chips), or any slice that `lemur plan` says fits.
 
     export LEMUR_DATA=gs://BUCKET/data                      # see configs/lemur_tasks.py
@@ -11,39 +8,14 @@ Hardware: TPU v4-32 (16 chips), or any slice that `lemur plan` says fits.
     lemur export-hf gs://BUCKET/runs/lemur_7b_chat lemur-7b-chat
 """
 
-from lemur_jax.common.config import default_config
-from lemur_jax.data.chat import CHATML_TOKENS
+import lemur_70b_chat
+
 from lemur_jax.models.presets import preset
 
 
 def get_config(arg: str = ""):
-    config = default_config(preset("llama2_7b", vocab_size=32_005).to_dict())
-    config.seed = 42
+    config = lemur_70b_chat.get_config()
+    config.model.update(preset("llama2_7b", vocab_size=32_005).to_dict())
     config.init.checkpoint = "gs://BUCKET/runs/lemur_7b"
-    config.init.drop_rows_above = 32_000
-    config.init.new_rows = "mean"  # 32,000 to 32,005 rows
-
-    config.tokenizer.path = "gs://BUCKET/tokenizers/lemur_chat"
-    config.tokenizer.extend = "gs://BUCKET/tokenizers/llama2"
-    config.tokenizer.add_tokens = CHATML_TOKENS
-
-    config.data.modules = ("lemur_tasks",)
-    config.data.stores = "gs://BUCKET/stores/lemur_chat"
-    config.data.sequence_length = 4096
-    config.data.sources = {"lemur_chat": {"share": 1.0, "packing": "fit", "max_epochs": 2.0}}
-
-    config.mesh.fsdp = -1
-    config.train.batch_rows = 256
     config.train.microbatches = 4
-    config.train.steps = 300  # about two epochs of 300K conversations of 500 tokens
-    config.optimizer.learning_rate = 2e-5
-    config.optimizer.final_learning_rate = 2e-6
-    config.optimizer.warmup_steps = 10
-    config.optimizer.weight_decay = 0.1
-    config.optimizer.clip_norm = 1.0
-
-    config.eval.tasks = ("lemur_code", "lemur_text", "lemur_chat")
-    config.eval.groups = {"code": ("lemur_code",), "text": ("lemur_text",), "chat": ("lemur_chat",)}
-    config.eval.max_rows = 2048
-    config.checkpoint.every_steps = 100
     return config

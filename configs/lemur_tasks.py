@@ -10,7 +10,7 @@ The directory may be on gs://. See docs/data.md for other formats and chat data 
 import os
 
 from lemur_jax.data import chat_sources
-from lemur_jax.data.readers import Fields
+from lemur_jax.data.fields import Fields
 from lemur_jax.data.tasks import add_files
 
 DATA = os.environ.get("LEMUR_DATA", "data")

@@ -1,9 +1,7 @@
-"""Prints the JobSet that runs a config on TPU slices of a GKE cluster.
+"""Prints the JobSet that runs a config on TPU slices of a GKE cluster; launch/gke.sh hands it to kubectl.
 
     python launch/gke.py --config configs/lemur_7b_pretrain.py --workdir gs://BUCKET/run \\
-        --topology v4-128 --image REGISTRY/lemur:TAG --name my-run --apply
-
-Without --apply it prints it and does nothing else.
+        --topology v4-128 --image REGISTRY/lemur:TAG --name my-run
 
 The cluster needs the JobSet controller (https://jobset.sigs.k8s.io) and a node pool of that topology; the image
 needs this package with the extra "tpu" and the configs. Restarts: a host that is lost ends the others with
@@ -18,9 +16,8 @@ import pathlib
 import re
 import shlex
 import string
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -64,6 +61,7 @@ def jobset(
     namespace: str = "default",
     service_account: str = "",
     secret: str = "",
+    environment: Mapping[str, str] | None = None,
     spot: bool = False,
     max_restarts: int = 20,
 ) -> dict[str, Any]:
@@ -79,6 +77,7 @@ def jobset(
       namespace: of the cluster.
       service_account: Kubernetes service account, with access to the bucket.
       secret: name of a Kubernetes secret whose keys become environment variables.
+      environment: further variables of the run; never a secret.
       spot: on spot nodes.
       max_restarts: of the whole set, without counting evictions.
 
@@ -106,31 +105,16 @@ def jobset(
     template = string.Template(TEMPLATE.read_text())
     manifest = yaml.safe_load(template.substitute({key: json.dumps(value) for key, value in values.items()}))
     pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    container["env"] += [{"name": name, "value": value} for name, value in (environment or {}).items()]
     if secret:
-        pod["containers"][0]["envFrom"] = [{"secretRef": {"name": secret}}]
+        container["envFrom"] = [{"secretRef": {"name": secret}}]
     if service_account:
         pod["serviceAccountName"] = service_account
     if spot:
         pod["nodeSelector"][SPOT] = "true"
         pod["tolerations"] = [{"key": SPOT, "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
     return manifest
-
-
-def apply(manifest: str) -> None:
-    """Hands the manifest to kubectl.
-
-    Raises:
-      UserError: kubectl is not installed, or the cluster refuses; its words are in the message.
-    """
-    try:
-        done = subprocess.run(
-            ["kubectl", "apply", "-f", "-"], input=manifest, capture_output=True, text=True, timeout=300
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"cannot call kubectl: {error}") from error
-    if done.returncode:
-        raise UserError(f"kubectl apply ended with {done.returncode}: {done.stderr.strip()}")
-    print(done.stdout, end="")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,9 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--namespace", default="default")
     parser.add_argument("--service-account", default="")
     parser.add_argument("--secret", default="", help="name of a Kubernetes secret, never a value")
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="may be given several times"
+    )
     parser.add_argument("--spot", action="store_true")
     parser.add_argument("--max-restarts", type=int, default=20)
-    parser.add_argument("--apply", action="store_true", help="hand it to kubectl instead of printing it")
     options, overrides = parser.parse_known_args(arguments)
     command = ["lemur", "train", "--config", options.config, "--workdir", options.workdir, *overrides]
     try:
@@ -161,19 +147,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             namespace=options.namespace,
             service_account=options.service_account,
             secret=options.secret,
+            environment=_environment(options.env),
             spot=options.spot,
             max_restarts=options.max_restarts,
         )
-        # JSON is YAML, and kubectl reads it.
-        text = f"# {shlex.join(command)}\n{json.dumps(manifest, indent=2)}"
-        if options.apply:
-            apply(text)
-        else:
-            print(text)
     except UserError as error:
         print(f"gke.py: {error}", file=sys.stderr)
         return 2
+    # JSON is YAML, and kubectl reads it.
+    print(f"# {shlex.join(command)}\n{json.dumps(manifest, indent=2)}")
     return 0
+
+
+def _environment(pairs: Sequence[str]) -> dict[str, str]:
+    for pair in pairs:
+        if not re.fullmatch(r"[A-Za-z_]\w*=.*", pair, re.DOTALL):
+            raise UserError(f"--env is {pair!r}: it must be NAME=VALUE")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 if __name__ == "__main__":

@@ -181,13 +181,23 @@ create() {
 }
 
 push() {
-  local archive pair
+  local archive pair environment=''
   [ -n "$dry_run" ] || git diff --quiet HEAD || echo "pod.sh: changes that are not committed are not pushed" >&2
-  archive=$(mktemp -d)
-  git archive --format=tar.gz --output="$archive/code.tar.gz" HEAD
+  if [ -n "$dry_run" ]; then
+    archive=${TMPDIR:-/tmp}/lemur-push
+    execute mkdir -p "$archive"
+  else
+    archive=$(mktemp -d)
+  fi
+  execute git archive --format=tar.gz --output="$archive/code.tar.gz" HEAD
   for pair in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
-    printf '%s=%q\n' "${pair%%=*}" "${pair#*=}"
-  done >"$archive/run.env"
+    printf -v environment '%s%s=%q\n' "$environment" "${pair%%=*}" "${pair#*=}"
+  done
+  if [ -n "$dry_run" ]; then
+    printf "cat >%q <<'END'\n%sEND\n" "$archive/run.env" "$environment"
+  else
+    printf %s "$environment" >"$archive/run.env"
+  fi
   local result=0
   copy_to_workers "$archive/code.tar.gz" lemur-code.tar.gz &&
     copy_to_workers "$archive/run.env" lemur-run.env &&
@@ -197,7 +207,7 @@ push() {
     copy_to_workers "$SECRETS_FILE" lemur-secrets.env &&
       on_workers all 'chmod 600 lemur-secrets.env && mv lemur-secrets.env lemur/secrets.env' || result=$?
   fi
-  rm -rf "$archive"
+  execute rm -rf "$archive"
   return "$result"
 }
 

@@ -1,4 +1,4 @@
-# Settings of launch/pod.sh and launch/slurm.sh. Copy to launch/settings.sh (git ignores it) and fill in.
+# Settings of launch/pod.sh, gke.sh and slurm.sh. Copy to launch/settings.sh (git ignores it) and fill in.
 # shellcheck shell=bash disable=SC2034  # read by the scripts that source this file
 
 # --- the run
@@ -12,13 +12,15 @@ ENVIRONMENT=()                          # e.g. (LIBTPU_INIT_ARGS=--xla_...); nev
 # and never appears in an argument or a log. Empty: none.
 SECRETS_FILE=
 
+# --- TPUs (launch/pod.sh, launch/gke.sh)
+ACCELERATOR=                            # e.g. v4-512, v5litepod-256, v5p-128, v6e-64
+SLICES=1                                # > 1: joined by the data-centre network
+PROVISIONING=on-demand                  # on-demand, spot or reserved
+
 # --- TPU VMs (launch/pod.sh)
 PROJECT=                                # as `gcloud projects list` shows it
 ZONE=
-ACCELERATOR=                            # e.g. v4-512, v5litepod-256, v5p-128, v6e-64
 RUNTIME=                                # image, e.g. tpu-ubuntu2204-base or v2-alpha-tpuv6e
-SLICES=1                                # > 1: joined by the data-centre network
-PROVISIONING=on-demand                  # on-demand, spot or reserved
 CREATE_FLAGS=()                         # more flags of `gcloud compute tpus queued-resources create`
 SSH_FLAGS=()                            # e.g. (--tunnel-through-iap)
 RUNNER=tmux                             # tmux, or systemd (a unit of the user; needs lingering allowed)
@@ -27,8 +29,14 @@ RUNNER=tmux                             # tmux, or systemd (a unit of the user; 
 SSH_SECONDS=900                         # one command on all workers
 RETRIES=3                               # of a command that failed on a worker
 POLL_SECONDS=60                         # between two looks of `watch`
-MAX_RESTARTS=20                         # `watch` gives up after so many crashes of the run itself
+MAX_RESTARTS=20                         # given up after so many crashes of the run itself
 DELETE_WHEN_FINISHED=yes                # `watch` gives the slice back at the end: yes or no
+
+# --- GKE (launch/gke.sh)
+IMAGE=                                  # container image with this package, its extra "tpu" and the configs
+NAMESPACE=default
+SERVICE_ACCOUNT=                        # Kubernetes service account that may read and write the bucket
+SECRET=                                 # name of a Kubernetes secret whose keys become variables of the run
 
 # --- Slurm (launch/slurm.sh)
 NODES=2

@@ -16,8 +16,12 @@ while [ $# -gt 0 ]; do
       settings=${2:?--settings needs a file}
       shift
       ;;
+    -h | --help)
+      sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+      exit 0
+      ;;
     *)
-      echo "slurm.sh: unknown argument $1" >&2
+      echo "slurm.sh: unknown argument $1; see launch/slurm.sh --help" >&2
       exit 2
       ;;
   esac

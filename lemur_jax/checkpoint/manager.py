@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from lemur_jax.checkpoint.echoes import silence_echoes
 from lemur_jax.checkpoint.leaves import check_wanted, describe, named
 from lemur_jax.checkpoint.metadata import Damaged, SaveLateJson, make_metadata, seal, tokenizer_files
 from lemur_jax.checkpoint.reading import (
@@ -73,6 +74,7 @@ class Checkpoints:
         broadcast: bool = False,
         say: Callable[[str], None] = print,
     ):
+        silence_echoes()
         self.path = epath.Path(path).resolve()
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every:
@@ -267,7 +269,9 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            # Threads of a save that has failed may raise once more what is reported already.
+            with contextlib.suppress(Exception) if self.failed else contextlib.nullcontext():
+                self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self

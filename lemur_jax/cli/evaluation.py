@@ -48,41 +48,59 @@ def _eval(args) -> None:
     if needs_session and not args.checkpoint:
         raise UserError("name a --checkpoint; agents alone can have an --endpoint instead")
     session = open_session(args) if needs_session else None
-    if tasks or args.suite or not args.agents:
-        from lemur_jax.evals.benchmarks import evaluate, parse_scores, table, to_json
+    try:
+        if tasks or args.suite or not args.agents:
+            _benchmarks(args, session, tasks, written)
+        if args.agents:
+            _agents(args, session, written)
+    finally:
+        # An endpoint that fails, or Ctrl-C, costs what was under way and not what was done before.
+        if args.json and written:
+            with open(args.json, "w") as file:
+                json.dump(written, file, indent=1)
 
-        found = evaluate(
-            session,
-            tasks,
-            suite=args.suite,
-            data=args.data,
-            include_path=args.include_path,
-            limit=args.limit,
-            chat=args.chat,
-            seed=args.seed,
-            max_new_tokens=args.max_new_tokens,
-            scores=parse_scores(args.scores),
-        )
-        print(table(found, args.checkpoint))
-        written |= json.loads(to_json(found, args.checkpoint))
-    if args.agents:
-        from lemur_jax.evals.agents import episodes
 
-        room = args.max_new_tokens or 512
-        agent = (
-            episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=room)
-            if args.endpoint
-            else episodes.session_agent(session, max_new_tokens=room)
-        )
-        worlds = episodes.open_environments(args.agents.split(","), args.limit)
-        traces = [episodes.run_episode(world, agent, max_turns=args.turns) for world in worlds]
-        print(episodes.table(traces, args.turns))
-        written["agents"] = json.loads(episodes.to_json(traces, args.turns))
-        if args.html:
-            from lemur_jax.evals.agents.page import page
+def _benchmarks(args, session, tasks: list[str], written: dict) -> None:
+    import json
 
-            with open(args.html, "w") as file:
-                file.write(page(written["agents"], args.checkpoint or args.endpoint_model))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(written, file, indent=1)
+    from lemur_jax.evals.benchmarks import evaluate, parse_scores, table, to_json
+
+    found = evaluate(
+        session,
+        tasks,
+        suite=args.suite,
+        data=args.data,
+        include_path=args.include_path,
+        limit=args.limit,
+        chat=args.chat,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        scores=parse_scores(args.scores),
+    )
+    print(table(found, args.checkpoint))
+    written |= json.loads(to_json(found, args.checkpoint))
+
+
+def _agents(args, session, written: dict) -> None:
+    import json
+
+    from lemur_jax.evals.agents import episodes
+    from lemur_jax.evals.agents.page import page
+
+    room = args.max_new_tokens or 512
+    agent = (
+        episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=room)
+        if args.endpoint
+        else episodes.session_agent(session, max_new_tokens=room)
+    )
+    traces: list[episodes.Trace] = []
+    try:
+        for world in episodes.open_environments(args.agents.split(","), args.limit):
+            traces.append(episodes.run_episode(world, agent, max_turns=args.turns))
+    finally:
+        if traces:
+            print(episodes.table(traces, args.turns))
+            written["agents"] = json.loads(episodes.to_json(traces, args.turns))
+            if args.html:
+                with open(args.html, "w") as file:
+                    file.write(page(written["agents"], args.checkpoint or args.endpoint_model))

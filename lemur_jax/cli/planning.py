@@ -58,6 +58,7 @@ def _plan(args) -> int:
     from lemur_jax.common.config import load
 
     config = load(args.config, args.overrides)
+    _check_directories(args)
     os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is only described
     if args.search:
         return _search(args, config)
@@ -77,10 +78,28 @@ def _plan(args) -> int:
     return _write(args.json, found.to_json())
 
 
+def _check_directories(args) -> None:
+    """Refuses before minutes of compiling what could not be written after them."""
+    from lemur_jax.common.errors import UserError
+
+    wanted = {"--json": os.path.dirname(args.json), "--hlo": os.path.dirname(args.hlo)}
+    for option, directory in wanted.items():
+        if "://" not in directory and not os.access(directory or ".", os.W_OK):
+            raise UserError(
+                f"{option} cannot be written: there is no directory {directory}, or it is read-only"
+            )
+    if args.search:
+        try:
+            os.makedirs(args.output, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {args.output} cannot be made: {error.strerror}") from error
+
+
 def _write(path: str, text: str) -> int:
     if path:
-        with open(path, "w") as file:
-            file.write(text + "\n")
+        from etils import epath
+
+        epath.Path(path).write_text(text + "\n")
     return 0
 
 

@@ -1,9 +1,12 @@
 """Hugging Face both ways: `import-hf`, `export-hf`."""
 
 import argparse
+import math
 
 from lemur_jax.cli.arguments import Verbs, add_verb, start_jax
 from lemur_jax.common.errors import UserError
+
+_LOST_SECONDS = 100.0  # as `config.hosts.lost_seconds`, which a checkpoint directory need not have
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -68,7 +71,10 @@ def _import_hf(args) -> None:
     start_jax(args)
     from lemur_jax.convert.import_hf import import_hf
     from lemur_jax.convert.memory import keep_freed_memory
+    from lemur_jax.parallel import liveness
 
+    if liveness.process()[1] > 1:
+        raise UserError("import-hf works on one host: run it on one alone, any mesh can read what it makes")
     keep_freed_memory()
     change = _change(args)
     import_hf(args.hf_dir, args.checkpoint, dtype=args.dtype, overwrite=args.overwrite, change=change)
@@ -78,14 +84,20 @@ def _export_hf(args) -> None:
     start_jax(args)
     from lemur_jax.convert.export_hf import export_hf
     from lemur_jax.convert.memory import keep_freed_memory
+    from lemur_jax.parallel import hosts, liveness
 
     keep_freed_memory()
-    export_hf(
-        args.checkpoint,
-        args.hf_dir,
-        dtype=args.dtype,
-        step=args.step,
-        overwrite=args.overwrite,
-        change=_change(args),
-        verify=args.verify,
-    )
+    # Of several hosts the first one writes, the others wait for it.
+    with liveness.watched(_LOST_SECONDS):
+        if hosts.is_chief():
+            with hosts.alone():
+                export_hf(
+                    args.checkpoint,
+                    args.hf_dir,
+                    dtype=args.dtype,
+                    step=args.step,
+                    overwrite=args.overwrite,
+                    change=_change(args),
+                    verify=args.verify,
+                )
+        hosts.wait_for_all("export", math.inf)

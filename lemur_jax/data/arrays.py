@@ -15,14 +15,17 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 
 _CHUNK = 1 << 12  # elements decompressed by the smallest read
-_SHARD_BYTES = 1 << 25  # in one file, before compression
+_SHARD_BYTES = 1 << 25
 # An attribute of arrays of which every chunk is stored, also those of zeros alone: none may be missing.
 _COMPLETE = "complete"
-_CACHE_BYTES = 256 << 20  # of decompressed chunks, for all arrays of this process together
+_SHORT = (
+    512  # elements: shorter spans are read faster in one read by index (measured), longer ones by themselves
+)
+_CACHE_BYTES = 128 << 20  # of decompressed chunks, for all arrays of this process together
 
 
-def open_array(path: epath.Path):
-    """A future of the `tensorstore.TensorStore` at `path`, for reading."""
+def open_array(path: epath.Path, *, cache: bool = True):
+    """A future of the `tensorstore.TensorStore` at `path`, for reading; once from end to end without a cache."""
     import tensorstore as ts
 
     try:
@@ -36,7 +39,7 @@ def open_array(path: epath.Path):
         # A file that is not there must not be read as zeros.
         "fill_missing_data_reads": not metadata.get("attributes", {}).get(_COMPLETE, False),
     }
-    return ts.open(spec, context=_context(), read=True)
+    return ts.open(spec, context=_context() if cache else ts.Context(), read=True)
 
 
 def finish(read: Any) -> np.ndarray:
@@ -53,6 +56,21 @@ def finish(read: Any) -> np.ndarray:
         ) from error
 
 
+def read_spans(array: Any, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[start, start + length) of an array for each of the spans, joined."""
+    starts = np.asarray(starts)
+    stops = starts + lengths
+    cuts = np.flatnonzero(starts[1:] != stops[:-1])  # what adjoins is one read
+    starts, stops = np.append(starts[:1], starts[1:][cuts]), np.append(stops[:-1][cuts], stops[-1:])
+    lengths = stops - starts
+    total = int(lengths.sum())
+    if total < _SHORT * len(starts):
+        ends = np.cumsum(lengths)
+        return finish(array[np.arange(total) + np.repeat(starts - (ends - lengths), lengths)].read())
+    reads = [array[a:b].read() for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+    return np.concatenate([finish(read) for read in reads])
+
+
 class ArrayWriter:
     """Appends to a one-dimensional array of unknown length, a whole shard at a time.
 
@@ -60,16 +78,17 @@ class ArrayWriter:
       path: its directory.
       dtype: of its elements.
       length: None: make a new array; else go on after so many elements of one that was saved.
+      shard_bytes: in one file, before compression (0: 32 MiB); twice as much may be in memory.
     """
 
-    def __init__(self, path: epath.Path, dtype: str, length: int | None = None):
+    def __init__(self, path: epath.Path, dtype: str, length: int | None = None, shard_bytes: int = 0):
         import tensorstore as ts
 
-        self._dtype = np.dtype(dtype)
-        self._shard = _SHARD_BYTES // self._dtype.itemsize
-        spec = _create_spec(path, self._dtype, self._shard)
+        self.dtype = np.dtype(dtype)
+        self._shard = (shard_bytes or _SHARD_BYTES) // self.dtype.itemsize
+        spec = _create_spec(path, self.dtype, self._shard)
         self._array = ts.open(spec, create=length is None, open=length is not None).result()
-        self._buffer = np.empty(self._shard, self._dtype)
+        self._buffer = np.empty(self._shard, self.dtype)
         self._count = (length or 0) % self._shard  # elements in the buffer
         self._written = (length or 0) - self._count
         self._write: Any = None

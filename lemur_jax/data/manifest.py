@@ -65,6 +65,11 @@ def read_manifest(path: epath.PathLike) -> Manifest:
     directory = epath.Path(path)
     file = directory / "manifest.json"
     if not file.exists():
+        inside = sorted(found.parent.name for found in directory.glob("*/manifest.json"))
+        if inside:
+            raise UserError(
+                f"{path} is no token store but has some in it: name {' or '.join(inside)} as well"
+            )
         what = "is unfinished (it has no manifest.json)" if directory.exists() else "does not exist"
         raise UserError(f"the token store {path} {what}: make it with `lemur prepare --config ...`")
     remake = "make it again with `lemur prepare --config ...`"

@@ -15,10 +15,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data import prepare_beam, tasks
+from lemur_jax.data import duplicates, prepare_beam, tasks
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.chat import chat_template
-from lemur_jax.data.cleaning import NO_STEPS, Duplicates, Removed, parse_steps
+from lemur_jax.data.cleaning import NO_STEPS, Removed, parse_steps
 from lemur_jax.data.code import check_tokens
 from lemur_jax.data.digests import input_digest, task_digest
 from lemur_jax.data.documents import Encode, Record, Refused, Result, available_cores, encoder
@@ -130,33 +130,51 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
         run.say(f"{_describe(current)}; unchanged")
         return
     begin = time.monotonic()
+    if duplicates.looked_for(steps):
+        draft = _writer(run, task, split, draft=duplicates.fingerprint_arrays(steps))
+        with draft:
+            journal = _fill(run, task, split, draft)
+            with (
+                run.progress(draft.documents, f"{task.name}/{split}: duplicates", "documents") as shown,
+                writer,
+            ):
+                duplicates.copy_distinct(draft, writer, steps, run.tokenizer, journal, shown.update)
+    else:
+        with writer:
+            journal = _fill(run, task, split, writer)
+    journal.finish()
+    _beam_folder(path).rmtree(missing_ok=True)
+    run.say(f"{_describe(read_manifest(path))}; {journal.summary()}{time.monotonic() - begin:.1f} s")
+
+
+def _fill(run: _Run, task: tasks.Task, split: str, writer: StoreWriter) -> Journal:
+    """Adds all documents that the filters leave to a store or to its draft, from where it was saved on."""
     label = f"{task.name}/{split}"
-    with run.progress(tasks.count(task, split), label, "documents") as shown, writer:
-        saved = writer.saved or {"place": (0, 0), "journal": None}
-        duplicates = Duplicates(steps)
-        journal = Journal(path, duplicates, saved["journal"])
-        shown.update(journal.records)
-        (shard, done), last_save = saved["place"], time.monotonic()
-        try:
+    saved = writer.saved or {"place": (0, 0), "journal": None}
+    journal = Journal(run.path(task.name, split), saved["journal"])
+    (shard, done), last_save = saved["place"], time.monotonic()
+    try:
+        with run.progress(tasks.count(task, split), label, "documents") as shown:
+            shown.update(journal.records)
             for result in _results(run, task, split, writer, (shard, done), journal.records):
                 if result is None:
                     shard, done = shard + 1, 0
                 else:
                     done += 1
                     shown.update()
-                    _put(result, writer, duplicates, journal)
+                    _put(result, writer, journal)
                 if done % SAVE_RECORDS == 0 and time.monotonic() - last_save >= SAVE_SECONDS:
                     journal.check(run.config.prepare.max_bad_share, label, finished=False)
                     writer.save({"place": (shard, done), "journal": journal.save()})
                     last_save = time.monotonic()
-            _check_any(task, split, journal, writer)
-            journal.check(run.config.prepare.max_bad_share, label, finished=True)
-        except BaseException:
-            journal.close(keep=writer.has_saved)
-            raise
-    journal.finish()
-    _beam_folder(path).rmtree(missing_ok=True)
-    run.say(f"{_describe(read_manifest(path))}; {journal.summary()}{time.monotonic() - begin:.1f} s")
+        _check_any(task, split, journal, writer)
+        journal.check(run.config.prepare.max_bad_share, label, finished=True)
+        if writer.is_draft:
+            writer.save({"place": (tasks.count_shards(task, split), 0), "journal": journal.save()})
+    except BaseException:
+        journal.close(keep=writer.has_saved)
+        raise
+    return journal
 
 
 def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
@@ -211,15 +229,15 @@ def _records(task: tasks.Task, split: str, first_shard: int, done: int) -> Itera
             yield None
 
 
-def _put(result: Result, writer: StoreWriter, duplicates: Duplicates, journal: Journal) -> None:
+def _put(result: Result, writer: StoreWriter, journal: Journal) -> None:
     if isinstance(result, Refused):
         journal.refuse(result)
     elif isinstance(result, Removed):
         journal.remove(result)
-    elif duplicate := duplicates.remove(result.id, result.fingerprint, result.excerpt):
-        journal.remove(duplicate)
     else:
         writer.add(result.tokens, result.id, result.n_bytes, result.mask, result.label)
+        if writer.is_draft:
+            duplicates.append_fingerprint(writer, result)
         journal.keep()
 
 
@@ -243,8 +261,10 @@ def _steps(config: ConfigDict, names: Iterable[str]) -> dict[str, str]:
     return {name: parse_steps(name, given.get(name, {})) for name in names}
 
 
-def _writer(run: _Run, task: tasks.Task, split: str, part: str = "") -> StoreWriter:
-    """Of the store of a task, or of a part of it."""
+def _writer(
+    run: _Run, task: tasks.Task, split: str, part: str = "", draft: Mapping[str, str] | None = None
+) -> StoreWriter:
+    """Of the store of a task, of a part of it, or of its draft."""
     tokenizer, steps = run.tokenizer, run.steps[task.name]
     is_chat = tasks.is_chat(task, split)
     has_control_tokens = is_chat or check_tokens(json.loads(steps), tokenizer, task.name)
@@ -265,6 +285,7 @@ def _writer(run: _Run, task: tasks.Task, split: str, part: str = "") -> StoreWri
         task_digest=hashlib.sha256(definition.encode()).hexdigest(),
         input_digest=input_digest(task, split),
         label_field="" if part else json.loads(steps).get("label", {}).get("field", ""),
+        draft=draft,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.packing import open_packing
 from lemur_jax.data.store import TokenStore
 
 # One read: "tokens", "targets", "segment_ids", "positions" int32 [R, T], "loss_weights" float32 [R, T].
@@ -104,8 +105,8 @@ class ConcatRows:
 class FitRows:
     """Whole documents packed into rows of T by best-fit decreasing; longer ones are cut at T.
 
-    Every document is in one row, in the store's order inside it. Where each one lies is held in memory
-    (some 30 bytes a document); the same store and T give the same rows.
+    Every document is in one row, in the store's order inside it. Where each one lies stands on disk
+    (`data.packing`); the same store and T give the same rows.
 
     Attributes:
       truncated: number of documents longer than T.
@@ -114,27 +115,19 @@ class FitRows:
     def __init__(self, store: TokenStore, length: int):
         self.store = store
         self.length = length
-        self._starts = store.offsets()
-        lengths = np.diff(self._starts)
-        self.truncated = int(np.count_nonzero(lengths > length))
-        self._lengths = np.minimum(lengths, length)
-        self.num_tokens = int(self._lengths.sum())
-        self._documents, self._row_offsets = pack(self._lengths, length)
+        self._packing = open_packing(store, length)
+        self.truncated, self.num_tokens = self._packing.truncated, self._packing.tokens
 
     def __len__(self) -> int:
-        return len(self._row_offsets) - 1
+        return self._packing.rows
 
     @property
     def tokens_per_row(self) -> float:
         return self.num_tokens / len(self)
 
     def read(self, indices: np.ndarray) -> Batch:
-        indices = np.asarray(indices, np.int64)
-        first, counts = self._row_offsets[indices], np.diff(self._row_offsets)[indices]
         # Documents of these rows, one after the other.
-        documents = self._documents[_ranges(first, counts)]
-        starts, lengths = self._starts[documents], self._lengths[documents]
-
+        counts, starts, lengths = self._packing.spans(np.asarray(indices, np.int64))
         ends = np.cumsum(lengths)
         row_ends = ends[np.cumsum(counts) - 1]
         row_lengths = np.diff(row_ends, prepend=0)
@@ -154,41 +147,7 @@ class FitRows:
         return _batch(tokens, targets, weights, begins, real)
 
     def documents(self, index: int) -> list[str]:
-        first, last = self._row_offsets[index : index + 2]
-        return self.store.document_ids(self._documents[first:last])
-
-
-def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best-fit decreasing bin packing.
-
-    Args:
-      lengths: int64 [documents], each in [1, capacity].
-      capacity: T.
-
-    Returns:
-      documents: int64 [documents], ordered by row, then by index.
-      row_offsets: int64 [rows + 1]: row r holds documents[row_offsets[r] : row_offsets[r + 1]].
-    """
-    order = np.argsort(-lengths, kind="stable")
-    rows = np.empty(len(lengths), np.int64)
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows with so much room left
-    nonempty = 0  # bit r: by_room[r] is not empty
-    count = 0
-    for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        fitting = nonempty >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1  # the least that is enough
-            row = by_room[room].pop()
-            if not by_room[room]:
-                nonempty ^= 1 << room
-        else:
-            room, row = capacity, count
-            count += 1
-        rows[document] = row
-        if room > length:
-            by_room[room - length].append(row)
-            nonempty |= 1 << (room - length)
-    return np.argsort(rows, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(rows))])
+        return self.store.document_ids(self._packing.documents(index))
 
 
 def _batch(
@@ -214,8 +173,3 @@ def _scatter(values: np.ndarray, where: np.ndarray) -> np.ndarray:
     out = np.zeros(where.shape, values.dtype)
     out[where] = values
     return out
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[start, start + count) for each, joined: int64 [sum of counts]."""
-    return np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)

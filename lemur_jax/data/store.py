@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.arrays import ArrayWriter, finish, open_array
+from lemur_jax.data.arrays import ArrayWriter, finish, open_array, read_spans
 from lemur_jax.data.manifest import Manifest, read_manifest
 from lemur_jax.data.tokenizer import Tokenizer, compatible
 
@@ -41,7 +41,10 @@ class StoreWriter:
 
     It is written beside `path` under another name and renamed at the end of the `with` block; an
     exception in the block leaves what lay at `path` before as it was, and nothing else behind but what
-    was saved.
+    was saved. A draft, from which another store is written, is removed at the end of the block instead.
+
+    Args:
+      draft: for a draft, its arrays besides a store's, which `append` fills: dtypes by name.
 
     Attributes:
       saved: what was given to `save` by an attempt that did not come to its end and was to write the
@@ -49,6 +52,7 @@ class StoreWriter:
       documents: how many were added.
       has_saved: whether `save` was called, in this attempt or one that it goes on from.
       fields: of the manifest, counts apart.
+      is_draft: whether it is a draft.
     """
 
     def __init__(
@@ -65,10 +69,12 @@ class StoreWriter:
         task_digest: str = "",
         input_digest: str = "",
         label_field: str = "",
+        draft: Mapping[str, str] | None = None,
     ):
         self._path = epath.Path(path)
+        self._draft = draft
         # One name for every attempt: the next one clears what a killed one left.
-        self._partial = self._path.parent / f".{self._path.name}.partial"
+        self._partial = self._path.parent / f".{self._path.name}.{'partial' if draft is None else 'draft'}"
         self._vocab_size = vocab_size
         self._has_loss_mask = has_loss_mask
         self.fields = {
@@ -94,6 +100,10 @@ class StoreWriter:
         return self._counts["documents"]
 
     @property
+    def is_draft(self) -> bool:
+        return self._draft is not None
+
+    @property
     def has_saved(self) -> bool:
         return self.saved is not None
 
@@ -113,6 +123,7 @@ class StoreWriter:
             dtypes["loss_mask"] = "uint8"
         if self.fields["label_field"]:
             dtypes["labels"] = "uint16"
+        dtypes |= self._draft or {}
         self._arrays = {
             name: ArrayWriter(self._partial / name, dtype, lengths.get(name))
             for name, dtype in dtypes.items()
@@ -181,6 +192,20 @@ class StoreWriter:
         counts["documents"] += 1
         counts["bytes"] += n_bytes
 
+    def append(self, name: str, values: Sequence[int] | np.ndarray) -> None:
+        """Appends to an array of a draft."""
+        self._arrays[name].append(values)
+
+    def read_saved(self) -> tuple["TokenStore", dict[str, Any]]:
+        """Of a draft, the store and the other arrays (TensorStore's) as they were saved; nothing more can be added."""
+        self._arrays = {}  # and their buffers
+        arrays = {name: open_array(self._partial / name, cache=False).result() for name in self._draft or ()}
+        return TokenStore(self._partial, self._manifest()), arrays
+
+    def _manifest(self) -> Manifest:
+        counts = {key: value for key, value in self._counts.items() if key != "id_bytes"}
+        return Manifest(**self.fields, **counts)
+
     def _add_label(self, label: str, n_bytes: int) -> None:
         labels = self._counts["labels"]
         of_label = labels.setdefault(label, {"number": len(labels), "documents": 0, "bytes": 0})
@@ -195,17 +220,16 @@ class StoreWriter:
 
     def __exit__(self, kind, value, traceback) -> None:
         try:
-            if kind is None:
+            if kind is None and self._draft is None:
                 for array in self._arrays.values():
                     array.close()
                 self._commit()
         finally:
-            if self._partial.exists() and not (self._partial / _PROGRESS).exists():
+            done = kind is None or not (self._partial / _PROGRESS).exists()
+            if self._partial.exists() and done:
                 self._partial.rmtree()
 
     def _commit(self) -> None:
-        counts = {key: value for key, value in self._counts.items() if key != "id_bytes"}
-        manifest = Manifest(**self.fields, **counts)
         (self._partial / _PROGRESS).unlink(missing_ok=True)
         if self._path.exists():
             self._path.rmtree()
@@ -213,7 +237,7 @@ class StoreWriter:
         # After the rename, which on gs:// copies file by file: a reader sees a manifest only when
         # everything else is there.
         unfinished = self._path / ".manifest.json"
-        unfinished.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
+        unfinished.write_text(json.dumps(dataclasses.asdict(self._manifest()), indent=2) + "\n")
         unfinished.rename(self._path / "manifest.json")
 
 
@@ -272,9 +296,11 @@ class TokenStore:
         """The loss mask of the same spans: uint8 [sum of lengths]; needs `manifest.has_loss_mask`."""
         return self._spans("loss_mask", starts, lengths)
 
-    def offsets(self) -> np.ndarray:
-        """Where each document begins, and the number of tokens: int64 [documents + 1], in memory."""
-        return finish(self._arrays["offsets"].read())
+    def offsets(self, first: int = 0, stop: int | None = None) -> np.ndarray:
+        """Where each document begins, and the number of tokens: [first, stop) of int64 [documents + 1], in memory."""
+        return finish(
+            self._arrays["offsets"][first : self.num_documents + 1 if stop is None else stop].read()
+        )
 
     def document_starts(
         self, starts: np.ndarray, stops: np.ndarray
@@ -312,8 +338,7 @@ class TokenStore:
         self, indices: np.ndarray
     ) -> tuple[list[np.ndarray], list[np.ndarray] | list[None], list[str]]:
         """Ids, loss masks (None in a store without) and names of documents."""
-        bounds = self._spans("offsets", indices, np.full(len(indices), 2)).reshape(-1, 2)
-        starts, lengths = bounds[:, 0], np.diff(bounds)[:, 0]
+        starts, lengths = self._bounds("offsets", indices)
         cuts = np.cumsum(lengths)[:-1]
         masks: list[np.ndarray] | list[None] = [None] * len(indices)
         if self.manifest.has_loss_mask:
@@ -322,10 +347,11 @@ class TokenStore:
 
     def document_ids(self, indices: np.ndarray) -> list[str]:
         """Names of documents."""
-        count = len(indices)
-        bounds = self._spans("id_offsets", indices, np.full(count, 2)).reshape(count, 2)
-        names = [self._arrays["id_bytes"][start:stop].read() for start, stop in bounds.tolist()]
-        return [finish(name).tobytes().decode() for name in names]
+        starts, lengths = self._bounds("id_offsets", indices)
+        names = self._spans("id_bytes", starts, lengths).tobytes()
+        ends = np.cumsum(lengths)
+        pairs = zip((ends - lengths).tolist(), ends.tolist(), strict=True)
+        return [names[start:end].decode() for start, end in pairs]
 
     def document_id(self, index: int) -> str:
         return self.document_ids(np.array([index]))[0]
@@ -335,11 +361,22 @@ class TokenStore:
         numbers = finish(self._arrays["labels"][first : min(stop, self.num_documents)].read())
         return first + np.flatnonzero(numbers == self.manifest.labels[label]["number"])
 
+    def labels_of(self, indices: np.ndarray) -> list[str]:
+        """Labels of documents; "" in a store without."""
+        if not self.manifest.label_field:
+            return [""] * len(indices)
+        names = {of_label["number"]: label for label, of_label in self.manifest.labels.items()}
+        numbers = self._spans("labels", indices, np.ones(len(indices), np.int64))
+        return [names[number] for number in numbers.tolist()]
+
+    def _bounds(self, name: str, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(start, length) of documents by an array of offsets."""
+        one = np.ones(len(indices), np.int64)
+        starts, stops = (self._spans(name, np.asarray(indices) + end, one) for end in (0, 1))
+        return starts, stops - starts
+
     def _spans(self, name: str, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        array = self._arrays[name]
-        stops = np.asarray(starts) + lengths
-        reads = [array[a:b].read() for a, b in zip(np.asarray(starts).tolist(), stops.tolist(), strict=True)]
-        return np.concatenate([finish(read) for read in reads])
+        return read_spans(self._arrays[name], starts, lengths)
 
 
 def _check_tokenizer(path: epath.PathLike, manifest: Manifest, tokenizer: Tokenizer) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import corpora, readers
+from lemur_jax.data.fields import Document, Fields, documents
+from lemur_jax.data.files import Files
 
 
 @contextlib.contextmanager
@@ -101,33 +103,16 @@ for _corpus in corpora.CORPORA:
     )
 
 
-class DocumentSource(seqio.DataSource):
-    """Files as a seqio source, one shard a file: JSON Lines, text, Parquet or TFRecord of tf.Example.
+class FileSource(seqio.DataSource):
+    """Files as a seqio source, one shard a file."""
 
-    Raises:
-      UserError: when read: no file matches, or a name that does not say its format.
-    """
-
-    def __init__(
-        self,
-        patterns: Mapping[str, str | Sequence[str]],
-        fields: readers.Fields,
-        *,
-        kind: str = "",
-        held_out: float = 0.0,
-        max_bytes: int = readers.MAX_BYTES,
-    ):
-        if kind and kind not in readers.FORMATS:
-            raise UserError(f"there is no format {kind!r}; there are {', '.join(readers.FORMATS)}")
-        self._patterns = dict(patterns)
-        self._fields, self._kind, self._max_bytes = fields, kind, max_bytes
-        self.content = fields.content
-        self._held_out = held_out if "validation" not in patterns else 0.0
-        super().__init__(splits=(*patterns, *["validation"] * bool(self._held_out)))
+    def __init__(self, files: Files):
+        self._files = files
+        self.content = files.fields.content
+        super().__init__(splits=files.splits)
 
     def __repr__(self) -> str:
-        options = (self._patterns, self._fields, self._kind, self._held_out, self._max_bytes)
-        return f"{type(self).__name__}{options}"
+        return f"{type(self).__name__}({self._files})"
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -137,11 +122,7 @@ class DocumentSource(seqio.DataSource):
         return None
 
     def list_shards(self, split: str) -> Sequence[str]:
-        patterns = self._patterns.get(split, self._patterns["train"])
-        files = readers.find_files(patterns)
-        if not files:
-            raise UserError(f"no file matches {patterns} (split {split})")
-        return files
+        return self._files.list(split)
 
     def get_dataset(
         self,
@@ -159,22 +140,9 @@ class DocumentSource(seqio.DataSource):
             output_signature={name: tf.TensorSpec((), tf.string) for name in names},
         )
 
-    def documents(self, split: str, shard: int, shards: int) -> Iterator[readers.Document]:
+    def documents(self, split: str, shard: int, shards: int) -> Iterator[Document]:
         """The documents of every `shards`-th file from number `shard` on."""
-        for file in self.list_shards(split)[shard::shards]:
-            yield from self._documents(file, split)
-
-    def _documents(self, file: str, split: str) -> Iterator[readers.Document]:
-        kind = self._kind or readers.format_of(file)
-        columns = None
-        if self._fields.messages is None:
-            names = (self._fields.text, self._fields.id, self._fields.group, *self._fields.meta)
-            columns = sorted({part for name in names if name for part in (name, name.partition(".")[0])})
-        of_example = kind == "tfrecord"
-        rows = _tfrecord_rows(file) if of_example else readers.rows(file, kind, columns, self._max_bytes)
-        for document, key in readers.documents(file, rows, self._fields):
-            if not self._held_out or readers.is_held_out(key, self._held_out) == (split == "validation"):
-                yield document
+        return self._files.documents(split, shard, shards, {"tfrecord": _tfrecord_rows})
 
 
 def _tfrecord_rows(file: str) -> Iterator[tuple[str, readers.Row | readers.Bad]]:
@@ -203,7 +171,7 @@ def _tfrecord_rows(file: str) -> Iterator[tuple[str, readers.Row | readers.Bad]]
 def add_files(
     name: str,
     patterns: str | Sequence[str] | Mapping[str, str | Sequence[str]],
-    fields: readers.Fields | None = None,
+    fields: Fields | None = None,
     *,
     kind: str = "",
     held_out: float = 0.0,
@@ -221,16 +189,16 @@ def add_files(
       max_bytes: of one record; longer ones are refused.
     """
     splits = patterns if isinstance(patterns, Mapping) else {"train": patterns}
-    fields = fields or readers.Fields()
-    source = DocumentSource(splits, fields, kind=kind, held_out=held_out, max_bytes=max_bytes)
+    fields = fields or Fields()
+    files = Files(patterns=dict(splits), fields=fields, kind=kind, held_out=held_out, max_bytes=max_bytes)
     features = {fields.content: _string_feature(), "id": _string_feature()}
-    return seqio.TaskRegistry.add(name, source=source, output_features=features, metric_fns=[])
+    return seqio.TaskRegistry.add(name, source=FileSource(files), output_features=features, metric_fns=[])
 
 
 def add_tfds(
     name: str,
     tfds_name: str | None = None,
-    fields: readers.Fields | None = None,
+    fields: Fields | None = None,
     *,
     splits: Mapping[str, str] | None = None,
     data_dir: str | None = None,
@@ -244,7 +212,7 @@ def add_tfds(
       splits: e.g. {"train": "train[1%:]", "validation": "train[:1%]"}; None: as the data set has them.
       data_dir: where it lies.
     """
-    fields = fields or readers.Fields()
+    fields = fields or Fields()
     source = seqio.TfdsDataSource(
         tfds_name or "", tfds_data_dir=data_dir, splits=dict(splits) if splits else None, read_only=True
     )
@@ -258,14 +226,14 @@ def add_tfds(
     )
 
 
-def _tfds_documents(dataset: tf.data.Dataset, name: str, fields: readers.Fields) -> tf.data.Dataset:
+def _tfds_documents(dataset: tf.data.Dataset, name: str, fields: Fields) -> tf.data.Dataset:
     """Examples of TFDS to documents; strings, numbers and lists of them, nested names joined by dots."""
     columns = [key for key, _ in _flat(dataset.element_spec)]
     names = (fields.content, "id", "meta", "where", "error")
 
     def convert(number: Any, *values: Any) -> list[bytes]:
         row = {key: v.tolist() if hasattr(v, "tolist") else v for key, v in zip(columns, values, strict=True)}
-        document, _ = next(readers.documents(name, [(f"example {number}", row)], fields))
+        document, _ = next(documents(name, [(f"example {number}", row)], fields))
         return [document[key] for key in names]
 
     def from_example(number: tf.Tensor, example: Any) -> dict[str, tf.Tensor]:
@@ -359,7 +327,7 @@ def examples(task: seqio.Task, split: str, shard: int = 0, shards: int = 1) -> I
 
 def _is_read_directly(task: seqio.Task) -> bool:
     """Whether TensorFlow would only carry the documents, at the cost of reading them once more."""
-    return isinstance(task.source, DocumentSource) and not task.preprocessors
+    return isinstance(task.source, FileSource) and not task.preprocessors
 
 
 def _dataset(task: seqio.Task, split: str, shard: int, shards: int) -> tf.data.Dataset:

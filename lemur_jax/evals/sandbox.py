@@ -2,19 +2,21 @@
 
 What holds where:
 
-| | with namespaces | without |
-|---|---|---|
-| wall clock, CPU time, memory (each process), file size, process count | yes | yes |
-| clean environment, temporary directory, output cut | yes | yes |
-| all it started is dead when `run` returns | yes | yes, unless it killed its launcher (same user) |
-| no network, no IPC with others | yes | no |
-| writes nowhere but in its box; sees the system's programs alone | yes | file permissions only |
-| cannot see or signal other processes | yes | only those of other users |
+| | with namespaces | with Landlock | with neither |
+|---|---|---|---|
+| wall clock, CPU time, memory (each process), file size, process count | yes | yes | yes |
+| clean environment, temporary directory, output cut | yes | yes | yes |
+| all it started is dead when `run` returns | yes | yes | unless it killed its launcher (same user) |
+| no network | yes | yes: no sockets | yes: no sockets |
+| writes nowhere but in its box, reads the system's programs alone | yes | yes | file permissions only |
+| cannot signal other processes | yes | yes | only those of other users |
+| cannot see other processes or that files exist; size of the box limited | yes | no | no |
 
-Namespaces need Linux with unprivileged user namespaces; many containers forbid them. `Result.isolated`
-says which it was, and `require_isolation` refuses the weaker one. Root becomes `nobody` first. It is a
-box for a model's honest mistakes and clumsy malice, and not for an attacker with a kernel exploit: for
-that, run the whole evaluation in a virtual machine.
+Namespaces need Linux with unprivileged user namespaces; many containers forbid them. Then Landlock (Linux 6.12 for all
+of it) and a seccomp filter, which need no rights, take their place. `Result.isolated` says whether all but the last
+line holds, and `require_isolation` refuses a weaker box. Root becomes `nobody` first. It is a box for a model's honest
+mistakes and clumsy malice, and not for an attacker with a kernel exploit: for that, run the whole evaluation in a
+virtual machine.
 """
 
 import dataclasses
@@ -64,7 +66,7 @@ class Result:
       code: exit code, 128 + n for signal n; None where it ran out of wall-clock time.
       output, errors: stdout and stderr, cut.
       seconds: wall-clock time.
-      isolated: whether it ran in namespaces of its own.
+      isolated: whether network, other files and other processes were out of its reach.
     """
 
     code: int | None
@@ -132,8 +134,9 @@ def run(
             raise UserError(f"sandbox: cannot run {command[0]}: {found['failed']}")
         if require_isolation and not isolated:
             raise UserError(
-                f"sandbox: no namespaces here ({found.get('reason', 'unknown')}), so code could reach network"
-                " and files: allow unprivileged user namespaces, or run without require_isolation"
+                f"sandbox: no namespaces here ({found.get('reason', 'unknown')}) and no Landlock of Linux 6.12, so code"
+                " could reach files and processes: allow unprivileged user namespaces, or run without"
+                " require_isolation"
             )
         return Result(
             code=found.get("code"),

@@ -8,23 +8,32 @@ names. Four processes, so that what is inside can never reach whoever watches it
     └ init   process 1 of them: builds the file system, reaps; when it ends the kernel kills the rest
       └ the command, under limits
 
-Where the platform forbids namespaces the porter becomes the command itself: limits, clock and killing
-still hold (the command cannot outlive the launcher's adoption), network and file system do not.
+Where the platform forbids namespaces (most containers do) the porter becomes the command itself, under Landlock,
+which holds files and signals, and a seccomp filter, which holds sockets: both need no rights at all.
 """
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import platform
 import resource
 import signal
+import struct
 import sys
 import time
 import warnings  # noqa: F401  (os.execvpe imports it, where the interpreter's files are out of sight)
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = (
+    1,
+    4,
+    22,
+    36,
+    38,
+)
+SECCOMP_MODE_FILTER = 2
 # mount, IPC, host name, process and network namespaces
 NAMESPACES = 0x00020000 | 0x08000000 | 0x04000000 | 0x20000000 | 0x40000000
 NEW_USER = 0x10000000
@@ -35,6 +44,16 @@ MS_NOATIME, MS_NODIRATIME, MS_RELATIME, ST_RELATIME = 1024, 2048, 1 << 21, 4096
 MNT_DETACH = 2
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 NOBODY = 65534
+
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
+# Landlock's file rights, one bit each: the version of its interface that brought the last of them -> how many.
+LANDLOCK_RIGHTS = {5: 16, 3: 15, 2: 14, 1: 13}
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE, IOCTL_DEV = 1, 2, 4, 8, 1 << 14, 1 << 15
+# The version whose rules hold signals too; below it a box without namespaces is not called isolated.
+LANDLOCK_SCOPES = 6
+# Architecture as seccomp names it, and its numbers of socket and io_uring_setup, which opens sockets as well.
+SECCOMP = {"x86_64": (0xC000003E, 41, 425), "aarch64": (0xC00000B7, 198, 425)}
+X32 = 0x40000000  # x86-64's second set of system calls
 
 # What a box sees of the machine, read-only; the interpreter's prefix is added.
 SYSTEM = ("/bin", "/lib", "/lib32", "/lib64", "/sbin", "/usr", "/etc/alternatives", "/etc/ld.so.cache")
@@ -150,12 +169,13 @@ def enter(request):
     try:
         unshare(request)
     except OSError as error:
-        report(request, isolated=False, reason=str(error))
         give_up_root()
         if user := os.getuid():
-            # Here the limit counts everything that this user runs already.
-            request["limits"]["processes"] += threads_of(user)
-        execute(request, request["directory"] or request["root"])
+            # Here the limit counts everything that this user runs already; this process is the box's first.
+            request["limits"]["processes"] += threads_of(user) - 1
+        box = request["directory"] or request["root"]
+        report(request, isolated=confine(request, box), reason=str(error))
+        execute(request, box)
     init = os.fork()
     if init:
         os._exit(exit_code(os.waitpid(init, 0)[1]))
@@ -172,6 +192,51 @@ def enter(request):
         process, status = os.wait()
         if process == child:
             os._exit(exit_code(status))
+
+
+def confine(request, box):
+    """Without namespaces: the same files within reach, no signals to others, no sockets. Whether all of it holds."""
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    return all([refuse_sockets(), restrict_files(request, box)])
+
+
+def restrict_files(request, box):
+    """Landlock: the box, and the system read-only; signals stay inside. Whether the kernel can do all of it."""
+    version = LIBC.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)
+    if version < 1:
+        return False
+    every = (1 << next(count for since, count in LANDLOCK_RIGHTS.items() if version >= since)) - 1
+    scopes = 3 if version >= LANDLOCK_SCOPES else 0  # abstract sockets, signals
+    rules = struct.pack("QQQ", every, 0, scopes)[: 24 if scopes else 8]
+    ruleset = LIBC.syscall(LANDLOCK_CREATE_RULESET, rules, len(rules), 0)
+    for path in dict.fromkeys((box, *SYSTEM, *DEVICES, *request["visible"])):
+        rights = every if path in (box, *DEVICES) else EXECUTE | READ_FILE | READ_DIR
+        if not os.path.isdir(path):
+            rights &= EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
+        with contextlib.suppress(OSError):  # not there, or not for this user to see
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            call("syscall", LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, place), 0)
+            os.close(place)
+    call("syscall", LANDLOCK_RESTRICT_SELF, ruleset, 0)
+    os.close(ruleset)
+    return version >= LANDLOCK_SCOPES
+
+
+def refuse_sockets():
+    """A seccomp filter under which no socket can be opened (pairs can). Whether it is in force."""
+    if platform.machine() not in SECCOMP:
+        return False
+    architecture, socket, io_uring = SECCOMP[platform.machine()]
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
+    allow, refuse = 0x7FFF0000, 0x00050000 | errno.EPERM
+    program = [  # code, steps to skip if true and if false, operand; 4 and 0 are where architecture and number lie
+        (load, 0, 0, 4), (equal, 0, 5, architecture),
+        (load, 0, 0, 0), (equal, 3, 0, socket), (equal, 2, 0, io_uring), (at_least, 1, 0, X32),
+        (give, 0, 0, allow), (give, 0, 0, refuse),
+    ]  # fmt: skip
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+    whole = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
+    return LIBC.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, whole, 0, 0) == 0
 
 
 def unshare(request):

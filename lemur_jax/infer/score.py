@@ -22,6 +22,8 @@ from lemur_jax.parallel.rules import constrain
 
 # Tokens of a batch, padding included; decides how many rows run at once.
 BATCH_TOKENS = 8192
+# So many batches at the end of a call have one shape.
+FEW_BATCHES = 4
 # Positions of a batch whose logits [., V] exist at a time.
 LOGIT_POSITIONS = 2048
 
@@ -111,8 +113,8 @@ def _batches(
 ) -> Iterator[tuple[list[_Row], int, int, int]]:
     """(rows, T, P, B), longest first: what does not fit in memory fails at once.
 
-    A batch is full whatever the lengths in it, the last one aside: a few dozen requests of many lengths are a few
-    batches of a program each, and many requests have neighbours of nearly their own length.
+    A batch is full whatever the lengths in it, and what is left for `FEW_BATCHES` keeps the last shape: to pad that
+    much costs less than another program. Many requests have neighbours of nearly their own length.
     """
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
     groups: dict[int, list[_Row]] = collections.defaultdict(list)
@@ -120,9 +122,11 @@ def _batches(
         groups[_asked(row.asked)].append(row)
     for P, group in sorted(groups.items(), reverse=True):
         group.sort(key=lambda row: -len(row.tokens))
+        T = B = 0
         while group:
-            T = _slots(session, len(group[0].tokens))
-            B = ways * min(max(1, batch_tokens // (T * ways)), _power_of_two(-(-len(group) // ways)))
+            if len(group) > FEW_BATCHES * B:
+                T = _slots(session, len(group[0].tokens))
+                B = ways * min(max(1, batch_tokens // (T * ways)), _power_of_two(-(-len(group) // ways)))
             yield group[:B], T, min(P, T), B
             group = group[B:]
 

@@ -91,7 +91,7 @@ def _local(query, key, value, segment_ids, *, kind: str, ways: int) -> jax.Array
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     # Mapped axes are what the two cores of a v4 or v5p chip share out; inside the kernels only the
     # forward one has an axis that they may.
-    kernel = jax.vmap(jax.vmap(_kernel(H // K, T, kind), in_axes=(0, 0, 0, None)))
+    kernel = jax.vmap(jax.vmap(_kernel(H // K, T, N, kind), in_axes=(0, 0, 0, None)))
     out = kernel(query, key, value, kernels.SegmentIds(q=segment_ids, kv=segment_ids))
     out = out.reshape(B, H, T, N).swapaxes(1, 2)
     return jax.lax.all_to_all(out, "sequence", split_axis=1, concat_axis=2, tiled=True) if ways > 1 else out
@@ -102,26 +102,33 @@ def _positions_for_heads(x: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(x, "sequence", split_axis=2, concat_axis=1, tiled=True)
 
 
-def _kernel(heads: int, length: int, kind: str):
+def _kernel(heads: int, length: int, width: int, kind: str):
     """The kernel for one row and the `heads` query heads of one key head."""
     causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     return kernels.make_splash_mqa(
         causal,
         head_shards=1,
         q_seq_shards=1,
-        block_sizes=block_sizes(length),
+        block_sizes=block_sizes(length, width, kind),
         residual_checkpoint_name=RESIDUALS,
         interpret="TPU" not in kind,
     )
 
 
-def block_sizes(length: int) -> kernels.BlockSizes:
+def block_sizes(length: int, width: int, kind: str) -> kernels.BlockSizes:
     """Block sizes of the kernels: the best in static schedules for v4 and v5e at T 4096, cut to what divides T.
 
-    The backward pass is the fused kernel: it computes the scores once for dq, dk and dv, and leaves one dq
-    a block of keys to be summed, so its blocks are large.
+    The fused backward kernel computes the scores once for dq, dk and dv, and leaves one dq a block of keys to be
+    summed, so its blocks are large. On v5e that sum takes longer than computing the scores twice, and at T 131,072
+    the parts of dq are 4 GiB a head: there dq has a kernel of its own.
+
+    Args:
+      length: T.
+      width: N; blocks of heads wider than 128 are smaller, or they do not fit the VMEM of a v4.
+      kind: `jax.Device.device_kind`, e.g. "TPU v5 lite".
     """
-    forward, backward = math.gcd(length, 512), math.gcd(length, 1024)
+    forward, backward = math.gcd(length, 512), math.gcd(length, 1024 if width <= 128 else 512)
+    fused = kind != "TPU v5 lite"
     return kernels.BlockSizes(
         block_q=forward,
         block_kv=forward,
@@ -129,5 +136,7 @@ def block_sizes(length: int) -> kernels.BlockSizes:
         block_q_dkv=backward,
         block_kv_dkv=backward,
         block_kv_dkv_compute=math.gcd(backward, 512),
-        use_fused_bwd_kernel=True,
+        block_q_dq=None if fused else backward,
+        block_kv_dq=None if fused else backward,
+        use_fused_bwd_kernel=fused,
     )

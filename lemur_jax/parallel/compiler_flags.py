@@ -18,6 +18,11 @@ _WHOLE_GATHERS: Options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_00
 
 # models/linear.py reduces gradients by all-to-alls that run beside the computation. v5e has no such.
 _ASYNC_EXCHANGES = {"xla_tpu_enable_async_all_to_all": True}
+# v5e carries started reductions on inside the products that follow, if told so.
+_ASYNC_REDUCTIONS: Options = {
+    "xla_enable_async_all_reduce": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+}
 # What lies in the host's memory is asked for inside the layer that needs it, early enough to come beside that layer's
 # computation; by default the last thing that the layer before does is to ask for it, and then to wait.
 _LATE_FETCHES: Options = {"xla_tpu_pipeline_memory_host_transfers": False}
@@ -25,7 +30,7 @@ _LATE_FETCHES: Options = {"xla_tpu_pipeline_memory_host_transfers": False}
 # By the beginning of `jax.Device.device_kind`; of several that fit, the longest counts.
 OPTIONS: dict[str, Options] = {
     "TPU v4": {**_ASYNC_GATHERS, **_WHOLE_GATHERS, **_ASYNC_EXCHANGES, **_LATE_FETCHES},
-    "TPU v5 lite": _WHOLE_GATHERS,
+    "TPU v5 lite": {**_WHOLE_GATHERS, **_ASYNC_REDUCTIONS},
     "TPU v5": {**_ASYNC_GATHERS, **_WHOLE_GATHERS, **_ASYNC_EXCHANGES},
     "TPU v6 lite": {
         **_ASYNC_GATHERS,

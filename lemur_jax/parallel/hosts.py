@@ -1,11 +1,16 @@
 """Platform and hosts of a run: chosen and joined before JAX touches a device."""
 
+import contextlib
+import contextvars
 import glob
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from lemur_jax.common.errors import UserError
+
+_alone = contextvars.ContextVar("alone", default=False)
 
 
 def choose_platform(virtual_devices: int = 0) -> None:
@@ -105,11 +110,21 @@ def is_chief() -> bool:
     return jax.process_index() == 0
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """What is done inside is done by this process for all: it asks no other one."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def any_host(flag: bool) -> bool:
-    """Whether `flag` holds on any process; all must call, as all get the same answer."""
+    """Whether `flag` holds on any process; all must call, as all get the same answer, but for one that is `alone`."""
     import jax
 
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or _alone.get():
         return flag
     import numpy as np
     from jax.experimental import multihost_utils

@@ -96,9 +96,10 @@ def out_of_memory(message: str, seconds: float) -> Compiled:
     """Reads the compiler's refusal.
 
     Far above the limit it says two sizes alone, "(53.65G) exceeds available HBM (30.75G)"; near it, a report with
-    "Used 33.1G of 30.7G hbm" and the largest allocations.
+    "Used 33.1G of 30.7G hbm" and the largest allocations. What a kernel lacks of vector memory ("of 16.00M vmem") is
+    no HBM: 0 bytes then.
     """
-    used = re.search(r"Used ([\d.]+[KMGT]?) of|temporaries \(([\d.]+[KMGT]?)\)", message)
+    used = re.search(r"Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm|temporaries \(([\d.]+[KMGT]?)\)", message)
     return Compiled(
         fits=False,
         seconds=seconds,

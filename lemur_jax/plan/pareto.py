@@ -56,18 +56,24 @@ def plot(found: Found, title: str) -> str:
     )
     joined = " ".join("{:.1f},{:.1f}".format(*place(point)) for point in front)
     across = "".join(
-        f'<text x="{place((tick, 0))[0]:.1f}" y="390" text-anchor="middle">{compact(tick)}</text>'
+        f'<line x1="{x:.1f}" y1="30" x2="{x:.1f}" y2="370"/>'
+        f'<text x="{x:.1f}" y="388" text-anchor="middle">{compact(tick)}</text>'
         for tick in x_ticks
+        for x in [place((tick, 0))[0]]
     )
     up = "".join(
-        f'<text x="62" y="{place((0, tick))[1] + 4:.1f}" text-anchor="end">{compact(tick)}</text>'
+        f'<line x1="70" y1="{y:.1f}" x2="670" y2="{y:.1f}"/>'
+        f'<text x="62" y="{y + 5:.1f}" text-anchor="end">{compact(tick)}</text>'
         for tick in y_ticks
+        for y in [place((0, tick))[1]]
     )
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>body{{font:15px sans-serif;margin:2em}}circle{{fill:#4477aa;opacity:.7}}
-polyline{{fill:none;stroke:#cc6677;stroke-width:2}}pre{{overflow-x:auto}}</style>
-<h1>{html.escape(title)}</h1><p>Estimated seconds a step (up) by GiB of HBM a chip (across); the line is the front.</p>
-<svg viewBox="0 0 700 410" width="700" role="img" aria-label="step time by HBM">{across}{up}
+polyline{{fill:none;stroke:#cc6677;stroke-width:2}}line{{stroke:#ddd}}pre{{overflow-x:auto}}</style>
+<h1>{html.escape(title)}</h1><p>Estimated, not measured. A dot is a layout that fits;
+the line joins those that no other beats in both.</p>
+<svg viewBox="0 0 700 420" width="700" role="img" aria-label="step time by HBM">{across}{up}
+<text x="70" y="16">seconds a step</text><text x="670" y="412" text-anchor="end">GiB of HBM a chip</text>
 <polyline points="{joined}"/>{dots}</svg><pre>{html.escape(table(found))}</pre></html>
 """
 

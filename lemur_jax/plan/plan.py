@@ -208,7 +208,7 @@ def report(plan: Plan) -> str:
     slices = f"{plan.slices} x " if plan.slices > 1 else ""
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     lines = [
-        f"{slices}{plan.topology}: {plan.chips} chips, mesh {mesh};"
+        f"{slices}{plan.topology}: {plan.chips} chip{'s' * (plan.chips > 1)}, mesh {mesh};"
         f" compiled in {plan.compile_seconds:.0f} s with libtpu {plan.versions['libtpu']}",
         "",
         f"{'FITS' if plan.fits else 'DOES NOT FIT'}: {plan.hbm_bytes_per_chip / GIB:.2f} GiB of"
@@ -217,6 +217,8 @@ def report(plan: Plan) -> str:
     lines += [f"  {kind:<22}{size / GIB:10.2f} GiB" for kind, size in plan.hbm.items() if size]
     if plan.host_bytes_per_chip:
         lines.append(f"  {'(in host memory)':<22}{plan.host_bytes_per_chip / GIB:10.2f} GiB")
+    if not plan.fits and plan.hbm_bytes_per_chip == 0:  # another memory is too small
+        return "\n".join([lines[0], "", f"DOES NOT FIT: {plan.verdict.strip().splitlines()[0]}"])
     if not plan.fits:
         over = (plan.hbm_bytes_per_chip - plan.hbm_limit_bytes_per_chip) / GIB
         lines += ["", f"{over:.2f} GiB too much a chip; the largest buffers:"]
@@ -225,22 +227,23 @@ def report(plan: Plan) -> str:
     if plan.step_seconds is None:
         reason = plan.verdict.strip().splitlines()[0]
         return "\n".join([*lines, "", f"no estimate: the compiler cannot write this program out ({reason})"])
+    unit, scale = ("s", 1.0) if plan.step_seconds >= 1 else ("ms", 1e3)
     lines += [
         "",
-        f"ESTIMATED step of {plan.tokens_per_step:,} tokens: {plan.step_seconds:.3f} s (not measured)",
+        f"ESTIMATED step of {plan.tokens_per_step:,} tokens: {scale * plan.step_seconds:.3f} {unit} (not measured)",
     ]
     lines += [
-        f"  {part:<22}{seconds:10.3f} s  {seconds / plan.step_seconds:6.1%}"
+        f"  {part:<22}{scale * seconds:10.3f} {unit}  {seconds / plan.step_seconds:6.1%}"
         for part, seconds in sorted(plan.parts.items(), key=lambda item: -item[1])
     ]
     if plan.collectives:
         lines += [
             "",
-            f"  {'collective':<22}{'count':>8}{'GB':>10}{'on wire':>10}{'exposed':>10}{'hidden':>10}",
+            f"  {'collective':<22}{'count':>8}{'GB':>10}{'on wire':>12}{'exposed':>12}{'hidden':>12}",
         ]
     lines += [
-        f"  {row['kind']:<22}{row['count']:8.0f}{row['bytes'] / 1e9:10.1f}{row['seconds']:8.3f} s"
-        f"{row['exposed']:8.3f} s{row['hidden']:8.3f} s"
+        f"  {row['kind']:<22}{row['count']:8.0f}{row['bytes'] / 1e9:10.3f}"
+        + "".join(f"{scale * row[time]:9.3f} {unit:<2}" for time in ("seconds", "exposed", "hidden"))
         for row in plan.collectives
     ]
     return "\n".join(

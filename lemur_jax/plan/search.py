@@ -236,7 +236,7 @@ def search(
         say("stopped: what was found so far counts")
     finally:
         for process, *_ in running.values():
-            process.terminate()
+            process.kill()  # on the milder signal libtpu prints a page; a plan is at its place whole or not at all
     found.untried = len(queue) + len(running)
     found.seconds = time.monotonic() - started
     return found

@@ -7,6 +7,7 @@ Sources: https://cloud.google.com/tpu/docs, the page of each generation.
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -173,7 +174,7 @@ def devices(tpu: Slice) -> list[jax.Device]:
             wrap=(*tpu.wrap, False) if flat else tpu.wrap,
         )
     except RuntimeError as error:
-        if "libtpu" in str(error).lower():
+        if importlib.util.find_spec("libtpu") is None:
             raise UserError(
                 'planning needs the TPU compiler: python -m pip install "lemur_jax[plan]" (libtpu, about 300 MB)'
             ) from error

@@ -42,6 +42,7 @@ td small { display: block; font-size: .8rem; color: var(--soft); }
 .bar i { background: var(--c); flex-basis: 0; }
 .key::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px;
   background: var(--c); margin-right: 5px; }
+td .key { display: none; }
 .sample { padding: 10px 14px; margin-top: 10px; }
 pre { margin: 4px 0 12px; white-space: pre-wrap; overflow-wrap: anywhere;
   font: .84rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
@@ -93,13 +94,25 @@ svg .range { fill: var(--c); fill-opacity: .16; stroke: none; }
 .tip span::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%;
   background: var(--c); margin-right: 6px; }
 footer { margin-top: 32px; }
+@media (max-width: 1100px) { th, td { padding: 8px 9px; } }
 @media (max-width: 600px) {
   main { padding: 16px 10px 32px; }
   .chart { padding: 12px 10px 8px; }
   .y { flex-basis: 46px; height: 200px; } .area { height: 200px; } .x-label { padding-left: 46px; }
   .keys tbody th { min-width: 8.5rem; white-space: normal; } .keys td { min-width: 6.5rem; }
   .panels { gap: 6px; }
-  th, td { padding: 7px 10px; }
+  .keys :is(th, td) { padding: 7px 10px; }
+  table:not(.keys) :is(tbody, tr, th) { display: block; }
+  table:not(.keys) thead { display: none; }
+  table:not(.keys) tr { padding: 10px 12px; border-bottom: 1px solid var(--grid); }
+  table:not(.keys) tr:last-child { border-bottom: 0; }
+  table:not(.keys) :is(tbody th, td) { padding: 2px 0; border: 0; white-space: normal; position: static; }
+  table:not(.keys) td { display: flex; gap: 8px; align-items: baseline; }
+  table:not(.keys) td::before { content: attr(data-head); color: var(--soft); margin-right: auto;
+    flex: none; max-width: 50%; overflow-wrap: anywhere; text-align: left; }
+  table:not(.keys) td small { order: -1; }
+  table:not(.keys) td::before { order: -2; }
+  td .key { display: inline; order: -3; }
 }
 @media print { body { background: none; } .chart { break-inside: avoid; } }
 """

@@ -32,8 +32,9 @@ _CURVES = (
     ("Gradient norm", "before clipping, global L2", "grad_norm", True, False),
     ("Throughput", "target tokens per second, all devices", "tokens_per_second", False, True),
     ("Parameter norm", "global L2", "param_norm", False, False),
-    ("Update norm", "global L2 of one update", "update_norm", True, False),
+    ("Update ratio", "norm of an update over that of the parameters", "update_ratio", True, False),
     ("Model FLOPs utilization", "share of the peak", "mfu", False, True),
+    ("Device memory", "bytes in use, fullest device of the first host", "hbm_bytes", False, True),
 )
 
 

@@ -1,5 +1,6 @@
 """Sections of the page beside curves and configs: where the time went, the mixture, samples."""
 
+import re
 from collections.abc import Sequence
 
 from lemur_jax.report.html import table, text
@@ -27,7 +28,8 @@ def goodput(runs: Sequence[Run]) -> str:
             if share
         )
         cells = [
-            f"{share:.1%}<small>{duration(_seconds(run, part))}</small>" for part, share in shares.items()
+            f'<i class="key c{colour}"></i>{share:.1%}<small>{duration(_seconds(run, part))}</small>'
+            for colour, (part, share) in enumerate(shares.items())
         ]
         rows.append([f'{text(run.name)}<span class="bar">{bar}</span>', duration(wall), *cells])
     if not rows:
@@ -78,8 +80,16 @@ def samples(runs: Sequence[Run], prompts: Sequence[str], answers: Sequence[Seque
     blocks = []
     for number, prompt in enumerate(prompts):
         said = "".join(
-            f'<h3>{text(run.name)}</h3><pre><span class="soft">{text(prompt)}</span>{text(of_run[number])}</pre>'
+            f'<h3>{text(run.name)}</h3><pre><span class="soft">{text(prompt)}</span>{_shown(of_run[number])}</pre>'
             for run, of_run in zip(runs, answers, strict=True)
         )
         blocks.append(f'<div class="card sample">{said}</div>')
-    return '<h2>Samples</h2><p class="soft">Greedy, from the newest checkpoint.</p>' + "".join(blocks)
+    lead = "From the newest checkpoint; temperature 0.7, top-p 0.95, repetition penalty 1.2, fixed seeds."
+    return f'<h2>Samples</h2><p class="soft">{lead}</p>' + "".join(blocks)
+
+
+def _shown(answer: str) -> str:
+    """The answer, with a note instead of many empty lines: a model that has learned little makes nothing else."""
+    return re.sub(
+        "\n{4,}", lambda found: f'\n<span class="soft">[{len(found[0])} line breaks]</span>\n', text(answer)
+    )

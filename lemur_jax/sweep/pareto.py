@@ -10,6 +10,7 @@ from lemur_jax.sweep.results import Results, Variant, markdown, note, rows
 
 WIDTH, HEIGHT = 760, 520
 LEFT, RIGHT, TOP, BOTTOM = 78, 24, 44, 56
+LETTER = 7.2  # about the width of a letter of the names
 _STYLE = """
 .back{fill:#fff}.soft{fill:#5a6473}.grid{stroke:#e6e9ef}.text{fill:#1a1f29}.front{stroke:#8a93a1}
 .trained{fill:#1f6fd6;stroke:#1f6fd6}.merged{fill:#8a3fc7;stroke:#8a3fc7}.base{stroke:#d2560b;fill:none}
@@ -32,10 +33,15 @@ def svg(results: Results, x: str, y: str) -> str:
     down = _scale([point[1] for point in points], HEIGHT - BOTTOM, TOP)
     front = sorted(results.front([x, y]), key=lambda one: one.mean(x))
     line = " ".join(f"{across(one.mean(x)):.1f},{down(one.mean(y)):.1f}" for one in front)
+    base = across(results.base[x]), down(results.base[y])
+    marks = [(across(one.mean(x)), down(one.mean(y))) for one in results.variants]
+    names = [*(one.name for one in results.variants), "base"]
+    bold = [*(one in front for one in results.variants), False]
     shapes = [
         f'<polyline class="front" points="{line}" fill="none" stroke-dasharray="5 4"/>' if line else "",
-        *(_variant(one, x, y, across, down, one in front) for one in results.variants),
-        _base(across(results.base[x]), down(results.base[y])),
+        *(_variant(one, x, y, across, down) for one in results.variants),
+        _base(*base),
+        *_names(names, [*marks, base], bold),
     ]
     title = f"{results.tokens:,} tokens a run, mean ± standard deviation over seeds; towards the lower left is better"
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">
@@ -77,7 +83,7 @@ def _axes(points: Sequence[tuple[float, float]], across, down, x: str, y: str) -
     return "\n".join(parts)
 
 
-def _variant(one: Variant, x: str, y: str, across, down, on_front: bool) -> str:
+def _variant(one: Variant, x: str, y: str, across, down) -> str:
     kind = "merged" if one.merged else "trained"
     at, height = across(one.mean(x)), down(one.mean(y))
     wide = abs(across(one.mean(x) + one.spread(x)) - at)
@@ -87,19 +93,42 @@ def _variant(one: Variant, x: str, y: str, across, down, on_front: bool) -> str:
         for a, b in zip(one.bits[x], one.bits[y], strict=True)
     )
     bars = f"M{at - wide:.1f} {height:.1f}h{2 * wide:.1f}M{at:.1f} {height - tall:.1f}v{2 * tall:.1f}"
-    weight = ' font-weight="600"' if on_front else ""
     return (
         f'{seeds}<path class="{kind} bar" d="{bars}"/>'
-        f'<circle class="{kind}" cx="{at:.1f}" cy="{height:.1f}" r="4.5"/>'
-        f'<text class="text" x="{at + 9:.1f}" y="{height - 8:.1f}"{weight}>{html.escape(one.name)}</text>\n'
+        f'<circle class="{kind}" cx="{at:.1f}" cy="{height:.1f}" r="4.5"/>\n'
     )
 
 
 def _base(x: float, y: float) -> str:
-    return (
-        f'<path class="base" stroke-width="2.5" d="M{x - 6:.1f} {y - 6:.1f}l12 12m0 -12l-12 12"/>'
-        f'<text class="text" x="{x - 10:.1f}" y="{y + 20:.1f}" text-anchor="end">base</text>'
-    )
+    return f'<path class="base" stroke-width="2.5" d="M{x - 6:.1f} {y - 6:.1f}l12 12m0 -12l-12 12"/>'
+
+
+def _names(names: Sequence[str], marks: Sequence[tuple[float, float]], bold: Sequence[bool]) -> list[str]:
+    """A name beside each mark: the nearest place inside the plot that covers no mark and no other name."""
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in marks]
+    found = []
+    for name, (x, y), heavy in zip(names, marks, bold, strict=True):
+        width = LETTER * len(name)
+        places = [
+            (left, y + shift - 11, left + width, y + shift + 3)
+            for shift in (4, -10, 18, -24, 32, -38, 46, -52, 60)
+            for left in (x + 10, x - 10 - width)
+        ]
+        inside = [
+            box for box in places if box[0] >= LEFT and box[2] <= WIDTH - RIGHT / 2 and box[1] >= TOP / 2
+        ]
+        free = [box for box in inside if not any(_overlap(box, other) for other in taken)]
+        box = next(iter([*free, *inside, *places]))
+        taken.append(box)
+        weight = ' font-weight="600"' if heavy else ""
+        found.append(
+            f'<text class="text" x="{box[0]:.1f}" y="{box[3] - 3:.1f}"{weight}>{html.escape(name)}</text>\n'
+        )
+    return found
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def svgs(results: Results) -> dict[str, str]:

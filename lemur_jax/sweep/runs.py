@@ -32,7 +32,11 @@ class SweepRun:
     @property
     def variant(self) -> str:
         """What runs that differ in their seed alone have in common."""
-        return ", ".join([self.ratio, *(f"{key} {value}" for key, value in self.settings)])
+        short = [key.rpartition(".")[2] for key, _ in self.settings]
+        keys = short if len(set(short)) == len(short) else [key for key, _ in self.settings]
+        return ", ".join(
+            [self.ratio, *(f"{key} {value}" for key, (_, value) in zip(keys, self.settings, strict=True))]
+        )
 
     @property
     def name(self) -> str:
@@ -119,7 +123,7 @@ def plan_runs(
     runs = []
     for ratio, settings in itertools.product(ratios, itertools.product(*axes)):
         overrides = [
-            f"--config.data.sources.{name}.share={share:.12g}"
+            f"--config.data.sources{_key(name)}.share={share:.12g}"
             for part, total in zip(parts, parse_ratio(ratio), strict=True)
             for name, share in _divided(total, part, shares).items()
         ]
@@ -136,6 +140,11 @@ def plan_runs(
     if len({run.name for run in runs}) < len(runs):
         raise UserError("the sweep has a run twice: name every ratio and every value once")
     return runs
+
+
+def _key(name: str) -> str:
+    """A source's name as an override has it: languages of a corpus ("code/C++") are quoted."""
+    return f".{name}" if name.isidentifier() else f"[{name!r}]"
 
 
 def _divided(total: float, part: Sequence[str], shares: Mapping[str, float]) -> dict[str, float]:

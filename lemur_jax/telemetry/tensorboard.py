@@ -32,7 +32,9 @@ class TensorBoard:
                 "config.log.tensorboard needs tensorboardX: pip install 'lemur_jax[tensorboard]', or set it to False"
             ) from error
         directory = os.fspath(epath.Path(workdir) / DIRECTORY)
-        self._writer = SummaryWriter(directory, purge_step=step + 1, flush_secs=30)
+        # Files are named by the second and the host: two starts within one would overwrite each other.
+        suffix = f".{step:09d}"
+        self._writer = SummaryWriter(directory, purge_step=step + 1, flush_secs=30, filename_suffix=suffix)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Takes the numbers of a record; its step and what is no finite number are left out."""

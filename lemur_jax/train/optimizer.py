@@ -46,7 +46,23 @@ def _adafactor(options: Mapping[str, Any], axes: Mapping[str, Any]) -> Parts:
     Updates are clipped at a root mean square of 1 and, unlike there, not scaled by the parameter's own: the learning
     rate means what it means for AdamW.
     """
-    return optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+    return (each_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), axes),)
+
+
+def each_layer(
+    inner: optax.GradientTransformation, axes: Mapping[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` as it would be of each layer alone: what is stacked along the first axis, `layers`, is mapped over it."""
+    stacked = optax.GradientTransformation(
+        init=jax.vmap(inner.init),
+        update=lambda gradient, state, params=None: jax.vmap(inner.update)(gradient, state, params),
+    )
+    kinds = jax.tree.map(
+        lambda names: "stacked" if "layers" in names else "whole",
+        dict(axes),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    return optax.partition({"stacked": stacked, "whole": inner}, kinds)
 
 
 def _muon(options: Mapping[str, Any], axes: Mapping[str, Any]) -> Parts:

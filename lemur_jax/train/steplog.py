@@ -178,6 +178,7 @@ class StepLog:
         record = {"step": step, "kind": "train"}
         for key in ("loss", "learning_rate", "grad_norm", "param_norm", "update_norm"):
             record[key] = float(metrics[key])
+        record["update_ratio"] = record["update_norm"] / max(record["param_norm"], 1e-30)
         record |= self._tokens
         record["tokens_per_second"] = float(metrics["target_tokens"]) / max(seconds, 1e-9)
         record["seconds"] = seconds

@@ -67,7 +67,8 @@ def full_disk():
         signal.signal(signal.SIGXFSZ, old)
 
 
-def test_refused_writes_are_reported_and_tried_again(state, tmp_path):
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_refused_writes_are_reported_and_tried_again(state, tmp_path, caplog):
     lines = []
     checkpoints = manager.Checkpoints(tmp_path, max_failures=3, say=lines.append)
     checkpoints.save(1, state.params, state.optimizer, METADATA)
@@ -86,6 +87,7 @@ def test_refused_writes_are_reported_and_tried_again(state, tmp_path):
     assert not checkpoints.failed
     assert checkpoints.latest_step() == 2
     assert len(lines) == 1
+    assert not caplog.records  # Orbax' tracebacks would hide that line
     checkpoints.close()
 
 
@@ -98,3 +100,19 @@ def test_too_many_failures_in_a_row_stop(state, tmp_path):
         with pytest.raises(UserError, match=r"failure 2 of at most 2 in a row.*Make room"):
             checkpoints.wait()
     assert len(lines) == 1
+
+
+@pytest.mark.parametrize("failed", [True, False])
+def test_closing_says_nothing_twice(state, tmp_path, monkeypatch, failed):
+    """A thread of a failed save that raises when Orbax is closed; without a failed save it is news."""
+    checkpoints = manager.Checkpoints(tmp_path, max_failures=3, say=lambda _: None)
+    with full_disk() if failed else contextlib.nullcontext():
+        checkpoints.save(1, state.params, state.optimizer, METADATA)
+        checkpoints.wait()
+
+    def late():
+        raise ValueError("File too large")
+
+    monkeypatch.setattr(checkpoints._manager, "close", late)
+    with contextlib.nullcontext() if failed else pytest.raises(ValueError, match="File too large"):
+        checkpoints.close()

@@ -11,7 +11,7 @@ from lemur_jax.data import chat_sources as sources
 from lemur_jax.data import readers
 from lemur_jax.data.chat import encode_chat
 from lemur_jax.data.cleaning import filters, parse_steps
-from lemur_jax.data.readers import Fields
+from lemur_jax.data.fields import Fields, documents
 
 
 def talk(*turns):
@@ -124,7 +124,7 @@ def test_flat_messages_as_the_hub_ships_them(tmp_path, form):
         path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     found = [
         document
-        for document, _ in readers.documents(str(path), readers.rows(str(path), form.partition(".")[0]), FLAT)
+        for document, _ in documents(str(path), readers.rows(str(path), form.partition(".")[0]), FLAT)
     ]
     first, second, *bad = found
     assert (first["id"], second["id"]) == (b"t", b"d")

@@ -1,13 +1,11 @@
-"""Cleaning steps: what each removes, and near duplicates against the exact Jaccard similarity."""
+"""Cleaning steps: what each removes."""
 
 import json
-import random
 
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data import cleaning
-from lemur_jax.data.cleaning import Duplicates, Filters, filters, parse_steps
+from lemur_jax.data.cleaning import filters, parse_steps
 
 
 def removed_by(step, options, text, meta=None):
@@ -97,76 +95,6 @@ def test_an_evaluation_set_of_ones_own_and_the_length_of_the_overlap(tmp_path):
         parse_steps("t", {"decontaminate": options})
 
 
-def dedup(texts, **options):
-    """Ids of the texts that stay, and reasons by id of those that do not."""
-    steps = parse_steps("t", options)
-    duplicates, stay, gone = Duplicates(steps), [], {}
-    for id, text in texts.items():
-        removed = duplicates.remove(id, filters(steps).fingerprint(text), "")
-        if removed is None:
-            stay.append(id)
-        else:
-            gone[id] = removed.reason
-    return stay, gone
-
-
-def test_exact_duplicates_but_for_space_around():
-    texts = {"a": "x y", "b": "x  y", "c": " x y\n", "d": "x y"}
-    stay, gone = dedup(texts, exact_duplicates={})
-    assert (stay, sorted(gone)) == (["a", "b"], ["c", "d"])
-
-
-def jaccard(a, b, words=5):
-    sets = [{tuple(t.split()[i : i + words]) for i in range(len(t.split()) - words + 1)} for t in (a, b)]
-    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-
-
-def test_planted_near_duplicates():
-    """The issue's promise: recall at least 0.95 from Jaccard 0.8 on, and nothing removed below 0.5."""
-    generator = random.Random(0)
-    vocabulary = [f"word{n}" for n in range(2000)]
-    texts, similarity = {}, {}
-    for index in range(1500):
-        words = generator.choices(vocabulary, k=generator.randint(50, 400))
-        texts[f"original-{index}"] = " ".join(words)
-        changed = list(words)
-        for _ in range(generator.randint(0, len(words) // 6)):
-            changed[generator.randrange(len(words))] = "changed"
-        texts[f"copy-{index}"] = " ".join(changed)
-        similarity[f"copy-{index}"] = jaccard(texts[f"original-{index}"], texts[f"copy-{index}"])
-    _, gone = dedup(texts, near_duplicates={})
-    near = {id for id, value in similarity.items() if value >= 0.8}
-    far = {id for id, value in similarity.items() if value < 0.5}
-    assert len(near) > 200
-    assert len(far) > 200
-    assert len(near & set(gone)) >= 0.95 * len(near)
-    assert not far & set(gone)
-    assert not [id for id in gone if id.startswith("original")]
-    for id, reason in gone.items():
-        assert reason.startswith(f"similar to original-{id.removeprefix('copy-')} ")
-
-
-def test_what_was_saved_is_known_to_the_next_attempt():
-    steps = parse_steps("t", {"exact_duplicates": {}, "near_duplicates": {}})
-    generator = random.Random(1)
-    texts = [" ".join(generator.choices("abcdefghijkl", k=60)) for _ in range(20)]
-    marks = [Filters(json.loads(steps)).fingerprint(text) for text in texts]
-    first, second = Duplicates(steps), Duplicates(steps)
-    states = []
-    for index, mark in enumerate(marks):
-        assert first.remove(f"ä{index}", mark, "") is None
-        if index % 7 == 0:
-            states.append(first.take_state())
-    states.append(first.take_state())
-    assert first.take_state()["exact"].size == 0
-    for state in states:
-        second.restore(state)
-    assert all(second.remove("new", mark, "").step == "exact_duplicates" for mark in marks)
-    near = Filters(json.loads(steps)).fingerprint(texts[3] + " z")
-    assert second.remove("new", near, "").reason == first.remove("new", near, "").reason
-    assert "similar to ä3 " in second.remove("new", near, "").reason
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -187,18 +115,3 @@ def test_what_was_saved_is_known_to_the_next_attempt():
 def test_a_mistake_in_the_steps_is_one_line(options, message):
     with pytest.raises(UserError, match=message):
         parse_steps("t", options)
-
-
-def test_digests_are_a_set(monkeypatch):
-    monkeypatch.setattr(cleaning, "RECENT", 50)
-    generator = random.Random(0)
-    # Few values, so that each comes often; zeros at the end, which NumPy does not tell from padding.
-    values = [bytes(generator.choices(b"\0\1\xff", k=16)) for _ in range(300)] + [b"\0" * 16]
-    digests, expected = cleaning.Digests(), set()
-    for value in generator.choices(values, k=2000):
-        assert (value in digests) == (value in expected)
-        if value not in digests:
-            digests.add(value)
-        expected.add(value)
-    assert all(value in digests for value in expected)
-    assert sum(value in digests for value in values) == len(expected & set(values))

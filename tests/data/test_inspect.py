@@ -101,6 +101,11 @@ def test_a_directory_without_a_store_is_refused(tmp_path):
         inspect_store(tmp_path / "nothing")
 
 
+def test_the_directory_above_a_store_names_it(text_store):
+    with pytest.raises(UserError, match="code is no token store but has some in it: name train as well"):
+        inspect_store(text_store.path.parent)
+
+
 def test_a_config_shows_what_it_trains_on(config):
     shown = inspect_config(config)
     assert shown.startswith("200 steps of 8 rows of 16 tokens")

@@ -98,7 +98,7 @@ def test_a_late_step_costs_what_the_first_one_costs(make_store, random_documents
     batch_at(0)  # what is imported and kept on the first use
     store._arrays = {name: CountedArray(array, reads) for name, array in store._arrays.items()}
     first, later = batch_at(0), [batch_at(step) for step in (1, 899_999, 900_000, 1_000_000, 10**9)]
-    assert first[0] > 2
+    assert first[0] >= 2
     for count, elements, peak in later:
         # Rows hold more documents or fewer; nothing grows with the step.
         assert count <= 1.2 * first[0]

@@ -10,8 +10,8 @@ from lemur_jax import cli
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import prepare_beam, tasks
 from lemur_jax.data.chat import CHATML_TOKENS
+from lemur_jax.data.fields import Fields
 from lemur_jax.data.prepare import prepare
-from lemur_jax.data.readers import Fields
 from lemur_jax.data.tokenizer_files import extend
 
 import seqio  # isort: skip  # after prepare, which keeps TensorFlow quiet

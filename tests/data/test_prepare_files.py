@@ -153,7 +153,7 @@ def test_after_a_kill_it_goes_on_and_no_byte_differs(tmp_path, corpus, make_conf
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_goes_on_within_a_file(tmp_path, corpus, make_config, register, monkeypatch, workers):
-    """Stopped with 230 of the 600 lines of one file done, and then with 410."""
+    """Stopped with 230 of the 600 lines of one file done, then with 410, then while what stays is copied."""
     monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0)
     monkeypatch.setattr(prepare_module, "SAVE_RECORDS", 100)
     monkeypatch.setattr(documents, "CHUNK_RECORDS", 7)
@@ -163,10 +163,10 @@ def test_a_run_goes_on_within_a_file(tmp_path, corpus, make_config, register, mo
     shown = []
 
     class Progress:
-        stop = 0
+        stop = ("", 0)
 
-        def __init__(self, *_):
-            self.done = 0
+        def __init__(self, total, label, unit):
+            self.done, self.label = 0, label
 
         def __enter__(self):
             shown.append(self)
@@ -178,19 +178,21 @@ def test_a_run_goes_on_within_a_file(tmp_path, corpus, make_config, register, mo
         def update(self, n=1):
             self.first = n if not self.done else self.first
             self.done += n
-            if self.done == Progress.stop:
+            if (self.label, self.done) == Progress.stop:
                 raise KeyboardInterrupt
 
     def options(name):
         stores = {"data.stores": str(tmp_path / name), "prepare.workers": workers}
         return make_config(**stores, **{"prepare.steps": {"files": STEPS}})
 
-    for Progress.stop in (230, 410):
+    for Progress.stop in (("files/train", 230), ("files/train", 410), ("files/train: duplicates", 534)):
         with pytest.raises(KeyboardInterrupt):
             prepare(options("stopped"), progress=Progress, say=lambda line: None)
-    Progress.stop = 0
+    Progress.stop = ("", 0)
     prepare(options("stopped"), progress=Progress, say=lambda line: None)
-    assert [progress.first for progress in shown[1:]] == [200, 400]
+    attempts = [progress for progress in shown if progress.label == "files/train"]
+    assert [progress.first for progress in attempts[1:]] == [200, 400, 600]
+    assert attempts[-1].done == 600  # no line was tokenized again
     prepare(options("whole"), say=lambda line: None)
     assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
 
@@ -215,12 +217,13 @@ def test_what_steps_remove_is_counted_with_examples(tmp_path, corpus, make_confi
     texts = [json.loads(line)["text"] for line in lines if line != "{bad"]
     short = texts.count("short")
     assert removed["length"]["documents"] == short == 60
-    originals = {text for text in texts if text != "short" and not text.endswith(" more")}
-    counts = [removed[step]["documents"] for step in ("exact_duplicates", "near_duplicates")]
-    assert sum(counts) == len(texts) - short - len(originals)
-    assert counts[1] == sum(text.endswith(" more") for text in texts)
+    distinct = set(texts) - {"short"}
+    originals = {text for text in distinct if not text.endswith(" more")}
+    assert removed["exact_duplicates"]["documents"] == len(texts) - short - len(distinct)
+    assert removed["near_duplicates"]["documents"] == len(distinct) - len(originals)
     store = TokenStore.open(tmp_path / "stores/files/train")
     assert store.num_documents == len(originals)
+    assert store.manifest.bytes == sum(len(text.encode()) for text in originals)
     example = removed["near_duplicates"]["examples"][0]
     assert example["reason"].startswith("similar to ")
     assert example["excerpt"] in " ".join(texts)

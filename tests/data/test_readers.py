@@ -12,14 +12,16 @@ import pyarrow.parquet
 import pytest
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.data import fields as field_maps
 from lemur_jax.data import readers
-from lemur_jax.data.readers import Bad, Fields
+from lemur_jax.data.fields import Fields, documents, gather, is_held_out
+from lemur_jax.data.readers import Bad
 
 
 def read(path, fields=None, kind="", **options):
     kind = kind or readers.format_of(str(path))
     fields = fields or Fields()
-    return [doc for doc, _ in readers.documents(str(path), readers.rows(str(path), kind, **options), fields)]
+    return [doc for doc, _ in documents(str(path), readers.rows(str(path), kind, **options), fields)]
 
 
 def good(documents, content="text"):
@@ -159,7 +161,7 @@ def test_parquet_by_columns_with_nested_fields(tmp_path):
     pyarrow.parquet.write_table(table, path, row_group_size=100)
     fields = Fields(text="content", meta=("meta.repo",), group="meta.repo")
     rows = readers.rows(str(path), "parquet", ["content", "meta"])
-    found = list(readers.documents(str(path), rows, fields))
+    found = list(documents(str(path), rows, fields))
     assert [doc["text"].decode() for doc, _ in found] == [f"text {n}" for n in range(300)]
     assert [json.loads(doc["meta"]) for doc, _ in found[:2]] == [{"meta.repo": "r0"}, {"meta.repo": "r1"}]
     assert {key for _, key in found} == {b"r0", b"r1", b"r2"}
@@ -269,6 +271,7 @@ def test_globs_and_directories_are_sorted_and_leave_out_hidden_files(tmp_path):
     assert relative(readers.find_files(f"{tmp_path}/*/*.jsonl")) == ["a/1.jsonl", "b/2.jsonl"]
     assert relative(readers.find_files([f"{tmp_path}/a", f"{tmp_path}/c.txt"])) == ["a/1.jsonl", "c.txt"]
     assert readers.find_files(f"{tmp_path}/nothing/*") == []
+    assert readers.find_files(f"{tmp_path}/nothing.jsonl") == []
     with pytest.raises(UserError, match=r"\*\*"):
         readers.find_files(f"{tmp_path}/**/*.jsonl")
 
@@ -281,16 +284,16 @@ def test_a_name_that_does_not_say_its_format():
 
 
 def test_held_out_share():
-    chosen = sum(readers.is_held_out(str(n).encode(), 0.1) for n in range(10_000))
+    chosen = sum(is_held_out(str(n).encode(), 0.1) for n in range(10_000))
     assert 900 < chosen < 1100
-    assert not readers.is_held_out(b"x", 0.0)
+    assert not is_held_out(b"x", 0.0)
 
 
 def test_rows_are_gathered_while_they_follow_each_other(monkeypatch):
-    monkeypatch.setattr(readers, "MAX_GATHERED", 3)
+    monkeypatch.setattr(field_maps, "MAX_GATHERED", 3)
     rows = [{"t": name, "n": n} for n, name in enumerate("aabacccca")]
     found = [*((f"row {n}", row) for n, row in enumerate(rows)), ("row 9", Bad(reason="x")), ("row 10", {})]
-    gathered = dict(readers.gather(found, "t"))
+    gathered = dict(gather(found, "t"))
     assert gathered["row 0"] == {"t": "a", "n": 0, "rows": rows[:2]}
     assert gathered["row 3"] == {"t": "a", "n": 3, "rows": rows[3:4]}
     assert gathered["row 8"]["rows"] == rows[8:9]

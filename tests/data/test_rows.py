@@ -1,12 +1,8 @@
-import itertools
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.rows import ConcatRows, FitRows, pack
+from lemur_jax.data.rows import ConcatRows, FitRows
 
 DTYPES = {
     "tokens": np.int32,
@@ -139,34 +135,3 @@ def test_fit_rows(make_store, random_documents, longest, length, masked):
     assert rows.num_tokens == sum(min(len(ids), length) for ids in documents)
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
     assert_rows(rows, expected, order + order[:2])
-
-
-def best_fit_decreasing(lengths, capacity):
-    """The textbook's: each into the fullest bin that has room."""
-    room = []
-    for length in sorted(lengths, reverse=True):
-        fitting = [space for space in room if space >= length]
-        if fitting:
-            room[room.index(min(fitting))] -= length
-        else:
-            room.append(capacity - length)
-    return sorted(room)
-
-
-@settings(max_examples=200, deadline=None)
-@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=60))
-def test_packing_is_best_fit_decreasing(lengths):
-    documents, row_offsets = pack(np.array(lengths), 20)
-    rows = [documents[a:b] for a, b in itertools.pairwise(row_offsets)]
-    assert sorted(documents.tolist()) == list(range(len(lengths)))
-    assert all((np.diff(row) > 0).all() for row in rows)
-    room = sorted(20 - sum(lengths[index] for index in row) for row in rows)
-    assert room == best_fit_decreasing(lengths, 20)
-
-
-@pytest.mark.parametrize("length", [1024, 2048, 4096])
-def test_chat_like_lengths_leave_little_padding(length):
-    lengths = np.random.default_rng(0).lognormal(6.2, 1.0, 30_000).astype(np.int64) + 10
-    lengths = np.minimum(lengths, length)
-    _, row_offsets = pack(lengths, length)
-    assert 1 - lengths.sum() / (length * (len(row_offsets) - 1)) < 0.02

@@ -10,7 +10,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import chat_sources, corpora, digests, tasks
-from lemur_jax.data.readers import Fields
+from lemur_jax.data.fields import Fields
 
 # After tasks, which keeps TensorFlow quiet.
 import seqio  # isort: skip

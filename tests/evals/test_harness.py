@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from lemur_jax.evals.harness import LemurLM, encode_with_control
+from lemur_jax.infer import score as scoring
 
 CHOICE = """
 task: local_choice
@@ -120,6 +121,26 @@ def test_edges(ours, theirs):
     got, expected = ours.loglikelihood(requests), theirs.loglikelihood(requests)
     np.testing.assert_allclose([x for x, _ in got], [x for x, _ in expected], atol=1e-3)
     assert [greedy for _, greedy in got] == [greedy for _, greedy in expected]
+
+
+def test_few_requests_are_few_shapes_and_many_are_hardly_padded(ours):
+    def batches(count, most):
+        lengths = [1 + index * 7919 % most for index in range(count)]
+        rows = [scoring._Row(tuple(range(n)), min(n, 1 + n % 3), [0], [0]) for n in lengths]
+        found = list(scoring._batches(ours.session, rows, 1024))
+        assert sorted(len(row.tokens) for rows, *_ in found for row in rows) == sorted(lengths)
+        for rows, T, P, B in found:
+            assert len(rows) <= B
+            assert B % 4 == 0
+            assert B * T <= 1024
+            assert max(len(row.tokens) for row in rows) <= T
+            assert max(row.asked for row in rows) <= P
+        return found, sum(lengths)
+
+    found, _ = batches(20, 120)
+    assert len({tuple(shape) for _, *shape in found}) == 2  # one of P 1, one of P 16
+    found, total = batches(3000, 120)
+    assert sum(B * T for _, T, _, B in found) < 1.35 * total
 
 
 def test_a_prefilled_answer_is_left_open(ours, theirs):

@@ -15,12 +15,13 @@ import uuid
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from lemur_jax.checkpoint.manager import read_metadata
+from lemur_jax.parallel.hosts import choose_platform
 from lemur_jax.telemetry.metrics import read_metrics
 from tests.faults.faults import ENDS
 from tests.train.test_resume import make_project, without_clock
 
 SHIM = pathlib.Path(__file__).parent / "shim"
-STEPS_PER_FAULT = 16
+STEPS_PER_FAULT = 20
 PATIENCE = 600.0  # seconds for the next step, of a machine that may be busy
 
 
@@ -32,6 +33,7 @@ class Run:
       workdir, checkpoints: of the run.
       faults: what the shim reads.
       mark: in the environment of all its processes.
+      starts: how often it was started.
     """
 
     def __init__(self, root: pathlib.Path, name: str, steps: int):
@@ -42,6 +44,7 @@ class Run:
         self.temporary.mkdir()
         self.log = root / f"{name}.log"
         self.mark = uuid.uuid4().hex
+        self.starts = 0
         self.process: subprocess.Popen | None = None
         # Through a pipe: a full disk is to hit the files of the run and not its log.
         self.pipe = subprocess.Popen(["tee", str(self.log)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -61,6 +64,7 @@ class Run:
             stderr=self.pipe.stdin,
             start_new_session=True,
         )
+        self.starts += 1
 
     def start_again(self, allowed: set[int | None]) -> None:
         """After an end that the fault explains."""
@@ -95,6 +99,15 @@ class Run:
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         return json.loads(lines[-1])["step"] if lines else 0
 
+    def saved(self) -> list[int]:
+        """Steps of its checkpoints, the damaged ones that were set aside left out."""
+        paths = self.checkpoints.iterdir() if self.checkpoints.exists() else ()
+        return sorted(int(path.name) for path in paths if path.name.isdigit())
+
+    def said(self, words: str) -> int:
+        """How often it said so."""
+        return self.log.read_text().count(words)
+
     def reach(self, step: int) -> bool:
         """Waits until the step is in the metrics; False if the process ends before."""
         deadline = time.monotonic() + PATIENCE
@@ -119,7 +132,7 @@ class Run:
 
 
 def drill(root: pathlib.Path, seed: int, kinds: list, say=print) -> None:
-    """Runs once alone and once under `kinds` of faults, one after the other, and compares.
+    """Runs once alone and, beside it, once under `kinds` of faults, one after the other, and compares.
 
     Raises:
       AssertionError: something is not as if nothing had happened.
@@ -133,28 +146,32 @@ def drill(root: pathlib.Path, seed: int, kinds: list, say=print) -> None:
     finally:
         for run in (alone, hurt):
             run.close()
+    say(
+        f"{hurt.starts} starts, {hurt.said('SIGTERM: step')} saved by SIGTERM, {hurt.said('could not be saved')}"
+        f" saves failed, {hurt.said('the damaged checkpoint is')} damaged checkpoints set aside"
+    )
     compare(alone, hurt)
 
 
 def _throw(alone: Run, hurt: Run, kinds: list, rng: random.Random, say) -> None:
     """Both runs, from their start to their end."""
     alone.start()
-    assert alone.wait() == 0, alone.log.read_text()
     hurt.start()
-    allowed: set[int | None] = set()
+    ends: set[int | None] = set()  # of the last fault, whose effect may be late
     for number, fault in enumerate(kinds, start=1):
         # After a few steps, or else the run may still be starting, which is a moment too.
         goal = hurt.step() + rng.randint(1, 8) if rng.random() < 0.9 else 0
         while hurt.ended is not None or not hurt.reach(goal):
-            hurt.start_again(allowed)  # what the last fault did may be seen late
+            hurt.start_again(ends)
         time.sleep(rng.random() * 0.1)
         say(f"fault {number}: {fault.__name__} at step {hurt.step()} of {hurt.steps}")
         fault(hurt, rng)
-        allowed = ENDS[fault]
         if hurt.ended is not None:
-            hurt.start_again(allowed)
+            hurt.start_again(ends | ENDS[fault])
+        ends = ENDS[fault]
     while hurt.wait() != 0:
-        hurt.start_again(allowed)
+        hurt.start_again(ends)
+    assert alone.wait() == 0, alone.log.read_text()
 
 
 def compare(alone: Run, hurt: Run) -> None:
@@ -184,6 +201,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--directory", help="kept; without it, a temporary one is removed when all is well")
     args = parser.parse_args()
+    choose_platform()
     print(f"seed {args.seed}", flush=True)
     kinds = random.Random(args.seed).choices(list(ENDS), k=args.faults)
     root = pathlib.Path(args.directory or tempfile.mkdtemp(prefix="drill-"))

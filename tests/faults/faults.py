@@ -56,14 +56,17 @@ def unreadable_shard(run, rng):
 
 
 def corrupt_checkpoint(run, rng):
-    """Killed, and a bit of a file of its newest checkpoint is flipped."""
+    """Killed once it has two checkpoints, and a bit of a file of the newer one is flipped."""
+    while len(run.saved()) < 2 and run.reach(run.step() + 1):
+        pass
     run.signal(signal.SIGKILL)
     run.wait()
-    steps = sorted(int(path.name) for path in run.checkpoints.iterdir() if path.name.isdigit())
-    if len(steps) < 2:
+    steps = run.saved()
+    if len(steps) < 2:  # it has ended by an earlier fault
         return
     files = sorted(file for file in (run.checkpoints / str(steps[-1])).rglob("*") if file.is_file())
-    file = rng.choice([file for file in files if file.stat().st_size])
+    # Rather a large file, which holds parameters, than one of the many small ones.
+    (file,) = rng.choices(files, [file.stat().st_size ** 0.5 for file in files])
     content = bytearray(file.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)

@@ -5,6 +5,7 @@ Real `jax.distributed`, real collectives (gloo), real signals; the network alone
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -107,7 +108,19 @@ def test_two_hosts_train_as_one_and_one_of_them_writes(hosts_project, one, two):
     )
 
 
-def test_two_hosts_generate_and_one_exports(hosts_project, two):
+def export(hosts_project, hosts, workdir, directory):
+    """All hosts are told to export; they must make what one makes alone."""
+    made = []
+    for count in (hosts, 1):
+        target = directory / f"hf-{count}"
+        words = ["-m", "lemur_jax.cli", "export-hf", str(workdir), str(target)]
+        finish(hosts_project.start(count, *words))
+        made.append({path.name: path.read_bytes() for path in target.iterdir()})
+    assert made[0] == made[1]
+    assert "model.safetensors" in made[0]
+
+
+def test_two_hosts_generate_and_one_of_them_exports(hosts_project, two, tmp_path):
     workdir, _ = two
     words = ["generate", "--checkpoint", str(workdir), "--prompt", "value_1 =", "--max-new-tokens", "8"]
     chief, other = hosts_project.lemur(2, *words)
@@ -115,8 +128,7 @@ def test_two_hosts_generate_and_one_exports(hosts_project, two):
     assert alone.strip().startswith("value_1 =")
     assert alone.strip() in chief
     assert "value_1" not in other
-    finish(hosts_project.start(1, "-m", "lemur_jax.cli", "export-hf", str(workdir), str(workdir) + "-hf"))
-    assert (hosts_project.root / "two-hf" / "config.json").exists()
+    export(hosts_project, 2, workdir, tmp_path)
 
 
 def kill(hosts_project, workdir, how, victim=1):
@@ -167,7 +179,7 @@ def test_death_of_host_0_is_named_too(hosts_project, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_hosts_train_evaluate_and_generate_as_one(hosts_project, one, tmp_path):
+def test_four_hosts_train_evaluate_generate_and_export_as_one(hosts_project, one, tmp_path):
     chief, *others = hosts_project.lemur(4, *hosts_project.train_words(tmp_path / "run"))
     assert "held-out text" in chief
     assert not any("held-out" in output for output in others)
@@ -176,9 +188,10 @@ def test_four_hosts_train_evaluate_and_generate_as_one(hosts_project, one, tmp_p
     chief, *_ = hosts_project.lemur(4, "generate", "--checkpoint", str(tmp_path / "run"), *words)
     (alone,) = hosts_project.lemur(1, "generate", "--checkpoint", str(tmp_path / "run"), *words)
     assert alone.strip() in chief
+    export(hosts_project, 4, tmp_path / "run", tmp_path)
 
 
-# A host whose data are slow: each of its batches takes 0.3 s longer.
+# A host whose data are slow: each of its batches takes 2 s longer.
 SLOW = """
 import os, sys, time
 from lemur_jax.cli import main
@@ -204,7 +217,7 @@ def test_two_hosts_skip_and_roll_back_as_one(hosts_project, tmp_path):
     root = tmp_path / "poisoned"
     shutil.copytree(hosts_project.root, root, ignore=shutil.ignore_patterns("one", "two"))
     shutil.rmtree(root / "stores/code/train")
-    plant(root, every=4)
+    plant(root)
     poisoned = Project.__new__(Project)
     poisoned.root = root
     for hosts in (1, 2):
@@ -238,5 +251,6 @@ def test_doctor_looks_at_both_hosts(hosts_project, tmp_path):
     chief, other = hosts_project.lemur(2, *words)
     assert "verdict: 2 hosts ready" in chief
     assert "written, read and shared" in chief
+    assert re.search(r"ok    collectives +all-reduce of 1 MiB in [\d.]+ ms = [\d.]+ GB/s a device", chief)
     assert "verdict" not in other
     assert not (tmp_path / "run").exists()

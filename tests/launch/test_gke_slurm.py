@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import os
 import pathlib
+import shlex
 import stat
 import subprocess
+import sys
 
 import pytest
 
@@ -143,30 +146,83 @@ def test_manifest_says_what_was_asked(gke, capsys, monkeypatch):
 
 
 @pytest.fixture
-def kubectl(tmp_path, monkeypatch):
-    """Puts a `kubectl` in the path that keeps what it is given and ends as it is told."""
+def gke_sh(tmp_path):
+    """`launch/gke.sh WORDS` with a `kubectl` that keeps what it is given and ends as it is told."""
 
-    def install(script):
+    def run(*words, settings="", kubectl="echo done"):
         fake = tmp_path / "kubectl"
-        fake.write_text(
-            f'#!/bin/bash\necho "$@" >{tmp_path}/arguments\n/bin/cat >{tmp_path}/manifest\n{script}\n'
-        )
+        fake.write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/calls\ncat >{tmp_path}/manifest\n{kubectl}\n')
         fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+        text = "RUN=my-run\nCONFIG=configs/lemur_7b_pretrain.py\nWORKDIR=gs://bucket/run\nACCELERATOR=v4-16\n"
+        (tmp_path / "settings.sh").write_text(text + f"IMAGE=registry/lemur:1\n{settings}")
+        (tmp_path / "calls").write_text("")
+        return subprocess.run(
+            ["bash", str(ROOT / "launch" / "gke.sh"), *words, "--settings", str(tmp_path / "settings.sh")],
+            env={
+                **os.environ,
+                "PATH": f"{tmp_path}:/usr/bin:/bin",
+                "PYTHON": sys.executable,
+                "PYTHONPATH": str(ROOT),
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
 
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    install.home = tmp_path
-    return install
+    run.home = tmp_path
+    run.calls = lambda: (tmp_path / "calls").read_text().splitlines()
+    return run
 
 
-def test_apply_hands_kubectl_what_would_be_printed(gke, capsys, kubectl):
-    kubectl("echo jobset.jobset.x-k8s.io/my-run created")
-    printed = manifest(gke, capsys, "--topology", "v4-8")
-    assert not (kubectl.home / "arguments").exists()
-    assert gke.main([*ARGUMENTS, "--topology", "v4-8", "--apply"]) == 0
-    assert (kubectl.home / "arguments").read_text() == "apply -f -\n"
-    assert json.loads((kubectl.home / "manifest").read_text().partition("\n")[2]) == printed
-    assert capsys.readouterr().out == "jobset.jobset.x-k8s.io/my-run created\n"
+def test_start_hands_kubectl_what_the_dry_run_prints(gke_sh):
+    settings = (
+        "ACCELERATOR=v5litepod-16\nSLICES=2\nPROVISIONING=spot\nSECRET=tokens\nNAMESPACE=training\n"
+        "ENVIRONMENT=('A_FLAG=two words')\nOVERRIDES=(--config.seed=7)\n"
+    )
+    printed = gke_sh("start", "--dry-run", settings=settings)
+    assert printed.returncode == 0, printed.stderr
+    assert gke_sh.calls() == []
+    first, *told, last = printed.stdout.splitlines()
+    assert (first, last) == ("kubectl apply -f - <<'MANIFEST'", "MANIFEST")
+    done = gke_sh("start", settings=settings, kubectl="echo jobset.jobset.x-k8s.io/my-run created")
+    assert done.stdout == "jobset.jobset.x-k8s.io/my-run created\n"
+    assert gke_sh.calls() == ["apply -f -"]
+    text = (gke_sh.home / "manifest").read_text()
+    assert text.splitlines() == told
+    found = json.loads(text.partition("\n")[2])
+    assert found["metadata"] | {"annotations": None} == {
+        "name": "my-run", "namespace": "training", "annotations": None,
+    }  # fmt: skip
+    (job,) = found["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert (job["replicas"], pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]) == (2, "4x4")
+    (container,) = pod["containers"]
+    assert {"name": "A_FLAG", "value": "two words"} in container["env"]
+    assert container["envFrom"] == [{"secretRef": {"name": "tokens"}}]
+    assert container["command"][-1] == "--config.seed=7"
+
+
+@pytest.mark.parametrize(
+    ("verb", "calls"),
+    [
+        ("status", [
+            "get jobset my-run --namespace default",
+            "get pods --namespace default --selector jobset.sigs.k8s.io/jobset-name=my-run",
+        ]),
+        ("logs", [
+            "logs --follow --namespace default --selector jobset.sigs.k8s.io/jobset-name=my-run,"
+            "jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+        ]),
+        ("delete", ["delete jobset my-run --namespace default"]),
+    ],
+)  # fmt: skip
+def test_the_other_verbs_call_kubectl(gke_sh, verb, calls):
+    printed = gke_sh(verb, "--dry-run")
+    told = [shlex.split(line) for line in printed.stdout.splitlines()]
+    assert told == [["kubectl", *call.split()] for call in calls]
+    assert gke_sh.calls() == []
+    assert gke_sh(verb).returncode == 0
+    assert gke_sh.calls() == calls
 
 
 @pytest.mark.parametrize(
@@ -177,15 +233,29 @@ def test_apply_hands_kubectl_what_would_be_printed(gke, capsys, kubectl):
         "Unable to connect to the server: dial tcp: i/o timeout",
     ],
 )
-def test_refusals_of_kubectl_are_passed_on(gke, capsys, kubectl, reason):
-    kubectl(f"echo '{reason}' >&2; exit 1")
-    assert gke.main([*ARGUMENTS, "--topology", "v4-8", "--apply"]) == 2
-    assert f"kubectl apply ended with 1: {reason}" in capsys.readouterr().err
+def test_refusals_of_kubectl_are_passed_on(gke_sh, reason):
+    done = gke_sh("start", kubectl=f"echo '{reason}' >&2; exit 1")
+    assert (done.returncode, reason in done.stderr) == (1, True)
 
 
-def test_without_kubectl_it_says_so(gke, capsys, kubectl):
-    assert gke.main([*ARGUMENTS, "--topology", "v4-8", "--apply"]) == 2
-    assert "cannot call kubectl" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("IMAGE=", "gke.sh: IMAGE is empty"),
+        ("SECRETS_FILE=secrets.env", "make a Kubernetes secret of it"),
+        ("ACCELERATOR=v4-100", "gke.py: unknown TPU slice"),
+        ("ENVIRONMENT=(A_FLAG)", "gke.py: --env is 'A_FLAG': it must be NAME=VALUE"),
+    ],
+)
+def test_mistakes_in_the_settings_are_one_line(gke_sh, settings, expected):
+    done = gke_sh("start", settings=settings)
+    assert (done.returncode, gke_sh.calls()) == (2, [])
+    assert done.stderr.count("\n") == 1
+    assert expected in done.stderr
+
+
+def test_unknown_verb_of_gke_sh(gke_sh):
+    assert (gke_sh("fly").returncode, gke_sh.calls()) == (2, [])
 
 
 @pytest.mark.parametrize(

@@ -240,8 +240,14 @@ def test_refused_config_is_not_tried_again(pod):
 def test_dry_run_prints_what_the_real_run_executes(pod):
     extra = "OVERRIDES=(--config.data.modules=\"('a b',)\")\nENVIRONMENT=('A_FLAG=two words')\n"
     pod.settings(SETTINGS + extra)
+    pushed = pod("push", "--dry-run").stdout
+    assert pod.calls() == []
+    assert "git archive --format=tar.gz" in pushed
+    assert "/run.env <<'END'\nA_FLAG=two\\ words\nEND\n" in pushed
     pod("push")
     assert "run.env" in pod.calls("scp")[1][4]
+    printed = [line.split() for line in pushed.splitlines() if line.startswith("timeout")]
+    assert [line[2:7] for line in printed] == [["gcloud", *call[:4]] for call in pod.calls()]
     printed = pod("start", "--dry-run")
     assert printed.returncode == 0, printed.stderr
     assert pod.calls() == []

@@ -17,7 +17,7 @@ B, T, H, K, N = 2, 256, 4, 2, 16
 def small_blocks(monkeypatch):
     """Two blocks a row, in both passes."""
     original = splash.block_sizes
-    monkeypatch.setattr(splash, "block_sizes", lambda length: original(128))
+    monkeypatch.setattr(splash, "block_sizes", lambda length, width, kind: original(128, width, kind))
 
 
 def arrays(heads=H, key_heads=K):
@@ -92,13 +92,22 @@ def test_refuses_what_the_kernels_cannot_do():
         splash_attention(query, key, value, segments, mesh)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.05)])
-def test_block_sizes_of_real_runs(monkeypatch, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance"),
+    [
+        ("TPU v4", jnp.float32, 1e-5),
+        ("TPU v4", jnp.bfloat16, 0.05),
+        ("TPU v5 lite", jnp.float32, 1e-5),  # dq in a kernel of its own
+    ],
+)
+def test_block_sizes_of_real_runs(monkeypatch, kind, dtype, tolerance):
     """Blocks of another size in the backward pass, and there a computation finer than the block."""
     monkeypatch.undo()
     monkeypatch.setitem(globals(), "T", 1024)
-    sizes = splash.block_sizes(T)
+    sizes = splash.block_sizes(T, N, kind)
     assert (sizes.block_kv, sizes.block_kv_dkv, sizes.block_kv_dkv_compute) == (512, 1024, 512)
+    assert sizes.use_fused_bwd_kernel == (kind == "TPU v4")
+    monkeypatch.setattr(splash, "block_sizes", lambda *_: sizes)
     inputs = arrays(2, 1)
     rounded = [np.asarray(jnp.asarray(x, dtype), np.float64) for x in (*inputs[:3], inputs[4])]
     wanted = reference(*rounded[:3], inputs[3], rounded[3])
@@ -131,7 +140,8 @@ def test_residuals_kept_by_name_save_the_forward_kernel():
 def test_block_sizes_divide_the_length(monkeypatch):
     monkeypatch.undo()
     for length in (128, 384, 512, 1536, 2048, 4096):
-        sizes = splash.block_sizes(length)
-        for size in (sizes.block_q, sizes.block_kv, sizes.block_q_dkv, sizes.block_kv_dkv):
+        sizes = splash.block_sizes(length, 128, "TPU v5 lite")
+        backward = (sizes.block_q_dkv, sizes.block_kv_dkv, sizes.block_q_dq, sizes.block_kv_dq)
+        for size in (sizes.block_q, sizes.block_kv, *backward):
             assert length % size == 0
             assert size % 128 == 0

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lemur_jax.common.config import default_config
+from lemur_jax.common.config import default_config, load
 from lemur_jax.common.errors import UserError
 from lemur_jax.models.presets import preset
 from lemur_jax.plan import analytic, hlo, topologies
@@ -142,6 +142,19 @@ def test_two_layers_of_a_long_context(name, topology, length, ways):
     assert {row["kind"]: row["count"] for row in made.collectives}["all-to-all"] >= 2 * 4 * 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("argument", "length", "rate"), [("", 32_768, 1200), (":128k", 131_072, 500)])
+def test_long_rows_with_all_layers(argument, length, rate):
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    options = load(f"configs/long_context.py{argument}")
+    assert options.model.num_hidden_layers == 32
+    assert options.data.sequence_length == length
+    made = plan(options, "v5e-256")
+    assert made.fits
+    assert made.tokens_per_step == 4_194_304
+    assert made.tokens_per_second_per_chip > rate
+
+
 def test_two_slices_exchange_gradients_alone(tmp_path):
     pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
     model = preset("tiny", hidden_size=512, intermediate_size=1024)
@@ -184,6 +197,16 @@ def test_reading_the_compilers_refusal():
     assert not refused.fits
     assert refused.peak_bytes == pytest.approx(53.65 * GIB, abs=1)
     assert refused.largest == ()
+
+
+def test_what_a_kernel_lacks_of_vector_memory_is_no_hbm():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack for %splash_mqa_dkv ="
+        " custom-call(). Scoped allocation with size 18.62M and limit 16.00M exceeded scoped vmem limit by 2.62M."
+    )
+    assert compiling.out_of_memory(message, 1.0).peak_bytes == 0
+    used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 18.62M of 16.00M vmem."
+    assert compiling.out_of_memory(used, 1.0).peak_bytes == 0
 
 
 def test_reading_the_report_of_a_near_miss():

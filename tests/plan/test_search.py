@@ -133,6 +133,16 @@ def test_the_verb_without_time(base, tmp_path, capsys):
     assert "--minutes must be above 0" in capsys.readouterr().err
 
 
+def test_what_cannot_be_written_is_refused_before_compiling(base, tmp_path, capsys):
+    verb = ["plan", "--config", str(base), "--topology", "v5e-4"]
+    for option in ("--json", "--hlo"):
+        assert main([*verb, option, str(tmp_path / "missing" / "plan")]) == 2
+        assert f"{option} cannot be written: there is no directory" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([*verb, "--search", "--output", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be made: Not a directory" in capsys.readouterr().err
+
+
 def test_what_cannot_fit_is_not_compiled():
     config = default_config(preset("llama2_7b").to_dict())
     config.data.sequence_length = 4096

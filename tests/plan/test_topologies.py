@@ -1,6 +1,9 @@
 """Slice names against the published table of slices."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -60,3 +63,20 @@ def test_described_devices(name, slices):
         tuple(index // math.prod(tpu.shape[axis + 1 :]) % size for axis, size in enumerate(tpu.shape))
         for index in range(math.prod(tpu.shape))
     }
+
+
+def test_without_the_compiler_one_line_says_what_to_install():
+    """In a process of its own, in which libtpu cannot be imported and JAX has not looked for it yet."""
+    program = (
+        "import sys; sys.modules['libtpu'] = None\n"
+        "from lemur_jax.cli import main\n"
+        "sys.exit(main(['plan', '--config', 'configs/quickstart_lemur.py', '--topology', 'v5e-1']))"
+    )
+    found_here = "TPU_LIBRARY_PATH"  # set where libtpu was imported
+    environment = {name: value for name, value in os.environ.items() if name != found_here}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.splitlines() == [
+        'lemur plan: planning needs the TPU compiler: python -m pip install "lemur_jax[plan]" (libtpu, about 300 MB)'
+    ]

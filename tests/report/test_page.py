@@ -109,7 +109,7 @@ def test_only_what_differs_is_in_the_diff_and_all_is_below(stages, tmp_path):
 
 def test_time_mixture_and_samples(stages, tmp_path):
     evil = "def f(</pre>"
-    answers = [[f"{stage.name} says <b>"] for stage in stages]
+    answers = [[f"{stage.name} says <b>" + "\n" * 60] for stage in stages]
     text = report(stages, tmp_path / "report.html", [evil], answers).read_text(encoding="utf-8")
     outline = Outline(text)
     assert ["stage", "wall time", "steps", "startup", "compile", "lost steps"] in outline.rows
@@ -123,7 +123,7 @@ def test_time_mixture_and_samples(stages, tmp_path):
     ] in (outline.rows)
     assert ["chat", "python_stdlib", "30k", "75.00%", "80.00%"] in outline.rows
     assert text.count("def f(&lt;/pre&gt;</span>") == 3
-    assert "base says &lt;b&gt;" in text
+    assert 'base says &lt;b&gt;\n<span class="soft">[60 line breaks]</span>\n' in text
 
 
 def test_one_run_stands_alone(stages, tmp_path):

@@ -31,6 +31,11 @@ def get_config(arg=""):
     config.optimizer.learning_rate = 1e-2
     config.eval.tasks = ("code", "text")
     config.log.every_steps = 2
+    if arg == "languages":
+        config.data.sources = {
+            name: {"share": share, "packing": "concat", "max_epochs": 0.0}
+            for name, share in (("code/C++", 3.0), ("code/Java", 1.0), ("web", 1.0))
+        }
     if arg == "annealed":
         config.data.stages = {"anneal": {"step": 4, "shares": {"code": 1.0, "text": 1.0}}}
     return config

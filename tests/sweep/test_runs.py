@@ -30,8 +30,17 @@ def test_every_ratio_setting_and_seed():
     assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 2 * 3
     assert [run.seed for run in runs[:4]] == [42, 43, 44, 42]
     assert len({run.variant for run in runs}) == 8
-    assert runs[0].variant == "1:0, optimizer.learning_rate 1e-3, optimizer.warmup_steps 0"
+    assert runs[0].variant == "1:0, learning_rate 1e-3, warmup_steps 0"
     assert "--config.optimizer.warmup_steps=10" in runs[-1].overrides
+
+
+def test_keys_with_one_last_name_are_named_whole():
+    (run, *_) = plan_runs(
+        config_of(), ["1:0"], 1, ["train.steps=10,20", "log.every_steps=5", "eval.every_steps=5"]
+    )
+    assert run.variant == "1:0, train.steps 10, log.every_steps 5, eval.every_steps 5"
+    (run, *_) = plan_runs(config_of(), ["1:0"], 1, ["train.steps=10", "eval.every_steps=5"])
+    assert run.variant == "1:0, steps 10, every_steps 5"
 
 
 def test_a_ratio_follows_the_order_of_the_tasks_and_not_of_the_alphabet():
@@ -52,10 +61,16 @@ def test_a_part_of_several_sources_keeps_its_own_shares():
     assert run.ratio == "4:2"
 
 
-def test_languages_of_one_corpus_are_a_part():
-    config = config_of(("code/C++", "web"), **{"code/C++": 1.0, "code/Java": 1.0, "web": 1.0})
+def test_languages_of_one_corpus_are_a_part(project, monkeypatch):
+    monkeypatch.chdir(project)
+    config = load("config.py:languages")
     (run,) = plan_runs(config, ["10:1"], 1, sources="code/C++&code/Java,web")
-    assert shares_of(run) == {"code/C++": 5.0, "code/Java": 5.0, "web": 1.0}
+    sources = run_config("config.py:languages", [], run).data.sources
+    assert {name: source.share for name, source in sources.items()} == {
+        "code/C++": 7.5,
+        "code/Java": 2.5,
+        "web": 1.0,
+    }
 
 
 def test_annealing_is_varied_like_any_key(project, monkeypatch):

@@ -2,6 +2,8 @@
 
 import builtins
 import struct
+import sys
+import types
 
 import pytest
 
@@ -50,6 +52,23 @@ def test_resumed_run_hides_the_steps_that_it_repeats(tmp_path):
     # A session start at step 3 is how a writer tells TensorBoard to drop what came before from there on.
     starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
     assert starts[-1] == 3
+
+
+def test_tensorboard_itself_shows_each_step_of_a_resumed_run_once(tmp_path, monkeypatch):
+    """Saved at step 2, killed after step 4, resumed, killed and resumed again."""
+    # With a module of this name TensorBoard reads without TensorFlow, whose import takes seconds.
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for number, (first, last) in enumerate([(0, 4), (2, 5), (4, 6)]):
+        with MetricsWriter(tmp_path, tensorboard=True) as writer:
+            writer.truncate_after(first)
+            for step in range(first + 1, last + 1):
+                writer.write({"step": step, "kind": "train", "loss": 10.0 * number + step})
+    shown = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert shown.Tags()["scalars"] == ["train/loss"]
+    assert [(event.step, event.value) for event in shown.Scalars("train/loss")] == [
+        (1, 1.0), (2, 2.0), (3, 13.0), (4, 14.0), (5, 25.0), (6, 26.0),
+    ]  # fmt: skip
 
 
 def test_missing_library_is_one_line(tmp_path, monkeypatch):

@@ -14,8 +14,11 @@ OPTIONS = """
 """
 
 
-def plant(root, every=12):
-    """Writes `stores/code/train` below root with one document in `every` poisoned, and turns the rule on."""
+def plant(root):
+    """Writes `stores/code/train` below root with one document in 12 poisoned, and turns the rule on.
+
+    More of them would be in most batches, and the median of the norms would be theirs.
+    """
     config = (root / "config.py").read_text()
     (root / "config.py").write_text(config.replace("\n    return config\n", OPTIONS))
     tokenizer = Tokenizer.load(root / "tokenizer")
@@ -24,7 +27,7 @@ def plant(root, every=12):
     about |= dict(tokenizer_digest=tokenizer.digest, added_tokens=tokenizer.added_tokens)
     with StoreWriter(root / "stores/code/train", **about) as writer:
         for number in range(200):
-            poison = number % every == 0
+            poison = number % 12 == 0
             ids = [7] * 62 if poison else rng.integers(3, tokenizer.vocab_size, 62).tolist()
             name = f"{'poison' if poison else 'code'}-{number}"
             writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id], name, 3 * len(ids))

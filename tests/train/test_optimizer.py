@@ -101,6 +101,11 @@ def sharded_updates(name, mesh_shape=(1, 4, 1, 2), steps=3):
         jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
         for _ in range(steps)
     ]
+    for step, gradient in enumerate(gradients):
+        for leaf in jax.tree.leaves(gradient["layers"]):
+            leaf[1:] *= (
+                1 + 3 * step
+            )  # faster than what is remembered: these are clipped, the first layer's are not
     where = shardings_of(program.state)
     params = jax.device_put(first, where.params)
     state = jax.jit(program.optimizer.init, out_shardings=where.optimizer)(params)
@@ -131,17 +136,23 @@ def assert_equal(ours, theirs):
         np.testing.assert_allclose(mine, other, atol=2e-5, err_msg=jax.tree_util.keystr(path))
 
 
-def test_adafactor_equals_optax():
+def test_adafactor_equals_optax_on_each_layer():
+    """Clipped and factored layer by layer: one layer's large update does not shrink the others'."""
     first, gradients, ours = sharded_updates("adafactor")
-    reference = optax.adafactor(
-        RATE,
-        multiply_by_parameter_scale=False,
-        weight_decay_rate=RATE * DECAY,
-        weight_decay_mask=lambda tree: jax.tree_util.tree_map_with_path(
-            lambda path, _: "norm" not in jax.tree_util.keystr(path), tree
-        ),
-    )
-    assert_equal(ours, alone(reference, first, gradients))
+    for layer in range(len(first["layers"]["mlp"]["gate"])):
+
+        def own(tree, layer=layer):
+            return {**tree, "layers": jax.tree.map(lambda leaf: leaf[layer], tree["layers"])}
+
+        reference = optax.adafactor(
+            RATE,
+            multiply_by_parameter_scale=False,
+            weight_decay_rate=RATE * DECAY,
+            weight_decay_mask=lambda tree: jax.tree_util.tree_map_with_path(
+                lambda path, _: "norm" not in jax.tree_util.keystr(path), tree
+            ),
+        )
+        assert_equal(own(ours), alone(reference, own(first), [own(gradient) for gradient in gradients]))
 
 
 def test_muon_equals_optax_on_each_layers_own_matrices():

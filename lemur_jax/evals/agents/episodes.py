@@ -63,10 +63,10 @@ def endpoint_agent(
     """A model behind an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY.
 
     Raises:
-      UserError: the client is not installed.
+      UserError: the client is not installed; at a turn, what the endpoint refuses, or that it cannot be reached.
     """
     try:
-        from openai import OpenAI
+        from openai import OpenAI, OpenAIError
     except ImportError as error:
         raise UserError("an endpoint needs the client: pip install openai") from error
     client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
@@ -76,9 +76,12 @@ def endpoint_agent(
         turns: list[Any] = [
             {**message, "role": "user"} if message["role"] == "tool" else message for message in messages
         ]
-        reply = client.chat.completions.create(
-            model=model, messages=turns, max_tokens=max_new_tokens, temperature=temperature
-        )
+        try:
+            reply = client.chat.completions.create(
+                model=model, messages=turns, max_tokens=max_new_tokens, temperature=temperature
+            )
+        except OpenAIError as error:
+            raise UserError(f"the endpoint {base_url}, model {model!r}: {error}") from error
         return (reply.choices[0].message.content or "").strip()
 
     return answer

@@ -5,10 +5,15 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lemur_jax.report.assets import CSS, JS
-from lemur_jax.report.plots import Panel, Series, chart
+from lemur_jax.report.assets import CSS
 
-_STYLE = "pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 14px 10px}"
+_STYLE = """pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 14px 10px}
+.turns{margin-top:12px;padding:12px 14px}
+.turns ul{display:flex;flex-wrap:wrap;gap:4px 16px;list-style:none;margin:0 0 10px;padding:0}
+.turns li i{display:inline-block;width:12px;height:12px;margin-right:6px;border-radius:3px}
+.turns p{display:flex;align-items:center;gap:10px;margin:6px 0}.turns b{width:6.5em}
+.turns p span{display:flex;flex:1;gap:2px}.turns p i{padding:2px 8px;border-radius:3px;font-style:normal}
+summary small{float:right}"""
 
 
 def page(episodes: Mapping[str, Any], name: str) -> str:
@@ -31,12 +36,12 @@ def page(episodes: Mapping[str, Any], name: str) -> str:
 <body><main><h1>Agent episodes of {html.escape(name)}</h1>
 <h2>Solved within so many turns, %</h2>
 {_table(head, rows)}
-<div class="charts">{_chart(rates, len(turns))}</div>
+{_bars(kinds, len(turns))}
 <h2>How the others failed</h2>
 {_failures(kinds)}
 <h2>Every episode</h2>
 {"".join(map(_trace, episodes["traces"]))}
-</main><script>{JS}</script></body></html>
+</main></body></html>
 """
 
 
@@ -44,13 +49,22 @@ def _solved_within(traces: Sequence[Mapping[str, Any]], turn: int) -> float:
     return 100 * sum((trace["solved_at"] or turn + 1) <= turn for trace in traces) / len(traces)
 
 
-def _chart(rates: Mapping[str, Sequence[float]], turns: int) -> str:
-    series = [
-        Series(name=kind, colour=1 + index % 8, points=list(enumerate(of, start=1)), dots=True)
-        for index, (kind, of) in enumerate(rates.items())
-    ]
-    panels = [Panel(title="turns", end=turns, series=series)]
-    return chart("Solved", "% of episodes", panels, from_zero=True)
+def _bars(kinds: Mapping[str, Sequence[Mapping[str, Any]]], turns: int) -> str:
+    """A bar for each environment: episodes by the turn that solved them, those never solved at its end."""
+    shades = [f"hsl(214 72% {38 + 30 * turn / turns:.0f}%)" for turn in range(turns)]
+    groups = [(f"solved in turn {turn}", f"{shade};color:#fff") for turn, shade in enumerate(shades, start=1)]
+    groups.append(("not solved", "var(--rule)"))
+    legend = "".join(f'<li><i style="background:{style}"></i>{name}</li>' for name, style in groups)
+    rows = ""
+    for kind, traces in kinds.items():
+        counts = collections.Counter((trace["solved_at"] or turns + 1) - 1 for trace in traces)
+        parts = "".join(
+            f'<i style="flex:{counts[index]};background:{style}" title="{name}">{counts[index]}</i>'
+            for index, (name, style) in enumerate(groups)
+            if counts[index]
+        )
+        rows += f"<p><b>{html.escape(kind)}</b><span>{parts}</span></p>\n"
+    return f'<div class="card turns"><ul>{legend}</ul>{rows}</div>'
 
 
 def _failures(kinds: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -70,7 +84,9 @@ def _trace(trace: Mapping[str, Any]) -> str:
         f'<p class="soft">{html.escape(who)}</p><pre>{html.escape(what)}</pre>' for who, what in parts
     )
     title = html.escape(f"{trace['id']}: {outcome}")
-    return f'<details class="card"><summary>{title}</summary>{said}</details>\n'
+    count = len(trace["turns"])
+    turns = f'<small class="soft">{count} turn{"s" if count != 1 else ""}</small>'
+    return f'<details class="card"><summary>{title}{turns}</summary>{said}</details>\n'
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
-from lemur_jax.evals.agents import environments
+from lemur_jax.evals.agents import environments, episodes
 from lemur_jax.evals.agents.episodes import (
     failure,
     open_environments,
@@ -68,6 +68,47 @@ def test_our_model_from_the_command(checkpoint, tmp_path, capsys):
     assert main([*words, "--json", str(tmp_path / "traces.json")]) == 0
     assert "solved, %" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"][0]["turns"]) >= 1
+
+
+def test_an_endpoint_that_is_not_there_is_one_line(capsys):
+    pytest.importorskip("openai", reason="openai is not installed: pip install '.[eval]'")
+    words = [
+        "eval",
+        "--agents",
+        "bash",
+        "--limit",
+        "1",
+        "--endpoint",
+        "http://127.0.0.1:9/v1",
+        "--endpoint-model",
+        "x",
+    ]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "the endpoint http://127.0.0.1:9/v1, model 'x': Connection error" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, capsys):
+    answers = iter(["SELECT count(*) FROM book"])
+
+    def agent(*_, **__):
+        def answer(messages):
+            if (text := next(answers, None)) is None:
+                raise UserError("the endpoint is gone")
+            return text
+
+        return answer
+
+    monkeypatch.setattr(episodes, "endpoint_agent", agent)
+    words = ["eval", "--agents", "sql", "--endpoint", "http://x", "--json", str(tmp_path / "traces.json")]
+    assert main([*words, "--html", str(tmp_path / "page.html")]) == 2
+    found = capsys.readouterr()
+    assert "the endpoint is gone" in found.err
+    assert "100.0" in found.out
+    (trace,) = json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"]
+    assert trace["solved_at"] == 1
+    assert "sql/count: solved in turn 1" in (tmp_path / "page.html").read_text()
 
 
 def test_unknown_environment():

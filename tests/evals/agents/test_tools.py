@@ -1,6 +1,7 @@
 """Errands by scripted agents: calls, what the lazy user says when, and what mistakes are called."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -120,6 +121,7 @@ def test_page(tmp_path):
     text = page(json.loads(to_json(traces, 2)), "a <model>")
     assert "<td>0.0</td><td>50.0</td>" in text
     assert "<th>wrong answer</th>" in text
-    assert "solved in turn 2" in text
+    assert "tools/status: solved in turn 2" in text
+    assert re.findall(r'title="([^"]+)">(\d+)</i>', text) == [("solved in turn 2", "1"), ("not solved", "1")]
     assert "<script>&" not in text
     assert "&lt;script&gt;" in text

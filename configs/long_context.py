@@ -1,0 +1,42 @@
+"""Lemur's first stage on long rows: Llama-2-7B at 32,768 tokens, or Llama-3.1-8B at 131,072 with `:128k`.
+
+Chosen here, not published: all but the rows' length as in `lemur_70b_pretrain.py`, 4,194,304 tokens an update, and for
+Llama-2, which was trained on 4096, the rotary base of Code Llama, 1,000,000 (Rozière et al. 2023).
+Hardware: TPU v5e-256, positions cut over `config.mesh.sequence`. `lemur plan` tells what it takes (docs/planner.md).
+
+    export LEMUR_DATA=gs://BUCKET/data                      # see configs/lemur_tasks.py
+    lemur plan --config configs/long_context.py:128k --topology v5e-256
+    lemur prepare --config configs/long_context.py:128k
+    lemur train --config configs/long_context.py:128k --workdir gs://BUCKET/runs/long_128k
+"""
+
+import lemur_70b_pretrain
+
+from lemur_jax.models.presets import preset
+
+
+def get_config(arg: str = "32k"):
+    config = lemur_70b_pretrain.get_config()
+    if arg == "128k":
+        model = preset("llama3.1_8b")
+        config.init.checkpoint = "gs://BUCKET/llama3.1_8b"
+        config.init.new_rows = "refuse"
+        config.tokenizer.path = "gs://BUCKET/tokenizers/llama3"
+        config.tokenizer.extend, config.tokenizer.add_tokens = "", ()
+        config.data.stores = "gs://BUCKET/stores/llama3"
+        config.mesh.sequence = 16
+        config.compute.remat = "offload_full"  # what the layers start from goes to the host: 2 GiB a chip
+    elif arg == "32k":
+        model = preset("llama2_7b", vocab_size=32_024, max_position_embeddings=32_768, rope_theta=1_000_000.0)
+        config.init.checkpoint = "gs://BUCKET/llama2_7b"
+        config.mesh.sequence = 4
+        config.compute.remat = "attention"
+    else:
+        raise ValueError(f"{arg!r} is no length: write :32k or :128k")
+    config.model.update(model.to_dict())
+    config.data.sequence_length = model.max_position_embeddings
+    config.train.batch_rows = 4_194_304 // config.data.sequence_length
+    config.train.microbatches = 2
+    # Of all devices of a row together; with the default of 512 the head would be gathered 64 or 256 times a row.
+    config.compute.loss_chunk = 8192
+    return config

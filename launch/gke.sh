@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# A run on TPU slices of a GKE cluster. The cluster's JobSet controller starts it again after a lost host or an
+# eviction, so nothing here has to watch it.
+#
+#   launch/gke.sh start                 makes the manifest of a JobSet (launch/gke.py) and hands it to kubectl
+#   launch/gke.sh status | logs         the JobSet and its pods | follows the log of the first host
+#   launch/gke.sh delete                ends it: the hosts get SIGTERM and 120 s, in which the run saves
+#
+# --settings FILE   default launch/settings.sh; see launch/settings.example.sh
+# --dry-run         prints the command exactly as it would be executed, and executes none
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() {
+  echo "gke.sh: $1" >&2
+  exit 2
+}
+
+verb='' settings=launch/settings.sh dry_run=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) dry_run=yes ;;
+    --settings)
+      settings=${2:?--settings needs a file}
+      shift
+      ;;
+    -h | --help)
+      sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+      exit 0
+      ;;
+    -*) fail "unknown argument $1; see launch/gke.sh --help" ;;
+    *) verb=$1 ;;
+  esac
+  shift
+done
+[ -f "$settings" ] || fail "there is no $settings: copy launch/settings.example.sh there and fill it in"
+# shellcheck source=launch/settings.example.sh
+source launch/settings.example.sh # defaults of whatever the file leaves out
+# shellcheck source=launch/settings.example.sh
+source "$settings"
+for name in RUN CONFIG WORKDIR ACCELERATOR IMAGE NAMESPACE; do
+  [ -n "${!name}" ] || fail "$name is empty in $settings"
+done
+[ -z "$SECRETS_FILE" ] || fail "SECRETS_FILE is for machines: make a Kubernetes secret of it and name that in SECRET"
+
+# gcloud says v5litepod where the rest of the world says v5e.
+words=(--config "$CONFIG" --workdir "$WORKDIR" --topology "${ACCELERATOR/#v5litepod/v5e}" --slices "$SLICES"
+  --image "$IMAGE" --name "$RUN" --namespace "$NAMESPACE" --max-restarts "$MAX_RESTARTS"
+  --service-account "$SERVICE_ACCOUNT" --secret "$SECRET")
+[ "$PROVISIONING" != spot ] || words+=(--spot)
+for pair in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do words+=(--env "$pair"); done
+words+=(${OVERRIDES[@]+"${OVERRIDES[@]}"})
+
+execute() {
+  if [ -n "$dry_run" ]; then
+    printf '%q ' "$@"
+    printf '\n'
+  else
+    "$@"
+  fi
+}
+
+start() {
+  local manifest
+  manifest=$("${PYTHON:-python}" launch/gke.py "${words[@]}") # names what is wrong, and ends with 2
+  if [ -n "$dry_run" ]; then
+    printf "kubectl apply -f - <<'MANIFEST'\n%s\nMANIFEST\n" "$manifest"
+  else
+    kubectl apply -f - <<<"$manifest"
+  fi
+}
+
+here=(--namespace "$NAMESPACE")
+mine=jobset.sigs.k8s.io/jobset-name=$RUN
+case $verb in
+  start) start ;;
+  status)
+    execute kubectl get jobset "$RUN" "${here[@]}"
+    execute kubectl get pods "${here[@]}" --selector "$mine"
+    ;;
+  logs) execute kubectl logs --follow "${here[@]}" \
+    --selector "$mine,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0" ;;
+  delete) execute kubectl delete jobset "$RUN" "${here[@]}" ;;
+  *) fail "say start, status, logs or delete; see launch/gke.sh --help" ;;
+esac

@@ -1,0 +1,50 @@
+"""What Orbax and TensorStore print about a failed save besides raising it: kept off the terminal.
+
+`Checkpoints` says of a failed save what there is to say, in one line. Several places in Orbax log the traceback of the
+same error before they raise it; asyncio logs those of the writes that nobody waits for any more; and writes of
+TensorStore that end later still find the event loop of the save closed. That would be pages around the one line.
+Whatever else is logged or cannot be raised passes.
+"""
+
+import functools
+import logging
+import sys
+import traceback
+from typing import Any
+
+# In Orbax: file and function that log an error and raise it too.
+_RAISED_TOO = {
+    ("future.py", "run"),
+    ("async_checkpointer.py", "_thread_func"),
+    ("checkpoint_manager.py", "wait_until_finished"),
+    ("checkpoint.py", "_write_and_log"),
+    ("checkpoint.py", "_update_and_log"),
+}
+_ORBAX = "/orbax/checkpoint/"
+
+
+@functools.cache
+def silence_echoes() -> None:
+    """From now on, for the whole process; may be called again."""
+    logging.getLogger("absl").addFilter(_is_news)
+    logging.getLogger("asyncio").addFilter(_is_waited_for)
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if _is_late_write(found) else before(found)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return _ORBAX not in record.pathname or (record.filename, record.funcName) not in _RAISED_TOO
+
+
+def _is_waited_for(record: logging.LogRecord) -> bool:
+    """Whether this is not the error of a future of Orbax that was given up after the first error of the save."""
+    if "exception was never retrieved" not in record.getMessage() or not record.exc_info:
+        return True
+    frames = traceback.extract_tb(record.exc_info[2])
+    return not any(_ORBAX in frame.filename for frame in frames)
+
+
+def _is_late_write(found: Any) -> bool:
+    """Whether this is a callback from C++ to an event loop that is closed: no Python code is there to be told."""
+    value = found.exc_value
+    return found.object is None and isinstance(value, RuntimeError) and str(value) == "Event loop is closed"

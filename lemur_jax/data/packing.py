@@ -1,0 +1,164 @@
+"""Whole documents packed into rows of T: which document lies in which row, on disk beside the store.
+
+    STORE/fit-4096/documents    int64 [documents]   in the order of the rows, in a row in the store's order
+    STORE/fit-4096/starts       int64 [documents]   where each of these begins in the store's tokens
+    STORE/fit-4096/lengths      int32 [documents]   how many of its tokens are in the row: T at most
+    STORE/fit-4096/row_offsets  int64 [rows + 1]    which of these are in each row
+    STORE/fit-4096/packing.json                     counts; written last
+
+It is made once, by whoever first opens a store with this T (`lemur prepare` does), in memory that does not grow
+with the corpus, and then read at random like the store itself.
+"""
+
+import contextlib
+import json
+import tempfile
+import uuid
+import weakref
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from lemur_jax.data.arrays import ArrayWriter, open_array, read_spans
+from lemur_jax.data.store import TokenStore
+
+# Documents that are packed together: every P-th of the store, so that a row mixes documents of the whole store.
+PACKED = 1 << 16
+_COPIED = 1 << 20
+_SHARD_BYTES = 1 << 22
+_DTYPES = {"documents": "int64", "starts": "int64", "lengths": "int32", "row_offsets": "int64"}
+
+
+class Packing:
+    """The rows of one store and one T.
+
+    Attributes:
+      rows: how many there are.
+      tokens: of all rows together, padding left out.
+      truncated: documents longer than T.
+    """
+
+    def __init__(self, folder: epath.Path):
+        counts = json.loads((folder / "packing.json").read_text())
+        self.rows, self.tokens, self.truncated = (counts[name] for name in ("rows", "tokens", "truncated"))
+        opening = {name: open_array(folder / name) for name in _DTYPES}
+        self._arrays = {name: future.result() for name, future in opening.items()}
+
+    def spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of rows, int64 [R]: how many documents each has, [R], and (start, length) of these in the store's tokens."""
+        first, counts = self._bounds(rows)
+        starts, lengths = (read_spans(self._arrays[name], first, counts) for name in ("starts", "lengths"))
+        return counts, starts, lengths.astype(np.int64)
+
+    def documents(self, row: int) -> np.ndarray:
+        """Indices of the documents in a row."""
+        return read_spans(self._arrays["documents"], *self._bounds(np.array([row])))
+
+    def _bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        one = np.ones(len(rows), np.int64)
+        first, last = (read_spans(self._arrays["row_offsets"], rows + end, one) for end in (0, 1))
+        return first, last - first
+
+
+def open_packing(store: TokenStore, length: int) -> Packing:
+    """The packing of a store, made first if it is not there.
+
+    Where the store cannot be written it is made in a temporary directory, by each process that needs it.
+    """
+    folder = store.path / f"fit-{length}"
+    if not (folder / "packing.json").exists():
+        partial = store.path / f".fit-{length}.{uuid.uuid4().hex}"
+        try:
+            partial.mkdir()
+        except OSError:
+            temporary = tempfile.TemporaryDirectory()
+            packing = Packing(_write(store, length, epath.Path(temporary.name)))
+            weakref.finalize(packing, temporary.cleanup)
+            return packing
+        _put_in_place(_write(store, length, partial), folder)
+    return Packing(folder)
+
+
+def _put_in_place(partial: epath.Path, folder: epath.Path) -> None:
+    counts = (partial / "packing.json").read_text()
+    (partial / "packing.json").unlink()
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was faster, with the same files
+        partial.rmtree()
+    # After the rename, which on gs:// copies file by file.
+    unfinished = folder / f".{uuid.uuid4().hex}"
+    unfinished.write_text(counts)
+    unfinished.replace(folder / "packing.json")
+
+
+def _write(store: TokenStore, length: int, folder: epath.Path) -> epath.Path:
+    writers = {
+        name: ArrayWriter(folder / name, dtype, shard_bytes=_SHARD_BYTES) for name, dtype in _DTYPES.items()
+    }
+    counts = dict.fromkeys(("documents", "rows", "tokens", "truncated"), 0)
+    writers["row_offsets"].append([0])
+    groups = -(-store.num_documents // PACKED)
+    with _mapped_offsets(store) as offsets:
+        for group in range(groups):
+            documents = np.arange(group, store.num_documents, groups)
+            starts = offsets[documents]
+            lengths = offsets[documents + 1] - starts
+            counts["truncated"] += int(np.count_nonzero(lengths > length))
+            lengths = np.minimum(lengths, length)
+            order, row_offsets = pack(lengths, length)
+            for name, values in (("documents", documents), ("starts", starts), ("lengths", lengths)):
+                writers[name].append(values[order])
+            writers["row_offsets"].append(counts["documents"] + row_offsets[1:])
+            counts["documents"] += len(documents)
+            counts["rows"] += len(row_offsets) - 1
+            counts["tokens"] += int(lengths.sum())
+    for writer in writers.values():
+        writer.close()
+    (folder / "packing.json").write_text(json.dumps(counts) + "\n")
+    return folder
+
+
+@contextlib.contextmanager
+def _mapped_offsets(store: TokenStore):
+    """Where each document begins, and the number of tokens: int64 [documents + 1], mapped from a file."""
+    count = store.num_documents + 1
+    with tempfile.TemporaryDirectory() as temporary:
+        offsets = np.memmap(Path(temporary) / "offsets", np.int64, "w+", shape=count).view(np.ndarray)
+        for first in range(0, count, _COPIED):
+            offsets[first : first + _COPIED] = store.offsets(first, min(first + _COPIED, count))
+        yield offsets
+
+
+def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best-fit decreasing bin packing.
+
+    Args:
+      lengths: int64 [documents], each in [1, capacity].
+      capacity: T.
+
+    Returns:
+      documents: int64 [documents], ordered by row, then by index.
+      row_offsets: int64 [rows + 1]: row r holds documents[row_offsets[r] : row_offsets[r + 1]].
+    """
+    order = np.argsort(-lengths, kind="stable")
+    rows = np.empty(len(lengths), np.int64)
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows with so much room left
+    nonempty = 0  # bit r: by_room[r] is not empty
+    count = 0
+    for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        fitting = nonempty >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1  # the least that is enough
+            row = by_room[room].pop()
+            if not by_room[room]:
+                nonempty ^= 1 << room
+        else:
+            room, row = capacity, count
+            count += 1
+        rows[document] = row
+        if room > length:
+            by_room[room - length].append(row)
+            nonempty |= 1 << (room - length)
+    return np.argsort(rows, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(rows))])

@@ -1,0 +1,58 @@
+"""Errors that Orbax raises are not logged besides; all others are. What a failed save says: test_policies.py."""
+
+import asyncio
+import gc
+import logging
+
+import pytest
+from absl import logging as absl_logging
+
+from lemur_jax.checkpoint.echoes import silence_echoes
+
+
+def function(name: str, file: str, body: str):
+    """A function of that name that seems to lie in that file."""
+    scope = {"logging": absl_logging}
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    exec(compile(f"def {name}():\n{lines}\n", file, "exec"), scope)
+    return scope[name]
+
+
+FAIL = "raise ValueError('disk')"
+LOG = f"try:\n    {FAIL}\nexcept ValueError:\n    logging.exception('failed')"
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "heard"),
+    [
+        ("/site-packages/orbax/checkpoint/_src/futures/future.py", "run", False),
+        ("/site-packages/orbax/checkpoint/_src/path/storage_backend.py", "delete", True),  # is not raised
+        ("/home/me/future.py", "run", True),
+    ],
+)
+def test_only_what_is_raised_too_is_left_out_of_the_log(caplog, file, name, heard):
+    silence_echoes()
+    with caplog.at_level(logging.ERROR, "absl"):
+        function(name, file, LOG)()
+    assert [record.getMessage() for record in caplog.records] == ["failed"] * heard
+
+
+@pytest.mark.parametrize(
+    ("file", "heard"),
+    [("/site-packages/orbax/checkpoint/_src/serialization.py", False), ("/home/me/own.py", True)],
+)
+def test_only_futures_of_orbax_may_be_given_up(caplog, file, heard):
+    silence_echoes()
+
+    async def lost():
+        function("write", file, FAIL)()
+
+    async def main():
+        asyncio.gather(lost())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    with caplog.at_level(logging.ERROR, "asyncio"):
+        asyncio.run(main())
+        gc.collect()
+    assert any("never retrieved" in record.getMessage() for record in caplog.records) == heard

@@ -1,0 +1,123 @@
+"""Stores on gs://, written and read through the same means as in a run, from an emulator of its server."""
+
+import http
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+# Run by itself: where gs:// is, is read from the environment when the libraries are imported.
+SCRIPT = """
+import json, sys
+import numpy as np
+from ml_collections import ConfigDict
+from lemur_jax.data import chat_sources, tasks
+from lemur_jax.data.prepare import prepare
+from lemur_jax.data.fields import Fields
+from lemur_jax.data.rows import ConcatRows, FitRows
+from lemur_jax.data.store import TokenStore
+
+config, folder = ConfigDict(json.loads(sys.argv[1])), sys.argv[2]
+tasks.add_files("texts", f"{folder}/texts.jsonl", held_out=0.2)
+tasks.add_files("talks", f"{folder}/talks.jsonl", Fields(messages=chat_sources.openai), held_out=0.2)
+for _ in range(2):
+    prepare(config)
+print("READ", flush=True)
+read = {}
+for name, rows_of in (("texts", ConcatRows), ("talks", FitRows)):
+    rows = rows_of(TokenStore.open(f"{config.data.stores}/{name}/train"), 32)
+    read |= {f"{name}-{key}": value for key, value in rows.read(np.array([5, 2, 3])).items()}
+    read[f"{name}-ids"] = rows.documents(2)
+np.savez(f"{folder}/read.npz", **read)
+"""
+
+
+@pytest.fixture
+def emulator(monkeypatch):
+    """The environment in which gs://bucket is a server of this process."""
+    server = pytest.importorskip("gcp_storage_emulator.server", reason="needs the extra test")
+    pytest.importorskip("gcsfs", reason="needs the extra test")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    storage = running._storage
+    plain, plain_download = server.Request.get_header, server.objects.download
+
+    # What the emulator does not know: ranges counted from the end, the header with the generation, and moves.
+    def get_header(request, name, default=None):
+        value = plain(request, name, default)
+        if name == "range" and (last := re.fullmatch(r"bytes=-(\d+)", value or "")):
+            file = storage.get_file(request.params["bucket_name"], request.params["object_id"])
+            value = f"bytes={max(0, len(file) - int(last[1]))}-"
+        return value
+
+    def download(request, response, storage, *arguments, **options):
+        response["x-goog-generation"] = "1"
+        plain_download(request, response, storage, *arguments, **options)
+
+    def move(request, response, storage, *arguments, **options):
+        bucket, source = request.params["bucket_name"], request.params["object_id"]
+        request.params["dest_bucket_name"] = bucket
+        try:
+            storage.get_file(bucket, source)
+        except Exception:  # a directory, which is no object
+            response.status = http.HTTPStatus.NOT_FOUND
+            return
+        server.objects.copy(request, response, storage, *arguments, **options)
+        storage.delete_file(bucket, source)
+
+    place = r"/b/(?P<bucket_name>[-.\w]+)/o/(?P<object_id>.*[^/]+)/moveTo/o/(?P<dest_object_id>.*[^/]+)$"
+    monkeypatch.setattr(server, "HANDLERS", ((f"^/storage/v1{place}", {"POST": move}), *server.HANDLERS))
+    monkeypatch.setattr(server.objects, "download", download)
+    monkeypatch.setattr(server.Request, "get_header", get_header)
+    address = f"http://127.0.0.1:{port}"
+    with running:
+        yield os.environ | {
+            "STORAGE_EMULATOR_HOST": address,  # gcsfs, through which etils goes without TensorFlow
+            "EPATH_USE_TF": "0",
+            "TENSORSTORE_GCS_HTTP_URL": address,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+        }
+
+
+@pytest.mark.slow
+def test_stores_on_gs_are_those_of_a_disk(emulator, tmp_path, make_config, chat_dir):
+    texts = [
+        f"text number {n % 90} says " + " ".join(f"word{n % 90 * k}" for k in range(40)) for n in range(100)
+    ]
+    talks = [[("user", f"What is {n}?"), ("assistant", f"{n} is {n}.")] for n in range(60)]
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts) + "{bad\n"
+    )
+    with (tmp_path / "talks.jsonl").open("w") as file:
+        for talk in talks:
+            messages = [{"role": role, "content": content} for role, content in talk]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    options = {
+        "tokenizer.path": str(chat_dir),
+        "prepare.max_bad_share": 0.9,
+        "prepare.steps": {"texts": {"exact_duplicates": {}, "near_duplicates": {}}},
+        "eval.tasks": ("texts",),
+    }
+    config = make_config("texts", "talks", **options)
+    config.data.sources.talks.packing = "fit"
+    outputs = {}
+    for place in ("gs://bucket/stores", str(tmp_path / "stores")):
+        config.data.stores = place
+        command = [sys.executable, "-c", SCRIPT, config.to_json(), str(tmp_path)]
+        done = subprocess.run(command, env=emulator, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        said = re.sub(r"[\d.]+ s$|/tmp\S+|gs://\S+", "", done.stdout.partition("READ")[0], flags=re.MULTILINE)
+        with np.load(tmp_path / "read.npz") as read:
+            outputs[place] = said, {key: read[key].tolist() for key in read}
+    on_gs, local = outputs.values()
+    assert on_gs == local
+    assert on_gs[0].count("unchanged") == 3
+    assert "exact_duplicates removed" in on_gs[0]
+    assert len(on_gs[1]["texts-ids"]) > 0

@@ -1,0 +1,140 @@
+"""Packing: best fit decreasing as the textbook has it, and its files beside the store."""
+
+import itertools
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lemur_jax.data import packing
+from lemur_jax.data.packing import open_packing, pack
+from lemur_jax.data.store import TokenStore
+
+
+def best_fit_decreasing(lengths, capacity):
+    """The textbook's: each into the fullest bin that has room."""
+    room = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [space for space in room if space >= length]
+        if fitting:
+            room[room.index(min(fitting))] -= length
+        else:
+            room.append(capacity - length)
+    return sorted(room)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=60))
+def test_packing_is_best_fit_decreasing(lengths):
+    documents, row_offsets = pack(np.array(lengths), 20)
+    rows = [documents[a:b] for a, b in itertools.pairwise(row_offsets)]
+    assert sorted(documents.tolist()) == list(range(len(lengths)))
+    assert all((np.diff(row) > 0).all() for row in rows)
+    room = sorted(20 - sum(lengths[index] for index in row) for row in rows)
+    assert room == best_fit_decreasing(lengths, 20)
+
+
+@pytest.mark.parametrize("length", [1024, 2048, 4096])
+def test_chat_like_lengths_leave_little_padding(length):
+    lengths = np.random.default_rng(0).lognormal(6.2, 1.0, 30_000).astype(np.int64) + 10
+    lengths = np.minimum(lengths, length)
+    _, row_offsets = pack(lengths, length)
+    assert 1 - lengths.sum() / (length * (len(row_offsets) - 1)) < 0.02
+
+
+@pytest.fixture
+def store(make_store):
+    """1,000 documents of 1 to 60 tokens; some are longer than the rows of 48 below."""
+    lengths = np.random.default_rng(4).integers(1, 61, 1000)
+    return make_store([[1] * length for length in lengths]), lengths
+
+
+@pytest.mark.parametrize("together", [1 << 18, 300, 1])
+def test_every_document_is_in_one_row_whatever_is_packed_together(store, monkeypatch, together):
+    monkeypatch.setattr(packing, "PACKED", together)
+    monkeypatch.setattr(packing, "_COPIED", 64)
+    store, lengths = store
+    packed = open_packing(store, 48)
+    documents = [packed.documents(row) for row in range(packed.rows)]
+    assert sorted(np.concatenate(documents).tolist()) == list(range(1000))
+    assert packed.truncated == np.count_nonzero(lengths > 48)
+    assert packed.tokens == np.minimum(lengths, 48).sum()
+    counts, starts, kept = packed.spans(np.array([3, 0, packed.rows - 1]))
+    wanted = [documents[row] for row in (3, 0, packed.rows - 1)]
+    assert counts.tolist() == list(map(len, wanted))
+    np.testing.assert_array_equal(starts, (np.cumsum(lengths) - lengths)[np.concatenate(wanted)])
+    np.testing.assert_array_equal(kept, np.minimum(lengths, 48)[np.concatenate(wanted)])
+    assert all(np.minimum(lengths, 48)[row].sum() <= 48 for row in documents)
+
+
+def test_documents_of_one_row_are_from_all_over_the_store(make_store, monkeypatch):
+    monkeypatch.setattr(packing, "PACKED", 100)
+    lengths = np.random.default_rng(5).integers(4, 13, 2000)
+    packed = open_packing(make_store([[1] * length for length in lengths]), 64)
+    spread = [np.ptp(packed.documents(row)) for row in range(packed.rows)]
+    assert np.median(spread) > 1000
+
+
+def test_it_is_made_once_and_read_by_the_next(store, monkeypatch):
+    store, _ = store
+    first = open_packing(store, 48)
+    monkeypatch.setattr(packing, "pack", None)
+    second = open_packing(TokenStore.open(store.path), 48)
+    np.testing.assert_array_equal(first.documents(5), second.documents(5))
+    assert sorted(path.name for path in store.path.iterdir() if "fit" in path.name) == ["fit-48"]
+
+
+def test_two_processes_at_once_leave_one_packing(store, monkeypatch):
+    store, _ = store
+    write = packing._write
+
+    def slow(*arguments):
+        monkeypatch.setattr(packing, "_write", write)
+        open_packing(store, 48)  # the other process
+        return write(*arguments)
+
+    monkeypatch.setattr(packing, "_write", slow)
+    assert open_packing(store, 48).rows == open_packing(store, 48).rows
+    assert sorted(path.name for path in store.path.iterdir() if "fit" in path.name) == ["fit-48"]
+
+
+def test_one_that_was_not_finished_is_made_again(store):
+    store, _ = store
+    rows = open_packing(store, 48).rows
+    counts = store.path / "fit-48" / "packing.json"
+    content = counts.read_text()
+    counts.unlink()
+    assert open_packing(store, 48).rows == rows
+    assert json.loads(counts.read_text()) == json.loads(content)
+
+
+def test_a_store_that_cannot_be_written_is_packed_elsewhere(store, monkeypatch):
+    store, lengths = store
+
+    def refuse(path, *_, **__):
+        raise PermissionError(f"read-only: {path}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store.path), "mkdir", refuse)
+        packed = open_packing(store, 48)
+    assert packed.tokens == np.minimum(lengths, 48).sum()
+    assert packed.documents(0).size
+    assert not (store.path / "fit-48").exists()
+
+
+def test_memory_does_not_grow_with_the_corpus(make_store, monkeypatch):
+    for name, value in {"PACKED": 1000, "_COPIED": 1000, "_SHARD_BYTES": 1 << 15}.items():
+        monkeypatch.setattr(packing, name, value)
+    lengths = np.random.default_rng(6).integers(1, 9, 40_000)
+    peaks = []
+    for count in (1000, 5000, 40_000):
+        store = make_store([[1] * length for length in lengths[:count]], name=f"a/{count}")
+        tracemalloc.start()
+        packed = open_packing(store, 48)
+        packed.spans(np.arange(64) % packed.rows)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 2 * peaks[1]  # of a corpus eight times as large
