@@ -49,7 +49,7 @@ PROGRAMS = {
         model="llama2_70b", topology="v4-512", rows=1024, microbatches=2, remat="offload_mlp", **_70B_BY_MAXTEXT
     ),
     "70b-v4-512-no-offload": Step(
-        model="llama2_70b", topology="v4-512", rows=1024, microbatches=4, remat="mlp", **_70B_BY_MAXTEXT
+        model="llama2_70b", topology="v4-512", rows=1024, microbatches=4, remat="attention_all", **_70B_BY_MAXTEXT
     ),
     "70b-v5p-128": Step(model="llama2_70b", topology="v5p-128", rows=256, microbatches=1, remat="mlp"),
     "7b-v4-32": Step(
