@@ -77,7 +77,9 @@ async def _write(value: Streamed, spec: ts.Spec, context: ts.Context) -> None:
         part = array[number * rows : (number + 1) * rows]
         write = part.write(piece, can_reference_source_data_indefinitely=True)
         summed = asyncio.create_task(asyncio.to_thread(value.digest.update, piece))
-        if number + 1 < value.pieces:  # the next is made while this one goes to the disk
-            piece = await asyncio.to_thread(value.read, number + 1)
-        await summed
-        await write
+        try:
+            if number + 1 < value.pieces:  # the next is made while this one goes to the disk
+                piece = await asyncio.to_thread(value.read, number + 1)
+        finally:  # where that fails, too: the caller then removes the directory, into which nothing may be written
+            await summed
+            await write
