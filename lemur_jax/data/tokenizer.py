@@ -193,9 +193,17 @@ def compatible(tokenizer: Tokenizer, digest: str, added_tokens: Mapping[str, int
 
 
 def read_files(path: epath.PathLike) -> dict[str, bytes]:
-    """The tokenizer files that exist in a directory."""
+    """The tokenizer files that exist in a directory.
+
+    Raises:
+      UserError: it cannot be reached, or a file cannot be read.
+    """
     directory = epath.Path(path)
-    return {name: (directory / name).read_bytes() for name in FILE_NAMES if (directory / name).exists()}
+    try:
+        return {name: (directory / name).read_bytes() for name in FILE_NAMES if (directory / name).exists()}
+    except Exception as error:  # of gs:// they come in many classes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read the tokenizer directory {path}: {reason[:300]}") from error
 
 
 def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -352,3 +352,9 @@ def test_importing_the_data_room_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_files_that_cannot_be_read_are_one_clear_line(tmp_path):
+    (tmp_path / "tokenizer.model").mkdir()
+    with pytest.raises(UserError, match=r"cannot read the tokenizer directory .*: .*[Ii]s a directory"):
+        Tokenizer.load(tmp_path)
