@@ -192,8 +192,8 @@ def _change(change: float) -> str:
 
 
 def _charts(runs: Sequence[Run]) -> str:
-    names = dict.fromkeys([*(source for run in runs for source in run.sources), *all_tasks(runs)])
-    colours = {name: 1 + index % COLOURS for index, name in enumerate(names)}
+    colours = _colours([*(source for run in runs for source in run.sources), *all_tasks(runs)])
+    group_colours = _colours(key for run in runs for key in _groups(run))
 
     def panels(series: Callable[[Run], Iterable[Series]]) -> list[Panel]:
         return [Panel(title=run.name, end=run.last_step, series=list(series(run))) for run in runs]
@@ -210,12 +210,21 @@ def _charts(runs: Sequence[Run]) -> str:
         chart("Training loss", "nats per target token", panels(lambda run: _losses(run, colours)), log=True),
         chart("Held-out bits per byte", "bits per byte of text", held_out("bits_per_byte")),
         chart("Held-out loss", "nats per token", held_out("loss")),
-        chart("Since the start of the stage", "relative change of bits per byte", panels(_changes)),
+        chart(
+            "Since the start of the stage",
+            "relative change of bits per byte",
+            panels(lambda run: _changes(run, group_colours)),
+        ),
     ]
     for title, unit, field, log, from_zero in _CURVES:
         curve = functools.partial(_curve, title=title, field=field)
         charts.append(chart(title, unit, panels(curve), log=log, from_zero=from_zero))
     return "".join(charts)
+
+
+def _colours(names: Iterable[str]) -> dict[str, int]:
+    """A colour for each name, the same in all stages."""
+    return {name: 1 + index % COLOURS for index, name in enumerate(dict.fromkeys(names))}
 
 
 def _losses(run: Run, colours: dict[str, int]) -> list[Series]:
@@ -228,14 +237,18 @@ def _losses(run: Run, colours: dict[str, int]) -> list[Series]:
     return sources if len(sources) == 1 else [total, *sources]
 
 
-def _changes(run: Run) -> list[Series]:
+def _groups(run: Run) -> list[str]:
+    """The keys of its groups' changes, `change/NAME`."""
+    return list(dict.fromkeys(key for record in run.balance for key in record if key.startswith("change/")))
+
+
+def _changes(run: Run, colours: dict[str, int]) -> list[Series]:
     """The balance score, and the change of each group since the stage began."""
-    groups = list(dict.fromkeys(key for record in run.balance for key in record if key.startswith("change/")))
     series = [Series(name="balance", colour=0, points=_points(run.balance, "balance"), dots=True)]
-    for index, key in enumerate(groups):
+    for key in _groups(run):
         points = [(0, 0.0), *_points(run.balance, key)]
         name = f"{key.removeprefix('change/')}, change"
-        series.append(Series(name=name, colour=1 + index % COLOURS, points=points, dots=True))
+        series.append(Series(name=name, colour=colours[key], points=points, dots=True))
     return series
 
 

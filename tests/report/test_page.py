@@ -68,6 +68,17 @@ def test_what_changed_since_the_start_of_a_stage(stages, tmp_path):
     assert "code, change" in text
 
 
+def test_a_group_has_one_colour_in_all_stages(stages, tmp_path):
+    for stage, groups in ((stages[1], ("code", "text")), (stages[2], ("chat", "code", "text"))):
+        with MetricsWriter(stage) as writer:
+            changes = {f"change/{group}": -0.02 for group in groups}
+            writer.write({"step": 40, "kind": "balance", "balance": 0.01, **changes})
+    text, _ = written(stages, tmp_path / "report.html")
+    found = re.findall(r'"name":"(code|text|chat), change","colour":(\d+)', text)
+    assert len(found) == 5
+    assert len(set(found)) == 3
+
+
 def test_the_page_has_all_its_parts(stages, tmp_path):
     text, outline = written(stages, tmp_path / "new" / "report.html")
     assert outline.titles == [
