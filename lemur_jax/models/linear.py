@@ -7,8 +7,9 @@ the gradient to the device that keeps that slice, which adds up what it gets in 
 wires, but the TPU sends it beside the computation, and bfloat16 is rounded once instead of at every hop.
 
 The order of factors matters off TPU: XLA:CPU first copies the left one of a product that sums over its rows, so the
-smaller one goes there; autodiff would put the gradient of the logits there. And float32 gradients of logits are
-rounded to the dtype of the activations, or a GPU would take its slow float32 path.
+smaller one goes there; autodiff would put the gradient of the logits there. XLA would swap the factors again where the
+weight has its axes in the other order, so a barrier keeps that transposition behind the product. And float32 gradients
+of logits are rounded to the dtype of the activations, or a GPU would take its slow float32 path.
 """
 
 import functools
@@ -107,7 +108,12 @@ def _backward(equation, axes, mesh, reduction, dtype, saved, upstream):
     if not reduction.exchange:
         factors = sorted([(x, left), (upstream, result)], key=lambda factor: factor[0].size)
         (small, first), (large, second) = factors
-        gradient = product(f"{first},{second}->{right}", small, large, reduction.dtype)
+        made = right
+        if mesh.devices.flat[0].platform == "cpu":
+            made = "".join(sorted(right, key=lambda axis: axis in second))
+        gradient = product(f"{first},{second}->{made}", small, large, reduction.dtype)
+        if made != right:
+            gradient = jnp.einsum(f"{made}->{right}", jax.lax.optimization_barrier(gradient))
         return back, _place(gradient, mesh, *placed).astype(param.dtype)
 
     def by_device(array):  # [B, ...] -> [data, fsdp, B / (data · fsdp), ...]

@@ -56,6 +56,15 @@ class Compute:
         """Whether the mesh is of TPU devices, real or described."""
         return self.mesh is not None and self.mesh.devices.flat[0].platform == "tpu"
 
+    def recomputed(self, function: Callable) -> Callable:
+        """`function`, whose elementwise work the backward pass does again rather than keep; as it is on TPU.
+
+        Autodiff keeps several arrays for one norm or one SiLU; on CPU to write and read them takes longer. On TPU it is
+        the policy `remat` alone that says what is kept.
+        """
+        # prevent_cse=False: as in models/remat.py
+        return function if self.on_tpu else jax.checkpoint(function, prevent_cse=False)
+
     @property
     def reduction(self) -> Reduction | None:
         """How weight gradients are reduced over `fsdp` and `data`; None: as autodiff and XLA do."""
@@ -98,11 +107,14 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        out = (wide * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
+        out = self.compute.recomputed(self._normalize)(x)
         # On TPU the norm would be computed again inside each matmul that reads it, tile by tile.
         return jax.lax.optimization_barrier(out) if self.compute.on_tpu else out
+
+    def _normalize(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
 
 
 class Projections(nnx.Module):
@@ -173,6 +185,9 @@ class MLP(Projections):
         """[B, T, D] -> [B, T, D]."""
         gate = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.gate), "gate")
         up = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.up), "up")
+        return self.compute.recomputed(self._down)(gate, up)
+
+    def _down(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         hidden = jax.nn.silu(gate) * up
         hidden = constrain(hidden, self.compute.mesh, "batch", "length", "mlp")
         return self.einsum("BTF,FD->BTD", hidden, self.down)
