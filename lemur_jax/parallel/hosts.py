@@ -13,24 +13,37 @@ from lemur_jax.common.errors import UserError
 _alone = contextvars.ContextVar("alone", default=False)
 
 
+# What XLA must be told where many virtual devices, or several processes, share few cores. XLA:CPU starts a program's
+# independent operations at once and each collective holds a thread until all devices have joined it: with the schedule
+# for concurrency every thread can wait for a device that gets none (seen with jaxlib 0.10.2 within a minute of steps
+# over eight devices). One operation after another is as fast here and cannot. And devices on busy cores keep each
+# other waiting longer than the 40 s after which XLA aborts.
+_CPU_FLAGS = {
+    "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
+    "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
+}
+
+
 def choose_platform(virtual_devices: int = 0) -> None:
-    """Settles `JAX_PLATFORMS` before JAX initializes.
+    """Settles `JAX_PLATFORMS`, and XLA's flags on the CPU, before JAX initializes.
 
     With libtpu installed and no TPU present, JAX spends seconds and a page of warnings to find out;
     so where no accelerator is seen and the user said nothing, the platform is the CPU.
 
     Args:
-      virtual_devices: > 0: this many virtual CPU devices, whatever hardware there is.
+      virtual_devices: > 0: this many virtual CPU devices, whatever hardware there is and whatever XLA_FLAGS says.
+        Other flags that the user set stay as they are.
     """
-    if virtual_devices:
+    if virtual_devices or ("JAX_PLATFORMS" not in os.environ and not _accelerator_present()):
         os.environ["JAX_PLATFORMS"] = "cpu"
-        flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
-        flags.append(f"--xla_force_host_platform_device_count={virtual_devices}")
-        # Many devices on few cores keep each other waiting longer than the 40 s after which XLA aborts.
-        flags.append("--xla_cpu_collective_call_terminate_timeout_seconds=600")
-        os.environ["XLA_FLAGS"] = " ".join(flags)
-    elif "JAX_PLATFORMS" not in os.environ and not _accelerator_present():
-        os.environ["JAX_PLATFORMS"] = "cpu"
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        flags = dict(flag.partition("=")[::2] for flag in os.environ.get("XLA_FLAGS", "").split())
+        if virtual_devices:
+            flags["--xla_force_host_platform_device_count"] = str(virtual_devices)
+        flags = _CPU_FLAGS | flags
+        os.environ["XLA_FLAGS"] = " ".join(
+            f"{name}={value}" if value else name for name, value in flags.items()
+        )
     # Orbax and JAX log every checkpoint and every compile at INFO through absl.
     for name in ("absl", "jax", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -8,6 +8,10 @@ from tests.train.tiny import LENGTH, ROWS, SOURCES
 
 @pytest.fixture(scope="session")
 def batch():
+    return rows()
+
+
+def rows():
     """Rows with very different numbers of targets, several documents in each."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 512, (ROWS, LENGTH + 1)).astype(np.int32)
