@@ -10,7 +10,8 @@ go unseen once in 2^32. Sums of integers do not depend on their order: devices c
 arrays in one pass before a save and after a restore, and the host over blocks that stream by.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -70,7 +71,7 @@ def on_devices(leaves: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
 def _measure(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return (
         {name: _digest(leaf) for name, leaf in leaves.items()},
-        {name: jnp.all(jnp.isfinite(leaf)) for name, leaf in leaves.items()},
+        {name: _reduced(jnp.all, jnp.isfinite(leaf)) for name, leaf in leaves.items()},
     )
 
 
@@ -82,4 +83,11 @@ def _digest(leaf: Any) -> Any:
         index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * np.uint32(stride % (1 << 32))
         stride *= leaf.shape[axis]
     outer = (index >> np.uint32(16)) * np.uint32(2) + np.uint32(1)
-    return jnp.sum(bits * _inner(index & np.uint32(_BLOCK - 1)) * outer, dtype=jnp.uint32)
+    return _reduced(partial(jnp.sum, dtype=jnp.uint32), bits * _inner(index & np.uint32(_BLOCK - 1)) * outer)
+
+
+def _reduced(reduction: Callable[..., Any], array: Any) -> Any:
+    """Reduces all axes, one after the other: XLA:CPU gives a reduction to a scalar to one thread."""
+    for axis in reversed(range(array.ndim)):
+        array = jax.lax.optimization_barrier(reduction(array, axis=axis))
+    return array

@@ -1,7 +1,9 @@
 """Compiles the train step for a slice that is only described, and says whether it fits."""
 
 import dataclasses
+import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +25,7 @@ class Compiled:
     Attributes:
       fits: whether the program was given memory.
       seconds: that lowering and compiling took here.
-      hlo: optimized, scheduled HLO text; "" where it does not fit or cannot be written out.
+      hlo: optimized, scheduled HLO text; "" where it does not fit.
       peak_bytes: most HBM in use on a device, arguments included; where it does not fit, what it asked for.
       host_bytes: host memory a device, for what is kept there.
       verdict: the compiler's message, "" where all went well.
@@ -72,24 +74,24 @@ def compile_program(
     """
     start = time.monotonic()
     lowered = function.lower(*arguments, **static)
-    try:
-        compiled = lowered.compile(compiler_options=dict(options or {}))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return out_of_memory(str(error), time.monotonic() - start)
+    with tempfile.TemporaryDirectory() as dumps:
+        # `compiled.as_text()` takes the program through a form that loses what it says of SparseCores (v5p, v6e;
+        # libtpu 0.0.52: "async-update instruction should have 1 operands"). The compiler's own dump does not.
+        given: dict[str, Any] = {**(options or {}), "xla_dump_to": dumps, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lowered.compile(compiler_options=given)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return out_of_memory(str(error), time.monotonic() - start)
+        written = list(pathlib.Path(dumps).glob("*.after_codegen.txt"))
+        text = written[0].read_text() if written else compiled.as_text()
     memory = compiled.memory_analysis()
     host = memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes
     peak = memory.peak_memory_in_bytes
     if host:  # The peak then counts the host's memory too; what the device needs is at most this.
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    facts: dict[str, Any] = dict(fits=True, peak_bytes=peak, host_bytes=host)
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:
-        # libtpu 0.0.52 compiles offloading for v6e, and then cannot read its own asynchronous instructions.
-        return Compiled(**facts, seconds=time.monotonic() - start, verdict=str(error))
-    return Compiled(**facts, seconds=time.monotonic() - start, hlo=text)
+    return Compiled(fits=True, seconds=time.monotonic() - start, hlo=text, peak_bytes=peak, host_bytes=host)
 
 
 def out_of_memory(message: str, seconds: float) -> Compiled:

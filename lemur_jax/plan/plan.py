@@ -24,7 +24,7 @@ class Plan:
       topology, slices, chips: the slice.
       mesh: sizes of the mesh axes.
       fits: the compiler's verdict.
-      verdict: its message where it does not fit, or fits but cannot be written out, and so not be estimated.
+      verdict: its message where it does not fit.
       compile_seconds: lowering and compiling, on this machine.
       hbm_bytes_per_chip: most in use at a time; where it does not fit, what was asked for.
       hbm_limit_bytes_per_chip: what a program may use.
@@ -224,9 +224,7 @@ def report(plan: Plan) -> str:
         lines += ["", f"{over:.2f} GiB too much a chip; the largest buffers:"]
         lines += [f"  {size / GIB:8.2f} GiB  {what}" for size, what in plan.largest_buffers]
         return "\n".join([*lines, "", plan.verdict.strip().splitlines()[0]])
-    if plan.step_seconds is None:
-        reason = plan.verdict.strip().splitlines()[0]
-        return "\n".join([*lines, "", f"no estimate: the compiler cannot write this program out ({reason})"])
+    assert plan.step_seconds is not None  # what fits is estimated
     unit, scale = ("s", 1.0) if plan.step_seconds >= 1 else ("ms", 1e3)
     lines += [
         "",

@@ -342,7 +342,7 @@ def line(outcome: Outcome) -> str:
         return f"  refused         {what}: {outcome.error}"
     size = f"{outcome.plan.hbm_bytes_per_chip / GIB:6.2f} GiB"
     if outcome.plan.step_seconds is None:
-        return f"  {'no estimate' if outcome.plan.fits else 'does not fit'}  {size}  {what}"
+        return f"  does not fit  {size}  {what}"
     return f"  {outcome.plan.step_seconds:10.3f} s  {size}  {what}"
 
 
