@@ -130,11 +130,11 @@ def cudnn_attention(
     return checkpoint_name(local(query, key, value, segment_ids), "attention_out")
 
 
-def _splash_attention(query, key, value, segment_ids, mesh) -> jax.Array:
+def _splash_attention(query, key, value, segment_ids, mesh, blocks=(0, 0)) -> jax.Array:
     # Pallas costs half a second to import, and only TPU runs need it.
     from lemur_jax.models.splash import splash_attention
 
-    return splash_attention(query, key, value, segment_ids, mesh)
+    return splash_attention(query, key, value, segment_ids, mesh, blocks)
 
 
 # name -> (query, key, value, segment ids, mesh) -> mixed values
@@ -145,7 +145,9 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 
-def attention(implementation: str, mesh: Mesh | None = None, dtype: str = "float32") -> Callable:
+def attention(
+    implementation: str, mesh: Mesh | None = None, dtype: str = "float32", blocks: tuple[int, int] = (0, 0)
+) -> Callable:
     """The attention function named in `config.compute.attention`.
 
     Args:
@@ -153,6 +155,7 @@ def attention(implementation: str, mesh: Mesh | None = None, dtype: str = "float
         mesh allow it, xla elsewhere.
       mesh: the device mesh, of real or of described devices; None: the default device.
       dtype: of queries, keys and values.
+      blocks: for splash, as in `models.splash.block_sizes`; the others have none to choose.
 
     Raises:
       UserError: no implementation has that name.
@@ -163,7 +166,8 @@ def attention(implementation: str, mesh: Mesh | None = None, dtype: str = "float
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(["auto", *IMPLEMENTATIONS])
         raise UserError(f"unknown config.compute.attention {implementation!r}: it must be one of {names}")
-    return IMPLEMENTATIONS[implementation]
+    chosen = IMPLEMENTATIONS[implementation]
+    return functools.partial(chosen, blocks=blocks) if implementation == "splash" else chosen
 
 
 def _fitting(platform: str, mesh: Mesh | None, dtype: str) -> str:

@@ -40,6 +40,7 @@ class Compute:
       remat: a name in `models.remat.POLICIES`.
       reduce_dtype: of weight gradients on their way between devices; "": as `dtype`.
       attention: "auto" or a name in `models.attention.IMPLEMENTATIONS`.
+      attention_blocks: as in `models.splash.block_sizes`.
       loss_chunk: positions whose logits exist at a time; 0: all at once.
       mesh: where activations are sharded; None: wherever XLA puts them.
     """
@@ -48,6 +49,7 @@ class Compute:
     remat: str = "none"
     reduce_dtype: str = ""
     attention: str = "auto"
+    attention_blocks: tuple[int, int] = (0, 0)
     loss_chunk: int = 0
     mesh: Mesh | None = None
 
@@ -92,6 +94,7 @@ class Compute:
             remat=options["remat"],
             reduce_dtype=options["reduce_dtype"],
             attention=options["attention"],
+            attention_blocks=tuple(options["attention_blocks"]),
             loss_chunk=options["loss_chunk"],
             mesh=mesh,
         )
@@ -295,10 +298,11 @@ class Llama(nnx.Module):
 
     def packed(self, segment_ids: jax.Array) -> Attend:
         """Attention for training: causal inside each segment of int32 [B, T], no cache."""
-        implementation = attention(self.compute.attention, self.compute.mesh, self.compute.dtype)
+        compute = self.compute
+        implementation = attention(compute.attention, compute.mesh, compute.dtype, compute.attention_blocks)
 
         def attend(query, key, value, cache, index):
-            return implementation(query, key, value, segment_ids, self.compute.mesh), cache
+            return implementation(query, key, value, segment_ids, compute.mesh), cache
 
         return attend
 

@@ -27,7 +27,12 @@ RESIDUALS = "attention_out"
 
 
 def splash_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, mesh: Mesh | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+    mesh: Mesh | None,
+    blocks: tuple[int, int] = (0, 0),
 ) -> jax.Array:
     """Causal attention inside segments by the splash kernels.
 
@@ -39,12 +44,13 @@ def splash_attention(
       query: [B, T, H, N]; key, value: [B, T, K, N]; all rotated.
       segment_ids: int32 [B, T]; documents packed in a row do not see each other.
       mesh: the device mesh; None: one device. Off TPU the kernels run in the interpreter.
+      blocks: as in `block_sizes`.
 
     Returns:
       [B, T, H, N] in query's dtype.
 
     Raises:
-      UserError: T is not a multiple of 128, or the heads cannot be cut over `sequence`.
+      UserError: T is not a multiple of 128, `blocks` do not divide it, or the heads cannot be cut over `sequence`.
     """
     T = query.shape[1]
     if T % LANES:
@@ -53,14 +59,16 @@ def splash_attention(
             ' change it or set config.compute.attention to "xla"'
         )
     query = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
+    kind = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).device_kind
+    sizes = block_sizes(T, query.shape[-1], kind, blocks)
+    local = functools.partial(_local, sizes=sizes, interpret="TPU" not in kind)
     if mesh is None:
-        return _local(query, key, value, segment_ids, kind=jax.devices()[0].device_kind, ways=1)
+        return local(query, key, value, segment_ids, ways=1)
     ways = mesh.shape["sequence"]
     _check_heads(query.shape[2], key.shape[2], mesh)
     heads = PartitionSpec(RULES["batch"], RULES["length"], RULES["heads"], None)
-    local = functools.partial(_local, kind=mesh.devices.flat[0].device_kind, ways=ways)
     return jax.shard_map(
-        local,
+        functools.partial(local, ways=ways),
         mesh=mesh,
         in_specs=(heads, heads, heads, PartitionSpec(RULES["batch"], RULES["length"])),
         out_specs=heads,
@@ -78,7 +86,9 @@ def _check_heads(H: int, K: int, mesh: Mesh) -> None:
         )
 
 
-def _local(query, key, value, segment_ids, *, kind: str, ways: int) -> jax.Array:
+def _local(
+    query, key, value, segment_ids, *, sizes: kernels.BlockSizes, interpret: bool, ways: int
+) -> jax.Array:
     """The kernel on one device's shard: [B, T/ways, H, N] in and out."""
     if ways > 1:
         repeats = max(1, ways // key.shape[2])
@@ -91,7 +101,7 @@ def _local(query, key, value, segment_ids, *, kind: str, ways: int) -> jax.Array
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     # Mapped axes are what the two cores of a v4 or v5p chip share out; inside the kernels only the
     # forward one has an axis that they may.
-    kernel = jax.vmap(jax.vmap(_kernel(H // K, T, N, kind), in_axes=(0, 0, 0, None)))
+    kernel = jax.vmap(jax.vmap(_kernel(H // K, T, sizes, interpret), in_axes=(0, 0, 0, None)))
     out = kernel(query, key, value, kernels.SegmentIds(q=segment_ids, kv=segment_ids))
     out = out.reshape(B, H, T, N).swapaxes(1, 2)
     return jax.lax.all_to_all(out, "sequence", split_axis=1, concat_axis=2, tiled=True) if ways > 1 else out
@@ -102,20 +112,20 @@ def _positions_for_heads(x: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(x, "sequence", split_axis=2, concat_axis=1, tiled=True)
 
 
-def _kernel(heads: int, length: int, width: int, kind: str):
+def _kernel(heads: int, length: int, sizes: kernels.BlockSizes, interpret: bool):
     """The kernel for one row and the `heads` query heads of one key head."""
     causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     return kernels.make_splash_mqa(
         causal,
         head_shards=1,
         q_seq_shards=1,
-        block_sizes=block_sizes(length, width, kind),
+        block_sizes=sizes,
         residual_checkpoint_name=RESIDUALS,
-        interpret="TPU" not in kind,
+        interpret=interpret,
     )
 
 
-def block_sizes(length: int, width: int, kind: str) -> kernels.BlockSizes:
+def block_sizes(length: int, width: int, kind: str, blocks: tuple[int, int] = (0, 0)) -> kernels.BlockSizes:
     """Block sizes of the kernels: the best in static schedules for v4 and v5e at T 4096, cut to what divides T.
 
     The fused backward kernel computes the scores once for dq, dk and dv, and leaves one dq a block of keys to be
@@ -126,8 +136,21 @@ def block_sizes(length: int, width: int, kind: str) -> kernels.BlockSizes:
       length: T.
       width: N; blocks of heads wider than 128 are smaller, or they do not fit the VMEM of a v4.
       kind: `jax.Device.device_kind`, e.g. "TPU v5 lite".
+      blocks: positions of a block in the forward and in the backward kernels, other than those; 0: those.
+
+    Raises:
+      UserError: not two, or a given block is not a multiple of 128 that divides T.
     """
-    forward, backward = math.gcd(length, 512), math.gcd(length, 1024 if width <= 128 else 512)
+    if len(blocks) != 2:
+        raise UserError(f"config.compute.attention_blocks {blocks} must be two: forward and backward")
+    for block in blocks:
+        if block < 0 or block % LANES or (block and length % block):
+            raise UserError(
+                f"config.compute.attention_blocks {blocks}: {block} is not a multiple of {LANES} that divides the"
+                f" {length} positions of a row; 0 takes what suits the TPU"
+            )
+    forward = blocks[0] or math.gcd(length, 512)
+    backward = blocks[1] or math.gcd(length, 1024 if width <= 128 else 512)
     fused = kind != "TPU v5 lite"
     return kernels.BlockSizes(
         block_q=forward,

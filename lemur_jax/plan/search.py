@@ -1,8 +1,9 @@
 """The best layout of a config's update on a slice, by compiling the promising ones in a bounded time.
 
-What is chosen: the mesh, the rematerialization policy, the number of microbatches, and for the best so far also more
-compiler options. Candidates come in the order of their analytic time; what by its bounds cannot fit or cannot beat
-what was compiled is left out. Each compile is a process of its own and leaves its plan in a cache.
+What is chosen: the mesh, the rematerialization policy, the number of microbatches, and for the best so far also the
+attention's blocks, the chunks of the loss, and more compiler options. Candidates come in the order of their analytic
+time; what by its bounds cannot fit or cannot beat what was compiled is left out. Each compile is a process of its own
+and leaves its plan in a cache.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import multiprocessing
 import multiprocessing.connection
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -31,11 +32,24 @@ from lemur_jax.plan.plan import GIB, Plan, plan
 
 # Ways to cut the heads; beyond eight the activations' sums cost more than anything that it saves.
 TENSOR_WAYS = (1, 2, 4, 8)
-# Sets that are tried on the best candidate: memory that the scheduler may plan with, and fusions of gathers.
-OPTION_SETS: tuple[tuple[str, ...], ...] = (
-    ("xla_tpu_scheduler_percent_shared_memory_limit=110",),
-    ("xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",),
+# What is tried on the best layout, one at a time: the analytic bound knows none of it. Those that help add up, since
+# what they make is the best in its turn.
+_OPTIONS = "compute.compiler_options"
+REFINEMENTS: tuple[tuple[str, Any], ...] = (
+    ("compute.loss_chunk", 0),
+    ("compute.loss_chunk", 2048),
+    ("compute.attention_blocks", (1024, 0)),
+    ("compute.attention_blocks", (0, 512)),
+    ("compute.attention_blocks", (1024, 512)),
+    ("compute.attention_blocks", (0, 2048)),
+    (
+        _OPTIONS,
+        "xla_tpu_scheduler_percent_shared_memory_limit=110",
+    ),  # memory that the scheduler may plan with
+    (_OPTIONS, "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"),
 )
+# Part of the time that is for layouts alone; then the best one so far is refined, then come the other layouts.
+_LAYOUTS_FIRST = 0.5
 # Seconds between two looks at the clock while compiles run.
 _PATIENCE = 1.0
 
@@ -193,7 +207,8 @@ def search(
     """Compiles candidates until the time is over, all are done, or Ctrl-C.
 
     Args:
-      config: the base; what it says of mesh, remat and microbatches is left behind.
+      config: the base; what it says of mesh, remat and microbatches is left behind, and what it says of attention
+        blocks and loss chunks is where the search begins.
       topology, slices: as for `plan`.
       minutes, processes: time in all, after which compiles under way are ended; compiles at a time.
       cache: directory of finished plans; made where missing.
@@ -211,14 +226,26 @@ def search(
     say(f"{len(queue)} candidates, {sum(found.pruned.values())} dropped by their shapes")
 
     def finish(outcome: Outcome) -> None:
-        _record(outcome, found, queue, config.compute.compiler_options)
+        found.outcomes.append(outcome)
         say(line(outcome))
+
+    refined: list[Changes] = []
+
+    def following() -> Candidate | None:
+        early = time.monotonic() - started < 60 * minutes * _LAYOUTS_FIRST
+        if early and (candidate := _next(queue, found)):
+            return candidate
+        for candidate in refinements(found.best, config) if found.best else ():
+            if candidate.changes not in refined:
+                refined.append(candidate.changes)
+                return candidate
+        return _next(queue, found)
 
     # By what tells that a process has ended.
     running: dict[Any, tuple[Process, Candidate, pathlib.Path]] = {}
     try:
-        while (queue or running) and time.monotonic() - started < 60 * minutes:
-            while len(running) < processes and (candidate := _next(queue, found)):
+        while time.monotonic() - started < 60 * minutes:
+            while len(running) < processes and (candidate := following()):
                 wanted = changed(config, candidate.changes)
                 path = cache / f"{key(wanted, topology, slices)}.json"
                 if path.exists():
@@ -227,6 +254,8 @@ def search(
                 else:
                     process = _launch(wanted, topology, slices, path)
                     running[process.sentinel] = (process, candidate, path)
+            if not running:
+                break
             for ended in multiprocessing.connection.wait(list(running), timeout=_PATIENCE):
                 process, candidate, path = running.pop(ended)
                 process.join()
@@ -249,21 +278,22 @@ def _launch(*arguments) -> Process:
     return process
 
 
-def _record(outcome: Outcome, found: Found, queue: list[Candidate], given: Sequence[str]) -> None:
-    """Notes an outcome; a new best is followed by itself with compiler options beyond the given ones."""
-    found.outcomes.append(outcome)
-    if found.best is outcome and "compute.compiler_options" not in outcome.changes:
-        queue[:0] = [
-            Candidate(
-                changes={**outcome.changes, "compute.compiler_options": (*given, *options)},
-                bound=outcome.candidate.bound,
-            )
-            for options in OPTION_SETS
-        ]
+def refinements(best: Outcome, config: ConfigDict) -> Iterator[Candidate]:
+    """The best so far with one more value changed, of a key that has its first value still."""
+    for name, value in REFINEMENTS:
+        changes = {**best.changes, name: value}
+        if name == _OPTIONS:
+            given = best.changes.get(name, config.compute.compiler_options)
+            if value in given:
+                continue
+            changes[name] = (*given, value)
+        elif name in best.changes:
+            continue
+        yield Candidate(changes=changes, bound=best.candidate.bound)
 
 
 def _next(queue: list[Candidate], found: Found) -> Candidate | None:
-    """The next candidate that is worth a compile; those before it are counted as pruned."""
+    """The next layout that is worth a compile; those before it are counted as pruned."""
     while queue:
         candidate = queue.pop(0)
         reason = _hopeless(candidate, found)
@@ -283,7 +313,9 @@ def _hopeless(candidate: Candidate, found: Found) -> str:
         ):
             return "cannot beat one that was compiled"
         same = outcome.changes["compute.remat"] == candidate.changes["compute.remat"]
-        alike = same and outcome.candidate.mesh == candidate.mesh
+        # A refined one may have failed for what was refined.
+        plain = outcome.changes.keys() == candidate.changes.keys()
+        alike = same and plain and outcome.candidate.mesh == candidate.mesh
         if alike and not outcome.plan.fits and outcome.candidate.bound.bytes <= candidate.bound.bytes:
             return "needs more than one that did not fit"
     return ""
@@ -354,4 +386,7 @@ def describe(changes: Changes) -> str:
         if name.startswith("mesh.") and value > 1
     )
     words = [mesh or "one device", changes["compute.remat"], f"microbatches {changes['train.microbatches']}"]
-    return ", ".join([*words, *changes.get("compute.compiler_options", ())])
+    for name, value in changes.items():
+        if name in ("compute.loss_chunk", "compute.attention_blocks"):
+            words.append(f"{name.removeprefix('compute.')} {value}")
+    return ", ".join([*words, *changes.get(_OPTIONS, ())])

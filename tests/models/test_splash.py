@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lemur_jax.common.config import default_config
 from lemur_jax.common.errors import UserError
-from lemur_jax.models import splash
+from lemur_jax.models import llama, splash
+from lemur_jax.models.llama import Compute
+from lemur_jax.models.presets import preset
 from lemur_jax.models.splash import splash_attention
 from lemur_jax.parallel.mesh import make_mesh
 
@@ -17,7 +20,11 @@ B, T, H, K, N = 2, 256, 4, 2, 16
 def small_blocks(monkeypatch):
     """Two blocks a row, in both passes."""
     original = splash.block_sizes
-    monkeypatch.setattr(splash, "block_sizes", lambda length, width, kind: original(128, width, kind))
+
+    def small(length, width, kind, blocks):
+        return original(length, width, kind, blocks) if any(blocks) else original(128, width, kind)
+
+    monkeypatch.setattr(splash, "block_sizes", small)
 
 
 def arrays(heads=H, key_heads=K):
@@ -145,3 +152,32 @@ def test_block_sizes_divide_the_length(monkeypatch):
         for size in (sizes.block_q, sizes.block_kv, *backward):
             assert length % size == 0
             assert size % 128 == 0
+
+
+def test_blocks_of_the_config_are_those_of_the_kernels(monkeypatch):
+    monkeypatch.undo()
+    sizes = splash.block_sizes(4096, 128, "TPU v4", (1024, 256))
+    assert (sizes.block_q, sizes.block_kv, sizes.block_q_dkv, sizes.block_kv_dkv) == (1024, 1024, 256, 256)
+    assert splash.block_sizes(4096, 128, "TPU v4", (0, 0)) == splash.block_sizes(4096, 128, "TPU v4")
+    program = forward_jaxpr(attention_blocks=(128, 256))
+    assert '"block_q": 128, "block_kv": 128,' in program
+    assert '"block_q_dkv": 256, "block_kv_dkv": 256,' in program
+
+
+def forward_jaxpr(**options):
+    """The model's forward pass over one row of 256 with the splash kernels, as text."""
+    config = default_config(preset("tiny").to_dict())
+    compute = Compute.from_config({**config.compute, "attention": "splash", **options}, None)
+    params = jax.eval_shape(lambda: llama.init_params(preset("tiny"), jax.random.key(0)))
+    row = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    return str(
+        jax.make_jaxpr(lambda *batch: llama.forward(preset("tiny"), compute, *batch))(params, row, row, row)
+    )
+
+
+@pytest.mark.parametrize("blocks", [(100, 0), (0, 384), (-128, 0), (128,)])
+def test_blocks_that_cannot_be_are_refused(blocks):
+    with pytest.raises(
+        UserError, match=r"attention_blocks .* (multiple of 128 that divides the 256|must be two)"
+    ):
+        forward_jaxpr(attention_blocks=blocks)

@@ -39,7 +39,7 @@ def few(monkeypatch):
     """Few enough candidates to compile them all."""
     monkeypatch.setattr(search, "TENSOR_WAYS", (1,))
     monkeypatch.setattr(search, "POLICIES", ("full", "none"))
-    monkeypatch.setattr(search, "OPTION_SETS", ())
+    monkeypatch.setattr(search, "REFINEMENTS", ())
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def first(base, tmp_path_factory):
     config = load(str(base))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "candidates", two)
-        patch.setattr(search, "OPTION_SETS", ())
+        patch.setattr(search, "REFINEMENTS", ())
         found = search.search(config, "v5e-4", minutes=10, processes=2, cache=cache, say=print)
     return config, cache, found
 
@@ -74,6 +74,30 @@ def test_finds_the_best_and_does_not_compile_the_hopeless(first):
     assert len(list(cache.glob("*.json"))) == 2
     assert found.best.plan.step_seconds == min(outcome.plan.step_seconds for outcome in found.outcomes)
     assert found.best in found.front()
+
+
+def test_the_best_is_refined_and_what_helps_stays(base, tmp_path, monkeypatch):
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    option = "xla_tpu_scheduler_percent_shared_memory_limit=110"
+    refinements = [
+        ("compute.loss_chunk", 0),
+        ("compute.attention_blocks", (100, 0)),
+        (search._OPTIONS, option),
+    ]
+    monkeypatch.setattr(search, "REFINEMENTS", refinements)
+    monkeypatch.setattr(search, "candidates", lambda *arguments: two(*arguments)[:1])
+    config = search.changed(load(str(base)), {"compute.loss_chunk": 32})
+    lines = []
+    found = search.search(config, "v5e-4", minutes=10, processes=2, cache=tmp_path, say=lines.append)
+    tried = [outcome.changes for outcome in found.outcomes]
+    plain, *refined = tried
+    assert all({**plain, name: value} in refined for name, value in refinements[:2])
+    assert {**plain, search._OPTIONS: (option,)} in refined
+    assert found.best.changes["compute.loss_chunk"] == 0  # one product of the head instead of four
+    assert {**plain, "compute.loss_chunk": 0, search._OPTIONS: (option,)} in refined
+    assert any("refused" in each and "attention_blocks (100, 0)" in each for each in lines)
+    pareto.write(found, tmp_path / "out", f"{base}:2", ["--config.compute.loss_chunk=32"], "title")
+    assert load(str(tmp_path / "out" / "best.py")).compute.loss_chunk == 0
 
 
 def test_a_second_run_reads_the_cache(first):
