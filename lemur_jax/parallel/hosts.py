@@ -44,7 +44,10 @@ def choose_platform(virtual_devices: int = 0) -> None:
         os.environ["XLA_FLAGS"] = " ".join(
             f"{name}={value}" if value else name for name, value in flags.items()
         )
-    # Orbax and JAX log every checkpoint and every compile at INFO through absl.
+    # Orbax and JAX log every checkpoint and every compile at INFO through absl. Who asks for absl's logger before absl
+    # has made it gets one for ever that takes absl itself for the caller, and checkpoint/echoes.py looks for callers.
+    import absl.logging  # noqa: F401
+
     for name in ("absl", "jax", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
