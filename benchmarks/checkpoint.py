@@ -3,8 +3,8 @@
     python benchmarks/checkpoint.py --preset tiny --directory /tmp/checkpoint
 
 Saves a fresh training state `--rounds` times as `lemur train` does; medians. "copy" is the copy of the state to the
-host alone, "digests" those of all leaves with the check for finite values. "save" is how long `save` takes to return. On
-the CPU nothing is copied in there: the next update, which may not write over what is being saved, makes the copy. So
+host alone, "digests" those of all leaves with the check for finite values. "save" is how long `save` takes to return.
+On the CPU nothing is copied in there: the next update, which may not write over what is being saved, makes the copy. So
 "held" is `save` and the next update, less an update without a save before it.
 """
 
