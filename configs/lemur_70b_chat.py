@@ -17,7 +17,7 @@ from lemur_jax.data.chat import CHATML_TOKENS
 from lemur_jax.models.presets import preset
 
 
-def get_config(arg: str = ""):
+def get_config():
     config = default_config(preset("lemur_70b_chat").to_dict())
     config.seed = 42
     config.init.checkpoint = "gs://BUCKET/runs/lemur_70b"

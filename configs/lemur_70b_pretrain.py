@@ -15,7 +15,7 @@ from lemur_jax.common.config import default_config
 from lemur_jax.models.presets import preset
 
 
-def get_config(arg: str = ""):
+def get_config():
     config = default_config(preset("lemur_70b").to_dict())
     config.seed = 42
     config.init.checkpoint = "gs://BUCKET/llama2_70b"

@@ -13,7 +13,7 @@ import lemur_70b_chat
 from lemur_jax.models.presets import preset
 
 
-def get_config(arg: str = ""):
+def get_config():
     config = lemur_70b_chat.get_config()
     config.model.update(preset("llama2_7b", vocab_size=32_005).to_dict())
     config.init.checkpoint = "gs://BUCKET/runs/lemur_7b"

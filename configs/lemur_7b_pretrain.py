@@ -14,7 +14,7 @@ import lemur_70b_pretrain
 from lemur_jax.models.presets import preset
 
 
-def get_config(arg: str = ""):
+def get_config():
     config = lemur_70b_pretrain.get_config()
     config.model.update(preset("llama2_7b", vocab_size=32_024).to_dict())
     config.init.checkpoint = "gs://BUCKET/llama2_7b"

@@ -11,7 +11,7 @@ from lemur_jax.common.config import default_config
 from lemur_jax.models.presets import preset
 
 
-def get_config(arg: str = ""):
+def get_config():
     config = default_config(preset("quickstart").to_dict())
     config.compute.dtype = "float32"  # a CPU gains nothing from bfloat16
     config.compute.remat = "none"

@@ -13,7 +13,7 @@ from lemur_jax.data.chat import CHATML_TOKENS
 from lemur_jax.models.presets import preset
 
 
-def get_config(arg: str = ""):
+def get_config():
     config = default_config(preset("quickstart", vocab_size=4000 + len(CHATML_TOKENS)).to_dict())
     config.compute.dtype = "float32"
     config.compute.remat = "none"

@@ -31,6 +31,8 @@ def get_config(arg: str = ""):
 
     if arg == "annealed":
         config.data.stages = {"anneal": {"step": 256, "shares": {"python_stdlib": 10.0, "python_docs": 10.0}}}
+    elif arg:
+        raise ValueError(f"{arg!r} is no variant: write :annealed, or nothing")
 
     config.train.steps = 320
     config.train.batch_rows = 16

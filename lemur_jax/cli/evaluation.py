@@ -42,7 +42,10 @@ def add_verbs(verbs: Verbs) -> None:
 def _eval(args) -> None:
     import json
 
+    from lemur_jax.evals.published import parse_scores
+
     written: dict = {}
+    scores = parse_scores(args.scores)  # before a checkpoint is opened
     tasks = [task for task in args.tasks.split(",") if task]
     needs_session = tasks or args.suite or not args.endpoint
     if needs_session and not args.checkpoint:
@@ -50,7 +53,7 @@ def _eval(args) -> None:
     session = open_session(args) if needs_session else None
     try:
         if tasks or args.suite or not args.agents:
-            _benchmarks(args, session, tasks, written)
+            _benchmarks(args, session, tasks, scores, written)
         if args.agents:
             _agents(args, session, written)
     finally:
@@ -60,10 +63,10 @@ def _eval(args) -> None:
                 json.dump(written, file, indent=1)
 
 
-def _benchmarks(args, session, tasks: list[str], written: dict) -> None:
+def _benchmarks(args, session, tasks: list[str], scores: dict[str, float], written: dict) -> None:
     import json
 
-    from lemur_jax.evals.benchmarks import evaluate, parse_scores, table, to_json
+    from lemur_jax.evals.benchmarks import evaluate, table, to_json
 
     found = evaluate(
         session,
@@ -75,7 +78,7 @@ def _benchmarks(args, session, tasks: list[str], written: dict) -> None:
         chat=args.chat,
         seed=args.seed,
         max_new_tokens=args.max_new_tokens,
-        scores=parse_scores(args.scores),
+        scores=scores,
     )
     print(table(found, args.checkpoint))
     written |= json.loads(to_json(found, args.checkpoint))

@@ -1,8 +1,8 @@
 """Run configs: every option with its default, and loading a config file with overrides.
 
-A config is a Python file with `get_config(arg="")` that starts from `default_config(...)` and returns
-an `ml_collections.ConfigDict`. `load` runs it, applies `--config.a.b=value` overrides and turns every
-mistake into one line.
+A config is a Python file with `get_config()`, or `get_config(arg="")`, that starts from `default_config(...)` and
+returns an `ml_collections.ConfigDict`. `load` runs it, applies `--config.a.b=value` overrides and turns every mistake
+into one line.
 """
 
 import difflib
@@ -207,6 +207,10 @@ def load(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
         values(argv)
         config = values.config
     except flags.IllegalFlagValueError as error:
+        # What `get_config` raised with an argument comes as a traceback in the message; its last line says it.
+        raised = str(error).rpartition("Error whilst parsing config file:")[2].strip().splitlines()
+        if len(raised) > 1:
+            raise UserError(f"cannot load the config {argument}: {raised[-1].strip()}") from error
         raise UserError(f"wrong value in {argument}: {error}") from error
     except (AttributeError, KeyError) as error:
         raise _explain_key(argument, overrides, error) from error

@@ -7,7 +7,6 @@ the user's own files for it.
 import collections
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,30 +15,14 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.evals import code
+from lemur_jax.evals.published import ELSEWHERE, PUBLISHED
 from lemur_jax.infer.session import Session
-
-# Percent, of the paper (arXiv 2310.06830) recalled and not copied from it; check there before quoting.
-_PUBLISHED = {
-    "Llama-2-70B": (68.9, 51.2, 56.8, 30.5, 45.4, 60.0, 24.4, 11.3),
-    "Lemur-70B": (64.5, 51.6, 54.9, 35.4, 53.2, 62.8, 30.4, 30.7),
-    "Lemur-70B-Chat": (65.3, 61.9, 66.3, 61.0, 55.5, 62.5, 42.9, 34.5),
-}
-_BENCHMARKS = ("MMLU", "BBH", "GSM8K", "HumanEval", "MBPP", "Spider", "MultiPL-E", "DS-1000")
-PUBLISHED: dict[str, dict[str, float | None]] = {
-    model: dict(zip(_BENCHMARKS, scores, strict=True)) for model, scores in _PUBLISHED.items()
-}
 
 # Our task files (`evals/tasks/`), which follow the paper's protocols: name, and the metric that counts.
 PAPER = {
     "MMLU": ("lemur_mmlu", "acc,none"),
     "BBH": ("lemur_bbh", "exact_match,none"),
     "GSM8K": ("lemur_gsm8k", "exact_match,none"),
-}
-# Benchmarks of the paper that have harnesses of their own; docs/evaluation.md has the commands whole.
-ELSEWHERE = {
-    "Spider": "bigcode-eval --task spider, then test-suite-sql-eval",
-    "MultiPL-E": "bigcode-eval --task multiple-LANGUAGE",
-    "DS-1000": "bigcode-eval --task ds1000-all-completion",
 }
 
 
@@ -85,7 +68,7 @@ def evaluate(
       chat: ask in the model's chat template.
       seed: of sampling.
       max_new_tokens: of an answer; None: 512 for HumanEval and MBPP, what the task says for others.
-      scores: per cent of benchmarks in `ELSEWHERE`, for the suite's table; see `parse_scores`.
+      scores: per cent of benchmarks in `ELSEWHERE`, for the suite's table; see `published.parse_scores`.
 
     Raises:
       UserError: an unknown suite or task, or a task asked for by name whose data is missing.
@@ -111,26 +94,6 @@ def evaluate(
             found.append(Found(task=shown, score=None, detail={}, missing=str(error)))
     if suite:
         found += _elsewhere(scores or {})
-    return found
-
-
-def parse_scores(text: str) -> dict[str, float]:
-    """{"Spider": 62.8} of "Spider=62.8": what harnesses of their own have found.
-
-    Raises:
-      UserError: not such a text, or another benchmark.
-    """
-    found = {}
-    for part in filter(None, text.split(",")):
-        name, _, score = part.partition("=")
-        try:
-            found[name] = float(score)
-        except ValueError:
-            found[name] = math.nan
-        if name not in ELSEWHERE or not 0 <= found[name] <= 100:
-            raise UserError(
-                f"cannot read the score {part!r}: write per cent of {', '.join(ELSEWHERE)}, e.g. Spider=62.8"
-            )
     return found
 
 

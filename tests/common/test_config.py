@@ -71,6 +71,16 @@ def test_bad_override_is_one_line_that_names_it(path, override, words):
         assert word in message
 
 
+def test_argument_that_a_config_does_not_take_is_one_line(tmp_path):
+    (tmp_path / "config.py").write_text(
+        CONFIG.replace('(arg="")', "()").replace("    if arg:", "    if False:")
+    )
+    with pytest.raises(UserError, match=r"config.py:17: TypeError: .* takes 0 positional arguments") as error:
+        load(str(tmp_path / "config.py:17"))
+    assert "\n" not in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "body",
     [
