@@ -51,7 +51,7 @@ PROGRAMS = {
     "70b-v4-512-no-offload": Step(
         model="llama2_70b", topology="v4-512", rows=1024, microbatches=4, remat="attention_all", **_70B_BY_MAXTEXT
     ),
-    "70b-v5p-128": Step(model="llama2_70b", topology="v5p-128", rows=256, microbatches=1, remat="mlp"),
+    "70b-v5p-128": Step(model="llama2_70b", topology="v5p-128", rows=256, microbatches=1, remat="attention_all"),
     "7b-v4-32": Step(
         model="llama2_7b", topology="v4-32", rows=64, microbatches=2, remat="mlp_gate",
         theirs=2875.0, setting="windowed einsum off; 1,686 by default",

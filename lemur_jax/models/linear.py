@@ -94,8 +94,9 @@ def _product(equation, axes, mesh, reduction, dtype, x, param) -> jax.Array:
 
 
 def _forward(equation, axes, mesh, reduction, dtype, x, param):
-    # The whole weight is gathered again in the backward pass rather than kept.
-    return _product(equation, axes, mesh, reduction, dtype, x, param), (x, param)
+    # The whole weight is gathered again in the backward pass rather than kept. The product itself and not `_product`: a
+    # policy that keeps products (`dots`) does not look into functions with a gradient of their own.
+    return product(equation, x, gathered(param, axes, mesh, x.dtype), dtype), (x, param)
 
 
 def _backward(equation, axes, mesh, reduction, dtype, saved, upstream):

@@ -51,6 +51,21 @@ def test_same_loss_with_positions_and_chunks_cut_over_devices(alone, batch):
     np.testing.assert_allclose(metrics["grad_norm"], alone[1]["grad_norm"], rtol=2e-5)
 
 
+def test_policies_that_keep_every_product_compute_none_again():
+    """On a mesh the products have gradients of their own, into which a policy must see all the same."""
+
+    def flops(remat):
+        config = tiny_config(hidden_size=128, intermediate_size=512)
+        config.compute.remat = remat
+        program = program_on((1, 2, 1, 1), config)
+        return program.step.lower(program.state, program.batch).compile().cost_analysis()["flops"]
+
+    none, full = flops("none"), flops("full")
+    assert full > 1.1 * none
+    for remat in ("dots", "mlp_all"):
+        assert flops(remat) < none + 0.1 * (full - none)
+
+
 def test_loss_is_the_weighted_token_mean(alone, batch):
     """Against float64: sum of weighted losses / sum of weights, not a mean of row means."""
     program = program_on((1, 1, 1, 1))
