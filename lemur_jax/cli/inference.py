@@ -52,8 +52,8 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _generate(args) -> None:
     session = open_session(args)
+    from lemur_jax.data.chat import stop_ids
     from lemur_jax.infer.generate import generate
-    from lemur_jax.infer.session import stop_ids
     from lemur_jax.infer.text import continuation
     from lemur_jax.parallel import hosts
 

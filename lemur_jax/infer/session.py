@@ -144,9 +144,3 @@ def abstract_params(model: LlamaConfig, mesh: Mesh, dtype: str) -> Params:
     params = llama.abstract_params(model, dtype)
     shardings = param_shardings(mesh, params, llama.logical_axes(model))
     return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), params, shardings)
-
-
-def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids after which an answer is over: ChatML's `<|im_end|>` if there is one, and eos."""
-    ends = [tokenizer.control_tokens[token] for token in ("<|im_end|>",) if token in tokenizer.control_tokens]
-    return (*ends, tokenizer.eos_id)
