@@ -34,9 +34,8 @@ def add_verbs(verbs: Verbs) -> None:
     )
     add_checkpoint(sub)
     sub.add_argument("--hf", default="", help="exported directory: compare with transformers' greedy tokens")
-    sub.add_argument(
-        "--reference", default="", metavar="FILE", help="compare with it; written where there is none"
-    )
+    sub.add_argument("--reference", metavar="FILE", help="compare with what --write-reference has written")
+    sub.add_argument("--write-reference", metavar="FILE", help="keep what is generated; FILE must be new")
 
     sub = add_verb(
         verbs,
@@ -100,10 +99,20 @@ def _chat(args) -> None:
 
 
 def _smoke(args) -> None:
+    from lemur_jax.infer import reference
+
+    # Before the weights are loaded, which can take minutes.
+    stored = None if args.reference is None else reference.read(args.reference)
+    if args.write_reference is not None:
+        reference.check_free(args.write_reference)
     session = open_session(args)
     from lemur_jax.infer.smoke import smoke
+    from lemur_jax.parallel import hosts
 
-    smoke(session, args.hf, args.reference)
+    found = smoke(session, args.hf, stored)
+    if args.write_reference is not None and hosts.is_chief():
+        reference.write(args.write_reference, found)
+        print(f"reference written to {args.write_reference}")
 
 
 def _serve(args) -> None:

@@ -30,6 +30,7 @@ class Session:
       compute: dtype, attention and mesh.
       tokenizer: None where only ids are used.
       params: the parameter tree on the mesh, in the compute dtype or with int8 matrices.
+      weights: which of the two, "float" or "int8".
       programs: the compiled prefill and decode.
     """
 
@@ -37,6 +38,7 @@ class Session:
     compute: Compute
     tokenizer: Tokenizer | None
     params: Params
+    weights: str
     programs: Programs
 
     @property
@@ -131,6 +133,7 @@ def make_session(
         compute=compute,
         tokenizer=tokenizer,
         params=params,
+        weights=weights,
         programs=programs(model, compute),
     )
 
