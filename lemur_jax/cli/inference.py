@@ -1,7 +1,10 @@
 """A checkpoint at work: `generate`, `chat`, `smoke`, `serve`."""
 
 import argparse
+import collections
+import hashlib
 import os
+from collections.abc import Sequence
 
 from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, open_session
 from lemur_jax.common.errors import UserError
@@ -64,11 +67,26 @@ def _generate(args) -> None:
         max_new_tokens=args.max_new_tokens,
         stop_ids=stop_ids(tokenizer),
         sampling=_sampling(args),
+        seeds=prompt_seeds(args.prompt),
     )
     for text, prompt, completion in zip(args.prompt, prompts, completions, strict=True):
         if not hosts.is_chief():
             break  # every host has computed the same
         print(text + continuation(tokenizer, prompt, completion.content))
+
+
+def prompt_seeds(prompts: Sequence[str]) -> list[int]:
+    """A seed for each prompt, of its text and how often it came before alone.
+
+    With `--seed` it fixes the answer, whichever other prompts stand around it.
+    """
+    before: collections.Counter[str] = collections.Counter()
+    seeds = []
+    for prompt in prompts:
+        text = f"{before[prompt]} {prompt}".encode("utf-8", "surrogatepass")
+        seeds.append(int.from_bytes(hashlib.sha256(text).digest()[:4], "big"))
+        before[prompt] += 1
+    return seeds
 
 
 def _chat(args) -> None:
@@ -143,4 +161,4 @@ def _add_inference(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--min-p", type=float, default=0.0)
     sub.add_argument("--repetition-penalty", type=float, default=1.0)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=0, help="of the draws; another one, other answers")

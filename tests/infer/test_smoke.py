@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 
-from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer import reference
@@ -100,14 +99,11 @@ def test_malformed_references(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_verb_compares_or_writes_as_it_is_told(params, chat_tokenizer, tmp_path, capsys):
-    config, values = params
-    metadata = make_metadata(model=config.to_dict(), tokenizer_files=chat_tokenizer.files())
-    write_params(tmp_path / "model", values, metadata, step=1)
+def test_the_verb_compares_or_writes_as_it_is_told(chat_checkpoint, tmp_path, capsys):
     file = tmp_path / "new" / "reference.json"
 
     def verb(*words):
-        status = main(["smoke", "--checkpoint", str(tmp_path / "model"), *words])
+        status = main(["smoke", "--checkpoint", str(chat_checkpoint), *words])
         said = capsys.readouterr()
         return status, said.out if status == 0 else said.err
 
