@@ -1,7 +1,7 @@
 """Lemur's first stage on Llama-2-7B: `lemur_70b_pretrain.py` with the smaller model and all else as there.
 
-Hardware: TPU v4-32 (16 chips); on a v5e-256 add `--config.train.microbatches=4 --config.compute.remat=mlp_all
---config.compute.loss_chunk=0`. `lemur plan` tells what either takes (docs/planner.md).
+Hardware: TPU v4-32 (16 chips); on a v5e-256 add `--config.train.microbatches=4 --config.compute.remat=mlp_all`.
+`lemur plan` tells what either takes (docs/planner.md).
 
     export LEMUR_DATA=gs://BUCKET/data                      # see configs/lemur_tasks.py
     lemur import-hf Llama-2-7b-hf gs://BUCKET/llama2_7b
@@ -18,8 +18,8 @@ def get_config():
     config = lemur_70b_pretrain.get_config()
     config.model.update(preset("llama2_7b", vocab_size=32_024).to_dict())
     config.init.checkpoint = "gs://BUCKET/llama2_7b"
-    config.compute.remat = (
-        "mlp_gate"  # found by `lemur plan --search` for v4-32, with 2 rows a chip at a time
-    )
+    # Found by `lemur plan --search` for v4-32: 2 rows a chip at a time, and all their logits.
+    config.compute.remat = "mlp_gate"
+    config.compute.loss_chunk = 0
     config.train.microbatches = 32
     return config
