@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -48,6 +49,11 @@ __all__ = (
 
 # A thread of Orbax that waits for one that has failed goes on waiting for minutes, and writes nothing.
 _LAST_WRITES_SECONDS = 10.0
+
+# Copying a large checkpoint inside an object store.
+_SET_ASIDE_SECONDS = 3600.0
+# Orbax's mark of a finished checkpoint where directories cannot be renamed.
+_COMMITTED = "commit_success.txt"
 
 
 class Checkpoints:
@@ -253,14 +259,11 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> str:
         """Takes a damaged step out of the sequence; says what became of it."""
-        if "://" in str(self.path):  # object stores rename no directories
-            self._manager.delete(step)
-            return "deleted"
-        aside = self.path / f"damaged-{step}"
+        source, aside = self.path / str(step), self.path / f"damaged-{step}"
         if hosts.is_chief():
             aside.rmtree(missing_ok=True)
-            (self.path / str(step)).rename(aside)
-        hosts.wait_for_all("set aside")
+            _move(source, aside)
+        hosts.wait_for_all("set aside", _SET_ASIDE_SECONDS)
         self._manager.reload()
         return f"kept as {aside}"
 
@@ -278,6 +281,30 @@ class Checkpoints:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _is_object_store(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def _move(source: epath.Path, target: epath.Path) -> None:
+    """Renames a checkpoint; object stores rename no directories, there it is copied and then deleted."""
+    if not _is_object_store(source):
+        source.rename(target)
+        return
+    _copy(source, target)
+    # First what makes it a checkpoint: killed from here on, the copy is the only one and is not made anew.
+    (source / _COMMITTED).unlink(missing_ok=True)
+    source.rmtree()
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    children = {child: child.is_dir() for child in source.iterdir()}
+    with ThreadPoolExecutor(32) as pool:  # one stream is far slower than a store
+        list(pool.map(lambda file: file.copy(target / file.name), (c for c in children if not children[c])))
+    for directory in (c for c in children if children[c]):
+        _copy(directory, target / directory.name)
 
 
 def _remove_half_written(path: epath.Path) -> None:

@@ -1,5 +1,6 @@
 """Reading checkpoints: nothing is taken from one that does not agree with what was saved."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,12 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.parallel import hosts
 
 # How errors of storage begin that say nothing about the files themselves.
-_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED")
+_PASSING = (
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED"),
+    *("ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"),
+)
+# Refused, timed out, too often, or the server's own trouble.
+_PASSING_HTTP = re.compile(r"401|403|408|429|5\d\d")
 
 
 def open_manager(
@@ -178,8 +184,25 @@ def restore_args(leaf: Any) -> Any:
     )
 
 
+def is_passing(error: BaseException) -> bool:
+    """Whether an error in reading says nothing about the files: network, rights, too many open files, a bad disk."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    # gcsfs raises its HttpError, and what aiohttp and google.auth raise; none of them is imported for that.
+    return (
+        type(error).__module__.startswith(("aiohttp.", "google.auth."))
+        or _PASSING_HTTP.fullmatch(str(getattr(error, "code", ""))) is not None
+        or str(error).startswith(_PASSING)
+    )
+
+
 def agreed(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
-    """What `read` returns; errors that a file not as it was written leads to become `Damaged`."""
+    """What `read` returns.
+
+    Raises:
+      Damaged: by an error that a file not as it was written leads to, on any host.
+      UserError: the storage cannot be read now, or what `read` raises itself.
+    """
     failure: Exception | None = None
     result = None
     try:
@@ -187,9 +210,14 @@ def agreed(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise  # says something about this machine, not about the files
     except Exception as error:  # Orbax raises no narrower class for data that is missing
+        if isinstance(error, UserError) and not isinstance(error, Damaged):
+            raise
         failure = error
-    if isinstance(failure, PermissionError) or str(failure).startswith(_PASSING):
-        raise UserError(f"{where} cannot be read now: {str(failure)[:300]}") from failure
+    if failure is not None and is_passing(failure):
+        reason = f"{type(failure).__name__}: {failure}"
+        raise UserError(
+            f"{where} cannot be read now ({reason[:300]}); nothing is skipped or changed: start again when it can"
+        ) from failure
     if broadcast and failure is not None:
         # The other slices wait for the values that this one cannot read, and can agree to nothing.
         raise UserError(
