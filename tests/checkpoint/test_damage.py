@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
-from lemur_jax.checkpoint import manager
+from lemur_jax.checkpoint import listing, manager
 from lemur_jax.common.errors import UserError
 from tests.train.tiny import first_state, program_on
 
@@ -58,10 +59,14 @@ def test_any_file_hurt_gives_the_same_bits_or_the_previous_checkpoint(run, tmp_p
         copy = tmp_path / str(number)
         shutil.copytree(path, copy)
         harm(copy / file)
+        said = listing.verdict(epath.Path(copy), 9)
         lines = []
         step, *state = restore_newest(copy, lines)
         assert same(tuple(state), states[step]), file
         assert (step == 5) == bool(lines)
+        # A restore does without this file where it is missing, but an export does not.
+        if not (file.name == "_METADATA" and harm is pathlib.Path.unlink):
+            assert said.partition(" ")[0] == ("verified" if step == 9 else "DAMAGED:"), (file, said)
         if step == 5:
             skipped.append(str(file))
             assert f"checkpoint {copy}/9" in lines[0]
@@ -140,6 +145,7 @@ def test_an_error_that_passes_is_no_damage(run, monkeypatch, error):
     with pytest.raises(UserError, match=r"/9, .* cannot be read now") as caught:
         restore_newest(run[0], [])
     assert not isinstance(caught.value, manager.Damaged)
+    assert listing.verdict(epath.Path(run[0]), 9).startswith("NOT VERIFIED: ")
     assert sorted(run[0].rglob("*")) == before
 
 
@@ -177,6 +183,8 @@ def test_values_that_are_not_finite_are_neither_saved_nor_restored(tmp_path):
     manager.write_params(tmp_path / "imported", bad, METADATA)
     with pytest.raises(manager.Damaged, match="layers/mlp/up has values that are not finite"):
         manager.restore_params(tmp_path / "imported", PROGRAM.state.params)
+    said = listing.verdict(epath.Path(tmp_path / "imported"), 0)
+    assert said == "DAMAGED: params: layers/mlp/up has values that are not finite"
 
 
 def test_other_format_is_told_apart(run, tmp_path):
