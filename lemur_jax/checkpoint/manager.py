@@ -346,6 +346,7 @@ def write_params(path: epath.PathLike, params: Any, metadata: Mapping[str, Any],
       metadata: as `make_metadata` gives it.
       step: of the checkpoint.
     """
+    silence_echoes()
     params = jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, Streamed) else streamed(np.asarray(leaf)), params
     )
