@@ -1,7 +1,10 @@
 """A checkpoint at work: `generate`, `chat`, `smoke`, `serve`."""
 
 import argparse
+import collections
+import hashlib
 import os
+from collections.abc import Sequence
 
 from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, open_session
 from lemur_jax.common.errors import UserError
@@ -34,9 +37,8 @@ def add_verbs(verbs: Verbs) -> None:
     )
     add_checkpoint(sub)
     sub.add_argument("--hf", default="", help="exported directory: compare with transformers' greedy tokens")
-    sub.add_argument(
-        "--reference", default="", metavar="FILE", help="compare with it; written where there is none"
-    )
+    sub.add_argument("--reference", metavar="FILE", help="compare with what --write-reference has written")
+    sub.add_argument("--write-reference", metavar="FILE", help="keep what is generated; FILE must be new")
 
     sub = add_verb(
         verbs,
@@ -52,8 +54,8 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _generate(args) -> None:
     session = open_session(args)
+    from lemur_jax.data.chat import stop_ids
     from lemur_jax.infer.generate import generate
-    from lemur_jax.infer.session import stop_ids
     from lemur_jax.infer.text import continuation
     from lemur_jax.parallel import hosts
 
@@ -65,11 +67,26 @@ def _generate(args) -> None:
         max_new_tokens=args.max_new_tokens,
         stop_ids=stop_ids(tokenizer),
         sampling=_sampling(args),
+        seeds=prompt_seeds(args.prompt),
     )
     for text, prompt, completion in zip(args.prompt, prompts, completions, strict=True):
         if not hosts.is_chief():
             break  # every host has computed the same
         print(text + continuation(tokenizer, prompt, completion.content))
+
+
+def prompt_seeds(prompts: Sequence[str]) -> list[int]:
+    """A seed for each prompt, of its text and how often it came before alone.
+
+    With `--seed` it fixes the answer, whichever other prompts stand around it.
+    """
+    before: collections.Counter[str] = collections.Counter()
+    seeds = []
+    for prompt in prompts:
+        text = f"{before[prompt]} {prompt}".encode("utf-8", "surrogatepass")
+        seeds.append(int.from_bytes(hashlib.sha256(text).digest()[:4], "big"))
+        before[prompt] += 1
+    return seeds
 
 
 def _chat(args) -> None:
@@ -100,10 +117,20 @@ def _chat(args) -> None:
 
 
 def _smoke(args) -> None:
+    from lemur_jax.infer import reference
+
+    # Before the weights are loaded, which can take minutes.
+    stored = None if args.reference is None else reference.read(args.reference)
+    if args.write_reference is not None:
+        reference.check_free(args.write_reference)
     session = open_session(args)
     from lemur_jax.infer.smoke import smoke
+    from lemur_jax.parallel import hosts
 
-    smoke(session, args.hf, args.reference)
+    found = smoke(session, args.hf, stored)
+    if args.write_reference is not None and hosts.is_chief():
+        reference.write(args.write_reference, found)
+        print(f"reference written to {args.write_reference}")
 
 
 def _serve(args) -> None:
@@ -134,4 +161,4 @@ def _add_inference(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--min-p", type=float, default=0.0)
     sub.add_argument("--repetition-penalty", type=float, default=1.0)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=0, help="of the draws; another one, other answers")

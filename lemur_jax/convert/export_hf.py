@@ -23,13 +23,9 @@ from lemur_jax.convert.model_card import model_card
 from lemur_jax.convert.safetensors_writer import plan_shards, write_index, write_shard
 from lemur_jax.convert.verify import compare_logits, compare_tensors
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
-from lemur_jax.data.chat import CHATML_TEMPLATE
+from lemur_jax.data.chat import CHATML_TEMPLATE, stop_ids
 from lemur_jax.data.tokenizer import FILE_NAMES, Tokenizer
 from lemur_jax.models.config import LlamaConfig
-
-# Tokens that end a turn: ChatML's, Llama-3's. A model that has one stops there, not only at the end
-# of the text, which chat tuning never supervises.
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,9 +43,7 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
-        turn_ends = [tokenizer.control_tokens[name] for name in TURN_ENDS if name in tokenizer.control_tokens]
-        stop = tuple(dict.fromkeys([*turn_ends, tokenizer.eos_id]))
-        return cls(bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id, stop=stop)
+        return cls(bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id, stop=stop_ids(tokenizer))
 
 
 def export_hf(

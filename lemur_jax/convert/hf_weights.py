@@ -85,7 +85,7 @@ def _open_sharded(index: epath.Path, suffix: str, read_file: Any) -> dict[str, T
 
 
 class _BinTensor:
-    """A tensor of a `.bin` file, mapped by torch."""
+    """A tensor of a `.bin` file, mapped by torch where its format allows."""
 
     def __init__(self, name: str, path: epath.Path, tensor: Any):
         self.name, self.path, self._tensor = name, path, tensor
@@ -115,7 +115,10 @@ def _read_bin(path: epath.Path) -> dict[str, Tensor]:
             " safetensors first"
         ) from None
     try:
-        state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        # What torch wrote before 1.6 is no archive and cannot be mapped: all of it is read.
+        state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError and more
         raise UserError(f"{path} cannot be read as weights: {brief(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):

@@ -33,6 +33,9 @@ CHATML_TEMPLATE = r"""{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
 
+# Tokens that end a turn: ChatML's, Llama-3's.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+
 # A message: {"role": "user", "content": "..."}, and whatever else a template may read.
 Message = Mapping[str, Any]
 
@@ -53,6 +56,16 @@ class Piece:
     text: str
     control: bool
     supervised: Sequence[bool]
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids after which an answer is over, for our generation and in what is exported: turn ends, then eos.
+
+    A model that has a turn's end stops there, not only at the end of the text, which chat tuning never
+    supervises.
+    """
+    ends = [tokenizer.control_tokens[name] for name in TURN_ENDS if name in tokenizer.control_tokens]
+    return tuple(dict.fromkeys([*ends, tokenizer.eos_id]))
 
 
 def encode_chat(

@@ -14,11 +14,11 @@ from typing import Any
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.chat import chat_template as template_of
-from lemur_jax.data.chat import render
+from lemur_jax.data.chat import render, stop_ids
 from lemur_jax.infer.generate import bucket, stream
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.score import BATCH_TOKENS, score
-from lemur_jax.infer.session import Session, load, stop_ids
+from lemur_jax.infer.session import Session, load
 from lemur_jax.parallel.mesh import parse_mesh
 
 try:

@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
+from lemur_jax.data.chat import stop_ids
 from lemur_jax.infer.generate import bucket, stream
 from lemur_jax.infer.sampling import Sampling
-from lemur_jax.infer.session import Session, stop_ids
+from lemur_jax.infer.session import Session
 from lemur_jax.infer.text import continuation
 
 # Tokens of a batch, padding and room for generation included.

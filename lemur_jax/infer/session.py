@@ -30,6 +30,7 @@ class Session:
       compute: dtype, attention and mesh.
       tokenizer: None where only ids are used.
       params: the parameter tree on the mesh, in the compute dtype or with int8 matrices.
+      weights: which of the two, "float" or "int8".
       programs: the compiled prefill and decode.
     """
 
@@ -37,6 +38,7 @@ class Session:
     compute: Compute
     tokenizer: Tokenizer | None
     params: Params
+    weights: str
     programs: Programs
 
     @property
@@ -131,6 +133,7 @@ def make_session(
         compute=compute,
         tokenizer=tokenizer,
         params=params,
+        weights=weights,
         programs=programs(model, compute),
     )
 
@@ -144,9 +147,3 @@ def abstract_params(model: LlamaConfig, mesh: Mesh, dtype: str) -> Params:
     params = llama.abstract_params(model, dtype)
     shardings = param_shardings(mesh, params, llama.logical_axes(model))
     return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), params, shardings)
-
-
-def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids after which an answer is over: ChatML's `<|im_end|>` if there is one, and eos."""
-    ends = [tokenizer.control_tokens[token] for token in ("<|im_end|>",) if token in tokenizer.control_tokens]
-    return (*ends, tokenizer.eos_id)

@@ -1,17 +1,15 @@
 """The smoke test that a slice runs before anything else: load, generate, compare, time."""
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import numpy as np
-from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.infer.generate import Completion, generate
+from lemur_jax.infer.generate import generate
+from lemur_jax.infer.reference import Reference
 from lemur_jax.infer.session import Session
-from lemur_jax.parallel import hosts
 
 NEW_TOKENS = 48
 
@@ -28,8 +26,11 @@ PROMPTS = (
 
 
 def smoke(
-    session: Session, hf_dir: str = "", reference: str = "", say: Callable[[str], None] = print
-) -> None:
+    session: Session,
+    hf_dir: str = "",
+    reference: Reference | None = None,
+    say: Callable[[str], None] = print,
+) -> Reference:
     """Generates greedily on the session's mesh and checks what can be checked.
 
     The first run of `NEW_TOKENS` compiles, the second is timed; both must give the same tokens. With
@@ -39,11 +40,15 @@ def smoke(
     Args:
       session: a loaded model with its tokenizer.
       hf_dir: the same model as a Hugging Face directory, or "".
-      reference: JSON file, local or gs://; written where there is none. "": none.
+      reference: what an earlier run returned, or None.
       say: gets the findings, one line each.
 
+    Returns:
+      What was generated, to compare other runs with.
+
     Raises:
-      UserError: tokens differ from one run to the next, from transformers', or from the reference.
+      UserError: tokens differ from one run to the next, from transformers', or from the reference,
+        or the reference is of another dtype, kind of weights, tokenizer or version.
     """
     tokenizer = session.need_tokenizer()
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
@@ -63,15 +68,22 @@ def smoke(
         f"{len(prompts)} prompts × {NEW_TOKENS} tokens on {session.mesh.size} {jax.devices()[0].platform} devices"
         f" ({axes}): {len(prompts) * NEW_TOKENS / seconds:,.0f} tokens/s, {_memory(session)}"
     )
+    found = Reference(
+        dtype=session.compute.dtype,
+        weights=session.weights,
+        prompts=prompts,
+        tokens=[list(completion.tokens) for completion in first],
+        logprobs=[list(completion.logprobs) for completion in first],
+    )
     if reference:
-        say(_compare_stored(epath.Path(reference), prompts, first, session.compute.dtype))
+        say(_compare(reference, found))
     if hf_dir:
         expected = _transformers_tokens(hf_dir, prompts)
         if expected is None:
             say(
                 "not compared with transformers: it or torch is not installed (pip install transformers torch==2.13.0)"
             )
-            return
+            return found
         for prompt, ours, theirs in zip(PROMPTS, first, expected, strict=True):
             if list(ours.tokens) != theirs:
                 position = next(i for i, (a, b) in enumerate(zip(ours.tokens, theirs, strict=True)) if a != b)
@@ -80,49 +92,38 @@ def smoke(
                     f" {ours.tokens[position]}, transformers' on {hf_dir} is {theirs[position]}"
                 )
         say(f"all {sum(map(len, expected))} greedy tokens equal transformers' on {hf_dir}")
+    return found
 
 
-def _compare_stored(
-    path: epath.Path, prompts: Sequence[Sequence[int]], found: Sequence[Completion], dtype: str
-) -> str:
-    """Compares with what an earlier run wrote, or writes it; says which."""
-    mine = {
-        "prompts": [list(prompt) for prompt in prompts],
-        "tokens": [list(completion.tokens) for completion in found],
-        "logprobs": [list(completion.logprobs) for completion in found],
-    }
-    count = sum(map(len, mine["tokens"]))
-    if not path.exists():
-        if hosts.is_chief():
-            temporary = path.parent / f"{path.name}.tmp"  # other hosts look at it at this very moment
-            temporary.write_text(json.dumps(mine) + "\n")
-            temporary.replace(path)
-        return f"{count} tokens and their log-probabilities written to {path}"
-    try:
-        stored = json.loads(path.read_text())
-        theirs = {key: stored[key] for key in mine}
-    except (ValueError, KeyError, TypeError) as error:
+def _compare(stored: Reference, ours: Reference) -> str:
+    """Compares with what an earlier run generated, and says how near it is."""
+    if (stored.dtype, stored.weights) != (ours.dtype, ours.weights):
         raise UserError(
-            f"{path} is no reference of lemur smoke: {error}; remove it to write a new one"
-        ) from error
-    if theirs["prompts"] != mine["prompts"]:
-        raise UserError(
-            f"{path} was written for other prompts or another tokenizer: remove it to write a new one"
+            f"the reference was made with --dtype {stored.dtype} --weights {stored.weights}, this run has --dtype"
+            f" {ours.dtype} --weights {ours.weights}: choose the same, or make another reference"
         )
-    for prompt, ours, expected in zip(PROMPTS, mine["tokens"], theirs["tokens"], strict=True):
-        if ours != expected:
-            at = next(i for i in range(len(ours)) if ours[i : i + 1] != expected[i : i + 1])
+    if stored.prompts != ours.prompts:
+        raise UserError("the reference is of other prompts or another tokenizer: make a new one")
+    for prompt, mine, theirs in zip(PROMPTS, ours.tokens, stored.tokens, strict=True):
+        if len(theirs) != len(mine):
             raise UserError(
-                f"smoke test failed: after {prompt[:20]!r} the token at position {at} is {ours[at]}, in {path}"
-                f" {expected[at : at + 1]}"
+                f"the reference has {len(theirs)} tokens after {prompt[:20]!r}, this version generates"
+                f" {len(mine)}: make a new one"
             )
-    difference = np.abs(np.array(mine["logprobs"]) - np.array(theirs["logprobs"])).max()
-    if not difference <= TOLERANCE[dtype]:
+        if mine != theirs:
+            at = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+            raise UserError(
+                f"smoke test failed: after {prompt[:20]!r} the token at position {at} is {mine[at]}, in the"
+                f" reference {theirs[at]}"
+            )
+    difference = np.abs(np.array(ours.logprobs) - np.array(stored.logprobs)).max()
+    if not difference <= TOLERANCE[ours.dtype]:
         raise UserError(
-            f"smoke test failed: log-probabilities differ by up to {difference:.2g} nats from {path}, more than"
-            f" {TOLERANCE[dtype]:g}"
+            f"smoke test failed: log-probabilities differ by up to {difference:.2g} nats from the reference's, more"
+            f" than {TOLERANCE[ours.dtype]:g}"
         )
-    return f"all {count} tokens equal those in {path}, log-probabilities within {difference:.1e} nats"
+    count = sum(map(len, ours.tokens))
+    return f"all {count} tokens equal the reference's, log-probabilities within {difference:.1e} nats"
 
 
 def _memory(session: Session) -> str:

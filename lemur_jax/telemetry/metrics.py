@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -53,6 +53,10 @@ def read_metrics(workdir: epath.PathLike) -> list[Record]:
 class MetricsWriter:
     """Appends records to `WORKDIR/metrics.jsonl`, each visible to readers when `write` returns.
 
+    Once the file is open, a full disk or a store that refuses to be written does not stop a run: records wait in memory
+    for the next attempt, which every `write` and `sync` is, and `say` tells of it when it begins and when it is over.
+    Only `close` raises where they cannot be written to the end.
+
     On a multi-host run the first host alone has a writer. A run that resumes at `step` calls
     `truncate_after(step)` first; the steps that it repeats then follow without a gap or a double,
     provided `sync()` was called before each checkpoint was committed.
@@ -61,20 +65,31 @@ class MetricsWriter:
     whole by `sync()` and `close()`, so a kill loses only what came after the last checkpoint.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, tensorboard: bool = False, wandb: bool = False):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        say: Callable[[str], None] = print,
+        tensorboard: bool = False,
+        wandb: bool = False,
+    ):
         """Opens the file, which is made if need be, and cuts a torn last line off.
 
         Args:
           workdir: of the run, local or gs://.
+          say: gets a line when records have to wait, and when they wait no more.
           tensorboard: also write every record for TensorBoard, from `truncate_after` on.
           wandb: also send every record to Weights & Biases, from `truncate_after` on.
 
         Raises:
-          UserError: the file cannot be written; so do all other methods.
+          UserError: the file cannot be written; so do `truncate_after` and `close`.
         """
         self._path = epath.Path(workdir) / METRICS_FILE
         self._wants_board, self._wants_wandb = tensorboard, wandb
         self._boards: list[TensorBoard | WeightsAndBiases] = []
+        self._say = say
+        self._pending = b""  # what could not be written yet
+        self._failing = False
         self._can_append = _can_append(self._path)
         with self._explained():
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,10 +103,11 @@ class MetricsWriter:
         """Appends one record. Its values: strings, lists of them, integers, and anything that `float` takes."""
         plain = {key: _plain(value) for key, value in record.items()}
         line = json.dumps(plain, allow_nan=False)
-        with self._explained():
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
-            for board in self._boards:
+        self._pending += line.encode() + b"\n"
+        with self._reported():
+            self._drain()
+        for board in self._boards:
+            with contextlib.suppress(OSError):  # the file is what counts
                 board.write(plain)
 
     def truncate_after(self, step: int) -> None:
@@ -112,12 +128,10 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Makes all records so far outlive a crash of the machine; call it before each checkpoint."""
-        with self._explained():
-            if self._can_append:
-                os.fsync(self._file.fileno())
-            else:
-                self._path.write_bytes(self._contents())
-            for board in self._boards:
+        with self._reported():
+            self._sync()
+        for board in self._boards:
+            with contextlib.suppress(OSError):
                 board.flush()
 
     def close(self) -> None:
@@ -125,11 +139,12 @@ class MetricsWriter:
         if self._file.closed:
             return
         try:
-            self.sync()
-        finally:
             with self._explained():
-                self._file.close()  # tries once more to write what could not be written
-                for board in self._boards:
+                self._sync()
+        finally:
+            self._file.close()
+            for board in self._boards:
+                with contextlib.suppress(OSError):
                     board.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -143,10 +158,22 @@ class MetricsWriter:
     def _open(self, data: bytes) -> BinaryIO:
         """A file that continues after `data`, which lies there already."""
         if self._can_append:
-            return open(self._path, "ab")
+            return open(self._path, "ab", buffering=0)
         memory = io.BytesIO()
         memory.write(data)
         return memory
+
+    def _drain(self) -> None:
+        """Writes what is pending; what a full disk does not take stays, so that the next attempt ends a torn line."""
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
+
+    def _sync(self) -> None:
+        self._drain()
+        if self._can_append:
+            os.fsync(self._file.fileno())
+        else:
+            self._path.write_bytes(self._contents())
 
     def _contents(self) -> bytes:
         assert isinstance(self._file, io.BytesIO)
@@ -165,11 +192,31 @@ class MetricsWriter:
         os.replace(temporary, self._path)
 
     @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            with self._explained():
+                yield
+        except UserError as error:
+            if not self._failing:
+                self._say(
+                    f"WARNING: {error}. Its next lines wait in memory and will be written when that is possible"
+                )
+            self._failing = True
+        else:
+            if self._failing:
+                self._say(f"{self._path} can be written again, and nothing is missing")
+            self._failing = False
+
+    @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+        except Exception as error:
+            # Clients of object stores have error classes of their own.
+            if isinstance(error, OSError) or not self._can_append:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"cannot write {self._path}: {reason}") from error
+            raise
 
 
 def _can_append(path: epath.Path) -> bool:

@@ -82,7 +82,7 @@ def train(
         state, first = saves.first_state()
 
         spent = carried_over(workdir, first, started) if chief else {}
-        writer = stack.enter_context(_writer(config, workdir)) if chief else None
+        writer = stack.enter_context(_writer(config, workdir, say)) if chief else None
         if writer:
             # From step 0 on, what was scored there is scored again.
             writer.truncate_after(first or -1)
@@ -121,8 +121,9 @@ def train(
                 log.rolled_back(done, target)
             last = done == config.train.steps
             stopping = interruption.reached(done) and not last  # the last step is scored and saved as ever
-            evaluating = held_out and (last or due(done, config.eval.every_steps)) and not stopping
             saving = last or stopping or undoing or saves.due(done)
+            scored = last or due(done, config.eval.every_steps) or (saving and saves.needs_loss(done))
+            evaluating = held_out and scored and not stopping
             if evaluating or saving:
                 log.flush()  # parameters that are not finite are never saved
                 losses: dict[str, float] = {}
@@ -143,8 +144,8 @@ def train(
         return interruption.asked
 
 
-def _writer(config: ConfigDict, workdir: epath.Path) -> MetricsWriter:
-    return MetricsWriter(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb)
+def _writer(config: ConfigDict, workdir: epath.Path, say: Callable[[str], None]) -> MetricsWriter:
+    return MetricsWriter(workdir, say=say, tensorboard=config.log.tensorboard, wandb=config.log.wandb)
 
 
 def _check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:

@@ -128,6 +128,10 @@ class Saves:
         late = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
         return any_host(late or self._checkpoints.failed)
 
+    def needs_loss(self, step: int) -> bool:
+        """Whether the save of this step is to be compared with others by its held-out loss (`keep_best`)."""
+        return bool(self._config.checkpoint.keep_best) and step != self._only_locally
+
     def save(self, step: int, state: TrainState, losses: Mapping[str, float], to_the_end: bool) -> None:
         """Saves in the background; locally alone where no more was due.
 

@@ -32,7 +32,7 @@ class HfModel:
     """A model on disk and in memory."""
 
     path: pathlib.Path
-    model: transformers.LlamaForCausalLM
+    model: transformers.LlamaForCausalLM | transformers.MistralForCausalLM
 
     def state(self) -> dict[str, torch.Tensor]:
         return self.model.state_dict()
@@ -43,8 +43,10 @@ class HfModel:
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def _make_model(path: pathlib.Path, dtype: torch.dtype = torch.float32, *, shard="1GB", **changes) -> HfModel:
-    """A random Llama whose every tensor, norm scales too, has values of its own."""
+def _make_model(
+    path: pathlib.Path, dtype: torch.dtype = torch.float32, *, kind="Llama", shard="1GB", **changes
+) -> HfModel:
+    """A random Llama, or another `kind`, whose every tensor, norm scales too, has values of its own."""
     shape = {
         "vocab_size": 96,
         "hidden_size": 32,
@@ -54,9 +56,9 @@ def _make_model(path: pathlib.Path, dtype: torch.dtype = torch.float32, *, shard
         "max_position_embeddings": 2048,
         "initializer_range": 0.1,
     }
-    config = transformers.LlamaConfig(**(shape | changes))
+    config = getattr(transformers, f"{kind}Config")(**(shape | changes))
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -68,7 +70,7 @@ def _make_model(path: pathlib.Path, dtype: torch.dtype = torch.float32, *, shard
 
 @pytest.fixture
 def make_model(tmp_path):
-    """`make_model(dtype, *, shard, **config)` writes a model to `tmp_path / "hf"`."""
+    """`make_model(dtype, *, kind, shard, **config)` writes a model to `tmp_path / "hf"`."""
     return functools.partial(_make_model, tmp_path / "hf")
 
 

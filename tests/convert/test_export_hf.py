@@ -173,6 +173,14 @@ def test_chat_model_directory(make_model, tmp_path, tokenizer_dir):
     assert "ChatML" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_llama_3_stops_at_the_end_of_a_turn(make_model, tmp_path, tokenizer_dir):
+    extend(tokenizer_dir, tmp_path / "chat", ["<|eot_id|>"])
+    with_tokenizer(make_model, tmp_path / "checkpoint", tmp_path / "chat", 401)
+    export_hf(tmp_path / "checkpoint", tmp_path / "out")
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert generation.eos_token_id == [400, 2]
+
+
 def test_chat_template_is_supplied(make_model, tmp_path, tokenizer_dir):
     extend(tokenizer_dir, tmp_path / "chat", CHATML_TOKENS)
     (tmp_path / "chat" / "chat_template.jinja").unlink()

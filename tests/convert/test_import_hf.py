@@ -104,10 +104,12 @@ def test_sharded_files(make_model):
     assert_same(params, expected_params(hf.state(), config))
 
 
-def test_bin_files(make_model, monkeypatch):
+# torch's format since 1.6, and the one before.
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bin_files(make_model, monkeypatch, zipped):
     hf = make_model(torch.bfloat16)
     (hf.path / "model.safetensors").unlink()
-    torch.save(hf.state(), hf.path / "pytorch_model.bin")
+    torch.save(hf.state(), hf.path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     config, params = load_hf_params(hf.path)
     assert_same(params, expected_params(hf.state(), config))
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -115,14 +117,39 @@ def test_bin_files(make_model, monkeypatch):
         load_hf_params(hf.path)
 
 
-def test_bin_file_with_code_in_it(make_model, tmp_path):
+def test_sharded_bin_files(make_model):
+    hf = make_model()
+    (hf.path / "model.safetensors").unlink()
+    state = hf.state()
+    weight_map = {name: f"pytorch_model-{1 + index % 3:05}-of-00003.bin" for index, name in enumerate(state)}
+    for file in set(weight_map.values()):
+        part = {name: state[name] for name, holder in weight_map.items() if holder == file}
+        torch.save(part, hf.path / file)
+    index = hf.path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config, params = load_hf_params(hf.path)
+    assert_same(params, expected_params(state, config))
+
+    file = hf.path / "pytorch_model-00002-of-00003.bin"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=f"{file.name} cannot be read as weights"):
+        load_hf_params(hf.path)
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file.name} is missing, but {index.name} lists it"):
+        load_hf_params(hf.path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bin_file_with_code_in_it(make_model, tmp_path, zipped):
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "sprung"), "w"))
 
     hf = make_model()
     (hf.path / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": Trap()}, hf.path / "pytorch_model.bin")
+    trap = {"model.norm.weight": Trap()}
+    torch.save(trap, hf.path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="cannot be read as weights"):
         load_hf_params(hf.path)
     assert not (tmp_path / "sprung").exists()

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
-from lemur_jax.convert.import_hf import load_hf_params
+from lemur_jax.convert.export_hf import export_hf
+from lemur_jax.convert.import_hf import import_hf, load_hf_params
 from lemur_jax.models.llama import Compute, forward
 
 T = 640
@@ -54,6 +56,22 @@ def test_logits(make_model, rope, kv_heads, tied):
     expected = theirs(hf, tokens)
     assert np.abs(expected).max() > 1  # large enough for 1e-4 to say something
     assert np.abs(ours(hf, tokens) - expected).max() <= 1e-4
+
+
+def test_mistral_without_its_window(make_model, tmp_path):
+    """The same logits from us, and from the Llama as which it is exported."""
+    hf = make_model(
+        kind="Mistral", sliding_window=None, hidden_size=128, intermediate_size=256, num_key_value_heads=2
+    )
+    tokens = np.random.default_rng(0).integers(0, 96, size=(2, T))
+    expected = theirs(hf, tokens)
+    assert np.abs(expected).max() > 1
+    assert np.abs(ours(hf, tokens) - expected).max() <= 1e-4
+    import_hf(hf.path, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "out", dtype="float32")
+    llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert np.abs(llama(torch.tensor(tokens)).logits.numpy() - expected).max() <= 1e-4
 
 
 def test_the_test_sees_a_rotary_fault(make_model):

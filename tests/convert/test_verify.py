@@ -4,7 +4,9 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
+import scipy.special
 
 from lemur_jax.checkpoint.manager import read_metadata
 from lemur_jax.cli import main
@@ -60,8 +62,43 @@ def test_a_config_that_says_another_model_is_found(checkpoint, tmp_path):
     file = tmp_path / "out" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_theta": 20_000.0}))
     config = LlamaConfig.from_dict(read_metadata(checkpoint)["model"])
-    with pytest.raises(UserError, match=r"logits differ from transformers' on 512 tokens: max \|Δ\|"):
+    with pytest.raises(
+        UserError, match=r"logits differ from transformers' on 512 tokens: max \|Δ\|"
+    ) as error:
         verify.compare_logits(tmp_path / "out", config, None)
+    assert float(re.search(r"KL (\S+) nats", str(error.value))[1]) > 1e-6
+
+
+def test_divergence():
+    """Against probabilities written out: those of the softmax of logarithms, shifted at will."""
+    p = np.array([[[1, 3], [1, 1]]], np.float64) / [[[4], [2]]]
+    q = np.array([[[1, 1], [1, 9]]], np.float64) / [[[2], [10]]]
+    expected = (1 / 4 * np.log(1 / 2) + 3 / 4 * np.log(3 / 2) + 1 / 2 * np.log(5) + 1 / 2 * np.log(5 / 9)) / 2
+    shift = np.array([[[50.0], [-7.0]]])
+    logits_p, logits_q = (np.log(p) + shift).astype(np.float32), (np.log(q) - shift).astype(np.float32)
+    assert verify._divergence(logits_p, logits_q) == pytest.approx(expected, rel=1e-5)
+    assert verify._divergence(logits_q, logits_p) != pytest.approx(expected, rel=1e-2)
+    assert verify._divergence(logits_p, logits_p + 3) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_divergence_told_is_that_of_the_logits(checkpoint, tmp_path, monkeypatch):
+    """A change of the logits too small to fail, and what it comes to with SciPy's sums."""
+    export_hf(checkpoint, tmp_path / "out", dtype="float32")
+    config = LlamaConfig.from_dict(read_metadata(checkpoint)["model"])
+    ours = verify._our_logits
+    tables = []
+
+    def nudged(*arguments):
+        exact = ours(*arguments)
+        change = 5e-4 * np.random.default_rng(1).choice([-1, 1], exact.shape)
+        tables.extend([exact.astype(np.float64), (exact + change).astype(np.float64)])
+        return (exact + change).astype(np.float32)
+
+    monkeypatch.setattr(verify, "_our_logits", nudged)
+    said = verify.compare_logits(tmp_path / "out", config, None)
+    p, q = (scipy.special.softmax(table, axis=-1) for table in tables)
+    expected = scipy.special.rel_entr(p, q).sum(-1).mean()
+    assert float(re.search(r"KL (\S+) nats", said)[1]) == pytest.approx(expected, rel=0.02)
 
 
 def test_where_logits_cannot_be_compared(checkpoint, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.chat import CHATML_TOKENS, encode_chat, render
+from lemur_jax.data.chat import CHATML_TOKENS, encode_chat, render, stop_ids
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.data.tokenizer_files import extend
 
@@ -110,6 +110,15 @@ def test_text_between_control_tokens_is_tokenized_whole(chat_tokenizer):
     ]
     assert [piece.control for piece in pieces] == [True, False] * 4
     assert [list(piece.supervised) for piece in pieces[4:]] == [[0], [0] * 10 + [1] * 2, [1], [1]]
+
+
+def test_stop_ids(tokenizer, chat_tokenizer, chat_dir, tokenizer_dir, tmp_path):
+    assert stop_ids(tokenizer) == (2,)
+    assert stop_ids(chat_tokenizer) == (chat_tokenizer.control_tokens["<|im_end|>"], 2)
+    llama_3 = extend(tokenizer_dir, tmp_path / "3", ["<|eot_id|>"])
+    assert stop_ids(llama_3) == (llama_3.control_tokens["<|eot_id|>"], 2)
+    both = extend(chat_dir, tmp_path / "both", ["<|eot_id|>"])
+    assert stop_ids(both) == (*(both.control_tokens[name] for name in ("<|im_end|>", "<|eot_id|>")), 2)
 
 
 LLAMA_2 = (

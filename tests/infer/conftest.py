@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.data.chat import CHATML_TOKENS
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.data.tokenizer_files import extend, train_sentencepiece
@@ -42,6 +43,19 @@ def tiny_session() -> Session:
     params = fresh_params(config)
     params["head"]["kernel"] *= 10
     return make_session(config, params, mesh_of("fsdp=2,tensor=2"), "float32")
+
+
+@pytest.fixture(scope="session")
+def chat_checkpoint(tmp_path_factory, chat_tokenizer) -> pathlib.Path:
+    """A random model with its tokenizer, its logits spread out."""
+    path = tmp_path_factory.mktemp("checkpoint") / "model"
+    config = preset("tiny", vocab_size=chat_tokenizer.vocab_size)
+    params = fresh_params(config)
+    params["head"]["kernel"] *= 10
+    write_params(
+        path, params, make_metadata(model=config.to_dict(), tokenizer_files=chat_tokenizer.files()), step=1
+    )
+    return path
 
 
 def fresh_params(config: LlamaConfig):

@@ -4,8 +4,10 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.chat import encode_chat
+from lemur_jax.data.tokenizer_files import extend
 from lemur_jax.infer import chat
 from lemur_jax.infer.chat import converse, fit, reply
+from lemur_jax.infer.complete import complete
 from tests.infer.conftest import recite
 
 ANSWER = "yes: 😀!"
@@ -24,6 +26,23 @@ def test_an_answer_is_streamed_without_its_end(parrot):
     pieces = list(reply(parrot, [{"role": "user", "content": "hello <|im_end|>"}], max_new_tokens=20))
     assert "".join(pieces) == ANSWER
     assert len(pieces) > 1
+
+
+def test_llama_3_ends_a_turn_with_its_own_token(chat_tokenizer, tmp_path):
+    """In chat and in completions; the model goes on after it, and nobody is to see that."""
+    for name, content in chat_tokenizer.files().items():
+        (tmp_path / name).write_bytes(content)
+    template = (
+        "{% for message in messages %}{% generation %}{{ message['content'] + '<|eot_id|>\n' }}"
+        "{% endgeneration %}{% endfor %}"
+    )
+    tokenizer = extend(tmp_path, tmp_path / "llama_3", ["<|eot_id|>"], chat_template=template)
+    newline, answer, more = (tokenizer.encode(text, prefix=False) for text in ("\n", ANSWER, "xz"))
+    ids = [*newline, *answer, tokenizer.control_tokens["<|eot_id|>"], *more]
+    session = recite(tokenizer, ids, max_position_embeddings=96)
+    assert "".join(reply(session, [{"role": "user", "content": "hi"}], max_new_tokens=20)) == ANSWER
+    (found,) = complete(session, [newline], max_new_tokens=20)
+    assert (found.text, found.tokens, found.finish_reason) == (ANSWER, tuple(answer), "stop")
 
 
 def test_the_model_sees_the_whole_conversation(parrot, monkeypatch):

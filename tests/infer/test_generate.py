@@ -1,6 +1,7 @@
-"""Generation against transformers.generate, on one device and on meshes of eight."""
+"""Generation from a checkpoint against transformers.generate on its export, on one device and on meshes of eight."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch
 import transformers
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.convert.import_hf import load_hf_params
+from lemur_jax.convert.export_hf import export_hf
+from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.infer.generate import bucket, generate, stream
 from lemur_jax.infer.sampling import Sampling
-from lemur_jax.infer.session import make_session
+from lemur_jax.infer.session import load
 from tests.infer.conftest import mesh_of
 
 NEW = 64
@@ -39,16 +41,17 @@ CASES = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A model of transformers with its greedy answers: tokens [B, NEW] and their log-probabilities."""
+    """A model as we import it, with the greedy answers that transformers gives on what we export: tokens
+    [B, NEW] and their log-probabilities."""
 
-    path: str
+    checkpoint: pathlib.Path
     prompts: list[list[int]]
     tokens: np.ndarray
     logprobs: np.ndarray
 
     def session(self, mesh: str, dtype: str = "float32"):
-        config, params = load_hf_params(self.path)
-        return make_session(config, params, mesh_of(mesh), dtype)
+        mesh = mesh_of(mesh)
+        return load(self.checkpoint, mesh.shape, dtype, devices=mesh.devices.flatten().tolist())
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +66,12 @@ def reference(path, **changes) -> Reference:
         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256,
         "initializer_range": 0.2,
     }  # fmt: skip
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(shape | changes))).eval()
-    model.save_pretrained(path)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**(shape | changes))).save_pretrained(
+        path / "made"
+    )
+    import_hf(path / "made", path / "checkpoint")
+    export_hf(path / "checkpoint", path / "exported", dtype="float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path / "exported", dtype=torch.float32)
     # Nothing special about any id: no stop, and none that transformers keeps from being generated.
     model.generation_config = transformers.GenerationConfig(max_new_tokens=NEW, pad_token_id=0)
     rng = np.random.default_rng(0)
@@ -83,7 +90,9 @@ def reference(path, **changes) -> Reference:
     assert (best[..., 0] - best[..., 1]).min() > 1e-4
     tokens = out.sequences[:, longest:]
     logprobs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    return Reference(path=path, prompts=prompts, tokens=tokens.numpy(), logprobs=logprobs.numpy())
+    return Reference(
+        checkpoint=path / "checkpoint", prompts=prompts, tokens=tokens.numpy(), logprobs=logprobs.numpy()
+    )
 
 
 @pytest.mark.parametrize(("variant", "mesh"), CASES)
@@ -164,7 +173,8 @@ def test_stream_is_generate_in_pieces(tiny_session):
 def test_a_draw_depends_on_its_seeds_alone(tiny_session):
     """Not on the batch's size, order or company."""
     sampling = Sampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
-    prompts = [[index + 1] * (3 * index + 1) for index in range(6)]
+    # The last prompt is in another bucket than the rest, whose cache slots are others without it.
+    prompts = [[index + 1] * (3 * index + 1) for index in range(6)] + [[9] * 40]
     options = {"max_new_tokens": 12, "stop_ids": (), "sampling": sampling}
     together = generate(tiny_session, prompts, **options)
     some = [5, 0, 3]

@@ -7,7 +7,7 @@ import pytest
 from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.generate import generate
-from lemur_jax.infer.session import load, make_session, stop_ids
+from lemur_jax.infer.session import load, make_session
 from lemur_jax.models.presets import preset
 from tests.infer.conftest import fresh_params, mesh_of
 
@@ -60,12 +60,6 @@ def test_weights_without_a_tokenizer(tmp_path):
     assert session.tokenizer is None
     with pytest.raises(UserError, match="holds no tokenizer"):
         session.need_tokenizer()
-
-
-def test_stop_ids(chat_tokenizer):
-    assert stop_ids(chat_tokenizer) == (chat_tokenizer.control_tokens["<|im_end|>"], 2)
-    base = type(chat_tokenizer).from_files({"tokenizer.model": chat_tokenizer.files()["tokenizer.model"]})
-    assert stop_ids(base) == (2,)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,12 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
+from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
+from lemur_jax.infer import reference
 from lemur_jax.infer.session import make_session
 from lemur_jax.infer.smoke import NEW_TOKENS, PROMPTS, smoke
 from lemur_jax.models.presets import preset
@@ -24,43 +27,105 @@ def session_on(params, tokenizer, mesh):
     return make_session(*params, mesh_of(mesh), "float32", tokenizer=tokenizer)
 
 
-def run(session, file):
+def run(session, stored=None):
     lines = []
-    smoke(session, reference=str(file), say=lines.append)
-    return lines
+    found = smoke(session, reference=stored, say=lines.append)
+    return found, lines
 
 
-def test_reference_is_written_then_compared_on_another_mesh(params, chat_tokenizer, tmp_path):
-    file = tmp_path / "reference.json"
+def test_reference_of_one_mesh_and_a_run_on_another(params, chat_tokenizer, tmp_path):
     one, many = (session_on(params, chat_tokenizer, mesh) for mesh in ("", "fsdp=2,tensor=2"))
-    assert "192 tokens and their log-probabilities written" in run(one, file)[1]
-    stored = json.loads(file.read_text())
-    assert [len(row) for row in stored["tokens"]] == [NEW_TOKENS] * len(PROMPTS)
-    before = file.read_bytes()
-    figures, compared = run(many, file)
+    found, (figures,) = run(one)
     assert "tokens/s" in figures
     assert "MiB of parameters a device" in figures
-    assert "all 192 tokens equal" in compared
-    assert file.read_bytes() == before
+    reference.write(tmp_path / "reference.json", found)
+    stored = reference.read(tmp_path / "reference.json")
+    assert stored == found
+    assert (stored.dtype, stored.weights) == ("float32", "float")
+    assert [len(row) for row in stored.tokens] == [NEW_TOKENS] * len(PROMPTS)
+    assert "all 192 tokens equal the reference's" in run(many, stored)[1][1]
 
     # One weight of another value: the tokens may stay, the log-probabilities do not.
     head = many.params["head"]["kernel"]
     changed = {**many.params, "head": {"kernel": head.at[:, 7].add(0.5)}}
     with pytest.raises(UserError, match=r"smoke test failed: (after|log-probabilities)"):
-        run(dataclasses.replace(many, params=changed), file)
+        run(dataclasses.replace(many, params=changed), stored)
 
-    def damaged(**changes):
-        file.write_text(json.dumps(stored | changes))
-        return file
-
-    tokens = [list(row) for row in stored["tokens"]]
+    tokens = [list(row) for row in stored.tokens]
     tokens[1][5] = (tokens[1][5] + 1) % 512
-    with pytest.raises(
-        UserError, match=r"after 'import os.*' the token at position 5 is \d+, in .*reference"
+    longer = [[*row, 3] for row in stored.tokens]
+    shifted = (np.array(stored.logprobs) + 0.01).tolist()
+    for changes, message in (
+        ({"tokens": tokens}, r"after 'import os.*' the token at position 5 is \d+, in the reference \d+"),
+        ({"tokens": longer}, "the reference has 49 tokens after 'def', this version generates 48"),
+        ({"logprobs": shifted}, "log-probabilities differ by up to 0.01 nats"),
+        ({"prompts": [[1]]}, "other prompts or another tokenizer"),
+        ({"dtype": "bfloat16"}, "made with --dtype bfloat16 --weights float, this run has --dtype float32"),
+        ({"weights": "int8"}, "made with --dtype float32 --weights int8, this run has .* --weights float"),
     ):
-        run(one, damaged(tokens=tokens))
-    with pytest.raises(UserError, match="other prompts or another tokenizer"):
-        run(one, damaged(prompts=[[1]]))
-    file.write_text("[]")
-    with pytest.raises(UserError, match="is no reference of lemur smoke"):
-        run(one, file)
+        with pytest.raises(UserError, match=message):
+            run(one, dataclasses.replace(stored, **changes))
+
+
+WHOLE = {
+    "dtype": "float32", "weights": "float", "prompts": [[1], [2]], "tokens": [[3, 4], [5, 6]],
+    "logprobs": [[-1.0, -2], [-3.0, -4.0]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "reference of lemur smoke: Expecting property name"),
+        ("[]", "it is not a JSON object"),
+        ({"dtype": None}, "it has no dtype"),  # as those that were written before it was kept
+        ({"logprobs": []}, "logprobs has 0 rows for 2 prompts"),
+        ({"tokens": [[3, 4]]}, "tokens has 1 rows for 2 prompts"),
+        ({"tokens": 7}, "tokens is not a list of rows"),
+        ({"tokens": [[3, 4], 5]}, "tokens is not a list of rows"),
+        ({"tokens": [[3, 4], [5, 6, 7]]}, "row 1 has 3 tokens and 2 logprobs"),
+        ({"logprobs": [["a", 0], [0, 0]]}, "logprobs has an entry that is no number"),
+    ],
+)
+def test_malformed_references(tmp_path, text, message):
+    file = tmp_path / "reference.json"
+    file.write_text(json.dumps(WHOLE))
+    assert reference.read(file) == reference.Reference(**WHOLE)
+    if isinstance(text, dict):
+        text = json.dumps({key: value for key, value in (WHOLE | text).items() if value is not None})
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        reference.read(file)
+    assert "\n" not in str(error.value)
+
+
+def test_the_verb_compares_or_writes_as_it_is_told(chat_checkpoint, tmp_path, capsys):
+    file = tmp_path / "new" / "reference.json"
+
+    def verb(*words):
+        status = main(["smoke", "--checkpoint", str(chat_checkpoint), *words])
+        said = capsys.readouterr()
+        return status, said.out if status == 0 else said.err
+
+    status, said = verb("--reference", str(file))
+    assert status == 2
+    assert said == (
+        f"lemur smoke: no reference {file}: make one with --write-reference where results are trusted\n"
+    )
+    assert not file.exists()
+    assert verb("--reference", "")[0] == 2  # an empty variable in a script is no pass either
+
+    status, said = verb("--write-reference", str(file))
+    assert status == 0
+    assert f"reference written to {file}" in said
+    before = file.read_bytes()
+    status, said = verb("--reference", str(file))
+    assert status == 0
+    assert "all 192 tokens equal the reference's" in said
+    assert verb("--write-reference", str(file)) == (
+        2,
+        f"lemur smoke: {file} exists already: remove it to write a new reference\n",
+    )
+    assert verb("--reference", str(file), "--dtype", "bfloat16")[0] == 2
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == ["reference.json"]

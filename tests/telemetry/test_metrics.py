@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import threading
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.telemetry import metrics
@@ -173,27 +175,65 @@ def test_missing_or_unwritable_places_are_one_line(tmp_path):
         MetricsWriter(tmp_path / "file")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    full = open("/dev/full", "ab")  # noqa: SIM115
-    monkeypatch.setattr(MetricsWriter, "_open", lambda self, data: full)
-    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No space left on device"):
-        MetricsWriter(tmp_path).write(train(1))
-    with contextlib.suppress(OSError):
-        full.close()
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """The system lets no file of this process grow over so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_one_clear_error_and_hides_no_other(tmp_path):
-    writer = MetricsWriter(tmp_path)
-    writer._file.close()
-    writer._file = open("/dev/full", "ab")  # noqa: SIM115
-    with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        writer.write({"step": 1})
-    with pytest.raises(UserError, match=r"metrics\.jsonl"):
-        writer.close()
-    other = MetricsWriter(tmp_path)
-    other._file.close()
-    other._file = open("/dev/full", "ab")  # noqa: SIM115
-    other._file.write(b"x")
-    with pytest.raises(KeyError, match="first"), other:
-        raise KeyError("first")
+def test_a_full_disk_is_told_once_and_costs_no_record(tmp_path):
+    lines = []
+    with MetricsWriter(tmp_path, say=lines.append) as writer:
+        writer.write(train(1))
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        with files_of_at_most(size + 5):  # tears the next line
+            writer.write(train(2))
+            writer.write(train(3))
+            writer.sync()
+            assert len(lines) == 1
+            assert "cannot write" in lines[0]
+            assert "metrics.jsonl: File too large. Its next lines wait" in lines[0]
+            assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+        writer.write(train(4))
+        assert len(lines) == 2
+        assert "can be written again, and nothing is missing" in lines[1]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_what_cannot_be_written_to_the_end_is_an_error_and_hides_no_other(tmp_path):
+    writer = MetricsWriter(tmp_path, say=lambda _: None)
+    with files_of_at_most(0):
+        writer.write(train(1))
+        with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: File too large"):
+            writer.close()
+        other = MetricsWriter(tmp_path, say=lambda _: None)
+        other.write(train(1))
+        with pytest.raises(KeyError, match="first"), other:
+            raise KeyError("first")
+
+
+def test_a_store_that_refuses_for_a_while_costs_no_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "_can_append", lambda path: False)
+    lines = []
+    write = type(epath.Path(tmp_path)).write_bytes
+
+    def refuse(path, data):
+        raise RuntimeError("HTTP 503")  # of no class of Python's own
+
+    with MetricsWriter(tmp_path, say=lines.append) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(epath.Path(tmp_path)), "write_bytes", refuse)
+            writer.write(train(1))
+            writer.sync()
+            writer.sync()
+        assert len(lines) == 1
+        assert "HTTP 503" in lines[0]
+        assert type(epath.Path(tmp_path)).write_bytes is write
+        writer.sync()
+        assert len(lines) == 2
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1]

@@ -1,6 +1,7 @@
 """When a run saves, what SIGTERM may take, and a run that goes on with another optimizer."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import pytest
 from lemur_jax.checkpoint.manager import read_metadata, steps_in
 from lemur_jax.common.config import load
 from lemur_jax.common.errors import UserError
-from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.train import loop
+from lemur_jax.train.evaluate import Evaluations
 from lemur_jax.train.interruption import Interruption
 from tests.train.test_resume import project  # noqa: F401
 
@@ -36,6 +38,52 @@ def train(project, monkeypatch):  # noqa: F811
 def test_saves_by_minutes_whenever_it_logs(train, tmp_path, minutes, steps):
     train(tmp_path, **{"checkpoint.every_steps": 0, "checkpoint.every_minutes": minutes})
     assert steps_in(tmp_path)[1] == steps
+
+
+def test_the_best_by_held_out_loss_is_kept_whatever_steps_are_evaluated(train, tmp_path, monkeypatch):
+    (task,) = load("config.py").eval.tasks
+    scored = []
+
+    def score(self, params, step):
+        scored.append(step)
+        return {task: abs(step - 3)}
+
+    monkeypatch.setattr(Evaluations, "score", score)
+    options = {"eval.every_steps": 4, "checkpoint.every_steps": 1, "checkpoint.keep": 1}
+    train(tmp_path, **options, **{"checkpoint.keep_best": task})
+    assert steps_in(tmp_path)[1] == [3, 6]
+    assert scored == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_for_some_steps_ends_nothing(train, tmp_path, monkeypatch):
+    """Neither saves nor metrics can be written from step 2 on until step 5 is reached."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write = MetricsWriter.write
+
+    def filled(self, record):
+        write(self, record)
+        if record["kind"] == "train" and record["step"] in (2, 5):
+            room = 600 if record["step"] == 2 else limits[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+
+    monkeypatch.setattr(MetricsWriter, "write", filled)
+    try:
+        options = {"checkpoint.every_steps": 1, "checkpoint.max_failures": 5, "log.every_steps": 1}
+        lines = train(tmp_path, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert any("could not be saved" in line for line in lines)
+    assert any("metrics.jsonl: File too large" in line for line in lines)
+    assert any("metrics.jsonl can be written again, and nothing is missing" in line for line in lines)
+    assert [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "train"] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+    assert steps_in(tmp_path)[1][-1] == 6
 
 
 def test_another_optimizer_is_refused_by_leaf_unless_told_to_start_fresh(train, tmp_path, monkeypatch):
@@ -62,14 +110,19 @@ def test_another_optimizer_is_refused_by_leaf_unless_told_to_start_fresh(train, 
     assert len(set(found)) == 6
 
 
-# Every save after that of step 3 takes for ever.
+# Every save after that of step 3 takes for ever, in C, where Python hears of no signal.
 STUCK = """
-import sys, time
+import ctypes, os, sys
 from lemur_jax.cli import main
 from lemur_jax.train.saves import Checkpoints
-save = Checkpoints.save
+save, mutex = Checkpoints.save, ctypes.create_string_buffer(64)
 def stuck(self, step, *rest):
-    save(self, step, *rest) if step <= 3 else time.sleep(600)
+    if step <= 3:
+        return save(self, step, *rest)
+    self.wait()
+    open(os.environ["STUCK"], "w")
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
 Checkpoints.save = stuck
 sys.exit(main(sys.argv[1:]))
 """
@@ -81,16 +134,18 @@ def test_after_the_grace_period_the_process_ends_and_the_newest_checkpoint_stays
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK, *words, "--config.checkpoint.grace_s=1"],
         cwd=project,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": "", "STUCK": str(tmp_path / "stuck")},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
     )
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not (run / "checkpoints" / "3").exists():
+    while time.monotonic() < deadline and not (tmp_path / "stuck").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
     _, said = process.communicate(timeout=120)
+    assert time.monotonic() - asked < 60
     assert process.returncode == 1, said
     assert "not saved within config.checkpoint.grace_s = 1 s of SIGTERM" in said
     assert read_metadata(run)["step"] == 3
