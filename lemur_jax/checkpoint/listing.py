@@ -1,46 +1,57 @@
 """What is in a checkpoint directory: steps, sizes, ages, what is whole, and how two configs differ."""
 
 import time
+from functools import partial
 from typing import Any
 
+import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 
 from lemur_jax.checkpoint.arrays import open_params, read_parts
 from lemur_jax.checkpoint.digest import RunningDigest
 from lemur_jax.checkpoint.leaves import Leaf
 from lemur_jax.checkpoint.manager import Damaged, read_metadata, steps_in
+from lemur_jax.checkpoint.reading import agreed, is_passing, metadata_of, open_manager
 from lemur_jax.common.config import flatten
 from lemur_jax.common.errors import UserError
 
 
-def table(path: epath.PathLike) -> str:
-    """One line a checkpoint, oldest first; every byte of each is read and verified.
+def table(path: epath.PathLike) -> tuple[str, bool]:
+    """One line a checkpoint, oldest first, and whether all are verified; every byte of each is read.
 
     Raises:
       UserError: no checkpoint there.
     """
     directory, steps = steps_in(path)
     lines = [f"{directory}", f"{'step':>10} {'GB':>9} {'age':>10}  state"]
-    for step in steps:
+    states = [verdict(directory, step) for step in steps]
+    for step, state in zip(steps, states, strict=True):
         size, newest = _size_and_time(directory / str(step))
         age = _age(time.time() - newest)
-        lines.append(f"{step:>10} {size / 1e9:>9.3f} {age:>10}  {verdict(directory, step)}")
-    return "\n".join(lines)
+        lines.append(f"{step:>10} {size / 1e9:>9.3f} {age:>10}  {state}")
+    return "\n".join(lines), all(state.startswith("verified") for state in states)
 
 
 def verdict(directory: epath.Path, step: int) -> str:
-    """ "verified", or what is wrong; one chunk of one array is in memory at a time."""
+    """ "verified", or what is wrong, as a restore sees it; one chunk of one array is in memory at a time."""
     try:
-        leaves = read_metadata(directory, step)["leaves"]
+        manager = open_manager(directory)
+        leaves = metadata_of(manager, directory, step)["leaves"]
         for item, of in leaves.items():
+            # A restore of nothing: Orbax reads and understands all that describes the item, and no array.
+            nothing = ocp.args.PyTreeRestore(item={"none": ocp.PLACEHOLDER}, partial_restore=True)
+            agreed(partial(manager.restore, step, args=ocp.args.Composite(**{item: nothing})), item)
             arrays = open_params(directory, step, item)
             for name, leaf in of.items():
                 if name not in arrays:
                     raise Damaged(f"{item}: {name} is missing")
-                if _digest(arrays[name], name, leaf) != leaf.digest:
+                if _digest(arrays[name], f"{item}: {name}", leaf) != leaf.digest:
                     raise Damaged(f"{item}: {name} is not what was saved")
     except UserError as error:
-        return f"DAMAGED: {error}"
+        cause = error.__cause__
+        damaged = isinstance(error, Damaged) or (cause is not None and not is_passing(cause))
+        return f"{'DAMAGED' if damaged else 'NOT VERIFIED'}: {error}"
     return f"verified ({', '.join(leaves)})"
 
 
@@ -53,6 +64,8 @@ def _digest(array: Any, name: str, leaf: Leaf) -> int:
         else [...]
     )
     for part in read_parts(array, cuts, name):
+        if not np.isfinite(part).all():
+            raise Damaged(f"{name} has values that are not finite")
         digest.update(part)
     return digest.value
 

@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -299,11 +300,11 @@ def _move(source: epath.Path, target: epath.Path) -> None:
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    for child in source.iterdir():
-        if child.is_dir():
-            _copy(child, target / child.name)
-        else:
-            child.copy(target / child.name)
+    children = {child: child.is_dir() for child in source.iterdir()}
+    with ThreadPoolExecutor(32) as pool:  # one stream is far slower than a store
+        list(pool.map(lambda file: file.copy(target / file.name), (c for c in children if not children[c])))
+    for directory in (c for c in children if children[c]):
+        _copy(directory, target / directory.name)
 
 
 def _remove_half_written(path: epath.Path) -> None:
@@ -345,6 +346,7 @@ def write_params(path: epath.PathLike, params: Any, metadata: Mapping[str, Any],
       metadata: as `make_metadata` gives it.
       step: of the checkpoint.
     """
+    silence_echoes()
     params = jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, Streamed) else streamed(np.asarray(leaf)), params
     )

@@ -14,8 +14,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb.
 
     Returns:
-      0, or 2 for a mistake that the user can mend, or 130 when interrupted, or 75 when another host was
-      lost and where a launcher is to start an unfinished run again (`parallel/liveness.py`).
+      0, or 1 where what was looked at is damaged, or 2 for a mistake that the user can mend, or 130 when
+      interrupted, or 75 when another host was lost and where a launcher is to start an unfinished run again
+      (`parallel/liveness.py`).
     """
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)

@@ -65,7 +65,7 @@ def add_verbs(verbs: Verbs) -> None:
         verbs,
         "checkpoints",
         _checkpoints,
-        "list the checkpoints of a run and verify every byte of them",
+        "list the checkpoints of a run and verify every byte of them; exit status 1 if one is damaged",
         "lemur checkpoints quickstart/runs/base",
     )
     sub.add_argument("workdir", help="workdir or checkpoint directory")
@@ -151,11 +151,13 @@ def _doctor(args) -> None:
         doctor(config, args.workdir)
 
 
-def _checkpoints(args) -> None:
+def _checkpoints(args) -> int:
     start_jax(args)
     from lemur_jax.checkpoint.listing import difference, table
 
-    print(difference(args.workdir, *args.diff) if args.diff else table(args.workdir))
+    text, whole = (difference(args.workdir, *args.diff), True) if args.diff else table(args.workdir)
+    print(text)
+    return 0 if whole else 1
 
 
 def _report(args) -> None:

@@ -10,6 +10,7 @@ from jax.sharding import Sharding
 
 from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.checkpoint.streaming import Streamed
+from lemur_jax.common.errors import UserError
 from lemur_jax.convert import layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
@@ -40,7 +41,7 @@ def load_hf_params(
 
     Raises:
       UserError: the directory does not hold a Llama as `hf_config` and `hf_weights` want it, or a
-        value does not fit `dtype`.
+        value is not finite or does not fit `dtype`.
     """
     numpy_dtype(dtype)
     config = read_config(hf_dir)
@@ -65,7 +66,7 @@ def _load(
         names = weight.names[index[0]] if weight.stacked else weight.names
         within = index[1:] if weight.stacked else index
         for slot, name in zip(out if weight.stacked else (out,), names, strict=True):
-            copy_cast(slot, weight.from_hf(tensors[name].read())[within], name)
+            _fill(slot, weight.from_hf(tensors[name].read())[within], tensors[name])
         return out
 
     if sharding is None:
@@ -123,10 +124,19 @@ def _stream(weight: layout.Weight, tensors: Mapping[str, Tensor], dtype: str, ch
         if name in layout.VOCABULARY:
             tensor = change.of_table(tensor, weight.hf_shape[0])
         out = np.empty(weight.shape[1:] if weight.stacked else weight.shape, numpy_dtype(dtype))
-        copy_cast(out, weight.from_hf(tensor), name)
+        _fill(out, weight.from_hf(tensor), tensors[name])
         return out[None] if weight.stacked else out
 
     return Streamed(shape=weight.shape, dtype=numpy_dtype(dtype), pieces=len(weight.names), read=read)
+
+
+def _fill(target: np.ndarray, source: np.ndarray, tensor: Tensor) -> None:
+    """Copies what was read of a tensor; refuses what no checkpoint may hold."""
+    copy_cast(target, source, tensor.name)
+    if not np.isfinite(target).all():
+        raise UserError(
+            f"{tensor.path}: weight {tensor.name} has values that are not finite: download it again, or mend it"
+        )
 
 
 def _is_import(directory: epath.Path) -> bool:

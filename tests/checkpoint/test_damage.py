@@ -1,14 +1,17 @@
 """Damaged checkpoints: whichever file is hurt, in whichever way, no wrong value is ever restored."""
 
+import errno
 import pathlib
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
-from lemur_jax.checkpoint import manager
+from lemur_jax.checkpoint import listing, manager
 from lemur_jax.common.errors import UserError
 from tests.train.tiny import first_state, program_on
 
@@ -56,10 +59,14 @@ def test_any_file_hurt_gives_the_same_bits_or_the_previous_checkpoint(run, tmp_p
         copy = tmp_path / str(number)
         shutil.copytree(path, copy)
         harm(copy / file)
+        said = listing.verdict(epath.Path(copy), 9)
         lines = []
         step, *state = restore_newest(copy, lines)
         assert same(tuple(state), states[step]), file
         assert (step == 5) == bool(lines)
+        # A restore does without this file where it is missing, but an export does not.
+        if not (file.name == "_METADATA" and harm is pathlib.Path.unlink):
+            assert said.partition(" ")[0] == ("verified" if step == 9 else "DAMAGED:"), (file, said)
         if step == 5:
             skipped.append(str(file))
             assert f"checkpoint {copy}/9" in lines[0]
@@ -109,6 +116,60 @@ def test_what_does_not_fit_is_no_damage(run, tmp_path):
     assert {p.name for p in run[0].iterdir()} == {"5", "9"}
 
 
+class HttpError(Exception):
+    """As gcsfs has it."""
+
+    def __init__(self, code):
+        super().__init__(f"error {code}")
+        self.code = code
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        TimeoutError("timed out"),
+        *(OSError(getattr(errno, name), name) for name in ("EMFILE", "ENFILE", "EIO", "ESTALE", "ENOMEM")),
+        *(ValueError(f"{status}: no luck") for status in ("ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN")),
+        HttpError(429),
+        HttpError("503"),
+    ],
+    ids=repr,
+)
+def test_an_error_that_passes_is_no_damage(run, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    before = sorted(run[0].rglob("*"))
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(UserError, match=r"/9, .* cannot be read now") as caught:
+        restore_newest(run[0], [])
+    assert not isinstance(caught.value, manager.Damaged)
+    assert listing.verdict(epath.Path(run[0]), 9).startswith("NOT VERIFIED: ")
+    assert sorted(run[0].rglob("*")) == before
+
+
+def test_on_an_object_store_it_is_copied_aside_before_it_is_deleted(run, tmp_path, monkeypatch):
+    """A local directory that may not be renamed stands in for one."""
+    path, states = run
+    shutil.copytree(path, tmp_path / "c")
+    flip(tmp_path / "c" / "9" / "metadata" / "metadata")
+    hurt = contents(tmp_path / "c" / "9")
+    monkeypatch.setattr(manager, "_is_object_store", lambda path: True)
+    monkeypatch.setattr(type(manager.epath.Path(path)), "rename", None)
+    lines = []
+    step, *state = restore_newest(tmp_path / "c", lines)
+    assert step == 5
+    assert same(tuple(state), states[5])
+    assert f"kept as {tmp_path}/c/damaged-9" in lines[0]
+    assert contents(tmp_path / "c" / "damaged-9") == hurt
+    assert not (tmp_path / "c" / "9").exists()
+
+
+def contents(path: pathlib.Path):
+    return {file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
 def test_values_that_are_not_finite_are_neither_saved_nor_restored(tmp_path):
     state = first_state(PROGRAM)
     bad = jax.tree.map(lambda x: x, state.params)
@@ -122,11 +183,15 @@ def test_values_that_are_not_finite_are_neither_saved_nor_restored(tmp_path):
     manager.write_params(tmp_path / "imported", bad, METADATA)
     with pytest.raises(manager.Damaged, match="layers/mlp/up has values that are not finite"):
         manager.restore_params(tmp_path / "imported", PROGRAM.state.params)
+    said = listing.verdict(epath.Path(tmp_path / "imported"), 0)
+    assert said == "DAMAGED: params: layers/mlp/up has values that are not finite"
 
 
 def test_other_format_is_told_apart(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "c")
     file = tmp_path / "c" / "9" / "metadata" / "metadata"
     file.write_text(file.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(UserError, match="has checkpoint format 1, this reads 2"):
-        manager.read_metadata(tmp_path / "c")
+    with pytest.raises(UserError, match="has checkpoint format 1, this reads 2") as caught:
+        restore_newest(tmp_path / "c", [])
+    assert not isinstance(caught.value, manager.Damaged)
+    assert {p.name for p in (tmp_path / "c").iterdir()} == {"5", "9"}

@@ -1,5 +1,8 @@
 """The table of checkpoints, whole and damaged, and the difference of their configs."""
 
+import os
+import time
+
 import pytest
 
 from lemur_jax.checkpoint import listing, manager
@@ -26,12 +29,16 @@ def test_verifies_every_byte(run, capsys):
     assert [line.split()[0] for line in lines[2:]] == ["3", "6"]
     assert [line.split("  ")[-1] for line in lines[2:]] == ["verified (params, optimizer)"] * 2
     assert float(lines[2].split()[1]) > 0
+    for file in (run / "checkpoints/3").rglob("*"):
+        os.utime(file, (time.time() - 9000,) * 2)
+    assert listing.table(run)[0].splitlines()[2].split()[2:4] == ["2.5", "h"]
 
     data = max((run / "checkpoints/6/optimizer").rglob("d/*"), key=lambda file: file.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4
     data.write_bytes(content)
-    damaged = listing.table(run).splitlines()
+    assert main(["checkpoints", str(run)]) == 1
+    damaged = capsys.readouterr().out.splitlines()
     assert damaged[2].endswith("verified (params, optimizer)")
     assert "DAMAGED: optimizer: " in damaged[3]
 

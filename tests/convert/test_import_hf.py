@@ -1,7 +1,9 @@
 """Import against the state dict that transformers wrote, element for element."""
 
 import json
+import re
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -205,6 +207,15 @@ def config(**changes):
     return lambda hf: hf.edit_config(**changes)
 
 
+def with_one(value, *shape):
+    """A tensor with one such value."""
+    tensor = torch.ones(shape)
+    tensor[3] = value
+    return tensor
+
+
+NOT_FINITE = r"hf/model.safetensors: weight model.{}.weight has values that are not finite"
+
 FAULTS = {
     "truncated": (truncate, "not a whole safetensors file"),
     "no weights": (lambda hf: (hf.path / "model.safetensors").unlink(), "holds no weights"),
@@ -227,6 +238,11 @@ FAULTS = {
         r"up_proj\.weight has shape \[32, 80\], .* \[80, 32\]",
     ),
     "integers": (edit(model__norm__weight=torch.ones(32, dtype=torch.int32)), "dtype I32"),
+    "NaN": (edit(model__norm__weight=with_one(torch.nan, 32)), NOT_FINITE.format("norm")),
+    "infinity in a stacked one": (
+        edit(model__layers__1__post_attention_layernorm__weight=with_one(-torch.inf, 32)),
+        NOT_FINITE.format("layers.1.post_attention_layernorm"),
+    ),
     "another vocabulary": (
         config(vocab_size=97),
         r"embed_tokens\.weight has shape \[96, 32\], .* \[97, 32\]",
@@ -247,6 +263,18 @@ def test_faults_write_nothing(make_model, tmp_path, fault):
     with pytest.raises(UserError, match=message):
         import_hf(hf.path, tmp_path / "checkpoint")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    with pytest.raises(UserError, match=message):
+        load_hf_params(hf.path)
+
+
+def test_a_fault_that_is_met_while_writing_is_one_line(make_model, tmp_path):
+    """In a process of its own, in which nobody has looked after what Orbax logs."""
+    hf = make_model()
+    FAULTS["NaN"][0](hf)
+    command = [sys.executable, "-m", "lemur_jax.cli", "import-hf", str(hf.path), str(tmp_path / "checkpoint")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"lemur import-hf: \S*{NOT_FINITE.format('norm')}.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "model.norm.weight/../../outside", "a\0b"])
