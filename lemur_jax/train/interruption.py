@@ -1,10 +1,11 @@
 """Notices that the machine will go away: SIGTERM, as clouds send it before they take a machine."""
 
+import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -25,19 +26,33 @@ class Interruption:
         self._grace_s = grace_s
         self._asked = False
         self._timer: threading.Timer | None = None
-        self._old: Any = None
+        self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "Interruption":
         # Signals can be taken in the main thread alone; elsewhere the caller's own handling stays.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._old = signal.signal(signal.SIGTERM, lambda *_: self._ask())
+            # Python calls a handler when its main thread is back from the device or the disk, which may be late.
+            # A thread that waits for the number of the signal starts the period of grace at once.
+            heard, number = socket.socketpair()
+            number.setblocking(False)
+            before = signal.set_wakeup_fd(number.fileno(), warn_on_full_buffer=False)
+            old = signal.signal(signal.SIGTERM, lambda *_: None)
+            threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
+            self._undo.callback(number.close)
+            self._undo.callback(signal.set_wakeup_fd, before)
+            self._undo.callback(signal.signal, signal.SIGTERM, old)
         return self
 
     def __exit__(self, *_) -> None:
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
+        self._undo.close()
         if self._timer:
             self._timer.cancel()
+
+    def _listen(self, heard: socket.socket) -> None:
+        with heard:
+            while numbers := heard.recv(64):  # none when the other end is closed
+                if signal.SIGTERM in numbers:
+                    self._ask()
 
     @property
     def asked(self) -> bool:
