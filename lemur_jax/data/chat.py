@@ -33,6 +33,8 @@ CHATML_TEMPLATE = r"""{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
 
+# What marks text as supervised. Few published templates have it; to talk with, they need it not.
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Tokens that end a turn: ChatML's, Llama-3's.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 
@@ -90,6 +92,11 @@ def encode_chat(
     Raises:
       UserError: malformed messages, or no supervised token although no generation prompt was asked.
     """
+    if not add_generation_prompt and not _GENERATION.search(chat_template(tokenizer)):
+        raise UserError(
+            "the chat template has no {% generation %} ... {% endgeneration %} around what the assistant says, so"
+            " nothing would be trained on: add them, or name another with config.tokenizer.chat_template"
+        )
     ids: list[int] = []
     mask: list[int] = []
     pieces = render(tokenizer, messages, add_generation_prompt=add_generation_prompt, name=name)
@@ -116,7 +123,7 @@ def render(
     """A conversation as its template writes it, cut into control tokens and texts.
 
     Raises:
-      UserError: malformed messages, or a template that refuses them or marks nothing as generated.
+      UserError: malformed messages, or a template that refuses them.
     """
     _check_messages(messages, name)
     template = chat_template(tokenizer)
@@ -140,23 +147,17 @@ def chat_template(tokenizer: Tokenizer) -> str:
     """The tokenizer's template, or ChatML if it has none.
 
     Raises:
-      UserError: the template marks nothing as generated (training on it would silently have no
-        target), or it is ChatML and the tokenizer lacks ChatML's tokens.
+      UserError: it is ChatML and the tokenizer lacks ChatML's tokens.
     """
     template = tokenizer.chat_template
     if template is None:
         missing = [token for token in CHATML_TOKENS[1:3] if token not in tokenizer.control_tokens]
         if missing:
             raise UserError(
-                f"the tokenizer has no chat template and no {' and '.join(missing)} for ChatML: make one"
-                " that has with tokenizer.extend and tokenizer.add_tokens"
+                f"the tokenizer has no chat template and no {' and '.join(missing)} for ChatML: make one that has"
+                " with config.tokenizer.extend and config.tokenizer.add_tokens"
             )
         return CHATML_TEMPLATE
-    if not re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template):
-        raise UserError(
-            "the chat template has no {% generation %} ... {% endgeneration %} around what the assistant"
-            " says, so nothing would be trained on: add them, or name another with tokenizer.chat_template"
-        )
     return template
 
 

@@ -148,9 +148,14 @@ def test_a_template_may_begin_with_text(with_template, hf):
     assert (ids, mask) == hf_chat(hf, messages, chat_template=template)
 
 
-def test_a_template_without_marks_is_refused(with_template):
+def test_a_template_without_marks_is_to_talk_with_and_not_to_train_on(with_template, hf):
+    template = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+    tokenizer, messages = with_template(template), messages_of([("user", "x")])
     with pytest.raises(UserError, match=r"no \{% generation %\}"):
-        encode_chat(with_template("{{ messages[0]['content'] }}"), messages_of([("assistant", "x")]))
+        encode_chat(tokenizer, messages)
+    ids, mask = encode_chat(tokenizer, messages, add_generation_prompt=True)
+    assert ids == hf.apply_chat_template(messages, chat_template=template, return_dict=False)
+    assert not any(mask)
 
 
 def test_a_template_that_refuses(with_template):
