@@ -50,6 +50,8 @@ __all__ = (
 # A thread of Orbax that waits for one that has failed goes on waiting for minutes, and writes nothing.
 _LAST_WRITES_SECONDS = 10.0
 
+# So long may a save wait for the one before it without a word.
+_LONG_WAIT_SECONDS = 1.0
 # Copying a large checkpoint inside an object store.
 _SET_ASIDE_SECONDS = 3600.0
 # Orbax's mark of a finished checkpoint where directories cannot be renamed.
@@ -130,7 +132,14 @@ class Checkpoints:
         Raises:
           UserError: a leaf is not finite, or too many saves failed.
         """
+        began = time.monotonic()
         self.wait()
+        waited = time.monotonic() - began
+        if waited > _LONG_WAIT_SECONDS:
+            self._say(
+                f"the save of step {step} waited {waited:.0f} s for the one before it: the storage is slower than"
+                " config.checkpoint.every_steps or every_minutes asks for"
+            )
         trees = {"params": params, "optimizer": optimizer}
         leaves = {item: measured(tree, f"step {step} is not saved: {item}") for item, tree in trees.items()}
         # A tree mapped by path: stacked matrices are cut by layer, so that an export is bounded.

@@ -4,6 +4,7 @@ import contextlib
 import resource
 import signal
 import threading
+import time
 
 import jax
 import numpy as np
@@ -52,6 +53,23 @@ def test_save_returns_before_the_files_are_there_and_the_arrays_may_go(tmp_path,
         checkpoints.wait()
         found = checkpoints.restore(1, program.state.params, program.state.optimizer)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
+
+
+def test_a_save_that_waits_for_the_one_before_it_says_so(state, tmp_path, monkeypatch):
+    finalize, lines = LateJsonHandler.finalize, []
+
+    def slowly(self, directory):
+        time.sleep(0.5)
+        finalize(self, directory)
+
+    monkeypatch.setattr(LateJsonHandler, "finalize", slowly)
+    with manager.Checkpoints(tmp_path, say=lines.append) as checkpoints:
+        for patience in (60.0, 0.1):
+            monkeypatch.setattr(manager, "_LONG_WAIT_SECONDS", patience)
+            for step in (1, 2):
+                checkpoints.save(step + 10 * (patience < 1), state.params, state.optimizer, METADATA)
+    assert [line for line in lines if line.startswith("the save of step 12 waited")]
+    assert not [line for line in lines if "step 2 " in line]
 
 
 @contextlib.contextmanager
