@@ -43,8 +43,7 @@ for name in RUN CONFIG WORKDIR ACCELERATOR IMAGE NAMESPACE; do
 done
 [ -z "$SECRETS_FILE" ] || fail "SECRETS_FILE is for machines: make a Kubernetes secret of it and name that in SECRET"
 
-# gcloud says v5litepod where the rest of the world says v5e.
-words=(--config "$CONFIG" --workdir "$WORKDIR" --topology "${ACCELERATOR/#v5litepod/v5e}" --slices "$SLICES"
+words=(--config "$CONFIG" --workdir "$WORKDIR" --topology "$ACCELERATOR" --slices "$SLICES"
   --image "$IMAGE" --name "$RUN" --namespace "$NAMESPACE" --max-restarts "$MAX_RESTARTS"
   --service-account "$SERVICE_ACCOUNT" --secret "$SECRET")
 [ "$PROVISIONING" != spot ] || words+=(--spot)

@@ -121,7 +121,9 @@ def find(name: str, slices: int = 1) -> Slice:
     """
     if slices < 1:
         raise UserError(f"--slices is {slices}: it must be at least 1")
-    match = re.fullmatch(r"(\w+?)-(\d+)", name.strip().lower())
+    # gcloud says v5litepod where the rest of the world says v5e.
+    name = re.sub("^v5litepod-", "v5e-", name.strip().lower())
+    match = re.fullmatch(r"(\w+?)-(\d+)", name)
     generation = GENERATIONS.get(match[1]) if match else None
     for shape in generation.shapes if generation else ():
         if math.prod(shape) * generation.cores_named == int(match[2]):

@@ -47,6 +47,10 @@ def test_unknown_name_lists_the_near_ones(wrong, near):
     assert near in str(error.value) or wrong == ""
 
 
+def test_the_name_that_gcloud_has_for_v5e():
+    assert topologies.find("v5litepod-16") == topologies.find("v5e-16")
+
+
 def test_slices_below_one():
     with pytest.raises(UserError, match="--slices is 0"):
         topologies.find("v4-8", 0)
