@@ -54,8 +54,8 @@ class MetricsWriter:
     """Appends records to `WORKDIR/metrics.jsonl`, each visible to readers when `write` returns.
 
     Once the file is open, a full disk or a store that refuses to be written does not stop a run: records wait in memory
-    for the next attempt, which every `write` and `sync` is, and `say` tells of it when it begins and when it is over.
-    Only `close` raises where they cannot be written to the end.
+    for the next attempt, which every `write` is (on `gs://`: every `sync`), and `say` tells of it when it begins and
+    when it is over. Only `close` raises where they cannot be written to the end. A kill meanwhile loses them.
 
     On a multi-host run the first host alone has a writer. A run that resumes at `step` calls
     `truncate_after(step)` first; the steps that it repeats then follow without a gap or a double,
@@ -104,8 +104,9 @@ class MetricsWriter:
         plain = {key: _plain(value) for key, value in record.items()}
         line = json.dumps(plain, allow_nan=False)
         self._pending += line.encode() + b"\n"
-        with self._reported():
-            self._drain()
+        if self._can_append:  # else `sync` writes, and knows whether that is possible
+            with self._reported():
+                self._drain()
         for board in self._boards:
             with contextlib.suppress(OSError):  # the file is what counts
                 board.write(plain)
@@ -169,14 +170,15 @@ class MetricsWriter:
             self._pending = self._pending[self._file.write(self._pending) :]
 
     def _sync(self) -> None:
-        self._drain()
         if self._can_append:
+            self._drain()
             os.fsync(self._file.fileno())
         else:
             self._path.write_bytes(self._contents())
 
     def _contents(self) -> bytes:
         assert isinstance(self._file, io.BytesIO)
+        self._drain()
         return self._file.getvalue()
 
     def _replace(self, data: bytes) -> None:

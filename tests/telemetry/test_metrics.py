@@ -230,10 +230,11 @@ def test_a_store_that_refuses_for_a_while_costs_no_record(tmp_path, monkeypatch)
             patch.setattr(type(epath.Path(tmp_path)), "write_bytes", refuse)
             writer.write(train(1))
             writer.sync()
+            writer.write(train(2))
             writer.sync()
         assert len(lines) == 1
         assert "HTTP 503" in lines[0]
         assert type(epath.Path(tmp_path)).write_bytes is write
         writer.sync()
         assert len(lines) == 2
-    assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
