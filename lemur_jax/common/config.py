@@ -36,10 +36,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
             remat="full",  # a name in models.remat.POLICIES: what the backward pass keeps
             reduce_dtype="",  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
             attention="auto",  # "auto" or a name in models.attention.IMPLEMENTATIONS
-            attention_blocks=(
-                0,
-                0,
-            ),  # positions of a block of splash's kernels, forward, backward; 0: by the TPU
+            attention_blocks=(0, 0),  # positions a block of splash, forward and backward; 0: by the TPU
             loss_chunk=512,  # positions whose logits exist at a time, cut to what divides the length; 0: all
             compiler_options=(),  # more for XLA:TPU, "name=value" each; those of parallel/compiler_flags.py are on
         )
