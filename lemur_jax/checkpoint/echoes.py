@@ -8,6 +8,7 @@ Whatever else is logged or cannot be raised passes.
 
 import functools
 import logging
+import re
 import sys
 import traceback
 from typing import Any
@@ -21,6 +22,8 @@ _RAISED_TOO = {
     ("checkpoint.py", "_update_and_log"),
 }
 _ORBAX = "/orbax/checkpoint/"
+# 'OUT_OF_RANGE: Error opening "zarr" driver: Error writing "layers.mlp.up/.zarray" in OCDBT database at "/...": ...'
+_WRITE_OF_TENSORSTORE = re.compile(r"[A-Z_]+: .*\bError writing ")
 
 
 @functools.cache
@@ -37,10 +40,16 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _is_waited_for(record: logging.LogRecord) -> bool:
-    """Whether this is not the error of a future of Orbax that was given up after the first error of the save."""
+    """Whether this is not the error of a write that was given up after the first error of the save.
+
+    Its future is either one of Orbax or one that TensorStore ended from C++: then no frame of Python raised the error.
+    """
     if "exception was never retrieved" not in record.getMessage() or not record.exc_info:
         return True
-    frames = traceback.extract_tb(record.exc_info[2])
+    _, error, raised_in = record.exc_info
+    frames = traceback.extract_tb(raised_in)
+    if not frames:
+        return not _WRITE_OF_TENSORSTORE.match(str(error))
     return not any(_ORBAX in frame.filename for frame in frames)
 
 
