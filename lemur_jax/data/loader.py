@@ -5,7 +5,8 @@ Axes: B rows of the global batch, T position in a row.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,7 +55,7 @@ class Loader:
 
 def held_out_batches(
     rows: Rows, batch_rows: int, sharding: NamedSharding, max_rows: int = 0
-) -> Iterator[dict[str, jax.Array]]:
+) -> Generator[dict[str, jax.Array], None, None]:
     """Every row once, in order, as batches like `Loader.batch`'s; read ahead by a thread.
 
     Every host gets the same number of batches: ceil(number of rows / batch_rows). The last one is filled
@@ -109,7 +110,7 @@ class _Layout:
         return jax.make_array_from_callback(shape, sharding, shard)
 
 
-def _read_ahead(items: Iterator, depth: int) -> Iterator:
+def _read_ahead(items: Iterator, depth: int) -> Generator[Any, None, None]:
     """The same items, made by a thread up to `depth` of them ahead; an error in it is raised here."""
     ready: queue.Queue = queue.Queue(depth)
     stop = threading.Event()

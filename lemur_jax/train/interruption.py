@@ -1,6 +1,7 @@
 """Notices that the machine will go away: SIGTERM, as clouds send it before they take a machine."""
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -10,15 +11,19 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
+# JAX's service takes the next number after the highest that any host has asked with, once in the life of a process, and
+# tells hosts that ask with that very number. So they count how often they have asked, over all runs of a process.
+_polls = itertools.count(1)
+
 
 class Interruption:
     """A context in which SIGTERM is a request to save and stop.
 
     With one process the signal is taken here. With several, JAX's own preemption service takes it on
-    whichever host it arrives, and all hosts agree on a step.
+    whichever host it arrives, and all hosts agree on the moment.
 
     Args:
-      grace_s: seconds from the signal (with several processes: from the agreed step) until the process is
+      grace_s: seconds from the signal (with several processes: from the agreed moment) until the process is
         ended, saved or not; what is half saved is never seen by a reader. 0: no limit.
     """
 
@@ -59,9 +64,12 @@ class Interruption:
         """Whether the signal has come."""
         return self._asked
 
-    def reached(self, step: int) -> bool:
-        """Whether to save after this step and stop; all hosts must ask and agree."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+    def reached(self) -> bool:
+        """Whether to stop now and save; all hosts must ask equally often and get the same answers.
+
+        After every step, and inside whatever takes longer than one.
+        """
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_polls)):
             self._ask()
         return self._asked
 

@@ -16,13 +16,14 @@ from lemur_jax.data.loader import Loader
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.models.llama import num_params
+from lemur_jax.parallel.hosts import any_host, wait_for_all
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.goodput import carried_over
 from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
 from lemur_jax.telemetry.profiler import check_steps, traced
 from lemur_jax.telemetry.progress import Progress
-from lemur_jax.train.evaluate import Evaluations, open_held_out
+from lemur_jax.train.evaluate import Evaluations, open_held_out, unscored
 from lemur_jax.train.interruption import Interruption
 from lemur_jax.train.saves import Saves, due
 from lemur_jax.train.spikes import too_many_skips
@@ -86,7 +87,10 @@ def train(
         if writer:
             # From step 0 on, what was scored there is scored again.
             writer.truncate_after(first or -1)
-        if first == config.train.steps:
+        records = read_metrics(workdir) if chief else []
+        missing = unscored(config, records, first) if chief else set()
+        owed = [task.task for task in held_out if any_host(task.task in missing)]
+        if first == config.train.steps and not owed:
             say(f"{workdir}: already finished at step {first}")
             return False
         if profile and profile.start < first:
@@ -98,15 +102,22 @@ def train(
         progress = stack.enter_context(
             Progress(config.train.steps, f"train {workdir.name}", "steps", initial=first, enabled=chief)
         )
-        records = read_metrics(workdir) if chief else []
         log = StepLog(writer, progress, mixture, _last_train_record(records), spent, program, began)
         if not first:
             log.write_time(0)  # the first start, from which goodput counts
-        evaluations = Evaluations(program, config, held_out, writer, progress.write, records)
         interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
-        if first == 0 and config.init.checkpoint:
+        evaluations = Evaluations(
+            program, config, held_out, writer, progress.write, records, interruption.reached
+        )
+        if owed:
             with log.paused("eval"):
-                evaluations.score(state.params, 0)
+                evaluations.score(state.params, first, owed)
+            if writer:
+                writer.sync()
+            wait_for_all("evaluation")  # each host may look whether it is there
+            if interruption.asked:
+                say(f"SIGTERM: no step was made after step {first}; the same command goes on from there")
+                return True
         loader = Loader(mixture, batch_sharding(mesh))
         batches = log.waiting(loader.iterate(first, config.train.steps))
         for step, batch in traced(batches, profile, workdir / "profile", finish=log.flush):
@@ -120,7 +131,7 @@ def train(
                     state, target = saves.roll_back(state, loader)
                 log.rolled_back(done, target)
             last = done == config.train.steps
-            stopping = interruption.reached(done) and not last  # the last step is scored and saved as ever
+            stopping = interruption.reached()
             saving = last or stopping or undoing or saves.due(done)
             scored = last or due(done, config.eval.every_steps) or (saving and saves.needs_loss(done))
             evaluating = held_out and scored and not stopping
@@ -130,7 +141,8 @@ def train(
                 if evaluating:
                     with log.paused("eval"):
                         losses = evaluations.score(state.params, done)
-                if saving:
+                    stopping = interruption.asked  # meanwhile, too
+                if saving or stopping:
                     with log.paused("checkpoint"):
                         log.write_time(done)
                         if writer:

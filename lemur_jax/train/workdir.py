@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 
 from lemur_jax.common.config import flatten, to_json
 from lemur_jax.common.errors import UserError
+from lemur_jax.telemetry.metrics import METRICS_FILE, read_metrics
+from lemur_jax.train.evaluate import unscored
 
 # What may differ between a run and its resumption: nothing of it changes the result beyond rounding.
 FREE = (
@@ -47,8 +49,12 @@ def claim(config: ConfigDict, workdir: epath.PathLike, *, write: bool = True) ->
 
 
 def finished(config: ConfigDict, workdir: epath.PathLike) -> bool:
-    """Whether the checkpoint of the last step is there."""
-    return (epath.Path(workdir) / "checkpoints" / str(config.train.steps)).exists()
+    """Whether the checkpoint of the last step is there, and its held-out evaluation."""
+    workdir, last = epath.Path(workdir), config.train.steps
+    if not (workdir / "checkpoints" / str(last)).exists():
+        return False
+    records = read_metrics(workdir) if (workdir / METRICS_FILE).exists() else []
+    return not unscored(config, records, last)
 
 
 def _free(config: ConfigDict) -> tuple[str, ...]:

@@ -43,6 +43,43 @@ def test_sigterm_on_one_host_ends_both_with_the_same_step_saved(stopped):
     assert [record["step"] for record in records] == list(range(1, step + 1))
 
 
+# A batch of an evaluation takes a second; a file tells of the first one.
+SLOWLY_SCORED = """
+import os, sys, time
+from lemur_jax.cli import main
+from lemur_jax.train import evaluate
+batches = evaluate.held_out_batches
+def slow(*args, **kwargs):
+    for batch in batches(*args, **kwargs):
+        open("scoring-" + os.environ["JAX_PROCESS_ID"], "w")
+        time.sleep(1)
+        yield batch
+evaluate.held_out_batches = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_sigterm_on_one_host_ends_an_evaluation_on_both_and_the_next_start_makes_it(hosts_project, tmp_path):
+    workdir = tmp_path / "run"
+    words = [*hosts_project.train_words(workdir), "--config.eval.every_steps=4"]
+    marks = [hosts_project.root / f"scoring-{host}" for host in (0, 1)]
+    for mark in marks:
+        mark.unlink(missing_ok=True)
+    processes = hosts_project.start(2, "-c", SLOWLY_SCORED, *words, "--virtual-devices", "4")
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not all(mark.exists() for mark in marks):
+        assert processes[1].poll() is None, processes[1].communicate()[0]
+        time.sleep(0.02)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "step 4: the held-out evaluation is given up" in said[0]
+    assert "SIGTERM: step 4 is saved" in said[0]
+    assert not [record for record in read_metrics(workdir) if record["kind"] == "eval"]
+    hosts_project.lemur(2, *words)
+    assert [record["step"] for record in read_metrics(workdir) if record["kind"] == "eval"] == [4, STEPS]
+
+
 def truncate_newest(workdir):
     """Cuts the largest file of the newest checkpoint's parameters; gives its step and the one before."""
     previous, newest = steps_in(workdir)[1][-2:]

@@ -1,5 +1,6 @@
 """When a run saves, what SIGTERM may take, and a run that goes on with another optimizer."""
 
+import itertools
 import os
 import resource
 import signal
@@ -12,11 +13,15 @@ import pytest
 from lemur_jax.checkpoint.manager import read_metadata, steps_in
 from lemur_jax.common.config import load
 from lemur_jax.common.errors import UserError
+from lemur_jax.sweep.runner import building_once
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.train import loop
 from lemur_jax.train.evaluate import Evaluations
 from lemur_jax.train.interruption import Interruption
-from tests.train.test_resume import project  # noqa: F401
+from lemur_jax.train.workdir import finished
+from tests.train.test_resume import project, without_clock  # noqa: F401
+
+build_once = building_once()
 
 
 @pytest.fixture
@@ -24,14 +29,27 @@ def train(project, monkeypatch):  # noqa: F811
     """`train(workdir, key=value, ...)` runs six steps of the project's config in this process."""
     monkeypatch.chdir(project)
 
-    def run(workdir, **options):
-        words = {"train.steps": 6, "eval.every_steps": 0, "checkpoint.keep": 100} | options
-        config = load("config.py", [f"--config.{key}={value}" for key, value in words.items()])
-        lines = []
-        loop.train(config, workdir, lines.append)
-        return lines
+    return run_in_process
 
-    return run
+
+def run_in_process(workdir, **options):
+    words = {"train.steps": 6, "eval.every_steps": 0, "checkpoint.keep": 100} | options
+    config = load("config.py", [f"--config.{key}={value}" for key, value in words.items()])
+    lines = []
+    loop.train(config, workdir, lines.append, build_once)
+    return lines
+
+
+def asked_at(poll, ask=Interruption._ask):
+    """`Interruption.reached` where SIGTERM comes before it is called for the so-manieth time."""
+    polls = itertools.count(1)
+
+    def reached(self):
+        if next(polls) == poll:
+            ask(self)
+        return self.asked
+
+    return reached
 
 
 @pytest.mark.parametrize(("minutes", "steps"), [(1e-6, [2, 4, 6]), (1000.0, [6])])
@@ -44,7 +62,7 @@ def test_the_best_by_held_out_loss_is_kept_whatever_steps_are_evaluated(train, t
     (task,) = load("config.py").eval.tasks
     scored = []
 
-    def score(self, params, step):
+    def score(self, params, step, only=None):
         scored.append(step)
         return {task: abs(step - 3)}
 
@@ -90,7 +108,7 @@ def test_another_optimizer_is_refused_by_leaf_unless_told_to_start_fresh(train, 
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     train(undisturbed)
     with monkeypatch.context() as stop:
-        stop.setattr(Interruption, "reached", lambda self, step: step == 3)
+        stop.setattr(Interruption, "reached", asked_at(3))
         train(run)
     other = {"optimizer.moments_dtype": "bfloat16"}
     with pytest.raises(UserError, match="belongs to another config: optimizer.moments_dtype"):
@@ -108,6 +126,76 @@ def test_another_optimizer_is_refused_by_leaf_unless_told_to_start_fresh(train, 
     )
     assert found == expected  # the schedule goes on where it was
     assert len(set(found)) == 6
+
+
+# Two steps, two batches of each of two tasks, and all of it once more: `reached` is called twelve times.
+EVALUATED = {
+    "train.steps": 4,
+    "eval.tasks": ("code", "text"),
+    "eval.every_steps": 2,
+    "eval.max_rows": 16,
+    "checkpoint.keep_best": "text",
+    "checkpoint.every_steps": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("poll", "stopped", "scored"),
+    [(2, 2, []), (3, 2, []), (6, 2, ["code"]), (8, 4, ["code", "text"]), (12, 4, ["code", "text", "code"])],
+)
+def test_an_evaluation_that_sigterm_breaks_off_is_made_first_at_the_next_start(
+    train, tmp_path, monkeypatch, undisturbed, poll, stopped, scored
+):
+    run = tmp_path / "run"
+    config = load("config.py", [f"--config.{key}={value}" for key, value in EVALUATED.items()])
+    for when in (poll, 1):  # at the next start again
+        with monkeypatch.context() as sigterm:
+            sigterm.setattr(Interruption, "reached", asked_at(when))
+            lines = train(run, **EVALUATED)
+        assert steps_in(run)[1][-1] == stopped
+        assert [r["task"] for r in read_metrics(run) if r["kind"] == "eval"] == scored
+        assert not finished(config, run)
+    assert lines[-1] == f"SIGTERM: no step was made after step {stopped}; the same command goes on from there"
+    train(run, **EVALUATED)
+    assert without_clock(read_metrics(run)) == without_clock(read_metrics(undisturbed))
+    assert steps_in(run)[1][-1] == 4
+    assert finished(config, run)
+    assert "already finished" in train(run, **EVALUATED)[0]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(project, tmp_path_factory):  # noqa: F811
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        run_in_process(workdir, **EVALUATED)
+    return workdir
+
+
+def test_an_evaluation_of_the_first_parameters_is_made_anew(train, tmp_path, monkeypatch, undisturbed):
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    options = EVALUATED | {"init.checkpoint": str(undisturbed)}
+    with monkeypatch.context() as sigterm:
+        sigterm.setattr(Interruption, "reached", asked_at(4))
+        lines = train(run, **options)
+    assert lines[-1].startswith("SIGTERM: no step was made after step 0")
+    assert not list((run / "checkpoints").iterdir())
+    for path in (run, straight):
+        train(path, **options)
+    records = without_clock(read_metrics(run))
+    assert records == without_clock(read_metrics(straight))
+    assert sum(record["kind"] == "balance" for record in records) == 2
+
+
+def test_a_loss_that_was_known_before_sigterm_still_counts(train, tmp_path, monkeypatch):
+    """The task of `keep_best` is scored, another one is not."""
+    options = EVALUATED | {"checkpoint.keep_best": "code", "checkpoint.keep": 1, "eval.every_steps": 0}
+    with monkeypatch.context() as sigterm:
+        sigterm.setattr(Interruption, "reached", asked_at(6))
+        train(tmp_path, **options)
+    monkeypatch.setattr(Evaluations, "score", lambda self, params, step, only=None: {"code": 1e9})
+    train(tmp_path, **options)
+    assert steps_in(tmp_path)[1] == [2, 4]
 
 
 # Every save after that of step 3 takes for ever, in C, where Python hears of no signal.
@@ -158,7 +246,7 @@ def test_local_checkpoints_between_those_of_the_workdir(train, tmp_path, monkeyp
     options = {"checkpoint.every_steps": 3, "checkpoint.local_every_steps": 2}
     options |= {"checkpoint.local_directory": str(disk)}
     with monkeypatch.context() as broken:
-        broken.setattr(Interruption, "reached", lambda self, step: 1 / 0 if step == 5 else False)
+        broken.setattr(Interruption, "reached", asked_at(5, lambda self: 1 / 0))
         with pytest.raises(ZeroDivisionError):
             train(run, **options)
     (kept,) = disk.iterdir()

@@ -76,7 +76,8 @@ def make_project(root):
     words = [f"value_{i} = {i} + other_{i % 7}" for i in range(400)]
     train_sentencepiece(words, root / "tokenizer", vocab_size=300)
     tokenizer = Tokenizer.load(root / "tokenizer")
-    for seed, (task, split) in enumerate([("code", "train"), ("text", "train"), ("text", "validation")]):
+    splits = [("code", "train"), ("text", "train"), ("text", "validation"), ("code", "validation")]
+    for seed, (task, split) in enumerate(splits):
         write_store(root / "stores" / task / split, tokenizer, task, split, seed)
 
 
