@@ -55,10 +55,11 @@ def start_jax(args: argparse.Namespace, *seconds: int) -> None:
     hosts.join(*seconds)
 
 
-def open_session(args: argparse.Namespace):
-    """The checkpoint on the mesh that the arguments say."""
+def open_session(args: argparse.Namespace, **options):
+    """The checkpoint on the mesh that the arguments say; other options of `infer.session.load` by name."""
     start_jax(args)
     from lemur_jax.infer.session import load
     from lemur_jax.parallel.mesh import parse_mesh
 
-    return load(args.checkpoint, parse_mesh(args.mesh), args.dtype, args.step, weights=args.weights)
+    mesh = parse_mesh(args.mesh)
+    return load(args.checkpoint, mesh, args.dtype, args.step, weights=args.weights, **options)

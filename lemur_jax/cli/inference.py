@@ -123,7 +123,14 @@ def _smoke(args) -> None:
     stored = None if args.reference is None else reference.read(args.reference)
     if args.write_reference is not None:
         reference.check_free(args.write_reference)
-    session = open_session(args)
+
+    def check(tokenizer) -> None:
+        from lemur_jax.infer.smoke import check_reference
+
+        if stored and tokenizer:
+            check_reference(stored, args.dtype, args.weights, tokenizer)
+
+    session = open_session(args, check=check)
     from lemur_jax.infer.smoke import smoke
     from lemur_jax.parallel import hosts
 

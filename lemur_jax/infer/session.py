@@ -1,7 +1,7 @@
 """A model that is ready to generate: parameters on a mesh, tokenizer, compiled functions."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from etils import epath
@@ -69,6 +69,7 @@ def load(
     attention: str = "auto",
     weights: str = "float",
     devices: Sequence[jax.Device] | None = None,
+    check: Callable[[Tokenizer | None], None] = lambda tokenizer: None,
 ) -> Session:
     """Opens a checkpoint for generation; each device reads its own shards alone.
 
@@ -80,6 +81,7 @@ def load(
       attention: a name in `models.attention.IMPLEMENTATIONS`, for the prefill.
       weights: "float", or "int8" for the matrices; then both are in memory while it loads.
       devices: default `jax.devices()`.
+      check: may refuse the checkpoint by its tokenizer, before the weights are read.
 
     Raises:
       UserError: no checkpoint there, a damaged one, or a mesh that does not fit the model.
@@ -93,9 +95,10 @@ def load(
     files = manager.tokenizer_files(metadata)
     mesh = make_mesh(mesh_sizes, devices)
     wanted = abstract_params(model, mesh, dtype)
-    params = manager.restore_params(checkpoint, wanted, metadata["step"])
     # Weights can be imported without a tokenizer; then only ids can be used.
     tokenizer = Tokenizer.from_files(files) if files else None
+    check(tokenizer)
+    params = manager.restore_params(checkpoint, wanted, metadata["step"])
     return make_session(model, params, mesh, dtype, tokenizer=tokenizer, attention=attention, weights=weights)
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.reference import Reference
 from lemur_jax.infer.session import Session
@@ -51,7 +52,9 @@ def smoke(
         or the reference is of another dtype, kind of weights, tokenizer or version.
     """
     tokenizer = session.need_tokenizer()
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+    if reference:
+        check_reference(reference, session.compute.dtype, session.weights, tokenizer)
+    prompts = _prompts(tokenizer)
     first = generate(session, prompts, max_new_tokens=NEW_TOKENS, stop_ids=())
     started = time.perf_counter()
     second = generate(session, prompts, max_new_tokens=NEW_TOKENS, stop_ids=())
@@ -95,21 +98,39 @@ def smoke(
     return found
 
 
-def _compare(stored: Reference, ours: Reference) -> str:
-    """Compares with what an earlier run generated, and says how near it is."""
-    if (stored.dtype, stored.weights) != (ours.dtype, ours.weights):
+def check_reference(stored: Reference, dtype: str, weights: str, tokenizer: Tokenizer) -> None:
+    """That a run can be compared with a reference; asked before the weights are there.
+
+    Args:
+      stored: the reference.
+      dtype, weights: of the run's session.
+      tokenizer: likewise.
+
+    Raises:
+      UserError: the reference is of another dtype, kind of weights, tokenizer or version.
+    """
+    if (stored.dtype, stored.weights) != (dtype, weights):
         raise UserError(
             f"the reference was made with --dtype {stored.dtype} --weights {stored.weights}, this run has --dtype"
-            f" {ours.dtype} --weights {ours.weights}: choose the same, or make another reference"
+            f" {dtype} --weights {weights}: choose the same, or make another reference"
         )
-    if stored.prompts != ours.prompts:
+    if stored.prompts != _prompts(tokenizer):
         raise UserError("the reference is of other prompts or another tokenizer: make a new one")
-    for prompt, mine, theirs in zip(PROMPTS, ours.tokens, stored.tokens, strict=True):
-        if len(theirs) != len(mine):
+    for prompt, tokens in zip(PROMPTS, stored.tokens, strict=True):
+        if len(tokens) != NEW_TOKENS:
             raise UserError(
-                f"the reference has {len(theirs)} tokens after {prompt[:20]!r}, this version generates"
-                f" {len(mine)}: make a new one"
+                f"the reference has {len(tokens)} tokens after {prompt[:20]!r}, this version generates"
+                f" {NEW_TOKENS}: make a new one"
             )
+
+
+def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    return [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+
+
+def _compare(stored: Reference, ours: Reference) -> str:
+    """Compares with what an earlier run generated, and says how near it is."""
+    for prompt, mine, theirs in zip(PROMPTS, ours.tokens, stored.tokens, strict=True):
         if mine != theirs:
             at = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
             raise UserError(

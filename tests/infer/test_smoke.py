@@ -6,8 +6,10 @@ import json
 import numpy as np
 import pytest
 
+from lemur_jax.checkpoint import manager
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.infer import reference
 from lemur_jax.infer.session import make_session
 from lemur_jax.infer.smoke import NEW_TOKENS, PROMPTS, smoke
@@ -97,6 +99,41 @@ def test_malformed_references(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         reference.read(file)
     assert "\n" not in str(error.value)
+
+
+def test_a_reference_that_does_not_fit_is_refused_before_anything_is_loaded(
+    chat_checkpoint, tmp_path, capsys, monkeypatch
+):
+    tokenizer = Tokenizer.from_files(manager.tokenizer_files(manager.read_metadata(chat_checkpoint)))
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+    rows = [[1] * NEW_TOKENS for _ in PROMPTS]
+    fitting = reference.Reference(
+        dtype="float32", weights="float", prompts=prompts, tokens=rows, logprobs=rows
+    )
+
+    def loaded(*_):
+        raise UserError("the weights are loaded")
+
+    monkeypatch.setattr(manager, "restore_params", loaded)
+    for number, (changes, message) in enumerate(
+        [
+            (
+                {"dtype": "bfloat16"},
+                "was made with --dtype bfloat16 --weights float, this run has --dtype float32",
+            ),
+            ({"weights": "int8"}, "was made with --dtype float32 --weights int8"),
+            ({"prompts": [[*row, 3] for row in prompts]}, "other prompts or another tokenizer"),
+            (
+                {"tokens": [row[1:] for row in rows], "logprobs": [row[1:] for row in rows]},
+                "this version generates",
+            ),
+            ({}, "the weights are loaded"),
+        ]
+    ):
+        file = tmp_path / f"{number}.json"
+        reference.write(file, dataclasses.replace(fitting, **changes))
+        assert main(["smoke", "--checkpoint", str(chat_checkpoint), "--reference", str(file)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_verb_compares_or_writes_as_it_is_told(chat_checkpoint, tmp_path, capsys):
