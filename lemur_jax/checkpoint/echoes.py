@@ -2,7 +2,9 @@
 
 `Checkpoints` says of a failed save what there is to say, in one line. Several places in Orbax log the traceback of the
 same error before they raise it; asyncio logs those of the writes that nobody waits for any more; and writes of
-TensorStore that end later still find the event loop of the save closed. That would be pages around the one line.
+TensorStore that end later still find the event loop of the save closed. Where there are too many open files for an
+event loop, asyncio tells of the loop that is half made, and of what should have run in it. That would be pages around
+the one line.
 Whatever else is logged or cannot be raised passes.
 """
 
@@ -11,6 +13,7 @@ import logging
 import re
 import sys
 import traceback
+import warnings
 from typing import Any
 
 # In Orbax: file and function that log an error and raise it too.
@@ -25,6 +28,10 @@ _ORBAX = "/orbax/checkpoint/"
 # 'OUT_OF_RANGE: Error opening "zarr" driver: Error writing "layers.mlp.up/.zarray" in OCDBT database at "/...": ...'
 _WRITE_OF_TENSORSTORE = re.compile(r"[A-Z_]+: .*\bError writing ")
 
+_COROUTINE_OF_ORBAX = (
+    r"coroutine '(cleanup_temporary_paths|is_path_finalized|run_sync\b.*)' was never awaited"
+)
+
 
 @functools.cache
 def silence_echoes() -> None:
@@ -32,7 +39,10 @@ def silence_echoes() -> None:
     logging.getLogger("absl").addFilter(_is_news)
     logging.getLogger("asyncio").addFilter(_is_waited_for)
     before = sys.unraisablehook
-    sys.unraisablehook = lambda found: None if _is_late_write(found) else before(found)
+    sys.unraisablehook = lambda found: (
+        None if _is_late_write(found) or _is_half_a_loop(found) else before(found)
+    )
+    warnings.filterwarnings("ignore", _COROUTINE_OF_ORBAX, RuntimeWarning)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -57,3 +67,9 @@ def _is_late_write(found: Any) -> bool:
     """Whether this is a callback from C++ to an event loop that is closed: no Python code is there to be told."""
     value = found.exc_value
     return found.object is None and isinstance(value, RuntimeError) and str(value) == "Event loop is closed"
+
+
+def _is_half_a_loop(found: Any) -> bool:
+    """Whether this is the end of an event loop that could not open its sockets, which was raised."""
+    owner = getattr(found.object, "__qualname__", "")
+    return owner == "BaseEventLoop.__del__" and isinstance(found.exc_value, AttributeError)

@@ -11,6 +11,7 @@ from etils import epath
 from orbax.checkpoint import type_handlers
 
 from lemur_jax.checkpoint import digest
+from lemur_jax.checkpoint.echoes import silence_echoes
 from lemur_jax.checkpoint.leaves import Leaf, check_wanted, describe, named
 from lemur_jax.checkpoint.metadata import Damaged, LateJsonHandler, RestoreLateJson, unseal
 from lemur_jax.checkpoint.streaming import Streamed, StreamedHandler
@@ -42,7 +43,11 @@ def open_manager(
       streaming: what is written are `Streamed` arrays.
       broadcast: arrays are read by the devices of one entry of the mesh's first axis, which send them on.
       options: of `CheckpointManagerOptions`.
+
+    Raises:
+      UserError: not now: rights, network, too many open files.
     """
+    silence_echoes()
     host = (Streamed, StreamedHandler()) if streaming else (np.ndarray, type_handlers.NumpyHandler())
     handler = type_handlers.SingleReplicaArrayHandler if broadcast else type_handlers.ArrayHandler
     registry = type_handlers.create_type_handler_registry((jax.Array, handler()), host)
@@ -58,11 +63,19 @@ def open_manager(
             active_processes={jax.process_index()},
             barrier_sync_key_prefix=f"host_{jax.process_index()}",
         )
-    return ocp.CheckpointManager(
-        path,
-        options=ocp.CheckpointManagerOptions(create=create, enable_async_checkpointing=create, **options),
-        item_handlers={"params": arrays(), "optimizer": arrays(), "metadata": LateJsonHandler()},
-    )
+    try:
+        return ocp.CheckpointManager(
+            path,
+            options=ocp.CheckpointManagerOptions(create=create, enable_async_checkpointing=create, **options),
+            item_handlers={"params": arrays(), "optimizer": arrays(), "metadata": LateJsonHandler()},
+        )
+    except Exception as error:
+        if not is_passing(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path} cannot be opened now ({reason[:300]}); nothing is skipped or changed: start again when it can"
+        ) from error
 
 
 def steps_in(path: epath.PathLike) -> tuple[epath.Path, list[int]]:

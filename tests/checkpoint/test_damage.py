@@ -3,6 +3,8 @@
 import errno
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +149,42 @@ def test_an_error_that_passes_is_no_damage(run, monkeypatch, error):
     assert not isinstance(caught.value, manager.Damaged)
     assert listing.verdict(epath.Path(run[0]), 9).startswith("NOT VERIFIED: ")
     assert sorted(run[0].rglob("*")) == before
+
+
+# With fewer and fewer descriptors to be had, but for those that JAX and Orbax hold already.
+FEW_FILES = """
+import contextlib, os, resource, sys
+from lemur_jax.cli import main
+words = ["checkpoints", sys.argv[1]]
+assert main(words) == 0
+limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+top = max(map(int, os.listdir("/proc/self/fd")))
+for left in (3, 2, 1, 0):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (top + 64, limit[1]))
+    held = []
+    with contextlib.suppress(OSError):
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    for _ in range(left):
+        os.close(held.pop())
+    assert main(words) == 2
+    resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    for number in held:
+        os.close(number)
+"""
+
+
+def test_too_many_open_files_are_one_line_and_no_damage(run):
+    before = contents(run[0])
+    words = [sys.executable, "-c", FEW_FILES, str(run[0])]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4, done.stderr
+    for line in lines:
+        assert line.startswith("lemur checkpoints: ")
+        assert "cannot be opened now (OSError: [Errno 24] Too many open files" in line
+    assert contents(run[0]) == before
 
 
 def test_on_an_object_store_it_is_copied_aside_before_it_is_deleted(run, tmp_path, monkeypatch):
