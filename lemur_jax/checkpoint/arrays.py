@@ -12,6 +12,7 @@ import tensorstore as ts
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.paths import absolute
 
 
 def open_params(path: epath.PathLike, step: int, item: str = "params") -> dict[str, ts.TensorStore]:
@@ -25,7 +26,7 @@ def open_params(path: epath.PathLike, step: int, item: str = "params") -> dict[s
     Raises:
       UserError: there is no such step, or its parameters cannot be opened.
     """
-    directory = epath.Path(path).resolve()
+    directory = absolute(path)
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
     location = directory / str(step) / item

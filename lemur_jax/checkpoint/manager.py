@@ -33,6 +33,7 @@ from lemur_jax.checkpoint.reading import (
 )
 from lemur_jax.checkpoint.streaming import BY_LAYER, Streamed, streamed
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.paths import absolute, is_object_store
 from lemur_jax.parallel import hosts
 
 __all__ = (
@@ -83,7 +84,7 @@ class Checkpoints:
         say: Callable[[str], None] = print,
     ):
         silence_echoes()
-        self.path = epath.Path(path).resolve()
+        self.path = absolute(path)
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
@@ -292,13 +293,9 @@ class Checkpoints:
         self.close()
 
 
-def _is_object_store(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
 def _move(source: epath.Path, target: epath.Path) -> None:
     """Renames a checkpoint; object stores rename no directories, there it is copied and then deleted."""
-    if not _is_object_store(source):
+    if not is_object_store(source):
         source.rename(target)
         return
     _copy(source, target)
@@ -365,7 +362,7 @@ def write_params(path: epath.PathLike, params: Any, metadata: Mapping[str, Any],
         leaves = {name: describe(leaf, leaf.digest.value) for name, leaf in named(params).items()}
         return seal(metadata, {"params": leaves})
 
-    with open_manager(epath.Path(path).resolve(), create=True, streaming=True) as manager:
+    with open_manager(absolute(path), create=True, streaming=True) as manager:
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params, save_args=save_args), metadata=SaveLateJson(sealed)
         )

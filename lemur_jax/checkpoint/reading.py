@@ -16,6 +16,7 @@ from lemur_jax.checkpoint.leaves import Leaf, check_wanted, describe, named
 from lemur_jax.checkpoint.metadata import Damaged, LateJsonHandler, RestoreLateJson, unseal
 from lemur_jax.checkpoint.streaming import Streamed, StreamedHandler
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.paths import absolute
 from lemur_jax.parallel import hosts
 
 # How errors of storage begin that say nothing about the files themselves.
@@ -87,7 +88,7 @@ def steps_in(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
     Raises:
       UserError: there is no such directory, or no step in it.
     """
-    directory = epath.Path(path).resolve()
+    directory = absolute(path)
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
     if not directory.is_dir():

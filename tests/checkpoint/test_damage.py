@@ -193,7 +193,7 @@ def test_on_an_object_store_it_is_copied_aside_before_it_is_deleted(run, tmp_pat
     shutil.copytree(path, tmp_path / "c")
     flip(tmp_path / "c" / "9" / "metadata" / "metadata")
     hurt = contents(tmp_path / "c" / "9")
-    monkeypatch.setattr(manager, "_is_object_store", lambda path: True)
+    monkeypatch.setattr(manager, "is_object_store", lambda path: True)
     monkeypatch.setattr(type(manager.epath.Path(path)), "rename", None)
     lines = []
     step, *state = restore_newest(tmp_path / "c", lines)

@@ -1,0 +1,16 @@
+"""Paths, local or on an object store (gs://)."""
+
+import os
+
+from etils import epath
+
+
+def is_object_store(path: epath.PathLike) -> bool:
+    """Whether directories there are only names: they cannot be renamed, and files cannot grow."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The same place from any working directory; epath's own `resolve` makes a local path of gs://."""
+    path = epath.Path(path)
+    return path if is_object_store(path) else path.resolve()
