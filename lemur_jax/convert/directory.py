@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.paths import is_object_store
 
 
 def check_target(target: epath.Path, overwrite: bool, replaceable: Callable[[epath.Path], bool]) -> None:
@@ -38,11 +39,16 @@ def staged(target: epath.Path) -> Iterator[epath.Path]:
     Replaces what was there. Object stores (gs://) cannot rename a directory: there the block writes in
     place, and should write last the file without which no reader opens the directory.
     """
-    if "://" in str(target):
+    if is_object_store(target):
         if target.exists():
             target.rmtree()
         target.mkdir(parents=True)
-        yield target
+        try:
+            yield target
+        except BaseException:
+            with contextlib.suppress(Exception):  # what went wrong first is what to tell
+                target.rmtree()
+            raise
         return
     target = target.resolve()
     partial = target.parent / f".{target.name}.partial"

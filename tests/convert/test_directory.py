@@ -1,0 +1,95 @@
+"""A directory is there whole or not at all, also where directories cannot be renamed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.convert import directory
+from lemur_jax.convert.import_hf import import_hf
+from tests.convert.test_import_hf import FAULTS
+from tests.data.test_gcs import emulator  # noqa: F401
+
+
+@pytest.fixture(params=["file system", "object store"])
+def storage(request, monkeypatch):
+    """A local directory that is not renamed stands in for an object store."""
+    if request.param == "object store":
+        monkeypatch.setattr(directory, "is_object_store", lambda path: True)
+
+
+@pytest.mark.usefixtures("storage")
+def test_an_import_that_fails_leaves_nothing(make_model, tmp_path):
+    hf = make_model()
+    import_hf(hf.path, tmp_path / "whole")
+    FAULTS["NaN"][0](hf)  # is met while writing
+    with pytest.raises(UserError, match="not finite"):
+        import_hf(hf.path, tmp_path / "checkpoint")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "whole"]
+
+
+@pytest.mark.usefixtures("storage")
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_whatever_is_raised_the_part_is_removed(tmp_path, error):
+
+    def write_half():
+        with directory.staged(epath.Path(tmp_path / "out")) as part:
+            (part / "file").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert not list(tmp_path.iterdir())
+    with directory.staged(epath.Path(tmp_path / "out")) as part:
+        (part / "file").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_removal_that_fails_does_not_hide_why(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("removal")
+
+    monkeypatch.setattr(directory, "is_object_store", lambda path: True)
+    monkeypatch.setattr(type(epath.Path("/")), "rmtree", refuse)
+    with pytest.raises(ValueError, match="first"), directory.staged(epath.Path(tmp_path / "out")):
+        raise ValueError("first")
+
+
+@pytest.mark.slow
+def test_imports_onto_gs(
+    emulator,  # noqa: F811
+    make_model,
+    tmp_path,
+):
+    """One that fails leaves nothing; the others are whole, and lie there."""
+    hf = make_model()
+
+    def lemur(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "lemur_jax.cli", *words],
+            env=emulator | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    for words in ([], ["--overwrite"]):
+        done = lemur("import-hf", str(hf.path), "gs://bucket/whole", *words)
+        assert done.returncode == 0, done.stderr
+    done = lemur("checkpoints", "gs://bucket/whole")
+    assert done.returncode == 0, done.stderr
+    assert "verified (params)" in done.stdout
+    done = lemur("export-hf", "gs://bucket/whole", str(tmp_path / "out"), "--dtype", "float32", "--verify")
+    assert done.returncode == 0, done.stderr
+    FAULTS["NaN"][0](hf)
+    done = lemur("import-hf", str(hf.path), "gs://bucket/broken")
+    assert done.returncode == 2, done.stderr
+    assert "not finite" in done.stderr.splitlines()[-1]  # above it, gcsfs warns of the emulator
+    assert "Traceback" not in done.stderr
+    done = lemur("checkpoints", "gs://bucket/broken")
+    assert "lemur checkpoints: no checkpoint directory at gs://bucket/broken\n" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
