@@ -1,10 +1,11 @@
 """Plans of prefill and decode, compiled by the real TPU compiler."""
 
 import json
+import pathlib
 
 import pytest
 
-from lemur_jax.common.config import default_config
+from lemur_jax.common.config import default_config, load
 from lemur_jax.common.errors import UserError
 from lemur_jax.models.presets import preset
 from lemur_jax.plan.generate import plan_generate, report_generate
@@ -63,3 +64,32 @@ def test_impossible_sizes(changes, message):
     pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
     with pytest.raises(UserError, match=message):
         plan_generate(config(2), "v5e-4", **{"batch": 8, "prompt_length": 256, "cache_length": 512} | changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "mesh", "prefill", "decode", "speed"),
+    [
+        ("v4-32", dict(data=2, fsdp=1, tensor=8), 18.9, 20.7, 648),
+        ("v5e-64", dict(data=1, fsdp=8, tensor=8), 2.9, 4.0, 85),
+        ("v5e-64", dict(data=8, fsdp=1, tensor=8), 17.36, 18.79, None),
+    ],
+)
+def test_70b_on_slices_as_in_the_documentation(topology, mesh, prefill, decode, speed):
+    """docs/planner.md, "Generation": GiB a chip, tokens/s of all sequences (None: does not fit)."""
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    options = load(str(pathlib.Path(__file__).parents[2] / "configs" / "lemur_70b_chat.py"))
+    options.mesh.update(mesh)
+    made = plan_generate(options, topology, batch=32, prompt_length=1024, cache_length=2048)
+    assert made.prefill.hbm_bytes_per_chip / 2**30 == pytest.approx(prefill, rel=0.05)
+    assert made.decode.hbm_bytes_per_chip / 2**30 == pytest.approx(decode, rel=0.05)
+    assert (made.prefill.fits, made.decode.fits) == (speed is not None, speed is not None)
+    text = report_generate(made)
+    if speed:
+        assert made.decode_tokens_per_second == pytest.approx(speed, rel=0.05)
+        assert "prefill: FITS" in text
+        assert "decode: FITS" in text
+    else:
+        assert made.decode_tokens_per_second is None
+        assert "DOES NOT FIT" in text
+        assert "4.38 GiB" in text.partition("the largest buffers")[2].splitlines()[1]
