@@ -29,7 +29,7 @@ print(memory("VmHWM") - before)
 
 
 def make_model(directory, config):
-    """float32 weights, cheaply: all of them begin with the same numbers. Gives MiB in all, and of the largest tensor."""
+    """float32 weights that begin with the same numbers, for speed; gives MiB in all and of the largest tensor."""
     directory.mkdir()
     shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
