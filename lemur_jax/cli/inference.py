@@ -3,6 +3,7 @@
 import argparse
 import collections
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 
@@ -20,6 +21,10 @@ def add_verbs(verbs: Verbs) -> None:
     )
     _add_inference(sub)
     sub.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    sub.add_argument(
+        "--logprobs", action="store_true",
+        help="below each text a line for each new token, stop token included: log-probability in nats, id, token",
+    )  # fmt: skip
 
     sub = add_verb(
         verbs, "chat", _chat, "talk to a chat model", "lemur chat --checkpoint quickstart/runs/chat"
@@ -73,6 +78,9 @@ def _generate(args) -> None:
         if not hosts.is_chief():
             break  # every host has computed the same
         print(text + continuation(tokenizer, prompt, completion.content))
+        if args.logprobs:
+            for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
+                print(f"{logprob:.4f}\t{token}\t{json.dumps(tokenizer.token(token), ensure_ascii=False)}")
 
 
 def prompt_seeds(prompts: Sequence[str]) -> list[int]:

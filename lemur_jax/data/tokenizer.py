@@ -160,8 +160,10 @@ class Tokenizer:
         return "".join(text)
 
     def token(self, index: int) -> str:
-        """The piece with this id as the vocabulary spells it, e.g. "▁the" or "<|im_end|>"."""
-        return self._control_names.get(index) or self._model.token(index)
+        """The piece with this id as the vocabulary spells it, e.g. "▁the" or "<|im_end|>"; U+FFFD as in `decode`."""
+        if index in self._control_names:
+            return self._control_names[index]
+        return self._model.token(index) if 0 <= index < self._model.size else "\ufffd"
 
     def _special_id(self, kind: str) -> int | None:
         token = self.config.get(f"{kind}_token")

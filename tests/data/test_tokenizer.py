@@ -122,6 +122,7 @@ def test_decode_shows_control_tokens(chat_tokenizer):
     assert chat_tokenizer.decode(ids) == "<s> hi<|im_end|> there</s>"
     assert chat_tokenizer.decode(ids, skip_special=True) == " hi there"
     assert chat_tokenizer.decode([*encode("a"), 99_999]) == "a\ufffd"
+    assert chat_tokenizer.token(99_999) == "\ufffd"
     assert chat_tokenizer.decode([]) == ""
 
 

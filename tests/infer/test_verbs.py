@@ -1,15 +1,21 @@
-"""The verb `generate`: what a prompt gets does not hang on the others."""
+"""The verb `generate`: what a prompt gets does not hang on the others, and how likely each token of it was."""
+
+import json
 
 import pytest
 
 from lemur_jax.cli import main
 from lemur_jax.cli.inference import prompt_seeds
+from lemur_jax.infer.score import score
+from lemur_jax.infer.session import load
+from lemur_jax.infer.text import continuation
+from lemur_jax.parallel.mesh import parse_mesh
 
 
 @pytest.fixture
 def generate(chat_checkpoint, capsys):
-    def run(*prompts, seed=7):
-        words = ["generate", "--checkpoint", str(chat_checkpoint), "--max-new-tokens", "12"]
+    def run(*prompts, seed=7, words=()):
+        words = ["generate", "--checkpoint", str(chat_checkpoint), "--max-new-tokens", "12", *words]
         words += ["--temperature", "1", "--seed", str(seed)]
         for prompt in prompts:
             words += ["--prompt", prompt]
@@ -39,3 +45,22 @@ def test_seeds_of_prompts():
     assert prompt_seeds(["a", "a", "b"]) == [a, again, b]
     assert all(0 <= seed < 2**32 for seed in (a, b, again))
     prompt_seeds(["\udcff"])  # a byte of the command line that is no UTF-8
+
+
+def test_logprobs_are_those_that_score_finds(generate, chat_checkpoint, chat_tokenizer):
+    """By another program, without a cache, of the ids that are told; with and without the option the same text."""
+    prompts = ["import", "def"]
+    texts = [generate(prompt) for prompt in prompts]
+    told = generate(*prompts, words=["--logprobs"])
+    session = load(chat_checkpoint, parse_mesh(""), "float32")
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert told.startswith(text)
+        lines = [line.split("\t") for line in told.removeprefix(text).splitlines()[:12]]
+        told = told.removeprefix(text).partition(lines[-1][2] + "\n")[2]
+        ids = [int(line[1]) for line in lines]
+        before = [chat_tokenizer.bos_id, *chat_tokenizer.encode(prompt)]
+        assert prompt + continuation(chat_tokenizer, before, ids) == text.rstrip("\n")
+        assert [json.loads(line[2]) for line in lines] == [chat_tokenizer.token(id) for id in ids]
+        (found,) = score(session, [(before, ids)])
+        assert [float(line[0]) for line in lines] == pytest.approx(found.logprobs, abs=1e-3)
+    assert not told
