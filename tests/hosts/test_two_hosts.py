@@ -208,8 +208,10 @@ sys.exit(main(sys.argv[1:]))
 def test_straggler_is_seen_in_the_metrics(hosts_project, tmp_path):
     words = [*hosts_project.train_words(tmp_path / "run"), "--virtual-devices", "4"]
     finish(hosts_project.start(2, "-c", SLOW, *words))
-    last = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"][-1]
-    assert last["host_seconds/1"] > last["host_seconds/0"]
+    records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
+    # All of them: where a save takes long, the slow host may have caught up behind it.
+    first, second = (sum(record[f"host_seconds/{host}"] for record in records) for host in (0, 1))
+    assert second > first
 
 
 @pytest.mark.slow
