@@ -280,7 +280,8 @@ class Estimator:
         inner = next((one for one in self._candidates(each) if _kind(one)), None)
         if inner is None:
             return "", "", "", Traffic()
-        kind, wire = self._label(inner), self._wire(inner)
+        kind = "reduce-scatter" if _keeps_a_slice(each) else _kind(inner)
+        kind, wire = self._label(inner, kind), self._wire(inner, kind)
         if each.opcode.endswith("-start"):
             return "start", each.name, kind, wire
         if each.name.startswith("async-collective-start"):
@@ -310,18 +311,17 @@ class Estimator:
         seconds = passes * moved * (slices - 1) / slices / self.chip.dcn
         return kind + BETWEEN, Traffic(count=1, bytes=moved, seconds=seconds)
 
-    def _label(self, each: hlo.Instruction) -> str:
+    def _label(self, each: hlo.Instruction, kind: str) -> str:
         """The kind of a collective, and whether it leaves the slice."""
-        if _kind(each) == "collective-permute":
+        if kind == "collective-permute":
             pairs = hlo.pairs(each.attributes)
             leaves = any(self.network.slice_of(a) != self.network.slice_of(b) for a, b in pairs)
         else:
             group = hlo.group(each.attributes, len(self.network.places))
             leaves = len({self.network.slice_of(device) for device in group}) > 1
-        return _kind(each) + (BETWEEN if leaves else "")
+        return kind + (BETWEEN if leaves else "")
 
-    def _wire(self, each: hlo.Instruction) -> Traffic:
-        kind = _kind(each)
+    def _wire(self, each: hlo.Instruction, kind: str) -> Traffic:
         if kind == "collective-permute":
             size = hlo.num_bytes(each.shape) / (2 if each.opcode.endswith("-start") else 1)
             return Traffic(
@@ -333,7 +333,7 @@ class Estimator:
             size = size * len(group) / (len(group) + 1)
         elif each.opcode.endswith("-start"):
             size /= 2
-        elif kind == "reduce-scatter":
+        elif _kind(each) == "reduce-scatter":
             size *= len(group)
         return Traffic(count=1, bytes=size, seconds=self.network.seconds(kind, group, size))
 
@@ -342,6 +342,14 @@ def _kind(each: hlo.Instruction) -> str:
     """The collective that an instruction is, or ""."""
     kind = each.opcode.removesuffix("-start")
     return kind if kind in hlo.COLLECTIVES else ""
+
+
+def _keeps_a_slice(each: hlo.Instruction) -> bool:
+    """Whether this is TPU's reduce-scatter: a fusion of an all-reduce and the slice that each device keeps of it.
+
+    On the wire it is no all-reduce: docs/planner.md has a figure of one that was measured.
+    """
+    return any(name.startswith("all-reduce-scatter") for name in each.called)
 
 
 def places(devices, tpu: Slice) -> list[tuple[int, ...]]:

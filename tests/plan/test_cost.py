@@ -80,6 +80,23 @@ def test_synchronous_collective_is_exposed():
     assert result.seconds == pytest.approx(3e-3, rel=0.02)
 
 
+def test_a_slice_of_an_all_reduce_is_a_reduce_scatter():
+    """TPU's form of it: on the wire half of the all-reduce, as measured elsewhere (docs/planner.md)."""
+    scatter = f"""%all-reduce-scatter.1 (p: f32[67500000]) -> f32[263672] {{
+  %p = f32[67500000]{{0}} parameter(0)
+  %ar = f32[67500000]{{0}} all-reduce(%p), {GATHER}
+  ROOT %slice = f32[263672]{{0}} dynamic-slice(%ar), dynamic_slice_sizes={{263672}}
+}}
+"""
+    body = """  %q = f32[67500000]{0} parameter(0)
+  ROOT %f = f32[263672]{0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1"""
+    text = f"HloModule m\n\n{scatter}\nENTRY %main (q: f32[67500000]) -> f32[263672] {{\n{body}\n}}\n"
+    found = cost.Estimator(hlo.parse(text), network("v4-512")).run().traffic
+    assert set(found) == {"reduce-scatter"}
+    assert found["reduce-scatter"].bytes == 270e6
+    assert found["reduce-scatter"].exposed == pytest.approx(1e-3, rel=0.02)
+
+
 def test_copies_to_the_host_have_their_own_link():
     text = f"""  %q = f32[8]{{0}} parameter(0)
   %out = (f32[3000000]{{0:S(5)}}, f32[3000000]{{0}}, u32[]) copy-start(%q)
