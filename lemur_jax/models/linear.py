@@ -65,46 +65,67 @@ def product(equation: str, x: jax.Array, weight: jax.Array, dtype: str | None = 
     return jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=dtype)
 
 
-def sharded_product(
-    equation: str,
-    axes: tuple[str, ...],
+def sharded_products(
+    equations: tuple[str, ...],
+    axes: tuple[tuple[str, ...], ...],
     mesh: Mesh,
     reduction: Reduction,
     x: jax.Array,
-    param: jax.Array,
+    params: tuple[jax.Array, ...],
     dtype: str | None = None,
-) -> jax.Array:
-    """`product(equation, x, gathered(param), dtype)`, with the gradient of `param` reduced as above.
+) -> tuple[jax.Array, ...]:
+    """`product(equation, x, gathered(param), dtype)` for each of `params`, their gradients reduced as above.
+
+    Products that read the same `x` belong into one call: where weights are cut over `tensor`, each leaves a part of x's
+    gradient on every device, and the parts are added up before they travel.
 
     Args:
-      equation: einsum with the batch B first in `x` and in the result, e.g. "BTD,DF->BTF".
-      axes: logical axes of `param`, one of them "embed".
+      equations: an einsum a weight, with the batch B first in `x` and in the result, e.g. "BTD,DF->BTF".
+      axes: logical axes of each weight, one of them "embed".
       mesh: the device mesh; its `data` × `fsdp` must divide B.
-      reduction: of the gradient.
+      reduction: of the gradients.
       x: activations, sharded over the batch.
-      param: the master weight.
-      dtype: of the result; None: as x.
+      params: the master weights.
+      dtype: of the results; None: as x.
     """
-    return _product(equation, axes, mesh, reduction, dtype, x, param)
+    return _with_own_gradient(equations, axes, mesh, reduction, dtype, x, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _product(equation, axes, mesh, reduction, dtype, x, param) -> jax.Array:
-    return product(equation, x, gathered(param, axes, mesh, x.dtype), dtype)
+def _products(equations, axes, mesh, reduction, dtype, x, params) -> tuple[jax.Array, ...]:
+    return tuple(
+        product(equation, x, gathered(param, logical, mesh, x.dtype), dtype)
+        for equation, logical, param in zip(equations, axes, params, strict=True)
+    )
 
 
-def _forward(equation, axes, mesh, reduction, dtype, x, param):
-    # The whole weight is gathered again in the backward pass rather than kept. The product itself and not `_product`: a
-    # policy that keeps products (`dots`) does not look into functions with a gradient of their own.
-    return product(equation, x, gathered(param, axes, mesh, x.dtype), dtype), (x, param)
+_with_own_gradient = jax.custom_vjp(_products, nondiff_argnums=(0, 1, 2, 3, 4))
 
 
-def _backward(equation, axes, mesh, reduction, dtype, saved, upstream):
-    x, param = saved
-    upstream = upstream.astype(x.dtype)
-    inputs, result = equation.split("->")
-    left, right = inputs.split(",")
-    back = product(f"{result},{right}->{left}", upstream, gathered(param, axes, mesh, x.dtype))
+def _forward(equations, axes, mesh, reduction, dtype, x, params):
+    # The whole weight is gathered again in the backward pass rather than kept. The products themselves and not the
+    # function above: a policy that keeps products (`dots`) does not look into functions with a gradient of their own.
+    return _products(equations, axes, mesh, reduction, dtype, x, params), (x, params)
+
+
+def _backward(equations, axes, mesh, reduction, dtype, saved, upstream):
+    x, params = saved
+    back, gradients = None, []
+    for equation, logical, param, above in zip(equations, axes, params, upstream, strict=True):
+        above = above.astype(x.dtype)
+        inputs, result = equation.split("->")
+        left, right = inputs.split(",")
+        part = product(f"{result},{right}->{left}", above, gathered(param, logical, mesh, x.dtype))
+        back = part if back is None else back + part
+        gradients.append(_gradient(left, right, result, logical, mesh, reduction, x, above, param))
+    if reduction.exchange:
+        # Nobody goes on before all are there, so the scheduler puts the exchange beside the product `back`; else it
+        # starts every exchange of a layer at the layer's end, where too little is left to hide it.
+        back, gradients = jax.lax.optimization_barrier((back, gradients))
+    return back, tuple(gradients)
+
+
+def _gradient(left, right, result, axes, mesh, reduction, x, upstream, param) -> jax.Array:
+    """The gradient of one weight, placed as the weight is."""
     placed = spec(mesh, axes, param.shape)
     if not reduction.exchange:
         factors = sorted([(x, left), (upstream, result)], key=lambda factor: factor[0].size)
@@ -115,7 +136,7 @@ def _backward(equation, axes, mesh, reduction, dtype, saved, upstream):
         gradient = product(f"{first},{second}->{made}", small, large, reduction.dtype)
         if made != right:
             gradient = jnp.einsum(f"{made}->{right}", jax.lax.optimization_barrier(gradient))
-        return back, _place(gradient, mesh, *placed).astype(param.dtype)
+        return _place(gradient, mesh, *placed).astype(param.dtype)
 
     def by_device(array):  # [B, ...] -> [data, fsdp, B / (data · fsdp), ...]
         return array.reshape(mesh.shape["data"], mesh.shape["fsdp"], -1, *array.shape[1:])
@@ -124,10 +145,7 @@ def _backward(equation, axes, mesh, reduction, dtype, saved, upstream):
     whole = (None if axis == "embed" else where for axis, where in zip(axes, placed, strict=True))
     own = _place(own, mesh, "data", "fsdp", *whole)
     slices = _place(own, mesh, "data", None, *placed)
-    gradient = _sum(slices).astype(param.dtype)
-    # Nobody goes on before both are there, so the scheduler puts the exchange beside the product `back`; else it
-    # starts every exchange of a layer at the layer's end, where too little is left to hide it.
-    return jax.lax.optimization_barrier((back, _place(gradient, mesh, *placed)))
+    return _place(_sum(slices).astype(param.dtype), mesh, *placed)
 
 
 def _sum(slices: jax.Array) -> jax.Array:
@@ -143,8 +161,24 @@ def _sum(slices: jax.Array) -> jax.Array:
     )[0]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def whole_stream(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Activations [B, T, D] between the products, cut over `tensor` by positions, for a product that reads them all.
+
+    Their gradient is cut again: of the parts that the products leave on each device of `tensor` only a slice of the sum
+    is needed, so that they are reduced by a reduce-scatter (Korthikanti et al. 2022).
+    """
+    return constrain(x, mesh, "batch", "length", "width")
+
+
+whole_stream.defvjp(
+    lambda x, mesh: (constrain(x, mesh, "batch", "length", "width"), None),
+    lambda mesh, _, upstream: (constrain(upstream, mesh, "batch", "stream", "width"),),
+)
+
+
 def _place(array: jax.Array, mesh: Mesh, *entries) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*entries)))
 
 
-_product.defvjp(_forward, _backward)
+_with_own_gradient.defvjp(_forward, _backward)

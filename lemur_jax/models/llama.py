@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from lemur_jax.models.attention import attention
 from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.linear import Reduction, gathered, is_quantized, product, sharded_product
+from lemur_jax.models.linear import Reduction, gathered, is_quantized, product, sharded_products, whole_stream
 from lemur_jax.models.remat import rematerialize
 from lemur_jax.models.rope import rotary_angles, rotate, rotate_by_matmul
 from lemur_jax.parallel import compiler_flags
@@ -131,11 +131,17 @@ class Projections(nnx.Module):
         """The matrix in the compute dtype, whole along `fsdp`."""
         return gathered(param.get_value(), param.axes, self.compute.mesh, self.compute.dtype)
 
-    def einsum(self, equation: str, x: jax.Array, param: nnx.Param) -> jax.Array:
+    def einsums(self, x: jax.Array, *products: tuple[str, nnx.Param]) -> tuple[jax.Array, ...]:
+        """The einsum of `x` and each matrix."""
+        equations, params = zip(*products, strict=True)
+        values, axes = tuple(param.get_value() for param in params), tuple(param.axes for param in params)
         reduction = self.compute.reduction
-        if reduction and not is_quantized(param.get_value()):  # of integers there is no gradient
-            return sharded_product(equation, param.axes, self.compute.mesh, reduction, x, param.get_value())
-        return product(equation, x, self.weight(param))
+        if reduction and not any(map(is_quantized, values)):  # of integers there is no gradient
+            return sharded_products(equations, axes, self.compute.mesh, reduction, x, values)
+        return tuple(product(equation, x, self.weight(param)) for equation, param in products)
+
+    def einsum(self, equation: str, x: jax.Array, param: nnx.Param) -> jax.Array:
+        return self.einsums(x, (equation, param))[0]
 
 
 def _normal(rngs: nnx.Rngs, scale: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -162,9 +168,13 @@ class Attention(Projections):
         """[B, T, D] -> ([B, T, D], whatever cache `attend` returns)."""
         mesh = self.compute.mesh
         turn = rotate_by_matmul if self.compute.on_tpu else rotate
-        query = turn(self.einsum("BTD,DHN->BTHN", x, self.query), angles)
-        key = turn(self.einsum("BTD,DKN->BTKN", x, self.key), angles)
-        value = self.einsum("BTD,DKN->BTKN", x, self.value)
+        query, key, value = self.einsums(
+            x,
+            ("BTD,DHN->BTHN", self.query),
+            ("BTD,DKN->BTKN", self.key),
+            ("BTD,DKN->BTKN", self.value),
+        )
+        query, key = turn(query, angles), turn(key, angles)
         query = constrain(query, mesh, "batch", "length", "heads", "head_dim")
         key = constrain(key, mesh, "batch", "length", "kv_heads", "head_dim")
         value = constrain(value, mesh, "batch", "length", "kv_heads", "head_dim")
@@ -186,8 +196,8 @@ class MLP(Projections):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        gate = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.gate), "gate")
-        up = checkpoint_name(self.einsum("BTD,DF->BTF", x, self.up), "up")
+        gate, up = self.einsums(x, ("BTD,DF->BTF", self.gate), ("BTD,DF->BTF", self.up))
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return self.compute.recomputed(self._down)(gate, up)
 
     def _down(self, gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -208,11 +218,12 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, angles, attend: Callable) -> tuple[jax.Array, Any]:
         """[B, T, D] -> ([B, T, D], cache)."""
-        mixed, cache = self.attention(self.attention_norm(x), angles, attend)
-        x = constrain(x + mixed, self.compute.mesh, "batch", "length", "width")
+        mesh = self.compute.mesh
+        mixed, cache = self.attention(whole_stream(self.attention_norm(x), mesh), angles, attend)
+        x = x + constrain(mixed, mesh, "batch", "stream", "width")
         x = checkpoint_name(x, "residual")
-        x = constrain(x + self.mlp(self.mlp_norm(x)), self.compute.mesh, "batch", "length", "width")
-        return x, cache
+        out = self.mlp(whole_stream(self.mlp_norm(x), mesh))
+        return x + constrain(out, mesh, "batch", "stream", "width"), cache
 
 
 class Embedding(Projections):
@@ -228,7 +239,7 @@ class Embedding(Projections):
         dtype = self.compute.reduce_dtype or self.compute.dtype
         table = gathered(self.embedding.get_value(), self.embedding.axes, self.compute.mesh, dtype)
         x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute.dtype)
-        return constrain(x, self.compute.mesh, "batch", "length", "width")
+        return constrain(x, self.compute.mesh, "batch", "stream", "width")
 
 
 class Head(Projections):
@@ -278,7 +289,7 @@ class Llama(nnx.Module):
 
         body = rematerialize(body, self.compute.remat)
         (x, cache, _), _ = jax.lax.scan(body, (x, cache, jnp.int32(0)), stacked)
-        return self.final_norm(x), cache
+        return whole_stream(self.final_norm(x), self.compute.mesh), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, V]."""
@@ -289,8 +300,14 @@ class Llama(nnx.Module):
             module = self.head
             param, equation = self.head.kernel, "BTD,DV->BTV"
         if reduction := self.compute.head_reduction:
-            out = sharded_product(
-                equation, param.axes, self.compute.mesh, reduction, hidden, param.get_value(), "float32"
+            (out,) = sharded_products(
+                (equation,),
+                (param.axes,),
+                self.compute.mesh,
+                reduction,
+                hidden,
+                (param.get_value(),),
+                "float32",
             )
         else:
             out = product(equation, hidden, module.weight(param), "float32")

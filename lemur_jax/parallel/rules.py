@@ -28,12 +28,15 @@ RULES: dict[str, MeshAxes] = {
     # activations
     "batch": ("data", "fsdp"),
     "length": "sequence",
+    # Between the products of a layer, where a position needs no other: norms are computed once and not `tensor` times.
+    "stream": ("sequence", "tensor"),
     "keys": None,  # key positions: every query sees all of them
     "width": None,
 }
 
-# Vocabularies such as 32,005 are divisible by nothing: there the axis stays whole.
-WHOLE_IF_UNEVEN = frozenset({"vocab"})
+# What an axis is taken for where the mesh does not divide it: vocabularies such as 32,005 are divisible by nothing, and
+# in decoding there is one position.
+IF_UNEVEN = {"vocab": "width", "stream": "length"}
 
 
 def _ways(mesh: Mesh, axes: MeshAxes) -> int:
@@ -60,6 +63,8 @@ def spec(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], what: str = 
         raise UserError(f"{what} has shape {shape} but the logical axes {axes}")
     entries: list[MeshAxes] = []
     for axis, size in zip(axes, shape, strict=True):
+        if axis in IF_UNEVEN and size % _ways(mesh, RULES[axis]):
+            axis = IF_UNEVEN[axis]
         if axis not in RULES:
             raise UserError(
                 f"{what}: no sharding rule for logical axis {axis!r}; add one to parallel/rules.py"
@@ -67,12 +72,10 @@ def spec(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], what: str = 
         mesh_axes = RULES[axis]
         ways = _ways(mesh, mesh_axes)
         if size % ways:
-            if axis not in WHOLE_IF_UNEVEN:
-                raise UserError(
-                    f"{what}: axis {axis!r} of size {size} is not divisible by {ways}, the size of mesh axis"
-                    f" {mesh_axes!r}; change config.mesh or the model"
-                )
-            mesh_axes = None
+            raise UserError(
+                f"{what}: axis {axis!r} of size {size} is not divisible by {ways}, the size of mesh axis"
+                f" {mesh_axes!r}; change config.mesh or the model"
+            )
         entries.append(mesh_axes)
     return PartitionSpec(*entries)
 

@@ -20,6 +20,7 @@ from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.remat import POLICIES
 from lemur_jax.parallel.mesh import AXES, mesh_shape
+from lemur_jax.parallel.rules import spec
 from lemur_jax.plan.compile import device_bytes
 from lemur_jax.plan.cost import CHIPS
 from lemur_jax.plan.topologies import Slice
@@ -163,8 +164,9 @@ def stored_bytes(config: ConfigDict, mesh: Any, where: str) -> list[tuple[str, f
         places["layer_in"] = "keep"
     size = jnp.dtype(config.compute.dtype).itemsize * model.num_hidden_layers
     cut = mesh.shape["tensor"]
+    stream = cut if "tensor" in spec(mesh, ("stream",), (config.data.sequence_length,))[0] else 1
     return [
-        (name, size * elements[name] / (1 if name in ("layer_in", "residual") else cut))
+        (name, size * elements[name] / (stream if name in ("layer_in", "residual") else cut))
         for name, place in places.items()
         if place == where
     ]
@@ -191,13 +193,16 @@ def _flops(config: ConfigDict, model: LlamaConfig) -> float:
 
 
 def _network(config: ConfigDict, model: LlamaConfig, mesh: Any, tokens: float, tpu: Slice) -> float:
-    """Seconds over all links at once: weights gathered twice a pass, activations summed over `tensor`."""
+    """Seconds over all links at once: weights gathered twice a pass, activations summed over `tensor`, keys shared."""
     size = jnp.dtype(config.compute.dtype).itemsize
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    fsdp, tensor, sequence = mesh.shape["fsdp"], mesh.shape["tensor"], mesh.shape["sequence"]
     weights = flops.parameter_counts(model).total * size / tensor
     moved = 2 * config.train.microbatches * weights * (fsdp - 1) / fsdp
-    # Two sums of the layer's width forward and two backward; each is an all-reduce, which moves its bytes twice.
+    # Two sums of the layer's width forward and two backward; each is reduced by a reduce-scatter and gathered again.
     moved += 8 * model.num_hidden_layers * tokens * model.hidden_size * size * (tensor - 1) / tensor
+    # Keys and values of a row are gathered in both passes, and their gradients are reduced.
+    keys_and_values = 2 * model.num_key_value_heads * model.head_dim / tensor
+    moved += 3 * model.num_hidden_layers * tokens * (sequence - 1) * keys_and_values * size
     axes = [2 if wrap else 1 for wrap, length in zip(tpu.wrap, tpu.shape, strict=True) if length > 1]
     return moved / (max(1, sum(axes)) * CHIPS[tpu.generation.name].link)
 

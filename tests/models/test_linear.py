@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lemur_jax.models.linear import Reduction, product, sharded_product
+from lemur_jax.models.linear import Reduction, product, sharded_products, whole_stream
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import spec
 
@@ -16,6 +16,10 @@ CASES = [
     ("BTD,DHN->BTHN", ("embed", "heads", "head_dim"), (16, 4, 8), (8, 6, 16)),
     ("BTHN,HND->BTD", ("heads", "head_dim", "embed"), (4, 8, 16), (8, 6, 4, 8)),
 ]
+
+
+def sharded_product(equation, axes, mesh, reduction, x, weight):
+    return sharded_products((equation,), (axes,), mesh, reduction, x, (weight,))[0]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +46,34 @@ def test_same_result_and_gradients_as_autodiff(equation, axes, weight_shape, x_s
     )(jax.device_put(x, batch), jax.device_put(weight, placed))
     assert ours[1][1].sharding.is_equivalent_to(placed, weight.ndim)
     for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_products_of_one_input_and_the_stream_between_them(exchange):
+    """Two weights read activations that are cut over `tensor` by positions; everything as plain autodiff has it."""
+    mesh = make_mesh({"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2})
+    rng = np.random.default_rng(0)
+    equations, axes = ("BTD,DF->BTF", "BTD,DHN->BTHN"), (("embed", "mlp"), ("embed", "heads", "head_dim"))
+    x, first, second = (
+        jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((4, 8, 16), (16, 32), (16, 4, 8))
+    )
+
+    def plain(x, first, second):
+        a, b = product(equations[0], x, first), product(equations[1], x, second)
+        return jnp.sum(jnp.sin(a)) + jnp.sum(jnp.cos(b))
+
+    def ours(x, first, second):
+        reduction = Reduction("float32", exchange)
+        a, b = sharded_products(equations, axes, mesh, reduction, whole_stream(x, mesh), (first, second))
+        return jnp.sum(jnp.sin(a)) + jnp.sum(jnp.cos(b))
+
+    stream = NamedSharding(mesh, spec(mesh, ("batch", "stream", "width"), x.shape))
+    assert stream.shard_shape(x.shape) == (2, 2, 16)
+    expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(x, first, second)
+    found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(jax.device_put(x, stream), first, second)
+    assert found[1][0].sharding.is_equivalent_to(stream, 3)  # its gradient is cut as it is
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=2e-5)
 
 

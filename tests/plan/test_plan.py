@@ -107,6 +107,26 @@ def test_gradients_travel_in_the_dtype_of_the_config(dtype, short, moved, tmp_pa
     assert found["all-to-all"] == pytest.approx(moved * weights, rel=0.01)
 
 
+def test_activations_are_cut_over_tensor_between_the_products(tmp_path):
+    """On v4-8 as fsdp 1 x tensor 4: reduce-scatters and gathers of them, no all-reduce of their size."""
+    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    shape = preset("tiny", hidden_size=1024, intermediate_size=2048, head_dim=128, num_key_value_heads=4)
+    options = default_config(shape.to_dict())
+    options.data.sequence_length = 512
+    options.train.batch_rows = 8
+    options.mesh.tensor = 4
+    options.compute.loss_chunk = 0
+    options.compute.remat = "full"
+    made = plan(options, "v4-8")
+    stream = 8 * 512 * 1024 * 2
+    layers = shape.num_hidden_layers
+    assert made.hbm["activations"] == pytest.approx(layers * stream / 4, rel=0.05)
+    moved = {row["kind"]: row["bytes"] for row in made.collectives}
+    # Out and down forward, and before them the gradients of both norms' results; recomputing asks for out again.
+    assert moved["reduce-scatter"] == pytest.approx(5 * layers * stream, rel=0.25)
+    assert moved["all-reduce"] < stream
+
+
 @pytest.mark.parametrize(("name", "share"), [("adafactor", 0.01), ("muon", 1.3)])
 def test_states_of_other_optimizers_are_counted(name, share):
     """Against AdamW's two moments a parameter in `test_two_layers_of_70b`."""
