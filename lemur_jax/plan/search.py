@@ -32,6 +32,8 @@ from lemur_jax.plan.plan import GIB, Plan, plan
 
 # Ways to cut the heads; beyond eight the activations' sums cost more than anything that it saves.
 TENSOR_WAYS = (1, 2, 4, 8)
+# Rows are cut into pieces of at least so many positions: with fewer, keys and values are gathered for too little work.
+SHORTEST_PIECE = 2048
 # What is tried on the best layout, one at a time: the analytic bound knows none of it. Those that help add up, since
 # what they make is the best in its turn.
 _OPTIONS = "compute.compiler_options"
@@ -154,12 +156,14 @@ def changed(config: ConfigDict, changes: Changes) -> ConfigDict:
 
 
 def layouts(config: ConfigDict, tpu: topologies.Slice) -> Iterator[Changes]:
-    """Every mesh, policy and number of microbatches that could be; `sequence` stays as the config has it."""
-    sequence = max(1, config.mesh.sequence)
+    """Every mesh, policy and number of microbatches that could be."""
     devices = tpu.devices_per_slice * tpu.slices
     rows = config.train.batch_rows
     powers = [2**power for power in range(rows.bit_length()) if rows % 2**power == 0]
-    for tensor, data in itertools.product(TENSOR_WAYS, range(tpu.slices, devices + 1, tpu.slices)):
+    pieces = range((config.data.sequence_length // SHORTEST_PIECE).bit_length())
+    sequences = sorted({max(1, config.mesh.sequence), 1, *(2**power for power in pieces)})
+    meshes = itertools.product(sequences, TENSOR_WAYS, range(tpu.slices, devices + 1, tpu.slices))
+    for sequence, tensor, data in meshes:
         if devices % (tensor * data * sequence):
             continue
         mesh = {"mesh.data": data, "mesh.fsdp": devices // (tensor * data * sequence)}

@@ -196,6 +196,42 @@ def test_bounds_by_hand():
     assert bound.compute < 8.5 * 6.74e9 * tokens / (16 * 197e12) * 1.2
 
 
+@pytest.mark.parametrize(
+    ("length", "given", "tried"), [(128, 1, {1}), (4096, 1, {1, 2}), (16_384, 16, {1, 2, 4, 8, 16})]
+)
+def test_long_rows_are_cut_into_pieces(length, given, tried):
+    config = default_config(preset("llama2_7b").to_dict())
+    config.data.sequence_length, config.train.batch_rows = length, 16
+    config.mesh.sequence = given
+    found = {changes["mesh.sequence"] for changes in search.layouts(config, topologies.find("v5e-16"))}
+    assert found == tried
+
+
+def test_gathered_keys_cost_time():
+    config = default_config(preset("llama2_7b", max_position_embeddings=16_384).to_dict())
+    config.data.sequence_length, config.train.batch_rows = 16_384, 16
+    config.mesh.fsdp = 1
+    config.mesh.sequence = 16
+    # 15 of 16 pieces of 2 x 4096 numbers a position come from others, in 32 layers, both ways and back; 4 links.
+    moved = 3 * 32 * 15 * 16_384 * 2 * 4096 * 2
+    assert analytic.bound(config, topologies.find("v5e-16")).network == pytest.approx(
+        moved / (2 * 45e9), rel=0.01
+    )
+
+
+def test_what_layers_keep_is_cut_over_tensor():
+    config = default_config(preset("llama2_7b").to_dict())
+    config.data.sequence_length, config.train.batch_rows = 4096, 16
+    config.compute.remat, config.mesh.tensor = "mlp_all", 4
+    by_name = {what.partition(",")[0]: size for size, what in analytic.bound(config, tpu()).buffers}
+    config.mesh.tensor = 1
+    whole = {what.partition(",")[0]: size for size, what in analytic.bound(config, tpu()).buffers}
+    # A row lies on 4 chips instead of one, so each has four times the tokens and a fourth of every array.
+    kept = [name for name in whole if name.startswith("activations kept")]
+    assert len(kept) == 7
+    assert all(by_name[name] == whole[name] for name in kept)
+
+
 def test_host_memory_costs_time():
     config = default_config(preset("llama2_7b").to_dict())
     config.data.sequence_length, config.train.batch_rows = 4096, 16
