@@ -125,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, help="gs://...")
     for option in ("--topology", "--image", "--name"):
         parser.add_argument(option, required=True)
+    parser.add_argument("--verb", choices=["train", "doctor"], default="train", help="of lemur")
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--namespace", default="default")
     parser.add_argument("--service-account", default="")
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--spot", action="store_true")
     parser.add_argument("--max-restarts", type=int, default=20)
     options, overrides = parser.parse_known_args(arguments)
-    command = ["lemur", "train", "--config", options.config, "--workdir", options.workdir, *overrides]
+    command = ["lemur", options.verb, "--config", options.config, "--workdir", options.workdir, *overrides]
     try:
         manifest = jobset(
             load(options.config, overrides),

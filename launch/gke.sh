@@ -2,12 +2,16 @@
 # A run on TPU slices of a GKE cluster. The cluster's JobSet controller starts it again after a lost host or an
 # eviction, so nothing here has to watch it.
 #
+#   launch/gke.sh doctor                runs `lemur doctor` in a set of its own, prints the table and the verdict; needs the
+#                                       nodes, so before `start`
 #   launch/gke.sh start                 makes the manifest of a JobSet (launch/gke.py) and hands it to kubectl
 #   launch/gke.sh status | logs         the JobSet and its pods | follows the log of the first host
 #   launch/gke.sh delete                ends it: the hosts get SIGTERM and 120 s, in which the run saves
 #
 # --settings FILE   default launch/settings.sh; see launch/settings.example.sh
-# --dry-run         prints the command exactly as it would be executed, and executes none
+# --dry-run         prints the commands exactly as they would be executed, and executes none
+#
+# Exit status of `doctor`: 0 all is well, 2 something would stop the run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -59,9 +63,14 @@ execute() {
   fi
 }
 
-start() {
+here=(--namespace "$NAMESPACE")
+set_of=jobset.sigs.k8s.io/jobset-name
+first_host=jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0
+
+# apply WORD...: the manifest, with further words for launch/gke.py.
+apply() {
   local manifest
-  manifest=$("${PYTHON:-python}" launch/gke.py "${words[@]}") # names what is wrong, and ends with 2
+  manifest=$("${PYTHON:-python}" launch/gke.py "$@" "${words[@]}") # names what is wrong, and ends with 2
   if [ -n "$dry_run" ]; then
     printf "kubectl apply -f - <<'MANIFEST'\n%s\nMANIFEST\n" "$manifest"
   else
@@ -69,16 +78,52 @@ start() {
   fi
 }
 
-here=(--namespace "$NAMESPACE")
-mine=jobset.sigs.k8s.io/jobset-name=$RUN
+# `lemur doctor` in a set of its own, without restarts.
+examination=$RUN-doctor
+first=(--selector "$set_of=$examination,$first_host")
+clean() { execute kubectl delete jobset "$examination" "${here[@]}" --ignore-not-found; }
+pod() { execute kubectl get pods "${here[@]}" "${first[@]}" --output \
+  'jsonpath={.items[*].status.phase} {.items[*].status.containerStatuses[*].state.waiting.reason}'; }
+# A set that fails takes the pods that still run with it: so the log is followed, and not read at the end.
+table() { execute kubectl logs --follow --tail=-1 "${here[@]}" "${first[@]}"; }
+ended() { execute kubectl get jobset "$examination" "${here[@]}" --output \
+  'jsonpath={.status.conditions[?(@.status=="True")].type}'; }
+
+doctor() {
+  words+=(--name "$examination" --max-restarts 0)
+  clean # what was left behind
+  apply --verb doctor
+  if [ -n "$dry_run" ]; then
+    pod && table && ended && clean
+    return
+  fi
+  trap clean EXIT
+  # Other conditions of a set have names like StartupPolicyCompleted.
+  local over='(^| )(Completed|Failed)( |$)' now end='' before=''
+  while true; do
+    now=$(pod)
+    end=$(ended)
+    [[ ! $now =~ Running|Succeeded|Failed && ! $end =~ $over ]] || break
+    [ "$now" = "$before" ] || echo "$(date -u +%T) $examination: ${now/# /no pod yet}"
+    before=$now
+    sleep "$POLL_SECONDS"
+  done
+  table
+  until [[ $end =~ $over ]]; do
+    sleep "$((POLL_SECONDS / 6))"
+    end=$(ended)
+  done
+  [ "${BASH_REMATCH[2]}" = Completed ] || exit 2
+}
+
 case $verb in
-  start) start ;;
+  start) apply ;;
+  doctor) doctor ;;
   status)
     execute kubectl get jobset "$RUN" "${here[@]}"
-    execute kubectl get pods "${here[@]}" --selector "$mine"
+    execute kubectl get pods "${here[@]}" --selector "$set_of=$RUN"
     ;;
-  logs) execute kubectl logs --follow "${here[@]}" \
-    --selector "$mine,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0" ;;
+  logs) execute kubectl logs --follow "${here[@]}" --selector "$set_of=$RUN,$first_host" ;;
   delete) execute kubectl delete jobset "$RUN" "${here[@]}" ;;
-  *) fail "say start, status, logs or delete; see launch/gke.sh --help" ;;
+  *) fail "say doctor, start, status, logs or delete; see launch/gke.sh --help" ;;
 esac

@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
 # A run on the GPUs of a Slurm cluster, one task a GPU; requeued when a host is lost or the job preempted.
 #
-#   launch/slurm.sh [--settings FILE] [--dry-run]
+#   launch/slurm.sh [start]             submits the run
+#   launch/slurm.sh doctor              submits `lemur doctor` in its place, waits, prints the table and the verdict
 #
+# --settings FILE   default launch/settings.sh; see launch/settings.example.sh
+# --dry-run         prints the command and the batch script, and submits nothing
+#
+# Exit status of `doctor`: 0 all is well, 2 something would stop the run.
 # Settings: RUN, CONFIG, WORKDIR, OVERRIDES, ENVIRONMENT, SECRETS_FILE, NODES, GPUS_PER_NODE, SLURM_FLAGS, as in
 # launch/settings.example.sh. The code and .venv must lie where every node sees them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-settings=launch/settings.sh dry_run=''
+verb=start settings=launch/settings.sh dry_run=''
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) dry_run=yes ;;
@@ -20,6 +25,7 @@ while [ $# -gt 0 ]; do
       sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
       exit 0
       ;;
+    start | doctor) verb=$1 ;;
     *)
       echo "slurm.sh: unknown argument $1; see launch/slurm.sh --help" >&2
       exit 2
@@ -42,7 +48,7 @@ for name in RUN CONFIG WORKDIR; do
   fi
 done
 
-printf -v train '%q ' lemur train --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+printf -v words '%q ' --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 printf -v here '%q' "$PWD"
 exports=''
 for pair in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
@@ -52,12 +58,13 @@ if [ -n "$SECRETS_FILE" ]; then
   printf -v exports '%sset -a; source %q; set +a\n' "$exports" "$SECRETS_FILE"
 fi
 
-# The batch script goes in by standard input: nothing of it is seen in `ps`.
-script="#!/usr/bin/env bash
+# The batch scripts go in by standard input: nothing of them is seen in `ps`.
+top="#!/usr/bin/env bash
 cd $here
 export PATH=$here/.venv/bin:\$PATH
 export LEMUR_RELAUNCH=1
-${exports}srun --kill-on-bad-exit=1 $train
+$exports"
+train="${top}srun --kill-on-bad-exit=1 lemur train $words
 status=\$?
 # 75: a host was lost (parallel/liveness.py); above: a task was killed or aborted. The run goes on from the newest
 # checkpoint. 1 and 2 are mistakes that come again.
@@ -66,12 +73,33 @@ if [ \$status -ge 75 ] && [ \${SLURM_RESTART_COUNT:-0} -lt $MAX_RESTARTS ]; then
 fi
 exit \$status
 "
-submit=(sbatch --job-name="$RUN" --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE"
-  --gpus-per-node="$GPUS_PER_NODE" --requeue --open-mode=append --output="$RUN-%j.log" --signal=TERM@120
-  ${SLURM_FLAGS[@]+"${SLURM_FLAGS[@]}"})
-if [ -n "$dry_run" ]; then
-  printf '%q ' "${submit[@]}"
-  printf "<<'SCRIPT'\n%sSCRIPT\n" "$script"
-else
-  "${submit[@]}" <<<"$script"
-fi
+# Every task fails where one check does: none must end the first one before it has printed the table.
+examine="${top}srun --kill-on-bad-exit=0 lemur doctor $words
+"
+
+# submit SCRIPT FLAG...
+submit() {
+  local command=(sbatch --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE" --gpus-per-node="$GPUS_PER_NODE"
+    "${@:2}" ${SLURM_FLAGS[@]+"${SLURM_FLAGS[@]}"})
+  if [ -n "$dry_run" ]; then
+    printf '%q ' "${command[@]}"
+    printf "<<'SCRIPT'\n%sSCRIPT\n" "$1"
+  else
+    "${command[@]}" <<<"$1"
+  fi
+}
+
+start() {
+  submit "$train" --job-name="$RUN" --requeue --open-mode=append --output="$RUN-%j.log" --signal=TERM@120
+}
+
+doctor() {
+  local log=$RUN-doctor.log status=0
+  [ -n "$dry_run" ] || rm -f "$log"
+  submit "$examine" --job-name="$RUN-doctor" --no-requeue --wait --output="$log" || status=$?
+  # What all tasks say alike is said once.
+  if [ -z "$dry_run" ] && [ -f "$log" ]; then awk '!said[$0]++' "$log"; fi
+  return "$status"
+}
+
+"$verb"

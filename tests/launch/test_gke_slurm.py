@@ -225,6 +225,73 @@ def test_the_other_verbs_call_kubectl(gke_sh, verb, calls):
     assert gke_sh.calls() == calls
 
 
+# What a cluster says of the set: nothing at first, then that its pod is pulled, then that it runs, then how it ended.
+CLUSTER = """
+case "$*" in
+  *"get pods"*)
+    echo x >>$HOME/looks
+    case $(wc -l <$HOME/looks) in
+      1) echo " " ;;
+      2) echo "Pending ImagePullBackOff" ;;
+      *) echo "Running " ;;
+    esac ;;
+  logs*) echo 'ok    versions  python'; echo 'verdict: SAID' ;;
+  *"get jobset"*) if grep -q ^logs $HOME/calls; then echo "StartupPolicyCompleted ENDED"; fi ;;
+esac
+"""
+CLUSTER_CALLS = [
+    "delete jobset my-run-doctor --namespace default --ignore-not-found",
+    "apply -f -",
+    "get pods --namespace default --selector jobset.sigs.k8s.io/jobset-name=my-run-doctor,"
+    "jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    " --output jsonpath={.items[*].status.phase} {.items[*].status.containerStatuses[*].state.waiting.reason}",
+    "logs --follow --tail=-1 --namespace default --selector jobset.sigs.k8s.io/jobset-name=my-run-doctor,"
+    "jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0",
+    "get jobset my-run-doctor --namespace default"
+    ' --output jsonpath={.status.conditions[?(@.status=="True")].type}',
+]
+
+
+@pytest.mark.parametrize(
+    ("ended", "said", "status"), [("Completed", "4 hosts ready", 0), ("Failed", "not ready", 2)]
+)
+def test_doctor_of_gke_sh_waits_for_the_verdict(gke_sh, ended, said, status):
+    settings = "OVERRIDES=(--config.seed=7)\nPOLL_SECONDS=0\n"
+    printed = gke_sh("doctor", "--dry-run", settings=settings)
+    assert printed.returncode == 0, printed.stderr
+    assert gke_sh.calls() == []
+    before, _, rest = printed.stdout.partition("kubectl apply -f - <<'MANIFEST'\n")
+    manifest, _, after = rest.partition("\nMANIFEST\n")
+    told = [shlex.split(line) for line in [*before.splitlines(), "kubectl apply -f -", *after.splitlines()]]
+    assert [" ".join(words[1:]) for words in told] == [*CLUSTER_CALLS, CLUSTER_CALLS[0]]
+
+    cluster = CLUSTER.replace("SAID", said).replace("ENDED", ended)
+    apply = f'[ "$1" != apply ] || cp {gke_sh.home}/manifest {gke_sh.home}/applied'
+    done = gke_sh("doctor", settings=settings, kubectl=f"HOME={gke_sh.home}\n{apply}\n{cluster}")
+    assert done.returncode == status, done.stderr
+    assert done.stdout.endswith(f"ok    versions  python\nverdict: {said}\n")
+    assert "my-run-doctor: no pod yet\n" in done.stdout
+    assert "my-run-doctor: Pending ImagePullBackOff\n" in done.stdout
+    calls = gke_sh.calls()
+    assert sorted(set(calls)) == sorted(CLUSTER_CALLS)
+    assert calls[:2] == CLUSTER_CALLS[:2]
+    assert calls[-1] == CLUSTER_CALLS[0]
+    assert (gke_sh.home / "applied").read_text() == f"{manifest}\n"
+    spec = json.loads(manifest.partition("\n")[2])["spec"]
+    assert spec["failurePolicy"]["maxRestarts"] == 0
+    (container,) = spec["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == [
+        "lemur", "doctor", "--config", "configs/lemur_7b_pretrain.py", "--workdir", "gs://bucket/run",
+        "--config.seed=7",
+    ]  # fmt: skip
+
+
+def test_doctor_of_gke_sh_leaves_nothing_behind_when_kubectl_fails(gke_sh):
+    done = gke_sh("doctor", kubectl='[ "$1" != get ] || { echo "dial tcp: i/o timeout" >&2; exit 1; }')
+    assert (done.returncode, "i/o timeout" in done.stderr) == (1, True)
+    assert gke_sh.calls()[-1] == CLUSTER_CALLS[0]
+
+
 @pytest.mark.parametrize(
     "reason",
     [
@@ -340,8 +407,52 @@ def test_slurm_requeues_when_a_host_was_lost(slurm, status, restarts, requeued):
 
 def test_slurm_dry_run_submits_nothing(slurm):
     done = slurm("--dry-run")
-    assert done.stdout.startswith("sbatch --job-name=my-run")
+    assert done.stdout.startswith("sbatch --nodes=2")
     assert not (slurm.home / "arguments").exists()
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_slurm_doctor_looks_at_all_nodes_as_the_run_would_use_them(slurm, status):
+    settings = f"RUN=run-{status}\nNODES=3\nOVERRIDES=('--config.a=x y')\nSLURM_FLAGS=(--partition=gpu)\n"
+    settings += f"SECRETS_FILE={slurm.home}/secrets.env\n"
+    slurm(settings=settings)
+    train, asked = ((slurm.home / name).read_text() for name in ("script", "arguments"))
+    # Slurm runs the script, with one line of stderr from each of two tasks.
+    (slurm.home / "srun").write_text(
+        '#!/bin/bash\necho "srun $* $TOKEN"\necho "verdict: so"; echo "verdict: so"\n' + f"exit {status}\n"
+    )
+    (slurm.home / "srun").chmod(0o755)
+    with (slurm.home / "sbatch").open("a") as file:
+        file.write(
+            "for word; do case $word in --output=*) log=${word#--output=} ;; esac; done\n"
+            f'bash {slurm.home}/script >"$log" 2>&1\n'
+        )
+    log = ROOT / f"run-{status}-doctor.log"
+    log.write_text("of an earlier one")
+    try:
+        done = slurm("doctor", settings=settings)
+    finally:
+        log.unlink(missing_ok=True)
+    words = "--config configs/lemur_7b_pretrain.py --workdir /shared/run --config.a=x y"
+    assert done.stdout == f"srun --kill-on-bad-exit=0 lemur doctor {words} hunter2\nverdict: so\n"
+    assert done.returncode == status, done.stderr
+    given = set((slurm.home / "arguments").read_text().splitlines())
+    assert {f"--job-name=run-{status}-doctor", "--no-requeue", "--wait"} <= given
+    shared = {"--nodes=3", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=gpu"}
+    assert shared <= given & set(asked.splitlines())
+    script = (slurm.home / "script").read_text()
+    assert "requeue" not in script
+    # Up to what srun runs, the two are one.
+    assert script.partition("srun")[0] == train.partition("srun")[0]
+
+
+def test_slurm_doctor_without_a_log_says_what_sbatch_said(slurm):
+    (slurm.home / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid partition' >&2; exit 1\n")
+    done = slurm("doctor")
+    assert (done.returncode, done.stderr) == (1, "sbatch: error: invalid partition\n")
+    printed = slurm("doctor", "--dry-run").stdout
+    assert printed.startswith("sbatch --nodes=2")
+    assert "lemur doctor --config" in printed
 
 
 def test_slurm_without_a_workdir_is_refused(slurm):
