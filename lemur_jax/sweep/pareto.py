@@ -6,17 +6,20 @@ from collections.abc import Callable, Sequence
 
 from lemur_jax.report.assets import CSS
 from lemur_jax.report.plots import linear_ticks
+from lemur_jax.sweep import labels
 from lemur_jax.sweep.results import Results, Variant, markdown, note, rows
 
 WIDTH, HEIGHT = 760, 520
 LEFT, RIGHT, TOP, BOTTOM = 78, 24, 44, 56
-LETTER = 7.2  # about the width of a letter of the names
+POINT, SEED, CROSS, BAR = 4.5, 3.0, 7.0, 1.0  # half the width of what is drawn
 _STYLE = """
 .back{fill:#fff}.soft{fill:#5a6473}.grid{stroke:#e6e9ef}.text{fill:#1a1f29}.front{stroke:#8a93a1}
+.leader{stroke:#8a93a1;stroke-width:.8}
 .trained{fill:#1f6fd6;stroke:#1f6fd6}.merged{fill:#8a3fc7;stroke:#8a3fc7}.base{stroke:#d2560b;fill:none}
 @media (prefers-color-scheme:dark){.back{fill:#1a202a}.soft{fill:#9ba7b8}.grid{stroke:#28303d}
 .text{fill:#e8ecf2}.trained{fill:#6aa8ff;stroke:#6aa8ff}.merged{fill:#c79bff;stroke:#c79bff}.base{stroke:#ff9a5c}}
 text{font:13px system-ui,sans-serif}.seed{fill-opacity:.35;stroke:none}.bar{stroke-width:1.5}
+.front-name{font-weight:600}
 """
 
 
@@ -32,16 +35,24 @@ def svg(results: Results, x: str, y: str) -> str:
     across = _scale([point[0] for point in points], LEFT, WIDTH - RIGHT)
     down = _scale([point[1] for point in points], HEIGHT - BOTTOM, TOP)
     front = sorted(results.front([x, y]), key=lambda one: one.mean(x))
-    line = " ".join(f"{across(one.mean(x)):.1f},{down(one.mean(y)):.1f}" for one in front)
+    path = [(across(one.mean(x)), down(one.mean(y))) for one in front]
+    line = " ".join(f"{left:.1f},{top:.1f}" for left, top in path)
     base = across(results.base[x]), down(results.base[y])
-    marks = [(across(one.mean(x)), down(one.mean(y))) for one in results.variants]
-    names = [*(one.name for one in results.variants), "base"]
-    bold = [*(one in front for one in results.variants), False]
+    names = {one.name: one in front for one in results.variants} | {"base": False}
+    marks = [*((across(one.mean(x)), down(one.mean(y))) for one in results.variants), base]
+    taken = [box for one in results.variants for box in _boxes(one, x, y, across, down)]
+    placed = labels.place(
+        [labels.text_size(name, bold) for name, bold in names.items()],
+        marks,
+        [*taken, _square(base, CROSS)],
+        list(itertools.pairwise(path)),
+        (LEFT, TOP / 2 + 10, WIDTH - RIGHT / 2, HEIGHT - BOTTOM),
+    )
     shapes = [
         f'<polyline class="front" points="{line}" fill="none" stroke-dasharray="5 4"/>' if line else "",
         *(_variant(one, x, y, across, down) for one in results.variants),
         _base(*base),
-        *_names(names, [*marks, base], bold),
+        *map(_name, names, names.values(), placed),
     ]
     title = f"{results.tokens:,} tokens a run, mean ± standard deviation over seeds; towards the lower left is better"
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">
@@ -85,17 +96,15 @@ def _axes(points: Sequence[tuple[float, float]], across, down, x: str, y: str) -
 
 def _variant(one: Variant, x: str, y: str, across, down) -> str:
     kind = "merged" if one.merged else "trained"
-    at, height = across(one.mean(x)), down(one.mean(y))
-    wide = abs(across(one.mean(x) + one.spread(x)) - at)
-    tall = abs(down(one.mean(y) + one.spread(y)) - height)
+    (at, height), (wide, tall) = _bars(one, x, y, across, down)
     seeds = "".join(
-        f'<circle class="{kind} seed" cx="{across(a):.1f}" cy="{down(b):.1f}" r="3"/>'
+        f'<circle class="{kind} seed" cx="{across(a):.1f}" cy="{down(b):.1f}" r="{SEED:g}"/>'
         for a, b in zip(one.bits[x], one.bits[y], strict=True)
     )
     bars = f"M{at - wide:.1f} {height:.1f}h{2 * wide:.1f}M{at:.1f} {height - tall:.1f}v{2 * tall:.1f}"
     return (
         f'{seeds}<path class="{kind} bar" d="{bars}"/>'
-        f'<circle class="{kind}" cx="{at:.1f}" cy="{height:.1f}" r="4.5"/>\n'
+        f'<circle class="{kind}" cx="{at:.1f}" cy="{height:.1f}" r="{POINT}"/>\n'
     )
 
 
@@ -103,32 +112,41 @@ def _base(x: float, y: float) -> str:
     return f'<path class="base" stroke-width="2.5" d="M{x - 6:.1f} {y - 6:.1f}l12 12m0 -12l-12 12"/>'
 
 
-def _names(names: Sequence[str], marks: Sequence[tuple[float, float]], bold: Sequence[bool]) -> list[str]:
-    """A name beside each mark: the nearest place inside the plot that covers no mark and no other name."""
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in marks]
-    found = []
-    for name, (x, y), heavy in zip(names, marks, bold, strict=True):
-        width = LETTER * len(name)
-        places = [
-            (left, y + shift - 11, left + width, y + shift + 3)
-            for shift in (4, -10, 18, -24, 32, -38, 46, -52, 60)
-            for left in (x + 10, x - 10 - width)
-        ]
-        inside = [
-            box for box in places if box[0] >= LEFT and box[2] <= WIDTH - RIGHT / 2 and box[1] >= TOP / 2
-        ]
-        free = [box for box in inside if not any(_overlap(box, other) for other in taken)]
-        box = next(iter([*free, *inside, *places]))
-        taken.append(box)
-        weight = ' font-weight="600"' if heavy else ""
-        found.append(
-            f'<text class="text" x="{box[0]:.1f}" y="{box[3] - 3:.1f}"{weight}>{html.escape(name)}</text>\n'
-        )
-    return found
+def _bars(one: Variant, x: str, y: str, across, down) -> tuple[labels.Point, labels.Point]:
+    """The mean, and how far its error bars reach to each side."""
+    at, height = across(one.mean(x)), down(one.mean(y))
+    wide = abs(across(one.mean(x) + one.spread(x)) - at)
+    tall = abs(down(one.mean(y) + one.spread(y)) - height)
+    return (at, height), (wide, tall)
 
 
-def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _boxes(one: Variant, x: str, y: str, across, down) -> list[labels.Box]:
+    """What is drawn of a variant, and no name may cover."""
+    mean, (wide, tall) = _bars(one, x, y, across, down)
+    at, height = mean
+    return [
+        _square(mean, POINT),
+        (at - wide, height - BAR, at + wide, height + BAR),
+        (at - BAR, height - tall, at + BAR, height + tall),
+        *(_square((across(a), down(b)), SEED) for a, b in zip(one.bits[x], one.bits[y], strict=True)),
+    ]
+
+
+def _square(middle: labels.Point, half: float) -> labels.Box:
+    x, y = middle
+    return x - half, y - half, x + half, y + half
+
+
+def _name(name: str, bold: bool, label: labels.Label) -> str:
+    leader = ""
+    if label.leader:
+        (x, y), (end_x, end_y) = label.leader
+        leader = f'<path class="leader" d="M{x:.1f} {y:.1f}L{end_x:.1f} {end_y:.1f}"/>'
+    kind = "text front-name" if bold else "text"
+    left, _, right, bottom = label.box
+    at = {"start": left, "middle": (left + right) / 2, "end": right}[label.anchor]
+    place = f'x="{at:.1f}" y="{bottom - labels.DESCENT:.1f}" text-anchor="{label.anchor}"'
+    return f'{leader}<text class="{kind}" {place}>{html.escape(name)}</text>\n'
 
 
 def svgs(results: Results) -> dict[str, str]:

@@ -103,24 +103,6 @@ def test_plot():
     assert re.findall(r"(src|href)=", files["index.html"]) == []
 
 
-def test_names_in_the_plot_cover_neither_each_other_nor_a_mark():
-    marks = [(100.0, 100.0), (104.0, 101.0), (103.0, 108.0), (740.0, 100.0), (735.0, 103.0)]
-    names = ["10:1, learning_rate 3e-4", "10:1, learning_rate 1e-3", "x", "far to the right", "so is this"]
-    texts = pareto._names(names, marks, [False] * 5)
-    boxes = [
-        (float(x), float(y) - 11, float(x) + pareto.LETTER * len(name), float(y) + 3)
-        for name, text in zip(names, texts, strict=True)
-        for x, y in re.findall(r'x="([\d.]+)" y="([\d.]+)"', text)
-    ]
-    assert len(boxes) == 5
-    for index, box in enumerate(boxes):
-        assert box[2] <= pareto.WIDTH
-        others = [*boxes[:index], *((x - 4, y - 4, x + 4, y + 4) for x, y in marks)]
-        for other in others:
-            apart = box[0] >= other[2] or other[0] >= box[2] or box[1] >= other[3] or other[1] >= box[3]
-            assert apart, (names[index], other)
-
-
 def write_run(workdir, run, bits, end=True):
     with MetricsWriter(run_directory(workdir, run)) as writer:
         for step, change in ((0, 1.0), (5, 1.5), (10, 0.5))[: 3 if end else 2]:

@@ -1,0 +1,160 @@
+"""Names in the Pareto plots, read back from the SVG with everything else that is drawn."""
+
+import itertools
+import json
+import pathlib
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from lemur_jax.sweep import labels, pareto
+from lemur_jax.sweep.results import Results, Variant
+
+SPACE = {"s": "http://www.w3.org/2000/svg"}
+HARMONY = pathlib.Path(__file__).parents[2] / "docs" / "harmony"
+
+
+def committed(name):
+    found = json.loads((HARMONY / name / "results.json").read_text())
+    variants = tuple(
+        Variant(
+            name=one["name"],
+            merged=one["merged"],
+            seeds=tuple(one["seeds"]),
+            bits={group: tuple(values) for group, values in one["bits"].items()},
+            balance=tuple(one["balance"]),
+        )
+        for one in found["variants"]
+    )
+    return Results(base=found["base"], variants=variants, steps=found["steps"], tokens=found["tokens"])
+
+
+def random(seed):
+    """Clusters of points with long names and long error bars."""
+    rng = np.random.default_rng(seed)
+    centres = rng.uniform(2.0, 2.5, (3, 2))
+    variants = []
+    for number in range(12):
+        middle = centres[number % 3] + rng.normal(0, 0.02, 2)
+        bits = middle + rng.normal(0, [0.03, 0.005], (3, 2))
+        variants.append(
+            Variant(
+                name=f"{number}:1, learning_rate 3e-4",
+                merged=number % 2 == 0,
+                seeds=(1, 2, 3),
+                bits={"code": tuple(bits[:, 0]), "text": tuple(bits[:, 1])},
+                balance=(0.0,) * 3,
+            )
+        )
+    return Results(base={"code": 2.4, "text": 2.3}, variants=tuple(variants), steps=1, tokens=1)
+
+
+def names(root, results):
+    """Box of each name, and whether it is bold."""
+    wanted = {*(one.name for one in results.variants), "base"}
+    found = {}
+    for text in root.findall("s:text", SPACE):
+        if text.text in wanted:
+            bold = "front-name" in text.get("class")
+            width, _ = labels.text_size(text.text, bold)
+            share = {"start": 0, "middle": 0.5, "end": 1}[text.get("text-anchor")]
+            left, baseline = float(text.get("x")) - share * width, float(text.get("y"))
+            found[text.text] = (left, baseline - 11, left + width, baseline + 3), bold
+    assert found.keys() == wanted
+    return found
+
+
+def drawn(root):
+    """Boxes of points, seeds, error bars and the base's cross."""
+    for circle in root.findall("s:circle", SPACE):
+        x, y, radius = (float(circle.get(key)) for key in ("cx", "cy", "r"))
+        yield x - radius, y - radius, x + radius, y + radius
+    for path in root.findall("s:path", SPACE):
+        numbers = [float(number) for number in re.findall(r"-?[\d.]+", path.get("d"))]
+        if "bar" in path.get("class"):
+            x, y, wide, up, top, tall = numbers
+            yield x, y - 0.75, x + wide, y + 0.75
+            yield up - 0.75, top, up + 0.75, top + tall
+        if path.get("class") == "base":
+            x, y = numbers[:2]
+            yield x, y, x + 12, y + 12
+
+
+@pytest.mark.parametrize(
+    "results",
+    [*map(committed, ("ratio", "rewarm", "anneal", "constant")), *map(random, range(6))],
+    ids=["ratio", "rewarm", "anneal", "constant", *(f"random {seed}" for seed in range(6))],
+)
+def test_names_cover_no_bar_no_point_and_no_other_name(results):
+    root = ElementTree.fromstring(pareto.svg(results, "text", "code"))
+    found = {name: box for name, (box, _) in names(root, results).items()}
+    for name, box in found.items():
+        assert box[0] >= pareto.LEFT, name
+        assert box[2] <= pareto.WIDTH, name
+        assert not [other for other in drawn(root) if labels.overlap(box, other)], name
+    for one, other in itertools.combinations(found, 2):
+        assert not labels.overlap(found[one], found[other]), (one, other)
+    for path in root.findall("s:path[@class='leader']", SPACE):
+        x, y, end_x, end_y = (float(number) for number in re.findall(r"[\d.]+", path.get("d")))
+        crossed = [name for name, box in found.items() if labels.crosses(((x, y), (end_x, end_y)), box)]
+        assert not crossed
+
+
+def test_names_on_the_front_are_bold():
+    results = committed("rewarm")
+    bold = {
+        name
+        for name, (_, bold) in names(
+            ElementTree.fromstring(pareto.svg(results, "text", "code")), results
+        ).items()
+        if bold
+    }
+    assert bold == {one.name for one in results.front(["text", "code"])}
+    # A class: what a style sheet says of all text goes before an attribute.
+    assert ".front-name{font-weight:600}" in pareto.svg(results, "text", "code")
+
+
+@pytest.mark.parametrize("name", ["ratio", "rewarm", "anneal", "constant"])
+def test_the_committed_plots_are_drawn_from_the_committed_figures(name):
+    plot = (HARMONY / name / "pareto.svg").read_text()
+    assert pareto.svg(committed(name), "text", "code") == plot
+    assert plot in (HARMONY / name / "index.html").read_text()
+
+
+def test_a_name_is_near_its_mark_or_a_line_leads_to_it():
+    size = labels.text_size("name")
+    inside = (0.0, 0.0, 500.0, 500.0)
+    alone, second = labels.place([size, size], [(100.0, 100.0), (102.0, 100.0)], [], [], inside)
+    assert alone.box[2] <= 100 or alone.leader
+    assert second.leader or labels._distance(second.box, (102, 100)) < labels._distance(
+        second.box, (100, 100)
+    )
+    (crowded,) = labels.place([size], [(100.0, 100.0)], [(60.0, 70.0, 160.0, 130.0)], [], inside)
+    assert not labels.overlap(crowded.box, (60, 70, 160, 130))
+    assert crowded.leader[1] == (100, 100)
+    # Nor does another name go onto that line.
+    y = (crowded.leader[0][1] + 100) / 2
+    other = labels.Label(box=(90.0, y - 5, 110.0, y + 5), anchor="start", leader=None)
+    assert labels._is_free(other, [], [])
+    assert not labels._is_free(other, [], [crowded])
+    # There is nowhere to go.
+    (full,) = labels.place([size], [(100.0, 100.0)], [inside], [], inside)
+    assert labels._within(full.box, inside)
+
+
+@pytest.mark.parametrize(
+    ("segment", "expected"),
+    [
+        (((0, 5), (20, 5)), True),
+        (((0, 0), (20, 20)), True),
+        (((12, 12), (13, 12)), True),
+        (((0, 20), (9, 20)), False),
+        (((0, 5), (9, 5)), False),
+        (((10, 0), (10, 40)), False),  # along the edge
+        (((0, 19), (19, 38)), False),
+    ],
+)
+def test_crossing(segment, expected):
+    assert labels.crosses(segment, (10, 4, 20, 20)) == expected
