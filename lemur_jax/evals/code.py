@@ -80,14 +80,15 @@ def mbpp(path: epath.PathLike) -> list[Problem]:
       path: `mbpp.jsonl` of google-research/mbpp: an object a line with task_id, text, code, test_list.
 
     Raises:
-      UserError: the file is not there, or lacks the examples.
+      UserError: the file is not there, is damaged or another one, or lacks the examples.
     """
     if not epath.Path(path).exists():
         raise UserError(
             f"MBPP needs {path}: bring mbpp.jsonl from https://github.com/google-research/google-research"
             " (directory mbpp)"
         )
-    items = {item["task_id"]: item for item in map(json.loads, epath.Path(path).read_text().splitlines())}
+    lines = [line for line in epath.Path(path).read_text().splitlines() if line.strip()]
+    items = {item["task_id"]: item for item in (_item(path, *of) for of in enumerate(lines, 1))}
     if missing := {2, 3, 4} - items.keys():
         raise UserError(f"{path} lacks the example tasks {sorted(missing)}: bring the whole file")
 
@@ -105,6 +106,22 @@ def mbpp(path: epath.PathLike) -> list[Problem]:
         for number, item in sorted(items.items())
         if 11 <= number <= 510
     ]
+
+
+def _item(path: epath.PathLike, number: int, line: str) -> Mapping[str, Any]:
+    try:
+        item = json.loads(line)
+        lacking = [field for field in ("task_id", "text", "code", "test_list") if field not in item]
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"line {number} of {path} is no JSON object ({error}): bring mbpp.jsonl again"
+        ) from error
+    if lacking:
+        raise UserError(
+            f"line {number} of {path} lacks {', '.join(lacking)}: bring mbpp.jsonl of google-research, not"
+            " sanitized-mbpp.json or another edition"
+        )
+    return item
 
 
 def _asked(item: Mapping[str, Any]) -> str:

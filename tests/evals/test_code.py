@@ -85,6 +85,25 @@ def test_mbpp(tmp_path):
         code.mbpp(tmp_path / "none.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"task_id": 3, "text', r"line 2 of .* is no JSON object \(Unterminated"),
+        ("17", "line 2 of .* is no JSON object"),
+        (
+            '{"task_id": 3, "prompt": "x", "code": "y", "test_list": []}',
+            "line 2 of .* lacks text: .* sanitized",
+        ),
+        ("", r"lacks the example tasks \[3, 4\]"),
+    ],
+)
+def test_another_file_than_mbpp_is_named(tmp_path, line, expected):
+    first = {"task_id": 2, "text": "x", "code": "y", "test_list": []}
+    (tmp_path / "mbpp.jsonl").write_text(f"{json.dumps(first)}\n{line}\n")
+    with pytest.raises(UserError, match=expected):
+        code.mbpp(tmp_path / "mbpp.jsonl")
+
+
 def test_humaneval_from_a_checkpoint_to_json(problems, checkpoint, tmp_path, capsys):
     words = ["eval", "--checkpoint", str(checkpoint), "--tasks", "humaneval", "--limit", "2"]
     assert main([*words, "--json", str(tmp_path / "out.json")]) == 0

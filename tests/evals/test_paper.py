@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -10,11 +11,21 @@ import pytest
 from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
+from lemur_jax.evals import benchmarks, code
 from lemur_jax.evals.tasks import data as tasks
+from lemur_jax.infer import complete
+from lemur_jax.infer.generate import Completion
+from lemur_jax.infer.score import Score
+from lemur_jax.infer.session import load
 from lemur_jax.models.presets import preset
+from lemur_jax.parallel.mesh import parse_mesh
 from tests.infer.conftest import fresh_params
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
+
+import lm_eval
+
+from lemur_jax.evals import harness
 
 
 def write(directory, name, config, split, rows):
@@ -30,7 +41,7 @@ def question(number, subject, answer=1):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two subjects of MMLU, a question of each task of BBH, a problem of GSM8K."""
+    """Two subjects of MMLU, a question of each task of BBH, a problem of GSM8K, two problems of MBPP."""
     root = tmp_path_factory.mktemp("data")
     dev = [question(n, subject) for subject in ("us_history", "algebra") for n in range(6)]
     write(root, "mmlu", "all", "dev", dev)
@@ -40,6 +51,19 @@ def data(tmp_path_factory):
         write(root, "bbh", path.stem, "test", [{"input": f"is this {path.stem}", "target": "True"}])
     problems = [{"question": "How many?", "answer": "Two and two.\n#### 1,204"}]
     write(root, "gsm8k", "main", "test", problems)
+    # As google-research/mbpp has them, Windows' line ends included; 601 and above are not for the test.
+    items = [
+        {
+            "text": f"Write a function that gives {n}.",
+            "code": f"def give():\r\n  return {n}",
+            "task_id": n,
+            "test_setup_code": "import math",
+            "test_list": [f"assert give() == math.floor({n}.5)"],
+            "challenge_test_list": [],
+        }
+        for n in (1, 2, 3, 4, 11, 12, 601)
+    ]
+    (root / "mbpp.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     return root
 
 
@@ -126,7 +150,7 @@ def test_the_suite_from_local_data(data, roomy, tmp_path, capsys):
     assert found["BBH"]["detail"]["metrics"].keys() >= {"exact_match,none"}
     assert found["GSM8K"]["detail"]["metrics"].keys() >= {"exact_match,none"}
     assert found["MMLU"]["score"] in (0, 50, 100)
-    assert found["MBPP"]["missing"]
+    assert (found["MBPP"]["missing"], found["MBPP"]["detail"]["problems"]) == ("", 2)
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("MMLU", "Spider", "DS-1000", "30.7"))
     assert (
@@ -135,6 +159,65 @@ def test_the_suite_from_local_data(data, roomy, tmp_path, capsys):
     assert found["Spider"]["score"] == 12.34
     assert "12.3" in shown.split("checkpoint")[1].splitlines()[0]
     assert "Spider was not run" not in shown
+
+
+# What follows a prompt with this in it, if the model knows everything.
+KNOWN = {
+    "Which of 90?": "B",
+    "Which of 91?": "D",
+    "Which of 92?": "A",
+    "Q: is this ": " True\n\nQ: more",
+    "Question: How many?": " Four hundred, or so: $1,204.\n\nQuestion: more",
+    "that gives 11.": "def give():\n  return 11\n[DONE]\nmore",
+    "that gives 12.": "def give():\n  return 12\n[DONE]\nmore",
+}
+
+
+def known(tokenizer, prompt):
+    text = tokenizer.decode(list(prompt))
+    return KNOWN[max(KNOWN, key=text.rfind)]
+
+
+def all_knowing_stream(session, prompts, **_):
+    yield [
+        Completion(
+            tokens=tuple(ids := session.tokenizer.encode(known(session.tokenizer, prompt), prefix=False)),
+            logprobs=(0.0,) * len(ids),
+            finish_reason="length",
+        )
+        for prompt in prompts
+    ]
+
+
+def all_knowing_score(session, pairs, **_):
+    def good(context, continuation):
+        return session.tokenizer.decode(list(continuation)).strip() == known(session.tokenizer, context)
+
+    return [Score(logprobs=(0.0 if good(*pair) else -9.0,), greedy=(True,)) for pair in pairs]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_model_that_knows_everything_gets_full_marks(data, roomy, monkeypatch, chat):
+    monkeypatch.setattr(code, "humaneval", lambda: code.mbpp(data / "none.jsonl"))
+    monkeypatch.setattr(harness, "stream", all_knowing_stream)
+    monkeypatch.setattr(complete, "stream", all_knowing_stream)
+    monkeypatch.setattr(harness, "score", all_knowing_score)
+    session = load(roomy, parse_mesh("fsdp=4,tensor=2"), "float32")
+    # 128 tokens of an answer leave the end of the longest prompts in this model's 1,024.
+    found = benchmarks.evaluate(session, [], suite="paper", data=str(data), chat=chat, max_new_tokens=128)
+    scores = {item.task: item.score for item in found if not item.missing}
+    assert scores == {"MMLU": 100, "BBH": 100, "GSM8K": 100, "MBPP": 100}
+
+
+def test_a_damaged_or_other_file_is_named(tmp_path):
+    write(tmp_path, "gsm8k", "main", "test", [{"question": "?", "answers": "1"}])
+    with pytest.raises(UserError, match=r"gsm8k/main/test-.* lacks answer; it has question, answers"):
+        tasks.gsm8k(str(tmp_path))
+    (path,) = (tmp_path / "gsm8k/main").glob("*.parquet")
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match=r"gsm8k/main/test-.* is no whole Parquet file .* git lfs"):
+        tasks.gsm8k(str(tmp_path))
 
 
 def test_missing_data_says_what_to_bring(tmp_path):

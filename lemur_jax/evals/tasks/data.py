@@ -20,6 +20,11 @@ from lemur_jax.common.errors import UserError
 
 # Name -> repository of the hub.
 REPOSITORIES = {"mmlu": "cais/mmlu", "bbh": "SaylorTwift/bbh", "gsm8k": "openai/gsm8k"}
+FIELDS = {
+    "mmlu": ("question", "subject", "choices", "answer"),
+    "bbh": ("input", "target"),
+    "gsm8k": ("question", "answer"),
+}
 LETTERS = "ABCD"
 
 Document = dict[str, Any]
@@ -126,18 +131,12 @@ def rows(name: str, config: str, split: str, data: str = "") -> list[Document]:
     """The documents of a split, from `data/NAME/CONFIG` or from the hub.
 
     Raises:
-      UserError: they are in neither; it says which files to bring.
+      UserError: they are in neither, and it says which files to bring; or a file is damaged or another one.
     """
     repository = REPOSITORIES[name]
     paths = sorted((epath.Path(data) / name / config).glob(f"{split}*.parquet")) if data else []
     if paths:
-        import pyarrow.parquet
-
-        return [
-            row
-            for path in paths
-            for row in pyarrow.parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()
-        ]
+        return [row for path in paths for row in _read(path, FIELDS[name])]
     import datasets
 
     try:
@@ -148,6 +147,21 @@ def rows(name: str, config: str, split: str, data: str = "") -> list[Document]:
             f" where there is a network, hf download {repository} --repo-type dataset --local-dir DIR/{name};"
             " bring DIR here and name it with --data DIR"
         ) from error
+
+
+def _read(path: epath.Path, fields: Sequence[str]) -> list[Document]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes()))
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} is no whole Parquet file ({reason}): bring it again, with git lfs or hf"
+        ) from error
+    if lacking := [field for field in fields if field not in table.column_names]:
+        raise UserError(f"{path} lacks {', '.join(lacking)}; it has {', '.join(table.column_names)}")
+    return table.to_pylist()
 
 
 def _test_split(documents: list[Document]) -> dict[str, Any]:
