@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lemur_jax.checkpoint import digest
 from lemur_jax.checkpoint.digest import RunningDigest, on_devices
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.int32]
+
+
+@pytest.fixture(params=["on the host", "by a program"])
+def place(request, monkeypatch):
+    """Where small arrays are summed up; what was not asked for fails."""
+    if request.param == "by a program":
+        monkeypatch.setattr(digest, "HOST_BYTES", -1)
+    monkeypatch.setattr(digest, "_measure" if request.param == "on the host" else "_measure_on_host", None)
 
 
 def reference(array):
@@ -26,21 +35,21 @@ def values(shape, dtype):
 
 
 def running(array, *cuts):
-    digest = RunningDigest()
+    found = RunningDigest()
     for block in np.split(array.reshape(-1), cuts):
-        digest.update(block)
-    return digest.value
+        found.update(block)
+    return found.value
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (7,), (3, 40, 1024)])
-def test_is_the_sum_it_says(dtype, shape):
+def test_is_the_sum_it_says(dtype, shape, place):
     array = values(shape, dtype)
     assert running(array) == reference(array)
     assert on_devices({"x": array}) == ({"x": reference(array)}, [])
 
 
-def test_is_the_same_in_any_blocks_and_on_any_mesh():
+def test_is_the_same_in_any_blocks_and_on_any_mesh(place):
     array = values((8, 64, 256), np.float32)
     expected = reference(array)
     assert running(array, 1, 65535, 65537, 130000) == expected
@@ -68,7 +77,14 @@ def test_swapped_and_zeroed_values_are_seen():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_names_what_is_not_finite(bad):
+def test_names_what_is_not_finite(bad, place):
     array = values((4, 5), np.float32)
     array[2, 3] = bad
     assert on_devices({"good": values((3,), np.float32), "bad": array})[1] == ["bad"]
+
+
+def test_large_arrays_are_left_to_their_devices(monkeypatch):
+    monkeypatch.setattr(digest, "HOST_BYTES", 399)
+    monkeypatch.setattr(digest, "_measure_on_host", None)
+    array = values((100,), np.float32)
+    assert on_devices({"x": array}) == ({"x": reference(array)}, [])
