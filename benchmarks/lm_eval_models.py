@@ -58,6 +58,7 @@ def workload(documents: int) -> dict[str, list]:
     pieces = [text[index * 3000 :][: 900 + 300 * index // documents] for index in range(documents)]
     choice = [(piece + "\nAnswer:", f" {letter}") for piece in pieces for letter in "ABCD"]
     several = [(piece[:-40], piece[-40:][: 10 * n]) for piece in pieces for n in (1, 2, 3, 4)]
+    several = [pair for pair in several if pair[1].strip()]  # a continuation of spaces alone would be none
     generate = [(piece, {"until": ["\n\n\n"], "max_gen_toks": 32, "do_sample": False}) for piece in pieces]
     kinds = {
         "choice": ("loglikelihood", choice),

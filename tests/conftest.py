@@ -6,4 +6,5 @@ from lemur_jax.parallel import hosts
 
 hosts.choose_platform(virtual_devices=8)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing outlives a run of the tests
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -59,7 +59,9 @@ def open_session(args: argparse.Namespace, **options):
     """The checkpoint on the mesh that the arguments say; other options of `infer.session.load` by name."""
     start_jax(args)
     from lemur_jax.infer.session import load
+    from lemur_jax.parallel import hosts
     from lemur_jax.parallel.mesh import parse_mesh
 
     mesh = parse_mesh(args.mesh)
+    hosts.keep_programs()
     return load(args.checkpoint, mesh, args.dtype, args.step, weights=args.weights, **options)

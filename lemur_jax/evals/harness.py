@@ -19,6 +19,7 @@ from lemur_jax.infer.generate import bucket, stream
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.score import BATCH_TOKENS, score
 from lemur_jax.infer.session import Session, load
+from lemur_jax.parallel import hosts
 from lemur_jax.parallel.mesh import parse_mesh
 
 try:
@@ -56,6 +57,8 @@ class LemurLM(TemplateLM):
         **ignored: Any,  # the harness passes batch_size, device and their like
     ):
         super().__init__()
+        if session is None:
+            hosts.keep_programs()
         self.session = session or load(checkpoint, parse_mesh(mesh), dtype, step)
         self.tokenizer = self.session.need_tokenizer()
         self.add_bos = add_bos

@@ -22,7 +22,7 @@ from lemur_jax.parallel.rules import constrain
 
 # Tokens of a batch, padding included; decides how many rows run at once.
 BATCH_TOKENS = 8192
-# So many batches at the end of a call have one shape.
+# So many batches at the end of a call have one shape, and rows of one asked position one with longer ones.
 FEW_BATCHES = 4
 # Positions of a batch whose logits [., V] exist at a time.
 LOGIT_POSITIONS = 2048
@@ -114,19 +114,26 @@ def _batches(
     """(rows, T, P, B), longest first: what does not fit in memory fails at once.
 
     A batch is full whatever the lengths in it, and what is left for `FEW_BATCHES` keeps the last shape: to pad that
-    much costs less than another program. Many requests have neighbours of nearly their own length.
+    much costs less than another program; and so it does to ask a few rows of one position for `_asked(2)` of them. Many
+    requests have neighbours of nearly their own length.
     """
     ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
     groups: dict[int, list[_Row]] = collections.defaultdict(list)
     for row in rows:
         groups[_asked(row.asked)].append(row)
+    single, several = groups[1], groups[_asked(2)]
+    if several and sum(len(row.tokens) for row in single) <= FEW_BATCHES * batch_tokens:
+        several += groups.pop(1)
     for P, group in sorted(groups.items(), reverse=True):
         group.sort(key=lambda row: -len(row.tokens))
         T = B = 0
         while group:
             if len(group) > FEW_BATCHES * B:
                 T = _slots(session, len(group[0].tokens))
-                B = ways * min(max(1, batch_tokens // (T * ways)), _power_of_two(-(-len(group) // ways)))
+                most, rest = max(1, batch_tokens // (T * ways)), -(-len(group) // ways)
+                B = ways * min(
+                    most, bucket(-(-rest // -(-rest // most)))
+                )  # the last one is nearly full as well
             yield group[:B], T, min(P, T), B
             group = group[B:]
 

@@ -119,6 +119,37 @@ def _many_workers() -> bool:
     return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
+def keep_programs() -> None:
+    """Keeps compiled programs on this machine for the next process: a short evaluation is mostly compiling.
+
+    In `lemur_jax/programs` of `XDG_CACHE_HOME`, by default `~/.cache`; at most 1 GiB, the oldest go first. What JAX's
+    own variables say goes before all that: `JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE=false` for none.
+    JAX's keys tell programs, versions, flags and kinds of processors apart. Several hosts keep nothing of themselves:
+    they would need a directory that all of them see. Call it before anything is compiled; later it has no effect.
+    """
+    import jax
+
+    config: Any = jax.config  # whose options mypy does not see
+    if not config.jax_enable_compilation_cache or config.jax_compilation_cache_dir:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    directory = os.path.join(home, "lemur_jax", "programs")
+    if jax.process_count() > 1:
+        return
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError:
+        return  # a home that cannot be written is no reason to stop
+    settings = {
+        "jax_compilation_cache_dir": directory,
+        "jax_compilation_cache_max_size": 1 << 30,
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    for name, value in settings.items():
+        if name.upper() not in os.environ:
+            config.update(name, value)
+
+
 def is_chief() -> bool:
     """Whether this is the one process that writes and prints what all know."""
     import jax

@@ -124,22 +124,26 @@ def test_edges(ours, theirs):
 
 
 def test_few_requests_are_few_shapes_and_many_are_hardly_padded(ours):
-    def batches(count, most):
+    def batches(count, most, batch_tokens=1024):
         lengths = [1 + index * 7919 % most for index in range(count)]
         rows = [scoring._Row(tuple(range(n)), min(n, 1 + n % 3), [0], [0]) for n in lengths]
-        found = list(scoring._batches(ours.session, rows, 1024))
+        found = list(scoring._batches(ours.session, rows, batch_tokens))
         assert sorted(len(row.tokens) for rows, *_ in found for row in rows) == sorted(lengths)
         for rows, T, P, B in found:
             assert len(rows) <= B
             assert B % 4 == 0
-            assert B * T <= 1024
+            assert batch_tokens >= B * T
             assert max(len(row.tokens) for row in rows) <= T
             assert max(row.asked for row in rows) <= P
         return found, sum(lengths)
 
     found, _ = batches(20, 120)
-    assert len({tuple(shape) for _, *shape in found}) == 2  # one of P 1, one of P 16
+    assert {P for *_, P, _ in found} == {16}
+    assert len({tuple(shape) for _, *shape in found}) == 1
+    # A second batch is about as full as the first, which could have held 64.
+    assert [(len(rows), B) for rows, *_, B in batches(72, 120, 8192)[0]] == [(40, 40), (32, 40)]
     found, total = batches(3000, 120)
+    assert {P for *_, P, _ in found} == {1, 16}
     assert sum(B * T for _, T, _, B in found) < 1.35 * total
 
 

@@ -74,3 +74,38 @@ def test_many_steps_over_eight_devices_on_busy_cores():
     variables = dict(os.environ, XLA_FLAGS="--xla_cpu_collective_call_terminate_timeout_seconds=60")
     runs = [subprocess.Popen([sys.executable, "-c", STEPS], env=variables) for _ in range(3)]
     assert [run.wait() for run in runs] == [0, 0, 0]
+
+
+KEEP = """
+import jax, jax.monitoring, jax.numpy as jnp
+from lemur_jax.parallel import hosts
+found = []
+jax.monitoring.register_event_listener(lambda name, **_: found.append(name))
+hosts.keep_programs()
+jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((64, 64)))
+print(sum(name.endswith("compilation_cache/cache_hits") for name in found))
+"""
+
+
+def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
+    def hits(**variables):
+        environment = {
+            **os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables,
+        }  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", KEEP], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    kept = tmp_path / "cache" / "lemur_jax" / "programs"
+    assert hits(JAX_ENABLE_COMPILATION_CACHE="false") == 0
+    assert not kept.exists()
+    assert hits() == 0
+    assert list(kept.glob("jit*"))
+    assert hits() > 0
+    # A directory of the user's own, with nothing in it yet.
+    assert hits(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == 0
+    assert list((tmp_path / "mine").glob("jit*"))
+    # A home that cannot be written.
+    (tmp_path / "file").write_text("")
+    assert hits(XDG_CACHE_HOME=str(tmp_path / "file")) == 0
