@@ -109,7 +109,7 @@ def _train(args) -> int:
     return 0
 
 
-def _sweep(args) -> None:
+def _sweep(args) -> int:
     from lemur_jax.common.config import load
 
     config = load(args.config, args.overrides)
@@ -119,8 +119,9 @@ def _sweep(args) -> None:
 
         for run in plan_runs(config, ratios, args.seeds, args.vary, args.sources):
             print(command(args.config, args.overrides, run, args.workdir))
-        return
+        return 0
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
+    from lemur_jax.parallel import liveness
     from lemur_jax.sweep.results import markdown
     from lemur_jax.sweep.sweep import sweep
 
@@ -137,6 +138,9 @@ def _sweep(args) -> None:
     )
     if found:
         print(f"{markdown(found)}\nwrote {args.workdir}/index.html, table.md, pareto.svg and results.json")
+    elif os.environ.get("LEMUR_RELAUNCH") == "1":
+        return liveness.LOST  # stopped, as a run that is not finished
+    return 0
 
 
 def _doctor(args) -> None:

@@ -104,6 +104,10 @@ def test_a_sigterm_ends_the_sweep_and_not_the_run_alone(project, monkeypatch, ca
     monkeypatch.setattr(runner, "train", signalled)
     assert main(WORDS.replace("out", "stopped").split()) == 0
     assert len(calls) == 2
+    # A script that is to stop with it asks for another status.
+    monkeypatch.setenv("LEMUR_RELAUNCH", "1")
+    calls.clear()
+    assert main(WORDS.replace("out", "stopped").split()) == 75
     assert "stopped; the same command goes on from there" in capsys.readouterr().out
     assert not (project / "stopped/results.json").exists()
 
