@@ -9,6 +9,7 @@ softmax are float32. Queries enter already divided by √N.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ def splash_attention(
     if mesh is None:
         return local(query, key, value, segment_ids, ways=1)
     ways = mesh.shape["sequence"]
-    _check_heads(query.shape[2], key.shape[2], mesh)
+    check_heads(query.shape[2], key.shape[2], mesh)
     heads = PartitionSpec(RULES["batch"], RULES["length"], RULES["heads"], None)
     return jax.shard_map(
         functools.partial(local, ways=ways),
@@ -76,7 +77,12 @@ def splash_attention(
     )(query, key, value, segment_ids)
 
 
-def _check_heads(H: int, K: int, mesh: Mesh) -> None:
+def check_heads(H: int, K: int, mesh: Any) -> None:
+    """Whether the heads of a model can be traded for positions on a mesh, which may be abstract.
+
+    Raises:
+      UserError: they cannot.
+    """
     ways = mesh.shape["sequence"]
     H, K = H // mesh.shape["tensor"], K // mesh.shape["tensor"]
     if H % ways or max(K, ways) % min(K, ways):

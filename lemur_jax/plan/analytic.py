@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.remat import POLICIES
+from lemur_jax.models.splash import check_heads
 from lemur_jax.parallel.mesh import AXES, mesh_shape
 from lemur_jax.parallel.rules import spec
 from lemur_jax.plan.compile import device_bytes
@@ -73,6 +74,8 @@ def bound(config: ConfigDict, tpu: Slice) -> Bound:
     mesh = _mesh(config, tpu)
     check(config, mesh)
     model = LlamaConfig.from_dict(config.model)
+    if mesh.shape["sequence"] > 1:
+        check_heads(model.num_attention_heads, model.num_key_value_heads, mesh)
     optimizer = tuple(sorted(config.optimizer.items()))
     parameters, moments = _state_bytes(model, config.compute.param_dtype, optimizer, config.train.steps, mesh)
     tokens = config.train.batch_rows * config.data.sequence_length / devices * mesh.shape["tensor"]
@@ -193,16 +196,18 @@ def _flops(config: ConfigDict, model: LlamaConfig) -> float:
 
 
 def _network(config: ConfigDict, model: LlamaConfig, mesh: Any, tokens: float, tpu: Slice) -> float:
-    """Seconds over all links at once: weights gathered twice a pass, activations summed over `tensor`, keys shared."""
+    """Seconds over all links at once: weights gathered twice a pass, activations summed, positions traded for heads."""
     size = jnp.dtype(config.compute.dtype).itemsize
     fsdp, tensor, sequence = mesh.shape["fsdp"], mesh.shape["tensor"], mesh.shape["sequence"]
     weights = flops.parameter_counts(model).total * size / tensor
     moved = 2 * config.train.microbatches * weights * (fsdp - 1) / fsdp
     # Two sums of the layer's width forward and two backward; each is reduced by a reduce-scatter and gathered again.
     moved += 8 * model.num_hidden_layers * tokens * model.hidden_size * size * (tensor - 1) / tensor
-    # Keys and values of a row are gathered in both passes, and their gradients are reduced.
-    keys_and_values = 2 * model.num_key_value_heads * model.head_dim / tensor
-    moved += 3 * model.num_hidden_layers * tokens * (sequence - 1) * keys_and_values * size
+    # Positions are traded for heads before the attention and back after it, in both passes (models/splash.py); where
+    # there are fewer key heads than devices, they are repeated for that.
+    key_heads = max(model.num_key_value_heads / tensor, sequence) if sequence > 1 else 0
+    traded = 2 * (model.num_attention_heads / tensor + key_heads) * model.head_dim
+    moved += 2 * model.num_hidden_layers * tokens * traded * size * (sequence - 1) / sequence
     axes = [2 if wrap else 1 for wrap, length in zip(tpu.wrap, tpu.shape, strict=True) if length > 1]
     return moved / (max(1, sum(axes)) * CHIPS[tpu.generation.name].link)
 

@@ -207,16 +207,23 @@ def test_long_rows_are_cut_into_pieces(length, given, tried):
     assert found == tried
 
 
-def test_gathered_keys_cost_time():
+def test_positions_traded_for_heads_cost_time():
     config = default_config(preset("llama2_7b", max_position_embeddings=16_384).to_dict())
     config.data.sequence_length, config.train.batch_rows = 16_384, 16
     config.mesh.fsdp = 1
     config.mesh.sequence = 16
-    # 15 of 16 pieces of 2 x 4096 numbers a position come from others, in 32 layers, both ways and back; 4 links.
-    moved = 3 * 32 * 15 * 16_384 * 2 * 4096 * 2
+    # Query, key, value and output: 15 of 16 parts of 4 x 4096 numbers a position go to others, in 32 layers, both ways.
+    moved = 2 * 32 * 16_384 * 4 * 4096 * 2 * 15 / 16
     assert analytic.bound(config, topologies.find("v5e-16")).network == pytest.approx(
         moved / (2 * 45e9), rel=0.01
     )
+    config.model.num_attention_heads = config.model.num_key_value_heads = 20
+    pruned = {}
+    assert all(
+        each.changes["mesh.sequence"] < 8
+        for each in search.candidates(config, topologies.find("v5e-16"), pruned)
+    )
+    assert pruned["the mesh does not divide the model or the batch"]
 
 
 def test_what_layers_keep_is_cut_over_tensor():
