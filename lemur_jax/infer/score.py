@@ -130,10 +130,10 @@ def _batches(
         while group:
             if len(group) > FEW_BATCHES * B:
                 T = _slots(session, len(group[0].tokens))
-                most, rest = max(1, batch_tokens // (T * ways)), -(-len(group) // ways)
-                B = ways * min(
-                    most, bucket(-(-rest // -(-rest // most)))
-                )  # the last one is nearly full as well
+                most = max(1, batch_tokens // (T * ways))
+                rest = -(-len(group) // ways)
+                # As many in each, rather than a last one that is nearly empty.
+                B = ways * min(most, bucket(-(-rest // -(-rest // most))))
             yield group[:B], T, min(P, T), B
             group = group[B:]
 
