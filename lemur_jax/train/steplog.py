@@ -69,6 +69,7 @@ class StepLog:
         self._machine = _Machine(program, mixture.batch_rows * mixture.length) if program else None
         self._data_wait = 0.0
         self._taken: float | None = None  # when the batch was there that is being worked on
+        self._handing = 0.0  # seconds in which steps were handed to the devices since the last flush
         # Wall seconds of the run by what they went to.
         self._spent = collections.defaultdict(float, spent or {})
         self._wall_before = self._spent.pop("wall", 0.0)
@@ -95,12 +96,16 @@ class StepLog:
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of the update that made the step counter `step`."""
-        if not self._compiled and self._taken is not None:
-            # The first call returns when the program is compiled; later ones return at once.
+        if self._taken is not None:
             seconds = time.perf_counter() - self._taken
-            self._spent["compile"] += seconds
-            self._since += seconds
-            self._compiled = True
+            if self._compiled:
+                self._handing += seconds
+            else:
+                # The first call returns when the program is compiled; later ones return at once, or when the devices
+                # can take another step.
+                self._spent["compile"] += seconds
+                self._since += seconds
+                self._compiled = True
         self._pending.append((step, metrics))
 
     def flush(self, keep: int = 0) -> None:
@@ -116,8 +121,10 @@ class StepLog:
         asked = time.perf_counter()
         fetched = jax.device_get([metrics for _, metrics in ready])
         now = time.perf_counter()
-        # Without the wait for the devices, in which every host waits for the slowest one.
-        liveness.tell("seconds", (asked - self._since) / len(ready))
+        # Without the waits for the devices, in which every host waits for the slowest one: for results here, and for
+        # room when a step is handed to them.
+        liveness.tell("seconds", (asked - self._since - self._handing) / len(ready))
+        self._handing = 0.0
         seconds = (now - self._since) / len(ready)
         self._since = now
         data_wait, self._data_wait = self._data_wait / len(ready), 0.0

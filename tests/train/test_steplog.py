@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.models.presets import preset
+from lemur_jax.parallel import liveness
 from lemur_jax.telemetry import goodput
 from lemur_jax.telemetry.metrics import MetricsWriter
 from lemur_jax.train import steplog
@@ -64,7 +65,7 @@ def memory(monkeypatch):
     monkeypatch.setattr(steplog.jax, "local_devices", lambda: devices)
 
 
-def run(clock, steps=4, kind="TPU v4", devices=256, spent=None, **more):
+def run(clock, steps=4, kind="TPU v4", devices=256, spent=None, handing=0.0, **more):
     """Steps of 10 s of which 1 s waits for data, after 3 s of start and 60 s of compiling."""
     mixture = types.SimpleNamespace(
         sources=[types.SimpleNamespace(name="code")],
@@ -87,7 +88,7 @@ def run(clock, steps=4, kind="TPU v4", devices=256, spent=None, **more):
             yield step
 
     for step in log.waiting(batches()):
-        clock.now += 60.0 if step == 0 else 0.0
+        clock.now += 60.0 if step == 0 else handing
         log.add(step + 1, metrics)
         clock.now += 9.0
         if step == 1:
@@ -182,6 +183,14 @@ def test_nothing_is_said_of_an_unknown_chip(clock):
     record = run(clock, kind="cpu", devices=1)[0]
     assert not {"mfu", "tokens_per_second_per_chip", "hbm_bytes"} & record.keys()
     assert {"seconds", "data_wait_seconds", "tokens_per_second"} <= set(CLOCK_KEYS) & record.keys()
+
+
+@pytest.mark.parametrize("handing", [0.0, 4.0])
+def test_a_host_that_waits_for_room_on_its_devices_is_no_straggler(clock, monkeypatch, handing):
+    told = []
+    monkeypatch.setattr(liveness, "tell", lambda name, value: told.append(value))
+    run(clock, handing=handing)
+    assert told == [pytest.approx(10.0)] * 2  # of a step: its data, and what the host does itself
 
 
 def test_reader_is_closed_when_the_loop_is_left(clock):
