@@ -4,8 +4,8 @@
 
 Saves a fresh training state `--rounds` times as `lemur train` does; medians. "copy" is the copy of the state to the
 host alone, "digests" those of all leaves with the check for finite values. "save" is how long `save` takes to return.
-On the CPU nothing is copied in there: the next update, which may not write over what is being saved, makes the copy. So
-"held" is `save` and the next update, less an update without a save before it.
+What is still to be waited for behind it falls on the next update: "held" is `save` and that update, less an update
+without a save before it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from lemur_jax.checkpoint.digest import on_devices
+    from lemur_jax.checkpoint import digest
     from lemur_jax.checkpoint.leaves import named
     from lemur_jax.checkpoint.manager import Checkpoints, make_metadata
     from lemur_jax.common.config import default_config
@@ -68,7 +68,7 @@ def main() -> None:
     with Checkpoints(options.directory, keep=1) as checkpoints:
         for step in range(options.rounds + 1):
             timed("copy", lambda: jax.tree.map(lambda leaf: np.array(leaf, copy=True), trees))
-            timed("digests", lambda: on_devices(named(trees)))
+            timed("digests", lambda: digest.start(named(trees))())
             timed("update", updated)
             timed("save", lambda step=step: checkpoints.save(step, **trees, metadata=metadata))
             timed("update after", updated)
@@ -76,8 +76,10 @@ def main() -> None:
     held = zip(seconds["save"], seconds["update after"], seconds["update"], strict=True)
     seconds["held"] = [save + after - alone for save, after, alone in held]
     print(f"{options.preset}: {size / 1e9:.2f} GB of state, {jax.device_count()} device(s)")
-    for name, values in seconds.items():
-        print(f"{name:14} {statistics.median(values[1:]):6.2f} s")  # the first compiles
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first compiles
+    for name, value in medians.items():
+        print(f"{name:14} {value:6.2f} s")
+    print(f"held / copy    {medians['held'] / medians['copy']:6.2f}")
     shutil.rmtree(options.directory)
 
 

@@ -6,11 +6,13 @@ The digest of an array is, modulo 2^32,
 
 where i counts elements in row-major order, bits(x) is the element's bit pattern and u and v are odd. Odd
 numbers have inverses modulo 2^32, so any change of one element changes the digest; changes of several
-go unseen once in 2^32. Sums of integers do not depend on their order: devices compute it over sharded
-arrays in one pass before a save and after a restore, and the host over blocks that stream by.
+go unseen once in 2^32. Sums of integers do not depend on their order: accelerators compute it over sharded
+arrays in one pass, and the host over blocks that stream by, or over several at once.
 """
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -18,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lemur_jax.checkpoint.leaves import on_host
+
 _BLOCK = 1 << 16
-# Arrays in the host's memory that are no larger than this together are summed up there, which takes less time than to
-# compile a program for their shapes.
-HOST_BYTES = 32 << 20
+_PIECE = 64 * _BLOCK  # elements that a thread of the host takes at a time
 _MIX = 0x9E3779B1  # 2^32 / golden ratio: neighbours get unlike weights
 
 
@@ -35,11 +37,15 @@ _TABLE = _inner(np.arange(_BLOCK, dtype=np.uint32))
 
 
 class RunningDigest:
-    """The digest of an array that passes by in row-major blocks."""
+    """The digest of an array that passes by in row-major blocks.
 
-    def __init__(self) -> None:
+    Args:
+      index: of the first element, where the array does not pass by as a whole: digests of its parts add up.
+    """
+
+    def __init__(self, index: int = 0) -> None:
         self._sum = 0
-        self._index = 0
+        self._index = index
 
     def update(self, block: np.ndarray) -> None:
         """Takes the next elements; any dtype of 1, 2 or 4 bytes, C-contiguous."""
@@ -60,33 +66,45 @@ class RunningDigest:
         return self._sum % (1 << 32)
 
 
-def on_devices(leaves: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
-    """Digests of arrays where they lie, and the names of those with a value that is not finite.
+def start(leaves: Mapping[str, Any]) -> Callable[[], tuple[dict[str, int], list[str]]]:
+    """Digests of arrays where they lie.
 
     Args:
-      leaves: `jax.Array`s, sharded in any way, or NumPy arrays.
+      leaves: `jax.Array`s, sharded in any way, or NumPy arrays. On accelerators the work begins now, and they may be
+        donated; what lies in the host's memory is read when the result is asked for.
+
+    Returns:
+      What gives the digests, and the names of the arrays that have a value that is not finite.
     """
-    if all(map(_on_host, leaves.values())) and sum(leaf.nbytes for leaf in leaves.values()) <= HOST_BYTES:
-        digests, finite = _measure_on_host(leaves)
-    else:
-        digests, finite = jax.device_get(_measure(dict(leaves)))
+    if all(map(_is_here, leaves.values())):
+        return lambda: _result(*_measure_on_host(leaves))
+    started = _measure(dict(leaves))
+    return lambda: _result(*jax.device_get(started))
+
+
+def _result(digests: Mapping[str, Any], finite: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
     return {name: int(value) for name, value in digests.items()}, [n for n, ok in finite.items() if not ok]
 
 
-def _on_host(leaf: Any) -> bool:
-    if not isinstance(leaf, jax.Array):
-        return True
-    return leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
+def _is_here(leaf: Any) -> bool:
+    return on_host(leaf) and (not isinstance(leaf, jax.Array) or leaf.is_fully_addressable)
 
 
-def _measure_on_host(leaves: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _measure_on_host(leaves: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, bool]]:
     digests, finite = {}, {}
-    for name, leaf in leaves.items():
-        array = np.ascontiguousarray(leaf)
-        digest = RunningDigest()
-        digest.update(array)
-        digests[name], finite[name] = digest.value, np.isfinite(array).all()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, leaf in leaves.items():
+            flat = np.ascontiguousarray(leaf).reshape(-1)
+            pieces = list(pool.map(partial(_measure_piece, flat), range(0, flat.size, _PIECE)))
+            digests[name] = sum(digest for digest, _ in pieces) % (1 << 32)
+            finite[name] = all(ok for _, ok in pieces)
     return digests, finite
+
+
+def _measure_piece(flat: np.ndarray, index: int) -> tuple[int, bool]:
+    piece, digest = flat[index : index + _PIECE], RunningDigest(index)
+    digest.update(piece)
+    return digest.value, bool(np.isfinite(piece).all())
 
 
 @jax.jit

@@ -52,6 +52,12 @@ def check_wanted(stored: Mapping[str, Leaf] | None, wanted: Any, where: str, *, 
             raise UserError(f"{where}: {name} is {found.dtype}, this config wants {leaf.dtype}")
 
 
+def on_host(array: Any) -> bool:
+    """Whether an array lies in the host's memory: NumPy's, or one of CPU devices."""
+    devices: set[Any] = array.sharding.device_set if isinstance(array, jax.Array) else set()
+    return all(device.platform == "cpu" for device in devices)
+
+
 def named(tree: Any) -> dict[str, Any]:
     """Leaves by path, in the words of Orbax, for which a named tuple is a dictionary."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]

@@ -26,6 +26,7 @@ from orbax.checkpoint.experimental.emergency.path import sync_global_data
 from lemur_jax.checkpoint.leaves import check_wanted
 from lemur_jax.checkpoint.metadata import Damaged, seal, unseal
 from lemur_jax.checkpoint.reading import agreed, check_same, measured, restore_args
+from lemur_jax.checkpoint.snapshot import snapshot
 from lemur_jax.common.errors import UserError
 from lemur_jax.parallel.hosts import any_host
 
@@ -74,7 +75,7 @@ class LocalCheckpoints:
             ) from error
 
     def save(self, step: int, params: Any, optimizer: Any, metadata: Mapping[str, Any]) -> None:
-        """Starts saving; returns once the arrays are copied to the host.
+        """Starts saving; returns once the arrays are copied to the host, and may be donated.
 
         A save that fails is reported and does not raise: there are the other checkpoints.
 
@@ -87,8 +88,10 @@ class LocalCheckpoints:
         Raises:
           UserError: a leaf is not finite.
         """
+        params, optimizer = snapshot((params, optimizer))
         state = {"params": params, "optimizer": optimizer}
-        leaves = {item: measured(tree, f"step {step} is not saved: {item}") for item, tree in state.items()}
+        measures = {item: measured(tree, f"step {step} is not saved: {item}") for item, tree in state.items()}
+        leaves = {item: result() for item, result in measures.items()}
         # The tokenizer is in the workdir's checkpoints and never changes.
         described = seal({**metadata, "tokenizer": {}, "mesh": self._mesh}, leaves)
         try:

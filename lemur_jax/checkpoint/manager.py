@@ -31,6 +31,7 @@ from lemur_jax.checkpoint.reading import (
     restore_params,
     steps_in,
 )
+from lemur_jax.checkpoint.snapshot import snapshot
 from lemur_jax.checkpoint.streaming import BY_LAYER, Streamed, streamed
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.paths import absolute, is_object_store
@@ -119,9 +120,10 @@ class Checkpoints:
     def save(
         self, step: int, params: Any, optimizer: Any, metadata: Mapping[str, Any], loss: float | None = None
     ) -> None:
-        """Starts saving; returns once the arrays are copied to the host.
+        """Starts saving; returns once the arrays are copied to the host, and may be donated.
 
-        A save that fails, now or later, is reported and does not raise before `max_failures` in a row.
+        Digests are computed beside the write. A save that fails, now or later, is reported and does not raise before
+        `max_failures` in a row.
 
         Args:
           step: updates done.
@@ -131,7 +133,7 @@ class Checkpoints:
           loss: held-out loss, by which `keep_best` chooses.
 
         Raises:
-          UserError: a leaf is not finite, or too many saves failed.
+          UserError: as `wait` does.
         """
         began = time.monotonic()
         self.wait()
@@ -141,8 +143,13 @@ class Checkpoints:
                 f"the save of step {step} waited {waited:.0f} s for the one before it: the storage is slower than"
                 " config.checkpoint.every_steps or every_minutes asks for"
             )
+        params, optimizer = snapshot((params, optimizer))
         trees = {"params": params, "optimizer": optimizer}
-        leaves = {item: measured(tree, f"step {step} is not saved: {item}") for item, tree in trees.items()}
+        measures = {item: measured(tree, f"step {step} is not saved: {item}") for item, tree in trees.items()}
+
+        def sealed() -> dict[str, Any]:
+            return seal(metadata, {item: result() for item, result in measures.items()})
+
         # A tree mapped by path: stacked matrices are cut by layer, so that an export is bounded.
         save_args = jax.tree_util.tree_map_with_path(_save_args, params)
         try:
@@ -151,7 +158,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=ocp.args.PyTreeSave(params, save_args=save_args),
                     optimizer=ocp.args.PyTreeSave(optimizer),
-                    metadata=SaveLateJson(lambda: seal(metadata, leaves)),
+                    metadata=SaveLateJson(sealed, on_every_host=True),
                 ),
                 metrics=None if loss is None else {"loss": loss},
                 force=True,
@@ -161,28 +168,31 @@ class Checkpoints:
             self._count_failure(step, error)
 
     def wait(self) -> None:
-        """Until no save is going on; reports, and raises, as `save` does."""
+        """Until no save is going on.
+
+        Raises:
+          UserError: a leaf was not finite and the checkpoint is not there, or too many saves failed.
+        """
         if self._pending is None:
             return
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
             self._failures, self._pending = 0, None
+        except UserError:  # of the values themselves, on all hosts
+            self._forget_half_written()
+            raise
         except Exception as error:
             self._count_failure(self._pending, error)
 
     def poll(self) -> None:
-        """Reports a save that has failed in the background, without waiting for one that goes on."""
+        """Reports, and raises, as `wait` does, but does not wait for a save that goes on."""
         if self._pending is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def _count_failure(self, step: int, error: Exception) -> None:
-        self._pending = None
         self._failures += 1
-        # What is half written takes room that the next attempt may need, and the step is not there.
-        if hosts.is_chief():
-            _remove_half_written(self.path)
-        self._manager.reload()
+        self._forget_half_written()
         kept = self._manager.latest_step()
         reason = f"{type(error).__name__}: {error}"
         message = (
@@ -192,6 +202,13 @@ class Checkpoints:
         if self._failures >= self._max_failures:
             raise UserError(f"{message}. Make room or mend the storage, then run the same command again")
         self._say(f"WARNING: {message}. It will be tried again")
+
+    def _forget_half_written(self) -> None:
+        """What is half written takes room that the next attempt may need, and the step is not there."""
+        self._pending = None
+        if hosts.is_chief():
+            _remove_half_written(self.path)
+        self._manager.reload()
 
     def restore(self, step: int, params: Any, optimizer: Any, fresh: bool = False) -> tuple[Any, Any]:
         """Reads both trees onto the shardings of the given abstract trees, and verifies them.

@@ -90,25 +90,43 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+class _Late:
+    """What a function gives, called once; one of Orbax's futures."""
+
+    def __init__(self, content: Callable[[], Any]):
+        self._content: Callable[[], Any] | None = content
+        self._value: Any = None
+
+    def result(self, timeout: float | None = None) -> Any:
+        del timeout
+        if self._content is not None:
+            self._value = self._content()
+            self._content = None  # and the arrays that it knows
+        return self._value
+
+
 class LateJsonHandler(ocp.JsonCheckpointHandler):
     """Writes JSON once all arrays are written: only then are the digests of streamed ones known."""
 
     async def async_save(self, directory: epath.Path, item: Any = None, args: Any = None) -> list[Any]:
-        self._content = args.content
-        return []
+        self._late = _Late(args.content)
+        return [self._late] if args.on_every_host else []
 
     def finalize(self, directory: epath.Path) -> None:
-        (directory / "metadata").write_text(json.dumps(self._content()))
+        (directory / "metadata").write_text(json.dumps(self._late.result()))
 
 
 @ocp.args.register_with_handler(LateJsonHandler, for_save=True)
 @dataclasses.dataclass
 class SaveLateJson(ocp.args.CheckpointArgs):
     """Attributes:
-    content: called when all arrays are written; gives the JSON value.
+    content: gives the JSON value; called by the first host when all arrays are written.
+    on_every_host: it is called by all of them, beside the write; where it raises, no host takes the checkpoint for
+      written.
     """
 
     content: Callable[[], Any]
+    on_every_host: bool = False
 
 
 @ocp.args.register_with_handler(LateJsonHandler, for_restore=True)

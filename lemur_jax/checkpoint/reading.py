@@ -181,7 +181,7 @@ def check_same(restored: Any, leaves: Mapping[str, Leaf], where: str) -> None:
     Raises:
       Damaged: one is not, or has a value that is not finite.
     """
-    for name, found in measured(restored, where, Damaged).items():
+    for name, found in measured(restored, where, Damaged)().items():
         if found != leaves[name]:
             raise Damaged(
                 f"{where} is damaged: {name} is not what was saved (digest {found.digest:08x},"
@@ -246,14 +246,25 @@ def agreed(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
     return result
 
 
-def measured(tree: Any, where: str, error: type[UserError] = UserError) -> dict[str, Leaf]:
+def measured(tree: Any, where: str, error: type[UserError] = UserError) -> Callable[[], dict[str, Leaf]]:
     """Shape, dtype and digest of every leaf.
 
-    Raises:
-      UserError, or the given kind of it: a leaf is not finite.
+    Args:
+      tree: of arrays; may be donated at once if they are on accelerators.
+      where: for the message.
+      error: what is raised.
+
+    Returns:
+      What gives them, or raises the error where a leaf is not finite; see `digest.start`.
     """
     arrays = named(tree)
-    digests, bad = digest.on_devices(arrays)
-    if bad:
-        raise error(f"{where}: {bad[0]} has values that are not finite ({len(bad)} such leaves in all)")
-    return {name: describe(arrays[name], value) for name, value in digests.items()}
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
+    digests_of = digest.start(arrays)
+
+    def result() -> dict[str, Leaf]:
+        digests, bad = digests_of()
+        if bad:
+            raise error(f"{where}: {bad[0]} has values that are not finite ({len(bad)} such leaves in all)")
+        return {name: describe(shapes[name], value) for name, value in digests.items()}
+
+    return result

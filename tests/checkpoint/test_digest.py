@@ -7,16 +7,17 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lemur_jax.checkpoint import digest
-from lemur_jax.checkpoint.digest import RunningDigest, on_devices
+from lemur_jax.checkpoint.digest import RunningDigest, start
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.int32]
 
 
 @pytest.fixture(params=["on the host", "by a program"])
 def place(request, monkeypatch):
-    """Where small arrays are summed up; what was not asked for fails."""
+    """Where arrays are summed up; what was not asked for fails."""
+    monkeypatch.setattr(digest, "_PIECE", 65536)
     if request.param == "by a program":
-        monkeypatch.setattr(digest, "HOST_BYTES", -1)
+        monkeypatch.setattr(digest, "on_host", lambda array: False)
     monkeypatch.setattr(digest, "_measure" if request.param == "on the host" else "_measure_on_host", None)
 
 
@@ -46,7 +47,7 @@ def running(array, *cuts):
 def test_is_the_sum_it_says(dtype, shape, place):
     array = values(shape, dtype)
     assert running(array) == reference(array)
-    assert on_devices({"x": array}) == ({"x": reference(array)}, [])
+    assert start({"x": array})() == ({"x": reference(array)}, [])
 
 
 def test_is_the_same_in_any_blocks_and_on_any_mesh(place):
@@ -56,7 +57,7 @@ def test_is_the_same_in_any_blocks_and_on_any_mesh(place):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
     for spec in [("a", "b"), (None, "b", "a"), (("a", "b"),), ()]:
         placed = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
-        assert on_devices({"x": placed})[0] == {"x": expected}
+        assert start({"x": placed})()[0] == {"x": expected}
 
 
 def test_every_flipped_bit_is_seen():
@@ -80,11 +81,4 @@ def test_swapped_and_zeroed_values_are_seen():
 def test_names_what_is_not_finite(bad, place):
     array = values((4, 5), np.float32)
     array[2, 3] = bad
-    assert on_devices({"good": values((3,), np.float32), "bad": array})[1] == ["bad"]
-
-
-def test_large_arrays_are_left_to_their_devices(monkeypatch):
-    monkeypatch.setattr(digest, "HOST_BYTES", 399)
-    monkeypatch.setattr(digest, "_measure_on_host", None)
-    array = values((100,), np.float32)
-    assert on_devices({"x": array}) == ({"x": reference(array)}, [])
+    assert start({"good": values((3,), np.float32), "bad": array})()[1] == ["bad"]

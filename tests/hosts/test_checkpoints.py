@@ -80,6 +80,33 @@ def test_sigterm_on_one_host_ends_an_evaluation_on_both_and_the_next_start_makes
     assert [record["step"] for record in read_metrics(workdir) if record["kind"] == "eval"] == [4, STEPS]
 
 
+# The sixth step's save meets values that are not finite, which is known while it is written.
+NOT_FINITE = """
+import sys
+import jax
+from lemur_jax.checkpoint import manager
+from lemur_jax.cli import main
+save = manager.Checkpoints.save
+def poisoned(self, step, params, *args, **kwargs):
+    if step == 6:
+        params = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf / 0, tree))(params)
+    save(self, step, params, *args, **kwargs)
+manager.Checkpoints.save = poisoned
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_values_that_are_not_finite_end_both_hosts_and_the_checkpoint_before_stays(hosts_project, tmp_path):
+    workdir = tmp_path / "run"
+    words = [*hosts_project.train_words(workdir), "--virtual-devices", "4"]
+    processes = hosts_project.start(2, "-c", NOT_FINITE, *words)
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert "step 6 is not saved: params: embed/embedding has values that are not finite" in said[0]
+    assert steps_in(workdir)[1] == [3]
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
+
+
 def truncate_newest(workdir):
     """Cuts the largest file of the newest checkpoint's parameters; gives its step and the one before."""
     previous, newest = steps_in(workdir)[1][-2:]
