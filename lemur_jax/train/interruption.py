@@ -1,4 +1,4 @@
-"""Notices that the machine will go away: SIGTERM, as clouds send it before they take a machine."""
+"""That the machine will go away: SIGTERM, as clouds send it before they take a machine, or what `notices` makes one."""
 
 import contextlib
 import itertools
@@ -10,6 +10,8 @@ import threading
 
 import jax
 from jax.experimental import multihost_utils
+
+from lemur_jax.train.notices import Notices
 
 # JAX's service takes the next number after the highest that any host has asked with, once in the life of a process, and
 # tells hosts that ask with that very number. So they count how often they have asked, over all runs of a process.
@@ -34,19 +36,24 @@ class Interruption:
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "Interruption":
-        # Signals can be taken in the main thread alone; elsewhere the caller's own handling stays.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            # Python calls a handler when its main thread is back from the device or the disk, which may be late.
-            # A thread that waits for the number of the signal starts the period of grace at once.
-            heard, number = socket.socketpair()
-            number.setblocking(False)
-            before = signal.set_wakeup_fd(number.fileno(), warn_on_full_buffer=False)
-            old = signal.signal(signal.SIGTERM, lambda *_: None)
-            threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
-            self._undo.callback(number.close)
-            self._undo.callback(signal.set_wakeup_fd, before)
-            self._undo.callback(signal.signal, signal.SIGTERM, old)
+        if jax.process_count() == 1:
+            if threading.current_thread() is not threading.main_thread():
+                return self  # signals can be taken in the main thread alone; here the caller's own handling stays
+            self._take_signals()
+        self._undo.enter_context(Notices())
         return self
+
+    def _take_signals(self) -> None:
+        # Python calls a handler when its main thread is back from the device or the disk, which may be late.
+        # A thread that waits for the number of the signal starts the period of grace at once.
+        heard, number = socket.socketpair()
+        number.setblocking(False)
+        before = signal.set_wakeup_fd(number.fileno(), warn_on_full_buffer=False)
+        old = signal.signal(signal.SIGTERM, lambda *_: None)
+        threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
+        self._undo.callback(number.close)
+        self._undo.callback(signal.set_wakeup_fd, before)
+        self._undo.callback(signal.signal, signal.SIGTERM, old)
 
     def __exit__(self, *_) -> None:
         self._undo.close()

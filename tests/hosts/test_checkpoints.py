@@ -15,6 +15,7 @@ from lemur_jax.checkpoint.manager import read_metadata, steps_in
 from lemur_jax.telemetry.metrics import read_metrics
 from tests.hosts.conftest import STEPS
 from tests.hosts.test_two_hosts import final_params
+from tests.train.metadata_server import serving
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,24 @@ def test_sigterm_on_one_host_ends_both_with_the_same_step_saved(stopped):
     assert not list((workdir / "checkpoints").glob("*tmp*"))
     records = [record for record in read_metrics(workdir) if record["kind"] == "train"]
     assert [record["step"] for record in records] == list(range(1, step + 1))
+
+
+def test_a_notice_of_the_cloud_ends_both_with_the_same_step_saved(hosts_project, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    words = [*hosts_project.train_words(workdir), "--virtual-devices", "4"]
+    with serving() as cloud:
+        monkeypatch.setenv("GCE_METADATA_HOST", cloud.host)
+        processes = hosts_project.start(2, "-m", "lemur_jax.cli", *words)
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and not (workdir / "checkpoints" / "3").exists():
+            assert processes[1].poll() is None, processes[1].communicate()[0]
+            time.sleep(0.02)
+        cloud.set("preempted", "TRUE")
+        said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    for lines in said:
+        assert "lemur train: this machine is taken away (instance/preempted: TRUE)\n" in lines
+    assert f"SIGTERM: step {read_metadata(workdir)['step']} is saved" in said[0]
 
 
 # A batch of an evaluation takes a second; a file tells of the first one.
