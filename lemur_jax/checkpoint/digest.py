@@ -79,6 +79,9 @@ def start(leaves: Mapping[str, Any]) -> Callable[[], tuple[dict[str, int], list[
     if all(map(_is_here, leaves.values())):
         return lambda: _result(*_measure_on_host(leaves))
     started = _measure(dict(leaves))
+    if any(map(on_host, leaves.values())):
+        # CPU devices run programs side by side, and collectives of two of them can wait for each other for ever.
+        jax.block_until_ready(started)
     return lambda: _result(*jax.device_get(started))
 
 
@@ -94,11 +97,24 @@ def _measure_on_host(leaves: Mapping[str, Any]) -> tuple[dict[str, int], dict[st
     digests, finite = {}, {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, leaf in leaves.items():
-            flat = np.ascontiguousarray(leaf).reshape(-1)
+            flat = _gathered(leaf).reshape(-1)
             pieces = list(pool.map(partial(_measure_piece, flat), range(0, flat.size, _PIECE)))
             digests[name] = sum(digest for digest, _ in pieces) % (1 << 32)
             finite[name] = all(ok for _, ok in pieces)
     return digests, finite
+
+
+def _gathered(leaf: Any) -> np.ndarray:
+    if not isinstance(leaf, jax.Array):
+        return np.ascontiguousarray(leaf)
+    if leaf.is_fully_replicated:
+        return np.asarray(leaf.addressable_shards[0].data)
+    # What JAX makes of a sharded array it keeps for as long as the array lives.
+    whole = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            whole[shard.index] = shard.data
+    return whole
 
 
 def _measure_piece(flat: np.ndarray, index: int) -> tuple[int, bool]:

@@ -32,6 +32,8 @@ from lemur_jax.parallel.hosts import any_host
 
 # A host that is killed may not have the newest yet: then all have the one before.
 _KEPT = 2
+# What a save fails by.
+_ERRORS = (OSError, ValueError, RuntimeError)
 
 
 class LocalCheckpoints:
@@ -75,7 +77,7 @@ class LocalCheckpoints:
             ) from error
 
     def save(self, step: int, params: Any, optimizer: Any, metadata: Mapping[str, Any]) -> None:
-        """Starts saving; returns once the arrays are copied to the host, and may be donated.
+        """Starts saving; returns once the digests are there and the arrays are copied to the host, and may be donated.
 
         A save that fails is reported and does not raise: there are the other checkpoints.
 
@@ -88,6 +90,11 @@ class LocalCheckpoints:
         Raises:
           UserError: a leaf is not finite.
         """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except _ERRORS as error:  # of the save before, which has let go of its copy
+            self._say(f"WARNING: a local checkpoint in {self.path} failed: {type(error).__name__}: {error}")
         params, optimizer = snapshot((params, optimizer))
         state = {"params": params, "optimizer": optimizer}
         measures = {item: measured(tree, f"step {step} is not saved: {item}") for item, tree in state.items()}
@@ -95,8 +102,6 @@ class LocalCheckpoints:
         # The tokenizer is in the workdir's checkpoints and never changes.
         described = seal({**metadata, "tokenizer": {}, "mesh": self._mesh}, leaves)
         try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
             # A host that cannot write would keep the others waiting inside Orbax.
             if any_host(_bytes_here(state) * 1.05 > shutil.disk_usage(self.path).free):
                 self._say(f"WARNING: step {step} is not saved in {self.path}: on some host there is no room")
@@ -107,7 +112,7 @@ class LocalCheckpoints:
                 force=True,
                 custom_metadata=described,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except _ERRORS as error:
             self._say(f"WARNING: a local checkpoint in {self.path} failed: {type(error).__name__}: {error}")
 
     def restore_newest(

@@ -9,6 +9,7 @@ and nothing is taken from a checkpoint that does not agree with it.
 import contextlib
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -33,6 +34,7 @@ from lemur_jax.checkpoint.reading import (
 )
 from lemur_jax.checkpoint.snapshot import snapshot
 from lemur_jax.checkpoint.streaming import BY_LAYER, Streamed, streamed
+from lemur_jax.checkpoint.together import ElsewhereError, SaveBarriers
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.paths import absolute, is_object_store
 from lemur_jax.parallel import hosts
@@ -94,9 +96,11 @@ class Checkpoints:
                 get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
             )
             policies.append(best)
+        self._barriers = SaveBarriers()
         self._manager = open_manager(
             self.path,
             create=True,
+            async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._barriers),
             cleanup_tmp_directories=True,  # of a run that was killed while it saved
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=_loss if keep_best else None,  # without it, Orbax does not store the loss
@@ -152,6 +156,7 @@ class Checkpoints:
 
         # A tree mapped by path: stacked matrices are cut by layer, so that an export is bounded.
         save_args = jax.tree_util.tree_map_with_path(_save_args, params)
+        self._barriers.begin()
         try:
             self._manager.save(
                 step,
@@ -165,7 +170,8 @@ class Checkpoints:
             )
             self._pending = step
         except Exception as error:  # full disks and refused writes come in many classes
-            self._count_failure(step, error)
+            known = self._barriers.fail(error)
+            self._count_failure(step, error, fatal=not known)
 
     def wait(self) -> None:
         """Until no save is going on.
@@ -179,8 +185,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
             self._failures, self._pending = 0, None
-        except UserError:  # of the values themselves, on all hosts
-            self._forget_half_written()
+        except UserError as error:  # of the values themselves, on all hosts
+            self._forget_failed(error)
             raise
         except Exception as error:
             self._count_failure(self._pending, error)
@@ -190,22 +196,31 @@ class Checkpoints:
         if self._pending is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
-    def _count_failure(self, step: int, error: Exception) -> None:
+    def _count_failure(self, step: int, error: Exception, fatal: bool = False) -> None:
         self._failures += 1
-        self._forget_half_written()
+        self._forget_failed(error)
         kept = self._manager.latest_step()
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, ElsewhereError) else f"{type(error).__name__}: {error}"
         message = (
             f"the checkpoint of step {step} could not be saved in {self.path} (failure {self._failures} of at"
-            f" most {self._max_failures} in a row): {reason[:300]}; the newest one there is of step {kept}"
+            f" most {self._max_failures} in a row): {_short(reason)}; the newest one there is of step {kept}"
         )
+        if fatal:
+            raise UserError(f"{message}. Other hosts wait for this one: run the same command again")
         if self._failures >= self._max_failures:
             raise UserError(f"{message}. Make room or mend the storage, then run the same command again")
         self._say(f"WARNING: {message}. It will be tried again")
 
-    def _forget_half_written(self) -> None:
-        """What is half written takes room that the next attempt may need, and the step is not there."""
+    def _forget_failed(self, error: BaseException | None) -> None:
+        """What a failed save has left takes room that the next attempt may need, and the step is not there."""
         self._pending = None
+        # Errors know the frames that they came through, and these the arrays; Orbax keeps a save's futures with
+        # theirs until the next save.
+        while error:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        with contextlib.suppress(AttributeError):
+            self._manager._checkpointer._async_manager._commit_futures = None
         if hosts.is_chief():
             _remove_half_written(self.path)
         self._manager.reload()
@@ -348,6 +363,11 @@ def _remove_half_written(path: epath.Path) -> None:
         if time.monotonic() > deadline:
             break
         time.sleep(0.1)
+
+
+def _short(reason: str, most: int = 500) -> str:
+    """Without its middle: long paths there, and what went wrong at the end."""
+    return reason if len(reason) <= most else f"{reason[: most // 2]} … {reason[-most // 2 :]}"
 
 
 def _loss(metrics: Mapping[str, Any]) -> float:

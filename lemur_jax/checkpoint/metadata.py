@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -95,14 +96,17 @@ class _Late:
 
     def __init__(self, content: Callable[[], Any]):
         self._content: Callable[[], Any] | None = content
-        self._value: Any = None
+        self._future: Future[Any] = Future()
 
     def result(self, timeout: float | None = None) -> Any:
         del timeout
-        if self._content is not None:
-            self._value = self._content()
-            self._content = None  # and the arrays that it knows
-        return self._value
+        content, self._content = self._content, None  # it knows the arrays
+        if content is not None:
+            try:
+                self._future.set_result(content())
+            except Exception as error:
+                self._future.set_exception(error)
+        return self._future.result()
 
 
 class LateJsonHandler(ocp.JsonCheckpointHandler):

@@ -100,7 +100,7 @@ def _refuse_foreign(raw: Mapping[str, Any], where: str) -> None:
         )
     # Mistral's window is 4096 where its config does not say.
     window = raw.get("sliding_window", 4096 if model_type == "mistral" else None)
-    if window is not None and raw.get("use_sliding_window", True):
+    if window is not None:
         raise UserError(f"{where}: sliding_window is {window}; only full attention is implemented (null)")
     if set(map(str, raw.get("layer_types") or ())) - {"full_attention"}:
         raise UserError(

@@ -153,7 +153,7 @@ def test_an_error_that_passes_is_no_damage(run, monkeypatch, error):
 
 # With fewer and fewer descriptors to be had, but for those that JAX and Orbax hold already.
 FEW_FILES = """
-import contextlib, os, resource, sys, time
+import contextlib, gc, os, resource, sys, time
 from lemur_jax.cli import main
 words = ["checkpoints", sys.argv[1]]
 assert main(words) == 0
@@ -162,7 +162,8 @@ top = max(map(int, os.listdir("/proc/self/fd")))
 for left in (3, 2, 1, 0):
     resource.setrlimit(resource.RLIMIT_NOFILE, (top + 64, limit[1]))
     held = []
-    for _ in range(3):  # a thread of the call before may still let go of one
+    for _ in range(3):  # the call before may still let go of one
+        gc.collect()
         time.sleep(0.1)
         with contextlib.suppress(OSError):
             while True:

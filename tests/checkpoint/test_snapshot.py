@@ -1,5 +1,6 @@
 """What is saved is apart from what the next update writes over."""
 
+import gc
 import threading
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lemur_jax.checkpoint import manager
 from lemur_jax.checkpoint.metadata import LateJsonHandler
 from lemur_jax.checkpoint.snapshot import snapshot
+from tests.checkpoint.test_policies import full_disk
 from tests.train.tiny import first_state, program_on
 
 METADATA = manager.make_metadata(model={"vocab_size": 512}, tokenizer_files={})
@@ -85,6 +87,18 @@ def test_nothing_of_a_save_stays_in_memory(tmp_path):
             checkpoints.save(step, state.params, state.optimizer, METADATA)
             checkpoints.wait()
             assert in_use() <= before
+
+
+def test_nothing_of_a_save_that_failed_stays_in_memory(tmp_path):
+    state = first_state(program_on((1, 4, 1, 2)))
+    with manager.Checkpoints(tmp_path, max_failures=9, say=lambda _: None) as checkpoints:
+        before = {place for array in jax.live_arrays() for place in places(array)}
+        with full_disk():
+            checkpoints.save(1, state.params, state.optimizer, METADATA)
+            checkpoints.wait()
+        assert checkpoints.failed
+        gc.collect()
+        assert {place for array in jax.live_arrays() for place in places(array)} <= before
 
 
 def test_what_is_no_cpu_array_is_left_to_orbax(monkeypatch):

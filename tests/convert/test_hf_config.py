@@ -98,6 +98,11 @@ def test_mistral_without_window():
         ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),
+        # A key of Qwen's; transformers' Mistral keeps its window.
+        (
+            {"model_type": "mistral", "sliding_window": 16, "use_sliding_window": False},
+            "sliding_window is 16",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config .* \(gptq\)"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),

@@ -99,6 +99,64 @@ def test_sigterm_on_one_host_ends_an_evaluation_on_both_and_the_next_start_makes
     assert [record["step"] for record in read_metrics(workdir) if record["kind"] == "eval"] == [4, STEPS]
 
 
+# Each step is refused on one host, in one of the ways there are, and then saved again.
+REFUSED = """
+import resource, signal, sys, time
+from lemur_jax.parallel import hosts
+hosts.choose_platform(4)
+hosts.join()
+import jax
+import jax.numpy as jnp
+from lemur_jax.checkpoint import manager
+from lemur_jax.checkpoint.metadata import LateJsonHandler
+mesh = jax.make_mesh((8,), ("fsdp",))
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+tree = {"w": jax.jit(lambda: jnp.arange(8 * 65536.0).reshape(8, -1), out_shardings=rows)()}
+metadata = manager.make_metadata(model={}, tokenizer_files={})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+finalize = LateJsonHandler.finalize
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+with manager.Checkpoints(sys.argv[1], keep=2, max_failures=2, say=lambda line: print(line, flush=True)) as saves:
+    for step, (way, host) in enumerate([("write", 1), ("write", 0), ("commit", 0)], start=1):
+        began = time.monotonic()
+        if jax.process_index() == host:
+            if way == "write":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+            else:
+                LateJsonHandler.finalize = full
+        saves.save(step, tree, tree, metadata)
+        saves.wait()
+        assert saves.failed
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        LateJsonHandler.finalize = finalize
+        hosts.wait_for_all("mended")
+        saves.save(step, tree, tree, metadata)
+        saves.wait()
+        assert not saves.failed and saves.latest_step() == step
+        assert time.monotonic() - began < 60
+"""
+
+
+def test_a_write_refused_on_one_host_is_known_to_all_at_once_and_tried_again(hosts_project, tmp_path):
+    processes = hosts_project.start(2, "-c", REFUSED, str(tmp_path / "checkpoints"))
+    said = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    expected = [(1, "File too large"), (0, "File too large"), (0, "No space left")]
+    for host, output in enumerate(said):
+        lines = [line for line in output.splitlines() if "could not be saved" in line]
+        assert len(lines) == len(expected), output
+        for line, (refused, reason) in zip(lines, expected, strict=True):
+            assert reason in line
+            assert "failure 1 of at most 2" in line
+            assert (f"host {refused}" in line) == (refused != host), line  # one's own error needs no name
+    assert steps_in(tmp_path / "checkpoints")[1] == [2, 3]
+    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
 # The sixth step's save meets values that are not finite, which is known while it is written.
 NOT_FINITE = """
 import sys
