@@ -84,12 +84,12 @@ class SaveBarriers:
         """
         if self._service is None:
             return
-        name = next((name for name, _ in _PHASES if name in key), None)
-        if name is None:
+        name = next((name for name, _ in _PHASES if name in key), "")
+        self._times[name] = self._times.get(name, -1) + 1
+        if (name, self._times[name]) not in _PHASES:  # not of a save
             multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
             return
-        times = self._times[name] = self._times.get(name, -1) + 1
-        phase = _PHASES.index((name, times))
+        phase = _PHASES.index((name, self._times[name]))
         self._come(phase, sys.exc_info()[1])  # Orbax ends a failed save inside `finally`
         deadline, pause = time.monotonic() + timeout_ms / 1000, 0.01
         while missing := self._missing(phase):

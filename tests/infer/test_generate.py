@@ -1,7 +1,10 @@
 """Generation from a checkpoint against transformers.generate on its export, on one device and on meshes of eight."""
 
 import dataclasses
+import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,6 +106,28 @@ def test_greedy_equals_transformers(references, variant, mesh):
     np.testing.assert_array_equal([completion.tokens for completion in out], expected.tokens)
     np.testing.assert_allclose([completion.logprobs for completion in out], expected.logprobs, atol=2e-4)
     assert {completion.finish_reason for completion in out} == {"length"}
+
+
+ALONE = """
+import json, sys
+sys.modules["lemur_jax"] = sys.modules["jax"] = None  # to import them fails
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+model.generation_config = transformers.GenerationConfig(max_new_tokens=64, pad_token_id=0)
+prompt = torch.tensor([json.loads(sys.argv[2])])
+out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False)
+print(out[0, prompt.shape[1]:].tolist())
+"""
+
+
+def test_transformers_needs_nothing_of_ours_for_the_same_tokens(references):
+    expected = references["gqa"]
+    exported, prompt = expected.checkpoint.parent / "exported", expected.prompts[2]
+    words = [sys.executable, "-I", "-c", ALONE, str(exported), json.dumps(prompt)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=exported.parent)
+    assert done.returncode == 0, done.stderr
+    (ours,) = generate(expected.session(""), [prompt], max_new_tokens=NEW, stop_ids=())
+    assert json.loads(done.stdout.splitlines()[-1]) == list(ours.tokens)
 
 
 def test_stop_ids_and_limits_of_each_sequence(references):
