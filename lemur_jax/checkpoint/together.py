@@ -54,10 +54,9 @@ class SaveBarriers:
         """The next save begins."""
         self._save += 1
         self._times = {}
-        if (
-            self._service is not None and self._save > 2 and liveness.process()[0] == 0
-        ):  # all hosts have ended that one
-            self._service.key_value_delete(f"{self._name}/{self._save - 2}/")
+        ended = self._save - 2  # by all hosts: each waits for the others at the end of a save
+        if self._service is not None and ended > 0 and liveness.process()[0] == 0:
+            self._service.key_value_delete(f"{self._name}/{ended}/")
 
     def fail(self, error: Exception) -> bool:
         """This host could not begin the save; returns whether all hosts know, and go on without it.
