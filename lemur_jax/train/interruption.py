@@ -1,4 +1,4 @@
-"""That the machine will go away: SIGTERM, as clouds send it before they take a machine, or what `notices` makes one."""
+"""Requests to stop: SIGTERM, as clouds send it before they take a machine, or what `notices` makes one."""
 
 import contextlib
 import itertools

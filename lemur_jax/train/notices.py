@@ -53,10 +53,8 @@ class Notices:
             try:
                 value, tag = self._ask(key, tag)
             except urllib.error.HTTPError as error:
-                if error.code in (
-                    403,
-                    404,
-                ):  # GKE's own server knows fewer keys; its SIGTERM comes all the same
+                # GKE's own server knows fewer keys; its SIGTERM comes all the same.
+                if error.code in (403, 404):
                     return
                 time.sleep(_RETRY_SECONDS)
                 continue

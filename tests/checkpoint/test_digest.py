@@ -58,9 +58,8 @@ def test_is_the_same_in_any_blocks_and_on_any_mesh(place):
     for spec in [("a", "b"), (None, "b", "a"), (("a", "b"),), ()]:
         placed = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
         assert start({"x": placed})()[0] == {"x": expected}
-        assert (
-            placed.is_fully_replicated or placed._npy_value is None
-        )  # as large as the array, and kept with it
+        # JAX would keep it with the array, and it is as large.
+        assert placed.is_fully_replicated or placed._npy_value is None
 
 
 def test_every_flipped_bit_is_seen():

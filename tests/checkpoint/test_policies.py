@@ -33,11 +33,8 @@ def test_keeps_newest_every_fourth_and_the_best(state, tmp_path):
     assert manager.steps_in(tmp_path)[1] == [3, 4, 8, 9]
 
 
-def test_save_returns_before_the_files_are_there_and_the_arrays_may_go(tmp_path, monkeypatch):
-    """Storage that takes as long as it likes: the step is invisible until then, and holds what was given."""
-    program = program_on((1, 4, 1, 2))
-    state = first_state(program)
-    expected = jax.device_get((state.params, state.optimizer))
+def slow_storage(monkeypatch):
+    """No checkpoint is committed before the event that it gives is set."""
     slow, finalize = threading.Event(), LateJsonHandler.finalize
 
     def wait(self, directory):
@@ -45,6 +42,15 @@ def test_save_returns_before_the_files_are_there_and_the_arrays_may_go(tmp_path,
         finalize(self, directory)
 
     monkeypatch.setattr(LateJsonHandler, "finalize", wait)
+    return slow
+
+
+def test_save_returns_before_the_files_are_there_and_the_arrays_may_go(tmp_path, monkeypatch):
+    """Storage that takes as long as it likes: the step is invisible until then, and holds what was given."""
+    program = program_on((1, 4, 1, 2))
+    state = first_state(program)
+    expected = jax.device_get((state.params, state.optimizer))
+    slow = slow_storage(monkeypatch)
     with manager.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state.params, state.optimizer, METADATA)
         jax.tree.map(lambda array: array.delete(), (state.params, state.optimizer))  # as donation does

@@ -1,7 +1,6 @@
 """What is saved is apart from what the next update writes over."""
 
 import gc
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lemur_jax.checkpoint import manager
-from lemur_jax.checkpoint.metadata import LateJsonHandler
 from lemur_jax.checkpoint.snapshot import snapshot
-from tests.checkpoint.test_policies import full_disk
+from tests.checkpoint.test_policies import full_disk, slow_storage
 from tests.train.tiny import first_state, program_on
 
 METADATA = manager.make_metadata(model={"vocab_size": 512}, tokenizer_files={})
@@ -57,13 +55,7 @@ def test_an_update_behind_a_save_writes_in_place(tmp_path, monkeypatch):
     trees = doubled({"params": state.params, "optimizer": state.optimizer})
     expected = jax.tree.map(lambda leaf: np.array(leaf, copy=True), trees)
     before = matrices(trees)
-    slow, finalize = threading.Event(), LateJsonHandler.finalize
-
-    def wait(self, directory):
-        assert slow.wait(60)
-        finalize(self, directory)
-
-    monkeypatch.setattr(LateJsonHandler, "finalize", wait)
+    slow = slow_storage(monkeypatch)
     with manager.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, **trees, metadata=METADATA)
         trees = jax.block_until_ready(doubled(trees))
@@ -75,12 +67,12 @@ def test_an_update_behind_a_save_writes_in_place(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, found, (expected["params"], expected["optimizer"]))
 
 
+def in_use():
+    return {place for array in jax.live_arrays() for place in places(array)}
+
+
 def test_nothing_of_a_save_stays_in_memory(tmp_path):
     state = first_state(program_on((1, 4, 1, 2)))
-
-    def in_use():
-        return {place for array in jax.live_arrays() for place in places(array)}
-
     with manager.Checkpoints(tmp_path) as checkpoints:
         before = in_use()
         for step in (1, 2):
@@ -92,13 +84,13 @@ def test_nothing_of_a_save_stays_in_memory(tmp_path):
 def test_nothing_of_a_save_that_failed_stays_in_memory(tmp_path):
     state = first_state(program_on((1, 4, 1, 2)))
     with manager.Checkpoints(tmp_path, max_failures=9, say=lambda _: None) as checkpoints:
-        before = {place for array in jax.live_arrays() for place in places(array)}
+        before = in_use()
         with full_disk():
             checkpoints.save(1, state.params, state.optimizer, METADATA)
             checkpoints.wait()
         assert checkpoints.failed
         gc.collect()
-        assert {place for array in jax.live_arrays() for place in places(array)} <= before
+        assert in_use() <= before
 
 
 def test_what_is_no_cpu_array_is_left_to_orbax(monkeypatch):

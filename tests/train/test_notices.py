@@ -1,5 +1,6 @@
 """Google's notices against a server that answers as theirs does."""
 
+import signal
 import threading
 import time
 
@@ -25,6 +26,10 @@ def until(condition):
         time.sleep(0.01)
 
 
+def watching():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("notice ")}
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")]
 )
@@ -48,19 +53,27 @@ def test_an_unchanged_value_is_waited_for_and_not_asked_for_again_and_again(serv
         assert sorted(server.asked) == 2 * ["maintenance-event"] + 2 * ["preempted"]
 
 
-def test_a_notice_after_the_run_ends_nothing(server):
-    with Interruption(0):
-        until(lambda: len(server.asked) == 4)
-    server.set("preempted", "TRUE")
-    time.sleep(0.2)
+def test_a_notice_after_the_run_ends_nothing(server, capfd):
+    heard, before = [], watching()
+    old = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    try:
+        with Interruption(0):
+            until(lambda: len(server.asked) == 4)
+        server.set("preempted", "TRUE")
+        server.set("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
+        until(lambda: watching() <= before)  # both have got it, and went
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert heard == []
+    assert capfd.readouterr().err == ""
 
 
 def test_a_server_without_the_keys_is_left_alone(server):
     server.values.clear()
-    before = set(threading.enumerate())
+    before = watching()
     with Interruption(0) as interruption:
         until(lambda: len(server.asked) == 2)
-        until(lambda: not [t for t in set(threading.enumerate()) - before if t.name.startswith("notice ")])
+        until(lambda: watching() <= before)
         assert not interruption.asked
     assert sorted(server.asked) == ["maintenance-event", "preempted"]
 
