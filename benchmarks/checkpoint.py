@@ -5,8 +5,8 @@
 Saves a fresh training state `--rounds` times as `lemur train` does; medians. "copy" is the copy of the state to the
 host alone, "digests" those of all leaves with the check for finite values. "save" is how long `save` takes to return.
 What is still to be waited for behind it falls on the next update: "held" is `save` and that update, less an update
-without a save before it. Beginning a save takes some hundredths of a second whatever its size: for a small state (`--preset
-tiny`) that is most of it.
+without a save before it. Beginning a save takes some hundredths of a second whatever its size: for a small state
+(`--preset tiny`) that is most of it.
 """
 
 import argparse
