@@ -187,6 +187,28 @@ def test_smoke_verb_and_chat_verb(recipe, capsys):
     assert capsys.readouterr().out.endswith("\n")  # what a model of 12 updates says is its own affair
 
 
+def test_a_hugging_face_directory_is_a_checkpoint_too(recipe, monkeypatch, tmp_path, capsys):
+    """Trained from and generated from as it is, bit for bit what its import gives."""
+    monkeypatch.chdir(recipe)
+    words = ["train", "--config", "config.py:lemur", "--config.train.steps=3", "--config.eval.tasks=()"]
+    losses = []
+    for checkpoint in ("hf/base", "imported"):
+        workdir = tmp_path / checkpoint
+        assert main([*words, f"--config.init.checkpoint={checkpoint}", "--workdir", str(workdir)]) == 0
+        losses.append([r["loss"] for r in read_metrics(workdir) if r["kind"] == "train"])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+    capsys.readouterr()
+    said = []
+    for checkpoint in ("hf/chat", "runs/chat"):
+        words = ["chat", "--checkpoint", checkpoint, "--prompt", "What is 5 plus 1?", "--max-new-tokens", "8"]
+        assert main(words) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert main(["smoke", "--checkpoint", "hf/chat", "--mesh", "fsdp=4,tensor=2", "--hf", "hf/chat"]) == 0
+    assert "equal transformers'" in capsys.readouterr().out
+
+
 def test_smoke_says_where_another_model_differs(recipe, capsys):
     words = ["smoke", "--checkpoint", str(recipe / "runs/lemur"), "--hf", str(recipe / "hf/base")]
     assert main(words) == 2

@@ -37,7 +37,12 @@ def add_devices(sub: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
-    sub.add_argument("--checkpoint", required=required, default="", help="checkpoint directory or workdir")
+    sub.add_argument(
+        "--checkpoint",
+        required=required,
+        default="",
+        help="checkpoint directory, workdir or Hugging Face directory",
+    )
     sub.add_argument("--step", type=int, help="default: the newest")
     sub.add_argument("--mesh", default="", help="e.g. fsdp=4,tensor=2; default: all devices fsdp")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")

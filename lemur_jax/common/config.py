@@ -113,7 +113,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
     # Where the parameters come from; all empty: fresh ones from `seed`.
     config.init = ConfigDict(
         dict(
-            checkpoint="",  # a checkpoint directory; its parameters are taken, its optimizer is not
+            checkpoint="",  # ours, or a Hugging Face directory; its parameters are taken, its optimizer is not
             drop_rows_above=0,  # > 0: forget vocabulary rows from this id on before extending
             new_rows="refuse",  # "mean": extend the vocabulary with the mean of the old rows
         )

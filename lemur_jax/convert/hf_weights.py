@@ -1,7 +1,7 @@
 """The weights in a Hugging Face directory: found, listed and checked before one is read."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +31,18 @@ class Tensor(Protocol):
     def read(self) -> np.ndarray: ...
 
 
+def holds_weights(directory: epath.PathLike) -> bool:
+    """Whether there are files that `open_weights` would open."""
+    return any(path.exists() for files in _weight_files(directory) for path in files[:2])
+
+
+def _weight_files(directory: epath.PathLike) -> Iterator[tuple[epath.Path, epath.Path, str]]:
+    """(single file, index, suffix), in transformers' order."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        name = f"{stem}.{suffix}"
+        yield epath.Path(directory) / name, epath.Path(directory) / f"{name}.index.json", suffix
+
+
 def open_weights(hf_dir: epath.PathLike) -> dict[str, Tensor]:
     """The tensors of a directory by name; nothing but headers is read of safetensors.
 
@@ -41,9 +53,7 @@ def open_weights(hf_dir: epath.PathLike) -> dict[str, Tensor]:
       UserError: no weights, a damaged file or index, a dtype that is not float, or `.bin` without
         torch.
     """
-    hf_dir = epath.Path(hf_dir)
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        single, index = hf_dir / f"{stem}.{suffix}", hf_dir / f"{stem}.{suffix}.index.json"
+    for single, index, suffix in _weight_files(hf_dir):
         read_file = read_header if suffix == "safetensors" else _read_bin
         if single.exists():
             return dict(read_file(single))

@@ -1,6 +1,6 @@
 """Hugging Face directory -> our checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -23,13 +23,20 @@ from lemur_jax.models.config import LlamaConfig
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
+def hf_tokenizer_files(hf_dir: epath.PathLike) -> dict[str, bytes]:
+    """The tokenizer's files of a directory by name; empty where it has none."""
+    found = any((epath.Path(hf_dir) / name).exists() for name in _TOKENIZERS)
+    return read_files(hf_dir) if found else {}
+
+
 def load_hf_params(
     hf_dir: epath.PathLike, shardings: Mapping[str, Any] | None = None, dtype: str = "float32"
 ) -> tuple[LlamaConfig, dict[str, Any]]:
     """Reads a Hugging Face directory into our parameter tree.
 
-    Every name and shape is checked before the first weight is read. Weights are read one tensor at a
-    time, and with `shardings` only the parts that lie on this host's devices are copied.
+    Every name and shape is checked before the first weight is read. Each tensor is read once, and only the parts
+    of it that lie on this host's devices are copied: the host holds one tensor and its share of one parameter, and
+    reads no layers that it has no share of.
 
     Args:
       hf_dir: directory with `config.json` and weights, local or gs://.
@@ -47,31 +54,53 @@ def load_hf_params(
     config = read_config(hf_dir)
     tensors = open_weights(hf_dir)
     check_weights(config, tensors, hf_dir)
-    flat = {}
+    flat: dict[str, Any] = {}
     for weight in layout.weights(config):
-        sharding = None if shardings is None else layout.get_path(shardings, weight.path)
-        flat[weight.path] = _load(weight, tensors, sharding, dtype)
+        if shardings is None:
+            whole = _bounds((slice(None),) * len(weight.shape), weight.shape)
+            flat[weight.path] = _load(weight, tensors, {whole}, dtype)[whole]
+        else:
+            flat[weight.path] = _place(weight, tensors, layout.get_path(shardings, weight.path), dtype)
     return config, layout.nest(flat)
 
 
+# A block of an array: (start, stop) for each of its axes.
+_Block = tuple[tuple[int, int], ...]
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> _Block:
+    return tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
+
+
+def _place(weight: layout.Weight, tensors: Mapping[str, Tensor], sharding: Sharding, dtype: str) -> jax.Array:
+    """One parameter, all layers of it, on the devices of `sharding`."""
+    indices = sharding.addressable_devices_indices_map(weight.shape)
+    wanted = {device: _bounds(index, weight.shape) for device, index in indices.items() if index is not None}
+    blocks = _load(weight, tensors, set(wanted.values()), dtype)
+    shards = [jax.device_put(blocks[block], device) for device, block in wanted.items()]
+    return jax.make_array_from_single_device_arrays(weight.shape, sharding, shards)
+
+
 def _load(
-    weight: layout.Weight, tensors: Mapping[str, Tensor], sharding: Sharding | None, dtype: str
-) -> np.ndarray | jax.Array:
-    """One parameter, all layers of it."""
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        """The block of our array that one device holds."""
-        lengths = (range(*cut.indices(size)) for cut, size in zip(index, weight.shape, strict=True))
-        out = np.empty([len(length) for length in lengths], numpy_dtype(dtype))
-        names = weight.names[index[0]] if weight.stacked else weight.names
-        within = index[1:] if weight.stacked else index
-        for slot, name in zip(out if weight.stacked else (out,), names, strict=True):
-            _fill(slot, weight.from_hf(tensors[name].read())[within], tensors[name])
-        return out
-
-    if sharding is None:
-        return part((slice(None),) * len(weight.shape))
-    return jax.make_array_from_callback(weight.shape, sharding, part, dtype=numpy_dtype(dtype))
+    weight: layout.Weight, tensors: Mapping[str, Tensor], wanted: Collection[_Block], dtype: str
+) -> dict[_Block, np.ndarray]:
+    """The wanted blocks of one parameter."""
+    blocks = {
+        block: np.empty([stop - start for start, stop in block], numpy_dtype(dtype)) for block in wanted
+    }
+    for layer, name in enumerate(weight.names):
+        # Views of the blocks, and where they lie in the tensor.
+        slots = []
+        for block, array in blocks.items():
+            if not weight.stacked:
+                slots.append((array, block))
+            elif block[0][0] <= layer < block[0][1]:
+                slots.append((array[layer - block[0][0]], block[1:]))
+        if slots:
+            tensor = weight.from_hf(tensors[name].read())
+            for slot, within in slots:
+                _fill(slot, tensor[tuple(slice(*bounds) for bounds in within)], tensors[name])
+    return blocks
 
 
 def import_hf(
@@ -104,8 +133,7 @@ def import_hf(
     source, target = epath.Path(hf_dir), epath.Path(ckpt_dir)
     check_target(target, overwrite, _is_import)
     stored = read_config(source)
-    tokenizer = read_files(source) if any((source / name).exists() for name in _TOKENIZERS) else {}
-    config, files = change.apply(stored, tokenizer, source)
+    config, files = change.apply(stored, hf_tokenizer_files(source), source)
     tensors = open_weights(source)
     check_weights(stored, tensors, source)
     params = {weight.path: _stream(weight, tensors, dtype, change) for weight in layout.weights(config)}

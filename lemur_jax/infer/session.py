@@ -7,8 +7,8 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lemur_jax.checkpoint import manager
 from lemur_jax.common.errors import UserError
+from lemur_jax.convert.source import open_source
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.infer.programs import Programs, programs
 from lemur_jax.infer.quantize import WEIGHTS, quantize
@@ -55,7 +55,7 @@ class Session:
         if self.tokenizer is None:
             raise UserError(
                 "this checkpoint holds no tokenizer: import it again from a directory that has"
-                " tokenizer.model or tokenizer.json, or generate from token ids in Python"
+                " tokenizer.model or tokenizer.json, or put one of them into the Hugging Face directory"
             )
         return self.tokenizer
 
@@ -74,7 +74,7 @@ def load(
     """Opens a checkpoint for generation; each device reads its own shards alone.
 
     Args:
-      checkpoint: checkpoint directory, or a workdir that holds one; local or gs://.
+      checkpoint: checkpoint directory, a workdir that holds one, or a Hugging Face directory; local or gs://.
       mesh_sizes: sizes of the mesh axes, e.g. `config.mesh`; one may be -1.
       dtype: of parameters, activations and cache: "float32", "bfloat16" or "float16".
       step: which checkpoint; None: the newest.
@@ -90,16 +90,21 @@ def load(
         raise UserError(f"cannot generate in dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
     if weights not in WEIGHTS:
         raise UserError(f"unknown weights {weights!r}: it must be one of {', '.join(WEIGHTS)}")
-    metadata = manager.read_metadata(checkpoint, step)
-    model = LlamaConfig.from_dict(metadata["model"])
-    files = manager.tokenizer_files(metadata)
+    source = open_source(checkpoint, step)
     mesh = make_mesh(mesh_sizes, devices)
-    wanted = abstract_params(model, mesh, dtype)
-    # Weights can be imported without a tokenizer; then only ids can be used.
-    tokenizer = Tokenizer.from_files(files) if files else None
+    wanted = abstract_params(source.model, mesh, dtype)
+    # Weights can come without a tokenizer; then only ids can be used.
+    tokenizer = Tokenizer.from_files(source.tokenizer_files) if source.tokenizer_files else None
     check(tokenizer)
-    params = manager.restore_params(checkpoint, wanted, metadata["step"])
-    return make_session(model, params, mesh, dtype, tokenizer=tokenizer, attention=attention, weights=weights)
+    return make_session(
+        source.model,
+        source.restore(wanted),
+        mesh,
+        dtype,
+        tokenizer=tokenizer,
+        attention=attention,
+        weights=weights,
+    )
 
 
 def make_session(

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lemur_jax.checkpoint.manager import read_metadata, restore_params
 from lemur_jax.common.errors import UserError
+from lemur_jax.convert.source import open_source
 from lemur_jax.convert.vocabulary import resize
 from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
@@ -30,13 +30,10 @@ def initial_params(config: ConfigDict, program: Program) -> Any:
         )
         return fresh(jax.random.key(config.seed))
 
-    metadata = read_metadata(config.init.checkpoint)
-    source = LlamaConfig.from_dict(metadata["model"])
-    _check_shape(source, program.model, config.init.checkpoint)
-    params = restore_params(
-        config.init.checkpoint, abstract_params(source, config.compute.param_dtype, program.mesh)
-    )
-    if source.vocab_size == program.model.vocab_size and not config.init.drop_rows_above:
+    source = open_source(config.init.checkpoint)
+    _check_shape(source.model, program.model, config.init.checkpoint)
+    params = source.restore(abstract_params(source.model, config.compute.param_dtype, program.mesh))
+    if source.model.vocab_size == program.model.vocab_size and not config.init.drop_rows_above:
         return params
     change = functools.partial(
         resize,

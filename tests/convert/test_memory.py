@@ -12,19 +12,39 @@ from lemur_jax.convert.safetensors_writer import plan_shards, write_index, write
 from lemur_jax.models.presets import preset
 
 # The same for a small model first: what the libraries take is not meant. Then the kernel's high-water mark begins anew.
-CONVERT = """
+MEASURE = """
 import json, re, sys
-from lemur_jax.cli import main
 
 def memory(key):
     return int(re.search(rf"{key}:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 2**10
 
 first, second = json.loads(sys.argv[1])
-assert main(first) == 0
+run(first)
 open("/proc/self/clear_refs", "w").write("5")
 before = memory("VmRSS")
-assert main(second) == 0
+run(second)
 print(memory("VmHWM") - before)
+"""
+
+CONVERT = """
+from lemur_jax.cli import main
+
+def run(words):
+    assert main(words) == 0
+"""
+
+# Straight onto eight devices, in half the bytes.
+LOAD = """
+from lemur_jax.parallel.hosts import choose_platform
+choose_platform(8)
+import jax
+from lemur_jax.convert.source import open_source
+from lemur_jax.infer.session import abstract_params
+from lemur_jax.parallel.mesh import make_mesh, parse_mesh
+
+def run(directory):
+    source = open_source(directory)
+    jax.block_until_ready(source.restore(abstract_params(source.model, make_mesh(parse_mesh("")), "bfloat16")))
 """
 
 
@@ -46,19 +66,24 @@ def make_model(directory, config):
     return 4 * sum(sizes.values()) / 2**20, 4 * max(sizes.values()) / 2**20
 
 
-def grown(*verbs):
-    """MiB that the second verb takes at most."""
-    words = [sys.executable, "-c", CONVERT, json.dumps(verbs)]
+def grown(run, *arguments):
+    """MiB that a call with the second argument takes at most."""
+    words = [sys.executable, "-c", run + MEASURE, json.dumps(arguments)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return float(done.stdout.splitlines()[-1])
 
 
+def make_models(root):
+    """A small and a large one; gives MiB in all and of the largest tensor of the large one."""
+    make_model(root / "small", preset("tiny"))
+    shape = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=16)
+    return make_model(root / "large", preset("tiny", num_hidden_layers=8, head_dim=64, **shape))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_import_and_an_export_hold_a_few_tensors(tmp_path):
-    make_model(tmp_path / "small", preset("tiny"))
-    shape = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=16)
-    size, largest = make_model(tmp_path / "large", preset("tiny", num_hidden_layers=8, head_dim=64, **shape))
+    size, largest = make_models(tmp_path)
     assert size > 500
     assert largest == 16
     importing, exporting = (
@@ -68,5 +93,13 @@ def test_an_import_and_an_export_hold_a_few_tensors(tmp_path):
         ]
         for verb, before, after in (("import", "", "-checkpoint"), ("export", "-checkpoint", "-exported"))
     )
-    taken = {"import": grown(*importing), "export": grown(*exporting)}
+    taken = {"import": grown(CONVERT, *importing), "export": grown(CONVERT, *exporting)}
     assert max(taken.values()) < 8 * largest, taken
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_onto_devices_holds_one_parameter_besides(tmp_path):
+    size, largest = make_models(tmp_path)
+    stacked = 8 * largest / 2  # one matrix of all layers, in bfloat16
+    taken = grown(LOAD, *(str(tmp_path / name) for name in ("small", "large")))
+    assert size / 2 <= taken < size / 2 + stacked + 4 * largest, taken

@@ -1,0 +1,64 @@
+"""A model to start from: one of our checkpoints, or a Hugging Face directory as it is."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from lemur_jax.checkpoint.manager import read_metadata, restore_params, tokenizer_files
+from lemur_jax.common.errors import UserError
+from lemur_jax.convert.hf_config import read_config
+from lemur_jax.convert.hf_weights import holds_weights
+from lemur_jax.convert.import_hf import hf_tokenizer_files, load_hf_params
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.llama import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is known before weights are read, and how they are.
+
+    Attributes:
+      model: the architecture.
+      tokenizer_files: content by name; empty where there is none.
+      restore: (abstract tree with shardings) -> parameters of its dtypes; each device gets its own shards alone.
+        Raises UserError where they are not as `model` says, damaged or not finite.
+    """
+
+    model: LlamaConfig
+    tokenizer_files: Mapping[str, bytes]
+    restore: Callable[[Params], Params]
+
+
+def open_source(path: epath.PathLike, step: int | None = None) -> Source:
+    """Opens either kind, told apart by the files that are there.
+
+    Args:
+      path: checkpoint directory, workdir or Hugging Face directory, local or gs://.
+      step: which checkpoint; None: the newest.
+
+    Raises:
+      UserError: nothing of the kind there, or a step of a Hugging Face directory.
+    """
+    if holds_weights(path):
+        return _hugging_face(path, step)
+    metadata = read_metadata(path, step)
+    return Source(
+        model=LlamaConfig.from_dict(metadata["model"]),
+        tokenizer_files=tokenizer_files(metadata),
+        restore=lambda wanted: restore_params(path, wanted, metadata["step"]),
+    )
+
+
+def _hugging_face(path: epath.PathLike, step: int | None) -> Source:
+    if step is not None:
+        raise UserError(f"{path} is a Hugging Face directory, which has no step {step}: leave --step out")
+
+    def restore(wanted: Params) -> Params:
+        (dtype,) = {leaf.dtype for leaf in jax.tree.leaves(wanted)}
+        shardings: Any = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+        return load_hf_params(path, shardings, dtype.name)[1]
+
+    return Source(model=read_config(path), tokenizer_files=hf_tokenizer_files(path), restore=restore)
