@@ -125,7 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, help="gs://...")
     for option in ("--topology", "--image", "--name"):
         parser.add_argument(option, required=True)
-    parser.add_argument("--verb", choices=["train", "doctor"], default="train", help="of lemur")
+    parser.add_argument("--verb", choices=["train", "doctor", "smoke"], default="train", help="of lemur")
+    parser.add_argument(
+        "--word", action="append", default=[], help="of `lemur smoke`; once for each, as --word=--checkpoint"
+    )
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--namespace", default="default")
     parser.add_argument("--service-account", default="")
@@ -136,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--spot", action="store_true")
     parser.add_argument("--max-restarts", type=int, default=20)
     options, overrides = parser.parse_known_args(arguments)
-    command = ["lemur", options.verb, "--config", options.config, "--workdir", options.workdir, *overrides]
+    run = ["--config", options.config, "--workdir", options.workdir, *overrides]
+    command = ["lemur", options.verb, *(options.word if options.verb == "smoke" else run)]
     try:
         manifest = jobset(
             load(options.config, overrides),

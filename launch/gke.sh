@@ -2,8 +2,8 @@
 # A run on TPU slices of a GKE cluster. The cluster's JobSet controller starts it again after a lost host or an
 # eviction, so nothing here has to watch it.
 #
-#   launch/gke.sh doctor                runs `lemur doctor` in a set of its own, prints the table and the verdict; needs the
-#                                       nodes, so before `start`
+#   launch/gke.sh smoke | doctor        runs `lemur smoke` with the words in SMOKE, or `lemur doctor` for the run, in a set
+#                                       of its own, and prints what it has found; needs the nodes, so before `start`
 #   launch/gke.sh start                 makes the manifest of a JobSet (launch/gke.py) and hands it to kubectl
 #   launch/gke.sh status | logs         the JobSet and its pods | follows the log of the first host
 #   launch/gke.sh delete                ends it: the hosts get SIGTERM and 120 s, in which the run saves
@@ -11,7 +11,7 @@
 # --settings FILE   default launch/settings.sh; see launch/settings.example.sh
 # --dry-run         prints the commands exactly as they would be executed, and executes none
 #
-# Exit status of `doctor`: 0 all is well, 2 something would stop the run.
+# Exit status of `smoke` and `doctor`: 0 all is well, 2 something would stop the run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -78,8 +78,8 @@ apply() {
   fi
 }
 
-# `lemur doctor` in a set of its own, without restarts.
-examination=$RUN-doctor
+# `lemur doctor` or `lemur smoke` in a set of its own, without restarts.
+examination=$RUN-$verb
 first=(--selector "$set_of=$examination,$first_host")
 clean() { execute kubectl delete jobset "$examination" "${here[@]}" --ignore-not-found; }
 pod() { execute kubectl get pods "${here[@]}" "${first[@]}" --output \
@@ -89,10 +89,10 @@ table() { execute kubectl logs --follow --tail=-1 "${here[@]}" "${first[@]}"; }
 ended() { execute kubectl get jobset "$examination" "${here[@]}" --output \
   'jsonpath={.status.conditions[?(@.status=="True")].type}'; }
 
-doctor() {
+examine() {
   words+=(--name "$examination" --max-restarts 0)
   clean # what was left behind
-  apply --verb doctor
+  apply --verb "$verb" "$@"
   if [ -n "$dry_run" ]; then
     pod && table && ended && clean
     return
@@ -118,12 +118,16 @@ doctor() {
 
 case $verb in
   start) apply ;;
-  doctor) doctor ;;
+  doctor) examine ;;
+  smoke)
+    [ ${#SMOKE[@]} -gt 0 ] || fail "SMOKE is empty in $settings: say which checkpoint and mesh, as for lemur smoke"
+    examine "${SMOKE[@]/#/--word=}"
+    ;;
   status)
     execute kubectl get jobset "$RUN" "${here[@]}"
     execute kubectl get pods "${here[@]}" --selector "$set_of=$RUN"
     ;;
   logs) execute kubectl logs --follow "${here[@]}" --selector "$set_of=$RUN,$first_host" ;;
   delete) execute kubectl delete jobset "$RUN" "${here[@]}" ;;
-  *) fail "say doctor, start, status, logs or delete; see launch/gke.sh --help" ;;
+  *) fail "say smoke, doctor, start, status, logs or delete; see launch/gke.sh --help" ;;
 esac

@@ -5,7 +5,8 @@
 #                                       preemption and crash, until the run says that it is finished
 #   launch/pod.sh create                asks for the slice or slices and waits until they are there
 #   launch/pod.sh push | setup          copies `git archive HEAD` to every worker | installs it there
-#   launch/pod.sh doctor                `lemur doctor` on every worker
+#   launch/pod.sh smoke | doctor        `lemur smoke` with the words in SMOKE, `lemur doctor` for the run: on every
+#                                       worker of every slice at once; need what `push` and `setup` have done
 #   launch/pod.sh start | stop          starts the run on every worker | stops it (SIGTERM)
 #   launch/pod.sh status | logs         one word a worker | follows the log of worker 0
 #   launch/pod.sh delete                gives the slices back
@@ -13,8 +14,8 @@
 # --settings FILE   default launch/settings.sh; see launch/settings.example.sh
 # --dry-run         prints the commands exactly as they would be executed, and executes none
 #
-# Exit status: 0 done; 2 a mistake in the settings or in the run's config; 3 no quota; 4 a worker cannot be
-# reached; 5 the run crashes again and again.
+# Exit status: 0 done; 2 a mistake in the settings or in the run's config, or what `smoke` or `doctor` has found;
+# 3 no quota; 4 a worker cannot be reached; 5 the run crashes again and again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -47,7 +48,7 @@ read_arguments() {
 
 read_settings() {
   [ -f "$settings" ] || fail 2 "there is no $settings: copy launch/settings.example.sh there and fill it in"
-  OVERRIDES=() ENVIRONMENT=() CREATE_FLAGS=() SSH_FLAGS=() SECRETS_FILE=''
+  OVERRIDES=() ENVIRONMENT=() SMOKE=() CREATE_FLAGS=() SSH_FLAGS=() SECRETS_FILE=''
   # shellcheck source=launch/settings.example.sh
   source launch/settings.example.sh # defaults of whatever the file leaves out
   # shellcheck source=launch/settings.example.sh
@@ -103,13 +104,46 @@ insist() {
 
 quoted() { printf '%q ' "$@"; }
 
+# ssh_to HOW NODE WORKER COMMAND, with HOW `execute` or `insist`.
+ssh_to() {
+  "$1" timeout "$SSH_SECONDS" gcloud compute tpus tpu-vm ssh "$2" "${place[@]}" --worker="$3" \
+    ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command="$4"
+}
+
 # on_workers WORKER COMMAND: on that worker ("all" or a number) of every slice.
 on_workers() {
   local node
   for node in "${nodes[@]}"; do
-    insist timeout "$SSH_SECONDS" gcloud compute tpus tpu-vm ssh "$node" "${place[@]}" --worker="$1" \
-      ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command="$2" || return 4
+    ssh_to insist "$node" "$1" "$2" || return 4
   done
+}
+
+# The same on all workers of all slices at once, where they wait for each other.
+on_all_at_once() {
+  local node pid pids=() result=0
+  for node in "${nodes[@]}"; do
+    if [ -n "$dry_run" ]; then
+      ssh_to execute "$node" all "$1"
+    else
+      ssh_to execute "$node" all "$1" &
+      pids+=($!)
+    fi
+  done
+  for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid" || result=4; done
+  return "$result"
+}
+
+# examine VERB WORD...: `lemur VERB WORD...` on all workers; 2 where one says that something is wrong.
+examine() {
+  local said result=0
+  said=$(mktemp)
+  # What all say alike is said once.
+  on_all_at_once "bash lemur/launch/worker.sh $(quoted "$@")" 2>&1 | tee "$said" |
+    awk '!said[$0]++ { print; fflush() }' || result=4
+  # ssh to several workers need not pass on how each of them ended.
+  if [ "$result" -eq 0 ] && grep -q "lemur $1 ended with [1-9]" "$said"; then result=2; fi
+  rm -f "$said"
+  return "$result"
 }
 
 copy_to_workers() {
@@ -214,7 +248,11 @@ push() {
 setup() { on_workers all 'bash lemur/launch/worker.sh setup'; }
 start() { on_workers all "bash lemur/launch/worker.sh start $(quoted "$RUNNER" "${train[@]}")"; }
 stop() { on_workers all 'bash lemur/launch/worker.sh stop'; }
-doctor() { on_workers all "bash lemur/launch/worker.sh doctor $(quoted "${train[@]:1}")"; }
+doctor() { examine doctor "${train[@]:1}"; }
+smoke() {
+  [ ${#SMOKE[@]} -gt 0 ] || fail 2 "SMOKE is empty in $settings: say which checkpoint and mesh, as for lemur smoke"
+  examine smoke "${SMOKE[@]}"
+}
 logs() { execute gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${place[@]}" --worker=0 \
   ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command='tail -n 100 -F lemur/run.log'; }
 status() { on_workers all 'if [ -d lemur/launch ]; then bash lemur/launch/worker.sh status; else echo absent; fi'; }
@@ -284,6 +322,6 @@ watch() {
 read_arguments "$@"
 read_settings
 case $verb in
-  create | push | setup | doctor | start | stop | status | logs | delete | watch) "$verb" ;;
+  create | push | setup | smoke | doctor | start | stop | status | logs | delete | watch) "$verb" ;;
   *) fail 2 "unknown verb $verb; see launch/pod.sh --help" ;;
 esac

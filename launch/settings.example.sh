@@ -6,6 +6,7 @@ RUN=my-run                              # names everything that is made; lower c
 CONFIG=configs/lemur_7b_pretrain.py     # committed: the code that is pushed is `git archive HEAD`
 WORKDIR=                                # gs://BUCKET/... for pods; a shared directory for Slurm
 OVERRIDES=()                            # e.g. (--config.train.steps=1000)
+SMOKE=()                                # words of `lemur smoke`: (--checkpoint gs://... --mesh fsdp=8 --dtype bfloat16)
 ENVIRONMENT=()                          # e.g. (LIBTPU_INIT_ARGS=--xla_...); never a secret
 
 # Secrets: a local file of NAME=value lines, mode 600. It is copied as a file, read by the run on the workers,

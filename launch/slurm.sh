@@ -2,13 +2,14 @@
 # A run on the GPUs of a Slurm cluster, one task a GPU; requeued when a host is lost or the job preempted.
 #
 #   launch/slurm.sh [start]             submits the run
-#   launch/slurm.sh doctor              submits `lemur doctor` in its place, waits, prints the table and the verdict
+#   launch/slurm.sh smoke | doctor      submits `lemur smoke` with the words in SMOKE, or `lemur doctor`, in its place,
+#                                       waits, and prints what it has found
 #
 # --settings FILE   default launch/settings.sh; see launch/settings.example.sh
 # --dry-run         prints the command and the batch script, and submits nothing
 #
-# Exit status of `doctor`: 0 all is well, 2 something would stop the run.
-# Settings: RUN, CONFIG, WORKDIR, OVERRIDES, ENVIRONMENT, SECRETS_FILE, NODES, GPUS_PER_NODE, SLURM_FLAGS, as in
+# Exit status of `smoke` and `doctor`: 0 all is well, 2 something would stop the run.
+# Settings: RUN, CONFIG, WORKDIR, OVERRIDES, SMOKE, ENVIRONMENT, SECRETS_FILE, NODES, GPUS_PER_NODE, SLURM_FLAGS, as in
 # launch/settings.example.sh. The code and .venv must lie where every node sees them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +26,7 @@ while [ $# -gt 0 ]; do
       sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
       exit 0
       ;;
-    start | doctor) verb=$1 ;;
+    start | smoke | doctor) verb=$1 ;;
     *)
       echo "slurm.sh: unknown argument $1; see launch/slurm.sh --help" >&2
       exit 2
@@ -48,7 +49,7 @@ for name in RUN CONFIG WORKDIR; do
   fi
 done
 
-printf -v words '%q ' --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+words=(--config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
 printf -v here '%q' "$PWD"
 exports=''
 for pair in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
@@ -64,7 +65,7 @@ cd $here
 export PATH=$here/.venv/bin:\$PATH
 export LEMUR_RELAUNCH=1
 $exports"
-train="${top}srun --kill-on-bad-exit=1 lemur train $words
+train="${top}srun --kill-on-bad-exit=1 lemur train $(printf '%q ' "${words[@]}")
 status=\$?
 # 75: a host was lost (parallel/liveness.py); above: a task was killed or aborted. The run goes on from the newest
 # checkpoint. 1 and 2 are mistakes that come again.
@@ -72,9 +73,6 @@ if [ \$status -ge 75 ] && [ \${SLURM_RESTART_COUNT:-0} -lt $MAX_RESTARTS ]; then
   scontrol requeue \$SLURM_JOB_ID
 fi
 exit \$status
-"
-# Every task fails where one check does: none must end the first one before it has printed the table.
-examine="${top}srun --kill-on-bad-exit=0 lemur doctor $words
 "
 
 # submit SCRIPT FLAG...
@@ -93,13 +91,26 @@ start() {
   submit "$train" --job-name="$RUN" --requeue --open-mode=append --output="$RUN-%j.log" --signal=TERM@120
 }
 
-doctor() {
-  local log=$RUN-doctor.log status=0
+# examine VERB WORD...
+examine() {
+  local log=$RUN-$1.log status=0
   [ -n "$dry_run" ] || rm -f "$log"
-  submit "$examine" --job-name="$RUN-doctor" --no-requeue --wait --output="$log" || status=$?
+  # Every task fails where one check does: none must end the first one before it has printed what it found.
+  submit "${top}srun --kill-on-bad-exit=0 lemur $(printf '%q ' "$@")
+" --job-name="$RUN-$1" --no-requeue --wait --output="$log" || status=$?
   # What all tasks say alike is said once.
   if [ -z "$dry_run" ] && [ -f "$log" ]; then awk '!said[$0]++' "$log"; fi
   return "$status"
+}
+
+doctor() { examine doctor "${words[@]}"; }
+
+smoke() {
+  if [ ${#SMOKE[@]} -eq 0 ]; then
+    echo "slurm.sh: SMOKE is empty in $settings: say which checkpoint and mesh, as for lemur smoke" >&2
+    exit 2
+  fi
+  examine smoke "${SMOKE[@]}"
 }
 
 "$verb"

@@ -5,7 +5,7 @@
 #   worker.sh start RUNNER WORDS...    starts `lemur WORDS` so that it survives the ssh session
 #   worker.sh status                   one word: absent, ready, running, or the exit status of the run
 #   worker.sh stop                     SIGTERM, and waits: the run saves a checkpoint if it can
-#   worker.sh doctor WORDS...          `lemur doctor WORDS` in the run's environment
+#   worker.sh doctor|smoke WORDS...    `lemur doctor WORDS` in the run's environment, and a line of how it ended
 set -euo pipefail
 cd "$(dirname "$0")/.."
 unit=lemur-run
@@ -99,13 +99,14 @@ case ${1:-} in
       exit 1
     fi
     ;;
-  doctor)
-    shift
+  doctor | smoke)
     load_environment
-    exec lemur doctor "$@"
+    status=0
+    lemur "$@" || status=$?
+    echo "$(hostname): lemur $1 ended with $status"
     ;;
   *)
-    echo "worker.sh setup|start|run|status|stop|doctor" >&2
+    echo "worker.sh setup|start|run|status|stop|doctor|smoke" >&2
     exit 2
     ;;
 esac

@@ -142,7 +142,7 @@ def _smoke(args) -> None:
     from lemur_jax.infer.smoke import smoke
     from lemur_jax.parallel import hosts
 
-    found = smoke(session, args.hf, stored)
+    found = smoke(session, args.hf, stored, print if hosts.is_chief() else lambda line: None)
     if args.write_reference is not None and hosts.is_chief():
         reference.write(args.write_reference, found)
         print(f"reference written to {args.write_reference}")

@@ -57,8 +57,10 @@ def test_a_notice_of_the_cloud_ends_both_with_the_same_step_saved(hosts_project,
         cloud.set("preempted", "TRUE")
         said = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    for lines in said:
-        assert "lemur train: this machine is taken away (instance/preempted: TRUE)\n" in lines
+    # The first to hear of it stops both: the other may have saved and ended before it was told.
+    assert any(
+        "lemur train: this machine is taken away (instance/preempted: TRUE)\n" in lines for lines in said
+    )
     assert f"SIGTERM: step {read_metadata(workdir)['step']} is saved" in said[0]
 
 

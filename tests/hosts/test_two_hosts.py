@@ -129,6 +129,13 @@ def test_two_hosts_generate_and_one_of_them_exports(hosts_project, two, tmp_path
     assert alone.strip() in chief
     assert "value_1" not in other
     export(hosts_project, 2, workdir, tmp_path)
+    # Of what was exported each host reads its own part.
+    reference = tmp_path / "reference.json"
+    words = ["smoke", "--checkpoint", str(tmp_path / "hf-2"), "--mesh"]
+    hosts_project.lemur(1, *words, "fsdp=8", "--write-reference", str(reference))
+    chief, other = hosts_project.lemur(2, *words, "fsdp=4,tensor=2", "--reference", str(reference))
+    assert "192 tokens equal the reference's" in chief
+    assert "tokens" not in other
 
 
 def kill(hosts_project, workdir, how, victim=1):

@@ -9,6 +9,7 @@ import pytest
 from lemur_jax.checkpoint import manager
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
+from lemur_jax.convert import source
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.infer import reference
 from lemur_jax.infer.session import make_session
@@ -114,7 +115,7 @@ def test_a_reference_that_does_not_fit_is_refused_before_anything_is_loaded(
     def loaded(*_):
         raise UserError("the weights are loaded")
 
-    monkeypatch.setattr(manager, "restore_params", loaded)
+    monkeypatch.setattr(source, "restore_params", loaded)
     for number, (changes, message) in enumerate(
         [
             (

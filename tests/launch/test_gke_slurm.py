@@ -286,6 +286,32 @@ def test_doctor_of_gke_sh_waits_for_the_verdict(gke_sh, ended, said, status):
     ]  # fmt: skip
 
 
+SMOKE = "SMOKE=(--checkpoint 'gs://bucket/a b' --mesh fsdp=8)\n"
+NO_SMOKE = "SMOKE is empty in {}/settings.sh: say which checkpoint and mesh, as for lemur smoke\n"
+
+
+def test_smoke_of_gke_sh_is_a_set_of_its_own_too(gke_sh):
+    settings = "OVERRIDES=(--config.seed=7)\nPOLL_SECONDS=0\n" + SMOKE
+    printed = gke_sh("smoke", "--dry-run", settings=settings)
+    assert printed.returncode == 0, printed.stderr
+    manifest = printed.stdout.partition("<<'MANIFEST'\n")[2].partition("\nMANIFEST\n")[0]
+    found = json.loads(manifest.partition("\n")[2])
+    assert (found["metadata"]["name"], found["spec"]["failurePolicy"]["maxRestarts"]) == ("my-run-smoke", 0)
+    (container,) = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["lemur", "smoke", "--checkpoint", "gs://bucket/a b", "--mesh", "fsdp=8"]
+    cluster = CLUSTER.replace("SAID", "tokens differ").replace("ENDED", "Failed")
+    done = gke_sh("smoke", settings=settings, kubectl=f"HOME={gke_sh.home}\n{cluster}")
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.endswith("verdict: tokens differ\n")
+    assert gke_sh.calls()[-1] == CLUSTER_CALLS[0].replace("doctor", "smoke")
+
+
+def test_smoke_of_gke_sh_without_words_is_refused(gke_sh):
+    done = gke_sh("smoke")
+    assert (done.returncode, gke_sh.calls()) == (2, [])
+    assert done.stderr == "gke.sh: " + NO_SMOKE.format(gke_sh.home)
+
+
 def test_doctor_of_gke_sh_leaves_nothing_behind_when_kubectl_fails(gke_sh):
     done = gke_sh("doctor", kubectl='[ "$1" != get ] || { echo "dial tcp: i/o timeout" >&2; exit 1; }')
     assert (done.returncode, "i/o timeout" in done.stderr) == (1, True)
@@ -453,6 +479,15 @@ def test_slurm_doctor_without_a_log_says_what_sbatch_said(slurm):
     printed = slurm("doctor", "--dry-run").stdout
     assert printed.startswith("sbatch --nodes=2")
     assert "lemur doctor --config" in printed
+
+
+def test_slurm_smoke_is_submitted_in_the_place_of_the_run(slurm):
+    printed = slurm("smoke", "--dry-run", settings=SMOKE).stdout
+    assert "--job-name=my-run-smoke --no-requeue --wait --output=my-run-smoke.log" in printed
+    assert "\nsrun --kill-on-bad-exit=0 lemur smoke --checkpoint gs://bucket/a\\ b --mesh fsdp=8" in printed
+    done = slurm("smoke")
+    assert (done.returncode, done.stderr) == (2, "slurm.sh: " + NO_SMOKE.format(slurm.home))
+    assert not (slurm.home / "arguments").exists()
 
 
 def test_slurm_without_a_workdir_is_refused(slurm):

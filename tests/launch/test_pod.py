@@ -16,7 +16,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 # Answers with the first rule whose words are in the command and that is not used up: {"when", "out", "code",
-# "times", "hang"}; a command that no rule knows succeeds and says nothing.
+# "times", "hang", "meet": waits until so many calls have these words}; a command that no rule knows succeeds and
+# says nothing.
 FAKE = """
 import json, os, sys, time
 home = os.environ["FAKE"]
@@ -26,8 +27,13 @@ with open(home + "/calls", "a") as file:
 rules = json.load(open(home + "/rules"))
 for rule in rules:
     if rule["when"] in words and rule.get("times", 1) != 0:
+        deadline = time.time() + 30
+        while open(home + "/calls").read().count(rule["when"]) < rule.get("meet", 0):
+            assert time.time() < deadline
+            time.sleep(0.05)
         rule["times"] = rule.get("times", 1) - 1
-        json.dump(rules, open(home + "/rules", "w"))
+        if rule["times"] >= 0:
+            json.dump(rules, open(home + "/rules", "w"))
         if rule.get("hang"):
             time.sleep(60)
         print(rule.get("out", ""), file=sys.stderr if rule.get("code") else sys.stdout)
@@ -277,6 +283,44 @@ def test_several_slices(pod):
     assert [call[4] for call in pod.calls("worker.sh setup")] == ["test-run-0", "test-run-1"]
 
 
+SMOKE = "SMOKE=(--checkpoint 'gs://bucket/a b' --mesh fsdp=8)\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("smoke", "smoke --checkpoint gs://bucket/a\\ b --mesh fsdp=8"),
+        ("doctor", "doctor --config configs/lemur_7b_pretrain.py --workdir gs://bucket/run"),
+    ],
+)
+def test_what_looks_at_the_slices_does_so_on_all_at_once(pod, verb, words):
+    pod.settings(SETTINGS + SMOKE + "SLICES=2\n")
+    said = f"all is well\nhost-{{}}: lemur {verb} ended with {{}}"
+    rule = {"when": f"worker.sh {verb}", "meet": 2, "times": -1}
+    done = pod(verb, rules=[rule | {"out": said.format(1, 0)}])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == said.format(1, 0) + "\n"  # and not twice
+    calls = pod.calls(f"worker.sh {verb}")
+    assert {call[4] for call in calls} == {"test-run-0", "test-run-1"}
+    assert {call[-1].rstrip() for call in calls} == {f"--command=bash lemur/launch/worker.sh {words}"}
+    # gcloud's own status says nothing of it.
+    done = pod(verb, rules=[rule | {"out": said.format(1, 2)}])
+    assert done.returncode == 2
+    assert f"lemur {verb} ended with 2" in done.stdout
+    done = pod(verb, rules=[{"when": "test-run-1", "out": "no route", "code": 255}])
+    assert (done.returncode, "no route" in done.stdout) == (4, True)
+    assert len(pod.calls()) == 2
+    printed = pod(verb, "--dry-run").stdout.splitlines()
+    assert [line.split()[7] for line in printed] == ["test-run-0", "test-run-1"]
+    assert pod.calls() == []
+
+
+def test_smoke_without_words_is_refused(pod):
+    done = pod("smoke")
+    assert (done.returncode, pod.calls()) == (2, [])
+    assert "SMOKE is empty" in done.stderr
+
+
 def test_secrets_go_as_a_file_that_others_cannot_read(pod):
     secrets = pod.home / "secrets.env"
     secrets.write_text("TOKEN=hunter2\n")
@@ -349,6 +393,17 @@ def test_worker_says_how_the_run_is(worker):
 
 
 @pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux")
+@pytest.mark.parametrize("verb", ["smoke", "doctor"])
+def test_worker_says_how_what_looked_has_ended(worker, verb):
+    worker.install('echo "$@ $A_FLAG $LEMUR_JOIN"; exit 2')
+    (worker.home / "run.env").write_text("A_FLAG=two\\ words\n")
+    done = worker(verb, "--mesh", "fsdp=8")
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.splitlines()
+    assert first == f"{verb} --mesh fsdp=8 two words 1"
+    assert last.endswith(f": lemur {verb} ended with 2")
+
+
 def test_worker_starts_and_stops_a_run_in_tmux(worker):
     worker.install("trap 'echo saving; exit 0' TERM; echo started; while true; do sleep 0.05; done")
     started = worker("start", "tmux", "train", env={**os.environ, "TMUX_TMPDIR": str(worker.home)})
