@@ -64,13 +64,15 @@ def unscored(config: ConfigDict, records: Sequence[Record], step: int) -> set[st
       step: updates done; 0: scored where the parameters come from a checkpoint.
     """
     scored = {r["task"] for r in records if r.get("kind") == "eval" and r["step"] == step}
-    if step:
-        compared = config.checkpoint.keep_best and due(step, config.checkpoint.every_steps)
-        last = step == config.train.steps
-        wanted = scored or last or compared or due(step, config.eval.every_steps)
-    else:
-        wanted = config.init.checkpoint
-    return set(config.eval.tasks) - scored if wanted else set()
+    return set(config.eval.tasks) - scored if scored or _is_regular(config, step) else set()
+
+
+def _is_regular(config: ConfigDict, step: int) -> bool:
+    """Whether every run of this config is scored at this step, whatever came in between."""
+    if not step:
+        return bool(config.init.checkpoint)
+    compared = config.checkpoint.keep_best and due(step, config.checkpoint.every_steps)
+    return step == config.train.steps or bool(compared) or due(step, config.eval.every_steps)
 
 
 def evaluate(
@@ -142,7 +144,7 @@ class Evaluations:
         records: Sequence[Record] = (),
         give_up: Callable[[], bool] = lambda: False,
     ):
-        self._program, self._held_out = program, held_out
+        self._program, self._config, self._held_out = program, config, held_out
         self._writer, self._say = writer, say
         self._rows = config.eval.batch_rows or config.train.batch_rows // config.train.microbatches
         self._max_rows = config.eval.max_rows
@@ -169,8 +171,14 @@ class Evaluations:
                 continue
             record = evaluate(self._program, params, task, self._rows, self._max_rows, self._give_up)
             if record is None:
+                later = bits or _is_regular(self._config, step)
                 self._say(
-                    f"step {step}: the held-out evaluation is given up, and will be made at the next start"
+                    f"step {step}: the held-out evaluation is given up"
+                    + (
+                        ", and will be made at the next start"
+                        if later
+                        else "; its checkpoint is not among the best"
+                    )
                 )
                 return losses
             losses[task.task], bits[task.task] = record["loss"], record["bits_per_byte"]

@@ -1,6 +1,7 @@
 """The training loop of every stage: mesh, data, model, state, then step after step."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
@@ -27,6 +28,7 @@ from lemur_jax.train.evaluate import Evaluations, open_held_out, unscored
 from lemur_jax.train.interruption import Interruption
 from lemur_jax.train.saves import Saves, due
 from lemur_jax.train.spikes import too_many_skips
+from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program, build
 from lemur_jax.train.steplog import StepLog
 from lemur_jax.train.workdir import claim
@@ -118,6 +120,14 @@ def train(
             if interruption.asked:
                 say(f"SIGTERM: no step was made after step {first}; the same command goes on from there")
                 return True
+        between = _BetweenSteps(
+            config=config,
+            saves=saves,
+            evaluations=evaluations,
+            interruption=interruption,
+            log=log,
+            writer=writer,
+        )
         loader = Loader(mixture, batch_sharding(mesh))
         batches = log.waiting(loader.iterate(first, config.train.steps))
         for step, batch in traced(batches, profile, workdir / "profile", finish=log.flush):
@@ -130,30 +140,53 @@ def train(
                 with log.paused("checkpoint"):
                     state, target = saves.roll_back(state, loader)
                 log.rolled_back(done, target)
-            last = done == config.train.steps
-            stopping = interruption.reached()
-            saving = last or stopping or undoing or saves.due(done)
-            scored = last or due(done, config.eval.every_steps) or (saving and saves.needs_loss(done))
-            evaluating = held_out and scored and not stopping
-            if evaluating or saving:
-                log.flush()  # parameters that are not finite are never saved
-                losses: dict[str, float] = {}
-                if evaluating:
-                    with log.paused("eval"):
-                        losses = evaluations.score(state.params, done)
-                    stopping = interruption.asked  # meanwhile, too
-                if saving or stopping:
-                    with log.paused("checkpoint"):
-                        log.write_time(done)
-                        if writer:
-                            writer.sync()
-                        saves.save(done, state, losses, to_the_end=last or stopping)
-            elif due(done, config.log.every_steps):
-                log.flush(keep=1)  # the newest step may still be running
-            if stopping:
+            if between.stopping(state, done, undoing):
                 say(f"SIGTERM: step {done} is saved; the same command goes on from there")
                 return True
         return interruption.asked
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _BetweenSteps:
+    """What is done after an update where its turn has come: evaluate, save, write the log."""
+
+    config: ConfigDict
+    saves: Saves
+    evaluations: Evaluations
+    interruption: Interruption
+    log: StepLog
+    writer: MetricsWriter | None
+
+    def stopping(self, state: TrainState, done: int, undoing: bool) -> bool:
+        """Does it after update `done`; whether a SIGTERM has come, and that update is saved.
+
+        Args:
+          undoing: the update was followed by a rollback, whose state is to be saved.
+        """
+        last = done == self.config.train.steps
+        stopping = self.interruption.reached()
+        saving = last or stopping or undoing or self.saves.due(done)
+        scored = last or due(done, self.config.eval.every_steps) or (saving and self.saves.needs_loss(done))
+        evaluating = bool(self.config.eval.tasks) and scored and not stopping
+        if evaluating or saving:
+            self.log.flush()  # parameters that are not finite are never saved
+            losses: dict[str, float] = {}
+            if evaluating:
+                with self.log.paused("eval"):
+                    losses = self.evaluations.score(state.params, done)
+                stopping = self.interruption.asked  # meanwhile, too
+            if saving or stopping:
+                self._save(done, state, losses, to_the_end=last or stopping)
+        elif due(done, self.config.log.every_steps):
+            self.log.flush(keep=1)  # the newest step may still be running
+        return stopping
+
+    def _save(self, done: int, state: TrainState, losses: dict[str, float], to_the_end: bool) -> None:
+        with self.log.paused("checkpoint"):
+            self.log.write_time(done)
+            if self.writer:
+                self.writer.sync()
+            self.saves.save(done, state, losses, to_the_end)
 
 
 def _writer(config: ConfigDict, workdir: epath.Path, say: Callable[[str], None]) -> MetricsWriter:

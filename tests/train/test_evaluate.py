@@ -3,8 +3,10 @@
 import types
 
 import numpy as np
+import pytest
 
 from lemur_jax.train import evaluate
+from tests.train.tiny import tiny_config
 
 
 class Sums:
@@ -42,3 +44,22 @@ def test_batches_are_scored_shortly_before_their_figures_are_waited_for(monkeypa
     ahead.clear()
     assert evaluate.evaluate(program, None, held_out, 2, 0, give_up) is None
     assert asked == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("step", "promised"),
+    [(2, True), (4, True), (10, True), (3, False)],  # due, its save is compared, the last, a save out of turn
+)
+def test_what_is_said_of_an_evaluation_that_is_given_up_is_so(monkeypatch, step, promised):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: None)
+    config = tiny_config()
+    config.eval.tasks = ("text",)
+    config.eval.every_steps, config.checkpoint.every_steps, config.train.steps = 2, 4, 10
+    config.checkpoint.keep_best = "text"
+    held_out = evaluate.HeldOut(task="text", rows=None, bytes_per_target=1.0)
+    said = []
+    evaluations = evaluate.Evaluations(None, config, [held_out], None, said.append)
+    assert evaluations.score(None, step) == {}
+    assert len(said) == 1
+    assert said[0].endswith("will be made at the next start" if promised else "is not among the best")
+    assert evaluate.unscored(config, [], step) == ({"text"} if promised else set())
