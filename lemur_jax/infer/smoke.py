@@ -148,15 +148,17 @@ def _compare(stored: Reference, ours: Reference) -> str:
 
 
 def _memory(session: Session) -> str:
-    """The largest share of the parameters that one device holds, and its memory in use where it tells."""
+    """The largest share of the parameters that one device holds, and what the first has used where it tells."""
     held: dict[jax.Device, int] = {}
     for leaf in jax.tree.leaves(session.params):
         for shard in leaf.addressable_shards:
             held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
     text = f"{max(held.values()) / 2**20:,.1f} MiB of parameters a device"
     stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_in_use" in stats:
-        text += f", {stats['bytes_in_use'] / 2**30:,.2f} GiB in use"
+    if "peak_bytes_in_use" in stats:  # cache and temporaries too; a CPU does not tell
+        text += f", at most {stats['peak_bytes_in_use'] / 2**30:,.2f} GiB in use"
+        if limit := stats.get("bytes_limit"):
+            text += f" of {limit / 2**30:,.2f}"
     return text
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -34,6 +36,14 @@ def run(session, stored=None):
     lines = []
     found = smoke(session, reference=stored, say=lines.append)
     return found, lines
+
+
+def test_memory_is_told_where_the_device_tells_it(params, chat_tokenizer, monkeypatch):
+    session = session_on(params, chat_tokenizer, "")
+    stats = {"bytes_in_use": 2**30, "peak_bytes_in_use": 3 * 2**30, "bytes_limit": 31 * 2**30}
+    device = types.SimpleNamespace(memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert run(session)[1][0].endswith(" a device, at most 3.00 GiB in use of 31.00")
 
 
 def test_reference_of_one_mesh_and_a_run_on_another(params, chat_tokenizer, tmp_path):
