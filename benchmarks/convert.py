@@ -2,7 +2,8 @@
 
 Makes a random Llama of any preset in Hugging Face's layout, imports it, exports it again and compares the
 files' tensors bit for bit; `cp` of the same directory runs in the same session. Peak memory is that of the
-whole `lemur` process, mapped file pages included.
+whole `lemur` process, mapped file pages included. With `--load`, the directory is also read as `--checkpoint`
+reads it, straight onto eight virtual devices, which takes the model's own size in memory.
 
     python benchmarks/convert.py --preset llama2_7b --directory /tmp/convert
     python benchmarks/convert.py --preset llama2_70b --layers 4 --directory /tmp/convert
@@ -62,6 +63,20 @@ def timed(words: list[str]) -> tuple[float, float]:
     return seconds, peak / 2**20
 
 
+# Fully sharded, in bfloat16; nothing is written.
+LOAD = """
+import sys
+from lemur_jax.parallel.hosts import choose_platform
+choose_platform(8)
+import jax
+from lemur_jax.convert.source import open_source
+from lemur_jax.infer.session import abstract_params
+from lemur_jax.parallel.mesh import make_mesh, parse_mesh
+source = open_source(sys.argv[1])
+jax.block_until_ready(source.restore(abstract_params(source.model, make_mesh(parse_mesh("")), "bfloat16")))
+"""
+
+
 def same(left: pathlib.Path, right: pathlib.Path) -> bool:
     """Whether two directories hold the same tensors, bit for bit."""
     ours, theirs = open_weights(left), open_weights(right)
@@ -79,6 +94,7 @@ def main() -> None:
     parser.add_argument(
         "--keep", action="store_true", help="take the model that is there, and leave it there"
     )
+    parser.add_argument("--load", action="store_true", help="measure reading onto devices, too")
     arguments = parser.parse_args()
     config = preset(arguments.preset, **({"num_hidden_layers": arguments.layers} if arguments.layers else {}))
     root = pathlib.Path(arguments.directory)
@@ -95,6 +111,7 @@ def main() -> None:
         ("cp", ["cp", "-r", str(source), str(copy)]),
         ("import-hf", [*lemur, "import-hf", str(source), str(checkpoint), "--dtype", "bfloat16"]),
         ("export-hf", [*lemur, "export-hf", str(checkpoint), str(out), "--dtype", "bfloat16"]),
+        *([("load", [sys.executable, "-c", LOAD, str(source)])] if arguments.load else []),
         ("cp again", ["cp", "-r", str(source), str(copy)]),
     ]
     rates = {}
@@ -105,7 +122,8 @@ def main() -> None:
         rates[name] = size / seconds / 1e9
         print(f"{name:10} {seconds:7.1f} s  {rates[name]:6.3f} GB/s  peak {peak:5.2f} GiB", flush=True)
     cp = max(rates["cp"], rates["cp again"])
-    print(f"of the better cp: import {rates['import-hf'] / cp:.0%}, export {rates['export-hf'] / cp:.0%}")
+    ratios = (f"{name} {rate / cp:.0%}" for name, rate in rates.items() if not name.startswith("cp"))
+    print("of the better cp:", ", ".join(ratios))
     print("bit-exact:", same(source, out))
     for path in results if arguments.keep else [root]:
         shutil.rmtree(path, ignore_errors=True)
