@@ -59,12 +59,12 @@ def test_a_removal_that_fails_does_not_hide_why(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_imports_onto_gs(
+def test_imports_onto_gs_and_from_there(
     emulator,  # noqa: F811
     make_model,
     tmp_path,
 ):
-    """One that fails leaves nothing; the others are whole, and lie there."""
+    """One that fails leaves nothing; the others are whole, and lie there. A model on gs:// is that of a disk."""
     hf = make_model()
 
     def lemur(*words):
@@ -85,6 +85,18 @@ def test_imports_onto_gs(
     assert "verified (params)" in done.stdout
     done = lemur("export-hf", "gs://bucket/whole", str(tmp_path / "out"), "--dtype", "float32", "--verify")
     assert done.returncode == 0, done.stderr
+    for source, target in (
+        ("gs://bucket/whole", "gs://bucket/hf"),
+        ("gs://bucket/hf", str(tmp_path / "back")),
+    ):
+        done = lemur(
+            "export-hf" if source.endswith("whole") else "import-hf", source, target, "--dtype", "float32"
+        )
+        assert done.returncode == 0, done.stderr
+    done = lemur("export-hf", str(tmp_path / "back"), str(tmp_path / "again"), "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    files = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+    assert len(set(files)) == 1
     FAULTS["NaN"][0](hf)
     done = lemur("import-hf", str(hf.path), "gs://bucket/broken")
     assert done.returncode == 2, done.stderr
@@ -92,4 +104,4 @@ def test_imports_onto_gs(
     assert "Traceback" not in done.stderr
     done = lemur("checkpoints", "gs://bucket/broken")
     assert "lemur checkpoints: no checkpoint directory at gs://bucket/broken\n" in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "back", "hf", "out"]

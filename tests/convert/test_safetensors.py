@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.convert import hf_weights
+from lemur_jax.convert import hf_weights, safetensors_reader
 from lemur_jax.convert.safetensors_reader import read_header
 from lemur_jax.convert.safetensors_writer import plan_shards, write_index, write_shard
 
@@ -37,6 +37,21 @@ def test_reads_what_the_library_writes(tmp_path, dtype):
         got = tensors[name].read()
         assert got.shape == tuple(expected.shape)
         assert got.tobytes() == expected.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_what_is_remote_is_read_in_pieces(tmp_path, monkeypatch):
+    """Of a local file here; from a server in `test_directory.py`."""
+    monkeypatch.setattr(safetensors_reader, "is_object_store", lambda path: True)
+    monkeypatch.setattr(safetensors_reader, "_PIECE_BYTES", 8)
+    state = {"a": torch.randn(3, 5), "b": torch.randn(7), "c": torch.randn(()), "d": torch.empty(0, 2)}
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(state, path)
+    tensors = read_header(path)
+    for name, expected in state.items():
+        np.testing.assert_array_equal(tensors[name].read(), expected.numpy())
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"x\.safetensors has become shorter while it was read"):
+        [tensor.read() for tensor in tensors.values()]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
