@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from etils import epath
 
 from lemur_jax.cli import main
 
@@ -98,3 +99,44 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, words, expected):
     assert done.stderr.startswith(f"lemur {words[0]}: ")
     assert expected in done.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"c.py", "__pycache__"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "checkpoints gs://bucket/run",
+        "generate --checkpoint gs://bucket/run --prompt x",
+        "import-hf gs://bucket/model out",
+        "export-hf gs://bucket/run out",
+    ],
+)
+def test_a_store_that_cannot_be_reached_is_one_line(words, tmp_path, monkeypatch, capsys):
+    """As gcsfs does after half a minute of trying: `exists` raises, `is_dir` says no."""
+    errors = pytest.importorskip("aiohttp", reason="needs the extra test")
+    reached = []
+
+    def exists(path):
+        if not str(path).startswith("gs:"):
+            return os.path.exists(path)
+        reached.append(path)
+        raise errors.ClientConnectionError("Connect call failed")
+
+    place = type(epath.Path("gs://bucket/run"))
+    monkeypatch.setattr(place, "exists", exists)
+    monkeypatch.setattr(place, "is_dir", lambda path: False)
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert (
+        "the object store cannot be reached, or refuses: ClientConnectionError: Connect call failed"
+        in error[0]
+    )
+    assert len(reached) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(epath.Path("gs://bucket").__class__, "exists", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["checkpoints", "gs://bucket/run"])

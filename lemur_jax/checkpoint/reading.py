@@ -16,7 +16,7 @@ from lemur_jax.checkpoint.leaves import Leaf, check_wanted, describe, named
 from lemur_jax.checkpoint.metadata import Damaged, LateJsonHandler, RestoreLateJson, unseal
 from lemur_jax.checkpoint.streaming import Streamed, StreamedHandler
 from lemur_jax.common.errors import UserError
-from lemur_jax.common.paths import absolute
+from lemur_jax.common.paths import absolute, is_refused_by_store
 from lemur_jax.parallel import hosts
 
 # How errors of storage begin that say nothing about the files themselves.
@@ -89,9 +89,11 @@ def steps_in(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
       UserError: there is no such directory, or no step in it.
     """
     directory = absolute(path)
+    # First, as it raises where a store cannot be reached; `is_dir` says no.
+    there = directory.exists()
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
-    if not directory.is_dir():
+    if not there or not directory.is_dir():
         raise UserError(f"no checkpoint directory at {path}")
     steps = sorted(open_manager(directory).all_steps())
     if not steps:
@@ -202,9 +204,8 @@ def is_passing(error: BaseException) -> bool:
     """Whether an error in reading says nothing about the files: network, rights, too many open files, a bad disk."""
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    # gcsfs raises its HttpError, and what aiohttp and google.auth raise; none of them is imported for that.
     return (
-        type(error).__module__.startswith(("aiohttp.", "google.auth."))
+        is_refused_by_store(error)
         or _PASSING_HTTP.fullmatch(str(getattr(error, "code", ""))) is not None
         or str(error).startswith(_PASSING)
     )

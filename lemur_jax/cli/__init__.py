@@ -1,6 +1,7 @@
 """The console command `lemur`: one verb a job. A verb's room is imported only when it is called."""
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 
 from lemur_jax.cli import data, evaluation, inference, planning, training, weights
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.paths import is_refused_by_store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       interrupted, or 75 when another host was lost and where a launcher is to start an unfinished run again
       (`parallel/liveness.py`).
     """
+    logging.getLogger("gcsfs").addFilter(_is_news)
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
     try:
@@ -26,6 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return known.run(known) or 0
     except UserError as error:
         print(f"lemur {known.verb}: {error}", file=sys.stderr)
+        _leave_other_hosts(2)
+        return 2
+    except Exception as error:
+        if not is_refused_by_store(error):
+            raise
+        print(
+            f"lemur {known.verb}: the object store cannot be reached, or refuses: {type(error).__name__}: {error};"
+            " look at the network and at the credentials, and run the same command again",
+            file=sys.stderr,
+        )
         _leave_other_hosts(2)
         return 2
     except KeyboardInterrupt:
@@ -38,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone (`lemur inspect ... | head`).
         sys.stderr.close()
         return 0
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """gcsfs logs the whole traceback of what it raises, too."""
+    return not record.exc_info
 
 
 def _overrides(rest: Sequence[str], allowed: bool) -> list[str]:

@@ -10,6 +10,12 @@ def is_object_store(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def is_refused_by_store(error: BaseException) -> bool:
+    """Whether an object store could not be reached, or has refused what it was asked for."""
+    # What gcsfs raises itself, and what it passes on; none of them is imported for that.
+    return type(error).__module__.startswith(("aiohttp.", "google.auth.", "gcsfs."))
+
+
 def absolute(path: epath.PathLike) -> epath.Path:
     """The same place from any working directory; epath's own `resolve` makes a local path of gs://."""
     path = epath.Path(path)

@@ -45,7 +45,7 @@ def read_config(hf_dir: epath.PathLike) -> LlamaConfig:
       UserError: there is no such directory or no `config.json` in it, or as in `from_hf`.
     """
     path = epath.Path(hf_dir) / "config.json"
-    if not path.parent.is_dir():
+    if not path.parent.exists():  # `is_dir` would say no of a store that cannot be reached
         raise UserError(f"{path.parent} is not a directory: download the model there first")
     return from_hf(read_json(path), str(path))
 
