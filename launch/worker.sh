@@ -30,7 +30,7 @@ case ${1:-} in
     # The images carry Python 3.10; uv brings a newer one without root.
     [ -x "$HOME/.local/bin/uv" ] || python3 -m pip install --quiet --user uv
     [ -x .venv/bin/python ] || uv venv --quiet --python 3.12 .venv
-    uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
+    uv pip install --quiet --python .venv/bin/python --editable '.[tpu,int8]'
     ;;
   start)
     runner=$2

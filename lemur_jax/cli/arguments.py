@@ -1,8 +1,11 @@
 """What the verbs share: their shape, groups of arguments, and how JAX and a checkpoint are opened."""
 
 import argparse
+import contextlib
 
 CONFIG_HELP = "config file, optionally with an argument: path.py or path.py:arg"
+
+LOST_SECONDS = 100.0  # as `config.hosts.lost_seconds`, which a checkpoint need not have
 
 Verbs = argparse._SubParsersAction
 
@@ -60,13 +63,19 @@ def start_jax(args: argparse.Namespace, *seconds: int) -> None:
     hosts.join(*seconds)
 
 
-def open_session(args: argparse.Namespace, **options):
-    """The checkpoint on the mesh that the arguments say; other options of `infer.session.load` by name."""
+@contextlib.contextmanager
+def open_session(args: argparse.Namespace, check=lambda tokenizer: None):
+    """The checkpoint on the mesh that the arguments say; a host that fails or is lost inside ends the others.
+
+    Args:
+      check: as in `infer.session.load`.
+    """
     start_jax(args)
     from lemur_jax.infer.session import load
-    from lemur_jax.parallel import hosts
+    from lemur_jax.parallel import hosts, liveness
     from lemur_jax.parallel.mesh import parse_mesh
 
-    mesh = parse_mesh(args.mesh)
-    hosts.keep_programs()
-    return load(args.checkpoint, mesh, args.dtype, args.step, weights=args.weights, **options)
+    with liveness.watched(LOST_SECONDS):
+        mesh = parse_mesh(args.mesh)
+        hosts.keep_programs()
+        yield load(args.checkpoint, mesh, args.dtype, args.step, weights=args.weights, check=check)

@@ -1,5 +1,7 @@
 """How good a checkpoint is: `eval`."""
 
+import contextlib
+
 from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, open_session
 from lemur_jax.common.errors import UserError
 
@@ -50,17 +52,17 @@ def _eval(args) -> None:
     needs_session = tasks or args.suite or not args.endpoint
     if needs_session and not args.checkpoint:
         raise UserError("name a --checkpoint; agents alone can have an --endpoint instead")
-    session = open_session(args) if needs_session else None
-    try:
-        if tasks or args.suite or not args.agents:
-            _benchmarks(args, session, tasks, scores, written)
-        if args.agents:
-            _agents(args, session, written)
-    finally:
-        # An endpoint that fails, or Ctrl-C, costs what was under way and not what was done before.
-        if args.json and written:
-            with open(args.json, "w") as file:
-                json.dump(written, file, indent=1)
+    with open_session(args) if needs_session else contextlib.nullcontext() as session:
+        try:
+            if tasks or args.suite or not args.agents:
+                _benchmarks(args, session, tasks, scores, written)
+            if args.agents:
+                _agents(args, session, written)
+        finally:
+            # An endpoint that fails, or Ctrl-C, costs what was under way and not what was done before.
+            if args.json and written:
+                with open(args.json, "w") as file:
+                    json.dump(written, file, indent=1)
 
 
 def _benchmarks(args, session, tasks: list[str], scores: dict[str, float], written: dict) -> None:

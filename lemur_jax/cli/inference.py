@@ -58,29 +58,29 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _generate(args) -> None:
-    session = open_session(args)
-    from lemur_jax.data.chat import stop_ids
-    from lemur_jax.infer.generate import generate
-    from lemur_jax.infer.text import continuation
-    from lemur_jax.parallel import hosts
+    with open_session(args) as session:
+        from lemur_jax.data.chat import stop_ids
+        from lemur_jax.infer.generate import generate
+        from lemur_jax.infer.text import continuation
+        from lemur_jax.parallel import hosts
 
-    tokenizer = session.need_tokenizer()
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in args.prompt]
-    completions = generate(
-        session,
-        prompts,
-        max_new_tokens=args.max_new_tokens,
-        stop_ids=stop_ids(tokenizer),
-        sampling=_sampling(args),
-        seeds=prompt_seeds(args.prompt),
-    )
-    for text, prompt, completion in zip(args.prompt, prompts, completions, strict=True):
-        if not hosts.is_chief():
-            break  # every host has computed the same
-        print(text + continuation(tokenizer, prompt, completion.content))
-        if args.logprobs:
-            for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
-                print(f"{logprob:.4f}\t{token}\t{json.dumps(tokenizer.token(token), ensure_ascii=False)}")
+        tokenizer = session.need_tokenizer()
+        prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in args.prompt]
+        completions = generate(
+            session,
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            stop_ids=stop_ids(tokenizer),
+            sampling=_sampling(args),
+            seeds=prompt_seeds(args.prompt),
+        )
+        for text, prompt, completion in zip(args.prompt, prompts, completions, strict=True):
+            if not hosts.is_chief():
+                break  # every host has computed the same
+            print(text + continuation(tokenizer, prompt, completion.content))
+            if args.logprobs:
+                for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
+                    print(f"{logprob:.4f}\t{token}\t{json.dumps(tokenizer.token(token), ensure_ascii=False)}")
 
 
 def prompt_seeds(prompts: Sequence[str]) -> list[int]:
@@ -98,30 +98,32 @@ def prompt_seeds(prompts: Sequence[str]) -> list[int]:
 
 
 def _chat(args) -> None:
-    session = open_session(args)
-    from lemur_jax.infer.chat import HELP, converse
-    from lemur_jax.parallel import hosts
+    from lemur_jax.data.chat import chat_template
 
-    if not args.prompt and session.mesh.is_multi_process:
-        raise UserError("a conversation cannot be typed into several hosts: give --prompt")
+    with open_session(args, check=chat_template) as session:
+        from lemur_jax.infer.chat import HELP, converse
+        from lemur_jax.parallel import hosts
 
-    def typed():
-        print(HELP)
-        while True:
-            try:
-                yield input("> ")
-            except (EOFError, KeyboardInterrupt):
-                print()
-                return
+        if not args.prompt and session.mesh.is_multi_process:
+            raise UserError("a conversation cannot be typed into several hosts: give --prompt")
 
-    converse(
-        session,
-        args.prompt or typed(),
-        lambda text: print(text, end="", flush=True) if hosts.is_chief() else None,
-        system=args.system,
-        max_new_tokens=args.max_new_tokens,
-        sampling=_sampling(args),
-    )
+        def typed():
+            print(HELP)
+            while True:
+                try:
+                    yield input("> ")
+                except (EOFError, KeyboardInterrupt):
+                    print()
+                    return
+
+        converse(
+            session,
+            args.prompt or typed(),
+            lambda text: print(text, end="", flush=True) if hosts.is_chief() else None,
+            system=args.system,
+            max_new_tokens=args.max_new_tokens,
+            sampling=_sampling(args),
+        )
 
 
 def _smoke(args) -> None:
@@ -133,26 +135,31 @@ def _smoke(args) -> None:
         reference.check_free(args.write_reference)
 
     def check(tokenizer) -> None:
-        from lemur_jax.infer.smoke import check_reference
+        from lemur_jax.infer.smoke import check_hf, check_reference
 
-        if stored and tokenizer:
+        if args.hf:
+            check_hf(args.hf, args.dtype, args.weights)
+        if stored:
             check_reference(stored, args.dtype, args.weights, tokenizer)
 
-    session = open_session(args, check=check)
-    from lemur_jax.infer.smoke import smoke
-    from lemur_jax.parallel import hosts
+    with open_session(args, check) as session:
+        from lemur_jax.infer.smoke import smoke
+        from lemur_jax.parallel import hosts
 
-    found = smoke(session, args.hf, stored, print if hosts.is_chief() else lambda line: None)
-    if args.write_reference is not None and hosts.is_chief():
-        reference.write(args.write_reference, found)
-        print(f"reference written to {args.write_reference}")
+        found = smoke(session, args.hf, stored, print if hosts.is_chief() else lambda line: None)
+        if args.write_reference is not None and hosts.is_chief():
+            reference.write(args.write_reference, found)
+            print(f"reference written to {args.write_reference}")
 
 
 def _serve(args) -> None:
-    session = open_session(args)
-    from lemur_jax.evals.serve import serve
+    def check(tokenizer) -> None:
+        from lemur_jax.evals import serve  # noqa: F401  # says what is not installed
 
-    serve(session, os.path.basename(os.path.normpath(args.checkpoint)), host=args.host, port=args.port)
+    with open_session(args, check) as session:
+        from lemur_jax.evals.serve import serve
+
+        serve(session, os.path.basename(os.path.normpath(args.checkpoint)), host=args.host, port=args.port)
 
 
 def _sampling(args):

@@ -3,10 +3,8 @@
 import argparse
 import math
 
-from lemur_jax.cli.arguments import Verbs, add_verb, start_jax
+from lemur_jax.cli.arguments import LOST_SECONDS, Verbs, add_verb, start_jax
 from lemur_jax.common.errors import UserError
-
-_LOST_SECONDS = 100.0  # as `config.hosts.lost_seconds`, which a checkpoint directory need not have
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -88,7 +86,7 @@ def _export_hf(args) -> None:
 
     keep_freed_memory()
     # Of several hosts the first one writes, the others wait for it.
-    with liveness.watched(_LOST_SECONDS):
+    with liveness.watched(LOST_SECONDS):
         if hosts.is_chief():
             with hosts.alone():
                 export_hf(

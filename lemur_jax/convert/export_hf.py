@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,12 +21,16 @@ from lemur_jax.convert import hf_config, layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
 from lemur_jax.convert.model_card import model_card
-from lemur_jax.convert.safetensors_writer import plan_shards, write_index, write_shard
+from lemur_jax.convert.safetensors_writer import INDEX, plan_shards, write_index, write_shard
 from lemur_jax.convert.verify import compare_logits, compare_tensors
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
 from lemur_jax.data.chat import CHATML_TEMPLATE, stop_ids
 from lemur_jax.data.tokenizer import FILE_NAMES, Tokenizer
 from lemur_jax.models.config import LlamaConfig
+
+# The files of an export.
+_WRITTEN = {*FILE_NAMES, INDEX, "README.md", "config.json", "generation_config.json", "model.safetensors"}
+_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,9 +128,10 @@ def export_hf(
 
 
 def _is_export(directory: epath.Path) -> bool:
-    """Whether this is a model directory as `export_hf` writes it, plain files alone."""
-    children = list(directory.iterdir())
-    return not children or ((directory / "config.json").exists() and not any(c.is_dir() for c in children))
+    """Whether this is a model directory as `export_hf` writes it, and nothing else lies in it."""
+    names = {child.name for child in directory.iterdir()}
+    foreign = {name for name in names if name not in _WRITTEN and not _SHARD.fullmatch(name)}
+    return not names or ("config.json" in names and not foreign)
 
 
 def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:

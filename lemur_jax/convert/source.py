@@ -10,8 +10,9 @@ from etils import epath
 from lemur_jax.checkpoint.manager import read_metadata, restore_params, tokenizer_files
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.hf_config import read_config
-from lemur_jax.convert.hf_weights import holds_weights
+from lemur_jax.convert.hf_weights import check_weights, holds_weights, open_weights
 from lemur_jax.convert.import_hf import hf_tokenizer_files, load_hf_params
+from lemur_jax.convert.vocabulary import AS_IT_IS
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import Params
 
@@ -40,10 +41,19 @@ def open_source(path: epath.PathLike, step: int | None = None) -> Source:
       step: which checkpoint; None: the newest.
 
     Raises:
-      UserError: nothing of the kind there, or a step of a Hugging Face directory.
+      UserError: nothing of the kind there or both kinds, a step of a Hugging Face directory, or one whose weights or
+        tokenizer do not fit its config.
     """
-    if holds_weights(path):
+    directory = epath.Path(path)
+    weights, checkpoints = holds_weights(path), (directory / "checkpoints").exists()
+    if weights and checkpoints:
+        raise UserError(
+            f"{path} holds Hugging Face weights and checkpoints: name {path}/checkpoints, or move one away"
+        )
+    if weights:
         return _hugging_face(path, step)
+    if not checkpoints and (directory / "config.json").exists():
+        open_weights(path)  # which says what is missing
     metadata = read_metadata(path, step)
     return Source(
         model=LlamaConfig.from_dict(metadata["model"]),
@@ -61,4 +71,6 @@ def _hugging_face(path: epath.PathLike, step: int | None) -> Source:
         shardings: Any = jax.tree.map(lambda leaf: leaf.sharding, wanted)
         return load_hf_params(path, shardings, dtype.name)[1]
 
-    return Source(model=read_config(path), tokenizer_files=hf_tokenizer_files(path), restore=restore)
+    model, files = AS_IT_IS.apply(read_config(path), hf_tokenizer_files(path), path)
+    check_weights(model, open_weights(path), path)
+    return Source(model=model, tokenizer_files=files, restore=restore)

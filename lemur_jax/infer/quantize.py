@@ -27,6 +27,18 @@ _SUMMED = {
 }
 
 
+def check_installed() -> None:
+    """That `quantize` can be called.
+
+    Raises:
+      UserError: Qwix is not installed.
+    """
+    try:
+        import qwix  # noqa: F401
+    except ImportError:
+        raise UserError("--weights int8 needs qwix: pip install 'lemur_jax[int8]'") from None
+
+
 def quantize(config: LlamaConfig, mesh: Mesh, params: Params) -> Params:
     """The parameters with int8 matrices (`qwix.QArray`), sharded as they were.
 
@@ -38,10 +50,8 @@ def quantize(config: LlamaConfig, mesh: Mesh, params: Params) -> Params:
     Raises:
       UserError: Qwix is not installed.
     """
-    try:
-        import qwix
-    except ImportError:
-        raise UserError("--weights int8 needs qwix: pip install 'lemur_jax[int8]'") from None
+    check_installed()
+    import qwix
 
     def one(path: tuple[Any, ...], leaf: jax.Array, axes: tuple[str, ...]) -> Any:
         summed = _SUMMED.get(path[-1].key)

@@ -67,13 +67,24 @@ def _fault(value: Any) -> str:
 
 
 def check_free(path: epath.PathLike) -> None:
-    """That no file would be overwritten.
+    """That a file can be written, and would overwrite none: before what is to be in it has been computed.
 
     Raises:
-      UserError: there is one.
+      UserError: there is one, or nothing can be written there.
     """
     if epath.Path(path).exists():
         raise UserError(f"{path} exists already: remove it to write a new reference")
+    try:
+        temporary = _temporary(epath.Path(path))
+        temporary.write_text("")
+        temporary.unlink(missing_ok=True)  # all hosts try
+    except OSError as error:
+        raise UserError(f"the reference cannot be written: {error}") from error
+
+
+def _temporary(path: epath.Path) -> epath.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent / f"{path.name}.tmp"
 
 
 def write(path: epath.PathLike, reference: Reference) -> None:
@@ -83,9 +94,8 @@ def write(path: epath.PathLike, reference: Reference) -> None:
       UserError: it cannot be written.
     """
     path = epath.Path(path)
-    temporary = path.parent / f"{path.name}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
         temporary.write_text(json.dumps(dataclasses.asdict(reference)) + "\n")
         temporary.replace(path)
     except OSError as error:

@@ -11,7 +11,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.convert.source import open_source
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.infer.programs import Programs, programs
-from lemur_jax.infer.quantize import WEIGHTS, quantize
+from lemur_jax.infer.quantize import WEIGHTS, check_installed, quantize
 from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import Compute, Params
@@ -52,12 +52,24 @@ class Session:
         Raises:
           UserError: there is none.
         """
-        if self.tokenizer is None:
-            raise UserError(
-                "this checkpoint holds no tokenizer: import it again from a directory that has"
-                " tokenizer.model or tokenizer.json, or put one of them into the Hugging Face directory"
-            )
-        return self.tokenizer
+        return _needed(self.tokenizer)
+
+
+def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise UserError(
+            "this checkpoint holds no tokenizer: import it again from a directory that has"
+            " tokenizer.model or tokenizer.json, or put one of them into the Hugging Face directory"
+        )
+    return tokenizer
+
+
+def _check_mesh(mesh: Mesh) -> None:
+    if mesh.shape["sequence"] > 1:
+        raise UserError(
+            f"generation cannot cut the sequence: mesh axis sequence is {mesh.shape['sequence']}, set it to 1"
+            " and use fsdp or tensor instead"
+        )
 
 
 def load(
@@ -69,7 +81,7 @@ def load(
     attention: str = "auto",
     weights: str = "float",
     devices: Sequence[jax.Device] | None = None,
-    check: Callable[[Tokenizer | None], None] = lambda tokenizer: None,
+    check: Callable[[Tokenizer], None] | None = None,
 ) -> Session:
     """Opens a checkpoint for generation; each device reads its own shards alone.
 
@@ -81,7 +93,7 @@ def load(
       attention: a name in `models.attention.IMPLEMENTATIONS`, for the prefill.
       weights: "float", or "int8" for the matrices; then both are in memory while it loads.
       devices: default `jax.devices()`.
-      check: may refuse the checkpoint by its tokenizer, before the weights are read.
+      check: may refuse the checkpoint by its tokenizer, before the weights are read; with it, there must be one.
 
     Raises:
       UserError: no checkpoint there, a damaged one, or a mesh that does not fit the model.
@@ -90,12 +102,16 @@ def load(
         raise UserError(f"cannot generate in dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
     if weights not in WEIGHTS:
         raise UserError(f"unknown weights {weights!r}: it must be one of {', '.join(WEIGHTS)}")
-    source = open_source(checkpoint, step)
+    if weights == "int8":
+        check_installed()
     mesh = make_mesh(mesh_sizes, devices)
+    _check_mesh(mesh)
+    source = open_source(checkpoint, step)
     wanted = abstract_params(source.model, mesh, dtype)
     # Weights can come without a tokenizer; then only ids can be used.
     tokenizer = Tokenizer.from_files(source.tokenizer_files) if source.tokenizer_files else None
-    check(tokenizer)
+    if check:
+        check(_needed(tokenizer))
     return make_session(
         source.model,
         source.restore(wanted),
@@ -125,11 +141,7 @@ def make_session(
     Raises:
       UserError: the mesh does not fit the model.
     """
-    if mesh.shape["sequence"] > 1:
-        raise UserError(
-            f"generation cannot cut the sequence: mesh axis sequence is {mesh.shape['sequence']}, set it to 1"
-            " and use fsdp or tensor instead"
-        )
+    _check_mesh(mesh)
     wanted = abstract_params(model, mesh, dtype)
     # Nothing is copied where dtype and place are right already.
     params = jax.tree.map(lambda x, want: jax.device_put(x.astype(want.dtype), want.sharding), params, wanted)

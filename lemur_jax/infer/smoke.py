@@ -7,14 +7,18 @@ import jax
 import numpy as np
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.convert.hf_config import read_config
+from lemur_jax.convert.hf_weights import holds_weights
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.reference import Reference
+from lemur_jax.infer.score import score
 from lemur_jax.infer.session import Session
 
 NEW_TOKENS = 48
 
-# Largest difference of a log-probability from a stored one, in nats: another mesh rounds otherwise.
+# Largest difference of a log-probability from a stored one, in nats: another mesh rounds otherwise. Of two tokens that
+# are no farther apart, either may come first.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
 # Prompts of different lengths: a ragged batch.
@@ -79,7 +83,7 @@ def smoke(
         logprobs=[list(completion.logprobs) for completion in first],
     )
     if reference:
-        say(_compare(reference, found))
+        say(_compare(session, reference, found))
     if hf_dir:
         expected = _transformers_tokens(hf_dir, prompts)
         if expected is None:
@@ -96,6 +100,22 @@ def smoke(
                 )
         say(f"all {sum(map(len, expected))} greedy tokens equal transformers' on {hf_dir}")
     return found
+
+
+def check_hf(hf_dir: str, dtype: str, weights: str) -> None:
+    """That a run can be compared with transformers on a directory; asked before the weights are there.
+
+    Raises:
+      UserError: no model in the directory, or the run does not compute as transformers is to.
+    """
+    read_config(hf_dir)
+    if not holds_weights(hf_dir):
+        raise UserError(f"--hf {hf_dir} holds no weights: name the directory that lemur export-hf has made")
+    if (dtype, weights) != ("float32", "float"):
+        raise UserError(
+            f"--hf compares with transformers in float32, this run has --dtype {dtype} --weights {weights}: leave both"
+            " out, or leave out --hf"
+        )
 
 
 def check_reference(stored: Reference, dtype: str, weights: str, tokenizer: Tokenizer) -> None:
@@ -128,23 +148,41 @@ def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
     return [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
 
 
-def _compare(stored: Reference, ours: Reference) -> str:
-    """Compares with what an earlier run generated, and says how near it is."""
-    for prompt, mine, theirs in zip(PROMPTS, ours.tokens, stored.tokens, strict=True):
-        if mine != theirs:
-            at = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
-            raise UserError(
-                f"smoke test failed: after {prompt[:20]!r} the token at position {at} is {mine[at]}, in the"
-                f" reference {theirs[at]}"
-            )
-    difference = np.abs(np.array(ours.logprobs) - np.array(stored.logprobs)).max()
-    if not difference <= TOLERANCE[ours.dtype]:
+def _compare(session: Session, stored: Reference, ours: Reference) -> str:
+    """Compares with what an earlier run generated, and says how near it is.
+
+    Where a token differs, the texts part, and the stored one is scored here as it stands: each of its tokens must be as
+    likely as it was, and the one that was not chosen about as likely as ours.
+    """
+    tolerance, ties = TOLERANCE[ours.dtype], []
+    logprobs = ours.logprobs
+    if ours.tokens != stored.tokens:
+        scores = score(session, list(zip(stored.prompts, stored.tokens, strict=True)))
+        logprobs = [list(found.logprobs) for found in scores]
+    for row, (prompt, mine, theirs) in enumerate(zip(PROMPTS, ours.tokens, stored.tokens, strict=True)):
+        if mine == theirs:
+            continue
+        at = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+        gap = ours.logprobs[row][at] - logprobs[row][at]
+        which = (
+            f"after {prompt[:20]!r} the token at position {at} is {mine[at]}, in the reference {theirs[at]}"
+        )
+        if not gap <= tolerance:
+            raise UserError(f"smoke test failed: {which}, which is less likely here by {gap:.2g} nats")
+        ties.append(f"; {which}: a tie, {gap:.1e} nats apart")
+    difference = np.abs(np.array(logprobs) - np.array(stored.logprobs)).max()
+    if not difference <= tolerance:
         raise UserError(
             f"smoke test failed: log-probabilities differ by up to {difference:.2g} nats from the reference's, more"
-            f" than {TOLERANCE[ours.dtype]:g}"
+            f" than {tolerance:g}"
         )
     count = sum(map(len, ours.tokens))
-    return f"all {count} tokens equal the reference's, log-probabilities within {difference:.1e} nats"
+    same = (
+        f"all {count} tokens equal the reference's"
+        if not ties
+        else f"the reference's {count} tokens are likely here"
+    )
+    return f"{same}, log-probabilities within {difference:.1e} nats{''.join(ties)}"
 
 
 def _memory(session: Session) -> str:
@@ -169,7 +207,12 @@ def _transformers_tokens(hf_dir: str, prompts: list[list[int]]) -> list[list[int
         from transformers import AutoModelForCausalLM
     except ImportError:
         return None
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+    try:
+        # Never looked up on the hub.
+        model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True)
+    except Exception as error:  # of a damaged file they come in many classes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"transformers cannot open {hf_dir}: {reason[:300]}") from error
     expected = []
     for prompt in prompts:
         out = model.generate(

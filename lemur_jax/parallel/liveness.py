@@ -258,8 +258,8 @@ def _end(verdict: str, linger: float) -> None:
     Host 0 carries the service and so lingers until the others have read the verdict.
     """
     print(
-        f"\nlemur: {verdict}; this host stops too. The same command on all hosts goes on from the newest"
-        " checkpoint",
+        f"\nlemur: {verdict}; this host stops too. Give the same command on all hosts again: a run goes on from its"
+        " newest checkpoint, if there is one",
         file=sys.stderr,
         flush=True,
     )

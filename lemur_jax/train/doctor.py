@@ -23,9 +23,11 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.data.budget import budget, check_budget
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.models.config import LlamaConfig
 from lemur_jax.parallel import liveness
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.train.evaluate import open_held_out
+from lemur_jax.train.initial import open_initial
 from lemur_jax.train.step import build
 
 _PACKAGES = ("lemur_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "libtpu")
@@ -94,6 +96,12 @@ def _examine(config: ConfigDict, workdir: epath.Path, patience: float) -> Iterat
     yield _finding("token stores", problem, stores)
     with _caught() as problem:
         program = build(config, make_mesh(config.mesh), num_sources=len(config.data.sources))
+    if config.init.checkpoint and not any((workdir / "checkpoints").glob("[0-9]*")):
+        with _caught() as missing:
+            open_initial(config, LlamaConfig.from_dict(config.model))
+        yield _finding(
+            "first parameters", missing, f"{config.init.checkpoint}: fit the model and the tokenizer"
+        )
     if problem:
         yield _finding("mesh", problem, "")
         size = None

@@ -31,7 +31,7 @@ from lemur_jax.train.spikes import too_many_skips
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program, build
 from lemur_jax.train.steplog import StepLog
-from lemur_jax.train.workdir import claim
+from lemur_jax.train.workdir import check_owner, claim
 
 
 def train(
@@ -73,7 +73,7 @@ def train(
     program = build(config, mesh, num_sources=len(mixture.sources))
     _check_vocabulary(config, tokenizer)
 
-    workdir = claim(config, workdir, write=chief)
+    workdir = check_owner(config, workdir)
     metadata = make_metadata(
         model=program.model.to_dict(),
         tokenizer_files=tokenizer.files(),
@@ -83,6 +83,8 @@ def train(
     with contextlib.ExitStack() as stack:
         saves = stack.enter_context(Saves(config, workdir, program, metadata, say))
         state, first = saves.first_state()
+        if chief:  # not before: what is wrong with the first parameters can be mended in the config
+            claim(config, workdir)
 
         spent = carried_over(workdir, first, started) if chief else {}
         writer = stack.enter_context(_writer(config, workdir, say)) if chief else None

@@ -17,34 +17,45 @@ FREE = (
 )  # fmt: skip
 
 
-def claim(config: ConfigDict, workdir: epath.PathLike, *, write: bool = True) -> epath.Path:
-    """Makes the workdir this config's own, or finds that it is.
+def check_owner(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
+    """That the workdir is nobody's yet, or of a run of this config; nothing is written.
 
     Args:
       config: the run config.
-      workdir: local or gs:// directory; made if missing.
-      write: whether this process writes `config.json` (one host does).
+      workdir: local or gs:// directory; it need not be there.
 
     Raises:
       UserError: the workdir holds a run of another config; the first key that differs is named.
     """
     workdir = epath.Path(workdir)
     path = workdir / "config.json"
-    mine = to_json(config)
     if path.exists():
         theirs = json.loads(path.read_text())
-        if difference := first_difference(theirs, mine, _free(config)):
+        if difference := first_difference(theirs, to_json(config), _free(config)):
             key, old, new = difference
             raise UserError(
                 f"{workdir} belongs to another config: {key} was {old!r} there and is {new!r} now;"
                 " use another --workdir, or the old value to resume"
             )
-    if write:
-        workdir.mkdir(parents=True, exist_ok=True)
-        # Renamed when whole: other hosts look at it at this very moment.
-        temporary = workdir / "config.json.tmp"
-        temporary.write_text(json.dumps(mine, indent=2, sort_keys=True) + "\n")
-        temporary.replace(path)
+    return workdir
+
+
+def claim(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
+    """Makes the workdir this config's own, or finds that it is; one host does that.
+
+    Args:
+      config: the run config.
+      workdir: local or gs:// directory; made if missing.
+
+    Raises:
+      UserError: as `check_owner`.
+    """
+    workdir = check_owner(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    # Renamed when whole: other hosts may look at it at this very moment.
+    temporary = workdir / "config.json.tmp"
+    temporary.write_text(json.dumps(to_json(config), indent=2, sort_keys=True) + "\n")
+    temporary.replace(workdir / "config.json")
     return workdir
 
 

@@ -211,6 +211,7 @@ def test_never_deletes_what_is_no_model(checkpoint, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("x")
+    (home / "config.json").write_text("{}")
     with pytest.raises(UserError, match="remove it yourself"):
         export_hf(checkpoint, home, overwrite=True)
     with pytest.raises(UserError, match="remove it yourself"):

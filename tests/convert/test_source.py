@@ -72,6 +72,9 @@ def test_tokenizer_comes_along(make_model, tokenizer_dir):
     files = read_files(tokenizer_dir)
     for name, content in files.items():
         (hf.path / name).write_bytes(content)
+    with pytest.raises(UserError, match="the tokenizer has ids up to 399, but the model's vocab_size is 96"):
+        open_source(hf.path)
+    hf = make_model(vocab_size=400)
     assert open_source(hf.path).tokenizer_files == files
 
 
@@ -96,4 +99,8 @@ def test_what_cannot_be_opened(make_model, tmp_path, capsys):
     )
     (hf.path / "model.safetensors").unlink()
     assert main(words) == 2
-    assert f"no finished checkpoint in {hf.path}" in capsys.readouterr().err
+    assert f"{hf.path} holds no weights" in capsys.readouterr().err
+    (hf.path / "model.safetensors").write_bytes(b"short")
+    (hf.path / "checkpoints").mkdir()
+    assert main(words) == 2
+    assert f"{hf.path} holds Hugging Face weights and checkpoints: name" in capsys.readouterr().err

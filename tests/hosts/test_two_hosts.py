@@ -67,6 +67,15 @@ def losses(workdir):
     return [r["loss"] for r in records if r["kind"] != "time"]
 
 
+# Where a model is named, this host's own is.
+OWN_MODEL = """
+import os, sys
+from lemur_jax.cli import main
+own = f"host-{os.environ['JAX_PROCESS_ID']}"
+sys.exit(main([word.replace("model", own) if word.endswith("model") else word for word in sys.argv[1:]]))
+"""
+
+
 @pytest.fixture(scope="module")
 def one(hosts_project):
     workdir = hosts_project.root / "one"
@@ -136,6 +145,22 @@ def test_two_hosts_generate_and_one_of_them_exports(hosts_project, two, tmp_path
     chief, other = hosts_project.lemur(2, *words, "fsdp=4,tensor=2", "--reference", str(reference))
     assert "192 tokens equal the reference's" in chief
     assert "tokens" not in other
+
+
+def test_what_one_host_refuses_ends_generation_on_both(hosts_project, two, tmp_path):
+    """Each host reads its own copy of the model, and that of host 1 is damaged."""
+    workdir, _ = two
+    whole = tmp_path / "host-0"
+    finish(hosts_project.start(1, "-m", "lemur_jax.cli", "export-hf", str(workdir), str(whole)))
+    shutil.copytree(whole, tmp_path / "host-1")
+    weights = tmp_path / "host-1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    words = ["smoke", "--checkpoint", str(tmp_path / "model"), "--mesh", "fsdp=8", "--virtual-devices", "4"]
+    processes = hosts_project.start(2, "-c", OWN_MODEL, *words)
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert "is not a whole safetensors file" in said[0]
+    assert "lemur: host 1 failed: UserError" in said[0]
 
 
 def kill(hosts_project, workdir, how, victim=1):

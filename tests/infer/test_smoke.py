@@ -12,8 +12,11 @@ from lemur_jax.checkpoint import manager
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import source
+from lemur_jax.convert.hf_config import to_hf
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.infer import reference
+from lemur_jax.infer.generate import generate
+from lemur_jax.infer.score import score
 from lemur_jax.infer.session import make_session
 from lemur_jax.infer.smoke import NEW_TOKENS, PROMPTS, smoke
 from lemur_jax.models.presets import preset
@@ -78,6 +81,79 @@ def test_reference_of_one_mesh_and_a_run_on_another(params, chat_tokenizer, tmp_
     ):
         with pytest.raises(UserError, match=message):
             run(one, dataclasses.replace(stored, **changes))
+
+
+def test_a_tie_may_fall_either_way(params, chat_tokenizer):
+    """Two tokens are equally likely: a reference with the other one, and what follows that, is no fault."""
+    config, tree = params
+    said = run(session_on(params, chat_tokenizer, ""))[0].tokens[0][10]
+    unused = 3
+    head = tree["head"]["kernel"]
+
+    def with_head(kernel):
+        return session_on((config, {**tree, "head": {"kernel": kernel}}), chat_tokenizer, "fsdp=2,tensor=2")
+
+    twins = with_head(head.at[:, unused].set(head[:, said]))
+    found, _ = run(twins)
+    tokens = list(found.tokens[0])
+    at = next(index for index, token in enumerate(tokens) if token in (said, unused))
+    other = said + unused - tokens[at]
+    tokens = [*tokens[:at], other]
+    (rest,) = generate(
+        twins, [[*found.prompts[0], *tokens]], max_new_tokens=NEW_TOKENS - len(tokens), stop_ids=()
+    )
+    tokens += rest.tokens
+    logprobs = score(twins, [(found.prompts[0], tokens)])[0].logprobs
+    stored = dataclasses.replace(
+        found, tokens=[tokens, *found.tokens[1:]], logprobs=[list(logprobs), *found.logprobs[1:]]
+    )
+    line = run(twins, stored)[1][1]
+    assert line.startswith("the reference's 192 tokens are likely here, log-probabilities within")
+    assert f"the token at position {at} is {found.tokens[0][at]}, in the reference {other}: a tie" in line
+
+    kernel = twins.params["head"]["kernel"]
+    with pytest.raises(UserError, match=rf"in the reference {other}, which is less likely here by"):
+        run(with_head(kernel.at[:, other].multiply(0.9)), stored)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--hf", "{}/nowhere"], "nowhere is not a directory"),
+        (["--hf", "{}/empty"], "config.json does not exist"),
+        (["--hf", "{}/bare"], "bare holds no weights"),
+        (["--hf", "{}/hf", "--dtype", "bfloat16"], "--hf compares with transformers in float32"),
+        (["--hf", "{}/hf", "--weights", "int8"], "--hf compares with transformers in float32"),
+        (["--mesh", "sequence=2"], "generation cannot cut the sequence"),
+        (["--write-reference", "{}/file/reference.json"], "the reference cannot be written"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(
+    chat_checkpoint, tmp_path, capsys, monkeypatch, words, message
+):
+    def loaded(*_):
+        raise UserError("the weights are loaded")
+
+    monkeypatch.setattr(source, "restore_params", loaded)
+    for name in ("empty", "bare", "hf"):
+        (tmp_path / name).mkdir()
+    for name in ("bare", "hf"):
+        described = to_hf(preset("tiny"), dtype="float32", bos=1, eos=2, pad=None)
+        (tmp_path / name / "config.json").write_text(json.dumps(described))
+    (tmp_path / "hf/model.safetensors").write_text("")
+    (tmp_path / "file").write_text("")
+    words = ["smoke", "--checkpoint", str(chat_checkpoint), *(word.format(tmp_path) for word in words)]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_what_transformers_cannot_open_is_one_line(params, chat_tokenizer, tmp_path):
+    session = session_on(params, chat_tokenizer, "")
+    with pytest.raises(UserError, match=r"transformers cannot open .*no-model: .") as error:
+        smoke(session, str(tmp_path / "no-model"), say=lambda line: None)
+    assert "\n" not in str(error.value)
 
 
 WHOLE = {

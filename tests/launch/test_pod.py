@@ -445,7 +445,7 @@ echo uv "$@" >>{tmp_path}/calls
 END
 chmod +x {uv}"""
     fakes("python3", make_uv)
-    install = "uv pip install --quiet --python .venv/bin/python --editable .[tpu]"
+    install = "uv pip install --quiet --python .venv/bin/python --editable .[tpu,int8]"
     first = worker("setup", env=fakes.environment)
     assert first.returncode == 0, first.stderr
     assert fakes.calls() == [

@@ -2,10 +2,16 @@
 
 import json
 
+import jax
 import pytest
 
+from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.common.config import load
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.data.tokenizer_files import train_sentencepiece
+from lemur_jax.models import llama
+from lemur_jax.models.config import LlamaConfig
 from lemur_jax.parallel import liveness
 from lemur_jax.train import doctor as module
 from lemur_jax.train.doctor import doctor
@@ -53,6 +59,7 @@ def test_ready_run_and_a_workdir_left_as_it_was(examine, tmp_path):
         (["--config.data.stores=nowhere"], "token stores", "nowhere"),
         (["--config.tokenizer.path=nowhere"], "token stores", "nowhere"),
         (["--config.checkpoint.keep=1000000000"], "free disk", "GB needed"),
+        (["--config.init.checkpoint=nowhere"], "first parameters", "no checkpoint directory at nowhere"),
     ],
 )
 def test_one_thing_wrong(examine, overrides, check, detail):
@@ -61,6 +68,36 @@ def test_one_thing_wrong(examine, overrides, check, detail):
     assert check in line
     assert detail in line
     assert said.endswith(f"verdict: not ready, because of {check}")
+
+
+def test_first_parameters_are_looked_at_until_the_run_has_its_own(examine, project, tmp_path):
+    model = load("config.py").model.to_dict()
+    params = llama.init_params(LlamaConfig.from_dict(model), jax.random.key(0))
+    files = Tokenizer.load(project.root / "tokenizer").files()
+    write_params(tmp_path / "init", params, make_metadata(model=model, tokenizer_files=files))
+    option = f"--config.init.checkpoint={tmp_path / 'init'}"
+    assert "init: fit the model and the tokenizer" in examine(option)
+    assert "has model.num_hidden_layers 2, the config 3" in examine(
+        option, "--config.model.num_hidden_layers=3"
+    )
+    (tmp_path / "run/checkpoints/3").mkdir(parents=True)
+    assert "first parameters" not in examine(option, "--config.model.num_hidden_layers=3")
+
+
+def test_rows_of_another_tokenizer_are_refused(examine, project, tmp_path):
+    """As many ids, and other texts; the first rows alone may be kept."""
+    words = [f"other_{i} + {i} = thing_{i % 7}" for i in range(400)]
+    other = train_sentencepiece(words, tmp_path / "other", vocab_size=300)
+    ours = Tokenizer.load(project.root / "tokenizer")
+    first = next(index for index in range(300) if other.token(index) != ours.token(index))
+    model = load("config.py").model.to_dict()
+    params = llama.init_params(LlamaConfig.from_dict(model), jax.random.key(0))
+    write_params(tmp_path / "init", params, make_metadata(model=model, tokenizer_files=other.files()))
+    option = f"--config.init.checkpoint={tmp_path / 'init'}"
+    said = examine(option)
+    assert f"was trained with another tokenizer: id {first} is {other.token(first)!r} there" in said
+    assert "verdict: not ready, because of first parameters" in said
+    assert "fit the model" in examine(option, f"--config.init.drop_rows_above={first}")
 
 
 def test_workdir_that_cannot_be_written(examine, tmp_path):

@@ -7,6 +7,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.parallel.liveness import LOST
 from lemur_jax.train import loop
 from lemur_jax.train.workdir import claim, finished
+from tests.train.test_resume import project  # noqa: F401
 from tests.train.tiny import tiny_config
 
 
@@ -27,6 +28,21 @@ def test_patience_may_change_between_a_run_and_its_resumption(tmp_path):
     config.seed = 7
     with pytest.raises(UserError, match="seed was 42"):
         claim(config, tmp_path)
+
+
+def test_a_mistake_in_the_first_parameters_can_be_mended_in_the_same_workdir(
+    project,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    monkeypatch.chdir(project)
+    words = ["train", "--config", "config.py", "--workdir", str(tmp_path / "run"), "--config.train.steps=2"]
+    assert cli.main([*words, "--config.init.checkpoint=nowhere"]) == 2
+    assert "no checkpoint directory at nowhere" in capsys.readouterr().err
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--config.init.checkpoint=nowhere"]) == 2
+    assert "belongs to another config: init.checkpoint was ''" in capsys.readouterr().err
 
 
 def test_finished_means_the_last_step_is_saved(tmp_path):
