@@ -67,7 +67,7 @@ def _change(args):
 
 def _import_hf(args) -> None:
     start_jax(args)
-    from lemur_jax.convert.import_hf import import_hf
+    from lemur_jax.convert.import_hf import hf_tokenizer_files, import_hf
     from lemur_jax.convert.memory import keep_freed_memory
     from lemur_jax.parallel import liveness
 
@@ -75,7 +75,10 @@ def _import_hf(args) -> None:
         raise UserError("import-hf works on one host: run it on one alone, any mesh can read what it makes")
     keep_freed_memory()
     change = _change(args)
-    import_hf(args.hf_dir, args.checkpoint, dtype=args.dtype, overwrite=args.overwrite, change=change)
+    model = import_hf(args.hf_dir, args.checkpoint, dtype=args.dtype, overwrite=args.overwrite, change=change)
+    print(_done(args.checkpoint, model, args.dtype))
+    if not hf_tokenizer_files(args.hf_dir):
+        print(f"without a tokenizer: {args.hf_dir} has none")
 
 
 def _export_hf(args) -> None:
@@ -89,7 +92,7 @@ def _export_hf(args) -> None:
     with liveness.watched(LOST_SECONDS):
         if hosts.is_chief():
             with hosts.alone():
-                export_hf(
+                model = export_hf(
                     args.checkpoint,
                     args.hf_dir,
                     dtype=args.dtype,
@@ -98,4 +101,11 @@ def _export_hf(args) -> None:
                     change=_change(args),
                     verify=args.verify,
                 )
+                print(_done(args.hf_dir, model, args.dtype))
         hosts.wait_for_all("export", math.inf)
+
+
+def _done(where: str, model, dtype: str) -> str:
+    from lemur_jax.models.llama import num_params
+
+    return f"{where}: {num_params(model) / 1e6:,.1f}M parameters in {dtype}, vocabulary {model.vocab_size:,}"

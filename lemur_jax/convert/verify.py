@@ -4,6 +4,7 @@ import argparse
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -53,7 +54,7 @@ def compare_tensors(
                 f" {tensor[where]} was to be"
             )
         count, size = count + 1, size + tensor.nbytes
-    return f"verified: {count} tensors ({size / 1e9:.2f} GB) read again equal the checkpoint's"
+    return f"verified: {count} tensors ({size / 1e6:,.1f} MB) read again equal the checkpoint's"
 
 
 def compare_logits(directory: epath.Path, config: LlamaConfig, tokenizer: Tokenizer | None) -> str:
@@ -73,7 +74,7 @@ def compare_logits(directory: epath.Path, config: LlamaConfig, tokenizer: Tokeni
     """
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+        import transformers  # noqa: F401
     except ImportError:
         return "logits not compared: transformers and torch are not installed"
     if "://" in str(directory):
@@ -84,7 +85,7 @@ def compare_logits(directory: epath.Path, config: LlamaConfig, tokenizer: Tokeni
         return f"logits not compared: that takes {10 * size / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
     tokens = _tokens(config, tokenizer)
     ours = _our_logits(directory, config, tokens)
-    model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32).eval()
+    model = transformers_model(str(directory))
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()
     largest, scale = np.abs(ours - theirs).max(), max(1.0, np.abs(theirs).max())
@@ -92,6 +93,29 @@ def compare_logits(directory: epath.Path, config: LlamaConfig, tokenizer: Tokeni
     if not largest <= TOLERANCE * scale:
         raise UserError(f"{directory}: logits differ from transformers' {found}; largest logit {scale:.3g}")
     return f"logits (float32) equal transformers' {found}"
+
+
+def transformers_model(hf_dir: str) -> Any:
+    """What transformers makes of a local directory, in float32; never looked up on the hub.
+
+    Raises:
+      UserError: it cannot open the directory.
+      ImportError: transformers or torch is not installed.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True).eval()
+    except Exception as error:  # of a damaged file they come in many classes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"transformers cannot open {hf_dir}: {reason[:300]}") from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _tokens(config: LlamaConfig, tokenizer: Tokenizer | None) -> np.ndarray:

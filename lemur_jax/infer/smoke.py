@@ -9,6 +9,7 @@ import numpy as np
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.hf_config import read_config
 from lemur_jax.convert.hf_weights import holds_weights
+from lemur_jax.convert.verify import transformers_model
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.reference import Reference
@@ -203,16 +204,11 @@ def _memory(session: Session) -> str:
 def _transformers_tokens(hf_dir: str, prompts: list[list[int]]) -> list[list[int]] | None:
     """Greedy tokens of transformers in float32, one prompt at a time; None where it is not installed."""
     try:
-        import torch
-        from transformers import AutoModelForCausalLM
+        model = transformers_model(hf_dir)
     except ImportError:
         return None
-    try:
-        # Never looked up on the hub.
-        model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True)
-    except Exception as error:  # of a damaged file they come in many classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"transformers cannot open {hf_dir}: {reason[:300]}") from error
+    import torch
+
     expected = []
     for prompt in prompts:
         out = model.generate(
