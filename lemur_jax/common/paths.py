@@ -1,4 +1,4 @@
-"""Paths, local or on an object store (gs://)."""
+"""Paths, local or on an object store (gs://), and what is found there."""
 
 import os
 
@@ -20,3 +20,10 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """The same place from any working directory; epath's own `resolve` makes a local path of gs://."""
     path = epath.Path(path)
     return path if is_object_store(path) else path.resolve()
+
+
+def how_to_mend(content: bytes) -> str:
+    """What to do about a downloaded file that is not what it is named, told by its first bytes."""
+    if content.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned"
+    return "copy or download it again"
