@@ -10,10 +10,24 @@ def is_object_store(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+# Of TensorFlow's errors those that say nothing about what was asked for; 401 and 403 are the first two.
+_REFUSALS_OF_TENSORFLOW = (
+    *("PermissionDeniedError", "UnauthenticatedError"),
+    *("UnavailableError", "AbortedError", "DeadlineExceededError"),
+)
+
+
 def is_refused_by_store(error: BaseException) -> bool:
     """Whether an object store could not be reached, or has refused what it was asked for."""
+    kind = type(error)
     # What gcsfs raises itself, and what it passes on; none of them is imported for that.
-    return type(error).__module__.startswith(("aiohttp.", "google.auth.", "gcsfs."))
+    if kind.__module__.startswith(("aiohttp.", "google.auth.", "gcsfs.")):
+        return True
+    # Where TensorFlow is installed, etils reads and writes through it.
+    return (
+        kind.__module__.startswith("tensorflow.python.framework.errors")
+        and kind.__name__ in _REFUSALS_OF_TENSORFLOW
+    )
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
