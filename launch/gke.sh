@@ -33,18 +33,25 @@ while [ $# -gt 0 ]; do
       exit 0
       ;;
     -*) fail "unknown argument $1; see launch/gke.sh --help" ;;
-    *) verb=$1 ;;
+    *)
+      [ -z "$verb" ] || fail "one verb at a time: $verb or $1?"
+      verb=$1
+      ;;
   esac
   shift
 done
 [ -f "$settings" ] || fail "there is no $settings: copy launch/settings.example.sh there and fill it in"
 # shellcheck source=launch/settings.example.sh
 source launch/settings.example.sh # defaults of whatever the file leaves out
+unset SMOKE                       # a string would become the first word of the list that is there
 # shellcheck source=launch/settings.example.sh
 source "$settings"
+declare -p SMOKE &>/dev/null || SMOKE=()
+[[ $(declare -p SMOKE) == 'declare -a'* ]] || fail "SMOKE in $settings is one string: write SMOKE=(WORD WORD ...)"
 for name in RUN CONFIG WORKDIR ACCELERATOR IMAGE NAMESPACE; do
   [ -n "${!name}" ] || fail "$name is empty in $settings"
 done
+[[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail "SLICES is $SLICES in $settings: it must be a whole number, 1 or above"
 [ -z "$SECRETS_FILE" ] || fail "SECRETS_FILE is for machines: make a Kubernetes secret of it and name that in SECRET"
 
 words=(--config "$CONFIG" --workdir "$WORKDIR" --topology "$ACCELERATOR" --slices "$SLICES"
@@ -67,14 +74,19 @@ here=(--namespace "$NAMESPACE")
 set_of=jobset.sigs.k8s.io/jobset-name
 first_host=jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0
 
-# apply WORD...: the manifest, with further words for launch/gke.py.
+# make WORD...: the manifest, with further words for launch/gke.py, which names what is wrong and ends with 2.
+make() {
+  "${PYTHON:-python}" launch/gke.py --help &>/dev/null ||
+    fail "${PYTHON:-python} cannot import lemur_jax: activate the environment it is installed in, or set PYTHON"
+  "${PYTHON:-python}" launch/gke.py "$@" "${words[@]}"
+}
+
+# apply MANIFEST
 apply() {
-  local manifest
-  manifest=$("${PYTHON:-python}" launch/gke.py "$@" "${words[@]}") # names what is wrong, and ends with 2
   if [ -n "$dry_run" ]; then
-    printf "kubectl apply -f - <<'MANIFEST'\n%s\nMANIFEST\n" "$manifest"
+    printf "kubectl apply -f - <<'MANIFEST'\n%s\nMANIFEST\n" "$1"
   else
-    kubectl apply -f - <<<"$manifest"
+    kubectl apply -f - <<<"$1"
   fi
 }
 
@@ -90,9 +102,11 @@ ended() { execute kubectl get jobset "$examination" "${here[@]}" --output \
   'jsonpath={.status.conditions[?(@.status=="True")].type}'; }
 
 examine() {
+  local manifest
   words+=(--name "$examination" --max-restarts 0)
-  clean # what was left behind
-  apply --verb "$verb" "$@"
+  manifest=$(make --verb "$verb" "$@") # before anything is deleted
+  clean                                # what was left behind
+  apply "$manifest"
   if [ -n "$dry_run" ]; then
     pod && table && ended && clean
     return
@@ -117,7 +131,10 @@ examine() {
 }
 
 case $verb in
-  start) apply ;;
+  start)
+    manifest=$(make)
+    apply "$manifest"
+    ;;
   doctor) examine ;;
   smoke)
     [ ${#SMOKE[@]} -gt 0 ] || fail "SMOKE is empty in $settings: say which checkpoint and mesh, as for lemur smoke"

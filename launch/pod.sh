@@ -39,7 +39,10 @@ read_arguments() {
         exit 0
         ;;
       -*) fail 2 "unknown argument $1; see launch/pod.sh --help" ;;
-      *) verb=$1 ;;
+      *)
+        [ -z "$verb" ] || fail 2 "one verb at a time: $verb or $1?"
+        verb=$1
+        ;;
     esac
     shift
   done
@@ -51,13 +54,17 @@ read_settings() {
   OVERRIDES=() ENVIRONMENT=() SMOKE=() CREATE_FLAGS=() SSH_FLAGS=() SECRETS_FILE=''
   # shellcheck source=launch/settings.example.sh
   source launch/settings.example.sh # defaults of whatever the file leaves out
+  unset SMOKE                       # a string would become the first word of the list that is there
   # shellcheck source=launch/settings.example.sh
   source "$settings"
+  declare -p SMOKE &>/dev/null || SMOKE=()
+  [[ $(declare -p SMOKE) == 'declare -a'* ]] || fail 2 "SMOKE in $settings is one string: write SMOKE=(WORD WORD ...)"
   local name
   for name in RUN CONFIG WORKDIR PROJECT ZONE ACCELERATOR RUNTIME; do
     [ -n "${!name}" ] || fail 2 "$name is empty in $settings"
   done
   [[ $RUN =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail 2 "RUN is $RUN: lower case letters, digits and - only"
+  [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail 2 "SLICES is $SLICES in $settings: it must be a whole number, 1 or above"
   [ -f "$CONFIG" ] || fail 2 "CONFIG: there is no file $CONFIG"
   case $PROVISIONING in
     on-demand) tier=() ;;

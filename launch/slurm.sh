@@ -14,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-verb=start settings=launch/settings.sh dry_run=''
+verb='' settings=launch/settings.sh dry_run=''
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) dry_run=yes ;;
@@ -26,7 +26,13 @@ while [ $# -gt 0 ]; do
       sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
       exit 0
       ;;
-    start | smoke | doctor) verb=$1 ;;
+    start | smoke | doctor)
+      if [ -n "$verb" ]; then
+        echo "slurm.sh: one verb at a time: $verb or $1?" >&2
+        exit 2
+      fi
+      verb=$1
+      ;;
     *)
       echo "slurm.sh: unknown argument $1; see launch/slurm.sh --help" >&2
       exit 2
@@ -40,8 +46,14 @@ if [ ! -f "$settings" ]; then
 fi
 # shellcheck source=launch/settings.example.sh
 source launch/settings.example.sh # defaults of whatever the file leaves out
+unset SMOKE                       # a string would become the first word of the list that is there
 # shellcheck source=launch/settings.example.sh
 source "$settings"
+declare -p SMOKE &>/dev/null || SMOKE=()
+if [[ $(declare -p SMOKE) != 'declare -a'* ]]; then
+  echo "slurm.sh: SMOKE in $settings is one string: write SMOKE=(WORD WORD ...)" >&2
+  exit 2
+fi
 for name in RUN CONFIG WORKDIR; do
   if [ -z "${!name}" ]; then
     echo "slurm.sh: $name is empty in $settings" >&2
@@ -113,4 +125,4 @@ smoke() {
   examine smoke "${SMOKE[@]}"
 }
 
-"$verb"
+"${verb:-start}"

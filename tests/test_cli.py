@@ -1,5 +1,7 @@
 """The console command: quick help, and one clear line with exit code 2 for every mistake."""
 
+import errno
+import io
 import os
 import subprocess
 import sys
@@ -136,7 +138,43 @@ def test_a_store_that_cannot_be_reached_is_one_line(words, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_other_errors_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(epath.Path("gs://bucket").__class__, "exists", lambda path: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        main(["checkpoints", "gs://bucket/run"])
+def raising(monkeypatch, error):
+    """`lemur checkpoints`, whose first look at the directory raises this."""
+
+    def look(path):
+        raise error
+
+    monkeypatch.setattr(epath.Path("run").__class__, "exists", look)
+    return main(["checkpoints", "run"])
+
+
+@pytest.mark.parametrize(
+    "number", ["EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENOTDIR", "EISDIR", "ENAMETOOLONG"]
+)
+def test_a_file_system_that_refuses_is_one_line(number, monkeypatch, capsys):
+    number = getattr(errno, number)
+    assert raising(monkeypatch, OSError(number, os.strerror(number), "runs/file")) == 2
+    assert capsys.readouterr().err == f"lemur checkpoints: {os.strerror(number)}: runs/file\n"
+
+
+def test_a_full_disk_need_not_say_which_file(monkeypatch, capsys):
+    assert raising(monkeypatch, OSError(errno.ENOSPC, "No space left on device")) == 2
+    assert capsys.readouterr().err == "lemur checkpoints: No space left on device\n"
+
+
+def test_a_reader_that_has_gone_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert raising(monkeypatch, BrokenPipeError(errno.EPIPE, "Broken pipe")) == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError(),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "runs/file"),
+        PermissionError(errno.EPERM, "Operation not permitted"),  # of a process, say
+    ],
+)
+def test_other_errors_keep_their_traceback(error, monkeypatch):
+    with pytest.raises(type(error)):
+        raising(monkeypatch, error)

@@ -1,6 +1,7 @@
 """The console command `lemur`: one verb a job. A verb's room is imported only when it is called."""
 
 import argparse
+import errno
 import logging
 import os
 import shlex
@@ -27,18 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known.command = shlex.join(["lemur", *(sys.argv[1:] if arguments is None else arguments)])
         known.overrides = _overrides(rest, known.takes_config)
         return known.run(known) or 0
-    except UserError as error:
-        print(f"lemur {known.verb}: {error}", file=sys.stderr)
-        _leave_other_hosts(2)
-        return 2
+    except BrokenPipeError:
+        # Whoever read our output has gone (`lemur inspect ... | head`).
+        sys.stderr.close()
+        return 0
     except Exception as error:
-        if not is_refused_by_store(error):
+        line = _one_line(error)
+        if line is None:
             raise
-        print(
-            f"lemur {known.verb}: the object store cannot be reached, or refuses: {type(error).__name__}: {error};"
-            " look at the network and at the credentials, and run the same command again",
-            file=sys.stderr,
-        )
+        print(f"lemur {known.verb}: {line}", file=sys.stderr)
         _leave_other_hosts(2)
         return 2
     except KeyboardInterrupt:
@@ -47,10 +45,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has gone (`lemur inspect ... | head`).
-        sys.stderr.close()
-        return 0
+
+
+# What the file system says of a disk, and of a path.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_WRONG_PLACE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to say of an error that the user can mend; None of any other, which needs its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if is_refused_by_store(error):
+        return (
+            f"the object store cannot be reached, or refuses: {type(error).__name__}: {error}; look at the network"
+            " and at the credentials, and run the same command again"
+        )
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _FULL + _WRONG_PLACE:
+        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"{error.strerror}"
+    return None
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -59,9 +59,9 @@ def _add_vocabulary(sub: argparse.ArgumentParser) -> None:
 def _change(args):
     from lemur_jax.convert.vocabulary import Change
 
-    tokens = tuple(args.add_tokens.split(",")) if args.add_tokens else ()
+    tokens = tuple(name.strip() for name in args.add_tokens.split(",")) if args.add_tokens else ()
     if not all(tokens) or min(args.drop_rows_above, args.vocab_size) < 0:
-        raise UserError("--add-tokens takes names with commas between, the other two numbers above 0")
+        raise UserError("--add-tokens takes names with commas between, the other two numbers 0 or above")
     return Change(drop_rows_above=args.drop_rows_above, add_tokens=tokens, vocab_size=args.vocab_size)
 
 

@@ -1,4 +1,4 @@
-"""Paths, local or on an object store (gs://)."""
+"""Paths, local or on an object store (gs://), and what is found there."""
 
 import os
 
@@ -10,13 +10,34 @@ def is_object_store(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+# Of TensorFlow's errors those that say nothing about what was asked for; 401 and 403 are the first two.
+_REFUSALS_OF_TENSORFLOW = (
+    *("PermissionDeniedError", "UnauthenticatedError"),
+    *("UnavailableError", "AbortedError", "DeadlineExceededError"),
+)
+
+
 def is_refused_by_store(error: BaseException) -> bool:
     """Whether an object store could not be reached, or has refused what it was asked for."""
+    kind = type(error)
     # What gcsfs raises itself, and what it passes on; none of them is imported for that.
-    return type(error).__module__.startswith(("aiohttp.", "google.auth.", "gcsfs."))
+    if kind.__module__.startswith(("aiohttp.", "google.auth.", "gcsfs.")):
+        return True
+    # Where TensorFlow is installed, etils reads and writes through it.
+    return (
+        kind.__module__.startswith("tensorflow.python.framework.errors")
+        and kind.__name__ in _REFUSALS_OF_TENSORFLOW
+    )
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
     """The same place from any working directory; epath's own `resolve` makes a local path of gs://."""
     path = epath.Path(path)
     return path if is_object_store(path) else path.resolve()
+
+
+def how_to_mend(content: bytes) -> str:
+    """What to do about a downloaded file that is not what it is named, told by its first bytes."""
+    if content.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned"
+    return "copy or download it again"

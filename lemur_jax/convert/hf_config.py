@@ -25,12 +25,14 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """A JSON object in a file.
 
     Raises:
-      UserError: no such file, or not a JSON object.
+      UserError: no such file, one that cannot be read, or not a JSON object.
     """
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is {path.parent} a Hugging Face model directory?") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -102,7 +104,10 @@ def _refuse_foreign(raw: Mapping[str, Any], where: str) -> None:
     window = raw.get("sliding_window", 4096 if model_type == "mistral" else None)
     if window is not None:
         raise UserError(f"{where}: sliding_window is {window}; only full attention is implemented (null)")
-    if set(map(str, raw.get("layer_types") or ())) - {"full_attention"}:
+    layers = raw.get("layer_types") or []
+    if not isinstance(layers, list):
+        raise UserError(f"{where}: layer_types is {layers!r}, not a list")
+    if set(map(str, layers)) - {"full_attention"}:
         raise UserError(
             f"{where}: layer_types has other kinds than full_attention, which are not implemented"
         )

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.common.paths import is_object_store
+from lemur_jax.common.paths import how_to_mend, is_object_store
 from lemur_jax.convert.dtypes import DTYPES
 
 # The format's own limit.
@@ -96,8 +96,7 @@ def read_header(path: epath.PathLike) -> dict[str, StoredTensor]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
             raise UserError(
-                f"{path} is not a whole safetensors file: {size} bytes, header of"
-                f" {length if len(prefix) == 8 else 'unknown'} bytes; copy or download it again"
+                f"{path} is not a whole safetensors file ({size} bytes): {how_to_mend(prefix + file.read(32))}"
             )
         raw = file.read(length)
     entries = _parse(path, raw)

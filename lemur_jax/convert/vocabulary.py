@@ -143,8 +143,8 @@ class Change:
         if self.add_tokens and not files:
             raise UserError(f"--add-tokens: {where} has no tokenizer to add them to")
         if files and (self.drop_rows_above or self.add_tokens):
-            files = revise(Tokenizer.from_files(files), keep=self.drop_rows_above, add=self.add_tokens)
-        tokens = Tokenizer.from_files(files).vocab_size if files else 0
+            files = revise(Tokenizer(files, str(where)), keep=self.drop_rows_above, add=self.add_tokens)
+        tokens = Tokenizer(files, str(where)).vocab_size if files else 0
         size = self.vocab_size or (max(rows, tokens) if self.add_tokens else rows)
         if size < rows:
             raise UserError(

@@ -8,13 +8,14 @@ the directory holds `tokenizer.model`, SentencePiece encodes; else `tokenizer.js
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.paths import how_to_mend
 
 # What makes up a tokenizer directory; any other file in it is left alone.
 FILE_NAMES = (
@@ -28,6 +29,7 @@ FILE_NAMES = (
 
 
 Span = tuple[int, int]
+T = TypeVar("T")
 
 
 class _Model(Protocol):
@@ -65,9 +67,9 @@ class Tokenizer:
         self._files = dict(files)
         self._name = name
         if "tokenizer.model" in files:
-            self._model: _Model = _SentencePieceModel(files["tokenizer.model"])
+            self._model: _Model = _opened(_SentencePieceModel, files, "tokenizer.model", name)
         elif "tokenizer.json" in files:
-            self._model = _JsonModel(files["tokenizer.json"])
+            self._model = _opened(_JsonModel, files, "tokenizer.json", name)
         else:
             raise UserError(
                 f"no tokenizer.model and no tokenizer.json in {name}: name a tokenizer directory in"
@@ -78,14 +80,15 @@ class Tokenizer:
         self.control_tokens = {**self._model.control_tokens, **self.added_tokens}
         self._control_names = {index: token for token, index in self.control_tokens.items()}
         self.model_size = self._model.size
-        self.vocab_size = max(self.model_size, *(index + 1 for index in self.control_tokens.values()))
+        self.vocab_size = max([self.model_size, *(index + 1 for index in self.control_tokens.values())])
         self.bos_id = self._required_id("bos")
         self.eos_id = self._required_id("eos")
         self.unk_id = self._special_id("unk")
         self.pad_id = self._special_id("pad")
-        template = files.get("chat_template.jinja")
         self.chat_template: str | None = (
-            template.decode() if template is not None else self.config.get("chat_template")
+            _opened(bytes.decode, files, "chat_template.jinja", name)
+            if "chat_template.jinja" in files
+            else self.config.get("chat_template")
         )
 
     @classmethod
@@ -93,7 +96,7 @@ class Tokenizer:
         """Opens a directory.
 
         Raises:
-          UserError: there is no tokenizer in it, or its files contradict each other.
+          UserError: there is no tokenizer in it, or its files are damaged or contradict each other.
         """
         return cls(read_files(path), str(path))
 
@@ -112,9 +115,11 @@ class Tokenizer:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """`tokenizer_config.json` over `special_tokens_map.json`."""
-        return _read_json(self._files, "special_tokens_map.json") | _read_json(
-            self._files, "tokenizer_config.json"
-        )
+        found: dict[str, Any] = {}
+        for file in ("special_tokens_map.json", "tokenizer_config.json"):
+            if file in self._files:
+                found |= _opened(_json_object, self._files, file, self._name)
+        return found
 
     def encode(self, text: str, *, prefix: bool = True) -> list[int]:
         """Ids of plain text, without bos and eos, never a control token.
@@ -168,10 +173,10 @@ class Tokenizer:
     def _special_id(self, kind: str) -> int | None:
         token = self.config.get(f"{kind}_token")
         if isinstance(token, Mapping):
-            token = token["content"]
+            token = token.get("content", token)
         if token is None:
             return self._model.special_ids.get(kind)
-        if token not in self.control_tokens:
+        if not isinstance(token, str) or token not in self.control_tokens:
             raise UserError(
                 f"{self._name}: {kind}_token {token!r} of tokenizer_config.json is no token of its vocabulary"
             )
@@ -208,16 +213,49 @@ def read_files(path: epath.PathLike) -> dict[str, bytes]:
         raise UserError(f"cannot read the tokenizer directory {path}: {reason[:300]}") from error
 
 
-def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    return json.loads(files[name]) if name in files else {}
+def _opened(read: Callable[[bytes], T], files: Mapping[str, bytes], file: str, name: str) -> T:
+    """What `read` makes of one of the files.
+
+    Raises:
+      UserError: it can make nothing of it.
+    """
+    try:
+        return read(files[file])
+    except ImportError:
+        raise
+    except Exception as error:  # every library has its own classes
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{name}: {file} is damaged or not what it is named ({reason[:200]}): {how_to_mend(files[file])}"
+        ) from error
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def _added_in(file: str, data: bytes) -> list[tuple[str, int]]:
+    """Tokens outside the model's own vocabulary, as each of Hugging Face's files has them."""
+    content = _json_object(data)
+    if file == "added_tokens.json":
+        pairs = list(content.items())
+    elif file == "tokenizer.json":
+        pairs = [(token["content"], token["id"]) for token in content.get("added_tokens", ())]
+    else:
+        decoder = content.get("added_tokens_decoder", {})
+        pairs = [(token["content"], index) for index, token in decoder.items()]
+    return [(str(token), int(index)) for token, index in pairs]
 
 
 def _added_tokens(files: Mapping[str, bytes], model: _Model, name: str) -> dict[str, int]:
     """Tokens outside the model's own vocabulary, from each file that Hugging Face keeps them in."""
-    pairs = list(_read_json(files, "added_tokens.json").items())
-    pairs += [(t["content"], t["id"]) for t in _read_json(files, "tokenizer.json").get("added_tokens", ())]
-    decoder = _read_json(files, "tokenizer_config.json").get("added_tokens_decoder", {})
-    pairs += [(token["content"], int(index)) for index, token in decoder.items()]
+    pairs: list[tuple[str, int]] = []
+    for file in ("added_tokens.json", "tokenizer.json", "tokenizer_config.json"):
+        if file in files:
+            pairs += _opened(functools.partial(_added_in, file), files, file, name)
     added: dict[str, int] = {}
     for token, index in sorted(pairs, key=lambda pair: pair[1]):
         if model.control_tokens.get(token) == index:

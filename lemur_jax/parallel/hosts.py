@@ -33,7 +33,14 @@ def choose_platform(virtual_devices: int = 0) -> None:
     Args:
       virtual_devices: > 0: this many virtual CPU devices, whatever hardware there is and whatever XLA_FLAGS says.
         Other flags that the user set stay as they are.
+
+    Raises:
+      UserError: fewer than none.
     """
+    if virtual_devices < 0:
+        raise UserError(
+            f"--virtual-devices is {virtual_devices}: it must be 1 or above, or 0 for the hardware"
+        )
     if virtual_devices or ("JAX_PLATFORMS" not in os.environ and not _accelerator_present()):
         os.environ["JAX_PLATFORMS"] = "cpu"
     if os.environ.get("JAX_PLATFORMS") == "cpu":

@@ -1,6 +1,7 @@
 """The device mesh: `data × fsdp × sequence × tensor`."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -71,14 +72,15 @@ def parse_mesh(text: str) -> dict[str, int]:
     """`"fsdp=4,tensor=2"` as sizes of `AXES`; axes not named are 1, and `fsdp` is the rest.
 
     Raises:
-      UserError: an unknown axis, or a size that is no number.
+      UserError: an unknown axis, one that is named twice, or a size that is no number.
     """
-    sizes = {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}
+    sizes: dict[str, int] = {}
     for part in filter(None, text.split(",")):
-        axis, _, size = part.partition("=")
-        if axis.strip() not in sizes or not size.strip().lstrip("-").isdigit():
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis not in AXES or axis in sizes or not re.fullmatch(r"-?[0-9]{1,9}", size):
             raise UserError(
-                f"cannot read mesh {text!r}: write it as fsdp=4,tensor=2 with axes {', '.join(AXES)}"
+                f"cannot read mesh {text!r}: write it as fsdp=4,tensor=2 with axes {', '.join(AXES)}, each at"
+                " most once"
             )
-        sizes[axis.strip()] = int(size)
-    return sizes
+        sizes[axis] = int(size)
+    return {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1} | sizes

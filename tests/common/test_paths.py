@@ -3,7 +3,7 @@
 import pytest
 from etils import epath
 
-from lemur_jax.common.paths import absolute, is_object_store
+from lemur_jax.common.paths import absolute, is_object_store, is_refused_by_store
 
 
 @pytest.mark.parametrize("kind", [str, epath.Path])
@@ -13,3 +13,12 @@ def test_absolute_paths(tmp_path, monkeypatch, kind):
     assert str(absolute(kind("gs://bucket/run"))) == "gs://bucket/run"
     assert is_object_store(kind("gs://bucket/run"))
     assert not is_object_store(kind("run"))
+
+
+def test_refusals_of_tensorflow():
+    errors = pytest.importorskip("tensorflow", reason="needs the extra test").errors
+    for kind in ("PermissionDenied", "Unauthenticated", "Unavailable", "Aborted", "DeadlineExceeded"):
+        assert is_refused_by_store(getattr(errors, f"{kind}Error")(None, None, "gs://bucket/run"))
+    # What is not there, or not as it should be, is no matter of the network.
+    for kind in ("NotFound", "DataLoss", "InvalidArgument"):
+        assert not is_refused_by_store(getattr(errors, f"{kind}Error")(None, None, "gs://bucket/run"))

@@ -1,5 +1,6 @@
 """A directory is there whole or not at all, also where directories cannot be renamed."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -56,6 +57,56 @@ def test_a_removal_that_fails_does_not_hide_why(tmp_path, monkeypatch):
     monkeypatch.setattr(type(epath.Path("/")), "rmtree", refuse)
     with pytest.raises(ValueError, match="first"), directory.staged(epath.Path(tmp_path / "out")):
         raise ValueError("first")
+
+
+@pytest.mark.usefixtures("storage")
+@pytest.mark.parametrize(
+    "error",
+    [
+        # As Orbax passes on what TensorStore raises, over 150 lines.
+        ValueError('RESOURCE_EXHAUSTED: Error writing "head": No space left on device [' + "x" * 9999),
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+    ],
+)
+def test_a_full_disk_is_one_line(tmp_path, error):
+    with pytest.raises(UserError) as raised, directory.staged(epath.Path(tmp_path / "out")):
+        raise error
+    assert str(raised.value).startswith(f"{tmp_path}/out could not be written: {str(error)[:40]}")
+    assert str(raised.value).endswith("; make room or choose another place")
+    assert len(str(raised.value)) < 400 + len(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_write_one_target_leave_each_other_alone(tmp_path):
+    """What a process that is dead has left is removed, what a living one writes is not."""
+    code = "import sys, time; from etils import epath; from lemur_jax.convert.directory import staged\n"
+    code += "with staged(epath.Path(sys.argv[1])) as part: (part / 'file').touch(); print(flush=True); time.sleep(99)"
+    others = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    try:
+        for other in others:
+            other.stdout.readline()
+        others[0].kill()
+        others[0].wait()
+        assert len(list(tmp_path.iterdir())) == 2
+        with directory.staged(epath.Path(tmp_path / "out")) as part:
+            (part / "file").write_text("mine")
+        (left,) = (path for path in tmp_path.iterdir() if path.name != "out")
+        assert f".{others[1].pid}." in left.name
+        assert (left / "file").exists()
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+            other.stdout.close()
+    # A process may get the number of one that is dead.
+    left.rename(tmp_path / left.name.replace(str(others[1].pid), str(os.getpid())))
+    with directory.staged(epath.Path(tmp_path / "out")):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """config.json against what transformers reads and writes."""
 
 import dataclasses
+import errno
 import json
 
 import pytest
 import transformers
+from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import hf_config
@@ -103,6 +105,7 @@ def test_mistral_without_window():
             {"model_type": "mistral", "sliding_window": 16, "use_sliding_window": False},
             "sliding_window is 16",
         ),
+        ({"layer_types": 5}, "layer_types is 5, not a list"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config .* \(gptq\)"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -140,6 +143,22 @@ def test_refused_by_name(changes, message):
 def test_damaged_json(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json"):
+        hf_config.read_config(tmp_path)
+
+
+def test_a_config_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UserError, match=r"config\.json cannot be read: Is a directory"):
+        hf_config.read_config(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/config\.json cannot be read: Not a directory"):
+        hf_config.read_config(tmp_path / "file")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "read_text", refuse)
+    with pytest.raises(UserError, match=r"config\.json cannot be read: Permission denied"):
         hf_config.read_config(tmp_path)
 
 

@@ -147,6 +147,15 @@ def test_damaged_file(tmp_path, damage):
         tracemalloc.stop()
 
 
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsize 4976698672\n")
+    with pytest.raises(
+        UserError, match=r"model\.safetensors is not a whole .*: it is a Git LFS pointer.*git lfs pull"
+    ):
+        read_header(path)
+
+
 @settings(max_examples=200, deadline=None)
 @given(position=st.integers(0, 90), byte=st.integers(0, 255))
 def test_flipped_bytes_give_errors_or_the_same_promises(tmp_path_factory, position, byte):

@@ -177,6 +177,27 @@ def test_a_change_that_does_not_come_out_even(make_model, tokenizer_dir, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_names_of_added_tokens_are_stripped(make_model, tokenizer_dir, tmp_path, capsys):
+    hf = make_model(vocab_size=400)
+    shutil.copytree(tokenizer_dir, hf.path, dirs_exist_ok=True)
+    words = ["import-hf", str(hf.path), str(tmp_path / "checkpoint"), "--add-tokens"]
+    assert main([*words, "<x>, "]) == 2
+    assert main([*words, "<x>", "--vocab-size", "-1"]) == 2
+    said = "lemur import-hf: --add-tokens takes names with commas between, the other two numbers 0 or above\n"
+    assert capsys.readouterr().err.endswith(2 * said)
+    assert main([*words, "<x>, <y>"]) == 0
+    files = manager.tokenizer_files(manager.read_metadata(tmp_path / "checkpoint"))
+    assert Tokenizer.from_files(files).added_tokens == {"<x>": 400, "<y>": 401}
+
+
+def test_a_damaged_tokenizer_is_named_with_its_directory(make_model, tokenizer_dir, tmp_path):
+    hf = make_model(vocab_size=400)
+    shutil.copytree(tokenizer_dir, hf.path, dirs_exist_ok=True)
+    (hf.path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{hf.path}: tokenizer\.model is damaged"):
+        import_hf(hf.path, tmp_path / "checkpoint")
+
+
 def test_tokens_without_a_tokenizer(hf_model, tmp_path):
     with pytest.raises(UserError, match="has no tokenizer to add them to"):
         import_hf(hf_model.path, tmp_path / "checkpoint", change=Change(add_tokens=("<a>",)))

@@ -359,3 +359,46 @@ def test_files_that_cannot_be_read_are_one_clear_line(tmp_path):
     (tmp_path / "tokenizer.model").mkdir()
     with pytest.raises(UserError, match=r"cannot read the tokenizer directory .*: .*[Ii]s a directory"):
         Tokenizer.load(tmp_path)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsize 499723\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "hint"),
+    [
+        ("tokenizer.model", b"garbage", "DecodeError"),
+        ("tokenizer.model", b"", "download it again"),
+        ("tokenizer.model", LFS_POINTER, "git lfs pull"),
+        ("tokenizer.json", b'{"model": {"type": "BP', "JSONDecodeError"),
+        ("tokenizer.json", b'{"added_tokens": []}', "KeyError: 'model'"),
+        ("tokenizer.json", b"[]", "download it again"),
+        ("tokenizer.json", LFS_POINTER, "git lfs pull"),
+        ("tokenizer_config.json", b"[]", "not a JSON object"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"one": {"content": "<a>"}}}', "'one'"),
+        ("special_tokens_map.json", b"5", "not a JSON object"),
+        ("added_tokens.json", b'{"<a>": null}', "TypeError"),
+        ("chat_template.jinja", b"\xff", "UnicodeDecodeError"),
+    ],
+)
+def test_damaged_files_are_one_clear_line(tokenizer, file, content, hint):
+    files = tokenizer.files()
+    if file == "tokenizer.json":
+        del files["tokenizer.model"]
+    with pytest.raises(UserError) as raised:
+        Tokenizer(files | {file: content}, "some/place")
+    assert str(raised.value).startswith(f"some/place: {file} is damaged or not what it is named (")
+    assert hint in str(raised.value)
+
+
+@pytest.mark.parametrize("token", [{"lstrip": False}, ["<s>"]])
+def test_a_special_token_that_is_none_is_named(tokenizer, token):
+    config = json.dumps({"bos_token": token}).encode()
+    with pytest.raises(UserError, match="bos_token .* is no token of its vocabulary"):
+        Tokenizer(tokenizer.files() | {"tokenizer_config.json": config}, "some/place")
+
+
+def test_a_vocabulary_without_control_tokens(json_tokenizer):
+    spec = json.loads(json_tokenizer.files()["tokenizer.json"]) | {"added_tokens": []}
+    with pytest.raises(UserError, match="some/place has no bos token"):
+        Tokenizer({"tokenizer.json": json.dumps(spec).encode()}, "some/place")

@@ -149,7 +149,7 @@ def test_manifest_says_what_was_asked(gke, capsys, monkeypatch):
 def gke_sh(tmp_path):
     """`launch/gke.sh WORDS` with a `kubectl` that keeps what it is given and ends as it is told."""
 
-    def run(*words, settings="", kubectl="echo done"):
+    def run(*words, settings="", kubectl="echo done", python=sys.executable):
         fake = tmp_path / "kubectl"
         fake.write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/calls\ncat >{tmp_path}/manifest\n{kubectl}\n')
         fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
@@ -161,7 +161,7 @@ def gke_sh(tmp_path):
             env={
                 **os.environ,
                 "PATH": f"{tmp_path}:/usr/bin:/bin",
-                "PYTHON": sys.executable,
+                "PYTHON": python,
                 "PYTHONPATH": str(ROOT),
             },
             stdin=subprocess.DEVNULL,
@@ -331,17 +331,21 @@ def test_refusals_of_kubectl_are_passed_on(gke_sh, reason):
     assert (done.returncode, reason in done.stderr) == (1, True)
 
 
+@pytest.mark.parametrize("verb", ["start", "doctor", "smoke"])
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ("IMAGE=", "gke.sh: IMAGE is empty"),
         ("SECRETS_FILE=secrets.env", "make a Kubernetes secret of it"),
         ("ACCELERATOR=v4-100", "gke.py: unknown TPU slice"),
+        ("SLICES=two", "gke.sh: SLICES is two"),
+        ("SLICES=-1", "gke.sh: SLICES is -1"),
+        ("unset SMOKE; SMOKE='--checkpoint gs://bucket/run'", "SMOKE=(WORD WORD ...)"),
         ("ENVIRONMENT=(A_FLAG)", "gke.py: --env is 'A_FLAG': it must be NAME=VALUE"),
     ],
 )
-def test_mistakes_in_the_settings_are_one_line(gke_sh, settings, expected):
-    done = gke_sh("start", settings=settings)
+def test_mistakes_in_the_settings_are_one_line_and_delete_nothing(gke_sh, settings, expected, verb):
+    done = gke_sh(verb, settings=SMOKE + settings)
     assert (done.returncode, gke_sh.calls()) == (2, [])
     assert done.stderr.count("\n") == 1
     assert expected in done.stderr
@@ -349,6 +353,27 @@ def test_mistakes_in_the_settings_are_one_line(gke_sh, settings, expected):
 
 def test_unknown_verb_of_gke_sh(gke_sh):
     assert (gke_sh("fly").returncode, gke_sh.calls()) == (2, [])
+
+
+def test_two_verbs_in_one_call_are_refused(gke_sh, slurm):
+    done = gke_sh("delete", "start")
+    assert (done.returncode, gke_sh.calls()) == (2, [])
+    assert done.stderr == "gke.sh: one verb at a time: delete or start?\n"
+    done = slurm("doctor", "start")
+    assert (done.returncode, done.stderr) == (2, "slurm.sh: one verb at a time: doctor or start?\n")
+    assert not (slurm.home / "arguments").exists()
+
+
+@pytest.mark.parametrize("verb", ["start", "doctor"])
+def test_gke_sh_outside_the_environment_says_so(gke_sh, verb):
+    python = gke_sh.home / "python"
+    python.write_text(f'#!/bin/bash\nexec {sys.executable} -S "$@"\n')  # without what is installed
+    python.chmod(0o755)
+    done = gke_sh(verb, python=str(python))
+    assert (done.returncode, gke_sh.calls()) == (2, [])
+    assert done.stderr == (
+        f"gke.sh: {python} cannot import lemur_jax: activate the environment it is installed in, or set PYTHON\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -487,6 +512,12 @@ def test_slurm_smoke_is_submitted_in_the_place_of_the_run(slurm):
     assert "\nsrun --kill-on-bad-exit=0 lemur smoke --checkpoint gs://bucket/a\\ b --mesh fsdp=8" in printed
     done = slurm("smoke")
     assert (done.returncode, done.stderr) == (2, "slurm.sh: " + NO_SMOKE.format(slurm.home))
+    assert not (slurm.home / "arguments").exists()
+
+
+def test_slurm_smoke_takes_a_list_of_words(slurm):
+    done = slurm("smoke", settings="SMOKE='--checkpoint gs://bucket/run'\n")
+    assert (done.returncode, "SMOKE=(WORD WORD ...)" in done.stderr) == (2, True)
     assert not (slurm.home / "arguments").exists()
 
 

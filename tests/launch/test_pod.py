@@ -36,7 +36,8 @@ for rule in rules:
             json.dump(rules, open(home + "/rules", "w"))
         if rule.get("hang"):
             time.sleep(60)
-        print(rule.get("out", ""), file=sys.stderr if rule.get("code") else sys.stdout)
+        # At once, as several write into one pipe.
+        (sys.stderr if rule.get("code") else sys.stdout).write(rule.get("out", "") + "\\n")
         sys.exit(rule.get("code", 0))
 """
 
@@ -341,6 +342,10 @@ def test_secrets_go_as_a_file_that_others_cannot_read(pod):
         ("RUN='My Run'", "RUN is My Run"),
         ("CONFIG=none.py", "there is no file none.py"),
         ("PROVISIONING=cheap", "PROVISIONING is cheap"),
+        ("SLICES=two", "SLICES is two"),
+        ("SLICES=0", "SLICES is 0"),
+        ("SLICES=", "SLICES is  in"),
+        ("SMOKE='--checkpoint gs://bucket/run --mesh fsdp=8'", "SMOKE in"),
     ],
 )
 def test_mistakes_in_the_settings(pod, change, expected):
@@ -348,6 +353,13 @@ def test_mistakes_in_the_settings(pod, change, expected):
     done = pod("create")
     assert (done.returncode, pod.calls()) == (2, [])
     assert expected in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_two_verbs_in_one_call_are_refused(pod):
+    done = pod("push", "setup", "smoke")
+    assert (done.returncode, pod.calls()) == (2, [])
+    assert done.stderr == "pod.sh: one verb at a time: push or setup?\n"
 
 
 def test_unknown_verb_and_missing_settings(pod):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from lemur_jax.common.errors import UserError
 from lemur_jax.parallel import hosts
 
 
@@ -29,6 +30,12 @@ def test_virtual_devices_are_cpu_devices_whatever_else_is_asked(chosen):
     flags = chosen(4, JAX_PLATFORMS="tpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert os.environ["JAX_PLATFORMS"] == "cpu"
     assert flags["--xla_force_host_platform_device_count"] == "4"
+
+
+def test_fewer_virtual_devices_than_none_are_refused(chosen):
+    with pytest.raises(UserError, match=r"--virtual-devices is -3"):
+        chosen(-3)
+    assert "XLA_FLAGS" not in os.environ
 
 
 def test_collectives_follow_one_another_on_the_cpu(chosen):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.parallel.mesh import AXES, make_mesh, mesh_shape
+from lemur_jax.parallel.mesh import AXES, make_mesh, mesh_shape, parse_mesh
 from lemur_jax.plan import topologies
 
 
@@ -60,3 +60,24 @@ def test_slices_need_data_parallelism():
     devices = topologies.devices(topologies.find("v5e-8", 2))
     with pytest.raises(UserError, match=r"config.mesh.data is 1: it must be a multiple of the 2 TPU slices"):
         make_mesh(sizes(1, 16, 1, 1), devices)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("", (1, -1, 1, 1)),
+        ("fsdp=4,tensor=2", (1, 4, 1, 2)),
+        (" data = -1 , fsdp = 1,", (-1, 1, 1, 1)),
+    ],
+)
+def test_mesh_as_it_is_written(text, read):
+    assert parse_mesh(text) == sizes(*read)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["fsdp", "fsdp=", "fspd=2", "fsdp=two", "fsdp=--1", "fsdp=²", "fsdp=4,fsdp=2", "fsdp=" + "9" * 5000],
+)
+def test_mesh_that_cannot_be_read(text):
+    with pytest.raises(UserError, match="cannot read mesh"):
+        parse_mesh(text)
