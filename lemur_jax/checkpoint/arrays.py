@@ -60,4 +60,4 @@ def read_parts(array: ts.TensorStore, cuts: Sequence[Any], name: str) -> Iterato
                 ahead = array[cuts[number + 1]].read()
             yield part
     except (OSError, ValueError) as error:
-        raise UserError(f"parameter {name} of the checkpoint cannot be read: {error}") from error
+        raise UserError(f"{name} cannot be read: {error}") from error

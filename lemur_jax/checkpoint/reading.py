@@ -1,7 +1,8 @@
 """Reading checkpoints: nothing is taken from one that does not agree with what was saved."""
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -119,7 +120,20 @@ def read_metadata(path: epath.PathLike, step: int | None = None) -> dict[str, An
       UserError: no checkpoint there, or one of another format.
     """
     manager, directory, step = _open(path, step)
-    return {**metadata_of(manager, directory, step), "step": step}
+    with naming_others(directory, step):
+        return {**metadata_of(manager, directory, step), "step": step}
+
+
+@contextlib.contextmanager
+def naming_others(path: epath.PathLike, step: int) -> Iterator[None]:
+    """Tells whoever asked for a damaged step, or for the newest, what else there is."""
+    try:
+        yield
+    except Damaged as error:
+        others = [other for other in steps_in(path)[1] if other != step]
+        if not others:
+            raise
+        raise Damaged(f"{error}; there are also steps {', '.join(map(str, others))} (--step)") from error
 
 
 def metadata_of(manager: ocp.CheckpointManager, directory: epath.Path, step: int) -> dict[str, Any]:
@@ -140,6 +154,11 @@ def restore_params(path: epath.PathLike, abstract: Any, step: int | None = None)
       UserError: no checkpoint there; a leaf is missing, unexpected or of another shape.
     """
     manager, directory, step = _open(path, step)
+    with naming_others(directory, step):
+        return _restore_params(manager, directory, step, abstract)
+
+
+def _restore_params(manager: ocp.CheckpointManager, directory: epath.Path, step: int, abstract: Any) -> Any:
     leaves = metadata_of(manager, directory, step)["leaves"]["params"]
     check_wanted(leaves, abstract, f"checkpoint {directory}/{step}, params", dtypes=False)
 

@@ -15,7 +15,7 @@ from etils import epath
 from lemur_jax.checkpoint.arrays import open_params, read_parts
 from lemur_jax.checkpoint.digest import RunningDigest
 from lemur_jax.checkpoint.leaves import Leaf
-from lemur_jax.checkpoint.manager import Damaged, read_metadata, tokenizer_files
+from lemur_jax.checkpoint.manager import Damaged, naming_others, read_metadata, tokenizer_files
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import hf_config, layout
 from lemur_jax.convert.directory import check_target, staged
@@ -93,7 +93,8 @@ def export_hf(
     metadata = read_metadata(ckpt_dir, step)
     stored = LlamaConfig.from_dict(metadata["model"])
     arrays = open_params(ckpt_dir, metadata["step"])
-    _check_params(stored, arrays, f"checkpoint {ckpt_dir}, step {metadata['step']}")
+    where = f"checkpoint {ckpt_dir}, step {metadata['step']}"
+    _check_params(stored, arrays, where)
     files = tokenizer_files(metadata)
     if unknown := sorted(files.keys() - set(FILE_NAMES)):
         raise UserError(
@@ -108,9 +109,9 @@ def export_hf(
         """Parameter by parameter, all layers of one after the other, as they lie in the checkpoint."""
         for before, after in zip(layout.weights(stored), layout.weights(config), strict=True):
             leaf = metadata["leaves"]["params"][before.path]
-            yield from _stream(before, after, arrays[before.path], leaf, dtype, change)
+            yield from _stream(before, after, arrays[before.path], leaf, dtype, change, where)
 
-    with staged(target) as directory:
+    with naming_others(ckpt_dir, metadata["step"]), staged(target) as directory:
         _write_weights(directory, config, _ahead(tensors()), dtype, max_shard_bytes)
         for name, content in files.items():
             (directory / name).write_bytes(content)
@@ -192,12 +193,14 @@ def _stream(
     stored: Leaf,
     dtype: str,
     change: Change,
+    where: str,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) of each Hugging Face tensor of one parameter, in order.
 
     Args:
       weight: as it lies in the checkpoint.
       written: as it is written, with another vocabulary perhaps.
+      where: which checkpoint, for messages.
 
     Raises:
       Damaged: after the last of them, if they are not what was saved.
@@ -218,13 +221,13 @@ def _stream(
     layers = int((array.chunk_layout.read_chunk.shape or (1,))[0] or 1) if weight.stacked else 1
     groups = [weight.names[start : start + layers] for start in range(0, len(weight.names), layers)]
     cuts = [slice(number * layers, number * layers + len(group)) for number, group in enumerate(groups)]
-    blocks = read_parts(array, cuts if weight.stacked else [...], weight.path)
+    blocks = read_parts(array, cuts if weight.stacked else [...], f"{where}: parameter {weight.path}")
     with ThreadPoolExecutor(1) as pool:  # NumPy lets go of the interpreter: digest and cast run side by side
         for names, block in zip(groups, blocks, strict=True):
             for name, layer in zip(names, block if weight.stacked else (block,), strict=True):
                 yield name, convert(layer, name)
     if digest.value != stored.digest:
-        raise Damaged(f"parameter {weight.path} of the checkpoint is damaged: it is not what was saved")
+        raise Damaged(f"{where}: parameter {weight.path} is damaged: it is not what was saved")
 
 
 def _generation_config(tokens: SpecialTokens) -> dict[str, Any]:

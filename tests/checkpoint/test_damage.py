@@ -15,6 +15,7 @@ from etils import epath
 
 from lemur_jax.checkpoint import listing, manager
 from lemur_jax.common.errors import UserError
+from lemur_jax.convert.export_hf import export_hf
 from tests.train.tiny import first_state, program_on
 
 METADATA = manager.make_metadata(model={"vocab_size": 512}, tokenizer_files={"tokenizer.model": b"abc"})
@@ -149,6 +150,26 @@ def test_an_error_that_passes_is_no_damage(run, monkeypatch, error):
     assert not isinstance(caught.value, manager.Damaged)
     assert listing.verdict(epath.Path(run[0]), 9).startswith("NOT VERIFIED: ")
     assert sorted(run[0].rglob("*")) == before
+
+
+def test_who_names_a_damaged_step_hears_of_the_others(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run[0], copy)
+    for file in (copy / "9" / "metadata").iterdir():
+        truncate(file)
+    for read in (
+        lambda: manager.read_metadata(copy),
+        lambda: manager.restore_params(copy, PROGRAM.state.params),
+        lambda: export_hf(copy, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            manager.Damaged, match=r"copy/9.* is damaged.*; there are also steps 5 \(--step\)$"
+        ):
+            read()
+    shutil.rmtree(copy / "5")
+    with pytest.raises(manager.Damaged) as caught:
+        manager.read_metadata(copy)
+    assert "--step" not in str(caught.value)
 
 
 # With fewer and fewer descriptors to be had, but for those that JAX and Orbax hold already.

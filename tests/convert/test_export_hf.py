@@ -118,14 +118,14 @@ def test_layers_are_read_chunk_by_chunk(monkeypatch):
     digest = RunningDigest()
     digest.update(values)
     stored = describe(values, digest.value)
-    streamed = dict(export_module._stream(weight, weight, array, stored, "float32", AS_IT_IS))
+    streamed = dict(export_module._stream(weight, weight, array, stored, "float32", AS_IT_IS, "here"))
     assert sizes == [2, 2, 1]
     assert list(streamed) == list(weight.names)
     for layer, name in enumerate(weight.names):
         np.testing.assert_array_equal(weight.from_hf(streamed[name]), values[layer])
     array[3, 1, 2, 3].write(9.0).result()
-    with pytest.raises(Damaged, match="query .* is not what was saved"):
-        list(export_module._stream(weight, weight, array, stored, "float32", AS_IT_IS))
+    with pytest.raises(Damaged, match="here: parameter .*query .* is not what was saved"):
+        list(export_module._stream(weight, weight, array, stored, "float32", AS_IT_IS, "here"))
 
 
 def with_tokenizer(make_model, path, tokenizer, vocab_size):
