@@ -98,7 +98,8 @@ def steps_in(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
         raise UserError(f"no checkpoint directory at {path}")
     steps = sorted(open_manager(directory).all_steps())
     if not steps:
-        raise UserError(f"no finished checkpoint in {directory}")
+        of_step = f": name {directory.parent} and --step {directory.name}" if directory.name.isdigit() else ""
+        raise UserError(f"no finished checkpoint in {directory}{of_step}")
     return directory, steps
 
 

@@ -166,7 +166,7 @@ def is_chief() -> bool:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """What is done inside is done by this process for all: it asks no other one."""
+    """What is done inside is done by this process for all, or by each for itself: it asks no other one."""
     token = _alone.set(True)
     try:
         yield

@@ -25,6 +25,7 @@ from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.parallel import liveness
+from lemur_jax.parallel.hosts import alone
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.train.evaluate import open_held_out
 from lemur_jax.train.initial import open_initial
@@ -96,12 +97,8 @@ def _examine(config: ConfigDict, workdir: epath.Path, patience: float) -> Iterat
     yield _finding("token stores", problem, stores)
     with _caught() as problem:
         program = build(config, make_mesh(config.mesh), num_sources=len(config.data.sources))
-    if config.init.checkpoint and not any((workdir / "checkpoints").glob("[0-9]*")):
-        with _caught() as missing:
-            open_initial(config, LlamaConfig.from_dict(config.model))
-        yield _finding(
-            "first parameters", missing, f"{config.init.checkpoint}: fit the model and the tokenizer"
-        )
+    if config.init.checkpoint:
+        yield _first_parameters(config, workdir)
     if problem:
         yield _finding("mesh", problem, "")
         size = None
@@ -113,6 +110,15 @@ def _examine(config: ConfigDict, workdir: epath.Path, patience: float) -> Iterat
     with _caught() as problem:
         speed = _all_reduce_speed()
     yield _finding("collectives", problem, speed if not problem else "")
+
+
+def _first_parameters(config: ConfigDict, workdir: epath.Path) -> Finding:
+    if any((workdir / "checkpoints").glob("[0-9]*")):
+        return _finding("first parameters", [], "not needed: the run has checkpoints")
+    # By each host alone: one that cannot read them goes on to the next check.
+    with _caught() as problem, alone():
+        open_initial(config, LlamaConfig.from_dict(config.model))
+    return _finding("first parameters", problem, f"{config.init.checkpoint}: fit the model and the tokenizer")
 
 
 def _versions() -> str:

@@ -166,6 +166,8 @@ def test_who_names_a_damaged_step_hears_of_the_others(run, tmp_path):
             manager.Damaged, match=r"copy/9.* is damaged.*; there are also steps 5 \(--step\)$"
         ):
             read()
+    with pytest.raises(UserError, match=r"no finished checkpoint in .*copy/5: name .*/copy and --step 5$"):
+        manager.read_metadata(copy / "5")
     shutil.rmtree(copy / "5")
     with pytest.raises(manager.Damaged) as caught:
         manager.read_metadata(copy)

@@ -291,3 +291,17 @@ def test_doctor_looks_at_both_hosts(hosts_project, tmp_path):
     assert re.search(r"ok    collectives +all-reduce of 1 MiB in [\d.]+ ms = [\d.]+ GB/s a device", chief)
     assert "verdict" not in other
     assert not (tmp_path / "run").exists()
+
+
+def test_doctor_says_which_host_cannot_read_the_first_parameters(hosts_project, two, tmp_path):
+    workdir, _ = two
+    shutil.copytree(workdir, tmp_path / "host-0")
+    words = ["doctor", "--config", "config.py", "--workdir", str(tmp_path / "run"), "--virtual-devices", "4"]
+    processes = hosts_project.start(2, "-c", OWN_MODEL, *words, f"--config.init.checkpoint={tmp_path}/model")
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    (line,) = [line for line in said[0].splitlines() if line.startswith("FAIL  first parameters")]
+    assert "host 1" in line
+    assert f"no checkpoint directory at {tmp_path}/host-1" in line
+    assert "host 0" not in line
+    assert "all-reduce of 1 MiB" in said[0]

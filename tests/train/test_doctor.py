@@ -81,7 +81,8 @@ def test_first_parameters_are_looked_at_until_the_run_has_its_own(examine, proje
         option, "--config.model.num_hidden_layers=3"
     )
     (tmp_path / "run/checkpoints/3").mkdir(parents=True)
-    assert "first parameters" not in examine(option, "--config.model.num_hidden_layers=3")
+    said = examine(option, "--config.model.num_hidden_layers=3")
+    assert "first parameters   not needed: the run has checkpoints" in said
 
 
 def test_rows_of_another_tokenizer_are_refused(examine, project, tmp_path):
