@@ -9,7 +9,7 @@ from etils import epath
 
 from lemur_jax.checkpoint.manager import read_metadata, restore_params, tokenizer_files
 from lemur_jax.common.errors import UserError
-from lemur_jax.convert.hf_config import read_config
+from lemur_jax.convert.hf_config import read_config, read_json
 from lemur_jax.convert.hf_weights import check_weights, holds_weights, open_weights
 from lemur_jax.convert.import_hf import hf_tokenizer_files, load_hf_params
 from lemur_jax.convert.vocabulary import AS_IT_IS
@@ -52,7 +52,8 @@ def open_source(path: epath.PathLike, step: int | None = None) -> Source:
         )
     if weights:
         return _hugging_face(path, step)
-    if not checkpoints and (directory / "config.json").exists():
+    config = directory / "config.json"
+    if not checkpoints and config.exists() and "model_type" in read_json(config):  # a run's config has none
         open_weights(path)  # which says what is missing
     metadata = read_metadata(path, step)
     return Source(
