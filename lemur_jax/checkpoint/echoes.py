@@ -3,8 +3,8 @@
 `Checkpoints` says of a failed save what there is to say, in one line. Several places in Orbax log the traceback of the
 same error before they raise it; asyncio logs those of the writes that nobody waits for any more; and writes of
 TensorStore that end later still find the event loop of the save closed. Where there are too many open files for an
-event loop, asyncio tells of the loop that is half made, and of what should have run in it. That would be pages around
-the one line.
+event loop, asyncio tells of the loop that is half made, and of what should have run in it; so does Python of what the
+threads should have run that waited for a directory in vain. That would be pages around the one line.
 Whatever else is logged or cannot be raised passes.
 """
 
@@ -29,7 +29,10 @@ _ORBAX = "/orbax/checkpoint/"
 _WRITE_OF_TENSORSTORE = re.compile(r"[A-Z_]+: .*\bError writing ")
 
 _COROUTINE_OF_ORBAX = (
-    r"coroutine '(cleanup_temporary_paths|is_path_finalized|run_sync\b.*)' was never awaited"
+    r"coroutine '(cleanup_temporary_paths|is_path_finalized|run_sync\b.*|_create_paths|cancellable"
+    r"|_async_serialize_shardings|_serialize_arrays_batches_without_dispatcher\b.*"
+    r"|NumpyHandler\._background_serialize|BasePyTreeCheckpointHandler\._write_metadata_after_commits)'"
+    r" was never awaited"
 )
 
 

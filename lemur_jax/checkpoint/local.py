@@ -26,6 +26,7 @@ from orbax.checkpoint.experimental.emergency.path import sync_global_data
 from lemur_jax.checkpoint.leaves import check_wanted
 from lemur_jax.checkpoint.metadata import Damaged, seal, unseal
 from lemur_jax.checkpoint.reading import agreed, check_same, measured, restore_args
+from lemur_jax.checkpoint.remains import newest_save, release
 from lemur_jax.checkpoint.snapshot import snapshot
 from lemur_jax.common.errors import UserError
 from lemur_jax.parallel.hosts import any_host
@@ -52,6 +53,7 @@ class LocalCheckpoints:
         self.path = epath.Path(path).resolve()
         self._say = say
         self._mesh = {"axes": dict(mesh.shape), "hosts": jax.process_count()}
+        self._running = ""  # the save that was begun last, by its number in Orbax
         failure: OSError | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -90,11 +92,7 @@ class LocalCheckpoints:
         Raises:
           UserError: a leaf is not finite.
         """
-        try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        except _ERRORS as error:  # of the save before, which has let go of its copy
-            self._say(f"WARNING: a local checkpoint in {self.path} failed: {type(error).__name__}: {error}")
+        self._wait()  # for the save before, which lets go of its copy
         params, optimizer = snapshot((params, optimizer))
         state = {"params": params, "optimizer": optimizer}
         measures = {item: measured(tree, f"step {step} is not saved: {item}") for item, tree in state.items()}
@@ -112,8 +110,21 @@ class LocalCheckpoints:
                 force=True,
                 custom_metadata=described,
             )
+            self._running = newest_save()
         except _ERRORS as error:
-            self._say(f"WARNING: a local checkpoint in {self.path} failed: {type(error).__name__}: {error}")
+            self._tell(error)
+
+    def _wait(self) -> None:
+        """Until no save is going on."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except _ERRORS as error:
+            self._tell(error)
+            release(self._running)
+
+    def _tell(self, error: Exception) -> None:
+        self._say(f"WARNING: a local checkpoint in {self.path} failed: {type(error).__name__}: {error}")
 
     def restore_newest(
         self,
@@ -199,7 +210,7 @@ class LocalCheckpoints:
 
     def discard(self) -> None:
         """Removes them all: a newer checkpoint is where all hosts can read it."""
-        self._manager.wait_until_finished()
+        self._wait()
         for directory in self.path.iterdir():
             directory.rmtree()
         self._manager.reload()
@@ -208,6 +219,7 @@ class LocalCheckpoints:
         return self
 
     def __exit__(self, *_) -> None:
+        self._wait()
         self._manager.close()
 
 

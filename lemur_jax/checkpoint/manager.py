@@ -7,7 +7,6 @@ and nothing is taken from a checkpoint that does not agree with it.
 """
 
 import contextlib
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ from lemur_jax.checkpoint.reading import (
     restore_params,
     steps_in,
 )
+from lemur_jax.checkpoint.remains import newest_save, release, remove_half_written
 from lemur_jax.checkpoint.snapshot import snapshot
 from lemur_jax.checkpoint.streaming import BY_LAYER, Streamed, streamed
 from lemur_jax.checkpoint.together import ElsewhereError, SaveBarriers
@@ -52,9 +52,6 @@ __all__ = (
     "write_params",
 )
 
-
-# A thread of Orbax that waits for one that has failed goes on waiting for minutes, and writes nothing.
-_LAST_WRITES_SECONDS = 10.0
 
 # So long may a save wait for the one before it without a word.
 _LONG_WAIT_SECONDS = 1.0
@@ -170,6 +167,7 @@ class Checkpoints:
                 metrics=None if loss is None else {"loss": loss},
                 force=True,
             )
+            self._barriers.begun()
             self._pending = step
         except Exception as error:  # full disks and refused writes come in many classes
             known = self._barriers.fail(error)
@@ -224,7 +222,7 @@ class Checkpoints:
         with contextlib.suppress(AttributeError):
             self._manager._checkpointer._async_manager._commit_futures = None
         if hosts.is_chief():
-            _remove_half_written(self.path)
+            remove_half_written(self.path)
         self._manager.reload()
 
     def restore(self, step: int, params: Any, optimizer: Any, fresh: bool = False) -> tuple[Any, Any]:
@@ -347,26 +345,6 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
         _copy(directory, target / directory.name)
 
 
-def _remove_half_written(path: epath.Path) -> None:
-    """Removes what a failed save has left, until nothing of it comes back.
-
-    The first error ends Orbax's wait, while its other threads, and TensorStore's behind them, may still be at it.
-    """
-    deadline = time.monotonic() + _LAST_WRITES_SECONDS
-    for thread in threading.enumerate():
-        if type(thread).__module__.startswith("orbax."):
-            # Orbax's own `join` raises the thread's error, which is reported already.
-            threading.Thread.join(thread, max(0.0, deadline - time.monotonic()))
-    while leftovers := list(path.glob("*.orbax-checkpoint-tmp*")):
-        for leftover in leftovers:
-            # A file that is written while its directory is emptied.
-            with contextlib.suppress(OSError):
-                leftover.rmtree(missing_ok=True)
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.1)
-
-
 def _short(reason: str, most: int = 500) -> str:
     """Without its middle: long paths there, and what went wrong at the end."""
     return reason if len(reason) <= most else f"{reason[: most // 2]} … {reason[-most // 2 :]}"
@@ -405,5 +383,9 @@ def write_params(path: epath.PathLike, params: Any, metadata: Mapping[str, Any],
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params, save_args=save_args), metadata=SaveLateJson(sealed)
         )
-        manager.save(step, args=items)
-        manager.wait_until_finished()
+        try:
+            manager.save(step, args=items)
+            manager.wait_until_finished()
+        except BaseException:
+            release(newest_save())
+            raise

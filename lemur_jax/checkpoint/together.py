@@ -12,6 +12,7 @@ from typing import Any
 
 from orbax.checkpoint import multihost
 
+from lemur_jax.checkpoint.remains import newest_save, release
 from lemur_jax.parallel import liveness
 
 # In the order in which a save comes to them; the last two are those of its end, also of a failed one.
@@ -41,7 +42,8 @@ class ElsewhereError(RuntimeError):
 class SaveBarriers:
     """What Orbax is to wait with between hosts (`AsyncOptions.barrier_sync_fn`).
 
-    Every host makes one for the same manager, in the same order, and calls `begin` before the same saves.
+    Every host makes one for the same manager, in the same order, and calls `begin` before the same saves, and `begun`
+    when they go on by themselves.
     """
 
     def __init__(self, service: Any = None):
@@ -49,20 +51,32 @@ class SaveBarriers:
         self._name = f"lemur/save/{next(_managers)}"
         self._save = 0
         self._times: dict[str, int] = {}
+        self._before = self._running = ""  # saves by their numbers in Orbax
 
     def begin(self) -> None:
         """The next save begins."""
         self._save += 1
         self._times = {}
+        self._before, self._running = newest_save(), ""
         ended = self._save - 2  # by all hosts: each waits for the others at the end of a save
         if self._service is not None and ended > 0 and liveness.process()[0] == 0:
             self._service.key_value_delete(f"{self._name}/{ended}/")
+
+    def begun(self) -> None:
+        """Orbax has begun it, and goes on by itself."""
+        self._running = newest_save()
+
+    def _release(self) -> None:
+        save = self._running or newest_save()
+        if save != self._before:
+            release(save)
 
     def fail(self, error: Exception) -> bool:
         """This host could not begin the save; returns whether all hosts know, and go on without it.
 
         Otherwise one is in a collective of Orbax's and waits there for this host, for ever.
         """
+        self._release()
         if self._service is None:
             return True
         self._come(_FAILED, error)
@@ -81,6 +95,9 @@ class SaveBarriers:
           ElsewhereError: one has left it out.
           TimeoutError: one has not come in time.
         """
+        error = sys.exc_info()[1]  # Orbax ends a failed save inside `finally`
+        if error is not None:
+            self._release()
         if self._service is None:
             return
         name = next((name for name, _ in _PHASES if name in key), "")
@@ -89,7 +106,7 @@ class SaveBarriers:
             multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
             return
         phase = _PHASES.index((name, self._times[name]))
-        self._come(phase, sys.exc_info()[1])  # Orbax ends a failed save inside `finally`
+        self._come(phase, error)
         deadline, pause = time.monotonic() + timeout_ms / 1000, 0.01
         while missing := self._missing(phase):
             if time.monotonic() > deadline:

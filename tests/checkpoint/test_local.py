@@ -12,6 +12,7 @@ from lemur_jax.checkpoint.local import LocalCheckpoints, directory_of
 from lemur_jax.checkpoint.manager import make_metadata
 from lemur_jax.common.errors import UserError
 from lemur_jax.parallel.mesh import make_mesh
+from tests.checkpoint.test_policies import full_disk, left_of_orbax, no_directories
 
 METADATA = make_metadata(
     model={"hidden_size": 16}, tokenizer_files={"tokenizer.model": b"x"}, data={"a": "1"}
@@ -108,6 +109,27 @@ def test_what_is_not_as_it_was_saved_is_named_and_removed(tmp_path, hurt):
     assert f"{tmp_path}/3" in said[0]
     assert "WARNING" in said[0]
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize("refusing", [full_disk, no_directories])
+def test_a_refused_save_is_reported_once_and_leaves_nothing_that_waits(tmp_path, refusing):
+    """Also at the end, when nobody saves after it."""
+    mesh, said = mesh_of(1, 8), []
+    checkpoints = LocalCheckpoints(tmp_path, mesh, said.append)
+    checkpoints.save(1, *state_on(mesh, 1), METADATA)
+    checkpoints._wait()
+    with refusing():
+        checkpoints.save(2, *state_on(mesh, 2), METADATA)
+        checkpoints._wait()
+    assert len(said) == 1
+    checkpoints.save(3, *state_on(mesh, 3), METADATA)
+    checkpoints._wait()
+    with refusing():
+        checkpoints.save(4, *state_on(mesh, 4), METADATA)
+        checkpoints.__exit__()
+    assert len(said) == 2
+    assert not left_of_orbax()
+    assert restore(tmp_path, mesh)[0][0] == 3
 
 
 def test_values_other_than_those_that_were_saved_are_not_taken(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Which checkpoints stay, and saves that the storage refuses."""
 
 import contextlib
+import errno
 import gc
+import os
 import resource
 import signal
 import sys
@@ -94,6 +96,28 @@ def full_disk():
         signal.signal(signal.SIGXFSZ, old)
 
 
+@contextlib.contextmanager
+def no_directories():
+    """The system refuses to make any, as a disk without inodes does, or storage to which rights have ended."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "mkdir", refuse)
+        yield
+
+
+def left_of_orbax():
+    """Its threads that still save, a moment from now."""
+    deadline = time.monotonic() + 10
+    while True:
+        left = [thread for thread in threading.enumerate() if type(thread).__module__.startswith("orbax.")]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def unraisable(monkeypatch, caplog):
     """What reaches the terminal from C++; nothing that tests before this one left behind, there or in the log."""
@@ -105,16 +129,22 @@ def unraisable(monkeypatch, caplog):
     return found
 
 
-def test_refused_writes_are_reported_and_tried_again(state, tmp_path, caplog, unraisable):
+@pytest.mark.parametrize("refusing", [full_disk, no_directories])
+def test_refused_writes_are_reported_and_tried_again(state, tmp_path, caplog, unraisable, recwarn, refusing):
     lines = []
     checkpoints = manager.Checkpoints(tmp_path, max_failures=3, say=lines.append)
     checkpoints.save(1, state.params, state.optimizer, METADATA)
     checkpoints.wait()
     assert not checkpoints.failed
-    with full_disk():
+    began = time.monotonic()
+    with refusing():
         checkpoints.save(2, state.params, state.optimizer, METADATA)
         checkpoints.wait()
     assert checkpoints.failed
+    assert (
+        not left_of_orbax()
+    )  # one that waits in vain would hold the arrays, and the end of the process, for 300 s
+    assert time.monotonic() - began < 60
     assert "step 2 could not be saved" in lines[0]
     assert "failure 1 of at most 3" in lines[0]
     assert "newest one there is of step 1" in lines[0]
@@ -129,6 +159,7 @@ def test_refused_writes_are_reported_and_tried_again(state, tmp_path, caplog, un
     # Tracebacks of Orbax and TensorStore would hide that line.
     assert not [record.getMessage() for record in caplog.records if record.name in ("absl", "asyncio")]
     assert "Event loop is closed" not in unraisable
+    assert not [str(found.message) for found in recwarn if "never awaited" in str(found.message)]
 
 
 def test_too_many_failures_in_a_row_stop(state, tmp_path):
@@ -140,6 +171,17 @@ def test_too_many_failures_in_a_row_stop(state, tmp_path):
         with pytest.raises(UserError, match=r"failure 2 of at most 2 in a row.*Make room"):
             checkpoints.wait()
     assert len(lines) == 1
+
+
+def test_parameters_that_cannot_be_written_leave_nothing_that_waits(tmp_path):
+    """Neither an import nor the end of its process is held up."""
+    began = time.monotonic()
+    with no_directories(), pytest.raises(OSError, match="No space left"):
+        manager.write_params(tmp_path, {"w": np.ones((64, 64), np.float32)}, METADATA)
+    assert not left_of_orbax()
+    assert time.monotonic() - began < 60
+    manager.write_params(tmp_path, {"w": np.ones((64, 64), np.float32)}, METADATA)
+    assert manager.steps_in(tmp_path)[1] == [0]
 
 
 @pytest.mark.parametrize("failed", [True, False])

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,7 @@ class Run:
     def start(self) -> None:
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
         environment |= {"LEMUR_FAULTS": str(self.faults), "LEMUR_MARK": self.mark}
+        environment["PYTHONFAULTHANDLER"] = "1"  # see `stuck`
         environment["TMPDIR"] = str(self.temporary)
         environment["PYTHONPATH"] = os.pathsep.join([str(SHIM), *filter(None, sys.path)])
         words = ["train", "--config", "config.py", "--workdir", self.workdir.name, "--virtual-devices", "1"]
@@ -91,7 +93,17 @@ class Run:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        return self.process.wait(timeout=PATIENCE)
+        try:
+            return self.process.wait(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise self.stuck("it does not end") from None
+
+    def stuck(self, what: str) -> TimeoutError:
+        """Ends it, and says what it has written and, by Python's own handler of aborts, where its threads stood."""
+        self.signal(signal.SIGABRT)
+        self.process.wait()
+        time.sleep(1.0)  # for the pipe
+        return TimeoutError(f"{what} within {PATIENCE:g} s:\n{self.log.read_text()[-30_000:]}")
 
     def step(self) -> int:
         """The last step in the metrics."""
@@ -115,7 +127,7 @@ class Run:
             if self.ended is not None:
                 return False
             if time.monotonic() > deadline:
-                raise TimeoutError(f"step {step} is not reached, see {self.log}")
+                raise self.stuck(f"step {step} is not reached")
             time.sleep(0.01)
         return True
 

@@ -82,6 +82,12 @@ def slow_disk(run, rng):
         _some_steps(run, rng)
 
 
+def no_directories(run, rng):
+    """No directory can be made: a disk without inodes, or one to which rights have ended."""
+    with _switched(run, "directories", 0):
+        _some_steps(run, rng)
+
+
 def _some_steps(run, rng) -> None:
     run.reach(run.step() + rng.randint(2, 8))
 
@@ -104,4 +110,5 @@ ENDS = {
     corrupt_checkpoint: {-signal.SIGKILL},
     clock_jump: {None},
     slow_disk: {None},
+    no_directories: {None, 2},
 }

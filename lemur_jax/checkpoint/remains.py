@@ -1,0 +1,61 @@
+"""What is left of a save that failed: threads of Orbax that wait for more, and directories that are half written."""
+
+import contextlib
+import threading
+import time
+
+from etils import epath
+from orbax.checkpoint._src.futures import future, synchronization
+
+from lemur_jax.parallel import hosts
+
+# A thread that still writes may do so for a while.
+_LAST_WRITES_SECONDS = 10.0
+
+
+def newest_save() -> str:
+    """Orbax's number of the save that this process has begun last; local checkpoints are counted, too."""
+    return synchronization.OperationIdGenerator.get_current_operation_id()
+
+
+def release(save: str) -> None:
+    """Ends the threads of a failed save that wait until its directories are made.
+
+    If these could not be made, the threads would wait five more minutes, as long keep the copied arrays in memory, and
+    keep the process from ending. On several hosts the first one, which makes the directories, ends the wait of all.
+
+    Args:
+      save: its number, by `newest_save`.
+    """
+    waiting = [
+        thread
+        for thread in threading.enumerate()
+        if isinstance(thread, future._SignalingThread)
+        and thread._operation_id == save
+        and getattr(thread, "loop", None) is None  # it has one once it writes
+    ]
+    for thread in waiting:
+        thread.cancel()
+    if waiting and hosts.is_chief():
+        signals = {signal for thread in waiting for signal in thread._receive_signals}
+        future.set_signals(list(signals), operation_id=save)
+
+
+def remove_half_written(path: epath.Path) -> None:
+    """Removes what failed saves have left in a checkpoint directory, until nothing of it comes back.
+
+    The first error ends Orbax's wait, while its other threads, and TensorStore's behind them, may still be at it.
+    """
+    deadline = time.monotonic() + _LAST_WRITES_SECONDS
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            # Orbax's own `join` raises the thread's error, which is reported already.
+            threading.Thread.join(thread, max(0.0, deadline - time.monotonic()))
+    while leftovers := list(path.glob("*.orbax-checkpoint-tmp*")):
+        for leftover in leftovers:
+            # A file that is written while its directory is emptied.
+            with contextlib.suppress(OSError):
+                leftover.rmtree(missing_ok=True)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
