@@ -11,7 +11,7 @@ from typing import Any
 import tensorstore as ts
 from etils import epath
 
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import absolute
 
 
@@ -24,7 +24,7 @@ def open_params(path: epath.PathLike, step: int, item: str = "params") -> dict[s
       item: "params", or "optimizer".
 
     Raises:
-      UserError: there is no such step, or its parameters cannot be opened.
+      UserError: there is no such step, or its arrays cannot be opened.
     """
     directory = absolute(path)
     if (directory / "checkpoints").is_dir():
@@ -43,7 +43,7 @@ def open_params(path: epath.PathLike, step: int, item: str = "params") -> dict[s
             arrays["/".join(keys)] = ts.open({"driver": driver, "kvstore": store}, open=True, read=True)
         return {name: future.result() for name, future in arrays.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the parameters in {location} cannot be opened: {error}") from error
+        raise UserError(f"the arrays in {location} cannot be opened: {reason_of(error)}") from error
 
 
 def read_parts(array: ts.TensorStore, cuts: Sequence[Any], name: str) -> Iterator[Any]:
@@ -60,4 +60,4 @@ def read_parts(array: ts.TensorStore, cuts: Sequence[Any], name: str) -> Iterato
                 ahead = array[cuts[number + 1]].read()
             yield part
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be read: {error}") from error
+        raise UserError(f"{name} cannot be read: {reason_of(error)}") from error

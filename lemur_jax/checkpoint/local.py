@@ -28,7 +28,7 @@ from lemur_jax.checkpoint.metadata import Damaged, seal, unseal
 from lemur_jax.checkpoint.reading import agreed, check_same, measured, restore_args
 from lemur_jax.checkpoint.remains import newest_save, release
 from lemur_jax.checkpoint.snapshot import snapshot
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.parallel.hosts import any_host
 
 # A host that is killed may not have the newest yet: then all have the one before.
@@ -124,7 +124,9 @@ class LocalCheckpoints:
             release(self._running)
 
     def _tell(self, error: Exception) -> None:
-        self._say(f"WARNING: a local checkpoint in {self.path} failed: {type(error).__name__}: {error}")
+        self._say(
+            f"WARNING: a local checkpoint in {self.path} failed: {type(error).__name__}: {reason_of(error)}"
+        )
 
     def restore_newest(
         self,
@@ -204,7 +206,9 @@ class LocalCheckpoints:
                     store.read(key).result()
             except (OSError, ValueError, KeyError, TypeError, UserError) as error:
                 self._say(
-                    f"WARNING: local checkpoint {directory} cannot be read and is removed: {error}"[:400]
+                    f"WARNING: local checkpoint {directory} cannot be read and is removed: {reason_of(error)}"[
+                        :400
+                    ]
                 )
                 directory.rmtree()
 

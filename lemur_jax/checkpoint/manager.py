@@ -36,7 +36,7 @@ from lemur_jax.checkpoint.remains import newest_save, release, remove_half_writt
 from lemur_jax.checkpoint.snapshot import snapshot
 from lemur_jax.checkpoint.streaming import BY_LAYER, Streamed, streamed
 from lemur_jax.checkpoint.together import ElsewhereError, SaveBarriers
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import absolute, is_object_store
 from lemur_jax.parallel import hosts
 
@@ -200,7 +200,9 @@ class Checkpoints:
         self._failures += 1
         self._forget_failed(error)
         kept = self._manager.latest_step()
-        reason = str(error) if isinstance(error, ElsewhereError) else f"{type(error).__name__}: {error}"
+        reason = (
+            str(error) if isinstance(error, ElsewhereError) else f"{type(error).__name__}: {reason_of(error)}"
+        )
         message = (
             f"the checkpoint of step {step} could not be saved in {self.path} (failure {self._failures} of at"
             f" most {self._max_failures} in a row): {_short(reason)}; the newest one there is of step {kept}"

@@ -16,7 +16,7 @@ from lemur_jax.checkpoint.echoes import silence_echoes
 from lemur_jax.checkpoint.leaves import Leaf, check_wanted, describe, named
 from lemur_jax.checkpoint.metadata import Damaged, LateJsonHandler, RestoreLateJson, unseal
 from lemur_jax.checkpoint.streaming import Streamed, StreamedHandler
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import absolute, is_refused_by_store
 from lemur_jax.parallel import hosts
 
@@ -74,7 +74,7 @@ def open_manager(
     except Exception as error:
         if not is_passing(error):
             raise
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise UserError(
             f"{path} cannot be opened now ({reason[:300]}); nothing is skipped or changed: start again when it can"
         ) from error
@@ -249,19 +249,21 @@ def agreed(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
             raise
         failure = error
     if failure is not None and is_passing(failure):
-        reason = f"{type(failure).__name__}: {failure}"
+        reason = f"{type(failure).__name__}: {reason_of(failure)}"
         raise UserError(
             f"{where} cannot be read now ({reason[:300]}); nothing is skipped or changed: start again when it can"
         ) from failure
     if broadcast and failure is not None:
         # The other slices wait for the values that this one cannot read, and can agree to nothing.
         raise UserError(
-            f"{where} cannot be read ({str(failure)[:200]}): start again with config.checkpoint.broadcast=False,"
+            f"{where} cannot be read ({reason_of(failure)[:200]}): start again with config.checkpoint.broadcast=False,"
             " which skips a damaged checkpoint"
         ) from failure
     if not broadcast and hosts.any_host(failure is not None):
         reason = (
-            "another host could not read it" if failure is None else f"{type(failure).__name__}: {failure}"
+            "another host could not read it"
+            if failure is None
+            else f"{type(failure).__name__}: {reason_of(failure)}"
         )
         raise Damaged(f"{where} is damaged: {reason[:300]}") from failure
     return result

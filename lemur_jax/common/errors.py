@@ -1,4 +1,6 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and what other errors say."""
+
+import re
 
 
 class UserError(Exception):
@@ -10,3 +12,9 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of the storage says, without the pages that TensorStore adds for its authors."""
+    reason = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return re.split(r" \[(?:tensorstore_spec|source locations)=", str(reason))[0]

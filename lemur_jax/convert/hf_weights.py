@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.paths import how_to_mend
 from lemur_jax.convert import layout
 from lemur_jax.convert.dtypes import DTYPES
 from lemur_jax.convert.hf_config import read_json
@@ -124,10 +125,13 @@ def _read_bin(path: epath.Path) -> dict[str, Tensor]:
             f"{path.parent} has only PyTorch .bin weights: install torch to read them, or convert them to"
             " safetensors first"
         ) from None
+    with path.open("rb") as file:
+        beginning = file.read(64)
+    # What torch wrote before 1.6 is no archive, but a pickle, and cannot be mapped: all of it is read.
+    zipped = beginning.startswith(b"PK\x03\x04")
+    if not zipped and not beginning.startswith(b"\x80"):
+        raise UserError(f"{path} holds no weights of PyTorch: {how_to_mend(beginning)}")
     try:
-        with path.open("rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"
-        # What torch wrote before 1.6 is no archive and cannot be mapped: all of it is read.
         state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError and more
         raise UserError(f"{path} cannot be read as weights: {brief(error)}") from error

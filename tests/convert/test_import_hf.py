@@ -140,6 +140,25 @@ def test_sharded_bin_files(make_model):
         load_hf_params(hf.path)
 
 
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsize 4976698672\n",
+            "run `git lfs pull`",
+        ),
+        (b"<!DOCTYPE html>", "download it again"),
+        (b"", "download it again"),
+    ],
+)
+def test_bin_file_that_was_not_downloaded(make_model, content, advice):
+    hf = make_model()
+    (hf.path / "model.safetensors").unlink()
+    (hf.path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(UserError, match=rf"pytorch_model\.bin holds no weights of PyTorch: .*{advice}"):
+        load_hf_params(hf.path)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_bin_file_with_code_in_it(make_model, tmp_path, zipped):
     class Trap:
