@@ -124,9 +124,7 @@ class LocalCheckpoints:
             release(self._running)
 
     def _tell(self, error: Exception) -> None:
-        self._say(
-            f"WARNING: a local checkpoint in {self.path} failed: {type(error).__name__}: {reason_of(error)}"
-        )
+        self._say(f"WARNING: a local checkpoint in {self.path} failed: {reason_of(error)}")
 
     def restore_newest(
         self,
@@ -205,11 +203,8 @@ class LocalCheckpoints:
                 for key in store.list().result():
                     store.read(key).result()
             except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-                self._say(
-                    f"WARNING: local checkpoint {directory} cannot be read and is removed: {reason_of(error)}"[
-                        :400
-                    ]
-                )
+                reason = reason_of(error)[:300]
+                self._say(f"WARNING: local checkpoint {directory} cannot be read and is removed: {reason}")
                 directory.rmtree()
 
     def discard(self) -> None:

@@ -200,9 +200,7 @@ class Checkpoints:
         self._failures += 1
         self._forget_failed(error)
         kept = self._manager.latest_step()
-        reason = (
-            str(error) if isinstance(error, ElsewhereError) else f"{type(error).__name__}: {reason_of(error)}"
-        )
+        reason = str(error) if isinstance(error, ElsewhereError) else reason_of(error)
         message = (
             f"the checkpoint of step {step} could not be saved in {self.path} (failure {self._failures} of at"
             f" most {self._max_failures} in a row): {_short(reason)}; the newest one there is of step {kept}"

@@ -74,9 +74,9 @@ def open_manager(
     except Exception as error:
         if not is_passing(error):
             raise
-        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise UserError(
-            f"{path} cannot be opened now ({reason[:300]}); nothing is skipped or changed: start again when it can"
+            f"{path} cannot be opened now ({reason_of(error)[:300]}); nothing is skipped or changed: start again when"
+            " it can"
         ) from error
 
 
@@ -249,9 +249,9 @@ def agreed(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
             raise
         failure = error
     if failure is not None and is_passing(failure):
-        reason = f"{type(failure).__name__}: {reason_of(failure)}"
         raise UserError(
-            f"{where} cannot be read now ({reason[:300]}); nothing is skipped or changed: start again when it can"
+            f"{where} cannot be read now ({reason_of(failure)[:300]}); nothing is skipped or changed: start again when"
+            " it can"
         ) from failure
     if broadcast and failure is not None:
         # The other slices wait for the values that this one cannot read, and can agree to nothing.
@@ -260,11 +260,7 @@ def agreed(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
             " which skips a damaged checkpoint"
         ) from failure
     if not broadcast and hosts.any_host(failure is not None):
-        reason = (
-            "another host could not read it"
-            if failure is None
-            else f"{type(failure).__name__}: {reason_of(failure)}"
-        )
+        reason = "another host could not read it" if failure is None else reason_of(failure)
         raise Damaged(f"{where} is damaged: {reason[:300]}") from failure
     return result
 

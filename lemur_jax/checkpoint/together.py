@@ -13,6 +13,7 @@ from typing import Any
 from orbax.checkpoint import multihost
 
 from lemur_jax.checkpoint.remains import newest_save, release
+from lemur_jax.common.errors import reason_of
 from lemur_jax.parallel import liveness
 
 # In the order in which a save comes to them; the last two are those of its end, also of a failed one.
@@ -120,7 +121,7 @@ class SaveBarriers:
             reason = "" if error is None else str(error)
         else:
             me = liveness.describe(liveness.process()[0], self._service)
-            reason = f"{me}: {type(error).__name__}: {error}"[:5000]
+            reason = f"{me}: {reason_of(error)}"[:5000]
         place = f"{self._name}/{self._save}/{phase}/{liveness.process()[0]}"
         self._service.key_value_set(place, reason, allow_overwrite=True)
 

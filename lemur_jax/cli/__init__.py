@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from lemur_jax.cli import data, evaluation, inference, planning, training, weights
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import is_refused_by_store
 
 
@@ -61,7 +61,7 @@ def _one_line(error: Exception) -> str | None:
         return str(error)
     if is_refused_by_store(error):
         return (
-            f"the object store cannot be reached, or refuses: {type(error).__name__}: {error}; look at the network"
+            f"the object store cannot be reached, or refuses: {reason_of(error)}; look at the network"
             " and at the credentials, and run the same command again"
         )
     if isinstance(error, OSError) and error.filename is not None and error.errno in _FULL + _WRONG_PLACE:

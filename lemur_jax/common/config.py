@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 
 
 def default_config(model: Mapping[str, Any]) -> ConfigDict:
@@ -212,7 +212,7 @@ def load(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
     except (AttributeError, KeyError) as error:
         raise _explain_key(argument, overrides, error) from error
     except (ImportError, SyntaxError, TypeError, ValueError) as error:
-        raise UserError(f"cannot load the config file {path}: {type(error).__name__}: {error}") from error
+        raise UserError(f"cannot load the config file {path}: {reason_of(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{argument}: get_config returned {type(config).__name__}, not a ConfigDict")
     config.lock()

@@ -15,6 +15,9 @@ class UserError(Exception):
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of the storage says, without the pages that TensorStore adds for its authors."""
-    reason = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return re.split(r" \[(?:tensorstore_spec|source locations)=", str(reason))[0]
+    """An error's kind and what it says, without the pages that TensorStore adds for its authors."""
+    said = str(error)
+    if isinstance(error, KeyError) and " " in said:  # a sentence rather than a key
+        said = str(error.args[0])
+    said = re.split(r" \[(?:tensorstore_spec|source locations)=", said)[0]
+    return f"{type(error).__name__}: {said}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from etils import epath
 
 import lemur_jax
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 
 FORMAT_VERSION = 1
 
@@ -77,7 +77,7 @@ def read_manifest(path: epath.PathLike) -> Manifest:
         fields = json.loads(file.read_text())
         version = fields["format_version"]
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): {remake}") from error
+        raise UserError(f"{file} is damaged ({reason_of(error)}): {remake}") from error
     if version != FORMAT_VERSION:
         raise UserError(
             f"the token store {path} has format version {version}, this program reads {FORMAT_VERSION}: {remake}"

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from etils import epath
 
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import how_to_mend
 
 # What makes up a tokenizer directory; any other file in it is left alone.
@@ -224,7 +224,7 @@ def _opened(read: Callable[[bytes], T], files: Mapping[str, bytes], file: str, n
     except ImportError:
         raise
     except Exception as error:  # every library has its own classes
-        reason = f"{type(error).__name__}: {error}"
+        reason = reason_of(error)
         raise UserError(
             f"{name}: {file} is damaged or not what it is named ({reason[:200]}): {how_to_mend(files[file])}"
         ) from error
