@@ -92,18 +92,18 @@ class Run:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         try:
-            return self.process.wait(timeout=PATIENCE)
+            return self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            raise self.stuck("it does not end") from None
+            raise self.stuck(f"it does not end within {seconds:g} s") from None
 
     def stuck(self, what: str) -> TimeoutError:
         """Ends it, and says what it has written and, by Python's own handler of aborts, where its threads stood."""
         self.signal(signal.SIGABRT)
         self.process.wait()
         time.sleep(1.0)  # for the pipe
-        return TimeoutError(f"{what} within {PATIENCE:g} s:\n{self.log.read_text()[-30_000:]}")
+        return TimeoutError(f"{what}:\n{self.log.read_text()[-30_000:]}")
 
     def step(self) -> int:
         """The last step in the metrics."""
@@ -127,7 +127,7 @@ class Run:
             if self.ended is not None:
                 return False
             if time.monotonic() > deadline:
-                raise self.stuck(f"step {step} is not reached")
+                raise self.stuck(f"step {step} is not reached within {PATIENCE:g} s")
             time.sleep(0.01)
         return True
 

@@ -10,6 +10,9 @@ import signal
 import time
 from collections.abc import Iterator
 
+# Seconds for a save and the end of the process, on a machine that may be busy; less than the 300 for which Orbax waits.
+ENDING = 200.0
+
 
 def sigkill(run, rng):
     run.signal(signal.SIGKILL)
@@ -18,7 +21,7 @@ def sigkill(run, rng):
 
 def sigterm(run, rng):
     run.signal(signal.SIGTERM)
-    run.wait()
+    run.wait(ENDING)
 
 
 def sigstop(run, rng):
