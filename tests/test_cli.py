@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -149,7 +150,7 @@ def raising(monkeypatch, error):
 
 
 @pytest.mark.parametrize(
-    "number", ["EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENOTDIR", "EISDIR", "ENAMETOOLONG"]
+    "number", ["EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EMFILE", "ENOTDIR", "EISDIR", "ENAMETOOLONG"]
 )
 def test_a_file_system_that_refuses_is_one_line(number, monkeypatch, capsys):
     number = getattr(errno, number)
@@ -162,9 +163,9 @@ def test_a_full_disk_need_not_say_which_file(monkeypatch, capsys):
     assert capsys.readouterr().err == "lemur checkpoints: No space left on device\n"
 
 
-def test_a_reader_that_has_gone_is_no_error(monkeypatch):
+def test_a_reader_that_has_gone_ends_without_a_word(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert raising(monkeypatch, BrokenPipeError(errno.EPIPE, "Broken pipe")) == 0
+    assert raising(monkeypatch, BrokenPipeError(errno.EPIPE, "Broken pipe")) == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ _WRITE_OF_TENSORSTORE = re.compile(r"[A-Z_]+: .*\bError writing ")
 
 _COROUTINE_OF_ORBAX = (
     r"coroutine '(cleanup_temporary_paths|is_path_finalized|run_sync\b.*|_create_paths|cancellable"
-    r"|_async_serialize_shardings|_serialize_arrays_batches_without_dispatcher\b.*"
+    r"|async_serialize_from_host\b.*|_async_serialize_shardings|_serialize_arrays_batches_without_dispatcher\b.*"
     r"|NumpyHandler\._background_serialize|BasePyTreeCheckpointHandler\._write_metadata_after_commits)'"
     r" was never awaited"
 )

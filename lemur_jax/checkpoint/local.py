@@ -6,6 +6,7 @@ same shards, in another row of the mesh's first axis. They serve the mesh and th
 restored is verified like any checkpoint. All others are those of `checkpoint.manager`.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,16 +19,26 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 from jax.sharding import Mesh
+from orbax.checkpoint._src.futures import future, synchronization
 from orbax.checkpoint.experimental.emergency.p2p import args as p2p_args
 from orbax.checkpoint.experimental.emergency.p2p import checkpoint_manager as p2p
 from orbax.checkpoint.experimental.emergency.p2p import constants, options
 from orbax.checkpoint.experimental.emergency.path import sync_global_data
 
+from lemur_jax.checkpoint.echoes import silence_echoes
 from lemur_jax.checkpoint.leaves import check_wanted
 from lemur_jax.checkpoint.metadata import Damaged, seal, unseal
-from lemur_jax.checkpoint.reading import agreed, check_same, measured, restore_args
-from lemur_jax.checkpoint.remains import newest_save, release
+from lemur_jax.checkpoint.reading import (
+    SLOWEST_SAVE_SECONDS,
+    agreed,
+    ask_nobody_about_preemption,
+    check_same,
+    measured,
+    restore_args,
+)
+from lemur_jax.checkpoint.remains import let_go, remove_half_written
 from lemur_jax.checkpoint.snapshot import snapshot
+from lemur_jax.checkpoint.together import SaveBarriers, why
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.parallel.hosts import any_host
 
@@ -50,10 +61,10 @@ class LocalCheckpoints:
     """
 
     def __init__(self, path: epath.PathLike, mesh: Mesh, say: Callable[[str], None] = print):
+        silence_echoes()
         self.path = epath.Path(path).resolve()
         self._say = say
         self._mesh = {"axes": dict(mesh.shape), "hosts": jax.process_count()}
-        self._running = ""  # the save that was begun last, by its number in Orbax
         failure: OSError | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -69,6 +80,7 @@ class LocalCheckpoints:
                 f" ({failure or 'another one'})"
             ) from failure
         keep = options.LocalCheckpointOptions(save_interval_steps=1, max_to_keep=_KEPT)
+        shared = future.AwaitableSignalsContract.awaitable_signals_contract_prefix
         try:
             self._manager = p2p.CheckpointManager(
                 _by_process(mesh), None, self.path, options=options.CheckpointManagerOptions(local=keep)
@@ -77,6 +89,13 @@ class LocalCheckpoints:
             raise UserError(
                 f"config.checkpoint.local_directory: this host finds no address for its peers: {error}"
             ) from error
+        finally:
+            # Renamed by it for all managers of this process: hosts would not hear any more that the directories of the
+            # workdir are made, and write before they are.
+            future.AwaitableSignalsContract.awaitable_signals_contract_prefix = shared
+        self._barriers = SaveBarriers()
+        self._saving: ocp.CheckpointManager = self._manager._local_manager._manager
+        _configure(self._saving, self._barriers)
 
     def save(self, step: int, params: Any, optimizer: Any, metadata: Mapping[str, Any]) -> None:
         """Starts saving; returns once the digests are there and the arrays are copied to the host, and may be donated.
@@ -99,20 +118,33 @@ class LocalCheckpoints:
         leaves = {item: result() for item, result in measures.items()}
         # The tokenizer is in the workdir's checkpoints and never changes.
         described = seal({**metadata, "tokenizer": {}, "mesh": self._mesh}, leaves)
+        if any_host(_bytes_here(state) * 1.05 > self._room()):
+            self._say(f"WARNING: step {step} is not saved in {self.path}: on some host there is no room")
+            return
+        self._barriers.begin()
         try:
-            # A host that cannot write would keep the others waiting inside Orbax.
-            if any_host(_bytes_here(state) * 1.05 > shutil.disk_usage(self.path).free):
-                self._say(f"WARNING: step {step} is not saved in {self.path}: on some host there is no room")
-                return
             self._manager.save(
                 step,
                 args=p2p_args.Composite(state=ocp.args.PyTreeSave(state)),
                 force=True,
                 custom_metadata=described,
             )
-            self._running = newest_save()
+            self._barriers.begun()
         except _ERRORS as error:
-            self._tell(error)
+            known = self._barriers.fail(error)
+            self._give_up(error)
+            if not known:
+                raise UserError(
+                    f"step {step} cannot be saved in {self.path} ({reason_of(error)}), and other hosts wait for this"
+                    " one: run the same command again"
+                ) from error
+
+    def _room(self) -> int:
+        """Bytes that are free; none where the disk is gone."""
+        try:
+            return shutil.disk_usage(self.path).free
+        except OSError:
+            return 0
 
     def _wait(self) -> None:
         """Until no save is going on."""
@@ -120,11 +152,14 @@ class LocalCheckpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except _ERRORS as error:
-            self._tell(error)
-            release(self._running)
+            self._give_up(error)
 
-    def _tell(self, error: Exception) -> None:
-        self._say(f"WARNING: a local checkpoint in {self.path} failed: {reason_of(error)}")
+    def _give_up(self, error: Exception) -> None:
+        """What a failed save has left takes room that the next may need."""
+        let_go(error, self._saving)
+        remove_half_written(self.path, self._barriers.save)
+        self._manager.reload()  # what was to make room for it is still there
+        self._say(f"WARNING: a local checkpoint in {self.path} failed: {why(error)}")
 
     def restore_newest(
         self,
@@ -203,15 +238,18 @@ class LocalCheckpoints:
                 for key in store.list().result():
                     store.read(key).result()
             except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-                reason = reason_of(error)[:300]
-                self._say(f"WARNING: local checkpoint {directory} cannot be read and is removed: {reason}")
+                self._say(
+                    f"WARNING: local checkpoint {directory} cannot be read and is removed: {reason_of(error)}"
+                )
                 directory.rmtree()
 
     def discard(self) -> None:
         """Removes them all: a newer checkpoint is where all hosts can read it."""
         self._wait()
         for directory in self.path.iterdir():
-            directory.rmtree()
+            # Orbax removes old ones in a thread of its own.
+            with contextlib.suppress(OSError):
+                directory.rmtree(missing_ok=True)
         self._manager.reload()
 
     def __enter__(self) -> "LocalCheckpoints":
@@ -220,6 +258,26 @@ class LocalCheckpoints:
     def __exit__(self, *_) -> None:
         self._wait()
         self._manager.close()
+
+
+def _configure(manager: ocp.CheckpointManager, barriers: SaveBarriers) -> None:
+    """What the peer-to-peer manager has no options for."""
+    ask_nobody_about_preemption(manager)
+    manager._save_progress_tracker._async_options = ocp.options.AsyncOptions(
+        timeout_secs=SLOWEST_SAVE_SECONDS, barrier_sync_fn=barriers
+    )
+    writes = manager._checkpointer._async_manager
+    writes._timeout_secs = SLOWEST_SAVE_SECONDS
+    writes._sync_fn = lambda key, timeout_ms: barriers(key=key, timeout_ms=timeout_ms)
+    begin = manager._checkpointer.synchronize_next_awaitable_signal_operation_id
+    numbers = synchronization.OperationIdGenerator
+
+    def begin_own() -> None:
+        """Each host makes its directories for itself, and signals so to itself: by a number of its own."""
+        begin()
+        numbers._operation_id = f"{numbers._operation_id}.{jax.process_index()}"
+
+    manager._checkpointer.synchronize_next_awaitable_signal_operation_id = begin_own
 
 
 def directory_of(path: str, run: str) -> epath.Path:

@@ -7,8 +7,8 @@ and nothing is taken from a checkpoint that does not agree with it.
 """
 
 import contextlib
+import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -32,11 +32,11 @@ from lemur_jax.checkpoint.reading import (
     restore_params,
     steps_in,
 )
-from lemur_jax.checkpoint.remains import newest_save, release, remove_half_written
+from lemur_jax.checkpoint.remains import let_go, newest_save, release, remove_half_written
 from lemur_jax.checkpoint.snapshot import snapshot
-from lemur_jax.checkpoint.streaming import BY_LAYER, Streamed, streamed
-from lemur_jax.checkpoint.together import ElsewhereError, SaveBarriers
-from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.checkpoint.streaming import BY_LAYER, Streamed, streamed, until
+from lemur_jax.checkpoint.together import SaveBarriers, why
+from lemur_jax.common.errors import UserError
 from lemur_jax.common.paths import absolute, is_object_store
 from lemur_jax.parallel import hosts
 
@@ -99,7 +99,7 @@ class Checkpoints:
         self._manager = open_manager(
             self.path,
             create=True,
-            async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._barriers),
+            barriers=self._barriers,
             cleanup_tmp_directories=True,  # of a run that was killed while it saved
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=_loss if keep_best else None,  # without it, Orbax does not store the loss
@@ -200,10 +200,10 @@ class Checkpoints:
         self._failures += 1
         self._forget_failed(error)
         kept = self._manager.latest_step()
-        reason = str(error) if isinstance(error, ElsewhereError) else reason_of(error)
+        reason = why(error)
         message = (
             f"the checkpoint of step {step} could not be saved in {self.path} (failure {self._failures} of at"
-            f" most {self._max_failures} in a row): {_short(reason)}; the newest one there is of step {kept}"
+            f" most {self._max_failures} in a row): {reason}; the newest one there is of step {kept}"
         )
         if fatal:
             raise UserError(f"{message}. Other hosts wait for this one: run the same command again")
@@ -214,15 +214,9 @@ class Checkpoints:
     def _forget_failed(self, error: BaseException | None) -> None:
         """What a failed save has left takes room that the next attempt may need, and the step is not there."""
         self._pending = None
-        # Errors know the frames that they came through, and these the arrays; Orbax keeps a save's futures with
-        # theirs until the next save.
-        while error:
-            traceback.clear_frames(error.__traceback__)
-            error = error.__cause__ or error.__context__
-        with contextlib.suppress(AttributeError):
-            self._manager._checkpointer._async_manager._commit_futures = None
+        let_go(error, self._manager)
         if hosts.is_chief():
-            remove_half_written(self.path)
+            remove_half_written(self.path, self._barriers.save)
         self._manager.reload()
 
     def restore(self, step: int, params: Any, optimizer: Any, fresh: bool = False) -> tuple[Any, Any]:
@@ -345,11 +339,6 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
         _copy(directory, target / directory.name)
 
 
-def _short(reason: str, most: int = 500) -> str:
-    """Without its middle: long paths there, and what went wrong at the end."""
-    return reason if len(reason) <= most else f"{reason[: most // 2]} … {reason[-most // 2 :]}"
-
-
 def _loss(metrics: Mapping[str, Any]) -> float:
     return metrics["loss"]
 
@@ -370,8 +359,10 @@ def write_params(path: epath.PathLike, params: Any, metadata: Mapping[str, Any],
       step: of the checkpoint.
     """
     silence_echoes()
+    stopped = threading.Event()
     params = jax.tree.map(
-        lambda leaf: leaf if isinstance(leaf, Streamed) else streamed(np.asarray(leaf)), params
+        lambda leaf: until(stopped, leaf if isinstance(leaf, Streamed) else streamed(np.asarray(leaf))),
+        params,
     )
     save_args = jax.tree.map(lambda leaf: BY_LAYER if leaf.pieces > 1 else ocp.SaveArgs(), params)
 
@@ -386,6 +377,9 @@ def write_params(path: epath.PathLike, params: Any, metadata: Mapping[str, Any],
         try:
             manager.save(step, args=items)
             manager.wait_until_finished()
-        except BaseException:
+        except BaseException:  # Ctrl-C, too, after which nobody wants to wait for the rest
+            stopped.set()
             release(newest_save())
+            with contextlib.suppress(Exception):
+                manager.wait_until_finished()
             raise

@@ -29,12 +29,27 @@ _PASSING = (
 _PASSING_HTTP = re.compile(r"401|403|408|429|5\d\d")
 
 
+# Orbax gives up a save after 20 minutes, in which slow storage takes some 200 GB. Hosts that have gone are seen by
+# their silence.
+SLOWEST_SAVE_SECONDS = 24 * 3600
+
+
+def ask_nobody_about_preemption(manager: ocp.CheckpointManager) -> None:
+    """Keeps Orbax from asking JAX's preemption service, for its logs alone, whether the step of a save is the last.
+
+    The service lets all hosts stop at the number after the highest that one has asked with, and asks are compared with
+    just that number. `train.interruption` counts its asks; after one with a step, the stop may never be reached.
+    """
+    manager.reached_preemption = lambda step: False
+
+
 def open_manager(
     path: epath.Path,
     *,
     create: bool = False,
     streaming: bool = False,
     broadcast: bool = False,
+    barriers: Callable[..., None] | None = None,
     **options: Any,
 ) -> ocp.CheckpointManager:
     """Orbax's manager of our items.
@@ -43,6 +58,7 @@ def open_manager(
       path: the checkpoint directory.
       create: for writing too; makes the directory.
       streaming: what is written are `Streamed` arrays.
+      barriers: what hosts that write wait for each other with; None: Orbax's own.
       broadcast: arrays are read by the devices of one entry of the mesh's first axis, which send them on.
       options: of `CheckpointManagerOptions`.
 
@@ -65,17 +81,23 @@ def open_manager(
             active_processes={jax.process_index()},
             barrier_sync_key_prefix=f"host_{jax.process_index()}",
         )
+    else:
+        options["async_options"] = ocp.options.AsyncOptions(
+            timeout_secs=SLOWEST_SAVE_SECONDS, barrier_sync_fn=barriers
+        )
     try:
-        return ocp.CheckpointManager(
+        manager = ocp.CheckpointManager(
             path,
             options=ocp.CheckpointManagerOptions(create=create, enable_async_checkpointing=create, **options),
             item_handlers={"params": arrays(), "optimizer": arrays(), "metadata": LateJsonHandler()},
         )
+        ask_nobody_about_preemption(manager)
+        return manager
     except Exception as error:
         if not is_passing(error):
             raise
         raise UserError(
-            f"{path} cannot be opened now ({reason_of(error)[:300]}); nothing is skipped or changed: start again when"
+            f"{path} cannot be opened now ({reason_of(error)}); nothing is skipped or changed: start again when"
             " it can"
         ) from error
 
@@ -250,18 +272,18 @@ def agreed(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
         failure = error
     if failure is not None and is_passing(failure):
         raise UserError(
-            f"{where} cannot be read now ({reason_of(failure)[:300]}); nothing is skipped or changed: start again when"
+            f"{where} cannot be read now ({reason_of(failure)}); nothing is skipped or changed: start again when"
             " it can"
         ) from failure
     if broadcast and failure is not None:
         # The other slices wait for the values that this one cannot read, and can agree to nothing.
         raise UserError(
-            f"{where} cannot be read ({reason_of(failure)[:200]}): start again with config.checkpoint.broadcast=False,"
+            f"{where} cannot be read ({reason_of(failure)}): start again with config.checkpoint.broadcast=False,"
             " which skips a damaged checkpoint"
         ) from failure
     if not broadcast and hosts.any_host(failure is not None):
         reason = "another host could not read it" if failure is None else reason_of(failure)
-        raise Damaged(f"{where} is damaged: {reason[:300]}") from failure
+        raise Damaged(f"{where} is damaged: {reason}") from failure
     return result
 
 

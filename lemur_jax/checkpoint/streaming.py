@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,17 @@ def streamed(array: np.ndarray) -> Streamed:
     """An array at hand, written as one piece."""
     array = np.ascontiguousarray(array)
     return Streamed(shape=array.shape, dtype=array.dtype, pieces=1, read=lambda _: array)
+
+
+def until(stopped: threading.Event, value: Streamed) -> Streamed:
+    """The same, but whoever reads on once `stopped` is set gets an error."""
+
+    def read(piece: int) -> np.ndarray:
+        if stopped.is_set():
+            raise RuntimeError("stopped")
+        return value.read(piece)
+
+    return dataclasses.replace(value, read=read)
 
 
 class StreamedHandler(type_handlers.NumpyHandler):

@@ -40,6 +40,11 @@ class ElsewhereError(RuntimeError):
     """Another host could not write its part; says which, and why."""
 
 
+def why(error: Exception) -> str:
+    """What a save failed by; another host's error with the name of that host."""
+    return str(error) if isinstance(error, ElsewhereError) else reason_of(error)
+
+
 class SaveBarriers:
     """What Orbax is to wait with between hosts (`AsyncOptions.barrier_sync_fn`).
 
@@ -67,17 +72,18 @@ class SaveBarriers:
         """Orbax has begun it, and goes on by itself."""
         self._running = newest_save()
 
-    def _release(self) -> None:
+    @property
+    def save(self) -> str:
+        """The last save by its number in Orbax; empty before there is one."""
         save = self._running or newest_save()
-        if save != self._before:
-            release(save)
+        return "" if save == self._before else save
 
     def fail(self, error: Exception) -> bool:
         """This host could not begin the save; returns whether all hosts know, and go on without it.
 
         Otherwise one is in a collective of Orbax's and waits there for this host, for ever.
         """
-        self._release()
+        release(self.save)
         if self._service is None:
             return True
         self._come(_FAILED, error)
@@ -98,7 +104,7 @@ class SaveBarriers:
         """
         error = sys.exc_info()[1]  # Orbax ends a failed save inside `finally`
         if error is not None:
-            self._release()
+            release(self.save)
         if self._service is None:
             return
         name = next((name for name, _ in _PHASES if name in key), "")
@@ -121,7 +127,7 @@ class SaveBarriers:
             reason = "" if error is None else str(error)
         else:
             me = liveness.describe(liveness.process()[0], self._service)
-            reason = f"{me}: {reason_of(error)}"[:5000]
+            reason = f"{me}: {reason_of(error)}"
         place = f"{self._name}/{self._save}/{phase}/{liveness.process()[0]}"
         self._service.key_value_set(place, reason, allow_overwrite=True)
 

@@ -1,11 +1,13 @@
 """The console command `lemur`: one verb a job. A verb's room is imported only when it is called."""
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 
 from lemur_jax.cli import data, evaluation, inference, planning, training, weights
@@ -17,9 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb.
 
     Returns:
-      0, or 1 where what was looked at is damaged, or 2 for a mistake that the user can mend, or 130 when
-      interrupted, or 75 when another host was lost and where a launcher is to start an unfinished run again
-      (`parallel/liveness.py`).
+      0, or 1 where what was looked at is damaged, or 2 for a mistake that the user can mend, or 130 when interrupted,
+      or 141 when whoever read the output has gone, or 75 when another host was lost and where a launcher is to start
+      an unfinished run again (`parallel/liveness.py`).
     """
     logging.getLogger("gcsfs").addFilter(_is_news)
     parser = _parser()
@@ -29,12 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known.overrides = _overrides(rest, known.takes_config)
         return known.run(known) or 0
     except BrokenPipeError:
-        # Whoever read our output has gone (`lemur inspect ... | head`).
+        # Whoever read our output has gone (`lemur inspect ... | head`): not all was done, as shells say of a SIGPIPE.
         sys.stderr.close()
-        return 0
+        _leave_other_hosts(141)
+        return 141
     except Exception as error:
         line = _one_line(error)
         if line is None:
+            if _has_other_hosts():
+                traceback.print_exc()
+                _leave_other_hosts(1)
             raise
         print(f"lemur {known.verb}: {line}", file=sys.stderr)
         _leave_other_hosts(2)
@@ -44,11 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"lemur {known.verb}: interrupted; the same command goes on from what is finished",
             file=sys.stderr,
         )
+        _leave_other_hosts(130)
         return 130
 
 
 # What the file system says of a disk, and of a path.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 _WRONG_PLACE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
@@ -64,7 +72,11 @@ def _one_line(error: Exception) -> str | None:
             f"the object store cannot be reached, or refuses: {reason_of(error)}; look at the network"
             " and at the credentials, and run the same command again"
         )
-    if isinstance(error, OSError) and error.filename is not None and error.errno in _FULL + _WRONG_PLACE:
+    if (
+        isinstance(error, OSError)
+        and error.filename is not None
+        and error.errno in _FULL + _TOO_MANY + _WRONG_PLACE
+    ):
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"{error.strerror}"
@@ -108,10 +120,16 @@ def _leave_other_hosts(status: int) -> None:
 
     That waits for hosts that may wait in a collective for this one, and then aborts with a status of its own.
     """
-    if "lemur_jax.parallel.liveness" in sys.modules:
-        from lemur_jax.parallel import liveness
+    if _has_other_hosts():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
 
-        if liveness.client() is not None:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+
+def _has_other_hosts() -> bool:
+    if "lemur_jax.parallel.liveness" not in sys.modules:
+        return False
+    from lemur_jax.parallel import liveness
+
+    return liveness.client() is not None

@@ -100,12 +100,14 @@ def prompt_seeds(prompts: Sequence[str]) -> list[int]:
 def _chat(args) -> None:
     from lemur_jax.data.chat import chat_template
 
-    with open_session(args, check=chat_template) as session:
+    def check(tokenizer) -> None:
+        chat_template(tokenizer)
+        if not args.prompt:
+            _one_host_alone("a conversation cannot be typed into several hosts: give --prompt")
+
+    with open_session(args, check) as session:
         from lemur_jax.infer.chat import HELP, converse
         from lemur_jax.parallel import hosts
-
-        if not args.prompt and session.mesh.is_multi_process:
-            raise UserError("a conversation cannot be typed into several hosts: give --prompt")
 
         def typed():
             print(HELP)
@@ -156,10 +158,21 @@ def _serve(args) -> None:
     def check(tokenizer) -> None:
         from lemur_jax.evals import serve  # noqa: F401  # says what is not installed
 
+        _one_host_alone(
+            "requests would come to one of several hosts, and each step needs all: serve from one host"
+        )
+
     with open_session(args, check) as session:
         from lemur_jax.evals.serve import serve
 
         serve(session, os.path.basename(os.path.normpath(args.checkpoint)), host=args.host, port=args.port)
+
+
+def _one_host_alone(otherwise: str) -> None:
+    import jax
+
+    if jax.process_count() > 1:
+        raise UserError(otherwise)
 
 
 def _sampling(args):

@@ -95,13 +95,14 @@ def _train(args) -> int:
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.parallel import liveness
     from lemur_jax.telemetry.profiler import parse_steps
+    from lemur_jax.telemetry.progress import say
     from lemur_jax.train.loop import train
     from lemur_jax.train.workdir import finished
 
     profile = parse_steps(args.profile) if args.profile else range(0)
     with liveness.watched(config.hosts.lost_seconds):
         liveness.agree("the config", fingerprint(config), config.hosts.connect_seconds)
-        train(config, args.workdir, profile=profile)
+        train(config, args.workdir, say, profile=profile)
     # A run that saved and stopped because its machine goes away has not failed, but it is not finished either.
     # Launchers tell the two apart by the exit status.
     if os.environ.get("LEMUR_RELAUNCH") == "1" and not finished(config, args.workdir):

@@ -14,10 +14,15 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
-def reason_of(error: BaseException) -> str:
-    """An error's kind and what it says, without the pages that TensorStore adds for its authors."""
+def reason_of(error: BaseException, most: int = 500) -> str:
+    """An error's kind and what it says, without the pages that TensorStore adds for its authors.
+
+    Args:
+      most: characters; beyond, its middle is left out: long paths there, and what went wrong at the end.
+    """
     said = str(error)
     if isinstance(error, KeyError) and " " in said:  # a sentence rather than a key
         said = str(error.args[0])
     said = re.split(r" \[(?:tensorstore_spec|source locations)=", said)[0]
-    return f"{type(error).__name__}: {said}"
+    said = f"{type(error).__name__}: {said}"
+    return said if len(said) <= most else f"{said[: most // 2]} … {said[-most // 2 :]}"

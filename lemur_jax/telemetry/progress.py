@@ -171,6 +171,15 @@ class Progress:
                 self._bar.disable = True  # else tqdm draws once more when it is collected
 
 
+def say(text: str) -> None:
+    """Prints a line; a reader of standard output that has gone, as `tee` may, does not disturb the job."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def duration(seconds: float) -> str:
     """Seconds in two units: `8 s`, `4 min 05 s`, `3 h 07 min`, `12 d 03 h`."""
     whole = round(seconds)

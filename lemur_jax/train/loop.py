@@ -31,7 +31,7 @@ from lemur_jax.train.spikes import too_many_skips
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program, build
 from lemur_jax.train.steplog import StepLog
-from lemur_jax.train.workdir import check_owner, claim
+from lemur_jax.train.workdir import alone_in, check_owner, claim
 
 
 def train(
@@ -81,6 +81,8 @@ def train(
         data=mixture.digests(),
     )
     with contextlib.ExitStack() as stack:
+        if chief:
+            stack.enter_context(alone_in(workdir, say))
         saves = stack.enter_context(Saves(config, workdir, program, metadata, say))
         state, first = saves.first_state()
         if chief:  # not before: what is wrong with the first parameters can be mended in the config

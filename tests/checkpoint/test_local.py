@@ -129,7 +129,10 @@ def test_a_refused_save_is_reported_once_and_leaves_nothing_that_waits(tmp_path,
         checkpoints.__exit__()
     assert len(said) == 2
     assert not left_of_orbax()
-    assert restore(tmp_path, mesh)[0][0] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+    save(tmp_path, mesh, [5])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "5"]  # nothing was forgotten on the disk
+    assert restore(tmp_path, mesh)[0][0] == 5
 
 
 def test_values_other_than_those_that_were_saved_are_not_taken(tmp_path, monkeypatch):

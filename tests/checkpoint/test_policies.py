@@ -17,6 +17,7 @@ import pytest
 from lemur_jax.checkpoint import manager
 from lemur_jax.checkpoint.echoes import silence_echoes
 from lemur_jax.checkpoint.metadata import LateJsonHandler
+from lemur_jax.checkpoint.streaming import Streamed
 from lemur_jax.common.errors import UserError
 from tests.train.tiny import first_state, program_on
 
@@ -182,6 +183,36 @@ def test_parameters_that_cannot_be_written_leave_nothing_that_waits(tmp_path):
     assert time.monotonic() - began < 60
     manager.write_params(tmp_path, {"w": np.ones((64, 64), np.float32)}, METADATA)
     assert manager.steps_in(tmp_path)[1] == [0]
+
+
+def test_an_interrupted_import_does_not_go_on_to_its_end(tmp_path):
+    read = []
+
+    def piece(number):
+        read.append(number)
+        if len(read) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        return np.ones((1, 64), np.float32)
+
+    leaf = Streamed(shape=(100, 64), dtype=np.dtype("float32"), pieces=100, read=piece)
+    with pytest.raises(KeyboardInterrupt):
+        manager.write_params(tmp_path, {"w": leaf}, METADATA)
+    assert len(read) < 50
+    assert not left_of_orbax()
+
+
+def test_a_clock_that_is_put_forward_by_an_hour_fails_no_save(state, tmp_path, monkeypatch):
+    """Nor does a save that takes so long; by Orbax's own limit it has 20 minutes."""
+    go, clock = slow_storage(monkeypatch), time.time
+    with manager.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state.params, state.optimizer, METADATA)
+        monkeypatch.setattr(time, "time", lambda: clock() + 3600)
+        time.sleep(0.5)
+        go.set()
+        checkpoints.wait()
+        assert not checkpoints.failed
+    assert manager.steps_in(tmp_path)[1] == [1]
 
 
 @pytest.mark.parametrize("failed", [True, False])

@@ -305,3 +305,42 @@ def test_doctor_says_which_host_cannot_read_the_first_parameters(hosts_project, 
     assert f"no checkpoint directory at {tmp_path}/host-1" in line
     assert "host 0" not in line
     assert "all-reduce of 1 MiB" in said[0]
+
+
+# A verb in which one host ends otherwise than by a mistake of the user's, while the other is in a collective.
+ENDS = """
+import argparse, sys
+from lemur_jax import cli
+from lemur_jax.parallel import hosts, liveness
+hosts.choose_platform(1)
+kind, bad = sys.argv[1], int(sys.argv[2])
+
+def run(args):
+    hosts.join(60, 20)
+    import jax
+    jax.devices()
+    with liveness.watched(20):
+        hosts.wait_for_all("go")
+        if jax.process_index() == bad:
+            raise KeyboardInterrupt if kind == "interrupted" else RuntimeError("unforeseen")
+        hosts.any_host(True)
+
+class Parser:
+    def parse_known_args(self, arguments):
+        return argparse.Namespace(run=run, takes_config=False, verb="train"), []
+
+cli._parser = Parser
+sys.exit(cli.main([]))
+"""
+
+
+@pytest.mark.parametrize(("kind", "status"), [("interrupted", 130), ("unforeseen", 1)])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_host_that_is_interrupted_or_fails_ends_with_its_own_status(hosts_project, kind, status, bad):
+    """Not with that of an abort in the goodbye of `jax.distributed`, and the other names it."""
+    processes = hosts_project.start(2, "-c", ENDS, kind, str(bad))
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert processes[bad].returncode == status, said
+    assert processes[1 - bad].returncode == 75, said
+    assert ("RuntimeError: unforeseen" in said[bad]) == (kind == "unforeseen"), said
+    assert f"host {bad}" in said[1 - bad], said

@@ -1,12 +1,16 @@
 """Whose workdir it is, and whether its run is finished."""
 
+import subprocess
+import sys
+
 import pytest
+from etils import epath
 
 from lemur_jax import cli
 from lemur_jax.common.errors import UserError
 from lemur_jax.parallel.liveness import LOST
 from lemur_jax.train import loop
-from lemur_jax.train.workdir import claim, finished
+from lemur_jax.train.workdir import alone_in, claim, finished
 from tests.train.test_resume import project  # noqa: F401
 from tests.train.tiny import tiny_config
 
@@ -59,9 +63,68 @@ def test_launchers_see_whether_a_run_that_stopped_is_finished(tmp_path, monkeypa
     path = tmp_path / "c.py"
     path.write_text("from tests.train.tiny import tiny_config\ndef get_config(arg=''): return tiny_config()")
 
-    def train(config, workdir, profile):
+    def train(config, workdir, say, profile):
         (tmp_path / "checkpoints" / str(saved)).mkdir(parents=True)
 
     monkeypatch.setenv("LEMUR_RELAUNCH", relaunch)
     monkeypatch.setattr(loop, "train", train)
     assert cli.main(["train", "--config", str(path), "--workdir", str(tmp_path)]) == status
+
+
+HOLDS = """
+import sys, time
+from etils import epath
+from lemur_jax.train.workdir import alone_in
+with alone_in(epath.Path(sys.argv[1])):
+    print("mine", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def hold(workdir, seconds):
+    """A process that has the workdir for itself."""
+    words = [sys.executable, "-c", HOLDS, str(workdir), str(seconds)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "mine\n"
+    return process
+
+
+def test_a_second_run_waits_for_the_end_of_the_first(tmp_path):
+    workdir, said = epath.Path(tmp_path / "run"), []
+    first = hold(workdir, 2)
+    with alone_in(workdir, said.append):
+        assert first.wait() == 0
+    assert said == [f"another `lemur train` writes to {workdir}: waiting for its end"]
+    with alone_in(workdir, said.append):
+        assert len(said) == 1
+    assert not list(workdir.iterdir())
+
+
+def test_a_second_run_is_refused_where_the_first_goes_on_and_free_when_it_is_killed(tmp_path):
+    workdir = epath.Path(tmp_path)
+    first = hold(workdir, 600)
+    refused = pytest.raises(UserError, match="another `lemur train` writes to .* since more than 0.5 s")
+    with refused, alone_in(workdir, lambda line: None, seconds=0.5):
+        raise AssertionError
+    first.kill()
+    first.wait()
+    with alone_in(workdir, seconds=0.5):
+        pass
+
+
+SAYS = """
+import sys, time
+from lemur_jax.telemetry.progress import say
+for number in range(50):
+    say("a line of a run")
+    time.sleep(0.02)
+sys.stderr.write("done")
+"""
+
+
+def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", SAYS], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"done"
+    assert process.wait() == 0
