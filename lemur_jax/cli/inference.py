@@ -101,9 +101,9 @@ def _chat(args) -> None:
     from lemur_jax.data.chat import chat_template
 
     def check(tokenizer) -> None:
-        chat_template(tokenizer)
         if not args.prompt:
             _one_host_alone("a conversation cannot be typed into several hosts: give --prompt")
+        chat_template(tokenizer)
 
     with open_session(args, check) as session:
         from lemur_jax.infer.chat import HELP, converse

@@ -147,6 +147,15 @@ def test_two_hosts_generate_and_one_of_them_exports(hosts_project, two, tmp_path
     assert "tokens" not in other
 
 
+@pytest.mark.parametrize(("verb", "reason"), [("serve", "serve from one host"), ("chat", "give --prompt")])
+def test_what_people_type_into_needs_one_host(hosts_project, two, verb, reason):
+    words = [verb, "--checkpoint", str(two[0]), "--virtual-devices", "4"]
+    processes = hosts_project.start(2, "-m", "lemur_jax.cli", *words)
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert reason in said[0], said
+
+
 def test_what_one_host_refuses_ends_generation_on_both(hosts_project, two, tmp_path):
     """Each host reads its own copy of the model, and that of host 1 is damaged."""
     workdir, _ = two
