@@ -9,7 +9,7 @@ and nothing is taken from a checkpoint that does not agree with it.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,6 +39,7 @@ from lemur_jax.checkpoint.together import SaveBarriers, why
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.paths import absolute, is_object_store
 from lemur_jax.parallel import hosts
+from lemur_jax.telemetry.progress import duration
 
 __all__ = (
     "Checkpoints",
@@ -55,6 +56,8 @@ __all__ = (
 
 # So long may a save wait for the one before it without a word.
 _LONG_WAIT_SECONDS = 1.0
+# And so long before it is said that it still waits.
+_WORD_SECONDS = 60.0
 # Copying a large checkpoint inside an object store.
 _SET_ASIDE_SECONDS = 3600.0
 # Orbax's mark of a finished checkpoint where directories cannot be renamed.
@@ -182,7 +185,8 @@ class Checkpoints:
         if self._pending is None:
             return
         try:
-            self._manager.wait_until_finished()
+            with self._told_again_and_again(self._pending):
+                self._manager.wait_until_finished()
             self._manager.check_for_errors()
             self._failures, self._pending = 0, None
         except UserError as error:  # of the values themselves, on all hosts
@@ -190,6 +194,27 @@ class Checkpoints:
             raise
         except Exception as error:
             self._count_failure(self._pending, error)
+
+    @contextlib.contextmanager
+    def _told_again_and_again(self, step: int) -> Iterator[None]:
+        """Storage that hangs is not waited for in silence."""
+        done = threading.Event()
+
+        def tell() -> None:
+            began = time.monotonic()
+            while not done.wait(_WORD_SECONDS):
+                waited = duration(time.monotonic() - began)
+                self._say(
+                    f"waiting for the checkpoint of step {step} to be written to {self.path}: {waited} so far"
+                )
+
+        thread = threading.Thread(target=tell, name="checkpoint-words", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def poll(self) -> None:
         """Reports, and raises, as `wait` does, but does not wait for a save that goes on."""

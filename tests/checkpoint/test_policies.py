@@ -78,10 +78,13 @@ def test_a_save_that_waits_for_the_one_before_it_says_so(state, tmp_path, monkey
     with manager.Checkpoints(tmp_path, say=lines.append) as checkpoints:
         for patience in (60.0, 0.1):
             monkeypatch.setattr(manager, "_LONG_WAIT_SECONDS", patience)
+            monkeypatch.setattr(manager, "_WORD_SECONDS", patience)
             for step in (1, 2):
                 checkpoints.save(step + 10 * (patience < 1), state.params, state.optimizer, METADATA)
     assert [line for line in lines if line.startswith("the save of step 12 waited")]
-    assert not [line for line in lines if "step 2 " in line]
+    waiting = f"waiting for the checkpoint of step 12 to be written to {tmp_path}: 0 s so far"
+    assert lines.count(waiting) >= 2
+    assert not [line for line in lines if "save of step 2 " in line or "step 1 " in line]
 
 
 @contextlib.contextmanager
