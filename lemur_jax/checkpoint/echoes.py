@@ -1,4 +1,4 @@
-"""What Orbax and TensorStore print about a failed save besides raising it: kept off the terminal.
+"""What Orbax and TensorStore print about a failed save or restore besides raising it: kept off the terminal.
 
 `Checkpoints` says of a failed save what there is to say, in one line. Several places in Orbax log the traceback of the
 same error before they raise it; asyncio logs those of the writes that nobody waits for any more; and writes of
@@ -42,9 +42,8 @@ def silence_echoes() -> None:
     logging.getLogger("absl").addFilter(_is_news)
     logging.getLogger("asyncio").addFilter(_is_waited_for)
     before = sys.unraisablehook
-    sys.unraisablehook = lambda found: (
-        None if _is_late_write(found) or _is_half_a_loop(found) else before(found)
-    )
+    echoes = (_is_late_write, _is_half_a_loop, _is_given_up)
+    sys.unraisablehook = lambda found: None if any(is_one(found) for is_one in echoes) else before(found)
     warnings.filterwarnings("ignore", _COROUTINE_OF_ORBAX, RuntimeWarning)
 
 
@@ -70,6 +69,12 @@ def _is_late_write(found: Any) -> bool:
     """Whether this is a callback from C++ to an event loop that is closed: no Python code is there to be told."""
     value = found.exc_value
     return found.object is None and isinstance(value, RuntimeError) and str(value) == "Event loop is closed"
+
+
+def _is_given_up(found: Any) -> bool:
+    """Whether this is the error of a read or a write of Orbax that was given up after the first error."""
+    code = getattr(found.object, "cr_code", None)  # of a coroutine
+    return code is not None and _ORBAX in code.co_filename
 
 
 def _is_half_a_loop(found: Any) -> bool:

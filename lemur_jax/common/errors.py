@@ -23,6 +23,6 @@ def reason_of(error: BaseException, most: int = 500) -> str:
     said = str(error)
     if isinstance(error, KeyError) and " " in said:  # a sentence rather than a key
         said = str(error.args[0])
-    said = re.split(r" \[(?:tensorstore_spec|source locations)=", said)[0]
+    said = re.split(r" \[(?:tensorstore_spec|source locations)=| See full TensorStore details:", said)[0]
     said = f"{type(error).__name__}: {said}"
     return said if len(said) <= most else f"{said[: most // 2]} … {said[-most // 2 :]}"

@@ -3,7 +3,9 @@
 import asyncio
 import gc
 import logging
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from absl import logging as absl_logging
@@ -83,3 +85,19 @@ def was_heard(caplog, lose: Callable[[], object], message: str) -> bool:
         gc.collect()
     told = [record for record in caplog.records if "never retrieved" in record.getMessage()]
     return any(str(record.exc_info[1]) == message for record in told)
+
+
+@pytest.mark.parametrize(
+    ("file", "heard"),
+    [("/site-packages/orbax/checkpoint/_src/serialization.py", False), ("/home/me/own.py", True)],
+)
+def test_only_coroutines_of_orbax_may_be_given_up(monkeypatch, file, heard):
+    scope, found = {}, []
+    exec(compile("async def read():\n    raise ValueError('disk')\n", file, "exec"), scope)
+    monkeypatch.setattr(sys, "unraisablehook", found.append)
+    silence_echoes.cache_clear()  # wraps that hook
+    silence_echoes()
+    coroutine = scope["read"]()
+    sys.unraisablehook(SimpleNamespace(object=coroutine, exc_value=ValueError("disk")))
+    coroutine.close()
+    assert len(found) == heard

@@ -71,6 +71,7 @@ class Project:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                pipesize=1 << 20,  # the outputs are read one after the other
             )
             for host in range(hosts)
         ]
