@@ -91,7 +91,7 @@ def hold(workdir, seconds):
 
 def test_a_second_run_waits_for_the_end_of_the_first(tmp_path):
     workdir, said = epath.Path(tmp_path / "run"), []
-    first = hold(workdir, 2)
+    first = hold(workdir, 5)
     with alone_in(workdir, said.append):
         assert first.wait() == 0
     assert said == [f"another `lemur train` writes to {workdir}: waiting for its end"]
