@@ -172,12 +172,14 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """Prints a line; a reader of standard output that has gone, as `tee` may, does not disturb the job."""
+    """Prints a line. Neither a reader of standard output that has gone, as `tee` may, nor a full disk ends the job."""
     try:
         print(text, flush=True)
-    except OSError:
+    except BrokenPipeError:  # for good
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:  # what is not written yet comes with a later line
+        pass
 
 
 def duration(seconds: float) -> str:

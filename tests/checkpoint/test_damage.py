@@ -209,8 +209,9 @@ def test_too_many_open_files_are_one_line_and_no_damage(run):
     lines = done.stderr.splitlines()
     assert len(lines) == 4, done.stderr
     for line in lines:
-        assert line.startswith("lemur checkpoints: ")
-        assert "Too many open files" in line
+        # Of Orbax's own opening, or, when that has just still had one, of ours.
+        opening = "cannot be opened now (OSError: [Errno 24] Too many open files" in line
+        assert line.startswith("lemur checkpoints: " + ("" if opening else "Too many open files: /")), line
     assert contents(run[0]) == before
 
 

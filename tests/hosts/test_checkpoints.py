@@ -102,8 +102,8 @@ def test_sigterm_on_one_host_ends_an_evaluation_on_both_and_the_next_start_makes
     assert [record["step"] for record in read_metrics(workdir) if record["kind"] == "eval"] == [4, STEPS]
 
 
-# Each step is refused on one host, in one of the ways there are, and then saved again.
-REFUSED = """
+# Of two hosts, each with four devices: a tree that both rows of the mesh hold.
+TREE = """
 import os, pathlib, resource, signal, sys, threading, time
 from lemur_jax.parallel import hosts
 hosts.choose_platform(4)
@@ -111,11 +111,18 @@ hosts.join()
 import jax
 import jax.numpy as jnp
 from lemur_jax.checkpoint import local, manager
-from lemur_jax.checkpoint.metadata import LateJsonHandler
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
 rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
 tree = {"w": jax.jit(lambda: jnp.arange(8 * 65536.0).reshape(8, -1), out_shardings=rows)()}
 metadata = manager.make_metadata(model={}, tokenizer_files={})
+"""
+
+
+# Each step is refused on one host, in one of the ways there are, and then saved again.
+REFUSED = (
+    TREE
+    + """
+from lemur_jax.checkpoint.metadata import LateJsonHandler
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 finalize, mkdir = LateJsonHandler.finalize, os.mkdir
@@ -161,6 +168,7 @@ with saves:
 time.sleep(1)
 assert not [thread for thread in threading.enumerate() if type(thread).__module__.startswith("orbax.")]
 """
+)
 
 WRITE, DIRECTORY = ("write", "File too large"), ("directory", "No space left")
 
@@ -193,18 +201,9 @@ def test_a_write_refused_on_one_host_is_known_to_all_at_once_and_tried_again(
 
 
 # A save to storage that takes 0.3 s to make a directory, of a run that has local checkpoints besides.
-SLOW_DIRECTORIES = """
-import os, pathlib, sys, time
-from lemur_jax.parallel import hosts
-hosts.choose_platform(4)
-hosts.join()
-import jax
-import jax.numpy as jnp
-from lemur_jax.checkpoint import local, manager
-mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
-rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
-tree = {"w": jax.jit(lambda: jnp.arange(8 * 65536.0).reshape(8, -1), out_shardings=rows)()}
-metadata = manager.make_metadata(model={}, tokenizer_files={})
+SLOW_DIRECTORIES = (
+    TREE
+    + """
 here, mkdir, exists = pathlib.Path(sys.argv[1]), os.mkdir, os.path.exists
 
 def slow(call):
@@ -228,6 +227,7 @@ with (
         assert not saves.failed
         locals_.save(step + 1, tree, tree, metadata)
 """
+)
 
 
 def test_hosts_wait_for_the_directories_of_the_workdir_beside_local_checkpoints(hosts_project, tmp_path):
@@ -240,19 +240,10 @@ def test_hosts_wait_for_the_directories_of_the_workdir_beside_local_checkpoints(
 
 
 # SIGTERM comes to one host between a save, at a step in the thousands, and the next question whether to stop.
-ASKED_ELSEWHERE = """
-import os, signal, sys, time
-from lemur_jax.parallel import hosts
-hosts.choose_platform(4)
-hosts.join()
-import jax
-import jax.numpy as jnp
-from lemur_jax.checkpoint import local, manager
+ASKED_ELSEWHERE = (
+    TREE
+    + """
 from lemur_jax.train.interruption import Interruption
-mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
-rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
-tree = {"w": jax.jit(lambda: jnp.arange(8.0), out_shardings=rows)()}
-metadata = manager.make_metadata(model={}, tokenizer_files={})
 if sys.argv[2] == "local":
     saves = local.LocalCheckpoints(f"{sys.argv[1]}/{jax.process_index()}", mesh)
 else:
@@ -272,6 +263,7 @@ with saves, Interruption(0) as stop:
         time.sleep(0.1)
     assert stop.asked
 """
+)
 
 
 @pytest.mark.parametrize("kind", ["workdir", "local"])
