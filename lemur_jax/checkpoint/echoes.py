@@ -36,15 +36,20 @@ _COROUTINE_OF_ORBAX = (
 )
 
 
-@functools.cache
 def silence_echoes() -> None:
     """From now on, for the whole process; may be called again."""
+    _listen()
+    # Each time: whoever keeps warnings, as test runners do, would keep with them the arrays of what was given up.
+    warnings.filterwarnings("ignore", _COROUTINE_OF_ORBAX, RuntimeWarning)
+
+
+@functools.cache
+def _listen() -> None:
     logging.getLogger("absl").addFilter(_is_news)
     logging.getLogger("asyncio").addFilter(_is_waited_for)
     before = sys.unraisablehook
     echoes = (_is_late_write, _is_half_a_loop, _is_given_up)
     sys.unraisablehook = lambda found: None if any(is_one(found) for is_one in echoes) else before(found)
-    warnings.filterwarnings("ignore", _COROUTINE_OF_ORBAX, RuntimeWarning)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

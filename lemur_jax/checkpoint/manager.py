@@ -58,6 +58,7 @@ __all__ = (
 _LONG_WAIT_SECONDS = 1.0
 # And so long before it is said that it still waits.
 _WORD_SECONDS = 60.0
+_LOOK_SECONDS = 0.05  # between two looks whether an import is written
 # Copying a large checkpoint inside an object store.
 _SET_ASIDE_SECONDS = 3600.0
 # Orbax's mark of a finished checkpoint where directories cannot be renamed.
@@ -401,6 +402,9 @@ def write_params(path: epath.PathLike, params: Any, metadata: Mapping[str, Any],
         )
         try:
             manager.save(step, args=items)
+            while manager.is_saving_in_progress():
+                # Orbax's wait would not hear of a signal that the system gives to another thread.
+                time.sleep(_LOOK_SECONDS)
             manager.wait_until_finished()
         except BaseException:  # Ctrl-C, too, after which nobody wants to wait for the rest
             stopped.set()

@@ -5,6 +5,7 @@ import contextvars
 import glob
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,6 +86,7 @@ def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
+            _take_standard_output()
         arguments["coordinator_address"] = address
         arguments["num_processes"] = _number("JAX_NUM_PROCESSES")
         arguments["process_id"] = _number("JAX_PROCESS_ID")
@@ -103,6 +105,17 @@ def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
             f"the hosts of this run did not all come together within {connect_seconds} s: {reason};"
             " is the same command running on every host, with the same coordinator address?"
         ) from error
+
+
+def _take_standard_output() -> None:
+    """Leaves standard output to Python alone: Gloo tells there of its connections, and now does on standard error."""
+    stream = sys.__stdout__
+    if stream is None or sys.stdout is not stream:  # in a notebook
+        return
+    stream.flush()
+    kept = os.dup(stream.fileno())
+    os.dup2(sys.stderr.fileno(), stream.fileno())
+    sys.stdout = open(kept, "w", buffering=1, encoding=stream.encoding, errors=stream.errors)  # noqa: SIM115
 
 
 def _number(variable: str) -> int:

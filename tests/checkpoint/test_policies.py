@@ -188,13 +188,16 @@ def test_parameters_that_cannot_be_written_leave_nothing_that_waits(tmp_path):
     assert manager.steps_in(tmp_path)[1] == [0]
 
 
-def test_an_interrupted_import_does_not_go_on_to_its_end(tmp_path):
+@pytest.mark.parametrize("main_thread", [True, False])
+def test_an_interrupted_import_does_not_go_on_to_its_end(tmp_path, main_thread):
+    """Whichever thread the system gives the signal to."""
     read = []
+    thread = threading.main_thread().ident if main_thread else None
 
     def piece(number):
         read.append(number)
         if len(read) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(thread or threading.get_ident(), signal.SIGINT)
         time.sleep(0.2)
         return np.ones((1, 64), np.float32)
 

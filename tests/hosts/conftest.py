@@ -55,8 +55,8 @@ class Project:
         for seed, (task, split) in enumerate([("code", "train"), ("text", "train"), ("text", "validation")]):
             write_store(root / "stores" / task / split, tokenizer, task, split, seed)
 
-    def start(self, hosts: int, *words: str) -> list[subprocess.Popen]:
-        """`python WORDS` on `hosts` processes that share eight devices."""
+    def start(self, hosts: int, *words: str, errors: int = subprocess.STDOUT) -> list[subprocess.Popen]:
+        """`python WORDS` on `hosts` processes that share eight devices; their standard errors go to `errors`."""
         port = free_port()
         environment = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -69,27 +69,27 @@ class Project:
                 cwd=self.root,
                 env={**environment, "JAX_PROCESS_ID": str(host)},
                 stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                stderr=errors,
                 text=True,
                 pipesize=1 << 20,  # the outputs are read one after the other
             )
             for host in range(hosts)
         ]
 
-    def lemur(self, hosts: int, *words: str) -> list[str]:
+    def lemur(self, hosts: int, *words: str, errors: int = subprocess.STDOUT) -> list[str]:
         """The outputs of `lemur WORDS`, one a host."""
-        processes = self.start(hosts, "-m", "lemur_jax.cli", *words, "--virtual-devices", str(8 // hosts))
-        return finish(processes)
+        words = ("-m", "lemur_jax.cli", *words, "--virtual-devices", str(8 // hosts))
+        return finish(self.start(hosts, *words, errors=errors))
 
     def train_words(self, workdir: pathlib.Path) -> list[str]:
         return ["train", "--config", "config.py", "--workdir", str(workdir)]
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = [process.communicate(timeout=300) for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
-    return outputs
+    return [output for output, _ in outputs]
 
 
 def free_port() -> int:

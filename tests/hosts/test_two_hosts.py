@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 
 import jax
@@ -108,7 +109,8 @@ def test_two_hosts_train_as_one_and_one_of_them_writes(hosts_project, one, two):
     np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
     assert "8 cpu devices" in chief
     assert "held-out text" in chief
-    assert [line for line in other.splitlines() if "[Gloo]" not in line and line] == []
+    assert "loss" in chief
+    assert not [line for line in other.splitlines() if "loss" in line or "tokens" in line]
     assert {path.name for path in workdir.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints"}
     jax.tree.map(
         lambda mine, theirs: np.testing.assert_allclose(mine, theirs, atol=1e-4),
@@ -132,11 +134,10 @@ def export(hosts_project, hosts, workdir, directory):
 def test_two_hosts_generate_and_one_of_them_exports(hosts_project, two, tmp_path):
     workdir, _ = two
     words = ["generate", "--checkpoint", str(workdir), "--prompt", "value_1 =", "--max-new-tokens", "8"]
-    chief, other = hosts_project.lemur(2, *words)
-    (alone,) = hosts_project.lemur(1, *words)
-    assert alone.strip().startswith("value_1 =")
-    assert alone.strip() in chief
-    assert "value_1" not in other
+    chief, other = hosts_project.lemur(2, *words, errors=subprocess.PIPE)
+    (alone,) = hosts_project.lemur(1, *words, errors=subprocess.PIPE)
+    assert alone.startswith("value_1 =")
+    assert (chief, other) == (alone, "")  # without Gloo's word of its connections
     export(hosts_project, 2, workdir, tmp_path)
     # Of what was exported each host reads its own part.
     reference = tmp_path / "reference.json"
