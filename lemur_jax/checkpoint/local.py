@@ -28,10 +28,9 @@ from orbax.checkpoint.experimental.emergency.path import sync_global_data
 from lemur_jax.checkpoint.echoes import silence_echoes
 from lemur_jax.checkpoint.leaves import check_wanted
 from lemur_jax.checkpoint.metadata import Damaged, seal, unseal
+from lemur_jax.checkpoint.opening import SLOWEST_SAVE_SECONDS, ask_nobody_about_preemption
 from lemur_jax.checkpoint.reading import (
-    SLOWEST_SAVE_SECONDS,
     agreed,
-    ask_nobody_about_preemption,
     check_same,
     measured,
     restore_args,

@@ -22,11 +22,11 @@ from orbax.checkpoint import checkpoint_managers
 from lemur_jax.checkpoint.echoes import silence_echoes
 from lemur_jax.checkpoint.leaves import check_wanted, describe, named
 from lemur_jax.checkpoint.metadata import Damaged, SaveLateJson, make_metadata, seal, tokenizer_files
+from lemur_jax.checkpoint.opening import open_manager
 from lemur_jax.checkpoint.reading import (
     measured,
     metadata_of,
     naming_others,
-    open_manager,
     read_metadata,
     restore_item,
     restore_params,
