@@ -20,12 +20,12 @@ from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.hosts import any_host, wait_for_all
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
-from lemur_jax.telemetry.goodput import carried_over
-from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
+from lemur_jax.telemetry.metrics import MetricsWriter
 from lemur_jax.telemetry.profiler import check_steps, traced
 from lemur_jax.telemetry.progress import Progress
 from lemur_jax.train.evaluate import Evaluations, open_held_out, unscored
 from lemur_jax.train.interruption import Interruption
+from lemur_jax.train.journal import Journal, open_journal
 from lemur_jax.train.saves import Saves, due
 from lemur_jax.train.spikes import too_many_skips
 from lemur_jax.train.state import TrainState
@@ -88,13 +88,10 @@ def train(
         if chief:  # not before: what is wrong with the first parameters can be mended in the config
             claim(config, workdir)
 
-        spent = carried_over(workdir, first, started) if chief else {}
-        writer = stack.enter_context(_writer(config, workdir, say)) if chief else None
-        if writer:
-            # From step 0 on, what was scored there is scored again.
-            writer.truncate_after(first or -1)
-        records = read_metrics(workdir) if chief else []
-        missing = unscored(config, records, first) if chief else set()
+        journal = Journal()
+        if chief:
+            journal = stack.enter_context(open_journal(config, workdir, first, started, say))
+        missing = unscored(config, journal.records, first) if chief else set()
         owed = [task.task for task in held_out if any_host(task.task in missing)]
         if first == config.train.steps and not owed:
             say(f"{workdir}: already finished at step {first}")
@@ -108,30 +105,31 @@ def train(
         progress = stack.enter_context(
             Progress(config.train.steps, f"train {workdir.name}", "steps", initial=first, enabled=chief)
         )
-        log = StepLog(writer, progress, mixture, _last_train_record(records), spent, program, began)
+        log = StepLog(
+            journal.writer, progress, mixture, journal.last_train_record, journal.spent, program, began
+        )
         if not first:
             log.write_time(0)  # the first start, from which goodput counts
         interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
-        evaluations = Evaluations(
-            program, config, held_out, writer, progress.write, records, interruption.reached
-        )
-        if owed:
-            with log.paused("eval"):
-                evaluations.score(state.params, first, owed)
-            if writer:
-                writer.sync()
-            wait_for_all("evaluation")  # each host may look whether it is there
-            if interruption.asked:
-                say(f"SIGTERM: no step was made after step {first}; the same command goes on from there")
-                return True
         between = _BetweenSteps(
             config=config,
             saves=saves,
-            evaluations=evaluations,
+            evaluations=Evaluations(
+                program,
+                config,
+                held_out,
+                journal.writer,
+                progress.write,
+                journal.records,
+                interruption.reached,
+            ),
             interruption=interruption,
             log=log,
-            writer=writer,
+            writer=journal.writer,
         )
+        if owed and between.stopping_at_start(state, first, owed):
+            say(f"SIGTERM: no step was made after step {first}; the same command goes on from there")
+            return True
         loader = Loader(mixture, batch_sharding(mesh))
         batches = log.waiting(loader.iterate(first, config.train.steps))
         for step, batch in traced(batches, profile, workdir / "profile", finish=log.flush):
@@ -160,6 +158,20 @@ class _BetweenSteps:
     interruption: Interruption
     log: StepLog
     writer: MetricsWriter | None
+
+    def stopping_at_start(self, state: TrainState, step: int, owed: Sequence[str]) -> bool:
+        """Scores, before the first update, what an earlier process did not; whether a SIGTERM has come.
+
+        Args:
+          step: updates done.
+          owed: the tasks.
+        """
+        with self.log.paused("eval"):
+            self.evaluations.score(state.params, step, owed)
+        if self.writer:
+            self.writer.sync()
+        wait_for_all("evaluation")  # each host may look whether it is there
+        return self.interruption.asked
 
     def stopping(self, state: TrainState, done: int, undoing: bool) -> bool:
         """Does it after update `done`; whether a SIGTERM has come, and that update is saved.
@@ -193,22 +205,12 @@ class _BetweenSteps:
             self.saves.save(done, state, losses, to_the_end)
 
 
-def _writer(config: ConfigDict, workdir: epath.Path, say: Callable[[str], None]) -> MetricsWriter:
-    return MetricsWriter(workdir, say=say, tensorboard=config.log.tensorboard, wandb=config.log.wandb)
-
-
 def _check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} tokens, config.model.vocab_size is"
             f" {config.model.vocab_size}: it must be at least as large"
         )
-
-
-def _last_train_record(records: Sequence[Record]) -> Record:
-    """What earlier processes of this run wrote of their last step that counts."""
-    trained = [record for record in records if record.get("kind") == "train"]
-    return trained[-1] if trained else {}
 
 
 def _headline(program: Program, config: ConfigDict, step: int) -> str:

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from lemur_jax.checkpoint import manager
-from lemur_jax.checkpoint.echoes import silence_echoes
+from lemur_jax.checkpoint import echoes, manager
 from lemur_jax.checkpoint.metadata import LateJsonHandler
 from lemur_jax.checkpoint.streaming import Streamed
 from lemur_jax.common.errors import UserError
@@ -129,7 +128,7 @@ def unraisable(monkeypatch, caplog):
     caplog.clear()
     found = []
     monkeypatch.setattr(sys, "unraisablehook", lambda late: found.append(str(late.exc_value)))
-    silence_echoes.cache_clear()  # wraps that hook
+    echoes._listen.cache_clear()  # wraps that hook
     return found
 
 

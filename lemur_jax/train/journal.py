@@ -1,0 +1,53 @@
+"""What is on record of a run when a process begins, and where it goes on."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from lemur_jax.telemetry.goodput import carried_over
+from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Journal:
+    """Kept by host 0; that of any other host is empty, and has no writer.
+
+    Attributes:
+      writer: of new records.
+      records: of earlier processes, up to the step from which the run goes on.
+      spent: seconds that went to what in them, see `telemetry.goodput.carried_over`.
+    """
+
+    writer: MetricsWriter | None = None
+    records: Sequence[Record] = ()
+    spent: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def last_train_record(self) -> Record:
+        """Of the last step that counts; empty where there is none."""
+        trained = [record for record in self.records if record.get("kind") == "train"]
+        return trained[-1] if trained else {}
+
+
+@contextlib.contextmanager
+def open_journal(
+    config: ConfigDict, workdir: epath.Path, step: int, started: float, say: Callable[[str], None]
+) -> Iterator[Journal]:
+    """Forgets what earlier processes wrote of later steps, which are made again.
+
+    Args:
+      config: a run config.
+      workdir: of the run.
+      step: that it goes on from. What was scored at step 0 is scored again.
+      started: when this process began, seconds since 1970.
+      say: told where records cannot be written.
+    """
+    spent = carried_over(workdir, step, started)
+    with MetricsWriter(
+        workdir, say=say, tensorboard=config.log.tensorboard, wandb=config.log.wandb
+    ) as writer:
+        writer.truncate_after(step or -1)
+        yield Journal(writer=writer, records=read_metrics(workdir), spent=spent)
