@@ -17,6 +17,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.common.paths import is_object_store
 from lemur_jax.telemetry.metrics import METRICS_FILE, read_metrics
 from lemur_jax.train.evaluate import unscored
+from lemur_jax.train.lease import lease
 
 # What may differ between a run and its resumption: nothing of it changes the result beyond rounding.
 FREE = (
@@ -32,10 +33,9 @@ _OTHER_RUN_SECONDS = 300.0
 def alone_in(
     workdir: epath.Path, say: Callable[[str], None] = print, seconds: float = _OTHER_RUN_SECONDS
 ) -> Iterator[None]:
-    """A context in which no other run of this machine writes to the workdir; one host enters it.
+    """A context in which no other run writes to the workdir; one host enters it.
 
-    Two would remove each other's half-written checkpoints. Object stores, and network disks without locks, are not
-    watched.
+    Two would remove each other's half-written checkpoints. Network disks without locks are not watched.
 
     Args:
       workdir: made if missing.
@@ -46,7 +46,8 @@ def alone_in(
       UserError: the other run goes on.
     """
     if is_object_store(workdir):
-        yield
+        with lease(workdir, say, seconds):
+            yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
     directory = os.open(os.fspath(workdir), os.O_RDONLY | os.O_DIRECTORY)

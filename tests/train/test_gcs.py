@@ -19,10 +19,11 @@ from lemur_jax.train.interruption import Interruption
 
 workdir = epath.Path(sys.argv[1])
 words = ["train", "--config", "config.py", "--workdir", str(workdir), "--config.train.steps=6"]
-reached, polls = Interruption.reached, []
+reached, polls, seen = Interruption.reached, [], set()
 
 def terminated(self):
     polls.append(self)
+    seen.update(path.name for path in workdir.iterdir())
     if len(polls) == 4:
         self._ask()
     return reached(self)
@@ -30,6 +31,8 @@ def terminated(self):
 Interruption.reached = terminated
 assert main(words) == 0
 assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "4"]
+assert ("running.json" in seen) == (sys.argv[1].startswith("gs:"))
+assert not (workdir / "running.json").exists()
 assert main(words) == 0
 assert main(["checkpoints", str(workdir)]) == 0
 epath.Path(sys.argv[2]).write_text((workdir / "metrics.jsonl").read_text())
