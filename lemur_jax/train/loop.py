@@ -31,7 +31,7 @@ from lemur_jax.train.spikes import too_many_skips
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program, build
 from lemur_jax.train.steplog import StepLog
-from lemur_jax.train.workdir import alone_in, check_owner, claim
+from lemur_jax.train.workdir import OTHER_RUN_SECONDS, alone_in, check_owner, claim
 
 
 def train(
@@ -48,7 +48,7 @@ def train(
 
     Args:
       config: a run config.
-      workdir: gets `config.json`, `metrics.jsonl` and `checkpoints/`.
+      workdir: gets `config.json`, `metrics.jsonl` and `checkpoints/`; meanwhile `running.json` on an object store.
       say: gets what a person wants to read.
       build: makes the program; several runs of one process may share one (`sweep/runner.py`).
       profile: steps of which every host writes a trace to `WORKDIR/profile`.
@@ -83,6 +83,7 @@ def train(
     with contextlib.ExitStack() as stack:
         if chief:
             stack.enter_context(alone_in(workdir, say))
+        wait_for_all("workdir", 2 * OTHER_RUN_SECONDS)  # collectives would not wait so long for host 0
         saves = stack.enter_context(Saves(config, workdir, program, metadata, say))
         state, first = saves.first_state()
         if chief:  # not before: what is wrong with the first parameters can be mended in the config

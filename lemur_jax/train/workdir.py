@@ -26,12 +26,12 @@ FREE = (
 
 
 # A run that was told to stop may still save, as its successor starts.
-_OTHER_RUN_SECONDS = 300.0
+OTHER_RUN_SECONDS = 300.0
 
 
 @contextlib.contextmanager
 def alone_in(
-    workdir: epath.Path, say: Callable[[str], None] = print, seconds: float = _OTHER_RUN_SECONDS
+    workdir: epath.Path, say: Callable[[str], None] = print, seconds: float = OTHER_RUN_SECONDS
 ) -> Iterator[None]:
     """A context in which no other run writes to the workdir; one host enters it.
 

@@ -15,13 +15,14 @@ import jax
 import numpy as np
 import pytest
 
-from lemur_jax.checkpoint.manager import read_metadata, restore_params
+from lemur_jax.checkpoint.manager import read_metadata, restore_params, steps_in
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import abstract_params
 from lemur_jax.parallel.liveness import LOST
 from lemur_jax.telemetry.metrics import read_metrics
 from tests.hosts.conftest import STEPS, Project, finish
 from tests.train.planted import plant
+from tests.train.test_workdir import hold
 
 # Prints what this process holds of three batches: {"step row key": digest}.
 BATCHES = """
@@ -278,6 +279,43 @@ def test_two_hosts_skip_and_roll_back_as_one(hosts_project, tmp_path):
         (r["kind"], r["step"], r.get("to")) for r in alone
     ]
     assert [sorted(r.get("documents", ())) for r in both] == [sorted(r.get("documents", ())) for r in alone]
+
+
+# Files tell how far a host has come.
+TOLD = """
+import os, sys
+from lemur_jax.cli import main
+from lemur_jax.train import loop
+def told(name, call):
+    def first(*args):
+        open(os.environ["MARKS"] + "/" + name + os.environ["JAX_PROCESS_ID"], "w")
+        return call(*args)
+    return first
+loop.wait_for_all = told("waiting", loop.wait_for_all)
+loop.Saves = told("saves", loop.Saves)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_all_hosts_wait_where_another_run_has_the_workdir(hosts_project, tmp_path, monkeypatch):
+    """Not in a collective for host 0, which alone looks for that run: there it would be missed after half a minute."""
+    run, marks = tmp_path / "run", tmp_path / "marks"
+    run.mkdir()
+    marks.mkdir()
+    monkeypatch.setenv("MARKS", str(marks))
+    other = hold(run, 600)
+    words = [*hosts_project.train_words(run), "--virtual-devices", "4"]
+    processes = hosts_project.start(2, "-c", TOLD, *words)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(marks.glob("*1")):
+        time.sleep(0.1)
+    time.sleep(2)
+    assert [path.name for path in marks.iterdir()] == ["waiting1"]
+    other.kill()
+    other.communicate()
+    chief, _ = finish(processes)
+    assert f"another `lemur train` writes to {run}: waiting for its end" in chief
+    assert steps_in(run)[1][-1] == STEPS
 
 
 def test_hosts_with_other_configs_are_refused(hosts_project, tmp_path):
