@@ -110,7 +110,7 @@ def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
 def _take_standard_output() -> None:
     """Leaves standard output to Python alone: Gloo tells there of its connections, and now does on standard error."""
     stream = sys.__stdout__
-    if stream is None or sys.stdout is not stream:  # in a notebook
+    if stream is None or sys.stderr is None or sys.stdout is not stream:  # closed, or in a notebook
         return
     stream.flush()
     kept = os.dup(stream.fileno())

@@ -36,7 +36,9 @@ class Journal:
 def open_journal(
     config: ConfigDict, workdir: epath.Path, step: int, started: float, say: Callable[[str], None]
 ) -> Iterator[Journal]:
-    """Forgets what earlier processes wrote of later steps, which are made again.
+    """Of host 0, whose new records follow the old ones.
+
+    What earlier processes wrote of later steps is forgotten: they are made again.
 
     Args:
       config: a run config.
