@@ -106,27 +106,21 @@ def train(
         progress = stack.enter_context(
             Progress(config.train.steps, f"train {workdir.name}", "steps", initial=first, enabled=chief)
         )
-        log = StepLog(
-            journal.writer, progress, mixture, journal.last_train_record, journal.spent, program, began
-        )
+        writer, records = journal.writer, journal.records
+        log = StepLog(writer, progress, mixture, journal.last_train_record, journal.spent, program, began)
         if not first:
             log.write_time(0)  # the first start, from which goodput counts
         interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
+        evaluations = Evaluations(
+            program, config, held_out, writer, progress.write, records, interruption.reached
+        )
         between = _BetweenSteps(
             config=config,
             saves=saves,
-            evaluations=Evaluations(
-                program,
-                config,
-                held_out,
-                journal.writer,
-                progress.write,
-                journal.records,
-                interruption.reached,
-            ),
+            evaluations=evaluations,
             interruption=interruption,
             log=log,
-            writer=journal.writer,
+            writer=writer,
         )
         if owed and between.stopping_at_start(state, first, owed):
             say(f"SIGTERM: no step was made after step {first}; the same command goes on from there")

@@ -201,9 +201,8 @@ def test_an_interrupted_import_does_not_go_on_to_its_end(tmp_path, main_thread):
         return np.ones((1, 64), np.float32)
 
     leaf = Streamed(shape=(100, 64), dtype=np.dtype("float32"), pieces=100, read=piece)
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a process of many that test ignores it
+    # A process of many that test ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             manager.write_params(tmp_path, {"w": leaf}, METADATA)
