@@ -18,7 +18,7 @@ import os
 import pathlib
 import tempfile
 
-from lemur_jax.common.config import default_config
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 

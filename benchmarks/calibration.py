@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 
-from lemur_jax.common.config import default_config
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 _MAXTEXT = "github.com/AI-Hypercomputer/maxtext/blob/main/"

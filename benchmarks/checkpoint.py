@@ -14,7 +14,7 @@ import shutil
 import statistics
 import time
 
-from lemur_jax.parallel import hosts
+from lemur_jax.cluster import hosts
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     from lemur_jax.checkpoint import digest
     from lemur_jax.checkpoint.leaves import named
     from lemur_jax.checkpoint.manager import Checkpoints, make_metadata
-    from lemur_jax.common.config import default_config
+    from lemur_jax.config import default_config
     from lemur_jax.models import llama
     from lemur_jax.models.presets import preset
     from lemur_jax.parallel.mesh import make_mesh

@@ -66,7 +66,7 @@ def timed(words: list[str]) -> tuple[float, float]:
 # Fully sharded, in bfloat16; nothing is written.
 LOAD = """
 import sys
-from lemur_jax.parallel.hosts import choose_platform
+from lemur_jax.cluster.hosts import choose_platform
 choose_platform(8)
 import jax
 from lemur_jax.convert.source import open_source

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lemur_jax.data import duplicates
 from lemur_jax.data.arrays import ArrayWriter, open_array
-from lemur_jax.data.cleaning import parse_steps
+from lemur_jax.prepare import duplicates
+from lemur_jax.prepare.cleaning import parse_steps
 
 BLOCK = 1 << 14
 

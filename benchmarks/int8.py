@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from lemur_jax.parallel import hosts
+from lemur_jax.cluster import hosts
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import pydoc_data.topics
 import statistics
 import time
 
-from lemur_jax.parallel import hosts
+from lemur_jax.cluster import hosts
 
 
 def main() -> None:

@@ -21,12 +21,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lemur_jax.common.config import default_config
-from lemur_jax.data import stdlib
-from lemur_jax.data.documents import CHUNK_BYTES, available_cores
-from lemur_jax.data.tokenizer import Tokenizer
-from lemur_jax.data.tokenizer_files import train_sentencepiece
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
+from lemur_jax.prepare import stdlib
+from lemur_jax.prepare.encoding import CHUNK_BYTES, available_cores
+from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer_files import train_sentencepiece
 
 CLEANING = {
     "length": {"min_chars": 100},
@@ -85,8 +85,8 @@ def bare(root: Path, copies: int, workers: int) -> Callable[[], None]:
 
 
 def prepared(root: Path, copies: int, workers: int, steps: dict) -> Callable[[], None]:
-    from lemur_jax.data import tasks
-    from lemur_jax.data.prepare import prepare
+    from lemur_jax.prepare import tasks
+    from lemur_jax.prepare.prepare import prepare
 
     tasks.add_files("corpus", [str(root / "corpus" / f"{copy}.jsonl") for copy in range(copies)])
     config = default_config(preset("quickstart", vocab_size=8_000).to_dict())

@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lemur_jax.common.config import default_config
+from lemur_jax.cluster import hosts
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
-from lemur_jax.parallel import hosts
 from lemur_jax.telemetry.flops import flops_per_token
 
 CPU_MODEL = dict(

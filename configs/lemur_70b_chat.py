@@ -12,9 +12,9 @@ Hardware: TPU v4-512 (256 chips), or any slice that `lemur plan` says fits.
     lemur export-hf gs://BUCKET/runs/lemur_70b_chat lemur-70b-chat
 """
 
-from lemur_jax.common.config import default_config
-from lemur_jax.data.chat import CHATML_TOKENS
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
+from lemur_jax.text.chat_template import CHATML_TOKENS
 
 
 def get_config():

@@ -11,7 +11,7 @@ Hardware: TPU v4-512 (256 chips). `lemur plan` tells what it takes.
     lemur train --config configs/lemur_70b_pretrain.py --workdir gs://BUCKET/runs/lemur_70b
 """
 
-from lemur_jax.common.config import default_config
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 

@@ -9,9 +9,9 @@ The directory may be on gs://. See docs/data.md for other formats and chat data 
 
 import os
 
-from lemur_jax.data import chat_sources
-from lemur_jax.data.fields import Fields
-from lemur_jax.data.tasks import add_files
+from lemur_jax.prepare.fields import Fields
+from lemur_jax.prepare.tasks import add_files
+from lemur_jax.text import conversation_formats
 
 DATA = os.environ.get("LEMUR_DATA", "data")
 
@@ -24,5 +24,8 @@ CODE = Fields(
 add_files("lemur_code", f"{DATA}/code/*/*.parquet", CODE, held_out=0.001)
 add_files("lemur_text", f"{DATA}/text/*.parquet", Fields(text="content", id="url"), held_out=0.001)
 add_files(
-    "lemur_chat", f"{DATA}/chat/*.jsonl*", Fields(messages=chat_sources.sharegpt, id="id"), held_out=0.01
+    "lemur_chat",
+    f"{DATA}/chat/*.jsonl*",
+    Fields(messages=conversation_formats.sharegpt, id="id"),
+    held_out=0.01,
 )

@@ -7,7 +7,7 @@ Hardware: 2 CPU cores, about 2 minutes.
     lemur train --config configs/quickstart_base.py --workdir quickstart/runs/base
 """
 
-from lemur_jax.common.config import default_config
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 

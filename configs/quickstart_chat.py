@@ -8,9 +8,9 @@ Hardware: 2 CPU cores, about 1 minute.
     lemur train --config configs/quickstart_chat.py --workdir quickstart/runs/chat
 """
 
-from lemur_jax.common.config import default_config
-from lemur_jax.data.chat import CHATML_TOKENS
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
+from lemur_jax.text.chat_template import CHATML_TOKENS
 
 
 def get_config():

@@ -10,7 +10,7 @@ Hardware: 2 CPU cores, about 2 minutes.
 `configs/quickstart_lemur.py:annealed` ends with as much text as code, in the last fifth of its steps.
 """
 
-from lemur_jax.common.config import default_config
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 

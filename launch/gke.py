@@ -5,7 +5,7 @@
 
 The cluster needs the JobSet controller (https://jobset.sigs.k8s.io) and a node pool of that topology; the image
 needs this package with the extra "tpu" and the configs. Restarts: a host that is lost ends the others with
-status 75 (parallel/liveness.py) and JobSet starts all again; a config that is refused, status 2, fails the set.
+status 75 (cluster/watchdog.py) and JobSet starts all again; a config that is refused, status 2, fails the set.
 With XPK, `xpk workload create --command` takes the same `lemur train` line and makes a manifest of its own.
 """
 
@@ -22,8 +22,8 @@ from typing import Any
 
 import yaml
 
-from lemur_jax.common.config import load
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import load
 from lemur_jax.parallel.mesh import mesh_shape
 from lemur_jax.plan.topologies import Slice, find
 

@@ -79,7 +79,7 @@ export LEMUR_RELAUNCH=1
 $exports"
 train="${top}srun --kill-on-bad-exit=1 lemur train $(printf '%q ' "${words[@]}")
 status=\$?
-# 75: a host was lost (parallel/liveness.py); above: a task was killed or aborted. The run goes on from the newest
+# 75: a host was lost (cluster/watchdog.py); above: a task was killed or aborted. The run goes on from the newest
 # checkpoint. 1 and 2 are mistakes that come again.
 if [ \$status -ge 75 ] && [ \${SLURM_RESTART_COUNT:-0} -lt $MAX_RESTARTS ]; then
   scontrol requeue \$SLURM_JOB_ID

@@ -32,7 +32,7 @@ VERBS = (
 )
 
 CONFIG = """
-from lemur_jax.common.config import default_config
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 def get_config(arg=""):

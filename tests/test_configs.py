@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 
-from lemur_jax.common.config import load
+from lemur_jax.config import load
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.mesh import make_mesh

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from lemur_jax.data.cleaning import DEFAULTS
 from lemur_jax.data.store import TokenStore
+from lemur_jax.prepare.cleaning import DEFAULTS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "data.md").read_text()

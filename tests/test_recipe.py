@@ -13,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemur_jax.cli import main
-from lemur_jax.data.chat import CHATML_TOKENS, encode_chat
-from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.session import load
 from lemur_jax.parallel.mesh import parse_mesh
 from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat
+from lemur_jax.text.tokenizer import Tokenizer
 
 TASKS = """
 import json
@@ -51,8 +51,8 @@ for kind, content in (("code", "text"), ("text", "text"), ("chat", "messages")):
 """
 
 CONFIG = """
-from lemur_jax.common.config import default_config
-from lemur_jax.data.chat import CHATML_TOKENS
+from lemur_jax.config import default_config
+from lemur_jax.text.chat_template import CHATML_TOKENS
 from lemur_jax.models.presets import preset
 
 def get_config(stage):

@@ -14,8 +14,8 @@ from lemur_jax.checkpoint.leaves import Leaf
 from lemur_jax.checkpoint.manager import Damaged, read_metadata, steps_in
 from lemur_jax.checkpoint.opening import is_passing, open_manager
 from lemur_jax.checkpoint.reading import agreed, metadata_of
-from lemur_jax.common.config import flatten
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import flatten
 
 
 def table(path: epath.PathLike) -> tuple[str, bool]:

@@ -38,8 +38,8 @@ from lemur_jax.checkpoint.reading import (
 from lemur_jax.checkpoint.remains import let_go, remove_half_written
 from lemur_jax.checkpoint.snapshot import snapshot
 from lemur_jax.checkpoint.together import SaveBarriers, why
+from lemur_jax.cluster.hosts import any_host
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.parallel.hosts import any_host
 
 # A host that is killed may not have the newest yet: then all have the one before.
 _KEPT = 2

@@ -36,9 +36,9 @@ from lemur_jax.checkpoint.remains import let_go, newest_save, release, remove_ha
 from lemur_jax.checkpoint.snapshot import snapshot
 from lemur_jax.checkpoint.streaming import BY_LAYER, Streamed, streamed, until
 from lemur_jax.checkpoint.together import SaveBarriers, why
+from lemur_jax.cluster import hosts
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.paths import absolute, is_object_store
-from lemur_jax.parallel import hosts
 from lemur_jax.telemetry.progress import duration
 
 __all__ = (

@@ -14,9 +14,9 @@ from lemur_jax.checkpoint import digest
 from lemur_jax.checkpoint.leaves import Leaf, check_wanted, describe, named
 from lemur_jax.checkpoint.metadata import Damaged, RestoreLateJson, unseal
 from lemur_jax.checkpoint.opening import is_passing, open_manager
+from lemur_jax.cluster import hosts
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import absolute
-from lemur_jax.parallel import hosts
 
 
 def steps_in(path: epath.PathLike) -> tuple[epath.Path, list[int]]:

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       0, or 1 where what was looked at is damaged, or 2 for a mistake that the user can mend, or 130 when interrupted,
       or 141 when whoever read the output has gone, or 75 when another host was lost and where a launcher is to start
-      an unfinished run again (`parallel/liveness.py`).
+      an unfinished run again (`cluster/watchdog.py`).
     """
     logging.getLogger("gcsfs").addFilter(_is_news)
     parser = _parser()
@@ -128,8 +128,8 @@ def _leave_other_hosts(status: int) -> None:
 
 
 def _has_other_hosts() -> bool:
-    if "lemur_jax.parallel.liveness" not in sys.modules:
+    if "lemur_jax.cluster.watchdog" not in sys.modules:
         return False
-    from lemur_jax.parallel import liveness
+    from lemur_jax.cluster import watchdog
 
-    return liveness.client() is not None
+    return watchdog.client() is not None

@@ -57,7 +57,7 @@ def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
 
 def start_jax(args: argparse.Namespace, *seconds: int) -> None:
     """Settles platform, devices and hosts (`hosts.join(*seconds)`) before anything imports JAX."""
-    from lemur_jax.parallel import hosts
+    from lemur_jax.cluster import hosts
 
     hosts.choose_platform(getattr(args, "virtual_devices", 0))
     hosts.join(*seconds)
@@ -71,11 +71,11 @@ def open_session(args: argparse.Namespace, check=lambda tokenizer: None):
       check: as in `infer.session.load`.
     """
     start_jax(args)
+    from lemur_jax.cluster import hosts, watchdog
     from lemur_jax.infer.session import load
-    from lemur_jax.parallel import hosts, liveness
     from lemur_jax.parallel.mesh import parse_mesh
 
-    with liveness.watched(LOST_SECONDS):
+    with watchdog.watched(LOST_SECONDS):
         mesh = parse_mesh(args.mesh)
         hosts.keep_programs()
         yield load(args.checkpoint, mesh, args.dtype, args.step, weights=args.weights, check=check)

@@ -45,10 +45,10 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _prepare(args) -> None:
-    from lemur_jax.common.config import load
+    from lemur_jax.config import load
 
     config = load(args.config, args.overrides)
-    from lemur_jax.data.prepare import prepare
+    from lemur_jax.prepare.prepare import prepare
     from lemur_jax.telemetry.progress import Progress
 
     options = shlex.split(args.runner_options)
@@ -60,11 +60,11 @@ def _inspect(args) -> None:
 
     show = {"samples": args.samples, "color": bool(args.html) or sys.stdout.isatty()}
     if args.target.partition(":")[0].endswith(".py"):
-        from lemur_jax.common.config import load
+        from lemur_jax.config import load
 
         text = inspect_config(load(args.target, args.overrides), **show)
     else:
-        from lemur_jax.data.tokenizer import Tokenizer
+        from lemur_jax.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
         text = inspect_store(args.target, tokenizer=tokenizer, **show)

@@ -59,10 +59,10 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _generate(args) -> None:
     with open_session(args) as session:
-        from lemur_jax.data.chat import stop_ids
+        from lemur_jax.cluster import hosts
         from lemur_jax.infer.generate import generate
         from lemur_jax.infer.text import continuation
-        from lemur_jax.parallel import hosts
+        from lemur_jax.text.chat_template import stop_ids
 
         tokenizer = session.need_tokenizer()
         prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in args.prompt]
@@ -98,7 +98,7 @@ def prompt_seeds(prompts: Sequence[str]) -> list[int]:
 
 
 def _chat(args) -> None:
-    from lemur_jax.data.chat import chat_template
+    from lemur_jax.text.chat_template import chat_template
 
     def check(tokenizer) -> None:
         if not args.prompt:
@@ -106,8 +106,8 @@ def _chat(args) -> None:
         chat_template(tokenizer)
 
     with open_session(args, check) as session:
+        from lemur_jax.cluster import hosts
         from lemur_jax.infer.chat import HELP, converse
-        from lemur_jax.parallel import hosts
 
         def typed():
             print(HELP)
@@ -145,8 +145,8 @@ def _smoke(args) -> None:
             check_reference(stored, args.dtype, args.weights, tokenizer)
 
     with open_session(args, check) as session:
+        from lemur_jax.cluster import hosts
         from lemur_jax.infer.smoke import smoke
-        from lemur_jax.parallel import hosts
 
         found = smoke(session, args.hf, stored, print if hosts.is_chief() else lambda line: None)
         if args.write_reference is not None and hosts.is_chief():

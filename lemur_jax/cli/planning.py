@@ -55,7 +55,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _plan(args) -> int:
-    from lemur_jax.common.config import load
+    from lemur_jax.config import load
 
     config = load(args.config, args.overrides)
     _check_directories(args)

@@ -89,29 +89,29 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _train(args) -> int:
-    from lemur_jax.common.config import fingerprint, load
+    from lemur_jax.config import fingerprint, load
 
     config = load(args.config, args.overrides)
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
-    from lemur_jax.parallel import liveness
+    from lemur_jax.cluster import watchdog
     from lemur_jax.telemetry.profiler import parse_steps
     from lemur_jax.telemetry.progress import say
     from lemur_jax.train.loop import train
     from lemur_jax.train.workdir import finished
 
     profile = parse_steps(args.profile) if args.profile else range(0)
-    with liveness.watched(config.hosts.lost_seconds):
-        liveness.agree("the config", fingerprint(config), config.hosts.connect_seconds)
+    with watchdog.watched(config.hosts.lost_seconds):
+        watchdog.agree("the config", fingerprint(config), config.hosts.connect_seconds)
         train(config, args.workdir, say, profile=profile)
     # A run that saved and stopped because its machine goes away has not failed, but it is not finished either.
     # Launchers tell the two apart by the exit status.
     if os.environ.get("LEMUR_RELAUNCH") == "1" and not finished(config, args.workdir):
-        return liveness.LOST
+        return watchdog.LOST
     return 0
 
 
 def _sweep(args) -> int:
-    from lemur_jax.common.config import load
+    from lemur_jax.config import load
 
     config = load(args.config, args.overrides)
     ratios, merges = ([word for word in text.split(",") if word] for text in (args.ratios, args.merge))
@@ -122,7 +122,7 @@ def _sweep(args) -> int:
             print(command(args.config, args.overrides, run, args.workdir))
         return 0
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
-    from lemur_jax.parallel import liveness
+    from lemur_jax.cluster import watchdog
     from lemur_jax.sweep.results import markdown
     from lemur_jax.sweep.sweep import sweep
 
@@ -140,19 +140,19 @@ def _sweep(args) -> int:
     if found:
         print(f"{markdown(found)}\nwrote {args.workdir}/index.html, table.md, pareto.svg and results.json")
     elif os.environ.get("LEMUR_RELAUNCH") == "1":
-        return liveness.LOST  # stopped, as a run that is not finished
+        return watchdog.LOST  # stopped, as a run that is not finished
     return 0
 
 
 def _doctor(args) -> None:
-    from lemur_jax.common.config import load
+    from lemur_jax.config import load
 
     config = load(args.config, args.overrides)
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
-    from lemur_jax.parallel import liveness
+    from lemur_jax.cluster import watchdog
     from lemur_jax.train.doctor import doctor
 
-    with liveness.watched(config.hosts.lost_seconds):
+    with watchdog.watched(config.hosts.lost_seconds):
         doctor(config, args.workdir)
 
 

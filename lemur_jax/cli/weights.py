@@ -67,11 +67,11 @@ def _change(args):
 
 def _import_hf(args) -> None:
     start_jax(args)
+    from lemur_jax.cluster import watchdog
     from lemur_jax.convert.import_hf import hf_tokenizer_files, import_hf
     from lemur_jax.convert.memory import keep_freed_memory
-    from lemur_jax.parallel import liveness
 
-    if liveness.process()[1] > 1:
+    if watchdog.process()[1] > 1:
         raise UserError("import-hf works on one host: run it on one alone, any mesh can read what it makes")
     keep_freed_memory()
     change = _change(args)
@@ -83,13 +83,13 @@ def _import_hf(args) -> None:
 
 def _export_hf(args) -> None:
     start_jax(args)
+    from lemur_jax.cluster import hosts, watchdog
     from lemur_jax.convert.export_hf import export_hf
     from lemur_jax.convert.memory import keep_freed_memory
-    from lemur_jax.parallel import hosts, liveness
 
     keep_freed_memory()
     # Of several hosts the first one writes, the others wait for it.
-    with liveness.watched(LOST_SECONDS):
+    with watchdog.watched(LOST_SECONDS):
         if hosts.is_chief():
             with hosts.alone():
                 model = export_hf(

@@ -24,9 +24,9 @@ from lemur_jax.convert.model_card import model_card
 from lemur_jax.convert.safetensors_writer import INDEX, plan_shards, write_index, write_shard
 from lemur_jax.convert.verify import compare_logits, compare_tensors
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
-from lemur_jax.data.chat import CHATML_TEMPLATE, stop_ids
-from lemur_jax.data.tokenizer import FILE_NAMES, Tokenizer
 from lemur_jax.models.config import LlamaConfig
+from lemur_jax.text.chat_template import CHATML_TEMPLATE, stop_ids
+from lemur_jax.text.tokenizer import FILE_NAMES, Tokenizer
 
 # The files of an export.
 _WRITTEN = {*FILE_NAMES, INDEX, "README.md", "config.json", "generation_config.json", "model.safetensors"}

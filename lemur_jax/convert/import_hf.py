@@ -17,8 +17,8 @@ from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
 from lemur_jax.convert.hf_config import read_config
 from lemur_jax.convert.hf_weights import Tensor, check_weights, open_weights
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
-from lemur_jax.data.tokenizer import read_files
 from lemur_jax.models.config import LlamaConfig
+from lemur_jax.text.tokenizer import read_files
 
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 

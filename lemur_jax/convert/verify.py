@@ -13,8 +13,8 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.convert import layout
 from lemur_jax.convert.hf_weights import check_weights, open_weights
 from lemur_jax.convert.import_hf import load_hf_params
-from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.models.config import LlamaConfig
+from lemur_jax.text.tokenizer import Tokenizer
 
 TOKENS = 512
 # Of float32 logits, by their largest: rounding gives 1e-6 to 1e-5, a wrong rotary angle or norm far more.

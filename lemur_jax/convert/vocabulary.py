@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.tokenizer import Tokenizer
-from lemur_jax.data.tokenizer_files import revise
 from lemur_jax.models.config import LlamaConfig
+from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer_files import revise
 
 Array = jax.Array | np.ndarray
 

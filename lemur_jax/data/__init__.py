@@ -1,1 +1,1 @@
-"""From seqio tasks to exact batches: tokenizer, chat, token stores, rows, mixture, loader."""
+"""From token stores to exact batches: store, rows, mixture, loader."""

@@ -11,11 +11,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lemur_jax.data.budget import budget, format_budget
+from lemur_jax.data.manifest import describe_labels
 from lemur_jax.data.mixture import Mixture, open_mixture
-from lemur_jax.data.parts import describe_labels
 from lemur_jax.data.rows import FitRows
 from lemur_jax.data.store import TokenStore
-from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 240  # of a document or row that are shown
 COUNTED_STEPS = 100

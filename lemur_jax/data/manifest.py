@@ -10,6 +10,8 @@ from etils import epath
 import lemur_jax
 from lemur_jax.common.errors import UserError, reason_of
 
+_SHOWN_LABELS = 20
+
 FORMAT_VERSION = 1
 
 
@@ -86,3 +88,11 @@ def read_manifest(path: epath.PathLike) -> Manifest:
         return Manifest(**fields)
     except TypeError as error:
         raise UserError(f"{file} is damaged ({error}): {remake}") from error
+
+
+def describe_labels(manifest: Manifest) -> str:
+    """The labels with most documents, for people."""
+    labels = manifest.labels
+    most = sorted(labels, key=lambda label: (-labels[label]["documents"], label))
+    shown = ", ".join(f"{label or '(none)'} {labels[label]['documents']:,}" for label in most[:_SHOWN_LABELS])
+    return shown + (f" and {len(most) - _SHOWN_LABELS:,} more" if len(most) > _SHOWN_LABELS else "")

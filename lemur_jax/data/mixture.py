@@ -21,7 +21,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.data.permutation import key_of, permute
 from lemur_jax.data.rows import Batch, ConcatRows, FitRows, Rows
 from lemur_jax.data.store import TokenStore
-from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer import Tokenizer
 
 PACKINGS: dict[str, Callable[[TokenStore, int], Rows]] = {"concat": ConcatRows, "fit": FitRows}
 

@@ -26,7 +26,7 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.arrays import ArrayWriter, finish, open_array, read_spans
 from lemur_jax.data.manifest import Manifest, read_manifest
-from lemur_jax.data.tokenizer import Tokenizer, compatible
+from lemur_jax.text.tokenizer import Tokenizer, compatible
 
 _PROGRESS = "progress.json"  # in a store that is being written
 BLOCK = 4096  # tokens between two entries of `block_documents`

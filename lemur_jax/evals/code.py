@@ -15,11 +15,11 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.chat import Message, encode_chat
 from lemur_jax.evals.sandbox import Limits, Result, run_python
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
+from lemur_jax.text.chat_template import Message, encode_chat
 
 # Where a function's body is over (Chen et al. 2021, "Evaluating Large Language Models Trained on Code").
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")

@@ -12,15 +12,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from lemur_jax.cluster import hosts
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.chat import chat_template as template_of
-from lemur_jax.data.chat import render, stop_ids
 from lemur_jax.infer.generate import bucket, stream
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.score import BATCH_TOKENS, score
 from lemur_jax.infer.session import Session, load
-from lemur_jax.parallel import hosts
 from lemur_jax.parallel.mesh import parse_mesh
+from lemur_jax.text.chat_template import chat_template as template_of
+from lemur_jax.text.chat_template import render, stop_ids
 
 try:
     from lm_eval import utils

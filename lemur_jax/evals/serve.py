@@ -14,13 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.chat import encode_chat, stop_ids
 from lemur_jax.infer.complete import Text, complete
 from lemur_jax.infer.generate import stream
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.score import score, top_logprobs
 from lemur_jax.infer.session import Session
 from lemur_jax.infer.text import stream_text
+from lemur_jax.text.chat_template import encode_chat, stop_ids
 
 try:
     from starlette.applications import Starlette

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from lemur_jax.data.chat import Message, encode_chat, stop_ids
 from lemur_jax.infer.generate import stream
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 from lemur_jax.infer.text import stream_text
+from lemur_jax.text.chat_template import Message, encode_chat, stop_ids
 
 HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C cuts an answer short"
 

@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
-from lemur_jax.data.chat import stop_ids
 from lemur_jax.infer.generate import bucket, stream
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 from lemur_jax.infer.text import continuation
+from lemur_jax.text.chat_template import stop_ids
 
 # Tokens of a batch, padding and room for generation included.
 BATCH_TOKENS = 8192

@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.source import open_source
-from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.infer.programs import Programs, programs
 from lemur_jax.infer.quantize import WEIGHTS, check_installed, quantize
 from lemur_jax.models import llama
@@ -17,6 +16,7 @@ from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import Compute, Params
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import param_shardings
+from lemur_jax.text.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 

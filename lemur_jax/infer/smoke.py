@@ -10,11 +10,11 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.convert.hf_config import read_config
 from lemur_jax.convert.hf_weights import holds_weights
 from lemur_jax.convert.verify import transformers_model
-from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.reference import Reference
 from lemur_jax.infer.score import score
 from lemur_jax.infer.session import Session
+from lemur_jax.text.tokenizer import Tokenizer
 
 NEW_TOKENS = 48
 

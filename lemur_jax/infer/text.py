@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer import Tokenizer
 
 # Tokens before the generated ones that are decoded with them: what a token looks like can depend on
 # its neighbours (a leading space, a character spelled in bytes), though not on more than these.

@@ -113,7 +113,7 @@ Estimated, not measured: {best.seconds:.3f} s a step, {made.tokens_per_second_pe
 
 import os
 
-from lemur_jax.common.config import load
+from lemur_jax.config import load
 
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), {beside!r})
 OVERRIDES: list[str] = {list(overrides)!r}

@@ -23,8 +23,8 @@ import jax
 from ml_collections import ConfigDict
 
 import lemur_jax
-from lemur_jax.common.config import to_json
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import to_json
 from lemur_jax.models.remat import POLICIES
 from lemur_jax.plan import analytic, topologies
 from lemur_jax.plan.cost import CHIPS

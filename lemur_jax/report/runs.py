@@ -8,8 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from lemur_jax.common.config import flatten
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import flatten
 from lemur_jax.telemetry.metrics import METRICS_FILE, Record, read_metrics
 
 CONFIG_FILE = "config.json"

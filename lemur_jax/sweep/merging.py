@@ -17,10 +17,10 @@ from etils import epath
 
 from lemur_jax.checkpoint.manager import restore_params
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.sweep.runs import SweepRun, run_config, run_directory
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
+from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.evaluate import Evaluations, open_held_out
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.step import Program

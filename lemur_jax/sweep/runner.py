@@ -8,12 +8,12 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lemur_jax.common.config import to_json
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import to_json
 from lemur_jax.data.budget import budget, check_budget
 from lemur_jax.data.mixture import open_mixture
-from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.sweep.runs import SweepRun, run_config, run_directory
+from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
 from lemur_jax.train.loop import train
 from lemur_jax.train.workdir import claim, finished

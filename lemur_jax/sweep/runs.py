@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from lemur_jax.common.config import flatten, load
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import flatten, load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

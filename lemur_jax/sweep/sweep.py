@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from etils import epath
 
-from lemur_jax.common.config import load
+from lemur_jax.config import load
 from lemur_jax.sweep import merging, pareto, results, runner, runs
 
 

@@ -18,15 +18,15 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from lemur_jax.common.config import fingerprint
+from lemur_jax.cluster import watchdog
+from lemur_jax.cluster.hosts import alone
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import fingerprint
 from lemur_jax.data.budget import budget, check_budget
 from lemur_jax.data.mixture import open_mixture
-from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.models.config import LlamaConfig
-from lemur_jax.parallel import liveness
-from lemur_jax.parallel.hosts import alone
 from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.evaluate import open_held_out
 from lemur_jax.train.initial import open_initial
 from lemur_jax.train.step import build
@@ -66,7 +66,7 @@ def doctor(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], Non
     patience = config.hosts.connect_seconds
     mine = list(_examine(config, epath.Path(workdir), patience))
     payload = json.dumps([socket.gethostname(), [dataclasses.asdict(finding) for finding in mine]])
-    hosts = [json.loads(text) for text in liveness.exchange("findings", payload, patience)]
+    hosts = [json.loads(text) for text in watchdog.exchange("findings", payload, patience)]
     names = [f"host {number} ({name})" for number, (name, _) in enumerate(hosts)]
     rows = _merge(names, [[Finding(**found) for found in findings] for _, findings in hosts])
     bad = [check for check, good, _ in rows if not good]
@@ -131,7 +131,7 @@ def _versions() -> str:
 
 def _storage(config: ConfigDict, workdir: epath.Path, size: int | None, patience: float) -> Iterator[Finding]:
     """Writes, reads and removes a file of every host in the workdir."""
-    me, count = liveness.process()
+    me, count = watchdog.process()
     made = not workdir.exists()
     probe = workdir / f".doctor-{me}"
     skew = 0.0
@@ -144,23 +144,23 @@ def _storage(config: ConfigDict, workdir: epath.Path, size: int | None, patience
             raise UserError("what was written is not what is read")
         changed = probe.stat().mtime
         skew = max(before - changed, changed - after, 0.0)
-    liveness.barrier("probes written", patience)
+    watchdog.barrier("probes written", patience)
     unseen = [host for host in range(count) if not problem and not (workdir / f".doctor-{host}").exists()]
     if unseen and not problem:
         problem.append(f"the files of host {', '.join(map(str, unseen))} are not seen here: is it shared?")
     yield _finding("workdir", problem, f"{workdir}: written, read and shared" if count > 1 else
                    f"{workdir}: written and read")  # fmt: skip
     yield _free_disk(config, workdir, size)
-    clocks = [float(text) for text in liveness.exchange("clock", str(time.time()), patience)]
+    clocks = [float(text) for text in watchdog.exchange("clock", str(time.time()), patience)]
     spread = max(clocks) - min(clocks)
     detail = f"hosts differ by {spread:.1f} s" if count > 1 else "one host"
     good = max(spread, skew) <= _CLOCK_SECONDS
     yield Finding(check="clock", good=good, detail=f"{detail}, the workdir's storage by {skew:.1f} s")
-    liveness.barrier("probes seen", patience)
+    watchdog.barrier("probes seen", patience)
     with contextlib.suppress(OSError):
         probe.unlink()
     # Whoever came first made the directory; nobody's file is in it any more when all have said so.
-    made = str(True) in liveness.exchange("workdir made", str(made), patience)
+    made = str(True) in watchdog.exchange("workdir made", str(made), patience)
     if made and me == 0:
         with contextlib.suppress(OSError):
             workdir.rmdir()  # refuses where something is in it

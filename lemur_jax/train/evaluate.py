@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from lemur_jax.data.loader import held_out_batches
 from lemur_jax.data.mixture import open_rows
 from lemur_jax.data.rows import Rows
-from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.metrics import MetricsWriter, Record
+from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.balance import balance, check_groups, group_ratios
 from lemur_jax.train.saves import due
 from lemur_jax.train.step import Program

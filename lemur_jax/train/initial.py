@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.source import Source, open_source
 from lemur_jax.convert.vocabulary import resize
-from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
+from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.state import abstract_params, shardings_of
 from lemur_jax.train.step import Program
 

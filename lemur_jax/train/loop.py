@@ -10,21 +10,21 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lemur_jax.checkpoint.manager import make_metadata
-from lemur_jax.common.config import to_json
+from lemur_jax.cluster.hosts import any_host, wait_for_all
+from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import to_json
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.loader import Loader
 from lemur_jax.data.mixture import open_mixture
-from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.models.llama import num_params
-from lemur_jax.parallel.hosts import any_host, wait_for_all
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.metrics import MetricsWriter
 from lemur_jax.telemetry.profiler import check_steps, traced
 from lemur_jax.telemetry.progress import Progress
+from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.evaluate import Evaluations, open_held_out, unscored
-from lemur_jax.train.interruption import Interruption
 from lemur_jax.train.journal import Journal, open_journal
 from lemur_jax.train.saves import Saves, due
 from lemur_jax.train.spikes import too_many_skips

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from lemur_jax.checkpoint.local import LocalCheckpoints, directory_of
 from lemur_jax.checkpoint.manager import Checkpoints
+from lemur_jax.cluster.hosts import any_host, is_chief, wait_for_all
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.loader import Loader
-from lemur_jax.parallel.hosts import any_host, is_chief, wait_for_all
 from lemur_jax.train import state as states
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.spikes import memory, rollback_target, rolled_back

@@ -12,12 +12,12 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from lemur_jax.common.config import flatten, to_json
+from lemur_jax.cluster.lease import lease
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.paths import is_object_store
+from lemur_jax.config import flatten, to_json
 from lemur_jax.telemetry.metrics import METRICS_FILE, read_metrics
 from lemur_jax.train.evaluate import unscored
-from lemur_jax.train.lease import lease
 
 # What may differ between a run and its resumption: nothing of it changes the result beyond rounding.
 FREE = (

@@ -16,7 +16,7 @@ from etils import epath
 from lemur_jax.checkpoint import listing, manager
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.export_hf import export_hf
-from tests.train.tiny import first_state, program_on
+from tests.helpers.tiny import first_state, program_on
 
 METADATA = manager.make_metadata(model={"vocab_size": 512}, tokenizer_files={"tokenizer.model": b"abc"})
 PROGRAM = program_on((1, 1, 1, 1))

@@ -9,7 +9,7 @@ import pytest
 from lemur_jax.checkpoint import listing, manager
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
-from tests.train.tiny import first_state, program_on
+from tests.helpers.tiny import first_state, program_on
 
 
 @pytest.fixture(scope="module")

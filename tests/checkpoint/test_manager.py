@@ -7,7 +7,7 @@ import pytest
 
 from lemur_jax.checkpoint import manager
 from lemur_jax.common.errors import UserError
-from tests.train.tiny import first_state, program_on, tiny_config
+from tests.helpers.tiny import first_state, program_on, tiny_config
 
 METADATA = manager.make_metadata(
     model={"vocab_size": 512},

@@ -18,7 +18,7 @@ from lemur_jax.checkpoint import echoes, manager
 from lemur_jax.checkpoint.metadata import LateJsonHandler
 from lemur_jax.checkpoint.streaming import Streamed
 from lemur_jax.common.errors import UserError
-from tests.train.tiny import first_state, program_on
+from tests.helpers.tiny import first_state, program_on
 
 METADATA = manager.make_metadata(model={}, tokenizer_files={})
 

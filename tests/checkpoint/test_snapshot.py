@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lemur_jax.checkpoint import manager
 from lemur_jax.checkpoint.snapshot import snapshot
 from tests.checkpoint.test_policies import full_disk, slow_storage
-from tests.train.tiny import first_state, program_on
+from tests.helpers.tiny import first_state, program_on
 
 METADATA = manager.make_metadata(model={"vocab_size": 512}, tokenizer_files={})
 SPECS = [("a", "b"), (None, "a"), ("b",), (("b", "a"),), ()]

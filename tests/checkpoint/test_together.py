@@ -27,7 +27,7 @@ class Store(dict):
 @pytest.fixture
 def hosts(monkeypatch):
     """The barriers of two hosts, each of which is a thread of its number's name."""
-    monkeypatch.setattr(together.liveness, "process", lambda: (int(threading.current_thread().name), 2))
+    monkeypatch.setattr(together.watchdog, "process", lambda: (int(threading.current_thread().name), 2))
     monkeypatch.setattr(together, "_FAILURE_SECONDS", 0.3)
     store, made = Store(), []
     for _ in range(2):

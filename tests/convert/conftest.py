@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from lemur_jax.data.tokenizer_files import train_sentencepiece
+from lemur_jax.text.tokenizer_files import train_sentencepiece
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -28,11 +28,11 @@ from lemur_jax.convert import layout
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.convert.vocabulary import AS_IT_IS
-from lemur_jax.data.chat import CHATML_TOKENS
-from lemur_jax.data.tokenizer import Tokenizer
-from lemur_jax.data.tokenizer_files import extend
 from lemur_jax.models.llama import abstract_params
 from lemur_jax.models.presets import preset
+from lemur_jax.text.chat_template import CHATML_TOKENS
+from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer_files import extend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

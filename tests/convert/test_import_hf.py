@@ -16,11 +16,11 @@ import torch
 from lemur_jax.checkpoint.manager import read_metadata, restore_params, tokenizer_files
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.import_hf import import_hf, load_hf_params
-from lemur_jax.data.tokenizer_files import extend
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import abstract_params, logical_axes
 from lemur_jax.parallel.mesh import AXES, make_mesh
 from lemur_jax.parallel.rules import param_shardings
+from lemur_jax.text.tokenizer_files import extend
 
 
 def expected_params(state, config):

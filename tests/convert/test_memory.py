@@ -35,7 +35,7 @@ def run(words):
 
 # Straight onto eight devices, in half the bytes.
 LOAD = """
-from lemur_jax.parallel.hosts import choose_platform
+from lemur_jax.cluster.hosts import choose_platform
 choose_platform(8)
 import jax
 from lemur_jax.convert.source import open_source

@@ -20,12 +20,12 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.convert import vocabulary
 from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.convert.vocabulary import Change
-from lemur_jax.data.chat import CHATML_TOKENS
-from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.models.llama import abstract_params, init_params, logical_axes
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import AXES, make_mesh
 from lemur_jax.parallel.rules import param_shardings
+from lemur_jax.text.chat_template import CHATML_TOKENS
+from lemur_jax.text.tokenizer import Tokenizer
 
 
 def tables(rows, dtype=np.float32, tied=False):

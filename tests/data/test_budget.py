@@ -3,7 +3,7 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.mixture import Mixture, Stage
-from tests.data.made_up import source
+from tests.helpers.fake_rows import source
 
 
 def test_budget():

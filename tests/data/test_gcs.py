@@ -16,15 +16,16 @@ SCRIPT = """
 import json, sys
 import numpy as np
 from ml_collections import ConfigDict
-from lemur_jax.data import chat_sources, tasks
-from lemur_jax.data.prepare import prepare
-from lemur_jax.data.fields import Fields
+from lemur_jax.text import conversation_formats
+from lemur_jax.prepare import tasks
+from lemur_jax.prepare.prepare import prepare
+from lemur_jax.prepare.fields import Fields
 from lemur_jax.data.rows import ConcatRows, FitRows
 from lemur_jax.data.store import TokenStore
 
 config, folder = ConfigDict(json.loads(sys.argv[1])), sys.argv[2]
 tasks.add_files("texts", f"{folder}/texts.jsonl", held_out=0.2)
-tasks.add_files("talks", f"{folder}/talks.jsonl", Fields(messages=chat_sources.openai), held_out=0.2)
+tasks.add_files("talks", f"{folder}/talks.jsonl", Fields(messages=conversation_formats.openai), held_out=0.2)
 for _ in range(2):
     prepare(config)
 print("READ", flush=True)

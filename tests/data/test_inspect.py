@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from lemur_jax.common.config import default_config
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.chat import encode_chat
+from lemur_jax.config import default_config
 from lemur_jax.data.inspect import histogram, inspect_config, inspect_store, page, printable
 from lemur_jax.models.presets import preset
+from lemur_jax.text.chat_template import encode_chat
 
 TALK = [{"role": "user", "content": "Grüße?"}, {"role": "assistant", "content": "Ja,\nvielen Dank."}]
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.mixture import Mixture, Source, open_mixture, open_rows
 from lemur_jax.data.rows import ConcatRows, FitRows
-from tests.data.made_up import FakeRows, ids_of, source
+from tests.helpers.fake_rows import FakeRows, ids_of, source
 
 
 def test_ten_to_one():

@@ -7,7 +7,7 @@ import pytest
 
 from lemur_jax.data.mixture import Mixture, Source, Stage
 from lemur_jax.data.rows import ConcatRows, FitRows
-from tests.data.made_up import FakeRows
+from tests.helpers.fake_rows import FakeRows
 
 LENGTH = 4096
 DOCUMENTS = 1_000_000

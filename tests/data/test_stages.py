@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lemur_jax.common.config import default_config
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import default_config
 from lemur_jax.data.mixture import Mixture, Stage, stages_of
 from lemur_jax.models.presets import preset
-from tests.data.made_up import ids_of, source
+from tests.helpers.fake_rows import ids_of, source
 
 
 def stages(*pairs):

@@ -16,7 +16,7 @@ import uuid
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from lemur_jax.checkpoint.manager import read_metadata
-from lemur_jax.parallel.hosts import choose_platform
+from lemur_jax.cluster.hosts import choose_platform
 from lemur_jax.telemetry.metrics import read_metrics
 from tests.faults.faults import ENDS
 from tests.train.test_resume import make_project, without_clock

@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from lemur_jax.data.tokenizer import Tokenizer
-from lemur_jax.data.tokenizer_files import train_sentencepiece
+from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer_files import train_sentencepiece
 from tests.train.test_resume import write_store
 
 STEPS = 8
 
 CONFIG = f"""
-from lemur_jax.common.config import default_config
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 def get_config(arg=""):

@@ -14,9 +14,9 @@ import pytest
 from lemur_jax.checkpoint import listing
 from lemur_jax.checkpoint.manager import read_metadata, steps_in
 from lemur_jax.telemetry.metrics import read_metrics
+from tests.helpers.metadata_server import serving
 from tests.hosts.conftest import STEPS
 from tests.hosts.test_two_hosts import final_params
-from tests.train.metadata_server import serving
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_sigterm_on_one_host_ends_an_evaluation_on_both_and_the_next_start_makes
 # Of two hosts, each with four devices: a tree that both rows of the mesh hold.
 TREE = """
 import os, pathlib, resource, signal, sys, threading, time
-from lemur_jax.parallel import hosts
+from lemur_jax.cluster import hosts
 hosts.choose_platform(4)
 hosts.join()
 import jax
@@ -243,7 +243,7 @@ def test_hosts_wait_for_the_directories_of_the_workdir_beside_local_checkpoints(
 ASKED_ELSEWHERE = (
     TREE
     + """
-from lemur_jax.train.interruption import Interruption
+from lemur_jax.cluster.preemption import Interruption
 if sys.argv[2] == "local":
     saves = local.LocalCheckpoints(f"{sys.argv[1]}/{jax.process_index()}", mesh)
 else:

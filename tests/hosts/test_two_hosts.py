@@ -16,24 +16,24 @@ import numpy as np
 import pytest
 
 from lemur_jax.checkpoint.manager import read_metadata, restore_params, steps_in
+from lemur_jax.cluster.watchdog import LOST
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import abstract_params
-from lemur_jax.parallel.liveness import LOST
 from lemur_jax.telemetry.metrics import read_metrics
+from tests.helpers.planted import plant
 from tests.hosts.conftest import STEPS, Project, finish
-from tests.train.planted import plant
 from tests.train.test_workdir import hold
 
 # Prints what this process holds of three batches: {"step row key": digest}.
 BATCHES = """
 import hashlib, json, os
-from lemur_jax.parallel import hosts
+from lemur_jax.cluster import hosts
 hosts.choose_platform(int(os.environ["DEVICES"]))
 hosts.join()
-from lemur_jax.common.config import load
+from lemur_jax.config import load
 from lemur_jax.data.loader import Loader
 from lemur_jax.data.mixture import open_mixture
-from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
 config = load("config.py")
@@ -359,7 +359,7 @@ def test_doctor_says_which_host_cannot_read_the_first_parameters(hosts_project, 
 ENDS = """
 import argparse, sys
 from lemur_jax import cli
-from lemur_jax.parallel import hosts, liveness
+from lemur_jax.cluster import hosts, watchdog
 hosts.choose_platform(1)
 kind, bad = sys.argv[1], int(sys.argv[2])
 
@@ -367,7 +367,7 @@ def run(args):
     hosts.join(60, 20)
     import jax
     jax.devices()
-    with liveness.watched(20):
+    with watchdog.watched(20):
         hosts.wait_for_all("go")
         if jax.process_index() == bad:
             raise KeyboardInterrupt if kind == "interrupted" else RuntimeError("unforeseen")

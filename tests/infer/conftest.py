@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from lemur_jax.checkpoint.manager import make_metadata, write_params
-from lemur_jax.data.chat import CHATML_TOKENS
-from lemur_jax.data.tokenizer import Tokenizer
-from lemur_jax.data.tokenizer_files import extend, train_sentencepiece
 from lemur_jax.infer.session import Session, make_session
 from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import make_mesh, parse_mesh
+from lemur_jax.text.chat_template import CHATML_TOKENS
+from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer_files import extend, train_sentencepiece
 
 
 def mesh_of(text: str):

@@ -3,11 +3,11 @@
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.chat import encode_chat
-from lemur_jax.data.tokenizer_files import extend
 from lemur_jax.infer import chat
 from lemur_jax.infer.chat import converse, fit, reply
 from lemur_jax.infer.complete import complete
+from lemur_jax.text.chat_template import encode_chat
+from lemur_jax.text.tokenizer_files import extend
 from tests.infer.conftest import recite
 
 ANSWER = "yes: 😀!"

@@ -13,13 +13,13 @@ from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import source
 from lemur_jax.convert.hf_config import to_hf
-from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.infer import reference
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.score import score
 from lemur_jax.infer.session import make_session
 from lemur_jax.infer.smoke import NEW_TOKENS, PROMPTS, smoke
 from lemur_jax.models.presets import preset
+from lemur_jax.text.tokenizer import Tokenizer
 from tests.infer.conftest import fresh_params, mesh_of
 
 

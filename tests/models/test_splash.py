@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lemur_jax.common.config import default_config
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import default_config
 from lemur_jax.models import llama, splash
 from lemur_jax.models.llama import Compute
 from lemur_jax.models.presets import preset

@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from lemur_jax.common.config import default_config, load
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import default_config, load
 from lemur_jax.models.presets import preset
 from lemur_jax.plan.generate import plan_generate, report_generate
 from lemur_jax.telemetry.flops import parameter_counts

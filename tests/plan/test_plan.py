@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from lemur_jax.common.config import default_config, load
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import default_config, load
 from lemur_jax.models.presets import preset
 from lemur_jax.plan import analytic, hlo, topologies
 from lemur_jax.plan import compile as compiling

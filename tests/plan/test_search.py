@@ -5,13 +5,13 @@ import json
 import pytest
 
 from lemur_jax.cli import main
-from lemur_jax.common.config import default_config, load
+from lemur_jax.config import default_config, load
 from lemur_jax.models.presets import preset
 from lemur_jax.plan import analytic, pareto, search, topologies
 from lemur_jax.plan.plan import plan
 
 BASE = """
-from lemur_jax.common.config import default_config
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 def get_config(arg=""):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lemur_jax.common.config import default_config, to_json
+from lemur_jax.config import default_config, to_json
 from lemur_jax.models.presets import preset
 from lemur_jax.telemetry.metrics import MetricsWriter
 

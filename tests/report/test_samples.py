@@ -6,12 +6,12 @@ import re
 import pytest
 
 from lemur_jax.cli import main
-from lemur_jax.common.config import load
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.tokenizer import Tokenizer
+from lemur_jax.config import load
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.session import load as load_session
 from lemur_jax.report.samples import MAX_NEW_TOKENS, SAMPLING, sample
+from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import loop
 from tests.train.test_resume import make_project
 

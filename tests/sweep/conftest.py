@@ -6,13 +6,13 @@ import pytest
 
 from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.data.store import StoreWriter
-from lemur_jax.data.tokenizer import Tokenizer
-from lemur_jax.data.tokenizer_files import train_sentencepiece
 from lemur_jax.models import llama
 from lemur_jax.models.presets import preset
+from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer_files import train_sentencepiece
 
 CONFIG = """
-from lemur_jax.common.config import default_config
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 def get_config(arg=""):

@@ -5,8 +5,8 @@ import shlex
 import pytest
 
 from lemur_jax.cli import main
-from lemur_jax.common.config import default_config, load
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import default_config, load
 from lemur_jax.models.presets import preset
 from lemur_jax.sweep.runs import plan_runs, run_config
 

@@ -11,13 +11,13 @@ import time
 import pytest
 
 from lemur_jax.checkpoint.manager import read_metadata, steps_in
-from lemur_jax.common.config import load
+from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import load
 from lemur_jax.sweep.runner import building_once
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.train import loop
 from lemur_jax.train.evaluate import Evaluations
-from lemur_jax.train.interruption import Interruption
 from lemur_jax.train.workdir import finished
 from tests.train.test_resume import project, without_clock  # noqa: F401
 

@@ -6,13 +6,13 @@ import jax
 import pytest
 
 from lemur_jax.checkpoint.manager import make_metadata, write_params
-from lemur_jax.common.config import load
+from lemur_jax.cluster import watchdog
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.tokenizer import Tokenizer
-from lemur_jax.data.tokenizer_files import train_sentencepiece
+from lemur_jax.config import load
 from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
-from lemur_jax.parallel import liveness
+from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer_files import train_sentencepiece
 from lemur_jax.train import doctor as module
 from lemur_jax.train.doctor import doctor
 from tests.hosts.conftest import Project
@@ -123,7 +123,7 @@ def test_host_with_other_versions_is_named(examine, monkeypatch):
         other = [{**one, "detail": one["detail"].replace("jax 0.", "jax 9.")} for one in findings]
         return [value, json.dumps(["other", other])]
 
-    monkeypatch.setattr(liveness, "exchange", exchange)
+    monkeypatch.setattr(watchdog, "exchange", exchange)
     said = examine()
     assert "FAIL  versions           host 1 (other): python" in said
     assert "because of versions, clock" in said

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.train import evaluate
-from tests.train.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 
 class Sums:

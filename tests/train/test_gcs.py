@@ -15,7 +15,7 @@ SCRIPT = """
 import os, signal, sys
 from etils import epath
 from lemur_jax.cli import main
-from lemur_jax.train.interruption import Interruption
+from lemur_jax.cluster.preemption import Interruption
 
 workdir = epath.Path(sys.argv[1])
 words = ["train", "--config", "config.py", "--workdir", str(workdir), "--config.train.steps=6"]

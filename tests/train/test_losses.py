@@ -9,7 +9,7 @@ import pytest
 
 from lemur_jax.models import llama
 from lemur_jax.train.losses import row_sums
-from tests.train.tiny import LENGTH, ROWS, first_state, placed, program_on, tiny_config
+from tests.helpers.tiny import LENGTH, ROWS, first_state, placed, program_on, tiny_config
 
 B, T, D, V = 3, 24, 8, 40
 Z = 0.1

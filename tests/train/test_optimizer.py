@@ -16,7 +16,7 @@ from lemur_jax.models.llama import abstract_params, logical_axes
 from lemur_jax.models.presets import preset
 from lemur_jax.train.optimizer import decayed, make_optimizer, schedule
 from lemur_jax.train.state import abstract_state, shardings_of
-from tests.train.tiny import program_on, tiny_config
+from tests.helpers.tiny import program_on, tiny_config
 
 AXES = {"matrix": ("embed", "mlp"), "layers": {"scale": ("layers", "norm")}}
 

@@ -18,18 +18,18 @@ import pytest
 from lemur_jax.checkpoint.manager import read_metadata, restore_params
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.data.store import StoreWriter
-from lemur_jax.data.tokenizer import Tokenizer
-from lemur_jax.data.tokenizer_files import train_sentencepiece
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import abstract_params
 from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer_files import train_sentencepiece
 from lemur_jax.train.steplog import CLOCK_KEYS
 from tests.train.test_steplog import documented
 
 STEPS = 24
 
 CONFIG = f"""
-from lemur_jax.common.config import default_config
+from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 def get_config(arg=""):

@@ -15,9 +15,9 @@ from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.train.losses import row_sums
 from lemur_jax.train.optimizer import decayed, make_optimizer, schedule
 from lemur_jax.train.spikes import memory, rollback_target, skip_spikes
-from tests.train.planted import plant
+from tests.helpers.planted import plant
+from tests.helpers.tiny import first_state, placed, program_on, tiny_config
 from tests.train.test_resume import final_params, finish, kill_somewhere, project, without_clock  # noqa: F401
-from tests.train.tiny import first_state, placed, program_on, tiny_config
 
 
 def test_rule_is_the_median_of_the_accepted_norms():

@@ -6,7 +6,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.models import llama
-from tests.train.tiny import first_state, placed, program_on, tiny_config
+from tests.helpers.tiny import first_state, placed, program_on, tiny_config
 
 STEPS = 3
 

@@ -9,8 +9,8 @@ import types
 import numpy as np
 import pytest
 
+from lemur_jax.cluster import watchdog
 from lemur_jax.models.presets import preset
-from lemur_jax.parallel import liveness
 from lemur_jax.telemetry import goodput
 from lemur_jax.telemetry.metrics import MetricsWriter
 from lemur_jax.train import steplog
@@ -141,7 +141,7 @@ def test_goodput_counts_from_the_first_start(clock, memory, tmp_path):
 
 def test_every_key_is_documented_and_every_documented_key_is_written(clock, memory, monkeypatch):
     """Of records of training and time here; those of evaluation are in test_resume.py."""
-    monkeypatch.setattr(steplog.liveness, "told", lambda _: {0: 1.0, 1: 2.0})
+    monkeypatch.setattr(steplog.watchdog, "told", lambda _: {0: 1.0, 1: 2.0})
     more = {"skips_in_a_row": np.int32(1), "grad_norm_limit": np.float32(1.2), "row_loss": np.ones(ROWS)}
     written = collections.defaultdict(set)
     for record in run(clock, **more):
@@ -188,7 +188,7 @@ def test_nothing_is_said_of_an_unknown_chip(clock):
 @pytest.mark.parametrize("handing", [0.0, 4.0])
 def test_a_host_that_waits_for_room_on_its_devices_is_no_straggler(clock, monkeypatch, handing):
     told = []
-    monkeypatch.setattr(liveness, "tell", lambda name, value: told.append(value))
+    monkeypatch.setattr(watchdog, "tell", lambda name, value: told.append(value))
     run(clock, handing=handing)
     assert told == [pytest.approx(10.0)] * 2  # of a step: its data, and what the host does itself
 

@@ -7,12 +7,12 @@ import pytest
 from etils import epath
 
 from lemur_jax import cli
+from lemur_jax.cluster.watchdog import LOST
 from lemur_jax.common.errors import UserError
-from lemur_jax.parallel.liveness import LOST
 from lemur_jax.train import loop
 from lemur_jax.train.workdir import alone_in, claim, finished
+from tests.helpers.tiny import tiny_config
 from tests.train.test_resume import project  # noqa: F401
-from tests.train.tiny import tiny_config
 
 
 def test_other_hosts_never_see_half_a_config(tmp_path):
@@ -61,7 +61,9 @@ def test_finished_means_the_last_step_is_saved(tmp_path):
 @pytest.mark.parametrize(("relaunch", "saved", "status"), [("1", 10, 0), ("1", 9, LOST), ("", 9, 0)], ids=str)
 def test_launchers_see_whether_a_run_that_stopped_is_finished(tmp_path, monkeypatch, relaunch, saved, status):
     path = tmp_path / "c.py"
-    path.write_text("from tests.train.tiny import tiny_config\ndef get_config(arg=''): return tiny_config()")
+    path.write_text(
+        "from tests.helpers.tiny import tiny_config\ndef get_config(arg=''): return tiny_config()"
+    )
 
     def train(config, workdir, say, profile):
         (tmp_path / "checkpoints" / str(saved)).mkdir(parents=True)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.chat import Message, encode_chat
 from lemur_jax.evals.agents import environments, tools
 from lemur_jax.evals.agents.environments import Environment, PythonEnvironment, Step
 from lemur_jax.evals.code import humaneval
@@ -16,6 +15,7 @@ from lemur_jax.infer.chat import fit
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
+from lemur_jax.text.chat_template import Message, encode_chat
 
 # A conversation to the next turn of the assistant.
 Agent = Callable[[Sequence[Message]], str]

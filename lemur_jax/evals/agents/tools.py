@@ -1,6 +1,6 @@
 """Tool calls, and a scripted user who is lazy: says more only when asked, or when the answer is wrong.
 
-Calls are written as our chat data writes them (`data/chat_sources.py`): JSON with `name` and `arguments` between
+Calls are written as in `text/conversation_formats.py`: JSON with `name` and `arguments` between
 <tool_call> and </tool_call>, OpenAI's `tool_calls` as text; results come back in turns of the role `tool`.
 """
 

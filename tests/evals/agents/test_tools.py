@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from lemur_jax.data.chat import CHATML_TOKENS, encode_chat
-from lemur_jax.data.chat_sources import openai
 from lemur_jax.evals.agents.episodes import failure, run_episode
 from lemur_jax.evals.agents.page import page
 from lemur_jax.evals.agents.tools import SHOP, TOOLS, schemas, tool_environments
+from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat
+from lemur_jax.text.conversation_formats import openai
 from tests.evals.agents.test_episodes import scripted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")

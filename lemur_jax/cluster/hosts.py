@@ -1,0 +1,210 @@
+"""Platform and hosts of a run: chosen and joined before JAX touches a device."""
+
+import contextlib
+import contextvars
+import glob
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from lemur_jax.common.errors import UserError
+
+_alone = contextvars.ContextVar("alone", default=False)
+
+
+# What XLA must be told where many virtual devices, or several processes, share few cores. XLA:CPU starts a program's
+# independent operations at once and each collective holds a thread until all devices have joined it: with the schedule
+# for concurrency every thread can wait for a device that gets none (seen with jaxlib 0.10.2 within a minute of steps
+# over eight devices). One operation after another is as fast here and cannot. And devices on busy cores keep each
+# other waiting longer than the 40 s after which XLA aborts.
+_CPU_FLAGS = {
+    "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
+    "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
+}
+
+
+def choose_platform(virtual_devices: int = 0) -> None:
+    """Settles `JAX_PLATFORMS`, and XLA's flags on the CPU, before JAX initializes.
+
+    With libtpu installed and no TPU present, JAX spends seconds and a page of warnings to find out;
+    so where no accelerator is seen and the user said nothing, the platform is the CPU.
+
+    Args:
+      virtual_devices: > 0: this many virtual CPU devices, whatever hardware there is and whatever XLA_FLAGS says.
+        Other flags that the user set stay as they are.
+
+    Raises:
+      UserError: fewer than none.
+    """
+    if virtual_devices < 0:
+        raise UserError(
+            f"--virtual-devices is {virtual_devices}: it must be 1 or above, or 0 for the hardware"
+        )
+    if virtual_devices or ("JAX_PLATFORMS" not in os.environ and not _accelerator_present()):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        flags = dict(flag.partition("=")[::2] for flag in os.environ.get("XLA_FLAGS", "").split())
+        if virtual_devices:
+            flags["--xla_force_host_platform_device_count"] = str(virtual_devices)
+        flags = _CPU_FLAGS | flags
+        os.environ["XLA_FLAGS"] = " ".join(
+            f"{name}={value}" if value else name for name, value in flags.items()
+        )
+    # Orbax and JAX log every checkpoint and every compile at INFO through absl. Who asks for absl's logger before absl
+    # has made it gets one for ever that takes absl itself for the caller, and checkpoint/echoes.py looks for callers.
+    import absl.logging  # noqa: F401
+
+    for name in ("absl", "jax", "orbax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _accelerator_present() -> bool:
+    """Whether the device files of a TPU (accel*, vfio) or of an NVIDIA GPU are here."""
+    return any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*"))
+
+
+def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
+    """Joins the processes of a run of several hosts, if this is one.
+
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say so explicitly; under Slurm, and
+    on a TPU pod slice, where `TPU_WORKER_HOSTNAMES` lists more than one host, JAX finds them itself. A plain TPU VM
+    has none of these variables: the scripts in launch/ set `LEMUR_JOIN=1` there, and JAX asks the metadata server.
+
+    Args:
+      connect_seconds: how long to wait for the other hosts.
+      lost_seconds: silence after which a host is lost (`cluster/watchdog.py`). JAX's own heartbeat, which
+        aborts without a word of which run this was, comes second.
+
+    Raises:
+      UserError: the variables make no sense, or not all hosts came.
+    """
+    import jax
+
+    arguments: dict[str, Any] = {}
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        if os.environ.get("JAX_PLATFORMS") == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+            _take_standard_output()
+        arguments["coordinator_address"] = address
+        arguments["num_processes"] = _number("JAX_NUM_PROCESSES")
+        arguments["process_id"] = _number("JAX_PROCESS_ID")
+    elif not _many_workers():
+        return
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=connect_seconds,
+            heartbeat_timeout_seconds=2 * lost_seconds + 20,
+            shutdown_timeout_seconds=lost_seconds,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the hosts of this run did not all come together within {connect_seconds} s: {reason};"
+            " is the same command running on every host, with the same coordinator address?"
+        ) from error
+
+
+def _take_standard_output() -> None:
+    """Leaves standard output to Python alone: Gloo tells there of its connections, and now does on standard error."""
+    stream = sys.__stdout__
+    if stream is None or sys.stderr is None or sys.stdout is not stream:  # closed, or in a notebook
+        return
+    stream.flush()
+    kept = os.dup(stream.fileno())
+    os.dup2(sys.stderr.fileno(), stream.fileno())
+    sys.stdout = open(kept, "w", buffering=1, encoding=stream.encoding, errors=stream.errors)  # noqa: SIM115
+
+
+def _number(variable: str) -> int:
+    value = os.environ.get(variable, "")
+    if not value.isdigit():
+        raise UserError(f"JAX_COORDINATOR_ADDRESS is set, so {variable} must be a number; it is {value!r}")
+    return int(value)
+
+
+def _many_workers() -> bool:
+    """Whether this is one of several tasks of a Slurm step, or one worker of several of a TPU slice."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    if os.environ.get("LEMUR_JOIN") == "1":
+        return True
+    # A batch script has SLURM_NTASKS as well; only `srun` sets the task's own address list.
+    if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return True
+    if int(os.environ.get("MEGASCALE_NUM_SLICES", "1")) > 1:
+        return True
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs on this machine for the next process: a short evaluation is mostly compiling.
+
+    In `lemur_jax/programs` of `XDG_CACHE_HOME`, by default `~/.cache`; at most 1 GiB, the oldest go first. What JAX's
+    own variables say goes before all that: `JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE=false` for none.
+    JAX's keys tell programs, versions, flags and kinds of processors apart. Several hosts keep nothing of themselves:
+    they would need a directory that all of them see. Call it before anything is compiled; later it has no effect.
+    """
+    import jax
+
+    config: Any = jax.config  # whose options mypy does not see
+    if not config.jax_enable_compilation_cache or config.jax_compilation_cache_dir:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    directory = os.path.join(home, "lemur_jax", "programs")
+    if jax.process_count() > 1:
+        return
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError:
+        return  # a home that cannot be written is no reason to stop
+    settings = {
+        "jax_compilation_cache_dir": directory,
+        "jax_compilation_cache_max_size": 1 << 30,
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    for name, value in settings.items():
+        if name.upper() not in os.environ:
+            config.update(name, value)
+
+
+def is_chief() -> bool:
+    """Whether this is the one process that writes and prints what all know."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """What is done inside is done by this process for all, or by each for itself: it asks no other one."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def any_host(flag: bool) -> bool:
+    """Whether `flag` holds on any process; all must call, as all get the same answer, but for one that is `alone`."""
+    import jax
+
+    if jax.process_count() == 1 or _alone.get():
+        return flag
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
+
+
+def wait_for_all(name: str, seconds: float = 300.0) -> None:
+    """Until every process has come here.
+
+    Raises:
+      UserError: somebody did not come in time; names it.
+    """
+    from lemur_jax.cluster.watchdog import barrier
+
+    barrier(name, seconds)

@@ -1,0 +1,1 @@
+"""From seqio tasks and files to token stores."""

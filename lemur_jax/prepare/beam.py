@@ -1,0 +1,132 @@
+"""Preparing on a Beam runner: its workers read, clean and tokenize, by the functions of the local path.
+
+Each input shard becomes a file of results, where all workers can write (a shared disk, gs://). The process
+that started the pipeline then takes the results in the order of the shards, as it takes them from processes
+of its own, so that duplicates, the journal and the store come out the same. A shard whose file is there is
+not done again.
+"""
+
+import dataclasses
+import functools
+import pickle
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.prepare import tasks
+from lemur_jax.prepare.encoding import Result, encode
+from lemur_jax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What workers are told of one split of a task.
+
+    Attributes:
+      task, modules: the task's name, and the modules that a worker imports to find it.
+      split, shards: of the task.
+      steps: from `cleaning.parse_steps`.
+      tokenizer: its directory, which workers read.
+      folder: for the files of results; its name must change with what they depend on.
+      first_shard, first_number: where to begin, and the number of the first record there.
+    """
+
+    task: str
+    modules: tuple[str, ...]
+    split: str
+    shards: int
+    steps: str
+    tokenizer: str
+    folder: str
+    first_shard: int
+    first_number: int
+
+    def file(self, shard: int) -> epath.Path:
+        return epath.Path(self.folder) / f"{shard:06d}.pickle"
+
+    def records(self, shard: int) -> Iterator[dict[str, bytes]]:
+        return tasks.examples(tasks.find(self.task, self.modules), self.split, shard, self.shards)
+
+
+def results(job: Job, runner: str, options: Sequence[str]) -> Iterator[Result | None]:
+    """What `documents.encoder` gives for the records of a split, with a None after each of several shards.
+
+    Args:
+      job: what to do.
+      runner: a Beam runner, e.g. "DirectRunner".
+      options: the pipeline's, e.g. ["--region=europe-west4"].
+
+    Raises:
+      UserError: Beam is not installed, or does not know the runner.
+    """
+    shards = range(job.first_shard, job.shards)
+    missing = [shard for shard in shards if not job.file(shard).exists()]
+    if missing:
+        epath.Path(job.folder).mkdir(parents=True, exist_ok=True)
+        _run_pipeline(job, shards, missing, runner, options)
+    for shard in shards:
+        with job.file(shard).open("rb") as file:
+            yield from _read(file)
+        if job.shards > 1:
+            yield None
+
+
+def _run_pipeline(
+    job: Job, shards: Sequence[int], missing: Sequence[int], runner: str, options: Sequence[str]
+) -> None:
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise UserError('a Beam runner needs Apache Beam: pip install "lemur_jax[beam]"') from error
+    try:
+        pipeline = beam.Pipeline(runner=runner, options=PipelineOptions(list(options)))
+    except ValueError as error:
+        raise UserError(f"Beam cannot use the runner {runner!r}: {error}") from error
+    with pipeline:
+        # How many records come before a shard: a document without an id is named by its number.
+        counts = (
+            pipeline
+            | "All" >> beam.Create(shards)
+            | "SpreadAll" >> beam.Reshuffle()
+            | "Count" >> beam.Map(count_shard, job)
+        )
+        _ = (
+            pipeline
+            | "Missing" >> beam.Create(missing)
+            | "SpreadMissing" >> beam.Reshuffle()
+            | "Encode" >> beam.Map(encode_shard, job, beam.pvalue.AsDict(counts))
+        )
+
+
+def count_shard(shard: int, job: Job) -> tuple[int, int]:
+    """(shard, number of its records)."""
+    return shard, sum(1 for _ in job.records(shard))
+
+
+def encode_shard(shard: int, job: Job, counts: Mapping[int, int]) -> None:
+    """Writes the results of one shard; renamed when whole, so that a lost worker leaves none that look so."""
+    first = job.first_number + sum(counts[before] for before in range(job.first_shard, shard))
+    tokenizer = _tokenizer(job.tokenizer)
+    unfinished = epath.Path(job.folder) / f".{shard}.{uuid.uuid4().hex}"
+    with unfinished.open("wb") as file:
+        for number, record in enumerate(job.records(shard), first):
+            pickle.dump(encode(tokenizer, record, number, job.steps), file)
+    unfinished.replace(job.file(shard))
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: str) -> Tokenizer:
+    """Loaded once by each worker."""
+    return Tokenizer.load(path)
+
+
+def _read(file: Any) -> Iterator[Result]:
+    while True:
+        try:
+            yield pickle.load(file)
+        except EOFError:
+            return

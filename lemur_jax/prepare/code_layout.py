@@ -1,0 +1,82 @@
+"""Code as a model sees it: repository metadata in front, and fill-in-the-middle. Both off by default.
+
+A document becomes pieces, control tokens and texts, before it is tokenized: cuts fall between
+characters, wherever a user's cursor may stand, and not between tokens.
+
+Layouts: <reponame>NAME<filename>PATH newline TEXT, as StarCoder (arXiv:2305.06161); PSM and SPM as the
+character-level variants of Bavarian et al. (arXiv:2207.14255), SPM in its second form:
+
+    PSM  <fim_prefix>PREFIX<fim_suffix>SUFFIX<fim_middle>MIDDLE
+    SPM  <fim_prefix><fim_suffix>SUFFIX<fim_middle>PREFIX MIDDLE
+"""
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.text.tokenizer import Tokenizer
+
+REPOSITORY_TOKENS = ("<reponame>", "<filename>")
+FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+
+Pieces = list[tuple[str, bool]]  # (text or name of a token, whether it is a control token)
+
+
+def check_tokens(steps: Mapping[str, Any], tokenizer: Tokenizer, task: str) -> bool:
+    """Whether the steps of a task write control tokens.
+
+    Raises:
+      UserError: they do, and the tokenizer lacks one.
+    """
+    wanted = REPOSITORY_TOKENS * ("repository" in steps) + FIM_TOKENS * ("fim" in steps)
+    missing = [token for token in wanted if token not in tokenizer.control_tokens]
+    if missing:
+        raise UserError(
+            f"prepare.steps.{task} writes {' '.join(wanted)}, and the tokenizer has no {missing[0]}: add them"
+            " with tokenizer.extend and tokenizer.add_tokens"
+        )
+    return bool(wanted)
+
+
+def layout(text: str, meta: Mapping[str, Any], id: str, steps: Mapping[str, Any]) -> Pieces:
+    """The pieces of a document; the same for the same text, id and options."""
+    header: Pieces = []
+    if "repository" in steps:
+        for token, key in zip(REPOSITORY_TOKENS, ("name", "path"), strict=True):
+            if value := meta.get(steps["repository"][key]):
+                header += [(token, True), (str(value), False)]
+        header += [("\n", False)] * bool(header)
+    joined: Pieces = []
+    for piece, control in header + _turn(text, id, steps):
+        if joined and not control and not joined[-1][1]:  # two texts in a row are one: tokens may span them
+            joined[-1] = (joined[-1][0] + piece, False)
+        else:
+            joined.append((piece, control))
+    return joined
+
+
+def _turn(text: str, id: str, steps: Mapping[str, Any]) -> Pieces:
+    if "fim" not in steps:
+        return [(text, False)]
+    digest = hashlib.sha256(f"{id}\0".encode() + text.encode()).digest()
+    generator = random.Random(int.from_bytes(digest[:8], "big"))
+    if generator.random() >= steps["fim"]["rate"]:
+        return [(text, False)]
+    first, last = sorted(generator.randint(0, len(text)) for _ in range(2))
+    prefix, middle, suffix = text[:first], text[first:last], text[last:]
+    begin, between, after = ((token, True) for token in FIM_TOKENS)
+    if generator.random() < steps["fim"]["spm"]:
+        pieces: Pieces = [begin, after, (suffix, False), between, (prefix + middle, False)]
+    else:
+        pieces = [begin, (prefix, False), after, (suffix, False), between, (middle, False)]
+    return [piece for piece in pieces if piece[0]]
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+    """Ids of the pieces; only a text that opens the document gets the dummy space in front."""
+    ids: list[int] = []
+    for position, (piece, control) in enumerate(pieces):
+        ids += [tokenizer.control_tokens[piece]] if control else tokenizer.encode(piece, prefix=position == 0)
+    return ids

@@ -1,0 +1,254 @@
+"""One document after another to token ids, in worker processes.
+
+This runs in processes that are spawned, so it imports neither TensorFlow nor JAX. Results come in the
+order of the records, whatever the number of workers, and no more than a few chunks are under way at a
+time: memory does not grow with the corpus.
+"""
+
+import array
+import collections
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.prepare.cleaning import NO_FINGERPRINT, NO_STEPS, Fingerprint, Removed, filters
+from lemur_jax.prepare.code_layout import encode_pieces, layout
+from lemur_jax.text.chat_template import encode_chat
+from lemur_jax.text.tokenizer import Tokenizer
+
+# What a task gives for one document: `text` or `messages`, and perhaps `id`.
+Record = Mapping[str, bytes]
+
+_KEPT = ("text", "messages", "id", "source", "meta")  # of a record that is refused
+CHUNK_BYTES = 1 << 18
+CHUNK_RECORDS = 256
+# Between two looks whether the workers live.
+_LOOK_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A document as it goes into a store.
+
+    Attributes:
+      id: the document's own, or its number in the corpus.
+      tokens: uint32 [n]; for text bos + tokens + eos.
+      mask: uint8 [n], 1 on supervised targets; None for text.
+      n_bytes: UTF-8 bytes of the text; of a conversation, of what is supervised in it.
+      fingerprint: what duplicates of it are found by.
+      label: the value of its label field.
+    """
+
+    id: str
+    tokens: np.ndarray
+    mask: np.ndarray | None
+    n_bytes: int
+    fingerprint: Fingerprint = NO_FINGERPRINT
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A record that cannot be trained on, why, in which file and where in it, and how many it stands for."""
+
+    id: str
+    reason: str
+    record: dict[str, str]
+    where: str = ""
+    records: int = 1
+
+
+Result = Encoded | Refused | Removed
+
+
+def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_STEPS) -> Result:
+    """Cleans and tokenizes one document.
+
+    Args:
+      record: string features as UTF-8 bytes.
+      number: the document's position in its corpus, its id if it has none.
+      steps: from `cleaning.parse_steps`.
+    """
+    name = record.get("id", b"").decode("utf-8", "backslashreplace") or f"{number:09d}"
+    if record.get("error"):
+        return _refuse(record, name, **json.loads(record["error"]))
+    try:
+        messages = _messages(record["messages"]) if "messages" in record else None
+        text = record["text"].decode("utf-8") if messages is None else _joined(messages)
+        if messages is None and not text.strip():
+            raise ValueError("empty text")
+        meta = json.loads(record.get("meta") or b"{}")
+        cleaning = filters(steps)
+        removed = cleaning.remove(name, text, meta)
+        if removed is not None:
+            return removed
+        marks: dict[str, Any] = {}
+        if cleaning.steps:
+            marks = {"fingerprint": cleaning.fingerprint(text), "label": cleaning.label(meta)}
+        if messages is not None:
+            return _encode_messages(tokenizer, messages, name, marks)
+    except (ValueError, UserError) as error:
+        return _refuse(record, name, "invalid UTF-8" if isinstance(error, UnicodeError) else str(error))
+    ids = encode_pieces(tokenizer, layout(text, meta, name, cleaning.steps))
+    # An array of Python's on the way: NumPy takes three times as long over a list.
+    tokens = np.frombuffer(array.array("I", [tokenizer.bos_id, *ids, tokenizer.eos_id]), np.uint32)
+    return Encoded(id=name, tokens=tokens, mask=None, n_bytes=len(record["text"]), **marks)
+
+
+def _refuse(record: Record, name: str, reason: str, records: int = 1) -> Refused:
+    kept = {key: value.decode("utf-8", "backslashreplace") for key, value in record.items() if key in _KEPT}
+    where = record.get("where", b"").decode("utf-8", "backslashreplace")
+    return Refused(id=name, reason=reason, record=kept, where=where, records=records)
+
+
+def _messages(data: bytes) -> Any:
+    try:
+        messages = json.loads(data.decode("utf-8"))
+        json.dumps(messages, ensure_ascii=False).encode()  # JSON can spell half a character: refuse it
+    except json.JSONDecodeError as error:
+        raise ValueError(f"messages are not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("messages are nested too deep") from error
+    return messages
+
+
+def _joined(messages: Any) -> str:
+    """What is said in a conversation, for the filters; "" of one that is malformed, which is refused later."""
+    if not isinstance(messages, list):
+        return ""
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    return "\n\n".join(content for content in contents if isinstance(content, str))
+
+
+def _encode_messages(tokenizer: Tokenizer, messages: Any, name: str, marks: Mapping[str, Any]) -> Encoded:
+    ids, mask = encode_chat(tokenizer, messages, name=name)
+    supervised = [index for index, flag in zip(ids, mask, strict=True) if flag]
+    n_bytes = len(tokenizer.decode(supervised, skip_special=True).encode())
+    tokens, flags = np.array(ids, np.uint32), np.array(mask, np.uint8)
+    return Encoded(id=name, tokens=tokens, mask=flags, n_bytes=n_bytes, **marks)
+
+
+# encode(records, steps, number of the first record): results in order; a None among the records, which
+# divides them into parts, comes out in its place.
+Encode = Callable[[Iterable[Record | None], str, int], Iterator[Result | None]]
+
+
+@contextlib.contextmanager
+def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
+    """A function that cleans and tokenizes a stream of records, in order, in `workers` processes (1: here).
+
+    Raises:
+      UserError: from the function: a worker process died.
+    """
+    if workers == 1:
+        yield lambda records, steps=NO_STEPS, first=0: _encode_here(tokenizer, records, steps, first)
+        return
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,)
+    )
+    try:
+        yield lambda records, steps=NO_STEPS, first=0: _encode_in(pool, workers, records, steps, first)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenizes documents died, most likely for lack of memory: lower prepare.workers"
+            f" (now {workers})"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def available_cores() -> int:
+    """The cores that this process may use, which in a container are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _encode_here(
+    tokenizer: Tokenizer, records: Iterable[Record | None], steps: str, first: int
+) -> Iterator[Result | None]:
+    for record in records:
+        yield None if record is None else encode(tokenizer, record, first, steps)
+        first += record is not None
+
+
+def _encode_in(
+    pool: ProcessPoolExecutor, workers: int, records: Iterable[Record | None], steps: str, first: int
+) -> Iterator[Result | None]:
+    waiting: collections.deque = collections.deque()
+    for number, chunk in _chunks(records, first):
+        waiting.append(pool.submit(_encode_chunk, number, chunk, steps))
+        if len(waiting) > 2 * workers:
+            yield from _result(pool, waiting.popleft())
+    while waiting:
+        yield from _result(pool, waiting.popleft())
+
+
+def _result(pool: ProcessPoolExecutor, future: Future) -> list[Result | None]:
+    """What a worker has made.
+
+    The pool sees that a worker has died, but for one that is killed while it writes a result: then its thread waits for
+    the rest for ever, as this process holds the other end of that pipe open itself.
+
+    Raises:
+      BrokenProcessPool: a worker has died.
+    """
+    while not wait([future], timeout=_LOOK_SECONDS).done:
+        workers = list((pool._processes or {}).values())
+        if all(worker.is_alive() for worker in workers):
+            continue
+        if wait([future], timeout=_LOOK_SECONDS).done:  # the pool has seen it, too
+            break
+        for worker in workers:
+            worker.kill()
+        pool._result_queue._writer.close()  # type: ignore[attr-defined]  # now that pipe has ended
+        break
+    return future.result()
+
+
+def _chunks(records: Iterable[Record | None], first: int = 0) -> Iterator[tuple[int, list[Record | None]]]:
+    """(number of the first record, records), each chunk about `CHUNK_BYTES` long."""
+    chunk: list[Record | None] = []
+    size = count = 0
+    for record in records:
+        chunk.append(record)
+        if record is not None:
+            count += 1
+            size += sum(map(len, record.values()))
+        if size >= CHUNK_BYTES or len(chunk) == CHUNK_RECORDS:
+            yield first, chunk
+            first, chunk, size, count = first + count, [], 0, 0
+    if chunk:
+        yield first, chunk
+
+
+_tokenizer: Tokenizer  # of a worker process
+
+
+def _start_worker(tokenizer: Tokenizer) -> None:
+    global _tokenizer
+    _tokenizer = tokenizer
+    # Ctrl-C goes to all processes of a terminal; the parent decides and stops us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed cannot stop us, and its queue would keep us waiting for ever.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _encode_chunk(first: int, chunk: list[Record | None], steps: str) -> list[Result | None]:
+    return list(_encode_here(_tokenizer, chunk, steps, first))

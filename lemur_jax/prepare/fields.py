@@ -1,0 +1,154 @@
+"""Documents out of rows: where in a row its text, name and metadata are.
+
+A row that cannot be used does not raise and does not vanish: it becomes a document with a reason in `error`,
+which `prepare` counts and puts aside.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lemur_jax.prepare.readers import EXCERPT, Bad, Row, reason_of
+
+MAX_GATHERED = 10_000  # rows of one document
+
+Document = dict[str, bytes]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Where in a row the parts of a document are; a dot goes into nested fields (`meta.repo`).
+
+    Attributes:
+      text: the field that holds the text.
+      messages: for chat, instead of text: a function from a row to messages, e.g. `conversation_formats.sharegpt`.
+      id: the document's name; "": its file and position.
+      meta: fields kept as metadata, under their own names; filters and code layout read them.
+      group: documents with the same value here are held out together, e.g. a repository's; "": each alone.
+      gather: rows that follow each other with the same value here are one document, for `messages`: its
+        row is the first one with all of them as `rows`. "": each row is one.
+    """
+
+    text: str = "text"
+    messages: Callable[[Row], Sequence[Mapping[str, Any]]] | None = None
+    id: str = ""
+    meta: tuple[str, ...] = ()
+    group: str = ""
+    gather: str = ""
+
+    @property
+    def content(self) -> str:
+        return "text" if self.messages is None else "messages"
+
+
+def documents(
+    path: str, found: Iterable[tuple[str, Row | Bad]], fields: Fields
+) -> Iterator[tuple[Document, bytes]]:
+    """(document, key that decides whether it is held out) of each row.
+
+    A document has the string features `text` or `messages`, `id`, `meta` (JSON), `where`, and `error`:
+    empty, or JSON with the reason why it cannot be used and how many records that stands for.
+    """
+    for position, row in gather(found, fields.gather) if fields.gather else found:
+        where = f"{path}: {position}"
+        if isinstance(row, Bad):
+            bad = row
+        else:
+            try:
+                yield _document(row, fields, where)
+                continue
+            except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+                bad = Bad(reason=reason_of(error), excerpt=repr(row)[:EXCERPT].encode("utf-8", "replace"))
+        failure = json.dumps({"reason": bad.reason, "records": bad.records})
+        features = {fields.content: bad.excerpt, "id": where, "meta": "{}", "where": where, "error": failure}
+        yield {key: _bytes(value) for key, value in features.items()}, where.encode()
+
+
+def gather(found: Iterable[tuple[str, Row | Bad]], name: str) -> Iterator[tuple[str, Row | Bad]]:
+    """Rows that follow each other with the same value in a field as one, at the place of the first.
+
+    Bad rows, those without the field among them, come out as they are.
+    """
+    held: list[Row] = []
+    place, value, count = "", None, 0
+    for position, row in found:
+        if isinstance(row, Bad) or name not in row:
+            yield position, row if isinstance(row, Bad) else Bad(reason=f"no field {name!r}")
+            continue
+        if count and row[name] != value:
+            yield place, _joined(held, count, name)
+            held, count = [], 0
+        if not count:
+            place, value = position, row[name]
+        count += 1
+        if count <= MAX_GATHERED:
+            held.append(row)
+    if count:
+        yield place, _joined(held, count, name)
+
+
+def _joined(rows: Sequence[Row], count: int, name: str) -> Row | Bad:
+    if count > MAX_GATHERED:
+        return Bad(reason=f"{count:,} rows have one {name!r}, more than {MAX_GATHERED:,}", records=count)
+    return {**rows[0], "rows": rows}
+
+
+def is_held_out(key: bytes, share: float) -> bool:
+    """Whether a document with this key is among the `share` that is kept from training."""
+    digest = hashlib.sha256(key).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
+    if fields.messages is not None:
+        content = json.dumps(list(fields.messages(row)), ensure_ascii=False).encode()
+    else:
+        content = _text(_look_up(row, fields.text), fields.text)
+    id = _look_up(row, fields.id) if fields.id else where
+    meta = {name: _plain(_look_up(row, name, None)) for name in fields.meta}
+    key = (
+        _bytes(str(_look_up(row, fields.group))) if fields.group else hashlib.sha256(content.strip()).digest()
+    )
+    features = {
+        fields.content: content,
+        "id": id if isinstance(id, str | bytes) else str(id),
+        "meta": json.dumps(meta, ensure_ascii=False, sort_keys=True, default=str),
+        "where": where,
+        "error": "",
+    }
+    return {name: _bytes(value) for name, value in features.items()}, key
+
+
+_NOTHING = object()
+
+
+def _look_up(row: Row, name: str, default: Any = _NOTHING) -> Any:
+    value: Any = row
+    for part in [name] if name in row else name.split("."):
+        if isinstance(value, str) and value.startswith("{"):  # RedPajama's Parquet spells metadata as JSON
+            value = json.loads(value)
+        if not isinstance(value, Mapping) or part not in value:
+            if default is _NOTHING:
+                raise ValueError(f"no field {name!r}; there are {', '.join(map(str, row))}")
+            return default
+        value = value[part]
+    return value
+
+
+def _text(value: Any, name: str) -> bytes:
+    if isinstance(value, bytes):
+        value.decode("utf-8")
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"field {name!r} is {type(value).__name__}, not a string")
+    return value.encode("utf-8")
+
+
+def _plain(value: Any) -> Any:
+    return value.decode("utf-8") if isinstance(value, bytes) else value
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value if isinstance(value, bytes) else value.encode("utf-8", "replace")

@@ -1,0 +1,82 @@
+"""Files as the documents of a task: which files each split reads, and which of their documents."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.prepare import readers
+from lemur_jax.prepare.fields import Document, Fields, documents, is_held_out
+from lemur_jax.prepare.readers import Bad, Row
+
+# Reads a file whose format is not one of `readers.rows`.
+ReadRows = Callable[[str], Iterator[tuple[str, Row | Bad]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Files:
+    """The files of a task.
+
+    Attributes:
+      patterns: globs or directories for "train" and perhaps "validation".
+      fields: where in a row the document is.
+      kind: a name in `readers.FORMATS`; "": by each file's name.
+      held_out: share of documents that become the validation split where `patterns` names none.
+      max_bytes: of one record; longer ones are refused.
+
+    Raises:
+      UserError: an unknown format; when read, no file matches, or a name that does not say its format.
+    """
+
+    patterns: Mapping[str, str | Sequence[str]]
+    fields: Fields
+    kind: str = ""
+    held_out: float = 0.0
+    max_bytes: int = readers.MAX_BYTES
+
+    def __post_init__(self) -> None:
+        if self.kind and self.kind not in readers.FORMATS:
+            raise UserError(f"there is no format {self.kind!r}; there are {', '.join(readers.FORMATS)}")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return (*self.patterns, *["validation"] * self._divides)
+
+    @property
+    def _divides(self) -> bool:
+        """Whether both splits read the same files."""
+        return bool(self.held_out) and "validation" not in self.patterns
+
+    def list(self, split: str) -> list[str]:
+        """The files of a split, sorted."""
+        patterns = self.patterns.get(split, self.patterns["train"])
+        files = readers.find_files(patterns)
+        if not files:
+            raise UserError(f"no file matches {patterns} (split {split})")
+        return files
+
+    def documents(
+        self, split: str, shard: int, shards: int, other: Mapping[str, ReadRows]
+    ) -> Iterator[Document]:
+        """The documents of every `shards`-th file from number `shard` on.
+
+        Args:
+          other: what reads the formats that `readers.rows` does not.
+        """
+        for file in self.list(split)[shard::shards]:
+            kind = self.kind or readers.format_of(file)
+            rows = (
+                other[kind](file)
+                if kind in other
+                else readers.rows(file, kind, self._columns(), self.max_bytes)
+            )
+            for document, key in documents(file, rows, self.fields):
+                if not self._divides or is_held_out(key, self.held_out) == (split == "validation"):
+                    yield document
+
+    def _columns(self) -> Sequence[str] | None:
+        """Of Parquet, those to read; None: all."""
+        fields = self.fields
+        if fields.messages is not None:
+            return None
+        names = (fields.text, fields.id, fields.group, *fields.meta)
+        return sorted({part for name in names if name for part in (name, name.partition(".")[0])})

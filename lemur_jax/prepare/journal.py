@@ -1,0 +1,142 @@
+"""What did not go into a store, and what is needed to go on after a kill.
+
+Beside the store of a split, and until it is whole in `.<split>.work`:
+
+    <split>.quarantine.jsonl   the records that cannot be used, with reason, file and position
+    <split>.removed.json       for each cleaning step how many documents it removed, with examples
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.prepare.cleaning import Removed
+from lemur_jax.prepare.encoding import Refused
+
+EXAMPLES = 5  # of what a step removed
+EARLY_RECORDS = 10_000  # from so many on, too many bad ones stop the run before its end
+
+
+class Journal:
+    """Bad and removed records of one store; `finish` puts the files in place.
+
+    Args:
+      store: the directory of the store.
+      saved: what `save` returned in an attempt that did not come to its end.
+    """
+
+    def __init__(self, store: epath.Path, saved: dict[str, Any] | None):
+        self._quarantine = store.parent / f"{store.name}.quarantine.jsonl"
+        self._removed = store.parent / f"{store.name}.removed.json"
+        self._work = store.parent / f".{store.name}.work"
+        fresh: dict[str, Any] = {"saves": 0, "records": 0, "good": 0, "bad": 0, "first": "", "removed": {}}
+        self._state = fresh if saved is None else saved
+        self._file: Any = None
+        if saved is None and self._work.exists():
+            self._work.rmtree()
+
+    @property
+    def records(self) -> int:
+        """How many results there were so far."""
+        return self._state["records"]
+
+    def keep(self) -> None:
+        """Counts a record that went into the store."""
+        self._state["records"] += 1
+        self._state["good"] += 1
+
+    def refuse(self, refused: Refused) -> None:
+        if self._file is None:
+            self._work.mkdir(parents=True, exist_ok=True)
+            self._file = (self._work / f"{self._state['saves']}.jsonl").open("w")
+        self._state["first"] = self._state["first"] or f"{refused.id}: {refused.reason}"
+        self._state["records"] += 1
+        self._state["bad"] += refused.records
+        self._file.write(json.dumps(dataclasses.asdict(refused)) + "\n")
+
+    def remove(self, removed: Removed) -> None:
+        """Counts a record that a step removed."""
+        self._state["records"] += 1
+        self._count_removed(removed.step, 1, [removed])
+
+    def remove_added(self, step: str, documents: int, examples: Sequence[Removed]) -> None:
+        """Counts records that were kept so far as removed after all."""
+        self._state["good"] -= documents
+        self._count_removed(step, documents, examples)
+
+    def _count_removed(self, name: str, documents: int, examples: Sequence[Removed]) -> None:
+        step = self._state["removed"].setdefault(name, {"documents": 0, "examples": []})
+        step["documents"] += documents
+        for removed in examples[: EXAMPLES - len(step["examples"])]:
+            example = dataclasses.asdict(removed)
+            del example["step"]
+            step["examples"].append(example)
+
+    def save(self) -> dict[str, Any]:
+        """Makes sure of what was refused since the last save, and returns the rest, as JSON values."""
+        self._close()
+        self._state["saves"] += 1
+        return self._state
+
+    def check(self, limit: float, label: str, *, finished: bool) -> None:
+        """Raises UserError if more than `limit` of all records are bad, or all."""
+        removed = sum(step["documents"] for step in self._state["removed"].values())
+        good, bad = self._state["good"] + removed, self._state["bad"]
+        few = good and bad <= limit * (good + bad)
+        if few or (not finished and good + bad < EARLY_RECORDS):
+            return
+        self._collect()
+        raise UserError(
+            f"{label}: {bad:,} of {good + bad:,} records cannot be used, more than"
+            f" prepare.max_bad_share = {limit:g}; the first is {self._state['first']}; all are in"
+            f" {self._quarantine}"
+        )
+
+    def finish(self) -> None:
+        """Puts the two files in place, for a store that is whole."""
+        self._collect()
+        self._removed.unlink(missing_ok=True)
+        if self._state["removed"]:
+            self._removed.write_text(json.dumps(self._state["removed"], indent=2, ensure_ascii=False) + "\n")
+        self.close(keep=False)
+
+    def close(self, *, keep: bool) -> None:
+        """Forgets what was not saved, or all."""
+        self._close()
+        if self._work.exists() and not keep:
+            self._work.rmtree()
+
+    @property
+    def all_removed(self) -> bool:
+        return not self._state["good"] and bool(self._state["removed"])
+
+    def _collect(self) -> None:
+        self._close()
+        self._quarantine.unlink(missing_ok=True)
+        if self._state["bad"]:
+            with self._quarantine.open("w") as out:
+                for number in range(self._state["saves"] + 1):
+                    part = self._work / f"{number}.jsonl"
+                    if part.exists():
+                        with part.open() as lines:
+                            for line in lines:
+                                out.write(line)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def summary(self) -> str:
+        parts = [f"{name} removed {step['documents']:,}" for name, step in self._state["removed"].items()]
+        if parts:
+            parts[-1] += f", see {self._removed}"
+        if self._state["bad"]:
+            count = self._state["bad"]
+            records = "record" if count == 1 else "records, the first"
+            parts.append(f"refused {count:,} {records} ({self._state['first']}), see {self._quarantine}")
+        return "".join(f"{part}; " for part in parts)

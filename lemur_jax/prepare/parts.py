@@ -1,0 +1,65 @@
+"""Parts of a token store by label, e.g. the languages of a corpus of code, as stores of their own.
+
+A source `code/python` of a config is the documents of the task `code` whose label is `python`. The task is
+tokenized once, whole; a part is copied out of that store, so that each part has rows, shares and epochs like
+any other source.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.manifest import describe_labels
+from lemur_jax.data.store import StoreWriter, TokenStore
+
+_SEARCHED = 1 << 16  # documents whose labels are looked at together
+_COPIED = 64  # documents that are read together
+
+
+def split_name(source: str) -> tuple[str, str]:
+    """(task, label) of a source's name; the label of a whole task is ""."""
+    task, _, label = source.partition("/")
+    return task, label
+
+
+def check_part(source: str, split: str, sources: Sequence[str], steps: Mapping[str, Any]) -> None:
+    """Checks a source that is a part before anything is prepared.
+
+    Raises:
+      UserError: its task has no step `label`, is a source itself, so that documents would come twice, or
+        the label is a split's name, where the whole store lies.
+    """
+    task, label = split_name(source)
+    if not label:
+        return
+    if "label" not in steps:
+        raise UserError(
+            f"{source!r} is a part of the task {task}, and prepare.steps.{task} has no step `label`: add e.g."
+            " 'label': {'field': 'language'}"
+        )
+    if label in ("train", "validation", split):
+        raise UserError(f"{source!r}: a label that is called like a split cannot be a source")
+    if source in sources and task in sources:
+        raise UserError(f"data.sources names {task} and its part {source}: name the whole or parts, not both")
+
+
+def copy_part(store: TokenStore, label: str, writer: StoreWriter) -> None:
+    """Adds the documents with a label to `writer`, in the store's order.
+
+    Raises:
+      UserError: no document has it.
+    """
+    manifest = store.manifest
+    if label not in manifest.labels:
+        raise UserError(
+            f"the task {manifest.task} has no document with {manifest.label_field} = {label!r} in its"
+            f" {manifest.split} split; there are {describe_labels(manifest)}"
+        )
+    n_bytes = manifest.labels[label]["bytes"]
+    for first in range(0, store.num_documents, _SEARCHED):
+        found = store.documents_of(label, first, first + _SEARCHED)
+        for start in range(0, len(found), _COPIED):
+            documents = found[start : start + _COPIED]
+            for ids, mask, name in zip(*store.read_documents(documents), strict=True):
+                writer.add(ids, name, n_bytes, mask)
+                n_bytes = 0  # known of all together: the first one stands for it

@@ -1,0 +1,316 @@
+"""`lemur prepare`: seqio tasks to token stores, once.
+
+Reads top to bottom: the tokenizer, then one store after the other, then what the config makes of them.
+A store that is whole and was made from the same data by the same task and tokenizer is left as it is.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.budget import budget, check_budget, format_budget
+from lemur_jax.data.manifest import Manifest, read_manifest
+from lemur_jax.data.mixture import open_mixture, stages_of
+from lemur_jax.data.store import StoreWriter, TokenStore
+from lemur_jax.prepare import beam, duplicates, tasks
+from lemur_jax.prepare.cleaning import NO_STEPS, Removed, parse_steps
+from lemur_jax.prepare.code_layout import check_tokens
+from lemur_jax.prepare.digests import input_digest, task_digest
+from lemur_jax.prepare.encoding import Encode, Record, Refused, Result, available_cores, encoder
+from lemur_jax.prepare.journal import Journal
+from lemur_jax.prepare.parts import check_part, copy_part, split_name
+from lemur_jax.prepare.prepare_tokenizer import ShowProgress, no_progress, prepare_tokenizer
+from lemur_jax.text.chat_template import chat_template
+from lemur_jax.text.tokenizer import Tokenizer, compatible
+
+SAVE_SECONDS = 60.0  # at most so much work is lost by a kill; looked at every SAVE_RECORDS of a shard
+SAVE_RECORDS = 1000
+
+
+def prepare(
+    config: ConfigDict,
+    *,
+    runner: str = "",
+    runner_options: Sequence[str] = (),
+    progress: ShowProgress = no_progress,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Makes the tokenizer and the token stores that a config needs, where they are not there already.
+
+    Train splits of `data.sources`, validation splits of `eval.tasks` and `prepare.held_out_tasks`. An
+    error, Ctrl-C or a kill leaves whole stores behind, and of one of several input shards what was
+    saved, from which the same command goes on.
+
+    Args:
+      config: a run config.
+      runner: a Beam runner that reads and tokenizes, e.g. "DirectRunner"; "": processes of this machine.
+      runner_options: options of its pipeline, e.g. ["--region=europe-west4"].
+      progress: called with (total or None, label, unit); e.g. `telemetry.progress.Progress`.
+      say: gets one line a store, then the budget table.
+
+    Raises:
+      UserError: an unknown task, an empty or unreadable corpus, too many bad records, a tokenizer that
+        does not fit, or (when all stores are there) a budget that they cannot meet.
+    """
+    wanted = _wanted_stores(config)
+    found = {name: tasks.find(split_name(name)[0], config.data.modules) for name, _ in wanted}
+    for name, split in wanted:
+        tasks.check_split(found[name], split)
+    steps = _steps(config, {task.name for task in found.values()})
+    for name, split in wanted:
+        check_part(name, split, list(config.data.sources), json.loads(steps[found[name].name]))
+    stages_of(config)  # a mistake there is said now, not when all is prepared
+    workers = _workers(config)
+    tokenizer = prepare_tokenizer(config, progress=progress, say=say)
+    with encoder(tokenizer, workers) as encode:
+        run = _Run(
+            config=config,
+            steps=steps,
+            tokenizer=tokenizer,
+            encode=encode,
+            runner=runner,
+            runner_options=runner_options,
+            progress=progress,
+            say=say,
+        )
+        for name, split in wanted:
+            if name == found[name].name:
+                _prepare_store(run, found[name], split)
+            else:
+                _prepare_part(run, found[name], name, split)
+    if config.data.sources:
+        needs = budget(open_mixture(config, tokenizer), config.train.steps)
+        say(format_budget(needs))
+        check_budget(needs)
+
+
+def _wanted_stores(config: ConfigDict) -> list[tuple[str, str]]:
+    """(task, split) in the config's order, each once."""
+    train = [(name, "train") for name in config.data.sources]
+    held_out = [(name, "validation") for name in (*config.eval.tasks, *config.prepare.held_out_tasks)]
+    return list(dict.fromkeys(train + held_out))
+
+
+def _workers(config: ConfigDict) -> int:
+    if config.prepare.workers < 0:
+        raise UserError(f"prepare.workers is {config.prepare.workers}: it must be 0 (one a core) or more")
+    return config.prepare.workers or available_cores()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What the stores of one config have in common; `steps` by task, as workers get them."""
+
+    config: ConfigDict
+    steps: Mapping[str, str]
+    tokenizer: Tokenizer
+    encode: Encode
+    runner: str
+    runner_options: Sequence[str]
+    progress: ShowProgress
+    say: Callable[[str], None]
+
+    def path(self, name: str, split: str) -> epath.Path:
+        return epath.Path(self.config.data.stores) / name / split
+
+
+def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
+    path = run.path(task.name, split)
+    steps = run.steps[task.name]
+    writer = _writer(run, task, split)
+    current = _current_manifest(path, writer, run.tokenizer)
+    if current is not None:
+        run.say(f"{_describe(current)}; unchanged")
+        return
+    begin = time.monotonic()
+    if duplicates.looked_for(steps):
+        draft = _writer(run, task, split, draft=duplicates.fingerprint_arrays(steps))
+        with draft:
+            journal = _fill(run, task, split, draft)
+            with (
+                run.progress(draft.documents, f"{task.name}/{split}: duplicates", "documents") as shown,
+                writer,
+            ):
+                duplicates.copy_distinct(draft, writer, steps, run.tokenizer, journal, shown.update)
+    else:
+        with writer:
+            journal = _fill(run, task, split, writer)
+    journal.finish()
+    _beam_folder(path).rmtree(missing_ok=True)
+    run.say(f"{_describe(read_manifest(path))}; {journal.summary()}{time.monotonic() - begin:.1f} s")
+
+
+def _fill(run: _Run, task: tasks.Task, split: str, writer: StoreWriter) -> Journal:
+    """Adds all documents that the filters leave to a store or to its draft, from where it was saved on."""
+    label = f"{task.name}/{split}"
+    saved = writer.saved or {"place": (0, 0), "journal": None}
+    journal = Journal(run.path(task.name, split), saved["journal"])
+    (shard, done), last_save = saved["place"], time.monotonic()
+    try:
+        with run.progress(tasks.count(task, split), label, "documents") as shown:
+            shown.update(journal.records)
+            for result in _results(run, task, split, writer, (shard, done), journal.records):
+                if result is None:
+                    shard, done = shard + 1, 0
+                else:
+                    done += 1
+                    shown.update()
+                    _put(result, writer, journal)
+                if done % SAVE_RECORDS == 0 and time.monotonic() - last_save >= SAVE_SECONDS:
+                    journal.check(run.config.prepare.max_bad_share, label, finished=False)
+                    writer.save({"place": (shard, done), "journal": journal.save()})
+                    last_save = time.monotonic()
+        _check_any(task, split, journal, writer)
+        journal.check(run.config.prepare.max_bad_share, label, finished=True)
+        if writer.is_draft:
+            writer.save({"place": (tasks.count_shards(task, split), 0), "journal": journal.save()})
+    except BaseException:
+        journal.close(keep=writer.has_saved)
+        raise
+    return journal
+
+
+def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
+    """The documents of a task with one label, out of the store of all of them."""
+    path = run.path(name, split)
+    writer = _writer(run, task, split, part=name)
+    current = _current_manifest(path, writer, run.tokenizer)
+    if current is not None:
+        run.say(f"{_describe(current)}; unchanged")
+        return
+    _prepare_store(run, task, split)
+    begin = time.monotonic()
+    with writer:
+        copy_part(TokenStore.open(run.path(task.name, split)), split_name(name)[1], writer)
+    run.say(f"{_describe(read_manifest(path))}; {time.monotonic() - begin:.1f} s")
+
+
+def _results(
+    run: _Run, task: tasks.Task, split: str, writer: StoreWriter, place: tuple[int, int], number: int
+) -> Iterator[Result | None]:
+    """What becomes of the records from a place on, (shard, records of it), in their order."""
+    steps = run.steps[task.name]
+    shard, done = place
+    if not run.runner:
+        return run.encode(_records(task, split, shard, done), steps, number)
+    made_of = hashlib.sha256(json.dumps(writer.fields, sort_keys=True).encode()).hexdigest()
+    job = beam.Job(
+        task=task.name,
+        modules=tuple(run.config.data.modules),
+        split=split,
+        shards=tasks.count_shards(task, split),
+        steps=steps,
+        tokenizer=run.config.tokenizer.path,
+        folder=str(_beam_folder(run.path(task.name, split)) / made_of[:16]),
+        first_shard=shard,
+        first_number=number - done,
+    )
+    return itertools.islice(beam.results(job, run.runner, run.runner_options), done, None)
+
+
+def _beam_folder(store: epath.Path) -> epath.Path:
+    return store.parent / f".{store.name}.beam"
+
+
+def _records(task: tasks.Task, split: str, first_shard: int, done: int) -> Iterator[Record | None]:
+    """The records of a split but `done` of the first shard, shard by shard, with a None after each shard."""
+    shards = tasks.count_shards(task, split)
+    for shard in range(first_shard, shards):
+        yield from itertools.islice(tasks.examples(task, split, shard, shards), done, None)
+        done = 0
+        if shards > 1:
+            yield None
+
+
+def _put(result: Result, writer: StoreWriter, journal: Journal) -> None:
+    if isinstance(result, Refused):
+        journal.refuse(result)
+    elif isinstance(result, Removed):
+        journal.remove(result)
+    else:
+        writer.add(result.tokens, result.id, result.n_bytes, result.mask, result.label)
+        if writer.is_draft:
+            duplicates.append_fingerprint(writer, result)
+        journal.keep()
+
+
+def _check_any(task: tasks.Task, split: str, journal: Journal, writer: StoreWriter) -> None:
+    if not journal.records:
+        raise UserError(f"task {task.name!r} has no documents in its {split} split: look at its source")
+    if not writer.documents and journal.all_removed:
+        raise UserError(
+            f"the steps of task {task.name!r} remove every document of its {split} split ({journal.summary()[:-2]}):"
+            f" look at prepare.steps.{task.name}"
+        )
+
+
+def _steps(config: ConfigDict, names: Iterable[str]) -> dict[str, str]:
+    """The steps of each task, as workers get them."""
+    given = config.prepare.steps.to_dict()
+    names = sorted(names)
+    for name in given:
+        if name not in names:
+            raise UserError(f"prepare.steps names {name!r}; the tasks of this config are {', '.join(names)}")
+    return {name: parse_steps(name, given.get(name, {})) for name in names}
+
+
+def _writer(
+    run: _Run, task: tasks.Task, split: str, part: str = "", draft: Mapping[str, str] | None = None
+) -> StoreWriter:
+    """Of the store of a task, of a part of it, or of its draft."""
+    tokenizer, steps = run.tokenizer, run.steps[task.name]
+    is_chat = tasks.is_chat(task, split)
+    has_control_tokens = is_chat or check_tokens(json.loads(steps), tokenizer, task.name)
+    # Of the task's definition, its steps and, for conversations, the template that they are written in.
+    definition = (
+        task_digest(task) + steps * (steps != NO_STEPS) + (chat_template(tokenizer) if is_chat else "") + part
+    )
+    return StoreWriter(
+        run.path(part or task.name, split),
+        task=part or task.name,
+        split=split,
+        source=task.name,
+        tokenizer_digest=tokenizer.digest,
+        # Plain text has no control tokens in it, so the tokenizer without them can read it as well.
+        added_tokens=tokenizer.added_tokens if has_control_tokens else {},
+        vocab_size=tokenizer.vocab_size,
+        has_loss_mask=is_chat,
+        task_digest=hashlib.sha256(definition.encode()).hexdigest(),
+        input_digest=input_digest(task, split),
+        label_field="" if part else json.loads(steps).get("label", {}).get("field", ""),
+        draft=draft,
+    )
+
+
+def _current_manifest(path: epath.Path, writer: StoreWriter, tokenizer: Tokenizer) -> Manifest | None:
+    """The manifest of the store at `path` if it is what `writer` would make again."""
+    if not path.exists():
+        return None
+    if not any((path / name).exists() for name in ("manifest.json", "tokens")) and any(path.iterdir()):
+        raise UserError(f"{path} is no token store but has files in it: point data.stores somewhere else")
+    try:
+        manifest = read_manifest(path)
+    except (UserError, ValueError, TypeError):  # unfinished, or of another format
+        return None
+    same = (
+        manifest.documents > 0
+        and compatible(tokenizer, manifest.tokenizer_digest, manifest.added_tokens)
+        and manifest.task_digest == writer.fields["task_digest"]
+        and manifest.input_digest == writer.fields["input_digest"]
+    )
+    return manifest if same else None
+
+
+def _describe(manifest: Manifest) -> str:
+    parts = [f"{manifest.documents:,} documents", f"{manifest.tokens:,} tokens"]
+    if manifest.has_loss_mask:
+        parts.append(f"{manifest.supervised_tokens / manifest.tokens:.0%} of them supervised")
+    parts.append(f"{manifest.bytes / max(manifest.supervised_tokens, 1):.2f} bytes a target")
+    return f"{manifest.task}/{manifest.split}: {', '.join(parts)}"

@@ -1,0 +1,173 @@
+"""The tokenizer of a run: opened, or trained, or made from another by adding control tokens."""
+
+import contextlib
+import hashlib
+import heapq
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.prepare import tasks
+from lemur_jax.prepare.encoding import Record
+from lemur_jax.text.tokenizer import FILE_NAMES, Tokenizer, compatible
+from lemur_jax.text.tokenizer_files import extend, train_sentencepiece
+
+# What a tokenizer is trained on: a hash's choice of documents, equally much of each task.
+SAMPLE_BYTES = 12_000_000
+SAMPLE_DOCUMENT_BYTES = 1 << 15
+
+
+class Counter(Protocol):
+    """What counts the work that is done."""
+
+    def update(self, n: int = 1) -> None: ...
+
+
+# Called with the number of units or None, a label and their name: `telemetry.progress.Progress`.
+ShowProgress = Callable[[int | None, str, str], AbstractContextManager[Counter]]
+
+
+class _Silent:
+    def update(self, n: int = 1) -> None:
+        del n
+
+
+def no_progress(total: int | None, label: str, unit: str) -> AbstractContextManager[Counter]:
+    """Shows nothing."""
+    del total, label, unit
+    return contextlib.nullcontext(_Silent())
+
+
+def prepare_tokenizer(
+    config: ConfigDict,
+    *,
+    progress: ShowProgress = no_progress,
+    say: Callable[[str], None] = print,
+) -> Tokenizer:
+    """The tokenizer of a config: opened, or trained or extended first if it is not there.
+
+    Raises:
+      UserError: there is none and the config does not say how to make one; or the one that is there is
+        not the one that the config would make, or has more tokens than the model.
+    """
+    options = config.tokenizer
+    if not options.path:
+        raise UserError("tokenizer.path is empty: name the tokenizer's directory")
+    if options.train_vocab_size and options.extend:
+        raise UserError("tokenizer.train_vocab_size and tokenizer.extend exclude each other: unset one")
+    if options.chat_template and not options.extend:
+        raise UserError("tokenizer.chat_template goes with tokenizer.extend: set that, or unset this")
+    path = epath.Path(options.path)
+    if not any((path / name).exists() for name in FILE_NAMES):
+        if options.extend:
+            _extend(options, path, say)
+        elif options.train_vocab_size:
+            _train(config, path, progress, say)
+    tokenizer = Tokenizer.load(path)
+    _check_tokenizer(config, tokenizer)
+    return tokenizer
+
+
+def _extend(options: ConfigDict, path: epath.Path, say: Callable[[str], None]) -> None:
+    template = epath.Path(options.chat_template).read_text() if options.chat_template else None
+    with _written_whole(path) as partial:
+        tokenizer = extend(options.extend, partial, options.add_tokens, template)
+    say(f"{path}: {tokenizer.vocab_size:,} tokens, {options.extend} and {', '.join(options.add_tokens)}")
+
+
+def _train(config: ConfigDict, path: epath.Path, progress: ShowProgress, say: Callable[[str], None]) -> None:
+    names, size = config.tokenizer.train_tasks, config.tokenizer.train_vocab_size
+    if not names:
+        raise UserError("tokenizer.train_tasks is empty: name the tasks to train the tokenizer on")
+    begin = time.monotonic()
+    texts: list[str] = []
+    with progress(None, "tokenizer: read", "documents") as shown:
+        for name in names:
+            task = tasks.find(name, config.data.modules)
+            texts += sample(tasks.examples(task, "train"), SAMPLE_BYTES // len(names), shown)
+            if not texts:
+                raise UserError(f"task {name!r} has no text in its train split to train a tokenizer on")
+    with _written_whole(path) as partial:
+        train_sentencepiece(texts, partial, size)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    seconds = time.monotonic() - begin
+    say(f"{path}: {size:,} tokens, trained on {n_bytes / 1e6:.1f} MB of {', '.join(names)}, {seconds:.1f} s")
+
+
+def sample(records: Iterable[Record], limit: int, shown: Counter | None = None) -> list[str]:
+    """Texts of at most `limit` bytes in all, chosen by a hash of what they say, in an order that has none.
+
+    Holds no more than that in memory, however long the corpus.
+    """
+    kept: list[tuple[int, bytes]] = []  # a heap with the largest hash, negated, on top
+    size = 0
+    for record in records:
+        text = _plain_text(record)[:SAMPLE_DOCUMENT_BYTES]
+        digest = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+        heapq.heappush(kept, (-digest, text))
+        size += len(text)
+        while size > limit:
+            size -= len(heapq.heappop(kept)[1])
+        if shown is not None:
+            shown.update(1)
+    return [text.decode("utf-8", "ignore") for _, text in sorted(kept, reverse=True)]
+
+
+def _plain_text(record: Record) -> bytes:
+    """The text of a record that can be used; b"" of one that cannot, which is counted elsewhere."""
+    try:
+        if "messages" in record:
+            contents = [message["content"] for message in json.loads(record["messages"])]
+            return "\n\n".join(contents).encode()
+        record["text"].decode("utf-8")
+        return record["text"]
+    except (ValueError, TypeError, KeyError):
+        return b""
+
+
+@contextlib.contextmanager
+def _written_whole(path: epath.Path) -> Iterator[epath.Path]:
+    """A directory beside `path` that becomes `path` if all goes well, and vanishes if not."""
+    partial = path.parent / f".{path.name}.partial"
+    if partial.exists():
+        partial.rmtree()
+    try:
+        yield partial
+        if path.exists():  # without tokenizer files in it; a user's other files stay
+            for file in partial.iterdir():
+                file.copy(path / file.name, overwrite=True)
+        else:
+            partial.rename(path)
+    finally:
+        if partial.exists():
+            partial.rmtree()
+
+
+def _check_tokenizer(config: ConfigDict, tokenizer: Tokenizer) -> None:
+    options = config.tokenizer
+    if options.train_vocab_size and tokenizer.vocab_size != options.train_vocab_size:
+        raise UserError(
+            f"the tokenizer in {options.path} has {tokenizer.vocab_size} tokens,"
+            f" tokenizer.train_vocab_size is {options.train_vocab_size}: remove that directory, or name"
+            " another in tokenizer.path"
+        )
+    if options.extend:
+        base = Tokenizer.load(options.extend)
+        missing = [token for token in options.add_tokens if token not in tokenizer.control_tokens]
+        if missing or not compatible(tokenizer, base.digest, base.added_tokens):
+            what = f"lacks {missing[0]}" if missing else f"was not made from {options.extend}"
+            raise UserError(
+                f"the tokenizer in {options.path} {what}: remove that directory, or name another in"
+                " tokenizer.path"
+            )
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer in {options.path} has {tokenizer.vocab_size} tokens, model.vocab_size is"
+            f" {config.model.vocab_size}: it must be at least as large"
+        )

@@ -1,0 +1,374 @@
+"""seqio tasks: the three that every machine can run, tasks of files and of TFDS, and reading any of them.
+
+A task that `prepare` can read gives, for each example, a string feature `text`, or `messages` (a JSON list
+of {"role", "content"}); `id`, `source`, `meta` (JSON), `where` and `error` are optional. Tasks of your own are
+ordinary seqio tasks, registered by a module that `config.data.modules` names; `add_files` and `add_tfds`
+make the usual ones.
+"""
+
+import contextlib
+import difflib
+import functools
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.prepare import corpora, readers
+from lemur_jax.prepare.fields import Document, Fields, documents
+from lemur_jax.prepare.files import Files
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Keeps what C++ writes to stderr, and shows it only if the block fails."""
+    with tempfile.TemporaryFile() as kept:
+        stderr = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(stderr, kept.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+with _quiet_stderr():  # TensorFlow greets from C++ before it has read its log level
+    import seqio
+    import tensorflow as tf
+
+Task = seqio.Task
+FEATURES = ("text", "messages", "id", "source", "meta", "where", "error")
+
+# TensorFlow only reads here: the accelerators are JAX's. Whoever has used it already has decided that.
+with contextlib.suppress(RuntimeError):
+    tf.config.set_visible_devices([], "GPU")
+
+
+class CorpusSource(seqio.FunctionDataSource):
+    """A corpus of `data.corpora` as a seqio source."""
+
+    def __init__(self, corpus: str):
+        self.corpus = corpus
+        super().__init__(dataset_fn=self._dataset, splits=corpora.SPLITS)
+
+    def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed  # documents come in a fixed order: rows are drawn from the store
+        content = "messages" if self.corpus == "python_chat" else "text"
+        return tf.data.Dataset.from_generator(
+            lambda: (_example(document) for document in corpora.read(self.corpus, split)),
+            output_signature={key: tf.TensorSpec((), tf.string) for key in (content, "id", "source", "meta")},
+        )
+
+    def num_input_examples(self, split: str) -> int:
+        return corpora.count(self.corpus, split)
+
+    def fingerprint(self, split: str) -> str:
+        """Of the files that the corpus is made of; any source may have such a method."""
+        del split
+        return corpora.fingerprint(self.corpus)
+
+
+def _example(document: corpora.Document) -> dict[str, str | bytes]:
+    return {
+        **(
+            {"text": document["text"]}
+            if "text" in document
+            else {"messages": json.dumps(document["messages"])}
+        ),
+        "id": document["id"],
+        "source": document["source"],
+        "meta": json.dumps(document["meta"], sort_keys=True),
+    }
+
+
+def _string_feature() -> seqio.Feature:
+    return seqio.Feature(seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.string, rank=0)
+
+
+for _corpus in corpora.CORPORA:
+    _content = "messages" if _corpus == "python_chat" else "text"
+    seqio.TaskRegistry.add(
+        _corpus,
+        source=CorpusSource(_corpus),
+        output_features={_content: _string_feature(), "id": _string_feature()},
+        metric_fns=[],
+    )
+
+
+class FileSource(seqio.DataSource):
+    """Files as a seqio source, one shard a file."""
+
+    def __init__(self, files: Files):
+        self._files = files
+        self.content = files.fields.content
+        super().__init__(splits=files.splits)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._files})"
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return False
+
+    def num_input_examples(self, split: str) -> None:
+        return None
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return self._files.list(split)
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **_: Any,
+    ) -> tf.data.Dataset:
+        del shuffle, seed  # documents come in a fixed order: rows are drawn from the store
+        shard, shards = (0, 1) if shard_info is None else (shard_info.index, shard_info.num_shards)
+        names = (self.content, "id", "meta", "where", "error")
+        return tf.data.Dataset.from_generator(
+            lambda: self.documents(split, shard, shards),
+            output_signature={name: tf.TensorSpec((), tf.string) for name in names},
+        )
+
+    def documents(self, split: str, shard: int, shards: int) -> Iterator[Document]:
+        """The documents of every `shards`-th file from number `shard` on."""
+        return self._files.documents(split, shard, shards, {"tfrecord": _tfrecord_rows})
+
+
+def _tfrecord_rows(file: str) -> Iterator[tuple[str, readers.Row | readers.Bad]]:
+    """The features of each tf.Example: a single value as itself, several as a list."""
+    compression = "GZIP" if file.endswith(".gz") else ""
+    number = 0
+    try:
+        for data in tf.data.TFRecordDataset(file, compression).as_numpy_iterator():
+            number += 1
+            try:
+                features = tf.train.Example.FromString(data).features.feature
+            except Exception:  # protobuf's DecodeError, which each of its implementations defines anew
+                bad = readers.Bad(reason="not a tf.Example", excerpt=data[: readers.EXCERPT])
+                yield f"record {number}", bad
+                continue
+            lists = {
+                name: list(getattr(value, value.WhichOneof("kind") or "bytes_list").value)
+                for name, value in features.items()
+            }
+            yield f"record {number}", {k: v[0] if len(v) == 1 else v for k, v in lists.items()}
+    except (tf.errors.DataLossError, tf.errors.OutOfRangeError) as error:
+        reason = f"the file cannot be read on: {str(error.message).partition(chr(10))[0]}"
+        yield f"record {number + 1}", readers.Bad(reason=reason)
+
+
+def add_files(
+    name: str,
+    patterns: str | Sequence[str] | Mapping[str, str | Sequence[str]],
+    fields: Fields | None = None,
+    *,
+    kind: str = "",
+    held_out: float = 0.0,
+    max_bytes: int = readers.MAX_BYTES,
+) -> seqio.Task:
+    """Registers a task that reads files.
+
+    Args:
+      name: of the task.
+      patterns: globs or directories, local or gs://; or a mapping from "train" and "validation" to such.
+      fields: where in a row the document is.
+      kind: a name in `readers.FORMATS`; "": by each file's name. Those in .gz and .zst are decompressed.
+      held_out: share of documents that become the validation split where `patterns` names none, chosen
+        by a hash of what they say (or of their `group`), so that equal ones fall on one side.
+      max_bytes: of one record; longer ones are refused.
+    """
+    splits = patterns if isinstance(patterns, Mapping) else {"train": patterns}
+    fields = fields or Fields()
+    files = Files(patterns=dict(splits), fields=fields, kind=kind, held_out=held_out, max_bytes=max_bytes)
+    features = {fields.content: _string_feature(), "id": _string_feature()}
+    return seqio.TaskRegistry.add(name, source=FileSource(files), output_features=features, metric_fns=[])
+
+
+def add_tfds(
+    name: str,
+    tfds_name: str | None = None,
+    fields: Fields | None = None,
+    *,
+    splits: Mapping[str, str] | None = None,
+    data_dir: str | None = None,
+) -> seqio.Task:
+    """Registers a task that reads a TFDS data set.
+
+    Args:
+      name: of the task.
+      tfds_name: `name/config:version`; None: the only data set in `data_dir`.
+      fields: where in an example the document is.
+      splits: e.g. {"train": "train[1%:]", "validation": "train[:1%]"}; None: as the data set has them.
+      data_dir: where it lies.
+    """
+    fields = fields or Fields()
+    source = seqio.TfdsDataSource(
+        tfds_name or "", tfds_data_dir=data_dir, splits=dict(splits) if splits else None, read_only=True
+    )
+    features = {fields.content: _string_feature(), "id": _string_feature()}
+    return seqio.TaskRegistry.add(
+        name,
+        source=source,
+        preprocessors=[functools.partial(_tfds_documents, name=name, fields=fields)],
+        output_features=features,
+        metric_fns=[],
+    )
+
+
+def _tfds_documents(dataset: tf.data.Dataset, name: str, fields: Fields) -> tf.data.Dataset:
+    """Examples of TFDS to documents; strings, numbers and lists of them, nested names joined by dots."""
+    columns = [key for key, _ in _flat(dataset.element_spec)]
+    names = (fields.content, "id", "meta", "where", "error")
+
+    def convert(number: Any, *values: Any) -> list[bytes]:
+        row = {key: v.tolist() if hasattr(v, "tolist") else v for key, v in zip(columns, values, strict=True)}
+        document, _ = next(documents(name, [(f"example {number}", row)], fields))
+        return [document[key] for key in names]
+
+    def from_example(number: tf.Tensor, example: Any) -> dict[str, tf.Tensor]:
+        values = [value for _, value in _flat(example)]
+        found = tf.numpy_function(convert, [number, *values], [tf.string] * len(names))
+        return {key: tf.ensure_shape(value, ()) for key, value in zip(names, found, strict=True)}
+
+    return dataset.enumerate().map(from_example)
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in sorted(tree.items()):
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def find(name: str, modules: Sequence[str] = ()) -> seqio.Task:
+    """The task with this name, after importing the modules that register more.
+
+    Raises:
+      UserError: a module cannot be imported, or there is no such task (the nearest is named).
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(
+                f"cannot import {module!r} of data.modules: {error}; install it, or add its directory to"
+                " PYTHONPATH"
+            ) from error
+    known = sorted(seqio.TaskRegistry.names())
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise UserError(
+            f"there is no seqio task {name!r}; did you mean {nearest[0]!r}? Tasks of your own are registered"
+            " by a module that data.modules names"
+        )
+    return seqio.TaskRegistry.get(name)
+
+
+def check_split(task: seqio.Task, split: str) -> None:
+    """Raises UserError if the task has no such split."""
+    if split not in task.source.splits:
+        raise UserError(
+            f"task {task.name!r} has no split {split!r}; it has {', '.join(sorted(task.source.splits))}"
+        )
+
+
+def count(task: seqio.Task, split: str) -> int | None:
+    """How many examples the source has before preprocessing, where it knows."""
+    return task.source.num_input_examples(split)
+
+
+def is_chat(task: seqio.Task, split: str) -> bool:
+    """Whether a task gives `messages`.
+
+    Raises:
+      UserError: it gives neither those nor `text`, or files that cannot be found.
+    """
+    if _is_read_directly(task):
+        return task.source.content == "messages"
+    return "messages" in _dataset(task, split, 0, 1).element_spec
+
+
+def count_shards(task: seqio.Task, split: str) -> int:
+    """In how many parts a split can be read, each by itself: its files."""
+    source = task.source
+    if source.supports_arbitrary_sharding or isinstance(source, seqio.FunctionDataSource):
+        return 1
+    return max(1, len(source.list_shards(split)))
+
+
+def examples(task: seqio.Task, split: str, shard: int = 0, shards: int = 1) -> Iterator[dict[str, bytes]]:
+    """The string features of each example of a split, or of one shard of it, in a fixed order.
+
+    Raises:
+      UserError: no such split, no `text` and no `messages`, a feature that is not one string, or files
+        that cannot be read.
+    """
+    check_split(task, split)
+    try:
+        if _is_read_directly(task):
+            yield from task.source.documents(split, shard, shards)
+        else:
+            yield from _dataset(task, split, shard, shards).prefetch(16).as_numpy_iterator()
+    except _UNREADABLE as error:
+        raise _explain(task, split, error) from error
+
+
+def _is_read_directly(task: seqio.Task) -> bool:
+    """Whether TensorFlow would only carry the documents, at the cost of reading them once more."""
+    return isinstance(task.source, FileSource) and not task.preprocessors
+
+
+def _dataset(task: seqio.Task, split: str, shard: int, shards: int) -> tf.data.Dataset:
+    check_split(task, split)
+    try:
+        part = seqio.ShardInfo(shard, shards) if shards > 1 else None
+        dataset = task.get_dataset(split=split, shuffle=False, try_in_mem_cache=False, shard_info=part)
+    except _UNREADABLE as error:
+        raise _explain(task, split, error) from error
+    options = tf.data.Options()
+    options.deterministic = True
+    return _string_features(task, dataset).with_options(options)
+
+
+def _explain(task: seqio.Task, split: str, error: Exception) -> UserError:
+    message = str(getattr(error, "message", error)).strip().partition("\n")[0]
+    return UserError(f"cannot read the {split} split of task {task.name!r}: {message}")
+
+
+_UNREADABLE = (
+    ValueError,
+    OSError,
+    tf.errors.NotFoundError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.DataLossError,
+    tf.errors.UnimplementedError,  # a file system that this TensorFlow does not know
+)
+
+
+def _string_features(task: seqio.Task, dataset: tf.data.Dataset) -> tf.data.Dataset:
+    spec = dataset.element_spec
+    found = [name for name in FEATURES if name in spec]
+    if not {"text", "messages"} & set(found):
+        raise UserError(
+            f"task {task.name!r} gives neither `text` nor `messages` but {', '.join(sorted(spec))}: end its"
+            " preprocessors with one that maps an example to these string features"
+        )
+    for name in found:
+        if spec[name].dtype != tf.string or spec[name].shape.rank != 0:
+            raise UserError(
+                f"task {task.name!r} gives `{name}` as {spec[name].dtype.name}{spec[name].shape}: it must be"
+                " one string"
+            )
+    return dataset.map(lambda example: {name: example[name] for name in found})

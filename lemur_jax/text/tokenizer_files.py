@@ -1,0 +1,344 @@
+"""Making tokenizer directories: training a SentencePiece model, adding control tokens, writing files.
+
+`tokenizer.json` is converted from `tokenizer.model` so that transformers and other users of the
+tokenizers library get the ids that SentencePiece gives.
+"""
+
+import io
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.text.chat_template import CHATML_TEMPLATE, CHATML_TOKENS
+from lemur_jax.text.tokenizer import FILE_NAMES, Tokenizer
+
+
+def train_sentencepiece(texts: Iterable[str], path: epath.PathLike, vocab_size: int) -> Tokenizer:
+    """Trains a byte-fallback BPE in Llama's manner and writes its directory.
+
+    Digits stand alone, text is not normalized, runs of spaces are pieces; a newline is always the
+    single token <0x0A>, as in Llama-2. Ids 0, 1, 2 are <unk>, <s>, </s>; there is no padding token.
+
+    Args:
+      texts: documents; all are held in memory, so pass a sample of a large corpus.
+      vocab_size: number of pieces, control tokens and the 256 bytes included.
+
+    Raises:
+      UserError: `vocab_size` is too small or too large for these texts.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    lines = (line for text in texts for line in text.split("\n") if line)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            add_dummy_prefix=True,
+            character_coverage=0.99995,
+            # Longer lines would be left out, and with them most of minified code and of prose.
+            max_sentence_length=1 << 20,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        # The library's message ends in "[the condition that failed] what it means".
+        reason = str(error).rpartition("]")[2].strip() or "the texts are empty"
+        raise UserError(
+            f"cannot train a tokenizer with vocab_size {vocab_size} for {path}: {reason}"
+        ) from error
+    return write_directory(path, model.getvalue())
+
+
+def extend(
+    source: epath.PathLike, target: epath.PathLike, tokens: Sequence[str], chat_template: str | None = None
+) -> Tokenizer:
+    """Writes the tokenizer of `source` with more control tokens, at the ids that follow its own.
+
+    Args:
+      tokens: names, in the order of their ids. One that `source` has already keeps its id.
+      chat_template: Jinja source; None: the source's, or ChatML if the result has ChatML's tokens.
+
+    Raises:
+      UserError: no tokenizer in `source`, or a token twice in `tokens`.
+    """
+    files = revise(Tokenizer.load(source), add=tokens, chat_template=chat_template)
+    _replace_files(epath.Path(target), files)
+    return Tokenizer.load(target)
+
+
+def revise(
+    tokenizer: Tokenizer, *, keep: int = 0, add: Sequence[str] = (), chat_template: str | None = None
+) -> dict[str, bytes]:
+    """The files of a tokenizer with fewer and with more control tokens.
+
+    Args:
+      keep: > 0: control tokens with ids from this one on are forgotten first, and with them a chat
+        template that names one.
+      add: names, in the order of their ids, which follow those that are left. One that is there keeps
+        its id.
+      chat_template: Jinja source; None: the tokenizer's, or ChatML if the result has ChatML's tokens.
+
+    Raises:
+      UserError: a token twice in `add`, or the model file itself has ids from `keep` on.
+    """
+    if len(set(add)) != len(add):
+        raise UserError(f"tokenizer.add_tokens names a token twice: {', '.join(add)}")
+    keep = keep or tokenizer.vocab_size
+    dropped = {token for token, index in tokenizer.control_tokens.items() if index >= keep}
+    kept = {token: index for token, index in tokenizer.added_tokens.items() if token not in dropped}
+    if tokenizer.model_size > keep:
+        raise UserError(
+            f"the tokenizer's model file has {tokenizer.model_size} pieces of its own: only control tokens"
+            f" that were added to it can be dropped, not all ids from {keep} on"
+        )
+    size = max([tokenizer.model_size, *(index + 1 for index in kept.values())])
+    new = [token for token in add if token in dropped or token not in tokenizer.control_tokens]
+    old = tokenizer.chat_template
+    if old is not None and any(token in old for token in dropped):
+        old = None
+    files = tokenizer.files()
+    return make_files(
+        files.get("tokenizer.model"),
+        tokenizer_json=None if "tokenizer.model" in files else _without(files["tokenizer.json"], dropped),
+        added_tokens=kept | {token: size + index for index, token in enumerate(new)},
+        chat_template=chat_template or old,
+        config=_config_without(tokenizer.config, dropped),
+    )
+
+
+def _without(tokenizer_json: bytes, dropped: Collection[str]) -> bytes:
+    spec = json.loads(tokenizer_json)
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in dropped]
+    return _dump(spec)
+
+
+def _config_without(config: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Any]:
+    """`tokenizer_config.json` that names none of these tokens."""
+
+    def name(token: Any) -> Any:
+        return token["content"] if isinstance(token, Mapping) else token
+
+    kept = {key: value for key, value in config.items() if key != "chat_template"}
+    for key, value in config.items():
+        if key.endswith("_token") and name(value) in dropped:
+            del kept[key]
+        elif key in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, list):
+            kept[key] = [token for token in value if name(token) not in dropped]
+    return kept
+
+
+def write_directory(
+    path: epath.PathLike, model: bytes | None, *, tokenizer_json: bytes | None = None
+) -> Tokenizer:
+    """Writes `make_files`."""
+    _replace_files(epath.Path(path), make_files(model, tokenizer_json=tokenizer_json))
+    return Tokenizer.load(path)
+
+
+def make_files(
+    model: bytes | None,
+    *,
+    tokenizer_json: bytes | None = None,
+    added_tokens: Mapping[str, int] | None = None,
+    chat_template: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, bytes]:
+    """Every file that transformers reads, by name.
+
+    Args:
+      model: a SentencePiece BPE model, from which `tokenizer.json` is converted; or None, and
+        `tokenizer_json` is taken with the added tokens put in.
+      added_tokens: control tokens outside the model, to their ids.
+      chat_template: Jinja source; None: ChatML if its tokens are among the added ones.
+      config: `tokenizer_config.json` of the tokenizer that this one was made from.
+
+    Raises:
+      UserError: the model is not one that can be converted exactly.
+    """
+    added = dict(added_tokens or {})
+    if chat_template is None and set(CHATML_TOKENS[1:3]) <= added.keys():
+        chat_template = CHATML_TEMPLATE
+    forced: dict[str, Any] = {"chat_template": None}  # it has a file of its own
+    if model is not None:
+        spec, defaults = _convert(model)
+        defaults |= {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+        # transformers' LlamaTokenizer ignores the file's own pre-tokenizer and so loses the dummy space
+        # before text that begins with a space; this class takes tokenizer.json as it is.
+        forced |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": None}
+    else:
+        spec, defaults = json.loads(tokenizer_json or b""), {}
+    present = {token["content"] for token in spec["added_tokens"]}
+    flags = {token["content"]: token for token in (config or {}).get("added_tokens_decoder", {}).values()}
+    spec["added_tokens"] += [
+        _token(token, index, flags.get(token, {})) for token, index in added.items() if token not in present
+    ]
+    if "<pad>" in added:
+        defaults["pad_token"] = "<pad>"
+    given = {key: value for key, value in (config or {}).items() if value is not None}
+    settings = {key: value for key, value in (defaults | given | forced).items() if value is not None}
+    settings["added_tokens_decoder"] = {
+        str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+        for token in spec["added_tokens"]
+    }
+    # Older files spell these tokens as mappings.
+    named = {key: settings[key] for key in _NAMED_TOKENS if key in settings}
+    named = {key: token["content"] if isinstance(token, Mapping) else token for key, token in named.items()}
+    settings |= named
+    files = {
+        "tokenizer.model": model,
+        "tokenizer.json": _dump(spec),
+        "tokenizer_config.json": _dump(settings),
+        "special_tokens_map.json": _dump(named),
+        "chat_template.jinja": None if chat_template is None else chat_template.encode(),
+    }
+    return {name: content for name, content in files.items() if content is not None}
+
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def _replace_files(directory: epath.Path, files: Mapping[str, bytes]) -> None:
+    """Writes a directory's tokenizer files, and removes those of another tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in FILE_NAMES:
+        content = files.get(name)
+        if content is not None:
+            (directory / name).write_bytes(content)
+        elif (directory / name).exists():
+            (directory / name).unlink()
+
+
+def _convert(model: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`tokenizer.json` with the ids of a SentencePiece BPE model, and its special tokens by name.
+
+    Each way of joining two pieces into a third becomes a merge, ranked by the score of the third:
+    SentencePiece joins the best-scored neighbours first, and so does the BPE of the tokenizers library.
+    Among equal scores SentencePiece joins the leftmost, so a piece grows before another is begun beside
+    it: there the merge with the longest left side comes first. (Llama-2 and Mistral score all runs of
+    spaces alike.)
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if (
+        trainer.model_type != trainer.BPE
+        or not trainer.byte_fallback
+        or normalizer.precompiled_charsmap
+        or normalizer.remove_extra_whitespaces
+        or not normalizer.add_dummy_prefix
+        or any(piece.type in (kinds.USER_DEFINED, kinds.UNUSED) for piece in proto.pieces)
+    ):
+        raise UserError(
+            "tokenizer.model is not a SentencePiece BPE in Llama's manner (byte fallback, identity"
+            " normalization, dummy prefix, no user-defined pieces): tokenizer.json cannot be made from it"
+        )
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
+    splits = ((piece, piece[:cut], piece[cut:]) for piece in scores for cut in range(1, len(piece)))
+    merges = [
+        (-scores[whole], -len(a), vocab[a], a, b) for whole, a, b in splits if a in scores and b in scores
+    ]
+    control = {
+        piece.piece: index
+        for index, piece in enumerate(proto.pieces)
+        if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
+    }
+    names = {
+        f"{kind}_token": proto.pieces[index].piece
+        for kind in ("bos", "eos", "unk", "pad")
+        if (index := getattr(trainer, f"{kind}_id")) >= 0
+    }
+    bos = names.get("bos_token")
+    spec = _tokenizer_json(
+        vocab,
+        [[a, b] for *_, a, b in sorted(merges)],
+        names["unk_token"],
+        None if bos is None else (bos, vocab[bos]),
+    )
+    spec["added_tokens"] = [_token(token, index) for token, index in control.items()]
+    return spec, names
+
+
+def _tokenizer_json(
+    vocab: dict[str, int], merges: list[list[str]], unk: str, bos: tuple[str, int] | None
+) -> dict[str, Any]:
+    """The layout of the tokenizers library for a Llama-style model, without added tokens."""
+    sequence = [{"Sequence": {"id": kind, "type_id": 0}} for kind in "AB"]
+    begin = [{"SpecialToken": {"id": bos[0], "type_id": 0}}] if bos else []
+    second = [{"SpecialToken": {"id": bos[0], "type_id": 1}}] if bos else []
+    sequence[1]["Sequence"]["type_id"] = 1
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        # One Metaspace would put no dummy space before a text that begins with a space, where
+        # SentencePiece does. The first one here looks for " ", which the normalizer has replaced, so it
+        # always puts one in front of the text (not of what follows a control token); the second one
+        # gives it its final form.
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Metaspace", "replacement": " ", "prepend_scheme": "first", "split": False},
+                {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "never", "split": False},
+            ],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [*begin, sequence[0]],
+            "pair": [*begin, sequence[0], *second, sequence[1]],
+            "special_tokens": {bos[0]: {"id": bos[0], "ids": [bos[1]], "tokens": [bos[0]]}} if bos else {},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unk,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+
+
+_SPACE = "\u2581"  # SentencePiece's visible space
+
+
+def _token(content: str, index: int, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """An added token as tokenizer.json has it, with the flags that its first files gave it."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags |= {name: value for name, value in (given or {}).items() if name in flags}
+    return {"id": index, "content": content, **flags}
+
+
+def _dump(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()

@@ -1,0 +1,102 @@
+"""Google's notices against a server that answers as theirs does."""
+
+import signal
+import threading
+import time
+
+import pytest
+
+from lemur_jax.cluster import maintenance as notices
+from lemur_jax.cluster.preemption import Interruption
+from tests.helpers.metadata_server import serving
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(notices, "_RETRY_SECONDS", 0.01)
+    with serving() as server:
+        monkeypatch.setenv("GCE_METADATA_HOST", server.host)
+        yield server
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def watching():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("notice ")}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")]
+)
+def test_a_notice_is_a_sigterm(server, key, value, capfd):
+    server.failing = 2
+    with Interruption(0) as interruption:
+        until(lambda: len(server.asked) == 6)  # the two that failed, and each key's value and its change
+        server.set("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE")  # nothing ends for that
+        until(lambda: len(server.asked) == 7)
+        assert not interruption.reached()
+        server.set(key, value)
+        until(lambda: interruption.asked)
+        assert interruption.reached()
+    assert capfd.readouterr().err == f"lemur train: this machine is taken away (instance/{key}: {value})\n"
+
+
+def test_an_unchanged_value_is_waited_for_and_not_asked_for_again_and_again(server):
+    with Interruption(0):
+        until(lambda: len(server.asked) >= 4)  # each once for the value and once for a change
+        time.sleep(0.2)
+        assert sorted(server.asked) == 2 * ["maintenance-event"] + 2 * ["preempted"]
+
+
+def test_a_notice_after_the_run_ends_nothing(server, capfd):
+    heard, before = [], watching()
+    old = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    try:
+        with Interruption(0):
+            until(lambda: len(server.asked) == 4)
+        server.set("preempted", "TRUE")
+        server.set("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
+        until(lambda: watching() <= before)  # both have got it, and went
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert heard == []
+    assert capfd.readouterr().err == ""
+
+
+def test_a_server_without_the_keys_is_left_alone(server):
+    server.values.clear()
+    before = watching()
+    with Interruption(0) as interruption:
+        until(lambda: len(server.asked) == 2)
+        until(lambda: watching() <= before)
+        assert not interruption.asked
+    assert sorted(server.asked) == ["maintenance-event", "preempted"]
+
+
+def test_no_server_is_asked_on_other_machines(monkeypatch, tmp_path):
+    monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
+    monkeypatch.setattr(notices, "_PRODUCT", tmp_path / "none")
+    assert notices.Notices()._host is None
+    (tmp_path / "none").write_text("Google Compute Engine\n")
+    assert notices.Notices()._host == "metadata.google.internal"
+
+
+def test_a_notice_that_stood_before_is_said_and_stops_nothing(server, capfd, monkeypatch):
+    monkeypatch.setattr(notices, "_WAIT_SECONDS", 0.1)  # the server gives the same value again and again
+    server.set("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
+    with Interruption(0) as interruption:
+        until(lambda: min(map(server.asked.count, ("maintenance-event", "preempted"))) > 3)
+        assert not interruption.reached()
+        server.set("maintenance-event", "NONE")
+        server.set("preempted", "TRUE")
+        until(lambda: interruption.asked)
+    said = capfd.readouterr().err.splitlines()
+    assert [line.split(" (")[0] for line in said] == [
+        "lemur train: this machine will be taken away soon",
+        "lemur train: this machine is taken away",
+    ]

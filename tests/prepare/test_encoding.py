@@ -1,0 +1,211 @@
+"""Tokenizing records in worker processes."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.prepare import encoding
+from lemur_jax.prepare.encoding import Encoded, Refused, encode, encoder
+from lemur_jax.text.chat_template import encode_chat
+
+TALK = [{"role": "user", "content": "Grüße?"}, {"role": "assistant", "content": "Ja, 漢字."}]
+
+
+def record(**fields):
+    return {key: value if isinstance(value, bytes) else value.encode() for key, value in fields.items()}
+
+
+def test_text_stands_between_bos_and_eos(tokenizer):
+    text = "Grüße,\n    def f(x): </s>"
+    result = encode(tokenizer, record(id="a/1", text=text, source="s"), 7)
+    assert isinstance(result, Encoded)
+    assert result.tokens.tolist() == [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+    assert result.tokens.dtype == np.uint32
+    assert (result.id, result.mask, result.n_bytes) == ("a/1", None, len(text.encode()))
+
+
+def test_a_document_without_id_gets_its_number(tokenizer):
+    assert encode(tokenizer, record(text="abc"), 7).id == "000000007"
+
+
+def test_conversations_keep_their_mask(chat_tokenizer):
+    result = encode(chat_tokenizer, record(id="c", messages=json.dumps(TALK)), 0)
+    ids, mask = encode_chat(chat_tokenizer, TALK)
+    assert (result.tokens.tolist(), result.mask.tolist()) == (ids, mask)
+    assert result.n_bytes == len("Ja, 漢字.\n".encode())
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"text": b"abc \xff"}, "invalid UTF-8"),
+        ({"text": b" \n"}, "empty text"),
+        ({"messages": b"[\xff]"}, "invalid UTF-8"),
+        ({"messages": b'[{"role": "assistant", "content": "\\ud800"}]'}, "invalid UTF-8"),
+        ({"messages": b""}, "not JSON"),
+        ({"messages": b"{]"}, "not JSON"),
+        ({"messages": b'"hello"'}, "list of messages"),
+        ({"messages": b"[]"}, "list of messages"),
+        ({"messages": b'["hello"]'}, "message 0"),
+        ({"messages": b'[{"role": "user"}]'}, "message 0"),
+        ({"messages": b'[{"role": "user", "content": 3}]'}, "message 0"),
+        ({"messages": b'[{"role": "user", "content": "hello"}]'}, "no supervised token"),
+        ({"messages": b"[" * 100_000}, "too deep"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_a_reason(chat_tokenizer, fields, reason):
+    result = encode(chat_tokenizer, record(id="bad-1", **fields), 0)
+    assert isinstance(result, Refused)
+    assert result.id == "bad-1"
+    assert reason in result.reason
+    assert "\n" not in result.reason
+    assert set(result.record) == {"id", *fields}
+    json.dumps(result.record)
+
+
+def mixed_records(count):
+    for index in range(count):
+        if index % 10 == 3:
+            yield record(id=f"doc-{index}", text=b"\xff")
+        else:
+            yield record(text=f"document {index} " + "x = 1\n" * (index % 7))
+
+
+def as_tuple(result):
+    if isinstance(result, Refused):
+        return (result.id, result.reason)
+    return (result.id, result.tokens.tolist(), result.n_bytes)
+
+
+def test_workers_change_nothing(tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "CHUNK_RECORDS", 3)
+    results = []
+    for workers in (1, 2):
+        with encoder(tokenizer, workers) as encode_all:
+            for _ in range(2):  # one pool serves many corpora
+                results.append([as_tuple(result) for result in encode_all(mixed_records(50))])
+    assert len(results[0]) == 50
+    assert all(result == results[0] for result in results)
+
+
+def test_a_corpus_is_never_in_memory(tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "CHUNK_RECORDS", 3)
+    taken = 0
+
+    def records():
+        nonlocal taken
+        for item in mixed_records(1000):
+            taken += 1
+            yield item
+
+    with encoder(tokenizer, 2) as encode_all:
+        for index, _ in enumerate(encode_all(records())):
+            assert taken <= index + 3 * 6
+            if index == 100:
+                break
+
+
+def test_chunks_are_bounded_in_bytes():
+    items = [record(text="x" * 100_000) for _ in range(10)]
+    chunks = list(encoding._chunks(items))
+    assert [first for first, _ in chunks] == [0, 3, 6, 9]
+    assert [item for _, chunk in chunks for item in chunk] == items
+
+
+def test_a_worker_that_dies_is_one_line(tokenizer):
+    def run():
+        with encoder(tokenizer, 2) as encode_all:
+            for index, _ in enumerate(encode_all(mixed_records(10_000))):
+                if index == 300:
+                    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    with pytest.raises(UserError, match=r"prepare\.workers"):
+        run()
+
+
+def die_in_the_middle_of_a_result():
+    frame = sys._getframe()
+    while "result_queue" not in frame.f_locals:
+        frame = frame.f_back
+    os.write(frame.f_locals["result_queue"]._writer.fileno(), b"\0\0\1\0and no more")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_result_is_seen(monkeypatch):
+    """The pool itself waits for the rest of the result for ever."""
+    monkeypatch.setattr(encoding, "_LOOK_SECONDS", 0.5)
+    pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+    assert encoding._result(pool, pool.submit(sorted, [2, 1])) == [1, 2]
+    future = pool.submit(die_in_the_middle_of_a_result)
+    with pytest.raises(BrokenProcessPool):
+        encoding._result(pool, future)
+    pool.shutdown()
+
+
+def test_an_exception_ends_the_workers(tokenizer):
+    def run():
+        with encoder(tokenizer, 2) as encode_all:
+            next(encode_all(mixed_records(1000)))
+            assert multiprocessing.active_children()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_do_not_outlive_a_killed_parent(tokenizer_dir, tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        f"""if __name__ == "__main__":
+    import multiprocessing, os, signal
+    from lemur_jax.prepare.encoding import encoder
+    from lemur_jax.text.tokenizer import Tokenizer
+
+    with encoder(Tokenizer.load({str(tokenizer_dir)!r}), 2) as encode_all:
+        list(encode_all([{{"text": b"abc"}}] * 600))
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    )
+    # Into a file: a worker that lives on would keep a pipe open, and us waiting for its end.
+    with (tmp_path / "out").open("w") as out:
+        result = subprocess.run([sys.executable, script], stdout=out, stderr=subprocess.STDOUT)
+    written = (tmp_path / "out").read_text()
+    assert result.returncode == -signal.SIGKILL, written
+    workers = written.split()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [worker for worker in workers if is_running(worker)]
+    for worker in left:
+        os.kill(int(worker), signal.SIGKILL)
+    assert not left
+
+
+def is_running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_workers_load_neither_tensorflow_nor_jax():
+    code = (
+        "import sys, lemur_jax.prepare.encoding;"
+        "sys.exit(any(name in sys.modules for name in ('tensorflow', 'seqio', 'jax')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

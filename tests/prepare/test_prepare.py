@@ -1,0 +1,349 @@
+"""From seqio tasks to token stores, with everything that can go wrong on the way."""
+
+import json
+import random
+
+import pytest
+import tensorflow as tf
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.manifest import read_manifest
+from lemur_jax.data.store import TokenStore
+from lemur_jax.prepare import encoding as documents
+from lemur_jax.prepare import prepare_tokenizer
+from lemur_jax.prepare.prepare import prepare  # first: it keeps TensorFlow quiet
+from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat
+from lemur_jax.text.tokenizer import Tokenizer
+from tests.helpers.list_source import run
+
+
+def text_records(count, seed=0):
+    generator = random.Random(seed)
+    for index in range(count):
+        text = f"def f{index}(x):\n    return x + {index}\n" * generator.randint(1, 20)
+        yield {"text": text, "id": f"doc-{index}"}
+
+
+TALK = [{"role": "user", "content": "Grüße?"}, {"role": "assistant", "content": "Ja."}]
+
+
+def chat_records(count, talk=TALK):
+    for index in range(count):
+        messages = [*talk[:-1], {"role": talk[-1]["role"], "content": f"Answer {index}."}]
+        yield {"messages": json.dumps(messages), "id": f"talk-{index}"}
+
+
+def files_of(directory):
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_documents_arrive_whole_and_in_order(task, make_config, tmp_path, tokenizer):
+    records = list(text_records(30))
+    task(records, validation=records[3:5])
+    said = run(make_config("made_up", held_out=["made_up"]))
+    store = TokenStore.open(tmp_path / "stores" / "made_up" / "train", tokenizer)
+    assert store.num_documents == 30
+    for index, record in enumerate(records):
+        ids, mask = store.document(index)
+        assert ids.tolist() == [tokenizer.bos_id, *tokenizer.encode(record["text"]), tokenizer.eos_id]
+        assert mask is None
+        assert store.document_id(index) == record["id"]
+    manifest = store.manifest
+    assert manifest.bytes == sum(len(record["text"].encode()) for record in records)
+    assert (manifest.task, manifest.split, manifest.has_loss_mask) == ("made_up", "train", False)
+    assert read_manifest(tmp_path / "stores" / "made_up" / "validation").documents == 2
+    assert [line.partition(":")[0] for line in said[:2]] == ["made_up/train", "made_up/validation"]
+    assert said[0].startswith(f"made_up/train: 30 documents, {manifest.tokens:,} tokens")
+    assert "tokens wanted" in said[2]
+    assert not list((tmp_path / "stores").rglob("*quarantine*"))
+
+
+def test_conversations_arrive_with_their_mask(task, make_config, tmp_path, chat_dir, chat_tokenizer):
+    records = list(chat_records(5))
+    task(records)
+    run(make_config("made_up", **{"tokenizer.path": str(chat_dir)}))
+    store = TokenStore.open(tmp_path / "stores" / "made_up" / "train", chat_tokenizer)
+    for index, record in enumerate(records):
+        ids, mask = store.document(index)
+        expected = encode_chat(chat_tokenizer, json.loads(record["messages"]))
+        assert (ids.tolist(), mask.tolist()) == expected
+    assert store.manifest.added_tokens == chat_tokenizer.added_tokens
+
+
+def test_workers_change_no_byte(task, make_config, tmp_path, chat_dir, monkeypatch):
+    monkeypatch.setattr(documents, "CHUNK_RECORDS", 7)
+    bad = {"text": b"\xff", "id": "bad"}
+    task([*text_records(100), bad])
+    task([*chat_records(60), *chat_records(1, TALK[:1])], name="chat")
+    for workers in (1, 2):
+        folder = tmp_path / f"stores{workers}"
+        options = {"tokenizer.path": str(chat_dir), "data.stores": str(folder), "prepare.workers": workers}
+        run(make_config("made_up", "chat", **options, **{"prepare.max_bad_share": 0.1}))
+    one, two = files_of(tmp_path / "stores1"), files_of(tmp_path / "stores2")
+    assert one == two
+    assert "made_up/train/manifest.json" in one
+    assert "chat/train.quarantine.jsonl" in one
+
+
+def test_what_is_there_is_not_made_again(task, make_config, tmp_path, chat_dir):
+    source = task(text_records(10))
+    config = make_config("made_up", held_out=["made_up"])
+    run(config)
+    manifest = tmp_path / "stores" / "made_up" / "train" / "manifest.json"
+    before = manifest.stat().st_mtime_ns
+    assert [line.endswith("unchanged") for line in run(config)[:2]] == [True, True]
+    assert manifest.stat().st_mtime_ns == before
+    # Added control tokens change no plain text.
+    with_chat = make_config("made_up", **{"tokenizer.path": str(chat_dir)})
+    assert run(with_chat)[0].endswith("unchanged")
+    source.records["train"] = list(text_records(11))
+    said = run(make_config("made_up", held_out=["made_up"]))
+    assert said[0].startswith("made_up/train: 11 documents")
+    assert said[1].endswith("unchanged")
+
+
+def test_shares_change_without_preparing_again(task, make_config, tmp_path):
+    task(text_records(40))
+    task(text_records(40, seed=1), name="second")
+    run(make_config("made_up", "second"))
+    before = files_of(tmp_path / "stores")
+    config = make_config("made_up", "second")
+    config.data.sources.second.share = 7.0
+    config.data.stages = {"anneal": {"step": 5, "shares": {"second": 1.0}}}
+    said = run(config)
+    assert [line.endswith("unchanged") for line in said[:2]] == [True, True]
+    assert "anneal, step 5 on" in said[2]
+    assert files_of(tmp_path / "stores") == before
+
+
+def test_a_store_of_plain_text_made_with_added_tokens_serves_without_them(task, make_config, chat_dir):
+    task(text_records(10))
+    run(make_config("made_up", **{"tokenizer.path": str(chat_dir)}))
+    assert run(make_config("made_up"))[0].endswith("unchanged")
+
+
+def test_another_tokenizer_or_template_makes_stores_again(
+    task, make_config, tmp_path, tokenizer_dir, chat_dir
+):
+    task(text_records(10))
+    task(chat_records(5), name="chat")
+    run(make_config("made_up", "chat", **{"tokenizer.path": str(chat_dir)}))
+    other = tmp_path / "other"
+    prepare_tokenizer.train_sentencepiece(["something else " * 9, "entirely"] * 50, other, 280)
+    prepare_tokenizer.extend(other, tmp_path / "other_chat", CHATML_TOKENS)
+    said = run(make_config("made_up", "chat", **{"tokenizer.path": str(tmp_path / "other_chat")}))
+    assert not [line for line in said if "unchanged" in line]
+    template = Tokenizer.load(chat_dir).chat_template.replace("assistant", "Assistant")
+    prepare_tokenizer.extend(other, tmp_path / "template", CHATML_TOKENS, template + " ")
+    said = run(make_config("made_up", **{"tokenizer.path": str(tmp_path / "template")}))
+    assert said[0].endswith("unchanged")
+    with pytest.raises(UserError, match="no supervised token"):
+        run(make_config("chat", **{"tokenizer.path": str(tmp_path / "template")}))
+
+
+def test_bad_records_are_counted_named_and_kept(task, make_config, tmp_path):
+    records = [*text_records(50), {"text": b"a\xff", "id": "bad-1"}, {"text": " ", "id": "bad-2"}]
+    task(records)
+    said = run(make_config("made_up", **{"prepare.max_bad_share": 0.05}))
+    assert said[0].startswith("made_up/train: 50 documents")
+    assert "refused 2 records, the first (bad-1: invalid UTF-8)" in said[0]
+    lines = (tmp_path / "stores" / "made_up" / "train.quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"id": name, "reason": reason, "record": {"text": text, "id": name}, "where": "", "records": 1}
+        for name, reason, text in (("bad-1", "invalid UTF-8", "a\\xff"), ("bad-2", "empty text", " "))
+    ]
+
+
+def test_too_many_bad_records_are_an_error_and_the_old_store_stays(task, make_config, tmp_path):
+    source = task(text_records(50))
+    config = make_config("made_up")
+    run(config)
+    before = files_of(tmp_path / "stores" / "made_up" / "train")
+    source.records["train"] = [*text_records(50), {"text": b"\xff", "id": "bad-1"}]
+    with pytest.raises(
+        UserError, match=r"made_up/train: 1 of 51 .*max_bad_share = 0\.01.*bad-1: invalid UTF-8"
+    ):
+        run(config)
+    assert files_of(tmp_path / "stores" / "made_up" / "train") == before
+    assert "bad-1" in (tmp_path / "stores" / "made_up" / "train.quarantine.jsonl").read_text()
+    source.records["train"] = list(text_records(51))
+    run(config)
+    assert not (tmp_path / "stores" / "made_up" / "train.quarantine.jsonl").exists()
+
+
+def test_conversations_without_supervised_token_are_counted(task, make_config, tmp_path, chat_dir):
+    lonely = {"messages": json.dumps(TALK[:1]), "id": "lonely"}
+    task([*chat_records(20), lonely])
+    options = {"tokenizer.path": str(chat_dir), "prepare.max_bad_share": 0.1}
+    said = run(make_config("made_up", **options))
+    assert said[0].startswith("made_up/train: 20 documents")
+    assert "refused 1 record (lonely: " in said[0]
+    assert "no supervised token" in said[0]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_on_the_way_leaves_no_store(task, make_config, tmp_path, workers):
+    source = task(text_records(50))
+    config = make_config("made_up", **{"prepare.workers": workers})
+    source.records["train"].insert(40, RuntimeError("the disk is gone"))
+    with pytest.raises(tf.errors.OpError, match="the disk is gone"):
+        run(config)
+    assert files_of(tmp_path) == {}
+    del source.records["train"][40]
+    assert run(config)[0].startswith("made_up/train: 50 documents")
+
+
+def test_ctrl_c_leaves_whole_stores_alone(task, make_config, tmp_path):
+    task(text_records(5))
+    task(text_records(50, seed=1), name="second")
+
+    class Interrupted:
+        def __init__(self, total, label, unit):
+            self.left = 20 if label == "second/train" else 1000
+            assert (total, unit) == (None, "documents")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, n=1):
+            self.left -= n
+            if not self.left:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(make_config("made_up", "second"), progress=Interrupted, say=lambda line: None)
+    assert read_manifest(tmp_path / "stores" / "made_up" / "train").documents == 5
+    assert not [name for name in files_of(tmp_path / "stores") if "second" in name]
+
+
+def test_what_a_killed_run_left_is_cleared(task, make_config, tmp_path):
+    task(text_records(5))
+    for name in (".train.partial/tokens/zarr.json", "train/tokens/zarr.json", ".train.quarantine.partial"):
+        file = tmp_path / "stores" / "made_up" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("half")
+    assert run(make_config("made_up"))[0].startswith("made_up/train: 5 documents")
+    TokenStore.open(tmp_path / "stores" / "made_up" / "train")
+    assert not (tmp_path / "stores" / "made_up" / ".train.partial").exists()
+
+
+def test_a_directory_that_is_no_store_is_not_touched(task, make_config, tmp_path):
+    task(text_records(5))
+    file = tmp_path / "stores" / "made_up" / "train" / "thesis.tex"
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    with pytest.raises(UserError, match=r"made_up/train is no token store"):
+        run(make_config("made_up"))
+    assert file.read_text() == "precious"
+
+
+def test_an_empty_corpus_names_its_task(task, make_config, tmp_path):
+    task([], validation=text_records(1))
+    with pytest.raises(UserError, match=r"'made_up' has no documents in its train split"):
+        run(make_config("made_up"))
+    assert files_of(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("sources", "held_out", "options", "message"),
+    [
+        (["made_upp"], [], {}, r"'made_upp'; did you mean 'made_up'"),
+        (["made_up"], ["no_such"], {}, r"'no_such'"),
+        (["made_up"], [], {"prepare.workers": -1}, r"prepare\.workers is -1"),
+        (["made_up"], [], {"tokenizer.path": ""}, r"tokenizer\.path is empty"),
+        (["made_up"], [], {"tokenizer.path": "nowhere"}, r"nowhere"),
+        (["made_up"], [], {"tokenizer.chat_template": "x.jinja"}, r"tokenizer\.chat_template goes with"),
+        (["made_up"], [], {"tokenizer.train_vocab_size": 800}, r"has 700 tokens, .*train_vocab_size is 800"),
+        (["made_up"], [], {"model.vocab_size": 600}, r"has 700 tokens, model\.vocab_size is 600"),
+        (["made_up"], [], {"data.stages": {"late": {"step": 1, "shares": {"x": 1.0}}}}, r"shares names 'x'"),
+        (["made_up"], [], {"data.modules": ("no_module",)}, r"'no_module' of data\.modules"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    task, make_config, tmp_path, sources, held_out, options, message
+):
+    task(text_records(5))
+    with pytest.raises(UserError, match=message):
+        run(make_config(*sources, held_out=held_out, **options))
+    assert files_of(tmp_path) == {}
+
+
+def test_a_budget_that_cannot_be_met_is_said_when_the_stores_are_there(task, make_config, tmp_path):
+    task(text_records(5))
+    config = make_config("made_up", **{"train.steps": 1000})
+    config.data.sources.made_up.max_epochs = 1.0
+    said = []
+    with pytest.raises(UserError, match=r"made_up.*max_epochs"):
+        prepare(config, say=said.append)
+    assert "tokens wanted" in said[-1]
+    assert read_manifest(tmp_path / "stores" / "made_up" / "train").documents == 5
+
+
+def test_a_tokenizer_is_trained_once(task, make_config, tmp_path):
+    task([*text_records(50), {"text": b"\xff" * 1000, "id": "bad"}])
+    options = {
+        "tokenizer.path": str(tmp_path / "trained"),
+        "tokenizer.train_vocab_size": 300,
+        "tokenizer.train_tasks": ("made_up",),
+        "prepare.max_bad_share": 0.1,
+    }
+    said = run(make_config("made_up", **options))
+    assert said[0].startswith(f"{tmp_path / 'trained'}: 300 tokens, trained on")
+    before = files_of(tmp_path / "trained")
+    assert Tokenizer.load(tmp_path / "trained").vocab_size == 300
+    assert run(make_config("made_up", **options))[0].startswith("made_up/train")
+    assert files_of(tmp_path / "trained") == before
+
+
+def test_a_tokenizer_goes_into_a_directory_that_is_there(task, make_config, tmp_path):
+    task(text_records(50))
+    path = tmp_path / "trained"
+    path.mkdir()
+    (path / "notes.txt").write_text("mine")
+    options = {"tokenizer.train_vocab_size": 300, "tokenizer.train_tasks": ("made_up",)}
+    run(make_config("made_up", **options, **{"tokenizer.path": str(path)}))
+    assert Tokenizer.load(path).vocab_size == 300
+    assert (path / "notes.txt").read_text() == "mine"
+
+
+def test_training_a_tokenizer_leaves_nothing_if_it_fails(task, make_config, tmp_path, monkeypatch):
+    task(text_records(50))
+    options = {"tokenizer.path": str(tmp_path / "trained"), "tokenizer.train_vocab_size": 300}
+    with pytest.raises(UserError, match=r"tokenizer\.train_tasks is empty"):
+        run(make_config("made_up", **options))
+
+    def fail(texts, path, size):
+        path.mkdir()
+        (path / "tokenizer.model").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_tokenizer, "train_sentencepiece", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_config("made_up", **options, **{"tokenizer.train_tasks": ("made_up",)}))
+    assert files_of(tmp_path) == {}
+
+
+def test_a_tokenizer_is_extended_once_and_checked(task, make_config, tmp_path, tokenizer_dir):
+    task(chat_records(5))
+    options = {
+        "tokenizer.path": str(tmp_path / "chat"),
+        "tokenizer.extend": str(tokenizer_dir),
+        "tokenizer.add_tokens": CHATML_TOKENS,
+    }
+    said = run(make_config("made_up", **options))
+    assert said[0].startswith(f"{tmp_path / 'chat'}: 705 tokens")
+    assert run(make_config("made_up", **options))[0].startswith("made_up/train")
+    options["tokenizer.add_tokens"] = (*CHATML_TOKENS, "<more>")
+    with pytest.raises(UserError, match=r"chat lacks <more>"):
+        run(make_config("made_up", **options))
+    prepare_tokenizer.train_sentencepiece(["another " * 9, "one"] * 50, tmp_path / "other", 270)
+    options |= {"tokenizer.add_tokens": CHATML_TOKENS, "tokenizer.extend": str(tmp_path / "other")}
+    with pytest.raises(UserError, match=r"was not made from"):
+        run(make_config("made_up", **options))

@@ -1,0 +1,361 @@
+"""Preparing from files: bad records with their place, cleaning, and going on after a kill."""
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.config import default_config
+from lemur_jax.data.store import TokenStore
+from lemur_jax.models.presets import preset
+from lemur_jax.prepare import encoding as documents
+from lemur_jax.prepare import journal, readers, tasks
+from lemur_jax.prepare import prepare as prepare_module
+from lemur_jax.prepare.code_layout import FIM_TOKENS, layout
+from lemur_jax.prepare.prepare import prepare
+from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer_files import extend
+
+# After prepare, which keeps TensorFlow quiet.
+import seqio  # isort: skip
+
+SHARDS = 6
+STEPS = {"length": {"min_chars": 40}, "exact_duplicates": {}, "near_duplicates": {}}
+
+# One process of its own: prepares and, told so, is killed after so many records.
+PREPARE = """if True:
+    import json, os, signal, sys
+    if __name__ == "__main__":
+        options = json.loads(sys.argv[1])
+        from ml_collections import ConfigDict
+        from lemur_jax.prepare import prepare, tasks
+        prepare.SAVE_SECONDS = 0
+        tasks.add_files("files", options["pattern"])
+
+        class Progress:
+            left = options["kill_after"]
+            def __init__(self, *_): pass
+            def __enter__(self): return self
+            def __exit__(self, *_): pass
+            def update(self, n=1):
+                if n > 1:
+                    print("goes on after", n)
+                Progress.left -= n == 1
+                if Progress.left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        prepare.prepare(ConfigDict(options["config"]), progress=Progress)
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Six files of 100 lines: copies of earlier documents, near copies, short and bad ones among them."""
+    generator = random.Random(0)
+    folder, texts = tmp_path / "corpus", []
+    folder.mkdir()
+    for shard in range(SHARDS):
+        lines = []
+        for index in range(100):
+            text = " ".join(generator.choices([f"word{n}" for n in range(500)], k=60))
+            if index % 10 == 3 and texts:
+                text = generator.choice(texts)
+            elif index % 10 == 5 and texts:
+                text = generator.choice(texts) + " more"
+            elif index % 10 == 7:
+                text = "short"
+            if text != "short":
+                texts.append(text)
+            lines.append(json.dumps({"text": text}) if index != 50 else "{bad")
+        (folder / f"{shard}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def make_config(tmp_path, tokenizer_dir):
+    def make(**options):
+        config = default_config(preset("quickstart").to_dict())
+        config.tokenizer.path = str(tokenizer_dir)
+        config.data.stores = str(tmp_path / "stores")
+        config.data.sequence_length = 32
+        config.data.sources = {"files": {"share": 1.0, "packing": "concat", "max_epochs": 0.0}}
+        config.prepare.workers = 1
+        config.prepare.max_bad_share = 0.02
+        config.train.steps = 1
+        config.train.batch_rows = 4
+        config.update_from_flattened_dict(options)
+        return config
+
+    return make
+
+
+@pytest.fixture
+def register():
+    def add(patterns, **options):
+        return tasks.add_files("files", str(patterns), **options)
+
+    yield add
+    if "files" in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove("files")
+
+
+def run(config):
+    said = []
+    prepare(config, say=said.append)
+    return said
+
+
+def files_of(directory):
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def run_process(tmp_path, corpus, config, kill_after=-1):
+    script = tmp_path / "run.py"
+    script.write_text(PREPARE)
+    options = {"pattern": str(corpus), "config": json.loads(config.to_json()), "kill_after": kill_after}
+    arguments = [sys.executable, str(script), json.dumps(options)]
+    return subprocess.run(arguments, capture_output=True, text=True)
+
+
+def test_after_a_kill_it_goes_on_and_no_byte_differs(tmp_path, corpus, make_config):
+    """Killed with one worker, left alone with two: the stores are the same."""
+    results = {}
+    for name, kills, workers in (("whole", [], 2), ("killed", [250], 1)):
+        options = {
+            "data.stores": str(tmp_path / name),
+            "prepare.workers": workers,
+            "prepare.steps": {"files": STEPS},
+        }
+        config = make_config(**options)
+        for kill_after in kills:
+            killed = run_process(tmp_path, corpus, config, kill_after)
+            assert killed.returncode == -9, killed.stderr
+            assert not (tmp_path / name / "files" / "train" / "manifest.json").exists()
+        done = run_process(tmp_path, corpus, config)
+        assert done.returncode == 0, done.stderr
+        assert ("goes on after 200" in done.stdout) == bool(kills)  # whole shards
+        results[name] = files_of(tmp_path / name)
+    assert results["killed"] == results["whole"]
+    assert "files/train/manifest.json" in results["whole"]
+    removed = json.loads(results["whole"]["files/train.removed.json"])
+    assert set(removed) == set(STEPS)
+    assert not [name for name in results["whole"] if "work" in name or "partial" in name]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_goes_on_within_a_file(tmp_path, corpus, make_config, register, monkeypatch, workers):
+    """Stopped with 230 of the 600 lines of one file done, then with 410, then while what stays is copied."""
+    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(prepare_module, "SAVE_RECORDS", 100)
+    monkeypatch.setattr(documents, "CHUNK_RECORDS", 7)
+    one = tmp_path / "one.jsonl"
+    one.write_bytes(b"".join(file.read_bytes() for file in sorted(corpus.iterdir())))
+    register(one)
+    shown = []
+
+    class Progress:
+        stop = ("", 0)
+
+        def __init__(self, total, label, unit):
+            self.done, self.label = 0, label
+
+        def __enter__(self):
+            shown.append(self)
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, n=1):
+            self.first = n if not self.done else self.first
+            self.done += n
+            if (self.label, self.done) == Progress.stop:
+                raise KeyboardInterrupt
+
+    def options(name):
+        stores = {"data.stores": str(tmp_path / name), "prepare.workers": workers}
+        return make_config(**stores, **{"prepare.steps": {"files": STEPS}})
+
+    for Progress.stop in (("files/train", 230), ("files/train", 410), ("files/train: duplicates", 534)):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(options("stopped"), progress=Progress, say=lambda line: None)
+    Progress.stop = ("", 0)
+    prepare(options("stopped"), progress=Progress, say=lambda line: None)
+    attempts = [progress for progress in shown if progress.label == "files/train"]
+    assert [progress.first for progress in attempts[1:]] == [200, 400, 600]
+    assert attempts[-1].done == 600  # no line was tokenized again
+    prepare(options("whole"), say=lambda line: None)
+    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
+
+
+def test_workers_change_no_byte_of_what_steps_leave(tmp_path, corpus, make_config, register, monkeypatch):
+    monkeypatch.setattr(documents, "CHUNK_RECORDS", 7)
+    register(corpus)
+    found = {}
+    for workers in (1, 2, 3):
+        options = {"prepare.workers": workers, "data.stores": str(tmp_path / f"stores{workers}")}
+        run(make_config(**options, **{"prepare.steps": {"files": STEPS}}))
+        found[workers] = files_of(tmp_path / f"stores{workers}")
+    assert found[1] == found[2] == found[3]
+    assert {"files/train.quarantine.jsonl", "files/train.removed.json"} < set(found[1])
+
+
+def test_what_steps_remove_is_counted_with_examples(tmp_path, corpus, make_config, register):
+    register(corpus)
+    said = run(make_config(**{"prepare.steps": {"files": STEPS}}))
+    removed = json.loads((tmp_path / "stores/files/train.removed.json").read_text())
+    lines = [line for file in sorted(corpus.iterdir()) for line in file.read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in lines if line != "{bad"]
+    short = texts.count("short")
+    assert removed["length"]["documents"] == short == 60
+    distinct = set(texts) - {"short"}
+    originals = {text for text in distinct if not text.endswith(" more")}
+    assert removed["exact_duplicates"]["documents"] == len(texts) - short - len(distinct)
+    assert removed["near_duplicates"]["documents"] == len(distinct) - len(originals)
+    store = TokenStore.open(tmp_path / "stores/files/train")
+    assert store.num_documents == len(originals)
+    assert store.manifest.bytes == sum(len(text.encode()) for text in originals)
+    example = removed["near_duplicates"]["examples"][0]
+    assert example["reason"].startswith("similar to ")
+    assert example["excerpt"] in " ".join(texts)
+    assert f"length removed {short}" in said[0]
+    assert len(removed["length"]["examples"]) == journal.EXAMPLES
+
+
+def test_other_steps_make_the_store_again(corpus, make_config, register):
+    register(corpus)
+    config = make_config()
+    assert "unchanged" not in run(config)[0]
+    assert "unchanged" in run(config)[0]
+    for minimum in (40, 50):
+        config = make_config(**{"prepare.steps": {"files": {"length": {"min_chars": minimum}}}})
+        assert "unchanged" not in run(config)[0]
+        assert "unchanged" in run(config)[0]
+
+
+def test_bad_records_are_put_aside_with_file_and_position(tmp_path, corpus, make_config, register):
+    register(corpus)
+    said = run(make_config())
+    assert "refused 6 records" in said[0]
+    lines = (tmp_path / "stores/files/train.quarantine.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [entry["where"] for entry in found] == [f"{corpus}/{shard}.jsonl: line 51" for shard in range(6)]
+    assert found[0]["reason"].startswith("not JSON")
+    assert found[0]["record"]["text"].startswith("{bad")
+
+
+def write_corrupt_parquet(path, rows):
+    """Two row groups; a byte of the second one's page is another than was written."""
+    table = pyarrow.table({"text": [f"some text {n}" for n in range(rows)]})
+    pyarrow.parquet.write_table(
+        table, path, row_group_size=rows // 2, write_page_checksum=True, use_dictionary=False
+    )
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size - 8] ^= 255
+    path.write_bytes(data)
+
+
+GOOD = b'{"text": "one good record, and more"}\n' * 100
+BAD_LINES = {
+    "encoding": (b'{"text": "caf\xe9"}\n', "invalid UTF-8"),
+    "field": (b'{"content": "x"}\n', "no field 'text'; there are content"),
+    "long": (b'{"text": "' + b"x" * 3000 + b'"}\n', "3,013 bytes long, more than 2,000"),
+    "type": (b'{"text": ["x"]}\n', "field 'text' is list, not a string"),
+}
+
+
+def test_each_way_to_be_bad_is_counted_and_put_aside_with_its_place(tmp_path, make_config, register):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for name, (line, _) in BAD_LINES.items():
+        (folder / f"{name}.jsonl").write_bytes(GOOD + line + GOOD)
+    (folder / "truncated.jsonl.gz").write_bytes(gzip.compress(GOOD)[:-20])
+    write_corrupt_parquet(folder / "page.parquet", rows=20)
+    register(folder, max_bytes=2000)
+    with pytest.raises(UserError, match=r"15 of 8\d\d records cannot be used, more than .* = 0\.01"):
+        run(make_config(**{"prepare.max_bad_share": 0.01}))
+    said = run(make_config(**{"prepare.max_bad_share": 0.1}))
+    assert "refused 15 records" in said[0]
+    lines = (tmp_path / "stores/files/train.quarantine.jsonl").read_text().splitlines()
+    found = {entry["where"].removeprefix(f"{folder}/"): entry for entry in map(json.loads, lines)}
+    for name, (_, reason) in BAD_LINES.items():
+        entry = found.pop(f"{name}.jsonl: line 101")
+        assert (entry["reason"], entry["records"]) == (reason, 1)
+        assert 0 < len(entry["record"]["text"]) <= readers.EXCERPT
+    page = found.pop("page.parquet: row 10")
+    assert (page["reason"].partition(":")[0], page["records"]) == ("row group 1", 10)
+    ((where, truncated),) = found.items()
+    assert where.startswith("truncated.jsonl.gz: line ")
+    assert truncated["reason"].startswith("the file cannot be read on")
+
+
+def test_lost_rows_count_each(tmp_path, make_config, register):
+    """A page that holds 100 of 200 rows is half of the records, although one entry tells of it."""
+    path = tmp_path / "a.parquet"
+    write_corrupt_parquet(path, rows=200)
+    register(path)
+    with pytest.raises(UserError, match=r"files/train: 100 of 200 records cannot be used"):
+        run(make_config())
+
+
+def test_too_many_bad_records_stop_the_run_before_its_end(
+    tmp_path, corpus, make_config, register, monkeypatch
+):
+    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(journal, "EARLY_RECORDS", 150)
+    register(corpus)
+    with pytest.raises(UserError, match=r"files/train: 2 of 200 records cannot be used"):
+        run(make_config(**{"prepare.max_bad_share": 0.005}))
+    assert len((tmp_path / "stores/files/train.quarantine.jsonl").read_text().splitlines()) == 2
+    # With a larger share allowed the same command goes on.
+    assert run(make_config())[0].startswith("files/train: ")
+
+
+def test_steps_that_leave_nothing_are_named(corpus, make_config, register):
+    register(corpus)
+    steps = {"files": {"length": {"min_chars": 10**6}}}
+    with pytest.raises(UserError, match=r"steps of task 'files' remove every document .*length removed 594"):
+        run(make_config(**{"prepare.steps": steps, "prepare.max_bad_share": 0.1}))
+
+
+def test_steps_of_a_task_that_is_not_there(tmp_path, corpus, make_config, register):
+    register(corpus)
+    with pytest.raises(UserError, match=r"prepare\.steps names 'filez'; the tasks of this config are files"):
+        run(make_config(**{"prepare.steps": {"filez": STEPS}}))
+    assert not (tmp_path / "stores").exists()
+
+
+def test_a_store_of_code_turned_for_filling_in(tmp_path, corpus, make_config, register, tokenizer_dir):
+    register(corpus)
+    extend(tokenizer_dir, tmp_path / "code_tokenizer", FIM_TOKENS)
+    steps = {"fim": {"rate": 0.5}}
+    options = {"tokenizer.path": str(tmp_path / "code_tokenizer"), "prepare.steps": {"files": steps}}
+    run(make_config(**options))
+    tokenizer = Tokenizer.load(tmp_path / "code_tokenizer")
+    store = TokenStore.open(tmp_path / "stores/files/train", tokenizer)
+    assert store.manifest.added_tokens == tokenizer.added_tokens
+    turned = 0
+    for index in range(100):
+        ids, _ = store.document(index)
+        text = tokenizer.decode(ids[1:-1].tolist())
+        name = store.document_id(index)
+        file, _, line = name.rpartition(": line ")
+        with open(file) as lines:
+            original = json.loads(lines.read().splitlines()[int(line) - 1])["text"]
+        pieces = layout(original, {}, name, {"fim": {"rate": 0.5, "spm": 0.5}})
+        assert text == "".join(piece for piece, _ in pieces)
+        turned += "<fim_middle>" in text
+    assert 30 < turned < 70
+    with pytest.raises(UserError, match="no <fim_prefix>"):
+        run(make_config(**{"prepare.steps": {"files": steps}}))

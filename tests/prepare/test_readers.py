@@ -1,0 +1,303 @@
+"""Documents out of files, and every way in which a file can be bad."""
+
+import datetime
+import gzip
+import json
+import random
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.prepare import fields as field_maps
+from lemur_jax.prepare import readers
+from lemur_jax.prepare.fields import Fields, documents, gather, is_held_out
+from lemur_jax.prepare.readers import Bad
+
+
+def read(path, fields=None, kind="", **options):
+    kind = kind or readers.format_of(str(path))
+    fields = fields or Fields()
+    return [doc for doc, _ in documents(str(path), readers.rows(str(path), kind, **options), fields)]
+
+
+def good(documents, content="text"):
+    return [document[content].decode() for document in documents if not document["error"]]
+
+
+def bad(documents):
+    """(place in the file, reason, records) of each bad one."""
+    failures = [
+        (doc["where"].decode().rpartition(": ")[2], doc["error"]) for doc in documents if doc["error"]
+    ]
+    return [(where, *(json.loads(error)[key] for key in ("reason", "records"))) for where, error in failures]
+
+
+TEXTS = ["Grüße\r\nund 漢字", "x = 1\n" * 50_000, "  end "]
+
+
+def pack(data, suffix):
+    """The bytes compressed by a library that the reader does not use, where there is one."""
+    if suffix == ".gz":
+        return gzip.compress(data)
+    if suffix == ".zst":
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as out:
+            out.write(data)
+        return sink.getvalue().to_pybytes()
+    return data
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_json_lines_plain_and_compressed(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    lines = [json.dumps({"text": text, "n": index}) for index, text in enumerate(TEXTS)]
+    path.write_bytes(pack("\n\n".join(lines).encode(), suffix))  # blank lines, and none at the end
+    found = read(path, Fields(id="n", meta=("n",)))
+    assert good(found) == TEXTS
+    assert [doc["id"] for doc in found] == [b"0", b"1", b"2"]
+    assert [doc["where"].decode() for doc in found] == [f"{path}: line {n}" for n in (1, 3, 5)]
+    assert json.loads(found[2]["meta"]) == {"n": 2}
+
+
+def test_several_compressed_files_in_one(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(b"".join(pack(json.dumps({"text": text}).encode() + b"\n", ".gz") for text in TEXTS))
+    assert good(read(path)) == TEXTS
+
+
+def test_text_files_whole_and_by_line(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress("one é\ntwo\n".encode()))
+    assert good(read(path)) == ["one é\ntwo\n"]
+    assert good(read(path, kind="lines")) == ["one é", "two"]
+
+
+def test_lines_that_are_bad_are_named_and_the_others_stay(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        b'{"text": "a"}',
+        b'{"text": "\xff"}',
+        b"{]",
+        b"[1]",
+        b'{"content": "x"}',
+        b'{"text": 3}',
+        b"[" * 99_999,
+    ]
+    path.write_bytes(b"\n".join([*lines, b'{"text": "\\ud800"}', b'{"text": "z"}']))
+    found = read(path)
+    assert good(found) == ["a", "z"]
+    reasons = [reason for _, reason, _ in bad(found)]
+    expected = [
+        "invalid UTF-8",
+        "not JSON",
+        "list, not an object",
+        "no field 'text'; there are content",
+        "is int",
+    ]
+    for reason, part in zip(reasons, [*expected, "too deep", "invalid UTF-8"], strict=True):
+        assert part in reason
+    assert [where for where, _, _ in bad(found)] == [f"line {n}" for n in range(2, 9)]
+    assert found[1]["text"].startswith(b'{"text": "')  # what stood there
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_truncated_file_gives_what_is_whole_and_one_bad_record(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    generator = random.Random(0)
+    texts = ["".join(generator.choices("abcdefgh ", k=2000)) for _ in range(5000)]
+    whole = pack("".join(json.dumps({"text": text}) + "\n" for text in texts).encode(), suffix)
+    path.write_bytes(whole[: len(whole) // 2])
+    found = read(path)
+    count = len(good(found))
+    assert 500 < count < 4500
+    assert good(found) == texts[:count]
+    ((where, reason, _),) = bad(found)
+    assert where == f"line {count + 1}"
+    assert "cannot be read on" in reason
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_what_is_kept_of_a_long_line_is_its_beginning(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(readers, "_READ_BYTES", chunk)
+    line = b'{"text": "' + bytes(range(97, 123)) * 100 + b'"}'
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
+    _, (place, found), _ = readers.rows(str(path), "jsonl", max_bytes=1000)
+    assert (place, found.excerpt) == ("line 2", line[: readers.EXCERPT])
+
+
+def test_a_line_of_200_mb_takes_no_memory(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"text": "before"}\n{"text": "')
+        for _ in range(200):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n{"text": "after"}\n')
+    code = f"""if True:
+        import resource
+        from lemur_jax.prepare import readers
+        begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = [row for _, row in readers.rows({str(path)!r}, "jsonl")]
+        assert [row.get("text") for row in (found[0], found[2])] == ["before", "after"]
+        assert "bytes long" in found[1].reason and len(found[1].excerpt) == readers.EXCERPT
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin)"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 40 << 10  # KiB
+
+
+def test_parquet_by_columns_with_nested_fields(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table(
+        {
+            "content": [f"text {n}" for n in range(300)],
+            "meta": [{"repo": f"r{n % 3}", "stars": n} for n in range(300)],
+            "other": [0] * 300,
+        }
+    )
+    pyarrow.parquet.write_table(table, path, row_group_size=100)
+    fields = Fields(text="content", meta=("meta.repo",), group="meta.repo")
+    rows = readers.rows(str(path), "parquet", ["content", "meta"])
+    found = list(documents(str(path), rows, fields))
+    assert [doc["text"].decode() for doc, _ in found] == [f"text {n}" for n in range(300)]
+    assert [json.loads(doc["meta"]) for doc, _ in found[:2]] == [{"meta.repo": "r0"}, {"meta.repo": "r1"}]
+    assert {key for _, key in found} == {b"r0", b"r1", b"r2"}
+    assert found[299][0]["where"].decode() == f"{path}: row 299"
+
+
+# What stands in a row of each, as its card on the hub has it, and how to read it.
+PUBLISHED = {
+    "the-stack/data/python/train-00000-of-00206.parquet": (
+        {
+            **{"hexsha": "a1", "size": 17, "ext": "py", "lang": "Python", "content": "print('hello')"},
+            **{"max_stars_repo_path": "src/a.py", "max_stars_repo_name": "me/a", "max_stars_count": 3},
+            **{"max_stars_repo_licenses": ["MIT"], "avg_line_length": 17.0, "alphanum_fraction": 0.6},
+        },
+        Fields(text="content", id="hexsha", meta=("lang", "max_stars_repo_licenses")),
+        {"lang": "Python", "max_stars_repo_licenses": ["MIT"]},
+    ),
+    "falcon-refinedweb/data/train-00000-of-05534-b8fc5348cbe605a5.parquet": (
+        {
+            **{"content": "A web page.", "url": "http://example.org", "dump": "CC-MAIN-2013-20"},
+            **{
+                "timestamp": datetime.datetime(2013, 5, 18),
+                "segment": "1368",
+                "image_urls": [["a.png", "b"]],
+            },
+        },
+        Fields(text="content", id="url", meta=("dump", "timestamp", "image_urls")),
+        {"dump": "CC-MAIN-2013-20", "timestamp": "2013-05-18 00:00:00", "image_urls": [["a.png", "b"]]},
+    ),
+    "RedPajama-Data-1T-Sample/data/train-00000-of-00002.parquet": (
+        {"text": "A page.", "meta": '{"source": "github", "license": "mit"}', "red_pajama_subset": "github"},
+        Fields(meta=("meta.license", "red_pajama_subset")),
+        {"meta.license": "mit", "red_pajama_subset": "github"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_directories_of_parquet_as_published(tmp_path, name):
+    row, fields, meta = PUBLISHED[name]
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 3), path, row_group_size=2)
+    (path.parent / "README.md").write_text("not data")
+    (file,) = readers.find_files(f"{tmp_path}/*/data/{'*/' * ('python' in name)}*.parquet")
+    found = read(file, fields)
+    assert good(found) == [row[fields.text]] * 3
+    assert [json.loads(document["meta"]) for document in found] == [meta] * 3
+    assert found[2]["id"].decode() == (row[fields.id] if fields.id else f"{path}: row 2")
+
+
+def test_redpajamas_json_lines(tmp_path):
+    """JSON Lines in .zst: the licence is in nested metadata, and may be missing in a row."""
+    path = tmp_path / "github" / "filtered_1.jsonl.zst"
+    path.parent.mkdir()
+    languages = [{"name": "Python", "bytes": "12"}]
+    rows = [{"text": "x = 1", "meta": {"license": "mit", "language": languages}}, {"text": "y", "meta": {}}]
+    path.write_bytes(pack("".join(json.dumps(row) + "\n" for row in rows).encode(), ".zst"))
+    found = read(path, Fields(meta=("meta.license", "meta.language")))
+    assert good(found) == ["x = 1", "y"]
+    expected = {"meta.license": "mit", "meta.language": languages}
+    assert [json.loads(document["meta"]) for document in found] == [expected, dict.fromkeys(expected)]
+
+
+def test_a_corrupt_parquet_page_loses_its_row_group_and_says_how_much(tmp_path):
+    path = tmp_path / "a.parquet"
+    generator = random.Random(0)
+    texts = ["".join(generator.choices("abcdefgh", k=100)) for _ in range(300)]
+    table = pyarrow.table({"text": texts})
+    options = {"row_group_size": 100, "use_dictionary": False, "write_page_checksum": True}
+    pyarrow.parquet.write_table(table, path, **options)
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    data[middle : middle + 8] = bytes(8)
+    path.write_bytes(data)
+    found = read(path)
+    assert good(found) == texts[:100] + texts[200:]
+    ((where, reason, records),) = bad(found)
+    assert (where, records) == ("row 100", 100)
+    assert "row group 1" in reason
+
+
+def test_bytes_in_a_parquet_string_column_spare_their_neighbours(tmp_path):
+    path = tmp_path / "a.parquet"
+    column = pyarrow.array([b"a", b"\xff", None, b"c"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    found = read(path)
+    assert good(found) == ["a", "c"]
+    assert [(where, reason) for where, reason, _ in bad(found)] == [
+        ("row 1", "invalid UTF-8"),
+        ("row 2", "field 'text' is NoneType, not a string"),
+    ]
+
+
+def test_a_file_that_is_no_parquet_is_one_bad_record(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"not at all" * 100)
+    assert [(where, records) for where, _, records in bad(read(path))] == [("file", 1)]
+
+
+def test_globs_and_directories_are_sorted_and_leave_out_hidden_files(tmp_path):
+    for name in ("b/2.jsonl", "a/1.jsonl", "a/_SUCCESS", "a/.x.jsonl", "c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    relative = lambda found: [name.removeprefix(f"{tmp_path}/") for name in found]  # noqa: E731
+    assert relative(readers.find_files(f"{tmp_path}/*/*.jsonl")) == ["a/1.jsonl", "b/2.jsonl"]
+    assert relative(readers.find_files([f"{tmp_path}/a", f"{tmp_path}/c.txt"])) == ["a/1.jsonl", "c.txt"]
+    assert readers.find_files(f"{tmp_path}/nothing/*") == []
+    assert readers.find_files(f"{tmp_path}/nothing.jsonl") == []
+    with pytest.raises(UserError, match=r"\*\*"):
+        readers.find_files(f"{tmp_path}/**/*.jsonl")
+
+
+def test_a_name_that_does_not_say_its_format():
+    assert readers.format_of("gs://b/x.tfrecord-00000-of-00002") == "tfrecord"
+    assert readers.format_of("/a/x.json.gz") == "jsonl"
+    with pytest.raises(UserError, match=r"format of /a/x\.bin .*jsonl"):
+        readers.format_of("/a/x.bin")
+
+
+def test_held_out_share():
+    chosen = sum(is_held_out(str(n).encode(), 0.1) for n in range(10_000))
+    assert 900 < chosen < 1100
+    assert not is_held_out(b"x", 0.0)
+
+
+def test_rows_are_gathered_while_they_follow_each_other(monkeypatch):
+    monkeypatch.setattr(field_maps, "MAX_GATHERED", 3)
+    rows = [{"t": name, "n": n} for n, name in enumerate("aabacccca")]
+    found = [*((f"row {n}", row) for n, row in enumerate(rows)), ("row 9", Bad(reason="x")), ("row 10", {})]
+    gathered = dict(gather(found, "t"))
+    assert gathered["row 0"] == {"t": "a", "n": 0, "rows": rows[:2]}
+    assert gathered["row 3"] == {"t": "a", "n": 3, "rows": rows[3:4]}
+    assert gathered["row 8"]["rows"] == rows[8:9]
+    assert gathered["row 4"] == Bad(reason="4 rows have one 't', more than 3", records=4)
+    assert gathered["row 9"] == Bad(reason="x")
+    assert gathered["row 10"] == Bad(reason="no field 't'")
+    assert len(gathered) == 7

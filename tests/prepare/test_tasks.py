@@ -1,0 +1,322 @@
+"""Reading documents out of seqio tasks."""
+
+import functools
+import itertools
+import json
+import os
+import sys
+
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.prepare import corpora, digests, tasks
+from lemur_jax.prepare.fields import Fields
+from lemur_jax.text import conversation_formats
+
+# After tasks, which keeps TensorFlow quiet.
+import seqio  # isort: skip
+import tensorflow as tf  # isort: skip
+import tensorflow_datasets as tfds  # isort: skip
+
+OWN_MODULE = """
+import seqio
+import tensorflow as tf
+
+seqio.TaskRegistry.add(
+    "own_lines",
+    source=seqio.TextLineDataSource({{"train": {path!r}}}),
+    preprocessors=[lambda dataset: dataset.map(lambda line: {{"text": line}})],
+    output_features={{"text": seqio.Feature(seqio.PassThroughVocabulary(0), dtype=tf.string, rank=0)}},
+)
+"""
+
+
+@pytest.fixture
+def register():
+    """register(name, source, preprocessors=()) -> task, forgotten after the test."""
+    names = []
+
+    def add(name, source, preprocessors=()):
+        names.append(name)
+        return seqio.TaskRegistry.add(
+            name, source=source, preprocessors=list(preprocessors), output_features={}, metric_fns=[]
+        )
+
+    yield add
+    for name in names:
+        seqio.TaskRegistry.remove(name)
+
+
+def function_source(values, splits=("train",)):
+    return seqio.FunctionDataSource(
+        lambda split, shuffle_files: tf.data.Dataset.from_tensor_slices(values), splits=splits
+    )
+
+
+@pytest.fixture
+def one_document(monkeypatch):
+    text = {"id": "a", "origin": "a", "source": "s", "meta": {"k": "v"}, "text": "Grüße"}
+    talk = [{"role": "user", "content": "Grüße"}]
+    chat = {"id": "c", "origin": "c", "source": "s", "meta": {}, "messages": talk}
+    documents = {"python_stdlib": text, "python_docs": text, "python_chat": chat}
+    monkeypatch.setattr(
+        corpora, "read", lambda name, split: [documents[name]] * (2 if split == "train" else 1)
+    )
+    corpora.count.cache_clear()
+    yield documents
+    corpora.count.cache_clear()  # seqio asks for the count: other tests must not find this one
+
+
+def test_the_corpora_are_tasks_with_both_splits(one_document):
+    for name in ("python_stdlib", "python_docs"):
+        (example,) = tasks.examples(tasks.find(name), "validation")
+        expected = {"text": "Grüße".encode(), "id": b"a", "source": b"s", "meta": b'{"k": "v"}'}
+        assert example == expected
+    chat = list(tasks.examples(tasks.find("python_chat"), "train"))
+    assert len(chat) == 2
+    assert json.loads(chat[0]["messages"]) == one_document["python_chat"]["messages"]
+
+
+def test_the_corpora_are_ordinary_seqio_tasks(one_document):
+    dataset = seqio.get_mixture_or_task("python_docs").get_dataset(None, split="train", shuffle=False)
+    (example,) = dataset.take(1).as_numpy_iterator()
+    assert example["text"].decode() == "Grüße"
+
+
+def test_bytes_that_are_not_text_pass_through(one_document):
+    one_document["python_stdlib"]["text"] = b"\xff\x00x"
+    (example,) = tasks.examples(tasks.find("python_stdlib"), "validation")
+    assert example["text"] == b"\xff\x00x"
+
+
+def test_an_unknown_task_names_the_nearest():
+    with pytest.raises(UserError, match=r"'python_doc'.*did you mean 'python_docs'"):
+        tasks.find("python_doc")
+
+
+def test_a_module_of_ones_own_registers_tasks(tmp_path, monkeypatch):
+    (tmp_path / "lines.txt").write_text("one\ntwo\n")
+    (tmp_path / "own_tasks.py").write_text(OWN_MODULE.format(path=str(tmp_path / "lines.txt")))
+    monkeypatch.syspath_prepend(tmp_path)
+    task = tasks.find("own_lines", ["own_tasks"])
+    assert list(tasks.examples(task, "train")) == [{"text": b"one"}, {"text": b"two"}]
+    assert tasks.count(task, "train") is None
+    seqio.TaskRegistry.remove("own_lines")
+    del sys.modules["own_tasks"]
+
+
+def test_a_module_that_is_not_there_is_one_line():
+    with pytest.raises(UserError, match=r"'no_such_module' of data\.modules"):
+        tasks.find("python_docs", ["no_such_module"])
+
+
+def test_a_split_that_is_not_there_names_those_that_are(register):
+    task = register("t_split", function_source({"text": ["a"]}, ["train", "test"]))
+    with pytest.raises(UserError, match=r"'t_split' has no split 'validation'; it has test, train"):
+        list(tasks.examples(task, "validation"))
+
+
+def test_features_beyond_those_of_a_document_are_left_out(register):
+    task = register("t_more", function_source({"text": ["a"], "id": ["x"], "score": [1.0]}))
+    assert list(tasks.examples(task, "train")) == [{"text": b"a", "id": b"x"}]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"inputs": ["a"], "targets": ["b"]}, "neither `text` nor `messages` but inputs, targets"),
+        ({"text": [1]}, "`text` as int32"),
+        ({"text": [["a", "b"]]}, "`text` as string"),
+        ({"messages": ["[]"], "id": [3]}, "`id` as int32"),
+    ],
+)
+def test_features_of_another_kind_are_one_line(register, values, message):
+    task = register("t_kind", function_source(values))
+    with pytest.raises(UserError, match=message):
+        list(tasks.examples(task, "train"))
+
+
+def test_a_missing_file_is_one_line(register, tmp_path):
+    source = seqio.TextLineDataSource({"train": str(tmp_path / "nothing.txt")})
+    task = register("t_missing", source, [to_text])
+    with pytest.raises(UserError, match=r"'t_missing'.*nothing\.txt"):
+        list(tasks.examples(task, "train"))
+
+
+def to_text(dataset):
+    return dataset.map(lambda line: {"text": line})
+
+
+def upper(dataset, suffix="!"):
+    return dataset.map(lambda example: {"text": tf.strings.upper(example["text"]) + suffix})
+
+
+def test_examples_come_in_one_order(register, tmp_path):
+    for index in range(5):
+        (tmp_path / f"{index}.txt").write_text("".join(f"{index} {line}\n" for line in range(40)))
+    source = seqio.TextLineDataSource({"train": str(tmp_path / "*.txt")})
+    task = register("t_order", source, [to_text])
+    first, second = ([e["text"] for e in tasks.examples(task, "train")] for _ in range(2))
+    assert len(first) == 200
+    assert first == second
+
+
+def test_the_task_digest_follows_the_definition(register, tmp_path):
+    sources = [function_source({"text": ["a"]}), function_source({"text": ["a"]}, ["train", "test"])]
+    pipelines = [[], [upper], [functools.partial(upper, suffix="?")]]
+    found = set()
+    for index, (source, pipeline) in enumerate(itertools.product(sources, pipelines)):
+        del index
+        task = register("t_digest", source, pipeline)
+        found.add(digests.task_digest(task))
+        assert digests.task_digest(task) == digests.task_digest(task)
+        seqio.TaskRegistry.remove("t_digest")
+    seqio.TaskRegistry.add("t_digest", source=sources[0], output_features={}, metric_fns=[])
+    assert len(found) == 6
+
+
+def test_the_input_digest_follows_the_files(register, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one\n")
+    task = register("t_input", seqio.TextLineDataSource({"train": str(tmp_path / "*.txt")}), [to_text])
+    found = [digests.input_digest(task, "train")]
+    assert digests.input_digest(task, "train") == found[0]
+    os.utime(file, (1, 1))
+    found.append(digests.input_digest(task, "train"))
+    file.write_text("one and more\n")
+    os.utime(file, (1, 1))
+    found.append(digests.input_digest(task, "train"))
+    assert len(set(found)) == 3
+
+
+def test_the_input_digest_of_a_corpus_is_its_fingerprint(monkeypatch):
+    task = tasks.find("python_docs")
+    monkeypatch.setattr(corpora, "fingerprint", lambda name: f"{name} one")
+    first = digests.input_digest(task, "train")
+    monkeypatch.setattr(corpora, "fingerprint", lambda name: f"{name} two")
+    assert digests.input_digest(task, "train") != first
+    assert digests.input_digest(task, "validation") != digests.input_digest(task, "train")
+
+
+def test_tensorflow_leaves_the_accelerator_alone():
+    assert tf.config.get_visible_devices("GPU") == []
+
+
+@pytest.fixture
+def added():
+    """added(function, name, ...) -> the task that add_files or add_tfds registers, forgotten afterwards."""
+    names = []
+
+    def add(function, name, *arguments, **options):
+        names.append(name)
+        return function(name, *arguments, **options)
+
+    yield add
+    for name in names:
+        seqio.TaskRegistry.remove(name)
+
+
+def write_examples(path, rows):
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for text, stars in rows:
+            feature = {
+                "body": tf.train.Feature(bytes_list=tf.train.BytesList(value=[text])),
+                "stars": tf.train.Feature(int64_list=tf.train.Int64List(value=stars)),
+            }
+            writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+
+
+def test_files_are_shards_that_can_be_read_alone(added, tmp_path):
+    for index in range(3):
+        lines = [json.dumps({"body": f"{index}/{line}"}) + "\n" for line in range(4)]
+        (tmp_path / f"{index}.jsonl").write_text("".join(lines))
+    task = added(tasks.add_files, "t_files", f"{tmp_path}/*.jsonl", Fields(text="body"))
+    assert tasks.count_shards(task, "train") == 3
+    parts = [[e["text"].decode() for e in tasks.examples(task, "train", shard, 3)] for shard in range(3)]
+    assert parts == [[f"{index}/{line}" for line in range(4)] for index in range(3)]
+    assert [e["text"].decode() for e in tasks.examples(task, "train")] == [
+        text for part in parts for text in part
+    ]
+    first = next(tasks.examples(task, "train"))
+    assert first["where"].decode() == f"{tmp_path}/0.jsonl: line 1"
+    assert first["error"] == b""
+
+
+def test_tfrecords_of_tf_example(added, tmp_path):
+    path = tmp_path / "a.tfrecord-00000-of-00001"
+    write_examples(path, [("Grüße".encode(), [3]), (b"\xff", [1, 2]), (b"z", [])])
+    with path.open("ab") as file:
+        file.write(b"half a record")
+    task = added(tasks.add_files, "t_records", str(path), Fields(text="body", meta=("stars",)))
+    found = list(tasks.examples(task, "train"))
+    assert [e["text"].decode() for e in found if not e["error"]] == ["Grüße", "z"]
+    assert json.loads(found[0]["meta"]) == {"stars": 3}
+    assert [json.loads(e["error"])["reason"].partition(":")[0] for e in found if e["error"]] == [
+        "invalid UTF-8",
+        "the file cannot be read on",
+    ]
+    assert found[1]["where"].decode() == f"{path}: record 2"
+
+
+def test_held_out_documents_are_in_one_split_alone(added, tmp_path):
+    rows = [{"text": f"document {n % 200}", "repo": f"r{n % 20}"} for n in range(400)]  # each text twice
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{bad\n")
+    for group in ("", "repo"):
+        task = added(tasks.add_files, f"t_held{group}", str(tmp_path), Fields(group=group), held_out=0.3)
+        splits = {split: list(tasks.examples(task, split)) for split in ("train", "validation")}
+        assert sum(map(len, splits.values())) == 401  # the bad one too is in one split
+        texts = {split: {e["text"] for e in found} for split, found in splits.items()}
+        assert not texts["train"] & texts["validation"]
+        assert 20 < len(texts["validation"]) < 120
+        if group:
+            numbers = {int(text.split()[1]) % 20 for text in texts["validation"] if b"document" in text}
+            assert len(texts["validation"]) in (10 * len(numbers), 10 * len(numbers) + 1)
+
+
+def test_a_source_without_files_or_of_no_known_format(added, tmp_path):
+    task = added(tasks.add_files, "t_none", f"{tmp_path}/*.jsonl")
+    with pytest.raises(UserError, match=r"no file matches .*\*\.jsonl"):
+        list(tasks.examples(task, "train"))
+    with pytest.raises(UserError, match=r"no format 'jason'.*jsonl"):
+        tasks.add_files("t_kind", str(tmp_path), kind="jason")
+
+
+def test_the_definition_of_a_source_is_in_the_digest(added, tmp_path):
+    options = [{}, {"held_out": 0.1}, {"fields": Fields(text="body")}, {"kind": "lines"}, {"max_bytes": 9}]
+    options.append({"fields": Fields(messages=conversation_formats.sharegpt)})
+    found = set()
+    for option in options:
+        task = added(tasks.add_files, "t_option", str(tmp_path), **option)
+        assert digests.task_digest(task) == digests.task_digest(task)
+        found.add(digests.task_digest(task))
+        seqio.TaskRegistry.remove("t_option")
+    tasks.add_files("t_option", str(tmp_path))
+    assert len(found) == len(options)
+
+
+def test_a_tfds_set_with_a_slice_held_out(added, tmp_path):
+    texts = [f"Text {n}" for n in range(50)]
+    examples = {"text": texts, "stars": list(range(50))}
+    features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "stars": tf.int64})
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="tiny",
+        version="1.0.0",
+        features=features,
+        split_datasets={"train": tf.data.Dataset.from_tensor_slices(examples)},
+        data_dir=str(tmp_path),
+    )
+    task = added(
+        tasks.add_tfds,
+        "t_tfds",
+        "tiny:1.0.0",
+        Fields(id="stars", meta=("stars",)),
+        splits={"train": "train[20%:]", "validation": "train[:20%]"},
+        data_dir=str(tmp_path),
+    )
+    splits = {split: list(tasks.examples(task, split)) for split in ("train", "validation")}
+    assert [len(splits["train"]), len(splits["validation"])] == [40, 10]
+    assert {e["text"].decode() for found in splits.values() for e in found} == set(texts)
+    example = splits["train"][0]
+    assert example["text"].decode() == f"Text {example['id'].decode()}"
+    assert json.loads(example["meta"]) == {"stars": int(example["id"])}
+    assert tasks.count_shards(task, "train") == 1

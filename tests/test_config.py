@@ -1,0 +1,107 @@
+"""Configs: every mistake is one line that names the key, the value and the way out."""
+
+import pathlib
+
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.config import flatten, load
+
+CONFIG = """
+from lemur_jax.config import default_config
+from lemur_jax.models.presets import preset
+
+def get_config(arg=""):
+    config = default_config(preset("tiny").to_dict())
+    config.data.sources = {"code": {"share": 10.0, "packing": "concat", "max_epochs": 1.0}}
+    if arg:
+        config.seed = int(arg)
+    return config
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    return str(tmp_path / "config.py")
+
+
+def test_overrides_take_the_type_of_the_leaf(path):
+    config = load(
+        path,
+        [
+            "--config.train.steps=7",
+            "--config.optimizer.learning_rate=1",
+            "--config.data.sources.code.share=5",
+        ],
+    )
+    assert config.train.steps == 7
+    assert config.optimizer.learning_rate == 1.0
+    assert isinstance(config.optimizer.learning_rate, float)
+    assert config.data.sources.code.share == 5.0
+
+
+def test_a_source_with_a_slash_is_overridden_by_its_name(path):
+    text = pathlib.Path(path).read_text().replace('"code"', '"code/C++"')
+    pathlib.Path(path).write_text(text)
+    assert load(path, ["--config.data.sources['code/C++'].share=3"]).data.sources["code/C++"].share == 3.0
+
+
+def test_argument_reaches_get_config(path):
+    assert load(path + ":17").seed == 17
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--config.train.stps=3", ["train.stps", "'3'", "train.steps"]),
+        ("--config.trian.steps=3", ["trian.steps", "train.steps"]),
+        ("--config.train.steps=many", ["train.steps", "many"]),
+        ("--config.mesh.fsdp=2.5", ["mesh.fsdp", "2.5"]),
+        ("--config.train=3", ["train"]),
+        ("--learning-rate=3", ["--learning-rate=3", "--config.section.key=value"]),
+    ],
+)
+def test_bad_override_is_one_line_that_names_it(path, override, words):
+    with pytest.raises(UserError) as error:
+        load(path, [override])
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_argument_that_a_config_does_not_take_is_one_line(tmp_path):
+    (tmp_path / "config.py").write_text(
+        CONFIG.replace('(arg="")', "()").replace("    if arg:", "    if False:")
+    )
+    with pytest.raises(UserError, match=r"config.py:17: TypeError: .* takes 0 positional arguments") as error:
+        load(str(tmp_path / "config.py:17"))
+    assert "\n" not in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "    config.train.stepps = 3",
+        "    config.trein = 3",
+        "    config.train.steps = 'x'",
+        "    import not_there",
+    ],
+)
+def test_bad_config_file_is_one_line(tmp_path, body):
+    (tmp_path / "config.py").write_text(CONFIG.replace("    if arg:", body + "\n    if arg:"))
+    with pytest.raises(UserError) as error:
+        load(str(tmp_path / "config.py"))
+    assert "\n" not in str(error.value)
+    assert "config.py" in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="no config file"):
+        load(str(tmp_path / "none.py"))
+
+
+def test_flatten():
+    assert flatten({"a": {"b": 1, "c": {}}, "d": 2}) == {"a.b": 1, "a.c": {}, "d": 2}

@@ -1,0 +1,81 @@
+"""The house: imports go down the floors only, and TensorFlow stays in two files."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "lemur_jax"
+
+# Top to bottom, as in docs/architecture.md. Rooms on one floor may use each other's public names.
+FLOORS = [
+    {"cli"},
+    {"train", "sweep", "plan", "infer", "evals", "convert", "report"},
+    {"checkpoint", "telemetry"},
+    {"models", "prepare"},
+    {"data"},
+    {"text"},
+    {"cluster", "parallel", "config", "common"},
+]
+TENSORFLOW = {"tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"}
+MAY_USE_TENSORFLOW = {"prepare/tasks.py", "prepare/prepare.py"}
+
+
+def floor_of(room):
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def imports(path):
+    """(module, imported names) of every import statement, those inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", [alias.name for alias in node.names]
+
+
+def files():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        if relative.name != "__init__.py" or len(relative.parts) > 1:
+            yield path, relative
+
+
+def test_imports_go_down_and_take_public_names():
+    breaches = []
+    for path, relative in files():
+        room = relative.parts[0].removesuffix(".py")
+        for module, names in imports(path):
+            parts = module.split(".")
+            if parts[0] != "lemur_jax" or len(parts) < 2:
+                continue
+            other = parts[1]
+            if floor_of(other) < floor_of(room):
+                breaches.append(f"{relative} imports {module}, which is above it")
+            if other != room and any(name.startswith("_") for name in names + parts[2:]):
+                breaches.append(f"{relative} imports a private name of {module}")
+    assert not breaches, "\n".join(breaches)
+
+
+def test_tensorflow_is_imported_in_two_files_alone():
+    found = {
+        str(relative)
+        for path, relative in files()
+        for module, _ in imports(path)
+        if module.split(".")[0] in TENSORFLOW
+    }
+    assert found <= MAY_USE_TENSORFLOW
+    assert "prepare/tasks.py" in found
+
+
+def test_training_planning_and_inference_run_without_tensorflow():
+    code = (
+        "import sys\n"
+        f"for name in {sorted(TENSORFLOW)}: sys.modules[name] = None\n"
+        "import lemur_jax.cli, lemur_jax.train.loop, lemur_jax.infer.chat, lemur_jax.infer.smoke\n"
+        "import lemur_jax.convert.import_hf, lemur_jax.convert.export_hf, lemur_jax.report.page\n"
+        "import lemur_jax.plan.plan, lemur_jax.data.inspect\n"
+        "print(sorted(name for name in sys.modules if name.startswith('lemur_jax.prepare.tasks')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

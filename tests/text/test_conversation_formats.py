@@ -1,0 +1,223 @@
+"""Published forms of conversations, each to the one normal form."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lemur_jax.prepare import readers
+from lemur_jax.prepare.cleaning import filters, parse_steps
+from lemur_jax.prepare.fields import Fields, documents
+from lemur_jax.text import conversation_formats as formats
+from lemur_jax.text.chat_template import encode_chat
+
+
+def talk(*turns):
+    return [dict(zip(("role", "content"), turn, strict=True)) for turn in turns]
+
+
+QUESTION_ANSWER = talk(("user", "Why?"), ("assistant", "Because."))
+
+
+def test_sharegpt():
+    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
+    assert formats.sharegpt({"conversations": turns}) == QUESTION_ANSWER
+    found = formats.sharegpt({"conversations": turns, "system": "Be kind."})
+    assert found == talk(("system", "Be kind.")) + QUESTION_ANSWER
+    assert formats.sharegpt({"conversation": QUESTION_ANSWER}) == QUESTION_ANSWER
+    # As the dump of 2023 has them: an id, other names of the model, turns that follow one another.
+    row = {"id": "QWJhYvA_0", "conversations": [{"from": "human", "value": "Why?", "markdown": None}]}
+    row["conversations"] += [{"from": name, "value": name} for name in ("gpt", "bing", "bard", "chatgpt")]
+    found = formats.sharegpt(row)
+    assert [message["role"] for message in found] == ["user"] + ["assistant"] * 4
+
+
+def test_openorca():
+    row = {"id": "niv.242684", "system_prompt": "", "question": "Why?", "response": "Because."}
+    assert formats.openorca(row) == QUESTION_ANSWER
+    assert formats.openorca(row | {"system_prompt": "S"})[0] == talk(("system", "S"))[0]
+
+
+def test_evol_code_alpaca():
+    assert formats.evol_code_alpaca({"instruction": "Why?", "output": "Because."}) == QUESTION_ANSWER
+    found = formats.evol_code_alpaca({"instruction": "Sort.", "input": "3 1", "output": "1 3"})
+    assert found == talk(("user", "Sort.\n\n3 1"), ("assistant", "1 3"))
+
+
+def reply(role, text, *replies, **more):
+    return {"role": role, "text": text, "lang": "en", "replies": list(replies), **more}
+
+
+def test_openassistant_takes_the_best_ranked_path():
+    tree = reply(
+        "prompter",
+        "q",
+        reply("assistant", "second", rank=1),
+        reply("assistant", "unranked", reply("prompter", "more"), rank=None),
+        reply(
+            "assistant",
+            "first",
+            reply("prompter", "q2", reply("assistant", "deleted", rank=0, deleted=True)),
+            reply("prompter", "not reached", reply("assistant", "x")),
+            rank=0,
+        ),
+    )
+    # The best reply is followed; the question after it has no answer left, so the path ends before it.
+    assert formats.openassistant({"prompt": tree}) == talk(("user", "q"), ("assistant", "first"))
+    tree["replies"][2]["replies"][0]["replies"].append(reply("assistant", "a2"))
+    found = formats.openassistant({"prompt": tree})
+    assert [m["content"] for m in found] == ["q", "first", "q2", "a2"]
+
+
+def flat(*messages):
+    """Rows as OpenAssistant's Parquet files have them: (id, parent, role, text, and what else is not usual)."""
+    usual = {"lang": "en", "deleted": False, "rank": None, "message_tree_id": "t", "synthetic": False}
+    names = ("message_id", "parent_id", "role", "text")
+    return [usual | dict(zip(names, m, strict=False)) | (m[4] if len(m) > 4 else {}) for m in messages]
+
+
+TREE = flat(
+    ("q", None, "prompter", "What is a monopsony?"),
+    ("a1", "q", "assistant", "second", {"rank": 1}),
+    ("a0", "q", "assistant", "deleted", {"rank": 0, "deleted": True}),
+    ("q2", "a2", "prompter", "Now in verse.", {"rank": None}),
+    ("a2", "q", "assistant", "best that is left", {"rank": 0}),
+    ("a3", "q2", "assistant", "Roses are red."),
+    ("q3", "a3", "prompter", "Thanks!"),
+)
+
+
+def test_openassistant_of_flat_messages_is_the_path_of_their_tree():
+    found = formats.openassistant_messages({"rows": TREE})
+    assert found == talk(
+        ("user", "What is a monopsony?"),
+        ("assistant", "best that is left"),
+        ("user", "Now in verse."),
+        ("assistant", "Roses are red."),
+    )
+    # As the nested release has the same tree; the order of the rows is that of unranked replies alone.
+    nodes = {row["message_id"]: row | {"replies": []} for row in TREE}
+    for node in nodes.values():
+        if node["parent_id"]:
+            nodes[node["parent_id"]]["replies"].append(node)
+    assert formats.openassistant({"prompt": nodes["q"]}) == found
+    assert formats.openassistant_messages({"rows": TREE[::-1]}) == found
+
+
+FLAT = Fields(
+    messages=formats.openassistant_messages, gather="message_tree_id", id="message_tree_id", meta=("lang",)
+)
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl.gz"])
+def test_flat_messages_as_the_hub_ships_them(tmp_path, form):
+    """Trees one after the other; languages filtered; a tree in pieces and one without an answer are bad."""
+    german = [row | {"message_tree_id": "d", "lang": "de"} for row in TREE]
+    lonely = [row | {"message_tree_id": "l"} for row in TREE[:1]]
+    rows = [*TREE, *german, *lonely, *(row | {"message_tree_id": "p"} for row in TREE[1:])]
+    path = tmp_path / f"train-00000-of-00001.{form}"
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=5)
+    else:
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    found = [
+        document
+        for document, _ in documents(str(path), readers.rows(str(path), form.partition(".")[0]), FLAT)
+    ]
+    first, second, *bad = found
+    assert (first["id"], second["id"]) == (b"t", b"d")
+    assert json.loads(first["messages"]) == json.loads(second["messages"])
+    assert len(json.loads(first["messages"])) == 4
+    assert [json.loads(document["error"])["reason"] for document in bad] == [
+        "no turn of the assistant",
+        "message a1 answers q, which is not beside it: a tree is in pieces",
+    ]
+    assert bad[0]["where"].decode() == f"{path}: {'row 14' if form == 'parquet' else 'line 15'}"
+    languages = filters(parse_steps("t", {"metadata": {"lang": ("en",)}}))
+    stay = [languages.remove("x", "", json.loads(document["meta"])) is None for document in (first, second)]
+    assert stay == [True, False]
+
+
+def test_openai_with_tools():
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "developer", "content": "D"},
+        {"role": "user", "content": [{"type": "text", "text": "1 + "}, {"type": "text", "text": "2?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "tool_call_id": "1", "content": "3"},
+        {"role": "assistant", "content": "It is 3."},
+    ]
+    spelled = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    assert formats.openai({"messages": messages}) == talk(
+        ("system", "D"),
+        ("user", "1 + 2?"),
+        ("assistant", f"{spelled}\n{spelled}"),
+        ("tool", "3"),
+        ("assistant", "It is 3."),
+    )
+
+
+def test_calls_are_trained_on_and_results_are_not(chat_tokenizer):
+    function = {"name": "f", "arguments": {}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "function_call": function},
+        {"role": "function", "content": "secret result"},
+        {"role": "assistant", "content": "done"},
+    ]
+    ids, mask = encode_chat(chat_tokenizer, formats.openai({"messages": messages}))
+    trained = chat_tokenizer.decode([i for i, flag in zip(ids, mask, strict=True) if flag])
+    assert json.dumps(function) in trained
+    assert "done" in trained
+    assert "secret" not in trained
+
+
+@pytest.mark.parametrize(
+    ("function", "row", "reason"),
+    [
+        (formats.sharegpt, {}, "no list `conversations`"),
+        (formats.sharegpt, {"conversations": [{"from": "alien", "value": ""}]}, "unknown role 'alien'"),
+        (formats.sharegpt, {"conversations": [{"from": "gpt"}]}, "no field 'value'"),
+        (formats.sharegpt, {"conversations": [{"from": "human", "value": "q"}]}, "no turn of the assistant"),
+        (formats.sharegpt, {"conversations": "human: q"}, "no list `conversations`"),
+        (formats.sharegpt, {"conversations": ["q"]}, "no field 'from'"),
+        (formats.sharegpt, {"conversations": [{"from": "gpt", "value": None}]}, "is NoneType, not a string"),
+        (formats.openorca, {"question": None, "response": "a"}, "turn of user is NoneType"),
+        (formats.openorca, {"system_prompt": 3, "question": "q", "response": "a"}, "turn of system is int"),
+        (formats.openorca, {"question": "q"}, "no field 'response'"),
+        (formats.evol_code_alpaca, {"instruction": "q", "output": 3}, "is int, not a string"),
+        (formats.openassistant, {}, "no turn of the assistant"),
+        (formats.openassistant, {"prompt": {"role": "prompter", "text": "q"}}, "no turn of the assistant"),
+        (formats.openassistant, {"prompt": reply("prompter", "q", deleted=True)}, "prompt was deleted"),
+        (formats.openassistant, {"prompt": reply("moderator", "q")}, "unknown role 'moderator'"),
+        (formats.openassistant_messages, {"text": "q"}, "no list `rows`"),
+        (formats.openassistant_messages, {"rows": [{"text": "q"}]}, "no field 'message_id'"),
+        (
+            formats.openassistant_messages,
+            {"rows": flat(("q", None), ("r", None))},
+            "2 messages that answer none",
+        ),
+        (
+            formats.openassistant_messages,
+            {"rows": flat(("q", "r", "prompter", ""), ("r", "q", "assistant", ""))},
+            "0 messages that answer none",
+        ),
+        (formats.openai, {"messages": None}, "no list `messages`"),
+        (formats.openai, {"messages": ["hi"]}, "no field 'role'"),
+        (formats.openai, {"messages": [{"content": "hi"}]}, "no field 'role'"),
+        (formats.openai, {"messages": [{"role": "user", "content": 3}]}, "content is int"),
+        (formats.openai, {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "no field 'type'"),
+        (formats.openai, {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "no field 'function'"),
+        (formats.openai, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
+        (
+            formats.openai,
+            {"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": "{"}}]},
+            "arguments of the call of 'f' are not JSON",
+        ),
+    ],
+)
+def test_what_cannot_be_read_says_why(function, row, reason):
+    with pytest.raises(ValueError, match=reason):
+        function(row)

@@ -1,0 +1,403 @@
+import io
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
+from transformers import AutoTokenizer
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.text.chat_template import CHATML_TEMPLATE, CHATML_TOKENS
+from lemur_jax.text.tokenizer import FILE_NAMES, Tokenizer, compatible
+from lemur_jax.text.tokenizer_files import extend, revise, train_sentencepiece, write_directory
+from tests.helpers.documents import HARD_TEXTS, VOCAB_SIZE, hard_texts
+
+TEXTS = hard_texts(600)
+
+
+@pytest.fixture(scope="module")
+def reference(tokenizer_dir):
+    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_dir / "tokenizer.model"))
+
+
+@pytest.fixture(scope="module")
+def hf(chat_dir):
+    return AutoTokenizer.from_pretrained(chat_dir)
+
+
+def hf_plain(hf, text):
+    """Ids of plain text: by default transformers finds control tokens in it, which we never do."""
+    return hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def json_tokenizer(chat_tokenizer):
+    """The same tokenizer, opened from its tokenizer.json alone."""
+    files = chat_tokenizer.files()
+    del files["tokenizer.model"]
+    return Tokenizer.from_files(files)
+
+
+def test_ids_are_those_of_sentencepiece(tokenizer, reference):
+    for text in TEXTS:
+        assert tokenizer.encode(text) == reference.encode(text)
+
+
+def test_transformers_gives_the_same_ids(chat_tokenizer, hf):
+    for text in TEXTS:
+        assert hf_plain(hf, text) == chat_tokenizer.encode(text), repr(text)
+    assert hf.encode(" 1 + 1") == [1, *chat_tokenizer.encode(" 1 + 1")]
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=80))
+def test_transformers_gives_the_same_ids_for_any_text(chat_tokenizer, hf, text):
+    assert hf_plain(hf, text) == chat_tokenizer.encode(text)
+
+
+def test_transformers_gives_the_same_ids_beside_a_model(chat_dir, chat_tokenizer, tmp_path):
+    # With a Llama's config.json in the directory AutoTokenizer chooses its class in another way.
+    for name, data in chat_tokenizer.files().items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    hf = AutoTokenizer.from_pretrained(tmp_path)
+    for text in HARD_TEXTS:
+        assert hf_plain(hf, text) == chat_tokenizer.encode(text)
+
+
+def test_after_a_control_token_no_space_is_put_in_front(chat_tokenizer, hf):
+    for text in TEXTS:
+        if "<s>" in text:
+            continue
+        expected = hf.encode("<|im_end|>" + text, add_special_tokens=False)
+        assert [702, *chat_tokenizer.encode(text, prefix=False)] == expected, repr(text)
+
+
+def test_the_json_file_alone_does_the_same(chat_tokenizer, json_tokenizer):
+    assert json_tokenizer.control_tokens == chat_tokenizer.control_tokens
+    assert json_tokenizer.vocab_size == chat_tokenizer.vocab_size
+    for name in ("bos_id", "eos_id", "unk_id", "pad_id"):
+        assert getattr(json_tokenizer, name) == getattr(chat_tokenizer, name)
+    for text in TEXTS:
+        for prefix in (True, False):
+            ids, spans = chat_tokenizer.encode_with_spans(text, prefix=prefix)
+            assert ids == chat_tokenizer.encode(text, prefix=prefix)
+            assert json_tokenizer.encode(text, prefix=prefix) == ids, repr(text)
+            assert json_tokenizer.encode_with_spans(text, prefix=prefix) == (ids, spans), repr(text)
+        assert json_tokenizer.decode(ids) == chat_tokenizer.decode(ids)
+
+
+def test_spans_are_the_characters_of_a_token(chat_tokenizer):
+    for text in TEXTS:
+        ids, spans = chat_tokenizer.encode_with_spans(text, prefix=False)
+        data = text.replace(" ", "▁").encode()
+        character = [index for index, c in enumerate(text.replace(" ", "▁")) for _ in c.encode()]
+        position = 0
+        for index, (begin, end) in zip(ids, spans, strict=True):
+            piece = chat_tokenizer.token(index)
+            spelled = bytes([int(piece[3:5], 16)]) if piece.startswith("<0x") else piece.encode()
+            assert data[position:].startswith(spelled)
+            # A byte in the middle of a character has that character.
+            assert (begin, end) == (character[position], character[position + len(spelled) - 1] + 1)
+            position += len(spelled)
+        assert position == len(data)
+
+
+def test_decode_is_the_inverse_of_encode(chat_tokenizer, json_tokenizer):
+    for text in TEXTS:
+        if "▁" not in text:
+            assert chat_tokenizer.decode(chat_tokenizer.encode(text)) == text
+            assert json_tokenizer.decode(json_tokenizer.encode(text)) == text
+
+
+def test_decode_shows_control_tokens(chat_tokenizer):
+    encode = chat_tokenizer.encode
+    ids = [1, *encode(" hi"), 702, *encode(" there", prefix=False), 2]
+    assert chat_tokenizer.decode(ids) == "<s> hi<|im_end|> there</s>"
+    assert chat_tokenizer.decode(ids, skip_special=True) == " hi there"
+    assert chat_tokenizer.decode([*encode("a"), 99_999]) == "a\ufffd"
+    assert chat_tokenizer.token(99_999) == "\ufffd"
+    assert chat_tokenizer.decode([]) == ""
+
+
+def test_plain_text_never_gives_a_control_token(chat_tokenizer, json_tokenizer):
+    text = " ".join([*chat_tokenizer.control_tokens, "<s>", "</s>"])
+    for tokenizer in (chat_tokenizer, json_tokenizer):
+        for prefix in (True, False):
+            assert not set(tokenizer.encode(text, prefix=prefix)) & set(tokenizer.control_tokens.values())
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_training_is_in_llamas_manner(tokenizer):
+    assert (tokenizer.vocab_size, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (
+        VOCAB_SIZE,
+        0,
+        1,
+        2,
+    )
+    assert tokenizer.pad_id is None
+    assert tokenizer.added_tokens == {}
+    assert len(tokenizer.encode("8675309", prefix=False)) == 7
+    assert tokenizer.token(13) == "<0x0A>"
+    assert tokenizer.encode("\n\n", prefix=False) == [13, 13]
+    assert not any("\n" in tokenizer.token(index) for index in range(VOCAB_SIZE))
+    assert len(tokenizer.encode(" " * 8, prefix=False)) == 1
+
+
+def test_training_twice_gives_the_same_model(tmp_path):
+    texts = ["some text to learn from\n" * 3, "and other text 123\n"]
+    first = train_sentencepiece(texts, tmp_path / "a", 290)
+    assert train_sentencepiece(iter(texts), tmp_path / "b", 290).digest == first.digest
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "message"),
+    [([], 300, "texts are empty"), (["hello"], 5000, "too high"), (["hello"], 100, "smaller than")],
+)
+def test_training_says_what_is_wrong(tmp_path, texts, size, message):
+    with pytest.raises(UserError, match=message):
+        train_sentencepiece(texts, tmp_path / "x", size)
+
+
+def test_extend_adds_ids_at_the_end(tokenizer, chat_tokenizer, chat_dir, tmp_path):
+    assert chat_tokenizer.added_tokens == {t: VOCAB_SIZE + i for i, t in enumerate(CHATML_TOKENS)}
+    assert chat_tokenizer.vocab_size == VOCAB_SIZE + 5
+    assert chat_tokenizer.pad_id == VOCAB_SIZE
+    assert chat_tokenizer.chat_template == CHATML_TEMPLATE
+    assert chat_tokenizer.digest == tokenizer.digest
+    again = extend(chat_dir, tmp_path / "more", ["<|im_end|>", "<|new|>"])
+    assert again.added_tokens == chat_tokenizer.added_tokens | {"<|new|>": VOCAB_SIZE + 5}
+    assert again.digest == tokenizer.digest
+    hf = AutoTokenizer.from_pretrained(tmp_path / "more")
+    assert again.added_tokens.items() <= hf.get_added_vocab().items()
+    assert hf.encode("a<|new|> b") == [1, *again.encode("a"), 705, *again.encode(" b", prefix=False)]
+    with pytest.raises(UserError, match="twice"):
+        extend(chat_dir, tmp_path / "twice", ["<|a|>", "<|a|>"])
+
+
+def test_extend_a_directory_as_others_write_it(tokenizer, tmp_path):
+    special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    tokens = {name: {"content": name, **special} for name in ("<unk>", "<s>", "</s>", "<end>")}
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,
+        "add_prefix_space": True,
+        "sp_model_kwargs": {},
+        "bos_token": {"__type": "AddedToken", **tokens["<s>"]},
+        "eos_token": "<end>",
+        "unk_token": "<unk>",
+        "pad_token": None,
+        "model_max_length": 4096,
+        "chat_template": "{% generation %}{{ messages[0]['content'] }}<end>{% endgeneration %}",
+        "added_tokens_decoder": dict(zip(("0", "1", "2", str(VOCAB_SIZE)), tokens.values(), strict=True)),
+    }
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer.model").write_bytes(tokenizer.files()["tokenizer.model"])
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config))
+    wide = extend(tmp_path / "base", tmp_path / "wide", ["<pad>"])
+    assert wide.added_tokens == {"<end>": VOCAB_SIZE, "<pad>": VOCAB_SIZE + 1}
+    assert (wide.bos_id, wide.eos_id, wide.pad_id) == (1, VOCAB_SIZE, VOCAB_SIZE + 1)
+    assert wide.chat_template == config["chat_template"]
+    hf = AutoTokenizer.from_pretrained(tmp_path / "wide")
+    assert (hf.bos_token_id, hf.eos_token_id, hf.pad_token_id) == (1, VOCAB_SIZE, VOCAB_SIZE + 1)
+    assert (hf.chat_template, hf.model_max_length) == (wide.chat_template, 4096)
+    for text in HARD_TEXTS:
+        assert hf_plain(hf, text) == wide.encode(text), repr(text)
+
+
+def test_extend_clears_files_of_another_tokenizer(tokenizer_dir, tmp_path):
+    (tmp_path / "added_tokens.json").write_text('{"<|old|>": 5}')
+    assert extend(tokenizer_dir, tmp_path, ["<|a|>"]).added_tokens == {"<|a|>": VOCAB_SIZE}
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "json"])
+def test_control_tokens_forgotten(chat_dir, byte_level_dir, tmp_path, kind):
+    """What named them goes with them, so that transformers does not bring them back."""
+    source = chat_dir if kind == "sentencepiece" else byte_level_dir
+    old = extend(source, tmp_path / "old", ["<|old|>", "<|older|>", *CHATML_TOKENS])
+    config = json.loads((tmp_path / "old/tokenizer_config.json").read_text())
+    more = {"pad_token": "<pad>", "additional_special_tokens": ["<|old|>"]}
+    (tmp_path / "old/tokenizer_config.json").write_text(json.dumps(config | more))
+    old = Tokenizer.load(tmp_path / "old")
+    keep = old.added_tokens["<|old|>"]
+    if kind == "sentencepiece":
+        keep = VOCAB_SIZE
+    files = revise(old, keep=keep, add=["<|new|>"])
+    new = Tokenizer.from_files(files)
+    assert new.added_tokens["<|new|>"] == keep
+    assert new.vocab_size == keep + 1
+    assert (new.pad_id, new.chat_template) == (None, None)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    hf = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(hf) == keep + 1
+    assert hf.convert_tokens_to_ids("<|new|>") == keep
+    assert "<|old|>" not in hf.get_vocab()
+    for text in TEXTS:
+        assert hf_plain(hf, text) == new.encode(text) == old.encode(text)
+
+
+def test_a_byte_level_tokenizer(byte_level_dir, tmp_path):
+    base = Tokenizer.load(byte_level_dir)
+    begin = base.added_tokens["<|begin_of_text|>"]
+    assert (base.bos_id, base.eos_id, base.unk_id, base.pad_id) == (begin, begin + 1, None, None)
+    wide = extend(byte_level_dir, tmp_path / "chat", CHATML_TOKENS)
+    assert wide.digest == base.digest
+    assert wide.added_tokens["<pad>"] == begin + 2
+    assert wide.bos_id == begin
+    hf = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    for text in TEXTS:
+        ids, spans = wide.encode_with_spans(text)
+        assert ids == base.encode(text) == hf_plain(hf, text)
+        assert spans == sorted(spans)
+        assert "".join(text[begin:end] for begin, end in dict.fromkeys(spans)) == text or not text.isascii()
+        assert wide.decode(ids) == text
+    assert "<|im_end|>" not in [wide.token(index) for index in wide.encode("<|im_end|>")]
+
+
+def test_which_stores_a_tokenizer_reads(tokenizer, chat_tokenizer):
+    assert compatible(chat_tokenizer, tokenizer.digest, tokenizer.added_tokens)
+    assert not compatible(tokenizer, tokenizer.digest, chat_tokenizer.added_tokens)
+    assert not compatible(chat_tokenizer, tokenizer.digest, {"<|im_end|>": 7})
+    assert not compatible(chat_tokenizer, "0" * 64, {})
+
+
+def test_files_and_pickle(chat_tokenizer):
+    assert set(chat_tokenizer.files()) <= set(FILE_NAMES)
+    for copy in (Tokenizer.from_files(chat_tokenizer.files()), pickle.loads(pickle.dumps(chat_tokenizer))):
+        assert copy.encode(" a b") == chat_tokenizer.encode(" a b")
+        assert copy.added_tokens == chat_tokenizer.added_tokens
+        assert copy.files() == chat_tokenizer.files()
+
+
+def test_an_old_added_tokens_file(tokenizer, tmp_path):
+    # The layout of checkpoints before tokenizer_config.json named added tokens.
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.files()["tokenizer.model"])
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": VOCAB_SIZE}))
+    assert Tokenizer.load(tmp_path).added_tokens == {"<pad>": VOCAB_SIZE}
+    assert Tokenizer.load(tmp_path).bos_id == 1
+
+
+def test_mistakes_are_named(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer\.model and no tokenizer\.json in .*nowhere"):
+        Tokenizer.load(tmp_path / "nowhere")
+    files = tokenizer.files()
+    for added in ({"<a>": 5}, {"<a>": 900, "<b>": 900}):
+        with pytest.raises(UserError, match="id"):
+            Tokenizer.from_files(files | {"added_tokens.json": json.dumps(added).encode()})
+    config = json.loads(files["tokenizer_config.json"])
+    with pytest.raises(UserError, match="bos_token '<begin>'"):
+        Tokenizer.from_files(
+            files | {"tokenizer_config.json": json.dumps(config | {"bos_token": "<begin>"}).encode()}
+        )
+
+
+def test_runs_of_spaces_that_score_alike(tokenizer, tmp_path):
+    # Llama-2's and Mistral's models have these runs of spaces, all of one score: then SentencePiece joins
+    # what stands leftmost, and 16 is 14 + 2.
+    lengths = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16)
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.files()["tokenizer.model"])
+    missing = {"▁" * length for length in lengths} - {piece.piece for piece in model.pieces}
+    # Where they are missing they take the place of long words.
+    words = [piece for piece in model.pieces if piece.type == piece.NORMAL and len(piece.piece) > 4]
+    for piece, run in zip([word for word in words if set(word.piece) != {"▁"}], missing, strict=False):
+        piece.piece = run
+    for piece in model.pieces:
+        if set(piece.piece) == {"▁"}:
+            piece.score = -1e9
+    tied = write_directory(tmp_path, model.SerializeToString())
+    files = tied.files()
+    del files["tokenizer.model"]
+    converted = Tokenizer.from_files(files)
+    for text in [
+        before + " " * n + after for n in range(70) for before in ("", "a", "\n") for after in ("", "the")
+    ]:
+        assert converted.encode(text) == tied.encode(text), repr(text)
+    assert tied.token(tied.encode(" " * 16, prefix=False)[0]) == "▁" * 16
+
+
+def test_a_model_that_cannot_be_converted_is_refused(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words to learn"] * 9),
+        model_writer=model,
+        vocab_size=30,
+        model_type="unigram",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(UserError, match="not a SentencePiece BPE in Llama's manner"):
+        write_directory(tmp_path, model.getvalue())
+
+
+def test_importing_the_data_room_is_light():
+    heavy = (
+        "sentencepiece",
+        "tokenizers",
+        "transformers",
+        "torch",
+        "jax",
+        "tensorflow",
+        "tensorstore",
+        "seqio",
+    )
+    code = (
+        "import sys, lemur_jax.data.mixture, lemur_jax.text.chat_template, lemur_jax.text.tokenizer_files\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_files_that_cannot_be_read_are_one_clear_line(tmp_path):
+    (tmp_path / "tokenizer.model").mkdir()
+    with pytest.raises(UserError, match=r"cannot read the tokenizer directory .*: .*[Ii]s a directory"):
+        Tokenizer.load(tmp_path)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsize 499723\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "hint"),
+    [
+        ("tokenizer.model", b"garbage", "DecodeError"),
+        ("tokenizer.model", b"", "download it again"),
+        ("tokenizer.model", LFS_POINTER, "git lfs pull"),
+        ("tokenizer.json", b'{"model": {"type": "BP', "JSONDecodeError"),
+        ("tokenizer.json", b'{"added_tokens": []}', "KeyError: 'model'"),
+        ("tokenizer.json", b"[]", "download it again"),
+        ("tokenizer.json", LFS_POINTER, "git lfs pull"),
+        ("tokenizer_config.json", b"[]", "not a JSON object"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"one": {"content": "<a>"}}}', "'one'"),
+        ("special_tokens_map.json", b"5", "not a JSON object"),
+        ("added_tokens.json", b'{"<a>": null}', "TypeError"),
+        ("chat_template.jinja", b"\xff", "UnicodeDecodeError"),
+    ],
+)
+def test_damaged_files_are_one_clear_line(tokenizer, file, content, hint):
+    files = tokenizer.files()
+    if file == "tokenizer.json":
+        del files["tokenizer.model"]
+    with pytest.raises(UserError) as raised:
+        Tokenizer(files | {file: content}, "some/place")
+    assert str(raised.value).startswith(f"some/place: {file} is damaged or not what it is named (")
+    assert hint in str(raised.value)
+
+
+@pytest.mark.parametrize("token", [{"lstrip": False}, ["<s>"]])
+def test_a_special_token_that_is_none_is_named(tokenizer, token):
+    config = json.dumps({"bos_token": token}).encode()
+    with pytest.raises(UserError, match="bos_token .* is no token of its vocabulary"):
+        Tokenizer(tokenizer.files() | {"tokenizer_config.json": config}, "some/place")
+
+
+def test_a_vocabulary_without_control_tokens(json_tokenizer):
+    spec = json.loads(json_tokenizer.files()["tokenizer.json"]) | {"added_tokens": []}
+    with pytest.raises(UserError, match="some/place has no bos token"):
+        Tokenizer({"tokenizer.json": json.dumps(spec).encode()}, "some/place")
