@@ -1,5 +1,6 @@
 """All tests run on the CPU with eight virtual devices, and never reach for the network."""
 
+import logging
 import os
 
 from lemur_jax.cluster import hosts
@@ -11,3 +12,4 @@ hosts.choose_platform(virtual_devices=8)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing outlives a run of the tests
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+logging.getLogger("lemur_jax").setLevel(logging.INFO)  # pytest's `caplog` sees what a user sees

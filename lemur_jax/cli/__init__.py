@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from lemur_jax.cli import data, evaluation, inference, planning, training, weights
 from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.common.logging import setup
 from lemur_jax.common.paths import is_refused_by_store
 
 
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       or 141 when whoever read the output has gone, or 75 when another host was lost and where a launcher is to start
       an unfinished run again (`cluster/watchdog.py`).
     """
+    setup()
     logging.getLogger("gcsfs").addFilter(_is_news)
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)

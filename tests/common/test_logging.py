@@ -1,0 +1,32 @@
+"""The terminal's handler: streams, prefixes, and readers that disconnect."""
+
+import logging
+import os
+import sys
+
+from lemur_jax.common.logging import TerminalHandler, setup
+
+logger = logging.getLogger("lemur_jax.made_up")
+
+
+def test_info_goes_to_standard_output_and_warnings_to_standard_error(capsys):
+    setup()
+    setup()  # adds no second handler
+    logger.info("step %d", 3)
+    logger.warning("disk is slow")
+    out, err = capsys.readouterr()
+    assert out == "step 3\n"
+    assert err == "warning: disk is slow\n"
+    package = logging.getLogger("lemur_jax")
+    package.handlers = [handler for handler in package.handlers if not isinstance(handler, TerminalHandler)]
+
+
+def test_a_reader_that_disconnects_does_not_raise(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        handler = TerminalHandler()
+        record = logging.LogRecord("lemur_jax", logging.INFO, __file__, 1, "line", None, None)
+        handler.emit(record)
+        handler.emit(record)
