@@ -20,7 +20,8 @@ import numpy as np
 from lemur_jax.data.inspect import histogram
 from lemur_jax.data.mixture import PACKINGS, Mixture, Source
 from lemur_jax.data.rows import Rows
-from lemur_jax.data.store import StoreWriter, TokenStore
+from lemur_jax.data.store import TokenStore
+from lemur_jax.prepare.store_writer import StoreWriter
 
 LENGTH = 4096
 ROWS = 32

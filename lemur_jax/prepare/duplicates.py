@@ -21,10 +21,11 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.data.arrays import finish
-from lemur_jax.data.store import StoreWriter, TokenStore
+from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare.cleaning import Removed
 from lemur_jax.prepare.encoding import Encoded
 from lemur_jax.prepare.journal import EXAMPLES, Journal
+from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.tokenizer import Tokenizer
 
 STEPS = ("exact_duplicates", "near_duplicates")

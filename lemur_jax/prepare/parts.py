@@ -10,7 +10,8 @@ from typing import Any
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.manifest import describe_labels
-from lemur_jax.data.store import StoreWriter, TokenStore
+from lemur_jax.data.store import TokenStore
+from lemur_jax.prepare.store_writer import StoreWriter
 
 _SEARCHED = 1 << 16  # documents whose labels are looked at together
 _COPIED = 64  # documents that are read together

@@ -18,7 +18,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.manifest import Manifest, read_manifest
 from lemur_jax.data.mixture import open_mixture, stages_of
-from lemur_jax.data.store import StoreWriter, TokenStore
+from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import beam, duplicates, tasks
 from lemur_jax.prepare.cleaning import NO_STEPS, Removed, parse_steps
 from lemur_jax.prepare.code_layout import check_tokens
@@ -27,6 +27,7 @@ from lemur_jax.prepare.encoding import Encode, Record, Refused, Result, availabl
 from lemur_jax.prepare.journal import Journal
 from lemur_jax.prepare.parts import check_part, copy_part, split_name
 from lemur_jax.prepare.prepare_tokenizer import ShowProgress, no_progress, prepare_tokenizer
+from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.chat_template import chat_template
 from lemur_jax.text.tokenizer import Tokenizer, compatible
 

@@ -6,7 +6,8 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import arrays
 from lemur_jax.data.manifest import read_manifest
-from lemur_jax.data.store import StoreWriter, TokenStore
+from lemur_jax.data.store import TokenStore
+from lemur_jax.prepare.store_writer import StoreWriter
 
 FIELDS = {
     "task": "t",

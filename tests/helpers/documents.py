@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from lemur_jax.config import default_config
-from lemur_jax.data.store import StoreWriter, TokenStore
+from lemur_jax.data.store import TokenStore
 from lemur_jax.models.presets import preset
+from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.chat_template import CHATML_TOKENS
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import extend, train_sentencepiece

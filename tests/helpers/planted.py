@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lemur_jax.data.store import StoreWriter
+from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.tokenizer import Tokenizer
 
 OPTIONS = """

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data import store
 from lemur_jax.data.inspect import inspect_store
 from lemur_jax.data.manifest import read_manifest
 from lemur_jax.data.mixture import open_mixture
-from lemur_jax.data.store import StoreWriter, TokenStore
-from lemur_jax.prepare import parts
+from lemur_jax.data.store import TokenStore
+from lemur_jax.prepare import parts, store_writer
 from lemur_jax.prepare.parts import copy_part
+from lemur_jax.prepare.store_writer import StoreWriter
 from tests.data.test_store import FIELDS
 from tests.helpers.list_source import run
 
@@ -72,7 +72,7 @@ def test_a_label_that_is_not_there_names_those_that_are(labelled, tmp_path):
 
 
 def test_a_field_that_differs_in_each_document_is_no_label(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "MAX_LABELS", 10)
+    monkeypatch.setattr(store_writer, "MAX_LABELS", 10)
     with StoreWriter(tmp_path / "s", **FIELDS, label_field="lang") as writer:
         for index in range(10):
             writer.add([1], "x", 1, label=str(index))

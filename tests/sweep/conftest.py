@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from lemur_jax.checkpoint.manager import make_metadata, write_params
-from lemur_jax.data.store import StoreWriter
 from lemur_jax.models import llama
 from lemur_jax.models.presets import preset
+from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import train_sentencepiece
 

@@ -17,9 +17,9 @@ import pytest
 
 from lemur_jax.checkpoint.manager import read_metadata, restore_params
 from lemur_jax.convert.export_hf import export_hf
-from lemur_jax.data.store import StoreWriter
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import abstract_params
+from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import train_sentencepiece
