@@ -1,150 +1,51 @@
 #!/usr/bin/env bash
-# A run on TPU slices of a GKE cluster. The cluster's JobSet controller starts it again after a lost host or an
-# eviction, so nothing here has to watch it.
+# A run on TPU slices of a GKE cluster, through XPK (https://github.com/AI-Hypercomputer/xpk; pip install xpk).
 #
-#   launch/gke.sh smoke | doctor        runs `lemur smoke` with the words in SMOKE, or `lemur doctor` for the run, in a set
-#                                       of its own, and prints what it has found; needs the nodes, so before `start`
-#   launch/gke.sh start                 makes the manifest of a JobSet (launch/gke.py) and hands it to kubectl
-#   launch/gke.sh status | logs         the JobSet and its pods | follows the log of the first host
-#   launch/gke.sh delete                ends it: the hosts get SIGTERM and 120 s, in which the run saves
+#   launch/gke.sh start                 submits the run as a workload of the cluster
+#   launch/gke.sh smoke | doctor        submits `lemur smoke` with the words in SMOKE, or `lemur doctor` for the run
+#   launch/gke.sh status | logs         lists the workloads of the cluster | prints the log of the first host
+#   launch/gke.sh delete                deletes the workload: hosts get SIGTERM and 120 s, in which the run saves
 #
 # --settings FILE   default launch/settings.sh; see launch/settings.example.sh
-# --dry-run         prints the commands exactly as they would be executed, and executes none
+# --dry-run         prints the command and runs nothing; XPK's own dry run: add (--dry-run --output-manifest-file=FILE)
+#                   to XPK_FLAGS
 #
-# Exit status of `smoke` and `doctor`: 0 all is well, 2 something would stop the run.
+# The run restarts after exit status 75 (a host was lost, or the run saved on SIGTERM) and after signals, at most
+# MAX_RESTARTS times. Status 1 and 2 (the config or data are wrong) fail the workload at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source launch/settings_reader.sh
+read_settings gke.sh "$@"
+require RUN CONFIG WORKDIR ACCELERATOR PROJECT ZONE CLUSTER IMAGE
 
-fail() {
-  echo "gke.sh: $1" >&2
-  exit 2
-}
-
-verb='' settings=launch/settings.sh dry_run=''
-while [ $# -gt 0 ]; do
-  case $1 in
-    --dry-run) dry_run=yes ;;
-    --settings)
-      settings=${2:?--settings needs a file}
-      shift
-      ;;
-    -h | --help)
-      sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
-      exit 0
-      ;;
-    -*) fail "unknown argument $1; see launch/gke.sh --help" ;;
-    *)
-      [ -z "$verb" ] || fail "one verb at a time: $verb or $1?"
-      verb=$1
-      ;;
-  esac
-  shift
-done
-[ -f "$settings" ] || fail "there is no $settings: copy launch/settings.example.sh there and fill it in"
-# shellcheck source=launch/settings.example.sh
-source launch/settings.example.sh # defaults of whatever the file leaves out
-unset SMOKE                       # a string would become the first word of the list that is there
-# shellcheck source=launch/settings.example.sh
-source "$settings"
-declare -p SMOKE &>/dev/null || SMOKE=()
-[[ $(declare -p SMOKE) == 'declare -a'* ]] || fail "SMOKE in $settings is one string: write SMOKE=(WORD WORD ...)"
-for name in RUN CONFIG WORKDIR ACCELERATOR IMAGE NAMESPACE; do
-  [ -n "${!name}" ] || fail "$name is empty in $settings"
-done
-[[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail "SLICES is $SLICES in $settings: it must be a whole number, 1 or above"
-[ -z "$SECRETS_FILE" ] || fail "SECRETS_FILE is for machines: make a Kubernetes secret of it and name that in SECRET"
-
-words=(--config "$CONFIG" --workdir "$WORKDIR" --topology "$ACCELERATOR" --slices "$SLICES"
-  --image "$IMAGE" --name "$RUN" --namespace "$NAMESPACE" --max-restarts "$MAX_RESTARTS"
-  --service-account "$SERVICE_ACCOUNT" --secret "$SECRET")
-[ "$PROVISIONING" != spot ] || words+=(--spot)
-for pair in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do words+=(--env "$pair"); done
-words+=(${OVERRIDES[@]+"${OVERRIDES[@]}"})
-
-execute() {
-  if [ -n "$dry_run" ]; then
-    printf '%q ' "$@"
-    printf '\n'
-  else
-    "$@"
-  fi
-}
-
-here=(--namespace "$NAMESPACE")
-set_of=jobset.sigs.k8s.io/jobset-name
-first_host=jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0
-
-# make WORD...: the manifest, with further words for launch/gke.py, which names what is wrong and ends with 2.
-make() {
-  "${PYTHON:-python}" launch/gke.py --help &>/dev/null ||
-    fail "${PYTHON:-python} cannot import lemur_jax: activate the environment it is installed in, or set PYTHON"
-  "${PYTHON:-python}" launch/gke.py "$@" "${words[@]}"
-}
-
-# apply MANIFEST
-apply() {
-  if [ -n "$dry_run" ]; then
-    printf "kubectl apply -f - <<'MANIFEST'\n%s\nMANIFEST\n" "$1"
-  else
-    kubectl apply -f - <<<"$1"
-  fi
-}
-
-# `lemur doctor` or `lemur smoke` in a set of its own, without restarts.
-examination=$RUN-$verb
-first=(--selector "$set_of=$examination,$first_host")
-clean() { execute kubectl delete jobset "$examination" "${here[@]}" --ignore-not-found; }
-pod() { execute kubectl get pods "${here[@]}" "${first[@]}" --output \
-  'jsonpath={.items[*].status.phase} {.items[*].status.containerStatuses[*].state.waiting.reason}'; }
-# A set that fails takes the pods that still run with it: so the log is followed, and not read at the end.
-table() { execute kubectl logs --follow --tail=-1 "${here[@]}" "${first[@]}"; }
-ended() { execute kubectl get jobset "$examination" "${here[@]}" --output \
-  'jsonpath={.status.conditions[?(@.status=="True")].type}'; }
-
-examine() {
-  local manifest
-  words+=(--name "$examination" --max-restarts 0)
-  manifest=$(make --verb "$verb" "$@") # before anything is deleted
-  clean                                # what was left behind
-  apply "$manifest"
-  if [ -n "$dry_run" ]; then
-    pod && table && ended && clean
-    return
-  fi
-  trap clean EXIT
-  # Other conditions of a set have names like StartupPolicyCompleted.
-  local over='(^| )(Completed|Failed)( |$)' now end='' before=''
-  while true; do
-    now=$(pod)
-    end=$(ended)
-    [[ ! $now =~ Running|Succeeded|Failed && ! $end =~ $over ]] || break
-    [ "$now" = "$before" ] || echo "$(date -u +%T) $examination: ${now/# /no pod yet}"
-    before=$now
-    sleep "$POLL_SECONDS"
-  done
-  table
-  until [[ $end =~ $over ]]; do
-    sleep "$((POLL_SECONDS / 6))"
-    end=$(ended)
-  done
-  [ "${BASH_REMATCH[2]}" = Completed ] || exit 2
-}
-
+name=$RUN restarts=$MAX_RESTARTS
 case $verb in
-  start)
-    manifest=$(make)
-    apply "$manifest"
-    ;;
-  doctor) examine ;;
+  start) command=(lemur train --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"}) ;;
+  doctor) command=(lemur doctor --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"}) ;;
   smoke)
-    [ ${#SMOKE[@]} -gt 0 ] || fail "SMOKE is empty in $settings: say which checkpoint and mesh, as for lemur smoke"
-    examine "${SMOKE[@]/#/--word=}"
+    [ ${#SMOKE[@]} -gt 0 ] || fail "SMOKE is empty in $settings: name a checkpoint and a mesh, as for lemur smoke"
+    command=(lemur smoke "${SMOKE[@]}")
     ;;
-  status)
-    execute kubectl get jobset "$RUN" "${here[@]}"
-    execute kubectl get pods "${here[@]}" --selector "$set_of=$RUN"
+esac
+[ "$verb" = start ] || name=$RUN-$verb restarts=0
+
+place=(--project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER")
+case $verb in
+  start | doctor | smoke)
+    case $PROVISIONING in
+      on-demand) tier=(--on-demand) ;;
+      spot) tier=(--spot) ;;
+      *) fail "PROVISIONING is $PROVISIONING: it must be on-demand or spot here; pass --reservation in XPK_FLAGS" ;;
+    esac
+    variables=(--env=LEMUR_JOIN=1 --env=LEMUR_RELAUNCH=1)
+    for pair in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do variables+=(--env="$pair"); done
+    # `exec`: XPK sends SIGTERM to the shell that it starts, and this makes that process the run itself.
+    execute xpk workload create "${place[@]}" --workload="$name" --tpu-type="$ACCELERATOR" --num-slices="$SLICES" \
+      "${tier[@]}" --docker-image="$IMAGE" "${variables[@]}" --max-restarts="$restarts" --restart-on-exit-codes=75 \
+      --termination-grace-period-seconds=120 ${XPK_FLAGS[@]+"${XPK_FLAGS[@]}"} --command="exec $(quoted "${command[@]}")"
     ;;
-  logs) execute kubectl logs --follow "${here[@]}" --selector "$set_of=$RUN,$first_host" ;;
-  delete) execute kubectl delete jobset "$RUN" "${here[@]}" ;;
-  *) fail "say smoke, doctor, start, status, logs or delete; see launch/gke.sh --help" ;;
+  status) execute xpk workload list "${place[@]}" ;;
+  logs) execute kubectl logs --follow --selector="jobset.sigs.k8s.io/jobset-name=$RUN,batch.kubernetes.io/job-completion-index=0" ;;
+  delete) execute xpk workload delete "${place[@]}" --workload="$RUN" ;;
+  *) fail "name one of: start, smoke, doctor, status, logs, delete; see launch/gke.sh --help" ;;
 esac

@@ -19,62 +19,19 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-fail() {
-  echo "pod.sh: $2" >&2
-  exit "$1"
-}
+source launch/settings_reader.sh
 
-read_arguments() {
-  verb='' settings=launch/settings.sh dry_run=''
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --dry-run) dry_run=yes ;;
-      --settings)
-        [ $# -gt 1 ] || fail 2 "--settings needs a file"
-        settings=$2
-        shift
-        ;;
-      -h | --help)
-        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
-        exit 0
-        ;;
-      -*) fail 2 "unknown argument $1; see launch/pod.sh --help" ;;
-      *)
-        [ -z "$verb" ] || fail 2 "one verb at a time: $verb or $1?"
-        verb=$1
-        ;;
-    esac
-    shift
-  done
-  [ -n "$verb" ] || fail 2 "say what to do; see launch/pod.sh --help"
-}
-
-read_settings() {
-  [ -f "$settings" ] || fail 2 "there is no $settings: copy launch/settings.example.sh there and fill it in"
-  OVERRIDES=() ENVIRONMENT=() SMOKE=() CREATE_FLAGS=() SSH_FLAGS=() SECRETS_FILE=''
-  # shellcheck source=launch/settings.example.sh
-  source launch/settings.example.sh # defaults of whatever the file leaves out
-  unset SMOKE                       # a string would become the first word of the list that is there
-  # shellcheck source=launch/settings.example.sh
-  source "$settings"
-  declare -p SMOKE &>/dev/null || SMOKE=()
-  [[ $(declare -p SMOKE) == 'declare -a'* ]] || fail 2 "SMOKE in $settings is one string: write SMOKE=(WORD WORD ...)"
-  local name
-  for name in RUN CONFIG WORKDIR PROJECT ZONE ACCELERATOR RUNTIME; do
-    [ -n "${!name}" ] || fail 2 "$name is empty in $settings"
-  done
-  [[ $RUN =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail 2 "RUN is $RUN: lower case letters, digits and - only"
-  [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail 2 "SLICES is $SLICES in $settings: it must be a whole number, 1 or above"
-  [ -f "$CONFIG" ] || fail 2 "CONFIG: there is no file $CONFIG"
+check_settings() {
+  require RUN CONFIG WORKDIR PROJECT ZONE ACCELERATOR RUNTIME
   case $PROVISIONING in
     on-demand) tier=() ;;
     spot) tier=(--spot) ;;
     reserved) tier=(--reserved) ;;
-    *) fail 2 "PROVISIONING is $PROVISIONING: it must be on-demand, spot or reserved" ;;
+    *) fail "PROVISIONING is $PROVISIONING: it must be on-demand, spot or reserved" ;;
   esac
   if [ -n "$SECRETS_FILE" ]; then
-    [ -f "$SECRETS_FILE" ] || fail 2 "SECRETS_FILE: there is no file $SECRETS_FILE"
-    [ -z "$(find "$SECRETS_FILE" -perm /077)" ] || fail 2 "others can read $SECRETS_FILE: chmod 600 it"
+    [ -f "$SECRETS_FILE" ] || fail "SECRETS_FILE: there is no file $SECRETS_FILE"
+    [ -z "$(find "$SECRETS_FILE" -perm /077)" ] || fail "others can read $SECRETS_FILE: chmod 600 it"
   fi
   place=(--project="$PROJECT" --zone="$ZONE")
   if [ "$SLICES" -gt 1 ]; then
@@ -89,17 +46,7 @@ read_settings() {
   train=(train --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
 }
 
-# Every command that touches the cloud goes through here.
-execute() {
-  if [ -n "$dry_run" ]; then
-    printf '%q ' "$@"
-    printf '\n'
-  else
-    "$@"
-  fi
-}
-
-# The same, up to RETRIES times: ssh to hundreds of workers fails now and then.
+# insist COMMAND...: `execute`, up to RETRIES times: ssh to hundreds of workers fails now and then.
 insist() {
   local attempt
   for attempt in $(seq "$RETRIES"); do
@@ -108,8 +55,6 @@ insist() {
   done
   return 1
 }
-
-quoted() { printf '%q ' "$@"; }
 
 # ssh_to HOW NODE WORKER COMMAND, with HOW `execute` or `insist`.
 ssh_to() {
@@ -184,10 +129,10 @@ request() {
   fi
   echo "$said" >&2
   case $said in
-    *[Qq]uota*) fail 3 "no quota for $ACCELERATOR in $ZONE: ask for it in the console, or change the settings" ;;
+    *[Qq]uota*) fail "no quota for $ACCELERATOR in $ZONE: ask for it in the console, or change the settings" 3 ;;
     *ALREADY_EXISTS*) return 0 ;;
     *capacity* | *UNAVAILABLE* | *INTERNAL*) return 1 ;; # try again later
-    *) fail 2 "the request was refused: mend $settings" ;;
+    *) fail "the request was refused: correct $settings" ;;
   esac
 }
 
@@ -201,7 +146,7 @@ delete() {
   fi
 }
 
-# Until the slices are there. Requests that ended are made anew.
+# Until the slices are there. Requests that failed are sent again.
 create() {
   if [ -n "$dry_run" ]; then
     request
@@ -257,7 +202,7 @@ start() { on_workers all "bash lemur/launch/worker.sh start $(quoted "$RUNNER" "
 stop() { on_workers all 'bash lemur/launch/worker.sh stop'; }
 doctor() { examine doctor "${train[@]:1}"; }
 smoke() {
-  [ ${#SMOKE[@]} -gt 0 ] || fail 2 "SMOKE is empty in $settings: say which checkpoint and mesh, as for lemur smoke"
+  [ ${#SMOKE[@]} -gt 0 ] || fail "SMOKE is empty in $settings: name a checkpoint and a mesh, as for lemur smoke"
   examine smoke "${SMOKE[@]}"
 }
 logs() { execute gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${place[@]}" --worker=0 \
@@ -305,19 +250,19 @@ watch() {
         [ "$DELETE_WHEN_FINISHED" = yes ] && delete
         return 0
         ;;
-      2) fail 2 "the run refuses its config or data: see launch/pod.sh logs; the slice is still there" ;;
+      2) fail "the run refuses its config or data: see launch/pod.sh logs; the slice is still there" ;;
       unreachable)
         unreachable=$((unreachable + 1))
         # A worker that stays away while the slice counts as ACTIVE never comes back by itself.
         if [ "$unreachable" -ge "$RETRIES" ]; then
-          [ "$unreachable" -lt $((2 * RETRIES)) ] || fail 4 "a worker cannot be reached, on a new slice either"
-          echo "pod.sh: a worker cannot be reached; making the slice anew" >&2
+          [ "$unreachable" -lt $((2 * RETRIES)) ] || fail "a worker cannot be reached, on a new slice either" 4
+          echo "pod.sh: a worker cannot be reached; making a new slice" >&2
           delete || true
         fi
         ;;
       *)
         restarts=$((restarts + 1))
-        [ "$restarts" -le "$MAX_RESTARTS" ] || fail 5 "crashed $restarts times, last with $now: see launch/pod.sh logs"
+        [ "$restarts" -le "$MAX_RESTARTS" ] || fail "crashed $restarts times, last with $now: see launch/pod.sh logs" 5
         stop || true # hosts that wait for a dead one
         start || true
         ;;
@@ -326,9 +271,9 @@ watch() {
   done
 }
 
-read_arguments "$@"
-read_settings
+read_settings pod.sh "$@"
+check_settings
 case $verb in
   create | push | setup | smoke | doctor | start | stop | status | logs | delete | watch) "$verb" ;;
-  *) fail 2 "unknown verb $verb; see launch/pod.sh --help" ;;
+  *) fail "unknown verb $verb; see launch/pod.sh --help" ;;
 esac

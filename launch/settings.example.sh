@@ -1,10 +1,10 @@
-# Settings of launch/pod.sh, gke.sh and slurm.sh. Copy to launch/settings.sh (git ignores it) and fill in.
+# Settings of launch/pod.sh and gke.sh. Copy to launch/settings.sh (git ignores it) and fill in.
 # shellcheck shell=bash disable=SC2034  # read by the scripts that source this file
 
 # --- the run
 RUN=my-run                              # names everything that is made; lower case, digits, "-"
 CONFIG=configs/lemur_7b_pretrain.py     # committed: the code that is pushed is `git archive HEAD`
-WORKDIR=                                # gs://BUCKET/... for pods; a shared directory for Slurm
+WORKDIR=                                # gs://BUCKET/...
 OVERRIDES=()                            # e.g. (--config.train.steps=1000)
 SMOKE=()                                # words of `lemur smoke`: (--checkpoint gs://... --mesh fsdp=8 --dtype bfloat16)
 ENVIRONMENT=()                          # e.g. (LIBTPU_INIT_ARGS=--xla_...); never a secret
@@ -29,17 +29,11 @@ RUNNER=tmux                             # tmux, or systemd (a unit of the user; 
 # --- patience
 SSH_SECONDS=900                         # one command on all workers
 RETRIES=3                               # of a command that failed on a worker
-POLL_SECONDS=60                         # between two looks of `watch`
-MAX_RESTARTS=20                         # given up after so many crashes of the run itself
+POLL_SECONDS=60                         # between two status checks of `watch`
+MAX_RESTARTS=20                         # restarts after crashes of the run before `watch` stops
 DELETE_WHEN_FINISHED=yes                # `watch` gives the slice back at the end: yes or no
 
 # --- GKE (launch/gke.sh)
+CLUSTER=                                # name of the cluster, as `xpk cluster list` shows it
 IMAGE=                                  # container image with this package, its extra "tpu" and the configs
-NAMESPACE=default
-SERVICE_ACCOUNT=                        # Kubernetes service account that may read and write the bucket
-SECRET=                                 # name of a Kubernetes secret whose keys become variables of the run
-
-# --- Slurm (launch/slurm.sh)
-NODES=2
-GPUS_PER_NODE=8
-SLURM_FLAGS=()                          # e.g. (--partition=gpu --time=24:00:00 --account=...)
+XPK_FLAGS=()                            # more flags of `xpk workload create`

@@ -134,7 +134,7 @@ def test_a_run_from_nothing_to_finished(pod):
     )
 
 
-def test_preempted_slice_is_made_anew_and_the_run_resumed(pod):
+def test_a_preempted_slice_is_replaced_and_the_run_resumed(pod):
     pod.settings(SETTINGS + "PROVISIONING=spot\n")
     done = pod("watch", rules=[
         {"when": DESCRIBE, "out": "ACTIVE"},

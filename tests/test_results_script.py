@@ -1,4 +1,4 @@
-"""launch/results.sh with a `lemur` that keeps what it is called with and writes what the real one writes."""
+"""benchmarks/results.sh with a `lemur` that keeps what it is called with and writes what the real one writes."""
 
 import pathlib
 import shutil
@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 LEMUR = """#!/bin/bash
 cd "$HOME"
 echo "$LEMUR_RELAUNCH $*" >>calls
@@ -26,10 +26,11 @@ PARTS = ["quickstart", "ratios", "how warm", "more text", "as much text", "Human
 
 @pytest.fixture
 def results(tmp_path):
-    """`launch/results.sh`; `stop` is bash that the fake `lemur` begins with."""
+    """`benchmarks/results.sh`; `stop` is bash that the fake `lemur` begins with."""
     launch = tmp_path / "launch"
     launch.mkdir()
-    shutil.copy(ROOT / "launch" / "results.sh", launch)
+    (tmp_path / "benchmarks").mkdir()
+    shutil.copy(ROOT / "benchmarks" / "results.sh", tmp_path / "benchmarks")
     (launch / "environment.sh").write_text("make_environment() { :; }\n")
     (launch / "quickstart.sh").write_text(
         "echo quickstart >>calls; mkdir -p quickstart/runs/chat/checkpoints/150\n"
@@ -43,7 +44,10 @@ def results(tmp_path):
         (tmp_path / "calls").write_text("")
         environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "RESULTS": "out", **environment}
         done = subprocess.run(
-            ["bash", str(launch / "results.sh")], env=environment, capture_output=True, text=True
+            ["bash", str(tmp_path / "benchmarks" / "results.sh")],
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         return done, (tmp_path / "calls").read_text().splitlines()
 

@@ -3,8 +3,8 @@
 # scale, how warm to train on, when to show the text, HumanEval, and the agents' episodes of the chat model. 2 to 3 hours
 # on 2 busy cores after installation; each part says how long it takes there (1.6 s an update).
 #
-#   bash launch/results.sh
-#   RESULTS=/tmp/results SEEDS=1 STEPS=20 LIMIT=2 bash launch/results.sh      # whether it runs: minutes, figures worthless
+#   bash benchmarks/results.sh
+#   RESULTS=/tmp/results SEEDS=1 STEPS=20 LIMIT=2 bash benchmarks/results.sh      # whether it runs: minutes, figures worthless
 #
 # Runs go to ./quickstart, results to docs/harmony. Stopped and started again, it goes on where it was: what is finished
 # is not repeated.
