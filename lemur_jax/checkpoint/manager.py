@@ -241,7 +241,7 @@ class Checkpoints:
         """What a failed save has left takes room that the next attempt may need, and the step is not there."""
         self._pending = None
         let_go(error, self._manager)
-        if hosts.is_chief():
+        if hosts.is_primary():
             remove_half_written(self.path, self._barriers.save)
         self._manager.reload()
 
@@ -322,7 +322,7 @@ class Checkpoints:
     def _set_aside(self, step: int) -> str:
         """Takes a damaged step out of the sequence; says what became of it."""
         source, aside = self.path / str(step), self.path / f"damaged-{step}"
-        if hosts.is_chief():
+        if hosts.is_primary():
             aside.rmtree(missing_ok=True)
             _move(source, aside)
         hosts.wait_for_all("set aside", _SET_ASIDE_SECONDS)

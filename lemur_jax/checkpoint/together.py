@@ -13,7 +13,7 @@ from typing import Any
 from orbax.checkpoint import multihost
 
 from lemur_jax.checkpoint.remains import newest_save, release
-from lemur_jax.cluster import watchdog
+from lemur_jax.cluster import coordination
 from lemur_jax.common.errors import reason_of
 
 # In the order in which a save comes to them; the last two are those of its end, also of a failed one.
@@ -53,7 +53,7 @@ class SaveBarriers:
     """
 
     def __init__(self, service: Any = None):
-        self._service = watchdog.client() if service is None else service
+        self._service = coordination.client() if service is None else service
         self._name = f"lemur/save/{next(_managers)}"
         self._save = 0
         self._times: dict[str, int] = {}
@@ -65,7 +65,7 @@ class SaveBarriers:
         self._times = {}
         self._before, self._running = newest_save(), ""
         ended = self._save - 2  # by all hosts: each waits for the others at the end of a save
-        if self._service is not None and ended > 0 and watchdog.process()[0] == 0:
+        if self._service is not None and ended > 0 and coordination.process()[0] == 0:
             self._service.key_value_delete(f"{self._name}/{ended}/")
 
     def begun(self) -> None:
@@ -117,7 +117,7 @@ class SaveBarriers:
         deadline, pause = time.monotonic() + timeout_ms / 1000, 0.01
         while missing := self._missing(phase):
             if time.monotonic() > deadline:
-                hosts = ", ".join(watchdog.describe(host, self._service) for host in missing)
+                hosts = ", ".join(coordination.host_name(host, self._service) for host in missing)
                 raise TimeoutError(f"no sign of {hosts} within {timeout_ms / 1000:g} s")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_LOOK)
@@ -126,9 +126,9 @@ class SaveBarriers:
         if error is None or isinstance(error, ElsewhereError):
             reason = "" if error is None else str(error)
         else:
-            me = watchdog.describe(watchdog.process()[0], self._service)
+            me = coordination.host_name(coordination.process()[0], self._service)
             reason = f"{me}: {reason_of(error)}"
-        place = f"{self._name}/{self._save}/{phase}/{watchdog.process()[0]}"
+        place = f"{self._name}/{self._save}/{phase}/{coordination.process()[0]}"
         self._service.key_value_set(place, reason, allow_overwrite=True)
 
     def _missing(self, phase: int) -> list[int]:
@@ -138,11 +138,11 @@ class SaveBarriers:
         for key, reason in self._service.key_value_dir_get(place):
             at, host = map(int, key.removeprefix(place).split("/"))
             came.setdefault(at, {})[host] = reason
-        missing = [host for host in range(watchdog.process()[1]) if host not in came.get(phase, {})]
+        missing = [host for host in range(coordination.process()[1]) if host not in came.get(phase, {})]
         for later, reasons in came.items():
             if later > phase and (left := set(missing) & reasons.keys()):
                 host = min(left)
                 raise ElsewhereError(
-                    reasons[host] or f"{watchdog.describe(host, self._service)} has given up"
+                    reasons[host] or f"{coordination.host_name(host, self._service)} has given up"
                 )
         return missing

@@ -1,17 +1,17 @@
 """The console command `lemur`: one verb a job. A verb's room is imported only when it is called."""
 
 import argparse
-import contextlib
 import errno
 import logging
-import os
 import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 
 from lemur_jax.cli import data, evaluation, inference, planning, training, weights
-from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.cluster import coordination
+from lemur_jax.cluster.exit import FAILED, INTERRUPTED, NO_READER, TRY_AGAIN, USER_ERROR, leave
+from lemur_jax.common.errors import TemporaryError, UserError, reason_of
 from lemur_jax.common.logging import setup
 from lemur_jax.common.paths import is_refused_by_store
 
@@ -20,9 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb.
 
     Returns:
-      0, or 1 where what was looked at is damaged, or 2 for a mistake that the user can mend, or 130 when interrupted,
-      or 141 when whoever read the output has gone, or 75 when another host was lost and where a launcher is to start
-      an unfinished run again (`cluster/watchdog.py`).
+      An exit status of `cluster/exit.py`.
     """
     setup()
     logging.getLogger("gcsfs").addFilter(_is_news)
@@ -35,25 +33,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read our output has gone (`lemur inspect ... | head`): not all was done, as shells say of a SIGPIPE.
         sys.stderr.close()
-        _leave_other_hosts(141)
-        return 141
+        return leave(NO_READER)
     except Exception as error:
         line = _one_line(error)
         if line is None:
-            if _has_other_hosts():
-                traceback.print_exc()
-                _leave_other_hosts(1)
-            raise
+            if coordination.client() is None:
+                raise
+            traceback.print_exc()
+            return leave(FAILED)
         print(f"lemur {known.verb}: {line}", file=sys.stderr)
-        _leave_other_hosts(2)
-        return 2
+        return leave(TRY_AGAIN if isinstance(error, TemporaryError) else USER_ERROR)
     except KeyboardInterrupt:
         print(
             f"lemur {known.verb}: interrupted; the same command goes on from what is finished",
             file=sys.stderr,
         )
-        _leave_other_hosts(130)
-        return 130
+        return leave(INTERRUPTED)
 
 
 # What the file system says of a disk, and of a path.
@@ -115,23 +110,3 @@ def _parser() -> argparse.ArgumentParser:
     for group in (data, planning, training, weights, inference, evaluation):
         group.add_verbs(verbs)
     return parser
-
-
-def _leave_other_hosts(status: int) -> None:
-    """Ends a process of several without the goodbye of `jax.distributed`.
-
-    That waits for hosts that may wait in a collective for this one, and then aborts with a status of its own.
-    """
-    if _has_other_hosts():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(status)
-
-
-def _has_other_hosts() -> bool:
-    if "lemur_jax.cluster.watchdog" not in sys.modules:
-        return False
-    from lemur_jax.cluster import watchdog
-
-    return watchdog.client() is not None

@@ -71,11 +71,12 @@ def open_session(args: argparse.Namespace, check=lambda tokenizer: None):
       check: as in `infer.session.load`.
     """
     start_jax(args)
-    from lemur_jax.cluster import hosts, watchdog
+    from lemur_jax.cluster import hosts
+    from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.infer.session import load
     from lemur_jax.parallel.mesh import parse_mesh
 
-    with watchdog.watched(LOST_SECONDS):
+    with host_watchdog(LOST_SECONDS):
         mesh = parse_mesh(args.mesh)
         hosts.keep_programs()
         yield load(args.checkpoint, mesh, args.dtype, args.step, weights=args.weights, check=check)

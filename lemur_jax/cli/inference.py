@@ -75,7 +75,7 @@ def _generate(args) -> None:
             seeds=prompt_seeds(args.prompt),
         )
         for text, prompt, completion in zip(args.prompt, prompts, completions, strict=True):
-            if not hosts.is_chief():
+            if not hosts.is_primary():
                 break  # every host has computed the same
             print(text + continuation(tokenizer, prompt, completion.content))
             if args.logprobs:
@@ -121,7 +121,7 @@ def _chat(args) -> None:
         converse(
             session,
             args.prompt or typed(),
-            lambda text: print(text, end="", flush=True) if hosts.is_chief() else None,
+            lambda text: print(text, end="", flush=True) if hosts.is_primary() else None,
             system=args.system,
             max_new_tokens=args.max_new_tokens,
             sampling=_sampling(args),
@@ -148,8 +148,8 @@ def _smoke(args) -> None:
         from lemur_jax.cluster import hosts
         from lemur_jax.infer.smoke import smoke
 
-        found = smoke(session, args.hf, stored, print if hosts.is_chief() else lambda line: None)
-        if args.write_reference is not None and hosts.is_chief():
+        found = smoke(session, args.hf, stored, print if hosts.is_primary() else lambda line: None)
+        if args.write_reference is not None and hosts.is_primary():
             reference.write(args.write_reference, found)
             print(f"reference written to {args.write_reference}")
 

@@ -93,20 +93,22 @@ def _train(args) -> int:
 
     config = load(args.config, args.overrides)
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
-    from lemur_jax.cluster import watchdog
+    from lemur_jax.cluster import coordination
+    from lemur_jax.cluster.exit import TRY_AGAIN
+    from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.telemetry.profiler import parse_steps
     from lemur_jax.telemetry.progress import say
     from lemur_jax.train.loop import train
     from lemur_jax.train.workdir import finished
 
     profile = parse_steps(args.profile) if args.profile else range(0)
-    with watchdog.watched(config.hosts.lost_seconds):
-        watchdog.agree("the config", fingerprint(config), config.hosts.connect_seconds)
+    with host_watchdog(config.hosts.lost_seconds):
+        coordination.agree("the config", fingerprint(config), config.hosts.connect_seconds)
         train(config, args.workdir, say, profile=profile)
     # A run that saved and stopped because its machine goes away has not failed, but it is not finished either.
     # Launchers tell the two apart by the exit status.
     if os.environ.get("LEMUR_RELAUNCH") == "1" and not finished(config, args.workdir):
-        return watchdog.LOST
+        return TRY_AGAIN
     return 0
 
 
@@ -122,7 +124,7 @@ def _sweep(args) -> int:
             print(command(args.config, args.overrides, run, args.workdir))
         return 0
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
-    from lemur_jax.cluster import watchdog
+    from lemur_jax.cluster.exit import TRY_AGAIN
     from lemur_jax.sweep.results import markdown
     from lemur_jax.sweep.sweep import sweep
 
@@ -140,7 +142,7 @@ def _sweep(args) -> int:
     if found:
         print(f"{markdown(found)}\nwrote {args.workdir}/index.html, table.md, pareto.svg and results.json")
     elif os.environ.get("LEMUR_RELAUNCH") == "1":
-        return watchdog.LOST  # stopped, as a run that is not finished
+        return TRY_AGAIN  # stopped, as a run that is not finished
     return 0
 
 
@@ -149,10 +151,10 @@ def _doctor(args) -> None:
 
     config = load(args.config, args.overrides)
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
-    from lemur_jax.cluster import watchdog
+    from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.train.doctor import doctor
 
-    with watchdog.watched(config.hosts.lost_seconds):
+    with host_watchdog(config.hosts.lost_seconds):
         doctor(config, args.workdir)
 
 

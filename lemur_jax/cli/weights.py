@@ -67,11 +67,11 @@ def _change(args):
 
 def _import_hf(args) -> None:
     start_jax(args)
-    from lemur_jax.cluster import watchdog
+    from lemur_jax.cluster import coordination
     from lemur_jax.convert.import_hf import hf_tokenizer_files, import_hf
     from lemur_jax.convert.memory import keep_freed_memory
 
-    if watchdog.process()[1] > 1:
+    if coordination.process()[1] > 1:
         raise UserError("import-hf works on one host: run it on one alone, any mesh can read what it makes")
     keep_freed_memory()
     change = _change(args)
@@ -83,14 +83,15 @@ def _import_hf(args) -> None:
 
 def _export_hf(args) -> None:
     start_jax(args)
-    from lemur_jax.cluster import hosts, watchdog
+    from lemur_jax.cluster import hosts
+    from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.convert.export_hf import export_hf
     from lemur_jax.convert.memory import keep_freed_memory
 
     keep_freed_memory()
     # Of several hosts the first one writes, the others wait for it.
-    with watchdog.watched(LOST_SECONDS):
-        if hosts.is_chief():
+    with host_watchdog(LOST_SECONDS):
+        if hosts.is_primary():
             with hosts.alone():
                 model = export_hf(
                     args.checkpoint,

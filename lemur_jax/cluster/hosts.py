@@ -5,20 +5,18 @@ import contextvars
 import glob
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
+from lemur_jax.cluster import coordination
 from lemur_jax.common.errors import UserError
 
 _alone = contextvars.ContextVar("alone", default=False)
 
-
-# What XLA must be told where many virtual devices, or several processes, share few cores. XLA:CPU starts a program's
-# independent operations at once and each collective holds a thread until all devices have joined it: with the schedule
-# for concurrency every thread can wait for a device that gets none (seen with jaxlib 0.10.2 within a minute of steps
-# over eight devices). One operation after another is as fast here and cannot. And devices on busy cores keep each
-# other waiting longer than the 40 s after which XLA aborts.
+# For many virtual devices, or several processes, on few cores. XLA:CPU starts independent operations at once, and each
+# collective holds a thread until all devices have joined it: with the concurrency-optimized schedule every thread can
+# wait for a device that gets none (a deadlock within a minute of steps over eight devices with jaxlib 0.10.2). And
+# devices on busy cores keep each other waiting for longer than the 40 s after which XLA aborts.
 _CPU_FLAGS = {
     "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
     "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
@@ -26,17 +24,16 @@ _CPU_FLAGS = {
 
 
 def choose_platform(virtual_devices: int = 0) -> None:
-    """Settles `JAX_PLATFORMS`, and XLA's flags on the CPU, before JAX initializes.
+    """Sets `JAX_PLATFORMS`, and XLA's flags on the CPU, before JAX initializes.
 
-    With libtpu installed and no TPU present, JAX spends seconds and a page of warnings to find out;
-    so where no accelerator is seen and the user said nothing, the platform is the CPU.
+    Without an accelerator and a choice by the user the platform is the CPU: with libtpu installed and no TPU present,
+    JAX would spend seconds and a page of warnings to find out.
 
     Args:
-      virtual_devices: > 0: this many virtual CPU devices, whatever hardware there is and whatever XLA_FLAGS says.
-        Other flags that the user set stay as they are.
+      virtual_devices: > 0: use this many virtual CPU devices, whatever the hardware and XLA_FLAGS are.
 
     Raises:
-      UserError: fewer than none.
+      UserError: `virtual_devices` is negative.
     """
     if virtual_devices < 0:
         raise UserError(
@@ -52,10 +49,9 @@ def choose_platform(virtual_devices: int = 0) -> None:
         os.environ["XLA_FLAGS"] = " ".join(
             f"{name}={value}" if value else name for name, value in flags.items()
         )
-    # Orbax and JAX log every checkpoint and every compile at INFO through absl. Who asks for absl's logger before absl
-    # has made it gets one for ever that takes absl itself for the caller, and checkpoint/echoes.py looks for callers.
-    import absl.logging  # noqa: F401
+    import absl.logging  # noqa: F401  # makes the logger "absl" of absl's own class
 
+    # Orbax and JAX log every checkpoint and every compile at INFO.
     for name in ("absl", "jax", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -68,17 +64,17 @@ def _accelerator_present() -> bool:
 def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
     """Joins the processes of a run of several hosts, if this is one.
 
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say so explicitly; under Slurm, and
-    on a TPU pod slice, where `TPU_WORKER_HOSTNAMES` lists more than one host, JAX finds them itself. A plain TPU VM
-    has none of these variables: the scripts in launch/ set `LEMUR_JOIN=1` there, and JAX asks the metadata server.
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say so explicitly; under Slurm, and on a TPU pod
+    slice, where `TPU_WORKER_HOSTNAMES` lists several hosts, JAX finds them itself. A plain TPU VM has none of these
+    variables: the scripts in launch/ set `LEMUR_JOIN=1` there, and JAX asks the metadata server.
 
     Args:
       connect_seconds: how long to wait for the other hosts.
-      lost_seconds: silence after which a host is lost (`cluster/watchdog.py`). JAX's own heartbeat, which
-        aborts without a word of which run this was, comes second.
+      lost_seconds: silence after which a host is lost (`cluster/watchdog.py`). JAX's own heartbeat, which aborts
+        without naming the host, comes later.
 
     Raises:
-      UserError: the variables make no sense, or not all hosts came.
+      UserError: a variable is missing or no number, or not all hosts came.
     """
     import jax
 
@@ -86,7 +82,6 @@ def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
-            _take_standard_output()
         arguments["coordinator_address"] = address
         arguments["num_processes"] = _number("JAX_NUM_PROCESSES")
         arguments["process_id"] = _number("JAX_PROCESS_ID")
@@ -105,17 +100,6 @@ def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
             f"the hosts of this run did not all come together within {connect_seconds} s: {reason};"
             " is the same command running on every host, with the same coordinator address?"
         ) from error
-
-
-def _take_standard_output() -> None:
-    """Leaves standard output to Python alone: Gloo tells there of its connections, and now does on standard error."""
-    stream = sys.__stdout__
-    if stream is None or sys.stderr is None or sys.stdout is not stream:  # closed, or in a notebook
-        return
-    stream.flush()
-    kept = os.dup(stream.fileno())
-    os.dup2(sys.stderr.fileno(), stream.fileno())
-    sys.stdout = open(kept, "w", buffering=1, encoding=stream.encoding, errors=stream.errors)  # noqa: SIM115
 
 
 def _number(variable: str) -> int:
@@ -140,12 +124,11 @@ def _many_workers() -> bool:
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs on this machine for the next process: a short evaluation is mostly compiling.
+    """Keeps compiled programs on this machine for the next process: a short evaluation is mostly compilation.
 
-    In `lemur_jax/programs` of `XDG_CACHE_HOME`, by default `~/.cache`; at most 1 GiB, the oldest go first. What JAX's
-    own variables say goes before all that: `JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE=false` for none.
-    JAX's keys tell programs, versions, flags and kinds of processors apart. Several hosts keep nothing of themselves:
-    they would need a directory that all of them see. Call it before anything is compiled; later it has no effect.
+    They are stored in `lemur_jax/programs` of `XDG_CACHE_HOME` (default `~/.cache`), at most 1 GiB, and the oldest are
+    removed first. JAX's own variables take precedence: `JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE`.
+    With several hosts nothing is kept: they would need a shared directory. Call it before the first compilation.
     """
     import jax
 
@@ -170,8 +153,8 @@ def keep_programs() -> None:
             config.update(name, value)
 
 
-def is_chief() -> bool:
-    """Whether this is the one process that writes and prints what all know."""
+def is_primary() -> bool:
+    """Whether this is the one process that writes and logs what all hosts have in common."""
     import jax
 
     return jax.process_index() == 0
@@ -179,7 +162,7 @@ def is_chief() -> bool:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """What is done inside is done by this process for all, or by each for itself: it asks no other one."""
+    """A context in which this process works without the others: `any_host` does not ask them."""
     token = _alone.set(True)
     try:
         yield
@@ -188,7 +171,7 @@ def alone() -> Iterator[None]:
 
 
 def any_host(flag: bool) -> bool:
-    """Whether `flag` holds on any process; all must call, as all get the same answer, but for one that is `alone`."""
+    """Whether `flag` holds on any process; all must call it and get the same answer, except inside `alone`."""
     import jax
 
     if jax.process_count() == 1 or _alone.get():
@@ -200,11 +183,9 @@ def any_host(flag: bool) -> bool:
 
 
 def wait_for_all(name: str, seconds: float = 300.0) -> None:
-    """Until every process has come here.
+    """Waits until every process has called this.
 
     Raises:
-      UserError: somebody did not come in time; names it.
+      UserError: a host did not come in time; names it.
     """
-    from lemur_jax.cluster.watchdog import barrier
-
-    barrier(name, seconds)
+    coordination.barrier(name, seconds)

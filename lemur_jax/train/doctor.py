@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from lemur_jax.cluster import watchdog
+from lemur_jax.cluster import coordination
 from lemur_jax.cluster.hosts import alone
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import fingerprint
@@ -66,7 +66,7 @@ def doctor(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], Non
     patience = config.hosts.connect_seconds
     mine = list(_examine(config, epath.Path(workdir), patience))
     payload = json.dumps([socket.gethostname(), [dataclasses.asdict(finding) for finding in mine]])
-    hosts = [json.loads(text) for text in watchdog.exchange("findings", payload, patience)]
+    hosts = [json.loads(text) for text in coordination.exchange("findings", payload, patience)]
     names = [f"host {number} ({name})" for number, (name, _) in enumerate(hosts)]
     rows = _merge(names, [[Finding(**found) for found in findings] for _, findings in hosts])
     bad = [check for check, good, _ in rows if not good]
@@ -131,7 +131,7 @@ def _versions() -> str:
 
 def _storage(config: ConfigDict, workdir: epath.Path, size: int | None, patience: float) -> Iterator[Finding]:
     """Writes, reads and removes a file of every host in the workdir."""
-    me, count = watchdog.process()
+    me, count = coordination.process()
     made = not workdir.exists()
     probe = workdir / f".doctor-{me}"
     skew = 0.0
@@ -144,23 +144,23 @@ def _storage(config: ConfigDict, workdir: epath.Path, size: int | None, patience
             raise UserError("what was written is not what is read")
         changed = probe.stat().mtime
         skew = max(before - changed, changed - after, 0.0)
-    watchdog.barrier("probes written", patience)
+    coordination.barrier("probes written", patience)
     unseen = [host for host in range(count) if not problem and not (workdir / f".doctor-{host}").exists()]
     if unseen and not problem:
         problem.append(f"the files of host {', '.join(map(str, unseen))} are not seen here: is it shared?")
     yield _finding("workdir", problem, f"{workdir}: written, read and shared" if count > 1 else
                    f"{workdir}: written and read")  # fmt: skip
     yield _free_disk(config, workdir, size)
-    clocks = [float(text) for text in watchdog.exchange("clock", str(time.time()), patience)]
+    clocks = [float(text) for text in coordination.exchange("clock", str(time.time()), patience)]
     spread = max(clocks) - min(clocks)
     detail = f"hosts differ by {spread:.1f} s" if count > 1 else "one host"
     good = max(spread, skew) <= _CLOCK_SECONDS
     yield Finding(check="clock", good=good, detail=f"{detail}, the workdir's storage by {skew:.1f} s")
-    watchdog.barrier("probes seen", patience)
+    coordination.barrier("probes seen", patience)
     with contextlib.suppress(OSError):
         probe.unlink()
     # Whoever came first made the directory; nobody's file is in it any more when all have said so.
-    made = str(True) in watchdog.exchange("workdir made", str(made), patience)
+    made = str(True) in coordination.exchange("workdir made", str(made), patience)
     if made and me == 0:
         with contextlib.suppress(OSError):
             workdir.rmdir()  # refuses where something is in it

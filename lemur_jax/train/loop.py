@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from lemur_jax.checkpoint.manager import make_metadata
 from lemur_jax.cluster.hosts import any_host, wait_for_all
+from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import to_json
@@ -31,7 +32,7 @@ from lemur_jax.train.spikes import too_many_skips
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program, build
 from lemur_jax.train.steplog import StepLog
-from lemur_jax.train.workdir import OTHER_RUN_SECONDS, alone_in, check_owner, claim
+from lemur_jax.train.workdir import check_owner, claim
 
 
 def train(
@@ -82,8 +83,8 @@ def train(
     )
     with contextlib.ExitStack() as stack:
         if chief:
-            stack.enter_context(alone_in(workdir, say))
-        wait_for_all("workdir", 2 * OTHER_RUN_SECONDS)  # collectives would not wait so long for host 0
+            stack.enter_context(workdir_lock(workdir))
+        wait_for_all("workdir", 2 * WAIT_SECONDS)  # collectives would not wait so long for host 0
         saves = stack.enter_context(Saves(config, workdir, program, metadata, say))
         state, first = saves.first_state()
         if chief:  # not before: what is wrong with the first parameters can be mended in the config

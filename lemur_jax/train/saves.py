@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from lemur_jax.checkpoint.local import LocalCheckpoints, directory_of
 from lemur_jax.checkpoint.manager import Checkpoints
-from lemur_jax.cluster.hosts import any_host, is_chief, wait_for_all
+from lemur_jax.cluster.hosts import any_host, is_primary, wait_for_all
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.loader import Loader
 from lemur_jax.train import state as states
@@ -234,7 +234,7 @@ def _open_local(
 def _run_id(workdir: epath.Path) -> str:
     """A name of this run and no other: in a workdir that was emptied, the old run's state is not to be found."""
     path = workdir / "run_id"
-    if is_chief() and not path.exists():
+    if is_primary() and not path.exists():
         temporary = workdir / "run_id.tmp"
         temporary.write_text(secrets.token_hex(8))
         temporary.replace(path)

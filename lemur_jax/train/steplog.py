@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from lemur_jax.cluster import watchdog
+from lemur_jax.cluster import coordination
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.mixture import Mixture
 from lemur_jax.telemetry.flops import chip, flops_per_token, mfu
@@ -123,14 +123,14 @@ class StepLog:
         now = time.perf_counter()
         # Without the waits for the devices, in which every host waits for the slowest one: for results here, and for
         # room when a step is handed to them.
-        watchdog.tell("seconds", (asked - self._since - self._handing) / len(ready))
+        coordination.publish("seconds", (asked - self._since - self._handing) / len(ready))
         self._handing = 0.0
         seconds = (now - self._since) / len(ready)
         self._since = now
         data_wait, self._data_wait = self._data_wait / len(ready), 0.0
         self._spent["data_wait"] += data_wait * len(ready)
         self._spent["steps"] += (seconds - data_wait) * len(ready)
-        hosts = {f"host_seconds/{host}": own for host, own in watchdog.told("seconds").items()}
+        hosts = {f"host_seconds/{host}": own for host, own in coordination.published("seconds").items()}
         for (step, _), metrics in zip(ready, fetched, strict=True):
             skipped = metrics.get("skips_in_a_row", 0) > 0
             if not skipped:

@@ -1,20 +1,12 @@
-"""A workdir belongs to one config: the first run writes it down, later runs must agree; and to one run at a time."""
+"""A workdir belongs to one config: the first run writes it down, later runs must agree."""
 
-import contextlib
-import errno
-import fcntl
 import json
-import os
-import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from lemur_jax.cluster.lease import lease
 from lemur_jax.common.errors import UserError
-from lemur_jax.common.paths import is_object_store
 from lemur_jax.config import flatten, to_json
 from lemur_jax.telemetry.metrics import METRICS_FILE, read_metrics
 from lemur_jax.train.evaluate import unscored
@@ -23,57 +15,6 @@ from lemur_jax.train.evaluate import unscored
 FREE = (
     "mesh.", "compute.", "log.", "checkpoint.", "eval.", "prepare.", "hosts.", "train.microbatches", "data.stores",
 )  # fmt: skip
-
-
-# A run that was told to stop may still save, as its successor starts.
-OTHER_RUN_SECONDS = 300.0
-
-
-@contextlib.contextmanager
-def alone_in(
-    workdir: epath.Path, say: Callable[[str], None] = print, seconds: float = OTHER_RUN_SECONDS
-) -> Iterator[None]:
-    """A context in which no other run writes to the workdir; one host enters it.
-
-    Two would remove each other's half-written checkpoints. Network disks without locks are not watched.
-
-    Args:
-      workdir: made if missing.
-      say: told when another run is waited for.
-      seconds: to wait for it.
-
-    Raises:
-      UserError: the other run goes on.
-    """
-    if is_object_store(workdir):
-        with lease(workdir, say, seconds):
-            yield
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    directory = os.open(os.fspath(workdir), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        deadline, told = time.monotonic() + seconds, False
-        while not _locked(directory):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"another `lemur train` writes to {workdir} since more than {seconds:g} s: wait until it has"
-                    " ended, or use another --workdir"
-                )
-            if not told:
-                say(f"another `lemur train` writes to {workdir}: waiting for its end")
-                told = True
-            time.sleep(0.2)
-        yield
-    finally:
-        os.close(directory)  # and with it, or with the process, the lock is gone
-
-
-def _locked(directory: int) -> bool:
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN)  # else there are no locks here
-    return True
 
 
 def check_owner(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:

@@ -6,14 +6,14 @@ import time
 
 import pytest
 
-from lemur_jax.cluster import maintenance as notices
+from lemur_jax.cluster import maintenance
 from lemur_jax.cluster.preemption import Interruption
 from tests.helpers.metadata_server import serving
 
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(notices, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(maintenance, "_RETRY_SECONDS", 0.01)
     with serving() as server:
         monkeypatch.setenv("GCE_METADATA_HOST", server.host)
         yield server
@@ -33,7 +33,7 @@ def watching():
 @pytest.mark.parametrize(
     ("key", "value"), [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")]
 )
-def test_a_notice_is_a_sigterm(server, key, value, capfd):
+def test_a_notice_is_a_sigterm(server, key, value, caplog):
     server.failing = 2
     with Interruption(0) as interruption:
         until(lambda: len(server.asked) == 6)  # the two that failed, and each key's value and its change
@@ -43,7 +43,7 @@ def test_a_notice_is_a_sigterm(server, key, value, capfd):
         server.set(key, value)
         until(lambda: interruption.asked)
         assert interruption.reached()
-    assert capfd.readouterr().err == f"lemur train: this machine is taken away (instance/{key}: {value})\n"
+    assert caplog.messages == [f"this machine is taken away (instance/{key}: {value})"]
 
 
 def test_an_unchanged_value_is_waited_for_and_not_asked_for_again_and_again(server):
@@ -53,7 +53,7 @@ def test_an_unchanged_value_is_waited_for_and_not_asked_for_again_and_again(serv
         assert sorted(server.asked) == 2 * ["maintenance-event"] + 2 * ["preempted"]
 
 
-def test_a_notice_after_the_run_ends_nothing(server, capfd):
+def test_a_notice_after_the_run_ends_nothing(server, caplog):
     heard, before = [], watching()
     old = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
     try:
@@ -65,7 +65,7 @@ def test_a_notice_after_the_run_ends_nothing(server, capfd):
     finally:
         signal.signal(signal.SIGTERM, old)
     assert heard == []
-    assert capfd.readouterr().err == ""
+    assert not caplog.messages
 
 
 def test_a_server_without_the_keys_is_left_alone(server):
@@ -80,14 +80,14 @@ def test_a_server_without_the_keys_is_left_alone(server):
 
 def test_no_server_is_asked_on_other_machines(monkeypatch, tmp_path):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
-    monkeypatch.setattr(notices, "_PRODUCT", tmp_path / "none")
-    assert notices.Notices()._host is None
+    monkeypatch.setattr(maintenance, "_PRODUCT", tmp_path / "none")
+    assert maintenance.Notices().host is None
     (tmp_path / "none").write_text("Google Compute Engine\n")
-    assert notices.Notices()._host == "metadata.google.internal"
+    assert maintenance.Notices().host == "metadata.google.internal"
 
 
-def test_a_notice_that_stood_before_is_said_and_stops_nothing(server, capfd, monkeypatch):
-    monkeypatch.setattr(notices, "_WAIT_SECONDS", 0.1)  # the server gives the same value again and again
+def test_a_notice_that_stood_before_is_said_and_stops_nothing(server, caplog, monkeypatch):
+    monkeypatch.setattr(maintenance, "_WAIT_SECONDS", 0.1)  # the server gives the same value again and again
     server.set("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
     with Interruption(0) as interruption:
         until(lambda: min(map(server.asked.count, ("maintenance-event", "preempted"))) > 3)
@@ -95,8 +95,7 @@ def test_a_notice_that_stood_before_is_said_and_stops_nothing(server, capfd, mon
         server.set("maintenance-event", "NONE")
         server.set("preempted", "TRUE")
         until(lambda: interruption.asked)
-    said = capfd.readouterr().err.splitlines()
-    assert [line.split(" (")[0] for line in said] == [
-        "lemur train: this machine will be taken away soon",
-        "lemur train: this machine is taken away",
+    assert [line.split(" (")[0] for line in caplog.messages] == [
+        "this machine will be taken away soon",
+        "this machine is taken away",
     ]

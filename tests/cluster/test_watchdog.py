@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from lemur_jax.cluster import watchdog
-from lemur_jax.cluster.watchdog import Watch
+from lemur_jax.cluster import coordination
+from lemur_jax.cluster.watchdog import Watch, host_watchdog
 from lemur_jax.common.errors import UserError
 
 
@@ -105,22 +105,22 @@ def test_coordinator_that_does_not_answer_is_named(run):
 def test_barrier_names_who_is_missing(run, monkeypatch):
     store, _, watches = run
     watches[2].look()
-    monkeypatch.setattr(watchdog, "process", lambda: (0, 3))
+    monkeypatch.setattr(coordination, "process", lambda: (0, 3))
     with pytest.raises(UserError, match=r"barrier 'saved': no sign of host 1, host 2 \(.+\) within 0.1 s"):
-        watchdog.barrier("saved", 0.1, store)
+        coordination.barrier("saved", 0.1, store)
 
 
 def test_barrier_opens_when_all_have_come(run, monkeypatch):
     store, _, _ = run
     mine = threading.local()
-    monkeypatch.setattr(watchdog, "process", lambda: (mine.me, 3))
+    monkeypatch.setattr(coordination, "process", lambda: (mine.me, 3))
     # Every host counts its barriers alike; here they share a process and so a counter.
-    monkeypatch.setattr(watchdog, "_counter", iter([0] * 3))
+    monkeypatch.setattr(coordination, "_barriers", iter([0] * 3))
     through = []
 
     def come(me):
         mine.me = me
-        watchdog.barrier("start", 5, store)
+        coordination.barrier("start", 5, store)
         through.append(me)
 
     threads = [threading.Thread(target=come, args=[me]) for me in range(3)]
@@ -134,7 +134,7 @@ def test_barrier_opens_when_all_have_come(run, monkeypatch):
 def test_one_host_needs_nobody():
     """Neither a barrier without time to wait nor a watch over nobody holds one process up or leaves a thread."""
     threads = threading.active_count()
-    assert watchdog.barrier("alone", 0) is None
-    assert watchdog.agree("alone", "x", 0) is None
-    with watchdog.watched(1):
+    assert coordination.barrier("alone", 0) is None
+    assert coordination.agree("alone", "x", 0) is None
+    with host_watchdog(1):
         assert threading.active_count() == threads

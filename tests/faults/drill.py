@@ -201,6 +201,7 @@ def compare(alone: Run, hurt: Run) -> None:
         "checkpoints",
         "config.json",
         "metrics.jsonl",
+        "running.lock",
     ]
     kept = {path.name for path in hurt.checkpoints.iterdir() if not path.name.startswith("damaged-")}
     assert kept == {path.name for path in alone.checkpoints.iterdir()}

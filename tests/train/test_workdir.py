@@ -4,13 +4,12 @@ import subprocess
 import sys
 
 import pytest
-from etils import epath
 
 from lemur_jax import cli
-from lemur_jax.cluster.watchdog import LOST
+from lemur_jax.cluster.exit import TRY_AGAIN
 from lemur_jax.common.errors import UserError
 from lemur_jax.train import loop
-from lemur_jax.train.workdir import alone_in, claim, finished
+from lemur_jax.train.workdir import claim, finished
 from tests.helpers.tiny import tiny_config
 from tests.train.test_resume import project  # noqa: F401
 
@@ -58,7 +57,9 @@ def test_finished_means_the_last_step_is_saved(tmp_path):
     assert finished(config, tmp_path)
 
 
-@pytest.mark.parametrize(("relaunch", "saved", "status"), [("1", 10, 0), ("1", 9, LOST), ("", 9, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("relaunch", "saved", "status"), [("1", 10, 0), ("1", 9, TRY_AGAIN), ("", 9, 0)], ids=str
+)
 def test_launchers_see_whether_a_run_that_stopped_is_finished(tmp_path, monkeypatch, relaunch, saved, status):
     path = tmp_path / "c.py"
     path.write_text(
@@ -71,47 +72,6 @@ def test_launchers_see_whether_a_run_that_stopped_is_finished(tmp_path, monkeypa
     monkeypatch.setenv("LEMUR_RELAUNCH", relaunch)
     monkeypatch.setattr(loop, "train", train)
     assert cli.main(["train", "--config", str(path), "--workdir", str(tmp_path)]) == status
-
-
-HOLDS = """
-import sys, time
-from etils import epath
-from lemur_jax.train.workdir import alone_in
-with alone_in(epath.Path(sys.argv[1])):
-    print("mine", flush=True)
-    time.sleep(float(sys.argv[2]))
-"""
-
-
-def hold(workdir, seconds):
-    """A process that has the workdir for itself."""
-    words = [sys.executable, "-c", HOLDS, str(workdir), str(seconds)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "mine\n"
-    return process
-
-
-def test_a_second_run_waits_for_the_end_of_the_first(tmp_path):
-    workdir, said = epath.Path(tmp_path / "run"), []
-    first = hold(workdir, 5)
-    with alone_in(workdir, said.append):
-        assert first.wait() == 0
-    assert said == [f"another `lemur train` writes to {workdir}: waiting for its end"]
-    with alone_in(workdir, said.append):
-        assert len(said) == 1
-    assert not list(workdir.iterdir())
-
-
-def test_a_second_run_is_refused_where_the_first_goes_on_and_free_when_it_is_killed(tmp_path):
-    workdir = epath.Path(tmp_path)
-    first = hold(workdir, 600)
-    refused = pytest.raises(UserError, match="another `lemur train` writes to .* since more than 0.5 s")
-    with refused, alone_in(workdir, lambda line: None, seconds=0.5):
-        raise AssertionError
-    first.kill()
-    first.wait()
-    with alone_in(workdir, seconds=0.5):
-        pass
 
 
 SAYS = """

@@ -1,0 +1,139 @@
+"""The coordination service of `jax.distributed`: a key-value store, barriers, and agreement on when to stop.
+
+The only file of this package that uses a private name of another library: JAX has no public name for the client of
+its coordination service. On one host every function returns at once.
+"""
+
+import contextlib
+import itertools
+import socket
+import sys
+import time
+from typing import Any
+
+from lemur_jax.common.errors import UserError
+
+_HEARTBEATS = "lemur/heartbeat/"
+
+_barriers = itertools.count()
+# The service stops all hosts at the number after the highest that any host has asked with, once in the life of a
+# process, and compares for equality. So the hosts count their calls, over all runs of a process.
+_sync_points = itertools.count(1)
+
+
+def client() -> Any:
+    """The client of the coordination service, None on one host."""
+    if "jax" not in sys.modules:
+        return None
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def process() -> tuple[int, int]:
+    """(index of this process, number of processes), without initializing devices."""
+    from jax._src import distributed
+
+    state = distributed.global_state
+    return state.process_id, state.num_processes
+
+
+def barrier(name: str, seconds: float, service: Any = None) -> None:
+    """Waits until every host has reached this barrier; all hosts must meet the same barriers in the same order.
+
+    Args:
+      name: what the hosts wait for.
+      seconds: time limit.
+      service: default: `client()`.
+
+    Raises:
+      UserError: a host did not come in time; names it.
+    """
+    service = service or client()
+    if service is None:
+        return
+    me, count = process()
+    place = f"lemur/barrier/{next(_barriers)}-{name}/"
+    service.key_value_set(f"{place}{me}", socket.gethostname())
+    deadline = time.monotonic() + seconds
+    while True:
+        # Polling rather than the service's own barrier, which fails for good once a host is late.
+        here = {int(key.removeprefix(place)) for key, _ in service.key_value_dir_get(place)}
+        if len(here) == count:
+            return
+        if time.monotonic() > deadline:
+            missing = ", ".join(host_name(i, service) for i in range(count) if i not in here)
+            raise UserError(f"barrier {name!r}: no sign of {missing} within {seconds:g} s")
+        time.sleep(0.05)
+
+
+def exchange(name: str, value: str, seconds: float) -> list[str]:
+    """The value of every host, by its index.
+
+    Raises:
+      UserError: a host sends nothing in time; names it.
+    """
+    service = client()
+    if service is None:
+        return [value]
+    me, count = process()
+    place = f"lemur/exchange/{name}/"
+    service.key_value_set(f"{place}{me}", value)
+    barrier(name, seconds)
+    values = dict(service.key_value_dir_get(place))
+    return [values[f"{place}{host}"] for host in range(count)]
+
+
+def agree(name: str, value: str, seconds: float) -> None:
+    """Makes sure that every host has the same value.
+
+    Raises:
+      UserError: a host has another value, or sends none in time; names it.
+    """
+    values = exchange(name, value, seconds)
+    other = [host_name(host, client()) for host in range(len(values)) if values[host] != values[0]]
+    if other:
+        raise UserError(
+            f"{name} differs between hosts: {', '.join(other)} has another than {host_name(0, client())}"
+        )
+
+
+def host_name(host: int, service: Any) -> str:
+    """`host 3 (its name)`, where the host has sent a heartbeat."""
+    found = read_heartbeats(service).get(host, "").split(" ")
+    return f"host {host} ({found[1]})" if len(found) > 2 and found[0].isdigit() else f"host {host}"
+
+
+def send_heartbeat(host: int, text: str, service: Any) -> None:
+    """Replaces the heartbeat of a host."""
+    service.key_value_set(f"{_HEARTBEATS}{host}", text, allow_overwrite=True)
+
+
+def read_heartbeats(service: Any) -> dict[int, str]:
+    """The last heartbeat of every host that has sent one."""
+    return {int(key.removeprefix(_HEARTBEATS)): text for key, text in service.key_value_dir_get(_HEARTBEATS)}
+
+
+def publish(name: str, value: float) -> None:
+    """Publishes a number of this host to all hosts, replacing the last one; does not wait."""
+    if (service := client()) is not None:
+        with contextlib.suppress(RuntimeError):
+            service.key_value_set(f"lemur/value/{name}/{process()[0]}", repr(value), allow_overwrite=True)
+
+
+def published(name: str) -> dict[int, float]:
+    """The last number that each host has published, by its index; empty on one host."""
+    place = f"lemur/value/{name}/"
+    if (service := client()) is None:
+        return {}
+    with contextlib.suppress(RuntimeError):
+        found = service.key_value_dir_get(place)
+        return {int(key.removeprefix(place)): float(value) for key, value in sorted(found)}
+    return {}
+
+
+def reached_preemption() -> bool:
+    """Whether a host of several got SIGTERM; all must call equally often, and get the same answer."""
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.reached_preemption_sync_point(next(_sync_points)))

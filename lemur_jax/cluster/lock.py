@@ -1,0 +1,193 @@
+"""One run at a time in a workdir: a file lock on disks, a lease on object stores, which have no locks.
+
+The lease is a file that its holder rewrites every few seconds. Clocks of machines are not compared: a file that does
+not change for a while belongs to a process that was killed.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+import filelock
+from etils import epath
+
+from lemur_jax.cluster.exit import USER_ERROR, end_process
+from lemur_jax.common.errors import UserError
+from lemur_jax.common.paths import is_object_store
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = "running.lock"
+LEASE_FILE = "running.json"
+# A run that was asked to stop may still be saving when its successor starts.
+WAIT_SECONDS = 300.0
+
+
+@contextlib.contextmanager
+def workdir_lock(workdir: epath.Path, seconds: float = WAIT_SECONDS) -> Iterator[None]:
+    """A context in which no other run writes to the workdir; only the primary host enters it.
+
+    Two runs would remove each other's unfinished checkpoints. Network disks without locks are not protected.
+
+    Args:
+      workdir: made if missing.
+      seconds: to wait for another run.
+
+    Raises:
+      UserError: the other run goes on.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (lease if is_object_store(workdir) else _file_lock)(workdir, seconds):
+        yield
+
+
+@contextlib.contextmanager
+def _file_lock(workdir: epath.Path, seconds: float) -> Iterator[None]:
+    lock = filelock.FileLock(os.fspath(workdir / LOCK_FILE))
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            logger.info("another `lemur train` is writing to %s: waiting for its end", workdir)
+            lock.acquire(timeout=seconds)
+    except filelock.Timeout as error:
+        raise _refusal("another `lemur train`", workdir, seconds) from error
+    except NotImplementedError:  # the file system has no locks
+        logger.warning("%s is on a disk without locks: do not start a second run there", workdir)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refusal(other: str, workdir: epath.Path, seconds: float) -> UserError:
+    return UserError(
+        f"{other} has been writing to {workdir} for more than {seconds:g} s: wait until it has ended, or use another"
+        " --workdir"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeaseTimes:
+    """Seconds.
+
+    Attributes:
+      renew: between two writes of the file.
+      expire: after which a file that does not change is of a run that is over; longer than a store may be out of reach.
+      settle: within it, another run that found the place free at the same moment has written too; the last one wins.
+      release: for the last write at the end; a store may not answer.
+    """
+
+    renew: float = 10.0
+    expire: float = 60.0
+    settle: float = 1.0
+    release: float = 30.0
+
+
+@contextlib.contextmanager
+def lease(
+    directory: epath.Path,
+    seconds: float,
+    times: LeaseTimes = LeaseTimes(),
+    lost: Callable[[str], object] | None = None,
+) -> Iterator[None]:
+    """A context in which no other lease of the directory is held, on any machine.
+
+    Args:
+      directory: exists.
+      seconds: to wait for another run that is alive.
+      times: see there.
+      lost: called in another thread, with a message, where another run has taken over, as can happen while this process
+        sleeps for longer than `times.expire`; default: ends the process.
+
+    Raises:
+      UserError: the other run goes on.
+    """
+    file, mine = directory / LEASE_FILE, uuid.uuid4().hex
+    _take(file, mine, seconds, times)
+    over = threading.Event()
+    thread = threading.Thread(target=_renew, args=(file, mine, over, times.renew, lost or _end), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(times.release)
+        with contextlib.suppress(Exception):  # otherwise the next run waits until the lease expires
+            if mine in (_read(file) or ""):
+                file.unlink()
+
+
+def _take(file: epath.Path, mine: str, seconds: float, times: LeaseTimes) -> None:
+    began = since = time.monotonic()
+    logged, seen = False, None
+    while True:
+        found, now = _read(file), time.monotonic()
+        if found != seen:
+            seen, since = found, now
+        if found is None or now - since > times.expire:
+            _write(file, mine, 0)
+            time.sleep(times.settle)
+            if mine in (_read(file) or ""):
+                return
+            continue
+        other = f"another `lemur train` ({_holder(found)})"
+        if now - began > seconds:
+            raise _refusal(other, file.parent, seconds)
+        if not logged:
+            logger.info(
+                "%s is writing to %s: waiting for its end, or for %g s without a sign of life",
+                *(other, file.parent, times.expire),
+            )
+            logged = True
+        time.sleep(min(1.0, times.expire / 10))
+
+
+def _renew(
+    file: epath.Path, mine: str, over: threading.Event, seconds: float, lost: Callable[[str], object]
+) -> None:
+    for number in itertools.count(1):
+        if over.wait(seconds):
+            return
+        with contextlib.suppress(Exception):  # a store out of reach: saves report it
+            found = _read(file)
+            if found is not None and mine not in found:
+                lost(
+                    f"{file.parent} has been taken over by another run ({_holder(found)}), as this one gave no sign of"
+                    " life for a while; this one ends, and saves nothing more"
+                )
+                return
+            _write(file, mine, number)
+
+
+def _end(message: str) -> None:
+    end_process(USER_ERROR, message)
+
+
+def _read(file: epath.Path) -> str | None:
+    try:
+        return file.read_text() if file.exists() else None
+    except FileNotFoundError:  # removed meanwhile
+        return None
+
+
+def _write(file: epath.Path, mine: str, number: int) -> None:
+    # Always of the same length: stores that cache sizes may keep the old one for a while.
+    content = {"host": socket.gethostname(), "process": os.getpid(), "run": mine, "beat": f"{number:010d}"}
+    file.write_text(json.dumps(content))
+
+
+def _holder(text: str) -> str:
+    try:
+        content = json.loads(text)
+        return f"{content['host']}, process {content['process']}"
+    except (ValueError, KeyError, TypeError):
+        return "of unknown name"
