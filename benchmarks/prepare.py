@@ -15,15 +15,16 @@ import multiprocessing
 import resource
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
+import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
-from lemur_jax.prepare import stdlib
 from lemur_jax.prepare.encoding import CHUNK_BYTES, available_cores
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import train_sentencepiece
@@ -40,10 +41,12 @@ CLEANING = {
 
 def texts_of(copy: int) -> Iterator[str]:
     """The standard library; copies differ by a line, not to be equal."""
-    for _, path in stdlib.files():
-        text = stdlib.read_source(path)
-        if isinstance(text, str) and text.strip():
-            yield f"# {copy}\n{text}"
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if "site-packages" in path.parts:
+            continue
+        with contextlib.suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as file:
+            if text := file.read().strip():
+                yield f"# {copy}\n{text}"
 
 
 def write_corpus(folder: Path, copies: int) -> int:

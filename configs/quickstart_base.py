@@ -1,6 +1,6 @@
 """Quickstart, stage 1: a small base Llama on text, the stand-in for Llama-2.
 
-Data: Python's documentation as every machine has it (seqio task `python_docs`).
+Data: Python's documentation as every machine has it (seqio task `python_docs`, see `configs/quickstart_tasks.py`).
 Hardware: 2 CPU cores, about 2 minutes.
 
     lemur prepare --config configs/quickstart_base.py
@@ -21,6 +21,7 @@ def get_config():
     config.tokenizer.train_vocab_size = 4000
     config.tokenizer.train_tasks = ("python_stdlib", "python_docs")
 
+    config.data.modules = ("quickstart_tasks",)
     config.data.stores = "quickstart/stores"
     config.data.sequence_length = 256
     config.data.sources = {"python_docs": {"share": 1.0, "packing": "concat", "max_epochs": 8.0}}

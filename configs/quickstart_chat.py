@@ -25,6 +25,7 @@ def get_config():
     config.tokenizer.extend = "quickstart/tokenizer"
     config.tokenizer.add_tokens = CHATML_TOKENS
 
+    config.data.modules = ("quickstart_tasks",)
     config.data.stores = "quickstart/stores"
     config.data.sequence_length = 512
     config.data.sources = {"python_chat": {"share": 1.0, "packing": "fit", "max_epochs": 3.0}}

@@ -22,6 +22,7 @@ def get_config(arg: str = ""):
     config.init.checkpoint = "quickstart/imported"
 
     config.tokenizer.path = "quickstart/tokenizer"
+    config.data.modules = ("quickstart_tasks",)
     config.data.stores = "quickstart/stores"
     config.data.sequence_length = 256
     config.data.sources = {

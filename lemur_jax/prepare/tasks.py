@@ -1,23 +1,22 @@
-"""seqio tasks: the three that every machine can run, tasks of files and of TFDS, and reading any of them.
+"""seqio tasks of files, of TFDS and of Python functions, and reading any task.
 
 A task that `prepare` can read gives, for each example, a string feature `text`, or `messages` (a JSON list
 of {"role", "content"}); `id`, `source`, `meta` (JSON), `where` and `error` are optional. Tasks of your own are
-ordinary seqio tasks, registered by a module that `config.data.modules` names; `add_files` and `add_tfds`
-make the usual ones.
+ordinary seqio tasks, registered by a module that `config.data.modules` names; `add_files`,
+`add_tfds` and `add_generator` make the usual ones.
 """
 
 import contextlib
 import difflib
 import functools
 import importlib
-import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.prepare import corpora, readers
+from lemur_jax.prepare import readers
 from lemur_jax.prepare.fields import Document, Fields, documents
 from lemur_jax.prepare.files import Files
 
@@ -52,55 +51,41 @@ with contextlib.suppress(RuntimeError):
     tf.config.set_visible_devices([], "GPU")
 
 
-class CorpusSource(seqio.FunctionDataSource):
-    """A corpus of `data.corpora` as a seqio source."""
+class GeneratorSource(seqio.FunctionDataSource):
+    """Documents that a Python function yields, as a seqio source.
 
-    def __init__(self, corpus: str):
-        self.corpus = corpus
-        super().__init__(dataset_fn=self._dataset, splits=corpora.SPLITS)
+    Args:
+      documents: from a split to its documents, always in the same order.
+      content: "text" or "messages".
+      splits: names of the splits.
+      fingerprint: changes when the documents may have; any seqio source may have such a method.
+    """
+
+    def __init__(
+        self,
+        documents: Callable[[str], Iterable[Mapping[str, str | bytes]]],
+        content: str,
+        splits: Sequence[str],
+        fingerprint: Callable[[], str] | None = None,
+    ):
+        self._documents = documents
+        self._content = content
+        self._fingerprint = fingerprint
+        super().__init__(dataset_fn=self._dataset, splits=splits)
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # documents come in a fixed order: rows are drawn from the store
-        content = "messages" if self.corpus == "python_chat" else "text"
         return tf.data.Dataset.from_generator(
-            lambda: (_example(document) for document in corpora.read(self.corpus, split)),
-            output_signature={key: tf.TensorSpec((), tf.string) for key in (content, "id", "source", "meta")},
+            lambda: self._documents(split),
+            output_signature={key: tf.TensorSpec((), tf.string) for key in (self._content, "id")},
         )
 
-    def num_input_examples(self, split: str) -> int:
-        return corpora.count(self.corpus, split)
-
     def fingerprint(self, split: str) -> str:
-        """Of the files that the corpus is made of; any source may have such a method."""
-        del split
-        return corpora.fingerprint(self.corpus)
-
-
-def _example(document: corpora.Document) -> dict[str, str | bytes]:
-    return {
-        **(
-            {"text": document["text"]}
-            if "text" in document
-            else {"messages": json.dumps(document["messages"])}
-        ),
-        "id": document["id"],
-        "source": document["source"],
-        "meta": json.dumps(document["meta"], sort_keys=True),
-    }
+        return self._fingerprint() if self._fingerprint else split
 
 
 def _string_feature() -> seqio.Feature:
     return seqio.Feature(seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.string, rank=0)
-
-
-for _corpus in corpora.CORPORA:
-    _content = "messages" if _corpus == "python_chat" else "text"
-    seqio.TaskRegistry.add(
-        _corpus,
-        source=CorpusSource(_corpus),
-        output_features={_content: _string_feature(), "id": _string_feature()},
-        metric_fns=[],
-    )
 
 
 class FileSource(seqio.DataSource):
@@ -193,6 +178,28 @@ def add_files(
     files = Files(patterns=dict(splits), fields=fields, kind=kind, held_out=held_out, max_bytes=max_bytes)
     features = {fields.content: _string_feature(), "id": _string_feature()}
     return seqio.TaskRegistry.add(name, source=FileSource(files), output_features=features, metric_fns=[])
+
+
+def add_generator(
+    name: str,
+    documents: Callable[[str], Iterable[Mapping[str, str | bytes]]],
+    *,
+    content: str = "text",
+    splits: Sequence[str] = ("train",),
+    fingerprint: Callable[[], str] | None = None,
+) -> seqio.Task:
+    """Registers a task of documents that a Python function yields.
+
+    Args:
+      name: of the task.
+      documents: from a split to its documents, always in the same order: `id`, and `content`.
+      content: "text", or "messages" (a JSON list of {"role", "content"}).
+      splits: names of the splits.
+      fingerprint: changes when the documents may have; without one, `prepare` does not see that they have.
+    """
+    source = GeneratorSource(documents, content, splits, fingerprint)
+    features = {content: _string_feature(), "id": _string_feature()}
+    return seqio.TaskRegistry.add(name, source=source, output_features=features, metric_fns=[])
 
 
 def add_tfds(

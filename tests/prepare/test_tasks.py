@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.prepare import corpora, digests, tasks
+from lemur_jax.prepare import digests, tasks
 from lemur_jax.prepare.fields import Fields
 from lemur_jax.text import conversation_formats
 
@@ -54,44 +54,24 @@ def function_source(values, splits=("train",)):
 
 
 @pytest.fixture
-def one_document(monkeypatch):
-    text = {"id": "a", "origin": "a", "source": "s", "meta": {"k": "v"}, "text": "Grüße"}
-    talk = [{"role": "user", "content": "Grüße"}]
-    chat = {"id": "c", "origin": "c", "source": "s", "meta": {}, "messages": talk}
-    documents = {"python_stdlib": text, "python_docs": text, "python_chat": chat}
-    monkeypatch.setattr(
-        corpora, "read", lambda name, split: [documents[name]] * (2 if split == "train" else 1)
-    )
-    corpora.count.cache_clear()
-    yield documents
-    corpora.count.cache_clear()  # seqio asks for the count: other tests must not find this one
+def generated():
+    """A task of a function that yields documents, and what it yields."""
+    documents = {"train": [{"id": "a", "text": "Grüße"}], "validation": [{"id": "b", "text": b"\xff\x00x"}]}
+    yield tasks.add_generator("t_generated", documents.get, splits=tuple(documents)), documents
+    seqio.TaskRegistry.remove("t_generated")
 
 
-def test_the_corpora_are_tasks_with_both_splits(one_document):
-    for name in ("python_stdlib", "python_docs"):
-        (example,) = tasks.examples(tasks.find(name), "validation")
-        expected = {"text": "Grüße".encode(), "id": b"a", "source": b"s", "meta": b'{"k": "v"}'}
-        assert example == expected
-    chat = list(tasks.examples(tasks.find("python_chat"), "train"))
-    assert len(chat) == 2
-    assert json.loads(chat[0]["messages"]) == one_document["python_chat"]["messages"]
+def test_a_function_is_an_ordinary_seqio_task(generated):
+    task, _ = generated
+    assert list(tasks.examples(task, "train")) == [{"text": "Grüße".encode(), "id": b"a"}]
+    assert list(tasks.examples(task, "validation")) == [{"text": b"\xff\x00x", "id": b"b"}]
+    dataset = seqio.get_mixture_or_task("t_generated").get_dataset(None, split="train", shuffle=False)
+    assert [example["text"].decode() for example in dataset.as_numpy_iterator()] == ["Grüße"]
 
 
-def test_the_corpora_are_ordinary_seqio_tasks(one_document):
-    dataset = seqio.get_mixture_or_task("python_docs").get_dataset(None, split="train", shuffle=False)
-    (example,) = dataset.take(1).as_numpy_iterator()
-    assert example["text"].decode() == "Grüße"
-
-
-def test_bytes_that_are_not_text_pass_through(one_document):
-    one_document["python_stdlib"]["text"] = b"\xff\x00x"
-    (example,) = tasks.examples(tasks.find("python_stdlib"), "validation")
-    assert example["text"] == b"\xff\x00x"
-
-
-def test_an_unknown_task_names_the_nearest():
-    with pytest.raises(UserError, match=r"'python_doc'.*did you mean 'python_docs'"):
-        tasks.find("python_doc")
+def test_an_unknown_task_names_the_nearest(generated):
+    with pytest.raises(UserError, match=r"'t_generate'.*did you mean 't_generated'"):
+        tasks.find("t_generate")
 
 
 def test_a_module_of_ones_own_registers_tasks(tmp_path, monkeypatch):
@@ -107,7 +87,7 @@ def test_a_module_of_ones_own_registers_tasks(tmp_path, monkeypatch):
 
 def test_a_module_that_is_not_there_is_one_line():
     with pytest.raises(UserError, match=r"'no_such_module' of data\.modules"):
-        tasks.find("python_docs", ["no_such_module"])
+        tasks.find("any", ["no_such_module"])
 
 
 def test_a_split_that_is_not_there_names_those_that_are(register):
@@ -187,15 +167,6 @@ def test_the_input_digest_follows_the_files(register, tmp_path):
     os.utime(file, (1, 1))
     found.append(digests.input_digest(task, "train"))
     assert len(set(found)) == 3
-
-
-def test_the_input_digest_of_a_corpus_is_its_fingerprint(monkeypatch):
-    task = tasks.find("python_docs")
-    monkeypatch.setattr(corpora, "fingerprint", lambda name: f"{name} one")
-    first = digests.input_digest(task, "train")
-    monkeypatch.setattr(corpora, "fingerprint", lambda name: f"{name} two")
-    assert digests.input_digest(task, "train") != first
-    assert digests.input_digest(task, "validation") != digests.input_digest(task, "train")
 
 
 def test_tensorflow_leaves_the_accelerator_alone():
