@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-make_environment .venv "[eval]"
+make_environment .venv "[prepare,eval]"
 export PATH="$PWD/.venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3
 export LEMUR_RELAUNCH=1 # a sweep that was told to stop ends with 75, and the parts after it do not begin
 results=${RESULTS:-docs/harmony}

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-make_environment .venv ""
+make_environment .venv "[prepare]"
 export PATH="$PWD/.venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3
 export LEMUR_RELAUNCH=1 # a run that was told to stop ends with 75, and the stages after it do not begin
 

@@ -6,6 +6,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-make_environment .venv-test "[test,plan,eval,beam]"
+make_environment .venv-test "[prepare,test,plan,eval,beam]"
 # Two processes, a file each: the tests of one file share their fixtures. A process that dies ends the run at once.
 exec .venv-test/bin/python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --max-worker-restart 0 "$@"

@@ -68,14 +68,15 @@ def test_tensorflow_is_imported_in_two_files_alone():
     assert "prepare/tasks.py" in found
 
 
-def test_training_planning_and_inference_run_without_tensorflow():
+def test_only_preparing_needs_the_extra_prepare():
     code = (
         "import sys\n"
-        f"for name in {sorted(TENSORFLOW)}: sys.modules[name] = None\n"
+        f"for name in {sorted(TENSORFLOW | {'pyarrow', 'rensa'})}: sys.modules[name] = None\n"
         "import lemur_jax.cli, lemur_jax.train.loop, lemur_jax.infer.chat, lemur_jax.infer.smoke\n"
         "import lemur_jax.convert.import_hf, lemur_jax.convert.export_hf, lemur_jax.report.page\n"
         "import lemur_jax.plan.plan, lemur_jax.data.inspect\n"
-        "print(sorted(name for name in sys.modules if name.startswith('lemur_jax.prepare.tasks')))\n"
+        "sys.exit(lemur_jax.cli.main(['prepare', '--config', 'configs/quickstart_base.py']))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "lemur prepare: preparing data needs pyarrow: pip install 'lemur_jax[prepare]'\n"

@@ -39,14 +39,18 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-with _quiet_stderr():  # TensorFlow greets from C++ before it has read its log level
-    import seqio
-    import tensorflow as tf
+try:
+    with _quiet_stderr():  # TensorFlow writes there before it has read its log level
+        import pyarrow  # noqa: F401  # where it is missing, say so now
+        import seqio
+        import tensorflow as tf
+except ModuleNotFoundError as error:
+    raise UserError(f"preparing data needs {error.name}: pip install 'lemur_jax[prepare]'") from error
 
 Task = seqio.Task
 FEATURES = ("text", "messages", "id", "source", "meta", "where", "error")
 
-# TensorFlow only reads here: the accelerators are JAX's. Whoever has used it already has decided that.
+# TensorFlow only reads here; the accelerators are JAX's. It refuses when it is already in use.
 with contextlib.suppress(RuntimeError):
     tf.config.set_visible_devices([], "GPU")
 
