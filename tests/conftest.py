@@ -6,7 +6,7 @@ import os
 from lemur_jax.cluster import hosts
 
 # Fixtures that several packages' tests share: tokenizers, stores of made-up documents, small configs.
-pytest_plugins = ["tests.helpers.documents"]
+pytest_plugins = ["tests.helpers.documents", "tests.helpers.chat_models"]
 
 hosts.choose_platform(virtual_devices=8)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -89,8 +89,8 @@ def _benchmarks(args, session, tasks: list[str], scores: dict[str, float], writt
 def _agents(args, session, written: dict) -> None:
     import json
 
-    from lemur_jax.evals.agents import episodes
-    from lemur_jax.evals.agents.page import page
+    from lemur_jax.agents import episodes
+    from lemur_jax.agents.page import page
 
     room = args.max_new_tokens or 512
     agent = (

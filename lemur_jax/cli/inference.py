@@ -156,14 +156,14 @@ def _smoke(args) -> None:
 
 def _serve(args) -> None:
     def check(tokenizer) -> None:
-        from lemur_jax.evals import serve  # noqa: F401  # says what is not installed
+        from lemur_jax.infer import serve  # noqa: F401  # says what is not installed
 
         _one_host_alone(
             "requests would come to one of several hosts, and each step needs all: serve from one host"
         )
 
     with open_session(args, check) as session:
-        from lemur_jax.evals.serve import serve
+        from lemur_jax.infer.serve import serve
 
         serve(session, os.path.basename(os.path.normpath(args.checkpoint)), host=args.host, port=args.port)
 

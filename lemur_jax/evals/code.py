@@ -14,8 +14,8 @@ from typing import Any
 
 from etils import epath
 
+from lemur_jax.agents.sandbox import Limits, Result, run_python
 from lemur_jax.common.errors import UserError
-from lemur_jax.evals.sandbox import Limits, Result, run_python
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session

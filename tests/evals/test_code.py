@@ -22,8 +22,8 @@ def problems():
 
 
 @pytest.fixture(scope="module")
-def session(checkpoint):
-    return load(checkpoint, parse_mesh("fsdp=4,tensor=2"), "float32")
+def session(chat_model):
+    return load(chat_model, parse_mesh("fsdp=4,tensor=2"), "float32")
 
 
 def test_the_canonical_solutions_pass(problems):
@@ -104,8 +104,8 @@ def test_another_file_than_mbpp_is_named(tmp_path, line, expected):
         code.mbpp(tmp_path / "mbpp.jsonl")
 
 
-def test_humaneval_from_a_checkpoint_to_json(problems, checkpoint, tmp_path, capsys):
-    words = ["eval", "--checkpoint", str(checkpoint), "--tasks", "humaneval", "--limit", "2"]
+def test_humaneval_from_a_checkpoint_to_json(problems, chat_model, tmp_path, capsys):
+    words = ["eval", "--checkpoint", str(chat_model), "--tasks", "humaneval", "--limit", "2"]
     assert main([*words, "--json", str(tmp_path / "out.json")]) == 0
     shown = capsys.readouterr().out
     assert "Lemur-70B-Chat" in shown

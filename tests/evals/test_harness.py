@@ -53,15 +53,15 @@ metric_list: [{metric: bits_per_byte}]
 
 
 @pytest.fixture(scope="module")
-def ours(checkpoint):
-    return LemurLM(checkpoint=checkpoint, mesh="fsdp=4,tensor=2", batch_tokens=1024)
+def ours(chat_model):
+    return LemurLM(checkpoint=chat_model, mesh="fsdp=4,tensor=2", batch_tokens=1024)
 
 
 @pytest.fixture(scope="module")
-def theirs(exported):
+def theirs(chat_model_export):
     # Its cache of logits gives windows of repetitive text each other's continuations.
     options = {"dtype": "float32", "add_bos_token": False, "device": "cpu", "logits_cache": False}
-    return HFLM(pretrained=str(exported), batch_size=4, **options)
+    return HFLM(pretrained=str(chat_model_export), batch_size=4, **options)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_a_prefilled_answer_is_left_open(ours, theirs):
     assert text == theirs.apply_chat_template(turns, add_generation_prompt=False)
 
 
-def test_bos_only_where_it_is_wanted(ours, checkpoint):
+def test_bos_only_where_it_is_wanted(ours):
     with_bos = LemurLM(ours.session, add_bos=True)
     assert with_bos.tok_encode("a b") == [1, *ours.tok_encode("a b")]
     assert with_bos.tok_encode("<s>a b") == [1, *ours.tokenizer.encode("a b", prefix=False)]

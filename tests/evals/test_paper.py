@@ -8,7 +8,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.evals import benchmarks, code
@@ -17,9 +16,8 @@ from lemur_jax.infer import complete
 from lemur_jax.infer.generate import Completion
 from lemur_jax.infer.score import Score
 from lemur_jax.infer.session import load
-from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import parse_mesh
-from tests.infer.conftest import fresh_params
+from tests.helpers.chat_models import write_chat_model
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
 
@@ -68,13 +66,10 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def roomy(tmp_path_factory, chat_tokenizer):
+def roomy(tmp_path_factory, small_chat_tokenizer):
     """A checkpoint with room for GSM8K's answers."""
     path = tmp_path_factory.mktemp("roomy") / "checkpoint"
-    config = preset("tiny", vocab_size=chat_tokenizer.vocab_size, max_position_embeddings=1024)
-    metadata = make_metadata(model=config.to_dict(), tokenizer_files=chat_tokenizer.files())
-    write_params(path, fresh_params(config), metadata)
-    return path
+    return write_chat_model(path, small_chat_tokenizer, max_position_embeddings=1024)
 
 
 def test_mmlu_has_five_examples_of_its_subject(data):

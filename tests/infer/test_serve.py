@@ -14,10 +14,10 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install '.[
 import openai
 import uvicorn
 
-from lemur_jax.evals.agents.episodes import endpoint_agent
-from lemur_jax.evals.serve import application, until
+from lemur_jax.agents.episodes import endpoint_agent
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.score import score
+from lemur_jax.infer.serve import application, until
 from lemur_jax.infer.session import load
 from lemur_jax.models import llama
 from lemur_jax.models.llama import Compute
@@ -25,8 +25,8 @@ from lemur_jax.parallel.mesh import parse_mesh
 
 
 @pytest.fixture(scope="module")
-def session(checkpoint):
-    return load(checkpoint, parse_mesh("fsdp=4,tensor=2"), "float32")
+def session(chat_model):
+    return load(chat_model, parse_mesh("fsdp=4,tensor=2"), "float32")
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_until():
     assert "".join(until(["abc"], [])) == "abc"
 
 
-def test_lm_eval_scores_over_http_what_it_scores_in_process(url, session, exported):
+def test_lm_eval_scores_over_http_what_it_scores_in_process(url, session, chat_model_export):
     pytest.importorskip("tenacity", reason="lm-eval's HTTP models need it: pip install 'lm-eval[api]'")
     harness = pytest.importorskip("lm_eval.models.openai_completions", reason="lm-eval is not installed")
     from lm_eval.api.instance import Instance
@@ -191,7 +191,11 @@ def test_lm_eval_scores_over_http_what_it_scores_in_process(url, session, export
     requests = [
         Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)
     ]
-    options = {"tokenizer": str(exported), "tokenizer_backend": "huggingface", "add_bos_token": False}
+    options = {
+        "tokenizer": str(chat_model_export),
+        "tokenizer_backend": "huggingface",
+        "add_bos_token": False,
+    }
     remote = harness.LocalCompletionsAPI(
         base_url=f"{url}/completions", model="tiny", max_length=100, **options
     )

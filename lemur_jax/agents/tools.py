@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lemur_jax.evals.agents.environments import SHOWN, Step
-from lemur_jax.evals.sandbox import Limits, run_python
+from lemur_jax.agents.environments import SHOWN, Step
+from lemur_jax.agents.sandbox import Limits, run_python
 
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 _LIMITS = Limits(wall_seconds=10, cpu_seconds=8)

@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Mapping
 from typing import Protocol
 
+from lemur_jax.agents.sandbox import Limits, run
 from lemur_jax.evals.code import Problem, run_checked, verdict_of
-from lemur_jax.evals.sandbox import Limits, run
 
 SHOWN = 1500  # characters of an observation
 LIMITS = Limits(wall_seconds=10, cpu_seconds=8)

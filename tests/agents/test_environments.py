@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from lemur_jax.evals.agents import environments
-from lemur_jax.evals.agents.environments import PythonEnvironment, block
+from lemur_jax.agents import environments
+from lemur_jax.agents.environments import PythonEnvironment, block
 from lemur_jax.evals.code import Problem
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")

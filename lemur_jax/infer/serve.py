@@ -1,7 +1,7 @@
 """`lemur serve`: the smallest endpoint that OpenAI's client and what is built on it can talk to.
 
 For smoke tests and for harnesses that speak HTTP; for production, serve the exported directory with vLLM.
-One request is on the devices at a time. Not there: tools (calls are text, `evals/agents/tools.py`), several answers in
+One request is on the devices at a time. Not there: tools (calls are text, `agents/tools.py`), several answers in
 one stream, embeddings, keys.
 """
 

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
+from lemur_jax.agents import sandbox
+from lemur_jax.agents.sandbox import Limits, Result, run, run_python
 from lemur_jax.common.errors import UserError
-from lemur_jax.evals import sandbox
-from lemur_jax.evals.sandbox import Limits, Result, run, run_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 

@@ -5,10 +5,8 @@ import sys
 
 import pytest
 
-from lemur_jax.cli import main
-from lemur_jax.common.errors import UserError
-from lemur_jax.evals.agents import environments, episodes
-from lemur_jax.evals.agents.episodes import (
+from lemur_jax.agents import environments, episodes
+from lemur_jax.agents.episodes import (
     failure,
     open_environments,
     run_episode,
@@ -16,21 +14,11 @@ from lemur_jax.evals.agents.episodes import (
     table,
     to_json,
 )
+from lemur_jax.cli import main
+from lemur_jax.common.errors import UserError
+from tests.helpers.agents import scripted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
-
-
-def scripted(*answers):
-    """An agent that says these in turn, and keeps what it was shown."""
-    seen = []
-    left = iter(answers)
-
-    def agent(messages):
-        seen.append(list(messages))
-        return next(left)
-
-    agent.seen = seen
-    return agent
 
 
 @pytest.fixture
@@ -63,8 +51,8 @@ def test_success_by_turn(count):
     assert [turn["action"] for turn in kept["turns"]] == ["x", "SELECT 6"]
 
 
-def test_our_model_from_the_command(checkpoint, tmp_path, capsys):
-    words = ["eval", "--checkpoint", str(checkpoint), "--agents", "bash", "--turns", "2", "--limit", "1"]
+def test_our_model_from_the_command(chat_model, tmp_path, capsys):
+    words = ["eval", "--checkpoint", str(chat_model), "--agents", "bash", "--turns", "2", "--limit", "1"]
     assert main([*words, "--json", str(tmp_path / "traces.json")]) == 0
     assert "solved, %" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"][0]["turns"]) >= 1

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from lemur_jax.evals.agents.episodes import failure, run_episode
-from lemur_jax.evals.agents.page import page
-from lemur_jax.evals.agents.tools import SHOP, TOOLS, schemas, tool_environments
+from lemur_jax.agents.episodes import failure, run_episode
+from lemur_jax.agents.page import page
+from lemur_jax.agents.tools import SHOP, TOOLS, schemas, tool_environments
 from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat
 from lemur_jax.text.conversation_formats import openai
-from tests.evals.agents.test_episodes import scripted
+from tests.helpers.agents import scripted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 
@@ -114,7 +114,7 @@ def test_tools_are_described_as_openai_wants_it():
 
 
 def test_page(tmp_path):
-    from lemur_jax.evals.agents.episodes import to_json
+    from lemur_jax.agents.episodes import to_json
 
     traces = [run_episode(errand("cancel"), scripted("<script>", "Done."), max_turns=2)]
     traces.append(run_episode(errand("status"), scripted("x", "Leeds"), max_turns=2))
