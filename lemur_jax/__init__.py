@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lemur_jax.config import load as load_config
     from lemur_jax.convert.export_hf import export_hf
     from lemur_jax.convert.import_hf import import_hf
+    from lemur_jax.convert.start_config import config_from_checkpoint
     from lemur_jax.infer.complete import complete
     from lemur_jax.infer.session import load as load_session
     from lemur_jax.models.presets import preset
@@ -28,6 +29,7 @@ __all__ = [
     "Tokenizer",
     "UserError",
     "complete",
+    "config_from_checkpoint",
     "default_config",
     "export_hf",
     "import_hf",
@@ -45,6 +47,7 @@ _PLACES = {
     "Tokenizer": ("lemur_jax.text.tokenizer", "Tokenizer"),
     "UserError": ("lemur_jax.common.errors", "UserError"),
     "complete": ("lemur_jax.infer.complete", "complete"),
+    "config_from_checkpoint": ("lemur_jax.convert.start_config", "config_from_checkpoint"),
     "default_config": ("lemur_jax.config", "default_config"),
     "export_hf": ("lemur_jax.convert.export_hf", "export_hf"),
     "import_hf": ("lemur_jax.convert.import_hf", "import_hf"),

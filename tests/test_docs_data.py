@@ -1,16 +1,13 @@
 """The walk-through of docs/data.md, run as it stands."""
 
 import json
-import os
 import pathlib
-import re
-import subprocess
-import sys
 
 import pytest
 
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare.cleaning import DEFAULTS
+from tests.helpers.pages import run_page
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "data.md").read_text()
@@ -20,18 +17,7 @@ PAGE = (ROOT / "docs" / "data.md").read_text()
 def walk(tmp_path_factory):
     """The directory in which every block of the page has run."""
     folder = tmp_path_factory.mktemp("walk")
-    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL):
-        (folder / name).write_text(code)
-    (commands,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    for command in commands.strip().splitlines():
-        words = command.split()
-        start = {"lemur": ["-m", "lemur_jax.cli"], "python": []}[words[0]]
-        done = subprocess.run(
-            [sys.executable, *start, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        (folder / f"{len(list(folder.glob('*.out')))}.out").write_text(done.stdout)
+    run_page("data.md", folder)
     return folder
 
 

@@ -26,11 +26,13 @@ class Source:
       tokenizer_files: content by name; empty where there is none.
       restore: (abstract tree with shardings) -> parameters of its dtypes; each device gets its own shards alone.
         Raises UserError where they are not as `model` says, damaged or not finite.
+      run_config: the config of the run that made it, as JSON; None for an import and for a Hugging Face directory.
     """
 
     model: LlamaConfig
     tokenizer_files: Mapping[str, bytes]
     restore: Callable[[Params], Params]
+    run_config: dict[str, Any] | None = None
 
 
 def open_source(path: epath.PathLike, step: int | None = None) -> Source:
@@ -60,6 +62,7 @@ def open_source(path: epath.PathLike, step: int | None = None) -> Source:
         model=LlamaConfig.from_dict(metadata["model"]),
         tokenizer_files=tokenizer_files(metadata),
         restore=lambda wanted: restore_params(path, wanted, metadata["step"]),
+        run_config=metadata.get("config"),
     )
 
 

@@ -1,0 +1,44 @@
+"""The config of a run that starts from a model: its shape, tokenizer and weights, with no preset to transcribe."""
+
+import os
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.config import default_config
+from lemur_jax.convert.hf_weights import holds_weights
+from lemur_jax.convert.source import open_source
+
+
+def config_from_checkpoint(path: epath.PathLike) -> ConfigDict:
+    """Every option with its default, and what `path` defines: `model`, `tokenizer.path` and `init.checkpoint`.
+
+    Args:
+      path: a Hugging Face directory, a run's workdir or a checkpoint; local or gs://.
+
+    Returns:
+      A config for `get_config` to change and return.
+
+    Raises:
+      UserError: there is no model at `path`, it cannot be read, or its tokenizer is no longer where its run found it.
+    """
+    source = open_source(path)
+    config = default_config(source.model.to_dict())
+    config.init.checkpoint = os.fspath(path)
+    config.tokenizer.path = (
+        os.fspath(path) if holds_weights(path) else _tokenizer_of_run(path, source.run_config)
+    )
+    # A row holds at most the positions that the model was made for; 2048 is the default length of a row.
+    config.data.sequence_length = min(config.data.sequence_length, source.model.max_position_embeddings)
+    return config
+
+
+def _tokenizer_of_run(path: epath.PathLike, run_config: dict | None) -> str:
+    directory = ((run_config or {}).get("tokenizer") or {}).get("path", "")
+    if not directory or not epath.Path(directory).exists():
+        raise UserError(
+            f"{path} was trained with the tokenizer in {directory or 'an unknown directory'}, which is not there: export it"
+            " with `lemur export-hf` and start from that directory"
+        )
+    return directory
