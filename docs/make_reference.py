@@ -22,8 +22,8 @@ from lemur_jax.config import RunConfig
 PAGE = pathlib.Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration reference
 
-This page is generated: `python docs/make_reference.py`. Every key is set in a config file, `config.train.steps = 1000`, or on the
-command line, `--config.train.steps=1000`. A key that does not exist is an error that names the nearest one.
+This page is generated: `python docs/make_reference.py`. Every key is set in a config file, `config.train.steps = 1000`,
+or on the command line, `--config.train.steps=1000`. A key that does not exist is an error that names the nearest one.
 
 """
 

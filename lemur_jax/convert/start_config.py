@@ -38,7 +38,7 @@ def _tokenizer_of_run(path: epath.PathLike, run_config: dict | None) -> str:
     directory = ((run_config or {}).get("tokenizer") or {}).get("path", "")
     if not directory or not epath.Path(directory).exists():
         raise UserError(
-            f"{path} was trained with the tokenizer in {directory or 'an unknown directory'}, which is not there: export it"
-            " with `lemur export-hf` and start from that directory"
+            f"{path} was trained with the tokenizer in {directory or 'an unknown directory'}, which is not there:"
+            " export it with `lemur export-hf` and start from that directory"
         )
     return directory
