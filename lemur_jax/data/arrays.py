@@ -1,10 +1,12 @@
-"""One-dimensional arrays on disk or gs://, appended to while made and read at random afterwards.
+"""One-dimensional arrays on disk or gs://, written by appending and read at random.
 
-Zarr3 through TensorStore: compressed chunks, the unit of a read, lie in shards of many chunks, the unit
-of a file.
+Zarr3 through TensorStore. The unit of a read is a chunk, compressed and followed by its CRC-32C; the unit of a file
+is a shard of many chunks, whose index has a CRC-32C too. So every byte of a shard is covered by a checksum, and
+TensorStore refuses to return values that do not match it. `zarr.json` is covered by `metadata_digest`.
 """
 
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -12,52 +14,67 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 
 _CHUNK = 1 << 12  # elements decompressed by the smallest read
 _SHARD_BYTES = 1 << 25
-# An attribute of arrays of which every chunk is stored, also those of zeros alone: none may be missing.
+# An attribute of arrays whose every chunk is stored, even chunks of zeros: a missing chunk is an error.
 _COMPLETE = "complete"
-_SHORT = (
-    512  # elements: shorter spans are read faster in one read by index (measured), longer ones by themselves
-)
-_CACHE_BYTES = 128 << 20  # of decompressed chunks, for all arrays of this process together
+# Elements. Shorter spans are read faster by one read with an index array, longer ones by a read each (measured).
+_SHORT = 512
+_CACHE_BYTES = 128 << 20  # of decompressed chunks, for all arrays of this process
 
 
-def open_array(path: epath.Path, *, cache: bool = True):
-    """A future of the `tensorstore.TensorStore` at `path`, for reading; once from end to end without a cache."""
+def open_array(path: epath.Path, *, digest: str = "", cache: bool = True):
+    """A future of the `tensorstore.TensorStore` at `path`, for reading.
+
+    Args:
+      digest: what `metadata_digest` was when the array was written; "": not known.
+      cache: False for an array that is read once from end to end.
+
+    Raises:
+      ValueError: its metadata is missing or damaged. Other damage raises where the future or a read is awaited.
+    """
     import tensorstore as ts
 
     try:
-        metadata = json.loads((path / "zarr.json").read_text())
-    except (OSError, ValueError):
-        metadata = {}  # TensorStore says better what is wrong
+        metadata = (path / "zarr.json").read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}/zarr.json cannot be read: {reason_of(error)}") from error
+    if digest and hashlib.sha256(metadata).hexdigest() != digest:
+        raise ValueError(f"{path}/zarr.json does not match the digest in the manifest")
     spec = {
         "driver": "zarr3",
         "kvstore": _kvstore(path),
         "recheck_cached_data": "open",
-        # A file that is not there must not be read as zeros.
-        "fill_missing_data_reads": not metadata.get("attributes", {}).get(_COMPLETE, False),
+        # A missing file must not be read as zeros.
+        "fill_missing_data_reads": not json.loads(metadata).get("attributes", {}).get(_COMPLETE, False),
     }
     return ts.open(spec, context=_context() if cache else ts.Context(), read=True)
 
 
+def metadata_digest(path: epath.Path) -> str:
+    """sha256 (hex) of an array's `zarr.json`: its length, type and codecs."""
+    return hashlib.sha256((path / "zarr.json").read_bytes()).hexdigest()
+
+
 def finish(read: Any) -> np.ndarray:
-    """The result of a read that was started.
+    """The values of a read that was started.
 
     Raises:
-      UserError: a file cannot be read, or is not there.
+      UserError: a file is missing, cannot be read, or does not match its checksum.
     """
     try:
         return read.result()
     except ValueError as error:
         raise UserError(
-            f"a token store cannot be read: {error}; put the file back, or prepare the store again"
+            f"a token store cannot be read: {reason_of(error)}; restore the file from a copy, or prepare the store"
+            " again"
         ) from error
 
 
 def read_spans(array: Any, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """[start, start + length) of an array for each of the spans, joined."""
+    """[start, start + length) of an array for each span, concatenated."""
     starts = np.asarray(starts)
     stops = starts + lengths
     cuts = np.flatnonzero(starts[1:] != stops[:-1])  # what adjoins is one read
@@ -77,7 +94,7 @@ class ArrayWriter:
     Args:
       path: its directory.
       dtype: of its elements.
-      length: None: make a new array; else go on after so many elements of one that was saved.
+      length: None: make a new array; else continue a saved one after this many elements.
       shard_bytes: in one file, before compression (0: 32 MiB); twice as much may be in memory.
     """
 
@@ -96,7 +113,7 @@ class ArrayWriter:
             self._buffer[: self._count] = self._array[self._written : length].read().result()
 
     def save(self) -> int:
-        """Writes what was appended so far, and returns its length."""
+        """Writes what was appended so far, and returns the array's length."""
         if self._write is not None:
             self._write.result()
         stop = self._written + self._count
@@ -129,10 +146,11 @@ class ArrayWriter:
 
 def _create_spec(path: epath.Path, dtype: np.dtype, shard: int) -> dict[str, Any]:
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    checksum = {"name": "crc32c"}
     sharding = {
         "chunk_shape": [_CHUNK],
-        "codecs": [little_endian, {"name": "zstd", "configuration": {"level": 3}}],
-        "index_codecs": [little_endian, {"name": "crc32c"}],
+        "codecs": [little_endian, {"name": "zstd", "configuration": {"level": 3}}, checksum],
+        "index_codecs": [little_endian, checksum],
     }
     return {
         "driver": "zarr3",
@@ -140,7 +158,7 @@ def _create_spec(path: epath.Path, dtype: np.dtype, shard: int) -> dict[str, Any
         "store_data_equal_to_fill_value": True,
         "metadata": {
             "attributes": {_COMPLETE: True},
-            "shape": [1 << 50],  # more than will come; cut to size at the end
+            "shape": [1 << 50],  # an upper bound; `close` sets the length
             "data_type": dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],

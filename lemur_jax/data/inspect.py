@@ -27,7 +27,7 @@ _BAR = 40  # characters of the longest bar
 def inspect_store(
     path: epath.PathLike, *, tokenizer: Tokenizer | None = None, samples: int = 3, color: bool = False
 ) -> str:
-    """Counts, lengths and sample documents of a token store.
+    """Counts, lengths and sample documents of a token store, which is read once from end to end.
 
     Args:
       path: a directory that `lemur prepare` wrote.
@@ -36,9 +36,10 @@ def inspect_store(
       color: whether to use a terminal's colours.
 
     Raises:
-      UserError: there is no whole store, or it is of another tokenizer.
+      UserError: there is no whole store, it is damaged, or it is of another tokenizer.
     """
     store = TokenStore.open(path, tokenizer)
+    store.verify()
     manifest = store.manifest
     lengths = np.diff(store.offsets())
     counts = {

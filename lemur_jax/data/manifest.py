@@ -1,23 +1,31 @@
-"""What a token store says of itself."""
+"""The manifest of a token store: what is in it and what it was made from."""
 
 import dataclasses
 import hashlib
 import json
+import logging
+import typing
+import uuid
 from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
 import lemur_jax
 from lemur_jax.common.errors import UserError, reason_of
 
+logger = logging.getLogger(__name__)
+
 _SHOWN_LABELS = 20
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_WITHOUT_CHECKSUMS = 1  # the version before; it is still read
+_SEAL = "seal"  # the key of the digest in manifest.json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a store says of itself; the content of `manifest.json`.
+    """The content of `manifest.json`, apart from its seal.
 
     Attributes:
       documents, tokens: counts; tokens include bos and eos.
@@ -28,6 +36,7 @@ class Manifest:
       label_field: the metadata field whose value is each document's label; "": they have none.
       labels: for each label its number, and how many documents and bytes have it.
       created_with: the program and its version.
+      arrays: sha256 (hex) of each array's `zarr.json`, by the array's name; empty in a store without checksums.
     """
 
     format_version: int = FORMAT_VERSION
@@ -47,15 +56,51 @@ class Manifest:
     label_field: str = ""
     labels: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     created_with: str = f"lemur_jax {lemur_jax.__version__}"
+    arrays: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kind in self.__annotations__.items():
+            value = getattr(self, name)
+            is_bool = isinstance(value, bool)
+            fits = isinstance(value, typing.get_origin(kind) or kind) and is_bool == (kind is bool)
+            if not fits or (kind is int and value < 0):
+                raise TypeError(f"{name} is {value!r:.80}")
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of everything but the program's version: changes when the content does."""
+        """sha256 (hex) of what the tokens are: the same for each way of storing them, and each program version."""
         fields = dataclasses.asdict(self)
-        del fields["created_with"]
+        del fields["created_with"], fields["arrays"]
+        fields["format_version"] = _WITHOUT_CHECKSUMS
         if not self.label_field:  # the same with or without these fields
             del fields["label_field"], fields["labels"]
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        return digest_of(fields)
+
+
+def digest_of(value: Any) -> str:
+    """sha256 (hex) of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed(file: epath.Path, fields: Mapping[str, Any]) -> None:
+    """Writes a JSON object with a digest of itself, in one step: several processes may do so at once."""
+    unfinished = file.parent / f".{uuid.uuid4().hex}"
+    unfinished.write_text(json.dumps({**fields, _SEAL: digest_of(fields)}, indent=2) + "\n")
+    unfinished.replace(file)
+
+
+def read_sealed(file: epath.Path) -> dict[str, Any]:
+    """What `write_sealed` wrote.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    fields = json.loads(file.read_text())
+    if not isinstance(fields, dict):
+        raise ValueError("not a JSON object")
+    if fields.pop(_SEAL, None) != digest_of(fields):
+        raise ValueError("it does not match its own digest")
+    return fields
 
 
 def read_manifest(path: epath.PathLike) -> Manifest:
@@ -76,18 +121,23 @@ def read_manifest(path: epath.PathLike) -> Manifest:
         raise UserError(f"the token store {path} {what}: make it with `lemur prepare --config ...`")
     remake = "make it again with `lemur prepare --config ...`"
     try:
-        fields = json.loads(file.read_text())
-        version = fields["format_version"]
+        version = json.loads(file.read_text())["format_version"]
+        if version not in (FORMAT_VERSION, _WITHOUT_CHECKSUMS):
+            raise UserError(
+                f"the token store {path} has format version {version}, this program reads {_WITHOUT_CHECKSUMS} and"
+                f" {FORMAT_VERSION}: {remake}"
+            )
+        if version == FORMAT_VERSION:
+            return Manifest(**read_sealed(file))
+        manifest = Manifest(**json.loads(file.read_text()))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged ({reason_of(error)}): {remake}") from error
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"the token store {path} has format version {version}, this program reads {FORMAT_VERSION}: {remake}"
-        )
-    try:
-        return Manifest(**fields)
-    except TypeError as error:
-        raise UserError(f"{file} is damaged ({error}): {remake}") from error
+    logger.warning(
+        "the token store %s has no checksums (format version %d): damage to its files is not noticed; remove it and"
+        " %s",
+        *(path, version, remake),
+    )
+    return manifest
 
 
 def describe_labels(manifest: Manifest) -> str:

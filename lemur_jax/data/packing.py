@@ -1,48 +1,71 @@
-"""Whole documents packed into rows of T: which document lies in which row, on disk beside the store.
+"""Whole documents packed into rows of T tokens: which document lies in which row, stored beside the tokens.
 
-    STORE/fit-4096/documents    int64 [documents]   in the order of the rows, in a row in the store's order
-    STORE/fit-4096/starts       int64 [documents]   where each of these begins in the store's tokens
-    STORE/fit-4096/lengths      int32 [documents]   how many of its tokens are in the row: T at most
-    STORE/fit-4096/row_offsets  int64 [rows + 1]    which of these are in each row
-    STORE/fit-4096/packing.json                     counts; written last
+    STORE/packed-4096/documents    int64 [documents]   in the order of the rows, in a row in the store's order
+    STORE/packed-4096/starts       int64 [documents]   where each of these begins in the store's tokens
+    STORE/packed-4096/lengths      int32 [documents]   how many of its tokens are in the row: T at most
+    STORE/packed-4096/row_offsets  int64 [rows + 1]    where each row begins in the arrays above
+    STORE/packed-4096/packing.json                     counts and digests; written last
 
-It is made once, by whoever first opens a store with this T (`lemur prepare` does), in memory that does not grow
-with the corpus, and then read at random like the store itself.
+The first process that opens a store with this T makes it (`lemur prepare` does), in memory that does not grow with
+the corpus. It is then read at random like the store itself.
 """
 
 import contextlib
-import json
+import dataclasses
 import tempfile
 import uuid
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from etils import epath
 
-from lemur_jax.data.arrays import ArrayWriter, open_array, read_spans
+from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.data.arrays import ArrayWriter, metadata_digest, open_array, read_spans
+from lemur_jax.data.manifest import read_sealed, write_sealed
 from lemur_jax.data.store import TokenStore
 
 # Documents that are packed together: every P-th of the store, so that a row mixes documents of the whole store.
-PACKED = 1 << 16
+GROUP_DOCUMENTS = 1 << 16
 _COPIED = 1 << 20
 _SHARD_BYTES = 1 << 22
 _DTYPES = {"documents": "int64", "starts": "int64", "lengths": "int32", "row_offsets": "int64"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackingCounts:
+    """The content of `packing.json`, apart from its seal.
+
+    Attributes:
+      documents, rows: how many there are.
+      tokens: of all rows together, without padding.
+      truncated: documents longer than T.
+      without_targets: documents whose every supervised token lies beyond T: they train nothing.
+      arrays: sha256 (hex) of each array's `zarr.json`, by the array's name.
+    """
+
+    documents: int
+    rows: int
+    tokens: int
+    truncated: int
+    without_targets: int
+    arrays: Mapping[str, str]
 
 
 class Packing:
     """The rows of one store and one T.
 
     Attributes:
-      rows: how many there are.
-      tokens: of all rows together, padding left out.
-      truncated: documents longer than T.
+      counts: what they hold.
+
+    Raises:
+      ValueError: it is damaged.
     """
 
     def __init__(self, folder: epath.Path):
-        counts = json.loads((folder / "packing.json").read_text())
-        self.rows, self.tokens, self.truncated = (counts[name] for name in ("rows", "tokens", "truncated"))
-        opening = {name: open_array(folder / name) for name in _DTYPES}
+        self.counts = PackingCounts(**read_sealed(folder / "packing.json"))
+        opening = {name: open_array(folder / name, digest=self.counts.arrays[name]) for name in _DTYPES}
         self._arrays = {name: future.result() for name, future in opening.items()}
 
     def spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -64,11 +87,14 @@ class Packing:
 def open_packing(store: TokenStore, length: int) -> Packing:
     """The packing of a store, made first if it is not there.
 
-    Where the store cannot be written it is made in a temporary directory, by each process that needs it.
+    Where the store cannot be written, each process that needs it makes it in a temporary directory.
+
+    Raises:
+      UserError: it is damaged.
     """
-    folder = store.path / f"fit-{length}"
+    folder = store.path / f"packed-{length}"
     if not (folder / "packing.json").exists():
-        partial = store.path / f".fit-{length}.{uuid.uuid4().hex}"
+        partial = store.path / f".packed-{length}.{uuid.uuid4().hex}"
         try:
             partial.mkdir()
         except OSError:
@@ -77,47 +103,66 @@ def open_packing(store: TokenStore, length: int) -> Packing:
             weakref.finalize(packing, temporary.cleanup)
             return packing
         _put_in_place(_write(store, length, partial), folder)
-    return Packing(folder)
+    try:
+        return Packing(folder)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{folder} is damaged ({reason_of(error)}): remove that directory, and it is made again"
+        ) from error
 
 
 def _put_in_place(partial: epath.Path, folder: epath.Path) -> None:
-    counts = (partial / "packing.json").read_text()
+    counts = read_sealed(partial / "packing.json")
     (partial / "packing.json").unlink()
     try:
         partial.rename(folder)
     except OSError:  # another process was faster, with the same files
         partial.rmtree()
     # After the rename, which on gs:// copies file by file.
-    unfinished = folder / f".{uuid.uuid4().hex}"
-    unfinished.write_text(counts)
-    unfinished.replace(folder / "packing.json")
+    write_sealed(folder / "packing.json", counts)
 
 
 def _write(store: TokenStore, length: int, folder: epath.Path) -> epath.Path:
     writers = {
         name: ArrayWriter(folder / name, dtype, shard_bytes=_SHARD_BYTES) for name, dtype in _DTYPES.items()
     }
-    counts = dict.fromkeys(("documents", "rows", "tokens", "truncated"), 0)
+    totals = dict.fromkeys(("documents", "rows", "tokens", "truncated", "without_targets"), 0)
     writers["row_offsets"].append([0])
-    groups = -(-store.num_documents // PACKED)
+    groups = -(-store.num_documents // GROUP_DOCUMENTS)
     with _mapped_offsets(store) as offsets:
         for group in range(groups):
             documents = np.arange(group, store.num_documents, groups)
             starts = offsets[documents]
             lengths = offsets[documents + 1] - starts
-            counts["truncated"] += int(np.count_nonzero(lengths > length))
+            cut = starts[lengths > length]
             lengths = np.minimum(lengths, length)
             order, row_offsets = pack(lengths, length)
             for name, values in (("documents", documents), ("starts", starts), ("lengths", lengths)):
                 writers[name].append(values[order])
-            writers["row_offsets"].append(counts["documents"] + row_offsets[1:])
-            counts["documents"] += len(documents)
-            counts["rows"] += len(row_offsets) - 1
-            counts["tokens"] += int(lengths.sum())
+            writers["row_offsets"].append(totals["documents"] + row_offsets[1:])
+            totals["documents"] += len(documents)
+            totals["rows"] += len(row_offsets) - 1
+            totals["tokens"] += int(lengths.sum())
+            totals["truncated"] += len(cut)
+            if store.manifest.has_loss_mask:
+                totals["without_targets"] += _count_without_targets(store, cut, length)
     for writer in writers.values():
         writer.close()
-    (folder / "packing.json").write_text(json.dumps(counts) + "\n")
+    arrays = {name: metadata_digest(folder / name) for name in writers}
+    write_sealed(folder / "packing.json", {**totals, "arrays": arrays})
     return folder
+
+
+def _count_without_targets(store: TokenStore, starts: np.ndarray, length: int) -> int:
+    """How many of the documents that begin at `starts` have no supervised target in their first `length` tokens."""
+    if length == 1:
+        return len(starts)
+    count, step = 0, max(1, _COPIED // length)
+    for first in range(0, len(starts), step):
+        some = starts[first : first + step] + 1  # the first token is no target
+        mask = store.loss_mask(some, np.full(len(some), length - 1))
+        count += int(np.count_nonzero(~mask.reshape(len(some), -1).any(axis=1)))
+    return count
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ mask is the store's own array: nothing is derived from a token's value.
 Axes: R rows of one read, T position in a row.
 """
 
+import logging
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.packing import open_packing
 from lemur_jax.data.store import TokenStore
+
+logger = logging.getLogger(__name__)
 
 # One read: "tokens", "targets", "segment_ids", "positions" int32 [R, T], "loss_weights" float32 [R, T].
 Batch = dict[str, np.ndarray]
@@ -105,21 +108,29 @@ class ConcatRows:
 class FitRows:
     """Whole documents packed into rows of T by best-fit decreasing; longer ones are cut at T.
 
-    Every document is in one row, in the store's order inside it. Where each one lies stands on disk
-    (`data.packing`); the same store and T give the same rows.
+    Every document is in one row; inside a row they stand in the store's order. `data.packing` keeps where each one
+    lies; the same store and T give the same rows.
 
     Attributes:
       truncated: number of documents longer than T.
+      without_targets: number of documents whose supervised tokens all lie beyond T.
+
+    Raises:
+      UserError: no document has a supervised token within T.
     """
 
     def __init__(self, store: TokenStore, length: int):
         self.store = store
         self.length = length
         self._packing = open_packing(store, length)
-        self.truncated, self.num_tokens = self._packing.truncated, self._packing.tokens
+        counts = self._packing.counts
+        self.num_tokens = counts.tokens
+        self.truncated, self.without_targets = counts.truncated, counts.without_targets
+        if self.without_targets:
+            _report_without_targets(store, length, self.without_targets)
 
     def __len__(self) -> int:
-        return self._packing.rows
+        return self._packing.counts.rows
 
     @property
     def tokens_per_row(self) -> float:
@@ -148,6 +159,16 @@ class FitRows:
 
     def documents(self, index: int) -> list[str]:
         return self.store.document_ids(self._packing.documents(index))
+
+
+def _report_without_targets(store: TokenStore, length: int, count: int) -> None:
+    said = (
+        f"the token store {store.path}: {count:,} of {store.num_documents:,} documents have no supervised token in"
+        f" their first {length:,}, so nothing is trained on them; raise data.sequence_length or shorten the prompts"
+    )
+    if count == store.num_documents:
+        raise UserError(said)
+    logger.warning(said)
 
 
 def _batch(

@@ -18,12 +18,13 @@ compressed chunks of one of them.
 import numpy as np
 from etils import epath
 
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.data.arrays import finish, open_array, read_spans
 from lemur_jax.data.manifest import Manifest, read_manifest
 from lemur_jax.text.tokenizer import Tokenizer, compatible
 
 BLOCK = 4096  # tokens between two entries of `block_documents`
+_VERIFIED = 1 << 24  # elements that `verify` reads at a time
 
 
 class TokenStore:
@@ -39,12 +40,14 @@ class TokenStore:
         self.manifest = manifest
         names = ["tokens", "offsets", "block_documents", "id_bytes", "id_offsets"]
         names += ["loss_mask"] * manifest.has_loss_mask + ["labels"] * bool(manifest.label_field)
-        opening = {name: open_array(path / name) for name in names}
+        digests = manifest.arrays
         try:
+            opening = {name: open_array(path / name, digest=digests.get(name, "")) for name in names}
             self._arrays = {name: future.result() for name, future in opening.items()}
-        except ValueError as error:
+        except (ValueError, AttributeError) as error:  # the second: metadata that is JSON but no object
             raise UserError(
-                f"the token store {path} is damaged; make it again with `lemur prepare --config ...`: {error}"
+                f"the token store {path} is damaged; make it again with `lemur prepare --config ...`:"
+                f" {reason_of(error)}"
             ) from error
 
     @classmethod
@@ -74,8 +77,18 @@ class TokenStore:
         return self.manifest.tokens
 
     def tokens(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Tokens [start, start + length) for each of R spans, joined: uint16 or uint32 [sum of lengths]."""
-        return self._spans("tokens", starts, lengths)
+        """Tokens [start, start + length) for each of R spans, joined: uint16 or uint32 [sum of lengths].
+
+        Raises:
+          UserError: the store is damaged, or has an id outside its vocabulary.
+        """
+        ids = self._spans("tokens", starts, lengths)
+        if ids.size and ids.max() >= self.manifest.vocab_size:
+            raise UserError(
+                f"the token store {self.path} has the id {ids.max()}, its vocabulary {self.manifest.vocab_size:,}"
+                " tokens: it is damaged; make it again with `lemur prepare --config ...`"
+            )
+        return ids
 
     def loss_mask(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The loss mask of the same spans: uint8 [sum of lengths]; needs `manifest.has_loss_mask`."""
@@ -86,6 +99,19 @@ class TokenStore:
         return finish(
             self._arrays["offsets"][first : self.num_documents + 1 if stop is None else stop].read()
         )
+
+    def verify(self) -> None:
+        """Reads the whole store once.
+
+        Raises:
+          UserError: a file is missing or damaged, or an id lies outside the vocabulary.
+        """
+        for first in range(0, self.num_tokens, _VERIFIED):
+            self.tokens(np.array([first]), np.array([min(_VERIFIED, self.num_tokens - first)]))
+        for name, array in self._arrays.items():
+            if name != "tokens":
+                for first in range(0, array.shape[0], _VERIFIED):
+                    finish(array[first : min(first + _VERIFIED, array.shape[0])].read())
 
     def document_starts(
         self, starts: np.ndarray, stops: np.ndarray

@@ -9,8 +9,8 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.arrays import ArrayWriter, open_array
-from lemur_jax.data.manifest import Manifest
+from lemur_jax.data.arrays import ArrayWriter, metadata_digest, open_array
+from lemur_jax.data.manifest import FORMAT_VERSION, Manifest, write_sealed
 from lemur_jax.data.store import BLOCK, TokenStore
 
 _PROGRESS = "progress.json"  # in a store that is being written
@@ -62,6 +62,7 @@ class StoreWriter:
         self._vocab_size = vocab_size
         self._has_loss_mask = has_loss_mask
         self.fields = {
+            "format_version": FORMAT_VERSION,
             "task": task,
             "split": split,
             "source": source,
@@ -220,6 +221,6 @@ class StoreWriter:
         self._partial.rename(self._path)
         # After the rename, which on gs:// copies file by file: a reader sees a manifest only when
         # everything else is there.
-        unfinished = self._path / ".manifest.json"
-        unfinished.write_text(json.dumps(dataclasses.asdict(self._manifest()), indent=2) + "\n")
-        unfinished.rename(self._path / "manifest.json")
+        arrays = {name: metadata_digest(self._path / name) for name in self._arrays}
+        manifest = dataclasses.replace(self._manifest(), arrays=arrays)
+        write_sealed(self._path / "manifest.json", dataclasses.asdict(manifest))

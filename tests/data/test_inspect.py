@@ -45,7 +45,7 @@ def config(tmp_path, chat_dir, chat_store, text_store):
     config = default_config(preset("quickstart").to_dict())
     config.tokenizer.path = str(chat_dir)
     config.data.stores = str(tmp_path)
-    config.data.sequence_length = 16
+    config.data.sequence_length = 32
     config.data.sources = {
         "code": {"share": 3.0, "packing": "concat", "max_epochs": 0.0},
         "talks": {"share": 1.0, "packing": "fit", "max_epochs": 0.0},
@@ -108,12 +108,12 @@ def test_the_directory_above_a_store_names_it(text_store):
 
 def test_a_config_shows_what_it_trains_on(config):
     shown = inspect_config(config)
-    assert shown.startswith("200 steps of 8 rows of 16 tokens")
+    assert shown.startswith("200 steps of 8 rows of 32 tokens")
     shares = {
         name: float(share) / 100
         for name, share in re.findall(r"^(code|talks) +[\d.]+% +([\d.]+)%", shown, flags=re.MULTILINE)
     }
-    # Exact to the row: 800 rows of at most 16 tokens.
+    # Exact to the row: 800 rows of at most 32 tokens.
     assert shares["code"] == pytest.approx(0.75, abs=0.003)
     assert shares["talks"] == pytest.approx(0.25, abs=0.003)
     assert "3 documents longer than a row are cut" in shown

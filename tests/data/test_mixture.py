@@ -1,4 +1,3 @@
-import json
 from fractions import Fraction
 
 import numpy as np
@@ -10,6 +9,7 @@ from ml_collections import ConfigDict
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.mixture import Mixture, Source, open_mixture, open_rows
 from lemur_jax.data.rows import ConcatRows, FitRows
+from tests.helpers.documents import rewrite_manifest
 from tests.helpers.fake_rows import FakeRows, ids_of, source
 
 
@@ -182,8 +182,7 @@ def test_open_mixture(config, make_store, random_documents, chat_tokenizer, tmp_
     config.data.sources.text.packing = "tight"
     with pytest.raises(UserError, match="packing is 'tight': it must be one of concat, fit"):
         open_mixture(config, chat_tokenizer)
-    file = tmp_path / "text/train/manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_digest": "0" * 64}))
+    rewrite_manifest(tmp_path / "text/train", tokenizer_digest="0" * 64)
     config.data.sources.text.packing = "concat"
     with pytest.raises(UserError, match="tokenizer 00000000"):
         open_mixture(config, chat_tokenizer)

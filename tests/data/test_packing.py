@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lemur_jax.common.errors import UserError
 from lemur_jax.data import packing
 from lemur_jax.data.packing import open_packing, pack
+from lemur_jax.data.rows import FitRows
 from lemur_jax.data.store import TokenStore
 
 
@@ -54,16 +56,16 @@ def store(make_store):
 
 @pytest.mark.parametrize("together", [1 << 18, 300, 1])
 def test_every_document_is_in_one_row_whatever_is_packed_together(store, monkeypatch, together):
-    monkeypatch.setattr(packing, "PACKED", together)
+    monkeypatch.setattr(packing, "GROUP_DOCUMENTS", together)
     monkeypatch.setattr(packing, "_COPIED", 64)
     store, lengths = store
     packed = open_packing(store, 48)
-    documents = [packed.documents(row) for row in range(packed.rows)]
+    documents = [packed.documents(row) for row in range(packed.counts.rows)]
     assert sorted(np.concatenate(documents).tolist()) == list(range(1000))
-    assert packed.truncated == np.count_nonzero(lengths > 48)
-    assert packed.tokens == np.minimum(lengths, 48).sum()
-    counts, starts, kept = packed.spans(np.array([3, 0, packed.rows - 1]))
-    wanted = [documents[row] for row in (3, 0, packed.rows - 1)]
+    assert packed.counts.truncated == np.count_nonzero(lengths > 48)
+    assert packed.counts.tokens == np.minimum(lengths, 48).sum()
+    counts, starts, kept = packed.spans(np.array([3, 0, packed.counts.rows - 1]))
+    wanted = [documents[row] for row in (3, 0, packed.counts.rows - 1)]
     assert counts.tolist() == list(map(len, wanted))
     np.testing.assert_array_equal(starts, (np.cumsum(lengths) - lengths)[np.concatenate(wanted)])
     np.testing.assert_array_equal(kept, np.minimum(lengths, 48)[np.concatenate(wanted)])
@@ -71,10 +73,10 @@ def test_every_document_is_in_one_row_whatever_is_packed_together(store, monkeyp
 
 
 def test_documents_of_one_row_are_from_all_over_the_store(make_store, monkeypatch):
-    monkeypatch.setattr(packing, "PACKED", 100)
+    monkeypatch.setattr(packing, "GROUP_DOCUMENTS", 100)
     lengths = np.random.default_rng(5).integers(4, 13, 2000)
     packed = open_packing(make_store([[1] * length for length in lengths]), 64)
-    spread = [np.ptp(packed.documents(row)) for row in range(packed.rows)]
+    spread = [np.ptp(packed.documents(row)) for row in range(packed.counts.rows)]
     assert np.median(spread) > 1000
 
 
@@ -84,7 +86,7 @@ def test_it_is_made_once_and_read_by_the_next(store, monkeypatch):
     monkeypatch.setattr(packing, "pack", None)
     second = open_packing(TokenStore.open(store.path), 48)
     np.testing.assert_array_equal(first.documents(5), second.documents(5))
-    assert sorted(path.name for path in store.path.iterdir() if "fit" in path.name) == ["fit-48"]
+    assert sorted(path.name for path in store.path.iterdir() if "packed" in path.name) == ["packed-48"]
 
 
 def test_two_processes_at_once_leave_one_packing(store, monkeypatch):
@@ -97,17 +99,17 @@ def test_two_processes_at_once_leave_one_packing(store, monkeypatch):
         return write(*arguments)
 
     monkeypatch.setattr(packing, "_write", slow)
-    assert open_packing(store, 48).rows == open_packing(store, 48).rows
-    assert sorted(path.name for path in store.path.iterdir() if "fit" in path.name) == ["fit-48"]
+    assert open_packing(store, 48).counts.rows == open_packing(store, 48).counts.rows
+    assert sorted(path.name for path in store.path.iterdir() if "packed" in path.name) == ["packed-48"]
 
 
 def test_one_that_was_not_finished_is_made_again(store):
     store, _ = store
-    rows = open_packing(store, 48).rows
-    counts = store.path / "fit-48" / "packing.json"
+    rows = open_packing(store, 48).counts.rows
+    counts = store.path / "packed-48" / "packing.json"
     content = counts.read_text()
     counts.unlink()
-    assert open_packing(store, 48).rows == rows
+    assert open_packing(store, 48).counts.rows == rows
     assert json.loads(counts.read_text()) == json.loads(content)
 
 
@@ -120,13 +122,13 @@ def test_a_store_that_cannot_be_written_is_packed_elsewhere(store, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(store.path), "mkdir", refuse)
         packed = open_packing(store, 48)
-    assert packed.tokens == np.minimum(lengths, 48).sum()
+    assert packed.counts.tokens == np.minimum(lengths, 48).sum()
     assert packed.documents(0).size
-    assert not (store.path / "fit-48").exists()
+    assert not (store.path / "packed-48").exists()
 
 
 def test_memory_does_not_grow_with_the_corpus(make_store, monkeypatch):
-    for name, value in {"PACKED": 1000, "_COPIED": 1000, "_SHARD_BYTES": 1 << 15}.items():
+    for name, value in {"GROUP_DOCUMENTS": 1000, "_COPIED": 1000, "_SHARD_BYTES": 1 << 15}.items():
         monkeypatch.setattr(packing, name, value)
     lengths = np.random.default_rng(6).integers(1, 9, 40_000)
     peaks = []
@@ -134,7 +136,22 @@ def test_memory_does_not_grow_with_the_corpus(make_store, monkeypatch):
         store = make_store([[1] * length for length in lengths[:count]], name=f"a/{count}")
         tracemalloc.start()
         packed = open_packing(store, 48)
-        packed.spans(np.arange(64) % packed.rows)
+        packed.spans(np.arange(64) % packed.counts.rows)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < 2 * peaks[1]  # of a corpus eight times as large
+
+
+def test_documents_whose_targets_lie_beyond_the_row_are_counted(make_store, caplog):
+    documents = [[1] * 100, [1] * 100, [1] * 20]
+    masks = [[0] * 49 + [1] * 51, [0] * 48 + [1] * 52, [1] * 20]
+    store = make_store(documents, masks=masks)
+    rows = FitRows(store, 49)
+    assert (rows.truncated, rows.without_targets) == (2, 1)
+    assert "1 of 3 documents have no supervised token in their first 49, so nothing is trained" in caplog.text
+    assert sum(rows.read(np.arange(len(rows)))["loss_weights"].sum(axis=1) > 0) == len(rows) - 1
+    assert FitRows(store, 50).without_targets == 0
+    with pytest.raises(
+        UserError, match="2 of 2 documents have no supervised token in their first 48.*sequence_length"
+    ):
+        FitRows(make_store(documents[:2], masks=masks[:2], name="b/train"), 48)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from lemur_jax.config import default_config
+from lemur_jax.data.manifest import read_sealed, write_sealed
 from lemur_jax.data.store import TokenStore
 from lemur_jax.models.presets import preset
 from lemur_jax.prepare.store_writer import StoreWriter
@@ -180,3 +182,9 @@ def hard_texts(count: int, seed: int = 0) -> list[str]:
     mixed = ("".join(rng.choices(ALPHABET, k=rng.randint(0, 60))) for _ in range(count // 2))
     runs = ("".join(c * rng.randint(1, 40) for c in rng.choices(ALPHABET, k=6)) for _ in range(count // 2))
     return [*HARD_TEXTS, *mixed, *runs]
+
+
+def rewrite_manifest(path: Path, **fields) -> None:
+    """Changes fields of a store's manifest, which matches its own digest afterwards."""
+    file = epath.Path(path) / "manifest.json"
+    write_sealed(file, read_sealed(file) | fields)
