@@ -90,7 +90,7 @@ def _agents(args, session, written: dict) -> None:
     import json
 
     from lemur_jax.agents import episodes
-    from lemur_jax.agents.page import page
+    from lemur_jax.agents.page import agents_page
 
     room = args.max_new_tokens or 512
     agent = (
@@ -108,4 +108,4 @@ def _agents(args, session, written: dict) -> None:
             written["agents"] = json.loads(episodes.to_json(traces, args.turns))
             if args.html:
                 with open(args.html, "w") as file:
-                    file.write(page(written["agents"], args.checkpoint or args.endpoint_model))
+                    file.write(agents_page(written["agents"], args.checkpoint or args.endpoint_model))

@@ -1,8 +1,10 @@
 """Runs: `train`, `sweep`, `doctor`, `checkpoints`, `report`."""
 
+import logging
 import os
 
 from lemur_jax.cli.arguments import Verbs, add_config, add_devices, add_verb, start_jax
+from lemur_jax.common.errors import UserError
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -77,11 +79,12 @@ def add_verbs(verbs: Verbs) -> None:
         verbs,
         "report",
         _report,
-        "draw runs as one HTML page",
+        "draw runs as one HTML page: stages of a recipe, or runs to compare",
         "lemur report quickstart/runs/base quickstart/runs/lemur quickstart/runs/chat",
     )
     sub.add_argument("workdirs", nargs="+", help="workdirs in the order of their stages")
     sub.add_argument("--output", default="report.html", help="file to write (default report.html)")
+    sub.add_argument("--overlay", action="store_true", help="open the page with all runs on one axis")
     sub.add_argument("--table", action="store_true", help="also print the table of bits per byte")
     sub.add_argument(
         "--prompt", action="append", default=[], help="show how each newest checkpoint continues this"
@@ -97,14 +100,13 @@ def _train(args) -> int:
     from lemur_jax.cluster.exit import TRY_AGAIN
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.telemetry.profiler import parse_steps
-    from lemur_jax.telemetry.progress import say
     from lemur_jax.train.loop import train
     from lemur_jax.train.workdir import finished
 
     profile = parse_steps(args.profile) if args.profile else range(0)
     with host_watchdog(config.hosts.lost_seconds):
         coordination.agree("the config", fingerprint(config), config.hosts.connect_seconds)
-        train(config, args.workdir, say, profile=profile)
+        train(config, args.workdir, logging.getLogger(__name__).info, profile=profile)
     # A run that saved and stopped because its machine goes away has not failed, but it is not finished either.
     # Launchers tell the two apart by the exit status.
     if os.environ.get("LEMUR_RELAUNCH") == "1" and not finished(config, args.workdir):
@@ -125,7 +127,7 @@ def _sweep(args) -> int:
         return 0
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster.exit import TRY_AGAIN
-    from lemur_jax.sweep.results import markdown
+    from lemur_jax.sweep.results import markdown_table
     from lemur_jax.sweep.sweep import sweep
 
     found = sweep(
@@ -140,7 +142,9 @@ def _sweep(args) -> int:
         command=args.command,
     )
     if found:
-        print(f"{markdown(found)}\nwrote {args.workdir}/index.html, table.md, pareto.svg and results.json")
+        print(
+            f"{markdown_table(found)}\nwrote {args.workdir}/index.html, table.md, pareto.svg and results.json"
+        )
     elif os.environ.get("LEMUR_RELAUNCH") == "1":
         return TRY_AGAIN  # stopped, as a run that is not finished
     return 0
@@ -168,15 +172,21 @@ def _checkpoints(args) -> int:
 
 
 def _report(args) -> None:
-    from lemur_jax.report.page import bits_per_byte_table, report
+    from lemur_jax.report import bits_per_byte_table, write_report
 
+    if not os.path.isdir(os.path.dirname(args.output) or ".") and "://" not in args.output:
+        raise UserError(
+            f"--output {args.output}: there is no directory {os.path.dirname(args.output)}; make it first"
+        )
     answers = []
     if args.prompt:
         start_jax(args)
         from lemur_jax.report.samples import sample
 
         answers = sample(args.workdirs, args.prompt)
-    path = report(args.workdirs, args.output, args.prompt, answers)
+    path = write_report(
+        args.workdirs, args.output, prompts=args.prompt, answers=answers, overlay=args.overlay
+    )
     if args.table:
         print(bits_per_byte_table(args.workdirs))
     print(f"wrote {path}")

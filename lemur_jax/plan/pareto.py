@@ -1,6 +1,5 @@
 """What a search found: a table, a plot and a config that `lemur train` takes."""
 
-import html
 import json
 import os
 import pathlib
@@ -8,7 +7,8 @@ from collections.abc import Sequence
 
 from lemur_jax.plan.plan import GIB
 from lemur_jax.plan.search import Found, Outcome, describe
-from lemur_jax.report.plots import compact, linear_ticks
+from lemur_jax.report.charts import Mark, scatter_plot
+from lemur_jax.report.html import escape, html_page
 
 
 def table(found: Found) -> str:
@@ -34,62 +34,35 @@ def table(found: Found) -> str:
 
 
 def plot(found: Found, title: str) -> str:
-    """A page with step time against HBM, one dot a candidate, the front joined; "" if nothing fits."""
-    fitting = [outcome for outcome in found.outcomes if outcome.fits]
-    if not fitting:
+    """A page with step time against HBM: a dot for each layout that fits, the Pareto front joined; "" if none fits.
+
+    The numbers are those of the table's rows.
+    """
+    front = found.front()
+    marks = [
+        Mark(
+            x=outcome.hbm / GIB,
+            y=outcome.seconds,
+            label=str(front.index(outcome) + 1) if outcome in front else "",
+            note=f"{describe(outcome.changes)}: {outcome.seconds:.3f} s, {outcome.hbm / GIB:.2f} GiB",
+            front=outcome in front,
+        )
+        for outcome in found.outcomes
+        if outcome.fits
+    ]
+    if not marks:
         return ""
-    points = [_point(outcome) for outcome in fitting]
-    front = [_point(outcome) for outcome in found.front()]
-    x_axis, y_axis = ([each[axis] for each in points] for axis in (0, 1))
-    x_ticks, y_ticks = _ticks(x_axis), _ticks(y_axis)
-
-    def place(point: Sequence[float]) -> tuple[float, float]:
-        across = (point[0] - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        up = (point[1] - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return 70 + 600 * across, 370 - 340 * up
-
-    dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{html.escape(describe(each.changes))}: '
-        f"{point[1]:.3f} s, {point[0]:.2f} GiB</title></circle>"
-        for each, point in zip(fitting, points, strict=True)
-        for x, y in [place(point)]
+    axes = ("GiB of HBM a chip", "seconds a step")
+    plots = "".join(
+        f'<div class="card scatter {kind}">{scatter_plot(title, axes, marks, size=size)}</div>'
+        for kind, size in (("wide", (760, 460)), ("narrow", (360, 400)))
     )
-    joined = " ".join("{:.1f},{:.1f}".format(*place(point)) for point in front)
-    across = "".join(
-        f'<line x1="{x:.1f}" y1="30" x2="{x:.1f}" y2="370"/>'
-        f'<text x="{x:.1f}" y="388" text-anchor="middle">{compact(tick)}</text>'
-        for tick in x_ticks
-        for x in [place((tick, 0))[0]]
-    )
-    up = "".join(
-        f'<line x1="70" y1="{y:.1f}" x2="670" y2="{y:.1f}"/>'
-        f'<text x="62" y="{y + 5:.1f}" text-anchor="end">{compact(tick)}</text>'
-        for tick in y_ticks
-        for y in [place((0, tick))[1]]
-    )
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
-<style>body{{font:15px sans-serif;margin:2em}}circle{{fill:#4477aa;opacity:.7}}
-polyline{{fill:none;stroke:#cc6677;stroke-width:2}}line{{stroke:#ddd}}pre{{overflow-x:auto}}</style>
-<h1>{html.escape(title)}</h1><p>Estimated, not measured. A dot is a layout that fits;
-the line joins those that no other beats in both.</p>
-<svg viewBox="0 0 700 420" width="700" role="img" aria-label="step time by HBM">{across}{up}
-<text x="70" y="16">seconds a step</text><text x="670" y="412" text-anchor="end">GiB of HBM a chip</text>
-<polyline points="{joined}"/>{dots}</svg><pre>{html.escape(table(found))}</pre></html>
-"""
-
-
-def _point(outcome: Outcome) -> tuple[float, float]:
-    """(GiB a chip, seconds a step)"""
-    return outcome.hbm / GIB, outcome.seconds
-
-
-def _ticks(values: Sequence[float]) -> list[float]:
-    """Round values around the given ones, two at least."""
-    low, high = min(values), max(values)
-    margin = 0.1 * (high - low) or 0.1 * high
-    ticks = linear_ticks(low - margin, high + margin, 6)
-    step = ticks[1] - ticks[0] if len(ticks) > 1 else margin
-    return [ticks[0] - step, *ticks, ticks[-1] + step]
+    body = f"""<h1>{escape(title)}</h1>
+<p class="soft">Estimated, not measured. A dot is a layout that fits; the line joins those that no other beats in both
+time and memory.</p>
+<h2>Step time against memory</h2>{plots}
+<h2>The front</h2><div class="card padded"><pre>{escape(table(found))}</pre></div>"""
+    return html_page(title, body)
 
 
 def fragment(best: Outcome, base: str, overrides: Sequence[str], directory: pathlib.Path) -> str:

@@ -1,5 +1,6 @@
-"""What the runs came to: one self-contained HTML page, and a table of held-out bits per byte."""
+"""Reports of runs: one self-contained HTML page, and a table of held-out bits per byte."""
 
-from lemur_jax.report.page import bits_per_byte_table, report
+from lemur_jax.report.page import write_report
+from lemur_jax.report.tables import bits_per_byte_table
 
-__all__ = ["bits_per_byte_table", "report"]
+__all__ = ["bits_per_byte_table", "write_report"]

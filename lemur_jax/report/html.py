@@ -1,13 +1,53 @@
-"""Pieces of the page."""
+"""HTML that the report, the sweep page, the plan page and the agents page share."""
 
+import functools
 import html
 import os
+import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
 
-def table(head: Iterable[str], rows: Iterable[Sequence[str]], *, kind: str = "", card: bool = True) -> str:
-    """A table of HTML cells; on a phone its rows are lists, of which each value says the head of its column."""
+def html_page(title: str, body: str, *, script: bool = False, overlay: bool = False) -> str:
+    """A whole document with the style inline, so that the file needs nothing but a browser.
+
+    Args:
+      title: plain text.
+      body: HTML.
+      script: include page.js, which draws the line charts.
+      overlay: the line charts begin with all runs on one axis.
+    """
+    code = f"<script>{_asset('page.js')}</script>\n" if script else ""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{escape(title)}</title>
+<style>{_asset("page.css")}</style>
+</head>
+<body data-overlay="{overlay:d}">
+<main>
+{body}
+</main>
+{code}</body>
+</html>
+"""
+
+
+def html_table(
+    head: Iterable[str], rows: Iterable[Sequence[str]], *, kind: str = "", card: bool = True
+) -> str:
+    """A table. On a narrow screen each row becomes a list, and each value repeats the name of its column.
+
+    Args:
+      head: HTML of the column names.
+      rows: HTML of the cells; the first of a row is its heading.
+      kind: a CSS class.
+      card: put it on a card of its own.
+    """
     head = list(head)
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     names = [re.sub("<[^>]*>", "", cell) for cell in head[1:]]
@@ -17,9 +57,15 @@ def table(head: Iterable[str], rows: Iterable[Sequence[str]], *, kind: str = "",
         + "</tr>\n"
         for row in rows
     )
-    made = f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table>'
-    return f'<div class="card" tabindex="0">{made}</div>' if card else made
+    table = f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table>'
+    return f'<div class="card" tabindex="0">{table}</div>' if card else table
 
 
-def text(value: str) -> str:
+def escape(value: str | os.PathLike) -> str:
+    """Text as HTML."""
     return html.escape(os.fspath(value))
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    return (pathlib.Path(__file__).parent / name).read_text(encoding="utf-8")

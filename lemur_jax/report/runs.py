@@ -10,23 +10,28 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import flatten
-from lemur_jax.telemetry.metrics import METRICS_FILE, Record, read_metrics
+from lemur_jax.telemetry.metrics import METRICS_FILE, Record, scan_metrics
 
 CONFIG_FILE = "config.json"
+_LARGEST = 2.0**53  # JavaScript counts exactly up to it; a larger value is damage
+# The keys of a record that hold text; all others hold numbers.
+_TEXTS = {"kind", "task", "commit", "host", "devices", "versions", "documents"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One stage of a recipe.
+    """One run of `lemur train`: a stage of a recipe, or one of several that are compared.
 
     Attributes:
       name: the end of the workdir's path that tells it from the others.
-      workdir: where it lies.
-      config: the run config as in `config.json`, nested; empty if there is none.
+      workdir: its absolute path.
+      config: the run config as in `config.json`, flat: "train.steps"; empty if there is none.
       train: records of training, by rising step, each step once.
-      time: the last record of where the wall time went; empty if there is none.
       evals: task -> records of its held-out evaluations, by rising step, each step once.
       balance: records of the balance since the checkpoint that the run started from, likewise.
+      starts: records of the processes that made the run.
+      time: the last record of where the wall time went; empty if there is none.
+      skipped_lines: lines of the metrics file that could not be read.
     """
 
     name: str
@@ -35,17 +40,18 @@ class Run:
     train: list[Record]
     evals: dict[str, list[Record]]
     balance: list[Record]
+    starts: list[Record]
     time: Record
+    skipped_lines: int
 
-    @property
-    def flat_config(self) -> dict[str, Any]:
-        return flatten(self.config)
+    def option(self, key: str) -> float | None:
+        """A config value that is a finite number, else None."""
+        return _number(self.config.get(key))
 
     @property
     def last_step(self) -> int:
-        """Updates made when anything was last recorded."""
-        ends = [records[-1]["step"] for records in [self.train, *self.evals.values()] if records]
-        return max(ends)
+        """The last step of which anything is recorded."""
+        return max(records[-1]["step"] for records in [self.train, *self.evals.values()] if records)
 
     @property
     def sources(self) -> list[str]:
@@ -54,18 +60,18 @@ class Run:
         return [key.removeprefix("loss/") for key in keys]
 
     def last_eval(self, task: str) -> Record | None:
-        """The last evaluation of `task` that gave a number of bits per byte."""
+        """The last evaluation of `task` with a finite number of bits per byte."""
         scored = [record for record in self.evals.get(task, ()) if record.get("bits_per_byte") is not None]
         return scored[-1] if scored else None
 
     @property
     def last_balance(self) -> float | None:
-        """The last balance score that is a number."""
+        """The last finite balance score."""
         scores = [record["balance"] for record in self.balance if record.get("balance") is not None]
         return scores[-1] if scores else None
 
 
-def load_runs(workdirs: Sequence[epath.PathLike]) -> list[Run]:
+def read_runs(workdirs: Sequence[epath.PathLike]) -> list[Run]:
     """The runs in `workdirs`, in that order.
 
     Raises:
@@ -74,7 +80,7 @@ def load_runs(workdirs: Sequence[epath.PathLike]) -> list[Run]:
     if not workdirs:
         raise UserError("there is no run to report on: give one workdir of `lemur train` or several")
     paths = [_absolute(os.fspath(workdir)) for workdir in workdirs]
-    return [_load(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    return [_read_run(path, name) for path, name in zip(paths, _short_names(paths), strict=True)]
 
 
 def all_tasks(runs: Iterable[Run]) -> list[str]:
@@ -86,52 +92,78 @@ def _absolute(path: str) -> str:
     return path.rstrip("/") if "://" in path else os.path.abspath(path)
 
 
-def _load(path: str, name: str) -> Run:
-    train: dict[int, Record] = {}
+def _read_run(path: str, name: str) -> Run:
+    by_step: dict[str, dict[int, Record]] = {"train": {}, "balance": {}}
     evals: dict[str, dict[int, Record]] = {}
-    balance: dict[int, Record] = {}
+    starts: list[Record] = []
     time: Record = {}
-    for record in read_metrics(path):
-        # Of a step that was recorded twice the later record counts; kinds of other versions are no curves.
-        kind, step, task = record.get("kind"), record.get("step"), record.get("task")
-        if kind == "train" and isinstance(step, int):
-            train[step] = record
-        elif kind == "eval" and isinstance(step, int) and isinstance(task, str):
+    records, skipped = scan_metrics(path)
+    for record in map(_checked, records):
+        kind, step, task = record.get("kind"), record["step"], record.get("task")
+        if step is None or kind is None:
+            skipped += 1
+        elif kind in by_step:  # of a step that was recorded twice the later record counts
+            by_step[kind][step] = record
+        elif kind == "eval" and isinstance(task, str):
             evals.setdefault(task, {})[step] = record
-        elif kind == "balance" and isinstance(step, int):
-            balance[step] = record
+        elif kind == "start":
+            starts.append(record)
         elif kind == "time":
             time = record
-    if not train and not evals:
-        raise UserError(f"{METRICS_FILE} in {path} holds no record yet: wait for the first step of the run")
+    if not by_step["train"] and not evals:
+        unreadable = f" that can be read ({skipped} lines cannot)" if skipped else " yet"
+        raise UserError(
+            f"{METRICS_FILE} in {path} holds no record{unreadable}: wait for the first step of the run"
+        )
     return Run(
         name=name,
         workdir=path,
-        config=_load_config(path),
-        train=_by_step(train),
-        evals={task: _by_step(records) for task, records in evals.items()},
-        balance=_by_step(balance),
+        config=_read_config(path),
+        train=_sorted(by_step["train"]),
+        evals={task: _sorted(of) for task, of in evals.items()},
+        balance=_sorted(by_step["balance"]),
+        starts=starts,
         time=time,
+        skipped_lines=skipped,
     )
 
 
-def _load_config(path: str) -> dict[str, Any]:
+def _checked(record: Record) -> Record:
+    """The record with None for each value of the wrong type and for each number that is not finite."""
+    checked = {key: _text(value) if key in _TEXTS else _number(value) for key, value in record.items()}
+    step = checked.get("step")
+    return checked | {"step": step if isinstance(step, int) and step >= 0 else None}
+
+
+def _number(value: Any) -> int | float | None:
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if known and abs(value) < _LARGEST else None  # false for NaN
+
+
+def _text(value: Any) -> str | None:
+    return (
+        ", ".join(map(str, value)) if isinstance(value, list) else value if isinstance(value, str) else None
+    )
+
+
+def _read_config(path: str) -> dict[str, Any]:
     file = epath.Path(path) / CONFIG_FILE
     if not file.exists():
         return {}
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        config = json.loads(file.read_bytes().decode())
+        return flatten(config) if isinstance(config, dict) else {}
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{file} is not JSON ({error}): restore it, or remove it to report without"
         ) from error
 
 
-def _by_step(records: dict[int, Record]) -> list[Record]:
+def _sorted(records: dict[int, Record]) -> list[Record]:
     return [records[step] for step in sorted(records)]
 
 
-def _names(paths: list[str]) -> list[str]:
+def _short_names(paths: list[str]) -> list[str]:
     """The shortest ends of the paths, in whole components, that differ from each other."""
     parts = [path.split("/") for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):

@@ -1,76 +1,138 @@
-"""Sections of the page beside curves and configs: where the time went, the mixture, samples."""
+"""Sections of the report besides curves and configs: evaluations, mixture, wall time, samples, starts."""
 
+import datetime
 import re
 from collections.abc import Sequence
 
-from lemur_jax.report.html import table, text
-from lemur_jax.report.plots import compact
+from lemur_jax.common.errors import UserError
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.report.charts import compact, stacked_bars
+from lemur_jax.report.html import escape, html_table
 from lemur_jax.report.runs import Run
+from lemur_jax.report.tables import Cell, bits_per_byte_cells, byte_notes, percent
+from lemur_jax.telemetry.flops import parameter_counts
 from lemur_jax.telemetry.goodput import PARTS
 from lemur_jax.telemetry.progress import duration
 
-_NAMES = {"steps": "steps", "data_wait": "data wait", "eval": "evaluation", "lost": "lost steps"}
+_PART_NAMES = {"data_wait": "data wait", "eval": "evaluation", "lost": "lost steps"}
+
+
+def bits_per_byte(runs: Sequence[Run]) -> str:
+    """Held-out bits per byte of each run, with the changes against the first and the previous one."""
+    cells = bits_per_byte_cells(runs)
+    if not cells:
+        return '<p class="soft">No held-out evaluation has run yet.</p>'
+    names = [run.name for run in runs]
+    rows = [
+        [escape(name), *(_bits_cell(column[index], names[:index]) for column in cells.values())]
+        for index, name in enumerate(names)
+    ]
+    head = ["run", *map(escape, cells)]
+    if any(run.last_balance is not None for run in runs):
+        head.append("balance")
+        for row, run in zip(rows, runs, strict=True):
+            score = run.last_balance
+            row.append("–" if score is None else f"<b>{percent(score)}</b><small>since its start</small>")
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in byte_notes(runs))
+    what = " of each run and its change against earlier ones" if len(runs) > 1 else ""
+    lead = f'<p class="soft">Last evaluation{what}; lower is better.</p>'
+    return lead + html_table(head, rows, kind="bits") + notes
+
+
+def _bits_cell(cell: Cell, earlier: list[str]) -> str:
+    """Bits per byte, and the change against the first and the last of the earlier runs."""
+    if cell.value is None:
+        return "–"
+    # If there is one earlier run, both names are the same and it is shown once.
+    changes = dict(zip(earlier[:1] + earlier[-1:], (cell.first, cell.previous), strict=False))
+    notes = [
+        f"<small>{_change(change)} vs {escape(name)}</small>"
+        for name, change in changes.items()
+        if change is not None
+    ]
+    return f"<b>{cell.value:.4f}</b>{''.join(notes)}"
+
+
+def _change(change: float) -> str:
+    text = percent(change)
+    if float(text.rstrip("%")) == 0:
+        return "± 0.0%"
+    kind, arrow = ("bad", "▲") if change > 0 else ("good", "▼")
+    return f'<span class="{kind}">{arrow} {text}</span>'
 
 
 def goodput(runs: Sequence[Run]) -> str:
-    """The wall time of each run by what it went to, as a bar and in a table; "" where no run says."""
-    rows = []
-    parts = [part for part in ("steps", *PARTS, "other") if any(_seconds(run, part) for run in runs)]
-    parts = list(dict.fromkeys(parts))  # steps first, and once
-    for run in runs:
-        if not run.time or not run.time.get("wall_seconds"):
-            continue
-        wall = run.time["wall_seconds"]
-        shares = {part: _seconds(run, part) / wall for part in parts}
-        bar = "".join(
-            f'<i class="c{colour}" style="flex-grow:{share:.4f}"></i>'
-            for colour, share in enumerate(shares.values())
-            if share
-        )
-        cells = [
-            f'<i class="key c{colour}"></i>{share:.1%}<small>{duration(_seconds(run, part))}</small>'
-            for colour, (part, share) in enumerate(shares.items())
-        ]
-        rows.append([f'{text(run.name)}<span class="bar">{bar}</span>', duration(wall), *cells])
-    if not rows:
+    """The wall time of each run by what it went to, as a bar and as a table; "" if no run recorded it."""
+    timed = [run for run in runs if (run.time.get("wall_seconds") or 0) > 0]
+    parts = [
+        part
+        for part in dict.fromkeys(["steps", *PARTS, "other"])
+        if any(_seconds(run, part) for run in timed)
+    ]
+    if not parts:
         return ""
-    names = [
-        f'<span class="key c{colour}">{_NAMES.get(part, part)}</span>' for colour, part in enumerate(parts)
+    names = [(_PART_NAMES.get(part, part), f"c{1 + index % 8}") for index, part in enumerate(parts)]
+    shares = {run.name: [_seconds(run, part) / run.time["wall_seconds"] for part in parts] for run in timed}
+    texts = {name: [f"{share:.0%}" for share in of] for name, of in shares.items()}
+    rows = [
+        [
+            escape(run.name),
+            duration(run.time["wall_seconds"]),
+            *(
+                f"{share:.1%}<small>{duration(_seconds(run, part))}</small>"
+                for part, share in zip(parts, shares[run.name], strict=True)
+            ),
+        ]
+        for run in timed
     ]
     lead = "Wall time from the first start to the last checkpoint, restarts included; goodput is the share of steps."
-    return f'<h2>Goodput</h2><p class="soft">{lead}</p>' + table(["stage", "wall time", *names], rows)
+    head = ["run", "wall time", *(name for name, _ in names)]
+    return (
+        f'<h2>Goodput</h2><p class="soft">{lead}</p>'
+        + stacked_bars(names, shares, texts)
+        + html_table(head, rows)
+    )
 
 
 def _seconds(run: Run, part: str) -> float:
-    return run.time.get(f"{part}_seconds") or 0.0
+    return max(0.0, run.time.get(f"{part}_seconds") or 0.0)
 
 
 def mixture(runs: Sequence[Run]) -> str:
-    """The share of each source in the target tokens, as trained and as configured; "" where no run says."""
+    """The share of each source in the target tokens, as trained and as configured; "" if no run recorded it."""
     rows = []
     for run in runs:
         last = run.train[-1] if run.train else {}
-        trained = {source: last.get(f"tokens/{source}", 0) for source in run.sources}
-        wanted = {name: source.get("share", 0) for name, source in _configured(run).items()}
-        if not sum(trained.values()):
+        trained = {source: last.get(f"tokens/{source}") or 0 for source in run.sources}
+        wanted = {source: run.option(f"data.sources.{source}.share") or 0 for source in run.sources}
+        if sum(trained.values()) <= 0:
             continue
         for source, tokens in trained.items():
-            share = f"{wanted[source] / sum(wanted.values()):.2%}" if wanted.get(source) else "–"
+            share = f"{wanted[source] / sum(wanted.values()):.2%}" if wanted[source] > 0 else "–"
             seen = f"{tokens / sum(trained.values()):.2%}"
-            rows.append([text(run.name), text(source), compact(tokens), seen, share])
+            rows.append([escape(run.name), escape(source), compact(tokens), seen, share])
     if not rows:
         return ""
     lead = "Target tokens trained on; a share is configured by all tokens of the rows."
-    head = ["stage", "source", "target tokens", "as trained", "as configured"]
-    return f'<h2>Mixture</h2><p class="soft">{lead}</p>' + table(head, rows)
+    head = ["run", "source", "target tokens", "as trained", "as configured"]
+    return f'<h2>Mixture</h2><p class="soft">{lead}</p>' + html_table(head, rows)
 
 
-def _configured(run: Run) -> dict[str, dict]:
-    return run.config.get("data", {}).get("sources", {})
+def parameter_count(run: Run) -> int | None:
+    """Parameters of the run's model; None if its config is missing, damaged or of another version."""
+    model = {
+        key.removeprefix("model."): value for key, value in run.config.items() if key.startswith("model.")
+    }
+    if any(isinstance(value, list) for value in model.values()):
+        return None
+    try:
+        return parameter_counts(LlamaConfig.from_dict(model)).total
+    except (KeyError, TypeError, ValueError, ArithmeticError, UserError):
+        return None
 
 
 def samples(runs: Sequence[Run], prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> str:
-    """What the newest checkpoint of each run continues each prompt with; "" without prompts.
+    """How the newest checkpoint of each run continues each prompt; "" without prompts.
 
     Args:
       answers: of each run, to each prompt.
@@ -79,17 +141,49 @@ def samples(runs: Sequence[Run], prompts: Sequence[str], answers: Sequence[Seque
         return ""
     blocks = []
     for number, prompt in enumerate(prompts):
-        said = "".join(
-            f'<h3>{text(run.name)}</h3><pre><span class="soft">{text(prompt)}</span>{_shown(of_run[number])}</pre>'
+        texts = "".join(
+            f'<h3>{escape(run.name)}</h3><pre><span class="soft">{escape(prompt)}</span>'
+            f"{_without_blank_lines(of_run[number])}</pre>"
             for run, of_run in zip(runs, answers, strict=True)
         )
-        blocks.append(f'<div class="card sample">{said}</div>')
+        blocks.append(f'<div class="card sample">{texts}</div>')
     lead = "From the newest checkpoint; temperature 0.7, top-p 0.95, repetition penalty 1.2, fixed seeds."
     return f'<h2>Samples</h2><p class="soft">{lead}</p>' + "".join(blocks)
 
 
-def _shown(answer: str) -> str:
-    """The answer, with a note instead of many empty lines: a model that has learned little makes nothing else."""
+def _without_blank_lines(answer: str) -> str:
+    """The answer as HTML, with a note instead of long runs of line breaks, which an untrained model produces."""
     return re.sub(
-        "\n{4,}", lambda found: f'\n<span class="soft">[{len(found[0])} line breaks]</span>\n', text(answer)
+        "\n{4,}", lambda found: f'\n<span class="soft">[{len(found[0])} line breaks]</span>\n', escape(answer)
     )
+
+
+def starts(runs: Sequence[Run]) -> str:
+    """Commit, hosts, devices and versions of each run: of its first start, and of later ones that differ."""
+    rows = []
+    for run in runs:
+        known: tuple = ()
+        for record in run.starts:
+            facts = tuple(record.get(key) or "–" for key in ("commit", "host", "devices", "versions"))
+            if facts == known:
+                continue
+            known = facts
+            rows.append(
+                [
+                    escape(run.name),
+                    _date(record.get("unix_seconds")),
+                    f"{record['step']:,}",
+                    *map(escape, facts),
+                ]
+            )
+    if not rows:
+        return ""
+    lead = "The first start of each run, and every later one with another commit, host, device or version."
+    head = ["run", "started", "from update", "git commit", "host", "devices", "versions"]
+    return f'<h2>Starts</h2><p class="soft">{lead}</p>' + html_table(head, rows, kind="starts")
+
+
+def _date(seconds: float | None) -> str:
+    if seconds is None or not 0 <= seconds < 2**36:
+        return "–"
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,4 +1,4 @@
-"""Held-out bits per byte after each stage, and what each stage changed."""
+"""Held-out bits per byte of each run, and its change against the runs before it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.report.runs import Run, all_tasks, load_runs
+from lemur_jax.report.runs import Run, all_tasks, read_runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One task after one stage; None where there is nothing to show or to compare with.
+    """One task after one run; None where there is nothing to show or to compare with.
 
     Attributes:
       value: bits per byte in the last evaluation.
-      first, previous: relative change against the first stage and the one before, -0.1 for 10% lower.
+      first, previous: relative change against the first run and the one before, -0.1 for 10% lower.
     """
 
     value: float | None
@@ -29,14 +29,14 @@ def bits_per_byte_cells(runs: Sequence[Run]) -> dict[str, list[Cell]]:
 
 
 def byte_notes(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each task whose stages were scored on different texts, seen by their sizes."""
+    """A sentence for each task that was scored on texts of different sizes."""
     notes = []
     for task in all_tasks(runs):
         records = [(run.name, run.last_eval(task)) for run in runs]
         sizes = {name: record["bytes"] for name, record in records if record and record.get("bytes")}
         if len(set(sizes.values())) > 1:
             scored = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-            notes.append(f"{task} was not scored on the same bytes ({scored}): its changes mislead.")
+            notes.append(f"{task} was not scored on the same bytes ({scored}): its changes are misleading.")
     return notes
 
 
@@ -44,13 +44,13 @@ def bits_per_byte_table(workdirs: Sequence[epath.PathLike]) -> str:
     """A plain text table: a row for each stage, a group of columns for each held-out task.
 
     A group holds the bits per byte of the stage's last evaluation and its change against the first and
-    the previous stage in %. Lower is better. Where a stage was scored before its first step, its balance score
-    since then comes last; there higher is better.
+    the previous stage in %. Lower is better. If a stage was scored before its first step, its balance score
+    since then is the last column; higher is better.
 
     Raises:
       UserError: a workdir has no metrics, or no run has been evaluated.
     """
-    runs = load_runs(workdirs)
+    runs = read_runs(workdirs)
     cells = bits_per_byte_cells(runs)
     if not cells:
         raise UserError(

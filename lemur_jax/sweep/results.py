@@ -1,4 +1,4 @@
-"""What a sweep has found: figures of every run, means and spread over seeds, a table, the Pareto front."""
+"""The figures of a sweep: of every run, their means and spread over seeds, the Pareto front, a table."""
 
 import dataclasses
 import math
@@ -19,11 +19,11 @@ from lemur_jax.train.balance import check_groups
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """Runs, or merged models, that differ in their seed alone.
+    """Runs, or merged models, that differ only in their seed.
 
     Attributes:
       name: e.g. "10:1".
-      merged: whether nothing was trained for it.
+      merged: the models were merged and not trained.
       seeds: of its runs.
       bits: group -> bits per byte at the end of each run, a geometric mean over the group's tasks.
       balance: the score at the end of each run.
@@ -63,23 +63,17 @@ class Results:
         return list(self.base)
 
     def front(self, groups: Sequence[str]) -> list[Variant]:
-        """Variants that no other equals or betters in the mean of every group and betters in one."""
-
-        def beaten(one: Variant) -> bool:
-            mine = [one.mean(group) for group in groups]
-            theirs = [[other.mean(group) for group in groups] for other in self.variants]
-            return any(
-                their != mine and all(t <= m for t, m in zip(their, mine, strict=True)) for their in theirs
-            )
-
-        return [variant for variant in self.variants if not beaten(variant)]
+        """The Pareto front: variants that no other dominates in the means of the groups; lower is better."""
+        means = np.array([[variant.mean(group) for group in groups] for variant in self.variants])
+        dominated = [np.any(np.all(means <= own, 1) & np.any(means < own, 1)) for own in means]
+        return [variant for variant, lost in zip(self.variants, dominated, strict=True) if not lost]
 
     def least_difference(self, group: str) -> float | None:
-        """How far two means must lie apart to be told from chance at 95%; None where that cannot be said.
+        """The smallest significant difference between two means at 95%, in bits per byte; None with one seed.
 
-        Fisher's least significant difference, t · s · √(2 / n), of a randomized block design: a seed is a
-        block, for it fixes which documents every mixture sees, so what it does to all of them alike is
-        no noise between them. It does not correct for the number of comparisons.
+        Fisher's least significant difference, t · s · √(2 / n), of a randomized block design. A seed is a block: it
+        determines which documents every mixture sees, so its common effect is no noise between them. There is no
+        correction for the number of comparisons.
         """
         from scipy import stats
 
@@ -93,29 +87,29 @@ class Results:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Sample standard deviation; 0 of a single value."""
+    """Sample standard deviation; 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def collect(
+def read_results(
     config: ConfigDict, runs: Sequence[SweepRun], merges: Sequence[Merge], workdir: epath.PathLike
 ) -> Results:
-    """Reads the figures of finished runs and merges back.
+    """Reads the figures of finished runs and merges from their workdirs.
 
     Raises:
       UserError: a run has not been scored at its end.
     """
     groups = check_groups(config.eval.groups, config.eval.tasks)
     base = _bits(run_directory(workdir, runs[0]), groups, 0)
-    found: dict[str, list[tuple[SweepRun | Merge, dict[str, float], float]]] = {}
+    variants: dict[str, list[tuple[SweepRun | Merge, dict[str, float], float]]] = {}
     items: list[SweepRun | Merge] = [*runs, *merges]
     for item in items:
         directory = (
             merge_directory(workdir, item) if isinstance(item, Merge) else run_directory(workdir, item)
         )
         scored = _bits(directory, groups, None), _balance(directory)
-        found.setdefault(item.variant, []).append((item, *scored))
-    variants = tuple(
+        variants.setdefault(item.variant, []).append((item, *scored))
+    summaries = tuple(
         Variant(
             name=name,
             merged=isinstance(of[0][0], Merge),
@@ -123,10 +117,10 @@ def collect(
             bits={group: tuple(bits[group] for _, bits, _ in of) for group in groups},
             balance=tuple(score for _, _, score in of),
         )
-        for name, of in found.items()
+        for name, of in variants.items()
     )
     tokens = config.train.steps * config.train.batch_rows * config.data.sequence_length
-    return Results(base=base, variants=variants, steps=config.train.steps, tokens=tokens)
+    return Results(base=base, variants=summaries, steps=config.train.steps, tokens=tokens)
 
 
 def _bits(directory: epath.Path, groups: Mapping[str, Sequence[str]], step: int | None) -> dict[str, float]:
@@ -153,7 +147,7 @@ def _balance(directory: epath.Path) -> float:
 
 
 def to_json(results: Results) -> dict[str, Any]:
-    """Everything, as JSON takes it."""
+    """All figures as JSON values."""
     return {
         **dataclasses.asdict(results),
         "least_difference": {group: results.least_difference(group) for group in results.groups},
@@ -161,37 +155,27 @@ def to_json(results: Results) -> dict[str, Any]:
     }
 
 
-def rows(results: Results) -> list[list[str]]:
+def table_rows(results: Results) -> list[list[str]]:
     """The table: a head, the base, and a row for each variant."""
     groups = results.groups
-    head = [
-        "mixture",
-        "seeds",
-        *(f"{group}, bits/byte" for group in groups),
-        *(f"{group}, change" for group in groups),
+    bits, changes = ([f"{group}, {what}" for group in groups] for what in ("bits/byte", "change"))
+    base = [f"{results.base[group]:.4f}" for group in groups]
+    found = [
+        ["mixture", "seeds", *bits, *changes, "balance", "Pareto"],
+        ["base", "", *base, *[""] * (len(groups) + 2)],
     ]
-    found = [[*head, "balance", "Pareto"]]
-    found.append(["base", "", *(f"{results.base[group]:.4f}" for group in groups), *[""] * (len(groups) + 2)])
     front = results.front(groups)
     for variant in results.variants:
         means = [f"{variant.mean(group):.4f} ± {variant.spread(group):.4f}" for group in groups]
         changes = [f"{variant.mean(group) / results.base[group] - 1:+.1%}" for group in groups]
         score = f"{statistics.fmean(variant.balance):+.2%} ± {spread(variant.balance):.2%}"
-        found.append(
-            [
-                variant.name,
-                str(len(variant.seeds)),
-                *means,
-                *changes,
-                score,
-                "yes" if variant in front else "",
-            ]
-        )
+        on_front = "yes" if variant in front else ""
+        found.append([variant.name, str(len(variant.seeds)), *means, *changes, score, on_front])
     return found
 
 
-def note(results: Results) -> str:
-    """What the table does not say by itself."""
+def summary(results: Results) -> str:
+    """A sentence on the size of the runs, and one on the smallest significant differences."""
     parts = [
         f"{results.steps:,} updates and {results.tokens:,} tokens each; mean ± standard deviation over seeds;"
         " lower bits are better, a higher balance is better."
@@ -203,8 +187,8 @@ def note(results: Results) -> str:
     return " ".join(parts)
 
 
-def markdown(results: Results) -> str:
-    """The table and its note."""
-    head, *body = rows(results)
+def markdown_table(results: Results) -> str:
+    """The table and the summary in Markdown."""
+    head, *body = table_rows(results)
     lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note(results)}\n"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{summary(results)}\n"

@@ -46,8 +46,8 @@ def sweep(
         say("stopped; the same command goes on from there")
         return None
     merging.evaluate_all(argument, overrides, to_merge, workdir, build, say)
-    found = results.collect(config, planned, to_merge, workdir)
+    found = results.read_results(config, planned, to_merge, workdir)
     written = {"results.json": json.dumps(results.to_json(found), indent=1) + "\n"}
-    for name, text in (written | pareto.files(found, command)).items():
+    for name, text in (written | pareto.result_files(found, command)).items():
         (epath.Path(workdir) / name).write_text(text)
     return found

@@ -5,36 +5,46 @@
     {"step": 20, "kind": "eval", "task": "python_docs", "loss": 3.3, "bits_per_byte": 1.6,
      "tokens": 51200, "bytes": 152000}
 
-`step` is the number of updates made, losses are nats a target token; docs/metrics.md has every key with its
-unit. A number that is not finite is
-written as null, so that every reader of JSON can read the file.
+`step` is the number of updates made; losses are in nats per target token. docs/metrics.md lists every key with its
+unit. A number that is not finite is written as null, because JSON has no other value for it.
 """
 
-import contextlib
-import io
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.paths import is_object_store
 from lemur_jax.telemetry.tensorboard import TensorBoard
 from lemur_jax.telemetry.weights_and_biases import WeightsAndBiases
 
 METRICS_FILE = "metrics.jsonl"
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
 
 def read_metrics(workdir: epath.PathLike) -> list[Record]:
-    """All records of a run, in the order in which they were written.
+    """All records of a run in the order in which they were written; warns of lines that cannot be read.
 
-    A last line that a kill has torn is left out; an unreadable line elsewhere is left out with a
-    warning in the log.
+    Raises:
+      UserError: there is no metrics file.
+    """
+    records, skipped = scan_metrics(workdir)
+    if skipped:
+        logger.warning("%s/%s: %d unreadable lines were skipped", os.fspath(workdir), METRICS_FILE, skipped)
+    return records
+
+
+def scan_metrics(workdir: epath.PathLike) -> tuple[list[Record], int]:
+    """The records of a run, and how many lines could not be read: not UTF-8, not JSON, no record with a step.
+
+    A last line without its end was torn by a kill, or is being written now, and is not counted.
 
     Raises:
       UserError: there is no metrics file.
@@ -44,147 +54,137 @@ def read_metrics(workdir: epath.PathLike) -> list[Record]:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(
-            f"no {METRICS_FILE} in {os.fspath(workdir)}:"
-            " give the --workdir of a `lemur train` that has made a step"
+            f"no {METRICS_FILE} in {os.fspath(workdir)}: give the --workdir of a `lemur train` that has made a step"
         ) from error
-    return _parse(data, path)
+    *lines, last = data.split(b"\n")
+    parsed = [_parse(line) for line in lines if line.strip()]
+    records = [record for record in [*parsed, _parse(last)] if record is not None]
+    return records, parsed.count(None)
 
 
 class MetricsWriter:
     """Appends records to `WORKDIR/metrics.jsonl`, each visible to readers when `write` returns.
 
-    Once the file is open, a full disk or a store that refuses to be written does not stop a run: records wait in memory
-    for the next attempt, which every `write` is (on `gs://`: every `sync`), and `say` tells of it when it begins and
-    when it is over. Only `close` raises where they cannot be written to the end. A kill meanwhile loses them.
+    A full disk does not stop a run: records wait in memory, and every later `write` tries again. Only `close` raises
+    if they still cannot be written; a kill loses them.
 
-    On a multi-host run the first host alone has a writer. A run that resumes at `step` calls
-    `truncate_after(step)` first; the steps that it repeats then follow without a gap or a double,
-    provided `sync()` was called before each checkpoint was committed.
+    On a multi-host run only the first host has a writer. A run that resumes at `step` calls `truncate_after(step)`
+    first; then no step is missing or doubled, provided that `sync()` was called before each checkpoint.
 
-    Object stores cannot append: on `gs://` the records are kept in memory and the object is written
-    whole by `sync()` and `close()`, so a kill loses only what came after the last checkpoint.
+    Object stores cannot append: on `gs://` the records are kept in memory and `sync` and `close` write the whole
+    object, so a kill loses what came after the last checkpoint.
     """
 
-    def __init__(
-        self,
-        workdir: epath.PathLike,
-        *,
-        say: Callable[[str], None] = print,
-        tensorboard: bool = False,
-        wandb: bool = False,
-    ):
-        """Opens the file, which is made if need be, and cuts a torn last line off.
+    def __init__(self, workdir: epath.PathLike, *, tensorboard: bool = False, wandb: bool = False):
+        """Opens the file, which is created if missing, and removes a torn last line.
 
         Args:
           workdir: of the run, local or gs://.
-          say: gets a line when records have to wait, and when they wait no more.
           tensorboard: also write every record for TensorBoard, from `truncate_after` on.
           wandb: also send every record to Weights & Biases, from `truncate_after` on.
 
         Raises:
-          UserError: the file cannot be written; so do `truncate_after` and `close`.
+          UserError: the file cannot be written; `close` raises it too.
         """
         self._path = epath.Path(workdir) / METRICS_FILE
         self._wants_board, self._wants_wandb = tensorboard, wandb
         self._boards: list[TensorBoard | WeightsAndBiases] = []
-        self._say = say
-        self._pending = b""  # what could not be written yet
-        self._failing = False
-        self._can_append = _can_append(self._path)
-        with self._explained():
+        self._remote = is_object_store(self._path)
+        self._pending = b""  # not written yet
+        self._failing = self._closed = False
+        try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             data = self._path.read_bytes() if self._path.exists() else b""
-            whole = _whole_lines(data)
-            if whole != data or not self._can_append:  # an object store shows now whether it can be written
-                self._replace(whole)
-            self._file = self._open(whole)
+            whole = _without_torn_line(data)
+            self._file = self._open()
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
+        self._written = whole if self._remote else b""
+        if whole != data or self._remote:  # an object store shows now whether it can be written
+            self._replace(whole)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record. Its values: strings, lists of them, integers, and anything that `float` takes."""
         plain = {key: _plain(value) for key, value in record.items()}
-        line = json.dumps(plain, allow_nan=False)
-        self._pending += line.encode() + b"\n"
-        if self._can_append:  # else `sync` writes, and knows whether that is possible
-            with self._reported():
-                self._drain()
+        self._pending += json.dumps(plain, allow_nan=False).encode() + b"\n"
+        if not self._remote:
+            self._flush()
         for board in self._boards:
-            with contextlib.suppress(OSError):  # the file is what counts
-                board.write(plain)
+            board.write(plain)
 
     def truncate_after(self, step: int) -> None:
-        """Drops the records of later steps than `step`; call it when a run resumes at `step`."""
-        with self._explained():
-            data = self._path.read_bytes() if self._can_append else self._contents()
-            records = _parse(data, self._path)
-            kept = [record for record in records if record.get("step", 0) <= step]
-            if len(kept) < len(records):
-                data = b"".join(json.dumps(record).encode() + b"\n" for record in kept)
-                self._replace(data)
-                self._file.close()
-                self._file = self._open(data)
-            if self._wants_board:
-                self._boards.append(TensorBoard(self._path.parent, step))
-            if self._wants_wandb:
-                self._boards.append(WeightsAndBiases(self._path.parent))
+        """Drops the records of later steps than `step`; called when a run resumes at `step`."""
+        records = read_metrics(self._path.parent)
+        kept = [record for record in records if record["step"] <= step]
+        if len(kept) < len(records):
+            self._replace(b"".join(json.dumps(record).encode() + b"\n" for record in kept))
+        if self._wants_board:
+            self._boards.append(TensorBoard(self._path.parent, step))
+        if self._wants_wandb:
+            self._boards.append(WeightsAndBiases(self._path.parent))
 
     def sync(self) -> None:
-        """Makes all records so far outlive a crash of the machine; call it before each checkpoint."""
-        with self._reported():
-            self._sync()
+        """Makes all records survive a crash of the machine; called before each checkpoint."""
+        self._flush()
+        if self._file and not self._failing:
+            os.fsync(self._file.fileno())
         for board in self._boards:
-            with contextlib.suppress(OSError):
-                board.flush()
+            board.flush()
 
     def close(self) -> None:
-        """Syncs and closes; may be called twice."""
-        if self._file.closed:
+        """Writes what is pending and closes; may be called twice.
+
+        Raises:
+          UserError: records could not be written.
+        """
+        if self._closed:
             return
-        try:
-            with self._explained():
-                self._sync()
-        finally:
+        self._closed = True
+        error = self._flush()
+        if self._file:
             self._file.close()
-            for board in self._boards:
-                with contextlib.suppress(OSError):
-                    board.close()
+        for board in self._boards:
+            board.close()
+        if error:
+            raise UserError(
+                f"cannot write {self._path}: {getattr(error, 'strerror', None) or error}"
+            ) from error
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        # What went wrong first is what to tell.
-        with contextlib.nullcontext() if kind is None else contextlib.suppress(UserError):
+        try:
             self.close()
+        except UserError:
+            if kind is None:  # else the first error is the one to show
+                raise
 
-    def _open(self, data: bytes) -> BinaryIO:
-        """A file that continues after `data`, which lies there already."""
-        if self._can_append:
-            return open(self._path, "ab", buffering=0)
-        memory = io.BytesIO()
-        memory.write(data)
-        return memory
-
-    def _drain(self) -> None:
-        """Writes what is pending; what a full disk does not take stays, so that the next attempt ends a torn line."""
-        while self._pending:
-            self._pending = self._pending[self._file.write(self._pending) :]
-
-    def _sync(self) -> None:
-        if self._can_append:
-            self._drain()
-            os.fsync(self._file.fileno())
-        else:
-            self._path.write_bytes(self._contents())
-
-    def _contents(self) -> bytes:
-        assert isinstance(self._file, io.BytesIO)
-        self._drain()
-        return self._file.getvalue()
+    def _flush(self) -> Exception | None:
+        """Writes what is pending; the rest of a line that a full disk refuses is written by the next attempt."""
+        try:
+            if self._file:
+                while self._pending:
+                    self._pending = self._pending[self._file.write(self._pending) :]
+            else:
+                self._path.write_bytes(self._written + self._pending)
+                self._written, self._pending = self._written + self._pending, b""
+        except Exception as error:  # clients of object stores have error classes of their own
+            if not self._failing:
+                reason = getattr(error, "strerror", None) or error
+                logger.warning("cannot write %s: %s. Records wait in memory until it can", self._path, reason)
+            self._failing = True
+            return error
+        if self._failing:
+            logger.info("%s can be written again, and no record is missing", self._path)
+        self._failing = False
+        return None
 
     def _replace(self, data: bytes) -> None:
-        """Puts `data` in the file's place; a kill leaves the old file or the new one, never half."""
-        if not self._can_append:
+        """Replaces the contents of the file; a kill leaves the old or the new contents."""
+        if self._file is None:
             self._path.write_bytes(data)
+            self._written = data
             return
         temporary = self._path.with_name(METRICS_FILE + ".tmp")
         with open(temporary, "wb") as file:
@@ -192,67 +192,29 @@ class MetricsWriter:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self._path)
+        self._file.close()
+        self._file = self._open()
 
-    @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            with self._explained():
-                yield
-        except UserError as error:
-            if not self._failing:
-                self._say(
-                    f"WARNING: {error}. Its next lines wait in memory and will be written when that is possible"
-                )
-            self._failing = True
-        else:
-            if self._failing:
-                self._say(f"{self._path} can be written again, and nothing is missing")
-            self._failing = False
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            # Clients of object stores have error classes of their own.
-            if isinstance(error, OSError) or not self._can_append:
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(f"cannot write {self._path}: {reason}") from error
-            raise
+    def _open(self) -> BinaryIO | None:
+        return None if self._remote else open(self._path, "ab", buffering=0)
 
 
-def _can_append(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
-
-
-def _whole_lines(data: bytes) -> bytes:
-    """`data` without a torn last line; a last line that only lost its newline gets it back."""
+def _without_torn_line(data: bytes) -> bytes:
+    """`data` without a torn last line; a complete last line that lacks its newline gets one."""
     body, newline, last = data.rpartition(b"\n")
     if not last:
         return data
-    return data + b"\n" if _record(last) is not None else body + newline
+    return data + b"\n" if _parse(last) is not None else body + newline
 
 
-def _parse(data: bytes, path: epath.Path) -> list[Record]:
-    lines = data.split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        record = _record(line)
-        if record is not None:
-            records.append(record)
-        elif number < len(lines):  # the last one has no newline: torn by a kill, or being written now
-            logging.getLogger(__name__).warning("%s: line %d is unreadable and left out", path, number)
-    return records
-
-
-def _record(line: bytes) -> Record | None:
+def _parse(line: bytes) -> Record | None:
+    """The record in a line; None if the line is damaged."""
     try:
-        record = json.loads(line)
-    except ValueError:  # not JSON, or not UTF-8
+        record = json.loads(line.decode())  # of bytes, json would guess the encoding
+    except (ValueError, RecursionError):  # not JSON, or not UTF-8
         return None
-    return record if isinstance(record, dict) else None
+    is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if is_record else None
 
 
 def _plain(value: Any) -> Any:

@@ -1,35 +1,33 @@
-"""Progress of a long job: a bar in a terminal, plain lines in a pipe or a log file."""
+"""Progress of a long job, by tqdm: a bar in a terminal, a line every ten seconds in a pipe or a log file."""
 
-import collections
-import contextlib
+import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-_BAR_SECONDS = 0.1
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
 _LINE_SECONDS = 10.0
-# Speed is measured over the last 30 marks, which lie at least this far apart: five minutes of quick
-# steps, or 30 slow ones.
-_MARK_SECONDS = 10.0
-_MARKS = 31
+# tqdm cuts off at the right what does not fit into a narrow terminal: what matters most comes first.
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}, {n:,}/{total:,} {unit}"
+_LINE = "{desc}: {n:,}/{total:,} {unit} ({percentage:.0f}%), {elapsed} so far, {remaining} left{postfix}"
+_UNKNOWN_TOTAL = "{desc}: {n:,} {unit}, {rate_fmt}{postfix}"
+_LABEL = 16  # characters of the label that a bar shows
 
 
-class Progress:
-    """Shows how far a job is, how fast it goes and how long it will still take.
+class Progress(tqdm):
+    """A tqdm bar for jobs of minutes to weeks.
 
         with Progress(1000, "train", "steps") as progress:
             for step in range(1000):
                 ...
-                progress.set(loss=2.31)
                 progress.update()
+                progress.set_postfix_str("4,100 tok/s, loss 2.31")
 
-    A terminal gets a bar that follows the job. Anything else gets whole lines: one at the start, at most
-    one every 10 s, one at the end. A terminal or pipe that goes away never disturbs the job.
-
-    Speed and remaining time leave out what passed before the first `update`, so that compilation does
-    not count as a slow step.
+    If standard error is not a terminal, whole lines go to the log instead: at the start, at most every ten seconds,
+    and at the end. Remaining time does not count what passes before the first `update`, such as compilation.
     """
 
     def __init__(
@@ -41,144 +39,51 @@ class Progress:
         initial: int = 0,
         enabled: bool = True,
         stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ):
-        """Shows nothing before `with`.
+        """Shows the bar.
 
         Args:
-          total: units of the whole job; None if nobody knows.
+          total: units of the whole job; None if unknown.
           label: what is done, e.g. "train".
           unit: what is counted, in the plural, e.g. "steps".
-          initial: units that an earlier process has done.
+          initial: units done by an earlier process.
           enabled: False shows nothing (all hosts but the first).
-          stream: where to; None: stderr.
-          clock: seconds; for tests.
+          stream: None: standard error.
         """
-        self._total, self._label, self._unit = total, label, unit
-        self._done = self._initial = initial
-        self._stream: Any = sys.stderr if stream is None else stream
-        self._shown = enabled and self._stream is not None
-        self._clock = clock
-        self._fields: dict[str, Any] = {}
-        self._bar: Any = None
-        self._marks: collections.deque[tuple[float, int]] = collections.deque(maxlen=_MARKS)
-        self._begin = self._due = clock()
-
-    def __enter__(self) -> "Progress":
-        self._begin = self._clock()
-        if self._shown:
-            with self._harmless():
-                if _can_redraw(self._stream):
-                    self._bar = self._make_bar()
-            self._show(self._begin)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        took = f"{'done' if kind is None else 'stopped'} after {duration(self._clock() - self._begin)}"
-        self._put([*self._details(), took])
-        if self._bar is not None:
-            with self._harmless():
-                self._bar.close()
-
-    def update(self, n: int = 1) -> None:
-        """Counts `n` more units as done. Cheap: may be called 100,000 times a second."""
-        self._done += n
-        now = self._clock()
-        if not self._marks or now - self._marks[-1][0] >= _MARK_SECONDS:
-            self._marks.append((now, self._done))
-        if now >= self._due:
-            self._show(now)
-
-    def set(self, **fields: Any) -> None:
-        """Shows these values beside the progress from now on; floats with four digits."""
-        self._fields.update(fields)
-
-    def write(self, text: str) -> None:
-        """Prints a line of its own without tearing the bar."""
-        if self._shown:
-            with self._harmless():
-                if self._bar is not None:
-                    self._bar.write(text, file=self._stream)
-                else:
-                    self._stream.write(text + "\n")
-                self._stream.flush()
-
-    def _show(self, now: float) -> None:
-        self._due = now + (_LINE_SECONDS if self._bar is None else _BAR_SECONDS)
-        self._put([*self._details(), *self._speed(now)])
-
-    def _put(self, details: list[str]) -> None:
-        """Redraws the bar, or prints one line."""
-        if not self._shown:
-            return
-        if self._bar is None:
-            self.write(", ".join([f"{self._label}: {self._count()}", *details]))
-            return
-        with self._harmless():
-            self._bar.n = self._done
-            self._bar.set_postfix_str(", ".join(details), refresh=False)
-            self._bar.refresh()
-
-    def _make_bar(self) -> Any:
-        from tqdm import tqdm
-
-        known = self._total is not None
-        return tqdm(
-            total=self._total,
-            initial=self._initial,
-            desc=self._label,
-            bar_format=("{l_bar}{bar}| {n_fmt}/{total_fmt} " if known else "{desc}: {n_fmt} ")
-            + self._unit
-            + "{postfix}",
-            file=self._stream,
-            dynamic_ncols=True,
-            miniters=1,  # keeps tqdm's thread, which wakes bars that have gone quiet, off this one
+        stream = sys.stderr if stream is None else stream
+        enabled = enabled and stream is not None and not stream.closed
+        terminal = enabled and _is_terminal(stream)
+        layout = (_BAR if terminal else _LINE) if total else _UNKNOWN_TOTAL
+        self._started = False
+        super().__init__(
+            total=total,
+            initial=initial,
+            desc=f"…{label[1 - _LABEL :]}" if terminal and len(label) > _LABEL else label,
+            unit=unit,
+            bar_format=layout,
+            file=stream if terminal else _LogLines(),
+            mininterval=0.1 if terminal else _LINE_SECONDS,
+            miniters=1,
+            dynamic_ncols=terminal,
+            disable=not enabled,
         )
 
-    def _count(self) -> str:
-        if self._total is None:
-            return f"{self._done:,} {self._unit}"
-        share = f" ({100 * self._done // self._total}%)" if self._total else ""
-        return f"{self._done:,}/{self._total:,} {self._unit}{share}"
-
-    def _details(self) -> list[str]:
-        return [
-            f"{key} {value}" if isinstance(value, str | int) else f"{key} {float(value):.4g}"
-            for key, value in self._fields.items()
-        ]
-
-    def _speed(self, now: float) -> list[str]:
-        """Rate and remaining time; empty before anybody can know."""
-        if not self._marks or now <= self._marks[0][0] or self._done <= self._marks[0][1]:
-            return []
-        rate = (self._done - self._marks[0][1]) / (now - self._marks[0][0])
-        if rate < 1:
-            speed = f"{1 / rate:.3g} s each"
-        else:
-            speed = f"{rate:,.0f} {self._unit}/s" if rate >= 100 else f"{rate:.3g} {self._unit}/s"
-        if self._total is None:
-            return [speed]
-        return [speed, f"{duration(max(self._total - self._done, 0) / rate)} left"]
-
-    @contextlib.contextmanager
-    def _harmless(self) -> Iterator[None]:
-        """A stream that has gone ends the showing and not the job."""
-        try:
-            yield
-        except (OSError, ValueError):  # ValueError: closed file, or a character it cannot encode
-            self._shown = False
-            if self._bar is not None:
-                self._bar.disable = True  # else tqdm draws once more when it is collected
+    def update(self, n: float | None = 1) -> bool | None:
+        """Counts `n` more units as done. Cheap: may be called 100,000 times a second."""
+        if not self._started and not self.disable:
+            self._started = True
+            self.unpause()
+        return super().update(n)
 
 
-def say(text: str) -> None:
-    """Prints a line. Neither a reader of standard output that has gone, as `tee` may, nor a full disk ends the job."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # for good
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError:  # what is not written yet comes with a later line
+class _LogLines:
+    """A file for tqdm that logs each state of the bar as a line."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            logger.info("%s", line)
+
+    def flush(self) -> None:
         pass
 
 
@@ -194,8 +99,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 86_400} d {whole % 86_400 // 3600:02d} h"
 
 
-def _can_redraw(stream: Any) -> bool:
-    """Whether it is a terminal of some width; pseudo-terminals of CI runners often have none."""
+def _is_terminal(stream: Any) -> bool:
+    """Whether lines can be redrawn; pseudo-terminals of CI runners often have no width."""
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
         return False
     return os.get_terminal_size(stream.fileno()).columns > 0

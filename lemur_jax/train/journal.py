@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -33,9 +33,7 @@ class Journal:
 
 
 @contextlib.contextmanager
-def open_journal(
-    config: ConfigDict, workdir: epath.Path, step: int, started: float, say: Callable[[str], None]
-) -> Iterator[Journal]:
+def open_journal(config: ConfigDict, workdir: epath.Path, step: int, started: float) -> Iterator[Journal]:
     """Of host 0, whose new records follow the old ones.
 
     What earlier processes wrote of later steps is forgotten: they are made again.
@@ -45,11 +43,8 @@ def open_journal(
       workdir: of the run.
       step: that it goes on from. What was scored at step 0 is scored again.
       started: when this process began, seconds since 1970.
-      say: told where records cannot be written.
     """
     spent = carried_over(workdir, step, started)
-    with MetricsWriter(
-        workdir, say=say, tensorboard=config.log.tensorboard, wandb=config.log.wandb
-    ) as writer:
+    with MetricsWriter(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb) as writer:
         writer.truncate_after(step or -1)
         yield Journal(writer=writer, records=read_metrics(workdir), spent=spent)

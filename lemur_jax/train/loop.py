@@ -92,7 +92,7 @@ def train(
 
         journal = Journal()
         if chief:
-            journal = stack.enter_context(open_journal(config, workdir, first, started, say))
+            journal = stack.enter_context(open_journal(config, workdir, first, started))
         missing = unscored(config, journal.records, first) if chief else set()
         owed = [task.task for task in held_out if any_host(task.task in missing)]
         if first == config.train.steps and not owed:

@@ -143,7 +143,10 @@ class StepLog:
                 self._writer.write(record)
             if skipped:
                 self._tell_skip(step, metrics)
-        self._progress.set(loss=record["loss"], lr=record["learning_rate"], tok_s=record["tokens_per_second"])
+        self._progress.set_postfix_str(
+            f"{record['tokens_per_second']:,.0f} tok/s, loss {record['loss']:.4g}, lr {record['learning_rate']:.3g}",
+            refresh=False,
+        )
         self._progress.update(len(ready))
 
     @contextlib.contextmanager

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from lemur_jax.agents.episodes import failure, run_episode
-from lemur_jax.agents.page import page
+from lemur_jax.agents.page import agents_page
 from lemur_jax.agents.tools import SHOP, TOOLS, schemas, tool_environments
 from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat
 from lemur_jax.text.conversation_formats import openai
@@ -118,10 +118,10 @@ def test_page(tmp_path):
 
     traces = [run_episode(errand("cancel"), scripted("<script>", "Done."), max_turns=2)]
     traces.append(run_episode(errand("status"), scripted("x", "Leeds"), max_turns=2))
-    text = page(json.loads(to_json(traces, 2)), "a <model>")
-    assert "<td>0.0</td><td>50.0</td>" in text
-    assert "<th>wrong answer</th>" in text
+    text = agents_page(json.loads(to_json(traces, 2)), "a <model>")
+    assert '<td data-head="turn 1">0.0</td><td data-head="turn 2">50.0</td>' in text
+    assert '<th scope="col">wrong answer</th>' in text
     assert "tools/status: solved in turn 2" in text
-    assert re.findall(r'title="([^"]+)">(\d+)</i>', text) == [("solved in turn 2", "1"), ("not solved", "1")]
+    assert re.findall(r'title="([^"]+)">\d+</i>', text) == ["solved in turn 2: 1", "not solved: 1"]
     assert "<script>&" not in text
     assert "&lt;script&gt;" in text

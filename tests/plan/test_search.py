@@ -123,7 +123,7 @@ def test_the_fragment_is_a_config_with_the_same_plan(first, base, tmp_path):
     written = json.loads((tmp_path / "out" / "search.json").read_text())
     assert len(written["outcomes"]) == 2
     page = (tmp_path / "out" / "pareto.html").read_text()
-    assert page.count("<circle") == 2
+    assert page.count("<circle") == 4  # two dots, on a screen and on a phone
 
 
 def test_no_time_leaves_what_there_is(base, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.report import bits_per_byte_table
-from lemur_jax.report.runs import load_runs
+from lemur_jax.report.runs import read_runs
 from lemur_jax.telemetry.metrics import METRICS_FILE, MetricsWriter
 
 EXPECTED = """\
@@ -49,7 +49,7 @@ def test_a_step_recorded_twice_counts_once_and_the_later_record_wins(stages):
         record = {"step": 20, "kind": "eval", "task": "python_docs", "loss": 1.0, "bits_per_byte": 9.0}
         writer.write(record)  # an older step, written late: not the last evaluation
         writer.write({**record, "step": 40, "bits_per_byte": 2.5})
-    run = load_runs(stages)[0]
+    run = read_runs(stages)[0]
     assert [entry["step"] for entry in run.evals["python_docs"]] == [20, 40]
     assert run.last_eval("python_docs")["bits_per_byte"] == 2.5
 
@@ -80,7 +80,7 @@ def test_records_of_another_kind_are_passed_over(stages):
         ):
             writer.write(record)
     assert bits_per_byte_table(stages) == EXPECTED
-    assert load_runs(stages)[0].last_step == 40
+    assert read_runs(stages)[0].last_step == 40
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path, stages):
@@ -89,9 +89,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path, stages):
         stages[0].rename(tmp_path / name / "base") if name == "one" else stages[1].rename(
             tmp_path / name / "base"
         )
-    names = [run.name for run in load_runs([tmp_path / "one" / "base", tmp_path / "two" / "base", stages[2]])]
+    names = [run.name for run in read_runs([tmp_path / "one" / "base", tmp_path / "two" / "base", stages[2]])]
     assert [name.split("/")[-2:] for name in names[:2]] == [["one", "base"], ["two", "base"]]
-    again = load_runs([stages[2], stages[2]])
+    again = read_runs([stages[2], stages[2]])
     assert again[0].name != again[1].name
 
 

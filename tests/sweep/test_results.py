@@ -11,7 +11,7 @@ from scipy import stats
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.sweep import pareto, results
-from lemur_jax.sweep.results import Results, Variant, collect
+from lemur_jax.sweep.results import Results, Variant, read_results
 from lemur_jax.sweep.runs import plan_runs, run_directory
 from lemur_jax.telemetry.metrics import MetricsWriter
 from tests.sweep.test_runs import config_of
@@ -59,11 +59,11 @@ def test_the_least_difference_is_that_of_a_block_design():
 def test_one_seed_tells_nothing_of_chance():
     one_seed = Results(base=FOUND.base, variants=(variant("1:0", (2.0,), (2.4,)),), steps=1, tokens=1)
     assert one_seed.least_difference("code") is None
-    assert "not told apart" not in results.note(one_seed)
+    assert "not told apart" not in results.summary(one_seed)
 
 
 def test_table():
-    head, base, first, *_ = results.rows(FOUND)
+    head, base, first, *_ = results.table_rows(FOUND)
     assert base[:4] == ["base", "", "3.0000", "2.0000"]
     assert first == [
         "1:0",
@@ -75,14 +75,14 @@ def test_table():
         "+10.00% ± 0.00%",
         "yes",
     ]
-    assert all(len(line) == len(head) for line in results.rows(FOUND))
+    assert all(len(line) == len(head) for line in results.table_rows(FOUND))
     content = json.loads(json.dumps(results.to_json(FOUND)))
     assert content["pareto"] == ["1:0", "1:1, linear 0.5"]
     assert content["variants"][0]["bits"]["code"] == [2.0, 2.1, 2.2]
 
 
 def test_plot():
-    files = pareto.files(FOUND, "lemur sweep --ratios '1:0,<x>'")
+    files = pareto.result_files(FOUND, "lemur sweep --ratios '1:0,<x>'")
     assert set(files) == {"table.md", "index.html", "pareto.svg"}
     root = ElementTree.fromstring(files["pareto.svg"])
     space = {"s": "http://www.w3.org/2000/svg"}
@@ -96,11 +96,21 @@ def test_plot():
     assert np.argsort(across).tolist() == np.argsort([one.mean("text") for one in FOUND.variants]).tolist()
     assert down[0] == max(down)
     assert down[2] == min(down)
-    assert all(pareto.LEFT <= x <= pareto.WIDTH - pareto.RIGHT for x in across)
+    assert all(78 <= x <= 736 for x in across)
     names = [text.text for text in root.findall("s:text", space)]
     assert {one.name for one in FOUND.variants} <= set(names)
     assert "1:0,&lt;x&gt;" in files["index.html"]
     assert re.findall(r"(src|href)=", files["index.html"]) == []
+    # On a phone every value stands beside the name of its column, and labels are the numbers of the variants.
+    assert '<td data-head="code, bits/byte">2.1000 ± 0.1000</td>' in files["index.html"]
+    narrow = files["index.html"].partition('<div class="card scatter narrow">')[2]
+    assert re.findall(r'<text class="text[^>]*anchor="\w+">(\w+)</text>', narrow) == [
+        "1",
+        "2",
+        "3",
+        "4",
+        "base",
+    ]
 
 
 def write_run(workdir, run, bits, end=True):
@@ -119,7 +129,7 @@ def test_figures_are_read_back_by_group(tmp_path):
     runs = plan_runs(config, ["1:1"], 2, sources="python&java,web")
     for run, scale in zip(runs, (1.0, 2.0), strict=True):
         write_run(tmp_path, run, {"python": 2.0 * scale, "java": 8.0 * scale, "web": 3.0 * scale})
-    found = collect(config, runs, [], tmp_path)
+    found = read_results(config, runs, [], tmp_path)
     assert found.base == pytest.approx({"code": 4.0, "text": 3.0})
     (only,) = found.variants
     assert only.bits["code"] == pytest.approx((2.0, 4.0))
@@ -133,4 +143,4 @@ def test_a_run_without_a_start_is_named(tmp_path):
     with MetricsWriter(run_directory(tmp_path, run)) as writer:
         writer.write({"step": 10, "kind": "eval", "task": "code", "bits_per_byte": 1.0})
     with pytest.raises(UserError, match="1-1_seed-42 has no held-out figure of code at step 0"):
-        collect(config, [run], [], tmp_path)
+        read_results(config, [run], [], tmp_path)

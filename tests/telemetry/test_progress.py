@@ -1,4 +1,4 @@
-"""Progress against a clock that the test turns, real pipes and a real pseudo-terminal."""
+"""Progress in a real pseudo-terminal, in the log, and where the terminal goes away."""
 
 import fcntl
 import io
@@ -13,147 +13,102 @@ import pytest
 
 from lemur_jax.telemetry.progress import Progress, duration
 
+# Counts to 3, a step for each line that it is sent.
 JOB = """
-import sys
+import logging, sys
+from lemur_jax.common.logging import setup
 from lemur_jax.telemetry.progress import Progress
-with Progress(3, "count", "steps", stream={stream}) as progress:
+setup()
+with Progress(3, "train a_long_workdir_name", "steps") as progress:
     for step in range(3):
         sys.stdin.readline()
-        progress.set(loss=0.5)
+        progress.set_postfix_str("41,000 tok/s, loss 2.3145, lr 0.0003", refresh=False)
         progress.update()
-        progress.write(f"note {{step}}")
+        progress.refresh()
+        logging.getLogger("lemur_jax.job").info("note %d", step)
 """
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def start(stream: str, shell: str = 'exec "$@"', **pipes) -> subprocess.Popen:
-    """A process that counts to 3, a step for each line that it is sent."""
-    command = ["sh", "-c", shell, "sh", sys.executable, "-c", JOB.format(stream=stream)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, **pipes)
+def start(shell: str = 'exec "$@"', **pipes) -> subprocess.Popen:
+    return subprocess.Popen(
+        ["sh", "-c", shell, "sh", sys.executable, "-c", JOB], stdin=subprocess.PIPE, **pipes
+    )
 
 
-def test_lines_come_first_last_and_every_ten_seconds():
-    clock, stream = Clock(), io.StringIO()
-    with Progress(1000, "train", "steps", stream=stream, clock=clock) as progress:
-        clock.now += 60  # compilation: the first step is slow
-        for _ in range(100):
-            progress.set(loss=2.0, source="code")
-            progress.update()
-            clock.now += 0.5
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "train: 0/1,000 steps (0%)"
-    assert lines[1] == "train: 1/1,000 steps (0%), loss 2, source code"
-    # 2 steps a second: compilation is not in the estimate.
-    assert lines[2] == "train: 21/1,000 steps (2%), loss 2, source code, 2 steps/s, 8 min 10 s left"
-    assert len(lines) == 1 + 5 + 1
-    assert lines[-1] == "train: 100/1,000 steps (10%), loss 2, source code, done after 1 min 50 s"
+def terminal(columns: int) -> tuple[int, int]:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    return ours, theirs
 
 
-def test_remaining_time_follows_the_speed_of_the_last_minutes():
-    clock, stream = Clock(), io.StringIO()
-    with Progress(2000, "train", "steps", stream=stream, clock=clock) as progress:
-        for seconds in [1.0] * 1000 + [4.0] * 100:
-            clock.now += seconds
-            progress.update()
-    assert "4 s each, 1 h 00 min left" in stream.getvalue().splitlines()[-2]
-
-
-def test_resumed_work_does_not_count_as_speed():
-    clock, stream = Clock(), io.StringIO()
-    with Progress(1000, "train", "steps", initial=900, stream=stream, clock=clock) as progress:
-        for _ in range(3):
-            clock.now += 20
-            progress.update()
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "train: 900/1,000 steps (90%)"
-    assert lines[2] == "train: 902/1,000 steps (90%), 20 s each, 32 min 40 s left"
-
-
-def test_unknown_total_and_empty_job():
-    clock, stream = Clock(), io.StringIO()
-    with Progress(None, "read", "documents", stream=stream, clock=clock) as progress:
-        for _ in range(2):
-            clock.now += 10
-            progress.update(5000)
-    assert "read: 10,000 documents, 500 documents/s\n" in stream.getvalue()
-    with Progress(0, "read", "documents", stream=stream, clock=clock):
-        pass
-    assert stream.getvalue().endswith("read: 0/0 documents, done after 0 s\n")
-
-
-def test_an_exception_passes_and_the_last_line_says_stopped():
+def test_in_a_log_lines_come_first_and_last(caplog):
     stream = io.StringIO()
-    with pytest.raises(RuntimeError), Progress(9, "train", "steps", stream=stream):
-        raise RuntimeError
-    assert "0/9 steps (0%), stopped after 0 s" in stream.getvalue()
+    with Progress(1000, "train", "steps", initial=900, stream=stream) as progress:
+        for _ in range(50):
+            progress.set_postfix_str("loss 2", refresh=False)
+            progress.update(2)
+    with Progress(None, "read", "documents", stream=stream) as progress:
+        progress.update(5000)
+    with Progress(0, "read", "documents", stream=stream):
+        pass
+    assert stream.getvalue() == ""
+    first, last, *read = caplog.messages
+    assert first.startswith("train: 900/1,000 steps (90%), 00:00 so far")
+    assert last.startswith("train: 1,000/1,000 steps (100%), 00:00 so far, 00:00 left, loss 2")
+    assert [line.partition(",")[0] for line in read[:2]] == ["read: 0 documents", "read: 5"]
+    assert read[-1].startswith("read: 0 documents")
 
 
-def test_disabled_shows_nothing():
+def test_disabled_and_closed_streams_show_nothing(caplog):
     stream = io.StringIO()
     with Progress(1, "train", "steps", stream=stream, enabled=False) as progress:
         progress.update()
-        progress.write("note")
-    assert stream.getvalue() == ""
-
-
-@pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_a_reader_that_goes_away_leaves_the_job_alone(name):
-    other = "stderr" if name == "stdout" else "stdout"
-    job = start(f"sys.{name}", **{name: subprocess.PIPE, other: subprocess.PIPE})
-    reader = getattr(job, name)
-    assert reader.readline() == b"count: 0/3 steps (0%)\n"
-    reader.close()
-    job.stdin.write(b"\n\n\n")
-    job.stdin.close()
-    assert job.wait(timeout=30) == 0
-    assert getattr(job, other).read() == b""
-    getattr(job, other).close()
-
-
-def test_closed_streams_leave_the_job_alone():
-    stream = io.StringIO()
     stream.close()
-    with Progress(2, "train", "steps", stream=stream) as progress:
+    with Progress(1, "train", "steps", stream=stream) as progress:
         progress.update()
-        progress.write("note")
-    job = start("None", shell='exec "$@" 2>&-')  # sys.stderr is None there
-    job.communicate(b"\n\n\n")
+    assert caplog.messages == []
+
+
+def test_without_standard_error_the_job_goes_on():
+    job = start('exec "$@" 2>&-', stdout=subprocess.PIPE)  # sys.stderr is None there
+    shown, _ = job.communicate(b"\n\n\n")
     assert job.returncode == 0
+    assert shown.decode().splitlines() == ["note 0", "note 1", "note 2"]
 
 
-@pytest.mark.parametrize("columns", [100, 0])
-def test_a_terminal_gets_a_bar_and_one_without_width_gets_lines(columns):
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    job = start("sys.stderr", stderr=theirs, env={**os.environ, "TERM": "xterm"})
+@pytest.mark.parametrize("columns", [60, 120, 0])
+def test_a_terminal_gets_a_bar_that_log_lines_do_not_tear(columns):
+    ours, theirs = terminal(columns)
+    job = start(stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"})
     os.close(theirs)
-    job.stdin.write(b"\n\n\n")
-    job.stdin.close()
+    job.communicate(b"\n\n\n")
     shown = _read_all(ours)
-    assert job.wait(timeout=30) == 0
+    assert job.returncode == 0
     assert ("█" in shown) == (columns > 0)
-    assert "note 1\r\n" in shown
-    last = shown.rstrip().splitlines()[-1]
-    assert "3/3 steps" in last
-    assert "loss 0.5, done after" in last
+    lines = [line.strip("\r ") for line in shown.split("\n")]
+    assert [line.rpartition("\r")[2].strip() for line in lines if "note" in line] == [
+        "note 0",
+        "note 1",
+        "note 2",
+    ]
+    last = [state.strip() for state in shown.replace("\n", "\r").split("\r") if "tok/s" in state][-1]
+    assert "41,000 tok/s" in last
+    assert "00:00 left" in last
+    if columns:
+        assert len(last) <= columns
+        assert ("3/3 steps" in last) == (columns == 120)
+    else:
+        assert last.startswith("train a_long_workdir_name: 3/3 steps (100%)")
 
 
 def test_a_terminal_that_goes_away_leaves_the_job_alone():
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    job = start("sys.stderr", stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    ours, theirs = terminal(100)
+    job = start(stderr=theirs, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"})
     os.close(theirs)
     os.read(ours, 100)
     os.close(ours)
-    job.stdin.write(b"\n\n\n")
-    job.stdin.close()
-    assert job.wait(timeout=30) == 0
+    job.communicate(b"\n\n\n", timeout=30)
+    assert job.returncode == 0
 
 
 def _read_all(descriptor: int) -> str:

@@ -75,10 +75,11 @@ def test_launchers_see_whether_a_run_that_stopped_is_finished(tmp_path, monkeypa
 
 
 SAYS = """
-import sys, time
-from lemur_jax.telemetry.progress import say
+import logging, sys, time
+from lemur_jax.common.logging import setup
+setup()
 for number in range(50):
-    say("a line of a run")
+    logging.getLogger("lemur_jax").info("a line of a run")
     time.sleep(0.02)
 sys.stderr.write("done")
 """

@@ -1,4 +1,4 @@
-"""Names in the Pareto plots, read back from the SVG with everything else that is drawn."""
+"""Labels of scatter plots, read back from the SVG with everything else that is drawn."""
 
 import itertools
 import json
@@ -9,7 +9,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from lemur_jax.sweep import labels, pareto
+from lemur_jax.report import charts, labels
+from lemur_jax.sweep import pareto
 from lemur_jax.sweep.results import Results, Variant
 
 SPACE = {"s": "http://www.w3.org/2000/svg"}
@@ -73,11 +74,11 @@ def drawn(root):
         yield x - radius, y - radius, x + radius, y + radius
     for path in root.findall("s:path", SPACE):
         numbers = [float(number) for number in re.findall(r"-?[\d.]+", path.get("d"))]
-        if "bar" in path.get("class"):
+        if "bar" in path.get("class").split():
             x, y, wide, up, top, tall = numbers
             yield x, y - 0.75, x + wide, y + 0.75
             yield up - 0.75, top, up + 0.75, top + tall
-        if path.get("class") == "base":
+        if "cross" in path.get("class"):
             x, y = numbers[:2]
             yield x, y, x + 12, y + 12
 
@@ -88,11 +89,11 @@ def drawn(root):
     ids=["ratio", "rewarm", "anneal", "constant", *(f"random {seed}" for seed in range(6))],
 )
 def test_names_cover_no_bar_no_point_and_no_other_name(results):
-    root = ElementTree.fromstring(pareto.svg(results, "text", "code"))
+    root = ElementTree.fromstring(pareto.pareto_plot(results, "text", "code"))
     found = {name: box for name, (box, _) in names(root, results).items()}
     for name, box in found.items():
-        assert box[0] >= pareto.LEFT, name
-        assert box[2] <= pareto.WIDTH, name
+        assert box[0] >= charts.MARGINS[0], name
+        assert box[2] <= 760, name
         assert not [other for other in drawn(root) if labels.overlap(box, other)], name
     for one, other in itertools.combinations(found, 2):
         assert not labels.overlap(found[one], found[other]), (one, other)
@@ -107,41 +108,39 @@ def test_names_on_the_front_are_bold():
     bold = {
         name
         for name, (_, bold) in names(
-            ElementTree.fromstring(pareto.svg(results, "text", "code")), results
+            ElementTree.fromstring(pareto.pareto_plot(results, "text", "code")), results
         ).items()
         if bold
     }
     assert bold == {one.name for one in results.front(["text", "code"])}
     # A class: what a style sheet says of all text goes before an attribute.
-    assert ".front-name{font-weight:600}" in pareto.svg(results, "text", "code")
+    assert ".front-name{font-weight:600}" in pareto.pareto_plot(results, "text", "code")
 
 
 @pytest.mark.parametrize("name", ["ratio", "rewarm", "anneal", "constant"])
 def test_the_committed_plots_are_drawn_from_the_committed_figures(name):
     plot = (HARMONY / name / "pareto.svg").read_text()
-    assert pareto.svg(committed(name), "text", "code") == plot
+    assert pareto.pareto_plot(committed(name), "text", "code") == plot
     assert plot in (HARMONY / name / "index.html").read_text()
 
 
 def test_a_name_is_near_its_mark_or_a_line_leads_to_it():
     size = labels.text_size("name")
     inside = (0.0, 0.0, 500.0, 500.0)
-    alone, second = labels.place([size, size], [(100.0, 100.0), (102.0, 100.0)], [], [], inside)
+    alone, second = labels.place_labels([size, size], [(100.0, 100.0), (102.0, 100.0)], [], [], inside)
     assert alone.box[2] <= 100 or alone.leader
-    assert second.leader or labels._distance(second.box, (102, 100)) < labels._distance(
-        second.box, (100, 100)
-    )
-    (crowded,) = labels.place([size], [(100.0, 100.0)], [(60.0, 70.0, 160.0, 130.0)], [], inside)
+    assert second.leader or labels.distance(second.box, (102, 100)) < labels.distance(second.box, (100, 100))
+    (crowded,) = labels.place_labels([size], [(100.0, 100.0)], [(60.0, 70.0, 160.0, 130.0)], [], inside)
     assert not labels.overlap(crowded.box, (60, 70, 160, 130))
     assert crowded.leader[1] == (100, 100)
     # Nor does another name go onto that line.
     y = (crowded.leader[0][1] + 100) / 2
     other = labels.Label(box=(90.0, y - 5, 110.0, y + 5), anchor="start", leader=None)
-    assert labels._is_free(other, [], [])
-    assert not labels._is_free(other, [], [crowded])
+    assert labels.is_free(other, [], [])
+    assert not labels.is_free(other, [], [crowded])
     # There is nowhere to go.
-    (full,) = labels.place([size], [(100.0, 100.0)], [inside], [], inside)
-    assert labels._within(full.box, inside)
+    (full,) = labels.place_labels([size], [(100.0, 100.0)], [inside], [], inside)
+    assert labels.contains(inside, full.box)
 
 
 @pytest.mark.parametrize(
