@@ -18,7 +18,7 @@ import os
 import pathlib
 import tempfile
 
-from lemur_jax.config import default_config
+from lemur_jax.config import RunConfig, replace
 from lemur_jax.models.presets import preset
 
 
@@ -75,10 +75,14 @@ def record(name: str) -> dict:
     from lemur_jax.plan.plan import plan
 
     step = PROGRAMS[name]
-    config = default_config(preset(step.model).to_dict())
-    config.data.sequence_length = LENGTH
-    config.train.batch_rows, config.train.microbatches = step.rows, step.microbatches
-    config.compute.remat, config.compute.loss_chunk = step.remat, step.loss_chunk
+    options = {
+        "data.sequence_length": LENGTH,
+        "train.batch_rows": step.rows,
+        "train.microbatches": step.microbatches,
+        "compute.remat": step.remat,
+        "compute.loss_chunk": step.loss_chunk,
+    }
+    config = replace(RunConfig(model=preset(step.model)), options)
     with tempfile.TemporaryDirectory() as directory:
         text = pathlib.Path(directory, "step.hlo")
         made = plan(config, step.topology, hlo_path=str(text))

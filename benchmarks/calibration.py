@@ -14,7 +14,8 @@ import json
 import os
 import statistics
 
-from lemur_jax.config import default_config
+from lemur_jax.config import RunConfig, replace
+from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.presets import preset
 
 _MAXTEXT = "github.com/AI-Hypercomputer/maxtext/blob/main/"
@@ -99,11 +100,13 @@ def record(row: Published) -> dict:
     from lemur_jax.plan import topologies
     from lemur_jax.plan.plan import GIB, plan
 
-    config = default_config(row.model)
-    config.data.sequence_length = row.length
-    config.train.batch_rows = row.rows * topologies.find(row.topology).chips
-    config.mesh.tensor = row.tensor
-    config.compute.remat = row.remat
+    options = {
+        "data.sequence_length": row.length,
+        "train.batch_rows": row.rows * topologies.find(row.topology).chips,
+        "mesh.tensor": row.tensor,
+        "compute.remat": row.remat,
+    }
+    config = replace(RunConfig(model=LlamaConfig(**row.model)), options)
     made = plan(config, row.topology)
     if made.step_seconds is None:
         print(f"{row.name:<13}{row.topology:<9} no estimate: {made.hbm_bytes_per_chip / GIB:.1f} GiB")

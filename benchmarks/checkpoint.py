@@ -34,7 +34,7 @@ def main() -> None:
     from lemur_jax.checkpoint import digest
     from lemur_jax.checkpoint.leaves import named
     from lemur_jax.checkpoint.manager import Checkpoints, make_metadata
-    from lemur_jax.config import default_config
+    from lemur_jax.config import RunConfig, replace
     from lemur_jax.models import llama
     from lemur_jax.models.presets import preset
     from lemur_jax.parallel.mesh import make_mesh
@@ -42,9 +42,11 @@ def main() -> None:
     from lemur_jax.train.step import build
 
     layers = {"num_hidden_layers": options.layers} if options.layers else {}
-    config = default_config(preset(options.preset, **layers).to_dict())
+    model = preset(options.preset, **layers)
     # Nothing is trained on, but the step is checked as a whole.
-    config.data.sequence_length = min(config.data.sequence_length, config.model.max_position_embeddings)
+    config = replace(
+        RunConfig(model=model), {"data.sequence_length": min(2048, model.max_position_embeddings)}
+    )
     program = build(config, make_mesh(config.mesh), 1)
     init = jax.jit(
         lambda key: llama.init_params(program.model, key), out_shardings=shardings_of(program.state.params)

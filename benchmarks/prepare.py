@@ -23,7 +23,7 @@ import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lemur_jax.config import default_config
+from lemur_jax.config import default_config, from_config_dict
 from lemur_jax.models.presets import preset
 from lemur_jax.prepare.encoding import CHUNK_BYTES, available_cores
 from lemur_jax.text.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ def prepared(root: Path, copies: int, workers: int, steps: dict) -> Callable[[],
     config.prepare.workers = workers
     config.prepare.steps = {"corpus": steps}
     config.train.steps = 1
-    return lambda: prepare(config, say=lambda line: None)
+    return lambda: prepare(from_config_dict(config), say=lambda line: None)
 
 
 def used() -> float:

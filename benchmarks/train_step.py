@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lemur_jax.cluster import hosts
-from lemur_jax.config import default_config
+from lemur_jax.config import RunConfig, replace
 from lemur_jax.models.presets import preset
 from lemur_jax.telemetry.flops import flops_per_token
 
@@ -49,9 +49,9 @@ def ours(model, batch_rows, length, dtype, remat, tokens):
     from lemur_jax.train.state import shardings_of, start
     from lemur_jax.train.step import build
 
-    config = default_config(model.to_dict())
-    config.compute.dtype, config.compute.remat = dtype, remat
-    config.data.sequence_length, config.train.batch_rows = length, batch_rows
+    options = {"compute.dtype": dtype, "compute.remat": remat}
+    options |= {"data.sequence_length": length, "train.batch_rows": batch_rows}
+    config = replace(RunConfig(model=model), options)
     program = build(config, make_mesh(config.mesh), num_sources=1)
     init = jax.jit(
         lambda key: llama.init_params(model, key), out_shardings=shardings_of(program.state.params)

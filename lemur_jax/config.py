@@ -1,189 +1,130 @@
-"""Run configs: every option with its default, and loading a config file with overrides.
+"""The config of a run: one typed tree, made once from a config file and its overrides.
 
-A config is a Python file with `get_config()`, or `get_config(arg="")`, that starts from `default_config(...)` and
-returns an `ml_collections.ConfigDict`. `load` runs it, applies `--config.a.b=value` overrides and turns every mistake
-into one line.
+A config file is Python with `get_config()`, or `get_config(arg="")`, that starts from `default_config(...)` and
+returns an `ml_collections.ConfigDict`. `load` runs it, applies `--config.a.b=value` overrides and turns the
+result into a `RunConfig`, whose sections stand beside the code that uses them. A mistake is one line.
 """
 
-import difflib
+import dataclasses
 import hashlib
 import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from lemur_jax.checkpoint.config import CheckpointConfig
+from lemur_jax.cluster.config import HostsConfig
+from lemur_jax.common import sections
 from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.common.sections import did_you_mean, replace
+from lemur_jax.data.config import DataConfig
+from lemur_jax.models.config import ComputeConfig, LlamaConfig
+from lemur_jax.parallel.config import MeshConfig
+from lemur_jax.prepare.config import PrepareConfig
+from lemur_jax.telemetry.config import LogConfig
+from lemur_jax.text.config import TokenizerConfig
+from lemur_jax.train.config import EvalConfig, InitConfig, OptimizerConfig, SpikesConfig, TrainConfig
+
+__all__ = [
+    "RunConfig",
+    "default_config",
+    "fingerprint",
+    "flatten",
+    "from_config_dict",
+    "from_json",
+    "load",
+    "load_config_dict",
+    "replace",
+    "to_json",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Every option of a run."""
+
+    model: LlamaConfig  # the shape of the model
+    seed: int = 42  # of fresh parameters and of the order of the data
+    compute: ComputeConfig = field(default_factory=ComputeConfig)  # how the model is computed
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # how devices share the work
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # the tokenizer
+    data: DataConfig = field(default_factory=DataConfig)  # what is trained on
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)  # how the token stores are made
+    train: TrainConfig = field(default_factory=TrainConfig)  # updates and batch
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # optimizer and learning rate
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)  # updates that are skipped
+    init: InitConfig = field(default_factory=InitConfig)  # first parameters
+    eval: EvalConfig = field(default_factory=EvalConfig)  # held-out loss
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # saves
+    log: LogConfig = field(default_factory=LogConfig)  # metrics
+    hosts: HostsConfig = field(default_factory=HostsConfig)  # runs of several hosts
+
+    def __post_init__(self):
+        """Refuses sections that do not fit together; what the mesh and the model allow is checked by train/step.py."""
+        steps = self.train.steps
+        if self.optimizer.warmup_steps >= steps:
+            raise UserError(
+                f"config.optimizer.warmup_steps is {self.optimizer.warmup_steps} but config.train.steps is {steps}:"
+                " the warmup must be shorter than the run"
+            )
+        for name, stage in self.data.stages.items():
+            must = f"a whole number above 0 and below train.steps ({steps})"
+            sections.require(0 < stage.step < steps, f"data.stages.{name}.step", stage.step, must)
+        best = self.checkpoint.keep_best
+        if best and best not in self.eval.tasks:
+            raise UserError(
+                f"config.checkpoint.keep_best {best!r} is not among config.eval.tasks {self.eval.tasks}"
+            )
 
 
 def default_config(model: Mapping[str, Any]) -> ConfigDict:
-    """Every option of a run with its default.
+    """Every option of a run with its default, for a config file to change.
 
     Args:
       model: the fields of `models.config.LlamaConfig`, e.g. `preset("llama2_7b").to_dict()`.
     """
-    config = ConfigDict()
-    config.seed = 42
-    config.model = ConfigDict(dict(model))
-
-    # How the model is computed; none of this changes what is computed beyond rounding.
-    config.compute = ConfigDict(
-        dict(
-            dtype="bfloat16",  # of activations and matmul inputs
-            param_dtype="float32",  # of the master parameters
-            remat="full",  # a name in models.remat.POLICIES: what the backward pass keeps
-            reduce_dtype="",  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
-            attention="auto",  # "auto" or a name in models.attention.IMPLEMENTATIONS
-            attention_blocks=(0, 0),  # positions a block of splash, forward and backward; 0: by the TPU
-            loss_chunk=512,  # positions whose logits exist at a time, cut to what divides the length; 0: all
-            compiler_options=(),  # more for XLA:TPU, "name=value" each; those of parallel/compiler_flags.py are on
-        )
-    )
-
-    # Device mesh; one axis may be -1: whatever devices are left.
-    config.mesh = ConfigDict(dict(data=1, fsdp=-1, sequence=1, tensor=1))
-
-    config.tokenizer = ConfigDict(
-        dict(
-            path="",  # directory with tokenizer.model or tokenizer.json
-            train_vocab_size=0,  # > 0: `prepare` trains a SentencePiece BPE there if none exists
-            train_tasks=(),  # ... on the train splits of these tasks
-            extend="",  # `prepare` makes `path` from this tokenizer directory ...
-            add_tokens=(),  # ... by adding these control tokens at the end
-            chat_template="",  # Jinja file; "": ChatML
-        )
-    )
-
-    config.data = ConfigDict(
-        dict(
-            modules=(),  # Python modules that register more seqio tasks; may lie beside the config
-            stores="stores",  # directory of token stores, one folder a task and split
-            sequence_length=2048,  # T
-            # name of a seqio task, or task/label for a part of it (see the step "label") -> share (of
-            # tokens), packing ("concat" or "fit") and max_epochs (0: repeat without limit)
-            sources=ConfigDict(),
-            # other shares later in the run, e.g. to anneal: name of a stage -> step (its first update)
-            # and shares (source -> share of tokens; a source that is not named has none)
-            stages=ConfigDict(),
-        )
-    )
-    config.prepare = ConfigDict(
-        dict(
-            workers=0,  # processes; 0: one a core
-            held_out_tasks=(),  # tasks of which only the validation split is prepared
-            max_bad_share=0.01,  # of records that cannot be used, above which preparing fails
-            steps=ConfigDict(),  # name of a task -> cleaning and code steps, see data.cleaning.DEFAULTS
-        )
-    )
-
-    config.train = ConfigDict(
-        dict(
-            steps=1000,  # updates
-            batch_rows=128,  # rows B of one update, over all hosts and microbatches
-            microbatches=1,  # B is split into this many passes
-        )
-    )
-    config.optimizer = ConfigDict(
-        dict(
-            name="adamw",  # a name in train.optimizer.OPTIMIZERS: "adamw", "adafactor" or "muon"
-            learning_rate=3e-4,  # peak, in updates, not in microbatches
-            final_learning_rate=3e-5,
-            warmup_steps=0,
-            b1=0.9,
-            b2=0.95,
-            eps=1e-8,
-            weight_decay=0.1,  # of matrices; norm scales are never decayed
-            clip_norm=1.0,  # of the global gradient norm; 0: off
-            moments_dtype="float32",  # of first moments
-            z_loss=0.0,  # weight of log(Z)^2
-        )
-    )
-    # Updates that are skipped by rule, see train.spikes; what is skipped is the same on any hosts and after any
-    # restart. All off: a gradient that is not finite stops the run.
-    config.spikes = ConfigDict(
-        dict(
-            factor=0.0,  # > 0: skip where the gradient norm is above so many times the running median, or not finite
-            window=100,  # ... of so many accepted norms; before there are so many, only what is not finite is skipped
-            rollback_after=0,  # so many skips in a row undo the updates since the last regular checkpoint; 0: never
-            max_rollbacks=3,  # after which the run stops instead
-        )
-    )
-    # Where the parameters come from; all empty: fresh ones from `seed`.
-    config.init = ConfigDict(
-        dict(
-            checkpoint="",  # ours, or a Hugging Face directory; its parameters are taken, its optimizer is not
-            drop_rows_above=0,  # > 0: forget vocabulary rows from this id on before extending
-            new_rows="refuse",  # "mean": extend the vocabulary with the mean of the old rows
-        )
-    )
-
-    config.eval = ConfigDict(
-        dict(
-            every_steps=0,  # held-out loss every so many updates and at the end; 0: only at the end
-            tasks=(),  # tasks whose validation stores are scored, each for itself
-            batch_rows=0,  # 0: as train.batch_rows
-            max_rows=0,  # rows a task; 0: all
-            # name of a group -> its tasks, e.g. code=("stack_python", "stack_java"); the balance score weighs
-            # groups alike. Empty: each task is a group
-            groups=ConfigDict(),
-        )
-    )
-    config.checkpoint = ConfigDict(
-        dict(
-            every_steps=500,
-            every_minutes=0.0,  # besides, when so long ago; looked at every log.every_steps
-            keep=3,  # newest checkpoints kept
-            keep_every=0,  # besides, those of steps that this divides; 0: none
-            keep_best="",  # besides, the one with the lowest held-out loss on this task of eval.tasks
-            grace_s=0.0,  # after SIGTERM a save may take so long, then the process ends; 0: no limit
-            max_failures=3,  # saves that may fail in a row; each is tried again
-            other_optimizer="refuse",  # "fresh": where the stored optimizer is another one, start it anew
-            broadcast=False,  # with mesh.data > 1: one slice reads a checkpoint and sends it to the others
-            # besides, emergency checkpoints on each host's own disk, where $VARIABLES are that host's; "": none.
-            # Hosts serve them to each other on an open port: within a trusted network only
-            local_directory="",
-            local_every_steps=50,
-        )
-    )
-    config.log = ConfigDict(
-        dict(
-            every_steps=10,
-            tensorboard=False,  # also write WORKDIR/tensorboard; needs the extra "tensorboard"
-            wandb=False,  # also send to Weights & Biases, set up by WANDB_*; needs the extra "wandb"
-        )
-    )
-    # Runs of several hosts.
-    config.hosts = ConfigDict(
-        dict(
-            connect_seconds=300,  # how long the first hosts wait for the last one at the start
-            lost_seconds=100,  # a host silent for so long is lost, and the others stop
-        )
-    )
-    # A mistyped key in a config file is an error there and then; only these bring keys of their own.
+    config = ConfigDict({**sections.defaults(RunConfig), "model": dict(model)})
+    # A mistyped key in a config file is an error there and then; only these have keys of the user's own.
     config.lock()
-    config.data.sources.unlock()
-    config.data.stages.unlock()
-    config.eval.groups.unlock()
-    config.prepare.steps.unlock()
+    for mapping in (config.data.sources, config.data.stages, config.eval.groups, config.prepare.steps):
+        mapping.unlock()
     return config
 
 
-def load(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def from_config_dict(config: ConfigDict) -> RunConfig:
+    """The typed config of a `ConfigDict`.
+
+    Raises:
+      UserError: an unknown key (the nearest one is named), a value of the wrong type, or one that cannot work.
+    """
+    return from_json(config.to_dict())
+
+
+def from_json(values: Mapping[str, Any]) -> RunConfig:
+    """The inverse of `to_json`; keys that are missing have their defaults. Raises as `from_config_dict`."""
+    return sections.from_plain(RunConfig, values)
+
+
+def load(argument: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Runs a config file and applies overrides.
 
     Args:
       argument: `path/to/config.py` or `path/to/config.py:arg`, as for ml_collections.
       overrides: strings `--config.a.b=value`.
 
-    Returns:
-      The locked config.
-
     Raises:
-      UserError: no such file, an unknown key (the nearest valid one is named), or a value of the
-        wrong type.
+      UserError: no such file, an unknown key (the nearest one is named), a value of the wrong type, or one
+        that cannot work.
     """
+    return from_config_dict(load_config_dict(argument, overrides))
+
+
+def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """As `load`, but what the file returned, for another config file to change."""
     from absl import flags
     from ml_collections import config_flags
 
@@ -215,19 +156,18 @@ def load(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise UserError(f"cannot load the config file {path}: {reason_of(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{argument}: get_config returned {type(config).__name__}, not a ConfigDict")
-    config.lock()
     return config
 
 
 def _explain_key(argument: str, overrides: Sequence[str], error: Exception) -> UserError:
     """Names the override whose key does not exist and the valid key nearest to it."""
-    known = sorted(flatten(load(argument).to_dict())) if overrides else []
+    known = sorted(flatten(load_config_dict(argument).to_dict())) if overrides else []
     for override in overrides:
         key, _, value = override.removeprefix("--config.").partition("=")
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            return UserError(f"unknown config key {key} (value {value!r}) for {argument}{hint}")
+            return UserError(
+                f"unknown config key {key} (value {value!r}) for {argument}{did_you_mean(key, known)}"
+            )
     return UserError(f"cannot load the config {argument}: {error}")
 
 
@@ -242,11 +182,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def to_json(config: ConfigDict) -> dict[str, Any]:
+def to_json(config: RunConfig) -> dict[str, Any]:
     """The config as plain JSON values (tuples become lists)."""
-    return json.loads(config.to_json())
+    return json.loads(json.dumps(sections.to_plain(config)))
 
 
-def fingerprint(config: ConfigDict) -> str:
+def fingerprint(config: RunConfig) -> str:
     """The same for the same options, whatever the order in which they were set."""
     return hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()

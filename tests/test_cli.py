@@ -78,7 +78,7 @@ def test_help_of_a_verb_has_an_example(verb, capsys):
         (["train", "--config", "none.py", "--workdir", "run"], "no config file none.py"),
         (
             ["train", "--config", "c.py", "--workdir", "run", "--config.train.stps=1"],
-            "did you mean train.steps",
+            "did you mean 'train.steps'",
         ),
         (["train", "--config", "c.py", "--workdir", "run", "--config.train.steps=x"], "train.steps"),
         (["train", "--config", "c.py", "--workdir", "run", "--config.mesh.fsdp=3"], "does not multiply"),

@@ -38,7 +38,7 @@ def test_overrides_take_the_type_of_the_leaf(path):
     assert config.train.steps == 7
     assert config.optimizer.learning_rate == 1.0
     assert isinstance(config.optimizer.learning_rate, float)
-    assert config.data.sources.code.share == 5.0
+    assert config.data.sources["code"].share == 5.0
 
 
 def test_a_source_with_a_slash_is_overridden_by_its_name(path):

@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from lemur_jax.config import load
-from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.train.step import build
@@ -29,11 +28,11 @@ def test_pretraining_has_the_recipes_numbers():
     config = load(str(CONFIGS[0].parent / "lemur_70b_pretrain.py"))
     assert config.train.batch_rows * config.data.sequence_length == 4_194_304
     assert config.train.steps * 4_194_304 == pytest.approx(90e9, rel=1e-4)
-    assert (config.data.sources.lemur_code.share, config.data.sources.lemur_text.share) == (10.0, 1.0)
+    assert (config.data.sources["lemur_code"].share, config.data.sources["lemur_text"].share) == (10.0, 1.0)
     assert (config.optimizer.learning_rate, config.optimizer.final_learning_rate) == (4e-5, 4e-6)
     assert (config.optimizer.b1, config.optimizer.b2, config.optimizer.weight_decay) == (0.9, 0.95, 0.1)
     assert (config.optimizer.clip_norm, config.seed) == (1.0, 42)
-    assert LlamaConfig.from_dict(config.model).vocab_size == 32_024
+    assert config.model.vocab_size == 32_024
 
 
 def test_chat_goes_from_32024_over_32000_to_32005():
@@ -44,4 +43,4 @@ def test_chat_goes_from_32024_over_32000_to_32005():
         32_005,
     )
     assert len(config.tokenizer.add_tokens) == 5
-    assert num_params(LlamaConfig.from_dict(config.model)) > 68e9
+    assert num_params(config.model) > 68e9

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
+from lemur_jax.config import RunConfig
 from lemur_jax.data.budget import budget, format_budget
 from lemur_jax.data.manifest import describe_labels
 from lemur_jax.data.mixture import Mixture, open_mixture
@@ -66,7 +66,7 @@ def inspect_store(
     return "\n".join(lines)
 
 
-def inspect_config(config: ConfigDict, *, samples: int = 1, color: bool = False) -> str:
+def inspect_config(config: RunConfig, *, samples: int = 1, color: bool = False) -> str:
     """The mixture that a config trains on: shares as trained, budget, and rows of the first batches.
 
     Args:
@@ -78,7 +78,7 @@ def inspect_config(config: ConfigDict, *, samples: int = 1, color: bool = False)
       UserError: no tokenizer, or a store that is missing or of another tokenizer.
     """
     tokenizer = Tokenizer.load(config.tokenizer.path)
-    mixture = open_mixture(config, tokenizer)
+    mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
     lines = [f"{config.train.steps:,} steps of {mixture.batch_rows:,} rows of {mixture.length:,} tokens"]
     stops = [stage.step for stage in mixture.stages[1:]] + [max(1, config.train.steps)]
     for stage, stop in zip(mixture.stages, stops, strict=True):

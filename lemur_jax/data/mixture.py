@@ -9,15 +9,14 @@ Axes: B rows of the global batch, T position in a row.
 
 import bisect
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.config import DataConfig
 from lemur_jax.data.permutation import key_of, permute
 from lemur_jax.data.rows import Batch, ConcatRows, FitRows, Rows
 from lemur_jax.data.store import TokenStore
@@ -96,14 +95,12 @@ class Mixture:
       stages: all of them, in order.
 
     Raises:
-      UserError: no sources, two of one name, a negative share, all shares 0, or sources that differ in
-        sequence length; of stages, see `check_stages`.
+      UserError: no sources, or sources that differ in sequence length.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int, batch_rows: int, stages: Sequence[Stage] = ()):
         _check_sources(sources)
         own = {source.name: source.share for source in sources}
-        check_stages(stages, list(own))
         self.sources = tuple(sources)
         self.stages = (
             Stage(name="start", step=0, shares=own),
@@ -189,82 +186,43 @@ class Mixture:
         return permute(places % size, size, self._keys[index], epoch + places // size)
 
 
-def open_mixture(config: ConfigDict, tokenizer: Tokenizer) -> Mixture:
-    """The mixture of the training stores that `config.data` describes.
+def open_mixture(data: DataConfig, tokenizer: Tokenizer, *, seed: int, batch_rows: int) -> Mixture:
+    """The mixture of the training stores of `config.data`.
+
+    Args:
+      data: names the stores, their shares and the stages.
+      tokenizer: of the run.
+      seed: of the order of the rows.
+      batch_rows: rows B of a global batch.
 
     Raises:
-      UserError: no sources, an unknown packing, a store that is missing or of another tokenizer, or
-        shares that cannot be mixed.
+      UserError: no sources, or a store that is missing or of another tokenizer.
     """
-    sources = []
-    for name, options in config.data.sources.items():
-        sources.append(
-            Source(
-                name=name,
-                rows=open_rows(config, tokenizer, name, "train", options.get("packing", "concat")),
-                share=options.share,
-                max_epochs=options.get("max_epochs", 0.0),
-            )
+    sources = [
+        Source(
+            name=name,
+            rows=open_rows(data, tokenizer, name, "train", source.packing),
+            share=source.share,
+            max_epochs=source.max_epochs,
         )
-    return Mixture(sources, config.seed, config.train.batch_rows, stages_of(config))
+        for name, source in data.sources.items()
+    ]
+    stages = [Stage(name=name, step=stage.step, shares=stage.shares) for name, stage in data.stages.items()]
+    return Mixture(sources, seed, batch_rows, stages)
 
 
-def stages_of(config: ConfigDict) -> list[Stage]:
-    """The stages of `config.data.stages`, the first one (the sources' own shares) left out.
-
-    Raises:
-      UserError: one without `step` or `shares`, a step that is not one of the run's, or what
-        `check_stages` finds.
-    """
-    stages = []
-    for name, options in config.data.stages.items():
-        where = f"data.stages.{name}"
-        if not isinstance(options, ConfigDict) or set(options) != {"step", "shares"}:
-            raise UserError(f"{where} must be {{'step': first update, 'shares': {{source: share}}}}")
-        if not isinstance(options.step, int) or not 0 < options.step < config.train.steps:
-            raise UserError(
-                f"{where}.step is {options.step!r}: it must be a whole number above 0 and below train.steps"
-                f" ({config.train.steps})"
-            )
-        stages.append(Stage(name=name, step=options.step, shares=options.shares.to_dict()))
-    check_stages(stages, list(config.data.sources))
-    return stages
-
-
-def check_stages(stages: Sequence[Stage], sources: Sequence[str]) -> None:
-    """Raises UserError for an unknown source, a share that is none, or two stages that begin together."""
-    begins: dict[int, str] = {}
-    for stage in stages:
-        if begins.setdefault(stage.step, stage.name) != stage.name:
-            raise UserError(
-                f"data.stages.{begins[stage.step]} and data.stages.{stage.name} both begin at step {stage.step}"
-            )
-        where = f"data.stages.{stage.name}.shares"
-        for name in stage.shares:
-            if name not in sources:
-                nearest = difflib.get_close_matches(name, sources, n=1, cutoff=0.0)[0]
-                raise UserError(
-                    f"{where} names {name!r}, which is not in data.sources; did you mean {nearest!r}?"
-                )
-        _check_shares({f"{where}.{name}": share for name, share in stage.shares.items()}, where)
-
-
-def open_rows(config: ConfigDict, tokenizer: Tokenizer, task: str, split: str, packing: str = "") -> Rows:
+def open_rows(data: DataConfig, tokenizer: Tokenizer, task: str, split: str, packing: str = "") -> Rows:
     """The rows of one task and split.
 
     Args:
       packing: "concat" or "fit"; "": "fit" for a store with a loss mask, else "concat".
 
     Raises:
-      UserError: an unknown packing, or a store that is missing or of another tokenizer.
+      UserError: a store that is missing or of another tokenizer.
     """
-    if packing and packing not in PACKINGS:
-        raise UserError(
-            f"data.sources.{task}.packing is {packing!r}: it must be one of {', '.join(PACKINGS)}"
-        )
-    store = TokenStore.open(epath.Path(config.data.stores) / task / split, tokenizer)
+    store = TokenStore.open(epath.Path(data.stores) / task / split, tokenizer)
     packing = packing or ("fit" if store.manifest.has_loss_mask else "concat")
-    return PACKINGS[packing](store, config.data.sequence_length)
+    return PACKINGS[packing](store, data.sequence_length)
 
 
 def _check_sources(sources: Sequence[Source]) -> None:
@@ -272,27 +230,9 @@ def _check_sources(sources: Sequence[Source]) -> None:
         raise UserError(
             "data.sources is empty: name at least one seqio task with a share, e.g. code=dict(share=1.0)"
         )
-    names = [source.name for source in sources]
-    if len(set(names)) != len(names):
-        raise UserError(f"data.sources names a source twice: {', '.join(names)}")
-    for source in sources:
-        if source.max_epochs < 0:
-            raise UserError(
-                f"data.sources.{source.name}.max_epochs is {source.max_epochs}: it must be 0 (no limit) or"
-                " more"
-            )
-    _check_shares({f"data.sources.{source.name}.share": source.share for source in sources}, "data.sources")
     lengths = {source.rows.length for source in sources}
     if len(lengths) > 1:
         raise UserError(f"sources of one mixture differ in sequence length: {sorted(lengths)}")
-
-
-def _check_shares(shares: Mapping[str, float], where: str) -> None:
-    for name, share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < float("inf"):
-            raise UserError(f"{name} is {share!r}: it must be a number, 0 or more, and finite")
-    if not any(shares.values()):
-        raise UserError(f"all shares of {where} are 0: give one source a share")
 
 
 def _splits(sources: Sequence[Source], shares: Mapping[str, float]) -> list[tuple[int, int]]:

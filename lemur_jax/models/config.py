@@ -1,12 +1,19 @@
-"""The shape of a Llama: one frozen dataclass, in the names of Hugging Face's `config.json`."""
+"""`config.model`, the shape of a Llama in the names of Hugging Face's `config.json`, and `config.compute`."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.sections import require, require_one_of
 
 ROPE_SCALINGS = ("none", "linear", "llama3")
+# Names of models/remat.py, from most recomputed to nothing recomputed.
+REMAT_POLICIES = (
+    *("full", "attention", "attention_all", "mlp", "mlp_gate", "mlp_all", "dots"),
+    *("offload_full", "offload_attention", "offload_mlp", "offload_all", "none"),
+)
+ATTENTION_NAMES = ("auto", "xla", "splash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,42 +22,25 @@ class LlamaConfig:
 
     Field names and meanings are those of `transformers.LlamaConfig`; the nested `rope_scaling`
     dictionary of Hugging Face is flattened into the `rope_*` fields.
-
-    Attributes:
-      vocab_size: rows V of the embedding and of the head.
-      hidden_size: model width D.
-      intermediate_size: width F of the SwiGLU hidden layer.
-      num_hidden_layers: layers L.
-      num_attention_heads: query heads H.
-      num_key_value_heads: key and value heads K; H must be a multiple of K.
-      head_dim: width N of one head.
-      rms_norm_eps: epsilon inside the root of RMSNorm.
-      max_position_embeddings: longest sequence that the model was made for, in tokens.
-      tie_word_embeddings: whether the head is the transposed embedding.
-      rope_theta: base of the rotary angles.
-      rope_scaling: "none", "linear" (positions divided by `rope_factor`) or "llama3".
-      rope_factor, rope_low_freq_factor, rope_high_freq_factor,
-        rope_original_max_position_embeddings: the numbers of linear and Llama-3 scaling.
-      initializer_range: standard deviation of fresh weights.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-5
-    max_position_embeddings: int = 4096
-    tie_word_embeddings: bool = False
-    rope_theta: float = 10_000.0
-    rope_scaling: str = "none"
-    rope_factor: float = 1.0
-    rope_low_freq_factor: float = 1.0
-    rope_high_freq_factor: float = 4.0
-    rope_original_max_position_embeddings: int = 8192
-    initializer_range: float = 0.02
+    vocab_size: int  # rows V of the embedding and of the head
+    hidden_size: int  # model width D
+    intermediate_size: int  # width F of the SwiGLU hidden layer
+    num_hidden_layers: int  # layers L
+    num_attention_heads: int  # query heads H
+    num_key_value_heads: int  # key and value heads K; H must be a multiple of K
+    head_dim: int  # width N of one head
+    rms_norm_eps: float = 1e-5  # epsilon inside the root of RMSNorm
+    max_position_embeddings: int = 4096  # longest sequence that the model was made for, in tokens
+    tie_word_embeddings: bool = False  # whether the head is the transposed embedding
+    rope_theta: float = 10_000.0  # base of the rotary angles
+    rope_scaling: str = "none"  # "none", "linear" (positions divided by `rope_factor`) or "llama3"
+    rope_factor: float = 1.0  # of linear and Llama-3 scaling
+    rope_low_freq_factor: float = 1.0  # of Llama-3 scaling
+    rope_high_freq_factor: float = 4.0  # of Llama-3 scaling
+    rope_original_max_position_embeddings: int = 8192  # of Llama-3 scaling
+    initializer_range: float = 0.02  # standard deviation of fresh weights
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -74,7 +64,37 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
-        """The inverse of `to_dict`; also takes a `ConfigDict`."""
+        """The inverse of `to_dict`; names that are no fields are ignored."""
         return cls(
             **{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields}
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How the model is computed: affects speed and memory, not results (up to rounding)."""
+
+    dtype: str = "bfloat16"  # of activations and matmul inputs
+    param_dtype: str = "float32"  # of the master parameters
+    remat: str = "full"  # what the backward pass keeps, a name in models/remat.py
+    reduce_dtype: str = ""  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
+    attention: str = "auto"  # "auto", "xla", "splash" or "cudnn"
+    attention_blocks: tuple[int, ...] = (
+        0,
+        0,
+    )  # positions a block of splash, forward and backward; 0: by the TPU
+    loss_chunk: int = 512  # positions whose logits exist at a time, cut to what divides the length; 0: all
+    compiler_options: tuple[
+        str, ...
+    ] = ()  # more for XLA:TPU, "name=value" each, see parallel/compiler_flags.py
+
+    def __post_init__(self):
+        for key in ("dtype", "param_dtype"):
+            require_one_of(f"compute.{key}", getattr(self, key), ("float32", "bfloat16", "float16"))
+        require_one_of("compute.reduce_dtype", self.reduce_dtype, ("", "float32", "bfloat16"))
+        require_one_of("compute.remat", self.remat, REMAT_POLICIES)
+        require_one_of("compute.attention", self.attention, ATTENTION_NAMES)
+        require(self.loss_chunk >= 0, "compute.loss_chunk", self.loss_chunk, "0 or more")
+        blocks = self.attention_blocks
+        two = len(blocks) == 2 and min(blocks) >= 0
+        require(two, "compute.attention_blocks", blocks, "two numbers, for forward and backward")

@@ -9,7 +9,7 @@ conversion) parameters are a nested dict of arrays with layers stacked on a lead
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from lemur_jax.models.attention import attention
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import ComputeConfig, LlamaConfig
 from lemur_jax.models.linear import Reduction, gathered, is_quantized, product, sharded_products, whole_stream
 from lemur_jax.models.remat import rematerialize
 from lemur_jax.models.rope import rotary_angles, rotate, rotate_by_matmul
@@ -87,15 +87,15 @@ class Compute:
         return Reduction(found.dtype, exchange=False)
 
     @classmethod
-    def from_config(cls, options: Mapping[str, Any], mesh: Mesh | None) -> "Compute":
+    def from_config(cls, options: ComputeConfig, mesh: Mesh | None) -> "Compute":
         """From `config.compute`."""
         return cls(
-            dtype=options["dtype"],
-            remat=options["remat"],
-            reduce_dtype=options["reduce_dtype"],
-            attention=options["attention"],
-            attention_blocks=tuple(options["attention_blocks"]),
-            loss_chunk=options["loss_chunk"],
+            dtype=options.dtype,
+            remat=options.remat,
+            reduce_dtype=options.reduce_dtype,
+            attention=options.attention,
+            attention_blocks=(options.attention_blocks[0], options.attention_blocks[1]),
+            loss_chunk=options.loss_chunk,
             mesh=mesh,
         )
 

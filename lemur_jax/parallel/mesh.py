@@ -10,23 +10,21 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.parallel.config import MeshConfig
 
 # Outermost first: neighbours in the last axis are neighbours on the interconnect.
 AXES = ("data", "fsdp", "sequence", "tensor")
 
 
-def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
+def mesh_shape(sizes: MeshConfig | Mapping[str, int], num_devices: int) -> tuple[int, ...]:
     """Sizes of `AXES`, with −1 replaced by whatever devices are left.
 
     Raises:
       UserError: more than one −1, a size below 1, or a product that is not `num_devices`.
     """
-    shape = [int(sizes[axis]) for axis in AXES]
+    sizes = sizes if isinstance(sizes, MeshConfig) else MeshConfig(**sizes)
+    shape = [getattr(sizes, axis) for axis in AXES]
     written = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
-    if shape.count(-1) > 1:
-        raise UserError(f"mesh {written}: only one axis may be -1")
-    if any(size < 1 and size != -1 for size in shape):
-        raise UserError(f"mesh {written}: sizes must be at least 1, or -1 for the rest")
     fixed = math.prod(size for size in shape if size != -1)
     if -1 in shape and num_devices % fixed == 0:
         shape[shape.index(-1)] = num_devices // fixed
@@ -38,7 +36,7 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: MeshConfig | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices of all hosts, or over `devices` (a slice that is only described).
 
     Several TPU slices are laid along `data`, so that only gradients cross the slow network between them.

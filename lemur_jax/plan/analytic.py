@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
-from ml_collections import ConfigDict
 
+from lemur_jax.config import RunConfig
 from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.remat import POLICIES
@@ -26,6 +26,7 @@ from lemur_jax.plan.compile import device_bytes
 from lemur_jax.plan.cost import CHIPS
 from lemur_jax.plan.topologies import Slice
 from lemur_jax.telemetry import flops
+from lemur_jax.train.config import OptimizerConfig
 from lemur_jax.train.optimizer import make_optimizer
 from lemur_jax.train.state import abstract_state
 from lemur_jax.train.step import check
@@ -64,7 +65,7 @@ class Bound:
         return self.compute + self.memory + self.network + self.host
 
 
-def bound(config: ConfigDict, tpu: Slice) -> Bound:
+def bound(config: RunConfig, tpu: Slice) -> Bound:
     """Bounds on the update of a config on a slice.
 
     Raises:
@@ -72,12 +73,13 @@ def bound(config: ConfigDict, tpu: Slice) -> Bound:
     """
     devices = tpu.devices_per_slice * tpu.slices
     mesh = _mesh(config, tpu)
-    check(config, mesh)
-    model = LlamaConfig.from_dict(config.model)
+    check(config.train, config.data.sequence_length, config.model, mesh)
+    model = config.model
     if mesh.shape["sequence"] > 1:
         check_heads(model.num_attention_heads, model.num_key_value_heads, mesh)
-    optimizer = tuple(sorted(config.optimizer.items()))
-    parameters, moments = _state_bytes(model, config.compute.param_dtype, optimizer, config.train.steps, mesh)
+    parameters, moments = _state_bytes(
+        model, config.compute.param_dtype, config.optimizer, config.train.steps, mesh
+    )
     tokens = config.train.batch_rows * config.data.sequence_length / devices * mesh.shape["tensor"]
     chip = CHIPS[tpu.generation.name]
     # When the last gradient is done, all are there. Before, with one pass, it is activations instead.
@@ -103,15 +105,17 @@ def bound(config: ConfigDict, tpu: Slice) -> Bound:
     )
 
 
-def _mesh(config: ConfigDict, tpu: Slice) -> Any:
+def _mesh(config: RunConfig, tpu: Slice) -> Any:
     """A mesh without devices, for those who read nothing but its axes."""
     return AbstractMesh(mesh_shape(config.mesh, tpu.devices_per_slice * tpu.slices), AXES)
 
 
 @functools.lru_cache(maxsize=256)
-def _state_bytes(model: LlamaConfig, dtype: str, optimizer: tuple, steps: int, mesh: Any) -> tuple[int, int]:
+def _state_bytes(
+    model: LlamaConfig, dtype: str, optimizer: OptimizerConfig, steps: int, mesh: Any
+) -> tuple[int, int]:
     """Bytes a device of parameters and of optimizer state."""
-    made = make_optimizer(dict(optimizer), steps, llama.logical_axes(model))
+    made = make_optimizer(optimizer, steps, llama.logical_axes(model))
     state = abstract_state(model, dtype, made, mesh)
     return device_bytes(state.params), device_bytes(state.optimizer)
 
@@ -149,7 +153,7 @@ def decision(policy: str, name: str) -> str:
     return kinds[type(answer).__name__]
 
 
-def stored_bytes(config: ConfigDict, mesh: Any, where: str) -> list[tuple[str, float]]:
+def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, float]]:
     """(name, bytes a token of all layers) that the forward pass leaves for the backward one, on one device.
 
     A layer's input is always stored. The policies "dots" and "none" keep what has no name as well: every projection's
@@ -158,7 +162,7 @@ def stored_bytes(config: ConfigDict, mesh: Any, where: str) -> list[tuple[str, f
     Args:
       where: "keep" for HBM, or "host".
     """
-    model = LlamaConfig.from_dict(config.model)
+    model = config.model
     policy, elements = config.compute.remat, sizes(model)
     places = {name: decision(policy, name) for name in elements}
     if policy in ("dots", "none"):
@@ -175,7 +179,7 @@ def stored_bytes(config: ConfigDict, mesh: Any, where: str) -> list[tuple[str, f
     ]
 
 
-def _flops(config: ConfigDict, model: LlamaConfig) -> float:
+def _flops(config: RunConfig, model: LlamaConfig) -> float:
     """FLOPs of an update: three passes, and what the policy computes again; attention causal."""
     T = config.data.sequence_length
     forward = flops.flops_per_token(model, T, backward=False)
@@ -195,7 +199,7 @@ def _flops(config: ConfigDict, model: LlamaConfig) -> float:
     return config.train.batch_rows * T * per_token
 
 
-def _network(config: ConfigDict, model: LlamaConfig, mesh: Any, tokens: float, tpu: Slice) -> float:
+def _network(config: RunConfig, model: LlamaConfig, mesh: Any, tokens: float, tpu: Slice) -> float:
     """Seconds over all links at once: weights gathered twice a pass, activations summed, positions traded for heads."""
     size = jnp.dtype(config.compute.dtype).itemsize
     fsdp, tensor, sequence = mesh.shape["fsdp"], mesh.shape["tensor"], mesh.shape["sequence"]
@@ -212,10 +216,10 @@ def _network(config: ConfigDict, model: LlamaConfig, mesh: Any, tokens: float, t
     return moved / (max(1, sum(axes)) * CHIPS[tpu.generation.name].link)
 
 
-def largest(config: ConfigDict, tpu: Slice) -> list[tuple[int, str]]:
+def largest(config: RunConfig, tpu: Slice) -> list[tuple[int, str]]:
     """The largest arrays of the state and of what the layers keep, (bytes a device, what), largest first."""
     mesh = _mesh(config, tpu)
-    model = LlamaConfig.from_dict(config.model)
+    model = config.model
     optimizer = make_optimizer(config.optimizer, config.train.steps, llama.logical_axes(model))
     state = abstract_state(model, config.compute.param_dtype, optimizer, mesh)
     leaves = [

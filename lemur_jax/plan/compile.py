@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
+from lemur_jax.config import RunConfig
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.plan import topologies
 from lemur_jax.train.step import Program, build
@@ -41,7 +41,7 @@ class Compiled:
     largest: tuple[tuple[int, str], ...] = ()
 
 
-def program(config: ConfigDict, tpu: topologies.Slice) -> Program:
+def program(config: RunConfig, tpu: topologies.Slice) -> Program:
     """The program of a config over the described slice.
 
     Raises:

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import RunConfig
 from lemur_jax.infer.programs import Rows, programs
 from lemur_jax.infer.session import abstract_params
 from lemur_jax.models import kv_cache
@@ -90,7 +90,7 @@ class GeneratePlan:
 
 
 def plan_generate(
-    config: ConfigDict,
+    config: RunConfig,
     topology: str,
     *,
     slices: int = 1,
@@ -112,7 +112,7 @@ def plan_generate(
     Raises:
       UserError: lengths that make no sense, or a mesh that does not fit the slice, the model or the batch.
     """
-    model = LlamaConfig.from_dict(config.model)
+    model = config.model
     tpu = topologies.find(topology, slices)
     mesh = make_mesh(config.mesh, topologies.devices(tpu))
     _check(model, mesh, batch, prompt_length, cache_length)

@@ -86,14 +86,14 @@ Estimated, not measured: {best.seconds:.3f} s a step, {made.tokens_per_second_pe
 
 import os
 
-from lemur_jax.config import load
+from lemur_jax.config import load_config_dict
 
 BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), {beside!r})
 OVERRIDES: list[str] = {list(overrides)!r}
 
 
 def get_config(arg: str = ""):
-    config = load(BASE + {colon + argument!r}, OVERRIDES)
+    config = load_config_dict(BASE + {colon + argument!r}, OVERRIDES)
 {values}
     return config
 '''

@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.config import RunConfig
 from lemur_jax.plan import analytic, cost, hlo, topologies
 from lemur_jax.plan import compile as compiling
 from lemur_jax.telemetry import flops
@@ -72,7 +71,7 @@ class Plan:
 
 
 def plan(
-    config: ConfigDict,
+    config: RunConfig,
     topology: str,
     *,
     slices: int = 1,
@@ -128,7 +127,7 @@ def plan(
 
 
 def _largest_buffers(
-    config: ConfigDict, tpu: topologies.Slice, compiled: compiling.Compiled
+    config: RunConfig, tpu: topologies.Slice, compiled: compiling.Compiled
 ) -> list[list[Any]]:
     """[bytes a chip, description], largest first, where the program does not fit."""
     if compiled.fits:
@@ -137,11 +136,11 @@ def _largest_buffers(
     return [[size * tpu.generation.devices_per_chip, what] for size, what in named]
 
 
-def _estimates(config: ConfigDict, tpu: topologies.Slice, program, estimate: cost.Cost) -> dict[str, Any]:
+def _estimates(config: RunConfig, tpu: topologies.Slice, program, estimate: cost.Cost) -> dict[str, Any]:
     """The fields of a Plan that follow from the estimated time."""
     tokens = config.train.batch_rows * config.data.sequence_length
     rate = tokens / estimate.seconds
-    model = LlamaConfig.from_dict(config.model)
+    model = config.model
     peak = tpu.chips * flops.chip(program.mesh.devices.flat[0].device_kind).bf16_flops
     causal, full = (
         flops.mfu(rate, flops.flops_per_token(model, config.data.sequence_length, causal=causal).total, peak)

@@ -20,11 +20,10 @@ from importlib import metadata
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 import lemur_jax
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import to_json
+from lemur_jax.config import RunConfig, replace, to_json
 from lemur_jax.models.remat import POLICIES
 from lemur_jax.plan import analytic, topologies
 from lemur_jax.plan.cost import CHIPS
@@ -148,14 +147,7 @@ class Found:
         return front
 
 
-def changed(config: ConfigDict, changes: Changes) -> ConfigDict:
-    """A copy of the config with other values at dotted keys."""
-    copy = config.copy_and_resolve_references()
-    copy.update_from_flattened_dict(changes)
-    return copy
-
-
-def layouts(config: ConfigDict, tpu: topologies.Slice) -> Iterator[Changes]:
+def layouts(config: RunConfig, tpu: topologies.Slice) -> Iterator[Changes]:
     """Every mesh, policy and number of microbatches that could be."""
     devices = tpu.devices_per_slice * tpu.slices
     rows = config.train.batch_rows
@@ -177,13 +169,13 @@ def layouts(config: ConfigDict, tpu: topologies.Slice) -> Iterator[Changes]:
             }
 
 
-def candidates(config: ConfigDict, tpu: topologies.Slice, pruned: dict[str, int]) -> list[Candidate]:
+def candidates(config: RunConfig, tpu: topologies.Slice, pruned: dict[str, int]) -> list[Candidate]:
     """The layouts that could fit, the most promising first; the others are counted in `pruned`."""
     limit = CHIPS[tpu.generation.name].hbm
     kept = []
     for changes in layouts(config, tpu):
         try:
-            bound = analytic.bound(changed(config, changes), tpu)
+            bound = analytic.bound(replace(config, changes), tpu)
         except UserError:
             _count(pruned, "the mesh does not divide the model or the batch")
             continue
@@ -199,7 +191,7 @@ def _count(counts: dict[str, int], reason: str) -> None:
 
 
 def search(
-    config: ConfigDict,
+    config: RunConfig,
     topology: str,
     *,
     slices: int = 1,
@@ -250,7 +242,7 @@ def search(
     try:
         while time.monotonic() - started < 60 * minutes:
             while len(running) < processes and (candidate := following()):
-                wanted = changed(config, candidate.changes)
+                wanted = replace(config, candidate.changes)
                 path = cache / f"{key(wanted, topology, slices)}.json"
                 if path.exists():
                     found.cached += 1
@@ -282,7 +274,7 @@ def _launch(*arguments) -> Process:
     return process
 
 
-def refinements(best: Outcome, config: ConfigDict) -> Iterator[Candidate]:
+def refinements(best: Outcome, config: RunConfig) -> Iterator[Candidate]:
     """The best so far with one more value changed, of a key that has its first value still."""
     for name, value in REFINEMENTS:
         changes = {**best.changes, name: value}
@@ -325,7 +317,7 @@ def _hopeless(candidate: Candidate, found: Found) -> str:
     return ""
 
 
-def compile_to(config: ConfigDict, topology: str, slices: int, path: pathlib.Path) -> None:
+def compile_to(config: RunConfig, topology: str, slices: int, path: pathlib.Path) -> None:
     """Plans a config and leaves the JSON at `path`, whole or not at all."""
     try:
         text = plan(config, topology, slices=slices).to_json()
@@ -347,7 +339,7 @@ def read(candidate: Candidate, path: pathlib.Path, exit_code: int | None = 0) ->
     return Outcome(candidate=candidate, plan=Plan(**facts))
 
 
-def key(config: ConfigDict, topology: str, slices: int) -> str:
+def key(config: RunConfig, topology: str, slices: int) -> str:
     """Names what a plan depends on: the options of the step, the slice, jax, libtpu, and the package's own source."""
     facts = {name: value for name, value in to_json(config).items() if name not in _NOT_OF_THE_STEP}
     facts |= {

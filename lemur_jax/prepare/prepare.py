@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import RunConfig
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.manifest import Manifest, read_manifest
-from lemur_jax.data.mixture import open_mixture, stages_of
+from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import beam, duplicates, tasks
 from lemur_jax.prepare.cleaning import NO_STEPS, Removed, parse_steps
@@ -36,7 +36,7 @@ SAVE_RECORDS = 1000
 
 
 def prepare(
-    config: ConfigDict,
+    config: RunConfig,
     *,
     runner: str = "",
     runner_options: Sequence[str] = (),
@@ -67,8 +67,7 @@ def prepare(
     steps = _steps(config, {task.name for task in found.values()})
     for name, split in wanted:
         check_part(name, split, list(config.data.sources), json.loads(steps[found[name].name]))
-    stages_of(config)  # a mistake there is said now, not when all is prepared
-    workers = _workers(config)
+    workers = config.prepare.workers or available_cores()
     tokenizer = prepare_tokenizer(config, progress=progress, say=say)
     with encoder(tokenizer, workers) as encode:
         run = _Run(
@@ -87,29 +86,25 @@ def prepare(
             else:
                 _prepare_part(run, found[name], name, split)
     if config.data.sources:
-        needs = budget(open_mixture(config, tokenizer), config.train.steps)
+        rows = config.train.batch_rows
+        mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=rows)
+        needs = budget(mixture, config.train.steps)
         say(format_budget(needs))
         check_budget(needs)
 
 
-def _wanted_stores(config: ConfigDict) -> list[tuple[str, str]]:
+def _wanted_stores(config: RunConfig) -> list[tuple[str, str]]:
     """(task, split) in the config's order, each once."""
     train = [(name, "train") for name in config.data.sources]
     held_out = [(name, "validation") for name in (*config.eval.tasks, *config.prepare.held_out_tasks)]
     return list(dict.fromkeys(train + held_out))
 
 
-def _workers(config: ConfigDict) -> int:
-    if config.prepare.workers < 0:
-        raise UserError(f"prepare.workers is {config.prepare.workers}: it must be 0 (one a core) or more")
-    return config.prepare.workers or available_cores()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
     """What the stores of one config have in common; `steps` by task, as workers get them."""
 
-    config: ConfigDict
+    config: RunConfig
     steps: Mapping[str, str]
     tokenizer: Tokenizer
     encode: Encode
@@ -252,9 +247,9 @@ def _check_any(task: tasks.Task, split: str, journal: Journal, writer: StoreWrit
         )
 
 
-def _steps(config: ConfigDict, names: Iterable[str]) -> dict[str, str]:
+def _steps(config: RunConfig, names: Iterable[str]) -> dict[str, str]:
     """The steps of each task, as workers get them."""
-    given = config.prepare.steps.to_dict()
+    given = config.prepare.steps
     names = sorted(names)
     for name in given:
         if name not in names:

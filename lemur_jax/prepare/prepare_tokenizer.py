@@ -10,11 +10,12 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import RunConfig
 from lemur_jax.prepare import tasks
 from lemur_jax.prepare.encoding import Record
+from lemur_jax.text.config import TokenizerConfig
 from lemur_jax.text.tokenizer import FILE_NAMES, Tokenizer, compatible
 from lemur_jax.text.tokenizer_files import extend, train_sentencepiece
 
@@ -45,7 +46,7 @@ def no_progress(total: int | None, label: str, unit: str) -> AbstractContextMana
 
 
 def prepare_tokenizer(
-    config: ConfigDict,
+    config: RunConfig,
     *,
     progress: ShowProgress = no_progress,
     say: Callable[[str], None] = print,
@@ -59,10 +60,6 @@ def prepare_tokenizer(
     options = config.tokenizer
     if not options.path:
         raise UserError("tokenizer.path is empty: name the tokenizer's directory")
-    if options.train_vocab_size and options.extend:
-        raise UserError("tokenizer.train_vocab_size and tokenizer.extend exclude each other: unset one")
-    if options.chat_template and not options.extend:
-        raise UserError("tokenizer.chat_template goes with tokenizer.extend: set that, or unset this")
     path = epath.Path(options.path)
     if not any((path / name).exists() for name in FILE_NAMES):
         if options.extend:
@@ -74,14 +71,14 @@ def prepare_tokenizer(
     return tokenizer
 
 
-def _extend(options: ConfigDict, path: epath.Path, say: Callable[[str], None]) -> None:
+def _extend(options: TokenizerConfig, path: epath.Path, say: Callable[[str], None]) -> None:
     template = epath.Path(options.chat_template).read_text() if options.chat_template else None
     with _written_whole(path) as partial:
         tokenizer = extend(options.extend, partial, options.add_tokens, template)
     say(f"{path}: {tokenizer.vocab_size:,} tokens, {options.extend} and {', '.join(options.add_tokens)}")
 
 
-def _train(config: ConfigDict, path: epath.Path, progress: ShowProgress, say: Callable[[str], None]) -> None:
+def _train(config: RunConfig, path: epath.Path, progress: ShowProgress, say: Callable[[str], None]) -> None:
     names, size = config.tokenizer.train_tasks, config.tokenizer.train_vocab_size
     if not names:
         raise UserError("tokenizer.train_tasks is empty: name the tasks to train the tokenizer on")
@@ -149,7 +146,7 @@ def _written_whole(path: epath.Path) -> Iterator[epath.Path]:
             partial.rmtree()
 
 
-def _check_tokenizer(config: ConfigDict, tokenizer: Tokenizer) -> None:
+def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     options = config.tokenizer
     if options.train_vocab_size and tokenizer.vocab_size != options.train_vocab_size:
         raise UserError(

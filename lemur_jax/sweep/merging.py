@@ -130,10 +130,11 @@ def evaluate_all(
             continue
         say(f"merge {number} of {len(merges)}: {merge.variant}, seed {merge.seed}")
         config = run_config(argument, overrides, merge.parts[0])
+        tokenizer = Tokenizer.load(config.tokenizer.path)
         program = build(config, make_mesh(config.mesh), len(config.data.sources))
         trained = (restore_params(run_directory(workdir, part), program.state.params) for part in merge.parts)
-        params = merged(initial_params(config, program), trained, merge.weight)
-        held_out = open_held_out(config, Tokenizer.load(config.tokenizer.path))
+        params = merged(initial_params(config.init, config.seed, tokenizer, program), trained, merge.weight)
+        held_out = open_held_out(config.data, config.eval.tasks, tokenizer)
         before = _records(run_directory(workdir, merge.parts[0]))
         with MetricsWriter(directory) as writer:
             writer.truncate_after(-1)

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import RunConfig
 from lemur_jax.sweep.merging import Merge, merge_directory
 from lemur_jax.sweep.runs import SweepRun, run_directory
 from lemur_jax.telemetry.metrics import read_metrics
-from lemur_jax.train.balance import check_groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,14 +91,14 @@ def spread(values: Sequence[float]) -> float:
 
 
 def read_results(
-    config: ConfigDict, runs: Sequence[SweepRun], merges: Sequence[Merge], workdir: epath.PathLike
+    config: RunConfig, runs: Sequence[SweepRun], merges: Sequence[Merge], workdir: epath.PathLike
 ) -> Results:
     """Reads the figures of finished runs and merges from their workdirs.
 
     Raises:
       UserError: a run has not been scored at its end.
     """
-    groups = check_groups(config.eval.groups, config.eval.tasks)
+    groups = config.eval.task_groups
     base = _bits(run_directory(workdir, runs[0]), groups, 0)
     variants: dict[str, list[tuple[SweepRun | Merge, dict[str, float], float]]] = {}
     items: list[SweepRun | Merge] = [*runs, *merges]

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 import jax
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import to_json
+from lemur_jax.config import RunConfig, to_json
 from lemur_jax.data.budget import budget, check_budget
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.sweep.runs import SweepRun, run_config, run_directory
@@ -62,14 +61,15 @@ def train_all(
     return True
 
 
-def _check(run: SweepRun, config: ConfigDict) -> None:
+def _check(run: SweepRun, config: RunConfig) -> None:
     """Refuses what the run would refuse at its start."""
     if not config.init.checkpoint:
         raise UserError("a sweep compares runs from one base: name it with --config.init.checkpoint")
     if not config.eval.tasks:
         raise UserError("a sweep compares held-out figures: name tasks in config.eval.tasks")
     try:
-        mixture = open_mixture(config, Tokenizer.load(config.tokenizer.path))
+        tokenizer = Tokenizer.load(config.tokenizer.path)
+        mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
         check_budget(budget(mixture, config.train.steps))
     except UserError as error:
         raise UserError(f"{run.variant}: {error}") from error
@@ -82,7 +82,7 @@ def building_once() -> Callable[..., step.Program]:
     """
     programs: dict[str, step.Program] = {}
 
-    def build(config: ConfigDict, mesh: Mesh, num_sources: int) -> step.Program:
+    def build(config: RunConfig, mesh: Mesh, num_sources: int) -> step.Program:
         content = {key: value for key, value in to_json(config).items() if key not in _NOT_COMPILED}
         content["data"] = config.data.sequence_length, num_sources
         content["devices"] = [str(device) for device in mesh.devices.flat]

@@ -7,10 +7,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import flatten, load
+from lemur_jax.config import RunConfig, flatten, load, to_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,12 +66,12 @@ def parse_ratio(ratio: str) -> list[float]:
     return shares
 
 
-def source_parts(config: ConfigDict, sources: str = "") -> list[tuple[str, ...]]:
+def source_parts(config: RunConfig, sources: str = "") -> list[tuple[str, ...]]:
     """The sources that each part of a ratio is divided among.
 
     Args:
       sources: "code,text", or "code/Python&code/C++,web" where a part is several; empty: the sources in the order of
-        `config.eval.tasks` (a ConfigDict does not keep its own).
+        `config.eval.tasks` (sources are sorted by name).
 
     Raises:
       UserError: a source that the config does not have or that is left out, or no order to go by.
@@ -94,7 +93,7 @@ def source_parts(config: ConfigDict, sources: str = "") -> list[tuple[str, ...]]
 
 
 def plan_runs(
-    config: ConfigDict, ratios: Sequence[str], seeds: int, varied: Sequence[str] = (), sources: str = ""
+    config: RunConfig, ratios: Sequence[str], seeds: int, varied: Sequence[str] = (), sources: str = ""
 ) -> list[SweepRun]:
     """All runs, those of one variant together.
 
@@ -153,14 +152,14 @@ def _divided(total: float, part: Sequence[str], shares: Mapping[str, float]) -> 
     return {name: total * shares[name] / own if own else total / len(part) for name in part}
 
 
-def _parse_varied(config: ConfigDict, text: str) -> list[tuple[str, str]]:
+def _parse_varied(config: RunConfig, text: str) -> list[tuple[str, str]]:
     """[(key, value)] of "key=value,value"."""
     key, equals, values = text.partition("=")
     if not equals or not all(values.split(",")):
         raise UserError(
             f"cannot read --vary {text!r}: write a config key and values, e.g. train.steps=100,200"
         )
-    if key not in flatten(config.to_dict()) or key == "seed" or key.startswith("data.sources"):
+    if key not in flatten(to_json(config)) or key == "seed" or key.startswith("data.sources"):
         why = (
             "--seeds and --ratios are for that"
             if key.startswith(("seed", "data."))
@@ -170,7 +169,7 @@ def _parse_varied(config: ConfigDict, text: str) -> list[tuple[str, str]]:
     return [(key, value) for value in values.split(",")]
 
 
-def run_config(argument: str, overrides: Sequence[str], run: SweepRun) -> ConfigDict:
+def run_config(argument: str, overrides: Sequence[str], run: SweepRun) -> RunConfig:
     """The config of a run.
 
     Raises:

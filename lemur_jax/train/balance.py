@@ -6,28 +6,7 @@ docs/evaluation.md says why the score is what it is.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from lemur_jax.common.errors import UserError
-
 Groups = Mapping[str, Sequence[str]]
-
-
-def check_groups(groups: Groups, tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """`config.eval.groups`; without any, each task is a group of its own.
-
-    Raises:
-      UserError: a group without tasks, or with one that is not evaluated.
-    """
-    for name, members in groups.items():
-        if isinstance(members, str) or not members:
-            raise UserError(
-                f"config.eval.groups.{name} is {members!r}: it must name one task or more in a tuple"
-            )
-        if missing := [task for task in members if task not in tasks]:
-            raise UserError(
-                f"config.eval.groups.{name} has {missing[0]!r}, which is not among config.eval.tasks"
-                f" {tuple(tasks)}"
-            )
-    return {name: tuple(members) for name, members in groups.items()} or {task: (task,) for task in tasks}
 
 
 def group_ratios(first: Mapping[str, float], now: Mapping[str, float], groups: Groups) -> dict[str, float]:

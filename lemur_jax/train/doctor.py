@@ -16,15 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from lemur_jax.cluster import coordination
 from lemur_jax.cluster.hosts import alone
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import fingerprint
+from lemur_jax.config import RunConfig, fingerprint
 from lemur_jax.data.budget import budget, check_budget
 from lemur_jax.data.mixture import open_mixture
-from lemur_jax.models.config import LlamaConfig
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.evaluate import open_held_out
@@ -52,7 +50,7 @@ class Finding:
     same: bool = False
 
 
-def doctor(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], None] = print) -> None:
+def doctor(config: RunConfig, workdir: epath.PathLike, say: Callable[[str], None] = print) -> None:
     """Examines every host of the run; all hosts call it together.
 
     Args:
@@ -80,7 +78,7 @@ def doctor(config: ConfigDict, workdir: epath.PathLike, say: Callable[[str], Non
         raise UserError(f"verdict: not ready, because of {', '.join(bad)}")
 
 
-def _examine(config: ConfigDict, workdir: epath.Path, patience: float) -> Iterator[Finding]:
+def _examine(config: RunConfig, workdir: epath.Path, patience: float) -> Iterator[Finding]:
     yield Finding(check="versions", good=True, detail=_versions(), same=True)
     yield Finding(check="config", good=True, detail=fingerprint(config)[:12], same=True)
     devices = jax.local_devices()
@@ -89,9 +87,9 @@ def _examine(config: ConfigDict, workdir: epath.Path, patience: float) -> Iterat
     mixture = None
     with _caught() as problem:
         tokenizer = Tokenizer.load(config.tokenizer.path)
-        mixture = open_mixture(config, tokenizer)
+        mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
         check_budget(budget(mixture, config.train.steps))
-        open_held_out(config, tokenizer)
+        open_held_out(config.data, config.eval.tasks, tokenizer)
         mixture.read(*(values[:1] for values in mixture.locate(0)))
     stores = f"{len(config.data.sources)} to train on, {len(config.eval.tasks)} held out"
     yield _finding("token stores", problem, stores)
@@ -112,12 +110,12 @@ def _examine(config: ConfigDict, workdir: epath.Path, patience: float) -> Iterat
     yield _finding("collectives", problem, speed if not problem else "")
 
 
-def _first_parameters(config: ConfigDict, workdir: epath.Path) -> Finding:
+def _first_parameters(config: RunConfig, workdir: epath.Path) -> Finding:
     if any((workdir / "checkpoints").glob("[0-9]*")):
         return _finding("first parameters", [], "not needed: the run has checkpoints")
     # By each host alone: one that cannot read them goes on to the next check.
     with _caught() as problem, alone():
-        open_initial(config, LlamaConfig.from_dict(config.model))
+        open_initial(config.init, Tokenizer.load(config.tokenizer.path), config.model)
     return _finding("first parameters", problem, f"{config.init.checkpoint}: fit the model and the tokenizer")
 
 
@@ -129,7 +127,7 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def _storage(config: ConfigDict, workdir: epath.Path, size: int | None, patience: float) -> Iterator[Finding]:
+def _storage(config: RunConfig, workdir: epath.Path, size: int | None, patience: float) -> Iterator[Finding]:
     """Writes, reads and removes a file of every host in the workdir."""
     me, count = coordination.process()
     made = not workdir.exists()
@@ -166,7 +164,7 @@ def _storage(config: ConfigDict, workdir: epath.Path, size: int | None, patience
             workdir.rmdir()  # refuses where something is in it
 
 
-def _free_disk(config: ConfigDict, workdir: epath.Path, size: int | None) -> Finding:
+def _free_disk(config: RunConfig, workdir: epath.Path, size: int | None) -> Finding:
     """Room for the checkpoints that are kept and the one that is being written."""
     if "://" in os.fspath(workdir):
         return Finding(check="free disk", good=True, detail="an object store: not bounded")

@@ -8,15 +8,16 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
+from lemur_jax.config import RunConfig
+from lemur_jax.data.config import DataConfig
 from lemur_jax.data.loader import held_out_batches
 from lemur_jax.data.mixture import open_rows
 from lemur_jax.data.rows import Rows
 from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.metrics import MetricsWriter, Record
 from lemur_jax.text.tokenizer import Tokenizer
-from lemur_jax.train.balance import balance, check_groups, group_ratios
+from lemur_jax.train.balance import balance, group_ratios
 from lemur_jax.train.saves import due
 from lemur_jax.train.step import Program
 
@@ -39,23 +40,22 @@ class HeldOut:
     bytes_per_target: float
 
 
-def open_held_out(config: ConfigDict, tokenizer: Tokenizer) -> list[HeldOut]:
+def open_held_out(data: DataConfig, tasks: Sequence[str], tokenizer: Tokenizer) -> list[HeldOut]:
     """The validation stores of `config.eval.tasks`: chat packed whole, text as one stream.
 
     Raises:
-      UserError: a store is missing or of another tokenizer, or a group names a task that is not there.
+      UserError: a store is missing or of another tokenizer.
     """
-    check_groups(config.eval.groups, config.eval.tasks)
     found = []
-    for task in config.eval.tasks:
-        rows = open_rows(config, tokenizer, task, "validation")
+    for task in tasks:
+        rows = open_rows(data, tokenizer, task, "validation")
         manifest = rows.store.manifest
         ratio = manifest.bytes / max(manifest.supervised_tokens, 1)
         found.append(HeldOut(task=task, rows=rows, bytes_per_target=ratio))
     return found
 
 
-def unscored(config: ConfigDict, records: Sequence[Record], step: int) -> set[str]:
+def unscored(config: RunConfig, records: Sequence[Record], step: int) -> set[str]:
     """Tasks that a run must score before it goes on from a step: where it starts, or SIGTERM came in between.
 
     Args:
@@ -67,7 +67,7 @@ def unscored(config: ConfigDict, records: Sequence[Record], step: int) -> set[st
     return set(config.eval.tasks) - scored if scored or _is_regular(config, step) else set()
 
 
-def _is_regular(config: ConfigDict, step: int) -> bool:
+def _is_regular(config: RunConfig, step: int) -> bool:
     """Whether every run of this config is scored at this step, whatever came in between."""
     if not step:
         return bool(config.init.checkpoint)
@@ -137,7 +137,7 @@ class Evaluations:
     def __init__(
         self,
         program: Program,
-        config: ConfigDict,
+        config: RunConfig,
         held_out: Sequence[HeldOut],
         writer: MetricsWriter | None,
         say: Callable[[str], None],
@@ -148,7 +148,7 @@ class Evaluations:
         self._writer, self._say = writer, say
         self._rows = config.eval.batch_rows or config.train.batch_rows // config.train.microbatches
         self._max_rows = config.eval.max_rows
-        self._groups = check_groups(config.eval.groups, config.eval.tasks)
+        self._groups = config.eval.task_groups
         self._give_up = give_up
         # Bits per byte by step and task.
         self._bits: dict[int, dict[str, float]] = collections.defaultdict(dict)

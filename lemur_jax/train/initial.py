@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.source import Source, open_source
@@ -12,61 +11,59 @@ from lemur_jax.convert.vocabulary import resize
 from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.train.config import InitConfig
 from lemur_jax.train.state import abstract_params, shardings_of
 from lemur_jax.train.step import Program
 
 
-def initial_params(config: ConfigDict, program: Program) -> Any:
+def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: Program) -> Any:
     """Fresh parameters from the seed, or those of `config.init.checkpoint`.
 
     Raises:
       UserError: as `open_initial`, or the vocabulary is of another size and `config.init` does not say what to do
         about that.
     """
-    shardings = shardings_of(program.state.params)
-    if not config.init.checkpoint:
-        fresh = jax.jit(
-            lambda key: llama.init_params(program.model, key, config.compute.param_dtype),
-            out_shardings=shardings,
-        )
-        return fresh(jax.random.key(config.seed))
+    shardings, dtype = shardings_of(program.state.params), program.param_dtype
+    if not init.checkpoint:
+        fresh = jax.jit(lambda key: llama.init_params(program.model, key, dtype), out_shardings=shardings)
+        return fresh(jax.random.key(seed))
 
-    source = open_initial(config, program.model)
-    params = source.restore(abstract_params(source.model, config.compute.param_dtype, program.mesh))
-    if source.model.vocab_size == program.model.vocab_size and not config.init.drop_rows_above:
+    source = open_initial(init, tokenizer, program.model)
+    params = source.restore(abstract_params(source.model, dtype, program.mesh))
+    if source.model.vocab_size == program.model.vocab_size and not init.drop_rows_above:
         return params
     change = functools.partial(
         resize,
         vocab_size=program.model.vocab_size,
-        drop_rows_above=config.init.drop_rows_above,
-        new_rows=config.init.new_rows,
+        drop_rows_above=init.drop_rows_above,
+        new_rows=init.new_rows,
     )
     return jax.jit(change, out_shardings=shardings)(params)
 
 
-def open_initial(config: ConfigDict, model: LlamaConfig) -> Source:
+def open_initial(init: InitConfig, tokenizer: Tokenizer, model: LlamaConfig) -> Source:
     """`config.init.checkpoint`, of which no weights are read yet.
 
     Raises:
       UserError: it is not there, or of another shape or another tokenizer than the run.
     """
-    source = open_source(config.init.checkpoint)
-    _check_shape(source.model, model, config.init.checkpoint)
+    source = open_source(init.checkpoint)
+    _check_shape(source.model, model, init.checkpoint)
     if source.tokenizer_files:
-        _check_tokenizer(config, source)
+        _check_tokenizer(init, tokenizer, source)
     return source
 
 
-def _check_tokenizer(config: ConfigDict, source: Source) -> None:
+def _check_tokenizer(init: InitConfig, ours: Tokenizer, source: Source) -> None:
     """That the ids whose rows are kept mean what they did; files of one tokenizer in other formats are one."""
-    theirs, ours = Tokenizer.from_files(source.tokenizer_files), Tokenizer.load(config.tokenizer.path)
-    kept = config.init.drop_rows_above or source.model.vocab_size
+    theirs = Tokenizer.from_files(source.tokenizer_files)
+    kept = init.drop_rows_above or source.model.vocab_size
     for index in range(min(kept, theirs.vocab_size, ours.vocab_size)):
         if theirs.token(index) != ours.token(index):
             raise UserError(
-                f"config.init.checkpoint {config.init.checkpoint} was trained with another tokenizer: id {index} is"
-                f" {theirs.token(index)!r} there and {ours.token(index)!r} in config.tokenizer.path"
-                f" {config.tokenizer.path}: take the same, or forget rows with config.init.drop_rows_above"
+                f"config.init.checkpoint {init.checkpoint} was trained with another tokenizer: id {index} is"
+                f" {theirs.token(index)!r} there and {ours.token(index)!r} in config.tokenizer.path: take the"
+                " same, or forget rows with config.init.drop_rows_above"
             )
 
 

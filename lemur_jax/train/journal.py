@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from etils import epath
-from ml_collections import ConfigDict
 
+from lemur_jax.telemetry.config import LogConfig
 from lemur_jax.telemetry.goodput import carried_over
 from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
 
@@ -33,13 +33,13 @@ class Journal:
 
 
 @contextlib.contextmanager
-def open_journal(config: ConfigDict, workdir: epath.Path, step: int, started: float) -> Iterator[Journal]:
+def open_journal(log: LogConfig, workdir: epath.Path, step: int, started: float) -> Iterator[Journal]:
     """Of host 0, whose new records follow the old ones.
 
     What earlier processes wrote of later steps is forgotten: they are made again.
 
     Args:
-      config: a run config.
+      log: `config.log`.
       workdir: of the run.
       step: that it goes on from. What was scored at step 0 is scored again.
       started: when this process began, seconds since 1970.

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from lemur_jax.checkpoint.manager import make_metadata
 from lemur_jax.cluster.hosts import any_host, wait_for_all
 from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import to_json
+from lemur_jax.config import RunConfig, to_json
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.loader import Loader
 from lemur_jax.data.mixture import open_mixture
@@ -36,7 +35,7 @@ from lemur_jax.train.workdir import check_owner, claim
 
 
 def train(
-    config: ConfigDict,
+    config: RunConfig,
     workdir: epath.PathLike,
     say: Callable[[str], None] = print,
     build: Callable[..., Program] = build,
@@ -66,8 +65,8 @@ def train(
     chief = jax.process_index() == 0
 
     tokenizer = Tokenizer.load(config.tokenizer.path)
-    mixture = open_mixture(config, tokenizer)
-    held_out = open_held_out(config, tokenizer)
+    mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
+    held_out = open_held_out(config.data, config.eval.tasks, tokenizer)
     needs = budget(mixture, config.train.steps)
     check_budget(needs)
 
@@ -85,14 +84,14 @@ def train(
         if chief:
             stack.enter_context(workdir_lock(workdir))
         wait_for_all("workdir", 2 * WAIT_SECONDS)  # collectives would not wait so long for host 0
-        saves = stack.enter_context(Saves(config, workdir, program, metadata, say))
+        saves = stack.enter_context(Saves(config, workdir, program, tokenizer, metadata, say))
         state, first = saves.first_state()
         if chief:  # not before: what is wrong with the first parameters can be mended in the config
             claim(config, workdir)
 
         journal = Journal()
         if chief:
-            journal = stack.enter_context(open_journal(config, workdir, first, started))
+            journal = stack.enter_context(open_journal(config.log, workdir, first, started))
         missing = unscored(config, journal.records, first) if chief else set()
         owed = [task.task for task in held_out if any_host(task.task in missing)]
         if first == config.train.steps and not owed:
@@ -148,7 +147,7 @@ def train(
 class _BetweenSteps:
     """What is done after an update where its turn has come: evaluate, save, write the log."""
 
-    config: ConfigDict
+    config: RunConfig
     saves: Saves
     evaluations: Evaluations
     interruption: Interruption
@@ -201,7 +200,7 @@ class _BetweenSteps:
             self.saves.save(done, state, losses, to_the_end)
 
 
-def _check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:
+def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} tokens, config.model.vocab_size is"
@@ -209,7 +208,7 @@ def _check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:
         )
 
 
-def _headline(program: Program, config: ConfigDict, step: int) -> str:
+def _headline(program: Program, config: RunConfig, step: int) -> str:
     axes = " × ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     tokens = config.train.batch_rows * config.data.sequence_length
     start = f"resuming at step {step}" if step else "starting"

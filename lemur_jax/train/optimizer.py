@@ -1,6 +1,5 @@
 """AdamW, Adafactor or Muon, with clipping, decay on matrices only, and warmup and cosine counted in updates."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,18 +7,18 @@ import jax
 import optax
 from optax import contrib
 
-from lemur_jax.common.errors import UserError
-from lemur_jax.train.spikes import check_options, skip_spikes
+from lemur_jax.train.config import OptimizerConfig, SpikesConfig
+from lemur_jax.train.spikes import skip_spikes
 
 
-def schedule(options: Mapping[str, Any], steps: int) -> optax.Schedule:
+def schedule(options: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate at an update: linear warmup from 0, then cosine to `final_learning_rate` at `steps`."""
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if options["warmup_steps"] else options["learning_rate"],
-        peak_value=options["learning_rate"],
-        warmup_steps=options["warmup_steps"],
+        init_value=0.0 if options.warmup_steps else options.learning_rate,
+        peak_value=options.learning_rate,
+        warmup_steps=options.warmup_steps,
         decay_steps=steps,
-        end_value=options["final_learning_rate"],
+        end_value=options.final_learning_rate,
     )
 
 
@@ -31,16 +30,14 @@ def decayed(axes: Mapping[str, Any]) -> dict[str, Any]:
 Parts = tuple[optax.GradientTransformation, ...]
 
 
-def _adamw(options: Mapping[str, Any], axes: Mapping[str, Any]) -> Parts:
+def _adamw(options: OptimizerConfig, axes: Mapping[str, Any]) -> Parts:
     """Loshchilov & Hutter 2019."""
     return (
-        optax.scale_by_adam(
-            b1=options["b1"], b2=options["b2"], eps=options["eps"], mu_dtype=options["moments_dtype"]
-        ),
+        optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps, mu_dtype=options.moments_dtype),
     )
 
 
-def _adafactor(options: Mapping[str, Any], axes: Mapping[str, Any]) -> Parts:
+def _adafactor(options: OptimizerConfig, axes: Mapping[str, Any]) -> Parts:
     """Shazeer & Stern 2018: second moments of rows and columns alone, no first moment.
 
     Updates are clipped at a root mean square of 1 and, unlike there, not scaled by the parameter's own: the learning
@@ -65,7 +62,7 @@ def each_layer(
     return optax.partition({"stacked": stacked, "whole": inner}, kinds)
 
 
-def _muon(options: Mapping[str, Any], axes: Mapping[str, Any]) -> Parts:
+def _muon(options: OptimizerConfig, axes: Mapping[str, Any]) -> Parts:
     """Jordan et al. 2024 for the layers' matrices, Adam for embedding, head and norm scales.
 
     Updates are scaled to AdamW's usual root mean square of 0.2 (Liu et al. 2025), so one learning rate serves both.
@@ -73,10 +70,10 @@ def _muon(options: Mapping[str, Any], axes: Mapping[str, Any]) -> Parts:
     return (
         contrib.muon(
             learning_rate=-1.0,  # the rate and its sign come later, for all optimizers alike
-            eps=options["eps"],
-            mu_dtype=options["moments_dtype"],
-            adam_b1=options["b1"],
-            adam_b2=options["b2"],
+            eps=options.eps,
+            mu_dtype=options.moments_dtype,
+            adam_b1=options.b1,
+            adam_b2=options.b2,
             muon_weight_dimension_numbers=matrices(axes),
             consistent_rms=0.2,
         ),
@@ -97,7 +94,7 @@ def matrices(axes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # config.optimizer.name -> (options, logical axes) -> what turns a clipped gradient into a direction
-OPTIMIZERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Parts]] = {
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Mapping[str, Any]], Parts]] = {
     "adamw": _adamw,
     "adafactor": _adafactor,
     "muon": _muon,
@@ -105,7 +102,7 @@ OPTIMIZERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Parts]] =
 
 
 def make_optimizer(
-    options: Mapping[str, Any], steps: int, axes: Mapping[str, Any], spikes: Mapping[str, Any] | None = None
+    options: OptimizerConfig, steps: int, axes: Mapping[str, Any], spikes: SpikesConfig | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of `config.optimizer`: clipping, a direction, decoupled weight decay, the learning rate.
 
@@ -116,38 +113,19 @@ def make_optimizer(
       steps: updates of the whole run.
       axes: logical axes of each parameter.
       spikes: `config.spikes`; None: nothing is skipped.
-
-    Raises:
-      UserError: an unknown name, a warmup longer than the run, rates that are not positive, or spikes that make no
-        sense.
     """
-    if options["name"] not in OPTIMIZERS:
-        nearest = difflib.get_close_matches(options["name"], OPTIMIZERS, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"unknown config.optimizer.name {options['name']!r}: it must be one of {', '.join(OPTIMIZERS)};"
-            f" did you mean {nearest}?"
-        )
-    if spikes:
-        check_options(spikes)
-    if not 0 <= options["warmup_steps"] < steps:
-        raise UserError(
-            f"config.optimizer.warmup_steps is {options['warmup_steps']} but config.train.steps is {steps}:"
-            " the warmup must be shorter than the run"
-        )
-    if options["learning_rate"] <= 0:
-        raise UserError(f"config.optimizer.learning_rate is {options['learning_rate']}: it must be positive")
 
     @optax.inject_hyperparams
     def chain(learning_rate):
-        clip = options["clip_norm"]
+        clip = options.clip_norm
         update = optax.chain(
             optax.clip_by_global_norm(clip) if clip else optax.identity(),
-            *OPTIMIZERS[options["name"]](options, axes),
-            optax.add_decayed_weights(options["weight_decay"], mask=decayed(axes)),
+            *OPTIMIZERS[options.name](options, axes),
+            optax.add_decayed_weights(options.weight_decay, mask=decayed(axes)),
             optax.scale_by_learning_rate(learning_rate),
         )
-        if spikes and spikes["factor"]:
-            return skip_spikes(update, spikes["factor"], spikes["window"])
+        if spikes and spikes.factor:
+            return skip_spikes(update, spikes.factor, spikes.window)
         return update
 
     return chain(learning_rate=schedule(options, steps))

@@ -8,13 +8,15 @@ from typing import Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
+from lemur_jax.checkpoint.config import CheckpointConfig
 from lemur_jax.checkpoint.local import LocalCheckpoints, directory_of
 from lemur_jax.checkpoint.manager import Checkpoints
 from lemur_jax.cluster.hosts import any_host, is_primary, wait_for_all
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import RunConfig
 from lemur_jax.data.loader import Loader
+from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import state as states
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.spikes import memory, rollback_target, rolled_back
@@ -31,7 +33,7 @@ class Saves:
     Args:
       config: a run config.
       workdir: of the run.
-      program: the run's.
+      program, tokenizer: the run's.
       metadata: goes into every checkpoint (`checkpoint.manager.make_metadata`).
       say: gets what a person wants to read.
 
@@ -41,18 +43,19 @@ class Saves:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: RunConfig,
         workdir: epath.Path,
         program: Program,
+        tokenizer: Tokenizer,
         metadata: dict[str, Any],
         say: Callable[[str], None],
     ):
         self._config = config
-        self._program = program
+        self._program, self._tokenizer = program, tokenizer
         self._metadata = metadata
         self._say = say
-        self._checkpoints = _open(config, workdir, say)
-        self._local = _open_local(config, workdir, program, say)
+        self._checkpoints = _open(config.checkpoint, workdir, say)
+        self._local = _open_local(config.checkpoint, workdir, program, say)
         self._only_locally: int | None = None  # the step that is due locally alone
         self._saved_at = time.monotonic()
         self._stack = contextlib.ExitStack()
@@ -88,7 +91,7 @@ class Saves:
         if found is None:
             found = self._checkpoints.restore_newest(*wanted, self._check_data, at_most, fresh)
         if found is None:
-            params = initial_params(self._config, program)
+            params = initial_params(self._config.init, self._config.seed, self._tokenizer, program)
             return states.start(params, program.optimizer, program.state), 0
         step, params, optimizer = found
         if optimizer is None:
@@ -195,17 +198,7 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _open(config: ConfigDict, workdir: epath.Path, say: Callable[[str], None]) -> Checkpoints:
-    options = config.checkpoint
-    if options.other_optimizer not in ("refuse", "fresh"):
-        raise UserError(
-            f"config.checkpoint.other_optimizer is {options.other_optimizer!r}: it must be 'refuse' or 'fresh'"
-        )
-    if options.keep_best and options.keep_best not in config.eval.tasks:
-        raise UserError(
-            f"config.checkpoint.keep_best {options.keep_best!r} is not among config.eval.tasks"
-            f" {tuple(config.eval.tasks)}"
-        )
+def _open(options: CheckpointConfig, workdir: epath.Path, say: Callable[[str], None]) -> Checkpoints:
     return Checkpoints(
         workdir / "checkpoints",
         keep=options.keep,
@@ -218,16 +211,10 @@ def _open(config: ConfigDict, workdir: epath.Path, say: Callable[[str], None]) -
 
 
 def _open_local(
-    config: ConfigDict, workdir: epath.Path, program: Program, say: Callable[[str], None]
+    options: CheckpointConfig, workdir: epath.Path, program: Program, say: Callable[[str], None]
 ) -> LocalCheckpoints | None:
-    options = config.checkpoint
     if not options.local_directory:
         return None
-    if options.local_every_steps < 1:
-        raise UserError(
-            f"config.checkpoint.local_every_steps is {options.local_every_steps}: with a local_directory it must be"
-            " at least 1"
-        )
     return LocalCheckpoints(directory_of(options.local_directory, _run_id(workdir)), program.mesh, say)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lemur_jax.common.errors import UserError
+from lemur_jax.train.config import SpikesConfig
 from lemur_jax.train.state import TrainState
 
 
@@ -43,20 +43,6 @@ class SpikeState(NamedTuple):
     in_a_row: Any
     rollbacks: Any
     rolled_back_at: Any
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuses a `config.spikes` that cannot work.
-
-    Raises:
-      UserError: naming the key.
-    """
-    if options["factor"] and not options["factor"] > 1:
-        raise UserError(f"config.spikes.factor is {options['factor']}: it must be above 1, or 0 for off")
-    if options["window"] < 1:
-        raise UserError(f"config.spikes.window is {options['window']}: it must be at least 1")
-    if options["rollback_after"] and not options["factor"]:
-        raise UserError("config.spikes.rollback_after needs config.spikes.factor: nothing is skipped without")
 
 
 def skip_spikes(
@@ -144,12 +130,12 @@ def rolled_back(counters: Any, good: TrainState, step: jax.Array, rollbacks: int
     return TrainState(step=step, params=good.params, optimizer=counters._replace(inner_state=restored))
 
 
-def too_many_skips(options: Mapping[str, Any], metrics: Mapping[str, jax.Array]) -> bool:
+def too_many_skips(options: SpikesConfig, metrics: Mapping[str, jax.Array]) -> bool:
     """Whether to roll back; only where that is asked for does the host wait for the step.
 
     Args:
       options: `config.spikes`.
       metrics: of the step.
     """
-    limit = options["rollback_after"]
+    limit = options.rollback_after
     return limit > 0 and int(metrics["skips_in_a_row"]) >= limit

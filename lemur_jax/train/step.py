@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import RunConfig
 from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import Compute
 from lemur_jax.parallel.compiler_flags import compiler_options
 from lemur_jax.parallel.rules import RULES, batch_sharding, replicated
+from lemur_jax.train.config import TrainConfig
 from lemur_jax.train.losses import RowSums, row_sums
 from lemur_jax.train.optimizer import make_optimizer
 from lemur_jax.train.spikes import memory
@@ -35,6 +36,7 @@ class Program:
       model, compute: the model and how it is computed.
       optimizer: the optax transformation.
       mesh: the device mesh.
+      param_dtype: of the master parameters.
       state: abstract TrainState with shardings.
       batch: abstract batch with shardings: `tokens, targets, segment_ids, positions` int32 [B, T],
         `loss_weights` float32 [B, T], `source_ids` int32 [B].
@@ -46,34 +48,35 @@ class Program:
     compute: Compute
     optimizer: optax.GradientTransformation
     mesh: Mesh
+    param_dtype: str
     state: TrainState
     batch: Batch
     step: jax.stages.Wrapped
     score: jax.stages.Wrapped
 
 
-def check(config: ConfigDict, mesh: Mesh) -> None:
-    """Refuses batches that the mesh cannot cut.
+def check(train: TrainConfig, sequence_length: int, model: LlamaConfig, mesh: Mesh) -> None:
+    """Refuses batches that the mesh cannot cut, and rows that the model was not made for.
 
     Raises:
       UserError: naming the keys.
     """
-    rows, passes = config.train.batch_rows, config.train.microbatches
+    rows, passes = train.batch_rows, train.microbatches
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if passes < 1 or rows % passes or (rows // passes) % ways:
+    if rows % passes or (rows // passes) % ways:
         raise UserError(
             f"config.train.batch_rows {rows} / config.train.microbatches {passes} must be a multiple of {ways},"
             " the product of mesh axes data and fsdp"
         )
-    if config.data.sequence_length % mesh.shape["sequence"]:
+    if sequence_length % mesh.shape["sequence"]:
         raise UserError(
-            f"config.data.sequence_length {config.data.sequence_length} is not divisible by"
-            f" config.mesh.sequence {mesh.shape['sequence']}"
+            f"config.data.sequence_length {sequence_length} is not divisible by config.mesh.sequence"
+            f" {mesh.shape['sequence']}"
         )
-    if config.data.sequence_length > config.model.max_position_embeddings:
+    if sequence_length > model.max_position_embeddings:
         raise UserError(
-            f"config.data.sequence_length {config.data.sequence_length} is longer than"
-            f" config.model.max_position_embeddings {config.model.max_position_embeddings}"
+            f"config.data.sequence_length {sequence_length} is longer than"
+            f" config.model.max_position_embeddings {model.max_position_embeddings}"
         )
 
 
@@ -89,7 +92,7 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
     return batch
 
 
-def build(config: ConfigDict, mesh: Mesh, num_sources: int) -> Program:
+def build(config: RunConfig, mesh: Mesh, num_sources: int) -> Program:
     """The program of a config on a mesh, which may be of real or of described devices.
 
     Args:
@@ -100,8 +103,8 @@ def build(config: ConfigDict, mesh: Mesh, num_sources: int) -> Program:
     Raises:
       UserError: the mesh does not divide the model or the batch.
     """
-    check(config, mesh)
-    model = LlamaConfig.from_dict(config.model)
+    check(config.train, config.data.sequence_length, config.model, mesh)
+    model = config.model
     compute = Compute.from_config(config.compute, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps, llama.logical_axes(model), config.spikes)
     state = abstract_state(model, config.compute.param_dtype, optimizer, mesh)
@@ -145,6 +148,7 @@ def build(config: ConfigDict, mesh: Mesh, num_sources: int) -> Program:
         compute=compute,
         optimizer=optimizer,
         mesh=mesh,
+        param_dtype=config.compute.param_dtype,
         state=state,
         batch=abstract_batch(config.train.batch_rows, config.data.sequence_length, mesh),
         step=jax.jit(

@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import flatten, to_json
+from lemur_jax.common.sections import fill
+from lemur_jax.config import RunConfig, flatten, to_json
 from lemur_jax.telemetry.metrics import METRICS_FILE, read_metrics
 from lemur_jax.train.evaluate import unscored
 
@@ -17,7 +17,7 @@ FREE = (
 )  # fmt: skip
 
 
-def check_owner(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
+def check_owner(config: RunConfig, workdir: epath.PathLike) -> epath.Path:
     """That the workdir is nobody's yet, or of a run of this config; nothing is written.
 
     Args:
@@ -30,7 +30,7 @@ def check_owner(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     workdir = epath.Path(workdir)
     path = workdir / "config.json"
     if path.exists():
-        theirs = json.loads(path.read_text())
+        theirs = fill(RunConfig, json.loads(path.read_text()))
         if difference := first_difference(theirs, to_json(config), _free(config)):
             key, old, new = difference
             raise UserError(
@@ -40,7 +40,7 @@ def check_owner(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     return workdir
 
 
-def claim(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
+def claim(config: RunConfig, workdir: epath.PathLike) -> epath.Path:
     """Makes the workdir this config's own, or finds that it is; one host does that.
 
     Args:
@@ -59,7 +59,7 @@ def claim(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     return workdir
 
 
-def finished(config: ConfigDict, workdir: epath.PathLike) -> bool:
+def finished(config: RunConfig, workdir: epath.PathLike) -> bool:
     """Whether the checkpoint of the last step is there, and its held-out evaluation."""
     workdir, last = epath.Path(workdir), config.train.steps
     if not (workdir / "checkpoints" / str(last)).exists():
@@ -68,7 +68,7 @@ def finished(config: ConfigDict, workdir: epath.PathLike) -> bool:
     return not unscored(config, records, last)
 
 
-def _free(config: ConfigDict) -> tuple[str, ...]:
+def _free(config: RunConfig) -> tuple[str, ...]:
     """What may differ from the run that is resumed."""
     return (*FREE, "optimizer.") if config.checkpoint.other_optimizer == "fresh" else FREE
 

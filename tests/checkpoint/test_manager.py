@@ -80,8 +80,7 @@ def test_missing_leaf_is_named_and_never_zeros(saved):
 
 
 def test_optimizer_of_another_dtype_is_refused(saved):
-    config = tiny_config()
-    config.optimizer.moments_dtype = "bfloat16"
+    config = tiny_config({"optimizer.moments_dtype": "bfloat16"})
     program = program_on((1, 1, 1, 1), config)
     checkpoints = manager.Checkpoints(saved[0] / "checkpoints", keep=2)
     with pytest.raises(

@@ -11,11 +11,13 @@ import sys
 import numpy as np
 import pytest
 
+from lemur_jax.config import replace, to_json
+
 # Run by itself: where gs:// is, is read from the environment when the libraries are imported.
 SCRIPT = """
 import json, sys
 import numpy as np
-from ml_collections import ConfigDict
+from lemur_jax.config import from_json
 from lemur_jax.text import conversation_formats
 from lemur_jax.prepare import tasks
 from lemur_jax.prepare.prepare import prepare
@@ -23,7 +25,7 @@ from lemur_jax.prepare.fields import Fields
 from lemur_jax.data.rows import ConcatRows, FitRows
 from lemur_jax.data.store import TokenStore
 
-config, folder = ConfigDict(json.loads(sys.argv[1])), sys.argv[2]
+config, folder = from_json(json.loads(sys.argv[1])), sys.argv[2]
 tasks.add_files("texts", f"{folder}/texts.jsonl", held_out=0.2)
 tasks.add_files("talks", f"{folder}/talks.jsonl", Fields(messages=conversation_formats.openai), held_out=0.2)
 for _ in range(2):
@@ -106,12 +108,16 @@ def test_stores_on_gs_are_those_of_a_disk(emulator, tmp_path, make_config, chat_
         "prepare.steps": {"texts": {"exact_duplicates": {}, "near_duplicates": {}}},
         "eval.tasks": ("texts",),
     }
-    config = make_config("texts", "talks", **options)
-    config.data.sources.talks.packing = "fit"
+    config = replace(make_config("texts", "talks", **options), {"data.sources.talks.packing": "fit"})
     outputs = {}
     for place in ("gs://bucket/stores", str(tmp_path / "stores")):
-        config.data.stores = place
-        command = [sys.executable, "-c", SCRIPT, config.to_json(), str(tmp_path)]
+        command = [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            json.dumps(to_json(replace(config, {"data.stores": place}))),
+            str(tmp_path),
+        ]
         done = subprocess.run(command, env=emulator, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         said = re.sub(r"[\d.]+ s$|/tmp\S+|gs://\S+", "", done.stdout.partition("READ")[0], flags=re.MULTILINE)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import default_config
+from lemur_jax.config import default_config, from_config_dict, replace, to_json
+from lemur_jax.data.config import StageConfig
 from lemur_jax.data.inspect import histogram, inspect_config, inspect_store, page, printable
 from lemur_jax.models.presets import preset
 from lemur_jax.text.chat_template import encode_chat
@@ -52,7 +53,7 @@ def config(tmp_path, chat_dir, chat_store, text_store):
     }
     config.train.steps = 200
     config.train.batch_rows = 8
-    return config
+    return from_config_dict(config)
 
 
 def test_supervised_text_is_bracketed_in_a_pipe(chat_store, chat_tokenizer):
@@ -122,9 +123,10 @@ def test_a_config_shows_what_it_trains_on(config):
 
 
 def test_stages_are_shown_each_for_itself(config):
-    config.data.sources.talks.share = 0.0
-    config.data.stages = {"anneal": {"step": 150, "shares": {"code": 1.0, "talks": 1.0}}}
-    shown = inspect_config(config)
+    anneal = StageConfig(step=150, shares={"code": 1.0, "talks": 1.0})
+    shown = inspect_config(
+        replace(config, {"data.sources.talks.share": 0.0, "data.stages": {"anneal": anneal}})
+    )
     first, second = shown.index("the first 100 steps of start"), shown.index("the first 50 steps of anneal")
     assert re.search(r"^talks +0\.00% +0\.00%", shown[first:second], flags=re.MULTILINE)
     assert re.search(r"^talks +50\.00% +(49\.\d|50\.\d)", shown[second:], flags=re.MULTILINE)
@@ -133,17 +135,16 @@ def test_stages_are_shown_each_for_itself(config):
 
 
 def test_the_documents_of_a_row_are_divided(config, text_store, tokenizer):
-    config.data.sequence_length = 4 * int(np.diff(text_store.offsets())[0])
-    shown = inspect_config(config)
+    length = 4 * int(np.diff(text_store.offsets())[0])
+    shown = inspect_config(replace(config, {"data.sequence_length": length}))
     code = shown[shown.index("--- code") : shown.index("--- talks")]
     assert "\n- - -\n" in code
     assert re.search(r"\n- - -\n<s>\{\+def f\d\(x\): return \d</s>\+\}", code)
 
 
 def test_a_config_without_stores_says_what_to_do(config, tmp_path):
-    config.data.stores = str(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="lemur prepare"):
-        inspect_config(config)
+        inspect_config(replace(config, {"data.stores": str(tmp_path / "elsewhere")}))
 
 
 def test_the_histogram_counts_every_length_once():
@@ -166,14 +167,14 @@ def test_text_cannot_command_the_terminal():
 
 
 def test_inspecting_needs_neither_tensorflow_nor_seqio(config, tmp_path):
-    (tmp_path / "config.json").write_text(config.to_json())
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
     code = f"""if True:
         import json, sys
         sys.modules["tensorflow"] = sys.modules["seqio"] = None
-        from ml_collections import ConfigDict
+        from lemur_jax.config import from_json
         from lemur_jax.data.inspect import inspect_config
 
-        print(inspect_config(ConfigDict(json.load(open({str(tmp_path / "config.json")!r})))))"""
+        print(inspect_config(from_json(json.load(open({str(tmp_path / "config.json")!r})))))"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("200 steps")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.config import DataConfig, SourceConfig
 from lemur_jax.data.mixture import Mixture, Source, open_mixture, open_rows
 from lemur_jax.data.rows import ConcatRows, FitRows
 from tests.helpers.documents import rewrite_manifest
@@ -120,54 +120,43 @@ def test_read_puts_rows_in_their_places():
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ([], "data.sources is empty"),
-        ([("a", -1.0)], r"data.sources.a.share is -1.0"),
-        ([("a", float("nan"))], r"data.sources.a.share is nan"),
-        ([("a", 0.0), ("b", 0.0)], r"all shares of data.sources are 0"),
-        ([("a", 1.0), ("a", 1.0)], "twice"),
+        ({"a": {"share": -1.0}}, r"data.sources.a.share is -1.0"),
+        ({"a": {"share": float("nan")}}, r"data.sources.a.share is nan"),
+        ({"a": {"share": 0.0}, "b": {"share": 0.0}}, r"all shares of config.data.sources are 0"),
+        ({"a": {"share": 1.0, "max_epochs": -1}}, "max_epochs is -1"),
+        ({"a": {"share": 1.0, "packing": "tight"}}, "packing is 'tight': it must be one of 'concat', 'fit'"),
     ],
 )
-def test_impossible_shares_are_refused(sources, message):
+def test_impossible_sources_are_refused(sources, message):
     with pytest.raises(UserError, match=message):
-        Mixture([source(*each) for each in sources], seed=0, batch_rows=4)
+        DataConfig(sources={name: SourceConfig(**options) for name, options in sources.items()})
 
 
-def test_impossible_sources_are_refused():
-    with pytest.raises(UserError, match="max_epochs is -1"):
-        Mixture([source("a", 1.0, max_epochs=-1)], seed=0, batch_rows=4)
+def test_a_mixture_needs_sources_of_one_length():
+    with pytest.raises(UserError, match="data.sources is empty"):
+        Mixture([], seed=0, batch_rows=4)
     odd = Source(name="b", rows=FakeRows(9, length=8), share=1.0)
     with pytest.raises(UserError, match=r"sequence length: \[8, 16\]"):
         Mixture([source("a", 1.0), odd], seed=0, batch_rows=4)
 
 
 @pytest.fixture
-def config(tmp_path):
-    text = {"share": 10.0, "packing": "concat", "max_epochs": 1.0}
-    chat = {"share": 1.0, "packing": "fit", "max_epochs": 0.0}
-    return ConfigDict(
-        {
-            "seed": 42,
-            "data": {
-                "stores": str(tmp_path),
-                "sequence_length": 32,
-                "sources": {"text": text, "chat": chat},
-                "stages": {},
-            },
-            "train": {"batch_rows": 8, "steps": 100},
-        }
-    )
+def data(tmp_path):
+    text = SourceConfig(share=10.0, packing="concat", max_epochs=1.0)
+    chat = SourceConfig(share=1.0, packing="fit")
+    return DataConfig(stores=str(tmp_path), sequence_length=32, sources={"text": text, "chat": chat})
 
 
-def test_open_mixture(config, make_store, random_documents, chat_tokenizer, tmp_path):
+def test_open_mixture(data, make_store, random_documents, chat_tokenizer, tmp_path):
     fields = {"tokenizer_digest": chat_tokenizer.digest}
     documents = random_documents(40, 30)
     with pytest.raises(UserError, match=r"chat.train does not exist.*lemur prepare"):
-        open_mixture(config, chat_tokenizer)
+        open_mixture(data, chat_tokenizer, seed=42, batch_rows=8)
     stores = [
         make_store(documents, masks=[ids % 2 for ids in documents], name="chat/train", **fields),
         make_store(documents, name="text/train", **fields),
     ]
-    mixture = open_mixture(config, chat_tokenizer)
+    mixture = open_mixture(data, chat_tokenizer, seed=42, batch_rows=8)
     assert [type(source.rows) for source in mixture.sources] == [FitRows, ConcatRows]
     assert [(source.name, source.share, source.max_epochs) for source in mixture.sources] == [
         ("chat", 1.0, 0.0),
@@ -177,12 +166,8 @@ def test_open_mixture(config, make_store, random_documents, chat_tokenizer, tmp_
     assert mixture.digests() == {
         name: store.manifest.digest for name, store in zip(("chat", "text"), stores, strict=True)
     }
-    assert isinstance(open_rows(config, chat_tokenizer, "chat", "train"), FitRows)
-    assert isinstance(open_rows(config, chat_tokenizer, "text", "train"), ConcatRows)
-    config.data.sources.text.packing = "tight"
-    with pytest.raises(UserError, match="packing is 'tight': it must be one of concat, fit"):
-        open_mixture(config, chat_tokenizer)
+    assert isinstance(open_rows(data, chat_tokenizer, "chat", "train"), FitRows)
+    assert isinstance(open_rows(data, chat_tokenizer, "text", "train"), ConcatRows)
     rewrite_manifest(tmp_path / "text/train", tokenizer_digest="0" * 64)
-    config.data.sources.text.packing = "concat"
     with pytest.raises(UserError, match="tokenizer 00000000"):
-        open_mixture(config, chat_tokenizer)
+        open_mixture(data, chat_tokenizer, seed=42, batch_rows=8)

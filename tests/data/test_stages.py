@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import default_config
-from lemur_jax.data.mixture import Mixture, Stage, stages_of
+from lemur_jax.config import default_config, from_config_dict
+from lemur_jax.data.config import StageConfig
+from lemur_jax.data.mixture import Mixture, Stage
 from lemur_jax.models.presets import preset
 from tests.helpers.fake_rows import ids_of, source
 
@@ -110,14 +111,14 @@ def config_with(**stages):
         name: {"share": 1.0, "packing": "concat", "max_epochs": 0.0} for name in ("code", "text")
     }
     config.data.stages = stages
-    return config
+    return from_config_dict(config)
 
 
 def test_stages_of_a_config():
     shares = {"code": 1.0, "text": 2.0}
-    (stage,) = stages_of(config_with(anneal={"step": 900, "shares": shares}))
-    assert stage == Stage(name="anneal", step=900, shares=shares)
-    assert stages_of(config_with()) == []
+    config = config_with(anneal={"step": 900, "shares": shares})
+    assert config.data.stages == {"anneal": StageConfig(step=900, shares=shares)}
+    assert config_with().data.stages == {}
 
 
 @pytest.mark.parametrize(
@@ -127,21 +128,21 @@ def test_stages_of_a_config():
         ({"step": 0, "shares": {"code": 1.0}}, r"anneal\.step is 0: .* below train\.steps \(1000\)"),
         ({"step": 1000, "shares": {"code": 1.0}}, r"anneal\.step is 1000"),
         ({"step": 1.5, "shares": {"code": 1.0}}, r"anneal\.step is 1\.5: it must be a whole number"),
-        ({"step": 900, "shares": {"code": 0.0}}, r"all shares of data\.stages\.anneal\.shares are 0"),
-        ({"step": 900, "shares": {}}, r"all shares of data\.stages\.anneal\.shares are 0"),
+        ({"step": 900, "shares": {"code": 0.0}}, r"all shares of config\.data\.stages\.anneal\.shares are 0"),
+        ({"step": 900, "shares": {}}, r"all shares of config\.data\.stages\.anneal\.shares are 0"),
         ({"step": 900, "shares": {"code": -1.0}}, r"anneal\.shares\.code is -1\.0"),
         ({"step": 900, "shares": {"code": "much"}}, r"anneal\.shares\.code is 'much'"),
-        ({"shares": {"code": 1.0}}, r"data\.stages\.anneal must be \{'step'"),
-        ({"step": 900, "share": {"code": 1.0}}, r"data\.stages\.anneal must be"),
-        (900, r"data\.stages\.anneal must be"),
+        ({"shares": {"code": 1.0}}, r"data\.stages\.anneal\.step is missing"),
+        ({"step": 900, "share": {"code": 1.0}}, r"data\.stages\.anneal\.share; did you mean 'shares'"),
+        (900, r"data\.stages\.anneal is 900: it must be a section with step, shares"),
     ],
 )
 def test_a_bad_stage_is_one_line(options, message):
     with pytest.raises(UserError, match=message) as error:
-        stages_of(config_with(anneal=options))
+        config_with(anneal=options)
     assert "\n" not in str(error.value)
 
 
 def test_two_stages_cannot_begin_together():
-    with pytest.raises(UserError, match=r"data\.stages\.a and data\.stages\.b both begin at step 5"):
-        stages_of(config_with(**{name: {"step": 5, "shares": {"code": 1.0}} for name in "ab"}))
+    with pytest.raises(UserError, match=r"data\.stages\.a and config\.data\.stages\.b both begin at step 5"):
+        config_with(**{name: {"step": 5, "shares": {"code": 1.0}} for name in "ab"})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lemur_jax.config import default_config
+from lemur_jax.config import default_config, from_config_dict
 from lemur_jax.data.manifest import read_sealed, write_sealed
 from lemur_jax.data.store import TokenStore
 from lemur_jax.models.presets import preset
@@ -150,7 +150,7 @@ def make_config(tmp_path, tokenizer_dir):
         config.train.steps = 10
         config.train.batch_rows = 4
         config.update_from_flattened_dict(options)
-        return config
+        return from_config_dict(config)
 
     return make
 

@@ -1,9 +1,9 @@
-"""A tiny program, shared by the tests of this room."""
+"""A tiny program, shared by tests."""
 
 import jax
 import numpy as np
 
-from lemur_jax.config import default_config
+from lemur_jax.config import RunConfig, replace
 from lemur_jax.models import llama
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import AXES, make_mesh
@@ -13,17 +13,22 @@ from lemur_jax.train.step import build
 ROWS, LENGTH, SOURCES = 16, 64, 2
 
 
-def tiny_config(**model):
-    config = default_config(preset("tiny", **model).to_dict())
-    config.compute.dtype = "float32"
-    config.compute.loss_chunk = 0
-    config.train.batch_rows = ROWS
-    config.train.steps = 10
-    config.data.sequence_length = LENGTH
-    config.optimizer.learning_rate = 1e-2
-    config.optimizer.final_learning_rate = 1e-3
-    config.optimizer.warmup_steps = 2
-    return config
+TINY = {
+    "compute.dtype": "float32",
+    "compute.loss_chunk": 0,
+    "train.batch_rows": ROWS,
+    "train.steps": 10,
+    "data.sequence_length": LENGTH,
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.final_learning_rate": 1e-3,
+    "optimizer.warmup_steps": 2,
+}
+
+
+def tiny_config(options=None, **model):
+    """A run config of the preset "tiny"; `options` by dotted key, e.g. {"train.steps": 5}."""
+    config = replace(RunConfig(model=preset("tiny", **model)), TINY)
+    return replace(config, options or {})
 
 
 def program_on(mesh_shape, config=None):

@@ -37,7 +37,9 @@ from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
 config = load("config.py")
-mixture = open_mixture(config, Tokenizer.load(config.tokenizer.path))
+mixture = open_mixture(
+    config.data, Tokenizer.load(config.tokenizer.path), seed=config.seed, batch_rows=config.train.batch_rows
+)
 loader = Loader(mixture, batch_sharding(make_mesh(config.mesh)))
 held = {}
 for step in (0, 5, 1000):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import default_config
 from lemur_jax.models import llama, splash
+from lemur_jax.models.config import ComputeConfig
 from lemur_jax.models.llama import Compute
 from lemur_jax.models.presets import preset
 from lemur_jax.models.splash import splash_attention
@@ -166,8 +166,7 @@ def test_blocks_of_the_config_are_those_of_the_kernels(monkeypatch):
 
 def forward_jaxpr(**options):
     """The model's forward pass over one row of 256 with the splash kernels, as text."""
-    config = default_config(preset("tiny").to_dict())
-    compute = Compute.from_config({**config.compute, "attention": "splash", **options}, None)
+    compute = Compute.from_config(ComputeConfig(attention="splash", **options), None)
     params = jax.eval_shape(lambda: llama.init_params(preset("tiny"), jax.random.key(0)))
     row = jax.ShapeDtypeStruct((1, 256), jnp.int32)
     return str(

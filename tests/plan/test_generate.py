@@ -6,8 +6,9 @@ import pathlib
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import default_config, load
+from lemur_jax.config import RunConfig, load, replace
 from lemur_jax.models.presets import preset
+from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.plan.generate import plan_generate, report_generate
 from lemur_jax.telemetry.flops import parameter_counts
 
@@ -15,9 +16,7 @@ MODEL = preset("llama2_70b", num_hidden_layers=2)
 
 
 def config(tensor=4):
-    options = default_config(MODEL.to_dict())
-    options.mesh.tensor = tensor
-    return options
+    return replace(RunConfig(model=MODEL), {"mesh.tensor": tensor})
 
 
 def test_two_layers_of_70b_on_v5e():
@@ -79,7 +78,7 @@ def test_70b_on_slices_as_in_the_documentation(topology, mesh, prefill, decode, 
     """docs/planner.md, "Generation": GiB a chip, tokens/s of all sequences (None: does not fit)."""
     pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
     options = load(str(pathlib.Path(__file__).parents[2] / "configs" / "lemur_70b_chat.py"))
-    options.mesh.update(mesh)
+    options = replace(options, {"mesh": MeshConfig(**mesh)})
     made = plan_generate(options, topology, batch=32, prompt_length=1024, cache_length=2048)
     assert made.prefill.hbm_bytes_per_chip / 2**30 == pytest.approx(prefill, rel=0.05)
     assert made.decode.hbm_bytes_per_chip / 2**30 == pytest.approx(decode, rel=0.05)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import default_config, load
+from lemur_jax.config import default_config, from_config_dict, load
 from lemur_jax.models.presets import preset
 from lemur_jax.plan import analytic, hlo, topologies
 from lemur_jax.plan import compile as compiling
@@ -28,7 +28,7 @@ def config(layers=2):
 def test_two_layers_of_70b(topology, chips, limit, tmp_path):
     pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
     options = config()
-    made = plan(options, topology, hlo_path=str(tmp_path / "step.hlo"))
+    made = plan(from_config_dict(options), topology, hlo_path=str(tmp_path / "step.hlo"))
     assert made.fits
     assert made.chips == chips
     assert made.mesh == {"data": 1, "fsdp": 16, "sequence": 1, "tensor": 1}
@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_said():
     options.compute.attention = "xla"
     options.data.sequence_length = 128
     options.train.batch_rows = 1
-    made = plan(options, "v5e-1")  # 2.2 billion parameters with AdamW take 25 GiB
+    made = plan(from_config_dict(options), "v5e-1")  # 2.2 billion parameters with AdamW take 25 GiB
     assert not made.fits
     assert made.step_seconds is None
     assert made.hbm_bytes_per_chip > 20 * GIB
@@ -97,7 +97,7 @@ def test_gradients_travel_in_the_dtype_of_the_config(dtype, short, moved, tmp_pa
     options.train.batch_rows = 8
     options.compute.loss_chunk = 0
     options.compute.reduce_dtype = dtype
-    made = plan(options, "v4-16", hlo_path=str(tmp_path / "step.hlo"))
+    made = plan(from_config_dict(options), "v4-16", hlo_path=str(tmp_path / "step.hlo"))
     text = (tmp_path / "step.hlo").read_text()
     sent = re.findall(r"= \(*(\w+)\[.* all-to-all(?:-start)?\(", text)
     assert set(sent) == {short}
@@ -117,7 +117,7 @@ def test_activations_are_cut_over_tensor_between_the_products(tmp_path):
     options.mesh.tensor = 4
     options.compute.loss_chunk = 0
     options.compute.remat = "full"
-    made = plan(options, "v4-8")
+    made = plan(from_config_dict(options), "v4-8")
     stream = 8 * 512 * 1024 * 2
     layers = shape.num_hidden_layers
     assert made.hbm["activations"] == pytest.approx(layers * stream / 4, rel=0.05)
@@ -133,7 +133,7 @@ def test_states_of_other_optimizers_are_counted(name, share):
     pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
     options = config()
     options.optimizer.name = name
-    program = compiling.program(options, topologies.find("v4-32", 1))
+    program = compiling.program(from_config_dict(options), topologies.find("v4-32", 1))
     state, params = (compiling.device_bytes(tree) for tree in (program.state.optimizer, program.state.params))
     assert 0.2 * share < state / params < share
 
@@ -153,7 +153,7 @@ def test_two_layers_of_a_long_context(name, topology, length, ways):
     options.mesh.sequence = ways
     options.compute.remat = "attention"
     options.train.batch_rows = topologies.find(topology, 1).chips // ways
-    made = plan(options, topology)
+    made = plan(from_config_dict(options), topology)
     assert made.fits
     assert made.mesh["sequence"] == ways
     # Input and attention output of each layer, bf16, of the positions that a chip has.
@@ -182,7 +182,7 @@ def test_two_slices_exchange_gradients_alone(tmp_path):
     options.data.sequence_length = 128
     options.train.batch_rows = 16
     options.mesh.data = 2
-    made = plan(options, "v5e-4", slices=2, hlo_path=str(tmp_path / "step.hlo"))
+    made = plan(from_config_dict(options), "v5e-4", slices=2, hlo_path=str(tmp_path / "step.hlo"))
     assert made.chips == 8
     module = hlo.parse((tmp_path / "step.hlo").read_text())
     instructions = [each for body in module.computations.values() for each in body]
@@ -205,7 +205,7 @@ def test_the_mesh_must_cover_the_slice():
     options = config()
     options.mesh.fsdp = 3
     with pytest.raises(UserError, match="does not multiply to the 16 devices"):
-        plan(options, "v5e-16")
+        plan(from_config_dict(options), "v5e-16")
 
 
 def test_reading_the_compilers_refusal():

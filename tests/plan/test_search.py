@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lemur_jax.cli import main
-from lemur_jax.config import default_config, load
+from lemur_jax.config import RunConfig, load, replace
 from lemur_jax.models.presets import preset
 from lemur_jax.plan import analytic, pareto, search, topologies
 from lemur_jax.plan.plan import plan
@@ -55,13 +55,16 @@ def first(base, tmp_path_factory):
     return config, cache, found
 
 
+def seven_billion(options, **model):
+    return replace(RunConfig(model=preset("llama2_7b", **model)), options)
+
+
 def two(config, tpu, pruned):
     """Two candidates that fit, and one that the compiler is not asked about."""
     changes = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.sequence": 1, "mesh.tensor": 1, "train.microbatches": 1}
     wanted = [{**changes, "compute.remat": remat} for remat in ("full", "none")]
     made = [
-        search.Candidate(changes=each, bound=analytic.bound(search.changed(config, each), tpu))
-        for each in wanted
+        search.Candidate(changes=each, bound=analytic.bound(replace(config, each), tpu)) for each in wanted
     ]
     slow = analytic.Bound(buffers=((10**10, "all"),), compute=1e3, memory=0.0, network=0.0, host=0.0)
     return [*made, search.Candidate(changes={**wanted[0], "train.microbatches": 2}, bound=slow)]
@@ -86,7 +89,7 @@ def test_the_best_is_refined_and_what_helps_stays(base, tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(search, "REFINEMENTS", refinements)
     monkeypatch.setattr(search, "candidates", lambda *arguments: two(*arguments)[:1])
-    config = search.changed(load(str(base)), {"compute.loss_chunk": 32})
+    config = replace(load(str(base)), {"compute.loss_chunk": 32})
     lines = []
     found = search.search(config, "v5e-4", minutes=10, processes=2, cache=tmp_path, say=lines.append)
     tried = [outcome.changes for outcome in found.outcomes]
@@ -115,7 +118,7 @@ def test_the_fragment_is_a_config_with_the_same_plan(first, base, tmp_path):
     loaded = load(str(tmp_path / "out" / "best.py"))
     assert loaded.train.steps == 20
     assert loaded.mesh.fsdp == 4
-    again = plan(search.changed(loaded, {"train.steps": 10}), "v5e-4")
+    again = plan(replace(loaded, {"train.steps": 10}), "v5e-4")
     assert again.step_seconds == pytest.approx(found.best.plan.step_seconds)
     assert again.hbm == found.best.plan.hbm
     # It is a config like any other: overrides come on top.
@@ -168,9 +171,7 @@ def test_what_cannot_be_written_is_refused_before_compiling(base, tmp_path, caps
 
 
 def test_what_cannot_fit_is_not_compiled():
-    config = default_config(preset("llama2_7b").to_dict())
-    config.data.sequence_length = 4096
-    config.train.batch_rows = 16
+    config = seven_billion({"data.sequence_length": 4096, "train.batch_rows": 16})
     pruned = {}
     # 12 bytes a parameter in float32 with AdamW and 4 of gradients: 108 GB over 4 chips of 16.
     assert search.candidates(config, tpu(), pruned) == []
@@ -178,11 +179,8 @@ def test_what_cannot_fit_is_not_compiled():
 
 
 def test_bounds_by_hand():
-    config = default_config(preset("llama2_7b").to_dict())
-    config.data.sequence_length = 4096
-    config.train.batch_rows = 64
-    config.train.microbatches = 2
-    config.compute.remat = "attention"
+    options = {"train.batch_rows": 64, "train.microbatches": 2, "compute.remat": "attention"}
+    config = seven_billion(options | {"data.sequence_length": 4096})
     bound = analytic.bound(config, topologies.find("v5e-16"))
     buffers = {what.partition(",")[0]: size for size, what in bound.buffers}
     assert buffers["parameters"] == pytest.approx(6_738_415_616 * 4 / 16, rel=1e-3)
@@ -200,24 +198,23 @@ def test_bounds_by_hand():
     ("length", "given", "tried"), [(128, 1, {1}), (4096, 1, {1, 2}), (16_384, 16, {1, 2, 4, 8, 16})]
 )
 def test_long_rows_are_cut_into_pieces(length, given, tried):
-    config = default_config(preset("llama2_7b").to_dict())
-    config.data.sequence_length, config.train.batch_rows = length, 16
-    config.mesh.sequence = given
+    config = seven_billion(
+        {"data.sequence_length": length, "train.batch_rows": 16, "mesh.sequence": given},
+        max_position_embeddings=length,
+    )
     found = {changes["mesh.sequence"] for changes in search.layouts(config, topologies.find("v5e-16"))}
     assert found == tried
 
 
 def test_positions_traded_for_heads_cost_time():
-    config = default_config(preset("llama2_7b", max_position_embeddings=16_384).to_dict())
-    config.data.sequence_length, config.train.batch_rows = 16_384, 16
-    config.mesh.fsdp = 1
-    config.mesh.sequence = 16
+    options = {"data.sequence_length": 16_384, "train.batch_rows": 16, "mesh.fsdp": 1, "mesh.sequence": 16}
+    config = seven_billion(options, max_position_embeddings=16_384)
     # Query, key, value and output: 15 of 16 parts of 4 x 4096 numbers a position go to others, in 32 layers, both ways.
     moved = 2 * 32 * 16_384 * 4 * 4096 * 2 * 15 / 16
     assert analytic.bound(config, topologies.find("v5e-16")).network == pytest.approx(
         moved / (2 * 45e9), rel=0.01
     )
-    config.model.num_attention_heads = config.model.num_key_value_heads = 20
+    config = replace(config, {"model.num_attention_heads": 20, "model.num_key_value_heads": 20})
     pruned = {}
     assert all(
         each.changes["mesh.sequence"] < 8
@@ -227,11 +224,10 @@ def test_positions_traded_for_heads_cost_time():
 
 
 def test_what_layers_keep_is_cut_over_tensor():
-    config = default_config(preset("llama2_7b").to_dict())
-    config.data.sequence_length, config.train.batch_rows = 4096, 16
-    config.compute.remat, config.mesh.tensor = "mlp_all", 4
+    options = {"data.sequence_length": 4096, "train.batch_rows": 16, "compute.remat": "mlp_all"}
+    config = seven_billion(options | {"mesh.tensor": 4})
     by_name = {what.partition(",")[0]: size for size, what in analytic.bound(config, tpu()).buffers}
-    config.mesh.tensor = 1
+    config = replace(config, {"mesh.tensor": 1})
     whole = {what.partition(",")[0]: size for size, what in analytic.bound(config, tpu()).buffers}
     # A row lies on 4 chips instead of one, so each has four times the tokens and a fourth of every array.
     kept = [name for name in whole if name.startswith("activations kept")]
@@ -240,9 +236,8 @@ def test_what_layers_keep_is_cut_over_tensor():
 
 
 def test_host_memory_costs_time():
-    config = default_config(preset("llama2_7b").to_dict())
-    config.data.sequence_length, config.train.batch_rows = 4096, 16
-    config.compute.remat = "offload_full"
+    options = {"data.sequence_length": 4096, "train.batch_rows": 16, "compute.remat": "offload_full"}
+    config = seven_billion(options)
     bound = analytic.bound(config, topologies.find("v5e-16"))
     assert bound.host == pytest.approx(2 * 4096 * 4096 * 2 * 32 / 12e9)  # there and back
     assert not any("activations" in what for _, what in bound.buffers)

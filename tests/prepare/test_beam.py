@@ -8,6 +8,7 @@ import pytest
 
 from lemur_jax import cli
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import replace
 from lemur_jax.prepare import beam, tasks
 from lemur_jax.prepare.fields import Fields
 from lemur_jax.prepare.prepare import prepare
@@ -71,12 +72,12 @@ def corpus(tmp_path):
 def config(corpus, make_config, tmp_path, tokenizer_dir):
     extend(tokenizer_dir, tmp_path / "chat", CHATML_TOKENS)
     config = make_config("texts", "talks", held_out=["talks"])
-    config.tokenizer.path = str(tmp_path / "chat")
-    config.prepare.max_bad_share = (
-        0.9  # a bad line's place, so its directory's name, decides in which split it counts
-    )
-    config.prepare.steps = {"texts": STEPS, "talks": {"exact_duplicates": {}}}
-    return config
+    options = {
+        "tokenizer.path": str(tmp_path / "chat"),
+        "prepare.max_bad_share": 0.9,  # a bad line's place, its directory's name, decides in which split it counts
+        "prepare.steps": {"texts": STEPS, "talks": {"exact_duplicates": {}}},
+    }
+    return replace(config, options)
 
 
 def files_of(directory):
@@ -89,9 +90,8 @@ def test_a_beam_runner_makes_the_same_stores(config, tmp_path):
     pytest.importorskip("apache_beam", reason="needs the extra beam")
     found = {}
     for name, runner in (("local", ""), ("beam", "FnApiRunner")):
-        config.data.stores = str(tmp_path / name)
         said: list[str] = []
-        prepare(config, runner=runner, say=said.append)
+        prepare(replace(config, {"data.stores": str(tmp_path / name)}), runner=runner, say=said.append)
         found[name] = files_of(tmp_path / name)
     assert sorted(found["beam"]) == sorted(found["local"])  # and nothing is left of the pipeline's own files
     for name, content in found["local"].items():
@@ -107,10 +107,12 @@ def test_a_beam_runner_makes_the_same_stores(config, tmp_path):
 
 
 def test_shards_may_come_in_any_order_and_are_done_once(config, tmp_path, monkeypatch):
-    del config.data.sources["talks"]
-    config.prepare.steps = {"texts": STEPS}
-    config.eval.tasks = ()
-    config.data.stores = str(tmp_path / "local")
+    sources = {"texts": config.data.sources["texts"]}
+    config = replace(
+        config,
+        {"data.sources": sources, "data.stores": str(tmp_path / "local"), "eval.tasks": ()}
+        | {"prepare.steps": {"texts": STEPS}},
+    )
     prepare(config, say=lambda line: None)
     done = []
 
@@ -123,7 +125,7 @@ def test_shards_may_come_in_any_order_and_are_done_once(config, tmp_path, monkey
             done.append(shard)
 
     monkeypatch.setattr(beam, "_run_pipeline", run_pipeline)
-    config.data.stores = str(tmp_path / "beam")
+    config = replace(config, {"data.stores": str(tmp_path / "beam")})
     with pytest.raises(RuntimeError, match="gone"):
         prepare(config, runner="any", say=lambda line: None)
     prepare(config, runner="any", say=lambda line: None)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import replace
 from lemur_jax.data.inspect import inspect_store
 from lemur_jax.data.manifest import read_manifest
 from lemur_jax.data.mixture import open_mixture
@@ -107,9 +108,11 @@ def records(count):
 
 def test_parts_are_sources_with_exact_shares(task, make_config, tokenizer):
     task(records(300), validation=records(40))
-    config = make_config("made_up/Python", "made_up/C++", held_out=["made_up/Go"])
-    config.prepare.steps = {"made_up": {"label": {"field": "lang"}}}
-    config.data.sources["made_up/Python"].share = 3.0
+    config = make_config(
+        "made_up/Python", "made_up/C++", held_out=["made_up/Go"],
+        **{"prepare.steps": {"made_up": {"label": {"field": "lang"}}}},
+    )  # fmt: skip
+    config = replace(config, {"data.sources.made_up/Python.share": 3.0})
     said = run(config)
     assert [line.partition(":")[0] for line in said[:5]] == [
         "made_up/train",
@@ -119,7 +122,7 @@ def test_parts_are_sources_with_exact_shares(task, make_config, tokenizer):
         "made_up/validation",
     ]
     assert said[2].endswith("unchanged")
-    mixture = open_mixture(config, tokenizer)
+    mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
     names = [source.name for source in mixture.sources]
     ids = np.concatenate([mixture.locate(step)[0] for step in range(500)])
     tokens = [
@@ -147,8 +150,7 @@ def test_parts_are_sources_with_exact_shares(task, make_config, tokenizer):
 )
 def test_a_bad_part_is_one_line_before_anything_is_made(task, make_config, tmp_path, sources, steps, message):
     task(records(10))
-    config = make_config(*sources)
-    config.prepare.steps = {"made_up": {"label": steps}} if steps else {}
+    config = make_config(*sources, **{"prepare.steps": {"made_up": {"label": steps}} if steps else {}})
     with pytest.raises(UserError, match=message):
         run(config)
     assert not (tmp_path / "stores").exists()
@@ -156,7 +158,6 @@ def test_a_bad_part_is_one_line_before_anything_is_made(task, make_config, tmp_p
 
 def test_a_part_that_is_not_there_is_one_line(task, make_config):
     task(records(10))
-    config = make_config("made_up/Rust")
-    config.prepare.steps = {"made_up": {"label": {"field": "lang"}}}
+    config = make_config("made_up/Rust", **{"prepare.steps": {"made_up": {"label": {"field": "lang"}}}})
     with pytest.raises(UserError, match=r"made_up has no document with lang = 'Rust'.*C\+\+ \d"):
         run(config)

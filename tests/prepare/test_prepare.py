@@ -7,6 +7,8 @@ import pytest
 import tensorflow as tf
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import replace
+from lemur_jax.data.config import StageConfig
 from lemur_jax.data.manifest import read_manifest
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import encoding as documents
@@ -112,8 +114,8 @@ def test_shares_change_without_preparing_again(task, make_config, tmp_path):
     run(make_config("made_up", "second"))
     before = files_of(tmp_path / "stores")
     config = make_config("made_up", "second")
-    config.data.sources.second.share = 7.0
-    config.data.stages = {"anneal": {"step": 5, "shares": {"second": 1.0}}}
+    anneal = StageConfig(step=5, shares={"second": 1.0})
+    config = replace(config, {"data.sources.second.share": 7.0, "data.stages": {"anneal": anneal}})
     said = run(config)
     assert [line.endswith("unchanged") for line in said[:2]] == [True, True]
     assert "anneal, step 5 on" in said[2]
@@ -278,7 +280,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 def test_a_budget_that_cannot_be_met_is_said_when_the_stores_are_there(task, make_config, tmp_path):
     task(text_records(5))
     config = make_config("made_up", **{"train.steps": 1000})
-    config.data.sources.made_up.max_epochs = 1.0
+    config = replace(config, {"data.sources.made_up.max_epochs": 1.0})
     said = []
     with pytest.raises(UserError, match=r"made_up.*max_epochs"):
         prepare(config, say=said.append)

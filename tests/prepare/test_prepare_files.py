@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import default_config
+from lemur_jax.config import default_config, from_config_dict, to_json
 from lemur_jax.data.store import TokenStore
 from lemur_jax.models.presets import preset
 from lemur_jax.prepare import encoding as documents
@@ -33,7 +33,7 @@ PREPARE = """if True:
     import json, os, signal, sys
     if __name__ == "__main__":
         options = json.loads(sys.argv[1])
-        from ml_collections import ConfigDict
+        from lemur_jax.config import from_json
         from lemur_jax.prepare import prepare, tasks
         prepare.SAVE_SECONDS = 0
         tasks.add_files("files", options["pattern"])
@@ -50,7 +50,7 @@ PREPARE = """if True:
                 if Progress.left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        prepare.prepare(ConfigDict(options["config"]), progress=Progress)
+        prepare.prepare(from_json(options["config"]), progress=Progress)
 """
 
 
@@ -90,7 +90,7 @@ def make_config(tmp_path, tokenizer_dir):
         config.train.steps = 1
         config.train.batch_rows = 4
         config.update_from_flattened_dict(options)
-        return config
+        return from_config_dict(config)
 
     return make
 
@@ -122,7 +122,7 @@ def files_of(directory):
 def run_process(tmp_path, corpus, config, kill_after=-1):
     script = tmp_path / "run.py"
     script.write_text(PREPARE)
-    options = {"pattern": str(corpus), "config": json.loads(config.to_json()), "kill_after": kill_after}
+    options = {"pattern": str(corpus), "config": to_json(config), "kill_after": kill_after}
     arguments = [sys.executable, str(script), json.dumps(options)]
     return subprocess.run(arguments, capture_output=True, text=True)
 

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import replace
 from lemur_jax.sweep import pareto, results
 from lemur_jax.sweep.results import Results, Variant, read_results
 from lemur_jax.sweep.runs import plan_runs, run_directory
@@ -124,8 +125,8 @@ def write_run(workdir, run, bits, end=True):
 
 def test_figures_are_read_back_by_group(tmp_path):
     config = config_of(("python", "java", "web"), python=1.0, java=1.0, web=1.0)
-    config.eval.groups = {"code": ("python", "java"), "text": ("web",)}
-    config.train.steps = 10
+    groups = {"code": ("python", "java"), "text": ("web",)}
+    config = replace(config, {"eval.groups": groups, "train.steps": 10})
     runs = plan_runs(config, ["1:1"], 2, sources="python&java,web")
     for run, scale in zip(runs, (1.0, 2.0), strict=True):
         write_run(tmp_path, run, {"python": 2.0 * scale, "java": 8.0 * scale, "web": 3.0 * scale})

@@ -6,7 +6,7 @@ import pytest
 
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import default_config, load
+from lemur_jax.config import default_config, from_config_dict, load
 from lemur_jax.models.presets import preset
 from lemur_jax.sweep.runs import plan_runs, run_config
 
@@ -16,7 +16,7 @@ def config_of(tasks=("code", "text"), **shares):
     shares = shares or {"code": 10.0, "text": 1.0}
     config.data.sources = {name: {"share": share, "packing": "concat"} for name, share in shares.items()}
     config.eval.tasks = tasks
-    return config
+    return from_config_dict(config)
 
 
 def shares_of(run):
@@ -79,8 +79,8 @@ def test_annealing_is_varied_like_any_key(project, monkeypatch):
     varied = ["data.stages.anneal.step=3,5", "data.stages.anneal.shares.text=1,9"]
     runs = plan_runs(config, ["10:1"], 1, varied)
     assert len(runs) == 4
-    anneal = run_config("config.py:annealed", [], runs[-1]).data.stages.anneal
-    assert (anneal.step, anneal.shares.code, anneal.shares.text) == (5, 1.0, 9.0)
+    anneal = run_config("config.py:annealed", [], runs[-1]).data.stages["anneal"]
+    assert (anneal.step, anneal.shares) == (5, {"code": 1.0, "text": 9.0})
 
 
 @pytest.mark.parametrize(
@@ -121,4 +121,4 @@ def test_printed_commands_train_the_same_runs(project, monkeypatch, capsys):
     assert (lemur, verb, flag, workdir) == ("lemur", "train", "--config", "out/runs/3-1_seed-43")
     config = load(path, overrides)
     assert (config.seed, config.train.steps) == (43, 9)
-    assert (config.data.sources.code.share, config.data.sources.text.share) == (3.0, 1.0)
+    assert (config.data.sources["code"].share, config.data.sources["text"].share) == (3.0, 1.0)

@@ -113,7 +113,7 @@ def test_another_optimizer_is_refused_by_leaf_unless_told_to_start_fresh(train, 
     other = {"optimizer.moments_dtype": "bfloat16"}
     with pytest.raises(UserError, match="belongs to another config: optimizer.moments_dtype"):
         train(run, **other)
-    with pytest.raises(UserError, match=r"must be 'refuse' or 'fresh'"):
+    with pytest.raises(UserError, match=r"must be one of 'refuse', 'fresh'"):
         train(run, **{"checkpoint.other_optimizer": "zeros"})
     lines = train(run, **other, **{"checkpoint.other_optimizer": "fresh"})
     assert "optimizer: inner_state/1/mu/" in lines[0]

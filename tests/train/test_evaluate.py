@@ -52,10 +52,11 @@ def test_batches_are_scored_shortly_before_their_figures_are_waited_for(monkeypa
 )
 def test_what_is_said_of_an_evaluation_that_is_given_up_is_so(monkeypatch, step, promised):
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: None)
-    config = tiny_config()
-    config.eval.tasks = ("text",)
-    config.eval.every_steps, config.checkpoint.every_steps, config.train.steps = 2, 4, 10
-    config.checkpoint.keep_best = "text"
+    options = {"tasks": ("text",), "every_steps": 2}
+    config = tiny_config(
+        {f"eval.{key}": value for key, value in options.items()}
+        | {"checkpoint.every_steps": 4, "checkpoint.keep_best": "text", "train.steps": 10}
+    )
     held_out = evaluate.HeldOut(task="text", rows=None, bytes_per_target=1.0)
     said = []
     evaluations = evaluate.Evaluations(None, config, [held_out], None, said.append)

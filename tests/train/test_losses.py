@@ -44,8 +44,7 @@ def test_sums_and_gradient_against_float64(chunk):
 
 
 def test_the_step_trains_on_the_z_loss_and_logs_the_loss_without_it(batch):
-    config = tiny_config()
-    config.optimizer.z_loss = Z
+    config = tiny_config({"optimizer.z_loss": Z})
     program = program_on((1, 1, 1, 1), config)
     state = first_state(program)
 
@@ -71,8 +70,8 @@ def test_the_step_trains_on_the_z_loss_and_logs_the_loss_without_it(batch):
 
 def largest_with_vocabulary(chunk):
     """Elements of the largest array of the whole update that has the vocabulary and is no parameter."""
-    config = tiny_config(vocab_size=499)  # a prime, and the size of nothing else
-    config.compute.loss_chunk = chunk
+    # A prime vocabulary, the size of nothing else.
+    config = tiny_config({"compute.loss_chunk": chunk}, vocab_size=499)
     program = program_on((1, 1, 1, 1), config)
     jaxpr = jax.make_jaxpr(program.step)(program.state, program.batch)
     sizes = [0]

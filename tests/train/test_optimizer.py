@@ -14,7 +14,8 @@ from optax import contrib
 from lemur_jax.common.errors import UserError
 from lemur_jax.models.llama import abstract_params, logical_axes
 from lemur_jax.models.presets import preset
-from lemur_jax.train.optimizer import decayed, make_optimizer, schedule
+from lemur_jax.train.config import OPTIMIZER_NAMES, OptimizerConfig
+from lemur_jax.train.optimizer import OPTIMIZERS, decayed, make_optimizer, schedule
 from lemur_jax.train.state import abstract_state, shardings_of
 from tests.helpers.tiny import program_on, tiny_config
 
@@ -62,7 +63,7 @@ def cosine(step, steps=10, warmup=2, peak=1e-2, end=1e-3):
 
 def test_schedule_ends_where_the_run_ends():
     """Counted in updates: Lemur's own run ended at 3.996e-5 where its log said 1.98e-5."""
-    rates = schedule(dict(learning_rate=4e-5, final_learning_rate=4e-6, warmup_steps=0), 21_458)
+    rates = schedule(OptimizerConfig(learning_rate=4e-5, final_learning_rate=4e-6, warmup_steps=0), 21_458)
     assert float(rates(0)) == pytest.approx(4e-5)
     assert float(rates(10_729)) == pytest.approx(2.2e-5)
     assert float(rates(21_458)) == pytest.approx(4e-6)
@@ -81,18 +82,14 @@ RATE, DECAY = 0.01, 0.1
 
 
 def options(name):
-    found = tiny_config().optimizer
-    found.name = name
-    found.learning_rate = found.final_learning_rate = RATE
-    found.warmup_steps = 0
-    found.clip_norm = 0.0
-    return found
+    return OptimizerConfig(
+        name=name, learning_rate=RATE, final_learning_rate=RATE, warmup_steps=0, clip_norm=0.0
+    )
 
 
 def sharded_updates(name, mesh_shape=(1, 4, 1, 2), steps=3):
     """(parameters before, gradients, parameters after) of a model whose matrices are large enough to be factored."""
-    config = tiny_config(hidden_size=256, intermediate_size=512, head_dim=128)
-    config.optimizer.update(options(name))
+    config = tiny_config({"optimizer": options(name)}, hidden_size=256, intermediate_size=512, head_dim=128)
     program = program_on(mesh_shape, config)
     rng = np.random.default_rng(0)
     shapes = abstract_params(program.model)
@@ -195,8 +192,7 @@ def apart(tree):
 @pytest.mark.parametrize(("name", "share"), [("adamw", 2.0), ("muon", 1.2), ("adafactor", 0.05)])
 def test_every_state_is_cut_like_its_parameter(name, share):
     """Bytes a device, against those of the parameters, on a mesh of eight."""
-    config = tiny_config(hidden_size=256, intermediate_size=512, head_dim=128)
-    config.optimizer.name = name
+    config = tiny_config({"optimizer.name": name}, hidden_size=256, intermediate_size=512, head_dim=128)
     program = program_on((1, 8, 1, 1), config)
     cut = [leaf for leaf in jax.tree.leaves(program.state.optimizer) if leaf.size > 4096]
     assert all(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in cut if 256 in leaf.shape)
@@ -208,16 +204,16 @@ def test_every_state_is_cut_like_its_parameter(name, share):
 
 
 def test_moments_in_bfloat16():
-    config = tiny_config()
-    config.optimizer.moments_dtype = "bfloat16"
+    config = tiny_config({"optimizer.moments_dtype": "bfloat16"})
     state = program_on((1, 8, 1, 1), config).state.optimizer.inner_state[1]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.mu)} == {"bfloat16"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.nu)} == {"float32"}
 
 
 def test_unknown_optimizer_is_named():
-    with pytest.raises(UserError, match=r"'adam'.*adamw, adafactor, muon; did you mean adamw\?"):
-        make_optimizer(dict(options("adamw"), name="adam"), 10, AXES)
+    with pytest.raises(UserError, match=r"'adam': .*'adamw', 'adafactor', 'muon'; did you mean 'adamw'\?"):
+        OptimizerConfig(name="adam")
+    assert tuple(OPTIMIZERS) == OPTIMIZER_NAMES
 
 
 def test_a_large_leaf_without_a_parameter_is_refused():

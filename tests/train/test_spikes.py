@@ -12,6 +12,7 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.models import llama
 from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.train.config import SpikesConfig
 from lemur_jax.train.losses import row_sums
 from lemur_jax.train.optimizer import decayed, make_optimizer, schedule
 from lemur_jax.train.spikes import memory, rollback_target, skip_spikes
@@ -43,10 +44,7 @@ def test_rule_is_the_median_of_the_accepted_norms():
 
 @pytest.fixture(scope="module")
 def spiking():
-    config = tiny_config()
-    config.spikes.factor = 3.0
-    config.spikes.window = 2
-    return config
+    return tiny_config({"spikes.factor": 3.0, "spikes.window": 2})
 
 
 def by_hand(config, program, batches):
@@ -123,11 +121,8 @@ def test_rollback_goes_to_the_last_regular_checkpoint_before_the_skips(
     ("key", "value"), [("factor", 0.5), ("factor", -2.0), ("window", 0), ("rollback_after", 2)]
 )
 def test_options_that_make_no_sense_are_named(key, value):
-    config = tiny_config()
-    config.spikes.factor = 0.0 if key == "rollback_after" else 2.0
-    config.spikes[key] = value
     with pytest.raises(UserError, match=f"config.spikes.{key}"):
-        program_on((1, 1, 1, 1), config)
+        SpikesConfig(**{"factor": 0.0 if key == "rollback_after" else 2.0, key: value})
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,7 @@ def test_same_loss_on_every_mesh(alone, batch, shape):
 
 @pytest.mark.parametrize(("microbatches", "chunk"), [(4, 0), (1, 16), (2, 32)])
 def test_same_loss_in_any_split(alone, batch, microbatches, chunk):
-    config = tiny_config()
-    config.train.microbatches = microbatches
-    config.compute.loss_chunk = chunk
+    config = tiny_config({"train.microbatches": microbatches, "compute.loss_chunk": chunk})
     found, metrics, _ = losses(program_on((1, 1, 1, 1), config), batch)
     np.testing.assert_allclose(found, alone[0], rtol=1e-5)
     for key in ("grad_norm", "source_loss", "source_weight"):
@@ -44,8 +42,7 @@ def test_same_loss_in_any_split(alone, batch, microbatches, chunk):
 
 
 def test_same_loss_with_positions_and_chunks_cut_over_devices(alone, batch):
-    config = tiny_config()
-    config.compute.loss_chunk = 16
+    config = tiny_config({"compute.loss_chunk": 16})
     found, metrics, _ = losses(program_on((1, 2, 4, 1), config), batch)
     np.testing.assert_allclose(found, alone[0], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], alone[1]["grad_norm"], rtol=2e-5)
@@ -55,8 +52,7 @@ def test_policies_that_keep_every_product_compute_none_again():
     """On a mesh the products have gradients of their own, into which a policy must see all the same."""
 
     def flops(remat):
-        config = tiny_config(hidden_size=128, intermediate_size=512)
-        config.compute.remat = remat
+        config = tiny_config({"compute.remat": remat}, hidden_size=128, intermediate_size=512)
         program = program_on((1, 2, 1, 1), config)
         return program.step.lower(program.state, program.batch).compile().cost_analysis()["flops"]
 
@@ -104,8 +100,7 @@ def test_state_lies_where_the_rules_say(batch):
 
 
 def test_finite_rows_name_the_bad_ones_through_microbatches(batch):
-    config = tiny_config()
-    config.train.microbatches = 2
+    config = tiny_config({"train.microbatches": 2})
     program = program_on((1, 2, 1, 1), config)
     state = first_state(program)
     bad = dict(batch, loss_weights=batch["loss_weights"].copy())
@@ -125,9 +120,5 @@ def test_finite_rows_name_the_bad_ones_through_microbatches(batch):
     ],
 )
 def test_impossible_combination_is_named(key, value, words):
-    config = tiny_config()
-    with config.unlocked():
-        section, name = key.split(".")
-        config[section][name] = value
     with pytest.raises(UserError, match=words):
-        program_on((1, 8, 1, 1), config)
+        program_on((1, 8, 1, 1), tiny_config({key: value}))

@@ -8,6 +8,7 @@ import pytest
 from lemur_jax import cli
 from lemur_jax.cluster.exit import TRY_AGAIN
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import replace
 from lemur_jax.train import loop
 from lemur_jax.train.workdir import claim, finished
 from tests.helpers.tiny import tiny_config
@@ -25,10 +26,9 @@ def test_other_hosts_never_see_half_a_config(tmp_path):
 
 def test_patience_may_change_between_a_run_and_its_resumption(tmp_path):
     claim(tiny_config(), tmp_path)
-    config = tiny_config()
-    config.hosts.lost_seconds = 7
+    config = tiny_config({"hosts.lost_seconds": 7})
     claim(config, tmp_path)
-    config.seed = 7
+    config = replace(config, {"seed": 7})
     with pytest.raises(UserError, match="seed was 42"):
         claim(config, tmp_path)
 
@@ -63,7 +63,8 @@ def test_finished_means_the_last_step_is_saved(tmp_path):
 def test_launchers_see_whether_a_run_that_stopped_is_finished(tmp_path, monkeypatch, relaunch, saved, status):
     path = tmp_path / "c.py"
     path.write_text(
-        "from tests.helpers.tiny import tiny_config\ndef get_config(arg=''): return tiny_config()"
+        "from ml_collections import ConfigDict\nfrom lemur_jax.config import to_json\n"
+        "from tests.helpers.tiny import tiny_config\ndef get_config(arg=''): return ConfigDict(to_json(tiny_config()))"
     )
 
     def train(config, workdir, say, profile):

@@ -1,0 +1,80 @@
+"""`config.data`: the stores of a run and how they are mixed."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.common.sections import did_you_mean, require, require_one_of
+
+PACKINGS = ("concat", "fit")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One ingredient of the mixture."""
+
+    share: float  # its part of the tokens, in proportion to the other sources' shares
+    packing: str = "concat"  # "concat": one stream cut into rows; "fit": whole documents, as many as fit
+    max_epochs: float = 0.0  # how often each row may be seen; 0: without limit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Other shares from an update on, until the next stage begins."""
+
+    step: int  # its first update
+    shares: Mapping[str, float]  # source -> share of tokens; a source that is not named has none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Token stores, rows and the mixture."""
+
+    modules: tuple[str, ...] = ()  # Python modules that register more seqio tasks; may lie beside the config
+    stores: str = "stores"  # directory of token stores, one folder a task and split
+    sequence_length: int = 2048  # tokens T of a row
+    sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)  # seqio task, or task/label
+    stages: Mapping[str, StageConfig] = dataclasses.field(
+        default_factory=dict
+    )  # name -> shares from a step on
+
+    def __post_init__(self):
+        # A mixture takes its sources in the order of their names, however they were given.
+        object.__setattr__(self, "sources", dict(sorted(self.sources.items())))
+        require(self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "at least 1")
+        for name, source in self.sources.items():
+            where = f"data.sources.{name}"
+            require_one_of(f"{where}.packing", source.packing, PACKINGS)
+            require(
+                0 <= source.max_epochs < math.inf,
+                f"{where}.max_epochs", source.max_epochs, "0 (no limit) or more",
+            )  # fmt: skip
+        if self.sources:
+            shares = {f"data.sources.{name}.share": source.share for name, source in self.sources.items()}
+            _check_shares(shares, "data.sources")
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        begins: dict[int, str] = {}
+        for name, stage in self.stages.items():
+            if begins.setdefault(stage.step, name) != name:
+                raise UserError(
+                    f"config.data.stages.{begins[stage.step]} and config.data.stages.{name} both begin at step"
+                    f" {stage.step}"
+                )
+            where = f"data.stages.{name}.shares"
+            for source in stage.shares:
+                if source not in self.sources:
+                    hint = did_you_mean(source, self.sources)
+                    raise UserError(
+                        f"config.{where} names {source!r}, which is not in config.data.sources{hint}"
+                    )
+            _check_shares({f"{where}.{source}": share for source, share in stage.shares.items()}, where)
+
+
+def _check_shares(shares: Mapping[str, float], where: str) -> None:
+    for key, share in shares.items():
+        require(0 <= share < math.inf, key, share, "a number, 0 or more, and finite")
+    if not any(shares.values()):
+        raise UserError(f"all shares of config.{where} are 0: give one source a share")

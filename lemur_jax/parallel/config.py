@@ -1,0 +1,23 @@
+"""`config.mesh`: the sizes of the device mesh."""
+
+import dataclasses
+
+from lemur_jax.common.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1: all remaining devices."""
+
+    data: int = 1  # copies of the parameters; with several TPU slices a multiple of their number
+    fsdp: int = -1  # devices that share parameters and optimizer state, and cut the batch
+    sequence: int = 1  # devices that cut the positions of a row
+    tensor: int = 1  # devices that cut heads, the mlp and the vocabulary
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        written = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+        if list(sizes.values()).count(-1) > 1:
+            raise UserError(f"mesh {written}: only one axis may be -1")
+        if any(size < 1 and size != -1 for size in sizes.values()):
+            raise UserError(f"mesh {written}: sizes must be at least 1, or -1 for the rest")

@@ -1,0 +1,17 @@
+"""`config.log`: how often metrics are written, and where to."""
+
+import dataclasses
+
+from lemur_jax.common.sections import require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Metrics of the steps; they always go to WORKDIR/metrics.jsonl."""
+
+    every_steps: int = 10  # updates between two writes
+    tensorboard: bool = False  # also write WORKDIR/tensorboard; needs the extra "tensorboard"
+    wandb: bool = False  # also send to Weights & Biases, set up by WANDB_*; needs the extra "wandb"
+
+    def __post_init__(self):
+        require(self.every_steps >= 0, "log.every_steps", self.every_steps, "0 or more")

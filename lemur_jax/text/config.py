@@ -1,0 +1,29 @@
+"""`config.tokenizer`: which tokenizer a run uses, and how `lemur prepare` makes it."""
+
+import dataclasses
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.common.sections import require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The tokenizer's directory; `prepare` trains or extends one there if it is empty."""
+
+    path: str = ""  # directory with tokenizer.model or tokenizer.json
+    train_vocab_size: int = 0  # above 0: `prepare` trains a SentencePiece BPE of this size if `path` has none
+    train_tasks: tuple[str, ...] = ()  # the tasks whose train splits it is trained on
+    extend: str = ""  # directory of a tokenizer that `prepare` extends to make `path`
+    add_tokens: tuple[str, ...] = ()  # control tokens that `extend` adds, at the next ids
+    chat_template: str = ""  # Jinja file that `extend` writes into `path`; "": ChatML
+
+    def __post_init__(self):
+        require(self.train_vocab_size >= 0, "tokenizer.train_vocab_size", self.train_vocab_size, "0 or more")
+        if self.train_vocab_size and self.extend:
+            raise UserError(
+                "config.tokenizer.train_vocab_size and config.tokenizer.extend exclude each other: unset one"
+            )
+        if self.chat_template and not self.extend:
+            raise UserError(
+                "config.tokenizer.chat_template goes with config.tokenizer.extend: set that, or unset this"
+            )

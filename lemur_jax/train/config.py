@@ -1,0 +1,117 @@
+"""The sections of training: updates, optimizer, spikes, first parameters, held-out evaluation."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.common.sections import require, require_one_of
+
+OPTIMIZER_NAMES = ("adamw", "adafactor", "muon")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How many updates, and how large."""
+
+    steps: int = 1000  # updates
+    batch_rows: int = 128  # rows B of one update, over all hosts and microbatches
+    microbatches: int = 1  # parts of B that are computed one after another
+
+    def __post_init__(self):
+        for key in ("steps", "batch_rows", "microbatches"):
+            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Clipping, direction, decoupled weight decay, and a learning rate with warmup and cosine."""
+
+    name: str = "adamw"  # "adamw", "adafactor" or "muon"
+    learning_rate: float = 3e-4  # at the end of the warmup
+    final_learning_rate: float = 3e-5  # at the last update
+    warmup_steps: int = 0  # updates of linear warmup from 0
+    b1: float = 0.9  # decay of first moments
+    b2: float = 0.95  # decay of second moments
+    eps: float = 1e-8  # added to the root of second moments
+    weight_decay: float = 0.1  # of matrices; norm scales are never decayed
+    clip_norm: float = 1.0  # of the global gradient norm; 0: off
+    moments_dtype: str = "float32"  # of first moments
+    z_loss: float = 0.0  # weight of log(Z)^2
+
+    def __post_init__(self):
+        if self.name not in OPTIMIZER_NAMES:
+            require_one_of("optimizer.name", self.name, OPTIMIZER_NAMES)
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "positive")
+        for key in ("final_learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm", "z_loss"):
+            require(getattr(self, key) >= 0, f"optimizer.{key}", getattr(self, key), "0 or more")
+        for key in ("b1", "b2"):
+            require(0 <= getattr(self, key) < 1, f"optimizer.{key}", getattr(self, key), "in [0, 1)")
+        require_one_of("optimizer.moments_dtype", self.moments_dtype, ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpikesConfig:
+    """Updates that are skipped by rule, see train/spikes.py. Off: a gradient that is not finite stops the run."""
+
+    factor: float = (
+        0.0  # above 0: skip gradients whose norm is above factor × the running median, or not finite
+    )
+    window: int = (
+        100  # accepted norms that the median is taken over; before, only what is not finite is skipped
+    )
+    rollback_after: int = (
+        0  # roll back to the last regular checkpoint after this many consecutive skips; 0: never
+    )
+    max_rollbacks: int = 3  # rollbacks after which the run stops instead
+
+    def __post_init__(self):
+        require(self.factor == 0 or self.factor > 1, "spikes.factor", self.factor, "above 1, or 0 for off")
+        require(self.window >= 1, "spikes.window", self.window, "at least 1")
+        for key in ("rollback_after", "max_rollbacks"):
+            require(getattr(self, key) >= 0, f"spikes.{key}", getattr(self, key), "0 or more")
+        if self.rollback_after and not self.factor:
+            raise UserError(
+                "config.spikes.rollback_after needs config.spikes.factor: nothing is skipped without"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Where the parameters come from; with the defaults fresh ones from `config.seed`."""
+
+    checkpoint: str = ""  # ours or a Hugging Face directory; its parameters are taken, its optimizer is not
+    drop_rows_above: int = 0  # above 0: forget vocabulary rows from this id on before extending
+    new_rows: str = "refuse"  # "mean": extend the vocabulary with the mean of the old rows
+
+    def __post_init__(self):
+        require(self.drop_rows_above >= 0, "init.drop_rows_above", self.drop_rows_above, "0 or more")
+        require_one_of("init.new_rows", self.new_rows, ("refuse", "mean"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out loss of each task, over its validation store."""
+
+    every_steps: int = 0  # evaluate every this many updates and at the end; 0: only at the end
+    tasks: tuple[str, ...] = ()  # tasks whose validation stores are scored, each for itself
+    batch_rows: int = 0  # rows of a batch; 0: as a microbatch of training
+    max_rows: int = 0  # rows scored of each task; 0: all
+    groups: Mapping[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # {"code": ("python", "java")}
+
+    def __post_init__(self):
+        for key in ("every_steps", "batch_rows", "max_rows"):
+            require(getattr(self, key) >= 0, f"eval.{key}", getattr(self, key), "0 or more")
+        for name, members in self.groups.items():
+            if not members:
+                raise UserError(f"config.eval.groups.{name} is empty: it must name one task or more")
+            if missing := [task for task in members if task not in self.tasks]:
+                raise UserError(
+                    f"config.eval.groups.{name} has {missing[0]!r}, which is not among config.eval.tasks {self.tasks}"
+                )
+
+    @property
+    def task_groups(self) -> Mapping[str, tuple[str, ...]]:
+        """`groups`, which the balance score weighs alike; without any, each task is a group of its own."""
+        return self.groups or {task: (task,) for task in self.tasks}
