@@ -45,6 +45,6 @@ def open_journal(log: LogConfig, workdir: epath.Path, step: int, started: float)
       started: when this process began, seconds since 1970.
     """
     spent = carried_over(workdir, step, started)
-    with MetricsWriter(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb) as writer:
+    with MetricsWriter(workdir, tensorboard=log.tensorboard, wandb=log.wandb) as writer:
         writer.truncate_after(step or -1)
         yield Journal(writer=writer, records=read_metrics(workdir), spent=spent)
