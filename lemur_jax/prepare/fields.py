@@ -24,9 +24,10 @@ class Fields:
     Attributes:
       text: the field that holds the text.
       messages: for chat, instead of text: a function from a row to messages, e.g. `conversation_formats.sharegpt`.
-      id: the document's name; "": its file and position.
+      id: the document's name; "", or null in a row: its file and position.
       meta: fields kept as metadata, under their own names; filters and code layout read them.
-      group: documents with the same value here are held out together, e.g. a repository's; "": each alone.
+      group: documents with the same value here are held out together, e.g. a repository's; "", or null in a
+        row: each alone.
       gather: rows that follow each other with the same value here are one document, for `messages`: its
         row is the first one with all of them as `rows`. "": each row is one.
     """
@@ -74,8 +75,8 @@ def gather(found: Iterable[tuple[str, Row | Bad]], name: str) -> Iterator[tuple[
     held: list[Row] = []
     place, value, count = "", None, 0
     for position, row in found:
-        if isinstance(row, Bad) or name not in row:
-            yield position, row if isinstance(row, Bad) else Bad(reason=f"no field {name!r}")
+        if isinstance(row, Bad) or _is_missing(row.get(name)):
+            yield position, row if isinstance(row, Bad) else Bad(reason=f"no field {name!r}, or it is empty")
             continue
         if count and row[name] != value:
             yield place, _joined(held, count, name)
@@ -106,19 +107,23 @@ def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
         content = json.dumps(list(fields.messages(row)), ensure_ascii=False).encode()
     else:
         content = _text(_look_up(row, fields.text), fields.text)
-    id = _look_up(row, fields.id) if fields.id else where
+    id = _look_up(row, fields.id) if fields.id else None
     meta = {name: _plain(_look_up(row, name, None)) for name in fields.meta}
-    key = (
-        _bytes(str(_look_up(row, fields.group))) if fields.group else hashlib.sha256(content.strip()).digest()
-    )
+    group = _look_up(row, fields.group) if fields.group else None
+    key = hashlib.sha256(content.strip()).digest() if _is_missing(group) else _bytes(str(group))
     features = {
         fields.content: content,
-        "id": id if isinstance(id, str | bytes) else str(id),
+        "id": where if _is_missing(id) else id if isinstance(id, str | bytes) else str(id),
         "meta": json.dumps(meta, ensure_ascii=False, sort_keys=True, default=str),
         "where": where,
         "error": "",
     }
     return {name: _bytes(value) for name, value in features.items()}, key
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a row says nothing there: null, NaN (a null of pandas), or empty."""
+    return value is None or value != value or value in ("", b"", [])
 
 
 _NOTHING = object()

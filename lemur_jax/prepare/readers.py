@@ -1,21 +1,27 @@
-"""Rows out of files, without TensorFlow: JSON Lines, text and Parquet, local or on gs://.
+"""Rows of files, without TensorFlow: JSON Lines, JSON arrays, text and Parquet, local or on gs://.
 
-A row comes with its place in the file. What cannot be read does not raise and does not vanish: it is a `Bad`
-row, of which `data.fields` makes a document with a reason, as of each row that cannot be used.
+A row comes with its place in the file. What cannot be read becomes a `Bad` row, of which `fields.documents`
+makes a document with a reason; rows that are missing are counted.
 """
 
+import codecs
 import dataclasses
 import io
+import itertools
 import json
+import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.prepare.streams import COMPRESSIONS, Unreadable, read_utf8
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("jsonl", "text", "lines", "parquet", "tfrecord")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _SUFFIXES = {
     ".jsonl": "jsonl",
     ".json": "jsonl",
@@ -26,8 +32,10 @@ _SUFFIXES = {
     ".tfrecord": "tfrecord",
 }
 MAX_BYTES = 2 << 20  # of one record: tokenizing takes up to 150 times as much memory (conversations)
-_READ_BYTES = 1 << 20
+_BUFFER_BYTES = 1 << 20  # of Parquet
 _BATCH_ROWS = 64
+_MAX_ELEMENT = 1 << 24  # characters of one element of a JSON array in memory
+_SEPARATOR = re.compile(r"\s*,?\s*")
 EXCERPT = 500  # bytes of a bad record that are kept
 
 Row = Mapping[str, Any]
@@ -99,89 +107,122 @@ def rows(
     if kind == "parquet":
         yield from _parquet(path, columns)
         return
+    if not epath.Path(path).stat().length and not path.endswith(tuple(COMPRESSIONS)):
+        logger.warning("%s is empty", path)
+    chunks = read_utf8(path)
     if kind == "text":
-        yield "file", _whole(path, max_bytes)
-        return
-    for position, line in _lines(path, max_bytes):
-        if isinstance(line, Bad):
-            yield position, line
-        elif line.strip():
-            yield position, {"text": line.rstrip(b"\r\n")} if kind == "lines" else _object(line)
+        found = _whole(chunks, max_bytes)
+    else:
+        found = _lines(chunks, max_bytes) if kind == "lines" else _json(chunks, max_bytes)
+    yield from up_to_damage(path, found)
+
+
+def up_to_damage(path: str, found: Iterable[tuple[str, Row | Bad]]) -> Iterator[tuple[str, Row | Bad]]:
+    """The rows of a file; where it turns out to be unreadable, a bad one for those that are missing."""
+    place, count = "file", 0
+    try:
+        for position, row in found:
+            yield position, row
+            place, count = f"after {position}", count + 1
+    except Unreadable as error:
+        yield place, Bad(reason=f"cannot be read on: {error}", records=error.count_lost(count, path))
 
 
 def reason_of(error: Exception) -> str:
     """What was wrong, for people, in a few words."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"invalid UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start}): Latin-1 or another encoding?"
     if isinstance(error, UnicodeError):
-        return "invalid UTF-8"
+        return "invalid UTF-8: half of a surrogate pair"
     if isinstance(error, RecursionError):
         return "nested too deep"
     text = f"no field {error}" if isinstance(error, KeyError) else str(error)
     return text.partition("\n")[0] or type(error).__name__
 
 
-def _object(line: bytes) -> Row | Bad:
+def _lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row | Bad]]:
+    """A text a line that is not blank, never with more than `max_bytes` and one chunk in memory."""
+    number, held, length = 1, b"", 0  # `held`: the line so far, as long as it is short enough
+    for chunk in itertools.chain(chunks, [None]):
+        for part in [b""] if chunk is None else io.BytesIO(chunk):  # which cuts after line feeds alone
+            length += len(part)
+            held = held + part if length <= max_bytes else (held[:EXCERPT] + part[:EXCERPT])[:EXCERPT]
+            if part.endswith(b"\n") or chunk is None:
+                if held.strip():
+                    yield f"line {number}", _text_row(held.rstrip(b"\r\n"), length, max_bytes)
+                number, held, length = number + 1, b"", 0
+
+
+def _whole(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row | Bad]]:
+    data = b""
+    for chunk in chunks:
+        data += chunk
+        if len(data) > max_bytes:
+            break
+    yield "file", _text_row(data, len(data), max_bytes)
+
+
+def _text_row(text: bytes, length: int, max_bytes: int) -> Row | Bad:
+    if length > max_bytes:
+        return Bad(reason=f"longer than {max_bytes:,} bytes", excerpt=text[:EXCERPT])
+    if b"\0" in text:
+        reason = "NUL bytes: UTF-16 without a byte-order mark, or no text"
+        return Bad(reason=reason, excerpt=text[:EXCERPT])
+    return {"text": text}
+
+
+def _json(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Row | Bad]]:
+    """An object a line, or the elements of one array."""
+    head = b""
+    while not head.strip() and (chunk := next(chunks, b"")):
+        head += chunk
+    chunks = itertools.chain([head], chunks)
+    found = _elements if head.lstrip().startswith(b"[") else _lines
+    for position, row in found(chunks, max_bytes):
+        yield position, row if isinstance(row, Bad) else _object(row["text"])
+
+
+def _object(source: bytes) -> Row | Bad:
     try:
-        row = json.loads(line)
+        row = json.loads(source.decode("utf-8").removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         reason = reason_of(error)
         if isinstance(error, json.JSONDecodeError):
             reason = f"not JSON: {reason}"
-        return Bad(reason=reason, excerpt=line[:EXCERPT])
+        if source.strip() == b"{":
+            reason += "; an object may not go on over several lines (jq -c . writes one a line)"
+        return Bad(reason=reason, excerpt=source[:EXCERPT])
     if not isinstance(row, dict):
-        return Bad(reason=f"the line is a JSON {type(row).__name__}, not an object", excerpt=line[:EXCERPT])
+        return Bad(reason=f"a JSON {type(row).__name__}, not an object", excerpt=source[:EXCERPT])
     return row
 
 
-def _chunks(path: str) -> Iterator[bytes]:
-    """The file's bytes, decompressed."""
-    import pyarrow
-
-    compression = next((kind for suffix, kind in COMPRESSIONS.items() if path.endswith(suffix)), None)
-    with epath.Path(path).open("rb") as file:
-        stream: Any = file
-        if compression:
-            stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), compression)
-        while chunk := stream.read(_READ_BYTES):
-            yield bytes(chunk)
-
-
-def _lines(path: str, max_bytes: int) -> Iterator[tuple[str, bytes | Bad]]:
-    """(position, line), never with more than `max_bytes` and one chunk in memory."""
-    number, held, length = 1, b"", 0  # `held`: the line so far, as long as it is short enough
-    try:
-        for chunk in _chunks(path):
-            for part in io.BytesIO(chunk):  # cut after line feeds alone
-                length += len(part)
-                held = held + part if length <= max_bytes else (held[:EXCERPT] + part[:EXCERPT])[:EXCERPT]
-                if part.endswith(b"\n"):
-                    yield f"line {number}", _bounded(held, length, max_bytes)
-                    number, held, length = number + 1, b"", 0
-    except (OSError, EOFError, ValueError) as error:
-        yield (
-            f"line {number}",
-            Bad(reason=f"the file cannot be read on: {reason_of(error)}", excerpt=held[:EXCERPT]),
-        )
-        return
-    if length:
-        yield f"line {number}", _bounded(held, length, max_bytes)
-
-
-def _bounded(line: bytes, length: int, max_bytes: int) -> bytes | Bad:
-    if length <= max_bytes:
-        return line
-    return Bad(reason=f"{length:,} bytes long, more than {max_bytes:,}", excerpt=line[:EXCERPT])
-
-
-def _whole(path: str, max_bytes: int) -> Row | Bad:
-    data = b""
-    try:
-        for chunk in _chunks(path):
-            data += chunk
-            if len(data) > max_bytes:
-                return Bad(reason=f"longer than {max_bytes:,} bytes", excerpt=data[:EXCERPT])
-    except (OSError, EOFError, ValueError) as error:
-        return Bad(reason=f"the file cannot be read on: {reason_of(error)}", excerpt=data[:EXCERPT])
-    return {"text": data}
+def _elements(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Row | Bad]]:
+    """The text of each element of a JSON array, with no more than one and a chunk in memory."""
+    parse = json.JSONDecoder().raw_decode
+    decode = codecs.getincrementaldecoder("utf-8")(
+        "surrogateescape"
+    ).decode  # each element is checked by itself
+    text = decode(next(chunks))
+    position, number = text.index("[") + 1, 1
+    while True:
+        separator = _SEPARATOR.match(text, position)
+        start = separator.end() if separator else position
+        if text.startswith("]", start):
+            break
+        try:
+            _, position = parse(text, start)
+        except (ValueError, RecursionError) as error:
+            more = next(chunks, b"")  # the element may go on there
+            if not more or len(text) - start > _MAX_ELEMENT:
+                raise Unreadable(f"element {number} of its JSON array: {reason_of(error)}") from error
+            text, position = text[start:] + decode(more), 0
+            continue
+        source = text[start:position].encode("utf-8", "surrogateescape")
+        yield f"element {number}", _text_row(source, len(source), max_bytes)
+        number += 1
+    if text[start + 1 :].strip() or any(chunk.strip() for chunk in chunks):
+        raise Unreadable("it is a JSON array, and more follows")
 
 
 def _parquet(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, Row | Bad]]:
@@ -193,14 +234,15 @@ def _parquet(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, Ro
         try:
             # Through a small buffer, page by page: a row group may be larger than memory.
             file = pyarrow.parquet.ParquetFile(
-                source, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True
+                source, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
             )
         except (OSError, pyarrow.ArrowException) as error:
-            yield "file", Bad(reason=f"not Parquet: {reason_of(error)}")
+            lost = _damage(error).count_lost(0, path)
+            yield "file", Bad(reason=f"not Parquet: {reason_of(error)}", records=lost)
             return
         there = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
         for group in range(file.metadata.num_row_groups):
-            end = row + file.metadata.row_group(group).num_rows
+            end, reason = row + file.metadata.row_group(group).num_rows, "it ends early"
             try:
                 batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=there, use_threads=False)
                 for batch in batches:
@@ -208,16 +250,37 @@ def _parquet(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, Ro
                         yield f"row {row}", item
                         row += 1
             except (OSError, pyarrow.ArrowException) as error:
-                yield f"row {row}", Bad(reason=f"row group {group}: {reason_of(error)}", records=end - row)
+                reason = str(_damage(error))
+            if row < end:
+                yield f"row {row}", Bad(reason=f"row group {group}: {reason}", records=end - row)
             row = end
+
+
+def _damage(error: Exception) -> Unreadable:
+    """What pyarrow says of a file; the errors of a disk or a network, which have a number, are raised again."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return Unreadable(reason_of(error))
 
 
 def _batch_rows(batch: Any) -> Iterator[Row | Bad]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:  # one of them: find it
+    except Exception:  # a value that Python cannot hold: of many kinds, some of them by time zone libraries
         for index in range(batch.num_rows):
-            try:
-                yield batch.slice(index, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield Bad(reason="invalid UTF-8")
+            yield _row({name: batch.column(name)[index] for name in batch.schema.names})
+
+
+def _row(scalars: Mapping[str, Any]) -> Row | Bad:
+    from pyarrow import types
+
+    row = {}
+    for name, scalar in scalars.items():
+        try:
+            row[name] = scalar.as_py()
+        except Exception as error:
+            if not types.is_temporal(scalar.type):
+                return Bad(reason=f"column {name!r}: {reason_of(error)}")
+            # Beyond the years 1 to 9999, or in a time zone that is not known here: the number as it stands.
+            row[name] = f"{scalar.value} {scalar.type}"
+    return row

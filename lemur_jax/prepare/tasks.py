@@ -11,12 +11,15 @@ import difflib
 import functools
 import importlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from lemur_jax.common.errors import UserError
-from lemur_jax.prepare import readers
+from lemur_jax.prepare import readers, streams
 from lemur_jax.prepare.fields import Document, Fields, documents
 from lemur_jax.prepare.files import Files
 
@@ -136,25 +139,37 @@ class FileSource(seqio.DataSource):
 
 def _tfrecord_rows(file: str) -> Iterator[tuple[str, readers.Row | readers.Bad]]:
     """The features of each tf.Example: a single value as itself, several as a list."""
-    compression = "GZIP" if file.endswith(".gz") else ""
-    number = 0
+    # TensorFlow says nothing of a gzip stream that ends early: it reads what we have decompressed.
+    plain = contextlib.nullcontext((file, None))
+    with streams.decompressed_copy(file) if file.endswith(".gz") else plain as (path, damage):
+        yield from readers.up_to_damage(file, _examples(path, damage))
+
+
+def _examples(
+    path: str, damage: streams.Unreadable | None
+) -> Iterator[tuple[str, readers.Row | readers.Bad]]:
+    number = size = 0
     try:
-        for data in tf.data.TFRecordDataset(file, compression).as_numpy_iterator():
-            number += 1
+        for number, data in enumerate(tf.data.TFRecordDataset(path).as_numpy_iterator(), 1):
+            size += len(data) + 16  # with its length and two checksums
             try:
                 features = tf.train.Example.FromString(data).features.feature
-            except Exception:  # protobuf's DecodeError, which each of its implementations defines anew
+            except Exception:  # protobuf's DecodeError, a class of its own in each implementation
                 bad = readers.Bad(reason="not a tf.Example", excerpt=data[: readers.EXCERPT])
                 yield f"record {number}", bad
                 continue
             lists = {
-                name: list(getattr(value, value.WhichOneof("kind") or "bytes_list").value)
-                for name, value in features.items()
+                key: list(getattr(value, value.WhichOneof("kind") or "bytes_list").value)
+                for key, value in features.items()
             }
             yield f"record {number}", {k: v[0] if len(v) == 1 else v for k, v in lists.items()}
     except (tf.errors.DataLossError, tf.errors.OutOfRangeError) as error:
-        reason = f"the file cannot be read on: {str(error.message).partition(chr(10))[0]}"
-        yield f"record {number + 1}", readers.Bad(reason=reason)
+        said = re.search(r"\w+ record at \d+", str(error.message))
+        reason = said[0] if said else str(error.message).partition("\n")[0]
+        unread = epath.Path(path).stat().length / size - 1 if size and "corrupted" in reason else None
+        damage = damage or streams.Unreadable(reason, unread)
+    if damage:
+        raise damage
 
 
 def add_files(

@@ -4,16 +4,18 @@ import datetime
 import gzip
 import json
 import random
+import re
 import subprocess
 import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import fields as field_maps
-from lemur_jax.prepare import readers
+from lemur_jax.prepare import readers, streams
 from lemur_jax.prepare.fields import Fields, documents, gather, is_held_out
 from lemur_jax.prepare.readers import Bad
 
@@ -105,7 +107,7 @@ def test_lines_that_are_bad_are_named_and_the_others_stay(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_truncated_file_gives_what_is_whole_and_one_bad_record(tmp_path, suffix):
+def test_a_truncated_file_gives_what_is_whole_and_counts_what_is_missing(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     generator = random.Random(0)
     texts = ["".join(generator.choices("abcdefgh ", k=2000)) for _ in range(5000)]
@@ -115,14 +117,14 @@ def test_a_truncated_file_gives_what_is_whole_and_one_bad_record(tmp_path, suffi
     count = len(good(found))
     assert 500 < count < 4500
     assert good(found) == texts[:count]
-    ((where, reason, _),) = bad(found)
-    assert where == f"line {count + 1}"
-    assert "cannot be read on" in reason
+    ((where, reason, records),) = bad(found)
+    assert (where, records) == (f"after line {count}", count)  # as many again: the file does not say
+    assert "stream ends early" in reason
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_what_is_kept_of_a_long_line_is_its_beginning(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(readers, "_READ_BYTES", chunk)
+    monkeypatch.setattr(streams, "_READ_BYTES", chunk)
     line = b'{"text": "' + bytes(range(97, 123)) * 100 + b'"}'
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
@@ -139,14 +141,162 @@ def test_a_line_of_200_mb_takes_no_memory(tmp_path):
         file.write(b'"}\n{"text": "after"}\n')
     code = f"""if True:
         import resource
-        from lemur_jax.prepare import readers
+        from lemur_jax.prepare import readers, streams
         begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found = [row for _, row in readers.rows({str(path)!r}, "jsonl")]
         assert [row.get("text") for row in (found[0], found[2])] == ["before", "after"]
-        assert "bytes long" in found[1].reason and len(found[1].excerpt) == readers.EXCERPT
+        assert "longer than" in found[1].reason and len(found[1].excerpt) == readers.EXCERPT
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin)"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 40 << 10  # KiB
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_a_byte_order_mark_names_the_encoding(tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(streams, "_READ_BYTES", 7)  # cuts characters
+    mark = "\ufeff" if encoding.endswith("be") else ""  # Python writes none of these two
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in ("A hűvös 漢字 😀", "z")]
+    for name, kind, text in (
+        ("a.jsonl", "jsonl", "\r\n".join(lines)),
+        ("a.txt", "lines", "A hűvös 漢字 😀\r\nz"),
+    ):
+        (tmp_path / name).write_bytes((mark + text).encode(encoding))
+        assert good(read(tmp_path / name, kind=kind)) == ["A hűvös 漢字 😀", "z"]
+
+
+def test_joined_files_have_a_mark_in_the_middle(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "a"}\n'.encode() * 2)
+    assert good(read(tmp_path / "a.jsonl")) == ["a", "a"]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ('{"text": "a"}\n'.encode("utf-16-le"), "NUL bytes: UTF-16 without a byte-order mark"),
+        ('{"text": "a"}\n'.encode("utf-32-be"), "NUL bytes"),
+        ('{"text": "café"}\n'.encode("latin-1"), r"invalid UTF-8 \(byte 0xe9 at 13\): Latin-1"),
+        ('{"text": "café"}\n'.encode("utf-16")[:-1], "invalid UTF-16, as its byte-order mark names it"),
+        (b'{"text": "a\0"}\n', "NUL bytes"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "lines", "text"])
+def test_other_encodings_are_refused_by_name(tmp_path, kind, data, reason):
+    (tmp_path / "a").write_bytes(data)
+    found = bad(read(tmp_path / "a", kind=kind))
+    assert found
+    assert all(re.search(reason, said) for _, said, _ in found)
+
+
+def test_what_gzip_reads_without_complaint_is_no_damage(tmp_path):
+    packed = gzip.compress(b'{"text": "a"}\n')
+    for padding, lost in ((bytes(100_000), 0), (b"garbage", 1)):
+        (tmp_path / "a.jsonl.gz").write_bytes(packed * 2 + padding)
+        found = read(tmp_path / "a.jsonl.gz")
+        assert good(found) == ["a", "a"]
+        assert len(bad(found)) == lost
+
+
+@pytest.mark.parametrize(
+    ("name", "records"), [("a.jsonl", 0), ("a.jsonl.gz", 1), ("a.jsonl.zst", 1), ("a.parquet", 1)]
+)
+def test_an_empty_file_is_named(tmp_path, caplog, name, records):
+    (tmp_path / name).write_bytes(b"")
+    found = bad(read(tmp_path / name))
+    assert sum(count for *_, count in found) == records
+    assert found or caplog.messages == [f"{tmp_path / name} is empty"]
+
+
+def test_damage_is_weighed_by_what_follows_it(tmp_path):
+    """Three quarters of a file of many zstd frames are behind the damage; a wrong checksum spares no record."""
+    frames = [
+        pack(json.dumps({"text": random.Random(n).randbytes(500).hex()}).encode() + b"\n", ".zst")
+        for n in range(400)
+    ]
+    data = bytearray(b"".join(frames))
+    begin = len(b"".join(frames[:100]))
+    data[begin : begin + 4] = b"XXXX"
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    found = read(tmp_path / "a.jsonl.zst")
+    assert len(good(found)) == 100
+    ((_, reason, records),) = bad(found)
+    assert "damaged zstd" in reason
+    assert 280 < records < 310
+    packed = bytearray(gzip.compress(b'{"text": "a"}\n' * 50))
+    packed[-8] ^= 1
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    assert [(where, records) for where, _, records in bad(read(tmp_path / "a.jsonl.gz"))] == [
+        ("after line 50", 50)
+    ]
+
+
+def test_a_zstd_frame_with_a_window_of_2_gib(tmp_path):
+    """As `zstd --long=31` writes them; the published dumps of Reddit are such."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=31)
+    packed = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(packed.compress(b'{"text": "a"}\n' * 1000) + packed.flush())
+    assert good(read(tmp_path / "a.jsonl.zst")) == ["a"] * 1000
+
+
+@pytest.mark.parametrize("options", [{}, {"indent": 2}, {"separators": (",\n", ":")}])
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_a_json_array_is_read_by_element(tmp_path, monkeypatch, chunk, options):
+    monkeypatch.setattr(streams, "_READ_BYTES", chunk)
+    rows = [{"text": text} for text in ('é [1] \\ "]}', "漢字 😀", "x" * 100)]
+    source = json.dumps([*rows, 3, {"text": "y" * 3000}], ensure_ascii=False, **options)
+    path = tmp_path / "a.json"
+    path.write_text(f"\n {source}\n")
+    found = read(path, max_bytes=1000)
+    assert good(found) == [row["text"] for row in rows]
+    assert [where for where, _, _ in bad(found)] == ["element 4", "element 5"]
+    path.write_text(source[:-1])
+    assert bad(read(path))[-1][0] == "after element 5"
+    path.write_text("[1]\n[2]\n")
+    assert [reason for _, reason, _ in bad(read(path))][
+        -1
+    ] == "cannot be read on: it is a JSON array, and more follows"
+    path.write_text('[{"text": "a"}, {"text" "b"}]')
+    assert good(read(path)) == ["a"]
+    assert "element 2 of its JSON array" in bad(read(path))[0][1]
+
+
+def test_rows_that_say_nothing_about_id_or_group_stand_for_themselves(tmp_path):
+    path = tmp_path / "a.jsonl"
+    missing = [None, "", float("nan"), []]
+    path.write_text("".join(json.dumps({"text": f"{n}", "id": missing[n % 4]}) + "\n" for n in range(40)))
+    rows = readers.rows(str(path), "jsonl")
+    found = list(documents(str(path), rows, Fields(id="id", group="id")))
+    assert [doc["id"].decode() for doc, _ in found] == [f"{path}: line {n + 1}" for n in range(40)]
+    assert len({key for _, key in found}) == 40
+    gathered = list(gather(readers.rows(str(path), "jsonl"), "id"))
+    assert len(gathered) == 40
+    assert all(isinstance(row, Bad) for _, row in gathered)
+
+
+def test_parquet_values_that_python_cannot_hold_are_kept_as_numbers(tmp_path):
+    path = tmp_path / "a.parquet"
+    moment = pyarrow.array([1, (1 << 63) - 1, 3], pyarrow.timestamp("us"))
+    zone = pyarrow.array([1, 2, 3], pyarrow.timestamp("us", tz="Mars/Base"))
+    table = pyarrow.table(
+        {"text": ["a", "b", "c"], "t": moment, "z": zone, "s": pyarrow.array([[m] for m in moment])}
+    )
+    pyarrow.parquet.write_table(table, path)
+    found = read(path, Fields(meta=("t", "z")), columns=["text", "t", "z"])
+    assert good(found) == ["a", "b", "c"]
+    assert json.loads(found[1]["meta"])["t"] == "9223372036854775807 timestamp[us]"
+    assert json.loads(found[2]["meta"])["z"] == "3 timestamp[us, tz=Mars/Base]"
+    assert [(where, "column 's'" in reason) for where, reason, _ in bad(read(path))] == [("row 1", True)]
+
+
+def test_a_parquet_page_that_ends_early_counts_what_is_missing(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"text {n:05d}" for n in range(200)]})
+    pyarrow.parquet.write_table(table, path, use_dictionary=False, compression="none")
+    data = path.read_bytes()
+    middle = data.index(b"text 00192")
+    path.write_bytes(data[:middle] + data[middle + 2 :])
+    found = read(path)
+    assert len(good(found)) + sum(count for *_, count in bad(found)) == 200
+    assert bad(found)
 
 
 def test_parquet_by_columns_with_nested_fields(tmp_path):
@@ -252,7 +402,7 @@ def test_bytes_in_a_parquet_string_column_spare_their_neighbours(tmp_path):
     found = read(path)
     assert good(found) == ["a", "c"]
     assert [(where, reason) for where, reason, _ in bad(found)] == [
-        ("row 1", "invalid UTF-8"),
+        ("row 1", "column 'text': invalid UTF-8 (byte 0xff at 0): Latin-1 or another encoding?"),
         ("row 2", "field 'text' is NoneType, not a string"),
     ]
 
@@ -299,5 +449,5 @@ def test_rows_are_gathered_while_they_follow_each_other(monkeypatch):
     assert gathered["row 8"]["rows"] == rows[8:9]
     assert gathered["row 4"] == Bad(reason="4 rows have one 't', more than 3", records=4)
     assert gathered["row 9"] == Bad(reason="x")
-    assert gathered["row 10"] == Bad(reason="no field 't'")
+    assert gathered["row 10"] == Bad(reason="no field 't', or it is empty")
     assert len(gathered) == 7

@@ -1,10 +1,13 @@
 """Reading documents out of seqio tasks."""
 
 import functools
+import gzip
 import itertools
 import json
 import os
+import random
 import sys
+import zlib
 
 import pytest
 
@@ -222,11 +225,26 @@ def test_tfrecords_of_tf_example(added, tmp_path):
     found = list(tasks.examples(task, "train"))
     assert [e["text"].decode() for e in found if not e["error"]] == ["Grüße", "z"]
     assert json.loads(found[0]["meta"]) == {"stars": 3}
-    assert [json.loads(e["error"])["reason"].partition(":")[0] for e in found if e["error"]] == [
-        "invalid UTF-8",
-        "the file cannot be read on",
-    ]
+    errors = [json.loads(e["error"]) for e in found if e["error"]]
+    assert "invalid UTF-8" in errors[0]["reason"]
+    assert errors[1] == {"reason": "cannot be read on: corrupted record at 151", "records": 1}
     assert found[1]["where"].decode() == f"{path}: record 2"
+
+
+def test_a_tfrecord_file_in_gzip_that_is_cut_off(added, tmp_path):
+    """TensorFlow gives some of the records before the cut, and says nothing."""
+    path = tmp_path / "a.tfrecord"
+    write_examples(path, [(random.Random(n).randbytes(20).hex().encode(), [n]) for n in range(200)])
+    packed = gzip.compress(path.read_bytes())[:4000]
+    (tmp_path / "b.tfrecord.gz").write_bytes(packed)
+    whole = zlib.decompressobj(31).decompress(packed)
+    task = added(tasks.add_files, "t_cut", str(tmp_path / "b.tfrecord.gz"), Fields(text="body"))
+    found = list(tasks.examples(task, "train"))
+    count = len(whole) // (path.stat().st_size // 200 + 1)
+    assert count - 2 <= sum(not e["error"] for e in found) <= count + 2
+    (error,) = [json.loads(e["error"]) for e in found if e["error"]]
+    assert "gzip stream ends early" in error["reason"]
+    assert error["records"] == len(found) - 1
 
 
 def test_held_out_documents_are_in_one_split_alone(added, tmp_path):

@@ -1,0 +1,155 @@
+"""The bytes of a file, decompressed, and as UTF-8.
+
+What is whole comes out; then `Unreadable` says why there is no more. What the format's own tool reads without
+complaint, such as several compressed streams in one file, is no damage.
+"""
+
+import codecs
+import contextlib
+import tempfile
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+_READ_BYTES = 1 << 20
+# Of a compressed file, read at a time: gzip's ratio is at most 1,032, and zstd's 32,768.
+_COMPRESSED_BYTES = {"gzip": 1 << 16, "zstd": 1 << 12}
+_ZSTD_WINDOW = 1 << 31  # bytes of memory that a frame may ask for: `zstd --long=31`
+# UTF-32's before UTF-16's, which is a prefix of it.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_BYTES_A_RECORD = 1024  # assumed of a file in which not even one record can be read
+
+
+class Unreadable(Exception):
+    """A file cannot be read to its end.
+
+    Attributes:
+      unread: how much of it follows the damage, as a multiple of what comes before; None: not known, as of a file
+        that is cut off.
+    """
+
+    def __init__(self, reason: str, unread: float | None = None):
+        super().__init__(reason)
+        self.unread = unread
+
+    def count_lost(self, records: int, path: str) -> int:
+        """An estimate of how many records are lost where `records` were read: as many again where nothing is known."""
+        if not records:
+            return max(1, epath.Path(path).stat().length // _BYTES_A_RECORD)
+        return max(1, round(records * (1.0 if self.unread is None else self.unread)))
+
+
+def read_utf8(path: str) -> Iterator[bytes]:
+    """The text of a file as UTF-8, no chunk empty; UTF-16 and UTF-32 are known by their byte-order mark.
+
+    The mark is left out, and UTF-8 itself is not checked.
+
+    Raises:
+      Unreadable: after what is whole.
+    """
+    return filter(None, _read_utf8(path))
+
+
+def _read_utf8(path: str) -> Iterator[bytes]:
+    chunks = read_bytes(path)
+    head = b""
+    for chunk in chunks:
+        head += chunk
+        if len(head) >= 4:
+            break
+    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "")
+    if encoding in ("", "utf-8-sig"):
+        yield head.removeprefix(codecs.BOM_UTF8)
+        yield from chunks
+        return
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        yield decoder.decode(head).encode()
+        for chunk in chunks:
+            yield decoder.decode(chunk).encode()
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise Unreadable(
+            f"invalid {encoding.upper()}, as its byte-order mark names it: {error.reason}"
+        ) from error
+
+
+def read_bytes(path: str) -> Iterator[bytes]:
+    """The bytes of a file, decompressed as its name says.
+
+    Raises:
+      Unreadable: after what is whole.
+    """
+    compression = next((kind for suffix, kind in COMPRESSIONS.items() if path.endswith(suffix)), "")
+    with epath.Path(path).open("rb") as file:
+        if compression:
+            yield from _decompress(file, compression, epath.Path(path).stat().length)
+            return
+        while chunk := file.read(_READ_BYTES):
+            yield bytes(chunk)
+
+
+def _decompress(file: Any, compression: str, size: int) -> Iterator[bytes]:
+    import zstandard
+
+    decoder: Any = None
+    read = streams = 0
+    while data := bytes(file.read(_COMPRESSED_BYTES[compression])):
+        read += len(data)
+        while data:
+            if decoder is None:
+                if streams and compression == "gzip":
+                    data = data.lstrip(b"\0")  # padding, which gzip ignores
+                decoder = _decoder(compression) if data else None
+                continue
+            before = decoder.copy() if compression == "gzip" else None
+            try:
+                yield decoder.decompress(data)
+            except (zlib.error, zstandard.ZstdError) as error:
+                if before is not None:
+                    yield from _up_to_error(before, data)
+                # A checksum stands at the end of a stream: any part of it may be wrong.
+                unread = None if "check" in str(error) else (size - read) / read
+                raise Unreadable(f"damaged {compression}: {error}", unread) from error
+            data = decoder.unused_data
+            decoder, streams = (None, streams + 1) if decoder.eof else (decoder, streams)
+    if decoder is not None or not streams:
+        raise Unreadable(f"its {compression} stream ends early" if size else "the file is empty")
+
+
+def _up_to_error(decoder: Any, data: bytes) -> Iterator[bytes]:
+    """What gzip makes of the bytes before the one at which it fails."""
+    with contextlib.suppress(zlib.error):
+        for byte in data:
+            yield decoder.decompress(bytes([byte]))
+
+
+def _decoder(compression: str) -> Any:
+    if compression == "gzip":
+        return zlib.decompressobj(wbits=31)
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+
+
+@contextlib.contextmanager
+def decompressed_copy(path: str) -> Iterator[tuple[str, Unreadable | None]]:
+    """(a local file with what is whole of a compressed one, and what is wrong with that)."""
+    with tempfile.NamedTemporaryFile() as file:
+        damage = None
+        try:
+            for chunk in read_bytes(path):
+                file.write(chunk)
+        except Unreadable as error:
+            damage = error
+        file.flush()
+        yield file.name, damage
