@@ -131,9 +131,9 @@ def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict
     for override in overrides:
         if not override.startswith("--config.") or "=" not in override:
             raise UserError(f"cannot read {override!r}: overrides are written --config.section.key=value")
-    path = argument.partition(":")[0]
-    if not os.path.isfile(path):
-        raise UserError(f"there is no config file {path}")
+    name, separator, parameter = argument.partition(":")
+    path = _locate(name)
+    argument = path + separator + parameter
     # Modules of tasks may lie beside their config.
     directory = os.path.dirname(os.path.abspath(path))
     if directory not in sys.path:
@@ -157,6 +157,16 @@ def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict
     if not isinstance(config, ConfigDict):
         raise UserError(f"{argument}: get_config returned {type(config).__name__}, not a ConfigDict")
     return config
+
+
+def _locate(path: str) -> str:
+    """`path`, or the example config of that name that an installed package carries, such as configs/lemur_7b_pretrain.py."""
+    if os.path.isfile(path):
+        return path
+    packaged = os.path.join(os.path.dirname(__file__), path)
+    if path.startswith("configs/") and os.path.isfile(packaged):
+        return packaged
+    raise UserError(f"there is no config file {path}")
 
 
 def _explain_key(argument: str, overrides: Sequence[str], error: Exception) -> UserError:
