@@ -160,7 +160,7 @@ def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict
 
 
 def _locate(path: str) -> str:
-    """`path`, or the example config of that name that an installed package carries, such as configs/lemur_7b_pretrain.py."""
+    """`path`, or the example config of that name in an installed package: `configs/lemur_7b_pretrain.py`."""
     if os.path.isfile(path):
         return path
     packaged = os.path.join(os.path.dirname(__file__), path)
