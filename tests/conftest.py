@@ -5,8 +5,11 @@ import os
 
 from lemur_jax.cluster import hosts
 
-# Fixtures that several packages' tests share: tokenizers, stores of made-up documents, small configs.
-pytest_plugins = ["tests.helpers.documents", "tests.helpers.chat_models"]
+# Fixtures that several packages' tests share: tokenizers, stores of made-up documents, small configs, runs, gs://.
+pytest_plugins = [
+    *("tests.helpers.documents", "tests.helpers.chat_models", "tests.helpers.runs"),
+    "tests.helpers.object_store",
+]
 
 hosts.choose_platform(virtual_devices=8)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

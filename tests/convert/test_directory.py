@@ -12,7 +12,6 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.convert import directory
 from lemur_jax.convert.import_hf import import_hf
 from tests.convert.test_import_hf import FAULTS
-from tests.data.test_gcs import emulator  # noqa: F401
 
 
 @pytest.fixture(params=["file system", "object store"])
@@ -111,7 +110,7 @@ def test_processes_that_write_one_target_leave_each_other_alone(tmp_path):
 
 @pytest.mark.slow
 def test_imports_onto_gs_and_from_there(
-    emulator,  # noqa: F811
+    emulator,
     make_model,
     tmp_path,
 ):

@@ -19,7 +19,7 @@ from lemur_jax.checkpoint.manager import read_metadata
 from lemur_jax.cluster.hosts import choose_platform
 from lemur_jax.telemetry.metrics import read_metrics
 from tests.faults.faults import ENDS
-from tests.train.test_resume import make_project, without_clock
+from tests.helpers.runs import make_project, without_clock
 
 SHIM = pathlib.Path(__file__).parent / "shim"
 STEPS_PER_FAULT = 20

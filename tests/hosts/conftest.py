@@ -10,7 +10,7 @@ import pytest
 
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import train_sentencepiece
-from tests.train.test_resume import write_store
+from tests.helpers.runs import write_store
 
 STEPS = 8
 

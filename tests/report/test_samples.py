@@ -13,7 +13,7 @@ from lemur_jax.infer.session import load as load_session
 from lemur_jax.report.samples import MAX_NEW_TOKENS, SAMPLING, sample
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import loop
-from tests.train.test_resume import make_project
+from tests.helpers.runs import make_project
 
 
 @pytest.fixture(scope="module")

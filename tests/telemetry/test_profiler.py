@@ -11,7 +11,6 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.telemetry.profiler import check_steps, parse_steps
-from tests.train.test_resume import project  # noqa: F401  a config, a tokenizer and stores
 
 
 def events(directory):
@@ -34,7 +33,7 @@ def python(*words, cwd=None):
 
 
 @pytest.fixture(scope="module")
-def trace(project, tmp_path_factory):  # noqa: F811
+def trace(project, tmp_path_factory):
     """Steps 4 to 8 of a run that logs every 6 steps."""
     workdir = tmp_path_factory.mktemp("profiled") / "run"
     python(

@@ -19,13 +19,13 @@ from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.train import loop
 from lemur_jax.train.evaluate import Evaluations
 from lemur_jax.train.workdir import finished
-from tests.train.test_resume import project, without_clock  # noqa: F401
+from tests.helpers.runs import without_clock
 
 build_once = building_once()
 
 
 @pytest.fixture
-def train(project, monkeypatch):  # noqa: F811
+def train(project, monkeypatch):
     """`train(workdir, key=value, ...)` runs six steps of the project's config in this process."""
     monkeypatch.chdir(project)
 
@@ -40,13 +40,13 @@ def run_in_process(workdir, **options):
     return lines
 
 
-def asked_at(poll, ask=Interruption._ask):
+def asked_at(poll, request=Interruption._request):
     """`Interruption.reached` where SIGTERM comes before it is called for the so-manieth time."""
     polls = itertools.count(1)
 
     def reached(self):
         if next(polls) == poll:
-            ask(self)
+            request(self, "SIGTERM")
         return self.asked
 
     return reached
@@ -164,7 +164,7 @@ def test_an_evaluation_that_sigterm_breaks_off_is_made_first_at_the_next_start(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(project, tmp_path_factory):  # noqa: F811
+def undisturbed(project, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
@@ -216,7 +216,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_after_the_grace_period_the_process_ends_and_the_newest_checkpoint_stays(project, tmp_path):  # noqa: F811
+def test_after_the_grace_period_the_process_ends_and_the_newest_checkpoint_stays(project, tmp_path):
     run = tmp_path / "run"
     words = ["train", "--config", "config.py", "--workdir", str(run), "--virtual-devices", "1"]
     process = subprocess.Popen(

@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from lemur_jax.telemetry.metrics import read_metrics
-from tests.data.test_gcs import emulator  # noqa: F401
-from tests.train.test_resume import project, without_clock  # noqa: F401
+from tests.helpers.runs import without_clock
 
 # Trains into the first place, with SIGTERM after step 4, then goes on; copies the metrics.
 SCRIPT = """
@@ -25,7 +24,7 @@ def terminated(self):
     polls.append(self)
     seen.update(path.name for path in workdir.iterdir())
     if len(polls) == 4:
-        self._ask()
+        self._request("SIGTERM")
     return reached(self)
 
 Interruption.reached = terminated
@@ -40,7 +39,7 @@ epath.Path(sys.argv[2]).write_text((workdir / "metrics.jsonl").read_text())
 
 
 @pytest.mark.slow
-def test_a_run_on_gs_is_that_of_a_disk(emulator, project, tmp_path):  # noqa: F811
+def test_a_run_on_gs_is_that_of_a_disk(emulator, project, tmp_path):
     before = sorted(os.listdir(project))
     found = {}
     for name, workdir in (("gs", "gs://bucket/run"), ("disk", str(tmp_path / "run"))):

@@ -17,8 +17,8 @@ from lemur_jax.train.losses import row_sums
 from lemur_jax.train.optimizer import decayed, make_optimizer, schedule
 from lemur_jax.train.spikes import memory, rollback_target, skip_spikes
 from tests.helpers.planted import plant
+from tests.helpers.runs import final_params, finish, kill_somewhere, without_clock
 from tests.helpers.tiny import first_state, placed, program_on, tiny_config
-from tests.train.test_resume import final_params, finish, kill_somewhere, project, without_clock  # noqa: F401
 
 
 def test_rule_is_the_median_of_the_accepted_norms():
@@ -126,7 +126,7 @@ def test_options_that_make_no_sense_are_named(key, value):
 
 
 @pytest.fixture(scope="module")
-def poisoned(tmp_path_factory, project):  # noqa: F811
+def poisoned(tmp_path_factory, project):
     """A project in whose code some documents are one token over and over."""
     root = tmp_path_factory.mktemp("poisoned")
     shutil.copytree(project, root, dirs_exist_ok=True)

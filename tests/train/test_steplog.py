@@ -2,19 +2,19 @@
 
 import collections
 import os
-import pathlib
 import re
 import types
 
 import numpy as np
 import pytest
 
-from lemur_jax.cluster import watchdog
+from lemur_jax.cluster import coordination
 from lemur_jax.models.presets import preset
 from lemur_jax.telemetry import goodput
 from lemur_jax.telemetry.metrics import MetricsWriter
 from lemur_jax.train import steplog
 from lemur_jax.train.steplog import CLOCK_KEYS, StepLog
+from tests.helpers.runs import documented
 
 LENGTH, ROWS = 4096, 256
 
@@ -141,7 +141,7 @@ def test_goodput_counts_from_the_first_start(clock, memory, tmp_path):
 
 def test_every_key_is_documented_and_every_documented_key_is_written(clock, memory, monkeypatch):
     """Of records of training and time here; those of evaluation are in test_resume.py."""
-    monkeypatch.setattr(steplog.watchdog, "told", lambda _: {0: 1.0, 1: 2.0})
+    monkeypatch.setattr(coordination, "published", lambda _: {0: 1.0, 1: 2.0})
     more = {"skips_in_a_row": np.int32(1), "grad_norm_limit": np.float32(1.2), "row_loss": np.ones(ROWS)}
     written = collections.defaultdict(set)
     for record in run(clock, **more):
@@ -150,20 +150,6 @@ def test_every_key_is_documented_and_every_documented_key_is_written(clock, memo
         }
     for kind in ("train", "skip", "time"):
         assert written[kind] - {"kind"} - {"step"} == documented()[kind] - {"step"}
-
-
-def documented():
-    """Keys in docs/metrics.md by kind."""
-    kinds = collections.defaultdict(set)
-    text = (pathlib.Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    for section in text.split("\n## ")[1:]:
-        title, _, body = section.partition("\n")
-        for kind in re.findall(r"kind: (\w+)", title):
-            for cell in re.findall(r"^\| (`.*?) \|", body, re.MULTILINE):
-                where = re.findall(r"\((\w+)\)", cell)
-                if not where or kind in where:
-                    kinds[kind] |= set(re.findall(r"`([^`]+)`", cell))
-    return kinds
 
 
 def test_utilization_of_a_known_chip(clock, memory):
@@ -188,7 +174,7 @@ def test_nothing_is_said_of_an_unknown_chip(clock):
 @pytest.mark.parametrize("handing", [0.0, 4.0])
 def test_a_host_that_waits_for_room_on_its_devices_is_no_straggler(clock, monkeypatch, handing):
     told = []
-    monkeypatch.setattr(watchdog, "tell", lambda name, value: told.append(value))
+    monkeypatch.setattr(coordination, "publish", lambda name, value: told.append(value))
     run(clock, handing=handing)
     assert told == [pytest.approx(10.0)] * 2  # of a step: its data, and what the host does itself
 

@@ -12,7 +12,6 @@ from lemur_jax.config import replace
 from lemur_jax.train import loop
 from lemur_jax.train.workdir import claim, finished
 from tests.helpers.tiny import tiny_config
-from tests.train.test_resume import project  # noqa: F401
 
 
 def test_other_hosts_never_see_half_a_config(tmp_path):
@@ -34,7 +33,7 @@ def test_patience_may_change_between_a_run_and_its_resumption(tmp_path):
 
 
 def test_a_mistake_in_the_first_parameters_can_be_mended_in_the_same_workdir(
-    project,  # noqa: F811
+    project,
     tmp_path,
     monkeypatch,
     capsys,

@@ -1,0 +1,159 @@
+"""A small project that tests train: its files, and `lemur train` in a process of its own that may be killed."""
+
+import collections
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lemur_jax.checkpoint.manager import read_metadata, restore_params
+from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.llama import abstract_params
+from lemur_jax.prepare.store_writer import StoreWriter
+from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer_files import train_sentencepiece
+from lemur_jax.train.steplog import CLOCK_KEYS
+
+STEPS = 24
+
+CONFIG = f"""
+from lemur_jax.config import default_config
+from lemur_jax.models.presets import preset
+
+def get_config(arg=""):
+    config = default_config(preset("tiny").to_dict())
+    config.compute.dtype = "float32"
+    config.tokenizer.path = "tokenizer"
+    config.data.stores = "stores"
+    config.data.sequence_length = 64
+    config.data.sources = {{
+        "code": {{"share": 10.0, "packing": "concat", "max_epochs": 0.0}},
+        "text": {{"share": 1.0, "packing": "concat", "max_epochs": 0.0}},
+    }}
+    config.train.steps = {STEPS}
+    config.train.batch_rows = 8
+    config.optimizer.learning_rate = 1e-2
+    config.eval.tasks = ("text",)
+    config.eval.every_steps = 10
+    config.checkpoint.every_steps = 3
+    config.checkpoint.keep = 2
+    config.log.every_steps = 2
+    return config
+"""
+
+
+def write_store(path, tokenizer, task, split, seed):
+    rng = np.random.default_rng(seed)
+    with StoreWriter(
+        path,
+        task=task,
+        split=split,
+        source=task,
+        tokenizer_digest=tokenizer.digest,
+        added_tokens=tokenizer.added_tokens,
+        vocab_size=tokenizer.vocab_size,
+    ) as writer:
+        for number in range(60):
+            ids = rng.integers(3, tokenizer.vocab_size, rng.integers(20, 200)).tolist()
+            writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id], f"{task}-{number}", 3 * len(ids))
+
+
+def make_project(root):
+    """Fills a directory with a config, a tokenizer and stores."""
+    (root / "config.py").write_text(CONFIG)
+    words = [f"value_{i} = {i} + other_{i % 7}" for i in range(400)]
+    train_sentencepiece(words, root / "tokenizer", vocab_size=300)
+    tokenizer = Tokenizer.load(root / "tokenizer")
+    splits = [("code", "train"), ("text", "train"), ("text", "validation"), ("code", "validation")]
+    for seed, (task, split) in enumerate(splits):
+        write_store(root / "stores" / task / split, tokenizer, task, split, seed)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    root = tmp_path_factory.mktemp("project")
+    make_project(root)
+    return root
+
+
+def start(project, workdir, devices=1):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    words = ["train", "--config", "config.py", "--workdir", str(workdir), "--virtual-devices", str(devices)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "lemur_jax.cli", *words],
+        cwd=project,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(project, workdir, devices=1):
+    process = start(project, workdir, devices)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def final_params(workdir):
+    metadata = read_metadata(workdir)
+    assert metadata["step"] == STEPS
+    wanted = abstract_params(LlamaConfig.from_dict(metadata["model"]))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted)
+    return jax.tree.map(np.asarray, restore_params(workdir, wanted))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(project):
+    workdir = project / "undisturbed"
+    finish(project, workdir)
+    return workdir
+
+
+def kill_somewhere(project, workdir, checkpoints):
+    """Starts a run and kills it a random fraction of a second after it has committed some checkpoints."""
+    process = start(project, workdir)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        committed = max(
+            (int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()), default=0
+        )
+        if committed >= 3 * checkpoints:
+            break
+        time.sleep(0.005)
+    time.sleep(random.random() * 0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def without_clock(records):
+    """What two runs must have in common."""
+    kept = [record for record in records if record["kind"] != "time"]
+    return [
+        {key: value for key, value in record.items() if key.split("/")[0] not in CLOCK_KEYS}
+        for record in kept
+    ]
+
+
+def documented():
+    """Keys in docs/metrics.md by kind."""
+    kinds = collections.defaultdict(set)
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for section in text.split("\n## ")[1:]:
+        title, _, body = section.partition("\n")
+        for kind in re.findall(r"kind: (\w+)", title):
+            for cell in re.findall(r"^\| (`.*?) \|", body, re.MULTILINE):
+                where = re.findall(r"\((\w+)\)", cell)
+                if not where or kind in where:
+                    kinds[kind] |= set(re.findall(r"`([^`]+)`", cell))
+    return kinds
