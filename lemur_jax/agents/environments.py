@@ -11,11 +11,10 @@ import tempfile
 from collections.abc import Mapping
 from typing import Protocol
 
-from lemur_jax.agents.sandbox import Limits, run
-from lemur_jax.evals.code import Problem, run_checked, verdict_of
+from lemur_jax.agents.problems import LIMITS, Problem, check
+from lemur_jax.agents.sandbox import remove_tree, run
 
 SHOWN = 1500  # characters of an observation
-LIMITS = Limits(wall_seconds=10, cpu_seconds=8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,18 +80,18 @@ class PythonEnvironment:
             return EMPTY
         # What stands above the function (imports, helpers) is kept; the answer defines it anew.
         head = self._problem.prompt + "\n    pass\n"
-        result, finished = run_checked(f"{head}\n{code}{self._problem.check}")
-        verdict = verdict_of(result, finished)
+        verdict, errors = check(f"{head}\n{code}\n", self._problem.check)
         if verdict == "passed":
             return Step(observation="All tests passed.", reward=1.0, verdict=verdict)
-        seen = _cut(result.errors or result.output) or f"(no output; {verdict})"
+        seen = _cut(errors) or f"(no output; {verdict})"
         return Step(observation=f"The tests failed ({verdict}):\n{seen}", reward=0.0, verdict=verdict)
 
     def close(self) -> None:
         pass
 
 
-# Runs in the box: the database is made anew, so that no action outlives its turn.
+# Runs in the box: the database is made anew, so that no action outlives its turn. Prints little, whatever a row holds:
+# the middle of long output is cut out, and JSON would not survive that.
 _SQL = """
 import json, sqlite3
 task = json.load(open('task.json'))
@@ -104,10 +103,11 @@ expected = rows(task['solution'])
 try:
     found = rows(task['query'])
 except Exception as error:
-    print(json.dumps({'error': str(error)}))
+    print(json.dumps({'error': str(error)[:1000]}))
 else:
     key = (lambda r: r) if task['ordered'] else (lambda r: sorted(r, key=repr))
-    print(json.dumps({'rows': found[:20], 'count': len(found), 'right': key(found) == key(expected)}))
+    rows = [str(row)[:1000] for row in found[:20]]
+    print(json.dumps({'rows': rows, 'count': len(found), 'right': key(found) == key(expected)}))
 """
 
 
@@ -139,7 +139,7 @@ class SqlEnvironment:
             error = found["error"]
             verdict = "syntax" if "syntax" in error else "name" if "no such" in error else "other error"
             return Step(observation=f"Error: {error}", reward=0.0, verdict=verdict)
-        shown = _cut(f"{found['count']} rows:\n" + "\n".join(map(str, found["rows"])))
+        shown = _cut(f"{found['count']} rows:\n" + "\n".join(found["rows"]))
         if found["right"]:
             return Step(observation=f"Right. {shown}", reward=1.0, verdict="passed")
         return Step(observation=f"Not the answer. {shown}", reward=0.0, verdict="wrong answer")
@@ -154,13 +154,13 @@ class BashEnvironment:
     def __init__(self, id: str, task: str, files: Mapping[str, str], check: str):
         self.id = id
         self._task, self._files, self._check = task, dict(files), check
-        self._box: tempfile.TemporaryDirectory | None = None
+        self._box: pathlib.Path | None = None
 
     def reset(self) -> str:
         self.close()
-        self._box = tempfile.TemporaryDirectory(prefix="lemur-bash-", ignore_cleanup_errors=True)
+        self._box = pathlib.Path(tempfile.mkdtemp(prefix="lemur-bash-"))
         for name, text in self._files.items():
-            path = pathlib.Path(self._box.name) / name
+            path = self._box / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
             # The box may run as another user.
@@ -176,12 +176,12 @@ class BashEnvironment:
         if not script.strip():
             return EMPTY
         assert self._box is not None, "reset comes first"
-        result = run(["bash", "-c", script], directory=self._box.name, limits=LIMITS)
+        result = run(["bash", "-c", script], directory=self._box, limits=LIMITS)
         seen = _cut(result.output + result.errors) or "(no output)"
         if result.timed_out:
             return Step(observation=f"{seen}\n(stopped: out of time)", reward=0.0, verdict="time")
         # Judged by a run of its own, so that nothing the agent started is there any more.
-        if run(["bash", "-c", self._check], directory=self._box.name, limits=LIMITS).code == 0:
+        if run(["bash", "-c", self._check], directory=self._box, limits=LIMITS).code == 0:
             return Step(observation=f"{seen}\nThe task is solved.", reward=1.0, verdict="passed")
         verdict = "wrong answer" if result.code == 0 else "other error"
         if "command not found" in result.errors or "No such file" in result.errors:
@@ -192,7 +192,7 @@ class BashEnvironment:
 
     def close(self) -> None:
         if self._box is not None:
-            self._box.cleanup()
+            remove_tree(self._box)
             self._box = None
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from lemur_jax.agents import environments, tools
 from lemur_jax.agents.environments import Environment, PythonEnvironment, Step
+from lemur_jax.agents.problems import humaneval
 from lemur_jax.common.errors import UserError
-from lemur_jax.evals.code import humaneval
 from lemur_jax.infer.chat import fit
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.sampling import Sampling

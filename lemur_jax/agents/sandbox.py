@@ -1,47 +1,50 @@
-"""Runs code that nobody has read: in a process of its own, boxed in, killed with all it started.
+"""Runs untrusted programs in a box of their own, with limits, and kills all that they started.
 
-What holds where:
+What holds, by `Result.isolation`:
 
-| | with namespaces | with Landlock | with neither |
+| | "namespaces" | "landlock" | "limited" |
 |---|---|---|---|
 | wall clock, CPU time, memory (each process), file size, process count | yes | yes | yes |
 | clean environment, temporary directory, output cut | yes | yes | yes |
+| no memory outside the limits (memfd, shared memory, keys), no namespaces of its own | yes | yes | x86-64 and ARM |
 | all it started is dead when `run` returns | yes | yes | unless it killed its launcher (same user) |
-| no network | yes | yes: no sockets | yes: no sockets |
-| writes nowhere but in its box, reads the system's programs alone | yes | yes | file permissions only |
-| cannot signal other processes | yes | yes | only those of other users |
+| no network | yes | yes: no sockets | x86-64 and ARM |
+| reads the system's programs alone, writes and changes nothing outside the box | yes | yes | file permissions only |
+| cannot signal, slow or limit other processes | yes | yes | only those of other users |
 | cannot see other processes or that files exist; size of the box limited | yes | no | no |
+| may change modes, owners and times of its own files | yes | no | no |
 
-Namespaces need Linux with unprivileged user namespaces; many containers forbid them. Then Landlock (Linux 6.12 for all
-of it) and a seccomp filter, which need no rights, take their place. `Result.isolated` says whether all but the last
-line holds, and `require_isolation` refuses a weaker box. Root becomes `nobody` first. It is a box for a model's honest
-mistakes and clumsy malice, and not for an attacker with a kernel exploit: for that, run the whole evaluation in a
-virtual machine.
+Namespaces need Linux with user namespaces; many containers forbid them. Landlock (Linux 6.12 for all of it) with a
+seccomp filter needs no rights. Root becomes `nobody` first. `Result.isolated` is False for "limited", and
+`require_isolation` refuses that. None of this is meant to stop an attacker with a kernel exploit: for that, run the
+evaluation in a virtual machine. docs/sandbox.md says why no maintained sandbox is used.
 """
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 
 from lemur_jax.common.errors import UserError
 
 _LAUNCHER = pathlib.Path(__file__).with_name("sandbox_launcher.py")
-# The launcher keeps the clock; this is for the case that somebody killed or stopped it.
+# The launcher measures the time; this is for the case that it was killed or stopped.
 _GRACE_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What code may use up.
+    """What a program may use.
 
     Attributes:
       wall_seconds: from start to end.
-      cpu_seconds: of each process.
+      cpu_seconds: of each process, rounded down to whole seconds, at least 1.
       memory_bytes: address space of each process.
       file_bytes: of each file written, stdout and stderr among them.
       disk_bytes: of the box in all, where it is temporary and namespaces are available.
@@ -57,6 +60,11 @@ class Limits:
     processes: int = 32
     output_bytes: int = 64 << 10
 
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if not 0 < value < math.inf:
+                raise UserError(f"sandbox limit {name} is {value}: it must be positive and finite")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
@@ -66,18 +74,23 @@ class Result:
       code: exit code, 128 + n for signal n; None where it ran out of wall-clock time.
       output, errors: stdout and stderr, cut.
       seconds: wall-clock time.
-      isolated: whether network, other files and other processes were out of its reach.
+      isolation: "namespaces", "landlock" or "limited"; see the module.
     """
 
     code: int | None
     output: str
     errors: str
     seconds: float
-    isolated: bool
+    isolation: str
 
     @property
     def timed_out(self) -> bool:
         return self.code is None
+
+    @property
+    def isolated(self) -> bool:
+        """Whether network, other files and other processes were out of reach."""
+        return self.isolation in ("namespaces", "landlock")
 
 
 def run(
@@ -88,16 +101,18 @@ def run(
     limits: Limits | None = None,
     namespaces: bool = True,
     require_isolation: bool = False,
+    channels: Sequence[int] = (),
 ) -> Result:
     """Runs a command in a box and waits for it; stdin is empty.
 
     Args:
       command: program and arguments; "python" is the interpreter that runs this, without its packages.
       files: relative path to text; put into the box before the start.
-      directory: the box, kept afterwards; None: a temporary one.
+      directory: the box, kept afterwards (remove it with `remove_tree`); None: a temporary one.
       limits: default `Limits()`.
       namespaces: False: do without, even where they are available.
-      require_isolation: refuse to run without.
+      require_isolation: refuse to run in a "limited" box.
+      channels: file descriptors that the command has under the same numbers.
 
     Raises:
       UserError: no such program, or no isolation where it is required.
@@ -109,42 +124,50 @@ def run(
     for name in files or {}:
         if pathlib.PurePosixPath(name).is_absolute() or ".." in pathlib.PurePosixPath(name).parts:
             raise UserError(f"sandbox file {name}: the path must be relative and stay inside the box")
-    with (
-        tempfile.TemporaryDirectory(prefix="lemur-box-", ignore_cleanup_errors=True) as root,
-        tempfile.TemporaryFile() as output,
-        tempfile.TemporaryFile() as errors,
-        tempfile.TemporaryFile() as verdict,
-    ):
-        for path in filter(None, (root, directory)):
-            _give_to_nobody(path)
-        request = {
-            "command": command,
-            "files": dict(files or {}),
-            "directory": str(pathlib.Path(directory).resolve()) if directory else "",
-            "root": root,
-            "visible": [os.path.realpath(sys.base_prefix)],
-            "limits": dataclasses.asdict(limits),
-            "namespaces": namespaces,
-            "verdict": verdict.fileno(),
-        }
-        _launch(request, output, errors)
-        found = _verdict(verdict)
-        isolated = bool(found.get("isolated"))
-        if "failed" in found:
-            raise UserError(f"sandbox: cannot run {command[0]}: {found['failed']}")
-        if require_isolation and not isolated:
-            raise UserError(
-                f"sandbox: no namespaces here ({found.get('reason', 'unknown')}) and no Landlock of Linux 6.12, so code"
-                " could reach files and processes: allow unprivileged user namespaces, or run without"
-                " require_isolation"
+    root = tempfile.mkdtemp(prefix="lemur-box-")
+    try:
+        with (
+            tempfile.TemporaryFile() as output,
+            tempfile.TemporaryFile() as errors,
+            tempfile.TemporaryFile() as report,
+        ):
+            if os.getuid() == 0:
+                for path in filter(None, (root, directory)):
+                    os.chown(path, 65534, 65534)
+            request = {
+                "command": command,
+                "files": dict(files or {}),
+                "directory": str(pathlib.Path(directory).resolve()) if directory else "",
+                "root": root,
+                "visible": [os.path.realpath(sys.base_prefix)],
+                "limits": dataclasses.asdict(limits),
+                "namespaces": namespaces,
+                "require_isolation": require_isolation,
+                "report": report.fileno(),
+                "channels": list(channels),
+            }
+            _launch(request, output, errors)
+            report.seek(0)
+            found: dict = {"isolation": "limited"}
+            for line in report.read().splitlines():
+                found |= json.loads(line)
+            if found.get("refused"):
+                raise UserError(
+                    f"sandbox: no namespaces here ({found['reason']}) and no Landlock of Linux 6.12, so code could"
+                    " reach files and processes: allow unprivileged user namespaces, or run without"
+                    " require_isolation"
+                )
+            if "failed" in found:
+                raise UserError(f"sandbox: cannot run {command[0]}: {found['failed']}")
+            return Result(
+                code=found.get("code"),
+                output=_read(output, limits.output_bytes),
+                errors=_read(errors, limits.output_bytes),
+                seconds=found.get("seconds", limits.wall_seconds),
+                isolation=found["isolation"],
             )
-        return Result(
-            code=found.get("code"),
-            output=_read(output, limits.output_bytes),
-            errors=_read(errors, limits.output_bytes),
-            seconds=found.get("seconds", limits.wall_seconds),
-            isolated=isolated,
-        )
+    finally:
+        remove_tree(root)
 
 
 def run_python(program: str, *, limits: Limits | None = None, **options) -> Result:
@@ -152,14 +175,31 @@ def run_python(program: str, *, limits: Limits | None = None, **options) -> Resu
     return run(["python", "-I", "-S", "main.py"], files={"main.py": program}, limits=limits, **options)
 
 
+def remove_tree(path: str | os.PathLike) -> None:
+    """Removes a directory that untrusted code wrote in: of any depth, with any modes.
+
+    Every directory is moved to the top before it is emptied, so that no path and no recursion becomes long.
+    """
+    root = pathlib.Path(path)
+    waiting = [root]
+    while waiting:
+        directory = waiting.pop()
+        directory.chmod(0o700)
+        for entry in list(os.scandir(directory)):
+            if entry.is_dir(follow_symlinks=False):
+                os.chmod(entry.path, 0o700)  # a directory that cannot be written cannot be moved
+                waiting.append(root / uuid.uuid4().hex)
+                os.rename(entry.path, waiting[-1])
+            else:
+                os.unlink(entry.path)
+        if directory != root:
+            directory.rmdir()
+    root.rmdir()
+
+
 def _interpreter() -> str:
     """The interpreter itself and not a virtual environment's link to it, which the box does not see."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-
-
-def _give_to_nobody(path: str | os.PathLike) -> None:
-    if os.getuid() == 0:
-        os.chown(path, 65534, 65534)
 
 
 def _launch(request, output, errors) -> None:
@@ -168,11 +208,13 @@ def _launch(request, output, errors) -> None:
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=errors,
-        pass_fds=[request["verdict"]],
+        pass_fds=[request["report"], *request["channels"]],
         start_new_session=True,
         env={"PATH": os.defpath},
         text=True,
     )
+    for channel in request["channels"]:
+        os.close(channel)
     try:
         process.communicate(json.dumps(request), timeout=request["limits"]["wall_seconds"] + _GRACE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -180,14 +222,6 @@ def _launch(request, output, errors) -> None:
     finally:
         process.kill()
         process.wait()
-
-
-def _verdict(file) -> dict:
-    file.seek(0)
-    found: dict = {}
-    for line in file.read().splitlines():
-        found |= json.loads(line)
-    return found
 
 
 def _read(file, most: int) -> str:

@@ -1,15 +1,16 @@
-"""Runs one command in a box; started by `sandbox.run` as a script of its own, standard library alone.
+"""Runs one command in a box. `sandbox.run` starts this file as a script; it needs the standard library alone.
 
-Reads a request (JSON) from stdin and writes a verdict (JSON) to the file descriptor that the request
-names. Four processes, so that what is inside can never reach whoever watches it:
+Reads a request (JSON) from stdin and writes its report (JSON lines) to the file descriptor that the request names.
+The processes, outermost first:
 
-  launcher   watches the clock, adopts and kills what is left over
+  launcher   measures the time, adopts orphans, kills what is left; no longer reachable from inside
   └ porter   gives up root, enters new namespaces
-    └ init   process 1 of them: builds the file system, reaps; when it ends the kernel kills the rest
-      └ the command, under limits
+    └ init   process 1 in them: builds the file system; when it ends, the kernel kills the rest
+      └ the command, under resource limits and a seccomp filter
 
-Where the platform forbids namespaces (most containers do) the porter becomes the command itself, under Landlock,
-which holds files and signals, and a seccomp filter, which holds sockets: both need no rights at all.
+Where the platform forbids namespaces, as most containers do, the porter becomes the command itself. Landlock then
+restricts files and signals, and a longer seccomp filter refuses sockets and all calls that act on other processes,
+on shared kernel objects or on the attributes of files. Neither needs any rights.
 """
 
 import contextlib
@@ -26,43 +27,65 @@ import time
 import warnings  # noqa: F401  (os.execvpe imports it, where the interpreter's files are out of sight)
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = (
-    1,
-    4,
-    22,
-    36,
-    38,
-)
-SECCOMP_MODE_FILTER = 2
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP = 1, 4, 22
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 # mount, IPC, host name, process and network namespaces
 NAMESPACES = 0x00020000 | 0x08000000 | 0x04000000 | 0x20000000 | 0x40000000
 NEW_USER = 0x10000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
-    1, 2, 4, 8, 32, 4096, 16384, 1 << 18,
-)  # fmt: skip
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
 MS_NOATIME, MS_NODIRATIME, MS_RELATIME, ST_RELATIME = 1024, 2048, 1 << 21, 4096
 MNT_DETACH = 2
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 NOBODY = 65534
 
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
-# Landlock's file rights, one bit each: the version of its interface that brought the last of them -> how many.
+# The number of Landlock's file rights (one bit each) from a version of its interface on.
 LANDLOCK_RIGHTS = {5: 16, 3: 15, 2: 14, 1: 13}
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE, IOCTL_DEV = 1, 2, 4, 8, 1 << 14, 1 << 15
-# The version whose rules hold signals too; below it a box without namespaces is not called isolated.
-LANDLOCK_SCOPES = 6
-# Architecture as seccomp names it, and its numbers of socket and io_uring_setup, which opens sockets as well.
-SECCOMP = {"x86_64": (0xC000003E, 41, 425), "aarch64": (0xC00000B7, 198, 425)}
-X32 = 0x40000000  # x86-64's second set of system calls
+LANDLOCK_SCOPES = 6  # the version that restricts signals too (Linux 6.12)
 
-# What a box sees of the machine, read-only; the interpreter's prefix is added.
+# What the box sees of the machine, read-only; the interpreter's prefix is added.
 SYSTEM = ("/bin", "/lib", "/lib32", "/lib64", "/sbin", "/usr", "/etc/alternatives", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 BOX = "/box"
 
+# The seccomp filter: system calls by their numbers on (x86-64, aarch64).
+ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+X32 = 0x40000000  # x86-64's second set of system calls
+REFUSED = {  # memory that no limit counts; namespaces; io_uring, whose operations no filter sees; the kernel's keys
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "unshare": (272, 97), "setns": (308, 268),
+    "io_uring_setup": (425, 425), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    "bpf": (321, 280), "userfaultfd": (323, 282), "perf_event_open": (298, 241),
+    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
+}  # fmt: skip
+REFUSED_WITHOUT_NAMESPACES = {
+    "socket": (41, 198), "setpriority": (141, 140), "ioprio_set": (251, 30), "migrate_pages": (256, 238),
+    "move_pages": (279, 239), "process_madvise": (440, 440), "process_mrelease": (448, 448),
+    "chmod": (90, None), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None), "lchown": (94, None),
+    "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None), "futimesat": (261, None),
+    "file_setattr": (469, 469),
+}  # fmt: skip
+UNSUPPORTED_WITHOUT_NAMESPACES = {  # as on a file system without extended attributes
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14),
+    "lremovexattr": (198, 15), "fremovexattr": (199, 16), "setxattrat": (463, 463), "removexattrat": (466, 466),
+}  # fmt: skip
+# Report success and do nothing: `sed -i`, `cp` and `touch` call them on files that they have just made.
+IGNORED_WITHOUT_NAMESPACES = {"fchmod": (91, 52), "fchown": (93, 55), "utimensat": (280, 88)}
+# Refused where an argument has one of these bits: (numbers, which argument, bits).
+NEW_NAMESPACE, ANY_OTHER_PROCESS, NOT_A_STREAM = 0x7E020000, 0xFFFFFFFF, 0xE
+REFUSED_IF = {"clone": ((56, 220), 0, NEW_NAMESPACE)}
+REFUSED_IF_WITHOUT_NAMESPACES = {
+    "prlimit64": ((302, 261), 0, ANY_OTHER_PROCESS),
+    "sched_setaffinity": ((203, 122), 0, ANY_OTHER_PROCESS), "sched_setparam": ((142, 118), 0, ANY_OTHER_PROCESS),
+    "sched_setscheduler": ((144, 119), 0, ANY_OTHER_PROCESS), "sched_setattr": ((314, 274), 0, ANY_OTHER_PROCESS),
+    "socketpair": ((53, 199), 1, NOT_A_STREAM),  # a datagram socket can be connected to a path afterwards
+}  # fmt: skip
+CLONE3 = 435  # its flags are out of the filter's sight; C libraries fall back to clone
+
 
 def call(name, *arguments):
-    """A function of the C library; OSError if it fails."""
+    """Calls a function of the C library; OSError if it fails."""
     if getattr(LIBC, name)(*arguments) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
@@ -76,7 +99,7 @@ def prctl(option, value):
     call("prctl", option, value, 0, 0, 0)
 
 
-def limit(limits):
+def set_limits(limits):
     """Sets the resource limits of this process and its children."""
     cpu = max(1, int(limits["cpu_seconds"]))
     values = {
@@ -95,18 +118,23 @@ def limit(limits):
         resource.setrlimit(which, (soft, hard))
 
 
-def execute(request, directory):
-    """Becomes the command."""
+def start(request, directory, isolation, reason, namespaces):
+    """Becomes the command in its box, unless the isolation is less than what is required."""
+    refused = request["require_isolation"] and isolation == "limited"
+    report(request, isolation=isolation, reason=reason, refused=refused)
+    if refused:
+        os._exit(125)
     os.chdir(directory)
     for name, text in request["files"].items():
         path = os.path.join(directory, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(text)
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
-    limit(request["limits"])
+    set_limits(request["limits"])
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and that is inherited
         signal.signal(number, signal.SIG_DFL)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    install_filter(namespaces)
     environment = {
         "PATH": "/usr/local/bin:/usr/bin:/bin",
         "HOME": directory,
@@ -117,9 +145,44 @@ def execute(request, directory):
     os.execvpe(request["command"][0], request["command"], environment)
 
 
-def furnish(root, request):
-    """Makes `root` the root of the file system: the system read-only, and a writable box of its own."""
-    mount("", "/", "", MS_REC | MS_PRIVATE)
+def install_filter(namespaces):
+    """Installs the seccomp filter, on processors whose system calls it knows."""
+    if platform.machine() not in ARCHITECTURES:
+        return
+    architecture, column = ARCHITECTURES[platform.machine()]
+    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, fail = 0x7FFF0000, 0x00050000
+    answers = dict.fromkeys(REFUSED.values(), errno.EPERM)
+    conditions = dict(REFUSED_IF)
+    if not namespaces:
+        answers |= dict.fromkeys(REFUSED_WITHOUT_NAMESPACES.values(), errno.EPERM)
+        answers |= dict.fromkeys(UNSUPPORTED_WITHOUT_NAMESPACES.values(), errno.EOPNOTSUPP)
+        answers |= dict.fromkeys(IGNORED_WITHOUT_NAMESPACES.values(), 0)
+        conditions |= REFUSED_IF_WITHOUT_NAMESPACES
+    # Lines of (code, lines to skip if true, if false, operand). Architecture is at 4, number at 0, arguments from 16.
+    lines = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, architecture),
+        (answer, 0, 0, fail | errno.EPERM),
+        (load, 0, 0, 0),
+    ]
+    if column == 0:
+        lines += [(at_least, 0, 1, X32), (answer, 0, 0, fail | errno.EPERM)]
+    lines += [(equal, 0, 1, CLONE3), (answer, 0, 0, fail | errno.ENOSYS)]
+    for numbers, code in answers.items():
+        if numbers[column] is not None:
+            lines += [(equal, 0, 1, numbers[column]), (answer, 0, 0, fail | code)]
+    for numbers, argument, bits in conditions.values():
+        lines += [(equal, 0, 4, numbers[column]), (load, 0, 0, 16 + 8 * argument), (any_bit, 0, 1, bits)]
+        lines += [(answer, 0, 0, fail | errno.EPERM), (answer, 0, 0, allow)]
+    lines.append((answer, 0, 0, allow))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
+    program = struct.pack("HxxxxxxQ", len(lines), ctypes.addressof(code))
+    call("prctl", PR_SET_SECCOMP, 2, program, 0, 0)
+
+
+def build_root(root, request):
+    """Makes `root` the root of the file system: the system read-only, and a writable box."""
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in dict.fromkeys((*SYSTEM, *DEVICES, *request["visible"])):
         place = root + path
@@ -132,7 +195,7 @@ def furnish(root, request):
     if request["directory"]:
         bind(request["directory"], root + BOX, 0)
     else:
-        options = f"size={request['limits']['disk_bytes']},mode=700"
+        options = f"size={request['limits']['disk_bytes']},nr_inodes=16384,mode=700"
         mount("tmpfs", root + BOX, "tmpfs", MS_NOSUID | MS_NODEV, options)
         if os.getuid() == 0:
             os.chown(root + BOX, NOBODY, NOBODY)
@@ -162,10 +225,11 @@ def bind(path, place, flags):
         mount("", place, "", MS_REMOUNT | MS_BIND | flags | (MS_RELATIME if found & ST_RELATIME else 0))
 
 
-def enter(request):
-    """The porter: into new namespaces, and there init; or straight to the command where that is forbidden."""
+def enter_box(request):
+    """The porter: enters namespaces and becomes their init, or without them the command itself."""
     os.setsid()
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    filtered = platform.machine() in ARCHITECTURES
     try:
         unshare(request)
     except OSError as error:
@@ -174,34 +238,28 @@ def enter(request):
             # Here the limit counts everything that this user runs already; this process is the box's first.
             request["limits"]["processes"] += threads_of(user) - 1
         box = request["directory"] or request["root"]
-        report(request, isolated=confine(request, box), reason=str(error))
-        execute(request, box)
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        whole = restrict_files(request, box) and filtered
+        start(request, box, "landlock" if whole else "limited", str(error), namespaces=False)
     init = os.fork()
     if init:
         os._exit(exit_code(os.waitpid(init, 0)[1]))
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    furnish(request["root"], request)
-    report(request, isolated=True, reason="")
+    build_root(request["root"], request)
     child = os.fork()
     if not child:
         if give_up_root():
             with contextlib.suppress(OSError):  # so that processes are counted for this box alone
                 new_user_namespace()
-        execute(request, BOX)
+        start(request, BOX, "namespaces" if filtered else "limited", "unknown processor", namespaces=True)
     while True:
         process, status = os.wait()
         if process == child:
             os._exit(exit_code(status))
 
 
-def confine(request, box):
-    """Without namespaces: the same files within reach, no signals to others, no sockets. Whether all of it holds."""
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
-    return all([refuse_sockets(), restrict_files(request, box)])
-
-
 def restrict_files(request, box):
-    """Landlock: the box, and the system read-only; signals stay inside. Whether the kernel can do all of it."""
+    """Landlock: the box, and the system read-only; signals stay inside. Returns whether the kernel can do all of it."""
     version = LIBC.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)
     if version < 1:
         return False
@@ -222,38 +280,24 @@ def restrict_files(request, box):
     return version >= LANDLOCK_SCOPES
 
 
-def refuse_sockets():
-    """A seccomp filter under which no socket can be opened (pairs can). Whether it is in force."""
-    if platform.machine() not in SECCOMP:
-        return False
-    architecture, socket, io_uring = SECCOMP[platform.machine()]
-    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
-    allow, refuse = 0x7FFF0000, 0x00050000 | errno.EPERM
-    program = [  # code, steps to skip if true and if false, operand; 4 and 0 are where architecture and number lie
-        (load, 0, 0, 4), (equal, 0, 5, architecture),
-        (load, 0, 0, 0), (equal, 3, 0, socket), (equal, 2, 0, io_uring), (at_least, 1, 0, X32),
-        (give, 0, 0, allow), (give, 0, 0, refuse),
-    ]  # fmt: skip
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    whole = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
-    return LIBC.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, whole, 0, 0) == 0
-
-
 def unshare(request):
-    """Enters namespaces: root of the machine as it is, anybody else as king of a user namespace."""
+    """Enters namespaces: root as it is, every other user through a user namespace."""
     if not request["namespaces"]:
         raise OSError("not wanted")
     if os.getuid() == 0:
         try:
             call("unshare", NAMESPACES)
-            return
         except OSError:
             give_up_root()  # root of a container without the capability
-    new_user_namespace(NAMESPACES)
+            new_user_namespace(NAMESPACES)
+    else:
+        new_user_namespace(NAMESPACES)
+    # Ubuntu 24.04 gives user namespaces without the right to mount: that must show here, not when it is too late.
+    mount("", "/", "", MS_REC | MS_PRIVATE)
 
 
 def new_user_namespace(others=0):
-    """A user namespace, with the same user and group inside as outside."""
+    """Enters a user namespace, with the same user and group inside as outside."""
     user, group = os.getuid(), os.getgid()  # afterwards they read as the overflow ids
     call("unshare", NEW_USER | others)
     lines = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
@@ -263,7 +307,7 @@ def new_user_namespace(others=0):
 
 
 def give_up_root():
-    """Root becomes nobody: the kernel limits no process count of root's, and root may do almost anything."""
+    """Turns root into nobody: the kernel counts no processes for root, and root may do almost anything."""
     if os.getuid() != 0:
         return False
     os.setgroups([])
@@ -289,8 +333,8 @@ def threads_of(user):
     return count
 
 
-def report(request, **verdict):
-    os.write(request["verdict"], json.dumps(verdict).encode() + b"\n")
+def report(request, **found):
+    os.write(request["report"], json.dumps(found).encode() + b"\n")
 
 
 def children():
@@ -319,17 +363,19 @@ def main():
     request = json.load(sys.stdin)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    os.set_inheritable(request["verdict"], False)
+    os.set_inheritable(request["report"], False)
     started = time.monotonic()
     null = os.open("/dev/null", os.O_RDONLY)
     os.dup2(null, 0)
     porter = os.fork()
     if not porter:
         try:
-            enter(request)
+            enter_box(request)
         except BaseException as error:
             report(request, failed=f"{type(error).__name__}: {error}")
             os._exit(125)
+    for channel in request["channels"]:  # so that their other ends see when the command is gone
+        os.close(channel)
 
     def ring(*_):
         raise TimeoutError

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lemur_jax.agents.environments import SHOWN, Step
-from lemur_jax.agents.sandbox import Limits, run_python
+from lemur_jax.agents.problems import LIMITS
+from lemur_jax.agents.sandbox import run_python
 
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
-_LIMITS = Limits(wall_seconds=10, cpu_seconds=8)
 
 # Orders of a shop by number; every episode has a copy of its own.
 SHOP: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ def set_address(shop: Shop, number: str, address: str) -> str:
 
 def python(shop: Shop, code: str) -> str:
     """What a Python program prints."""
-    result = run_python(code, limits=_LIMITS)
+    result = run_python(code, limits=LIMITS)
     return (result.output + result.errors)[-SHOWN:] or "(no output)"
 
 

@@ -7,8 +7,6 @@ same numbers for one checkpoint. One default differs: no bos is put in front (th
 Importing this module needs lm-eval (`pip install 'lemur_jax[eval]'`) and registers the model.
 """
 
-import functools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +19,7 @@ from lemur_jax.infer.session import Session, load
 from lemur_jax.parallel.mesh import parse_mesh
 from lemur_jax.text.chat_template import chat_template as template_of
 from lemur_jax.text.chat_template import render, stop_ids
+from lemur_jax.text.control_tokens import encode_with_control
 
 try:
     from lm_eval import utils
@@ -199,24 +198,3 @@ class LemurLM(TemplateLM):
             return text
         last = chat_history[-1]["content"].strip()
         return text[: text.rindex(last) + len(last)]
-
-
-def encode_with_control(tokenizer, text: str) -> list[int]:
-    """Ids of a text whose control tokens are spelled out; plain text goes through the model alone.
-
-    For text that a program of ours or the harness rendered, never for what a user typed.
-    """
-    ids: list[int] = []
-    for position, part in enumerate(_control_tokens(tuple(tokenizer.control_tokens)).split(text)):
-        if part in tokenizer.control_tokens:
-            ids.append(tokenizer.control_tokens[part])
-        elif part:
-            # The dummy space goes in front of text that opens the whole alone.
-            ids += tokenizer.encode(part, prefix=position == 0)
-    return ids
-
-
-@functools.lru_cache(maxsize=16)
-def _control_tokens(names: tuple[str, ...]) -> re.Pattern[str]:
-    # Longest first: one token may begin with another. The group keeps them in the split.
-    return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")

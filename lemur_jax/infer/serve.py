@@ -1,16 +1,18 @@
-"""`lemur serve`: the smallest endpoint that OpenAI's client and what is built on it can talk to.
+"""`lemur serve`: a small endpoint for OpenAI's client and for harnesses that speak HTTP.
 
-For smoke tests and for harnesses that speak HTTP; for production, serve the exported directory with vLLM.
-One request is on the devices at a time. Not there: tools (calls are text, `agents/tools.py`), several answers in
-one stream, embeddings, keys.
+One thread uses the model and takes requests in their order, one at a time; nothing else waits for it with a lock in
+hand. A request whose client has left is dropped if it has not begun or is streamed. Not here: tools (calls are text,
+`agents/tools.py`), several answers in one stream, embeddings, keys, and batching across requests. For production, serve
+the exported directory with vLLM.
 """
 
+import asyncio
 import contextlib
 import json
-import threading
+import logging
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from lemur_jax.common.errors import UserError
@@ -21,20 +23,43 @@ from lemur_jax.infer.score import score, top_logprobs
 from lemur_jax.infer.session import Session
 from lemur_jax.infer.text import stream_text
 from lemur_jax.text.chat_template import encode_chat, stop_ids
+from lemur_jax.text.control_tokens import encode_with_control
 
 try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
     from starlette.requests import Request
-    from starlette.responses import JSONResponse, StreamingResponse
+    from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
+
+    from lemur_jax.infer.serve_requests import (
+        MOST_TOP,
+        Json,
+        answers_wanted,
+        check_host,
+        disconnect,
+        flag,
+        integer,
+        messages_of,
+        prompts_of,
+        read_body,
+        real,
+        stops,
+    )
+    from lemur_jax.infer.serve_worker import END, Job, Worker
 except ImportError as error:
     raise UserError(
         f"serving needs starlette and uvicorn ({error}): pip install 'lemur_jax[eval]'"
     ) from error
 
-Json = dict[str, Any]
-MOST_ANSWERS, MOST_TOP = 64, 20  # of one request; OpenAI's own limits are 128 and 20
+logger = logging.getLogger(__name__)
+
+MOST_PROMPTS = 256  # of one request, n counted
+CHARACTERS_A_TOKEN = (
+    64  # a prompt with more of them for each position of the model is refused before it is tokenized
+)
+ANSWER_SECONDS = 600.0  # until an answer is there (until it begins, where it is streamed), waiting included
 
 
 def serve(session: Session, name: str, *, host: str = "127.0.0.1", port: int = 8000) -> None:
@@ -47,212 +72,295 @@ def serve(session: Session, name: str, *, host: str = "127.0.0.1", port: int = 8
         import uvicorn
     except ImportError as error:
         raise UserError("serving needs uvicorn: pip install 'lemur_jax[eval]'") from error
-    print(f"serving {name} at http://{host}:{port}/v1", flush=True)
-    uvicorn.run(application(session, name), host=host, port=port, log_level="warning")
+    logger.info("serving %s at http://%s:%s/v1", name, host, port)
+    # Bound to one address, the server is only reached under that name or as this machine: another name in `Host` is a
+    # web page that made its own name point here.
+    everywhere = host in ("0.0.0.0", "::", "")
+    hosts = None if everywhere else (host, "localhost", "127.0.0.1", "::1")
+    app = application(session, name, hosts)
+    try:
+        uvicorn.run(app, host=host, port=port, log_level="warning")
+    finally:
+        app.state.worker.stop()
 
 
-def application(session: Session, name: str) -> Starlette:
-    """The ASGI application."""
-    server = _Server(session, name)
-    return Starlette(
+def application(session: Session, name: str, hosts: Sequence[str] | None = None) -> Starlette:
+    """The ASGI application.
+
+    Args:
+      hosts: names under which the server may be asked, in `Host` and in `Origin`; None: any `Host`, and no web pages.
+    """
+    server = _Server(session, name, hosts)
+    app = Starlette(
         routes=[
             Route("/v1/models", server.models, methods=["GET"]),
             Route("/v1/completions", server.completions, methods=["POST"]),
             Route("/v1/chat/completions", server.chat, methods=["POST"]),
         ],
-        exception_handlers={UserError: _refuse},
+        exception_handlers={UserError: _refuse, HTTPException: _refuse, Exception: _fail},
     )
+    app.state.worker = server.worker
+    return app
 
 
-async def _refuse(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+async def _refuse(request: Request, error: Exception) -> Response:
+    status, text = 400, str(error)
+    if isinstance(error, HTTPException):
+        status, text = error.status_code, error.detail
+    return JSONResponse(_error(text, "invalid_request_error"), status_code=status)
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+    return JSONResponse(_error(f"{type(error).__name__}: {error}", "server_error"), status_code=500)
+
+
+def _error(message: str, kind: str) -> Json:
+    # What a client sent is repeated in part and in ASCII, so that every message can be sent back.
+    return {"error": {"message": message[:500].encode("ascii", "backslashreplace").decode(), "type": kind}}
 
 
 class _Server:
     """The three routes over one session."""
 
-    def __init__(self, session: Session, name: str):
-        self.session, self.name = session, name
+    def __init__(self, session: Session, name: str, hosts: Sequence[str] | None):
+        self.session, self.name, self.hosts = session, name, hosts
         self.tokenizer = session.need_tokenizer()
-        self.busy = threading.Lock()
+        self.worker = Worker()
 
-    async def models(self, request: Request) -> JSONResponse:
+    async def models(self, request: Request) -> Response:
+        check_host(request, self.hosts)
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "lemur_jax"}
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def completions(self, request: Request):
-        body = await _body(request)
-        prompts = [ids for prompt in _prompts(body) for ids in [self._ids(prompt)] * _answers_wanted(body)]
-        if body.get("stream"):
-            if len(prompts) != 1:
-                raise UserError("stream one answer to one prompt at a time")
-            return self._stream(body, prompts[0], "text_completion", lambda text: {"text": text})
-        return await run_in_threadpool(self._complete, body, prompts)
-
-    async def chat(self, request: Request):
-        body = await _body(request)
-        prompt, _ = encode_chat(self.tokenizer, body.get("messages") or [], add_generation_prompt=True)
-        wanted = _answers_wanted(body)
-        if body.get("stream"):
-            if wanted != 1:
-                raise UserError("stream one answer to one prompt at a time")
-            return self._stream(
-                body, prompt, "chat.completion.chunk", lambda text: {"delta": {"content": text}}
+    async def completions(self, request: Request) -> Response:
+        body = await read_body(request, self.hosts)
+        copies = answers_wanted(body)
+        texts = prompts_of(body)
+        if len(texts) * copies > MOST_PROMPTS:
+            raise UserError(
+                f"{len(texts)} prompts with n {copies}: one request may have {MOST_PROMPTS} answers"
             )
-        return await run_in_threadpool(self._chat, body, [prompt] * wanted)
+        ids = await run_in_threadpool(lambda: [self._ids(text) for text in texts])
+        prompts = [prompt for prompt in ids for _ in range(copies)]
+        if flag(body, "stream"):
+            self._one_alone(prompts)
+            return await self._stream(
+                request,
+                prompts[0],
+                self._options(body, prompts, 16),
+                "text_completion",
+                lambda text: {"text": text},
+            )
+        echo, top = flag(body, "echo"), None
+        if body.get("logprobs") not in (None, False):
+            top = integer(body, "logprobs", 0, 0, MOST_TOP)
+        # With max_tokens 0 nothing is generated: the prompt is scored.
+        options = None if body.get("max_tokens") == 0 else self._options(body, prompts, 16)
+        return await self._once(request, lambda: self._complete(prompts, options, echo, top))
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """Text gets a bos, ids are taken as they are."""
-        if isinstance(prompt, str):
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
-        return list(prompt)
+    async def chat(self, request: Request) -> Response:
+        body = await read_body(request, self.hosts)
+        copies, top = answers_wanted(body), integer(body, "top_logprobs", 0, 0, MOST_TOP)
+        messages = messages_of(body)
+        self._check_length(sum(len(message["content"]) for message in messages))
+        prompt, _ = await run_in_threadpool(encode_chat, self.tokenizer, messages, add_generation_prompt=True)
+        prompts = [prompt] * copies
+        options = self._options(body, prompts, 256)
+        if flag(body, "stream"):
+            self._one_alone(prompts)
+            kind = "chat.completion.chunk"
+            return await self._stream(
+                request, prompt, options, kind, lambda text: {"delta": {"content": text}}
+            )
+        with_logprobs = flag(body, "logprobs")
+        return await self._once(request, lambda: self._chat(prompts, options, top if with_logprobs else None))
 
-    def _answers(self, body: Json, prompts: list[list[int]], default: int) -> list[Text]:
-        limit = _number(body, "max_tokens", body.get("max_completion_tokens") or default)
+    def _check_length(self, characters: int) -> None:
+        longest = self.session.model.max_position_embeddings
+        if characters > CHARACTERS_A_TOKEN * longest:
+            raise UserError(
+                f"the prompt has {characters} characters, too many for the model's {longest} tokens"
+            )
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        """Ids as they are; text with its control tokens, and a bos in front if it does not begin with one."""
+        if not isinstance(prompt, str):
+            return prompt
+        self._check_length(len(prompt))
+        ids = encode_with_control(self.tokenizer, prompt)
+        return ids if ids[:1] == [self.tokenizer.bos_id] else [self.tokenizer.bos_id, *ids]
+
+    def _one_alone(self, prompts: Sequence[Any]) -> None:
+        if len(prompts) != 1:
+            raise UserError("stream one answer to one prompt at a time")
+
+    def _options(self, body: Json, prompts: list[list[int]], default: int) -> Json:
+        """How to answer; all that can be wrong with it is found here, before a byte of a stream is out."""
+        longest, vocabulary = self.session.model.max_position_embeddings, self.session.model.vocab_size
+        key = "max_tokens" if body.get("max_tokens") is not None else "max_completion_tokens"
+        limit = integer(body, key, default, 1, longest)
         for prompt in prompts:
-            if len(prompt) + limit > (longest := self.session.model.max_position_embeddings):
+            if len(prompt) + limit > longest:
                 raise UserError(
-                    f"{len(prompt)} tokens of prompt and max_tokens {limit} are more than the model's {longest}"
+                    f"{len(prompt)} tokens of prompt and {key} {limit} are more than the model's {longest}"
                 )
-        seed = _number(body, "seed", 0)
-        return complete(
-            self.session,
-            prompts,
-            max_new_tokens=limit,
-            stops=_stops(body),
-            sampling=_sampling(body),
-            seeds=[seed + index for index in range(len(prompts))],
+            if not all(0 <= token < vocabulary for token in prompt):
+                raise UserError(f"the prompt has ids outside the model's vocabulary of {vocabulary}")
+        seed = integer(body, "seed", 0, -(2**63), 2**63)
+        sampling = Sampling(
+            temperature=real(body, "temperature", 1.0, 0.0, 100.0),  # OpenAI's default
+            top_p=real(body, "top_p", 1.0, 0.0, 1.0),
+            seed=seed % 2**32,
         )
+        seeds = [seed + index for index in range(len(prompts))]
+        return {"max_new_tokens": limit, "sampling": sampling, "seeds": seeds, "stops": stops(body)}
 
-    def _complete(self, body: Json, prompts: list[list[int]]) -> JSONResponse:
-        nothing = Text(text="", tokens=(), logprobs=(), finish_reason="length")
-        count = body.get("logprobs")
-        with self.busy:
-            only_score = body.get("max_tokens") == 0  # the prompt, with echo
-            answers = [nothing for _ in prompts] if only_score else self._answers(body, prompts, 16)
-            choices = []
-            for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-                text, tokens, logprobs = answer.text, list(answer.tokens), list(answer.logprobs)
-                first = prompt[:0]
-                if body.get("echo"):
-                    first, text = prompt[:1], self.tokenizer.decode(prompt, skip_special=True) + text
-                    tokens = prompt[1:] + tokens
-                    if count is not None and prompt[1:]:
-                        logprobs = [*score(self.session, [(first, prompt[1:])])[0].logprobs, *logprobs]
-                told = None
-                if count is not None:
-                    told = self._told(first, first or prompt, tokens, logprobs, _number(body, "logprobs", 0))
-                choices.append(
-                    {"index": index, "text": text, "logprobs": told, "finish_reason": answer.finish_reason}
-                )
+    async def _first(self, request: Request, job: Job) -> Any:
+        """The job's first result. The job is dropped if there is none in time, or the client leaves before."""
+        result = asyncio.ensure_future(job.result())
+        gone = asyncio.ensure_future(disconnect(request))
+        try:
+            self.worker.add(job)
+            await asyncio.wait({result, gone}, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if result.done():
+                return result.result()
+            if gone.done():
+                raise HTTPException(499, "the client has left")
+            raise HTTPException(503, f"there is no answer after {ANSWER_SECONDS:.0f} s")
+        finally:
+            job.dropped = not (result.done() and not result.cancelled())
+            result.cancel()
+            gone.cancel()
+
+    async def _once(self, request: Request, work: Callable[[], Json]) -> Response:
+        def results() -> Generator[Json]:
+            yield work()
+
+        return JSONResponse(await self._first(request, Job(results)))
+
+    async def _stream(self, request: Request, prompt: list[int], options: Json, kind: str, delta) -> Response:
+        head = self._head(kind, "stream")
+
+        def event(change: Json, finish: str | None) -> str:
+            choice = {"index": 0, "logprobs": None, "finish_reason": finish, **change}
+            return f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
+
+        job = Job(lambda: self._pieces(prompt, options))
+        first = await self._first(request, job)
+
+        async def events() -> AsyncIterator[str]:
+            piece, end = first, time.monotonic() + ANSWER_SECONDS
+            try:
+                while piece is not END:
+                    text, reason = piece
+                    yield event(delta(text), reason or None)
+                    piece = await asyncio.wait_for(job.result(), end - time.monotonic())
+                yield "data: [DONE]\n\n"
+            except Exception as error:  # there is no status to change any more
+                yield f"data: {json.dumps(_error(f'{type(error).__name__}: {error}', 'server_error'))}\n\n"
+            finally:  # also where the client leaves, and this is cancelled
+                job.dropped = True
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    def _pieces(self, prompt: list[int], options: Json) -> Generator[tuple[str, str]]:
+        """Text as it comes, with "" until the last piece has the reason that ended it; in the worker."""
+        reason = ""
+
+        def ids() -> Generator[Sequence[int]]:
+            nonlocal reason
+            how = {key: value for key, value in options.items() if key != "stops"}
+            for (piece,) in stream(self.session, [prompt], stop_ids=stop_ids(self.tokenizer), **how):
+                reason = piece.finish_reason
+                yield piece.content
+
+        with contextlib.closing(ids()) as pieces:
+            for text in until(stream_text(self.tokenizer, prompt, pieces), options["stops"]):
+                yield text, ""
+        yield "", reason or "stop"
+
+    def _answers(self, prompts: list[list[int]], options: Json | None) -> list[Text]:
+        if options is None:
+            return [Text(text="", tokens=(), logprobs=(), finish_reason="length") for _ in prompts]
+        return complete(self.session, prompts, **options)
+
+    def _complete(self, prompts: list[list[int]], options: Json | None, echo: bool, top: int | None) -> Json:
+        answers, choices = self._answers(prompts, options), []
+        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            text, tokens, logprobs = answer.text, list(answer.tokens), list(answer.logprobs)
+            first = prompt[:0]
+            if echo:
+                first, text = prompt[:1], self.tokenizer.decode(prompt, skip_special=True) + text
+                tokens = prompt[1:] + tokens
+                if top is not None and prompt[1:]:
+                    logprobs = [*score(self.session, [(first, prompt[1:])])[0].logprobs, *logprobs]
+            shown = None if top is None else self._logprobs(first, first or prompt, tokens, logprobs, top)
+            choice = {"index": index, "text": text, "logprobs": shown, "finish_reason": answer.finish_reason}
+            choices.append(choice)
         return self._response("text_completion", "cmpl", choices, prompts, answers)
 
-    def _told(
-        self, first: list[int], before: list[int], tokens: list[int], logprobs: list[float], count: int
+    def _chat(self, prompts: list[list[int]], options: Json, top: int | None) -> Json:
+        answers = self._answers(prompts, options)
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": answer.text},
+                "logprobs": None if top is None else self._chat_logprobs(prompt, answer, top),
+                "finish_reason": answer.finish_reason,
+            }
+            for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        ]
+        return self._response("chat.completion", "chatcmpl", choices, prompts[:1], answers)
+
+    def _logprobs(
+        self, first: list[int], before: list[int], tokens: list[int], logprobs: list[float], top: int
     ) -> Json:
         """Log-probabilities as completions have them; the first token of an echoed prompt has none."""
-        tops = self._tops(before, tokens, logprobs, count)
-        spelled = [{self.tokenizer.token(id): value for id, value in top.items()} for top in tops]
+        tops = self._tops(before, tokens, logprobs, top)
+        spelled = [{self.tokenizer.token(id): value for id, value in one.items()} for one in tops]
         none = [None] * len(first)
         return {
             "tokens": [self.tokenizer.token(token) for token in [*first, *tokens]],
             "token_logprobs": [*none, *logprobs],
-            "top_logprobs": [*none, *spelled] if count else None,
+            "top_logprobs": [*none, *spelled] if top else None,
             "text_offset": None,
         }
 
-    def _tops(
-        self, before: list[int], tokens: list[int], logprobs: list[float], count: int
-    ) -> list[dict[int, float]]:
-        """The `count` likeliest ids at each token; that of the token itself is the one told for it."""
-        if not count or not tokens:
-            return [{} for _ in tokens]
-        (tops,) = top_logprobs(self.session, [(before, tokens)], count)
-        for top, token, value in zip(tops, tokens, logprobs, strict=True):
-            if token in top:
-                top[token] = value
-        return tops
-
-    def _chat(self, body: Json, prompts: list[list[int]]) -> JSONResponse:
-        with self.busy:
-            answers = self._answers(body, prompts, 256)
-            choices = [
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": answer.text},
-                    "logprobs": self._told_chat(body, prompt, answer) if body.get("logprobs") else None,
-                    "finish_reason": answer.finish_reason,
-                }
-                for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-            ]
-        return self._response("chat.completion", "chatcmpl", choices, prompts[:1], answers)
-
-    def _told_chat(self, body: Json, prompt: list[int], answer: Text) -> Json:
+    def _chat_logprobs(self, prompt: list[int], answer: Text, top: int) -> Json:
         """Log-probabilities as chat completions have them."""
 
         def entry(token: int, value: float) -> Json:
             return {"token": self.tokenizer.token(token), "logprob": value, "bytes": None}
 
         tokens, logprobs = list(answer.tokens), list(answer.logprobs)
-        tops = self._tops(prompt, tokens, logprobs, _number(body, "top_logprobs", 0))
+        tops = self._tops(prompt, tokens, logprobs, top)
         return {
             "content": [
-                entry(token, value) | {"top_logprobs": [entry(*one) for one in top.items()]}
-                for token, value, top in zip(tokens, logprobs, tops, strict=True)
+                entry(token, value) | {"top_logprobs": [entry(*one) for one in likeliest.items()]}
+                for token, value, likeliest in zip(tokens, logprobs, tops, strict=True)
             ]
         }
 
-    def _response(self, kind: str, prefix: str, choices, prompts, answers) -> JSONResponse:
+    def _tops(
+        self, before: list[int], tokens: list[int], logprobs: list[float], count: int
+    ) -> list[dict[int, float]]:
+        """The `count` likeliest ids at each token; the value of the token itself is the one that was reported."""
+        if not count or not tokens:
+            return [{} for _ in tokens]
+        (tops,) = top_logprobs(self.session, [(before, tokens)], min(count, self.session.model.vocab_size))
+        for top, token, value in zip(tops, tokens, logprobs, strict=True):
+            if token in top:
+                top[token] = value
+        return tops
+
+    def _response(self, kind: str, prefix: str, choices, prompts, answers) -> Json:
         asked, given = sum(map(len, prompts)), sum(len(answer.tokens) for answer in answers)
         usage = {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
-        return JSONResponse(self._head(kind, prefix) | {"choices": choices, "usage": usage})
+        return self._head(kind, prefix) | {"choices": choices, "usage": usage}
 
     def _head(self, kind: str, prefix: str) -> Json:
-        return {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": self.name,
-        }
-
-    def _stream(self, body: Json, prompt: list[int], kind: str, delta) -> StreamingResponse:
-        # Checked here: once the first byte is out there is no refusing any more.
-        sampling, stops = _sampling(body), _stops(body)
-        limit = _number(body, "max_tokens", body.get("max_completion_tokens") or 256)
-        room = self.session.model.max_position_embeddings - len(prompt)
-        if not 1 <= limit <= room:
-            raise UserError(f"max_tokens is {limit}: it must be between 1 and {room} for this prompt")
-        head = self._head(kind, "stream")
-        seed = _number(body, "seed", 0)
-
-        def events() -> Iterator[str]:
-            reason = ""
-
-            def ids():
-                nonlocal reason
-                pieces = stream(
-                    self.session,
-                    [prompt],
-                    max_new_tokens=limit,
-                    stop_ids=stop_ids(self.tokenizer),
-                    sampling=sampling,
-                    seeds=[seed],
-                )
-                for (piece,) in pieces:
-                    reason = piece.finish_reason
-                    yield piece.content
-
-            def event(change: Json, finish: str | None) -> str:
-                choice = {"index": 0, "logprobs": None, "finish_reason": finish, **change}
-                return f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
-
-            with self.busy, contextlib.closing(ids()) as pieces:
-                for text in until(stream_text(self.tokenizer, prompt, pieces), stops):
-                    yield event(delta(text), None)
-            yield event(delta(""), reason or "stop")
-            yield "data: [DONE]\n\n"
-
-        return StreamingResponse(events(), media_type="text/event-stream")
+        id = f"{prefix}-{uuid.uuid4().hex}"
+        return {"id": id, "object": kind, "created": int(time.time()), "model": self.name}
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
@@ -271,73 +379,3 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
             held = held[len(held) - margin :]
     if held:
         yield held
-
-
-async def _body(request: Request) -> Json:
-    try:
-        body = await request.json()
-    except ValueError as error:
-        raise UserError(f"the request is no JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise UserError("the request must be a JSON object")
-    for key in ("logprobs", "top_logprobs"):
-        count = body.get(key)
-        if (
-            count is not None
-            and type(count) is not bool
-            and not (type(count) is int and 0 <= count <= MOST_TOP)
-        ):
-            raise UserError(f"{key} is {count!r}: it must be between 0 and {MOST_TOP}")
-    return body
-
-
-def _answers_wanted(body: Json) -> int:
-    wanted = _number(body, "n", 1)
-    if not 1 <= wanted <= MOST_ANSWERS or body.get("best_of") not in (None, wanted):
-        raise UserError(f"n is {wanted}: it must be between 1 and {MOST_ANSWERS}, and best_of the same")
-    return wanted
-
-
-def _prompts(body: Json) -> list[str | list[int]]:
-    """OpenAI's four forms: a text, texts, ids, or lists of ids."""
-    prompt = body.get("prompt")
-    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
-        prompt = [prompt]
-
-    def fine(item) -> bool:
-        return isinstance(item, str) or (
-            isinstance(item, list) and bool(item) and all(type(token) is int for token in item)
-        )
-
-    if not isinstance(prompt, list) or not prompt or not all(map(fine, prompt)):
-        raise UserError("prompt must be a text, a list of texts, token ids, or lists of token ids")
-    return prompt
-
-
-def _stops(body: Json) -> list[str]:
-    stops = body.get("stop") or []
-    stops = [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise UserError("stop must be a string or a list of strings")
-    return [stop for stop in stops if stop]
-
-
-def _sampling(body: Json) -> Sampling:
-    temperature, top_p = body.get("temperature"), body.get("top_p")
-    for name, value in (("temperature", temperature), ("top_p", top_p)):
-        if value is not None and not isinstance(value, int | float):
-            raise UserError(f"{name} is {value!r}: it must be a number")
-    return Sampling(
-        temperature=1.0 if temperature is None else temperature,  # OpenAI's default
-        top_p=1.0 if top_p is None else top_p,
-        seed=_number(body, "seed", 0) % 2**32,
-    )
-
-
-def _number(body: Json, key: str, default: int) -> int:
-    value = body.get(key)
-    if value is None:
-        return default
-    if type(value) is not int:
-        raise UserError(f"{key} is {value!r}: it must be an integer")
-    return value

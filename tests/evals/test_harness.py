@@ -15,8 +15,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lemur_jax.evals.harness import LemurLM, encode_with_control
+from lemur_jax.evals.harness import LemurLM
 from lemur_jax.infer import score as scoring
+from lemur_jax.text.control_tokens import encode_with_control
 
 CHOICE = """
 task: local_choice

@@ -17,6 +17,7 @@ import uvicorn
 from lemur_jax.agents.episodes import endpoint_agent
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.score import score
+from lemur_jax.infer import serve
 from lemur_jax.infer.serve import application, until
 from lemur_jax.infer.session import load
 from lemur_jax.models import llama

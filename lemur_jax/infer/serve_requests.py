@@ -1,0 +1,150 @@
+"""What `lemur serve` takes from a request, and its limits. Whatever is wrong with a request gives a status of 4xx."""
+
+import asyncio
+import json
+import math
+import urllib.parse
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.text.conversation_formats import openai
+
+Json = dict[str, Any]
+
+# OpenAI's own limits for n and logprobs are 128 and 20.
+MOST_ANSWERS, MOST_TOP, MOST_STOPS = 64, 20, 64
+MOST_BYTES, BODY_SECONDS = 4 << 20, 30.0
+
+
+def check_host(request: Request, hosts: Sequence[str] | None) -> None:
+    """Refuses requests to another name than the server's, and those of web pages."""
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    if hosts is not None and _hostname(f"//{host}") not in hosts:
+        raise HTTPException(403, f"this server is not {host[:100]!r}: ask {', '.join(hosts)}")
+    if origin is not None and _hostname(origin) not in (hosts or ()):
+        raise HTTPException(403, "web pages of other servers may not use this one")
+
+
+async def read_body(request: Request, hosts: Sequence[str] | None) -> Json:
+    """The request's JSON object.
+
+    Raises:
+      UserError, HTTPException: it is none, is too large, comes too slowly, or is from somewhere else.
+    """
+    check_host(request, hosts)
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise HTTPException(415, f"the content type is {kind[:100]!r}: it must be application/json")
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                data += part
+                if len(data) > MOST_BYTES:
+                    raise HTTPException(413, f"the request has more than {MOST_BYTES} bytes")
+    except TimeoutError as error:
+        raise HTTPException(408, f"the request was not complete after {BODY_SECONDS:.0f} s") from error
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the request is not complete") from error
+    try:
+        body = await run_in_threadpool(json.loads, data.decode(), parse_constant=_no_constant)
+        json.dumps(body, ensure_ascii=False).encode()  # finds halves of surrogate pairs, which no text has
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the request is no JSON: {str(error)[:200]}") from error
+    if not isinstance(body, dict):
+        raise UserError("the request must be a JSON object")
+    return body
+
+
+async def disconnect(request: Request) -> None:
+    """Returns when the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _hostname(url: str) -> str | None:
+    try:
+        return urllib.parse.urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def answers_wanted(body: Json) -> int:
+    wanted = integer(body, "n", 1, 1, MOST_ANSWERS)
+    if body.get("best_of") not in (None, wanted):
+        raise UserError(f"n is {wanted}: best_of must be the same")
+    return wanted
+
+
+def prompts_of(body: Json) -> list[str | list[int]]:
+    """OpenAI's four forms: a text, texts, ids, or lists of ids."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
+        prompt = [prompt]
+
+    def fine(item) -> bool:
+        return isinstance(item, str) or (
+            isinstance(item, list) and bool(item) and all(type(token) is int for token in item)
+        )
+
+    if not isinstance(prompt, list) or not prompt or not all(map(fine, prompt)):
+        raise UserError("prompt must be a text, a list of texts, token ids, or lists of token ids")
+    return prompt
+
+
+def messages_of(body: Json) -> list[Json]:
+    """The conversation; contents may be lists of text parts, and calls of tools become text."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise UserError("messages must be a list of at least one message")
+    try:
+        # That reads training data, which has an answer in the end.
+        return openai({"messages": [*messages, {"role": "assistant", "content": "-"}]})[:-1]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"messages: {error}") from error
+
+
+def stops(body: Json) -> list[str]:
+    stops = body.get("stop") or []
+    stops = [stops] if isinstance(stops, str) else stops
+    if (
+        not isinstance(stops, list)
+        or len(stops) > MOST_STOPS
+        or not all(isinstance(stop, str) for stop in stops)
+    ):
+        raise UserError(f"stop must be a string or a list of at most {MOST_STOPS} strings")
+    return [stop for stop in stops if stop]
+
+
+def integer(body: Json, key: str, default: int, low: int, high: int) -> int:
+    value = body.get(key)
+    if value is None:
+        return default
+    if type(value) is not int or not low <= value <= high:
+        raise UserError(f"{key} is {value!r:.50}: it must be an integer between {low} and {high}")
+    return value
+
+
+def real(body: Json, key: str, default: float, low: float, high: float) -> float:
+    value = body.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or math.isnan(value) or not low <= value <= high:
+        raise UserError(f"{key} is {value!r:.50}: it must be a number between {low:g} and {high:g}")
+    return float(value)
+
+
+def flag(body: Json, key: str) -> bool:
+    value = body.get(key)
+    if value is not None and type(value) is not bool:
+        raise UserError(f"{key} is {value!r:.50}: it must be true or false")
+    return bool(value)
