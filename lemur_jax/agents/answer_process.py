@@ -98,18 +98,18 @@ class Remote:
     """An object of the answer's process. It can be called, iterated, passed back and asked for attributes."""
 
     def __init__(self, ask, number):
-        self.__dict__.update(_ask=ask, _number=number)
+        self.__dict__.update(remote_ask=ask, remote_number=number)
 
     def __call__(self, *positional, **named):
-        return self._ask("call", self, positional, named)
+        return self.remote_ask("call", self, positional, named)
 
     def __iter__(self):
-        return iter(self._ask("list", self, (), {}))
+        return iter(self.remote_ask("list", self, (), {}))
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._ask("attribute", self, (name,), {})
+        return self.remote_ask("attribute", self, (name,), {})
 
 
 def run_tests(receive, send):
@@ -138,11 +138,11 @@ def run_tests(receive, send):
 
     def keep(value):
         if isinstance(value, Remote):
-            return ["object", value._number]
+            return ["object", value.remote_number]
         raise TypeError(f"the tests pass {value!r} to the answer, which is no plain data")
 
     def ask(operation, remote, positional, named):
-        send([operation, remote._number, encode([positional, named], keep)])
+        send([operation, remote.remote_number, encode([positional, named], keep)])
         return result()
 
     try:

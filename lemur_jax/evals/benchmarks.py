@@ -1,22 +1,28 @@
 """`lemur eval`: tasks by name, and the paper's suite beside its published numbers.
 
-HumanEval and MBPP are run here, in the sandbox. Every other task is one of lm-evaluation-harness, or of
-the user's own files for it.
+HumanEval and MBPP are run here. Every other task is one of lm-evaluation-harness, or of the user's own files for it.
 """
 
 import collections
 import dataclasses
+import difflib
 import json
+import logging
+import os
 import pathlib
+import socket
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.evals import code
 from lemur_jax.evals.published import ELSEWHERE, PUBLISHED
 from lemur_jax.infer.session import Session
+
+logger = logging.getLogger(__name__)
 
 # Our task files (`evals/tasks/`), which follow the paper's protocols: name, and the metric that counts.
 PAPER = {
@@ -24,10 +30,32 @@ PAPER = {
     "BBH": ("lemur_bbh", "exact_match,none"),
     "GSM8K": ("lemur_gsm8k", "exact_match,none"),
 }
+CODE = {"humaneval": "HumanEval", "mbpp": "MBPP"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
+class Options:
+    """How tasks are run.
+
+    Attributes:
+      data: directory with `mbpp.jsonl`, `mmlu/`, `bbh/` and `gsm8k/`; what is not there is asked of the hub.
+      include_path: directory of the user's own task files (YAML) for the harness.
+      limit: only the first so many documents of each task.
+      chat: ask in the model's chat template.
+      seed: of sampling.
+      max_new_tokens: of an answer; None: 512 for HumanEval and MBPP, what the task says for others.
+    """
+
+    data: str = ""
+    include_path: str = ""
+    limit: int | None = None
+    chat: bool = False
+    seed: int = 0
+    max_new_tokens: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskResult:
     """One task's result.
 
     Attributes:
@@ -38,36 +66,25 @@ class Found:
     """
 
     task: str
-    score: float | None
-    detail: dict[str, Any]
+    score: float | None = None
+    detail: dict[str, Any] = dataclasses.field(default_factory=dict)
     missing: str = ""
 
 
 def evaluate(
     session: Session,
     tasks: Sequence[str],
+    options: Options = Options(),  # noqa: B008  (frozen)
     *,
     suite: str = "",
-    data: str = "",
-    include_path: str = "",
-    limit: int | None = None,
-    chat: bool = False,
-    seed: int = 0,
-    max_new_tokens: int | None = None,
     scores: Mapping[str, float] | None = None,
-) -> list[Found]:
+) -> list[TaskResult]:
     """Runs tasks one after another.
 
     Args:
       tasks: "humaneval", "mbpp", or names of the harness's tasks and of those in `include_path`.
       suite: "paper" adds the benchmarks of the paper; those whose data is missing are reported as missing
         rather than stop the others.
-      data: directory with `mbpp.jsonl`, `mmlu/`, `bbh/` and `gsm8k/`; what is not there is asked of the hub.
-      include_path: directory of the user's own task files (YAML) for the harness.
-      limit: only the first so many documents of each task.
-      chat: ask in the model's chat template.
-      seed: of sampling.
-      max_new_tokens: of an answer; None: 512 for HumanEval and MBPP, what the task says for others.
       scores: per cent of benchmarks in `ELSEWHERE`, for the suite's table; see `published.parse_scores`.
 
     Raises:
@@ -75,106 +92,117 @@ def evaluate(
     """
     if suite not in ("", "paper"):
         raise UserError(f"unknown suite {suite!r}: there is one, paper")
-    jobs: dict[str, Callable[[], Found]] = {}
-    if suite:
-        jobs |= {name: _paper_job(session, name, data, limit, chat, max_new_tokens) for name in PAPER}
-    own = ["humaneval", "mbpp"] if suite else []
-    for task in dict.fromkeys([*own, *tasks]):
-        jobs[task] = _job(session, task, data, include_path, limit, chat, seed, max_new_tokens)
+    jobs: dict[str, Callable[[], TaskResult]] = {}
+    for name in PAPER if suite else ():
+        jobs[name] = lambda name=name: _run_paper_task(session, name, options)  # type: ignore[misc]
+    for task in dict.fromkeys([*(CODE if suite else ()), *tasks]):
+        run = _run_code if task in CODE else _run_harness
+        jobs[task] = lambda task=task, run=run: run(session, task, options)  # type: ignore[misc]
     if not jobs:
         raise UserError("nothing to evaluate: name --tasks, or --suite paper")
-    found = []
+    results = []
     for name, job in jobs.items():
         try:
-            found.append(job())
+            results.append(job())
         except UserError as error:
             if not suite or name in tasks:
                 raise
-            shown = {"humaneval": "HumanEval", "mbpp": "MBPP"}.get(name, name)
-            found.append(Found(task=shown, score=None, detail={}, missing=str(error)))
-    if suite:
-        found += _elsewhere(scores or {})
-    return found
+            results.append(TaskResult(task=CODE.get(name, name), missing=str(error)))
+    for name, command in ELSEWHERE.items() if suite else ():
+        score = (scores or {}).get(name)
+        missing = f"it has a harness of its own ({command}): see docs/evaluation.md" if score is None else ""
+        results.append(TaskResult(task=name, score=score, missing=missing))
+    return results
 
 
-def _elsewhere(scores: Mapping[str, float]) -> list[Found]:
-    return [
-        Found(
-            task=name,
-            score=scores.get(name),
-            detail={},
-            missing=""
-            if name in scores
-            else f"it has a harness of its own ({command}): see docs/evaluation.md",
-        )
-        for name, command in ELSEWHERE.items()
-    ]
-
-
-def _job(session, task, data, include_path, limit, chat, seed, max_new_tokens) -> Callable[[], Found]:
-    options = {"chat": chat, "max_new_tokens": max_new_tokens or 512}
+def _run_code(session: Session, task: str, options: Options) -> TaskResult:
     if task == "humaneval":
-        options |= {
-            "stops": code.HUMANEVAL_STOPS,
-            "sampling": dataclasses.replace(code.HUMANEVAL_SAMPLING, seed=seed),
-        }
-        return lambda: _run_code(session, "HumanEval", code.humaneval()[:limit], options)
-    if task == "mbpp":
-        path = epath.Path(data) / "mbpp.jsonl"
-        options |= {"stops": code.MBPP_STOPS, "sampling": code.MBPP_SAMPLING}
-        return lambda: _run_code(session, "MBPP", code.mbpp(path)[:limit], options)
-    return lambda: _run_harness(session, task, include_path, data, limit, chat, max_new_tokens)
+        problems, stops = code.humaneval(), code.HUMANEVAL_STOPS
+        sampling = dataclasses.replace(code.HUMANEVAL_SAMPLING, seed=options.seed)
+    else:
+        problems, stops = code.mbpp(epath.Path(options.data) / "mbpp.jsonl"), code.MBPP_STOPS
+        sampling = code.MBPP_SAMPLING
+    verdicts = code.solve(
+        session,
+        problems[: options.limit],
+        stops=stops,
+        sampling=sampling,
+        chat=options.chat,
+        max_new_tokens=options.max_new_tokens or 512,
+    )
+    counts = dict(collections.Counter(one.verdict for one in verdicts).most_common())
+    answers = [dataclasses.asdict(one) for one in verdicts]
+    detail = {"problems": len(verdicts), "verdicts": counts, "answers": answers}
+    return TaskResult(task=CODE[task], score=code.pass_rate(verdicts), detail=detail)
 
 
-def _run_code(session, name: str, problems: Sequence[code.Problem], options: dict[str, Any]) -> Found:
-    outcomes = code.solve(session, problems, **options)
-    verdicts = dict(collections.Counter(outcome.verdict for outcome in outcomes).most_common())
-    answers = [dataclasses.asdict(outcome) for outcome in outcomes]
-    detail = {"problems": len(outcomes), "verdicts": verdicts, "answers": answers}
-    return Found(task=name, score=code.pass_rate(outcomes), detail=detail)
-
-
-def _paper_job(session, name: str, data: str, limit, chat, max_new_tokens) -> Callable[[], Found]:
+def _run_paper_task(session: Session, name: str, options: Options) -> TaskResult:
     task, metric = PAPER[name]
-
-    def run() -> Found:
-        found = _run_harness(session, task, "", data, limit, chat, max_new_tokens)
-        return dataclasses.replace(found, task=name, score=100 * found.detail["metrics"][metric])
-
-    return run
+    result = _run_harness(session, task, dataclasses.replace(options, include_path=""))
+    return dataclasses.replace(result, task=name, score=100 * result.detail["metrics"][metric])
 
 
-def _run_harness(session, task: str, include_path: str, data: str, limit, chat, max_new_tokens) -> Found:
+def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
+    _set_offline()  # read when the hub's library is imported
     from lemur_jax.evals.harness import LemurLM  # registers, and says so if the harness is missing
 
     from lm_eval import simple_evaluate  # isort: skip
+
+    manager = _task_manager(task, options)
+    generation = {"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None
+    try:
+        result: Any = simple_evaluate(
+            model=LemurLM(session, seed=options.seed),
+            tasks=[task],
+            limit=options.limit,
+            task_manager=manager,
+            apply_chat_template=options.chat,
+            gen_kwargs=generation,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+    except (ConnectionError, FileNotFoundError) as error:
+        raise UserError(
+            f"task {task!r}: its data set is not in the cache and the hub cannot be reached"
+            f" ({reason_of(error)}): run it once where there is a network, or bring its cache (HF_HOME)"
+        ) from error
+    metrics = result.get("groups", {}).get(task) or result["results"][task]
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    return TaskResult(task=task, detail={"metrics": numbers})
+
+
+def _task_manager(task: str, options: Options) -> Any:
+    """The harness's index of tasks: of our files and the user's, and only if need be of its own 14,000."""
     from lm_eval.tasks import TaskManager
 
     ours = str(pathlib.Path(__file__).parent / "tasks")
-    paths = [ours, include_path] if include_path else [ours]
-    manager = TaskManager(include_path=paths, metadata={"data": data})
-    if task not in manager.all_tasks:
-        raise UserError(
-            f"unknown task {task!r}: see lm_eval ls tasks, or name its directory with --include-path"
-        )
-    result: Any = simple_evaluate(
-        model=LemurLM(session),
-        tasks=[task],
-        limit=limit,
-        task_manager=manager,
-        apply_chat_template=chat,
-        gen_kwargs={"max_gen_toks": max_new_tokens} if max_new_tokens else None,
-        bootstrap_iters=0,
-        log_samples=False,
+    paths = [ours, options.include_path] if options.include_path else [ours]
+    for defaults in (False, True):
+        manager = TaskManager(include_path=paths, include_defaults=defaults, metadata={"data": options.data})
+        if task in manager.all_tasks:
+            return manager
+    near = difflib.get_close_matches(task, [*manager.all_tasks, *CODE], 3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UserError(
+        f"unknown task {task!r}: {hint}see lm_eval ls tasks, or name the directory of its file with --include-path"
     )
-    metrics = result.get("groups", {}).get(task) or result["results"][task]
-    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-    return Found(task=task, score=None, detail={"metrics": numbers})
 
 
-def table(found: Sequence[Found], name: str) -> str:
+def _set_offline() -> None:
+    """Without a network the hub's library retries for half a minute before it says so; now it uses its cache alone."""
+    if "HF_HUB_OFFLINE" in os.environ:
+        return
+    hub = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(hub, 443)
+    except OSError:
+        logger.warning("%s cannot be reached: only data sets in the cache can be used", hub)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def format_results(results: Sequence[TaskResult], name: str) -> str:
     """Ours beside the paper's, then whatever has no counterpart there, then what is missing."""
-    by_task = {item.task: item for item in found}
+    by_task = {item.task: item for item in results}
     shown = [task for task in next(iter(PUBLISHED.values())) if task in by_task]
     lines = []
     if shown:
@@ -185,7 +213,7 @@ def table(found: Sequence[Found], name: str) -> str:
         for model, row in rows.items():
             cells = ("--" if row[task] is None else f"{row[task]:.1f}" for task in shown)
             lines.append(f"{model:<{width}}" + "".join(f"{cell:>11}" for cell in cells))
-    for item in found:
+    for item in results:
         lines += [f"{item.task}  {key}  {value:.4f}" for key, value in item.detail.get("metrics", {}).items()]
         if "verdicts" in item.detail:
             counts = ", ".join(f"{verdict} {count}" for verdict, count in item.detail["verdicts"].items())
@@ -195,7 +223,7 @@ def table(found: Sequence[Found], name: str) -> str:
     return "\n".join(lines)
 
 
-def to_json(found: Sequence[Found], checkpoint: str) -> str:
-    """Everything found, answers included."""
-    results = [dataclasses.asdict(item) for item in found]
-    return json.dumps({"checkpoint": checkpoint, "published": PUBLISHED, "results": results}, indent=1)
+def to_json(results: Sequence[TaskResult], checkpoint: str) -> dict[str, Any]:
+    """Everything found, answers included, as JSON takes it."""
+    whole = [dataclasses.asdict(item) for item in results]
+    return {"checkpoint": checkpoint, "published": PUBLISHED, "results": whole}

@@ -152,7 +152,7 @@ class _Server:
                 lambda text: {"text": text},
             )
         echo, top = flag(body, "echo"), None
-        if body.get("logprobs") not in (None, False):
+        if body.get("logprobs") is not None and body["logprobs"] is not False:
             top = integer(body, "logprobs", 0, 0, MOST_TOP)
         # With max_tokens 0 nothing is generated: the prompt is scored.
         options = None if body.get("max_tokens") == 0 else self._options(body, prompts, 16)

@@ -1,7 +1,9 @@
-"""The endpoint through OpenAI's own client, over a small random model on 8 devices."""
+"""The endpoint through OpenAI's own client and through rude ones, over a small random model."""
 
+import asyncio
+import json
+import random
 import threading
-import time
 
 import jax
 import numpy as np
@@ -11,36 +13,46 @@ pytest.importorskip("starlette", reason="starlette is not installed: pip install
 pytest.importorskip("openai", reason="openai is not installed: pip install '.[eval]'")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install '.[eval]'")
 
+import httpx
 import openai
 import uvicorn
+from starlette.testclient import TestClient
 
 from lemur_jax.agents.episodes import endpoint_agent
+from lemur_jax.infer.complete import complete
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.score import score
-from lemur_jax.infer import serve
 from lemur_jax.infer.serve import application, until
 from lemur_jax.infer.session import load
 from lemur_jax.models import llama
 from lemur_jax.models.llama import Compute
 from lemur_jax.parallel.mesh import parse_mesh
+from lemur_jax.text.chat_template import render
 
 
 @pytest.fixture(scope="module")
 def session(chat_model):
-    return load(chat_model, parse_mesh("fsdp=4,tensor=2"), "float32")
+    return load(chat_model, parse_mesh("fsdp=1"), "float32", devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
 def url(session):
-    config = uvicorn.Config(application(session, "tiny"), host="127.0.0.1", port=0, log_level="error")
-    server = uvicorn.Server(config)
+    started = threading.Event()
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            started.set()
+
+    app = application(session, "tiny", ("127.0.0.1", "localhost"))
+    server = Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.05)
+    assert started.wait(60)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
     server.should_exit = True
     thread.join()
+    app.state.worker.stop()
 
 
 @pytest.fixture(scope="module")
@@ -160,19 +172,242 @@ def test_chat(client, url):
     ("changes", "message"),
     [
         ({"n": 0}, "n is 0"),
-        ({"n": 2, "best_of": 3}, "best_of the same"),
+        ({"n": 2, "best_of": 3}, "best_of must be the same"),
         ({"n": 2, "stream": True}, "one answer to one prompt"),
         ({"logprobs": 21}, "logprobs is 21"),
-        ({"max_tokens": 1000}, "more than the model's"),
+        ({"max_tokens": 1000}, "max_tokens is 1000"),
+        ({"max_tokens": 128}, "more than the model's"),
         ({"temperature": -1}, "temperature is -1"),
         ({"prompt": []}, "prompt must be"),
         ({"prompt": [10**6]}, "outside the model's vocabulary"),
         ({"stream": True, "max_tokens": 1000}, "max_tokens is 1000"),
+        ({"extra_body": {"max_completion_tokens": "x"}}, "max_completion_tokens is 'x'"),
+        ({"temperature": 10**30}, "temperature is"),
+        ({"prompt": "a" * 10_000}, "too many for the model's 128 tokens"),
+        ({"prompt": ["a"] * 20, "n": 20}, "one request may have 256"),
     ],
 )
 def test_bad_requests(client, changes, message):
     with pytest.raises(openai.BadRequestError, match=message):
         client.completions.create(**({"model": "tiny", "prompt": "x"} | changes))
+
+
+def test_requests_that_are_not_meant_for_this_server(url):
+    body = json.dumps({"prompt": "x", "max_tokens": 1})
+    kind = {"content-type": "application/json"}
+    for headers, status in (
+        (kind, 200),
+        ({}, 200),
+        (kind | {"host": "evil.example"}, 403),
+        (kind | {"origin": "http://evil.example"}, 403),
+        (kind | {"origin": "null"}, 403),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+    ):
+        assert httpx.post(f"{url}/completions", content=body, headers=headers).status_code == status
+    assert httpx.get(f"{url}/models", headers={"host": "evil.example:80"}).status_code == 403
+
+
+BROKEN = [
+    b"", b"[]", b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"prompt": "x", "max_tokens": NaN}',
+    b'{"prompt": "x", "seed": 1' + b"0" * 400 + b"}", b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}",
+    b'{"prompt": "x", "temperature": 1e999}', b'{"prompt": "\\ud83d"}', b'{"prompt": "x", "stream": 1}',
+    b'{"prompt": "x", "stop": [["y"]]}', b'{"prompt": "x", "logprobs": true}', b'{"prompt": {"a": 1}}',
+    b'{"prompt": [[1], "x", [true]]}',
+]  # fmt: skip
+
+
+def test_broken_requests_are_refused_with_a_reason(url):
+    for body in BROKEN:
+        answer = httpx.post(f"{url}/completions", content=body)
+        assert answer.status_code == 400, (body[:40], answer.text)
+        assert answer.json()["error"]["message"]
+    assert httpx.post(f"{url}/completions", content=b'{"prompt": "' + b"x" * (5 << 20)).status_code == 413
+    odd = [
+        None,
+        7,
+        [],
+        [7],
+        [{}],
+        [{"role": "x", "content": "x"}],
+        [{"role": "user", "content": [{"type": "image"}]}],
+    ]
+    for messages in odd:
+        answer = httpx.post(f"{url}/chat/completions", json={"messages": messages})
+        assert answer.status_code == 400, (messages, answer.text)
+
+
+def test_text_parts_tool_calls_and_rendered_chats(client, session):
+    options = {"model": "tiny", "temperature": 0, "max_tokens": 4}
+    turn = {"role": "user", "content": "hi"}
+    plain = client.chat.completions.create(messages=[turn], **options)
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    split = client.chat.completions.create(messages=[{"role": "user", "content": parts}], **options)
+    assert split.choices[0].message.content == plain.choices[0].message.content
+    function = {"name": "f", "arguments": "{}"}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "1", "type": "function", "function": function}],
+    }
+    result = {"role": "tool", "tool_call_id": "1", "content": "1"}
+    assert client.chat.completions.create(messages=[turn, call, result], **options).usage.prompt_tokens > 20
+    # The conversation as a client has rendered it: control tokens are themselves, and one bos is in front.
+    text = "".join(piece.text for piece in render(session.tokenizer, [turn], add_generation_prompt=True))
+    rendered = client.completions.create(prompt=text, **options)
+    assert rendered.usage.prompt_tokens == plain.usage.prompt_tokens + 1
+    with_bos = client.completions.create(
+        prompt=session.tokenizer.token(session.tokenizer.bos_id) + text, **options
+    )
+    assert with_bos.usage.prompt_tokens == rendered.usage.prompt_tokens
+
+
+async def ask(http, prompt, *, stream, leave=None):
+    """The text of an answer; None if this client left after `leave` seconds, before the answer was whole."""
+
+    async def whole():
+        body = {"prompt": prompt, "max_tokens": 24, "temperature": 0, "stream": stream}
+        if not stream:
+            answer = await http.post("/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["choices"][0]["text"]
+        text, finished = "", False
+        async with http.stream("POST", "/completions", json=body) as answer:
+            assert answer.status_code == 200
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    text += json.loads(line[6:])["choices"][0]["text"]
+                finished |= line == "data: [DONE]"
+        assert finished
+        return text
+
+    try:
+        return await asyncio.wait_for(whole(), leave)
+    except TimeoutError:
+        assert leave is not None, "no answer"
+        return None
+
+
+async def crowd(url, expected, *, clients, seconds, seed):
+    """Clients that ask again and again for a while, a third of them leaving at random moments; the answers counted."""
+    rng = random.Random(seed)
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    counts = {"answered": 0, "left": 0}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as http:
+
+        async def one(rude):
+            while True:
+                prompt, stream = rng.choice(list(expected)), rng.random() < 0.6
+                text = await ask(http, prompt, stream=stream, leave=rng.uniform(0, 0.5) if rude else None)
+                assert text in (expected[prompt], None), "an answer that is not the one it gets alone"
+                counts["left" if text is None else "answered"] += 1
+                if loop.time() > end:
+                    return
+
+        await asyncio.wait_for(
+            asyncio.gather(*(one(index % 3 == 0) for index in range(clients))), seconds + 240
+        )
+    return counts
+
+
+@pytest.fixture(scope="module")
+def expected(session):
+    """Greedy answers to some prompts, each asked alone."""
+    prompts = {f"def f{n}(x):": None for n in range(6)}
+    ids = [[session.tokenizer.bos_id, *session.tokenizer.encode(prompt)] for prompt in prompts]
+    return {
+        prompt: complete(session, [one], max_new_tokens=24)[0].text
+        for prompt, one in zip(prompts, ids, strict=True)
+    }
+
+
+def test_clients_that_leave_stop_nobody_else(url, expected):
+    """More streams and requests at once than there are threads in the pool, a third of the clients leaving."""
+    counts = asyncio.run(crowd(url, expected, clients=60, seconds=0, seed=0))
+    assert counts["answered"] >= 40
+
+
+@pytest.mark.slow
+def test_200_clients_for_two_minutes(url, expected):
+    counts = asyncio.run(crowd(url, expected, clients=200, seconds=120, seed=1))
+    print(counts)
+    assert counts["left"] > 60
+
+
+def fuzzed(rng):
+    """A body for one of the two routes: values of all kinds in the fields that the server reads."""
+    kinds = [
+        None,
+        True,
+        0,
+        1,
+        3,
+        -1,
+        10**400,
+        1.5,
+        -0.5,
+        1e300,
+        "",
+        "x",
+        "\ud83d",
+        "<s>",
+        "é",
+        [],
+        [1],
+        {},
+        [[1, 5]],
+        "a" * 9000,
+    ]
+    fields = [
+        "prompt",
+        "messages",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "n",
+        "best_of",
+    ]
+    fields += ["stop", "stream", "echo", "logprobs", "top_logprobs", "seed", "model", "anything"]
+    message = {
+        "role": rng.choice(["user", "assistant", "tool", "", 3]),
+        "content": rng.choice([*kinds, "hello"]),
+    }
+    body = {
+        "prompt": "a b",
+        "messages": [{"role": "user", "content": "hi"}, message][: rng.randint(1, 2)],
+        "max_tokens": 2,
+    }
+    for field in rng.sample(fields, rng.randint(1, 3)):
+        body[field] = rng.choice([*kinds, [message], [rng.choice(kinds)]])
+    text = json.dumps(body)
+    if rng.random() < 0.2:
+        place = rng.randrange(len(text))
+        text = (
+            text[:place]
+            + rng.choice(["", "{", "[" * 3000, "\0", '"', "NaN"])
+            + text[place + rng.randint(0, 3) :]
+        )
+    return rng.choice(["/v1/completions", "/v1/chat/completions"]), text
+
+
+@pytest.mark.slow
+def test_500_random_bodies_get_an_answer_or_a_reason(session):
+    client, rng, seen = (
+        TestClient(application(session, "tiny"), raise_server_exceptions=False),
+        random.Random(0),
+        {},
+    )
+    for _ in range(500):
+        route, text = fuzzed(rng)
+        answer = client.post(route, content=text.encode("utf-8", "surrogatepass"))
+        assert answer.status_code in (200, 400), (route, text[:300], answer.text)
+        assert "server_error" not in answer.text, (route, text[:300], answer.text)
+        seen[answer.status_code] = seen.get(answer.status_code, 0) + 1
+    assert min(seen.values()) > 50, seen
+    assert client.post("/v1/completions", json={"prompt": "a b", "max_tokens": 2}).status_code == 200
 
 
 def test_until():
