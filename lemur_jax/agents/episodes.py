@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -150,7 +149,7 @@ def failure(trace: Trace) -> str | None:
     return trace.turns[-1].step.verdict
 
 
-def table(traces: Sequence[Trace], max_turns: int) -> str:
+def format_episodes(traces: Sequence[Trace], max_turns: int) -> str:
     """Success by turn for each kind of environment, and the failures."""
     kinds = collections.defaultdict(list)
     for trace in traces:
@@ -167,10 +166,10 @@ def table(traces: Sequence[Trace], max_turns: int) -> str:
     return "\n".join(lines)
 
 
-def to_json(traces: Sequence[Trace], max_turns: int) -> str:
-    """Every trace whole."""
+def to_json(traces: Sequence[Trace], max_turns: int) -> dict[str, Any]:
+    """Every trace whole, as JSON takes it."""
     whole = [
         dataclasses.asdict(trace) | {"solved_at": trace.solved_at, "failure": failure(trace)}
         for trace in traces
     ]
-    return json.dumps({"max_turns": max_turns, "traces": whole}, indent=1)
+    return {"max_turns": max_turns, "traces": whole}

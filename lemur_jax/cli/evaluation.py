@@ -52,7 +52,13 @@ def _eval(args) -> None:
     needs_session = tasks or args.suite or not args.endpoint
     if needs_session and not args.checkpoint:
         raise UserError("name a --checkpoint; agents alone can have an --endpoint instead")
-    with open_session(args) if needs_session else contextlib.nullcontext() as session:
+
+    def check(tokenizer) -> None:
+        from lemur_jax.evals.benchmarks import check_tasks
+
+        check_tasks(tasks, _options(args))
+
+    with open_session(args, check) if needs_session else contextlib.nullcontext() as session:
         try:
             if tasks or args.suite or not args.agents:
                 _benchmarks(args, session, tasks, scores, written)
@@ -66,29 +72,27 @@ def _eval(args) -> None:
 
 
 def _benchmarks(args, session, tasks: list[str], scores: dict[str, float], written: dict) -> None:
-    import json
+    from lemur_jax.evals.benchmarks import evaluate, format_results, to_json
 
-    from lemur_jax.evals.benchmarks import evaluate, table, to_json
+    results = evaluate(session, tasks, _options(args), suite=args.suite, scores=scores)
+    print(format_results(results, args.checkpoint))
+    written |= to_json(results, args.checkpoint)
 
-    found = evaluate(
-        session,
-        tasks,
-        suite=args.suite,
+
+def _options(args):
+    from lemur_jax.evals.benchmarks import Options
+
+    return Options(
         data=args.data,
         include_path=args.include_path,
         limit=args.limit,
         chat=args.chat,
         seed=args.seed,
         max_new_tokens=args.max_new_tokens,
-        scores=scores,
     )
-    print(table(found, args.checkpoint))
-    written |= json.loads(to_json(found, args.checkpoint))
 
 
 def _agents(args, session, written: dict) -> None:
-    import json
-
     from lemur_jax.agents import episodes
     from lemur_jax.agents.page import agents_page
 
@@ -104,8 +108,8 @@ def _agents(args, session, written: dict) -> None:
             traces.append(episodes.run_episode(world, agent, max_turns=args.turns))
     finally:
         if traces:
-            print(episodes.table(traces, args.turns))
-            written["agents"] = json.loads(episodes.to_json(traces, args.turns))
+            print(episodes.format_episodes(traces, args.turns))
+            written["agents"] = episodes.to_json(traces, args.turns)
             if args.html:
                 with open(args.html, "w") as file:
                     file.write(agents_page(written["agents"], args.checkpoint or args.endpoint_model))

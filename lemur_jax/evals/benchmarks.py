@@ -6,7 +6,7 @@ HumanEval and MBPP are run here. Every other task is one of lm-evaluation-harnes
 import collections
 import dataclasses
 import difflib
-import json
+import functools
 import logging
 import os
 import pathlib
@@ -74,7 +74,7 @@ class TaskResult:
 def evaluate(
     session: Session,
     tasks: Sequence[str],
-    options: Options = Options(),  # noqa: B008  (frozen)
+    options: Options = Options(),
     *,
     suite: str = "",
     scores: Mapping[str, float] | None = None,
@@ -115,12 +115,23 @@ def evaluate(
     return results
 
 
+def check_tasks(tasks: Sequence[str], options: Options) -> None:
+    """Refuses unknown tasks, before a checkpoint is read.
+
+    Raises:
+      UserError: a task that there is not, with the nearest ones.
+    """
+    for task in tasks:
+        if task not in CODE:
+            _task_manager(task, options)
+
+
 def _run_code(session: Session, task: str, options: Options) -> TaskResult:
     if task == "humaneval":
-        problems, stops = code.humaneval(), code.HUMANEVAL_STOPS
+        problems, stops = code.humaneval(), list(code.HUMANEVAL_STOPS)
         sampling = dataclasses.replace(code.HUMANEVAL_SAMPLING, seed=options.seed)
     else:
-        problems, stops = code.mbpp(epath.Path(options.data) / "mbpp.jsonl"), code.MBPP_STOPS
+        problems, stops = code.mbpp(epath.Path(options.data) / "mbpp.jsonl"), list(code.MBPP_STOPS)
         sampling = code.MBPP_SAMPLING
     verdicts = code.solve(
         session,
@@ -143,12 +154,11 @@ def _run_paper_task(session: Session, name: str, options: Options) -> TaskResult
 
 
 def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
-    _set_offline()  # read when the hub's library is imported
-    from lemur_jax.evals.harness import LemurLM  # registers, and says so if the harness is missing
-
-    from lm_eval import simple_evaluate  # isort: skip
-
     manager = _task_manager(task, options)
+    from lm_eval import simple_evaluate
+
+    from lemur_jax.evals.harness import LemurLM
+
     generation = {"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None
     try:
         result: Any = simple_evaluate(
@@ -171,9 +181,13 @@ def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
     return TaskResult(task=task, detail={"metrics": numbers})
 
 
+@functools.lru_cache(maxsize=4)
 def _task_manager(task: str, options: Options) -> Any:
     """The harness's index of tasks: of our files and the user's, and only if need be of its own 14,000."""
-    from lm_eval.tasks import TaskManager
+    _set_offline()  # read when the hub's library is imported
+    import lemur_jax.evals.harness  # noqa: F401  # says so if lm-eval is missing
+
+    from lm_eval.tasks import TaskManager  # isort: skip
 
     ours = str(pathlib.Path(__file__).parent / "tasks")
     paths = [ours, options.include_path] if options.include_path else [ours]

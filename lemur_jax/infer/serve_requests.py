@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 import urllib.parse
 from collections.abc import Sequence
 from typing import Any
@@ -138,7 +137,7 @@ def real(body: Json, key: str, default: float, low: float, high: float) -> float
     value = body.get(key)
     if value is None:
         return default
-    if type(value) not in (int, float) or math.isnan(value) or not low <= value <= high:
+    if type(value) not in (int, float) or not low <= value <= high:
         raise UserError(f"{key} is {value!r:.50}: it must be a number between {low:g} and {high:g}")
     return float(value)
 

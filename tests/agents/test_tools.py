@@ -118,7 +118,7 @@ def test_page(tmp_path):
 
     traces = [run_episode(errand("cancel"), scripted("<script>", "Done."), max_turns=2)]
     traces.append(run_episode(errand("status"), scripted("x", "Leeds"), max_turns=2))
-    text = agents_page(json.loads(to_json(traces, 2)), "a <model>")
+    text = agents_page(to_json(traces, 2), "a <model>")
     assert '<td data-head="turn 1">0.0</td><td data-head="turn 2">50.0</td>' in text
     assert '<th scope="col">wrong answer</th>' in text
     assert "tools/status: solved in turn 2" in text

