@@ -99,7 +99,7 @@ def prepared(root: Path, copies: int, workers: int, steps: dict) -> Callable[[],
     config.prepare.workers = workers
     config.prepare.steps = {"corpus": steps}
     config.train.steps = 1
-    return lambda: prepare(from_config_dict(config), say=lambda line: None)
+    return lambda: prepare(from_config_dict(config))
 
 
 def used() -> float:

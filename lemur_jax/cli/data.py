@@ -16,6 +16,11 @@ def add_verbs(verbs: Verbs) -> None:
     )
     add_config(sub)
     sub.add_argument(
+        "--replace",
+        action="store_true",
+        help="replace stores whose data, steps or tokenizer have changed; runs that read them cannot continue",
+    )
+    sub.add_argument(
         "--runner",
         default="",
         help="an Apache Beam runner, e.g. FnApiRunner, which is local; default: processes of this machine",
@@ -52,7 +57,13 @@ def _prepare(args) -> None:
     from lemur_jax.telemetry.progress import Progress
 
     options = shlex.split(args.runner_options)
-    prepare(config, runner=args.runner, runner_options=options, progress=Progress)
+    prepare(
+        config,
+        replace=args.replace,
+        runner=args.runner,
+        runner_options=options,
+        progress=Progress,
+    )
 
 
 def _inspect(args) -> None:

@@ -52,6 +52,8 @@ class Files:
         files = readers.find_files(patterns)
         if not files:
             raise UserError(f"no file matches {patterns} (split {split})")
+        for file in files if not self.kind else ():
+            readers.format_of(file)
         return files
 
     def documents(

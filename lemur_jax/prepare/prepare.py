@@ -4,12 +4,16 @@ Reads top to bottom: the tokenizer, then one store after the other, then what th
 A store that is whole and was made from the same data by the same task and tokenizer is left as it is.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
+import logging
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
 
@@ -31,6 +35,8 @@ from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.chat_template import chat_template
 from lemur_jax.text.tokenizer import Tokenizer, compatible
 
+logger = logging.getLogger(__name__)
+
 SAVE_SECONDS = 60.0  # at most so much work is lost by a kill; looked at every SAVE_RECORDS of a shard
 SAVE_RECORDS = 1000
 
@@ -38,38 +44,40 @@ SAVE_RECORDS = 1000
 def prepare(
     config: RunConfig,
     *,
+    replace: bool = False,
     runner: str = "",
     runner_options: Sequence[str] = (),
     progress: ShowProgress = no_progress,
-    say: Callable[[str], None] = print,
 ) -> None:
     """Makes the tokenizer and the token stores that a config needs, where they are not there already.
 
-    Train splits of `data.sources`, validation splits of `eval.tasks` and `prepare.held_out_tasks`. An
-    error, Ctrl-C or a kill leaves whole stores behind, and of one of several input shards what was
-    saved, from which the same command goes on.
+    Train splits of `data.sources`, validation splits of `eval.tasks` and `prepare.held_out_tasks`. Logs a line a
+    store and the budget table. An error, Ctrl-C or a kill leaves whole stores, and what was saved of the one that
+    was being written; the same command continues from there.
 
     Args:
       config: a run config.
+      replace: whether stores that were made from other data, steps or tokenizer may be replaced.
       runner: a Beam runner that reads and tokenizes, e.g. "DirectRunner"; "": processes of this machine.
       runner_options: options of its pipeline, e.g. ["--region=europe-west4"].
       progress: called with (total or None, label, unit); e.g. `telemetry.progress.Progress`.
-      say: gets one line a store, then the budget table.
 
     Raises:
-      UserError: an unknown task, an empty or unreadable corpus, too many bad records, a tokenizer that
-        does not fit, or (when all stores are there) a budget that they cannot meet.
+      UserError: an unknown task, an empty or unreadable corpus, too many bad records, a tokenizer that does not
+        fit, a store that would be replaced, a full disk, or (when all stores are there) a budget that they cannot
+        meet.
     """
     wanted = _wanted_stores(config)
     found = {name: tasks.find(split_name(name)[0], config.data.modules) for name, _ in wanted}
-    for name, split in wanted:
-        tasks.check_split(found[name], split)
     steps = _steps(config, {task.name for task in found.values()})
     for name, split in wanted:
+        tasks.check_files(found[name], split)
         check_part(name, split, list(config.data.sources), json.loads(steps[found[name].name]))
-    workers = config.prepare.workers or available_cores()
-    tokenizer = prepare_tokenizer(config, progress=progress, say=say)
-    with encoder(tokenizer, workers) as encode:
+    tokenizer = prepare_tokenizer(config, progress=progress)
+    with (
+        encoder(tokenizer, config.prepare.workers or available_cores()) as encode,
+        _explain_full_disk(config),
+    ):
         run = _Run(
             config=config,
             steps=steps,
@@ -78,8 +86,10 @@ def prepare(
             runner=runner,
             runner_options=runner_options,
             progress=progress,
-            say=say,
         )
+        if not replace:
+            for name, split in wanted:
+                _check_unchanged(run, found[name], name, split)
         for name, split in wanted:
             if name == found[name].name:
                 _prepare_store(run, found[name], split)
@@ -89,8 +99,23 @@ def prepare(
         rows = config.train.batch_rows
         mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=rows)
         needs = budget(mixture, config.train.steps)
-        say(format_budget(needs))
+        logger.info("%s", format_budget(needs))
         check_budget(needs)
+
+
+@contextlib.contextmanager
+def _explain_full_disk(config: RunConfig) -> Iterator[None]:
+    """Raises UserError where a disk or a quota is full, of which TensorStore makes a ValueError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+        if not any(reason in str(error) for reason in full):
+            raise
+        raise UserError(
+            f"the disk of {config.data.stores} is full: free some space, or name another directory in data.stores;"
+            " the same command continues from what is saved"
+        ) from error
 
 
 def _wanted_stores(config: RunConfig) -> list[tuple[str, str]]:
@@ -111,7 +136,6 @@ class _Run:
     runner: str
     runner_options: Sequence[str]
     progress: ShowProgress
-    say: Callable[[str], None]
 
     def path(self, name: str, split: str) -> epath.Path:
         return epath.Path(self.config.data.stores) / name / split
@@ -123,7 +147,7 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
     writer = _writer(run, task, split)
     current = _current_manifest(path, writer, run.tokenizer)
     if current is not None:
-        run.say(f"{_describe(current)}; unchanged")
+        logger.info("%s; unchanged", _describe(current))
         return
     begin = time.monotonic()
     if duplicates.looked_for(steps):
@@ -140,7 +164,8 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
             journal = _fill(run, task, split, writer)
     journal.finish()
     _beam_folder(path).rmtree(missing_ok=True)
-    run.say(f"{_describe(read_manifest(path))}; {journal.summary()}{time.monotonic() - begin:.1f} s")
+    seconds = time.monotonic() - begin
+    logger.info("%s; %s%.1f s", _describe(read_manifest(path)), journal.summary(), seconds)
 
 
 def _fill(run: _Run, task: tasks.Task, split: str, writer: StoreWriter) -> Journal:
@@ -179,13 +204,13 @@ def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
     writer = _writer(run, task, split, part=name)
     current = _current_manifest(path, writer, run.tokenizer)
     if current is not None:
-        run.say(f"{_describe(current)}; unchanged")
+        logger.info("%s; unchanged", _describe(current))
         return
     _prepare_store(run, task, split)
     begin = time.monotonic()
     with writer:
         copy_part(TokenStore.open(run.path(task.name, split)), split_name(name)[1], writer)
-    run.say(f"{_describe(read_manifest(path))}; {time.monotonic() - begin:.1f} s")
+    logger.info("%s; %.1f s", _describe(read_manifest(path)), time.monotonic() - begin)
 
 
 def _results(
@@ -285,23 +310,48 @@ def _writer(
     )
 
 
+def _check_unchanged(run: _Run, task: tasks.Task, name: str, split: str) -> None:
+    """Raises UserError where a whole store would be replaced by another: runs that read it could not continue."""
+    path = run.path(name, split)
+    manifest = _manifest(path)
+    if manifest is None:
+        return
+    changed = _changes(manifest, _writer(run, task, split, name if name != task.name else ""), run.tokenizer)
+    if changed:
+        raise UserError(
+            f"{path} was made before {' and '.join(changed)} of the task {task.name} changed, and runs that read"
+            " it could not continue with another: prepare into another data.stores, or add --replace"
+        )
+
+
+def _changes(manifest: Manifest, writer: StoreWriter, tokenizer: Tokenizer) -> list[str]:
+    """What of a store is not as `writer` would make it."""
+    fields = writer.fields
+    changed = {
+        "the input": manifest.input_digest != fields["input_digest"],
+        "the definition, steps or template": manifest.task_digest != fields["task_digest"],
+        "the tokenizer": not compatible(tokenizer, manifest.tokenizer_digest, manifest.added_tokens),
+    }
+    return [what for what, differs in changed.items() if differs]
+
+
 def _current_manifest(path: epath.Path, writer: StoreWriter, tokenizer: Tokenizer) -> Manifest | None:
     """The manifest of the store at `path` if it is what `writer` would make again."""
     if not path.exists():
         return None
     if not any((path / name).exists() for name in ("manifest.json", "tokens")) and any(path.iterdir()):
         raise UserError(f"{path} is no token store but has files in it: point data.stores somewhere else")
+    manifest = _manifest(path)
+    return manifest if manifest is not None and not _changes(manifest, writer, tokenizer) else None
+
+
+def _manifest(path: epath.Path) -> Manifest | None:
+    """The manifest of a whole store with documents in it; None of one that is unfinished, or of another format."""
     try:
         manifest = read_manifest(path)
-    except (UserError, ValueError, TypeError):  # unfinished, or of another format
+    except (UserError, ValueError, TypeError):
         return None
-    same = (
-        manifest.documents > 0
-        and compatible(tokenizer, manifest.tokenizer_digest, manifest.added_tokens)
-        and manifest.task_digest == writer.fields["task_digest"]
-        and manifest.input_digest == writer.fields["input_digest"]
-    )
-    return manifest if same else None
+    return manifest if manifest.documents else None
 
 
 def _describe(manifest: Manifest) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import heapq
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -18,6 +19,8 @@ from lemur_jax.prepare.encoding import Record
 from lemur_jax.text.config import TokenizerConfig
 from lemur_jax.text.tokenizer import FILE_NAMES, Tokenizer, compatible
 from lemur_jax.text.tokenizer_files import extend, train_sentencepiece
+
+logger = logging.getLogger(__name__)
 
 # What a tokenizer is trained on: a hash's choice of documents, equally much of each task.
 SAMPLE_BYTES = 12_000_000
@@ -49,7 +52,6 @@ def prepare_tokenizer(
     config: RunConfig,
     *,
     progress: ShowProgress = no_progress,
-    say: Callable[[str], None] = print,
 ) -> Tokenizer:
     """The tokenizer of a config: opened, or trained or extended first if it is not there.
 
@@ -63,22 +65,23 @@ def prepare_tokenizer(
     path = epath.Path(options.path)
     if not any((path / name).exists() for name in FILE_NAMES):
         if options.extend:
-            _extend(options, path, say)
+            _extend(options, path)
         elif options.train_vocab_size:
-            _train(config, path, progress, say)
+            _train(config, path, progress)
     tokenizer = Tokenizer.load(path)
     _check_tokenizer(config, tokenizer)
     return tokenizer
 
 
-def _extend(options: TokenizerConfig, path: epath.Path, say: Callable[[str], None]) -> None:
+def _extend(options: TokenizerConfig, path: epath.Path) -> None:
     template = epath.Path(options.chat_template).read_text() if options.chat_template else None
     with _written_whole(path) as partial:
         tokenizer = extend(options.extend, partial, options.add_tokens, template)
-    say(f"{path}: {tokenizer.vocab_size:,} tokens, {options.extend} and {', '.join(options.add_tokens)}")
+    added = ", ".join(options.add_tokens)
+    logger.info("%s: %s tokens, %s and %s", path, f"{tokenizer.vocab_size:,}", options.extend, added)
 
 
-def _train(config: RunConfig, path: epath.Path, progress: ShowProgress, say: Callable[[str], None]) -> None:
+def _train(config: RunConfig, path: epath.Path, progress: ShowProgress) -> None:
     names, size = config.tokenizer.train_tasks, config.tokenizer.train_vocab_size
     if not names:
         raise UserError("tokenizer.train_tasks is empty: name the tasks to train the tokenizer on")
@@ -93,8 +96,8 @@ def _train(config: RunConfig, path: epath.Path, progress: ShowProgress, say: Cal
     with _written_whole(path) as partial:
         train_sentencepiece(texts, partial, size)
     n_bytes = sum(len(text.encode()) for text in texts)
-    seconds = time.monotonic() - begin
-    say(f"{path}: {size:,} tokens, trained on {n_bytes / 1e6:.1f} MB of {', '.join(names)}, {seconds:.1f} s")
+    made_of = f"{n_bytes / 1e6:.1f} MB of {', '.join(names)}"
+    logger.info("%s: %s tokens, trained on %s, %.1f s", path, f"{size:,}", made_of, time.monotonic() - begin)
 
 
 def sample(records: Iterable[Record], limit: int, shown: Counter | None = None) -> list[str]:

@@ -310,6 +310,15 @@ def check_split(task: seqio.Task, split: str) -> None:
         )
 
 
+def check_files(task: seqio.Task, split: str) -> None:
+    """Raises UserError if the task has no such split, or its files cannot be found."""
+    check_split(task, split)
+    try:
+        task.source.list_shards(split)
+    except _UNREADABLE as error:
+        raise _explain(task, split, error) from error
+
+
 def count(task: seqio.Task, split: str) -> int | None:
     """How many examples the source has before preprocessing, where it knows."""
     return task.source.num_input_examples(split)

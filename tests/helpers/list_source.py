@@ -1,5 +1,7 @@
 """A seqio source of records in memory, and preparing from it."""
 
+import logging
+
 from lemur_jax.prepare.prepare import prepare
 
 # After prepare, which keeps TensorFlow quiet.
@@ -32,8 +34,15 @@ class ListSource(seqio.FunctionDataSource):
         return repr(self.records[split])
 
 
-def run(config):
-    """Prepares, and returns what was said."""
-    said = []
-    prepare(config, say=said.append)
-    return said
+def run(config, **options):
+    """Prepares; returns what was logged, a line an entry."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("lemur_jax")
+    logger.addHandler(handler)
+    try:
+        prepare(config, **options)
+    finally:
+        logger.removeHandler(handler)
+    return messages

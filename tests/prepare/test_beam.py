@@ -90,8 +90,7 @@ def test_a_beam_runner_makes_the_same_stores(config, tmp_path):
     pytest.importorskip("apache_beam", reason="needs the extra beam")
     found = {}
     for name, runner in (("local", ""), ("beam", "FnApiRunner")):
-        said: list[str] = []
-        prepare(replace(config, {"data.stores": str(tmp_path / name)}), runner=runner, say=said.append)
+        prepare(replace(config, {"data.stores": str(tmp_path / name)}), runner=runner)
         found[name] = files_of(tmp_path / name)
     assert sorted(found["beam"]) == sorted(found["local"])  # and nothing is left of the pipeline's own files
     for name, content in found["local"].items():
@@ -113,7 +112,7 @@ def test_shards_may_come_in_any_order_and_are_done_once(config, tmp_path, monkey
         {"data.sources": sources, "data.stores": str(tmp_path / "local"), "eval.tasks": ()}
         | {"prepare.steps": {"texts": STEPS}},
     )
-    prepare(config, say=lambda line: None)
+    prepare(config)
     done = []
 
     def run_pipeline(job, shards, missing, runner, options):
@@ -127,8 +126,8 @@ def test_shards_may_come_in_any_order_and_are_done_once(config, tmp_path, monkey
     monkeypatch.setattr(beam, "_run_pipeline", run_pipeline)
     config = replace(config, {"data.stores": str(tmp_path / "beam")})
     with pytest.raises(RuntimeError, match="gone"):
-        prepare(config, runner="any", say=lambda line: None)
-    prepare(config, runner="any", say=lambda line: None)
+        prepare(config, runner="any")
+    prepare(config, runner="any")
     assert done == [3, 2, 1, 0]
     assert files_of(tmp_path / "beam") == files_of(tmp_path / "local")
 
@@ -136,13 +135,13 @@ def test_shards_may_come_in_any_order_and_are_done_once(config, tmp_path, monkey
 def test_an_unknown_runner_is_one_line(config):
     pytest.importorskip("apache_beam", reason="needs the extra beam")
     with pytest.raises(UserError, match="runner 'NoRunner'"):
-        prepare(config, runner="NoRunner", say=print)
+        prepare(config, runner="NoRunner")
 
 
 def test_without_beam_it_says_what_to_install(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(UserError, match=r'pip install "lemur_jax\[beam\]"'):
-        prepare(config, runner="DirectRunner", say=print)
+        prepare(config, runner="DirectRunner")
 
 
 def test_the_command_passes_the_runner_and_its_options(monkeypatch):

@@ -103,7 +103,12 @@ def test_what_is_there_is_not_made_again(task, make_config, tmp_path, chat_dir):
     with_chat = make_config("made_up", **{"tokenizer.path": str(chat_dir)})
     assert run(with_chat)[0].endswith("unchanged")
     source.records["train"] = list(text_records(11))
-    said = run(make_config("made_up", held_out=["made_up"]))
+    with pytest.raises(
+        UserError, match=r"made_up/train was made before the input of the task made_up changed"
+    ):
+        run(make_config("made_up", held_out=["made_up"]))
+    assert manifest.stat().st_mtime_ns == before
+    said = run(make_config("made_up", held_out=["made_up"]), replace=True)
     assert said[0].startswith("made_up/train: 11 documents")
     assert said[1].endswith("unchanged")
 
@@ -137,14 +142,17 @@ def test_another_tokenizer_or_template_makes_stores_again(
     other = tmp_path / "other"
     prepare_tokenizer.train_sentencepiece(["something else " * 9, "entirely"] * 50, other, 280)
     prepare_tokenizer.extend(other, tmp_path / "other_chat", CHATML_TOKENS)
-    said = run(make_config("made_up", "chat", **{"tokenizer.path": str(tmp_path / "other_chat")}))
+    config = make_config("made_up", "chat", **{"tokenizer.path": str(tmp_path / "other_chat")})
+    with pytest.raises(UserError, match="before the tokenizer of the task chat changed"):
+        run(config)
+    said = run(config, replace=True)
     assert not [line for line in said if "unchanged" in line]
     template = Tokenizer.load(chat_dir).chat_template.replace("assistant", "Assistant")
     prepare_tokenizer.extend(other, tmp_path / "template", CHATML_TOKENS, template + " ")
     said = run(make_config("made_up", **{"tokenizer.path": str(tmp_path / "template")}))
     assert said[0].endswith("unchanged")
     with pytest.raises(UserError, match="no supervised token"):
-        run(make_config("chat", **{"tokenizer.path": str(tmp_path / "template")}))
+        run(make_config("chat", **{"tokenizer.path": str(tmp_path / "template")}), replace=True)
 
 
 def test_bad_records_are_counted_named_and_kept(task, make_config, tmp_path):
@@ -169,11 +177,11 @@ def test_too_many_bad_records_are_an_error_and_the_old_store_stays(task, make_co
     with pytest.raises(
         UserError, match=r"made_up/train: 1 of 51 .*max_bad_share = 0\.01.*bad-1: invalid UTF-8"
     ):
-        run(config)
+        run(config, replace=True)
     assert files_of(tmp_path / "stores" / "made_up" / "train") == before
     assert "bad-1" in (tmp_path / "stores" / "made_up" / "train.quarantine.jsonl").read_text()
     source.records["train"] = list(text_records(51))
-    run(config)
+    run(config, replace=True)
     assert not (tmp_path / "stores" / "made_up" / "train.quarantine.jsonl").exists()
 
 
@@ -220,7 +228,7 @@ def test_ctrl_c_leaves_whole_stores_alone(task, make_config, tmp_path):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(make_config("made_up", "second"), progress=Interrupted, say=lambda line: None)
+        prepare(make_config("made_up", "second"), progress=Interrupted)
     assert read_manifest(tmp_path / "stores" / "made_up" / "train").documents == 5
     assert not [name for name in files_of(tmp_path / "stores") if "second" in name]
 
@@ -277,14 +285,13 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert files_of(tmp_path) == {}
 
 
-def test_a_budget_that_cannot_be_met_is_said_when_the_stores_are_there(task, make_config, tmp_path):
+def test_a_budget_that_cannot_be_met_is_said_when_the_stores_are_there(task, make_config, tmp_path, caplog):
     task(text_records(5))
     config = make_config("made_up", **{"train.steps": 1000})
     config = replace(config, {"data.sources.made_up.max_epochs": 1.0})
-    said = []
     with pytest.raises(UserError, match=r"made_up.*max_epochs"):
-        prepare(config, say=said.append)
-    assert "tokens wanted" in said[-1]
+        prepare(config)
+    assert "tokens wanted" in caplog.messages[-1]
     assert read_manifest(tmp_path / "stores" / "made_up" / "train").documents == 5
 
 

@@ -15,12 +15,13 @@ from lemur_jax.config import default_config, from_config_dict, to_json
 from lemur_jax.data.store import TokenStore
 from lemur_jax.models.presets import preset
 from lemur_jax.prepare import encoding as documents
-from lemur_jax.prepare import journal, readers, tasks
+from lemur_jax.prepare import journal, readers, store_writer, tasks
 from lemur_jax.prepare import prepare as prepare_module
 from lemur_jax.prepare.code_layout import FIM_TOKENS, layout
 from lemur_jax.prepare.prepare import prepare
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import extend
+from tests.helpers.list_source import run
 
 # After prepare, which keeps TensorFlow quiet.
 import seqio  # isort: skip
@@ -98,17 +99,12 @@ def make_config(tmp_path, tokenizer_dir):
 @pytest.fixture
 def register():
     def add(patterns, **options):
-        return tasks.add_files("files", str(patterns), **options)
+        patterns = patterns if isinstance(patterns, dict) else str(patterns)
+        return tasks.add_files("files", patterns, **options)
 
     yield add
     if "files" in seqio.TaskRegistry.names():
         seqio.TaskRegistry.remove("files")
-
-
-def run(config):
-    said = []
-    prepare(config, say=said.append)
-    return said
 
 
 def files_of(directory):
@@ -188,13 +184,13 @@ def test_a_run_goes_on_within_a_file(tmp_path, corpus, make_config, register, mo
 
     for Progress.stop in (("files/train", 230), ("files/train", 410), ("files/train: duplicates", 534)):
         with pytest.raises(KeyboardInterrupt):
-            prepare(options("stopped"), progress=Progress, say=lambda line: None)
+            prepare(options("stopped"), progress=Progress)
     Progress.stop = ("", 0)
-    prepare(options("stopped"), progress=Progress, say=lambda line: None)
+    prepare(options("stopped"), progress=Progress)
     attempts = [progress for progress in shown if progress.label == "files/train"]
     assert [progress.first for progress in attempts[1:]] == [200, 400, 600]
     assert attempts[-1].done == 600  # no line was tokenized again
-    prepare(options("whole"), say=lambda line: None)
+    prepare(options("whole"))
     assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
 
 
@@ -232,15 +228,43 @@ def test_what_steps_remove_is_counted_with_examples(tmp_path, corpus, make_confi
     assert len(removed["length"]["examples"]) == journal.EXAMPLES
 
 
-def test_other_steps_make_the_store_again(corpus, make_config, register):
+def test_other_steps_make_the_store_again_when_told_to(tmp_path, corpus, make_config, register):
     register(corpus)
-    config = make_config()
-    assert "unchanged" not in run(config)[0]
-    assert "unchanged" in run(config)[0]
+    run(make_config())
+    before = files_of(tmp_path / "stores")
     for minimum in (40, 50):
         config = make_config(**{"prepare.steps": {"files": {"length": {"min_chars": minimum}}}})
-        assert "unchanged" not in run(config)[0]
+        changed = (
+            r"stores/files/train was made before the definition, steps or template of the task files changed"
+        )
+        with pytest.raises(UserError, match=f"{changed}.*--replace"):
+            run(config)
+        assert files_of(tmp_path / "stores") == before
+        assert "unchanged" not in run(config, replace=True)[0]
         assert "unchanged" in run(config)[0]
+        before = files_of(tmp_path / "stores")
+
+
+def test_all_files_are_looked_for_before_the_first_store_is_written(tmp_path, corpus, make_config, register):
+    register({"train": f"{corpus}/*", "validation": "nowhere/*.jsonl"})
+    with pytest.raises(UserError, match=r"no file matches nowhere.*split validation"):
+        run(make_config(**{"eval.tasks": ("files",)}))
+    (corpus / "x.bin").write_text("x")
+    with pytest.raises(UserError, match=r"cannot tell the format of .*x\.bin"):
+        run(make_config())
+    assert not (tmp_path / "stores").exists()
+
+
+def test_a_full_disk_is_one_line(monkeypatch, corpus, make_config, register):
+    def fail(*_):
+        raise ValueError(
+            "RESOURCE_EXHAUSTED: Error writing local file: No space left on device [os_error_code='28']"
+        )
+
+    register(corpus)
+    monkeypatch.setattr(store_writer.ArrayWriter, "close", fail)
+    with pytest.raises(UserError, match=r"the disk of .*stores is full"):
+        run(make_config())
 
 
 def test_bad_records_are_put_aside_with_file_and_position(tmp_path, corpus, make_config, register):
