@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lemur_jax.plan.plan import GIB
 from lemur_jax.plan.search import Found, Outcome, describe
 from lemur_jax.report.charts import Mark, scatter_plot
-from lemur_jax.report.html import escape, html_page
+from lemur_jax.report.html import escape, html_page, html_table
 
 
 def table(found: Found) -> str:
@@ -57,11 +57,23 @@ def plot(found: Found, title: str) -> str:
         f'<div class="card scatter {kind}">{scatter_plot(title, axes, marks, size=size)}</div>'
         for kind, size in (("wide", (760, 460)), ("narrow", (360, 400)))
     )
+    head = ["", "step, s", "tokens/s/chip", "MFU", "HBM, GiB", "layout"]
+    rows = [
+        [
+            str(number),
+            f"{outcome.seconds:.3f}",
+            f"{outcome.made.tokens_per_second_per_chip:,.0f}",
+            f"{outcome.made.mfu:.1%}",
+            f"{outcome.hbm / GIB:.2f}",
+            escape(describe(outcome.changes)),
+        ]
+        for number, outcome in enumerate(front, start=1)
+    ]
     body = f"""<h1>{escape(title)}</h1>
 <p class="soft">Estimated, not measured. A dot is a layout that fits; the line joins those that no other beats in both
 time and memory.</p>
 <h2>Step time against memory</h2>{plots}
-<h2>The front</h2><div class="card padded"><pre>{escape(table(found))}</pre></div>"""
+<h2>The front</h2>{html_table(head, rows)}"""
     return html_page(title, body)
 
 

@@ -255,7 +255,7 @@ class _Scale:
 def _axes(names: tuple[str, str], across: _Scale, down: _Scale, size: tuple[int, int]) -> str:
     (width, height), (left, top, right, bottom) = size, MARGINS
     parts = []
-    for tick in across.ticks(6 if width > 500 else 3):
+    for tick in across.ticks(6 if width > 500 else 4):
         x = across(tick)
         parts.append(f'<path class="grid" d="M{x:.1f} {top}V{height - bottom}"/>')
         parts.append(

@@ -71,9 +71,12 @@ def goodput(runs: Sequence[Run]) -> str:
     ]
     if not parts:
         return ""
-    names = [(_PART_NAMES.get(part, part), f"c{1 + index % 8}") for index, part in enumerate(parts)]
+    names = [
+        (_PART_NAMES.get(part, part), "none" if part == "other" else f"c{index % 8 + 1}")
+        for index, part in enumerate(parts)
+    ]
     shares = {run.name: [_seconds(run, part) / run.time["wall_seconds"] for part in parts] for run in timed}
-    texts = {name: [f"{share:.0%}" for share in of] for name, of in shares.items()}
+    texts = {name: [f"{share:.0%}" if share > 0.04 else "" for share in of] for name, of in shares.items()}
     rows = [
         [
             escape(run.name),

@@ -20,8 +20,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.paths import is_object_store
-from lemur_jax.telemetry.tensorboard import TensorBoard
-from lemur_jax.telemetry.weights_and_biases import WeightsAndBiases
+from lemur_jax.telemetry.trackers import TensorBoard, WeightsAndBiases
 
 METRICS_FILE = "metrics.jsonl"
 logger = logging.getLogger(__name__)
@@ -87,8 +86,8 @@ class MetricsWriter:
           UserError: the file cannot be written; `close` raises it too.
         """
         self._path = epath.Path(workdir) / METRICS_FILE
-        self._wants_board, self._wants_wandb = tensorboard, wandb
-        self._boards: list[TensorBoard | WeightsAndBiases] = []
+        self._wants_tensorboard, self._wants_wandb = tensorboard, wandb
+        self._trackers: list[TensorBoard | WeightsAndBiases] = []
         self._remote = is_object_store(self._path)
         self._pending = b""  # not written yet
         self._failing = self._closed = False
@@ -109,8 +108,8 @@ class MetricsWriter:
         self._pending += json.dumps(plain, allow_nan=False).encode() + b"\n"
         if not self._remote:
             self._flush()
-        for board in self._boards:
-            board.write(plain)
+        for tracker in self._trackers:
+            tracker.write(plain)
 
     def truncate_after(self, step: int) -> None:
         """Drops the records of later steps than `step`; called when a run resumes at `step`."""
@@ -118,18 +117,18 @@ class MetricsWriter:
         kept = [record for record in records if record["step"] <= step]
         if len(kept) < len(records):
             self._replace(b"".join(json.dumps(record).encode() + b"\n" for record in kept))
-        if self._wants_board:
-            self._boards.append(TensorBoard(self._path.parent, step))
+        if self._wants_tensorboard:
+            self._trackers.append(TensorBoard(self._path.parent, step))
         if self._wants_wandb:
-            self._boards.append(WeightsAndBiases(self._path.parent))
+            self._trackers.append(WeightsAndBiases(self._path.parent))
 
     def sync(self) -> None:
         """Makes all records survive a crash of the machine; called before each checkpoint."""
         self._flush()
         if self._file and not self._failing:
             os.fsync(self._file.fileno())
-        for board in self._boards:
-            board.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self) -> None:
         """Writes what is pending and closes; may be called twice.
@@ -143,8 +142,8 @@ class MetricsWriter:
         error = self._flush()
         if self._file:
             self._file.close()
-        for board in self._boards:
-            board.close()
+        for tracker in self._trackers:
+            tracker.close()
         if error:
             raise UserError(
                 f"cannot write {self._path}: {getattr(error, 'strerror', None) or error}"

@@ -23,6 +23,7 @@ from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.metrics import MetricsWriter
 from lemur_jax.telemetry.profiler import check_steps, traced
 from lemur_jax.telemetry.progress import Progress
+from lemur_jax.telemetry.provenance import start_record
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.evaluate import Evaluations, open_held_out, unscored
 from lemur_jax.train.journal import Journal, open_journal
@@ -108,11 +109,13 @@ def train(
         )
         writer, records = journal.writer, journal.records
         log = StepLog(writer, progress, mixture, journal.last_train_record, journal.spent, program, began)
+        if writer:
+            writer.write(start_record(first))
         if not first:
             log.write_time(0)  # the first start, from which goodput counts
         interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
         evaluations = Evaluations(
-            program, config, held_out, writer, progress.write, records, interruption.reached
+            program, config, held_out, writer, say if chief else _silent, records, interruption.reached
         )
         between = _BetweenSteps(
             config=config,
@@ -198,6 +201,10 @@ class _BetweenSteps:
             if self.writer:
                 self.writer.sync()
             self.saves.save(done, state, losses, to_the_end)
+
+
+def _silent(line: str) -> None:
+    """Takes the lines of hosts that print nothing."""
 
 
 def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -5,6 +5,7 @@ docs/metrics.md says what each record holds, with units.
 
 import collections
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ CLOCK_KEYS = (
 
 
 _Item = TypeVar("_Item")
+logger = logging.getLogger(__name__)
 
 
 class StepLog:
@@ -168,7 +170,7 @@ class StepLog:
         """Writes that at `step` the parameters of step `target` were taken again."""
         if self._writer:
             self._writer.write({"step": step, "kind": "rollback", "to": target})
-        self._progress.write(f"step {step}: rolled back to the parameters of step {target}")
+            logger.info("step %d: rolled back to the parameters of step %d", step, target)
 
     def _tell_skip(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         """Writes and says that an update was skipped, and in which documents the reason may be."""
@@ -179,10 +181,10 @@ class StepLog:
         if self._writer:
             record = {"grad_norm": norm, "grad_norm_limit": limit, "in_a_row": metrics["skips_in_a_row"]}
             self._writer.write({"step": step, "kind": "skip", **record, "documents": names})
-        reason = f"above {limit:.4g}" if limit and math.isfinite(norm) else "not finite"
-        self._progress.write(
-            f"step {step}: update skipped, gradient norm {norm:.4g} is {reason}; {_some(names)}"
-        )
+            reason = f"above {limit:.4g}" if limit and math.isfinite(norm) else "not finite"
+            logger.info(
+                "step %d: update skipped, gradient norm %.4g is %s; %s", step, norm, reason, _some(names)
+            )
 
     def _record(self, step: int, metrics: dict[str, np.ndarray], seconds: float) -> dict[str, Any]:
         record = {"step": step, "kind": "train"}

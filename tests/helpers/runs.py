@@ -138,7 +138,7 @@ def kill_somewhere(project, workdir, checkpoints):
 
 def without_clock(records):
     """What two runs must have in common."""
-    kept = [record for record in records if record["kind"] != "time"]
+    kept = [record for record in records if record["kind"] not in ("time", "start")]
     return [
         {key: value for key, value in record.items() if key.split("/")[0] not in CLOCK_KEYS}
         for record in kept

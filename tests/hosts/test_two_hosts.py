@@ -68,7 +68,7 @@ def losses(workdir):
     records = read_metrics(workdir)
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, STEPS + 1))
     assert [r["step"] for r in records if r["kind"] == "eval"] == [STEPS]
-    return [r["loss"] for r in records if r["kind"] != "time"]
+    return [r["loss"] for r in records if r["kind"] not in ("time", "start")]
 
 
 # Where a model is named, this host's own is.

@@ -1,0 +1,56 @@
+"""What a process of a run was made of: git commit, host, devices and versions."""
+
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+import time
+
+from lemur_jax.telemetry.metrics import Record
+
+_PACKAGES = ("lemur_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def start_record(step: int) -> Record:
+    """The record of kind `start` that a process writes before its first step.
+
+    Args:
+      step: updates made by earlier processes.
+    """
+    import jax
+
+    others = jax.process_count() - 1
+    return {
+        "step": step,
+        "kind": "start",
+        "unix_seconds": time.time(),
+        "commit": git_commit(),
+        "host": platform.node() + (f" and {others} more" if others else ""),
+        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "versions": [f"python {platform.python_version()}", *map(" ".join, _installed())],
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the package's checkout, with "-dirty" if files differ from it; None outside a checkout."""
+    package = pathlib.Path(__file__).parents[1]
+    archived = (package / "commit.txt").read_text().strip()  # filled in by `git archive`, see .gitattributes
+    if not archived.startswith("$"):
+        return archived
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a slow network disk
+        return None
+    return done.stdout.strip() or None
+
+
+def _installed() -> list[tuple[str, str]]:
+    """(name, version) of the installed packages that matter for a run."""
+    versions = []
+    for name in _PACKAGES:
+        try:
+            versions.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

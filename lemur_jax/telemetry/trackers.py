@@ -1,0 +1,108 @@
+"""Metrics for TensorBoard, through tensorboardX, and for Weights & Biases, through its own package.
+
+A number of a record is named `kind/key`, or `kind/task/key` if the record names a task.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from lemur_jax.common.errors import UserError
+
+
+def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a record but its step, by name."""
+    prefix = "/".join(str(record[key]) for key in ("kind", "task") if key in record)
+    return {
+        f"{prefix}/{key}": value
+        for key, value in record.items()
+        if key != "step" and isinstance(value, int | float)
+    }
+
+
+class TensorBoard:
+    """Writes records of `metrics.jsonl` as scalars below `WORKDIR/tensorboard`; TensorFlow is not needed."""
+
+    def __init__(self, workdir: epath.PathLike, step: int):
+        """Opens an event file.
+
+        Args:
+          workdir: of the run; local, or gs:// if `google-cloud-storage` is installed.
+          step: the run starts or resumes here; TensorBoard hides what earlier processes wrote of later steps.
+
+        Raises:
+          UserError: tensorboardX is not installed.
+        """
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                "config.log.tensorboard needs tensorboardX: pip install 'lemur_jax[tensorboard]', or set it to False"
+            ) from error
+        directory = os.fspath(epath.Path(workdir) / "tensorboard")
+        # Files are named by the second and the host: two starts within one would overwrite each other.
+        suffix = f".{step:09d}"
+        self._writer = SummaryWriter(directory, purge_step=step + 1, flush_secs=30, filename_suffix=suffix)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Takes the numbers of a record."""
+        for name, value in _scalars(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Sends records of `metrics.jsonl` to one W&B run, named after the workdir; `WANDB_*` set project and account.
+
+    Steps that a run repeats after a kill are sent again.
+    """
+
+    def __init__(self, workdir: epath.PathLike):
+        """Starts or resumes the W&B run.
+
+        Args:
+          workdir: of the run; its path determines the id, so that a resumed run is the same one. Local files of W&B
+            go to `workdir/wandb`, or to a temporary directory if the workdir is on an object store.
+
+        Raises:
+          UserError: wandb is not installed, or refuses to start.
+        """
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "config.log.wandb needs wandb: pip install 'lemur_jax[wandb]', or set it to False"
+            ) from error
+        path = os.fspath(epath.Path(workdir))
+        try:
+            self._run = wandb.init(
+                dir=tempfile.mkdtemp(prefix="wandb-") if "://" in path else path,
+                id=hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16],
+                name=os.path.basename(path),
+                resume="allow",
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except (wandb.Error, OSError) as error:
+            raise UserError(
+                f"config.log.wandb: W&B does not start ({error}); set WANDB_API_KEY, or WANDB_MODE=offline"
+            ) from error
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Takes the numbers of a record."""
+        self._run.log({**_scalars(record), "step": record["step"]})
+
+    def flush(self) -> None:
+        """Nothing: W&B's own process writes at once."""
+
+    def close(self) -> None:
+        self._run.finish()
