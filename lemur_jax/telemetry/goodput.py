@@ -1,4 +1,4 @@
-"""Where the wall time of a run has gone since its first start, over all its processes."""
+"""How a run spent its wall time since its first start, over all its processes."""
 
 import collections
 import time
@@ -8,20 +8,20 @@ from etils import epath
 
 from lemur_jax.telemetry.metrics import METRICS_FILE, Record, read_metrics
 
-# Of wall time, each second in one; "other" is what is in none.
+# Each second of wall time belongs to one of these, or to "other".
 PARTS = ("startup", "compile", "steps", "data_wait", "eval", "checkpoint", "lost", "down")
 
 
-def carried_over(workdir: epath.PathLike, step: int, began: float) -> dict[str, float]:
-    """What earlier processes of a run spent, by part, and `wall`; empty for the first one.
+def earlier_time(workdir: epath.PathLike, step: int, began: float) -> dict[str, float]:
+    """Seconds that earlier processes of a run spent, by part, and their sum `wall`; empty for the first process.
 
-    From the last `time` record that counts until the last sign of life, everything is `lost`: steps that are
-    trained again, and whatever else was not saved. From there until this process began, the run was `down`.
+    The time from the last `time` record before `step` to the last write of the metrics file is `lost`: those steps are
+    trained again. From then until this process began, the run was `down`.
 
     Args:
       workdir: of the run; its metrics file is as the last process left it.
-      step: that the run goes on from.
-      began: when this process began, seconds since 1970.
+      step: where the run resumes.
+      began: when this process began, in seconds since 1970.
     """
     file = epath.Path(workdir) / METRICS_FILE
     if not file.exists():
@@ -34,7 +34,7 @@ def carried_over(workdir: epath.PathLike, step: int, began: float) -> dict[str, 
         return {}
     last = times[-1]
     spent = collections.Counter({part: last.get(f"{part}_seconds", 0.0) for part in PARTS})
-    # A clock may have been set back meanwhile.
+    # The clock may have been set back in between.
     lost = max(0.0, alive - last["unix_seconds"])
     down = max(0.0, began - max(alive, last["unix_seconds"]))
     spent.update(lost=lost, down=down)
@@ -42,7 +42,7 @@ def carried_over(workdir: epath.PathLike, step: int, began: float) -> dict[str, 
 
 
 def time_record(spent: Mapping[str, float], wall: float) -> Record:
-    """The parts as they stand in a record of kind `time`.
+    """The parts as a record of kind `time`.
 
     Args:
       spent: seconds by part.

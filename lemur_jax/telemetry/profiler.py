@@ -1,4 +1,4 @@
-"""Traces of chosen steps, for TensorBoard and Perfetto."""
+"""Profiler traces of chosen steps, for TensorBoard and Perfetto."""
 
 import pathlib
 import tempfile
@@ -15,7 +15,7 @@ def parse_steps(text: str) -> range:
     """`"10:13"` as steps 10, 11 and 12, counted from 0.
 
     Raises:
-      UserError: two numbers are not there, or the first is not below the second.
+      UserError: the text is not two numbers, the first below the second.
     """
     first, _, stop = text.partition(":")
     if not (first.isdecimal() and stop.isdecimal() and int(first) < int(stop)):
@@ -24,10 +24,10 @@ def parse_steps(text: str) -> range:
 
 
 def check_steps(steps: range, end: int) -> None:
-    """Refuses steps that a run of `end` steps does not make.
+    """Checks that a run of `end` steps makes these steps.
 
     Raises:
-      UserError: saying which steps there are.
+      UserError: it does not.
     """
     if steps.stop > end:
         raise UserError(
@@ -35,16 +35,16 @@ def check_steps(steps: range, end: int) -> None:
         )
 
 
-def traced(
+def trace_steps(
     batches: Iterable[tuple[int, Any]], steps: range, directory: epath.Path, finish: Callable[[], None]
 ) -> Iterator[tuple[int, Any]]:
-    """The same (step, batch) pairs; what happens between the first and the last of `steps` is traced.
+    """Yields the same (step, batch) pairs, and traces from the first to the last of `steps`.
 
     Args:
-      batches: pairs; whoever takes them works on one until it asks for the next.
-      steps: of which a trace is made; none if the range is empty or begins before the first pair.
-      directory: gets `plugins/profile/TIME/HOST.xplane.pb` and `.trace.json.gz`; local or gs://.
-      finish: waits until the device has done all that was asked of it.
+      batches: pairs; a step lasts until the next pair is requested.
+      steps: to trace; no trace is made if the range is empty or begins before the first pair.
+      directory: receives `plugins/profile/TIME/HOST.xplane.pb` and `.trace.json.gz`; local or gs://.
+      finish: waits until the devices have finished all dispatched work.
     """
     iterator = iter(batches)
     local: tempfile.TemporaryDirectory | None = None
@@ -57,17 +57,17 @@ def traced(
                 yield step, batch
             if local and step + 1 == steps.stop:
                 finish()
-                _keep(local, directory)
+                _save_trace(local, directory)
                 local = None
     finally:
         if local:
-            _keep(local, directory)
+            _save_trace(local, directory)
         if hasattr(iterator, "close"):
             iterator.close()
 
 
-def _keep(local: tempfile.TemporaryDirectory, directory: epath.Path) -> None:
-    """Ends the trace and moves it to where it belongs."""
+def _save_trace(local: tempfile.TemporaryDirectory, directory: epath.Path) -> None:
+    """Ends the trace and copies it to `directory`, which the profiler itself could not write if it is on gs://."""
     jax.profiler.stop_trace()
     with local as name:
         for source in filter(pathlib.Path.is_file, pathlib.Path(name).rglob("*")):

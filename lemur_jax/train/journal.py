@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from etils import epath
 
 from lemur_jax.telemetry.config import LogConfig
-from lemur_jax.telemetry.goodput import carried_over
+from lemur_jax.telemetry.goodput import earlier_time
 from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
 
 
@@ -18,7 +18,7 @@ class Journal:
     Attributes:
       writer: of new records.
       records: of earlier processes, up to the step from which the run goes on.
-      spent: seconds that went to what in them, see `telemetry.goodput.carried_over`.
+      spent: seconds that went to what in them, see `telemetry.goodput.earlier_time`.
     """
 
     writer: MetricsWriter | None = None
@@ -44,7 +44,7 @@ def open_journal(log: LogConfig, workdir: epath.Path, step: int, started: float)
       step: that it goes on from. What was scored at step 0 is scored again.
       started: when this process began, seconds since 1970.
     """
-    spent = carried_over(workdir, step, started)
+    spent = earlier_time(workdir, step, started)
     with MetricsWriter(workdir, tensorboard=log.tensorboard, wandb=log.wandb) as writer:
         writer.truncate_after(step or -1)
         yield Journal(writer=writer, records=read_metrics(workdir), spent=spent)

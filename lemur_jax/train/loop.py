@@ -21,7 +21,7 @@ from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.metrics import MetricsWriter
-from lemur_jax.telemetry.profiler import check_steps, traced
+from lemur_jax.telemetry.profiler import check_steps, trace_steps
 from lemur_jax.telemetry.progress import Progress
 from lemur_jax.telemetry.provenance import start_record
 from lemur_jax.text.tokenizer import Tokenizer
@@ -130,7 +130,7 @@ def train(
             return True
         loader = Loader(mixture, batch_sharding(mesh))
         batches = log.waiting(loader.iterate(first, config.train.steps))
-        for step, batch in traced(batches, profile, workdir / "profile", finish=log.flush):
+        for step, batch in trace_steps(batches, profile, workdir / "profile", finish=log.flush):
             state, metrics = program.step(state, batch)
             done = step + 1
             log.add(done, metrics)

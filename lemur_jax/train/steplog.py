@@ -45,7 +45,7 @@ class StepLog:
       progress: told about steps done.
       mixture: names the sources, and the documents of a bad batch.
       before: the last train record of the earlier processes of this run; empty for the first one.
-      spent: seconds that went to what in earlier processes, see `telemetry.goodput.carried_over`.
+      spent: seconds that went to what in earlier processes, see `telemetry.goodput.earlier_time`.
       program: for the FLOPs of a step and the chips that make them; None leaves utilization out.
       began: `time.perf_counter()` when the run began.
     """

@@ -74,13 +74,13 @@ TRACED = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from etils import epath
-from lemur_jax.telemetry.profiler import traced
+from lemur_jax.telemetry.profiler import trace_steps
 double = jax.jit(lambda x: 2 * x)
 for start, stop, end in ((4, 9, 6), (0, 0, 6), (1, 5, 7)):
     state = jnp.ones(4)
     pairs = ((step, np.ones(4)) for step in range(3, end))
     target = epath.Path(sys.argv[1]) / f"{start}-{end}"
-    for _, batch in traced(pairs, range(start, stop), target, finish=lambda: None):
+    for _, batch in trace_steps(pairs, range(start, stop), target, finish=lambda: None):
         state = double(state) + batch
 """
 

@@ -126,7 +126,7 @@ def test_goodput_counts_from_the_first_start(clock, memory, tmp_path):
         writer.write({"step": 5, "kind": "train", "loss": 1.0})  # lost
     killed = first[-1]["unix_seconds"] + 20
     os.utime(tmp_path / "metrics.jsonl", (killed, killed))
-    spent = goodput.carried_over(tmp_path, 4, killed + 30)
+    spent = goodput.earlier_time(tmp_path, 4, killed + 30)
     assert (spent["lost"], spent["down"], spent["wall"]) == pytest.approx((20, 30, 114 + 50))
     last = run(clock, spent=spent)[-1]
     assert last["steps_seconds"] == pytest.approx(72)
@@ -136,7 +136,7 @@ def test_goodput_counts_from_the_first_start(clock, memory, tmp_path):
     assert sum(last[f"{part}_seconds"] for part in (*goodput.PARTS, "other")) == pytest.approx(
         last["wall_seconds"]
     )
-    assert goodput.carried_over(tmp_path / "absent", 0, killed) == {}
+    assert goodput.earlier_time(tmp_path / "absent", 0, killed) == {}
 
 
 def test_every_key_is_documented_and_every_documented_key_is_written(clock, memory, monkeypatch):
