@@ -6,7 +6,7 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.sweep.merging import merged, plan_merges
 from lemur_jax.sweep.runs import plan_runs
-from tests.sweep.test_runs import config_of
+from tests.helpers.sweeps import config_of
 
 
 def tree(seed):

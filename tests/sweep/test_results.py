@@ -15,7 +15,7 @@ from lemur_jax.sweep import pareto, results
 from lemur_jax.sweep.results import Results, Variant, read_results
 from lemur_jax.sweep.runs import plan_runs, run_directory
 from lemur_jax.telemetry.metrics import MetricsWriter
-from tests.sweep.test_runs import config_of
+from tests.helpers.sweeps import config_of
 
 
 def variant(name, code, text, merged=False):

@@ -6,17 +6,9 @@ import pytest
 
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import default_config, from_config_dict, load
-from lemur_jax.models.presets import preset
+from lemur_jax.config import load
 from lemur_jax.sweep.runs import plan_runs, run_config
-
-
-def config_of(tasks=("code", "text"), **shares):
-    config = default_config(preset("tiny").to_dict())
-    shares = shares or {"code": 10.0, "text": 1.0}
-    config.data.sources = {name: {"share": share, "packing": "concat"} for name, share in shares.items()}
-    config.eval.tasks = tasks
-    return from_config_dict(config)
+from tests.helpers.sweeps import config_of
 
 
 def shares_of(run):
