@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from lemur_jax.common.errors import UserError
 from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.linear import scale_axes
 from lemur_jax.models.llama import Params
+from lemur_jax.parallel.projection import scale_axes
 from lemur_jax.parallel.rules import spec
 
 WEIGHTS = ("float", "int8")

@@ -20,11 +20,9 @@ from jax.sharding import Mesh
 
 from lemur_jax.models.attention import attention
 from lemur_jax.models.config import ComputeConfig, LlamaConfig
-from lemur_jax.models.linear import Reduction, gathered, is_quantized, product, sharded_products, whole_stream
 from lemur_jax.models.remat import rematerialize
-from lemur_jax.models.rope import rotary_angles, rotate, rotate_by_matmul
-from lemur_jax.parallel import compiler_flags
-from lemur_jax.parallel.rules import constrain
+from lemur_jax.models.rope import rotary_angles, rotate
+from lemur_jax.parallel.projection import Projection
 
 Params = dict[str, Any]
 # (query [B,T,H,N], key [B,T,K,N], value [B,T,K,N], cache, layer index) -> ([B,T,H,N], cache)
@@ -33,16 +31,16 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple[jax.A
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How the model is computed; none of it changes the result beyond rounding.
+    """How the model is computed: affects speed and memory, not results (up to rounding).
 
     Attributes:
-      dtype: of activations and of matmul inputs ("float32", "bfloat16").
+      dtype: of activations and products ("float32", "bfloat16").
       remat: a name in `models.remat.POLICIES`.
-      reduce_dtype: of weight gradients on their way between devices; "": as `dtype`.
+      reduce_dtype: of weight gradients in transit between devices; "": `dtype`.
       attention: "auto" or a name in `models.attention.IMPLEMENTATIONS`.
       attention_blocks: as in `models.splash.block_sizes`.
       loss_chunk: positions whose logits exist at a time; 0: all at once.
-      mesh: where activations are sharded; None: wherever XLA puts them.
+      mesh: shards activations; None: no sharding.
     """
 
     dtype: str = "float32"
@@ -54,37 +52,9 @@ class Compute:
     mesh: Mesh | None = None
 
     @property
-    def on_tpu(self) -> bool:
-        """Whether the mesh is of TPU devices, real or described."""
-        return self.mesh is not None and self.mesh.devices.flat[0].platform == "tpu"
-
-    def recomputed(self, function: Callable) -> Callable:
-        """`function`, whose elementwise work the backward pass does again rather than keep; as it is on TPU.
-
-        Autodiff keeps several arrays for one norm or one SiLU; on CPU to write and read them takes longer. On TPU it is
-        the policy `remat` alone that says what is kept.
-        """
-        # prevent_cse=False: as in models/remat.py
-        return function if self.on_tpu else jax.checkpoint(function, prevent_cse=False)
-
-    @property
-    def reduction(self) -> Reduction | None:
-        """How weight gradients are reduced over `fsdp` and `data`; None: as autodiff and XLA do."""
-        if self.mesh is None:
-            return None
-        dtype = self.reduce_dtype or self.dtype
-        device = self.mesh.devices.flat[0]
-        exchange = self.mesh.shape["fsdp"] > 1 and compiler_flags.exchanges_gradients(device.device_kind)
-        written = exchange or dtype != self.dtype or device.platform != "tpu"
-        return Reduction(dtype, exchange) if written else None
-
-    @property
-    def head_reduction(self) -> Reduction | None:
-        """The same for the head, whose gradient is never exchanged: it is reduced once and not in every layer."""
-        found = self.reduction
-        if found is None or (found.exchange and found.dtype == self.dtype):
-            return None
-        return Reduction(found.dtype, exchange=False)
+    def project(self) -> Projection:
+        """The products with weights."""
+        return Projection(dtype=self.dtype, reduce_dtype=self.reduce_dtype, mesh=self.mesh)
 
     @classmethod
     def from_config(cls, options: ComputeConfig, mesh: Mesh | None) -> "Compute":
@@ -100,19 +70,22 @@ class Compute:
         )
 
 
+def _weight(config: LlamaConfig, rngs: nnx.Rngs, shape: tuple[int, ...], *axes: str) -> nnx.Param:
+    """A fresh weight; `axes` are its logical axes (`parallel/rules.py`)."""
+    return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape), axes=axes)
+
+
 class RMSNorm(nnx.Module):
-    """Zhang & Sennrich 2019: x / rms(x) · scale, statistics in float32."""
+    """x / rms(x) · scale, with statistics in float32 (Zhang & Sennrich 2019)."""
 
     def __init__(self, config: LlamaConfig, compute: Compute):
-        self.compute = compute
+        self.project = compute.project
         self.epsilon = config.rms_norm_eps
         self.scale = nnx.Param(jnp.ones((config.hidden_size,)), axes=("norm",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        out = self.compute.recomputed(self._normalize)(x)
-        # On TPU the norm would be computed again inside each matmul that reads it, tile by tile.
-        return jax.lax.optimization_barrier(out) if self.compute.on_tpu else out
+        return self.project.pointwise(self._normalize, x)
 
     def _normalize(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
@@ -120,97 +93,57 @@ class RMSNorm(nnx.Module):
         return (wide * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
 
 
-class Projections(nnx.Module):
-    """A module of matrices that are gathered from `fsdp` and cast just before use."""
-
-    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
-        self.compute = compute
-        self._initialize = functools.partial(_normal, rngs, config.initializer_range)
-
-    def weight(self, param: nnx.Param) -> jax.Array:
-        """The matrix in the compute dtype, whole along `fsdp`."""
-        return gathered(param.get_value(), param.axes, self.compute.mesh, self.compute.dtype)
-
-    def einsums(self, x: jax.Array, *products: tuple[str, nnx.Param]) -> tuple[jax.Array, ...]:
-        """The einsum of `x` and each matrix."""
-        equations, params = zip(*products, strict=True)
-        values, axes = tuple(param.get_value() for param in params), tuple(param.axes for param in params)
-        reduction = self.compute.reduction
-        if reduction and not any(map(is_quantized, values)):  # of integers there is no gradient
-            return sharded_products(equations, axes, self.compute.mesh, reduction, x, values)
-        return tuple(product(equation, x, self.weight(param)) for equation, param in products)
-
-    def einsum(self, equation: str, x: jax.Array, param: nnx.Param) -> jax.Array:
-        return self.einsums(x, (equation, param))[0]
-
-
-def _normal(rngs: nnx.Rngs, scale: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    return nnx.Param(scale * jax.random.normal(rngs.params(), shape), axes=axes)
-
-
-class Attention(Projections):
+class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
     def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
-        super().__init__(config, compute, rngs)
-        D, H, K, N = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.query = self._initialize((D, H, N), ("embed", "heads", "head_dim"))
-        self.key = self._initialize((D, K, N), ("embed", "kv_heads", "head_dim"))
-        self.value = self._initialize((D, K, N), ("embed", "kv_heads", "head_dim"))
-        self.out = self._initialize((H, N, D), ("heads", "head_dim", "embed"))
+        D, N = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.project = compute.project
+        self.query = _weight(config, rngs, (D, H, N), "embed", "heads", "head_dim")
+        self.key = _weight(config, rngs, (D, K, N), "embed", "kv_heads", "head_dim")
+        self.value = _weight(config, rngs, (D, K, N), "embed", "kv_heads", "head_dim")
+        self.out = _weight(config, rngs, (H, N, D), "heads", "head_dim", "embed")
 
     def __call__(self, x: jax.Array, angles, attend: Callable) -> tuple[jax.Array, Any]:
-        """[B, T, D] -> ([B, T, D], whatever cache `attend` returns)."""
-        mesh = self.compute.mesh
-        turn = rotate_by_matmul if self.compute.on_tpu else rotate
-        query, key, value = self.einsums(
+        """[B, T, D] -> ([B, T, D], the cache that `attend` returns)."""
+        query, key, value = self.project.read(
             x,
             ("BTD,DHN->BTHN", self.query),
             ("BTD,DKN->BTKN", self.key),
             ("BTD,DKN->BTKN", self.value),
         )
-        query, key = turn(query, angles), turn(key, angles)
-        query = constrain(query, mesh, "batch", "length", "heads", "head_dim")
-        key = constrain(key, mesh, "batch", "length", "kv_heads", "head_dim")
-        value = constrain(value, mesh, "batch", "length", "kv_heads", "head_dim")
+        query = self.project.shard(rotate(query, angles, self.project.mesh), "heads", "head_dim")
+        key = self.project.shard(rotate(key, angles, self.project.mesh), "kv_heads", "head_dim")
+        value = self.project.shard(value, "kv_heads", "head_dim")
         query = checkpoint_name(query, "query")
         key, value = checkpoint_name(key, "key_value"), checkpoint_name(value, "key_value")
         mixed, cache = attend(query, key, value)
-        return self.einsum("BTHN,HND->BTD", mixed, self.out), cache
+        return self.project.write("BTHN,HND->BTD", mixed, self.out), cache
 
 
-class MLP(Projections):
+class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
-        super().__init__(config, compute, rngs)
         D, F = config.hidden_size, config.intermediate_size
-        self.gate = self._initialize((D, F), ("embed", "mlp"))
-        self.up = self._initialize((D, F), ("embed", "mlp"))
-        self.down = self._initialize((F, D), ("mlp", "embed"))
+        self.project = compute.project
+        self.gate = _weight(config, rngs, (D, F), "embed", "mlp")
+        self.up = _weight(config, rngs, (D, F), "embed", "mlp")
+        self.down = _weight(config, rngs, (F, D), "mlp", "embed")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        gate, up = self.einsums(x, ("BTD,DF->BTF", self.gate), ("BTD,DF->BTF", self.up))
+        gate, up = self.project.read(x, ("BTD,DF->BTF", self.gate), ("BTD,DF->BTF", self.up))
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        return self.compute.recomputed(self._down)(gate, up)
-
-    def _down(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        hidden = jax.nn.silu(gate) * up
-        hidden = constrain(hidden, self.compute.mesh, "batch", "length", "mlp")
-        return self.einsum("BTF,FD->BTD", hidden, self.down)
+        hidden = self.project.pointwise(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+        return self.project.write("BTF,FD->BTD", self.project.shard(hidden, "mlp"), self.down)
 
 
 class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
-        self.compute = compute
         self.attention_norm = RMSNorm(config, compute)
         self.attention = Attention(config, compute, rngs)
         self.mlp_norm = RMSNorm(config, compute)
@@ -218,36 +151,37 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, angles, attend: Callable) -> tuple[jax.Array, Any]:
         """[B, T, D] -> ([B, T, D], cache)."""
-        mesh = self.compute.mesh
-        mixed, cache = self.attention(whole_stream(self.attention_norm(x), mesh), angles, attend)
-        x = x + constrain(mixed, mesh, "batch", "stream", "width")
-        x = checkpoint_name(x, "residual")
-        out = self.mlp(whole_stream(self.mlp_norm(x), mesh))
-        return x + constrain(out, mesh, "batch", "stream", "width"), cache
+        mixed, cache = self.attention(self.attention_norm(x), angles, attend)
+        h = checkpoint_name(x + mixed, "residual")
+        return h + self.mlp(self.mlp_norm(h)), cache
 
 
-class Embedding(Projections):
+class Embedding(nnx.Module):
     """Token embedding [V, D]; also the head of a tied model."""
 
     def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
-        super().__init__(config, compute, rngs)
-        self.embedding = self._initialize((config.vocab_size, config.hidden_size), ("vocab", "embed"))
+        self.project = compute.project
+        self.embedding = _weight(config, rngs, (config.vocab_size, config.hidden_size), "vocab", "embed")
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, T] -> [B, T, D]."""
-        # Cast after the lookup: what the lookup takes is what its gradient is reduced in.
-        dtype = self.compute.reduce_dtype or self.compute.dtype
-        table = gathered(self.embedding.get_value(), self.embedding.axes, self.compute.mesh, dtype)
-        x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute.dtype)
-        return constrain(x, self.compute.mesh, "batch", "stream", "width")
+        return self.project.embed(tokens, self.embedding)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[B, T, D] -> float32 [B, T, V]."""
+        return self.project.logits("BTD,VD->BTV", hidden, self.embedding)
 
 
-class Head(Projections):
+class Head(nnx.Module):
     """Output projection [D, V] of an untied model."""
 
     def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
-        super().__init__(config, compute, rngs)
-        self.kernel = self._initialize((config.hidden_size, config.vocab_size), ("embed", "vocab"))
+        self.project = compute.project
+        self.kernel = _weight(config, rngs, (config.hidden_size, config.vocab_size), "embed", "vocab")
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[B, T, D] -> float32 [B, T, V]."""
+        return self.project.logits("BTD,DV->BTV", hidden, self.kernel)
 
 
 class Llama(nnx.Module):
@@ -257,8 +191,8 @@ class Llama(nnx.Module):
         self.config = config
         self.compute = compute
         self.embed = Embedding(config, compute, rngs)
-        make = nnx.vmap(lambda rngs: Block(config, compute, rngs), in_axes=0, out_axes=0)
-        self.layers = make(rngs.split(config.num_hidden_layers))
+        make_layers = nnx.vmap(lambda rngs: Block(config, compute, rngs), in_axes=0, out_axes=0)
+        self.layers = make_layers(rngs.split(config.num_hidden_layers))
         self.final_norm = RMSNorm(config, compute)
         if not config.tie_word_embeddings:
             self.head = Head(config, compute, rngs)
@@ -280,38 +214,20 @@ class Llama(nnx.Module):
         angles = rotary_angles(self.config, positions)
         graph, stacked = nnx.split(self.layers)
 
-        def body(carry, layer):
+        def layer(carry, params):
             x, cache, index = carry
-            block = nnx.merge(graph, layer)
+            block = nnx.merge(graph, params)
             x = checkpoint_name(x, "layer_in")
             x, cache = block(x, angles, lambda q, k, v: attend(q, k, v, cache, index))
             return (x, cache, index + 1), None
 
-        body = rematerialize(body, self.compute.remat)
-        (x, cache, _), _ = jax.lax.scan(body, (x, cache, jnp.int32(0)), stacked)
-        return whole_stream(self.final_norm(x), self.compute.mesh), cache
+        layer = rematerialize(layer, self.compute.remat)
+        (x, cache, _), _ = jax.lax.scan(layer, (x, cache, jnp.int32(0)), stacked)
+        return self.compute.project.gather(self.final_norm(x)), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, V]."""
-        if self.config.tie_word_embeddings:
-            module: Embedding | Head = self.embed
-            param, equation = self.embed.embedding, "BTD,VD->BTV"
-        else:
-            module = self.head
-            param, equation = self.head.kernel, "BTD,DV->BTV"
-        if reduction := self.compute.head_reduction:
-            (out,) = sharded_products(
-                (equation,),
-                (param.axes,),
-                self.compute.mesh,
-                reduction,
-                hidden,
-                (param.get_value(),),
-                "float32",
-            )
-        else:
-            out = product(equation, hidden, module.weight(param), "float32")
-        return constrain(out, self.compute.mesh, "batch", "length", "vocab")
+        return (self.embed if self.config.tie_word_embeddings else self.head).logits(hidden)
 
     def packed(self, segment_ids: jax.Array) -> Attend:
         """Attention for training: causal inside each segment of int32 [B, T], no cache."""

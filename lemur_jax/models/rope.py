@@ -8,8 +8,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lemur_jax.models.config import LlamaConfig
+from lemur_jax.parallel.mesh import platform
+from lemur_jax.parallel.projection import einsum
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -46,32 +49,28 @@ def rotary_angles(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array,
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], mesh: Mesh | None = None) -> jax.Array:
     """Rotates [B, T, H, N] by the angles, in float32; returns x's dtype.
 
-    Channel i is paired with i + N/2, Hugging Face's convention.
+    Channel i is paired with channel i + N/2, as in Hugging Face's models.
     """
+    if mesh is not None and platform(mesh) == "tpu":
+        return rotate_by_matmul(x, angles)
     cos, sin = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def rotate_by_matmul(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The same as `rotate`, with the halves swapped by a matrix of 0, 1 and -1.
+    """`rotate` for TPU: the halves are swapped by a matrix of 0, 1 and -1.
 
-    On TPU, cutting the 128 lanes of a head in halves costs several passes over memory; this is one pass, and
-    exact: every sum has one term that is not 0.
+    Splitting the 128 lanes of a head costs several passes over memory; this is one pass, and exact: every sum has one
+    term that is not 0.
     """
     N = x.shape[-1]
     swap = np.zeros((N, N), np.float32)
     first, second = np.arange(N // 2), np.arange(N // 2, N)
     swap[second, first], swap[first, second] = -1, 1
     cos, sin = (jnp.concatenate([half, half], axis=-1) for half in angles)
-    swapped = jnp.einsum(
-        "BTHN,NM->BTHM",
-        x,
-        jnp.asarray(swap, x.dtype),
-        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
+    swapped = einsum("BTHN,NM->BTHM", x, jnp.asarray(swap, x.dtype), dtype="float32")
     return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)

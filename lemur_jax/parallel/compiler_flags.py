@@ -16,7 +16,7 @@ _ASYNC_GATHERS: Options = {"xla_enable_async_all_gather": True}
 # Fully sharded weights: gather them whole. Loops of small matmuls and permutes lose 1.7 x on a v4-32.
 _WHOLE_GATHERS: Options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 
-# models/linear.py reduces gradients by all-to-alls that run beside the computation. v5e has no such.
+# parallel/projection.py reduces gradients by all-to-alls that overlap with computation. v5e has none.
 _ASYNC_EXCHANGES = {"xla_tpu_enable_async_all_to_all": True}
 # v5e carries started reductions on inside the products that follow, if told so.
 _ASYNC_REDUCTIONS: Options = {

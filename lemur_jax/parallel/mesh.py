@@ -66,6 +66,11 @@ def make_mesh(sizes: MeshConfig | Mapping[str, int], devices: Sequence[jax.Devic
     return Mesh(np.concatenate(grids), AXES)
 
 
+def platform(mesh: Mesh | None) -> str:
+    """The platform of a mesh's devices, real or described ("cpu", "gpu", "tpu"); without a mesh, of the default device."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def parse_mesh(text: str) -> dict[str, int]:
     """`"fsdp=4,tensor=2"` as sizes of `AXES`; axes not named are 1, and `fsdp` is the rest.
 

@@ -28,15 +28,15 @@ RULES: dict[str, MeshAxes] = {
     # activations
     "batch": ("data", "fsdp"),
     "length": "sequence",
-    # Between the products of a layer, where a position needs no other: norms are computed once and not `tensor` times.
-    "stream": ("sequence", "tensor"),
+    # The residual stream between products: norms are computed once, not `tensor` times.
+    "residual_length": ("sequence", "tensor"),
     "keys": None,  # key positions: every query sees all of them
     "width": None,
 }
 
 # What an axis is taken for where the mesh does not divide it: vocabularies such as 32,005 are divisible by nothing, and
 # in decoding there is one position.
-IF_UNEVEN = {"vocab": "width", "stream": "length"}
+IF_UNEVEN = {"vocab": "width", "residual_length": "length"}
 
 
 def _ways(mesh: Mesh, axes: MeshAxes) -> int:

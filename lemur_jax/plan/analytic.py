@@ -171,7 +171,7 @@ def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, fl
         places["layer_in"] = "keep"
     size = jnp.dtype(config.compute.dtype).itemsize * model.num_hidden_layers
     cut = mesh.shape["tensor"]
-    stream = cut if "tensor" in spec(mesh, ("stream",), (config.data.sequence_length,))[0] else 1
+    stream = cut if "tensor" in spec(mesh, ("residual_length",), (config.data.sequence_length,))[0] else 1
     return [
         (name, size * elements[name] / (stream if name in ("layer_in", "residual") else cut))
         for name, place in places.items()

@@ -54,9 +54,9 @@ def test_odd_vocabulary_stays_whole():
     assert spec(mesh_of(1, 4, 1, 2), ("vocab", "embed"), (32_005, 64)) == PartitionSpec(None, "fsdp")
 
 
-def test_the_stream_is_cut_over_tensor_where_positions_allow():
+def test_residual_positions_are_cut_over_tensor_where_positions_allow():
     mesh = mesh_of(1, 2, 2, 2)
-    axes = ("batch", "stream", "width")
+    axes = ("batch", "residual_length", "width")
     assert spec(mesh, axes, (4, 8, 64)) == PartitionSpec(("data", "fsdp"), ("sequence", "tensor"), None)
     assert spec(mesh, axes, (4, 6, 64)) == PartitionSpec(("data", "fsdp"), "sequence", None)
     assert spec(mesh_of(2, 2, 1, 2), axes, (4, 1, 64))[1] in ("sequence", None)  # decoding

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lemur_jax.models.linear import Reduction, product, sharded_products, whole_stream
 from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.parallel.projection import Product, Reduction, einsum, gather_sequence, sharded_products
 from lemur_jax.parallel.rules import spec
 
 CASES = [
@@ -19,7 +19,7 @@ CASES = [
 
 
 def sharded_product(equation, axes, mesh, reduction, x, weight):
-    return sharded_products((equation,), (axes,), mesh, reduction, x, (weight,))[0]
+    return sharded_products((Product(equation, axes, mesh, reduction),), x, (weight,))[0]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_same_result_and_gradients_as_autodiff(equation, axes, weight_shape, x_s
     def loss(multiply):
         return lambda x, weight: jnp.sum(jnp.sin(multiply(x, weight)))
 
-    plain = jax.value_and_grad(loss(lambda x, w: product(equation, x, w)), argnums=(0, 1))(x, weight)
+    plain = jax.value_and_grad(loss(lambda x, w: einsum(equation, x, w)), argnums=(0, 1))(x, weight)
     reduction = Reduction("float32", exchange)
     placed = NamedSharding(mesh, spec(mesh, axes, weight_shape))
     batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
@@ -60,15 +60,18 @@ def test_products_of_one_input_and_the_stream_between_them(exchange):
     )
 
     def plain(x, first, second):
-        a, b = product(equations[0], x, first), product(equations[1], x, second)
+        a, b = einsum(equations[0], x, first), einsum(equations[1], x, second)
         return jnp.sum(jnp.sin(a)) + jnp.sum(jnp.cos(b))
 
     def ours(x, first, second):
         reduction = Reduction("float32", exchange)
-        a, b = sharded_products(equations, axes, mesh, reduction, whole_stream(x, mesh), (first, second))
+        products = tuple(
+            Product(equation, names, mesh, reduction) for equation, names in zip(equations, axes, strict=True)
+        )
+        a, b = sharded_products(products, gather_sequence(x, mesh), (first, second))
         return jnp.sum(jnp.sin(a)) + jnp.sum(jnp.cos(b))
 
-    stream = NamedSharding(mesh, spec(mesh, ("batch", "stream", "width"), x.shape))
+    stream = NamedSharding(mesh, spec(mesh, ("batch", "residual_length", "width"), x.shape))
     assert stream.shard_shape(x.shape) == (2, 2, 16)
     expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(x, first, second)
     found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(jax.device_put(x, stream), first, second)

@@ -1,0 +1,296 @@
+"""Products of activations with sharded weights, and the gradients of those weights.
+
+Axis legend: B batch, T position, D model, X devices of `data`, Y devices of `fsdp`; lower-case names in text are mesh axes.
+
+`Projection` is what the model's modules call: it gathers activations and weights before a product, shards the result,
+and holds everything that depends on the platform. The weight gradient of a product is written by hand because autodiff
+and XLA leave two things to chance:
+
+- The collective on TPU. XLA:TPU reduces the gradient of a weight over `fsdp` with a synchronous all-reduce of the whole
+  matrix and then discards all but one slice: 5 to 10% of a 70B step on a v4-512. In an *exchange* each device sends every
+  slice of its partial gradient to the device that owns the slice, which sums what it receives in float32. An exchange
+  moves more bytes, but the TPU overlaps it with computation, and bfloat16 is rounded once instead of at every hop.
+- The order of factors elsewhere. XLA:CPU copies the left factor of a product that sums over its rows, so the smaller
+  factor goes there (autodiff puts the gradient of the logits there). An optimization barrier keeps XLA from swapping the
+  factors back. Float32 gradients of logits are cast to the activations' dtype to stay on a GPU's fast path.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lemur_jax.parallel.compiler_flags import exchanges_gradients
+from lemur_jax.parallel.mesh import platform
+from lemur_jax.parallel.rules import constrain, spec
+
+
+class Reduction(NamedTuple):
+    """How the gradient of a weight is summed over devices.
+
+    Attributes:
+      dtype: of the partial gradients that travel.
+      exchange: by an all-to-all and a local float32 sum; False: by the collective that XLA chooses.
+    """
+
+    dtype: str
+    exchange: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Projection:
+    """Multiplies activations with the weights of a model on a mesh.
+
+    A weight is an `nnx.Param` with its logical axes (`parallel/rules.py`) in `axes`. Between the products of a layer the
+    residual stream [B, T, D] is sharded by positions over `tensor` too (sequence parallelism, Korthikanti et al. 2022).
+
+    Attributes:
+      dtype: of activations and products.
+      reduce_dtype: of weight gradients in transit; "": `dtype`.
+      mesh: the device mesh; None: no sharding.
+    """
+
+    dtype: str = "float32"
+    reduce_dtype: str = ""
+    mesh: Mesh | None = None
+
+    def read(self, x: jax.Array, *products: tuple[str, nnx.Param]) -> tuple[jax.Array, ...]:
+        """Products of the residual stream with weights.
+
+        Weights that read the same `x` belong in one call: their contributions to the gradient of `x` are then summed on
+        each device before they travel.
+
+        Args:
+          x: [B, T, D].
+          products: (einsum, weight) pairs, e.g. ("BTD,DF->BTF", gate).
+        """
+        return self._products(self.gather(x), products, self._reduction())
+
+    def write(self, equation: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
+        """A product whose result [B, T, D] is added to the residual stream."""
+        (y,) = self._products(x, [(equation, weight)], self._reduction())
+        return constrain(y, self.mesh, "batch", "residual_length", "width")
+
+    def embed(self, tokens: jax.Array, table: nnx.Param) -> jax.Array:
+        """Rows of a table [V, D] for int32 tokens [B, T]: the residual stream [B, T, D]."""
+        # Cast after the lookup: the gradient is reduced in the dtype that the lookup reads.
+        rows = gather_weight(table.get_value(), table.axes, self.mesh, self.reduce_dtype or self.dtype)
+        x = jnp.take(rows, tokens, axis=0, mode="clip").astype(self.dtype)
+        return constrain(x, self.mesh, "batch", "residual_length", "width")
+
+    def logits(self, equation: str, hidden: jax.Array, head: nnx.Param) -> jax.Array:
+        """The product with the head, in float32: [B, T, D] -> [B, T, V].
+
+        Its gradient is never exchanged, because it is reduced once a step and not once a layer.
+        """
+        reduction = self._reduction(exchange=False)
+        (y,) = self._products(hidden, [(equation, head)], reduction, "float32")
+        return self.shard(y, "vocab")
+
+    def shard(self, x: jax.Array, *axes: str) -> jax.Array:
+        """Places [B, T, ...], whose dimensions after B and T have these logical axes."""
+        return constrain(x, self.mesh, "batch", "length", *axes)
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """The residual stream [B, T, D] with its positions gathered over `tensor`, for products that read all of them."""
+        if self.on_tpu:  # Otherwise XLA:TPU computes the norm again inside each product, tile by tile.
+            x = jax.lax.optimization_barrier(x)
+        return gather_sequence(x, self.mesh)
+
+    def pointwise(self, function: Callable, *arrays: jax.Array) -> jax.Array:
+        """An elementwise function or a norm.
+
+        Off TPU the backward pass computes it again: autodiff keeps several arrays for one norm or one SiLU, and a CPU
+        takes longer to write and read them. On TPU the rematerialization policy alone decides.
+        """
+        # prevent_cse=False: as in models/remat.py
+        return (function if self.on_tpu else jax.checkpoint(function, prevent_cse=False))(*arrays)
+
+    @property
+    def on_tpu(self) -> bool:
+        return self.mesh is not None and platform(self.mesh) == "tpu"
+
+    def _reduction(self, exchange: bool = True) -> Reduction | None:
+        """How weight gradients are reduced; None: as autodiff and XLA do."""
+        if self.mesh is None:
+            return None
+        dtype = self.reduce_dtype or self.dtype
+        kind = self.mesh.devices.flat[0].device_kind
+        exchange = exchange and self.mesh.shape["fsdp"] > 1 and exchanges_gradients(kind)
+        by_hand = exchange or dtype != self.dtype or not self.on_tpu
+        return Reduction(dtype, exchange) if by_hand else None
+
+    def _products(self, x, products, reduction: Reduction | None, dtype: str | None = None):
+        each = tuple(
+            Product(equation, tuple(weight.axes), self.mesh, reduction, dtype)
+            for equation, weight in products
+        )
+        weights = tuple(weight.get_value() for _, weight in products)
+        if reduction is None or any(map(is_quantized, weights)):  # integers have no gradient
+            return tuple(product(x, weight) for product, weight in zip(each, weights, strict=True))
+        return sharded_products(each, x, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_sequence(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Activations [B, T, D] with positions gathered over `tensor`; their gradient is sharded over it again.
+
+    So the parts of the gradient that the products leave on each device are reduced by a reduce-scatter.
+    """
+    return constrain(x, mesh, "batch", "length", "width")
+
+
+gather_sequence.defvjp(
+    lambda x, mesh: (constrain(x, mesh, "batch", "length", "width"), None),
+    lambda mesh, _, upstream: (constrain(upstream, mesh, "batch", "residual_length", "width"),),
+)
+
+
+def is_quantized(weight: Any) -> bool:
+    """Whether this is a `qwix.QArray` (integers and scales) and not an array; does not import qwix."""
+    return hasattr(weight, "qvalue")
+
+
+def gather_weight(weight: Any, axes: tuple[str, ...], mesh: Mesh | None, dtype) -> jax.Array:
+    """The weight in `dtype`, gathered over `fsdp`.
+
+    The cast comes first, so that half the bytes travel; the constraint makes the partitioner gather weights instead of
+    reducing activations. Of a `qwix.QArray` (`infer/quantize.py`) the integers travel.
+    """
+    whole = tuple("width" if axis == "embed" else axis for axis in axes)
+    if not is_quantized(weight):
+        return constrain(weight.astype(dtype), mesh, *whole)
+    import qwix
+
+    placed = jax.tree.map(lambda part: constrain(part, mesh, *scale_axes(whole, part.shape)), weight)
+    return qwix.dequantize(placed.astype(dtype))
+
+
+def scale_axes(axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The logical axes of a quantized matrix as those of its scales, which have size 1 along summed axes."""
+    return tuple("width" if size == 1 else axis for axis, size in zip(axes, shape, strict=True))
+
+
+def einsum(equation: str, *factors: jax.Array, dtype: str | None = None) -> jax.Array:
+    """An einsum in its inputs' dtype, or in `dtype`; accelerators do not round float32 inputs to bfloat16."""
+    precision = jax.lax.Precision.HIGHEST if factors[0].dtype == jnp.float32 else None
+    return jnp.einsum(equation, *factors, precision=precision, preferred_element_type=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """An einsum of activations with a weight, and its gradients.
+
+    Attributes:
+      equation: with the batch B first in the activations and in the result, e.g. "BTD,DF->BTF".
+      axes: logical axes of the weight, one of them "embed".
+      mesh: the device mesh; its `data` × `fsdp` must divide B.
+      reduction: of the weight's gradient; None: not needed.
+      dtype: of the result; None: that of the activations.
+    """
+
+    equation: str
+    axes: tuple[str, ...]
+    mesh: Mesh | None
+    reduction: Reduction | None
+    dtype: str | None = None
+
+    def __call__(self, x: jax.Array, weight: Any) -> jax.Array:
+        return einsum(
+            self.equation, x, gather_weight(weight, self.axes, self.mesh, x.dtype), dtype=self.dtype
+        )
+
+    def _letters(self) -> tuple[str, str, str]:
+        """The einsum's letters for activations, weight and result."""
+        inputs, result = self.equation.split("->")
+        left, right = inputs.split(",")
+        return left, right, result
+
+    def input_gradient(self, upstream: jax.Array, weight: jax.Array) -> jax.Array:
+        """The gradient of the activations; the weight is gathered again instead of kept."""
+        left, right, result = self._letters()
+        return einsum(
+            f"{result},{right}->{left}",
+            upstream,
+            gather_weight(weight, self.axes, self.mesh, upstream.dtype),
+        )
+
+    def weight_gradient(self, x: jax.Array, upstream: jax.Array, weight: jax.Array) -> jax.Array:
+        """The gradient of the weight, sharded like the weight."""
+        assert self.mesh is not None and self.reduction is not None
+        placed = spec(self.mesh, self.axes, weight.shape)
+        reduce = self._exchange if self.reduction.exchange else self._reduce
+        return self._place(reduce(x, upstream, placed).astype(weight.dtype), *placed)
+
+    def _reduce(self, x: jax.Array, upstream: jax.Array, placed: PartitionSpec) -> jax.Array:
+        left, right, result = self._letters()
+        factors = sorted([(x, left), (upstream, result)], key=lambda factor: factor[0].size)
+        (small, first), (large, second) = factors
+        made = right
+        if platform(self.mesh) == "cpu":
+            made = "".join(sorted(right, key=lambda axis: axis in second))
+        gradient = einsum(f"{first},{second}->{made}", small, large, dtype=self.reduction.dtype)
+        if made != right:
+            gradient = jnp.einsum(f"{made}->{right}", jax.lax.optimization_barrier(gradient))
+        return self._place(gradient, *placed)
+
+    def _exchange(self, x: jax.Array, upstream: jax.Array, placed: PartitionSpec) -> jax.Array:
+        left, right, result = self._letters()
+
+        def by_device(array):  # [B, ...] -> [X, Y, B / XY, ...]
+            return array.reshape(self.mesh.shape["data"], self.mesh.shape["fsdp"], -1, *array.shape[1:])
+
+        equation = f"XY{left},XY{result}->XY{right}"
+        own = einsum(equation, by_device(x), by_device(upstream), dtype=self.reduction.dtype)
+        whole = (None if axis == "embed" else where for axis, where in zip(self.axes, placed, strict=True))
+        own = self._place(own, "data", "fsdp", *whole)
+        return _sum_parts(self._place(own, "data", None, *placed))
+
+    def _place(self, array: jax.Array, *entries) -> jax.Array:
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*entries)))
+
+
+def _sum_parts(parts: jax.Array) -> jax.Array:
+    """The float32 sum over the two leading axes, as a product with ones.
+
+    The matrix units sum at memory speed, a plain reduction at a quarter of it. There are eight rows of ones because XLA
+    turns a product with one row back into a reduction.
+    """
+    ones = jnp.ones((8, *parts.shape[:2]), parts.dtype)
+    return einsum("SXY,XY...->S...", ones, parts, dtype="float32")[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sharded_products(
+    products: tuple[Product, ...], x: jax.Array, weights: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    """Products of the same activations with several weights, whose gradients are reduced as their `reduction` says."""
+    return tuple(product(x, weight) for product, weight in zip(products, weights, strict=True))
+
+
+def _forward(products, x, weights):
+    # Not `sharded_products` itself: a policy that keeps products (`dots`) does not see into a custom_vjp function.
+    return tuple(product(x, weight) for product, weight in zip(products, weights, strict=True)), (x, weights)
+
+
+def _backward(products, saved, upstream):
+    x, weights = saved
+    back, gradients = None, []
+    for product, weight, above in zip(products, weights, upstream, strict=True):
+        above = above.astype(x.dtype)
+        part = product.input_gradient(above, weight)
+        back = part if back is None else back + part
+        gradients.append(product.weight_gradient(x, above, weight))
+    if products[0].reduction.exchange:
+        # The barrier makes both results available together, so the scheduler overlaps the exchange with the product
+        # `back`. Without it, all exchanges of a layer start at the layer's end, where too little work is left.
+        back, gradients = jax.lax.optimization_barrier((back, gradients))
+    return back, tuple(gradients)
+
+
+sharded_products.defvjp(_forward, _backward)
