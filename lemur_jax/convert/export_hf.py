@@ -26,7 +26,7 @@ from lemur_jax.convert.verify import compare_logits, compare_tensors
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.text.chat_template import CHATML_TEMPLATE, stop_ids
-from lemur_jax.text.tokenizer import FILE_NAMES, Tokenizer
+from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 
 # The files of an export.
 _WRITTEN = {*FILE_NAMES, INDEX, "README.md", "config.json", "generation_config.json", "model.safetensors"}
@@ -96,7 +96,7 @@ def export_hf(
     where = f"checkpoint {ckpt_dir}, step {metadata['step']}"
     _check_params(stored, arrays, where)
     files = tokenizer_files(metadata)
-    if unknown := sorted(files.keys() - set(FILE_NAMES)):
+    if unknown := sorted(files.keys() - {*FILE_NAMES, GENERATION_CONFIG}):
         raise UserError(
             f"{ckpt_dir}: {unknown[0]!r} among the tokenizer's files is none that a tokenizer has"
         )

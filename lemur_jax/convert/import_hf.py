@@ -1,5 +1,6 @@
 """Hugging Face directory -> our checkpoint."""
 
+import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,19 +15,29 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.convert import layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
-from lemur_jax.convert.hf_config import read_config
+from lemur_jax.convert.hf_config import read_config, read_json
 from lemur_jax.convert.hf_weights import Tensor, check_weights, open_weights
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
 from lemur_jax.models.config import LlamaConfig
-from lemur_jax.text.tokenizer import read_files
+from lemur_jax.text.tokenizer import GENERATION_CONFIG, read_files
 
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
 def hf_tokenizer_files(hf_dir: epath.PathLike) -> dict[str, bytes]:
-    """The tokenizer's files of a directory by name; empty where it has none."""
-    found = any((epath.Path(hf_dir) / name).exists() for name in _TOKENIZERS)
-    return read_files(hf_dir) if found else {}
+    """The tokenizer's files of a directory by name, and its `generation_config.json`; empty without a tokenizer.
+
+    Without that file, `config.json` says which ids end an answer, as for transformers.
+    """
+    directory = epath.Path(hf_dir)
+    if not any((directory / name).exists() for name in _TOKENIZERS):
+        return {}
+    files = read_files(hf_dir)
+    config = directory / "config.json"
+    if GENERATION_CONFIG not in files and config.exists():
+        if (stop := read_json(config).get("eos_token_id")) is not None:
+            files[GENERATION_CONFIG] = json.dumps({"eos_token_id": stop}).encode()
+    return files
 
 
 def load_hf_params(

@@ -67,7 +67,7 @@ def make_mesh(sizes: MeshConfig | Mapping[str, int], devices: Sequence[jax.Devic
 
 
 def platform(mesh: Mesh | None) -> str:
-    """The platform of a mesh's devices, real or described ("cpu", "gpu", "tpu"); without a mesh, of the default device."""
+    """The platform of a mesh's devices, real or described, e.g. "tpu"; without a mesh, of the default device."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 

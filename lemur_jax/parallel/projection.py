@@ -1,18 +1,17 @@
 """Products of activations with sharded weights, and the gradients of those weights.
 
-Axis legend: B batch, T position, D model, X devices of `data`, Y devices of `fsdp`; lower-case names in text are mesh axes.
+Axis legend: B batch, T position, D model, F mlp, V vocabulary, X devices of `data`, Y devices of `fsdp`.
 
-`Projection` is what the model's modules call: it gathers activations and weights before a product, shards the result,
-and holds everything that depends on the platform. The weight gradient of a product is written by hand because autodiff
-and XLA leave two things to chance:
+The model's modules call `Projection`: it gathers activations and weights before a product, shards the result, and
+contains everything that depends on the platform. The gradient of a weight is written by hand for two reasons:
 
-- The collective on TPU. XLA:TPU reduces the gradient of a weight over `fsdp` with a synchronous all-reduce of the whole
-  matrix and then discards all but one slice: 5 to 10% of a 70B step on a v4-512. In an *exchange* each device sends every
-  slice of its partial gradient to the device that owns the slice, which sums what it receives in float32. An exchange
-  moves more bytes, but the TPU overlaps it with computation, and bfloat16 is rounded once instead of at every hop.
+- The collective on TPU. XLA:TPU reduces the gradient of a weight over `fsdp` by a synchronous all-reduce of the whole
+  matrix and then discards all but one slice: 5 to 10% of a 70B step on a v4-512. In an *exchange* each device sends
+  every slice of its partial gradient to the device that owns the slice, which sums what it receives in float32. An
+  exchange moves more bytes, but it overlaps with computation, and bfloat16 is rounded once instead of at every hop.
 - The order of factors elsewhere. XLA:CPU copies the left factor of a product that sums over its rows, so the smaller
-  factor goes there (autodiff puts the gradient of the logits there). An optimization barrier keeps XLA from swapping the
-  factors back. Float32 gradients of logits are cast to the activations' dtype to stay on a GPU's fast path.
+  factor goes there (autodiff puts the gradient of the logits there); a barrier keeps XLA from swapping them back.
+  Float32 gradients of logits are cast to the activations' dtype to stay on a GPU's fast path.
 """
 
 import dataclasses
@@ -46,8 +45,8 @@ class Reduction(NamedTuple):
 class Projection:
     """Multiplies activations with the weights of a model on a mesh.
 
-    A weight is an `nnx.Param` with its logical axes (`parallel/rules.py`) in `axes`. Between the products of a layer the
-    residual stream [B, T, D] is sharded by positions over `tensor` too (sequence parallelism, Korthikanti et al. 2022).
+    A weight is an `nnx.Param` with its logical axes (`parallel/rules.py`) in `axes`. Between products the residual
+    stream [B, T, D] is sharded by positions over `tensor` too (sequence parallelism, Korthikanti et al. 2022).
 
     Attributes:
       dtype: of activations and products.
@@ -97,7 +96,7 @@ class Projection:
         return constrain(x, self.mesh, "batch", "length", *axes)
 
     def gather(self, x: jax.Array) -> jax.Array:
-        """The residual stream [B, T, D] with its positions gathered over `tensor`, for products that read all of them."""
+        """The residual stream [B, T, D] with positions gathered over `tensor`, for products that read them all."""
         if self.on_tpu:  # Otherwise XLA:TPU computes the norm again inside each product, tile by tile.
             x = jax.lax.optimization_barrier(x)
         return gather_sequence(x, self.mesh)
@@ -222,7 +221,8 @@ class Product:
 
     def weight_gradient(self, x: jax.Array, upstream: jax.Array, weight: jax.Array) -> jax.Array:
         """The gradient of the weight, sharded like the weight."""
-        assert self.mesh is not None and self.reduction is not None
+        assert self.mesh is not None
+        assert self.reduction is not None
         placed = spec(self.mesh, self.axes, weight.shape)
         reduce = self._exchange if self.reduction.exchange else self._reduce
         return self._place(reduce(x, upstream, placed).astype(weight.dtype), *placed)

@@ -61,13 +61,12 @@ class Piece:
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids after which an answer is over, for our generation and in what is exported: turn ends, then eos.
+    """Ids that end an answer, in generation and in exports: turn ends, eos, and those of `generation_config.json`.
 
-    A model that has a turn's end stops there, not only at the end of the text, which chat tuning never
-    supervises.
+    Turn ends count whether or not that file names them: chat tuning never supervises the end of the text.
     """
     ends = [tokenizer.control_tokens[name] for name in TURN_ENDS if name in tokenizer.control_tokens]
-    return tuple(dict.fromkeys([*ends, tokenizer.eos_id]))
+    return tuple(dict.fromkeys([*ends, tokenizer.eos_id, *tokenizer.generation_stop_ids]))
 
 
 def encode_chat(

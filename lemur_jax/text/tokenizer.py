@@ -26,7 +26,9 @@ FILE_NAMES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-
+# Not the tokenizer's own, but its `eos_token_id` names ids of this vocabulary that end an answer, so it goes where the
+# tokenizer goes.
+GENERATION_CONFIG = "generation_config.json"
 
 Span = tuple[int, int]
 T = TypeVar("T")
@@ -59,6 +61,7 @@ class Tokenizer:
       unk_id, pad_id: ids, or None.
       added_tokens: control tokens that are not in the model file, to their ids.
       control_tokens: these and the model's own (`<s>`, ...).
+      generation_stop_ids: the ids of `eos_token_id` in `generation_config.json`; () without one.
       digest: sha256 (hex) of the model file, whatever tokens are added to it.
       chat_template: Jinja source, or None.
     """
@@ -85,6 +88,9 @@ class Tokenizer:
         self.eos_id = self._required_id("eos")
         self.unk_id = self._special_id("unk")
         self.pad_id = self._special_id("pad")
+        self.generation_stop_ids: tuple[int, ...] = (
+            _opened(_generation_stop_ids, files, GENERATION_CONFIG, name) if GENERATION_CONFIG in files else ()
+        )
         self.chat_template: str | None = (
             _opened(bytes.decode, files, "chat_template.jinja", name)
             if "chat_template.jinja" in files
@@ -200,14 +206,15 @@ def compatible(tokenizer: Tokenizer, digest: str, added_tokens: Mapping[str, int
 
 
 def read_files(path: epath.PathLike) -> dict[str, bytes]:
-    """The tokenizer files that exist in a directory.
+    """The tokenizer files that exist in a directory, and its `generation_config.json`.
 
     Raises:
       UserError: it cannot be reached, or a file cannot be read.
     """
     directory = epath.Path(path)
     try:
-        return {name: (directory / name).read_bytes() for name in FILE_NAMES if (directory / name).exists()}
+        names = (*FILE_NAMES, GENERATION_CONFIG)
+        return {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
     except Exception as error:  # of gs:// they come in many classes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read the tokenizer directory {path}: {reason[:300]}") from error
@@ -235,6 +242,14 @@ def _json_object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
+
+
+def _generation_stop_ids(data: bytes) -> tuple[int, ...]:
+    found = _json_object(data).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):
+        raise ValueError(f"eos_token_id is {found!r}, not an id or a list of ids")
+    return tuple(ids)
 
 
 def _added_in(file: str, data: bytes) -> list[tuple[str, int]]:

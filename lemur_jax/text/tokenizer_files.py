@@ -13,7 +13,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import CHATML_TEMPLATE, CHATML_TOKENS
-from lemur_jax.text.tokenizer import FILE_NAMES, Tokenizer
+from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 
 
 def train_sentencepiece(texts: Iterable[str], path: epath.PathLike, vocab_size: int) -> Tokenizer:
@@ -111,13 +111,16 @@ def revise(
     if old is not None and any(token in old for token in dropped):
         old = None
     files = tokenizer.files()
-    return make_files(
+    made = make_files(
         files.get("tokenizer.model"),
         tokenizer_json=None if "tokenizer.model" in files else _without(files["tokenizer.json"], dropped),
         added_tokens=kept | {token: size + index for index, token in enumerate(new)},
         chat_template=chat_template or old,
         config=_config_without(tokenizer.config, dropped),
     )
+    if stops := [index for index in tokenizer.generation_stop_ids if index < keep]:
+        made[GENERATION_CONFIG] = _dump({"eos_token_id": stops})
+    return made
 
 
 def _without(tokenizer_json: bytes, dropped: Collection[str]) -> bytes:
@@ -220,6 +223,8 @@ def _replace_files(directory: epath.Path, files: Mapping[str, bytes]) -> None:
             (directory / name).write_bytes(content)
         elif (directory / name).exists():
             (directory / name).unlink()
+    if GENERATION_CONFIG in files:
+        (directory / GENERATION_CONFIG).write_bytes(files[GENERATION_CONFIG])
 
 
 def _convert(model: bytes) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -6,7 +8,7 @@ from transformers import AutoTokenizer
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat, render, stop_ids
 from lemur_jax.text.tokenizer import Tokenizer
-from lemur_jax.text.tokenizer_files import extend
+from lemur_jax.text.tokenizer_files import extend, revise
 
 CONVERSATIONS = {
     "ordinary": [
@@ -184,3 +186,23 @@ def test_a_conversation_without_supervision_is_refused(chat_tokenizer):
 def test_malformed_messages_are_refused(chat_tokenizer, messages):
     with pytest.raises(UserError, match="conversation c-2"):
         encode_chat(chat_tokenizer, messages, name="c-2")
+
+
+def with_generation_config(chat_dir, eos):
+    files = Tokenizer.load(chat_dir).files()
+    return Tokenizer.from_files({**files, "generation_config.json": json.dumps({"eos_token_id": eos}).encode()})
+
+
+@pytest.mark.parametrize(("eos", "added"), [([2, 7, 9], (7, 9)), (11, (11,)), (None, ()), ([], ())])
+def test_ids_of_generation_config_end_an_answer(chat_dir, eos, added):
+    tokenizer = with_generation_config(chat_dir, eos)
+    expected = (*stop_ids(Tokenizer.load(chat_dir)), *added)
+    assert stop_ids(tokenizer) == expected
+    assert stop_ids(Tokenizer.from_files(tokenizer.files())) == expected
+    assert set(added) <= set(stop_ids(Tokenizer.from_files(revise(tokenizer, add=["<new>"]))))
+
+
+@pytest.mark.parametrize("eos", ["2", [True], [-1], {"a": 1}])
+def test_stop_ids_that_are_no_ids_are_refused(chat_dir, eos):
+    with pytest.raises(UserError, match=r"generation_config.json .*eos_token_id is"):
+        with_generation_config(chat_dir, eos)
