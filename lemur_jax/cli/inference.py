@@ -58,7 +58,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _generate(args) -> None:
-    with open_session(args) as session:
+    with open_session(args, lambda tokenizer: _sampling(args)) as session:
         from lemur_jax.cluster import hosts
         from lemur_jax.infer.generate import generate
         from lemur_jax.infer.text import continuation
@@ -104,6 +104,7 @@ def _chat(args) -> None:
         if not args.prompt:
             _one_host_alone("a conversation cannot be typed into several hosts: give --prompt")
         chat_template(tokenizer)
+        _sampling(args)
 
     with open_session(args, check) as session:
         from lemur_jax.cluster import hosts
@@ -148,7 +149,7 @@ def _smoke(args) -> None:
         from lemur_jax.cluster import hosts
         from lemur_jax.infer.smoke import smoke
 
-        found = smoke(session, args.hf, stored, print if hosts.is_primary() else lambda line: None)
+        found = smoke(session, args.hf, stored)
         if args.write_reference is not None and hosts.is_primary():
             reference.write(args.write_reference, found)
             print(f"reference written to {args.write_reference}")

@@ -35,8 +35,8 @@ def hf_tokenizer_files(hf_dir: epath.PathLike) -> dict[str, bytes]:
     files = read_files(hf_dir)
     config = directory / "config.json"
     if GENERATION_CONFIG not in files and config.exists():
-        if (stop := read_json(config).get("eos_token_id")) is not None:
-            files[GENERATION_CONFIG] = json.dumps({"eos_token_id": stop}).encode()
+        stop = read_json(config).get("eos_token_id")
+        files[GENERATION_CONFIG] = json.dumps({"eos_token_id": stop}).encode()
     return files
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from lemur_jax.cluster import hosts
 from lemur_jax.common.errors import UserError
-from lemur_jax.infer.generate import bucket, stream
+from lemur_jax.infer.batching import bucket
+from lemur_jax.infer.generate import stream
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.score import BATCH_TOKENS, score
 from lemur_jax.infer.session import Session, load

@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from lemur_jax.infer.generate import bucket, stream
+from lemur_jax.infer.batching import bucket
+from lemur_jax.infer.generate import Completion, join, stream
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 from lemur_jax.infer.text import continuation
@@ -11,23 +12,6 @@ from lemur_jax.text.chat_template import stop_ids
 
 # Tokens of a batch, padding and room for generation included.
 BATCH_TOKENS = 8192
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Text:
-    """What followed a prompt.
-
-    Attributes:
-      text: up to the first stop string, without it.
-      tokens: ids whose text it is, up to the one that completes the stop string, without a stop id.
-      logprobs: of these, in nats.
-      finish_reason: "stop" (a stop id or string) or "length".
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: str
 
 
 def complete(
@@ -39,70 +23,58 @@ def complete(
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
     batch_tokens: int = BATCH_TOKENS,
-) -> list[Text]:
+) -> list[Completion]:
     """Continues every prompt until a stop id, a stop string or `max_new_tokens`.
 
     Prompts too long for the model lose their beginning.
 
     Args:
       prompts: ids, none of them empty.
-      stops: strings that end an answer.
+      stops: strings that end an answer; `text` ends before the first, `tokens` with the one that completes it.
       seeds: one for each prompt; default its index.
 
     Raises:
       UserError: there is no tokenizer, or `max_new_tokens` leave no room for a prompt.
     """
     room = max(1, session.model.max_position_embeddings - max_new_tokens)
+    prompts = [prompt[-room:] for prompt in prompts]
     seeds = list(range(len(prompts)) if seeds is None else seeds)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    found: dict[int, Text] = {}
+    found: dict[int, Completion] = {}
     while order:
-        length = bucket(min(room, len(prompts[order[0]]))) + max_new_tokens
-        size = max(1, batch_tokens // length)
+        size = max(1, batch_tokens // (bucket(len(prompts[order[0]])) + max_new_tokens))
         batch, order = order[:size], order[size:]
-        texts = _batch(
+        pieces = stream(
             session,
-            [prompts[index][-room:] for index in batch],
-            max_new_tokens,
-            [stop for stop in stops if stop],
-            sampling,
-            [seeds[index] for index in batch],
+            [prompts[index] for index in batch],
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids(session.need_tokenizer()),
+            sampling=sampling,
+            seeds=[seeds[index] for index in batch],
+            chunk=32,
         )
+        texts = _until_stops(session, [prompts[index] for index in batch], pieces, list(filter(None, stops)))
         found |= dict(zip(batch, texts, strict=True))
     return [found[index] for index in range(len(prompts))]
 
 
-def _batch(session: Session, prompts, max_new_tokens: int, stops: list[str], sampling, seeds) -> list[Text]:
-    tokenizer = session.need_tokenizer()
-    done: dict[int, Text] = {}
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    pieces = stream(
-        session,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids(tokenizer),
-        sampling=sampling,
-        seeds=seeds,
-        chunk=32,
-    )
+def _until_stops(session: Session, prompts, pieces, stops: Sequence[str]) -> list[Completion]:
+    """A batch's stream as completions with text. Its devices stop when every row has ended."""
+    done: dict[int, Completion] = {}
+    parts: list[list[Completion]] = [[] for _ in prompts]
     for piece in pieces:
         for row, part in enumerate(piece):
             if row in done:
                 continue
-            tokens[row] += part.content
-            logprobs[row] += part.logprobs[: len(part.content)]
-            text = continuation(tokenizer, prompts[row], tokens[row])
+            parts[row].append(part)
+            answer = join(parts[row])
+            text = continuation(session.need_tokenizer(), prompts[row], answer.content)
             end = min((text.find(stop) for stop in stops if stop in text), default=-1)
             if end >= 0 or part.finish_reason:
                 reason = "stop" if end >= 0 else part.finish_reason
-                done[row] = Text(
-                    text=text[:end] if end >= 0 else text,
-                    tokens=tuple(tokens[row]),
-                    logprobs=tuple(logprobs[row]),
-                    finish_reason=reason,
+                done[row] = dataclasses.replace(
+                    answer, text=text[:end] if end >= 0 else text, finish_reason=reason
                 )
-        # Stop strings are the host's business: the devices go on until every row has met one.
         if len(done) == len(prompts):
             break
     return [done[row] for row in range(len(prompts))]

@@ -1,4 +1,4 @@
-"""Prompts to completions: batches made on the host, tokens read back in chunks.
+"""Prompts to completions: batches are made on the host, tokens are read back in chunks.
 
 Axis legend: B batch, T prompt position, J stop ids, C tokens a dispatch.
 """
@@ -8,17 +8,12 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.infer.batching import bucket, padded_length, padded_rows, put
 from lemur_jax.infer.programs import CHUNK, Rows
 from lemur_jax.infer.sampling import Knobs, Sampling
 from lemur_jax.infer.session import Session
-from lemur_jax.parallel.rules import spec
-
-# Prompt and room for new tokens are counted in units of so many slots, on accelerators of a register's
-# 128 lanes; the attention kernels there take nothing else.
-UNIT, LANES = 32, 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,20 +21,24 @@ class Completion:
     """What followed one prompt.
 
     Attributes:
-      tokens: what was generated; the last is a stop id if it was one that ended the sequence.
+      tokens: generated ids, the stop id that ended the sequence included.
       logprobs: of each token, in nats, under the model's own distribution before any filter.
-      finish_reason: "stop" (a stop id), "length" (max_new_tokens), or "" in a piece of a stream that
-        goes on.
+      finish_reason: "stop" (a stop id or a stop string), "length" (max_new_tokens), or "" in a piece of a stream
+        that continues.
+      text: of `content` up to the first stop string; "" where only ids were asked for.
+      stop_id: whether the last token is a stop id.
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
+    text: str = ""
+    stop_id: bool = False
 
     @property
     def content(self) -> tuple[int, ...]:
         """The tokens without the stop id."""
-        return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
+        return self.tokens[:-1] if self.stop_id else self.tokens
 
 
 def generate(
@@ -55,29 +54,20 @@ def generate(
 
     Args:
       session: from `load` or `make_session`.
-      prompts: token ids, of any lengths from 1 on.
-      max_new_tokens: how many tokens at most, for all or for each.
+      prompts: token ids, at least one each.
+      max_new_tokens: most tokens to generate, for all or for each.
       stop_ids: ids that end a sequence, for all or for each.
       sampling: default greedy.
-      seeds: one for each prompt, by default its index. With `sampling.seed` it fixes what is drawn,
-        whichever other prompts there are.
+      seeds: one for each prompt, by default its index. A seed and `sampling.seed` fix what is drawn, whatever
+        other prompts there are.
 
     Raises:
       UserError: an empty prompt, an id outside the vocabulary, or a sequence that would become longer
         than the model's `max_position_embeddings`.
     """
-    pieces = list(
-        stream(
-            session,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-            sampling=sampling,
-            seeds=seeds,
-            chunk=CHUNK,
-        )
-    )
-    return [_join([piece[index] for piece in pieces]) for index in range(len(prompts))]
+    options = dict(max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling, seeds=seeds)
+    pieces = list(stream(session, prompts, **options, chunk=CHUNK))
+    return [join([piece[index] for piece in pieces]) for index in range(len(prompts))]
 
 
 def stream(
@@ -90,43 +80,25 @@ def stream(
     seeds: Sequence[int] | None = None,
     chunk: int = 8,
 ) -> Iterator[list[Completion]]:
-    """`generate` in pieces: for each prompt what is new since the last piece, `chunk` tokens at most.
+    """`generate` in pieces: for each prompt what is new since the last piece, at most `chunk` tokens.
 
     Raises:
       UserError: as `generate`, before the first piece.
     """
     if not 1 <= chunk <= CHUNK:
         raise UserError(f"chunk is {chunk}: it must be between 1 and {CHUNK}")
-    limits = _for_each("max_new_tokens", max_new_tokens, len(prompts))
+    count = len(prompts)
+    limits = _for_each("max_new_tokens", max_new_tokens, count)
     nested = len(stop_ids) > 0 and not isinstance(stop_ids[0], int | np.integer)
-    stops = _for_each("stop_ids", stop_ids if nested else [stop_ids] * len(prompts), len(prompts))
-    seeds = _for_each("seeds", range(len(prompts)) if seeds is None else seeds, len(prompts))
+    stops = _for_each("stop_ids", stop_ids if nested else [stop_ids] * count, count)
+    seeds = _for_each("seeds", range(count) if seeds is None else seeds, count)
     for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        _check(session, index, prompt, limit)
+        _check_prompt(session, index, prompt, limit)
     knobs = (sampling or Sampling()).knobs()
     if prompts:
-        tokens, rows = _batch(session, prompts, limits, stops, seeds)
+        tokens, rows = _make_batch(session, prompts, limits, stops, seeds)
         chunks = _chunks(session, tokens, rows, knobs, max(limits), chunk)
         yield from _pieces(chunks, stops, limits)
-
-
-def _check(session: Session, index: int, prompt: Sequence[int], limit: int) -> None:
-    if not len(prompt):
-        raise UserError(f"prompt {index} is empty: give it at least one token, e.g. bos")
-    if limit < 1:
-        raise UserError(f"max_new_tokens of prompt {index} is {limit}: it must be at least 1")
-    for token in prompt:
-        if not 0 <= token < session.model.vocab_size:
-            raise UserError(
-                f"prompt {index} has token id {token}, outside the model's vocabulary of"
-                f" {session.model.vocab_size}"
-            )
-    longest = session.model.max_position_embeddings
-    if len(prompt) + limit > longest:
-        raise UserError(
-            f"prompt {index} has {len(prompt)} tokens, and with max_new_tokens {limit} it may become longer"
-            f" than the model's max_position_embeddings {longest}: shorten one of them"
-        )
 
 
 def _for_each(name: str, values, count: int) -> list:
@@ -137,49 +109,51 @@ def _for_each(name: str, values, count: int) -> list:
     return values
 
 
-def _batch(session: Session, prompts, limits, stops, seeds) -> tuple[jax.Array, Rows]:
-    """The padded prompts int32 [B, T] and the rows, on the mesh.
+def _check_prompt(session: Session, index: int, prompt: Sequence[int], limit: int) -> None:
+    if not len(prompt):
+        raise UserError(f"prompt {index} is empty: give it at least one token, e.g. bos")
+    if limit < 1:
+        raise UserError(f"max_new_tokens of prompt {index} is {limit}: it must be at least 1")
+    check_ids(session, f"prompt {index}", prompt)
+    longest = session.model.max_position_embeddings
+    if len(prompt) + limit > longest:
+        raise UserError(
+            f"prompt {index} has {len(prompt)} tokens, and with max_new_tokens {limit} it may become longer"
+            f" than the model's max_position_embeddings {longest}: shorten one of them"
+        )
 
-    Rows that fill up the batch are finished from the start.
-    """
-    ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
-    B = ways * bucket(-(-len(prompts) // ways))
-    T = _slots(session, max(map(len, prompts)))
+
+def check_ids(session: Session, what: str, ids: Sequence[int]) -> None:
+    """Raises UserError for an id outside the model's vocabulary."""
+    for token in ids:
+        if not 0 <= token < session.model.vocab_size:
+            raise UserError(
+                f"{what} has token id {token}, outside the model's vocabulary of {session.model.vocab_size}"
+            )
+
+
+def _make_batch(session: Session, prompts, limits, stops, seeds) -> tuple[jax.Array, Rows]:
+    """The padded prompts int32 [B, T] and the rows, on the mesh; rows of padding are finished from the start."""
+    B, T = padded_rows(session, len(prompts)), padded_length(session, max(map(len, prompts)))
     J = bucket(max(2, *map(len, stops)))
-    tokens = np.zeros((B, T), np.int32)
-    stop_ids = np.full((B, J), -1, np.int32)
-    per_row = {name: np.zeros(B, np.int32) for name in ("prompt_length", "remaining", "token")}
-    per_row["seed"] = np.zeros(B, np.uint32)
-    per_row["prompt_length"][:] = 1
-    for row, (prompt, limit, stop, seed) in enumerate(zip(prompts, limits, stops, seeds, strict=True)):
+    tokens, stop_ids = np.zeros((B, T), np.int32), np.full((B, J), -1, np.int32)
+    last, remaining, length = np.zeros(B, np.int32), np.zeros(B, np.int32), np.ones(B, np.int32)
+    seed = np.zeros(B, np.uint32)
+    for row, (prompt, stop) in enumerate(zip(prompts, stops, strict=True)):
         tokens[row, : len(prompt)] = prompt
         stop_ids[row, : len(stop)] = stop
-        per_row["prompt_length"][row] = len(prompt)
-        per_row["remaining"][row] = limit
-        per_row["token"][row] = prompt[-1]
-        per_row["seed"][row] = seed % 2**32
-    per_row["position"] = per_row["prompt_length"] - 1
-    rows = Rows(**per_row, stop_ids=stop_ids)
-    return jax.tree.map(lambda array: _put(session, array), (tokens, rows))
-
-
-def _put(session: Session, array: np.ndarray) -> jax.Array:
-    """A batch array onto the mesh; every host holds the same NumPy array and gives its own part."""
-    axes = ("batch", "width")[: array.ndim]
-    sharding = NamedSharding(session.mesh, spec(session.mesh, axes, array.shape))
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def bucket(size: int) -> int:
-    """The next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: few shapes to compile, little padding."""
-    step = 1 << max(0, (size - 1).bit_length() - 3)
-    return -(-size // step) * step
-
-
-def _slots(session: Session, size: int) -> int:
-    on_cpu = session.mesh.devices.flat[0].platform == "cpu" and session.compute.attention != "splash"
-    unit = UNIT if on_cpu else LANES
-    return unit * bucket(-(-size // unit))
+        last[row], length[row] = prompt[-1], len(prompt)
+    remaining[: len(prompts)] = limits
+    seed[: len(prompts)] = [value % 2**32 for value in seeds]
+    rows = Rows(
+        token=last,
+        position=length - 1,
+        prompt_length=length,
+        remaining=remaining,
+        seed=seed,
+        stop_ids=stop_ids,
+    )
+    return jax.tree.map(lambda array: put(session, array), (tokens, rows))
 
 
 def _chunks(
@@ -187,11 +161,12 @@ def _chunks(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens and log-probabilities [B, C] of prefill and of each dispatch of decode.
 
-    The next dispatch is made before the last one is read, so that the devices never wait for the
-    host; when every row is finished it ends at once.
+    The next dispatch is made before the last one is read, so that the devices never wait for the host. A dispatch
+    after every row is finished ends at once.
     """
     run = session.programs
-    state, *waiting = run.prefill(session.params, tokens, rows, knobs, new_slots=_slots(session, longest))
+    new_slots = padded_length(session, longest)
+    state, *waiting = run.prefill(session.params, tokens, rows, knobs, new_slots=new_slots)
     left = longest - 1
     while left > 0:
         state, *following = run.decode(session.params, state, knobs, np.int32(min(chunk, left)))
@@ -206,24 +181,24 @@ def _pieces(chunks: Iterator, stops: list[Sequence[int]], limits: list[int]) -> 
     for tokens, logprobs in chunks:
         piece = []
         for index, stop in enumerate(stops):
-            count = int(np.sum(tokens[index] >= 0))
-            new = tokens[index, :count].tolist()
-            left[index] -= count
-            reason = ""
-            if new and new[-1] in stop:
-                reason, left[index] = "stop", 0
-            elif new and not left[index]:
-                reason = "length"
-            logs = tuple(logprobs[index, :count].tolist())
-            piece.append(Completion(tokens=tuple(new), logprobs=logs, finish_reason=reason))
+            new = tokens[index][tokens[index] >= 0].tolist()
+            left[index] -= len(new)
+            stopped = bool(new) and new[-1] in stop
+            reason = "stop" if stopped else "length" if new and not left[index] else ""
+            if reason:
+                left[index] = 0
+            logs = tuple(logprobs[index, : len(new)].tolist())
+            piece.append(Completion(tokens=tuple(new), logprobs=logs, finish_reason=reason, stop_id=stopped))
         yield piece
         if not any(left):
             return
 
 
-def _join(pieces: list[Completion]) -> Completion:
+def join(pieces: Sequence[Completion]) -> Completion:
+    """The pieces of one prompt's stream as one completion."""
     return Completion(
         tokens=tuple(token for piece in pieces for token in piece.tokens),
         logprobs=tuple(logprob for piece in pieces for logprob in piece.logprobs),
         finish_reason="".join(piece.finish_reason for piece in pieces),
+        stop_id=any(piece.stop_id for piece in pieces),
     )

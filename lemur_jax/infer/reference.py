@@ -1,9 +1,9 @@
-"""What `lemur smoke` generated where it is trusted, kept in a file for other machines to compare with."""
+"""What `lemur smoke` generated on a trusted machine, in a file for other machines to compare with."""
 
 import dataclasses
 import json
-from typing import Any
 
+import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
@@ -26,6 +26,14 @@ class Reference:
     tokens: list[list[int]]
     logprobs: list[list[float]]
 
+    def __post_init__(self):
+        rows = list(zip(self.prompts, self.tokens, self.logprobs, strict=True))
+        if any(len(tokens) != len(logprobs) for _, tokens, logprobs in rows):
+            raise ValueError("a row has more tokens than logprobs, or fewer")
+        for name, kind in (("prompts", np.integer), ("tokens", np.integer), ("logprobs", np.number)):
+            if not all(np.issubdtype(np.asarray(row).dtype, kind) for row in getattr(self, name)):
+                raise ValueError(f"{name} is not lists of numbers")
+
 
 def read(path: epath.PathLike) -> Reference:
     """A reference from its file, local or gs://.
@@ -37,54 +45,20 @@ def read(path: epath.PathLike) -> Reference:
     if not path.exists():
         raise UserError(f"no reference {path}: make one with --write-reference where results are trusted")
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no reference of lemur smoke: {error}") from error
-    if fault := _fault(value):
-        raise UserError(f"{path} is no reference of lemur smoke: {fault}; write a new one")
-    return Reference(**{field.name: value[field.name] for field in dataclasses.fields(Reference)})
-
-
-def _fault(value: Any) -> str:
-    """What keeps a JSON value from being a reference, or ""."""
-    if not isinstance(value, dict):
-        return "it is not a JSON object"
-    for field in dataclasses.fields(Reference):
-        if field.name not in value:
-            return f"it has no {field.name}"
-    for name, kind in (("prompts", int), ("tokens", int), ("logprobs", int | float)):
-        rows = value[name]
-        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
-            return f"{name} is not a list of rows"
-        if len(rows) != len(value["prompts"]):
-            return f"{name} has {len(rows)} rows for {len(value['prompts'])} prompts"
-        if not all(isinstance(entry, kind) for row in rows for entry in row):
-            return f"{name} has an entry that is no number"
-    for row, (tokens, logprobs) in enumerate(zip(value["tokens"], value["logprobs"], strict=True)):
-        if len(tokens) != len(logprobs):
-            return f"row {row} has {len(tokens)} tokens and {len(logprobs)} logprobs"
-    return ""
+        return Reference(**json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no reference of lemur smoke, write a new one: {error}") from error
 
 
 def check_free(path: epath.PathLike) -> None:
-    """That a file can be written, and would overwrite none: before what is to be in it has been computed.
+    """Checks before the run that its result can be written to `path`.
 
     Raises:
-      UserError: there is one, or nothing can be written there.
+      UserError: the file exists, or nothing can be written there.
     """
     if epath.Path(path).exists():
         raise UserError(f"{path} exists already: remove it to write a new reference")
-    try:
-        temporary = _temporary(epath.Path(path))
-        temporary.write_text("")
-        temporary.unlink(missing_ok=True)  # all hosts try
-    except OSError as error:
-        raise UserError(f"the reference cannot be written: {error}") from error
-
-
-def _temporary(path: epath.Path) -> epath.Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.parent / f"{path.name}.tmp"
+    _write(epath.Path(path), "").unlink(missing_ok=True)  # all hosts try
 
 
 def write(path: epath.PathLike, reference: Reference) -> None:
@@ -93,10 +67,15 @@ def write(path: epath.PathLike, reference: Reference) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    path = epath.Path(path)
+    _write(epath.Path(path), json.dumps(dataclasses.asdict(reference)) + "\n").replace(path)
+
+
+def _write(path: epath.Path, text: str) -> epath.Path:
+    """Writes a temporary file beside `path`."""
     try:
-        temporary = _temporary(path)
-        temporary.write_text(json.dumps(dataclasses.asdict(reference)) + "\n")
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f"{path.name}.tmp"
+        temporary.write_text(text)
     except OSError as error:
         raise UserError(f"the reference cannot be written: {error}") from error
+    return temporary

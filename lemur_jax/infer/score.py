@@ -1,6 +1,6 @@
-"""Log-probabilities of given text: no sampling, no cache, logits only where something is asked.
+"""Log-probabilities of given text: no sampling, no cache, logits only at the positions that are asked for.
 
-Axis legend: B batch, T position, P asked position, E candidate, D model, V vocabulary.
+Axis legend: B batch, T position, P asked position, E candidate, K likeliest, D model, V vocabulary.
 """
 
 import collections
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.infer.generate import _put, _slots, bucket
+from lemur_jax.infer.batching import bucket, padded_length, put, row_ways
+from lemur_jax.infer.generate import check_ids
 from lemur_jax.infer.session import Session
 from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
@@ -22,7 +23,7 @@ from lemur_jax.parallel.rules import constrain
 
 # Tokens of a batch, padding included; decides how many rows run at once.
 BATCH_TOKENS = 8192
-# So many batches at the end of a call have one shape, and rows of one asked position one with longer ones.
+# Up to this many batches at the end of a call share one shape, and rows of one asked position join longer ones.
 FEW_BATCHES = 4
 # Positions of a batch whose logits [., V] exist at a time.
 LOGIT_POSITIONS = 2048
@@ -30,15 +31,17 @@ LOGIT_POSITIONS = 2048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """What the model makes of a continuation.
+    """How likely the model finds a continuation.
 
     Attributes:
       logprobs: of each of its tokens given all before it, in nats.
       greedy: for each token whether it is the likeliest one.
+      top: for each token the likeliest ids in its place with their log-probabilities, likeliest first.
     """
 
     logprobs: tuple[float, ...]
     greedy: tuple[bool, ...]
+    top: tuple[dict[int, float], ...] = ()
 
     @property
     def total(self) -> float:
@@ -50,7 +53,7 @@ class _Row:
     """One sequence to run, for every request that differs from it in the last token alone."""
 
     tokens: tuple[int, ...]  # the model's input: all but the last token
-    asked: int  # how many positions at its end are asked for
+    asked: int  # positions asked for, at its end
     last: list[int]  # distinct last tokens
     requests: list[int]
 
@@ -60,35 +63,54 @@ def score(
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     batch_tokens: int = BATCH_TOKENS,
+    top: int = 0,
 ) -> list[Score]:
     """Scores (context, continuation) pairs of ids.
 
-    Pairs are batched by length, and one program is compiled for each shape of a batch; pairs that
-    differ in their last token alone (the options of a multiple-choice question) are run once.
+    Pairs are batched by length, and one program is compiled for each shape of a batch; pairs that differ in their last
+    token alone (the options of a multiple-choice question) are run once.
 
     Args:
       requests: contexts and continuations, neither of them empty.
       batch_tokens: tokens of a batch, padding included.
+      top: K, how many of the likeliest ids to report for each token.
 
     Raises:
-      UserError: an empty context or continuation, an id outside the vocabulary, or a sequence longer
-        than the model's `max_position_embeddings` (its last token need not fit).
+      UserError: an empty context or continuation, an id outside the vocabulary, a sequence longer than the model's
+        `max_position_embeddings` (its last token need not fit), or `top` not between 0 and the vocabulary's size.
     """
+    if not 0 <= top <= session.model.vocab_size:
+        raise UserError(
+            f"top log-probabilities of {top} tokens: it must be between 1 and {session.model.vocab_size}"
+        )
     for index, (context, continuation) in enumerate(requests):
-        _check(session, index, context, continuation)
+        _check_request(session, index, context, continuation)
     scores: dict[int, Score] = {}
-    for rows, T, P, B in _batches(session, _merge(requests), batch_tokens):
-        scores |= _run(session, requests, rows, T, P, B)
+    run = _program(session.model, session.compute, top)
+    for rows, T, P, B in _batches(session, _merge_requests(requests), batch_tokens):
+        arrays = (put(session, array) for array in _pack(rows, T, P, B))
+        outputs = [np.asarray(output) for output in run(session.params, *arrays)]
+        for index, row in enumerate(rows):
+            for request in row.requests:
+                scores[request] = _unpack(row, requests[request][1], *(output[index] for output in outputs))
     return [scores[index] for index in range(len(requests))]
 
 
-def _check(session: Session, index: int, context: Sequence[int], continuation: Sequence[int]) -> None:
+def top_logprobs(
+    session: Session, requests: Sequence[tuple[Sequence[int], Sequence[int]]], k: int
+) -> list[list[dict[int, float]]]:
+    """`Score.top` of each (context, continuation): at each token the k ≥ 1 likeliest ids.
+
+    Raises:
+      UserError: as `score`.
+    """
+    return [list(found.top) for found in score(session, requests, top=k or -1)]
+
+
+def _check_request(session: Session, index: int, context: Sequence[int], continuation: Sequence[int]) -> None:
     if not len(context) or not len(continuation):
         raise UserError(f"request {index}: context and continuation need at least one token each")
-    if not all(0 <= token < session.model.vocab_size for token in (*context, *continuation)):
-        raise UserError(
-            f"request {index} has a token id outside the model's vocabulary of {session.model.vocab_size}"
-        )
+    check_ids(session, f"request {index}", (*context, *continuation))
     longest = session.model.max_position_embeddings
     if len(context) + len(continuation) - 1 > longest:
         raise UserError(
@@ -97,7 +119,7 @@ def _check(session: Session, index: int, context: Sequence[int], continuation: S
         )
 
 
-def _merge(requests) -> list[_Row]:
+def _merge_requests(requests) -> list[_Row]:
     rows: dict[tuple[tuple[int, ...], int], _Row] = {}
     for index, (context, continuation) in enumerate(requests):
         tokens = (*context, *continuation[:-1])
@@ -113,11 +135,10 @@ def _batches(
 ) -> Iterator[tuple[list[_Row], int, int, int]]:
     """(rows, T, P, B), longest first: what does not fit in memory fails at once.
 
-    A batch is full whatever the lengths in it, and what is left for `FEW_BATCHES` keeps the last shape: to pad that
-    much costs less than another program; and so it does to ask a few rows of one position for `_asked(2)` of them. Many
-    requests have neighbours of nearly their own length.
+    Batches are filled whatever the lengths in them. The last `FEW_BATCHES` keep one shape, and a few rows of one asked
+    position join those of `_asked(2)`: padding costs less than compiling another program.
     """
-    ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    ways = row_ways(session)
     groups: dict[int, list[_Row]] = collections.defaultdict(list)
     for row in rows:
         groups[_asked(row.asked)].append(row)
@@ -129,155 +150,99 @@ def _batches(
         T = B = 0
         while group:
             if len(group) > FEW_BATCHES * B:
-                T = _slots(session, len(group[0].tokens))
+                T = padded_length(session, len(group[0].tokens))
                 most = max(1, batch_tokens // (T * ways))
                 rest = -(-len(group) // ways)
-                # As many in each, rather than a last one that is nearly empty.
+                # Equal batches instead of a last one that is nearly empty.
                 B = ways * min(most, bucket(-(-rest // -(-rest // most))))
             yield group[:B], T, min(P, T), B
             group = group[B:]
 
 
 def _asked(size: int) -> int:
-    """The next of 1, 16, 64, 256, ...: logits of a few positions more cost less than another program."""
+    """The next of 1, 16, 64, 256, ...: a few more positions of logits cost less than another program."""
     bits = (size - 1).bit_length()
     return 1 if size == 1 else max(16, 1 << (bits + bits % 2))
 
 
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
-def _run(session: Session, requests, rows: list[_Row], T: int, P: int, B: int) -> dict[int, Score]:
-    E = _power_of_two(max(len(row.last) for row in rows))
-    tokens, valid = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
-    where, targets = np.zeros((B, P), np.int32), np.zeros((B, P), np.int32)
-    end, candidates = np.zeros(B, np.int32), np.zeros((B, E), np.int32)
-    valid[:, 0] = 1
+def _pack(rows: list[_Row], T: int, P: int, B: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int32 tokens [B, T] padded with -1, asked positions [B, P] and candidates there [B, P, E]."""
+    E = 1 << (max(len(row.last) for row in rows) - 1).bit_length()
+    tokens, where, candidates = np.full((B, T), -1), np.zeros((B, P)), np.zeros((B, P, E))
+    tokens[:, 0] = 0
     for index, row in enumerate(rows):
-        length = len(row.tokens)
-        tokens[index, :length], valid[index, :length] = row.tokens, 1
-        where[index, : row.asked] = np.arange(length - row.asked, length)
-        targets[index, : row.asked - 1] = row.tokens[length - row.asked + 1 :]
-        end[index] = row.asked - 1
-        candidates[index, : len(row.last)] = row.last
-    arrays = (_put(session, array) for array in (tokens, valid, where, targets, end, candidates))
-    run = _program(session.model, session.compute)
-    logprobs, likeliest, of_candidates = map(np.asarray, run(session.params, *arrays))
-    found = {}
-    for index, row in enumerate(rows):
-        inner = slice(0, row.asked - 1)
-        before = logprobs[index, inner].tolist()
-        hits = (likeliest[index, inner] == targets[index, inner]).tolist()
-        for request in row.requests:
-            last = requests[request][1][-1]
-            found[request] = Score(
-                logprobs=(*before, float(of_candidates[index, row.last.index(last)])),
-                greedy=(*hits, bool(likeliest[index, row.asked - 1] == last)),
-            )
-    return found
+        length, asked = len(row.tokens), row.asked
+        tokens[index, :length] = row.tokens
+        where[index, :asked] = np.arange(length - asked, length)
+        candidates[index, : asked - 1, 0] = row.tokens[length - asked + 1 :]
+        candidates[index, asked - 1, : len(row.last)] = row.last
+    return tokens.astype(np.int32), where.astype(np.int32), candidates.astype(np.int32)
 
 
-def top_logprobs(
-    session: Session, requests: Sequence[tuple[Sequence[int], Sequence[int]]], k: int
-) -> list[list[dict[int, float]]]:
-    """For each (context, continuation), at each token of the continuation: the k likeliest ids there, likeliest
-    first, with their log-probabilities in nats under the model's own distribution.
-
-    All of them run as one batch: for a few short texts, as an endpoint has them.
-
-    Raises:
-      UserError: as `score`, or a k that is not between 1 and the vocabulary's size.
-    """
-    if not 1 <= k <= session.model.vocab_size:
-        raise UserError(
-            f"top log-probabilities of {k} tokens: it must be between 1 and {session.model.vocab_size}"
-        )
-    for index, (context, continuation) in enumerate(requests):
-        _check(session, index, context, continuation)
-    ways = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
-    B = ways * bucket(-(-len(requests) // ways))
-    T = _slots(session, max(len(context) + len(continuation) - 1 for context, continuation in requests))
-    P = bucket(max(len(continuation) for _, continuation in requests))
-    tokens, valid, where = (np.zeros(shape, np.int32) for shape in ((B, T), (B, T), (B, P)))
-    valid[:, 0] = 1
-    for index, (context, continuation) in enumerate(requests):
-        row = [*context, *continuation[:-1]]
-        tokens[index, : len(row)], valid[index, : len(row)] = row, 1
-        where[index, : len(continuation)] = np.arange(len(context) - 1, len(row))
-    arrays = (_put(session, array) for array in (tokens, valid, where))
-    values, ids = map(np.asarray, _top_program(session.model, session.compute, k)(session.params, *arrays))
-    return [
-        [
-            dict(zip(ids[row, place].tolist(), values[row, place].tolist(), strict=True))
-            for place in range(len(said))
-        ]
-        for row, (_, said) in enumerate(requests)
-    ]
+def _unpack(
+    row: _Row,
+    continuation: Sequence[int],
+    logprobs: np.ndarray,
+    likeliest: np.ndarray,
+    top: np.ndarray,
+    top_ids: np.ndarray,
+) -> Score:
+    end = row.asked - 1
+    found = [*logprobs[:end, 0].tolist(), float(logprobs[end, row.last.index(continuation[-1])])]
+    tops = zip(top_ids[: row.asked].tolist(), top[: row.asked].tolist(), strict=True)
+    return Score(
+        logprobs=tuple(found),
+        greedy=tuple((likeliest[: row.asked] == np.asarray(continuation)).tolist()),
+        top=tuple(dict(zip(ids, values, strict=True)) for ids, values in tops),
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _top_program(config: LlamaConfig, compute: Compute, k: int) -> Callable[..., tuple[jax.Array, ...]]:
-    def top(params: Params, tokens: jax.Array, valid: jax.Array, where: jax.Array) -> tuple[jax.Array, ...]:
-        """Log-probabilities float32 [B, P, k] and ids int32 [B, P, k]."""
-        B, T = tokens.shape
-        model = llama.bind(config, compute, params)
-        hidden, _ = model(tokens, jnp.broadcast_to(jnp.arange(T), (B, T)), model.packed(valid))
-        hidden = jnp.take_along_axis(hidden, where[..., None], axis=1)
-        logprobs = jax.nn.log_softmax(model.logits(hidden), axis=-1)
-        whole = constrain(logprobs, compute.mesh, "width", "width", "width")
-        return tuple(jax.lax.top_k(whole, k))
-
-    return jax.jit(top)
-
-
-@functools.lru_cache(maxsize=8)
-def _program(config: LlamaConfig, compute: Compute) -> Callable[..., tuple[jax.Array, ...]]:
-    return jax.jit(functools.partial(_score, config, compute))
+def _program(config: LlamaConfig, compute: Compute, top: int) -> Callable[..., tuple[jax.Array, ...]]:
+    return jax.jit(functools.partial(_score, config, compute, top))
 
 
 def _score(
     config: LlamaConfig,
     compute: Compute,
+    top: int,
     params: Params,
     tokens: jax.Array,
-    valid: jax.Array,
     where: jax.Array,
-    targets: jax.Array,
-    end: jax.Array,
     candidates: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probabilities float32 [B, P] of `targets`, the likeliest ids int32 [B, P], and
-    log-probabilities float32 [B, E] of `candidates` at asked position `end` [B]."""
+) -> tuple[jax.Array, ...]:
+    """Log-probabilities float32 [B, P, E] of `candidates`, the likeliest ids int32 [B, P], and log-probabilities
+    and ids of the `top` likeliest [B, P, K]."""
     B, T = tokens.shape
+    P = where.shape[1]
     model = llama.bind(config, compute, params)
-    hidden, _ = model(tokens, jnp.broadcast_to(jnp.arange(T), (B, T)), model.packed(valid))
+    segments = (tokens >= 0).astype(jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    hidden, _ = model(jnp.maximum(tokens, 0), positions, model.packed(segments))
     hidden = jnp.take_along_axis(hidden, where[..., None], axis=1)
 
-    def chosen(logits, ids):  # [B, C, V], [B, C] -> [B, C]; no gather, the vocabulary may be cut
+    def chosen(logits, ids):  # [B, C, V], [B, C] -> [B, C]; no gather, the vocabulary may be sharded
         hit = ids[..., None] == jnp.arange(logits.shape[-1])
         return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
 
     def chunk(part):
-        hidden, targets = part
+        hidden, candidates = part  # [B, C, D], [B, C, E]
         logits = model.logits(hidden)
+        log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        of_candidates = [chosen(logits, candidates[..., e]) for e in range(candidates.shape[-1])]
         likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return chosen(logits, targets) - jax.nn.logsumexp(logits, axis=-1), likeliest
+        whole = constrain(logits - log_z, compute.mesh, "width", "width", "width") if top else log_z[..., :0]
+        return jnp.stack(of_candidates, axis=-1) - log_z, likeliest, *jax.lax.top_k(whole, top)
 
-    P = targets.shape[1]
     size = P
     while B * size > LOGIT_POSITIONS and size % 2 == 0:
         size //= 2
 
-    def split(x):  # [B, P, ...] -> [P / size, B, size, ...]
+    def split(x):  # [B, P, ...] -> [P / C, B, C, ...]
         return jnp.moveaxis(x.reshape(B, P // size, size, *x.shape[2:]), 1, 0)
 
-    def join(x):
-        return jnp.moveaxis(x, 0, 1).reshape(B, P)
+    def merge(x):  # and back, a whole copy on every device
+        x = jnp.moveaxis(x, 0, 1).reshape(B, P, *x.shape[3:])
+        return constrain(x, compute.mesh, *("width",) * x.ndim)
 
-    logprobs, likeliest = map(join, jax.lax.map(chunk, (split(hidden), split(targets))))
-    final = model.logits(jnp.take_along_axis(hidden, end[:, None, None], axis=1))  # [B, 1, V]
-    of_candidates = jnp.take_along_axis(final[:, 0], candidates, axis=-1)
-    of_candidates -= jax.nn.logsumexp(final[:, 0], axis=-1, keepdims=True)
-    whole = (constrain(x, compute.mesh, "width", "width") for x in (logprobs, likeliest, of_candidates))
-    return tuple(whole)  # type: ignore[return-value]
+    return tuple(map(merge, jax.lax.map(chunk, (split(hidden), split(candidates)))))

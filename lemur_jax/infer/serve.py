@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from typing import Any
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.infer.complete import Text, complete
-from lemur_jax.infer.generate import stream
+from lemur_jax.infer.complete import complete
+from lemur_jax.infer.generate import Completion, stream
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.score import score, top_logprobs
 from lemur_jax.infer.session import Session
@@ -279,15 +279,16 @@ class _Server:
                 yield text, ""
         yield "", reason or "stop"
 
-    def _answers(self, prompts: list[list[int]], options: Json | None) -> list[Text]:
+    def _answers(self, prompts: list[list[int]], options: Json | None) -> list[Completion]:
         if options is None:
-            return [Text(text="", tokens=(), logprobs=(), finish_reason="length") for _ in prompts]
+            return [Completion(tokens=(), logprobs=(), finish_reason="length") for _ in prompts]
         return complete(self.session, prompts, **options)
 
     def _complete(self, prompts: list[list[int]], options: Json | None, echo: bool, top: int | None) -> Json:
         answers, choices = self._answers(prompts, options), []
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            text, tokens, logprobs = answer.text, list(answer.tokens), list(answer.logprobs)
+            text, tokens = answer.text, list(answer.content)
+            logprobs = list(answer.logprobs[: len(tokens)])
             first = prompt[:0]
             if echo:
                 first, text = prompt[:1], self.tokenizer.decode(prompt, skip_special=True) + text
@@ -326,13 +327,14 @@ class _Server:
             "text_offset": None,
         }
 
-    def _chat_logprobs(self, prompt: list[int], answer: Text, top: int) -> Json:
+    def _chat_logprobs(self, prompt: list[int], answer: Completion, top: int) -> Json:
         """Log-probabilities as chat completions have them."""
 
         def entry(token: int, value: float) -> Json:
             return {"token": self.tokenizer.token(token), "logprob": value, "bytes": None}
 
-        tokens, logprobs = list(answer.tokens), list(answer.logprobs)
+        tokens = list(answer.content)
+        logprobs = list(answer.logprobs[: len(tokens)])
         tops = self._tops(prompt, tokens, logprobs, top)
         return {
             "content": [
@@ -354,7 +356,7 @@ class _Server:
         return tops
 
     def _response(self, kind: str, prefix: str, choices, prompts, answers) -> Json:
-        asked, given = sum(map(len, prompts)), sum(len(answer.tokens) for answer in answers)
+        asked, given = sum(map(len, prompts)), sum(len(answer.content) for answer in answers)
         usage = {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
         return self._head(kind, prefix) | {"choices": choices, "usage": usage}
 

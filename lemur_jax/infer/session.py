@@ -30,7 +30,7 @@ class Session:
       compute: dtype, attention and mesh.
       tokenizer: None where only ids are used.
       params: the parameter tree on the mesh, in the compute dtype or with int8 matrices.
-      weights: which of the two, "float" or "int8".
+      weights: "float" or "int8".
       programs: the compiled prefill and decode.
     """
 
@@ -47,15 +47,15 @@ class Session:
         return self.compute.mesh
 
     def need_tokenizer(self) -> Tokenizer:
-        """The tokenizer, for those who cannot do without.
+        """The tokenizer.
 
         Raises:
           UserError: there is none.
         """
-        return _needed(self.tokenizer)
+        return _required(self.tokenizer)
 
 
-def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
+def _required(tokenizer: Tokenizer | None) -> Tokenizer:
     if tokenizer is None:
         raise UserError(
             "this checkpoint holds no tokenizer: import it again from a directory that has"
@@ -64,36 +64,26 @@ def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
-def _check_mesh(mesh: Mesh) -> None:
-    if mesh.shape["sequence"] > 1:
-        raise UserError(
-            f"generation cannot cut the sequence: mesh axis sequence is {mesh.shape['sequence']}, set it to 1"
-            " and use fsdp or tensor instead"
-        )
-
-
 def load(
     checkpoint: epath.PathLike,
     mesh_sizes: Mapping[str, int],
     dtype: str,
     step: int | None = None,
     *,
-    attention: str = "auto",
     weights: str = "float",
     devices: Sequence[jax.Device] | None = None,
     check: Callable[[Tokenizer], None] | None = None,
 ) -> Session:
-    """Opens a checkpoint for generation; each device reads its own shards alone.
+    """Opens a checkpoint for generation; each device reads only its own shards.
 
     Args:
       checkpoint: checkpoint directory, a workdir that holds one, or a Hugging Face directory; local or gs://.
       mesh_sizes: sizes of the mesh axes, e.g. `config.mesh`; one may be -1.
       dtype: of parameters, activations and cache: "float32", "bfloat16" or "float16".
       step: which checkpoint; None: the newest.
-      attention: a name in `models.attention.IMPLEMENTATIONS`, for the prefill.
       weights: "float", or "int8" for the matrices; then both are in memory while it loads.
       devices: default `jax.devices()`.
-      check: may refuse the checkpoint by its tokenizer, before the weights are read; with it, there must be one.
+      check: may refuse the tokenizer before the weights are read; with it, there must be one.
 
     Raises:
       UserError: no checkpoint there, a damaged one, or a mesh that does not fit the model.
@@ -104,23 +94,16 @@ def load(
         raise UserError(f"unknown weights {weights!r}: it must be one of {', '.join(WEIGHTS)}")
     if weights == "int8":
         check_installed()
-    mesh = make_mesh(mesh_sizes, devices)
+    mesh = make_mesh(mesh_sizes, devices, option="--mesh")
     _check_mesh(mesh)
     source = open_source(checkpoint, step)
     wanted = abstract_params(source.model, mesh, dtype)
     # Weights can come without a tokenizer; then only ids can be used.
     tokenizer = Tokenizer.from_files(source.tokenizer_files) if source.tokenizer_files else None
     if check:
-        check(_needed(tokenizer))
-    return make_session(
-        source.model,
-        source.restore(wanted),
-        mesh,
-        dtype,
-        tokenizer=tokenizer,
-        attention=attention,
-        weights=weights,
-    )
+        check(_required(tokenizer))
+    params = source.restore(wanted)
+    return make_session(source.model, params, mesh, dtype, tokenizer=tokenizer, weights=weights)
 
 
 def make_session(
@@ -130,13 +113,12 @@ def make_session(
     dtype: str,
     *,
     tokenizer: Tokenizer | None = None,
-    attention: str = "auto",
     weights: str = "float",
 ) -> Session:
-    """A session from parameters at hand, e.g. those of a run in training.
+    """A session from parameters in memory, e.g. those of a run in training.
 
     Args:
-      params: arrays of any dtype, anywhere; moved and cast as needed.
+      params: arrays of any dtype, anywhere; moved and cast where needed.
 
     Raises:
       UserError: the mesh does not fit the model.
@@ -147,7 +129,7 @@ def make_session(
     params = jax.tree.map(lambda x, want: jax.device_put(x.astype(want.dtype), want.sharding), params, wanted)
     if weights == "int8":
         params = quantize(model, mesh, params)
-    compute = Compute(dtype=dtype, attention=attention, mesh=mesh)
+    compute = Compute(dtype=dtype, mesh=mesh)
     return Session(
         model=model,
         compute=compute,
@@ -156,6 +138,14 @@ def make_session(
         weights=weights,
         programs=programs(model, compute),
     )
+
+
+def _check_mesh(mesh: Mesh) -> None:
+    if mesh.shape["sequence"] > 1:
+        raise UserError(
+            f"generation cannot shard the sequence: mesh axis sequence is {mesh.shape['sequence']}, set it to 1"
+            " and use fsdp or tensor instead"
+        )
 
 
 def abstract_params(model: LlamaConfig, mesh: Mesh, dtype: str) -> Params:

@@ -1,7 +1,7 @@
 """The smoke test that a slice runs before anything else: load, generate, compare, time."""
 
+import logging
 import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -16,10 +16,12 @@ from lemur_jax.infer.score import score
 from lemur_jax.infer.session import Session
 from lemur_jax.text.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 NEW_TOKENS = 48
 
-# Largest difference of a log-probability from a stored one, in nats: another mesh rounds otherwise. Of two tokens that
-# are no farther apart, either may come first.
+# Largest difference of a log-probability from a stored one, in nats: meshes round differently. Of two tokens that
+# differ by no more, either may come first.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
 # Prompts of different lengths: a ragged batch.
@@ -31,23 +33,17 @@ PROMPTS = (
 )
 
 
-def smoke(
-    session: Session,
-    hf_dir: str = "",
-    reference: Reference | None = None,
-    say: Callable[[str], None] = print,
-) -> Reference:
-    """Generates greedily on the session's mesh and checks what can be checked.
+def smoke(session: Session, hf_dir: str = "", reference: Reference | None = None) -> Reference:
+    """Generates greedily on the session's mesh, checks what can be checked, and logs the findings.
 
     The first run of `NEW_TOKENS` compiles, the second is timed; both must give the same tokens. With
-    `hf_dir` and `transformers` at hand, the tokens are compared with those of the exported model; with
+    `hf_dir` and `transformers` installed, the tokens are compared with those of the exported model; with
     `reference`, tokens and log-probabilities with those of an earlier run, on whatever mesh.
 
     Args:
       session: a loaded model with its tokenizer.
       hf_dir: the same model as a Hugging Face directory, or "".
       reference: what an earlier run returned, or None.
-      say: gets the findings, one line each.
 
     Returns:
       What was generated, to compare other runs with.
@@ -68,13 +64,11 @@ def smoke(
         raise UserError(
             "smoke test failed: two greedy runs gave different tokens on this mesh; check the devices"
         )
-
-    axes = (
-        " × ".join(f"{axis} {size}" for axis, size in session.mesh.shape.items() if size > 1) or "one device"
-    )
-    say(
+    axes = [f"{axis} {size}" for axis, size in session.mesh.shape.items() if size > 1]
+    _log_once(
         f"{len(prompts)} prompts × {NEW_TOKENS} tokens on {session.mesh.size} {jax.devices()[0].platform} devices"
-        f" ({axes}): {len(prompts) * NEW_TOKENS / seconds:,.0f} tokens/s, {_memory(session)}"
+        f" ({' × '.join(axes) or 'one device'}): {len(prompts) * NEW_TOKENS / seconds:,.0f} tokens/s,"
+        f" {_memory(session)}"
     )
     found = Reference(
         dtype=session.compute.dtype,
@@ -84,30 +78,23 @@ def smoke(
         logprobs=[list(completion.logprobs) for completion in first],
     )
     if reference:
-        say(_compare(session, reference, found))
+        _log_once(_compare_reference(session, reference, found))
     if hf_dir:
-        expected = _transformers_tokens(hf_dir, prompts)
-        if expected is None:
-            say(
-                "not compared with transformers: it or torch is not installed (pip install transformers torch==2.13.0)"
-            )
-            return found
-        for prompt, ours, theirs in zip(PROMPTS, first, expected, strict=True):
-            if list(ours.tokens) != theirs:
-                position = next(i for i, (a, b) in enumerate(zip(ours.tokens, theirs, strict=True)) if a != b)
-                raise UserError(
-                    f"smoke test failed: after {prompt[:20]!r} the token at position {position} is"
-                    f" {ours.tokens[position]}, transformers' on {hf_dir} is {theirs[position]}"
-                )
-        say(f"all {sum(map(len, expected))} greedy tokens equal transformers' on {hf_dir}")
+        _log_once(_compare_transformers(hf_dir, found))
     return found
 
 
+def _log_once(line: str) -> None:
+    """Every host finds the same; one logs it."""
+    if jax.process_index() == 0:
+        logger.info("%s", line)
+
+
 def check_hf(hf_dir: str, dtype: str, weights: str) -> None:
-    """That a run can be compared with transformers on a directory; asked before the weights are there.
+    """Checks before the weights are read that a run can be compared with transformers on a directory.
 
     Raises:
-      UserError: no model in the directory, or the run does not compute as transformers is to.
+      UserError: no model in the directory, or the run does not compute in float32.
     """
     read_config(hf_dir)
     if not holds_weights(hf_dir):
@@ -120,12 +107,7 @@ def check_hf(hf_dir: str, dtype: str, weights: str) -> None:
 
 
 def check_reference(stored: Reference, dtype: str, weights: str, tokenizer: Tokenizer) -> None:
-    """That a run can be compared with a reference; asked before the weights are there.
-
-    Args:
-      stored: the reference.
-      dtype, weights: of the run's session.
-      tokenizer: likewise.
+    """Checks before the weights are read that a run can be compared with a reference.
 
     Raises:
       UserError: the reference is of another dtype, kind of weights, tokenizer or version.
@@ -149,21 +131,24 @@ def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
     return [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
 
 
-def _compare(session: Session, stored: Reference, ours: Reference) -> str:
+def _first_difference(mine: list[int], other: list[int]) -> int:
+    return next(index for index, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b)
+
+
+def _compare_reference(session: Session, stored: Reference, ours: Reference) -> str:
     """Compares with what an earlier run generated, and says how near it is.
 
-    Where a token differs, the texts part, and the stored one is scored here as it stands: each of its tokens must be as
-    likely as it was, and the one that was not chosen about as likely as ours.
+    Where a token differs, the texts diverge, so the stored one is scored here: each of its tokens must be as likely as
+    it was, and the one that was not chosen about as likely as ours.
     """
-    tolerance, ties = TOLERANCE[ours.dtype], []
-    logprobs = ours.logprobs
+    tolerance, ties, logprobs = TOLERANCE[ours.dtype], [], ours.logprobs
     if ours.tokens != stored.tokens:
         scores = score(session, list(zip(stored.prompts, stored.tokens, strict=True)))
         logprobs = [list(found.logprobs) for found in scores]
     for row, (prompt, mine, theirs) in enumerate(zip(PROMPTS, ours.tokens, stored.tokens, strict=True)):
         if mine == theirs:
             continue
-        at = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+        at = _first_difference(mine, theirs)
         gap = ours.logprobs[row][at] - logprobs[row][at]
         which = (
             f"after {prompt[:20]!r} the token at position {at} is {mine[at]}, in the reference {theirs[at]}"
@@ -179,38 +164,22 @@ def _compare(session: Session, stored: Reference, ours: Reference) -> str:
         )
     count = sum(map(len, ours.tokens))
     same = (
-        f"all {count} tokens equal the reference's"
-        if not ties
-        else f"the reference's {count} tokens are likely here"
+        f"the reference's {count} tokens are likely here"
+        if ties
+        else f"all {count} tokens equal the reference's"
     )
     return f"{same}, log-probabilities within {difference:.1e} nats{''.join(ties)}"
 
 
-def _memory(session: Session) -> str:
-    """The largest share of the parameters that one device holds, and what the first has used where it tells."""
-    held: dict[jax.Device, int] = {}
-    for leaf in jax.tree.leaves(session.params):
-        for shard in leaf.addressable_shards:
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-    text = f"{max(held.values()) / 2**20:,.1f} MiB of parameters a device"
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:  # cache and temporaries too; a CPU does not tell
-        text += f", at most {stats['peak_bytes_in_use'] / 2**30:,.2f} GiB in use"
-        if limit := stats.get("bytes_limit"):
-            text += f" of {limit / 2**30:,.2f}"
-    return text
-
-
-def _transformers_tokens(hf_dir: str, prompts: list[list[int]]) -> list[list[int]] | None:
-    """Greedy tokens of transformers in float32, one prompt at a time; None where it is not installed."""
+def _compare_transformers(hf_dir: str, ours: Reference) -> str:
+    """Compares with the greedy tokens of transformers in float32, one prompt at a time."""
     try:
         model = transformers_model(hf_dir)
     except ImportError:
-        return None
+        return "not compared with transformers: it or torch is not installed (pip install transformers torch==2.13.0)"
     import torch
 
-    expected = []
-    for prompt in prompts:
+    for text, prompt, mine in zip(PROMPTS, ours.prompts, ours.tokens, strict=True):
         out = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
@@ -221,5 +190,26 @@ def _transformers_tokens(hf_dir: str, prompts: list[list[int]]) -> list[list[int
             eos_token_id=None,
             pad_token_id=0,
         )
-        expected.append(np.asarray(out[0, len(prompt) :]).tolist())
-    return expected
+        theirs = np.asarray(out[0, len(prompt) :]).tolist()
+        if mine != theirs:
+            at = _first_difference(mine, theirs)
+            raise UserError(
+                f"smoke test failed: after {text[:20]!r} the token at position {at} is {mine[at]}, transformers' on"
+                f" {hf_dir} is {theirs[at]}"
+            )
+    return f"all {sum(map(len, ours.tokens))} greedy tokens equal transformers' on {hf_dir}"
+
+
+def _memory(session: Session) -> str:
+    """The largest share of the parameters that one device holds, and the peak memory where the device reports it."""
+    held: dict[jax.Device, int] = {}
+    for leaf in jax.tree.leaves(session.params):
+        for shard in leaf.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    text = f"{max(held.values()) / 2**20:,.1f} MiB of parameters a device"
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:  # cache and temporaries too; a CPU does not report it
+        text += f", at most {stats['peak_bytes_in_use'] / 2**30:,.2f} GiB in use"
+        if limit := stats.get("bytes_limit"):
+            text += f" of {limit / 2**30:,.2f}"
+    return text

@@ -13,13 +13,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.parallel.mesh import platform
 from lemur_jax.parallel.rules import RULES, constrain
 
-# Query positions of a block; a block sees only the keys up to its own end, which saves up to half of the causal
-# square. Smaller ones would save a little more and take longer to compile.
-BLOCK = 256
-# Up to so many positions the softmax is kept for the backward pass; of longer rows it is computed again.
-KEPT = 1024
+# Query positions of a block; a block reads only the keys up to its own end, which saves up to half of the causal
+# square. Smaller blocks would save a little more and take longer to compile.
+QUERY_BLOCK = 256
+# Rows of more positions compute the softmax again in the backward pass.
+REMAT_ABOVE = 1024
 
 
 def grouped_attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
@@ -75,10 +76,12 @@ def xla_attention(
         key = constrain(key, mesh, "batch", "keys", "kv_heads", "head_dim")
         value = constrain(value, mesh, "batch", "keys", "kv_heads", "head_dim")
         return attend(0, T)
-    if T <= BLOCK:
+    if T <= QUERY_BLOCK:
         return attend(0, T)
-    block = attend if T <= KEPT else jax.checkpoint(attend, static_argnums=(0, 1))
-    out = jnp.concatenate([block(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)], axis=1)
+    block = attend if T <= REMAT_ABOVE else jax.checkpoint(attend, static_argnums=(0, 1))
+    out = jnp.concatenate(
+        [block(start, min(start + QUERY_BLOCK, T)) for start in range(0, T, QUERY_BLOCK)], axis=1
+    )
     return checkpoint_name(out, "attention_out")
 
 
@@ -161,8 +164,7 @@ def attention(
       UserError: no implementation has that name.
     """
     if implementation == "auto":
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        implementation = _fitting(platform, mesh, dtype)
+        implementation = _best_implementation(mesh, dtype)
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(["auto", *IMPLEMENTATIONS])
         raise UserError(f"unknown config.compute.attention {implementation!r}: it must be one of {names}")
@@ -170,10 +172,10 @@ def attention(
     return functools.partial(chosen, blocks=blocks) if implementation == "splash" else chosen
 
 
-def _fitting(platform: str, mesh: Mesh | None, dtype: str) -> str:
-    if platform == "tpu" and mesh is not None:
+def _best_implementation(mesh: Mesh | None, dtype: str) -> str:
+    if platform(mesh) == "tpu" and mesh is not None:
         return "splash"
-    whole = mesh is None or mesh.shape["sequence"] == 1
-    if platform in ("gpu", "cuda") and whole and dtype != "float32":
+    whole_rows = mesh is None or mesh.shape["sequence"] == 1
+    if platform(mesh) in ("gpu", "cuda") and whole_rows and dtype != "float32":
         return "cudnn"
     return "xla"

@@ -113,8 +113,9 @@ class Attention(nnx.Module):
             ("BTD,DKN->BTKN", self.key),
             ("BTD,DKN->BTKN", self.value),
         )
-        query = self.project.shard(rotate(query, angles, self.project.mesh), "heads", "head_dim")
-        key = self.project.shard(rotate(key, angles, self.project.mesh), "kv_heads", "head_dim")
+        query, key = (rotate(each, angles, self.project.mesh) for each in (query, key))
+        query = self.project.shard(query, "heads", "head_dim")
+        key = self.project.shard(key, "kv_heads", "head_dim")
         value = self.project.shard(value, "kv_heads", "head_dim")
         query = checkpoint_name(query, "query")
         key, value = checkpoint_name(key, "key_value"), checkpoint_name(value, "key_value")

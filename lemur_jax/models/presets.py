@@ -1,122 +1,58 @@
 """Published model shapes as data, from the `config.json` of each model on Hugging Face."""
 
 import dataclasses
+from typing import Any
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.models.config import LlamaConfig
 
-_LLAMA2 = dict(vocab_size=32_000, rms_norm_eps=1e-5, max_position_embeddings=4096, rope_theta=10_000.0)
-_LLAMA3 = dict(
+
+def _shape(D: int, F: int, L: int, H: int, K: int, N: int = 128) -> dict[str, int]:
+    """Width, mlp width, layers, query heads, key heads and head width."""
+    return dict(
+        hidden_size=D,
+        intermediate_size=F,
+        num_hidden_layers=L,
+        num_attention_heads=H,
+        num_key_value_heads=K,
+        head_dim=N,
+    )
+
+
+_7B = _shape(4096, 11_008, 32, 32, 32)
+_70B = _shape(8192, 28_672, 80, 64, 8)
+_LLAMA2: dict[str, Any] = dict(vocab_size=32_000, max_position_embeddings=4096)
+_CODELLAMA: dict[str, Any] = dict(max_position_embeddings=16_384, rope_theta=1_000_000.0)
+_LLAMA3: dict[str, Any] = dict(
     vocab_size=128_256,
-    rms_norm_eps=1e-5,
     max_position_embeddings=131_072,
     rope_theta=500_000.0,
     rope_scaling="llama3",
-    rope_low_freq_factor=1.0,
-    rope_high_freq_factor=4.0,
-    rope_original_max_position_embeddings=8192,
+    rope_factor=8.0,
 )
-_SIZE_7B = dict(
-    hidden_size=4096,
-    intermediate_size=11_008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    head_dim=128,
-)
-_SIZE_70B = dict(
-    hidden_size=8192,
-    intermediate_size=28_672,
-    num_hidden_layers=80,
-    num_attention_heads=64,
-    num_key_value_heads=8,
-    head_dim=128,
-)
+_SMALL: dict[str, Any] = dict(max_position_embeddings=1024)
 
 PRESETS: dict[str, LlamaConfig] = {
     # For tests and for a first look: seconds on a laptop.
-    "tiny": LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=1024,
-    ),
+    "tiny": LlamaConfig(**_SMALL, vocab_size=512, **_shape(64, 160, 2, 4, 2, 16)),
     # The quickstart's: minutes on two cores.
-    "quickstart": LlamaConfig(
-        vocab_size=4000,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-    ),
+    "quickstart": LlamaConfig(**_SMALL, vocab_size=4000, **_shape(128, 352, 4, 4, 2, 32)),
     # GPT-2 small's proportions with Llama's blocks and Llama-2's vocabulary.
-    "llama_125m": LlamaConfig(
-        **_LLAMA2,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        head_dim=64,
-    ),
+    "llama_125m": LlamaConfig(**_LLAMA2, **_shape(768, 2048, 12, 12, 12, 64)),
     "llama3.2_1b": LlamaConfig(
-        **_LLAMA3,
-        rope_factor=32.0,
-        tie_word_embeddings=True,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
+        **_LLAMA3 | _shape(2048, 8192, 16, 32, 8, 64) | dict(rope_factor=32.0, tie_word_embeddings=True)
     ),
-    "llama2_7b": LlamaConfig(**_LLAMA2, **_SIZE_7B),
-    "llama2_13b": LlamaConfig(
-        **_LLAMA2,
-        hidden_size=5120,
-        intermediate_size=13_824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-        head_dim=128,
-    ),
-    "llama2_70b": LlamaConfig(**_LLAMA2, **_SIZE_70B),
-    "codellama_7b": LlamaConfig(
-        **_SIZE_7B, vocab_size=32_016, max_position_embeddings=16_384, rope_theta=1_000_000.0
-    ),
-    "codellama_34b": LlamaConfig(
-        vocab_size=32_000,
-        max_position_embeddings=16_384,
-        rope_theta=1_000_000.0,
-        hidden_size=8192,
-        intermediate_size=22_016,
-        num_hidden_layers=48,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-    ),
-    "llama3.1_8b": LlamaConfig(
-        **_LLAMA3,
-        rope_factor=8.0,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-    ),
-    "llama3.1_70b": LlamaConfig(**_LLAMA3, **_SIZE_70B, rope_factor=8.0),
+    "llama2_7b": LlamaConfig(**_LLAMA2, **_7B),
+    "llama2_13b": LlamaConfig(**_LLAMA2, **_shape(5120, 13_824, 40, 40, 40)),
+    "llama2_70b": LlamaConfig(**_LLAMA2, **_70B),
+    "codellama_7b": LlamaConfig(**_CODELLAMA, vocab_size=32_016, **_7B),
+    "codellama_34b": LlamaConfig(**_CODELLAMA, vocab_size=32_000, **_shape(8192, 22_016, 48, 64, 8)),
+    "llama3.1_8b": LlamaConfig(**_LLAMA3, **_shape(4096, 14_336, 32, 32, 8)),
+    "llama3.1_70b": LlamaConfig(**_LLAMA3, **_70B),
     # Llama-2-70B with StarCoder's special tokens, rounded up to a multiple of 8.
-    "lemur_70b": LlamaConfig(**{**_LLAMA2, "vocab_size": 32_024}, **_SIZE_70B),
+    "lemur_70b": LlamaConfig(**_LLAMA2 | _70B | dict(vocab_size=32_024)),
     # Llama-2-70B with <pad> and the ChatML tokens.
-    "lemur_70b_chat": LlamaConfig(**{**_LLAMA2, "vocab_size": 32_005}, **_SIZE_70B),
+    "lemur_70b_chat": LlamaConfig(**_LLAMA2 | _70B | dict(vocab_size=32_005)),
 }
 
 

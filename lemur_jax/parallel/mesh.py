@@ -16,8 +16,13 @@ from lemur_jax.parallel.config import MeshConfig
 AXES = ("data", "fsdp", "sequence", "tensor")
 
 
-def mesh_shape(sizes: MeshConfig | Mapping[str, int], num_devices: int) -> tuple[int, ...]:
-    """Sizes of `AXES`, with −1 replaced by whatever devices are left.
+def mesh_shape(sizes: MeshConfig | Mapping[str, int], num_devices: int, option: str = "config.mesh") -> tuple[int, ...]:
+    """Sizes of `AXES`, with −1 replaced by the devices that are left.
+
+    Args:
+      sizes: by axis.
+      num_devices: their product.
+      option: how the user sets the sizes, for messages.
 
     Raises:
       UserError: more than one −1, a size below 1, or a product that is not `num_devices`.
@@ -31,12 +36,16 @@ def mesh_shape(sizes: MeshConfig | Mapping[str, int], num_devices: int) -> tuple
     if math.prod(shape) != num_devices:
         raise UserError(
             f"mesh {written} does not multiply to the {num_devices} devices here:"
-            " set config.mesh.* so that it does, or one axis to -1"
+            f" set {option} so that it does, or one axis to -1"
         )
     return tuple(shape)
 
 
-def make_mesh(sizes: MeshConfig | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    sizes: MeshConfig | Mapping[str, int],
+    devices: Sequence[jax.Device] | None = None,
+    option: str = "config.mesh",
+) -> Mesh:
     """The mesh over all devices of all hosts, or over `devices` (a slice that is only described).
 
     Several TPU slices are laid along `data`, so that only gradients cross the slow network between them.
@@ -44,18 +53,19 @@ def make_mesh(sizes: MeshConfig | Mapping[str, int], devices: Sequence[jax.Devic
     Args:
       sizes: the sizes of `AXES`, e.g. `config.mesh`; one may be −1.
       devices: default `jax.devices()`.
+      option: how the user sets the sizes, for messages.
 
     Raises:
       UserError: sizes that do not fit the devices, or a `data` axis that the slices cannot share.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
-    shape = mesh_shape(sizes, len(devices))
+    shape = mesh_shape(sizes, len(devices), option)
     slices: dict[int, list[jax.Device]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
     if shape[0] % len(slices):
         raise UserError(
-            f"config.mesh.data is {shape[0]}: it must be a multiple of the {len(slices)} TPU slices, whose"
+            f"{option}: data is {shape[0]}, which must be a multiple of the {len(slices)} TPU slices, whose"
             " network carries nothing but data parallelism"
         )
     inside = (shape[0] // len(slices), *shape[1:])

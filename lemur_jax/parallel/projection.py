@@ -224,29 +224,31 @@ class Product:
         assert self.mesh is not None
         assert self.reduction is not None
         placed = spec(self.mesh, self.axes, weight.shape)
-        reduce = self._exchange if self.reduction.exchange else self._reduce
-        return self._place(reduce(x, upstream, placed).astype(weight.dtype), *placed)
+        dtype, exchange = self.reduction
+        if exchange:
+            return self._place(self._exchange(x, upstream, dtype, placed).astype(weight.dtype), *placed)
+        return self._place(self._reduce(x, upstream, dtype), *placed).astype(weight.dtype)
 
-    def _reduce(self, x: jax.Array, upstream: jax.Array, placed: PartitionSpec) -> jax.Array:
+    def _reduce(self, x: jax.Array, upstream: jax.Array, dtype: str) -> jax.Array:
         left, right, result = self._letters()
         factors = sorted([(x, left), (upstream, result)], key=lambda factor: factor[0].size)
         (small, first), (large, second) = factors
         made = right
         if platform(self.mesh) == "cpu":
             made = "".join(sorted(right, key=lambda axis: axis in second))
-        gradient = einsum(f"{first},{second}->{made}", small, large, dtype=self.reduction.dtype)
+        gradient = einsum(f"{first},{second}->{made}", small, large, dtype=dtype)
         if made != right:
             gradient = jnp.einsum(f"{made}->{right}", jax.lax.optimization_barrier(gradient))
-        return self._place(gradient, *placed)
+        return gradient
 
-    def _exchange(self, x: jax.Array, upstream: jax.Array, placed: PartitionSpec) -> jax.Array:
+    def _exchange(self, x: jax.Array, upstream: jax.Array, dtype: str, placed: PartitionSpec) -> jax.Array:
         left, right, result = self._letters()
 
         def by_device(array):  # [B, ...] -> [X, Y, B / XY, ...]
             return array.reshape(self.mesh.shape["data"], self.mesh.shape["fsdp"], -1, *array.shape[1:])
 
         equation = f"XY{left},XY{result}->XY{right}"
-        own = einsum(equation, by_device(x), by_device(upstream), dtype=self.reduction.dtype)
+        own = einsum(equation, by_device(x), by_device(upstream), dtype=dtype)
         whole = (None if axis == "embed" else where for axis, where in zip(self.axes, placed, strict=True))
         own = self._place(own, "data", "fsdp", *whole)
         return _sum_parts(self._place(own, "data", None, *placed))

@@ -74,7 +74,7 @@ def spec(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], what: str = 
         if size % ways:
             raise UserError(
                 f"{what}: axis {axis!r} of size {size} is not divisible by {ways}, the size of mesh axis"
-                f" {mesh_axes!r}; change config.mesh or the model"
+                f" {mesh_axes!r}: change the mesh or the model"
             )
         entries.append(mesh_axes)
     return PartitionSpec(*entries)

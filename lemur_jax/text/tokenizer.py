@@ -89,7 +89,9 @@ class Tokenizer:
         self.unk_id = self._special_id("unk")
         self.pad_id = self._special_id("pad")
         self.generation_stop_ids: tuple[int, ...] = (
-            _opened(_generation_stop_ids, files, GENERATION_CONFIG, name) if GENERATION_CONFIG in files else ()
+            _opened(_generation_stop_ids, files, GENERATION_CONFIG, name)
+            if GENERATION_CONFIG in files
+            else ()
         )
         self.chat_template: str | None = (
             _opened(bytes.decode, files, "chat_template.jinja", name)

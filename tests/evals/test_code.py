@@ -9,7 +9,7 @@ import pytest
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.evals import benchmarks, code
-from lemur_jax.infer.complete import Text
+from lemur_jax.infer.generate import Completion
 from lemur_jax.infer.session import load
 from lemur_jax.parallel.mesh import parse_mesh
 
@@ -54,7 +54,9 @@ def test_a_chat_model_is_asked_in_its_template(session, problems, monkeypatch):
 
     def complete(session, prompts, **options):
         asked.extend(prompts)
-        return [Text(text="    return 1\n", tokens=(), logprobs=(), finish_reason="stop")] * len(prompts)
+        return [Completion(text="    return 1\n", tokens=(), logprobs=(), finish_reason="stop")] * len(
+            prompts
+        )
 
     monkeypatch.setattr(code, "complete", complete)
     options = {"stops": code.HUMANEVAL_STOPS, "sampling": code.HUMANEVAL_SAMPLING}

@@ -8,7 +8,7 @@ from lemur_jax.infer.chat import converse, fit, reply
 from lemur_jax.infer.complete import complete
 from lemur_jax.text.chat_template import encode_chat
 from lemur_jax.text.tokenizer_files import extend
-from tests.infer.conftest import recite
+from tests.helpers.sessions import recite
 
 ANSWER = "yes: 😀!"
 
@@ -19,7 +19,7 @@ def parrot(chat_tokenizer):
     newline = chat_tokenizer.encode("\n", prefix=False)
     answer = chat_tokenizer.encode(ANSWER, prefix=False)
     ids = [*newline, *answer, chat_tokenizer.control_tokens["<|im_end|>"]]
-    return recite(chat_tokenizer, ids, max_position_embeddings=96)
+    return recite(chat_tokenizer, ids)
 
 
 def test_an_answer_is_streamed_without_its_end(parrot):
@@ -39,10 +39,11 @@ def test_llama_3_ends_a_turn_with_its_own_token(chat_tokenizer, tmp_path):
     tokenizer = extend(tmp_path, tmp_path / "llama_3", ["<|eot_id|>"], chat_template=template)
     newline, answer, more = (tokenizer.encode(text, prefix=False) for text in ("\n", ANSWER, "xz"))
     ids = [*newline, *answer, tokenizer.control_tokens["<|eot_id|>"], *more]
-    session = recite(tokenizer, ids, max_position_embeddings=96)
+    session = recite(tokenizer, ids)
     assert "".join(reply(session, [{"role": "user", "content": "hi"}], max_new_tokens=20)) == ANSWER
     (found,) = complete(session, [newline], max_new_tokens=20)
-    assert (found.text, found.tokens, found.finish_reason) == (ANSWER, tuple(answer), "stop")
+    assert (found.text, found.content, found.finish_reason) == (ANSWER, tuple(answer), "stop")
+    assert found.tokens == (*answer, tokenizer.control_tokens["<|eot_id|>"])
 
 
 def test_the_model_sees_the_whole_conversation(parrot, monkeypatch):

@@ -17,7 +17,7 @@ from lemur_jax.infer.score import score
 from lemur_jax.infer.session import make_session
 from lemur_jax.models.llama import Compute, forward
 from lemur_jax.models.presets import preset
-from tests.infer.conftest import fresh_params, mesh_of
+from tests.helpers.sessions import fresh_params, mesh_of
 
 T = 64
 

@@ -9,42 +9,38 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.session import load, make_session
 from lemur_jax.models.presets import preset
-from tests.infer.conftest import fresh_params, mesh_of
+from tests.helpers.sessions import fresh_params
 
+CONFIG = preset("tiny", max_position_embeddings=64)
 ONE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, chat_tokenizer):
     path = tmp_path_factory.mktemp("checkpoint") / "model"
-    config = preset("tiny")
-    metadata = make_metadata(model=config.to_dict(), tokenizer_files=chat_tokenizer.files())
-    write_params(path, fresh_params(config), metadata, step=7)
+    metadata = make_metadata(model=CONFIG.to_dict(), tokenizer_files=chat_tokenizer.files())
+    write_params(path, fresh_params(CONFIG), metadata, step=7)
     return path
 
 
-def test_a_checkpoint_generates_on_a_mesh(checkpoint, chat_tokenizer):
-    sizes = {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 2}
-    session = load(checkpoint, sizes, "float32", step=7, devices=jax.devices()[:4])
-    assert session.model == preset("tiny")
+def test_a_checkpoint_generates_on_a_mesh(checkpoint, chat_tokenizer, tiny_session):
+    session = load(checkpoint, ONE | {"fsdp": -1, "tensor": 2}, "float32", step=7, devices=jax.devices()[:4])
+    assert session.model == CONFIG
     assert session.tokenizer.files() == chat_tokenizer.files()
     query = session.params["layers"]["attention"]["query"]
     assert {shard.data.shape for shard in query.addressable_shards} == {(2, 32, 2, 16)}
-    direct = make_session(preset("tiny"), fresh_params(preset("tiny")), mesh_of(""), "float32")
-    options = {"max_new_tokens": 8, "stop_ids": ()}
-    prompts = [[1, 2, 3], [4]]
-    got, expected = generate(session, prompts, **options), generate(direct, prompts, **options)
-    assert [completion.tokens for completion in got] == [completion.tokens for completion in expected]
+    params = fresh_params(CONFIG)
+    direct = make_session(CONFIG, jax.tree.map(np.asarray, params), tiny_session.mesh, "float32")
+    got, expected = (
+        generate(each, [[1, 2, 3], [4]], max_new_tokens=8, stop_ids=()) for each in (session, direct)
+    )
+    assert got == expected
 
 
-def test_parameters_come_in_the_dtype_asked_for(checkpoint):
+def test_parameters_come_in_the_dtype_asked_for_and_are_not_copied_where_they_lie_right(checkpoint):
     session = load(checkpoint, ONE, "bfloat16", devices=jax.devices()[:1])
     assert {leaf.dtype for leaf in jax.tree.leaves(session.params)} == {jax.numpy.dtype("bfloat16")}
-
-
-def test_nothing_is_copied_that_lies_right(checkpoint):
-    session = load(checkpoint, ONE, "float32", devices=jax.devices()[:1])
-    again = make_session(session.model, session.params, session.mesh, "float32")
+    again = make_session(session.model, session.params, session.mesh, "bfloat16")
     same = jax.tree.map(
         lambda a, b: a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer(), session.params, again.params
     )
@@ -52,9 +48,8 @@ def test_nothing_is_copied_that_lies_right(checkpoint):
 
 
 def test_weights_without_a_tokenizer(tmp_path):
-    config = preset("tiny")
     write_params(
-        tmp_path / "model", fresh_params(config), make_metadata(model=config.to_dict(), tokenizer_files={})
+        tmp_path / "model", fresh_params(CONFIG), make_metadata(model=CONFIG.to_dict(), tokenizer_files={})
     )
     session = load(tmp_path / "model", ONE, "float32", devices=jax.devices()[:1])
     assert session.tokenizer is None
@@ -69,7 +64,11 @@ def test_weights_without_a_tokenizer(tmp_path):
         ({"step": 8}, "no checkpoint of step 8"),
         ({"dtype": "int8"}, "cannot generate in dtype 'int8'"),
         ({"mesh_sizes": ONE | {"sequence": 2}}, "mesh axis sequence is 2"),
-        ({"mesh_sizes": ONE | {"fsdp": 3}}, "does not multiply to the 2 devices"),
+        ({"mesh_sizes": ONE | {"fsdp": 3}}, "multiply to the 2 devices here: set --mesh so that it does"),
+        (
+            {"mesh_sizes": ONE | {"data": 2, "fsdp": 1, "tensor": -1}, "checkpoint": "nowhere"},
+            "no checkpoint",
+        ),
     ],
 )
 def test_bad_input(checkpoint, changes, message):
@@ -79,12 +78,5 @@ def test_bad_input(checkpoint, changes, message):
 
 
 def test_heads_that_the_mesh_does_not_divide(checkpoint):
-    with pytest.raises(UserError, match="'kv_heads' of size 2 is not divisible by 4"):
+    with pytest.raises(UserError, match=r"'kv_heads' of size 2 is not divisible by 4.*: change the mesh"):
         load(checkpoint, ONE | {"tensor": 4}, "float32", devices=jax.devices()[:4])
-
-
-def test_numpy_parameters(checkpoint):
-    """As a conversion gives them."""
-    params = jax.tree.map(np.asarray, fresh_params(preset("tiny")))
-    session = make_session(preset("tiny"), params, mesh_of("fsdp=2"), "bfloat16")
-    assert session.params["embed"]["embedding"].sharding.spec == jax.P("tensor", "fsdp")

@@ -39,9 +39,9 @@ def test_forward(arrays):
     np.testing.assert_allclose(out, reference(*arrays), atol=2e-6)
 
 
-@pytest.mark.parametrize("kept", [0, T])  # the softmax computed again in the backward pass, or kept
-def test_backward_against_finite_differences(arrays, kept, monkeypatch):
-    monkeypatch.setattr(choosing, "KEPT", kept)
+@pytest.mark.parametrize("remat_above", [0, T])  # the softmax computed again in the backward pass, or kept
+def test_backward_against_finite_differences(arrays, remat_above, monkeypatch):
+    monkeypatch.setattr(choosing, "REMAT_ABOVE", remat_above)
     query, key, value, segments = arrays
     rng = np.random.default_rng(1)
     weight = rng.normal(size=(B, T, H, N))

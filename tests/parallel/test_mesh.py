@@ -58,7 +58,9 @@ def test_slices_lie_along_data(data):
 def test_slices_need_data_parallelism():
     pytest.importorskip("libtpu", reason="the plan extra (libtpu) is not installed")
     devices = topologies.devices(topologies.find("v5e-8", 2))
-    with pytest.raises(UserError, match=r"config.mesh.data is 1: it must be a multiple of the 2 TPU slices"):
+    with pytest.raises(
+        UserError, match=r"config.mesh: data is 1, which must be a multiple of the 2 TPU slices"
+    ):
         make_mesh(sizes(1, 16, 1, 1), devices)
 
 

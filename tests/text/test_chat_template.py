@@ -190,7 +190,9 @@ def test_malformed_messages_are_refused(chat_tokenizer, messages):
 
 def with_generation_config(chat_dir, eos):
     files = Tokenizer.load(chat_dir).files()
-    return Tokenizer.from_files({**files, "generation_config.json": json.dumps({"eos_token_id": eos}).encode()})
+    return Tokenizer.from_files(
+        {**files, "generation_config.json": json.dumps({"eos_token_id": eos}).encode()}
+    )
 
 
 @pytest.mark.parametrize(("eos", "added"), [([2, 7, 9], (7, 9)), (11, (11,)), (None, ()), ([], ())])

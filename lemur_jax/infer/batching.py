@@ -1,0 +1,43 @@
+"""Batches of token rows on the mesh: few shapes to compile, little padding."""
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from lemur_jax.infer.session import Session
+from lemur_jax.parallel.mesh import platform
+from lemur_jax.parallel.rules import spec
+
+# Positions are padded to multiples of this many; accelerators, whose attention kernels need whole registers, to LANES.
+UNIT, LANES = 32, 128
+
+
+def bucket(size: int) -> int:
+    """The next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: at most 25% padding."""
+    step = 1 << max(0, (size - 1).bit_length() - 3)
+    return -(-size // step) * step
+
+
+def padded_rows(session: Session, count: int) -> int:
+    """Rows of a batch for `count` sequences: a multiple of the mesh's `data` × `fsdp`."""
+    ways = row_ways(session)
+    return ways * bucket(-(-count // ways))
+
+
+def row_ways(session: Session) -> int:
+    """Devices over which the rows of a batch are sharded."""
+    return session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+
+
+def padded_length(session: Session, size: int) -> int:
+    """Positions of a batch whose longest row has `size`."""
+    on_cpu = platform(session.mesh) == "cpu" and session.compute.attention != "splash"
+    unit = UNIT if on_cpu else LANES
+    return unit * bucket(-(-size // unit))
+
+
+def put(session: Session, array: np.ndarray) -> jax.Array:
+    """A batch array on the mesh; every host holds the same NumPy array and passes its own part."""
+    axes = ("batch", "width", "width")[: array.ndim]
+    sharding = NamedSharding(session.mesh, spec(session.mesh, axes, array.shape))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
