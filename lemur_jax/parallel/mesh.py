@@ -16,7 +16,9 @@ from lemur_jax.parallel.config import MeshConfig
 AXES = ("data", "fsdp", "sequence", "tensor")
 
 
-def mesh_shape(sizes: MeshConfig | Mapping[str, int], num_devices: int, option: str = "config.mesh") -> tuple[int, ...]:
+def mesh_shape(
+    sizes: MeshConfig | Mapping[str, int], num_devices: int, option: str = "config.mesh"
+) -> tuple[int, ...]:
     """Sizes of `AXES`, with −1 replaced by the devices that are left.
 
     Args:
