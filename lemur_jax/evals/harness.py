@@ -19,8 +19,7 @@ from lemur_jax.infer.score import BATCH_TOKENS, score
 from lemur_jax.infer.session import Session, load
 from lemur_jax.parallel.mesh import parse_mesh
 from lemur_jax.text.chat_template import chat_template as template_of
-from lemur_jax.text.chat_template import render, stop_ids
-from lemur_jax.text.control_tokens import encode_with_control
+from lemur_jax.text.chat_template import render_chat, stop_ids
 
 try:
     from lm_eval import utils
@@ -83,7 +82,7 @@ class LemurLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         """Ids of a text in which control tokens may be spelled out, as the harness's templates do."""
-        ids = encode_with_control(self.tokenizer, string)
+        ids = self.tokenizer.encode_with_control_tokens(string)
         bos = self.add_bos if add_special_tokens is None else add_special_tokens and self.add_bos
         return [self.tokenizer.bos_id, *ids] if bos and ids[:1] != [self.tokenizer.bos_id] else ids
 
@@ -193,8 +192,7 @@ class LemurLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """A conversation as text; without a generation prompt its last turn is left open."""
-        pieces = render(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
-        text = "".join(piece.text for piece in pieces)
+        text = render_chat(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()

@@ -23,7 +23,6 @@ from lemur_jax.infer.score import score, top_logprobs
 from lemur_jax.infer.session import Session
 from lemur_jax.infer.text import stream_text
 from lemur_jax.text.chat_template import encode_chat, stop_ids
-from lemur_jax.text.control_tokens import encode_with_control
 
 try:
     from starlette.applications import Starlette
@@ -187,7 +186,7 @@ class _Server:
         if not isinstance(prompt, str):
             return prompt
         self._check_length(len(prompt))
-        ids = encode_with_control(self.tokenizer, prompt)
+        ids = self.tokenizer.encode_with_control_tokens(prompt)
         return ids if ids[:1] == [self.tokenizer.bos_id] else [self.tokenizer.bos_id, *ids]
 
     def _one_alone(self, prompts: Sequence[Any]) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare.cleaning import NO_FINGERPRINT, NO_STEPS, Fingerprint, Removed, filters
 from lemur_jax.prepare.code_layout import encode_pieces, layout
-from lemur_jax.text.chat_template import encode_chat
+from lemur_jax.text.chat_template import encode_chat, is_trained
 from lemur_jax.text.tokenizer import Tokenizer
 
 # What a task gives for one document: `text` or `messages`, and perhaps `id`.
@@ -133,6 +133,10 @@ def _joined(messages: Any) -> str:
 
 def _encode_messages(tokenizer: Tokenizer, messages: Any, name: str, marks: Mapping[str, Any]) -> Encoded:
     ids, mask = encode_chat(tokenizer, messages, name=name)
+    for message in messages:
+        says = message["content"].strip() or message.get("tool_calls")
+        if message["role"] == "assistant" and is_trained(message) and not says:
+            raise ValueError("a turn of the assistant is empty")
     supervised = [index for index, flag in zip(ids, mask, strict=True) if flag]
     n_bytes = len(tokenizer.decode(supervised, skip_special=True).encode())
     tokens, flags = np.array(ids, np.uint32), np.array(mask, np.uint8)

@@ -1,13 +1,11 @@
 """Conversations to token ids with a loss mask, through the tokenizer's Jinja chat template.
 
-The template says which text is supervised (`{% generation %} ... {% endgeneration %}`, as for
-transformers). The rendered conversation is cut at its control tokens and each text between two of them
-is tokenized once, whole, so the ids are those that a user of the exported model gets; the mask comes
-from character offsets. Control tokens come from the template alone: one that is spelled out inside a
-message is tokenized as plain text.
+The template says which text is supervised (`{% generation %} ... {% endgeneration %}`, as for transformers). The
+rendered conversation is tokenized once, whole, so the ids are those of transformers' `apply_chat_template`; the mask
+comes from character offsets. Control tokens come from the template alone: one that a message spells is tokenized as
+plain text. A turn with `weight: 0`, `train: false` or `training: false` is not supervised.
 """
 
-import dataclasses
 import datetime
 import functools
 import itertools
@@ -33,7 +31,7 @@ CHATML_TEMPLATE = r"""{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
 
-# What marks text as supervised. Few published templates have it; to talk with, they need it not.
+# What marks text as supervised. Few published templates have it; inference does not need it.
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Tokens that end a turn: ChatML's, Llama-3's.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
@@ -41,23 +39,8 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 # A message: {"role": "user", "content": "..."}, and whatever else a template may read.
 Message = Mapping[str, Any]
 
-# Private-use characters; three that a conversation does not contain mark places in its rendered text.
-_MARKS = range(0x100000, 0x10FFFE)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A stretch of a rendered conversation: one control token, or the text between two.
-
-    Attributes:
-      text: the token's name, or the text.
-      control: whether it is a control token.
-      supervised: one flag for each character of the text; one alone for a control token.
-    """
-
-    text: str
-    control: bool
-    supervised: Sequence[bool]
+# Private-use characters; four that a conversation does not contain mark places in its rendered text.
+_MARKS = range(0xF0000, 0xFFFFE)
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -69,13 +52,25 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*ends, tokenizer.eos_id, *tokenizer.generation_stop_ids]))
 
 
+def is_trained(message: Message) -> bool:
+    """Whether a turn may be supervised: not if it has `weight: 0`, `train: false` or `training: false`.
+
+    Raises:
+      ValueError: a weight other than 0 and 1, or a flag that is neither true nor false.
+    """
+    flags = {key: message[key] for key in ("weight", "train", "training") if message.get(key) is not None}
+    for key, value in flags.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise ValueError(
+                f"a turn has {key} {value!r:.40}: only 0 and 1, or false and true, are supported"
+            )
+    return all(flags.values())
+
+
 def encode_chat(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False, name: str = ""
 ) -> tuple[list[int], list[int]]:
     """Ids of a conversation and its loss mask.
-
-    No bos is put in front beyond what the template writes: the ids are those of
-    `transformers`' `apply_chat_template`.
 
     Args:
       messages: the turns, in any order of roles.
@@ -83,10 +78,9 @@ def encode_chat(
       name: what to call the conversation in errors.
 
     Returns:
-      ids, and a mask of the same length: 1 where the token is a supervised target, that is where some
-      of its characters are in text that the template marks as generated (as transformers has it, so a
-      token that joins the last space of the prompt to the answer's first word is one). With ChatML:
-      the assistant's content and its closing `<|im_end|>\\n`.
+      ids, and a mask of the same length: 1 where the token is a supervised target, that is where it overlaps text that
+      the template marks as generated (so a token that joins the last space of the prompt to the answer's first word is
+      one). With ChatML: the assistant's content and its closing `<|im_end|>\\n`.
 
     Raises:
       UserError: malformed messages, or no supervised token although no generation prompt was asked.
@@ -96,50 +90,27 @@ def encode_chat(
             "the chat template has no {% generation %} ... {% endgeneration %} around what the assistant says, so"
             " nothing would be trained on: add them, or name another with config.tokenizer.chat_template"
         )
-    ids: list[int] = []
-    mask: list[int] = []
-    pieces = render(tokenizer, messages, add_generation_prompt=add_generation_prompt, name=name)
-    for position, piece in enumerate(pieces):
-        if piece.control:
-            ids.append(tokenizer.control_tokens[piece.text])
-            mask.append(int(piece.supervised[0]))
-        else:
-            # Only text that opens the conversation gets the dummy space in front.
-            text_ids, spans = tokenizer.encode_with_spans(piece.text, prefix=position == 0)
-            ids += text_ids
-            mask += [int(any(piece.supervised[begin:end])) for begin, end in spans]
+    text, spans = _render(tokenizer, messages, add_generation_prompt, name)
+    ids, offsets = tokenizer.encode_marked(text)
+    mask = _overlaps(offsets, spans)
     if not add_generation_prompt and not any(mask):
         raise UserError(
             f"conversation {name or '(unnamed)'} has no supervised token: its template marks nothing as"
-            f" generated; the roles are {', '.join(message['role'] for message in messages)}"
+            f" generated, or all that it marks has weight 0; the roles are"
+            f" {', '.join(message['role'] for message in messages)}"
         )
     return ids, mask
 
 
-def render(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False, name: str = ""
-) -> list[Piece]:
-    """A conversation as its template writes it, cut into control tokens and texts.
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
+) -> str:
+    """A conversation as its template writes it, its control tokens spelled out.
 
     Raises:
       UserError: malformed messages, or a template that refuses them.
     """
-    _check_messages(messages, name)
-    template = chat_template(tokenizer)
-    spelled = json.dumps(messages, ensure_ascii=False, default=str) + template
-    unused = (chr(code) for code in _MARKS if chr(code) not in spelled)
-    begin, end, escape = itertools.islice(unused, 3)
-    tokens = _alternatives(tuple(tokenizer.control_tokens))
-    # A control token spelled out in a message is broken up, so that it is not taken for a real one.
-    spelled_token = re.compile(f"(?={tokens})(.)", re.DOTALL)
-    safe = _map_strings(messages, lambda text: spelled_token.sub(rf"\g<1>{escape}", text))
-    try:
-        text = _compile(template, begin, end).render(
-            messages=safe, add_generation_prompt=add_generation_prompt, **_named_tokens(tokenizer)
-        )
-    except Exception as error:  # a template is a program of the user's: it can fail in any way
-        raise UserError(f"conversation {name or '(unnamed)'}: its chat template says: {error}") from error
-    return _cut(text, tokens, begin, end, escape)
+    return tokenizer.unmark(_render(tokenizer, messages, add_generation_prompt, "")[0])
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
@@ -160,30 +131,62 @@ def chat_template(tokenizer: Tokenizer) -> str:
     return template
 
 
-def _cut(text: str, tokens: str, begin: str, end: str, escape: str) -> list[Piece]:
-    """Splits a rendered conversation at its control tokens and takes the marks out of it."""
-    marks = re.compile(f"([{begin}{end}{escape}])")
-    pieces: list[Piece] = []
-    supervised = False
-    for position, part in enumerate(re.split(f"({tokens})", text)):
-        if position % 2:
-            pieces.append(Piece(text=part, control=True, supervised=[supervised]))
-            continue
-        flags: list[bool] = []
-        for run in marks.split(part):
-            if run in (begin, end):
-                supervised = run == begin
-            elif run != escape:
-                flags += [supervised] * len(run)
-        if flags:
-            pieces.append(Piece(text=marks.sub("", part), control=False, supervised=flags))
-    return pieces
+def _render(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool, name: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text for `Tokenizer.encode_marked`, and the characters [begin, end) of it that are supervised."""
+    _check_messages(messages, name)
+    template = chat_template(tokenizer)
+    spelled = json.dumps(messages, ensure_ascii=False, default=str) + template
+    unused = (chr(code) for code in _MARKS if chr(code) not in spelled)
+    begin, end, separator, untrained = itertools.islice(unused, 4)
+    # A control token spelled in a message is broken up, so that it is not taken for one of the template's.
+    broken = _map_strings(messages, lambda text: tokenizer.break_control_tokens(text, separator))
+    given = []
+    for message in broken:
+        message = {key: value for key, value in message.items() if value is not None}
+        if not is_trained(message):
+            # Inside of its trailing space, which templates trim.
+            said = message["content"].rstrip()
+            message["content"] = f"{said}{untrained}{message['content'][len(said) :]}"
+        given.append(message)
+    values = {"messages": given, "tools": None, "documents": None, **tokenizer.special_names}
+    try:
+        text = _compile(template, begin, end).render(add_generation_prompt=add_generation_prompt, **values)
+    except Exception as error:  # a template is a program of the user's: it can fail in any way
+        raise UserError(f"conversation {name or '(unnamed)'}: its chat template says: {error}") from error
+    return _take_marks_out(tokenizer.mark_control_tokens(text), begin, end, separator, untrained)
 
 
-@functools.lru_cache(maxsize=16)
-def _alternatives(tokens: tuple[str, ...]) -> str:
-    # Longest first: one token may begin with another.
-    return "(?:" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")"
+def _take_marks_out(
+    text: str, begin: str, end: str, separator: str, untrained: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text without marks, and the stretches between `begin` and `end` that `untrained` does not stand in."""
+    parts: list[str] = []
+    spans: list[tuple[int, int]] = []
+    length = start = 0
+    trained = True
+    for part in re.split(f"([{begin}{end}{separator}{untrained}])", text):
+        if part == begin:
+            start, trained = length, True
+        elif part == untrained:
+            trained = False
+        elif part == end and trained:
+            spans.append((start, length))
+        elif part not in (end, separator):
+            parts.append(part)
+            length += len(part)
+    return "".join(parts), spans
+
+
+def _overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for each token that overlaps one of the spans; both are in order."""
+    mask, number = [], 0
+    for begin, end in offsets:
+        while number < len(spans) and begin >= spans[number][1]:
+            number += 1
+        mask.append(int(number < len(spans) and end > spans[number][0]))
+    return mask
 
 
 @functools.lru_cache(maxsize=16)
@@ -202,15 +205,17 @@ def _compile(template: str, begin: str, end: str):
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            before, after = (
-                nodes.Output([nodes.TemplateData(mark)]).set_lineno(line) for mark in (begin, end)
-            )
-            return [before, *body, after]
+            return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+        def _mark(self, caller):
+            return f"{begin}{caller()}{end}"
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+        value, ensure_ascii=ensure_ascii, **options
+    )
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda style: datetime.datetime.now().strftime(style)
     return environment.from_string(template)
@@ -218,12 +223,6 @@ def _compile(template: str, begin: str, end: str):
 
 def _raise(message: str) -> None:
     raise ValueError(message)
-
-
-def _named_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """`bos_token` and its like, as templates expect them."""
-    ids = {kind: getattr(tokenizer, f"{kind}_id") for kind in ("bos", "eos", "unk", "pad")}
-    return {f"{kind}_token": tokenizer.token(index) for kind, index in ids.items() if index is not None}
 
 
 def _check_messages(messages: Sequence[Message], name: str) -> None:
@@ -237,6 +236,10 @@ def _check_messages(messages: Sequence[Message], name: str) -> None:
                 f"{where}: message {position} is {message!s:.80}; expected a mapping with the strings"
                 " 'role' and 'content'"
             )
+        try:
+            is_trained(message)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
 
 
 def _map_strings(value: Any, function: Callable[[str], str]) -> Any:

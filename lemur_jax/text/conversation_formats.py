@@ -1,15 +1,19 @@
-"""Conversations as published data sets ship them, to one form: a list of {"role", "content"}.
+"""Converts conversations of published data sets to one form: a list of {"role", "content"}.
 
-Roles are system, user, assistant and tool; contents are strings. Each function takes a row and raises
-ValueError with a reason for one that it cannot read. Use them as `fields.Fields(messages=...)`.
+Roles are system, user, assistant and tool; contents are strings. A turn of the assistant that the row marks with
+`weight: 0`, `train: false` or `training: false` has `"train": False` and is not supervised. Fields that are null
+count as absent: Parquet fills them in. Each function takes a row and raises ValueError with a reason for a row that
+it cannot read. Use them as `fields.Fields(messages=...)`.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lemur_jax.text.chat_template import is_trained
+
 Row = Mapping[str, Any]
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 _ROLES = {
     "system": "system",
@@ -30,15 +34,14 @@ _ROLES = {
 def sharegpt(row: Row) -> Messages:
     """ShareGPT: `conversations`, a list of {"from", "value"}; with a `system` field if there is one.
 
-    Turns that are spelled {"role", "content"}, as some of its descendants do, are taken too.
+    Turns spelled {"role", "content"} and a list named `conversation`, as in data sets derived from it, are read too.
     """
-    turns = _list(row, "conversation" if "conversation" in row else "conversations")
-    messages = [
-        _message(turn["role"], _get(turn, "content"))
-        if isinstance(turn, Mapping) and "from" not in turn and "role" in turn
-        else _message(_get(turn, "from"), _get(turn, "value"))
-        for turn in turns
-    ]
+    turns = _list(row, "conversations" if row.get("conversation") is None else "conversation")
+    messages = []
+    for turn in turns:
+        spelling = ("role", "content") if _has(turn, "role") and not _has(turn, "from") else ("from", "value")
+        role, content = (_get(turn, key) for key in spelling)
+        messages.append(_message(role, content, turn))
     return _checked([*_system(row.get("system")), *messages])
 
 
@@ -105,11 +108,11 @@ def openai(row: Row) -> Messages:
     messages = []
     for turn in _list(row, "messages"):
         role = _get(turn, "role")
-        content = _parts(turn.get("content"))
         calls = [_call(_get(call, "function")) for call in turn.get("tool_calls") or []]
-        if turn.get("function_call"):  # before tools were called so
+        if turn.get("function_call"):  # the older spelling of one call
             calls.append(_call(turn["function_call"]))
-        messages.append(_message(role, "\n".join([content] * bool(content) + calls)))
+        content = "" if calls and not _has(turn, "content") else _parts(_get(turn, "content"))
+        messages.append(_message(role, "\n".join([content] * bool(content) + calls), turn))
     return _checked(messages)
 
 
@@ -130,8 +133,8 @@ def _call(function: Any) -> str:
 
 
 def _parts(content: Any) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
+    if isinstance(content, str):
+        return content
     if not isinstance(content, Sequence):
         raise ValueError(f"a content is {type(content).__name__}, neither a string nor a list of parts")
     kinds = [_get(part, "type") for part in content]
@@ -141,12 +144,19 @@ def _parts(content: Any) -> str:
     return "".join(_get(part, "text") for part in content)
 
 
-def _message(role: Any, content: Any) -> dict[str, str]:
+def _message(role: Any, content: Any, turn: Row | None = None) -> dict[str, Any]:
+    """A message; `turn`: where a flag says whether it is trained on."""
     if role not in _ROLES:
         raise ValueError(f"unknown role {role!r}")
     if not isinstance(content, str):
         raise ValueError(f"the content of a turn of {role} is {type(content).__name__}, not a string")
-    return {"role": _ROLES[role], "content": content}
+    message: dict[str, Any] = {"role": _ROLES[role], "content": content}
+    if message["role"] == "assistant":
+        if turn is not None and not is_trained(turn):
+            message["train"] = False
+        elif not content.strip():
+            raise ValueError(f"a turn of {role} is empty")
+    return message
 
 
 def _system(text: Any) -> Messages:
@@ -160,13 +170,20 @@ def _list(row: Row, name: str) -> Sequence[Any]:
     return value
 
 
+def _has(mapping: Any, name: str) -> bool:
+    return isinstance(mapping, Mapping) and mapping.get(name) is not None
+
+
 def _get(mapping: Any, name: str) -> Any:
-    if not isinstance(mapping, Mapping) or name not in mapping:
+    if not _has(mapping, name):
         raise ValueError(f"no field {name!r}")
     return mapping[name]
 
 
 def _checked(messages: Messages) -> Messages:
-    if not any(message["role"] == "assistant" for message in messages):
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
         raise ValueError("no turn of the assistant")
+    if not any(message.get("train", True) for message in answers):
+        raise ValueError("no turn of the assistant is trained on: all have weight 0 or train false")
     return messages

@@ -1,54 +1,41 @@
-"""Tokenizers read from a Hugging Face directory: text to ids and back.
+"""Tokenizers read from a Hugging Face directory: text to ids and back, with the ids of `transformers`.
 
-Plain text never gives a control token here, whatever it spells: control tokens are put in by id. Where
-the directory holds `tokenizer.model`, SentencePiece encodes; else `tokenizer.json` does, through the
-`tokenizers` library. Writing such directories is `tokenizer_files`' business.
+The `tokenizers` library encodes, set up from the directory's files as `transformers` does it. Added tokens that are not
+special are part of the text and are produced wherever text spells them. Special tokens (control tokens) are not: in
+the library they carry names that no text can spell, and only `mark_control_tokens` puts these names into a text. So
+what a user writes never becomes a control token, and text around control tokens gets the ids that it gets there.
+`tokenizer_files` writes such directories.
 """
 
 import functools
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+import logging
+import secrets
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 from etils import epath
 
-from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.common.paths import how_to_mend
-
-# What makes up a tokenizer directory; any other file in it is left alone.
-FILE_NAMES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+from lemur_jax.common.errors import UserError
+from lemur_jax.text.backend import (
+    FILE_NAMES,
+    GENERATION_CONFIG,
+    TokenizerFiles,
+    build_backend,
+    build_decoders,
+    build_sentencepiece,
+    read_files,
+    token_pattern,
+    vocabulary,
 )
-# Not the tokenizer's own, but its `eos_token_id` names ids of this vocabulary that end an answer, so it goes where the
-# tokenizer goes.
-GENERATION_CONFIG = "generation_config.json"
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["FILE_NAMES", "GENERATION_CONFIG", "Tokenizer", "compatible", "read_files"]
 
 Span = tuple[int, int]
-T = TypeVar("T")
 
-
-class _Model(Protocol):
-    """A vocabulary that encodes plain text."""
-
-    size: int
-    digest: str
-    control_tokens: dict[str, int]  # inside the vocabulary, e.g. <s>
-    special_ids: dict[str, int]  # of "bos", "eos", "unk", "pad", where the model file knows them
-
-    def encode(self, text: str, prefix: bool) -> list[int]: ...
-
-    def encode_with_spans(self, text: str, prefix: bool) -> tuple[list[int], list[Span]]: ...
-
-    def decode(self, ids: list[int], prefix: bool) -> str: ...
-
-    def token(self, index: int) -> str: ...
+# Private-use characters, of which the names of control tokens in the library are made.
+_PRIVATE = range(0x100000, 0x10FFFE)
 
 
 class Tokenizer:
@@ -56,55 +43,58 @@ class Tokenizer:
 
     Attributes:
       vocab_size: highest id + 1, added tokens included.
-      model_size: ids of the model file itself.
+      model_size: highest id of the vocabulary without added tokens + 1.
       bos_id, eos_id: ids that begin and end a document.
       unk_id, pad_id: ids, or None.
-      added_tokens: control tokens that are not in the model file, to their ids.
-      control_tokens: these and the model's own (`<s>`, ...).
+      added_tokens: tokens that are not in that vocabulary, special or not, to their ids.
+      control_tokens: special tokens (`<s>`, `<|im_end|>`, ...) to their ids; plain text never gives one.
       generation_stop_ids: the ids of `eos_token_id` in `generation_config.json`; () without one.
-      digest: sha256 (hex) of the model file, whatever tokens are added to it.
+      digest: sha256 (hex) of the vocabulary, whatever tokens are added to it.
       chat_template: Jinja source, or None.
     """
 
     def __init__(self, files: Mapping[str, bytes], name: str):
-        self._files = dict(files)
-        self._name = name
-        if "tokenizer.model" in files:
-            self._model: _Model = _opened(_SentencePieceModel, files, "tokenizer.model", name)
-        elif "tokenizer.json" in files:
-            self._model = _opened(_JsonModel, files, "tokenizer.json", name)
-        else:
-            raise UserError(
-                f"no tokenizer.model and no tokenizer.json in {name}: name a tokenizer directory in"
-                " tokenizer.path, or let `lemur prepare` train one with tokenizer.train_vocab_size"
-            )
-        self.digest = self._model.digest
-        self.added_tokens = _added_tokens(files, self._model, name)
-        self.control_tokens = {**self._model.control_tokens, **self.added_tokens}
+        self._source = source = TokenizerFiles(dict(files), name)
+        spec = source.read_spec()
+        self.digest = source.digest(spec)
+        source.set_class_pipeline(spec)
+        vocab = vocabulary(spec)
+        self.model_size = max(vocab.values(), default=-1) + 1
+        added = source.added_tokens(spec)
+        _check_named(source, vocab.keys() | {token["content"] for token in added if "id" in token})
+        special = [token["content"] for token in added if token["special"]]
+        # Names that no text can spell: nobody can guess the first characters.
+        key = "".join(chr(secrets.choice(_PRIVATE)) for _ in range(4))
+        self._marks = {
+            token: f"{key}{chr(_PRIVATE[number])}" for number, token in enumerate(special[: len(_PRIVATE)])
+        }
+        main = "tokenizer.json" if "tokenizer.json" in files else "tokenizer.model"
+        self._backend = source.parse(main, lambda _: build_backend(spec, added, self._marks))
+        names = [token["content"] for token in added]
+        ids: dict[str, int] = {name: self._backend.token_to_id(self._marks.get(name, name)) for name in names}
+        _check_ids(source, spec, ids)
+        self.added_tokens = {token: index for token, index in ids.items() if vocab.get(token) != index}
+        self.control_tokens = {token: ids[token] for token in special}
         self._control_names = {index: token for token, index in self.control_tokens.items()}
-        self.model_size = self._model.size
-        self.vocab_size = max([self.model_size, *(index + 1 for index in self.control_tokens.values())])
-        self.bos_id = self._required_id("bos")
-        self.eos_id = self._required_id("eos")
-        self.unk_id = self._special_id("unk")
-        self.pad_id = self._special_id("pad")
-        self.generation_stop_ids: tuple[int, ...] = (
-            _opened(_generation_stop_ids, files, GENERATION_CONFIG, name)
-            if GENERATION_CONFIG in files
-            else ()
-        )
-        self.chat_template: str | None = (
-            _opened(bytes.decode, files, "chat_template.jinja", name)
-            if "chat_template.jinja" in files
-            else self.config.get("chat_template")
-        )
+        self._pattern = token_pattern(added)
+        self.vocab_size = max([self.model_size, *(index + 1 for index in ids.values())])
+        self._decoders = build_decoders(spec.get("decoder"))
+        # Only where every added token is special: SentencePiece knows none of them.
+        self._fast = build_sentencepiece(source.sentencepiece, spec) if len(special) == len(added) else None
+        self.bos_id = self._required_id("bos", spec)
+        self.eos_id = self._required_id("eos", spec)
+        self.unk_id = self._special_id("unk", spec)
+        self.pad_id = self._special_id("pad", spec)
+        self.generation_stop_ids = source.generation_stop_ids()
+        self.chat_template = source.chat_template()
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Tokenizer":
         """Opens a directory.
 
         Raises:
-          UserError: there is no tokenizer in it, or its files are damaged or contradict each other.
+          UserError: there is no tokenizer in it, its files are damaged or contradict each other, or it is of a kind
+            whose ids would not be those of transformers.
         """
         return cls(read_files(path), str(path))
 
@@ -115,35 +105,72 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """All files of the directory by name: what a checkpoint keeps."""
-        return dict(self._files)
+        return dict(self._source.files)
+
+    @property
+    def sentencepiece(self) -> bytes | None:
+        """`tokenizer.model`, if it is a SentencePiece model."""
+        return self._source.sentencepiece
 
     def __reduce__(self):
-        return (Tokenizer, (self._files, self._name))
+        return (Tokenizer, (self._source.files, self._source.name))
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """`tokenizer_config.json` over `special_tokens_map.json`."""
+        return self._source.config
 
     @functools.cached_property
-    def config(self) -> dict[str, Any]:
-        """`tokenizer_config.json` over `special_tokens_map.json`."""
-        found: dict[str, Any] = {}
-        for file in ("special_tokens_map.json", "tokenizer_config.json"):
-            if file in self._files:
-                found |= _opened(_json_object, self._files, file, self._name)
-        return found
+    def special_names(self) -> dict[str, str]:
+        """`bos_token` and its like to the tokens that they name, as chat templates read them."""
+        kinds = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
+        known = {f"{kind}_token": self.token(index) for kind, index in kinds.items() if index is not None}
+        keys = [key.removesuffix("_token") for key in self.config if key.endswith("_token")]
+        named = {f"{kind}_token": self._source.named_token(kind) for kind in keys}
+        return known | {key: token for key, token in named.items() if isinstance(token, str)}
 
     def encode(self, text: str, *, prefix: bool = True) -> list[int]:
         """Ids of plain text, without bos and eos, never a control token.
 
         Args:
-          prefix: whether the model's dummy space goes in front; False for text that follows a
-            control token.
+          prefix: False for text that follows a control token: the space that a vocabulary may put in front of a text
+            is left out there, unless transformers puts it there too (`legacy`).
         """
-        return self._model.encode(text, prefix)
+        if not prefix:
+            bos = self._marks[self._control_names[self.bos_id]]
+            return self._backend.encode(bos + text, add_special_tokens=False).ids[1:]
+        if self._fast is not None:
+            return self._fast.encode(text)
+        return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_with_spans(self, text: str, *, prefix: bool = True) -> tuple[list[int], list[Span]]:
-        """`encode`, and for each token the characters [begin, end) that it spells.
+    def encode_marked(self, text: str) -> tuple[list[int], list[Span]]:
+        """Ids of text in which `mark_control_tokens` marked control tokens, and the characters [begin, end) of each.
 
-        A token for some bytes of a character has that character, and the dummy space the first one.
+        A token for some bytes of a character has that whole character.
         """
-        return self._model.encode_with_spans(text, prefix)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def mark_control_tokens(self, text: str) -> str:
+        """Replaces each control token that the text spells by a name that stands for it in `encode_marked`."""
+        return self._pattern.sub(lambda found: self._marks.get(found[0], found[0]), text)
+
+    def encode_with_control_tokens(self, text: str) -> list[int]:
+        """Ids of text whose spelled control tokens are meant as such, as `transformers` reads every text."""
+        return self.encode_marked(self.mark_control_tokens(text))[0]
+
+    def break_control_tokens(self, text: str, separator: str) -> str:
+        """Puts a separator behind the first character of each control token that the text spells."""
+        return self._pattern.sub(
+            lambda found: f"{found[0][:1]}{separator}{found[0][1:]}" if found[0] in self._marks else found[0],
+            text,
+        )
+
+    def unmark(self, text: str) -> str:
+        """The inverse of `mark_control_tokens`."""
+        for token, mark in self._marks.items():
+            text = text.replace(mark, token)
+        return text
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of ids; control tokens are shown by name, or left out if `skip_special`.
@@ -151,23 +178,24 @@ class Tokenizer:
         An id that no token has (rows that pad the vocabulary) is shown as U+FFFD.
         """
         text: list[str] = []
-        run: list[int] = []
+        run: list[str] = []
         prefix = True
 
         def flush() -> None:
             if run:
-                text.append(self._model.decode(run, prefix))
+                text.append(self._decoders[prefix](run))
                 run.clear()
 
         for index in map(int, ids):
             name = self._control_names.get(index)
-            if name is None and 0 <= index < self._model.size:
-                run.append(index)
+            token = self._backend.id_to_token(index) if name is None and index >= 0 else None
+            if token is not None:
+                run.append(token)
                 continue
             flush()
             if not skip_special:
                 text.append("\ufffd" if name is None else name)
-            # The dummy space is put in front of a document's first text alone.
+            # The space that encoding puts in front of a text stands before a document's first text alone.
             prefix = index == self.bos_id
         flush()
         return "".join(text)
@@ -176,27 +204,52 @@ class Tokenizer:
         """The piece with this id as the vocabulary spells it, e.g. "▁the" or "<|im_end|>"; U+FFFD as in `decode`."""
         if index in self._control_names:
             return self._control_names[index]
-        return self._model.token(index) if 0 <= index < self._model.size else "\ufffd"
+        return (self._backend.id_to_token(index) if index >= 0 else None) or "\ufffd"
 
-    def _special_id(self, kind: str) -> int | None:
-        token = self.config.get(f"{kind}_token")
-        if isinstance(token, Mapping):
-            token = token.get("content", token)
-        if token is None:
-            return self._model.special_ids.get(kind)
-        if not isinstance(token, str) or token not in self.control_tokens:
-            raise UserError(
-                f"{self._name}: {kind}_token {token!r} of tokenizer_config.json is no token of its vocabulary"
-            )
-        return self.control_tokens[token]
+    def find(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it; None: there is none."""
+        return self._backend.token_to_id(self._marks.get(token, token))
 
-    def _required_id(self, kind: str) -> int:
-        index = self._special_id(kind)
+    def _special_id(self, kind: str, spec: Mapping[str, Any]) -> int | None:
+        token = self._source.named_token(kind) or spec.get("names", {}).get(f"{kind}_token")
+        if token is None and kind == "unk":
+            token = spec["model"].get("unk_token")
+        return None if token is None else self.find(token)
+
+    def _required_id(self, kind: str, spec: Mapping[str, Any]) -> int:
+        index = self._special_id(kind, spec)
         if index is None:
             raise UserError(
-                f"{self._name} has no {kind} token: name one as {kind}_token in tokenizer_config.json"
+                f"{self._source.name} has no {kind} token: name one as {kind}_token in tokenizer_config.json"
             )
         return index
+
+
+def _check_named(source: TokenizerFiles, known: Collection[str]) -> None:
+    for kind in ("bos", "eos", "unk", "pad"):
+        token = source.config.get(f"{kind}_token")
+        content = source.named_token(kind)
+        if token is not None and not (isinstance(content, str) and content in known):
+            raise UserError(
+                f"{source.name}: {kind}_token {content or token!r} of tokenizer_config.json is no token of its"
+                " vocabulary"
+            )
+
+
+def _check_ids(source: TokenizerFiles, spec: Mapping[str, Any], ids: Mapping[str, int]) -> None:
+    """Refuses files that contradict each other; the library numbers added tokens itself."""
+    for token, index in source.outside_ids().items():
+        if ids.get(token) != index:
+            raise UserError(
+                f"{source.name}: its files give {token!r} the id {index}, transformers reads it as {ids.get(token)}:"
+                " correct the files"
+            )
+    for token in spec["added_tokens"]:
+        if ids[token["content"]] != token["id"]:
+            logger.warning(
+                "%s: tokenizer.json gives %r the id %d; transformers, and so this program, reads it as %d",
+                *(source.name, token["content"], token["id"], ids[token["content"]]),
+            )
 
 
 def compatible(tokenizer: Tokenizer, digest: str, added_tokens: Mapping[str, int]) -> bool:
@@ -204,187 +257,6 @@ def compatible(tokenizer: Tokenizer, digest: str, added_tokens: Mapping[str, int
 
     So a tokenizer reads what was made with it before tokens were added, and not the reverse.
     """
-    return tokenizer.digest == digest and added_tokens.items() <= tokenizer.added_tokens.items()
-
-
-def read_files(path: epath.PathLike) -> dict[str, bytes]:
-    """The tokenizer files that exist in a directory, and its `generation_config.json`.
-
-    Raises:
-      UserError: it cannot be reached, or a file cannot be read.
-    """
-    directory = epath.Path(path)
-    try:
-        names = (*FILE_NAMES, GENERATION_CONFIG)
-        return {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
-    except Exception as error:  # of gs:// they come in many classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read the tokenizer directory {path}: {reason[:300]}") from error
-
-
-def _opened(read: Callable[[bytes], T], files: Mapping[str, bytes], file: str, name: str) -> T:
-    """What `read` makes of one of the files.
-
-    Raises:
-      UserError: it can make nothing of it.
-    """
-    try:
-        return read(files[file])
-    except ImportError:
-        raise
-    except Exception as error:  # every library has its own classes
-        reason = reason_of(error)
-        raise UserError(
-            f"{name}: {file} is damaged or not what it is named ({reason[:200]}): {how_to_mend(files[file])}"
-        ) from error
-
-
-def _json_object(data: bytes) -> dict[str, Any]:
-    value = json.loads(data)
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
-
-
-def _generation_stop_ids(data: bytes) -> tuple[int, ...]:
-    found = _json_object(data).get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):
-        raise ValueError(f"eos_token_id is {found!r}, not an id or a list of ids")
-    return tuple(ids)
-
-
-def _added_in(file: str, data: bytes) -> list[tuple[str, int]]:
-    """Tokens outside the model's own vocabulary, as each of Hugging Face's files has them."""
-    content = _json_object(data)
-    if file == "added_tokens.json":
-        pairs = list(content.items())
-    elif file == "tokenizer.json":
-        pairs = [(token["content"], token["id"]) for token in content.get("added_tokens", ())]
-    else:
-        decoder = content.get("added_tokens_decoder", {})
-        pairs = [(token["content"], index) for index, token in decoder.items()]
-    return [(str(token), int(index)) for token, index in pairs]
-
-
-def _added_tokens(files: Mapping[str, bytes], model: _Model, name: str) -> dict[str, int]:
-    """Tokens outside the model's own vocabulary, from each file that Hugging Face keeps them in."""
-    pairs: list[tuple[str, int]] = []
-    for file in ("added_tokens.json", "tokenizer.json", "tokenizer_config.json"):
-        if file in files:
-            pairs += _opened(functools.partial(_added_in, file), files, file, name)
-    added: dict[str, int] = {}
-    for token, index in sorted(pairs, key=lambda pair: pair[1]):
-        if model.control_tokens.get(token) == index:
-            continue
-        if added.setdefault(token, index) != index or (index < model.size and model.token(index) != token):
-            raise UserError(
-                f"{name}: its files give the token {token!r} more than one id, or id {index} twice"
-            )
-    if len(set(added.values())) != len(added):
-        raise UserError(f"{name}: two added tokens have one id")
-    return added
-
-
-class _SentencePieceModel:
-    """`tokenizer.model` through sentencepiece."""
-
-    def __init__(self, proto: bytes):
-        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-
-        self.digest = hashlib.sha256(proto).hexdigest()
-        model = sentencepiece_model_pb2.ModelProto.FromString(proto)
-        with_prefix = SentencePieceProcessor(model_proto=proto)
-        model.normalizer_spec.add_dummy_prefix = False
-        without = SentencePieceProcessor(model_proto=model.SerializeToString())
-        self._processors = {True: with_prefix, False: without}
-        self.size = with_prefix.piece_size()
-        kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
-        self.control_tokens = {
-            piece.piece: index
-            for index, piece in enumerate(model.pieces)
-            if piece.type in (kinds.UNKNOWN, kinds.CONTROL)
-        }
-        ids = {kind: getattr(with_prefix, f"{kind}_id")() for kind in ("bos", "eos", "unk", "pad")}
-        self.special_ids = {kind: index for kind, index in ids.items() if index >= 0}
-
-    def encode(self, text: str, prefix: bool) -> list[int]:
-        return self._processors[prefix].encode(text)
-
-    def encode_with_spans(self, text: str, prefix: bool) -> tuple[list[int], list[Span]]:
-        from sentencepiece import sentencepiece_pb2
-
-        encoded = self._processors[prefix].encode(text, out_type="serialized_proto")
-        pieces = sentencepiece_pb2.SentencePieceText.FromString(encoded).pieces
-        begins, ends = [piece.begin for piece in pieces], [piece.end for piece in pieces]
-        if not text.isascii():
-            # SentencePiece counts UTF-8 bytes; a byte begins a character unless it is 0b10xxxxxx.
-            data = np.frombuffer(text.encode(), np.uint8)
-            character = np.append(np.cumsum((data & 0xC0) != 0x80) - 1, len(text))
-            begins, ends = character[begins].tolist(), character[ends].tolist()
-        # Of the bytes of a character SentencePiece gives the last one alone an extent.
-        spans = [(begin, max(end, begin + 1)) for begin, end in zip(begins, ends, strict=True)]
-        return [piece.id for piece in pieces], spans
-
-    def decode(self, ids: list[int], prefix: bool) -> str:
-        return self._processors[prefix].decode(ids)
-
-    def token(self, index: int) -> str:
-        return self._processors[True].id_to_piece(index)
-
-
-class _JsonModel:
-    """`tokenizer.json` through the tokenizers library."""
-
-    def __init__(self, data: bytes):
-        import tokenizers
-
-        spec = json.loads(data)
-        added = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
-        # Without its added tokens the library cannot find one in plain text; without its
-        # post-processor it neither adds bos nor trims the offsets.
-        spec |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        what = [spec["model"], spec["normalizer"], spec["pre_tokenizer"]]
-        self.digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-        self._tokenizers = {
-            prefix: tokenizers.Tokenizer.from_str(json.dumps(spec if prefix else _without_prefix(spec)))
-            for prefix in (True, False)
-        }
-        self.size = self._tokenizers[True].get_vocab_size()
-        self.control_tokens = {token: index for token, index in added.items() if index < self.size}
-        unk = self._tokenizers[True].token_to_id(spec["model"].get("unk_token") or "")
-        self.special_ids = {} if unk is None else {"unk": unk}
-
-    def encode(self, text: str, prefix: bool) -> list[int]:
-        return self._tokenizers[prefix].encode(text, add_special_tokens=False).ids
-
-    def encode_with_spans(self, text: str, prefix: bool) -> tuple[list[int], list[Span]]:
-        encoding = self._tokenizers[prefix].encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
-
-    def decode(self, ids: list[int], prefix: bool) -> str:
-        return self._tokenizers[prefix].decode(ids, skip_special_tokens=False)
-
-    def token(self, index: int) -> str:
-        return self._tokenizers[True].id_to_token(index) or ""
-
-
-def _without_prefix(spec: Any) -> Any:
-    """A `tokenizer.json` without the parts that add a space in front, or take it off in decoding."""
-    if isinstance(spec, list):
-        kept = (
-            part for part in spec if not (isinstance(part, dict) and part.get("type") in ("Prepend", "Strip"))
-        )
-        return [_without_prefix(part) for part in kept]
-    if not isinstance(spec, dict):
-        return spec
-    if spec.get("type") == "Prepend":
-        return None
-    spec = {
-        key: value if key in ("vocab", "merges") else _without_prefix(value) for key, value in spec.items()
-    }
-    if "prepend_scheme" in spec:
-        spec["prepend_scheme"] = "never"
-    if "add_prefix_space" in spec:
-        spec["add_prefix_space"] = False
-    return spec
+    return tokenizer.digest == digest and all(
+        tokenizer.find(token) == index for token, index in added_tokens.items()
+    )

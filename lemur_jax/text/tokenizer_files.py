@@ -13,6 +13,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import CHATML_TEMPLATE, CHATML_TOKENS
+from lemur_jax.text.sentencepiece_model import added_token, convert
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 
 
@@ -110,10 +111,10 @@ def revise(
     old = tokenizer.chat_template
     if old is not None and any(token in old for token in dropped):
         old = None
-    files = tokenizer.files()
+    model = tokenizer.sentencepiece
     made = make_files(
-        files.get("tokenizer.model"),
-        tokenizer_json=None if "tokenizer.model" in files else _without(files["tokenizer.json"], dropped),
+        model,
+        tokenizer_json=_without(tokenizer.files()["tokenizer.json"], dropped) if model is None else None,
         added_tokens=kept | {token: size + index for index, token in enumerate(new)},
         chat_template=chat_template or old,
         config=_config_without(tokenizer.config, dropped),
@@ -177,7 +178,8 @@ def make_files(
         chat_template = CHATML_TEMPLATE
     forced: dict[str, Any] = {"chat_template": None}  # it has a file of its own
     if model is not None:
-        spec, defaults = _convert(model)
+        spec = convert(model)
+        defaults: dict[str, Any] = spec.pop("names")
         defaults |= {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
         # transformers' LlamaTokenizer ignores the file's own pre-tokenizer and so loses the dummy space
         # before text that begins with a space; this class takes tokenizer.json as it is.
@@ -187,7 +189,7 @@ def make_files(
     present = {token["content"] for token in spec["added_tokens"]}
     flags = {token["content"]: token for token in (config or {}).get("added_tokens_decoder", {}).values()}
     spec["added_tokens"] += [
-        _token(token, index, flags.get(token, {})) for token, index in added.items() if token not in present
+        added_token(token, index, flags.get(token)) for token, index in added.items() if token not in present
     ]
     if "<pad>" in added:
         defaults["pad_token"] = "<pad>"
@@ -225,124 +227,6 @@ def _replace_files(directory: epath.Path, files: Mapping[str, bytes]) -> None:
             (directory / name).unlink()
     if GENERATION_CONFIG in files:
         (directory / GENERATION_CONFIG).write_bytes(files[GENERATION_CONFIG])
-
-
-def _convert(model: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`tokenizer.json` with the ids of a SentencePiece BPE model, and its special tokens by name.
-
-    Each way of joining two pieces into a third becomes a merge, ranked by the score of the third:
-    SentencePiece joins the best-scored neighbours first, and so does the BPE of the tokenizers library.
-    Among equal scores SentencePiece joins the leftmost, so a piece grows before another is begun beside
-    it: there the merge with the longest left side comes first. (Llama-2 and Mistral score all runs of
-    spaces alike.)
-    """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    if (
-        trainer.model_type != trainer.BPE
-        or not trainer.byte_fallback
-        or normalizer.precompiled_charsmap
-        or normalizer.remove_extra_whitespaces
-        or not normalizer.add_dummy_prefix
-        or any(piece.type in (kinds.USER_DEFINED, kinds.UNUSED) for piece in proto.pieces)
-    ):
-        raise UserError(
-            "tokenizer.model is not a SentencePiece BPE in Llama's manner (byte fallback, identity"
-            " normalization, dummy prefix, no user-defined pieces): tokenizer.json cannot be made from it"
-        )
-    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
-    splits = ((piece, piece[:cut], piece[cut:]) for piece in scores for cut in range(1, len(piece)))
-    merges = [
-        (-scores[whole], -len(a), vocab[a], a, b) for whole, a, b in splits if a in scores and b in scores
-    ]
-    control = {
-        piece.piece: index
-        for index, piece in enumerate(proto.pieces)
-        if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
-    }
-    names = {
-        f"{kind}_token": proto.pieces[index].piece
-        for kind in ("bos", "eos", "unk", "pad")
-        if (index := getattr(trainer, f"{kind}_id")) >= 0
-    }
-    bos = names.get("bos_token")
-    spec = _tokenizer_json(
-        vocab,
-        [[a, b] for *_, a, b in sorted(merges)],
-        names["unk_token"],
-        None if bos is None else (bos, vocab[bos]),
-    )
-    spec["added_tokens"] = [_token(token, index) for token, index in control.items()]
-    return spec, names
-
-
-def _tokenizer_json(
-    vocab: dict[str, int], merges: list[list[str]], unk: str, bos: tuple[str, int] | None
-) -> dict[str, Any]:
-    """The layout of the tokenizers library for a Llama-style model, without added tokens."""
-    sequence = [{"Sequence": {"id": kind, "type_id": 0}} for kind in "AB"]
-    begin = [{"SpecialToken": {"id": bos[0], "type_id": 0}}] if bos else []
-    second = [{"SpecialToken": {"id": bos[0], "type_id": 1}}] if bos else []
-    sequence[1]["Sequence"]["type_id"] = 1
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
-        # One Metaspace would put no dummy space before a text that begins with a space, where
-        # SentencePiece does. The first one here looks for " ", which the normalizer has replaced, so it
-        # always puts one in front of the text (not of what follows a control token); the second one
-        # gives it its final form.
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Metaspace", "replacement": " ", "prepend_scheme": "first", "split": False},
-                {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "never", "split": False},
-            ],
-        },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [*begin, sequence[0]],
-            "pair": [*begin, sequence[0], *second, sequence[1]],
-            "special_tokens": {bos[0]: {"id": bos[0], "ids": [bos[1]], "tokens": [bos[0]]}} if bos else {},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": unk,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": merges,
-        },
-    }
-
-
-_SPACE = "\u2581"  # SentencePiece's visible space
-
-
-def _token(content: str, index: int, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """An added token as tokenizer.json has it, with the flags that its first files gave it."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    flags |= {name: value for name, value in (given or {}).items() if name in flags}
-    return {"id": index, "content": content, **flags}
 
 
 def _dump(value: Any) -> bytes:

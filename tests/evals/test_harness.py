@@ -17,7 +17,6 @@ from lm_eval.tasks import TaskManager
 
 from lemur_jax.evals.harness import LemurLM
 from lemur_jax.infer import score as scoring
-from lemur_jax.text.control_tokens import encode_with_control
 
 CHOICE = """
 task: local_choice
@@ -163,7 +162,7 @@ def test_bos_only_where_it_is_wanted(ours):
 
 def test_ids_of_rendered_text_are_those_of_transformers(ours, theirs):
     for text in ("<|im_start|>user\nhi <|im_end|>\n a", "plain", " two  spaces", "<|im_sep|><|im_end|>x"):
-        assert encode_with_control(ours.tokenizer, text) == theirs.tok_encode(text)
+        assert ours.tokenizer.encode_with_control_tokens(text) == theirs.tok_encode(text)
 
 
 def test_too_many_new_tokens(ours):

@@ -27,7 +27,7 @@ from lemur_jax.infer.session import load
 from lemur_jax.models import llama
 from lemur_jax.models.llama import Compute
 from lemur_jax.parallel.mesh import parse_mesh
-from lemur_jax.text.chat_template import render
+from lemur_jax.text.chat_template import render_chat
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_text_parts_tool_calls_and_rendered_chats(client, session):
     result = {"role": "tool", "tool_call_id": "1", "content": "1"}
     assert client.chat.completions.create(messages=[turn, call, result], **options).usage.prompt_tokens > 20
     # The conversation as a client has rendered it: control tokens are themselves, and one bos is in front.
-    text = "".join(piece.text for piece in render(session.tokenizer, [turn], add_generation_prompt=True))
+    text = render_chat(session.tokenizer, [turn], add_generation_prompt=True)
     rendered = client.completions.create(prompt=text, **options)
     assert rendered.usage.prompt_tokens == plain.usage.prompt_tokens + 1
     with_bos = client.completions.create(

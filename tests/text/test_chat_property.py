@@ -107,6 +107,12 @@ def content(generator):
     return "".join(parts).translate(dict.fromkeys(range(0xE000, 0xE100)))  # but the names below
 
 
+def said(generator, role):
+    """What a turn says: the assistant's are not empty."""
+    text = content(generator)
+    return "..." if role == "assistant" and not text.strip() else text
+
+
 def call(generator):
     arguments = {content(generator): content(generator), "n": generator.randint(0, 9)}
     spelled = json.dumps(arguments, ensure_ascii=generator.random() < 0.5)
@@ -118,11 +124,11 @@ def conversation(generator):
     messages = []
     for _ in range(generator.randint(1, 6)):
         role = generator.choice(("system", "user", "assistant", "assistant", "tool"))
-        messages.append({"role": role, "content": content(generator)})
+        messages.append({"role": role, "content": said(generator, role)})
         if role == "assistant" and generator.random() < 0.3:
             messages[-1]["tool_calls"] = [call(generator) for _ in range(generator.randint(1, 2))]
     position = generator.randint(0, len(messages))
-    messages.insert(position, {"role": "assistant", "content": content(generator)})
+    messages.insert(position, {"role": "assistant", "content": said(generator, "assistant")})
     return messages
 
 

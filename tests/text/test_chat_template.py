@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat, render, stop_ids
+from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat, render_chat, stop_ids
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import extend, revise
 
@@ -104,14 +104,36 @@ def test_control_tokens_cannot_be_typed(chat_tokenizer):
     assert chat_tokenizer.decode([701, *chosen]) == f"<|im_start|>{attack}<|im_end|>\n"
 
 
-def test_text_between_control_tokens_is_tokenized_whole(chat_tokenizer):
-    pieces = render(chat_tokenizer, messages_of([("user", "hi"), ("assistant", "yo")]))
-    assert [piece.text for piece in pieces] == [
-        *("<|im_start|>", "user\nhi", "<|im_end|>", "\n"),
-        *("<|im_start|>", "assistant\nyo", "<|im_end|>", "\n"),
-    ]
-    assert [piece.control for piece in pieces] == [True, False] * 4
-    assert [list(piece.supervised) for piece in pieces[4:]] == [[0], [0] * 10 + [1] * 2, [1], [1]]
+def test_a_conversation_as_text(chat_tokenizer):
+    messages = messages_of([("user", "hi <s>"), ("assistant", "yo")])
+    text = "<|im_start|>user\nhi <s><|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
+    assert render_chat(chat_tokenizer, messages) == text
+
+
+def supervised_text(tokenizer, messages):
+    ids, mask = encode_chat(tokenizer, messages)
+    return tokenizer.decode([701, *(index for index, flag in zip(ids, mask, strict=True) if flag)])[12:]
+
+
+@pytest.mark.parametrize(
+    "flag", [{"weight": 0}, {"train": False}, {"training": False}, {"weight": 0.0, "train": True}]
+)
+def test_turns_with_weight_0_are_not_supervised(chat_tokenizer, flag):
+    messages = messages_of([("user", "q"), ("assistant", " bad \n"), ("user", "q"), ("assistant", "good")])
+    whole = encode_chat(chat_tokenizer, messages)[0]
+    messages[1] |= flag
+    messages[3] |= {"weight": 1, "train": None}
+    assert supervised_text(chat_tokenizer, messages) == "good<|im_end|>\n"
+    assert encode_chat(chat_tokenizer, messages)[0] == whole
+    with pytest.raises(UserError, match="no supervised token.*weight 0"):
+        encode_chat(chat_tokenizer, messages[:2])
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0.5}, {"train": "no"}, {"weight": [0]}])
+def test_a_weight_between_0_and_1_is_refused(chat_tokenizer, flag):
+    messages = [{"role": "assistant", "content": "x", **flag}]
+    with pytest.raises(UserError, match="only 0 and 1"):
+        encode_chat(chat_tokenizer, messages)
 
 
 def test_stop_ids(tokenizer, chat_tokenizer, chat_dir, tokenizer_dir, tmp_path):

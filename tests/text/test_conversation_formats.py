@@ -174,6 +174,34 @@ def test_calls_are_trained_on_and_results_are_not(chat_tokenizer):
     assert "secret" not in trained
 
 
+def test_turns_that_are_not_to_be_trained_on():
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "bad", "weight": 0},
+        {"from": "gpt", "value": "a"},
+    ]
+    assert formats.sharegpt({"conversations": turns})[1] == {
+        "role": "assistant",
+        "content": "bad",
+        "train": False,
+    }
+    messages = [
+        {"role": "assistant", "content": "", "train": False},
+        {"role": "assistant", "content": "a", "weight": 1},
+    ]
+    assert formats.openai({"messages": messages})[0] == {"role": "assistant", "content": "", "train": False}
+    assert formats.openai({"messages": messages})[1] == {"role": "assistant", "content": "a"}
+
+
+def test_null_fields_are_absent():
+    turns = [
+        {"from": None, "value": None, "role": "user", "content": "q"},
+        {"from": "gpt", "value": "a", "role": None, "content": None, "weight": None},
+    ]
+    row = {"conversation": None, "conversations": turns, "system": None}
+    assert formats.sharegpt(row) == talk(("user", "q"), ("assistant", "a"))
+
+
 @pytest.mark.parametrize(
     ("function", "row", "reason"),
     [
@@ -183,8 +211,8 @@ def test_calls_are_trained_on_and_results_are_not(chat_tokenizer):
         (formats.sharegpt, {"conversations": [{"from": "human", "value": "q"}]}, "no turn of the assistant"),
         (formats.sharegpt, {"conversations": "human: q"}, "no list `conversations`"),
         (formats.sharegpt, {"conversations": ["q"]}, "no field 'from'"),
-        (formats.sharegpt, {"conversations": [{"from": "gpt", "value": None}]}, "is NoneType, not a string"),
-        (formats.openorca, {"question": None, "response": "a"}, "turn of user is NoneType"),
+        (formats.sharegpt, {"conversations": [{"from": "gpt", "value": None}]}, "no field 'value'"),
+        (formats.openorca, {"question": None, "response": "a"}, "no field 'question'"),
         (formats.openorca, {"system_prompt": 3, "question": "q", "response": "a"}, "turn of system is int"),
         (formats.openorca, {"question": "q"}, "no field 'response'"),
         (formats.evol_code_alpaca, {"instruction": "q", "output": 3}, "is int, not a string"),
@@ -205,6 +233,24 @@ def test_calls_are_trained_on_and_results_are_not(chat_tokenizer):
             "0 messages that answer none",
         ),
         (formats.openai, {"messages": None}, "no list `messages`"),
+        (formats.openai, {"messages": [{"role": "assistant", "text": "a"}]}, "no field 'content'"),
+        (formats.openai, {"messages": [{"role": "user", "content": None}]}, "no field 'content'"),
+        (
+            formats.openai,
+            {"messages": [{"role": "assistant", "content": None, "refusal": "No."}]},
+            "no field",
+        ),
+        (
+            formats.openai,
+            {"messages": [{"role": "assistant", "content": " "}]},
+            "a turn of assistant is empty",
+        ),
+        (
+            formats.openai,
+            {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
+            "weight 0 or train",
+        ),
+        (formats.openai, {"messages": [{"role": "assistant", "content": "a", "weight": 2}]}, "only 0 and 1"),
         (formats.openai, {"messages": ["hi"]}, "no field 'role'"),
         (formats.openai, {"messages": [{"content": "hi"}]}, "no field 'role'"),
         (formats.openai, {"messages": [{"role": "user", "content": 3}]}, "content is int"),

@@ -85,16 +85,17 @@ def test_the_json_file_alone_does_the_same(chat_tokenizer, json_tokenizer):
         assert getattr(json_tokenizer, name) == getattr(chat_tokenizer, name)
     for text in TEXTS:
         for prefix in (True, False):
-            ids, spans = chat_tokenizer.encode_with_spans(text, prefix=prefix)
-            assert ids == chat_tokenizer.encode(text, prefix=prefix)
+            ids = chat_tokenizer.encode(text, prefix=prefix)
             assert json_tokenizer.encode(text, prefix=prefix) == ids, repr(text)
-            assert json_tokenizer.encode_with_spans(text, prefix=prefix) == (ids, spans), repr(text)
+        assert chat_tokenizer.encode_marked(text)[0] == chat_tokenizer.encode(text), repr(text)
         assert json_tokenizer.decode(ids) == chat_tokenizer.decode(ids)
 
 
 def test_spans_are_the_characters_of_a_token(chat_tokenizer):
     for text in TEXTS:
-        ids, spans = chat_tokenizer.encode_with_spans(text, prefix=False)
+        after = chat_tokenizer.mark_control_tokens("<s>")
+        ids, spans = chat_tokenizer.encode_marked(after + text)
+        ids, spans = ids[1:], [(begin - len(after), end - len(after)) for begin, end in spans[1:]]
         data = text.replace(" ", "▁").encode()
         character = [index for index, c in enumerate(text.replace(" ", "▁")) for _ in c.encode()]
         position = 0
@@ -252,7 +253,7 @@ def test_a_byte_level_tokenizer(byte_level_dir, tmp_path):
     assert wide.bos_id == begin
     hf = AutoTokenizer.from_pretrained(tmp_path / "chat")
     for text in TEXTS:
-        ids, spans = wide.encode_with_spans(text)
+        ids, spans = wide.encode_marked(text)
         assert ids == base.encode(text) == hf_plain(hf, text)
         assert spans == sorted(spans)
         assert "".join(text[begin:end] for begin, end in dict.fromkeys(spans)) == text or not text.isascii()

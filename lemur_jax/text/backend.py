@@ -1,0 +1,353 @@
+"""The files of a tokenizer directory, and the library's tokenizer as `transformers` sets it up from them."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from etils import epath
+
+from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.common.paths import how_to_mend
+from lemur_jax.text import sentencepiece_model
+
+# What makes up a tokenizer directory; any other file in it is left alone.
+FILE_NAMES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+# Not the tokenizer's own, but its `eos_token_id` names ids of this vocabulary that end an answer, so it goes where the
+# tokenizer goes.
+GENERATION_CONFIG = "generation_config.json"
+T = TypeVar("T")
+
+# Model types in config.json for which transformers takes tokenizer.json as it is, although the tokenizer's class there
+# is LlamaTokenizer.
+_JSON_AS_IT_IS = (
+    "mistral",
+    "mixtral",
+    "mistral3",
+    "ministral",
+    "ministral3",
+    "pixtral",
+    "voxtral",
+    "phi3",
+    "llava",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer directory.
+
+    Attributes:
+      files: contents by name.
+      name: what to call the directory in errors.
+    """
+
+    files: Mapping[str, bytes]
+    name: str
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """`tokenizer_config.json` over `special_tokens_map.json`."""
+        found: dict[str, Any] = {}
+        for file in ("special_tokens_map.json", "tokenizer_config.json"):
+            if file in self.files:
+                found |= self.parse(file, json_object)
+        return found
+
+    @functools.cached_property
+    def sentencepiece(self) -> bytes | None:
+        """`tokenizer.model`, if it is a SentencePiece model."""
+        model = self.files.get("tokenizer.model")
+        return None if model is None or sentencepiece_model.is_tiktoken(model) else model
+
+    def parse(self, file: str, read: Callable[[bytes], T]) -> T:
+        """What `read` makes of a file.
+
+        Raises:
+          UserError: it can make nothing of it.
+        """
+        try:
+            return read(self.files[file])
+        except (ImportError, UserError):
+            raise
+        except Exception as error:  # every library has its own classes
+            raise UserError(
+                f"{self.name}: {file} is damaged or not what it is named ({reason_of(error)[:200]}):"
+                f" {how_to_mend(self.files[file])}"
+            ) from error
+
+    def read_spec(self) -> dict[str, Any]:
+        """The content of `tokenizer.json`, or its equal made from `tokenizer.model`.
+
+        Raises:
+          UserError: neither is there, or they contradict each other.
+        """
+        model = self.sentencepiece
+        if "tokenizer.json" in self.files:
+            spec = self.parse("tokenizer.json", _read_json)
+            if model is not None:
+                self._check_pieces(self.parse("tokenizer.model", sentencepiece_model.read_pieces), spec)
+            return spec
+        if model is not None:
+            as_it_is = self.config.get("tokenizer_class") == "PreTrainedTokenizerFast"
+            scheme = "always" if self.config.get("legacy", not as_it_is) else "first"
+            return self.parse("tokenizer.model", lambda data: sentencepiece_model.convert(data, scheme))
+        if "tokenizer.model" in self.files:
+            raise UserError(
+                f"{self.name}: tokenizer.model is a tiktoken vocabulary, which says neither how to split text nor"
+                " which tokens are special: put the tokenizer.json beside it that transformers' `save_pretrained`"
+                " writes"
+            )
+        raise UserError(
+            f"no tokenizer.model and no tokenizer.json in {self.name}: name a tokenizer directory in"
+            " tokenizer.path, or let `lemur prepare` train one with tokenizer.train_vocab_size"
+        )
+
+    def _check_pieces(self, pieces: Sequence[str], spec: Mapping[str, Any]) -> None:
+        vocab = {token["content"]: token["id"] for token in spec["added_tokens"]} | vocabulary(spec)
+        odd = next((index for index, piece in enumerate(pieces) if vocab.get(piece, index) != index), None)
+        if odd is not None:
+            raise UserError(
+                f"{self.name}: tokenizer.model gives {pieces[odd]!r} the id {odd}, tokenizer.json"
+                f" {vocab[pieces[odd]]}: remove the file that does not belong to the model"
+            )
+
+    def digest(self, spec: Mapping[str, Any]) -> str:
+        """sha256 (hex) of the vocabulary, whatever tokens are added to it."""
+        what = [spec["model"], spec.get("normalizer"), spec.get("pre_tokenizer")]
+        return hashlib.sha256(self.sentencepiece or json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def set_class_pipeline(self, spec: dict[str, Any]) -> None:
+        """Replaces all but the vocabulary where transformers' LlamaTokenizer does: for SentencePiece vocabularies."""
+        byte_level = '"ByteLevel"' in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
+        kind = str(self.config.get("tokenizer_class")).removesuffix("Fast")
+        if kind != "LlamaTokenizer" or byte_level or spec["model"].get("type") != "BPE":
+            return
+        legacy, prefix = self.config.get("legacy", False), self.config.get("add_prefix_space")
+        scheme = "never" if prefix is False else "always" if legacy else "first"
+        decoders = sentencepiece_model.DECODER["decoders"]
+        kept = {name: spec["model"][name] for name in ("type", "vocab", "merges")}
+        spec["model"] = {**kept, "fuse_unk": True, "byte_fallback": True}
+        spec["normalizer"], spec["pre_tokenizer"] = None, sentencepiece_model.metaspace(scheme)
+        spec["decoder"] = {"type": "Sequence", "decoders": decoders[:-1] if prefix is False else decoders}
+
+    def added_tokens(self, spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Every added token with its flags, and its id where a file has it, in the order of transformers.
+
+        tokenizer.json's own come first; those of tokenizer_config.json, or else of added_tokens.json, replace their
+        flags or follow; tokens that the config names are special.
+        """
+        added = {token["content"]: dict(token) for token in spec["added_tokens"]}
+        named = dict.fromkeys(_named_tokens(self.config))
+        more = []
+        if self.config.get("added_tokens_decoder") is not None:
+            more = self.parse("tokenizer_config.json", _read_decoder)
+        for content, index in self.outside_ids().items():
+            if self.config.get("added_tokens_decoder") is None and content not in added:
+                flags = {} if content in named else {"special": False, "normalized": True}
+                more.append(sentencepiece_model.added_token(content, index, flags))
+        for token in sorted(more, key=lambda token: token["id"]):
+            added[token["content"]] = {**token, "id": added.get(token["content"], token)["id"]}
+        for content in named:
+            added.setdefault(content, {"content": content, **sentencepiece_model.FLAGS})["special"] = True
+        return list(added.values())
+
+    def outside_ids(self) -> dict[str, int]:
+        """Tokens to their ids in the files beside `tokenizer.json`."""
+        found: dict[str, int] = {}
+        if "added_tokens.json" in self.files:
+            found |= self.parse("added_tokens.json", _read_added)
+        if self.config.get("added_tokens_decoder") is not None:
+            decoder = self.parse("tokenizer_config.json", _read_decoder)
+            found |= {token["content"]: token["id"] for token in decoder}
+        return found
+
+    def named_token(self, kind: str) -> Any:
+        """`bos_token` and the like; None: the config names none."""
+        return _content(self.config.get(f"{kind}_token"))
+
+    def generation_stop_ids(self) -> tuple[int, ...]:
+        """The ids of `eos_token_id` in `generation_config.json`; () without one."""
+        return self.parse(GENERATION_CONFIG, _generation_stop_ids) if GENERATION_CONFIG in self.files else ()
+
+    def chat_template(self) -> str | None:
+        """The Jinja template, or the default one of several with names."""
+        if "chat_template.jinja" in self.files:
+            return self.parse("chat_template.jinja", bytes.decode)
+        template = self.config.get("chat_template")
+        if not isinstance(template, list):
+            return template
+        named = {entry["name"]: entry["template"] for entry in template}
+        if "default" not in named:
+            raise UserError(
+                f"{self.name} has the chat templates {', '.join(named)} but none named default: put one into a"
+                " file and name it with config.tokenizer.chat_template"
+            )
+        return named["default"]
+
+
+def read_files(path: epath.PathLike) -> dict[str, bytes]:
+    """The tokenizer files that exist in a directory, and its `generation_config.json`.
+
+    Raises:
+      UserError: it cannot be reached, or a file cannot be read.
+    """
+    directory = epath.Path(path)
+    try:
+        names = (*FILE_NAMES, GENERATION_CONFIG)
+        files = {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
+        return _with_class(files, directory / "config.json")
+    except Exception as error:  # of gs:// they come in many classes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read the tokenizer directory {path}: {reason[:300]}") from error
+
+
+def _with_class(files: dict[str, bytes], model_config: epath.Path) -> dict[str, bytes]:
+    """The files with the tokenizer class that transformers takes beside this `config.json` of a model."""
+    try:
+        config = json_object(files["tokenizer_config.json"])
+        model_type = json_object(model_config.read_bytes()).get("model_type")
+    except (KeyError, OSError, ValueError):  # damaged ones are named where they are read
+        return files
+    if model_type in _JSON_AS_IT_IS and str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    elif model_type == "llama" and "tokenizer_class" not in config:
+        config["tokenizer_class"] = "LlamaTokenizer"
+    else:
+        return files
+    return {**files, "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2).encode()}
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """Parses a JSON object; ValueError: it is something else."""
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def _read_json(data: bytes) -> dict[str, Any]:
+    """A `tokenizer.json` with a vocabulary and a list of added tokens."""
+    spec = json_object(data)
+    vocabulary(spec)
+    return {**spec, "added_tokens": spec.get("added_tokens") or []}
+
+
+def _read_decoder(data: bytes) -> list[dict[str, Any]]:
+    """`added_tokens_decoder` of a `tokenizer_config.json`, as `tokenizer.json` spells added tokens."""
+    decoder = json_object(data)["added_tokens_decoder"]
+    return [
+        sentencepiece_model.added_token(token["content"], int(index), {"special": False, **token})
+        for index, token in decoder.items()
+    ]
+
+
+def _read_added(data: bytes) -> dict[str, int]:
+    return {token: int(index) for token, index in json_object(data).items()}
+
+
+def _generation_stop_ids(data: bytes) -> tuple[int, ...]:
+    found = json_object(data).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):
+        raise ValueError(f"eos_token_id is {found!r}, not an id or a list of ids")
+    return tuple(ids)
+
+
+def _content(token: Any) -> Any:
+    """The text of a token that a config spells as a string or a mapping."""
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _named_tokens(config: Mapping[str, Any]) -> Iterable[str]:
+    """The tokens that `tokenizer_config.json` names: bos_token and the like, and its lists of special tokens."""
+    for key, value in config.items():
+        if key.endswith("_token") and isinstance(_content(value), str):
+            yield _content(value)
+        elif key in ("additional_special_tokens", "extra_special_tokens") and value:
+            tokens = value.values() if isinstance(value, Mapping) else value
+            yield from (_content(token) for token in tokens)
+
+
+def vocabulary(spec: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens of the model in `tokenizer.json` to their ids."""
+    vocab = spec["model"]["vocab"]
+    if isinstance(vocab, Mapping):
+        return dict(vocab)
+    return {token: index for index, (token, _) in enumerate(vocab)}  # Unigram's, with scores
+
+
+def build_backend(spec: Mapping[str, Any], added: Sequence[Mapping[str, Any]], marks: Mapping[str, str]):
+    """The `tokenizers.Tokenizer` of a `tokenizer.json` in which special tokens have the names `marks` alone."""
+    import tokenizers
+
+    # Without its post-processor the library neither adds bos nor trims the offsets.
+    bare: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    kept = {name: spec.get(name) for name in ("version", "normalizer", "pre_tokenizer", "decoder")}
+    model = dict(spec["model"])
+    if isinstance(model["vocab"], Mapping):
+        model["vocab"] = {marks.get(token, token): index for token, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [[marks.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("unk_token"):
+        model["unk_token"] = marks.get(model["unk_token"], model["unk_token"])
+    backend = tokenizers.Tokenizer.from_str(json.dumps({**kept, **bare, "model": model}))
+    for token in added:
+        flags = {name: token[name] for name in sentencepiece_model.FLAGS if name in token}
+        backend.add_tokens([tokenizers.AddedToken(marks.get(token["content"], token["content"]), **flags)])
+    return backend
+
+
+def token_pattern(added: Sequence[Mapping[str, Any]]) -> re.Pattern[str]:
+    """Matches added tokens as the library does: the longest first, so that one inside of another does not count."""
+    alternatives = []
+    for token in sorted(added, key=lambda token: -len(token["content"])):
+        pattern = re.escape(token["content"])
+        alternatives.append(rf"(?<!\w){pattern}(?!\w)" if token.get("single_word") else pattern)
+    return re.compile("|".join(alternatives) or "(?!)")
+
+
+def build_decoders(spec: Any) -> dict[bool, Callable[[list[str]], str]]:
+    """Tokens to text, by whether they begin a text, whose first space encoding has put there."""
+    import tokenizers
+
+    if spec is None:
+        return dict.fromkeys((True, False), " ".join)
+    empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    made = {
+        prefix: tokenizers.Tokenizer.from_str(json.dumps({**empty, "decoder": kept})).decoder
+        for prefix, kept in {True: spec, False: _without_strip(spec)}.items()
+    }
+    return {prefix: decoder.decode if decoder else " ".join for prefix, decoder in made.items()}
+
+
+def _without_strip(spec: Any) -> Any:
+    """A decoder that leaves the first space of a text."""
+    if spec["type"] == "Sequence":
+        parts = [_without_strip(part) for part in spec["decoders"] if part["type"] != "Strip"]
+        return {**spec, "decoders": parts}
+    if spec["type"] == "Metaspace":
+        return {**spec, "prepend_scheme": "never", "add_prefix_space": False}
+    return spec
+
+
+def build_sentencepiece(model: bytes | None, spec: Mapping[str, Any]) -> Any:
+    """The SentencePiece model, where `tokenizer.json` is its exact conversion: it takes two thirds of the time."""
+    if model is None:
+        return None
+    from sentencepiece import SentencePieceProcessor
+
+    pipeline = [sentencepiece_model.metaspace("first", " "), sentencepiece_model.metaspace("never")]
+    if spec["pre_tokenizer"] != {"type": "Sequence", "pretokenizers": pipeline}:
+        return None
+    return SentencePieceProcessor(model_proto=model)

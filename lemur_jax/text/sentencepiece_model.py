@@ -1,0 +1,220 @@
+"""SentencePiece BPE models (`tokenizer.model`) as the `tokenizer.json` of the tokenizers library, with the same ids.
+
+The conversion is exact: each way of joining two pieces into a third becomes a merge, ranked by the score of the
+third. SentencePiece joins the best-scored neighbours first, and so does the BPE of the tokenizers library. Among equal
+scores SentencePiece joins the leftmost, so a piece grows before another is begun beside it: there the merge with the
+longest left side comes first. (Llama-2 and Mistral score all runs of spaces alike.)
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lemur_jax.common.errors import UserError
+
+SPACE = "\u2581"  # SentencePiece's visible space
+# A line of a tiktoken vocabulary, which Llama 3's first release and Kimi name tokenizer.model.
+_TIKTOKEN = re.compile(rb"\A[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+
+
+def is_tiktoken(data: bytes) -> bool:
+    """Whether a `tokenizer.model` is a tiktoken vocabulary rather than a SentencePiece model."""
+    return _TIKTOKEN.match(data) is not None
+
+
+def read_pieces(model: bytes) -> list[str]:
+    """The pieces of a SentencePiece model by id.
+
+    Raises:
+      ValueError, google.protobuf.message.DecodeError: it is none.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(model).pieces
+    if not pieces:
+        raise ValueError("no pieces")
+    return [piece.piece for piece in pieces]
+
+
+def convert(model: bytes, prepend_scheme: str = "first") -> dict[str, Any]:
+    """`tokenizer.json` with the ids of a SentencePiece BPE model, and under `names` its special tokens by their use.
+
+    Args:
+      prepend_scheme: "first": a space goes in front of the text, as in SentencePiece; "always": also after each added
+        token, as transformers has it under `legacy`.
+
+    Raises:
+      UserError: the model is not one that can be converted exactly.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if (
+        trainer.model_type != trainer.BPE
+        or not trainer.byte_fallback
+        or normalizer.precompiled_charsmap
+        or normalizer.remove_extra_whitespaces
+        or not normalizer.add_dummy_prefix
+        or any(piece.type == kinds.UNUSED for piece in proto.pieces)
+    ):
+        raise UserError(
+            "tokenizer.model is not a SentencePiece BPE in Llama's manner (byte fallback, identity"
+            " normalization, dummy prefix): tokenizer.json cannot be made from it"
+        )
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
+    splits = ((piece, piece[:cut], piece[cut:]) for piece in scores for cut in range(1, len(piece)))
+    merges = [
+        (-scores[whole], -len(a), vocab[a], a, b) for whole, a, b in splits if a in scores and b in scores
+    ]
+    control = {
+        piece.piece: index
+        for index, piece in enumerate(proto.pieces)
+        if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
+    }
+    names = {
+        f"{kind}_token": proto.pieces[index].piece
+        for kind in ("bos", "eos", "unk", "pad")
+        if (index := getattr(trainer, f"{kind}_id")) >= 0
+    }
+    bos = names.get("bos_token")
+    return {
+        "names": names,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [added_token(token, index) for token, index in control.items()],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "pre_tokenizer": _pre_tokenizer(
+            prepend_scheme, [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
+        ),
+        "post_processor": _post_processor(None if bos is None else (bos, vocab[bos])),
+        "decoder": DECODER,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": names["unk_token"],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            # User-defined pieces are words of their own that no merge makes.
+            "ignore_merges": any(piece.type == kinds.USER_DEFINED for piece in proto.pieces),
+            "vocab": vocab,
+            "merges": [[a, b] for *_, a, b in sorted(merges)],
+        },
+    }
+
+
+DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ],
+}
+
+
+def metaspace(prepend_scheme: str, replacement: str = SPACE) -> dict[str, Any]:
+    """The pre-tokenizer of the tokenizers library that makes spaces visible and puts one in front."""
+    return {
+        "type": "Metaspace",
+        "replacement": replacement,
+        "prepend_scheme": prepend_scheme,
+        "split": False,
+    }
+
+
+def _pre_tokenizer(prepend_scheme: str, user_defined: list[str]) -> dict[str, Any]:
+    # One Metaspace would put no space before a text that begins with a space, where SentencePiece does. The first one
+    # here looks for " ", which the normalizer has replaced, so it always puts one in front; the second one gives it
+    # its final form.
+    parts = [metaspace(prepend_scheme, " "), metaspace("never")]
+    if user_defined:  # SentencePiece never merges them with their neighbours
+        longest_first = sorted(user_defined, key=len, reverse=True)
+        pattern = {"Regex": "|".join(map(re.escape, longest_first))}
+        parts.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
+    return {"type": "Sequence", "pretokenizers": parts}
+
+
+def _post_processor(bos: tuple[str, int] | None) -> dict[str, Any]:
+    """Puts bos in front of each sequence."""
+    sequences = [{"Sequence": {"id": kind, "type_id": number}} for number, kind in enumerate("AB")]
+    begins = [{"SpecialToken": {"id": bos[0], "type_id": number}} for number in (0, 1)] if bos else []
+    return {
+        "type": "TemplateProcessing",
+        "single": [*begins[:1], sequences[0]],
+        "pair": [*begins[:1], sequences[0], *begins[1:], sequences[1]],
+        "special_tokens": {bos[0]: {"id": bos[0], "ids": [bos[1]], "tokens": [bos[0]]}} if bos else {},
+    }
+
+
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def added_token(content: str, index: int, flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """An added token as `tokenizer.json` has it; `flags`: those that an earlier file gave it."""
+    given = {name: value for name, value in (flags or {}).items() if name in FLAGS}
+    return {"id": index, "content": content, **FLAGS, **given}
+
+
+def _tokenizer_json(
+    vocab: dict[str, int], merges: list[list[str]], unk: str, bos: tuple[str, int] | None
+) -> dict[str, Any]:
+    """The layout of the tokenizers library for a Llama-style model, without added tokens."""
+    sequence = [{"Sequence": {"id": kind, "type_id": 0}} for kind in "AB"]
+    begin = [{"SpecialToken": {"id": bos[0], "type_id": 0}}] if bos else []
+    second = [{"SpecialToken": {"id": bos[0], "type_id": 1}}] if bos else []
+    sequence[1]["Sequence"]["type_id"] = 1
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        # One Metaspace would put no dummy space before a text that begins with a space, where
+        # SentencePiece does. The first one here looks for " ", which the normalizer has replaced, so it
+        # always puts one in front of the text (not of what follows a control token); the second one
+        # gives it its final form.
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Metaspace", "replacement": " ", "prepend_scheme": "first", "split": False},
+                {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "never", "split": False},
+            ],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [*begin, sequence[0]],
+            "pair": [*begin, sequence[0], *second, sequence[1]],
+            "special_tokens": {bos[0]: {"id": bos[0], "ids": [bos[1]], "tokens": [bos[0]]}} if bos else {},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unk,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+
+
+_SPACE = "\u2581"  # SentencePiece's visible space
