@@ -73,10 +73,11 @@ def place_labels(
     placed: list[Label] = []
     for size, mark in zip(sizes, marks, strict=True):
         boxes = list(_boxes_around(mark, size))
-        choices = [_label(box, mark, marks) for box in boxes if contains(inside, box)]
-        choices = choices or [_label(boxes[0], mark, marks)]
-        choices.sort(key=lambda label: _cost(label, mark, lines))
-        placed.append(next((label for label in choices if is_free(label, taken, placed)), choices[0]))
+        labels = [_label(box, mark, marks) for box in boxes if contains(inside, box)]
+        labels = sorted(labels, key=lambda label: _cost(label, mark, lines)) or [
+            _label(boxes[0], mark, marks)
+        ]
+        placed.append(next((label for label in labels if is_free(label, taken, placed)), labels[0]))
     return placed
 
 
@@ -103,11 +104,12 @@ def _label(box: Box, mark: Point, marks: Sequence[Point]) -> Label:
 def is_free(label: Label, taken: Sequence[Box], placed: Sequence[Label]) -> bool:
     """Whether a label and its leader cover nothing that is taken, and no label that is placed, nor its leader."""
     wide = _wide(label.box)
-    if any(overlap(wide, box) for box in (*taken, *(other.box for other in placed))):
-        return False
-    if any(other.leader and crosses(other.leader, wide) for other in placed):
-        return False
-    return not label.leader or not any(crosses(label.leader, other.box) for other in placed)
+    return not (
+        any(overlap(wide, box) for box in taken)
+        or any(overlap(wide, other.box) for other in placed)
+        or any(other.leader and crosses(other.leader, wide) for other in placed)
+        or any(label.leader and crosses(label.leader, other.box) for other in placed)
+    )
 
 
 def _cost(label: Label, mark: Point, lines: Sequence[Segment]) -> float:

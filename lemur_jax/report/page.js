@@ -192,7 +192,11 @@ function pointer(figure, box, index) {
   const inside = event => Math.max(LEFT, Math.min(box.right, event.clientX - svg.getBoundingClientRect().left));
   let start = null;
   const hide = () => { tip.hidden = true; svg.querySelector(".cursor")?.remove(); };
-  svg.onpointerdown = event => { start = inside(event); svg.setPointerCapture?.(event.pointerId); };
+  svg.onpointerdown = event => {
+    start = inside(event);
+    svg.setPointerCapture(event.pointerId);
+    svg.onpointermove(event);  // a tap shows the values, too
+  };
   svg.onpointermove = event => {
     const px = inside(event), brush = svg.querySelector(".brush");
     if (start !== null && Math.abs(px - start) > 6) {
@@ -228,7 +232,7 @@ function pointer(figure, box, index) {
     start = null;
   };
   svg.onpointercancel = () => { start = null; draw(figure); };
-  svg.onpointerleave = hide;
+  svg.onpointerleave = event => event.pointerType === "touch" || hide();
   svg.ondblclick = () => { figure.chart.zoom = {}; draw(figure); };
 }
 

@@ -54,6 +54,8 @@ USE = """
   out.hidden = lines - pathsOf(boxes()[0], "line").length;
   out.hiddenElsewhere = doc.querySelectorAll(".legend [aria-pressed=false]").length;
   loss.querySelectorAll(".legend button")[1].click();
+  move(boxes()[1], "pointerdown", 0.5); move(boxes()[1], "pointerup", 0.5);  // a tap
+  out.tap = boxes()[1].querySelector(".tip").innerText;
   out.before = ticks(boxes()[0]);
   move(boxes()[0], "pointerdown", 0.25); move(boxes()[0], "pointermove", 0.5); move(boxes()[0], "pointerup", 0.5);
   out.zoomed = ticks(boxes()[0]);
@@ -107,6 +109,7 @@ def test_the_curves_can_be_read_zoomed_smoothed_hidden_and_overlaid(page, tmp_pa
     assert found["names"] == ["all sources", "python_docs", "python_stdlib"]
     assert found["panels"] == ["base", "lemur", "chat"]
     assert found["tip"].split("\n") == ["update 20", "all sources 3", "python_docs 3", "python_stdlib 4"]
+    assert found["tap"].startswith("update 20")
     assert found["hidden"] == 1
     assert found["hiddenElsewhere"] == 3  # the source is also a task of two charts
     assert found["before"] == found["reset"] == found["others"] == ["0", "20", "40"]
