@@ -104,16 +104,15 @@ def record(name: str) -> dict:
 
 def at_other_speeds(config, topology: str, text: str) -> dict[str, float]:
     """GB/s to the host -> tokens/s/chip of the compiled program `text`."""
-    from lemur_jax.plan import compile as compiling
     from lemur_jax.plan import cost, hlo, topologies
+    from lemur_jax.plan.plan import step_program
 
-    tpu = topologies.find(topology)
-    places = cost.places(compiling.program(config, tpu).mesh.devices.flat, tpu)
+    tpu = topologies.find_slice(topology)
+    devices = list(step_program(config, tpu).mesh.devices.flat)
     rates = {}
     for speed in OTHER_HOST_SPEEDS:
-        network = cost.Network(tpu, places)
-        network.chip = dataclasses.replace(network.chip, host=speed)
-        seconds = cost.Estimator(hlo.parse(text), network).run().seconds
+        other = dataclasses.replace(tpu, generation=dataclasses.replace(tpu.generation, host=speed))
+        seconds = cost.Estimator(hlo.parse(text), cost.Network(other, devices)).run().seconds
         rates[f"{speed / 1e9:.0f}"] = config.train.batch_rows * LENGTH / seconds / tpu.chips
     return rates
 

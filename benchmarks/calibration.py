@@ -102,7 +102,7 @@ def record(row: Published) -> dict:
 
     options = {
         "data.sequence_length": row.length,
-        "train.batch_rows": row.rows * topologies.find(row.topology).chips,
+        "train.batch_rows": row.rows * topologies.find_slice(row.topology).chips,
         "mesh.tensor": row.tensor,
         "compute.remat": row.remat,
     }

@@ -55,6 +55,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _plan(args) -> int:
+    """0 if the config fits, or with --search if anything does; else 1."""
     from lemur_jax.config import load
 
     config = load(args.config, args.overrides)
@@ -63,19 +64,19 @@ def _plan(args) -> int:
     if args.search:
         return _search(args, config)
     if args.mode == "generate":
-        from lemur_jax.plan.generate import plan_generate, report_generate
+        from lemur_jax.plan.generate import format_generate_plan, plan_generate
 
-        made = plan_generate(
+        generation = plan_generate(
             config, args.topology, slices=args.slices, batch=args.batch, prompt_length=args.prompt_length,
             cache_length=args.cache_length, dtype=args.dtype,
         )  # fmt: skip
-        print(report_generate(made))
-        return _write(args.json, made.to_json())
-    from lemur_jax.plan.plan import plan, report
+        print(format_generate_plan(generation))
+        return _write(args.json, generation)
+    from lemur_jax.plan.plan import format_plan, plan
 
-    found = plan(config, args.topology, slices=args.slices, hlo_path=args.hlo or None)
-    print(report(found))
-    return _write(args.json, found.to_json())
+    made = plan(config, args.topology, slices=args.slices, hlo_path=args.hlo or None)
+    print(format_plan(made))
+    return _write(args.json, made)
 
 
 def _check_directories(args) -> None:
@@ -95,16 +96,16 @@ def _check_directories(args) -> None:
             raise UserError(f"--output {args.output} cannot be made: {error.strerror}") from error
 
 
-def _write(path: str, text: str) -> int:
+def _write(path: str, made) -> int:
+    """Writes the JSON of a plan if asked for; returns the exit code."""
     if path:
         from etils import epath
 
-        epath.Path(path).write_text(text + "\n")
-    return 0
+        epath.Path(path).write_text(made.to_json() + "\n")
+    return 0 if made.fits else 1
 
 
 def _search(args, config) -> int:
-    """0 where something fits, else 1."""
     import pathlib
 
     from lemur_jax.common.errors import UserError
@@ -125,7 +126,7 @@ def _search(args, config) -> int:
         processes=args.processes,
         cache=pathlib.Path(args.cache or "~/.cache/lemur_jax/plans").expanduser(),
     )
-    print(f"\n{pareto.table(found)}")
+    print(f"\n{pareto.format_search(found)}")
     output = pathlib.Path(args.output)
     pareto.write(found, output, args.config, args.overrides, f"{args.config} on {args.topology}")
     if not found.best:

@@ -1,9 +1,9 @@
-"""Lower bounds on memory and time of an update, from shapes alone: what no compiler can undercut.
+"""Lower bounds on memory and time of an update, from shapes alone.
 
 Axis legend: D model, H query heads, K key heads, N head width, F mlp, L layers.
 
-They cost a millisecond where a compile costs minutes, so a search drops with them what cannot fit or cannot win.
-Only what must be is counted: no padding, no workspace, every transfer hidden, every product at the peak.
+They cost a millisecond where a compilation costs minutes: a search drops with them what cannot fit or cannot win.
+Counted is only what cannot be avoided: no padding, no workspace, every transfer hidden, every product at the peak.
 """
 
 import dataclasses
@@ -22,8 +22,7 @@ from lemur_jax.models.remat import POLICIES
 from lemur_jax.models.splash import check_heads
 from lemur_jax.parallel.mesh import AXES, mesh_shape
 from lemur_jax.parallel.rules import spec
-from lemur_jax.plan.compile import device_bytes
-from lemur_jax.plan.cost import CHIPS
+from lemur_jax.plan import compile as compiling
 from lemur_jax.plan.topologies import Slice
 from lemur_jax.telemetry import flops
 from lemur_jax.train.config import OptimizerConfig
@@ -34,14 +33,14 @@ from lemur_jax.train.step import check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bound:
-    """What an update needs at least, a device.
+    """Lower bounds of an update per device.
 
     Attributes:
-      buffers: (bytes, what) that are alive at one time, largest first.
+      buffers: (bytes, description) that are alive at one time, largest first.
       compute: seconds of the products at the chip's peak, recomputation included.
       memory: seconds to read and write the state once at the HBM's bandwidth.
-      network: seconds in which the weights and activations cross the links that the chip has.
-      host: seconds in which what is offloaded goes to the host and comes back.
+      network: seconds in which weights and activations cross all links of the chip.
+      host: seconds in which offloaded activations go to the host and come back.
     """
 
     buffers: tuple[tuple[int, str], ...]
@@ -56,49 +55,42 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """The optimizer reads the state when the products are done; transfers may run beside all of it."""
+        """The optimizer reads the state after the products; transfers may run beside both."""
         return max(self.compute + self.memory, self.network, self.host)
 
     @property
-    def serial(self) -> float:
-        """Seconds if no transfer were hidden: no bound, but a fair order in which to try."""
+    def serial_seconds(self) -> float:
+        """Seconds if no transfer were hidden: not a bound, but a good order for a search."""
         return self.compute + self.memory + self.network + self.host
 
 
-def bound(config: RunConfig, tpu: Slice) -> Bound:
+def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     """Bounds on the update of a config on a slice.
 
     Raises:
       UserError: the mesh does not divide the slice, the model or the batch.
     """
-    devices = tpu.devices_per_slice * tpu.slices
     mesh = _mesh(config, tpu)
     check(config.train, config.data.sequence_length, config.model, mesh)
     model = config.model
     if mesh.shape["sequence"] > 1:
         check_heads(model.num_attention_heads, model.num_key_value_heads, mesh)
-    parameters, moments = _state_bytes(
-        model, config.compute.param_dtype, config.optimizer, config.train.steps, mesh
-    )
-    tokens = config.train.batch_rows * config.data.sequence_length / devices * mesh.shape["tensor"]
-    chip = CHIPS[tpu.generation.name]
-    # When the last gradient is done, all are there. Before, with one pass, it is activations instead.
-    kept = [
-        (
-            int(tokens / config.train.microbatches * size),
-            f"activations kept: {name}, {model.num_hidden_layers} layers",
-        )
-        for name, size in stored_bytes(config, mesh, "keep")
-    ]
-    backward = kept if config.train.microbatches == 1 else [*kept, (parameters, "gradients, summed so far")]
+    state = _state(model, config.compute.param_dtype, config.optimizer, config.train.steps, mesh)
+    parameters, moments = compiling.device_bytes(state.params), compiling.device_bytes(state.optimizer)
+    tokens = config.train.batch_rows * config.data.sequence_length / tpu.devices * mesh.shape["tensor"]
+    backward = _kept_activations(config, mesh, tokens)
+    if config.train.microbatches > 1:
+        backward.append((parameters, "gradients, summed so far"))
+    # All gradients exist when the last one is done; with one microbatch there are activations in their place before.
     update = [(parameters, "gradients")]
     buffers = [(moments, "optimizer state"), (parameters, "parameters")]
     buffers += max(backward, update, key=lambda each: sum(size for size, _ in each))
     # Each parameter, moment and gradient is read; parameter and moment are written.
     moved = 2 * (parameters + moments) + parameters
+    chip = tpu.generation
     return Bound(
         buffers=tuple(sorted((each for each in buffers if each[0]), reverse=True)),
-        compute=_flops(config, model) / (devices * _peak(tpu)),
+        compute=_flops(config, model) / (tpu.devices * flops.chip(chip.device_kind).flops_per_device),
         memory=moved / chip.bandwidth,
         network=_network(config, model, mesh, tokens, tpu),
         host=2 * tokens * sum(size for _, size in stored_bytes(config, mesh, "host")) / chip.host,
@@ -106,40 +98,28 @@ def bound(config: RunConfig, tpu: Slice) -> Bound:
 
 
 def _mesh(config: RunConfig, tpu: Slice) -> Any:
-    """A mesh without devices, for those who read nothing but its axes."""
-    return AbstractMesh(mesh_shape(config.mesh, tpu.devices_per_slice * tpu.slices), AXES)
+    """A mesh without devices, for functions that read only its axes."""
+    return AbstractMesh(mesh_shape(config.mesh, tpu.devices), AXES)
 
 
 @functools.lru_cache(maxsize=256)
-def _state_bytes(
-    model: LlamaConfig, dtype: str, optimizer: OptimizerConfig, steps: int, mesh: Any
-) -> tuple[int, int]:
-    """Bytes a device of parameters and of optimizer state."""
+def _state(model: LlamaConfig, dtype: str, optimizer: OptimizerConfig, steps: int, mesh: Any) -> Any:
+    """The abstract train state on the mesh."""
     made = make_optimizer(optimizer, steps, llama.logical_axes(model))
-    state = abstract_state(model, dtype, made, mesh)
-    return device_bytes(state.params), device_bytes(state.optimizer)
+    return abstract_state(model, dtype, made, mesh)
 
 
-def _peak(tpu: Slice) -> float:
-    """Peak bfloat16 FLOP/s of a device."""
-    known = {"v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5", "v6e": "TPU v6e", "tpu7x": "TPU7x"}
-    chip = flops.chip(known[tpu.generation.name])
-    assert chip is not None
-    return chip.bf16_flops / tpu.generation.devices_per_chip
-
-
-def sizes(model: LlamaConfig) -> dict[str, int]:
-    """Elements a token of what a layer can keep, by the names in models/remat.py."""
-    D, F = model.hidden_size, model.intermediate_size
-    HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
-    return {
-        "layer_in": D, "attention_out": HN, "query": HN, "key_value": 2 * KN, "residual": D,
-        "gate": F, "up": F,
-    }  # fmt: skip
+def _kept_activations(config: RunConfig, mesh: Any, tokens: float) -> list[tuple[int, str]]:
+    """(bytes per device, description) of what the layers keep for the backward pass of a microbatch."""
+    layers = config.model.num_hidden_layers
+    return [
+        (int(tokens / config.train.microbatches * size), f"activations kept: {name}, {layers} layers")
+        for name, size in stored_bytes(config, mesh, "keep")
+    ]
 
 
 @functools.cache
-def decision(policy: str, name: str) -> str:
+def remat_decision(policy: str, name: str) -> str:
     """What a policy of models/remat.py does with a named value: "keep", "host" or "recompute"."""
     chosen = POLICIES[policy]
     if chosen is None:
@@ -154,17 +134,21 @@ def decision(policy: str, name: str) -> str:
 
 
 def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, float]]:
-    """(name, bytes a token of all layers) that the forward pass leaves for the backward one, on one device.
+    """(name, bytes per token of all layers) that the forward pass leaves for the backward pass on one device.
 
-    A layer's input is always stored. The policies "dots" and "none" keep what has no name as well: every projection's
+    A layer's input is always stored. The policies "dots" and "none" also keep what has no name: every projection's
     output, and "none" more.
 
     Args:
       where: "keep" for HBM, or "host".
     """
-    model = config.model
-    policy, elements = config.compute.remat, sizes(model)
-    places = {name: decision(policy, name) for name in elements}
+    model, policy = config.model, config.compute.remat
+    D, F = model.hidden_size, model.intermediate_size
+    HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
+    elements = {
+        "layer_in": D, "attention_out": HN, "query": HN, "key_value": 2 * KN, "residual": D, "gate": F, "up": F,
+    }  # fmt: skip
+    places = {name: remat_decision(policy, name) for name in elements}
     if policy in ("dots", "none"):
         places = dict.fromkeys(elements, "keep") | {"attention_out": "recompute"}
     if places["layer_in"] == "recompute":
@@ -180,55 +164,43 @@ def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, fl
 
 
 def _flops(config: RunConfig, model: LlamaConfig) -> float:
-    """FLOPs of an update: three passes, and what the policy computes again; attention causal."""
-    T = config.data.sequence_length
-    forward = flops.flops_per_token(model, T, backward=False)
+    """FLOPs of an update: three passes, and what the policy recomputes; attention causal."""
+    T, policy = config.data.sequence_length, config.compute.remat
     D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
     again = {
-        "attention_out": forward.attention / L, "query": 2 * D * HN, "key_value": 4 * D * KN,
-        "residual": 2 * D * HN, "gate": 2 * D * F, "up": 2 * D * F,
+        "attention_out": flops.flops_per_token(model, T, backward=False).attention / L, "query": 2 * D * HN,
+        "key_value": 4 * D * KN, "residual": 2 * D * HN, "gate": 2 * D * F, "up": 2 * D * F,
     }  # fmt: skip
-    policy = config.compute.remat
     repeated = 0.0
     if policy == "dots":
         repeated = again["attention_out"]
     elif policy != "none":
-        repeated = sum(cost for name, cost in again.items() if decision(policy, name) == "recompute")
-    per_token = flops.flops_per_token(model, T).total + L * repeated
-    return config.train.batch_rows * T * per_token
+        repeated = sum(cost for name, cost in again.items() if remat_decision(policy, name) == "recompute")
+    return config.train.batch_rows * T * (flops.flops_per_token(model, T).total + L * repeated)
 
 
 def _network(config: RunConfig, model: LlamaConfig, mesh: Any, tokens: float, tpu: Slice) -> float:
-    """Seconds over all links at once: weights gathered twice a pass, activations summed, positions traded for heads."""
+    """Seconds over all links at once: gathered weights, summed activations, positions exchanged for heads."""
     size = jnp.dtype(config.compute.dtype).itemsize
     fsdp, tensor, sequence = mesh.shape["fsdp"], mesh.shape["tensor"], mesh.shape["sequence"]
     weights = flops.parameter_counts(model).total * size / tensor
     moved = 2 * config.train.microbatches * weights * (fsdp - 1) / fsdp
-    # Two sums of the layer's width forward and two backward; each is reduced by a reduce-scatter and gathered again.
+    # Two sums of the layer's width forward and two backward, each a reduce-scatter and a gather.
     moved += 8 * model.num_hidden_layers * tokens * model.hidden_size * size * (tensor - 1) / tensor
-    # Positions are traded for heads before the attention and back after it, in both passes (models/splash.py); where
-    # there are fewer key heads than devices, they are repeated for that.
+    # Positions are exchanged for heads before the attention and back after it, in both passes (models/splash.py).
+    # Fewer key heads than devices are repeated first.
     key_heads = max(model.num_key_value_heads / tensor, sequence) if sequence > 1 else 0
-    traded = 2 * (model.num_attention_heads / tensor + key_heads) * model.head_dim
-    moved += 2 * model.num_hidden_layers * tokens * traded * size * (sequence - 1) / sequence
+    exchanged = 2 * (model.num_attention_heads / tensor + key_heads) * model.head_dim
+    moved += 2 * model.num_hidden_layers * tokens * exchanged * size * (sequence - 1) / sequence
     axes = [2 if wrap else 1 for wrap, length in zip(tpu.wrap, tpu.shape, strict=True) if length > 1]
-    return moved / (max(1, sum(axes)) * CHIPS[tpu.generation.name].link)
+    return moved / (max(1, sum(axes)) * tpu.generation.link)
 
 
-def largest(config: RunConfig, tpu: Slice) -> list[tuple[int, str]]:
-    """The largest arrays of the state and of what the layers keep, (bytes a device, what), largest first."""
+def largest_arrays(config: RunConfig, tpu: Slice) -> list[tuple[int, str]]:
+    """(bytes per device, description) of the largest arrays of the state and of the kept activations."""
     mesh = _mesh(config, tpu)
-    model = config.model
-    optimizer = make_optimizer(config.optimizer, config.train.steps, llama.logical_axes(model))
-    state = abstract_state(model, config.compute.param_dtype, optimizer, mesh)
-    leaves = [
-        (device_bytes(leaf), f"{leaf.dtype}{list(leaf.sharding.shard_shape(leaf.shape))} {_name(path)}")
-        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
-    ]
-    activations = [each for each in bound(config, tpu).buffers if each[1].startswith("activations")]
-    return sorted(leaves + activations, reverse=True)[:10]
-
-
-def _name(path) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    state = _state(config.model, config.compute.param_dtype, config.optimizer, config.train.steps, mesh)
+    tokens = config.train.batch_rows * config.data.sequence_length / tpu.devices * mesh.shape["tensor"]
+    arrays = compiling.largest_arrays(state, 10) + _kept_activations(config, mesh, tokens)
+    return sorted((each for each in arrays if each[0]), reverse=True)[:10]

@@ -1,35 +1,38 @@
-"""Compiles the train step for a slice that is only described, and says whether it fits."""
+"""Compiles programs for described TPU devices, and says whether they fit."""
 
+import contextlib
 import dataclasses
+import logging
+import math
 import pathlib
 import re
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from lemur_jax.config import RunConfig
-from lemur_jax.parallel.mesh import make_mesh
-from lemur_jax.plan import topologies
-from lemur_jax.train.step import Program, build
+from lemur_jax.common.errors import UserError
 
-Options = Mapping[str, bool | int | str]
+logger = logging.getLogger(__name__)
+# Seconds between two lines of progress.
+_PROGRESS = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler said.
+    """The result of a compilation.
 
     Attributes:
-      fits: whether the program was given memory.
-      seconds: that lowering and compiling took here.
-      hlo: optimized, scheduled HLO text; "" where it does not fit.
-      peak_bytes: most HBM in use on a device, arguments included; where it does not fit, what it asked for.
-      host_bytes: host memory a device, for what is kept there.
-      verdict: the compiler's message, "" where all went well.
-      largest: the largest buffers as (bytes, description), where the compiler names them.
+      fits: whether the compiler could allocate the program's memory.
+      seconds: of lowering and compiling on this machine.
+      hlo: optimized, scheduled HLO text; "" if the program does not fit.
+      peak_bytes: most HBM in use on a device, arguments included; the requested HBM if the program does not fit.
+      host_bytes: host memory per device.
+      verdict: the compiler's message; "" if the program fits.
+      largest: the largest buffers as (bytes, description), if the compiler names them.
     """
 
     fits: bool
@@ -41,46 +44,30 @@ class Compiled:
     largest: tuple[tuple[int, str], ...] = ()
 
 
-def program(config: RunConfig, tpu: topologies.Slice) -> Program:
-    """The program of a config over the described slice.
-
-    Raises:
-      UserError: libtpu is missing, or the mesh does not divide the model or the batch.
-    """
-    mesh = make_mesh(config.mesh, topologies.devices(tpu))
-    return build(config, mesh, num_sources=max(1, len(config.data.sources)))
-
-
-def compile_step(program: Program, options: Options | None = None) -> Compiled:
-    """Compiles `program.step` as `lemur train` would.
-
-    Args:
-      program: over described TPU devices.
-      options: compiler options beyond those of parallel/compiler_flags.py.
-    """
-    return compile_program(program.step, program.state, program.batch, options=options)
-
-
-def compile_program(
-    function: jax.stages.Wrapped, *arguments: Any, options: Options | None = None, **static
-) -> Compiled:
+def compile_program(function: jax.stages.Wrapped, *arguments: Any, what: str, **static) -> Compiled:
     """Compiles a jitted function for the devices of its arguments' shardings.
 
     Args:
       function: made by `jax.jit`.
       arguments: trees of ShapeDtypeStructs with shardings.
-      options: compiler options beyond its own.
+      what: name of the program for the log.
       static: static keyword arguments.
+
+    Raises:
+      UserError: the compiler does not know one of the function's compiler options.
     """
     start = time.monotonic()
-    lowered = function.lower(*arguments, **static)
-    with tempfile.TemporaryDirectory() as dumps:
-        # `compiled.as_text()` takes the program through a form that loses what it says of SparseCores (v5p, v6e;
-        # libtpu 0.0.52: "async-update instruction should have 1 operands"). The compiler's own dump does not.
-        given: dict[str, Any] = {**(options or {}), "xla_dump_to": dumps, "xla_dump_hlo_as_text": True}
+    with _progress(what), tempfile.TemporaryDirectory() as dumps:
+        lowered = function.lower(*arguments, **static)
+        # `compiled.as_text()` cannot write programs that use SparseCores (v5p, v6e; libtpu 0.0.52:
+        # "async-update instruction should have 1 operands"); the compiler's own dump can.
         try:
-            compiled = lowered.compile(compiler_options=given)
+            compiled = lowered.compile(compiler_options={"xla_dump_to": dumps, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
+            if unknown := re.search(r"No such compile option: '?([\w.\-]+)", str(error)):
+                raise UserError(
+                    f"the TPU compiler has no option {unknown[1]}: correct config.compute.compiler_options"
+                ) from None
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return out_of_memory(str(error), time.monotonic() - start)
@@ -89,34 +76,51 @@ def compile_program(
     memory = compiled.memory_analysis()
     host = memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes
     peak = memory.peak_memory_in_bytes
-    if host:  # The peak then counts the host's memory too; what the device needs is at most this.
+    if host:  # the peak then includes host memory; this is an upper bound of the HBM
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return Compiled(fits=True, seconds=time.monotonic() - start, hlo=text, peak_bytes=peak, host_bytes=host)
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """Logs that a compilation runs: at once, and every few seconds."""
+    logger.info("compiling %s; large models take minutes", what)
+    done = threading.Event()
+
+    def log() -> None:
+        start = time.monotonic()
+        while not done.wait(_PROGRESS):
+            logger.info("still compiling %s, %.0f s", what, time.monotonic() - start)
+
+    thread = threading.Thread(target=log, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def out_of_memory(message: str, seconds: float) -> Compiled:
     """Reads the compiler's refusal.
 
-    Far above the limit it says two sizes alone, "(53.65G) exceeds available HBM (30.75G)"; near it, a report with
-    "Used 33.1G of 30.7G hbm" and the largest allocations. What a kernel lacks of vector memory ("of 16.00M vmem") is
-    no HBM: 0 bytes then.
+    Far above the limit it states two sizes, "(53.65G) exceeds available HBM (30.75G)"; near it, a report with
+    "Used 33.1G of 30.7G hbm" and the largest allocations. A shortage of vector memory ("of 16.00M vmem") is no HBM:
+    `peak_bytes` is then 0.
     """
     used = re.search(r"Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm|temporaries \(([\d.]+[KMGT]?)\)", message)
     return Compiled(
         fits=False,
         seconds=seconds,
-        verdict=message,
         peak_bytes=_size(used[1] or used[2]) if used else 0,
+        verdict=message,
         largest=tuple(_allocations(message)),
     )
 
 
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
 def _size(text: str) -> int:
     """Bytes of a size written as 12.34G."""
-    unit = _UNITS.get(text[-1], 1)
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(text[-1], 1)
     return int(float(text.rstrip("KMGTB")) * unit)
 
 
@@ -134,11 +138,21 @@ def _allocations(message: str) -> list[tuple[int, str]]:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes a device of a tree of ShapeDtypeStructs with shardings."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        size = leaf.dtype.itemsize
-        for length in leaf.sharding.shard_shape(leaf.shape):
-            size *= length
-        total += size
-    return total
+    """Bytes per device of a tree of ShapeDtypeStructs with shardings."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def largest_arrays(tree: Any, count: int) -> list[tuple[int, str]]:
+    """(bytes per device, dtype with shape on one device and path) of a tree's largest arrays, largest first."""
+    named = [
+        (
+            device_bytes(leaf),
+            f"{leaf.dtype}{list(leaf.sharding.shard_shape(leaf.shape))}"
+            f" {jax.tree_util.keystr(path, simple=True, separator='/')}",
+        )
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+    return sorted(named, reverse=True)[:count]

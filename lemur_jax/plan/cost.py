@@ -1,51 +1,24 @@
 """Estimates how long a compiled step takes on the slice that it was compiled for.
 
-Nothing here is measured. Computation: the compiler's own cycle counts, each loop body as often as the
-loop turns. Collectives: bytes over the links that the group spans. Attention kernels: a model
-fitted to the compiler's static schedules of them (plan/kernels.py). docs/planner.md says more.
+Nothing here is measured. Computation: the compiler's own cycle counts, each loop body as often as the loop turns.
+Collectives: bytes over the links that the group spans. Attention kernels: a model fitted to the compiler's static
+schedules of them (plan/kernels.py). docs/planner_details.md has the assumptions.
 """
 
 import collections
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
+
+import jax
 
 from lemur_jax.plan import hlo, kernels
 from lemur_jax.plan.topologies import Slice
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """Speeds of one device.
-
-    Attributes:
-      clock: cycles a second of the cycle counts: peak FLOP/s over FLOPs a cycle of the matrix units.
-      link: bytes a second of one link in one direction: the published bandwidth less a tenth of overhead.
-      dcn: bytes a second between slices, a device: its share of the host's network cards (assumed).
-      host: bytes a second between the chip and its host's memory (assumed: PCIe 3.0 x16 at four fifths).
-      hbm: bytes that a program may use, as the compiler reports.
-      bandwidth: bytes a second between the HBM and the device, as published.
-    """
-
-    clock: float
-    link: float
-    dcn: float
-    hbm: int
-    bandwidth: float
-    host: float = 12e9
-
-
-_GIB = 2**30
-CHIPS: dict[str, Chip] = {
-    "v4": Chip(clock=1.05e9, link=45e9, dcn=6.25e9, hbm=int(30.75 * _GIB), bandwidth=1228e9),
-    "v5e": Chip(clock=1.5e9, link=45e9, dcn=3.125e9, hbm=int(15.75 * _GIB), bandwidth=819e9),
-    "v5p": Chip(clock=1.75e9, link=90e9, dcn=6.25e9, hbm=int(95.74 * _GIB), bandwidth=2765e9),
-    "v6e": Chip(clock=1.75e9, link=90e9, dcn=12.5e9, hbm=int(31.24 * _GIB), bandwidth=1638e9),
-    "tpu7x": Chip(clock=2.2e9, link=90e9, dcn=12.5e9, hbm=int(94.74 * _GIB), bandwidth=3690e9),
-}
 # Seconds for a message to pass one chip.
 HOP = 1e-6
 
-# Buckets of the report.
+# Parts of the computing time.
 MATMUL, ATTENTION, OTHER = "matmul", "attention kernels", "other compute"
 HOST = "host transfer"
 # Added to the name of a collective that crosses the data-centre network.
@@ -54,7 +27,7 @@ BETWEEN = ", slices"
 
 @dataclasses.dataclass(kw_only=True)
 class Traffic:
-    """What one kind of collective does in a step.
+    """What one kind of transfer does in a step.
 
     Attributes:
       count: executions.
@@ -79,9 +52,9 @@ class Cost:
 
     Attributes:
       seconds: from start to end.
-      compute: seconds by bucket.
-      traffic: by "kind over axes", e.g. "all-gather".
-      largest: (seconds in all, instruction, where it comes from), computing instructions.
+      compute: seconds by part: MATMUL, ATTENTION, OTHER.
+      traffic: by kind, e.g. "all-gather" or "all-reduce, slices".
+      largest: (total seconds, instruction, its place in the Python program) of computing instructions.
     """
 
     seconds: float = 0
@@ -92,40 +65,42 @@ class Cost:
     def add(self, other: "Cost", times: float = 1) -> None:
         """Adds `times` executions of `other`, one after the other."""
         self.seconds += times * other.seconds
-        for bucket, seconds in other.compute.items():
-            self.compute[bucket] += times * seconds
+        for part, seconds in other.compute.items():
+            self.compute[part] += times * seconds
         for kind, traffic in other.traffic.items():
             self.traffic[kind].add(traffic, times)
         self.largest += [(times * seconds, name, where) for seconds, name, where in other.largest]
 
     @property
     def exposed(self) -> float:
-        """Seconds in which the device waits for the network."""
+        """Seconds in which the device waits for a transfer."""
         return sum(traffic.exposed for traffic in self.traffic.values())
 
 
 class Network:
     """Time on the wire of a collective on a slice.
 
-    Bandwidth is taken as if every ring of the group carried its share at full speed: an axis that is closed
-    has two links a chip, an open one or one of two chips only one.
+    Assumes that every ring of the group carries its share at full speed: a closed axis has two links per chip, an open
+    axis, or one of two chips, has one.
     """
 
-    def __init__(self, tpu: Slice, places: list[tuple[int, ...]]):
-        """`places`: (slice, x, y, ...) of each device in the order of the device assignment."""
+    def __init__(self, tpu: Slice, devices: Sequence[jax.Device]):
+        """`devices`: described devices in the order of the device assignment."""
         self.tpu = tpu
-        self.chip = CHIPS[tpu.generation.name]
-        self.places = places
+        self.chip = tpu.generation
+        axes = len(tpu.shape)
+        # (slice, x, y, ...) of each device.
+        self.places = [(getattr(each, "slice_index", None) or 0, *each.coords[:axes]) for each in devices]
 
-    def slice_of(self, device: int) -> int:
-        return self.places[device][0]
+    def leaves_slice(self, devices: Sequence[int]) -> bool:
+        """Whether these devices are on more than one slice."""
+        return len({self.places[device][0] for device in devices}) > 1
 
     def _axes(self, group: list[int]) -> tuple[list[tuple[int, int]], int]:
-        """[(chips, links)] for each torus axis that the group spans, and the slices that it spans."""
-        coordinates = list(zip(*(self.places[device] for device in group), strict=True))
-        spans = [len(set(values)) for values in coordinates]
+        """[(chips, links)] of each torus axis that the group spans, and the number of slices that it spans."""
+        spans = [len(set(values)) for values in zip(*(self.places[device] for device in group), strict=True)]
         axes = []
-        for span, size, wrap in zip(spans[1:], self.tpu.shape, self.tpu.wrap, strict=False):
+        for span, size, wrap in zip(spans[1:], self.tpu.shape, self.tpu.wrap, strict=True):
             if span > 1:
                 axes.append((span, 2 if wrap and span == size and size > 2 else 1))
         return axes, spans[0]
@@ -135,8 +110,8 @@ class Network:
 
         Args:
           kind: opcode without -start.
-          group: devices that take part.
-          size: bytes a device: of the whole result for an all-gather, else of the operand.
+          group: participating devices.
+          size: bytes per device: of the whole result for an all-gather, else of the operand.
         """
         ways = len(group)
         if ways == 1 or not size:
@@ -151,12 +126,12 @@ class Network:
             seconds = size / ways * (ways - 1) * distance / (links * self.chip.link)
         else:
             seconds = passes * size * (inside - 1) / inside / (links * self.chip.link)
-        if slices > 1:  # between slices each device sends its own share
+        if slices > 1:  # each device sends its own share
             seconds += passes * size / inside * (slices - 1) / slices / self.chip.dcn
         return seconds + passes * hops * HOP
 
     def transfer(self, pairs: list[tuple[int, int]], size: float) -> float:
-        """Seconds of a collective-permute: the longest way, over one link of each axis."""
+        """Seconds of a collective-permute: the longest path, over one link of each axis."""
         longest = 0.0
         for source, target in pairs:
             a, b = self.places[source], self.places[target]
@@ -164,7 +139,7 @@ class Network:
                 longest = max(longest, size / self.chip.dcn)
                 continue
             hops = 0
-            for x, y, length, wrap in zip(a[1:], b[1:], self.tpu.shape, self.tpu.wrap, strict=False):
+            for x, y, length, wrap in zip(a[1:], b[1:], self.tpu.shape, self.tpu.wrap, strict=True):
                 distance = abs(x - y)
                 hops += min(distance, length - distance) if wrap else distance
             longest = max(longest, hops * (size / self.chip.link + HOP))
@@ -172,16 +147,16 @@ class Network:
 
 
 class Estimator:
-    """Walks a scheduled module the way the device would."""
+    """Walks a scheduled module as the device would."""
 
     def __init__(self, module: hlo.Module, network: Network, uncounted: int | None = None):
-        """`uncounted`: turns of a loop whose end depends on data; None: such a loop is an error."""
-        self.uncounted = uncounted
+        """`uncounted`: assumed turns of a loop whose end depends on data; None: such a loop is an error."""
         self.module = module
         self.network = network
         self.chip = network.chip
-        self._done: dict[str, Cost] = {}
-        self._received: dict[str, str] = {}  # name of a `recv` -> the transfer that it belongs to
+        self.uncounted = uncounted
+        self._finished: dict[str, Cost] = {}
+        self._received: dict[str, str] = {}  # name of a `recv` -> its transfer
 
     def run(self) -> Cost:
         """The cost of one step."""
@@ -195,13 +170,13 @@ class Estimator:
     def _computation(self, name: str) -> Cost:
         """Issues the instructions in order.
 
-        Collectives that were started run one after the other beside the computation, and so do copies to and
-        from the host on their own link; whoever asks for the result waits until it is there.
+        Started collectives run one after the other beside the computation, and so do copies to and from the host on
+        their own link. Who needs the result waits until it is there.
         """
-        if name in self._done:
-            return self._done[name]
+        if name in self._finished:
+            return self._finished[name]
         cost = Cost()
-        busy: dict[str, float] = collections.defaultdict(float)  # until when the links are
+        busy: dict[str, float] = collections.defaultdict(float)  # link -> when it is free again
         pending: dict[str, tuple[float, str]] = {}
         for each in self.module.computations[name]:
             stage, key, kind, wire = self._communication(each)
@@ -215,15 +190,15 @@ class Estimator:
                 cost.traffic[kind].exposed += max(0.0, ready - cost.seconds)
                 cost.seconds = max(cost.seconds, ready)
             elif stage == "whole":
-                # Inside a fusion the collective runs beside the fusion's own computation. What was started before
-                # shares the links with it and ends that much later.
+                # A collective in a fusion runs beside the fusion's own computation. It delays what was started before
+                # on the same links.
                 compute = self._compute(each, cost)
                 busy[link] = max(busy[link], cost.seconds - compute) + wire.seconds
                 wire.exposed = max(0.0, wire.seconds - compute)
                 cost.seconds += wire.exposed
                 cost.traffic[kind].add(wire)
             elif each.opcode == "while":
-                cost.add(self._computation(self.module.body(each)), self._trips(name, each))
+                cost.add(self._computation(each.attribute("body")), self._trips(name, each))
             elif each.opcode == "call":
                 cost.add(self._computation(each.called[0]))
             elif each.opcode == "conditional":
@@ -231,7 +206,7 @@ class Estimator:
                 cost.add(max(branches, key=lambda branch: branch.seconds, default=Cost()))
             else:
                 self._compute(each, cost)
-        self._done[name] = cost
+        self._finished[name] = cost
         return cost
 
     def _trips(self, computation: str, loop: hlo.Instruction) -> int:
@@ -244,44 +219,40 @@ class Estimator:
 
     def _compute(self, each: hlo.Instruction, cost: Cost) -> float:
         """Adds a computing instruction; returns its seconds."""
-        kernel = kernels.cycles(each, self.network.tpu.generation)
-        cycles = each.cycles if kernel is None else kernel
-        if not cycles:
+        kernel = kernels.cycles(each, self.chip)
+        seconds = (each.cycles if kernel is None else kernel) / self.chip.clock
+        if not seconds:
             return 0.0
-        if kernel is not None:
-            bucket = ATTENTION
-        else:
-            inner = {each.opcode, *(one.opcode for one in self.module.inside(each))}
-            bucket = MATMUL if inner & {"convolution", "dot"} else OTHER
-        seconds = cycles / self.chip.clock
+        inner = {each.opcode, *(one.opcode for one in self.module.inside(each))}
+        matmul = inner & {"convolution", "dot"}
         cost.seconds += seconds
-        cost.compute[bucket] += seconds
+        cost.compute[ATTENTION if kernel is not None else MATMUL if matmul else OTHER] += seconds
         cost.largest.append((seconds, each.name, each.op_name))
         return seconds
 
     def _communication(self, each: hlo.Instruction) -> tuple[str, str, str, Traffic]:
         """(stage, key, kind, traffic) of an instruction; stage "" if it does not communicate.
 
-        Three forms inside a slice: plain; a pair of `-start` and `-done`; and on v5e fusions that begin a collective,
-        carry it on beside their own computation, and end it. Those name it in each part, by its channel. Between
-        slices the hosts carry it: a `send`, and a `recv` with the same rendezvous, whose `-done` waits.
+        Inside a slice there are three forms: plain; a pair of `-start` and `-done`; and on v5e fusions that start a
+        collective, continue it beside their own computation, and end it, all with the same channel. Between slices
+        the hosts transfer: a `send` and a `recv` with the same rendezvous; the `-done` of the latter waits.
         """
-        meeting = hlo.between_slices(each)
-        if each.opcode == "recv" and meeting:
-            self._received[each.name] = meeting
-            return "", "", "", Traffic()
-        if each.opcode == "send" and meeting:
-            return "start", meeting, *self._sent(each)
+        nothing = "", "", "", Traffic()
+        rendezvous = hlo.between_slices(each)
+        if each.opcode == "recv" and rendezvous:
+            self._received[each.name] = rendezvous
+            return nothing
+        if each.opcode == "send" and rendezvous:
+            return "start", rendezvous, *self._sent(each)
         if each.opcode.endswith("-done"):
             return "done", self._received.get(each.operands[0], each.operands[0]), "", Traffic()
         moved = hlo.host_transfer_bytes(each)
         if moved:
             return "start", each.name, HOST, Traffic(count=1, bytes=moved, seconds=moved / self.chip.host)
-        inner = next((one for one in self._candidates(each) if _kind(one)), None)
+        inner = next(self._collectives(each), None)
         if inner is None:
-            return "", "", "", Traffic()
-        kind = "reduce-scatter" if _keeps_a_slice(each) else _kind(inner)
-        kind, wire = self._label(inner, kind), self._wire(inner, kind)
+            return nothing
+        kind, wire = self._wire(each, inner)
         if each.opcode.endswith("-start"):
             return "start", each.name, kind, wire
         if each.name.startswith("async-collective-start"):
@@ -289,20 +260,18 @@ class Estimator:
         if each.name.startswith("async-collective-done"):
             return "done", inner.attribute("channel_id"), kind, Traffic()
         if any(name.startswith("async_collective_fusion") for name in each.called):
-            return "", "", "", Traffic()  # carries on what was started
+            return nothing  # continues what was started
         return "whole", "", kind, wire
 
-    def _candidates(self, each: hlo.Instruction):
-        return (
-            [each]
-            if _kind(each)
-            else self.module.inside(each)
-            if each.opcode in ("fusion", "async-start")
-            else []
-        )
+    def _collectives(self, each: hlo.Instruction) -> Iterator[hlo.Instruction]:
+        """The instruction itself if it is a collective, else those inside a fusion or an `async-start`."""
+        if _kind(each):
+            yield each
+        elif each.opcode in ("fusion", "async-start"):
+            yield from (one for one in self.module.inside(each) if _kind(one))
 
     def _sent(self, each: hlo.Instruction) -> tuple[str, Traffic]:
-        """What a `send` to the other slices moves; of an all-reduce each device gives away and takes its share."""
+        """(kind, traffic) of a `send` to the other slices; of an all-reduce each device sends and gets its share."""
         kind = each.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
         dtype, sizes = hlo.shapes(each.shape)[0]
         moved = hlo.BYTES[dtype] * math.prod(sizes)
@@ -311,49 +280,34 @@ class Estimator:
         seconds = passes * moved * (slices - 1) / slices / self.chip.dcn
         return kind + BETWEEN, Traffic(count=1, bytes=moved, seconds=seconds)
 
-    def _label(self, each: hlo.Instruction, kind: str) -> str:
-        """The kind of a collective, and whether it leaves the slice."""
+    def _wire(self, each: hlo.Instruction, collective: hlo.Instruction) -> tuple[str, Traffic]:
+        """(kind, traffic) of the collective in an instruction."""
+        kind = _kind(collective)
+        size: float = hlo.num_bytes(collective.shape)
+        started = collective.opcode.endswith("-start")  # the shape is then (operand, result)
         if kind == "collective-permute":
-            pairs = hlo.pairs(each.attributes)
-            leaves = any(self.network.slice_of(a) != self.network.slice_of(b) for a, b in pairs)
+            size = size / 2 if started else size
+            pairs = hlo.pairs(collective.attributes)
+            leaves = any(self.network.leaves_slice(pair) for pair in pairs)
+            seconds = self.network.transfer(pairs, size)
         else:
-            group = hlo.group(each.attributes, len(self.network.places))
-            leaves = len({self.network.slice_of(device) for device in group}) > 1
-        return kind + (BETWEEN if leaves else "")
-
-    def _wire(self, each: hlo.Instruction, kind: str) -> Traffic:
-        if kind == "collective-permute":
-            size = hlo.num_bytes(each.shape) / (2 if each.opcode.endswith("-start") else 1)
-            return Traffic(
-                count=1, bytes=size, seconds=self.network.transfer(hlo.pairs(each.attributes), size)
-            )
-        group = hlo.group(each.attributes, len(self.network.places))
-        size = hlo.num_bytes(each.shape)
-        if each.opcode == "all-gather-start":  # its shape is (operand, result)
-            size = size * len(group) / (len(group) + 1)
-        elif each.opcode.endswith("-start"):
-            size /= 2
-        elif _kind(each) == "reduce-scatter":
-            size *= len(group)
-        return Traffic(count=1, bytes=size, seconds=self.network.seconds(kind, group, size))
+            group = hlo.group(collective.attributes, len(self.network.places))
+            leaves = self.network.leaves_slice(group)
+            if collective.opcode == "all-gather-start":
+                size = size * len(group) / (len(group) + 1)
+            elif started:
+                size /= 2
+            elif kind == "reduce-scatter":
+                size *= len(group)
+            # TPU's reduce-scatter is a fusion of an all-reduce and the slice that each device keeps. On the wire it is
+            # no all-reduce: docs/planner_details.md has a measured figure.
+            if any(name.startswith("all-reduce-scatter") for name in each.called):
+                kind = "reduce-scatter"
+            seconds = self.network.seconds(kind, group, size)
+        return kind + (BETWEEN if leaves else ""), Traffic(count=1, bytes=size, seconds=seconds)
 
 
 def _kind(each: hlo.Instruction) -> str:
-    """The collective that an instruction is, or ""."""
+    """The kind of collective of an instruction, or ""."""
     kind = each.opcode.removesuffix("-start")
     return kind if kind in hlo.COLLECTIVES else ""
-
-
-def _keeps_a_slice(each: hlo.Instruction) -> bool:
-    """Whether this is TPU's reduce-scatter: a fusion of an all-reduce and the slice that each device keeps of it.
-
-    On the wire it is no all-reduce: docs/planner.md has a figure of one that was measured.
-    """
-    return any(name.startswith("all-reduce-scatter") for name in each.called)
-
-
-def places(devices, tpu: Slice) -> list[tuple[int, ...]]:
-    """(slice, x, y, ...) of each device."""
-    return [
-        (getattr(device, "slice_index", None) or 0, *device.coords[: len(tpu.shape)]) for device in devices
-    ]

@@ -2,7 +2,7 @@
 
 Axis legend: B batch, T prompt position, S cache slot, J stop ids.
 
-Compiled are the very functions of infer/programs.py, with greedy choice. Every time is an estimate.
+It compiles the functions of infer/programs.py with greedy sampling. Every time is an estimate.
 """
 
 import dataclasses
@@ -22,11 +22,12 @@ from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import Compute
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import spec
-from lemur_jax.plan import compile as compiling
-from lemur_jax.plan import cost, hlo, topologies
+from lemur_jax.plan import cost, hlo
+from lemur_jax.plan.compile import Compiled, compile_program, device_bytes, largest_arrays
+from lemur_jax.plan.plan import format_largest, format_memory, format_mesh, hbm_by_kind, slice_name
+from lemur_jax.plan.topologies import Slice, described_devices, find_slice
 
-GIB = 2**30
-# Stop ids that a row has room for.
+# Stop ids of a row.
 STOPS = 2
 
 
@@ -38,10 +39,10 @@ class Phase:
       fits, verdict, compile_seconds: the compiler's answer.
       hbm_bytes_per_chip: most in use at a time.
       hbm: bytes a chip by kind: parameters, kv_cache, temporaries (the rest).
-      seconds: estimated; of decode, one token for each sequence. The larger of the next two.
-      scheduled_seconds: the compiler's cycles, and transfers that are waited for.
+      seconds: estimated, the larger of the next two; for decode, of one token for each sequence.
+      scheduled_seconds: the compiler's cycles and exposed transfers.
       hbm_seconds: parameters and cache read once at the published bandwidth.
-      exposed_seconds: of `scheduled_seconds`, waiting for the network.
+      exposed_seconds: the part of `scheduled_seconds` that waits for the network.
     """
 
     fits: bool
@@ -57,12 +58,12 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratePlan:
-    """What generation costs on a slice.
+    """The cost of generation on a slice.
 
     Attributes:
-      topology, slices, chips, mesh: the slice and how it is cut.
-      dtype, batch, prompt_length, cache_length: of what was planned.
-      fits: both phases do.
+      topology, slices, chips, mesh: the slice and the sizes of the mesh axes.
+      dtype, batch, prompt_length, cache_length: the arguments.
+      fits: whether both phases fit.
       hbm_limit_bytes_per_chip: what a program may use.
       largest_buffers: [bytes a chip, description], largest first.
       prefill, decode: the two phases.
@@ -110,29 +111,34 @@ def plan_generate(
       dtype: of parameters, activations and cache.
 
     Raises:
-      UserError: lengths that make no sense, or a mesh that does not fit the slice, the model or the batch.
+      UserError: impossible lengths, or a mesh that does not fit the slice, the model or the batch.
     """
     model = config.model
-    tpu = topologies.find(topology, slices)
-    mesh = make_mesh(config.mesh, topologies.devices(tpu))
+    tpu = find_slice(topology, slices)
+    mesh = make_mesh(config.mesh, described_devices(tpu))
     _check(model, mesh, batch, prompt_length, cache_length)
-    compute = Compute(dtype=dtype, mesh=mesh)
     params = abstract_params(model, mesh, dtype)
     tokens, rows = _inputs(mesh, batch, prompt_length)
-    run = programs(model, compute)
+    run = programs(model, Compute(dtype=dtype, mesh=mesh))
     new_slots = cache_length - prompt_length
-    state = _placed_state(
-        jax.eval_shape(
-            lambda params, tokens, rows: run.prefill(params, tokens, rows, {}, new_slots=new_slots)[0],
-            params, tokens, rows,
-        ),
-        mesh,
-    )  # fmt: skip
-    sizes = {"parameters": compiling.device_bytes(params), "kv_cache": compiling.device_bytes(state.cache)}
+    state = jax.eval_shape(
+        lambda params, tokens, rows: run.prefill(params, tokens, rows, {}, new_slots=new_slots)[0],
+        params,
+        tokens,
+        rows,
+    )
+    state = _placed_state(state, mesh)
+    sizes = {"parameters": device_bytes(params), "kv_cache": device_bytes(state.cache)}
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    prefill = compiling.compile_program(run.prefill, params, tokens, rows, {}, new_slots=new_slots)
-    decode = compiling.compile_program(run.decode, params, state, {}, steps)
-    phases = {"prefill": _phase(prefill, sizes, tpu, mesh), "decode": _phase(decode, sizes, tpu, mesh)}
+    prefill = _phase(
+        compile_program(run.prefill, params, tokens, rows, {}, new_slots=new_slots, what="prefill"),
+        sizes,
+        tpu,
+        mesh,
+    )
+    decode = _phase(compile_program(run.decode, params, state, {}, steps, what="decode"), sizes, tpu, mesh)
+    per_chip = tpu.generation.devices_per_chip
+    largest = largest_arrays({"params": params, "cache": state.cache}, 8)
     return GeneratePlan(
         topology=topology,
         slices=slices,
@@ -143,16 +149,17 @@ def plan_generate(
         prompt_length=prompt_length,
         cache_length=cache_length,
         fits=prefill.fits and decode.fits,
-        hbm_limit_bytes_per_chip=cost.CHIPS[tpu.generation.name].hbm * tpu.generation.devices_per_chip,
-        largest_buffers=_largest(params, state, tpu),
-        **phases,
-        prefill_tokens_per_second=_rate(batch * prompt_length, phases["prefill"]),
-        decode_tokens_per_second=_rate(batch, phases["decode"]),
+        hbm_limit_bytes_per_chip=tpu.generation.hbm * per_chip,
+        largest_buffers=[[size * per_chip, what] for size, what in largest],
+        prefill=prefill,
+        decode=decode,
+        prefill_tokens_per_second=batch * prompt_length / prefill.seconds if prefill.seconds else None,
+        decode_tokens_per_second=batch / decode.seconds if decode.seconds else None,
     )
 
 
 def _check(model: LlamaConfig, mesh: Mesh, B: int, T: int, S: int) -> None:
-    """Refuses lengths that make no sense and a batch that the mesh does not divide."""
+    """Refuses impossible lengths and a batch that the mesh does not divide."""
     if not 0 < T < S <= model.max_position_embeddings:
         raise UserError(
             f"--prompt-length {T} must be below --cache-length {S}, and that at most"
@@ -164,10 +171,6 @@ def _check(model: LlamaConfig, mesh: Mesh, B: int, T: int, S: int) -> None:
             f"--batch {B} must be a multiple of {ways}, the product of config.mesh.data and config.mesh.fsdp,"
             f" and config.mesh.sequence {mesh.shape['sequence']} must be 1"
         )
-
-
-def _rate(tokens: int, phase: Phase) -> float | None:
-    return tokens / phase.seconds if phase.seconds else None
 
 
 def _inputs(mesh: Mesh, B: int, T: int) -> tuple[Any, Rows]:
@@ -196,69 +199,53 @@ def _placed_state(state, mesh: Mesh):
     return dataclasses.replace(placed, cache=cache)
 
 
-def _phase(compiled: compiling.Compiled, sizes: dict[str, int], tpu: topologies.Slice, mesh: Mesh) -> Phase:
-    per_chip = tpu.generation.devices_per_chip
-    known = {**sizes, "temporaries": max(0, compiled.peak_bytes - sum(sizes.values()))}
-    facts: dict[str, Any] = dict(
-        fits=compiled.fits,
-        verdict=compiled.verdict,
-        compile_seconds=compiled.seconds,
-        hbm_bytes_per_chip=compiled.peak_bytes * per_chip,
-        hbm={kind: size * per_chip for kind, size in known.items()},
-    )
+def _phase(compiled: Compiled, sizes: dict[str, int], tpu: Slice, mesh: Mesh) -> Phase:
+    facts: dict[str, Any] = {}
     if compiled.hlo:
-        network = cost.Network(tpu, cost.places(mesh.devices.flat, tpu))
-        # Decode's loop ends when every sequence has; one turn of it is one token.
+        network = cost.Network(tpu, list(mesh.devices.flat))
+        # The loop of decode ends when every sequence has ended; one turn of it is one token.
         estimate = cost.Estimator(hlo.parse(compiled.hlo), network, uncounted=1).run()
-        reading = sum(sizes.values()) / cost.CHIPS[tpu.generation.name].bandwidth
-        facts |= dict(
+        reading = sum(sizes.values()) / tpu.generation.bandwidth
+        facts = dict(
             seconds=max(estimate.seconds, reading),
             scheduled_seconds=estimate.seconds,
             hbm_seconds=reading,
             exposed_seconds=estimate.exposed,
         )
-    return Phase(**facts)
+    return Phase(
+        fits=compiled.fits,
+        verdict=compiled.verdict,
+        compile_seconds=compiled.seconds,
+        hbm_bytes_per_chip=compiled.peak_bytes * tpu.generation.devices_per_chip,
+        hbm=hbm_by_kind(sizes, compiled, tpu),
+        **facts,
+    )
 
 
-def _largest(params, state, tpu: topologies.Slice) -> list[list[Any]]:
-    """The largest arrays that stay: parameters and cache, by shape on one device."""
-    leaves = jax.tree_util.tree_flatten_with_path({"params": params, "cache": state.cache})[0]
-    named = [
-        [
-            compiling.device_bytes(leaf) * tpu.generation.devices_per_chip,
-            f"{leaf.dtype}{list(leaf.sharding.shard_shape(leaf.shape))} {jax.tree_util.keystr(path)}",
-        ]
-        for path, leaf in leaves
-    ]
-    return sorted(named, reverse=True)[:8]
-
-
-def report_generate(plan: GeneratePlan) -> str:
+def format_generate_plan(plan: GeneratePlan) -> str:
     """The plan as text."""
-    slices = f"{plan.slices} x " if plan.slices > 1 else ""
-    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     lines = [
-        f"{slices}{plan.topology}: {plan.chips} chips, mesh {mesh}; {plan.batch} sequences, prompts of"
-        f" {plan.prompt_length}, cache of {plan.cache_length}, {plan.dtype}",
+        f"{slice_name(plan.topology, plan.slices)}: {plan.chips} chips, mesh {format_mesh(plan.mesh)}; {plan.batch}"
+        f" sequences, prompts of {plan.prompt_length}, cache of {plan.cache_length}, {plan.dtype}",
     ]
     for name, phase in (("prefill", plan.prefill), ("decode", plan.decode)):
-        lines += [
-            "",
-            f"{name}: {'FITS' if phase.fits else 'DOES NOT FIT'}: {phase.hbm_bytes_per_chip / GIB:.2f} GiB of"
-            f" {plan.hbm_limit_bytes_per_chip / GIB:.2f} GiB HBM a chip; compiled in {phase.compile_seconds:.0f} s",
-        ]
-        lines += [f"  {kind:<22}{size / GIB:10.2f} GiB" for kind, size in phase.hbm.items()]
+        verdict, *kinds = format_memory(
+            phase.fits, phase.hbm_bytes_per_chip, plan.hbm_limit_bytes_per_chip, phase.hbm
+        )
+        lines += ["", f"{name}: {verdict}; compiled in {phase.compile_seconds:.0f} s", *kinds]
         if phase.seconds is None:
             lines.append("  " + phase.verdict.strip().splitlines()[0])
-        else:
-            lines.append(
-                f"  ESTIMATED {1e3 * phase.seconds:.1f} ms (scheduled {1e3 * phase.scheduled_seconds:.1f}, of which"
-                f" {1e3 * phase.exposed_seconds:.1f} wait for the network; reading parameters and cache"
-                f" {1e3 * phase.hbm_seconds:.1f})"
-            )
+            continue
+        lines.append(
+            f"  ESTIMATED {1e3 * phase.seconds:.1f} ms (scheduled {1e3 * phase.scheduled_seconds:.1f}, of which"
+            f" {1e3 * phase.exposed_seconds:.1f} wait for the network; reading parameters and cache"
+            f" {1e3 * phase.hbm_seconds:.1f})"
+        )
     if not plan.fits:
-        lines += ["", "the largest buffers a chip:"]
-        lines += [f"  {size / GIB:8.2f} GiB  {what}" for size, what in plan.largest_buffers]
+        lines += ["", "the largest buffers a chip:", *format_largest(plan.largest_buffers), ""]
+        lines.append(
+            "use a larger --config.mesh.tensor or --topology, or a smaller --batch or --cache-length"
+        )
     else:
         lines += [
             "",

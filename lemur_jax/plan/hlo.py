@@ -1,15 +1,14 @@
 """Reads the text of a scheduled, optimized HLO module: what runs, how often, and what moves.
 
 Only what the cost model needs is taken from each instruction. The text format is XLA's
-(https://openxla.org/xla/operation_semantics); the cycles are the TPU compiler's own estimates, which
-it leaves in `backend_config`.
+(https://openxla.org/xla/operation_semantics). The cycles are the TPU compiler's own estimates from `backend_config`.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
@@ -38,10 +37,10 @@ class Instruction:
     Attributes:
       name: without the percent sign.
       opcode: e.g. "fusion", "all-gather-start".
-      shape: text of the result's shape, layouts included.
-      arguments: the text between the parentheses: operands, or the value of a constant.
-      attributes: the text after the operands.
-      root: whether it is its computation's result.
+      shape: text of the result's shape, with layouts.
+      arguments: text between the parentheses: operands, or the value of a constant.
+      attributes: text after the operands.
+      root: whether it is the result of its computation.
     """
 
     name: str
@@ -58,18 +57,18 @@ class Instruction:
 
     @functools.cached_property
     def cycles(self) -> int:
-        """The compiler's estimate for one execution; 0 where it gives none."""
+        """The compiler's estimate for one execution; 0 if it gives none."""
         return sum(int(count) for count in _CYCLES.findall(self.attributes))
 
-    @functools.cached_property
+    @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from."""
+        """The place in the Python program, as JAX's name stack."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
-        """Names of called computations, except a loop's body and condition."""
+        """Names of called computations, except the body and the condition of a loop."""
         found = _CALLED.findall(self.attributes)
         return tuple(name.strip().lstrip("%") for group in found for name in group.strip("{}").split(","))
 
@@ -81,7 +80,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Module:
-    """A module: its computations by name, each a list of instructions in the order they are issued."""
+    """The computations by name, each a list of instructions in issue order, and the name of the entry computation."""
 
     computations: dict[str, list[Instruction]]
     entry: str
@@ -90,19 +89,20 @@ class Module:
     def _by_name(self) -> dict[str, dict[str, Instruction]]:
         return {name: {each.name: each for each in body} for name, body in self.computations.items()}
 
-    def find(self, computation: str, name: str) -> Instruction | None:
+    def instruction(self, computation: str, name: str) -> Instruction | None:
+        """The instruction of that name in a computation."""
         return self._by_name[computation].get(name)
 
+    def root(self, computation: str) -> Instruction:
+        """The result of a computation."""
+        return next(each for each in self.computations[computation] if each.root)
+
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
-        """The instructions of everything that it calls, recursively."""
+        """The instructions of all computations that it calls, recursively."""
         for name in instruction.called:
             for each in self.computations.get(name, ()):
                 yield each
                 yield from self.inside(each)
-
-    def body(self, loop: Instruction) -> str:
-        """Name of the computation that a `while` repeats."""
-        return loop.attribute("body")
 
 
 def parse(text: str) -> Module:
@@ -172,9 +172,9 @@ def num_bytes(text: str) -> int:
 
 
 def host_transfer_bytes(each: Instruction) -> int:
-    """Bytes between device and host that an asynchronous copy, slice or update begins to move; else 0.
+    """Bytes between device and host that an asynchronous copy, slice or update starts to move; else 0.
 
-    The layout of an array in host memory ends with S(5); what moves is the other one.
+    The layout of an array in host memory ends with S(5); the other array is what moves.
     """
     if each.opcode not in _COPIES or "S(5)" not in each.shape:
         return 0
@@ -182,12 +182,12 @@ def host_transfer_bytes(each: Instruction) -> int:
 
 
 def on_device(text: str) -> str:
-    """A shape's text without the arrays that lie in the host's memory."""
+    """The text of a shape without the arrays in host memory."""
     return _HOST_ARRAY.sub("", text)
 
 
 def between_slices(each: Instruction) -> str:
-    """The name by which a `send` and its `recv` to other slices know each other; "" of other instructions."""
+    """The name that a `send` to other slices shares with its `recv`; "" of other instructions."""
     if each.opcode not in ("send", "recv") or "xla_megascale_runtime" not in each.attributes:
         return ""
     return each.attribute("_xla_host_transfer_rendezvous")
@@ -196,80 +196,84 @@ def between_slices(each: Instruction) -> str:
 def trip_count(module: Module, computation: str, loop: Instruction) -> int:
     """How often a `while` in `computation` runs its body.
 
-    JAX's loops count one element of the carried tuple from a constant up to a constant.
+    A loop of JAX counts one element of the carried tuple from a constant up to a constant.
 
     Raises:
       ValueError: the loop is of another kind.
     """
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    if known:
-        return int(known[1])
     condition = loop.attribute("condition")
-    test = next(each for each in module.computations[condition] if each.root)
+    test = module.root(condition)
     if test.opcode != "compare":  # `and` with a constant true, or a fusion of the comparison
         test = next((each for each in module.inside(test) if each.opcode == "compare"), test)
     if test.opcode != "compare" or test.attribute("direction") != "LT":
         raise ValueError(f"cannot count the trips of {loop.name}: its condition is {test.opcode}")
-    initial = module.find(computation, loop.operands[0])
+    initial = module.instruction(computation, loop.operands[0])
     bounds = []
     for name in test.operands:
-        element = module.find(condition, name)
+        element = module.instruction(condition, name)
         if element is not None and element.opcode == "get-tuple-element":
-            source = initial.operands[int(element.attribute("index"))]
-            bounds.append((_constant(module, computation, source), int(element.attribute("index"))))
+            index = int(element.attribute("index"))
+            bounds.append((_constant(module, computation, initial.operands[index]), index))
         else:
             bounds.append((_constant(module, condition, name), -1))
     (start, index), (stop, _) = bounds
-    return max(0, -(-(stop - start) // _increment(module, loop, index)))
+    return max(0, -(-(stop - start) // _increment(module, loop.attribute("body"), index)))
+
+
+def _source(module: Module, computation: str, name: str) -> Instruction | None:
+    """The instruction that makes a value, through copies."""
+    found = module.instruction(computation, name)
+    while found is not None and found.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        found = module.instruction(computation, found.operands[0])
+    return found
 
 
 def _constant(module: Module, computation: str, name: str) -> int:
-    """The value of a scalar constant, through copies."""
-    found = module.find(computation, name)
-    while found is not None and found.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-        found = module.find(computation, found.operands[0])
+    """The value of a scalar constant; ValueError if it is none."""
+    found = _source(module, computation, name)
     if found is None or found.opcode != "constant":
         raise ValueError(f"{name} in {computation} is not a constant")
     return int(found.arguments)
 
 
-def _increment(module: Module, loop: Instruction, index: int) -> int:
-    """By how much the body raises element `index` of the carried tuple."""
-    body = module.body(loop)
-    root = next(each for each in module.computations[body] if each.root)
-    found = module.find(body, root.operands[index]) if root.opcode == "tuple" else None
-    while found is not None and found.opcode in ("copy", "bitcast"):
-        found = module.find(body, found.operands[0])
-    if found is None or found.opcode != "add":
-        return 1
-    for name in found.operands:
-        try:
-            return _constant(module, body, name)
-        except ValueError:
-            continue
+def _increment(module: Module, body: str, index: int) -> int:
+    """By how much the body of a loop raises element `index` of the carried tuple."""
+    root = module.root(body)
+    found = _source(module, body, root.operands[index]) if root.opcode == "tuple" else None
+    for name in found.operands if found is not None and found.opcode == "add" else ():
+        source = _source(module, body, name)
+        if source is not None and source.opcode == "constant":
+            return int(source.arguments)
     return 1
 
 
 def group(attributes: str, devices: int) -> list[int]:
     """The first group of a collective, as positions in the device assignment.
 
-    Understands the three ways in which XLA writes groups: lists, iota tiles and mesh axes.
+    XLA writes groups in three ways: as lists, as iota tiles and as mesh axes.
     """
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:
-        return [int(each) for each in listed[1].split(",")]
+        return _integers(listed[1])
     tiled = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if tiled:
         shape, source = _integers(tiled[1]), _integers(tiled[2])
-        return _transposed(source, _integers(tiled[3]) if tiled[3] else list(range(len(source))))[: shape[-1]]
+        order = _integers(tiled[3]) if tiled[3] else range(len(source))
+        return _spread([(source[axis], math.prod(source[axis + 1 :])) for axis in order])[: shape[-1]]
     meshed = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?\s*\{([^}]*)\}", attributes
     )
     if meshed:
-        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", meshed[1])}
-        return _mesh_group(
-            list(axes), list(axes.values()), re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", meshed[4])
-        )
+        axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", meshed[1])]
+        strides = {
+            name: math.prod(size for _, size in axes[place + 1 :]) for place, (name, _) in enumerate(axes)
+        }
+        chosen = []  # an axis may be cut: 'axis':(before)size
+        for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", meshed[4]):
+            size = dict(axes)[name]
+            count = int(part or size)
+            chosen.append((count, strides[name] * (size // (int(before) * count) if part else 1)))
+        return _spread(chosen)
     return list(range(devices))
 
 
@@ -277,24 +281,11 @@ def _integers(text: str) -> list[int]:
     return [int(each) for each in text.split(",")]
 
 
-def _transposed(sizes: list[int], order: list[int]) -> list[int]:
-    """iota reshaped to `sizes`, transposed by `order` and flattened."""
-    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+def _spread(axes: Iterable[tuple[int, int]]) -> list[int]:
+    """Positions of a grid with these (size, stride) axes, in row-major order."""
     flat = [0]
-    for axis in order:
-        flat = [base + step * strides[axis] for base in flat for step in range(sizes[axis])]
-    return flat
-
-
-def _mesh_group(names: list[str], sizes: list[int], chosen: list[tuple[str, str, str]]) -> list[int]:
-    """Devices that differ from device 0 along the chosen axes; an axis may be cut as 'axis':(before)size."""
-    strides = {name: math.prod(sizes[place + 1 :]) for place, name in enumerate(names)}
-    flat = [0]
-    for name, before, part in chosen:
-        size = sizes[names.index(name)]
-        count = int(part) if part else size
-        step = strides[name] * (size // (int(before) * count) if part else 1)
-        flat = [base + step * each for base in flat for each in range(count)]
+    for size, stride in axes:
+        flat = [base + step * stride for base in flat for step in range(size)]
     return flat
 
 

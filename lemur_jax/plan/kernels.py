@@ -1,9 +1,9 @@
 """Cycles of the splash attention kernels, which the compiler does not count.
 
-The kernel visits blocks of scores; a visit that the causal mask skips still costs the bookkeeping of a
-grid step. Cycles a visit are bundles of the compiler's static schedule of the kernel
-(`LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"`, `*final_bundles.txt`; one bundle,
-one cycle), taken with libtpu 0.0.52 at blocks of 512 × 512, head width 128, and scaled by the area.
+The kernel visits blocks of scores; a visit that the causal mask skips still costs the overhead of a grid step. Cycles
+per visit are bundles of the compiler's static schedule of the kernel (`*final_bundles.txt` of
+`LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"`; one bundle, one cycle), taken with libtpu 0.0.52
+at head width 128 and scaled by the area of the block.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ class Kernel:
 
     Attributes:
       blocks: side of a square block of scores -> cycles of computing it, at head width 128.
-      step: of a grid step, whether it computes or not.
+      step: cycles of a grid step, whether it computes or not.
     """
 
     blocks: dict[int, int]
     step: int
 
 
-# (generation, pass) -> cycles. "fused" is the backward pass in one kernel. The blocks are bundles of the
-# body of the kernel; the steps of v4 and v5e come from whole schedules, the others' are taken alike.
+# (generation, pass) -> cycles. "fused" is the backward pass in one kernel. The blocks are bundles of the kernel's body.
+# The steps of v4 and v5e come from whole schedules, those of the others are assumed.
 KERNELS: dict[tuple[str, str], Kernel] = {
     ("v4", "fwd"): Kernel(blocks={512: 1807, 1024: 7921}, step=290),
     ("v4", "dq"): Kernel(blocks={512: 2072, 1024: 7905}, step=353),
@@ -45,8 +45,6 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("tpu7x", "fwd"): Kernel(blocks={512: 975}, step=100),
     ("tpu7x", "fused"): Kernel(blocks={1024: 5625}, step=100),
 }
-# Chips whose two cores are one device and share out the heads.
-TWO_CORES = ("v4", "v5p")
 _BLOCKS = {
     "fwd": ("block_q", "block_kv"),
     "dq": ("block_q_dq", "block_kv_dq"),
@@ -55,7 +53,7 @@ _BLOCKS = {
 
 
 def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
-    """Cycles of one execution of a splash kernel; None if `each` is none.
+    """Cycles of one execution of a splash kernel; None if `each` is another instruction.
 
     Raises:
       ValueError: a kernel whose shapes cannot be read.
@@ -65,10 +63,8 @@ def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
         return None
     phase = named[1]
     # The layout constraints list the operands; the first two matrices are q [..., T, N] and k [..., S, N].
-    listed = each.attributes.partition("operand_layout_constraints=")[2].partition("}, frontend_attributes")[
-        0
-    ]
-    matrices = [sizes for dtype, sizes in hlo.shapes(listed) if dtype in ("bf16", "f32")]
+    listed = each.attributes.partition("operand_layout_constraints=")[2].partition("}, frontend_attributes")
+    matrices = [sizes for dtype, sizes in hlo.shapes(listed[0]) if dtype in ("bf16", "f32")]
     sizes = [re.search(rf'{key}\\": (\d+)', each.attributes) for key in _BLOCKS[phase]]
     if len(matrices) < 2 or None in sizes:
         raise ValueError(f"cannot read the shapes of the kernel {each.name}")
@@ -82,5 +78,6 @@ def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
     visits = sum(-(-((row + 1) * bq) // bkv) for row in range(T // bq))
     known = min(kernel.blocks, key=lambda side: abs(math.log(bq * bkv / side**2)))
     block = kernel.blocks[known] * bq * bkv / known**2 * max(N, 128) / 128
-    cores = 2 if generation.name in TWO_CORES and math.prod(heads) > 1 else 1
+    # The two cores of a megacore device share the heads.
+    cores = 2 if generation.chip_config == "megacore" and math.prod(heads) > 1 else 1
     return math.prod(heads) * (visits * block + steps * kernel.step) / cores

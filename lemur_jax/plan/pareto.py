@@ -1,4 +1,4 @@
-"""What a search found: a table, a plot and a config that `lemur train` takes."""
+"""Output of a search: a table, a plot and a config for `lemur train`."""
 
 import json
 import os
@@ -6,25 +6,25 @@ import pathlib
 from collections.abc import Sequence
 
 from lemur_jax.plan.plan import GIB
-from lemur_jax.plan.search import Found, Outcome, describe
+from lemur_jax.plan.search import SearchResult, Trial, format_changes
 from lemur_jax.report.charts import Mark, scatter_plot
 from lemur_jax.report.html import escape, html_page, html_table
 
 
-def table(found: Found) -> str:
-    """The Pareto front, and how much was looked at. Times are estimates."""
+def format_search(found: SearchResult) -> str:
+    """The Pareto front and the number of candidates. Times are estimates."""
     front = found.front()
     lines = [
         f"  {'step, s':>10}{'tokens/s/chip':>15}{'MFU':>8}{'HBM, GiB':>10}  (estimated; MFU with causal attention)",
         *(
             f"  {each.seconds:10.3f}{each.made.tokens_per_second_per_chip:15,.0f}{each.made.mfu:8.1%}"
-            f"{each.hbm / GIB:10.2f}  {describe(each.changes)}"
+            f"{each.hbm / GIB:10.2f}  {format_changes(each.changes)}"
             for each in front
         ),
     ]
     if not front:
         lines = ["nothing that was tried fits"]
-    fitting = sum(outcome.fits for outcome in found.outcomes)
+    fitting = sum(trial.fits for trial in found.trials)
     counts = [
         f"compiled {found.compiled}, from the cache {found.cached}: {fitting} fit",
         *(f"{count} not compiled: {reason}" for reason, count in sorted(found.pruned.items())),
@@ -33,7 +33,7 @@ def table(found: Found) -> str:
     return "\n".join([*lines, "", *counts])
 
 
-def plot(found: Found, title: str) -> str:
+def plot(found: SearchResult, title: str) -> str:
     """A page with step time against HBM: a dot for each layout that fits, the Pareto front joined; "" if none fits.
 
     The numbers are those of the table's rows.
@@ -41,14 +41,14 @@ def plot(found: Found, title: str) -> str:
     front = found.front()
     marks = [
         Mark(
-            x=outcome.hbm / GIB,
-            y=outcome.seconds,
-            label=str(front.index(outcome) + 1) if outcome in front else "",
-            note=f"{describe(outcome.changes)}: {outcome.seconds:.3f} s, {outcome.hbm / GIB:.2f} GiB",
-            front=outcome in front,
+            x=trial.hbm / GIB,
+            y=trial.seconds,
+            label=str(front.index(trial) + 1) if trial in front else "",
+            note=f"{format_changes(trial.changes)}: {trial.seconds:.3f} s, {trial.hbm / GIB:.2f} GiB",
+            front=trial in front,
         )
-        for outcome in found.outcomes
-        if outcome.fits
+        for trial in found.trials
+        if trial.fits
     ]
     if not marks:
         return ""
@@ -61,13 +61,13 @@ def plot(found: Found, title: str) -> str:
     rows = [
         [
             str(number),
-            f"{outcome.seconds:.3f}",
-            f"{outcome.made.tokens_per_second_per_chip:,.0f}",
-            f"{outcome.made.mfu:.1%}",
-            f"{outcome.hbm / GIB:.2f}",
-            escape(describe(outcome.changes)),
+            f"{trial.seconds:.3f}",
+            f"{trial.made.tokens_per_second_per_chip:,.0f}",
+            f"{trial.made.mfu:.1%}",
+            f"{trial.hbm / GIB:.2f}",
+            escape(format_changes(trial.changes)),
         ]
-        for number, outcome in enumerate(front, start=1)
+        for number, trial in enumerate(front, start=1)
     ]
     body = f"""<h1>{escape(title)}</h1>
 <p class="soft">Estimated, not measured. A dot is a layout that fits; the line joins those that no other beats in both
@@ -77,12 +77,12 @@ time and memory.</p>
     return html_page(title, body)
 
 
-def fragment(best: Outcome, base: str, overrides: Sequence[str], directory: pathlib.Path) -> str:
-    """Text of a config file that is `base` with the best values; to lie in `directory`.
+def config_text(best: Trial, base: str, overrides: Sequence[str], directory: pathlib.Path) -> str:
+    """Text of a config file for `directory`: `base` with the best values.
 
     Args:
       base: as given to `--config`, a path with or without `:arg`.
-      overrides: `--config.a.b=value` that the search was given.
+      overrides: `--config.a.b=value` options of the search.
     """
     path, colon, argument = base.partition(":")
     beside = os.path.relpath(path, directory)
@@ -111,8 +111,10 @@ def get_config(arg: str = ""):
 '''
 
 
-def write(found: Found, directory: pathlib.Path, base: str, overrides: Sequence[str], title: str) -> None:
-    """Writes `search.json`, and where something fits `pareto.html` and `best.py`."""
+def write(
+    found: SearchResult, directory: pathlib.Path, base: str, overrides: Sequence[str], title: str
+) -> None:
+    """Writes `search.json`, and if something fits `pareto.html` and `best.py`."""
     directory.mkdir(parents=True, exist_ok=True)
     facts = {
         "compiled": found.compiled,
@@ -126,10 +128,10 @@ def write(found: Found, directory: pathlib.Path, base: str, overrides: Sequence[
                 "error": each.error,
                 "plan": json.loads(each.plan.to_json()) if each.plan else None,
             }
-            for each in found.outcomes
+            for each in found.trials
         ],
     }
     (directory / "search.json").write_text(json.dumps(facts, indent=1) + "\n")
     if found.best:
         (directory / "pareto.html").write_text(plot(found, title))
-        (directory / "best.py").write_text(fragment(found.best, base, overrides, directory))
+        (directory / "best.py").write_text(config_text(found.best, base, overrides, directory))

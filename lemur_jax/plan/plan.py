@@ -2,41 +2,46 @@
 
 import dataclasses
 import json
+import math
+from importlib import metadata
 from typing import Any
 
 import jax
 from etils import epath
 
 from lemur_jax.config import RunConfig
-from lemur_jax.plan import analytic, cost, hlo, topologies
-from lemur_jax.plan import compile as compiling
+from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.plan import analytic, cost, hlo
+from lemur_jax.plan.compile import Compiled, compile_program, device_bytes
+from lemur_jax.plan.topologies import Slice, described_devices, find_slice
 from lemur_jax.telemetry import flops
+from lemur_jax.train.step import Program, build
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a config costs on a slice. Every time and rate is an estimate, none a measurement.
+    """The cost of a config on a slice. Every time and rate is an estimate, none a measurement.
 
     Attributes:
       topology, slices, chips: the slice.
       mesh: sizes of the mesh axes.
       fits: the compiler's verdict.
-      verdict: its message where it does not fit.
-      compile_seconds: lowering and compiling, on this machine.
-      hbm_bytes_per_chip: most in use at a time; where it does not fit, what was asked for.
+      verdict: its message if the config does not fit.
+      compile_seconds: lowering and compiling on this machine.
+      hbm_bytes_per_chip: most in use at a time; the requested HBM if the config does not fit.
       hbm_limit_bytes_per_chip: what a program may use.
-      hbm: bytes a chip by kind: parameters, optimizer, batch, activations (kept for the backward
-        pass), temporaries (the rest of the peak: gradients, gathered weights, workspace).
+      hbm: bytes per chip by kind: parameters, optimizer, batch, activations (kept for the backward pass), temporaries
+        (the rest of the peak: gradients, gathered weights, workspace).
       host_bytes_per_chip: host memory in use.
-      largest_buffers: [bytes, description] where it does not fit: the compiler's list, or where its refusal holds
-        none, the largest arrays of the state and of what the layers keep, by their shapes.
+      largest_buffers: [bytes per chip, description] if the config does not fit: from the compiler, or if its message
+        has none, the largest arrays of the state and of the kept activations by their shapes.
       tokens_per_step: tokens of one update.
       step_seconds: of one update.
       parts: seconds by part: matmul, attention kernels, other compute, exposed communication.
-      collectives: one row a kind: count, bytes, seconds, exposed, hidden.
-      largest_instructions: [seconds, name, where it comes from].
+      collectives: one row per kind: count, bytes, seconds, exposed, hidden.
+      largest_instructions: [seconds, name, place in the Python program].
       tokens_per_second_per_chip, mfu, mfu_full_attention: MFU with attention counted causal, and full.
       days, chip_hours: for all updates of the config.
       versions: of jax and libtpu.
@@ -70,41 +75,35 @@ class Plan:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
-def plan(
-    config: RunConfig,
-    topology: str,
-    *,
-    slices: int = 1,
-    options: compiling.Options | None = None,
-    hlo_path: str | None = None,
-) -> Plan:
+def plan(config: RunConfig, topology: str, *, slices: int = 1, hlo_path: str | None = None) -> Plan:
     """Compiles a config's update for a slice and estimates its time.
 
     Args:
       config: a run config; neither its data nor its tokenizer is opened.
-      topology: a slice's name, e.g. "v4-512"; `topologies.names()` lists them.
+      topology: a slice's name, e.g. "v4-512"; `topologies.slice_names()` lists them.
       slices: slices joined by the data-centre network.
-      options: compiler options beyond those of parallel/compiler_flags.py.
       hlo_path: where to write the optimized HLO text of the update.
 
     Raises:
-      UserError: an unknown slice, libtpu is missing, or the mesh does not divide the model or the batch.
+      UserError: an unknown slice or compiler option, libtpu is missing, or the mesh does not divide the model or the
+        batch.
     """
-    tpu = topologies.find(topology, slices)
-    program = compiling.program(config, tpu)
-    compiled = compiling.compile_step(program, options)
+    tpu = find_slice(topology, slices)
+    program = step_program(config, tpu)
+    name = f"the update for {slice_name(topology, slices)}"
+    compiled = compile_program(program.step, program.state, program.batch, what=name)
     if hlo_path and compiled.hlo:
         epath.Path(hlo_path).write_text(compiled.hlo)
     per_chip = tpu.generation.devices_per_chip
     module = hlo.parse(compiled.hlo) if compiled.hlo else None
     known = {
-        "parameters": compiling.device_bytes(program.state.params),
-        "optimizer": compiling.device_bytes(program.state.optimizer),
-        "batch": compiling.device_bytes(program.batch),
+        "parameters": device_bytes(program.state.params),
+        "optimizer": device_bytes(program.state.optimizer),
+        "batch": device_bytes(program.batch),
         "activations": kept_activations(module, program) if module else 0,
     }
-    known["temporaries"] = max(0, compiled.peak_bytes - sum(known.values()))
-    facts = dict(
+    largest = [] if compiled.fits else compiled.largest or analytic.largest_arrays(config, tpu)
+    return Plan(
         topology=topology,
         slices=slices,
         chips=tpu.chips,
@@ -113,37 +112,43 @@ def plan(
         verdict=compiled.verdict,
         compile_seconds=compiled.seconds,
         hbm_bytes_per_chip=compiled.peak_bytes * per_chip,
-        hbm_limit_bytes_per_chip=cost.CHIPS[tpu.generation.name].hbm * per_chip,
-        hbm={kind: size * per_chip for kind, size in known.items()},
+        hbm_limit_bytes_per_chip=tpu.generation.hbm * per_chip,
+        hbm=hbm_by_kind(known, compiled, tpu),
         host_bytes_per_chip=compiled.host_bytes * per_chip,
-        largest_buffers=_largest_buffers(config, tpu, compiled),
+        largest_buffers=[[size * per_chip, what] for size, what in largest],
         tokens_per_step=config.train.batch_rows * config.data.sequence_length,
-        versions={"jax": jax.__version__, "libtpu": _libtpu_version()},
+        versions={"jax": jax.__version__, "libtpu": metadata.version("libtpu")},
+        **(_estimates(config, tpu, program, module) if module else {}),
     )
-    if module:
-        network = cost.Network(tpu, cost.places(program.mesh.devices.flat, tpu))
-        facts |= _estimates(config, tpu, program, cost.Estimator(module, network).run())
-    return Plan(**facts)
 
 
-def _largest_buffers(
-    config: RunConfig, tpu: topologies.Slice, compiled: compiling.Compiled
-) -> list[list[Any]]:
-    """[bytes a chip, description], largest first, where the program does not fit."""
-    if compiled.fits:
-        return []
-    named = compiled.largest or analytic.largest(config, tpu)
-    return [[size * tpu.generation.devices_per_chip, what] for size, what in named]
+def step_program(config: RunConfig, tpu: Slice) -> Program:
+    """The train step of a config over the described slice, as `lemur train` builds it.
+
+    Raises:
+      UserError: libtpu is missing, or the mesh does not divide the model or the batch.
+    """
+    mesh = make_mesh(config.mesh, described_devices(tpu))
+    return build(config, mesh, num_sources=max(1, len(config.data.sources)))
 
 
-def _estimates(config: RunConfig, tpu: topologies.Slice, program, estimate: cost.Cost) -> dict[str, Any]:
+def hbm_by_kind(known: dict[str, int], compiled: Compiled, tpu: Slice) -> dict[str, int]:
+    """Bytes per chip by kind, from bytes per device; the rest of the peak is `temporaries`."""
+    kinds = {**known, "temporaries": max(0, compiled.peak_bytes - sum(known.values()))}
+    return {kind: size * tpu.generation.devices_per_chip for kind, size in kinds.items()}
+
+
+def _estimates(config: RunConfig, tpu: Slice, program: Program, module: hlo.Module) -> dict[str, Any]:
     """The fields of a Plan that follow from the estimated time."""
+    devices = list(program.mesh.devices.flat)
+    estimate = cost.Estimator(module, cost.Network(tpu, devices)).run()
     tokens = config.train.batch_rows * config.data.sequence_length
     rate = tokens / estimate.seconds
-    model = config.model
-    peak = tpu.chips * flops.chip(program.mesh.devices.flat[0].device_kind).bf16_flops
+    peak = tpu.chips * flops.chip(devices[0].device_kind).bf16_flops
     causal, full = (
-        flops.mfu(rate, flops.flops_per_token(model, config.data.sequence_length, causal=causal).total, peak)
+        flops.mfu(
+            rate, flops.flops_per_token(config.model, config.data.sequence_length, causal=causal).total, peak
+        )
         for causal in (True, False)
     )
     seconds = config.train.steps * estimate.seconds
@@ -163,10 +168,10 @@ def _estimates(config: RunConfig, tpu: topologies.Slice, program, estimate: cost
     )
 
 
-def kept_activations(module: hlo.Module, program) -> int:
-    """Bytes a device that the forward pass of the layers keeps for the backward pass.
+def kept_activations(module: hlo.Module, program: Program) -> int:
+    """Bytes per device that the forward pass of the layers keeps for the backward pass.
 
-    They are what its loop over the layers carries with a leading axis L, other than parameters.
+    These are the arrays that its loop over the layers carries with a leading axis L, other than parameters.
     """
     L = program.model.num_hidden_layers
     stacked = {
@@ -181,7 +186,7 @@ def kept_activations(module: hlo.Module, program) -> int:
             if hlo.trip_count(module, computation, loop) != L:
                 continue
             kept = [
-                hlo.BYTES[dtype] * _product(sizes)
+                hlo.BYTES[dtype] * math.prod(sizes)
                 for dtype, sizes in hlo.shapes(hlo.on_device(loop.shape))
                 if len(sizes) > 2 and sizes[0] == L and tuple(sorted(sizes)) not in stacked
             ]
@@ -189,66 +194,74 @@ def kept_activations(module: hlo.Module, program) -> int:
     return most
 
 
-def _product(sizes) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
+def slice_name(topology: str, slices: int) -> str:
+    """E.g. "2 x v4-32"."""
+    return f"{slices} x {topology}" if slices > 1 else topology
 
 
-def _libtpu_version() -> str:
-    from importlib import metadata
+def format_memory(fits: bool, total: int, limit: int, kinds: dict[str, int]) -> list[str]:
+    """Lines with the verdict and the HBM by kind; all in bytes per chip."""
+    verdict = (
+        f"{'FITS' if fits else 'DOES NOT FIT'}: {total / GIB:.2f} GiB of {limit / GIB:.2f} GiB HBM a chip"
+    )
+    return [verdict, *(f"  {kind:<22}{size / GIB:10.2f} GiB" for kind, size in kinds.items() if size)]
 
-    return metadata.version("libtpu")
+
+def format_mesh(mesh: dict[str, int]) -> str:
+    """E.g. "fsdp 8, tensor 4"."""
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
 
 
-def report(plan: Plan) -> str:
+def format_largest(buffers: list[list[Any]]) -> list[str]:
+    """One line per buffer, [bytes, description]."""
+    return [f"  {size / GIB:8.2f} GiB  {what}" for size, what in buffers]
+
+
+def format_plan(plan: Plan) -> str:
     """The plan as text."""
-    slices = f"{plan.slices} x " if plan.slices > 1 else ""
-    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     lines = [
-        f"{slices}{plan.topology}: {plan.chips} chip{'s' * (plan.chips > 1)}, mesh {mesh};"
-        f" compiled in {plan.compile_seconds:.0f} s with libtpu {plan.versions['libtpu']}",
+        f"{slice_name(plan.topology, plan.slices)}: {plan.chips} chip{'s' * (plan.chips > 1)}, mesh"
+        f" {format_mesh(plan.mesh)}; compiled in {plan.compile_seconds:.0f} s with libtpu {plan.versions['libtpu']}",
         "",
-        f"{'FITS' if plan.fits else 'DOES NOT FIT'}: {plan.hbm_bytes_per_chip / GIB:.2f} GiB of"
-        f" {plan.hbm_limit_bytes_per_chip / GIB:.2f} GiB HBM a chip",
     ]
-    lines += [f"  {kind:<22}{size / GIB:10.2f} GiB" for kind, size in plan.hbm.items() if size]
+    search = "add --search to look for a layout that fits"
+    if not plan.fits and plan.hbm_bytes_per_chip == 0:  # another memory is too small
+        return "\n".join([*lines, f"DOES NOT FIT: {plan.verdict.strip().splitlines()[0]}", "", search])
+    lines += format_memory(plan.fits, plan.hbm_bytes_per_chip, plan.hbm_limit_bytes_per_chip, plan.hbm)
     if plan.host_bytes_per_chip:
         lines.append(f"  {'(in host memory)':<22}{plan.host_bytes_per_chip / GIB:10.2f} GiB")
-    if not plan.fits and plan.hbm_bytes_per_chip == 0:  # another memory is too small
-        return "\n".join([lines[0], "", f"DOES NOT FIT: {plan.verdict.strip().splitlines()[0]}"])
     if not plan.fits:
         over = (plan.hbm_bytes_per_chip - plan.hbm_limit_bytes_per_chip) / GIB
-        lines += ["", f"{over:.2f} GiB too much a chip; the largest buffers:"]
-        lines += [f"  {size / GIB:8.2f} GiB  {what}" for size, what in plan.largest_buffers]
-        return "\n".join([*lines, "", plan.verdict.strip().splitlines()[0]])
-    assert plan.step_seconds is not None  # what fits is estimated
+        lines += [
+            "",
+            f"{over:.2f} GiB too much a chip; the largest buffers:",
+            *format_largest(plan.largest_buffers),
+        ]
+        return "\n".join([*lines, "", plan.verdict.strip().splitlines()[0], "", search])
+    return "\n".join([*lines, "", *_format_step(plan)])
+
+
+def _format_step(plan: Plan) -> list[str]:
+    """The estimates of a plan that fits."""
+    assert plan.step_seconds is not None
     unit, scale = ("s", 1.0) if plan.step_seconds >= 1 else ("ms", 1e3)
-    lines += [
-        "",
-        f"ESTIMATED step of {plan.tokens_per_step:,} tokens: {scale * plan.step_seconds:.3f} {unit} (not measured)",
+    lines = [
+        f"ESTIMATED step of {plan.tokens_per_step:,} tokens: {scale * plan.step_seconds:.3f} {unit} (not measured)"
     ]
-    lines += [
-        f"  {part:<22}{scale * seconds:10.3f} {unit}  {seconds / plan.step_seconds:6.1%}"
-        for part, seconds in sorted(plan.parts.items(), key=lambda item: -item[1])
-    ]
+    for part, seconds in sorted(plan.parts.items(), key=lambda item: -item[1]):
+        lines.append(f"  {part:<22}{scale * seconds:10.3f} {unit}  {seconds / plan.step_seconds:6.1%}")
     if plan.collectives:
         lines += [
             "",
             f"  {'collective':<22}{'count':>8}{'GB':>10}{'on wire':>12}{'exposed':>12}{'hidden':>12}",
         ]
-    lines += [
-        f"  {row['kind']:<22}{row['count']:8.0f}{row['bytes'] / 1e9:10.3f}"
-        + "".join(f"{scale * row[time]:9.3f} {unit:<2}" for time in ("seconds", "exposed", "hidden"))
-        for row in plan.collectives
+    for row in plan.collectives:
+        times = (f"{scale * row[time]:9.3f} {unit:<2}" for time in ("seconds", "exposed", "hidden"))
+        lines.append(f"  {row['kind']:<22}{row['count']:8.0f}{row['bytes'] / 1e9:10.3f}{''.join(times)}")
+    return [
+        *lines,
+        "",
+        f"  {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip, MFU {plan.mfu:.1%} with causal attention,"
+        f" {plan.mfu_full_attention:.1%} with full",
+        f"  {plan.days:,.1f} days, {plan.chip_hours:,.0f} chip-hours for the config's updates",
     ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"  {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip, MFU {plan.mfu:.1%} with causal attention,"
-            f" {plan.mfu_full_attention:.1%} with full",
-            f"  {plan.days:,.1f} days, {plan.chip_hours:,.0f} chip-hours for the config's updates",
-        ]
-    )

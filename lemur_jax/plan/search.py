@@ -1,9 +1,9 @@
-"""The best layout of a config's update on a slice, by compiling the promising ones in a bounded time.
+"""Searches the best layout of a config's update on a slice by compiling promising ones in a bounded time.
 
-What is chosen: the mesh, the rematerialization policy, the number of microbatches, and for the best so far also the
-attention's blocks, the chunks of the loss, and more compiler options. Candidates come in the order of their analytic
-time; what by its bounds cannot fit or cannot beat what was compiled is left out. Each compile is a process of its own
-and leaves its plan in a cache.
+A layout is a mesh, a rematerialization policy and a number of microbatches. The best one is then refined: blocks of
+the attention kernels, chunks of the loss, more compiler options. Layouts are tried in the order of their analytic
+time; what cannot fit by its bounds, or cannot beat a compiled one, is skipped. Each compilation is a process of its
+own and leaves its plan in a cache.
 """
 
 import dataclasses
@@ -11,11 +11,12 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -25,17 +26,19 @@ import lemur_jax
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, replace, to_json
 from lemur_jax.models.remat import POLICIES
-from lemur_jax.plan import analytic, topologies
-from lemur_jax.plan.cost import CHIPS
+from lemur_jax.plan import analytic
 from lemur_jax.plan.plan import GIB, Plan, plan
+from lemur_jax.plan.topologies import Slice, described_devices, find_slice
 
-# Ways to cut the heads; beyond eight the activations' sums cost more than anything that it saves.
+logger = logging.getLogger(__name__)
+
+# Sizes of the mesh axis `tensor`; beyond eight the sums of activations cost more than they save.
 TENSOR_WAYS = (1, 2, 4, 8)
-# Rows are cut into pieces of at least so many positions: with fewer, keys and values are gathered for too little work.
+# Rows are cut into pieces of at least this many positions; shorter pieces gather keys and values for too little work.
 SHORTEST_PIECE = 2048
-# What is tried on the best layout, one at a time: the analytic bound knows none of it. Those that help add up, since
-# what they make is the best in its turn.
-_OPTIONS = "compute.compiler_options"
+# Tried on the best layout, one value at a time, because the analytic bound does not know them. What helps is kept and
+# refined further.
+OPTIONS = "compute.compiler_options"
 REFINEMENTS: tuple[tuple[str, Any], ...] = (
     ("compute.loss_chunk", 0),
     ("compute.loss_chunk", 2048),
@@ -43,29 +46,25 @@ REFINEMENTS: tuple[tuple[str, Any], ...] = (
     ("compute.attention_blocks", (0, 512)),
     ("compute.attention_blocks", (1024, 512)),
     ("compute.attention_blocks", (0, 2048)),
-    (
-        _OPTIONS,
-        "xla_tpu_scheduler_percent_shared_memory_limit=110",
-    ),  # memory that the scheduler may plan with
-    (_OPTIONS, "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"),
+    (OPTIONS, "xla_tpu_scheduler_percent_shared_memory_limit=110"),  # memory that the scheduler may plan with
+    (OPTIONS, "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"),
 )
-# Part of the time that is for layouts alone; then the best one so far is refined, then come the other layouts.
+# Share of the time for layouts alone; then the best one is refined, and then the other layouts follow.
 _LAYOUTS_FIRST = 0.5
-# Seconds between two looks at the clock while compiles run.
-_PATIENCE = 1.0
+# Seconds between two looks at the clock while compilations run.
+_POLL = 1.0
 
 # Sections of the config on which no plan depends; of `data` the length and the number of sources count.
 _NOT_OF_THE_STEP = ("checkpoint", "data", "eval", "hosts", "init", "log", "prepare", "seed", "tokenizer")
 
 Changes = dict[str, Any]
-Process = multiprocessing.process.BaseProcess
-# A fresh interpreter for each compile: what libtpu holds is given back when it ends.
+# A fresh interpreter for each compilation: the memory of libtpu is returned when it ends.
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Values of config keys, e.g. {"mesh.fsdp": 16}, and what they need at least."""
+    """Values of config keys, e.g. {"mesh.fsdp": 16}, and the lower bounds of their cost."""
 
     changes: Changes
     bound: analytic.Bound
@@ -76,8 +75,8 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """A candidate that was compiled: its plan, or why there is none."""
+class Trial:
+    """A compiled candidate: its plan, or the error."""
 
     candidate: Candidate
     plan: Plan | None
@@ -94,35 +93,35 @@ class Outcome:
 
     @property
     def made(self) -> Plan:
-        """The plan of one that was compiled."""
+        """The plan of a candidate that was compiled."""
         assert self.plan is not None
         return self.plan
 
     @property
     def seconds(self) -> float:
-        """Estimated, of one that fits."""
+        """Estimated step time of a candidate that fits."""
         assert self.made.step_seconds is not None
         return self.made.step_seconds
 
     @property
     def hbm(self) -> int:
-        """Bytes a chip."""
+        """Bytes per chip."""
         return self.made.hbm_bytes_per_chip
 
 
 @dataclasses.dataclass(kw_only=True)
-class Found:
-    """What a search saw.
+class SearchResult:
+    """The result of a search.
 
     Attributes:
-      outcomes: compiled or read from the cache.
-      compiled, cached: how many of each.
-      pruned: reason -> candidates that were not compiled.
+      trials: compiled or read from the cache.
+      compiled, cached: the number of each.
+      pruned: reason -> number of candidates that were not compiled.
       untried: candidates left when the time was over.
-      seconds: that the search took.
+      seconds: duration of the search.
     """
 
-    outcomes: list[Outcome] = dataclasses.field(default_factory=list)
+    trials: list[Trial] = dataclasses.field(default_factory=list)
     compiled: int = 0
     cached: int = 0
     pruned: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -130,155 +129,150 @@ class Found:
     seconds: float = 0.0
 
     @property
-    def best(self) -> Outcome | None:
+    def best(self) -> Trial | None:
         """The fastest that fits."""
         return next(iter(self.front()), None)
 
-    def front(self) -> list[Outcome]:
-        """Those that no other beats in both step time and HBM, fastest first."""
-        ordered = sorted(
-            (outcome for outcome in self.outcomes if outcome.fits),
-            key=lambda outcome: (outcome.seconds, outcome.hbm),
-        )
-        front: list[Outcome] = []
-        for outcome in ordered:
-            if not front or outcome.hbm < front[-1].hbm:
-                front.append(outcome)
+    def front(self) -> list[Trial]:
+        """The Pareto front of step time and HBM, fastest first."""
+        front: list[Trial] = []
+        fitting = (trial for trial in self.trials if trial.fits)
+        for trial in sorted(fitting, key=lambda trial: (trial.seconds, trial.hbm)):
+            if not front or trial.hbm < front[-1].hbm:
+                front.append(trial)
         return front
 
+    def prune(self, reason: str) -> None:
+        """Counts a candidate that is not compiled."""
+        self.pruned[reason] = self.pruned.get(reason, 0) + 1
 
-def layouts(config: RunConfig, tpu: topologies.Slice) -> Iterator[Changes]:
-    """Every mesh, policy and number of microbatches that could be."""
-    devices = tpu.devices_per_slice * tpu.slices
+
+def layouts(config: RunConfig, tpu: Slice) -> Iterator[Changes]:
+    """Every possible mesh, policy and number of microbatches."""
     rows = config.train.batch_rows
     powers = [2**power for power in range(rows.bit_length()) if rows % 2**power == 0]
     pieces = range((config.data.sequence_length // SHORTEST_PIECE).bit_length())
     sequences = sorted({max(1, config.mesh.sequence), 1, *(2**power for power in pieces)})
-    meshes = itertools.product(sequences, TENSOR_WAYS, range(tpu.slices, devices + 1, tpu.slices))
+    meshes = itertools.product(sequences, TENSOR_WAYS, range(tpu.slices, tpu.devices + 1, tpu.slices))
     for sequence, tensor, data in meshes:
-        if devices % (tensor * data * sequence):
+        fsdp, rest = divmod(tpu.devices, tensor * data * sequence)
+        if rest or not fsdp:
             continue
-        mesh = {"mesh.data": data, "mesh.fsdp": devices // (tensor * data * sequence)}
+        mesh = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.sequence": sequence, "mesh.tensor": tensor}
         for remat, microbatches in itertools.product(POLICIES, powers):
-            yield {
-                **mesh,
-                "mesh.sequence": sequence,
-                "mesh.tensor": tensor,
-                "compute.remat": remat,
-                "train.microbatches": microbatches,
-            }
+            yield {**mesh, "compute.remat": remat, "train.microbatches": microbatches}
 
 
-def candidates(config: RunConfig, tpu: topologies.Slice, pruned: dict[str, int]) -> list[Candidate]:
-    """The layouts that could fit, the most promising first; the others are counted in `pruned`."""
-    limit = CHIPS[tpu.generation.name].hbm
+def candidates(config: RunConfig, tpu: Slice, result: SearchResult) -> list[Candidate]:
+    """The layouts that could fit, the most promising first; the others are counted in `result.pruned`."""
     kept = []
     for changes in layouts(config, tpu):
         try:
-            bound = analytic.bound(replace(config, changes), tpu)
+            bound = analytic.lower_bound(replace(config, changes), tpu)
         except UserError:
-            _count(pruned, "the mesh does not divide the model or the batch")
+            result.prune("the mesh does not divide the model or the batch")
             continue
-        if bound.bytes > limit:
-            _count(pruned, "cannot fit by its shapes")
+        if bound.bytes > tpu.generation.hbm:
+            result.prune("cannot fit by its shapes")
         else:
             kept.append(Candidate(changes=changes, bound=bound))
-    return sorted(kept, key=lambda each: (each.bound.serial, each.bound.bytes))
-
-
-def _count(counts: dict[str, int], reason: str) -> None:
-    counts[reason] = counts.get(reason, 0) + 1
+    return sorted(kept, key=lambda each: (each.bound.serial_seconds, each.bound.bytes))
 
 
 def search(
-    config: RunConfig,
-    topology: str,
-    *,
-    slices: int = 1,
-    minutes: float,
-    processes: int,
-    cache: pathlib.Path,
-    say: Callable[[str], None] = print,
-) -> Found:
-    """Compiles candidates until the time is over, all are done, or Ctrl-C.
+    config: RunConfig, topology: str, *, slices: int = 1, minutes: float, processes: int, cache: pathlib.Path
+) -> SearchResult:
+    """Compiles candidates until the time is over, all are done, or Ctrl-C; logs a line for each.
 
     Args:
-      config: the base; what it says of mesh, remat and microbatches is left behind, and what it says of attention
-        blocks and loss chunks is where the search begins.
+      config: the base. Its mesh, remat and microbatches are replaced; its attention blocks, loss chunks and compiler
+        options are where the search begins.
       topology, slices: as for `plan`.
-      minutes, processes: time in all, after which compiles under way are ended; compiles at a time.
-      cache: directory of finished plans; made where missing.
-      say: takes one line for each finished candidate.
+      minutes: total time; compilations that still run then are ended.
+      processes: compilations at a time.
+      cache: directory of finished plans, created if missing.
 
     Raises:
       UserError: an unknown slice, or libtpu is missing.
     """
     started = time.monotonic()
-    tpu = topologies.find(topology, slices)
-    topologies.devices(tpu)  # without libtpu every compile would fail alike
+    tpu = find_slice(topology, slices)
+    described_devices(tpu)  # every compilation would fail without libtpu
     cache.mkdir(parents=True, exist_ok=True)
-    found = Found()
-    queue = candidates(config, tpu, found.pruned)
-    say(f"{len(queue)} candidates, {sum(found.pruned.values())} dropped by their shapes")
-
-    def finish(outcome: Outcome) -> None:
-        found.outcomes.append(outcome)
-        say(line(outcome))
-
-    refined: list[Changes] = []
-
-    def following() -> Candidate | None:
-        early = time.monotonic() - started < 60 * minutes * _LAYOUTS_FIRST
-        if early and (candidate := _next(queue, found)):
-            return candidate
-        for candidate in refinements(found.best, config) if found.best else ():
-            if candidate.changes not in refined:
-                refined.append(candidate.changes)
-                return candidate
-        return _next(queue, found)
-
-    # By what tells that a process has ended.
-    running: dict[Any, tuple[Process, Candidate, pathlib.Path]] = {}
+    result = SearchResult()
+    queue = _Queue(config, candidates(config, tpu, result), result, started + 60 * minutes * _LAYOUTS_FIRST)
+    logger.info("%d candidates, %d dropped by their shapes", len(queue.layouts), sum(result.pruned.values()))
+    # By the sentinel that says that a process has ended.
+    running: dict[Any, tuple[Any, Candidate, pathlib.Path]] = {}
     try:
         while time.monotonic() - started < 60 * minutes:
-            while len(running) < processes and (candidate := following()):
+            while len(running) < processes and (candidate := queue.next()):
                 wanted = replace(config, candidate.changes)
-                path = cache / f"{key(wanted, topology, slices)}.json"
+                path = cache / f"{cache_key(wanted, topology, slices)}.json"
                 if path.exists():
-                    found.cached += 1
-                    finish(read(candidate, path))
+                    result.cached += 1
+                    _finish(result, _read_trial(candidate, path))
                 else:
-                    process = _launch(wanted, topology, slices, path)
+                    process = _CONTEXT.Process(
+                        target=write_plan, args=(wanted, topology, slices, path), daemon=True
+                    )
+                    process.start()
                     running[process.sentinel] = (process, candidate, path)
             if not running:
                 break
-            for ended in multiprocessing.connection.wait(list(running), timeout=_PATIENCE):
+            for ended in multiprocessing.connection.wait(list(running), timeout=_POLL):
                 process, candidate, path = running.pop(ended)
                 process.join()
-                found.compiled += 1
-                finish(read(candidate, path, process.exitcode))
+                result.compiled += 1
+                _finish(result, _read_trial(candidate, path, process.exitcode))
     except KeyboardInterrupt:
-        say("stopped: what was found so far counts")
+        logger.info("stopped; the results so far are kept")
     finally:
         for process, *_ in running.values():
-            process.kill()  # on the milder signal libtpu prints a page; a plan is at its place whole or not at all
-    found.untried = len(queue) + len(running)
-    found.seconds = time.monotonic() - started
-    return found
+            process.kill()  # libtpu prints a page on SIGTERM; plans are written whole or not at all
+    result.untried = len(queue.layouts) + len(running)
+    result.seconds = time.monotonic() - started
+    return result
 
 
-def _launch(*arguments) -> Process:
-    """Starts `compile_to` with these arguments; it dies with this process."""
-    process = _CONTEXT.Process(target=compile_to, args=arguments, daemon=True)
-    process.start()
-    return process
+def _finish(result: SearchResult, trial: Trial) -> None:
+    result.trials.append(trial)
+    logger.info("%s", _format_trial(trial))
 
 
-def refinements(best: Outcome, config: RunConfig) -> Iterator[Candidate]:
-    """The best so far with one more value changed, of a key that has its first value still."""
+class _Queue:
+    """The order in which candidates are compiled."""
+
+    def __init__(self, config: RunConfig, layouts: list[Candidate], result: SearchResult, refine_at: float):
+        """`refine_at`: `time.monotonic()` from which refinements of the best come before other layouts."""
+        self.config, self.layouts, self.result, self.refine_at = config, layouts, result, refine_at
+        self._refined: list[Changes] = []
+
+    def next(self) -> Candidate | None:
+        """The next candidate that is worth a compilation."""
+        if time.monotonic() < self.refine_at and (candidate := self._next_layout()):
+            return candidate
+        for candidate in refinements(self.result.best, self.config) if self.result.best else ():
+            if candidate.changes not in self._refined:
+                self._refined.append(candidate.changes)
+                return candidate
+        return self._next_layout()
+
+    def _next_layout(self) -> Candidate | None:
+        while self.layouts:
+            candidate = self.layouts.pop(0)
+            reason = _reason_to_skip(candidate, self.result)
+            if not reason:
+                return candidate
+            self.result.prune(reason)
+        return None
+
+
+def refinements(best: Trial, config: RunConfig) -> Iterator[Candidate]:
+    """The best so far with one more value changed, of a key that still has its first value."""
     for name, value in REFINEMENTS:
         changes = {**best.changes, name: value}
-        if name == _OPTIONS:
+        if name == OPTIONS:
             given = best.changes.get(name, config.compute.compiler_options)
             if value in given:
                 continue
@@ -288,37 +282,24 @@ def refinements(best: Outcome, config: RunConfig) -> Iterator[Candidate]:
         yield Candidate(changes=changes, bound=best.candidate.bound)
 
 
-def _next(queue: list[Candidate], found: Found) -> Candidate | None:
-    """The next layout that is worth a compile; those before it are counted as pruned."""
-    while queue:
-        candidate = queue.pop(0)
-        reason = _hopeless(candidate, found)
-        if not reason:
-            return candidate
-        _count(found.pruned, reason)
-    return None
-
-
-def _hopeless(candidate: Candidate, found: Found) -> str:
+def _reason_to_skip(candidate: Candidate, result: SearchResult) -> str:
     """Why a candidate need not be compiled; "" if it must be."""
-    for outcome in found.outcomes:
-        if outcome.plan is None:
+    for trial in result.trials:
+        if trial.plan is None:
             continue
-        if outcome.fits and (
-            outcome.seconds <= candidate.bound.seconds and outcome.hbm <= candidate.bound.bytes
-        ):
+        if trial.fits and trial.seconds <= candidate.bound.seconds and trial.hbm <= candidate.bound.bytes:
             return "cannot beat one that was compiled"
-        same = outcome.changes["compute.remat"] == candidate.changes["compute.remat"]
-        # A refined one may have failed for what was refined.
-        plain = outcome.changes.keys() == candidate.changes.keys()
-        alike = same and plain and outcome.candidate.mesh == candidate.mesh
-        if alike and not outcome.plan.fits and outcome.candidate.bound.bytes <= candidate.bound.bytes:
+        # A refined trial may have failed because of the refinement.
+        unrefined = trial.changes.keys() == candidate.changes.keys()
+        same_policy = trial.changes["compute.remat"] == candidate.changes["compute.remat"]
+        alike = unrefined and same_policy and trial.candidate.mesh == candidate.mesh
+        if alike and not trial.plan.fits and trial.candidate.bound.bytes <= candidate.bound.bytes:
             return "needs more than one that did not fit"
     return ""
 
 
-def compile_to(config: RunConfig, topology: str, slices: int, path: pathlib.Path) -> None:
-    """Plans a config and leaves the JSON at `path`, whole or not at all."""
+def write_plan(config: RunConfig, topology: str, slices: int, path: pathlib.Path) -> None:
+    """Plans a config and writes the JSON, or an error, to `path`, whole or not at all."""
     try:
         text = plan(config, topology, slices=slices).to_json()
     except UserError as error:
@@ -328,61 +309,57 @@ def compile_to(config: RunConfig, topology: str, slices: int, path: pathlib.Path
     part.rename(path)
 
 
-def read(candidate: Candidate, path: pathlib.Path, exit_code: int | None = 0) -> Outcome:
-    """What a compile left in the cache."""
-    if not path.exists():
-        error = f"the compile ended with exit code {exit_code}"
-        return Outcome(candidate=candidate, plan=None, error=error)
-    facts = json.loads(path.read_text())
+def _read_trial(candidate: Candidate, path: pathlib.Path, exit_code: int | None = 0) -> Trial:
+    """The result of a compilation from the cache."""
+    facts: dict[str, Any] = {"error": f"the compilation ended with exit code {exit_code}"}
+    if path.exists():
+        facts = json.loads(path.read_text())
     if "error" in facts:
-        return Outcome(candidate=candidate, plan=None, error=facts["error"])
-    return Outcome(candidate=candidate, plan=Plan(**facts))
+        return Trial(candidate=candidate, plan=None, error=facts["error"])
+    return Trial(candidate=candidate, plan=Plan(**facts))
 
 
-def key(config: RunConfig, topology: str, slices: int) -> str:
-    """Names what a plan depends on: the options of the step, the slice, jax, libtpu, and the package's own source."""
+def cache_key(config: RunConfig, topology: str, slices: int) -> str:
+    """Digest of what a plan depends on: options of the step, slice, jax, libtpu, and the package's own source."""
     facts = {name: value for name, value in to_json(config).items() if name not in _NOT_OF_THE_STEP}
     facts |= {
         "sequence_length": config.data.sequence_length,
         "sources": len(config.data.sources),
         "slice": [topology, slices],
         "versions": [jax.__version__, metadata.version("libtpu")],
-        "package": source_digest(),
+        "package": _source_digest(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @functools.cache
-def source_digest() -> str:
+def _source_digest() -> str:
     """Of the modules that make the step and the estimate."""
     root = pathlib.Path(lemur_jax.__file__).parent
     digest = hashlib.sha256()
-    for room in ("models", "parallel", "plan", "train"):
-        for file in sorted((root / room).glob("*.py")):
+    for package in ("models", "parallel", "plan", "train"):
+        for file in sorted((root / package).glob("*.py")):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 
 
-def line(outcome: Outcome) -> str:
+def _format_trial(trial: Trial) -> str:
     """One line for a finished candidate."""
-    what = describe(outcome.changes)
-    if outcome.plan is None:
-        return f"  refused         {what}: {outcome.error}"
-    size = f"{outcome.plan.hbm_bytes_per_chip / GIB:6.2f} GiB"
-    if outcome.plan.step_seconds is None:
-        return f"  does not fit  {size}  {what}"
-    return f"  {outcome.plan.step_seconds:10.3f} s  {size}  {what}"
+    what = format_changes(trial.changes)
+    if trial.plan is None:
+        return f"  refused         {what}: {trial.error}"
+    size = f"{trial.hbm / GIB:6.2f} GiB"
+    return f"  {trial.seconds:10.3f} s  {size}  {what}" if trial.fits else f"  does not fit  {size}  {what}"
 
 
-def describe(changes: Changes) -> str:
-    """The values of a candidate in a few words."""
-    mesh = " ".join(
-        f"{name.removeprefix('mesh.')} {value}"
-        for name, value in changes.items()
-        if name.startswith("mesh.") and value > 1
+def format_changes(changes: Changes) -> str:
+    """The values of a candidate, e.g. "fsdp 16, mlp, microbatches 2"."""
+    sizes = (
+        (name.removeprefix("mesh."), value) for name, value in changes.items() if name.startswith("mesh.")
     )
+    mesh = " ".join(f"{axis} {size}" for axis, size in sizes if size > 1)
     words = [mesh or "one device", changes["compute.remat"], f"microbatches {changes['train.microbatches']}"]
-    for name, value in changes.items():
-        if name in ("compute.loss_chunk", "compute.attention_blocks"):
-            words.append(f"{name.removeprefix('compute.')} {value}")
-    return ", ".join([*words, *changes.get(_OPTIONS, ())])
+    for name in ("compute.loss_chunk", "compute.attention_blocks"):
+        if name in changes:
+            words.append(f"{name.removeprefix('compute.')} {changes[name]}")
+    return ", ".join([*words, *changes.get(OPTIONS, ())])

@@ -1,7 +1,7 @@
-"""TPU slices by the names that they are rented under, and their described devices.
+"""TPU slices by the names under which they are rented, the speeds of their chips, and their described devices.
 
-A slice's chips stand in a torus of two axes (v5e, v6e) or three (v4, v5p, tpu7x). The number in a name
-counts TensorCores on v4, v5p and tpu7x, which have two a chip, and chips on v5e and v6e.
+The chips of a slice form a torus of two axes (v5e, v6e) or three (v4, v5p, tpu7x). The number in a name counts
+TensorCores on v4, v5p and tpu7x, which have two per chip, and chips on v5e and v6e.
 Sources: https://cloud.google.com/tpu/docs, the page of each generation.
 """
 
@@ -16,36 +16,51 @@ import jax
 
 from lemur_jax.common.errors import UserError
 
-# What libtpu needs to describe a slice on a machine that has none.
+# What libtpu needs to describe a slice on a machine without a TPU.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not look for a cloud metadata server
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process fails on a lock file
-    "TPU_ACCELERATOR_TYPE": "v4-8",  # these two only silence start-up noise
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise a second process fails on a lock file
+    "TPU_ACCELERATOR_TYPE": "v4-8",  # this and the next only silence messages at start
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
+_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One TPU generation.
+    """One TPU generation; rates and sizes are those of one JAX device.
 
     Attributes:
-      name: as it is rented.
+      name: the name under which it is rented.
+      device_kind: `jax.Device.device_kind`.
       libtpu: the platform name of libtpu's topologies.
       chip_config: libtpu's chip configuration; "megacore" makes the two cores of a chip one device.
-      cores_named: cores a chip that a slice's name counts.
+      cores_named: cores per chip that a slice's name counts.
       shapes: sizes that are sold, in chips along each torus axis.
       devices_per_chip: JAX devices.
+      clock: cycles per second of the compiler's cycle counts: peak FLOP/s over FLOPs per cycle of the matrix units.
+      link: bytes per second of one link in one direction: the published bandwidth less a tenth of overhead.
+      dcn: bytes per second between slices: a device's share of the host's network cards (assumed).
+      host: bytes per second between the device and its host's memory (assumed: four fifths of PCIe 3.0 x16).
+      hbm: bytes that a program may use, as the compiler reports.
+      bandwidth: bytes per second between the HBM and the device, as published.
     """
 
     name: str
+    device_kind: str
     libtpu: str
     chip_config: str
     cores_named: int
     shapes: tuple[tuple[int, ...], ...]
     devices_per_chip: int = 1
+    clock: float
+    link: float
+    dcn: float
+    host: float = 12e9
+    hbm: int
+    bandwidth: float
 
 
 def _shapes(text: str) -> tuple[tuple[int, ...], ...]:
@@ -59,18 +74,27 @@ GENERATIONS: dict[str, Generation] = {
     generation.name: generation
     for generation in (
         Generation(
-            name="v4", libtpu="v4", chip_config="megacore", cores_named=2,
+            name="v4", device_kind="TPU v4", libtpu="v4", chip_config="megacore", cores_named=2,
             shapes=_shapes(f"{_CUBES} 8x8x12 8x8x16 8x16x16 16x16x16"),
+            clock=1.05e9, link=45e9, dcn=6.25e9, hbm=int(30.75 * _GIB), bandwidth=1228e9,
         ),
-        Generation(name="v5e", libtpu="v5e", chip_config="default", cores_named=1, shapes=_PLANES),
         Generation(
-            name="v5p", libtpu="v5", chip_config="megacore", cores_named=2,
+            name="v5e", device_kind="TPU v5 lite", libtpu="v5e", chip_config="default", cores_named=1,
+            shapes=_PLANES, clock=1.5e9, link=45e9, dcn=3.125e9, hbm=int(15.75 * _GIB), bandwidth=819e9,
+        ),
+        Generation(
+            name="v5p", device_kind="TPU v5", libtpu="v5", chip_config="megacore", cores_named=2,
             shapes=_shapes(f"{_CUBES} 8x8x12 8x8x16 8x12x16 8x16x16 12x16x16 16x16x16 16x16x24"),
+            clock=1.75e9, link=90e9, dcn=6.25e9, hbm=int(95.74 * _GIB), bandwidth=2765e9,
         ),
-        Generation(name="v6e", libtpu="v6e", chip_config="default", cores_named=1, shapes=_PLANES),
         Generation(
-            name="tpu7x", libtpu="tpu7x", chip_config="default", cores_named=2, devices_per_chip=2,
-            shapes=_shapes(f"{_CUBES} 8x8x16 8x16x16 16x16x16"),
+            name="v6e", device_kind="TPU v6 lite", libtpu="v6e", chip_config="default", cores_named=1,
+            shapes=_PLANES, clock=1.75e9, link=90e9, dcn=12.5e9, hbm=int(31.24 * _GIB), bandwidth=1638e9,
+        ),
+        Generation(
+            name="tpu7x", device_kind="TPU7x", libtpu="tpu7x", chip_config="default", cores_named=2,
+            devices_per_chip=2, shapes=_shapes(f"{_CUBES} 8x8x16 8x16x16 16x16x16"),
+            clock=2.2e9, link=90e9, dcn=12.5e9, hbm=int(94.74 * _GIB), bandwidth=3690e9,
         ),
     )
 }  # fmt: skip
@@ -85,7 +109,7 @@ class Slice:
       generation: of the chips.
       shape: chips along each torus axis of one slice.
       wrap: which axes are closed to a ring.
-      slices: joined by the data-centre network.
+      slices: slices joined by the data-centre network.
     """
 
     name: str
@@ -100,11 +124,12 @@ class Slice:
         return math.prod(self.shape) * self.slices
 
     @property
-    def devices_per_slice(self) -> int:
-        return math.prod(self.shape) * self.generation.devices_per_chip
+    def devices(self) -> int:
+        """JAX devices of all slices."""
+        return self.chips * self.generation.devices_per_chip
 
 
-def names() -> list[str]:
+def slice_names() -> list[str]:
     """Every slice name, smallest first in each generation."""
     return [
         f"{generation.name}-{math.prod(shape) * generation.cores_named}"
@@ -113,7 +138,7 @@ def names() -> list[str]:
     ]
 
 
-def find(name: str, slices: int = 1) -> Slice:
+def find_slice(name: str, slices: int = 1) -> Slice:
     """The slice of that name.
 
     Raises:
@@ -121,24 +146,25 @@ def find(name: str, slices: int = 1) -> Slice:
     """
     if slices < 1:
         raise UserError(f"--slices is {slices}: it must be at least 1")
-    # gcloud says v5litepod where the rest of the world says v5e.
-    name = re.sub("^v5litepod-", "v5e-", name.strip().lower())
+    name = re.sub("^v5litepod-", "v5e-", name.strip().lower())  # gcloud's name of v5e
     match = re.fullmatch(r"(\w+?)-(\d+)", name)
     generation = GENERATIONS.get(match[1]) if match else None
     for shape in generation.shapes if generation else ():
         if math.prod(shape) * generation.cores_named == int(match[2]):
-            return Slice(
-                name=name, generation=generation, shape=shape, wrap=_wrap(generation, shape), slices=slices
-            )
+            if len(shape) == 2:
+                wrap = tuple(size == 16 for size in shape)
+            else:  # all axes are rings from 4x4x4 up
+                wrap = (all(size % 4 == 0 for size in shape),) * 3
+            return Slice(name=name, generation=generation, shape=shape, wrap=wrap, slices=slices)
     raise UserError(f"unknown TPU slice {name!r}; the nearest are {', '.join(_nearest(name))}")
 
 
 def _nearest(name: str) -> list[str]:
     """Slices of the same generation by size, or else by spelling."""
-    kind, _, size = name.strip().lower().partition("-")
-    family = [known for known in names() if known.partition("-")[0] == kind]
+    kind, _, size = name.partition("-")
+    family = [known for known in slice_names() if known.partition("-")[0] == kind]
     if not family:
-        return difflib.get_close_matches(name.lower(), names(), n=4, cutoff=0.0)
+        return difflib.get_close_matches(name, slice_names(), n=4, cutoff=0.0)
     if not size.isdigit():
         return family
     wanted = max(int(size), 1)
@@ -146,14 +172,7 @@ def _nearest(name: str) -> list[str]:
     return sorted(by_size[:3], key=family.index)
 
 
-def _wrap(generation: Generation, shape: tuple[int, ...]) -> tuple[bool, ...]:
-    """Which torus axes are rings: all from 4x4x4 up; on v5e and v6e only those of length 16."""
-    if len(shape) == 2:
-        return tuple(size == 16 for size in shape)
-    return (all(size % 4 == 0 for size in shape),) * 3
-
-
-def devices(tpu: Slice) -> list[jax.Device]:
+def described_devices(tpu: Slice) -> list[jax.Device]:
     """Described devices of a slice; nothing can run on them, but programs can be compiled for them.
 
     Raises:
@@ -163,17 +182,14 @@ def devices(tpu: Slice) -> list[jax.Device]:
 
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    generation = tpu.generation
-    flat = len(tpu.shape) == 2
-    small = math.prod(tpu.shape) < 4
     try:
         described = topologies.get_topology_desc(
-            f"{generation.libtpu}:{'x'.join(str(size) for size in tpu.shape)}",
+            f"{tpu.generation.libtpu}:{'x'.join(str(size) for size in tpu.shape)}",
             platform="tpu",
-            chip_config_name=generation.chip_config,
-            chips_per_host_bounds=(1, 1, 1) if small else (2, 2, 1),
+            chip_config_name=tpu.generation.chip_config,
+            chips_per_host_bounds=(1, 1, 1) if math.prod(tpu.shape) < 4 else (2, 2, 1),
             num_slices=tpu.slices,
-            wrap=(*tpu.wrap, False) if flat else tpu.wrap,
+            wrap=(*tpu.wrap, False)[:3],
         )
     except RuntimeError as error:
         if importlib.util.find_spec("libtpu") is None:

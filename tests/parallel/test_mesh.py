@@ -44,7 +44,7 @@ def test_mesh_holds_every_device_once():
 def test_slices_lie_along_data(data):
     """Described devices of two slices: only the outermost axis leaves a slice."""
     pytest.importorskip("libtpu", reason="the plan extra (libtpu) is not installed")
-    devices = topologies.devices(topologies.find("v5e-8", 2))
+    devices = topologies.described_devices(topologies.find_slice("v5e-8", 2))
     mesh = make_mesh(sizes(data, -1, 1, 2), devices)
     assert mesh.devices.shape == (data, 8 // data, 1, 2)
     halves = np.split(mesh.devices, 2)
@@ -57,7 +57,7 @@ def test_slices_lie_along_data(data):
 
 def test_slices_need_data_parallelism():
     pytest.importorskip("libtpu", reason="the plan extra (libtpu) is not installed")
-    devices = topologies.devices(topologies.find("v5e-8", 2))
+    devices = topologies.described_devices(topologies.find_slice("v5e-8", 2))
     with pytest.raises(
         UserError, match=r"config.mesh: data is 1, which must be a multiple of the 2 TPU slices"
     ):

@@ -1,6 +1,7 @@
 """The cost model on numbers that can be worked out by hand."""
 
 import itertools
+import types
 
 import pytest
 
@@ -8,9 +9,11 @@ from lemur_jax.plan import cost, hlo, kernels, topologies
 
 
 def network(name, slices=1):
-    tpu = topologies.find(name, slices)
-    places = list(itertools.product(range(slices), *(range(size) for size in tpu.shape)))
-    return cost.Network(tpu, places)
+    tpu = topologies.find_slice(name, slices)
+    places = itertools.product(range(slices), *(range(size) for size in tpu.shape))
+    return cost.Network(
+        tpu, [types.SimpleNamespace(slice_index=first, coords=rest) for first, *rest in places]
+    )
 
 
 def test_all_gather_over_a_closed_torus():
@@ -81,7 +84,7 @@ def test_synchronous_collective_is_exposed():
 
 
 def test_a_slice_of_an_all_reduce_is_a_reduce_scatter():
-    """TPU's form of it: on the wire half of the all-reduce, as measured elsewhere (docs/planner.md)."""
+    """TPU's form of it: on the wire half of the all-reduce, as measured elsewhere (docs/planner_details.md)."""
     scatter = f"""%all-reduce-scatter.1 (p: f32[67500000]) -> f32[263672] {{
   %p = f32[67500000]{{0}} parameter(0)
   %ar = f32[67500000]{{0}} all-reduce(%p), {GATHER}

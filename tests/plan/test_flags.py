@@ -10,9 +10,8 @@ from lemur_jax.plan import topologies
 
 
 @pytest.mark.parametrize("name", ["v4-8", "v5e-4", "v5p-8", "v6e-4", "tpu7x-8"])
-def test_the_compiler_accepts_them(name):
-    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
-    device = topologies.devices(topologies.find(name))[0]
+def test_the_compiler_accepts_them(tpu_compiler, name):
+    device = topologies.described_devices(topologies.find_slice(name))[0]
     options = compiler_options(device.device_kind)
     assert options
     x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))

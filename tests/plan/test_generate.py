@@ -9,7 +9,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, load, replace
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.config import MeshConfig
-from lemur_jax.plan.generate import plan_generate, report_generate
+from lemur_jax.plan.generate import format_generate_plan, plan_generate
 from lemur_jax.telemetry.flops import parameter_counts
 
 MODEL = preset("llama2_70b", num_hidden_layers=2)
@@ -19,8 +19,7 @@ def config(tensor=4):
     return replace(RunConfig(model=MODEL), {"mesh.tensor": tensor})
 
 
-def test_two_layers_of_70b_on_v5e():
-    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+def test_two_layers_of_70b_on_v5e(tpu_compiler):
     made = plan_generate(config(), "v5e-4", batch=8, prompt_length=256, cache_length=512)
     assert made.fits
     weights = parameter_counts(MODEL).total
@@ -37,16 +36,15 @@ def test_two_layers_of_70b_on_v5e():
     least = 2 * (weights - 32_000 * 8192) * 8 * 256 / (4 * 197e12)
     assert least * 0.9 < made.prefill.seconds < 10 * least
     assert made.decode_tokens_per_second == pytest.approx(8 / made.decode.seconds)
-    assert "decode: FITS" in report_generate(made)
+    assert "decode: FITS" in format_generate_plan(made)
     assert json.loads(made.to_json())["prefill"]["fits"] is True
 
 
-def test_what_does_not_fit_is_said():
-    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+def test_what_does_not_fit_is_said(tpu_compiler):
     made = plan_generate(config(), "v5e-4", batch=2048, prompt_length=128, cache_length=4096)
     assert not made.fits
     assert made.decode_tokens_per_second is None
-    text = report_generate(made)
+    text = format_generate_plan(made)
     assert "DOES NOT FIT" in text
     assert "cache" in text.partition("the largest buffers")[2].splitlines()[1]
 
@@ -59,8 +57,7 @@ def test_what_does_not_fit_is_said():
         (dict(batch=7), "--batch 7 must be a multiple of 2"),
     ],
 )
-def test_impossible_sizes(changes, message):
-    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+def test_impossible_sizes(tpu_compiler, changes, message):
     with pytest.raises(UserError, match=message):
         plan_generate(config(2), "v5e-4", **{"batch": 8, "prompt_length": 256, "cache_length": 512} | changes)
 
@@ -74,16 +71,15 @@ def test_impossible_sizes(changes, message):
         ("v5e-64", dict(data=8, fsdp=1, tensor=8), 17.36, 18.79, None),
     ],
 )
-def test_70b_on_slices_as_in_the_documentation(topology, mesh, prefill, decode, speed):
-    """docs/planner.md, "Generation": GiB a chip, tokens/s of all sequences (None: does not fit)."""
-    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+def test_70b_on_slices_as_in_the_documentation(tpu_compiler, topology, mesh, prefill, decode, speed):
+    """docs/planner_details.md, "Generation": GiB a chip, tokens/s of all sequences (None: does not fit)."""
     options = load(str(pathlib.Path(__file__).parents[2] / "configs" / "lemur_70b_chat.py"))
     options = replace(options, {"mesh": MeshConfig(**mesh)})
     made = plan_generate(options, topology, batch=32, prompt_length=1024, cache_length=2048)
     assert made.prefill.hbm_bytes_per_chip / 2**30 == pytest.approx(prefill, rel=0.05)
     assert made.decode.hbm_bytes_per_chip / 2**30 == pytest.approx(decode, rel=0.05)
     assert (made.prefill.fits, made.decode.fits) == (speed is not None, speed is not None)
-    text = report_generate(made)
+    text = format_generate_plan(made)
     if speed:
         assert made.decode_tokens_per_second == pytest.approx(speed, rel=0.05)
         assert "prefill: FITS" in text

@@ -1,6 +1,7 @@
 """The search on a model small enough to compile in seconds, with the real TPU compiler."""
 
 import json
+import logging
 
 import pytest
 
@@ -24,7 +25,7 @@ def get_config(arg=""):
 
 
 def tpu():
-    return topologies.find("v5e-4")
+    return topologies.find_slice("v5e-4")
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +44,14 @@ def few(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def first(base, tmp_path_factory):
+def first(tpu_compiler, base, tmp_path_factory):
     """A search that ended by itself, and its cache."""
-    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
     cache = tmp_path_factory.mktemp("cache")
     config = load(str(base))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "candidates", two)
         patch.setattr(search, "REFINEMENTS", ())
-        found = search.search(config, "v5e-4", minutes=10, processes=2, cache=cache, say=print)
+        found = search.search(config, "v5e-4", minutes=10, processes=2, cache=cache)
     return config, cache, found
 
 
@@ -59,12 +59,13 @@ def seven_billion(options, **model):
     return replace(RunConfig(model=preset("llama2_7b", **model)), options)
 
 
-def two(config, tpu, pruned):
+def two(config, tpu, result):
     """Two candidates that fit, and one that the compiler is not asked about."""
     changes = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.sequence": 1, "mesh.tensor": 1, "train.microbatches": 1}
     wanted = [{**changes, "compute.remat": remat} for remat in ("full", "none")]
     made = [
-        search.Candidate(changes=each, bound=analytic.bound(replace(config, each), tpu)) for each in wanted
+        search.Candidate(changes=each, bound=analytic.lower_bound(replace(config, each), tpu))
+        for each in wanted
     ]
     slow = analytic.Bound(buffers=((10**10, "all"),), compute=1e3, memory=0.0, network=0.0, host=0.0)
     return [*made, search.Candidate(changes={**wanted[0], "train.microbatches": 2}, bound=slow)]
@@ -75,30 +76,29 @@ def test_finds_the_best_and_does_not_compile_the_hopeless(first):
     assert (found.compiled, found.cached, found.untried) == (2, 0, 0)
     assert found.pruned == {"cannot beat one that was compiled": 1}
     assert len(list(cache.glob("*.json"))) == 2
-    assert found.best.plan.step_seconds == min(outcome.plan.step_seconds for outcome in found.outcomes)
+    assert found.best.plan.step_seconds == min(trial.plan.step_seconds for trial in found.trials)
     assert found.best in found.front()
 
 
-def test_the_best_is_refined_and_what_helps_stays(base, tmp_path, monkeypatch):
-    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+def test_the_best_is_refined_and_what_helps_stays(tpu_compiler, base, tmp_path, monkeypatch, caplog):
     option = "xla_tpu_scheduler_percent_shared_memory_limit=110"
     refinements = [
         ("compute.loss_chunk", 0),
         ("compute.attention_blocks", (100, 0)),
-        (search._OPTIONS, option),
+        (search.OPTIONS, option),
     ]
     monkeypatch.setattr(search, "REFINEMENTS", refinements)
     monkeypatch.setattr(search, "candidates", lambda *arguments: two(*arguments)[:1])
     config = replace(load(str(base)), {"compute.loss_chunk": 32})
-    lines = []
-    found = search.search(config, "v5e-4", minutes=10, processes=2, cache=tmp_path, say=lines.append)
-    tried = [outcome.changes for outcome in found.outcomes]
+    caplog.set_level(logging.INFO, "lemur_jax")
+    found = search.search(config, "v5e-4", minutes=10, processes=2, cache=tmp_path)
+    tried = [trial.changes for trial in found.trials]
     plain, *refined = tried
     assert all({**plain, name: value} in refined for name, value in refinements[:2])
-    assert {**plain, search._OPTIONS: (option,)} in refined
+    assert {**plain, search.OPTIONS: (option,)} in refined
     assert found.best.changes["compute.loss_chunk"] == 0  # one product of the head instead of four
-    assert {**plain, "compute.loss_chunk": 0, search._OPTIONS: (option,)} in refined
-    assert any("refused" in each and "attention_blocks (100, 0)" in each for each in lines)
+    assert {**plain, "compute.loss_chunk": 0, search.OPTIONS: (option,)} in refined
+    assert any("refused" in line and "attention_blocks (100, 0)" in line for line in caplog.messages)
     pareto.write(found, tmp_path / "out", f"{base}:2", ["--config.compute.loss_chunk=32"], "title")
     assert load(str(tmp_path / "out" / "best.py")).compute.loss_chunk == 0
 
@@ -129,16 +129,14 @@ def test_the_fragment_is_a_config_with_the_same_plan(first, base, tmp_path):
     assert page.count("<circle") == 4  # two dots, on a screen and on a phone
 
 
-def test_no_time_leaves_what_there_is(base, tmp_path):
-    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+def test_no_time_leaves_what_there_is(tpu_compiler, base, tmp_path):
     found = search.search(load(str(base)), "v5e-4", minutes=0, processes=1, cache=tmp_path)
     assert found.untried > 0
     assert found.best is None
-    assert "nothing that was tried fits" in pareto.table(found)
+    assert "nothing that was tried fits" in pareto.format_search(found)
 
 
-def test_the_verb_without_time(base, tmp_path, capsys):
-    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+def test_the_verb_without_time(tpu_compiler, base, tmp_path, capsys):
     verb = [
         "plan",
         "--config",
@@ -172,16 +170,16 @@ def test_what_cannot_be_written_is_refused_before_compiling(base, tmp_path, caps
 
 def test_what_cannot_fit_is_not_compiled():
     config = seven_billion({"data.sequence_length": 4096, "train.batch_rows": 16})
-    pruned = {}
+    result = search.SearchResult()
     # 12 bytes a parameter in float32 with AdamW and 4 of gradients: 108 GB over 4 chips of 16.
-    assert search.candidates(config, tpu(), pruned) == []
-    assert pruned["cannot fit by its shapes"] > 0
+    assert search.candidates(config, tpu(), result) == []
+    assert result.pruned["cannot fit by its shapes"] > 0
 
 
 def test_bounds_by_hand():
     options = {"train.batch_rows": 64, "train.microbatches": 2, "compute.remat": "attention"}
     config = seven_billion(options | {"data.sequence_length": 4096})
-    bound = analytic.bound(config, topologies.find("v5e-16"))
+    bound = analytic.lower_bound(config, topologies.find_slice("v5e-16"))
     buffers = {what.partition(",")[0]: size for size, what in bound.buffers}
     assert buffers["parameters"] == pytest.approx(6_738_415_616 * 4 / 16, rel=1e-3)
     assert buffers["optimizer state"] == pytest.approx(2 * buffers["parameters"], rel=1e-3)
@@ -202,7 +200,7 @@ def test_long_rows_are_cut_into_pieces(length, given, tried):
         {"data.sequence_length": length, "train.batch_rows": 16, "mesh.sequence": given},
         max_position_embeddings=length,
     )
-    found = {changes["mesh.sequence"] for changes in search.layouts(config, topologies.find("v5e-16"))}
+    found = {changes["mesh.sequence"] for changes in search.layouts(config, topologies.find_slice("v5e-16"))}
     assert found == tried
 
 
@@ -211,24 +209,24 @@ def test_positions_traded_for_heads_cost_time():
     config = seven_billion(options, max_position_embeddings=16_384)
     # Query, key, value and output: 15 of 16 parts of 4 x 4096 numbers a position go to others, in 32 layers, both ways.
     moved = 2 * 32 * 16_384 * 4 * 4096 * 2 * 15 / 16
-    assert analytic.bound(config, topologies.find("v5e-16")).network == pytest.approx(
+    assert analytic.lower_bound(config, topologies.find_slice("v5e-16")).network == pytest.approx(
         moved / (2 * 45e9), rel=0.01
     )
     config = replace(config, {"model.num_attention_heads": 20, "model.num_key_value_heads": 20})
-    pruned = {}
+    result = search.SearchResult()
     assert all(
         each.changes["mesh.sequence"] < 8
-        for each in search.candidates(config, topologies.find("v5e-16"), pruned)
+        for each in search.candidates(config, topologies.find_slice("v5e-16"), result)
     )
-    assert pruned["the mesh does not divide the model or the batch"]
+    assert result.pruned["the mesh does not divide the model or the batch"]
 
 
 def test_what_layers_keep_is_cut_over_tensor():
     options = {"data.sequence_length": 4096, "train.batch_rows": 16, "compute.remat": "mlp_all"}
     config = seven_billion(options | {"mesh.tensor": 4})
-    by_name = {what.partition(",")[0]: size for size, what in analytic.bound(config, tpu()).buffers}
+    by_name = {what.partition(",")[0]: size for size, what in analytic.lower_bound(config, tpu()).buffers}
     config = replace(config, {"mesh.tensor": 1})
-    whole = {what.partition(",")[0]: size for size, what in analytic.bound(config, tpu()).buffers}
+    whole = {what.partition(",")[0]: size for size, what in analytic.lower_bound(config, tpu()).buffers}
     # A row lies on 4 chips instead of one, so each has four times the tokens and a fourth of every array.
     kept = [name for name in whole if name.startswith("activations kept")]
     assert len(kept) == 7
@@ -238,18 +236,18 @@ def test_what_layers_keep_is_cut_over_tensor():
 def test_host_memory_costs_time():
     options = {"data.sequence_length": 4096, "train.batch_rows": 16, "compute.remat": "offload_full"}
     config = seven_billion(options)
-    bound = analytic.bound(config, topologies.find("v5e-16"))
+    bound = analytic.lower_bound(config, topologies.find_slice("v5e-16"))
     assert bound.host == pytest.approx(2 * 4096 * 4096 * 2 * 32 / 12e9)  # there and back
     assert not any("activations" in what for _, what in bound.buffers)
 
 
 def test_the_key_follows_what_the_plan_depends_on(base):
     config = load(str(base))
-    known = search.key(config, "v5e-4", 1)
-    assert search.key(load(str(base), ["--config.log.every_steps=3"]), "v5e-4", 1) == known
+    known = search.cache_key(config, "v5e-4", 1)
+    assert search.cache_key(load(str(base), ["--config.log.every_steps=3"]), "v5e-4", 1) == known
     for other in (
-        search.key(load(str(base), ["--config.compute.remat=none"]), "v5e-4", 1),
-        search.key(config, "v5e-8", 1),
-        search.key(config, "v5e-4", 2),
+        search.cache_key(load(str(base), ["--config.compute.remat=none"]), "v5e-4", 1),
+        search.cache_key(config, "v5e-8", 1),
+        search.cache_key(config, "v5e-4", 2),
     ):
         assert other != known

@@ -27,14 +27,14 @@ from lemur_jax.plan import topologies
     ],
 )
 def test_known_slices(name, shape, chips, wrap):
-    tpu = topologies.find(name)
+    tpu = topologies.find_slice(name)
     assert (tpu.shape, tpu.chips, tpu.wrap) == (shape, chips, wrap)
-    assert topologies.find(name, 2).chips == 2 * chips
+    assert topologies.find_slice(name, 2).chips == 2 * chips
 
 
 def test_every_name_finds_itself():
-    for name in topologies.names():
-        assert topologies.find(name.upper()).shape == topologies.find(name).shape
+    for name in topologies.slice_names():
+        assert topologies.find_slice(name.upper()).shape == topologies.find_slice(name).shape
 
 
 @pytest.mark.parametrize(
@@ -43,26 +43,25 @@ def test_every_name_finds_itself():
 )
 def test_unknown_name_lists_the_near_ones(wrong, near):
     with pytest.raises(UserError, match=f"unknown TPU slice '{wrong}'.*") as error:
-        topologies.find(wrong)
+        topologies.find_slice(wrong)
     assert near in str(error.value) or wrong == ""
 
 
 def test_the_name_that_gcloud_has_for_v5e():
-    assert topologies.find("v5litepod-16") == topologies.find("v5e-16")
+    assert topologies.find_slice("v5litepod-16") == topologies.find_slice("v5e-16")
 
 
 def test_slices_below_one():
     with pytest.raises(UserError, match="--slices is 0"):
-        topologies.find("v4-8", 0)
+        topologies.find_slice("v4-8", 0)
 
 
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("name", ["v4-32", "v5e-8", "v5p-8", "v6e-16", "tpu7x-8"])
-def test_described_devices(name, slices):
-    pytest.importorskip("libtpu", reason="the plan extra (libtpu) is not installed")
-    tpu = topologies.find(name, slices)
-    devices = topologies.devices(tpu)
-    assert len(devices) == slices * tpu.devices_per_slice
+def test_described_devices(tpu_compiler, name, slices):
+    tpu = topologies.find_slice(name, slices)
+    devices = topologies.described_devices(tpu)
+    assert len(devices) == tpu.devices
     assert {tuple(device.coords[: len(tpu.shape)]) for device in devices} == {
         tuple(index // math.prod(tpu.shape[axis + 1 :]) % size for axis, size in enumerate(tpu.shape))
         for index in range(math.prod(tpu.shape))
