@@ -24,7 +24,7 @@ import numpy as np
 
 from lemur_jax.convert import hf_config, layout
 from lemur_jax.convert.hf_weights import open_weights
-from lemur_jax.convert.safetensors_writer import plan_shards, write_index, write_shard
+from lemur_jax.convert.safetensors import plan_shards, write_index, write_shard
 from lemur_jax.models.presets import preset
 
 

@@ -2,9 +2,8 @@
 
 import contextlib
 import errno
+import fcntl
 import os
-import re
-import socket
 from collections.abc import Callable, Iterator
 
 from etils import epath
@@ -14,12 +13,12 @@ from lemur_jax.common.paths import is_object_store
 
 
 def check_target(target: epath.Path, overwrite: bool, replaceable: Callable[[epath.Path], bool]) -> None:
-    """That `target` may be written.
+    """Checks that `target` may be written.
 
     Args:
-      target: the directory to be.
-      overwrite: whether one that exists may be replaced.
-      replaceable: whether a directory is of the kind that is replaced; anything else is never deleted.
+      target: the directory to create.
+      overwrite: whether an existing directory may be replaced.
+      replaceable: whether a directory is of the kind that may be replaced; others are never deleted.
 
     Raises:
       UserError: it may not.
@@ -28,23 +27,23 @@ def check_target(target: epath.Path, overwrite: bool, replaceable: Callable[[epa
         return
     if not overwrite:
         raise UserError(
-            f"{target} exists already: choose another directory, or say --overwrite to replace it"
+            f"{target} exists already: choose another directory, or add --overwrite to replace it"
         )
     if not target.is_dir() or not replaceable(target):
         raise UserError(
-            f"{target} holds other things than this would replace: remove it yourself or choose another"
+            f"{target} has other files than this would replace: remove it yourself or choose another"
         )
 
 
 @contextlib.contextmanager
 def staged(target: epath.Path) -> Iterator[epath.Path]:
-    """A directory to write into that becomes `target` when the block ends well, and is removed otherwise.
+    """A directory to write into that becomes `target` when the block succeeds, and is removed otherwise.
 
-    Replaces what was there. Object stores (gs://) cannot rename a directory: there the block writes in
-    place, and should write last the file without which no reader opens the directory.
+    Replaces an existing target. Object stores (gs://) cannot rename a directory: there the block writes in place, and
+    should write last the file without which no reader opens the directory.
 
     Raises:
-      UserError: the disk is full.
+      UserError: the disk is full, or another process writes the same target.
     """
     try:
         with _in_place(target) if is_object_store(target) else _beside(target.resolve()) as directory:
@@ -54,7 +53,7 @@ def staged(target: epath.Path) -> Iterator[epath.Path]:
         if not full and not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         raise UserError(
-            f"{target} could not be written: {str(error)[:200]}; make room or choose another place"
+            f"{target} could not be written: {str(error)[:200]}; free some space or choose another place"
         ) from error
 
 
@@ -66,45 +65,46 @@ def _in_place(target: epath.Path) -> Iterator[epath.Path]:
     try:
         yield target
     except BaseException:
-        with contextlib.suppress(Exception):  # what went wrong first is what to tell
+        with contextlib.suppress(Exception):  # report the first error
             target.rmtree()
         raise
 
 
 @contextlib.contextmanager
 def _beside(target: epath.Path) -> Iterator[epath.Path]:
-    # Named after this process: another one may write the same target meanwhile, and the last to end stays.
-    mine = f".{target.name}.{socket.gethostname()}."
-    partial, old = (target.parent / f"{mine}{os.getpid()}.{end}" for end in ("partial", "old"))
-    for leftover in _leftovers(target.parent, mine):
-        leftover.rmtree()
-    partial.mkdir(parents=True)
+    partial, old = (target.parent / f".{target.name}.{end}" for end in ("partial", "old"))
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial, target):
+        for child in partial.iterdir():  # of a process that was killed
+            child.rmtree() if child.is_dir() else child.unlink()
+        try:
+            yield partial
+        except BaseException:
+            partial.rmtree()
+            raise
+        if old.exists():
+            old.rmtree()
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        if old.exists():
+            old.rmtree()
+
+
+@contextlib.contextmanager
+def _locked(directory: epath.Path, target: epath.Path) -> Iterator[None]:
+    """Holds the lock of `directory`, which ends with the process, however it ends."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        yield partial
-    except BaseException:
-        partial.rmtree()
-        raise
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    if old.exists():
-        old.rmtree()
-
-
-def _leftovers(parent: epath.Path, begin: str) -> list[epath.Path]:
-    """What processes that were killed on this machine have left; whether others live cannot be seen."""
-    name = re.compile(re.escape(begin) + r"([1-9]\d{0,7})\.(partial|old)", re.ASCII)
-    matches = [(path, name.fullmatch(path.name)) for path in parent.iterdir()] if parent.exists() else []
-    return [path for path, match in matches if match and not _is_another_alive(int(match[1]))]
-
-
-def _is_another_alive(process: int) -> bool:
-    if process == os.getpid():
-        return False
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"another process is writing {target}: wait for it, or choose another place"
+        ) from None
+    except OSError:  # some network file systems have no locks of directories
+        pass
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    return True
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The three float types that weights are kept in, and the cast between them."""
+"""The three float types of weights, and the cast between them."""
 
 import math
 
@@ -14,7 +14,7 @@ DTYPES: dict[str, tuple[np.dtype, str]] = {
     "float16": (np.dtype(np.float16), "F16"),
 }
 
-# Side of the tiles that are transposed at a time: 2 to 4 GB/s where NumPy alone gives 0.2.
+# Side of the tiles of a transposition: 2 to 4 GB/s where NumPy alone gives 0.2.
 _TILE = 256
 
 
@@ -30,7 +30,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def copy_cast(target: np.ndarray, source: np.ndarray, name: str) -> None:
-    """Copies `source` into `target`, rounding to nearest even where target's dtype is narrower.
+    """Copies `source` into `target`, rounding to nearest even if target's dtype is narrower.
 
     Args:
       target: any dtype in `DTYPES`.
@@ -58,13 +58,13 @@ def copy_cast(target: np.ndarray, source: np.ndarray, name: str) -> None:
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """Copies with a cast; a transposed source in tiles that stay in the cache."""
+    """Copies with a cast; a transposed source in tiles that fit the cache."""
     flat = None if source.flags.c_contiguous else _as_matrix(source)
     if flat is None:
         np.copyto(target, source, casting="unsafe")
         return
     out = target.reshape(flat.shape)
-    # Rows of the buffer are padded: a stride that is a power of two would put a column into few cache lines.
+    # Padded rows: with a stride that is a power of two a column would share few cache lines.
     buffer = np.empty((_TILE, _TILE + 24), source.dtype)
     for column in range(0, flat.shape[1], _TILE):
         for row in range(0, flat.shape[0], _TILE):
@@ -75,7 +75,7 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def _as_matrix(array: np.ndarray) -> np.ndarray | None:
-    """The array with its axes joined into two, as a view; None where none of the ways is one."""
+    """The array with its axes joined into two, as a view; None if that needs a copy."""
     for axis in range(1, array.ndim):
         joined = array.reshape(math.prod(array.shape[:axis]), -1)
         if np.may_share_memory(joined, array):

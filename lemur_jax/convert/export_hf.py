@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,13 +22,14 @@ from lemur_jax.convert import hf_config, layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
 from lemur_jax.convert.model_card import model_card
-from lemur_jax.convert.safetensors_writer import INDEX, plan_shards, write_index, write_shard
+from lemur_jax.convert.safetensors import INDEX, plan_shards, write_index, write_shard
 from lemur_jax.convert.verify import compare_logits, compare_tensors
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.text.chat_template import CHATML_TEMPLATE, stop_ids
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 
+logger = logging.getLogger(__name__)
 # The files of an export.
 _WRITTEN = {*FILE_NAMES, INDEX, "README.md", "config.json", "generation_config.json", "model.safetensors"}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
@@ -35,11 +37,7 @@ _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Ids for Hugging Face's configs; None: unknown or none.
-
-    Attributes:
-      stop: every id at which generation ends, turn ends first.
-    """
+    """Ids for Hugging Face's configs; `stop` has all ids that end generation, turn ends first."""
 
     bos: int | None = None
     eos: int | None = None
@@ -61,31 +59,29 @@ def export_hf(
     max_shard_bytes: float = 5e9,
     change: Change = AS_IT_IS,
     verify: bool = False,
-    say: Callable[[str], None] = print,
 ) -> LlamaConfig:
     """Writes safetensors, configs, tokenizer, chat template and model card.
 
-    Weights go from checkpoint to file one tensor at a time; of the checkpoint, one chunk of layers is
-    in memory (all layers of one parameter where it was written as one chunk).
+    Weights go from checkpoint to file one tensor at a time; one chunk of layers of the checkpoint is in memory (all
+    layers of a parameter that was written as one chunk).
 
     Args:
       ckpt_dir: checkpoint directory or workdir, local or gs://.
-      hf_dir: the directory to make, local or gs://.
+      hf_dir: the directory to create, local or gs://.
       dtype: of the written weights: "float32", "bfloat16" or "float16".
       step: which checkpoint; None: the newest.
       overwrite: replace an earlier export at `hf_dir`.
-      max_shard_bytes: tensor bytes a safetensors file; a larger tensor gets its own.
+      max_shard_bytes: tensor bytes per safetensors file; a larger tensor gets its own file.
       change: of the vocabulary.
-      verify: read what was written again, and compare it with the checkpoint as `convert.verify` does.
-      say: gets what `verify` finds.
+      verify: read the files again, compare them with the checkpoint (`convert.verify`), and log the result.
 
     Returns:
-      The shape of the model that is written.
+      The shape of the written model.
 
     Raises:
-      UserError: no such checkpoint, `hf_dir` exists, a parameter is missing, unexpected, damaged or of
-        another shape, a value does not fit `dtype`, vocabulary and tokenizer do not fit each other, or what
-        was written differs. Nothing is written then.
+      UserError: no such checkpoint, `hf_dir` exists, a parameter is missing, unexpected, damaged or of another shape,
+        a value does not fit `dtype`, vocabulary and tokenizer do not fit each other, or the written files differ.
+        Nothing is left behind then.
     """
     numpy_dtype(dtype)
     target = epath.Path(hf_dir)
@@ -97,16 +93,14 @@ def export_hf(
     _check_params(stored, arrays, where)
     files = tokenizer_files(metadata)
     if unknown := sorted(files.keys() - {*FILE_NAMES, GENERATION_CONFIG}):
-        raise UserError(
-            f"{ckpt_dir}: {unknown[0]!r} among the tokenizer's files is none that a tokenizer has"
-        )
+        raise UserError(f"{ckpt_dir}: {unknown[0]!r} among the tokenizer's files is not a tokenizer file")
     config, files = change.apply(stored, files, ckpt_dir)
     tokenizer = Tokenizer.from_files(files) if files else None
     tokens = SpecialTokens() if tokenizer is None else SpecialTokens.of(tokenizer)
     chatml = tokenizer is not None and "<|im_end|>" in tokenizer.control_tokens
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        """Parameter by parameter, all layers of one after the other, as they lie in the checkpoint."""
+        """Parameter by parameter in the order of the table, all layers of each."""
         for before, after in zip(layout.weights(stored), layout.weights(config), strict=True):
             leaf = metadata["leaves"]["params"][before.path]
             yield from _stream(before, after, arrays[before.path], leaf, dtype, change, where)
@@ -119,17 +113,17 @@ def export_hf(
             (directory / "chat_template.jinja").write_text(CHATML_TEMPLATE)
         (directory / "README.md").write_text(model_card(config, metadata, dtype, chatml=chatml))
         _write_json(directory / "generation_config.json", _generation_config(tokens))
-        # Last: without it nobody takes the directory for a model.
+        # Last: without it the directory is no model.
         described = hf_config.to_hf(config, dtype=dtype, bos=tokens.bos, eos=tokens.eos, pad=tokens.pad)
         _write_json(directory / "config.json", described)
         if verify:
-            say(compare_tensors(directory, config, tensors()))
-            say(compare_logits(directory, config, tokenizer))
+            logger.info("%s", compare_tensors(directory, config, tensors()))
+            logger.info("%s", compare_logits(directory, config, tokenizer))
     return config
 
 
 def _is_export(directory: epath.Path) -> bool:
-    """Whether this is a model directory as `export_hf` writes it, and nothing else lies in it."""
+    """Whether the directory holds files of an export and no others."""
     names = {child.name for child in directory.iterdir()}
     foreign = {name for name in names if name not in _WRITTEN and not _SHARD.fullmatch(name)}
     return not names or ("config.json" in names and not foreign)
@@ -140,7 +134,7 @@ def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
 
 
 def _check_params(config: LlamaConfig, arrays: Mapping[str, ts.TensorStore], where: str) -> None:
-    """That the stored parameters are those of the model; raises UserError naming the one that is not."""
+    """Checks that the stored parameters are those of the model; the UserError names the first that is not."""
     expected = {weight.path: weight.shape for weight in layout.weights(config)}
     if missing := sorted(expected.keys() - arrays.keys()):
         raise UserError(f"{where}: parameter {missing[0]} is missing")
@@ -160,7 +154,7 @@ def _write_weights(
     dtype: str,
     max_shard_bytes: float,
 ) -> None:
-    """All safetensors files and their index; readers find tensors by name, whatever their order."""
+    """Writes all safetensors files and their index."""
     shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
     itemsize = numpy_dtype(dtype).itemsize
     sizes = [(name, math.prod(shape) * itemsize) for name, shape in shapes.items()]
@@ -178,7 +172,7 @@ def _write_weights(
 
 
 def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """The same; the next is made in a thread while the caller writes the last."""
+    """The same tensors; the next is made in a thread while the caller writes the last."""
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(next, tensors, None)
         while (tensor := waiting.result()) is not None:
@@ -198,12 +192,12 @@ def _stream(
     """(name, tensor) of each Hugging Face tensor of one parameter, in order.
 
     Args:
-      weight: as it lies in the checkpoint.
-      written: as it is written, with another vocabulary perhaps.
-      where: which checkpoint, for messages.
+      weight: the parameter in the checkpoint.
+      written: the same with the vocabulary of the export.
+      where: the checkpoint, for messages.
 
     Raises:
-      Damaged: after the last of them, if they are not what was saved.
+      Damaged: after the last tensor, if the digest differs from that of the saved parameter.
     """
     digest = RunningDigest()
 
@@ -212,17 +206,17 @@ def _stream(
         tensor = np.empty(written.hf_shape, numpy_dtype(dtype))
         source = weight.to_hf(block)
         if name in layout.VOCABULARY:
-            source = change.of_table(source, written.hf_shape[0])
+            source = change.resized(source, written.hf_shape[0])
         copy_cast(tensor, source, name)
         summed.result()
         return tensor
 
-    # A chunk is decoded whole, however little of it is wanted: read as many layers as one holds.
+    # A chunk is always decoded whole: read as many layers as one holds.
     layers = int((array.chunk_layout.read_chunk.shape or (1,))[0] or 1) if weight.stacked else 1
     groups = [weight.names[start : start + layers] for start in range(0, len(weight.names), layers)]
     cuts = [slice(number * layers, number * layers + len(group)) for number, group in enumerate(groups)]
     blocks = read_parts(array, cuts if weight.stacked else [...], f"{where}: parameter {weight.path}")
-    with ThreadPoolExecutor(1) as pool:  # NumPy lets go of the interpreter: digest and cast run side by side
+    with ThreadPoolExecutor(1) as pool:  # NumPy releases the GIL: digest and cast run side by side
         for names, block in zip(groups, blocks, strict=True):
             for name, layer in zip(names, block if weight.stacked else (block,), strict=True):
                 yield name, convert(layer, name)
@@ -231,6 +225,6 @@ def _stream(
 
 
 def _generation_config(tokens: SpecialTokens) -> dict[str, Any]:
-    """`generation_config.json`: greedy unless the caller says otherwise, stopping at every stop id."""
+    """`generation_config.json`: greedy by default, stopping at every stop id."""
     stop: Any = list(tokens.stop) if len(tokens.stop) > 1 else next(iter(tokens.stop), None)
     return {"bos_token_id": tokens.bos, "eos_token_id": stop, "pad_token_id": tokens.pad, "do_sample": False}

@@ -53,7 +53,7 @@ def read_config(hf_dir: epath.PathLike) -> LlamaConfig:
 
 
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
-    """Hugging Face's config as ours; what our model would compute differently is refused by name.
+    """Hugging Face's config as ours; anything that our model would compute differently is refused by name.
 
     Args:
       raw: the content of `config.json`, as transformers 4 or 5 writes it.
@@ -94,7 +94,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
 
 
 def _refuse_foreign(raw: Mapping[str, Any], where: str) -> None:
-    """Raises for anything that makes the model something else than our Llama."""
+    """Raises for anything that makes the model another than our Llama."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise UserError(
@@ -137,7 +137,7 @@ def _number(value: Any, kind: type, key: str, where: str) -> Any:
 def _rope_from_hf(raw: Mapping[str, Any], max_positions: int, where: str) -> dict[str, Any]:
     """The `rope_*` fields from `rope_scaling` and `rope_theta`, or from `rope_parameters`.
 
-    Where both are given transformers takes `rope_scaling`, and so do we.
+    If both are given `rope_scaling` counts, as in transformers.
     """
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(name) or {}
@@ -173,7 +173,7 @@ def to_hf(
 
     Args:
       config: the model.
-      dtype: of the weights that are written, e.g. "bfloat16".
+      dtype: of the written weights, e.g. "bfloat16".
       bos, eos, pad: token ids; None: null, which switches them off.
     """
     scaling = None
@@ -198,7 +198,7 @@ def to_hf(
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": config.initializer_range,
-        # transformers 5 folds these two into `rope_parameters` itself; 4 knows no other.
+        # transformers 5 moves these two into `rope_parameters`; 4 knows only them.
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,
         "bos_token_id": bos,

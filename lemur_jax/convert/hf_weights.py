@@ -1,4 +1,4 @@
-"""The weights in a Hugging Face directory: found, listed and checked before one is read."""
+"""The weights in a Hugging Face directory: listed and checked before any is read."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from lemur_jax.common.paths import how_to_mend
 from lemur_jax.convert import layout
 from lemur_jax.convert.dtypes import DTYPES
 from lemur_jax.convert.hf_config import read_json
-from lemur_jax.convert.safetensors_reader import brief, read_header
+from lemur_jax.convert.safetensors import brief, read_header
 from lemur_jax.models.config import LlamaConfig
 
 # A plain file name: no separators, no "..", no drive.
@@ -22,7 +22,7 @@ _ROWS = 4096
 
 
 class Tensor(Protocol):
-    """What import needs of a tensor, whatever file it lies in."""
+    """A tensor in a file of any format."""
 
     name: str
     path: epath.Path
@@ -33,7 +33,7 @@ class Tensor(Protocol):
 
 
 def holds_weights(directory: epath.PathLike) -> bool:
-    """Whether there are files that `open_weights` would open."""
+    """Whether the directory has files that `open_weights` opens."""
     return any(path.exists() for files in _weight_files(directory) for path in files[:2])
 
 
@@ -45,14 +45,13 @@ def _weight_files(directory: epath.PathLike) -> Iterator[tuple[epath.Path, epath
 
 
 def open_weights(hf_dir: epath.PathLike) -> dict[str, Tensor]:
-    """The tensors of a directory by name; nothing but headers is read of safetensors.
+    """The tensors of a directory by name; only the headers of safetensors are read.
 
-    Looks, as transformers does, for `model.safetensors`, its sharded form, and then for the same of
-    `pytorch_model.bin`, which takes torch and is opened without running code from the file.
+    Looks, as transformers does, for `model.safetensors`, for its sharded form, and then for the same of
+    `pytorch_model.bin`, which needs torch and is opened without running code from the file.
 
     Raises:
-      UserError: no weights, a damaged file or index, a dtype that is not float, or `.bin` without
-        torch.
+      UserError: no weights, a damaged file or index, an unknown dtype, or `.bin` without torch.
     """
     for single, index, suffix in _weight_files(hf_dir):
         read_file = read_header if suffix == "safetensors" else _read_bin
@@ -66,7 +65,7 @@ def open_weights(hf_dir: epath.PathLike) -> dict[str, Tensor]:
 
 
 def _open_sharded(index: epath.Path, suffix: str, read_file: Any) -> dict[str, Tensor]:
-    """The tensors that an index lists, each out of the file that it says."""
+    """The tensors that an index lists."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map")
@@ -84,7 +83,9 @@ def _open_sharded(index: epath.Path, suffix: str, read_file: Any) -> dict[str, T
         if not path.exists():
             raise UserError(f"{path} is missing, but {index.name} lists it: download it again")
         found = read_file(path)
-        listed = {name for name, holder in weight_map.items() if holder == file}
+        listed = {
+            name for name, holder in weight_map.items() if holder == file and not layout.IGNORED.search(name)
+        }
         if absent := sorted(listed - found.keys()):
             raise UserError(f"{path} lacks tensor {brief(absent[0])}, which {index.name} says is in it")
         if extra := sorted(found.keys() - listed):
@@ -127,7 +128,7 @@ def _read_bin(path: epath.Path) -> dict[str, Tensor]:
         ) from None
     with path.open("rb") as file:
         beginning = file.read(64)
-    # What torch wrote before 1.6 is no archive, but a pickle, and cannot be mapped: all of it is read.
+    # Before 1.6 torch wrote a pickle, which cannot be mapped: all of it is read.
     zipped = beginning.startswith(b"PK\x03\x04")
     if not zipped and not beginning.startswith(b"\x80"):
         raise UserError(f"{path} holds no weights of PyTorch: {how_to_mend(beginning)}")
@@ -137,11 +138,15 @@ def _read_bin(path: epath.Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as weights: {brief(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path} is not a dictionary of tensors")
-    return {str(name): _BinTensor(str(name), path, tensor) for name, tensor in state.items()}
+    return {
+        str(name): _BinTensor(str(name), path, tensor)
+        for name, tensor in state.items()
+        if not layout.IGNORED.search(str(name))
+    }
 
 
 def check_weights(config: LlamaConfig, tensors: Mapping[str, Tensor], hf_dir: epath.PathLike) -> None:
-    """That the tensors are exactly those of the model.
+    """Checks that the tensors are exactly those of the model.
 
     Raises:
       UserError: a tensor is missing, unexpected or of another shape; or a tied model brings a head
@@ -155,7 +160,7 @@ def check_weights(config: LlamaConfig, tensors: Mapping[str, Tensor], hf_dir: ep
     expected = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
     if missing := [name for name in expected if name not in tensors]:
         raise UserError(f"{hf_dir}: weight {missing[0]} is missing{_and_more(missing)}")
-    unexpected = [name for name in tensors if name not in expected and not layout.IGNORED.fullmatch(name)]
+    unexpected = [name for name in tensors if name not in expected]
     if config.tie_word_embeddings and layout.HEAD in unexpected:
         unexpected.remove(layout.HEAD)
         _check_tied(tensors)
@@ -176,7 +181,7 @@ def _and_more(names: list[str]) -> str:
 
 
 def _check_tied(tensors: Mapping[str, Tensor]) -> None:
-    """A tied model may bring its head twice, if both are the same."""
+    """A tied model may store its head too, if it equals the embedding."""
     embedding, head = tensors[layout.EMBEDDING], tensors[layout.HEAD]
     same = embedding.shape == head.shape and embedding.dtype == head.dtype
     if same:

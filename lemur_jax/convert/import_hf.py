@@ -45,21 +45,21 @@ def load_hf_params(
 ) -> tuple[LlamaConfig, dict[str, Any]]:
     """Reads a Hugging Face directory into our parameter tree.
 
-    Every name and shape is checked before the first weight is read. Each tensor is read once, and only the parts
-    of it that lie on this host's devices are copied: the host holds one tensor and its share of one parameter, and
-    reads no layers that it has no share of.
+    Every name and shape is checked before the first weight is read. Each tensor is read once, and only the parts for
+    this host's devices are copied: the host holds one tensor and its share of one parameter, and skips layers of which
+    it has no share.
 
     Args:
       hf_dir: directory with `config.json` and weights, local or gs://.
-      shardings: nested dict of shardings, one a parameter; None: NumPy arrays.
+      shardings: nested dict of shardings, one per parameter; None: NumPy arrays.
       dtype: of the parameters: "float32", "bfloat16" or "float16".
 
     Returns:
       The model's shape and its parameters: `jax.Array`s, or NumPy arrays without `shardings`.
 
     Raises:
-      UserError: the directory does not hold a Llama as `hf_config` and `hf_weights` want it, or a
-        value is not finite or does not fit `dtype`.
+      UserError: the directory is not a Llama that `hf_config` and `hf_weights` accept, or a value is not finite or
+        does not fit `dtype`.
     """
     numpy_dtype(dtype)
     config = read_config(hf_dir)
@@ -75,7 +75,7 @@ def load_hf_params(
     return config, layout.nest(flat)
 
 
-# A block of an array: (start, stop) for each of its axes.
+# A block of an array: (start, stop) of each axis.
 _Block = tuple[tuple[int, int], ...]
 
 
@@ -84,7 +84,7 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> _Block:
 
 
 def _place(weight: layout.Weight, tensors: Mapping[str, Tensor], sharding: Sharding, dtype: str) -> jax.Array:
-    """One parameter, all layers of it, on the devices of `sharding`."""
+    """One parameter with all layers on the devices of `sharding`."""
     indices = sharding.addressable_devices_indices_map(weight.shape)
     wanted = {device: _bounds(index, weight.shape) for device, index in indices.items() if index is not None}
     blocks = _load(weight, tensors, set(wanted.values()), dtype)
@@ -100,7 +100,7 @@ def _load(
         block: np.empty([stop - start for start, stop in block], numpy_dtype(dtype)) for block in wanted
     }
     for layer, name in enumerate(weight.names):
-        # Views of the blocks, and where they lie in the tensor.
+        # Views of the blocks, and their places in the tensor.
         slots = []
         for block, array in blocks.items():
             if not weight.stacked:
@@ -122,14 +122,14 @@ def import_hf(
     overwrite: bool = False,
     change: Change = AS_IT_IS,
 ) -> LlamaConfig:
-    """Writes a Hugging Face Llama as a checkpoint of parameters alone, step 0.
+    """Writes a Hugging Face Llama as a checkpoint of parameters only, step 0.
 
-    Weights go from file to checkpoint one tensor at a time. The checkpoint holds the tokenizer's files where
-    the directory has a tokenizer. Nothing is left behind unless everything could be read.
+    Weights go from file to checkpoint one tensor at a time. The checkpoint contains the tokenizer's files if the
+    directory has a tokenizer. After an error nothing is left behind.
 
     Args:
       hf_dir: directory with `config.json`, weights and tokenizer files, local or gs://.
-      ckpt_dir: checkpoint directory to make, local or gs://.
+      ckpt_dir: checkpoint directory to create, local or gs://.
       dtype: of the parameters: "float32", "bfloat16" or "float16".
       overwrite: replace an earlier import at `ckpt_dir`.
       change: of the vocabulary.
@@ -155,13 +155,13 @@ def import_hf(
 
 
 def _stream(weight: layout.Weight, tensors: Mapping[str, Tensor], dtype: str, change: Change) -> Streamed:
-    """One parameter, a layer at a time if it is stacked."""
+    """One parameter, one layer at a time if it is stacked."""
 
     def read(number: int) -> np.ndarray:
         name = weight.names[number]
         tensor = tensors[name].read()
         if name in layout.VOCABULARY:
-            tensor = change.of_table(tensor, weight.hf_shape[0])
+            tensor = change.resized(tensor, weight.hf_shape[0])
         out = np.empty(weight.shape[1:] if weight.stacked else weight.shape, numpy_dtype(dtype))
         _fill(out, weight.from_hf(tensor), tensors[name])
         return out[None] if weight.stacked else out
@@ -170,14 +170,14 @@ def _stream(weight: layout.Weight, tensors: Mapping[str, Tensor], dtype: str, ch
 
 
 def _fill(target: np.ndarray, source: np.ndarray, tensor: Tensor) -> None:
-    """Copies what was read of a tensor; refuses what no checkpoint may hold."""
+    """Copies a part of a tensor; refuses values that no checkpoint may hold."""
     copy_cast(target, source, tensor.name)
     if not np.isfinite(target).all():
         raise UserError(
-            f"{tensor.path}: weight {tensor.name} has values that are not finite: download it again, or mend it"
+            f"{tensor.path}: weight {tensor.name} has values that are not finite: download it again or repair it"
         )
 
 
 def _is_import(directory: epath.Path) -> bool:
-    """Whether this is what `import_hf` writes: step 0 alone, so that no training is ever deleted."""
+    """Whether the directory holds only step 0, as `import_hf` writes it, so that no training is ever deleted."""
     return all(child.name == "0" for child in directory.iterdir())

@@ -1,12 +1,11 @@
-"""The one table between our parameters and Hugging Face's tensors.
+"""The table between our parameters and Hugging Face's tensors.
 
 Axis legend: V vocabulary, D model, L layers, H query heads, K key and value heads, N head width,
 F mlp.
 
-Import and export read the same rows in opposite directions. Where one dimension of a Hugging Face
-tensor holds two axes they are written together, outer first: `q_proj.weight` is [HN, D] and our
-`query` is [L, D, H, N], stacked over layers. Rows of q and k are not permuted: both sides rotate
-channel i with i + N/2.
+Import and export read the same rows in opposite directions. A dimension of a Hugging Face tensor that holds two axes
+is written with both letters, outer first: `q_proj.weight` is [HN, D] and our `query` is [L, D, H, N], stacked over
+layers. Rows of q and k are not permuted: both sides rotate channel i with i + N/2.
 """
 
 import dataclasses
@@ -40,8 +39,8 @@ TABLE: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VOCABULARY = (EMBEDDING, HEAD)  # both [V, D]
 
-# Tables of angles that old versions of transformers saved; the config says all that is in them.
-IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# Buffers that transformers ignores too: tables of angles that its old versions saved. Used with `search`.
+IGNORED = re.compile(r"rotary_emb\.inv_freq")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class Weight:
       path: "/"-joined path in the parameter tree.
       shape: our shape, with a leading L if stacked.
       names: Hugging Face's tensors: one a layer if stacked, else one.
-      hf_shape: the shape of each of them.
+      hf_shape: the shape of each.
       stacked: whether our array has the leading axis L.
     """
 
@@ -61,11 +60,11 @@ class Weight:
     names: tuple[str, ...]
     hf_shape: tuple[int, ...]
     stacked: bool
-    _split: tuple[int, ...]  # hf_shape with joined axes taken apart
+    _split: tuple[int, ...]  # hf_shape with joined axes separated
     _order: tuple[int, ...]  # our axes as indices into `_split`
 
     def from_hf(self, tensor: np.ndarray) -> np.ndarray:
-        """A tensor of `hf_shape` as ours for one layer, `shape` without L; a view, nothing is copied."""
+        """A tensor of `hf_shape` as a view of our shape for one layer, `shape` without L."""
         return tensor.reshape(self._split).transpose(self._order)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:

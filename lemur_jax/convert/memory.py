@@ -1,4 +1,4 @@
-"""How the process that converts keeps its memory."""
+"""Memory allocation of processes that convert."""
 
 import ctypes
 import sys
@@ -7,10 +7,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc reuse large freed blocks instead of giving them back to the system.
+    """Makes glibc reuse large freed blocks instead of returning them to the system.
 
-    Tensors come and go by the hundred megabytes; fresh pages for each cost more than all the copying (on
-    virtual machines 0.2 GB/s against 14). For processes that convert and end; nothing elsewhere.
+    Fresh pages for every tensor of some hundred megabytes cost more than all copying (on virtual machines 0.2 GB/s
+    instead of 14). For processes that only convert. Does nothing without glibc.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: facts out of the checkpoint, nothing else."""
+"""The README.md of an exported model: facts from the checkpoint."""
 
 import math
 from collections.abc import Mapping
@@ -17,18 +17,18 @@ tags:
 """
 
 _CHAT = """
-It speaks ChatML; `tokenizer.apply_chat_template(messages, add_generation_prompt=True)` writes it, and
+Chats are in ChatML: `tokenizer.apply_chat_template(messages, add_generation_prompt=True)` formats them, and
 `generation_config.json` stops at `<|im_end|>`.
 """
 
 
 def model_card(config: LlamaConfig, metadata: Mapping[str, Any], dtype: str, *, chatml: bool) -> str:
-    """Markdown with the model's shape and, where the checkpoint knows it, its training.
+    """Markdown with the model's shape and, if the checkpoint has it, its training.
 
     Args:
       config: the model.
-      metadata: as `checkpoint.manager.read_metadata` gives it.
-      dtype: of the weights beside the card.
+      metadata: of the checkpoint.
+      dtype: of the exported weights.
       chatml: whether the tokenizer has ChatML's tokens.
     """
     facts = {
@@ -55,7 +55,7 @@ def _count(config: LlamaConfig) -> int:
 
 
 def _training(config: Mapping[str, Any] | None) -> dict[str, str]:
-    """Facts from the run's config; none for weights that were imported and not trained."""
+    """Facts from the run's config; empty for imported weights that were not trained."""
     if not config:
         return {}
     data, train, optimizer = config.get("data", {}), config.get("train", {}), config.get("optimizer", {})

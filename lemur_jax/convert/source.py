@@ -1,4 +1,4 @@
-"""A model to start from: one of our checkpoints, or a Hugging Face directory as it is."""
+"""A model to start from: one of our checkpoints, or a Hugging Face directory."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,14 +18,14 @@ from lemur_jax.models.llama import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """What is known before weights are read, and how they are.
+class ModelSource:
+    """A model whose weights are not read yet.
 
     Attributes:
       model: the architecture.
-      tokenizer_files: content by name; empty where there is none.
-      restore: (abstract tree with shardings) -> parameters of its dtypes; each device gets its own shards alone.
-        Raises UserError where they are not as `model` says, damaged or not finite.
+      tokenizer_files: content by name; empty if there is no tokenizer.
+      restore: (abstract tree with shardings) -> parameters of its dtypes; each device gets only its own shards.
+        Raises UserError if they do not fit `model`, are damaged or not finite.
       run_config: the config of the run that made it, as JSON; None for an import and for a Hugging Face directory.
     """
 
@@ -35,16 +35,16 @@ class Source:
     run_config: dict[str, Any] | None = None
 
 
-def open_source(path: epath.PathLike, step: int | None = None) -> Source:
-    """Opens either kind, told apart by the files that are there.
+def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
+    """Opens a checkpoint or a Hugging Face directory, whichever is there.
 
     Args:
       path: checkpoint directory, workdir or Hugging Face directory, local or gs://.
       step: which checkpoint; None: the newest.
 
     Raises:
-      UserError: nothing of the kind there or both kinds, a step of a Hugging Face directory, or one whose weights or
-        tokenizer do not fit its config.
+      UserError: neither or both are there, a step of a Hugging Face directory, or one whose weights or tokenizer do not
+        fit its config.
     """
     directory = epath.Path(path)
     weights, checkpoints = holds_weights(path), (directory / "checkpoints").exists()
@@ -56,9 +56,9 @@ def open_source(path: epath.PathLike, step: int | None = None) -> Source:
         return _hugging_face(path, step)
     config = directory / "config.json"
     if not checkpoints and config.exists() and "model_type" in read_json(config):  # a run's config has none
-        open_weights(path)  # which says what is missing
+        open_weights(path)  # its error names what is missing
     metadata = read_metadata(path, step)
-    return Source(
+    return ModelSource(
         model=LlamaConfig.from_dict(metadata["model"]),
         tokenizer_files=tokenizer_files(metadata),
         restore=lambda wanted: restore_params(path, wanted, metadata["step"]),
@@ -66,7 +66,7 @@ def open_source(path: epath.PathLike, step: int | None = None) -> Source:
     )
 
 
-def _hugging_face(path: epath.PathLike, step: int | None) -> Source:
+def _hugging_face(path: epath.PathLike, step: int | None) -> ModelSource:
     if step is not None:
         raise UserError(f"{path} is a Hugging Face directory, which has no step {step}: leave --step out")
 
@@ -77,4 +77,4 @@ def _hugging_face(path: epath.PathLike, step: int | None) -> Source:
 
     model, files = AS_IT_IS.apply(read_config(path), hf_tokenizer_files(path), path)
     check_weights(model, open_weights(path), path)
-    return Source(model=model, tokenizer_files=files, restore=restore)
+    return ModelSource(model=model, tokenizer_files=files, restore=restore)

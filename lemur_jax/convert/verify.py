@@ -1,4 +1,4 @@
-"""Whether an exported directory holds what the checkpoint holds: every tensor, and the logits that they give."""
+"""Checks an exported directory against the checkpoint: every tensor, and the logits."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ from lemur_jax.models.config import LlamaConfig
 from lemur_jax.text.tokenizer import Tokenizer
 
 TOKENS = 512
-# Of float32 logits, by their largest: rounding gives 1e-6 to 1e-5, a wrong rotary angle or norm far more.
+# Relative to the largest float32 logit: rounding gives 1e-6 to 1e-5, a wrong rotary angle or norm far more.
 TOLERANCE = 1e-3
 
 
@@ -28,11 +28,11 @@ def compare_tensors(
 
     Args:
       directory: a Hugging Face directory.
-      config: the model that is to be in it.
-      expected: every tensor, out of the checkpoint, in any order; one is held at a time.
+      config: the expected model.
+      expected: every tensor of the checkpoint, in any order; one is held at a time.
 
     Returns:
-      A line that says how much was compared.
+      A line with the amount that was compared.
 
     Raises:
       UserError: naming the first tensor that is missing, unexpected, of another shape or different.
@@ -51,20 +51,20 @@ def compare_tensors(
             raise UserError(
                 f"{written[name].path}: tensor {name} differs from the checkpoint in {int(differs.sum())} of"
                 f" {differs.size} values, first at {list(map(int, where))}: {found[where]} is written,"
-                f" {tensor[where]} was to be"
+                f" {tensor[where]} is expected"
             )
         count, size = count + 1, size + tensor.nbytes
     return f"verified: {count} tensors ({size / 1e6:,.1f} MB) read again equal the checkpoint's"
 
 
 def compare_logits(directory: epath.Path, config: LlamaConfig, tokenizer: Tokenizer | None) -> str:
-    """Our logits against those of `transformers`, in float32, on 512 tokens of a program text.
+    """Compares our logits with those of `transformers`, in float32, on 512 tokens of source code.
 
-    Both sides take the weights in the directory; ours takes the shape from the checkpoint, theirs from the
-    files, so that a mistake in `config.json` shows.
+    Both use the weights in the directory; ours takes the shape from the checkpoint, theirs from the files, so that a
+    mistake in `config.json` shows.
 
     Args:
-      tokenizer: of the model; None: the tokens are random.
+      tokenizer: of the model; None: random tokens.
 
     Returns:
       A line with the largest difference and the Kullback-Leibler divergence, or why nothing was compared.
@@ -81,7 +81,7 @@ def compare_logits(directory: epath.Path, config: LlamaConfig, tokenizer: Tokeni
         return f"logits not compared: transformers does not open {directory}"
     size = sum(np.prod(weight.shape) for weight in layout.weights(config))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if 10 * size > free:  # both models in float32, and some room
+    if 10 * size > free:  # both models in float32, and some space
         return f"logits not compared: that takes {10 * size / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
     tokens = _tokens(config, tokenizer)
     ours = _our_logits(directory, config, tokens)
@@ -96,7 +96,7 @@ def compare_logits(directory: epath.Path, config: LlamaConfig, tokenizer: Tokeni
 
 
 def transformers_model(hf_dir: str) -> Any:
-    """What transformers makes of a local directory, in float32; never looked up on the hub.
+    """The model that transformers opens from a local directory, in float32; never from the hub.
 
     Raises:
       UserError: it cannot open the directory.
@@ -110,7 +110,7 @@ def transformers_model(hf_dir: str) -> Any:
     logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True).eval()
-    except Exception as error:  # of a damaged file they come in many classes
+    except Exception as error:  # a damaged file raises many classes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"transformers cannot open {hf_dir}: {reason[:300]}") from error
     finally:
@@ -123,7 +123,7 @@ def _tokens(config: LlamaConfig, tokenizer: Tokenizer | None) -> np.ndarray:
     length = min(TOKENS, config.max_position_embeddings)
     if tokenizer is None:
         return np.random.default_rng(0).integers(0, config.vocab_size, (1, length), np.int32)
-    text = pathlib.Path(argparse.__file__).read_text(encoding="utf-8")  # at hand wherever Python is
+    text = pathlib.Path(argparse.__file__).read_text(encoding="utf-8")  # available wherever Python is
     return np.array([[tokenizer.bos_id, *tokenizer.encode(text[: 20 * length])][:length]], np.int32)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.convert.source import Source, open_source
+from lemur_jax.convert.source import ModelSource, open_source
 from lemur_jax.convert.vocabulary import resize
 from lemur_jax.models import llama
 from lemur_jax.models.config import LlamaConfig
@@ -41,7 +41,7 @@ def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: P
     return jax.jit(change, out_shardings=shardings)(params)
 
 
-def open_initial(init: InitConfig, tokenizer: Tokenizer, model: LlamaConfig) -> Source:
+def open_initial(init: InitConfig, tokenizer: Tokenizer, model: LlamaConfig) -> ModelSource:
     """`config.init.checkpoint`, of which no weights are read yet.
 
     Raises:
@@ -54,7 +54,7 @@ def open_initial(init: InitConfig, tokenizer: Tokenizer, model: LlamaConfig) -> 
     return source
 
 
-def _check_tokenizer(init: InitConfig, ours: Tokenizer, source: Source) -> None:
+def _check_tokenizer(init: InitConfig, ours: Tokenizer, source: ModelSource) -> None:
     """That the ids whose rows are kept mean what they did; files of one tokenizer in other formats are one."""
     theirs = Tokenizer.from_files(source.tokenizer_files)
     kept = init.drop_rows_above or source.model.vocab_size

@@ -11,7 +11,7 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import directory
 from lemur_jax.convert.import_hf import import_hf
-from tests.convert.test_import_hf import FAULTS
+from tests.helpers.hf_faults import FAULTS
 
 
 @pytest.fixture(params=["file system", "object store"])
@@ -72,40 +72,34 @@ def test_a_full_disk_is_one_line(tmp_path, error):
     with pytest.raises(UserError) as raised, directory.staged(epath.Path(tmp_path / "out")):
         raise error
     assert str(raised.value).startswith(f"{tmp_path}/out could not be written: {str(error)[:40]}")
-    assert str(raised.value).endswith("; make room or choose another place")
+    assert str(raised.value).endswith("; free some space or choose another place")
     assert len(str(raised.value)) < 400 + len(str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-def test_processes_that_write_one_target_leave_each_other_alone(tmp_path):
-    """What a process that is dead has left is removed, what a living one writes is not."""
-    code = "import sys, time; from etils import epath; from lemur_jax.convert.directory import staged\n"
-    code += "with staged(epath.Path(sys.argv[1])) as part: (part / 'file').touch(); print(flush=True); time.sleep(99)"
-    others = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    try:
-        for other in others:
-            other.stdout.readline()
-        others[0].kill()
-        others[0].wait()
-        assert len(list(tmp_path.iterdir())) == 2
-        with directory.staged(epath.Path(tmp_path / "out")) as part:
-            (part / "file").write_text("mine")
-        (left,) = (path for path in tmp_path.iterdir() if path.name != "out")
-        assert f".{others[1].pid}." in left.name
-        assert (left / "file").exists()
-    finally:
-        for other in others:
-            other.kill()
-            other.wait()
-            other.stdout.close()
-    # A process may get the number of one that is dead.
-    left.rename(tmp_path / left.name.replace(str(others[1].pid), str(os.getpid())))
-    with directory.staged(epath.Path(tmp_path / "out")):
-        pass
+def test_one_process_at_a_time_writes_a_target(tmp_path):
+    """A living one is not disturbed; what a killed one has left is removed."""
+    code = "import sys; from etils import epath; from lemur_jax.convert.directory import staged\n"
+    code += (
+        "with staged(epath.Path(sys.argv[1])) as part: (part / 'file').touch(); print(flush=True); input()"
+    )
+    target = tmp_path / "out"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with other:
+        other.stdout.readline()
+        with (
+            pytest.raises(UserError, match=f"another process is writing {target}"),
+            directory.staged(epath.Path(target)),
+        ):
+            pass
+        assert (tmp_path / ".out.partial" / "file").exists()
+        other.kill()
+    with directory.staged(epath.Path(target)) as part:
+        (part / "mine").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in target.iterdir()] == ["mine"]
 
 
 @pytest.mark.slow

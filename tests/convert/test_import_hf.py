@@ -21,6 +21,7 @@ from lemur_jax.models.llama import abstract_params, logical_axes
 from lemur_jax.parallel.mesh import AXES, make_mesh
 from lemur_jax.parallel.rules import param_shardings
 from lemur_jax.text.tokenizer_files import extend
+from tests.helpers.hf_faults import FAULTS, NOT_FINITE, edit
 
 
 def expected_params(state, config):
@@ -204,76 +205,6 @@ def test_existing_target(make_model, tmp_path):
     assert (target / "0").exists()
 
 
-def truncate(hf):
-    file = hf.path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def edit(**changes):
-    """Changes tensors of the model file; None removes one."""
-
-    def damage(hf):
-        file = hf.path / "model.safetensors"
-        state = safetensors.torch.load_file(file)
-        state.update({name.replace("__", "."): tensor for name, tensor in changes.items()})
-        kept = {name: tensor for name, tensor in state.items() if tensor is not None}
-        safetensors.torch.save_file(kept, file)
-
-    return damage
-
-
-def config(**changes):
-    return lambda hf: hf.edit_config(**changes)
-
-
-def with_one(value, *shape):
-    """A tensor with one such value."""
-    tensor = torch.ones(shape)
-    tensor[3] = value
-    return tensor
-
-
-NOT_FINITE = r"hf/model.safetensors: weight model.{}.weight has values that are not finite"
-
-FAULTS = {
-    "truncated": (truncate, "not a whole safetensors file"),
-    "no weights": (lambda hf: (hf.path / "model.safetensors").unlink(), "holds no weights"),
-    "missing": (
-        edit(model__layers__1__mlp__up_proj__weight=None),
-        r"model\.layers\.1\.mlp\.up_proj\.weight is missing$",
-    ),
-    "missing head": (edit(lm_head__weight=None), r"lm_head\.weight is missing"),
-    "unexpected": (
-        edit(model__layers__0__self_attn__q_proj__bias=torch.zeros(32)),
-        r"model\.layers\.0\.self_attn\.q_proj\.bias is not part",
-    ),
-    "one layer more": (
-        edit(model__layers__3__mlp__up_proj__weight=torch.zeros(80, 32)),
-        r"layers\.3\.mlp\.up_proj\.weight is not part",
-    ),
-    "shape": (edit(model__norm__weight=torch.ones(31)), r"model\.norm\.weight has shape \[31\], .* \[32\]"),
-    "transposed": (
-        edit(model__layers__0__mlp__up_proj__weight=torch.zeros(32, 80)),
-        r"up_proj\.weight has shape \[32, 80\], .* \[80, 32\]",
-    ),
-    "integers": (edit(model__norm__weight=torch.ones(32, dtype=torch.int32)), "dtype I32"),
-    "NaN": (edit(model__norm__weight=with_one(torch.nan, 32)), NOT_FINITE.format("norm")),
-    "infinity in a stacked one": (
-        edit(model__layers__1__post_attention_layernorm__weight=with_one(-torch.inf, 32)),
-        NOT_FINITE.format("layers.1.post_attention_layernorm"),
-    ),
-    "another vocabulary": (
-        config(vocab_size=97),
-        r"embed_tokens\.weight has shape \[96, 32\], .* \[97, 32\]",
-    ),
-    "more layers": (config(num_hidden_layers=4), r"model\.layers\.3\..* is missing \(and 8 more\)"),
-    "a million million layers": (config(num_hidden_layers=10**12), "only 30 tensors"),
-    "tied but two heads": (config(tie_word_embeddings=True), r"lm_head\.weight differs from"),
-    "biases": (config(attention_bias=True), "attention_bias"),
-    "no config": (lambda hf: (hf.path / "config.json").unlink(), "config.json does not exist"),
-}
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_write_nothing(make_model, tmp_path, fault):
     hf = make_model()
@@ -327,14 +258,34 @@ def test_tokenizer_with_more_ids_than_rows(make_model, tmp_path, tokenizer_dir):
         import_hf(hf.path, tmp_path / "checkpoint")
 
 
-def test_rotary_tables_and_a_second_tied_head_are_ignored(make_model):
+def test_a_second_tied_head_is_ignored(make_model):
     hf = make_model(tie_word_embeddings=True)
-    table = torch.ones(4)
-    embedding = hf.state()["model.embed_tokens.weight"].clone()
-    changes = {"model.layers.0.self_attn.rotary_emb.inv_freq": table, "lm_head.weight": embedding}
-    edit(**{name.replace(".", "__"): tensor for name, tensor in changes.items()})(hf)
+    edit(lm_head__weight=hf.state()["model.embed_tokens.weight"].clone())(hf)
     _, params = load_hf_params(hf.path)
     assert "head" not in params
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("kind", ["single", "in no index", "in the index", "bin"])
+def test_buffers_that_transformers_ignores(make_model, kind, dtype):
+    """Old versions of transformers saved a table of angles for each layer, or one for the model."""
+    hf = make_model()
+    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"]
+    state = {name: tensor.clone() for name, tensor in hf.state().items()} | {
+        name: torch.arange(4).to(dtype) for name in names
+    }
+    (hf.path / "model.safetensors").unlink()
+    file = "model.safetensors" if kind == "single" else "model-00001-of-00001.safetensors"
+    if kind == "bin":
+        torch.save(state, hf.path / "pytorch_model.bin")
+    else:
+        safetensors.torch.save_file(state, hf.path / file, {"format": "pt"})
+    if kind.endswith("index"):
+        listed = state if kind == "in the index" else hf.state()
+        index = {"metadata": {}, "weight_map": dict.fromkeys(listed, file)}
+        (hf.path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config, params = load_hf_params(hf.path)
+    assert_same(params, expected_params(hf.state(), config))
 
 
 def test_symlinks_as_in_the_hub_cache(make_model, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.convert import hf_config, layout
-from lemur_jax.convert.safetensors_writer import plan_shards, write_index, write_shard
+from lemur_jax.convert.safetensors import plan_shards, write_index, write_shard
 from lemur_jax.models.presets import preset
 
 # The same for a small model first: what the libraries take is not meant. Then the kernel's high-water mark begins anew.
@@ -74,21 +74,23 @@ def grown(run, *arguments):
     return float(done.stdout.splitlines()[-1])
 
 
-def make_models(root):
-    """A small and a large one; gives MiB in all and of the largest tensor of the large one."""
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(directory of a small and a large model, total MiB of the large one, MiB of its largest tensor)."""
+    root = tmp_path_factory.mktemp("models")
     make_model(root / "small", preset("tiny"))
     shape = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=16)
-    return make_model(root / "large", preset("tiny", num_hidden_layers=8, head_dim=64, **shape))
+    return root, *make_model(root / "large", preset("tiny", num_hidden_layers=8, head_dim=64, **shape))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_an_import_and_an_export_hold_a_few_tensors(tmp_path):
-    size, largest = make_models(tmp_path)
+def test_an_import_and_an_export_hold_a_few_tensors(models):
+    root, size, largest = models
     assert size > 500
     assert largest == 16
     importing, exporting = (
         [
-            [f"{verb}-hf", f"{tmp_path}/{name}{before}", f"{tmp_path}/{name}{after}", "--dtype", "bfloat16"]
+            [f"{verb}-hf", f"{root}/{name}{before}", f"{root}/{name}{after}", "--dtype", "bfloat16"]
             for name in ("small", "large")
         ]
         for verb, before, after in (("import", "", "-checkpoint"), ("export", "-checkpoint", "-exported"))
@@ -98,8 +100,8 @@ def test_an_import_and_an_export_hold_a_few_tensors(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_onto_devices_holds_one_parameter_besides(tmp_path):
-    size, largest = make_models(tmp_path)
+def test_loading_onto_devices_holds_one_parameter_more(models):
+    root, size, largest = models
     stacked = 8 * largest / 2  # one matrix of all layers, in bfloat16
-    taken = grown(LOAD, *(str(tmp_path / name) for name in ("small", "large")))
+    taken = grown(LOAD, *(str(root / name) for name in ("small", "large")))
     assert size / 2 <= taken < size / 2 + stacked + 4 * largest, taken

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.convert import hf_weights, safetensors_reader
-from lemur_jax.convert.safetensors_reader import read_header
-from lemur_jax.convert.safetensors_writer import plan_shards, write_index, write_shard
+from lemur_jax.convert import hf_weights
+from lemur_jax.convert import safetensors as safetensors_module
+from lemur_jax.convert.safetensors import plan_shards, read_header, write_index, write_shard
 
 
 def file_of(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
@@ -41,8 +41,8 @@ def test_reads_what_the_library_writes(tmp_path, dtype):
 
 def test_what_is_remote_is_read_in_pieces(tmp_path, monkeypatch):
     """Of a local file here; from a server in `test_directory.py`."""
-    monkeypatch.setattr(safetensors_reader, "is_object_store", lambda path: True)
-    monkeypatch.setattr(safetensors_reader, "_PIECE_BYTES", 8)
+    monkeypatch.setattr(safetensors_module, "is_object_store", lambda path: True)
+    monkeypatch.setattr(safetensors_module, "_PIECE_BYTES", 8)
     state = {"a": torch.randn(3, 5), "b": torch.randn(7), "c": torch.randn(()), "d": torch.empty(0, 2)}
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file(state, path)

@@ -10,7 +10,7 @@ import torch
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.import_hf import import_hf
-from lemur_jax.convert.safetensors_reader import StoredTensor
+from lemur_jax.convert.safetensors import StoredTensor
 from lemur_jax.convert.source import open_source
 from lemur_jax.infer.session import abstract_params
 from lemur_jax.parallel.mesh import AXES, make_mesh

@@ -1,6 +1,7 @@
 """Verification finds what it should: one bit in a tensor, one key in a config."""
 
 import json
+import logging
 import re
 import sys
 
@@ -12,7 +13,7 @@ from lemur_jax.checkpoint.manager import read_metadata
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import export_hf as export_module
-from lemur_jax.convert import safetensors_writer, verify
+from lemur_jax.convert import safetensors, verify
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.models.config import LlamaConfig
@@ -25,11 +26,10 @@ def checkpoint(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_good_export(checkpoint, tmp_path, dtype):
-    lines = []
-    export_hf(
-        checkpoint, tmp_path / "out", dtype=dtype, max_shard_bytes=20_000, verify=True, say=lines.append
-    )
+def test_a_good_export(checkpoint, tmp_path, dtype, caplog):
+    caplog.set_level(logging.INFO, "lemur_jax")
+    export_hf(checkpoint, tmp_path / "out", dtype=dtype, max_shard_bytes=20_000, verify=True)
+    lines = [record.getMessage() for record in caplog.records if record.name == "lemur_jax.convert.export_hf"]
     assert lines[0].startswith("verified: 30 tensors")
     assert "equal transformers' on 512 tokens: max |Δ| " in lines[1]
     largest, divergence = (float(number) for number in re.findall(r"\d\S*e[-+]\d+", lines[1]))
@@ -39,7 +39,7 @@ def test_a_good_export(checkpoint, tmp_path, dtype):
 
 def test_one_bit_is_found_and_named(checkpoint, tmp_path, monkeypatch, capsys):
     """A disk that gives back another bit than it was given."""
-    write_index = safetensors_writer.write_index
+    write_index = safetensors.write_index
 
     def flip(directory, shards, total):
         write_index(directory, shards, total)

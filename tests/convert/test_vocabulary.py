@@ -42,7 +42,7 @@ def tables(rows, dtype=np.float32, tied=False):
 @pytest.mark.parametrize("xp", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
 def test_new_rows_are_the_mean_of_the_old(xp):
     before = tables(100)
-    after = vocabulary.extend_rows(jax.tree.map(xp, before), 105)
+    after = vocabulary.resize(jax.tree.map(xp, before), 105, new_rows="mean")
     embedding, kernel = after["embed"]["embedding"], after["head"]["kernel"]
     assert isinstance(embedding, type(xp(0)) if xp is jnp.asarray else np.ndarray)
     np.testing.assert_array_equal(embedding[:100], before["embed"]["embedding"])
@@ -59,7 +59,7 @@ def test_new_rows_are_the_mean_of_the_old(xp):
 
 def test_bfloat16_mean_is_not_summed_in_bfloat16():
     before = tables(4000, ml_dtypes.bfloat16, tied=True)
-    after = vocabulary.extend_rows(before, 4001)
+    after = vocabulary.resize(before, 4001, new_rows="mean")
     assert after["embed"]["embedding"].dtype == ml_dtypes.bfloat16
     exact = before["embed"]["embedding"].astype(np.float64).mean(0)
     np.testing.assert_allclose(after["embed"]["embedding"][-1].astype(np.float64), exact, rtol=2**-8)
@@ -67,7 +67,7 @@ def test_bfloat16_mean_is_not_summed_in_bfloat16():
 
 
 def test_the_recipes_path():
-    """32,024 -> 32,000 -> 32,005, in small: StarCoder's rows are forgotten, ChatML's are new."""
+    """32,024 -> 32,000 -> 32,005, in small: StarCoder's rows are dropped, ChatML's are new."""
     base = tables(324)
     chat = vocabulary.resize(base, 305, drop_rows_above=300, new_rows="mean")
     embedding = chat["embed"]["embedding"]
@@ -98,11 +98,6 @@ def test_same_size_changes_nothing():
 def test_refused(size, options, message):
     with pytest.raises(UserError, match=message):
         vocabulary.resize(tables(10), size, **options)
-
-
-def test_extending_downwards():
-    with pytest.raises(UserError, match="drop rows first"):
-        vocabulary.extend_rows(tables(10), 9)
 
 
 def test_sharded_arrays():

@@ -1,0 +1,257 @@
+"""Reads and writes safetensors files, one tensor at a time.
+
+The `safetensors` library has no bfloat16 for NumPy and reads only local files, so the format is implemented here:
+8 bytes of little-endian header length, a JSON header, then the tensors' bytes without gaps
+(https://huggingface.co/docs/safetensors). Nothing in a file is trusted: no number leads to an allocation before it
+agrees with the file's size, and no name is used as a path.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.common.paths import how_to_mend, is_object_store
+from lemur_jax.convert import layout
+from lemur_jax.convert.dtypes import DTYPES
+
+INDEX = "model.safetensors.index.json"
+# The format's own limit.
+MAX_HEADER_BYTES = 100_000_000
+MAX_RANK = 8
+# One stream from an object store is much slower than several.
+_PIECE_BYTES = 16 << 20
+_STREAMS = 16
+_DTYPES = {code: dtype for dtype, code in DTYPES.values()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a file that is not read yet.
+
+    Attributes:
+      name, path, dtype, shape: the tensor and its file.
+      offset: its first byte in the file.
+    """
+
+    name: str
+    path: epath.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> np.ndarray:
+        """The tensor, read-only.
+
+        A local file is mapped at each call, so that its pages leave memory with the array; a remote file is read in
+        several streams.
+
+        Raises:
+          UserError: the file has become shorter.
+        """
+        if not is_object_store(self.path):
+            return np.memmap(self.path, self.dtype, mode="r", offset=self.offset, shape=self.shape)
+        data = np.empty(math.prod(self.shape) * self.dtype.itemsize, np.uint8)
+
+        def fill(start: int) -> None:
+            piece = data[start : start + _PIECE_BYTES]
+            with self.path.open("rb") as file:
+                file.seek(self.offset + start)
+                read = file.read(len(piece))
+            if len(read) < len(piece):
+                raise UserError(
+                    f"{self.path} has become shorter while it was read: copy or download it again"
+                )
+            piece[:] = np.frombuffer(read, np.uint8)
+
+        with ThreadPoolExecutor(_STREAMS) as pool:
+            list(pool.map(fill, range(0, len(data), _PIECE_BYTES)))
+        return data.view(self.dtype).reshape(self.shape)
+
+
+def brief(name: object) -> str:
+    """A name from a file, made fit for one line of a message."""
+    text = str(name)
+    text = text if len(text) <= 120 else text[:117] + "..."
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def read_header(path: epath.PathLike) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, without buffers that no model needs (`layout.IGNORED`).
+
+    Raises:
+      UserError: the file is incomplete, its header violates the format, or a tensor is not float32, bfloat16 or
+        float16.
+    """
+    path = epath.Path(path)
+    size = path.stat().length
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
+            raise UserError(
+                f"{path} is not a whole safetensors file ({size} bytes): {how_to_mend(prefix + file.read(32))}"
+            )
+        raw = file.read(length)
+    tensors, spans = {}, []
+    for name, entry in _parse(path, raw).items():
+        _check_entry(path, name, entry)
+        start, stop = entry["data_offsets"]
+        spans.append((start, stop, name))
+        if not layout.IGNORED.search(name):
+            tensors[name] = StoredTensor(
+                name=name,
+                path=path,
+                dtype=_checked_dtype(path, name, entry),
+                shape=tuple(entry["shape"]),
+                offset=8 + length + start,
+            )
+    _check_spans(path, sorted(spans), size - 8 - length)
+    return tensors
+
+
+def _parse(path: epath.Path, raw: bytes) -> dict[str, Any]:
+    """The header's JSON object without `__metadata__`, refusing duplicate names."""
+
+    def unique(pairs):
+        keys = {}
+        for key, value in pairs:
+            if key in keys:
+                raise ValueError(f"name {brief(key)} comes twice")
+            keys[key] = value
+        return keys
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} has a damaged safetensors header: {brief(error)}") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path} has a damaged safetensors header: not a JSON object")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _damaged(path: epath.Path, name: str, what: str) -> UserError:
+    return UserError(f"{path} has a damaged safetensors header: tensor {brief(name)} {what}")
+
+
+def _check_entry(path: epath.Path, name: str, entry: Any) -> None:
+    """Checks the types of one header entry."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, name, "needs exactly dtype, shape and data_offsets")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _naturals(shape) or len(shape) > MAX_RANK:
+        raise _damaged(path, name, f"has the shape {brief(shape)}")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _damaged(path, name, f"has the data_offsets {brief(offsets)}")
+
+
+def _checked_dtype(path: epath.Path, name: str, entry: Mapping[str, Any]) -> np.dtype:
+    """The dtype of an entry, whose size must agree with its shape."""
+    code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in _DTYPES:
+        raise UserError(
+            f"{path}: tensor {brief(name)} has dtype {brief(code)}; only {', '.join(_DTYPES)} can be imported"
+        )
+    expected = math.prod(shape) * _DTYPES[code].itemsize
+    if stop - start != expected:
+        raise _damaged(
+            path, name, f"of {code} {brief(shape)} has {brief(stop - start)} bytes, not {brief(expected)}"
+        )
+    return _DTYPES[code]
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _check_spans(path: epath.Path, spans: list[tuple[int, int, str]], data_bytes: int) -> None:
+    """The format has no gaps, no overlaps and no bytes at the end."""
+    end = 0
+    for start, stop, name in spans:
+        if start != end:
+            raise _damaged(
+                path, name, "overlaps the tensor before it" if start < end else "leaves a gap before it"
+            )
+        end = stop
+    if end != data_bytes:
+        raise UserError(
+            f"{path} is not a whole safetensors file: the header wants {brief(end)} bytes of tensors,"
+            f" the file has {data_bytes}; copy or download it again"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file to write: its name and its tensors, in file order."""
+
+    file: str
+    names: tuple[str, ...]
+
+
+def plan_shards(sizes: Sequence[tuple[str, int]], max_bytes: float) -> list[Shard]:
+    """Splits tensors, in order, into files of at most `max_bytes`; a larger tensor gets its own file.
+
+    Args:
+      sizes: (name, bytes) of each tensor.
+      max_bytes: tensor bytes per file, without the header.
+    """
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes:
+        if groups[-1] and used + size > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    if len(groups) == 1:
+        return [Shard(file="model.safetensors", names=tuple(groups[0]))]
+    return [
+        Shard(file=f"model-{number:05d}-of-{len(groups):05d}.safetensors", names=tuple(names))
+        for number, names in enumerate(groups, start=1)
+    ]
+
+
+def write_index(directory: epath.Path, shards: Sequence[Shard], total_bytes: int) -> None:
+    """Writes which shard holds which tensor; nothing for a single shard."""
+    if len(shards) > 1:
+        weight_map = {name: shard.file for shard in shards for name in shard.names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_shard(
+    path: epath.Path,
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    read: Callable[[str], np.ndarray],
+) -> None:
+    """Writes one file.
+
+    Args:
+      path: the file.
+      names: its tensors, in order.
+      shapes: the shape of each.
+      dtype: a name in `convert.dtypes.DTYPES`, for all of them.
+      read: name -> tensor, C-contiguous, of that dtype; called once for each, in order.
+    """
+    numpy_dtype, code = DTYPES[dtype]
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + math.prod(shapes[name]) * numpy_dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # readers map the tensors: keep them aligned
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name in names:  # as bytes: NumPy gives no buffer of bfloat16
+            file.write(memoryview(read(name).reshape(-1).view(np.uint8)))

@@ -1,0 +1,141 @@
+"""500 damaged Hugging Face directories: an error of one line or the same model, never a traceback or another model."""
+
+import dataclasses
+import json
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+import transformers
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.convert.import_hf import load_hf_params
+
+CASES = 500
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    7,
+    10**30,
+    0.5,
+    1e300,
+    float("nan"),
+    "",
+    "4",
+    "silu",
+    [],
+    [1],
+    {},
+    {"a": 1},
+)
+
+
+def flip(rng, content):
+    """Another value of one byte."""
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    return content
+
+
+def remove(rng, content):
+    start = rng.integers(len(content))
+    del content[start : start + rng.integers(1, 20)]
+    return content
+
+
+def insert(rng, content):
+    start = rng.integers(len(content))
+    content[start:start] = rng.bytes(rng.integers(1, 20))
+    return content
+
+
+def repeat(rng, content):
+    start = rng.integers(len(content))
+    content[start:start] = content[start : start + rng.integers(1, 60)]
+    return content
+
+
+def truncate(rng, content):
+    return content[: rng.integers(len(content))]
+
+
+def replace_value(rng, content):
+    """Another value of one key of a JSON object, of any depth."""
+    tree = json.loads(content)
+    node, path = tree, None
+    while isinstance(node, dict) and node and (path is None or rng.random() < 0.7):
+        path = (node, list(node)[rng.integers(len(node))])
+        node = node[path[1]]
+    parent, key = path
+    if rng.random() < 0.2:
+        del parent[key]
+    else:
+        parent[key] = VALUES[rng.integers(len(VALUES))]
+    return bytearray(json.dumps(tree).encode())
+
+
+BYTES = (flip, remove, insert, repeat, truncate)
+
+
+def damage(rng, directory):
+    """Damages one file; returns its name and that of the damage."""
+    kind = ("config.json", "model.safetensors.index.json", "header")[rng.integers(3)]
+    file = directory / kind
+    if kind == "header":
+        file = sorted(directory.glob("*.safetensors"))[0]
+    content = bytearray(file.read_bytes())
+    changes = BYTES if rng.random() < 0.6 else (replace_value,)
+    change = changes[rng.integers(len(changes))]
+    if kind != "header":
+        file.write_bytes(change(rng, content))
+    else:
+        length = int.from_bytes(content[:8], "little")
+        header = change(rng, content[8 : 8 + length] if change is replace_value else content[: 8 + length])
+        prefix = len(header).to_bytes(8, "little") if change is replace_value else b""
+        file.write_bytes(prefix + header + content[8 + length :])
+    return kind, change.__name__
+
+
+def same_as_transformers(directory, config):
+    """Whether transformers reads the same model from config.json."""
+    theirs = transformers.AutoConfig.from_pretrained(directory)
+    names = {field.name for field in dataclasses.fields(config)} & set(theirs.to_dict())
+    assert len(names) > 8
+    return all(getattr(theirs, name) == getattr(config, name) for name in names - {"rope_scaling"})
+
+
+@pytest.mark.slow
+def test_damaged_directories(make_model, tmp_path):
+    hf = make_model(shard="20KB")
+    config, params = load_hf_params(hf.path)
+    rng = np.random.default_rng(0)
+    longest = 0
+    outcomes = {"refused": 0, "same": 0, "another config": 0}
+    for case in range(CASES):
+        directory = tmp_path / "damaged"
+        shutil.copytree(hf.path, directory)
+        what = (case, *damage(rng, directory))
+        started = time.monotonic()
+        try:
+            found, loaded = load_hf_params(directory)
+        except UserError as error:
+            outcomes["refused"] += 1
+            longest = max(longest, len(str(error)))
+        else:
+            assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params)), what
+            if found == config:
+                outcomes["same"] += 1
+            else:
+                assert what[1] == "config.json", what
+                assert same_as_transformers(directory, found), what
+                outcomes["another config"] += 1
+        assert time.monotonic() - started < 30, what
+        shutil.rmtree(directory)
+    assert outcomes["refused"] > 0.5 * CASES
+    assert outcomes["same"] > 0
+    assert longest < 1000
