@@ -1,8 +1,10 @@
 """`lemur plan`: whether a config fits a TPU slice, and an estimate of how fast it trains there."""
 
 import dataclasses
+import itertools
 import json
 import math
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -118,7 +120,7 @@ def plan(config: RunConfig, topology: str, *, slices: int = 1, hlo_path: str | N
         largest_buffers=[[size * per_chip, what] for size, what in largest],
         tokens_per_step=config.train.batch_rows * config.data.sequence_length,
         versions={"jax": jax.__version__, "libtpu": metadata.version("libtpu")},
-        **(_estimates(config, tpu, program, module) if module else {}),
+        **(_estimates(config, tpu, program, compiled, module) if module else {}),
     )
 
 
@@ -138,10 +140,26 @@ def hbm_by_kind(known: dict[str, int], compiled: Compiled, tpu: Slice) -> dict[s
     return {kind: size * tpu.generation.devices_per_chip for kind, size in kinds.items()}
 
 
-def _estimates(config: RunConfig, tpu: Slice, program: Program, module: hlo.Module) -> dict[str, Any]:
+def check_host_transfers(compiled: Compiled, estimate: cost.Cost) -> None:
+    """Refuses an estimate in which the transfers of offloaded arrays are missing.
+
+    Raises:
+      ValueError: the program uses host memory, but no transfer was found in its text.
+    """
+    if compiled.host_bytes and not estimate.traffic[cost.HOST].bytes:
+        raise ValueError(
+            f"the program keeps {compiled.host_bytes} bytes in host memory, but no transfer was found in its HLO: the"
+            " compiler writes them in a form that plan/hlo.py does not know"
+        )
+
+
+def _estimates(
+    config: RunConfig, tpu: Slice, program: Program, compiled: Compiled, module: hlo.Module
+) -> dict[str, Any]:
     """The fields of a Plan that follow from the estimated time."""
     devices = list(program.mesh.devices.flat)
     estimate = cost.Estimator(module, cost.Network(tpu, devices)).run()
+    check_host_transfers(compiled, estimate)
     tokens = config.train.batch_rows * config.data.sequence_length
     rate = tokens / estimate.seconds
     peak = tpu.chips * flops.chip(devices[0].device_kind).bf16_flops
@@ -173,25 +191,37 @@ def kept_activations(module: hlo.Module, program: Program) -> int:
 
     These are the arrays that its loop over the layers carries with a leading axis L, other than parameters.
     """
-    L = program.model.num_hidden_layers
-    stacked = {
-        tuple(sorted(leaf.sharding.shard_shape(leaf.shape)))
-        for leaf in jax.tree.leaves(program.state.params["layers"])
-    }
-    most = 0
+    layers = program.state.params["layers"]
+    stacked = {tuple(sorted(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(layers)}
+    loops = forward_loops(module, program.model.num_hidden_layers)
+    return max((_carried_bytes(loop, program.model.num_hidden_layers, stacked) for loop in loops), default=0)
+
+
+def forward_loops(module: hlo.Module, layers: int) -> Iterator[hlo.Instruction]:
+    """The loops over the layers in the forward pass.
+
+    Where the compiler peels one layer off (v5e, v5p, v6e), the loops run once less and lose their names: the first of
+    them in a computation is that of the forward pass.
+    """
     for computation, body in module.computations.items():
-        for loop in body:
-            if loop.opcode != "while" or "transpose(" in loop.op_name or "jvp(" not in loop.op_name:
-                continue
-            if hlo.trip_count(module, computation, loop) != L:
-                continue
-            kept = [
-                hlo.BYTES[dtype] * math.prod(sizes)
-                for dtype, sizes in hlo.shapes(hlo.on_device(loop.shape))
-                if len(sizes) > 2 and sizes[0] == L and tuple(sorted(sizes)) not in stacked
-            ]
-            most = max(most, int(sum(kept)))
-    return most
+        loops = [each for each in body if each.opcode == "while"]
+        for loop in loops:
+            forward = "jvp(" in loop.op_name and "transpose(" not in loop.op_name
+            if forward and hlo.trip_count(module, computation, loop) == layers:
+                yield loop
+        unnamed = (loop for loop in loops if not loop.op_name)
+        peeled = (loop for loop in unnamed if hlo.trip_count(module, computation, loop) == layers - 1)
+        yield from itertools.islice(peeled, 1)
+
+
+def _carried_bytes(loop: hlo.Instruction, layers: int, stacked: set[tuple[int, ...]]) -> int:
+    """Bytes in HBM of the arrays with a leading axis of `layers` in a loop's tuple, without the `stacked` shapes."""
+    kept = (
+        hlo.BYTES[dtype] * math.prod(sizes)
+        for dtype, sizes in hlo.shapes(hlo.on_device(loop.shape))
+        if len(sizes) > 2 and sizes[0] == layers and tuple(sorted(sizes)) not in stacked
+    )
+    return int(sum(kept))
 
 
 def slice_name(topology: str, slices: int) -> str:

@@ -8,18 +8,17 @@ import pytest
 
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import default_config, load
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.config import RunConfig, load, replace
 from lemur_jax.models.presets import preset
-from lemur_jax.plan import analytic, hlo, topologies
-from lemur_jax.plan.compile import device_bytes
-from lemur_jax.plan.plan import GIB, format_plan, plan, step_program
+from lemur_jax.plan import analytic, cost, hlo, topologies
+from lemur_jax.plan.compile import Compiled, device_bytes
+from lemur_jax.plan.plan import GIB, check_host_transfers, format_plan, forward_loops, plan, step_program
 from lemur_jax.telemetry.flops import parameter_counts
 
 
 def test_an_update_on_v4(narrow_plan):
     options, made, text = narrow_plan
-    model = LlamaConfig.from_dict(options.model)
+    model = options.model
     assert made.fits
     assert made.chips == 8
     assert made.mesh == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
@@ -94,8 +93,7 @@ def test_what_does_not_fit_names_the_way_out(tpu_compiler, tmp_path, capsys, mon
 
 
 def test_an_unknown_compiler_option_is_one_line(tpu_compiler, narrow):
-    options = narrow()
-    options.compute.compiler_options = ("xla_tpu_no_such_thing=true",)
+    options = narrow({"compute.compiler_options": ("xla_tpu_no_such_thing=true",)})
     with pytest.raises(UserError, match="the TPU compiler has no option xla_tpu_no_such_thing: correct"):
         plan(options, "v4-16")
 
@@ -103,21 +101,18 @@ def test_an_unknown_compiler_option_is_one_line(tpu_compiler, narrow):
 @pytest.mark.slow
 def test_gradients_travel_in_the_dtype_of_the_config(tpu_compiler, narrow, tmp_path):
     """As in `test_an_update_on_v4`, with 4 bytes for each weight of the layers."""
-    options = narrow()
-    options.compute.reduce_dtype = "float32"
+    options = narrow({"compute.reduce_dtype": "float32"})
     made = plan(options, "v4-16", hlo_path=str(tmp_path / "step.hlo"))
     sent = re.findall(r"= \(*(\w+)\[.* all-to-all(?:-start)?\(", (tmp_path / "step.hlo").read_text())
     assert set(sent) == {"f32"}
-    weights = parameter_counts(LlamaConfig.from_dict(options.model))
+    weights = parameter_counts(options.model)
     moved = {row["kind"]: row["bytes"] for row in made.collectives}
     assert moved["all-to-all"] == pytest.approx(4 * (weights.attention + weights.mlp), rel=0.01)
 
 
 def test_activations_are_cut_over_tensor_between_the_products(tpu_compiler, narrow):
     """On v4-8 as fsdp 1 x tensor 4: reduce-scatters and gathers of them, no all-reduce of their size."""
-    options = narrow(num_key_value_heads=4)
-    options.mesh.tensor = 4
-    options.compute.remat = "full"
+    options = narrow({"mesh.tensor": 4, "compute.remat": "full"}, num_key_value_heads=4)
     made = plan(options, "v4-8")
     stream = 8 * 512 * 1024 * 2
     layers = options.model.num_hidden_layers
@@ -131,8 +126,7 @@ def test_activations_are_cut_over_tensor_between_the_products(tpu_compiler, narr
 @pytest.mark.parametrize(("name", "share"), [("adafactor", 0.02), ("muon", 1.3)])
 def test_states_of_other_optimizers_are_counted(tpu_compiler, narrow, name, share):
     """Against AdamW's two moments per parameter in `test_an_update_on_v4`."""
-    options = narrow()
-    options.optimizer.name = name
+    options = narrow({"optimizer.name": name})
     state = step_program(options, topologies.find_slice("v4-16", 1)).state
     assert 0.2 * share < device_bytes(state.optimizer) / device_bytes(state.params) < share
 
@@ -145,12 +139,13 @@ def test_states_of_other_optimizers_are_counted(tpu_compiler, narrow, name, shar
 def test_two_layers_of_a_long_context(tpu_compiler, name, topology, length, ways):
     """Positions are cut over devices, exchanged for heads before the attention kernels and back after them."""
     model = preset(name, num_hidden_layers=2, max_position_embeddings=length, vocab_size=32_000)
-    options = default_config(model.to_dict())
-    options.data.sequence_length = length
-    options.mesh.sequence = ways
-    options.compute.remat = "attention"
-    options.train.batch_rows = topologies.find_slice(topology, 1).chips // ways
-    made = plan(options, topology)
+    options = {
+        "data.sequence_length": length,
+        "mesh.sequence": ways,
+        "compute.remat": "attention",
+        "train.batch_rows": topologies.find_slice(topology, 1).chips // ways,
+    }
+    made = plan(replace(RunConfig(model=model), options), topology)
     assert made.fits
     assert made.mesh["sequence"] == ways
     # Input and attention output of each layer, bf16, of the positions of a chip.
@@ -173,11 +168,9 @@ def test_long_rows_with_all_layers(tpu_compiler, argument, length, rate):
 
 def test_two_slices_exchange_gradients_alone(tpu_compiler, tmp_path):
     model = preset("tiny", hidden_size=512, intermediate_size=1024)
-    options = default_config(model.to_dict())
-    options.data.sequence_length = 128
-    options.train.batch_rows = 16
-    options.mesh.data = 2
-    made = plan(options, "v5e-4", slices=2, hlo_path=str(tmp_path / "step.hlo"))
+    options = {"data.sequence_length": 128, "train.batch_rows": 16, "mesh.data": 2}
+    config = replace(RunConfig(model=model), options)
+    made = plan(config, "v5e-4", slices=2, hlo_path=str(tmp_path / "step.hlo"))
     assert made.chips == 8
     module = hlo.parse((tmp_path / "step.hlo").read_text())
     instructions = [each for body in module.computations.values() for each in body]
@@ -196,7 +189,60 @@ def test_two_slices_exchange_gradients_alone(tpu_compiler, tmp_path):
 
 
 def test_the_mesh_must_cover_the_slice(tpu_compiler, narrow):
-    options = narrow()
-    options.mesh.fsdp = 3
     with pytest.raises(UserError, match="does not multiply to the 16 devices"):
-        plan(options, "v5e-16")
+        plan(narrow({"mesh.fsdp": 3}), "v5e-16")
+
+
+def test_an_estimate_without_the_transfers_of_offloaded_arrays_is_refused():
+    compiled = Compiled(fits=True, seconds=1.0, hlo="HloModule", host_bytes=5)
+    with pytest.raises(ValueError, match="keeps 5 bytes in host memory, but no transfer was found"):
+        check_host_transfers(compiled, cost.Cost())
+    moving = cost.Cost()
+    moving.traffic[cost.HOST].bytes = 5
+    check_host_transfers(compiled, moving)
+    check_host_transfers(Compiled(fits=True, seconds=1.0), cost.Cost())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v4-16", "v5e-8", "v5p-16", "v6e-8", "tpu7x-8"])
+def test_an_update_that_offloads(tpu_compiler, narrow, topology):
+    """Each layer's input goes to the host and comes back, on every generation."""
+    options = narrow({"compute.remat": "offload_full"})
+    made = plan(options, topology)
+    stored = options.model.num_hidden_layers * 512 * 1024 * 2 * 8 / topologies.find_slice(topology).devices
+    (row,) = [row for row in made.collectives if row["kind"] == cost.HOST]
+    assert row["bytes"] == pytest.approx(2 * stored, rel=0.01)
+
+
+_LOOP = """HloModule m
+
+%cond (p: (s32[])) -> pred[] {
+  %p = (s32[]) parameter(0)
+  %stop = s32[] constant(STOP)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %stop), direction=LT
+}
+
+%body (p: (s32[])) -> (s32[]) {
+  %p = (s32[]) parameter(0)
+  ROOT %t = (s32[]) tuple(%p)
+}
+
+ENTRY %main (q: f32[8]) -> f32[8] {
+  %zero = s32[] constant(0)
+  %init = (s32[]) tuple(%zero)
+  %forward = (s32[], bf16[4,2,8]) while(%init), condition=%cond, body=%bodyNAME1
+  ROOT %backward = (s32[], f32[4,9,9]) while(%init), condition=%cond, body=%bodyNAME2
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("turns", "first", "second"),
+    [("4", "jit(update)/jvp()/while", "jit(update)/transpose(jvp())/while"), ("3", "", "")],
+)
+def test_the_loop_over_layers_is_found_if_one_is_peeled_off(turns, first, second):
+    text = _LOOP.replace("STOP", turns)
+    for place, name in (("NAME1", first), ("NAME2", second)):
+        text = text.replace(place, f', metadata={{op_name="{name}"}}' if name else "")
+    assert [loop.name for loop in forward_loops(hlo.parse(text), 4)] == ["forward"]
