@@ -68,7 +68,8 @@ def resize(
 
 def _resized(table: Array, axis: int, keep: int, size: int) -> Array:
     """The first `keep` entries along `axis`, and their mean up to `size`; not copied if nothing changes."""
-    table = table[:keep] if axis == 0 else table[:, :keep]
+    if keep < table.shape[axis]:
+        table = table[:keep] if axis == 0 else table[:, :keep]
     if size == keep:
         return table
     xp = np if isinstance(table, np.ndarray) else jnp
