@@ -1,1 +1,1 @@
-"""Language agents: environments that answer, agents that act, episodes that are kept whole."""
+"""Language agents: the sandbox, programming problems, environments, episodes with full traces."""

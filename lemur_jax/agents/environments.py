@@ -1,6 +1,6 @@
-"""Environments in the manner of MINT and InterCode: an action in, an observation and a reward out.
+"""Environments as in MINT and InterCode: they take an action and return an observation and a reward.
 
-Everything an agent writes is run in the sandbox. A reward of 1 ends an episode.
+Everything that an agent writes runs in the sandbox. A reward of 1 ends an episode.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ SHOWN = 1500  # characters of an observation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """What came of an action.
+    """The result of an action.
 
     Attributes:
-      observation: what the agent is told.
+      observation: the text for the agent.
       reward: 1 if the task is solved, else 0.
-      verdict: "passed", or in a word what went wrong; see `episodes.failure`.
+      verdict: "passed", or a name for what went wrong; see `episodes.failure`.
       role: whose turn the observation is: "user", or "tool" for the result of a call.
     """
 
@@ -62,7 +62,7 @@ EMPTY = Step(observation="Your answer contained no code.", reward=0.0, verdict="
 
 
 class PythonEnvironment:
-    """A HumanEval problem; an answer that fails its tests is told how."""
+    """A HumanEval problem; the observation shows why the tests failed."""
 
     def __init__(self, problem: Problem):
         self.id = problem.id
@@ -78,7 +78,7 @@ class PythonEnvironment:
         code = block(action, "python", "py")
         if not code.strip():
             return EMPTY
-        # What stands above the function (imports, helpers) is kept; the answer defines it anew.
+        # The prompt's imports and helpers are kept; the answer defines the function again.
         head = self._problem.prompt + "\n    pass\n"
         verdict, errors = check(f"{head}\n{code}\n", self._problem.check)
         if verdict == "passed":
@@ -90,8 +90,8 @@ class PythonEnvironment:
         pass
 
 
-# Runs in the box: the database is made anew, so that no action outlives its turn. Prints little, whatever a row holds:
-# the middle of long output is cut out, and JSON would not survive that.
+# Runs in the box. The database is new in every turn, so no action outlives its turn. Long rows are cut here: the
+# sandbox cuts long output in the middle, which would break the JSON.
 _SQL = """
 import json, sqlite3
 task = json.load(open('task.json'))

@@ -1,4 +1,4 @@
-"""Agents, episodes with full traces, and what they add up to."""
+"""Agents, episodes with full traces, and their summary."""
 
 import collections
 import dataclasses
@@ -45,12 +45,12 @@ class Trace:
 def session_agent(session: Session, *, max_new_tokens: int = 512, temperature: float = 0.0) -> Agent:
     """Our model in process; the oldest turns are dropped when they no longer fit."""
     tokenizer = session.need_tokenizer()
-    room = min(max_new_tokens, session.model.max_position_embeddings // 2)
+    limit = min(max_new_tokens, session.model.max_position_embeddings // 2)
 
     def answer(messages: Sequence[Message]) -> str:
-        prompt, _ = encode_chat(tokenizer, fit(session, messages, room), add_generation_prompt=True)
+        prompt, _ = encode_chat(tokenizer, fit(session, messages, limit), add_generation_prompt=True)
         sampling = Sampling(temperature=temperature)
-        (text,) = complete(session, [prompt], max_new_tokens=room, sampling=sampling, seeds=[len(messages)])
+        (text,) = complete(session, [prompt], max_new_tokens=limit, sampling=sampling, seeds=[len(messages)])
         return text.text.strip()
 
     return answer

@@ -1,23 +1,8 @@
 """Runs untrusted programs in a box of their own, with limits, and kills all that they started.
 
-What holds, by `Result.isolation`:
-
-| | "namespaces" | "landlock" | "limited" |
-|---|---|---|---|
-| wall clock, CPU time, memory (each process), file size, process count | yes | yes | yes |
-| clean environment, temporary directory, output cut | yes | yes | yes |
-| no memory outside the limits (memfd, shared memory, keys), no namespaces of its own | yes | yes | x86-64 and ARM |
-| all it started is dead when `run` returns | yes | yes | unless it killed its launcher (same user) |
-| no network | yes | yes: no sockets | x86-64 and ARM |
-| reads the system's programs alone, writes and changes nothing outside the box | yes | yes | file permissions only |
-| cannot signal, slow or limit other processes | yes | yes | only those of other users |
-| cannot see other processes or that files exist; size of the box limited | yes | no | no |
-| may change modes, owners and times of its own files | yes | no | no |
-
-Namespaces need Linux with user namespaces; many containers forbid them. Landlock (Linux 6.12 for all of it) with a
-seccomp filter needs no rights. Root becomes `nobody` first. `Result.isolated` is False for "limited", and
-`require_isolation` refuses that. None of this is meant to stop an attacker with a kernel exploit: for that, run the
-evaluation in a virtual machine. docs/sandbox.md says why no maintained sandbox is used.
+Isolation is by Linux namespaces, else by Landlock with a seccomp filter, else "limited"; docs/sandbox.md has the table
+of what holds where. It stops mistakes and simple malice, not an attacker with a kernel exploit: for that, run the
+evaluation in a virtual machine.
 """
 
 import dataclasses
@@ -74,7 +59,7 @@ class Result:
       code: exit code, 128 + n for signal n; None where it ran out of wall-clock time.
       output, errors: stdout and stderr, cut.
       seconds: wall-clock time.
-      isolation: "namespaces", "landlock" or "limited"; see the module.
+      isolation: "namespaces", "landlock" or "limited"; see docs/sandbox.md.
     """
 
     code: int | None

@@ -96,11 +96,11 @@ def _agents(args, session, written: dict) -> None:
     from lemur_jax.agents import episodes
     from lemur_jax.agents.page import agents_page
 
-    room = args.max_new_tokens or 512
+    limit = args.max_new_tokens or 512
     agent = (
-        episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=room)
+        episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
         if args.endpoint
-        else episodes.session_agent(session, max_new_tokens=room)
+        else episodes.session_agent(session, max_new_tokens=limit)
     )
     traces: list[episodes.Trace] = []
     try:

@@ -1,1 +1,1 @@
-"""Evaluation: benchmarks through the harness, code in a sandbox, agents in environments."""
+"""Benchmarks: HumanEval and MBPP, lm-evaluation-harness, the paper's suite."""

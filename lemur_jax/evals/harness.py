@@ -7,19 +7,17 @@ same numbers for one checkpoint. One default differs: no bos is put in front (th
 Importing this module needs lm-eval (`pip install 'lemur_jax[eval]'`) and registers the model.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from lemur_jax.cluster import hosts
 from lemur_jax.common.errors import UserError
-from lemur_jax.infer.batching import bucket
-from lemur_jax.infer.generate import stream
+from lemur_jax.infer.complete import complete
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.score import BATCH_TOKENS, score
 from lemur_jax.infer.session import Session, load
 from lemur_jax.parallel.mesh import parse_mesh
 from lemur_jax.text.chat_template import chat_template as template_of
-from lemur_jax.text.chat_template import render_chat, stop_ids
+from lemur_jax.text.chat_template import render_chat
 
 try:
     from lm_eval import utils
@@ -36,10 +34,11 @@ class LemurLM(TemplateLM):
 
     Args:
       session: opened already; or else
-      checkpoint, mesh, dtype, step: as `lemur generate` takes them.
+      checkpoint: where to open it from, with `mesh`, `dtype` and `step` of `options` as `lemur generate` takes them.
       add_bos: put bos in front of every text.
       batch_tokens: tokens of a batch, padding and room for generation included.
       seed: of sampling, where a task samples.
+      options: whatever else the harness passes (batch_size, device and the like) is ignored.
     """
 
     def __init__(
@@ -47,18 +46,17 @@ class LemurLM(TemplateLM):
         session: Session | None = None,
         *,
         checkpoint: str = "",
-        mesh: str = "",
-        dtype: str = "float32",
-        step: int | None = None,
         add_bos: bool = False,
         batch_tokens: int = BATCH_TOKENS,
         seed: int = 0,
-        **ignored: Any,  # the harness passes batch_size, device and their like
+        **options: Any,
     ):
         super().__init__()
         if session is None:
             hosts.keep_programs()
-        self.session = session or load(checkpoint, parse_mesh(mesh), dtype, step)
+            mesh, dtype = parse_mesh(options.get("mesh", "")), options.get("dtype", "float32")
+            session = load(checkpoint, mesh, dtype, options.get("step"))
+        self.session = session
         self.tokenizer = self.session.need_tokenizer()
         self.add_bos = add_bos
         self.batch_tokens = int(batch_tokens)
@@ -126,64 +124,36 @@ class LemurLM(TemplateLM):
         answers: dict[int, str] = {}
         for members in groups.values():
             options = normalize_gen_kwargs(requests[members[0]].args[1])
-            for batch, prompts in self._generation_batches(requests, members, options["max_gen_toks"]):
-                for index, answer in zip(batch, self._generate(prompts, options, batch), strict=True):
-                    answers[index] = answer
-                    self.cache_hook.add_partial("generate_until", requests[index].args, answer)
+            if (limit := options["max_gen_toks"]) >= self.max_length:
+                raise UserError(
+                    f"a task wants {limit} new tokens, the model's max_position_embeddings are {self.max_length}"
+                )
+            stops = [stop for stop in options.get("until") or [] if stop]
+            texts = complete(
+                self.session,
+                [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in members],
+                max_new_tokens=limit,
+                stops=stops,
+                sampling=self._sampling(options),
+                seeds=members,
+                batch_tokens=self.batch_tokens,
+            )
+            for index, text in zip(members, texts, strict=True):
+                # Decoded alone, as the `hf` model does, and not after its prompt.
+                answer = self.tokenizer.decode(text.content, skip_special=True)
+                answers[index] = postprocess_generated_text(answer, stops, None)
+                self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
         return [answers[index] for index in range(len(requests))]
 
-    def _generation_batches(self, requests, members: list[int], room: int):
-        """Batches of (request indices, prompts), longest prompts first, each of one bucket of lengths."""
-        longest = self.max_length - room
-        if longest < 1:
-            raise UserError(
-                f"a task wants {room} new tokens, the model's max_position_embeddings are {self.max_length}"
-            )
-        prompts = {index: self.tok_encode(requests[index].args[0])[-longest:] for index in members}
-        prompts = {index: ids or [self.prefix_token_id] for index, ids in prompts.items()}
-        order = sorted(members, key=lambda index: -len(prompts[index]))
-        while order:
-            length = bucket(len(prompts[order[0]])) + room
-            size = max(1, self.batch_tokens // length)
-            batch, order = order[:size], order[size:]
-            yield batch, [prompts[index] for index in batch]
-
-    def _generate(self, prompts: list[list[int]], options: dict[str, Any], seeds: Sequence[int]) -> list[str]:
-        stops = [stop for stop in options.get("until") or [] if stop]
+    def _sampling(self, options: dict[str, Any]) -> Sampling:
         greedy = not options.get("do_sample") or not options.get("temperature")
-        sampling = Sampling(
+        return Sampling(
             temperature=0.0 if greedy else options["temperature"],
             top_p=options.get("top_p", 1.0),
             top_k=options.get("top_k", 0) or 0,
             repetition_penalty=options.get("repetition_penalty", 1.0),
             seed=self.seed,
         )
-        ids: list[list[int]] = [[] for _ in prompts]
-        done = [False] * len(prompts)
-        pieces = stream(
-            self.session,
-            prompts,
-            max_new_tokens=options["max_gen_toks"],
-            stop_ids=stop_ids(self.tokenizer),
-            sampling=sampling,
-            seeds=list(seeds),
-            chunk=32,
-        )
-        for piece in pieces:
-            for row, part in enumerate(piece):
-                ids[row] += part.content
-                done[row] = bool(part.finish_reason) or done[row] or self._stopped(ids[row], stops)
-            # Stop strings are the host's business: the devices go on until every row has met one.
-            if all(done):
-                break
-        return [postprocess_generated_text(self._decode(row), stops, None) for row in ids]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special=True)
-
-    def _stopped(self, ids: list[int], stops: list[str]) -> bool:
-        text = self._decode(ids)
-        return any(stop in text for stop in stops)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return template_of(self.tokenizer) if chat_template else None

