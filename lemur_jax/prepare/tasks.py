@@ -168,6 +168,8 @@ def _examples(
         reason = said[0] if said else str(error.message).partition("\n")[0]
         unread = epath.Path(path).stat().length / size - 1 if size and "corrupted" in reason else None
         damage = damage or streams.Unreadable(reason, unread)
+    if not damage and size != epath.Path(path).stat().length:  # TensorFlow ends silently at half a length
+        damage = streams.Unreadable("it ends within a record", 0.0)
     if damage:
         raise damage
 
