@@ -75,7 +75,7 @@ def measure(documents: int, folder: Path) -> None:
     watching = threading.Thread(target=watch, args=(folder, peaks, done))
     watching.start()
     begin = time.monotonic()
-    found = duplicates.find(arrays, json.loads(steps), documents, folder / "scratch")
+    found = duplicates.find_duplicates(arrays, json.loads(steps), documents, folder / "scratch")
     seconds = time.monotonic() - begin
     done.set()
     watching.join()

@@ -69,7 +69,7 @@ def test_each_corpus_is_a_task_of_a_useful_size(name, documents, characters):
     assert len(set(texts)) == len(texts)
     held_out = sum(len(text) for split, item in found for text in texts_of(item) if split == "validation")
     assert 0.08 < held_out / sum(map(len, texts)) < 0.2
-    (first,) = list(tasks.examples(tasks.find(name), "validation"))[:1]
+    (first,) = list(tasks.examples(tasks.find_task(name), "validation"))[:1]
     assert first["id"].decode() == next(item["id"] for split, item in found if split == "validation")
 
 
@@ -170,7 +170,7 @@ def test_first_paragraphs_are_whole_and_do_not_announce_what_is_cut(limit, expec
 
 
 def test_the_input_digest_follows_the_library(library):
-    task, found = tasks.find("python_docs"), []
+    task, found = tasks.find_task("python_docs"), []
     for number in range(2):
         library({"one.py": f"x = {number}\n"})
         found += [digests.input_digest(task, split) for split in SPLITS]

@@ -2,7 +2,7 @@
 
 Each input shard becomes a file of results, where all workers can write (a shared disk, gs://). The process
 that started the pipeline then takes the results in the order of the shards, as it takes them from processes
-of its own, so that duplicates, the journal and the store come out the same. A shard whose file is there is
+of its own, so that duplicates, the rejects and the store come out the same. A shard whose file is there is
 not done again.
 """
 
@@ -48,7 +48,7 @@ class Job:
         return epath.Path(self.folder) / f"{shard:06d}.pickle"
 
     def records(self, shard: int) -> Iterator[dict[str, bytes]]:
-        return tasks.examples(tasks.find(self.task, self.modules), self.split, shard, self.shards)
+        return tasks.examples(tasks.find_task(self.task, self.modules), self.split, shard, self.shards)
 
 
 def results(job: Job, runner: str, options: Sequence[str]) -> Iterator[Result | None]:

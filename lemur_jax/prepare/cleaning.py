@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.prepare.readers import Bad, rows
+from lemur_jax.prepare.readers import BadRow, read_rows
 
 # Every step with its options; 0 or empty: no limit.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -276,14 +276,14 @@ def _benchmark(name: str) -> list[str]:
             problems = [json.loads(line) for line in file]
         return [problem["prompt"] + problem["canonical_solution"] for problem in problems]
     try:
-        found = list(rows(name, "jsonl", max_bytes=1 << 30))
+        found = list(read_rows(name, "jsonl", max_bytes=1 << 30))
     except OSError as error:
         raise UserError(f"cannot read the evaluation set {name}: {error.strerror or error}") from error
     for place, row in found:
-        if isinstance(row, Bad) or not isinstance(row.get("text"), str):
-            reason = row.reason if isinstance(row, Bad) else "no string `text`"
+        if isinstance(row, BadRow) or not isinstance(row.get("text"), str):
+            reason = row.reason if isinstance(row, BadRow) else "no string `text`"
             raise UserError(
                 f"cannot read the evaluation set {name}: {place}: {reason}; wanted is human_eval or a JSON Lines"
                 " file with a field `text`"
             )
-    return [row["text"] for _, row in found if not isinstance(row, Bad)]
+    return [row["text"] for _, row in found if not isinstance(row, BadRow)]

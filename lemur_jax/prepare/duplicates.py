@@ -24,7 +24,7 @@ from lemur_jax.data.arrays import finish
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare.cleaning import Removed
 from lemur_jax.prepare.encoding import Encoded
-from lemur_jax.prepare.journal import EXAMPLES, Journal
+from lemur_jax.prepare.rejects import EXAMPLES, Rejects
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ _COPIED = 256
 Update = Callable[[int], None]
 
 
-def looked_for(steps: str) -> bool:
+def has_duplicate_steps(steps: str) -> bool:
     """Whether steps from `cleaning.parse_steps` look for duplicates."""
     return any(name in json.loads(steps) for name in STEPS)
 
@@ -69,25 +69,25 @@ def copy_distinct(
     writer: StoreWriter,
     steps: str,
     tokenizer: Tokenizer,
-    journal: Journal,
+    rejects: Rejects,
     update: Update,
 ) -> None:
-    """Copies the documents that repeat no earlier one, and tells the journal of the others.
+    """Copies the documents that repeat no earlier one, and tells the rejects of the others.
 
     Args:
       draft: saved, and whole.
       writer: of the store.
       steps: from `cleaning.parse_steps`.
       tokenizer: to show examples.
-      journal: gets counts and examples of what is removed.
+      rejects: gets counts and examples of what is removed.
       update: told the number of documents done, again and again.
     """
     documents = draft.documents
     store, arrays = draft.read_saved()
     with _scratch(store.path) as scratch:
-        found = find(arrays, json.loads(steps), documents, scratch)
+        found = find_duplicates(arrays, json.loads(steps), documents, scratch)
         for step, earlier in found.items():
-            _report(store, step, earlier, tokenizer, journal)
+            _report(store, step, earlier, tokenizer, rejects)
         for first in range(0, documents, _COPIED):
             stop = min(first + _COPIED, documents)
             stays = np.all([earlier[first:stop] < 0 for earlier in found.values()], axis=0)
@@ -105,7 +105,7 @@ def _copy(store: TokenStore, chosen: np.ndarray, n_bytes: np.ndarray, writer: St
 
 
 def _report(
-    store: TokenStore, step: str, earlier: np.ndarray, tokenizer: Tokenizer, journal: Journal
+    store: TokenStore, step: str, earlier: np.ndarray, tokenizer: Tokenizer, rejects: Rejects
 ) -> None:
     count, examples = 0, list[Removed]()
     for first in range(0, len(earlier), _READ):
@@ -120,7 +120,7 @@ def _report(
                 Removed(step=step, reason=reason, id=store.document_id(document), excerpt=excerpt)
             )
     if count:
-        journal.remove_added(step, count, examples)
+        rejects.remove_added(step, count, examples)
 
 
 @contextlib.contextmanager
@@ -131,7 +131,7 @@ def _scratch(beside: epath.Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def find(
+def find_duplicates(
     arrays: Mapping[str, Any], steps: Mapping[str, Any], documents: int, scratch: Path
 ) -> dict[str, np.ndarray]:
     """Which earlier document each document repeats.

@@ -59,7 +59,7 @@ class Encoded:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Refused:
+class BadRecord:
     """A record that cannot be trained on, why, in which file and where in it, and how many it stands for."""
 
     id: str
@@ -69,7 +69,7 @@ class Refused:
     records: int = 1
 
 
-Result = Encoded | Refused | Removed
+Result = Encoded | BadRecord | Removed
 
 
 def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_STEPS) -> Result:
@@ -82,7 +82,7 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
     """
     name = record.get("id", b"").decode("utf-8", "backslashreplace") or f"{number:09d}"
     if record.get("error"):
-        return _refuse(record, name, **json.loads(record["error"]))
+        return _bad_record(record, name, **json.loads(record["error"]))
     try:
         messages = _messages(record["messages"]) if "messages" in record else None
         text = record["text"].decode("utf-8") if messages is None else _joined(messages)
@@ -99,17 +99,17 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
         if messages is not None:
             return _encode_messages(tokenizer, messages, name, marks)
     except (ValueError, UserError) as error:
-        return _refuse(record, name, "invalid UTF-8" if isinstance(error, UnicodeError) else str(error))
+        return _bad_record(record, name, "invalid UTF-8" if isinstance(error, UnicodeError) else str(error))
     ids = encode_pieces(tokenizer, layout(text, meta, name, cleaning.steps))
     # An array of Python's on the way: NumPy takes three times as long over a list.
     tokens = np.frombuffer(array.array("I", [tokenizer.bos_id, *ids, tokenizer.eos_id]), np.uint32)
     return Encoded(id=name, tokens=tokens, mask=None, n_bytes=len(record["text"]), **marks)
 
 
-def _refuse(record: Record, name: str, reason: str, records: int = 1) -> Refused:
+def _bad_record(record: Record, name: str, reason: str, records: int = 1) -> BadRecord:
     kept = {key: value.decode("utf-8", "backslashreplace") for key, value in record.items() if key in _KEPT}
     where = record.get("where", b"").decode("utf-8", "backslashreplace")
-    return Refused(id=name, reason=reason, record=kept, where=where, records=records)
+    return BadRecord(id=name, reason=reason, record=kept, where=where, records=records)
 
 
 def _messages(data: bytes) -> Any:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lemur_jax.prepare.readers import EXCERPT, Bad, Row, reason_of
+from lemur_jax.prepare.readers import EXCERPT, BadRow, Row, bad_reason
 
 MAX_GATHERED = 10_000  # rows of one document
 
@@ -44,8 +44,8 @@ class Fields:
         return "text" if self.messages is None else "messages"
 
 
-def documents(
-    path: str, found: Iterable[tuple[str, Row | Bad]], fields: Fields
+def to_documents(
+    path: str, found: Iterable[tuple[str, Row | BadRow]], fields: Fields
 ) -> Iterator[tuple[Document, bytes]]:
     """(document, key that decides whether it is held out) of each row.
 
@@ -54,20 +54,20 @@ def documents(
     """
     for position, row in gather(found, fields.gather) if fields.gather else found:
         where = f"{path}: {position}"
-        if isinstance(row, Bad):
+        if isinstance(row, BadRow):
             bad = row
         else:
             try:
                 yield _document(row, fields, where)
                 continue
             except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
-                bad = Bad(reason=reason_of(error), excerpt=repr(row)[:EXCERPT].encode("utf-8", "replace"))
+                bad = BadRow(reason=bad_reason(error), excerpt=repr(row)[:EXCERPT].encode("utf-8", "replace"))
         failure = json.dumps({"reason": bad.reason, "records": bad.records})
         features = {fields.content: bad.excerpt, "id": where, "meta": "{}", "where": where, "error": failure}
         yield {key: _bytes(value) for key, value in features.items()}, where.encode()
 
 
-def gather(found: Iterable[tuple[str, Row | Bad]], name: str) -> Iterator[tuple[str, Row | Bad]]:
+def gather(found: Iterable[tuple[str, Row | BadRow]], name: str) -> Iterator[tuple[str, Row | BadRow]]:
     """Rows that follow each other with the same value in a field as one, at the place of the first.
 
     Bad rows, those without the field among them, come out as they are.
@@ -75,8 +75,11 @@ def gather(found: Iterable[tuple[str, Row | Bad]], name: str) -> Iterator[tuple[
     held: list[Row] = []
     place, value, count = "", None, 0
     for position, row in found:
-        if isinstance(row, Bad) or _is_missing(row.get(name)):
-            yield position, row if isinstance(row, Bad) else Bad(reason=f"no field {name!r}, or it is empty")
+        if isinstance(row, BadRow) or _is_missing(row.get(name)):
+            yield (
+                position,
+                row if isinstance(row, BadRow) else BadRow(reason=f"no field {name!r}, or it is empty"),
+            )
             continue
         if count and row[name] != value:
             yield place, _joined(held, count, name)
@@ -90,9 +93,9 @@ def gather(found: Iterable[tuple[str, Row | Bad]], name: str) -> Iterator[tuple[
         yield place, _joined(held, count, name)
 
 
-def _joined(rows: Sequence[Row], count: int, name: str) -> Row | Bad:
+def _joined(rows: Sequence[Row], count: int, name: str) -> Row | BadRow:
     if count > MAX_GATHERED:
-        return Bad(reason=f"{count:,} rows have one {name!r}, more than {MAX_GATHERED:,}", records=count)
+        return BadRow(reason=f"{count:,} rows have one {name!r}, more than {MAX_GATHERED:,}", records=count)
     return {**rows[0], "rows": rows}
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import readers
-from lemur_jax.prepare.fields import Document, Fields, documents, is_held_out
-from lemur_jax.prepare.readers import Bad, Row
+from lemur_jax.prepare.fields import Document, Fields, is_held_out, to_documents
+from lemur_jax.prepare.readers import BadRow, Row
 
-# Reads a file whose format is not one of `readers.rows`.
-ReadRows = Callable[[str], Iterator[tuple[str, Row | Bad]]]
+# Reads a file whose format is not one of `readers.read_rows`.
+ReadRows = Callable[[str], Iterator[tuple[str, Row | BadRow]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,16 +62,16 @@ class Files:
         """The documents of every `shards`-th file from number `shard` on.
 
         Args:
-          other: what reads the formats that `readers.rows` does not.
+          other: what reads the formats that `readers.read_rows` does not.
         """
         for file in self.list(split)[shard::shards]:
             kind = self.kind or readers.format_of(file)
             rows = (
                 other[kind](file)
                 if kind in other
-                else readers.rows(file, kind, self._columns(), self.max_bytes)
+                else readers.read_rows(file, kind, self._columns(), self.max_bytes)
             )
-            for document, key in documents(file, rows, self.fields):
+            for document, key in to_documents(file, rows, self.fields):
                 if not self._divides or is_held_out(key, self.held_out) == (split == "validation"):
                     yield document
 

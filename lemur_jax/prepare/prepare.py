@@ -27,10 +27,10 @@ from lemur_jax.prepare import beam, duplicates, tasks
 from lemur_jax.prepare.cleaning import NO_STEPS, Removed, parse_steps
 from lemur_jax.prepare.code_layout import check_tokens
 from lemur_jax.prepare.digests import input_digest, task_digest
-from lemur_jax.prepare.encoding import Encode, Record, Refused, Result, available_cores, encoder
-from lemur_jax.prepare.journal import Journal
+from lemur_jax.prepare.encoding import BadRecord, Encode, Record, Result, available_cores, encoder
 from lemur_jax.prepare.parts import check_part, copy_part, split_name
 from lemur_jax.prepare.prepare_tokenizer import ShowProgress, no_progress, prepare_tokenizer
+from lemur_jax.prepare.rejects import Rejects
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.chat_template import chat_template
 from lemur_jax.text.tokenizer import Tokenizer, compatible
@@ -68,7 +68,7 @@ def prepare(
         meet.
     """
     wanted = _wanted_stores(config)
-    found = {name: tasks.find(split_name(name)[0], config.data.modules) for name, _ in wanted}
+    found = {name: tasks.find_task(split_name(name)[0], config.data.modules) for name, _ in wanted}
     steps = _steps(config, {task.name for task in found.values()})
     for name, split in wanted:
         tasks.check_files(found[name], split)
@@ -147,55 +147,55 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
     writer = _writer(run, task, split)
     current = _current_manifest(path, writer, run.tokenizer)
     if current is not None:
-        logger.info("%s; unchanged", _describe(current))
+        logger.info("%s; unchanged", _summary(current))
         return
     begin = time.monotonic()
-    if duplicates.looked_for(steps):
+    if duplicates.has_duplicate_steps(steps):
         draft = _writer(run, task, split, draft=duplicates.fingerprint_arrays(steps))
         with draft:
-            journal = _fill(run, task, split, draft)
+            rejects = _fill(run, task, split, draft)
             with (
                 run.progress(draft.documents, f"{task.name}/{split}: duplicates", "documents") as shown,
                 writer,
             ):
-                duplicates.copy_distinct(draft, writer, steps, run.tokenizer, journal, shown.update)
+                duplicates.copy_distinct(draft, writer, steps, run.tokenizer, rejects, shown.update)
     else:
         with writer:
-            journal = _fill(run, task, split, writer)
-    journal.finish()
+            rejects = _fill(run, task, split, writer)
+    rejects.finish()
     _beam_folder(path).rmtree(missing_ok=True)
     seconds = time.monotonic() - begin
-    logger.info("%s; %s%.1f s", _describe(read_manifest(path)), journal.summary(), seconds)
+    logger.info("%s; %s%.1f s", _summary(read_manifest(path)), rejects.summary(), seconds)
 
 
-def _fill(run: _Run, task: tasks.Task, split: str, writer: StoreWriter) -> Journal:
+def _fill(run: _Run, task: tasks.Task, split: str, writer: StoreWriter) -> Rejects:
     """Adds all documents that the filters leave to a store or to its draft, from where it was saved on."""
     label = f"{task.name}/{split}"
-    saved = writer.saved or {"place": (0, 0), "journal": None}
-    journal = Journal(run.path(task.name, split), saved["journal"])
+    saved = writer.saved or {"place": (0, 0), "rejects": None}
+    rejects = Rejects(run.path(task.name, split), saved["rejects"])
     (shard, done), last_save = saved["place"], time.monotonic()
     try:
         with run.progress(tasks.count(task, split), label, "documents") as shown:
-            shown.update(journal.records)
-            for result in _results(run, task, split, writer, (shard, done), journal.records):
+            shown.update(rejects.records)
+            for result in _results(run, task, split, writer, (shard, done), rejects.records):
                 if result is None:
                     shard, done = shard + 1, 0
                 else:
                     done += 1
                     shown.update()
-                    _put(result, writer, journal)
+                    _add_result(result, writer, rejects)
                 if done % SAVE_RECORDS == 0 and time.monotonic() - last_save >= SAVE_SECONDS:
-                    journal.check(run.config.prepare.max_bad_share, label, finished=False)
-                    writer.save({"place": (shard, done), "journal": journal.save()})
+                    rejects.check(run.config.prepare.max_bad_share, label, finished=False)
+                    writer.save({"place": (shard, done), "rejects": rejects.save()})
                     last_save = time.monotonic()
-        _check_any(task, split, journal, writer)
-        journal.check(run.config.prepare.max_bad_share, label, finished=True)
+        _check_any(task, split, rejects, writer)
+        rejects.check(run.config.prepare.max_bad_share, label, finished=True)
         if writer.is_draft:
-            writer.save({"place": (tasks.count_shards(task, split), 0), "journal": journal.save()})
+            writer.save({"place": (tasks.count_shards(task, split), 0), "rejects": rejects.save()})
     except BaseException:
-        journal.close(keep=writer.has_saved)
+        rejects.close(keep=writer.has_saved)
         raise
-    return journal
+    return rejects
 
 
 def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
@@ -204,13 +204,13 @@ def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
     writer = _writer(run, task, split, part=name)
     current = _current_manifest(path, writer, run.tokenizer)
     if current is not None:
-        logger.info("%s; unchanged", _describe(current))
+        logger.info("%s; unchanged", _summary(current))
         return
     _prepare_store(run, task, split)
     begin = time.monotonic()
     with writer:
         copy_part(TokenStore.open(run.path(task.name, split)), split_name(name)[1], writer)
-    logger.info("%s; %.1f s", _describe(read_manifest(path)), time.monotonic() - begin)
+    logger.info("%s; %.1f s", _summary(read_manifest(path)), time.monotonic() - begin)
 
 
 def _results(
@@ -250,24 +250,24 @@ def _records(task: tasks.Task, split: str, first_shard: int, done: int) -> Itera
             yield None
 
 
-def _put(result: Result, writer: StoreWriter, journal: Journal) -> None:
-    if isinstance(result, Refused):
-        journal.refuse(result)
+def _add_result(result: Result, writer: StoreWriter, rejects: Rejects) -> None:
+    if isinstance(result, BadRecord):
+        rejects.add_bad(result)
     elif isinstance(result, Removed):
-        journal.remove(result)
+        rejects.remove(result)
     else:
         writer.add(result.tokens, result.id, result.n_bytes, result.mask, result.label)
         if writer.is_draft:
             duplicates.append_fingerprint(writer, result)
-        journal.keep()
+        rejects.keep()
 
 
-def _check_any(task: tasks.Task, split: str, journal: Journal, writer: StoreWriter) -> None:
-    if not journal.records:
+def _check_any(task: tasks.Task, split: str, rejects: Rejects, writer: StoreWriter) -> None:
+    if not rejects.records:
         raise UserError(f"task {task.name!r} has no documents in its {split} split: look at its source")
-    if not writer.documents and journal.all_removed:
+    if not writer.documents and rejects.all_removed:
         raise UserError(
-            f"the steps of task {task.name!r} remove every document of its {split} split ({journal.summary()[:-2]}):"
+            f"the steps of task {task.name!r} remove every document of its {split} split ({rejects.summary()[:-2]}):"
             f" look at prepare.steps.{task.name}"
         )
 
@@ -354,7 +354,7 @@ def _manifest(path: epath.Path) -> Manifest | None:
     return manifest if manifest.documents else None
 
 
-def _describe(manifest: Manifest) -> str:
+def _summary(manifest: Manifest) -> str:
     parts = [f"{manifest.documents:,} documents", f"{manifest.tokens:,} tokens"]
     if manifest.has_loss_mask:
         parts.append(f"{manifest.supervised_tokens / manifest.tokens:.0%} of them supervised")

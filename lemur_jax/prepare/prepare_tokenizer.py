@@ -89,7 +89,7 @@ def _train(config: RunConfig, path: epath.Path, progress: ShowProgress) -> None:
     texts: list[str] = []
     with progress(None, "tokenizer: read", "documents") as shown:
         for name in names:
-            task = tasks.find(name, config.data.modules)
+            task = tasks.find_task(name, config.data.modules)
             texts += sample(tasks.examples(task, "train"), SAMPLE_BYTES // len(names), shown)
             if not texts:
                 raise UserError(f"task {name!r} has no text in its train split to train a tokenizer on")

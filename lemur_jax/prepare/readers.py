@@ -1,6 +1,6 @@
 """Rows of files, without TensorFlow: JSON Lines, JSON arrays, text and Parquet, local or on gs://.
 
-A row comes with its place in the file. What cannot be read becomes a `Bad` row, of which `fields.documents`
+A row comes with its place in the file. What cannot be read becomes a `BadRow` row, of which `fields.to_documents`
 makes a document with a reason; rows that are missing are counted.
 """
 
@@ -42,7 +42,7 @@ Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bad:
+class BadRow:
     """What stands at a place that cannot be read.
 
     Attributes:
@@ -93,9 +93,9 @@ def format_of(path: str) -> str:
     raise UserError(f"cannot tell the format of {path} by its name: name one of {', '.join(FORMATS)}")
 
 
-def rows(
+def read_rows(
     path: str, kind: str, columns: Sequence[str] | None = None, max_bytes: int = MAX_BYTES
-) -> Iterator[tuple[str, Row | Bad]]:
+) -> Iterator[tuple[str, Row | BadRow]]:
     """(position in the file, row or what is bad there), in the file's order.
 
     Args:
@@ -117,7 +117,7 @@ def rows(
     yield from up_to_damage(path, found)
 
 
-def up_to_damage(path: str, found: Iterable[tuple[str, Row | Bad]]) -> Iterator[tuple[str, Row | Bad]]:
+def up_to_damage(path: str, found: Iterable[tuple[str, Row | BadRow]]) -> Iterator[tuple[str, Row | BadRow]]:
     """The rows of a file; where it turns out to be unreadable, a bad one for those that are missing."""
     place, count = "file", 0
     try:
@@ -125,10 +125,10 @@ def up_to_damage(path: str, found: Iterable[tuple[str, Row | Bad]]) -> Iterator[
             yield position, row
             place, count = f"after {position}", count + 1
     except Unreadable as error:
-        yield place, Bad(reason=f"cannot be read on: {error}", records=error.count_lost(count, path))
+        yield place, BadRow(reason=f"cannot be read on: {error}", records=error.count_lost(count, path))
 
 
-def reason_of(error: Exception) -> str:
+def bad_reason(error: Exception) -> str:
     """What was wrong, for people, in a few words."""
     if isinstance(error, UnicodeDecodeError):
         return f"invalid UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start}): Latin-1 or another encoding?"
@@ -140,7 +140,7 @@ def reason_of(error: Exception) -> str:
     return text.partition("\n")[0] or type(error).__name__
 
 
-def _lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row | Bad]]:
+def _lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row | BadRow]]:
     """A text a line that is not blank, never with more than `max_bytes` and one chunk in memory."""
     number, held, length = 1, b"", 0  # `held`: the line so far, as long as it is short enough
     for chunk in itertools.chain(chunks, [None]):
@@ -153,7 +153,7 @@ def _lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row |
                 number, held, length = number + 1, b"", 0
 
 
-def _whole(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row | Bad]]:
+def _whole(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row | BadRow]]:
     data = b""
     for chunk in chunks:
         data += chunk
@@ -162,16 +162,16 @@ def _whole(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row |
     yield "file", _text_row(data, len(data), max_bytes)
 
 
-def _text_row(text: bytes, length: int, max_bytes: int) -> Row | Bad:
+def _text_row(text: bytes, length: int, max_bytes: int) -> Row | BadRow:
     if length > max_bytes:
-        return Bad(reason=f"longer than {max_bytes:,} bytes", excerpt=text[:EXCERPT])
+        return BadRow(reason=f"longer than {max_bytes:,} bytes", excerpt=text[:EXCERPT])
     if b"\0" in text:
         reason = "NUL bytes: UTF-16 without a byte-order mark, or no text"
-        return Bad(reason=reason, excerpt=text[:EXCERPT])
+        return BadRow(reason=reason, excerpt=text[:EXCERPT])
     return {"text": text}
 
 
-def _json(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Row | Bad]]:
+def _json(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Row | BadRow]]:
     """An object a line, or the elements of one array."""
     head = b""
     while not head.strip() and (chunk := next(chunks, b"")):
@@ -179,25 +179,25 @@ def _json(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Row | 
     chunks = itertools.chain([head], chunks)
     found = _elements if head.lstrip().startswith(b"[") else _lines
     for position, row in found(chunks, max_bytes):
-        yield position, row if isinstance(row, Bad) else _object(row["text"])
+        yield position, row if isinstance(row, BadRow) else _object(row["text"])
 
 
-def _object(source: bytes) -> Row | Bad:
+def _object(source: bytes) -> Row | BadRow:
     try:
         row = json.loads(source.decode("utf-8").removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
-        reason = reason_of(error)
+        reason = bad_reason(error)
         if isinstance(error, json.JSONDecodeError):
             reason = f"not JSON: {reason}"
         if source.strip() == b"{":
             reason += "; an object may not go on over several lines (jq -c . writes one a line)"
-        return Bad(reason=reason, excerpt=source[:EXCERPT])
+        return BadRow(reason=reason, excerpt=source[:EXCERPT])
     if not isinstance(row, dict):
-        return Bad(reason=f"a JSON {type(row).__name__}, not an object", excerpt=source[:EXCERPT])
+        return BadRow(reason=f"a JSON {type(row).__name__}, not an object", excerpt=source[:EXCERPT])
     return row
 
 
-def _elements(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Row | Bad]]:
+def _elements(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Row | BadRow]]:
     """The text of each element of a JSON array, with no more than one and a chunk in memory."""
     parse = json.JSONDecoder().raw_decode
     decode = codecs.getincrementaldecoder("utf-8")(
@@ -215,7 +215,7 @@ def _elements(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Ro
         except (ValueError, RecursionError) as error:
             more = next(chunks, b"")  # the element may go on there
             if not more or len(text) - start > _MAX_ELEMENT:
-                raise Unreadable(f"element {number} of its JSON array: {reason_of(error)}") from error
+                raise Unreadable(f"element {number} of its JSON array: {bad_reason(error)}") from error
             text, position = text[start:] + decode(more), 0
             continue
         source = text[start:position].encode("utf-8", "surrogateescape")
@@ -225,7 +225,7 @@ def _elements(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Ro
         raise Unreadable("it is a JSON array, and more follows")
 
 
-def _parquet(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, Row | Bad]]:
+def _parquet(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, Row | BadRow]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -238,7 +238,7 @@ def _parquet(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, Ro
             )
         except (OSError, pyarrow.ArrowException) as error:
             lost = _damage(error).count_lost(0, path)
-            yield "file", Bad(reason=f"not Parquet: {reason_of(error)}", records=lost)
+            yield "file", BadRow(reason=f"not Parquet: {bad_reason(error)}", records=lost)
             return
         there = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
         for group in range(file.metadata.num_row_groups):
@@ -252,7 +252,7 @@ def _parquet(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, Ro
             except (OSError, pyarrow.ArrowException) as error:
                 reason = str(_damage(error))
             if row < end:
-                yield f"row {row}", Bad(reason=f"row group {group}: {reason}", records=end - row)
+                yield f"row {row}", BadRow(reason=f"row group {group}: {reason}", records=end - row)
             row = end
 
 
@@ -260,10 +260,10 @@ def _damage(error: Exception) -> Unreadable:
     """What pyarrow says of a file; the errors of a disk or a network, which have a number, are raised again."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
-    return Unreadable(reason_of(error))
+    return Unreadable(bad_reason(error))
 
 
-def _batch_rows(batch: Any) -> Iterator[Row | Bad]:
+def _batch_rows(batch: Any) -> Iterator[Row | BadRow]:
     try:
         yield from batch.to_pylist()
     except Exception:  # a value that Python cannot hold: of many kinds, some of them by time zone libraries
@@ -271,7 +271,7 @@ def _batch_rows(batch: Any) -> Iterator[Row | Bad]:
             yield _row({name: batch.column(name)[index] for name in batch.schema.names})
 
 
-def _row(scalars: Mapping[str, Any]) -> Row | Bad:
+def _row(scalars: Mapping[str, Any]) -> Row | BadRow:
     from pyarrow import types
 
     row = {}
@@ -280,7 +280,7 @@ def _row(scalars: Mapping[str, Any]) -> Row | Bad:
             row[name] = scalar.as_py()
         except Exception as error:
             if not types.is_temporal(scalar.type):
-                return Bad(reason=f"column {name!r}: {reason_of(error)}")
+                return BadRow(reason=f"column {name!r}: {bad_reason(error)}")
             # Beyond the years 1 to 9999, or in a time zone that is not known here: the number as it stands.
             row[name] = f"{scalar.value} {scalar.type}"
     return row

@@ -20,7 +20,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import readers, streams
-from lemur_jax.prepare.fields import Document, Fields, documents
+from lemur_jax.prepare.fields import Document, Fields, to_documents
 from lemur_jax.prepare.files import Files
 
 
@@ -137,7 +137,7 @@ class FileSource(seqio.DataSource):
         return self._files.documents(split, shard, shards, {"tfrecord": _tfrecord_rows})
 
 
-def _tfrecord_rows(file: str) -> Iterator[tuple[str, readers.Row | readers.Bad]]:
+def _tfrecord_rows(file: str) -> Iterator[tuple[str, readers.Row | readers.BadRow]]:
     """The features of each tf.Example: a single value as itself, several as a list."""
     # TensorFlow says nothing of a gzip stream that ends early: it reads what we have decompressed.
     plain = contextlib.nullcontext((file, None))
@@ -147,7 +147,7 @@ def _tfrecord_rows(file: str) -> Iterator[tuple[str, readers.Row | readers.Bad]]
 
 def _examples(
     path: str, damage: streams.Unreadable | None
-) -> Iterator[tuple[str, readers.Row | readers.Bad]]:
+) -> Iterator[tuple[str, readers.Row | readers.BadRow]]:
     number = size = 0
     try:
         for number, data in enumerate(tf.data.TFRecordDataset(path).as_numpy_iterator(), 1):
@@ -155,7 +155,7 @@ def _examples(
             try:
                 features = tf.train.Example.FromString(data).features.feature
             except Exception:  # protobuf's DecodeError, a class of its own in each implementation
-                bad = readers.Bad(reason="not a tf.Example", excerpt=data[: readers.EXCERPT])
+                bad = readers.BadRow(reason="not a tf.Example", excerpt=data[: readers.EXCERPT])
                 yield f"record {number}", bad
                 continue
             lists = {
@@ -261,7 +261,7 @@ def _tfds_documents(dataset: tf.data.Dataset, name: str, fields: Fields) -> tf.d
 
     def convert(number: Any, *values: Any) -> list[bytes]:
         row = {key: v.tolist() if hasattr(v, "tolist") else v for key, v in zip(columns, values, strict=True)}
-        document, _ = next(documents(name, [(f"example {number}", row)], fields))
+        document, _ = next(to_documents(name, [(f"example {number}", row)], fields))
         return [document[key] for key in names]
 
     def from_example(number: tf.Tensor, example: Any) -> dict[str, tf.Tensor]:
@@ -280,7 +280,7 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def find(name: str, modules: Sequence[str] = ()) -> seqio.Task:
+def find_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
     """The task with this name, after importing the modules that register more.
 
     Raises:

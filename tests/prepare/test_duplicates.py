@@ -32,7 +32,7 @@ def dedup(tmp_path):
             writer.close()
         arrays = {name: open_array(folder / name).result() for name in writers}
         (folder / "scratch").mkdir()
-        found = duplicates.find(arrays, json.loads(steps), len(texts), folder / "scratch")
+        found = duplicates.find_duplicates(arrays, json.loads(steps), len(texts), folder / "scratch")
         return {name: earlier.tolist() for name, earlier in found.items()}
 
     return run

@@ -16,7 +16,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import encoding
-from lemur_jax.prepare.encoding import Encoded, Refused, encode, encoder
+from lemur_jax.prepare.encoding import BadRecord, Encoded, encode, encoder
 from lemur_jax.text.chat_template import encode_chat
 
 TALK = [{"role": "user", "content": "Grüße?"}, {"role": "assistant", "content": "Ja, 漢字."}]
@@ -66,7 +66,7 @@ def test_conversations_keep_their_mask(chat_tokenizer):
 )
 def test_what_cannot_be_used_is_refused_with_a_reason(chat_tokenizer, fields, reason):
     result = encode(chat_tokenizer, record(id="bad-1", **fields), 0)
-    assert isinstance(result, Refused)
+    assert isinstance(result, BadRecord)
     assert result.id == "bad-1"
     assert reason in result.reason
     assert "\n" not in result.reason
@@ -83,7 +83,7 @@ def mixed_records(count):
 
 
 def as_tuple(result):
-    if isinstance(result, Refused):
+    if isinstance(result, BadRecord):
         return (result.id, result.reason)
     return (result.id, result.tokens.tolist(), result.n_bytes)
 

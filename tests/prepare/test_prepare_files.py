@@ -15,8 +15,8 @@ from lemur_jax.config import default_config, from_config_dict, to_json
 from lemur_jax.data.store import TokenStore
 from lemur_jax.models.presets import preset
 from lemur_jax.prepare import encoding as documents
-from lemur_jax.prepare import journal, readers, store_writer, tasks
 from lemur_jax.prepare import prepare as prepare_module
+from lemur_jax.prepare import readers, rejects, store_writer, tasks
 from lemur_jax.prepare.code_layout import FIM_TOKENS, layout
 from lemur_jax.prepare.prepare import prepare
 from lemur_jax.text.tokenizer import Tokenizer
@@ -225,7 +225,7 @@ def test_what_steps_remove_is_counted_with_examples(tmp_path, corpus, make_confi
     assert example["reason"].startswith("similar to ")
     assert example["excerpt"] in " ".join(texts)
     assert f"length removed {short}" in said[0]
-    assert len(removed["length"]["examples"]) == journal.EXAMPLES
+    assert len(removed["length"]["examples"]) == rejects.EXAMPLES
 
 
 def test_other_steps_make_the_store_again_when_told_to(tmp_path, corpus, make_config, register):
@@ -338,7 +338,7 @@ def test_too_many_bad_records_stop_the_run_before_its_end(
     tmp_path, corpus, make_config, register, monkeypatch
 ):
     monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(journal, "EARLY_RECORDS", 150)
+    monkeypatch.setattr(rejects, "EARLY_RECORDS", 150)
     register(corpus)
     with pytest.raises(UserError, match=r"files/train: 2 of 200 records cannot be used"):
         run(make_config(**{"prepare.max_bad_share": 0.005}))

@@ -16,14 +16,14 @@ import zstandard
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import fields as field_maps
 from lemur_jax.prepare import readers, streams
-from lemur_jax.prepare.fields import Fields, documents, gather, is_held_out
-from lemur_jax.prepare.readers import Bad
+from lemur_jax.prepare.fields import Fields, gather, is_held_out, to_documents
+from lemur_jax.prepare.readers import BadRow
 
 
 def read(path, fields=None, kind="", **options):
     kind = kind or readers.format_of(str(path))
     fields = fields or Fields()
-    return [doc for doc, _ in documents(str(path), readers.rows(str(path), kind, **options), fields)]
+    return [doc for doc, _ in to_documents(str(path), readers.read_rows(str(path), kind, **options), fields)]
 
 
 def good(documents, content="text"):
@@ -128,7 +128,7 @@ def test_what_is_kept_of_a_long_line_is_its_beginning(tmp_path, monkeypatch, chu
     line = b'{"text": "' + bytes(range(97, 123)) * 100 + b'"}'
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
-    _, (place, found), _ = readers.rows(str(path), "jsonl", max_bytes=1000)
+    _, (place, found), _ = readers.read_rows(str(path), "jsonl", max_bytes=1000)
     assert (place, found.excerpt) == ("line 2", line[: readers.EXCERPT])
 
 
@@ -143,7 +143,7 @@ def test_a_line_of_200_mb_takes_no_memory(tmp_path):
         import resource
         from lemur_jax.prepare import readers, streams
         begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found = [row for _, row in readers.rows({str(path)!r}, "jsonl")]
+        found = [row for _, row in readers.read_rows({str(path)!r}, "jsonl")]
         assert [row.get("text") for row in (found[0], found[2])] == ["before", "after"]
         assert "longer than" in found[1].reason and len(found[1].excerpt) == readers.EXCERPT
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin)"""
@@ -263,13 +263,13 @@ def test_rows_that_say_nothing_about_id_or_group_stand_for_themselves(tmp_path):
     path = tmp_path / "a.jsonl"
     missing = [None, "", float("nan"), []]
     path.write_text("".join(json.dumps({"text": f"{n}", "id": missing[n % 4]}) + "\n" for n in range(40)))
-    rows = readers.rows(str(path), "jsonl")
-    found = list(documents(str(path), rows, Fields(id="id", group="id")))
+    rows = readers.read_rows(str(path), "jsonl")
+    found = list(to_documents(str(path), rows, Fields(id="id", group="id")))
     assert [doc["id"].decode() for doc, _ in found] == [f"{path}: line {n + 1}" for n in range(40)]
     assert len({key for _, key in found}) == 40
-    gathered = list(gather(readers.rows(str(path), "jsonl"), "id"))
+    gathered = list(gather(readers.read_rows(str(path), "jsonl"), "id"))
     assert len(gathered) == 40
-    assert all(isinstance(row, Bad) for _, row in gathered)
+    assert all(isinstance(row, BadRow) for _, row in gathered)
 
 
 def test_parquet_values_that_python_cannot_hold_are_kept_as_numbers(tmp_path):
@@ -310,8 +310,8 @@ def test_parquet_by_columns_with_nested_fields(tmp_path):
     )
     pyarrow.parquet.write_table(table, path, row_group_size=100)
     fields = Fields(text="content", meta=("meta.repo",), group="meta.repo")
-    rows = readers.rows(str(path), "parquet", ["content", "meta"])
-    found = list(documents(str(path), rows, fields))
+    rows = readers.read_rows(str(path), "parquet", ["content", "meta"])
+    found = list(to_documents(str(path), rows, fields))
     assert [doc["text"].decode() for doc, _ in found] == [f"text {n}" for n in range(300)]
     assert [json.loads(doc["meta"]) for doc, _ in found[:2]] == [{"meta.repo": "r0"}, {"meta.repo": "r1"}]
     assert {key for _, key in found} == {b"r0", b"r1", b"r2"}
@@ -442,12 +442,16 @@ def test_held_out_share():
 def test_rows_are_gathered_while_they_follow_each_other(monkeypatch):
     monkeypatch.setattr(field_maps, "MAX_GATHERED", 3)
     rows = [{"t": name, "n": n} for n, name in enumerate("aabacccca")]
-    found = [*((f"row {n}", row) for n, row in enumerate(rows)), ("row 9", Bad(reason="x")), ("row 10", {})]
+    found = [
+        *((f"row {n}", row) for n, row in enumerate(rows)),
+        ("row 9", BadRow(reason="x")),
+        ("row 10", {}),
+    ]
     gathered = dict(gather(found, "t"))
     assert gathered["row 0"] == {"t": "a", "n": 0, "rows": rows[:2]}
     assert gathered["row 3"] == {"t": "a", "n": 3, "rows": rows[3:4]}
     assert gathered["row 8"]["rows"] == rows[8:9]
-    assert gathered["row 4"] == Bad(reason="4 rows have one 't', more than 3", records=4)
-    assert gathered["row 9"] == Bad(reason="x")
-    assert gathered["row 10"] == Bad(reason="no field 't', or it is empty")
+    assert gathered["row 4"] == BadRow(reason="4 rows have one 't', more than 3", records=4)
+    assert gathered["row 9"] == BadRow(reason="x")
+    assert gathered["row 10"] == BadRow(reason="no field 't', or it is empty")
     assert len(gathered) == 7

@@ -74,14 +74,14 @@ def test_a_function_is_an_ordinary_seqio_task(generated):
 
 def test_an_unknown_task_names_the_nearest(generated):
     with pytest.raises(UserError, match=r"'t_generate'.*did you mean 't_generated'"):
-        tasks.find("t_generate")
+        tasks.find_task("t_generate")
 
 
 def test_a_module_of_ones_own_registers_tasks(tmp_path, monkeypatch):
     (tmp_path / "lines.txt").write_text("one\ntwo\n")
     (tmp_path / "own_tasks.py").write_text(OWN_MODULE.format(path=str(tmp_path / "lines.txt")))
     monkeypatch.syspath_prepend(tmp_path)
-    task = tasks.find("own_lines", ["own_tasks"])
+    task = tasks.find_task("own_lines", ["own_tasks"])
     assert list(tasks.examples(task, "train")) == [{"text": b"one"}, {"text": b"two"}]
     assert tasks.count(task, "train") is None
     seqio.TaskRegistry.remove("own_lines")
@@ -90,7 +90,7 @@ def test_a_module_of_ones_own_registers_tasks(tmp_path, monkeypatch):
 
 def test_a_module_that_is_not_there_is_one_line():
     with pytest.raises(UserError, match=r"'no_such_module' of data\.modules"):
-        tasks.find("any", ["no_such_module"])
+        tasks.find_task("any", ["no_such_module"])
 
 
 def test_a_split_that_is_not_there_names_those_that_are(register):

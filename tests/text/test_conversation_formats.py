@@ -9,7 +9,7 @@ import pytest
 
 from lemur_jax.prepare import readers
 from lemur_jax.prepare.cleaning import filters, parse_steps
-from lemur_jax.prepare.fields import Fields, documents
+from lemur_jax.prepare.fields import Fields, to_documents
 from lemur_jax.text import conversation_formats as formats
 from lemur_jax.text.chat_template import encode_chat
 
@@ -124,7 +124,7 @@ def test_flat_messages_as_the_hub_ships_them(tmp_path, form):
         path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     found = [
         document
-        for document, _ in documents(str(path), readers.rows(str(path), form.partition(".")[0]), FLAT)
+        for document, _ in to_documents(str(path), readers.read_rows(str(path), form.partition(".")[0]), FLAT)
     ]
     first, second, *bad = found
     assert (first["id"], second["id"]) == (b"t", b"d")

@@ -15,13 +15,13 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare.cleaning import Removed
-from lemur_jax.prepare.encoding import Refused
+from lemur_jax.prepare.encoding import BadRecord
 
 EXAMPLES = 5  # of what a step removed
 EARLY_RECORDS = 10_000  # from so many on, too many bad ones stop the run before its end
 
 
-class Journal:
+class Rejects:
     """Bad and removed records of one store; `finish` puts the files in place.
 
     Args:
@@ -49,7 +49,7 @@ class Journal:
         self._state["records"] += 1
         self._state["good"] += 1
 
-    def refuse(self, refused: Refused) -> None:
+    def add_bad(self, refused: BadRecord) -> None:
         if self._file is None:
             self._work.mkdir(parents=True, exist_ok=True)
             self._file = (self._work / f"{self._state['saves']}.jsonl").open("w")
