@@ -173,12 +173,20 @@ def test_chat_model_directory(make_model, tmp_path, tokenizer_dir):
     assert "ChatML" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_llama_3_stops_at_the_end_of_a_turn(make_model, tmp_path, tokenizer_dir):
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_it_stops_at_the_end_of_a_turn_and_where_the_imported_model_stopped(
+    make_model, tmp_path, tokenizer_dir, file
+):
     extend(tokenizer_dir, tmp_path / "chat", ["<|eot_id|>"])
-    with_tokenizer(make_model, tmp_path / "checkpoint", tmp_path / "chat", 401)
+    hf = make_model(torch.bfloat16, vocab_size=401)
+    shutil.copytree(tmp_path / "chat", hf.path, dirs_exist_ok=True)
+    (hf.path / "generation_config.json").unlink()
+    content = json.loads((hf.path / file).read_text()) if file == "config.json" else {}
+    (hf.path / file).write_text(json.dumps(content | {"eos_token_id": [2, 7]}))
+    import_hf(hf.path, tmp_path / "checkpoint")
     export_hf(tmp_path / "checkpoint", tmp_path / "out")
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
-    assert generation.eos_token_id == [400, 2]
+    assert generation.eos_token_id == [400, 2, 7]
 
 
 def test_chat_template_is_supplied(make_model, tmp_path, tokenizer_dir):
