@@ -31,8 +31,7 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from lemur_jax.checkpoint import digest
-    from lemur_jax.checkpoint.leaves import named
+    from lemur_jax.checkpoint.digest import leaf_digests
     from lemur_jax.checkpoint.manager import Checkpoints, make_metadata
     from lemur_jax.config import RunConfig, replace
     from lemur_jax.models import llama
@@ -73,7 +72,7 @@ def main() -> None:
     with Checkpoints(options.directory, keep=1) as checkpoints:
         for step in range(options.rounds + 1):
             timed("copy", lambda: jax.tree.map(lambda leaf: np.array(leaf, copy=True), trees))
-            timed("digests", lambda: digest.start(named(trees))())
+            timed("digests", lambda: leaf_digests(trees, "trees"))
             timed("update", updated)
             timed("save", lambda step=step: checkpoints.save(step, **trees, metadata=metadata))
             timed("update after", updated)

@@ -15,13 +15,9 @@ class CheckpointConfig:
     keep_every: int = 0  # also keep those whose step this divides; 0: none
     keep_best: str = ""  # also keep the one with the lowest held-out loss on this task of eval.tasks
     grace_s: float = 0.0  # seconds that a save may take after SIGTERM, then the process ends; 0: no limit
-    max_failures: int = 3  # consecutive saves that may fail; each is tried again
+    max_failures: int = 3  # consecutive saves that may fail on one host; each is tried again
     other_optimizer: str = "refuse"  # "fresh": a new optimizer where the stored one is another one
     broadcast: bool = False  # with mesh.data > 1: one slice reads a checkpoint and sends it to the others
-    local_directory: str = (
-        ""  # emergency checkpoints on each host's disk ($VARIABLES are the host's); "": none
-    )
-    local_every_steps: int = 50  # updates between two of them
 
     def __post_init__(self):
         for key in ("keep", "max_failures"):
@@ -29,7 +25,3 @@ class CheckpointConfig:
         for key in ("every_steps", "every_minutes", "keep_every", "grace_s"):
             require(getattr(self, key) >= 0, f"checkpoint.{key}", getattr(self, key), "0 or more")
         require_one_of("checkpoint.other_optimizer", self.other_optimizer, ("refuse", "fresh"))
-        require(
-            not self.local_directory or self.local_every_steps >= 1,
-            "checkpoint.local_every_steps", self.local_every_steps, "at least 1 with a local_directory",
-        )  # fmt: skip

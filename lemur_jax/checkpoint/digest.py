@@ -1,13 +1,13 @@
-"""Digests of arrays: the same number wherever an array lies and in whatever pieces it is read.
+"""Digests of arrays: the same number wherever an array is stored and in whatever pieces it is read.
 
 The digest of an array is, modulo 2^32,
 
     sum over i of bits(x[i]) * u(i mod 65536) * v(i div 65536 mod 65536)
 
 where i counts elements in row-major order, bits(x) is the element's bit pattern and u and v are odd. Odd
-numbers have inverses modulo 2^32, so any change of one element changes the digest; changes of several
-go unseen once in 2^32. Sums of integers do not depend on their order: accelerators compute it over sharded
-arrays in one pass, and the host over blocks that stream by, or over several at once.
+numbers have inverses modulo 2^32, so any change of one element changes the digest; a change of several
+elements leaves it equal with probability 2^-32. Sums of integers do not depend on their order: accelerators compute it
+over sharded arrays in one pass, and the host over blocks as they are read.
 """
 
 import os
@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lemur_jax.checkpoint.leaves import on_host
+from lemur_jax.checkpoint.metadata import Leaf, named_leaves
+from lemur_jax.common.errors import UserError
 
 _BLOCK = 1 << 16
-_PIECE = 64 * _BLOCK  # elements that a thread of the host takes at a time
-_MIX = 0x9E3779B1  # 2^32 / golden ratio: neighbours get unlike weights
+_PIECE = 64 * _BLOCK  # elements per task of the host's threads
+_MIX = 0x9E3779B1  # 2^32 / golden ratio: neighbors get very different weights
 
 
 def _inner(j: Any) -> Any:
@@ -37,10 +38,10 @@ _TABLE = _inner(np.arange(_BLOCK, dtype=np.uint32))
 
 
 class RunningDigest:
-    """The digest of an array that passes by in row-major blocks.
+    """The digest of an array that is given in row-major blocks.
 
     Args:
-      index: of the first element, where the array does not pass by as a whole: digests of its parts add up.
+      index: of the first element; digests of the parts of an array add up.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -48,7 +49,7 @@ class RunningDigest:
         self._index = index
 
     def update(self, block: np.ndarray) -> None:
-        """Takes the next elements; any dtype of 1, 2 or 4 bytes, C-contiguous."""
+        """Adds the next elements; any dtype of 1, 2 or 4 bytes, C-contiguous."""
         bits = block.reshape(-1).view(f"u{block.dtype.itemsize}")
         words = np.empty(min(_BLOCK, bits.size), np.uint32)
         position = 0
@@ -66,50 +67,59 @@ class RunningDigest:
         return self._sum % (1 << 32)
 
 
-def start(leaves: Mapping[str, Any]) -> Callable[[], tuple[dict[str, int], list[str]]]:
-    """Digests of arrays where they lie.
+def leaf_digests(tree: Any, where: str, error: type[UserError] = UserError) -> dict[str, Leaf]:
+    """Shape, dtype and digest of every leaf by name. All hosts that hold parts of the arrays must call it.
+
+    Arrays are reduced where they are: on the accelerators, or by threads in the host's memory.
 
     Args:
-      leaves: `jax.Array`s, sharded in any way, or NumPy arrays. On accelerators the work begins now, and they may be
-        donated; what lies in the host's memory is read when the result is asked for.
+      tree: of `jax.Array`s, sharded in any way, or NumPy arrays.
+      where: what they are, for the message.
+      error: class of the exception.
 
-    Returns:
-      What gives the digests, and the names of the arrays that have a value that is not finite.
+    Raises:
+      error: a leaf has values that are not finite; names it.
     """
-    if all(map(_is_here, leaves.values())):
-        return lambda: _result(*_measure_on_host(leaves))
-    started = _measure(dict(leaves))
-    if any(map(on_host, leaves.values())):
-        # CPU devices run programs side by side, and collectives of two of them can wait for each other for ever.
-        jax.block_until_ready(started)
-    return lambda: _result(*jax.device_get(started))
+    leaves = named_leaves(tree)
+    if all(on_host(leaf) and _is_addressable(leaf) for leaf in leaves.values()):
+        digests, finite = _reduce_on_host(leaves)
+    else:
+        digests, finite = jax.device_get(_reduce_on_devices(leaves))
+    if bad := [name for name, ok in finite.items() if not ok]:
+        raise error(f"{where}: {bad[0]} has values that are not finite ({len(bad)} such leaves in all)")
+    return {
+        name: Leaf(shape=tuple(leaf.shape), dtype=str(leaf.dtype), digest=int(digests[name]))
+        for name, leaf in leaves.items()
+    }
 
 
-def _result(digests: Mapping[str, Any], finite: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
-    return {name: int(value) for name, value in digests.items()}, [n for n, ok in finite.items() if not ok]
+def on_host(array: Any) -> bool:
+    """Whether an array is in the host's memory: NumPy's, or one of CPU devices."""
+    devices: set[Any] = array.sharding.device_set if isinstance(array, jax.Array) else set()
+    return all(device.platform == "cpu" for device in devices)
 
 
-def _is_here(leaf: Any) -> bool:
-    return on_host(leaf) and (not isinstance(leaf, jax.Array) or leaf.is_fully_addressable)
+def _is_addressable(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
-def _measure_on_host(leaves: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, bool]]:
+def _reduce_on_host(leaves: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, bool]]:
     digests, finite = {}, {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, leaf in leaves.items():
-            flat = _gathered(leaf).reshape(-1)
-            pieces = list(pool.map(partial(_measure_piece, flat), range(0, flat.size, _PIECE)))
+            flat = _gather(leaf).reshape(-1)
+            pieces = list(pool.map(partial(_reduce_piece, flat), range(0, flat.size, _PIECE)))
             digests[name] = sum(digest for digest, _ in pieces) % (1 << 32)
             finite[name] = all(ok for _, ok in pieces)
     return digests, finite
 
 
-def _gathered(leaf: Any) -> np.ndarray:
+def _gather(leaf: Any) -> np.ndarray:
     if not isinstance(leaf, jax.Array):
         return np.ascontiguousarray(leaf)
     if leaf.is_fully_replicated:
         return np.asarray(leaf.addressable_shards[0].data)
-    # What JAX makes of a sharded array it keeps for as long as the array lives.
+    # `np.asarray` of a sharded array would be cached by JAX for as long as the array lives.
     whole = np.empty(leaf.shape, leaf.dtype)
     for shard in leaf.addressable_shards:
         if shard.replica_id == 0:
@@ -117,17 +127,17 @@ def _gathered(leaf: Any) -> np.ndarray:
     return whole
 
 
-def _measure_piece(flat: np.ndarray, index: int) -> tuple[int, bool]:
+def _reduce_piece(flat: np.ndarray, index: int) -> tuple[int, bool]:
     piece, digest = flat[index : index + _PIECE], RunningDigest(index)
     digest.update(piece)
     return digest.value, bool(np.isfinite(piece).all())
 
 
 @jax.jit
-def _measure(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _reduce_on_devices(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return (
         {name: _digest(leaf) for name, leaf in leaves.items()},
-        {name: _reduced(jnp.all, jnp.isfinite(leaf)) for name, leaf in leaves.items()},
+        {name: _reduce(jnp.all, jnp.isfinite(leaf)) for name, leaf in leaves.items()},
     )
 
 
@@ -139,11 +149,11 @@ def _digest(leaf: Any) -> Any:
         index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * np.uint32(stride % (1 << 32))
         stride *= leaf.shape[axis]
     outer = (index >> np.uint32(16)) * np.uint32(2) + np.uint32(1)
-    return _reduced(partial(jnp.sum, dtype=jnp.uint32), bits * _inner(index & np.uint32(_BLOCK - 1)) * outer)
+    return _reduce(partial(jnp.sum, dtype=jnp.uint32), bits * _inner(index & np.uint32(_BLOCK - 1)) * outer)
 
 
-def _reduced(reduction: Callable[..., Any], array: Any) -> Any:
-    """Reduces all axes, one after the other: XLA:CPU gives a reduction to a scalar to one thread."""
+def _reduce(reduction: Callable[..., Any], array: Any) -> Any:
+    """Reduces the axes one after another: XLA:CPU runs a reduction to a scalar in one thread."""
     for axis in reversed(range(array.ndim)):
         array = jax.lax.optimization_barrier(reduction(array, axis=axis))
     return array

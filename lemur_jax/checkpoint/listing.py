@@ -1,4 +1,4 @@
-"""What is in a checkpoint directory: steps, sizes, ages, what is whole, and how two configs differ."""
+"""What is in a checkpoint directory: steps, sizes, ages, which are whole, and how two configs differ."""
 
 import time
 from functools import partial
@@ -8,25 +8,31 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lemur_jax.checkpoint.arrays import open_params, read_parts
 from lemur_jax.checkpoint.digest import RunningDigest
-from lemur_jax.checkpoint.leaves import Leaf
-from lemur_jax.checkpoint.manager import Damaged, read_metadata, steps_in
-from lemur_jax.checkpoint.opening import is_passing, open_manager
-from lemur_jax.checkpoint.reading import agreed, metadata_of
+from lemur_jax.checkpoint.metadata import Damaged, Leaf
+from lemur_jax.checkpoint.reading import (
+    is_transient,
+    open_arrays,
+    open_manager,
+    read_metadata,
+    read_on_all_hosts,
+    read_slices,
+    restore_metadata,
+    steps_in,
+)
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import flatten
 
 
-def table(path: epath.PathLike) -> tuple[str, bool]:
-    """One line a checkpoint, oldest first, and whether all are verified; every byte of each is read.
+def checkpoint_table(path: epath.PathLike) -> tuple[str, bool]:
+    """One line per checkpoint, oldest first, and whether all are verified; every byte of each is read.
 
     Raises:
       UserError: no checkpoint there.
     """
     directory, steps = steps_in(path)
     lines = [f"{directory}", f"{'step':>10} {'GB':>9} {'age':>10}  state"]
-    states = [verdict(directory, step) for step in steps]
+    states = [verify(directory, step) for step in steps]
     for step, state in zip(steps, states, strict=True):
         size, newest = _size_and_time(directory / str(step))
         age = _age(time.time() - newest) if newest else "?"  # there is no file
@@ -34,44 +40,44 @@ def table(path: epath.PathLike) -> tuple[str, bool]:
     return "\n".join(lines), all(state.startswith("verified") for state in states)
 
 
-def verdict(directory: epath.Path, step: int) -> str:
+def verify(directory: epath.Path, step: int) -> str:
     """ "verified", or what is wrong, as a restore sees it; one chunk of one array is in memory at a time."""
     try:
         manager = open_manager(directory)
-        leaves = metadata_of(manager, directory, step)["leaves"]
+        leaves = restore_metadata(manager, directory, step)["leaves"]
         for item, of in leaves.items():
-            # A restore of nothing: Orbax reads and understands all that describes the item, and no array.
+            # A restore of nothing: Orbax reads what describes the item, and no array.
             nothing = ocp.args.PyTreeRestore(item={"none": ocp.PLACEHOLDER}, partial_restore=True)
-            agreed(partial(manager.restore, step, args=ocp.args.Composite(**{item: nothing})), item)
-            arrays = open_params(directory, step, item)
+            read_on_all_hosts(
+                partial(manager.restore, step, args=ocp.args.Composite(**{item: nothing})), item
+            )
+            arrays = open_arrays(directory, step, of, item)
             for name, leaf in of.items():
-                if name not in arrays:
-                    raise Damaged(f"{item}: {name} is missing")
                 if _digest(arrays[name], f"{item}: {name}", leaf) != leaf.digest:
                     raise Damaged(f"{item}: {name} is not what was saved")
     except UserError as error:
         cause = error.__cause__
-        damaged = isinstance(error, Damaged) or (cause is not None and not is_passing(cause))
+        damaged = isinstance(error, Damaged) or (cause is not None and not is_transient(cause))
         return f"{'DAMAGED' if damaged else 'NOT VERIFIED'}: {error}"
     return f"verified ({', '.join(leaves)})"
 
 
 def _digest(array: Any, name: str, leaf: Leaf) -> int:
+    if (tuple(array.shape), str(array.dtype.name)) != (leaf.shape, leaf.dtype):
+        raise Damaged(f"{name} is not what was saved")
     digest = RunningDigest()
     rows = int((array.chunk_layout.read_chunk.shape or (1,))[0] or 1)
-    cuts = (
-        [slice(i, min(i + rows, leaf.shape[0])) for i in range(0, leaf.shape[0], rows)]
-        if leaf.shape
-        else [...]
-    )
-    for part in read_parts(array, cuts, name):
+    slices: list[Any] = [...]
+    if leaf.shape:
+        slices = [slice(i, min(i + rows, leaf.shape[0])) for i in range(0, leaf.shape[0], rows)]
+    for part in read_slices(array, slices, name):
         if not np.isfinite(part).all():
             raise Damaged(f"{name} has values that are not finite")
         digest.update(part)
     return digest.value
 
 
-def difference(path: epath.PathLike, old: int, new: int) -> str:
+def config_difference(path: epath.PathLike, old: int, new: int) -> str:
     """The config keys in which two checkpoints differ, with both values.
 
     Raises:

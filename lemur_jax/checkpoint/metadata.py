@@ -1,24 +1,30 @@
-"""The `metadata` item: what a checkpoint says about itself, under a seal."""
+"""The `metadata` item of a checkpoint: model, config, tokenizer, and shape, dtype and digest of every leaf, sealed."""
 
 import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
 from typing import Any
 
-import orbax.checkpoint as ocp
-from etils import epath
+import jax
 
-from lemur_jax.checkpoint.leaves import Leaf
 from lemur_jax.common.errors import UserError
 
 FORMAT = 2
 
 
 class Damaged(UserError):
-    """A checkpoint that is not what was saved."""
+    """A checkpoint is not what was saved."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """A leaf as it was saved; `digest` as in `checkpoint.digest`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    digest: int
 
 
 def make_metadata(
@@ -28,7 +34,7 @@ def make_metadata(
     config: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The `metadata` item, as plain JSON; what is said of the leaves comes with the save.
+    """The `metadata` item as plain JSON, without the leaves, which `seal` adds.
 
     Args:
       model: fields of `LlamaConfig`.
@@ -46,24 +52,22 @@ def make_metadata(
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
-    """The tokenizer's files out of a `metadata` item."""
+    """The tokenizer's files in a `metadata` item, by name."""
     return {name: base64.b64decode(data) for name, data in metadata["tokenizer"].items()}
 
 
 def seal(metadata: Mapping[str, Any], leaves: Mapping[str, Mapping[str, Leaf]]) -> dict[str, Any]:
-    """The metadata with its leaves and a SHA-256 of all that.
+    """The metadata with its leaves and a SHA-256 of both.
 
     Args:
-      metadata: as `make_metadata` gives it; of one that was read, leaves and step are replaced.
-      leaves: of each item, by name.
+      metadata: as `make_metadata` returns it.
+      leaves: by item and name.
     """
     described = {
         item: {name: dataclasses.asdict(leaf) for name, leaf in of.items()} for item, of in leaves.items()
     }
-    content = {**metadata, "leaves": described}
-    content.pop("step", None)
-    content = json.loads(json.dumps(content))  # tuples as the lists that a reader gets
-    return {**content, "seal": _digest(content)}
+    content = json.loads(json.dumps({**metadata, "leaves": described}))  # tuples become lists, as when read
+    return {**content, "seal": _sha256(content)}
 
 
 def unseal(content: Any, where: str) -> dict[str, Any]:
@@ -74,11 +78,11 @@ def unseal(content: Any, where: str) -> dict[str, Any]:
       UserError: of another format.
     """
     if not isinstance(content, dict) or "format" not in content:
-        raise Damaged(f"{where} is damaged: its metadata says nothing")
+        raise Damaged(f"{where} is damaged: its metadata is empty")
     if content["format"] != FORMAT:
-        raise UserError(f"{where} has checkpoint format {content['format']}, this reads {FORMAT}")
+        raise UserError(f"{where} has checkpoint format {content['format']}, this version reads {FORMAT}")
     content = dict(content)
-    if content.pop("seal", None) != _digest(content):
+    if content.pop("seal", None) != _sha256(content):
         raise Damaged(f"{where} is damaged: its metadata is not what was saved")
     content["leaves"] = {
         item: {name: Leaf(**{**leaf, "shape": tuple(leaf["shape"])}) for name, leaf in of.items()}
@@ -87,53 +91,47 @@ def unseal(content: Any, where: str) -> dict[str, Any]:
     return content
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def _sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-class _Late:
-    """What a function gives, called once; one of Orbax's futures."""
+def check_leaves(stored: Mapping[str, Leaf] | None, wanted: Any, where: str, *, dtypes: bool = True) -> None:
+    """Compares stored leaves with the wanted ones by name, shape and dtype.
 
-    def __init__(self, content: Callable[[], Any]):
-        self._content: Callable[[], Any] | None = content
-        self._future: Future[Any] = Future()
+    Args:
+      stored: leaves of the checkpoint's item; None: it has no such item.
+      wanted: tree of arrays or ShapeDtypeStructs.
+      where: checkpoint and item, for messages.
+      dtypes: whether dtypes must be equal.
 
-    def result(self, timeout: float | None = None) -> Any:
-        del timeout
-        content, self._content = self._content, None  # it knows the arrays
-        if content is not None:
-            try:
-                self._future.set_result(content())
-            except Exception as error:
-                self._future.set_exception(error)
-        return self._future.result()
-
-
-class LateJsonHandler(ocp.JsonCheckpointHandler):
-    """Writes JSON once all arrays are written: only then are the digests of streamed ones known."""
-
-    async def async_save(self, directory: epath.Path, item: Any = None, args: Any = None) -> list[Any]:
-        self._late = _Late(args.content)
-        return [self._late] if args.on_every_host else []
-
-    def finalize(self, directory: epath.Path) -> None:
-        (directory / "metadata").write_text(json.dumps(self._late.result()))
-
-
-@ocp.args.register_with_handler(LateJsonHandler, for_save=True)
-@dataclasses.dataclass
-class SaveLateJson(ocp.args.CheckpointArgs):
-    """Attributes:
-    content: gives the JSON value; called by the first host when all arrays are written.
-    on_every_host: it is called by all of them, beside the write; where it raises, no host takes the checkpoint for
-      written.
+    Raises:
+      UserError: names the first leaf that differs.
     """
+    if stored is None:
+        raise UserError(f"{where}: there is none; it is an export or import of parameters alone")
+    expected = named_leaves(wanted)
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise UserError(f"{where}: {missing[0]} is missing ({len(missing)} missing in all)")
+    if unexpected := sorted(stored.keys() - expected.keys()):
+        raise UserError(
+            f"{where}: {unexpected[0]} is not wanted by this config ({len(unexpected)} such in all)"
+        )
+    for name, leaf in expected.items():
+        found = stored[name]
+        if found.shape != tuple(leaf.shape):
+            raise UserError(f"{where}: {name} has shape {found.shape}, this config wants {leaf.shape}")
+        if dtypes and found.dtype != str(leaf.dtype):
+            raise UserError(f"{where}: {name} is {found.dtype}, this config wants {leaf.dtype}")
 
-    content: Callable[[], Any]
-    on_every_host: bool = False
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their "/"-joined path, as Orbax names them: a named tuple counts as a dictionary."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(_key(key) for key in path): leaf for path, leaf in leaves}
 
 
-@ocp.args.register_with_handler(LateJsonHandler, for_restore=True)
-@dataclasses.dataclass
-class RestoreLateJson(ocp.args.CheckpointArgs):
-    """The JSON value that was saved."""
+def _key(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

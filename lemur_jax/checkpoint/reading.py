@@ -1,22 +1,100 @@
-"""Reading checkpoints: nothing is taken from one that does not agree with what was saved."""
+"""Reading checkpoints: nothing is used that does not agree with what was saved."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import type_handlers
 
-from lemur_jax.checkpoint import digest
-from lemur_jax.checkpoint.leaves import Leaf, check_wanted, describe, named
-from lemur_jax.checkpoint.metadata import Damaged, RestoreLateJson, unseal
-from lemur_jax.checkpoint.opening import is_passing, open_manager
+from lemur_jax.checkpoint.digest import leaf_digests
+from lemur_jax.checkpoint.metadata import Damaged, Leaf, check_leaves, unseal
 from lemur_jax.cluster import hosts
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.common.paths import absolute
+from lemur_jax.common.paths import absolute, is_object_store, is_refused_by_store
+
+# How errors of storage begin that say nothing about the files themselves.
+_TRANSIENT = (
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED"),
+    *("ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"),
+)
+# Refused, timed out, too many requests, or a fault of the server.
+_TRANSIENT_HTTP = re.compile(r"401|403|408|429|5\d\d")
+
+
+class Manager(ocp.CheckpointManager):
+    """Orbax's manager, which does not poll JAX's preemption service.
+
+    It would only log what it hears, and its step numbers would interfere with those of `cluster/preemption.py`.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Always False."""
+        del step
+        return False
+
+
+def open_manager(path: epath.Path, *, broadcast: bool = False, **options: Any) -> ocp.CheckpointManager:
+    """Orbax's manager of our items, for reading by each host for itself unless `options` say otherwise.
+
+    Args:
+      path: checkpoint directory.
+      broadcast: arrays are read by the devices of one entry of the mesh's first axis, and sent to the others.
+      options: of `CheckpointManagerOptions`.
+
+    Raises:
+      UserError: storage cannot be read now: rights, network, too many open files.
+    """
+    handler = type_handlers.SingleReplicaArrayHandler if broadcast else type_handlers.ArrayHandler
+    registry = type_handlers.create_type_handler_registry(
+        (jax.Array, handler()), (np.ndarray, type_handlers.NumpyHandler())
+    )
+    # Weights hardly compress, and compression is slower than the disk.
+    arrays = {
+        item: ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+        for item in ("params", "optimizer")
+    }
+    if not options:
+        # Inside Orbax the other hosts would wait for one that cannot read, see `read_on_all_hosts`.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"host_{me}"
+        )
+        options = {
+            "create": False,
+            "enable_async_checkpointing": False,
+            "multiprocessing_options": alone,
+        }
+    try:
+        return Manager(
+            path,
+            options=ocp.CheckpointManagerOptions(**options),
+            item_handlers={**arrays, "metadata": ocp.JsonCheckpointHandler()},
+        )
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        raise UserError(
+            f"{path} cannot be opened now ({reason_of(error)}); nothing is skipped or changed: start again when"
+            " it can"
+        ) from error
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether an error in reading says nothing about the files: network, rights, too many open files, a bad disk."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    return (
+        is_refused_by_store(error)
+        or _TRANSIENT_HTTP.fullmatch(str(getattr(error, "code", ""))) is not None
+        or str(error).startswith(_TRANSIENT)
+    )
 
 
 def steps_in(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
@@ -29,7 +107,7 @@ def steps_in(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
       UserError: there is no such directory, or no step in it.
     """
     directory = absolute(path)
-    # First, as it raises where a store cannot be reached; `is_dir` says no.
+    # First: `exists` raises where a store cannot be reached, `is_dir` returns False.
     there = directory.exists()
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
@@ -37,13 +115,13 @@ def steps_in(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
         raise UserError(f"no checkpoint directory at {path}")
     steps = sorted(open_manager(directory).all_steps())
     if not steps:
-        of_step = f": name {directory.parent} and --step {directory.name}" if directory.name.isdigit() else ""
-        raise UserError(f"no finished checkpoint in {directory}{of_step}")
+        hint = f": name {directory.parent} and --step {directory.name}" if directory.name.isdigit() else ""
+        raise UserError(f"no finished checkpoint in {directory}{hint}")
     return directory, steps
 
 
 def _open(path: epath.PathLike, step: int | None) -> tuple[ocp.CheckpointManager, epath.Path, int]:
-    """A reader, its directory and the step meant by `step` (None: the newest)."""
+    """A manager, its directory and the step meant by `step` (None: the newest)."""
     directory, steps = steps_in(path)
     if step is not None and step not in steps:
         raise UserError(
@@ -60,13 +138,13 @@ def read_metadata(path: epath.PathLike, step: int | None = None) -> dict[str, An
       UserError: no checkpoint there, or one of another format.
     """
     manager, directory, step = _open(path, step)
-    with naming_others(directory, step):
-        return {**metadata_of(manager, directory, step), "step": step}
+    with suggest_other_steps(directory, step):
+        return {**restore_metadata(manager, directory, step), "step": step}
 
 
 @contextlib.contextmanager
-def naming_others(path: epath.PathLike, step: int) -> Iterator[None]:
-    """Tells whoever asked for a damaged step, or for the newest, what else there is."""
+def suggest_other_steps(path: epath.PathLike, step: int) -> Iterator[None]:
+    """A context that adds the other steps there are to the error of a damaged one."""
     try:
         yield
     except Damaged as error:
@@ -76,43 +154,40 @@ def naming_others(path: epath.PathLike, step: int) -> Iterator[None]:
         raise Damaged(f"{error}; there are also steps {', '.join(map(str, others))} (--step)") from error
 
 
-def metadata_of(manager: ocp.CheckpointManager, directory: epath.Path, step: int) -> dict[str, Any]:
+def restore_metadata(manager: ocp.CheckpointManager, directory: epath.Path, step: int) -> dict[str, Any]:
+    """The unsealed `metadata` item; all hosts must call it."""
+
     def read() -> Any:
-        item = ocp.args.Composite(metadata=RestoreLateJson())
+        item = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         return unseal(manager.restore(step, args=item)["metadata"], f"checkpoint {directory}/{step}")
 
-    return agreed(read, f"checkpoint {directory}/{step}, metadata")
+    return read_on_all_hosts(read, f"checkpoint {directory}/{step}, metadata")
 
 
 def restore_params(path: epath.PathLike, abstract: Any, step: int | None = None) -> Any:
-    """Parameters alone, onto the shardings (and into the dtypes) of an abstract tree, verified.
+    """Parameters alone, verified, with the shardings and dtypes of an abstract tree.
 
-    One leaf after the other: the dtype that is stored exists beside the wanted one for a leaf at a time.
+    One leaf at a time: the stored dtype is in memory beside the wanted one for a single leaf.
 
     Raises:
       Damaged: something is not what was saved.
       UserError: no checkpoint there; a leaf is missing, unexpected or of another shape.
     """
     manager, directory, step = _open(path, step)
-    with naming_others(directory, step):
-        return _restore_params(manager, directory, step, abstract)
+    with suggest_other_steps(directory, step):
+        leaves = restore_metadata(manager, directory, step)["leaves"]["params"]
+        check_leaves(leaves, abstract, f"checkpoint {directory}/{step}, params", dtypes=False)
 
+        def restore(path: tuple[Any, ...], wanted: Any) -> Any:
+            name = "/".join(str(key.key) for key in path)
+            tree: Any = jax.ShapeDtypeStruct(wanted.shape, leaves[name].dtype, sharding=wanted.sharding)
+            for key in reversed(path):
+                tree = {key.key: tree}
+            restored = restore_item(manager, directory, step, "params", tree, {name: leaves[name]})
+            leaf = jax.tree.leaves(restored)[0]
+            return leaf if leaf.dtype == wanted.dtype else leaf.astype(wanted.dtype)
 
-def _restore_params(manager: ocp.CheckpointManager, directory: epath.Path, step: int, abstract: Any) -> Any:
-    leaves = metadata_of(manager, directory, step)["leaves"]["params"]
-    check_wanted(leaves, abstract, f"checkpoint {directory}/{step}, params", dtypes=False)
-
-    def restore(path: tuple[Any, ...], wanted: Any) -> Any:
-        name = "/".join(str(key.key) for key in path)
-        stored = jax.ShapeDtypeStruct(wanted.shape, leaves[name].dtype, sharding=wanted.sharding)
-        tree: Any = stored
-        for key in reversed(path):
-            tree = {key.key: tree}
-        restored = restore_item(manager, directory, step, "params", tree, {name: leaves[name]})
-        leaf = jax.tree.leaves(restored)[0]
-        return leaf if leaf.dtype == wanted.dtype else leaf.astype(wanted.dtype)
-
-    return jax.tree_util.tree_map_with_path(restore, abstract)
+        return jax.tree_util.tree_map_with_path(restore, abstract)
 
 
 def restore_item(
@@ -124,65 +199,60 @@ def restore_item(
     leaves: Mapping[str, Leaf],
     broadcast: bool = False,
 ) -> Any:
-    """The leaves of `wanted`, equal to what was saved; `broadcast`: by a manager that was opened so."""
-    where = f"checkpoint {directory}/{step}, {item}"
-    arguments = ocp.args.PyTreeRestore(
-        item=wanted, restore_args=jax.tree.map(restore_args, wanted), partial_restore=True
-    )
-    restored = agreed(
-        lambda: manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item], where, broadcast
-    )
-    check_same(restored, leaves, where)
-    return restored
-
-
-def check_same(restored: Any, leaves: Mapping[str, Leaf], where: str) -> None:
-    """That restored arrays are those that were saved.
+    """The leaves of `wanted`, verified against `leaves`; `broadcast` as in `open_manager` of this manager.
 
     Raises:
-      Damaged: one is not, or has a value that is not finite.
+      Damaged: a leaf is not what was saved, or has a value that is not finite.
     """
-    for name, found in measured(restored, where, Damaged)().items():
+    where = f"checkpoint {directory}/{step}, {item}"
+    arguments = ocp.args.PyTreeRestore(
+        item=wanted, restore_args=jax.tree.map(_restore_args, wanted), partial_restore=True
+    )
+    restored = read_on_all_hosts(
+        lambda: manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item], where, broadcast
+    )
+    for name, found in leaf_digests(restored, where, Damaged).items():
         if found != leaves[name]:
             raise Damaged(
                 f"{where} is damaged: {name} is not what was saved (digest {found.digest:08x},"
                 f" saved {leaves[name].digest:08x})"
             )
+    return restored
 
 
-def restore_args(leaf: Any) -> Any:
+def _restore_args(leaf: Any) -> Any:
     if leaf.sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
-    # The handler that reads everywhere takes these as well.
+    # The handler that reads on every host takes these as well.
     return type_handlers.SingleReplicaArrayRestoreArgs(
         sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
     )
 
 
-def agreed(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
-    """What `read` returns.
+def read_on_all_hosts(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
+    """What `read` returns, if it succeeds on every host; all must call it.
 
     Raises:
-      Damaged: by an error that a file not as it was written leads to, on any host.
-      UserError: the storage cannot be read now, or what `read` raises itself.
+      Damaged: a file is not what was written, on any host.
+      UserError: storage cannot be read now, or what `read` raises itself.
     """
     failure: Exception | None = None
     result = None
     try:
         result = read()
     except (jax.errors.JaxRuntimeError, MemoryError):
-        raise  # says something about this machine, not about the files
-    except Exception as error:  # Orbax raises no narrower class for data that is missing
+        raise  # a fault of this machine, not of the files
+    except Exception as error:  # Orbax raises no narrower class for missing data
         if isinstance(error, UserError) and not isinstance(error, Damaged):
             raise
         failure = error
-    if failure is not None and is_passing(failure):
+    if failure is not None and is_transient(failure):
         raise UserError(
             f"{where} cannot be read now ({reason_of(failure)}); nothing is skipped or changed: start again when"
             " it can"
         ) from failure
     if broadcast and failure is not None:
-        # The other slices wait for the values that this one cannot read, and can agree to nothing.
+        # The other slices wait for the values that this one cannot read, and cannot agree on anything.
         raise UserError(
             f"{where} cannot be read ({reason_of(failure)}): start again with config.checkpoint.broadcast=False,"
             " which skips a damaged checkpoint"
@@ -193,25 +263,51 @@ def agreed(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
     return result
 
 
-def measured(tree: Any, where: str, error: type[UserError] = UserError) -> Callable[[], dict[str, Leaf]]:
-    """Shape, dtype and digest of every leaf.
+def file_url(path: epath.PathLike) -> str:
+    """A directory as TensorStore names it."""
+    return f"{path}/" if is_object_store(path) else f"file://{os.fspath(path)}/"
+
+
+def open_arrays(
+    path: epath.PathLike, step: int, names: Iterable[str], item: str = "params"
+) -> dict[str, ts.TensorStore]:
+    """The arrays of one checkpoint, to be read slice by slice; reads their shapes only.
+
+    Orbax restores whole arrays, conversion of a 70B model needs one layer at a time. Orbax writes each array as a zarr
+    array in an OCDBT store, which TensorStore opens.
 
     Args:
-      tree: of arrays; may be donated at once if they are on accelerators.
-      where: for the message.
-      error: what is raised.
+      path: a checkpoint directory, or a workdir that holds one, local or gs://.
+      step: a finished step in it.
+      names: of the leaves.
+      item: "params" or "optimizer".
 
-    Returns:
-      What gives them, or raises the error where a leaf is not finite; see `digest.start`.
+    Raises:
+      UserError: an array cannot be opened.
     """
-    arrays = named(tree)
-    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
-    digests_of = digest.start(arrays)
+    location = steps_in(path)[0] / str(step) / item
+    try:
+        opening = {}
+        for name in names:
+            store = {"driver": "ocdbt", "base": file_url(location), "path": name.replace("/", ".") + "/"}
+            opening[name] = ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True)
+        return {name: future.result() for name, future in opening.items()}
+    except (OSError, ValueError) as error:
+        raise UserError(f"the arrays in {location} cannot be opened: {reason_of(error)}") from error
 
-    def result() -> dict[str, Leaf]:
-        digests, bad = digests_of()
-        if bad:
-            raise error(f"{where}: {bad[0]} has values that are not finite ({len(bad)} such leaves in all)")
-        return {name: describe(shapes[name], value) for name, value in digests.items()}
 
-    return result
+def read_slices(array: ts.TensorStore, slices: Sequence[Any], name: str) -> Iterator[Any]:
+    """Slices of an array as NumPy arrays; the next one is read while the caller uses one.
+
+    Raises:
+      UserError: the file behind it is damaged.
+    """
+    try:
+        ahead = array[slices[0]].read()
+        for number in range(len(slices)):
+            part = ahead.result()
+            if number + 1 < len(slices):
+                ahead = array[slices[number + 1]].read()
+            yield part
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be read: {reason_of(error)}") from error

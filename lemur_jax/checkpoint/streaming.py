@@ -1,21 +1,22 @@
-"""Arrays that are written to a checkpoint piece by piece and never exist as a whole."""
+"""Writing parameters to a checkpoint piece by piece, so that no array is ever in memory as a whole."""
 
-import asyncio
 import dataclasses
-import math
-import threading
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 from orbax.checkpoint import type_handlers
 
 from lemur_jax.checkpoint.digest import RunningDigest
-
-# A chunk of one entry of axis 0: what lies in layers can then be read layer by layer.
-BY_LAYER = ocp.SaveArgs(shard_axes=(0,))
+from lemur_jax.checkpoint.metadata import Leaf, named_leaves, seal
+from lemur_jax.checkpoint.reading import file_url
+from lemur_jax.common.paths import absolute
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,8 @@ class Streamed:
       shape: of the whole array.
       dtype: NumPy dtype.
       pieces: 1, or `shape[0]`: one for each entry of axis 0.
-      read: number of a piece -> that piece, C-contiguous, axis 0 included.
-      digest: of what was written; complete when the checkpoint is.
+      read: index of a piece -> that piece, C-contiguous, axis 0 included.
+      digest: of what was written so far.
     """
 
     shape: tuple[int, ...]
@@ -36,62 +37,109 @@ class Streamed:
     read: Callable[[int], np.ndarray]
     digest: RunningDigest = dataclasses.field(default_factory=RunningDigest)
 
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
-    @property
-    def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
+def write_params(path: epath.PathLike, params: Any, metadata: Mapping[str, Any], step: int = 0) -> None:
+    """Writes a checkpoint of parameters alone, as an import makes it; returns when it is complete.
+
+    Args:
+      path: checkpoint directory to make.
+      params: tree of `Streamed` leaves, or of arrays.
+      metadata: as `make_metadata` returns it.
+      step: of the checkpoint.
+    """
+    params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, Streamed) else _one_piece(leaf), params)
+
+    def sealed() -> dict[str, Any]:
+        leaves = {
+            name: Leaf(shape=tuple(leaf.shape), dtype=str(leaf.dtype), digest=leaf.digest.value)
+            for name, leaf in named_leaves(params).items()
+        }
+        return seal(metadata, {"params": leaves})
+
+    registry = type_handlers.create_type_handler_registry((Streamed, _StreamedHandler()))
+    handlers = {
+        "params": ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry),
+        "metadata": _LateJsonHandler(),
+    }
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(absolute(path), options=options, item_handlers=handlers) as manager:
+        items = ocp.args.Composite(params=ocp.args.PyTreeSave(params), metadata=_SaveLateJson(sealed))
+        manager.save(step, args=items)
 
 
-def streamed(array: np.ndarray) -> Streamed:
-    """An array at hand, written as one piece."""
+def _one_piece(array: Any) -> Streamed:
     array = np.ascontiguousarray(array)
     return Streamed(shape=array.shape, dtype=array.dtype, pieces=1, read=lambda _: array)
 
 
-def until(stopped: threading.Event, value: Streamed) -> Streamed:
-    """The same, but whoever reads on once `stopped` is set gets an error."""
+class _StreamedHandler(type_handlers.NumpyHandler):
+    """Writes `Streamed` arrays in the format of Orbax's NumPy arrays, one piece at a time."""
 
-    def read(piece: int) -> np.ndarray:
-        if stopped.is_set():
-            raise RuntimeError("stopped")
-        return value.read(piece)
-
-    return dataclasses.replace(value, read=read)
-
-
-class StreamedHandler(type_handlers.NumpyHandler):
-    """Writes `Streamed` arrays as Orbax writes NumPy arrays, but one piece at a time."""
-
-    def __init__(self) -> None:
-        super().__init__(deepcopy_host_arrays=False)
-        self._turn = asyncio.Lock()  # Orbax starts all arrays at once
-        self._failed = False
-
-    async def _open_and_write(self, value: Streamed, tspec: dict[str, Any], ts_context: ts.Context) -> None:
-        async with self._turn:
-            if self._failed:  # the caller may be removing the directory already
-                return
-            try:
-                await _write(value, ts.Spec(tspec), ts_context)
-            except BaseException:
-                self._failed = True
-                raise
+    async def serialize(
+        self, values: Sequence[Streamed], infos: Sequence[type_handlers.ParamInfo], args: Any = None
+    ) -> Sequence[ocp.future.Future]:
+        """Returns when everything is written: an interrupt or an error ends the save at once."""
+        del args
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            # Orbax merges the stores of all processes when the checkpoint is finalized.
+            base = file_url(info.parent_dir / "ocdbt.process_0")
+            spec = {
+                "driver": "zarr",
+                "kvstore": {"driver": "ocdbt", "base": base, "path": f"{info.name}/"},
+                "metadata": {"compressor": None},
+            }
+            _write(value, ts.Spec(spec), info.ts_context)
+        return []
 
 
-async def _write(value: Streamed, spec: ts.Spec, context: ts.Context) -> None:
-    array = await ts.open(spec, create=True, open=True, context=context)
-    rows = value.shape[0] // value.pieces
-    piece = await asyncio.to_thread(value.read, 0)
-    for number in range(value.pieces):
-        part = array[number * rows : (number + 1) * rows]
-        write = part.write(piece, can_reference_source_data_indefinitely=True)
-        summed = asyncio.create_task(asyncio.to_thread(value.digest.update, piece))
-        try:
-            if number + 1 < value.pieces:  # the next is made while this one goes to the disk
-                piece = await asyncio.to_thread(value.read, number + 1)
-        finally:  # where that fails, too: the caller then removes the directory, into which nothing may be written
-            await summed
-            await write
+def _write(value: Streamed, spec: ts.Spec, context: ts.Context) -> None:
+    rows = value.shape[0] // value.pieces if value.pieces > 1 else None
+    chunk = value.shape if rows is None else (rows, *value.shape[1:])
+    array = ts.open(
+        spec,
+        create=True,
+        shape=value.shape,
+        dtype=ts.dtype(value.dtype),
+        chunk_layout=ts.ChunkLayout(chunk_shape=chunk),
+        context=context,
+    ).result()
+    writing = summing = None
+    with ThreadPoolExecutor(1) as pool:
+        for number in range(value.pieces):
+            piece = value.read(number)  # while the one before it is written and summed
+            if writing is not None and summing is not None:
+                writing.result()
+                summing.result()
+            part = array if rows is None else array[number * rows : (number + 1) * rows]
+            writing = part.write(piece, can_reference_source_data_indefinitely=True)
+            summing = pool.submit(value.digest.update, piece)
+        assert writing is not None
+        writing.result()
+
+
+class _LateJsonHandler(ocp.CheckpointHandler):
+    """Writes JSON when everything else is written: only then are the digests of streamed arrays known."""
+
+    def save(self, directory: epath.Path, args: "_SaveLateJson") -> None:
+        """Writes nothing yet."""
+        del directory
+        self._content = args.content
+
+    def restore(self, directory: epath.Path, args: Any = None) -> Any:
+        """Not for reading: `ocp.JsonCheckpointHandler` reads it."""
+        raise NotImplementedError
+
+    def finalize(self, directory: epath.Path) -> None:
+        """Called by Orbax when all items are written."""
+        (directory / "metadata").write_text(json.dumps(self._content()))
+
+
+@ocp.args.register_with_handler(_LateJsonHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _SaveLateJson(ocp.args.CheckpointArgs):
+    """Attributes:
+    content: returns the JSON value.
+    """
+
+    content: Callable[[], Any]

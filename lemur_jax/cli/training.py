@@ -164,9 +164,11 @@ def _doctor(args) -> None:
 
 def _checkpoints(args) -> int:
     start_jax(args)
-    from lemur_jax.checkpoint.listing import difference, table
+    from lemur_jax.checkpoint.listing import checkpoint_table, config_difference
 
-    text, whole = (difference(args.workdir, *args.diff), True) if args.diff else table(args.workdir)
+    text, whole = (
+        (config_difference(args.workdir, *args.diff), True) if args.diff else checkpoint_table(args.workdir)
+    )
     print(text)
     return 0 if whole else 1
 

@@ -13,10 +13,9 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from lemur_jax.checkpoint.arrays import open_params, read_parts
 from lemur_jax.checkpoint.digest import RunningDigest
-from lemur_jax.checkpoint.leaves import Leaf
-from lemur_jax.checkpoint.manager import Damaged, naming_others, read_metadata, tokenizer_files
+from lemur_jax.checkpoint.metadata import Damaged, Leaf, tokenizer_files
+from lemur_jax.checkpoint.reading import open_arrays, read_metadata, read_slices, suggest_other_steps
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import hf_config, layout
 from lemur_jax.convert.directory import check_target, staged
@@ -88,7 +87,7 @@ def export_hf(
     check_target(target, overwrite, _is_export)
     metadata = read_metadata(ckpt_dir, step)
     stored = LlamaConfig.from_dict(metadata["model"])
-    arrays = open_params(ckpt_dir, metadata["step"])
+    arrays = open_arrays(ckpt_dir, metadata["step"], metadata["leaves"]["params"])
     where = f"checkpoint {ckpt_dir}, step {metadata['step']}"
     _check_params(stored, arrays, where)
     files = tokenizer_files(metadata)
@@ -105,7 +104,7 @@ def export_hf(
             leaf = metadata["leaves"]["params"][before.path]
             yield from _stream(before, after, arrays[before.path], leaf, dtype, change, where)
 
-    with naming_others(ckpt_dir, metadata["step"]), staged(target) as directory:
+    with suggest_other_steps(ckpt_dir, metadata["step"]), staged(target) as directory:
         _write_weights(directory, config, _ahead(tensors()), dtype, max_shard_bytes)
         for name, content in files.items():
             (directory / name).write_bytes(content)
@@ -215,7 +214,7 @@ def _stream(
     layers = int((array.chunk_layout.read_chunk.shape or (1,))[0] or 1) if weight.stacked else 1
     groups = [weight.names[start : start + layers] for start in range(0, len(weight.names), layers)]
     cuts = [slice(number * layers, number * layers + len(group)) for number, group in enumerate(groups)]
-    blocks = read_parts(array, cuts if weight.stacked else [...], f"{where}: parameter {weight.path}")
+    blocks = read_slices(array, cuts if weight.stacked else [...], f"{where}: parameter {weight.path}")
     with ThreadPoolExecutor(1) as pool:  # NumPy releases the GIL: digest and cast run side by side
         for names, block in zip(groups, blocks, strict=True):
             for name, layer in zip(names, block if weight.stacked else (block,), strict=True):

@@ -1,7 +1,6 @@
 """The checkpoints of one run: where it starts, when it saves, and where it goes back to."""
 
 import contextlib
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,9 +9,8 @@ import jax
 from etils import epath
 
 from lemur_jax.checkpoint.config import CheckpointConfig
-from lemur_jax.checkpoint.local import LocalCheckpoints, directory_of
 from lemur_jax.checkpoint.manager import Checkpoints
-from lemur_jax.cluster.hosts import any_host, is_primary, wait_for_all
+from lemur_jax.cluster.hosts import any_host
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.data.loader import Loader
@@ -28,7 +26,7 @@ _RETRY_SECONDS = 10.0
 
 
 class Saves:
-    """A context in which `WORKDIR/checkpoints` is open, and this host's local checkpoints where the run has them.
+    """A context in which `WORKDIR/checkpoints` is open.
 
     Args:
       config: a run config.
@@ -53,17 +51,12 @@ class Saves:
         self._config = config
         self._program, self._tokenizer = program, tokenizer
         self._metadata = metadata
-        self._say = say
-        self._checkpoints = _open(config.checkpoint, workdir, say)
-        self._local = _open_local(config.checkpoint, workdir, program, say)
-        self._only_locally: int | None = None  # the step that is due locally alone
+        self._checkpoints = _open(config.checkpoint, workdir)
         self._saved_at = time.monotonic()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Saves":
         self._stack.enter_context(self._checkpoints)
-        if self._local:
-            self._stack.enter_context(self._local)
         return self
 
     def __exit__(self, *error) -> None:
@@ -80,16 +73,7 @@ class Saves:
         """
         program, fresh = self._program, self._config.checkpoint.other_optimizer == "fresh"
         wanted = (program.state.params, program.state.optimizer)
-        found: tuple[int, Any, Any] | None = None
-        if self._local and at_most is None:
-            newest = self._checkpoints.latest_step() or 0
-            found = self._local.restore_newest(*wanted, self._check_data, newer_than=newest)
-            if found:
-                self._say(
-                    f"step {found[0]} is taken from local checkpoints; the newest in the workdir is {newest}"
-                )
-        if found is None:
-            found = self._checkpoints.restore_newest(*wanted, self._check_data, at_most, fresh)
+        found = self._checkpoints.restore_newest(*wanted, self._check_data, at_most, fresh)
         if found is None:
             params = initial_params(self._config.init, self._config.seed, self._tokenizer, program)
             return states.start(params, program.optimizer, program.state), 0
@@ -110,18 +94,10 @@ class Saves:
             )
 
     def due(self, step: int) -> bool:
-        """Whether to save after this update, if only locally; the same on all hosts, which must all ask.
+        """Whether to save after this update; the same on all hosts, which must all ask.
 
         Out of turn, too: where the last save failed or is too long ago, looked at every `log.every_steps`.
         """
-        if self._due_in_workdir(step):
-            return True
-        if self._local and due(step, self._config.checkpoint.local_every_steps):
-            self._only_locally = step
-            return True
-        return False
-
-    def _due_in_workdir(self, step: int) -> bool:
         if due(step, self._config.checkpoint.every_steps):
             return True
         if not due(step, self._config.log.every_steps):
@@ -133,18 +109,15 @@ class Saves:
 
     def needs_loss(self, step: int) -> bool:
         """Whether the save of this step is to be compared with others by its held-out loss (`keep_best`)."""
-        return bool(self._config.checkpoint.keep_best) and step != self._only_locally
+        return bool(self._config.checkpoint.keep_best)
 
     def save(self, step: int, state: TrainState, losses: Mapping[str, float], to_the_end: bool) -> None:
-        """Saves in the background; locally alone where no more was due.
+        """Saves in the background.
 
         Args:
           losses: held-out losses at this step by task, as far as there are any.
           to_the_end: wait until all is written and repeat it while it fails; too many failures raise.
         """
-        if self._local and step == self._only_locally:
-            self._local.save(step, state.params, state.optimizer, self._metadata)
-            return
         best = losses.get(self._config.checkpoint.keep_best)
         self._checkpoints.save(step, state.params, state.optimizer, self._metadata, best)
         self._saved_at = time.monotonic()
@@ -155,8 +128,6 @@ class Saves:
             time.sleep(_RETRY_SECONDS)
             self._checkpoints.save(step, state.params, state.optimizer, self._metadata, best)
             self._checkpoints.wait()
-        if self._local:
-            self._local.discard()
 
     def roll_back(self, state: TrainState, loader: Loader) -> tuple[TrainState, int]:
         """The state with the parameters of the last regular checkpoint before the skips, and its step.
@@ -198,7 +169,7 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _open(options: CheckpointConfig, workdir: epath.Path, say: Callable[[str], None]) -> Checkpoints:
+def _open(options: CheckpointConfig, workdir: epath.Path) -> Checkpoints:
     return Checkpoints(
         workdir / "checkpoints",
         keep=options.keep,
@@ -206,24 +177,4 @@ def _open(options: CheckpointConfig, workdir: epath.Path, say: Callable[[str], N
         keep_best=1 if options.keep_best else 0,
         max_failures=options.max_failures,
         broadcast=options.broadcast,
-        say=say,
     )
-
-
-def _open_local(
-    options: CheckpointConfig, workdir: epath.Path, program: Program, say: Callable[[str], None]
-) -> LocalCheckpoints | None:
-    if not options.local_directory:
-        return None
-    return LocalCheckpoints(directory_of(options.local_directory, _run_id(workdir)), program.mesh, say)
-
-
-def _run_id(workdir: epath.Path) -> str:
-    """A name of this run and no other: in a workdir that was emptied, the old run's state is not to be found."""
-    path = workdir / "run_id"
-    if is_primary() and not path.exists():
-        temporary = workdir / "run_id.tmp"
-        temporary.write_text(secrets.token_hex(8))
-        temporary.replace(path)
-    wait_for_all("run id")
-    return path.read_text()

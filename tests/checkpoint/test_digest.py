@@ -7,18 +7,21 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lemur_jax.checkpoint import digest
-from lemur_jax.checkpoint.digest import RunningDigest, start
+from lemur_jax.checkpoint.digest import RunningDigest, leaf_digests
+from lemur_jax.common.errors import UserError
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.int32]
 
 
 @pytest.fixture(params=["on the host", "by a program"])
 def place(request, monkeypatch):
-    """Where arrays are summed up; what was not asked for fails."""
+    """Where arrays are reduced; the other way fails."""
     monkeypatch.setattr(digest, "_PIECE", 65536)
     if request.param == "by a program":
         monkeypatch.setattr(digest, "on_host", lambda array: False)
-    monkeypatch.setattr(digest, "_measure" if request.param == "on the host" else "_measure_on_host", None)
+    monkeypatch.setattr(
+        digest, "_reduce_on_devices" if request.param == "on the host" else "_reduce_on_host", None
+    )
 
 
 def reference(array):
@@ -47,7 +50,8 @@ def running(array, *cuts):
 def test_is_the_sum_it_says(dtype, shape, place):
     array = values(shape, dtype)
     assert running(array) == reference(array)
-    assert start({"x": array})() == ({"x": reference(array)}, [])
+    (leaf,) = leaf_digests({"x": array}, "here").values()
+    assert (leaf.shape, leaf.dtype, leaf.digest) == (shape, str(array.dtype), reference(array))
 
 
 def test_is_the_same_in_any_blocks_and_on_any_mesh(place):
@@ -57,9 +61,7 @@ def test_is_the_same_in_any_blocks_and_on_any_mesh(place):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
     for spec in [("a", "b"), (None, "b", "a"), (("a", "b"),), ()]:
         placed = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
-        assert start({"x": placed})()[0] == {"x": expected}
-        # JAX would keep it with the array, and it is as large.
-        assert placed.is_fully_replicated or placed._npy_value is None
+        assert leaf_digests({"x": placed}, "here")["x"].digest == expected
 
 
 def test_every_flipped_bit_is_seen():
@@ -83,4 +85,5 @@ def test_swapped_and_zeroed_values_are_seen():
 def test_names_what_is_not_finite(bad, place):
     array = values((4, 5), np.float32)
     array[2, 3] = bad
-    assert start({"good": values((3,), np.float32), "bad": array})()[1] == ["bad"]
+    with pytest.raises(UserError, match=r"here: bad has values that are not finite \(1 such"):
+        leaf_digests({"good": values((3,), np.float32), "bad": array}, "here")

@@ -32,7 +32,7 @@ def test_verifies_every_byte(run, capsys):
     assert float(lines[2].split()[1]) > 0
     for file in (run / "checkpoints/3").rglob("*"):
         os.utime(file, (time.time() - 9000,) * 2)
-    assert listing.table(run)[0].splitlines()[2].split()[2:4] == ["2.5", "h"]
+    assert listing.checkpoint_table(run)[0].splitlines()[2].split()[2:4] == ["2.5", "h"]
 
     data = max((run / "checkpoints/6/optimizer").rglob("d/*"), key=lambda file: file.stat().st_size)
     content = bytearray(data.read_bytes())
@@ -47,13 +47,13 @@ def test_verifies_every_byte(run, capsys):
 def test_a_step_without_files_has_no_age(run, tmp_path):
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "9").mkdir()
-    last = listing.table(tmp_path)[0].splitlines()[-1]
+    last = listing.checkpoint_table(tmp_path)[0].splitlines()[-1]
     assert last.split()[:4] == ["9", "0.000", "?", "DAMAGED:"]
 
 
 def test_difference_of_configs(run, capsys):
     assert main(["checkpoints", str(run), "--diff", "3", "6"]) == 0
     assert capsys.readouterr().out == "train.batch_rows: 8 -> 16\n"
-    assert "are the same" in listing.difference(run, 3, 3)
+    assert "are the same" in listing.config_difference(run, 3, 3)
     with pytest.raises(UserError, match="no checkpoint of step 4"):
-        listing.difference(run, 3, 4)
+        listing.config_difference(run, 3, 4)

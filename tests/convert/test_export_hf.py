@@ -12,9 +12,7 @@ import tensorstore
 import torch
 import transformers
 
-from lemur_jax.checkpoint.arrays import read_parts
 from lemur_jax.checkpoint.digest import RunningDigest
-from lemur_jax.checkpoint.leaves import describe
 from lemur_jax.checkpoint.manager import (
     Damaged,
     make_metadata,
@@ -22,6 +20,8 @@ from lemur_jax.checkpoint.manager import (
     restore_params,
     write_params,
 )
+from lemur_jax.checkpoint.metadata import Leaf
+from lemur_jax.checkpoint.reading import read_slices
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import export_hf as export_module
 from lemur_jax.convert import layout
@@ -110,14 +110,14 @@ def test_layers_are_read_chunk_by_chunk(monkeypatch):
     sizes = []
 
     def watched(array, cuts, name):
-        for block in read_parts(array, cuts, name):
+        for block in read_slices(array, cuts, name):
             sizes.append(len(block))
             yield block
 
-    monkeypatch.setattr(export_module, "read_parts", watched)
+    monkeypatch.setattr(export_module, "read_slices", watched)
     digest = RunningDigest()
     digest.update(values)
-    stored = describe(values, digest.value)
+    stored = Leaf(shape=values.shape, dtype=str(values.dtype), digest=digest.value)
     streamed = dict(export_module._stream(weight, weight, array, stored, "float32", AS_IT_IS, "here"))
     assert sizes == [2, 2, 1]
     assert list(streamed) == list(weight.names)

@@ -237,27 +237,3 @@ def test_after_the_grace_period_the_process_ends_and_the_newest_checkpoint_stays
     assert process.returncode == 1, said
     assert "not saved within config.checkpoint.grace_s = 1 s of SIGTERM" in said
     assert read_metadata(run)["step"] == 3
-
-
-def test_local_checkpoints_between_those_of_the_workdir(train, tmp_path, monkeypatch):
-    """A run that breaks off goes on from the newest of either kind; at its end none is left on the disk."""
-    undisturbed, run, disk = tmp_path / "undisturbed", tmp_path / "run", tmp_path / "disk"
-    train(undisturbed)
-    options = {"checkpoint.every_steps": 3, "checkpoint.local_every_steps": 2}
-    options |= {"checkpoint.local_directory": str(disk)}
-    with monkeypatch.context() as broken:
-        broken.setattr(Interruption, "reached", asked_at(5, lambda self: 1 / 0))
-        with pytest.raises(ZeroDivisionError):
-            train(run, **options)
-    (kept,) = disk.iterdir()
-    assert sorted(int(path.name) for path in kept.iterdir()) == [2, 4]
-    lines = train(run, **options)
-    assert lines[0] == "step 4 is taken from local checkpoints; the newest in the workdir is 3"
-    assert not list(kept.iterdir())
-    found, expected = (
-        {(leaf, of.digest) for leaf, of in read_metadata(path)["leaves"]["optimizer"].items()}
-        for path in (run, undisturbed)
-    )
-    assert found == expected
-    with pytest.raises(UserError, match="local_every_steps is 0"):
-        train(tmp_path / "other", **options | {"checkpoint.local_every_steps": 0})
