@@ -104,18 +104,21 @@ def _write(value: Streamed, spec: ts.Spec, context: ts.Context) -> None:
         chunk_layout=ts.ChunkLayout(chunk_shape=chunk),
         context=context,
     ).result()
-    writing = summing = None
+    pending: list[Any] = []
     with ThreadPoolExecutor(1) as pool:
-        for number in range(value.pieces):
-            piece = value.read(number)  # while the one before it is written and summed
-            if writing is not None and summing is not None:
-                writing.result()
-                summing.result()
-            part = array if rows is None else array[number * rows : (number + 1) * rows]
-            writing = part.write(piece, can_reference_source_data_indefinitely=True)
-            summing = pool.submit(value.digest.update, piece)
-        assert writing is not None
-        writing.result()
+        try:
+            for number in range(value.pieces):
+                piece = value.read(number)  # while the one before it is written and summed
+                for future in pending:
+                    future.result()
+                part = array if rows is None else array[number * rows : (number + 1) * rows]
+                pending = [
+                    part.write(piece, can_reference_source_data_indefinitely=True),
+                    pool.submit(value.digest.update, piece),
+                ]
+        finally:  # also after an error: the caller then removes the directory
+            for future in pending:
+                future.result()
 
 
 class _LateJsonHandler(ocp.CheckpointHandler):

@@ -40,7 +40,7 @@ class Interruption:
                 self._undo.callback(signal.signal, signal.SIGINT, old)
                 signal.signal(signal.SIGINT, self._on_sigint)
             if alone:
-                old = signal.signal(signal.SIGTERM, lambda *_: self._request("SIGTERM"))
+                old = signal.signal(signal.SIGTERM, lambda *_: self.request("SIGTERM"))
                 self._undo.callback(signal.signal, signal.SIGTERM, old)
         if main or not alone:
             self._undo.enter_context(Notices())
@@ -67,7 +67,7 @@ class Interruption:
         To be called after every step, and inside whatever takes longer than one.
         """
         if jax.process_count() > 1 and coordination.reached_preemption():
-            self._request("SIGTERM")
+            self.request("SIGTERM")
         return self.asked
 
     def _on_sigint(self, *_: Any) -> None:
@@ -79,9 +79,14 @@ class Interruption:
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)  # taken by JAX, which tells all hosts
         else:
-            self._request("Ctrl-C")
+            self.request("Ctrl-C")
 
-    def _request(self, cause: str) -> None:
+    def request(self, cause: str) -> None:
+        """Asks to stop, as a signal does; the first cause counts.
+
+        Args:
+          cause: "SIGTERM" starts the grace period.
+        """
         if self.asked:
             return
         self._cause = cause

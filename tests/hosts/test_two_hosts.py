@@ -108,11 +108,11 @@ def test_batches_are_identical_and_each_host_reads_its_own_rows(hosts_project):
 
 
 def test_two_hosts_train_as_one_and_one_of_them_writes(hosts_project, one, two):
-    workdir, (chief, other) = two
+    workdir, (primary, other) = two
     np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)
-    assert "8 cpu devices" in chief
-    assert "held-out text" in chief
-    assert "loss" in chief
+    assert "8 cpu devices" in primary
+    assert "held-out text" in primary
+    assert "loss" in primary
     assert not [line for line in other.splitlines() if "loss" in line or "tokens" in line]
     assert {path.name for path in workdir.iterdir()} == {
         "config.json",
@@ -147,17 +147,17 @@ def without_gloo(output):
 def test_two_hosts_generate_and_one_of_them_exports(hosts_project, two, tmp_path):
     workdir, _ = two
     words = ["generate", "--checkpoint", str(workdir), "--prompt", "value_1 =", "--max-new-tokens", "8"]
-    chief, other = hosts_project.lemur(2, *words, errors=subprocess.PIPE)
+    primary, other = hosts_project.lemur(2, *words, errors=subprocess.PIPE)
     (alone,) = hosts_project.lemur(1, *words, errors=subprocess.PIPE)
     assert alone.startswith("value_1 =")
-    assert (without_gloo(chief), without_gloo(other)) == (alone, "")
+    assert (without_gloo(primary), without_gloo(other)) == (alone, "")
     export(hosts_project, 2, workdir, tmp_path)
     # Of what was exported each host reads its own part.
     reference = tmp_path / "reference.json"
     words = ["smoke", "--checkpoint", str(tmp_path / "hf-2"), "--mesh"]
     hosts_project.lemur(1, *words, "fsdp=8", "--write-reference", str(reference))
-    chief, other = hosts_project.lemur(2, *words, "fsdp=4,tensor=2", "--reference", str(reference))
-    assert "192 tokens equal the reference's" in chief
+    primary, other = hosts_project.lemur(2, *words, "fsdp=4,tensor=2", "--reference", str(reference))
+    assert "192 tokens equal the reference's" in primary
     assert "tokens" not in other
 
 
@@ -215,15 +215,15 @@ def test_lost_host_ends_the_run_by_name_and_the_relaunch_is_exact(hosts_project,
     on_one_host, on_four_hosts = tmp_path / "one", tmp_path / "four"
     shutil.copytree(workdir, on_one_host)
     shutil.copytree(workdir, on_four_hosts)
-    chief, _ = hosts_project.lemur(2, *hosts_project.train_words(workdir))
-    assert "resuming at step" in chief
+    primary, _ = hosts_project.lemur(2, *hosts_project.train_words(workdir))
+    assert "resuming at step" in primary
     jax.tree.map(np.testing.assert_array_equal, final_params(workdir), final_params(two[0]))
     (alone,) = hosts_project.lemur(1, *hosts_project.train_words(on_one_host))
     assert "resuming at step" in alone
     np.testing.assert_allclose(losses(on_one_host), losses(one), rtol=1e-5)
     if how == signal.SIGSTOP:  # the slow one of the two
-        chief, *_ = hosts_project.lemur(4, *hosts_project.train_words(on_four_hosts))
-        assert "resuming at step" in chief
+        primary, *_ = hosts_project.lemur(4, *hosts_project.train_words(on_four_hosts))
+        assert "resuming at step" in primary
         np.testing.assert_allclose(losses(on_four_hosts), losses(one), rtol=1e-5)
 
 
@@ -235,14 +235,14 @@ def test_death_of_host_0_is_named_too(hosts_project, tmp_path):
 
 @pytest.mark.slow
 def test_four_hosts_train_evaluate_generate_and_export_as_one(hosts_project, one, tmp_path):
-    chief, *others = hosts_project.lemur(4, *hosts_project.train_words(tmp_path / "run"))
-    assert "held-out text" in chief
+    primary, *others = hosts_project.lemur(4, *hosts_project.train_words(tmp_path / "run"))
+    assert "held-out text" in primary
     assert not any("held-out" in output for output in others)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(one), rtol=1e-5)
     words = ["--prompt", "value_1 =", "--max-new-tokens", "8"]
-    chief, *_ = hosts_project.lemur(4, "generate", "--checkpoint", str(tmp_path / "run"), *words)
+    primary, *_ = hosts_project.lemur(4, "generate", "--checkpoint", str(tmp_path / "run"), *words)
     (alone,) = hosts_project.lemur(1, "generate", "--checkpoint", str(tmp_path / "run"), *words)
-    assert alone.strip() in chief
+    assert alone.strip() in primary
     export(hosts_project, 4, tmp_path / "run", tmp_path)
 
 
@@ -325,8 +325,8 @@ def test_all_hosts_wait_where_another_run_has_the_workdir(hosts_project, tmp_pat
     assert [path.name for path in marks.iterdir()] == ["waiting1"]
     other.kill()
     other.communicate()
-    chief, _ = finish(processes)
-    assert f"another `lemur train` is writing to {run}: waiting for its end" in chief
+    primary, _ = finish(processes)
+    assert f"another `lemur train` is writing to {run}: waiting for its end" in primary
     assert steps_in(run)[1][-1] == STEPS
 
 
@@ -345,10 +345,10 @@ def test_hosts_with_other_configs_are_refused(hosts_project, tmp_path):
 
 def test_doctor_looks_at_both_hosts(hosts_project, tmp_path):
     words = ["doctor", "--config", "config.py", "--workdir", str(tmp_path / "run")]
-    chief, other = hosts_project.lemur(2, *words)
-    assert "verdict: 2 hosts ready" in chief
-    assert "written, read and shared" in chief
-    assert re.search(r"ok    collectives +all-reduce of 1 MiB in [\d.]+ ms = [\d.]+ GB/s a device", chief)
+    primary, other = hosts_project.lemur(2, *words)
+    assert "verdict: 2 hosts ready" in primary
+    assert "written, read and shared" in primary
+    assert re.search(r"ok    collectives +all-reduce of 1 MiB in [\d.]+ ms = [\d.]+ GB/s a device", primary)
     assert "verdict" not in other
     assert not (tmp_path / "run").exists()
 

@@ -24,7 +24,7 @@ def terminated(self):
     polls.append(self)
     seen.update(path.name for path in workdir.iterdir())
     if len(polls) == 4:
-        self._request("SIGTERM")
+        self.request("SIGTERM")
     return reached(self)
 
 Interruption.reached = terminated
