@@ -53,6 +53,7 @@ __all__ = (
 
 _LONG_WAIT_SECONDS = 1.0  # a save that waits longer for the one before it says so
 _LOG_SECONDS = 60.0  # between two messages that a save is not yet written
+_LAST_WRITES_SECONDS = 3.0  # for threads of a failed save that still write
 _SAVE_SECONDS = 24 * 3600  # Orbax's default of 20 minutes fails large saves to slow storage
 _SET_ASIDE_SECONDS = 3600.0  # for copying a large checkpoint inside an object store
 _COMMITTED = "commit_success.txt"  # Orbax's mark of a finished checkpoint where directories cannot be renamed
@@ -112,6 +113,7 @@ class Checkpoints:
         self._max_failures = max_failures
         self._failures = 0
         self._pending: int | None = None  # the step whose save has not been seen to end
+        self._threads: set[threading.Thread] = set()  # those of this process before the last save
 
     def latest_step(self) -> int | None:
         """The newest finished step, None without one; it may be damaged."""
@@ -143,7 +145,7 @@ class Checkpoints:
         began = time.monotonic()
         self.wait()
         waited = time.monotonic() - began
-        if waited > _LONG_WAIT_SECONDS:
+        if waited > _LONG_WAIT_SECONDS and not self.failed:
             logger.info(
                 "the save of step %d waited %.0f s for the one before it: the storage is slower than"
                 " config.checkpoint.every_steps or every_minutes asks for",
@@ -155,6 +157,7 @@ class Checkpoints:
         }
         params, optimizer = _copy_on_host(params), _copy_on_host(optimizer)
         save_args = jax.tree_util.tree_map_with_path(_save_args, params)
+        self._threads = set(threading.enumerate())
         try:
             self._manager.save(
                 step,
@@ -222,7 +225,11 @@ class Checkpoints:
         if jax.process_count() > 1:
             # Orbax cannot abandon a save on all hosts at once, and they would wait for this one.
             raise TemporaryError(f"{message}; run the same command again on all hosts") from error
-        # A new manager, without the arrays and threads of the failed save, removes what it has left.
+        # A new manager, without the arrays of the failed save, removes what its threads have written.
+        deadline = time.monotonic() + _LAST_WRITES_SECONDS
+        for thread in set(threading.enumerate()) - self._threads:
+            with contextlib.suppress(Exception):
+                thread.join(max(0.0, deadline - time.monotonic()))
         with contextlib.suppress(Exception):
             self._manager.close()
         self._manager = open_manager(self.path, **self._options)
