@@ -71,17 +71,16 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
         fields[key] = _number(raw[key], int, key, where)
     heads = fields["num_attention_heads"]
     fields["num_key_value_heads"] = _number(
-        raw.get("num_key_value_heads") or heads, int, "num_key_value_heads", where
+        _given(raw, "num_key_value_heads", heads), int, "num_key_value_heads", where
     )
     if raw.get("head_dim") is None and fields["hidden_size"] % heads:
         raise UserError(
             f"{where}: hidden_size {fields['hidden_size']} is not a multiple of num_attention_heads {heads}"
         )
-    head_dim = raw.get("head_dim") or fields["hidden_size"] // heads
+    head_dim = _given(raw, "head_dim", fields["hidden_size"] // heads)
     fields["head_dim"] = _number(head_dim, int, "head_dim", where)
     for key, default in _DEFAULTS[raw["model_type"]].items():
-        value = default if raw.get(key) is None else raw[key]
-        fields[key] = _number(value, type(default), key, where)
+        fields[key] = _number(_given(raw, key, default), type(default), key, where)
     tied = raw.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise UserError(f"{where}: tie_word_embeddings is {tied!r}, not true or false")
@@ -124,6 +123,11 @@ def _refuse_foreign(raw: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: hidden_act is {raw['hidden_act']!r}; only silu is implemented")
 
 
+def _given(raw: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value of a key; the default where it is missing or null, but not where it is 0 or ""."""
+    return default if raw.get(key) is None else raw[key]
+
+
 def _number(value: Any, kind: type, key: str, where: str) -> Any:
     """`value` as a positive int or float, refusing strings, booleans and fractions of an int."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
@@ -155,7 +159,8 @@ def _rope_from_hf(raw: Mapping[str, Any], max_positions: int, where: str) -> dic
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3}
     if unknown := sorted(set(rope) - known):
         raise UserError(f"{where}: {name} has the unknown key {unknown[0]}")
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0
+    thetas = (rope.get("rope_theta"), raw.get("rope_theta"), 10_000.0)
+    theta = next(value for value in thetas if value is not None)
     fields: dict[str, Any] = {"rope_theta": _number(theta, float, "rope_theta", where), "rope_scaling": kind}
     for key in _ROPE_KEYS[kind]:
         value = rope.get(key, max_positions if key == "original_max_position_embeddings" else None)
