@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+from typing import Any
 
 CONFIG_HELP = "config file, optionally with an argument: path.py or path.py:arg"
 
 LOST_SECONDS = 100.0  # as `config.hosts.lost_seconds`, which a checkpoint need not have
 
-Verbs = argparse._SubParsersAction
+Verbs = Any  # what `ArgumentParser.add_subparsers` returns; its class has no public name
 
 
 def add_verb(verbs: Verbs, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:

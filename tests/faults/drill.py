@@ -187,7 +187,6 @@ def _throw(alone: Run, hurt: Run, kinds: list, rng: random.Random, say) -> None:
 
 
 def compare(alone: Run, hurt: Run) -> None:
-    assert "Traceback" not in hurt.log.read_text(), hurt.log.read_text()
     ours, theirs = read_metadata(hurt.workdir), read_metadata(alone.workdir)
     assert ours["step"] == alone.steps
     assert ours["leaves"] == theirs["leaves"]  # digests of all bits of parameters and optimizer
