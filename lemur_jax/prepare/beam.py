@@ -52,7 +52,7 @@ class Job:
 
 
 def results(job: Job, runner: str, options: Sequence[str]) -> Iterator[Result | None]:
-    """What `documents.encoder` gives for the records of a split, with a None after each of several shards.
+    """What `encoding.encoder` gives for the records of a split, with a None after each of several shards.
 
     Args:
       job: what to do.

@@ -3,7 +3,7 @@
     config.prepare.steps = {"code": {"length": {"min_chars": 100}, "exact_duplicates": {}}}
 
 Steps run in the order of `DEFAULTS`. Filters look at one document and run in the workers (`Filters`), which
-make the fingerprints that `data.duplicates` compares as well.
+make the fingerprints that `duplicates` compares as well.
 """
 
 import dataclasses

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -33,8 +33,6 @@ Record = Mapping[str, bytes]
 _KEPT = ("text", "messages", "id", "source", "meta")  # of a record that is refused
 CHUNK_BYTES = 1 << 18
 CHUNK_RECORDS = 256
-# Between two looks whether the workers live.
-_LOOK_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,31 +190,9 @@ def _encode_in(
     for number, chunk in _chunks(records, first):
         waiting.append(pool.submit(_encode_chunk, number, chunk, steps))
         if len(waiting) > 2 * workers:
-            yield from _result(pool, waiting.popleft())
+            yield from waiting.popleft().result()
     while waiting:
-        yield from _result(pool, waiting.popleft())
-
-
-def _result(pool: ProcessPoolExecutor, future: Future) -> list[Result | None]:
-    """What a worker has made.
-
-    The pool sees that a worker has died, but for one that is killed while it writes a result: then its thread waits for
-    the rest for ever, as this process holds the other end of that pipe open itself.
-
-    Raises:
-      BrokenProcessPool: a worker has died.
-    """
-    while not wait([future], timeout=_LOOK_SECONDS).done:
-        workers = list((pool._processes or {}).values())
-        if all(worker.is_alive() for worker in workers):
-            continue
-        if wait([future], timeout=_LOOK_SECONDS).done:  # the pool has seen it, too
-            break
-        for worker in workers:
-            worker.kill()
-        pool._result_queue._writer.close()  # type: ignore[attr-defined]  # now that pipe has ended
-        break
-    return future.result()
+        yield from waiting.popleft().result()
 
 
 def _chunks(records: Iterable[Record | None], first: int = 0) -> Iterator[tuple[int, list[Record | None]]]:

@@ -12,7 +12,6 @@ import functools
 import importlib
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,28 +21,11 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import readers, streams
 from lemur_jax.prepare.fields import Document, Fields, to_documents
 from lemur_jax.prepare.files import Files
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Keeps what C++ writes to stderr, and shows it only if the block fails."""
-    with tempfile.TemporaryFile() as kept:
-        stderr = os.dup(2)
-        os.dup2(kept.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            kept.seek(0)
-            os.write(stderr, kept.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-
+from lemur_jax.prepare.quiet_stderr import quiet_stderr
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 try:
-    with _quiet_stderr():  # TensorFlow writes there before it has read its log level
+    with quiet_stderr():  # TensorFlow writes there before it has read its log level
         import pyarrow  # noqa: F401  # where it is missing, say so now
         import seqio
         import tensorflow as tf
@@ -59,14 +41,7 @@ with contextlib.suppress(RuntimeError):
 
 
 class GeneratorSource(seqio.FunctionDataSource):
-    """Documents that a Python function yields, as a seqio source.
-
-    Args:
-      documents: from a split to its documents, always in the same order.
-      content: "text" or "messages".
-      splits: names of the splits.
-      fingerprint: changes when the documents may have; any seqio source may have such a method.
-    """
+    """Documents that a Python function yields, as a seqio source; for the arguments see `add_generator`."""
 
     def __init__(
         self,
@@ -83,12 +58,16 @@ class GeneratorSource(seqio.FunctionDataSource):
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # documents come in a fixed order: rows are drawn from the store
         return tf.data.Dataset.from_generator(
-            lambda: self._documents(split),
-            output_signature={key: tf.TensorSpec((), tf.string) for key in (self._content, "id")},
+            lambda: self._documents(split), output_signature=_signature(self._content, "id")
         )
 
     def fingerprint(self, split: str) -> str:
+        """Changes when the documents may have; any source may have such a method."""
         return self._fingerprint() if self._fingerprint else split
+
+
+def _signature(*names: str) -> dict[str, tf.TensorSpec]:
+    return {name: tf.TensorSpec((), tf.string) for name in names}
 
 
 def _string_feature() -> seqio.Feature:
@@ -126,10 +105,9 @@ class FileSource(seqio.DataSource):
     ) -> tf.data.Dataset:
         del shuffle, seed  # documents come in a fixed order: rows are drawn from the store
         shard, shards = (0, 1) if shard_info is None else (shard_info.index, shard_info.num_shards)
-        names = (self.content, "id", "meta", "where", "error")
         return tf.data.Dataset.from_generator(
             lambda: self.documents(split, shard, shards),
-            output_signature={name: tf.TensorSpec((), tf.string) for name in names},
+            output_signature=_signature(self.content, "id", "meta", "where", "error"),
         )
 
     def documents(self, split: str, shard: int, shards: int) -> Iterator[Document]:

@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -132,25 +130,6 @@ def test_a_worker_that_dies_is_one_line(tokenizer):
 
     with pytest.raises(UserError, match=r"prepare\.workers"):
         run()
-
-
-def die_in_the_middle_of_a_result():
-    frame = sys._getframe()
-    while "result_queue" not in frame.f_locals:
-        frame = frame.f_back
-    os.write(frame.f_locals["result_queue"]._writer.fileno(), b"\0\0\1\0and no more")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_worker_that_dies_in_the_middle_of_a_result_is_seen(monkeypatch):
-    """The pool itself waits for the rest of the result for ever."""
-    monkeypatch.setattr(encoding, "_LOOK_SECONDS", 0.5)
-    pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
-    assert encoding._result(pool, pool.submit(sorted, [2, 1])) == [1, 2]
-    future = pool.submit(die_in_the_middle_of_a_result)
-    with pytest.raises(BrokenProcessPool):
-        encoding._result(pool, future)
-    pool.shutdown()
 
 
 def test_an_exception_ends_the_workers(tokenizer):
