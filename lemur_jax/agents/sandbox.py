@@ -132,27 +132,35 @@ def run(
                 "channels": list(channels),
             }
             _launch(request, output, errors)
-            report.seek(0)
-            found: dict = {"isolation": "limited"}
-            for line in report.read().splitlines():
-                found |= json.loads(line)
-            if found.get("refused"):
-                raise UserError(
-                    f"sandbox: no namespaces here ({found['reason']}) and no Landlock of Linux 6.12, so code could"
-                    " reach files and processes: allow unprivileged user namespaces, or run without"
-                    " require_isolation"
-                )
-            if "failed" in found:
-                raise UserError(f"sandbox: cannot run {command[0]}: {found['failed']}")
-            return Result(
-                code=found.get("code"),
-                output=_read(output, limits.output_bytes),
-                errors=_read(errors, limits.output_bytes),
-                seconds=found.get("seconds", limits.wall_seconds),
-                isolation=found["isolation"],
-            )
+            return _result(command[0], limits, report, output, errors)
     finally:
         remove_tree(root)
+
+
+def _result(program: str, limits: Limits, report, output, errors) -> Result:
+    """What the launcher has reported, with the output.
+
+    Raises:
+      UserError: the command was not started.
+    """
+    report.seek(0)
+    found: dict = {"isolation": "limited"}
+    for line in report.read().splitlines():
+        found |= json.loads(line)
+    if found.get("refused"):
+        raise UserError(
+            f"sandbox: no namespaces here ({found['reason']}) and no Landlock of Linux 6.12, so code could reach files"
+            " and processes: allow unprivileged user namespaces, or run without require_isolation"
+        )
+    if "failed" in found:
+        raise UserError(f"sandbox: cannot run {program}: {found['failed']}")
+    return Result(
+        code=found.get("code"),
+        output=_read(output, limits.output_bytes),
+        errors=_read(errors, limits.output_bytes),
+        seconds=found.get("seconds", limits.wall_seconds),
+        isolation=found["isolation"],
+    )
 
 
 def run_python(program: str, *, limits: Limits | None = None, **options) -> Result:
