@@ -101,7 +101,12 @@ class TokenizerFiles:
         if model is not None:
             as_it_is = self.config.get("tokenizer_class") == "PreTrainedTokenizerFast"
             scheme = "always" if self.config.get("legacy", not as_it_is) else "first"
-            return self.parse("tokenizer.model", lambda data: sentencepiece_model.convert(data, scheme))
+            spec = self.parse("tokenizer.model", lambda data: sentencepiece_model.convert(data, scheme))
+            if (
+                scheme == "first" and not as_it_is
+            ):  # transformers puts no space before a text that begins with one
+                spec["pre_tokenizer"]["pretokenizers"][:2] = [sentencepiece_model.metaspace("first")]
+            return spec
         if "tokenizer.model" in self.files:
             raise UserError(
                 f"{self.name}: tokenizer.model is a tiktoken vocabulary, which says neither how to split text nor"
@@ -137,6 +142,8 @@ class TokenizerFiles:
         scheme = "never" if prefix is False else "always" if legacy else "first"
         decoders = sentencepiece_model.DECODER["decoders"]
         kept = {name: spec["model"][name] for name in ("type", "vocab", "merges")}
+        if "tokenizer.json" not in self.files:
+            kept["merges"] = sentencepiece_model.merges_by_id(spec["model"]["vocab"])
         spec["model"] = {**kept, "fuse_unk": True, "byte_fallback": True}
         spec["normalizer"], spec["pre_tokenizer"] = None, sentencepiece_model.metaspace(scheme)
         spec["decoder"] = {"type": "Sequence", "decoders": decoders[:-1] if prefix is False else decoders}

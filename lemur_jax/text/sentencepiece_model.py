@@ -108,6 +108,19 @@ def convert(model: bytes, prepend_scheme: str = "first") -> dict[str, Any]:
     }
 
 
+def merges_by_id(vocab: Mapping[str, int]) -> list[list[str]]:
+    """Merges ranked by the id of what they make, as transformers' LlamaTokenizer makes them of `tokenizer.model`."""
+    splits = (
+        (index, piece[:cut], piece[cut:]) for piece, index in vocab.items() for cut in range(1, len(piece))
+    )
+    ranked = [
+        (index, len(a), len(b), vocab[a], vocab[b], a, b)
+        for index, a, b in splits
+        if a in vocab and b in vocab
+    ]
+    return [[a, b] for *_, a, b in sorted(ranked)]
+
+
 DECODER = {
     "type": "Sequence",
     "decoders": [
