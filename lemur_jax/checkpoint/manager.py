@@ -330,7 +330,9 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            # After a failure on one of several hosts Orbax would wait for the others; the process ends anyway.
+            if not (self.failed and jax.process_count() > 1):
+                self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
