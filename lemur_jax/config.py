@@ -7,9 +7,11 @@ result into a `RunConfig`, whose sections stand beside the code that uses them. 
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any
@@ -131,42 +133,46 @@ def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict
     for override in overrides:
         if not override.startswith("--config.") or "=" not in override:
             raise UserError(f"cannot read {override!r}: overrides are written --config.section.key=value")
-    name, separator, parameter = argument.partition(":")
-    path = _locate(name)
-    argument = path + separator + parameter
-    # Modules of tasks may lie beside their config.
+    argv = ["lemur", *overrides]
+    values = flags.FlagValues()
+    config = _run_config_file(argument)
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        values(argv)
+        return values.config
+    except flags.IllegalFlagValueError as error:
+        raise UserError(f"wrong value for {argument}: {error}") from error
+    except (AttributeError, KeyError, IndexError) as error:
+        raise _explain_key(argument, overrides, error) from error
+    except Exception as error:
+        raise UserError(f"cannot apply {' '.join(overrides)} to {argument}: {reason_of(error)}") from error
+
+
+def _run_config_file(argument: str) -> ConfigDict:
+    path, colon, word = argument.partition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"there is no config file {path}")
+    # Modules of tasks, and configs that this one starts from, may lie beside it.
     directory = os.path.dirname(os.path.abspath(path))
     if directory not in sys.path:
         sys.path.append(directory)
-    argv = ["lemur", f"--config={argument}", *overrides]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    spec = importlib.util.spec_from_file_location("lemur_config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file: a config is a .py file with get_config()")
+    module = sys.modules["lemur_config"] = importlib.util.module_from_spec(spec)
     try:
-        values(argv)
-        config = values.config
-    except flags.IllegalFlagValueError as error:
-        # What `get_config` raised with an argument comes as a traceback in the message; its last line says it.
-        raised = str(error).rpartition("Error whilst parsing config file:")[2].strip().splitlines()
-        if len(raised) > 1:
-            raise UserError(f"cannot load the config {argument}: {raised[-1].strip()}") from error
-        raise UserError(f"wrong value in {argument}: {error}") from error
-    except (AttributeError, KeyError) as error:
-        raise _explain_key(argument, overrides, error) from error
-    except (ImportError, SyntaxError, TypeError, ValueError) as error:
-        raise UserError(f"cannot load the config file {path}: {reason_of(error)}") from error
+        spec.loader.exec_module(module)
+        config = module.get_config(word) if colon else module.get_config()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
+        where = f" (line {lines[-1]} of {path})" if lines else ""
+        raise UserError(f"cannot load the config {argument}: {reason_of(error)}{where}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{argument}: get_config returned {type(config).__name__}, not a ConfigDict")
     return config
-
-
-def _locate(path: str) -> str:
-    """`path`, or the example config of that name in an installed package: `configs/lemur_7b_pretrain.py`."""
-    if os.path.isfile(path):
-        return path
-    packaged = os.path.join(os.path.dirname(__file__), path)
-    if path.startswith("configs/") and os.path.isfile(packaged):
-        return packaged
-    raise UserError(f"there is no config file {path}")
 
 
 def _explain_key(argument: str, overrides: Sequence[str], error: Exception) -> UserError:

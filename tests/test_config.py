@@ -59,6 +59,9 @@ def test_argument_reaches_get_config(path):
         ("--config.train.steps=many", ["train.steps", "many"]),
         ("--config.mesh.fsdp=2.5", ["mesh.fsdp", "2.5"]),
         ("--config.train=3", ["train"]),
+        ("--config.log.wandb[0]=1", ["log.wandb[0]"]),
+        ("--config.eval.tasks=1_000", ["eval.tasks", "1000", "a string"]),
+        ("--config.=3", ["--config.=3"]),
         ("--learning-rate=3", ["--learning-rate=3", "--config.section.key=value"]),
     ],
 )
@@ -88,14 +91,23 @@ def test_argument_that_a_config_does_not_take_is_one_line(tmp_path):
         "    config.trein = 3",
         "    config.train.steps = 'x'",
         "    import not_there",
+        "    config.train.steps = undefined_name",
+        "    {}['x']",
+        "    raise RuntimeError('two\\nlines')",
+        "    raise SystemExit",
     ],
 )
-def test_bad_config_file_is_one_line(tmp_path, body):
+def test_bad_config_file_is_one_line_that_names_the_line(tmp_path, body):
     (tmp_path / "config.py").write_text(CONFIG.replace("    if arg:", body + "\n    if arg:"))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"\(line 8 of .*config\.py\)$") as error:
         load(str(tmp_path / "config.py"))
     assert "\n" not in str(error.value)
-    assert "config.py" in str(error.value)
+
+
+def test_a_config_that_is_no_python_file_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a Python file"):
+        load(str(tmp_path / "config.json"))
 
 
 def test_missing_file(tmp_path):

@@ -1,6 +1,5 @@
 """Runs: `train`, `sweep`, `doctor`, `checkpoints`, `report`."""
 
-import logging
 import os
 
 from lemur_jax.cli.arguments import Verbs, add_config, add_devices, add_verb, start_jax
@@ -22,6 +21,11 @@ def add_verbs(verbs: Verbs) -> None:
         default="",
         metavar="FIRST:STOP",
         help="trace these steps into WORKDIR/profile, for TensorBoard and Perfetto: 10:13 for steps 10, 11 and 12",
+    )
+    sub.add_argument(
+        "--extend",
+        action="store_true",
+        help="continue the run of WORKDIR with more steps, another learning rate, or other stages of the mixture",
     )
     add_devices(sub)
 
@@ -106,7 +110,7 @@ def _train(args) -> int:
     profile = parse_steps(args.profile) if args.profile else range(0)
     with host_watchdog(config.hosts.lost_seconds):
         coordination.agree("the config", fingerprint(config), config.hosts.connect_seconds)
-        train(config, args.workdir, logging.getLogger(__name__).info, profile=profile)
+        train(config, args.workdir, profile=profile, extend=args.extend)
     # A run that saved and stopped because its machine goes away has not failed, but it is not finished either.
     # Launchers tell the two apart by the exit status.
     if os.environ.get("LEMUR_RELAUNCH") == "1" and not finished(config, args.workdir):

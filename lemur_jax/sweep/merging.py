@@ -8,6 +8,7 @@ With θ0 the start, θ a trained run and λ the weight:
 
 import dataclasses
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,9 +22,12 @@ from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.sweep.runs import SweepRun, run_config, run_directory
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.text.tokenizer import Tokenizer
-from lemur_jax.train.evaluate import Evaluations, open_held_out
+from lemur_jax.train.evaluate import Evaluations, evaluation_steps, open_held_out
+from lemur_jax.train.history import RunHistory
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.step import Program
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("linear", "arithmetic")
 
@@ -114,7 +118,6 @@ def evaluate_all(
     merges: Sequence[Merge],
     workdir: epath.PathLike,
     build: Callable[..., Program],
-    say: Callable[[str], None] = print,
 ) -> None:
     """Scores the merged models whose figures are not there, as the runs were scored at their end.
 
@@ -128,7 +131,7 @@ def evaluate_all(
         directory = merge_directory(workdir, merge)
         if any(record.get("kind") == "balance" for record in _records(directory)):
             continue
-        say(f"merge {number} of {len(merges)}: {merge.variant}, seed {merge.seed}")
+        logger.info("merge %d of %d: %s, seed %d", number, len(merges), merge.variant, merge.seed)
         config = run_config(argument, overrides, merge.parts[0])
         tokenizer = Tokenizer.load(config.tokenizer.path)
         program = build(config, make_mesh(config.mesh), len(config.data.sources))
@@ -138,7 +141,12 @@ def evaluate_all(
         before = _records(run_directory(workdir, merge.parts[0]))
         with MetricsWriter(directory) as writer:
             writer.truncate_after(-1)
-            Evaluations(program, config, held_out, writer, say, before).score(params, config.train.steps)
+            history = RunHistory(writer=writer, records=before)
+            rows = config.train.batch_rows // config.train.microbatches
+            steps = evaluation_steps(config)
+            Evaluations(program, rows, config.eval, steps, held_out, history).score(
+                params, config.train.steps
+            )
 
 
 def _records(directory: epath.Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Trains the runs of a sweep one after another, in one process that compiles each program once."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 
 import jax
@@ -15,7 +16,9 @@ from lemur_jax.sweep.runs import SweepRun, run_config, run_directory
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
 from lemur_jax.train.loop import train
-from lemur_jax.train.workdir import claim, finished
+from lemur_jax.train.workdir import claim, config_changes, finished
+
+logger = logging.getLogger(__name__)
 
 # Sections of a config that no program depends on.
 _NOT_COMPILED = ("seed", "init", "tokenizer", "prepare", "eval", "checkpoint", "log", "hosts")
@@ -27,7 +30,6 @@ def train_all(
     runs: Sequence[SweepRun],
     workdir: epath.PathLike,
     build: Callable[..., step.Program],
-    say: Callable[[str], None] = print,
 ) -> bool:
     """Trains what is not finished; killed and called again, it goes on where it was.
 
@@ -36,7 +38,6 @@ def train_all(
       runs: from `plan_runs`.
       workdir: each run gets its own below it.
       build: from `building_once`.
-      say: gets what a person wants to read.
 
     Returns:
       Whether all runs are finished; False after a SIGTERM.
@@ -50,13 +51,15 @@ def train_all(
     for run, config in zip(runs, configs, strict=True):
         _check(run, config)
     for number, (run, config) in enumerate(zip(runs, configs, strict=True), start=1):
-        directory = claim(config, run_directory(workdir, run))
+        directory = run_directory(workdir, run)
+        config_changes(to_json(config), directory)  # refuses a run of another config
+        claim(to_json(config), directory)
         where = f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}"
         if finished(config, directory):
-            say(f"{where}: finished already")
+            logger.info("%s: already finished", where)
             continue
-        say(where)
-        if train(config, directory, say, build):
+        logger.info("%s", where)
+        if train(config, directory, build=build):
             return False
     return True
 

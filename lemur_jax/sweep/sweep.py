@@ -1,12 +1,15 @@
 """`lemur sweep`: the runs, the merges, and what they add up to."""
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 
 from etils import epath
 
 from lemur_jax.config import load
 from lemur_jax.sweep import merging, pareto, results, runner, runs
+
+logger = logging.getLogger(__name__)
 
 
 def sweep(
@@ -20,7 +23,6 @@ def sweep(
     varied: Sequence[str] = (),
     merges: Sequence[str] = (),
     command: str = "lemur sweep",
-    say: Callable[[str], None] = print,
 ) -> results.Results | None:
     """Trains and scores what is missing, then writes `results.json`, `table.md`, `pareto.svg` and `index.html`.
 
@@ -30,7 +32,6 @@ def sweep(
       ratios, sources, seeds, varied: as `runs.plan_runs` takes them.
       merges: as `merging.plan_merges` takes them.
       command: stands on the results.
-      say: gets what a person wants to read.
 
     Returns:
       The results; None if a SIGTERM came before they were all there.
@@ -42,10 +43,10 @@ def sweep(
     planned = runs.plan_runs(config, ratios, seeds, varied, sources)
     to_merge = merging.plan_merges(merges, planned)
     build = runner.building_once()
-    if not runner.train_all(argument, overrides, planned, workdir, build, say):
-        say("stopped; the same command goes on from there")
+    if not runner.train_all(argument, overrides, planned, workdir, build):
+        logger.info("stopped; the same command continues from there")
         return None
-    merging.evaluate_all(argument, overrides, to_merge, workdir, build, say)
+    merging.evaluate_all(argument, overrides, to_merge, workdir, build)
     found = results.read_results(config, planned, to_merge, workdir)
     written = {"results.json": json.dumps(results.to_json(found), indent=1) + "\n"}
     for name, text in (written | pareto.result_files(found, command)).items():

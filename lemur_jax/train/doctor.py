@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.evaluate import open_held_out
 from lemur_jax.train.initial import open_initial
 from lemur_jax.train.step import build
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("lemur_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "libtpu")
 _CLOCK_SECONDS = 5.0  # hosts whose clocks differ by more make wrong file times and refused credentials
@@ -50,13 +53,12 @@ class Finding:
     same: bool = False
 
 
-def doctor(config: RunConfig, workdir: epath.PathLike, say: Callable[[str], None] = print) -> None:
+def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
     """Examines every host of the run; all hosts call it together.
 
     Args:
       config: the run config.
       workdir: of the run; left as it was.
-      say: gets the table and the verdict, on the first host.
 
     Raises:
       UserError: something would stop the run; on every host.
@@ -71,9 +73,9 @@ def doctor(config: RunConfig, workdir: epath.PathLike, say: Callable[[str], None
     if jax.process_index() == 0:
         width = max(len(check) for check, _, _ in rows)
         for check, good, detail in rows:
-            say(f"{'ok  ' if good else 'FAIL'}  {check:<{width}}  {detail}")
+            logger.info("%s  %s  %s", "ok  " if good else "FAIL", f"{check:<{width}}", detail)
         if not bad:
-            say(f"verdict: {len(hosts)} host{'s' * (len(hosts) > 1)} ready")
+            logger.info("verdict: %d host%s ready", len(hosts), "s" * (len(hosts) > 1))
     if bad:
         raise UserError(f"verdict: not ready, because of {', '.join(bad)}")
 

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -15,11 +16,15 @@ from lemur_jax.data.loader import held_out_batches
 from lemur_jax.data.mixture import open_rows
 from lemur_jax.data.rows import Rows
 from lemur_jax.parallel.rules import batch_sharding
-from lemur_jax.telemetry.metrics import MetricsWriter, Record
+from lemur_jax.telemetry.metrics import Record
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.balance import balance, group_ratios
+from lemur_jax.train.config import EvalConfig
+from lemur_jax.train.history import RunHistory
 from lemur_jax.train.saves import due
 from lemur_jax.train.step import Program
+
+logger = logging.getLogger(__name__)
 
 # Batches that the devices have got and not answered: enough to keep them busy, few enough to stop soon.
 _IN_FLIGHT = 2
@@ -55,24 +60,48 @@ def open_held_out(data: DataConfig, tasks: Sequence[str], tokenizer: Tokenizer) 
     return found
 
 
-def unscored(config: RunConfig, records: Sequence[Record], step: int) -> set[str]:
-    """Tasks that a run must score before it goes on from a step: where it starts, or SIGTERM came in between.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationSteps:
+    """After which updates a run is scored.
 
-    Args:
-      config: a run config.
-      records: of the run.
-      step: updates done; 0: scored where the parameters come from a checkpoint.
+    Attributes:
+      tasks: all that are scored.
+      every: updates between two evaluations; 0: only the last.
+      last: the last update.
+      compared_every: updates between two regular checkpoints that are compared by held-out loss; 0: none are.
+      at_start: whether the first parameters are scored.
     """
-    scored = {r["task"] for r in records if r.get("kind") == "eval" and r["step"] == step}
-    return set(config.eval.tasks) - scored if scored or _is_regular(config, step) else set()
+
+    tasks: tuple[str, ...]
+    every: int
+    last: int
+    compared_every: int
+    at_start: bool
+
+    def is_regular(self, step: int) -> bool:
+        """Whether every run of this config is scored at this step, whatever requests to stop came before."""
+        if not step:
+            return self.at_start
+        return step == self.last or due(step, self.compared_every) or due(step, self.every)
+
+    def unscored(self, records: Sequence[Record], step: int) -> set[str]:
+        """Tasks that must be scored before a run continues from a step, given its records.
+
+        That is so at the first start, and where a request to stop came during an evaluation.
+        """
+        scored = {r["task"] for r in records if r.get("kind") == "eval" and r["step"] == step}
+        return set(self.tasks) - scored if scored or self.is_regular(step) else set()
 
 
-def _is_regular(config: RunConfig, step: int) -> bool:
-    """Whether every run of this config is scored at this step, whatever came in between."""
-    if not step:
-        return bool(config.init.checkpoint)
-    compared = config.checkpoint.keep_best and due(step, config.checkpoint.every_steps)
-    return step == config.train.steps or bool(compared) or due(step, config.eval.every_steps)
+def evaluation_steps(config: RunConfig) -> EvaluationSteps:
+    """The evaluations of a config."""
+    return EvaluationSteps(
+        tasks=config.eval.tasks,
+        every=config.eval.every_steps,
+        last=config.train.steps,
+        compared_every=config.checkpoint.every_steps if config.checkpoint.keep_best else 0,
+        at_start=bool(config.init.checkpoint),
+    )
 
 
 def evaluate(
@@ -81,7 +110,7 @@ def evaluate(
     held_out: HeldOut,
     batch_rows: int,
     max_rows: int,
-    give_up: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
     """Scores one task.
 
@@ -91,10 +120,10 @@ def evaluate(
       held_out: the task.
       batch_rows: rows B of a batch; rounded up to what the mesh divides.
       max_rows: rows scored at most; 0: all. With fewer, bytes are estimated from the store's ratio.
-      give_up: asked before every batch, equally often on all hosts.
+      should_stop: asked before every batch, equally often on all hosts.
 
     Returns:
-      `task, loss` (nats a target token)`, bits_per_byte, tokens, bytes`; None where it was given up.
+      `task, loss` (nats a target token)`, bits_per_byte, tokens, bytes`; None where it was stopped.
     """
     ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     batch_rows = math.ceil(batch_rows / ways) * ways
@@ -103,7 +132,7 @@ def evaluate(
         held_out_batches(held_out.rows, batch_rows, batch_sharding(program.mesh), max_rows=max_rows)
     ) as batches:
         for batch in batches:
-            if give_up():
+            if should_stop():
                 return None
             found = program.score(params, batch)
             sums.append((found.loss, found.weight))
@@ -123,63 +152,71 @@ def evaluate(
 
 
 class Evaluations:
-    """The held-out evaluations of a run: scored, written down, and compared with the one before step 1.
+    """The held-out evaluations of a run: scored, recorded, and compared with the one before step 1.
 
     Args:
-      program, config: of the run.
+      program: of the run.
+      batch_rows: rows of a batch.
+      options: `config.eval`.
+      steps: when the run is scored.
       held_out: the tasks.
-      writer: where records go; None on hosts that do not write.
-      say: told in words.
-      records: of this run so far; of a resumed one they hold what was scored before.
-      give_up: asked before every batch whether to stop scoring, equally often on all hosts.
+      history: the run's records, with the scores of earlier processes.
+      should_stop: asked before every batch whether to stop scoring, equally often on all hosts.
     """
 
     def __init__(
         self,
         program: Program,
-        config: RunConfig,
+        batch_rows: int,
+        options: EvalConfig,
+        steps: EvaluationSteps,
         held_out: Sequence[HeldOut],
-        writer: MetricsWriter | None,
-        say: Callable[[str], None],
-        records: Sequence[Record] = (),
-        give_up: Callable[[], bool] = lambda: False,
+        history: RunHistory,
+        should_stop: Callable[[], bool] = lambda: False,
     ):
-        self._program, self._config, self._held_out = program, config, held_out
-        self._writer, self._say = writer, say
-        self._rows = config.eval.batch_rows or config.train.batch_rows // config.train.microbatches
-        self._max_rows = config.eval.max_rows
-        self._groups = config.eval.task_groups
-        self._give_up = give_up
+        self._program, self._options, self._steps, self._held_out = program, options, steps, held_out
+        self._writer = history.writer
+        self._batch_rows = options.batch_rows or batch_rows
+        self._should_stop = should_stop
         # Bits per byte by step and task.
         self._bits: dict[int, dict[str, float]] = collections.defaultdict(dict)
-        for record in records:
+        for record in history.records:
             if record.get("kind") == "eval":
                 self._bits[record["step"]][record["task"]] = record["bits_per_byte"]
 
+    def due(self, step: int, save_is_regular: bool) -> bool:
+        """Whether to score after this update.
+
+        Args:
+          step: updates done.
+          save_is_regular: a checkpoint is saved after it, which `keep_best` may compare with others.
+        """
+        if not self._held_out:
+            return False
+        return self._steps.is_regular(step) or (save_is_regular and bool(self._steps.compared_every))
+
     def score(self, params: Any, step: int, only: Collection[str] | None = None) -> dict[str, float]:
-        """Scores the tasks; the losses (nats a target token) by task, of fewer tasks where it was given up.
+        """Scores the tasks; losses (nats a target token) by task, of fewer tasks after a request to stop.
 
         Args:
           params: current parameters.
           step: updates done.
-          only: of these tasks; the others were scored at this step before. None: of all.
+          only: these tasks; the others were scored at this step before. None: all.
         """
         losses: dict[str, float] = {}
         first, bits = self._bits[0], self._bits[step]
         for task in self._held_out:
             if only is not None and task.task not in only:
                 continue
-            record = evaluate(self._program, params, task, self._rows, self._max_rows, self._give_up)
+            record = evaluate(
+                self._program, params, task, self._batch_rows, self._options.max_rows, self._should_stop
+            )
             if record is None:
-                later = bits or _is_regular(self._config, step)
-                self._say(
-                    f"step {step}: the held-out evaluation is given up"
-                    + (
-                        ", and will be made at the next start"
-                        if later
-                        else "; its checkpoint is not among the best"
-                    )
+                later = bool(bits) or self._steps.is_regular(step)
+                consequence = (
+                    "repeated at the next start" if later else "its checkpoint is not among the best"
                 )
+                self._inform(f"step {step}: held-out evaluation stopped; {consequence}")
                 return losses
             losses[task.task], bits[task.task] = record["loss"], record["bits_per_byte"]
             figures = f"{record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
@@ -188,8 +225,8 @@ class Evaluations:
                 figures += f" ({record['change']:+.1%} since the start)"
             if self._writer:
                 self._writer.write({"step": step, "kind": "eval", **record})
-            self._say(f"step {step}: held-out {task.task}: {figures}")
-        if step and (ratios := group_ratios(first, bits, self._groups)):
+            self._inform(f"step {step}: held-out {task.task}: {figures}")
+        if step and (ratios := group_ratios(first, bits, self._options.task_groups)):
             self._write_balance(ratios, step)
         return losses
 
@@ -199,4 +236,8 @@ class Evaluations:
         if self._writer:
             self._writer.write({"step": step, "kind": "balance", "balance": score, **changes})
         shown = ", ".join(f"{name} {ratio - 1:+.1%}" for name, ratio in ratios.items())
-        self._say(f"step {step}: balance {score:+.1%} ({shown} bits/byte)")
+        self._inform(f"step {step}: balance {score:+.1%} ({shown} bits/byte)")
+
+    def _inform(self, text: str) -> None:
+        if self._writer:
+            logger.info("%s", text)

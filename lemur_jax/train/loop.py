@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -9,217 +10,233 @@ import jax
 from etils import epath
 
 from lemur_jax.checkpoint.manager import make_metadata
-from lemur_jax.cluster.hosts import any_host, wait_for_all
+from lemur_jax.cluster.hosts import any_host, is_primary, wait_for_all
 from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, to_json
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.loader import Loader
-from lemur_jax.data.mixture import open_mixture
+from lemur_jax.data.mixture import Mixture, open_mixture
 from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
-from lemur_jax.telemetry.metrics import MetricsWriter
 from lemur_jax.telemetry.profiler import check_steps, trace_steps
 from lemur_jax.telemetry.progress import Progress
-from lemur_jax.telemetry.provenance import start_record
 from lemur_jax.text.tokenizer import Tokenizer
-from lemur_jax.train.evaluate import Evaluations, open_held_out, unscored
-from lemur_jax.train.journal import Journal, open_journal
-from lemur_jax.train.saves import Saves, due
+from lemur_jax.train import step
+from lemur_jax.train.evaluate import Evaluations, HeldOut, evaluation_steps, open_held_out
+from lemur_jax.train.history import RunHistory, open_history
+from lemur_jax.train.saves import Save, Saves, due
 from lemur_jax.train.spikes import too_many_skips
 from lemur_jax.train.state import TrainState
-from lemur_jax.train.step import Program, build
 from lemur_jax.train.steplog import StepLog
-from lemur_jax.train.workdir import check_owner, claim
+from lemur_jax.train.workdir import check_changes, claim, config_changes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the config names, opened: nothing is written yet, and no state is made."""
+
+    tokenizer: Tokenizer
+    mixture: Mixture
+    held_out: Sequence[HeldOut]
+    program: step.Program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the steps of a run use."""
+
+    config: RunConfig
+    program: step.Program
+    loader: Loader
+    saves: Saves
+    evaluations: Evaluations
+    log: StepLog
+    stop: Interruption
 
 
 def train(
     config: RunConfig,
     workdir: epath.PathLike,
-    say: Callable[[str], None] = print,
-    build: Callable[..., Program] = build,
+    *,
+    build: Callable[..., step.Program] = step.build,
     profile: range = range(0),
+    extend: bool = False,
 ) -> bool:
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
-    Killed at any moment and called again, it reaches the parameters that it would have reached: the
-    batch of a step depends on the step alone, and a checkpoint holds all the rest.
+    Killed at any moment and called again, it reaches the same parameters: the batch of a step depends on the
+    step alone, and a checkpoint holds the rest.
 
     Args:
-      config: a run config.
-      workdir: gets `config.json`, `metrics.jsonl` and `checkpoints/`; meanwhile `running.json` on an object store.
-      say: gets what a person wants to read.
+      config: the run config.
+      workdir: gets `config.json`, `metrics.jsonl` and `checkpoints/`.
       build: makes the program; several runs of one process may share one (`sweep/runner.py`).
       profile: steps of which every host writes a trace to `WORKDIR/profile`.
+      extend: accept a config that differs from the run's in what may change from its newest step on.
 
     Returns:
-      Whether a SIGTERM came: no other work should begin.
+      Whether a request to stop came: no other work should start.
 
     Raises:
-      UserError: the config, the data, the workdir and `profile` do not fit together, or the loss is not finite.
+      UserError: config, data, workdir and `profile` do not fit together, or the loss is not finite.
     """
     began, started = time.perf_counter(), time.time()
     check_steps(profile, config.train.steps)
-    mesh = make_mesh(config.mesh)
-    chief = jax.process_index() == 0
+    inputs = open_inputs(config, build)
+    workdir = epath.Path(workdir)
+    changes = config_changes(to_json(config), workdir, extend=extend)
+    with contextlib.ExitStack() as stack:
+        if is_primary():
+            stack.enter_context(workdir_lock(workdir))
+        wait_for_all("workdir", 2 * WAIT_SECONDS)  # longer than a collective waits for the primary
+        saves = stack.enter_context(open_saves(config, workdir, inputs))
+        state, first = saves.first_state()
+        check_changes(changes, to_json(config), first)
+        history = stack.enter_context(open_history(config.log, workdir, first, started))
+        history.write_changes(first, changes)
+        if is_primary():  # only now: until here, wrong first parameters can be corrected in the config
+            claim(to_json(config), workdir)
+        unscored = tasks_to_score(config, history, first)
+        if first == config.train.steps and not unscored:
+            inform(f"{workdir}: already finished at step {first}")
+            return False
+        inform(describe(config, inputs, first, profile))
+        stop = stack.enter_context(Interruption(config.checkpoint.grace_s))
+        bar = Progress(
+            config.train.steps, f"train {workdir.name}", "steps", initial=first, enabled=is_primary()
+        )
+        log = StepLog(history, stack.enter_context(bar), inputs.mixture, inputs.program, began)
+        log.write_start(first)
+        run = Run(
+            config=config,
+            program=inputs.program,
+            loader=Loader(inputs.mixture, batch_sharding(inputs.program.mesh)),
+            saves=saves,
+            evaluations=Evaluations(
+                inputs.program,
+                config.train.batch_rows // config.train.microbatches,
+                config.eval,
+                evaluation_steps(config),
+                inputs.held_out,
+                history,
+                stop.reached,
+            ),
+            log=log,
+            stop=stop,
+        )
+        if unscored:
+            score_before_the_first_step(run, state, first, unscored)
+        with jax.transfer_guard("disallow"):  # what moves between host and device says so
+            return run_steps(run, state, first, profile, workdir / "profile")
 
+
+def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_path: epath.Path) -> bool:
+    """Updates `first` to the last one, with saves and evaluations between them; whether it was told to stop."""
+    config, saves, evaluations, log, stop = run.config, run.saves, run.evaluations, run.log, run.stop
+    done = first
+    batches = () if stop.asked else log.waiting(run.loader.iterate(first, config.train.steps))
+    for number, batch in trace_steps(batches, profile, profile_path, finish=log.flush):
+        state, metrics = run.program.step(state, batch)
+        done = number + 1
+        log.add(done, metrics)
+        rolled_back = too_many_skips(config.spikes, metrics)
+        if rolled_back:
+            log.flush()
+            with log.paused("checkpoint"):
+                state, target = saves.roll_back(state, run.loader)
+            log.rolled_back(done, target)
+        stop.reached()  # all hosts agree on a request to stop ...
+        if due(done, config.log.every_steps):
+            saves.poll()  # ... and on whether a save is late or has failed
+        save = saves.due(done, early=rolled_back, stop=stop.asked)
+        losses: dict[str, float] = {}
+        if evaluations.due(done, save in (Save.REGULAR, Save.FINAL)) and not stop.asked:
+            log.flush()
+            with log.paused("eval"):
+                losses = evaluations.score(state.params, done)
+            save = saves.due(done, early=rolled_back, stop=stop.asked)  # a request may have come meanwhile
+        if save is not Save.NONE:
+            log.flush()  # parameters that are not finite are never saved
+            with log.paused("checkpoint"):
+                log.write_time(done)
+                log.sync()
+                saves.save(save, done, state, losses)
+        elif due(done, config.log.every_steps):
+            log.flush(keep=1)  # the newest step may still be running
+        if stop.asked:
+            break
+    if stop.asked:
+        saved = f"step {done} is saved" if done > first else f"no step was made after step {first}"
+        inform(f"{stop.cause}: {saved}; the same command continues from there")
+    return stop.asked
+
+
+def open_inputs(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
+    """Tokenizer, data and program.
+
+    Raises:
+      UserError: one of them is missing, or they do not fit together.
+    """
     tokenizer = Tokenizer.load(config.tokenizer.path)
     mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
     held_out = open_held_out(config.data, config.eval.tasks, tokenizer)
-    needs = budget(mixture, config.train.steps)
-    check_budget(needs)
-
-    program = build(config, mesh, num_sources=len(mixture.sources))
-    _check_vocabulary(config, tokenizer)
-
-    workdir = check_owner(config, workdir)
-    metadata = make_metadata(
-        model=program.model.to_dict(),
-        tokenizer_files=tokenizer.files(),
-        config=to_json(config),
-        data=mixture.digests(),
-    )
-    with contextlib.ExitStack() as stack:
-        if chief:
-            stack.enter_context(workdir_lock(workdir))
-        wait_for_all("workdir", 2 * WAIT_SECONDS)  # collectives would not wait so long for host 0
-        saves = stack.enter_context(Saves(config, workdir, program, tokenizer, metadata, say))
-        state, first = saves.first_state()
-        if chief:  # not before: what is wrong with the first parameters can be mended in the config
-            claim(config, workdir)
-
-        journal = Journal()
-        if chief:
-            journal = stack.enter_context(open_journal(config.log, workdir, first, started))
-        missing = unscored(config, journal.records, first) if chief else set()
-        owed = [task.task for task in held_out if any_host(task.task in missing)]
-        if first == config.train.steps and not owed:
-            say(f"{workdir}: already finished at step {first}")
-            return False
-        if profile and profile.start < first:
-            say(f"no trace: step {profile.start} of --profile was made before this start")
-        if chief:
-            say(format_budget(needs))
-            say(_headline(program, config, first))
-
-        progress = stack.enter_context(
-            Progress(config.train.steps, f"train {workdir.name}", "steps", initial=first, enabled=chief)
-        )
-        writer, records = journal.writer, journal.records
-        log = StepLog(writer, progress, mixture, journal.last_train_record, journal.spent, program, began)
-        if writer:
-            writer.write(start_record(first))
-        if not first:
-            log.write_time(0)  # the first start, from which goodput counts
-        interruption = stack.enter_context(Interruption(config.checkpoint.grace_s))
-        evaluations = Evaluations(
-            program, config, held_out, writer, say if chief else _silent, records, interruption.reached
-        )
-        between = _BetweenSteps(
-            config=config,
-            saves=saves,
-            evaluations=evaluations,
-            interruption=interruption,
-            log=log,
-            writer=writer,
-        )
-        if owed and between.stopping_at_start(state, first, owed):
-            say(f"SIGTERM: no step was made after step {first}; the same command goes on from there")
-            return True
-        loader = Loader(mixture, batch_sharding(mesh))
-        batches = log.waiting(loader.iterate(first, config.train.steps))
-        for step, batch in trace_steps(batches, profile, workdir / "profile", finish=log.flush):
-            state, metrics = program.step(state, batch)
-            done = step + 1
-            log.add(done, metrics)
-            undoing = too_many_skips(config.spikes, metrics)
-            if undoing:
-                log.flush()
-                with log.paused("checkpoint"):
-                    state, target = saves.roll_back(state, loader)
-                log.rolled_back(done, target)
-            if between.stopping(state, done, undoing):
-                say(f"SIGTERM: step {done} is saved; the same command goes on from there")
-                return True
-        return interruption.asked
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _BetweenSteps:
-    """What is done after an update where its turn has come: evaluate, save, write the log."""
-
-    config: RunConfig
-    saves: Saves
-    evaluations: Evaluations
-    interruption: Interruption
-    log: StepLog
-    writer: MetricsWriter | None
-
-    def stopping_at_start(self, state: TrainState, step: int, owed: Sequence[str]) -> bool:
-        """Scores, before the first update, what an earlier process did not; whether a SIGTERM has come.
-
-        Args:
-          step: updates done.
-          owed: the tasks.
-        """
-        with self.log.paused("eval"):
-            self.evaluations.score(state.params, step, owed)
-        if self.writer:
-            self.writer.sync()
-        wait_for_all("evaluation")  # each host may look whether it is there
-        return self.interruption.asked
-
-    def stopping(self, state: TrainState, done: int, undoing: bool) -> bool:
-        """Does it after update `done`; whether a SIGTERM has come, and that update is saved.
-
-        Args:
-          undoing: the update was followed by a rollback, whose state is to be saved.
-        """
-        last = done == self.config.train.steps
-        stopping = self.interruption.reached()
-        saving = last or stopping or undoing or self.saves.due(done)
-        scored = last or due(done, self.config.eval.every_steps) or (saving and self.saves.needs_loss(done))
-        evaluating = bool(self.config.eval.tasks) and scored and not stopping
-        if evaluating or saving:
-            self.log.flush()  # parameters that are not finite are never saved
-            losses: dict[str, float] = {}
-            if evaluating:
-                with self.log.paused("eval"):
-                    losses = self.evaluations.score(state.params, done)
-                stopping = self.interruption.asked  # meanwhile, too
-            if saving or stopping:
-                self._save(done, state, losses, to_the_end=last or stopping)
-        elif due(done, self.config.log.every_steps):
-            self.log.flush(keep=1)  # the newest step may still be running
-        return stopping
-
-    def _save(self, done: int, state: TrainState, losses: dict[str, float], to_the_end: bool) -> None:
-        with self.log.paused("checkpoint"):
-            self.log.write_time(done)
-            if self.writer:
-                self.writer.sync()
-            self.saves.save(done, state, losses, to_the_end)
-
-
-def _silent(line: str) -> None:
-    """Takes the lines of hosts that print nothing."""
-
-
-def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
+    check_budget(budget(mixture, config.train.steps))
+    program = build(config, make_mesh(config.mesh), num_sources=len(mixture.sources))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} tokens, config.model.vocab_size is"
             f" {config.model.vocab_size}: it must be at least as large"
         )
+    return Inputs(tokenizer=tokenizer, mixture=mixture, held_out=held_out, program=program)
 
 
-def _headline(program: Program, config: RunConfig, step: int) -> str:
-    axes = " × ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    tokens = config.train.batch_rows * config.data.sequence_length
-    start = f"resuming at step {step}" if step else "starting"
-    return (
-        f"{start}: {num_params(program.model) / 1e6:,.1f}M parameters, {program.mesh.size}"
-        f" {jax.devices()[0].platform} devices ({axes}), {tokens:,} tokens an update, {config.train.steps:,} updates"
+def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
+    """The checkpoints of a run; every checkpoint describes itself."""
+    metadata = make_metadata(
+        model=config.model.to_dict(),
+        tokenizer_files=inputs.tokenizer.files(),
+        config=to_json(config),
+        data=inputs.mixture.digests(),
     )
+    return Saves(config, workdir, inputs.program, inputs.tokenizer, metadata)
+
+
+def tasks_to_score(config: RunConfig, history: RunHistory, first: int) -> list[str]:
+    """Tasks that an earlier process should have scored at step `first`; all hosts call it and get the same."""
+    missing = evaluation_steps(config).unscored(history.records, first) if is_primary() else set()
+    return [task for task in config.eval.tasks if any_host(task in missing)]
+
+
+def score_before_the_first_step(run: Run, state: TrainState, first: int, tasks: Sequence[str]) -> None:
+    """Held-out loss of the state from which this process starts."""
+    with run.log.paused("eval"):
+        run.evaluations.score(state.params, first, tasks)
+    run.log.sync()
+    wait_for_all("evaluation")  # each host may look for the records
+
+
+def describe(config: RunConfig, inputs: Inputs, first: int, profile: range) -> str:
+    """What is about to be trained, in lines for a person."""
+    mesh = inputs.program.mesh
+    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    tokens = config.train.batch_rows * config.data.sequence_length
+    lines = [format_budget(budget(inputs.mixture, config.train.steps))]
+    lines.append(
+        f"{f'resuming at step {first}' if first else 'starting'}: {num_params(config.model) / 1e6:,.1f}M parameters,"
+        f" {mesh.size} {mesh.devices.flat[0].platform} devices ({axes}), {tokens:,} tokens an update,"
+        f" {config.train.steps:,} updates"
+    )
+    if profile and profile.start < first:
+        lines.append(f"no trace: step {profile.start} of --profile was made before this start")
+    return "\n".join(lines)
+
+
+def inform(text: str) -> None:
+    """Logs on the primary host."""
+    if is_primary():
+        logger.info("%s", text)

@@ -1,11 +1,14 @@
 """The checkpoints of one run: where it starts, when it saves, and where it goes back to."""
 
 import contextlib
+import enum
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from lemur_jax.checkpoint.config import CheckpointConfig
@@ -21,8 +24,18 @@ from lemur_jax.train.spikes import memory, rollback_target, rolled_back
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program
 
+logger = logging.getLogger(__name__)
+
 # Between two attempts to save the last step.
 _RETRY_SECONDS = 10.0
+
+
+class Save(enum.Enum):
+    """What is saved after an update."""
+
+    NONE = enum.auto()
+    REGULAR = enum.auto()  # in the workdir, in the background
+    FINAL = enum.auto()  # in the workdir; returns when it is written, and tries again while it fails
 
 
 class Saves:
@@ -33,10 +46,6 @@ class Saves:
       workdir: of the run.
       program, tokenizer: the run's.
       metadata: goes into every checkpoint (`checkpoint.manager.make_metadata`).
-      say: gets what a person wants to read.
-
-    Raises:
-      UserError: `config.checkpoint` asks for what cannot be.
     """
 
     def __init__(
@@ -46,12 +55,12 @@ class Saves:
         program: Program,
         tokenizer: Tokenizer,
         metadata: dict[str, Any],
-        say: Callable[[str], None],
     ):
-        self._config = config
+        self._config, self._options, self._last = config, config.checkpoint, config.train.steps
         self._program, self._tokenizer = program, tokenizer
         self._metadata = metadata
         self._checkpoints = _open(config.checkpoint, workdir)
+        self._early = False  # a save failed or is late: the next is made out of turn
         self._saved_at = time.monotonic()
         self._stack = contextlib.ExitStack()
 
@@ -80,54 +89,63 @@ class Saves:
         step, params, optimizer = found
         if optimizer is None:
             return states.start(params, program.optimizer, program.state, step), step
-        counter = jax.device_put(jax.numpy.int32(step), program.state.step.sharding)
+        counter = jax.device_put(np.int32(step), program.state.step.sharding)
         return TrainState(step=counter, params=params, optimizer=optimizer), step
 
     def _check_data(self, stored: Mapping[str, Any]) -> None:
         theirs, ours = stored["data"], self._metadata["data"]
-        if theirs != ours:
-            changed = sorted(task for task in ours if theirs.get(task) != ours[task])
+        # Sources that were added since have had no share until here (`train.workdir.check_changes`).
+        if changed := sorted(task for task in theirs if theirs[task] != ours.get(task)):
             raise UserError(
                 f"{self._checkpoints.path} was trained on other data: the store of"
-                f" {', '.join(changed) or 'a task'} has changed since; put the old stores back, or start in a"
+                f" {', '.join(changed)} has changed since; put the old stores back, or start in a"
                 " new --workdir"
             )
 
-    def due(self, step: int) -> bool:
-        """Whether to save after this update; the same on all hosts, which must all ask.
-
-        Out of turn, too: where the last save failed or is too long ago, looked at every `log.every_steps`.
-        """
-        if due(step, self._config.checkpoint.every_steps):
-            return True
-        if not due(step, self._config.log.every_steps):
-            return False
+    def poll(self) -> None:
+        """Finds out whether a save has failed or is late, so that the next is made early; all hosts call it."""
         self._checkpoints.poll()
-        minutes = self._config.checkpoint.every_minutes
+        minutes = self._options.every_minutes
         late = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
-        return any_host(late or self._checkpoints.failed)
+        self._early = any_host(late or self._checkpoints.failed)
 
-    def needs_loss(self, step: int) -> bool:
-        """Whether the save of this step is to be compared with others by its held-out loss (`keep_best`)."""
-        return bool(self._config.checkpoint.keep_best)
-
-    def save(self, step: int, state: TrainState, losses: Mapping[str, float], to_the_end: bool) -> None:
-        """Saves in the background.
+    def due(self, step: int, *, early: bool = False, stop: bool = False) -> Save:
+        """What to save after an update; the same on all hosts.
 
         Args:
-          losses: held-out losses at this step by task, as far as there are any.
-          to_the_end: wait until all is written and repeat it while it fails; too many failures raise.
+          step: updates done.
+          early: save whatever the step, e.g. after a rollback.
+          stop: no update follows.
         """
-        best = losses.get(self._config.checkpoint.keep_best)
-        self._checkpoints.save(step, state.params, state.optimizer, self._metadata, best)
-        self._saved_at = time.monotonic()
-        if not to_the_end:
-            return
-        self._checkpoints.wait()
-        while self._checkpoints.failed:
-            time.sleep(_RETRY_SECONDS)
+        if stop or step == self._last:
+            return Save.FINAL
+        if early or self._early or due(step, self._options.every_steps):
+            return Save.REGULAR
+        return Save.NONE
+
+    def save(self, kind: Save, step: int, state: TrainState, losses: Mapping[str, float]) -> None:
+        """Saves a state.
+
+        Args:
+          kind: from `due`.
+          step: updates done.
+          state: the state after them.
+          losses: held-out losses at this step by task, if there are any.
+
+        Raises:
+          UserError: too many saves failed, or a leaf is not finite.
+        """
+        with jax.transfer_guard("allow"):  # Orbax copies to the host
+            best = losses.get(self._options.keep_best)
             self._checkpoints.save(step, state.params, state.optimizer, self._metadata, best)
+            self._saved_at, self._early = time.monotonic(), False
+            if kind is not Save.FINAL:
+                return
             self._checkpoints.wait()
+            while self._checkpoints.failed:
+                time.sleep(_RETRY_SECONDS)
+                self._checkpoints.save(step, state.params, state.optimizer, self._metadata, best)
+                self._checkpoints.wait()
 
     def roll_back(self, state: TrainState, loader: Loader) -> tuple[TrainState, int]:
         """The state with the parameters of the last regular checkpoint before the skips, and its step.
@@ -140,8 +158,8 @@ class Saves:
         """
         rule = memory(state.optimizer)
         assert rule is not None
-        done, in_a_row = int(state.step), int(rule.in_a_row)
-        rollbacks, before = int(rule.rollbacks), int(rule.rolled_back_at)
+        counters = (state.step, rule.in_a_row, rule.rollbacks, rule.rolled_back_at)
+        done, in_a_row, rollbacks, before = map(int, jax.device_get(counters))
         if rollbacks >= self._config.spikes.max_rollbacks:
             raise UserError(
                 f"step {done}: {in_a_row} updates in a row were skipped, and the run was rolled back"
@@ -150,10 +168,11 @@ class Saves:
             )
         target = rollback_target(done, in_a_row, self._config.checkpoint.every_steps, before)
         self._checkpoints.wait()
-        counters = state.optimizer._replace(inner_state=None)
+        schedule = state.optimizer._replace(inner_state=None)
         for leaf in jax.tree.leaves((state.params, rule)):
             leaf.delete()  # two states may be more than the devices hold
-        good, at = self.first_state(at_most=target)
+        with jax.transfer_guard("allow"):
+            good, at = self.first_state(at_most=target)
         if at < before:
             raise UserError(
                 f"step {done}: cannot roll back to step {target}: no whole checkpoint from step {before} on is"
@@ -161,7 +180,7 @@ class Saves:
             )
         for step in range(at, target):
             good, _ = self._program.step(good, loader.batch(step))
-        return rolled_back(counters, good, state.step, rollbacks + 1), target
+        return rolled_back(schedule, good, state.step, done, rollbacks + 1), target
 
 
 def due(step: int, every: int) -> bool:

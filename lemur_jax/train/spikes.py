@@ -108,13 +108,13 @@ def rollback_target(step: int, in_a_row: int, every_steps: int, rolled_back_at: 
     return max(regular, rolled_back_at)
 
 
-def rolled_back(counters: Any, good: TrainState, step: jax.Array, rollbacks: int) -> TrainState:
+def rolled_back(counters: Any, good: TrainState, step: jax.Array, done: int, rollbacks: int) -> TrainState:
     """The state of `step` with the parameters, moments and remembered norms of `good`.
 
     Args:
       counters: the optimizer's state at `step`, of which the schedule's counters are taken.
       good: the state to go back to.
-      step: int32 [], updates done, those that are undone included.
+      step: int32 [], updates done, those that are undone included; `done` is its value.
       rollbacks: how often the run was rolled back, this time included.
     """
 
@@ -125,7 +125,7 @@ def rolled_back(counters: Any, good: TrainState, step: jax.Array, rollbacks: int
     restored = then._replace(
         in_a_row=number(0, then.in_a_row),
         rollbacks=number(rollbacks, then.rollbacks),
-        rolled_back_at=number(int(step), then.rolled_back_at),
+        rolled_back_at=number(done, then.rolled_back_at),
     )
     return TrainState(step=step, params=good.params, optimizer=counters._replace(inner_state=restored))
 
@@ -138,4 +138,4 @@ def too_many_skips(options: SpikesConfig, metrics: Mapping[str, jax.Array]) -> b
       metrics: of the step.
     """
     limit = options.rollback_after
-    return limit > 0 and int(metrics["skips_in_a_row"]) >= limit
+    return limit > 0 and int(jax.device_get(metrics["skips_in_a_row"])) >= limit

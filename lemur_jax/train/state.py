@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -123,5 +124,5 @@ def start(
         return state._replace(count=jnp.full_like(state.count, step), hyperparams_states=counts)
 
     fresh = jax.jit(init, out_shardings=shardings_of(abstract.optimizer))(params)
-    done = jax.device_put(jnp.int32(step), abstract.step.sharding)
+    done = jax.device_put(np.int32(step), abstract.step.sharding)
     return TrainState(step=done, params=params, optimizer=fresh)

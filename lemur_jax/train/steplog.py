@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -19,8 +19,9 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.data.mixture import Mixture
 from lemur_jax.telemetry.flops import chip, flops_per_token, mfu
 from lemur_jax.telemetry.goodput import time_record
-from lemur_jax.telemetry.metrics import MetricsWriter
 from lemur_jax.telemetry.progress import Progress
+from lemur_jax.telemetry.provenance import start_record
+from lemur_jax.train.history import RunHistory
 from lemur_jax.train.step import Program
 
 # What a train record says about the clock and the machine, and not about the model: it differs between two
@@ -31,8 +32,9 @@ CLOCK_KEYS = (
 )  # fmt: skip
 
 
-_Item = TypeVar("_Item")
 logger = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item")
 
 
 class StepLog:
@@ -41,31 +43,27 @@ class StepLog:
     Between two flushes nothing is read back, so the device always has the next step queued.
 
     Args:
-      writer: where records go; None on hosts that do not write.
-      progress: told about steps done.
+      history: the records of earlier processes, and where new ones go.
+      progress: shows the steps done.
       mixture: names the sources, and the documents of a bad batch.
-      before: the last train record of the earlier processes of this run; empty for the first one.
-      spent: seconds that went to what in earlier processes, see `telemetry.goodput.earlier_time`.
       program: for the FLOPs of a step and the chips that make them; None leaves utilization out.
       began: `time.perf_counter()` when the run began.
     """
 
     def __init__(
         self,
-        writer: MetricsWriter | None,
+        history: RunHistory,
         progress: Progress,
         mixture: Mixture,
-        before: Mapping[str, Any],
-        spent: Mapping[str, float] | None = None,
         program: Program | None = None,
         began: float | None = None,
     ):
-        self._writer = writer
+        self._writer = history.writer
         self._progress = progress
         self._mixture = mixture
         # Target tokens since step 0, of all sources and of each, by their keys in a record.
         names = ["tokens", *(f"tokens/{source.name}" for source in mixture.sources)]
-        self._tokens = {name: before.get(name, 0) for name in names}
+        self._tokens = {name: history.last_train_record.get(name, 0) for name in names}
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._since = time.perf_counter()
         self._machine = _Machine(program, mixture.batch_rows * mixture.length) if program else None
@@ -73,7 +71,7 @@ class StepLog:
         self._taken: float | None = None  # when the batch was there that is being worked on
         self._handing = 0.0  # seconds in which steps were handed to the devices since the last flush
         # Wall seconds of the run by what they went to.
-        self._spent = collections.defaultdict(float, spent or {})
+        self._spent = collections.defaultdict(float, history.spent)
         self._wall_before = self._spent.pop("wall", 0.0)
         self._began = self._since if began is None else began
         self._spent["startup"] += self._since - self._began
@@ -160,6 +158,18 @@ class StepLog:
         self._since += seconds
         self._spent[what] += seconds
 
+    def write_start(self, step: int) -> None:
+        """Writes what starts here, and at the first start of a run the time from which goodput counts."""
+        if self._writer:
+            self._writer.write(start_record(step))
+        if not step:
+            self.write_time(0)
+
+    def sync(self) -> None:
+        """Makes all records so far durable."""
+        if self._writer:
+            self._writer.sync()
+
     def write_time(self, step: int) -> None:
         """Writes where the wall time of the run has gone until now."""
         if self._writer:
@@ -181,7 +191,8 @@ class StepLog:
         if self._writer:
             record = {"grad_norm": norm, "grad_norm_limit": limit, "in_a_row": metrics["skips_in_a_row"]}
             self._writer.write({"step": step, "kind": "skip", **record, "documents": names})
-            reason = f"above {limit:.4g}" if limit and math.isfinite(norm) else "not finite"
+        reason = f"above {limit:.4g}" if limit and math.isfinite(norm) else "not finite"
+        if self._writer:
             logger.info(
                 "step %d: update skipped, gradient norm %.4g is %s; %s", step, norm, reason, _some(names)
             )

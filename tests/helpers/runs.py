@@ -104,9 +104,9 @@ def finish(project, workdir, devices=1):
     return out
 
 
-def final_params(workdir):
+def final_params(workdir, steps=STEPS):
     metadata = read_metadata(workdir)
-    assert metadata["step"] == STEPS
+    assert metadata["step"] == steps
     wanted = abstract_params(LlamaConfig.from_dict(metadata["model"]))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted)

@@ -19,11 +19,11 @@ def swept(project):
     said, built = [], []
     train, build = runner.train, step.build
 
-    def until_the_third(config, workdir, *rest):
+    def until_the_third(config, workdir, **options):
         if len(said) == 2:
             raise KeyboardInterrupt
         said.append(workdir)
-        return train(config, workdir, *rest)
+        return train(config, workdir, **options)
 
     def counted(*args):
         built.append(args)
@@ -97,7 +97,7 @@ def test_a_sigterm_ends_the_sweep_and_not_the_run_alone(project, monkeypatch, ca
     monkeypatch.chdir(project)
     calls = []
 
-    def signalled(*args):
+    def signalled(*args, **_):
         calls.append(args)
         return len(calls) == 2
 
@@ -108,7 +108,7 @@ def test_a_sigterm_ends_the_sweep_and_not_the_run_alone(project, monkeypatch, ca
     monkeypatch.setenv("LEMUR_RELAUNCH", "1")
     calls.clear()
     assert main(WORDS.replace("out", "stopped").split()) == 75
-    assert "stopped; the same command goes on from there" in capsys.readouterr().out
+    assert "stopped; the same command continues from there" in capsys.readouterr().out
     assert not (project / "stopped/results.json").exists()
 
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from lemur_jax.checkpoint.manager import read_metadata, steps_in
@@ -19,25 +21,28 @@ from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.train import loop
 from lemur_jax.train.evaluate import Evaluations
 from lemur_jax.train.workdir import finished
-from tests.helpers.runs import without_clock
+from tests.helpers.runs import final_params, without_clock
 
 build_once = building_once()
 
 
 @pytest.fixture
-def train(project, monkeypatch):
-    """`train(workdir, key=value, ...)` runs six steps of the project's config in this process."""
+def train(project, monkeypatch, caplog):
+    """`train(workdir, key=value, ...)` runs six steps of the project's config, and returns what is logged."""
     monkeypatch.chdir(project)
 
-    return run_in_process
+    def run(workdir, **options):
+        caplog.clear()
+        run_in_process(workdir, **options)
+        return [each.getMessage() for each in caplog.records if "progress" not in each.name]
+
+    return run
 
 
-def run_in_process(workdir, **options):
+def run_in_process(workdir, extend=False, **options):
     words = {"train.steps": 6, "eval.every_steps": 0, "checkpoint.keep": 100} | options
     config = load("config.py", [f"--config.{key}={value}" for key, value in words.items()])
-    lines = []
-    loop.train(config, workdir, lines.append, build_once)
-    return lines
+    loop.train(config, workdir, build=build_once, extend=extend)
 
 
 def asked_at(poll, request=lambda interruption, cause: interruption.request(cause)):
@@ -50,6 +55,28 @@ def asked_at(poll, request=lambda interruption, cause: interruption.request(caus
         return self.asked
 
     return reached
+
+
+def test_an_extended_run_is_the_run_that_was_planned_so(train, tmp_path):
+    """Three more steps with another mixture, which the first process knew nothing of; constant learning rate."""
+    constant = {"optimizer.final_learning_rate": 0.01, "eval.every_steps": 3}
+    train(tmp_path / "run", **constant, **{"train.steps": 3})
+    later = constant | {"data.stages": "{'late':{'step':3,'shares':{'text':1.0}}}"}
+    with pytest.raises(UserError, match=r"data.stages.late.* or --extend"):
+        train(tmp_path / "run", **later)
+    train(tmp_path / "run", extend=True, **later)
+    train(tmp_path / "planned", **later)
+    jax.tree.map(
+        np.testing.assert_array_equal, *(final_params(tmp_path / name, 6) for name in ("run", "planned"))
+    )
+    records = read_metrics(tmp_path / "run")
+    (extension,) = [record for record in records if record["kind"] == "extension"]
+    assert extension["step"] == 3
+    assert "train.steps: 3 -> 6" in extension["changes"]
+    assert without_clock(r for r in records if r is not extension) == without_clock(
+        read_metrics(tmp_path / "planned")
+    )
+    assert "already finished" in train(tmp_path / "run", **later)[0]  # it is the run's own config now
 
 
 @pytest.mark.parametrize(("minutes", "steps"), [(1e-6, [2, 4, 6]), (1000.0, [6])])
@@ -158,7 +185,9 @@ def test_an_evaluation_that_sigterm_breaks_off_is_made_first_at_the_next_start(
         assert steps_in(run)[1][-1] == stopped
         assert [r["task"] for r in read_metrics(run) if r["kind"] == "eval"] == scored
         assert not finished(config, run)
-    assert lines[-1] == f"SIGTERM: no step was made after step {stopped}; the same command goes on from there"
+    assert (
+        lines[-1] == f"SIGTERM: no step was made after step {stopped}; the same command continues from there"
+    )
     train(run, **EVALUATED)
     assert without_clock(read_metrics(run)) == without_clock(read_metrics(undisturbed))
     assert steps_in(run)[1][-1] == 4

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from lemur_jax.checkpoint.manager import make_metadata, write_params
-from lemur_jax.cluster import watchdog
+from lemur_jax.cluster import coordination
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import load
 from lemur_jax.models import llama
@@ -24,16 +24,17 @@ def project(tmp_path_factory):
 
 
 @pytest.fixture
-def examine(project, monkeypatch, tmp_path):
+def examine(project, monkeypatch, tmp_path, caplog):
     monkeypatch.chdir(project.root)
 
     def run(*overrides, workdir=tmp_path / "run"):
-        lines = []
+        caplog.clear()
+        verdict = []
         try:
-            doctor(load("config.py", overrides), workdir, lines.append)
+            doctor(load("config.py", overrides), workdir)
         except UserError as error:
-            lines.append(str(error))
-        return "\n".join(lines)
+            verdict.append(str(error))
+        return "\n".join([*(record.getMessage() for record in caplog.records), *verdict])
 
     return run
 
@@ -123,7 +124,7 @@ def test_host_with_other_versions_is_named(examine, monkeypatch):
         other = [{**one, "detail": one["detail"].replace("jax 0.", "jax 9.")} for one in findings]
         return [value, json.dumps(["other", other])]
 
-    monkeypatch.setattr(watchdog, "exchange", exchange)
+    monkeypatch.setattr(coordination, "exchange", exchange)
     said = examine()
     assert "FAIL  versions           host 1 (other): python" in said
     assert "because of versions, clock" in said

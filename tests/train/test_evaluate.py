@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.train import evaluate
+from lemur_jax.train.history import RunHistory
 from tests.helpers.tiny import tiny_config
 
 
@@ -50,7 +51,7 @@ def test_batches_are_scored_shortly_before_their_figures_are_waited_for(monkeypa
     ("step", "promised"),
     [(2, True), (4, True), (10, True), (3, False)],  # due, its save is compared, the last, a save out of turn
 )
-def test_what_is_said_of_an_evaluation_that_is_given_up_is_so(monkeypatch, step, promised):
+def test_what_is_said_of_a_stopped_evaluation_is_so(monkeypatch, caplog, step, promised):
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: None)
     options = {"tasks": ("text",), "every_steps": 2}
     config = tiny_config(
@@ -58,9 +59,9 @@ def test_what_is_said_of_an_evaluation_that_is_given_up_is_so(monkeypatch, step,
         | {"checkpoint.every_steps": 4, "checkpoint.keep_best": "text", "train.steps": 10}
     )
     held_out = evaluate.HeldOut(task="text", rows=None, bytes_per_target=1.0)
-    said = []
-    evaluations = evaluate.Evaluations(None, config, [held_out], None, said.append)
+    steps, history = evaluate.evaluation_steps(config), RunHistory(writer=object())
+    evaluations = evaluate.Evaluations(None, 1, config.eval, steps, [held_out], history)
     assert evaluations.score(None, step) == {}
-    assert len(said) == 1
-    assert said[0].endswith("will be made at the next start" if promised else "is not among the best")
-    assert evaluate.unscored(config, [], step) == ({"text"} if promised else set())
+    (record,) = caplog.records
+    assert record.getMessage().endswith("at the next start" if promised else "is not among the best")
+    assert steps.unscored([], step) == ({"text"} if promised else set())

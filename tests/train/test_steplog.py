@@ -13,6 +13,7 @@ from lemur_jax.models.presets import preset
 from lemur_jax.telemetry import goodput
 from lemur_jax.telemetry.metrics import MetricsWriter
 from lemur_jax.train import steplog
+from lemur_jax.train.history import RunHistory
 from lemur_jax.train.steplog import CLOCK_KEYS, StepLog
 from tests.helpers.runs import documented
 
@@ -75,7 +76,13 @@ def run(clock, steps=4, kind="TPU v4", devices=256, spent=None, handing=0.0, **m
     )
     writer = Keep()
     progress = Keep()
-    log = StepLog(writer, progress, mixture, {}, spent, program(kind, devices), clock.now - 7.0)
+    log = StepLog(
+        RunHistory(writer=writer, spent=spent or {}),
+        progress,
+        mixture,
+        program(kind, devices),
+        clock.now - 7.0,
+    )
     keys = ("loss", "learning_rate", "grad_norm", "param_norm", "update_norm")
     metrics = {key: np.float32(1.5) for key in keys}
     metrics |= {"target_tokens": np.float32(1000), "finite_rows": np.ones(ROWS, bool)}
@@ -190,7 +197,7 @@ def test_reader_is_closed_when_the_loop_is_left(clock):
             closed.append(True)
 
     mixture = types.SimpleNamespace(sources=[], batch_rows=1, length=1)
-    waiting = StepLog(None, Keep(), mixture, {}).waiting(batches())
+    waiting = StepLog(RunHistory(), Keep(), mixture).waiting(batches())
     next(waiting)
     waiting.close()
     assert closed == [True]

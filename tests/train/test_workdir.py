@@ -1,5 +1,7 @@
 """Whose workdir it is, and whether its run is finished."""
 
+import contextlib
+import json
 import subprocess
 import sys
 
@@ -8,28 +10,75 @@ import pytest
 from lemur_jax import cli
 from lemur_jax.cluster.exit import TRY_AGAIN
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import replace
+from lemur_jax.config import replace, to_json
+from lemur_jax.data.config import SourceConfig, StageConfig
 from lemur_jax.train import loop
-from lemur_jax.train.workdir import claim, finished
+from lemur_jax.train.workdir import check_changes, claim, config_changes, finished
 from tests.helpers.tiny import tiny_config
 
 
 def test_other_hosts_never_see_half_a_config(tmp_path):
     """The file is renamed into place: whoever reads it meanwhile sees nothing or all of it."""
-    claim(tiny_config(), tmp_path)
+    claim(to_json(tiny_config()), tmp_path)
     before = (tmp_path / "config.json").stat().st_ino
-    claim(tiny_config(), tmp_path)
+    claim(to_json(tiny_config()), tmp_path)
     assert (tmp_path / "config.json").stat().st_ino != before
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_patience_may_change_between_a_run_and_its_resumption(tmp_path):
-    claim(tiny_config(), tmp_path)
-    config = tiny_config({"hosts.lost_seconds": 7})
-    claim(config, tmp_path)
-    config = replace(config, {"seed": 7})
-    with pytest.raises(UserError, match="seed was 42"):
-        claim(config, tmp_path)
+SOURCES = {"code": SourceConfig(share=1.0), "text": SourceConfig(share=1.0)}
+LATE = {"late": StageConfig(step=4, shares={"text": 1.0})}
+
+
+@pytest.mark.parametrize(
+    ("options", "extend", "message"),
+    [
+        ({"hosts.lost_seconds": 7, "train.microbatches": 2}, False, ""),
+        ({"seed": 7, "train.steps": 20}, False, "seed was 42 .* train.steps was 10 .* or another --workdir$"),
+        ({"seed": 7, "train.steps": 20}, True, "config: seed was 42 there and is 7 now; use the old"),
+        (
+            {"train.steps": 20, "optimizer.b1": 0.5},
+            False,
+            "optimizer.b1 was .* train.steps was .* or --extend",
+        ),
+        ({"train.steps": 20, "optimizer.learning_rate": 0.5, "data.stages": LATE}, True, ""),
+        ({"data.sources": SOURCES | {"new": SourceConfig(share=0.0)}}, True, ""),
+        (
+            {"data.sources": SOURCES | {"new": SourceConfig(share=1.0)}},
+            True,
+            "cannot change data.sources.new.share",
+        ),
+        ({"data.sources.code.share": 2.0}, True, "cannot change data.sources.code.share from 1.0 to 2.0"),
+        (
+            {"data.stages.early.step": 8},
+            True,
+            "cannot change data.stages.early.step: the stage begins before",
+        ),
+        (
+            {"data.stages.early.shares": {"text": 2.0}},
+            True,
+            "cannot change data.stages.early.shares.text: the",
+        ),
+    ],
+)
+def test_what_may_change_between_a_run_and_its_resumption(tmp_path, options, extend, message):
+    first = tiny_config(
+        {"data.sources": SOURCES, "data.stages": {"early": StageConfig(step=2, shares={"text": 1.0})}}
+    )
+    claim(to_json(first), tmp_path)
+    if isinstance(stages := options.get("data.stages"), dict):
+        options = options | {"data.stages": {**first.data.stages, **stages}}
+    values = to_json(replace(first, options))
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_changes(config_changes(values, tmp_path, extend=extend), values, 4)
+
+
+def test_a_config_of_an_older_version_has_the_defaults_of_new_keys(tmp_path):
+    values = to_json(tiny_config({"data.sources": SOURCES}))
+    older = json.loads(json.dumps(values))
+    del older["spikes"], older["train"]["microbatches"], older["data"]["sources"]["code"]["packing"]
+    claim(older, tmp_path)
+    assert config_changes(values, tmp_path) == {}
 
 
 def test_a_mistake_in_the_first_parameters_can_be_mended_in_the_same_workdir(
@@ -66,7 +115,7 @@ def test_launchers_see_whether_a_run_that_stopped_is_finished(tmp_path, monkeypa
         "from tests.helpers.tiny import tiny_config\ndef get_config(arg=''): return ConfigDict(to_json(tiny_config()))"
     )
 
-    def train(config, workdir, say, profile):
+    def train(config, workdir, **_):
         (tmp_path / "checkpoints" / str(saved)).mkdir(parents=True)
 
     monkeypatch.setenv("LEMUR_RELAUNCH", relaunch)

@@ -1,0 +1,59 @@
+"""The records of a run when a process starts: what earlier processes wrote, and the writer that continues."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from lemur_jax.cluster.hosts import is_primary
+from lemur_jax.telemetry.config import LogConfig
+from lemur_jax.telemetry.goodput import earlier_time
+from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunHistory:
+    """Metrics of a run; only the primary host has records and a writer.
+
+    Attributes:
+      writer: appends new records; None on the other hosts.
+      records: of earlier processes, up to the step from which the run continues.
+      spent: seconds of earlier processes by what they were spent on, see `telemetry.goodput.earlier_time`.
+    """
+
+    writer: MetricsWriter | None = None
+    records: Sequence[Record] = ()
+    spent: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def last_train_record(self) -> Record:
+        """The record of the last step that counts; empty where there is none."""
+        trained = [record for record in self.records if record.get("kind") == "train"]
+        return trained[-1] if trained else {}
+
+    def write_changes(self, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        """Records that the config changed from a step on: key -> (old value, new value)."""
+        if self.writer and changes:
+            listed = [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changes.items()]
+            self.writer.write({"step": step, "kind": "extension", "changes": listed})
+
+
+@contextlib.contextmanager
+def open_history(log: LogConfig, workdir: epath.Path, step: int, started: float) -> Iterator[RunHistory]:
+    """Opens the metrics of a run; records of later steps are removed, because these steps are repeated.
+
+    Args:
+      log: `config.log`.
+      workdir: of the run.
+      step: from which the run continues. Evaluations of step 0 are repeated.
+      started: when this process started, seconds since 1970.
+    """
+    if not is_primary():
+        yield RunHistory()
+        return
+    spent = earlier_time(workdir, step, started)
+    with MetricsWriter(workdir, tensorboard=log.tensorboard, wandb=log.wandb) as writer:
+        writer.truncate_after(step or -1)
+        yield RunHistory(writer=writer, records=read_metrics(workdir), spent=spent)
