@@ -119,7 +119,7 @@ def test_a_full_disk_for_some_steps_ends_nothing(train, tmp_path, monkeypatch, c
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert any("could not be saved" in line for line in caplog.messages)
     assert any("metrics.jsonl: File too large" in line for line in lines)
-    assert any("metrics.jsonl can be written again, and nothing is missing" in line for line in lines)
+    assert any("metrics.jsonl can be written again, and no record is missing" in line for line in lines)
     assert [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "train"] == [
         1,
         2,
