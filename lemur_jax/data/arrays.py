@@ -1,8 +1,7 @@
 """One-dimensional arrays on disk or gs://, written by appending and read at random.
 
-Zarr3 through TensorStore. The unit of a read is a chunk, compressed and followed by its CRC-32C; the unit of a file
-is a shard of many chunks, whose index has a CRC-32C too. So every byte of a shard is covered by a checksum, and
-TensorStore refuses to return values that do not match it. `zarr.json` is covered by `metadata_digest`.
+Zarr3 through TensorStore. The unit of a read is a compressed chunk with its CRC-32C; a file is a shard of many chunks,
+whose index has a CRC-32C too. TensorStore returns no values that do not match. `metadata_digest` covers `zarr.json`.
 """
 
 import functools
@@ -18,9 +17,9 @@ from lemur_jax.common.errors import UserError, reason_of
 
 _CHUNK = 1 << 12  # elements decompressed by the smallest read
 _SHARD_BYTES = 1 << 25
-# An attribute of arrays whose every chunk is stored, even chunks of zeros: a missing chunk is an error.
+# An attribute: every chunk is stored, even chunks of zeros, so a missing one is an error.
 _COMPLETE = "complete"
-# Elements. Shorter spans are read faster by one read with an index array, longer ones by a read each (measured).
+# Elements. Shorter spans are read faster by one read with an index array, longer ones by a read each.
 _SHORT = 512
 _CACHE_BYTES = 128 << 20  # of decompressed chunks, for all arrays of this process
 

@@ -1,4 +1,4 @@
-"""What a run needs of each source and what there is: said before step 0, as a table."""
+"""Tokens and epochs that a run needs of each source, against what there is and what is allowed."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,10 @@ class Need:
     """What a run needs of one source.
 
     Attributes:
-      name: of the source.
-      rows_wanted, rows_available: visits in the whole run, and rows of one epoch.
+      rows_wanted, rows_available: rows read in the whole run, and rows of one epoch.
       tokens_wanted, tokens_available: the same in real (not padding) positions.
       max_epochs: the cap; 0: none.
-      shares: its part of the tokens of each stage that the run reaches, by what to call that.
+      shares: its part of the tokens of each stage that the run reaches, by the stage's label.
     """
 
     name: str
@@ -38,14 +37,14 @@ class Need:
 
 
 def budget(mixture: Mixture, steps: int) -> list[Need]:
-    """What a run of so many updates needs of each source."""
+    """What a run of `steps` updates needs of each source."""
     wanted = mixture.rows_before(steps * mixture.batch_rows)
     stages = [stage for stage in mixture.stages if stage.step < steps]
     shares = {}
     for number, stage in enumerate(stages):
         stop = stages[number + 1].step if stage is not stages[-1] else steps
         label = f"{stage.name}, step {stage.step:,} on"
-        shares[label] = stage_shares(mixture, stage.step, stop)
+        shares[label] = token_shares(mixture, rows_between(mixture, stage.step, stop))
     return [
         Need(
             name=source.name,
@@ -60,10 +59,14 @@ def budget(mixture: Mixture, steps: int) -> list[Need]:
     ]
 
 
-def stage_shares(mixture: Mixture, start: int, stop: int) -> list[float]:
-    """What each source makes up of the tokens of updates [start, stop)."""
-    bounds = (mixture.rows_before(step * mixture.batch_rows) for step in (start, stop))
-    rows = [after - before for before, after in zip(*bounds, strict=True)]
+def rows_between(mixture: Mixture, start: int, stop: int) -> list[int]:
+    """Rows that updates [start, stop) read of each source."""
+    first, last = (mixture.rows_before(step * mixture.batch_rows) for step in (start, stop))
+    return [after - before for before, after in zip(first, last, strict=True)]
+
+
+def token_shares(mixture: Mixture, rows: Sequence[int]) -> list[float]:
+    """The part of the tokens of each source, by its number of rows."""
     tokens = [
         n * source.rows.num_tokens / len(source.rows) for n, source in zip(rows, mixture.sources, strict=True)
     ]
@@ -83,7 +86,7 @@ def check_budget(needs: Sequence[Need]) -> None:
 
 
 def format_budget(needs: Sequence[Need]) -> str:
-    """The budget as a table for people; of several stages with the shares in each."""
+    """The budget as a table; with several stages also the shares in each."""
     total = sum(need.tokens_wanted for need in needs)
     stages = list(needs[0].shares) if len(needs[0].shares) > 1 else []
     lines = [("source", *stages, "share", "tokens wanted", "available", "epochs", "allowed")]

@@ -35,9 +35,7 @@ class DataConfig:
     stores: str = "stores"  # directory of token stores, one folder a task and split
     sequence_length: int = 2048  # tokens T of a row
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)  # seqio task, or task/label
-    stages: Mapping[str, StageConfig] = dataclasses.field(
-        default_factory=dict
-    )  # name -> shares from a step on
+    stages: Mapping[str, StageConfig] = dataclasses.field(default_factory=dict)  # name -> shares from a step
 
     def __post_init__(self):
         # A mixture takes its sources in the order of their names, however they were given.

@@ -1,25 +1,22 @@
 """`lemur inspect`: what is in a token store, and what a config would train on, as text or as a page.
 
-Supervised tokens, those that the loss counts, are green in a terminal and stand in {+ +} elsewhere.
+Supervised tokens are green in a terminal and stand in {+ +} elsewhere.
 """
 
 import html
-from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
 
 from lemur_jax.config import RunConfig
-from lemur_jax.data.budget import budget, format_budget
+from lemur_jax.data.budget import budget, format_budget, rows_between, token_shares
 from lemur_jax.data.manifest import describe_labels
-from lemur_jax.data.mixture import Mixture, open_mixture
+from lemur_jax.data.mixture import Mixture, Stage, open_mixture
 from lemur_jax.data.rows import FitRows
 from lemur_jax.data.store import TokenStore
 from lemur_jax.text.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 240  # of a document or row that are shown
-COUNTED_STEPS = 100
-
 _GREEN, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 _BAR = 40  # characters of the longest bar
 
@@ -27,13 +24,12 @@ _BAR = 40  # characters of the longest bar
 def inspect_store(
     path: epath.PathLike, *, tokenizer: Tokenizer | None = None, samples: int = 3, color: bool = False
 ) -> str:
-    """Counts, lengths and sample documents of a token store, which is read once from end to end.
+    """Counts, lengths and sample documents of a token store, which is read and checked from end to end.
 
     Args:
-      path: a directory that `lemur prepare` wrote.
-      tokenizer: the one that made it, or an extension of that; without it samples are shown as ids.
-      samples: how many documents to show, spread over the store.
-      color: whether to use a terminal's colours.
+      tokenizer: the one that made the store, or an extension of it; None: samples are shown as ids.
+      samples: number of documents to show, spread over the store.
+      color: use a terminal's colors.
 
     Raises:
       UserError: there is no whole store, it is damaged, or it is of another tokenizer.
@@ -70,9 +66,8 @@ def inspect_config(config: RunConfig, *, samples: int = 1, color: bool = False) 
     """The mixture that a config trains on: shares as trained, budget, and rows of the first batches.
 
     Args:
-      config: a run config whose stores are there.
-      samples: how many rows of each source to show.
-      color: whether to use a terminal's colours.
+      samples: number of rows of each source to show.
+      color: use a terminal's colors.
 
     Raises:
       UserError: no tokenizer, or a store that is missing or of another tokenizer.
@@ -82,9 +77,7 @@ def inspect_config(config: RunConfig, *, samples: int = 1, color: bool = False) 
     lines = [f"{config.train.steps:,} steps of {mixture.batch_rows:,} rows of {mixture.length:,} tokens"]
     stops = [stage.step for stage in mixture.stages[1:]] + [max(1, config.train.steps)]
     for stage, stop in zip(mixture.stages, stops, strict=True):
-        steps = range(stage.step, min(stop, stage.step + COUNTED_STEPS))
-        of_stage = f" of {stage.name}, from step {stage.step:,} on" if len(stops) > 1 else ""
-        lines += ["", f"the first {len(steps):,} steps{of_stage}", *_shares(mixture, stage.shares, steps)]
+        lines += ["", f"steps {stage.step:,} to {stop:,}, stage {stage.name}", *_shares(mixture, stage, stop)]
     lines += ["", "the whole run", format_budget(budget(mixture, config.train.steps))]
     for index, source in enumerate(mixture.sources):
         stage = next((stage for stage in mixture.stages if stage.shares.get(source.name)), mixture.stages[0])
@@ -98,7 +91,7 @@ def inspect_config(config: RunConfig, *, samples: int = 1, color: bool = False) 
 
 
 def histogram(lengths: np.ndarray) -> list[str]:
-    """One line for each power of two that occurs: how many lengths are below it and not below the last."""
+    """How many lengths lie in (2^(k-1), 2^k], one line for each k from the first that occurs."""
     exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
     counts = np.bincount(exponents)
     first = int(np.flatnonzero(counts)[0])
@@ -110,17 +103,13 @@ def histogram(lengths: np.ndarray) -> list[str]:
     ]
 
 
-def _shares(mixture: Mixture, shares: Mapping[str, float], steps: range) -> list[str]:
-    """Rows of each source in these steps, counted one by one, and what they make of the tokens."""
-    rows = np.zeros(len(mixture.sources), np.int64)
-    for step in steps:
-        rows += np.bincount(mixture.locate(step)[0], minlength=len(rows))
-    tokens = rows * np.array([source.rows.tokens_per_row for source in mixture.sources])
-    wanted = np.array([float(shares.get(source.name, 0)) for source in mixture.sources])
+def _shares(mixture: Mixture, stage: Stage, stop: int) -> list[str]:
+    """Rows of each source from the stage's first step to `stop`, and their part of the tokens."""
+    rows = rows_between(mixture, stage.step, stop)
+    total = sum(stage.shares.values())
+    wanted = [stage.shares.get(source.name, 0) / total for source in mixture.sources]
     lines = [f"{'source':<20}{'share wanted':>14}{'of tokens':>12}{'rows':>10}{'padding':>10}"]
-    for source, *values in zip(
-        mixture.sources, wanted / wanted.sum(), tokens / tokens.sum(), rows, strict=True
-    ):
+    for source, *values in zip(mixture.sources, wanted, token_shares(mixture, rows), rows, strict=True):
         padding = 1 - source.rows.tokens_per_row / source.rows.length
         cut = source.rows.truncated if isinstance(source.rows, FitRows) else 0
         lines.append(
@@ -131,7 +120,7 @@ def _shares(mixture: Mixture, shares: Mapping[str, float], steps: range) -> list
 
 
 def _sample_row(batch: dict[str, np.ndarray], tokenizer: Tokenizer, color: bool) -> str:
-    """A row of T as the model sees it, its documents divided by lines."""
+    """A row as the model sees it, its documents divided by lines."""
     tokens, weights, segments = (batch[key][0] for key in ("tokens", "loss_weights", "segment_ids"))
     supervised = np.append(False, weights[:-1] > 0)  # weights are of the token that follows
     real = np.flatnonzero(segments)
@@ -150,16 +139,11 @@ def _sample(ids: np.ndarray, supervised: np.ndarray, tokenizer: Tokenizer | None
     before, begin, parts = "", 0, []
     for end in ends:
         # Decoded from the beginning each time: a run alone would lose its first space.
-        text = _spell(ids[:end].tolist(), tokenizer)
+        shown = ids[:end].tolist()
+        text = tokenizer.decode(shown) if tokenizer else " ".join(map(str, shown)) + " "
         parts.append(_mark(printable(text[len(before) :]), bool(supervised[begin]), color))
         before, begin = text, end
     return "".join(parts) + more
-
-
-def _spell(ids: list[int], tokenizer: Tokenizer | None) -> str:
-    if tokenizer is None:
-        return " ".join(map(str, ids)) + " "
-    return tokenizer.decode(ids)
 
 
 def _mark(text: str, supervised: bool, color: bool) -> str:

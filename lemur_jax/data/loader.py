@@ -3,10 +3,10 @@
 Axes: B rows of the global batch, T position in a row.
 """
 
-import queue
-import threading
-from collections.abc import Generator, Iterator
-from typing import Any
+import collections
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -15,10 +15,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lemur_jax.data.mixture import Mixture
 from lemur_jax.data.rows import Batch, Rows
 
-# Of shape [B, T]; a batch has `source_ids` [B] besides.
+# Of shape [B, T]; a batch also has `source_ids` [B].
 BATCH_KEYS = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
 
-_AHEAD = 2  # batches that wait for the train loop
+_AHEAD = 3  # batches that are ready, or being read, while the train loop uses one
+
+T = TypeVar("T")
 
 
 class Loader:
@@ -44,13 +46,9 @@ class Loader:
         mine = self._layout.rows
         return self._layout.place(self.mixture.read(source_ids[mine], row_indices[mine]), source_ids[mine])
 
-    def documents(self, step: int) -> list[str]:
-        """`source/document` for each document in the batch of a step."""
-        return self.mixture.documents(step)
-
     def iterate(self, start_step: int, stop_step: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-        """(step, batch) for each step in order, read ahead by a thread that ends with the iterator."""
-        return _read_ahead(((step, self.batch(step)) for step in range(start_step, stop_step)), _AHEAD)
+        """(step, batch) for each step in order; a thread that ends with the iterator reads ahead."""
+        return _read_ahead(lambda step: (step, self.batch(step)), range(start_step, stop_step))
 
 
 def held_out_batches(
@@ -58,8 +56,7 @@ def held_out_batches(
 ) -> Generator[dict[str, jax.Array], None, None]:
     """Every row once, in order, as batches like `Loader.batch`'s; read ahead by a thread.
 
-    Every host gets the same number of batches: ceil(number of rows / batch_rows). The last one is filled
-    up with rows of padding, of weight 0. `source_ids` are 0.
+    Every host gets ceil(number of rows / batch_rows) batches; the last one is filled up with padding of weight 0.
 
     Args:
       max_rows: only the first so many rows; 0: all.
@@ -75,7 +72,7 @@ def held_out_batches(
         blanked = {key: values * real[:, None].astype(values.dtype) for key, values in read.items()}
         return layout.place(blanked, np.zeros(len(indices), np.int32))
 
-    return _read_ahead((batch(first) for first in range(0, count, batch_rows)), _AHEAD)
+    return _read_ahead(batch, range(0, count, batch_rows))
 
 
 class _Layout:
@@ -110,40 +107,16 @@ class _Layout:
         return jax.make_array_from_callback(shape, sharding, shard)
 
 
-def _read_ahead(items: Iterator, depth: int) -> Generator[Any, None, None]:
-    """The same items, made by a thread up to `depth` of them ahead; an error in it is raised here."""
-    ready: queue.Queue = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(entry: tuple) -> bool:
-        # Wakes up now and then: the reader may have gone.
-        while not stop.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put((item, None)):
-                    return
-            put((None, StopIteration()))
-        except BaseException as error:
-            put((None, error))
-
-    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
-    thread.start()
+def _read_ahead(read: Callable[[int], T], keys: Iterable[int]) -> Generator[T, None, None]:
+    """`read(key)` of each key in order; a thread reads `_AHEAD` of them ahead."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    ahead: collections.deque[Future[T]] = collections.deque()
     try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
+        for key in keys:
+            ahead.append(pool.submit(read, key))
+            if len(ahead) > _AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
     finally:
-        stop.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

@@ -68,7 +68,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of what the tokens are: the same for each way of storing them, and each program version."""
+        """sha256 (hex) of what the tokens are, whatever program version stored them, and how."""
         fields = dataclasses.asdict(self)
         del fields["created_with"], fields["arrays"]
         fields["format_version"] = _WITHOUT_CHECKSUMS

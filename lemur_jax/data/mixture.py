@@ -1,8 +1,7 @@
 """Which row of which source stands where in the global batch: a pure function of (seed, step, row).
 
-Nothing is drawn and nothing is remembered. Sources take turns so that each one's rows are its exact
-share of any stretch of the run; a source's own rows come in a new permutation each epoch. So a run
-resumes at any step at no cost, and on any number of hosts sees the same batches.
+Sources take turns so that each one has its exact share of any stretch of the run; a source's rows come in a
+new permutation each epoch. So a run resumes at any step at no cost, and sees the same batches on any number of hosts.
 
 Axes: B rows of the global batch, T position in a row.
 """
@@ -24,21 +23,13 @@ from lemur_jax.text.tokenizer import Tokenizer
 
 PACKINGS: dict[str, Callable[[TokenStore, int], Rows]] = {"concat": ConcatRows, "fit": FitRows}
 
-# Denominators of the fractions by which sources take turns. A batch of B rows adds up to B times as
-# much in int64, so B may be 2^20; the fraction is off by less than 2^-80.
+# Of the fractions by which sources take turns. A batch adds up to B times as much in int64, so B may be 2^20.
 _MAX_DENOMINATOR = 1 << 40
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """One ingredient of a mixture.
-
-    Attributes:
-      name: of its task.
-      rows: its examples.
-      share: its part of the tokens, in proportion to the other sources' shares.
-      max_epochs: how often each row may be seen; 0: without limit.
-    """
+    """One ingredient of a mixture, as in `config.data.sources`, with its rows."""
 
     name: str
     rows: Rows
@@ -48,13 +39,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Shares that hold from an update on, until the next stage begins.
-
-    Attributes:
-      name: for people.
-      step: its first update.
-      shares: the share of tokens of each source, by name; a source that is not named has none.
-    """
+    """Shares of tokens, by source, from update `step` on until the next stage begins; others have none."""
 
     name: str
     step: int
@@ -63,7 +48,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stretch:
-    """A stage by rows: where it begins, how far each source was by then, and how they take turns."""
+    """A stage by rows: its first row, the rows each source has had before, and how sources take turns."""
 
     first_row: int
     visited: Sequence[int]
@@ -82,24 +67,27 @@ class _Stretch:
 class Mixture:
     """Sources mixed by tokens into global batches of `batch_rows` rows.
 
-    The first source is split off from the others by a fraction p in lowest terms: of the first g rows of
-    a stage, floor(g p + 1/2) are its own. What is left is split in the same way for the second source,
-    and so on. All in integers: with two sources the rows of each in any window of a stage, however far
-    into the run, are its share to within one row; with n sources, to within n - 1. A source goes through
-    its rows in one order over all stages: none is repeated or left out where a stage begins.
+    The first source is split off from the others by a fraction p: of the first g rows of a stage, floor(g p + 1/2) are
+    its own. What is left is split in the same way for the second source, and so on. With n sources the rows of each in
+    any window of a stage are its share to within n - 1 rows. A source goes through its rows in one order over all
+    stages: none is repeated or left out where a stage begins.
 
     Args:
+      sources: all with rows of one length.
       stages: those after the first, which begins at step 0 with the sources' own shares.
 
     Attributes:
       stages: all of them, in order.
 
     Raises:
-      UserError: no sources, or sources that differ in sequence length.
+      UserError: no sources.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int, batch_rows: int, stages: Sequence[Stage] = ()):
-        _check_sources(sources)
+        if not sources:
+            raise UserError(
+                "data.sources is empty: name at least one seqio task with a share, e.g. code=dict(share=1.0)"
+            )
         own = {source.name: source.share for source in sources}
         self.sources = tuple(sources)
         self.stages = (
@@ -118,7 +106,7 @@ class Mixture:
             self._stretches.append(_Stretch(first_row=row, visited=visited, splits=splits))
 
     def rows_before(self, row: int) -> list[int]:
-        """How many of the first `row` global rows of the run each source has; they add up to `row`."""
+        """How many of the first `row` rows of the run each source has; they add up to `row`."""
         return self._stretch(row).rows_before(row)
 
     def _stretch(self, row: int) -> _Stretch:
@@ -136,7 +124,7 @@ class Mixture:
         first = row - stretch.first_row  # a stage begins with a batch, so this one lies in it whole
         source_ids = np.empty(self.batch_rows, np.int32)
         row_indices = np.empty(self.batch_rows, np.int64)
-        left = np.arange(self.batch_rows)  # rows of the batch not yet given to a source
+        left = np.arange(self.batch_rows)  # places not yet given to a source
         for index, visited in enumerate(stretch.rows_before(row)):
             numerator, denominator = stretch.splits[index]
             # Python's integers carry the run so far; inside the batch int64 is enough.
@@ -150,7 +138,7 @@ class Mixture:
         return source_ids, row_indices
 
     def read(self, source_ids: np.ndarray, row_indices: np.ndarray) -> Batch:
-        """Reads rows as `locate` names them, all of one batch or some; arrays as of `Rows.read`."""
+        """Reads rows that `locate` names; arrays as of `Rows.read`."""
         batch: Batch = {}
         for index in np.unique(source_ids):
             places = np.flatnonzero(source_ids == index)
@@ -161,11 +149,7 @@ class Mixture:
         return batch
 
     def documents(self, step: int, places: Sequence[int] | None = None) -> list[str]:
-        """`source/document` for each document in the batch of a step, each once, in the order of its rows.
-
-        Args:
-          places: only these rows of the batch; None: all.
-        """
+        """`source/document` for each document in these rows of a step's batch, or all; each once, in order."""
         source_ids, row_indices = self.locate(step)
         names: dict[str, None] = {}  # ordered, without doubles
         for place in range(self.batch_rows) if places is None else places:
@@ -175,11 +159,11 @@ class Mixture:
         return list(names)
 
     def digests(self) -> dict[str, str]:
-        """The digest of each source's store, by the source's name."""
+        """Digests of the sources' stores."""
         return {source.name: source.rows.store.manifest.digest for source in self.sources}
 
     def _visit(self, index: int, visited: int, count: int) -> np.ndarray:
-        """Row indices of visits number `visited` ... `visited + count - 1` to a source."""
+        """Row indices of a source's reads number `visited` to `visited + count - 1`."""
         size = len(self.sources[index].rows)
         epoch, place = divmod(visited, size)
         places = place + np.arange(count)
@@ -188,12 +172,6 @@ class Mixture:
 
 def open_mixture(data: DataConfig, tokenizer: Tokenizer, *, seed: int, batch_rows: int) -> Mixture:
     """The mixture of the training stores of `config.data`.
-
-    Args:
-      data: names the stores, their shares and the stages.
-      tokenizer: of the run.
-      seed: of the order of the rows.
-      batch_rows: rows B of a global batch.
 
     Raises:
       UserError: no sources, or a store that is missing or of another tokenizer.
@@ -225,19 +203,8 @@ def open_rows(data: DataConfig, tokenizer: Tokenizer, task: str, split: str, pac
     return PACKINGS[packing](store, data.sequence_length)
 
 
-def _check_sources(sources: Sequence[Source]) -> None:
-    if not sources:
-        raise UserError(
-            "data.sources is empty: name at least one seqio task with a share, e.g. code=dict(share=1.0)"
-        )
-    lengths = {source.rows.length for source in sources}
-    if len(lengths) > 1:
-        raise UserError(f"sources of one mixture differ in sequence length: {sorted(lengths)}")
-
-
 def _splits(sources: Sequence[Source], shares: Mapping[str, float]) -> list[tuple[int, int]]:
-    """By which fraction (numerator, denominator) each source is split off from those after it."""
-    # Rows of a source, by the share of tokens that they are to make up.
+    """The fraction (numerator, denominator) by which each source is split off from those after it."""
     weights = [
         Fraction(str(shares.get(source.name, 0))) * len(source.rows) / source.rows.num_tokens
         for source in sources

@@ -6,8 +6,8 @@
     STORE/packed-4096/row_offsets  int64 [rows + 1]    where each row begins in the arrays above
     STORE/packed-4096/packing.json                     counts and digests; written last
 
-The first process that opens a store with this T makes it (`lemur prepare` does), in memory that does not grow with
-the corpus. It is then read at random like the store itself.
+`lemur prepare`, or the first process that opens a store with this T, makes it in memory that does not grow with the
+corpus. It is read at random like the store itself.
 """
 
 import contextlib
@@ -35,33 +35,18 @@ _DTYPES = {"documents": "int64", "starts": "int64", "lengths": "int32", "row_off
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackingCounts:
-    """The content of `packing.json`, apart from its seal.
-
-    Attributes:
-      documents, rows: how many there are.
-      tokens: of all rows together, without padding.
-      truncated: documents longer than T.
-      without_targets: documents whose every supervised token lies beyond T: they train nothing.
-      arrays: sha256 (hex) of each array's `zarr.json`, by the array's name.
-    """
+    """The content of `packing.json`, apart from its seal."""
 
     documents: int
     rows: int
-    tokens: int
-    truncated: int
-    without_targets: int
-    arrays: Mapping[str, str]
+    tokens: int  # without padding
+    truncated: int  # documents longer than T
+    without_targets: int  # documents whose supervised tokens all lie beyond T
+    arrays: Mapping[str, str]  # sha256 (hex) of each array's `zarr.json`
 
 
 class Packing:
-    """The rows of one store and one T.
-
-    Attributes:
-      counts: what they hold.
-
-    Raises:
-      ValueError: it is damaged.
-    """
+    """The rows of one store and one T. ValueError: it is damaged."""
 
     def __init__(self, folder: epath.Path):
         self.counts = PackingCounts(**read_sealed(folder / "packing.json"))
@@ -154,7 +139,7 @@ def _write(store: TokenStore, length: int, folder: epath.Path) -> epath.Path:
 
 
 def _count_without_targets(store: TokenStore, starts: np.ndarray, length: int) -> int:
-    """How many of the documents that begin at `starts` have no supervised target in their first `length` tokens."""
+    """Number of documents, by where they begin, without a supervised target in their first `length` tokens."""
     if length == 1:
         return len(starts)
     count, step = 0, max(1, _COPIED // length)

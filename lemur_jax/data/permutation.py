@@ -1,9 +1,8 @@
 """A seeded permutation of [0, n) that is evaluated in O(1), at any place, for any n.
 
-A Feistel network permutes the smallest suitable power of four not below n; values of n or more are sent
-through it again until they fall below ("cycle walking": Black and Rogaway, "Ciphers with arbitrary
-finite domains", 2002), which leaves a permutation of [0, n). It is written out here, and pinned by a
-test, because a resumed run must see the order that the first run saw, whatever libraries it runs with.
+A Feistel network permutes a power of four not below n; values of n or more are sent through it again until
+they fall below ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). A test pins it,
+because a resumed run must see the order that the first run saw.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ def permute(values: np.ndarray, size: int, key: int, tweaks: np.ndarray) -> np.n
     Returns:
       int64 [n].
     """
-    # Halves of at least two bits: narrower ones can only make a few of the possible permutations.
+    # Narrower halves make only a few of the possible permutations.
     half = max(2, ((size - 1).bit_length() + 1) // 2)
     keys = _mix(_mix(tweaks.astype(np.uint64)) ^ np.uint64(key))
     out = values.astype(np.uint64)

@@ -1,8 +1,7 @@
 """Rows: views of a token store as examples of fixed length, any of them at any time.
 
-`ConcatRows` (pretraining) cuts the stream of all documents every T tokens: nothing is padded or thrown
-away. `FitRows` (chat) packs whole documents. Targets are shifted inside each document, and the loss
-mask is the store's own array: nothing is derived from a token's value.
+`ConcatRows` (pretraining) cuts the stream of all documents every T tokens; `FitRows` (chat) packs whole documents.
+Targets are shifted inside each document, and the loss mask is the store's: no token value has a meaning here.
 
 Axes: R rows of one read, T position in a row.
 """
@@ -61,8 +60,7 @@ class Rows(Protocol):
 class ConcatRows:
     """The token stream cut every T: row i has inputs [i T, (i+1) T) and targets one further.
 
-    A document that is cut goes on in the next row, as a segment of its own with positions from 0. Every
-    token but the stream's last is an input once, every one but its first a target once; the target of a
+    A document that is cut goes on in the next row, as a segment of its own with positions from 0. The target of a
     document's last token, which would be the next document's first, weighs 0. The last row is padded.
     """
 
@@ -90,7 +88,6 @@ class ConcatRows:
         begins = np.zeros(real.shape, bool)
         inside = positions >= starts[spans]
         begins[spans[inside], (positions - starts[spans])[inside]] = True
-        # A token that begins a document is nobody's target.
         has_target = real[:, 1:] & ~begins[:, 1:]
         weights = has_target
         if self.store.manifest.has_loss_mask:
@@ -108,12 +105,11 @@ class ConcatRows:
 class FitRows:
     """Whole documents packed into rows of T by best-fit decreasing; longer ones are cut at T.
 
-    Every document is in one row; inside a row they stand in the store's order. `data.packing` keeps where each one
-    lies; the same store and T give the same rows.
+    Inside a row documents stand in the store's order. The same store and T give the same rows.
 
     Attributes:
-      truncated: number of documents longer than T.
-      without_targets: number of documents whose supervised tokens all lie beyond T.
+      truncated: documents longer than T.
+      without_targets: documents whose supervised tokens all lie beyond T.
 
     Raises:
       UserError: no document has a supervised token within T.
@@ -137,7 +133,6 @@ class FitRows:
         return self.num_tokens / len(self)
 
     def read(self, indices: np.ndarray) -> Batch:
-        # Documents of these rows, one after the other.
         counts, starts, lengths = self._packing.spans(np.asarray(indices, np.int64))
         ends = np.cumsum(lengths)
         row_ends = ends[np.cumsum(counts) - 1]
@@ -174,7 +169,7 @@ def _report_without_targets(store: TokenStore, length: int, count: int) -> None:
 def _batch(
     tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray, begins: np.ndarray, real: np.ndarray
 ) -> Batch:
-    """Numbers the segments that begin where `begins` [R, T] says; padding is 0 everywhere."""
+    """A batch whose segments begin where `begins` [R, T] is true; padding is 0 everywhere."""
     here = np.arange(tokens.shape[1], dtype=np.int32)
     segments = np.cumsum(begins, axis=1, dtype=np.int32)
     positions = here - np.maximum.accumulate(np.where(begins, here, 0), axis=1)

@@ -10,9 +10,6 @@ A store is a directory of one-dimensional zarr3 arrays and a manifest:
     id_offsets       int64 [documents + 1]
     labels           uint16 [documents]       numbers of labels in the manifest (with a label field only)
     manifest.json                             written last: a directory without one is no store
-
-A corpus is a few large files, locally or on gs://, and a random read of one row touches one or two
-compressed chunks of one of them.
 """
 
 import numpy as np
@@ -28,12 +25,7 @@ _VERIFIED = 1 << 24  # elements that `verify` reads at a time
 
 
 class TokenStore:
-    """Reads a store; nothing is loaded but what is asked for. Opened by `open`.
-
-    Attributes:
-      path: where it is.
-      manifest: its manifest.
-    """
+    """Reads a store; opened by `open`."""
 
     def __init__(self, path: epath.Path, manifest: Manifest):
         self.path = path
@@ -95,7 +87,7 @@ class TokenStore:
         return self._spans("loss_mask", starts, lengths)
 
     def offsets(self, first: int = 0, stop: int | None = None) -> np.ndarray:
-        """Where each document begins, and the number of tokens: [first, stop) of int64 [documents + 1], in memory."""
+        """[first, stop) of the offsets, int64 [documents + 1]: where each document begins, then the count of tokens."""
         return finish(
             self._arrays["offsets"][first : self.num_documents + 1 if stop is None else stop].read()
         )
@@ -130,7 +122,6 @@ class TokenStore:
         first, last = blocks[starts // BLOCK].read(), blocks[after[inside]].read()
         first, ends[inside] = finish(first), finish(last)
         counts = ends - first + 1
-        # One offset more than documents: where each one ends.
         bounds = self._spans("offsets", first, counts + 1)
         tail = np.cumsum(counts + 1) - 1
         begins, finishes = np.delete(bounds, tail), np.delete(bounds, tail - counts)
@@ -141,9 +132,8 @@ class TokenStore:
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Ids of a document, and its loss mask if the store has one."""
-        start, stop = finish(self._arrays["offsets"][index : index + 2].read())
-        span = np.array([start]), np.array([stop - start])
-        return self.tokens(*span), self.loss_mask(*span) if self.manifest.has_loss_mask else None
+        ids, masks, _ = self.read_documents(np.array([index]))
+        return ids[0], masks[0]
 
     def read_documents(
         self, indices: np.ndarray

@@ -1,16 +1,13 @@
 """What `lemur inspect` shows."""
 
-import json
+import html
 import re
-import subprocess
-import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import default_config, from_config_dict, replace, to_json
+from lemur_jax.config import default_config, from_config_dict, replace
 from lemur_jax.data.config import StageConfig
 from lemur_jax.data.inspect import histogram, inspect_config, inspect_store, page, printable
 from lemur_jax.models.presets import preset
@@ -56,16 +53,13 @@ def config(tmp_path, chat_dir, chat_store, text_store):
     return from_config_dict(config)
 
 
-def test_supervised_text_is_bracketed_in_a_pipe(chat_store, chat_tokenizer):
+def test_supervised_text_is_marked(chat_store, chat_tokenizer):
     shown = inspect_store(chat_store.path, tokenizer=chat_tokenizer, samples=1)
     assert (
         "<|im_start|>user\nGrüße?<|im_end|>\n<|im_start|>assistant\n{+Ja,\nvielen Dank.<|im_end|>\n+}"
         in shown
     )
     assert "\x1b" not in shown
-
-
-def test_supervised_text_is_green_in_a_terminal(chat_store, chat_tokenizer):
     shown = inspect_store(chat_store.path, tokenizer=chat_tokenizer, samples=1, color=True)
     assert "\x1b[32mJa,\nvielen Dank.<|im_end|>\n\x1b[0m" in shown
     assert "{+" not in shown
@@ -92,16 +86,6 @@ def test_every_token_of_text_but_the_first_is_supervised(text_store, tokenizer):
     assert "<s>{+def f0(x): return 0</s>+}" in shown
 
 
-def test_a_foreign_tokenizer_is_refused(chat_store, tokenizer):
-    with pytest.raises(UserError, match="made with the tokenizer"):
-        inspect_store(chat_store.path, tokenizer=tokenizer)
-
-
-def test_a_directory_without_a_store_is_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        inspect_store(tmp_path / "nothing")
-
-
 def test_the_directory_above_a_store_names_it(text_store):
     with pytest.raises(UserError, match="code is no token store but has some in it: name train as well"):
         inspect_store(text_store.path.parent)
@@ -114,7 +98,7 @@ def test_a_config_shows_what_it_trains_on(config):
         name: float(share) / 100
         for name, share in re.findall(r"^(code|talks) +[\d.]+% +([\d.]+)%", shown, flags=re.MULTILINE)
     }
-    # Exact to the row: 800 rows of at most 32 tokens.
+    # Exact to the row.
     assert shares["code"] == pytest.approx(0.75, abs=0.003)
     assert shares["talks"] == pytest.approx(0.25, abs=0.003)
     assert "3 documents longer than a row are cut" in shown
@@ -127,7 +111,7 @@ def test_stages_are_shown_each_for_itself(config):
     shown = inspect_config(
         replace(config, {"data.sources.talks.share": 0.0, "data.stages": {"anneal": anneal}})
     )
-    first, second = shown.index("the first 100 steps of start"), shown.index("the first 50 steps of anneal")
+    first, second = shown.index("steps 0 to 150, stage start"), shown.index("steps 150 to 200, stage anneal")
     assert re.search(r"^talks +0\.00% +0\.00%", shown[first:second], flags=re.MULTILINE)
     assert re.search(r"^talks +50\.00% +(49\.\d|50\.\d)", shown[second:], flags=re.MULTILINE)
     assert "start, step 0 on  anneal, step 150 on" in shown
@@ -142,64 +126,14 @@ def test_the_documents_of_a_row_are_divided(config, text_store, tokenizer):
     assert re.search(r"\n- - -\n<s>\{\+def f\d\(x\): return \d</s>\+\}", code)
 
 
-def test_a_config_without_stores_says_what_to_do(config, tmp_path):
-    with pytest.raises(UserError, match="lemur prepare"):
-        inspect_config(replace(config, {"data.stores": str(tmp_path / "elsewhere")}))
-
-
 def test_the_histogram_counts_every_length_once():
     lengths = np.array([1, 2, 3, 4, 5, 8, 9, 100])
-    lines = [(line.split()[2], line.split()[-1]) for line in histogram(lengths)]
-    assert lines == [
-        ("1", "1"),
-        ("2", "1"),
-        ("4", "2"),
-        ("8", "2"),
-        ("16", "1"),
-        ("32", "0"),
-        ("64", "0"),
-        ("128", "1"),
-    ]
+    lines = [(int(line.split()[2]), int(line.split()[-1])) for line in histogram(lengths)]
+    assert lines == [(1, 1), (2, 1), (4, 2), (8, 2), (16, 1), (32, 0), (64, 0), (128, 1)]
 
 
 def test_text_cannot_command_the_terminal():
     assert printable("a\x1b[2Jb\tc\nd\u202eé漢") == "a\\x1b[2Jb\tc\nd\\u202eé漢"
-
-
-def test_inspecting_needs_neither_tensorflow_nor_seqio(config, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
-    code = f"""if True:
-        import json, sys
-        sys.modules["tensorflow"] = sys.modules["seqio"] = None
-        from lemur_jax.config import from_json
-        from lemur_jax.data.inspect import inspect_config
-
-        print(inspect_config(from_json(json.load(open({str(tmp_path / "config.json")!r})))))"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("200 steps")
-    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 200
-
-
-class Reader(HTMLParser):
-    """The text of a page, and of it what stands in <b> and in <i> inside <pre>."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.text = [], {"pre": "", "b": "", "i": ""}
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in ("meta",):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        while self.open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if "pre" in self.open:
-            for tag in set(self.open) & set(self.text):
-                self.text[tag] += data
 
 
 def test_a_page_says_the_same_and_escapes_it(make_store, chat_tokenizer):
@@ -214,9 +148,8 @@ def test_a_page_says_the_same_and_escapes_it(make_store, chat_tokenizer):
     document = page("a <store>", inspect_store(store.path, color=True, **options))
     assert "<script" not in document
     assert "\x1b" not in document
-    reader = Reader()
-    reader.feed(document)
-    plain = inspect_store(store.path, **options)
-    assert reader.text["pre"] == plain.replace("{+", "").replace("+}", "")
-    assert reader.text["b"] == "<i>no</i><|im_end|>\n"
-    assert "<script>a && b</script>" in reader.text["i"]
+    (body,) = re.findall("<pre>(.*)</pre>", document, re.DOTALL)
+    plain = inspect_store(store.path, **options).replace("{+", "").replace("+}", "")
+    assert html.unescape(re.sub("</?[bi]>", "", body)) == plain
+    assert re.findall("<b>(.*?)</b>", body, re.DOTALL) == [html.escape("<i>no</i><|im_end|>\n")]
+    assert html.escape("<script>a && b</script>") in "".join(re.findall("<i>(.*?)</i>", body, re.DOTALL))

@@ -7,17 +7,10 @@ from hypothesis import strategies as st
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.config import DataConfig, SourceConfig
-from lemur_jax.data.mixture import Mixture, Source, open_mixture, open_rows
+from lemur_jax.data.mixture import Mixture, open_mixture, open_rows
 from lemur_jax.data.rows import ConcatRows, FitRows
 from tests.helpers.documents import rewrite_manifest
-from tests.helpers.fake_rows import FakeRows, ids_of, source
-
-
-def test_ten_to_one():
-    mixture = Mixture([source("code", 10.0), source("text", 1.0)], seed=1, batch_rows=11)
-    ids = ids_of(mixture, range(100))
-    text = np.convolve(ids == 1, np.ones(110), "valid")
-    assert set(text) == {10.0}  # in every window of 110 rows, wherever it begins
+from tests.helpers.fake_rows import ids_of, source
 
 
 @settings(max_examples=50, deadline=None)
@@ -58,18 +51,6 @@ def test_locate_agrees_with_python_integers(first):
     assert row_indices.dtype == np.int64
 
 
-def test_a_source_is_seen_whole_in_each_epoch():
-    mixture = Mixture([source("a", 2.0, rows=50), source("b", 1.0, rows=31)], seed=9, batch_rows=9)
-    ids, rows = map(np.concatenate, zip(*(mixture.locate(step) for step in range(100)), strict=True))
-    for index, size in enumerate((50, 31)):
-        visits = rows[ids == index]
-        epochs = visits[: len(visits) // size * size].reshape(-1, size)
-        assert len(epochs) > 5
-        for epoch in epochs:
-            np.testing.assert_array_equal(np.sort(epoch), np.arange(size))
-        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)  # each in an order of its own
-
-
 def test_batches_depend_on_seed_and_step_alone():
     sources = [source("a", 1.0), source("b", 1.0)]
     mixture = Mixture(sources, seed=1, batch_rows=8)
@@ -95,12 +76,8 @@ def test_the_order_is_pinned():
     # A resumed run must see what the first one saw. If this fails, old runs can no longer be resumed.
     mixture = Mixture([source("code", 10.0), source("text", 1.0)], seed=42, batch_rows=12)
     source_ids, row_indices = mixture.locate(1_000_000)
-    assert source_ids.tolist() == SOURCE_IDS
-    assert row_indices.tolist() == ROW_INDICES
-
-
-SOURCE_IDS = [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
-ROW_INDICES = [782, 647, 268, 842, 805, 127, 880, 174, 939, 970, 909, 404]
+    assert source_ids.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert row_indices.tolist() == [782, 647, 268, 842, 805, 127, 880, 174, 939, 970, 909, 404]
 
 
 def test_read_puts_rows_in_their_places():
@@ -132,12 +109,9 @@ def test_impossible_sources_are_refused(sources, message):
         DataConfig(sources={name: SourceConfig(**options) for name, options in sources.items()})
 
 
-def test_a_mixture_needs_sources_of_one_length():
+def test_a_mixture_needs_sources():
     with pytest.raises(UserError, match="data.sources is empty"):
         Mixture([], seed=0, batch_rows=4)
-    odd = Source(name="b", rows=FakeRows(9, length=8), share=1.0)
-    with pytest.raises(UserError, match=r"sequence length: \[8, 16\]"):
-        Mixture([source("a", 1.0), odd], seed=0, batch_rows=4)
 
 
 @pytest.fixture

@@ -74,15 +74,10 @@ def test_a_source_goes_through_its_rows_in_one_order_over_all_stages():
     ids, rows = visits_of(mixture, 100)
     for index, each in enumerate(sources):
         visits = rows[ids == index]
-        alone, count = (
-            Mixture([source(each.name, 1.0, rows=sizes[each.name])], seed=9, batch_rows=1),
-            len(visits),
-        )
-        np.testing.assert_array_equal(
-            visits, np.concatenate([alone.locate(step)[1] for step in range(count)])
-        )
-        epochs = visits[: count // len(each.rows) * len(each.rows)].reshape(-1, len(each.rows))
-        assert len(epochs) > 3
+        alone = Mixture([source(each.name, 1.0, rows=sizes[each.name])], seed=9, batch_rows=1)
+        np.testing.assert_array_equal(visits, [alone.locate(step)[1][0] for step in range(len(visits))])
+        epochs = visits[: len(visits) // len(each.rows) * len(each.rows)].reshape(-1, len(each.rows))
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs) > 3  # each in an order of its own
         assert (np.sort(epochs) == np.arange(len(each.rows))).all()  # no row twice in an epoch, none left out
 
 
@@ -127,12 +122,8 @@ def test_stages_of_a_config():
         ({"step": 900, "shares": {"cod": 1.0}}, r"anneal\.shares names 'cod', .*did you mean 'code'"),
         ({"step": 0, "shares": {"code": 1.0}}, r"anneal\.step is 0: .* below train\.steps \(1000\)"),
         ({"step": 1000, "shares": {"code": 1.0}}, r"anneal\.step is 1000"),
-        ({"step": 1.5, "shares": {"code": 1.0}}, r"anneal\.step is 1\.5: it must be a whole number"),
         ({"step": 900, "shares": {"code": 0.0}}, r"all shares of config\.data\.stages\.anneal\.shares are 0"),
-        ({"step": 900, "shares": {}}, r"all shares of config\.data\.stages\.anneal\.shares are 0"),
         ({"step": 900, "shares": {"code": -1.0}}, r"anneal\.shares\.code is -1\.0"),
-        ({"step": 900, "shares": {"code": "much"}}, r"anneal\.shares\.code is 'much'"),
-        ({"shares": {"code": 1.0}}, r"data\.stages\.anneal\.step is missing"),
         ({"step": 900, "share": {"code": 1.0}}, r"data\.stages\.anneal\.share; did you mean 'shares'"),
         (900, r"data\.stages\.anneal is 900: it must be a section with step, shares"),
     ],
