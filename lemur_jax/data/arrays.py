@@ -87,6 +87,13 @@ def read_spans(array: Any, starts: np.ndarray, lengths: np.ndarray) -> np.ndarra
     return np.concatenate([finish(read) for read in reads])
 
 
+def read_bounds(offsets: Any, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(start, length) of elements, by an array of where each begins and the last one ends."""
+    one = np.ones(len(indices), np.int64)
+    starts, stops = (read_spans(offsets, np.asarray(indices) + end, one) for end in (0, 1))
+    return starts, stops - starts
+
+
 class ArrayWriter:
     """Appends to a one-dimensional array of unknown length, a whole shard at a time.
 

@@ -44,7 +44,7 @@ def budget(mixture: Mixture, steps: int) -> list[Need]:
     for number, stage in enumerate(stages):
         stop = stages[number + 1].step if stage is not stages[-1] else steps
         label = f"{stage.name}, step {stage.step:,} on"
-        shares[label] = token_shares(mixture, rows_between(mixture, stage.step, stop))
+        shares[label] = _token_shares(mixture, stage.step, stop)
     return [
         Need(
             name=source.name,
@@ -59,16 +59,12 @@ def budget(mixture: Mixture, steps: int) -> list[Need]:
     ]
 
 
-def rows_between(mixture: Mixture, start: int, stop: int) -> list[int]:
-    """Rows that updates [start, stop) read of each source."""
+def _token_shares(mixture: Mixture, start: int, stop: int) -> list[float]:
+    """The part of each source of the tokens of updates [start, stop)."""
     first, last = (mixture.rows_before(step * mixture.batch_rows) for step in (start, stop))
-    return [after - before for before, after in zip(first, last, strict=True)]
-
-
-def token_shares(mixture: Mixture, rows: Sequence[int]) -> list[float]:
-    """The part of the tokens of each source, by its number of rows."""
     tokens = [
-        n * source.rows.num_tokens / len(source.rows) for n, source in zip(rows, mixture.sources, strict=True)
+        (after - before) * source.rows.num_tokens / len(source.rows)
+        for before, after, source in zip(first, last, mixture.sources, strict=True)
     ]
     return [count / sum(tokens) for count in tokens]
 

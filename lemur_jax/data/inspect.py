@@ -9,9 +9,9 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.config import RunConfig
-from lemur_jax.data.budget import budget, format_budget, rows_between, token_shares
+from lemur_jax.data.budget import budget, format_budget
 from lemur_jax.data.manifest import describe_labels
-from lemur_jax.data.mixture import Mixture, Stage, open_mixture
+from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.rows import FitRows
 from lemur_jax.data.store import TokenStore
 from lemur_jax.text.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ def inspect_store(
 
 
 def inspect_config(config: RunConfig, *, samples: int = 1, color: bool = False) -> str:
-    """The mixture that a config trains on: shares as trained, budget, and rows of the first batches.
+    """The mixture that a config trains on: shares as trained, epochs, padding, and rows of the first batches.
 
     Args:
       samples: number of rows of each source to show.
@@ -75,10 +75,14 @@ def inspect_config(config: RunConfig, *, samples: int = 1, color: bool = False) 
     tokenizer = Tokenizer.load(config.tokenizer.path)
     mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
     lines = [f"{config.train.steps:,} steps of {mixture.batch_rows:,} rows of {mixture.length:,} tokens"]
-    stops = [stage.step for stage in mixture.stages[1:]] + [max(1, config.train.steps)]
-    for stage, stop in zip(mixture.stages, stops, strict=True):
-        lines += ["", f"steps {stage.step:,} to {stop:,}, stage {stage.name}", *_shares(mixture, stage, stop)]
-    lines += ["", "the whole run", format_budget(budget(mixture, config.train.steps))]
+    lines += ["", format_budget(budget(mixture, config.train.steps)), ""]
+    for source in mixture.sources:
+        padding = 1 - source.rows.tokens_per_row / source.rows.length
+        cut = source.rows.truncated if isinstance(source.rows, FitRows) else 0
+        lines.append(
+            f"{source.name}: {len(source.rows):,} rows, {padding:.2%} padding"
+            + (f", {cut:,} documents longer than a row are cut" if cut else "")
+        )
     for index, source in enumerate(mixture.sources):
         stage = next((stage for stage in mixture.stages if stage.shares.get(source.name)), mixture.stages[0])
         source_ids, row_indices = mixture.locate(stage.step)
@@ -101,22 +105,6 @@ def histogram(lengths: np.ndarray) -> list[str]:
         for exponent, count in enumerate(counts.tolist())
         if exponent >= first
     ]
-
-
-def _shares(mixture: Mixture, stage: Stage, stop: int) -> list[str]:
-    """Rows of each source from the stage's first step to `stop`, and their part of the tokens."""
-    rows = rows_between(mixture, stage.step, stop)
-    total = sum(stage.shares.values())
-    wanted = [stage.shares.get(source.name, 0) / total for source in mixture.sources]
-    lines = [f"{'source':<20}{'share wanted':>14}{'of tokens':>12}{'rows':>10}{'padding':>10}"]
-    for source, *values in zip(mixture.sources, wanted, token_shares(mixture, rows), rows, strict=True):
-        padding = 1 - source.rows.tokens_per_row / source.rows.length
-        cut = source.rows.truncated if isinstance(source.rows, FitRows) else 0
-        lines.append(
-            f"{source.name:<20}{values[0]:>14.2%}{values[1]:>12.2%}{values[2]:>10,}{padding:>10.2%}"
-            + (f"  {cut:,} documents longer than a row are cut" if cut else "")
-        )
-    return lines
 
 
 def _sample_row(batch: dict[str, np.ndarray], tokenizer: Tokenizer, color: bool) -> str:

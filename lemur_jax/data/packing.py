@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.data.arrays import ArrayWriter, metadata_digest, open_array, read_spans
+from lemur_jax.data.arrays import ArrayWriter, metadata_digest, open_array, read_bounds, read_spans
 from lemur_jax.data.manifest import read_sealed, write_sealed
 from lemur_jax.data.store import TokenStore
 
@@ -55,18 +55,14 @@ class Packing:
 
     def spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of rows, int64 [R]: how many documents each has, [R], and (start, length) of these in the store's tokens."""
-        first, counts = self._bounds(rows)
+        first, counts = read_bounds(self._arrays["row_offsets"], rows)
         starts, lengths = (read_spans(self._arrays[name], first, counts) for name in ("starts", "lengths"))
         return counts, starts, lengths.astype(np.int64)
 
     def documents(self, row: int) -> np.ndarray:
         """Indices of the documents in a row."""
-        return read_spans(self._arrays["documents"], *self._bounds(np.array([row])))
-
-    def _bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        one = np.ones(len(rows), np.int64)
-        first, last = (read_spans(self._arrays["row_offsets"], rows + end, one) for end in (0, 1))
-        return first, last - first
+        bounds = read_bounds(self._arrays["row_offsets"], np.array([row]))
+        return read_spans(self._arrays["documents"], *bounds)
 
 
 def open_packing(store: TokenStore, length: int) -> Packing:

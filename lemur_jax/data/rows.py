@@ -54,10 +54,10 @@ class Rows(Protocol):
     @property
     def tokens_per_row(self) -> float:
         """Mean number of real positions."""
-        ...
+        return self.num_tokens / len(self)
 
 
-class ConcatRows:
+class ConcatRows(Rows):
     """The token stream cut every T: row i has inputs [i T, (i+1) T) and targets one further.
 
     A document that is cut goes on in the next row, as a segment of its own with positions from 0. The target of a
@@ -73,10 +73,6 @@ class ConcatRows:
 
     def __len__(self) -> int:
         return -(-self.num_tokens // self.length)
-
-    @property
-    def tokens_per_row(self) -> float:
-        return self.num_tokens / len(self)
 
     def read(self, indices: np.ndarray) -> Batch:
         starts = np.asarray(indices, np.int64) * self.length
@@ -102,7 +98,7 @@ class ConcatRows:
         return self.store.document_ids(documents)
 
 
-class FitRows:
+class FitRows(Rows):
     """Whole documents packed into rows of T by best-fit decreasing; longer ones are cut at T.
 
     Inside a row documents stand in the store's order. The same store and T give the same rows.
@@ -127,10 +123,6 @@ class FitRows:
 
     def __len__(self) -> int:
         return self._packing.counts.rows
-
-    @property
-    def tokens_per_row(self) -> float:
-        return self.num_tokens / len(self)
 
     def read(self, indices: np.ndarray) -> Batch:
         counts, starts, lengths = self._packing.spans(np.asarray(indices, np.int64))

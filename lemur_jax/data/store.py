@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.data.arrays import finish, open_array, read_spans
+from lemur_jax.data.arrays import finish, open_array, read_bounds, read_spans
 from lemur_jax.data.manifest import Manifest, read_manifest
 from lemur_jax.text.tokenizer import Tokenizer, compatible
 
@@ -139,7 +139,7 @@ class TokenStore:
         self, indices: np.ndarray
     ) -> tuple[list[np.ndarray], list[np.ndarray] | list[None], list[str]]:
         """Ids, loss masks (None in a store without) and names of documents."""
-        starts, lengths = self._bounds("offsets", indices)
+        starts, lengths = read_bounds(self._arrays["offsets"], indices)
         cuts = np.cumsum(lengths)[:-1]
         masks: list[np.ndarray] | list[None] = [None] * len(indices)
         if self.manifest.has_loss_mask:
@@ -148,7 +148,7 @@ class TokenStore:
 
     def document_ids(self, indices: np.ndarray) -> list[str]:
         """Names of documents."""
-        starts, lengths = self._bounds("id_offsets", indices)
+        starts, lengths = read_bounds(self._arrays["id_offsets"], indices)
         names = self._spans("id_bytes", starts, lengths).tobytes()
         ends = np.cumsum(lengths)
         pairs = zip((ends - lengths).tolist(), ends.tolist(), strict=True)
@@ -169,12 +169,6 @@ class TokenStore:
         names = {of_label["number"]: label for label, of_label in self.manifest.labels.items()}
         numbers = self._spans("labels", indices, np.ones(len(indices), np.int64))
         return [names[number] for number in numbers.tolist()]
-
-    def _bounds(self, name: str, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(start, length) of documents by an array of offsets."""
-        one = np.ones(len(indices), np.int64)
-        starts, stops = (self._spans(name, np.asarray(indices) + end, one) for end in (0, 1))
-        return starts, stops - starts
 
     def _spans(self, name: str, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         return read_spans(self._arrays[name], starts, lengths)

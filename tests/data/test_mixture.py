@@ -1,41 +1,60 @@
+import itertools
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.config import DataConfig, SourceConfig
-from lemur_jax.data.mixture import Mixture, open_mixture, open_rows
+from lemur_jax.config import default_config, from_config_dict
+from lemur_jax.data.config import DataConfig, SourceConfig, StageConfig
+from lemur_jax.data.mixture import Mixture, Stage, open_mixture, open_rows
 from lemur_jax.data.rows import ConcatRows, FitRows
+from lemur_jax.models.presets import preset
 from tests.helpers.documents import rewrite_manifest
 from tests.helpers.fake_rows import ids_of, source
 
 
-@settings(max_examples=50, deadline=None)
+def stages(*pairs):
+    return [Stage(name=f"stage{step}", step=step, shares=shares) for step, shares in pairs]
+
+
+@settings(max_examples=60, deadline=None)
 @given(
-    shares=st.lists(st.integers(0, 1000), min_size=1, max_size=6).filter(any),
+    count=st.integers(1, 6),
+    shares=st.lists(st.lists(st.integers(0, 1000), min_size=6, max_size=6), min_size=1, max_size=4),
     fills=st.lists(st.integers(1, 16), min_size=6, max_size=6),
+    lengths=st.lists(st.integers(1, 30), min_size=4, max_size=4),
     batch_rows=st.integers(1, 40),
-    first=st.sampled_from([0, 1, 12345, 10**6, 2**40]),
+    far=st.sampled_from([0, 1, 12345, 10**6, 2**40]),
 )
-def test_shares_are_exact_by_tokens_in_every_window(shares, fills, batch_rows, first):
-    sources = [source(f"s{i}", share, fill=fills[i]) for i, share in enumerate(shares)]
-    mixture = Mixture(sources, seed=0, batch_rows=batch_rows)
-    ids = ids_of(mixture, range(first, first + 20))
-    weights = [Fraction(share, fill) for share, fill in zip(shares, fills, strict=False)]
-    for index, weight in enumerate(weights):
-        wanted = float(weight / sum(weights))
-        # Rows so far less the share of them; the error of a window is the difference of two of these.
-        ahead = np.cumsum(np.append(0, (ids == index) - wanted))
-        assert ahead.max() - ahead.min() <= len(shares) - 1 + 1e-9
+def test_shares_are_exact_by_tokens_in_every_window(count, shares, fills, lengths, batch_rows, far):
+    shares = [each[:count] for each in shares]
+    assume(all(map(any, shares)))
+    named = [{f"s{i}": share for i, share in enumerate(each)} for each in shares]
+    sources = [source(name, share, fill=fills[i]) for i, (name, share) in enumerate(named[0].items())]
+    begins = np.cumsum([0, *lengths])[: len(shares)].tolist()
+    # In any order: they are sorted by step.
+    later = stages(*zip(begins[1:], named[1:], strict=True))[::-1]
+    mixture = Mixture(sources, seed=0, batch_rows=batch_rows, stages=later)
+    windows = [range(*pair) for pair in itertools.pairwise(begins)]
+    windows.append(range(begins[-1] + far, begins[-1] + far + 20))  # far into the last stage
+    for wanted, window in zip(shares, windows, strict=True):
+        ids = ids_of(mixture, window)
+        weights = [Fraction(share, fill) for share, fill in zip(wanted, fills, strict=False)]
+        for index, weight in enumerate(weights):
+            # Rows so far less the share of them; the error of a window is the difference of two of these.
+            ahead = np.cumsum(np.append(0, (ids == index) - float(weight / sum(weights))))
+            assert ahead.max() - ahead.min() <= count - 1 + 1e-9
+            assert weight or not (ids == index).any()
 
 
-@pytest.mark.parametrize("first", [0, 7, 1_000_000, 2**40 // 13, 2**40])
-def test_locate_agrees_with_python_integers(first):
-    shares = [0.1, 3.3, 7e-5, 1 / 3, 0.0]
-    mixture = Mixture([source(f"s{i}", s, rows=97) for i, s in enumerate(shares)], seed=3, batch_rows=13)
+@pytest.mark.parametrize("later", [[], stages((1_000_000, {"s0": 1 / 3, "s2": 1.0}))], ids=["one", "two"])
+@pytest.mark.parametrize("first", [0, 7, 999_999, 1_000_000, 2**40 // 13, 2**40])
+def test_locate_agrees_with_python_integers(first, later):
+    sources = [source(f"s{i}", s, rows=97) for i, s in enumerate([0.1, 3.3, 7e-5, 1 / 3, 0.0])]
+    mixture = Mixture(sources, seed=3, batch_rows=13, stages=later)
     counts = mixture.rows_before(first * 13)
     assert sum(counts) == first * 13
     source_ids, row_indices = mixture.locate(first)
@@ -49,6 +68,49 @@ def test_locate_agrees_with_python_integers(first):
         counts = after
     assert source_ids.dtype == np.int32
     assert row_indices.dtype == np.int64
+
+
+def test_two_sources_are_exact_to_the_row_at_every_step():
+    later = stages((7, {"code": 1.0, "text": 1.0}), (30, {"text": 4.0, "code": 1.0}))
+    mixture = Mixture([source("code", 10.0), source("text", 1.0)], seed=1, batch_rows=11, stages=later)
+    ids = ids_of(mixture, range(50))
+    # One row after the other takes what its stage still owes to text, rounded.
+    expected = []
+    for steps, part in ((7, Fraction(1, 11)), (23, Fraction(1, 2)), (20, Fraction(4, 5))):
+        given_to_code = 0
+        for rows in range(1, steps * 11 + 1):
+            is_code = given_to_code + Fraction(1, 2) <= rows * (1 - part)
+            given_to_code += is_code
+            expected.append(0 if is_code else 1)
+    assert ids.tolist() == expected
+
+
+def test_a_source_goes_through_its_rows_in_one_order_over_all_stages():
+    sizes = {"a": 50, "b": 31, "late": 17}
+    sources = [
+        source(name, share, rows=sizes[name]) for name, share in (("a", 2.0), ("b", 1.0), ("late", 0.0))
+    ]
+    later = stages(
+        (9, {"b": 1.0, "late": 1.0}), (20, {"late": 3.0, "a": 1.0}), (41, {"a": 1.0, "b": 1.0, "late": 1.0})
+    )
+    mixture = Mixture(sources, seed=9, batch_rows=9, stages=later)
+    ids, rows = map(np.concatenate, zip(*map(mixture.locate, range(100)), strict=True))
+    for index, each in enumerate(sources):
+        visits = rows[ids == index]
+        alone = Mixture([source(each.name, 1.0, rows=sizes[each.name])], seed=9, batch_rows=1)
+        np.testing.assert_array_equal(visits, [alone.locate(step)[1][0] for step in range(len(visits))])
+        epochs = visits[: len(visits) // len(each.rows) * len(each.rows)].reshape(-1, len(each.rows))
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs) > 3  # each in an order of its own
+        assert (np.sort(epochs) == np.arange(len(each.rows))).all()  # no row twice in an epoch, none left out
+
+
+def test_what_comes_before_a_stage_does_not_change_with_it():
+    sources = [source("a", 1.0), source("b", 1.0)]
+    plain = Mixture(sources, seed=1, batch_rows=8)
+    staged = Mixture(sources, seed=1, batch_rows=8, stages=stages((500, {"b": 1.0})))
+    for step in (0, 1, 499):
+        np.testing.assert_array_equal(plain.locate(step), staged.locate(step))
+    assert set(staged.locate(500)[0]) == {1}
 
 
 def test_batches_depend_on_seed_and_step_alone():
@@ -107,6 +169,48 @@ def test_read_puts_rows_in_their_places():
 def test_impossible_sources_are_refused(sources, message):
     with pytest.raises(UserError, match=message):
         DataConfig(sources={name: SourceConfig(**options) for name, options in sources.items()})
+
+
+def config_with(**later):
+    config = default_config(preset("tiny").to_dict())
+    config.data.sources = {
+        name: {"share": 1.0, "packing": "concat", "max_epochs": 0.0} for name in ("code", "text")
+    }
+    config.data.stages = later
+    return from_config_dict(config)
+
+
+def test_stages_of_a_config():
+    shares = {"code": 1.0, "text": 2.0}
+    config = config_with(anneal={"step": 900, "shares": shares})
+    assert config.data.stages == {"anneal": StageConfig(step=900, shares=shares)}
+    assert config_with().data.stages == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": 900, "shares": {"cod": 1.0}}, r"anneal\.shares names 'cod', .*did you mean 'code'"),
+        ({"step": 0, "shares": {"code": 1.0}}, r"anneal\.step is 0: .* below train\.steps \(1000\)"),
+        ({"step": 1000, "shares": {"code": 1.0}}, r"anneal\.step is 1000"),
+        ({"step": 1.5, "shares": {"code": 1.0}}, r"anneal\.step is 1\.5: it must be a whole number"),
+        ({"shares": {"code": 1.0}}, r"data\.stages\.anneal\.step is missing"),
+        ({"step": 900, "shares": {"code": 0.0}}, r"all shares of config\.data\.stages\.anneal\.shares are 0"),
+        ({"step": 900, "shares": {"code": -1.0}}, r"anneal\.shares\.code is -1\.0"),
+        ({"step": 900, "shares": {"code": "much"}}, r"anneal\.shares\.code is 'much'"),
+        ({"step": 900, "share": {"code": 1.0}}, r"data\.stages\.anneal\.share; did you mean 'shares'"),
+        (900, r"data\.stages\.anneal is 900: it must be a section with step, shares"),
+    ],
+)
+def test_a_bad_stage_is_one_line(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        config_with(anneal=options)
+    assert "\n" not in str(error.value)
+
+
+def test_two_stages_cannot_begin_together():
+    with pytest.raises(UserError, match=r"data\.stages\.a and config\.data\.stages\.b both begin at step 5"):
+        config_with(**{name: {"step": 5, "shares": {"code": 1.0}} for name in "ab"})
 
 
 def test_a_mixture_needs_sources():
