@@ -23,37 +23,22 @@ FILE_NAMES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-# Not the tokenizer's own, but its `eos_token_id` names ids of this vocabulary that end an answer, so it goes where the
-# tokenizer goes.
-GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"  # kept too: its `eos_token_id` names ids that end an answer
 T = TypeVar("T")
 
-# Model types in config.json for which transformers takes tokenizer.json as it is, although the tokenizer's class there
-# is LlamaTokenizer.
+# Model types for which transformers takes tokenizer.json as it is, although the class there is LlamaTokenizer.
 _JSON_AS_IT_IS = (
-    "mistral",
-    "mixtral",
-    "mistral3",
-    "ministral",
-    "ministral3",
-    "pixtral",
-    "voxtral",
-    "phi3",
-    "llava",
+    *("mistral", "mixtral", "mistral3", "ministral", "ministral3"),
+    *("pixtral", "voxtral", "phi3", "llava"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer directory.
+    """A tokenizer directory."""
 
-    Attributes:
-      files: contents by name.
-      name: what to call the directory in errors.
-    """
-
-    files: Mapping[str, bytes]
-    name: str
+    files: Mapping[str, bytes]  # contents by name
+    name: str  # of the directory in errors
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -71,11 +56,7 @@ class TokenizerFiles:
         return None if model is None or sentencepiece_model.is_tiktoken(model) else model
 
     def parse(self, file: str, read: Callable[[bytes], T]) -> T:
-        """What `read` makes of a file.
-
-        Raises:
-          UserError: it can make nothing of it.
-        """
+        """`read` of a file's content; what it raises becomes a UserError that names the file."""
         try:
             return read(self.files[file])
         except (ImportError, UserError):
@@ -102,9 +83,8 @@ class TokenizerFiles:
             as_it_is = self.config.get("tokenizer_class") == "PreTrainedTokenizerFast"
             scheme = "always" if self.config.get("legacy", not as_it_is) else "first"
             spec = self.parse("tokenizer.model", lambda data: sentencepiece_model.convert(data, scheme))
-            if (
-                scheme == "first" and not as_it_is
-            ):  # transformers puts no space before a text that begins with one
+            # transformers puts no space before a text that begins with one.
+            if scheme == "first" and not as_it_is:
                 spec["pre_tokenizer"]["pretokenizers"][:2] = [sentencepiece_model.metaspace("first")]
             return spec
         if "tokenizer.model" in self.files:
@@ -151,8 +131,8 @@ class TokenizerFiles:
     def added_tokens(self, spec: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Every added token with its flags, and its id where a file has it, in the order of transformers.
 
-        tokenizer.json's own come first; those of tokenizer_config.json, or else of added_tokens.json, replace their
-        flags or follow; tokens that the config names are special.
+        Tokens of tokenizer_config.json, or else of added_tokens.json, follow those of tokenizer.json or replace their
+        flags; tokens that the config names are special.
         """
         added = {token["content"]: dict(token) for token in spec["added_tokens"]}
         named = dict.fromkeys(_named_tokens(self.config))
@@ -181,7 +161,7 @@ class TokenizerFiles:
 
     def named_token(self, kind: str) -> Any:
         """`bos_token` and the like; None: the config names none."""
-        return _content(self.config.get(f"{kind}_token"))
+        return content_of(self.config.get(f"{kind}_token"))
 
     def generation_stop_ids(self) -> tuple[int, ...]:
         """The ids of `eos_token_id` in `generation_config.json`; () without one."""
@@ -204,19 +184,11 @@ class TokenizerFiles:
 
 
 def read_files(path: epath.PathLike) -> dict[str, bytes]:
-    """The tokenizer files that exist in a directory, and its `generation_config.json`.
-
-    Raises:
-      UserError: it cannot be reached, or a file cannot be read.
-    """
+    """The tokenizer files that exist in a directory, and its `generation_config.json`."""
     directory = epath.Path(path)
-    try:
-        names = (*FILE_NAMES, GENERATION_CONFIG)
-        files = {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
-        return _with_class(files, directory / "config.json")
-    except Exception as error:  # of gs:// they come in many classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read the tokenizer directory {path}: {reason[:300]}") from error
+    names = (*FILE_NAMES, GENERATION_CONFIG)
+    files = {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
+    return _with_class(files, directory / "config.json")
 
 
 def _with_class(files: dict[str, bytes], model_config: epath.Path) -> dict[str, bytes]:
@@ -271,7 +243,7 @@ def _generation_stop_ids(data: bytes) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _content(token: Any) -> Any:
+def content_of(token: Any) -> Any:
     """The text of a token that a config spells as a string or a mapping."""
     return token.get("content") if isinstance(token, Mapping) else token
 
@@ -279,11 +251,11 @@ def _content(token: Any) -> Any:
 def _named_tokens(config: Mapping[str, Any]) -> Iterable[str]:
     """The tokens that `tokenizer_config.json` names: bos_token and the like, and its lists of special tokens."""
     for key, value in config.items():
-        if key.endswith("_token") and isinstance(_content(value), str):
-            yield _content(value)
+        if key.endswith("_token") and isinstance(content_of(value), str):
+            yield content_of(value)
         elif key in ("additional_special_tokens", "extra_special_tokens") and value:
             tokens = value.values() if isinstance(value, Mapping) else value
-            yield from (_content(token) for token in tokens)
+            yield from (content_of(token) for token in tokens)
 
 
 def vocabulary(spec: Mapping[str, Any]) -> dict[str, int]:
@@ -295,7 +267,7 @@ def vocabulary(spec: Mapping[str, Any]) -> dict[str, int]:
 
 
 def build_backend(spec: Mapping[str, Any], added: Sequence[Mapping[str, Any]], marks: Mapping[str, str]):
-    """The `tokenizers.Tokenizer` of a `tokenizer.json` in which special tokens have the names `marks` alone."""
+    """The `tokenizers.Tokenizer` of a `tokenizer.json`, with the names `marks` for special tokens."""
     import tokenizers
 
     # Without its post-processor the library neither adds bos nor trims the offsets.
@@ -316,7 +288,7 @@ def build_backend(spec: Mapping[str, Any], added: Sequence[Mapping[str, Any]], m
 
 
 def token_pattern(added: Sequence[Mapping[str, Any]]) -> re.Pattern[str]:
-    """Matches added tokens as the library does: the longest first, so that one inside of another does not count."""
+    """Matches added tokens as the library does: the longest first."""
     alternatives = []
     for token in sorted(added, key=lambda token: -len(token["content"])):
         pattern = re.escape(token["content"])

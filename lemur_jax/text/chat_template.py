@@ -1,9 +1,8 @@
 """Conversations to token ids with a loss mask, through the tokenizer's Jinja chat template.
 
-The template says which text is supervised (`{% generation %} ... {% endgeneration %}`, as for transformers). The
-rendered conversation is tokenized once, whole, so the ids are those of transformers' `apply_chat_template`; the mask
-comes from character offsets. Control tokens come from the template alone: one that a message spells is tokenized as
-plain text. A turn with `weight: 0`, `train: false` or `training: false` is not supervised.
+Ids and mask are those of transformers' `apply_chat_template`: the template marks what is supervised with
+`{% generation %} ... {% endgeneration %}`, and character offsets carry that over to tokens. A control token that a
+message spells is plain text. A turn with `weight: 0`, `train: false` or `training: false` is not supervised.
 """
 
 import datetime
@@ -17,7 +16,7 @@ from typing import Any
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.tokenizer import Tokenizer
 
-# In Lemur's order; their ids follow the base vocabulary.
+# In Lemur's order.
 CHATML_TOKENS = ("<pad>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|diff_marker|>")
 
 CHATML_TEMPLATE = r"""{%- for message in messages -%}
@@ -44,10 +43,7 @@ _MARKS = range(0xF0000, 0xFFFFE)
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end an answer, in generation and in exports: turn ends, eos, and those of `generation_config.json`.
-
-    Turn ends count whether or not that file names them: chat tuning never supervises the end of the text.
-    """
+    """Ids that end an answer, in generation and in exports: turn ends, eos, and those of `generation_config.json`."""
     ends = [tokenizer.control_tokens[name] for name in TURN_ENDS if name in tokenizer.control_tokens]
     return tuple(dict.fromkeys([*ends, tokenizer.eos_id, *tokenizer.generation_stop_ids]))
 
@@ -78,9 +74,8 @@ def encode_chat(
       name: what to call the conversation in errors.
 
     Returns:
-      ids, and a mask of the same length: 1 where the token is a supervised target, that is where it overlaps text that
-      the template marks as generated (so a token that joins the last space of the prompt to the answer's first word is
-      one). With ChatML: the assistant's content and its closing `<|im_end|>\\n`.
+      ids, and a mask of the same length: 1 where a token overlaps text that the template marks as generated. With
+      ChatML: the assistant's content and its closing `<|im_end|>\\n`.
 
     Raises:
       UserError: malformed messages, or no supervised token although no generation prompt was asked.
@@ -140,13 +135,13 @@ def _render(
     spelled = json.dumps(messages, ensure_ascii=False, default=str) + template
     unused = (chr(code) for code in _MARKS if chr(code) not in spelled)
     begin, end, separator, untrained = itertools.islice(unused, 4)
-    # A control token spelled in a message is broken up, so that it is not taken for one of the template's.
+    # So that a control token spelled in a message is not taken for one of the template's.
     broken = _map_strings(messages, lambda text: tokenizer.break_control_tokens(text, separator))
     given = []
     for message in broken:
         message = {key: value for key, value in message.items() if value is not None}
         if not is_trained(message):
-            # Inside of its trailing space, which templates trim.
+            # Before its trailing space, which templates trim.
             said = message["content"].rstrip()
             message["content"] = f"{said}{untrained}{message['content'][len(said) :]}"
         given.append(message)
@@ -191,10 +186,7 @@ def _overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int
 
 @functools.lru_cache(maxsize=16)
 def _compile(template: str, begin: str, end: str):
-    """The Jinja template, with `begin` and `end` written around what it generates.
-
-    The environment is the one in which transformers runs chat templates.
-    """
+    """The Jinja template in transformers' environment, with `begin` and `end` around what it generates."""
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment

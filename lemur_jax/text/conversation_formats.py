@@ -1,9 +1,8 @@
 """Converts conversations of published data sets to one form: a list of {"role", "content"}.
 
-Roles are system, user, assistant and tool; contents are strings. A turn of the assistant that the row marks with
-`weight: 0`, `train: false` or `training: false` has `"train": False` and is not supervised. Fields that are null
-count as absent: Parquet fills them in. Each function takes a row and raises ValueError with a reason for a row that
-it cannot read. Use them as `fields.Fields(messages=...)`.
+Roles are system, user, assistant and tool; contents are strings. A turn of the assistant with `weight: 0`,
+`train: false` or `training: false` gets `"train": False` and is not supervised. Null fields count as absent. Each
+function takes a row and raises ValueError with a reason where it cannot read it: `fields.Fields(messages=...)`.
 """
 
 import json
@@ -63,9 +62,8 @@ def evol_code_alpaca(row: Row) -> Messages:
 def openassistant(row: Row) -> Messages:
     """OpenAssistant 1, a message tree a row (`*.trees.jsonl.gz`): the best-ranked path.
 
-    At each turn the reply of the lowest rank (0 is best) that was not deleted; unranked ones come after
-    ranked ones, in their order. The path ends with its last assistant turn. The language is in the
-    row: name `prompt.lang` in `Fields.meta` and filter on it.
+    At each turn the reply of the lowest rank (0 is best) that was not deleted; unranked ones come last. The path ends
+    with its last assistant turn. To filter by language, name `prompt.lang` in `Fields.meta`.
     """
     messages: Messages = []
     node = row.get("prompt")
@@ -83,9 +81,9 @@ def openassistant(row: Row) -> Messages:
 def openassistant_messages(row: Row) -> Messages:
     """OpenAssistant 1, a message a row (its Parquet files, `*.messages.jsonl.gz`): the same path of a tree.
 
-    For `Fields(gather="message_tree_id")`, which gives the rows of a tree together: each has
-    `message_id`, `parent_id` (None at the root), `text`, `role`, and perhaps `rank` and `deleted`. The
-    language is that of the root: name `lang` in `Fields.meta`.
+    For `Fields(gather="message_tree_id")`, which gives the rows of a tree together: each has `message_id`, `parent_id`
+    (None at the root), `text`, `role`, and perhaps `rank` and `deleted`. To filter by language, name `lang` in
+    `Fields.meta`.
     """
     nodes = {_get(message, "message_id"): {**message, "replies": []} for message in _list(row, "rows")}
     roots: list[Row] = []
@@ -102,8 +100,8 @@ def openassistant_messages(row: Row) -> Messages:
 def openai(row: Row) -> Messages:
     """OpenAI `messages`: contents as strings or parts, tool calls and tool results.
 
-    ChatML as Lemur trained it has no words for tools. A call becomes part of what the assistant says, as
-    JSON between <tool_call> and </tool_call>, and so is trained on; a result is a turn of the role tool.
+    A call becomes part of what the assistant says, as JSON between <tool_call> and </tool_call>, and is trained on;
+    a result is a turn of the role tool.
     """
     messages = []
     for turn in _list(row, "messages"):

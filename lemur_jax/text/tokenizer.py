@@ -1,9 +1,8 @@
 """Tokenizers read from a Hugging Face directory: text to ids and back, with the ids of `transformers`.
 
-The `tokenizers` library encodes, set up from the directory's files as `transformers` does it. Added tokens that are not
-special are part of the text and are produced wherever text spells them. Special tokens (control tokens) are not: in
-the library they carry names that no text can spell, and only `mark_control_tokens` puts these names into a text. So
-what a user writes never becomes a control token, and text around control tokens gets the ids that it gets there.
+The `tokenizers` library encodes, set up from the directory's files as `transformers` does it. Text that spells an added
+token gives that token, unless it is special (a control token): in the library these carry names that no text can spell,
+and only `mark_control_tokens` puts these names into a text. So what a user writes never becomes a control token.
 `tokenizer_files` writes such directories.
 """
 
@@ -31,8 +30,6 @@ from lemur_jax.text.backend import (
 logger = logging.getLogger(__name__)
 
 __all__ = ["FILE_NAMES", "GENERATION_CONFIG", "Tokenizer", "compatible", "read_files"]
-
-Span = tuple[int, int]
 
 # Private-use characters, of which the names of control tokens in the library are made.
 _PRIVATE = range(0x100000, 0x10FFFE)
@@ -65,9 +62,7 @@ class Tokenizer:
         special = [token["content"] for token in added if token["special"]]
         # Names that no text can spell: nobody can guess the first characters.
         key = "".join(chr(secrets.choice(_PRIVATE)) for _ in range(4))
-        self._marks = {
-            token: f"{key}{chr(_PRIVATE[number])}" for number, token in enumerate(special[: len(_PRIVATE)])
-        }
+        self._marks = {token: f"{key}{chr(_PRIVATE[number])}" for number, token in enumerate(special)}
         main = "tokenizer.json" if "tokenizer.json" in files else "tokenizer.model"
         self._backend = source.parse(main, lambda _: build_backend(spec, added, self._marks))
         names = [token["content"] for token in added]
@@ -93,8 +88,7 @@ class Tokenizer:
         """Opens a directory.
 
         Raises:
-          UserError: there is no tokenizer in it, its files are damaged or contradict each other, or it is of a kind
-            whose ids would not be those of transformers.
+          UserError: no tokenizer, damaged files, files that contradict each other, or a kind that is not supported.
         """
         return cls(read_files(path), str(path))
 
@@ -133,8 +127,7 @@ class Tokenizer:
         """Ids of plain text, without bos and eos, never a control token.
 
         Args:
-          prefix: False for text that follows a control token: the space that a vocabulary may put in front of a text
-            is left out there, unless transformers puts it there too (`legacy`).
+          prefix: False for text that follows a control token: it gets no space in front, except under `legacy`.
         """
         if not prefix:
             bos = self._marks[self._control_names[self.bos_id]]
@@ -143,7 +136,7 @@ class Tokenizer:
             return self._fast.encode(text)
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_marked(self, text: str) -> tuple[list[int], list[Span]]:
+    def encode_marked(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of text in which `mark_control_tokens` marked control tokens, and the characters [begin, end) of each.
 
         A token for some bytes of a character has that whole character.
@@ -173,10 +166,7 @@ class Tokenizer:
         return text
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """Text of ids; control tokens are shown by name, or left out if `skip_special`.
-
-        An id that no token has (rows that pad the vocabulary) is shown as U+FFFD.
-        """
+        """Text of ids; control tokens by name, or left out if `skip_special`; U+FFFD for an id without a token."""
         text: list[str] = []
         run: list[str] = []
         prefix = True

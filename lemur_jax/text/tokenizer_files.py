@@ -1,8 +1,4 @@
-"""Making tokenizer directories: training a SentencePiece model, adding control tokens, writing files.
-
-`tokenizer.json` is converted from `tokenizer.model` so that transformers and other users of the
-tokenizers library get the ids that SentencePiece gives.
-"""
+"""Writes tokenizer directories: trains a SentencePiece model, adds and drops control tokens."""
 
 import io
 import json
@@ -12,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.text.backend import content_of
 from lemur_jax.text.chat_template import CHATML_TEMPLATE, CHATML_TOKENS
 from lemur_jax.text.sentencepiece_model import added_token, convert
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
@@ -20,11 +17,11 @@ from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 def train_sentencepiece(texts: Iterable[str], path: epath.PathLike, vocab_size: int) -> Tokenizer:
     """Trains a byte-fallback BPE in Llama's manner and writes its directory.
 
-    Digits stand alone, text is not normalized, runs of spaces are pieces; a newline is always the
-    single token <0x0A>, as in Llama-2. Ids 0, 1, 2 are <unk>, <s>, </s>; there is no padding token.
+    Digits stand alone, text is not normalized, runs of spaces are pieces; a newline is always the single token <0x0A>.
+    Ids 0, 1, 2 are <unk>, <s>, </s>; there is no padding token.
 
     Args:
-      texts: documents; all are held in memory, so pass a sample of a large corpus.
+      texts: documents; all are held in memory.
       vocab_size: number of pieces, control tokens and the 256 bytes included.
 
     Raises:
@@ -47,7 +44,7 @@ def train_sentencepiece(texts: Iterable[str], path: epath.PathLike, vocab_size: 
             normalization_rule_name="identity",
             add_dummy_prefix=True,
             character_coverage=0.99995,
-            # Longer lines would be left out, and with them most of minified code and of prose.
+            # Longer lines are left out.
             max_sentence_length=1 << 20,
             unk_id=0,
             bos_id=1,
@@ -87,10 +84,8 @@ def revise(
     """The files of a tokenizer with fewer and with more control tokens.
 
     Args:
-      keep: > 0: control tokens with ids from this one on are forgotten first, and with them a chat
-        template that names one.
-      add: names, in the order of their ids, which follow those that are left. One that is there keeps
-        its id.
+      keep: > 0: control tokens with ids from this one on are dropped first, and a chat template that names one.
+      add: names, in the order of their ids, which follow those that are left. One that is there keeps its id.
       chat_template: Jinja source; None: the tokenizer's, or ChatML if the result has ChatML's tokens.
 
     Raises:
@@ -132,16 +127,12 @@ def _without(tokenizer_json: bytes, dropped: Collection[str]) -> bytes:
 
 def _config_without(config: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Any]:
     """`tokenizer_config.json` that names none of these tokens."""
-
-    def name(token: Any) -> Any:
-        return token["content"] if isinstance(token, Mapping) else token
-
-    kept = {key: value for key, value in config.items() if key != "chat_template"}
+    kept: dict[str, Any] = {}
     for key, value in config.items():
-        if key.endswith("_token") and name(value) in dropped:
-            del kept[key]
-        elif key in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, list):
-            kept[key] = [token for token in value if name(token) not in dropped]
+        if key in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, list):
+            kept[key] = [token for token in value if content_of(token) not in dropped]
+        elif key != "chat_template" and not (key.endswith("_token") and content_of(value) in dropped):
+            kept[key] = value
     return kept
 
 
@@ -164,8 +155,7 @@ def make_files(
     """Every file that transformers reads, by name.
 
     Args:
-      model: a SentencePiece BPE model, from which `tokenizer.json` is converted; or None, and
-        `tokenizer_json` is taken with the added tokens put in.
+      model: a SentencePiece BPE, from which `tokenizer.json` is converted; None: `tokenizer_json` is taken.
       added_tokens: control tokens outside the model, to their ids.
       chat_template: Jinja source; None: ChatML if its tokens are among the added ones.
       config: `tokenizer_config.json` of the tokenizer that this one was made from.
@@ -181,8 +171,7 @@ def make_files(
         spec = convert(model)
         defaults: dict[str, Any] = spec.pop("names")
         defaults |= {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
-        # transformers' LlamaTokenizer ignores the file's own pre-tokenizer and so loses the dummy space
-        # before text that begins with a space; this class takes tokenizer.json as it is.
+        # This class takes tokenizer.json as it is; LlamaTokenizer would replace its pre-tokenizer.
         forced |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": None}
     else:
         spec, defaults = json.loads(tokenizer_json or b""), {}
@@ -200,8 +189,8 @@ def make_files(
         for token in spec["added_tokens"]
     }
     # Older files spell these tokens as mappings.
-    named = {key: settings[key] for key in _NAMED_TOKENS if key in settings}
-    named = {key: token["content"] if isinstance(token, Mapping) else token for key, token in named.items()}
+    kinds = ("bos_token", "eos_token", "unk_token", "pad_token")
+    named = {key: content_of(settings[key]) for key in kinds if key in settings}
     settings |= named
     files = {
         "tokenizer.model": model,
@@ -211,9 +200,6 @@ def make_files(
         "chat_template.jinja": None if chat_template is None else chat_template.encode(),
     }
     return {name: content for name, content in files.items() if content is not None}
-
-
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def _replace_files(directory: epath.Path, files: Mapping[str, bytes]) -> None:

@@ -91,12 +91,8 @@ TREE = flat(
 
 def test_openassistant_of_flat_messages_is_the_path_of_their_tree():
     found = formats.openassistant_messages({"rows": TREE})
-    assert found == talk(
-        ("user", "What is a monopsony?"),
-        ("assistant", "best that is left"),
-        ("user", "Now in verse."),
-        ("assistant", "Roses are red."),
-    )
+    path = ["What is a monopsony?", "best that is left", "Now in verse.", "Roses are red."]
+    assert found == talk(*zip(("user", "assistant") * 2, path, strict=True))
     # As the nested release has the same tree; the order of the rows is that of unranked replies alone.
     nodes = {row["message_id"]: row | {"replies": []} for row in TREE}
     for node in nodes.values():
@@ -122,11 +118,8 @@ def test_flat_messages_as_the_hub_ships_them(tmp_path, form):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=5)
     else:
         path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
-    found = [
-        document
-        for document, _ in to_documents(str(path), readers.read_rows(str(path), form.partition(".")[0]), FLAT)
-    ]
-    first, second, *bad = found
+    read = readers.read_rows(str(path), form.partition(".")[0])
+    first, second, *bad = (document for document, _ in to_documents(str(path), read, FLAT))
     assert (first["id"], second["id"]) == (b"t", b"d")
     assert json.loads(first["messages"]) == json.loads(second["messages"])
     assert len(json.loads(first["messages"])) == 4
@@ -180,11 +173,8 @@ def test_turns_that_are_not_to_be_trained_on():
         {"from": "gpt", "value": "bad", "weight": 0},
         {"from": "gpt", "value": "a"},
     ]
-    assert formats.sharegpt({"conversations": turns})[1] == {
-        "role": "assistant",
-        "content": "bad",
-        "train": False,
-    }
+    bad = {"role": "assistant", "content": "bad", "train": False}
+    assert formats.sharegpt({"conversations": turns})[1] == bad
     messages = [
         {"role": "assistant", "content": "", "train": False},
         {"role": "assistant", "content": "a", "weight": 1},
@@ -203,67 +193,48 @@ def test_null_fields_are_absent():
 
 
 @pytest.mark.parametrize(
-    ("function", "row", "reason"),
+    ("name", "row", "reason"),
     [
-        (formats.sharegpt, {}, "no list `conversations`"),
-        (formats.sharegpt, {"conversations": [{"from": "alien", "value": ""}]}, "unknown role 'alien'"),
-        (formats.sharegpt, {"conversations": [{"from": "gpt"}]}, "no field 'value'"),
-        (formats.sharegpt, {"conversations": [{"from": "human", "value": "q"}]}, "no turn of the assistant"),
-        (formats.sharegpt, {"conversations": "human: q"}, "no list `conversations`"),
-        (formats.sharegpt, {"conversations": ["q"]}, "no field 'from'"),
-        (formats.sharegpt, {"conversations": [{"from": "gpt", "value": None}]}, "no field 'value'"),
-        (formats.openorca, {"question": None, "response": "a"}, "no field 'question'"),
-        (formats.openorca, {"system_prompt": 3, "question": "q", "response": "a"}, "turn of system is int"),
-        (formats.openorca, {"question": "q"}, "no field 'response'"),
-        (formats.evol_code_alpaca, {"instruction": "q", "output": 3}, "is int, not a string"),
-        (formats.openassistant, {}, "no turn of the assistant"),
-        (formats.openassistant, {"prompt": {"role": "prompter", "text": "q"}}, "no turn of the assistant"),
-        (formats.openassistant, {"prompt": reply("prompter", "q", deleted=True)}, "prompt was deleted"),
-        (formats.openassistant, {"prompt": reply("moderator", "q")}, "unknown role 'moderator'"),
-        (formats.openassistant_messages, {"text": "q"}, "no list `rows`"),
-        (formats.openassistant_messages, {"rows": [{"text": "q"}]}, "no field 'message_id'"),
+        ("sharegpt", {}, "no list `conversations`"),
+        ("sharegpt", {"conversations": [{"from": "alien", "value": ""}]}, "unknown role 'alien'"),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "q"}]}, "no turn of the assistant"),
+        ("sharegpt", {"conversations": ["q"]}, "no field 'from'"),
+        ("sharegpt", {"conversations": [{"from": "gpt", "value": None}]}, "no field 'value'"),
+        ("openorca", {"question": None, "response": "a"}, "no field 'question'"),
+        ("openorca", {"system_prompt": 3, "question": "q", "response": "a"}, "turn of system is int"),
+        ("openorca", {"question": "q"}, "no field 'response'"),
+        ("evol_code_alpaca", {"instruction": "q", "output": 3}, "is int, not a string"),
+        ("openassistant", {}, "no turn of the assistant"),
+        ("openassistant", {"prompt": {"role": "prompter", "text": "q"}}, "no turn of the assistant"),
+        ("openassistant", {"prompt": reply("prompter", "q", deleted=True)}, "prompt was deleted"),
+        ("openassistant", {"prompt": reply("moderator", "q")}, "unknown role 'moderator'"),
+        ("openassistant_messages", {"text": "q"}, "no list `rows`"),
+        ("openassistant_messages", {"rows": [{"text": "q"}]}, "no field 'message_id'"),
+        ("openassistant_messages", {"rows": flat(("q", None), ("r", None))}, "2 messages that answer none"),
         (
-            formats.openassistant_messages,
-            {"rows": flat(("q", None), ("r", None))},
-            "2 messages that answer none",
-        ),
-        (
-            formats.openassistant_messages,
+            "openassistant_messages",
             {"rows": flat(("q", "r", "prompter", ""), ("r", "q", "assistant", ""))},
             "0 messages that answer none",
         ),
-        (formats.openai, {"messages": None}, "no list `messages`"),
-        (formats.openai, {"messages": [{"role": "assistant", "text": "a"}]}, "no field 'content'"),
-        (formats.openai, {"messages": [{"role": "user", "content": None}]}, "no field 'content'"),
+        ("openai", {"messages": None}, "no list `messages`"),
+        ("openai", {"messages": [{"role": "assistant", "text": "a"}]}, "no field 'content'"),
+        ("openai", {"messages": [{"role": "user", "content": None}]}, "no field 'content'"),
+        ("openai", {"messages": [{"role": "assistant", "content": None, "refusal": "No."}]}, "no field"),
+        ("openai", {"messages": [{"role": "assistant", "content": " "}]}, "a turn of assistant is empty"),
+        ("openai", {"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "weight 0 or train"),
+        ("openai", {"messages": [{"role": "assistant", "content": "a", "weight": 2}]}, "only 0 and 1"),
+        ("openai", {"messages": ["hi"]}, "no field 'role'"),
+        ("openai", {"messages": [{"role": "user", "content": 3}]}, "content is int"),
+        ("openai", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "no field 'type'"),
+        ("openai", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "no field 'function'"),
+        ("openai", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
         (
-            formats.openai,
-            {"messages": [{"role": "assistant", "content": None, "refusal": "No."}]},
-            "no field",
-        ),
-        (
-            formats.openai,
-            {"messages": [{"role": "assistant", "content": " "}]},
-            "a turn of assistant is empty",
-        ),
-        (
-            formats.openai,
-            {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
-            "weight 0 or train",
-        ),
-        (formats.openai, {"messages": [{"role": "assistant", "content": "a", "weight": 2}]}, "only 0 and 1"),
-        (formats.openai, {"messages": ["hi"]}, "no field 'role'"),
-        (formats.openai, {"messages": [{"content": "hi"}]}, "no field 'role'"),
-        (formats.openai, {"messages": [{"role": "user", "content": 3}]}, "content is int"),
-        (formats.openai, {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "no field 'type'"),
-        (formats.openai, {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "no field 'function'"),
-        (formats.openai, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
-        (
-            formats.openai,
+            "openai",
             {"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": "{"}}]},
             "arguments of the call of 'f' are not JSON",
         ),
     ],
 )
-def test_what_cannot_be_read_says_why(function, row, reason):
+def test_what_cannot_be_read_says_why(name, row, reason):
     with pytest.raises(ValueError, match=reason):
-        function(row)
+        getattr(formats, name)(row)

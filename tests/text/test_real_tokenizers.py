@@ -53,19 +53,8 @@ def copy(kind: str, path: Path) -> None:
 
 KINDS = [*(f"{file}: {config}" for file in MISTRAL for config in CONFIGS), "deepseek"]
 PARTS = (
-    "    return x\n",
-    " the",
-    "  two",
-    "[INST]",
-    "[/INST]",
-    "<think>",
-    "漢字",
-    "😀",
-    "12345",
-    "\t\t",
-    "▁",
-    "<0x0A>",
-    "\x00",
+    *("    return x\n", " the", "  two", "[INST]", "[/INST]", "<think>"),
+    *("漢字", "😀", "12345", "\t\t", "▁", "<0x0A>", "\x00"),
 )
 CONTENTS = st.lists(
     st.one_of(st.sampled_from(PARTS), st.text(st.characters(exclude_categories=("Cs",)), max_size=8)),

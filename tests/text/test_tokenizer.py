@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import pickle
 import subprocess
@@ -21,11 +22,6 @@ TEXTS = hard_texts(600)
 
 
 @pytest.fixture(scope="module")
-def reference(tokenizer_dir):
-    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_dir / "tokenizer.model"))
-
-
-@pytest.fixture(scope="module")
 def hf(chat_dir):
     return AutoTokenizer.from_pretrained(chat_dir)
 
@@ -41,11 +37,6 @@ def json_tokenizer(chat_tokenizer):
     files = chat_tokenizer.files()
     del files["tokenizer.model"]
     return Tokenizer.from_files(files)
-
-
-def test_ids_are_those_of_sentencepiece(tokenizer, reference):
-    for text in TEXTS:
-        assert tokenizer.encode(text) == reference.encode(text)
 
 
 def test_transformers_gives_the_same_ids(chat_tokenizer, hf):
@@ -135,25 +126,13 @@ def test_plain_text_never_gives_a_control_token(chat_tokenizer, json_tokenizer):
 
 
 def test_training_is_in_llamas_manner(tokenizer):
-    assert (tokenizer.vocab_size, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (
-        VOCAB_SIZE,
-        0,
-        1,
-        2,
-    )
-    assert tokenizer.pad_id is None
-    assert tokenizer.added_tokens == {}
+    ids = [tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
+    assert (tokenizer.vocab_size, ids, tokenizer.added_tokens) == (VOCAB_SIZE, [0, 1, 2, None], {})
     assert len(tokenizer.encode("8675309", prefix=False)) == 7
     assert tokenizer.token(13) == "<0x0A>"
     assert tokenizer.encode("\n\n", prefix=False) == [13, 13]
     assert not any("\n" in tokenizer.token(index) for index in range(VOCAB_SIZE))
     assert len(tokenizer.encode(" " * 8, prefix=False)) == 1
-
-
-def test_training_twice_gives_the_same_model(tmp_path):
-    texts = ["some text to learn from\n" * 3, "and other text 123\n"]
-    first = train_sentencepiece(texts, tmp_path / "a", 290)
-    assert train_sentencepiece(iter(texts), tmp_path / "b", 290).digest == first.digest
 
 
 @pytest.mark.parametrize(
@@ -292,15 +271,13 @@ def test_mistakes_are_named(tokenizer, tmp_path):
         with pytest.raises(UserError, match="id"):
             Tokenizer.from_files(files | {"added_tokens.json": json.dumps(added).encode()})
     config = json.loads(files["tokenizer_config.json"])
+    wrong = {"tokenizer_config.json": json.dumps(config | {"bos_token": "<begin>"}).encode()}
     with pytest.raises(UserError, match="bos_token '<begin>'"):
-        Tokenizer.from_files(
-            files | {"tokenizer_config.json": json.dumps(config | {"bos_token": "<begin>"}).encode()}
-        )
+        Tokenizer.from_files(files | wrong)
 
 
 def test_runs_of_spaces_that_score_alike(tokenizer, tmp_path):
-    # Llama-2's and Mistral's models have these runs of spaces, all of one score: then SentencePiece joins
-    # what stands leftmost, and 16 is 14 + 2.
+    # As in Llama-2's and Mistral's models: then SentencePiece joins what stands leftmost, and 16 is 14 + 2.
     lengths = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16)
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.files()["tokenizer.model"])
     missing = {"▁" * length for length in lengths} - {piece.piece for piece in model.pieces}
@@ -315,9 +292,8 @@ def test_runs_of_spaces_that_score_alike(tokenizer, tmp_path):
     files = tied.files()
     del files["tokenizer.model"]
     converted = Tokenizer.from_files(files)
-    for text in [
-        before + " " * n + after for n in range(70) for before in ("", "a", "\n") for after in ("", "the")
-    ]:
+    for before, n, after in itertools.product(("", "a", "\n"), range(70), ("", "the")):
+        text = before + " " * n + after
         assert converted.encode(text) == tied.encode(text), repr(text)
     assert tied.token(tied.encode(" " * 16, prefix=False)[0]) == "▁" * 16
 
@@ -336,8 +312,8 @@ def test_a_model_that_cannot_be_converted_is_refused(tmp_path):
         write_directory(tmp_path, model.getvalue())
 
 
-def test_importing_the_data_room_is_light():
-    heavy = (
+def test_importing_the_data_packages_is_light():
+    heavy = {
         "sentencepiece",
         "tokenizers",
         "transformers",
@@ -346,19 +322,13 @@ def test_importing_the_data_room_is_light():
         "tensorflow",
         "tensorstore",
         "seqio",
-    )
+    }
     code = (
         "import sys, lemur_jax.data.mixture, lemur_jax.text.chat_template, lemur_jax.text.tokenizer_files\n"
-        f"print([name for name in {heavy!r} if name in sys.modules])"
+        f"print({heavy!r} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_files_that_cannot_be_read_are_one_clear_line(tmp_path):
-    (tmp_path / "tokenizer.model").mkdir()
-    with pytest.raises(UserError, match=r"cannot read the tokenizer directory .*: .*[Ii]s a directory"):
-        Tokenizer.load(tmp_path)
+    assert done.stdout.strip() == "set()"
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsize 499723\n"

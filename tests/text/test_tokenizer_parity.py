@@ -153,11 +153,3 @@ def test_transformers_reads_back_what_extend_writes(kind, tmp_path, tokenizer_di
     for text in hard_texts(60):
         plain = after.encode(text, add_special_tokens=False, split_special_tokens=True)
         assert plain == wide.encode(text) == ours.encode(text), repr(text)
-
-
-def test_a_sentence_of_real_code_is_short_in_mistrals_pieces(tmp_path):
-    """That the file is the real one: 32,000 pieces, Llama-2's ids, and runs of spaces."""
-    tokenizer = Tokenizer.load(mistral_directory(tmp_path / "mistral"))
-    assert (tokenizer.vocab_size, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (32_000, 0, 1, 2)
-    source = Path(pydoc.__file__).read_text()
-    assert 2.5 < len(source) / len(tokenizer.encode(source)) < 5
