@@ -11,6 +11,7 @@ import time
 import pytest
 from etils import epath
 
+import lemur_jax
 from lemur_jax.cli import main
 
 VERBS = (
@@ -179,3 +180,27 @@ def test_a_reader_that_has_gone_ends_without_a_word(monkeypatch):
 def test_other_errors_keep_their_traceback(error, monkeypatch):
     with pytest.raises(type(error)):
         raising(monkeypatch, error)
+
+
+def test_bare_lemur_prints_help_and_unknown_verbs_name_the_nearest(capsys):
+    assert main([]) == 0
+    assert "VERB" in capsys.readouterr().out
+    assert main(["trian", "--config", "c.py"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "lemur: there is no verb 'trian'; did you mean 'train'?; see lemur --help\n"
+    )
+
+
+def test_version_and_defaults_are_shown(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lemur_jax {lemur_jax.__version__}\n"
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", "--help"])
+    assert "(default: " in capsys.readouterr().out
+
+
+def test_the_package_is_a_program():
+    done = subprocess.run([sys.executable, "-m", "lemur_jax", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("lemur_jax ")

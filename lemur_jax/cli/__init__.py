@@ -1,4 +1,4 @@
-"""The console command `lemur`: one verb a job. A verb's room is imported only when it is called."""
+"""The command line `lemur`, one verb a job. A verb imports its package when it is called."""
 
 import argparse
 import errno
@@ -6,14 +6,17 @@ import logging
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
+from lemur_jax import __version__
 from lemur_jax.cli import data, evaluation, inference, planning, training, weights
 from lemur_jax.cluster import coordination
 from lemur_jax.cluster.exit import FAILED, INTERRUPTED, NO_READER, TRY_AGAIN, USER_ERROR, leave
 from lemur_jax.common.errors import TemporaryError, UserError, reason_of
 from lemur_jax.common.logging import setup
 from lemur_jax.common.paths import is_refused_by_store
+from lemur_jax.common.sections import did_you_mean
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,15 +26,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
       An exit status of `cluster/exit.py`.
     """
     setup()
-    logging.getLogger("gcsfs").addFilter(_is_news)
-    parser = _parser()
-    known, rest = parser.parse_known_args(arguments)
+    if (
+        arguments is None
+    ):  # a process of its own: handlers that libraries add to the root logger would print again
+        logging.getLogger("lemur_jax").propagate = False
+    logging.getLogger("gcsfs").addFilter(_has_no_traceback)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser, verbs = _parser()
+    if not words:
+        parser.print_help()
+        return 0
+    if not words[0].startswith("-") and words[0] not in verbs:
+        print(
+            f"lemur: there is no verb {words[0]!r}{did_you_mean(words[0], verbs)}; see lemur --help",
+            file=sys.stderr,
+        )
+        return USER_ERROR
+    known, rest = parser.parse_known_args(words)
     try:
-        known.command = shlex.join(["lemur", *(sys.argv[1:] if arguments is None else arguments)])
+        known.command = shlex.join(["lemur", *words])
         known.overrides = _overrides(rest, known.takes_config)
         return known.run(known) or 0
     except BrokenPipeError:
-        # Whoever read our output has gone (`lemur inspect ... | head`): not all was done, as shells say of a SIGPIPE.
+        # The reader of standard output disconnected (`lemur inspect ... | head`); shells report a SIGPIPE like this.
         sys.stderr.close()
         return leave(NO_READER)
     except Exception as error:
@@ -61,7 +78,7 @@ _WRONG_PLACE = (
 
 
 def _one_line(error: Exception) -> str | None:
-    """What to say of an error that the user can mend; None of any other, which needs its traceback."""
+    """One line for an error that the user can correct; None for any other, which needs its traceback."""
     if isinstance(error, UserError):
         return str(error)
     if is_refused_by_store(error):
@@ -80,8 +97,8 @@ def _one_line(error: Exception) -> str | None:
     return None
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """gcsfs logs the whole traceback of what it raises, too."""
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    """Filters gcsfs, which logs the traceback of every error that it also raises."""
     return not record.exc_info
 
 
@@ -101,12 +118,24 @@ def _overrides(rest: Sequence[str], allowed: bool) -> list[str]:
     return overrides
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Shows the default of each option that has one in `--help`."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        default, text = options.get("default"), options.get("help") or ""
+        if default not in (None, "", False, 0, argparse.SUPPRESS) and "default" not in text:
+            options["help"] = f"{text} (default: %(default)s)"
+        return super().add_argument(*names, **options)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """The parser and the names of its verbs."""
+    parser = _Parser(
         prog="lemur",
         description="Pretrain, tune, convert and run Llama models in JAX, from one machine to a TPU pod.",
     )
+    parser.add_argument("--version", action="version", version=f"lemur_jax {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for group in (data, planning, training, weights, inference, evaluation):
         group.add_verbs(verbs)
-    return parser
+    return parser, verbs.choices

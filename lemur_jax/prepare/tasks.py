@@ -7,7 +7,6 @@ ordinary seqio tasks, registered by a module that `config.data.modules` names; `
 """
 
 import contextlib
-import difflib
 import functools
 import importlib
 import os
@@ -18,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.sections import did_you_mean
 from lemur_jax.prepare import readers, streams
 from lemur_jax.prepare.fields import Document, Fields, to_documents
 from lemur_jax.prepare.files import Files
@@ -274,10 +274,9 @@ def find_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
             ) from error
     known = sorted(seqio.TaskRegistry.names())
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         raise UserError(
-            f"there is no seqio task {name!r}; did you mean {nearest[0]!r}? Tasks of your own are registered"
-            " by a module that data.modules names"
+            f"there is no seqio task {name!r}{did_you_mean(name, known)}; register it in a module that data.modules"
+            " names"
         )
     return seqio.TaskRegistry.get(name)
 

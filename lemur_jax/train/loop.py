@@ -182,11 +182,12 @@ def open_inputs(config: RunConfig, build: Callable[..., step.Program]) -> Inputs
     Raises:
       UserError: one of them is missing, or they do not fit together.
     """
+    mesh = make_mesh(config.mesh)  # first, as it needs no file
     tokenizer = Tokenizer.load(config.tokenizer.path)
     mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
     held_out = open_held_out(config.data, config.eval.tasks, tokenizer)
     check_budget(budget(mixture, config.train.steps))
-    program = build(config, make_mesh(config.mesh), num_sources=len(mixture.sources))
+    program = build(config, mesh, num_sources=len(mixture.sources))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} tokens, config.model.vocab_size is"
