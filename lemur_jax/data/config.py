@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.common.sections import did_you_mean, require, require_one_of
+from lemur_jax.common.sections import require, require_one_of
 
 PACKINGS = ("concat", "fit")
 
@@ -54,20 +54,13 @@ class DataConfig:
         self._check_stages()
 
     def _check_stages(self) -> None:
-        begins: dict[int, str] = {}
+        steps = {name: stage.step for name, stage in self.stages.items()}
+        distinct = len(set(steps.values())) == len(steps)
+        require(distinct, "data.stages", steps, "stages that begin at different steps")
         for name, stage in self.stages.items():
-            if begins.setdefault(stage.step, name) != name:
-                raise UserError(
-                    f"config.data.stages.{begins[stage.step]} and config.data.stages.{name} both begin at step"
-                    f" {stage.step}"
-                )
             where = f"data.stages.{name}.shares"
             for source in stage.shares:
-                if source not in self.sources:
-                    hint = did_you_mean(source, self.sources)
-                    raise UserError(
-                        f"config.{where} names {source!r}, which is not in config.data.sources{hint}"
-                    )
+                require_one_of(where, source, self.sources)
             _check_shares({f"{where}.{source}": share for source, share in stage.shares.items()}, where)
 
 

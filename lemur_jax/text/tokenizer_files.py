@@ -136,11 +136,9 @@ def _config_without(config: Mapping[str, Any], dropped: Collection[str]) -> dict
     return kept
 
 
-def write_directory(
-    path: epath.PathLike, model: bytes | None, *, tokenizer_json: bytes | None = None
-) -> Tokenizer:
-    """Writes `make_files`."""
-    _replace_files(epath.Path(path), make_files(model, tokenizer_json=tokenizer_json))
+def write_directory(path: epath.PathLike, model: bytes) -> Tokenizer:
+    """Writes the directory of a SentencePiece BPE."""
+    _replace_files(epath.Path(path), make_files(model))
     return Tokenizer.load(path)
 
 

@@ -190,7 +190,7 @@ def test_stages_of_a_config():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"step": 900, "shares": {"cod": 1.0}}, r"anneal\.shares names 'cod', .*did you mean 'code'"),
+        ({"step": 900, "shares": {"cod": 1.0}}, r"anneal\.shares is 'cod': .*did you mean 'code'"),
         ({"step": 0, "shares": {"code": 1.0}}, r"anneal\.step is 0: .* below train\.steps \(1000\)"),
         ({"step": 1000, "shares": {"code": 1.0}}, r"anneal\.step is 1000"),
         ({"step": 1.5, "shares": {"code": 1.0}}, r"anneal\.step is 1\.5: it must be a whole number"),
@@ -209,7 +209,9 @@ def test_a_bad_stage_is_one_line(options, message):
 
 
 def test_two_stages_cannot_begin_together():
-    with pytest.raises(UserError, match=r"data\.stages\.a and config\.data\.stages\.b both begin at step 5"):
+    with pytest.raises(
+        UserError, match=r"data\.stages is {'a': 5, 'b': 5}: it must be stages that begin at diff"
+    ):
         config_with(**{name: {"step": 5, "shares": {"code": 1.0}} for name in "ab"})
 
 

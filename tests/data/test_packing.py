@@ -39,14 +39,6 @@ def test_packing_is_best_fit_decreasing(lengths):
     assert room == best_fit_decreasing(lengths, 20)
 
 
-@pytest.mark.parametrize("length", [1024, 2048, 4096])
-def test_chat_like_lengths_leave_little_padding(length):
-    lengths = np.random.default_rng(0).lognormal(6.2, 1.0, 30_000).astype(np.int64) + 10
-    lengths = np.minimum(lengths, length)
-    _, row_offsets = pack(lengths, length)
-    assert 1 - lengths.sum() / (length * (len(row_offsets) - 1)) < 0.02
-
-
 @pytest.fixture
 def store(make_store):
     """1,000 documents of 1 to 60 tokens; some are longer than the rows of 48 below."""
