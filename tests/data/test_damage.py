@@ -36,15 +36,10 @@ def written(tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, "_SHARD_BYTES", 1 << 15)
     monkeypatch.setattr(packing, "_SHARD_BYTES", 1 << 15)
     rng = np.random.default_rng(0)
-    fields = {
-        "task": "t",
-        "split": "train",
-        "source": "s",
-        "tokenizer_digest": "f" * 64,
-        "added_tokens": {"<a>": 9},
-    }
+    names = {"task": "t", "split": "train", "source": "s", "label_field": "lang", "has_loss_mask": True}
+    tokenizer = {"tokenizer_digest": "f" * 64, "added_tokens": {"<a>": 9}, "vocab_size": 1000}
     path = tmp_path / "s"
-    with StoreWriter(path, **fields, vocab_size=1000, has_loss_mask=True, label_field="lang") as writer:
+    with StoreWriter(path, **names, **tokenizer) as writer:
         for index in range(300):
             ids = rng.zipf(1.3, rng.integers(2, 120)) % 1000
             writer.add(ids, f"doc-{index}", len(ids), rng.integers(0, 2, len(ids)), label=f"l{index % 3}")

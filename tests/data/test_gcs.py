@@ -59,13 +59,8 @@ def test_stores_on_gs_are_those_of_a_disk(emulator, tmp_path, make_config, chat_
     config = replace(make_config("texts", "talks", **options), {"data.sources.talks.packing": "fit"})
     outputs = {}
     for place in ("gs://bucket/stores", str(tmp_path / "stores")):
-        command = [
-            sys.executable,
-            "-c",
-            SCRIPT,
-            json.dumps(to_json(replace(config, {"data.stores": place}))),
-            str(tmp_path),
-        ]
+        there = json.dumps(to_json(replace(config, {"data.stores": place})))
+        command = [sys.executable, "-c", SCRIPT, there, str(tmp_path)]
         done = subprocess.run(command, env=emulator, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         said = re.sub(r"[\d.]+ s$|/tmp\S+|gs://\S+", "", done.stdout.partition("READ")[0], flags=re.MULTILINE)

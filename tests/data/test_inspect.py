@@ -32,9 +32,8 @@ def chat_store(make_store, chat_tokenizer):
 
 @pytest.fixture
 def text_store(make_store, tokenizer):
-    documents = [
-        [tokenizer.bos_id, *tokenizer.encode(f"def f{n}(x): return {n}"), tokenizer.eos_id] for n in range(9)
-    ]
+    texts = [tokenizer.encode(f"def f{n}(x): return {n}") for n in range(9)]
+    documents = [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in texts]
     return make_store(documents, name="code/train", **described(tokenizer))
 
 
@@ -55,10 +54,8 @@ def config(tmp_path, chat_dir, chat_store, text_store):
 
 def test_supervised_text_is_marked(chat_store, chat_tokenizer):
     shown = inspect_store(chat_store.path, tokenizer=chat_tokenizer, samples=1)
-    assert (
-        "<|im_start|>user\nGrüße?<|im_end|>\n<|im_start|>assistant\n{+Ja,\nvielen Dank.<|im_end|>\n+}"
-        in shown
-    )
+    turns = "<|im_start|>user\nGrüße?<|im_end|>\n<|im_start|>assistant\n{+Ja,\nvielen Dank.<|im_end|>\n+}"
+    assert turns in shown
     assert "\x1b" not in shown
     shown = inspect_store(chat_store.path, tokenizer=chat_tokenizer, samples=1, color=True)
     assert "\x1b[32mJa,\nvielen Dank.<|im_end|>\n\x1b[0m" in shown
@@ -105,9 +102,8 @@ def test_a_config_shows_what_it_trains_on(config):
 
 def test_stages_are_shown_each_for_itself(config):
     anneal = StageConfig(step=150, shares={"code": 1.0, "talks": 1.0})
-    shown = inspect_config(
-        replace(config, {"data.sources.talks.share": 0.0, "data.stages": {"anneal": anneal}})
-    )
+    changes = {"data.sources.talks.share": 0.0, "data.stages": {"anneal": anneal}}
+    shown = inspect_config(replace(config, changes))
     assert re.search(r"^talks +0\.00% +(49\.\d|50\.\d)", shown, flags=re.MULTILINE)
     assert "start, step 0 on  anneal, step 150 on" in shown
     assert shown.count("--- talks, row") == 1  # a row of the stage that it comes in
@@ -132,13 +128,10 @@ def test_text_cannot_command_the_terminal():
 
 
 def test_a_page_says_the_same_and_escapes_it(make_store, chat_tokenizer):
-    talk = [
-        {"role": "user", "content": "<script>a && b</script>"},
-        {"role": "assistant", "content": "<i>no</i>"},
-    ]
+    contents = {"user": "<script>a && b</script>", "assistant": "<i>no</i>"}
+    talk = [{"role": role, "content": content} for role, content in contents.items()]
     ids, mask = encode_chat(chat_tokenizer, talk)
-    fields = {"tokenizer_digest": chat_tokenizer.digest, "vocab_size": chat_tokenizer.vocab_size}
-    store = make_store([ids], [mask], added_tokens=chat_tokenizer.added_tokens, **fields)
+    store = make_store([ids], [mask], **described(chat_tokenizer))
     options = {"tokenizer": chat_tokenizer, "samples": 1}
     document = page("a <store>", inspect_store(store.path, color=True, **options))
     assert "<script" not in document

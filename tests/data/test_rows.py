@@ -4,13 +4,8 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.rows import ConcatRows, FitRows
 
-DTYPES = {
-    "tokens": np.int32,
-    "targets": np.int32,
-    "loss_weights": np.float32,
-    "segment_ids": np.int32,
-    "positions": np.int32,
-}
+DTYPES = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32)
+DTYPES["loss_weights"] = np.float32
 
 
 def random_masks(documents, seed=5):
@@ -103,11 +98,8 @@ def test_a_token_of_any_value_is_a_token(make_store):
 
 def test_documents_of_a_concat_row(make_store):
     rows = ConcatRows(make_store([[1] * 5, [1] * 2, [1] * 9, [1]]), 6)
-    assert [rows.documents(index) for index in range(3)] == [
-        ["doc-0", "doc-1"],
-        ["doc-1", "doc-2"],
-        ["doc-2"],
-    ]
+    documents = [rows.documents(index) for index in range(3)]
+    assert documents == [["doc-0", "doc-1"], ["doc-1", "doc-2"], ["doc-2"]]
 
 
 def test_a_store_of_one_token_is_refused(make_store):

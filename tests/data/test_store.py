@@ -9,14 +9,8 @@ from lemur_jax.data.manifest import read_manifest
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare.store_writer import StoreWriter
 
-FIELDS = {
-    "task": "t",
-    "split": "train",
-    "source": "s",
-    "tokenizer_digest": "f" * 64,
-    "added_tokens": {},
-    "vocab_size": 1000,
-}
+NAMES = {"task": "t", "split": "train", "source": "s"}
+FIELDS = NAMES | {"tokenizer_digest": "f" * 64, "added_tokens": {}, "vocab_size": 1000}
 
 
 def test_documents_come_back(make_store, random_documents):

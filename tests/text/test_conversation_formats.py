@@ -154,12 +154,8 @@ def test_openai_with_tools():
 
 def test_calls_are_trained_on_and_results_are_not(chat_tokenizer):
     function = {"name": "f", "arguments": {}}
-    messages = [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "", "function_call": function},
-        {"role": "function", "content": "secret result"},
-        {"role": "assistant", "content": "done"},
-    ]
+    messages = talk(("user", "q"), ("assistant", ""), ("function", "secret result"), ("assistant", "done"))
+    messages[1]["function_call"] = function
     ids, mask = encode_chat(chat_tokenizer, formats.openai({"messages": messages}))
     trained = chat_tokenizer.decode([i for i, flag in zip(ids, mask, strict=True) if flag])
     assert json.dumps(function) in trained
@@ -168,19 +164,11 @@ def test_calls_are_trained_on_and_results_are_not(chat_tokenizer):
 
 
 def test_turns_that_are_not_to_be_trained_on():
-    turns = [
-        {"from": "human", "value": "q"},
-        {"from": "gpt", "value": "bad", "weight": 0},
-        {"from": "gpt", "value": "a"},
-    ]
-    bad = {"role": "assistant", "content": "bad", "train": False}
-    assert formats.sharegpt({"conversations": turns})[1] == bad
-    messages = [
-        {"role": "assistant", "content": "", "train": False},
-        {"role": "assistant", "content": "a", "weight": 1},
-    ]
-    assert formats.openai({"messages": messages})[0] == {"role": "assistant", "content": "", "train": False}
-    assert formats.openai({"messages": messages})[1] == {"role": "assistant", "content": "a"}
+    bad, good = talk(("assistant", "bad"), ("assistant", "a"))
+    turns = [{"from": "gpt", "value": "bad", "weight": 0}, {"from": "gpt", "value": "a"}]
+    assert formats.sharegpt({"conversations": turns}) == [bad | {"train": False}, good]
+    empty = bad | {"content": "", "train": False}
+    assert formats.openai({"messages": [empty, good | {"weight": 1}]}) == [empty, good]
 
 
 def test_null_fields_are_absent():

@@ -154,7 +154,7 @@ def test_extend_adds_ids_at_the_end(tokenizer, chat_tokenizer, chat_dir, tmp_pat
 
 
 def test_extend_a_directory_as_others_write_it(tokenizer, tmp_path):
-    special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    special = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False) | {"special": True}
     tokens = {name: {"content": name, **special} for name in ("<unk>", "<s>", "</s>", "<end>")}
     config = {
         "tokenizer_class": "LlamaTokenizer",
