@@ -15,13 +15,8 @@ PARTS = ("startup", "compile", "steps", "data_wait", "eval", "checkpoint", "lost
 def earlier_time(workdir: epath.PathLike, step: int, began: float) -> dict[str, float]:
     """Seconds that earlier processes of a run spent, by part, and their sum `wall`; empty for the first process.
 
-    The time from the last `time` record before `step` to the last write of the metrics file is `lost`: those steps are
-    trained again. From then until this process began, the run was `down`.
-
-    Args:
-      workdir: of the run; its metrics file is as the last process left it.
-      step: where the run resumes.
-      began: when this process began, in seconds since 1970.
+    From the last `time` record before `step`, where the run resumes, to the last write of the metrics file the time is
+    `lost`: those steps are trained again. From then until this process `began` (seconds since 1970) the run was `down`.
     """
     file = epath.Path(workdir) / METRICS_FILE
     if not file.exists():
@@ -42,12 +37,7 @@ def earlier_time(workdir: epath.PathLike, step: int, began: float) -> dict[str, 
 
 
 def time_record(spent: Mapping[str, float], wall: float) -> Record:
-    """The parts as a record of kind `time`.
-
-    Args:
-      spent: seconds by part.
-      wall: seconds since the first start.
-    """
+    """The seconds of each part, and those since the first start (`wall`), as a record of kind `time`."""
     known = {part: spent.get(part, 0.0) for part in PARTS}
     other = max(0.0, wall - sum(known.values()))
     parts = {f"{part}_seconds": seconds for part, seconds in {**known, "other": other}.items()}

@@ -1,12 +1,9 @@
 """The metrics of a run: `WORKDIR/metrics.jsonl`, one JSON object a line.
 
-    {"step": 20, "kind": "train", "loss": 3.2, "learning_rate": 3e-4, "grad_norm": 0.9, "param_norm": 88.1,
-     "tokens": 81920, "tokens_per_second": 4100.0, "seconds": 20.1, "loss/python_docs": 3.4}
-    {"step": 20, "kind": "eval", "task": "python_docs", "loss": 3.3, "bits_per_byte": 1.6,
-     "tokens": 51200, "bytes": 152000}
+    {"step": 20, "kind": "train", "loss": 3.2, "learning_rate": 3e-4, "grad_norm": 0.9, "tokens": 81920}
+    {"step": 20, "kind": "eval", "task": "python_docs", "loss": 3.3, "bits_per_byte": 1.6}
 
-`step` is the number of updates made; losses are in nats per target token. docs/metrics.md lists every key with its
-unit. A number that is not finite is written as null, because JSON has no other value for it.
+docs/metrics.md lists every key with its unit. JSON has no NaN and no infinity: they are written as null.
 """
 
 import json
@@ -51,7 +48,7 @@ def scan_metrics(workdir: epath.PathLike) -> tuple[list[Record], int]:
     path = epath.Path(workdir) / METRICS_FILE
     try:
         data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"no {METRICS_FILE} in {os.fspath(workdir)}: give the --workdir of a `lemur train` that has made a step"
         ) from error
@@ -64,14 +61,12 @@ def scan_metrics(workdir: epath.PathLike) -> tuple[list[Record], int]:
 class MetricsWriter:
     """Appends records to `WORKDIR/metrics.jsonl`, each visible to readers when `write` returns.
 
-    A full disk does not stop a run: records wait in memory, and every later `write` tries again. Only `close` raises
-    if they still cannot be written; a kill loses them.
+    Only the first host has a writer. A run that resumes at `step` first calls `truncate_after(step)`; then no step is
+    missing or doubled, provided that `sync()` was called before each checkpoint.
 
-    On a multi-host run only the first host has a writer. A run that resumes at `step` calls `truncate_after(step)`
-    first; then no step is missing or doubled, provided that `sync()` was called before each checkpoint.
-
-    Object stores cannot append: on `gs://` the records are kept in memory and `sync` and `close` write the whole
-    object, so a kill loses what came after the last checkpoint.
+    While the disk refuses a write, records wait in memory and every `write` tries again; a kill loses them. Object
+    stores cannot append: there `sync` and `close` write the whole object, so a kill loses the records after the last
+    checkpoint.
     """
 
     def __init__(self, workdir: epath.PathLike, *, tensorboard: bool = False, wandb: bool = False):
@@ -79,8 +74,7 @@ class MetricsWriter:
 
         Args:
           workdir: of the run, local or gs://.
-          tensorboard: also write every record for TensorBoard, from `truncate_after` on.
-          wandb: also send every record to Weights & Biases, from `truncate_after` on.
+          tensorboard, wandb: also write every record there, from `truncate_after` on.
 
         Raises:
           UserError: the file cannot be written; `close` raises it too.
@@ -112,7 +106,7 @@ class MetricsWriter:
             tracker.write(plain)
 
     def truncate_after(self, step: int) -> None:
-        """Drops the records of later steps than `step`; called when a run resumes at `step`."""
+        """Drops the records of later steps than `step`, where the run resumes."""
         records = read_metrics(self._path.parent)
         kept = [record for record in records if record["step"] <= step]
         if len(kept) < len(records):
@@ -123,7 +117,7 @@ class MetricsWriter:
             self._trackers.append(WeightsAndBiases(self._path.parent))
 
     def sync(self) -> None:
-        """Makes all records survive a crash of the machine; called before each checkpoint."""
+        """Makes all records survive a crash of the machine."""
         self._flush()
         if self._file and not self._failing:
             os.fsync(self._file.fileno())

@@ -24,11 +24,7 @@ def parse_steps(text: str) -> range:
 
 
 def check_steps(steps: range, end: int) -> None:
-    """Checks that a run of `end` steps makes these steps.
-
-    Raises:
-      UserError: it does not.
-    """
+    """Raises UserError if a run of `end` steps does not make these steps."""
     if steps.stop > end:
         raise UserError(
             f"--profile {steps.start}:{steps.stop} goes beyond config.train.steps {end}: choose steps below it"

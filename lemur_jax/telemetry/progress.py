@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from typing import Any, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -30,16 +30,7 @@ class Progress(tqdm):
     and at the end. Remaining time does not count what passes before the first `update`, such as compilation.
     """
 
-    def __init__(
-        self,
-        total: int | None,
-        label: str,
-        unit: str,
-        *,
-        initial: int = 0,
-        enabled: bool = True,
-        stream: TextIO | None = None,
-    ):
+    def __init__(self, total: int | None, label: str, unit: str, *, initial: int = 0, enabled: bool = True):
         """Shows the bar.
 
         Args:
@@ -48,11 +39,8 @@ class Progress(tqdm):
           unit: what is counted, in the plural, e.g. "steps".
           initial: units done by an earlier process.
           enabled: False shows nothing (all hosts but the first).
-          stream: None: standard error.
         """
-        stream = sys.stderr if stream is None else stream
-        enabled = enabled and stream is not None and not stream.closed
-        terminal = enabled and _is_terminal(stream)
+        terminal = enabled and _is_terminal(sys.stderr)
         layout = (_BAR if terminal else _LINE) if total else _UNKNOWN_TOTAL
         self._started = False
         super().__init__(
@@ -61,7 +49,7 @@ class Progress(tqdm):
             desc=f"…{label[1 - _LABEL :]}" if terminal and len(label) > _LABEL else label,
             unit=unit,
             bar_format=layout,
-            file=stream if terminal else _LogLines(),
+            file=sys.stderr if terminal else _LogLines(),
             mininterval=0.1 if terminal else _LINE_SECONDS,
             miniters=1,
             dynamic_ncols=terminal,
@@ -99,8 +87,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 86_400} d {whole % 86_400 // 3600:02d} h"
 
 
-def _is_terminal(stream: Any) -> bool:
+def _is_terminal(stream: TextIO | None) -> bool:
     """Whether lines can be redrawn; pseudo-terminals of CI runners often have no width."""
-    if not stream.isatty() or os.environ.get("TERM") == "dumb":
+    if stream is None or not stream.isatty() or os.environ.get("TERM") == "dumb":
         return False
     return os.get_terminal_size(stream.fileno()).columns > 0

@@ -12,11 +12,7 @@ _PACKAGES = ("lemur_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-che
 
 
 def start_record(step: int) -> Record:
-    """The record of kind `start` that a process writes before its first step.
-
-    Args:
-      step: updates made by earlier processes.
-    """
+    """The record of kind `start` that a process writes before its first step, number `step`."""
     import jax
 
     others = jax.process_count() - 1
@@ -27,7 +23,7 @@ def start_record(step: int) -> Record:
         "commit": git_commit(),
         "host": platform.node() + (f" and {others} more" if others else ""),
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "versions": [f"python {platform.python_version()}", *map(" ".join, _installed())],
+        "versions": [f"python {platform.python_version()}", *filter(None, map(_version, _PACKAGES))],
     }
 
 
@@ -45,12 +41,9 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _installed() -> list[tuple[str, str]]:
-    """(name, version) of the installed packages that matter for a run."""
-    versions = []
-    for name in _PACKAGES:
-        try:
-            versions.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+def _version(package: str) -> str | None:
+    """Name and version of a package, if it is installed."""
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -25,18 +25,12 @@ def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Writes records of `metrics.jsonl` as scalars below `WORKDIR/tensorboard`; TensorFlow is not needed."""
+    """Writes records as scalars below `WORKDIR/tensorboard`; TensorFlow is not needed.
+
+    TensorBoard hides what earlier processes wrote of steps after `step`, where the run starts or resumes.
+    """
 
     def __init__(self, workdir: epath.PathLike, step: int):
-        """Opens an event file.
-
-        Args:
-          workdir: of the run; local, or gs:// if `google-cloud-storage` is installed.
-          step: the run starts or resumes here; TensorBoard hides what earlier processes wrote of later steps.
-
-        Raises:
-          UserError: tensorboardX is not installed.
-        """
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
@@ -49,7 +43,6 @@ class TensorBoard:
         self._writer = SummaryWriter(directory, purge_step=step + 1, flush_secs=30, filename_suffix=suffix)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Takes the numbers of a record."""
         for name, value in _scalars(record).items():
             self._writer.add_scalar(name, value, record["step"])
 
@@ -61,21 +54,12 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Sends records of `metrics.jsonl` to one W&B run, named after the workdir; `WANDB_*` set project and account.
+    """Sends records to one W&B run, named after the workdir; `WANDB_*` set project and account.
 
-    Steps that a run repeats after a kill are sent again.
+    The workdir's path determines the id, so that a resumed run is the same one; repeated steps are sent again.
     """
 
     def __init__(self, workdir: epath.PathLike):
-        """Starts or resumes the W&B run.
-
-        Args:
-          workdir: of the run; its path determines the id, so that a resumed run is the same one. Local files of W&B
-            go to `workdir/wandb`, or to a temporary directory if the workdir is on an object store.
-
-        Raises:
-          UserError: wandb is not installed, or refuses to start.
-        """
         try:
             import wandb
         except ImportError as error:
@@ -98,7 +82,6 @@ class WeightsAndBiases:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Takes the numbers of a record."""
         self._run.log({**_scalars(record), "step": record["step"]})
 
     def flush(self) -> None:

@@ -6,22 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lemur_jax.common.errors import UserError
 from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.presets import preset
-from lemur_jax.telemetry.flops import CHIPS, chip, flops_per_token, mfu, parameter_counts
-
-# Parameters in the safetensors index of each model on Hugging Face.
-PUBLISHED = {
-    "llama2_7b": 6_738_415_616,
-    "llama2_13b": 13_015_864_320,
-    "llama2_70b": 68_976_648_192,
-    "codellama_7b": 6_738_546_688,
-    "codellama_34b": 33_743_970_304,
-    "llama3.2_1b": 1_235_814_400,
-    "llama3.1_8b": 8_030_261_248,
-    "llama3.1_70b": 70_553_706_496,
-}
+from lemur_jax.models.llama import num_params
+from lemur_jax.models.presets import PRESETS, preset
+from lemur_jax.telemetry.flops import chip, flops_per_token, mfu, parameter_counts
 
 SMALL = LlamaConfig(
     vocab_size=40,
@@ -34,14 +22,10 @@ SMALL = LlamaConfig(
 )
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_the_published_ones(name):
-    assert parameter_counts(preset(name)).total == PUBLISHED[name]
-
-
-def test_lemur_costs_its_vocabulary_more_than_llama():
-    more = parameter_counts(preset("lemur_70b")).total - PUBLISHED["llama2_70b"]
-    assert more == 2 * 24 * 8192
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_those_of_the_model(name):
+    """`tests/models/test_presets.py` compares these with the published ones."""
+    assert parameter_counts(preset(name)).total == num_params(preset(name))
 
 
 @pytest.mark.parametrize(("causal", "gflop"), [(True, 428.4), (False, 444.5)])
@@ -119,41 +103,28 @@ def test_a_tied_head_is_computed_but_not_stored():
     assert flops_per_token(tied, 8) == flops_per_token(SMALL, 8)
 
 
-def test_no_sequence_is_refused():
-    with pytest.raises(UserError, match="sequence length is 0"):
-        flops_per_token(SMALL, 0)
-
-
 @pytest.mark.parametrize(
-    ("kind", "name", "tflops", "devices"),
+    ("kind", "name", "tflops"),
     [
-        ("TPU v4", "TPU v4", 275, 1),
-        ("TPU v5 lite", "TPU v5e", 197, 1),
-        ("TPU v5", "TPU v5p", 459, 1),
-        ("TPU v5p", "TPU v5p", 459, 1),
-        ("TPU v6 lite", "TPU v6e", 918, 1),
-        ("TPU7x", "TPU7x", 2307, 2),
-        ("NVIDIA A100-SXM4-80GB", "A100", 312, 1),
-        ("NVIDIA A100 80GB PCIe", "A100", 312, 1),
-        ("NVIDIA H100 80GB HBM3", "H100 SXM", 989.4, 1),
-        ("NVIDIA H100 PCIe", "H100 PCIe", 756, 1),
-        ("NVIDIA H200", "H200 SXM", 989.4, 1),
-        ("NVIDIA H200 NVL", "H200 NVL", 835.5, 1),
+        ("TPU v5 lite", "TPU v5e", 197),
+        ("TPU v5", "TPU v5p", 459),
+        ("TPU v5p", "TPU v5p", 459),
+        ("TPU7x", "TPU7x", 2307),
+        ("NVIDIA A100-SXM4-80GB", "A100", 312),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM", 989.4),
+        ("NVIDIA H100 PCIe", "H100 PCIe", 756),
+        ("NVIDIA H200 NVL", "H200 NVL", 835.5),
     ],
 )
-def test_peaks_by_device_kind(kind, name, tflops, devices):
+def test_peaks_by_device_kind(kind, name, tflops):
     found = chip(kind)
-    assert (found.name, found.bf16_flops, found.devices) == (name, pytest.approx(tflops * 1e12), devices)
-    assert found.flops_per_device == pytest.approx(tflops * 1e12 / devices)
+    assert (found.name, found.bf16_flops) == (name, tflops * 1e12)
+    assert found.flops_per_device == found.bf16_flops / (2 if kind == "TPU7x" else 1)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "", "TPU v4 lite", "TPU v3", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"])
 def test_unknown_chips_have_no_peak(kind):
     assert chip(kind) is None
-
-
-def test_every_peak_names_its_source():
-    assert all(known.source.startswith("https://") for known in CHIPS.values())
 
 
 def test_mfu_of_a_published_run():
