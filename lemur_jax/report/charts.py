@@ -22,34 +22,24 @@ Point = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """One curve of a line chart.
+    """One curve of a line chart."""
 
-    Attributes:
-      run: index of the run that it belongs to.
-      name: for the legend; of the data source, the task or the quantity.
-      points: (update, value) by rising update; a value of None is a gap.
-      colour: of the palette, where the runs stand side by side.
-      panel: where it stands when the runs are overlaid; "": the name.
-      dots: mark each point, and never smooth.
-      dashed: a limit to compare with.
-    """
-
-    run: int
-    name: str
-    points: Sequence[tuple[float, float | None]]
-    colour: int = 0
-    panel: str = ""
-    dots: bool = False
-    dashed: bool = False
+    run: int  # index of the run that it belongs to
+    name: str  # for the legend: the data source, the task or the quantity
+    points: Sequence[tuple[float, float | None]]  # (update, value) by rising update; None is a gap
+    colour: int = 0  # of the palette, where the runs stand side by side
+    panel: str = ""  # where it stands when the runs are overlaid; "": the name
+    dots: bool = False  # mark each point, and never smooth
+    dashed: bool = False  # a limit to compare with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lane:
-    """A run in a line chart: its name, its last update and its colour where the runs are overlaid."""
+    """A run in a line chart."""
 
     name: str
-    end: float
-    colour: int
+    end: float  # its last update
+    colour: int  # where the runs are overlaid
 
 
 def line_chart(
@@ -64,10 +54,7 @@ def line_chart(
     """A figure for a page with page.js; "" if no line has a value.
 
     Args:
-      title: what is shown.
       unit: of the vertical axis.
-      lanes: the runs.
-      lines: their curves.
       log: a logarithmic axis if all values are positive and spread over more than a factor of 3.
       zero: the axis begins at 0.
     """
@@ -121,8 +108,7 @@ def stacked_bars(
 
     Args:
       parts: (name, CSS class such as "c1" or "none") of each part.
-      rows: name of the row -> the size of each part.
-      texts: name of the row -> what stands in each part.
+      rows, texts: name of the row -> the size of each part, and what stands in it.
     """
     legend = "".join(f'<li><span class="{kind}">{html.escape(name)}</span></li>' for name, kind in parts)
     bars = ""
@@ -139,29 +125,18 @@ def stacked_bars(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A point of a scatter plot.
-
-    Attributes:
-      x, y: where it is.
-      label: text beside it; "" for none.
-      note: shown by a pointer that rests on it.
-      colour: of the palette.
-      x_error, y_error: half the length of its error bars.
-      samples: what it is the mean of.
-      cross: drawn as a cross: where everything began.
-      front: on the Pareto front: its label is bold and a dashed line joins it to the others.
-    """
+    """A point of a scatter plot."""
 
     x: float
     y: float
     label: str = ""
-    note: str = ""
-    colour: int = 1
-    x_error: float = 0.0
+    note: str = ""  # shown by a pointer that rests on it
+    colour: int = 1  # of the palette
+    x_error: float = 0.0  # half the length of its error bar
     y_error: float = 0.0
-    samples: Sequence[Point] = ()
-    cross: bool = False
-    front: bool = False
+    samples: Sequence[Point] = ()  # of which it is the mean
+    cross: bool = False  # drawn as a cross
+    front: bool = False  # on the Pareto front: a bold label, and a dashed line to the others
 
 
 MARGINS = (78, 44, 24, 56)  # left, top, right, bottom
@@ -189,9 +164,7 @@ def scatter_plot(
     caption: str = "",
     size: tuple[int, int] = (760, 520),
 ) -> str:
-    """A scatter plot as the text of an SVG file.
-
-    Labels are placed where they cover no mark, no error bar and no other label.
+    """A scatter plot as the text of an SVG file; labels cover no mark, no error bar and no other label.
 
     Args:
       title: for readers who do not see the plot.
@@ -248,20 +221,17 @@ class _Scale:
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
-    def ticks(self, count: int) -> list[float]:
-        return linear_ticks(self.low, self.high, count)
-
 
 def _axes(names: tuple[str, str], across: _Scale, down: _Scale, size: tuple[int, int]) -> str:
     (width, height), (left, top, right, bottom) = size, MARGINS
     parts = []
-    for tick in across.ticks(6 if width > 500 else 4):
+    for tick in linear_ticks(across.low, across.high, 6 if width > 500 else 4):
         x = across(tick)
         parts.append(f'<path class="grid" d="M{x:.1f} {top}V{height - bottom}"/>')
         parts.append(
             f'<text class="axis" x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{compact(tick)}</text>'
         )
-    for tick in down.ticks(6):
+    for tick in linear_ticks(down.low, down.high, 6):
         y = down(tick)
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{width - right}"/>')
         parts.append(

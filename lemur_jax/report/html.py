@@ -9,11 +9,9 @@ from collections.abc import Iterable, Sequence
 
 
 def html_page(title: str, body: str, *, script: bool = False, overlay: bool = False) -> str:
-    """A whole document with the style inline, so that the file needs nothing but a browser.
+    """A whole document that needs nothing but a browser.
 
     Args:
-      title: plain text.
-      body: HTML.
       script: include page.js, which draws the line charts.
       overlay: the line charts begin with all runs on one axis.
     """

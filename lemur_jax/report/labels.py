@@ -15,18 +15,8 @@ Segment = tuple[Point, Point]
 LETTER, BOLD, ASCENT, DESCENT = 7.8, 1.12, 11.0, 3.5
 SPACE = 2.0  # around a label
 NEAR = 14.0  # a label further away than this gets a leader line
-_BESIDE = (
-    7.0,
-    10.0,
-    14.0,
-    20.0,
-    28.0,
-    40.0,
-    60.0,
-    90.0,
-    130.0,
-    180.0,
-)  # distances that are tried to the left and right
+# Distances that are tried to the left and right.
+_BESIDE = (7.0, 10.0, 14.0, 20.0, 28.0, 40.0, 60.0, 90.0, 130.0, 180.0)
 _ALONG = (0.5, 0.1, 0.9, 0.3, 0.7)  # where the mark stands along a label above or below it
 _UP, _ROWS = 5.0, 50  # distances that are tried up and down: multiples of 5
 _CROSSING, _LEADER = 30.0, 6.0  # costs, in pixels of distance
@@ -34,17 +24,11 @@ _CROSSING, _LEADER = 30.0, 6.0  # costs, in pixels of distance
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Label:
-    """The place of a label.
+    """The place of a label."""
 
-    Attributes:
-      box: filled by the text.
-      anchor: SVG's text-anchor: the end of the text that is near its mark.
-      leader: a line to the mark, where the label is far from it or nearer to another mark.
-    """
-
-    box: Box
-    anchor: str
-    leader: Segment | None
+    box: Box  # filled by the text
+    anchor: str  # SVG's text-anchor: the end of the text that is near its mark
+    leader: Segment | None  # a line to the mark, where the label is far from it or nearer to another mark
 
 
 def text_size(text: str, bold: bool = False) -> Point:
@@ -59,9 +43,7 @@ def place_labels(
     lines: Sequence[Segment],
     inside: Box,
 ) -> list[Label]:
-    """Places each label at the cheapest free position; deterministic.
-
-    Where no position is free, a label gets the cheapest one inside the plot.
+    """Places each label at the cheapest free position inside the plot, or at the cheapest if none is free.
 
     Args:
       sizes: widths and heights of the labels.

@@ -29,6 +29,17 @@ _CURVES = (
 )
 
 
+_SUMMARY = (
+    "run",
+    "parameters",
+    "updates",
+    "target tokens",
+    "tokens per update",
+    "last loss",
+    "median tokens/s",
+)
+
+
 def write_report(
     workdirs: Sequence[epath.PathLike],
     output: epath.PathLike,
@@ -37,17 +48,14 @@ def write_report(
     answers: Sequence[Sequence[str]] = (),
     overlay: bool = False,
 ) -> epath.Path:
-    """Writes one self-contained HTML page about a run, or about several.
+    """Writes one self-contained HTML page about a run, or about several, and returns its path.
 
     Args:
       workdirs: of `lemur train`; stages of a recipe in their order, or runs to compare.
       output: the HTML file to write, in a directory that exists.
       prompts: texts that the runs were asked to continue.
-      answers: of each run, to each prompt; `report.samples.sample` makes them.
-      overlay: open the page with the curves of all runs on one axis; a button of the page switches.
-
-    Returns:
-      `output`.
+      answers: of each run, to each prompt; from `report.samples.sample`.
+      overlay: open the page with the curves of all runs on one axis.
 
     Raises:
       UserError: a workdir has no metrics or an unreadable config, or the page cannot be written.
@@ -94,16 +102,7 @@ def _page(runs: Sequence[Run], samples: str, overlay: bool) -> str:
 
 
 def _summary(runs: Sequence[Run]) -> str:
-    head = (
-        "run",
-        "parameters",
-        "updates",
-        "target tokens",
-        "tokens per update",
-        "last loss",
-        "median tokens/s",
-    )
-    return html_table(head, [[escape(run.name), *_summary_row(run)] for run in runs])
+    return html_table(_SUMMARY, [[escape(run.name), *_summary_row(run)] for run in runs])
 
 
 def _summary_row(run: Run) -> list[str]:

@@ -22,27 +22,18 @@ _TEXTS = {"kind", "task", "commit", "host", "devices", "versions", "documents"}
 class Run:
     """One run of `lemur train`: a stage of a recipe, or one of several that are compared.
 
-    Attributes:
-      name: the end of the workdir's path that tells it from the others.
-      workdir: its absolute path.
-      config: the run config as in `config.json`, flat: "train.steps"; empty if there is none.
-      train: records of training, by rising step, each step once.
-      evals: task -> records of its held-out evaluations, by rising step, each step once.
-      balance: records of the balance since the checkpoint that the run started from, likewise.
-      starts: records of the processes that made the run.
-      time: the last record of where the wall time went; empty if there is none.
-      skipped_lines: lines of the metrics file that could not be read.
+    Records are sorted by step, each step once.
     """
 
-    name: str
-    workdir: str
-    config: dict[str, Any]
+    name: str  # the end of the workdir's path that tells it from the others
+    workdir: str  # its absolute path
+    config: dict[str, Any]  # `config.json`, flat: "train.steps"; empty if there is none
     train: list[Record]
-    evals: dict[str, list[Record]]
+    evals: dict[str, list[Record]]  # task -> its held-out evaluations
     balance: list[Record]
-    starts: list[Record]
-    time: Record
-    skipped_lines: int
+    starts: list[Record]  # of the processes that made the run
+    time: Record  # the last record of where the wall time went; empty if there is none
+    skipped_lines: int  # of the metrics file, because they could not be read
 
     def option(self, key: str) -> float | None:
         """A config value that is a finite number, else None."""
@@ -50,7 +41,6 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The last step of which anything is recorded."""
         return max(records[-1]["step"] for records in [self.train, *self.evals.values()] if records)
 
     @property
@@ -72,13 +62,7 @@ class Run:
 
 
 def read_runs(workdirs: Sequence[epath.PathLike]) -> list[Run]:
-    """The runs in `workdirs`, in that order.
-
-    Raises:
-      UserError: no workdir is given, or one has no metrics or an unreadable config.
-    """
-    if not workdirs:
-        raise UserError("there is no run to report on: give one workdir of `lemur train` or several")
+    """The runs in `workdirs`; UserError if one has no metrics or an unreadable config."""
     paths = [_absolute(os.fspath(workdir)) for workdir in workdirs]
     return [_read_run(path, name) for path, name in zip(paths, _short_names(paths), strict=True)]
 

@@ -1,7 +1,6 @@
 """Sections of the report besides curves and configs: evaluations, mixture, wall time, samples, starts."""
 
 import datetime
-import re
 from collections.abc import Sequence
 
 from lemur_jax.common.errors import UserError
@@ -64,37 +63,25 @@ def _change(change: float) -> str:
 def goodput(runs: Sequence[Run]) -> str:
     """The wall time of each run by what it went to, as a bar and as a table; "" if no run recorded it."""
     timed = [run for run in runs if (run.time.get("wall_seconds") or 0) > 0]
-    parts = [
-        part
-        for part in dict.fromkeys(["steps", *PARTS, "other"])
-        if any(_seconds(run, part) for run in timed)
-    ]
+    every = dict.fromkeys(["steps", *PARTS, "other"])
+    parts = [part for part in every if any(_seconds(run, part) for run in timed)]
     if not parts:
         return ""
-    names = [
-        (_PART_NAMES.get(part, part), "none" if part == "other" else f"c{index % 8 + 1}")
-        for index, part in enumerate(parts)
-    ]
+    names = [_PART_NAMES.get(part, part) for part in parts]
+    kinds = ["none" if part == "other" else f"c{index % 8 + 1}" for index, part in enumerate(parts)]
     shares = {run.name: [_seconds(run, part) / run.time["wall_seconds"] for part in parts] for run in timed}
     texts = {name: [f"{share:.0%}" if share > 0.04 else "" for share in of] for name, of in shares.items()}
-    rows = [
-        [
-            escape(run.name),
-            duration(run.time["wall_seconds"]),
-            *(
-                f"{share:.1%}<small>{duration(_seconds(run, part))}</small>"
-                for part, share in zip(parts, shares[run.name], strict=True)
-            ),
+    rows = []
+    for run in timed:
+        cells = [
+            f"{share:.1%}<small>{duration(_seconds(run, part))}</small>"
+            for part, share in zip(parts, shares[run.name], strict=True)
         ]
-        for run in timed
-    ]
+        rows.append([escape(run.name), duration(run.time["wall_seconds"]), *cells])
     lead = "Wall time from the first start to the last checkpoint, restarts included; goodput is the share of steps."
-    head = ["run", "wall time", *(name for name, _ in names)]
-    return (
-        f'<h2>Goodput</h2><p class="soft">{lead}</p>'
-        + stacked_bars(names, shares, texts)
-        + html_table(head, rows)
-    )
+    bars = stacked_bars(list(zip(names, kinds, strict=True)), shares, texts)
+    table = html_table(["run", "wall time", *names], rows)
+    return f'<h2>Goodput</h2><p class="soft">{lead}</p>{bars}{table}'
 
 
 def _seconds(run: Run, part: str) -> float:
@@ -142,23 +129,15 @@ def samples(runs: Sequence[Run], prompts: Sequence[str], answers: Sequence[Seque
     """
     if not prompts:
         return ""
-    blocks = []
+    blocks = ""
     for number, prompt in enumerate(prompts):
         texts = "".join(
-            f'<h3>{escape(run.name)}</h3><pre><span class="soft">{escape(prompt)}</span>'
-            f"{_without_blank_lines(of_run[number])}</pre>"
+            f'<h3>{escape(run.name)}</h3><pre><span class="soft">{escape(prompt)}</span>{escape(of_run[number])}</pre>'
             for run, of_run in zip(runs, answers, strict=True)
         )
-        blocks.append(f'<div class="card sample">{texts}</div>')
+        blocks += f'<div class="card sample">{texts}</div>'
     lead = "From the newest checkpoint; temperature 0.7, top-p 0.95, repetition penalty 1.2, fixed seeds."
-    return f'<h2>Samples</h2><p class="soft">{lead}</p>' + "".join(blocks)
-
-
-def _without_blank_lines(answer: str) -> str:
-    """The answer as HTML, with a note instead of long runs of line breaks, which an untrained model produces."""
-    return re.sub(
-        "\n{4,}", lambda found: f'\n<span class="soft">[{len(found[0])} line breaks]</span>\n', escape(answer)
-    )
+    return f'<h2>Samples</h2><p class="soft">{lead}</p>{blocks}'
 
 
 def starts(runs: Sequence[Run]) -> str:
@@ -171,14 +150,8 @@ def starts(runs: Sequence[Run]) -> str:
             if facts == known:
                 continue
             known = facts
-            rows.append(
-                [
-                    escape(run.name),
-                    _date(record.get("unix_seconds")),
-                    f"{record['step']:,}",
-                    *map(escape, facts),
-                ]
-            )
+            row = [escape(run.name), _date(record.get("unix_seconds")), f"{record['step']:,}"]
+            rows.append([*row, *map(escape, facts)])
     if not rows:
         return ""
     lead = "The first start of each run, and every later one with another commit, host, device or version."

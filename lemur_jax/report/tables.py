@@ -11,16 +11,11 @@ from lemur_jax.report.runs import Run, all_tasks, read_runs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One task after one run; None where there is nothing to show or to compare with.
+    """One task after one run; None where there is nothing to show or to compare with."""
 
-    Attributes:
-      value: bits per byte in the last evaluation.
-      first, previous: relative change against the first run and the one before, -0.1 for 10% lower.
-    """
-
-    value: float | None
-    first: float | None
-    previous: float | None
+    value: float | None  # bits per byte in the last evaluation
+    first: float | None  # relative change against the first run, -0.1 for 10% lower
+    previous: float | None  # against the run before
 
 
 def bits_per_byte_cells(runs: Sequence[Run]) -> dict[str, list[Cell]]:

@@ -6,8 +6,8 @@ With θ0 the start, θ a trained run and λ the weight:
               "Editing models with task arithmetic")
 """
 
+import collections
 import dataclasses
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ from etils import epath
 from lemur_jax.checkpoint.manager import restore_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.parallel.mesh import make_mesh
-from lemur_jax.sweep.runs import SweepRun, run_config, run_directory
+from lemur_jax.sweep.runs import SweepRun, run_config
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.evaluate import Evaluations, evaluation_steps, open_held_out
@@ -54,6 +54,10 @@ class Merge:
         """Of its directory."""
         return f"{self.kind}-{self.weight:g}_{'+'.join(part.name for part in self.parts)}"
 
+    def directory(self, workdir: epath.PathLike) -> epath.Path:
+        """Where its figures lie, in the workdir of the sweep."""
+        return epath.Path(workdir) / "merged" / self.name
+
 
 def plan_merges(merges: Sequence[str], runs: Sequence[SweepRun]) -> list[Merge]:
     """The merged models of a sweep, those of one variant together.
@@ -63,7 +67,7 @@ def plan_merges(merges: Sequence[str], runs: Sequence[SweepRun]) -> list[Merge]:
       runs: all of the sweep's.
 
     Raises:
-      UserError: not such a text, or no two runs of one part of the data each for arithmetic.
+      UserError: a text of another form, or arithmetic without two runs of one part of the data each.
     """
     found = []
     for text in merges:
@@ -71,13 +75,11 @@ def plan_merges(merges: Sequence[str], runs: Sequence[SweepRun]) -> list[Merge]:
         if kind == "linear":
             found += [Merge(kind=kind, weight=weight, parts=(run,)) for run in runs]
             continue
-        specialists = sorted(
-            (run for run in runs if run.specialist), key=lambda run: (run.settings, run.seed)
-        )
-        groups = [
-            tuple(group)
-            for _, group in itertools.groupby(specialists, key=lambda run: (run.settings, run.seed))
-        ]
+        by_settings = collections.defaultdict(list)
+        for run in runs:
+            if run.specialist:
+                by_settings[run.settings, run.seed].append(run)
+        groups = [tuple(by_settings[key]) for key in sorted(by_settings)]
         if not groups or min(map(len, groups)) < 2:
             raise UserError(
                 f"--merge {text} adds up runs of one part of the data each: sweep two such ratios, e.g. 1:0,0:1"
@@ -107,11 +109,6 @@ def merged(base: Any, trained: Iterable[Any], weight: float) -> Any:
     return total
 
 
-def merge_directory(workdir: epath.PathLike, merge: Merge) -> epath.Path:
-    """Where the figures of a merged model lie."""
-    return epath.Path(workdir) / "merged" / merge.name
-
-
 def evaluate_all(
     argument: str,
     overrides: Sequence[str],
@@ -119,26 +116,19 @@ def evaluate_all(
     workdir: epath.PathLike,
     build: Callable[..., Program],
 ) -> None:
-    """Scores the merged models whose figures are not there, as the runs were scored at their end.
-
-    Args:
-      argument, overrides: the base config.
-      merges: from `plan_merges`; their parts are trained.
-      workdir: of the sweep.
-      build: `train.step.build`, or one that remembers.
-    """
+    """Scores the merged models that have no figures yet, as the runs were scored at their end."""
     for number, merge in enumerate(merges, start=1):
-        directory = merge_directory(workdir, merge)
+        directory = merge.directory(workdir)
         if any(record.get("kind") == "balance" for record in _records(directory)):
             continue
         logger.info("merge %d of %d: %s, seed %d", number, len(merges), merge.variant, merge.seed)
         config = run_config(argument, overrides, merge.parts[0])
         tokenizer = Tokenizer.load(config.tokenizer.path)
         program = build(config, make_mesh(config.mesh), len(config.data.sources))
-        trained = (restore_params(run_directory(workdir, part), program.state.params) for part in merge.parts)
+        trained = (restore_params(part.directory(workdir), program.state.params) for part in merge.parts)
         params = merged(initial_params(config.init, config.seed, tokenizer, program), trained, merge.weight)
         held_out = open_held_out(config.data, config.eval.tasks, tokenizer)
-        before = _records(run_directory(workdir, merge.parts[0]))
+        before = _records(merge.parts[0].directory(workdir))
         with MetricsWriter(directory) as writer:
             writer.truncate_after(-1)
             history = RunHistory(writer=writer, records=before)

@@ -11,28 +11,22 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
-from lemur_jax.sweep.merging import Merge, merge_directory
-from lemur_jax.sweep.runs import SweepRun, run_directory
+from lemur_jax.sweep.merging import Merge
+from lemur_jax.sweep.runs import SweepRun
 from lemur_jax.telemetry.metrics import read_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """Runs, or merged models, that differ only in their seed.
+    """Runs, or merged models, that differ only in their seed."""
 
-    Attributes:
-      name: e.g. "10:1".
-      merged: the models were merged and not trained.
-      seeds: of its runs.
-      bits: group -> bits per byte at the end of each run, a geometric mean over the group's tasks.
-      balance: the score at the end of each run.
-    """
-
-    name: str
-    merged: bool
+    name: str  # e.g. "10:1"
+    merged: bool  # the models were merged and not trained
     seeds: tuple[int, ...]
-    bits: dict[str, tuple[float, ...]]
-    balance: tuple[float, ...]
+    bits: dict[
+        str, tuple[float, ...]
+    ]  # group -> bits per byte at the end of each run, the tasks' geometric mean
+    balance: tuple[float, ...]  # the score at the end of each run
 
     def mean(self, group: str) -> float:
         return statistics.fmean(self.bits[group])
@@ -44,18 +38,12 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """A sweep's figures.
+    """A sweep's figures."""
 
-    Attributes:
-      base: group -> bits per byte before any training.
-      variants: in the order of the sweep.
-      steps, tokens: of each run; tokens are positions, rows × length × updates.
-    """
-
-    base: dict[str, float]
-    variants: tuple[Variant, ...]
-    steps: int
-    tokens: int
+    base: dict[str, float]  # group -> bits per byte before any training
+    variants: tuple[Variant, ...]  # in the order of the sweep
+    steps: int  # of each run
+    tokens: int  # of each run: rows × length × updates
 
     @property
     def groups(self) -> list[str]:
@@ -93,19 +81,13 @@ def spread(values: Sequence[float]) -> float:
 def read_results(
     config: RunConfig, runs: Sequence[SweepRun], merges: Sequence[Merge], workdir: epath.PathLike
 ) -> Results:
-    """Reads the figures of finished runs and merges from their workdirs.
-
-    Raises:
-      UserError: a run has not been scored at its end.
-    """
+    """The figures of finished runs and merges; UserError if one has not been scored at its start and end."""
     groups = config.eval.task_groups
-    base = _bits(run_directory(workdir, runs[0]), groups, 0)
+    base = _bits(runs[0].directory(workdir), groups, 0)
     variants: dict[str, list[tuple[SweepRun | Merge, dict[str, float], float]]] = {}
     items: list[SweepRun | Merge] = [*runs, *merges]
     for item in items:
-        directory = (
-            merge_directory(workdir, item) if isinstance(item, Merge) else run_directory(workdir, item)
-        )
+        directory = item.directory(workdir)
         scored = _bits(directory, groups, None), _balance(directory)
         variants.setdefault(item.variant, []).append((item, *scored))
     summaries = tuple(

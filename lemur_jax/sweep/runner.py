@@ -12,7 +12,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, to_json
 from lemur_jax.data.budget import budget, check_budget
 from lemur_jax.data.mixture import open_mixture
-from lemur_jax.sweep.runs import SweepRun, run_config, run_directory
+from lemur_jax.sweep.runs import SweepRun, run_config
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
 from lemur_jax.train.loop import train
@@ -31,16 +31,13 @@ def train_all(
     workdir: epath.PathLike,
     build: Callable[..., step.Program],
 ) -> bool:
-    """Trains what is not finished; killed and called again, it goes on where it was.
+    """Trains what is not finished, and returns whether all runs are; False after a SIGTERM.
 
     Args:
-      argument, overrides: the base config, as `common.config.load` takes them.
+      argument, overrides: the base config, as `config.load` takes them.
       runs: from `plan_runs`.
       workdir: each run gets its own below it.
       build: from `building_once`.
-
-    Returns:
-      Whether all runs are finished; False after a SIGTERM.
 
     Raises:
       UserError: before the first step, if any of the runs cannot be trained.
@@ -51,7 +48,7 @@ def train_all(
     for run, config in zip(runs, configs, strict=True):
         _check(run, config)
     for number, (run, config) in enumerate(zip(runs, configs, strict=True), start=1):
-        directory = run_directory(workdir, run)
+        directory = run.directory(workdir)
         config_changes(to_json(config), directory)  # refuses a run of another config
         claim(to_json(config), directory)
         where = f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}"

@@ -14,19 +14,12 @@ from lemur_jax.config import RunConfig, flatten, load, to_json
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepRun:
-    """One run.
+    """One run."""
 
-    Attributes:
-      ratio: shares of the parts of `source_parts`, as typed: "10:1".
-      settings: other keys that are varied, with their values as typed.
-      seed: of the run.
-      overrides: all that as `--config.key=value`.
-    """
-
-    ratio: str
-    settings: tuple[tuple[str, str], ...]
+    ratio: str  # shares of the parts of `source_parts`, as typed: "10:1"
+    settings: tuple[tuple[str, str], ...]  # other keys that are varied, with their values as typed
     seed: int
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...]  # all of it as `--config.key=value`
 
     @property
     def variant(self) -> str:
@@ -43,6 +36,10 @@ class SweepRun:
         words = [self.ratio.replace(":", "-"), *(f"{key}-{value}" for key, value in self.settings)]
         return "_".join([*words, f"seed-{self.seed}"]).replace("/", "-")
 
+    def directory(self, workdir: epath.PathLike) -> epath.Path:
+        """The run's workdir, in that of the sweep."""
+        return epath.Path(workdir) / "runs" / self.name
+
     @property
     def specialist(self) -> bool:
         """Whether it sees one part of the data alone."""
@@ -50,11 +47,7 @@ class SweepRun:
 
 
 def parse_ratio(ratio: str) -> list[float]:
-    """The shares in "10:1".
-
-    Raises:
-      UserError: not that, or nothing but zeros.
-    """
+    """The shares in "10:1"; UserError if they are not that, or all 0."""
     try:
         shares = [float(share) for share in ratio.split(":")]
     except ValueError:
@@ -81,11 +74,7 @@ def source_parts(config: RunConfig, sources: str = "") -> list[tuple[str, ...]]:
     parts = [tuple(part.split("&")) for part in order.split(",")]
     names = [name for part in parts for name in part]
     if sorted(names) != sorted(have):
-        wanted = (
-            f"--sources {sources!r}"
-            if sources
-            else "config.eval.tasks does not give the ratios an order: --sources"
-        )
+        wanted = f"--sources {sources!r}" if sources else "the ratios have no order: --sources"
         raise UserError(
             f"{wanted} must name each of {', '.join(sorted(have))} once, e.g. code,text or python&java,text"
         )
@@ -127,15 +116,9 @@ def plan_runs(
             for name, share in _divided(total, part, shares).items()
         ]
         overrides += [f"--config.{key}={value}" for key, value in settings]
-        runs += [
-            SweepRun(
-                ratio=ratio,
-                settings=settings,
-                seed=seed,
-                overrides=(*overrides, f"--config.seed={seed}"),
-            )
-            for seed in range(config.seed, config.seed + seeds)
-        ]
+        for seed in range(config.seed, config.seed + seeds):
+            every = (*overrides, f"--config.seed={seed}")
+            runs.append(SweepRun(ratio=ratio, settings=settings, seed=seed, overrides=every))
     if len({run.name for run in runs}) < len(runs):
         raise UserError("the sweep has a run twice: name every ratio and every value once")
     return runs
@@ -160,30 +143,18 @@ def _parse_varied(config: RunConfig, text: str) -> list[tuple[str, str]]:
             f"cannot read --vary {text!r}: write a config key and values, e.g. train.steps=100,200"
         )
     if key not in flatten(to_json(config)) or key == "seed" or key.startswith("data.sources"):
-        why = (
-            "--seeds and --ratios are for that"
-            if key.startswith(("seed", "data."))
-            else "there is no such key"
-        )
+        taken = key.startswith(("seed", "data."))
+        why = "--seeds and --ratios are for that" if taken else "there is no such key"
         raise UserError(f"cannot vary config.{key}: {why}")
     return [(key, value) for value in values.split(",")]
 
 
 def run_config(argument: str, overrides: Sequence[str], run: SweepRun) -> RunConfig:
-    """The config of a run.
-
-    Raises:
-      UserError: as `common.config.load`.
-    """
+    """The config of a run."""
     return load(argument, [*overrides, *run.overrides])
-
-
-def run_directory(workdir: epath.PathLike, run: SweepRun) -> epath.Path:
-    """Where a run of the sweep has its workdir."""
-    return epath.Path(workdir) / "runs" / run.name
 
 
 def command(argument: str, overrides: Sequence[str], run: SweepRun, workdir: epath.PathLike) -> str:
     """The run as a line for a shell, or for a launcher."""
-    words = ["lemur", "train", "--config", argument, "--workdir", str(run_directory(workdir, run))]
+    words = ["lemur", "train", "--config", argument, "--workdir", str(run.directory(workdir))]
     return shlex.join([*words, *overrides, *run.overrides])

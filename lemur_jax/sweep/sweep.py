@@ -27,14 +27,14 @@ def sweep(
     """Trains and scores what is missing, then writes `results.json`, `table.md`, `pareto.svg` and `index.html`.
 
     Args:
-      argument, overrides: the base config, as `common.config.load` takes them.
+      argument, overrides: the base config, as `config.load` takes them.
       workdir: of the sweep.
       ratios, sources, seeds, varied: as `runs.plan_runs` takes them.
       merges: as `merging.plan_merges` takes them.
-      command: stands on the results.
+      command: that is shown on the results.
 
     Returns:
-      The results; None if a SIGTERM came before they were all there.
+      The results; None after a SIGTERM.
 
     Raises:
       UserError: before the first step, if any of the runs cannot be trained.

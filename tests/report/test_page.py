@@ -62,25 +62,10 @@ def figures(text: str) -> list[dict]:
     return [json.loads(data) for data in re.findall(r'<script type="application/json">(.*?)</script>', text)]
 
 
-def test_what_changed_since_the_start_of_a_stage(stages, tmp_path):
-    with MetricsWriter(stages[1]) as writer:
-        writer.write({"step": 40, "kind": "balance", "balance": 0.0123, "change/code": -0.02})
-    text, outline = written(stages, tmp_path / "report.html")
-    assert "Since the start of the run" in outline.titles
-    assert [row[-1] for row in outline.rows[4:8]] == ["balance", "–", "+1.2%since its start", "–"]
-    assert "code, change" in text
-
-
 def test_the_page_has_all_its_parts(stages, tmp_path):
     text, outline = written(stages, tmp_path / "report.html")
-    assert outline.titles == [
-        "Training loss",
-        "Held-out bits per byte",
-        "Held-out loss",
-        "Learning rate",
-        "Gradient norm",
-        "Throughput",
-    ]
+    losses = ["Training loss", "Held-out bits per byte", "Held-out loss"]
+    assert outline.titles == [*losses, "Learning rate", "Gradient norm", "Throughput"]
     assert [row[0] for row in outline.rows[1:4]] == ["base", "lemur", "chat"]
     assert outline.rows[1] == ["base", "151.9k", "40", "40k", "262,144128 × 2,048", "2.000", "500"]
     assert outline.rows[4] == ["run", "python_docs", "python_stdlib", "python_chat"]
@@ -88,41 +73,29 @@ def test_the_page_has_all_its_parts(stages, tmp_path):
     assert outline.rows[7][1] == "2.0000± 0.0% vs base▼ -4.8% vs lemur"
     for unit in ("nats per target token", "bits per byte of text", "tokens per second", "updates"):
         assert unit in text
-
-
-def test_the_page_needs_no_network(stages, tmp_path):
-    text, outline = written(stages, tmp_path / "report.html")
+    # What differs between the configs, and all options below.
+    assert "1 option differs" in text
+    assert ["seed", "0", "1", "2"] in outline.rows
+    assert ["optimizer.clip_norm", "1"] in outline.rows
+    assert ["tokenizer.path", '""'] in outline.rows
+    # The page needs no network.
     assert "default-src 'none'" in text
     assert not re.search(r"https?://|//[a-z]|url\((?!#)|@import|\bsrc=|\bhref=|fetch\(", text)
     assert not outline.tags & {"link", "img", "iframe", "object"}
 
 
-def test_only_what_differs_is_in_the_diff_and_all_is_below(stages, tmp_path):
-    text, outline = written(stages, tmp_path / "report.html")
-    assert "1 option differs" in text
-    assert ["seed", "0", "1", "2"] in outline.rows
-    assert ["optimizer.clip_norm", "1"] in outline.rows
-    assert ["tokenizer.path", '""'] in outline.rows
-
-
 def test_time_mixture_and_samples(stages, tmp_path):
     evil = "def f(</pre>"
-    answers = [[f"{stage.name} says <b>" + "\n" * 60] for stage in stages]
+    answers = [[f"{stage.name} says <b>"] for stage in stages]
     path = write_report(stages, tmp_path / "report.html", prompts=[evil], answers=answers)
     text = path.read_text(encoding="utf-8")
     outline = Outline(text)
     assert ["run", "wall time", "steps", "startup", "compile", "lost steps"] in outline.rows
-    assert [
-        "lemur",
-        "2 h 05 min",
-        "80.0%1 h 40 min",
-        "0.8%1 min 00 s",
-        "7.2%9 min 00 s",
-        "12.0%15 min 00 s",
-    ] in (outline.rows)
+    shares = ["80.0%1 h 40 min", "0.8%1 min 00 s", "7.2%9 min 00 s", "12.0%15 min 00 s"]
+    assert ["lemur", "2 h 05 min", *shares] in outline.rows
     assert ["chat", "python_stdlib", "30k", "75.00%", "80.00%"] in outline.rows
     assert text.count("def f(&lt;/pre&gt;</span>") == 3
-    assert 'base says &lt;b&gt;\n<span class="soft">[60 line breaks]</span>\n' in text
+    assert "base says &lt;b&gt;</pre>" in text
 
 
 def test_one_run_stands_alone(stages, tmp_path):
@@ -141,12 +114,15 @@ def test_a_run_on_its_way_shows_how_far_it_is(write_stage, tmp_path):
     assert "Held-out loss" not in outline.titles
 
 
-def test_a_name_has_one_colour_everywhere_and_no_two_names_share_one(stages, tmp_path):
+def test_balance_and_one_colour_for_each_name(stages, tmp_path):
     for stage, groups in ((stages[1], ("code", "text")), (stages[2], ("text", "code"))):
         with MetricsWriter(stage) as writer:
             changes = {f"change/{group}": -0.02 for group in groups}
-            writer.write({"step": 40, "kind": "balance", "balance": 0.01, **changes})
-    text, _ = written(stages, tmp_path / "report.html")
+            writer.write({"step": 40, "kind": "balance", "balance": 0.0123, **changes})
+    text, outline = written(stages, tmp_path / "report.html")
+    assert "Since the start of the run" in outline.titles
+    score = "+1.2%since its start"
+    assert [row[-1] for row in outline.rows[4:8]] == ["balance", "–", score, score]
     colours = {}
     for figure in figures(text):
         for line in figure["lines"]:
@@ -165,15 +141,11 @@ def test_names_cannot_break_the_page(write_stage, tmp_path):
     assert any(line["name"] == evil for figure in figures(text) for line in figure["lines"])
 
 
-def test_a_run_without_config_is_told(stages, tmp_path):
+def test_runs_to_compare_one_of_them_without_config(stages, tmp_path):
     (stages[1] / "config.json").unlink()
-    text, outline = written(stages, tmp_path / "report.html")
-    assert "lemur has no config.json" in text
-    assert ["seed", "0", "2"] in outline.rows
-
-
-def test_runs_to_compare_are_no_stages(stages, tmp_path):
     text = write_report(stages, tmp_path / "report.html", overlay=True).read_text(encoding="utf-8")
+    assert "lemur has no config.json" in text
+    assert ["seed", "0", "2"] in Outline(text).rows
     assert '<body data-overlay="1">' in text
     assert "<h1>base, lemur, chat</h1>" in text
     assert "after each stage" not in text
@@ -201,13 +173,6 @@ def test_lines_that_cannot_be_read_are_counted(stages, tmp_path):
     assert "4 unreadable lines in the metrics of lemur were skipped" in text
 
 
-def test_mistakes_are_one_line_and_leave_nothing_behind(stages, tmp_path):
-    output = tmp_path / "report.html"
-    with pytest.raises(UserError, match=r"no metrics.jsonl in .*/absent"):
-        write_report([*stages, tmp_path / "absent"], output)
-    assert not output.exists()
+def test_a_page_that_cannot_be_written_is_one_line(stages, tmp_path):
     with pytest.raises(UserError, match=r"cannot write the report to .*: Is a directory"):
         write_report(stages, tmp_path)
-    with pytest.raises(UserError, match=r"cannot write the report to .*new/report.html: No such file"):
-        write_report(stages, tmp_path / "new" / "report.html")
-    assert not (tmp_path / "new").exists()

@@ -15,20 +15,12 @@ from lemur_jax.sweep.results import Results, Variant
 
 SPACE = {"s": "http://www.w3.org/2000/svg"}
 HARMONY = pathlib.Path(__file__).parents[2] / "docs" / "harmony"
+COMMITTED = ("ratio", "rewarm", "anneal", "constant")
 
 
 def committed(name):
     found = json.loads((HARMONY / name / "results.json").read_text())
-    variants = tuple(
-        Variant(
-            name=one["name"],
-            merged=one["merged"],
-            seeds=tuple(one["seeds"]),
-            bits={group: tuple(values) for group, values in one["bits"].items()},
-            balance=tuple(one["balance"]),
-        )
-        for one in found["variants"]
-    )
+    variants = tuple(Variant(**one) for one in found["variants"])
     return Results(base=found["base"], variants=variants, steps=found["steps"], tokens=found["tokens"])
 
 
@@ -83,12 +75,9 @@ def drawn(root):
             yield x, y, x + 12, y + 12
 
 
-@pytest.mark.parametrize(
-    "results",
-    [*map(committed, ("ratio", "rewarm", "anneal", "constant")), *map(random, range(6))],
-    ids=["ratio", "rewarm", "anneal", "constant", *(f"random {seed}" for seed in range(6))],
-)
-def test_names_cover_no_bar_no_point_and_no_other_name(results):
+@pytest.mark.parametrize("name", [*COMMITTED, *range(6)])
+def test_names_cover_no_bar_no_point_and_no_other_name(name):
+    results = random(name) if isinstance(name, int) else committed(name)
     root = ElementTree.fromstring(pareto.pareto_plot(results, "text", "code"))
     found = {name: box for name, (box, _) in names(root, results).items()}
     for name, box in found.items():
@@ -105,19 +94,14 @@ def test_names_cover_no_bar_no_point_and_no_other_name(results):
 
 def test_names_on_the_front_are_bold():
     results = committed("rewarm")
-    bold = {
-        name
-        for name, (_, bold) in names(
-            ElementTree.fromstring(pareto.pareto_plot(results, "text", "code")), results
-        ).items()
-        if bold
-    }
+    plot = pareto.pareto_plot(results, "text", "code")
+    bold = {name for name, (_, bold) in names(ElementTree.fromstring(plot), results).items() if bold}
     assert bold == {one.name for one in results.front(["text", "code"])}
     # A class: what a style sheet says of all text goes before an attribute.
-    assert ".front-name{font-weight:600}" in pareto.pareto_plot(results, "text", "code")
+    assert ".front-name{font-weight:600}" in plot
 
 
-@pytest.mark.parametrize("name", ["ratio", "rewarm", "anneal", "constant"])
+@pytest.mark.parametrize("name", COMMITTED)
 def test_the_committed_plots_are_drawn_from_the_committed_figures(name):
     plot = (HARMONY / name / "pareto.svg").read_text()
     assert pareto.pareto_plot(committed(name), "text", "code") == plot

@@ -13,7 +13,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import replace
 from lemur_jax.sweep import pareto, results
 from lemur_jax.sweep.results import Results, Variant, read_results
-from lemur_jax.sweep.runs import plan_runs, run_directory
+from lemur_jax.sweep.runs import plan_runs
 from lemur_jax.telemetry.metrics import MetricsWriter
 from tests.helpers.sweeps import config_of
 
@@ -66,16 +66,8 @@ def test_one_seed_tells_nothing_of_chance():
 def test_table():
     head, base, first, *_ = results.table_rows(FOUND)
     assert base[:4] == ["base", "", "3.0000", "2.0000"]
-    assert first == [
-        "1:0",
-        "3",
-        "2.1000 ± 0.1000",
-        "2.5000 ± 0.1000",
-        "-30.0%",
-        "+25.0%",
-        "+10.00% ± 0.00%",
-        "yes",
-    ]
+    assert first[:4] == ["1:0", "3", "2.1000 ± 0.1000", "2.5000 ± 0.1000"]
+    assert first[4:] == ["-30.0%", "+25.0%", "+10.00% ± 0.00%", "yes"]
     assert all(len(line) == len(head) for line in results.table_rows(FOUND))
     content = json.loads(json.dumps(results.to_json(FOUND)))
     assert content["pareto"] == ["1:0", "1:1, linear 0.5"]
@@ -105,17 +97,12 @@ def test_plot():
     # On a phone every value stands beside the name of its column, and labels are the numbers of the variants.
     assert '<td data-head="code, bits/byte">2.1000 ± 0.1000</td>' in files["index.html"]
     narrow = files["index.html"].partition('<div class="card scatter narrow">')[2]
-    assert re.findall(r'<text class="text[^>]*anchor="\w+">(\w+)</text>', narrow) == [
-        "1",
-        "2",
-        "3",
-        "4",
-        "base",
-    ]
+    labels = re.findall(r'<text class="text[^>]*anchor="\w+">(\w+)</text>', narrow)
+    assert labels == ["1", "2", "3", "4", "base"]
 
 
 def write_run(workdir, run, bits, end=True):
-    with MetricsWriter(run_directory(workdir, run)) as writer:
+    with MetricsWriter(run.directory(workdir)) as writer:
         for step, change in ((0, 1.0), (5, 1.5), (10, 0.5))[: 3 if end else 2]:
             for task, value in bits.items():
                 writer.write({"step": step, "kind": "eval", "task": task, "bits_per_byte": change * value})
@@ -141,7 +128,7 @@ def test_figures_are_read_back_by_group(tmp_path):
 def test_a_run_without_a_start_is_named(tmp_path):
     config = config_of()
     (run,) = plan_runs(config, ["1:1"], 1)
-    with MetricsWriter(run_directory(tmp_path, run)) as writer:
+    with MetricsWriter(run.directory(tmp_path)) as writer:
         writer.write({"step": 10, "kind": "eval", "task": "code", "bits_per_byte": 1.0})
     with pytest.raises(UserError, match="1-1_seed-42 has no held-out figure of code at step 0"):
         read_results(config, [run], [], tmp_path)
