@@ -1,7 +1,6 @@
 """Causal self-attention over packed rows.
 
-Axis legend: B batch, T query position, S key position, H query heads, K key heads, G queries a key
-head (H = K·G), N head width.
+Axes: B batch, T query position, S key position, H query heads, K key heads, G queries a key head, N head width.
 """
 
 import functools
@@ -53,11 +52,11 @@ def xla_attention(
 ) -> jax.Array:
     """Causal attention inside segments, in blocks of queries.
 
+    With a `sequence` axis above 1 the queries stay sharded over it, and every device gathers the keys.
+
     Args:
       query: [B, T, H, N]; key, value: [B, T, K, N]; all rotated.
       segment_ids: int32 [B, T]; documents packed in a row do not see each other.
-      mesh: the device mesh, or None. With a `sequence` axis above 1 the queries stay cut over it and
-        every device gathers the keys.
 
     Returns:
       [B, T, H, N].
@@ -91,16 +90,8 @@ def cudnn_attention(
     """Causal attention inside segments by cuDNN's fused kernels, on NVIDIA GPUs.
 
     Rows of one document each need the causal mask alone, of which the kernels skip the upper half; which rows those
-    are is known only when the step runs. Packed rows take a mask [B, 1, T, T] that the kernels read; the backward
-    pass makes it again rather than keep it.
-
-    Args:
-      query: [B, T, H, N]; key, value: [B, T, K, N]; all rotated, in bfloat16 or float16.
-      segment_ids: int32 [B, T]; documents packed in a row do not see each other.
-      mesh: the device mesh, or None.
-
-    Returns:
-      [B, T, H, N].
+    are is known only when the step runs. Packed rows take a mask [B, 1, T, T], which the backward pass computes again.
+    Arguments and result are those of `xla_attention`, in bfloat16 or float16.
 
     Raises:
       UserError: float32, or a mesh with a `sequence` axis.
@@ -156,9 +147,9 @@ def attention(
     Args:
       implementation: "auto" takes what fits the mesh's devices: splash on TPU, cudnn on a GPU if the dtype and the
         mesh allow it, xla elsewhere.
-      mesh: the device mesh, of real or of described devices; None: the default device.
+      mesh: the device mesh; None: the default device.
       dtype: of queries, keys and values.
-      blocks: for splash, as in `models.splash.block_sizes`; the others have none to choose.
+      blocks: for splash, as in `models.splash.block_sizes`.
 
     Raises:
       UserError: no implementation has that name.

@@ -79,14 +79,9 @@ class ComputeConfig:
     remat: str = "full"  # what the backward pass keeps, a name in models/remat.py
     reduce_dtype: str = ""  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
     attention: str = "auto"  # "auto", "xla", "splash" or "cudnn"
-    attention_blocks: tuple[int, ...] = (
-        0,
-        0,
-    )  # positions a block of splash, forward and backward; 0: by the TPU
+    attention_blocks: tuple[int, ...] = (0, 0)  # of splash, forward and backward, in positions; 0: by the TPU
     loss_chunk: int = 512  # positions whose logits exist at a time, cut to what divides the length; 0: all
-    compiler_options: tuple[
-        str, ...
-    ] = ()  # more for XLA:TPU, "name=value" each, see parallel/compiler_flags.py
+    compiler_options: tuple[str, ...] = ()  # more for XLA:TPU, "name=value" each; parallel/compiler_flags.py
 
     def __post_init__(self):
         for key in ("dtype", "param_dtype"):

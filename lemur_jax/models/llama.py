@@ -1,10 +1,8 @@
 """Llama as a Flax NNX module, its parameters as a plain nested dict.
 
-Axis legend: B batch, T position, D model, H query heads, K key heads, N head width, F mlp,
-V vocabulary, L layers.
+Axes: B batch, T position, D model, H query heads, K key heads, N head width, F mlp, V vocabulary, L layers.
 
-The module says what the parameters are and how they are used; outside of it (optimizer, checkpoint,
-conversion) parameters are a nested dict of arrays with layers stacked on a leading axis L.
+Outside the module (optimizer, checkpoint, conversion) the layers of the nested dict are stacked on a leading axis L.
 """
 
 import dataclasses
@@ -31,25 +29,15 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple[jax.A
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How the model is computed: affects speed and memory, not results (up to rounding).
+    """How the model is computed: affects speed and memory, not results (up to rounding)."""
 
-    Attributes:
-      dtype: of activations and products ("float32", "bfloat16").
-      remat: a name in `models.remat.POLICIES`.
-      reduce_dtype: of weight gradients in transit between devices; "": `dtype`.
-      attention: "auto" or a name in `models.attention.IMPLEMENTATIONS`.
-      attention_blocks: as in `models.splash.block_sizes`.
-      loss_chunk: positions whose logits exist at a time; 0: all at once.
-      mesh: shards activations; None: no sharding.
-    """
-
-    dtype: str = "float32"
-    remat: str = "none"
-    reduce_dtype: str = ""
-    attention: str = "auto"
-    attention_blocks: tuple[int, int] = (0, 0)
-    loss_chunk: int = 0
-    mesh: Mesh | None = None
+    dtype: str = "float32"  # of activations and products
+    remat: str = "none"  # a name in `models.remat.POLICIES`
+    reduce_dtype: str = ""  # of weight gradients in transit between devices; "": `dtype`
+    attention: str = "auto"  # or a name in `models.attention.IMPLEMENTATIONS`
+    attention_blocks: tuple[int, int] = (0, 0)  # as in `models.splash.block_sizes`
+    loss_chunk: int = 0  # positions whose logits exist at a time; 0: all at once
+    mesh: Mesh | None = None  # shards activations; None: no sharding
 
     @property
     def project(self) -> Projection:
@@ -107,12 +95,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, angles, attend: Callable) -> tuple[jax.Array, Any]:
         """[B, T, D] -> ([B, T, D], the cache that `attend` returns)."""
-        query, key, value = self.project.read(
-            x,
-            ("BTD,DHN->BTHN", self.query),
-            ("BTD,DKN->BTKN", self.key),
-            ("BTD,DKN->BTKN", self.value),
-        )
+        weights = (("BTD,DHN->BTHN", self.query), ("BTD,DKN->BTKN", self.key), ("BTD,DKN->BTKN", self.value))
+        query, key, value = self.project.read(x, *weights)
         query, key = (rotate(each, angles, self.project.mesh) for each in (query, key))
         query = self.project.shard(query, "heads", "head_dim")
         key = self.project.shard(key, "kv_heads", "head_dim")

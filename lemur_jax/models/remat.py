@@ -68,11 +68,7 @@ POLICIES: dict[str, Callable | None] = {
 
 
 def rematerialize(body: Callable, policy: str) -> Callable:
-    """`body` with the named policy.
-
-    Raises:
-      UserError: no policy has that name.
-    """
+    """`body` with the named policy; UserError if there is none of that name."""
     if policy not in POLICIES:
         raise UserError(f"unknown config.compute.remat {policy!r}: it must be one of {', '.join(POLICIES)}")
     if policy == "none":

@@ -1,6 +1,6 @@
 """Rotary position embedding.
 
-Axis legend: B batch, T position, H heads, N head width.
+Axes: B batch, T position, H heads, N head width.
 """
 
 import math
@@ -16,13 +16,10 @@ from lemur_jax.parallel.projection import einsum
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Radians a position for each pair of channels: float32 [N/2].
+    """Radians a position for each pair of channels: float32 [N/2] (Su et al. 2021, eq. 15).
 
-    Source: Su et al. 2021, eq. 15; Llama-3 scaling as in Meta's `llama-models` `apply_scaling`: short
-    wavelengths stay, long ones are divided by the factor, and between them it is interpolated.
-
-    Computed in float32 throughout, as Meta and Hugging Face do: published weights were trained with
-    exactly these roundings, and at position 100,000 the last bit of a frequency shows.
+    Llama-3 scaling as in Meta's `apply_scaling`: short wavelengths stay, long ones are divided by the factor, and
+    between them it is interpolated. Float32 throughout, as published weights were trained with exactly these roundings.
     """
     one = np.float32(1)
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)

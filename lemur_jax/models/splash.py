@@ -1,10 +1,9 @@
 """Causal attention on TPU: JAX's Pallas splash kernels under `shard_map`.
 
-Axis legend: B batch, T query position, S key position, H query heads, K key heads, N head width.
+Axes: B batch, T query position, S key position, H query heads, K key heads, N head width.
 
-The kernels (`jax.experimental.pallas.ops.tpu.splash_attention`) skip the blocks above the diagonal,
-read each key head once for all its query heads, and mask by segment inside a block. Scores and
-softmax are float32. Queries enter already divided by √N.
+The kernels skip the blocks above the diagonal, read each key head once for all its query heads, and mask by segment
+inside a block. Scores and softmax are float32. Queries enter already divided by √N.
 """
 
 import functools
@@ -78,11 +77,7 @@ def splash_attention(
 
 
 def check_heads(H: int, K: int, mesh: Any) -> None:
-    """Whether the heads of a model can be traded for positions on a mesh, which may be abstract.
-
-    Raises:
-      UserError: they cannot.
-    """
+    """Raises UserError if heads cannot be traded for positions on a mesh, which may be abstract."""
     ways = mesh.shape["sequence"]
     H, K = H // mesh.shape["tensor"], K // mesh.shape["tensor"]
     if H % ways or max(K, ways) % min(K, ways):
@@ -119,7 +114,7 @@ def _positions_for_heads(x: jax.Array) -> jax.Array:
 
 
 def _kernel(heads: int, length: int, sizes: kernels.BlockSizes, interpret: bool):
-    """The kernel for one row and the `heads` query heads of one key head."""
+    """The kernel for one row and the query heads of one key head."""
     causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     return kernels.make_splash_mqa(
         causal,
@@ -142,10 +137,10 @@ def block_sizes(length: int, width: int, kind: str, blocks: tuple[int, int] = (0
       length: T.
       width: N; blocks of heads wider than 128 are smaller, or they do not fit the VMEM of a v4.
       kind: `jax.Device.device_kind`, e.g. "TPU v5 lite".
-      blocks: positions of a block in the forward and in the backward kernels, other than those; 0: those.
+      blocks: positions of a block in the forward and in the backward kernels; 0: those above.
 
     Raises:
-      UserError: not two, or a given block is not a multiple of 128 that divides T.
+      UserError: `blocks` are not two, or one is not a multiple of 128 that divides T.
     """
     if len(blocks) != 2:
         raise UserError(f"config.compute.attention_blocks {blocks} must be two: forward and backward")

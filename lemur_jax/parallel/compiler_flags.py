@@ -1,8 +1,7 @@
 """XLA:TPU options of the train step, by TPU generation; `lemur plan` and `lemur train` pass the same.
 
-`train/step.py` hands them to `jax.jit(compiler_options=...)`, so a plan is of the very program that a run
-compiles. They change speed and memory alone. Each was kept because the estimate got better with it;
-those that the compiler warns of on a generation are absent there.
+They change speed and memory alone. Each was kept because the estimate improved with it; those that the compiler warns
+of on a generation are absent there.
 """
 
 from collections.abc import Sequence

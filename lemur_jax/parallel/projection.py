@@ -30,15 +30,10 @@ from lemur_jax.parallel.rules import constrain, spec
 
 
 class Reduction(NamedTuple):
-    """How the gradient of a weight is summed over devices.
+    """How the gradient of a weight is summed over devices."""
 
-    Attributes:
-      dtype: of the partial gradients that travel.
-      exchange: by an all-to-all and a local float32 sum; False: by the collective that XLA chooses.
-    """
-
-    dtype: str
-    exchange: bool
+    dtype: str  # of the partial gradients that travel
+    exchange: bool  # by an all-to-all and a local float32 sum; False: by the collective that XLA chooses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,16 +42,11 @@ class Projection:
 
     A weight is an `nnx.Param` with its logical axes (`parallel/rules.py`) in `axes`. Between products the residual
     stream [B, T, D] is sharded by positions over `tensor` too (sequence parallelism, Korthikanti et al. 2022).
-
-    Attributes:
-      dtype: of activations and products.
-      reduce_dtype: of weight gradients in transit; "": `dtype`.
-      mesh: the device mesh; None: no sharding.
     """
 
-    dtype: str = "float32"
-    reduce_dtype: str = ""
-    mesh: Mesh | None = None
+    dtype: str = "float32"  # of activations and products
+    reduce_dtype: str = ""  # of weight gradients in transit; "": `dtype`
+    mesh: Mesh | None = None  # None: no sharding
 
     def read(self, x: jax.Array, *products: tuple[str, nnx.Param]) -> tuple[jax.Array, ...]:
         """Products of the residual stream with weights.
@@ -183,21 +173,13 @@ def einsum(equation: str, *factors: jax.Array, dtype: str | None = None) -> jax.
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """An einsum of activations with a weight, and its gradients.
+    """An einsum of activations with a weight, and its gradients; `data` × `fsdp` must divide B."""
 
-    Attributes:
-      equation: with the batch B first in the activations and in the result, e.g. "BTD,DF->BTF".
-      axes: logical axes of the weight, one of them "embed".
-      mesh: the device mesh; its `data` × `fsdp` must divide B.
-      reduction: of the weight's gradient; None: not needed.
-      dtype: of the result; None: that of the activations.
-    """
-
-    equation: str
-    axes: tuple[str, ...]
+    equation: str  # with B first in the activations and in the result, e.g. "BTD,DF->BTF"
+    axes: tuple[str, ...]  # logical axes of the weight, one of them "embed"
     mesh: Mesh | None
-    reduction: Reduction | None
-    dtype: str | None = None
+    reduction: Reduction | None  # of the weight's gradient; None: not needed
+    dtype: str | None = None  # of the result; None: that of the activations
 
     def __call__(self, x: jax.Array, weight: Any) -> jax.Array:
         return einsum(

@@ -5,6 +5,7 @@ lies. FSDP is nothing but the row `embed`: every matrix has that axis once, so e
 gradient and its optimizer moments are cut `fsdp` ways.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,20 +42,11 @@ IF_UNEVEN = {"vocab": "width", "residual_length": "length"}
 
 def _ways(mesh: Mesh, axes: MeshAxes) -> int:
     names = (axes,) if isinstance(axes, str) else axes or ()
-    ways = 1
-    for name in names:
-        ways *= mesh.shape[name]
-    return ways
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def spec(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], what: str = "array") -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes.
-
-    Args:
-      mesh: the device mesh.
-      axes: one logical axis name a dimension.
-      shape: sizes of the dimensions.
-      what: name of the array, for the message.
+    """The PartitionSpec of an array of this shape with these logical axes; `what` names it in messages.
 
     Raises:
       UserError: an axis that the table does not know, or one whose size the mesh does not divide.
@@ -81,13 +73,7 @@ def spec(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], what: str = 
 
 
 def param_shardings(mesh: Mesh, abstract: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
-    """NamedShardings for a tree of parameters.
-
-    Args:
-      mesh: the device mesh.
-      abstract: nested dict of arrays or ShapeDtypeStructs.
-      axes: the same tree with a tuple of logical axis names at each leaf.
-    """
+    """NamedShardings for a tree of arrays or ShapeDtypeStructs; `axes` has a tuple of logical axes at each leaf."""
 
     def sharding(path, leaf, leaf_axes):
         name = "/".join(str(key.key) for key in path)
@@ -105,9 +91,7 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str) -> jax.Array:
 
 def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
     """Sharding of a batch array: [B, T] or, with `ndim` 1, [B]."""
-    return NamedSharding(
-        mesh, PartitionSpec(RULES["batch"], RULES["length"]) if ndim == 2 else PartitionSpec(RULES["batch"])
-    )
+    return NamedSharding(mesh, PartitionSpec(*(RULES["batch"], RULES["length"])[:ndim]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
