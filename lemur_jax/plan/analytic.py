@@ -70,7 +70,7 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     Raises:
       UserError: the mesh does not divide the slice, the model or the batch.
     """
-    mesh = _mesh(config, tpu)
+    mesh = AbstractMesh(mesh_shape(config.mesh, tpu.devices), AXES)
     check(config.train, config.data.sequence_length, config.model, mesh)
     model = config.model
     if mesh.shape["sequence"] > 1:
@@ -78,7 +78,13 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     state = _state(model, config.compute.param_dtype, config.optimizer, config.train.steps, mesh)
     parameters, moments = compiling.device_bytes(state.params), compiling.device_bytes(state.optimizer)
     tokens = config.train.batch_rows * config.data.sequence_length / tpu.devices * mesh.shape["tensor"]
-    backward = _kept_activations(config, mesh, tokens)
+    backward = [
+        (
+            int(tokens / config.train.microbatches * size),
+            f"activations kept: {name}, {model.num_hidden_layers} layers",
+        )
+        for name, size in stored_bytes(config, mesh, "keep")
+    ]
     if config.train.microbatches > 1:
         backward.append((parameters, "gradients, summed so far"))
     # All gradients exist when the last one is done; with one microbatch there are activations in their place before.
@@ -97,25 +103,11 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     )
 
 
-def _mesh(config: RunConfig, tpu: Slice) -> Any:
-    """A mesh without devices, for functions that read only its axes."""
-    return AbstractMesh(mesh_shape(config.mesh, tpu.devices), AXES)
-
-
 @functools.lru_cache(maxsize=256)
 def _state(model: LlamaConfig, dtype: str, optimizer: OptimizerConfig, steps: int, mesh: Any) -> Any:
     """The abstract train state on the mesh."""
     made = make_optimizer(optimizer, steps, llama.logical_axes(model))
     return abstract_state(model, dtype, made, mesh)
-
-
-def _kept_activations(config: RunConfig, mesh: Any, tokens: float) -> list[tuple[int, str]]:
-    """(bytes per device, description) of what the layers keep for the backward pass of a microbatch."""
-    layers = config.model.num_hidden_layers
-    return [
-        (int(tokens / config.train.microbatches * size), f"activations kept: {name}, {layers} layers")
-        for name, size in stored_bytes(config, mesh, "keep")
-    ]
 
 
 @functools.cache
@@ -195,12 +187,3 @@ def _network(config: RunConfig, model: LlamaConfig, mesh: Any, tokens: float, tp
     moved += 2 * model.num_hidden_layers * tokens * exchanged * size * (sequence - 1) / sequence
     axes = [2 if wrap else 1 for wrap, length in zip(tpu.wrap, tpu.shape, strict=True) if length > 1]
     return moved / (max(1, sum(axes)) * tpu.generation.link)
-
-
-def largest_arrays(config: RunConfig, tpu: Slice) -> list[tuple[int, str]]:
-    """(bytes per device, description) of the largest arrays of the state and of the kept activations."""
-    mesh = _mesh(config, tpu)
-    state = _state(config.model, config.compute.param_dtype, config.optimizer, config.train.steps, mesh)
-    tokens = config.train.batch_rows * config.data.sequence_length / tpu.devices * mesh.shape["tensor"]
-    arrays = compiling.largest_arrays(state, 10) + _kept_activations(config, mesh, tokens)
-    return sorted((each for each in arrays if each[0]), reverse=True)[:10]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import pathlib
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.plan.hlo import Module, parse
 
 logger = logging.getLogger(__name__)
 # Seconds between two lines of progress.
@@ -43,15 +45,18 @@ class Compiled:
     verdict: str = ""
     largest: tuple[tuple[int, str], ...] = ()
 
+    @functools.cached_property
+    def module(self) -> Module | None:
+        """The parsed HLO."""
+        return parse(self.hlo) if self.hlo else None
+
 
 def compile_program(function: jax.stages.Wrapped, *arguments: Any, what: str, **static) -> Compiled:
     """Compiles a jitted function for the devices of its arguments' shardings.
 
     Args:
-      function: made by `jax.jit`.
       arguments: trees of ShapeDtypeStructs with shardings.
       what: name of the program for the log.
-      static: static keyword arguments.
 
     Raises:
       UserError: the compiler does not know one of the function's compiler options.
@@ -85,56 +90,44 @@ def compile_program(function: jax.stages.Wrapped, *arguments: Any, what: str, **
 def _progress(what: str) -> Iterator[None]:
     """Logs that a compilation runs: at once, and every few seconds."""
     logger.info("compiling %s; large models take minutes", what)
-    done = threading.Event()
+    done, start = threading.Event(), time.monotonic()
 
     def log() -> None:
-        start = time.monotonic()
         while not done.wait(_PROGRESS):
             logger.info("still compiling %s, %.0f s", what, time.monotonic() - start)
 
-    thread = threading.Thread(target=log, daemon=True)
-    thread.start()
+    threading.Thread(target=log, daemon=True).start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
 
 
 def out_of_memory(message: str, seconds: float) -> Compiled:
     """Reads the compiler's refusal.
 
     Far above the limit it states two sizes, "(53.65G) exceeds available HBM (30.75G)"; near it, a report with
-    "Used 33.1G of 30.7G hbm" and the largest allocations. A shortage of vector memory ("of 16.00M vmem") is no HBM:
-    `peak_bytes` is then 0.
+    "Used 33.1G of 30.7G hbm" and the largest allocations, "1. Size: 4.00G / Operator: op_name=... / Shape: ...". A
+    shortage of vector memory ("of 16.00M vmem") is no HBM: `peak_bytes` is then 0.
     """
     used = re.search(r"Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm|temporaries \(([\d.]+[KMGT]?)\)", message)
+    largest = []
+    for size, entry in re.findall(r"\n\s*\d+\. Size: ([\d.]+[KMGT]?)((?:\n.*\S.*)*)", message):
+        shape, origin = re.search(r"Shape: ([^\s{]+)", entry), re.search(r'op_name="([^"]*)"', entry)
+        largest.append((_size(size), " ".join(part[1] for part in (shape, origin) if part)))
     return Compiled(
         fits=False,
         seconds=seconds,
         peak_bytes=_size(used[1] or used[2]) if used else 0,
         verdict=message,
-        largest=tuple(_allocations(message)),
+        largest=tuple(largest),
     )
 
 
 def _size(text: str) -> int:
     """Bytes of a size written as 12.34G."""
     unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(text[-1], 1)
-    return int(float(text.rstrip("KMGTB")) * unit)
-
-
-def _allocations(message: str) -> list[tuple[int, str]]:
-    """(bytes, shape and origin) of each entry "1. Size: 4.00G / Operator: op_name=... / Shape: ..." of the report."""
-    found = []
-    for entry in re.split(r"\n\s*\d+\. (?=Size: )", message)[1:]:
-        size = re.match(r"Size: ([\d.]+[KMGT]?)", entry)
-        shape = re.search(r"Shape: ([^\s{]+)", entry)
-        origin = re.search(r'op_name="([^"]*)"', entry)
-        if size:
-            what = " ".join(part[1] for part in (shape, origin) if part)
-            found.append((_size(size[1]), what or "unnamed"))
-    return found
+    return int(float(text.rstrip("KMGT")) * unit)
 
 
 def device_bytes(tree: Any) -> int:
@@ -143,16 +136,3 @@ def device_bytes(tree: Any) -> int:
         leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def largest_arrays(tree: Any, count: int) -> list[tuple[int, str]]:
-    """(bytes per device, dtype with shape on one device and path) of a tree's largest arrays, largest first."""
-    named = [
-        (
-            device_bytes(leaf),
-            f"{leaf.dtype}{list(leaf.sharding.shard_shape(leaf.shape))}"
-            f" {jax.tree_util.keystr(path, simple=True, separator='/')}",
-        )
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
-    return sorted(named, reverse=True)[:count]

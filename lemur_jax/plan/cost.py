@@ -27,14 +27,7 @@ BETWEEN = ", slices"
 
 @dataclasses.dataclass(kw_only=True)
 class Traffic:
-    """What one kind of transfer does in a step.
-
-    Attributes:
-      count: executions.
-      bytes: moved by each device, as written in the program.
-      seconds: on the wire.
-      exposed: seconds of them in which the device computes nothing.
-    """
+    """One kind of transfer in a step: executions, bytes of each device, seconds on the wire and seconds not hidden."""
 
     count: float = 0
     bytes: float = 0
@@ -48,19 +41,11 @@ class Traffic:
 
 @dataclasses.dataclass(kw_only=True)
 class Cost:
-    """Estimated seconds of a program or of a part of it.
-
-    Attributes:
-      seconds: from start to end.
-      compute: seconds by part: MATMUL, ATTENTION, OTHER.
-      traffic: by kind, e.g. "all-gather" or "all-reduce, slices".
-      largest: (total seconds, instruction, its place in the Python program) of computing instructions.
-    """
+    """Estimated seconds of a program, of its computation by part, and its traffic by kind ("all-reduce, slices")."""
 
     seconds: float = 0
     compute: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
     traffic: dict[str, Traffic] = dataclasses.field(default_factory=lambda: collections.defaultdict(Traffic))
-    largest: list[tuple[float, str, str]] = dataclasses.field(default_factory=list)
 
     def add(self, other: "Cost", times: float = 1) -> None:
         """Adds `times` executions of `other`, one after the other."""
@@ -69,7 +54,6 @@ class Cost:
             self.compute[part] += times * seconds
         for kind, traffic in other.traffic.items():
             self.traffic[kind].add(traffic, times)
-        self.largest += [(times * seconds, name, where) for seconds, name, where in other.largest]
 
     @property
     def exposed(self) -> float:
@@ -86,14 +70,13 @@ class Network:
 
     def __init__(self, tpu: Slice, devices: Sequence[jax.Device]):
         """`devices`: described devices in the order of the device assignment."""
-        self.tpu = tpu
-        self.chip = tpu.generation
-        axes = len(tpu.shape)
+        self.tpu, self.chip = tpu, tpu.generation
         # (slice, x, y, ...) of each device.
-        self.places = [(getattr(each, "slice_index", None) or 0, *each.coords[:axes]) for each in devices]
+        self.places = [
+            (getattr(each, "slice_index", None) or 0, *each.coords[: len(tpu.shape)]) for each in devices
+        ]
 
     def leaves_slice(self, devices: Sequence[int]) -> bool:
-        """Whether these devices are on more than one slice."""
         return len({self.places[device][0] for device in devices}) > 1
 
     def _axes(self, group: list[int]) -> tuple[list[tuple[int, int]], int]:
@@ -151,21 +134,13 @@ class Estimator:
 
     def __init__(self, module: hlo.Module, network: Network, uncounted: int | None = None):
         """`uncounted`: assumed turns of a loop whose end depends on data; None: such a loop is an error."""
-        self.module = module
-        self.network = network
-        self.chip = network.chip
-        self.uncounted = uncounted
+        self.module, self.network, self.chip, self.uncounted = module, network, network.chip, uncounted
         self._finished: dict[str, Cost] = {}
         self._received: dict[str, str] = {}  # name of a `recv` -> its transfer
 
     def run(self) -> Cost:
         """The cost of one step."""
-        cost = self._computation(self.module.entry)
-        totals: dict[tuple[str, str], float] = collections.defaultdict(float)
-        for seconds, name, where in cost.largest:
-            totals[name, where] += seconds
-        cost.largest = sorted(((s, *key) for key, s in totals.items()), reverse=True)[:20]
-        return cost
+        return self._computation(self.module.entry)
 
     def _computation(self, name: str) -> Cost:
         """Issues the instructions in order.
@@ -227,7 +202,6 @@ class Estimator:
         matmul = inner & {"convolution", "dot"}
         cost.seconds += seconds
         cost.compute[ATTENTION if kernel is not None else MATMUL if matmul else OTHER] += seconds
-        cost.largest.append((seconds, each.name, each.op_name))
         return seconds
 
     def _communication(self, each: hlo.Instruction) -> tuple[str, str, str, Traffic]:

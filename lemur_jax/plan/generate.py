@@ -22,9 +22,8 @@ from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import Compute
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import spec
-from lemur_jax.plan import cost, hlo
-from lemur_jax.plan.compile import Compiled, compile_program, device_bytes, largest_arrays
-from lemur_jax.plan.plan import format_largest, format_memory, format_mesh, hbm_by_kind, slice_name
+from lemur_jax.plan.compile import Compiled, compile_program, device_bytes
+from lemur_jax.plan.plan import Plan, estimate_cost, format_plan, program_plan
 from lemur_jax.plan.topologies import Slice, described_devices, find_slice
 
 # Stop ids of a row.
@@ -32,59 +31,37 @@ STOPS = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Phase:
-    """Prefill, or one step of decode.
-
-    Attributes:
-      fits, verdict, compile_seconds: the compiler's answer.
-      hbm_bytes_per_chip: most in use at a time.
-      hbm: bytes a chip by kind: parameters, kv_cache, temporaries (the rest).
-      seconds: estimated, the larger of the next two; for decode, of one token for each sequence.
-      scheduled_seconds: the compiler's cycles and exposed transfers.
-      hbm_seconds: parameters and cache read once at the published bandwidth.
-      exposed_seconds: the part of `scheduled_seconds` that waits for the network.
-    """
-
-    fits: bool
-    verdict: str
-    compile_seconds: float
-    hbm_bytes_per_chip: int
-    hbm: dict[str, int]
-    seconds: float | None = None
-    scheduled_seconds: float | None = None
-    hbm_seconds: float | None = None
-    exposed_seconds: float | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratePlan:
     """The cost of generation on a slice.
 
     Attributes:
-      topology, slices, chips, mesh: the slice and the sizes of the mesh axes.
       dtype, batch, prompt_length, cache_length: the arguments.
-      fits: whether both phases fit.
-      hbm_limit_bytes_per_chip: what a program may use.
-      largest_buffers: [bytes a chip, description], largest first.
-      prefill, decode: the two phases.
-      prefill_tokens_per_second, decode_tokens_per_second: of the whole batch.
+      prefill, decode: the two programs; the HBM has the kinds parameters, kv_cache and temporaries. The time of
+        `decode` is that of one token for each sequence.
     """
 
-    topology: str
-    slices: int
-    chips: int
-    mesh: dict[str, int]
     dtype: str
     batch: int
     prompt_length: int
     cache_length: int
-    fits: bool
-    hbm_limit_bytes_per_chip: int
-    largest_buffers: list[list[Any]]
-    prefill: Phase
-    decode: Phase
-    prefill_tokens_per_second: float | None = None
-    decode_tokens_per_second: float | None = None
+    prefill: Plan
+    decode: Plan
+
+    @property
+    def fits(self) -> bool:
+        return self.prefill.fits and self.decode.fits
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        """Of the whole batch."""
+        rate = self.prefill.tokens_per_second_per_chip
+        return rate and rate * self.prefill.chips
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Of the whole batch."""
+        rate = self.decode.tokens_per_second_per_chip
+        return rate and rate * self.decode.chips
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -127,34 +104,20 @@ def plan_generate(
         tokens,
         rows,
     )
-    state = _placed_state(state, mesh)
+    # The shardings in which prefill leaves its state.
+    cache = _placed(state.cache, mesh, kv_cache.AXES)
+    state = dataclasses.replace(_placed(dataclasses.replace(state, cache=None), mesh), cache=cache)
     sizes = {"parameters": device_bytes(params), "kv_cache": device_bytes(state.cache)}
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    prefill = _phase(
-        compile_program(run.prefill, params, tokens, rows, {}, new_slots=new_slots, what="prefill"),
-        sizes,
-        tpu,
-        mesh,
-    )
-    decode = _phase(compile_program(run.decode, params, state, {}, steps, what="decode"), sizes, tpu, mesh)
-    per_chip = tpu.generation.devices_per_chip
-    largest = largest_arrays({"params": params, "cache": state.cache}, 8)
+    prefill = compile_program(run.prefill, params, tokens, rows, {}, new_slots=new_slots, what="prefill")
+    decode = compile_program(run.decode, params, state, {}, steps, what="decode")
     return GeneratePlan(
-        topology=topology,
-        slices=slices,
-        chips=tpu.chips,
-        mesh=dict(mesh.shape),
         dtype=dtype,
         batch=batch,
         prompt_length=prompt_length,
         cache_length=cache_length,
-        fits=prefill.fits and decode.fits,
-        hbm_limit_bytes_per_chip=tpu.generation.hbm * per_chip,
-        largest_buffers=[[size * per_chip, what] for size, what in largest],
-        prefill=prefill,
-        decode=decode,
-        prefill_tokens_per_second=batch * prompt_length / prefill.seconds if prefill.seconds else None,
-        decode_tokens_per_second=batch / decode.seconds if decode.seconds else None,
+        prefill=_phase(prefill, sizes, tpu, mesh, batch * prompt_length),
+        decode=_phase(decode, sizes, tpu, mesh, batch),
     )
 
 
@@ -177,7 +140,7 @@ def _inputs(mesh: Mesh, B: int, T: int) -> tuple[Any, Rows]:
     """Abstract tokens int32 [B, T] and rows, placed as infer/generate.py places them."""
 
     def abstract(*shape: int, dtype=jnp.int32):
-        return _struct(jax.ShapeDtypeStruct(shape, dtype), mesh, ("batch", "width")[: len(shape)])
+        return _placed(jax.ShapeDtypeStruct(shape, dtype), mesh)
 
     names = ("token", "position", "prompt_length", "remaining")
     per_row = {name: abstract(B) for name in names}
@@ -185,71 +148,38 @@ def _inputs(mesh: Mesh, B: int, T: int) -> tuple[Any, Rows]:
     return abstract(B, T), rows
 
 
-def _struct(leaf, mesh: Mesh, axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec(mesh, axes, leaf.shape))
+def _placed(tree: Any, mesh: Mesh, axes: tuple[str, ...] = ("batch", "width")) -> Any:
+    """The abstract arrays with the shardings of these logical axes."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec(mesh, axes[: leaf.ndim], leaf.shape))
+        ),
+        tree,
     )
 
 
-def _placed_state(state, mesh: Mesh):
-    """The abstract state between two dispatches with the shardings that prefill leaves it in."""
-    cache = jax.tree.map(lambda leaf: _struct(leaf, mesh, kv_cache.AXES), state.cache)
-    others = dataclasses.replace(state, cache=None)
-    placed = jax.tree.map(lambda leaf: _struct(leaf, mesh, ("batch", "width")[: leaf.ndim]), others)
-    return dataclasses.replace(placed, cache=cache)
-
-
-def _phase(compiled: Compiled, sizes: dict[str, int], tpu: Slice, mesh: Mesh) -> Phase:
-    facts: dict[str, Any] = {}
-    if compiled.hlo:
-        network = cost.Network(tpu, list(mesh.devices.flat))
-        # The loop of decode ends when every sequence has ended; one turn of it is one token.
-        estimate = cost.Estimator(hlo.parse(compiled.hlo), network, uncounted=1).run()
-        reading = sum(sizes.values()) / tpu.generation.bandwidth
-        facts = dict(
-            seconds=max(estimate.seconds, reading),
-            scheduled_seconds=estimate.seconds,
-            hbm_seconds=reading,
-            exposed_seconds=estimate.exposed,
-        )
-    return Phase(
-        fits=compiled.fits,
-        verdict=compiled.verdict,
-        compile_seconds=compiled.seconds,
-        hbm_bytes_per_chip=compiled.peak_bytes * tpu.generation.devices_per_chip,
-        hbm=hbm_by_kind(sizes, compiled, tpu),
-        **facts,
-    )
+def _phase(compiled: Compiled, sizes: dict[str, int], tpu: Slice, mesh: Mesh, tokens: int) -> Plan:
+    """The plan of prefill or decode: not faster than parameters and cache are read once at the HBM's bandwidth."""
+    # The loop of decode ends when every sequence has ended; one turn of it is one token.
+    estimate = estimate_cost(compiled, tpu, mesh, uncounted=1)
+    if estimate:
+        waiting = sum(sizes.values()) / tpu.generation.bandwidth - estimate.seconds
+        if waiting > 0:
+            estimate.compute["waiting for HBM"] = waiting
+            estimate.seconds += waiting
+    return program_plan(compiled, estimate, tpu, mesh, sizes, tokens)
 
 
 def format_generate_plan(plan: GeneratePlan) -> str:
     """The plan as text."""
-    lines = [
-        f"{slice_name(plan.topology, plan.slices)}: {plan.chips} chips, mesh {format_mesh(plan.mesh)}; {plan.batch}"
-        f" sequences, prompts of {plan.prompt_length}, cache of {plan.cache_length}, {plan.dtype}",
-    ]
-    for name, phase in (("prefill", plan.prefill), ("decode", plan.decode)):
-        verdict, *kinds = format_memory(
-            phase.fits, phase.hbm_bytes_per_chip, plan.hbm_limit_bytes_per_chip, phase.hbm
-        )
-        lines += ["", f"{name}: {verdict}; compiled in {phase.compile_seconds:.0f} s", *kinds]
-        if phase.seconds is None:
-            lines.append("  " + phase.verdict.strip().splitlines()[0])
-            continue
-        lines.append(
-            f"  ESTIMATED {1e3 * phase.seconds:.1f} ms (scheduled {1e3 * phase.scheduled_seconds:.1f}, of which"
-            f" {1e3 * phase.exposed_seconds:.1f} wait for the network; reading parameters and cache"
-            f" {1e3 * phase.hbm_seconds:.1f})"
-        )
-    if not plan.fits:
-        lines += ["", "the largest buffers a chip:", *format_largest(plan.largest_buffers), ""]
-        lines.append(
-            "use a larger --config.mesh.tensor or --topology, or a smaller --batch or --cache-length"
+    if plan.fits:
+        end = (
+            f"ESTIMATED {plan.prefill_tokens_per_second:,.0f} prompt tokens/s and"
+            f" {plan.decode_tokens_per_second:,.0f} generated tokens/s, all sequences together (not measured)"
         )
     else:
-        lines += [
-            "",
-            f"ESTIMATED {plan.prefill_tokens_per_second:,.0f} prompt tokens/s and {plan.decode_tokens_per_second:,.0f}"
-            " generated tokens/s, all sequences together (not measured)",
-        ]
-    return "\n".join(lines)
+        end = "use a larger --config.mesh.tensor or --topology, or a smaller --batch or --cache-length"
+    return (
+        f"{plan.batch} sequences, prompts of {plan.prompt_length}, cache of {plan.cache_length}, {plan.dtype}\n\n"
+        f"prefill on {format_plan(plan.prefill)}\n\ndecode on {format_plan(plan.decode)}\n\n{end}"
+    )

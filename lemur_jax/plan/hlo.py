@@ -36,8 +36,6 @@ class Instruction:
     """One instruction.
 
     Attributes:
-      name: without the percent sign.
-      opcode: e.g. "fusion", "all-gather-start".
       shape: text of the result's shape, with layouts.
       arguments: text between the parentheses: operands, or the value of a constant.
       attributes: text after the operands.
@@ -53,7 +51,6 @@ class Instruction:
 
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
-        """Names of the operands."""
         return tuple(_NAMES.findall(self.arguments))
 
     @functools.cached_property
@@ -91,11 +88,9 @@ class Module:
         return {name: {each.name: each for each in body} for name, body in self.computations.items()}
 
     def instruction(self, computation: str, name: str) -> Instruction | None:
-        """The instruction of that name in a computation."""
         return self._by_name[computation].get(name)
 
     def root(self, computation: str) -> Instruction:
-        """The result of a computation."""
         return next(each for each in self.computations[computation] if each.root)
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
@@ -120,7 +115,7 @@ def parse(text: str) -> Module:
         if pending and (starts or header or line == "}"):
             current.append(_instruction(pending))
             pending = ""
-        if header and not line.startswith(" "):
+        if header:
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
         elif starts and current is not None:
@@ -180,8 +175,9 @@ def host_transfer_bytes(each: Instruction) -> int:
     """
     if each.opcode not in _COPIES or "S(5)" not in each.shape:
         return 0
-    moved = (BYTES[dtype] * math.prod(sizes) for dtype, sizes in shapes(on_device(each.shape)) if sizes)
-    return int(sum(moved))
+    return int(
+        sum(BYTES[dtype] * math.prod(sizes) for dtype, sizes in shapes(on_device(each.shape)) if sizes)
+    )
 
 
 def on_device(text: str) -> str:
@@ -197,9 +193,7 @@ def between_slices(each: Instruction) -> str:
 
 
 def trip_count(module: Module, computation: str, loop: Instruction) -> int:
-    """How often a `while` in `computation` runs its body.
-
-    A loop of JAX counts one element of the carried tuple from a constant up to a constant.
+    """How often a `while` in `computation` runs its body: JAX counts an element of its tuple up to a constant.
 
     Raises:
       ValueError: the loop is of another kind.
@@ -220,6 +214,8 @@ def trip_count(module: Module, computation: str, loop: Instruction) -> int:
         else:
             bounds.append((_constant(module, condition, name), -1))
     (start, index), (stop, _) = bounds
+    if start is None or stop is None:
+        raise ValueError(f"cannot count the trips of {loop.name}: its bounds are not constant")
     return max(0, -(-(stop - start) // _increment(module, loop.attribute("body"), index)))
 
 
@@ -231,23 +227,19 @@ def _source(module: Module, computation: str, name: str) -> Instruction | None:
     return found
 
 
-def _constant(module: Module, computation: str, name: str) -> int:
-    """The value of a scalar constant; ValueError if it is none."""
+def _constant(module: Module, computation: str, name: str) -> int | None:
+    """The value of a scalar constant; None if it is none."""
     found = _source(module, computation, name)
-    if found is None or found.opcode != "constant":
-        raise ValueError(f"{name} in {computation} is not a constant")
-    return int(found.arguments)
+    return int(found.arguments) if found is not None and found.opcode == "constant" else None
 
 
 def _increment(module: Module, body: str, index: int) -> int:
     """By how much the body of a loop raises element `index` of the carried tuple."""
     root = module.root(body)
     found = _source(module, body, root.operands[index]) if root.opcode == "tuple" else None
-    for name in found.operands if found is not None and found.opcode == "add" else ():
-        source = _source(module, body, name)
-        if source is not None and source.opcode == "constant":
-            return int(source.arguments)
-    return 1
+    terms = found.operands if found is not None and found.opcode == "add" else ()
+    constants = (_constant(module, body, name) for name in terms)
+    return next((value for value in constants if value is not None), 1)
 
 
 def group(attributes: str, devices: int) -> list[int]:

@@ -16,12 +16,7 @@ from lemur_jax.plan.topologies import Generation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """Cycles on one core.
-
-    Attributes:
-      blocks: side of a square block of scores -> cycles of computing it, at head width 128.
-      step: cycles of a grid step, whether it computes or not.
-    """
+    """Cycles on one core of each square block of scores, by its side, at head width 128; and of each grid step."""
 
     blocks: dict[int, int]
     step: int

@@ -1,79 +1,73 @@
 """Output of a search: a table, a plot and a config for `lemur train`."""
 
+import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Sequence
 
-from lemur_jax.plan.plan import GIB
+from lemur_jax.plan.plan import GIB, slice_name
 from lemur_jax.plan.search import SearchResult, Trial, format_changes
 from lemur_jax.report.charts import Mark, scatter_plot
 from lemur_jax.report.html import escape, html_page, html_table
 
+_COLUMNS = ("step, s", "tokens/s/chip", "MFU", "HBM, GiB", "layout")
+
+
+def _row(trial: Trial) -> tuple[str, ...]:
+    """The cells of `_COLUMNS`."""
+    return (
+        f"{trial.plan.step_seconds:.3f}",
+        f"{trial.plan.tokens_per_second_per_chip:,.0f}",
+        f"{trial.plan.mfu:.1%}",
+        f"{trial.plan.hbm_bytes_per_chip / GIB:.2f}",
+        format_changes(trial.changes),
+    )
+
 
 def format_search(found: SearchResult) -> str:
     """The Pareto front and the number of candidates. Times are estimates."""
-    front = found.front()
-    lines = [
-        f"  {'step, s':>10}{'tokens/s/chip':>15}{'MFU':>8}{'HBM, GiB':>10}  (estimated; MFU with causal attention)",
-        *(
-            f"  {each.seconds:10.3f}{each.made.tokens_per_second_per_chip:15,.0f}{each.made.mfu:8.1%}"
-            f"{each.hbm / GIB:10.2f}  {format_changes(each.changes)}"
-            for each in front
-        ),
-    ]
-    if not front:
-        lines = ["nothing that was tried fits"]
-    fitting = sum(trial.fits for trial in found.trials)
-    counts = [
-        f"compiled {found.compiled}, from the cache {found.cached}: {fitting} fit",
-        *(f"{count} not compiled: {reason}" for reason, count in sorted(found.pruned.items())),
-        f"{found.untried} left when it ended after {found.seconds:.0f} s",
-    ]
-    return "\n".join([*lines, "", *counts])
+    front = [_row(trial) for trial in found.front()]
+    lines = ["nothing that was tried fits"]
+    if front:
+        rows = [(*_COLUMNS[:-1], "(estimated; MFU with causal attention)"), *front]
+        lines = ["  {:>10}{:>15}{:>8}{:>10}  {}".format(*row) for row in rows]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"compiled {found.compiled}, from the cache {found.cached}: {sum(each.fits for each in found.trials)} fit",
+            *(f"{count} not compiled: {reason}" for reason, count in sorted(found.pruned.items())),
+            f"{found.untried} left when it ended after {found.seconds:.0f} s",
+        ]
+    )
 
 
 def plot(found: SearchResult, title: str) -> str:
-    """A page with step time against HBM: a dot for each layout that fits, the Pareto front joined; "" if none fits.
-
-    The numbers are those of the table's rows.
-    """
+    """A page with step time against HBM: a dot for each layout that fits, the Pareto front joined and in a table."""
     front = found.front()
     marks = [
         Mark(
-            x=trial.hbm / GIB,
-            y=trial.seconds,
+            x=trial.plan.hbm_bytes_per_chip / GIB,
+            y=trial.plan.step_seconds,
             label=str(front.index(trial) + 1) if trial in front else "",
-            note=f"{format_changes(trial.changes)}: {trial.seconds:.3f} s, {trial.hbm / GIB:.2f} GiB",
+            note="{4}: {0} s, {3} GiB".format(*_row(trial)),
             front=trial in front,
         )
         for trial in found.trials
         if trial.fits
     ]
-    if not marks:
-        return ""
     axes = ("GiB of HBM a chip", "seconds a step")
     plots = "".join(
         f'<div class="card scatter {kind}">{scatter_plot(title, axes, marks, size=size)}</div>'
         for kind, size in (("wide", (760, 460)), ("narrow", (360, 400)))
     )
-    head = ["", "step, s", "tokens/s/chip", "MFU", "HBM, GiB", "layout"]
-    rows = [
-        [
-            str(number),
-            f"{trial.seconds:.3f}",
-            f"{trial.made.tokens_per_second_per_chip:,.0f}",
-            f"{trial.made.mfu:.1%}",
-            f"{trial.hbm / GIB:.2f}",
-            escape(format_changes(trial.changes)),
-        ]
-        for number, trial in enumerate(front, start=1)
-    ]
+    rows = [[str(number), *map(escape, _row(trial))] for number, trial in enumerate(front, start=1)]
     body = f"""<h1>{escape(title)}</h1>
 <p class="soft">Estimated, not measured. A dot is a layout that fits; the line joins those that no other beats in both
 time and memory.</p>
 <h2>Step time against memory</h2>{plots}
-<h2>The front</h2>{html_table(head, rows)}"""
+<h2>The front</h2>{html_table(["", *_COLUMNS], rows)}"""
     return html_page(title, body)
 
 
@@ -87,12 +81,11 @@ def config_text(best: Trial, base: str, overrides: Sequence[str], directory: pat
     path, colon, argument = base.partition(":")
     beside = os.path.relpath(path, directory)
     values = "\n".join(f"    config.{name} = {value!r}" for name, value in best.changes.items())
-    made = best.made
+    made = best.plan
     versions = f"jax {made.versions['jax']} and libtpu {made.versions['libtpu']}"
-    slices = f"{made.slices} x " if made.slices > 1 else ""
-    return f'''"""{path} as `lemur plan --search` would run it on {slices}{made.topology}.
+    return f'''"""{path} as `lemur plan --search` would run it on {slice_name(made.topology, made.slices)}.
 
-Estimated, not measured: {best.seconds:.3f} s a step, {made.tokens_per_second_per_chip:,.0f} tokens/s/chip,
+Estimated, not measured: {made.step_seconds:.3f} s a step, {made.tokens_per_second_per_chip:,.0f} tokens/s/chip,
 {made.hbm_bytes_per_chip / GIB:.2f} GiB of HBM a chip, with {versions}.
 """
 
@@ -116,21 +109,11 @@ def write(
 ) -> None:
     """Writes `search.json`, and if something fits `pareto.html` and `best.py`."""
     directory.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "compiled": found.compiled,
-        "cached": found.cached,
-        "pruned": found.pruned,
-        "untried": found.untried,
-        "seconds": found.seconds,
-        "outcomes": [
-            {
-                "changes": each.changes,
-                "error": each.error,
-                "plan": json.loads(each.plan.to_json()) if each.plan else None,
-            }
-            for each in found.trials
-        ],
-    }
+    trials = [
+        {"changes": each.changes, "error": each.error, "plan": each.plan and dataclasses.asdict(each.plan)}
+        for each in found.trials
+    ]
+    facts = vars(found) | {"trials": trials}
     (directory / "search.json").write_text(json.dumps(facts, indent=1) + "\n")
     if found.best:
         (directory / "pareto.html").write_text(plot(found, title))

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from lemur_jax.config import RunConfig
 from lemur_jax.parallel.mesh import make_mesh
@@ -24,27 +25,26 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The cost of a config on a slice. Every time and rate is an estimate, none a measurement.
+    """The cost of a program on a slice. Every time and rate is an estimate.
 
     Attributes:
       topology, slices, chips: the slice.
       mesh: sizes of the mesh axes.
-      fits: the compiler's verdict.
-      verdict: its message if the config does not fit.
+      fits, verdict: whether the compiler could allocate the memory, and its message if not.
       compile_seconds: lowering and compiling on this machine.
-      hbm_bytes_per_chip: most in use at a time; the requested HBM if the config does not fit.
+      hbm_bytes_per_chip: most in use at a time; the requested HBM if the program does not fit.
       hbm_limit_bytes_per_chip: what a program may use.
-      hbm: bytes per chip by kind: parameters, optimizer, batch, activations (kept for the backward pass), temporaries
-        (the rest of the peak: gradients, gathered weights, workspace).
+      hbm: bytes per chip by kind; `temporaries` is the rest of the peak. `activations` are those kept for the backward
+        pass.
       host_bytes_per_chip: host memory in use.
-      largest_buffers: [bytes per chip, description] if the config does not fit: from the compiler, or if its message
-        has none, the largest arrays of the state and of the kept activations by their shapes.
-      tokens_per_step: tokens of one update.
-      step_seconds: of one update.
+      largest_buffers: [bytes per chip, description] if the program does not fit: from the compiler, or if its message
+        has none, from `analytic.lower_bound`.
+      tokens_per_step: tokens of one execution.
+      step_seconds: of one execution.
       parts: seconds by part: matmul, attention kernels, other compute, exposed communication.
       collectives: one row per kind: count, bytes, seconds, exposed, hidden.
-      largest_instructions: [seconds, name, place in the Python program].
-      tokens_per_second_per_chip, mfu, mfu_full_attention: MFU with attention counted causal, and full.
+      tokens_per_second_per_chip: of the step.
+      mfu, mfu_full_attention: of an update, with attention counted causal, and full.
       days, chip_hours: for all updates of the config.
       versions: of jax and libtpu.
     """
@@ -65,13 +65,12 @@ class Plan:
     step_seconds: float | None = None
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
     collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    largest_instructions: list[list[Any]] = dataclasses.field(default_factory=list)
     tokens_per_second_per_chip: float | None = None
     mfu: float | None = None
     mfu_full_attention: float | None = None
     days: float | None = None
     chip_hours: float | None = None
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -96,31 +95,28 @@ def plan(config: RunConfig, topology: str, *, slices: int = 1, hlo_path: str | N
     compiled = compile_program(program.step, program.state, program.batch, what=name)
     if hlo_path and compiled.hlo:
         epath.Path(hlo_path).write_text(compiled.hlo)
-    per_chip = tpu.generation.devices_per_chip
-    module = hlo.parse(compiled.hlo) if compiled.hlo else None
     known = {
         "parameters": device_bytes(program.state.params),
         "optimizer": device_bytes(program.state.optimizer),
         "batch": device_bytes(program.batch),
-        "activations": kept_activations(module, program) if module else 0,
+        "activations": kept_activations(compiled.module, program) if compiled.module else 0,
     }
-    largest = [] if compiled.fits else compiled.largest or analytic.largest_arrays(config, tpu)
-    return Plan(
-        topology=topology,
-        slices=slices,
-        chips=tpu.chips,
-        mesh=dict(program.mesh.shape),
-        fits=compiled.fits,
-        verdict=compiled.verdict,
-        compile_seconds=compiled.seconds,
-        hbm_bytes_per_chip=compiled.peak_bytes * per_chip,
-        hbm_limit_bytes_per_chip=tpu.generation.hbm * per_chip,
-        hbm=hbm_by_kind(known, compiled, tpu),
-        host_bytes_per_chip=compiled.host_bytes * per_chip,
-        largest_buffers=[[size * per_chip, what] for size, what in largest],
-        tokens_per_step=config.train.batch_rows * config.data.sequence_length,
-        versions={"jax": jax.__version__, "libtpu": metadata.version("libtpu")},
-        **(_estimates(config, tpu, program, compiled, module) if module else {}),
+    if not compiled.fits and not compiled.largest:
+        compiled = dataclasses.replace(compiled, largest=analytic.lower_bound(config, tpu).buffers)
+    estimate = estimate_cost(compiled, tpu, program.mesh)
+    length = config.data.sequence_length
+    made = program_plan(compiled, estimate, tpu, program.mesh, known, config.train.batch_rows * length)
+    if made.step_seconds is None:
+        return made
+    rate = made.tokens_per_step / made.step_seconds
+    peak = tpu.chips * flops.chip(tpu.generation.device_kind).bf16_flops
+    causal, full = (
+        flops.mfu(rate, flops.flops_per_token(config.model, length, causal=only).total, peak)
+        for only in (True, False)
+    )
+    hours = config.train.steps * made.step_seconds / 3600
+    return dataclasses.replace(
+        made, mfu=causal, mfu_full_attention=full, days=hours / 24, chip_hours=hours * tpu.chips
     )
 
 
@@ -134,10 +130,57 @@ def step_program(config: RunConfig, tpu: Slice) -> Program:
     return build(config, mesh, num_sources=max(1, len(config.data.sources)))
 
 
-def hbm_by_kind(known: dict[str, int], compiled: Compiled, tpu: Slice) -> dict[str, int]:
-    """Bytes per chip by kind, from bytes per device; the rest of the peak is `temporaries`."""
+def estimate_cost(
+    compiled: Compiled, tpu: Slice, mesh: Mesh, uncounted: int | None = None
+) -> cost.Cost | None:
+    """The estimate of a program that fits; `uncounted` as for `cost.Estimator`."""
+    if compiled.module is None:
+        return None
+    network = cost.Network(tpu, list(mesh.devices.flat))
+    estimate = cost.Estimator(compiled.module, network, uncounted).run()
+    check_host_transfers(compiled, estimate)
+    return estimate
+
+
+def program_plan(
+    compiled: Compiled, estimate: cost.Cost | None, tpu: Slice, mesh: Mesh, known: dict[str, int], tokens: int
+) -> Plan:
+    """The plan of a compiled program.
+
+    Args:
+      known: bytes per device by kind; the rest of the peak is `temporaries`.
+      tokens: of one execution.
+    """
+    per_chip = tpu.generation.devices_per_chip
     kinds = {**known, "temporaries": max(0, compiled.peak_bytes - sum(known.values()))}
-    return {kind: size * tpu.generation.devices_per_chip for kind, size in kinds.items()}
+    made = Plan(
+        topology=tpu.name,
+        slices=tpu.slices,
+        chips=tpu.chips,
+        mesh=dict(mesh.shape),
+        fits=compiled.fits,
+        verdict=compiled.verdict,
+        compile_seconds=compiled.seconds,
+        hbm_bytes_per_chip=compiled.peak_bytes * per_chip,
+        hbm_limit_bytes_per_chip=tpu.generation.hbm * per_chip,
+        hbm={kind: size * per_chip for kind, size in kinds.items()},
+        host_bytes_per_chip=compiled.host_bytes * per_chip,
+        largest_buffers=[[size * per_chip, what] for size, what in compiled.largest],
+        tokens_per_step=tokens,
+        versions={"jax": jax.__version__, "libtpu": metadata.version("libtpu")},
+    )
+    if estimate is None:
+        return made
+    return dataclasses.replace(
+        made,
+        step_seconds=estimate.seconds,
+        parts={**estimate.compute, "exposed communication": estimate.exposed},
+        collectives=[
+            dict(kind=kind, **dataclasses.asdict(traffic), hidden=max(0.0, traffic.seconds - traffic.exposed))
+            for kind, traffic in sorted(estimate.traffic.items(), key=lambda item: -item[1].seconds)
+        ],
+        tokens_per_second_per_chip=tokens / estimate.seconds / tpu.chips,
+    )
 
 
 def check_host_transfers(compiled: Compiled, estimate: cost.Cost) -> None:
@@ -153,48 +196,23 @@ def check_host_transfers(compiled: Compiled, estimate: cost.Cost) -> None:
         )
 
 
-def _estimates(
-    config: RunConfig, tpu: Slice, program: Program, compiled: Compiled, module: hlo.Module
-) -> dict[str, Any]:
-    """The fields of a Plan that follow from the estimated time."""
-    devices = list(program.mesh.devices.flat)
-    estimate = cost.Estimator(module, cost.Network(tpu, devices)).run()
-    check_host_transfers(compiled, estimate)
-    tokens = config.train.batch_rows * config.data.sequence_length
-    rate = tokens / estimate.seconds
-    peak = tpu.chips * flops.chip(devices[0].device_kind).bf16_flops
-    causal, full = (
-        flops.mfu(
-            rate, flops.flops_per_token(config.model, config.data.sequence_length, causal=causal).total, peak
-        )
-        for causal in (True, False)
-    )
-    seconds = config.train.steps * estimate.seconds
-    return dict(
-        step_seconds=estimate.seconds,
-        parts={**estimate.compute, "exposed communication": estimate.exposed},
-        collectives=[
-            dict(kind=kind, **dataclasses.asdict(traffic), hidden=max(0.0, traffic.seconds - traffic.exposed))
-            for kind, traffic in sorted(estimate.traffic.items(), key=lambda item: -item[1].seconds)
-        ],
-        largest_instructions=[list(each) for each in estimate.largest],
-        tokens_per_second_per_chip=rate / tpu.chips,
-        mfu=causal,
-        mfu_full_attention=full,
-        days=seconds / 86_400,
-        chip_hours=seconds / 3600 * tpu.chips,
-    )
-
-
 def kept_activations(module: hlo.Module, program: Program) -> int:
-    """Bytes per device that the forward pass of the layers keeps for the backward pass.
+    """Bytes of HBM per device that the forward pass of the layers keeps for the backward pass.
 
     These are the arrays that its loop over the layers carries with a leading axis L, other than parameters.
     """
-    layers = program.state.params["layers"]
-    stacked = {tuple(sorted(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(layers)}
-    loops = forward_loops(module, program.model.num_hidden_layers)
-    return max((_carried_bytes(loop, program.model.num_hidden_layers, stacked) for loop in loops), default=0)
+    layers = program.model.num_hidden_layers
+    parameters = jax.tree.leaves(program.state.params["layers"])
+    stacked = {tuple(sorted(leaf.sharding.shard_shape(leaf.shape))) for leaf in parameters}
+    kept = [
+        sum(
+            hlo.BYTES[dtype] * math.prod(sizes)
+            for dtype, sizes in hlo.shapes(hlo.on_device(loop.shape))
+            if len(sizes) > 2 and sizes[0] == layers and tuple(sorted(sizes)) not in stacked
+        )
+        for loop in forward_loops(module, layers)
+    ]
+    return int(max(kept, default=0))
 
 
 def forward_loops(module: hlo.Module, layers: int) -> Iterator[hlo.Instruction]:
@@ -214,61 +232,31 @@ def forward_loops(module: hlo.Module, layers: int) -> Iterator[hlo.Instruction]:
         yield from itertools.islice(peeled, 1)
 
 
-def _carried_bytes(loop: hlo.Instruction, layers: int, stacked: set[tuple[int, ...]]) -> int:
-    """Bytes in HBM of the arrays with a leading axis of `layers` in a loop's tuple, without the `stacked` shapes."""
-    kept = (
-        hlo.BYTES[dtype] * math.prod(sizes)
-        for dtype, sizes in hlo.shapes(hlo.on_device(loop.shape))
-        if len(sizes) > 2 and sizes[0] == layers and tuple(sorted(sizes)) not in stacked
-    )
-    return int(sum(kept))
-
-
 def slice_name(topology: str, slices: int) -> str:
     """E.g. "2 x v4-32"."""
     return f"{slices} x {topology}" if slices > 1 else topology
 
 
-def format_memory(fits: bool, total: int, limit: int, kinds: dict[str, int]) -> list[str]:
-    """Lines with the verdict and the HBM by kind; all in bytes per chip."""
-    verdict = (
-        f"{'FITS' if fits else 'DOES NOT FIT'}: {total / GIB:.2f} GiB of {limit / GIB:.2f} GiB HBM a chip"
-    )
-    return [verdict, *(f"  {kind:<22}{size / GIB:10.2f} GiB" for kind, size in kinds.items() if size)]
-
-
-def format_mesh(mesh: dict[str, int]) -> str:
-    """E.g. "fsdp 8, tensor 4"."""
-    return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
-
-
-def format_largest(buffers: list[list[Any]]) -> list[str]:
-    """One line per buffer, [bytes, description]."""
-    return [f"  {size / GIB:8.2f} GiB  {what}" for size, what in buffers]
-
-
 def format_plan(plan: Plan) -> str:
     """The plan as text."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     lines = [
-        f"{slice_name(plan.topology, plan.slices)}: {plan.chips} chip{'s' * (plan.chips > 1)}, mesh"
-        f" {format_mesh(plan.mesh)}; compiled in {plan.compile_seconds:.0f} s with libtpu {plan.versions['libtpu']}",
+        f"{slice_name(plan.topology, plan.slices)}: {plan.chips} chip{'s' * (plan.chips > 1)}, mesh {mesh};"
+        f" compiled in {plan.compile_seconds:.0f} s with libtpu {plan.versions['libtpu']}",
         "",
     ]
-    search = "add --search to look for a layout that fits"
+    refusal = plan.verdict.strip().partition("\n")[0]
     if not plan.fits and plan.hbm_bytes_per_chip == 0:  # another memory is too small
-        return "\n".join([*lines, f"DOES NOT FIT: {plan.verdict.strip().splitlines()[0]}", "", search])
-    lines += format_memory(plan.fits, plan.hbm_bytes_per_chip, plan.hbm_limit_bytes_per_chip, plan.hbm)
-    if plan.host_bytes_per_chip:
-        lines.append(f"  {'(in host memory)':<22}{plan.host_bytes_per_chip / GIB:10.2f} GiB")
-    if not plan.fits:
-        over = (plan.hbm_bytes_per_chip - plan.hbm_limit_bytes_per_chip) / GIB
-        lines += [
-            "",
-            f"{over:.2f} GiB too much a chip; the largest buffers:",
-            *format_largest(plan.largest_buffers),
-        ]
-        return "\n".join([*lines, "", plan.verdict.strip().splitlines()[0], "", search])
-    return "\n".join([*lines, "", *_format_step(plan)])
+        return "\n".join([*lines, f"DOES NOT FIT: {refusal}"])
+    used, limit = plan.hbm_bytes_per_chip / GIB, plan.hbm_limit_bytes_per_chip / GIB
+    lines.append(f"{'FITS' if plan.fits else 'DOES NOT FIT'}: {used:.2f} GiB of {limit:.2f} GiB HBM a chip")
+    kinds = {**plan.hbm, "(in host memory)": plan.host_bytes_per_chip}
+    lines += [f"  {kind:<22}{size / GIB:10.2f} GiB" for kind, size in kinds.items() if size]
+    if plan.fits:
+        return "\n".join([*lines, "", *_format_step(plan)])
+    buffers = [f"  {size / GIB:8.2f} GiB  {what}" for size, what in plan.largest_buffers]
+    over = f"{used - limit:.2f} GiB too much a chip; the largest buffers:"
+    return "\n".join([*lines, "", over, *buffers, "", refusal])
 
 
 def _format_step(plan: Plan) -> list[str]:
@@ -288,10 +276,8 @@ def _format_step(plan: Plan) -> list[str]:
     for row in plan.collectives:
         times = (f"{scale * row[time]:9.3f} {unit:<2}" for time in ("seconds", "exposed", "hidden"))
         lines.append(f"  {row['kind']:<22}{row['count']:8.0f}{row['bytes'] / 1e9:10.3f}{''.join(times)}")
-    return [
-        *lines,
-        "",
-        f"  {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip, MFU {plan.mfu:.1%} with causal attention,"
-        f" {plan.mfu_full_attention:.1%} with full",
-        f"  {plan.days:,.1f} days, {plan.chip_hours:,.0f} chip-hours for the config's updates",
-    ]
+    lines += ["", f"  {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip"]
+    if plan.mfu is not None:
+        lines[-1] += f", MFU {plan.mfu:.1%} with causal attention, {plan.mfu_full_attention:.1%} with full"
+        lines.append(f"  {plan.days:,.1f} days, {plan.chip_hours:,.0f} chip-hours for the config's updates")
+    return lines

@@ -6,6 +6,7 @@ time; what cannot fit by its bounds, or cannot beat a compiled one, is skipped. 
 own and leaves its plan in a cache.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -69,44 +70,18 @@ class Candidate:
     changes: Changes
     bound: analytic.Bound
 
-    @property
-    def mesh(self) -> tuple[Any, ...]:
-        return tuple(value for key, value in self.changes.items() if key.startswith("mesh."))
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trial:
+class Trial(Candidate):
     """A compiled candidate: its plan, or the error."""
 
-    candidate: Candidate
-    plan: Plan | None
+    plan: Plan | None = None
     error: str = ""
-
-    @property
-    def changes(self) -> Changes:
-        return self.candidate.changes
 
     @property
     def fits(self) -> bool:
         """Whether it fits and its time could be estimated."""
         return self.plan is not None and self.plan.step_seconds is not None
-
-    @property
-    def made(self) -> Plan:
-        """The plan of a candidate that was compiled."""
-        assert self.plan is not None
-        return self.plan
-
-    @property
-    def seconds(self) -> float:
-        """Estimated step time of a candidate that fits."""
-        assert self.made.step_seconds is not None
-        return self.made.step_seconds
-
-    @property
-    def hbm(self) -> int:
-        """Bytes per chip."""
-        return self.made.hbm_bytes_per_chip
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -124,7 +99,7 @@ class SearchResult:
     trials: list[Trial] = dataclasses.field(default_factory=list)
     compiled: int = 0
     cached: int = 0
-    pruned: dict[str, int] = dataclasses.field(default_factory=dict)
+    pruned: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     untried: int = 0
     seconds: float = 0.0
 
@@ -137,14 +112,10 @@ class SearchResult:
         """The Pareto front of step time and HBM, fastest first."""
         front: list[Trial] = []
         fitting = (trial for trial in self.trials if trial.fits)
-        for trial in sorted(fitting, key=lambda trial: (trial.seconds, trial.hbm)):
-            if not front or trial.hbm < front[-1].hbm:
+        for trial in sorted(fitting, key=lambda each: (each.plan.step_seconds, each.plan.hbm_bytes_per_chip)):
+            if not front or trial.plan.hbm_bytes_per_chip < front[-1].plan.hbm_bytes_per_chip:
                 front.append(trial)
         return front
-
-    def prune(self, reason: str) -> None:
-        """Counts a candidate that is not compiled."""
-        self.pruned[reason] = self.pruned.get(reason, 0) + 1
 
 
 def layouts(config: RunConfig, tpu: Slice) -> Iterator[Changes]:
@@ -170,10 +141,10 @@ def candidates(config: RunConfig, tpu: Slice, result: SearchResult) -> list[Cand
         try:
             bound = analytic.lower_bound(replace(config, changes), tpu)
         except UserError:
-            result.prune("the mesh does not divide the model or the batch")
+            result.pruned["the mesh does not divide the model or the batch"] += 1
             continue
         if bound.bytes > tpu.generation.hbm:
-            result.prune("cannot fit by its shapes")
+            result.pruned["cannot fit by its shapes"] += 1
         else:
             kept.append(Candidate(changes=changes, bound=bound))
     return sorted(kept, key=lambda each: (each.bound.serial_seconds, each.bound.bytes))
@@ -211,20 +182,20 @@ def search(
                 path = cache / f"{cache_key(wanted, topology, slices)}.json"
                 if path.exists():
                     result.cached += 1
-                    _finish(result, _read_trial(candidate, path))
-                else:
-                    process = _CONTEXT.Process(
-                        target=write_plan, args=(wanted, topology, slices, path), daemon=True
-                    )
-                    process.start()
-                    running[process.sentinel] = (process, candidate, path)
+                    _finish(result, candidate, path)
+                    continue
+                process = _CONTEXT.Process(
+                    target=write_plan, args=(wanted, topology, slices, path), daemon=True
+                )
+                process.start()
+                running[process.sentinel] = (process, candidate, path)
             if not running:
                 break
             for ended in multiprocessing.connection.wait(list(running), timeout=_POLL):
                 process, candidate, path = running.pop(ended)
                 process.join()
                 result.compiled += 1
-                _finish(result, _read_trial(candidate, path, process.exitcode))
+                _finish(result, candidate, path, process.exitcode)
     except KeyboardInterrupt:
         logger.info("stopped; the results so far are kept")
     finally:
@@ -235,9 +206,22 @@ def search(
     return result
 
 
-def _finish(result: SearchResult, trial: Trial) -> None:
+def _finish(
+    result: SearchResult, candidate: Candidate, path: pathlib.Path, exit_code: int | None = 0
+) -> None:
+    """Adds the result of a compilation from the cache, and logs it."""
+    facts: dict[str, Any] = {"error": f"the compilation ended with exit code {exit_code}"}
+    if path.exists():
+        facts = json.loads(path.read_text())
+    if "error" in facts:
+        trial = Trial(changes=candidate.changes, bound=candidate.bound, error=facts["error"])
+        outcome = f"refused         {facts['error']}: "
+    else:
+        trial = Trial(changes=candidate.changes, bound=candidate.bound, plan=Plan(**facts))
+        time_of = f"{trial.plan.step_seconds:10.3f} s" if trial.fits else "does not fit"
+        outcome = f"{time_of}  {trial.plan.hbm_bytes_per_chip / GIB:6.2f} GiB  "
     result.trials.append(trial)
-    logger.info("%s", _format_trial(trial))
+    logger.info("  %s%s", outcome, format_changes(trial.changes))
 
 
 class _Queue:
@@ -264,7 +248,7 @@ class _Queue:
             reason = _reason_to_skip(candidate, self.result)
             if not reason:
                 return candidate
-            self.result.prune(reason)
+            self.result.pruned[reason] += 1
         return None
 
 
@@ -279,21 +263,19 @@ def refinements(best: Trial, config: RunConfig) -> Iterator[Candidate]:
             changes[name] = (*given, value)
         elif name in best.changes:
             continue
-        yield Candidate(changes=changes, bound=best.candidate.bound)
+        yield Candidate(changes=changes, bound=best.bound)
 
 
 def _reason_to_skip(candidate: Candidate, result: SearchResult) -> str:
     """Why a candidate need not be compiled; "" if it must be."""
+    bound = candidate.bound
     for trial in result.trials:
-        if trial.plan is None:
-            continue
-        if trial.fits and trial.seconds <= candidate.bound.seconds and trial.hbm <= candidate.bound.bytes:
+        smaller = trial.fits and trial.plan.hbm_bytes_per_chip <= bound.bytes
+        if smaller and trial.plan.step_seconds <= bound.seconds:
             return "cannot beat one that was compiled"
-        # A refined trial may have failed because of the refinement.
-        unrefined = trial.changes.keys() == candidate.changes.keys()
-        same_policy = trial.changes["compute.remat"] == candidate.changes["compute.remat"]
-        alike = unrefined and same_policy and trial.candidate.mesh == candidate.mesh
-        if alike and not trial.plan.fits and trial.candidate.bound.bytes <= candidate.bound.bytes:
+        # A refined trial has more keys: it may have failed because of the refinement.
+        alike = {**trial.changes, "train.microbatches": 0} == {**candidate.changes, "train.microbatches": 0}
+        if alike and trial.plan and not trial.plan.fits and trial.bound.bytes <= bound.bytes:
             return "needs more than one that did not fit"
     return ""
 
@@ -307,16 +289,6 @@ def write_plan(config: RunConfig, topology: str, slices: int, path: pathlib.Path
     part = path.with_suffix(".part")
     part.write_text(text)
     part.rename(path)
-
-
-def _read_trial(candidate: Candidate, path: pathlib.Path, exit_code: int | None = 0) -> Trial:
-    """The result of a compilation from the cache."""
-    facts: dict[str, Any] = {"error": f"the compilation ended with exit code {exit_code}"}
-    if path.exists():
-        facts = json.loads(path.read_text())
-    if "error" in facts:
-        return Trial(candidate=candidate, plan=None, error=facts["error"])
-    return Trial(candidate=candidate, plan=Plan(**facts))
 
 
 def cache_key(config: RunConfig, topology: str, slices: int) -> str:
@@ -343,21 +315,14 @@ def _source_digest() -> str:
     return digest.hexdigest()
 
 
-def _format_trial(trial: Trial) -> str:
-    """One line for a finished candidate."""
-    what = format_changes(trial.changes)
-    if trial.plan is None:
-        return f"  refused         {what}: {trial.error}"
-    size = f"{trial.hbm / GIB:6.2f} GiB"
-    return f"  {trial.seconds:10.3f} s  {size}  {what}" if trial.fits else f"  does not fit  {size}  {what}"
-
-
 def format_changes(changes: Changes) -> str:
     """The values of a candidate, e.g. "fsdp 16, mlp, microbatches 2"."""
-    sizes = (
-        (name.removeprefix("mesh."), value) for name, value in changes.items() if name.startswith("mesh.")
-    )
-    mesh = " ".join(f"{axis} {size}" for axis, size in sizes if size > 1)
+    sizes = [
+        f"{name.removeprefix('mesh.')} {value}"
+        for name, value in changes.items()
+        if name.startswith("mesh.") and value > 1
+    ]
+    mesh = " ".join(sizes)
     words = [mesh or "one device", changes["compute.remat"], f"microbatches {changes['train.microbatches']}"]
     for name in ("compute.loss_chunk", "compute.attention_blocks"):
         if name in changes:

@@ -6,7 +6,6 @@ Sources: https://cloud.google.com/tpu/docs, the page of each generation.
 """
 
 import dataclasses
-import difflib
 import importlib.util
 import math
 import os
@@ -33,13 +32,9 @@ class Generation:
     """One TPU generation; rates and sizes are those of one JAX device.
 
     Attributes:
-      name: the name under which it is rented.
-      device_kind: `jax.Device.device_kind`.
-      libtpu: the platform name of libtpu's topologies.
-      chip_config: libtpu's chip configuration; "megacore" makes the two cores of a chip one device.
+      libtpu, chip_config: libtpu's names; "megacore" makes the two cores of a chip one device.
       cores_named: cores per chip that a slice's name counts.
       shapes: sizes that are sold, in chips along each torus axis.
-      devices_per_chip: JAX devices.
       clock: cycles per second of the compiler's cycle counts: peak FLOP/s over FLOPs per cycle of the matrix units.
       link: bytes per second of one link in one direction: the published bandwidth less a tenth of overhead.
       dcn: bytes per second between slices: a device's share of the host's network cards (assumed).
@@ -102,14 +97,11 @@ GENERATIONS: dict[str, Generation] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slice:
-    """One or several equal slices of one generation.
+    """One or several equal slices, joined by the data-centre network.
 
     Attributes:
-      name: as given, e.g. "v4-512".
-      generation: of the chips.
       shape: chips along each torus axis of one slice.
       wrap: which axes are closed to a ring.
-      slices: slices joined by the data-centre network.
     """
 
     name: str
@@ -120,12 +112,10 @@ class Slice:
 
     @property
     def chips(self) -> int:
-        """Chips of all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
     def devices(self) -> int:
-        """JAX devices of all slices."""
         return self.chips * self.generation.devices_per_chip
 
 
@@ -147,33 +137,21 @@ def find_slice(name: str, slices: int = 1) -> Slice:
     if slices < 1:
         raise UserError(f"--slices is {slices}: it must be at least 1")
     name = re.sub("^v5litepod-", "v5e-", name.strip().lower())  # gcloud's name of v5e
-    match = re.fullmatch(r"(\w+?)-(\d+)", name)
-    generation = GENERATIONS.get(match[1]) if match else None
-    for shape in generation.shapes if generation else ():
-        if math.prod(shape) * generation.cores_named == int(match[2]):
-            if len(shape) == 2:
-                wrap = tuple(size == 16 for size in shape)
-            else:  # all axes are rings from 4x4x4 up
-                wrap = (all(size % 4 == 0 for size in shape),) * 3
-            return Slice(name=name, generation=generation, shape=shape, wrap=wrap, slices=slices)
-    raise UserError(f"unknown TPU slice {name!r}; the nearest are {', '.join(_nearest(name))}")
-
-
-def _nearest(name: str) -> list[str]:
-    """Slices of the same generation by size, or else by spelling."""
     kind, _, size = name.partition("-")
-    family = [known for known in slice_names() if known.partition("-")[0] == kind]
-    if not family:
-        return difflib.get_close_matches(name, slice_names(), n=4, cutoff=0.0)
-    if not size.isdigit():
-        return family
-    wanted = max(int(size), 1)
-    by_size = sorted(family, key=lambda known: abs(math.log(int(known.partition("-")[2]) / wanted)))
-    return sorted(by_size[:3], key=family.index)
+    generation = GENERATIONS.get(kind)
+    for shape in generation.shapes if generation else ():
+        if str(math.prod(shape) * generation.cores_named) == size:
+            if len(shape) == 2:
+                wrap = tuple(length == 16 for length in shape)
+            else:  # all axes are rings from 4x4x4 up
+                wrap = (all(length % 4 == 0 for length in shape),) * 3
+            return Slice(name=name, generation=generation, shape=shape, wrap=wrap, slices=slices)
+    known = [each for each in slice_names() if each.startswith(f"{kind}-")] or slice_names()
+    raise UserError(f"unknown TPU slice {name!r}: write one of {', '.join(known)}")
 
 
 def described_devices(tpu: Slice) -> list[jax.Device]:
-    """Described devices of a slice; nothing can run on them, but programs can be compiled for them.
+    """Devices for which programs can be compiled, but on which none can run.
 
     Raises:
       UserError: libtpu is not installed.

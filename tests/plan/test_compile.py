@@ -29,25 +29,28 @@ def test_the_text_of_a_program_with_sparse_cores(tpu_compiler, name):
     assert sum(each.cycles for each in module.computations[module.entry]) > 0
 
 
-def test_reading_the_compilers_refusal():
-    message = (
-        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO"
-        " temporaries (53.65G) exceeds available HBM (30.75G). HLO module: jit_f."
-    )
-    refused = out_of_memory(message, 1.0)
+@pytest.mark.parametrize(
+    ("message", "gibibytes"),
+    [
+        (
+            "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries"
+            " (53.65G) exceeds available HBM (30.75G). HLO module: jit_f.",
+            53.65,
+        ),
+        # Vector memory of a kernel is no HBM.
+        (
+            "Ran out of memory in memory space vmem while allocating on stack for %splash_mqa_dkv = custom-call()."
+            " Scoped allocation with size 18.62M and limit 16.00M exceeded scoped vmem limit by 2.62M.",
+            0,
+        ),
+        ("Ran out of memory in memory space vmem. Used 18.62M of 16.00M vmem.", 0),
+    ],
+)
+def test_reading_the_compilers_refusal(message, gibibytes):
+    refused = out_of_memory(f"RESOURCE_EXHAUSTED: {message}", 1.0)
     assert not refused.fits
-    assert refused.peak_bytes == pytest.approx(53.65 * GIB, abs=1)
+    assert refused.peak_bytes == pytest.approx(gibibytes * GIB, abs=1)
     assert refused.largest == ()
-
-
-def test_what_a_kernel_lacks_of_vector_memory_is_no_hbm():
-    message = (
-        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack for %splash_mqa_dkv ="
-        " custom-call(). Scoped allocation with size 18.62M and limit 16.00M exceeded scoped vmem limit by 2.62M."
-    )
-    assert out_of_memory(message, 1.0).peak_bytes == 0
-    used = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 18.62M of 16.00M vmem."
-    assert out_of_memory(used, 1.0).peak_bytes == 0
 
 
 def test_reading_the_report_of_a_near_miss():

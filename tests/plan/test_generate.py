@@ -28,15 +28,15 @@ def test_two_layers_of_70b_on_v5e(tpu_compiler):
     # Keys and values of two layers, 8 sequences, 512 slots, 8 heads of 128 over 4 chips, bfloat16.
     assert made.decode.hbm["kv_cache"] == 2 * 2 * 8 * 512 * 8 * 128 * 2 / 4
     for phase in (made.prefill, made.decode):
-        assert sum(phase.hbm.values()) == phase.hbm_bytes_per_chip < made.hbm_limit_bytes_per_chip
-        assert phase.seconds == max(phase.scheduled_seconds, phase.hbm_seconds)
+        assert sum(phase.hbm.values()) == phase.hbm_bytes_per_chip < phase.hbm_limit_bytes_per_chip
+        assert phase.step_seconds == pytest.approx(sum(phase.parts.values()))
     # No token can come sooner than its weights are read at 819 GB/s, and one should not take ten times that.
-    assert 2 * weights / 4 / 819e9 < made.decode.seconds < 20 * weights / 4 / 819e9
+    assert 2 * weights / 4 / 819e9 < made.decode.step_seconds < 20 * weights / 4 / 819e9
     # 2 FLOPs a parameter and token at 197 TFLOP/s, but for the embedding.
     least = 2 * (weights - 32_000 * 8192) * 8 * 256 / (4 * 197e12)
-    assert least * 0.9 < made.prefill.seconds < 10 * least
-    assert made.decode_tokens_per_second == pytest.approx(8 / made.decode.seconds)
-    assert "decode: FITS" in format_generate_plan(made)
+    assert least * 0.9 < made.prefill.step_seconds < 10 * least
+    assert made.decode_tokens_per_second == pytest.approx(8 / made.decode.step_seconds)
+    assert format_generate_plan(made).count("\nFITS: ") == 2
     assert json.loads(made.to_json())["prefill"]["fits"] is True
 
 
@@ -46,7 +46,8 @@ def test_what_does_not_fit_is_said(tpu_compiler):
     assert made.decode_tokens_per_second is None
     text = format_generate_plan(made)
     assert "DOES NOT FIT" in text
-    assert "cache" in text.partition("the largest buffers")[2].splitlines()[1]
+    assert made.decode.hbm["kv_cache"] > made.decode.hbm_limit_bytes_per_chip
+    assert "use a larger --config.mesh.tensor" in text
 
 
 @pytest.mark.parametrize(
@@ -82,9 +83,7 @@ def test_70b_on_slices_as_in_the_documentation(tpu_compiler, topology, mesh, pre
     text = format_generate_plan(made)
     if speed:
         assert made.decode_tokens_per_second == pytest.approx(speed, rel=0.05)
-        assert "prefill: FITS" in text
-        assert "decode: FITS" in text
+        assert text.count("\nFITS: ") == 2
     else:
         assert made.decode_tokens_per_second is None
         assert "DOES NOT FIT" in text
-        assert "4.38 GiB" in text.partition("the largest buffers")[2].splitlines()[1]
