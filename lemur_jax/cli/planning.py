@@ -48,17 +48,15 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _plan(args) -> int:
     """0 if the config fits, or with --search if anything does; else 1."""
-    from etils import epath
-
     from lemur_jax.common.errors import UserError
     from lemur_jax.config import load
 
     config = load(args.config, args.overrides)
     for option, path in (("--json", args.json), ("--hlo", args.hlo)):
         # Before minutes of compiling.
-        if path and not epath.Path(path).parent.is_dir():
+        if path and "://" not in path and not os.path.isdir(os.path.dirname(path) or "."):
             raise UserError(
-                f"{option} {path} cannot be written: there is no directory {epath.Path(path).parent}"
+                f"{option} {path} cannot be written: there is no directory {os.path.dirname(path)}"
             )
     os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is only described
     if args.search:
@@ -80,6 +78,8 @@ def _plan(args) -> int:
         if not made.fits:
             print("\nadd --search to look for a layout that fits")
     if args.json:
+        from etils import epath
+
         epath.Path(args.json).write_text(made.to_json() + "\n")
     return 0 if made.fits else 1
 

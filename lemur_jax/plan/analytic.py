@@ -22,7 +22,7 @@ from lemur_jax.models.remat import POLICIES
 from lemur_jax.models.splash import check_heads
 from lemur_jax.parallel.mesh import AXES, mesh_shape
 from lemur_jax.parallel.rules import spec
-from lemur_jax.plan import compile as compiling
+from lemur_jax.plan.compile import device_bytes
 from lemur_jax.plan.topologies import Slice
 from lemur_jax.telemetry import flops
 from lemur_jax.train.config import OptimizerConfig
@@ -76,13 +76,10 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     if mesh.shape["sequence"] > 1:
         check_heads(model.num_attention_heads, model.num_key_value_heads, mesh)
     state = _state(model, config.compute.param_dtype, config.optimizer, config.train.steps, mesh)
-    parameters, moments = compiling.device_bytes(state.params), compiling.device_bytes(state.optimizer)
+    parameters, moments = device_bytes(state.params), device_bytes(state.optimizer)
     tokens = config.train.batch_rows * config.data.sequence_length / tpu.devices * mesh.shape["tensor"]
     backward = [
-        (
-            int(tokens / config.train.microbatches * size),
-            f"activations kept: {name}, {model.num_hidden_layers} layers",
-        )
+        (int(tokens / config.train.microbatches * size), f"activations kept: {name}, all layers")
         for name, size in stored_bytes(config, mesh, "keep")
     ]
     if config.train.microbatches > 1:

@@ -40,11 +40,6 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("tpu7x", "fwd"): Kernel(blocks={512: 975}, step=100),
     ("tpu7x", "fused"): Kernel(blocks={1024: 5625}, step=100),
 }
-_BLOCKS = {
-    "fwd": ("block_q", "block_kv"),
-    "dq": ("block_q_dq", "block_kv_dq"),
-    "dkv": ("block_q_dkv", "block_kv_dkv"),
-}
 
 
 def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
@@ -60,7 +55,8 @@ def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
     # The layout constraints list the operands; the first two matrices are q [..., T, N] and k [..., S, N].
     listed = each.attributes.partition("operand_layout_constraints=")[2].partition("}, frontend_attributes")
     matrices = [sizes for dtype, sizes in hlo.shapes(listed[0]) if dtype in ("bf16", "f32")]
-    sizes = [re.search(rf'{key}\\": (\d+)', each.attributes) for key in _BLOCKS[phase]]
+    suffix = "" if phase == "fwd" else f"_{phase}"
+    sizes = [re.search(rf'{key}{suffix}\\": (\d+)', each.attributes) for key in ("block_q", "block_kv")]
     if len(matrices) < 2 or None in sizes:
         raise ValueError(f"cannot read the shapes of the kernel {each.name}")
     (*heads, T, N), S = matrices[0], matrices[1][-2]
