@@ -1,6 +1,7 @@
 """Hugging Face both ways: `import-hf`, `export-hf`."""
 
 import argparse
+import ctypes
 import math
 
 from lemur_jax.cli.arguments import LOST_SECONDS, Verbs, add_verb, start_jax
@@ -17,9 +18,7 @@ def add_verbs(verbs: Verbs) -> None:
     )
     sub.add_argument("hf_dir", help="directory with config.json and safetensors")
     sub.add_argument("checkpoint", help="checkpoint directory to make")
-    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    sub.add_argument("--overwrite", action="store_true", help="replace what is there")
-    _add_vocabulary(sub)
+    _add_options(sub, dtype="float32")
 
     sub = add_verb(
         verbs,
@@ -30,30 +29,25 @@ def add_verbs(verbs: Verbs) -> None:
     )
     sub.add_argument("checkpoint", help="checkpoint directory or workdir")
     sub.add_argument("hf_dir", help="directory to make")
-    sub.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     sub.add_argument("--step", type=int, help="default: the newest")
-    sub.add_argument("--overwrite", action="store_true", help="replace what is there")
     sub.add_argument(
         "--verify",
         action="store_true",
         help="read it again: every tensor as in the checkpoint, and transformers' logits on 512 tokens",
     )
-    _add_vocabulary(sub)
+    _add_options(sub, dtype="bfloat16")
 
 
-def _add_vocabulary(sub: argparse.ArgumentParser) -> None:
+def _add_options(sub: argparse.ArgumentParser, dtype: str) -> None:
+    sub.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16", "float16"))
+    sub.add_argument("--overwrite", action="store_true", help="replace what is there")
     group = sub.add_argument_group(
         "vocabulary", "rows and tokenizer files are changed together, in this order"
     )
     group.add_argument("--drop-rows-above", type=int, default=0, metavar="ID", help="forget ids from ID on")
     group.add_argument("--add-tokens", default="", metavar="A,B", help="control tokens for the next ids")
-    group.add_argument(
-        "--vocab-size",
-        type=int,
-        default=0,
-        metavar="V",
-        help="rows afterwards; new ones are the others' mean",
-    )
+    rows_help = "rows afterwards; new ones are the others' mean"
+    group.add_argument("--vocab-size", type=int, default=0, metavar="V", help=rows_help)
 
 
 def _change(args):
@@ -69,11 +63,10 @@ def _import_hf(args) -> None:
     start_jax(args)
     from lemur_jax.cluster import coordination
     from lemur_jax.convert.import_hf import hf_tokenizer_files, import_hf
-    from lemur_jax.convert.memory import keep_freed_memory
 
     if coordination.process()[1] > 1:
         raise UserError("import-hf works on one host: run it on one alone, any mesh can read what it makes")
-    keep_freed_memory()
+    _keep_freed_memory()
     change = _change(args)
     model = import_hf(args.hf_dir, args.checkpoint, dtype=args.dtype, overwrite=args.overwrite, change=change)
     print(_done(args.checkpoint, model, args.dtype))
@@ -86,9 +79,8 @@ def _export_hf(args) -> None:
     from lemur_jax.cluster import hosts
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.convert.export_hf import export_hf
-    from lemur_jax.convert.memory import keep_freed_memory
 
-    keep_freed_memory()
+    _keep_freed_memory()
     # Of several hosts the first one writes, the others wait for it.
     with host_watchdog(LOST_SECONDS):
         if hosts.is_primary():
@@ -104,6 +96,15 @@ def _export_hf(args) -> None:
                 )
                 print(_done(args.hf_dir, model, args.dtype))
         hosts.wait_for_all("export", math.inf)
+
+
+def _keep_freed_memory() -> None:
+    """Makes glibc reuse large freed blocks: fresh pages for every tensor cost more than all copying."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # not on macOS, nor in musl
+        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+        for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_arena_max, 1)):
+            libc.mallopt(option, value)
 
 
 def _done(where: str, model, dtype: str) -> str:

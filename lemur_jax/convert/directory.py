@@ -13,16 +13,7 @@ from lemur_jax.common.paths import is_object_store
 
 
 def check_target(target: epath.Path, overwrite: bool, replaceable: Callable[[epath.Path], bool]) -> None:
-    """Checks that `target` may be written.
-
-    Args:
-      target: the directory to create.
-      overwrite: whether an existing directory may be replaced.
-      replaceable: whether a directory is of the kind that may be replaced; others are never deleted.
-
-    Raises:
-      UserError: it may not.
-    """
+    """Raises UserError if `target` exists, unless `overwrite` is set and `replaceable` accepts the directory."""
     if not target.exists():
         return
     if not overwrite:
@@ -65,8 +56,7 @@ def _in_place(target: epath.Path) -> Iterator[epath.Path]:
     try:
         yield target
     except BaseException:
-        with contextlib.suppress(Exception):  # report the first error
-            target.rmtree()
+        target.rmtree()
         raise
 
 
@@ -74,7 +64,10 @@ def _in_place(target: epath.Path) -> Iterator[epath.Path]:
 def _beside(target: epath.Path) -> Iterator[epath.Path]:
     partial, old = (target.parent / f".{target.name}.{end}" for end in ("partial", "old"))
     partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial, target):
+    lock = os.open(partial, os.O_RDONLY)  # held until the process ends, however it ends
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks of directories
+            _lock(lock, target)
         for child in partial.iterdir():  # of a process that was killed
             child.rmtree() if child.is_dir() else child.unlink()
         try:
@@ -89,22 +82,14 @@ def _beside(target: epath.Path) -> Iterator[epath.Path]:
         partial.rename(target)
         if old.exists():
             old.rmtree()
+    finally:
+        os.close(lock)
 
 
-@contextlib.contextmanager
-def _locked(directory: epath.Path, target: epath.Path) -> Iterator[None]:
-    """Holds the lock of `directory`, which ends with the process, however it ends."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _lock(descriptor: int, target: epath.Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
         raise UserError(
             f"another process is writing {target}: wait for it, or choose another place"
         ) from None
-    except OSError:  # some network file systems have no locks of directories
-        pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)

@@ -19,26 +19,16 @@ _TILE = 256
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The NumPy dtype of a name in `DTYPES`.
-
-    Raises:
-      UserError: another name.
-    """
+    """The NumPy dtype of a name in `DTYPES`; UserError for another name."""
     if name not in DTYPES:
         raise UserError(f"unknown dtype {name!r}: it must be one of {', '.join(DTYPES)}")
     return DTYPES[name][0]
 
 
 def copy_cast(target: np.ndarray, source: np.ndarray, name: str) -> None:
-    """Copies `source` into `target`, rounding to nearest even if target's dtype is narrower.
+    """Copies `source` into `target` of the same shape, rounding to nearest even where target's dtype is narrower.
 
-    Args:
-      target: any dtype in `DTYPES`.
-      source: the same shape, any dtype in `DTYPES`; any strides.
-      name: of the tensor, for the message.
-
-    Raises:
-      UserError: a finite value became infinite.
+    Raises UserError, naming the tensor, if a finite value became infinite.
     """
     if target.dtype == source.dtype:
         bits = f"u{target.dtype.itemsize}"  # NumPy copies bfloat16 element by element, integers at once

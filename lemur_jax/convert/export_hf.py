@@ -1,11 +1,10 @@
 """Our checkpoint -> Hugging Face directory that `transformers` opens without this package."""
 
-import dataclasses
 import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +19,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.convert import hf_config, layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
+from lemur_jax.convert.hf_weights import check_shapes
 from lemur_jax.convert.model_card import model_card
 from lemur_jax.convert.safetensors import INDEX, plan_shards, write_index, write_shard
 from lemur_jax.convert.verify import compare_logits, compare_tensors
@@ -32,20 +32,6 @@ logger = logging.getLogger(__name__)
 # The files of an export.
 _WRITTEN = {*FILE_NAMES, INDEX, "README.md", "config.json", "generation_config.json", "model.safetensors"}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SpecialTokens:
-    """Ids for Hugging Face's configs; `stop` has all ids that end generation, turn ends first."""
-
-    bos: int | None = None
-    eos: int | None = None
-    pad: int | None = None
-    stop: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
-        return cls(bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id, stop=stop_ids(tokenizer))
 
 
 def export_hf(
@@ -61,12 +47,11 @@ def export_hf(
 ) -> LlamaConfig:
     """Writes safetensors, configs, tokenizer, chat template and model card.
 
-    Weights go from checkpoint to file one tensor at a time; one chunk of layers of the checkpoint is in memory (all
-    layers of a parameter that was written as one chunk).
+    Weights go from checkpoint to file one tensor at a time; one chunk of layers of the checkpoint is in memory.
 
     Args:
       ckpt_dir: checkpoint directory or workdir, local or gs://.
-      hf_dir: the directory to create, local or gs://.
+      hf_dir: the directory to create, local or gs://; after an error nothing is left behind.
       dtype: of the written weights: "float32", "bfloat16" or "float16".
       step: which checkpoint; None: the newest.
       overwrite: replace an earlier export at `hf_dir`.
@@ -80,7 +65,6 @@ def export_hf(
     Raises:
       UserError: no such checkpoint, `hf_dir` exists, a parameter is missing, unexpected, damaged or of another shape,
         a value does not fit `dtype`, vocabulary and tokenizer do not fit each other, or the written files differ.
-        Nothing is left behind then.
     """
     numpy_dtype(dtype)
     target = epath.Path(hf_dir)
@@ -89,13 +73,13 @@ def export_hf(
     stored = LlamaConfig.from_dict(metadata["model"])
     arrays = open_arrays(ckpt_dir, metadata["step"], metadata["leaves"]["params"])
     where = f"checkpoint {ckpt_dir}, step {metadata['step']}"
-    _check_params(stored, arrays, where)
+    expected = {weight.path: weight.shape for weight in layout.weights(stored)}
+    check_shapes(expected, {path: array.shape for path, array in arrays.items()}, f"{where}: parameter")
     files = tokenizer_files(metadata)
     if unknown := sorted(files.keys() - {*FILE_NAMES, GENERATION_CONFIG}):
         raise UserError(f"{ckpt_dir}: {unknown[0]!r} among the tokenizer's files is not a tokenizer file")
     config, files = change.apply(stored, files, ckpt_dir)
     tokenizer = Tokenizer.from_files(files) if files else None
-    tokens = SpecialTokens() if tokenizer is None else SpecialTokens.of(tokenizer)
     chatml = tokenizer is not None and "<|im_end|>" in tokenizer.control_tokens
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
@@ -111,10 +95,18 @@ def export_hf(
         if tokenizer is not None and chatml and tokenizer.chat_template is None:
             (directory / "chat_template.jinja").write_text(CHATML_TEMPLATE)
         (directory / "README.md").write_text(model_card(config, metadata, dtype, chatml=chatml))
-        _write_json(directory / "generation_config.json", _generation_config(tokens))
+        bos, eos, pad = (getattr(tokenizer, f"{kind}_id", None) for kind in ("bos", "eos", "pad"))
+        stops = stop_ids(tokenizer) if tokenizer else ()
+        generation = {
+            "bos_token_id": bos,
+            "eos_token_id": stops if len(stops) > 1 else eos,
+            "pad_token_id": pad,
+        }
+        _write_json(directory / "generation_config.json", generation | {"do_sample": False})
         # Last: without it the directory is no model.
-        described = hf_config.to_hf(config, dtype=dtype, bos=tokens.bos, eos=tokens.eos, pad=tokens.pad)
-        _write_json(directory / "config.json", described)
+        _write_json(
+            directory / "config.json", hf_config.to_hf(config, dtype=dtype, bos=bos, eos=eos, pad=pad)
+        )
         if verify:
             logger.info("%s", compare_tensors(directory, config, tensors()))
             logger.info("%s", compare_logits(directory, config, tokenizer))
@@ -128,22 +120,8 @@ def _is_export(directory: epath.Path) -> bool:
     return not names or ("config.json" in names and not foreign)
 
 
-def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: epath.Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _check_params(config: LlamaConfig, arrays: Mapping[str, ts.TensorStore], where: str) -> None:
-    """Checks that the stored parameters are those of the model; the UserError names the first that is not."""
-    expected = {weight.path: weight.shape for weight in layout.weights(config)}
-    if missing := sorted(expected.keys() - arrays.keys()):
-        raise UserError(f"{where}: parameter {missing[0]} is missing")
-    if unexpected := sorted(arrays.keys() - expected.keys()):
-        raise UserError(f"{where}: parameter {unexpected[0]} is not part of this Llama")
-    for path, shape in expected.items():
-        if tuple(arrays[path].shape) != shape:
-            raise UserError(
-                f"{where}: parameter {path} has shape {tuple(arrays[path].shape)}, the model {shape}"
-            )
 
 
 def _write_weights(
@@ -190,13 +168,8 @@ def _stream(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) of each Hugging Face tensor of one parameter, in order.
 
-    Args:
-      weight: the parameter in the checkpoint.
-      written: the same with the vocabulary of the export.
-      where: the checkpoint, for messages.
-
-    Raises:
-      Damaged: after the last tensor, if the digest differs from that of the saved parameter.
+    `weight` is the parameter in the checkpoint, `written` the same with the vocabulary of the export. Raises Damaged
+    after the last tensor if the digest differs from that of the saved parameter.
     """
     digest = RunningDigest()
 
@@ -221,9 +194,3 @@ def _stream(
                 yield name, convert(layer, name)
     if digest.value != stored.digest:
         raise Damaged(f"{where}: parameter {weight.path} is damaged: it is not what was saved")
-
-
-def _generation_config(tokens: SpecialTokens) -> dict[str, Any]:
-    """`generation_config.json`: greedy by default, stopping at every stop id."""
-    stop: Any = list(tokens.stop) if len(tokens.stop) > 1 else next(iter(tokens.stop), None)
-    return {"bos_token_id": tokens.bos, "eos_token_id": stop, "pad_token_id": tokens.pad, "do_sample": False}

@@ -22,11 +22,7 @@ _ROPE_KEYS = {"none": (), "linear": ("factor",), "llama3": _LLAMA3}
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """A JSON object in a file.
-
-    Raises:
-      UserError: no such file, one that cannot be read, or not a JSON object.
-    """
+    """The JSON object in a file; UserError if it cannot be read or is another value."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -41,11 +37,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def read_config(hf_dir: epath.PathLike) -> LlamaConfig:
-    """The model's shape from a Hugging Face directory.
-
-    Raises:
-      UserError: there is no such directory or no `config.json` in it, or as in `from_hf`.
-    """
+    """The model's shape from a Hugging Face directory; UserError without one, or as in `from_hf`."""
     path = epath.Path(hf_dir) / "config.json"
     if not path.parent.exists():  # `is_dir` would say no of a store that cannot be reached
         raise UserError(f"{path.parent} is not a directory: download the model there first")
@@ -53,38 +45,20 @@ def read_config(hf_dir: epath.PathLike) -> LlamaConfig:
 
 
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
-    """Hugging Face's config as ours; anything that our model would compute differently is refused by name.
-
-    Args:
-      raw: the content of `config.json`, as transformers 4 or 5 writes it.
-      where: the file, for messages.
-
-    Raises:
-      UserError: another architecture, biases, a sliding window, quantized weights, an unknown rotary
-        scaling, or a field that is missing or of the wrong type.
-    """
+    """`config.json` of transformers 4 or 5 as ours; UserError for what our model would compute differently."""
     _refuse_foreign(raw, where)
     fields: dict[str, Any] = {}
     for key in _REQUIRED:
         if raw.get(key) is None:
             raise UserError(f"{where}: {key} is missing")
         fields[key] = _number(raw[key], int, key, where)
-    heads = fields["num_attention_heads"]
-    fields["num_key_value_heads"] = _number(
-        _given(raw, "num_key_value_heads", heads), int, "num_key_value_heads", where
-    )
-    if raw.get("head_dim") is None and fields["hidden_size"] % heads:
-        raise UserError(
-            f"{where}: hidden_size {fields['hidden_size']} is not a multiple of num_attention_heads {heads}"
-        )
-    head_dim = _given(raw, "head_dim", fields["hidden_size"] // heads)
-    fields["head_dim"] = _number(head_dim, int, "head_dim", where)
-    for key, default in _DEFAULTS[raw["model_type"]].items():
-        fields[key] = _number(_given(raw, key, default), type(default), key, where)
-    tied = raw.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise UserError(f"{where}: tie_word_embeddings is {tied!r}, not true or false")
-    fields["tie_word_embeddings"] = tied
+    heads, width = fields["num_attention_heads"], fields["hidden_size"]
+    if raw.get("head_dim") is None and width % heads:
+        raise UserError(f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    defaults = {"num_key_value_heads": heads, "head_dim": width // heads, **_DEFAULTS[raw["model_type"]]}
+    for key, default in defaults.items():  # not where it is 0 or ""
+        fields[key] = _number(default if raw.get(key) is None else raw[key], type(default), key, where)
+    fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
     fields.update(_rope_from_hf(raw, fields["max_position_embeddings"], where))
     try:
         return LlamaConfig(**fields)
@@ -94,38 +68,23 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
 
 def _refuse_foreign(raw: Mapping[str, Any], where: str) -> None:
     """Raises for anything that makes the model another than our Llama."""
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
-        raise UserError(
-            f"{where}: model_type is {model_type!r}; only {' and '.join(_DEFAULTS)} can be imported"
-        )
+    model_type, layers = raw.get("model_type"), raw.get("layer_types") or []
     # Mistral's window is 4096 where its config does not say.
     window = raw.get("sliding_window", 4096 if model_type == "mistral" else None)
-    if window is not None:
-        raise UserError(f"{where}: sliding_window is {window}; only full attention is implemented (null)")
-    layers = raw.get("layer_types") or []
-    if not isinstance(layers, list):
-        raise UserError(f"{where}: layer_types is {layers!r}, not a list")
-    if set(map(str, layers)) - {"full_attention"}:
-        raise UserError(
-            f"{where}: layer_types has other kinds than full_attention, which are not implemented"
-        )
-    for key in ("attention_bias", "mlp_bias"):
-        if raw.get(key):
-            raise UserError(f"{where}: {key} is true; projections with a bias are not implemented")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"]
-        method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
-        raise UserError(
-            f"{where}: quantization_config says the weights are quantized ({method}); import the original"
-        )
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(f"{where}: hidden_act is {raw['hidden_act']!r}; only silu is implemented")
-
-
-def _given(raw: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The value of a key; the default where it is missing or null, but not where it is 0 or ""."""
-    return default if raw.get(key) is None else raw[key]
+    full = isinstance(layers, list) and set(map(str, layers)) <= {"full_attention"}
+    for key, accepted, reason in (
+        ("model_type", model_type in list(_DEFAULTS), f"only {' and '.join(_DEFAULTS)} can be imported"),
+        ("sliding_window", window is None, "only full attention is implemented (null)"),
+        ("layer_types", full, "only a list of full_attention is implemented"),
+        ("attention_bias", not raw.get("attention_bias"), "projections with a bias are not implemented"),
+        ("mlp_bias", not raw.get("mlp_bias"), "projections with a bias are not implemented"),
+        ("quantization_config", not raw.get("quantization_config"), "import the original, unquantized"),
+        ("hidden_act", raw.get("hidden_act", "silu") in ("silu", "swish"), "only silu is implemented"),
+        ("tie_word_embeddings", type(raw.get("tie_word_embeddings", False)) is bool, "use true or false"),
+    ):
+        if not accepted:
+            value = window if key == "sliding_window" else raw.get(key)
+            raise UserError(f"{where}: {key} is {value!r:.100}; {reason}")
 
 
 def _number(value: Any, kind: type, key: str, where: str) -> Any:
@@ -174,13 +133,7 @@ def _rope_from_hf(raw: Mapping[str, Any], max_positions: int, where: str) -> dic
 def to_hf(
     config: LlamaConfig, *, dtype: str, bos: int | None, eos: int | None, pad: int | None
 ) -> dict[str, Any]:
-    """`config.json` for transformers 4 and 5.
-
-    Args:
-      config: the model.
-      dtype: of the written weights, e.g. "bfloat16".
-      bos, eos, pad: token ids; None: null, which switches them off.
-    """
+    """`config.json` for transformers 4 and 5; a token id of None switches it off."""
     scaling = None
     if config.rope_scaling != "none":
         scaling = {"rope_type": config.rope_scaling}
@@ -188,21 +141,11 @@ def to_hf(
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+        **{name: value for name, value in config.to_dict().items() if not name.startswith("rope_")},
         "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
-        "initializer_range": config.initializer_range,
         # transformers 5 moves these two into `rope_parameters`; 4 knows only them.
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,

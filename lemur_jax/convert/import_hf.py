@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
 from lemur_jax.checkpoint.manager import make_metadata, write_params
@@ -21,8 +22,6 @@ from lemur_jax.convert.vocabulary import AS_IT_IS, Change
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.text.tokenizer import GENERATION_CONFIG, read_files
 
-_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
-
 
 def hf_tokenizer_files(hf_dir: epath.PathLike) -> dict[str, bytes]:
     """The tokenizer's files of a directory by name, and its `generation_config.json`; empty without a tokenizer.
@@ -30,12 +29,11 @@ def hf_tokenizer_files(hf_dir: epath.PathLike) -> dict[str, bytes]:
     Without that file, `config.json` says which ids end an answer, as for transformers.
     """
     directory = epath.Path(hf_dir)
-    if not any((directory / name).exists() for name in _TOKENIZERS):
+    if not any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
         return {}
     files = read_files(hf_dir)
-    config = directory / "config.json"
-    if GENERATION_CONFIG not in files and config.exists():
-        stop = read_json(config).get("eos_token_id")
+    if GENERATION_CONFIG not in files:
+        stop = read_json(directory / "config.json").get("eos_token_id")
         files[GENERATION_CONFIG] = json.dumps({"eos_token_id": stop}).encode()
     return files
 
@@ -43,19 +41,14 @@ def hf_tokenizer_files(hf_dir: epath.PathLike) -> dict[str, bytes]:
 def load_hf_params(
     hf_dir: epath.PathLike, shardings: Mapping[str, Any] | None = None, dtype: str = "float32"
 ) -> tuple[LlamaConfig, dict[str, Any]]:
-    """Reads a Hugging Face directory into our parameter tree.
+    """Reads a Hugging Face directory, local or gs://, into our parameter tree.
 
     Every name and shape is checked before the first weight is read. Each tensor is read once, and only the parts for
-    this host's devices are copied: the host holds one tensor and its share of one parameter, and skips layers of which
-    it has no share.
+    this host's devices are copied: the host holds one tensor and its share of one parameter.
 
     Args:
-      hf_dir: directory with `config.json` and weights, local or gs://.
       shardings: nested dict of shardings, one per parameter; None: NumPy arrays.
       dtype: of the parameters: "float32", "bfloat16" or "float16".
-
-    Returns:
-      The model's shape and its parameters: `jax.Array`s, or NumPy arrays without `shardings`.
 
     Raises:
       UserError: the directory is not a Llama that `hf_config` and `hf_weights` accept, or a value is not finite or
@@ -71,8 +64,8 @@ def load_hf_params(
             whole = _bounds((slice(None),) * len(weight.shape), weight.shape)
             flat[weight.path] = _load(weight, tensors, {whole}, dtype)[whole]
         else:
-            flat[weight.path] = _place(weight, tensors, layout.get_path(shardings, weight.path), dtype)
-    return config, layout.nest(flat)
+            flat[weight.path] = _place(weight, tensors, flatten_dict(shardings, sep="/")[weight.path], dtype)
+    return config, unflatten_dict(flat, sep="/")
 
 
 # A block of an array: (start, stop) of each axis.
@@ -100,17 +93,14 @@ def _load(
         block: np.empty([stop - start for start, stop in block], numpy_dtype(dtype)) for block in wanted
     }
     for layer, name in enumerate(weight.names):
-        # Views of the blocks, and their places in the tensor.
-        slots = []
-        for block, array in blocks.items():
-            if not weight.stacked:
-                slots.append((array, block))
-            elif block[0][0] <= layer < block[0][1]:
-                slots.append((array[layer - block[0][0]], block[1:]))
-        if slots:
+        holders = [block for block in wanted if not weight.stacked or block[0][0] <= layer < block[0][1]]
+        if holders:
             tensor = weight.from_hf(tensors[name].read())
-            for slot, within in slots:
-                _fill(slot, tensor[tuple(slice(*bounds) for bounds in within)], tensors[name])
+        for block in holders:
+            target, within = blocks[block], block
+            if weight.stacked:
+                target, within = target[layer - block[0][0]], block[1:]
+            _fill(target, tensor[tuple(slice(*bounds) for bounds in within)], tensors[name])
     return blocks
 
 
@@ -122,14 +112,11 @@ def import_hf(
     overwrite: bool = False,
     change: Change = AS_IT_IS,
 ) -> LlamaConfig:
-    """Writes a Hugging Face Llama as a checkpoint of parameters only, step 0.
-
-    Weights go from file to checkpoint one tensor at a time. The checkpoint contains the tokenizer's files if the
-    directory has a tokenizer. After an error nothing is left behind.
+    """Writes a Hugging Face Llama as a checkpoint of parameters only, step 0, one tensor at a time.
 
     Args:
-      hf_dir: directory with `config.json`, weights and tokenizer files, local or gs://.
-      ckpt_dir: checkpoint directory to create, local or gs://.
+      hf_dir: directory with `config.json`, weights and tokenizer files if it has some, local or gs://.
+      ckpt_dir: checkpoint directory to create, local or gs://; after an error nothing is left behind.
       dtype: of the parameters: "float32", "bfloat16" or "float16".
       overwrite: replace an earlier import at `ckpt_dir`.
       change: of the vocabulary.
@@ -142,7 +129,8 @@ def import_hf(
     """
     numpy_dtype(dtype)
     source, target = epath.Path(hf_dir), epath.Path(ckpt_dir)
-    check_target(target, overwrite, _is_import)
+    # Only step 0, as an import writes it, is replaced, so that no training is ever deleted.
+    check_target(target, overwrite, lambda path: all(child.name == "0" for child in path.iterdir()))
     stored = read_config(source)
     config, files = change.apply(stored, hf_tokenizer_files(source), source)
     tensors = open_weights(source)
@@ -150,7 +138,7 @@ def import_hf(
     params = {weight.path: _stream(weight, tensors, dtype, change) for weight in layout.weights(config)}
     metadata = make_metadata(model=config.to_dict(), tokenizer_files=files)
     with staged(target) as directory:
-        write_params(directory, layout.nest(params), metadata)
+        write_params(directory, unflatten_dict(params, sep="/"), metadata)
     return config
 
 
@@ -176,8 +164,3 @@ def _fill(target: np.ndarray, source: np.ndarray, tensor: Tensor) -> None:
         raise UserError(
             f"{tensor.path}: weight {tensor.name} has values that are not finite: download it again or repair it"
         )
-
-
-def _is_import(directory: epath.Path) -> bool:
-    """Whether the directory holds only step 0, as `import_hf` writes it, so that no training is ever deleted."""
-    return all(child.name == "0" for child in directory.iterdir())

@@ -1,18 +1,13 @@
-"""The table between our parameters and Hugging Face's tensors.
+"""The table between our parameters and Hugging Face's tensors, read by import and export in opposite directions.
 
-Axis legend: V vocabulary, D model, L layers, H query heads, K key and value heads, N head width,
-F mlp.
-
-Import and export read the same rows in opposite directions. A dimension of a Hugging Face tensor that holds two axes
-is written with both letters, outer first: `q_proj.weight` is [HN, D] and our `query` is [L, D, H, N], stacked over
-layers. Rows of q and k are not permuted: both sides rotate channel i with i + N/2.
+Axes: V vocabulary, D model, L layers, H query heads, K key and value heads, N head width, F mlp. A Hugging Face
+dimension of two axes has both letters, outer first: `q_proj.weight` is [HN, D], our `query` [L, D, H, N]. Rows of q
+and k are not permuted: both sides rotate channel i with i + N/2.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -45,21 +40,13 @@ IGNORED = re.compile(r"rotary_emb\.inv_freq")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weight:
-    """One row of the table for one model.
+    """One row of the table for one model."""
 
-    Attributes:
-      path: "/"-joined path in the parameter tree.
-      shape: our shape, with a leading L if stacked.
-      names: Hugging Face's tensors: one a layer if stacked, else one.
-      hf_shape: the shape of each.
-      stacked: whether our array has the leading axis L.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    names: tuple[str, ...]
-    hf_shape: tuple[int, ...]
-    stacked: bool
+    path: str  # "/"-joined, in the parameter tree
+    shape: tuple[int, ...]  # ours, with a leading L if stacked
+    names: tuple[str, ...]  # Hugging Face's tensors: one a layer if stacked, else one
+    hf_shape: tuple[int, ...]  # of each of them
+    stacked: bool  # whether our array has the leading axis L
     _split: tuple[int, ...]  # hf_shape with joined axes separated
     _order: tuple[int, ...]  # our axes as indices into `_split`
 
@@ -74,15 +61,9 @@ class Weight:
 
 def weights(config: LlamaConfig) -> tuple[Weight, ...]:
     """The rows of the table for this model; a tied model has no head."""
-    sizes = {
-        "V": config.vocab_size,
-        "D": config.hidden_size,
-        "L": config.num_hidden_layers,
-        "H": config.num_attention_heads,
-        "K": config.num_key_value_heads,
-        "N": config.head_dim,
-        "F": config.intermediate_size,
-    }
+    sizes = dict(V=config.vocab_size, D=config.hidden_size, F=config.intermediate_size)
+    sizes |= dict(H=config.num_attention_heads, K=config.num_key_value_heads, N=config.head_dim)
+    sizes["L"] = config.num_hidden_layers
     rows = []
     for path, axes, name, hf_axes in TABLE:
         if name == HEAD and config.tie_word_embeddings:
@@ -102,22 +83,3 @@ def weights(config: LlamaConfig) -> tuple[Weight, ...]:
             )
         )
     return tuple(rows)
-
-
-def get_path(tree: Mapping[str, Any], path: str) -> Any:
-    """The leaf of a nested dict at a "/"-joined path; KeyError without one."""
-    for key in path.split("/"):
-        tree = tree[key]
-    return tree
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a/b": 1}` as `{"a": {"b": 1}}`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree

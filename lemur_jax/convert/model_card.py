@@ -14,6 +14,8 @@ tags:
 - llama
 - lemur_jax
 ---
+
+A Llama exported by lemur_jax; `transformers.AutoModelForCausalLM` opens it.
 """
 
 _CHAT = """
@@ -23,16 +25,9 @@ Chats are in ChatML: `tokenizer.apply_chat_template(messages, add_generation_pro
 
 
 def model_card(config: LlamaConfig, metadata: Mapping[str, Any], dtype: str, *, chatml: bool) -> str:
-    """Markdown with the model's shape and, if the checkpoint has it, its training.
-
-    Args:
-      config: the model.
-      metadata: of the checkpoint.
-      dtype: of the exported weights.
-      chatml: whether the tokenizer has ChatML's tokens.
-    """
+    """Markdown with the model's shape and, if the checkpoint's metadata has a run's config, its training."""
     facts = {
-        "Parameters": f"{_count(config):,}",
+        "Parameters": f"{sum(math.prod(weight.shape) for weight in layout.weights(config)):,}",
         "Weights": dtype,
         "Layers": f"{config.num_hidden_layers} of width {config.hidden_size}, mlp {config.intermediate_size}",
         "Heads": f"{config.num_attention_heads} of width {config.head_dim},"
@@ -42,33 +37,14 @@ def model_card(config: LlamaConfig, metadata: Mapping[str, Any], dtype: str, *, 
         "Rotary embedding": f"θ {config.rope_theta:,.0f}, scaling {config.rope_scaling}",
         "Checkpoint step": f"{metadata['step']:,}",
     }
-    facts.update(_training(metadata.get("config")))
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return (
-        f"{_FRONT}\nA Llama exported by lemur_jax; `transformers.AutoModelForCausalLM` opens it.\n"
-        f"{_CHAT if chatml else ''}\n| | |\n| --- | --- |\n{table}\n"
-    )
-
-
-def _count(config: LlamaConfig) -> int:
-    return sum(math.prod(weight.shape) for weight in layout.weights(config))
-
-
-def _training(config: Mapping[str, Any] | None) -> dict[str, str]:
-    """Facts from the run's config; empty for imported weights that were not trained."""
-    if not config:
-        return {}
-    data, train, optimizer = config.get("data", {}), config.get("train", {}), config.get("optimizer", {})
-    sources = data.get("sources", {})
-    total = sum(source.get("share", 0) for source in sources.values()) or 1
-    facts = {}
-    if sources:
-        shares = (f"{name} {source.get('share', 0) / total:.1%}" for name, source in sources.items())
-        facts["Data (share of tokens)"] = ", ".join(shares)
-    if train.get("batch_rows") and data.get("sequence_length"):
+    if run := metadata.get("config"):
+        data, train, optimizer = run["data"], run["train"], run["optimizer"]
+        if sources := data["sources"]:  # reinforcement learning has none
+            total = sum(source["share"] for source in sources.values())
+            shares = (f"{name} {source['share'] / total:.1%}" for name, source in sources.items())
+            facts["Data (share of tokens)"] = ", ".join(shares)
         facts["Tokens an update"] = f"{train['batch_rows'] * data['sequence_length']:,}"
-    if train.get("steps"):
         facts["Updates planned"] = f"{train['steps']:,}"
-    if peak := optimizer.get("learning_rate"):
-        facts["Learning rate"] = f"{peak:g} → {optimizer.get('final_learning_rate', 0):g}"
-    return facts
+        facts["Learning rate"] = f"{optimizer['learning_rate']:g} → {optimizer['final_learning_rate']:g}"
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return f"{_FRONT}{_CHAT if chatml else ''}\n| | |\n| --- | --- |\n{table}\n"

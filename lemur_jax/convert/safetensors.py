@@ -24,7 +24,6 @@ from lemur_jax.convert.dtypes import DTYPES
 INDEX = "model.safetensors.index.json"
 # The format's own limit.
 MAX_HEADER_BYTES = 100_000_000
-MAX_RANK = 8
 # One stream from an object store is much slower than several.
 _PIECE_BYTES = 16 << 20
 _STREAMS = 16
@@ -33,28 +32,16 @@ _DTYPES = {code: dtype for dtype, code in DTYPES.values()}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor in a file that is not read yet.
-
-    Attributes:
-      name, path, dtype, shape: the tensor and its file.
-      offset: its first byte in the file.
-    """
+    """A tensor in a file that is not read yet."""
 
     name: str
     path: epath.Path
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int
+    offset: int  # of its first byte in the file
 
     def read(self) -> np.ndarray:
-        """The tensor, read-only.
-
-        A local file is mapped at each call, so that its pages leave memory with the array; a remote file is read in
-        several streams.
-
-        Raises:
-          UserError: the file has become shorter.
-        """
+        """The tensor, read-only; a local file is mapped at each call, so that its pages leave memory with the array."""
         if not is_object_store(self.path):
             return np.memmap(self.path, self.dtype, mode="r", offset=self.offset, shape=self.shape)
         data = np.empty(math.prod(self.shape) * self.dtype.itemsize, np.uint8)
@@ -99,92 +86,62 @@ def read_header(path: epath.PathLike) -> dict[str, StoredTensor]:
                 f"{path} is not a whole safetensors file ({size} bytes): {how_to_mend(prefix + file.read(32))}"
             )
         raw = file.read(length)
-    tensors, spans = {}, []
-    for name, entry in _parse(path, raw).items():
-        _check_entry(path, name, entry)
-        start, stop = entry["data_offsets"]
-        spans.append((start, stop, name))
-        if not layout.IGNORED.search(name):
-            tensors[name] = StoredTensor(
-                name=name,
-                path=path,
-                dtype=_checked_dtype(path, name, entry),
-                shape=tuple(entry["shape"]),
-                offset=8 + length + start,
-            )
-    _check_spans(path, sorted(spans), size - 8 - length)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("it is not a JSON object")
+        header.pop("__metadata__", None)
+        tensors, end = {}, 0
+        for start, stop, name in sorted((*_offsets(name, entry), name) for name, entry in header.items()):
+            if start != end or stop < start:
+                raise ValueError(f"tensor {brief(name)} overlaps the one before it, or leaves a gap")
+            end = stop
+            if not layout.IGNORED.search(name):
+                shape, dtype = tuple(header[name]["shape"]), _checked_dtype(name, header[name])
+                tensors[name] = StoredTensor(
+                    name=name, path=path, dtype=dtype, shape=shape, offset=8 + length + start
+                )
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} has a damaged safetensors header: {error}") from error
+    if end != size - 8 - length:
+        raise UserError(
+            f"{path} is not a whole safetensors file: it lists {end} bytes of tensors and has {size - 8 - length};"
+            " copy or download it again"
+        )
     return tensors
 
 
-def _parse(path: epath.Path, raw: bytes) -> dict[str, Any]:
-    """The header's JSON object without `__metadata__`, refusing duplicate names."""
-
-    def unique(pairs):
-        keys = {}
-        for key, value in pairs:
-            if key in keys:
-                raise ValueError(f"name {brief(key)} comes twice")
-            keys[key] = value
-        return keys
-
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} has a damaged safetensors header: {brief(error)}") from error
-    if not isinstance(header, dict):
-        raise UserError(f"{path} has a damaged safetensors header: not a JSON object")
-    header.pop("__metadata__", None)
-    return header
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys must differ."""
+    if len(keys := dict(pairs)) < len(pairs):
+        raise ValueError("a name comes twice")
+    return keys
 
 
-def _damaged(path: epath.Path, name: str, what: str) -> UserError:
-    return UserError(f"{path} has a damaged safetensors header: tensor {brief(name)} {what}")
-
-
-def _check_entry(path: epath.Path, name: str, entry: Any) -> None:
-    """Checks the types of one header entry."""
+def _offsets(name: str, entry: Any) -> tuple[int, int]:
+    """The first and last byte of an entry whose types are checked."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(path, name, "needs exactly dtype, shape and data_offsets")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _naturals(shape) or len(shape) > MAX_RANK:
-        raise _damaged(path, name, f"has the shape {brief(shape)}")
-    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(path, name, f"has the data_offsets {brief(offsets)}")
+        raise ValueError(f"tensor {brief(name)} needs exactly dtype, shape and data_offsets")
+    for key in ("shape", "data_offsets"):
+        values = entry[key]
+        if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+            raise ValueError(f"tensor {brief(name)} has the {key} {brief(values)}")
+    if len(entry["data_offsets"]) != 2:
+        raise ValueError(f"tensor {brief(name)} has the data_offsets {brief(entry['data_offsets'])}")
+    return tuple(entry["data_offsets"])
 
 
-def _checked_dtype(path: epath.Path, name: str, entry: Mapping[str, Any]) -> np.dtype:
+def _checked_dtype(name: str, entry: Mapping[str, Any]) -> np.dtype:
     """The dtype of an entry, whose size must agree with its shape."""
     code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in _DTYPES:
-        raise UserError(
-            f"{path}: tensor {brief(name)} has dtype {brief(code)}; only {', '.join(_DTYPES)} can be imported"
+        raise ValueError(
+            f"tensor {brief(name)} has dtype {brief(code)}; only {', '.join(_DTYPES)} can be imported"
         )
     expected = math.prod(shape) * _DTYPES[code].itemsize
     if stop - start != expected:
-        raise _damaged(
-            path, name, f"of {code} {brief(shape)} has {brief(stop - start)} bytes, not {brief(expected)}"
-        )
+        raise ValueError(f"tensor {brief(name)} has {brief(stop - start)} bytes, not {brief(expected)}")
     return _DTYPES[code]
-
-
-def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
-def _check_spans(path: epath.Path, spans: list[tuple[int, int, str]], data_bytes: int) -> None:
-    """The format has no gaps, no overlaps and no bytes at the end."""
-    end = 0
-    for start, stop, name in spans:
-        if start != end:
-            raise _damaged(
-                path, name, "overlaps the tensor before it" if start < end else "leaves a gap before it"
-            )
-        end = stop
-    if end != data_bytes:
-        raise UserError(
-            f"{path} is not a whole safetensors file: the header wants {brief(end)} bytes of tensors,"
-            f" the file has {data_bytes}; copy or download it again"
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,12 +153,7 @@ class Shard:
 
 
 def plan_shards(sizes: Sequence[tuple[str, int]], max_bytes: float) -> list[Shard]:
-    """Splits tensors, in order, into files of at most `max_bytes`; a larger tensor gets its own file.
-
-    Args:
-      sizes: (name, bytes) of each tensor.
-      max_bytes: tensor bytes per file, without the header.
-    """
+    """Splits tensors, as (name, bytes), into files of at most `max_bytes`; a larger tensor gets its own file."""
     groups: list[list[str]] = [[]]
     used = 0
     for name, size in sizes:

@@ -19,32 +19,24 @@ from lemur_jax.models.llama import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model whose weights are not read yet.
-
-    Attributes:
-      model: the architecture.
-      tokenizer_files: content by name; empty if there is no tokenizer.
-      restore: (abstract tree with shardings) -> parameters of its dtypes; each device gets only its own shards.
-        Raises UserError if they do not fit `model`, are damaged or not finite.
-      run_config: the config of the run that made it, as JSON; None for an import and for a Hugging Face directory.
-    """
+    """A model whose weights are not read yet."""
 
     model: LlamaConfig
-    tokenizer_files: Mapping[str, bytes]
+    tokenizer_files: Mapping[str, bytes]  # content by name; empty without a tokenizer
+    # Abstract tree with shardings -> parameters of its dtypes; UserError if they are damaged or not finite.
     restore: Callable[[Params], Params]
-    run_config: dict[str, Any] | None = None
+    run_config: dict[str, Any] | None = None  # of the run that made it, as JSON
 
 
 def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
-    """Opens a checkpoint or a Hugging Face directory, whichever is there.
+    """Opens a checkpoint directory, a workdir or a Hugging Face directory, local or gs://.
 
     Args:
-      path: checkpoint directory, workdir or Hugging Face directory, local or gs://.
+      path: the directory.
       step: which checkpoint; None: the newest.
 
     Raises:
-      UserError: neither or both are there, a step of a Hugging Face directory, or one whose weights or tokenizer do not
-        fit its config.
+      UserError: neither or both are there, or a Hugging Face directory is damaged or was asked for a step.
     """
     directory = epath.Path(path)
     weights, checkpoints = holds_weights(path), (directory / "checkpoints").exists()

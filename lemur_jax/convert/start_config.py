@@ -12,16 +12,13 @@ from lemur_jax.convert.source import open_source
 
 
 def config_from_checkpoint(path: epath.PathLike) -> ConfigDict:
-    """Every option with its default, and what `path` defines: `model`, `tokenizer.path` and `init.checkpoint`.
+    """A config to change, with what `path` defines: `model`, `tokenizer.path` and `init.checkpoint`.
 
     Args:
       path: a Hugging Face directory, a run's workdir or a checkpoint; local or gs://.
 
-    Returns:
-      A config for `get_config` to change and return.
-
     Raises:
-      UserError: there is no model at `path`, it cannot be read, or its tokenizer is no longer where its run found it.
+      UserError: there is no model at `path`, or its tokenizer is no longer where its run found it.
     """
     source = open_source(path)
     config = default_config(source.model.to_dict())

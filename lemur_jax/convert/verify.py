@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from scipy.special import log_softmax
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import layout
@@ -24,12 +25,7 @@ TOLERANCE = 1e-3
 def compare_tensors(
     directory: epath.Path, config: LlamaConfig, expected: Iterator[tuple[str, np.ndarray]]
 ) -> str:
-    """Reads every tensor of the directory and compares it bit for bit.
-
-    Args:
-      directory: a Hugging Face directory.
-      config: the expected model.
-      expected: every tensor of the checkpoint, in any order; one is held at a time.
+    """Reads every tensor of a Hugging Face directory and compares it bit for bit with the checkpoint's, one at a time.
 
     Returns:
       A line with the amount that was compared.
@@ -47,11 +43,9 @@ def compare_tensors(
         bits = f"u{tensor.dtype.itemsize}"
         differs = found.view(bits) != tensor.view(bits)
         if differs.any():
-            where = np.unravel_index(int(differs.argmax()), differs.shape)
             raise UserError(
                 f"{written[name].path}: tensor {name} differs from the checkpoint in {int(differs.sum())} of"
-                f" {differs.size} values, first at {list(map(int, where))}: {found[where]} is written,"
-                f" {tensor[where]} is expected"
+                f" {differs.size} values, first at {np.argwhere(differs)[0].tolist()}"
             )
         count, size = count + 1, size + tensor.nbytes
     return f"verified: {count} tensors ({size / 1e6:,.1f} MB) read again equal the checkpoint's"
@@ -61,10 +55,7 @@ def compare_logits(directory: epath.Path, config: LlamaConfig, tokenizer: Tokeni
     """Compares our logits with those of `transformers`, in float32, on 512 tokens of source code.
 
     Both use the weights in the directory; ours takes the shape from the checkpoint, theirs from the files, so that a
-    mistake in `config.json` shows.
-
-    Args:
-      tokenizer: of the model; None: random tokens.
+    mistake in `config.json` shows. Tokens are random without a tokenizer.
 
     Returns:
       A line with the largest difference and the Kullback-Leibler divergence, or why nothing was compared.
@@ -96,26 +87,15 @@ def compare_logits(directory: epath.Path, config: LlamaConfig, tokenizer: Tokeni
 
 
 def transformers_model(hf_dir: str) -> Any:
-    """The model that transformers opens from a local directory, in float32; never from the hub.
-
-    Raises:
-      UserError: it cannot open the directory.
-      ImportError: transformers or torch is not installed.
-    """
+    """The model that transformers opens from a local directory, in float32; UserError if it cannot."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, local_files_only=True).eval()
     except Exception as error:  # a damaged file raises many classes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"transformers cannot open {hf_dir}: {reason[:300]}") from error
-    finally:
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _tokens(config: LlamaConfig, tokenizer: Tokenizer | None) -> np.ndarray:
@@ -140,10 +120,5 @@ def _our_logits(directory: epath.Path, config: LlamaConfig, tokens: np.ndarray) 
 
 def _divergence(p: np.ndarray, q: np.ndarray) -> float:
     """The mean over positions of KL(softmax p || softmax q), in nats."""
-
-    def log_softmax(x: np.ndarray) -> np.ndarray:
-        x = x.astype(np.float64) - x.max(-1, keepdims=True)
-        return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-    log_p, log_q = log_softmax(p), log_softmax(q)
+    log_p, log_q = (log_softmax(logits.astype(np.float64), axis=-1) for logits in (p, q))
     return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())

@@ -1,10 +1,4 @@
-"""Rows of the vocabulary: dropped from the end, added as the mean of the others.
-
-Axis legend: V vocabulary, D model.
-
-In the recipe Llama-2 has 32,000 rows; the base Lemur adds StarCoder's tokens up to 32,024; for chat those are dropped
-again (their ids now mean ChatML's tokens) and the rows grow to 32,005.
-"""
+"""Rows of the vocabulary: dropped from the end, added as the mean of the others (V vocabulary, D model)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,16 +19,12 @@ Array = jax.Array | np.ndarray
 def resize(
     params: Mapping[str, Any], vocab_size: int, *, drop_rows_above: int = 0, new_rows: str = "refuse"
 ) -> dict[str, Any]:
-    """Brings the vocabulary to `vocab_size` rows, with the options of `config.init`.
-
-    New rows are the mean of the others: a new token starts about as likely as an average one, and the others lose
-    little by it (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+    """The parameter tree, of NumPy or JAX arrays, with `vocab_size` rows V.
 
     Args:
-      params: the parameter tree, of NumPy or JAX arrays; not changed.
-      vocab_size: rows V afterwards.
       drop_rows_above: > 0: rows with ids from this one on are dropped first.
-      new_rows: "mean": missing rows become the mean of the others; "refuse": they are an error.
+      new_rows: "mean": missing rows become the mean of the others, so that a new token starts as likely as an average
+        one (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"); "refuse": an error.
 
     Raises:
       UserError: the allowed changes do not lead to `vocab_size` rows.
@@ -56,13 +46,9 @@ def resize(
             " config.init.new_rows='mean' to add them as the mean of the old ones"
         )
     changed = dict(params)
-    embedding = params["embed"]["embedding"]
-    changed["embed"] = {**params["embed"], "embedding": _resized(embedding, 0, rows, vocab_size)}
+    changed["embed"] = {"embedding": _resized(params["embed"]["embedding"], 0, rows, vocab_size)}
     if "head" in params:
-        changed["head"] = {
-            **params["head"],
-            "kernel": _resized(params["head"]["kernel"], 1, rows, vocab_size),
-        }
+        changed["head"] = {"kernel": _resized(params["head"]["kernel"], 1, rows, vocab_size)}
     return changed
 
 
@@ -81,27 +67,16 @@ def _resized(table: Array, axis: int, keep: int, size: int) -> Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
-    """Changes of the vocabulary between the two formats; none by default.
+    """Changes of the vocabulary between the two formats, in this order; none by default."""
 
-    Attributes:
-      drop_rows_above: > 0: rows and control tokens with ids from this one on are dropped first.
-      add_tokens: control tokens that get the next ids, and rows if there are none.
-      vocab_size: > 0: rows V afterwards; missing rows become the mean of the others.
-    """
-
-    drop_rows_above: int = 0
-    add_tokens: tuple[str, ...] = ()
-    vocab_size: int = 0
+    drop_rows_above: int = 0  # > 0: rows and control tokens with ids from this one on are dropped
+    add_tokens: tuple[str, ...] = ()  # control tokens that get the next ids, and rows if there are none
+    vocab_size: int = 0  # > 0: rows V afterwards; missing rows become the mean of the others
 
     def apply(
         self, config: LlamaConfig, files: Mapping[str, bytes], where: object
     ) -> tuple[LlamaConfig, dict[str, bytes]]:
-        """The model and the tokenizer's files afterwards.
-
-        Args:
-          config: the model before.
-          files: of its tokenizer; empty if there is none.
-          where: the model's place, for messages.
+        """The model at `where` and its tokenizer's files (empty: none) afterwards.
 
         Raises:
           UserError: rows would be lost without being named, or tokens and rows do not fit each other.

@@ -48,16 +48,6 @@ def test_whatever_is_raised_the_part_is_removed(tmp_path, error):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_removal_that_fails_does_not_hide_why(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError("removal")
-
-    monkeypatch.setattr(directory, "is_object_store", lambda path: True)
-    monkeypatch.setattr(type(epath.Path("/")), "rmtree", refuse)
-    with pytest.raises(ValueError, match="first"), directory.staged(epath.Path(tmp_path / "out")):
-        raise ValueError("first")
-
-
 @pytest.mark.usefixtures("storage")
 @pytest.mark.parametrize(
     "error",
@@ -103,49 +93,35 @@ def test_one_process_at_a_time_writes_a_target(tmp_path):
 
 
 @pytest.mark.slow
-def test_imports_onto_gs_and_from_there(
-    emulator,
-    make_model,
-    tmp_path,
-):
+def test_imports_onto_gs_and_from_there(emulator, make_model, tmp_path):
     """One that fails leaves nothing; the others are whole, and lie there. A model on gs:// is that of a disk."""
     hf = make_model()
 
-    def lemur(*words):
-        return subprocess.run(
-            [sys.executable, "-m", "lemur_jax.cli", *words],
+    def lemur(*words, status=0):
+        done = subprocess.run(
+            [sys.executable, "-m", "lemur_jax.cli", *map(str, words)],
             env=emulator | {"PYTHONPATH": os.pathsep.join(sys.path)},
             cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=300,
         )
+        assert done.returncode == status, done.stderr
+        return done
 
-    for words in ([], ["--overwrite"]):
-        done = lemur("import-hf", str(hf.path), "gs://bucket/whole", *words)
-        assert done.returncode == 0, done.stderr
-    done = lemur("checkpoints", "gs://bucket/whole")
-    assert done.returncode == 0, done.stderr
-    assert "verified (params)" in done.stdout
-    done = lemur("export-hf", "gs://bucket/whole", str(tmp_path / "out"), "--dtype", "float32", "--verify")
-    assert done.returncode == 0, done.stderr
-    for source, target in (
-        ("gs://bucket/whole", "gs://bucket/hf"),
-        ("gs://bucket/hf", str(tmp_path / "back")),
-    ):
-        done = lemur(
-            "export-hf" if source.endswith("whole") else "import-hf", source, target, "--dtype", "float32"
-        )
-        assert done.returncode == 0, done.stderr
-    done = lemur("export-hf", str(tmp_path / "back"), str(tmp_path / "again"), "--dtype", "float32")
-    assert done.returncode == 0, done.stderr
+    lemur("import-hf", hf.path, "gs://bucket/whole")
+    lemur("import-hf", hf.path, "gs://bucket/whole", "--overwrite")
+    assert "verified (params)" in lemur("checkpoints", "gs://bucket/whole").stdout
+    lemur("export-hf", "gs://bucket/whole", "out", "--dtype", "float32", "--verify")
+    lemur("export-hf", "gs://bucket/whole", "gs://bucket/hf", "--dtype", "float32")
+    lemur("import-hf", "gs://bucket/hf", "back", "--dtype", "float32")
+    lemur("export-hf", "back", "again", "--dtype", "float32")
     files = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
     assert len(set(files)) == 1
     FAULTS["NaN"][0](hf)
-    done = lemur("import-hf", str(hf.path), "gs://bucket/broken")
-    assert done.returncode == 2, done.stderr
+    done = lemur("import-hf", hf.path, "gs://bucket/broken", status=2)
     assert "not finite" in done.stderr.splitlines()[-1]  # above it, gcsfs warns of the emulator
     assert "Traceback" not in done.stderr
-    done = lemur("checkpoints", "gs://bucket/broken")
+    done = lemur("checkpoints", "gs://bucket/broken", status=2)
     assert "lemur checkpoints: no checkpoint directory at gs://bucket/broken\n" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "back", "hf", "out"]

@@ -27,6 +27,7 @@ from lemur_jax.convert import export_hf as export_module
 from lemur_jax.convert import layout
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.import_hf import import_hf
+from lemur_jax.convert.model_card import model_card
 from lemur_jax.convert.vocabulary import AS_IT_IS
 from lemur_jax.models.llama import abstract_params
 from lemur_jax.models.presets import preset
@@ -87,7 +88,7 @@ def test_through_float32_masters(make_model, tmp_path):
     assert all(torch.equal(bits(tensor), bits(after[name])) for name, tensor in read_file(hf.path).items())
 
 
-def test_shards(hf_model, checkpoint, tmp_path):
+def test_shards_without_a_tokenizer(hf_model, checkpoint, tmp_path):
     export_hf(checkpoint, tmp_path / "out", dtype="float32", max_shard_bytes=20_000)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3
@@ -97,6 +98,7 @@ def test_shards(hf_model, checkpoint, tmp_path):
         tensor.nbytes for tensor in read_file(hf_model.path).values()
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (None, None)  # none is invented
     for name, tensor in hf_model.state().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
 
@@ -153,6 +155,7 @@ def test_base_model_directory(make_model, tmp_path, tokenizer_dir):
 def test_chat_model_directory(make_model, tmp_path, tokenizer_dir):
     tokenizer = extend(tokenizer_dir, tmp_path / "chat", CHATML_TOKENS)
     end = tokenizer.added_tokens["<|im_end|>"]
+    (tmp_path / "chat" / "chat_template.jinja").unlink()  # the export supplies it
     with_tokenizer(make_model, tmp_path / "checkpoint", tmp_path / "chat", 405)
     export_hf(tmp_path / "checkpoint", tmp_path / "out")
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
@@ -187,20 +190,6 @@ def test_it_stops_at_the_end_of_a_turn_and_where_the_imported_model_stopped(
     export_hf(tmp_path / "checkpoint", tmp_path / "out")
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
     assert generation.eos_token_id == [400, 2, 7]
-
-
-def test_chat_template_is_supplied(make_model, tmp_path, tokenizer_dir):
-    extend(tokenizer_dir, tmp_path / "chat", CHATML_TOKENS)
-    (tmp_path / "chat" / "chat_template.jinja").unlink()
-    with_tokenizer(make_model, tmp_path / "checkpoint", tmp_path / "chat", 405)
-    export_hf(tmp_path / "checkpoint", tmp_path / "out")
-    assert "<|im_start|>" in (tmp_path / "out" / "chat_template.jinja").read_text()
-
-
-def test_without_tokenizer_no_id_is_invented(checkpoint, tmp_path):
-    export_hf(checkpoint, tmp_path / "out")
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
-    assert (config.bos_token_id, config.eos_token_id) == (None, None)
 
 
 def test_existing_target(checkpoint, tmp_path):
@@ -250,29 +239,22 @@ def test_float16_overflow_names_the_tensor(checkpoint, tmp_path):
         export_hf(tmp_path / "changed", tmp_path / "out", dtype="float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["changed", "checkpoint", "hf"]
     export_hf(tmp_path / "changed", tmp_path / "out", dtype="bfloat16")
-
-
-def test_infinity_is_exported_as_it_is(checkpoint, tmp_path):
-    write_changed(checkpoint, tmp_path / "changed", set_value(np.inf))
-    export_hf(tmp_path / "changed", tmp_path / "out", dtype="float16")
-    tensor = read_file(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"]
-    assert tensor[4, 3] == torch.inf
-
-
-def drop_head(params):
-    del params["head"]
-
-
-def add_bias(params):
-    params["layers"]["mlp"]["bias"] = np.zeros(3, ml_dtypes.bfloat16)
+    # Infinity is exported as it is.
+    write_changed(checkpoint, tmp_path / "infinite", set_value(np.inf))
+    export_hf(tmp_path / "infinite", tmp_path / "out", dtype="float16", overwrite=True)
+    assert read_file(tmp_path / "out")["model.layers.1.mlp.up_proj.weight"][4, 3] == torch.inf
 
 
 @pytest.mark.parametrize(
     ("change", "model", "message"),
     [
-        (drop_head, {}, "parameter head/kernel is missing"),
-        (add_bias, {}, "parameter layers/mlp/bias is not part"),
-        (lambda params: None, {"vocab_size": 97}, r"parameter embed/embedding has shape \(96, 32\)"),
+        (lambda params: params.pop("head"), {}, "parameter head/kernel is missing"),
+        (
+            lambda params: params["layers"]["mlp"].update(bias=np.zeros(3, ml_dtypes.bfloat16)),
+            {},
+            "parameter layers/mlp/bias is not part",
+        ),
+        (lambda params: None, {"vocab_size": 97}, r"parameter embed/embedding has shape \[96, 32\]"),
     ],
 )
 def test_checkpoint_that_is_not_its_model(checkpoint, tmp_path, change, model, message):
@@ -288,16 +270,13 @@ def test_damaged_checkpoint_data(checkpoint, tmp_path):
     with pytest.raises(UserError, match="cannot be"):
         export_hf(checkpoint, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf"]
-
-
-def test_missing_step_and_missing_checkpoint(checkpoint, tmp_path):
     with pytest.raises(UserError, match="no checkpoint of step 7"):
         export_hf(checkpoint, tmp_path / "out", step=7)
     with pytest.raises(UserError, match="no checkpoint directory"):
         export_hf(tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_tokenizer_file_outside_the_directory(hf_model, tmp_path):
+def test_tokenizer_file_outside_the_directory(tmp_path):
     params = {"final_norm": {"scale": np.ones(3, np.float32)}}
     metadata = make_metadata(model=preset("tiny").to_dict(), tokenizer_files={"../evil": b"x"})
     write_params(tmp_path / "checkpoint", params, metadata)
@@ -306,16 +285,14 @@ def test_tokenizer_file_outside_the_directory(hf_model, tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-def test_card_tells_of_the_training(checkpoint, tmp_path):
+def test_card_tells_of_the_training():
     sources = {"code": {"share": 10.0}, "text": {"share": 1.0}}
     run = {
         "data": {"sources": sources, "sequence_length": 4096},
         "train": {"batch_rows": 1024, "steps": 500},
         "optimizer": {"learning_rate": 4e-5, "final_learning_rate": 4e-6},
     }
-    card = export_module.model_card(
-        preset("lemur_70b"), {"step": 250, "config": run}, "bfloat16", chatml=False
-    )
+    card = model_card(preset("lemur_70b"), {"step": 250, "config": run}, "bfloat16", chatml=False)
     assert "| Tokens an update | 4,194,304 |" in card
     assert "code 90.9%, text 9.1%" in card
     assert "| Learning rate | 4e-05 → 4e-06 |" in card

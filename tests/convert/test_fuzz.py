@@ -15,24 +15,8 @@ from lemur_jax.convert.import_hf import load_hf_params
 
 CASES = 500
 VALUES = (
-    None,
-    True,
-    -1,
-    0,
-    1,
-    3,
-    7,
-    10**30,
-    0.5,
-    1e300,
-    float("nan"),
-    "",
-    "4",
-    "silu",
-    [],
-    [1],
-    {},
-    {"a": 1},
+    *(None, True, -1, 0, 1, 3, 7, 10**30, 0.5, 1e300, float("nan")),
+    *("", "4", "silu", [], [1], {}, {"a": 1}),
 )
 
 

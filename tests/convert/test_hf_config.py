@@ -1,12 +1,10 @@
 """config.json against what transformers reads and writes."""
 
 import dataclasses
-import errno
 import json
 
 import pytest
 import transformers
-from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import hf_config
@@ -56,20 +54,15 @@ def test_round_trip_and_transformers_agrees(name, tmp_path):
     assert hf_config.read_config(tmp_path / "again") == config
 
 
-def test_linear_scaling_by_its_old_name():
+def test_rope_scaling_in_each_spelling():
     config = hf_config.from_hf(with_keys(rope_scaling={"type": "linear", "factor": 4}))
     assert (config.rope_scaling, config.rope_factor) == ("linear", 4.0)
     written = hf_config.to_hf(config, dtype="float32", bos=1, eos=2, pad=0)
     assert written["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
-
-
-def test_rope_parameters_of_transformers_5():
+    # Of transformers 5.
     config = hf_config.from_hf(with_keys(rope_parameters={**LLAMA3, "rope_theta": 500_000.0}))
     assert (config.rope_theta, config.rope_scaling) == (500_000.0, "llama3")
     assert config.rope_original_max_position_embeddings == 8192
-
-
-def test_missing_original_length_is_the_model_length():
     scaling = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
     config = hf_config.from_hf(with_keys(rope_scaling=scaling, max_position_embeddings=1234))
     assert config.rope_original_max_position_embeddings == 1234
@@ -97,17 +90,13 @@ def test_mistral_without_window():
         ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
         ({"model_type": None}, "model_type is None"),
         ({"model_type": ["llama"]}, "model_type is"),
-        ({"attention_bias": True}, "attention_bias is true"),
-        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),
-        # A key of Qwen's; transformers' Mistral keeps its window.
-        (
-            {"model_type": "mistral", "sliding_window": 16, "use_sliding_window": False},
-            "sliding_window is 16",
-        ),
-        ({"layer_types": 5}, "layer_types is 5, not a list"),
+        ({"model_type": "mistral", "sliding_window": 16}, "sliding_window is 16"),
+        ({"layer_types": 5}, "layer_types is 5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config .* \(gptq\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .*gptq"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
@@ -150,24 +139,14 @@ def test_damaged_json(tmp_path, text):
         hf_config.read_config(tmp_path)
 
 
-def test_a_config_that_cannot_be_read(tmp_path, monkeypatch):
+def test_a_config_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="not a directory"):
+        hf_config.read_config(tmp_path / "meta-llama/Llama-2-7b-hf")
+    with pytest.raises(UserError, match="does not exist"):
+        hf_config.read_config(tmp_path)
     (tmp_path / "config.json").mkdir()
     with pytest.raises(UserError, match=r"config\.json cannot be read: Is a directory"):
         hf_config.read_config(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/config\.json cannot be read: Not a directory"):
         hf_config.read_config(tmp_path / "file")
-
-    def refuse(path):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "read_text", refuse)
-    with pytest.raises(UserError, match=r"config\.json cannot be read: Permission denied"):
-        hf_config.read_config(tmp_path)
-
-
-def test_no_directory_and_no_config(tmp_path):
-    with pytest.raises(UserError, match="not a directory"):
-        hf_config.read_config(tmp_path / "meta-llama/Llama-2-7b-hf")
-    with pytest.raises(UserError, match="does not exist"):
-        hf_config.read_config(tmp_path)

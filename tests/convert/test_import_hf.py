@@ -105,12 +105,25 @@ def test_sharded_files(make_model):
     assert_same(params, expected_params(hf.state(), config))
 
 
-# torch's format since 1.6, and the one before.
-@pytest.mark.parametrize("zipped", [True, False])
-def test_bin_files(make_model, monkeypatch, zipped):
-    hf = make_model(torch.bfloat16)
+def to_bin(hf, shards=1):
+    """The state dict as `.bin` files in place of safetensors; returns them."""
     (hf.path / "model.safetensors").unlink()
-    torch.save(hf.state(), hf.path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    state, last = hf.state(), f"-of-{shards:05}.bin"
+    if shards == 1:
+        torch.save(state, hf.path / "pytorch_model.bin")
+        return [hf.path / "pytorch_model.bin"]
+    weight_map = {name: f"pytorch_model-{1 + index % shards:05}{last}" for index, name in enumerate(state)}
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        torch.save({name: state[name] for name in state if weight_map[name] == file}, hf.path / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (hf.path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return [hf.path / file for file in files]
+
+
+def test_bin_files(make_model, monkeypatch):
+    hf = make_model(torch.bfloat16)
+    to_bin(hf)
     config, params = load_hf_params(hf.path)
     assert_same(params, expected_params(hf.state(), config))
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -120,58 +133,39 @@ def test_bin_files(make_model, monkeypatch, zipped):
 
 def test_sharded_bin_files(make_model):
     hf = make_model()
-    (hf.path / "model.safetensors").unlink()
-    state = hf.state()
-    weight_map = {name: f"pytorch_model-{1 + index % 3:05}-of-00003.bin" for index, name in enumerate(state)}
-    for file in set(weight_map.values()):
-        part = {name: state[name] for name, holder in weight_map.items() if holder == file}
-        torch.save(part, hf.path / file)
-    index = hf.path / "pytorch_model.bin.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    _, file, _ = to_bin(hf, shards=3)
     config, params = load_hf_params(hf.path)
-    assert_same(params, expected_params(state, config))
-
-    file = hf.path / "pytorch_model-00002-of-00003.bin"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
+    assert_same(params, expected_params(hf.state(), config))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=f"{file.name} cannot be read as weights"):
         load_hf_params(hf.path)
     file.unlink()
-    with pytest.raises(UserError, match=f"{file.name} is missing, but {index.name} lists it"):
+    with pytest.raises(
+        UserError, match=rf"{file.name} is missing, but pytorch_model\.bin\.index\.json lists it"
+    ):
         load_hf_params(hf.path)
 
 
 @pytest.mark.parametrize(
     ("content", "advice"),
-    [
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsize 4976698672\n",
-            "run `git lfs pull`",
-        ),
-        (b"<!DOCTYPE html>", "download it again"),
-        (b"", "download it again"),
-    ],
+    [(b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"), (b"", "download it again")],
 )
-def test_bin_file_that_was_not_downloaded(make_model, content, advice):
-    hf = make_model()
-    (hf.path / "model.safetensors").unlink()
-    (hf.path / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(UserError, match=rf"pytorch_model\.bin holds no weights of PyTorch: .*{advice}"):
-        load_hf_params(hf.path)
+def test_bin_file_that_was_not_downloaded(hf_model, content, advice):
+    (file,) = to_bin(hf_model)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"pytorch_model\.bin holds no weights of PyTorch .*: .*{advice}"):
+        load_hf_params(hf_model.path)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_bin_file_with_code_in_it(make_model, tmp_path, zipped):
+def test_bin_file_with_code_in_it(hf_model, tmp_path):
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "sprung"), "w"))
 
-    hf = make_model()
-    (hf.path / "model.safetensors").unlink()
-    trap = {"model.norm.weight": Trap()}
-    torch.save(trap, hf.path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    (file,) = to_bin(hf_model)
+    torch.save({"model.norm.weight": Trap()}, file)
     with pytest.raises(UserError, match="cannot be read as weights"):
-        load_hf_params(hf.path)
+        load_hf_params(hf_model.path)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -265,27 +259,25 @@ def test_a_second_tied_head_is_ignored(make_model):
     assert "head" not in params
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["single", "in no index", "in the index", "bin"])
-def test_buffers_that_transformers_ignores(make_model, kind, dtype):
+def test_buffers_that_transformers_ignores(hf_model, kind, dtype):
     """Old versions of transformers saved a table of angles for each layer, or one for the model."""
-    hf = make_model()
-    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"]
-    state = {name: tensor.clone() for name, tensor in hf.state().items()} | {
-        name: torch.arange(4).to(dtype) for name in names
-    }
-    (hf.path / "model.safetensors").unlink()
+    path, state = hf_model.path, hf_model.state()
+    for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"):
+        state[name] = torch.arange(4).to(dtype)
+    (path / "model.safetensors").unlink()
     file = "model.safetensors" if kind == "single" else "model-00001-of-00001.safetensors"
     if kind == "bin":
-        torch.save(state, hf.path / "pytorch_model.bin")
+        torch.save(state, path / "pytorch_model.bin")
     else:
-        safetensors.torch.save_file(state, hf.path / file, {"format": "pt"})
+        safetensors.torch.save_file({name: tensor.clone() for name, tensor in state.items()}, path / file)
     if kind.endswith("index"):
-        listed = state if kind == "in the index" else hf.state()
+        listed = state if kind == "in the index" else hf_model.state()
         index = {"metadata": {}, "weight_map": dict.fromkeys(listed, file)}
-        (hf.path / "model.safetensors.index.json").write_text(json.dumps(index))
-    config, params = load_hf_params(hf.path)
-    assert_same(params, expected_params(hf.state(), config))
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config, params = load_hf_params(path)
+    assert_same(params, expected_params(hf_model.state(), config))
 
 
 def test_symlinks_as_in_the_hub_cache(make_model, tmp_path):
@@ -294,13 +286,3 @@ def test_symlinks_as_in_the_hub_cache(make_model, tmp_path):
     (hf.path / "model.safetensors").symlink_to("../blob")
     config, params = load_hf_params(hf.path)
     assert_same(params, expected_params(hf.state(), config))
-
-
-def test_index_is_read(make_model, tmp_path):
-    hf = make_model(shard="20KB")
-    index = hf.path / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"]["model.norm.weight"] = "../model.safetensors"
-    index.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"model\.norm\.weight .* not the name of a"):
-        import_hf(hf.path, tmp_path / "checkpoint")

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from lemur_jax.convert import layout
 from lemur_jax.models.llama import abstract_params
@@ -12,7 +13,7 @@ from lemur_jax.models.presets import preset
 @pytest.mark.parametrize("name", ["tiny", "llama2_7b", "llama3.2_1b", "lemur_70b"])
 def test_shapes_are_those_of_the_model(name):
     config = preset(name)
-    tree = layout.nest({weight.path: weight.shape for weight in layout.weights(config)})
+    tree = unflatten_dict({weight.path: weight.shape for weight in layout.weights(config)}, sep="/")
     expected = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract_params(config))
     assert tree == expected
 

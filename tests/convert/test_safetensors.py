@@ -71,23 +71,18 @@ def test_the_library_reads_what_is_written(tmp_path, dtype):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_shards():
+def test_shards_and_their_index(tmp_path):
     sizes = [("a", 4), ("b", 4), ("c", 20), ("d", 1)]
     assert [shard.file for shard in plan_shards(sizes, 100)] == ["model.safetensors"]
     shards = plan_shards(sizes, 8)
     assert [shard.names for shard in shards] == [("a", "b"), ("c",), ("d",)]
-    assert shards[1].file == "model-00002-of-00003.safetensors"
-
-
-def test_index_lists_every_tensor(tmp_path):
-    shards = plan_shards([("a", 4), ("b", 4)], 4)
-    write_index(epath.Path(tmp_path), shards, 8)
+    write_index(epath.Path(tmp_path), shards, 29)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == {
-        "a": "model-00001-of-00002.safetensors",
-        "b": "model-00002-of-00002.safetensors",
+    files = {
+        name: f"model-0000{number}-of-00003.safetensors"
+        for name, number in zip("abcd", (1, 1, 2, 3), strict=True)
     }
-    assert index["metadata"]["total_size"] == 8
+    assert index == {"metadata": {"total_size": 29}, "weight_map": files}
 
 
 DAMAGED = {
@@ -95,39 +90,27 @@ DAMAGED = {
     "seven bytes": b"\0" * 7,
     "no header": b"\0" * 8,
     "header longer than file": file_of({"a": entry()}, b"\0" * 8, length=1000),
-    "header of 2^63": file_of({"a": entry()}, b"\0" * 8, length=1 << 63),
     "header of 2^64 - 1": file_of({"a": entry()}, b"\0" * 8, length=(1 << 64) - 1),
-    "header cut short": file_of({"a": entry()}, b"\0" * 8, length=10),
     "not json": file_of(b"abcdefgh"),
     "not utf-8": file_of(b'{"\xff\xfe": 1}'),
     "a list": file_of([]),
     "deep nesting": file_of(b"[" * 100_000),
-    "an entry that is a number": file_of({"a": 5}),
     "an entry without shape": file_of({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, b"\0" * 8),
     "an entry with more": file_of({"a": {**entry(), "x": 1}}, b"\0" * 8),
-    "name twice": file_of(
-        b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}"
-    ),
-    "integers": file_of({"a": entry("I64", (1,))}, b"\0" * 8),
+    "name twice": file_of(json.dumps({"a": entry(), "b": entry()}).replace("b", "a").encode(), b"\0" * 8),
     "unknown dtype": file_of({"a": entry("F7")}, b"\0" * 8),
-    "dtype a list": file_of({"a": entry(["F32"])}, b"\0" * 8),
-    "float8": file_of({"a": entry("F8_E4M3", (8,))}, b"\0" * 8),
     "shape negative": file_of({"a": entry(shape=(-2,))}, b"\0" * 8),
-    "shape two negatives": file_of({"a": entry(shape=(-1, -2))}, b"\0" * 8),
     "shape a string": file_of({"a": {**entry(), "shape": "2"}}, b"\0" * 8),
     "shape of booleans": file_of({"a": entry(shape=(True, 2))}, b"\0" * 8),
     "shape of fractions": file_of({"a": entry(shape=(2.0,))}, b"\0" * 8),
     "shape that overflows 64 bits": file_of({"a": entry(shape=(1 << 62, 1 << 62))}, b"\0" * 8),
     "shape that wraps to 8 bytes": file_of({"a": entry(shape=((1 << 62) + 1, 2))}, b"\0" * 8),
-    "shape huge": file_of({"a": entry(shape=(1 << 40,), offsets=(0, 1 << 42))}, b"\0" * 8),
     "number of 10,000 digits": file_of(b'{"a": ' + b"9" * 10_000 + b"}"),
-    "rank 9": file_of({"a": entry(shape=(2,) + (1,) * 8)}, b"\0" * 8),
     "offsets reversed": file_of({"a": entry(offsets=(8, 0))}, b"\0" * 8),
     "offsets of three": file_of({"a": entry(offsets=(0, 8, 8))}, b"\0" * 8),
     "offsets beyond the file": file_of({"a": entry(offsets=(8, 16))}, b"\0" * 8),
     "size other than shape": file_of({"a": entry(offsets=(0, 4))}, b"\0" * 4),
     "overlap": file_of({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12),
-    "same bytes twice": file_of({"a": entry(), "b": entry()}, b"\0" * 8),
     "gap": file_of({"a": entry(), "b": entry(offsets=(12, 20))}, b"\0" * 20),
     "data cut short": file_of({"a": entry()}, b"\0" * 7),
     "data left over": file_of({"a": entry()}, b"\0" * 9),
@@ -150,9 +133,7 @@ def test_damaged_file(tmp_path, damage):
 def test_a_git_lfs_pointer_is_named(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsize 4976698672\n")
-    with pytest.raises(
-        UserError, match=r"model\.safetensors is not a whole .*: it is a Git LFS pointer.*git lfs pull"
-    ):
+    with pytest.raises(UserError, match=r"model\.safetensors is not .*it is a Git LFS pointer.*git lfs pull"):
         read_header(path)
 
 
@@ -170,7 +151,7 @@ def test_flipped_bytes_give_errors_or_the_same_promises(tmp_path_factory, positi
     assert sum(tensor.read().nbytes for tensor in tensors.values()) == 16
 
 
-def sharded(directory, weight_map, files=("model-00001-of-00001.safetensors",)):
+def sharded(directory, weight_map, files):
     for file in files:
         (directory / file).write_bytes(file_of({"a": entry()}, b"\0" * 8))
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -178,16 +159,14 @@ def sharded(directory, weight_map, files=("model-00001-of-00001.safetensors",)):
 
 @pytest.mark.parametrize(
     "file",
-    ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", ".x.safetensors", 5, None,
+    ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", ".x.safetensors", 5, None, [],
      "C:\\x.safetensors", "gs://bucket/x.safetensors", "x.bin", "x.safetensors\n", "x\0.safetensors"],
 )  # fmt: skip
 def test_index_pointing_elsewhere(tmp_path, file):
-    (tmp_path / "secret.safetensors").write_bytes(file_of({"a": entry()}, b"\0" * 8))
-    directory = tmp_path / "hf"
-    directory.mkdir()
-    sharded(directory, {"a": file})
+    (tmp_path / "hf").mkdir()
+    sharded(tmp_path / "hf", {"a": file}, ["../secret.safetensors"])
     with pytest.raises(UserError, match="not the name of a"):
-        hf_weights.open_weights(directory)
+        hf_weights.open_weights(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
@@ -196,25 +175,17 @@ def test_index_pointing_elsewhere(tmp_path, file):
         ({}, "no weight_map"),
         ([], "no weight_map"),
         ({"a": "gone.safetensors"}, "missing"),
+        ({"a": "one.safetensors", "b": "one.safetensors"}, "lacks tensor b"),
         (
-            {"a": "model-00001-of-00001.safetensors", "b": "model-00001-of-00001.safetensors"},
-            "lacks tensor b",
+            {"a": "one.safetensors", "b": "two.safetensors"},
+            r"two.safetensors (lacks tensor b|holds tensor a)",
         ),
-        ({"b": "model-00001-of-00001.safetensors"}, "lacks tensor b"),
-        ({"a": "model-00001-of-00001.safetensors", "b": "two.safetensors"}, "two.safetensors lacks tensor b"),
+        ({"b": "one.safetensors"}, "one.safetensors holds tensor a, which .* does not list there"),
     ],
 )
 def test_index_that_disagrees(tmp_path, weight_map, message):
-    sharded(tmp_path, weight_map, ("model-00001-of-00001.safetensors", "two.safetensors"))
+    sharded(tmp_path, weight_map, ("one.safetensors", "two.safetensors"))
     with pytest.raises(UserError, match=message):
-        hf_weights.open_weights(tmp_path)
-
-
-def test_tensor_that_the_index_does_not_list(tmp_path):
-    sharded(tmp_path, {"a": "one.safetensors"})
-    data = file_of({"a": entry(), "z": entry(offsets=(8, 16))}, b"\0" * 16)
-    (tmp_path / "one.safetensors").write_bytes(data)
-    with pytest.raises(UserError, match="tensor z"):
         hf_weights.open_weights(tmp_path)
 
 

@@ -94,10 +94,7 @@ def test_what_cannot_be_opened(make_model, tmp_path, capsys):
         source.restore(abstract_params(source.model, mesh(1, 8, 1, 1), "float32"))
     (hf.path / "model.safetensors").write_bytes(b"short")
     assert main(words) == 2
-    assert (
-        "model.safetensors is not a whole safetensors file"
-        in capsys.readouterr().err.strip().splitlines()[-1]
-    )
+    assert "model.safetensors is not a whole safetensors file" in capsys.readouterr().err
     (hf.path / "model.safetensors").unlink()
     assert main(words) == 2
     assert f"{hf.path} holds no weights" in capsys.readouterr().err

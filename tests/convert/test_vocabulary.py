@@ -28,6 +28,12 @@ from lemur_jax.text.chat_template import CHATML_TOKENS
 from lemur_jax.text.tokenizer import Tokenizer
 
 
+def with_tokenizer(make_model, tokenizer_dir):
+    hf = make_model(vocab_size=400)
+    shutil.copytree(tokenizer_dir, hf.path, dirs_exist_ok=True)
+    return hf
+
+
 def tables(rows, dtype=np.float32, tied=False):
     rng = np.random.default_rng(0)
     params = {
@@ -48,12 +54,11 @@ def test_new_rows_are_the_mean_of_the_old(xp):
     np.testing.assert_array_equal(embedding[:100], before["embed"]["embedding"])
     np.testing.assert_array_equal(kernel[:, :100], before["head"]["kernel"])
     for new in range(100, 105):
-        np.testing.assert_allclose(
-            embedding[new], before["embed"]["embedding"].mean(0, dtype=np.float64), rtol=1e-5
-        )
-        np.testing.assert_allclose(
-            kernel[:, new], before["head"]["kernel"].mean(1, dtype=np.float64), rtol=1e-5
-        )
+        for found, old, axis in (
+            (embedding[new], before["embed"]["embedding"], 0),
+            (kernel[:, new], before["head"]["kernel"], 1),
+        ):
+            np.testing.assert_allclose(found, old.mean(axis, dtype=np.float64), rtol=1e-5)
     assert before["embed"]["embedding"].shape == (100, 6)
 
 
@@ -66,23 +71,14 @@ def test_bfloat16_mean_is_not_summed_in_bfloat16():
     assert "head" not in after
 
 
-def test_the_recipes_path():
-    """32,024 -> 32,000 -> 32,005, in small: StarCoder's rows are dropped, ChatML's are new."""
+def test_dropped_rows_do_not_count():
     base = tables(324)
     chat = vocabulary.resize(base, 305, drop_rows_above=300, new_rows="mean")
-    embedding = chat["embed"]["embedding"]
-    assert embedding.shape == (305, 6)
-    assert chat["head"]["kernel"].shape == (6, 305)
-    np.testing.assert_array_equal(embedding[:300], base["embed"]["embedding"][:300])
-    # The mean is of the rows that stay.
-    np.testing.assert_allclose(
-        embedding[300], base["embed"]["embedding"][:300].mean(0, dtype=np.float64), rtol=1e-5
-    )
-
-
-def test_same_size_changes_nothing():
-    params = tables(10)
-    assert vocabulary.resize(params, 10)["embed"]["embedding"] is params["embed"]["embedding"]
+    kept, embedding = base["embed"]["embedding"][:300], chat["embed"]["embedding"]
+    assert (embedding.shape, chat["head"]["kernel"].shape) == ((305, 6), (6, 305))
+    np.testing.assert_array_equal(embedding[:300], kept)
+    np.testing.assert_allclose(embedding[300], kept.mean(0, dtype=np.float64), rtol=1e-5)
+    assert vocabulary.resize(base, 324)["embed"]["embedding"] is base["embed"]["embedding"]
 
 
 @pytest.mark.parametrize(
@@ -121,8 +117,7 @@ def table_of(directory, name):
 
 def test_the_recipes_path_as_documented(make_model, tokenizer_dir, tmp_path, monkeypatch, capsys):
     """The lines of docs/conversion.md with 400 rows where Llama-2 has 32,000."""
-    hf = make_model(vocab_size=400)
-    shutil.copytree(tokenizer_dir, hf.path, dirs_exist_ok=True)
+    hf = with_tokenizer(make_model, tokenizer_dir)
     hf.path.rename(tmp_path / "llama-2")
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
@@ -165,16 +160,14 @@ def test_the_recipes_path_as_documented(make_model, tokenizer_dir, tmp_path, mon
     ],
 )
 def test_a_change_that_does_not_come_out_even(make_model, tokenizer_dir, tmp_path, change, message):
-    hf = make_model(vocab_size=400)
-    shutil.copytree(tokenizer_dir, hf.path, dirs_exist_ok=True)
+    hf = with_tokenizer(make_model, tokenizer_dir)
     with pytest.raises(UserError, match=message):
         import_hf(hf.path, tmp_path / "checkpoint", change=Change(**change))
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_names_of_added_tokens_are_stripped(make_model, tokenizer_dir, tmp_path, capsys):
-    hf = make_model(vocab_size=400)
-    shutil.copytree(tokenizer_dir, hf.path, dirs_exist_ok=True)
+    hf = with_tokenizer(make_model, tokenizer_dir)
     words = ["import-hf", str(hf.path), str(tmp_path / "checkpoint"), "--add-tokens"]
     assert main([*words, "<x>, "]) == 2
     assert main([*words, "<x>", "--vocab-size", "-1"]) == 2
@@ -186,8 +179,7 @@ def test_names_of_added_tokens_are_stripped(make_model, tokenizer_dir, tmp_path,
 
 
 def test_a_damaged_tokenizer_is_named_with_its_directory(make_model, tokenizer_dir, tmp_path):
-    hf = make_model(vocab_size=400)
-    shutil.copytree(tokenizer_dir, hf.path, dirs_exist_ok=True)
+    hf = with_tokenizer(make_model, tokenizer_dir)
     (hf.path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(UserError, match=rf"{hf.path}: tokenizer\.model is damaged"):
         import_hf(hf.path, tmp_path / "checkpoint")
