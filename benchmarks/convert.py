@@ -24,7 +24,7 @@ import numpy as np
 
 from lemur_jax.convert import hf_config, layout
 from lemur_jax.convert.hf_weights import open_weights
-from lemur_jax.convert.safetensors import plan_shards, write_index, write_shard
+from lemur_jax.convert.safetensors import write_weights
 from lemur_jax.models.presets import preset
 
 
@@ -37,11 +37,7 @@ def make_model(directory: pathlib.Path, config, seed: int = 0) -> None:
     def tensor(name):
         return (rng.standard_normal(shapes[name], np.float32) * 0.02).astype(ml_dtypes.bfloat16)
 
-    sizes = [(name, 2 * int(np.prod(shape))) for name, shape in shapes.items()]
-    shards = plan_shards(sizes, 5e9)
-    for shard in shards:
-        write_shard(directory / shard.file, shard.names, shapes, "bfloat16", tensor)
-    write_index(directory, shards, sum(size for _, size in sizes))
+    write_weights(directory, shapes, "bfloat16", tensor, 5e9)
     described = hf_config.to_hf(config, dtype="bfloat16", bos=1, eos=2, pad=None)
     (directory / "config.json").write_text(json.dumps(described))
 

@@ -66,8 +66,14 @@ def _beside(target: epath.Path) -> Iterator[epath.Path]:
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)  # held until the process ends, however it ends
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks of directories
-            _lock(lock, target)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is writing {target}: wait for it, or choose another place"
+            ) from None
+        except OSError:  # some network file systems have no locks of directories
+            pass
         for child in partial.iterdir():  # of a process that was killed
             child.rmtree() if child.is_dir() else child.unlink()
         try:
@@ -84,12 +90,3 @@ def _beside(target: epath.Path) -> Iterator[epath.Path]:
             old.rmtree()
     finally:
         os.close(lock)
-
-
-def _lock(descriptor: int, target: epath.Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"another process is writing {target}: wait for it, or choose another place"
-        ) from None

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
 from lemur_jax.convert.hf_weights import check_shapes
 from lemur_jax.convert.model_card import model_card
-from lemur_jax.convert.safetensors import INDEX, plan_shards, write_index, write_shard
+from lemur_jax.convert.safetensors import INDEX, write_weights
 from lemur_jax.convert.verify import compare_logits, compare_tensors
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
 from lemur_jax.models.config import LlamaConfig
@@ -80,7 +79,6 @@ def export_hf(
         raise UserError(f"{ckpt_dir}: {unknown[0]!r} among the tokenizer's files is not a tokenizer file")
     config, files = change.apply(stored, files, ckpt_dir)
     tokenizer = Tokenizer.from_files(files) if files else None
-    chatml = tokenizer is not None and "<|im_end|>" in tokenizer.control_tokens
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         """Parameter by parameter in the order of the table, all layers of each."""
@@ -89,24 +87,20 @@ def export_hf(
             yield from _stream(before, after, arrays[before.path], leaf, dtype, change, where)
 
     with suggest_other_steps(ckpt_dir, metadata["step"]), staged(target) as directory:
-        _write_weights(directory, config, _ahead(tensors()), dtype, max_shard_bytes)
-        for name, content in files.items():
-            (directory / name).write_bytes(content)
-        if tokenizer is not None and chatml and tokenizer.chat_template is None:
-            (directory / "chat_template.jinja").write_text(CHATML_TEMPLATE)
-        (directory / "README.md").write_text(model_card(config, metadata, dtype, chatml=chatml))
-        bos, eos, pad = (getattr(tokenizer, f"{kind}_id", None) for kind in ("bos", "eos", "pad"))
-        stops = stop_ids(tokenizer) if tokenizer else ()
-        generation = {
-            "bos_token_id": bos,
-            "eos_token_id": stops if len(stops) > 1 else eos,
-            "pad_token_id": pad,
-        }
-        _write_json(directory / "generation_config.json", generation | {"do_sample": False})
-        # Last: without it the directory is no model.
-        _write_json(
-            directory / "config.json", hf_config.to_hf(config, dtype=dtype, bos=bos, eos=eos, pad=pad)
+        stream = _ahead(tensors())
+
+        def next_tensor(name: str) -> np.ndarray:
+            streamed, tensor = next(stream)
+            assert streamed == name, (streamed, name)  # shards keep the stream's order
+            return tensor
+
+        shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
+        write_weights(directory, shapes, dtype, next_tensor, max_shard_bytes)
+        assert next(stream, None) is None  # runs the last parameter's check
+        (directory / "README.md").write_text(
+            model_card(config, metadata, dtype, chatml=_has_chatml(tokenizer))
         )
+        _write_files(directory, config, dtype, tokenizer)
         if verify:
             logger.info("%s", compare_tensors(directory, config, tensors()))
             logger.info("%s", compare_logits(directory, config, tokenizer))
@@ -120,32 +114,28 @@ def _is_export(directory: epath.Path) -> bool:
     return not names or ("config.json" in names and not foreign)
 
 
+def _has_chatml(tokenizer: Tokenizer | None) -> bool:
+    return tokenizer is not None and "<|im_end|>" in tokenizer.control_tokens
+
+
+def _write_files(directory: epath.Path, config: LlamaConfig, dtype: str, tokenizer: Tokenizer | None) -> None:
+    """Writes the tokenizer's files and those that transformers configures itself by."""
+    files = tokenizer.files() if tokenizer else {}
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    if tokenizer is not None and _has_chatml(tokenizer) and tokenizer.chat_template is None:
+        (directory / "chat_template.jinja").write_text(CHATML_TEMPLATE)
+    bos, eos, pad = (getattr(tokenizer, f"{kind}_id", None) for kind in ("bos", "eos", "pad"))
+    stops = stop_ids(tokenizer) if tokenizer else ()
+    ids = {"bos_token_id": bos, "eos_token_id": stops if len(stops) > 1 else eos, "pad_token_id": pad}
+    _write_json(directory / "generation_config.json", ids | {"do_sample": False})
+    # Last: without it the directory is no model.
+    described = hf_config.to_hf(config, dtype=dtype, bos=bos, eos=eos, pad=pad)
+    _write_json(directory / "config.json", described)
+
+
 def _write_json(path: epath.Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _write_weights(
-    directory: epath.Path,
-    config: LlamaConfig,
-    stream: Iterator[tuple[str, np.ndarray]],
-    dtype: str,
-    max_shard_bytes: float,
-) -> None:
-    """Writes all safetensors files and their index."""
-    shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
-    itemsize = numpy_dtype(dtype).itemsize
-    sizes = [(name, math.prod(shape) * itemsize) for name, shape in shapes.items()]
-    shards = plan_shards(sizes, max_shard_bytes)
-
-    def next_tensor(name: str) -> np.ndarray:
-        streamed, tensor = next(stream)
-        assert streamed == name, (streamed, name)  # shards keep the stream's order
-        return tensor
-
-    for shard in shards:
-        write_shard(directory / shard.file, shard.names, shapes, dtype, next_tensor)
-    assert next(stream, None) is None  # runs the last parameter's check
-    write_index(directory, shards, sum(size for _, size in sizes))
 
 
 def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:

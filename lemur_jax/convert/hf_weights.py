@@ -145,8 +145,15 @@ def check_weights(config: LlamaConfig, tensors: Mapping[str, Tensor], hf_dir: ep
     tied = config.tie_word_embeddings and layout.HEAD in tensors
     found = {name: tensor.shape for name, tensor in tensors.items() if not (tied and name == layout.HEAD)}
     check_shapes(expected, found, f"{hf_dir}: weight")
-    if tied:
-        _check_tied(tensors)
+    if tied:  # it may store its head too, if it equals the embedding
+        embedding, head = tensors[layout.EMBEDDING], tensors[layout.HEAD]
+        bits = f"u{head.dtype.itemsize}"
+        same = (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
+        if not same or not np.array_equal(embedding.read().view(bits), head.read().view(bits)):
+            raise UserError(
+                f"{head.path}: config.json says tie_word_embeddings, but {layout.HEAD} differs from"
+                f" {layout.EMBEDDING}: set tie_word_embeddings to false or remove {layout.HEAD}"
+            )
 
 
 def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any], what: str) -> None:
@@ -161,16 +168,3 @@ def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any], what: st
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
             raise UserError(f"{what} {name} has shape {list(found[name])}, the model {list(shape)}")
-
-
-def _check_tied(tensors: Mapping[str, Tensor]) -> None:
-    """A tied model may store its head too, if it equals the embedding."""
-    embedding, head = tensors[layout.EMBEDDING], tensors[layout.HEAD]
-    bits = f"u{head.dtype.itemsize}"
-    if (embedding.shape, embedding.dtype) != (head.shape, head.dtype) or not np.array_equal(
-        embedding.read().view(bits), head.read().view(bits)
-    ):
-        raise UserError(
-            f"{head.path}: config.json says tie_word_embeddings, but {layout.HEAD} differs from"
-            f" {layout.EMBEDDING}: set tie_word_embeddings to false or remove {layout.HEAD}"
-        )

@@ -68,9 +68,8 @@ def weights(config: LlamaConfig) -> tuple[Weight, ...]:
     for path, axes, name, hf_axes in TABLE:
         if name == HEAD and config.tie_word_embeddings:
             continue
-        split, ours = "".join(hf_axes), axes.removeprefix("L")
-        stacked = axes.startswith("L")
-        layers = range(config.num_hidden_layers) if stacked else range(1)
+        split, ours, stacked = "".join(hf_axes), axes.removeprefix("L"), axes.startswith("L")
+        layers = range(config.num_hidden_layers if stacked else 1)
         rows.append(
             Weight(
                 path=path,

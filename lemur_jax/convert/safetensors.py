@@ -144,66 +144,62 @@ def _checked_dtype(name: str, entry: Mapping[str, Any]) -> np.dtype:
     return _DTYPES[code]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One file to write: its name and its tensors, in file order."""
-
-    file: str
-    names: tuple[str, ...]
-
-
-def plan_shards(sizes: Sequence[tuple[str, int]], max_bytes: float) -> list[Shard]:
-    """Splits tensors, as (name, bytes), into files of at most `max_bytes`; a larger tensor gets its own file."""
+def plan_shards(sizes: Mapping[str, int], max_bytes: float) -> dict[str, list[str]]:
+    """File -> names of tensors, of together at most `max_bytes`; a larger tensor gets its own file."""
     groups: list[list[str]] = [[]]
     used = 0
-    for name, size in sizes:
+    for name, size in sizes.items():
         if groups[-1] and used + size > max_bytes:
             groups.append([])
             used = 0
         groups[-1].append(name)
         used += size
     if len(groups) == 1:
-        return [Shard(file="model.safetensors", names=tuple(groups[0]))]
-    return [
-        Shard(file=f"model-{number:05d}-of-{len(groups):05d}.safetensors", names=tuple(names))
-        for number, names in enumerate(groups, start=1)
-    ]
+        return {"model.safetensors": groups[0]}
+    last = f"-of-{len(groups):05d}.safetensors"
+    return {f"model-{number:05d}{last}": names for number, names in enumerate(groups, start=1)}
 
 
-def write_index(directory: epath.Path, shards: Sequence[Shard], total_bytes: int) -> None:
-    """Writes which shard holds which tensor; nothing for a single shard."""
-    if len(shards) > 1:
-        weight_map = {name: shard.file for shard in shards for name in shard.names}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def write_shard(
-    path: epath.Path,
-    names: Sequence[str],
+def write_weights(
+    directory: epath.Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
     read: Callable[[str], np.ndarray],
+    max_shard_bytes: float,
 ) -> None:
-    """Writes one file.
+    """Writes safetensors files, and their index if there are several.
 
     Args:
-      path: the file.
-      names: its tensors, in order.
-      shapes: the shape of each.
-      dtype: a name in `convert.dtypes.DTYPES`, for all of them.
+      directory: where to write them.
+      shapes: name -> shape, in the order of writing.
+      dtype: a name in `convert.dtypes.DTYPES`, for all tensors.
       read: name -> tensor, C-contiguous, of that dtype; called once for each, in order.
+      max_shard_bytes: tensor bytes per file; a larger tensor gets its own file.
     """
+    itemsize = DTYPES[dtype][0].itemsize
+    sizes = {name: math.prod(shape) * itemsize for name, shape in shapes.items()}
+    shards = plan_shards(sizes, max_shard_bytes)
+    for file, names in shards.items():
+        _write_shard(directory / file, {name: shapes[name] for name in names}, dtype, read)
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(
+    path: epath.Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, read: Callable[[str], np.ndarray]
+) -> None:
     numpy_dtype, code = DTYPES[dtype]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in names:
-        start, end = end, end + math.prod(shapes[name]) * numpy_dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [start, end]}
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * numpy_dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # readers map the tensors: keep them aligned
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        for name in names:  # as bytes: NumPy gives no buffer of bfloat16
+        for name in shapes:  # as bytes: NumPy gives no buffer of bfloat16
             file.write(memoryview(read(name).reshape(-1).view(np.uint8)))

@@ -29,11 +29,7 @@ class ModelSource:
 
 
 def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
-    """Opens a checkpoint directory, a workdir or a Hugging Face directory, local or gs://.
-
-    Args:
-      path: the directory.
-      step: which checkpoint; None: the newest.
+    """Opens a checkpoint directory, a workdir (None: its newest step) or a Hugging Face directory, local or gs://.
 
     Raises:
       UserError: neither or both are there, or a Hugging Face directory is damaged or was asked for a step.

@@ -23,19 +23,15 @@ def config_from_checkpoint(path: epath.PathLike) -> ConfigDict:
     source = open_source(path)
     config = default_config(source.model.to_dict())
     config.init.checkpoint = os.fspath(path)
-    config.tokenizer.path = (
-        os.fspath(path) if holds_weights(path) else _tokenizer_of_run(path, source.run_config)
-    )
+    tokenizer = os.fspath(path)
+    if not holds_weights(path):
+        tokenizer = source.run_config["tokenizer"]["path"] if source.run_config else ""
+        if not tokenizer or not epath.Path(tokenizer).exists():
+            raise UserError(
+                f"{path} was trained with the tokenizer in {tokenizer or 'an unknown directory'}, which is not there:"
+                " export it with `lemur export-hf` and start from that directory"
+            )
+    config.tokenizer.path = tokenizer
     # A row holds at most the positions that the model was made for; 2048 is the default length of a row.
     config.data.sequence_length = min(config.data.sequence_length, source.model.max_position_embeddings)
     return config
-
-
-def _tokenizer_of_run(path: epath.PathLike, run_config: dict | None) -> str:
-    directory = ((run_config or {}).get("tokenizer") or {}).get("path", "")
-    if not directory or not epath.Path(directory).exists():
-        raise UserError(
-            f"{path} was trained with the tokenizer in {directory or 'an unknown directory'}, which is not there:"
-            " export it with `lemur export-hf` and start from that directory"
-        )
-    return directory

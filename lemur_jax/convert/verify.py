@@ -25,13 +25,9 @@ TOLERANCE = 1e-3
 def compare_tensors(
     directory: epath.Path, config: LlamaConfig, expected: Iterator[tuple[str, np.ndarray]]
 ) -> str:
-    """Reads every tensor of a Hugging Face directory and compares it bit for bit with the checkpoint's, one at a time.
+    """Compares every tensor of a Hugging Face directory bit for bit with the checkpoint's, one at a time.
 
-    Returns:
-      A line with the amount that was compared.
-
-    Raises:
-      UserError: naming the first tensor that is missing, unexpected, of another shape or different.
+    Returns a line with the amount that was compared; a UserError names the first tensor that differs.
     """
     written = open_weights(directory)
     check_weights(config, written, directory)
@@ -55,13 +51,8 @@ def compare_logits(directory: epath.Path, config: LlamaConfig, tokenizer: Tokeni
     """Compares our logits with those of `transformers`, in float32, on 512 tokens of source code.
 
     Both use the weights in the directory; ours takes the shape from the checkpoint, theirs from the files, so that a
-    mistake in `config.json` shows. Tokens are random without a tokenizer.
-
-    Returns:
-      A line with the largest difference and the Kullback-Leibler divergence, or why nothing was compared.
-
-    Raises:
-      UserError: the logits differ by more than rounding.
+    mistake in `config.json` shows. Tokens are random without a tokenizer. Returns a line with the largest difference
+    and the Kullback-Leibler divergence, or why nothing was compared; UserError for more than rounding.
     """
     try:
         import torch

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.convert import hf_config, layout
-from lemur_jax.convert.safetensors import plan_shards, write_index, write_shard
+from lemur_jax.convert.safetensors import write_weights
 from lemur_jax.models.presets import preset
 
 # The same for a small model first: what the libraries take is not meant. Then the kernel's high-water mark begins anew.
@@ -54,13 +54,9 @@ def make_model(directory, config):
     shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
     numbers = np.random.default_rng(0).standard_normal(max(sizes.values()), np.float32)
-    shards = plan_shards([(name, 4 * size) for name, size in sizes.items()], 2e8)
-    for shard in shards:
-        write_shard(
-            directory / shard.file, shard.names, shapes, "float32",
-            lambda name: numbers[: sizes[name]].reshape(shapes[name]),
-        )  # fmt: skip
-    write_index(directory, shards, 4 * sum(sizes.values()))
+    write_weights(
+        directory, shapes, "float32", lambda name: numbers[: sizes[name]].reshape(shapes[name]), 2e8
+    )
     described = hf_config.to_hf(config, dtype="float32", bos=1, eos=2, pad=None)
     (directory / "config.json").write_text(json.dumps(described))
     return 4 * sum(sizes.values()) / 2**20, 4 * max(sizes.values()) / 2**20

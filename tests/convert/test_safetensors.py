@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import hf_weights
 from lemur_jax.convert import safetensors as safetensors_module
-from lemur_jax.convert.safetensors import plan_shards, read_header, write_index, write_shard
+from lemur_jax.convert.safetensors import plan_shards, read_header, write_weights
 
 
 def file_of(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
@@ -60,8 +60,8 @@ def test_the_library_reads_what_is_written(tmp_path, dtype):
     rng = np.random.default_rng(0)
     state = {name: rng.normal(size=shape).astype(numpy_dtype) for name, shape in [("b", (3, 4)), ("a", (5,))]}
     shapes = {name: array.shape for name, array in state.items()}
-    path = epath.Path(tmp_path / "x.safetensors")
-    write_shard(path, ["b", "a"], shapes, dtype, state.__getitem__)
+    write_weights(epath.Path(tmp_path), shapes, dtype, state.__getitem__, 1e9)
+    path = tmp_path / "model.safetensors"
     loaded = safetensors.torch.load_file(path)
     assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == shapes
     for name, tensor in loaded.items():
@@ -72,17 +72,15 @@ def test_the_library_reads_what_is_written(tmp_path, dtype):
 
 
 def test_shards_and_their_index(tmp_path):
-    sizes = [("a", 4), ("b", 4), ("c", 20), ("d", 1)]
-    assert [shard.file for shard in plan_shards(sizes, 100)] == ["model.safetensors"]
-    shards = plan_shards(sizes, 8)
-    assert [shard.names for shard in shards] == [("a", "b"), ("c",), ("d",)]
-    write_index(epath.Path(tmp_path), shards, 29)
+    sizes = {"a": 4, "b": 4, "c": 20, "d": 4}
+    assert list(plan_shards(sizes, 100)) == ["model.safetensors"]
+    assert list(plan_shards(sizes, 8).values()) == [["a", "b"], ["c"], ["d"]]
+    shapes = {name: (size // 4,) for name, size in sizes.items()}
+    write_weights(epath.Path(tmp_path), shapes, "float32", lambda name: np.ones(shapes[name], np.float32), 8)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    files = {
-        name: f"model-0000{number}-of-00003.safetensors"
-        for name, number in zip("abcd", (1, 1, 2, 3), strict=True)
-    }
-    assert index == {"metadata": {"total_size": 29}, "weight_map": files}
+    numbers = {"a": 1, "b": 1, "c": 2, "d": 3}
+    files = {name: f"model-0000{number}-of-00003.safetensors" for name, number in numbers.items()}
+    assert index == {"metadata": {"total_size": 32}, "weight_map": files}
 
 
 DAMAGED = {

@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-import scipy.special
 
 from lemur_jax.checkpoint.manager import read_metadata
 from lemur_jax.cli import main
@@ -39,16 +38,16 @@ def test_a_good_export(checkpoint, tmp_path, dtype, caplog):
 
 def test_one_bit_is_found_and_named(checkpoint, tmp_path, monkeypatch, capsys):
     """A disk that gives back another bit than it was given."""
-    write_index = safetensors.write_index
+    write_weights = safetensors.write_weights
 
-    def flip(directory, shards, total):
-        write_index(directory, shards, total)
+    def flip(directory, *arguments):
+        write_weights(directory, *arguments)
         file = directory / "model.safetensors"
         content = bytearray(file.read_bytes())
         content[-5] ^= 1  # lm_head.weight is the last tensor
         file.write_bytes(content)
 
-    monkeypatch.setattr(export_module, "write_index", flip)
+    monkeypatch.setattr(export_module, "write_weights", flip)
     assert main(["export-hf", str(checkpoint), str(tmp_path / "out"), "--verify"]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
@@ -79,26 +78,6 @@ def test_divergence():
     assert verify._divergence(logits_p, logits_q) == pytest.approx(expected, rel=1e-5)
     assert verify._divergence(logits_q, logits_p) != pytest.approx(expected, rel=1e-2)
     assert verify._divergence(logits_p, logits_p + 3) == pytest.approx(0, abs=1e-12)
-
-
-def test_the_divergence_told_is_that_of_the_logits(checkpoint, tmp_path, monkeypatch):
-    """A change of the logits too small to fail, and what it comes to with SciPy's sums."""
-    export_hf(checkpoint, tmp_path / "out", dtype="float32")
-    config = LlamaConfig.from_dict(read_metadata(checkpoint)["model"])
-    ours = verify._our_logits
-    tables = []
-
-    def nudged(*arguments):
-        exact = ours(*arguments)
-        change = 5e-4 * np.random.default_rng(1).choice([-1, 1], exact.shape)
-        tables.extend([exact.astype(np.float64), (exact + change).astype(np.float64)])
-        return (exact + change).astype(np.float32)
-
-    monkeypatch.setattr(verify, "_our_logits", nudged)
-    said = verify.compare_logits(tmp_path / "out", config, None)
-    p, q = (scipy.special.softmax(table, axis=-1) for table in tables)
-    expected = scipy.special.rel_entr(p, q).sum(-1).mean()
-    assert float(re.search(r"KL (\S+) nats", said)[1]) == pytest.approx(expected, rel=0.02)
 
 
 def test_where_logits_cannot_be_compared(checkpoint, tmp_path, monkeypatch):
