@@ -21,27 +21,24 @@ def storage(request, monkeypatch):
         monkeypatch.setattr(directory, "is_object_store", lambda path: True)
 
 
-@pytest.mark.usefixtures("storage")
-def test_an_import_that_fails_leaves_nothing(make_model, tmp_path):
-    hf = make_model()
-    import_hf(hf.path, tmp_path / "whole")
-    FAULTS["NaN"][0](hf)  # is met while writing
+def test_an_import_that_fails_leaves_nothing_in_an_object_store(hf_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(directory, "is_object_store", lambda path: True)
+    import_hf(hf_model.path, tmp_path / "whole")
+    FAULTS["NaN"][0](hf_model)  # is met while writing
     with pytest.raises(UserError, match="not finite"):
-        import_hf(hf.path, tmp_path / "checkpoint")
+        import_hf(hf_model.path, tmp_path / "checkpoint")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "whole"]
 
 
 @pytest.mark.usefixtures("storage")
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_whatever_is_raised_the_part_is_removed(tmp_path, error):
+    def fail(part):
+        (part / "file").write_text("half")
+        raise error
 
-    def write_half():
-        with directory.staged(epath.Path(tmp_path / "out")) as part:
-            (part / "file").write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        write_half()
+    with pytest.raises(error), directory.staged(epath.Path(tmp_path / "out")) as part:
+        fail(part)
     assert not list(tmp_path.iterdir())
     with directory.staged(epath.Path(tmp_path / "out")) as part:
         (part / "file").write_text("whole")

@@ -130,66 +130,66 @@ def test_layers_are_read_chunk_by_chunk(monkeypatch):
         list(export_module._stream(weight, weight, array, stored, "float32", AS_IT_IS, "here"))
 
 
-def with_tokenizer(make_model, path, tokenizer, vocab_size):
-    """A bfloat16 checkpoint with that tokenizer."""
-    hf = make_model(torch.bfloat16, vocab_size=vocab_size)
-    shutil.copytree(tokenizer, hf.path, dirs_exist_ok=True)
-    import_hf(hf.path, path)
+@pytest.fixture
+def export_with(make_model, tmp_path):
+    """export_with(tokenizer, vocab_size, change): exports a model with that tokenizer; returns the directory."""
+
+    def export(tokenizer, vocab_size, change=lambda path: None):
+        hf = make_model(torch.bfloat16, vocab_size=vocab_size)
+        shutil.copytree(tokenizer, hf.path, dirs_exist_ok=True)
+        change(hf.path)
+        import_hf(hf.path, tmp_path / "checkpoint")
+        export_hf(tmp_path / "checkpoint", tmp_path / "out")
+        return tmp_path / "out"
+
+    return export
 
 
-def test_base_model_directory(make_model, tmp_path, tokenizer_dir):
-    with_tokenizer(make_model, tmp_path / "checkpoint", tokenizer_dir, 400)
-    export_hf(tmp_path / "checkpoint", tmp_path / "out")
-    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
-    assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, None)
+def test_base_model_directory(export_with, tokenizer_dir):
+    out = export_with(tokenizer_dir, 400)
+    for configs in (transformers.GenerationConfig, transformers.AutoConfig):
+        config = configs.from_pretrained(out)
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, None)
     text = "def parent(path):\n    return path.parent"
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
     assert theirs(text)["input_ids"] == [1, *Tokenizer.load(tokenizer_dir).encode(text)]
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (out / "README.md").read_text()
     assert "| Weights | bfloat16 |" in card
     assert "ChatML" not in card
 
 
-def test_chat_model_directory(make_model, tmp_path, tokenizer_dir):
+def test_chat_model_directory(export_with, tmp_path, tokenizer_dir):
     tokenizer = extend(tokenizer_dir, tmp_path / "chat", CHATML_TOKENS)
     end = tokenizer.added_tokens["<|im_end|>"]
     (tmp_path / "chat" / "chat_template.jinja").unlink()  # the export supplies it
-    with_tokenizer(make_model, tmp_path / "checkpoint", tmp_path / "chat", 405)
-    export_hf(tmp_path / "checkpoint", tmp_path / "out")
-    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    out = export_with(tmp_path / "chat", 405)
+    generation = transformers.GenerationConfig.from_pretrained(out)
     assert generation.eos_token_id == [end, 2]
     assert generation.pad_token_id == tokenizer.added_tokens["<pad>"]
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
     messages = [{"role": "user", "content": " hello "}]
     rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     # The model's only answer is <|im_end|>: transformers stops there by the files alone.
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.model.norm.weight.zero_()
-    prompt = torch.tensor([[1, 5, 6]])
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     model.lm_head.forward = lambda x: torch.eye(405)[end].expand(1, x.shape[1], 405)
+    prompt = torch.tensor([[1, 5, 6]])
     assert model.generate(prompt, max_new_tokens=8).tolist() == [[1, 5, 6, end]]
-    assert "ChatML" in (tmp_path / "out" / "README.md").read_text()
+    assert "ChatML" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_it_stops_at_the_end_of_a_turn_and_where_the_imported_model_stopped(
-    make_model, tmp_path, tokenizer_dir, file
+    export_with, tmp_path, tokenizer_dir, file
 ):
+    def change(path):
+        (path / "generation_config.json").unlink()
+        content = json.loads((path / file).read_text()) if file == "config.json" else {}
+        (path / file).write_text(json.dumps(content | {"eos_token_id": [2, 7]}))
+
     extend(tokenizer_dir, tmp_path / "chat", ["<|eot_id|>"])
-    hf = make_model(torch.bfloat16, vocab_size=401)
-    shutil.copytree(tmp_path / "chat", hf.path, dirs_exist_ok=True)
-    (hf.path / "generation_config.json").unlink()
-    content = json.loads((hf.path / file).read_text()) if file == "config.json" else {}
-    (hf.path / file).write_text(json.dumps(content | {"eos_token_id": [2, 7]}))
-    import_hf(hf.path, tmp_path / "checkpoint")
-    export_hf(tmp_path / "checkpoint", tmp_path / "out")
-    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
-    assert generation.eos_token_id == [400, 2, 7]
+    out = export_with(tmp_path / "chat", 401, change)
+    assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == [400, 2, 7]
 
 
 def test_existing_target(checkpoint, tmp_path):

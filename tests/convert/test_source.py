@@ -23,22 +23,8 @@ def mesh(*sizes):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2)])
-def test_both_kinds_give_the_same_arrays(make_model, tmp_path, sizes, dtype):
-    hf = make_model(torch.bfloat16, num_key_value_heads=2)
-    import_hf(hf.path, tmp_path / "imported", dtype="bfloat16")
-    direct, imported = open_source(hf.path), open_source(tmp_path / "imported")
-    assert direct.model == imported.model
-    wanted = abstract_params(direct.model, mesh(*sizes), dtype)
-    got, expected = direct.restore(wanted), imported.restore(wanted)
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for mine, theirs, want in zip(*map(jax.tree.leaves, (got, expected, wanted)), strict=True):
-        assert mine.sharding == want.sharding
-        assert mine.dtype == want.dtype
-        np.testing.assert_array_equal(mine, theirs)
-
-
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 1, 2)])
-def test_each_tensor_is_read_once_for_all_devices(make_model, monkeypatch, sizes):
+def test_both_kinds_give_the_same_arrays(make_model, tmp_path, monkeypatch, sizes, dtype):
+    """And each tensor of a directory is read once for all devices."""
     reads = collections.Counter()
     read = StoredTensor.read
 
@@ -46,11 +32,19 @@ def test_each_tensor_is_read_once_for_all_devices(make_model, monkeypatch, sizes
         reads[self.name] += 1
         return read(self)
 
-    hf = make_model(num_key_value_heads=2)
-    source = open_source(hf.path)
+    hf = make_model(torch.bfloat16, num_key_value_heads=2)
+    import_hf(hf.path, tmp_path / "imported", dtype="bfloat16")
+    direct, imported = open_source(hf.path), open_source(tmp_path / "imported")
+    assert direct.model == imported.model
+    wanted = abstract_params(direct.model, mesh(*sizes), dtype)
     monkeypatch.setattr(StoredTensor, "read", counted)
-    source.restore(abstract_params(source.model, mesh(*sizes), "float32"))
+    got, expected = direct.restore(wanted), imported.restore(wanted)
     assert reads == dict.fromkeys(hf.state(), 1)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for mine, theirs, want in zip(*map(jax.tree.leaves, (got, expected, wanted)), strict=True):
+        assert mine.sharding == want.sharding
+        assert mine.dtype == want.dtype
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_arrays_can_be_donated_and_leave_no_trace_in_each_other(make_model):
@@ -79,26 +73,25 @@ def test_tokenizer_comes_along(make_model, tokenizer_dir):
     assert open_source(hf.path).tokenizer_files == files | stops
 
 
-def test_what_cannot_be_opened(make_model, tmp_path, capsys):
+def test_what_cannot_be_opened(make_model, capsys):
     hf = make_model()
     words = ["generate", "--checkpoint", str(hf.path), "--prompt", "x"]
-    assert main([*words, "--step", "3"]) == 2
-    assert "is a Hugging Face directory, which has no step 3" in capsys.readouterr().err
-    assert main(words) == 2
-    assert "holds no tokenizer" in capsys.readouterr().err
+
+    def check(message, *more):
+        assert main([*words, *more]) == 2
+        assert message in capsys.readouterr().err
+
+    check("is a Hugging Face directory, which has no step 3", "--step", "3")
+    check("holds no tokenizer")
     with torch.no_grad():
         hf.model.model.norm.weight[3] = float("nan")
     hf.model.save_pretrained(hf.path)
     source = open_source(hf.path)
     with pytest.raises(UserError, match=r"model\.norm\.weight has values that are not finite"):
         source.restore(abstract_params(source.model, mesh(1, 8, 1, 1), "float32"))
-    (hf.path / "model.safetensors").write_bytes(b"short")
-    assert main(words) == 2
-    assert "model.safetensors is not a whole safetensors file" in capsys.readouterr().err
     (hf.path / "model.safetensors").unlink()
-    assert main(words) == 2
-    assert f"{hf.path} holds no weights" in capsys.readouterr().err
+    check(f"{hf.path} holds no weights")
     (hf.path / "model.safetensors").write_bytes(b"short")
+    check("model.safetensors is not a whole safetensors file")
     (hf.path / "checkpoints").mkdir()
-    assert main(words) == 2
-    assert f"{hf.path} holds Hugging Face weights and checkpoints: name" in capsys.readouterr().err
+    check(f"{hf.path} holds Hugging Face weights and checkpoints: name")
