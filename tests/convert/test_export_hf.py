@@ -193,7 +193,7 @@ def test_it_stops_at_the_end_of_a_turn_and_where_the_imported_model_stopped(
 
 
 def test_existing_target(checkpoint, tmp_path):
-    out = tmp_path / "out"
+    out, home = tmp_path / "out", tmp_path / "home"
     export_hf(checkpoint, out, dtype="float32", max_shard_bytes=20_000)
     before = {file.name for file in out.iterdir()}
     with pytest.raises(UserError, match="exists already"):
@@ -202,17 +202,13 @@ def test_existing_target(checkpoint, tmp_path):
     export_hf(checkpoint, out, overwrite=True)
     assert [file.name for file in out.glob("*.safetensors*")] == ["model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf", "out"]
-
-
-def test_never_deletes_what_is_no_model(checkpoint, tmp_path):
-    home = tmp_path / "home"
+    # What is no export is never deleted.
     home.mkdir()
-    (home / "thesis.tex").write_text("x")
-    (home / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="remove it yourself"):
-        export_hf(checkpoint, home, overwrite=True)
-    with pytest.raises(UserError, match="remove it yourself"):
-        export_hf(checkpoint, checkpoint, overwrite=True)
+    for name in ("thesis.tex", "config.json"):
+        (home / name).write_text("{}")
+    for directory in (home, checkpoint):
+        with pytest.raises(UserError, match="remove it yourself"):
+            export_hf(checkpoint, directory, overwrite=True)
     assert (home / "thesis.tex").exists()
 
 

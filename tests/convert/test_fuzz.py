@@ -20,32 +20,21 @@ VALUES = (
 )
 
 
-def flip(rng, content):
-    """Another value of one byte."""
-    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+def change_bytes(rng, content):
+    """Flips a bit, removes, inserts or repeats some bytes, or truncates."""
+    start, length = rng.integers(len(content)), rng.integers(1, 60)
+    match rng.integers(5):
+        case 0:
+            content[start] ^= 1 << rng.integers(8)
+        case 1:
+            del content[start : start + length]
+        case 2:
+            content[start:start] = rng.bytes(length)
+        case 3:
+            content[start:start] = content[start : start + length]
+        case 4:
+            del content[start:]
     return content
-
-
-def remove(rng, content):
-    start = rng.integers(len(content))
-    del content[start : start + rng.integers(1, 20)]
-    return content
-
-
-def insert(rng, content):
-    start = rng.integers(len(content))
-    content[start:start] = rng.bytes(rng.integers(1, 20))
-    return content
-
-
-def repeat(rng, content):
-    start = rng.integers(len(content))
-    content[start:start] = content[start : start + rng.integers(1, 60)]
-    return content
-
-
-def truncate(rng, content):
-    return content[: rng.integers(len(content))]
 
 
 def replace_value(rng, content):
@@ -63,9 +52,6 @@ def replace_value(rng, content):
     return bytearray(json.dumps(tree).encode())
 
 
-BYTES = (flip, remove, insert, repeat, truncate)
-
-
 def damage(rng, directory):
     """Damages one file; returns its name and that of the damage."""
     kind = ("config.json", "model.safetensors.index.json", "header")[rng.integers(3)]
@@ -73,8 +59,7 @@ def damage(rng, directory):
     if kind == "header":
         file = sorted(directory.glob("*.safetensors"))[0]
     content = bytearray(file.read_bytes())
-    changes = BYTES if rng.random() < 0.6 else (replace_value,)
-    change = changes[rng.integers(len(changes))]
+    change = change_bytes if rng.random() < 0.6 else replace_value
     if kind != "header":
         file.write_bytes(change(rng, content))
     else:

@@ -17,9 +17,7 @@ from lemur_jax.checkpoint.manager import read_metadata, restore_params, tokenize
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.import_hf import import_hf, load_hf_params
 from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import abstract_params, logical_axes
-from lemur_jax.parallel.mesh import AXES, make_mesh
-from lemur_jax.parallel.rules import param_shardings
+from lemur_jax.models.llama import abstract_params
 from lemur_jax.text.tokenizer_files import extend
 from tests.helpers.hf_faults import FAULTS, NOT_FINITE, edit
 
@@ -62,10 +60,6 @@ def expected_params(state, config):
     return params
 
 
-def mesh(*sizes):
-    return make_mesh(dict(zip(AXES, sizes, strict=True)))
-
-
 def assert_same(got, expected):
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
@@ -84,18 +78,6 @@ def test_dtype_as_stored_keeps_the_bits(make_model):
     config, params = load_hf_params(hf.path, dtype="bfloat16")
     assert params["embed"]["embedding"].dtype == ml_dtypes.bfloat16
     assert_same(jax.tree.map(lambda x: x.astype(np.float32), params), expected_params(hf.state(), config))
-
-
-@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 1, 2)])
-def test_onto_a_mesh(make_model, sizes):
-    hf = make_model(num_key_value_heads=2)
-    config, whole = load_hf_params(hf.path)
-    shardings = param_shardings(mesh(*sizes), abstract_params(config), logical_axes(config))
-    _, params = load_hf_params(hf.path, shardings)
-    assert_same(jax.device_get(params), whole)
-    jax.tree.map(
-        lambda array, sharding: array.sharding == sharding or pytest.fail("sharding"), params, shardings
-    )
 
 
 def test_sharded_files(make_model):
