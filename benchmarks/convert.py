@@ -34,10 +34,11 @@ def make_model(directory: pathlib.Path, config, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
 
-    def tensor(name):
-        return (rng.standard_normal(shapes[name], np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+    def tensors():
+        for name, shape in shapes.items():
+            yield name, (rng.standard_normal(shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
 
-    write_weights(directory, shapes, "bfloat16", tensor, 5e9)
+    write_weights(directory, shapes, "bfloat16", tensors(), 5e9)
     described = hf_config.to_hf(config, dtype="bfloat16", bos=1, eos=2, pad=None)
     (directory / "config.json").write_text(json.dumps(described))
 

@@ -87,16 +87,8 @@ def export_hf(
             yield from _stream(before, after, arrays[before.path], leaf, dtype, change, where)
 
     with suggest_other_steps(ckpt_dir, metadata["step"]), staged(target) as directory:
-        stream = _ahead(tensors())
-
-        def next_tensor(name: str) -> np.ndarray:
-            streamed, tensor = next(stream)
-            assert streamed == name, (streamed, name)  # shards keep the stream's order
-            return tensor
-
         shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
-        write_weights(directory, shapes, dtype, next_tensor, max_shard_bytes)
-        assert next(stream, None) is None  # runs the last parameter's check
+        write_weights(directory, shapes, dtype, _ahead(tensors()), max_shard_bytes)
         (directory / "README.md").write_text(
             model_card(config, metadata, dtype, chatml=_has_chatml(tokenizer))
         )

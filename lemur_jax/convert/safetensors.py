@@ -9,7 +9,7 @@ agrees with the file's size, and no name is used as a path.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -164,23 +164,24 @@ def write_weights(
     directory: epath.Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
-    read: Callable[[str], np.ndarray],
+    tensors: Iterator[tuple[str, np.ndarray]],
     max_shard_bytes: float,
 ) -> None:
     """Writes safetensors files, and their index if there are several.
 
     Args:
       directory: where to write them.
-      shapes: name -> shape, in the order of writing.
+      shapes: name -> shape.
       dtype: a name in `convert.dtypes.DTYPES`, for all tensors.
-      read: name -> tensor, C-contiguous, of that dtype; called once for each, in order.
+      tensors: (name, tensor) in the order of `shapes`, C-contiguous, of that dtype; one is held at a time.
       max_shard_bytes: tensor bytes per file; a larger tensor gets its own file.
     """
     itemsize = DTYPES[dtype][0].itemsize
     sizes = {name: math.prod(shape) * itemsize for name, shape in shapes.items()}
     shards = plan_shards(sizes, max_shard_bytes)
     for file, names in shards.items():
-        _write_shard(directory / file, {name: shapes[name] for name in names}, dtype, read)
+        _write_shard(directory / file, {name: shapes[name] for name in names}, dtype, tensors)
+    assert next(tensors, None) is None  # runs what the iterator checks at its end
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -188,7 +189,10 @@ def write_weights(
 
 
 def _write_shard(
-    path: epath.Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, read: Callable[[str], np.ndarray]
+    path: epath.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    tensors: Iterator[tuple[str, np.ndarray]],
 ) -> None:
     numpy_dtype, code = DTYPES[dtype]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -201,5 +205,7 @@ def _write_shard(
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        for name in shapes:  # as bytes: NumPy gives no buffer of bfloat16
-            file.write(memoryview(read(name).reshape(-1).view(np.uint8)))
+        for name, shape in shapes.items():
+            written, tensor = next(tensors)
+            assert (written, tensor.shape, tensor.dtype) == (name, shape, numpy_dtype)
+            file.write(memoryview(tensor.reshape(-1).view(np.uint8)))  # NumPy has no buffer of bfloat16

@@ -54,9 +54,8 @@ def make_model(directory, config):
     shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
     numbers = np.random.default_rng(0).standard_normal(max(sizes.values()), np.float32)
-    write_weights(
-        directory, shapes, "float32", lambda name: numbers[: sizes[name]].reshape(shapes[name]), 2e8
-    )
+    tensors = ((name, numbers[: sizes[name]].reshape(shape)) for name, shape in shapes.items())
+    write_weights(directory, shapes, "float32", tensors, 2e8)
     described = hf_config.to_hf(config, dtype="float32", bos=1, eos=2, pad=None)
     (directory / "config.json").write_text(json.dumps(described))
     return 4 * sum(sizes.values()) / 2**20, 4 * max(sizes.values()) / 2**20

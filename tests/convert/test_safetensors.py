@@ -60,7 +60,7 @@ def test_the_library_reads_what_is_written(tmp_path, dtype):
     rng = np.random.default_rng(0)
     state = {name: rng.normal(size=shape).astype(numpy_dtype) for name, shape in [("b", (3, 4)), ("a", (5,))]}
     shapes = {name: array.shape for name, array in state.items()}
-    write_weights(epath.Path(tmp_path), shapes, dtype, state.__getitem__, 1e9)
+    write_weights(epath.Path(tmp_path), shapes, dtype, iter(state.items()), 1e9)
     path = tmp_path / "model.safetensors"
     loaded = safetensors.torch.load_file(path)
     assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == shapes
@@ -76,7 +76,8 @@ def test_shards_and_their_index(tmp_path):
     assert list(plan_shards(sizes, 100)) == ["model.safetensors"]
     assert list(plan_shards(sizes, 8).values()) == [["a", "b"], ["c"], ["d"]]
     shapes = {name: (size // 4,) for name, size in sizes.items()}
-    write_weights(epath.Path(tmp_path), shapes, "float32", lambda name: np.ones(shapes[name], np.float32), 8)
+    tensors = ((name, np.ones(shape, np.float32)) for name, shape in shapes.items())
+    write_weights(epath.Path(tmp_path), shapes, "float32", tensors, 8)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     numbers = {"a": 1, "b": 1, "c": 2, "d": 3}
     files = {name: f"model-0000{number}-of-00003.safetensors" for name, number in numbers.items()}
