@@ -56,7 +56,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
     if raw.get("head_dim") is None and width % heads:
         raise UserError(f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
     defaults = {"num_key_value_heads": heads, "head_dim": width // heads, **_DEFAULTS[raw["model_type"]]}
-    for key, default in defaults.items():  # not where it is 0 or ""
+    for key, default in defaults.items():  # a 0 or "" is refused and not replaced
         fields[key] = _number(default if raw.get(key) is None else raw[key], type(default), key, where)
     fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
     fields.update(_rope_from_hf(raw, fields["max_position_embeddings"], where))
@@ -98,10 +98,7 @@ def _number(value: Any, kind: type, key: str, where: str) -> Any:
 
 
 def _rope_from_hf(raw: Mapping[str, Any], max_positions: int, where: str) -> dict[str, Any]:
-    """The `rope_*` fields from `rope_scaling` and `rope_theta`, or from `rope_parameters`.
-
-    If both are given `rope_scaling` counts, as in transformers.
-    """
+    """The `rope_*` fields from `rope_scaling`, which counts first in transformers too, or `rope_parameters`."""
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(name) or {}
     if not isinstance(rope, dict):

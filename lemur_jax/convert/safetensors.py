@@ -22,8 +22,7 @@ from lemur_jax.convert import layout
 from lemur_jax.convert.dtypes import DTYPES
 
 INDEX = "model.safetensors.index.json"
-# The format's own limit.
-MAX_HEADER_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 # One stream from an object store is much slower than several.
 _PIECE_BYTES = 16 << 20
 _STREAMS = 16
@@ -81,7 +80,7 @@ def read_header(path: epath.PathLike) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
+        if len(prefix) < 8 or length > size - 8 or length > _MAX_HEADER_BYTES:
             raise UserError(
                 f"{path} is not a whole safetensors file ({size} bytes): {how_to_mend(prefix + file.read(32))}"
             )
