@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "lemur_jax"
 
 # Top to bottom, as in docs/architecture.md. Rooms on one floor may use each other's public names.
 FLOORS = [
-    {"cli"},
+    {"cli", "__main__"},
     {"train", "sweep", "plan", "infer", "evals", "agents", "convert", "report"},
     {"checkpoint", "telemetry"},
     {"models", "prepare"},
