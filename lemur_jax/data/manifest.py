@@ -77,6 +77,12 @@ class Manifest:
         return digest_of(fields)
 
 
+def empty_manifest(**fields: Any) -> Manifest:
+    """The manifest of a store to be written: `fields` of `Manifest`, all counts 0, no loss mask if not said."""
+    counts = dict.fromkeys(("documents", "tokens", "bytes", "supervised_tokens"), 0)
+    return Manifest(**{**counts, "has_loss_mask": False, **fields})
+
+
 def digest_of(value: Any) -> str:
     """sha256 (hex) of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

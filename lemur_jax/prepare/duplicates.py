@@ -1,13 +1,12 @@
-"""Duplicates of earlier documents, found on disk: memory does not grow with the corpus.
+"""Removal of documents that repeat earlier ones, on disk: memory does not grow with the corpus.
 
-While documents are cleaned and tokenized they go into a draft of the store, each with a fingerprint: a digest
-of its text, and its MinHash (Broder 1997) of which 16 bits of each hash are kept (Li and König, arXiv:0910.3349),
-enough for two different hashes to be equal once in 65,536. When all are there, those with one digest, or with one
-band of hashes (locality-sensitive hashing), are brought together by sorting, band after band; candidates are
-compared by their whole MinHash; and the documents that stay are copied from the draft into the store.
+Cleaned and tokenized documents first go into a draft of the store, each with a fingerprint: a digest of its text, and
+its MinHash (Broder 1997), of which 16 bits per hash are kept (Li and König, arXiv:0910.3349). Documents with the same
+digest, or with the same band of hashes (locality-sensitive hashing), are brought together by sorting, one band after
+the other. Candidates are compared by their whole MinHash, and the documents that stay are copied into the store.
 
-A near duplicate is removed for an earlier document that stays, an exact one for the first with its text, whatever
-the number of workers.
+A near duplicate is removed if an earlier document that stays is similar, an exact one if an earlier document has the
+same text, for any number of workers.
 """
 
 import contextlib
@@ -33,22 +32,19 @@ EXCERPT_TOKENS = 60
 
 _READ = 1 << 16  # documents whose fingerprints are read together
 _SORTED = 1 << 19  # keys that are sorted together
-_COMPARED = 4  # of a group with one key: how many just before it each document is compared with
+_COMPARED = 4  # predecessors in a group with the same key that each document is compared with
 _VERIFIED = 1 << 16  # pairs whose MinHashes are compared together
 _RESOLVED = 1 << 17  # documents whose similar pairs are in memory together
-_COPIED = 256
-
-# Told how many documents more are copied.
-Update = Callable[[int], None]
+_COPIED = 256  # documents copied together
 
 
 def has_duplicate_steps(steps: str) -> bool:
-    """Whether steps from `cleaning.parse_steps` look for duplicates."""
+    """Whether steps from `cleaning.parse_steps` remove duplicates."""
     return any(name in json.loads(steps) for name in STEPS)
 
 
 def fingerprint_arrays(steps: str) -> dict[str, str]:
-    """Names and dtypes of what a draft has besides a store; see `append_fingerprint`."""
+    """Names and dtypes of a draft's additional arrays; see `append_fingerprint`."""
     options = json.loads(steps)
     arrays = {"digests": "uint64"} if "exact_duplicates" in options else {}
     arrays |= {"minhashes": "uint16"} if "near_duplicates" in options else {}
@@ -56,7 +52,7 @@ def fingerprint_arrays(steps: str) -> dict[str, str]:
 
 
 def append_fingerprint(draft: StoreWriter, document: Encoded) -> None:
-    """Appends 2 halves of a digest, the MinHashes, and the document's length in bytes, as far as they are asked for."""
+    """Appends the two halves of the digest, the MinHashes and the document's length in bytes."""
     if document.fingerprint.exact:
         draft.append("digests", np.frombuffer(document.fingerprint.exact, np.uint64))
     if document.fingerprint.near:
@@ -70,17 +66,17 @@ def copy_distinct(
     steps: str,
     tokenizer: Tokenizer,
     rejects: Rejects,
-    update: Update,
+    update: Callable[[int], None],
 ) -> None:
-    """Copies the documents that repeat no earlier one, and tells the rejects of the others.
+    """Copies the documents that repeat no earlier one.
 
     Args:
-      draft: saved, and whole.
+      draft: saved and complete.
       writer: of the store.
       steps: from `cleaning.parse_steps`.
-      tokenizer: to show examples.
-      rejects: gets counts and examples of what is removed.
-      update: told the number of documents done, again and again.
+      tokenizer: decodes the examples.
+      rejects: receives counts and examples of what is removed.
+      update: called with the number of documents done since the last call.
     """
     documents = draft.documents
     store, arrays = draft.read_saved()
@@ -92,16 +88,12 @@ def copy_distinct(
             stop = min(first + _COPIED, documents)
             stays = np.all([earlier[first:stop] < 0 for earlier in found.values()], axis=0)
             chosen = np.arange(first, stop)[stays]
-            n_bytes = finish(arrays["n_bytes"][first:stop].read())[stays]
-            _copy(store, chosen, n_bytes, writer)
+            if chosen.size:
+                n_bytes = finish(arrays["n_bytes"][first:stop].read())[stays].tolist()
+                columns = (*store.read_documents(chosen), n_bytes, store.labels_of(chosen))
+                for ids, mask, name, size, label in zip(*columns, strict=True):
+                    writer.add(ids, name, size, mask, label)
             update(stop - first)
-
-
-def _copy(store: TokenStore, chosen: np.ndarray, n_bytes: np.ndarray, writer: StoreWriter) -> None:
-    if chosen.size:
-        columns = (*store.read_documents(chosen), n_bytes.tolist(), store.labels_of(chosen))
-        for ids, mask, name, size, label in zip(*columns, strict=True):
-            writer.add(ids, name, size, mask, label)
 
 
 def _report(
@@ -125,7 +117,7 @@ def _report(
 
 @contextlib.contextmanager
 def _scratch(beside: epath.Path) -> Iterator[Path]:
-    """A directory for files that are mapped into memory: where the draft is, or local if that is not."""
+    """A directory for memory-mapped files: where the draft is if that is local."""
     local = "://" not in str(beside)
     with tempfile.TemporaryDirectory(dir=beside if local else None, prefix="duplicates-") as folder:
         yield Path(folder)
@@ -134,17 +126,17 @@ def _scratch(beside: epath.Path) -> Iterator[Path]:
 def find_duplicates(
     arrays: Mapping[str, Any], steps: Mapping[str, Any], documents: int, scratch: Path
 ) -> dict[str, np.ndarray]:
-    """Which earlier document each document repeats.
+    """Finds for each document an earlier one that it repeats.
 
     Args:
       arrays: of `fingerprint_arrays`, by name; TensorStore's.
       steps: with their options.
-      documents: fewer than 2^32.
-      scratch: an empty directory, which needs 2 bytes for each hash and some 60 more for each document.
+      documents: their number, less than 2^32.
+      scratch: an empty directory; takes 2 bytes per hash and about 60 more per document.
 
     Returns:
-      For each step of `STEPS` among `steps` int64 [documents], mapped from a file: an earlier document
-      that stays, or -1. A near duplicate is no exact one.
+      For each step of `STEPS` in `steps` int64 [documents], memory-mapped: an earlier document that stays, or -1.
+      Exact duplicates are not counted as near ones.
     """
     found = {}
     if "exact_duplicates" in steps:
@@ -160,7 +152,7 @@ def find_duplicates(
 
 
 def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], array: Any = None) -> np.ndarray:
-    """A file in memory: of the first elements of an array on disk or gs://, or of -1."""
+    """A memory-mapped file with the first elements of an array on disk or gs://, or with -1."""
     mapped = np.memmap(path, dtype, "w+", shape=shape).view(np.ndarray)
     width = mapped[:1].size
     for first in range(0, len(mapped), _READ):
@@ -178,7 +170,7 @@ def _exact(digests: np.ndarray, scratch: Path) -> np.ndarray:
     keys = ((digests[block, 0], block) for block in blocks)
     for first, second in _pairs(keys, len(digests), scratch):
         same = digests[first, 1] == digests[second, 1]
-        earlier[second[same]] = first[same]  # the group's first document comes last, and stays
+        earlier[second[same]] = first[same]  # the last pair has the group's first document, which stays
     return earlier
 
 
@@ -203,7 +195,7 @@ def _near(minhashes: np.ndarray, exact: np.ndarray, options: Mapping[str, Any], 
 
 
 def _note(first: np.ndarray, second: np.ndarray, scratch: Path) -> None:
-    """Appends similar pairs to files by the later document."""
+    """Appends similar pairs to files, partitioned by the later document."""
     pairs = (second.astype(np.uint64) << 32) | first.astype(np.uint64)
     parts = second // _RESOLVED
     for part in np.unique(parts).tolist():
@@ -212,7 +204,7 @@ def _note(first: np.ndarray, second: np.ndarray, scratch: Path) -> None:
 
 
 def _resolve(documents: int, scratch: Path) -> np.ndarray:
-    """In the corpus's order: what is similar to an earlier document that stays goes."""
+    """Removes, in the corpus's order, what is similar to an earlier document that stays."""
     earlier = _mapped(scratch / "near", np.dtype("int64"), (documents,))
     for part in range(-(-documents // _RESOLVED)):
         path = scratch / f"similar-{part}"
@@ -227,15 +219,15 @@ def _resolve(documents: int, scratch: Path) -> np.ndarray:
 def _pairs(
     keys: Iterable[tuple[np.ndarray, np.ndarray]], documents: int, scratch: Path
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of documents with one key: each with the few just before it, at last with the group's first.
+    """Pairs of documents with equal keys: each with the few just before it, then with the group's first.
 
     Args:
-      keys: (keys uint64, documents) in ascending order of these, in blocks.
-      documents: how many there may be.
-      scratch: for files of 16 bytes a document.
+      keys: blocks of (keys uint64, documents), documents ascending.
+      documents: upper bound of their number.
+      scratch: for files of 16 bytes per document.
 
     Yields:
-      (earlier, later), int64 of one length.
+      (earlier, later), int64 of equal lengths.
     """
     parts = max(1, -(-documents // _SORTED))
     with contextlib.ExitStack() as stack:
@@ -248,11 +240,12 @@ def _pairs(
         for file in files:
             file.seek(0)
             rows = np.empty((0, 2), np.uint64)
-            # A frequent key may bring more than are sorted together: of these, the first goes on.
+            # A key may have more documents than are sorted together: the first one is carried over.
             while (more := np.fromfile(file, np.uint64, 2 * _SORTED)).size:
                 rows = np.concatenate([rows, more.reshape(-1, 2)])
                 rows = rows[np.argsort(rows[:, 0], kind="stable")]
-                numbers, begins = rows[:, 1].astype(np.int64), np.flatnonzero(_begins(rows[:, 0]))
+                numbers = rows[:, 1].astype(np.int64)
+                begins = np.flatnonzero(np.append(True, rows[1:, 0] != rows[:-1, 0]))
                 rank = np.arange(len(rows)) - np.repeat(begins, np.diff(begins, append=len(rows)))
                 for back in range(1, _COMPARED + 1):
                     later = np.flatnonzero(rank >= back)
@@ -260,8 +253,3 @@ def _pairs(
                 later = np.flatnonzero(rank > _COMPARED)
                 yield numbers[later - rank[later]], numbers[later]
                 rows = rows[begins]
-
-
-def _begins(keys: np.ndarray) -> np.ndarray:
-    """Where sorted keys differ from the one before."""
-    return np.append(True, keys[1:] != keys[:-1])

@@ -1,8 +1,7 @@
-"""One document after another to token ids, in worker processes.
+"""Documents to token ids, in worker processes.
 
-This runs in processes that are spawned, so it imports neither TensorFlow nor JAX. Results come in the
-order of the records, whatever the number of workers, and no more than a few chunks are under way at a
-time: memory does not grow with the corpus.
+The processes are spawned, and import neither TensorFlow nor JAX. Results come in the order of the records for any
+number of workers, and only a few chunks are in memory.
 """
 
 import array
@@ -27,24 +26,24 @@ from lemur_jax.prepare.code_layout import encode_pieces, layout
 from lemur_jax.text.chat_template import encode_chat, is_trained
 from lemur_jax.text.tokenizer import Tokenizer
 
-# What a task gives for one document: `text` or `messages`, and perhaps `id`.
+# The features of one document of a task.
 Record = Mapping[str, bytes]
 
-_KEPT = ("text", "messages", "id", "source", "meta")  # of a record that is refused
+_KEPT = ("text", "messages", "id", "source", "meta")  # of a bad record
 CHUNK_BYTES = 1 << 18
 CHUNK_RECORDS = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A document as it goes into a store.
+    """A document for a store.
 
     Attributes:
       id: the document's own, or its number in the corpus.
       tokens: uint32 [n]; for text bos + tokens + eos.
       mask: uint8 [n], 1 on supervised targets; None for text.
-      n_bytes: UTF-8 bytes of the text; of a conversation, of what is supervised in it.
-      fingerprint: what duplicates of it are found by.
+      n_bytes: UTF-8 bytes of the text; of a conversation, those of its supervised tokens.
+      fingerprint: by which duplicates are found.
       label: the value of its label field.
     """
 
@@ -58,7 +57,7 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BadRecord:
-    """A record that cannot be trained on, why, in which file and where in it, and how many it stands for."""
+    """A record that cannot be used; `where`: file and position, `records`: how many it stands for."""
 
     id: str
     reason: str
@@ -99,7 +98,7 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
     except (ValueError, UserError) as error:
         return _bad_record(record, name, "invalid UTF-8" if isinstance(error, UnicodeError) else str(error))
     ids = encode_pieces(tokenizer, layout(text, meta, name, cleaning.steps))
-    # An array of Python's on the way: NumPy takes three times as long over a list.
+    # NumPy takes three times as long for a list as for a Python array.
     tokens = np.frombuffer(array.array("I", [tokenizer.bos_id, *ids, tokenizer.eos_id]), np.uint32)
     return Encoded(id=name, tokens=tokens, mask=None, n_bytes=len(record["text"]), **marks)
 
@@ -113,7 +112,7 @@ def _bad_record(record: Record, name: str, reason: str, records: int = 1) -> Bad
 def _messages(data: bytes) -> Any:
     try:
         messages = json.loads(data.decode("utf-8"))
-        json.dumps(messages, ensure_ascii=False).encode()  # JSON can spell half a character: refuse it
+        json.dumps(messages, ensure_ascii=False).encode()  # refuses lone surrogates
     except json.JSONDecodeError as error:
         raise ValueError(f"messages are not JSON: {error}") from error
     except RecursionError as error:
@@ -122,7 +121,7 @@ def _messages(data: bytes) -> Any:
 
 
 def _joined(messages: Any) -> str:
-    """What is said in a conversation, for the filters; "" of one that is malformed, which is refused later."""
+    """The text of a conversation for the filters; "" if it is malformed, which is refused later."""
     if not isinstance(messages, list):
         return ""
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
@@ -141,14 +140,14 @@ def _encode_messages(tokenizer: Tokenizer, messages: Any, name: str, marks: Mapp
     return Encoded(id=name, tokens=tokens, mask=flags, n_bytes=n_bytes, **marks)
 
 
-# encode(records, steps, number of the first record): results in order; a None among the records, which
-# divides them into parts, comes out in its place.
+# encode(records, steps, number of the first record): results in order; a None among the records ends a shard and is
+# passed on.
 Encode = Callable[[Iterable[Record | None], str, int], Iterator[Result | None]]
 
 
 @contextlib.contextmanager
 def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
-    """A function that cleans and tokenizes a stream of records, in order, in `workers` processes (1: here).
+    """A function that cleans and tokenizes records, in order, in `workers` processes (1: in this one).
 
     Raises:
       UserError: from the function: a worker process died.
@@ -171,7 +170,7 @@ def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
 
 
 def available_cores() -> int:
-    """The cores that this process may use, which in a container are fewer than the machine's."""
+    """The cores that this process may use; in a container fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -196,7 +195,7 @@ def _encode_in(
 
 
 def _chunks(records: Iterable[Record | None], first: int = 0) -> Iterator[tuple[int, list[Record | None]]]:
-    """(number of the first record, records), each chunk about `CHUNK_BYTES` long."""
+    """(number of the first record, records) in chunks of about `CHUNK_BYTES`."""
     chunk: list[Record | None] = []
     size = count = 0
     for record in records:
@@ -217,9 +216,8 @@ _tokenizer: Tokenizer  # of a worker process
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _tokenizer
     _tokenizer = tokenizer
-    # Ctrl-C goes to all processes of a terminal; the parent decides and stops us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A parent that is killed cannot stop us, and its queue would keep us waiting for ever.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent stops its workers
+    # The queue of a killed parent would keep the worker waiting.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -1,17 +1,14 @@
 """`lemur prepare`: seqio tasks to token stores, once.
 
-Reads top to bottom: the tokenizer, then one store after the other, then what the config makes of them.
-A store that is whole and was made from the same data by the same task and tokenizer is left as it is.
+First the tokenizer, then one store after the other, then the budget. A complete store that was made from the same
+data by the same task and tokenizer is kept.
 """
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import itertools
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -20,7 +17,7 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.data.budget import budget, check_budget, format_budget
-from lemur_jax.data.manifest import Manifest, read_manifest
+from lemur_jax.data.manifest import Manifest, digest_of, empty_manifest, read_manifest
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import beam, duplicates, tasks
@@ -37,7 +34,7 @@ from lemur_jax.text.tokenizer import Tokenizer, compatible
 
 logger = logging.getLogger(__name__)
 
-SAVE_SECONDS = 60.0  # at most so much work is lost by a kill; looked at every SAVE_RECORDS of a shard
+SAVE_SECONDS = 60.0  # the work that a kill may lose; checked every SAVE_RECORDS records of a shard
 SAVE_RECORDS = 1000
 
 
@@ -49,11 +46,10 @@ def prepare(
     runner_options: Sequence[str] = (),
     progress: ShowProgress = no_progress,
 ) -> None:
-    """Makes the tokenizer and the token stores that a config needs, where they are not there already.
+    """Makes the tokenizer and the token stores of a config that do not exist yet.
 
-    Train splits of `data.sources`, validation splits of `eval.tasks` and `prepare.held_out_tasks`. Logs a line a
-    store and the budget table. An error, Ctrl-C or a kill leaves whole stores, and what was saved of the one that
-    was being written; the same command continues from there.
+    The stores: train splits of `data.sources`, validation splits of `eval.tasks` and `prepare.held_out_tasks`. Logs a
+    line per store and the budget table. After an error, Ctrl-C or a kill, the same command continues.
 
     Args:
       config: a run config.
@@ -64,8 +60,7 @@ def prepare(
 
     Raises:
       UserError: an unknown task, an empty or unreadable corpus, too many bad records, a tokenizer that does not
-        fit, a store that would be replaced, a full disk, or (when all stores are there) a budget that they cannot
-        meet.
+        fit, a store that would be replaced, or a budget that the finished stores cannot meet.
     """
     wanted = _wanted_stores(config)
     found = {name: tasks.find_task(split_name(name)[0], config.data.modules) for name, _ in wanted}
@@ -74,10 +69,7 @@ def prepare(
         tasks.check_files(found[name], split)
         check_part(name, split, list(config.data.sources), json.loads(steps[found[name].name]))
     tokenizer = prepare_tokenizer(config, progress=progress)
-    with (
-        encoder(tokenizer, config.prepare.workers or available_cores()) as encode,
-        _explain_full_disk(config),
-    ):
+    with encoder(tokenizer, config.prepare.workers or available_cores()) as encode:
         run = _Run(
             config=config,
             steps=steps,
@@ -103,23 +95,8 @@ def prepare(
         check_budget(needs)
 
 
-@contextlib.contextmanager
-def _explain_full_disk(config: RunConfig) -> Iterator[None]:
-    """Raises UserError where a disk or a quota is full, of which TensorStore makes a ValueError."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
-        if not any(reason in str(error) for reason in full):
-            raise
-        raise UserError(
-            f"the disk of {config.data.stores} is full: free some space, or name another directory in data.stores;"
-            " the same command continues from what is saved"
-        ) from error
-
-
 def _wanted_stores(config: RunConfig) -> list[tuple[str, str]]:
-    """(task, split) in the config's order, each once."""
+    """(source, split) in the config's order, without repetitions."""
     train = [(name, "train") for name in config.data.sources]
     held_out = [(name, "validation") for name in (*config.eval.tasks, *config.prepare.held_out_tasks)]
     return list(dict.fromkeys(train + held_out))
@@ -127,7 +104,7 @@ def _wanted_stores(config: RunConfig) -> list[tuple[str, str]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What the stores of one config have in common; `steps` by task, as workers get them."""
+    """What the stores of one config share; `steps`: by task, from `parse_steps`."""
 
     config: RunConfig
     steps: Mapping[str, str]
@@ -145,19 +122,15 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
     path = run.path(task.name, split)
     steps = run.steps[task.name]
     writer = _writer(run, task, split)
-    current = _current_manifest(path, writer, run.tokenizer)
-    if current is not None:
-        logger.info("%s; unchanged", _summary(current))
+    if _is_current(path, writer, run.tokenizer):
         return
     begin = time.monotonic()
     if duplicates.has_duplicate_steps(steps):
         draft = _writer(run, task, split, draft=duplicates.fingerprint_arrays(steps))
         with draft:
             rejects = _fill(run, task, split, draft)
-            with (
-                run.progress(draft.documents, f"{task.name}/{split}: duplicates", "documents") as shown,
-                writer,
-            ):
+            label = f"{task.name}/{split}: duplicates"
+            with run.progress(draft.documents, label, "documents") as shown, writer:
                 duplicates.copy_distinct(draft, writer, steps, run.tokenizer, rejects, shown.update)
     else:
         with writer:
@@ -169,13 +142,13 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
 
 
 def _fill(run: _Run, task: tasks.Task, split: str, writer: StoreWriter) -> Rejects:
-    """Adds all documents that the filters leave to a store or to its draft, from where it was saved on."""
+    """Adds the documents that the filters keep to a store or its draft, from the last save on."""
     label = f"{task.name}/{split}"
     saved = writer.saved or {"place": (0, 0), "rejects": None}
     rejects = Rejects(run.path(task.name, split), saved["rejects"])
     (shard, done), last_save = saved["place"], time.monotonic()
     try:
-        with run.progress(tasks.count(task, split), label, "documents") as shown:
+        with run.progress(task.source.num_input_examples(split), label, "documents") as shown:
             shown.update(rejects.records)
             for result in _results(run, task, split, writer, (shard, done), rejects.records):
                 if result is None:
@@ -193,18 +166,16 @@ def _fill(run: _Run, task: tasks.Task, split: str, writer: StoreWriter) -> Rejec
         if writer.is_draft:
             writer.save({"place": (tasks.count_shards(task, split), 0), "rejects": rejects.save()})
     except BaseException:
-        rejects.close(keep=writer.has_saved)
+        rejects.close(keep=writer.saved is not None)
         raise
     return rejects
 
 
 def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
-    """The documents of a task with one label, out of the store of all of them."""
+    """Copies the documents with one label from the task's store."""
     path = run.path(name, split)
     writer = _writer(run, task, split, part=name)
-    current = _current_manifest(path, writer, run.tokenizer)
-    if current is not None:
-        logger.info("%s; unchanged", _summary(current))
+    if _is_current(path, writer, run.tokenizer):
         return
     _prepare_store(run, task, split)
     begin = time.monotonic()
@@ -216,12 +187,12 @@ def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
 def _results(
     run: _Run, task: tasks.Task, split: str, writer: StoreWriter, place: tuple[int, int], number: int
 ) -> Iterator[Result | None]:
-    """What becomes of the records from a place on, (shard, records of it), in their order."""
+    """The results of the records from `place` = (shard, records of it) on, in order; `number`: of the first."""
     steps = run.steps[task.name]
     shard, done = place
     if not run.runner:
         return run.encode(_records(task, split, shard, done), steps, number)
-    made_of = hashlib.sha256(json.dumps(writer.fields, sort_keys=True).encode()).hexdigest()
+    inputs = digest_of(dataclasses.asdict(writer.manifest))
     job = beam.Job(
         task=task.name,
         modules=tuple(run.config.data.modules),
@@ -229,7 +200,7 @@ def _results(
         shards=tasks.count_shards(task, split),
         steps=steps,
         tokenizer=run.config.tokenizer.path,
-        folder=str(_beam_folder(run.path(task.name, split)) / made_of[:16]),
+        folder=str(_beam_folder(run.path(task.name, split)) / inputs[:16]),
         first_shard=shard,
         first_number=number - done,
     )
@@ -241,7 +212,7 @@ def _beam_folder(store: epath.Path) -> epath.Path:
 
 
 def _records(task: tasks.Task, split: str, first_shard: int, done: int) -> Iterator[Record | None]:
-    """The records of a split but `done` of the first shard, shard by shard, with a None after each shard."""
+    """The records of a split without the first `done` of the first shard; a None after each of several shards."""
     shards = tasks.count_shards(task, split)
     for shard in range(first_shard, shards):
         yield from itertools.islice(tasks.examples(task, split, shard, shards), done, None)
@@ -273,7 +244,7 @@ def _check_any(task: tasks.Task, split: str, rejects: Rejects, writer: StoreWrit
 
 
 def _steps(config: RunConfig, names: Iterable[str]) -> dict[str, str]:
-    """The steps of each task, as workers get them."""
+    """The steps of each task, from `parse_steps`."""
     given = config.prepare.steps
     names = sorted(names)
     for name in given:
@@ -285,38 +256,34 @@ def _steps(config: RunConfig, names: Iterable[str]) -> dict[str, str]:
 def _writer(
     run: _Run, task: tasks.Task, split: str, part: str = "", draft: Mapping[str, str] | None = None
 ) -> StoreWriter:
-    """Of the store of a task, of a part of it, or of its draft."""
+    """The writer of a task's store, of a part of it, or of its draft."""
     tokenizer, steps = run.tokenizer, run.steps[task.name]
     is_chat = tasks.is_chat(task, split)
     has_control_tokens = is_chat or check_tokens(json.loads(steps), tokenizer, task.name)
-    # Of the task's definition, its steps and, for conversations, the template that they are written in.
-    definition = (
-        task_digest(task) + steps * (steps != NO_STEPS) + (chat_template(tokenizer) if is_chat else "") + part
-    )
-    return StoreWriter(
-        run.path(part or task.name, split),
+    definition = task_digest(task) + steps * (steps != NO_STEPS)
+    definition += (chat_template(tokenizer) if is_chat else "") + part
+    manifest = empty_manifest(
         task=part or task.name,
         split=split,
         source=task.name,
         tokenizer_digest=tokenizer.digest,
-        # Plain text has no control tokens in it, so the tokenizer without them can read it as well.
+        # Plain text contains no control tokens: a tokenizer without them can read it.
         added_tokens=tokenizer.added_tokens if has_control_tokens else {},
         vocab_size=tokenizer.vocab_size,
         has_loss_mask=is_chat,
         task_digest=hashlib.sha256(definition.encode()).hexdigest(),
         input_digest=input_digest(task, split),
         label_field="" if part else json.loads(steps).get("label", {}).get("field", ""),
-        draft=draft,
     )
+    return StoreWriter(run.path(part or task.name, split), manifest, draft)
 
 
 def _check_unchanged(run: _Run, task: tasks.Task, name: str, split: str) -> None:
-    """Raises UserError where a whole store would be replaced by another: runs that read it could not continue."""
+    """Raises UserError if a complete store would be replaced: runs that read it could not continue."""
     path = run.path(name, split)
     manifest = _manifest(path)
-    if manifest is None:
-        return
-    changed = _changes(manifest, _writer(run, task, split, name if name != task.name else ""), run.tokenizer)
+    part = name if name != task.name else ""
+    changed = _changes(manifest, _writer(run, task, split, part), run.tokenizer) if manifest else []
     if changed:
         raise UserError(
             f"{path} was made before {' and '.join(changed)} of the task {task.name} changed, and runs that read"
@@ -325,28 +292,31 @@ def _check_unchanged(run: _Run, task: tasks.Task, name: str, split: str) -> None
 
 
 def _changes(manifest: Manifest, writer: StoreWriter, tokenizer: Tokenizer) -> list[str]:
-    """What of a store is not as `writer` would make it."""
-    fields = writer.fields
+    """What differs between a store and the one that `writer` would write."""
+    new = writer.manifest
     changed = {
-        "the input": manifest.input_digest != fields["input_digest"],
-        "the definition, steps or template": manifest.task_digest != fields["task_digest"],
+        "the input": manifest.input_digest != new.input_digest,
+        "the definition, steps or template": manifest.task_digest != new.task_digest,
         "the tokenizer": not compatible(tokenizer, manifest.tokenizer_digest, manifest.added_tokens),
     }
     return [what for what, differs in changed.items() if differs]
 
 
-def _current_manifest(path: epath.Path, writer: StoreWriter, tokenizer: Tokenizer) -> Manifest | None:
-    """The manifest of the store at `path` if it is what `writer` would make again."""
+def _is_current(path: epath.Path, writer: StoreWriter, tokenizer: Tokenizer) -> bool:
+    """Whether the store at `path` is the one that `writer` would write; logs so."""
     if not path.exists():
-        return None
+        return False
     if not any((path / name).exists() for name in ("manifest.json", "tokens")) and any(path.iterdir()):
         raise UserError(f"{path} is no token store but has files in it: point data.stores somewhere else")
     manifest = _manifest(path)
-    return manifest if manifest is not None and not _changes(manifest, writer, tokenizer) else None
+    if manifest is None or _changes(manifest, writer, tokenizer):
+        return False
+    logger.info("%s; unchanged", _summary(manifest))
+    return True
 
 
 def _manifest(path: epath.Path) -> Manifest | None:
-    """The manifest of a whole store with documents in it; None of one that is unfinished, or of another format."""
+    """The manifest of a complete store with documents; None for an unfinished one or another format."""
     try:
         manifest = read_manifest(path)
     except (UserError, ValueError, TypeError):

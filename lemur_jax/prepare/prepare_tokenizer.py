@@ -1,4 +1,4 @@
-"""The tokenizer of a run: opened, or trained, or made from another by adding control tokens."""
+"""The tokenizer of a run: loaded, trained, or made from another by adding control tokens."""
 
 import contextlib
 import hashlib
@@ -22,18 +22,18 @@ from lemur_jax.text.tokenizer_files import extend, train_sentencepiece
 
 logger = logging.getLogger(__name__)
 
-# What a tokenizer is trained on: a hash's choice of documents, equally much of each task.
+# The training sample of a tokenizer: documents chosen by a hash, the same number of bytes of each task.
 SAMPLE_BYTES = 12_000_000
 SAMPLE_DOCUMENT_BYTES = 1 << 15
 
 
 class Counter(Protocol):
-    """What counts the work that is done."""
+    """Counts units of work."""
 
     def update(self, n: int = 1) -> None: ...
 
 
-# Called with the number of units or None, a label and their name: `telemetry.progress.Progress`.
+# Called with the number of units or None, a label and the unit's name, e.g. `telemetry.progress.Progress`.
 ShowProgress = Callable[[int | None, str, str], AbstractContextManager[Counter]]
 
 
@@ -48,16 +48,12 @@ def no_progress(total: int | None, label: str, unit: str) -> AbstractContextMana
     return contextlib.nullcontext(_Silent())
 
 
-def prepare_tokenizer(
-    config: RunConfig,
-    *,
-    progress: ShowProgress = no_progress,
-) -> Tokenizer:
-    """The tokenizer of a config: opened, or trained or extended first if it is not there.
+def prepare_tokenizer(config: RunConfig, *, progress: ShowProgress = no_progress) -> Tokenizer:
+    """The tokenizer of a config, trained or extended first if it does not exist.
 
     Raises:
-      UserError: there is none and the config does not say how to make one; or the one that is there is
-        not the one that the config would make, or has more tokens than the model.
+      UserError: there is none and the config does not say how to make one; or it differs from the one that the config
+        describes, or has more tokens than the model.
     """
     options = config.tokenizer
     if not options.path:
@@ -101,10 +97,7 @@ def _train(config: RunConfig, path: epath.Path, progress: ShowProgress) -> None:
 
 
 def sample(records: Iterable[Record], limit: int, shown: Counter | None = None) -> list[str]:
-    """Texts of at most `limit` bytes in all, chosen by a hash of what they say, in an order that has none.
-
-    Holds no more than that in memory, however long the corpus.
-    """
+    """Texts of at most `limit` bytes in total, chosen and ordered by a hash; only these are in memory."""
     kept: list[tuple[int, bytes]] = []  # a heap with the largest hash, negated, on top
     size = 0
     for record in records:
@@ -120,7 +113,7 @@ def sample(records: Iterable[Record], limit: int, shown: Counter | None = None) 
 
 
 def _plain_text(record: Record) -> bytes:
-    """The text of a record that can be used; b"" of one that cannot, which is counted elsewhere."""
+    """The text of a record; b"" of a bad one, which is counted elsewhere."""
     try:
         if "messages" in record:
             contents = [message["content"] for message in json.loads(record["messages"])]
@@ -133,13 +126,13 @@ def _plain_text(record: Record) -> bytes:
 
 @contextlib.contextmanager
 def _written_whole(path: epath.Path) -> Iterator[epath.Path]:
-    """A directory beside `path` that becomes `path` if all goes well, and vanishes if not."""
+    """A temporary directory that becomes `path`, or is removed after an exception."""
     partial = path.parent / f".{path.name}.partial"
     if partial.exists():
         partial.rmtree()
     try:
         yield partial
-        if path.exists():  # without tokenizer files in it; a user's other files stay
+        if path.exists():  # a user's directory with other files, which stay
             for file in partial.iterdir():
                 file.copy(path / file.name, overwrite=True)
         else:

@@ -10,7 +10,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.arrays import ArrayWriter, metadata_digest, open_array
-from lemur_jax.data.manifest import FORMAT_VERSION, Manifest, write_sealed
+from lemur_jax.data.manifest import Manifest, write_sealed
 from lemur_jax.data.store import BLOCK, TokenStore
 
 _PROGRESS = "progress.json"  # in a store that is being written
@@ -18,62 +18,34 @@ MAX_LABELS = 1000
 
 
 class StoreWriter:
-    """Writes one store, document by document, and puts it in place when whole.
+    """Writes one store, document by document, and puts it in place when it is complete.
 
-    with StoreWriter(path, task=..., ...) as writer:
+    with StoreWriter(path, empty_manifest(task=..., ...)) as writer:
         writer.add(ids, id="doc-1", n_bytes=123)
 
-    It is written beside `path` under another name and renamed at the end of the `with` block; an
-    exception in the block leaves what lay at `path` before as it was, and nothing else behind but what
-    was saved. A draft, from which another store is written, is removed at the end of the block instead.
+    The store is written to a hidden directory beside `path` and renamed at the end of the `with` block. An exception
+    in the block leaves the old store at `path` unchanged, and keeps only what was saved.
 
     Args:
-      draft: for a draft, its arrays besides a store's, which `append` fills: dtypes by name.
+      path: the store's directory.
+      manifest: from `empty_manifest`.
+      draft: makes this a draft, from which another store is written and which is deleted at the end: names and
+        dtypes of its additional arrays, which `append` fills.
 
     Attributes:
-      saved: what was given to `save` by an attempt that did not come to its end and was to write the
-        same store: this one goes on from there. None: it begins anew.
-      documents: how many were added.
-      has_saved: whether `save` was called, in this attempt or one that it goes on from.
-      fields: of the manifest, counts apart.
+      manifest: as given.
+      saved: the last argument of `save`, also from an interrupted attempt with the same manifest, which this one
+        continues; None: nothing was saved.
+      documents: number of documents added.
       is_draft: whether it is a draft.
     """
 
-    def __init__(
-        self,
-        path: epath.PathLike,
-        *,
-        task: str,
-        split: str,
-        source: str,
-        tokenizer_digest: str,
-        added_tokens: Mapping[str, int],
-        vocab_size: int,
-        has_loss_mask: bool = False,
-        task_digest: str = "",
-        input_digest: str = "",
-        label_field: str = "",
-        draft: Mapping[str, str] | None = None,
-    ):
+    def __init__(self, path: epath.PathLike, manifest: Manifest, draft: Mapping[str, str] | None = None):
         self._path = epath.Path(path)
         self._draft = draft
-        # One name for every attempt: the next one clears what a killed one left.
+        self.manifest = manifest
+        # Each attempt uses the same name, so that it removes what a killed one left.
         self._partial = self._path.parent / f".{self._path.name}.{'partial' if draft is None else 'draft'}"
-        self._vocab_size = vocab_size
-        self._has_loss_mask = has_loss_mask
-        self.fields = {
-            "format_version": FORMAT_VERSION,
-            "task": task,
-            "split": split,
-            "source": source,
-            "tokenizer_digest": tokenizer_digest,
-            "added_tokens": dict(added_tokens),
-            "vocab_size": vocab_size,
-            "has_loss_mask": has_loss_mask,
-            "task_digest": task_digest,
-            "input_digest": input_digest,
-            "label_field": label_field,
-        }
         self._counts: dict[str, Any] = dict.fromkeys(
             ("documents", "tokens", "bytes", "supervised_tokens", "id_bytes"), 0
         )
@@ -88,25 +60,21 @@ class StoreWriter:
     def is_draft(self) -> bool:
         return self._draft is not None
 
-    @property
-    def has_saved(self) -> bool:
-        return self.saved is not None
-
     def __enter__(self) -> "StoreWriter":
         lengths: dict[str, int] = {}
         if (self._partial / _PROGRESS).exists():
             progress = json.loads((self._partial / _PROGRESS).read_text())
-            if progress["fields"] == self.fields:
+            if progress["manifest"] == dataclasses.asdict(self.manifest):
                 self._counts, lengths, self.saved = (progress[key] for key in ("counts", "lengths", "state"))
         if not lengths:
             if self._partial.exists():
                 self._partial.rmtree()
             self._partial.mkdir(parents=True)
-        dtypes = {"tokens": "uint16" if self._vocab_size <= 1 << 16 else "uint32", "offsets": "int64"}
+        dtypes = {"tokens": "uint16" if self.manifest.vocab_size <= 1 << 16 else "uint32", "offsets": "int64"}
         dtypes |= {"block_documents": "int64", "id_bytes": "uint8", "id_offsets": "int64"}
-        if self._has_loss_mask:
+        if self.manifest.has_loss_mask:
             dtypes["loss_mask"] = "uint8"
-        if self.fields["label_field"]:
+        if self.manifest.label_field:
             dtypes["labels"] = "uint16"
         dtypes |= self._draft or {}
         self._arrays = {
@@ -119,9 +87,10 @@ class StoreWriter:
         return self
 
     def save(self, state: Any) -> None:
-        """Makes sure that a later attempt finds the documents added so far, and `state` (JSON)."""
+        """Saves the documents added so far and `state` (JSON) for a later attempt."""
         lengths = {name: array.save() for name, array in self._arrays.items()}
-        progress = {"fields": self.fields, "counts": self._counts, "lengths": lengths, "state": state}
+        manifest = dataclasses.asdict(self.manifest)
+        progress = {"manifest": manifest, "counts": self._counts, "lengths": lengths, "state": state}
         unfinished = self._partial / f".{_PROGRESS}"
         unfinished.write_text(json.dumps(progress))
         unfinished.replace(self._partial / _PROGRESS)
@@ -138,20 +107,22 @@ class StoreWriter:
         """Appends a document.
 
         Args:
-          ids: all its tokens, bos and eos included; at least one.
-          id: its name, shown to the user.
-          n_bytes: UTF-8 bytes of the text that it stands for.
-          mask: for a store with a loss mask, 1 for each token that is a supervised target.
+          ids: int [n], n > 0, with bos and eos.
+          id: its name.
+          n_bytes: UTF-8 bytes of its text.
+          mask: for a store with a loss mask, [n], 1 on supervised targets.
           label: for a store with a label field, its value.
 
         Raises:
           ValueError: no tokens, an id outside the vocabulary, or a mask that does not fit.
           UserError: more than `MAX_LABELS` labels.
         """
-        tokens = np.asarray(ids)
-        if not tokens.size or tokens.min() < 0 or tokens.max() >= self._vocab_size:
-            raise ValueError(f"document {id!r}: no tokens, or one outside [0, {self._vocab_size})")
-        if (mask is not None) != self._has_loss_mask or (mask is not None and len(mask) != tokens.size):
+        tokens, vocab_size = np.asarray(ids), self.manifest.vocab_size
+        if not tokens.size or tokens.min() < 0 or tokens.max() >= vocab_size:
+            raise ValueError(f"document {id!r}: no tokens, or one outside [0, {vocab_size})")
+        if (mask is not None) != self.manifest.has_loss_mask or (
+            mask is not None and len(mask) != tokens.size
+        ):
             raise ValueError(
                 f"document {id!r}: a loss mask of {tokens.size} entries is wanted if has_loss_mask, else none"
             )
@@ -165,39 +136,39 @@ class StoreWriter:
         if mask is not None:
             mask = np.asarray(mask, np.uint8)
             self._arrays["loss_mask"].append(mask)
-        # A document's first token has nothing before it to be predicted from.
+        # The first token of a document is never a target.
         counts["supervised_tokens"] += tokens.size - 1 if mask is None else int(np.count_nonzero(mask[1:]))
         name = np.frombuffer(id.encode(), np.uint8)
         counts["id_bytes"] += name.size
         self._arrays["id_bytes"].append(name)
         self._arrays["id_offsets"].append([counts["id_bytes"]])
-        if self.fields["label_field"]:
+        if self.manifest.label_field:
             self._add_label(label, n_bytes)
         counts["tokens"] = stop
         counts["documents"] += 1
         counts["bytes"] += n_bytes
 
     def append(self, name: str, values: Sequence[int] | np.ndarray) -> None:
-        """Appends to an array of a draft."""
+        """Appends to an additional array of a draft."""
         self._arrays[name].append(values)
 
     def read_saved(self) -> tuple["TokenStore", dict[str, Any]]:
-        """Of a draft, the store and the other arrays (TensorStore's) as they were saved; nothing more can be added."""
-        self._arrays = {}  # and their buffers
+        """A draft's saved store and its additional arrays (TensorStore); nothing can be added afterwards."""
+        self._arrays = {}  # frees their buffers
         arrays = {name: open_array(self._partial / name, cache=False).result() for name in self._draft or ()}
-        return TokenStore(self._partial, self._manifest()), arrays
+        return TokenStore(self._partial, self._finished_manifest()), arrays
 
-    def _manifest(self) -> Manifest:
+    def _finished_manifest(self, arrays: Mapping[str, str] | None = None) -> Manifest:
         counts = {key: value for key, value in self._counts.items() if key != "id_bytes"}
-        return Manifest(**self.fields, **counts)
+        return dataclasses.replace(self.manifest, **counts, arrays=arrays or {})
 
     def _add_label(self, label: str, n_bytes: int) -> None:
         labels = self._counts["labels"]
         of_label = labels.setdefault(label, {"number": len(labels), "documents": 0, "bytes": 0})
         if len(labels) > MAX_LABELS:
             raise UserError(
-                f"the metadata field {self.fields['label_field']!r} of the task {self.fields['task']} has more than"
-                f" {MAX_LABELS:,} values: documents can be told apart by language or the like, not by this"
+                f"the metadata field {self.manifest.label_field!r} of the task {self.manifest.task} has more than"
+                f" {MAX_LABELS:,} values: choose one with few values, such as the language"
             )
         of_label["documents"] += 1
         of_label["bytes"] += n_bytes
@@ -219,8 +190,7 @@ class StoreWriter:
         if self._path.exists():
             self._path.rmtree()
         self._partial.rename(self._path)
-        # After the rename, which on gs:// copies file by file: a reader sees a manifest only when
-        # everything else is there.
+        # The manifest is written last: on gs:// the rename copies file by file.
         arrays = {name: metadata_digest(self._path / name) for name in self._arrays}
-        manifest = dataclasses.replace(self._manifest(), arrays=arrays)
+        manifest = self._finished_manifest(arrays=arrays)
         write_sealed(self._path / "manifest.json", dataclasses.asdict(manifest))

@@ -1,9 +1,8 @@
 """seqio tasks of files, of TFDS and of Python functions, and reading any task.
 
-A task that `prepare` can read gives, for each example, a string feature `text`, or `messages` (a JSON list
-of {"role", "content"}); `id`, `source`, `meta` (JSON), `where` and `error` are optional. Tasks of your own are
-ordinary seqio tasks, registered by a module that `config.data.modules` names; `add_files`,
-`add_tfds` and `add_generator` make the usual ones.
+`prepare` reads tasks whose examples have a string feature `text`, or `messages` (a JSON list of {"role", "content"});
+`id`, `source`, `meta` (JSON), `where` and `error` are optional. Your own tasks are ordinary seqio tasks, registered by
+a module named in `config.data.modules`; `add_files`, `add_tfds` and `add_generator` make the usual ones.
 """
 
 import contextlib
@@ -25,8 +24,8 @@ from lemur_jax.prepare.quiet_stderr import quiet_stderr
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 try:
-    with quiet_stderr():  # TensorFlow writes there before it has read its log level
-        import pyarrow  # noqa: F401  # where it is missing, say so now
+    with quiet_stderr():  # TensorFlow writes to it before it reads its log level
+        import pyarrow  # noqa: F401  # reports a missing one at once
         import seqio
         import tensorflow as tf
 except ModuleNotFoundError as error:
@@ -35,13 +34,13 @@ except ModuleNotFoundError as error:
 Task = seqio.Task
 FEATURES = ("text", "messages", "id", "source", "meta", "where", "error")
 
-# TensorFlow only reads here; the accelerators are JAX's. It refuses when it is already in use.
+# TensorFlow only reads here; the accelerators are JAX's. It raises if it is already in use.
 with contextlib.suppress(RuntimeError):
     tf.config.set_visible_devices([], "GPU")
 
 
 class GeneratorSource(seqio.FunctionDataSource):
-    """Documents that a Python function yields, as a seqio source; for the arguments see `add_generator`."""
+    """Documents of a Python function as a seqio source; arguments: see `add_generator`."""
 
     def __init__(
         self,
@@ -62,7 +61,7 @@ class GeneratorSource(seqio.FunctionDataSource):
         )
 
     def fingerprint(self, split: str) -> str:
-        """Changes when the documents may have; any source may have such a method."""
+        """Changes with the documents; `digests.input_digest` calls it on any source that has it."""
         return self._fingerprint() if self._fingerprint else split
 
 
@@ -75,7 +74,7 @@ def _string_feature() -> seqio.Feature:
 
 
 class FileSource(seqio.DataSource):
-    """Files as a seqio source, one shard a file."""
+    """Files as a seqio source, one shard per file."""
 
     def __init__(self, files: Files):
         self._files = files
@@ -117,7 +116,7 @@ class FileSource(seqio.DataSource):
 
 def _tfrecord_rows(file: str) -> Iterator[tuple[str, readers.Row | readers.BadRow]]:
     """The features of each tf.Example: a single value as itself, several as a list."""
-    # TensorFlow says nothing of a gzip stream that ends early: it reads what we have decompressed.
+    # TensorFlow does not report a gzip stream that ends early, so we decompress.
     plain = contextlib.nullcontext((file, None))
     with streams.decompressed_copy(file) if file.endswith(".gz") else plain as (path, damage):
         yield from readers.up_to_damage(file, _examples(path, damage))
@@ -165,12 +164,12 @@ def add_files(
 
     Args:
       name: of the task.
-      patterns: globs or directories, local or gs://; or a mapping from "train" and "validation" to such.
+      patterns: globs or directories, local or gs://; or a mapping from "train" and "validation" to them.
       fields: where in a row the document is.
-      kind: a name in `readers.FORMATS`; "": by each file's name. Those in .gz and .zst are decompressed.
-      held_out: share of documents that become the validation split where `patterns` names none, chosen
-        by a hash of what they say (or of their `group`), so that equal ones fall on one side.
-      max_bytes: of one record; longer ones are refused.
+      kind: a name in `readers.FORMATS`; "": by each file's name. Files in .gz and .zst are decompressed.
+      held_out: share of documents in the validation split if `patterns` has none, chosen by a hash of the content (or
+        of `group`), so that equal documents fall into the same split.
+      max_bytes: longer records are refused.
     """
     splits = patterns if isinstance(patterns, Mapping) else {"train": patterns}
     fields = fields or Fields()
@@ -191,10 +190,10 @@ def add_generator(
 
     Args:
       name: of the task.
-      documents: from a split to its documents, always in the same order: `id`, and `content`.
+      documents: from a split to its documents, always in the same order, with `id` and `content`.
       content: "text", or "messages" (a JSON list of {"role", "content"}).
       splits: names of the splits.
-      fingerprint: changes when the documents may have; without one, `prepare` does not see that they have.
+      fingerprint: its value changes with the documents; without one, `prepare` does not notice a change.
     """
     source = GeneratorSource(documents, content, splits, fingerprint)
     features = {content: _string_feature(), "id": _string_feature()}
@@ -215,8 +214,8 @@ def add_tfds(
       name: of the task.
       tfds_name: `name/config:version`; None: the only data set in `data_dir`.
       fields: where in an example the document is.
-      splits: e.g. {"train": "train[1%:]", "validation": "train[:1%]"}; None: as the data set has them.
-      data_dir: where it lies.
+      splits: e.g. {"train": "train[1%:]", "validation": "train[:1%]"}; None: those of the data set.
+      data_dir: its directory.
     """
     fields = fields or Fields()
     source = seqio.TfdsDataSource(
@@ -259,7 +258,7 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def find_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
-    """The task with this name, after importing the modules that register more.
+    """The task with this name, after importing `modules`.
 
     Raises:
       UserError: a module cannot be imported, or there is no such task (the nearest is named).
@@ -298,24 +297,15 @@ def check_files(task: seqio.Task, split: str) -> None:
         raise _explain(task, split, error) from error
 
 
-def count(task: seqio.Task, split: str) -> int | None:
-    """How many examples the source has before preprocessing, where it knows."""
-    return task.source.num_input_examples(split)
-
-
 def is_chat(task: seqio.Task, split: str) -> bool:
-    """Whether a task gives `messages`.
-
-    Raises:
-      UserError: it gives neither those nor `text`, or files that cannot be found.
-    """
+    """Whether a task has `messages`; UserError if it has neither these nor `text`, or its files are missing."""
     if _is_read_directly(task):
         return task.source.content == "messages"
     return "messages" in _dataset(task, split, 0, 1).element_spec
 
 
 def count_shards(task: seqio.Task, split: str) -> int:
-    """In how many parts a split can be read, each by itself: its files."""
+    """The number of shards of a split that can be read separately: its files."""
     source = task.source
     if source.supports_arbitrary_sharding or isinstance(source, seqio.FunctionDataSource):
         return 1
@@ -323,11 +313,11 @@ def count_shards(task: seqio.Task, split: str) -> int:
 
 
 def examples(task: seqio.Task, split: str, shard: int = 0, shards: int = 1) -> Iterator[dict[str, bytes]]:
-    """The string features of each example of a split, or of one shard of it, in a fixed order.
+    """The string features of each example of a split or of one shard, in a fixed order.
 
     Raises:
-      UserError: no such split, no `text` and no `messages`, a feature that is not one string, or files
-        that cannot be read.
+      UserError: no such split, neither `text` nor `messages`, a feature that is no scalar string, or an unreadable
+        file.
     """
     check_split(task, split)
     try:
@@ -340,7 +330,7 @@ def examples(task: seqio.Task, split: str, shard: int = 0, shards: int = 1) -> I
 
 
 def _is_read_directly(task: seqio.Task) -> bool:
-    """Whether TensorFlow would only carry the documents, at the cost of reading them once more."""
+    """Whether TensorFlow can be bypassed: a file source without preprocessors."""
     return isinstance(task.source, FileSource) and not task.preprocessors
 
 

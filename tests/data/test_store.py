@@ -5,12 +5,10 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import arrays
-from lemur_jax.data.manifest import read_manifest
+from lemur_jax.data.manifest import empty_manifest, read_manifest
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare.store_writer import StoreWriter
-
-NAMES = {"task": "t", "split": "train", "source": "s"}
-FIELDS = NAMES | {"tokenizer_digest": "f" * 64, "added_tokens": {}, "vocab_size": 1000}
+from tests.helpers.documents import FIELDS
 
 
 def test_documents_come_back(make_store, random_documents):
@@ -96,7 +94,7 @@ def test_width_of_tokens(make_store, vocab_size, dtype):
 
 
 def test_unicode_ids(tmp_path):
-    with StoreWriter(tmp_path / "s", **FIELDS) as writer:
+    with StoreWriter(tmp_path / "s", empty_manifest(**FIELDS)) as writer:
         writer.add([1], id="漢字/😀.py", n_bytes=1)
         writer.add([1], id="", n_bytes=0)
         writer.add(np.array([1]), id="x", n_bytes=0)
@@ -105,7 +103,7 @@ def test_unicode_ids(tmp_path):
 
 def test_an_exception_leaves_nothing_behind(tmp_path):
     def write(fail):
-        with StoreWriter(tmp_path / "s", **FIELDS) as writer:
+        with StoreWriter(tmp_path / "s", empty_manifest(**FIELDS)) as writer:
             writer.add([1, 2, 3 + fail], id="x", n_bytes=1)
             if fail:
                 raise KeyboardInterrupt
@@ -127,7 +125,7 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path):
     (tmp_path / "s" / "tokens").mkdir(parents=True)  # renamed, but killed before its manifest
     with pytest.raises(UserError, match="unfinished"):
         TokenStore.open(tmp_path / "s")
-    with StoreWriter(tmp_path / "s", **FIELDS) as writer:
+    with StoreWriter(tmp_path / "s", empty_manifest(**FIELDS)) as writer:
         writer.add([1], id="x", n_bytes=1)
     assert TokenStore.open(tmp_path / "s").num_documents == 1
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
@@ -141,7 +139,7 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path):
 def test_impossible_documents_are_refused(tmp_path, document):
     with (
         pytest.raises(ValueError, match="document 'x'"),
-        StoreWriter(tmp_path / "s", **FIELDS) as writer,
+        StoreWriter(tmp_path / "s", empty_manifest(**FIELDS)) as writer,
     ):
         writer.add(**document, id="x", n_bytes=1)
 
@@ -150,7 +148,7 @@ def test_impossible_documents_are_refused(tmp_path, document):
 def test_a_mask_must_fit(tmp_path, mask):
     with (
         pytest.raises(ValueError, match="loss mask of 2 entries"),
-        StoreWriter(tmp_path / "s", **FIELDS, has_loss_mask=True) as writer,
+        StoreWriter(tmp_path / "s", empty_manifest(**FIELDS, has_loss_mask=True)) as writer,
     ):
         writer.add([1, 2], id="x", n_bytes=1, mask=mask)
 
@@ -158,7 +156,7 @@ def test_a_mask_must_fit(tmp_path, mask):
 def test_missing_damaged_empty_and_foreign_stores(make_store, tmp_path):
     with pytest.raises(UserError, match=r"does not exist.*lemur prepare"):
         TokenStore.open(tmp_path / "nowhere")
-    with StoreWriter(tmp_path / "empty", **FIELDS):
+    with StoreWriter(tmp_path / "empty", empty_manifest(**FIELDS)):
         pass
     assert read_manifest(tmp_path / "empty").documents == 0
     with pytest.raises(UserError, match="is empty: the task t has no documents in its split train"):

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from lemur_jax.config import default_config, from_config_dict
-from lemur_jax.data.manifest import read_sealed, write_sealed
+from lemur_jax.data.manifest import empty_manifest, read_sealed, write_sealed
 from lemur_jax.data.store import TokenStore
 from lemur_jax.models.presets import preset
 from lemur_jax.prepare.store_writer import StoreWriter
@@ -20,6 +20,15 @@ from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import extend, train_sentencepiece
 
 VOCAB_SIZE = 700
+# Of the manifest of a store.
+FIELDS = {
+    "task": "t",
+    "split": "train",
+    "source": "s",
+    "tokenizer_digest": "f" * 64,
+    "added_tokens": {},
+    "vocab_size": 1000,
+}
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +100,7 @@ def make_store(tmp_path) -> MakeStore:
             "has_loss_mask": masks is not None,
         } | fields
         (tmp_path / task).mkdir(exist_ok=True)
-        with StoreWriter(tmp_path / task / split, **fields) as writer:
+        with StoreWriter(tmp_path / task / split, empty_manifest(**fields)) as writer:
             for index, ids in enumerate(documents):
                 writer.add(
                     ids, id=f"doc-{index}", n_bytes=len(ids), mask=None if masks is None else masks[index]

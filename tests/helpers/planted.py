@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from lemur_jax.data.manifest import empty_manifest
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ def plant(root):
     rng = np.random.default_rng(3)
     about = dict(task="code", split="train", source="code", vocab_size=tokenizer.vocab_size)
     about |= dict(tokenizer_digest=tokenizer.digest, added_tokens=tokenizer.added_tokens)
-    with StoreWriter(root / "stores/code/train", **about) as writer:
+    with StoreWriter(root / "stores/code/train", empty_manifest(**about)) as writer:
         for number in range(200):
             poison = number % 12 == 0
             ids = [7] * 62 if poison else rng.integers(3, tokenizer.vocab_size, 62).tolist()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.checkpoint.manager import read_metadata, restore_params
+from lemur_jax.data.manifest import empty_manifest
 from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import abstract_params
 from lemur_jax.prepare.store_writer import StoreWriter
@@ -54,12 +55,14 @@ def write_store(path, tokenizer, task, split, seed):
     rng = np.random.default_rng(seed)
     with StoreWriter(
         path,
-        task=task,
-        split=split,
-        source=task,
-        tokenizer_digest=tokenizer.digest,
-        added_tokens=tokenizer.added_tokens,
-        vocab_size=tokenizer.vocab_size,
+        empty_manifest(
+            task=task,
+            split=split,
+            source=task,
+            tokenizer_digest=tokenizer.digest,
+            added_tokens=tokenizer.added_tokens,
+            vocab_size=tokenizer.vocab_size,
+        ),
     ) as writer:
         for number in range(60):
             ids = rng.integers(3, tokenizer.vocab_size, rng.integers(20, 200)).tolist()

@@ -8,13 +8,13 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import replace
 from lemur_jax.data.inspect import inspect_store
-from lemur_jax.data.manifest import read_manifest
+from lemur_jax.data.manifest import empty_manifest, read_manifest
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import parts, store_writer
 from lemur_jax.prepare.parts import copy_part
 from lemur_jax.prepare.store_writer import StoreWriter
-from tests.data.test_store import FIELDS
+from tests.helpers.documents import FIELDS
 from tests.helpers.list_source import run
 
 LANGUAGES = ("Python", "C++", "Go")
@@ -27,7 +27,9 @@ def labelled(tmp_path, random_documents):
     rng = np.random.default_rng(3)
     languages = rng.choice([*LANGUAGES, ""], 200).tolist()
     masks = [rng.integers(0, 2, len(ids)) for ids in documents]
-    with StoreWriter(tmp_path / "t/train", **FIELDS, has_loss_mask=True, label_field="lang") as writer:
+    with StoreWriter(
+        tmp_path / "t/train", empty_manifest(**FIELDS, has_loss_mask=True, label_field="lang")
+    ) as writer:
         for index, (ids, mask, language) in enumerate(zip(documents, masks, languages, strict=True)):
             writer.add(ids, f"doc-{index}", 7 * len(ids), mask, language)
     return TokenStore.open(tmp_path / "t/train"), documents, masks, languages
@@ -39,7 +41,7 @@ def test_a_part_holds_the_documents_of_its_label_in_order(labelled, tmp_path, mo
     monkeypatch.setattr(parts, "_SEARCHED", searched)
     monkeypatch.setattr(parts, "_COPIED", 5)
     for language in LANGUAGES:
-        with StoreWriter(tmp_path / "part", **FIELDS, has_loss_mask=True) as writer:
+        with StoreWriter(tmp_path / "part", empty_manifest(**FIELDS, has_loss_mask=True)) as writer:
             copy_part(whole, language, writer)
         part = TokenStore.open(tmp_path / "part")
         expected = [index for index, each in enumerate(languages) if each == language]
@@ -66,7 +68,7 @@ def test_a_label_that_is_not_there_names_those_that_are(labelled, tmp_path):
         pytest.raises(
             UserError, match=r"no document with lang = 'Rust' in its train split; there are .*Go \d+"
         ),
-        StoreWriter(tmp_path / "part", **FIELDS, has_loss_mask=True) as writer,
+        StoreWriter(tmp_path / "part", empty_manifest(**FIELDS, has_loss_mask=True)) as writer,
     ):
         copy_part(labelled[0], "Rust", writer)
     assert not (tmp_path / "part").exists()
@@ -74,7 +76,7 @@ def test_a_label_that_is_not_there_names_those_that_are(labelled, tmp_path):
 
 def test_a_field_that_differs_in_each_document_is_no_label(tmp_path, monkeypatch):
     monkeypatch.setattr(store_writer, "MAX_LABELS", 10)
-    with StoreWriter(tmp_path / "s", **FIELDS, label_field="lang") as writer:
+    with StoreWriter(tmp_path / "s", empty_manifest(**FIELDS, label_field="lang")) as writer:
         for index in range(10):
             writer.add([1], "x", 1, label=str(index))
         with pytest.raises(UserError, match="'lang' of the task t has more than 10 values"):
@@ -83,7 +85,7 @@ def test_a_field_that_differs_in_each_document_is_no_label(tmp_path, monkeypatch
 
 def test_a_writer_that_goes_on_knows_its_labels(tmp_path):
     def write(first, stop):
-        with StoreWriter(tmp_path / "s", **FIELDS, label_field="lang") as writer:
+        with StoreWriter(tmp_path / "s", empty_manifest(**FIELDS, label_field="lang")) as writer:
             for index in range(first, stop):
                 if index == 20 and first == 0:
                     writer.save({"at": 20})

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.checkpoint.manager import make_metadata, write_params
+from lemur_jax.data.manifest import empty_manifest
 from lemur_jax.models import llama
 from lemur_jax.models.presets import preset
 from lemur_jax.prepare.store_writer import StoreWriter
@@ -46,7 +47,7 @@ def write_store(path, tokenizer, task, split, ids):
     rng = np.random.default_rng(len(f"{task} {split}"))
     digests = {"tokenizer_digest": tokenizer.digest, "added_tokens": tokenizer.added_tokens}
     options = {"task": task, "split": split, "source": task, "vocab_size": tokenizer.vocab_size}
-    with StoreWriter(path, **options, **digests) as writer:
+    with StoreWriter(path, empty_manifest(**options, **digests)) as writer:
         for number in range(40):
             tokens = rng.choice(ids, rng.integers(20, 120)).tolist()
             writer.add([tokenizer.bos_id, *tokens, tokenizer.eos_id], f"{task}-{number}", 3 * len(tokens))
