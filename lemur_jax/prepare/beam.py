@@ -1,17 +1,16 @@
-"""Preparing on a Beam runner: its workers read, clean and tokenize, by the functions of the local path.
+"""Preparing on a Beam runner: its workers read, clean and tokenize with the functions of the local path.
 
-Each input shard becomes a file of results, where all workers can write (a shared disk, gs://). The process
-that started the pipeline then takes the results in the order of the shards, as it takes them from processes
-of its own, so that duplicates, the rejects and the store come out the same. A shard whose file is there is
-not done again.
+Each input shard becomes a file of results on storage that all workers can write (a shared disk, gs://). The starting
+process then reads the results in the order of the shards, so that duplicates, rejects and the store are the same as
+without Beam. A shard whose file exists is not processed again.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pickle
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from etils import epath
 
@@ -23,15 +22,15 @@ from lemur_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What workers are told of one split of a task.
+    """The work on one split of a task.
 
     Attributes:
       task, modules: the task's name, and the modules that a worker imports to find it.
       split, shards: of the task.
       steps: from `cleaning.parse_steps`.
       tokenizer: its directory, which workers read.
-      folder: for the files of results; its name must change with what they depend on.
-      first_shard, first_number: where to begin, and the number of the first record there.
+      folder: for the files of results; its name must change with their inputs.
+      first_shard, first_number: the first shard, and the number of its first record.
     """
 
     task: str
@@ -52,10 +51,10 @@ class Job:
 
 
 def results(job: Job, runner: str, options: Sequence[str]) -> Iterator[Result | None]:
-    """What `encoding.encoder` gives for the records of a split, with a None after each of several shards.
+    """The results of `encoding.encoder` for the records of a split, with a None after each of several shards.
 
     Args:
-      job: what to do.
+      job: the work.
       runner: a Beam runner, e.g. "DirectRunner".
       options: the pipeline's, e.g. ["--region=europe-west4"].
 
@@ -68,8 +67,9 @@ def results(job: Job, runner: str, options: Sequence[str]) -> Iterator[Result | 
         epath.Path(job.folder).mkdir(parents=True, exist_ok=True)
         _run_pipeline(job, shards, missing, runner, options)
     for shard in shards:
-        with job.file(shard).open("rb") as file:
-            yield from _read(file)
+        with job.file(shard).open("rb") as file, contextlib.suppress(EOFError):
+            while True:
+                yield pickle.load(file)
         if job.shards > 1:
             yield None
 
@@ -87,7 +87,7 @@ def _run_pipeline(
     except ValueError as error:
         raise UserError(f"Beam cannot use the runner {runner!r}: {error}") from error
     with pipeline:
-        # How many records come before a shard: a document without an id is named by its number.
+        # A document without an id is named by its number, which needs the counts of the shards before.
         counts = (
             pipeline
             | "All" >> beam.Create(shards)
@@ -108,7 +108,7 @@ def count_shard(shard: int, job: Job) -> tuple[int, int]:
 
 
 def encode_shard(shard: int, job: Job, counts: Mapping[int, int]) -> None:
-    """Writes the results of one shard; renamed when whole, so that a lost worker leaves none that look so."""
+    """Writes the results of one shard; the file is renamed when it is complete."""
     first = job.first_number + sum(counts[before] for before in range(job.first_shard, shard))
     tokenizer = _tokenizer(job.tokenizer)
     unfinished = epath.Path(job.folder) / f".{shard}.{uuid.uuid4().hex}"
@@ -122,11 +122,3 @@ def encode_shard(shard: int, job: Job, counts: Mapping[int, int]) -> None:
 def _tokenizer(path: str) -> Tokenizer:
     """Loaded once by each worker."""
     return Tokenizer.load(path)
-
-
-def _read(file: Any) -> Iterator[Result]:
-    while True:
-        try:
-            yield pickle.load(file)
-        except EOFError:
-            return

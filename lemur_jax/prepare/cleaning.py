@@ -96,17 +96,13 @@ def parse_steps(task: str, options: Mapping[str, Mapping[str, Any]]) -> str:
         return NO_STEPS
     digests = {name: hashlib.sha256("\0".join(_benchmark(name)).encode()).hexdigest() for name in against}
     if "language" in steps:
-        _check_language(f"prepare.steps.{task}.language.keep", steps["language"]["keep"])
+        keep, known = steps["language"]["keep"], sorted(_identifier().labels)
+        odd = [code for code in keep if code not in known]
+        if odd or not keep:
+            names = repr(odd[0]) if odd else "no language"
+            raise UserError(f"prepare.steps.{task}.language.keep names {names}; there are {', '.join(known)}")
         digests["py3langid"] = importlib.metadata.version("py3langid")
     return json.dumps({name: steps[name] for name in DEFAULTS if name in steps} | {"digests": digests})
-
-
-def _check_language(where: str, keep: Iterable[str]) -> None:
-    known = sorted(_identifier().labels)
-    odd = [code for code in keep if code not in known]
-    if odd or not keep:
-        names = repr(odd[0]) if odd else "no language"
-        raise UserError(f"{where} names {names}; there are {', '.join(known)}")
 
 
 def _check_name(where: str, name: str, known: Iterable[str]) -> None:

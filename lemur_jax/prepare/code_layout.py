@@ -1,10 +1,10 @@
-"""Code as a model sees it: repository metadata in front, and fill-in-the-middle. Both off by default.
+"""Repository metadata and fill-in-the-middle for code, both off by default.
 
-A document becomes pieces, control tokens and texts, before it is tokenized: cuts fall between
-characters, wherever a user's cursor may stand, and not between tokens.
+A document is divided into pieces, control tokens and texts, before it is tokenized: cuts fall between characters, as
+a user's cursor does, not between tokens.
 
-Layouts: <reponame>NAME<filename>PATH newline TEXT, as StarCoder (arXiv:2305.06161); PSM and SPM as the
-character-level variants of Bavarian et al. (arXiv:2207.14255), SPM in its second form:
+Layouts: <reponame>NAME<filename>PATH newline TEXT, as StarCoder (arXiv:2305.06161); PSM and SPM, the character-level
+variants of Bavarian et al. (arXiv:2207.14255), SPM in its second form:
 
     PSM  <fim_prefix>PREFIX<fim_suffix>SUFFIX<fim_middle>MIDDLE
     SPM  <fim_prefix><fim_suffix>SUFFIX<fim_middle>PREFIX MIDDLE
@@ -25,11 +25,7 @@ Pieces = list[tuple[str, bool]]  # (text or name of a token, whether it is a con
 
 
 def check_tokens(steps: Mapping[str, Any], tokenizer: Tokenizer, task: str) -> bool:
-    """Whether the steps of a task write control tokens.
-
-    Raises:
-      UserError: they do, and the tokenizer lacks one.
-    """
+    """Whether the steps of a task write control tokens; UserError if the tokenizer lacks one of them."""
     wanted = REPOSITORY_TOKENS * ("repository" in steps) + FIM_TOKENS * ("fim" in steps)
     missing = [token for token in wanted if token not in tokenizer.control_tokens]
     if missing:
@@ -50,7 +46,7 @@ def layout(text: str, meta: Mapping[str, Any], id: str, steps: Mapping[str, Any]
         header += [("\n", False)] * bool(header)
     joined: Pieces = []
     for piece, control in header + _turn(text, id, steps):
-        if joined and not control and not joined[-1][1]:  # two texts in a row are one: tokens may span them
+        if joined and not control and not joined[-1][1]:  # tokens may span two adjacent texts
             joined[-1] = (joined[-1][0] + piece, False)
         else:
             joined.append((piece, control))
@@ -75,7 +71,7 @@ def _turn(text: str, id: str, steps: Mapping[str, Any]) -> Pieces:
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]) -> list[int]:
-    """Ids of the pieces; only a text that opens the document gets the dummy space in front."""
+    """Ids of the pieces; only a text at the beginning gets SentencePiece's dummy space."""
     ids: list[int] = []
     for position, (piece, control) in enumerate(pieces):
         ids += [tokenizer.control_tokens[piece]] if control else tokenizer.encode(piece, prefix=position == 0)

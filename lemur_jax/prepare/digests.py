@@ -1,11 +1,10 @@
-"""Digests of tasks: what says that a token store need not be made again."""
+"""Digests of tasks, by which `prepare` knows that a token store is up to date."""
 
 import functools
 import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -33,15 +32,12 @@ def _without_addresses(text: str) -> str:
 
 
 def input_digest(task: Any, split: str) -> str:
-    """Changes with what a task reads: the names, sizes and times of its files.
+    """Changes with the names, sizes and times of a task's files.
 
-    A source without files may have a method `fingerprint(split) -> str`; without one, a change of what
-    it gives cannot be seen.
+    A source without files may have a method `fingerprint(split) -> str`; without one, changes are not noticed.
     """
-    fingerprint = getattr(task.source, "fingerprint", None)
-    described: Iterable[str]
-    if fingerprint is not None:
-        described = [fingerprint(split)]
+    if hasattr(task.source, "fingerprint"):
+        described = [task.source.fingerprint(split)]
     else:
         described = [_describe_file(shard) for shard in task.source.list_shards(split)]
     return hashlib.sha256(json.dumps([split, *described]).encode()).hexdigest()

@@ -1,7 +1,6 @@
-"""Documents out of rows: where in a row its text, name and metadata are.
+"""Rows to documents: where in a row its text, name and metadata are.
 
-A row that cannot be used does not raise and does not vanish: it becomes a document with a reason in `error`,
-which `prepare` counts and puts aside.
+A row that cannot be used becomes a document with a reason in `error`, which `prepare` counts and puts aside.
 """
 
 import dataclasses
@@ -19,17 +18,17 @@ Document = dict[str, bytes]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Where in a row the parts of a document are; a dot goes into nested fields (`meta.repo`).
+    """Where in a row the parts of a document are; a dot selects nested fields (`meta.repo`).
 
     Attributes:
-      text: the field that holds the text.
+      text: the field of the text.
       messages: for chat, instead of text: a function from a row to messages, e.g. `conversation_formats.sharegpt`.
       id: the document's name; "", or null in a row: its file and position.
-      meta: fields kept as metadata, under their own names; filters and code layout read them.
-      group: documents with the same value here are held out together, e.g. a repository's; "", or null in a
-        row: each alone.
-      gather: rows that follow each other with the same value here are one document, for `messages`: its
-        row is the first one with all of them as `rows`. "": each row is one.
+      meta: fields kept as metadata under their own names, for filters and code layout.
+      group: documents with the same value are held out together, e.g. a repository's; "", or null in a row: each
+        by itself.
+      gather: consecutive rows with the same value are one document, for `messages`: the first row, with all of them
+        as `rows`. "": each row is one.
     """
 
     text: str = "text"
@@ -49,8 +48,8 @@ def to_documents(
 ) -> Iterator[tuple[Document, bytes]]:
     """(document, key that decides whether it is held out) of each row.
 
-    A document has the string features `text` or `messages`, `id`, `meta` (JSON), `where`, and `error`:
-    empty, or JSON with the reason why it cannot be used and how many records that stands for.
+    A document has the string features `text` or `messages`, `id`, `meta` (JSON), `where`, and `error`: empty, or JSON
+    with the reason and the number of records that it stands for.
     """
     for position, row in gather(found, fields.gather) if fields.gather else found:
         where = f"{path}: {position}"
@@ -68,18 +67,14 @@ def to_documents(
 
 
 def gather(found: Iterable[tuple[str, Row | BadRow]], name: str) -> Iterator[tuple[str, Row | BadRow]]:
-    """Rows that follow each other with the same value in a field as one, at the place of the first.
-
-    Bad rows, those without the field among them, come out as they are.
-    """
+    """Merges consecutive rows with the same value in a field, at the place of the first; passes bad rows on."""
     held: list[Row] = []
     place, value, count = "", None, 0
     for position, row in found:
-        if isinstance(row, BadRow) or _is_missing(row.get(name)):
-            yield (
-                position,
-                row if isinstance(row, BadRow) else BadRow(reason=f"no field {name!r}, or it is empty"),
-            )
+        if not isinstance(row, BadRow) and _is_missing(row.get(name)):
+            row = BadRow(reason=f"no field {name!r}, or it is empty")
+        if isinstance(row, BadRow):
+            yield position, row
             continue
         if count and row[name] != value:
             yield place, _joined(held, count, name)
@@ -100,7 +95,7 @@ def _joined(rows: Sequence[Row], count: int, name: str) -> Row | BadRow:
 
 
 def is_held_out(key: bytes, share: float) -> bool:
-    """Whether a document with this key is among the `share` that is kept from training."""
+    """Whether a document with this key belongs to the held-out `share`."""
     digest = hashlib.sha256(key).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -125,7 +120,7 @@ def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether a row says nothing there: null, NaN (a null of pandas), or empty."""
+    """Whether a value is null, NaN (pandas' null) or empty."""
     return value is None or value != value or value in ("", b"", [])
 
 
@@ -135,7 +130,7 @@ _NOTHING = object()
 def _look_up(row: Row, name: str, default: Any = _NOTHING) -> Any:
     value: Any = row
     for part in [name] if name in row else name.split("."):
-        if isinstance(value, str) and value.startswith("{"):  # RedPajama's Parquet spells metadata as JSON
+        if isinstance(value, str) and value.startswith("{"):  # RedPajama's Parquet has metadata as JSON
             value = json.loads(value)
         if not isinstance(value, Mapping) or part not in value:
             if default is _NOTHING:

@@ -20,11 +20,11 @@ class Files:
       patterns: globs or directories for "train" and perhaps "validation".
       fields: where in a row the document is.
       kind: a name in `readers.FORMATS`; "": by each file's name.
-      held_out: share of documents that become the validation split where `patterns` names none.
-      max_bytes: of one record; longer ones are refused.
+      held_out: share of documents in the validation split if `patterns` has none.
+      max_bytes: longer records are refused.
 
     Raises:
-      UserError: an unknown format; when read, no file matches, or a name that does not say its format.
+      UserError: an unknown format; when read, no matching file, or a name without a known format.
     """
 
     patterns: Mapping[str, str | Sequence[str]]
@@ -62,21 +62,20 @@ class Files:
         """The documents of every `shards`-th file from number `shard` on.
 
         Args:
-          other: what reads the formats that `readers.read_rows` does not.
+          other: functions for formats that `readers.read_rows` does not read.
         """
         for file in self.list(split)[shard::shards]:
             kind = self.kind or readers.format_of(file)
-            rows = (
-                other[kind](file)
-                if kind in other
-                else readers.read_rows(file, kind, self._columns(), self.max_bytes)
-            )
+            if kind in other:
+                rows = other[kind](file)
+            else:
+                rows = readers.read_rows(file, kind, self._columns(), self.max_bytes)
             for document, key in to_documents(file, rows, self.fields):
                 if not self._divides or is_held_out(key, self.held_out) == (split == "validation"):
                     yield document
 
     def _columns(self) -> Sequence[str] | None:
-        """Of Parquet, those to read; None: all."""
+        """The Parquet columns to read; None: all."""
         fields = self.fields
         if fields.messages is not None:
             return None

@@ -1,8 +1,7 @@
-"""Parts of a token store by label, e.g. the languages of a corpus of code, as stores of their own.
+"""Parts of a token store by label, e.g. the languages of a corpus of code.
 
-A source `code/python` of a config is the documents of the task `code` whose label is `python`. The task is
-tokenized once, whole; a part is copied out of that store, so that each part has rows, shares and epochs like
-any other source.
+The source `code/python` of a config is the documents of the task `code` with the label `python`. The whole task is
+tokenized once, and each part is copied into a store of its own, which has rows, shares and epochs like any source.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,8 @@ from lemur_jax.data.manifest import describe_labels
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare.store_writer import StoreWriter
 
-_SEARCHED = 1 << 16  # documents whose labels are looked at together
-_COPIED = 64  # documents that are read together
+_SEARCHED = 1 << 16  # documents whose labels are read together
+_COPIED = 64  # documents that are copied together
 
 
 def split_name(source: str) -> tuple[str, str]:
@@ -24,11 +23,11 @@ def split_name(source: str) -> tuple[str, str]:
 
 
 def check_part(source: str, split: str, sources: Sequence[str], steps: Mapping[str, Any]) -> None:
-    """Checks a source that is a part before anything is prepared.
+    """Checks a source that is a part.
 
     Raises:
-      UserError: its task has no step `label`, is a source itself, so that documents would come twice, or
-        the label is a split's name, where the whole store lies.
+      UserError: its task has no step `label`; it is a source too, so that documents would repeat; or the label is a
+        split's name, the directory of the whole store.
     """
     task, label = split_name(source)
     if not label:
@@ -63,4 +62,4 @@ def copy_part(store: TokenStore, label: str, writer: StoreWriter) -> None:
             documents = found[start : start + _COPIED]
             for ids, mask, name in zip(*store.read_documents(documents), strict=True):
                 writer.add(ids, name, n_bytes, mask)
-                n_bytes = 0  # known of all together: the first one stands for it
+                n_bytes = 0  # only the sum is known: the first document stands for it

@@ -70,15 +70,7 @@ def prepare(
         check_part(name, split, list(config.data.sources), json.loads(steps[found[name].name]))
     tokenizer = prepare_tokenizer(config, progress=progress)
     with encoder(tokenizer, config.prepare.workers or available_cores()) as encode:
-        run = _Run(
-            config=config,
-            steps=steps,
-            tokenizer=tokenizer,
-            encode=encode,
-            runner=runner,
-            runner_options=runner_options,
-            progress=progress,
-        )
+        run = _Run(config, steps, tokenizer, encode, runner, runner_options, progress)
         if not replace:
             for name, split in wanted:
                 _check_unchanged(run, found[name], name, split)
@@ -102,7 +94,7 @@ def _wanted_stores(config: RunConfig) -> list[tuple[str, str]]:
     return list(dict.fromkeys(train + held_out))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class _Run:
     """What the stores of one config share; `steps`: by task, from `parse_steps`."""
 

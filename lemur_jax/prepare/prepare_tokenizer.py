@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any
 
 from etils import epath
 
@@ -27,14 +27,9 @@ SAMPLE_BYTES = 12_000_000
 SAMPLE_DOCUMENT_BYTES = 1 << 15
 
 
-class Counter(Protocol):
-    """Counts units of work."""
-
-    def update(self, n: int = 1) -> None: ...
-
-
-# Called with the number of units or None, a label and the unit's name, e.g. `telemetry.progress.Progress`.
-ShowProgress = Callable[[int | None, str, str], AbstractContextManager[Counter]]
+# Called with the number of units or None, a label and the unit's name; its result has `update(n=1)`. An example is
+# `telemetry.progress.Progress`.
+ShowProgress = Callable[[int | None, str, str], AbstractContextManager[Any]]
 
 
 class _Silent:
@@ -42,7 +37,7 @@ class _Silent:
         del n
 
 
-def no_progress(total: int | None, label: str, unit: str) -> AbstractContextManager[Counter]:
+def no_progress(total: int | None, label: str, unit: str) -> AbstractContextManager[Any]:
     """Shows nothing."""
     del total, label, unit
     return contextlib.nullcontext(_Silent())
@@ -96,7 +91,7 @@ def _train(config: RunConfig, path: epath.Path, progress: ShowProgress) -> None:
     logger.info("%s: %s tokens, trained on %s, %.1f s", path, f"{size:,}", made_of, time.monotonic() - begin)
 
 
-def sample(records: Iterable[Record], limit: int, shown: Counter | None = None) -> list[str]:
+def sample(records: Iterable[Record], limit: int, shown: Any = None) -> list[str]:
     """Texts of at most `limit` bytes in total, chosen and ordered by a hash; only these are in memory."""
     kept: list[tuple[int, bytes]] = []  # a heap with the largest hash, negated, on top
     size = 0

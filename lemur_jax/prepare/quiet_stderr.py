@@ -1,4 +1,4 @@
-"""Holds back what C++ libraries write to stderr while they are imported."""
+"""Hides the messages of C++ libraries during their import."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Keeps what C++ writes to stderr, and shows it only if the block fails."""
+    """Buffers stderr, also that of C++, and shows it only if the block fails."""
     with tempfile.TemporaryFile() as kept:
         stderr = os.dup(2)
         os.dup2(kept.fileno(), 2)

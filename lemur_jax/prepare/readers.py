@@ -1,7 +1,7 @@
 """Rows of files, without TensorFlow: JSON Lines, JSON arrays, text and Parquet, local or on gs://.
 
-A row comes with its place in the file. What cannot be read becomes a `BadRow` row, of which `fields.to_documents`
-makes a document with a reason; rows that are missing are counted.
+Each row comes with its position in the file. What cannot be read becomes a `BadRow`, which `fields.to_documents`
+turns into a document with a reason; missing rows are counted.
 """
 
 import codecs
@@ -31,7 +31,7 @@ _SUFFIXES = {
     ".parquet": "parquet",
     ".tfrecord": "tfrecord",
 }
-MAX_BYTES = 2 << 20  # of one record: tokenizing takes up to 150 times as much memory (conversations)
+MAX_BYTES = 2 << 20  # of one record; tokenizing a conversation takes up to 150 times as much memory
 _BUFFER_BYTES = 1 << 20  # of Parquet
 _BATCH_ROWS = 64
 _MAX_ELEMENT = 1 << 24  # characters of one element of a JSON array in memory
@@ -43,13 +43,7 @@ Row = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BadRow:
-    """What stands at a place that cannot be read.
-
-    Attributes:
-      reason: in a few words.
-      records: how many records are lost with it.
-      excerpt: the beginning of what stands there.
-    """
+    """A position that cannot be read; `records`: how many are lost, `excerpt`: its beginning."""
 
     reason: str
     records: int = 1
@@ -57,11 +51,7 @@ class BadRow:
 
 
 def find_files(patterns: str | Iterable[str]) -> list[str]:
-    """The files that match globs, sorted; a directory stands for all files in it. Local or gs://.
-
-    Raises:
-      UserError: a pattern with `**`.
-    """
+    """The files that match globs, sorted, local or gs://; a directory stands for its files. UserError for `**`."""
     found = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if "**" in pattern:  # thousands of requests on gs://
@@ -79,11 +69,7 @@ def find_files(patterns: str | Iterable[str]) -> list[str]:
 
 
 def format_of(path: str) -> str:
-    """The format by the file's name, compression apart.
-
-    Raises:
-      UserError: the name does not say.
-    """
+    """The format by the file's name, ignoring compression; UserError if the name has no known suffix."""
     name = epath.Path(path).name
     for suffix in COMPRESSIONS:
         name = name.removesuffix(suffix)
@@ -96,12 +82,12 @@ def format_of(path: str) -> str:
 def read_rows(
     path: str, kind: str, columns: Sequence[str] | None = None, max_bytes: int = MAX_BYTES
 ) -> Iterator[tuple[str, Row | BadRow]]:
-    """(position in the file, row or what is bad there), in the file's order.
+    """(position in the file, row), in the file's order.
 
     Args:
       path: a file.
-      kind: "jsonl" (an object a line), "lines" (a text a line), "text" (the file is one text), "parquet".
-      columns: of Parquet, those to read; None: all.
+      kind: "jsonl" (an object per line), "lines" (a text per line), "text" (the file is one text), "parquet".
+      columns: Parquet columns to read; None: all.
       max_bytes: longer lines and files are bad.
     """
     if kind == "parquet":
@@ -118,7 +104,7 @@ def read_rows(
 
 
 def up_to_damage(path: str, found: Iterable[tuple[str, Row | BadRow]]) -> Iterator[tuple[str, Row | BadRow]]:
-    """The rows of a file; where it turns out to be unreadable, a bad one for those that are missing."""
+    """The rows of a file, and at its damage a bad row for the missing ones."""
     place, count = "file", 0
     try:
         for position, row in found:
@@ -129,7 +115,7 @@ def up_to_damage(path: str, found: Iterable[tuple[str, Row | BadRow]]) -> Iterat
 
 
 def bad_reason(error: Exception) -> str:
-    """What was wrong, for people, in a few words."""
+    """A short reason for people."""
     if isinstance(error, UnicodeDecodeError):
         return f"invalid UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start}): Latin-1 or another encoding?"
     if isinstance(error, UnicodeError):
@@ -141,10 +127,10 @@ def bad_reason(error: Exception) -> str:
 
 
 def _lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row | BadRow]]:
-    """A text a line that is not blank, never with more than `max_bytes` and one chunk in memory."""
-    number, held, length = 1, b"", 0  # `held`: the line so far, as long as it is short enough
+    """The text of each line that is not blank, with at most `max_bytes` and one chunk in memory."""
+    number, held, length = 1, b"", 0  # `held`: the line so far; of a long one its beginning
     for chunk in itertools.chain(chunks, [None]):
-        for part in [b""] if chunk is None else io.BytesIO(chunk):  # which cuts after line feeds alone
+        for part in [b""] if chunk is None else io.BytesIO(chunk):  # BytesIO divides at line feeds only
             length += len(part)
             held = held + part if length <= max_bytes else (held[:EXCERPT] + part[:EXCERPT])[:EXCERPT]
             if part.endswith(b"\n") or chunk is None:
@@ -172,7 +158,7 @@ def _text_row(text: bytes, length: int, max_bytes: int) -> Row | BadRow:
 
 
 def _json(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Row | BadRow]]:
-    """An object a line, or the elements of one array."""
+    """An object per line, or the elements of one array."""
     head = b""
     while not head.strip() and (chunk := next(chunks, b"")):
         head += chunk
@@ -200,9 +186,8 @@ def _object(source: bytes) -> Row | BadRow:
 def _elements(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Row | BadRow]]:
     """The text of each element of a JSON array, with no more than one and a chunk in memory."""
     parse = json.JSONDecoder().raw_decode
-    decode = codecs.getincrementaldecoder("utf-8")(
-        "surrogateescape"
-    ).decode  # each element is checked by itself
+    # Invalid UTF-8 passes here: each element is checked by itself.
+    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
     text = decode(next(chunks))
     position, number = text.index("[") + 1, 1
     while True:
@@ -213,7 +198,7 @@ def _elements(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Ro
         try:
             _, position = parse(text, start)
         except (ValueError, RecursionError) as error:
-            more = next(chunks, b"")  # the element may go on there
+            more = next(chunks, b"")  # the element may continue there
             if not more or len(text) - start > _MAX_ELEMENT:
                 raise Unreadable(f"element {number} of its JSON array: {bad_reason(error)}") from error
             text, position = text[start:] + decode(more), 0
@@ -232,7 +217,7 @@ def _parquet(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, Ro
     row = 0
     with epath.Path(path).open("rb") as source:
         try:
-            # Through a small buffer, page by page: a row group may be larger than memory.
+            # With a small buffer, page by page: a row group may be larger than memory.
             file = pyarrow.parquet.ParquetFile(
                 source, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
             )
@@ -257,7 +242,7 @@ def _parquet(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, Ro
 
 
 def _damage(error: Exception) -> Unreadable:
-    """What pyarrow says of a file; the errors of a disk or a network, which have a number, are raised again."""
+    """Damage reported by pyarrow; disk and network errors, which have an errno, are raised again."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
     return Unreadable(bad_reason(error))
@@ -266,7 +251,7 @@ def _damage(error: Exception) -> Unreadable:
 def _batch_rows(batch: Any) -> Iterator[Row | BadRow]:
     try:
         yield from batch.to_pylist()
-    except Exception:  # a value that Python cannot hold: of many kinds, some of them by time zone libraries
+    except Exception:  # Python cannot hold a value; time zone libraries raise many types
         for index in range(batch.num_rows):
             yield _row({name: batch.column(name)[index] for name in batch.schema.names})
 
@@ -281,6 +266,6 @@ def _row(scalars: Mapping[str, Any]) -> Row | BadRow:
         except Exception as error:
             if not types.is_temporal(scalar.type):
                 return BadRow(reason=f"column {name!r}: {bad_reason(error)}")
-            # Beyond the years 1 to 9999, or in a time zone that is not known here: the number as it stands.
+            # Outside the years 1 to 9999, or an unknown time zone: the stored number.
             row[name] = f"{scalar.value} {scalar.type}"
     return row

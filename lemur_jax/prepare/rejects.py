@@ -1,13 +1,14 @@
-"""What did not go into a store, and what is needed to go on after a kill.
+"""Records that did not go into a store.
 
-Beside the store of a split, and until it is whole in `.<split>.work`:
+Beside the store of a split; until it is complete in `.<split>.work`:
 
-    <split>.quarantine.jsonl   the records that cannot be used, with reason, file and position
-    <split>.removed.json       for each cleaning step how many documents it removed, with examples
+    <split>.quarantine.jsonl   bad records, with reason, file and position
+    <split>.removed.json       for each cleaning step the number of removed documents, with examples
 """
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.prepare.cleaning import Removed
 from lemur_jax.prepare.encoding import BadRecord
 
-EXAMPLES = 5  # of what a step removed
-EARLY_RECORDS = 10_000  # from so many on, too many bad ones stop the run before its end
+EXAMPLES = 5  # per step
+EARLY_RECORDS = 10_000  # after these, too many bad ones stop the run before its end
 
 
 class Rejects:
@@ -26,7 +27,7 @@ class Rejects:
 
     Args:
       store: the directory of the store.
-      saved: what `save` returned in an attempt that did not come to its end.
+      saved: what `save` returned in an interrupted attempt.
     """
 
     def __init__(self, store: epath.Path, saved: dict[str, Any] | None):
@@ -41,7 +42,7 @@ class Rejects:
 
     @property
     def records(self) -> int:
-        """How many results there were so far."""
+        """The number of results so far."""
         return self._state["records"]
 
     def keep(self) -> None:
@@ -64,7 +65,7 @@ class Rejects:
         self._count_removed(removed.step, 1, [removed])
 
     def remove_added(self, step: str, documents: int, examples: Sequence[Removed]) -> None:
-        """Counts records that were kept so far as removed after all."""
+        """Counts records as removed that were counted as kept."""
         self._state["good"] -= documents
         self._count_removed(step, documents, examples)
 
@@ -77,13 +78,13 @@ class Rejects:
             step["examples"].append(example)
 
     def save(self) -> dict[str, Any]:
-        """Makes sure of what was refused since the last save, and returns the rest, as JSON values."""
+        """Writes the bad records to disk, and returns the rest of the state as JSON values."""
         self._close()
         self._state["saves"] += 1
         return self._state
 
     def check(self, limit: float, label: str, *, finished: bool) -> None:
-        """Raises UserError if more than `limit` of all records are bad, or all."""
+        """Raises UserError if all records are bad, or a larger share than `limit`."""
         removed = sum(step["documents"] for step in self._state["removed"].values())
         good, bad = self._state["good"] + removed, self._state["bad"]
         few = good and bad <= limit * (good + bad)
@@ -97,7 +98,7 @@ class Rejects:
         )
 
     def finish(self) -> None:
-        """Puts the two files in place, for a store that is whole."""
+        """Puts the two files of a complete store in place."""
         self._collect()
         self._removed.unlink(missing_ok=True)
         if self._state["removed"]:
@@ -105,7 +106,7 @@ class Rejects:
         self.close(keep=False)
 
     def close(self, *, keep: bool) -> None:
-        """Forgets what was not saved, or all."""
+        """Deletes the unfinished files if not `keep`."""
         self._close()
         if self._work.exists() and not keep:
             self._work.rmtree()
@@ -118,13 +119,12 @@ class Rejects:
         self._close()
         self._quarantine.unlink(missing_ok=True)
         if self._state["bad"]:
+            parts = [self._work / f"{number}.jsonl" for number in range(self._state["saves"] + 1)]
             with self._quarantine.open("w") as out:
-                for number in range(self._state["saves"] + 1):
-                    part = self._work / f"{number}.jsonl"
+                for part in parts:
                     if part.exists():
                         with part.open() as lines:
-                            for line in lines:
-                                out.write(line)
+                            shutil.copyfileobj(lines, out)
 
     def _close(self) -> None:
         if self._file is not None:

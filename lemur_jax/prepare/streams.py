@@ -1,7 +1,7 @@
 """The bytes of a file, decompressed, and as UTF-8.
 
-What is whole comes out; then `Unreadable` says why there is no more. What the format's own tool reads without
-complaint, such as several compressed streams in one file, is no damage.
+Intact data comes first, then `Unreadable` for the damage. What the format's own tool accepts, such as several
+compressed streams in one file, is not damage.
 """
 
 import codecs
@@ -15,10 +15,10 @@ from etils import epath
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _READ_BYTES = 1 << 20
-# Of a compressed file, read at a time: gzip's ratio is at most 1,032, and zstd's 32,768.
+# Bytes of a compressed file read at a time: gzip's ratio is at most 1,032, zstd's 32,768.
 _COMPRESSED_BYTES = {"gzip": 1 << 16, "zstd": 1 << 12}
-_ZSTD_WINDOW = 1 << 31  # bytes of memory that a frame may ask for: `zstd --long=31`
-# UTF-32's before UTF-16's, which is a prefix of it.
+_ZSTD_WINDOW = 1 << 31  # bytes, as `zstd --long=31`
+# UTF-32's first: UTF-16's is a prefix of it.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -26,35 +26,30 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_BYTES_A_RECORD = 1024  # assumed of a file in which not even one record can be read
+_BYTES_A_RECORD = 1024  # assumed if no record of a file can be read
 
 
 class Unreadable(Exception):
-    """A file cannot be read to its end.
-
-    Attributes:
-      unread: how much of it follows the damage, as a multiple of what comes before; None: not known, as of a file
-        that is cut off.
-    """
+    """A file cannot be read to its end; `unread`: the bytes after the damage over those before, None if unknown."""
 
     def __init__(self, reason: str, unread: float | None = None):
         super().__init__(reason)
         self.unread = unread
 
     def count_lost(self, records: int, path: str) -> int:
-        """An estimate of how many records are lost where `records` were read: as many again where nothing is known."""
+        """An estimate of the lost records where `records` were read: as many again if nothing is known."""
         if not records:
             return max(1, epath.Path(path).stat().length // _BYTES_A_RECORD)
         return max(1, round(records * (1.0 if self.unread is None else self.unread)))
 
 
 def read_utf8(path: str) -> Iterator[bytes]:
-    """The text of a file as UTF-8, no chunk empty; UTF-16 and UTF-32 are known by their byte-order mark.
+    """Non-empty chunks of a file's text as UTF-8 without byte-order mark, which tells UTF-16 and UTF-32.
 
-    The mark is left out, and UTF-8 itself is not checked.
+    UTF-8 itself is not checked.
 
     Raises:
-      Unreadable: after what is whole.
+      Unreadable: after the intact data.
     """
     return filter(None, _read_utf8(path))
 
@@ -84,10 +79,10 @@ def _read_utf8(path: str) -> Iterator[bytes]:
 
 
 def read_bytes(path: str) -> Iterator[bytes]:
-    """The bytes of a file, decompressed as its name says.
+    """The bytes of a file, decompressed by its name's suffix.
 
     Raises:
-      Unreadable: after what is whole.
+      Unreadable: after the intact data.
     """
     compression = next((kind for suffix, kind in COMPRESSIONS.items() if path.endswith(suffix)), "")
     with epath.Path(path).open("rb") as file:
@@ -117,7 +112,7 @@ def _decompress(file: Any, compression: str, size: int) -> Iterator[bytes]:
             except (zlib.error, zstandard.ZstdError) as error:
                 if before is not None:
                     yield from _up_to_error(before, data)
-                # A checksum stands at the end of a stream: any part of it may be wrong.
+                # The checksum is of the whole stream: any part of it may be wrong.
                 unread = None if "check" in str(error) else (size - read) / read
                 raise Unreadable(f"damaged {compression}: {error}", unread) from error
             data = decoder.unused_data
@@ -127,7 +122,7 @@ def _decompress(file: Any, compression: str, size: int) -> Iterator[bytes]:
 
 
 def _up_to_error(decoder: Any, data: bytes) -> Iterator[bytes]:
-    """What gzip makes of the bytes before the one at which it fails."""
+    """The output of gzip for the bytes before the one at which it fails."""
     with contextlib.suppress(zlib.error):
         for byte in data:
             yield decoder.decompress(bytes([byte]))
@@ -143,7 +138,7 @@ def _decoder(compression: str) -> Any:
 
 @contextlib.contextmanager
 def decompressed_copy(path: str) -> Iterator[tuple[str, Unreadable | None]]:
-    """(a local file with what is whole of a compressed one, and what is wrong with that)."""
+    """(a local file with the intact data of a compressed one, its damage)."""
     with tempfile.NamedTemporaryFile() as file:
         damage = None
         try:

@@ -69,10 +69,6 @@ def _signature(*names: str) -> dict[str, tf.TensorSpec]:
     return {name: tf.TensorSpec((), tf.string) for name in names}
 
 
-def _string_feature() -> seqio.Feature:
-    return seqio.Feature(seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.string, rank=0)
-
-
 class FileSource(seqio.DataSource):
     """Files as a seqio source, one shard per file."""
 
@@ -174,8 +170,18 @@ def add_files(
     splits = patterns if isinstance(patterns, Mapping) else {"train": patterns}
     fields = fields or Fields()
     files = Files(patterns=dict(splits), fields=fields, kind=kind, held_out=held_out, max_bytes=max_bytes)
-    features = {fields.content: _string_feature(), "id": _string_feature()}
-    return seqio.TaskRegistry.add(name, source=FileSource(files), output_features=features, metric_fns=[])
+    return _add(name, FileSource(files), fields.content)
+
+
+def _add(name: str, source: seqio.DataSource, content: str, preprocessors: Sequence[Any] = ()) -> seqio.Task:
+    feature = seqio.Feature(seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.string, rank=0)
+    return seqio.TaskRegistry.add(
+        name,
+        source=source,
+        preprocessors=list(preprocessors),
+        output_features={content: feature, "id": feature},
+        metric_fns=[],
+    )
 
 
 def add_generator(
@@ -196,8 +202,7 @@ def add_generator(
       fingerprint: its value changes with the documents; without one, `prepare` does not notice a change.
     """
     source = GeneratorSource(documents, content, splits, fingerprint)
-    features = {content: _string_feature(), "id": _string_feature()}
-    return seqio.TaskRegistry.add(name, source=source, output_features=features, metric_fns=[])
+    return _add(name, source, content)
 
 
 def add_tfds(
@@ -221,14 +226,8 @@ def add_tfds(
     source = seqio.TfdsDataSource(
         tfds_name or "", tfds_data_dir=data_dir, splits=dict(splits) if splits else None, read_only=True
     )
-    features = {fields.content: _string_feature(), "id": _string_feature()}
-    return seqio.TaskRegistry.add(
-        name,
-        source=source,
-        preprocessors=[functools.partial(_tfds_documents, name=name, fields=fields)],
-        output_features=features,
-        metric_fns=[],
-    )
+    convert = functools.partial(_tfds_documents, name=name, fields=fields)
+    return _add(name, source, fields.content, [convert])
 
 
 def _tfds_documents(dataset: tf.data.Dataset, name: str, fields: Fields) -> tf.data.Dataset:
@@ -280,21 +279,24 @@ def find_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
     return seqio.TaskRegistry.get(name)
 
 
-def check_split(task: seqio.Task, split: str) -> None:
-    """Raises UserError if the task has no such split."""
+@contextlib.contextmanager
+def _readable(task: seqio.Task, split: str) -> Iterator[None]:
+    """Raises UserError if the task has no such split, or its files are missing or unreadable."""
     if split not in task.source.splits:
         raise UserError(
             f"task {task.name!r} has no split {split!r}; it has {', '.join(sorted(task.source.splits))}"
         )
+    try:
+        yield
+    except _UNREADABLE as error:
+        message = str(getattr(error, "message", error)).strip().partition("\n")[0]
+        raise UserError(f"cannot read the {split} split of task {task.name!r}: {message}") from error
 
 
 def check_files(task: seqio.Task, split: str) -> None:
-    """Raises UserError if the task has no such split, or its files cannot be found."""
-    check_split(task, split)
-    try:
+    """Raises UserError if the task has no such split, or its files are missing."""
+    with _readable(task, split):
         task.source.list_shards(split)
-    except _UNREADABLE as error:
-        raise _explain(task, split, error) from error
 
 
 def is_chat(task: seqio.Task, split: str) -> bool:
@@ -305,7 +307,7 @@ def is_chat(task: seqio.Task, split: str) -> bool:
 
 
 def count_shards(task: seqio.Task, split: str) -> int:
-    """The number of shards of a split that can be read separately: its files."""
+    """The number of shards of a split that can be read separately."""
     source = task.source
     if source.supports_arbitrary_sharding or isinstance(source, seqio.FunctionDataSource):
         return 1
@@ -319,14 +321,11 @@ def examples(task: seqio.Task, split: str, shard: int = 0, shards: int = 1) -> I
       UserError: no such split, neither `text` nor `messages`, a feature that is no scalar string, or an unreadable
         file.
     """
-    check_split(task, split)
-    try:
+    with _readable(task, split):
         if _is_read_directly(task):
             yield from task.source.documents(split, shard, shards)
         else:
             yield from _dataset(task, split, shard, shards).prefetch(16).as_numpy_iterator()
-    except _UNREADABLE as error:
-        raise _explain(task, split, error) from error
 
 
 def _is_read_directly(task: seqio.Task) -> bool:
@@ -335,20 +334,12 @@ def _is_read_directly(task: seqio.Task) -> bool:
 
 
 def _dataset(task: seqio.Task, split: str, shard: int, shards: int) -> tf.data.Dataset:
-    check_split(task, split)
-    try:
+    with _readable(task, split):
         part = seqio.ShardInfo(shard, shards) if shards > 1 else None
         dataset = task.get_dataset(split=split, shuffle=False, try_in_mem_cache=False, shard_info=part)
-    except _UNREADABLE as error:
-        raise _explain(task, split, error) from error
     options = tf.data.Options()
     options.deterministic = True
     return _string_features(task, dataset).with_options(options)
-
-
-def _explain(task: seqio.Task, split: str, error: Exception) -> UserError:
-    message = str(getattr(error, "message", error)).strip().partition("\n")[0]
-    return UserError(f"cannot read the {split} split of task {task.name!r}: {message}")
 
 
 _UNREADABLE = (
@@ -357,7 +348,7 @@ _UNREADABLE = (
     tf.errors.NotFoundError,
     tf.errors.PermissionDeniedError,
     tf.errors.DataLossError,
-    tf.errors.UnimplementedError,  # a file system that this TensorFlow does not know
+    tf.errors.UnimplementedError,  # an unknown file system
 )
 
 

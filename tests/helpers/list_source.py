@@ -1,4 +1,4 @@
-"""A seqio source of records in memory, and preparing from it."""
+"""A seqio source of records in memory, preparing from it, and comparing what was written."""
 
 import logging
 
@@ -46,3 +46,38 @@ def run(config, **options):
     finally:
         logger.removeHandler(handler)
     return messages
+
+
+def files_of(directory):
+    """The content of each file, by its path."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def planted_texts(generator, earlier):
+    """A hundred texts, copies of `earlier` ones, near copies and short ones among them; new ones join `earlier`."""
+    for index in range(100):
+        text = " ".join(generator.choices([f"word{n}" for n in range(500)], k=60))
+        if index % 10 == 3 and earlier:
+            text = generator.choice(earlier)
+        elif index % 10 == 5 and earlier:
+            text = generator.choice(earlier) + " more"
+        elif index % 10 == 7:
+            text = "short"
+        else:
+            earlier.append(text)
+        yield text
+
+
+def write_tfrecord(path, rows, compression=""):
+    """Writes tf.Examples of lists of bytes or integers."""
+    with tf.io.TFRecordWriter(str(path), compression) as writer:
+        for row in rows:
+            feature = {
+                key: tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+                if key == "stars"
+                else tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
+                for key, values in row.items()
+            }
+            writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())

@@ -14,6 +14,7 @@ from lemur_jax.prepare.fields import Fields
 from lemur_jax.prepare.prepare import prepare
 from lemur_jax.text.chat_template import CHATML_TOKENS
 from lemur_jax.text.tokenizer_files import extend
+from tests.helpers.list_source import files_of, planted_texts
 
 import seqio  # isort: skip  # after prepare, which keeps TensorFlow quiet
 
@@ -26,17 +27,7 @@ STEPS = {
 
 
 def text_rows(generator, earlier):
-    """A hundred rows of a shard: copies of earlier ones, near copies, short, bad and nameless ones among them."""
-    for index in range(100):
-        text = " ".join(generator.choices([f"word{n}" for n in range(500)], k=60))
-        if index % 10 == 3 and earlier:
-            text = generator.choice(earlier)
-        elif index % 10 == 5 and earlier:
-            text = generator.choice(earlier) + " more"
-        elif index % 10 == 7:
-            text = "short"
-        else:
-            earlier.append(text)
+    for index, text in enumerate(planted_texts(generator, earlier)):
         yield {"text": text, "id": f"d{len(earlier)}" * (index % 4 > 0), "lang": "ab"[index % 2]}
 
 
@@ -78,12 +69,6 @@ def config(corpus, make_config, tmp_path, tokenizer_dir):
         "prepare.steps": {"texts": STEPS, "talks": {"exact_duplicates": {}}},
     }
     return replace(config, options)
-
-
-def files_of(directory):
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
 
 
 def test_a_beam_runner_makes_the_same_stores(config, tmp_path):

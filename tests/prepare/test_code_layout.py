@@ -55,6 +55,7 @@ def test_both_orders_give_the_text_back_and_cut_anywhere():
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
 def test_the_rate_is_kept(rate):
+    assert layout(TEXT, META, "a", {}) == [(TEXT, False)]  # off by default
     steps = {"fim": {"rate": rate, "spm": 0.0}}
     turned = sum(len(layout(TEXT, {}, f"doc-{index}", steps)) > 1 for index in range(2000))
     assert abs(turned / 2000 - rate) < 0.04
@@ -63,10 +64,6 @@ def test_the_rate_is_kept(rate):
 def test_a_document_is_always_turned_in_the_same_way():
     assert layout(TEXT, {}, "a", FIM) == layout(TEXT, {}, "a", FIM)
     assert layout(TEXT, {}, "a", FIM) != layout(TEXT, {}, "b", FIM)
-
-
-def test_off_by_default():
-    assert layout(TEXT, META, "a", {}) == [(TEXT, False)]
 
 
 def test_repository_stands_in_front():

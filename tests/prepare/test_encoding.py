@@ -31,9 +31,6 @@ def test_text_stands_between_bos_and_eos(tokenizer):
     assert result.tokens.tolist() == [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
     assert result.tokens.dtype == np.uint32
     assert (result.id, result.mask, result.n_bytes) == ("a/1", None, len(text.encode()))
-
-
-def test_a_document_without_id_gets_its_number(tokenizer):
     assert encode(tokenizer, record(text="abc"), 7).id == "000000007"
 
 
@@ -78,23 +75,6 @@ def mixed_records(count):
             yield record(id=f"doc-{index}", text=b"\xff")
         else:
             yield record(text=f"document {index} " + "x = 1\n" * (index % 7))
-
-
-def as_tuple(result):
-    if isinstance(result, BadRecord):
-        return (result.id, result.reason)
-    return (result.id, result.tokens.tolist(), result.n_bytes)
-
-
-def test_workers_change_nothing(tokenizer, monkeypatch):
-    monkeypatch.setattr(encoding, "CHUNK_RECORDS", 3)
-    results = []
-    for workers in (1, 2):
-        with encoder(tokenizer, workers) as encode_all:
-            for _ in range(2):  # one pool serves many corpora
-                results.append([as_tuple(result) for result in encode_all(mixed_records(50))])
-    assert len(results[0]) == 50
-    assert all(result == results[0] for result in results)
 
 
 def test_a_corpus_is_never_in_memory(tokenizer, monkeypatch):

@@ -13,9 +13,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import tasks
 from lemur_jax.prepare.fields import Fields
 from lemur_jax.prepare.files import Files
-
-# After tasks, which keeps TensorFlow quiet.
-import tensorflow as tf  # isort: skip
+from tests.helpers.list_source import write_tfrecord
 
 CASES = 500
 COMPRESSED = {
@@ -41,15 +39,8 @@ def write(path, form, texts, encoding):
         pyarrow.parquet.write_table(table, path, row_group_size=50, write_page_checksum=True)
         return
     if kind == "tfrecord":
-        with tf.io.TFRecordWriter(str(path), "GZIP" if suffix else "") as writer:
-            for row in rows:
-                features = {
-                    key: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value.encode()]))
-                    for key, value in row.items()
-                }
-                writer.write(
-                    tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
-                )
+        features = [{key: [value.encode()] for key, value in row.items()} for row in rows]
+        write_tfrecord(path, features, "GZIP" if suffix else "")
         return
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     source = "\n".join(lines) + "\n" if kind == "jsonl" else f"[{', '.join(lines)}]"

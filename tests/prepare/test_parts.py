@@ -63,17 +63,6 @@ def test_labels_are_counted_shown_and_part_of_the_digest(labelled):
     assert "label_field" in json.loads((whole.path / "manifest.json").read_text())
 
 
-def test_a_label_that_is_not_there_names_those_that_are(labelled, tmp_path):
-    with (
-        pytest.raises(
-            UserError, match=r"no document with lang = 'Rust' in its train split; there are .*Go \d+"
-        ),
-        StoreWriter(tmp_path / "part", empty_manifest(**FIELDS, has_loss_mask=True)) as writer,
-    ):
-        copy_part(labelled[0], "Rust", writer)
-    assert not (tmp_path / "part").exists()
-
-
 def test_a_field_that_differs_in_each_document_is_no_label(tmp_path, monkeypatch):
     monkeypatch.setattr(store_writer, "MAX_LABELS", 10)
     with StoreWriter(tmp_path / "s", empty_manifest(**FIELDS, label_field="lang")) as writer:

@@ -8,7 +8,6 @@ import tensorflow as tf
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import replace
-from lemur_jax.data.config import StageConfig
 from lemur_jax.data.manifest import read_manifest
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import encoding as documents
@@ -16,7 +15,7 @@ from lemur_jax.prepare import prepare_tokenizer
 from lemur_jax.prepare.prepare import prepare  # first: it keeps TensorFlow quiet
 from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat
 from lemur_jax.text.tokenizer import Tokenizer
-from tests.helpers.list_source import run
+from tests.helpers.list_source import files_of, run
 
 
 def text_records(count, seed=0):
@@ -33,14 +32,6 @@ def chat_records(count, talk=TALK):
     for index in range(count):
         messages = [*talk[:-1], {"role": talk[-1]["role"], "content": f"Answer {index}."}]
         yield {"messages": json.dumps(messages), "id": f"talk-{index}"}
-
-
-def files_of(directory):
-    return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
 
 
 def test_documents_arrive_whole_and_in_order(task, make_config, tmp_path, tokenizer):
@@ -102,6 +93,9 @@ def test_what_is_there_is_not_made_again(task, make_config, tmp_path, chat_dir):
     # Added control tokens change no plain text.
     with_chat = make_config("made_up", **{"tokenizer.path": str(chat_dir)})
     assert run(with_chat)[0].endswith("unchanged")
+    in_chat = {"tokenizer.path": str(chat_dir), "data.stores": str(tmp_path / "chat_stores")}
+    run(make_config("made_up", **in_chat))
+    assert run(make_config("made_up", **{"data.stores": in_chat["data.stores"]}))[0].endswith("unchanged")
     source.records["train"] = list(text_records(11))
     with pytest.raises(
         UserError, match=r"made_up/train was made before the input of the task made_up changed"
@@ -111,26 +105,6 @@ def test_what_is_there_is_not_made_again(task, make_config, tmp_path, chat_dir):
     said = run(make_config("made_up", held_out=["made_up"]), replace=True)
     assert said[0].startswith("made_up/train: 11 documents")
     assert said[1].endswith("unchanged")
-
-
-def test_shares_change_without_preparing_again(task, make_config, tmp_path):
-    task(text_records(40))
-    task(text_records(40, seed=1), name="second")
-    run(make_config("made_up", "second"))
-    before = files_of(tmp_path / "stores")
-    config = make_config("made_up", "second")
-    anneal = StageConfig(step=5, shares={"second": 1.0})
-    config = replace(config, {"data.sources.second.share": 7.0, "data.stages": {"anneal": anneal}})
-    said = run(config)
-    assert [line.endswith("unchanged") for line in said[:2]] == [True, True]
-    assert "anneal, step 5 on" in said[2]
-    assert files_of(tmp_path / "stores") == before
-
-
-def test_a_store_of_plain_text_made_with_added_tokens_serves_without_them(task, make_config, chat_dir):
-    task(text_records(10))
-    run(make_config("made_up", **{"tokenizer.path": str(chat_dir)}))
-    assert run(make_config("made_up"))[0].endswith("unchanged")
 
 
 def test_another_tokenizer_or_template_makes_stores_again(
@@ -185,63 +159,22 @@ def test_too_many_bad_records_are_an_error_and_the_old_store_stays(task, make_co
     assert not (tmp_path / "stores" / "made_up" / "train.quarantine.jsonl").exists()
 
 
-def test_conversations_without_supervised_token_are_counted(task, make_config, tmp_path, chat_dir):
-    lonely = {"messages": json.dumps(TALK[:1]), "id": "lonely"}
-    task([*chat_records(20), lonely])
-    options = {"tokenizer.path": str(chat_dir), "prepare.max_bad_share": 0.1}
-    said = run(make_config("made_up", **options))
-    assert said[0].startswith("made_up/train: 20 documents")
-    assert "refused 1 record (lonely: " in said[0]
-    assert "no supervised token" in said[0]
-
-
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_on_the_way_leaves_no_store(task, make_config, tmp_path, workers):
+def test_an_error_leaves_complete_stores_only(task, make_config, tmp_path, workers):
+    task(text_records(5), name="first")
     source = task(text_records(50))
-    config = make_config("made_up", **{"prepare.workers": workers})
+    config = make_config("first", "made_up", **{"prepare.workers": workers})
     source.records["train"].insert(40, RuntimeError("the disk is gone"))
     with pytest.raises(tf.errors.OpError, match="the disk is gone"):
         run(config)
-    assert files_of(tmp_path) == {}
+    assert read_manifest(tmp_path / "stores/first/train").documents == 5
+    assert not [name for name in files_of(tmp_path / "stores") if "made_up" in name]
+    unfinished = tmp_path / "stores/made_up/train/tokens/zarr.json"  # killed before its manifest was written
+    unfinished.parent.mkdir(parents=True)
+    unfinished.write_text("half")
     del source.records["train"][40]
-    assert run(config)[0].startswith("made_up/train: 50 documents")
-
-
-def test_ctrl_c_leaves_whole_stores_alone(task, make_config, tmp_path):
-    task(text_records(5))
-    task(text_records(50, seed=1), name="second")
-
-    class Interrupted:
-        def __init__(self, total, label, unit):
-            self.left = 20 if label == "second/train" else 1000
-            assert (total, unit) == (None, "documents")
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def update(self, n=1):
-            self.left -= n
-            if not self.left:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(make_config("made_up", "second"), progress=Interrupted)
-    assert read_manifest(tmp_path / "stores" / "made_up" / "train").documents == 5
-    assert not [name for name in files_of(tmp_path / "stores") if "second" in name]
-
-
-def test_what_a_killed_run_left_is_cleared(task, make_config, tmp_path):
-    task(text_records(5))
-    for name in (".train.partial/tokens/zarr.json", "train/tokens/zarr.json", ".train.quarantine.partial"):
-        file = tmp_path / "stores" / "made_up" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("half")
-    assert run(make_config("made_up"))[0].startswith("made_up/train: 5 documents")
-    TokenStore.open(tmp_path / "stores" / "made_up" / "train")
-    assert not (tmp_path / "stores" / "made_up" / ".train.partial").exists()
+    assert run(config)[1].startswith("made_up/train: 50 documents")
+    TokenStore.open(tmp_path / "stores/made_up/train")
 
 
 def test_a_directory_that_is_no_store_is_not_touched(task, make_config, tmp_path):
@@ -265,6 +198,12 @@ def test_an_empty_corpus_names_its_task(task, make_config, tmp_path):
     ("sources", "held_out", "options", "message"),
     [
         (["made_upp"], [], {}, r"'made_upp'; did you mean 'made_up'"),
+        (
+            ["made_up"],
+            [],
+            {"prepare.steps": {"x": {}}},
+            r"steps names 'x'; the tasks of this config are made_up",
+        ),
         (["made_up"], ["no_such"], {}, r"'no_such'"),
         (["made_up"], [], {"prepare.workers": -1}, r"prepare\.workers is -1"),
         (["made_up"], [], {"tokenizer.path": ""}, r"tokenizer\.path is empty"),
@@ -297,6 +236,8 @@ def test_a_budget_that_cannot_be_met_is_said_when_the_stores_are_there(task, mak
 
 def test_a_tokenizer_is_trained_once(task, make_config, tmp_path):
     task([*text_records(50), {"text": b"\xff" * 1000, "id": "bad"}])
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained/notes.txt").write_text("mine")
     options = {
         "tokenizer.path": str(tmp_path / "trained"),
         "tokenizer.train_vocab_size": 300,
@@ -307,19 +248,9 @@ def test_a_tokenizer_is_trained_once(task, make_config, tmp_path):
     assert said[0].startswith(f"{tmp_path / 'trained'}: 300 tokens, trained on")
     before = files_of(tmp_path / "trained")
     assert Tokenizer.load(tmp_path / "trained").vocab_size == 300
+    assert (tmp_path / "trained/notes.txt").read_text() == "mine"
     assert run(make_config("made_up", **options))[0].startswith("made_up/train")
     assert files_of(tmp_path / "trained") == before
-
-
-def test_a_tokenizer_goes_into_a_directory_that_is_there(task, make_config, tmp_path):
-    task(text_records(50))
-    path = tmp_path / "trained"
-    path.mkdir()
-    (path / "notes.txt").write_text("mine")
-    options = {"tokenizer.train_vocab_size": 300, "tokenizer.train_tasks": ("made_up",)}
-    run(make_config("made_up", **options, **{"tokenizer.path": str(path)}))
-    assert Tokenizer.load(path).vocab_size == 300
-    assert (path / "notes.txt").read_text() == "mine"
 
 
 def test_training_a_tokenizer_leaves_nothing_if_it_fails(task, make_config, tmp_path, monkeypatch):

@@ -11,17 +11,16 @@ import pyarrow.parquet
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import default_config, from_config_dict, to_json
+from lemur_jax.config import to_json
 from lemur_jax.data.store import TokenStore
-from lemur_jax.models.presets import preset
 from lemur_jax.prepare import encoding as documents
 from lemur_jax.prepare import prepare as prepare_module
-from lemur_jax.prepare import readers, rejects, store_writer, tasks
+from lemur_jax.prepare import readers, rejects, tasks
 from lemur_jax.prepare.code_layout import FIM_TOKENS, layout
 from lemur_jax.prepare.prepare import prepare
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import extend
-from tests.helpers.list_source import run
+from tests.helpers.list_source import files_of, planted_texts, run
 
 # After prepare, which keeps TensorFlow quiet.
 import seqio  # isort: skip
@@ -58,42 +57,19 @@ PREPARE = """if True:
 @pytest.fixture
 def corpus(tmp_path):
     """Six files of 100 lines: copies of earlier documents, near copies, short and bad ones among them."""
-    generator = random.Random(0)
-    folder, texts = tmp_path / "corpus", []
+    generator, earlier = random.Random(0), []
+    folder = tmp_path / "corpus"
     folder.mkdir()
     for shard in range(SHARDS):
-        lines = []
-        for index in range(100):
-            text = " ".join(generator.choices([f"word{n}" for n in range(500)], k=60))
-            if index % 10 == 3 and texts:
-                text = generator.choice(texts)
-            elif index % 10 == 5 and texts:
-                text = generator.choice(texts) + " more"
-            elif index % 10 == 7:
-                text = "short"
-            if text != "short":
-                texts.append(text)
-            lines.append(json.dumps({"text": text}) if index != 50 else "{bad")
+        lines = [json.dumps({"text": text}) for text in planted_texts(generator, earlier)]
+        lines[50] = "{bad"
         (folder / f"{shard}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
 @pytest.fixture
-def make_config(tmp_path, tokenizer_dir):
-    def make(**options):
-        config = default_config(preset("quickstart").to_dict())
-        config.tokenizer.path = str(tokenizer_dir)
-        config.data.stores = str(tmp_path / "stores")
-        config.data.sequence_length = 32
-        config.data.sources = {"files": {"share": 1.0, "packing": "concat", "max_epochs": 0.0}}
-        config.prepare.workers = 1
-        config.prepare.max_bad_share = 0.02
-        config.train.steps = 1
-        config.train.batch_rows = 4
-        config.update_from_flattened_dict(options)
-        return from_config_dict(config)
-
-    return make
+def make_config(make_config):
+    return lambda **options: make_config("files", **{"prepare.max_bad_share": 0.02, **options})
 
 
 @pytest.fixture
@@ -105,14 +81,6 @@ def register():
     yield add
     if "files" in seqio.TaskRegistry.names():
         seqio.TaskRegistry.remove("files")
-
-
-def files_of(directory):
-    return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
 
 
 def run_process(tmp_path, corpus, config, kill_after=-1):
@@ -194,18 +162,6 @@ def test_a_run_goes_on_within_a_file(tmp_path, corpus, make_config, register, mo
     assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
 
 
-def test_workers_change_no_byte_of_what_steps_leave(tmp_path, corpus, make_config, register, monkeypatch):
-    monkeypatch.setattr(documents, "CHUNK_RECORDS", 7)
-    register(corpus)
-    found = {}
-    for workers in (1, 2, 3):
-        options = {"prepare.workers": workers, "data.stores": str(tmp_path / f"stores{workers}")}
-        run(make_config(**options, **{"prepare.steps": {"files": STEPS}}))
-        found[workers] = files_of(tmp_path / f"stores{workers}")
-    assert found[1] == found[2] == found[3]
-    assert {"files/train.quarantine.jsonl", "files/train.removed.json"} < set(found[1])
-
-
 def test_what_steps_remove_is_counted_with_examples(tmp_path, corpus, make_config, register):
     register(corpus)
     said = run(make_config(**{"prepare.steps": {"files": STEPS}}))
@@ -255,29 +211,6 @@ def test_all_files_are_looked_for_before_the_first_store_is_written(tmp_path, co
     assert not (tmp_path / "stores").exists()
 
 
-def test_a_full_disk_is_one_line(monkeypatch, corpus, make_config, register):
-    def fail(*_):
-        raise ValueError(
-            "RESOURCE_EXHAUSTED: Error writing local file: No space left on device [os_error_code='28']"
-        )
-
-    register(corpus)
-    monkeypatch.setattr(store_writer.ArrayWriter, "close", fail)
-    with pytest.raises(UserError, match=r"the disk of .*stores is full"):
-        run(make_config())
-
-
-def test_bad_records_are_put_aside_with_file_and_position(tmp_path, corpus, make_config, register):
-    register(corpus)
-    said = run(make_config())
-    assert "refused 6 records" in said[0]
-    lines = (tmp_path / "stores/files/train.quarantine.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    assert [entry["where"] for entry in found] == [f"{corpus}/{shard}.jsonl: line 51" for shard in range(6)]
-    assert found[0]["reason"].startswith("not JSON")
-    assert found[0]["record"]["text"].startswith("{bad")
-
-
 def write_corrupt_parquet(path, rows):
     """Two row groups; a byte of the second one's page is another than was written."""
     table = pyarrow.table({"text": [f"some text {n}" for n in range(rows)]})
@@ -325,15 +258,6 @@ def test_each_way_to_be_bad_is_counted_and_put_aside_with_its_place(tmp_path, ma
     assert truncated["records"] == 21
 
 
-def test_lost_rows_count_each(tmp_path, make_config, register):
-    """A page that holds 100 of 200 rows is half of the records, although one entry tells of it."""
-    path = tmp_path / "a.parquet"
-    write_corrupt_parquet(path, rows=200)
-    register(path)
-    with pytest.raises(UserError, match=r"files/train: 100 of 200 records cannot be used"):
-        run(make_config())
-
-
 def test_too_many_bad_records_stop_the_run_before_its_end(
     tmp_path, corpus, make_config, register, monkeypatch
 ):
@@ -352,13 +276,6 @@ def test_steps_that_leave_nothing_are_named(corpus, make_config, register):
     steps = {"files": {"length": {"min_chars": 10**6}}}
     with pytest.raises(UserError, match=r"steps of task 'files' remove every document .*length removed 594"):
         run(make_config(**{"prepare.steps": steps, "prepare.max_bad_share": 0.1}))
-
-
-def test_steps_of_a_task_that_is_not_there(tmp_path, corpus, make_config, register):
-    register(corpus)
-    with pytest.raises(UserError, match=r"prepare\.steps names 'filez'; the tasks of this config are files"):
-        run(make_config(**{"prepare.steps": {"filez": STEPS}}))
-    assert not (tmp_path / "stores").exists()
 
 
 def test_a_store_of_code_turned_for_filling_in(tmp_path, corpus, make_config, register, tokenizer_dir):
