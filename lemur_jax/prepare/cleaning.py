@@ -96,11 +96,11 @@ def parse_steps(task: str, options: Mapping[str, Mapping[str, Any]]) -> str:
         return NO_STEPS
     digests = {name: hashlib.sha256("\0".join(_benchmark(name)).encode()).hexdigest() for name in against}
     if "language" in steps:
-        keep, known = steps["language"]["keep"], sorted(_identifier().labels)
-        odd = [code for code in keep if code not in known]
+        keep, codes = steps["language"]["keep"], sorted(_identifier().labels)
+        odd = [code for code in keep if code not in codes]
         if odd or not keep:
             names = repr(odd[0]) if odd else "no language"
-            raise UserError(f"prepare.steps.{task}.language.keep names {names}; there are {', '.join(known)}")
+            raise UserError(f"prepare.steps.{task}.language.keep names {names}; there are {', '.join(codes)}")
         digests["py3langid"] = importlib.metadata.version("py3langid")
     return json.dumps({name: steps[name] for name in DEFAULTS if name in steps} | {"digests": digests})
 
