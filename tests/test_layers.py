@@ -38,7 +38,7 @@ def imports(path):
 def files():
     for path in sorted(PACKAGE.rglob("*.py")):
         relative = path.relative_to(PACKAGE)
-        if relative.name != "__init__.py" or len(relative.parts) > 1:
+        if relative.name not in ("__init__.py", "__main__.py") or len(relative.parts) > 1:
             yield path, relative
 
 

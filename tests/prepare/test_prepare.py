@@ -211,7 +211,12 @@ def test_an_empty_corpus_names_its_task(task, make_config, tmp_path):
         (["made_up"], [], {"tokenizer.chat_template": "x.jinja"}, r"tokenizer\.chat_template goes with"),
         (["made_up"], [], {"tokenizer.train_vocab_size": 800}, r"has 700 tokens, .*train_vocab_size is 800"),
         (["made_up"], [], {"model.vocab_size": 600}, r"has 700 tokens, model\.vocab_size is 600"),
-        (["made_up"], [], {"data.stages": {"late": {"step": 1, "shares": {"x": 1.0}}}}, r"shares names 'x'"),
+        (
+            ["made_up"],
+            [],
+            {"data.stages": {"late": {"step": 1, "shares": {"x": 1.0}}}},
+            r"late\.shares is 'x'",
+        ),
         (["made_up"], [], {"data.modules": ("no_module",)}, r"'no_module' of data\.modules"),
     ],
 )
