@@ -1,7 +1,8 @@
-"""A checkpoint at work: `generate`, `chat`, `smoke`, `serve`."""
+"""Inference from a checkpoint: `generate`, `chat`, `smoke`, `serve`."""
 
 import argparse
 import collections
+import dataclasses
 import hashlib
 import json
 import os
@@ -84,10 +85,7 @@ def _generate(args) -> None:
 
 
 def prompt_seeds(prompts: Sequence[str]) -> list[int]:
-    """A seed for each prompt, of its text and how often it came before alone.
-
-    With `--seed` it fixes the answer, whichever other prompts stand around it.
-    """
+    """A seed for each prompt, from its text and how often it came before: the answer is the same in any company."""
     before: collections.Counter[str] = collections.Counter()
     seeds = []
     for prompt in prompts:
@@ -159,9 +157,7 @@ def _serve(args) -> None:
     def check(tokenizer) -> None:
         from lemur_jax.infer import serve  # noqa: F401  # says what is not installed
 
-        _one_host_alone(
-            "requests would come to one of several hosts, and each step needs all: serve from one host"
-        )
+        _one_host_alone("requests would come to one of several hosts: serve from one host")
 
     with open_session(args, check) as session:
         from lemur_jax.infer.serve import serve
@@ -179,14 +175,7 @@ def _one_host_alone(otherwise: str) -> None:
 def _sampling(args):
     from lemur_jax.infer.sampling import Sampling
 
-    return Sampling(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-    )
+    return Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
 
 
 def _add_inference(sub: argparse.ArgumentParser) -> None:
@@ -197,4 +186,4 @@ def _add_inference(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--min-p", type=float, default=0.0)
     sub.add_argument("--repetition-penalty", type=float, default=1.0)
-    sub.add_argument("--seed", type=int, default=0, help="of the draws; another one, other answers")
+    sub.add_argument("--seed", type=int, default=0, help="of the draws")

@@ -1,4 +1,4 @@
-"""Conversation with a chat model: history, its template, answers as they come."""
+"""Conversation with a chat model: history, template, streamed answers."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -44,10 +44,9 @@ def reply(
 
 
 def fit(session: Session, messages: Sequence[Message], max_new_tokens: int) -> list[Message]:
-    """The newest turns of a conversation that leave room for an answer; a system turn is always kept.
+    """The newest turns that leave room for an answer, from a user's turn on, and the system turn.
 
-    What is kept begins with a user's turn. A conversation is returned with at least its last turn,
-    though that alone may be too long.
+    The last turn is kept even if it alone is too long.
     """
     head = [message for message in messages[:1] if message["role"] == "system"]
     turns = list(messages[len(head) :])
@@ -73,12 +72,12 @@ def converse(
     """A whole conversation: each line is a user's turn, answers are written as they come.
 
     Args:
-      lines: the user's turns, e.g. typed; blank ones are passed over. See `HELP` for commands.
+      lines: the user's turns, or commands (`HELP`); blank ones are skipped.
       write: takes text, e.g. `print(text, end="", flush=True)`.
       system: text of a system turn in front; "": none.
 
     Returns:
-      The messages in the end.
+      The final messages.
 
     Raises:
       UserError: as `reply`.
@@ -106,7 +105,7 @@ def converse(
 
 
 def _write_answer(pieces: Iterator[str], write: Callable[[str], None]) -> str:
-    """Writes the pieces, and returns them joined; Ctrl-C keeps what came until then."""
+    """Writes the pieces and returns them joined; Ctrl-C ends the answer and keeps its beginning."""
     answer = ""
     try:
         for piece in pieces:

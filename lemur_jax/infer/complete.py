@@ -24,9 +24,7 @@ def complete(
     seeds: Sequence[int] | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[Completion]:
-    """Continues every prompt until a stop id, a stop string or `max_new_tokens`.
-
-    Prompts too long for the model lose their beginning.
+    """Continues every prompt until a stop id, a stop string or `max_new_tokens`; too long prompts lose their beginning.
 
     Args:
       prompts: ids, none of them empty.
@@ -59,7 +57,7 @@ def complete(
 
 
 def _until_stops(session: Session, prompts, pieces, stops: Sequence[str]) -> list[Completion]:
-    """A batch's stream as completions with text. Its devices stop when every row has ended."""
+    """A batch's stream as completions with text; read until every row has ended."""
     done: dict[int, Completion] = {}
     parts: list[list[Completion]] = [[] for _ in prompts]
     for piece in pieces:
@@ -68,13 +66,14 @@ def _until_stops(session: Session, prompts, pieces, stops: Sequence[str]) -> lis
                 continue
             parts[row].append(part)
             answer = join(parts[row])
-            text = continuation(session.need_tokenizer(), prompts[row], answer.content)
-            end = min((text.find(stop) for stop in stops if stop in text), default=-1)
-            if end >= 0 or part.finish_reason:
-                reason = "stop" if end >= 0 else part.finish_reason
-                done[row] = dataclasses.replace(
-                    answer, text=text[:end] if end >= 0 else text, finish_reason=reason
-                )
+            text, reason = (
+                continuation(session.need_tokenizer(), prompts[row], answer.content),
+                part.finish_reason,
+            )
+            if ends := [text.find(stop) for stop in stops if stop in text]:
+                text, reason = text[: min(ends)], "stop"
+            if reason:
+                done[row] = dataclasses.replace(answer, text=text, finish_reason=reason)
         if len(done) == len(prompts):
             break
     return [done[row] for row in range(len(prompts))]

@@ -1,4 +1,4 @@
-"""Prompts to completions: batches are made on the host, tokens are read back in chunks.
+"""Prompts to completions: batches on the host, tokens read back in chunks.
 
 Axis legend: B batch, T prompt position, J stop ids, C tokens a dispatch.
 """
@@ -23,8 +23,7 @@ class Completion:
     Attributes:
       tokens: generated ids, the stop id that ended the sequence included.
       logprobs: of each token, in nats, under the model's own distribution before any filter.
-      finish_reason: "stop" (a stop id or a stop string), "length" (max_new_tokens), or "" in a piece of a stream
-        that continues.
+      finish_reason: "stop" (stop id or string), "length" (max_new_tokens), or "" (the stream continues).
       text: of `content` up to the first stop string; "" where only ids were asked for.
       stop_id: whether the last token is a stop id.
     """
@@ -55,11 +54,11 @@ def generate(
     Args:
       session: from `load` or `make_session`.
       prompts: token ids, at least one each.
-      max_new_tokens: most tokens to generate, for all or for each.
+      max_new_tokens: for all or for each.
       stop_ids: ids that end a sequence, for all or for each.
       sampling: default greedy.
       seeds: one for each prompt, by default its index. A seed and `sampling.seed` fix what is drawn, whatever
-        other prompts there are.
+        the other prompts are.
 
     Raises:
       UserError: an empty prompt, an id outside the vocabulary, or a sequence that would become longer
@@ -161,8 +160,7 @@ def _chunks(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens and log-probabilities [B, C] of prefill and of each dispatch of decode.
 
-    The next dispatch is made before the last one is read, so that the devices never wait for the host. A dispatch
-    after every row is finished ends at once.
+    The next dispatch is made before the last one is read, so that the devices never wait for the host.
     """
     run = session.programs
     new_slots = padded_length(session, longest)

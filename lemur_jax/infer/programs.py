@@ -18,20 +18,20 @@ from lemur_jax.models.kv_cache import KVCache
 from lemur_jax.models.llama import Compute, Params
 from lemur_jax.parallel.rules import constrain
 
-# Tokens that one dispatch of decode may choose; a call asks for this many or fewer.
+# The most tokens of one dispatch of decode.
 CHUNK = 64
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What is known of each sequence, all with a leading B.
+    """The state of each sequence.
 
     Attributes:
       token: int32 [B], the last one; its key is not in the cache yet.
-      position: int32 [B], where in its sequence that token stands.
+      position: int32 [B], of that token in its sequence.
       prompt_length: int32 [B].
-      remaining: int32 [B], how many tokens may still be chosen; 0: finished.
+      remaining: int32 [B], tokens that may still be chosen; 0: finished.
       seed: uint32 [B].
       stop_ids: int32 [B, J], padded with -1.
       seen: bool [B, V], tokens so far; None without a repetition penalty.
@@ -64,11 +64,9 @@ class Programs:
 
     Attributes:
       prefill: (params, tokens int32 [B, T], rows, knobs, new_slots) -> (state, tokens int32 [B, 1],
-        logprobs float32 [B, 1]). Reads the prompts and chooses the first token. `new_slots` (static)
-        is the room in the cache for what is generated.
+        logprobs float32 [B, 1]). Chooses the first token; `new_slots` (static) are for generated tokens.
       decode: (params, state, knobs, steps) -> (state, tokens int32 [B, C], logprobs float32 [B, C]).
-        Chooses up to `steps` ≤ C tokens more, or until every sequence is finished. A sequence that
-        is finished has token -1. The old state is donated.
+        Chooses `steps` ≤ C tokens, -1 where a sequence is finished. The old state is donated.
     """
 
     prefill: Callable[..., tuple[State, jax.Array, jax.Array]]

@@ -1,8 +1,8 @@
 """Weights as 8-bit integers for inference, through Qwix: half the memory and traffic of bfloat16.
 
 The matrices of the layers and an untied head become int8 with one scale for each output channel (and layer);
-embedding and norms stay as they are. Each matrix is made `compute.dtype` again where it is used, so activations
-are not rounded.
+embedding and norms stay as they are. Each matrix is cast to `compute.dtype` where it is used; activations are not
+rounded.
 """
 
 import functools
@@ -28,11 +28,7 @@ _SUMMED = {
 
 
 def check_installed() -> None:
-    """That `quantize` can be called.
-
-    Raises:
-      UserError: Qwix is not installed.
-    """
+    """Raises UserError if Qwix is not installed."""
     try:
         import qwix  # noqa: F401
     except ImportError:

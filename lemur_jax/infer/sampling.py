@@ -62,7 +62,7 @@ class Sampling:
     def knobs(self) -> Knobs:
         """What `choose` reads: the filters that do something, and for a draw the seed.
 
-        Which keys there are decides what is compiled; their values do not.
+        The keys decide what is compiled, the values do not.
         """
         knobs: Knobs = {}
         if self.repetition_penalty != 1:
@@ -87,8 +87,8 @@ def choose(
     Args:
       logits: float32 [B, V].
       knobs: from `Sampling.knobs`.
-      seeds: uint32 [B], each sequence's own.
-      positions: int32 [B], position in its sequence of the token that is chosen.
+      seeds: uint32 [B].
+      positions: int32 [B], of the chosen token in its sequence.
       seen: bool [B, V], tokens in the prompt or already generated; needed for a repetition penalty.
 
     Returns:
@@ -118,8 +118,7 @@ def restrict(scores: jax.Array, knobs: Knobs) -> jax.Array:
     Tokens that tie with the last allowed one are allowed too.
     """
     if "top_k" in knobs:
-        ones = jnp.ones_like(scores)
-        scores = _keep_top(scores, ones, knobs["top_k"])
+        scores = _keep_top(scores, jnp.ones_like(scores), knobs["top_k"])
     if "top_p" in knobs:
         scores = _keep_top(scores, jax.nn.softmax(scores, axis=-1), knobs["top_p"])
     if "min_p" in knobs:

@@ -1,4 +1,4 @@
-"""Log-probabilities of given text: no sampling, no cache, logits only at the positions that are asked for.
+"""Log-probabilities of given text: no sampling, no cache, logits only where they are needed.
 
 Axis legend: B batch, T position, P asked position, E candidate, K likeliest, D model, V vocabulary.
 """
@@ -21,7 +21,7 @@ from lemur_jax.models.config import LlamaConfig
 from lemur_jax.models.llama import Compute, Params
 from lemur_jax.parallel.rules import constrain
 
-# Tokens of a batch, padding included; decides how many rows run at once.
+# Tokens of a batch, padding included.
 BATCH_TOKENS = 8192
 # Up to this many batches at the end of a call share one shape, and rows of one asked position join longer ones.
 FEW_BATCHES = 4
@@ -50,7 +50,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One sequence to run, for every request that differs from it in the last token alone."""
+    """One sequence to run, for all requests that differ only in the last token."""
 
     tokens: tuple[int, ...]  # the model's input: all but the last token
     asked: int  # positions asked for, at its end
@@ -67,8 +67,7 @@ def score(
 ) -> list[Score]:
     """Scores (context, continuation) pairs of ids.
 
-    Pairs are batched by length, and one program is compiled for each shape of a batch; pairs that differ in their last
-    token alone (the options of a multiple-choice question) are run once.
+    Pairs are batched by length; those that differ only in their last token (the options of a question) are run once.
 
     Args:
       requests: contexts and continuations, neither of them empty.
@@ -80,31 +79,18 @@ def score(
         `max_position_embeddings` (its last token need not fit), or `top` not between 0 and the vocabulary's size.
     """
     if not 0 <= top <= session.model.vocab_size:
-        raise UserError(
-            f"top log-probabilities of {top} tokens: it must be between 1 and {session.model.vocab_size}"
-        )
+        raise UserError(f"top is {top}: it must be between 0 and {session.model.vocab_size}")
     for index, (context, continuation) in enumerate(requests):
         _check_request(session, index, context, continuation)
     scores: dict[int, Score] = {}
     run = _program(session.model, session.compute, top)
     for rows, T, P, B in _batches(session, _merge_requests(requests), batch_tokens):
-        arrays = (put(session, array) for array in _pack(rows, T, P, B))
-        outputs = [np.asarray(output) for output in run(session.params, *arrays)]
+        outputs = run(session.params, *(put(session, array) for array in _pack(rows, T, P, B)))
+        outputs = [np.asarray(output) for output in outputs]
         for index, row in enumerate(rows):
             for request in row.requests:
                 scores[request] = _unpack(row, requests[request][1], *(output[index] for output in outputs))
     return [scores[index] for index in range(len(requests))]
-
-
-def top_logprobs(
-    session: Session, requests: Sequence[tuple[Sequence[int], Sequence[int]]], k: int
-) -> list[list[dict[int, float]]]:
-    """`Score.top` of each (context, continuation): at each token the k ≥ 1 likeliest ids.
-
-    Raises:
-      UserError: as `score`.
-    """
-    return [list(found.top) for found in score(session, requests, top=k or -1)]
 
 
 def _check_request(session: Session, index: int, context: Sequence[int], continuation: Sequence[int]) -> None:

@@ -1,9 +1,8 @@
 """`lemur serve`: a small endpoint for OpenAI's client and for harnesses that speak HTTP.
 
-One thread uses the model and takes requests in their order, one at a time; nothing else waits for it with a lock in
-hand. A request whose client has left is dropped if it has not begun or is streamed. Not here: tools (calls are text,
-`agents/tools.py`), several answers in one stream, embeddings, keys, and batching across requests. For production, serve
-the exported directory with vLLM.
+One thread runs the model on one request at a time, in order of arrival. A request whose client has left is dropped if
+it has not begun or is streamed. Not supported: tools (calls are text, `agents/tools.py`), several answers in one
+stream, embeddings, keys, and batching across requests. For production, serve the exported directory with vLLM.
 """
 
 import asyncio
@@ -19,12 +18,13 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.generate import Completion, stream
 from lemur_jax.infer.sampling import Sampling
-from lemur_jax.infer.score import score, top_logprobs
+from lemur_jax.infer.score import score
 from lemur_jax.infer.session import Session
 from lemur_jax.infer.text import stream_text
 from lemur_jax.text.chat_template import encode_chat, stop_ids
 
 try:
+    import uvicorn
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -55,27 +55,17 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 MOST_PROMPTS = 256  # of one request, n counted
-CHARACTERS_A_TOKEN = (
-    64  # a prompt with more of them for each position of the model is refused before it is tokenized
-)
-ANSWER_SECONDS = 600.0  # until an answer is there (until it begins, where it is streamed), waiting included
+# A prompt with more characters for each position of the model is refused before it is tokenized.
+CHARACTERS_A_TOKEN = 64
+ANSWER_SECONDS = 600.0  # until an answer, or the first part of a stream; time in the queue included
 
 
 def serve(session: Session, name: str, *, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Answers requests until interrupted.
-
-    Raises:
-      UserError: uvicorn is not installed.
-    """
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise UserError("serving needs uvicorn: pip install 'lemur_jax[eval]'") from error
+    """Answers requests until interrupted."""
     logger.info("serving %s at http://%s:%s/v1", name, host, port)
-    # Bound to one address, the server is only reached under that name or as this machine: another name in `Host` is a
-    # web page that made its own name point here.
-    everywhere = host in ("0.0.0.0", "::", "")
-    hosts = None if everywhere else (host, "localhost", "127.0.0.1", "::1")
+    # With one address, another name in `Host` is that of a web page that made its own name point here.
+    any_address = host in ("0.0.0.0", "::", "")
+    hosts = None if any_address else (host, "localhost", "127.0.0.1", "::1")
     app = application(session, name, hosts)
     try:
         uvicorn.run(app, host=host, port=port, log_level="warning")
@@ -87,7 +77,7 @@ def application(session: Session, name: str, hosts: Sequence[str] | None = None)
     """The ASGI application.
 
     Args:
-      hosts: names under which the server may be asked, in `Host` and in `Origin`; None: any `Host`, and no web pages.
+      hosts: accepted names in `Host` and `Origin`; None: any `Host`, and no `Origin`.
     """
     server = _Server(session, name, hosts)
     app = Starlette(
@@ -114,7 +104,7 @@ async def _fail(request: Request, error: Exception) -> Response:
 
 
 def _error(message: str, kind: str) -> Json:
-    # What a client sent is repeated in part and in ASCII, so that every message can be sent back.
+    # In ASCII, so that whatever a client sent can be sent back.
     return {"error": {"message": message[:500].encode("ascii", "backslashreplace").decode(), "type": kind}}
 
 
@@ -143,13 +133,8 @@ class _Server:
         prompts = [prompt for prompt in ids for _ in range(copies)]
         if flag(body, "stream"):
             self._one_alone(prompts)
-            return await self._stream(
-                request,
-                prompts[0],
-                self._options(body, prompts, 16),
-                "text_completion",
-                lambda text: {"text": text},
-            )
+            options, kind = self._options(body, prompts, 16), "text_completion"
+            return await self._stream(request, prompts[0], options, kind, lambda text: {"text": text})
         echo, top = flag(body, "echo"), None
         if body.get("logprobs") is not None and body["logprobs"] is not False:
             top = integer(body, "logprobs", 0, 0, MOST_TOP)
@@ -182,7 +167,7 @@ class _Server:
             )
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
-        """Ids as they are; text with its control tokens, and a bos in front if it does not begin with one."""
+        """Ids as they are; text with its control tokens after one bos."""
         if not isinstance(prompt, str):
             return prompt
         self._check_length(len(prompt))
@@ -194,8 +179,8 @@ class _Server:
             raise UserError("stream one answer to one prompt at a time")
 
     def _options(self, body: Json, prompts: list[list[int]], default: int) -> Json:
-        """How to answer; all that can be wrong with it is found here, before a byte of a stream is out."""
-        longest, vocabulary = self.session.model.max_position_embeddings, self.session.model.vocab_size
+        """The arguments of `complete`, checked."""
+        longest = self.session.model.max_position_embeddings
         key = "max_tokens" if body.get("max_tokens") is not None else "max_completion_tokens"
         limit = integer(body, key, default, 1, longest)
         for prompt in prompts:
@@ -203,8 +188,6 @@ class _Server:
                 raise UserError(
                     f"{len(prompt)} tokens of prompt and {key} {limit} are more than the model's {longest}"
                 )
-            if not all(0 <= token < vocabulary for token in prompt):
-                raise UserError(f"the prompt has ids outside the model's vocabulary of {vocabulary}")
         seed = integer(body, "seed", 0, -(2**63), 2**63)
         sampling = Sampling(
             temperature=real(body, "temperature", 1.0, 0.0, 100.0),  # OpenAI's default
@@ -215,7 +198,7 @@ class _Server:
         return {"max_new_tokens": limit, "sampling": sampling, "seeds": seeds, "stops": stops(body)}
 
     async def _first(self, request: Request, job: Job) -> Any:
-        """The job's first result. The job is dropped if there is none in time, or the client leaves before."""
+        """The job's first result; the job is dropped if it is late or the client leaves."""
         result = asyncio.ensure_future(job.result())
         gone = asyncio.ensure_future(disconnect(request))
         try:
@@ -255,7 +238,7 @@ class _Server:
                     yield event(delta(text), reason or None)
                     piece = await asyncio.wait_for(job.result(), end - time.monotonic())
                 yield "data: [DONE]\n\n"
-            except Exception as error:  # there is no status to change any more
+            except Exception as error:  # the status is already sent
                 yield f"data: {json.dumps(_error(f'{type(error).__name__}: {error}', 'server_error'))}\n\n"
             finally:  # also where the client leaves, and this is cancelled
                 job.dropped = True
@@ -263,7 +246,7 @@ class _Server:
         return StreamingResponse(events(), media_type="text/event-stream")
 
     def _pieces(self, prompt: list[int], options: Json) -> Generator[tuple[str, str]]:
-        """Text as it comes, with "" until the last piece has the reason that ended it; in the worker."""
+        """(text, "") for each piece, then ("", finish reason); runs in the worker."""
         reason = ""
 
         def ids() -> Generator[Sequence[int]]:
@@ -278,13 +261,10 @@ class _Server:
                 yield text, ""
         yield "", reason or "stop"
 
-    def _answers(self, prompts: list[list[int]], options: Json | None) -> list[Completion]:
-        if options is None:
-            return [Completion(tokens=(), logprobs=(), finish_reason="length") for _ in prompts]
-        return complete(self.session, prompts, **options)
-
     def _complete(self, prompts: list[list[int]], options: Json | None, echo: bool, top: int | None) -> Json:
-        answers, choices = self._answers(prompts, options), []
+        choices, answers = [], [Completion(tokens=(), logprobs=(), finish_reason="length")] * len(prompts)
+        if options:
+            answers = complete(self.session, prompts, **options)
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             text, tokens = answer.text, list(answer.content)
             logprobs = list(answer.logprobs[: len(tokens)])
@@ -300,7 +280,7 @@ class _Server:
         return self._response("text_completion", "cmpl", choices, prompts, answers)
 
     def _chat(self, prompts: list[list[int]], options: Json, top: int | None) -> Json:
-        answers = self._answers(prompts, options)
+        answers = complete(self.session, prompts, **options)
         choices = [
             {
                 "index": index,
@@ -345,14 +325,15 @@ class _Server:
     def _tops(
         self, before: list[int], tokens: list[int], logprobs: list[float], count: int
     ) -> list[dict[int, float]]:
-        """The `count` likeliest ids at each token; the value of the token itself is the one that was reported."""
+        """The `count` likeliest ids at each token; the token itself keeps the value that was reported."""
         if not count or not tokens:
             return [{} for _ in tokens]
-        (tops,) = top_logprobs(self.session, [(before, tokens)], min(count, self.session.model.vocab_size))
-        for top, token, value in zip(tops, tokens, logprobs, strict=True):
-            if token in top:
-                top[token] = value
-        return tops
+        count = min(count, self.session.model.vocab_size)
+        tops = score(self.session, [(before, tokens)], top=count)[0].top
+        return [
+            top | ({token: value} if token in top else {})
+            for top, token, value in zip(tops, tokens, logprobs, strict=True)
+        ]
 
     def _response(self, kind: str, prefix: str, choices, prompts, answers) -> Json:
         asked, given = sum(map(len, prompts)), sum(len(answer.content) for answer in answers)
@@ -365,7 +346,7 @@ class _Server:
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """Text in pieces up to the first stop string; what may yet become one is held back."""
+    """Text in pieces up to the first stop string; a possible beginning of one is held back."""
     held = ""
     margin = max(map(len, stops), default=1) - 1
     for piece in pieces:

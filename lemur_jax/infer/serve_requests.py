@@ -1,4 +1,4 @@
-"""What `lemur serve` takes from a request, and its limits. Whatever is wrong with a request gives a status of 4xx."""
+"""Reads the requests of `lemur serve`, within limits; a bad request gets a status of 4xx."""
 
 import asyncio
 import json
@@ -21,20 +21,16 @@ MOST_BYTES, BODY_SECONDS = 4 << 20, 30.0
 
 
 def check_host(request: Request, hosts: Sequence[str] | None) -> None:
-    """Refuses requests to another name than the server's, and those of web pages."""
+    """Refuses requests to another host name, and those of other sites' web pages."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     if hosts is not None and _hostname(f"//{host}") not in hosts:
         raise HTTPException(403, f"this server is not {host[:100]!r}: ask {', '.join(hosts)}")
     if origin is not None and _hostname(origin) not in (hosts or ()):
-        raise HTTPException(403, "web pages of other servers may not use this one")
+        raise HTTPException(403, "web pages of other sites may not use this server")
 
 
 async def read_body(request: Request, hosts: Sequence[str] | None) -> Json:
-    """The request's JSON object.
-
-    Raises:
-      UserError, HTTPException: it is none, is too large, comes too slowly, or is from somewhere else.
-    """
+    """The request's JSON object; UserError or HTTPException if it is invalid, too large, too slow or not allowed."""
     check_host(request, hosts)
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
@@ -52,9 +48,9 @@ async def read_body(request: Request, hosts: Sequence[str] | None) -> Json:
         raise HTTPException(400, "the request is not complete") from error
     try:
         body = await run_in_threadpool(json.loads, data.decode(), parse_constant=_no_constant)
-        json.dumps(body, ensure_ascii=False).encode()  # finds halves of surrogate pairs, which no text has
+        json.dumps(body, ensure_ascii=False).encode()  # fails on lone surrogates
     except (ValueError, RecursionError) as error:
-        raise UserError(f"the request is no JSON: {str(error)[:200]}") from error
+        raise UserError(f"the request is not JSON: {str(error)[:200]}") from error
     if not isinstance(body, dict):
         raise UserError("the request must be a JSON object")
     return body
@@ -74,7 +70,7 @@ def _hostname(url: str) -> str | None:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def answers_wanted(body: Json) -> int:
@@ -90,23 +86,22 @@ def prompts_of(body: Json) -> list[str | list[int]]:
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
 
-    def fine(item) -> bool:
-        return isinstance(item, str) or (
-            isinstance(item, list) and bool(item) and all(type(token) is int for token in item)
-        )
+    def valid(item) -> bool:
+        ids = item and isinstance(item, list) and all(type(token) is int for token in item)
+        return isinstance(item, str) or bool(ids)
 
-    if not isinstance(prompt, list) or not prompt or not all(map(fine, prompt)):
+    if not isinstance(prompt, list) or not prompt or not all(map(valid, prompt)):
         raise UserError("prompt must be a text, a list of texts, token ids, or lists of token ids")
     return prompt
 
 
 def messages_of(body: Json) -> list[Json]:
-    """The conversation; contents may be lists of text parts, and calls of tools become text."""
+    """The conversation; contents may be lists of text parts, and tool calls become text."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of at least one message")
     try:
-        # That reads training data, which has an answer in the end.
+        # `openai` reads training data, which ends with an answer.
         return openai({"messages": [*messages, {"role": "assistant", "content": "-"}]})[:-1]
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"messages: {error}") from error
@@ -115,11 +110,8 @@ def messages_of(body: Json) -> list[Json]:
 def stops(body: Json) -> list[str]:
     stops = body.get("stop") or []
     stops = [stops] if isinstance(stops, str) else stops
-    if (
-        not isinstance(stops, list)
-        or len(stops) > MOST_STOPS
-        or not all(isinstance(stop, str) for stop in stops)
-    ):
+    strings = isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)
+    if not strings or len(stops) > MOST_STOPS:
         raise UserError(f"stop must be a string or a list of at most {MOST_STOPS} strings")
     return [stop for stop in stops if stop]
 

@@ -1,4 +1,4 @@
-"""The one thread of `lemur serve` that uses the model, and how its results come to the event loop."""
+"""The one thread of `lemur serve` that runs the model, and its results on their way to the event loop."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ END = object()
 
 
 class Job:
-    """Work for the worker, and what comes of it, on its way to the event loop."""
+    """Work for the worker and the queue of its results."""
 
     def __init__(self, work: Callable[[], Generator[Any]]):
         self.dropped = False
@@ -49,7 +49,7 @@ class Job:
 
 
 class Worker:
-    """The thread that uses the model."""
+    """The thread that runs the model."""
 
     def __init__(self) -> None:
         self._jobs: queue.Queue[Job | None] = queue.Queue()
@@ -66,7 +66,7 @@ class Worker:
         self._jobs.put(job)
 
     def stop(self) -> None:
-        """Ends after the current request, which it waits for a little; those in the queue are not answered."""
+        """Ends after the current request, waiting at most `STOP_SECONDS`; the queue is not answered."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._jobs.get_nowait()

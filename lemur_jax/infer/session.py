@@ -23,7 +23,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
-    """Everything that generation needs.
+    """A model on a mesh and its compiled programs.
 
     Attributes:
       model: the architecture.
@@ -47,19 +47,15 @@ class Session:
         return self.compute.mesh
 
     def need_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
-
-        Raises:
-          UserError: there is none.
-        """
+        """The tokenizer; UserError if there is none."""
         return _required(self.tokenizer)
 
 
 def _required(tokenizer: Tokenizer | None) -> Tokenizer:
     if tokenizer is None:
         raise UserError(
-            "this checkpoint holds no tokenizer: import it again from a directory that has"
-            " tokenizer.model or tokenizer.json, or put one of them into the Hugging Face directory"
+            "this checkpoint holds no tokenizer: put tokenizer.model or tokenizer.json into the Hugging Face directory,"
+            " and import it again"
         )
     return tokenizer
 
@@ -83,7 +79,7 @@ def load(
       step: which checkpoint; None: the newest.
       weights: "float", or "int8" for the matrices; then both are in memory while it loads.
       devices: default `jax.devices()`.
-      check: may refuse the tokenizer before the weights are read; with it, there must be one.
+      check: may refuse the tokenizer, which then is required, before the weights are read.
 
     Raises:
       UserError: no checkpoint there, a damaged one, or a mesh that does not fit the model.
@@ -98,7 +94,6 @@ def load(
     _check_mesh(mesh)
     source = open_source(checkpoint, step)
     wanted = abstract_params(source.model, mesh, dtype)
-    # Weights can come without a tokenizer; then only ids can be used.
     tokenizer = Tokenizer.from_files(source.tokenizer_files) if source.tokenizer_files else None
     if check:
         check(_required(tokenizer))
@@ -125,7 +120,7 @@ def make_session(
     """
     _check_mesh(mesh)
     wanted = abstract_params(model, mesh, dtype)
-    # Nothing is copied where dtype and place are right already.
+    # Nothing is copied where dtype and sharding are right already.
     params = jax.tree.map(lambda x, want: jax.device_put(x.astype(want.dtype), want.sharding), params, wanted)
     if weights == "int8":
         params = quantize(model, mesh, params)
@@ -143,17 +138,12 @@ def make_session(
 def _check_mesh(mesh: Mesh) -> None:
     if mesh.shape["sequence"] > 1:
         raise UserError(
-            f"generation cannot shard the sequence: mesh axis sequence is {mesh.shape['sequence']}, set it to 1"
-            " and use fsdp or tensor instead"
+            f"generation cannot shard the sequence: mesh axis sequence is {mesh.shape['sequence']}: set it to 1"
         )
 
 
 def abstract_params(model: LlamaConfig, mesh: Mesh, dtype: str) -> Params:
-    """The parameter tree as ShapeDtypeStructs with shardings; nothing is allocated.
-
-    Raises:
-      UserError: the mesh does not fit the model.
-    """
+    """The parameter tree as ShapeDtypeStructs with shardings; UserError if the mesh does not fit the model."""
     params = llama.abstract_params(model, dtype)
     shardings = param_shardings(mesh, params, llama.logical_axes(model))
     return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), params, shardings)

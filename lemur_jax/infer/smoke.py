@@ -34,23 +34,21 @@ PROMPTS = (
 
 
 def smoke(session: Session, hf_dir: str = "", reference: Reference | None = None) -> Reference:
-    """Generates greedily on the session's mesh, checks what can be checked, and logs the findings.
+    """Generates greedily on the session's mesh, compares, and logs the findings.
 
-    The first run of `NEW_TOKENS` compiles, the second is timed; both must give the same tokens. With
-    `hf_dir` and `transformers` installed, the tokens are compared with those of the exported model; with
-    `reference`, tokens and log-probabilities with those of an earlier run, on whatever mesh.
+    The first run compiles, the second is timed; both must give the same tokens.
 
     Args:
       session: a loaded model with its tokenizer.
-      hf_dir: the same model as a Hugging Face directory, or "".
-      reference: what an earlier run returned, or None.
+      hf_dir: the same model as a Hugging Face directory, whose tokens from transformers are compared; "": none.
+      reference: what an earlier run returned, on any mesh; tokens and log-probabilities are compared.
 
     Returns:
-      What was generated, to compare other runs with.
+      What was generated.
 
     Raises:
-      UserError: tokens differ from one run to the next, from transformers', or from the reference,
-        or the reference is of another dtype, kind of weights, tokenizer or version.
+      UserError: tokens differ from one run to the next, from transformers' or from the reference, or the
+        reference cannot be compared with.
     """
     tokenizer = session.need_tokenizer()
     if reference:
@@ -91,11 +89,7 @@ def _log_once(line: str) -> None:
 
 
 def check_hf(hf_dir: str, dtype: str, weights: str) -> None:
-    """Checks before the weights are read that a run can be compared with transformers on a directory.
-
-    Raises:
-      UserError: no model in the directory, or the run does not compute in float32.
-    """
+    """Raises UserError if a run cannot be compared with transformers: no model in the directory, or not float32."""
     read_config(hf_dir)
     if not holds_weights(hf_dir):
         raise UserError(f"--hf {hf_dir} holds no weights: name the directory that lemur export-hf has made")
@@ -107,11 +101,7 @@ def check_hf(hf_dir: str, dtype: str, weights: str) -> None:
 
 
 def check_reference(stored: Reference, dtype: str, weights: str, tokenizer: Tokenizer) -> None:
-    """Checks before the weights are read that a run can be compared with a reference.
-
-    Raises:
-      UserError: the reference is of another dtype, kind of weights, tokenizer or version.
-    """
+    """Raises UserError if the reference is of another dtype, kind of weights, tokenizer or version."""
     if (stored.dtype, stored.weights) != (dtype, weights):
         raise UserError(
             f"the reference was made with --dtype {stored.dtype} --weights {stored.weights}, this run has --dtype"
@@ -119,12 +109,12 @@ def check_reference(stored: Reference, dtype: str, weights: str, tokenizer: Toke
         )
     if stored.prompts != _prompts(tokenizer):
         raise UserError("the reference is of other prompts or another tokenizer: make a new one")
-    for prompt, tokens in zip(PROMPTS, stored.tokens, strict=True):
-        if len(tokens) != NEW_TOKENS:
-            raise UserError(
-                f"the reference has {len(tokens)} tokens after {prompt[:20]!r}, this version generates"
-                f" {NEW_TOKENS}: make a new one"
-            )
+    lengths = [[len(row) for row in rows] for rows in (stored.tokens, stored.logprobs)]
+    if lengths != [[NEW_TOKENS] * len(PROMPTS)] * 2:
+        raise UserError(
+            f"the reference does not have {NEW_TOKENS} tokens with log-probabilities after each of {len(PROMPTS)}"
+            " prompts: make a new one"
+        )
 
 
 def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
@@ -138,8 +128,8 @@ def _first_difference(mine: list[int], other: list[int]) -> int:
 def _compare_reference(session: Session, stored: Reference, ours: Reference) -> str:
     """Compares with what an earlier run generated, and says how near it is.
 
-    Where a token differs, the texts diverge, so the stored one is scored here: each of its tokens must be as likely as
-    it was, and the one that was not chosen about as likely as ours.
+    After the first different token the texts diverge, so the stored text is scored here: each token must be as likely
+    as it was, and the first different one about as likely as ours.
     """
     tolerance, ties, logprobs = TOLERANCE[ours.dtype], [], ours.logprobs
     if ours.tokens != stored.tokens:
@@ -151,7 +141,7 @@ def _compare_reference(session: Session, stored: Reference, ours: Reference) -> 
         at = _first_difference(mine, theirs)
         gap = ours.logprobs[row][at] - logprobs[row][at]
         which = (
-            f"after {prompt[:20]!r} the token at position {at} is {mine[at]}, in the reference {theirs[at]}"
+            f"after {prompt[:20]!r} the token at position {at} is {mine[at]}, the reference has {theirs[at]}"
         )
         if not gap <= tolerance:
             raise UserError(f"smoke test failed: {which}, which is less likely here by {gap:.2g} nats")
@@ -163,11 +153,9 @@ def _compare_reference(session: Session, stored: Reference, ours: Reference) -> 
             f" than {tolerance:g}"
         )
     count = sum(map(len, ours.tokens))
-    same = (
-        f"the reference's {count} tokens are likely here"
-        if ties
-        else f"all {count} tokens equal the reference's"
-    )
+    same = f"all {count} tokens equal the reference's"
+    if ties:
+        same = f"the reference's {count} tokens are likely here"
     return f"{same}, log-probabilities within {difference:.1e} nats{''.join(ties)}"
 
 
@@ -208,8 +196,7 @@ def _memory(session: Session) -> str:
             held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
     text = f"{max(held.values()) / 2**20:,.1f} MiB of parameters a device"
     stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:  # cache and temporaries too; a CPU does not report it
-        text += f", at most {stats['peak_bytes_in_use'] / 2**30:,.2f} GiB in use"
-        if limit := stats.get("bytes_limit"):
-            text += f" of {limit / 2**30:,.2f}"
+    if stats.keys() >= {"peak_bytes_in_use", "bytes_limit"}:  # a CPU does not report them
+        peak, limit = (stats[key] / 2**30 for key in ("peak_bytes_in_use", "bytes_limit"))
+        text += f", at most {peak:,.2f} GiB in use of {limit:,.2f}"
     return text

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lemur_jax.text.tokenizer import Tokenizer
 
-# Tokens before the generated ones that are decoded with them: what a token looks like can depend on
-# its neighbours (a leading space, a character spelled in bytes), though not on more than these.
+# Tokens of the prompt that are decoded with the generated ones: the text of a token can depend on the tokens before it
+# (a leading space, a character of several bytes).
 CONTEXT = 8
 
-# What a decoder shows for bytes that do not make a character (yet).
+# A decoder's text for bytes that are not a character (yet).
 INCOMPLETE = "\ufffd"
 
 

@@ -86,14 +86,8 @@ def reference(session, ids):
     """Log-probabilities [T, V] at every position, by the model's plain forward pass."""
     tokens = np.array([ids])
     positions, segments = np.arange(len(ids))[None], np.ones_like(tokens)
-    logits = llama.forward(
-        session.model,
-        Compute(),
-        jax.tree.map(jax.numpy.asarray, jax.device_get(session.params)),
-        tokens,
-        positions,
-        segments,
-    )
+    params = jax.tree.map(jax.numpy.asarray, jax.device_get(session.params))
+    logits = llama.forward(session.model, Compute(), params, tokens, positions, segments)
     return np.asarray(jax.nn.log_softmax(logits[0], axis=-1))
 
 
@@ -129,19 +123,13 @@ def test_several_answers(client):
     assert answer.usage.completion_tokens <= 6 * 8
     alone = client.completions.create(prompt="a b", **options)
     assert alone.choices[0].text == answer.choices[0].text
-    chat = {
-        "model": "tiny",
-        "messages": [{"role": "user", "content": "hi"}],
-        "temperature": 2.0,
-        "max_tokens": 8,
-    }
-    several = client.chat.completions.create(**chat, n=2, logprobs=True, top_logprobs=2)
+    options |= {"messages": [{"role": "user", "content": "hi"}], "n": 2, "logprobs": True, "top_logprobs": 2}
+    several = client.chat.completions.create(**options)
     assert several.choices[0].message.content != several.choices[1].message.content
     for choice in several.choices:
-        assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
-        assert all(
-            one.top_logprobs[0].logprob >= one.top_logprobs[1].logprob for one in choice.logprobs.content
-        )
+        for entry in choice.logprobs.content:
+            first, second = entry.top_logprobs
+            assert first.logprob >= second.logprob
 
 
 def test_stop_and_stream(client):
@@ -224,16 +212,8 @@ def test_broken_requests_are_refused_with_a_reason(url):
         assert answer.status_code == 400, (body[:40], answer.text)
         assert answer.json()["error"]["message"]
     assert httpx.post(f"{url}/completions", content=b'{"prompt": "' + b"x" * (5 << 20)).status_code == 413
-    odd = [
-        None,
-        7,
-        [],
-        [7],
-        [{}],
-        [{"role": "x", "content": "x"}],
-        [{"role": "user", "content": [{"type": "image"}]}],
-    ]
-    for messages in odd:
+    image = [{"role": "user", "content": [{"type": "image"}]}]
+    for messages in (None, 7, [], [7], [{}], [{"role": "x", "content": "x"}], image):
         answer = httpx.post(f"{url}/chat/completions", json={"messages": messages})
         assert answer.status_code == 400, (messages, answer.text)
 
@@ -246,20 +226,16 @@ def test_text_parts_tool_calls_and_rendered_chats(client, session):
     split = client.chat.completions.create(messages=[{"role": "user", "content": parts}], **options)
     assert split.choices[0].message.content == plain.choices[0].message.content
     function = {"name": "f", "arguments": "{}"}
-    call = {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [{"id": "1", "type": "function", "function": function}],
-    }
+    calls = [{"id": "1", "type": "function", "function": function}]
+    call = {"role": "assistant", "content": None, "tool_calls": calls}
     result = {"role": "tool", "tool_call_id": "1", "content": "1"}
     assert client.chat.completions.create(messages=[turn, call, result], **options).usage.prompt_tokens > 20
     # The conversation as a client has rendered it: control tokens are themselves, and one bos is in front.
     text = render_chat(session.tokenizer, [turn], add_generation_prompt=True)
     rendered = client.completions.create(prompt=text, **options)
     assert rendered.usage.prompt_tokens == plain.usage.prompt_tokens + 1
-    with_bos = client.completions.create(
-        prompt=session.tokenizer.token(session.tokenizer.bos_id) + text, **options
-    )
+    bos = session.tokenizer.token(session.tokenizer.bos_id)
+    with_bos = client.completions.create(prompt=bos + text, **options)
     assert with_bos.usage.prompt_tokens == rendered.usage.prompt_tokens
 
 
@@ -307,21 +283,18 @@ async def crowd(url, expected, *, clients, seconds, seed):
                 if loop.time() > end:
                     return
 
-        await asyncio.wait_for(
-            asyncio.gather(*(one(index % 3 == 0) for index in range(clients))), seconds + 240
-        )
+        everyone = asyncio.gather(*(one(index % 3 == 0) for index in range(clients)))
+        await asyncio.wait_for(everyone, seconds + 240)
     return counts
 
 
 @pytest.fixture(scope="module")
 def expected(session):
     """Greedy answers to some prompts, each asked alone."""
-    prompts = {f"def f{n}(x):": None for n in range(6)}
+    prompts = [f"def f{n}(x):" for n in range(6)]
     ids = [[session.tokenizer.bos_id, *session.tokenizer.encode(prompt)] for prompt in prompts]
-    return {
-        prompt: complete(session, [one], max_new_tokens=24)[0].text
-        for prompt, one in zip(prompts, ids, strict=True)
-    }
+    texts = [complete(session, [one], max_new_tokens=24)[0].text for one in ids]
+    return dict(zip(prompts, texts, strict=True))
 
 
 def test_clients_that_leave_stop_nobody_else(url, expected):
@@ -337,70 +310,33 @@ def test_200_clients_for_two_minutes(url, expected):
     assert counts["left"] > 60
 
 
+KINDS = json.loads(
+    '[null, true, 0, 1, 3, -1, 1.5, -0.5, 1e300, "", "x", "\\ud83d", "<s>", "é", [], [1], {}, [[1, 5]]]'
+)
+KINDS += [10**400, "a" * 9000]
+FIELDS = """prompt messages max_tokens max_completion_tokens temperature top_p n best_of stop stream echo logprobs
+top_logprobs seed model anything"""
+
+
 def fuzzed(rng):
     """A body for one of the two routes: values of all kinds in the fields that the server reads."""
-    kinds = [
-        None,
-        True,
-        0,
-        1,
-        3,
-        -1,
-        10**400,
-        1.5,
-        -0.5,
-        1e300,
-        "",
-        "x",
-        "\ud83d",
-        "<s>",
-        "é",
-        [],
-        [1],
-        {},
-        [[1, 5]],
-        "a" * 9000,
-    ]
-    fields = [
-        "prompt",
-        "messages",
-        "max_tokens",
-        "max_completion_tokens",
-        "temperature",
-        "top_p",
-        "n",
-        "best_of",
-    ]
-    fields += ["stop", "stream", "echo", "logprobs", "top_logprobs", "seed", "model", "anything"]
-    message = {
-        "role": rng.choice(["user", "assistant", "tool", "", 3]),
-        "content": rng.choice([*kinds, "hello"]),
-    }
-    body = {
-        "prompt": "a b",
-        "messages": [{"role": "user", "content": "hi"}, message][: rng.randint(1, 2)],
-        "max_tokens": 2,
-    }
-    for field in rng.sample(fields, rng.randint(1, 3)):
-        body[field] = rng.choice([*kinds, [message], [rng.choice(kinds)]])
+    role, content = rng.choice(["user", "assistant", "tool", "", 3]), rng.choice([*KINDS, "hello"])
+    message = {"role": role, "content": content}
+    messages = [{"role": "user", "content": "hi"}, message][: rng.randint(1, 2)]
+    body = {"prompt": "a b", "messages": messages, "max_tokens": 2}
+    for field in rng.sample(FIELDS.split(), rng.randint(1, 3)):
+        body[field] = rng.choice([*KINDS, [message], [rng.choice(KINDS)]])
     text = json.dumps(body)
     if rng.random() < 0.2:
-        place = rng.randrange(len(text))
-        text = (
-            text[:place]
-            + rng.choice(["", "{", "[" * 3000, "\0", '"', "NaN"])
-            + text[place + rng.randint(0, 3) :]
-        )
+        place, noise = rng.randrange(len(text)), rng.choice(["", "{", "[" * 3000, "\0", '"', "NaN"])
+        text = text[:place] + noise + text[place + rng.randint(0, 3) :]
     return rng.choice(["/v1/completions", "/v1/chat/completions"]), text
 
 
 @pytest.mark.slow
 def test_500_random_bodies_get_an_answer_or_a_reason(session):
-    client, rng, seen = (
-        TestClient(application(session, "tiny"), raise_server_exceptions=False),
-        random.Random(0),
-        {},
-    )
+    client = TestClient(application(session, "tiny"), raise_server_exceptions=False)
+    rng, seen = random.Random(0), {}
     for _ in range(500):
         route, text = fuzzed(rng)
         answer = client.post(route, content=text.encode("utf-8", "surrogatepass"))
@@ -425,17 +361,11 @@ def test_lm_eval_scores_over_http_what_it_scores_in_process(url, session, chat_m
     from lemur_jax.evals.harness import LemurLM
 
     pairs = [("def f(x):", " return x"), ("a b c", " d"), ("x", " A longer answer, of words")]
-    requests = [
-        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)
-    ]
-    options = {
-        "tokenizer": str(chat_model_export),
-        "tokenizer_backend": "huggingface",
-        "add_bos_token": False,
-    }
-    remote = harness.LocalCompletionsAPI(
-        base_url=f"{url}/completions", model="tiny", max_length=100, **options
-    )
+    kind = {"request_type": "loglikelihood", "doc": {}}
+    requests = [Instance(**kind, arguments=pair, idx=index) for index, pair in enumerate(pairs)]
+    options = {"tokenizer": str(chat_model_export), "tokenizer_backend": "huggingface", "max_length": 100}
+    url = f"{url}/completions"
+    remote = harness.LocalCompletionsAPI(base_url=url, model="tiny", add_bos_token=False, **options)
     got, expected = remote.loglikelihood(requests), LemurLM(session).loglikelihood(requests)
     np.testing.assert_allclose([x for x, _ in got], [x for x, _ in expected], atol=1e-3)
     assert [greedy for _, greedy in got] == [greedy for _, greedy in expected]
