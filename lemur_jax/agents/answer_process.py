@@ -1,12 +1,11 @@
 """Runs an answer and its tests in two processes, which `problems.check` puts into two boxes.
 
-    python answer_process.py answer IN OUT     runs answer.py, then what it is asked to call
+    python answer_process.py answer IN OUT     runs answer.py, then the calls that the tests send
     python answer_process.py tests IN OUT      runs tests.py over the names that answer.py defines
 
-IN and OUT are the descriptors of two pipes between them; a message is a line of JSON. Only plain data pass by value
-(numbers, text, bytes, lists, tuples, sets, dicts); every other object stays with the answer, and the tests have a
-`Remote` for it. So the exit code of the tests depends on the answer through the values that it returns, and through
-nothing else.
+IN and OUT are the descriptors of two pipes between them; a message is a line of JSON. Plain data (numbers, text,
+bytes, lists, tuples, sets, dicts) pass by value; every other object stays with the answer, and the tests have a
+`Remote` for it. So the answer can change the exit code of the tests only by the values that it returns.
 """
 
 import builtins
@@ -22,7 +21,7 @@ ENDED = 3  # exit code of the tests where the answer's process is gone
 
 
 def encode(value, keep):
-    """A value as JSON takes it; `keep(object)` says how to write what is no plain data."""
+    """A value for JSON; `keep(object)` encodes what is not plain data."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     for name, kind in SEQUENCES.items():
@@ -38,7 +37,7 @@ def encode(value, keep):
 
 
 def decode(value, find):
-    """The inverse; `find(kind, content)` gives what is no plain data."""
+    """The inverse; `find(kind, content)` decodes what is not plain data."""
     if not isinstance(value, list):
         return value
     kind, content = value
@@ -52,7 +51,7 @@ def decode(value, find):
 
 
 def run_answer(receive, send):
-    """Runs answer.py, sends the names that it defines, and then does what it is asked until the pipe ends."""
+    """Runs answer.py, sends the names that it defines, then serves requests until the pipe ends."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # what an answer prints cannot fail it
     kept = []
@@ -113,7 +112,7 @@ class Remote:
 
 
 def run_tests(receive, send):
-    """Runs tests.py; ends with exit code 0 if it comes to its end."""
+    """Runs tests.py; exits with 0 if it reaches its end."""
     traces = {}
 
     def result():
@@ -139,7 +138,7 @@ def run_tests(receive, send):
     def keep(value):
         if isinstance(value, Remote):
             return ["object", value.remote_number]
-        raise TypeError(f"the tests pass {value!r} to the answer, which is no plain data")
+        raise TypeError(f"the tests pass {value!r} to the answer, which is not plain data")
 
     def ask(operation, remote, positional, named):
         send([operation, remote.remote_number, encode([positional, named], keep)])

@@ -3,13 +3,13 @@
 Everything that an agent writes runs in the sandbox. A reward of 1 ends an episode.
 """
 
+import abc
 import dataclasses
 import json
 import pathlib
 import re
 import tempfile
 from collections.abc import Mapping
-from typing import Protocol
 
 from lemur_jax.agents.problems import LIMITS, Problem, check
 from lemur_jax.agents.sandbox import remove_tree, run
@@ -29,21 +29,25 @@ class Step:
     """
 
     observation: str
-    reward: float
     verdict: str
+    reward: float = 0.0
     role: str = "user"
 
 
-class Environment(Protocol):
-    """One task. `reset` may be called again; `close` frees what it holds."""
+class Environment(abc.ABC):
+    """One task."""
 
     id: str
 
-    def reset(self) -> str: ...
+    @abc.abstractmethod
+    def reset(self) -> str:
+        """Starts, or starts again; returns the text of the task."""
 
+    @abc.abstractmethod
     def step(self, action: str) -> Step: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:  # noqa: B027  # most hold nothing
+        """Frees what it holds."""
 
 
 def block(action: str, *languages: str) -> str:
@@ -58,10 +62,10 @@ def _cut(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}\n[...]\n{text[-SHOWN // 2 :]}"
 
 
-EMPTY = Step(observation="Your answer contained no code.", reward=0.0, verdict="no code")
+EMPTY = Step(observation="Your answer contained no code.", verdict="no code")
 
 
-class PythonEnvironment:
+class PythonEnvironment(Environment):
     """A HumanEval problem; the observation shows why the tests failed."""
 
     def __init__(self, problem: Problem):
@@ -84,14 +88,10 @@ class PythonEnvironment:
         if verdict == "passed":
             return Step(observation="All tests passed.", reward=1.0, verdict=verdict)
         seen = _cut(errors) or f"(no output; {verdict})"
-        return Step(observation=f"The tests failed ({verdict}):\n{seen}", reward=0.0, verdict=verdict)
-
-    def close(self) -> None:
-        pass
+        return Step(observation=f"The tests failed ({verdict}):\n{seen}", verdict=verdict)
 
 
-# Runs in the box. The database is new in every turn, so no action outlives its turn. Long rows are cut here: the
-# sandbox cuts long output in the middle, which would break the JSON.
+# Runs in the box, on a new database in every turn. Long rows are cut here: the sandbox would break the JSON.
 _SQL = """
 import json, sqlite3
 task = json.load(open('task.json'))
@@ -111,8 +111,8 @@ else:
 """
 
 
-class SqlEnvironment:
-    """A question to an SQLite database; solved by a query that gives the rows of the solution."""
+class SqlEnvironment(Environment):
+    """A question to an SQLite database, solved by a query that returns the rows of the solution."""
 
     def __init__(self, id: str, schema: str, question: str, solution: str):
         self.id = id
@@ -133,23 +133,20 @@ class SqlEnvironment:
         files = {"task.json": json.dumps(task), "main.py": _SQL}
         result = run(["python", "-I", "-S", "main.py"], files=files, limits=LIMITS)
         if result.code != 0:
-            return Step(observation="The query did not finish.", reward=0.0, verdict="time")
+            return Step(observation="The query did not finish.", verdict="time")
         found = json.loads(result.output)
         if "error" in found:
             error = found["error"]
             verdict = "syntax" if "syntax" in error else "name" if "no such" in error else "other error"
-            return Step(observation=f"Error: {error}", reward=0.0, verdict=verdict)
+            return Step(observation=f"Error: {error}", verdict=verdict)
         shown = _cut(f"{found['count']} rows:\n" + "\n".join(found["rows"]))
         if found["right"]:
             return Step(observation=f"Right. {shown}", reward=1.0, verdict="passed")
-        return Step(observation=f"Not the answer. {shown}", reward=0.0, verdict="wrong answer")
-
-    def close(self) -> None:
-        pass
+        return Step(observation=f"Not the answer. {shown}", verdict="wrong answer")
 
 
-class BashEnvironment:
-    """A shell in a box whose files stay from turn to turn; solved when a check script succeeds."""
+class BashEnvironment(Environment):
+    """A shell in a box whose files stay between turns, solved when a check script succeeds."""
 
     def __init__(self, id: str, task: str, files: Mapping[str, str], check: str):
         self.id = id
@@ -179,8 +176,8 @@ class BashEnvironment:
         result = run(["bash", "-c", script], directory=self._box, limits=LIMITS)
         seen = _cut(result.output + result.errors) or "(no output)"
         if result.timed_out:
-            return Step(observation=f"{seen}\n(stopped: out of time)", reward=0.0, verdict="time")
-        # Judged by a run of its own, so that nothing the agent started is there any more.
+            return Step(observation=f"{seen}\n(stopped: out of time)", verdict="time")
+        # Judged by a run of its own: nothing that the agent started is left.
         if run(["bash", "-c", self._check], directory=self._box, limits=LIMITS).code == 0:
             return Step(observation=f"{seen}\nThe task is solved.", reward=1.0, verdict="passed")
         verdict = "wrong answer" if result.code == 0 else "other error"
@@ -188,7 +185,7 @@ class BashEnvironment:
             verdict = "name"
         elif "syntax error" in result.errors:
             verdict = "syntax"
-        return Step(observation=f"{seen}\n(exit code {result.code})", reward=0.0, verdict=verdict)
+        return Step(observation=f"{seen}\n(exit code {result.code})", verdict=verdict)
 
     def close(self) -> None:
         if self._box is not None:

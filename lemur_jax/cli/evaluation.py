@@ -1,6 +1,7 @@
 """How good a checkpoint is: `eval`."""
 
 import contextlib
+import dataclasses
 
 from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, open_session
 from lemur_jax.common.errors import UserError
@@ -25,7 +26,7 @@ def add_verbs(verbs: Verbs) -> None:
         help="of Spider, MultiPL-E, DS-1000, for the suite's table",
     )
     sub.add_argument("--include-path", default="", help="directory of task files (YAML) for the harness")
-    sub.add_argument("--limit", type=int, help="only so many documents of each task")
+    sub.add_argument("--limit", type=int, help="number of documents of each task")
     sub.add_argument("--chat", action="store_true", help="ask in the model's chat template")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument(
@@ -65,7 +66,7 @@ def _eval(args) -> None:
             if args.agents:
                 _agents(args, session, written)
         finally:
-            # An endpoint that fails, or Ctrl-C, costs what was under way and not what was done before.
+            # An endpoint that fails, or Ctrl-C, does not lose finished work.
             if args.json and written:
                 with open(args.json, "w") as file:
                     json.dump(written, file, indent=1)
@@ -82,14 +83,7 @@ def _benchmarks(args, session, tasks: list[str], scores: dict[str, float], writt
 def _options(args):
     from lemur_jax.evals.benchmarks import Options
 
-    return Options(
-        data=args.data,
-        include_path=args.include_path,
-        limit=args.limit,
-        chat=args.chat,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-    )
+    return Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
 
 
 def _agents(args, session, written: dict) -> None:
@@ -112,4 +106,4 @@ def _agents(args, session, written: dict) -> None:
             written["agents"] = episodes.to_json(traces, args.turns)
             if args.html:
                 with open(args.html, "w") as file:
-                    file.write(agents_page(written["agents"], args.checkpoint or args.endpoint_model))
+                    file.write(agents_page(traces, args.turns, args.checkpoint or args.endpoint_model))

@@ -1,6 +1,6 @@
 """`lemur eval`: tasks by name, and the paper's suite beside its published numbers.
 
-HumanEval and MBPP are run here. Every other task is one of lm-evaluation-harness, or of the user's own files for it.
+HumanEval and MBPP are our own. Every other task is one of lm-evaluation-harness, or of the user's task files.
 """
 
 import collections
@@ -12,7 +12,7 @@ import os
 import pathlib
 import socket
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -24,7 +24,7 @@ from lemur_jax.infer.session import Session
 
 logger = logging.getLogger(__name__)
 
-# Our task files (`evals/tasks/`), which follow the paper's protocols: name, and the metric that counts.
+# Our task files (`evals/tasks/`) with the paper's protocols, and the metric of each.
 PAPER = {
     "MMLU": ("lemur_mmlu", "acc,none"),
     "BBH": ("lemur_bbh", "exact_match,none"),
@@ -38,9 +38,9 @@ class Options:
     """How tasks are run.
 
     Attributes:
-      data: directory with `mbpp.jsonl`, `mmlu/`, `bbh/` and `gsm8k/`; what is not there is asked of the hub.
+      data: directory with `mbpp.jsonl`, `mmlu/`, `bbh/` and `gsm8k/`; the rest comes from the hub.
       include_path: directory of the user's own task files (YAML) for the harness.
-      limit: only the first so many documents of each task.
+      limit: number of documents of each task.
       chat: ask in the model's chat template.
       seed: of sampling.
       max_new_tokens: of an answer; None: 512 for HumanEval and MBPP, what the task says for others.
@@ -83,8 +83,7 @@ def evaluate(
 
     Args:
       tasks: "humaneval", "mbpp", or names of the harness's tasks and of those in `include_path`.
-      suite: "paper" adds the benchmarks of the paper; those whose data is missing are reported as missing
-        rather than stop the others.
+      suite: "paper" adds the benchmarks of the paper; missing data of one does not stop the others.
       scores: per cent of benchmarks in `ELSEWHERE`, for the suite's table; see `published.parse_scores`.
 
     Raises:
@@ -92,18 +91,14 @@ def evaluate(
     """
     if suite not in ("", "paper"):
         raise UserError(f"unknown suite {suite!r}: there is one, paper")
-    jobs: dict[str, Callable[[], TaskResult]] = {}
-    for name in PAPER if suite else ():
-        jobs[name] = lambda name=name: _run_paper_task(session, name, options)  # type: ignore[misc]
-    for task in dict.fromkeys([*(CODE if suite else ()), *tasks]):
-        run = _run_code if task in CODE else _run_harness
-        jobs[task] = lambda task=task, run=run: run(session, task, options)  # type: ignore[misc]
-    if not jobs:
+    names = dict.fromkeys([*PAPER, *CODE, *tasks] if suite else tasks)
+    if not names:
         raise UserError("nothing to evaluate: name --tasks, or --suite paper")
     results = []
-    for name, job in jobs.items():
+    for name in names:
+        run = _run_paper_task if name in PAPER else _run_code if name in CODE else _run_harness
         try:
-            results.append(job())
+            results.append(run(session, name, options))
         except UserError as error:
             if not suite or name in tasks:
                 raise
@@ -116,11 +111,7 @@ def evaluate(
 
 
 def check_tasks(tasks: Sequence[str], options: Options) -> None:
-    """Refuses unknown tasks, before a checkpoint is read.
-
-    Raises:
-      UserError: a task that there is not, with the nearest ones.
-    """
+    """Raises UserError for an unknown task, with the nearest names."""
     for task in tasks:
         if task not in CODE:
             _task_manager(task, options)
@@ -183,7 +174,7 @@ def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
 
 @functools.lru_cache(maxsize=4)
 def _task_manager(task: str, options: Options) -> Any:
-    """The harness's index of tasks: of our files and the user's, and only if need be of its own 14,000."""
+    """The harness's index of tasks: of our files and the user's, and if need be of its own 14,000."""
     _set_offline()  # read when the hub's library is imported
     import lemur_jax.evals.harness  # noqa: F401  # says so if lm-eval is missing
 
@@ -203,7 +194,7 @@ def _task_manager(task: str, options: Options) -> Any:
 
 
 def _set_offline() -> None:
-    """Without a network the hub's library retries for half a minute before it says so; now it uses its cache alone."""
+    """Without a network, makes the hub's library use its cache alone instead of retrying for half a minute."""
     if "HF_HUB_OFFLINE" in os.environ:
         return
     hub = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
@@ -215,7 +206,7 @@ def _set_offline() -> None:
 
 
 def format_results(results: Sequence[TaskResult], name: str) -> str:
-    """Ours beside the paper's, then whatever has no counterpart there, then what is missing."""
+    """A table of ours beside the paper's scores, then all metrics, then what is missing."""
     by_task = {item.task: item for item in results}
     shown = [task for task in next(iter(PUBLISHED.values())) if task in by_task]
     lines = []

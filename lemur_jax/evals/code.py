@@ -32,7 +32,7 @@ def solve(
     """Generates one answer to each problem and judges it; no bos in front of the prompts.
 
     Args:
-      chat: ask in the model's chat template, rather than let it continue the prompt.
+      chat: ask in the model's chat template.
 
     Raises:
       UserError: as `complete`, or `chat` without a chat template.

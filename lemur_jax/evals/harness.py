@@ -1,10 +1,8 @@
 """Our models in lm-evaluation-harness, as its model `lemur`.
 
-Tokenization, windows, truncation and stops are those of the harness's own `hf` model, so both give the
-same numbers for one checkpoint. One default differs: no bos is put in front (the paper's protocol);
-`add_bos=True` is the other way.
-
-Importing this module needs lm-eval (`pip install 'lemur_jax[eval]'`) and registers the model.
+Tokenization, windows, truncation and stops are those of the harness's `hf` model, so both give the same numbers for
+one checkpoint. One default differs: no bos in front (the paper's protocol) without `add_bos=True`.
+Importing this module registers the model.
 """
 
 from typing import Any
@@ -33,12 +31,12 @@ class LemurLM(TemplateLM):
     """A session behind the harness's interface.
 
     Args:
-      session: opened already; or else
-      checkpoint: where to open it from, with `mesh`, `dtype` and `step` of `options` as `lemur generate` takes them.
+      session: the model; or else
+      checkpoint: opened with `mesh`, `dtype` and `step` of `options` as `lemur generate` takes them.
       add_bos: put bos in front of every text.
       batch_tokens: tokens of a batch, padding and room for generation included.
-      seed: of sampling, where a task samples.
-      options: whatever else the harness passes (batch_size, device and the like) is ignored.
+      seed: of sampling.
+      options: others that the harness passes (batch_size, device and the like) are ignored.
     """
 
     def __init__(
@@ -139,7 +137,7 @@ class LemurLM(TemplateLM):
                 batch_tokens=self.batch_tokens,
             )
             for index, text in zip(members, texts, strict=True):
-                # Decoded alone, as the `hf` model does, and not after its prompt.
+                # Decoded without its prompt, as the `hf` model does.
                 answer = self.tokenizer.decode(text.content, skip_special=True)
                 answers[index] = postprocess_generated_text(answer, stops, None)
                 self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])

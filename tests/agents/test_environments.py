@@ -27,11 +27,7 @@ def test_block():
 @pytest.mark.parametrize(
     ("action", "verdict", "seen"),
     [
-        (
-            "Sure:\n```python\ndef double(x):\n    return math.floor(2 * x)\n```",
-            "passed",
-            "All tests passed.",
-        ),
+        ("Sure:\n```python\ndef double(x):\n  return math.floor(2 * x)\n```", "passed", "All tests passed."),
         ("```python\ndef double(x):\n    return x\n```", "wrong answer", "AssertionError: two"),
         ("```python\ndef double(x:\n```", "syntax", "SyntaxError"),
         ("```python\n```", "no code", "no code"),

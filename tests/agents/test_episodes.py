@@ -6,14 +6,7 @@ import sys
 import pytest
 
 from lemur_jax.agents import environments, episodes
-from lemur_jax.agents.episodes import (
-    failure,
-    format_episodes,
-    open_environments,
-    run_episode,
-    success_by_turn,
-    to_json,
-)
+from lemur_jax.agents.episodes import failure, format_episodes, run_episode, success_by_turn, to_json
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from tests.helpers.agents import scripted
@@ -53,18 +46,8 @@ def test_success_by_turn(count):
 
 def test_an_endpoint_that_is_not_there_is_one_line(capsys):
     pytest.importorskip("openai", reason="openai is not installed: pip install '.[eval]'")
-    words = [
-        "eval",
-        "--agents",
-        "bash",
-        "--limit",
-        "1",
-        "--endpoint",
-        "http://127.0.0.1:9/v1",
-        "--endpoint-model",
-        "x",
-    ]
-    assert main(words) == 2
+    words = "eval --agents bash --limit 1 --endpoint http://127.0.0.1:9/v1 --endpoint-model x"
+    assert main(words.split()) == 2
     err = capsys.readouterr().err
     assert "the endpoint http://127.0.0.1:9/v1, model 'x': Connection error" in err
     assert len(err.splitlines()) == 1
@@ -94,4 +77,4 @@ def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, c
 
 def test_unknown_environment():
     with pytest.raises(UserError, match="unknown environment 'x'"):
-        open_environments(["x"])
+        episodes.open_environments(["x"])

@@ -136,14 +136,11 @@ def test_mbpp(tmp_path, start):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (b'{"task_id": 3, "text', r"line 2 of .* is not a JSON object \(Unterminated"),
-        (b"17", "line 2 of .* is not a JSON object"),
-        (
-            b'{"task_id": 3, "prompt": "x", "code": "y", "test_list": []}',
-            "line 2 of .* lacks text: .* sanitized",
-        ),
+        (b'{"task_id": 3, "text', r"is not the whole mbpp.jsonl .* \(Unterminated"),
+        (b"17", "is not the whole mbpp.jsonl"),
+        (b'{"task_id": 3, "prompt": "x", "code": "y", "test_list": []}', "lacks text.* sanitized"),
         (b"", r"lacks the example tasks \[3, 4\]"),
-        (b"\xff\xfe", "is not UTF-8"),
+        (b"\xff\xfe", "utf-8"),
     ],
 )
 def test_another_file_than_mbpp_is_named(tmp_path, line, expected):

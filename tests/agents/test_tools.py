@@ -25,18 +25,10 @@ def errand(name):
 
 
 SOLUTIONS = {
-    "status": [
-        call("find_orders", customer="Ada"),
-        call("get_order", number=1001),
-        "It was last seen in Leeds.",
-    ],
+    "status": [call("find_orders", customer="Ada"), call("get_order", number=1001), "Last seen in Leeds."],
     "total": [call("find_orders", customer="alan"), "Together 40 + 18 = 58."],
     "cancel": ["What is your name?", call("cancel_order", number="1004"), "Done."],
-    "address": [
-        "Where to?",
-        call("set_address", number="1005", address="4 Hill Road"),
-        "Done. Anything else?",
-    ],
+    "address": ["Where to?", call("set_address", number="1005", address="4 Hill Road"), "Done. More?"],
     "compute": [call("python", code="a, b = 0, 1\nfor _ in range(30): a, b = b, a + b\nprint(a)"), "832,040"],
 }
 
@@ -114,11 +106,9 @@ def test_tools_are_described_as_openai_wants_it():
 
 
 def test_page(tmp_path):
-    from lemur_jax.agents.episodes import to_json
-
     traces = [run_episode(errand("cancel"), scripted("<script>", "Done."), max_turns=2)]
     traces.append(run_episode(errand("status"), scripted("x", "Leeds"), max_turns=2))
-    text = agents_page(to_json(traces, 2), "a <model>")
+    text = agents_page(traces, 2, "a <model>")
     assert '<td data-head="turn 1">0.0</td><td data-head="turn 2">50.0</td>' in text
     assert '<th scope="col">wrong answer</th>' in text
     assert "tools/status: solved in turn 2" in text

@@ -28,18 +28,9 @@ def session(chat_model):
 
 
 def test_humaneval_and_agents_from_a_checkpoint_to_json(problems, chat_model, tmp_path, capsys):
-    words = [
-        "eval",
-        "--checkpoint",
-        str(chat_model),
-        "--tasks",
-        "humaneval",
-        "--limit",
-        "1",
-        "--max-new-tokens",
-        "8",
-    ]
-    assert main([*words, "--agents", "bash", "--turns", "2", "--json", str(tmp_path / "out.json")]) == 0
+    words = f"eval --checkpoint {chat_model} --json {tmp_path / 'out.json'} --tasks humaneval --limit 1"
+    words += " --max-new-tokens 8 --agents bash --turns 2"
+    assert main(words.split()) == 0
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("Lemur-70B-Chat", "61.0", "solved, %"))
     written = json.loads((tmp_path / "out.json").read_text())
@@ -54,9 +45,8 @@ def test_a_chat_model_is_asked_in_its_template(session, problems, monkeypatch):
 
     def complete(session, prompts, **options):
         asked.extend(prompts)
-        return [Completion(text="    return 1\n", tokens=(), logprobs=(), finish_reason="stop")] * len(
-            prompts
-        )
+        answer = Completion(text="    return 1\n", tokens=(), logprobs=(), finish_reason="stop")
+        return [answer] * len(prompts)
 
     monkeypatch.setattr(code, "complete", complete)
     options = {"stops": code.HUMANEVAL_STOPS, "sampling": code.HUMANEVAL_SAMPLING}
@@ -64,9 +54,8 @@ def test_a_chat_model_is_asked_in_its_template(session, problems, monkeypatch):
     code.solve(session, problems[:1], **options)
     prompt = problems[0].prompt
     text, plain = map(session.tokenizer.decode, asked)
-    assert text.startswith(
-        f"<|im_start|>user\nComplete the following python function.\n\n\n{prompt.strip()}<|im_end|>"
-    )
+    head = "<|im_start|>user\nComplete the following python function.\n\n\n"
+    assert text.startswith(f"{head}{prompt.strip()}<|im_end|>")
     assert text.endswith(f"<|im_start|>assistant\nHere is the completed function:\n\n\n{prompt}")
     assert plain == prompt
 
@@ -92,13 +81,11 @@ def test_unknown_tasks_suggest_the_nearest_before_weights_are_read(chat_model, m
     tasks = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed: pip install '.[eval]'")
     whole = tasks.TaskManager
     # Its own 14,000 tasks take it seconds to list.
-    monkeypatch.setattr(
-        tasks, "TaskManager", lambda **options: whole(**options | {"include_defaults": False})
-    )
-    assert main(["eval", "--checkpoint", str(chat_model), "--tasks", "lemur_mlu"]) == 2
-    assert "unknown task 'lemur_mlu': did you mean lemur_mmlu" in capsys.readouterr().err
-    assert main(["eval", "--checkpoint", str(chat_model), "--tasks", "human_eval"]) == 2
-    assert "did you mean humaneval?" in capsys.readouterr().err
+    ours = {"include_defaults": False}
+    monkeypatch.setattr(tasks, "TaskManager", lambda **options: whole(**options | ours))
+    for name, near in (("lemur_mlu", "lemur_mmlu"), ("human_eval", "humaneval")):
+        assert main(["eval", "--checkpoint", str(chat_model), "--tasks", name]) == 2
+        assert f"unknown task '{name}': did you mean {near}" in capsys.readouterr().err
 
 
 TASK = """
@@ -114,9 +101,8 @@ doc_to_target: "{{text}}"
 def test_a_task_of_the_hub_without_a_network_is_one_line(session, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
     (tmp_path / "task.yaml").write_text(TASK)
-    with pytest.raises(
-        UserError, match="'of_the_hub': its data set is not in the cache and the hub"
-    ) as found:
+    message = "'of_the_hub': its data set is not in the cache and the hub"
+    with pytest.raises(UserError, match=message) as found:
         benchmarks.evaluate(session, ["of_the_hub"], benchmarks.Options(include_path=str(tmp_path)))
     assert "\n" not in str(found.value)
 

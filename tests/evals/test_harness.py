@@ -18,11 +18,13 @@ from lm_eval.tasks import TaskManager
 from lemur_jax.evals.harness import LemurLM
 from lemur_jax.infer import score as scoring
 
-CHOICE = """
-task: local_choice
+HEAD = """
+task: local_NAME
 dataset_path: json
 dataset_kwargs: {data_files: {test: DATA}}
 test_split: test
+"""
+CHOICE = """
 output_type: multiple_choice
 doc_to_text: "{{question}}\\nAnswer:"
 doc_to_choice: ["A", "B", "a longer answer"]
@@ -30,10 +32,6 @@ doc_to_target: 1
 metric_list: [{metric: acc}]
 """
 GENERATE = """
-task: local_generate
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "x"
@@ -41,10 +39,6 @@ generation_kwargs: {until: ["e"], max_gen_toks: 24, do_sample: false}
 metric_list: [{metric: exact_match}]
 """
 ROLLING = """
-task: local_rolling
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"
@@ -73,19 +67,16 @@ def tasks(tmp_path_factory):
     ]
     (path / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     for name, text in (("choice", CHOICE), ("generate", GENERATE), ("rolling", ROLLING)):
-        (path / f"{name}.yaml").write_text(text.replace("DATA", str(path / "data.jsonl")))
+        head = HEAD.replace("NAME", name).replace("DATA", str(path / "data.jsonl"))
+        (path / f"{name}.yaml").write_text(head + text)
     return TaskManager(include_path=str(path), include_defaults=False)
 
 
 def samples(model, tasks, **options):
     """Raw responses by task and document."""
-    found = simple_evaluate(
-        model=model,
-        tasks=["local_choice", "local_generate", "local_rolling"],
-        task_manager=tasks,
-        bootstrap_iters=0,
-        **options,
-    )["samples"]
+    names = ["local_choice", "local_generate", "local_rolling"]
+    options |= {"model": model, "tasks": names, "task_manager": tasks}
+    found = simple_evaluate(**options, bootstrap_iters=0)["samples"]
     order = {name: sorted(items, key=lambda item: item["doc_id"]) for name, items in found.items()}
     return {name: [item["resps"] for item in items] for name, items in order.items()}
 
@@ -98,11 +89,8 @@ def test_local_tasks_give_what_the_harness_gives(ours, theirs, tasks, chat):
     for mine, his in zip(got["local_choice"], expected["local_choice"], strict=True):
         assert [r[0][1] for r in mine] == [r[0][1] for r in his]
         np.testing.assert_allclose([r[0][0] for r in mine], [r[0][0] for r in his], atol=1e-3)
-    np.testing.assert_allclose(
-        [float(r[0][0]) for r in got["local_rolling"]],
-        [float(r[0][0]) for r in expected["local_rolling"]],
-        atol=1e-3,
-    )
+    mine, his = ([float(r[0][0]) for r in found["local_rolling"]] for found in (got, expected))
+    np.testing.assert_allclose(mine, his, atol=1e-3)
 
 
 def instances(kind, *arguments):

@@ -11,6 +11,7 @@ import pytest
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.evals import code
+from lemur_jax.evals.published import parse_scores
 from lemur_jax.evals.tasks import data as tasks
 from lemur_jax.infer import complete
 from lemur_jax.infer.generate import Completion
@@ -48,18 +49,11 @@ def data(tmp_path_factory):
     problems = [{"question": "How many?", "answer": "Two and two.\n#### 1,204"}]
     write(root, "gsm8k", "main", "test", problems)
     # As google-research/mbpp has them, Windows' line ends included; 601 and above are not for the test.
-    items = [
-        {
-            "text": f"Write a function that gives {n}.",
-            "code": f"def give():\r\n  return {n}",
-            "task_id": n,
-            "test_setup_code": "import math",
-            "test_list": [f"assert give() == math.floor({n}.5)"],
-            "challenge_test_list": [],
-        }
-        for n in (1, 2, 3, 4, 11, 12, 601)
-    ]
-    (root / "mbpp.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    with (root / "mbpp.jsonl").open("w") as file:
+        for n in (1, 2, 3, 4, 11, 12, 601):
+            item = {"text": f"Write a function that gives {n}.", "code": f"def give():\r\n  return {n}"}
+            item |= {"task_id": n, "test_setup_code": "import math", "challenge_test_list": []}
+            file.write(json.dumps(item | {"test_list": [f"assert give() == math.floor({n}.5)"]}) + "\n")
     return root
 
 
@@ -92,9 +86,8 @@ def test_bbh_is_direct_after_three_examples(data):
     assert "think step by step" not in boolean["prompt"]
     assert tasks.bbh_result(boolean, [" True\n"]) == {"exact_match": ("boolean_expressions", True)}
     assert tasks.bbh_result(boolean, [" False."]) == {"exact_match": ("boolean_expressions", False)}
-    assert tasks.mean_over_tasks([("a", True), ("a", True), ("a", False), ("b", False)]) == pytest.approx(
-        1 / 3
-    )
+    verdicts = [("a", True), ("a", True), ("a", False), ("b", False)]
+    assert tasks.mean_over_tasks(verdicts) == pytest.approx(1 / 3)
 
 
 def test_gsm8k_is_a_chain_of_thought_after_eight(data):
@@ -110,15 +103,8 @@ def test_gsm8k_is_a_chain_of_thought_after_eight(data):
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [
-        (" (B)", "(b)"),
-        ("(B) 4 July. Because", "(b)"),
-        ("TRUE.\nQ: more", "true"),
-        ("] ) )", "] ) )"),
-        ("[ ( a )", "[ ( a )"),
-        ("arson aspect", "arson aspect"),
-        ("", ""),
-    ],
+    [(" (B)", "(b)"), ("(B) 4 July. Because", "(b)"), ("TRUE.\nQ: more", "true"), ("", "")]
+    + [(text, text) for text in ("] ) )", "[ ( a )", "arson aspect")],
 )
 def test_short_answer(text, answer):
     assert tasks.short_answer(text) == answer
@@ -178,17 +164,7 @@ def all_knowing(data, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 def test_a_model_that_knows_everything_gets_full_marks(data, roomy, all_knowing, tmp_path, capsys):
     # 128 tokens of an answer leave the end of the longest prompts in this model's 1,024.
-    words = [
-        "eval",
-        "--checkpoint",
-        str(roomy),
-        "--suite",
-        "paper",
-        "--data",
-        str(data),
-        "--max-new-tokens",
-        "128",
-    ]
+    words = f"eval --checkpoint {roomy} --suite paper --data {data} --max-new-tokens 128".split()
     for options in ([], ["--chat"]):
         out = tmp_path / "out.json"
         assert main([*words, *options, "--scores", "Spider=12.34", "--json", str(out)]) == 0
@@ -199,9 +175,7 @@ def test_a_model_that_knows_everything_gets_full_marks(data, roomy, all_knowing,
         assert results["MBPP"]["detail"]["problems"] == 2
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("MMLU", "Spider", "DS-1000", "30.7"))
-    assert (
-        "MultiPL-E was not run: it has a harness of its own (bigcode-eval --task multiple-LANGUAGE)" in shown
-    )
+    assert "MultiPL-E was not run: it has a harness of its own (bigcode-eval --task multiple-" in shown
     assert "12.3" in shown.split("checkpoint")[1].splitlines()[0]
     assert "Spider was not run" not in shown
 
@@ -217,7 +191,17 @@ def test_a_damaged_or_other_file_is_named(tmp_path):
 
 
 def test_missing_data_says_what_to_bring(tmp_path):
-    with pytest.raises(
-        UserError, match=r"mmlu needs .*/mmlu/all/dev\*.parquet, or the hub .* hf download cais/mmlu"
-    ):
+    message = r"mmlu needs .*/mmlu/all/dev\*.parquet, or the hub .* hf download cais/mmlu"
+    with pytest.raises(UserError, match=message):
         tasks.mmlu(str(tmp_path))
+
+
+def test_scores_of_other_harnesses():
+    assert parse_scores("Spider=62.8,DS-1000=0") == {"Spider": 62.8, "DS-1000": 0.0}
+    assert parse_scores("") == {}
+
+
+@pytest.mark.parametrize("text", ["Spider", "Spider=x", "MMLU=50", "Spider=101", "Spider=nan"])
+def test_bad_scores_are_refused_before_a_checkpoint_is_opened(text, capsys):
+    assert main(["eval", "--checkpoint", "nowhere", "--suite", "paper", "--scores", text]) == 2
+    assert f"cannot read the score {text!r}" in capsys.readouterr().err

@@ -1,8 +1,8 @@
-"""Where the task files beside this have their questions, prompts and verdicts from.
+"""Questions, prompts and verdicts of the task files in this directory.
 
-Prompts and verdicts follow the paper's own evaluation code (OpenLemur/Lemur, `xchat/eval`); where they do not, it is
-said. Data come from `DIR/NAME/CONFIG/SPLIT*.parquet` (a downloaded repository of the hub) or else from the hub itself.
-The examples of BBH and GSM8K are those that the installed harness ships with its own tasks.
+They follow the paper's own evaluation code (OpenLemur/Lemur, `xchat/eval`) unless noted. Data come from
+`DIR/NAME/CONFIG/SPLIT*.parquet` (a downloaded repository of the hub) or else from the hub. The examples of BBH and
+GSM8K are those of the installed harness.
 """
 
 import collections
@@ -31,11 +31,7 @@ Document = dict[str, Any]
 
 
 def mmlu(data: str = "", **_: Any) -> dict[str, Any]:
-    """Questions of all subjects, each with the first 5 development questions of its subject in front.
-
-    Raises:
-      UserError: the data are neither in `data` nor on a hub that can be reached.
-    """
+    """Questions of all subjects, each after the first 5 development questions of its subject."""
     shots = collections.defaultdict(list)
     for row in rows("mmlu", "all", "dev", data):
         shots[row["subject"]].append(f"{_question(row)} {LETTERS[row['answer']]}\n\n")
@@ -54,11 +50,7 @@ def _question(row: Mapping[str, Any]) -> str:
 
 
 def bbh(data: str = "", **_: Any) -> dict[str, Any]:
-    """Questions of all tasks, each with its task's description and 3 examples in front.
-
-    Raises:
-      UserError: as `mmlu`.
-    """
+    """Questions of all tasks, each after its task's description and 3 examples."""
     found = []
     for path in sorted((_harness_tasks() / "bbh/fewshot").glob("*.yaml")):
         settings = yaml.safe_load(path.read_text())
@@ -79,10 +71,9 @@ def bbh_result(doc: Document, results: Sequence[str]) -> dict[str, tuple[str, bo
 
 
 def short_answer(text: str) -> str:
-    """What comes before the first full stop, or the letter of the first option in it; case does not matter.
+    """The text before the first full stop, or the first option letter in it, in lower case.
 
-    The paper's code also leaves out all punctuation, and so takes any brackets of the right number for an answer to
-    Dyck languages; here they must be the right ones.
+    The paper's code also removes punctuation, and so accepts any right number of brackets in Dyck languages.
     """
     said = text.strip().partition("\n")[0].partition(".")[0].strip().lower()
     option = re.search(r"\(\w\)", said)
@@ -90,7 +81,7 @@ def short_answer(text: str) -> str:
 
 
 def mean_over_tasks(items: Iterable[tuple[str, bool]]) -> float:
-    """The mean over tasks of the share of right answers: tasks weigh alike, large or small."""
+    """The mean over tasks of the share of right answers."""
     by_task = collections.defaultdict(list)
     for task, right in items:
         by_task[task].append(right)
@@ -98,11 +89,7 @@ def mean_over_tasks(items: Iterable[tuple[str, bool]]) -> float:
 
 
 def gsm8k(data: str = "", **_: Any) -> dict[str, Any]:
-    """Test questions with 8 worked ones in front.
-
-    Raises:
-      UserError: as `mmlu`.
-    """
+    """Test questions, each after 8 worked ones."""
     settings = yaml.safe_load((_harness_tasks() / "gsm8k/gsm8k-cot.yaml").read_text())
     shots = settings["fewshot_config"]["samples"][:8]
     head = "Answer the following questions.\n\n"
@@ -122,7 +109,7 @@ def gsm8k_result(doc: Document, results: Sequence[str]) -> dict[str, bool]:
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text, thousands separated by commas or not: "$1,200.50." is 1200.5."""
+    """The last number in a text: 1200.5 of "$1,200.50."."""
     found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     return float(found[-1].replace(",", "")) if found else None
 
@@ -131,7 +118,7 @@ def rows(name: str, config: str, split: str, data: str = "") -> list[Document]:
     """The documents of a split, from `data/NAME/CONFIG` or from the hub.
 
     Raises:
-      UserError: they are in neither, and it says which files to bring; or a file is damaged or another one.
+      UserError: they are in neither, or a file is damaged or another one.
     """
     repository = REPOSITORIES[name]
     paths = sorted((epath.Path(data) / name / config).glob(f"{split}*.parquet")) if data else []
