@@ -111,29 +111,27 @@ def mbpp(path: epath.PathLike) -> list[Problem]:
 
 
 def _question(item: Mapping[str, Any]) -> str:
+    tests = "\n".join(item["test_list"][:3])
     return (
         f"You are an expert Python programmer, and here is your task: {item['text']}"
-        f" Your code should pass these tests:\n\n{_tests(item)}\n[BEGIN]\n"
+        f" Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
     )
 
 
 def _chat_question(item: Mapping[str, Any]) -> Message:
+    tests = "\n".join(item["test_list"][:3])
     return _user(
         f"You are an expert Python programmer, and here is your task: {item['text']}\nYour code should pass these"
-        f" tests:\n\n{_tests(item)}\nYour code should start with a [PYTHON] tag and end with a [/PYTHON] tag.\n"
+        f" tests:\n\n{tests}\nYour code should start with a [PYTHON] tag and end with a [/PYTHON] tag.\n"
     )
-
-
-def _chat_answer(item: Mapping[str, Any]) -> Message:
-    return {"role": "assistant", "content": f"[PYTHON]\n{item['code']}\n[/PYTHON]"}
-
-
-def _tests(item: Mapping[str, Any]) -> str:
-    return "\n".join(item["test_list"][:3])
 
 
 def _user(content: str) -> Message:
     return {"role": "user", "content": content}
+
+
+def _chat_answer(item: Mapping[str, Any]) -> Message:
+    return {"role": "assistant", "content": f"[PYTHON]\n{item['code']}\n[/PYTHON]"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

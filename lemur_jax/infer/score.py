@@ -85,8 +85,8 @@ def score(
     scores: dict[int, Score] = {}
     run = _program(session.model, session.compute, top)
     for rows, T, P, B in _batches(session, _merge_requests(requests), batch_tokens):
-        outputs = run(session.params, *(put(session, array) for array in _pack(rows, T, P, B)))
-        outputs = [np.asarray(output) for output in outputs]
+        arrays = (put(session, array) for array in _pack(rows, T, P, B))
+        outputs = [np.asarray(output) for output in run(session.params, *arrays)]
         for index, row in enumerate(rows):
             for request in row.requests:
                 scores[request] = _unpack(row, requests[request][1], *(output[index] for output in outputs))

@@ -16,7 +16,7 @@ from typing import Any
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.complete import complete
-from lemur_jax.infer.generate import Completion, stream
+from lemur_jax.infer.generate import Completion, check_ids, stream
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.score import score
 from lemur_jax.infer.session import Session
@@ -133,8 +133,8 @@ class _Server:
         prompts = [prompt for prompt in ids for _ in range(copies)]
         if flag(body, "stream"):
             self._one_alone(prompts)
-            options, kind = self._options(body, prompts, 16), "text_completion"
-            return await self._stream(request, prompts[0], options, kind, lambda text: {"text": text})
+            how, kind = self._options(body, prompts, 16), "text_completion"
+            return await self._stream(request, prompts[0], how, kind, lambda text: {"text": text})
         echo, top = flag(body, "echo"), None
         if body.get("logprobs") is not None and body["logprobs"] is not False:
             top = integer(body, "logprobs", 0, 0, MOST_TOP)
@@ -184,6 +184,7 @@ class _Server:
         key = "max_tokens" if body.get("max_tokens") is not None else "max_completion_tokens"
         limit = integer(body, key, default, 1, longest)
         for prompt in prompts:
+            check_ids(self.session, "the prompt", prompt)
             if len(prompt) + limit > longest:
                 raise UserError(
                     f"{len(prompt)} tokens of prompt and {key} {limit} are more than the model's {longest}"

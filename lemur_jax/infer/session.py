@@ -91,7 +91,6 @@ def load(
     if weights == "int8":
         check_installed()
     mesh = make_mesh(mesh_sizes, devices, option="--mesh")
-    _check_mesh(mesh)
     source = open_source(checkpoint, step)
     wanted = abstract_params(source.model, mesh, dtype)
     tokenizer = Tokenizer.from_files(source.tokenizer_files) if source.tokenizer_files else None
@@ -118,7 +117,6 @@ def make_session(
     Raises:
       UserError: the mesh does not fit the model.
     """
-    _check_mesh(mesh)
     wanted = abstract_params(model, mesh, dtype)
     # Nothing is copied where dtype and sharding are right already.
     params = jax.tree.map(lambda x, want: jax.device_put(x.astype(want.dtype), want.sharding), params, wanted)
@@ -135,15 +133,12 @@ def make_session(
     )
 
 
-def _check_mesh(mesh: Mesh) -> None:
+def abstract_params(model: LlamaConfig, mesh: Mesh, dtype: str) -> Params:
+    """The parameter tree as ShapeDtypeStructs with shardings; UserError if the mesh does not fit the model."""
     if mesh.shape["sequence"] > 1:
         raise UserError(
             f"generation cannot shard the sequence: mesh axis sequence is {mesh.shape['sequence']}: set it to 1"
         )
-
-
-def abstract_params(model: LlamaConfig, mesh: Mesh, dtype: str) -> Params:
-    """The parameter tree as ShapeDtypeStructs with shardings; UserError if the mesh does not fit the model."""
     params = llama.abstract_params(model, dtype)
     shardings = param_shardings(mesh, params, llama.logical_axes(model))
     return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), params, shardings)

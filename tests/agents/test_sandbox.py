@@ -12,7 +12,7 @@ import time
 import pytest
 
 from lemur_jax.agents import sandbox
-from lemur_jax.agents.sandbox import Limits, Result, run, run_python
+from lemur_jax.agents.sandbox import Limits, run, run_python
 from lemur_jax.common.errors import UserError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
@@ -206,22 +206,8 @@ print(two.recv(10).decode())
     assert isolated(program).output == "True\nTrue\nTrue\npairs work\n"
 
 
-def test_no_way_to_more_rights(isolated):
-    program = """
-import os
-os.mkdir('d')
-for attempt in (lambda: os.setuid(0), lambda: os.chroot('d')):
-    try:
-        attempt()
-        print('done')
-    except OSError:
-        pass
-"""
-    assert isolated(program).output == ""
-
-
 def open_to_all(directory):
-    """pytest keeps its directories to the user; how deep they lie depends on how it is started."""
+    """pytest's directories are closed to other users, at a depth that depends on how it is started."""
     for path in (directory, *directory.parents):
         if path.stat().st_uid == os.getuid() and path.parent != path and not path.stat().st_mode & 0o005:
             path.chmod(0o755)
@@ -308,6 +294,8 @@ attempts = {
     'memfd': memory,
     'user namespace': lambda: fork_with(0x10000000),
     'mount namespace': lambda: fork_with(0x00020000),
+    'setuid': lambda: os.setuid(0),
+    'chroot': lambda: os.chroot('.'),
     'io_uring': lambda: system_call(io_uring, 1, ctypes.create_string_buffer(200)),
 }
 for name, attempt in attempts.items():
@@ -331,19 +319,11 @@ def test_nothing_outside_the_box_can_be_changed_slowed_or_left_behind(isolated, 
     victim = subprocess.Popen(["sleep", "60"], **({"user": 65534} if os.getuid() == 0 else {}))
 
     def state():
-        times = secret.stat()
-        limits = pathlib.Path(f"/proc/{victim.pid}/limits").read_text()
-        nice = os.getpriority(os.PRIO_PROCESS, victim.pid)
-        shared = [pathlib.Path(f"/proc/sysvipc/{kind}").read_text() for kind in ("shm", "sem", "msg")]
-        return (
-            limits,
-            nice,
-            os.sched_getaffinity(victim.pid),
-            times.st_mode,
-            times.st_uid,
-            times.st_mtime,
-            shared,
-        )
+        found = secret.stat()
+        files = [f"{victim.pid}/limits", *(f"sysvipc/{kind}" for kind in ("shm", "sem", "msg"))]
+        texts = [pathlib.Path("/proc", file).read_text() for file in files]
+        process = os.getpriority(os.PRIO_PROCESS, victim.pid), os.sched_getaffinity(victim.pid)
+        return texts, process, found.st_mode, found.st_uid, found.st_mtime
 
     try:
         before = state()
@@ -388,7 +368,3 @@ def test_remove_tree(memory_disk):
     (tree / "closed").chmod(0)
     sandbox.remove_tree(tree)
     assert not tree.exists()
-
-
-def test_a_result_says_that_it_timed_out():
-    assert Result(code=None, output="", errors="", seconds=1.0, isolation="limited").timed_out

@@ -63,20 +63,16 @@ def test_weights_without_a_tokenizer(tmp_path):
         ({"checkpoint": "nowhere"}, "no checkpoint directory at nowhere"),
         ({"step": 8}, "no checkpoint of step 8"),
         ({"dtype": "int8"}, "cannot generate in dtype 'int8'"),
-        ({"mesh_sizes": ONE | {"sequence": 2}}, "mesh axis sequence is 2"),
-        ({"mesh_sizes": ONE | {"fsdp": 3}}, "multiply to the 2 devices here: set --mesh so that it does"),
+        ({"mesh_sizes": ONE | {"sequence": 2, "fsdp": 2}}, "mesh axis sequence is 2"),
+        ({"mesh_sizes": ONE | {"fsdp": 3}}, "multiply to the 4 devices here: set --mesh so that it does"),
+        ({"mesh_sizes": ONE | {"data": -1}, "checkpoint": "nowhere"}, "no checkpoint"),
         (
-            {"mesh_sizes": ONE | {"data": 2, "fsdp": 1, "tensor": -1}, "checkpoint": "nowhere"},
-            "no checkpoint",
+            {"mesh_sizes": ONE | {"tensor": 4}},
+            "'kv_heads' of size 2 is not divisible by 4.*: change the mesh",
         ),
     ],
 )
 def test_bad_input(checkpoint, changes, message):
-    options = {"checkpoint": checkpoint, "mesh_sizes": ONE | {"fsdp": 2}, "dtype": "float32"}
+    options = {"checkpoint": checkpoint, "mesh_sizes": ONE | {"fsdp": 4}, "dtype": "float32"}
     with pytest.raises(UserError, match=message):
-        load(**(options | changes), devices=jax.devices()[:2])
-
-
-def test_heads_that_the_mesh_does_not_divide(checkpoint):
-    with pytest.raises(UserError, match=r"'kv_heads' of size 2 is not divisible by 4.*: change the mesh"):
-        load(checkpoint, ONE | {"tensor": 4}, "float32", devices=jax.devices()[:4])
+        load(**(options | changes), devices=jax.devices()[:4])
