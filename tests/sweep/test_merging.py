@@ -50,12 +50,13 @@ def test_arithmetic_adds_up_runs_of_the_same_settings():
         assert len({part.ratio for part in merge.parts}) == 2
 
 
-@pytest.mark.parametrize("text", ["linear", "linear:x", "linear:inf", "mean:0.5"])
-def test_bad_input(text):
-    with pytest.raises(UserError, match="cannot read --merge"):
-        plan_merges([text], plan_runs(config_of(), ["1:0"], 1))
-
-
-def test_arithmetic_needs_two_specialists():
-    with pytest.raises(UserError, match="sweep two such ratios"):
-        plan_merges(["arithmetic:1"], plan_runs(config_of(), ["1:0", "10:1"], 2))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((text, "cannot read --merge") for text in ("linear", "linear:x", "linear:inf", "mean:0.5")),
+        ("arithmetic:1", "sweep two such ratios"),  # 10:1 is of two parts
+    ],
+)
+def test_bad_input(text, message):
+    with pytest.raises(UserError, match=message):
+        plan_merges([text], plan_runs(config_of(), ["1:0", "10:1"], 2))

@@ -1,0 +1,121 @@
+"""What TensorBoard's and W&B's own readers find in the files that a run leaves."""
+
+import builtins
+import json
+import struct
+import sys
+import types
+
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.telemetry.metrics import MetricsWriter
+
+
+def write_records(workdir, **trackers):
+    with MetricsWriter(workdir, **trackers) as writer:
+        writer.truncate_after(0)
+        writer.write({"step": 3, "kind": "train", "loss": 2.5, "loss/code": 1.25, "grad_norm": float("nan")})
+        writer.write({"step": 3, "kind": "eval", "task": "docs", "bits_per_byte": 0.5})
+        writer.write({"step": 4, "kind": "skip", "grad_norm": 9.0, "documents": ["code/a"]})
+
+
+def events(workdir):
+    """All events of a directory in the order of their files."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+            data = data[12 + length + 4 :]
+    return found
+
+
+def test_every_number_of_a_record_is_a_scalar_of_tensorboard(tmp_path):
+    write_records(tmp_path, tensorboard=True)
+    found = [(event.step, value) for event in events(tmp_path) for value in event.summary.value]
+    assert {(step, value.tag): value.simple_value for step, value in found} == {
+        (3, "train/loss"): 2.5,
+        (3, "train/loss/code"): 1.25,
+        (3, "eval/docs/bits_per_byte"): 0.5,
+        (4, "skip/grad_norm"): 9.0,
+    }
+
+
+def test_tensorboard_itself_shows_each_step_of_a_resumed_run_once(tmp_path, monkeypatch):
+    """Saved at step 2, killed after step 4, resumed, killed and resumed again."""
+    # With a module of this name TensorBoard reads without TensorFlow, whose import takes seconds.
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))
+    pytest.importorskip("tensorboardX")
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for number, (first, last) in enumerate([(0, 4), (2, 5), (4, 6)]):
+        with MetricsWriter(tmp_path, tensorboard=True) as writer:
+            writer.truncate_after(first)
+            for step in range(first + 1, last + 1):
+                writer.write({"step": step, "kind": "train", "loss": 10.0 * number + step})
+    shown = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert shown.Tags()["scalars"] == ["train/loss"]
+    assert [(event.step, event.value) for event in shown.Scalars("train/loss")] == [
+        (1, 1.0), (2, 2.0), (3, 13.0), (4, 14.0), (5, 25.0), (6, 26.0),
+    ]  # fmt: skip
+
+
+def log_records(data):
+    """The records of a LevelDB log, after W&B's seven bytes: blocks of 32 KiB, a record in one piece or more."""
+    at, pieces = 7, b""
+    while at + 7 <= len(data):
+        room = 32768 - at % 32768
+        if room < 7:
+            at += room
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        pieces += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            yield pieces
+            pieces = b""
+
+
+def test_offline_run_holds_every_number(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    workdir = tmp_path / "my-run"
+    write_records(workdir, wandb=True)
+    wandb.teardown()  # ends W&B's own process, which writes the file
+    (file,) = (workdir / "wandb").glob("offline-run-*/*.wandb")
+    rows, names = [], []
+    for data in log_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record.FromString(data)
+        names += [record.run.display_name] if record.HasField("run") else []
+        if record.HasField("history"):
+            items = {
+                item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            rows.append({key: value for key, value in items.items() if not key.startswith("_")})
+    assert names[0] == "my-run"
+    assert rows == [
+        {"step": 3, "train/loss": 2.5, "train/loss/code": 1.25},
+        {"step": 3, "eval/docs/bits_per_byte": 0.5},
+        {"step": 4, "skip/grad_norm": 9.0},
+    ]
+
+
+@pytest.mark.parametrize(("package", "tracker"), [("tensorboardX", "tensorboard"), ("wandb", "wandb")])
+def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch, package, tracker):
+    real = builtins.__import__
+
+    def blocked(name, *arguments, **options):
+        if name == package:
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", blocked)
+    writer = MetricsWriter(tmp_path, **{tracker: True})
+    with writer, pytest.raises(UserError, match=rf"pip install 'lemur_jax\[{tracker}\]'"):
+        writer.truncate_after(0)
