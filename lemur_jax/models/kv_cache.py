@@ -1,11 +1,10 @@
 """Keys and values of what was read so far, laid out and sharded like the model.
 
-Axis legend: L layers, B batch, S cache slot, T query position, K key heads, H query heads, N head width.
+Axes: L layers, B batch, S cache slot, T query position, K key heads, H query heads, N head width.
 
-A slot is a place in the cache, not a position in the text: keys are stored rotated, so attention does
-not care in which order they lie. Prompts lie left-aligned in the first slots; whatever is generated
-goes to one slot for the whole batch, after the longest prompt. So a step writes one contiguous slice
-in place, however ragged the batch, and a mask hides the gap behind each shorter prompt.
+A slot is a place in the cache, not a position in the text: keys are stored rotated, so their order does not matter.
+Prompts are left-aligned in the first slots; generated tokens go to one slot for the whole batch, after the longest
+prompt. So a step writes one contiguous slice in place, and a mask hides the gap behind each shorter prompt.
 """
 
 import dataclasses

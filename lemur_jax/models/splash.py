@@ -36,14 +36,14 @@ def splash_attention(
 ) -> jax.Array:
     """Causal attention inside segments by the splash kernels.
 
-    With a `sequence` axis above 1, each device trades its slice of positions for a slice of heads
-    before the kernel and back after it (Jacobs et al. 2023, "DeepSpeed Ulysses"), so that the causal
-    triangle costs every device the same; key heads fewer than devices are repeated for the trade.
+    With a `sequence` axis above 1, each device trades its slice of positions for a slice of heads before the kernel
+    and back after it (Jacobs et al. 2023, "DeepSpeed Ulysses"), so that the causal triangle costs every device the
+    same; key heads fewer than devices are repeated for the trade. Off TPU the kernels run in the interpreter.
 
     Args:
       query: [B, T, H, N]; key, value: [B, T, K, N]; all rotated.
       segment_ids: int32 [B, T]; documents packed in a row do not see each other.
-      mesh: the device mesh; None: one device. Off TPU the kernels run in the interpreter.
+      mesh: the device mesh; None: one device.
       blocks: as in `block_sizes`.
 
     Returns:

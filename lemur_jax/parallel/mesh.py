@@ -27,7 +27,7 @@ def mesh_shape(
       option: how the user sets the sizes, for messages.
 
     Raises:
-      UserError: more than one −1, a size below 1, or a product that is not `num_devices`.
+      UserError: the sizes do not multiply to `num_devices`, or `MeshConfig` refuses them.
     """
     sizes = sizes if isinstance(sizes, MeshConfig) else MeshConfig(**sizes)
     shape = [getattr(sizes, axis) for axis in AXES]

@@ -185,9 +185,8 @@ def _changes(index: int, run: Run, colours: dict[str, int]) -> list[Line]:
     for key in _groups(run):
         group = key.removeprefix("change/")
         points = [(0, 0.0), *_points(run.balance, key)]
-        lines.append(
-            Line(run=index, name=f"{group}, change", colour=colours[group], points=points, dots=True)
-        )
+        name = f"{group}, change"
+        lines.append(Line(run=index, name=name, colour=colours[group], points=points, dots=True))
     return lines
 
 
@@ -216,9 +215,7 @@ def _configs(runs: Sequence[Run]) -> str:
             if len({json.dumps(config.get(key, _MISSING)) for config in configs.values()}) > 1
         ]
         differ = "option differs" if len(rows) == 1 else "options differ"
-        parts.append(
-            f'<p class="soft">{len(rows)} {differ} between the runs, {len(keys) - len(rows)} are the same.</p>'
-        )
+        parts.append(f'<p class="soft">{len(rows)} {differ}, {len(keys) - len(rows)} are the same.</p>')
         if rows:
             parts.append(html_table(["option", *map(escape, configs)], rows, kind="keys"))
     for name, config in configs.items():

@@ -96,9 +96,7 @@ def _read_run(path: str, name: str) -> Run:
             time = record
     if not by_step["train"] and not evals:
         unreadable = f" that can be read ({skipped} lines cannot)" if skipped else " yet"
-        raise UserError(
-            f"{METRICS_FILE} in {path} holds no record{unreadable}: wait for the first step of the run"
-        )
+        raise UserError(f"{METRICS_FILE} in {path} holds no record{unreadable}: wait for the first step")
     return Run(
         name=name,
         workdir=path,
@@ -125,9 +123,9 @@ def _number(value: Any) -> int | float | None:
 
 
 def _text(value: Any) -> str | None:
-    return (
-        ", ".join(map(str, value)) if isinstance(value, list) else value if isinstance(value, str) else None
-    )
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return value if isinstance(value, str) else None
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -138,9 +136,7 @@ def _read_config(path: str) -> dict[str, Any]:
         config = json.loads(file.read_bytes().decode())
         return flatten(config) if isinstance(config, dict) else {}
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} is not JSON ({error}): restore it, or remove it to report without"
-        ) from error
+        raise UserError(f"{file} is not JSON ({error}): restore or remove it") from error
 
 
 def _sorted(records: dict[int, Record]) -> list[Record]:

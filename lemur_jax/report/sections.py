@@ -110,9 +110,7 @@ def mixture(runs: Sequence[Run]) -> str:
 
 def parameter_count(run: Run) -> int | None:
     """Parameters of the run's model; None if its config is missing, damaged or of another version."""
-    model = {
-        key.removeprefix("model."): value for key, value in run.config.items() if key.startswith("model.")
-    }
+    model = {key[6:]: value for key, value in run.config.items() if key.startswith("model.")}
     if any(isinstance(value, list) for value in model.values()):
         return None
     try:

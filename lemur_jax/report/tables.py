@@ -38,9 +38,8 @@ def byte_notes(runs: Sequence[Run]) -> list[str]:
 def bits_per_byte_table(workdirs: Sequence[epath.PathLike]) -> str:
     """A plain text table: a row for each stage, a group of columns for each held-out task.
 
-    A group holds the bits per byte of the stage's last evaluation and its change against the first and
-    the previous stage in %. Lower is better. If a stage was scored before its first step, its balance score
-    since then is the last column; higher is better.
+    A group holds the bits per byte of the stage's last evaluation and its change against the first and the previous
+    stage. The last column is the balance score, if a stage was scored before its first step.
 
     Raises:
       UserError: a workdir has no metrics, or no run has been evaluated.
@@ -48,9 +47,9 @@ def bits_per_byte_table(workdirs: Sequence[epath.PathLike]) -> str:
     runs = read_runs(workdirs)
     cells = bits_per_byte_cells(runs)
     if not cells:
+        where = ", ".join(run.workdir for run in runs)
         raise UserError(
-            f"no held-out evaluation in {', '.join(run.workdir for run in runs)}:"
-            " name tasks in config.eval.tasks and train to the end"
+            f"no held-out evaluation in {where}: name tasks in config.eval.tasks and train to the end"
         )
     stages = ["", "stage", *(run.name for run in runs)]
     columns = [[f"{stage:<{max(map(len, stages))}}" for stage in stages]]

@@ -26,11 +26,7 @@ Record = dict[str, Any]
 
 
 def read_metrics(workdir: epath.PathLike) -> list[Record]:
-    """All records of a run in the order in which they were written; warns of lines that cannot be read.
-
-    Raises:
-      UserError: there is no metrics file.
-    """
+    """All records of a run as they were written; warns of lines that cannot be read. UserError without a file."""
     records, skipped = scan_metrics(workdir)
     if skipped:
         logger.warning("%s/%s: %d unreadable lines were skipped", os.fspath(workdir), METRICS_FILE, skipped)
@@ -41,9 +37,6 @@ def scan_metrics(workdir: epath.PathLike) -> tuple[list[Record], int]:
     """The records of a run, and how many lines could not be read: not UTF-8, not JSON, no record with a step.
 
     A last line without its end was torn by a kill, or is being written now, and is not counted.
-
-    Raises:
-      UserError: there is no metrics file.
     """
     path = epath.Path(workdir) / METRICS_FILE
     try:

@@ -1,5 +1,7 @@
 """The sharding table: every parameter is cut as it says, and nothing falls through."""
 
+import math
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec
@@ -20,23 +22,9 @@ def test_every_matrix_is_cut_over_fsdp_and_tensor():
     abstract = abstract_params(config)
     shardings = param_shardings(mesh_of(1, 4, 1, 2), abstract, logical_axes(config))
     for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True):
-        ways = leaf.size // _size(sharding.shard_shape(leaf.shape))
+        ways = leaf.size // math.prod(sharding.shard_shape(leaf.shape))
         # Norm scales are whole everywhere, matrices are cut over all eight devices.
         assert ways == (8 if leaf.size > 1000 else 1)
-
-
-def _size(shape):
-    size = 1
-    for dimension in shape:
-        size *= dimension
-    return size
-
-
-def test_fsdp_cuts_the_model_axis_and_tensor_the_heads():
-    mesh = mesh_of(1, 4, 1, 2)
-    assert spec(mesh, ("layers", "embed", "heads", "head_dim"), (2, 64, 4, 16)) == PartitionSpec(
-        None, "fsdp", "tensor", None
-    )
 
 
 def test_axis_without_a_rule_is_an_error_that_names_the_leaf():
@@ -50,8 +38,15 @@ def test_heads_that_tensor_does_not_divide():
         param_shardings(mesh_of(1, 2, 1, 4), abstract_params(config), logical_axes(config))
 
 
-def test_odd_vocabulary_stays_whole():
-    assert spec(mesh_of(1, 4, 1, 2), ("vocab", "embed"), (32_005, 64)) == PartitionSpec(None, "fsdp")
+@pytest.mark.parametrize(
+    ("axes", "shape", "placed"),
+    [
+        (("layers", "embed", "heads", "head_dim"), (2, 64, 4, 16), (None, "fsdp", "tensor", None)),
+        (("vocab", "embed"), (32_005, 64), (None, "fsdp")),  # an odd vocabulary stays whole
+    ],
+)
+def test_placement(axes, shape, placed):
+    assert spec(mesh_of(1, 4, 1, 2), axes, shape) == PartitionSpec(*placed)
 
 
 def test_residual_positions_are_cut_over_tensor_where_positions_allow():

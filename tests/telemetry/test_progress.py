@@ -67,11 +67,8 @@ def test_a_terminal_gets_a_bar_that_log_lines_do_not_tear(columns):
     assert job.returncode == 0
     assert ("█" in shown) == (columns > 0)
     lines = [line.strip("\r ") for line in shown.split("\n")]
-    assert [line.rpartition("\r")[2].strip() for line in lines if "note" in line] == [
-        "note 0",
-        "note 1",
-        "note 2",
-    ]
+    notes = [line.rpartition("\r")[2].strip() for line in lines if "note" in line]
+    assert notes == ["note 0", "note 1", "note 2"]
     last = [state.strip() for state in shown.replace("\n", "\r").split("\r") if "tok/s" in state][-1]
     assert "41,000 tok/s" in last
     assert "00:00 left" in last
@@ -103,15 +100,9 @@ def _read_all(descriptor: int) -> str:
     return b"".join(chunks).decode()
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.4, "0 s"),
-        (59.6, "1 min 00 s"),
-        (245, "4 min 05 s"),
-        (11_220, "3 h 07 min"),
-        (1_047_600, "12 d 03 h"),
-    ],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
+DURATIONS = {0.4: "0 s", 59.6: "1 min 00 s", 245: "4 min 05 s", 11_220: "3 h 07 min", 1_047_600: "12 d 03 h"}
+
+
+@pytest.mark.parametrize("seconds", DURATIONS)
+def test_duration(seconds):
+    assert duration(seconds) == DURATIONS[seconds]
