@@ -97,13 +97,13 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def from_config_dict(config: ConfigDict) -> RunConfig:
+def from_config_dict(values: ConfigDict) -> RunConfig:
     """The typed config of a `ConfigDict`.
 
     Raises:
       UserError: an unknown key (the nearest one is named), a value of the wrong type, or one that cannot work.
     """
-    return from_json(config.to_dict())
+    return from_json(values.to_dict())
 
 
 def from_json(values: Mapping[str, Any]) -> RunConfig:

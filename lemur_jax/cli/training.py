@@ -7,6 +7,11 @@ from lemur_jax.common.errors import UserError
 
 
 def add_verbs(verbs: Verbs) -> None:
+    for add in (_add_train, _add_sweep, _add_doctor, _add_checkpoints, _add_report):
+        add(verbs)
+
+
+def _add_train(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
         "train",
@@ -29,6 +34,8 @@ def add_verbs(verbs: Verbs) -> None:
     )
     add_devices(sub)
 
+
+def _add_sweep(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
         "sweep",
@@ -56,6 +63,8 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("--print", action="store_true", help="only print a `lemur train` command for each run")
     add_devices(sub)
 
+
+def _add_doctor(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
         "doctor",
@@ -67,6 +76,8 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("--workdir", required=True, help="directory of the run; left as it is")
     add_devices(sub)
 
+
+def _add_checkpoints(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
         "checkpoints",
@@ -79,6 +90,8 @@ def add_verbs(verbs: Verbs) -> None:
         "--diff", type=int, nargs=2, metavar="STEP", help="instead: config keys in which two steps differ"
     )
 
+
+def _add_report(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
         "report",
@@ -104,8 +117,7 @@ def _train(args) -> int:
     from lemur_jax.cluster.exit import TRY_AGAIN
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.telemetry.profiler import parse_steps
-    from lemur_jax.train.loop import train
-    from lemur_jax.train.workdir import finished
+    from lemur_jax.train.loop import finished, train
 
     profile = parse_steps(args.profile) if args.profile else range(0)
     with host_watchdog(config.hosts.lost_seconds):

@@ -132,8 +132,8 @@ def evaluate_all(
         with MetricsWriter(directory) as writer:
             writer.truncate_after(-1)
             history = RunHistory(writer=writer, records=before)
-            rows = config.train.batch_rows // config.train.microbatches
-            steps = evaluation_steps(config)
+            rows = config.train.microbatch_rows
+            steps = evaluation_steps(config.eval, config.checkpoint, config.init, config.train.steps)
             Evaluations(program, rows, config.eval, steps, held_out, history).score(
                 params, config.train.steps
             )

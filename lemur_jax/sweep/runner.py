@@ -15,8 +15,8 @@ from lemur_jax.data.mixture import open_mixture
 from lemur_jax.sweep.runs import SweepRun, run_config
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
-from lemur_jax.train.loop import train
-from lemur_jax.train.workdir import claim, config_changes, finished
+from lemur_jax.train.loop import finished, train
+from lemur_jax.train.workdir import claim, config_changes
 
 logger = logging.getLogger(__name__)
 

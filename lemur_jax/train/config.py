@@ -21,6 +21,10 @@ class TrainConfig:
         for key in ("steps", "batch_rows", "microbatches"):
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
 
+    @property
+    def microbatch_rows(self) -> int:
+        return self.batch_rows // self.microbatches
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:

@@ -19,13 +19,15 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lemur_jax.cluster import coordination
-from lemur_jax.cluster.hosts import alone
+from lemur_jax.cluster.hosts import alone, is_primary
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, fingerprint
 from lemur_jax.data.budget import budget, check_budget
 from lemur_jax.data.mixture import open_mixture
+from lemur_jax.models.config import LlamaConfig
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.train.config import InitConfig
 from lemur_jax.train.evaluate import open_held_out
 from lemur_jax.train.initial import open_initial
 from lemur_jax.train.step import build
@@ -63,14 +65,49 @@ def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
     Raises:
       UserError: something would stop the run; on every host.
     """
-    patience = config.hosts.connect_seconds
-    mine = list(_examine(config, epath.Path(workdir), patience))
-    payload = json.dumps([socket.gethostname(), [dataclasses.asdict(finding) for finding in mine]])
+    workdir, patience = epath.Path(workdir), config.hosts.connect_seconds
+    devices = jax.local_devices()
+    here = f"{len(devices)} × {devices[0].device_kind}"
+    found = [
+        Finding(check="versions", good=True, detail=_versions(), same=True),
+        Finding(check="config", good=True, detail=fingerprint(config)[:12], same=True),
+        Finding(check="devices of a host", good=True, detail=here, same=True),
+    ]
+    with _caught() as problem:
+        tokenizer = Tokenizer.load(config.tokenizer.path)
+        mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
+        check_budget(budget(mixture, config.train.steps))
+        open_held_out(config.data, config.eval.tasks, tokenizer)
+        mixture.read(*(values[:1] for values in mixture.locate(0)))
+    stores = f"{len(config.data.sources)} to train on, {len(config.eval.tasks)} held out"
+    found.append(_finding("token stores", problem, stores))
+    with _caught() as problem:
+        program = build(config, make_mesh(config.mesh), num_sources=len(config.data.sources))
+    if config.init.checkpoint:
+        found.append(_first_parameters(config.init, config.tokenizer.path, config.model, workdir))
+    shape, size = "", 0
+    if not problem:
+        axes = " × ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+        shape = f"{axes} = {program.mesh.size} devices"
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
+    found.append(_finding("mesh", problem, shape))
+    found += _storage(workdir, patience)
+    found.append(_free_disk(workdir, size, config.checkpoint.keep))
+    speed = ""
+    with _caught() as problem:
+        speed = _all_reduce_speed()
+    found.append(_finding("collectives", problem, speed))
+    _report(found, patience)
+
+
+def _report(found: list[Finding], patience: float) -> None:
+    """Logs the findings of all hosts as a table; raises where one is bad."""
+    payload = json.dumps([socket.gethostname(), [dataclasses.asdict(finding) for finding in found]])
     hosts = [json.loads(text) for text in coordination.exchange("findings", payload, patience)]
     names = [f"host {number} ({name})" for number, (name, _) in enumerate(hosts)]
-    rows = _merge(names, [[Finding(**found) for found in findings] for _, findings in hosts])
+    rows = _merge(names, [[Finding(**finding) for finding in findings] for _, findings in hosts])
     bad = [check for check, good, _ in rows if not good]
-    if jax.process_index() == 0:
+    if is_primary():
         width = max(len(check) for check, _, _ in rows)
         for check, good, detail in rows:
             logger.info("%s  %s  %s", "ok  " if good else "FAIL", f"{check:<{width}}", detail)
@@ -80,45 +117,13 @@ def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
         raise UserError(f"verdict: not ready, because of {', '.join(bad)}")
 
 
-def _examine(config: RunConfig, workdir: epath.Path, patience: float) -> Iterator[Finding]:
-    yield Finding(check="versions", good=True, detail=_versions(), same=True)
-    yield Finding(check="config", good=True, detail=fingerprint(config)[:12], same=True)
-    devices = jax.local_devices()
-    here = f"{len(devices)} × {devices[0].device_kind}"
-    yield Finding(check="devices of a host", good=True, detail=here, same=True)
-    mixture = None
-    with _caught() as problem:
-        tokenizer = Tokenizer.load(config.tokenizer.path)
-        mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
-        check_budget(budget(mixture, config.train.steps))
-        open_held_out(config.data, config.eval.tasks, tokenizer)
-        mixture.read(*(values[:1] for values in mixture.locate(0)))
-    stores = f"{len(config.data.sources)} to train on, {len(config.eval.tasks)} held out"
-    yield _finding("token stores", problem, stores)
-    with _caught() as problem:
-        program = build(config, make_mesh(config.mesh), num_sources=len(config.data.sources))
-    if config.init.checkpoint:
-        yield _first_parameters(config, workdir)
-    if problem:
-        yield _finding("mesh", problem, "")
-        size = None
-    else:
-        axes = " × ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-        yield _finding("mesh", problem, f"{axes} = {program.mesh.size} devices")
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
-    yield from _storage(config, workdir, size, patience)
-    with _caught() as problem:
-        speed = _all_reduce_speed()
-    yield _finding("collectives", problem, speed if not problem else "")
-
-
-def _first_parameters(config: RunConfig, workdir: epath.Path) -> Finding:
+def _first_parameters(init: InitConfig, tokenizer: str, model: LlamaConfig, workdir: epath.Path) -> Finding:
     if any((workdir / "checkpoints").glob("[0-9]*")):
         return _finding("first parameters", [], "not needed: the run has checkpoints")
     # By each host alone: one that cannot read them goes on to the next check.
     with _caught() as problem, alone():
-        open_initial(config.init, Tokenizer.load(config.tokenizer.path), config.model)
-    return _finding("first parameters", problem, f"{config.init.checkpoint}: fit the model and the tokenizer")
+        open_initial(init, Tokenizer.load(tokenizer), model)
+    return _finding("first parameters", problem, f"{init.checkpoint}: fit the model and the tokenizer")
 
 
 def _versions() -> str:
@@ -129,7 +134,7 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def _storage(config: RunConfig, workdir: epath.Path, size: int | None, patience: float) -> Iterator[Finding]:
+def _storage(workdir: epath.Path, patience: float) -> Iterator[Finding]:
     """Writes, reads and removes a file of every host in the workdir."""
     me, count = coordination.process()
     made = not workdir.exists()
@@ -148,9 +153,8 @@ def _storage(config: RunConfig, workdir: epath.Path, size: int | None, patience:
     unseen = [host for host in range(count) if not problem and not (workdir / f".doctor-{host}").exists()]
     if unseen and not problem:
         problem.append(f"the files of host {', '.join(map(str, unseen))} are not seen here: is it shared?")
-    yield _finding("workdir", problem, f"{workdir}: written, read and shared" if count > 1 else
-                   f"{workdir}: written and read")  # fmt: skip
-    yield _free_disk(config, workdir, size)
+    shared = "written, read and shared" if count > 1 else "written and read"
+    yield _finding("workdir", problem, f"{workdir}: {shared}")
     clocks = [float(text) for text in coordination.exchange("clock", str(time.time()), patience)]
     spread = max(clocks) - min(clocks)
     detail = f"hosts differ by {spread:.1f} s" if count > 1 else "one host"
@@ -166,7 +170,7 @@ def _storage(config: RunConfig, workdir: epath.Path, size: int | None, patience:
             workdir.rmdir()  # refuses where something is in it
 
 
-def _free_disk(config: RunConfig, workdir: epath.Path, size: int | None) -> Finding:
+def _free_disk(workdir: epath.Path, size: int, keep: int) -> Finding:
     """Room for the checkpoints that are kept and the one that is being written."""
     if "://" in os.fspath(workdir):
         return Finding(check="free disk", good=True, detail="an object store: not bounded")
@@ -174,10 +178,8 @@ def _free_disk(config: RunConfig, workdir: epath.Path, size: int | None) -> Find
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    need = (size or 0) * (config.checkpoint.keep + 1)
-    detail = (
-        f"{free / 1e9:,.1f} GB free, {need / 1e9:,.1f} GB needed for {config.checkpoint.keep} + 1 checkpoints"
-    )
+    need = size * (keep + 1)
+    detail = f"{free / 1e9:,.1f} GB free, {need / 1e9:,.1f} GB needed for {keep} + 1 checkpoints"
     return Finding(check="free disk", good=free >= need, detail=detail)
 
 
@@ -222,7 +224,7 @@ def _finding(check: str, problem: list[str], detail: str) -> Finding:
 
 def _merge(names: list[str], hosts: list[list[Finding]]) -> list[tuple[str, bool, str]]:
     """(check, good, detail) of all hosts; a detail that is not good says on which."""
-    rows: list[tuple[str, bool, str]] = []
+    rows = []
     for found in zip(*hosts, strict=True):
         first = found[0]
         bad = []

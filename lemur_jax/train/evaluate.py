@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lemur_jax.config import RunConfig
+from lemur_jax.checkpoint.config import CheckpointConfig
 from lemur_jax.data.config import DataConfig
 from lemur_jax.data.loader import held_out_batches
 from lemur_jax.data.mixture import open_rows
@@ -19,7 +19,7 @@ from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.metrics import Record
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.balance import balance, group_ratios
-from lemur_jax.train.config import EvalConfig
+from lemur_jax.train.config import EvalConfig, InitConfig
 from lemur_jax.train.history import RunHistory
 from lemur_jax.train.saves import due
 from lemur_jax.train.step import Program
@@ -93,14 +93,16 @@ class EvaluationSteps:
         return set(self.tasks) - scored if scored or self.is_regular(step) else set()
 
 
-def evaluation_steps(config: RunConfig) -> EvaluationSteps:
-    """The evaluations of a config."""
+def evaluation_steps(
+    options: EvalConfig, checkpoint: CheckpointConfig, init: InitConfig, last: int
+) -> EvaluationSteps:
+    """The evaluations of a run of `last` updates."""
     return EvaluationSteps(
-        tasks=config.eval.tasks,
-        every=config.eval.every_steps,
-        last=config.train.steps,
-        compared_every=config.checkpoint.every_steps if config.checkpoint.keep_best else 0,
-        at_start=bool(config.init.checkpoint),
+        tasks=options.tasks,
+        every=options.every_steps,
+        last=last,
+        compared_every=checkpoint.every_steps if checkpoint.keep_best else 0,
+        at_start=bool(init.checkpoint),
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -21,12 +22,14 @@ from lemur_jax.data.mixture import Mixture, open_mixture
 from lemur_jax.models.llama import num_params
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
+from lemur_jax.telemetry.metrics import METRICS_FILE, read_metrics
 from lemur_jax.telemetry.profiler import check_steps, trace_steps
 from lemur_jax.telemetry.progress import Progress
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
-from lemur_jax.train.evaluate import Evaluations, HeldOut, evaluation_steps, open_held_out
+from lemur_jax.train.evaluate import Evaluations, EvaluationSteps, HeldOut, evaluation_steps, open_held_out
 from lemur_jax.train.history import RunHistory, open_history
+from lemur_jax.train.initial import initial_params
 from lemur_jax.train.saves import Save, Saves, due
 from lemur_jax.train.spikes import too_many_skips
 from lemur_jax.train.state import TrainState
@@ -88,49 +91,46 @@ def train(
     began, started = time.perf_counter(), time.time()
     check_steps(profile, config.train.steps)
     inputs = open_inputs(config, build)
-    workdir = epath.Path(workdir)
-    changes = config_changes(to_json(config), workdir, extend=extend)
+    workdir, values = epath.Path(workdir), to_json(config)
+    changes = config_changes(values, workdir, extend=extend)
     with contextlib.ExitStack() as stack:
         if is_primary():
             stack.enter_context(workdir_lock(workdir))
         wait_for_all("workdir", 2 * WAIT_SECONDS)  # longer than a collective waits for the primary
         saves = stack.enter_context(open_saves(config, workdir, inputs))
         state, first = saves.first_state()
-        check_changes(changes, to_json(config), first)
+        check_changes(changes, values, first)
         history = stack.enter_context(open_history(config.log, workdir, first, started))
         history.write_changes(first, changes)
         if is_primary():  # only now: until here, wrong first parameters can be corrected in the config
-            claim(to_json(config), workdir)
-        unscored = tasks_to_score(config, history, first)
+            claim(values, workdir)
+        steps = evaluation_steps(config.eval, config.checkpoint, config.init, config.train.steps)
+        unscored = tasks_to_score(steps, history, first)
         if first == config.train.steps and not unscored:
             inform(f"{workdir}: already finished at step {first}")
             return False
-        inform(describe(config, inputs, first, profile))
+        inform(describe(inputs, config.train.steps, first, profile))
         stop = stack.enter_context(Interruption(config.checkpoint.grace_s))
-        bar = Progress(
-            config.train.steps, f"train {workdir.name}", "steps", initial=first, enabled=is_primary()
+        evaluations = Evaluations(
+            inputs.program,
+            config.train.microbatch_rows,
+            config.eval,
+            steps,
+            inputs.held_out,
+            history,
+            stop.reached,
         )
+        title = f"train {workdir.name}"
+        bar = Progress(config.train.steps, title, "steps", initial=first, enabled=is_primary())
         log = StepLog(history, stack.enter_context(bar), inputs.mixture, inputs.program, began)
         log.write_start(first)
-        run = Run(
-            config=config,
-            program=inputs.program,
-            loader=Loader(inputs.mixture, batch_sharding(inputs.program.mesh)),
-            saves=saves,
-            evaluations=Evaluations(
-                inputs.program,
-                config.train.batch_rows // config.train.microbatches,
-                config.eval,
-                evaluation_steps(config),
-                inputs.held_out,
-                history,
-                stop.reached,
-            ),
-            log=log,
-            stop=stop,
-        )
         if unscored:
-            score_before_the_first_step(run, state, first, unscored)
+            score_before_the_first_step(evaluations, log, state, first, unscored)
+        loader = Loader(inputs.mixture, batch_sharding(inputs.program.mesh))
+        run = Run(
+            config=config, program=inputs.program, loader=loader, saves=saves, evaluations=evaluations, log=log,
+            stop=stop,
+        )  # fmt: skip
         with jax.transfer_guard("disallow"):  # what moves between host and device says so
             return run_steps(run, state, first, profile, workdir / "profile")
 
@@ -197,40 +197,62 @@ def open_inputs(config: RunConfig, build: Callable[..., step.Program]) -> Inputs
 
 
 def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
-    """The checkpoints of a run; every checkpoint describes itself."""
+    """The checkpoints of a run; each holds the config, the tokenizer and the digests of the data."""
     metadata = make_metadata(
         model=config.model.to_dict(),
         tokenizer_files=inputs.tokenizer.files(),
         config=to_json(config),
         data=inputs.mixture.digests(),
     )
-    return Saves(config, workdir, inputs.program, inputs.tokenizer, metadata)
+    fresh = functools.partial(initial_params, config.init, config.seed, inputs.tokenizer, inputs.program)
+    return Saves(
+        config.checkpoint,
+        workdir,
+        inputs.program,
+        metadata,
+        fresh,
+        last=config.train.steps,
+        max_rollbacks=config.spikes.max_rollbacks,
+    )
 
 
-def tasks_to_score(config: RunConfig, history: RunHistory, first: int) -> list[str]:
+def finished(config: RunConfig, workdir: epath.PathLike) -> bool:
+    """Whether the checkpoint of the last step exists, and its held-out evaluation."""
+    workdir, last = epath.Path(workdir), config.train.steps
+    if not (workdir / "checkpoints" / str(last)).exists():
+        return False
+    if config_changes(to_json(config), workdir, extend=True):
+        return False
+    records = read_metrics(workdir) if (workdir / METRICS_FILE).exists() else []
+    return not evaluation_steps(config.eval, config.checkpoint, config.init, last).unscored(records, last)
+
+
+def tasks_to_score(steps: EvaluationSteps, history: RunHistory, first: int) -> list[str]:
     """Tasks that an earlier process should have scored at step `first`; all hosts call it and get the same."""
-    missing = evaluation_steps(config).unscored(history.records, first) if is_primary() else set()
-    return [task for task in config.eval.tasks if any_host(task in missing)]
+    missing = steps.unscored(history.records, first) if is_primary() else set()
+    return [task for task in steps.tasks if any_host(task in missing)]
 
 
-def score_before_the_first_step(run: Run, state: TrainState, first: int, tasks: Sequence[str]) -> None:
+def score_before_the_first_step(
+    evaluations: Evaluations, log: StepLog, state: TrainState, first: int, tasks: Sequence[str]
+) -> None:
     """Held-out loss of the state from which this process starts."""
-    with run.log.paused("eval"):
-        run.evaluations.score(state.params, first, tasks)
-    run.log.sync()
+    with log.paused("eval"):
+        evaluations.score(state.params, first, tasks)
+    log.sync()
     wait_for_all("evaluation")  # each host may look for the records
 
 
-def describe(config: RunConfig, inputs: Inputs, first: int, profile: range) -> str:
+def describe(inputs: Inputs, steps: int, first: int, profile: range) -> str:
     """What is about to be trained, in lines for a person."""
-    mesh = inputs.program.mesh
+    mesh, mixture = inputs.program.mesh, inputs.mixture
     axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    tokens = config.train.batch_rows * config.data.sequence_length
-    lines = [format_budget(budget(inputs.mixture, config.train.steps))]
+    parameters = num_params(inputs.program.model) / 1e6
+    lines = [format_budget(budget(mixture, steps))]
     lines.append(
-        f"{f'resuming at step {first}' if first else 'starting'}: {num_params(config.model) / 1e6:,.1f}M parameters,"
-        f" {mesh.size} {mesh.devices.flat[0].platform} devices ({axes}), {tokens:,} tokens an update,"
-        f" {config.train.steps:,} updates"
+        f"{f'resuming at step {first}' if first else 'starting'}: {parameters:,.1f}M parameters,"
+        f" {mesh.size} {mesh.devices.flat[0].platform} devices ({axes}),"
+        f" {mixture.batch_rows * mixture.length:,} tokens an update, {steps:,} updates"
     )
     if profile and profile.start < first:
         lines.append(f"no trace: step {profile.start} of --profile was made before this start")

@@ -4,7 +4,7 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,11 +15,8 @@ from lemur_jax.checkpoint.config import CheckpointConfig
 from lemur_jax.checkpoint.manager import Checkpoints
 from lemur_jax.cluster.hosts import any_host
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import RunConfig
 from lemur_jax.data.loader import Loader
-from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import state as states
-from lemur_jax.train.initial import initial_params
 from lemur_jax.train.spikes import memory, rollback_target, rolled_back
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program
@@ -42,24 +39,36 @@ class Saves:
     """A context in which `WORKDIR/checkpoints` is open.
 
     Args:
-      config: a run config.
+      options: `config.checkpoint`.
       workdir: of the run.
-      program, tokenizer: the run's.
+      program: of the run.
       metadata: goes into every checkpoint (`checkpoint.manager.make_metadata`).
+      initial_params: the first parameters, where there is no checkpoint.
+      last: the last update.
+      max_rollbacks: `config.spikes.max_rollbacks`.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        options: CheckpointConfig,
         workdir: epath.Path,
         program: Program,
-        tokenizer: Tokenizer,
         metadata: dict[str, Any],
+        initial_params: Callable[[], Any],
+        *,
+        last: int,
+        max_rollbacks: int,
     ):
-        self._config, self._options, self._last = config, config.checkpoint, config.train.steps
-        self._program, self._tokenizer = program, tokenizer
-        self._metadata = metadata
-        self._checkpoints = _open(config.checkpoint, workdir)
+        self._options, self._program, self._metadata = options, program, metadata
+        self._initial_params, self._last, self._max_rollbacks = initial_params, last, max_rollbacks
+        self._checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            keep=options.keep,
+            keep_every=options.keep_every,
+            keep_best=1 if options.keep_best else 0,
+            max_failures=options.max_failures,
+            broadcast=options.broadcast,
+        )
         self._early = False  # a save failed or is late: the next is made out of turn
         self._saved_at = time.monotonic()
         self._stack = contextlib.ExitStack()
@@ -80,12 +89,11 @@ class Saves:
         Raises:
           UserError: no checkpoint is whole, or they are of another model, optimizer or data.
         """
-        program, fresh = self._program, self._config.checkpoint.other_optimizer == "fresh"
+        program, fresh = self._program, self._options.other_optimizer == "fresh"
         wanted = (program.state.params, program.state.optimizer)
         found = self._checkpoints.restore_newest(*wanted, self._check_data, at_most, fresh)
         if found is None:
-            params = initial_params(self._config.init, self._config.seed, self._tokenizer, program)
-            return states.start(params, program.optimizer, program.state), 0
+            return states.start(self._initial_params(), program.optimizer, program.state), 0
         step, params, optimizer = found
         if optimizer is None:
             return states.start(params, program.optimizer, program.state, step), step
@@ -107,7 +115,8 @@ class Saves:
         self._checkpoints.poll()
         minutes = self._options.every_minutes
         late = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
-        self._early = any_host(late or self._checkpoints.failed)
+        with jax.transfer_guard("allow"):  # of several hosts' flags
+            self._early = any_host(late or self._checkpoints.failed)
 
     def due(self, step: int, *, early: bool = False, stop: bool = False) -> Save:
         """What to save after an update; the same on all hosts.
@@ -160,13 +169,13 @@ class Saves:
         assert rule is not None
         counters = (state.step, rule.in_a_row, rule.rollbacks, rule.rolled_back_at)
         done, in_a_row, rollbacks, before = map(int, jax.device_get(counters))
-        if rollbacks >= self._config.spikes.max_rollbacks:
+        if rollbacks >= self._max_rollbacks:
             raise UserError(
                 f"step {done}: {in_a_row} updates in a row were skipped, and the run was rolled back"
                 f" {rollbacks} times already (config.spikes.max_rollbacks); look at the documents of the skips in"
                 " metrics.jsonl, or lower config.optimizer.learning_rate, in a new --workdir"
             )
-        target = rollback_target(done, in_a_row, self._config.checkpoint.every_steps, before)
+        target = rollback_target(done, in_a_row, self._options.every_steps, before)
         self._checkpoints.wait()
         schedule = state.optimizer._replace(inner_state=None)
         for leaf in jax.tree.leaves((state.params, rule)):
@@ -186,14 +195,3 @@ class Saves:
 def due(step: int, every: int) -> bool:
     """Whether something that is done every so many updates (0: never) is done after this one."""
     return every > 0 and step % every == 0
-
-
-def _open(options: CheckpointConfig, workdir: epath.Path) -> Checkpoints:
-    return Checkpoints(
-        workdir / "checkpoints",
-        keep=options.keep,
-        keep_every=options.keep_every,
-        keep_best=1 if options.keep_best else 0,
-        max_failures=options.max_failures,
-        broadcast=options.broadcast,
-    )

@@ -8,9 +8,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.sections import fill
-from lemur_jax.config import RunConfig, flatten, to_json
-from lemur_jax.telemetry.metrics import METRICS_FILE, read_metrics
-from lemur_jax.train.evaluate import evaluation_steps
+from lemur_jax.config import RunConfig, flatten
 
 Changes = Mapping[str, tuple[Any, Any]]  # dotted key -> (value of the run, value now)
 
@@ -87,17 +85,6 @@ def claim(values: Mapping[str, Any], workdir: epath.Path) -> None:
     temporary = workdir / "config.json.tmp"
     temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     temporary.replace(workdir / "config.json")
-
-
-def finished(config: RunConfig, workdir: epath.PathLike) -> bool:
-    """Whether the checkpoint of the last step exists, and its held-out evaluation."""
-    workdir, last = epath.Path(workdir), config.train.steps
-    if not (workdir / "checkpoints" / str(last)).exists():
-        return False
-    if config_changes(to_json(config), workdir, extend=True):
-        return False
-    records = read_metrics(workdir) if (workdir / METRICS_FILE).exists() else []
-    return not evaluation_steps(config).unscored(records, last)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...] = FREE) -> Changes:

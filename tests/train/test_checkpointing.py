@@ -20,7 +20,7 @@ from lemur_jax.sweep.runner import building_once
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.train import loop
 from lemur_jax.train.evaluate import Evaluations
-from lemur_jax.train.workdir import finished
+from lemur_jax.train.loop import finished
 from tests.helpers.runs import final_params, without_clock
 
 build_once = building_once()

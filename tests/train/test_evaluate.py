@@ -59,7 +59,8 @@ def test_what_is_said_of_a_stopped_evaluation_is_so(monkeypatch, caplog, step, p
         | {"checkpoint.every_steps": 4, "checkpoint.keep_best": "text", "train.steps": 10}
     )
     held_out = evaluate.HeldOut(task="text", rows=None, bytes_per_target=1.0)
-    steps, history = evaluate.evaluation_steps(config), RunHistory(writer=object())
+    steps = evaluate.evaluation_steps(config.eval, config.checkpoint, config.init, config.train.steps)
+    history = RunHistory(writer=object())
     evaluations = evaluate.Evaluations(None, 1, config.eval, steps, [held_out], history)
     assert evaluations.score(None, step) == {}
     (record,) = caplog.records

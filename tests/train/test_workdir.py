@@ -13,7 +13,8 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import replace, to_json
 from lemur_jax.data.config import SourceConfig, StageConfig
 from lemur_jax.train import loop
-from lemur_jax.train.workdir import check_changes, claim, config_changes, finished
+from lemur_jax.train.loop import finished
+from lemur_jax.train.workdir import check_changes, claim, config_changes
 from tests.helpers.tiny import tiny_config
 
 
