@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from lemur_jax.checkpoint.config import CheckpointConfig
+from lemur_jax.cluster.hosts import any_host, is_primary
 from lemur_jax.data.config import DataConfig
 from lemur_jax.data.loader import held_out_batches
 from lemur_jax.data.mixture import open_rows
@@ -177,7 +178,7 @@ class Evaluations:
         should_stop: Callable[[], bool] = lambda: False,
     ):
         self._program, self._options, self._steps, self._held_out = program, options, steps, held_out
-        self._writer = history.writer
+        self._records, self._writer = history.records, history.writer
         self._batch_rows = options.batch_rows or batch_rows
         self._should_stop = should_stop
         # Bits per byte by step and task.
@@ -185,6 +186,11 @@ class Evaluations:
         for record in history.records:
             if record.get("kind") == "eval":
                 self._bits[record["step"]][record["task"]] = record["bits_per_byte"]
+
+    def unscored(self, step: int) -> list[str]:
+        """Tasks that an earlier process should have scored at this step; all hosts call it and get the same."""
+        missing = self._steps.unscored(self._records, step) if is_primary() else set()
+        return [task for task in self._steps.tasks if any_host(task in missing)]
 
     def due(self, step: int, save_is_regular: bool) -> bool:
         """Whether to score after this update.

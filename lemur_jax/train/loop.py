@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from lemur_jax.checkpoint.manager import make_metadata
-from lemur_jax.cluster.hosts import any_host, is_primary, wait_for_all
+from lemur_jax.cluster.hosts import is_primary, wait_for_all
 from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.errors import UserError
@@ -27,7 +27,7 @@ from lemur_jax.telemetry.profiler import check_steps, trace_steps
 from lemur_jax.telemetry.progress import Progress
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
-from lemur_jax.train.evaluate import Evaluations, EvaluationSteps, HeldOut, evaluation_steps, open_held_out
+from lemur_jax.train.evaluate import Evaluations, HeldOut, evaluation_steps, open_held_out
 from lemur_jax.train.history import RunHistory, open_history
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.saves import Save, Saves, due
@@ -54,8 +54,7 @@ class Run:
     """What the steps of a run use."""
 
     config: RunConfig
-    program: step.Program
-    loader: Loader
+    inputs: Inputs
     saves: Saves
     evaluations: Evaluations
     log: StepLog
@@ -104,33 +103,21 @@ def train(
         history.write_changes(first, changes)
         if is_primary():  # only now: until here, wrong first parameters can be corrected in the config
             claim(values, workdir)
-        steps = evaluation_steps(config.eval, config.checkpoint, config.init, config.train.steps)
-        unscored = tasks_to_score(steps, history, first)
+        stop = Interruption(config.checkpoint.grace_s)
+        evaluations = open_evaluations(config, inputs, history, stop.reached)
+        unscored = evaluations.unscored(first)
         if first == config.train.steps and not unscored:
             inform(f"{workdir}: already finished at step {first}")
             return False
         inform(describe(inputs, config.train.steps, first, profile))
-        stop = stack.enter_context(Interruption(config.checkpoint.grace_s))
-        evaluations = Evaluations(
-            inputs.program,
-            config.train.microbatch_rows,
-            config.eval,
-            steps,
-            inputs.held_out,
-            history,
-            stop.reached,
-        )
+        stack.enter_context(stop)
         title = f"train {workdir.name}"
         bar = Progress(config.train.steps, title, "steps", initial=first, enabled=is_primary())
         log = StepLog(history, stack.enter_context(bar), inputs.mixture, inputs.program, began)
         log.write_start(first)
         if unscored:
             score_before_the_first_step(evaluations, log, state, first, unscored)
-        loader = Loader(inputs.mixture, batch_sharding(inputs.program.mesh))
-        run = Run(
-            config=config, program=inputs.program, loader=loader, saves=saves, evaluations=evaluations, log=log,
-            stop=stop,
-        )  # fmt: skip
+        run = Run(config=config, inputs=inputs, saves=saves, evaluations=evaluations, log=log, stop=stop)
         with jax.transfer_guard("disallow"):  # what moves between host and device says so
             return run_steps(run, state, first, profile, workdir / "profile")
 
@@ -138,17 +125,18 @@ def train(
 def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_path: epath.Path) -> bool:
     """Updates `first` to the last one, with saves and evaluations between them; whether it was told to stop."""
     config, saves, evaluations, log, stop = run.config, run.saves, run.evaluations, run.log, run.stop
-    done = first
-    batches = () if stop.asked else log.waiting(run.loader.iterate(first, config.train.steps))
+    program, done = run.inputs.program, first
+    loader = Loader(run.inputs.mixture, batch_sharding(program.mesh))
+    batches = () if stop.asked else log.waiting(loader.iterate(first, config.train.steps))
     for number, batch in trace_steps(batches, profile, profile_path, finish=log.flush):
-        state, metrics = run.program.step(state, batch)
+        state, metrics = program.step(state, batch)
         done = number + 1
         log.add(done, metrics)
         rolled_back = too_many_skips(config.spikes, metrics)
         if rolled_back:
             log.flush()
             with log.paused("checkpoint"):
-                state, target = saves.roll_back(state, run.loader)
+                state, target = saves.roll_back(state, loader)
             log.rolled_back(done, target)
         stop.reached()  # all hosts agree on a request to stop ...
         if due(done, config.log.every_steps):
@@ -216,6 +204,21 @@ def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
     )
 
 
+def open_evaluations(
+    config: RunConfig, inputs: Inputs, history: RunHistory, should_stop: Callable[[], bool]
+) -> Evaluations:
+    """The held-out evaluations of a run."""
+    return Evaluations(
+        inputs.program,
+        config.train.microbatch_rows,
+        config.eval,
+        evaluation_steps(config.eval, config.checkpoint, config.init, config.train.steps),
+        inputs.held_out,
+        history,
+        should_stop,
+    )
+
+
 def finished(config: RunConfig, workdir: epath.PathLike) -> bool:
     """Whether the checkpoint of the last step exists, and its held-out evaluation."""
     workdir, last = epath.Path(workdir), config.train.steps
@@ -225,12 +228,6 @@ def finished(config: RunConfig, workdir: epath.PathLike) -> bool:
         return False
     records = read_metrics(workdir) if (workdir / METRICS_FILE).exists() else []
     return not evaluation_steps(config.eval, config.checkpoint, config.init, last).unscored(records, last)
-
-
-def tasks_to_score(steps: EvaluationSteps, history: RunHistory, first: int) -> list[str]:
-    """Tasks that an earlier process should have scored at step `first`; all hosts call it and get the same."""
-    missing = steps.unscored(history.records, first) if is_primary() else set()
-    return [task for task in steps.tasks if any_host(task in missing)]
 
 
 def score_before_the_first_step(
