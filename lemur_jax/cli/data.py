@@ -67,16 +67,19 @@ def _prepare(args) -> None:
 
 
 def _inspect(args) -> None:
-    from lemur_jax.data.inspect import inspect_config, inspect_store, page
+    from lemur_jax.data.inspect import inspect_mixture, inspect_store, page
+    from lemur_jax.text.tokenizer import Tokenizer
 
     show = {"samples": args.samples, "color": bool(args.html) or sys.stdout.isatty()}
     if args.target.partition(":")[0].endswith(".py"):
         from lemur_jax.config import load
+        from lemur_jax.data.mixture import open_mixture
 
-        text = inspect_config(load(args.target, args.overrides), **show)
+        config = load(args.target, args.overrides)
+        tokenizer = Tokenizer.load(config.tokenizer.path)
+        mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
+        text = inspect_mixture(mixture, tokenizer, config.train.steps, **show)
     else:
-        from lemur_jax.text.tokenizer import Tokenizer
-
         tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
         text = inspect_store(args.target, tokenizer=tokenizer, **show)
     if args.html:

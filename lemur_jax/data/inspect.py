@@ -8,10 +8,9 @@ import html
 import numpy as np
 from etils import epath
 
-from lemur_jax.config import RunConfig
 from lemur_jax.data.budget import budget, format_budget
 from lemur_jax.data.manifest import describe_labels
-from lemur_jax.data.mixture import open_mixture
+from lemur_jax.data.mixture import Mixture
 from lemur_jax.data.rows import FitRows
 from lemur_jax.data.store import TokenStore
 from lemur_jax.text.tokenizer import Tokenizer
@@ -62,20 +61,20 @@ def inspect_store(
     return "\n".join(lines)
 
 
-def inspect_config(config: RunConfig, *, samples: int = 1, color: bool = False) -> str:
-    """The mixture that a config trains on: shares as trained, epochs, padding, and rows of the first batches.
+def inspect_mixture(
+    mixture: Mixture, tokenizer: Tokenizer, train_steps: int, *, samples: int = 1, color: bool = False
+) -> str:
+    """What a run trains on: shares as trained, epochs, padding, and rows of the first batches.
 
     Args:
+      mixture: the mixture of the run.
+      tokenizer: to show rows as text.
+      train_steps: `config.train.steps`.
       samples: number of rows of each source to show.
       color: use a terminal's colors.
-
-    Raises:
-      UserError: no tokenizer, or a store that is missing or of another tokenizer.
     """
-    tokenizer = Tokenizer.load(config.tokenizer.path)
-    mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
-    lines = [f"{config.train.steps:,} steps of {mixture.batch_rows:,} rows of {mixture.length:,} tokens"]
-    lines += ["", format_budget(budget(mixture, config.train.steps)), ""]
+    lines = [f"{train_steps:,} steps of {mixture.batch_rows:,} rows of {mixture.length:,} tokens"]
+    lines += ["", format_budget(budget(mixture, train_steps)), ""]
     for source in mixture.sources:
         padding = 1 - source.rows.tokens_per_row / source.rows.length
         cut = source.rows.truncated if isinstance(source.rows, FitRows) else 0

@@ -4,7 +4,7 @@ Axes: B rows of the global batch, T position in a row.
 """
 
 import collections
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -46,7 +46,9 @@ class Loader:
         mine = self._layout.rows
         return self._layout.place(self.mixture.read(source_ids[mine], row_indices[mine]), source_ids[mine])
 
-    def iterate(self, start_step: int, stop_step: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+    def iterate(
+        self, start_step: int, stop_step: int
+    ) -> Generator[tuple[int, dict[str, jax.Array]], None, None]:
         """(step, batch) for each step in order; a thread that ends with the iterator reads ahead."""
         return _read_ahead(lambda step: (step, self.batch(step)), range(start_step, stop_step))
 

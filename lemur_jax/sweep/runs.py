@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from etils import epath
 
@@ -59,18 +59,19 @@ def parse_ratio(ratio: str) -> list[float]:
     return shares
 
 
-def source_parts(config: RunConfig, sources: str = "") -> list[tuple[str, ...]]:
+def source_parts(have: Iterable[str], tasks: Sequence[str], sources: str = "") -> list[tuple[str, ...]]:
     """The sources that each part of a ratio is divided among.
 
     Args:
+      have: the sources of the config.
+      tasks: `config.eval.tasks`.
       sources: "code,text", or "code/Python&code/C++,web" where a part is several; empty: the sources in the order of
         `config.eval.tasks` (sources are sorted by name).
 
     Raises:
       UserError: a source that the config does not have or that is left out, or no order to go by.
     """
-    have = set(config.data.sources)
-    order = sources or ",".join(config.eval.tasks)
+    order = sources or ",".join(tasks)
     parts = [tuple(part.split("&")) for part in order.split(",")]
     names = [name for part in parts for name in part]
     if sorted(names) != sorted(have):
@@ -96,7 +97,7 @@ def plan_runs(
     Raises:
       UserError: a ratio that does not fit the sources, no seeds, an unknown key, or the same run twice.
     """
-    parts = source_parts(config, sources)
+    parts = source_parts(config.data.sources, config.eval.tasks, sources)
     shares = {name: source.share for name, source in config.data.sources.items()}
     ratios = list(ratios) or [":".join(f"{sum(shares[name] for name in part):g}" for part in parts)]
     if seeds < 1:
@@ -107,7 +108,7 @@ def plan_runs(
             raise UserError(
                 f"the ratio {ratio!r} has {len(parse_ratio(ratio))} parts, the sources have {len(parts)}: {named}"
             )
-    axes = [_parse_varied(config, text) for text in varied]
+    axes = [_parse_varied(flatten(to_json(config)), text) for text in varied]
     runs = []
     for ratio, settings in itertools.product(ratios, itertools.product(*axes)):
         overrides = [
@@ -135,14 +136,14 @@ def _divided(total: float, part: Sequence[str], shares: Mapping[str, float]) -> 
     return {name: total * shares[name] / own if own else total / len(part) for name in part}
 
 
-def _parse_varied(config: RunConfig, text: str) -> list[tuple[str, str]]:
+def _parse_varied(keys: Collection[str], text: str) -> list[tuple[str, str]]:
     """[(key, value)] of "key=value,value"."""
     key, equals, values = text.partition("=")
     if not equals or not all(values.split(",")):
         raise UserError(
             f"cannot read --vary {text!r}: write a config key and values, e.g. train.steps=100,200"
         )
-    if key not in flatten(to_json(config)) or key == "seed" or key.startswith("data.sources"):
+    if key not in keys or key == "seed" or key.startswith("data.sources"):
         taken = key.startswith(("seed", "data."))
         why = "--seeds and --ratios are for that" if taken else "there is no such key"
         raise UserError(f"cannot vary config.{key}: {why}")

@@ -126,21 +126,13 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int) -> Program:
         changes, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, changes)
         metrics = {
-            "loss": jnp.sum(rows.loss) / weight,
-            "target_tokens": jnp.sum(rows.weight),
-            "learning_rate": optimizer_state.hyperparams["learning_rate"],
             "grad_norm": optax.tree.norm(gradient),
             "param_norm": optax.tree.norm(params),
             "update_norm": optax.tree.norm(changes),
-            # [M, B/M] back to the batch's own order
-            "finite_rows": jnp.isfinite(jnp.moveaxis(rows.loss, 0, 1).reshape(-1)),
+            **_loss_metrics(rows, weight, optimizer_state),
             **_by_source(rows, microbatches["source_ids"], num_sources),
         }
-        if spikes := memory(optimizer_state):
-            metrics |= {"grad_norm_limit": spikes.limit, "skips_in_a_row": spikes.in_a_row}
-            metrics["row_loss"] = jnp.moveaxis(rows.loss / jnp.maximum(rows.weight, 1.0), 0, 1).reshape(-1)
-        new = TrainState(step=state.step + 1, params=params, optimizer=optimizer_state)
-        return new, metrics
+        return TrainState(step=state.step + 1, params=params, optimizer=optimizer_state), metrics
 
     options = compiler_options(mesh.devices.flat[0].device_kind, config.compute.compiler_options)
     return Program(
@@ -186,6 +178,20 @@ def _accumulate(gradient_of: Callable, params: Any, microbatches: Batch) -> tupl
         return jax.tree.map(jnp.add, total, gradient), rows
 
     return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), microbatches)
+
+
+def _loss_metrics(rows: RowSums, weight: jax.Array, optimizer_state: Any) -> dict[str, jax.Array]:
+    """Figures of rows [M, B/M], which come back in the batch's own order [B], and of the optimizer."""
+    metrics = {
+        "loss": jnp.sum(rows.loss) / weight,
+        "target_tokens": jnp.sum(rows.weight),
+        "learning_rate": optimizer_state.hyperparams["learning_rate"],
+        "finite_rows": jnp.isfinite(jnp.moveaxis(rows.loss, 0, 1).reshape(-1)),
+    }
+    if spikes := memory(optimizer_state):
+        metrics |= {"grad_norm_limit": spikes.limit, "skips_in_a_row": spikes.in_a_row}
+        metrics["row_loss"] = jnp.moveaxis(rows.loss / jnp.maximum(rows.weight, 1.0), 0, 1).reshape(-1)
+    return metrics
 
 
 def _by_source(rows: RowSums, source_ids: jax.Array, num_sources: int) -> dict[str, jax.Array]:

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -30,7 +30,6 @@ CLOCK_KEYS = (
     "seconds", "data_wait_seconds", "tokens_per_second", "tokens_per_second_per_chip", "mfu", "hbm_bytes",
     "hbm_peak_bytes", "host_seconds",
 )  # fmt: skip
-
 
 logger = logging.getLogger(__name__)
 
@@ -77,22 +76,17 @@ class StepLog:
         self._spent["startup"] += self._since - self._began
         self._compiled = False
 
-    def waiting(self, batches: Iterable[_Item]) -> Iterator[_Item]:
+    def waiting(self, batches: Generator[_Item, None, None]) -> Iterator[_Item]:
         """The same items; time spent waiting for them is counted as `data_wait_seconds`."""
-        iterator = iter(batches)
-        try:
-            while True:
-                started = time.perf_counter()
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
+        with contextlib.closing(
+            batches
+        ):  # ends the thread that reads ahead, also when the loop is left early
+            started = time.perf_counter()
+            for item in batches:
                 self._taken = time.perf_counter()
                 self._data_wait += self._taken - started
                 yield item
-        finally:
-            if hasattr(iterator, "close"):
-                iterator.close()  # ends the thread that reads ahead, also when the loop is left early
+                started = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of the update that made the step counter `step`."""
@@ -183,19 +177,17 @@ class StepLog:
             logger.info("step %d: rolled back to the parameters of step %d", step, target)
 
     def _tell_skip(self, step: int, metrics: dict[str, np.ndarray]) -> None:
-        """Writes and says that an update was skipped, and in which documents the reason may be."""
+        """Records that an update was skipped, with its documents, those of the largest loss first."""
+        if not self._writer:
+            return
         losses = metrics["row_loss"]
         suspects = np.argsort(-np.where(np.isfinite(losses), losses, np.inf), kind="stable")
         names = self._mixture.documents(step - 1, suspects)
         norm, limit = float(metrics["grad_norm"]), float(metrics["grad_norm_limit"])
-        if self._writer:
-            record = {"grad_norm": norm, "grad_norm_limit": limit, "in_a_row": metrics["skips_in_a_row"]}
-            self._writer.write({"step": step, "kind": "skip", **record, "documents": names})
+        record = {"grad_norm": norm, "grad_norm_limit": limit, "in_a_row": metrics["skips_in_a_row"]}
+        self._writer.write({"step": step, "kind": "skip", **record, "documents": names})
         reason = f"above {limit:.4g}" if limit and math.isfinite(norm) else "not finite"
-        if self._writer:
-            logger.info(
-                "step %d: update skipped, gradient norm %.4g is %s; %s", step, norm, reason, _some(names)
-            )
+        logger.info("step %d: update skipped, gradient norm %.4g is %s; %s", step, norm, reason, _some(names))
 
     def _record(self, step: int, metrics: dict[str, np.ndarray], seconds: float) -> dict[str, Any]:
         record = {"step": step, "kind": "train"}

@@ -9,9 +9,11 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import default_config, from_config_dict, replace
 from lemur_jax.data.config import StageConfig
-from lemur_jax.data.inspect import histogram, inspect_config, inspect_store, page, printable
+from lemur_jax.data.inspect import histogram, inspect_mixture, inspect_store, page, printable
+from lemur_jax.data.mixture import open_mixture
 from lemur_jax.models.presets import preset
 from lemur_jax.text.chat_template import encode_chat
+from lemur_jax.text.tokenizer import Tokenizer
 
 TALK = [{"role": "user", "content": "Grüße?"}, {"role": "assistant", "content": "Ja,\nvielen Dank."}]
 
@@ -86,6 +88,12 @@ def test_every_token_of_text_but_the_first_is_supervised(text_store, tokenizer):
 def test_the_directory_above_a_store_names_it(text_store):
     with pytest.raises(UserError, match="code is no token store but has some in it: name train as well"):
         inspect_store(text_store.path.parent)
+
+
+def inspect_config(config):
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
+    return inspect_mixture(mixture, tokenizer, config.train.steps)
 
 
 def test_a_config_shows_what_it_trains_on(config):

@@ -1,4 +1,4 @@
-"""A batch with uneven weights, shared by the tests of this room."""
+"""A batch with uneven weights, shared by the tests of this directory."""
 
 import pytest
 

@@ -146,14 +146,7 @@ def test_a_full_disk_for_some_steps_ends_nothing(train, tmp_path, monkeypatch, c
     assert any("could not be saved" in line for line in caplog.messages)
     assert any("metrics.jsonl: File too large" in line for line in lines)
     assert any("metrics.jsonl can be written again, and no record is missing" in line for line in lines)
-    assert [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "train"] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-    ]
+    assert [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "train"] == list(range(1, 7))
     assert steps_in(tmp_path)[1][-1] == 6
 
 

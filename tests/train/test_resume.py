@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from lemur_jax.checkpoint.manager import read_metadata
+from lemur_jax.checkpoint.manager import read_metadata, steps_in
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.text.tokenizer import Tokenizer
@@ -64,11 +64,8 @@ def test_finished_run_is_not_repeated(project, undisturbed):
 
 def test_records_are_as_documented_in_their_order(undisturbed):
     records = read_metrics(undisturbed)
-    assert {key for r in records if r["kind"] == "eval" for key in r} == documented()["eval"] - {"change"} | {
-        "step",
-        "kind",
-        "task",
-    }
+    evaluated = {key for record in records if record["kind"] == "eval" for key in record}
+    assert evaluated == documented()["eval"] - {"change"} | {"step", "kind", "task"}
     train, times = ([r for r in records if r["kind"] == kind] for kind in ("train", "time"))
     assert {key for record in times for key in record} == documented()["time"] | {"step", "kind"}
     assert times[0]["step"] == 0
@@ -161,9 +158,7 @@ def test_sigterm_saves_and_exits_0_and_the_bits_are_the_same(project, undisturbe
 def test_damaged_newest_checkpoint_is_skipped_and_the_bits_are_the_same(project, undisturbed, tmp_path):
     kill_somewhere(project, tmp_path / "run", 3)
     checkpoints = tmp_path / "run" / "checkpoints"
-    newest, previous = sorted((int(p.name) for p in checkpoints.glob("*") if p.name.isdigit()), reverse=True)[
-        :2
-    ]
+    previous, newest = steps_in(checkpoints)[1][-2:]
     data = max((checkpoints / str(newest) / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
