@@ -80,8 +80,8 @@ def _inspect(args) -> None:
         mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
         text = inspect_mixture(mixture, tokenizer, config.train.steps, **show)
     else:
-        tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-        text = inspect_store(args.target, tokenizer=tokenizer, **show)
+        shown_with = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+        text = inspect_store(args.target, tokenizer=shown_with, **show)
     if args.html:
         from etils import epath
 

@@ -46,7 +46,7 @@ def run_in_process(workdir, extend=False, **options):
 
 
 def asked_at(poll, request=lambda interruption, cause: interruption.request(cause)):
-    """`Interruption.reached` where SIGTERM comes before it is called for the so-manieth time."""
+    """`Interruption.reached` where SIGTERM comes before it is called for the `poll`-th time."""
     polls = itertools.count(1)
 
     def reached(self):
@@ -57,13 +57,19 @@ def asked_at(poll, request=lambda interruption, cause: interruption.request(caus
     return reached
 
 
+def changed_at(workdir):
+    return sorted((str(path), path.stat().st_mtime_ns) for path in workdir.rglob("*"))
+
+
 def test_an_extended_run_is_the_run_that_was_planned_so(train, tmp_path):
     """Three more steps with another mixture, which the first process knew nothing of; constant learning rate."""
     constant = {"optimizer.final_learning_rate": 0.01, "eval.every_steps": 3}
     train(tmp_path / "run", **constant, **{"train.steps": 3})
     later = constant | {"data.stages": "{'late':{'step':3,'shares':{'text':1.0}}}"}
-    with pytest.raises(UserError, match=r"data.stages.late.* or --extend"):
+    before = changed_at(tmp_path / "run")
+    with pytest.raises(UserError, match=r"belongs to another config: data.stages.late.* or --extend"):
         train(tmp_path / "run", **later)
+    assert changed_at(tmp_path / "run") == before
     train(tmp_path / "run", extend=True, **later)
     train(tmp_path / "planned", **later)
     jax.tree.map(
@@ -76,7 +82,9 @@ def test_an_extended_run_is_the_run_that_was_planned_so(train, tmp_path):
     assert without_clock(r for r in records if r is not extension) == without_clock(
         read_metrics(tmp_path / "planned")
     )
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert "already finished" in train(tmp_path / "run", **later)[0]  # it is the run's own config now
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.fixture

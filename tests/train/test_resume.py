@@ -56,12 +56,6 @@ def test_killed_run_continues_on_other_devices(project, undisturbed, tmp_path):
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
 
 
-def test_finished_run_is_not_repeated(project, undisturbed):
-    before = (undisturbed / "metrics.jsonl").read_bytes()
-    assert "already finished" in finish(project, undisturbed)
-    assert (undisturbed / "metrics.jsonl").read_bytes() == before
-
-
 def test_records_are_as_documented_in_their_order(undisturbed):
     records = read_metrics(undisturbed)
     evaluated = {key for record in records if record["kind"] == "eval" for key in record}
@@ -104,13 +98,6 @@ def refused(project, workdir, *words):
     *progress, message = done.stderr.strip().splitlines()
     assert all(line.startswith("train ") for line in progress)
     return message
-
-
-def test_workdir_of_another_config_is_refused_and_left_alone(project, undisturbed):
-    before = sorted(p.stat().st_mtime_ns for p in undisturbed.rglob("*"))
-    message = refused(project, undisturbed, "--config.optimizer.learning_rate=0.5")
-    assert "belongs to another config: optimizer.learning_rate was 0.01 there and is 0.5 now" in message
-    assert sorted(p.stat().st_mtime_ns for p in undisturbed.rglob("*")) == before
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(project, tmp_path):
