@@ -40,19 +40,12 @@ _CLOCK_SECONDS = 5.0  # hosts whose clocks differ by more make wrong file times 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at on one host.
+    """One check on one host."""
 
-    Attributes:
-      check: what.
-      good: whether the run can do with it.
-      detail: what was found.
-      same: must be the same text on every host.
-    """
-
-    check: str
-    good: bool
-    detail: str
-    same: bool = False
+    check: str  # its name
+    good: bool  # whether it passed
+    detail: str  # what was found
+    same: bool = False  # `detail` must be the same on every host
 
 
 def doctor(config: RunConfig, workdir: epath.PathLike) -> None:

@@ -33,17 +33,11 @@ _IN_FLIGHT = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The validation rows of one task.
-
-    Attributes:
-      task: its name.
-      rows: every row is scored once, in order.
-      bytes_per_target: UTF-8 bytes of predicted text for each predicted token.
-    """
+    """The validation rows of one task."""
 
     task: str
-    rows: Rows
-    bytes_per_target: float
+    rows: Rows  # every row is scored once, in order
+    bytes_per_target: float  # UTF-8 bytes of predicted text for each predicted token
 
 
 def open_held_out(data: DataConfig, tasks: Sequence[str], tokenizer: Tokenizer) -> list[HeldOut]:
@@ -63,21 +57,15 @@ def open_held_out(data: DataConfig, tasks: Sequence[str], tokenizer: Tokenizer) 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationSteps:
-    """After which updates a run is scored.
+    """After which updates a run is scored."""
 
-    Attributes:
-      tasks: all that are scored.
-      every: updates between two evaluations; 0: only the last.
-      last: the last update.
-      compared_every: updates between two regular checkpoints that are compared by held-out loss; 0: none are.
-      at_start: whether the first parameters are scored.
-    """
-
-    tasks: tuple[str, ...]
-    every: int
-    last: int
-    compared_every: int
-    at_start: bool
+    tasks: tuple[str, ...]  # all that are scored
+    every: int  # updates between two evaluations; 0: only the last
+    last: int  # the last update
+    compared_every: (
+        int  # updates between two regular checkpoints that are compared by held-out loss; 0: none are
+    )
+    at_start: bool  # whether the first parameters are scored
 
     def is_regular(self, step: int) -> bool:
         """Whether every run of this config is scored at this step, whatever requests to stop came before."""

@@ -15,16 +15,11 @@ from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunHistory:
-    """Metrics of a run; only the primary host has records and a writer.
+    """Metrics of a run; only the primary host has records and a writer."""
 
-    Attributes:
-      writer: appends new records; None on the other hosts.
-      records: of earlier processes, up to the step from which the run continues.
-      spent: seconds of earlier processes by what they were spent on, see `telemetry.goodput.earlier_time`.
-    """
-
-    writer: MetricsWriter | None = None
-    records: Sequence[Record] = ()
+    writer: MetricsWriter | None = None  # appends new records; None on the other hosts
+    records: Sequence[Record] = ()  # of earlier processes, up to the step from which the run continues
+    # Seconds of earlier processes by what they were spent on, see `telemetry.goodput.earlier_time`.
     spent: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property

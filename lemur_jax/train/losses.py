@@ -12,17 +12,11 @@ from lemur_jax.models.llama import Llama
 
 
 class RowSums(NamedTuple):
-    """Sums over the positions of each row, float32 [B].
+    """Sums over the positions of each row, float32 [B]."""
 
-    Attributes:
-      loss: weighted token losses in nats, without the z-loss.
-      z: weighted squares of log Z.
-      weight: loss weights.
-    """
-
-    loss: jax.Array
-    z: jax.Array
-    weight: jax.Array
+    loss: jax.Array  # weighted token losses in nats, without the z-loss
+    z: jax.Array  # weighted squares of log Z
+    weight: jax.Array  # loss weights
 
 
 def row_sums(model: Llama, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> RowSums:

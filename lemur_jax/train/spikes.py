@@ -24,25 +24,15 @@ from lemur_jax.train.state import TrainState
 
 
 class SpikeState(NamedTuple):
-    """State of `skip_spikes`.
+    """State of `skip_spikes`."""
 
-    Attributes:
-      inner: of the transformation inside.
-      norms: float32 [window], accepted gradient norms; the oldest is overwritten.
-      accepted: int32 [], how many there were.
-      limit: float32 [], the norm above which the last update was to be skipped; 0: there was none yet.
-      in_a_row: int32 [], skips up to now without an accepted update between them.
-      rollbacks: int32 [], how often the run was rolled back.
-      rolled_back_at: int32 [], the step of the last time; 0: never.
-    """
-
-    inner: Any
-    norms: Any
-    accepted: Any
-    limit: Any
-    in_a_row: Any
-    rollbacks: Any
-    rolled_back_at: Any
+    inner: Any  # of the transformation inside
+    norms: Any  # float32 [window], accepted gradient norms; the oldest is overwritten
+    accepted: Any  # int32 [], number of accepted norms
+    limit: Any  # float32 [], the norm above which the last update was to be skipped; 0: there was none yet
+    in_a_row: Any  # int32 [], skips up to now without an accepted update between them
+    rollbacks: Any  # int32 [], number of rollbacks
+    rolled_back_at: Any  # int32 [], the step of the last one; 0: never
 
 
 def skip_spikes(

@@ -18,17 +18,11 @@ from lemur_jax.parallel.rules import param_shardings, replicated
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that a checkpoint must hold; the position in the data is `step` alone.
+    """Everything that a checkpoint must hold; the position in the data is `step` alone."""
 
-    Attributes:
-      step: int32 [], updates done.
-      params: nested dict of master parameters.
-      optimizer: the optax state.
-    """
-
-    step: Any
-    params: Any
-    optimizer: Any
+    step: Any  # int32 [], updates done
+    params: Any  # nested dict of master parameters
+    optimizer: Any  # the optax state
 
 
 def abstract_params(model: LlamaConfig, dtype: str, mesh: Mesh) -> Any:
