@@ -4,10 +4,7 @@ import ast
 import pathlib
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "lemur_jax"
-EXCEPTIONS = {
-    "cluster/coordination.py",
-    "prepare/encoding.py",  # a worker of multiprocessing's pool that the kernel kills is known only to its parts
-}
+EXCEPTIONS = {"cluster/coordination.py"}
 # Documented parts of the standard library and of named tuples.
 PUBLIC = {"_exit", "_replace", "_asdict", "_fields", "_make"}
 
@@ -16,18 +13,26 @@ def is_private(name):
     return name.startswith("_") and not name.startswith("__") and name not in PUBLIC and name != "_"
 
 
+def own_names(tree):
+    """Names that classes of the module define: methods, attributes of their bodies, and what methods set on `self`."""
+    for owner in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for node in owner.body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield node.name
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                yield node.target.id
+        for node in ast.walk(owner):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+                yield node.attr
+
+
+def is_self(node):
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
 def private_names(tree):
-    """(line, name) of private imports, and of private attributes of what the module did not define itself."""
-    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-    # What methods of our own classes keep in `self` is theirs on other objects of the module too.
-    own |= {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id in ("self", "cls")
-        and isinstance(node.ctx, ast.Store)
-    }
+    """(line, name) of private imports, and of private attributes of what the module's classes did not define."""
+    own = set(own_names(tree))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lemur_jax"):
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
@@ -39,7 +44,7 @@ def private_names(tree):
             isinstance(node, ast.Attribute)
             and is_private(node.attr)
             and node.attr not in own
-            and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+            and not is_self(node.value)
         ):
             yield node.lineno, ast.unparse(node)
 
@@ -56,4 +61,6 @@ def test_no_private_name_of_another_library_is_used():
 
 def test_private_names_are_seen():
     code = "from jax._src import x\nimport a._b\nfrom a import _c\ny.z._d = 1\nself._e\nos._exit(0)\n"
-    assert [name for _, name in private_names(ast.parse(code))] == ["_src", "_b", "_c", "y.z._d"]
+    code += "def _f():\n    y._f\nclass A:\n    def g(self, other):\n        self._h = other._h\n"
+    names = [name for _, name in private_names(ast.parse(code))]
+    assert names == ["_src", "_b", "_c", "y.z._d", "y._f"]

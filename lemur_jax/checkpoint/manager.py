@@ -86,9 +86,6 @@ class Checkpoints:
         max_failures: int = 1,
         broadcast: bool = False,
     ):
-        # They would print the traceback of a failed save, once for every file; `_fail` reports what Orbax raises.
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
         self.path = absolute(path)
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every:
