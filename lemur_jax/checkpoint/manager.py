@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from lemur_jax.checkpoint.commit_watch import CommitWatch
 from lemur_jax.checkpoint.digest import leaf_digests, on_host
 from lemur_jax.checkpoint.metadata import Damaged, check_leaves, make_metadata, seal, tokenizer_files
 from lemur_jax.checkpoint.reading import (
@@ -33,7 +34,8 @@ from lemur_jax.checkpoint.reading import (
 )
 from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.cluster import hosts
-from lemur_jax.common.errors import TemporaryError, UserError, reason_of
+from lemur_jax.cluster.watchdog import end_all_hosts
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import absolute, is_object_store
 from lemur_jax.telemetry.progress import duration
 
@@ -65,7 +67,8 @@ _BY_LAYER = ocp.SaveArgs(shard_axes=(0,))
 class Checkpoints:
     """The checkpoints of one run; all hosts call its methods together.
 
-    A save that fails on one host is reported and tried again by the caller; with several hosts it ends the run.
+    A save that fails is reported, and tried again by the caller. With several hosts it ends all processes with status
+    75, as Orbax cannot abandon a save on all hosts at once (`commit_watch.py`).
 
     Args:
       path: directory, local or gs://; made if missing.
@@ -87,6 +90,7 @@ class Checkpoints:
         broadcast: bool = False,
     ):
         self.path = absolute(path)
+        self._commits = CommitWatch(self.path) if jax.process_count() > 1 else None
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
@@ -102,7 +106,9 @@ class Checkpoints:
             "best_mode": "min",
             # Directories that cannot be made then raise from `save` itself, and no thread waits for them.
             "async_options": ocp.AsyncOptions(
-                timeout_secs=_SAVE_SECONDS, create_directories_asynchronously=False
+                timeout_secs=_SAVE_SECONDS,
+                create_directories_asynchronously=False,
+                barrier_sync_fn=self._commits.barrier if self._commits else None,
             ),
         }
         self._manager = open_manager(self.path, **self._options)
@@ -155,6 +161,8 @@ class Checkpoints:
         params, optimizer = _copy_on_host(params), _copy_on_host(optimizer)
         save_args = jax.tree_util.tree_map_with_path(_save_args, params)
         self._threads = set(threading.enumerate())
+        if self._commits:
+            self._commits.expect_commit()
         try:
             self._manager.save(
                 step,
@@ -167,6 +175,8 @@ class Checkpoints:
                 force=True,
             )
             self._pending = step
+            if self._commits:
+                self._commits.start(step)
         except Exception as error:  # full disks and refused writes come in many classes
             self._fail(step, error)
 
@@ -175,7 +185,6 @@ class Checkpoints:
 
         Raises:
           UserError: too many saves have failed.
-          TemporaryError: a save has failed on one of several hosts.
         """
         if self._pending is None:
             return
@@ -219,9 +228,8 @@ class Checkpoints:
             f"the checkpoint of step {step} could not be saved in {self.path} (failure {self._failures} of at"
             f" most {self._max_failures} in a row): {reason_of(error)}"
         )
-        if jax.process_count() > 1:
-            # Orbax cannot abandon a save on all hosts at once, and they would wait for this one.
-            raise TemporaryError(f"{message}; run the same command again on all hosts") from error
+        if self._commits:
+            end_all_hosts(message)
         # A new manager, without the arrays of the failed save, removes what its threads have written.
         deadline = time.monotonic() + _LAST_WRITES_SECONDS
         for thread in set(threading.enumerate()) - self._threads:
@@ -327,9 +335,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            # After a failure on one of several hosts Orbax would wait for the others; the process ends anyway.
-            if not (self.failed and jax.process_count() > 1):
-                self._manager.close()
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -12,8 +12,8 @@ from typing import Any
 from lemur_jax import __version__
 from lemur_jax.cli import data, evaluation, inference, planning, training, weights
 from lemur_jax.cluster import coordination
-from lemur_jax.cluster.exit import FAILED, INTERRUPTED, NO_READER, TRY_AGAIN, USER_ERROR, leave
-from lemur_jax.common.errors import TemporaryError, UserError, reason_of
+from lemur_jax.cluster.exit import FAILED, INTERRUPTED, NO_READER, USER_ERROR, leave
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.logging import setup
 from lemur_jax.common.paths import is_refused_by_store
 from lemur_jax.common.sections import did_you_mean
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             return leave(FAILED)
         print(f"lemur {known.verb}: {line}", file=sys.stderr)
-        return leave(TRY_AGAIN if isinstance(error, TemporaryError) else USER_ERROR)
+        return leave(USER_ERROR)
     except KeyboardInterrupt:
         print(
             f"lemur {known.verb}: interrupted; the same command goes on from what is finished",

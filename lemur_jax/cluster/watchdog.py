@@ -12,13 +12,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from lemur_jax.cluster import coordination
 from lemur_jax.cluster.exit import TRY_AGAIN, USER_ERROR, end_process
 from lemur_jax.common.errors import UserError
 
-_VERDICT = "lemur/verdict"
+_MAX_PAUSE = 2.0  # seconds between two heartbeats
+_VERDICTS = "lemur/verdict/"  # a directory, as a single key cannot be read without waiting for it
 _LEFT = "left"
 _FAILED = "failed: "
 _REFUSED = f" {_FAILED}{UserError.__name__}: "
@@ -58,15 +59,15 @@ class Watch:
         self._sent += 1
         try:
             coordination.send_heartbeat(self._me, f"{self._sent} {socket.gethostname()} alive", self._service)
-            verdict = dict(self._service.key_value_dir_get(_VERDICT)).get(_VERDICT)
+            verdicts = self._service.key_value_dir_get(_VERDICTS)
             heartbeats = coordination.read_heartbeats(self._service)
         except RuntimeError:  # JaxRuntimeError: the service is part of host 0
             if self._clock() - self._answered < self._lost_seconds:
                 return None
             return f"host 0, which coordinates, has not answered for {self._lost_seconds:g} s"
         self._answered = self._clock()
-        if verdict is not None:
-            return verdict
+        if verdicts:
+            return verdicts[0][1]
         for host in range(self._count):
             heartbeat = heartbeats.get(host, "")
             if host == self._me or heartbeat == _LEFT:
@@ -91,9 +92,13 @@ class Watch:
 
     def _publish(self, verdict: str) -> str:
         """All hosts end with the first verdict, also those that would have seen it later."""
-        with contextlib.suppress(RuntimeError):
-            self._service.key_value_set(_VERDICT, verdict, allow_overwrite=True)
+        _send_verdict(verdict, self._service)
         return verdict
+
+
+def _send_verdict(verdict: str, service: Any) -> None:
+    with contextlib.suppress(RuntimeError):
+        service.key_value_set(f"{_VERDICTS}first", verdict, allow_overwrite=True)
 
 
 @contextlib.contextmanager
@@ -111,7 +116,7 @@ def host_watchdog(lost_seconds: float) -> Iterator[None]:
 
     me, count = coordination.process()
     watch = Watch(service, me, count, lost_seconds)
-    pause = min(2.0, lost_seconds / 5)
+    pause = min(_MAX_PAUSE, lost_seconds / 5)
     done = threading.Event()
 
     def work() -> None:
@@ -141,7 +146,21 @@ def host_watchdog(lost_seconds: float) -> Iterator[None]:
             time.sleep(2 * pause)  # host 0 carries the service: the others read the reason here
 
 
-def _end(verdict: str, linger_seconds: float) -> None:
+def end_all_hosts(reason: str) -> NoReturn:
+    """Ends this process at once, and by their watchdogs those of all other hosts, with `TRY_AGAIN`.
+
+    For failures after which the other hosts would wait for this one.
+
+    Args:
+      reason: what has failed on this host.
+    """
+    me, _ = coordination.process()
+    verdict = f"host {me} {_FAILED}{' '.join(reason.split())}"
+    _send_verdict(verdict, coordination.client())
+    _end(verdict, linger_seconds=2 * _MAX_PAUSE if me == 0 else 0)
+
+
+def _end(verdict: str, linger_seconds: float) -> NoReturn:
     # Host 0 carries the service and waits until the others have read the verdict.
     end_process(
         USER_ERROR if _REFUSED in verdict else TRY_AGAIN,

@@ -14,10 +14,6 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
-class TemporaryError(UserError):
-    """A failure after which the same command may go on: `lemur` prints it and exits with code 75."""
-
-
 def reason_of(error: BaseException, most: int = 500) -> str:
     """An error's kind and what it says, without the pages that TensorStore adds for its authors.
 

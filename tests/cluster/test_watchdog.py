@@ -24,7 +24,8 @@ class Store:
 
     def key_value_dir_get(self, prefix):
         self._answer()
-        return [(key, value) for key, value in sorted(self.values.items()) if key.startswith(prefix)]
+        directory = prefix.rstrip("/") + "/"  # a key is not in a directory of its own name
+        return [(key, value) for key, value in sorted(self.values.items()) if key.startswith(directory)]
 
     def _answer(self):
         if self.down:

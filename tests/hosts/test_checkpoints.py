@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import time
 
 import jax
 import numpy as np
@@ -13,9 +12,8 @@ import pytest
 from lemur_jax.checkpoint.manager import read_metadata, steps_in
 from lemur_jax.cluster.exit import TRY_AGAIN
 from lemur_jax.telemetry.metrics import read_metrics
+from tests.helpers.hosts import STEPS, final_params, wait_until
 from tests.helpers.metadata_server import serving
-from tests.hosts.conftest import STEPS
-from tests.hosts.test_two_hosts import final_params
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +24,11 @@ def stopped(hosts_project, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, serving() as cloud:
         patch.setenv("GCE_METADATA_HOST", cloud.host)
         processes = hosts_project.start(2, "-m", "lemur_jax.cli", *words)
-        wait_for(lambda: (workdir / "checkpoints" / "3").exists(), processes)
+        wait_until(lambda: (workdir / "checkpoints" / "3").exists(), processes[1])
         cloud.set("preempted", "TRUE")
         said = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     return workdir, said
-
-
-def wait_for(condition, processes):
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not condition():
-        assert processes[1].poll() is None, processes[1].communicate()[0]
-        time.sleep(0.02)
 
 
 def test_a_notice_of_the_cloud_ends_both_with_the_same_step_saved(stopped):
@@ -68,6 +59,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_sigterm_on_one_host_ends_an_evaluation_on_both_and_the_next_start_makes_it(hosts_project, tmp_path):
     workdir = tmp_path / "run"
     words = [*hosts_project.train_words(workdir), "--config.eval.every_steps=4"]
@@ -75,11 +67,11 @@ def test_sigterm_on_one_host_ends_an_evaluation_on_both_and_the_next_start_makes
     for mark in marks:
         mark.unlink(missing_ok=True)
     processes = hosts_project.start(2, "-c", SLOWLY_SCORED, *words, "--virtual-devices", "4")
-    wait_for(lambda: all(mark.exists() for mark in marks), processes)
+    wait_until(lambda: all(mark.exists() for mark in marks), processes[1])
     os.kill(processes[1].pid, signal.SIGTERM)
     said = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert "step 4: the held-out evaluation is given up" in said[0]
+    assert "step 4: held-out evaluation stopped; repeated at the next start" in said[0]
     assert "SIGTERM: step 4 is saved" in said[0]
     assert not [record for record in read_metrics(workdir) if record["kind"] == "eval"]
     hosts_project.lemur(2, *words)
@@ -115,6 +107,7 @@ with manager.Checkpoints(sys.argv[1]) as saves, Interruption(0) as stop:
 """
 
 
+@pytest.mark.slow
 def test_a_sigterm_beside_a_save_is_not_lost(hosts_project, tmp_path):
     """Orbax would ask JAX, too, whether to stop, with numbers of its own."""
     processes = hosts_project.start(2, "-c", ASKED_ELSEWHERE, str(tmp_path))
@@ -152,8 +145,8 @@ def test_a_save_refused_on_one_host_ends_both_and_the_same_command_goes_on(
     processes = hosts_project.start(2, "-c", REFUSED, *words, "--virtual-devices", "4")
     said = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [TRY_AGAIN, TRY_AGAIN], said
-    assert "the checkpoint of step 6 could not be saved" in said[host]
-    assert f"lemur: host {host} failed: TemporaryError: the checkpoint of step 6" in said[1 - host]
+    (verdict,) = [line for line in said[1 - host].splitlines() if line.startswith("lemur: ")]
+    assert verdict.startswith(f"lemur: host {host} failed: the checkpoint of step 6 could not be saved")
     assert steps_in(run)[1] == [3]
     primary, _ = hosts_project.lemur(2, *words)
     assert "resuming at step 3" in primary

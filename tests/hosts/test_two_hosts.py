@@ -15,14 +15,12 @@ import jax
 import numpy as np
 import pytest
 
-from lemur_jax.checkpoint.manager import read_metadata, restore_params, steps_in
+from lemur_jax.checkpoint.manager import steps_in
 from lemur_jax.cluster.exit import TRY_AGAIN
-from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import abstract_params
 from lemur_jax.telemetry.metrics import read_metrics
+from tests.helpers.hosts import STEPS, Project, final_params, finish, wait_until
 from tests.helpers.planted import plant
 from tests.helpers.processes import hold_workdir
-from tests.hosts.conftest import STEPS, Project, finish
 
 # Prints what this process holds of three batches: {"step row key": digest}.
 BATCHES = """
@@ -50,17 +48,6 @@ for step in (0, 5, 1000):
                 held[f"{step} {row} {key}"] = hashlib.sha256(values.__array__().tobytes()).hexdigest()
 print("HELD", json.dumps(held))
 """
-
-
-def final_params(workdir, steps=STEPS):
-    metadata = read_metadata(workdir)
-    assert metadata["step"] == steps
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        abstract_params(LlamaConfig.from_dict(metadata["model"])),
-    )
-    return jax.tree.map(np.asarray, restore_params(workdir, wanted))
 
 
 def losses(workdir):
@@ -99,12 +86,12 @@ def held(hosts_project, hosts):
     return [json.loads(output.split("HELD ")[1].splitlines()[0]) for output in outputs]
 
 
-def test_batches_are_identical_and_each_host_reads_its_own_rows(hosts_project):
+@pytest.mark.parametrize("hosts", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_batches_are_identical_and_each_host_reads_its_own_rows(hosts_project, hosts):
     (whole,) = held(hosts_project, 1)
-    for hosts in (2, 4):
-        parts = held(hosts_project, hosts)
-        assert sum(len(part) for part in parts) == len(whole)
-        assert {row: digest for part in parts for row, digest in part.items()} == whole
+    parts = held(hosts_project, hosts)
+    assert sum(len(part) for part in parts) == len(whole)
+    assert {row: digest for part in parts for row, digest in part.items()} == whole
 
 
 def test_two_hosts_train_as_one_and_one_of_them_writes(hosts_project, one, two):
@@ -152,16 +139,24 @@ def test_two_hosts_generate_and_one_of_them_exports(hosts_project, two, tmp_path
     assert alone.startswith("value_1 =")
     assert (without_gloo(primary), without_gloo(other)) == (alone, "")
     export(hosts_project, 2, workdir, tmp_path)
-    # Of what was exported each host reads its own part.
+
+
+@pytest.mark.slow
+def test_each_host_reads_its_own_part_of_an_exported_model(hosts_project, two, tmp_path):
+    model = tmp_path / "model"
+    finish(hosts_project.start(1, "-m", "lemur_jax.cli", "export-hf", str(two[0]), str(model)))
     reference = tmp_path / "reference.json"
-    words = ["smoke", "--checkpoint", str(tmp_path / "hf-2"), "--mesh"]
+    words = ["smoke", "--checkpoint", str(model), "--mesh"]
     hosts_project.lemur(1, *words, "fsdp=8", "--write-reference", str(reference))
     primary, other = hosts_project.lemur(2, *words, "fsdp=4,tensor=2", "--reference", str(reference))
     assert "192 tokens equal the reference's" in primary
     assert "tokens" not in other
 
 
-@pytest.mark.parametrize(("verb", "reason"), [("serve", "serve from one host"), ("chat", "give --prompt")])
+@pytest.mark.parametrize(
+    ("verb", "reason"),
+    [("serve", "serve from one host"), pytest.param("chat", "give --prompt", marks=pytest.mark.slow)],
+)
 def test_what_people_type_into_needs_one_host(hosts_project, two, verb, reason):
     words = [verb, "--checkpoint", str(two[0]), "--virtual-devices", "4"]
     processes = hosts_project.start(2, "-m", "lemur_jax.cli", *words)
@@ -170,6 +165,7 @@ def test_what_people_type_into_needs_one_host(hosts_project, two, verb, reason):
     assert reason in said[0], said
 
 
+@pytest.mark.slow
 def test_what_one_host_refuses_ends_generation_on_both(hosts_project, two, tmp_path):
     """Each host reads its own copy of the model, and that of host 1 is damaged."""
     workdir, _ = two
@@ -191,10 +187,7 @@ def kill(hosts_project, workdir, how, victim=1):
     processes = hosts_project.start(
         2, "-m", "lemur_jax.cli", *hosts_project.train_words(workdir), "--virtual-devices", "4"
     )
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not (workdir / "checkpoints" / "3").exists():
-        assert processes[1].poll() is None, processes[1].communicate()[0]
-        time.sleep(0.02)
+    wait_until((workdir / "checkpoints" / "3").exists, processes[1])
     os.kill(processes[victim].pid, how)
     hit = time.monotonic()
     said, _ = processes[1 - victim].communicate(timeout=240)
@@ -212,21 +205,20 @@ def test_lost_host_ends_the_run_by_name_and_the_relaunch_is_exact(hosts_project,
     assert "has not been heard of for 10 s" in said
     assert "host 1 (" in said
     assert seconds < 10 + 15  # lost_seconds, two beats, and a busy machine
-    on_one_host, on_four_hosts = tmp_path / "one", tmp_path / "four"
-    shutil.copytree(workdir, on_one_host)
-    shutil.copytree(workdir, on_four_hosts)
+    elsewhere = {hosts: tmp_path / str(hosts) for hosts in (1, 4)}
+    for copy in elsewhere.values():
+        shutil.copytree(workdir, copy)
     primary, _ = hosts_project.lemur(2, *hosts_project.train_words(workdir))
     assert "resuming at step" in primary
     jax.tree.map(np.testing.assert_array_equal, final_params(workdir), final_params(two[0]))
-    (alone,) = hosts_project.lemur(1, *hosts_project.train_words(on_one_host))
-    assert "resuming at step" in alone
-    np.testing.assert_allclose(losses(on_one_host), losses(one), rtol=1e-5)
     if how == signal.SIGSTOP:  # the slow one of the two
-        primary, *_ = hosts_project.lemur(4, *hosts_project.train_words(on_four_hosts))
-        assert "resuming at step" in primary
-        np.testing.assert_allclose(losses(on_four_hosts), losses(one), rtol=1e-5)
+        for hosts, copy in elsewhere.items():
+            primary, *_ = hosts_project.lemur(hosts, *hosts_project.train_words(copy))
+            assert "resuming at step" in primary
+            np.testing.assert_allclose(losses(copy), losses(one), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_death_of_host_0_is_named_too(hosts_project, tmp_path):
     code, said, _ = kill(hosts_project, tmp_path / "run", signal.SIGKILL, victim=0)
     assert code == -signal.SIGABRT, said
@@ -260,6 +252,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_straggler_is_seen_in_the_metrics(hosts_project, tmp_path):
     words = [*hosts_project.train_words(tmp_path / "run"), "--virtual-devices", "4"]
     finish(hosts_project.start(2, "-c", SLOW, *words))
@@ -309,6 +302,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_all_hosts_wait_where_another_run_has_the_workdir(hosts_project, tmp_path, monkeypatch):
     """Not in a collective for host 0, which alone looks for that run: there it would be missed after half a minute."""
     run, marks = tmp_path / "run", tmp_path / "marks"
@@ -353,6 +347,7 @@ def test_doctor_looks_at_both_hosts(hosts_project, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_doctor_says_which_host_cannot_read_the_first_parameters(hosts_project, two, tmp_path):
     workdir, _ = two
     shutil.copytree(workdir, tmp_path / "host-0")
@@ -395,8 +390,15 @@ sys.exit(cli.main([]))
 """
 
 
-@pytest.mark.parametrize(("kind", "status"), [("interrupted", 130), ("unforeseen", 1)])
-@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "status", "bad"),
+    [
+        ("interrupted", 130, 1),
+        ("unforeseen", 1, 0),
+        pytest.param("interrupted", 130, 0, marks=pytest.mark.slow),
+        pytest.param("unforeseen", 1, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_host_that_is_interrupted_or_fails_ends_with_its_own_status(hosts_project, kind, status, bad):
     """Not with that of an abort in the goodbye of `jax.distributed`, and the other names it."""
     processes = hosts_project.start(2, "-c", ENDS, kind, str(bad))

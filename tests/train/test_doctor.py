@@ -15,7 +15,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import train_sentencepiece
 from lemur_jax.train import doctor as module
 from lemur_jax.train.doctor import doctor
-from tests.hosts.conftest import Project
+from tests.helpers.hosts import Project
 
 
 @pytest.fixture(scope="module")
