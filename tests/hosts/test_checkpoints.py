@@ -143,7 +143,7 @@ def test_a_save_refused_on_one_host_ends_both_and_the_same_command_goes_on(
     words = hosts_project.train_words(run)
     monkeypatch.setenv("REFUSED", str(host))
     processes = hosts_project.start(2, "-c", REFUSED, *words, "--virtual-devices", "4")
-    said = [process.communicate(timeout=200)[0] for process in processes]
+    said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [TRY_AGAIN, TRY_AGAIN], said
     (verdict,) = [line for line in said[1 - host].splitlines() if line.startswith("lemur: ")]
     assert verdict.startswith(f"lemur: host {host} failed: the checkpoint of step 6 could not be saved")
