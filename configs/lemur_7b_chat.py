@@ -17,5 +17,5 @@ def get_config():
     config = lemur_70b_chat.get_config()
     config.model.update(preset("llama2_7b", vocab_size=32_005).to_dict())
     config.init.checkpoint = "gs://BUCKET/runs/lemur_7b"
-    config.train.microbatches = 4
+    config.mesh.tensor = 1
     return config

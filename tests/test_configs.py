@@ -28,7 +28,14 @@ def test_pretraining_has_the_recipes_numbers():
     config = load(str(CONFIGS[0].parent / "lemur_70b_pretrain.py"))
     assert config.train.batch_rows * config.data.sequence_length == 4_194_304
     assert config.train.steps * 4_194_304 == pytest.approx(90e9, rel=1e-4)
-    assert (config.data.sources["lemur_code"].share, config.data.sources["lemur_text"].share) == (10.0, 1.0)
+    shares = {name: source.share for name, source in config.data.sources.items()}
+    assert len(shares) == 16
+    assert (shares["stack_python"], shares["dm_mathematics"]) == (72.73, 0.41)  # Table 8
+    code = sum(
+        share for name, share in shares.items() if name.startswith("stack_") and name != "stackexchange"
+    )
+    assert code / (sum(shares.values()) - code) == pytest.approx(10, rel=0.01)
+    assert config.optimizer.warmup_steps == 2000
     assert (config.optimizer.learning_rate, config.optimizer.final_learning_rate) == (4e-5, 4e-6)
     assert (config.optimizer.b1, config.optimizer.b2, config.optimizer.weight_decay) == (0.9, 0.95, 0.1)
     assert (config.optimizer.clip_norm, config.seed) == (1.0, 42)

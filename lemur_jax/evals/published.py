@@ -4,15 +4,53 @@ import math
 
 from lemur_jax.common.errors import UserError
 
-# Percent, from Table 3 of the paper (arXiv 2310.06830).
-_PUBLISHED = {
+# Per cent; Table 3 of the paper (arXiv 2310.06830).
+_BENCHMARKS = ("MMLU", "BBH", "GSM8K", "HumanEval", "MBPP", "Spider", "MultiPL-E", "DS-1000")
+_TABLE_3 = {
+    "StarCoder-15B": (30.8, 33.2, 8.9, 33.6, 52.7, 58.3, 25.3, 26.0),
+    "StarCoderPlus-15B": (42.0, 36.2, 17.7, 26.2, 37.0, 48.8, 21.4, 19.4),
+    "CodeLlama-34B": (52.8, 42.2, 32.7, 48.8, 55.0, 68.4, 36.4, 31.8),
     "Llama-2-70B": (68.9, 51.2, 56.8, 30.5, 45.4, 60.0, 24.4, 11.3),
     "Lemur-70B": (64.5, 51.6, 54.9, 35.4, 53.2, 62.8, 30.4, 30.7),
+    "WizardCoder-15B": (29.4, 28.8, 7.1, 57.3, 51.6, 61.6, 30.8, 29.2),
+    "CodeLlama-34B-INST": (53.5, 37.1, 41.0, 41.5, 57.0, 66.6, 36.1, 32.3),
+    "Llama-2-70B-Chat": (63.9, 38.9, 48.7, 31.1, 38.2, 60.3, 22.6, 17.8),
     "Lemur-70B-Chat": (65.3, 61.9, 66.3, 61.0, 55.5, 62.5, 42.9, 34.5),
 }
-_BENCHMARKS = ("MMLU", "BBH", "GSM8K", "HumanEval", "MBPP", "Spider", "MultiPL-E", "DS-1000")
+# Averages as Table 3 prints them.
+AVERAGES = {
+    "StarCoder-15B": 33.6,
+    "StarCoderPlus-15B": 31.1,
+    "CodeLlama-34B": 46.0,
+    "Llama-2-70B": 43.6,
+    "Lemur-70B": 47.9,
+    "WizardCoder-15B": 37.0,
+    "CodeLlama-34B-INST": 45.6,
+    "Llama-2-70B-Chat": 40.2,
+    "Lemur-70B-Chat": 55.0,
+}
+# Success in per cent; Tables 4 to 7 of the paper. IC: InterCode; the other rows down to ALFWorld's are MINT's.
+AGENT_MODELS = ("Llama-2-70B-Chat", "CodeLlama-34B-INST", "Lemur-70B-Chat", "gpt-3.5-turbo", "gpt-4")
+_AGENT_ROWS = {
+    "M-GSM8K": (33.33, 25.00, 58.33, 43.75, 93.75),
+    "M-MATH": (3.00, 4.00, 6.00, 26.00, 57.00),
+    "M-TheoremQA": (2.04, 2.04, 8.16, 28.57, 57.14),
+    "M-HotpotQA": (27.91, 16.28, 44.19, 27.91, 46.51),
+    "M-MMLU": (42.11, 30.26, 56.58, 56.58, 80.26),
+    "M-HumanEval": (8.89, 2.22, 46.67, 37.78, 73.33),
+    "M-MBPP": (8.79, 2.20, 17.58, 25.27, 52.75),
+    "IC-Bash": (31.50, 36.00, 34.50, 46.51, 48.52),
+    "IC-SQL": (67.89, 67.79, 73.79, 72.82, 84.41),
+    "RoboCodeGen": (48.65, 64.86, 75.68, 83.78, 83.78),
+    "IC-CTF": (9.00, 16.00, 22.00, 11.00, 37.00),
+    "WebArena": (1.72, 4.06, 5.30, 7.38, 10.59),
+    "M-ALFWorld": (21.64, 37.31, 59.70, 41.79, 84.33),
+}
+AGENTS: dict[str, dict[str, float]] = {
+    name: dict(zip(AGENT_MODELS, scores, strict=True)) for name, scores in _AGENT_ROWS.items()
+}
 PUBLISHED: dict[str, dict[str, float | None]] = {
-    model: dict(zip(_BENCHMARKS, scores, strict=True)) for model, scores in _PUBLISHED.items()
+    model: dict(zip(_BENCHMARKS, scores, strict=True)) for model, scores in _TABLE_3.items()
 }
 # Benchmarks of the paper that have harnesses of their own; docs/evaluation.md has the commands whole.
 ELSEWHERE = {
