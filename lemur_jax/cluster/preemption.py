@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import threading
 from typing import Any
 
@@ -40,11 +41,28 @@ class Interruption:
                 self._undo.callback(signal.signal, signal.SIGINT, old)
                 signal.signal(signal.SIGINT, self._on_sigint)
             if alone:
-                old = signal.signal(signal.SIGTERM, lambda *_: self.request("SIGTERM"))
-                self._undo.callback(signal.signal, signal.SIGTERM, old)
+                self._take_sigterm()
         if main or not alone:
             self._undo.enter_context(Notices())
         return self
+
+    def _take_sigterm(self) -> None:
+        # Python runs handlers when the main thread returns from C, where a stuck save may keep it. A thread that reads
+        # the numbers of signals starts the grace period at once.
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        old = signal.signal(signal.SIGTERM, lambda *_: self.request("SIGTERM"))
+        self._undo.callback(writer.close)
+        self._undo.callback(signal.set_wakeup_fd, old_fd)
+        self._undo.callback(signal.signal, signal.SIGTERM, old)
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+
+    def _listen(self, reader: socket.socket) -> None:
+        with reader:
+            while numbers := reader.recv(64):  # empty when the writer is closed
+                if signal.SIGTERM in numbers:
+                    self.request("SIGTERM")
 
     def __exit__(self, *_: Any) -> None:
         self._undo.close()
