@@ -2,6 +2,9 @@
 
 import logging
 import os
+import pathlib
+
+import pytest
 
 from lemur_jax.cluster import hosts
 
@@ -16,3 +19,56 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing outlives a run of the tests
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 logging.getLogger("lemur_jax").setLevel(logging.INFO)  # pytest's `caplog` sees what a user sees
+
+# Modules whose tests start processes or compile for seconds: `bash launch/test.sh --quick` leaves them out.
+PROCESS_MODULES = {
+    "checkpoint/test_damage",
+    "checkpoint/test_listing",
+    "checkpoint/test_manager",
+    "checkpoint/test_policies",
+    "cluster/test_hosts",
+    "convert/test_import_hf",
+    "convert/test_memory",
+    "convert/test_vocabulary",
+    "evals/test_code",
+    "evals/test_harness",
+    "evals/test_paper",
+    "faults/test_drill",
+    "hosts/test_checkpoints",
+    "hosts/test_two_hosts",
+    "infer/test_generate",
+    "infer/test_quantize",
+    "infer/test_serve",
+    "infer/test_smoke",
+    "infer/test_verbs",
+    "models/test_attention",
+    "models/test_llama",
+    "plan/test_generate",
+    "plan/test_plan",
+    "plan/test_search",
+    "prepare/test_prepare_files",
+    "prepare/test_readers",
+    "sweep/test_sweep",
+    "telemetry/test_profiler",
+    "test_benchmarks",
+    "test_cli",
+    "test_docs_data",
+    "test_docs_tune",
+    "test_recipe",
+    "text/test_tokenizer_parity",
+    "train/test_checkpointing",
+    "train/test_losses",
+    "train/test_resume",
+    "train/test_spikes",
+    "train/test_step",
+    "train/test_workdir",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks the tests of these modules `process`."""
+    root = pathlib.Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(root).with_suffix("").as_posix() in PROCESS_MODULES:
+            item.add_marker("process")

@@ -385,8 +385,8 @@ class Parser:
     def parse_known_args(self, arguments):
         return argparse.Namespace(run=run, takes_config=False, verb="train"), []
 
-cli._parser = Parser
-sys.exit(cli.main([]))
+cli._parser = lambda: (Parser(), ["train"])
+sys.exit(cli.main(["train"]))
 """
 
 
