@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the test suite in an environment of its own. Arguments go to pytest:
 #   bash launch/test.sh                         everything but the slow tests
-#   bash launch/test.sh --quick                 no test that starts a process or takes seconds: under 2 minutes
+#   bash launch/test.sh --quick                 no test that starts a process or takes seconds: about 2 minutes
 #   bash launch/test.sh -m slow                 the slow ones
 #   bash launch/test.sh tests/data -k mixture   a part
 set -euo pipefail
