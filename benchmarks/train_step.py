@@ -40,7 +40,7 @@ CPU_MODEL = dict(
 
 
 def ours(model, batch_rows, length, dtype, remat, tokens):
-    """(function that makes so many steps, seconds from importing JAX to the first step done)."""
+    """(function that makes a given number of steps, seconds from importing JAX to the end of the first step)."""
     started = time.perf_counter()
     import jax
 
@@ -151,7 +151,7 @@ SIDES = ("ours", "transformers")
 
 
 def make(side: str, options: argparse.Namespace) -> tuple[Callable[[int], float], float]:
-    """(function that makes so many steps and returns the loss, seconds from importing to the first step done)."""
+    """(function of a number of steps that returns the loss, seconds from importing to the end of the first step)."""
     model = model_of(options)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.vocab_size, (options.batch, options.length + 1)).astype(np.int32)

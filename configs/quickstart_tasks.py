@@ -32,7 +32,8 @@ from lemur_jax.prepare.fields import is_held_out
 from lemur_jax.prepare.tasks import add_generator
 
 VALIDATION_SHARE = 0.1  # of the modules and chapters
-SHARED_LINES = 6  # a training document with so many lines in a row of a held-out one is left out
+# A training document that shares this many consecutive lines with a held-out one is left out.
+SHARED_LINES = 6
 
 # Tests, what distributions package separately or add, tables, and the file that holds the chapters.
 EXCLUDED = re.compile(

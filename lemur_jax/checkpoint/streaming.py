@@ -130,8 +130,8 @@ class _LateJsonHandler(ocp.CheckpointHandler):
         self._content = args.content
 
     def restore(self, directory: epath.Path, args: Any = None) -> Any:
-        """Not for reading: `ocp.JsonCheckpointHandler` reads it."""
-        raise NotImplementedError
+        """Refuses: `ocp.JsonCheckpointHandler` reads what this handler has written."""
+        raise TypeError("read this item with orbax.checkpoint.JsonCheckpointHandler")
 
     def finalize(self, directory: epath.Path) -> None:
         """Called by Orbax when all items are written."""
