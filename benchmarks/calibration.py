@@ -15,7 +15,7 @@ import os
 import statistics
 
 from lemur_jax.config import RunConfig, replace
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.presets import preset
 
 _MAXTEXT = "github.com/AI-Hypercomputer/maxtext/blob/main/"
@@ -28,7 +28,7 @@ class Published:
 
     Attributes:
       name, topology: the model and the slice.
-      model: fields of LlamaConfig.
+      model: fields of DecoderConfig.
       rows: rows a chip in one pass.
       length: T.
       remat: our nearest policy.
@@ -106,7 +106,7 @@ def record(row: Published) -> dict:
         "mesh.tensor": row.tensor,
         "compute.remat": row.remat,
     }
-    config = replace(RunConfig(model=LlamaConfig(**row.model)), options)
+    config = replace(RunConfig(model=DecoderConfig(**row.model)), options)
     made = plan(config, row.topology)
     if made.step_seconds is None:
         print(f"{row.name:<13}{row.topology:<9} no estimate: {made.hbm_bytes_per_chip / GIB:.1f} GiB")

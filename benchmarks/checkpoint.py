@@ -34,7 +34,7 @@ def main() -> None:
     from lemur_jax.checkpoint.digest import leaf_digests
     from lemur_jax.checkpoint.manager import Checkpoints, make_metadata
     from lemur_jax.config import RunConfig, replace
-    from lemur_jax.models import llama
+    from lemur_jax.models import decoder
     from lemur_jax.models.presets import preset
     from lemur_jax.parallel.mesh import make_mesh
     from lemur_jax.train.state import shardings_of, start
@@ -48,7 +48,7 @@ def main() -> None:
     )
     program = build(config, make_mesh(config.mesh), 1)
     init = jax.jit(
-        lambda key: llama.init_params(program.model, key), out_shardings=shardings_of(program.state.params)
+        lambda key: decoder.init_params(program.model, key), out_shardings=shardings_of(program.state.params)
     )
     state = start(init(jax.random.key(0)), program.optimizer, program.state)
     update = jax.jit(lambda trees: jax.tree.map(lambda leaf: leaf + leaf, trees), donate_argnums=0)

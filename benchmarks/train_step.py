@@ -44,7 +44,7 @@ def ours(model, batch_rows, length, dtype, remat, tokens):
     started = time.perf_counter()
     import jax
 
-    from lemur_jax.models import llama
+    from lemur_jax.models import decoder
     from lemur_jax.parallel.mesh import make_mesh
     from lemur_jax.train.state import shardings_of, start
     from lemur_jax.train.step import build
@@ -54,7 +54,7 @@ def ours(model, batch_rows, length, dtype, remat, tokens):
     config = replace(RunConfig(model=model), options)
     program = build(config, make_mesh(config.mesh), num_sources=1)
     init = jax.jit(
-        lambda key: llama.init_params(model, key), out_shardings=shardings_of(program.state.params)
+        lambda key: decoder.init_params(model, key), out_shardings=shardings_of(program.state.params)
     )
     state = start(init(jax.random.key(0)), program.optimizer, program.state)
     batch = {
@@ -80,7 +80,7 @@ def ours(model, batch_rows, length, dtype, remat, tokens):
 def theirs(model, dtype, tokens):
     """The same for transformers with SDPA; torch.compile on a GPU, where it pays."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = LlamaForCausalLM(

@@ -24,7 +24,7 @@ from lemur_jax.common import sections
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.sections import did_you_mean, replace
 from lemur_jax.data.config import DataConfig
-from lemur_jax.models.config import ComputeConfig, LlamaConfig
+from lemur_jax.models.config import ComputeConfig, DecoderConfig
 from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.prepare.config import PrepareConfig
 from lemur_jax.telemetry.config import LogConfig
@@ -49,7 +49,7 @@ __all__ = [
 class RunConfig:
     """Every option of a run."""
 
-    model: LlamaConfig  # the shape of the model
+    model: DecoderConfig  # the shape of the model
     seed: int = 42  # of fresh parameters and of the order of the data
     compute: ComputeConfig = field(default_factory=ComputeConfig)  # how the model is computed
     mesh: MeshConfig = field(default_factory=MeshConfig)  # how devices share the work
@@ -87,7 +87,7 @@ def default_config(model: Mapping[str, Any]) -> ConfigDict:
     """Every option of a run with its default, for a config file to change.
 
     Args:
-      model: the fields of `models.config.LlamaConfig`, e.g. `preset("llama2_7b").to_dict()`.
+      model: the fields of `models.config.DecoderConfig`, e.g. `preset("llama2_7b").to_dict()`.
     """
     config = ConfigDict({**sections.defaults(RunConfig), "model": dict(model)})
     # A mistyped key in a config file is an error there and then; only these have keys of the user's own.

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from lemur_jax.config import load
-from lemur_jax.models.llama import num_params
+from lemur_jax.models.decoder import num_params
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.train.step import build
 

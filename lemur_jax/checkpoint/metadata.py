@@ -37,7 +37,7 @@ def make_metadata(
     """The `metadata` item as plain JSON, without the leaves, which `seal` adds.
 
     Args:
-      model: fields of `LlamaConfig`.
+      model: fields of `DecoderConfig`.
       tokenizer_files: contents by file name.
       config: the run config, None for imported weights.
       data: digests of the stores that the run reads.

@@ -108,6 +108,6 @@ def _keep_freed_memory() -> None:
 
 
 def _done(where: str, model, dtype: str) -> str:
-    from lemur_jax.models.llama import num_params
+    from lemur_jax.models.decoder import num_params
 
     return f"{where}: {num_params(model) / 1e6:,.1f}M parameters in {dtype}, vocabulary {model.vocab_size:,}"

@@ -23,7 +23,7 @@ from lemur_jax.convert.model_card import model_card
 from lemur_jax.convert.safetensors import INDEX, write_weights
 from lemur_jax.convert.verify import compare_logits, compare_tensors
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.chat_template import CHATML_TEMPLATE, stop_ids
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 
@@ -43,7 +43,7 @@ def export_hf(
     max_shard_bytes: float = 5e9,
     change: Change = AS_IT_IS,
     verify: bool = False,
-) -> LlamaConfig:
+) -> DecoderConfig:
     """Writes safetensors, configs, tokenizer, chat template and model card.
 
     Weights go from checkpoint to file one tensor at a time; one chunk of layers of the checkpoint is in memory.
@@ -69,7 +69,7 @@ def export_hf(
     target = epath.Path(hf_dir)
     check_target(target, overwrite, _is_export)
     metadata = read_metadata(ckpt_dir, step)
-    stored = LlamaConfig.from_dict(metadata["model"])
+    stored = DecoderConfig.from_dict(metadata["model"])
     arrays = open_arrays(ckpt_dir, metadata["step"], metadata["leaves"]["params"])
     where = f"checkpoint {ckpt_dir}, step {metadata['step']}"
     expected = {weight.path: weight.shape for weight in layout.weights(stored)}
@@ -110,7 +110,9 @@ def _has_chatml(tokenizer: Tokenizer | None) -> bool:
     return tokenizer is not None and "<|im_end|>" in tokenizer.control_tokens
 
 
-def _write_files(directory: epath.Path, config: LlamaConfig, dtype: str, tokenizer: Tokenizer | None) -> None:
+def _write_files(
+    directory: epath.Path, config: DecoderConfig, dtype: str, tokenizer: Tokenizer | None
+) -> None:
     """Writes the tokenizer's files and those that transformers configures itself by."""
     files = tokenizer.files() if tokenizer else {}
     for name, content in files.items():

@@ -1,4 +1,4 @@
-"""`LlamaConfig` to and from Hugging Face's `config.json`."""
+"""`DecoderConfig` to and from Hugging Face's `config.json`."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What transformers takes where config.json says nothing.
@@ -36,7 +36,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     return value
 
 
-def read_config(hf_dir: epath.PathLike) -> LlamaConfig:
+def read_config(hf_dir: epath.PathLike) -> DecoderConfig:
     """The model's shape from a Hugging Face directory; UserError without one, or as in `from_hf`."""
     path = epath.Path(hf_dir) / "config.json"
     if not path.parent.exists():  # `is_dir` would say no of a store that cannot be reached
@@ -44,7 +44,7 @@ def read_config(hf_dir: epath.PathLike) -> LlamaConfig:
     return from_hf(read_json(path), str(path))
 
 
-def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
+def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """`config.json` of transformers 4 or 5 as ours; UserError for what our model would compute differently."""
     _refuse_foreign(raw, where)
     fields: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
     fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
     fields.update(_rope_from_hf(raw, fields["max_position_embeddings"], where))
     try:
-        return LlamaConfig(**fields)
+        return DecoderConfig(**fields)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -128,7 +128,7 @@ def _rope_from_hf(raw: Mapping[str, Any], max_positions: int, where: str) -> dic
 
 
 def to_hf(
-    config: LlamaConfig, *, dtype: str, bos: int | None, eos: int | None, pad: int | None
+    config: DecoderConfig, *, dtype: str, bos: int | None, eos: int | None, pad: int | None
 ) -> dict[str, Any]:
     """`config.json` for transformers 4 and 5; a token id of None switches it off."""
     scaling = None

@@ -14,7 +14,7 @@ from lemur_jax.convert import layout
 from lemur_jax.convert.dtypes import DTYPES
 from lemur_jax.convert.hf_config import read_json
 from lemur_jax.convert.safetensors import StoredTensor, brief, read_header
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 
 # A plain file name: no separators, no "..", no drive.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
@@ -134,7 +134,7 @@ def _read_bin(path: epath.Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_weights(config: LlamaConfig, tensors: Mapping[str, Tensor], hf_dir: epath.PathLike) -> None:
+def check_weights(config: DecoderConfig, tensors: Mapping[str, Tensor], hf_dir: epath.PathLike) -> None:
     """Raises UserError if a tensor is missing, unexpected or of another shape, or a tied head is not its embedding."""
     if config.num_hidden_layers > len(tensors):  # before that many names are made
         raise UserError(

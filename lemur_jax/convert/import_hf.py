@@ -19,7 +19,7 @@ from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
 from lemur_jax.convert.hf_config import read_config, read_json
 from lemur_jax.convert.hf_weights import Tensor, check_weights, open_weights
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.tokenizer import GENERATION_CONFIG, read_files
 
 
@@ -40,7 +40,7 @@ def hf_tokenizer_files(hf_dir: epath.PathLike) -> dict[str, bytes]:
 
 def load_hf_params(
     hf_dir: epath.PathLike, shardings: Mapping[str, Any] | None = None, dtype: str = "float32"
-) -> tuple[LlamaConfig, dict[str, Any]]:
+) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads a Hugging Face directory, local or gs://, into our parameter tree.
 
     Every name and shape is checked before the first weight is read. Each tensor is read once, and only the parts for
@@ -111,7 +111,7 @@ def import_hf(
     dtype: str = "float32",
     overwrite: bool = False,
     change: Change = AS_IT_IS,
-) -> LlamaConfig:
+) -> DecoderConfig:
     """Writes a Hugging Face Llama as a checkpoint of parameters only, step 0, one tensor at a time.
 
     Args:

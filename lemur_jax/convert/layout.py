@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 
 _LAYER = "model.layers.{layer}."
 
@@ -59,7 +59,7 @@ class Weight:
         return array.transpose(np.argsort(self._order)).reshape(self.hf_shape)
 
 
-def weights(config: LlamaConfig) -> tuple[Weight, ...]:
+def weights(config: DecoderConfig) -> tuple[Weight, ...]:
     """The rows of the table for this model; a tied model has no head."""
     sizes = dict(V=config.vocab_size, D=config.hidden_size, F=config.intermediate_size)
     sizes |= dict(H=config.num_attention_heads, K=config.num_key_value_heads, N=config.head_dim)

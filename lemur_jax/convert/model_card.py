@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lemur_jax.convert import layout
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 
 _FRONT = """---
 library_name: transformers
@@ -24,7 +24,7 @@ Chats are in ChatML: `tokenizer.apply_chat_template(messages, add_generation_pro
 """
 
 
-def model_card(config: LlamaConfig, metadata: Mapping[str, Any], dtype: str, *, chatml: bool) -> str:
+def model_card(config: DecoderConfig, metadata: Mapping[str, Any], dtype: str, *, chatml: bool) -> str:
     """Markdown with the model's shape and, if the checkpoint's metadata has a run's config, its training."""
     facts = {
         "Parameters": f"{sum(math.prod(weight.shape) for weight in layout.weights(config)):,}",

@@ -13,15 +13,15 @@ from lemur_jax.convert.hf_config import read_config, read_json
 from lemur_jax.convert.hf_weights import check_weights, holds_weights, open_weights
 from lemur_jax.convert.import_hf import hf_tokenizer_files, load_hf_params
 from lemur_jax.convert.vocabulary import AS_IT_IS
-from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import Params
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
     """A model whose weights are not read yet."""
 
-    model: LlamaConfig
+    model: DecoderConfig
     tokenizer_files: Mapping[str, bytes]  # content by name; empty without a tokenizer
     # Abstract tree with shardings -> parameters of its dtypes; UserError if they are damaged or not finite.
     restore: Callable[[Params], Params]
@@ -47,7 +47,7 @@ def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
         open_weights(path)  # its error names what is missing
     metadata = read_metadata(path, step)
     return ModelSource(
-        model=LlamaConfig.from_dict(metadata["model"]),
+        model=DecoderConfig.from_dict(metadata["model"]),
         tokenizer_files=tokenizer_files(metadata),
         restore=lambda wanted: restore_params(path, wanted, metadata["step"]),
         run_config=metadata.get("config"),

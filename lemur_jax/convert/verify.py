@@ -14,7 +14,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.convert import layout
 from lemur_jax.convert.hf_weights import check_weights, open_weights
 from lemur_jax.convert.import_hf import load_hf_params
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.tokenizer import Tokenizer
 
 TOKENS = 512
@@ -23,7 +23,7 @@ TOLERANCE = 1e-3
 
 
 def compare_tensors(
-    directory: epath.Path, config: LlamaConfig, expected: Iterator[tuple[str, np.ndarray]]
+    directory: epath.Path, config: DecoderConfig, expected: Iterator[tuple[str, np.ndarray]]
 ) -> str:
     """Compares every tensor of a Hugging Face directory bit for bit with the checkpoint's, one at a time.
 
@@ -47,7 +47,7 @@ def compare_tensors(
     return f"verified: {count} tensors ({size / 1e6:,.1f} MB) read again equal the checkpoint's"
 
 
-def compare_logits(directory: epath.Path, config: LlamaConfig, tokenizer: Tokenizer | None) -> str:
+def compare_logits(directory: epath.Path, config: DecoderConfig, tokenizer: Tokenizer | None) -> str:
     """Compares our logits with those of `transformers`, in float32, on 512 tokens of source code.
 
     Both use the weights in the directory; ours takes the shape from the checkpoint, theirs from the files, so that a
@@ -89,7 +89,7 @@ def transformers_model(hf_dir: str) -> Any:
         raise UserError(f"transformers cannot open {hf_dir}: {reason[:300]}") from error
 
 
-def _tokens(config: LlamaConfig, tokenizer: Tokenizer | None) -> np.ndarray:
+def _tokens(config: DecoderConfig, tokenizer: Tokenizer | None) -> np.ndarray:
     """int32 [1, T] with T up to 512."""
     length = min(TOKENS, config.max_position_embeddings)
     if tokenizer is None:
@@ -98,10 +98,10 @@ def _tokens(config: LlamaConfig, tokenizer: Tokenizer | None) -> np.ndarray:
     return np.array([[tokenizer.bos_id, *tokenizer.encode(text[: 20 * length])][:length]], np.int32)
 
 
-def _our_logits(directory: epath.Path, config: LlamaConfig, tokens: np.ndarray) -> np.ndarray:
+def _our_logits(directory: epath.Path, config: DecoderConfig, tokens: np.ndarray) -> np.ndarray:
     import jax
 
-    from lemur_jax.models.llama import Compute, forward
+    from lemur_jax.models.decoder import Compute, forward
 
     _, params = load_hf_params(directory)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import revise
 
@@ -74,8 +74,8 @@ class Change:
     vocab_size: int = 0  # > 0: rows V afterwards; missing rows become the mean of the others
 
     def apply(
-        self, config: LlamaConfig, files: Mapping[str, bytes], where: object
-    ) -> tuple[LlamaConfig, dict[str, bytes]]:
+        self, config: DecoderConfig, files: Mapping[str, bytes], where: object
+    ) -> tuple[DecoderConfig, dict[str, bytes]]:
         """The model at `where` and its tokenizer's files (empty: none) afterwards.
 
         Raises:

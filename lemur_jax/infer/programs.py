@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from lemur_jax.infer.sampling import Knobs, choose
-from lemur_jax.models import kv_cache, llama
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models import decoder, kv_cache
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import Compute, Params
 from lemur_jax.models.kv_cache import KVCache
-from lemur_jax.models.llama import Compute, Params
 from lemur_jax.parallel.rules import constrain
 
 # The most tokens of one dispatch of decode.
@@ -74,7 +74,7 @@ class Programs:
 
 
 @functools.lru_cache(maxsize=8)
-def programs(config: LlamaConfig, compute: Compute) -> Programs:
+def programs(config: DecoderConfig, compute: Compute) -> Programs:
     """Both functions for one model on one mesh; the same ones for the same arguments."""
     return Programs(
         prefill=jax.jit(functools.partial(_prefill, config, compute), static_argnames="new_slots"),
@@ -83,7 +83,7 @@ def programs(config: LlamaConfig, compute: Compute) -> Programs:
 
 
 def _prefill(
-    config: LlamaConfig,
+    config: DecoderConfig,
     compute: Compute,
     params: Params,
     tokens: jax.Array,
@@ -93,7 +93,7 @@ def _prefill(
     new_slots: int,
 ) -> tuple[State, jax.Array, jax.Array]:
     B, T = tokens.shape
-    model = llama.bind(config, compute, params)
+    model = decoder.bind(config, compute, params)
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     valid = positions < rows.prompt_length[:, None]
     cache = kv_cache.empty(config, compute, B, T + new_slots)
@@ -109,9 +109,9 @@ def _prefill(
 
 
 def _decode(
-    config: LlamaConfig, compute: Compute, params: Params, state: State, knobs: Knobs, steps: jax.Array
+    config: DecoderConfig, compute: Compute, params: Params, state: State, knobs: Knobs, steps: jax.Array
 ) -> tuple[State, jax.Array, jax.Array]:
-    model = llama.bind(config, compute, params)
+    model = decoder.bind(config, compute, params)
     B, S = state.cache.key.shape[1:3]
     slots = jnp.arange(S)
 

@@ -12,9 +12,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models import llama
-from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import Params
+from lemur_jax.models import decoder
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import Params
 from lemur_jax.parallel.projection import scale_axes
 from lemur_jax.parallel.rules import spec
 
@@ -35,7 +35,7 @@ def check_installed() -> None:
         raise UserError("--weights int8 needs qwix: pip install 'lemur_jax[int8]'") from None
 
 
-def quantize(config: LlamaConfig, mesh: Mesh, params: Params) -> Params:
+def quantize(config: DecoderConfig, mesh: Mesh, params: Params) -> Params:
     """The parameters with int8 matrices (`qwix.QArray`), sharded as they were.
 
     Args:
@@ -61,4 +61,4 @@ def quantize(config: LlamaConfig, mesh: Mesh, params: Params) -> Params:
         )
         return jax.jit(run, out_shardings=places)(leaf)
 
-    return jax.tree_util.tree_map_with_path(one, params, llama.logical_axes(config))
+    return jax.tree_util.tree_map_with_path(one, params, decoder.logical_axes(config))

@@ -16,9 +16,9 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.infer.batching import bucket, padded_length, put, row_ways
 from lemur_jax.infer.generate import check_ids
 from lemur_jax.infer.session import Session
-from lemur_jax.models import llama
-from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import Compute, Params
+from lemur_jax.models import decoder
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import Compute, Params
 from lemur_jax.parallel.rules import constrain
 
 # Tokens of a batch, padding included.
@@ -184,12 +184,12 @@ def _unpack(
 
 
 @functools.lru_cache(maxsize=8)
-def _program(config: LlamaConfig, compute: Compute, top: int) -> Callable[..., tuple[jax.Array, ...]]:
+def _program(config: DecoderConfig, compute: Compute, top: int) -> Callable[..., tuple[jax.Array, ...]]:
     return jax.jit(functools.partial(_score, config, compute, top))
 
 
 def _score(
-    config: LlamaConfig,
+    config: DecoderConfig,
     compute: Compute,
     top: int,
     params: Params,
@@ -201,7 +201,7 @@ def _score(
     and ids of the `top` likeliest [B, P, K]."""
     B, T = tokens.shape
     P = where.shape[1]
-    model = llama.bind(config, compute, params)
+    model = decoder.bind(config, compute, params)
     segments = (tokens >= 0).astype(jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     hidden, _ = model(jnp.maximum(tokens, 0), positions, model.packed(segments))

@@ -11,9 +11,9 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.convert.source import open_source
 from lemur_jax.infer.programs import Programs, programs
 from lemur_jax.infer.quantize import WEIGHTS, check_installed, quantize
-from lemur_jax.models import llama
-from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import Compute, Params
+from lemur_jax.models import decoder
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import Compute, Params
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import param_shardings
 from lemur_jax.text.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ class Session:
       programs: the compiled prefill and decode.
     """
 
-    model: LlamaConfig
+    model: DecoderConfig
     compute: Compute
     tokenizer: Tokenizer | None
     params: Params
@@ -101,7 +101,7 @@ def load(
 
 
 def make_session(
-    model: LlamaConfig,
+    model: DecoderConfig,
     params: Params,
     mesh: Mesh,
     dtype: str,
@@ -133,12 +133,12 @@ def make_session(
     )
 
 
-def abstract_params(model: LlamaConfig, mesh: Mesh, dtype: str) -> Params:
+def abstract_params(model: DecoderConfig, mesh: Mesh, dtype: str) -> Params:
     """The parameter tree as ShapeDtypeStructs with shardings; UserError if the mesh does not fit the model."""
     if mesh.shape["sequence"] > 1:
         raise UserError(
             f"generation cannot shard the sequence: mesh axis sequence is {mesh.shape['sequence']}: set it to 1"
         )
-    params = llama.abstract_params(model, dtype)
-    shardings = param_shardings(mesh, params, llama.logical_axes(model))
+    params = decoder.abstract_params(model, dtype)
+    shardings = param_shardings(mesh, params, decoder.logical_axes(model))
     return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), params, shardings)

@@ -17,7 +17,7 @@ ATTENTION_NAMES = ("auto", "xla", "splash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
+class DecoderConfig:
     """Architecture of one Llama model.
 
     Field names and meanings are those of `transformers.LlamaConfig`; the nested `rope_scaling`
@@ -63,7 +63,7 @@ class LlamaConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
+    def from_dict(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
         """The inverse of `to_dict`; names that are no fields are ignored."""
         return cls(
             **{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields}

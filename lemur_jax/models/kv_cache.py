@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from lemur_jax.models.attention import attention, grouped_attention
-from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import Attend, Compute
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import Attend, Compute
 from lemur_jax.parallel.rules import constrain
 
 AXES = ("layers", "batch", "keys", "kv_heads", "head_dim")
@@ -29,7 +29,7 @@ class KVCache:
     value: jax.Array
 
 
-def empty(config: LlamaConfig, compute: Compute, rows: int, slots: int) -> KVCache:
+def empty(config: DecoderConfig, compute: Compute, rows: int, slots: int) -> KVCache:
     """A cache of zeros for `rows` sequences, batch over data × fsdp and heads over tensor.
 
     Raises:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 
 
 def _shape(D: int, F: int, L: int, H: int, K: int, N: int = 128) -> dict[str, int]:
@@ -32,31 +32,31 @@ _LLAMA3: dict[str, Any] = dict(
 )
 _SMALL: dict[str, Any] = dict(max_position_embeddings=1024)
 
-PRESETS: dict[str, LlamaConfig] = {
+PRESETS: dict[str, DecoderConfig] = {
     # For tests and for a first look: seconds on a laptop.
-    "tiny": LlamaConfig(**_SMALL, vocab_size=512, **_shape(64, 160, 2, 4, 2, 16)),
+    "tiny": DecoderConfig(**_SMALL, vocab_size=512, **_shape(64, 160, 2, 4, 2, 16)),
     # The quickstart's: minutes on two cores.
-    "quickstart": LlamaConfig(**_SMALL, vocab_size=4000, **_shape(128, 352, 4, 4, 2, 32)),
+    "quickstart": DecoderConfig(**_SMALL, vocab_size=4000, **_shape(128, 352, 4, 4, 2, 32)),
     # GPT-2 small's proportions with Llama's blocks and Llama-2's vocabulary.
-    "llama_125m": LlamaConfig(**_LLAMA2, **_shape(768, 2048, 12, 12, 12, 64)),
-    "llama3.2_1b": LlamaConfig(
+    "llama_125m": DecoderConfig(**_LLAMA2, **_shape(768, 2048, 12, 12, 12, 64)),
+    "llama3.2_1b": DecoderConfig(
         **_LLAMA3 | _shape(2048, 8192, 16, 32, 8, 64) | dict(rope_factor=32.0, tie_word_embeddings=True)
     ),
-    "llama2_7b": LlamaConfig(**_LLAMA2, **_7B),
-    "llama2_13b": LlamaConfig(**_LLAMA2, **_shape(5120, 13_824, 40, 40, 40)),
-    "llama2_70b": LlamaConfig(**_LLAMA2, **_70B),
-    "codellama_7b": LlamaConfig(**_CODELLAMA, vocab_size=32_016, **_7B),
-    "codellama_34b": LlamaConfig(**_CODELLAMA, vocab_size=32_000, **_shape(8192, 22_016, 48, 64, 8)),
-    "llama3.1_8b": LlamaConfig(**_LLAMA3, **_shape(4096, 14_336, 32, 32, 8)),
-    "llama3.1_70b": LlamaConfig(**_LLAMA3, **_70B),
+    "llama2_7b": DecoderConfig(**_LLAMA2, **_7B),
+    "llama2_13b": DecoderConfig(**_LLAMA2, **_shape(5120, 13_824, 40, 40, 40)),
+    "llama2_70b": DecoderConfig(**_LLAMA2, **_70B),
+    "codellama_7b": DecoderConfig(**_CODELLAMA, vocab_size=32_016, **_7B),
+    "codellama_34b": DecoderConfig(**_CODELLAMA, vocab_size=32_000, **_shape(8192, 22_016, 48, 64, 8)),
+    "llama3.1_8b": DecoderConfig(**_LLAMA3, **_shape(4096, 14_336, 32, 32, 8)),
+    "llama3.1_70b": DecoderConfig(**_LLAMA3, **_70B),
     # Llama-2-70B with StarCoder's special tokens, rounded up to a multiple of 8.
-    "lemur_70b": LlamaConfig(**_LLAMA2 | _70B | dict(vocab_size=32_024)),
+    "lemur_70b": DecoderConfig(**_LLAMA2 | _70B | dict(vocab_size=32_024)),
     # Llama-2-70B with <pad> and the ChatML tokens.
-    "lemur_70b_chat": LlamaConfig(**_LLAMA2 | _70B | dict(vocab_size=32_005)),
+    "lemur_70b_chat": DecoderConfig(**_LLAMA2 | _70B | dict(vocab_size=32_005)),
 }
 
 
-def preset(name: str, **changes) -> LlamaConfig:
+def preset(name: str, **changes) -> DecoderConfig:
     """The published shape `name`, with some fields changed.
 
     Raises:

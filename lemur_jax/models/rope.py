@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 from lemur_jax.parallel.mesh import platform
 from lemur_jax.parallel.projection import einsum
 
 
-def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
     """Radians a position for each pair of channels: float32 [N/2] (Su et al. 2021, eq. 15).
 
     Llama-3 scaling as in Meta's `apply_scaling`: short wavelengths stay, long ones are divided by the factor, and
@@ -36,7 +36,7 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
     return frequencies
 
 
-def rotary_angles(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the angles, float32 [B, T, 1, N/2], for int32 positions [B, T].
 
     Always float32: in bfloat16 the angle at position 2047 is wrong by up to 3.4 radians.

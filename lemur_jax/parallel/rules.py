@@ -1,6 +1,6 @@
 """One table from logical axes to mesh axes, for parameters and activations alike.
 
-A parameter names its axes where it is made (`models/llama.py`); this file alone says where an axis
+A parameter names its axes where it is made (`models/decoder.py`); this file alone says where an axis
 lies. FSDP is nothing but the row `embed`: every matrix has that axis once, so every matrix, its
 gradient and its optimizer moments are cut `fsdp` ways.
 """

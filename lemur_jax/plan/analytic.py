@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
 
 from lemur_jax.config import RunConfig
-from lemur_jax.models import llama
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models import decoder
+from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.remat import POLICIES
 from lemur_jax.models.splash import check_heads
 from lemur_jax.parallel.mesh import AXES, mesh_shape
@@ -101,9 +101,9 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
 
 
 @functools.lru_cache(maxsize=256)
-def _state(model: LlamaConfig, dtype: str, optimizer: OptimizerConfig, steps: int, mesh: Any) -> Any:
+def _state(model: DecoderConfig, dtype: str, optimizer: OptimizerConfig, steps: int, mesh: Any) -> Any:
     """The abstract train state on the mesh."""
-    made = make_optimizer(optimizer, steps, llama.logical_axes(model))
+    made = make_optimizer(optimizer, steps, decoder.logical_axes(model))
     return abstract_state(model, dtype, made, mesh)
 
 
@@ -152,7 +152,7 @@ def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, fl
     ]
 
 
-def _flops(config: RunConfig, model: LlamaConfig) -> float:
+def _flops(config: RunConfig, model: DecoderConfig) -> float:
     """FLOPs of an update: three passes, and what the policy recomputes; attention causal."""
     T, policy = config.data.sequence_length, config.compute.remat
     D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
@@ -169,7 +169,7 @@ def _flops(config: RunConfig, model: LlamaConfig) -> float:
     return config.train.batch_rows * T * (flops.flops_per_token(model, T).total + L * repeated)
 
 
-def _network(config: RunConfig, model: LlamaConfig, mesh: Any, tokens: float, tpu: Slice) -> float:
+def _network(config: RunConfig, model: DecoderConfig, mesh: Any, tokens: float, tpu: Slice) -> float:
     """Seconds over all links at once: gathered weights, summed activations, positions exchanged for heads."""
     size = jnp.dtype(config.compute.dtype).itemsize
     fsdp, tensor, sequence = mesh.shape["fsdp"], mesh.shape["tensor"], mesh.shape["sequence"]

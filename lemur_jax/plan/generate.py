@@ -18,8 +18,8 @@ from lemur_jax.config import RunConfig
 from lemur_jax.infer.programs import Rows, programs
 from lemur_jax.infer.session import abstract_params
 from lemur_jax.models import kv_cache
-from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import Compute
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import spec
 from lemur_jax.plan.compile import Compiled, compile_program, device_bytes
@@ -121,7 +121,7 @@ def plan_generate(
     )
 
 
-def _check(model: LlamaConfig, mesh: Mesh, B: int, T: int, S: int) -> None:
+def _check(model: DecoderConfig, mesh: Mesh, B: int, T: int, S: int) -> None:
     """Refuses impossible lengths and a batch that the mesh does not divide."""
     if not 0 < T < S <= model.max_position_embeddings:
         raise UserError(

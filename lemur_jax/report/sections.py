@@ -4,7 +4,7 @@ import datetime
 from collections.abc import Sequence
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 from lemur_jax.report.charts import compact, stacked_bars
 from lemur_jax.report.html import escape, html_table
 from lemur_jax.report.runs import Run
@@ -114,7 +114,7 @@ def parameter_count(run: Run) -> int | None:
     if any(isinstance(value, list) for value in model.values()):
         return None
     try:
-        return parameter_counts(LlamaConfig.from_dict(model)).total
+        return parameter_counts(DecoderConfig.from_dict(model)).total
     except (KeyError, TypeError, ValueError, ArithmeticError, UserError):
         return None
 

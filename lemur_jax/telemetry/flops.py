@@ -9,7 +9,7 @@ keys; the causal count takes the (T + 1) / 2 keys of the average query. An MFU m
 
 import dataclasses
 
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class TokenFlops:
         return self.projections + self.attention + self.mlp + self.head
 
 
-def parameter_counts(config: LlamaConfig) -> ParameterCounts:
+def parameter_counts(config: DecoderConfig) -> ParameterCounts:
     """Parameters of the model that `config` describes."""
     V, D, L = config.vocab_size, config.hidden_size, config.num_hidden_layers
     return ParameterCounts(
@@ -54,7 +54,7 @@ def parameter_counts(config: LlamaConfig) -> ParameterCounts:
 
 
 def flops_per_token(
-    config: LlamaConfig, sequence_length: int, *, causal: bool = True, backward: bool = True
+    config: DecoderConfig, sequence_length: int, *, causal: bool = True, backward: bool = True
 ) -> TokenFlops:
     """Model FLOPs of one token in a sequence of `sequence_length` = T tokens.
 
@@ -75,7 +75,7 @@ def flops_per_token(
     )
 
 
-def _projection_parameters(config: LlamaConfig) -> int:
+def _projection_parameters(config: DecoderConfig) -> int:
     """Query and output are D × HN, key and value D × KN; one layer."""
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     return config.hidden_size * heads * config.head_dim

@@ -24,7 +24,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, fingerprint
 from lemur_jax.data.budget import budget, check_budget
 from lemur_jax.data.mixture import open_mixture
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.config import InitConfig
@@ -110,7 +110,7 @@ def _report(found: list[Finding], patience: float) -> None:
         raise UserError(f"verdict: not ready, because of {', '.join(bad)}")
 
 
-def _first_parameters(init: InitConfig, tokenizer: str, model: LlamaConfig, workdir: epath.Path) -> Finding:
+def _first_parameters(init: InitConfig, tokenizer: str, model: DecoderConfig, workdir: epath.Path) -> Finding:
     if any((workdir / "checkpoints").glob("[0-9]*")):
         return _finding("first parameters", [], "not needed: the run has checkpoints")
     # By each host alone: one that cannot read them goes on to the next check.

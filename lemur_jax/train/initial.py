@@ -8,8 +8,8 @@ import jax
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.source import ModelSource, open_source
 from lemur_jax.convert.vocabulary import resize
-from lemur_jax.models import llama
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models import decoder
+from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.config import InitConfig
 from lemur_jax.train.state import abstract_params, shardings_of
@@ -25,7 +25,7 @@ def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: P
     """
     shardings, dtype = shardings_of(program.state.params), program.param_dtype
     if not init.checkpoint:
-        fresh = jax.jit(lambda key: llama.init_params(program.model, key, dtype), out_shardings=shardings)
+        fresh = jax.jit(lambda key: decoder.init_params(program.model, key, dtype), out_shardings=shardings)
         return fresh(jax.random.key(seed))
 
     source = open_initial(init, tokenizer, program.model)
@@ -41,7 +41,7 @@ def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: P
     return jax.jit(change, out_shardings=shardings)(params)
 
 
-def open_initial(init: InitConfig, tokenizer: Tokenizer, model: LlamaConfig) -> ModelSource:
+def open_initial(init: InitConfig, tokenizer: Tokenizer, model: DecoderConfig) -> ModelSource:
     """`config.init.checkpoint`, of which no weights are read yet.
 
     Raises:
@@ -67,7 +67,7 @@ def _check_tokenizer(init: InitConfig, ours: Tokenizer, source: ModelSource) -> 
             )
 
 
-def _check_shape(source: LlamaConfig, wanted: LlamaConfig, where: str) -> None:
+def _check_shape(source: DecoderConfig, wanted: DecoderConfig, where: str) -> None:
     free = {"vocab_size", "initializer_range", "max_position_embeddings"}
     theirs, ours = source.to_dict(), wanted.to_dict()
     for field, value in theirs.items():

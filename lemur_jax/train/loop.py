@@ -19,7 +19,7 @@ from lemur_jax.config import RunConfig, to_json
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.loader import Loader
 from lemur_jax.data.mixture import Mixture, open_mixture
-from lemur_jax.models.llama import num_params
+from lemur_jax.models.decoder import num_params
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.metrics import METRICS_FILE, read_metrics

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lemur_jax.models.llama import Llama
+from lemur_jax.models.decoder import Llama
 
 
 class RowSums(NamedTuple):

@@ -10,8 +10,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models import llama
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models import decoder
+from lemur_jax.models.config import DecoderConfig
 from lemur_jax.parallel.rules import param_shardings, replicated
 
 
@@ -25,18 +25,18 @@ class TrainState:
     optimizer: Any  # the optax state
 
 
-def abstract_params(model: LlamaConfig, dtype: str, mesh: Mesh) -> Any:
+def abstract_params(model: DecoderConfig, dtype: str, mesh: Mesh) -> Any:
     """The parameters as ShapeDtypeStructs with their shardings.
 
     Raises:
       UserError: a leaf without a sharding rule, or one that the mesh does not divide.
     """
-    params = llama.abstract_params(model, dtype)
-    return jax.tree.map(_with_sharding, params, param_shardings(mesh, params, llama.logical_axes(model)))
+    params = decoder.abstract_params(model, dtype)
+    return jax.tree.map(_with_sharding, params, param_shardings(mesh, params, decoder.logical_axes(model)))
 
 
 def abstract_state(
-    model: LlamaConfig, param_dtype: str, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: DecoderConfig, param_dtype: str, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated.
 

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
-from lemur_jax.models import llama
-from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import Compute
+from lemur_jax.models import decoder
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.compiler_flags import compiler_options
 from lemur_jax.parallel.rules import RULES, batch_sharding, replicated
 from lemur_jax.train.config import TrainConfig
@@ -44,7 +44,7 @@ class Program:
       score: jitted (params, batch) -> RowSums, for held-out loss; takes any number of rows.
     """
 
-    model: LlamaConfig
+    model: DecoderConfig
     compute: Compute
     optimizer: optax.GradientTransformation
     mesh: Mesh
@@ -55,7 +55,7 @@ class Program:
     score: jax.stages.Wrapped
 
 
-def check(train: TrainConfig, sequence_length: int, model: LlamaConfig, mesh: Mesh) -> None:
+def check(train: TrainConfig, sequence_length: int, model: DecoderConfig, mesh: Mesh) -> None:
     """Refuses batches that the mesh cannot cut, and rows that the model was not made for.
 
     Raises:
@@ -106,11 +106,13 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int) -> Program:
     check(config.train, config.data.sequence_length, config.model, mesh)
     model = config.model
     compute = Compute.from_config(config.compute, mesh)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, llama.logical_axes(model), config.spikes)
+    optimizer = make_optimizer(
+        config.optimizer, config.train.steps, decoder.logical_axes(model), config.spikes
+    )
     state = abstract_state(model, config.compute.param_dtype, optimizer, mesh)
 
     def sums(params, batch: Batch) -> RowSums:
-        bound = llama.bind(model, compute, params)
+        bound = decoder.bind(model, compute, params)
         hidden, _ = bound(batch["tokens"], batch["positions"], bound.packed(batch["segment_ids"]))
         return row_sums(bound, hidden, batch["targets"], batch["loss_weights"])
 

@@ -29,7 +29,7 @@ from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.convert.model_card import model_card
 from lemur_jax.convert.vocabulary import AS_IT_IS
-from lemur_jax.models.llama import abstract_params
+from lemur_jax.models.decoder import abstract_params
 from lemur_jax.models.presets import preset
 from lemur_jax.text.chat_template import CHATML_TOKENS
 from lemur_jax.text.tokenizer import Tokenizer

@@ -16,8 +16,8 @@ import torch
 from lemur_jax.checkpoint.manager import read_metadata, restore_params, tokenizer_files
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.import_hf import import_hf, load_hf_params
-from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import abstract_params
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import abstract_params
 from lemur_jax.text.tokenizer_files import extend
 from tests.helpers.hf_faults import FAULTS, NOT_FINITE, edit
 
@@ -156,7 +156,7 @@ def test_checkpoint(make_model, tmp_path, tokenizer_dir):
     shutil.copytree(tokenizer_dir, hf.path, dirs_exist_ok=True)
     config = import_hf(hf.path, tmp_path / "checkpoint")
     metadata = read_metadata(tmp_path / "checkpoint")
-    assert LlamaConfig.from_dict(metadata["model"]) == config
+    assert DecoderConfig.from_dict(metadata["model"]) == config
     assert (metadata["step"], metadata["config"]) == (0, None)
     files = tokenizer_files(metadata)
     assert files["tokenizer.model"] == (tokenizer_dir / "tokenizer.model").read_bytes()

@@ -6,7 +6,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from lemur_jax.convert import layout
-from lemur_jax.models.llama import abstract_params
+from lemur_jax.models.decoder import abstract_params
 from lemur_jax.models.presets import preset
 
 

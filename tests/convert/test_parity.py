@@ -11,7 +11,7 @@ import transformers
 
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.import_hf import import_hf, load_hf_params
-from lemur_jax.models.llama import Compute, forward
+from lemur_jax.models.decoder import Compute, forward
 
 T = 640
 ROPES = {

@@ -15,7 +15,7 @@ from lemur_jax.convert import export_hf as export_module
 from lemur_jax.convert import safetensors, verify
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.import_hf import import_hf
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models.config import DecoderConfig
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_config_that_says_another_model_is_found(checkpoint, tmp_path):
     export_hf(checkpoint, tmp_path / "out", dtype="float32")
     file = tmp_path / "out" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_theta": 20_000.0}))
-    config = LlamaConfig.from_dict(read_metadata(checkpoint)["model"])
+    config = DecoderConfig.from_dict(read_metadata(checkpoint)["model"])
     with pytest.raises(
         UserError, match=r"logits differ from transformers' on 512 tokens: max \|Δ\|"
     ) as error:
@@ -81,9 +81,9 @@ def test_divergence():
 
 
 def test_where_logits_cannot_be_compared(checkpoint, tmp_path, monkeypatch):
-    config = LlamaConfig.from_dict(read_metadata(checkpoint)["model"])
+    config = DecoderConfig.from_dict(read_metadata(checkpoint)["model"])
     export_hf(checkpoint, tmp_path / "out")
-    huge = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 10**9})
+    huge = DecoderConfig(**{**config.to_dict(), "num_hidden_layers": 10**9})
     monkeypatch.setattr(verify.layout, "weights", lambda config: [type("W", (), {"shape": (10**12,)})])
     assert "takes 10000 GB of memory" in verify.compare_logits(tmp_path / "out", huge, None)
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -20,7 +20,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.convert import vocabulary
 from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.convert.vocabulary import Change
-from lemur_jax.models.llama import abstract_params, init_params, logical_axes
+from lemur_jax.models.decoder import abstract_params, init_params, logical_axes
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import AXES, make_mesh
 from lemur_jax.parallel.rules import param_shardings

@@ -8,7 +8,7 @@ import pytest
 
 from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.convert.export_hf import export_hf
-from lemur_jax.models import llama
+from lemur_jax.models import decoder
 from lemur_jax.models.presets import preset
 from lemur_jax.text.chat_template import CHATML_TOKENS
 from lemur_jax.text.tokenizer_files import extend, train_sentencepiece
@@ -17,7 +17,7 @@ from lemur_jax.text.tokenizer_files import extend, train_sentencepiece
 def write_chat_model(path, tokenizer, **model):
     """Writes a checkpoint whose logits are spread out, so that greedy choices do not depend on rounding."""
     config = preset("tiny", vocab_size=tokenizer.vocab_size, **model)
-    params = jax.jit(llama.init_params, static_argnums=0)(config, jax.random.key(0))
+    params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
     params["head"]["kernel"] *= 10
     metadata = make_metadata(model=config.to_dict(), tokenizer_files=tokenizer.files())
     write_params(path, params, metadata)

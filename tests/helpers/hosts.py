@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from lemur_jax.checkpoint.manager import read_metadata, restore_params
-from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import abstract_params
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import abstract_params
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import train_sentencepiece
 from tests.helpers.runs import write_store
@@ -109,7 +109,7 @@ def final_params(workdir, steps=STEPS):
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        abstract_params(LlamaConfig.from_dict(metadata["model"])),
+        abstract_params(DecoderConfig.from_dict(metadata["model"])),
     )
     return jax.tree.map(np.asarray, restore_params(workdir, wanted))
 

@@ -16,8 +16,8 @@ import pytest
 
 from lemur_jax.checkpoint.manager import read_metadata, restore_params
 from lemur_jax.data.manifest import empty_manifest
-from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import abstract_params
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import abstract_params
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import train_sentencepiece
@@ -110,7 +110,7 @@ def finish(project, workdir, devices=1):
 def final_params(workdir, steps=STEPS):
     metadata = read_metadata(workdir)
     assert metadata["step"] == steps
-    wanted = abstract_params(LlamaConfig.from_dict(metadata["model"]))
+    wanted = abstract_params(DecoderConfig.from_dict(metadata["model"]))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted)
     return jax.tree.map(np.asarray, restore_params(workdir, wanted))

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 
 from lemur_jax.infer.session import Session, make_session
-from lemur_jax.models import llama
-from lemur_jax.models.config import LlamaConfig
+from lemur_jax.models import decoder
+from lemur_jax.models.config import DecoderConfig
 from lemur_jax.parallel.mesh import make_mesh, parse_mesh
 from lemur_jax.text.tokenizer import Tokenizer
 
 # One shape for every tokenizer of the tests, so that prefill and decode are compiled once.
-RECITER = LlamaConfig(
+RECITER = DecoderConfig(
     vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=1, head_dim=16, max_position_embeddings=96,
 )  # fmt: skip
@@ -25,8 +25,8 @@ def mesh_of(text: str):
     return make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
 
 
-def fresh_params(config: LlamaConfig):
-    return jax.jit(llama.init_params, static_argnums=0)(config, jax.random.key(0))
+def fresh_params(config: DecoderConfig):
+    return jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
 
 
 def recite(tokenizer: Tokenizer, ids: list[int]) -> Session:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from lemur_jax.config import RunConfig, replace
-from lemur_jax.models import llama
+from lemur_jax.models import decoder
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import AXES, make_mesh
 from lemur_jax.train.state import shardings_of, start
@@ -39,7 +39,7 @@ def program_on(mesh_shape, config=None):
 
 def first_state(program):
     init = jax.jit(
-        lambda key: llama.init_params(program.model, key), out_shardings=shardings_of(program.state.params)
+        lambda key: decoder.init_params(program.model, key), out_shardings=shardings_of(program.state.params)
     )
     return start(init(jax.random.key(0)), program.optimizer, program.state)
 

@@ -198,7 +198,7 @@ def test_both_hosts_go_back_to_the_same_whole_checkpoint(hosts_project, stopped,
     if len(steps_in(damaged)[1]) == 1:  # the signal came with the first save: it is its own predecessor
         shutil.copytree(damaged / "checkpoints" / "3", damaged / "checkpoints" / "2")
     newest, previous = truncate_newest(damaged)
-    primary, other = hosts_project.lemur(2, *hosts_project.train_words(damaged))
+    primary, _ = hosts_project.lemur(2, *hosts_project.train_words(damaged))
     assert f"Going on from step {previous}: {newest - previous} steps are lost" in primary
     assert f"resuming at step {previous}" in primary
     assert (damaged / "checkpoints" / f"damaged-{newest}").is_dir()

@@ -15,7 +15,7 @@ from lemur_jax.infer.generate import generate
 from lemur_jax.infer.quantize import quantize
 from lemur_jax.infer.score import score
 from lemur_jax.infer.session import make_session
-from lemur_jax.models.llama import Compute, forward
+from lemur_jax.models.decoder import Compute, forward
 from lemur_jax.models.presets import preset
 from tests.helpers.sessions import fresh_params, mesh_of
 

@@ -24,8 +24,8 @@ from lemur_jax.infer.generate import generate
 from lemur_jax.infer.score import score
 from lemur_jax.infer.serve import application, until
 from lemur_jax.infer.session import load
-from lemur_jax.models import llama
-from lemur_jax.models.llama import Compute
+from lemur_jax.models import decoder
+from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.mesh import parse_mesh
 from lemur_jax.text.chat_template import render_chat
 
@@ -87,7 +87,7 @@ def reference(session, ids):
     tokens = np.array([ids])
     positions, segments = np.arange(len(ids))[None], np.ones_like(tokens)
     params = jax.tree.map(jax.numpy.asarray, jax.device_get(session.params))
-    logits = llama.forward(session.model, Compute(), params, tokens, positions, segments)
+    logits = decoder.forward(session.model, Compute(), params, tokens, positions, segments)
     return np.asarray(jax.nn.log_softmax(logits[0], axis=-1))
 
 

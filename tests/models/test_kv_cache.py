@@ -7,7 +7,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.models import kv_cache
-from lemur_jax.models.llama import Compute
+from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import make_mesh
 

@@ -3,8 +3,8 @@
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import num_params
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import num_params
 from lemur_jax.models.presets import PRESETS, preset
 
 # From the model cards and safetensors indices on Hugging Face (bytes of bfloat16 weights / 2); Lemur's
@@ -30,7 +30,7 @@ def test_parameter_count_is_the_published_one(name):
 
 def test_every_preset_survives_its_dictionary():
     for config in PRESETS.values():
-        assert LlamaConfig.from_dict(config.to_dict()) == config
+        assert DecoderConfig.from_dict(config.to_dict()) == config
 
 
 def test_unknown_preset_lists_the_known():

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models import llama, splash
+from lemur_jax.models import decoder, splash
 from lemur_jax.models.config import ComputeConfig
-from lemur_jax.models.llama import Compute
+from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
 from lemur_jax.models.splash import splash_attention
 from lemur_jax.parallel.mesh import make_mesh
@@ -167,10 +167,10 @@ def test_blocks_of_the_config_are_those_of_the_kernels(monkeypatch):
 def forward_jaxpr(**options):
     """The model's forward pass over one row of 256 with the splash kernels, as text."""
     compute = Compute.from_config(ComputeConfig(attention="splash", **options), None)
-    params = jax.eval_shape(lambda: llama.init_params(preset("tiny"), jax.random.key(0)))
+    params = jax.eval_shape(lambda: decoder.init_params(preset("tiny"), jax.random.key(0)))
     row = jax.ShapeDtypeStruct((1, 256), jnp.int32)
     return str(
-        jax.make_jaxpr(lambda *batch: llama.forward(preset("tiny"), compute, *batch))(params, row, row, row)
+        jax.make_jaxpr(lambda *batch: decoder.forward(preset("tiny"), compute, *batch))(params, row, row, row)
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models.llama import abstract_params, logical_axes
+from lemur_jax.models.decoder import abstract_params, logical_axes
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import AXES, make_mesh
 from lemur_jax.parallel.rules import param_shardings, spec

@@ -6,7 +6,7 @@ import pytest
 
 from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.data.manifest import empty_manifest
-from lemur_jax.models import llama
+from lemur_jax.models import decoder
 from lemur_jax.models.presets import preset
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def project(tmp_path_factory):
         for split in ("train", "validation"):
             write_store(root / "stores" / task / split, tokenizer, task, split, np.array(ids))
     model = preset("tiny", vocab_size=300)
-    params = jax.jit(llama.init_params, static_argnums=0)(model, jax.random.key(0))
+    params = jax.jit(decoder.init_params, static_argnums=0)(model, jax.random.key(0))
     metadata = make_metadata(model=model.to_dict(), tokenizer_files=tokenizer.files())
     write_params(root / "base", params, metadata)
     return root

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lemur_jax.models.config import LlamaConfig
-from lemur_jax.models.llama import num_params
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import num_params
 from lemur_jax.models.presets import PRESETS, preset
 from lemur_jax.telemetry.flops import chip, flops_per_token, mfu, parameter_counts
 
-SMALL = LlamaConfig(
+SMALL = DecoderConfig(
     vocab_size=40,
     hidden_size=24,
     intermediate_size=56,
@@ -34,7 +34,7 @@ def test_llama2_70b_costs_what_is_known(causal, gflop):
     assert round(flops.total / 1e9, 1) == gflop
 
 
-def llama(params, tokens, config: LlamaConfig):
+def llama(params, tokens, config: DecoderConfig):
     """A Llama without norms, rotary embedding and softmax, none of which is counted: [T] -> scalar."""
     H, K, N = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     x = params["embedding"][tokens]
@@ -49,7 +49,7 @@ def llama(params, tokens, config: LlamaConfig):
     return jnp.sum(jnp.square(x @ params["head"]))
 
 
-def shapes(config: LlamaConfig):
+def shapes(config: DecoderConfig):
     def array(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -98,7 +98,7 @@ def test_causal_attention_counts_the_pairs_of_the_triangle():
 
 
 def test_a_tied_head_is_computed_but_not_stored():
-    tied = LlamaConfig(**{**SMALL.to_dict(), "tie_word_embeddings": True})
+    tied = DecoderConfig(**{**SMALL.to_dict(), "tie_word_embeddings": True})
     assert parameter_counts(SMALL).total - parameter_counts(tied).total == 40 * 24
     assert flops_per_token(tied, 8) == flops_per_token(SMALL, 8)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lemur_jax.models import llama
+from lemur_jax.models import decoder
 from lemur_jax.train.losses import row_sums
 from tests.helpers.tiny import LENGTH, ROWS, first_state, placed, program_on, tiny_config
 
@@ -49,7 +49,7 @@ def test_the_step_trains_on_the_z_loss_and_logs_the_loss_without_it(batch):
     state = first_state(program)
 
     def objective(params):
-        logits = llama.forward(
+        logits = decoder.forward(
             program.model,
             program.compute,
             params,

@@ -12,7 +12,7 @@ import torch
 from optax import contrib
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models.llama import abstract_params, logical_axes
+from lemur_jax.models.decoder import abstract_params, logical_axes
 from lemur_jax.models.presets import preset
 from lemur_jax.train.config import OPTIMIZER_NAMES, OptimizerConfig
 from lemur_jax.train.optimizer import OPTIMIZERS, decayed, make_optimizer, schedule

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models import llama
+from lemur_jax.models import decoder
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.train.config import SpikesConfig
 from lemur_jax.train.losses import row_sums
@@ -54,11 +54,11 @@ def by_hand(config, program, batches):
     adam = optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
         optax.scale_by_adam(options.b1, options.b2, options.eps),
-        optax.add_decayed_weights(options.weight_decay, mask=decayed(llama.logical_axes(program.model))),
+        optax.add_decayed_weights(options.weight_decay, mask=decayed(decoder.logical_axes(program.model))),
     )
 
     def loss(params, batch):
-        bound = llama.bind(program.model, program.compute, params)
+        bound = decoder.bind(program.model, program.compute, params)
         hidden, _ = bound(batch["tokens"], batch["positions"], bound.packed(batch["segment_ids"]))
         rows = row_sums(bound, hidden, batch["targets"], batch["loss_weights"])
         return jnp.sum(rows.loss) / jnp.sum(rows.weight)
@@ -97,7 +97,7 @@ def test_planted_spikes_change_nothing(spiking, batch):
 def test_off_is_the_program_without_it():
     config = tiny_config()
     program = program_on((1, 1, 1, 1), config)
-    plain = make_optimizer(config.optimizer, config.train.steps, llama.logical_axes(program.model))
+    plain = make_optimizer(config.optimizer, config.train.steps, decoder.logical_axes(program.model))
     assert jax.tree.structure(program.state.optimizer) == jax.tree.structure(
         jax.eval_shape(plain.init, program.state.params)
     )

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models import llama
+from lemur_jax.models import decoder
 from tests.helpers.tiny import first_state, placed, program_on, tiny_config
 
 STEPS = 3
@@ -65,7 +65,7 @@ def test_policies_that_keep_every_product_compute_none_again():
 def test_loss_is_the_weighted_token_mean(alone, batch):
     """Against float64: sum of weighted losses / sum of weights, not a mean of row means."""
     program = program_on((1, 1, 1, 1))
-    logits = llama.forward(
+    logits = decoder.forward(
         program.model,
         program.compute,
         first_state(program).params,

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from lemur_jax.models.attention import attention
-from lemur_jax.models.config import ComputeConfig, LlamaConfig
+from lemur_jax.models.config import ComputeConfig, DecoderConfig
 from lemur_jax.models.remat import rematerialize
 from lemur_jax.models.rope import rotary_angles, rotate
 from lemur_jax.parallel.projection import Projection
@@ -58,7 +58,7 @@ class Compute:
         )
 
 
-def _weight(config: LlamaConfig, rngs: nnx.Rngs, shape: tuple[int, ...], *axes: str) -> nnx.Param:
+def _weight(config: DecoderConfig, rngs: nnx.Rngs, shape: tuple[int, ...], *axes: str) -> nnx.Param:
     """A fresh weight; `axes` are its logical axes (`parallel/rules.py`)."""
     return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape), axes=axes)
 
@@ -66,7 +66,7 @@ def _weight(config: LlamaConfig, rngs: nnx.Rngs, shape: tuple[int, ...], *axes: 
 class RMSNorm(nnx.Module):
     """x / rms(x) · scale, with statistics in float32 (Zhang & Sennrich 2019)."""
 
-    def __init__(self, config: LlamaConfig, compute: Compute):
+    def __init__(self, config: DecoderConfig, compute: Compute):
         self.project = compute.project
         self.epsilon = config.rms_norm_eps
         self.scale = nnx.Param(jnp.ones((config.hidden_size,)), axes=("norm",))
@@ -84,7 +84,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
         D, N = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.project = compute.project
@@ -110,7 +110,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020)."""
 
-    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
         self.project = compute.project
         self.gate = _weight(config, rngs, (D, F), "embed", "mlp")
@@ -128,7 +128,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config, compute)
         self.attention = Attention(config, compute, rngs)
         self.mlp_norm = RMSNorm(config, compute)
@@ -144,7 +144,7 @@ class Block(nnx.Module):
 class Embedding(nnx.Module):
     """Token embedding [V, D]; also the head of a tied model."""
 
-    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
         self.project = compute.project
         self.embedding = _weight(config, rngs, (config.vocab_size, config.hidden_size), "vocab", "embed")
 
@@ -160,7 +160,7 @@ class Embedding(nnx.Module):
 class Head(nnx.Module):
     """Output projection [D, V] of an untied model."""
 
-    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
         self.project = compute.project
         self.kernel = _weight(config, rngs, (config.hidden_size, config.vocab_size), "embed", "vocab")
 
@@ -169,10 +169,10 @@ class Head(nnx.Module):
         return self.project.logits("BTD,DV->BTV", hidden, self.kernel)
 
 
-class Llama(nnx.Module):
+class Decoder(nnx.Module):
     """The decoder. `self.layers` is one `Block` whose parameters carry a leading axis L."""
 
-    def __init__(self, config: LlamaConfig, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
         self.config = config
         self.compute = compute
         self.embed = Embedding(config, compute, rngs)
@@ -226,12 +226,12 @@ class Llama(nnx.Module):
 
 
 @functools.lru_cache(maxsize=32)
-def _abstract(config: LlamaConfig, compute: Compute):
+def _abstract(config: DecoderConfig, compute: Compute):
     """(graph definition, abstract state) of a model; no array is made."""
-    return nnx.split(nnx.eval_shape(lambda: Llama(config, compute, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, compute, nnx.Rngs(0))))
 
 
-def bind(config: LlamaConfig, compute: Compute, params: Params) -> Llama:
+def bind(config: DecoderConfig, compute: Compute, params: Params) -> Decoder:
     """The module with these parameters in it."""
     graph, state = _abstract(config, compute)
     state = nnx.clone(state)
@@ -239,13 +239,13 @@ def bind(config: LlamaConfig, compute: Compute, params: Params) -> Llama:
     return nnx.merge(graph, state)
 
 
-def abstract_params(config: LlamaConfig, dtype: str = "float32") -> Params:
+def abstract_params(config: DecoderConfig, dtype: str = "float32") -> Params:
     """The parameter tree as ShapeDtypeStructs."""
     tree = nnx.to_pure_dict(_abstract(config, Compute())[1])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), tree)
 
 
-def logical_axes(config: LlamaConfig) -> dict[str, Any]:
+def logical_axes(config: DecoderConfig) -> dict[str, Any]:
     """The parameter tree with a tuple of logical axis names at each leaf."""
     axes: dict[str, Any] = {}
     for path, param in nnx.to_flat_state(_abstract(config, Compute())[1]):
@@ -256,19 +256,19 @@ def logical_axes(config: LlamaConfig) -> dict[str, Any]:
     return axes
 
 
-def init_params(config: LlamaConfig, key: jax.Array, dtype: str = "float32") -> Params:
+def init_params(config: DecoderConfig, key: jax.Array, dtype: str = "float32") -> Params:
     """Fresh parameters: normal with `initializer_range`, norm scales one."""
-    params = nnx.to_pure_dict(nnx.state(Llama(config, Compute(), nnx.Rngs(key))))
+    params = nnx.to_pure_dict(nnx.state(Decoder(config, Compute(), nnx.Rngs(key))))
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def num_params(config: LlamaConfig) -> int:
+def num_params(config: DecoderConfig) -> int:
     """Parameters, embedding and head included."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 def forward(
-    config: LlamaConfig,
+    config: DecoderConfig,
     compute: Compute,
     params: Params,
     tokens: jax.Array,

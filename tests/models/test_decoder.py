@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models.llama import Compute, abstract_params, forward, init_params, logical_axes
+from lemur_jax.models.decoder import Compute, abstract_params, forward, init_params, logical_axes
 from lemur_jax.models.presets import preset
 from lemur_jax.models.remat import POLICIES
 
