@@ -80,7 +80,7 @@ def ours(model, batch_rows, length, dtype, remat, tokens):
 def theirs(model, dtype, tokens):
     """The same for transformers with SDPA; torch.compile on a GPU, where it pays."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = LlamaForCausalLM(

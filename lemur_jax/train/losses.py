@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lemur_jax.models.decoder import Llama
+from lemur_jax.models.decoder import Decoder
 
 
 class RowSums(NamedTuple):
@@ -19,7 +19,7 @@ class RowSums(NamedTuple):
     weight: jax.Array  # loss weights
 
 
-def row_sums(model: Llama, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> RowSums:
+def row_sums(model: Decoder, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> RowSums:
     """Cross-entropy of the head's logits, in chunks of positions.
 
     A chunk is the largest divisor of T up to `compute.loss_chunk`: logits [B, T, V] are never there at once.
