@@ -136,6 +136,11 @@ def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict
     argv = ["lemur", *overrides]
     values = flags.FlagValues()
     config = _run_config_file(argument)
+    known = flatten(config.to_dict())
+    for override in overrides:
+        key, _, value = override.removeprefix("--config.").partition("=")
+        if isinstance(known.get(key), tuple) and value.lstrip().startswith("{"):  # absl would take its keys
+            raise UserError(f"config.{key} is {value}: it must be a tuple, e.g. (x,) or (x, y)")
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import sys
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -130,7 +131,9 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return {str(name): _convert(arguments[1], each, f"{key}.{name}") for name, each in value.items()}
     if kind is Any:
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        # A whole number may be too large for a float.
+        require(abs(value) <= sys.float_info.max, key, value, "a finite number")
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"config.{key} is {value!r}: it must be {_TYPE_NAMES[kind]}")
