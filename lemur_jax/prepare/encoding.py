@@ -42,7 +42,7 @@ class Encoded:
       id: the document's own, or its number in the corpus.
       tokens: uint32 [n]; for text bos + tokens + eos.
       mask: uint8 [n], 1 on supervised targets; None for text.
-      n_bytes: UTF-8 bytes of the text; of a conversation, those of its supervised tokens.
+      n_bytes: UTF-8 bytes of the text and its repository header; of a conversation, those of its supervised tokens.
       fingerprint: by which duplicates are found.
       label: the value of its label field.
     """
@@ -97,10 +97,12 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
             return _encode_messages(tokenizer, messages, name, marks)
     except (ValueError, UserError) as error:
         return _bad_record(record, name, "invalid UTF-8" if isinstance(error, UnicodeError) else str(error))
-    ids = encode_pieces(tokenizer, layout(text, meta, name, cleaning.steps))
+    pieces = layout(text, meta, name, cleaning.steps)
+    ids = encode_pieces(tokenizer, pieces)
     # NumPy takes three times as long for a list as for a Python array.
     tokens = np.frombuffer(array.array("I", [tokenizer.bos_id, *ids, tokenizer.eos_id]), np.uint32)
-    return Encoded(id=name, tokens=tokens, mask=None, n_bytes=len(record["text"]), **marks)
+    n_bytes = sum(len(piece.encode()) for piece, is_control in pieces if not is_control)
+    return Encoded(id=name, tokens=tokens, mask=None, n_bytes=n_bytes, **marks)
 
 
 def _bad_record(record: Record, name: str, reason: str, records: int = 1) -> BadRecord:

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60.0  # the work that a kill may lose; checked every SAVE_RECORDS records of a shard
 SAVE_RECORDS = 1000
+VERIFIED_TOKENS = 1 << 28  # finished stores up to this size are read and checked from end to end
 
 
 def prepare(
@@ -74,7 +75,7 @@ def prepare(
     tokenizer = prepare_tokenizer(config, progress=progress)
     workers = config.prepare.workers or available_cores()
     with _full_disk_as_user_error(config.data.stores), encoder(tokenizer, workers) as encode:
-        run = _Run(config, steps, tokenizer, encode, runner, runner_options, progress)
+        run = _Run(config, steps, tokenizer, encode, replace, runner, runner_options, progress)
         if not replace:
             for name, split in wanted:
                 _check_unchanged(run, found[name], name, split)
@@ -120,6 +121,7 @@ class _Run:
     steps: Mapping[str, str]
     tokenizer: Tokenizer
     encode: Encode
+    replace: bool
     runner: str
     runner_options: Sequence[str]
     progress: ShowProgress
@@ -132,7 +134,7 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
     path = run.path(task.name, split)
     steps = run.steps[task.name]
     writer = _writer(run, task, split)
-    if _is_current(path, writer, run.tokenizer):
+    if _is_current(run, path, writer):
         return
     begin = time.monotonic()
     if duplicates.has_duplicate_steps(steps):
@@ -185,7 +187,7 @@ def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
     """Copies the documents with one label from the task's store."""
     path = run.path(name, split)
     writer = _writer(run, task, split, part=name)
-    if _is_current(path, writer, run.tokenizer):
+    if _is_current(run, path, writer):
         return
     _prepare_store(run, task, split)
     begin = time.monotonic()
@@ -312,15 +314,23 @@ def _changes(manifest: Manifest, writer: StoreWriter, tokenizer: Tokenizer) -> l
     return [what for what, differs in changed.items() if differs]
 
 
-def _is_current(path: epath.Path, writer: StoreWriter, tokenizer: Tokenizer) -> bool:
-    """Whether the store at `path` is the one that `writer` would write; logs so."""
+def _is_current(run: _Run, path: epath.Path, writer: StoreWriter) -> bool:
+    """Whether the store at `path` is intact and the one that `writer` would write; logs so."""
     if not path.exists():
         return False
     if not any((path / name).exists() for name in ("manifest.json", "tokens")) and any(path.iterdir()):
         raise UserError(f"{path} is no token store but has files in it: point data.stores somewhere else")
     manifest = _manifest(path)
-    if manifest is None or _changes(manifest, writer, tokenizer):
+    if manifest is None or _changes(manifest, writer, run.tokenizer):
         return False
+    try:
+        store = TokenStore.open(path)
+        if manifest.tokens <= VERIFIED_TOKENS:
+            store.verify()
+    except UserError as error:
+        if run.replace:
+            return False
+        raise UserError(f"{path} is damaged; add --replace to make it again: {error}") from error
     logger.info("%s; unchanged", _summary(manifest))
     return True
 

@@ -1,11 +1,13 @@
 """Repository metadata and fill-in-the-middle, read back from the pieces and from the ids."""
 
 import collections
+import json
 
 import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare.code_layout import FIM_TOKENS, REPOSITORY_TOKENS, check_tokens, encode_pieces, layout
+from lemur_jax.prepare.encoding import encode
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import extend
 
@@ -96,3 +98,10 @@ def test_a_tokenizer_without_the_tokens_is_refused(tokenizer, code_tokenizer):
     assert not check_tokens({}, tokenizer, "t")
     with pytest.raises(UserError, match=r"prepare\.steps\.t writes .*no <reponame>.*add_tokens"):
         check_tokens(REPOSITORY, tokenizer, "t")
+
+
+def test_the_header_counts_in_the_bytes(code_tokenizer):
+    record = {"text": TEXT.encode(), "meta": json.dumps(META).encode()}
+    steps = json.dumps(REPOSITORY | {"fim": {"rate": 1.0, "spm": 0.5}})
+    n_bytes = encode(code_tokenizer, record, 0, steps).n_bytes
+    assert n_bytes == len("me/itsrc/ä.py\n".encode()) + len(TEXT.encode())

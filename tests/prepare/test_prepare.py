@@ -56,6 +56,19 @@ def test_documents_arrive_whole_and_in_order(task, make_config, tmp_path, tokeni
     assert not list((tmp_path / "stores").rglob("*quarantine*"))
 
 
+def test_a_damaged_store_is_not_unchanged(task, make_config, tmp_path):
+    task(list(text_records(30)))
+    config = make_config("made_up")
+    run(config)
+    (file,) = (tmp_path / "stores" / "made_up" / "train" / "tokens").glob("c/*")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
+    with pytest.raises(UserError, match=r"train is damaged; add --replace to make it again: .*tokens"):
+        run(config)
+    run(config, replace=True)
+    assert file.read_bytes() == whole
+
+
 def test_conversations_arrive_with_their_mask(task, make_config, tmp_path, chat_dir, chat_tokenizer):
     records = list(chat_records(5))
     task(records)
