@@ -26,18 +26,21 @@ class Step:
       reward: 1 if the task is solved, else 0.
       verdict: "passed", or a name for what went wrong; see `episodes.failure`.
       role: whose turn the observation is: "user", or "tool" for the result of a call.
+      done: whether the episode ends without success.
     """
 
     observation: str
     verdict: str
     reward: float = 0.0
     role: str = "user"
+    done: bool = False
 
 
 class Environment(abc.ABC):
     """One task."""
 
     id: str
+    max_turns: int | None = None  # where its protocol fixes them
 
     @abc.abstractmethod
     def reset(self) -> str:
@@ -45,6 +48,10 @@ class Environment(abc.ABC):
 
     @abc.abstractmethod
     def step(self, action: str) -> Step: ...
+
+    def as_turn(self, action: str) -> str:
+        """The action as the conversation keeps it."""
+        return action
 
     def close(self) -> None:  # noqa: B027  # most hold nothing
         """Frees what it holds."""

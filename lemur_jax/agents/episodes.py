@@ -1,12 +1,14 @@
 """Agents, episodes with full traces, and their summary."""
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lemur_jax.agents import environments, tools
+from lemur_jax.agents import environments, intercode, mint, tools
 from lemur_jax.agents.environments import Environment, PythonEnvironment, Step
 from lemur_jax.agents.problems import humaneval
 from lemur_jax.common.errors import UserError
@@ -15,6 +17,8 @@ from lemur_jax.infer.complete import complete
 from lemur_jax.infer.session import Session
 from lemur_jax.text.chat_template import Message, encode_chat
 
+# Where MINT cuts an answer that goes on with turns of the environment.
+STOPS = ("\nObservation:", "\nExpert feedback:", "\nTask:", "\n---", "\nHuman:")
 # A conversation to the next turn of the assistant.
 Agent = Callable[[Sequence[Message]], str]
 
@@ -41,17 +45,25 @@ class Trace:
         return len(self.turns) if self.turns and self.turns[-1].step.reward >= 1 else None
 
 
-def session_agent(session: Session, *, max_new_tokens: int = 512) -> Agent:
+class SessionAgent:
     """Our model in process, greedy; the oldest turns are dropped when they no longer fit."""
-    tokenizer = session.need_tokenizer()
-    limit = min(max_new_tokens, session.model.max_position_embeddings // 2)
 
-    def answer(messages: Sequence[Message]) -> str:
-        prompt, _ = encode_chat(tokenizer, fit(session, messages, limit), add_generation_prompt=True)
-        (text,) = complete(session, [prompt], max_new_tokens=limit)
-        return text.text.strip()
+    def __init__(self, session: Session, *, max_new_tokens: int = 512):
+        self._session = session
+        self._limit = min(max_new_tokens, session.model.max_position_embeddings // 2)
 
-    return answer
+    def __call__(self, messages: Sequence[Message]) -> str:
+        return self.batch([messages])[0]
+
+    def batch(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        """The next turns of several conversations, which share the device."""
+        tokenizer = self._session.need_tokenizer()
+        prompts = [
+            encode_chat(tokenizer, fit(self._session, messages, self._limit), add_generation_prompt=True)[0]
+            for messages in conversations
+        ]
+        texts = complete(self._session, prompts, max_new_tokens=self._limit, stops=STOPS)
+        return [text.text.strip() for text in texts]
 
 
 def endpoint_agent(base_url: str, model: str, *, max_new_tokens: int = 512) -> Agent:
@@ -73,7 +85,7 @@ def endpoint_agent(base_url: str, model: str, *, max_new_tokens: int = 512) -> A
         ]
         try:
             reply = client.chat.completions.create(
-                model=model, messages=turns, max_tokens=max_new_tokens, temperature=0.0
+                model=model, messages=turns, max_tokens=max_new_tokens, temperature=0.0, stop=list(STOPS[:4])
             )
         except OpenAIError as error:
             raise UserError(f"the endpoint {base_url}, model {model!r}: {error}") from error
@@ -82,39 +94,37 @@ def endpoint_agent(base_url: str, model: str, *, max_new_tokens: int = 512) -> A
     return answer
 
 
-def open_environments(names: Iterable[str], limit: int | None = None) -> list[Environment]:
-    """Environments of the kinds "python", "sql", "bash" and "tools"; UserError for another one."""
+def open_environments(
+    names: Iterable[str], limit: int | None = None, data: str = ".", stack: contextlib.ExitStack | None = None
+) -> list[Environment]:
+    """Environments by kind.
+
+    Args:
+      names: "python", "sql", "bash", "tools", "mint", "mint-SET" or "intercode-sql".
+      limit: of each kind.
+      data: MINT's or InterCode's.
+      stack: keeps InterCode's database server.
+
+    Raises:
+      UserError: another kind, or data or a library is missing.
+    """
     makers: dict[str, Callable[[], Sequence[Environment]]] = {
         "python": lambda: [PythonEnvironment(problem) for problem in humaneval()],
         "sql": environments.sql_environments,
         "bash": environments.bash_environments,
         "tools": tools.tool_environments,
+        "intercode-sql": lambda: intercode.open_sql(data, stack or contextlib.ExitStack()),
+        "mint": lambda: mint.open_mint(data, []),
+        **{f"mint-{name}": functools.partial(mint.open_mint, data, [name]) for name in mint.SETS},
     }
-    for name in (names := list(names)):
+    if "intercode-bash" in (names := list(names)):
+        raise UserError(
+            "InterCode-Bash needs the file systems that its Docker files make: they are not read yet"
+        )
+    for name in names:
         if name not in makers:
             raise UserError(f"unknown environment {name!r}: there are {', '.join(makers)}")
     return [environment for name in names for environment in makers[name]()[:limit]]
-
-
-def run_episode(environment: Environment, agent: Agent, *, max_turns: int) -> Trace:
-    """Acts until the task is solved or the turns are used up."""
-    try:
-        task = environment.reset()
-        messages: list[Message] = [{"role": "user", "content": task}]
-        turns: list[Turn] = []
-        while len(turns) < max_turns:
-            action = agent(messages)
-            step = environment.step(action)
-            turns.append(Turn(action=action, step=step))
-            if step.reward >= 1:
-                break
-            messages += [
-                {"role": "assistant", "content": action},
-                {"role": step.role, "content": step.observation},
-            ]
-        return Trace(id=environment.id, task=task, turns=tuple(turns))
-    finally:
-        environment.close()
 
 
 def by_kind(traces: Iterable[Trace]) -> dict[str, list[Trace]]:
@@ -131,6 +141,18 @@ def success_by_turn(traces: Sequence[Trace], max_turns: int) -> list[float]:
         100 * sum((trace.solved_at or max_turns + 1) <= turn for trace in traces) / max(1, len(traces))
         for turn in range(1, max_turns + 1)
     ]
+
+
+def paper_scores(traces: Iterable[Trace]) -> dict[str, float]:
+    """Percent solved, by the row of the paper's Tables 4 to 7."""
+    rows = {f"mint-{name}": f"M-{title}" for name, title in mint.PAPER_NAMES.items()} | {
+        "intercode-sql": "IC-SQL"
+    }
+    return {
+        rows[kind]: 100 * sum(trace.solved_at is not None for trace in of_kind) / len(of_kind)
+        for kind, of_kind in by_kind(traces).items()
+        if kind in rows
+    }
 
 
 def failure(trace: Trace) -> str | None:
@@ -164,3 +186,22 @@ def to_json(traces: Sequence[Trace], max_turns: int) -> dict[str, Any]:
         for trace in traces
     ]
     return {"max_turns": max_turns, "traces": whole}
+
+
+def from_json(trace: Mapping[str, Any]) -> Trace:
+    """A trace of `to_json`."""
+    turns = tuple(Turn(action=turn["action"], step=Step(**turn["step"])) for turn in trace["turns"])
+    return Trace(id=trace["id"], task=trace["task"], turns=turns)
+
+
+def conversations(traces: Iterable[Trace]) -> list[dict[str, Any]]:
+    """The solved episodes for fine-tuning, which learns the agent's turns alone."""
+    found = []
+    for trace in traces:
+        if trace.solved_at:
+            messages: list[Message] = [{"role": "user", "content": trace.task}]
+            for turn in trace.turns:
+                messages.append({"role": "assistant", "content": turn.action})
+                messages.append({"role": turn.step.role, "content": turn.step.observation})
+            found.append({"id": trace.id, "messages": messages[:-1]})
+    return found

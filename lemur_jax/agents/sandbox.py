@@ -32,6 +32,7 @@ class Limits:
       disk_bytes: of the box in all, where it is temporary and namespaces are available.
       processes: at once, threads counted.
       output_bytes: of stdout, and of stderr, that are returned; the middle of more is cut out.
+      visible: directories that it may read, in addition to the system and the interpreter.
     """
 
     wall_seconds: float = 10.0
@@ -41,10 +42,11 @@ class Limits:
     disk_bytes: int = 64 << 20
     processes: int = 32
     output_bytes: int = 64 << 10
+    visible: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if not 0 < value < math.inf:
+            if name != "visible" and not 0 < value < math.inf:
                 raise UserError(f"sandbox limit {name} is {value}: it must be positive and finite")
 
 
@@ -121,7 +123,7 @@ def run(
                 "files": dict(files or {}),
                 "directory": str(pathlib.Path(directory).resolve()) if directory else "",
                 "root": root,
-                "visible": [os.path.realpath(sys.base_prefix)],
+                "visible": [os.path.realpath(sys.base_prefix), *limits.visible],
                 "limits": dataclasses.asdict(limits),
                 "namespaces": namespaces,
                 "require_isolation": require_isolation,

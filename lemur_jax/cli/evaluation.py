@@ -18,7 +18,11 @@ def add_verbs(verbs: Verbs) -> None:
     add_checkpoint(sub, required=False)
     sub.add_argument("--tasks", default="", help="names with commas: humaneval, mbpp, or the harness's")
     sub.add_argument("--suite", default="", help="paper: MMLU, BBH, GSM8K, HumanEval and MBPP")
-    sub.add_argument("--data", default=".", help="directory with mbpp.jsonl, mmlu/, bbh/, gsm8k/")
+    sub.add_argument(
+        "--data",
+        default=".",
+        help="directory with mbpp.jsonl, mmlu/, bbh/, gsm8k/, or MINT's or InterCode's data/",
+    )
     sub.add_argument(
         "--scores",
         default="",
@@ -34,12 +38,23 @@ def add_verbs(verbs: Verbs) -> None:
         type=int,
         help="of an answer or an agent's turn (default: what a task says, else 512)",
     )
-    sub.add_argument("--agents", default="", help="episodes with environments: python, sql, bash, tools")
+    sub.add_argument("--agents", default="", help="python, sql, bash, tools, mint, mint-SET, intercode-sql")
+    sub.add_argument("--replay", default="", help="recorded run of MINT or InterCode-SQL instead of a model")
+    sub.add_argument("--batch", type=int, default=32, help="episodes at once (default 32)")
     sub.add_argument("--turns", type=int, default=5, help="turns of an episode at most (default 5)")
     sub.add_argument("--endpoint", default="", help="OpenAI-compatible URL of the agent, not the checkpoint")
     sub.add_argument("--endpoint-model", default="", help="the agent's name there")
     sub.add_argument("--json", default="", metavar="FILE", help="also write everything as JSON")
     sub.add_argument("--html", default="", metavar="FILE", help="also write the episodes as a page")
+    traces = add_verb(
+        verbs,
+        "export-traces",
+        _export_traces,
+        "write solved episodes as conversations for fine-tuning",
+        "lemur export-traces --traces agents.json --output solved.jsonl",
+    )
+    traces.add_argument("--traces", required=True, help="what lemur eval --agents --json wrote")
+    traces.add_argument("--output", required=True, help="JSON lines for lemur prepare")
 
 
 def _eval(args) -> None:
@@ -50,9 +65,11 @@ def _eval(args) -> None:
     written: dict = {}
     scores = parse_scores(args.scores)  # before a checkpoint is opened
     tasks = [task for task in args.tasks.split(",") if task]
-    needs_session = tasks or args.suite or not args.endpoint
+    needs_session = tasks or args.suite or not (args.endpoint or args.replay)
     if needs_session and not args.checkpoint:
-        raise UserError("name a --checkpoint; agents alone can have an --endpoint instead")
+        raise UserError("name a --checkpoint; agents alone can have an --endpoint or a --replay instead")
+    if args.replay and not args.agents:
+        raise UserError("--replay needs --agents mint, mint-SET or intercode-sql")
 
     def check(tokenizer) -> None:
         from lemur_jax.evals.benchmarks import check_tasks
@@ -87,23 +104,70 @@ def _options(args):
 
 
 def _agents(args, session, written: dict) -> None:
-    from lemur_jax.agents import episodes
-    from lemur_jax.agents.page import agents_page
+    import pathlib
 
+    from lemur_jax.agents import episodes, runner
+
+    names = args.agents.split(",")
     limit = args.max_new_tokens or 512
+    if args.replay:
+        traces = _replay(args, names)
+        return _write_agents(args, traces, written)
     agent = (
         episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
         if args.endpoint
-        else episodes.session_agent(session, max_new_tokens=limit)
+        else episodes.SessionAgent(session, max_new_tokens=limit)
     )
-    traces: list[episodes.Trace] = []
+    path = pathlib.Path(f"{args.json}.episodes.jsonl") if args.json else None
+    journal = runner.Journal(path, args.checkpoint or f"{args.endpoint} {args.endpoint_model}")
     try:
-        for world in episodes.open_environments(args.agents.split(","), args.limit):
-            traces.append(episodes.run_episode(world, agent, max_turns=args.turns))
+        with contextlib.ExitStack() as stack:
+            opened = episodes.open_environments(names, args.limit, args.data, stack)
+            runner.run_episodes(opened, agent, max_turns=args.turns, batch=args.batch, journal=journal)
     finally:
-        if traces:
-            print(episodes.format_episodes(traces, args.turns))
-            written["agents"] = episodes.to_json(traces, args.turns)
-            if args.html:
-                with open(args.html, "w") as file:
-                    file.write(agents_page(traces, args.turns, args.checkpoint or args.endpoint_model))
+        if journal.traces:
+            _write_agents(args, list(journal.traces.values()), written)
+
+
+def _replay(args, names: list[str]) -> list:
+    import os
+
+    from lemur_jax.agents.replay import format_replay, replay_run
+
+    with contextlib.ExitStack() as stack:
+        runs = replay_run(names, args.data, args.replay, args.limit, stack)
+        for name, replayed in runs.items():
+            print(format_replay(name, replayed))
+    args.endpoint_model = f"replay of {os.path.basename(args.replay.rstrip('/'))}"
+    return [one.trace for replayed in runs.values() for one in replayed]
+
+
+def _write_agents(args, traces: list, written: dict) -> None:
+    from lemur_jax.agents import episodes
+    from lemur_jax.agents.page import agents_page
+    from lemur_jax.evals.published import format_agents
+
+    name = args.checkpoint or args.endpoint_model
+    print(episodes.format_episodes(traces, args.turns))
+    if scores := episodes.paper_scores(traces):
+        print(format_agents(scores, name))
+    written["agents"] = episodes.to_json(traces, args.turns)
+    if args.html:
+        with open(args.html, "w") as file:
+            file.write(agents_page(traces, args.turns, name))
+
+
+def _export_traces(args) -> None:
+    import json
+
+    from lemur_jax.agents.episodes import conversations, from_json
+
+    try:
+        with open(args.traces) as file:
+            traces = [from_json(trace) for trace in json.load(file)["agents"]["traces"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{args.traces} is not what lemur eval --agents --json writes ({error!r})") from error
+    found = conversations(traces)
+    with open(args.output, "w") as file:
+        file.writelines(json.dumps(conversation) + "\n" for conversation in found)
+    print(f"{args.output}: {len(found)} solved episodes of {len(traces)}")

@@ -1,6 +1,7 @@
 """What the paper published, and scores that come from other harnesses than ours."""
 
 import math
+from collections.abc import Mapping
 
 from lemur_jax.common.errors import UserError
 
@@ -78,3 +79,13 @@ def parse_scores(text: str) -> dict[str, float]:
                 f"cannot read the score {part!r}: write per cent of {', '.join(ELSEWHERE)}, e.g. Spider=62.8"
             )
     return found
+
+
+def format_agents(scores: Mapping[str, float], name: str) -> str:
+    """Rows of Tables 4 to 7 with ours beside the paper's, in per cent."""
+    names = (*AGENT_MODELS, name)
+    lines = [" " * 12 + "".join(f"{model:>20}" for model in names)]
+    for row, score in scores.items():
+        cells = [f"{AGENTS[row][model]:.2f}" for model in AGENT_MODELS]
+        lines.append(f"{row:<12}" + "".join(f"{cell:>20}" for cell in (*cells, f"{score:.2f}")))
+    return "\n".join(lines)

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from lemur_jax.agents import environments, episodes
-from lemur_jax.agents.episodes import failure, format_episodes, run_episode, success_by_turn, to_json
+from lemur_jax.agents.episodes import failure, format_episodes, success_by_turn, to_json
+from lemur_jax.agents.runner import Journal, run_episode, run_episodes
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from tests.helpers.agents import scripted
@@ -78,3 +79,27 @@ def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, c
 def test_unknown_environment():
     with pytest.raises(UserError, match="unknown environment 'x'"):
         episodes.open_environments(["x"])
+
+
+def test_an_evaluation_goes_on_after_a_kill_and_exports_what_was_solved(tmp_path, capsys):
+    worlds, path = environments.sql_environments()[:2], tmp_path / "episodes.jsonl"
+    run_episodes(worlds[:1], scripted("SELECT 6"), max_turns=1, journal=Journal(path, "a"))
+    with path.open("a") as file:
+        file.write('{"id": "sql/fil')  # cut by the kill
+    traces = run_episodes(worlds, scripted("SELECT 1"), max_turns=1, journal=Journal(path, "a"))
+    assert [trace.solved_at for trace in traces] == [1, None]
+    assert len(path.read_text().splitlines()) == 3
+    with pytest.raises(UserError, match="holds episodes of"):
+        Journal(path, "b")
+    (tmp_path / "agents.json").write_text(json.dumps({"agents": to_json(traces, 1)}))
+    words = [
+        "export-traces",
+        "--traces",
+        str(tmp_path / "agents.json"),
+        "--output",
+        str(tmp_path / "out.jsonl"),
+    ]
+    assert main(words) == 0
+    assert "1 solved episodes of 2" in capsys.readouterr().out
+    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [message["role"] for message in json.loads(line)["messages"]] == ["user", "assistant"]

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from lemur_jax.agents.episodes import failure, run_episode
+from lemur_jax.agents.episodes import failure
 from lemur_jax.agents.page import agents_page
+from lemur_jax.agents.runner import run_episode
 from lemur_jax.agents.tools import SHOP, TOOLS, schemas, tool_environments
 from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat
 from lemur_jax.text.conversation_formats import openai

@@ -1,0 +1,103 @@
+"""ALFWorld's games as MINT plays them: functions of the Python shell are actions of the game."""
+
+import importlib.util
+import json
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+
+from lemur_jax.agents.mint import MintEnvironment, Task
+from lemur_jax.common.errors import UserError
+
+_SCRIPT = pathlib.Path(__file__).with_name("alfworld_process.py")
+_COMMANDS = {
+    "put(object, receptacle)": "put {} in/on {}",
+    "goto(receptacle)": "go to {}",
+    "take_from(object, receptacle)": "take {} from {}",
+    "open_receptacle(receptacle)": "open {}",
+    "toggle(object_or_receptacle)": "toggle {}",
+    "close_receptacle(receptacle)": "close {}",
+    "clean(object, receptacle)": "clean {} with {}",
+    "heat(object, receptacle)": "heat {} with {}",
+    "cool(object, receptacle)": "cool {} with {}",
+    "use(receptacle)": "use {}",
+    "look()": "look",
+}
+
+
+class AlfworldEnvironment(MintEnvironment):
+    """A household task, solved when the game says so after a turn.
+
+    Args:
+      game: its `game.tw-pddl`.
+    """
+
+    def __init__(self, task: Task, game: pathlib.Path):
+        def action(command: str) -> Callable[..., str]:
+            return lambda *arguments: self._play(command.format(*arguments))
+
+        super().__init__(task, {name: action(command) for name, command in _COMMANDS.items()})
+        self._game = game
+        self._process: subprocess.Popen | None = None
+        self._won = False
+
+    def reset(self) -> str:
+        self.close()
+        self._won = False
+        return super().reset()
+
+    def _play(self, command: str) -> str:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_SCRIPT), str(self._game)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        if not (line := self._process.stdout.readline()):
+            raise UserError(f"the game {self._game} has ended: see its messages above")
+        feedback, won = json.loads(line)
+        self._won = self._won or won
+        return re.sub(r"^You arrive at loc .*?\. ", "", feedback)
+
+    def _act(self, action: str) -> tuple[str, str]:
+        observation, verdict = super()._act(action)
+        return observation, "passed" if self._won else verdict
+
+    def _solved(self, answer: str) -> bool:
+        return self._won
+
+    def close(self) -> None:
+        super().close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def alfworld_environments(data: pathlib.Path, openings: Mapping[str, str]) -> list[AlfworldEnvironment]:
+    """The 134 games of the split "unseen" that the recorded runs play.
+
+    Raises:
+      UserError: the library or a game is missing.
+    """
+    if importlib.util.find_spec("alfworld") is None:
+        raise UserError(
+            "ALFWorld's games need its library: pip install 'lemur_jax[alfworld]' (minutes, it compiles)"
+        )
+    root = data / "processed" / "alfworld" / "json_2.1.1" / "valid_unseen"
+    found = []
+    for id, opening in openings.items():
+        if not id.startswith("alfworld/"):
+            continue
+        game = root / id.removeprefix("alfworld/") / "game.tw-pddl"
+        if not game.exists():
+            raise UserError(f"{game} is missing: get ALFWorld's games (https://github.com/alfworld/alfworld)")
+        found.append(AlfworldEnvironment(Task(id=id, opening=opening, solved=lambda answer: False), game))
+    return found

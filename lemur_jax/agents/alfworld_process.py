@@ -1,0 +1,27 @@
+"""Plays one game of ALFWorld: commands come as JSON lines on stdin, [feedback, won] goes to stdout.
+
+python alfworld_process.py GAME
+"""
+
+import json
+import os
+import sys
+
+
+def main(game):
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # the planner prints
+    import textworld
+    from alfworld.agents.environment.alfred_tw_env import AlfredDemangler, AlfredInfos
+
+    environment = textworld.start(
+        game, textworld.EnvInfos(won=True), wrappers=[AlfredDemangler(), AlfredInfos]
+    )
+    environment.reset()
+    for line in sys.stdin:
+        state, _, _ = environment.step(json.loads(line))
+        print(json.dumps([state.feedback.strip(), bool(state.won)]), file=results, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

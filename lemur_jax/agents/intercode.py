@@ -1,0 +1,185 @@
+"""InterCode-SQL (Yang et al. 2023): questions about Spider's databases, ten queries each, a reward after each."""
+
+import collections
+import contextlib
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lemur_jax.agents.environments import Environment, Step, block
+from lemur_jax.agents.mariadb import connect, server
+from lemur_jax.agents.mint import Recorded
+from lemur_jax.common.errors import UserError
+
+MAX_STEPS = 10
+NO_CODE = """No SQL code was found in your last response.
+
+Your response should be a SQL command. Format your SQL command as follows:
+
+```SQL
+Your SQL code here
+```
+
+Write SQL commands to help you do two things:
+
+1. Learn more about the MySQL Database you are interacting with. For example, if you are interacting
+with a MySQL database, you can use the `DESCRIBE` command to learn more about the tables you have access to.
+2. Execute SQL commands based on these tables to generate the correct output.
+
+If you have a question, do NOT ask it. Instead, write a SQL command that might help you answer it.
+"""
+# MariaDB's names of clauses in errors, and MySQL's.
+_CLAUSES = {
+    "SELECT": "field list",
+    "WHERE": "where clause",
+    "ON": "on clause",
+    "GROUP BY": "group statement",
+    "ORDER BY": "order clause",
+    "HAVING": "having clause",
+}
+WHERE = "get data/ of https://github.com/princeton-nlp/intercode"
+
+
+def sql_reward(found: Any, expected: Any) -> float:
+    """Intersection over union of the rows as multisets, times Kendall's tau of their order."""
+    if not isinstance(found, list) or not isinstance(expected, list):
+        return 0.0
+    ours, theirs = list(map(str, found)), list(map(str, expected))
+    both = collections.Counter(ours) & collections.Counter(theirs)
+    either = collections.Counter(ours) | collections.Counter(theirs)
+    if not either:
+        return 1.0
+    reward = both.total() / either.total()
+    if both:
+        order = {row: rank for rank, row in enumerate(sorted(both))}
+        tau = _tau(_common(ours, both, order), _common(theirs, both, order))
+        if not math.isnan(tau):
+            reward = round(tau * reward, 2)
+    return reward
+
+
+def in_mysql_wording(text: str) -> str:
+    """MariaDB's results and errors as MySQL 8 words them."""
+    text = re.sub(r"\b((?:tiny|small|medium|big)?int)\(\d+\)", r"\1", text)
+    text = text.replace("your MariaDB server version", "your MySQL server version")
+    for ours, theirs in _CLAUSES.items():
+        text = text.replace(f"' in '{ours}'", f"' in '{theirs}'")
+        text = text.replace(f"' in {ours} is ambiguous", f"' in {theirs} is ambiguous")
+    return text
+
+
+def _common(rows: Sequence[str], both: Mapping[str, int], order: Mapping[str, int]) -> list[int]:
+    """Ranks of the first rows that are in both answers."""
+    left, ranks = dict(both), []
+    for row in rows:
+        if left.get(row):
+            left[row] -= 1
+            ranks.append(order[row])
+    return ranks
+
+
+def _tau(first: Sequence[int], second: Sequence[int]) -> float:
+    if len(first) < 2:
+        return math.nan
+    from scipy.stats import kendalltau
+
+    return float(kendalltau(first, second).statistic)
+
+
+class InterCodeSql(Environment):
+    """A question; solved by a query with the rows of the solution, in their order."""
+
+    max_turns = MAX_STEPS
+
+    def __init__(self, number: int, task: Mapping[str, Any], socket: pathlib.Path, handicap: bool):
+        self.id = f"intercode-sql/{number}"
+        self._task, self._socket, self._handicap = task, socket, handicap
+        self._connection: Any = None
+        self._steps = 0
+
+    def reset(self) -> str:
+        self.close()
+        self._steps = 0
+        self._connection = connect(self._socket, self._task["db"])
+        schema = json.dumps(self._task["db_tables"]) if self._handicap else ""
+        tables = f"\nTables and their columns: {schema}" if schema else ""
+        return (
+            f"Answer a question about the MySQL database {self._task['db']} with queries, one in a ```sql block at a"
+            f" time. You see the result and a reward from 0 to 1; you have {MAX_STEPS} queries.{tables}\n"
+            f"Question: {self._task['query']}"
+        )
+
+    def step(self, action: str) -> Step:
+        self._steps += 1
+        done = self._steps >= MAX_STEPS
+        if "```" not in action:
+            return Step(observation=NO_CODE, verdict="invalid action", done=done)
+        found = self.execute(block(action, "sql", "mysql"))
+        expected = self.execute(self._task["gold"])
+        if isinstance(expected, str):  # InterCode takes a solution that fails for one without rows
+            expected = []
+        reward = sql_reward(found, expected)
+        verdict = "passed" if reward == 1 else "execution error" if isinstance(found, str) else "wrong answer"
+        return Step(observation=in_mysql_wording(str(found)), verdict=verdict, reward=reward, done=done)
+
+    def execute(self, query: str) -> Any:
+        """The rows, None for a statement without any, or the error as a text."""
+        from pymysql import MySQLError
+
+        try:
+            with self._connection.cursor() as cursor:
+                cursor.execute(query)
+                return list(cursor.fetchall()) if cursor.description else None
+        except MySQLError as error:
+            return f"Error executing query: {error.args[-1] if error.args else error}"
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def data_directory(data: str) -> pathlib.Path:
+    """The directory with `sql/spider/`; UserError if it is not there."""
+    for path in (pathlib.Path(data), pathlib.Path(data) / "data"):
+        if (path / "sql" / "spider" / "ic_spider_dev.json").exists():
+            return path
+    raise UserError(f"--data {data} has no sql/spider/ic_spider_dev.json of InterCode: {WHERE}")
+
+
+def sql_environments(data: pathlib.Path, socket: pathlib.Path, handicap: bool = True) -> list[InterCodeSql]:
+    tasks = json.loads((data / "sql" / "spider" / "ic_spider_dev.json").read_text(encoding="utf-8"))
+    return [InterCodeSql(number, task, socket, handicap) for number, task in enumerate(tasks)]
+
+
+def open_sql(data: str, stack: contextlib.ExitStack) -> list[InterCodeSql]:
+    """The environments with the schema shown ("handicap"), on a server that the stack stops."""
+    root = data_directory(data)
+    return sql_environments(root, stack.enter_context(server(root / "sql" / "spider" / "ic_spider_dbs.sql")))
+
+
+def recorded_sql(path: pathlib.Path) -> list[Recorded]:
+    """The episodes of a recorded run, whose code is in fenced blocks again; UserError for another file."""
+    try:
+        episodes = json.loads(path.read_text(encoding="utf-8")).values()
+        return [
+            Recorded(
+                id=f"intercode-sql/{episode['task_id']}",
+                opening=episode["query"],
+                turns=list(map(_turn, history["actions"], map(str, history["observations"]))),
+                success=episode["summary"]["max_reward"] == 1,
+                failed=False,
+            )
+            for episode in episodes
+            if episode["environment"] == "ic_sql" and (history := episode["turn_history"])
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a recorded run of InterCode-SQL ({error!r})") from error
+
+
+def _turn(action: str, seen: str) -> tuple[str, str]:
+    """A recorded query in the block that the model wrote it in."""
+    return (action if seen == NO_CODE else f"```sql\n{action}\n```"), seen

@@ -1,0 +1,95 @@
+"""A MariaDB or MySQL server of its own: temporary, on a socket, without a network."""
+
+import contextlib
+import getpass
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from lemur_jax.common.errors import UserError
+
+USER = "agent"
+# MariaDB's ONLY_FULL_GROUP_BY refuses queries that MySQL 8 takes: without it more of the recorded verdicts come back.
+MODE = ""
+_START_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def server(dump: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Starts a server with the databases of a dump, which the user `agent` may read; yields its socket.
+
+    Raises:
+      UserError: there is no server, or it does not start or take the dump.
+    """
+    if not (program := shutil.which("mariadbd", path=f"{os.environ['PATH']}:/usr/sbin")):
+        raise UserError("InterCode-SQL needs MariaDB's server: apt-get install mariadb-server")
+    directory = pathlib.Path(tempfile.mkdtemp(prefix="lemur-db-"))
+    user = "nobody" if os.getuid() == 0 else getpass.getuser()
+    if os.getuid() == 0:
+        shutil.chown(directory, "nobody")
+    socket, log = directory / "socket", directory / "log"
+    options = [f"--datadir={directory}/data", f"--user={user}"]
+    process = None
+    try:
+        with log.open("w") as output:
+            install = [
+                "mariadb-install-db",
+                "--no-defaults",
+                "--auth-root-authentication-method=normal",
+                *options,
+            ]
+            if subprocess.run(install, stdout=output, stderr=output).returncode:
+                raise UserError(f"mariadb-install-db fails: {log.read_text().strip().splitlines()[-1]}")
+            # As where the runs were recorded, names of tables do not depend on upper and lower case.
+            extra = [
+                "--skip-networking",
+                f"--socket={socket}",
+                "--lower-case-table-names=1",
+                f"--sql-mode={MODE}",
+            ]
+            extra += ["--max-statement-time=30", "--skip-log-bin", f"--secure-file-priv={directory}/data"]
+            process = subprocess.Popen(
+                [program, "--no-defaults", *options, *extra], stdout=output, stderr=output
+            )
+        _wait(process, socket, log)
+        _load(socket, dump)
+        yield socket
+    finally:
+        if process is not None:
+            process.terminate()
+            process.wait()
+        shutil.rmtree(directory)
+
+
+def _wait(process: subprocess.Popen, socket: pathlib.Path, log: pathlib.Path) -> None:
+    end = time.monotonic() + _START_SECONDS
+    while subprocess.run(
+        ["mariadb-admin", "--no-defaults", "-uroot", f"-S{socket}", "ping"], capture_output=True
+    ).returncode:
+        if process.poll() is not None or time.monotonic() > end:
+            raise UserError(f"the database server does not start: {log.read_text().strip().splitlines()[-1]}")
+        time.sleep(0.2)
+
+
+def _load(socket: pathlib.Path, dump: pathlib.Path) -> None:
+    text = re.sub(r"utf8mb4_0900_\w+", "utf8mb4_general_ci", dump.read_text(encoding="utf-8"))
+    text += f"\nCREATE USER {USER}@localhost;\nGRANT SELECT, SHOW VIEW, SHOW DATABASES ON *.* TO {USER}@localhost;\n"
+    command = ["mariadb", "--no-defaults", "-uroot", f"-S{socket}", "--default-character-set=utf8mb4"]
+    loaded = subprocess.run(command, input=text, capture_output=True, text=True)
+    if loaded.returncode:
+        raise UserError(f"the server refuses {dump}: {loaded.stderr.strip()}")
+
+
+def connect(socket: pathlib.Path, database: str) -> Any:
+    """A connection of the user `agent`; UserError without pymysql."""
+    try:
+        import pymysql
+    except ImportError as error:
+        raise UserError("InterCode-SQL needs a client: pip install 'lemur_jax[agents]'") from error
+    return pymysql.connect(unix_socket=str(socket), user=USER, database=database, charset="utf8mb4")

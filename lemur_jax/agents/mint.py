@@ -1,0 +1,284 @@
+"""MINT (Wang et al. 2023): five turns with a Python shell, two proposals, as the paper's Tables 4, 5 and 7 use it."""
+
+import ast
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from lemur_jax.agents import mint_checks
+from lemur_jax.agents.environments import Environment, Step
+from lemur_jax.agents.shell import Shell
+from lemur_jax.common.errors import UserError
+
+MAX_STEPS, MAX_PROPOSALS = 5, 2
+PROTOCOL = "max5_p2+tool+cd"
+# Sets, with the group that the recorded runs keep them in.
+SETS = {
+    "gsm8k": "reasoning",
+    "math": "reasoning",
+    "theoremqa": "reasoning",
+    "hotpotqa": "reasoning",
+    "mmlu": "reasoning",
+    "humaneval": "code_generation",
+    "mbpp": "code_generation",
+    "alfworld": "decision_making",
+}
+PAPER_NAMES = dict(
+    zip(
+        SETS, ("GSM8K", "MATH", "TheoremQA", "HotpotQA", "MMLU", "HumanEval", "MBPP", "ALFWorld"), strict=True
+    )
+)
+INVALID = (
+    "I don't understand your input. \n"
+    "If you want to execute code, please use <execute> YOUR_CODE_HERE </execute>.\n"
+    "If you want to give me an answer, please use <solution> YOUR_SOLUTION_HERE </solution>.\n"
+    "For example: The answer to the question is <solution> 42 </solution>. \n"
+)
+SEARCH_CHARACTERS = 1000
+NOT_FOUND = "Wikipedia Search Result was found"  # the tool's wording when nothing was
+WHERE = "get data/ of https://github.com/xingyaoww/mint-bench"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task of MINT.
+
+    Attributes:
+      opening: the first message: protocol, tools, an example and the question.
+      solved: answer -> whether it is right; ALFWorld's game decides itself.
+    """
+
+    id: str
+    opening: str
+    solved: Callable[[str], bool]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """An episode of a recorded run.
+
+    Attributes:
+      turns: (action, observation after it or None).
+      failed: whether the model, not the environment, ended it (e.g. its context was full).
+    """
+
+    id: str
+    opening: str
+    turns: Sequence[tuple[str, str | None]]
+    success: bool
+    failed: bool
+
+
+def data_directory(data: str) -> pathlib.Path:
+    """The directory with `processed/` and `outputs/`; UserError if it is not there."""
+    for path in (pathlib.Path(data), pathlib.Path(data) / "data"):
+        if (path / "processed" / "gsm8k" / "test_prompts.json").exists():
+            return path
+    raise UserError(f"--data {data} has no processed/gsm8k/test_prompts.json of MINT: {WHERE}")
+
+
+def recorded_run(directory: pathlib.Path, only: Sequence[str] = ()) -> dict[str, list[Recorded]]:
+    """The recorded episodes of one model by set.
+
+    Args:
+      directory: holds `GROUP/SET/results.jsonl`, in or below it; or one such file.
+
+    Raises:
+      UserError: there are none, they follow another protocol, or there are runs of several models.
+    """
+    found: dict[str, list[Recorded]] = {}
+    paths = [directory] if directory.is_file() else sorted(directory.glob("**/results.jsonl"))
+    for path in paths:
+        name = path.parent.name
+        if name not in SETS or (only and name not in only):
+            continue
+        if PROTOCOL not in path.parts:
+            raise UserError(f"{path} is not a run of the protocol {PROTOCOL}")
+        if name in found:
+            raise UserError(f"{directory} holds several runs of {name}: name the directory of one")
+        found[name] = [_recorded(name, json.loads(line)) for line in path.open(encoding="utf-8")]
+    if not found:
+        raise UserError(f"{directory} holds no results.jsonl of MINT ({', '.join(only or SETS)})")
+    return found
+
+
+def _recorded(name: str, row: Mapping[str, Any]) -> Recorded:
+    try:
+        state, task = row["state"], row["task"]
+        opening, *rest = state["history"]
+        turns: list[tuple[str, str | None]] = []
+        for message in rest:
+            if message["role"] == "assistant":
+                turns.append((message["content"].removesuffix("\n"), None))
+            elif turns and turns[-1][1] is None:
+                turns[-1] = (turns[-1][0], message["content"])
+            else:  # an empty action is not recorded
+                turns.append(("", message["content"]))
+        failed = state["terminate_reason"] == "error"
+        if failed and turns and turns[-1][1] and turns[-1][1].startswith("Observation:\nAn error occurred."):
+            turns.pop()
+        return Recorded(
+            id=f"{name}/{task['task_id']}",
+            opening=opening["content"],
+            turns=turns,
+            success=state["success"],
+            failed=failed,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"a line of {name}'s results.jsonl is not an episode of MINT ({error!r})") from error
+
+
+def load_tasks(data: pathlib.Path, name: str, openings: Mapping[str, str]) -> list[Task]:
+    """The tasks of a set other than ALFWorld; `openings` by id are of a recorded run (it holds the examples)."""
+    path = data / "processed" / name / "test_prompts.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: {WHERE}")
+    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+    tasks = []
+    for row in rows:
+        id = f"{name}/{row['id']}"
+        if id not in openings:
+            raise UserError(
+                f"{path} has the task {id}, the recorded runs have not: another version of the set"
+            )
+        tasks.append(Task(id=id, opening=openings[id], solved=_checker(name, row)))
+    return tasks
+
+
+def _checker(name: str, row: Mapping[str, Any]) -> Callable[[str], bool]:
+    reference = row["reference"]
+    if SETS[name] == "code_generation":
+        return lambda answer: mint_checks.code(reference, answer)
+    if name == "mmlu":
+        return lambda answer: mint_checks.choice(reference, answer, row["prompt"])
+    if name == "theoremqa":
+        return lambda answer: mint_checks.theorem(reference, answer, row["answer_type"])
+    return lambda answer: mint_checks.reasoning(reference, answer)
+
+
+def recorded_searches(runs: Iterable[Recorded]) -> dict[str, str]:
+    """What `wikipedia_search` answered first, from the cells that print its answers and nothing else."""
+    found: dict[str, str] = {}
+    for run in runs:
+        for action, seen in run.turns:
+            cell = "\n".join(tagged(action, "execute"))
+            queries = _queries(cell)
+            if seen is None or cell.count("wikipedia_search(") != len(queries):
+                continue
+            text = seen.removeprefix("Observation:\n").rpartition("\nYou have ")[0]
+            if shown := re.fullmatch(r"Out\[\d+\]: (['\"].*['\"])", text):
+                text = ast.literal_eval(shown[1])
+            for query in queries:
+                if not text.startswith(("Page: ", NOT_FOUND)):
+                    break
+                # An answer has at most 1000 characters; where it is shorter, its end cannot be seen.
+                whole = len(text) > SEARCH_CHARACTERS and text[SEARCH_CHARACTERS] == "\n"
+                if not whole and query != queries[-1]:
+                    break
+                answer = text[:SEARCH_CHARACTERS] if whole else text
+                found.setdefault(query, answer)
+                text = text[len(answer) + 1 :]
+    return found
+
+
+def _queries(cell: str) -> list[str]:
+    """The literal queries of a cell's searches."""
+    pattern = r"""wikipedia_search\(\s*(?:query\s*=\s*)?((['"])(?:\\.|(?!\2).)*\2)\s*\)"""
+    return [ast.literal_eval(text) for text, _ in re.findall(pattern, cell)]
+
+
+def tagged(action: str, tag: str) -> list[str]:
+    """The texts between <tag> and </tag>."""
+    return [text.strip() for text in re.findall(f"<{tag}>(.*?)</{tag}>", action, re.DOTALL)]
+
+
+class MintEnvironment(Environment):
+    """An episode: the model runs code or proposes an answer.
+
+    Args:
+      functions: tools that the cells can call.
+    """
+
+    max_turns = MAX_STEPS
+
+    def __init__(self, task: Task, functions: Mapping[str, Callable[..., str]]):
+        self.id = f"mint-{task.id}"
+        self._task = task
+        self._shell = Shell(functions)
+        self._steps = self._proposals = 0
+
+    def reset(self) -> str:
+        self._steps = self._proposals = 0
+        self._shell.close()
+        return self._task.opening
+
+    def as_turn(self, action: str) -> str:
+        start = "" if action.lstrip().startswith("Assistant:") else "Assistant:\n"
+        return f"{start}{action}\n"
+
+    def step(self, action: str) -> Step:
+        self._steps += 1
+        observation, verdict = self._act(action)
+        left, proposals = MAX_STEPS - self._steps, MAX_PROPOSALS - self._proposals
+        text = f"Observation:\n{observation}\n"
+        text += f"You have {left} steps left and {proposals} chances to propose solution left.\n"
+        if left <= 1:
+            text += "You should take the last step to propose a solution.\n"
+        if verdict == "passed":
+            return Step(observation=text, verdict=verdict, reward=1.0)
+        return Step(observation=text, verdict=verdict, done=not (left and proposals))
+
+    def _act(self, action: str) -> tuple[str, str]:
+        """(observation, verdict) of an action."""
+        if re.search(r"<solution>.*?</solution>", action, re.DOTALL):
+            self._proposals += 1
+            if not (answer := "\n".join(tagged(action, "solution"))):
+                return INVALID, "invalid action"
+            if self._solved(answer):
+                return "Your answer is correct.", "passed"
+            return "Your answer is wrong.", "wrong answer"
+        if not (cell := "\n".join(tagged(action, "execute"))):
+            return INVALID, "invalid action"
+        output = self._shell.run_cell(cell).strip()
+        error = re.search(r"^\w*(Error|Exception|Interrupt)\b", output, re.MULTILINE)
+        return output, "execution error" if error else "unfinished"
+
+    def _solved(self, answer: str) -> bool:
+        return self._task.solved(answer)
+
+    def close(self) -> None:
+        self._shell.close()
+
+
+def open_mint(
+    data: str, only: Sequence[str], extra: Mapping[str, list[Recorded]] | None = None
+) -> list[Environment]:
+    """The environments of the sets; `extra`: a run whose searches come first (Wikipedia changes).
+
+    Raises:
+      UserError: data are missing or of another version.
+    """
+    root = data_directory(data)
+    runs = [run for of_set in (extra or {}).values() for run in of_set]
+    outputs = root / "outputs"
+    for model in sorted(outputs.iterdir()) if outputs.exists() else []:
+        if (model / "F=None").exists():
+            runs += [run for of_set in recorded_run(model / "F=None", only).values() for run in of_set]
+    if not runs:
+        raise UserError(f"--data {data} has no outputs/MODEL/F=None of MINT, which hold the prompts: {WHERE}")
+    openings = {run.id: run.opening for run in reversed(runs)}
+    searches = recorded_searches(runs)
+    functions = {"wikipedia_search(query)": lambda query: searches.get(query, NOT_FOUND)}
+    found: list[Environment] = []
+    for name in only or SETS:
+        if name == "alfworld":
+            from lemur_jax.agents.alfworld import alfworld_environments
+
+            found += alfworld_environments(root, openings)
+        else:
+            tools = {} if SETS[name] == "code_generation" else functions
+            found += [MintEnvironment(task, tools) for task in load_tasks(root, name, openings)]
+    return found

@@ -1,0 +1,146 @@
+"""MINT's verdicts on answers (Wang et al. 2023, "MINT", its public code), quirks included: scores must compare."""
+
+import ast
+import math
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+from lemur_jax.agents.problems import check
+
+_NUMBER = r"[-+]?(?:[\d,]*\.*\d+)"
+
+
+def _close(reference: str, answer: str) -> bool:
+    """Whether a number is within 5% where both are numbers, else whether the reference is part of the answer."""
+    try:
+        expected, found = float(reference), float(answer)
+    except ValueError:
+        return reference in answer
+    return (
+        abs(expected - found) <= 0.05 * expected
+    )  # never true for a negative reference, in the recorded runs too
+
+
+def reasoning(reference: Any, answer: str) -> bool:
+    """GSM8K, MATH and HotpotQA."""
+    return _close(str(reference).strip().lower(), answer.lower().strip())
+
+
+def choice(reference: str, answer: str, prompt: str) -> bool:
+    """MMLU: the letter is part of the answer, or the text of the right option is and no wrong one."""
+    answer, reference = answer.lower().strip(), reference.strip().lower()
+    if "a)" in answer or "a )" in answer:
+        answer = "a"
+
+    def holds(expected: str) -> bool:
+        if expected.isdigit() and answer.isdigit():
+            return abs(float(expected) - float(answer)) <= 0.05 * float(expected)
+        return expected in answer
+
+    if holds(reference):
+        return True
+    options = {}
+    for option in prompt.split("Options: ")[-1].split(" , "):
+        letter, _, text = option.strip("[]' ").partition(")")
+        options[letter.lower().strip()] = text.partition(")")[0].lower().strip(".").strip()
+    right, wrong = options[reference], list(options.values())
+    for option in wrong:  # MINT removes while it iterates, which skips the next option
+        if option in right:
+            wrong.remove(option)
+    return not any(holds(option) or option in answer for option in wrong) and (
+        holds(right) or right in answer
+    )
+
+
+def theorem(reference: Any, answer: str, kind: str) -> bool:
+    """TheoremQA, as its own evaluation reads an answer; of options the letter alone (as in the recorded runs)."""
+    text = _normalize(answer)
+    if kind in ("option", "Option"):
+        return text in (reference, f"({reference})")
+    found = _evaluate(text)
+    if kind == "bool":
+        return found is not None and found == reference
+    if kind in ("integer", "float"):
+        return _equal(found, reference)
+    if not isinstance(found, list) or len(found) != len(reference):
+        return False
+    if not all(isinstance(item, int | float) for item in found):
+        return False
+    return all(map(_equal, sorted(found), sorted(reference)))
+
+
+def _equal(found: Any, expected: float) -> bool:
+    if not isinstance(found, int | float) or isinstance(found, bool) or not math.isfinite(found):
+        return False
+    return (
+        abs(found - expected) <= 0.04 * abs(expected)
+        if isinstance(expected, float)
+        else round(found) == expected
+    )
+
+
+def _normalize(text: str) -> str:
+    """The number, list or truth value in an answer, as a Python expression."""
+    for mark in "=≈":
+        if mark in text:
+            text = text.split(mark)[-1].strip()
+    text = re.sub("[`$°]", "", text)
+    if text in ("true", "yes", "false", "no"):
+        text = str(text in ("true", "yes"))
+    if "True" in text or "False" in text:
+        text = str("True" in text)
+    if "approximately" in text:
+        text = text.replace("approximately", "").strip()
+    text = text.split(" or ")[0]
+    for before, after in (("", " [^0-9 ]+"), ("[^0-9 ]+ ", ""), ("", r"[^\d]{1,2}")):
+        if found := re.match(f"{before}({_NUMBER}){after}$", text):
+            text = found[1]
+    if found := re.match(r"[^-+\d]{1,2}((?:[\d,]*\.*\d+))$", text):
+        text = found[1]
+    text = text.replace(" x ", "*").replace(" × ", "*")
+    if re.match(r"^[-+]?(\d{1,3}(,\d{3})*|(\d+))(\.\d+)?$", text):
+        text = text.replace(",", "")
+    return text or "0"
+
+
+_OPERATORS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.BitXor: operator.xor,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+
+
+def _evaluate(text: str) -> Any:
+    """The value of literals and arithmetic (MINT calls `eval`); None for anything else."""
+
+    def value(node: ast.AST) -> Any:
+        match node:
+            case ast.Constant():
+                return node.value
+            case ast.List() | ast.Tuple() | ast.Set():
+                items = [value(item) for item in node.elts]
+                return sorted(set(items)) if isinstance(node, ast.Set) else items
+            case ast.UnaryOp():
+                return _OPERATORS[type(node.op)](value(node.operand))
+            case ast.BinOp(op=ast.Pow()):
+                return float(value(node.left)) ** float(value(node.right))
+            case ast.BinOp():
+                return _OPERATORS[type(node.op)](value(node.left), value(node.right))
+        raise ValueError(ast.dump(node))
+
+    try:
+        found = value(ast.parse(text.lstrip(" \t"), mode="eval").body)
+    except (ValueError, TypeError, KeyError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
+        return None
+    return found.real if isinstance(found, complex) else found
+
+
+def code(reference: str, answer: str) -> bool:
+    """HumanEval and MBPP: the tests pass."""
+    return check(answer, reference)[0] == "passed"

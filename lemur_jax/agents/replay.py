@@ -1,0 +1,136 @@
+"""Recorded turns instead of a model: whether the environments give the same observations and verdicts."""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+
+from lemur_jax.agents import intercode, mint
+from lemur_jax.agents.environments import Environment
+from lemur_jax.agents.episodes import Trace, Turn
+from lemur_jax.agents.mint import Recorded
+from lemur_jax.common.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """A replayed episode beside its recording.
+
+    Attributes:
+      trace: ours.
+      success: the recorded verdict.
+      compared: turns with a recorded observation.
+      different: (cause, recorded, ours) of the observations that differ.
+    """
+
+    trace: Trace
+    success: bool
+    compared: int
+    different: Sequence[tuple[str, str, str]]
+
+    @property
+    def same_verdict(self) -> bool:
+        return self.success == (self.trace.solved_at is not None)
+
+
+def replay(environments: Iterable[Environment], recorded: Iterable[Recorded]) -> list[Replayed]:
+    """Replays every recorded episode for which there is an environment, as many at once as there are processors."""
+    by_id = {environment.id.removeprefix("mint-"): environment for environment in environments}
+    pairs = [(by_id[episode.id], episode) for episode in recorded if episode.id in by_id]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda pair: _replay(*pair), pairs))
+
+
+def replay_run(
+    names: Sequence[str], data: str, path: str, limit: int | None, stack: contextlib.ExitStack
+) -> dict[str, list[Replayed]]:
+    """Replays a recorded run by kind of environment.
+
+    Args:
+      names: "mint", "mint-SET" or "intercode-sql".
+      path: a file or directory of MINT's outputs, or a file of InterCode's results.
+      limit: of each kind.
+      stack: keeps InterCode's database server.
+
+    Raises:
+      UserError: data are missing, or the recorded run is of another protocol.
+    """
+    found = {}
+    if "intercode-sql" in names:
+        recorded = {"intercode-sql": intercode.recorded_sql(pathlib.Path(path))}
+        opened: Sequence[Environment] = intercode.open_sql(data, stack)
+    elif all(name == "mint" or name.removeprefix("mint-") in mint.SETS for name in names):
+        only = [] if "mint" in names else [name.removeprefix("mint-") for name in names]
+        runs = mint.recorded_run(pathlib.Path(path), only)
+        opened = mint.open_mint(data, list(runs), runs)
+        recorded = {f"mint-{name}": run for name, run in runs.items()}
+    else:
+        raise UserError(f"--replay needs --agents mint, mint-SET or intercode-sql, not {','.join(names)}")
+    for name, run in recorded.items():
+        found[name] = replay(opened, run[:limit])
+    return found
+
+
+def _replay(environment: Environment, episode: Recorded) -> Replayed:
+    try:
+        task, turns, different, compared = environment.reset(), [], [], 0
+        for action, seen in episode.turns:
+            step = environment.step(action)
+            turns.append(Turn(action=action, step=step))
+            if seen is not None:
+                compared += 1
+                theirs = seen.partition("\nExpert feedback:")[0].rstrip("\n")
+                ours = step.observation.rstrip("\n")
+                if _without_paths(ours) != _without_paths(theirs):
+                    different.append((_cause(theirs, ours), theirs, ours))
+            if step.done or step.reward >= 1:
+                break
+        trace = Trace(id=environment.id, task=task, turns=tuple(turns))
+        return Replayed(trace=trace, success=episode.success, compared=compared, different=different)
+    finally:
+        environment.close()
+
+
+def _without_paths(text: str) -> str:
+    """A text without the directories in which packages and the shell are installed."""
+    return re.sub(r"<hidden_filepath>:\S*", "<hidden_filepath>", re.sub(r"/[^\s()]*-packages/", "", text))
+
+
+def _cause(theirs: str, ours: str) -> str:
+    """Why two observations differ."""
+    if "TimeoutError" in theirs or "TimeoutError" in ours:
+        return "time-out"
+    if any(mark in text for mark in ("Page: ", "Wikipedia", "wikipedia") for text in (theirs, ours)):
+        return "live search"
+    if " at 0x" in theirs:
+        return "addresses"
+    if "SyntaxError" in theirs or "IndentationError" in theirs:
+        return "wording of Python's syntax errors"
+    if "site-packages" in theirs + ours or "dist-packages" in theirs + ours:
+        return "traceback inside a library"
+    if "Error" in theirs and "Error" in ours:
+        return "wording of errors"
+    if "Error" in theirs or "Error" in ours:
+        return "an error in one only: library versions"
+    if re.sub(r"[\d.e+-]+", "0", theirs) == re.sub(r"[\d.e+-]+", "0", ours):
+        return "numbers: random or last digits"
+    return "other text: library versions, order of sets"
+
+
+def format_replay(name: str, episodes: Sequence[Replayed]) -> str:
+    """One line of counts, then what differs."""
+    same, total = sum(one.same_verdict for one in episodes), len(episodes)
+    compared = sum(one.compared for one in episodes)
+    causes = collections.Counter(cause for one in episodes for cause, _, _ in one.different)
+    equal = compared - sum(causes.values())
+    lines = [
+        f"{name}: verdicts equal {same}/{total} ({100 * same / max(1, total):.2f}%),"
+        f" observations equal {equal}/{compared} ({100 * equal / max(1, compared):.2f}%)"
+    ]
+    lines += [f"  {count} differ: {cause}" for cause, count in causes.most_common()]
+    lines += [f"  verdict differs: {one.trace.id}" for one in episodes if not one.same_verdict]
+    return "\n".join(lines)

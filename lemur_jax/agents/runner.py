@@ -1,0 +1,132 @@
+"""Many episodes at once: the agent answers in batches, environments step in threads, finished episodes are kept."""
+
+import concurrent.futures
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+
+from lemur_jax.agents.environments import Environment
+from lemur_jax.agents.episodes import Agent, SessionAgent, Trace, Turn, from_json
+from lemur_jax.common.errors import UserError
+from lemur_jax.text.chat_template import Message
+
+logger = logging.getLogger(__name__)
+
+
+class _Running:
+    """An episode that goes on."""
+
+    def __init__(self, environment: Environment, max_turns: int):
+        self.environment = environment
+        self._left = environment.max_turns or max_turns
+        self._task = environment.reset()
+        self._turns: list[Turn] = []
+        self.messages: list[Message] = [{"role": "user", "content": self._task}]
+
+    def act(self, action: str) -> Trace | None:
+        """Takes a turn; returns the trace when it was the last."""
+        step = self.environment.step(action)
+        self._turns.append(Turn(action=action, step=step))
+        self.messages += [
+            {"role": "assistant", "content": self.environment.as_turn(action)},
+            {"role": step.role, "content": step.observation},
+        ]
+        if step.reward < 1 and not step.done and len(self._turns) < self._left:
+            return None
+        self.environment.close()
+        return Trace(id=self.environment.id, task=self._task, turns=tuple(self._turns))
+
+
+class Journal:
+    """Finished episodes in a file of JSON lines, so that a killed evaluation goes on.
+
+    Args:
+      path: None keeps nothing.
+      agent: name of the agent; the file of another one is refused.
+
+    Raises:
+      UserError: the file holds episodes of another agent.
+    """
+
+    def __init__(self, path: pathlib.Path | None, agent: str):
+        self._path = path
+        self.traces: dict[str, Trace] = {}
+        if path is None:
+            return
+        # A line that was cut by the kill is dropped.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        if lines and json.loads(lines[0]) != {"agent": agent}:
+            raise UserError(
+                f"{path} holds episodes of {lines[0]}, not of {agent}: remove it, or name another --json"
+            )
+        self.traces = {trace.id: trace for trace in map(from_json, map(json.loads, lines[1:]))}
+        path.write_text(
+            "".join(line + "\n" for line in lines or [json.dumps({"agent": agent})]), encoding="utf-8"
+        )
+        if self.traces:
+            logger.info("%d episodes are done already (%s)", len(self.traces), path)
+
+    def add(self, trace: Trace) -> None:
+        self.traces[trace.id] = trace
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(dataclasses.asdict(trace)) + "\n")
+
+
+def run_episodes(
+    environments: Sequence[Environment],
+    agent: Agent,
+    *,
+    max_turns: int,
+    batch: int = 32,
+    journal: Journal | None = None,
+) -> list[Trace]:
+    """Runs episodes that the journal does not have; an error of the agent is raised after the others' turns."""
+    journal = journal or Journal(None, "")
+    waiting = [environment for environment in environments if environment.id not in journal.traces]
+    running: list[_Running] = []
+    with concurrent.futures.ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) < batch:
+                    running.append(_Running(waiting.pop(0), max_turns))
+                answers, error = _answers(agent, [episode.messages for episode in running], pool)
+                answered = [pair for pair in zip(running, answers, strict=True) if pair[1] is not None]
+                ended = pool.map(lambda pair: (pair[0], pair[0].act(pair[1])), answered)
+                for episode, trace in ended:
+                    if trace is not None:
+                        running.remove(episode)
+                        journal.add(trace)
+                if error is not None:
+                    raise error
+                solved = sum(trace.solved_at is not None for trace in journal.traces.values())
+                logger.info("episodes: %d of %d, solved %d", len(journal.traces), len(environments), solved)
+        finally:
+            for episode in running:
+                episode.environment.close()
+    return [journal.traces[environment.id] for environment in environments]
+
+
+def _answers(
+    agent: Agent, conversations: Sequence[Sequence[Message]], pool: concurrent.futures.Executor
+) -> tuple[list[str | None], UserError | None]:
+    """The next turns, None for those that failed, and the first error."""
+    if isinstance(agent, SessionAgent):
+        return list(agent.batch(conversations)), None
+    found: list[str | None] = []
+    error = None
+    for future in [pool.submit(agent, conversation) for conversation in conversations]:
+        try:
+            found.append(future.result())
+        except UserError as failed:
+            found.append(None)
+            error = error or failed
+    return found, error
+
+
+def run_episode(environment: Environment, agent: Agent, *, max_turns: int) -> Trace:
+    """One episode."""
+    return run_episodes([environment], agent, max_turns=max_turns)[0]

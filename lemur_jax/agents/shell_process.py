@@ -1,0 +1,64 @@
+"""An IPython shell in the sandbox: runs cells that come as JSON lines on one pipe, answers on another.
+
+    python shell_process.py READ WRITE SECONDS NAMES PATH...
+
+NAMES, e.g. "look();put(object, receptacle)", are functions whose calls the other side of the pipes answers.
+PATHs hold IPython and the packages.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+
+MAX_CHARACTERS = 2000
+
+
+def main(reading, writing, seconds, names, *paths):
+    sys.path += paths
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils import io
+    from traitlets.config import Config
+
+    incoming, dumps, loads = os.fdopen(int(reading), "rb"), json.dumps, json.loads
+
+    def send(message):
+        data = dumps(message).encode() + b"\n"
+        while data:
+            data = data[os.write(int(writing), data) :]
+
+    def ask(name, *arguments):
+        send({"call": name, "arguments": list(map(str, arguments))})
+        return loads(incoming.readline())
+
+    def function(signature):
+        name, _, parameters = signature.rstrip(")").partition("(")
+        scope = {"ask": ask}
+        exec(f"def __call__(self, {parameters}): return ask({name!r}, {parameters})", scope)
+        return name, scope["__call__"].__get__(
+            ask
+        )  # as in MINT a bound method, which its error messages show
+
+    def expire(*_):
+        raise TimeoutError(f"Timed out after {seconds} seconds.")
+
+    config = Config()
+    config.HistoryManager.enabled = False
+    shell = InteractiveShell.instance(
+        user_ns=dict(map(function, filter(None, names.split(";")))), colors="NoColor", config=config
+    )
+    signal.signal(signal.SIGALRM, expire)
+    while line := incoming.readline():
+        signal.alarm(int(seconds))
+        with io.capture_output() as captured:
+            shell.run_cell(loads(line), store_history=True)
+        signal.alarm(0)
+        output = re.sub(r"File .*main\.py:\d+", "File <hidden_filepath>", captured.stdout)
+        if len(output) > MAX_CHARACTERS:
+            output = output[:MAX_CHARACTERS] + "...\n[Output Truncated]"
+        send({"output": output or "[Executed Successfully with No Output]"})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
