@@ -14,6 +14,7 @@ from lemur_jax.config import replace, to_json
 SCRIPT = """
 import json, sys
 import numpy as np
+from lemur_jax.common import logging
 from lemur_jax.config import from_json
 from lemur_jax.text import conversation_formats
 from lemur_jax.prepare import tasks
@@ -22,6 +23,7 @@ from lemur_jax.prepare.fields import Fields
 from lemur_jax.data.rows import ConcatRows, FitRows
 from lemur_jax.data.store import TokenStore
 
+logging.setup()
 config, folder = from_json(json.loads(sys.argv[1])), sys.argv[2]
 tasks.add_files("texts", f"{folder}/texts.jsonl", held_out=0.2)
 tasks.add_files("talks", f"{folder}/talks.jsonl", Fields(messages=conversation_formats.openai), held_out=0.2)
