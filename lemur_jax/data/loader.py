@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lemur_jax.data.mixture import Mixture
+from lemur_jax.data.permutation import key_of, permute
 from lemur_jax.data.rows import Batch, Rows
 
 # Of shape [B, T]; a batch also has `source_ids` [B].
@@ -56,25 +57,34 @@ class Loader:
 def held_out_batches(
     rows: Rows, batch_rows: int, sharding: NamedSharding, max_rows: int = 0
 ) -> Generator[dict[str, jax.Array], None, None]:
-    """Every row once, in order, as batches like `Loader.batch`'s; read ahead by a thread.
+    """Every row once, or those of `chosen_rows`, as batches like `Loader.batch`'s; read ahead by a thread.
 
     Every host gets ceil(number of rows / batch_rows) batches; the last one is filled up with padding of weight 0.
 
     Args:
-      max_rows: only the first so many rows; 0: all.
+      max_rows: how many rows at most; 0: all.
     """
     layout = _Layout(sharding, batch_rows, rows.length)
-    count = min(len(rows), max_rows or len(rows))
+    chosen = chosen_rows(len(rows), max_rows)
+    count = len(chosen)
 
     def batch(first: int) -> dict[str, jax.Array]:
         indices = first + layout.rows
         real = indices < count
-        # Row 0 stands in for rows past the end, and is blanked.
-        read = rows.read(np.where(real, indices, 0))
+        # The first row stands in for rows past the end, and is blanked.
+        read = rows.read(chosen[np.where(real, indices, 0)])
         blanked = {key: values * real[:, None].astype(values.dtype) for key, values in read.items()}
         return layout.place(blanked, np.zeros(len(indices), np.int32))
 
     return _read_ahead(batch, range(0, count, batch_rows))
+
+
+def chosen_rows(count: int, max_rows: int) -> np.ndarray:
+    """The rows that are scored, int64, ascending: all, or `max_rows` of `count` by a fixed permutation."""
+    if not 0 < max_rows < count:
+        return np.arange(count)
+    places = np.arange(max_rows)
+    return np.sort(permute(places, count, key_of("held-out rows"), np.zeros_like(places)))
 
 
 class _Layout:

@@ -127,7 +127,7 @@ def evaluate_all(
         program = build(config, make_mesh(config.mesh), len(config.data.sources))
         trained = (restore_params(part.directory(workdir), program.state.params) for part in merge.parts)
         params = merged(initial_params(config.init, config.seed, tokenizer, program), trained, merge.weight)
-        held_out = open_held_out(config.data, config.eval.tasks, tokenizer)
+        held_out = open_held_out(config.data, config.eval, tokenizer)
         before = _records(merge.parts[0].directory(workdir))
         with MetricsWriter(directory) as writer:
             writer.truncate_after(-1)

@@ -99,7 +99,7 @@ class EvalConfig:
     every_steps: int = 0  # evaluate every this many updates and at the end; 0: only at the end
     tasks: tuple[str, ...] = ()  # tasks whose validation stores are scored, each for itself
     batch_rows: int = 0  # rows of a batch; 0: as a microbatch of training
-    max_rows: int = 0  # rows scored of each task; 0: all
+    max_rows: int = 0  # rows scored of each task, chosen by a fixed permutation; 0: all
     groups: Mapping[str, tuple[str, ...]] = dataclasses.field(
         default_factory=dict
     )  # {"code": ("python", "java")}

@@ -70,7 +70,7 @@ def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
         tokenizer = Tokenizer.load(config.tokenizer.path)
         mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
         check_budget(budget(mixture, config.train.steps))
-        open_held_out(config.data, config.eval.tasks, tokenizer)
+        open_held_out(config.data, config.eval, tokenizer)
         mixture.read(*(values[:1] for values in mixture.locate(0)))
     stores = f"{len(config.data.sources)} to train on, {len(config.eval.tasks)} held out"
     found.append(_finding("token stores", problem, stores))

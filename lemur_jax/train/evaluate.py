@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from lemur_jax.checkpoint.config import CheckpointConfig
 from lemur_jax.cluster.hosts import any_host, is_primary
 from lemur_jax.data.config import DataConfig
-from lemur_jax.data.loader import held_out_batches
+from lemur_jax.data.loader import chosen_rows, held_out_batches
 from lemur_jax.data.mixture import open_rows
 from lemur_jax.data.rows import Rows
 from lemur_jax.parallel.rules import batch_sharding
@@ -37,22 +38,47 @@ class HeldOut:
 
     task: str
     rows: Rows  # every row is scored once, in order
-    bytes_per_target: float  # UTF-8 bytes of predicted text for each predicted token
+    num_bytes: int  # UTF-8 bytes of the text that the targets of the scored rows stand for
 
 
-def open_held_out(data: DataConfig, tasks: Sequence[str], tokenizer: Tokenizer) -> list[HeldOut]:
+def open_held_out(data: DataConfig, options: EvalConfig, tokenizer: Tokenizer) -> list[HeldOut]:
     """The validation stores of `config.eval.tasks`: chat packed whole, text as one stream.
+
+    The bytes of all rows are the store's; those of `eval.max_rows` of them are counted by decoding their targets.
 
     Raises:
       UserError: a store is missing or of another tokenizer.
     """
     found = []
-    for task in tasks:
+    for task in options.tasks:
         rows = open_rows(data, tokenizer, task, "validation")
-        manifest = rows.store.manifest
-        ratio = manifest.bytes / max(manifest.supervised_tokens, 1)
-        found.append(HeldOut(task=task, rows=rows, bytes_per_target=ratio))
+        chosen = chosen_rows(len(rows), options.max_rows)
+        is_whole = len(chosen) == len(rows) and not getattr(rows, "truncated", 0)
+        num_bytes = rows.store.manifest.bytes if is_whole else count_bytes(rows, chosen, tokenizer)
+        found.append(HeldOut(task=task, rows=rows, num_bytes=num_bytes))
     return found
+
+
+def count_bytes(rows: Rows, chosen: np.ndarray, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the supervised targets of rows; a character that the end of a row divides counts roughly."""
+
+    def size(ids: list[int]) -> int:
+        return len(tokenizer.decode(ids, skip_special=True).encode())
+
+    count = 0
+    for row in chosen:
+        batch = rows.read(row[None])
+        tokens, targets, supervised = (
+            batch["tokens"][0],
+            batch["targets"][0],
+            batch["loss_weights"][0] > 0,
+        )
+        for run in np.split(np.arange(rows.length), np.flatnonzero(np.diff(supervised)) + 1):
+            if supervised[run[0]]:
+                # After the token before it, a run keeps the space that it begins with.
+                before = [int(tokens[run[0]])]
+                count += size(before + targets[run].tolist()) - size(before)
+    return count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +136,7 @@ def evaluate(
       params: current parameters.
       held_out: the task.
       batch_rows: rows B of a batch; rounded up to what the mesh divides.
-      max_rows: rows scored at most; 0: all. With fewer, bytes are estimated from the store's ratio.
+      max_rows: rows scored at most, chosen by `data.loader.chosen_rows`; 0: all.
       should_stop: asked before every batch, equally often on all hosts.
 
     Returns:
@@ -132,13 +158,12 @@ def evaluate(
     sums = jax.device_get(sums)
     loss = math.fsum(float(rows.astype("float64").sum()) for rows, _ in sums)
     tokens = int(math.fsum(float(weights.astype("float64").sum()) for _, weights in sums))
-    num_bytes = round(tokens * held_out.bytes_per_target)
     return {
         "task": held_out.task,
         "loss": loss / max(tokens, 1),
-        "bits_per_byte": loss / math.log(2) / max(num_bytes, 1),
+        "bits_per_byte": loss / math.log(2) / max(held_out.num_bytes, 1),
         "tokens": tokens,
-        "bytes": num_bytes,
+        "bytes": held_out.num_bytes,
     }
 
 

@@ -173,7 +173,7 @@ def open_inputs(config: RunConfig, build: Callable[..., step.Program]) -> Inputs
     mesh = make_mesh(config.mesh)  # first, as it needs no file
     tokenizer = Tokenizer.load(config.tokenizer.path)
     mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
-    held_out = open_held_out(config.data, config.eval.tasks, tokenizer)
+    held_out = open_held_out(config.data, config.eval, tokenizer)
     check_budget(budget(mixture, config.train.steps))
     program = build(config, mesh, num_sources=len(mixture.sources))
     if tokenizer.vocab_size > config.model.vocab_size:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lemur_jax.data.loader import BATCH_KEYS, Loader, held_out_batches
+from lemur_jax.data.loader import BATCH_KEYS, Loader, chosen_rows, held_out_batches
 from lemur_jax.data.mixture import Mixture, Source
 from lemur_jax.data.rows import ConcatRows, FitRows
 
@@ -117,12 +117,20 @@ def test_held_out_batches_hold_every_row_once(make_store, rows, max_rows):
     count = min(rows, max_rows or rows)
     assert len(batches) == -(-count // 16)
     joined = {key: np.concatenate([np.asarray(batch[key]) for batch in batches]) for key in batches[0]}
-    expected = held_out.read(np.arange(count))
+    expected = held_out.read(chosen_rows(rows, max_rows))
     for key in BATCH_KEYS:
         np.testing.assert_array_equal(joined[key][:count], expected[key])
         assert not joined[key][count:].any()
     assert joined["source_ids"].shape == (len(batches) * 16,)
     assert not joined["source_ids"].any()
+
+
+def test_the_rows_that_are_scored_are_spread_over_the_store_and_always_the_same():
+    chosen = chosen_rows(10_000, 400)
+    assert len(set(chosen.tolist())) == 400
+    assert 4_500 < chosen.mean() < 5_500
+    assert chosen.tolist() == chosen_rows(10_000, 400).tolist()
+    assert chosen_rows(5, 0).tolist() == chosen_rows(5, 9).tolist() == [0, 1, 2, 3, 4]
 
 
 HOST = """

@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from lemur_jax.data.mixture import PACKINGS
 from lemur_jax.train import evaluate
 from lemur_jax.train.history import RunHistory
 from tests.helpers.tiny import tiny_config
@@ -33,7 +34,7 @@ def test_batches_are_scored_shortly_before_their_figures_are_waited_for(monkeypa
         return types.SimpleNamespace(loss=Sums(waited), weight=Sums(waited))
 
     program = types.SimpleNamespace(mesh=types.SimpleNamespace(shape={"data": 1, "fsdp": 1}), score=score)
-    held_out = types.SimpleNamespace(task="text", rows=None, bytes_per_target=1.0)
+    held_out = types.SimpleNamespace(task="text", rows=None, num_bytes=18)
     found = evaluate.evaluate(program, None, held_out, 2, 0)
     assert (found["tokens"], found["loss"]) == (18, 1.0)
     assert max(ahead) == 2
@@ -58,7 +59,7 @@ def test_what_is_said_of_a_stopped_evaluation_is_so(monkeypatch, caplog, step, p
         {f"eval.{key}": value for key, value in options.items()}
         | {"checkpoint.every_steps": 4, "checkpoint.keep_best": "text", "train.steps": 10}
     )
-    held_out = evaluate.HeldOut(task="text", rows=None, bytes_per_target=1.0)
+    held_out = evaluate.HeldOut(task="text", rows=None, num_bytes=18)
     steps = evaluate.evaluation_steps(config.eval, config.checkpoint, config.init, config.train.steps)
     history = RunHistory(writer=object())
     evaluations = evaluate.Evaluations(None, 1, config.eval, steps, [held_out], history)
@@ -66,3 +67,17 @@ def test_what_is_said_of_a_stopped_evaluation_is_so(monkeypatch, caplog, step, p
     (record,) = caplog.records
     assert record.getMessage().endswith("at the next start" if promised else "is not among the best")
     assert steps.unscored([], step) == ({"text"} if promised else set())
+
+
+@pytest.mark.parametrize("packing", ["concat", "fit"])
+def test_the_bytes_of_all_rows_are_those_of_the_documents(make_store, tokenizer, packing):
+    texts = [f"def größe{n}(x):\n    return x + {n}  # 漢字 {'y ' * (n % 7)}\n" for n in range(60)]
+    documents = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    rows = PACKINGS[packing](make_store(documents, vocab_size=tokenizer.vocab_size), 256)
+    count = len(rows)
+    assert count > 8
+    size = evaluate.count_bytes(rows, np.arange(count), tokenizer)
+    expected = sum(len(text.encode()) for text in texts)
+    assert abs(size - expected) <= (count * 4 if packing == "concat" else 0)  # a cut may divide a character
+    parts = [evaluate.count_bytes(rows, np.arange(n, count, 3), tokenizer) for n in range(3)]
+    assert sum(parts) == size
