@@ -1,4 +1,4 @@
-"""`DecoderConfig` to and from Hugging Face's `config.json`."""
+"""`DecoderConfig` to and from Hugging Face's `config.json`; `convert/families.py` has what differs by family."""
 
 import json
 import math
@@ -8,17 +8,24 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.convert import families
 from lemur_jax.models.config import DecoderConfig
 
+_COPIED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
+    *("tie_word_embeddings", "initializer_range"),
+)
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# What transformers takes where config.json says nothing.
-_DEFAULTS = {
-    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "initializer_range": 0.02},
-    "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131_072, "initializer_range": 0.02},
-}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# Keys of the rope dictionary that each type may carry, besides the type itself and rope_theta.
-_ROPE_KEYS = {"none": (), "linear": ("factor",), "llama3": _LLAMA3}
+# Keys of the rope dictionary that each type has, besides the type itself and rope_theta, and those that it may have.
+_ROPE_KEYS = {
+    "none": (),
+    "linear": ("factor",),
+    "llama3": _LLAMA3,
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+_ROPE_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor")}
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -47,6 +54,7 @@ def read_config(hf_dir: epath.PathLike) -> DecoderConfig:
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """`config.json` of transformers 4 or 5 as ours; UserError for what our model would compute differently."""
     _refuse_foreign(raw, where)
+    family = families.BY_NAME[raw["model_type"]]
     fields: dict[str, Any] = {}
     for key in _REQUIRED:
         if raw.get(key) is None:
@@ -55,11 +63,20 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
     if raw.get("head_dim") is None and width % heads:
         raise UserError(f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
-    defaults = {"num_key_value_heads": heads, "head_dim": width // heads, **_DEFAULTS[raw["model_type"]]}
-    for key, default in defaults.items():  # a 0 or "" is refused and not replaced
+    defaults = {"num_key_value_heads": heads, "head_dim": width // heads, **family.defaults}
+    for key in (
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "initializer_range",
+    ):
+        default = defaults[key]  # a 0 or "" is refused and not replaced
         fields[key] = _number(default if raw.get(key) is None else raw[key], type(default), key, where)
-    fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
-    fields.update(_rope_from_hf(raw, fields["max_position_embeddings"], where))
+    fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", defaults.get("tie_word_embeddings", False))
+    fields.update(families.differences(family, dict(raw), fields["num_hidden_layers"], width, where))
+    default_theta = defaults.get("rope_theta", 10_000.0)
+    fields.update(_rope_from_hf(raw, fields["max_position_embeddings"], default_theta, where))
     try:
         return DecoderConfig(**fields)
     except UserError as error:
@@ -67,24 +84,18 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
 
 
 def _refuse_foreign(raw: Mapping[str, Any], where: str) -> None:
-    """Raises for anything that makes the model another than our Llama."""
-    model_type, layers = raw.get("model_type"), raw.get("layer_types") or []
-    # Mistral's window is 4096 where its config does not say.
-    window = raw.get("sliding_window", 4096 if model_type == "mistral" else None)
-    full = isinstance(layers, list) and set(map(str, layers)) <= {"full_attention"}
+    """Raises for a family that is not known and for weights that are not plain."""
     for key, accepted, reason in (
-        ("model_type", model_type in list(_DEFAULTS), f"only {' and '.join(_DEFAULTS)} can be imported"),
-        ("sliding_window", window is None, "only full attention is implemented (null)"),
-        ("layer_types", full, "only a list of full_attention is implemented"),
-        ("attention_bias", not raw.get("attention_bias"), "projections with a bias are not implemented"),
-        ("mlp_bias", not raw.get("mlp_bias"), "projections with a bias are not implemented"),
+        (
+            "model_type",
+            raw.get("model_type") in list(families.BY_NAME),
+            f"known are {', '.join(families.BY_NAME)}",
+        ),
         ("quantization_config", not raw.get("quantization_config"), "import the original, unquantized"),
-        ("hidden_act", raw.get("hidden_act", "silu") in ("silu", "swish"), "only silu is implemented"),
         ("tie_word_embeddings", type(raw.get("tie_word_embeddings", False)) is bool, "use true or false"),
     ):
         if not accepted:
-            value = window if key == "sliding_window" else raw.get(key)
-            raise UserError(f"{where}: {key} is {value!r:.100}; {reason}")
+            raise UserError(f"{where}: {key} is {raw.get(key)!r:.100}; {reason}")
 
 
 def _number(value: Any, kind: type, key: str, where: str) -> Any:
@@ -97,25 +108,29 @@ def _number(value: Any, kind: type, key: str, where: str) -> Any:
     return kind(value)
 
 
-def _rope_from_hf(raw: Mapping[str, Any], max_positions: int, where: str) -> dict[str, Any]:
+def _rope_from_hf(
+    raw: Mapping[str, Any], max_positions: int, default_theta: float, where: str
+) -> dict[str, Any]:
     """The `rope_*` fields from `rope_scaling`, which counts first in transformers too, or `rope_parameters`."""
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(name) or {}
     if not isinstance(rope, dict):
         raise UserError(f"{where}: {name} is {rope!r}, not an object")
+    if families.BY_NAME[raw["model_type"]].local_theta:  # layers with a window have their own
+        rope = rope.get(families.FULL, rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
     kind = "none" if kind == "default" else kind
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise UserError(
-            f"{where}: {name} has the type {kind!r}; only default, linear and llama3 are implemented"
+            f"{where}: {name} has the type {kind!r}; implemented are default, linear, llama3 and yarn"
         )
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
         raise UserError(f"{where}: partial_rotary_factor is {partial}; only whole heads are rotated (1.0)")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3}
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3, *_ROPE_OPTIONAL["yarn"]}
     if unknown := sorted(set(rope) - known):
         raise UserError(f"{where}: {name} has the unknown key {unknown[0]}")
-    thetas = (rope.get("rope_theta"), raw.get("rope_theta"), 10_000.0)
+    thetas = (rope.get("rope_theta"), raw.get("rope_theta"), default_theta)
     theta = next(value for value in thetas if value is not None)
     fields: dict[str, Any] = {"rope_theta": _number(theta, float, "rope_theta", where), "rope_scaling": kind}
     for key in _ROPE_KEYS[kind]:
@@ -124,32 +139,48 @@ def _rope_from_hf(raw: Mapping[str, Any], max_positions: int, where: str) -> dic
             raise UserError(f"{where}: {name} of type {kind} lacks {key}")
         number = int if key == "original_max_position_embeddings" else float
         fields[f"rope_{key}"] = _number(value, number, f"{name}.{key}", where)
+    for key in _ROPE_OPTIONAL.get(kind, ()):
+        if rope.get(key) is not None:
+            fields[f"rope_{key}"] = _number(rope[key], float, f"{name}.{key}", where)
     return fields
 
 
 def to_hf(
     config: DecoderConfig, *, dtype: str, bos: int | None, eos: int | None, pad: int | None
 ) -> dict[str, Any]:
-    """`config.json` for transformers 4 and 5; a token id of None switches it off."""
-    scaling = None
-    if config.rope_scaling != "none":
-        scaling = {"rope_type": config.rope_scaling}
-        scaling.update({key: getattr(config, f"rope_{key}") for key in _ROPE_KEYS[config.rope_scaling]})
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{name: value for name, value in config.to_dict().items() if not name.startswith("rope_")},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        # transformers 5 moves these two into `rope_parameters`; 4 knows only them.
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "bos_token_id": bos,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
-        "use_cache": True,
-        "dtype": dtype,
-        "torch_dtype": dtype,  # the same for transformers 4
-    }
+    """`config.json` for transformers 4 and 5, of the first family that can say all of `config`.
+
+    A token id of None switches it off.
+
+    Raises:
+      UserError: no family can.
+    """
+    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+    for family in families.FAMILIES:
+        raw = {
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
+            **{name: getattr(config, name) for name in _COPIED},
+            **families.describe(family, config, _rope_to_hf(config)),
+            "attention_dropout": 0.0,
+            **ids,
+            "use_cache": True,
+            "dtype": dtype,
+            "torch_dtype": dtype,  # the same for transformers 4
+        }
+        try:
+            if from_hf(raw) == config:
+                return raw
+        except UserError:
+            continue  # this family cannot
+    raise UserError(f"no model of transformers ({', '.join(families.BY_NAME)}) computes what this model does")
+
+
+def _rope_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`: transformers 5 moves them into `rope_parameters`; 4 knows only them."""
+    kind, scaling = config.rope_scaling, None
+    if kind != "none":
+        scaling = {"rope_type": kind} | {key: getattr(config, f"rope_{key}") for key in _ROPE_KEYS[kind]}
+        for key in _ROPE_OPTIONAL.get(kind, ()):
+            scaling[key] = getattr(config, f"rope_{key}") or None
+    return {"rope_theta": config.rope_theta, "rope_scaling": scaling}

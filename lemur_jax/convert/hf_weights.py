@@ -160,7 +160,7 @@ def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any], what: st
     """Checks that the found names and shapes are those of the model; a UserError names the first that is not."""
     for names, problem in (
         ([name for name in expected if name not in found], "is missing"),
-        ([name for name in found if name not in expected], "is not part of this Llama"),
+        ([name for name in found if name not in expected], "is not part of this model"),
     ):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""

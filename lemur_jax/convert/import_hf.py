@@ -51,7 +51,7 @@ def load_hf_params(
       dtype: of the parameters: "float32", "bfloat16" or "float16".
 
     Raises:
-      UserError: the directory is not a Llama that `hf_config` and `hf_weights` accept, or a value is not finite or
+      UserError: the directory is not a model that `hf_config` and `hf_weights` accept, or a value is not finite or
         does not fit `dtype`.
     """
     numpy_dtype(dtype)

@@ -10,7 +10,9 @@ import math
 import re
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
+from lemur_jax.models import decoder
 from lemur_jax.models.config import DecoderConfig
 
 _LAYER = "model.layers.{layer}."
@@ -23,13 +25,30 @@ TABLE: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("layers/attention/key", "LDKN", _LAYER + "self_attn.k_proj.weight", ("KN", "D")),
     ("layers/attention/value", "LDKN", _LAYER + "self_attn.v_proj.weight", ("KN", "D")),
     ("layers/attention/out", "LHND", _LAYER + "self_attn.o_proj.weight", ("D", "HN")),
+    ("layers/attention/query_bias", "LHN", _LAYER + "self_attn.q_proj.bias", ("HN",)),
+    ("layers/attention/key_bias", "LKN", _LAYER + "self_attn.k_proj.bias", ("KN",)),
+    ("layers/attention/value_bias", "LKN", _LAYER + "self_attn.v_proj.bias", ("KN",)),
+    ("layers/attention/out_bias", "LD", _LAYER + "self_attn.o_proj.bias", ("D",)),
+    ("layers/attention/query_norm/scale", "LHN", _LAYER + "self_attn.q_norm.weight", ("HN",)),
+    ("layers/attention/key_norm/scale", "LKN", _LAYER + "self_attn.k_norm.weight", ("KN",)),
+    ("layers/attention_post_norm/scale", "LD", _LAYER + "post_attention_layernorm.weight", ("D",)),
     ("layers/mlp_norm/scale", "LD", _LAYER + "post_attention_layernorm.weight", ("D",)),
     ("layers/mlp/gate", "LDF", _LAYER + "mlp.gate_proj.weight", ("F", "D")),
     ("layers/mlp/up", "LDF", _LAYER + "mlp.up_proj.weight", ("F", "D")),
     ("layers/mlp/down", "LFD", _LAYER + "mlp.down_proj.weight", ("D", "F")),
+    ("layers/mlp/gate_bias", "LF", _LAYER + "mlp.gate_proj.bias", ("F",)),
+    ("layers/mlp/up_bias", "LF", _LAYER + "mlp.up_proj.bias", ("F",)),
+    ("layers/mlp/down_bias", "LD", _LAYER + "mlp.down_proj.bias", ("D",)),
+    ("layers/mlp_post_norm/scale", "LD", _LAYER + "post_feedforward_layernorm.weight", ("D",)),
     ("final_norm/scale", "D", "model.norm.weight", ("D",)),
     ("head/kernel", "DV", "lm_head.weight", ("V", "D")),
 )
+# Rows that are different where queries and keys are normed head by head, and where norms stand on both sides.
+_QK_NORM_BY_HEAD = {
+    "layers/attention/query_norm/scale": ("LN", ("N",)),
+    "layers/attention/key_norm/scale": ("LN", ("N",)),
+}
+_NORM_BEFORE_MLP = {"layers/mlp_norm/scale": _LAYER + "pre_feedforward_layernorm.weight"}
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VOCABULARY = (EMBEDDING, HEAD)  # both [V, D]
@@ -60,14 +79,19 @@ class Weight:
 
 
 def weights(config: DecoderConfig) -> tuple[Weight, ...]:
-    """The rows of the table for this model; a tied model has no head."""
+    """The rows of the table for this model: those of the parameters that it has."""
     sizes = dict(V=config.vocab_size, D=config.hidden_size, F=config.intermediate_size)
     sizes |= dict(H=config.num_attention_heads, K=config.num_key_value_heads, N=config.head_dim)
     sizes["L"] = config.num_hidden_layers
+    present = flatten_dict(decoder.abstract_params(config), sep="/")
     rows = []
     for path, axes, name, hf_axes in TABLE:
-        if name == HEAD and config.tie_word_embeddings:
+        if path not in present:
             continue
+        if config.qk_norm == "head":
+            axes, hf_axes = _QK_NORM_BY_HEAD.get(path, (axes, hf_axes))
+        if config.norm_position == "both":
+            name = _NORM_BEFORE_MLP.get(path, name)
         split, ours, stacked = "".join(hf_axes), axes.removeprefix("L"), axes.startswith("L")
         layers = range(config.num_hidden_layers if stacked else 1)
         rows.append(

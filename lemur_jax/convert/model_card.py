@@ -11,11 +11,10 @@ _FRONT = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- llama
 - lemur_jax
 ---
 
-A Llama exported by lemur_jax; `transformers.AutoModelForCausalLM` opens it.
+A model exported by lemur_jax; `transformers.AutoModelForCausalLM` opens it.
 """
 
 _CHAT = """

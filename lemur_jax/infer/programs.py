@@ -97,7 +97,7 @@ def _prefill(
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     valid = positions < rows.prompt_length[:, None]
     cache = kv_cache.empty(config, compute, B, T + new_slots)
-    hidden, cache = model(tokens, positions, kv_cache.prefilling(compute, valid), cache)
+    hidden, cache = model(tokens, positions, kv_cache.prefilling(config, compute, valid), cache)
     # Logits of the last token of each prompt alone: [B, T, V] would dwarf everything else.
     last = jnp.take_along_axis(hidden, rows.position[:, None, None], axis=1)
     if "repetition_penalty" in knobs:
@@ -124,7 +124,9 @@ def _decode(
         rows = state.rows
         in_prompt = slots < rows.prompt_length[:, None]
         visible = in_prompt | ((slots >= state.prompt_slots) & (slots <= state.slot))
-        attend = kv_cache.decoding(state.slot, visible)
+        generated = rows.prompt_length[:, None] + slots - state.prompt_slots
+        distance = rows.position[:, None] - jnp.where(in_prompt, slots, generated)
+        attend = kv_cache.decoding(config, state.slot, visible, distance)
         hidden, cache = model(rows.token[:, None], rows.position[:, None], attend, state.cache)
         rows, token, logprob = _advance(rows, model.logits(hidden)[:, 0], knobs)
         state = dataclasses.replace(state, cache=cache, slot=state.slot + 1, rows=rows)

@@ -1,1 +1,1 @@
-"""The Llama model: its shape, its presets, its forward pass and its cache."""
+"""The decoder: its shape, its presets, its forward pass and its cache."""

@@ -3,6 +3,7 @@
 Axes: B batch, T query position, S key position, H query heads, K key heads, G queries a key head, N head width.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -22,13 +23,35 @@ QUERY_BLOCK = 256
 REMAT_ABOVE = 1024
 
 
-def grouped_attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How a layer computes scores from queries and keys."""
+
+    divisor: float = 0.0  # scores are divided by its root; 0: the head's width N
+    softcap: float = 0.0  # c: scores s become c tanh(s / c); 0: none
+    window: int = 0  # positions that a query sees, its own included; 0: all before it
+
+    def scale(self, N: int) -> float:
+        return (self.divisor or N) ** -0.5
+
+    def cuts(self, T: int) -> bool:
+        """Whether the window hides anything in a row of T positions."""
+        return 0 < self.window < T
+
+
+PLAIN = Scores()
+
+
+def grouped_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, scores: Scores = PLAIN
+) -> jax.Array:
     """Softmax attention with grouped keys and an explicit mask.
 
     Args:
       query: [B, T, H, N], already rotated.
       key, value: [B, S, K, N], keys already rotated; H must be a multiple of K.
       visible: bool, broadcastable to [B, 1, 1, T, S]: which keys a query sees.
+      scores: scale and cap; its window is not read.
 
     Returns:
       [B, T, H, N] in query's dtype. Scores and softmax are float32. A query that sees no key gets
@@ -37,18 +60,25 @@ def grouped_attention(query: jax.Array, key: jax.Array, value: jax.Array, visibl
     B, T, H, N = query.shape
     K = key.shape[2]
     precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
-    grouped = query.reshape(B, T, K, H // K, N) * jnp.asarray(N**-0.5, query.dtype)
-    scores = jnp.einsum(
+    grouped = query.reshape(B, T, K, H // K, N) * jnp.asarray(scores.scale(N), query.dtype)
+    logits = jnp.einsum(
         "BTKGN,BSKN->BKGTS", grouped, key, precision=precision, preferred_element_type=jnp.float32
     )
-    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    if scores.softcap:
+        logits = scores.softcap * jnp.tanh(logits / scores.softcap)
+    logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     out = jnp.einsum("BKGTS,BSKN->BTKGN", weights, value, precision=precision)
     return out.reshape(B, T, H, N)
 
 
 def xla_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, mesh: Mesh | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+    mesh: Mesh | None,
+    scores: Scores = PLAIN,
 ) -> jax.Array:
     """Causal attention inside segments, in blocks of queries.
 
@@ -65,11 +95,16 @@ def xla_attention(
     positions = jnp.arange(T)
 
     def attend(start: int, stop: int) -> jax.Array:
-        rows, columns = positions[start:stop], positions[:stop]
-        causal = rows[:, None] >= columns[None, :]
-        same = segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
-        visible = (causal & same)[:, None, None]
-        return grouped_attention(query[:, start:stop], key[:, :stop], value[:, :stop], visible)
+        first = max(0, start - scores.window + 1) if scores.cuts(T) else 0
+        rows, columns = positions[start:stop], positions[first:stop]
+        inside = rows[:, None] >= columns[None, :]
+        if scores.cuts(T):
+            inside &= rows[:, None] - columns[None, :] < scores.window
+        same = segment_ids[:, start:stop, None] == segment_ids[:, None, first:stop]
+        visible = (inside & same)[:, None, None]
+        return grouped_attention(
+            query[:, start:stop], key[:, first:stop], value[:, first:stop], visible, scores
+        )
 
     if mesh is not None and mesh.shape["sequence"] > 1:
         key = constrain(key, mesh, "batch", "keys", "kv_heads", "head_dim")
@@ -85,7 +120,12 @@ def xla_attention(
 
 
 def cudnn_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array, mesh: Mesh | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+    mesh: Mesh | None,
+    scores: Scores = PLAIN,
 ) -> jax.Array:
     """Causal attention inside segments by cuDNN's fused kernels, on NVIDIA GPUs.
 
@@ -94,7 +134,7 @@ def cudnn_attention(
     Arguments and result are those of `xla_attention`, in bfloat16 or float16.
 
     Raises:
-      UserError: float32, or a mesh with a `sequence` axis.
+      UserError: float32, capped scores, or a mesh with a `sequence` axis.
     """
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(
@@ -105,7 +145,17 @@ def cudnn_attention(
         raise UserError(
             'config.mesh.sequence above 1 is not possible with config.compute.attention "cudnn": set it to "xla"'
         )
-    fused = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    if scores.softcap:
+        raise UserError(
+            'cuDNN cannot cap scores (model.attention_softcap): set config.compute.attention to "xla"'
+        )
+    fused = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=True,
+        scale=scores.scale(query.shape[-1]),
+        local_window_size=(scores.window - 1, 0) if scores.cuts(query.shape[1]) else None,
+        implementation="cudnn",
+    )
 
     @jax.checkpoint
     def packed(query, key, value, segment_ids):
@@ -124,14 +174,14 @@ def cudnn_attention(
     return checkpoint_name(local(query, key, value, segment_ids), "attention_out")
 
 
-def _splash_attention(query, key, value, segment_ids, mesh, blocks=(0, 0)) -> jax.Array:
+def _splash_attention(query, key, value, segment_ids, mesh, scores=PLAIN, blocks=(0, 0)) -> jax.Array:
     # Pallas costs half a second to import, and only TPU runs need it.
     from lemur_jax.models.splash import splash_attention
 
-    return splash_attention(query, key, value, segment_ids, mesh, blocks)
+    return splash_attention(query, key, value, segment_ids, mesh, scores, blocks)
 
 
-# name -> (query, key, value, segment ids, mesh) -> mixed values
+# name -> (query, key, value, segment ids, mesh, scores) -> mixed values
 IMPLEMENTATIONS: dict[str, Callable] = {
     "xla": xla_attention,
     "splash": _splash_attention,
@@ -140,7 +190,11 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 
 
 def attention(
-    implementation: str, mesh: Mesh | None = None, dtype: str = "float32", blocks: tuple[int, int] = (0, 0)
+    implementation: str,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+    blocks: tuple[int, int] = (0, 0),
+    capped: bool = False,
 ) -> Callable:
     """The attention function named in `config.compute.attention`.
 
@@ -150,12 +204,13 @@ def attention(
       mesh: the device mesh; None: the default device.
       dtype: of queries, keys and values.
       blocks: for splash, as in `models.splash.block_sizes`.
+      capped: whether scores are, which cuDNN cannot do.
 
     Raises:
       UserError: no implementation has that name.
     """
     if implementation == "auto":
-        implementation = _best_implementation(mesh, dtype)
+        implementation = _best_implementation(mesh, dtype, capped)
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(["auto", *IMPLEMENTATIONS])
         raise UserError(f"unknown config.compute.attention {implementation!r}: it must be one of {names}")
@@ -163,10 +218,10 @@ def attention(
     return functools.partial(chosen, blocks=blocks) if implementation == "splash" else chosen
 
 
-def _best_implementation(mesh: Mesh | None, dtype: str) -> str:
+def _best_implementation(mesh: Mesh | None, dtype: str, capped: bool) -> str:
     if platform(mesh) == "tpu" and mesh is not None:
         return "splash"
     whole_rows = mesh is None or mesh.shape["sequence"] == 1
-    if platform(mesh) in ("gpu", "cuda") and whole_rows and dtype != "float32":
+    if platform(mesh) in ("gpu", "cuda") and whole_rows and dtype != "float32" and not capped:
         return "cudnn"
     return "xla"

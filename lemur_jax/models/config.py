@@ -1,4 +1,4 @@
-"""`config.model`, the shape of a Llama in the names of Hugging Face's `config.json`, and `config.compute`."""
+"""`config.model`, the specification of a decoder, and `config.compute`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,7 +7,14 @@ from typing import Any
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.sections import require, require_one_of
 
-ROPE_SCALINGS = ("none", "linear", "llama3")
+# Values of the fields of `DecoderConfig` that name a choice.
+CHOICES = {
+    "rope_scaling": ("none", "linear", "llama3", "yarn"),
+    "norm_position": ("pre", "post", "both"),
+    "qk_norm": ("", "head", "width"),
+    "attention_bias": ("", "qkv", "qkvo"),
+    "activation": ("silu", "gelu", "gelu_tanh"),
+}
 # Names of models/remat.py, from most recomputed to nothing recomputed.
 REMAT_POLICIES = (
     *("full", "attention", "attention_all", "mlp", "mlp_gate", "mlp_all", "dots"),
@@ -15,13 +22,15 @@ REMAT_POLICIES = (
 )
 ATTENTION_NAMES = ("auto", "xla", "splash", "cudnn")
 
+_WINDOW = "above 0 where model.rope_local_theta or model.full_attention_every is set"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Architecture of one Llama model.
+    """Specification of a decoder: what it computes, whatever family it belongs to.
 
-    Field names and meanings are those of `transformers.LlamaConfig`; the nested `rope_scaling`
-    dictionary of Hugging Face is flattened into the `rope_*` fields.
+    The first fields have the names and meanings of `transformers.LlamaConfig`. The others say what a model does
+    differently from Llama; their defaults are Llama's. `convert/families.py` translates each family's `config.json`.
     """
 
     vocab_size: int  # rows V of the embedding and of the head
@@ -35,18 +44,38 @@ class DecoderConfig:
     max_position_embeddings: int = 4096  # longest sequence that the model was made for, in tokens
     tie_word_embeddings: bool = False  # whether the head is the transposed embedding
     rope_theta: float = 10_000.0  # base of the rotary angles
-    rope_scaling: str = "none"  # "none", "linear" (positions divided by `rope_factor`) or "llama3"
-    rope_factor: float = 1.0  # of linear and Llama-3 scaling
+    rope_scaling: str = "none"  # "none", "linear" (positions divided by `rope_factor`), "llama3" or "yarn"
+    rope_factor: float = 1.0  # of every scaling
     rope_low_freq_factor: float = 1.0  # of Llama-3 scaling
     rope_high_freq_factor: float = 4.0  # of Llama-3 scaling
-    rope_original_max_position_embeddings: int = 8192  # of Llama-3 scaling
+    rope_original_max_position_embeddings: int = 8192  # of Llama-3 and YaRN scaling
+    rope_beta_fast: float = 32.0  # of YaRN: more rotations in the original length: not scaled
+    rope_beta_slow: float = 1.0  # of YaRN: fewer rotations in the original length: divided by `rope_factor`
+    rope_attention_factor: float = 0.0  # of YaRN: multiplies cosine and sine; 0: 0.1 ln(rope_factor) + 1
+    rope_local_theta: float = 0.0  # base of the unscaled angles of layers with a window; 0: as in the others
+    rope_skip_every: int = 0  # n: every n-th layer has no rotary embedding; 0: all have one
+    attention_bias: str = ""  # attention projections with a bias: "", "qkv" or "qkvo"
+    mlp_bias: bool = False  # whether the projections of the mlp have one
+    qk_norm: str = (
+        ""  # RMSNorm of queries and keys before rotation, over each "head" or the whole "width"; "": none
+    )
+    sliding_window: int = 0  # positions that a query sees, its own included; 0: all before it
+    full_attention_every: int = 0  # n: every n-th layer has no window; 0: the window is in all layers
+    query_scale: float = 0.0  # scores are divided by its root; 0: by that of `head_dim`
+    attention_softcap: float = 0.0  # c: scores s become c tanh(s / c); 0: none
+    logit_softcap: float = 0.0  # the same for logits
+    norm_position: str = "pre"  # of each sublayer: before it, after it ("post"), or "both"
+    norm_offset: float = 0.0  # added to the scales of norms
+    embedding_multiplier: float = 1.0  # of the embedding of a token
+    activation: str = "silu"  # of the mlp's gate: "silu", "gelu" or "gelu_tanh"
     initializer_range: float = 0.02  # standard deviation of fresh weights
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise UserError(f"model.{field.name} is {value}: it must be at least 1")
+            least = 0 if field.default == 0 else 1
+            if field.type is int and value < least:
+                raise UserError(f"model.{field.name} is {value}: it must be at least {least}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"model.num_attention_heads is {self.num_attention_heads}, not a multiple of"
@@ -54,10 +83,18 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}: rotary embedding needs an even one")
-        if self.rope_scaling not in ROPE_SCALINGS:
-            raise UserError(
-                f"model.rope_scaling is {self.rope_scaling!r}: it must be one of {', '.join(ROPE_SCALINGS)}"
-            )
+        for name, choices in CHOICES.items():
+            require_one_of(f"model.{name}", getattr(self, name), choices)
+        local = self.rope_local_theta or self.full_attention_every
+        require(not local or self.sliding_window > 0, "model.sliding_window", self.sliding_window, _WINDOW)
+
+    def attends_fully(self, layer):
+        """Whether the layer with this index, an int or an int32 array [], attends without a window."""
+        return (
+            (layer + 1) % self.full_attention_every == 0
+            if self.full_attention_every
+            else not self.sliding_window
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

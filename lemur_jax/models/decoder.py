@@ -1,4 +1,4 @@
-"""Llama as a Flax NNX module, its parameters as a plain nested dict.
+"""A decoder as a Flax NNX module, its parameters as a plain nested dict.
 
 Axes: B batch, T position, D model, H query heads, K key heads, N head width, F mlp, V vocabulary, L layers.
 
@@ -16,10 +16,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from lemur_jax.models.attention import attention
+from lemur_jax.models.attention import Scores, attention
 from lemur_jax.models.config import ComputeConfig, DecoderConfig
 from lemur_jax.models.remat import rematerialize
-from lemur_jax.models.rope import rotary_angles, rotate
+from lemur_jax.models.rope import angles_by_layer, rotate
 from lemur_jax.parallel.projection import Projection
 
 Params = dict[str, Any]
@@ -58,27 +58,42 @@ class Compute:
         )
 
 
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
 def _weight(config: DecoderConfig, rngs: nnx.Rngs, shape: tuple[int, ...], *axes: str) -> nnx.Param:
     """A fresh weight; `axes` are its logical axes (`parallel/rules.py`)."""
     return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape), axes=axes)
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) · scale, with statistics in float32 (Zhang & Sennrich 2019)."""
+def _bias(shape: tuple[int, ...], *axes: str) -> nnx.Param:
+    """A fresh bias; the axis "norm" keeps it from weight decay."""
+    return nnx.Param(jnp.zeros(shape), axes=axes)
 
-    def __init__(self, config: DecoderConfig, compute: Compute):
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale, with statistics in float32 (Zhang & Sennrich 2019), over the dimensions of the scale."""
+
+    def __init__(self, config: DecoderConfig, compute: Compute, shape: tuple[int, ...], *axes: str):
         self.project = compute.project
         self.epsilon = config.rms_norm_eps
-        self.scale = nnx.Param(jnp.ones((config.hidden_size,)), axes=("norm",))
+        self.offset = config.norm_offset
+        self.over = tuple(range(-len(shape), 0))
+        self.scale = nnx.Param(jnp.full(shape, 1 - self.offset), axes=axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
+        """[B, T, ..., *scale] -> the same shape."""
         return self.project.pointwise(self._normalize, x)
 
     def _normalize(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=self.over, keepdims=True) + self.epsilon)
+        scale = self.scale.get_value().astype(jnp.float32)
+        return (wide * (scale + self.offset if self.offset else scale)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -92,11 +107,28 @@ class Attention(nnx.Module):
         self.key = _weight(config, rngs, (D, K, N), "embed", "kv_heads", "head_dim")
         self.value = _weight(config, rngs, (D, K, N), "embed", "kv_heads", "head_dim")
         self.out = _weight(config, rngs, (H, N, D), "heads", "head_dim", "embed")
+        if config.attention_bias:
+            self.query_bias = _bias((H, N), "heads", "norm")
+            self.key_bias = _bias((K, N), "kv_heads", "norm")
+            self.value_bias = _bias((K, N), "kv_heads", "norm")
+        if config.attention_bias == "qkvo":
+            self.out_bias = _bias((D,), "norm")
+        if config.qk_norm == "head":
+            self.query_norm = RMSNorm(config, compute, (N,), "norm")
+            self.key_norm = RMSNorm(config, compute, (N,), "norm")
+        if config.qk_norm == "width":
+            self.query_norm = RMSNorm(config, compute, (H, N), "heads", "norm")
+            self.key_norm = RMSNorm(config, compute, (K, N), "kv_heads", "norm")
 
     def __call__(self, x: jax.Array, angles, attend: Callable) -> tuple[jax.Array, Any]:
         """[B, T, D] -> ([B, T, D], the cache that `attend` returns)."""
         weights = (("BTD,DHN->BTHN", self.query), ("BTD,DKN->BTKN", self.key), ("BTD,DKN->BTKN", self.value))
         query, key, value = self.project.read(x, *weights)
+        query = add_bias(query, self, "query_bias")
+        key = add_bias(key, self, "key_bias")
+        value = add_bias(value, self, "value_bias")
+        if hasattr(self, "query_norm"):
+            query, key = self.query_norm(query), self.key_norm(key)
         query, key = (rotate(each, angles, self.project.mesh) for each in (query, key))
         query = self.project.shard(query, "heads", "head_dim")
         key = self.project.shard(key, "kv_heads", "head_dim")
@@ -104,41 +136,61 @@ class Attention(nnx.Module):
         query = checkpoint_name(query, "query")
         key, value = checkpoint_name(key, "key_value"), checkpoint_name(value, "key_value")
         mixed, cache = attend(query, key, value)
-        return self.project.write("BTHN,HND->BTD", mixed, self.out), cache
+        return add_bias(self.project.write("BTHN,HND->BTD", mixed, self.out), self, "out_bias"), cache
+
+
+def add_bias(x: jax.Array, module: nnx.Module, name: str) -> jax.Array:
+    """`x` plus the bias of that name, if the module has one."""
+    bias = getattr(module, name, None)
+    return x if bias is None else x + bias.get_value().astype(x.dtype)
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020)."""
+    """A gated mlp: SwiGLU, GEGLU (Shazeer 2020)."""
 
     def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
         self.project = compute.project
+        self.activation = ACTIVATIONS[config.activation]
         self.gate = _weight(config, rngs, (D, F), "embed", "mlp")
         self.up = _weight(config, rngs, (D, F), "embed", "mlp")
         self.down = _weight(config, rngs, (F, D), "mlp", "embed")
+        if config.mlp_bias:
+            self.gate_bias, self.up_bias = _bias((F,), "norm"), _bias((F,), "norm")
+            self.down_bias = _bias((D,), "norm")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         gate, up = self.project.read(x, ("BTD,DF->BTF", self.gate), ("BTD,DF->BTF", self.up))
+        gate, up = add_bias(gate, self, "gate_bias"), add_bias(up, self, "up_bias")
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        hidden = self.project.pointwise(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
-        return self.project.write("BTF,FD->BTD", self.project.shard(hidden, "mlp"), self.down)
+        hidden = self.project.pointwise(lambda gate, up: self.activation(gate) * up, gate, up)
+        down = self.project.write("BTF,FD->BTD", self.project.shard(hidden, "mlp"), self.down)
+        return add_bias(down, self, "down_bias")
 
 
 class Block(nnx.Module):
-    """One pre-norm transformer layer."""
+    """One transformer layer, its norms before or after attention and mlp, or both."""
 
     def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config, compute)
+        norm = functools.partial(RMSNorm, config, compute, (config.hidden_size,), "norm")
+        before, after = config.norm_position != "post", config.norm_position != "pre"
+        self.attention_norm = norm() if before else identity
         self.attention = Attention(config, compute, rngs)
-        self.mlp_norm = RMSNorm(config, compute)
+        self.attention_post_norm = norm() if after else identity
+        self.mlp_norm = norm() if before else identity
         self.mlp = MLP(config, compute, rngs)
+        self.mlp_post_norm = norm() if after else identity
 
     def __call__(self, x: jax.Array, angles, attend: Callable) -> tuple[jax.Array, Any]:
         """[B, T, D] -> ([B, T, D], cache)."""
         mixed, cache = self.attention(self.attention_norm(x), angles, attend)
-        h = checkpoint_name(x + mixed, "residual")
-        return h + self.mlp(self.mlp_norm(h)), cache
+        h = checkpoint_name(x + self.attention_post_norm(mixed), "residual")
+        return h + self.mlp_post_norm(self.mlp(self.mlp_norm(h))), cache
+
+
+def identity(x: jax.Array) -> jax.Array:
+    return x
 
 
 class Embedding(nnx.Module):
@@ -146,11 +198,13 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
         self.project = compute.project
+        self.multiplier = config.embedding_multiplier
         self.embedding = _weight(config, rngs, (config.vocab_size, config.hidden_size), "vocab", "embed")
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, T] -> [B, T, D]."""
-        return self.project.embed(tokens, self.embedding)
+        x = self.project.embed(tokens, self.embedding)
+        return x if self.multiplier == 1 else x * jnp.asarray(self.multiplier, x.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, V]."""
@@ -178,7 +232,7 @@ class Decoder(nnx.Module):
         self.embed = Embedding(config, compute, rngs)
         make_layers = nnx.vmap(lambda rngs: Block(config, compute, rngs), in_axes=0, out_axes=0)
         self.layers = make_layers(rngs.split(config.num_hidden_layers))
-        self.final_norm = RMSNorm(config, compute)
+        self.final_norm = RMSNorm(config, compute, (config.hidden_size,), "norm")
         if not config.tie_word_embeddings:
             self.head = Head(config, compute, rngs)
 
@@ -196,14 +250,14 @@ class Decoder(nnx.Module):
           Hidden states [B, T, D] after the final norm, and the cache.
         """
         x = self.embed(tokens)
-        angles = rotary_angles(self.config, positions)
+        angles = angles_by_layer(self.config, positions)
         graph, stacked = nnx.split(self.layers)
 
         def layer(carry, params):
             x, cache, index = carry
             block = nnx.merge(graph, params)
             x = checkpoint_name(x, "layer_in")
-            x, cache = block(x, angles, lambda q, k, v: attend(q, k, v, cache, index))
+            x, cache = block(x, angles(index), lambda q, k, v: attend(q, k, v, cache, index))
             return (x, cache, index + 1), None
 
         layer = rematerialize(layer, self.compute.remat)
@@ -212,17 +266,48 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, V]."""
-        return (self.embed if self.config.tie_word_embeddings else self.head).logits(hidden)
+        logits = (self.embed if self.config.tie_word_embeddings else self.head).logits(hidden)
+        cap = self.config.logit_softcap
+        return cap * jnp.tanh(logits / cap) if cap else logits
 
     def packed(self, segment_ids: jax.Array) -> Attend:
         """Attention for training: causal inside each segment of int32 [B, T], no cache."""
-        compute = self.compute
-        implementation = attention(compute.attention, compute.mesh, compute.dtype, compute.attention_blocks)
+        implementation = self_attention(self.config, self.compute)
+        return lambda query, key, value, cache, layer: (
+            implementation(query, key, value, segment_ids, layer),
+            cache,
+        )
 
-        def attend(query, key, value, cache, index):
-            return implementation(query, key, value, segment_ids, compute.mesh), cache
 
-        return attend
+def scores(config: DecoderConfig, window: int = 0) -> Scores:
+    """How the layers of this model score, with a window or without one."""
+    return Scores(divisor=config.query_scale, softcap=config.attention_softcap, window=window)
+
+
+def self_attention(config: DecoderConfig, compute: Compute) -> Callable:
+    """Causal attention over whole rows: (query, key, value, segment ids, layer index) -> [B, T, H, N]."""
+    implementation = attention(
+        compute.attention,
+        compute.mesh,
+        compute.dtype,
+        compute.attention_blocks,
+        capped=config.attention_softcap > 0,
+    )
+    windows = (0, config.sliding_window)
+    full, windowed = (
+        functools.partial(implementation, mesh=compute.mesh, scores=scores(config, window))
+        for window in windows
+    )
+
+    def attend(query, key, value, segment_ids, layer):
+        arrays = query, key, value, segment_ids
+        if not 0 < config.sliding_window < query.shape[1]:
+            return full(*arrays)
+        if not config.full_attention_every:
+            return windowed(*arrays)
+        return jax.lax.cond(config.attends_fully(layer), full, windowed, *arrays)
+
+    return attend
 
 
 @functools.lru_cache(maxsize=32)

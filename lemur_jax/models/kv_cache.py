@@ -12,9 +12,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lemur_jax.models.attention import attention, grouped_attention
+from lemur_jax.models.attention import grouped_attention
 from lemur_jax.models.config import DecoderConfig
-from lemur_jax.models.decoder import Attend, Compute
+from lemur_jax.models.decoder import Attend, Compute, scores, self_attention
 from lemur_jax.parallel.rules import constrain
 
 AXES = ("layers", "batch", "keys", "kv_heads", "head_dim")
@@ -51,7 +51,7 @@ def write(
     )
 
 
-def prefilling(compute: Compute, valid: jax.Array) -> Attend:
+def prefilling(config: DecoderConfig, compute: Compute, valid: jax.Array) -> Attend:
     """Causal attention over whole prompts, whose keys go to the first T slots.
 
     Args:
@@ -59,30 +59,32 @@ def prefilling(compute: Compute, valid: jax.Array) -> Attend:
       valid: bool [B, T], False where a shorter prompt is padded on the right; what is computed and
         written there is never looked at.
     """
-    implementation = attention(compute.attention, compute.mesh, compute.dtype)
+    implementation = self_attention(config, compute)
     segment_ids = valid.astype(jnp.int32)
 
     def attend(query, key, value, cache, layer):
-        mixed = implementation(query, key, value, segment_ids, compute.mesh)
+        mixed = implementation(query, key, value, segment_ids, layer)
         return mixed, write(cache, layer, 0, key, value)
 
     return attend
 
 
-def decoding(slot: jax.Array, visible: jax.Array) -> Attend:
+def decoding(config: DecoderConfig, slot: jax.Array, visible: jax.Array, distance: jax.Array) -> Attend:
     """Attention of one new position to the cache, where its own key goes to `slot`.
 
     Args:
       slot: int32 [].
-      visible: bool [B, S], the slots that the new position sees, its own included.
+      visible: bool [B, S], the slots that the new position sees without a window, its own included.
+      distance: int32 [B, S], positions from the token in a slot to the new one.
     """
-    mask = visible[:, None, None, None, :]
+    near = distance < config.sliding_window
 
     def attend(query, key, value, cache, layer):
         cache = write(cache, layer, slot, key, value)
         keys, values = (
             jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (cache.key, cache.value)
         )
-        return grouped_attention(query, keys, values, mask), cache
+        seen = visible & (config.attends_fully(layer) | near)
+        return grouped_attention(query, keys, values, seen[:, None, None, None, :], scores(config)), cache
 
     return attend

@@ -30,6 +30,7 @@ _LLAMA3: dict[str, Any] = dict(
     rope_scaling="llama3",
     rope_factor=8.0,
 )
+_QWEN: dict[str, Any] = dict(max_position_embeddings=32_768, rope_theta=1_000_000.0, rms_norm_eps=1e-6)
 _SMALL: dict[str, Any] = dict(max_position_embeddings=1024)
 
 PRESETS: dict[str, DecoderConfig] = {
@@ -49,6 +50,24 @@ PRESETS: dict[str, DecoderConfig] = {
     "codellama_34b": DecoderConfig(**_CODELLAMA, vocab_size=32_000, **_shape(8192, 22_016, 48, 64, 8)),
     "llama3.1_8b": DecoderConfig(**_LLAMA3, **_shape(4096, 14_336, 32, 32, 8)),
     "llama3.1_70b": DecoderConfig(**_LLAMA3, **_70B),
+    "mistral_7b_v0.1": DecoderConfig(
+        vocab_size=32_000,
+        max_position_embeddings=32_768,
+        sliding_window=4096,
+        **_shape(4096, 14_336, 32, 32, 8),
+    ),
+    "qwen2.5_coder_7b": DecoderConfig(
+        **_QWEN, vocab_size=152_064, attention_bias="qkv", **_shape(3584, 18_944, 28, 28, 4)
+    ),
+    "qwen2.5_coder_32b": DecoderConfig(
+        **_QWEN, vocab_size=152_064, attention_bias="qkv", **_shape(5120, 27_648, 64, 40, 8)
+    ),
+    "qwen3_8b": DecoderConfig(
+        **_QWEN | dict(max_position_embeddings=40_960),
+        vocab_size=151_936,
+        qk_norm="head",
+        **_shape(4096, 12_288, 36, 32, 8),
+    ),
     # Llama-2-70B with StarCoder's special tokens, rounded up to a multiple of 8.
     "lemur_70b": DecoderConfig(**_LLAMA2 | _70B | dict(vocab_size=32_024)),
     # Llama-2-70B with <pad> and the ChatML tokens.

@@ -3,7 +3,9 @@
 Axes: B batch, T position, H heads, N head width.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from jax.sharding import Mesh
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.parallel.mesh import platform
 from lemur_jax.parallel.projection import einsum
+
+Angles = tuple[jax.Array, jax.Array]  # cosine and sine
 
 
 def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -33,20 +37,58 @@ def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
         wavelengths = np.float32(2 * math.pi) / frequencies
         keep = np.clip((original / wavelengths - low) / (high - low), np.float32(0), one)
         return (one - keep) * frequencies / factor + keep * frequencies
+    if config.rope_scaling == "yarn":
+        keep = one - _yarn_ramp(config)
+        return (one - keep) * frequencies / factor + keep * frequencies
     return frequencies
 
 
-def rotary_angles(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _yarn_ramp(config: DecoderConfig) -> np.ndarray:
+    """How far each frequency is divided by the factor, 0 to 1: float32 [N/2] (Peng et al. 2023, eq. 18)."""
+
+    def channel(rotations: float) -> float:  # that makes so many rotations in the original length
+        length = config.rope_original_max_position_embeddings
+        return (
+            config.head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        )
+
+    low = max(math.floor(channel(config.rope_beta_fast)), 0)
+    high = min(math.ceil(channel(config.rope_beta_slow)), config.head_dim - 1)
+    pairs = np.arange(config.head_dim // 2, dtype=np.float32)
+    return np.clip((pairs - low) / np.float32(max(high - low, 0.001)), 0, 1)
+
+
+def angles_by_layer(config: DecoderConfig, positions: jax.Array) -> Callable[[jax.Array], Angles]:
+    """Rotary angles as a function of the layer's index, int32 []; `positions` are int32 [B, T]."""
+    angles = rotary_angles(config, positions)
+    if config.rope_local_theta:
+        local = dataclasses.replace(config, rope_theta=config.rope_local_theta, rope_scaling="none")
+        windowed = rotary_angles(local, positions)
+        return lambda layer: _choose(config.attends_fully(layer), angles, windowed)
+    if config.rope_skip_every:
+        none = (jnp.ones_like(angles[0]), jnp.zeros_like(angles[1]))
+        return lambda layer: _choose((layer + 1) % config.rope_skip_every == 0, none, angles)
+    return lambda layer: angles
+
+
+def _choose(condition, yes: Angles, no: Angles) -> Angles:
+    return jnp.where(condition, yes[0], no[0]), jnp.where(condition, yes[1], no[1])
+
+
+def rotary_angles(config: DecoderConfig, positions: jax.Array) -> Angles:
     """Cosine and sine of the angles, float32 [B, T, 1, N/2], for int32 positions [B, T].
 
     Always float32: in bfloat16 the angle at position 2047 is wrong by up to 3.4 radians.
     """
     frequencies = jnp.asarray(inverse_frequencies(config))
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    if config.rope_scaling != "yarn":
+        return jnp.cos(angles), jnp.sin(angles)
+    factor = config.rope_attention_factor or 0.1 * math.log(config.rope_factor) + 1
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], mesh: Mesh | None = None) -> jax.Array:
+def rotate(x: jax.Array, angles: Angles, mesh: Mesh | None = None) -> jax.Array:
     """Rotates [B, T, H, N] by the angles, in float32; returns x's dtype.
 
     Channel i is paired with channel i + N/2, as in Hugging Face's models.
@@ -58,7 +100,7 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], mesh: Mesh | None 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def rotate_by_matmul(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate_by_matmul(x: jax.Array, angles: Angles) -> jax.Array:
     """`rotate` for TPU: the halves are swapped by a matrix of 0, 1 and -1.
 
     Splitting the 128 lanes of a head costs several passes over memory; this is one pass, and exact: every sum has one

@@ -1,4 +1,4 @@
-"""Parameters and model FLOPs of a Llama by formula, peak FLOP/s of chips, and MFU.
+"""Parameters and model FLOPs of a decoder by formula, peak FLOP/s of chips, and MFU.
 
 Axes: T sequence length, D model, H query heads, K key/value heads, N head width, F mlp, V vocabulary, L layers.
 
@@ -46,9 +46,9 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
     V, D, L = config.vocab_size, config.hidden_size, config.num_hidden_layers
     return ParameterCounts(
         embedding=V * D,
-        attention=L * _projection_parameters(config),
-        mlp=L * 3 * D * config.intermediate_size,
-        norms=(2 * L + 1) * D,
+        attention=L * (_projection_parameters(config) + _attention_biases(config)),
+        mlp=L * (3 * D * config.intermediate_size + config.mlp_bias * (2 * config.intermediate_size + D)),
+        norms=L * _norm_scales(config) + D,
         head=0 if config.tie_word_embeddings else V * D,
     )
 
@@ -65,7 +65,9 @@ def flops_per_token(
       backward: forward and backward (training), else forward alone.
     """
     L, HN = config.num_hidden_layers, config.num_attention_heads * config.head_dim
-    keys = (sequence_length + 1) / 2 if causal else sequence_length
+    full = sum(bool(config.attends_fully(layer)) for layer in range(L)) / L
+    keys = full * _keys(sequence_length, sequence_length, causal)
+    keys += (1 - full) * _keys(sequence_length, config.sliding_window, causal)
     each = 2.0 * (3 if backward else 1)  # a multiplication and an addition, in one or three passes
     return TokenFlops(
         projections=each * L * _projection_parameters(config),
@@ -73,6 +75,26 @@ def flops_per_token(
         mlp=each * L * 3 * config.hidden_size * config.intermediate_size,
         head=each * config.vocab_size * config.hidden_size,
     )
+
+
+def _keys(T: int, window: int, causal: bool) -> float:
+    """Keys that a query sees on average."""
+    if not causal or window >= T:
+        return (T + 1) / 2 if causal else min(T, window)
+    return window - window * (window - 1) / (2 * T)
+
+
+def _attention_biases(config: DecoderConfig) -> int:
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    out = config.hidden_size if config.attention_bias == "qkvo" else 0
+    return (heads * config.head_dim if config.attention_bias else 0) + out
+
+
+def _norm_scales(config: DecoderConfig) -> int:
+    """Scales of all norms of one layer."""
+    heads = config.num_attention_heads + config.num_key_value_heads
+    of_queries_and_keys = {"": 0, "head": 2, "width": heads}[config.qk_norm] * config.head_dim
+    return (4 if config.norm_position == "both" else 2) * config.hidden_size + of_queries_and_keys
 
 
 def _projection_parameters(config: DecoderConfig) -> int:

@@ -208,7 +208,7 @@ def test_names_that_are_paths(make_model, tmp_path, name):
     """A tensor's name is never a path: it is looked up in the table, or refused."""
     hf = make_model()
     edit(**{name: torch.zeros(2)})(hf)
-    with pytest.raises(UserError, match="is not part of this Llama"):
+    with pytest.raises(UserError, match="is not part of this model"):
         import_hf(hf.path, tmp_path / "checkpoint")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 

@@ -29,7 +29,10 @@ def test_a_position_sees_the_visible_slots_and_itself():
     query, key, value = (rng.normal(size=(B, 1, heads, N)).astype(np.float32) for heads in (H, K, K))
     visible = np.array([[1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 0]], bool)
     cache = kv_cache.KVCache(key=jnp.asarray(stored[0]), value=jnp.asarray(stored[1]))
-    mixed, _ = kv_cache.decoding(jnp.int32(4), jnp.asarray(visible))(query, key, value, cache, jnp.int32(0))
+    attend = kv_cache.decoding(
+        preset("tiny"), jnp.int32(4), jnp.asarray(visible), jnp.zeros((B, S), jnp.int32)
+    )
+    mixed, _ = attend(query, key, value, cache, jnp.int32(0))
     for b in range(B):
         keys, values = (np.where(np.arange(S)[:, None, None] == 4, new[b], old[0, b]).astype(np.float64)
                         for new, old in ((key, stored[0]), (value, stored[1])))  # fmt: skip

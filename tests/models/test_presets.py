@@ -18,6 +18,10 @@ PUBLISHED = {
     "codellama_34b": 33_743_970_304,
     "llama3.1_8b": 8_030_261_248,
     "llama3.1_70b": 70_553_706_496,
+    "mistral_7b_v0.1": 7_241_732_096,
+    "qwen2.5_coder_7b": 7_615_616_512,
+    "qwen2.5_coder_32b": 32_763_876_352,
+    "qwen3_8b": 8_190_735_360,
     "lemur_70b": 68_976_648_192 + 2 * 24 * 8192,
     "lemur_70b_chat": 68_976_648_192 + 2 * 5 * 8192,
 }
@@ -43,7 +47,7 @@ def test_unknown_preset_lists_the_known():
     [
         ({"num_key_value_heads": 3}, "num_attention_heads"),
         ({"head_dim": 15}, "head_dim"),
-        ({"rope_scaling": "yarn"}, "rope_scaling"),
+        ({"rope_scaling": "longrope"}, "rope_scaling"),
         ({"vocab_size": 0}, "vocab_size"),
     ],
 )

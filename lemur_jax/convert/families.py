@@ -1,0 +1,296 @@
+"""The families of models that can be imported and exported: what the `config.json` of each says beside Llama's keys.
+
+A family translates to and from `DecoderConfig`; no other module knows a family's name. Names of tensors follow from the
+specification alone (`convert/layout.py`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.models.config import DecoderConfig
+
+Raw = dict[str, Any]  # a config.json
+_NONE: Mapping[str, Any] = {}
+FULL, SLIDING = "full_attention", "sliding_attention"
+MOST_LAYERS = 10_000  # lists with an entry a layer are made before any weight is seen
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One `model_type` of transformers."""
+
+    model_type: str
+    architecture: str
+    # Values of config.json that transformers takes where it says nothing.
+    defaults: Mapping[str, Any]
+    # Fields of the specification that all models of the family have in common.
+    spec: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Key of config.json -> field of the specification; null there is 0 here.
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    activation: str = "hidden_act"  # its key
+    bias: str = ""  # attention projections with a bias where `attention_bias` is true; "": it must be false
+    mlp_bias: bool = False  # whether `mlp_bias` may be true
+    # Whether the window has to be switched on by `use_sliding_window`.
+    switched: bool = False
+    # config.json -> kinds of the layers where `layer_types` is missing; None: no layer has a window.
+    layer_kinds: Callable[[Raw, int], list[str]] | None = None
+    local_theta: float = 0.0  # base of the rotary angles of layers with a window; 0: as in the others
+    skips_rope: bool = False  # whether some layers have no rotary embedding
+
+
+def _all_sliding(raw: Raw, layers: int) -> list[str]:
+    return [SLIDING] * layers
+
+
+def _sliding_above(raw: Raw, layers: int) -> list[str]:
+    first = raw.get("max_window_layers", 28)
+    return [SLIDING if layer >= first else FULL for layer in range(layers)]
+
+
+def _full_every(default: int) -> Callable[[Raw, int], list[str]]:
+    def kinds(raw: Raw, layers: int) -> list[str]:
+        every = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", default))
+        return [SLIDING if (layer + 1) % every else FULL for layer in range(layers)]
+
+    return kinds
+
+
+_COMMON = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
+_GEMMA: dict[str, Any] = dict(
+    spec={"norm_position": "both", "norm_offset": 1.0},
+    activation="hidden_activation",
+    keys={
+        "query_pre_attn_scalar": "query_scale",
+        "attn_logit_softcapping": "attention_softcap",
+        "final_logit_softcapping": "logit_softcap",
+    },
+)
+_GEMMA_DEFAULTS = {
+    **_COMMON,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
+# In the order in which an export tries them.
+FAMILIES = (
+    Family(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        defaults={**_COMMON, "max_position_embeddings": 2048},
+        bias="qkvo",
+        mlp_bias=True,
+    ),
+    Family(
+        model_type="mistral",
+        architecture="MistralForCausalLM",
+        defaults={**_COMMON, "max_position_embeddings": 131_072, "sliding_window": 4096},
+        layer_kinds=_all_sliding,
+    ),
+    Family(
+        model_type="qwen2",
+        architecture="Qwen2ForCausalLM",
+        defaults={**_COMMON, "max_position_embeddings": 32_768, "sliding_window": 4096},
+        spec={"attention_bias": "qkv"},
+        switched=True,
+        layer_kinds=_sliding_above,
+    ),
+    Family(
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        defaults={
+            **_COMMON,
+            "max_position_embeddings": 32_768,
+            "sliding_window": 4096,
+            "head_dim": 128,
+        },
+        spec={"qk_norm": "head"},
+        bias="qkvo",
+        switched=True,
+        layer_kinds=_sliding_above,
+    ),
+    Family(
+        model_type="smollm3",
+        architecture="SmolLM3ForCausalLM",
+        defaults={
+            **_COMMON,
+            "max_position_embeddings": 32_768,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+        },
+        bias="qkvo",
+        mlp_bias=True,
+        skips_rope=True,
+    ),
+    Family(
+        model_type="olmo2",
+        architecture="Olmo2ForCausalLM",
+        defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+        spec={"qk_norm": "width", "norm_position": "post"},
+        bias="qkvo",
+    ),
+    Family(
+        model_type="gemma2",
+        architecture="Gemma2ForCausalLM",
+        defaults={
+            **_GEMMA_DEFAULTS,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        layer_kinds=_full_every(2),
+        bias="qkvo",
+        **_GEMMA,
+    ),
+    Family(
+        model_type="gemma3_text",
+        architecture="Gemma3ForCausalLM",
+        defaults={**_GEMMA_DEFAULTS, "max_position_embeddings": 131_072, "rope_theta": 1_000_000.0},
+        layer_kinds=_full_every(6),
+        local_theta=10_000.0,
+        bias="qkvo",
+        **_GEMMA | {"spec": {**_GEMMA["spec"], "qk_norm": "head"}},
+    ),
+)
+BY_NAME = {family.model_type: family for family in FAMILIES}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def differences(family: Family, raw: Raw, layers: int, width: int, where: str) -> dict[str, Any]:
+    """The fields of the specification beyond Llama's, from a config.json whose numbers are checked elsewhere.
+
+    Raises:
+      UserError: a key says what the specification cannot.
+    """
+    if layers > MOST_LAYERS:
+        raise UserError(f"{where}: num_hidden_layers is {layers}; at most {MOST_LAYERS} are possible")
+    raw = {**family.defaults, **{key: value for key, value in raw.items() if value is not None}}
+    fields: dict[str, Any] = dict(family.spec)
+    fields |= {field: _float(raw.get(key), key, where) for key, field in family.keys.items()}
+    named = raw.get(family.activation, "silu")
+    if named not in _ACTIVATIONS:
+        raise UserError(
+            f"{where}: {family.activation} is {named!r}; implemented are {', '.join(_ACTIVATIONS)}"
+        )
+    fields["activation"] = _ACTIVATIONS[named]
+    for key, possible in (("attention_bias", family.bias), ("mlp_bias", family.mlp_bias)):
+        if raw.get(key) and not possible:
+            raise UserError(
+                f"{where}: {key} is {raw[key]!r}, which models of type {family.model_type} do not have"
+            )
+    if raw.get("attention_bias"):
+        fields["attention_bias"] = family.bias
+    fields["mlp_bias"] = bool(raw.get("mlp_bias"))
+    if family.spec.get("norm_offset"):  # Gemma's models scale the embedding
+        fields["embedding_multiplier"] = width**0.5
+    window, every = _window(family, raw, layers, where)
+    fields |= {"sliding_window": window, "full_attention_every": every}
+    if family.local_theta and window:
+        fields["rope_local_theta"] = _local_theta(family, raw, where)
+    if family.skips_rope:
+        fields["rope_skip_every"] = _rope_skip_every(raw, layers, where)
+    return fields
+
+
+def _float(value: Any, key: str, where: str) -> float:
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise UserError(f"{where}: {key} is {value!r}, not a positive number")
+    return float(value)
+
+
+def _window(family: Family, raw: Raw, layers: int, where: str) -> tuple[int, int]:
+    """(positions of the window, which layers have none: `full_attention_every`)."""
+    window = raw.get("sliding_window")
+    if family.switched and not raw.get("use_sliding_window", False):
+        window = None
+    kinds = raw.get("layer_types")
+    if kinds is None and window is not None and family.layer_kinds:
+        kinds = family.layer_kinds(raw, layers)
+    kinds = [FULL] * layers if kinds is None or (window is None and family.switched) else kinds
+    if not isinstance(kinds, list) or not set(map(str, kinds)) <= {FULL, SLIDING} or len(kinds) != layers:
+        raise UserError(
+            f"{where}: layer_types is {kinds!r:.100}; it must list {FULL} or {SLIDING} for each layer"
+        )
+    if window is not None and not family.layer_kinds:
+        raise UserError(
+            f"{where}: sliding_window is {window!r}, but models of type {family.model_type} have none (null)"
+        )
+    if SLIDING not in kinds:
+        return 0, 0
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise UserError(f"{where}: sliding_window is {window!r}, not a positive integer")
+    return window, _period([kind == FULL for kind in kinds], "layer_types", where)
+
+
+def _period(marked: list[bool], key: str, where: str) -> int:
+    """n, if every n-th layer and no other is marked; 0 if none is."""
+    if not any(marked):
+        return 0
+    every = marked.index(True) + 1
+    if marked != [(layer + 1) % every == 0 for layer in range(len(marked))]:
+        raise UserError(f"{where}: {key} has no period; only every n-th layer may differ from the others")
+    return every
+
+
+def _local_theta(family: Family, raw: Raw, where: str) -> float:
+    nested = (raw.get("rope_parameters") or _NONE).get(SLIDING) or _NONE
+    if nested.get("rope_type", "default") != "default":
+        raise UserError(
+            f"{where}: rope_parameters.{SLIDING} has the type {nested['rope_type']!r}; only default is implemented"
+        )
+    theta = nested.get("rope_theta", raw.get("rope_local_base_freq", family.local_theta))
+    return _float(theta, "rope_local_base_freq", where)
+
+
+def _rope_skip_every(raw: Raw, layers: int, where: str) -> int:
+    rotated = raw.get("no_rope_layers")  # 1: has a rotary embedding
+    if not rotated:
+        interval = raw.get("no_rope_layer_interval", 4)
+        rotated = [int((layer + 1) % interval != 0) for layer in range(layers)]
+    if len(rotated) != layers:
+        raise UserError(f"{where}: no_rope_layers has {len(rotated)} entries for {layers} layers")
+    return _period([not each for each in rotated], "no_rope_layers", where)
+
+
+def describe(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
+    """The keys of config.json that say what the specification has beyond Llama's fields.
+
+    Args:
+      rope: `rope_theta` and `rope_scaling` as the other families have them.
+    """
+    names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    raw: Raw = {key: getattr(config, field) or None for key, field in family.keys.items()}
+    if "query_pre_attn_scalar" in raw:
+        scale = config.query_scale or config.head_dim
+        raw["query_pre_attn_scalar"] = int(scale) if scale == int(scale) else scale
+    raw[family.activation] = names[config.activation]
+    raw["hidden_act"] = names[config.activation]
+    raw["attention_bias"] = bool(family.bias) and config.attention_bias == family.bias
+    raw["mlp_bias"] = config.mlp_bias
+    if family.layer_kinds:
+        raw["sliding_window"] = config.sliding_window or None
+        if family.switched:
+            raw["use_sliding_window"] = config.sliding_window > 0
+        if family.layer_kinds is not _all_sliding:
+            kinds = [
+                FULL if config.attends_fully(layer) else SLIDING for layer in range(config.num_hidden_layers)
+            ]
+            raw["layer_types"] = kinds
+    if family.skips_rope:
+        every = config.rope_skip_every
+        raw["no_rope_layers"] = [
+            int(not every or (layer + 1) % every != 0) for layer in range(config.num_hidden_layers)
+        ]
+    if not family.local_theta:
+        return raw | rope
+    local = config.rope_local_theta or family.local_theta
+    nested = {
+        FULL: {"rope_type": "default", **(rope["rope_scaling"] or {}), "rope_theta": config.rope_theta},
+        SLIDING: {"rope_type": "default", "rope_theta": local},
+    }
+    return raw | {"rope_parameters": nested}
