@@ -13,10 +13,10 @@ def add_verbs(verbs: Verbs) -> None:
         verbs,
         "import-hf",
         _import_hf,
-        "make a checkpoint of a Hugging Face directory",
+        "make a checkpoint of a Hugging Face directory or a GGUF file",
         "lemur import-hf quickstart/hf/base quickstart/imported",
     )
-    sub.add_argument("hf_dir", help="directory with config.json and safetensors")
+    sub.add_argument("hf_dir", help="directory with config.json and safetensors, or a GGUF file")
     sub.add_argument("checkpoint", help="checkpoint directory to make")
     _add_options(sub, dtype="float32")
 

@@ -8,8 +8,9 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.convert import families
+from lemur_jax.convert import families, gguf
 from lemur_jax.models.config import DecoderConfig
+from lemur_jax.text.gguf_files import is_gguf
 
 _COPIED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -44,7 +45,9 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def read_config(hf_dir: epath.PathLike) -> DecoderConfig:
-    """The model's shape from a Hugging Face directory; UserError without one, or as in `from_hf`."""
+    """The model's shape from a Hugging Face directory or a GGUF file; UserError without one, or as in `from_hf`."""
+    if is_gguf(hf_dir):
+        return gguf.read_config(hf_dir)
     path = epath.Path(hf_dir) / "config.json"
     if not path.parent.exists():  # `is_dir` would say no of a store that cannot be reached
         raise UserError(f"{path.parent} is not a directory: download the model there first")

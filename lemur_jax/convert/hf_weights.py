@@ -10,11 +10,12 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.paths import how_to_mend
-from lemur_jax.convert import layout
+from lemur_jax.convert import gguf, layout
 from lemur_jax.convert.dtypes import DTYPES
 from lemur_jax.convert.hf_config import read_json
 from lemur_jax.convert.safetensors import StoredTensor, brief, read_header
 from lemur_jax.models.config import DecoderConfig
+from lemur_jax.text.gguf_files import is_gguf
 
 # A plain file name: no separators, no "..", no drive.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
@@ -38,12 +39,12 @@ class BinTensor:
         return self.tensor.detach().contiguous().view(bits).numpy().view(self.dtype)
 
 
-Tensor = StoredTensor | BinTensor
+Tensor = StoredTensor | BinTensor | gguf.GgufTensor
 
 
 def holds_weights(directory: epath.PathLike) -> bool:
-    """Whether the directory has files that `open_weights` opens."""
-    return any(path.exists() for files in _weight_files(directory) for path in files)
+    """Whether `open_weights` opens this: a directory with weights, or a GGUF file."""
+    return is_gguf(directory) or any(path.exists() for files in _weight_files(directory) for path in files)
 
 
 def _weight_files(directory: epath.PathLike) -> list[tuple[epath.Path, epath.Path]]:
@@ -53,11 +54,13 @@ def _weight_files(directory: epath.PathLike) -> list[tuple[epath.Path, epath.Pat
 
 
 def open_weights(hf_dir: epath.PathLike) -> dict[str, Tensor]:
-    """The tensors of a directory by name; only the headers of safetensors are read.
+    """The tensors of a directory or a GGUF file by name; only the headers are read.
 
     Looks, as transformers does, for `model.safetensors`, for its sharded form, and then for the same of
     `pytorch_model.bin`, which needs torch. Raises UserError without weights that can be read.
     """
+    if is_gguf(hf_dir):
+        return dict(gguf.open_weights(hf_dir))
     for single, index in _weight_files(hf_dir):
         read_file: Any = read_header if single.suffix == ".safetensors" else _read_bin
         if single.exists():

@@ -20,6 +20,7 @@ from lemur_jax.convert.hf_config import read_config, read_json
 from lemur_jax.convert.hf_weights import Tensor, check_weights, open_weights
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
 from lemur_jax.models.config import DecoderConfig
+from lemur_jax.text.gguf_files import is_gguf
 from lemur_jax.text.tokenizer import GENERATION_CONFIG, read_files
 
 
@@ -29,6 +30,8 @@ def hf_tokenizer_files(hf_dir: epath.PathLike) -> dict[str, bytes]:
     Without that file, `config.json` says which ids end an answer, as for transformers.
     """
     directory = epath.Path(hf_dir)
+    if is_gguf(hf_dir):
+        return read_files(hf_dir)
     if not any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
         return {}
     files = read_files(hf_dir)

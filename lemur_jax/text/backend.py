@@ -12,7 +12,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import how_to_mend
-from lemur_jax.text import sentencepiece_model
+from lemur_jax.text import gguf_files, sentencepiece_model
 
 # What makes up a tokenizer directory; any other file in it is left alone.
 FILE_NAMES = (
@@ -184,7 +184,9 @@ class TokenizerFiles:
 
 
 def read_files(path: epath.PathLike) -> dict[str, bytes]:
-    """The tokenizer files that exist in a directory, and its `generation_config.json`."""
+    """The tokenizer files that exist in a directory, and its `generation_config.json`; or those of a GGUF file."""
+    if gguf_files.is_gguf(path):
+        return gguf_files.tokenizer_files(path)
     directory = epath.Path(path)
     names = (*FILE_NAMES, GENERATION_CONFIG)
     files = {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}

@@ -90,7 +90,7 @@ def convert(model: bytes, prepend_scheme: str = "first") -> dict[str, Any]:
         "pre_tokenizer": _pre_tokenizer(
             prepend_scheme, [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
         ),
-        "post_processor": _post_processor(None if bos is None else (bos, vocab[bos])),
+        "post_processor": post_processor(None if bos is None else (bos, vocab[bos])),
         "decoder": DECODER,
         "model": {
             "type": "BPE",
@@ -154,7 +154,7 @@ def _pre_tokenizer(prepend_scheme: str, user_defined: list[str]) -> dict[str, An
     return {"type": "Sequence", "pretokenizers": parts}
 
 
-def _post_processor(bos: tuple[str, int] | None) -> dict[str, Any]:
+def post_processor(bos: tuple[str, int] | None) -> dict[str, Any]:
     """Puts bos in front of each sequence."""
     sequences = [{"Sequence": {"id": kind, "type_id": number}} for number, kind in enumerate("AB")]
     begins = [{"SpecialToken": {"id": bos[0], "type_id": number}} for number in (0, 1)] if bos else []

@@ -1,0 +1,154 @@
+"""GGUF files as a source of models: configuration and weights, one dequantized tensor at a time."""
+
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.convert import layout
+from lemur_jax.convert.safetensors import brief
+from lemur_jax.models.config import DecoderConfig
+from lemur_jax.text.gguf_files import metadata, open_gguf
+
+_LAYER = "model.layers.{layer}."
+# llama.cpp's names of tensors, without `.weight`, to Hugging Face's.
+_NAMES = {
+    "token_embd": layout.EMBEDDING,
+    "output_norm": "model.norm.weight",
+    "output": layout.HEAD,
+    "attn_norm": _LAYER + "input_layernorm.weight",
+    "attn_q": _LAYER + "self_attn.q_proj.weight",
+    "attn_k": _LAYER + "self_attn.k_proj.weight",
+    "attn_v": _LAYER + "self_attn.v_proj.weight",
+    "attn_output": _LAYER + "self_attn.o_proj.weight",
+    "ffn_norm": _LAYER + "post_attention_layernorm.weight",
+    "ffn_gate": _LAYER + "mlp.gate_proj.weight",
+    "ffn_up": _LAYER + "mlp.up_proj.weight",
+    "ffn_down": _LAYER + "mlp.down_proj.weight",
+}
+# Keys of the metadata under `llama.`, to fields of DecoderConfig.
+_FIELDS = {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "context_length": "max_position_embeddings",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+# Others that are read, or say what the fields above say.
+_OTHERS = {"attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"} | {
+    *("rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GgufTensor:
+    """A tensor of a GGUF file that is not read yet; `dtype` is what `read` gives."""
+
+    name: str
+    path: epath.Path
+    shape: tuple[int, ...]
+    heads: int  # > 0: rows of these heads are in llama.cpp's order
+    tensor: Any
+    dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
+
+    def read(self) -> np.ndarray:
+        """The tensor in float32."""
+        import gguf
+
+        data = gguf.quants.dequantize(self.tensor.data, self.tensor.tensor_type).reshape(self.shape)
+        if not self.heads:
+            return data
+        # llama.cpp rotates channels 2i and 2i + 1 of a head, this model and transformers i and i + N/2.
+        halves = data.reshape(self.heads, -1, 2, self.shape[1])
+        return halves.swapaxes(1, 2).reshape(self.shape)
+
+
+def read_config(path: epath.PathLike) -> DecoderConfig:
+    """The model's shape from the metadata of a GGUF file.
+
+    Raises:
+      UserError: another architecture, or a key under `llama.` whose meaning is not implemented.
+    """
+    architecture = metadata(path, "general.").get("architecture")
+    if architecture != "llama":
+        raise UserError(f"{path}: general.architecture is {architecture!r}; only llama can be imported")
+    # Numbers are float32 in the file: 1e-5 is there as 9.999999747378752e-06.
+    data = {
+        key: float(str(np.float32(value))) if isinstance(value, float) else value
+        for key, value in metadata(path, "llama.").items()
+    }
+    for key in _FIELDS:
+        if key not in data:
+            raise UserError(f"{path}: llama.{key} is missing")
+    if unknown := sorted(data.keys() - _FIELDS.keys() - _OTHERS):
+        key = unknown[0]
+        raise UserError(f"{path}: llama.{key} is {data[key]!r:.80}, which is not implemented")
+    fields: dict[str, Any] = {field: data[key] for key, field in _FIELDS.items()}
+    heads, width = data["attention.head_count"], data["embedding_length"]
+    shapes = {tensor.name: tensor.shape for tensor in open_gguf(path).tensors}
+    if not isinstance(heads, int) or "token_embd.weight" not in shapes:
+        raise UserError(
+            f"{path} has layers of different shapes, or no token_embd.weight: that is not implemented"
+        )
+    head_dim = data.get("attention.key_length", width // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if data.get(key, head_dim) != head_dim:
+            raise UserError(
+                f"{path}: llama.{key} is {data[key]}; only whole heads of {head_dim} are implemented"
+            )
+    if "rope_freqs.weight" in shapes:
+        raise UserError(
+            f"{path}: rope_freqs.weight scales the rotary frequencies (Llama 3.1), and does not say by which rule:"
+            " import the model's Hugging Face directory instead"
+        )
+    scaling = data.get("rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise UserError(
+            f"{path}: llama.rope.scaling.type is {scaling!r}; only none and linear are implemented"
+        )
+    return DecoderConfig(
+        **fields,
+        vocab_size=int(shapes["token_embd.weight"][1]),
+        num_key_value_heads=data.get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        initializer_range=0.02,
+        tie_word_embeddings="output.weight" not in shapes,
+        rope_theta=float(data.get("rope.freq_base", 10_000.0)),
+        rope_scaling=scaling,
+        **({"rope_factor": float(data["rope.scaling.factor"])} if scaling == "linear" else {}),
+    )
+
+
+def open_weights(path: epath.PathLike) -> dict[str, GgufTensor]:
+    """The tensors of a GGUF file by Hugging Face's names.
+
+    Raises:
+      UserError: a tensor whose name this Llama does not have, or a quantization that `gguf` cannot undo.
+    """
+    import gguf
+
+    config = read_config(path)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    tensors = {}
+    for tensor in open_gguf(path).tensors:
+        block, _, rest = tensor.name.rpartition("blk.")[2].partition(".")
+        layer, kind = (block, rest) if tensor.name.startswith("blk.") else ("", tensor.name)
+        kind = kind.removesuffix(".weight")
+        try:
+            gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UserError(f"{path}: tensor {brief(tensor.name)}: {error} in the library gguf") from error
+        known = kind in _NAMES and tensor.name.endswith(".weight")
+        name = _NAMES[kind].format(layer=layer) if known else tensor.name
+        tensors[name] = GgufTensor(
+            name=brief(name),
+            path=epath.Path(os.fspath(path)),
+            shape=tuple(int(size) for size in reversed(tensor.shape)),
+            heads=heads.get(kind, 0),
+            tensor=tensor,
+        )
+    return tensors

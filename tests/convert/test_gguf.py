@@ -1,0 +1,188 @@
+"""GGUF files written with the library gguf from a model and tokenizers of transformers."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.convert.gguf import _NAMES
+from lemur_jax.convert.import_hf import import_hf, load_hf_params
+from lemur_jax.convert.source import open_source
+from lemur_jax.text.sentencepiece_model import read_pieces
+from lemur_jax.text.tokenizer import Tokenizer
+from tests.helpers.documents import hard_texts
+
+gguf = pytest.importorskip("gguf")
+
+SHAPE = {"num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.02}
+
+
+def interleaved(tensor, heads):
+    """Rows of q and k as llama.cpp wants them."""
+    return tensor.reshape(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def write(path, model, kind="F32", **changes):
+    """A Llama of transformers as a GGUF file; `changes` of the metadata, None leaves a key out."""
+    writer, config, state = gguf.GGUFWriter(str(path), "llama"), model.model.config, model.state()
+    data = {
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "context_length": config.max_position_embeddings,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    for key, value in (data | changes).items():
+        if value is not None:
+            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+            add(f"llama.{key}", value)
+    quantization = gguf.GGMLQuantizationType[kind]
+    for name, target in _NAMES.items():
+        for layer in range(config.num_hidden_layers if "{layer}" in target else 1):
+            if target == "lm_head.weight":
+                continue
+            tensor = state[target.format(layer=layer)].numpy()
+            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name)
+            tensor = interleaved(tensor, heads) if heads else tensor
+            ours = f"blk.{layer}.{name}.weight" if "{layer}" in target else f"{name}.weight"
+            if tensor.ndim == 1 or tensor.shape[-1] % 32 or kind == "F32":
+                writer.add_tensor(ours, np.ascontiguousarray(tensor))
+            else:
+                writer.add_tensor(ours, gguf.quants.quantize(tensor, quantization), raw_dtype=quantization)
+    finish(writer)
+    return path
+
+
+def finish(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "largest"),
+    [("F32", 0), ("F16", 1e-3), ("BF16", 1e-2), ("Q8_0", 1e-2), ("Q4_1", 0.1), ("Q5_0", 0.1)],
+)
+def test_weights_are_those_of_the_directory(make_model, tmp_path, kind, largest):
+    model = make_model(**SHAPE)
+    config, params = load_hf_params(write(tmp_path / "model.gguf", model, kind))
+    expected_config, expected = load_hf_params(model.path)
+    assert config == expected_config
+    for ours, theirs in zip(*(np_leaves(tree) for tree in (params, expected)), strict=True):
+        assert np.abs(ours - theirs).max() <= largest * np.abs(theirs).max()
+
+
+def np_leaves(tree):
+    return [
+        leaf for value in tree.values() for leaf in (np_leaves(value) if isinstance(value, dict) else [value])
+    ]
+
+
+def test_import_and_reading_without_an_import(make_model, tmp_path):
+    file = write(tmp_path / "model.gguf", make_model(**SHAPE))
+    config = import_hf(file, tmp_path / "checkpoint")
+    assert config == open_source(file).model == open_source(tmp_path / "checkpoint").model
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expert_count": 8}, "llama.expert_count is 8, which is not implemented"),
+        ({"rope.scaling.type": "yarn"}, "only none and linear"),
+        ({"rope.dimension_count": 4}, "only whole heads"),
+        ({"block_count": None}, "llama.block_count is missing"),
+        ({"block_count": 4}, "is missing"),
+        ({"attention.head_count_kv": 1}, "has shape"),
+    ],
+)
+def test_what_is_not_implemented_is_refused(make_model, tmp_path, changes, message):
+    file = write(tmp_path / "model.gguf", make_model(**SHAPE), **changes)
+    with pytest.raises(UserError, match=message):
+        load_hf_params(file)
+
+
+def test_a_damaged_file_is_one_line(make_model, tmp_path):
+    file = write(tmp_path / "model.gguf", make_model(**SHAPE))
+    whole = file.read_bytes()
+    for content in (b"", b"version https://git-lfs", whole[:200], whole[: len(whole) // 2]):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="is not a whole GGUF file"):
+            load_hf_params(file)
+
+
+def write_tokenizer(path, data, types):
+    writer = gguf.GGUFWriter(str(path), "llama")
+    for key, value in data.items():
+        if isinstance(value, bool):
+            writer.add_bool(f"tokenizer.ggml.{key}", value)
+        elif isinstance(value, int):
+            writer.add_uint32(f"tokenizer.ggml.{key}", value)
+        else:
+            add = writer.add_string if isinstance(value, str) else writer.add_array
+            add(f"tokenizer.ggml.{key}", value)
+    writer.add_array("tokenizer.ggml.token_type", types)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    finish(writer)
+    return Tokenizer.load(path)
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm"])
+def test_byte_level_tokenizer(byte_level_dir, tmp_path, pre):
+    spec = json.loads((byte_level_dir / "tokenizer.json").read_text())
+    tokens = sorted(vocab := spec["model"]["vocab"], key=vocab.get)
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in spec["model"]["merges"]]
+    control = {token["content"] for token in spec["added_tokens"]}
+    tokens += [token["content"] for token in spec["added_tokens"] if token["content"] not in vocab]
+    types = [3 if token in control else 1 for token in tokens]
+    original = Tokenizer.load(byte_level_dir)
+    data = dict(model="gpt2", pre=pre, tokens=tokens, merges=merges, add_bos_token=False)
+    data |= dict(bos_token_id=original.bos_id, eos_token_id=original.eos_id)
+    ours = write_tokenizer(tmp_path / "tokenizer.gguf", data, types)
+    for name, content in ours.files().items():
+        (tmp_path / name).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (ours.control_tokens, ours.vocab_size) == (original.control_tokens, original.vocab_size)
+    assert ours.chat_template == theirs.chat_template == "{{ messages[0]['content'] }}"
+    assert ours.generation_stop_ids == (original.eos_id,)
+    assert theirs("a b")["input_ids"] == ours.encode("a b")
+    digits = ours.encode("12345")
+    assert len(digits) == 5 if pre == "smollm" else digits == original.encode("12345")
+    for text in hard_texts(100):
+        if not any(token in text for token in control):
+            assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+            assert ours.decode(ours.encode(text)) == text
+            if pre == "gpt-2":
+                assert ours.encode(text) == original.encode(text)
+
+
+def test_sentencepiece_tokenizer(tokenizer_dir, tmp_path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = (tokenizer_dir / "tokenizer.model").read_bytes()
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    data = dict(model="llama", tokens=read_pieces(model), scores=[piece.score for piece in proto.pieces])
+    data |= dict(bos_token_id=1, eos_token_id=2, unknown_token_id=0)
+    types = [piece.type for piece in proto.pieces]
+    ours = write_tokenizer(tmp_path / "tokenizer.gguf", data, types)
+    original = Tokenizer.load(tokenizer_dir)
+    for text in hard_texts(100):
+        assert ours.encode(text) == original.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "bert"}, "only gpt2"),
+        ({"pre": "tekken"}, "only smollm"),
+        ({"add_eos_token": True}, "an end"),
+    ],
+)
+def test_a_tokenizer_that_is_not_supported_is_refused(tmp_path, changes, message):
+    data = dict(model="gpt2", pre="gpt-2", tokens=["a", "b"], merges=["a b"])
+    with pytest.raises(UserError, match=message):
+        write_tokenizer(tmp_path / "tokenizer.gguf", data | changes, [1, 1])
