@@ -7,6 +7,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.models import decoder, splash
+from lemur_jax.models.attention import Scores, xla_attention
 from lemur_jax.models.config import ComputeConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
@@ -73,6 +74,21 @@ def test_forward_and_backward_against_float64():
     inputs = arrays()
     for ours, theirs in zip(computed(inputs, None), reference(*inputs), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def test_window_cap_and_scale_are_those_of_xla():
+    """`tests/convert/test_families.py` compares these with transformers."""
+    query, key, value, segments, _ = (
+        jnp.asarray(x, jnp.int32 if x.dtype == int else jnp.float32) for x in arrays()
+    )
+    scores = Scores(divisor=24.0, softcap=2.0, window=100)
+
+    def both(attend):
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, segments, None, scores), query, key, value)
+        return out, *pull(out)
+
+    for ours, theirs in zip(both(splash_attention), both(xla_attention), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize(
