@@ -167,7 +167,7 @@ def differences(family: Family, raw: Raw, layers: int, width: int, where: str) -
     """
     if layers > MOST_LAYERS:
         raise UserError(f"{where}: num_hidden_layers is {layers}; at most {MOST_LAYERS} are possible")
-    raw = {**family.defaults, **{key: value for key, value in raw.items() if value is not None}}
+    raw = {**family.defaults, **raw}  # an explicit null stays: it switches a window or a cap off
     fields: dict[str, Any] = dict(family.spec)
     fields |= {field: _float(raw.get(key), key, where) for key, field in family.keys.items()}
     named = raw.get(family.activation, "silu")
@@ -276,6 +276,10 @@ def describe(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
         raw["sliding_window"] = config.sliding_window or None
         if family.switched:
             raw["use_sliding_window"] = config.sliding_window > 0
+        elif family.layer_kinds is not _all_sliding and not config.sliding_window:
+            raw["sliding_window"] = family.defaults[
+                "sliding_window"
+            ]  # null stops transformers, though no layer reads it
         if family.layer_kinds is not _all_sliding:
             kinds = [
                 FULL if config.attends_fully(layer) else SLIDING for layer in range(config.num_hidden_layers)

@@ -36,6 +36,10 @@ FAMILIES = {
     "llama with biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
     "llama with yarn": ("Llama", dict(rope_parameters=YARN)),
     "mistral": ("Mistral", dict(sliding_window=100)),
+    "gemma2 without window and caps": (
+        "Gemma2",
+        dict(layer_types=["full_attention"] * 3, attn_logit_softcapping=None, final_logit_softcapping=None),
+    ),
     "qwen2": ("Qwen2", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
     "qwen2 with a window": ("Qwen2", dict(use_sliding_window=True, sliding_window=100, max_window_layers=0)),
     "qwen3": ("Qwen3", dict(tie_word_embeddings=True)),

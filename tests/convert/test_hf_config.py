@@ -83,8 +83,19 @@ def test_defaults_are_those_of_transformers():
 
 def test_mistral_without_window():
     mistral = with_keys(model_type="mistral", num_key_value_heads=8)
-    assert hf_config.from_hf({**mistral, "sliding_window": None}).num_key_value_heads == 8
+    without = hf_config.from_hf({**mistral, "sliding_window": None})
+    assert (without.num_key_value_heads, without.sliding_window) == (8, 0)
     assert hf_config.from_hf(mistral).sliding_window == 4096
+
+
+def test_null_switches_a_cap_off_where_its_absence_means_the_default():
+    gemma = with_keys(model_type="gemma2", head_dim=128)
+    theirs = transformers.Gemma2Config(**{**gemma, "attn_logit_softcapping": None})
+    assert (theirs.attn_logit_softcapping, theirs.final_logit_softcapping) == (None, 30.0)
+    config = hf_config.from_hf({**gemma, "attn_logit_softcapping": None})
+    assert (config.attention_softcap, config.logit_softcap) == (0, 30.0)
+    written = hf_config.to_hf(config, dtype="float32", bos=2, eos=1, pad=0)
+    assert (written["model_type"], hf_config.from_hf(written)) == ("gemma2", config)
 
 
 @pytest.mark.parametrize(
