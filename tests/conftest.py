@@ -27,6 +27,7 @@ PROCESS_MODULES = {
     "checkpoint/test_manager",
     "checkpoint/test_policies",
     "cluster/test_hosts",
+    "convert/test_families",
     "convert/test_import_hf",
     "convert/test_memory",
     "convert/test_vocabulary",
@@ -42,7 +43,7 @@ PROCESS_MODULES = {
     "infer/test_smoke",
     "infer/test_verbs",
     "models/test_attention",
-    "models/test_llama",
+    "models/test_decoder",
     "plan/test_generate",
     "plan/test_plan",
     "plan/test_search",
@@ -69,6 +70,8 @@ PROCESS_MODULES = {
 def pytest_collection_modifyitems(items):
     """Marks the tests of these modules `process`."""
     root = pathlib.Path(__file__).parent
+    renamed = [module for module in PROCESS_MODULES if not (root / f"{module}.py").exists()]
+    assert not renamed, f"PROCESS_MODULES of tests/conftest.py names modules that are not there: {renamed}"
     for item in items:
         if item.path.relative_to(root).with_suffix("").as_posix() in PROCESS_MODULES:
             item.add_marker("process")

@@ -24,7 +24,7 @@ REMAT_ABOVE = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scores:
+class ScoreOptions:
     """How a layer computes scores from queries and keys."""
 
     divisor: float = 0.0  # scores are divided by its root; 0: the head's width N
@@ -34,16 +34,16 @@ class Scores:
     def scale(self, N: int) -> float:
         return (self.divisor or N) ** -0.5
 
-    def cuts(self, T: int) -> bool:
+    def hides_keys(self, T: int) -> bool:
         """Whether the window hides anything in a row of T positions."""
         return 0 < self.window < T
 
 
-PLAIN = Scores()
+PLAIN = ScoreOptions()
 
 
 def grouped_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, scores: Scores = PLAIN
+    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, options: ScoreOptions = PLAIN
 ) -> jax.Array:
     """Softmax attention with grouped keys and an explicit mask.
 
@@ -51,7 +51,7 @@ def grouped_attention(
       query: [B, T, H, N], already rotated.
       key, value: [B, S, K, N], keys already rotated; H must be a multiple of K.
       visible: bool, broadcastable to [B, 1, 1, T, S]: which keys a query sees.
-      scores: scale and cap; its window is not read.
+      options: scale and cap; the window is not read.
 
     Returns:
       [B, T, H, N] in query's dtype. Scores and softmax are float32. A query that sees no key gets
@@ -60,12 +60,12 @@ def grouped_attention(
     B, T, H, N = query.shape
     K = key.shape[2]
     precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
-    grouped = query.reshape(B, T, K, H // K, N) * jnp.asarray(scores.scale(N), query.dtype)
+    grouped = query.reshape(B, T, K, H // K, N) * jnp.asarray(options.scale(N), query.dtype)
     logits = jnp.einsum(
         "BTKGN,BSKN->BKGTS", grouped, key, precision=precision, preferred_element_type=jnp.float32
     )
-    if scores.softcap:
-        logits = scores.softcap * jnp.tanh(logits / scores.softcap)
+    if options.softcap:
+        logits = options.softcap * jnp.tanh(logits / options.softcap)
     logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     out = jnp.einsum("BKGTS,BSKN->BTKGN", weights, value, precision=precision)
@@ -78,7 +78,7 @@ def xla_attention(
     value: jax.Array,
     segment_ids: jax.Array,
     mesh: Mesh | None,
-    scores: Scores = PLAIN,
+    options: ScoreOptions = PLAIN,
 ) -> jax.Array:
     """Causal attention inside segments, in blocks of queries.
 
@@ -95,15 +95,15 @@ def xla_attention(
     positions = jnp.arange(T)
 
     def attend(start: int, stop: int) -> jax.Array:
-        first = max(0, start - scores.window + 1) if scores.cuts(T) else 0
+        first = max(0, start - options.window + 1) if options.hides_keys(T) else 0
         rows, columns = positions[start:stop], positions[first:stop]
         inside = rows[:, None] >= columns[None, :]
-        if scores.cuts(T):
-            inside &= rows[:, None] - columns[None, :] < scores.window
+        if options.hides_keys(T):
+            inside &= rows[:, None] - columns[None, :] < options.window
         same = segment_ids[:, start:stop, None] == segment_ids[:, None, first:stop]
         visible = (inside & same)[:, None, None]
         return grouped_attention(
-            query[:, start:stop], key[:, first:stop], value[:, first:stop], visible, scores
+            query[:, start:stop], key[:, first:stop], value[:, first:stop], visible, options
         )
 
     if mesh is not None and mesh.shape["sequence"] > 1:
@@ -125,12 +125,12 @@ def cudnn_attention(
     value: jax.Array,
     segment_ids: jax.Array,
     mesh: Mesh | None,
-    scores: Scores = PLAIN,
+    options: ScoreOptions = PLAIN,
 ) -> jax.Array:
     """Causal attention inside segments by cuDNN's fused kernels, on NVIDIA GPUs.
 
-    Rows of one document each need the causal mask alone, of which the kernels skip the upper half; which rows those
-    are is known only when the step runs. Packed rows take a mask [B, 1, T, T], which the backward pass computes again.
+    Rows of one document each need only the causal mask, and the kernels skip its upper half. Which rows those are is
+    known only when the step runs. Packed rows take a mask [B, 1, T, T], which the backward pass computes again.
     Arguments and result are those of `xla_attention`, in bfloat16 or float16.
 
     Raises:
@@ -145,15 +145,15 @@ def cudnn_attention(
         raise UserError(
             'config.mesh.sequence above 1 is not possible with config.compute.attention "cudnn": set it to "xla"'
         )
-    if scores.softcap:
+    if options.softcap:
         raise UserError(
             'cuDNN cannot cap scores (model.attention_softcap): set config.compute.attention to "xla"'
         )
     fused = functools.partial(
         jax.nn.dot_product_attention,
         is_causal=True,
-        scale=scores.scale(query.shape[-1]),
-        local_window_size=(scores.window - 1, 0) if scores.cuts(query.shape[1]) else None,
+        scale=options.scale(query.shape[-1]),
+        local_window_size=(options.window - 1, 0) if options.hides_keys(query.shape[1]) else None,
         implementation="cudnn",
     )
 
@@ -174,14 +174,14 @@ def cudnn_attention(
     return checkpoint_name(local(query, key, value, segment_ids), "attention_out")
 
 
-def _splash_attention(query, key, value, segment_ids, mesh, scores=PLAIN, blocks=(0, 0)) -> jax.Array:
+def _splash_attention(query, key, value, segment_ids, mesh, options=PLAIN, blocks=(0, 0)) -> jax.Array:
     # Pallas costs half a second to import, and only TPU runs need it.
     from lemur_jax.models.splash import splash_attention
 
-    return splash_attention(query, key, value, segment_ids, mesh, scores, blocks)
+    return splash_attention(query, key, value, segment_ids, mesh, options, blocks)
 
 
-# name -> (query, key, value, segment ids, mesh, scores) -> mixed values
+# name -> (query, key, value, segment ids, mesh, options) -> mixed values
 IMPLEMENTATIONS: dict[str, Callable] = {
     "xla": xla_attention,
     "splash": _splash_attention,

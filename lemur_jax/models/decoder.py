@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from lemur_jax.models.attention import Scores, attention
+from lemur_jax.models.attention import ScoreOptions, attention
 from lemur_jax.models.config import ComputeConfig, DecoderConfig
 from lemur_jax.models.remat import rematerialize
 from lemur_jax.models.rope import angles_by_layer, rotate
@@ -96,6 +96,19 @@ class RMSNorm(nnx.Module):
         return (wide * (scale + self.offset if self.offset else scale)).astype(x.dtype)
 
 
+def identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _qk_norm(config: DecoderConfig, compute: Compute, heads: int, axis: str) -> Callable:
+    """The norm of queries or keys [B, T, heads, N]."""
+    if config.qk_norm == "head":
+        return RMSNorm(config, compute, (config.head_dim,), "norm")
+    if config.qk_norm == "width":
+        return RMSNorm(config, compute, (heads, config.head_dim), axis, "norm")
+    return identity
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -107,28 +120,22 @@ class Attention(nnx.Module):
         self.key = _weight(config, rngs, (D, K, N), "embed", "kv_heads", "head_dim")
         self.value = _weight(config, rngs, (D, K, N), "embed", "kv_heads", "head_dim")
         self.out = _weight(config, rngs, (H, N, D), "heads", "head_dim", "embed")
-        if config.attention_bias:
-            self.query_bias = _bias((H, N), "heads", "norm")
-            self.key_bias = _bias((K, N), "kv_heads", "norm")
-            self.value_bias = _bias((K, N), "kv_heads", "norm")
-        if config.attention_bias == "qkvo":
-            self.out_bias = _bias((D,), "norm")
-        if config.qk_norm == "head":
-            self.query_norm = RMSNorm(config, compute, (N,), "norm")
-            self.key_norm = RMSNorm(config, compute, (N,), "norm")
-        if config.qk_norm == "width":
-            self.query_norm = RMSNorm(config, compute, (H, N), "heads", "norm")
-            self.key_norm = RMSNorm(config, compute, (K, N), "kv_heads", "norm")
+        biased = config.attention_bias != ""
+        self.query_bias = _bias((H, N), "heads", "norm") if biased else None
+        self.key_bias = _bias((K, N), "kv_heads", "norm") if biased else None
+        self.value_bias = _bias((K, N), "kv_heads", "norm") if biased else None
+        self.out_bias = _bias((D,), "norm") if config.attention_bias == "qkvo" else None
+        self.query_norm = _qk_norm(config, compute, H, "heads")
+        self.key_norm = _qk_norm(config, compute, K, "kv_heads")
 
     def __call__(self, x: jax.Array, angles, attend: Callable) -> tuple[jax.Array, Any]:
         """[B, T, D] -> ([B, T, D], the cache that `attend` returns)."""
         weights = (("BTD,DHN->BTHN", self.query), ("BTD,DKN->BTKN", self.key), ("BTD,DKN->BTKN", self.value))
         query, key, value = self.project.read(x, *weights)
-        query = add_bias(query, self, "query_bias")
-        key = add_bias(key, self, "key_bias")
-        value = add_bias(value, self, "value_bias")
-        if hasattr(self, "query_norm"):
-            query, key = self.query_norm(query), self.key_norm(key)
+        query = add_bias(query, self.query_bias)
+        key = add_bias(key, self.key_bias)
+        value = add_bias(value, self.value_bias)
+        query, key = self.query_norm(query), self.key_norm(key)
         query, key = (rotate(each, angles, self.project.mesh) for each in (query, key))
         query = self.project.shard(query, "heads", "head_dim")
         key = self.project.shard(key, "kv_heads", "head_dim")
@@ -136,12 +143,11 @@ class Attention(nnx.Module):
         query = checkpoint_name(query, "query")
         key, value = checkpoint_name(key, "key_value"), checkpoint_name(value, "key_value")
         mixed, cache = attend(query, key, value)
-        return add_bias(self.project.write("BTHN,HND->BTD", mixed, self.out), self, "out_bias"), cache
+        return add_bias(self.project.write("BTHN,HND->BTD", mixed, self.out), self.out_bias), cache
 
 
-def add_bias(x: jax.Array, module: nnx.Module, name: str) -> jax.Array:
-    """`x` plus the bias of that name, if the module has one."""
-    bias = getattr(module, name, None)
+def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """`x` plus the bias, if there is one; the bias has the last dimensions of `x`."""
     return x if bias is None else x + bias.get_value().astype(x.dtype)
 
 
@@ -155,18 +161,18 @@ class MLP(nnx.Module):
         self.gate = _weight(config, rngs, (D, F), "embed", "mlp")
         self.up = _weight(config, rngs, (D, F), "embed", "mlp")
         self.down = _weight(config, rngs, (F, D), "mlp", "embed")
-        if config.mlp_bias:
-            self.gate_bias, self.up_bias = _bias((F,), "norm"), _bias((F,), "norm")
-            self.down_bias = _bias((D,), "norm")
+        self.gate_bias = _bias((F,), "norm") if config.mlp_bias else None
+        self.up_bias = _bias((F,), "norm") if config.mlp_bias else None
+        self.down_bias = _bias((D,), "norm") if config.mlp_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         gate, up = self.project.read(x, ("BTD,DF->BTF", self.gate), ("BTD,DF->BTF", self.up))
-        gate, up = add_bias(gate, self, "gate_bias"), add_bias(up, self, "up_bias")
+        gate, up = add_bias(gate, self.gate_bias), add_bias(up, self.up_bias)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         hidden = self.project.pointwise(lambda gate, up: self.activation(gate) * up, gate, up)
         down = self.project.write("BTF,FD->BTD", self.project.shard(hidden, "mlp"), self.down)
-        return add_bias(down, self, "down_bias")
+        return add_bias(down, self.down_bias)
 
 
 class Block(nnx.Module):
@@ -187,10 +193,6 @@ class Block(nnx.Module):
         mixed, cache = self.attention(self.attention_norm(x), angles, attend)
         h = checkpoint_name(x + self.attention_post_norm(mixed), "residual")
         return h + self.mlp_post_norm(self.mlp(self.mlp_norm(h))), cache
-
-
-def identity(x: jax.Array) -> jax.Array:
-    return x
 
 
 class Embedding(nnx.Module):
@@ -279,9 +281,9 @@ class Decoder(nnx.Module):
         )
 
 
-def scores(config: DecoderConfig, window: int = 0) -> Scores:
+def score_options(config: DecoderConfig, window: int = 0) -> ScoreOptions:
     """How the layers of this model score, with a window or without one."""
-    return Scores(divisor=config.query_scale, softcap=config.attention_softcap, window=window)
+    return ScoreOptions(divisor=config.query_scale, softcap=config.attention_softcap, window=window)
 
 
 def self_attention(config: DecoderConfig, compute: Compute) -> Callable:
@@ -295,7 +297,7 @@ def self_attention(config: DecoderConfig, compute: Compute) -> Callable:
     )
     windows = (0, config.sliding_window)
     full, windowed = (
-        functools.partial(implementation, mesh=compute.mesh, scores=scores(config, window))
+        functools.partial(implementation, mesh=compute.mesh, options=score_options(config, window))
         for window in windows
     )
 

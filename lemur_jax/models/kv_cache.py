@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lemur_jax.models.attention import grouped_attention
 from lemur_jax.models.config import DecoderConfig
-from lemur_jax.models.decoder import Attend, Compute, scores, self_attention
+from lemur_jax.models.decoder import Attend, Compute, score_options, self_attention
 from lemur_jax.parallel.rules import constrain
 
 AXES = ("layers", "batch", "keys", "kv_heads", "head_dim")
@@ -85,6 +85,8 @@ def decoding(config: DecoderConfig, slot: jax.Array, visible: jax.Array, distanc
             jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (cache.key, cache.value)
         )
         seen = visible & (config.attends_fully(layer) | near)
-        return grouped_attention(query, keys, values, seen[:, None, None, None, :], scores(config)), cache
+        return grouped_attention(
+            query, keys, values, seen[:, None, None, None, :], score_options(config)
+        ), cache
 
     return attend

@@ -46,14 +46,15 @@ def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
 def _yarn_ramp(config: DecoderConfig) -> np.ndarray:
     """How far each frequency is divided by the factor, 0 to 1: float32 [N/2] (Peng et al. 2023, eq. 18)."""
 
-    def channel(rotations: float) -> float:  # that makes so many rotations in the original length
+    def pair_index(rotations: float) -> float:
+        """The pair of channels that makes this number of rotations over the original length."""
         length = config.rope_original_max_position_embeddings
         return (
             config.head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
         )
 
-    low = max(math.floor(channel(config.rope_beta_fast)), 0)
-    high = min(math.ceil(channel(config.rope_beta_slow)), config.head_dim - 1)
+    low = max(math.floor(pair_index(config.rope_beta_fast)), 0)
+    high = min(math.ceil(pair_index(config.rope_beta_slow)), config.head_dim - 1)
     pairs = np.arange(config.head_dim // 2, dtype=np.float32)
     return np.clip((pairs - low) / np.float32(max(high - low, 0.001)), 0, 1)
 

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh, PartitionSpec
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models.attention import PLAIN, Scores
+from lemur_jax.models.attention import PLAIN, ScoreOptions
 from lemur_jax.parallel.rules import RULES
 
 # Lanes of a TPU register: block sizes must be multiples of it.
@@ -33,7 +33,7 @@ def splash_attention(
     value: jax.Array,
     segment_ids: jax.Array,
     mesh: Mesh | None,
-    scores: Scores = PLAIN,
+    options: ScoreOptions = PLAIN,
     blocks: tuple[int, int] = (0, 0),
 ) -> jax.Array:
     """Causal attention inside segments by the splash kernels.
@@ -46,7 +46,7 @@ def splash_attention(
       query: [B, T, H, N]; key, value: [B, T, K, N]; all rotated.
       segment_ids: int32 [B, T]; documents packed in a row do not see each other.
       mesh: the device mesh; None: one device.
-      scores: scale, cap and window.
+      options: scale, cap and window.
       blocks: as in `block_sizes`.
 
     Returns:
@@ -61,10 +61,10 @@ def splash_attention(
             f"config.data.sequence_length {T} is not a multiple of {LANES}, which the splash kernels need:"
             ' change it or set config.compute.attention to "xla"'
         )
-    query = (query.astype(jnp.float32) * scores.scale(query.shape[-1])).astype(query.dtype)
+    query = (query.astype(jnp.float32) * options.scale(query.shape[-1])).astype(query.dtype)
     kind = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).device_kind
     sizes = block_sizes(T, query.shape[-1], kind, blocks)
-    local = functools.partial(_local, sizes=sizes, interpret="TPU" not in kind, scores=scores)
+    local = functools.partial(_local, sizes=sizes, interpret="TPU" not in kind, options=options)
     if mesh is None:
         return local(query, key, value, segment_ids, ways=1)
     ways = mesh.shape["sequence"]
@@ -91,7 +91,15 @@ def check_heads(H: int, K: int, mesh: Any) -> None:
 
 
 def _local(
-    query, key, value, segment_ids, *, sizes: kernels.BlockSizes, interpret: bool, scores: Scores, ways: int
+    query,
+    key,
+    value,
+    segment_ids,
+    *,
+    sizes: kernels.BlockSizes,
+    interpret: bool,
+    options: ScoreOptions,
+    ways: int,
 ) -> jax.Array:
     """The kernel on one device's shard: [B, T/ways, H, N] in and out."""
     if ways > 1:
@@ -105,7 +113,7 @@ def _local(
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     # Mapped axes are what the two cores of a v4 or v5p chip share out; inside the kernels only the
     # forward one has an axis that they may.
-    kernel = jax.vmap(jax.vmap(_kernel(H // K, T, sizes, interpret, scores), in_axes=(0, 0, 0, None)))
+    kernel = jax.vmap(jax.vmap(_kernel(H // K, T, sizes, interpret, options), in_axes=(0, 0, 0, None)))
     out = kernel(query, key, value, kernels.SegmentIds(q=segment_ids, kv=segment_ids))
     out = out.reshape(B, H, T, N).swapaxes(1, 2)
     return jax.lax.all_to_all(out, "sequence", split_axis=1, concat_axis=2, tiled=True) if ways > 1 else out
@@ -116,17 +124,17 @@ def _positions_for_heads(x: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(x, "sequence", split_axis=2, concat_axis=1, tiled=True)
 
 
-def _kernel(heads: int, length: int, sizes: kernels.BlockSizes, interpret: bool, scores: Scores):
+def _kernel(heads: int, length: int, sizes: kernels.BlockSizes, interpret: bool, options: ScoreOptions):
     """The kernel for one row and the query heads of one key head."""
     square = (length, length)
     mask = (
-        masks.LocalMask(square, (scores.window - 1, 0), 0)
-        if scores.cuts(length)
+        masks.LocalMask(square, (options.window - 1, 0), 0)
+        if options.hides_keys(length)
         else masks.CausalMask(square)
     )
     return kernels.make_splash_mqa(
         masks.MultiHeadMask([mask] * heads),
-        attn_logits_soft_cap=scores.softcap or None,
+        attn_logits_soft_cap=options.softcap or None,
         head_shards=1,
         q_seq_shards=1,
         block_sizes=sizes,

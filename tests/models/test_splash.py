@@ -7,7 +7,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.models import decoder, splash
-from lemur_jax.models.attention import Scores, xla_attention
+from lemur_jax.models.attention import ScoreOptions, xla_attention
 from lemur_jax.models.config import ComputeConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
@@ -81,10 +81,10 @@ def test_window_cap_and_scale_are_those_of_xla():
     query, key, value, segments, _ = (
         jnp.asarray(x, jnp.int32 if x.dtype == int else jnp.float32) for x in arrays()
     )
-    scores = Scores(divisor=24.0, softcap=2.0, window=100)
+    options = ScoreOptions(divisor=24.0, softcap=2.0, window=100)
 
     def both(attend):
-        out, pull = jax.vjp(lambda *qkv: attend(*qkv, segments, None, scores), query, key, value)
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, segments, None, options), query, key, value)
         return out, *pull(out)
 
     for ours, theirs in zip(both(splash_attention), both(xla_attention), strict=True):
