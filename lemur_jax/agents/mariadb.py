@@ -1,4 +1,4 @@
-"""A MariaDB or MySQL server of its own: temporary, on a socket, without a network."""
+"""A MariaDB server of its own: temporary, on a socket, without a network."""
 
 import contextlib
 import getpass

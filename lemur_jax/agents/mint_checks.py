@@ -119,6 +119,13 @@ _OPERATORS: dict[type, Callable[..., Any]] = {
 def _evaluate(text: str) -> Any:
     """The value of literals and arithmetic (MINT calls `eval`); None for anything else."""
 
+    def number(node: ast.AST) -> Any:
+        # Arithmetic takes numbers alone: "'a' * 9999999999" would fill the memory of the evaluation.
+        found = value(node)
+        if not isinstance(found, int | float | complex):
+            raise TypeError(found)
+        return found
+
     def value(node: ast.AST) -> Any:
         match node:
             case ast.Constant():
@@ -127,11 +134,11 @@ def _evaluate(text: str) -> Any:
                 items = [value(item) for item in node.elts]
                 return sorted(set(items)) if isinstance(node, ast.Set) else items
             case ast.UnaryOp():
-                return _OPERATORS[type(node.op)](value(node.operand))
+                return _OPERATORS[type(node.op)](number(node.operand))
             case ast.BinOp(op=ast.Pow()):
-                return float(value(node.left)) ** float(value(node.right))
+                return float(number(node.left)) ** float(number(node.right))
             case ast.BinOp():
-                return _OPERATORS[type(node.op)](value(node.left), value(node.right))
+                return _OPERATORS[type(node.op)](number(node.left), number(node.right))
         raise ValueError(ast.dump(node))
 
     try:

@@ -12,9 +12,9 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.models.config import DecoderConfig
 
 Raw = dict[str, Any]  # a config.json
-_NONE: Mapping[str, Any] = {}
 FULL, SLIDING = "full_attention", "sliding_attention"
-MOST_LAYERS = 10_000  # lists with an entry a layer are made before any weight is seen
+# Lists with one entry a layer are made before weights are read: a damaged config.json must not fill the memory.
+MAX_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,14 @@ class Family:
     layer_kinds: Callable[[Raw, int], list[str]] | None = None
     local_theta: float = 0.0  # base of the rotary angles of layers with a window; 0: as in the others
     skips_rope: bool = False  # whether some layers have no rotary embedding
+    scales_embedding: bool = False  # by the root of the width
+
+
+def _integer(raw: Raw, key: str, default: int, least: int = 1) -> int:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"config.json: {key} is {value!r:.100}, not an integer of at least {least}")
+    return value
 
 
 def _all_sliding(raw: Raw, layers: int) -> list[str]:
@@ -45,13 +53,14 @@ def _all_sliding(raw: Raw, layers: int) -> list[str]:
 
 
 def _sliding_above(raw: Raw, layers: int) -> list[str]:
-    first = raw.get("max_window_layers", 28)
+    first = _integer(raw, "max_window_layers", 28, least=0)
     return [SLIDING if layer >= first else FULL for layer in range(layers)]
 
 
 def _full_every(default: int) -> Callable[[Raw, int], list[str]]:
     def kinds(raw: Raw, layers: int) -> list[str]:
-        every = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", default))
+        saved = _integer(raw, "_sliding_window_pattern", default)
+        every = _integer(raw, "sliding_window_pattern", saved)
         return [SLIDING if (layer + 1) % every else FULL for layer in range(layers)]
 
     return kinds
@@ -61,6 +70,7 @@ _COMMON = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
 _GEMMA: dict[str, Any] = dict(
     spec={"norm_position": "both", "norm_offset": 1.0},
     activation="hidden_activation",
+    scales_embedding=True,
     keys={
         "query_pre_attn_scalar": "query_scale",
         "attn_logit_softcapping": "attention_softcap",
@@ -159,14 +169,14 @@ BY_NAME = {family.model_type: family for family in FAMILIES}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def differences(family: Family, raw: Raw, layers: int, width: int, where: str) -> dict[str, Any]:
+def spec_fields(family: Family, raw: Raw, layers: int, width: int, where: str) -> dict[str, Any]:
     """The fields of the specification beyond Llama's, from a config.json whose numbers are checked elsewhere.
 
     Raises:
       UserError: a key says what the specification cannot.
     """
-    if layers > MOST_LAYERS:
-        raise UserError(f"{where}: num_hidden_layers is {layers}; at most {MOST_LAYERS} are possible")
+    if layers > MAX_LAYERS:
+        raise UserError(f"{where}: num_hidden_layers is {layers}; at most {MAX_LAYERS} are possible")
     raw = {**family.defaults, **raw}  # an explicit null stays: it switches a window or a cap off
     fields: dict[str, Any] = dict(family.spec)
     fields |= {field: _float(raw.get(key), key, where) for key, field in family.keys.items()}
@@ -184,7 +194,7 @@ def differences(family: Family, raw: Raw, layers: int, width: int, where: str) -
     if raw.get("attention_bias"):
         fields["attention_bias"] = family.bias
     fields["mlp_bias"] = bool(raw.get("mlp_bias"))
-    if family.spec.get("norm_offset"):  # Gemma's models scale the embedding
+    if family.scales_embedding:
         fields["embedding_multiplier"] = width**0.5
     window, every = _window(family, raw, layers, where)
     fields |= {"sliding_window": window, "full_attention_every": every}
@@ -238,7 +248,9 @@ def _period(marked: list[bool], key: str, where: str) -> int:
 
 
 def _local_theta(family: Family, raw: Raw, where: str) -> float:
-    nested = (raw.get("rope_parameters") or _NONE).get(SLIDING) or _NONE
+    rope = raw.get("rope_parameters")
+    nested = rope.get(SLIDING) if isinstance(rope, dict) else None
+    nested = nested if isinstance(nested, dict) else {}
     if nested.get("rope_type", "default") != "default":
         raise UserError(
             f"{where}: rope_parameters.{SLIDING} has the type {nested['rope_type']!r}; only default is implemented"
@@ -250,14 +262,14 @@ def _local_theta(family: Family, raw: Raw, where: str) -> float:
 def _rope_skip_every(raw: Raw, layers: int, where: str) -> int:
     rotated = raw.get("no_rope_layers")  # 1: has a rotary embedding
     if not rotated:
-        interval = raw.get("no_rope_layer_interval", 4)
+        interval = _integer(raw, "no_rope_layer_interval", 4)
         rotated = [int((layer + 1) % interval != 0) for layer in range(layers)]
-    if len(rotated) != layers:
-        raise UserError(f"{where}: no_rope_layers has {len(rotated)} entries for {layers} layers")
+    if not isinstance(rotated, list) or len(rotated) != layers:
+        raise UserError(f"{where}: no_rope_layers is {rotated!r:.100}, not a list of {layers} numbers")
     return _period([not each for each in rotated], "no_rope_layers", where)
 
 
-def describe(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
+def config_keys(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
     """The keys of config.json that say what the specification has beyond Llama's fields.
 
     Args:

@@ -90,9 +90,9 @@ def read_config(path: epath.PathLike) -> DecoderConfig:
     fields: dict[str, Any] = {field: data[key] for key, field in _FIELDS.items()}
     heads, width = data["attention.head_count"], data["embedding_length"]
     shapes = {tensor.name: tensor.shape for tensor in open_gguf(path).tensors}
-    if not isinstance(heads, int) or "token_embd.weight" not in shapes:
+    if not isinstance(heads, int) or heads < 1 or "token_embd.weight" not in shapes:
         raise UserError(
-            f"{path} has layers of different shapes, or no token_embd.weight: that is not implemented"
+            f"{path}: token_embd.weight is missing, or llama.attention.head_count ({heads!r:.80}) is not one number"
         )
     head_dim = data.get("attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -110,12 +110,13 @@ def read_config(path: epath.PathLike) -> DecoderConfig:
         raise UserError(
             f"{path}: llama.rope.scaling.type is {scaling!r}; only none and linear are implemented"
         )
+    if scaling == "linear" and "rope.scaling.factor" not in data:
+        raise UserError(f"{path}: llama.rope.scaling.factor is missing")
     return DecoderConfig(
         **fields,
         vocab_size=int(shapes["token_embd.weight"][1]),
         num_key_value_heads=data.get("attention.head_count_kv", heads),
         head_dim=head_dim,
-        initializer_range=0.02,
         tie_word_embeddings="output.weight" not in shapes,
         rope_theta=float(data.get("rope.freq_base", 10_000.0)),
         rope_scaling=scaling,
@@ -127,7 +128,7 @@ def open_weights(path: epath.PathLike) -> dict[str, GgufTensor]:
     """The tensors of a GGUF file by Hugging Face's names.
 
     Raises:
-      UserError: a tensor whose name this Llama does not have, or a quantization that `gguf` cannot undo.
+      UserError: the metadata are not those of a Llama, or a quantization that `gguf` cannot undo.
     """
     import gguf
 

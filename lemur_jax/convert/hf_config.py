@@ -19,7 +19,7 @@ _COPIED = (
 )
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# Keys of the rope dictionary that each type has, besides the type itself and rope_theta, and those that it may have.
+# Required keys of the rope dictionary by type, without the type itself and rope_theta; then the optional ones.
 _ROPE_KEYS = {
     "none": (),
     "linear": ("factor",),
@@ -77,7 +77,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         default = defaults[key]  # a 0 or "" is refused and not replaced
         fields[key] = _number(default if raw.get(key) is None else raw[key], type(default), key, where)
     fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", defaults.get("tie_word_embeddings", False))
-    fields.update(families.differences(family, dict(raw), fields["num_hidden_layers"], width, where))
+    fields.update(families.spec_fields(family, dict(raw), fields["num_hidden_layers"], width, where))
     default_theta = defaults.get("rope_theta", 10_000.0)
     fields.update(_rope_from_hf(raw, fields["max_position_embeddings"], default_theta, where))
     try:
@@ -164,7 +164,7 @@ def to_hf(
             "architectures": [family.architecture],
             "model_type": family.model_type,
             **{name: getattr(config, name) for name in _COPIED},
-            **families.describe(family, config, _rope_to_hf(config)),
+            **families.config_keys(family, config, _rope_to_hf(config)),
             "attention_dropout": 0.0,
             **ids,
             "use_cache": True,

@@ -139,11 +139,6 @@ def _read_bin(path: epath.Path) -> dict[str, Tensor]:
 
 def check_weights(config: DecoderConfig, tensors: Mapping[str, Tensor], hf_dir: epath.PathLike) -> None:
     """Raises UserError if a tensor is missing, unexpected or of another shape, or a tied head is not its embedding."""
-    if config.num_hidden_layers > len(tensors):  # before that many names are made
-        raise UserError(
-            f"{hf_dir}: config.json says {config.num_hidden_layers} layers, but only"
-            f" {len(tensors)} tensors are there"
-        )
     expected = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
     tied = config.tie_word_embeddings and layout.HEAD in tensors
     found = {name: tensor.shape for name, tensor in tensors.items() if not (tied and name == layout.HEAD)}

@@ -38,6 +38,7 @@ needs_ipython = pytest.mark.skipif(
         (lambda: mint_checks.theorem([3, 2], "[2, 3]", "list of integer"), True),
         (lambda: mint_checks.theorem(False, "no", "bool"), True),
         (lambda: mint_checks.theorem("c", "c) all", "option"), False),
+        (lambda: mint_checks.theorem("a", "'a' * 9999999999", "string"), False),
         (lambda: mint_checks.theorem(60, "__import__('os').getpid()", "integer"), False),
         (lambda: mint_checks.code("assert f(2) == 4", "def f(x): return 2 * x"), True),
     ],
