@@ -35,18 +35,18 @@ YARN = {
 FAMILIES = {
     "llama with biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
     "llama with yarn": ("Llama", dict(rope_parameters=YARN)),
-    "mistral": ("Mistral", dict(sliding_window=100)),
+    "mistral": ("Mistral", dict(sliding_window=40)),
     "gemma2 without window and caps": (
         "Gemma2",
         dict(layer_types=["full_attention"] * 3, attn_logit_softcapping=None, final_logit_softcapping=None),
     ),
     "qwen2": ("Qwen2", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
-    "qwen2 with a window": ("Qwen2", dict(use_sliding_window=True, sliding_window=100, max_window_layers=0)),
+    "qwen2 with a window": ("Qwen2", dict(use_sliding_window=True, sliding_window=40, max_window_layers=0)),
     "qwen3": ("Qwen3", dict(tie_word_embeddings=True)),
     "smollm3": ("SmolLM3", dict(num_hidden_layers=5)),
     "olmo2": ("Olmo2", {}),
-    "gemma2": ("Gemma2", dict(sliding_window=100, query_pre_attn_scalar=24)),
-    "gemma3": ("Gemma3Text", dict(sliding_window=100, num_hidden_layers=7)),
+    "gemma2": ("Gemma2", dict(sliding_window=40, query_pre_attn_scalar=24)),
+    "gemma3": ("Gemma3Text", dict(sliding_window=40, num_hidden_layers=7)),
 }
 
 
@@ -115,7 +115,7 @@ def test_an_export_is_the_same_model_bit_for_bit(model, tmp_path):
 
 @pytest.mark.parametrize("model", ["mistral", "smollm3", "gemma2", "gemma3"], indirect=True)
 def test_greedy_generation(model, tmp_path):
-    """A prompt and 64 tokens cross the window of 100."""
+    """A prompt and 64 tokens cross the window of 40."""
     config, params = load_hf_params(tmp_path / "model")
     mesh = make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}, jax.devices()[:1])
     session = make_session(config, params, mesh, "float32")

@@ -81,7 +81,7 @@ def test_window_cap_and_scale_are_those_of_xla():
     query, key, value, segments, _ = (
         jnp.asarray(x, jnp.int32 if x.dtype == int else jnp.float32) for x in arrays()
     )
-    options = ScoreOptions(divisor=24.0, softcap=2.0, window=100)
+    options = ScoreOptions(divisor=24.0, softcap=2.0, window=40)
 
     def both(attend):
         out, pull = jax.vjp(lambda *qkv: attend(*qkv, segments, None, options), query, key, value)

@@ -1,5 +1,6 @@
 """FLOPs against published figures and against the products in a traced Llama; peaks against JAX's kinds."""
 
+import dataclasses
 import math
 
 import jax
@@ -26,6 +27,28 @@ SMALL = DecoderConfig(
 def test_parameters_are_those_of_the_model(name):
     """`tests/models/test_presets.py` compares these with the published ones."""
     assert parameter_counts(preset(name)).total == num_params(preset(name))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(attention_bias="qkvo", mlp_bias=True, qk_norm="width"),
+        dict(attention_bias="qkv", qk_norm="head", norm_position="both"),
+        dict(norm_position="post", tie_word_embeddings=True),
+    ],
+)
+def test_parameters_of_other_decoders(changes):
+    config = dataclasses.replace(SMALL, **changes)
+    assert parameter_counts(config).total == num_params(config)
+
+
+@pytest.mark.parametrize("window", [1, 7, 20, 64])
+def test_a_window_costs_the_keys_in_it(window):
+    """Two of the three layers have it."""
+    T, config = 20, dataclasses.replace(SMALL, sliding_window=window, full_attention_every=3)
+    keys = 2 * sum(min(t, window) for t in range(1, T + 1)) + sum(range(1, T + 1))
+    attention = flops_per_token(config, T, backward=False).attention
+    assert attention == pytest.approx(2 * 2 * config.num_attention_heads * config.head_dim * keys / T)
 
 
 @pytest.mark.parametrize(("causal", "gflop"), [(True, 428.4), (False, 444.5)])
