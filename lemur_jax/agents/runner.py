@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lemur_jax.agents.environments import Environment
 from lemur_jax.agents.episodes import Agent, SessionAgent, Trace, Turn, from_json
@@ -45,31 +46,39 @@ class Journal:
 
     Args:
       path: None keeps nothing.
-      agent: name of the agent; the file of another one is refused.
+      run: what the episodes depend on, e.g. the agent and its limits; the file of another run is refused.
 
     Raises:
-      UserError: the file holds episodes of another agent.
+      UserError: the file is of another run, or no journal.
     """
 
-    def __init__(self, path: pathlib.Path | None, agent: str):
+    def __init__(self, path: pathlib.Path | None, run: Mapping[str, Any]):
         self._path = path
         self.traces: dict[str, Trace] = {}
         if path is None:
             return
-        # A line that was cut by the kill is dropped.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        if lines and json.loads(lines[0]) != {"agent": agent}:
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        try:
+            header, *episodes = map(json.loads, whole.splitlines() or [b"null"])
+            self.traces = {trace.id: trace for trace in map(from_json, episodes)}
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} holds episodes of {lines[0]}, not of {agent}: remove it, or name another --json"
+                f"{path} is not a journal of episodes ({error!r}): name another --json"
+            ) from error
+        if whole and header != run:
+            raise UserError(
+                f"{path} holds episodes of {header}, not of {run}: remove it, or name another --json"
             )
-        self.traces = {trace.id: trace for trace in map(from_json, map(json.loads, lines[1:]))}
-        path.write_text(
-            "".join(line + "\n" for line in lines or [json.dumps({"agent": agent})]), encoding="utf-8"
-        )
+        if whole != content:  # the kill cut a line
+            os.truncate(path, len(whole))
+        if not whole:
+            path.write_text(json.dumps(run) + "\n", encoding="utf-8")
         if self.traces:
             logger.info("%d episodes are done already (%s)", len(self.traces), path)
 
     def add(self, trace: Trace) -> None:
+        """Keeps a finished episode; returns when it is in the file."""
         self.traces[trace.id] = trace
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
@@ -85,7 +94,7 @@ def run_episodes(
     journal: Journal | None = None,
 ) -> list[Trace]:
     """Runs episodes that the journal does not have; an error of the agent is raised after the others' turns."""
-    journal = journal or Journal(None, "")
+    journal = journal or Journal(None, {})
     waiting = [environment for environment in environments if environment.id not in journal.traces]
     running: list[_Running] = []
     with concurrent.futures.ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool:

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import os
+import pathlib
 
 from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, open_session
 from lemur_jax.common.errors import UserError
@@ -87,6 +89,13 @@ def _eval(args) -> None:
             if args.json and written:
                 with open(args.json, "w") as file:
                     json.dump(written, file, indent=1)
+    # All is in the JSON file now. A journal left behind would answer for a checkpoint that has been trained further.
+    if args.agents and args.json:
+        pathlib.Path(_journal_path(args)).unlink(missing_ok=True)
+
+
+def _journal_path(args) -> str:
+    return f"{args.json}.episodes.jsonl"
 
 
 def _benchmarks(args, session, tasks: list[str], scores: dict[str, float], written: dict) -> None:
@@ -104,50 +113,47 @@ def _options(args):
 
 
 def _agents(args, session, written: dict) -> None:
-    import pathlib
-
     from lemur_jax.agents import episodes, runner
 
     names = args.agents.split(",")
     limit = args.max_new_tokens or 512
     if args.replay:
-        traces = _replay(args, names)
-        return _write_agents(args, traces, written)
+        name = f"replay of {os.path.basename(args.replay.rstrip('/'))}"
+        return _write_agents(args, name, _replay(args, names), written)
     agent = (
         episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
         if args.endpoint
         else episodes.SessionAgent(session, max_new_tokens=limit)
     )
-    path = pathlib.Path(f"{args.json}.episodes.jsonl") if args.json else None
-    journal = runner.Journal(path, args.checkpoint or f"{args.endpoint} {args.endpoint_model}")
+    path = pathlib.Path(_journal_path(args)) if args.json else None
+    name = args.checkpoint or args.endpoint_model
+    run = {"agent": name, "endpoint": args.endpoint, "step": args.step}
+    run |= {"turns": args.turns, "max_new_tokens": limit, "dtype": args.dtype, "weights": args.weights}
+    journal = runner.Journal(path, run)
     try:
         with contextlib.ExitStack() as stack:
             opened = episodes.open_environments(names, args.limit, args.data, stack)
             runner.run_episodes(opened, agent, max_turns=args.turns, batch=args.batch, journal=journal)
     finally:
         if journal.traces:
-            _write_agents(args, list(journal.traces.values()), written)
+            _write_agents(args, name, list(journal.traces.values()), written)
 
 
 def _replay(args, names: list[str]) -> list:
-    import os
-
     from lemur_jax.agents.replay import format_replay, replay_run
 
     with contextlib.ExitStack() as stack:
         runs = replay_run(names, args.data, args.replay, args.limit, stack)
         for name, replayed in runs.items():
             print(format_replay(name, replayed))
-    args.endpoint_model = f"replay of {os.path.basename(args.replay.rstrip('/'))}"
     return [one.trace for replayed in runs.values() for one in replayed]
 
 
-def _write_agents(args, traces: list, written: dict) -> None:
+def _write_agents(args, name: str, traces: list, written: dict) -> None:
     from lemur_jax.agents import episodes
     from lemur_jax.agents.page import agents_page
     from lemur_jax.evals.published import format_agents
 
-    name = args.checkpoint or args.endpoint_model
     print(episodes.format_episodes(traces, args.turns))
     if scores := episodes.paper_scores(traces):
         print(format_agents(scores, name))

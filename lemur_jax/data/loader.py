@@ -1,4 +1,4 @@
-"""Global batches as sharded JAX arrays, of which each host reads its own rows alone.
+"""Global batches as sharded JAX arrays; each host reads only its own rows.
 
 Axes: B rows of the global batch, T position in a row.
 """

@@ -73,6 +73,12 @@ def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, c
     assert "100.0" in found.out
     (trace,) = json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"]
     assert trace["solved_at"] == 1
+    journal = tmp_path / "traces.json.episodes.jsonl"
+    assert journal.exists()
+    answers = iter(lambda: "SELECT 1", None)
+    assert main(words) == 0
+    assert len(json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"]) > 1
+    assert not journal.exists()  # it would answer for a checkpoint that has been trained further
     assert "sql/count: solved in turn 1" in (tmp_path / "page.html").read_text()
 
 
@@ -83,14 +89,17 @@ def test_unknown_environment():
 
 def test_an_evaluation_goes_on_after_a_kill_and_exports_what_was_solved(tmp_path, capsys):
     worlds, path = environments.sql_environments()[:2], tmp_path / "episodes.jsonl"
-    run_episodes(worlds[:1], scripted("SELECT 6"), max_turns=1, journal=Journal(path, "a"))
+    run_episodes(worlds[:1], scripted("SELECT 6"), max_turns=1, journal=Journal(path, {"agent": "a"}))
     with path.open("a") as file:
         file.write('{"id": "sql/fil')  # cut by the kill
-    traces = run_episodes(worlds, scripted("SELECT 1"), max_turns=1, journal=Journal(path, "a"))
+    traces = run_episodes(worlds, scripted("SELECT 1"), max_turns=1, journal=Journal(path, {"agent": "a"}))
     assert [trace.solved_at for trace in traces] == [1, None]
     assert len(path.read_text().splitlines()) == 3
     with pytest.raises(UserError, match="holds episodes of"):
-        Journal(path, "b")
+        Journal(path, {"agent": "b"})
+    path.write_text("[1]\n[2]\n")
+    with pytest.raises(UserError, match="is not a journal"):
+        Journal(path, {"agent": "a"})
     (tmp_path / "agents.json").write_text(json.dumps({"agents": to_json(traces, 1)}))
     words = [
         "export-traces",
