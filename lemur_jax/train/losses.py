@@ -3,6 +3,7 @@
 Axis legend: B batch row, T position, D model, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ class RowSums(NamedTuple):
     """Sums over the positions of each row, float32 [B]."""
 
     loss: jax.Array  # weighted token losses in nats, without the z-loss
-    z: jax.Array  # weighted squares of log Z
+    z: jax.Array | None  # weighted squares of log Z; None: not computed
     weight: jax.Array  # loss weights
 
 
@@ -43,23 +44,49 @@ def row_sums(model: Decoder, hidden: jax.Array, targets: jax.Array, weights: jax
             weight=jnp.sum(weights, axis=-1),
         )
 
-    B, T = targets.shape
+    size, split, _ = _chunks(model, *targets.shape)
+    if size == targets.shape[1]:
+        return chunk(hidden, targets, weights)
+
+    def add(total: RowSums, part) -> tuple[RowSums, None]:
+        return jax.tree.map(jnp.add, total, chunk(*part)), None
+
+    zeros = RowSums(*(jnp.zeros(targets.shape[:1], jnp.float32) for _ in RowSums._fields))
+    # The logits of a chunk are computed again in the backward pass rather than kept.
+    body = jax.checkpoint(add, prevent_cse=False)
+    total, _ = jax.lax.scan(body, zeros, (split(hidden), split(targets), split(weights)))
+    return total
+
+
+def target_logprobs(
+    model: Decoder, hidden: jax.Array, targets: jax.Array, temperature: float = 1.0
+) -> jax.Array:
+    """Log-probabilities of targets, float32 [B, T], from the logits divided by `temperature`, in the same chunks."""
+
+    def chunk(hidden, targets):
+        logits = model.logits(hidden) / temperature
+        hit = targets[..., None] == jnp.arange(logits.shape[-1])
+        return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+    size, split, merge = _chunks(model, *targets.shape)
+    if size == targets.shape[1]:
+        return chunk(hidden, targets)
+    body = jax.checkpoint(lambda _, part: (None, chunk(*part)), prevent_cse=False)
+    return merge(jax.lax.scan(body, None, (split(hidden), split(targets)))[1])
+
+
+def _chunks(model: Decoder, B: int, T: int) -> tuple[int, Callable, Callable]:
+    """Positions of a chunk, a function that splits [B, T, ...] into chunks, and one that joins chunks [C, B, size]."""
     ways = model.compute.mesh.shape["sequence"] if model.compute.mesh else 1
     sizes = range(min(model.compute.loss_chunk or T, T), 0, -1)
     size = next((size for size in sizes if T % size == 0 and size % ways == 0), T)
-    if size == T:
-        return chunk(hidden, targets, weights)
 
     def split(x):  # [B, T, ...] -> [T / size, B, size, ...]
         # Every chunk takes as much of each device's slice of positions, so that all have work in each.
         x = jnp.moveaxis(x.reshape(B, ways, T // size, size // ways, *x.shape[2:]), 2, 0)
         return x.reshape(T // size, B, size, *x.shape[4:])
 
-    def add(total: RowSums, part) -> tuple[RowSums, None]:
-        return jax.tree.map(jnp.add, total, chunk(*part)), None
+    def merge(x):
+        return jnp.moveaxis(x.reshape(T // size, B, ways, size // ways), 0, 2).reshape(B, T)
 
-    zeros = RowSums(*(jnp.zeros((B,), jnp.float32) for _ in RowSums._fields))
-    # The logits of a chunk are computed again in the backward pass rather than kept.
-    body = jax.checkpoint(add, prevent_cse=False)
-    total, _ = jax.lax.scan(body, zeros, (split(hidden), split(targets), split(weights)))
-    return total
+    return size, split, merge

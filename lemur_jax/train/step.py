@@ -4,7 +4,7 @@ Axis legend: B batch row, T position, M microbatch, S source.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,14 +18,15 @@ from lemur_jax.models import decoder
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.compiler_flags import compiler_options
-from lemur_jax.parallel.rules import RULES, batch_sharding, replicated
+from lemur_jax.parallel.rules import RULES, replicated
 from lemur_jax.train.config import TrainConfig
-from lemur_jax.train.losses import RowSums, row_sums
+from lemur_jax.train.losses import RowSums
+from lemur_jax.train.objectives import Batch, Objective, abstract_batch, next_token
 from lemur_jax.train.optimizer import make_optimizer
 from lemur_jax.train.spikes import memory
 from lemur_jax.train.state import TrainState, abstract_state, shardings_of
 
-Batch = dict[str, Any]
+Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,9 @@ class Program:
       mesh: the device mesh.
       param_dtype: of the master parameters.
       state: abstract TrainState with shardings.
-      batch: abstract batch with shardings: `tokens, targets, segment_ids, positions` int32 [B, T],
-        `loss_weights` float32 [B, T], `source_ids` int32 [B].
-      step: jitted (state, batch) -> (state, metrics); the old state is donated.
+      batch: abstract batch with shardings: `objectives.ARRAYS` and the objective's own.
+      step: jitted (state, batch) -> (state, metrics); the old state is donated. Those of the objective are in
+        metrics["objective/NAME"].
       score: jitted (params, batch) -> RowSums, for held-out loss; takes any number of rows.
     """
 
@@ -80,25 +81,14 @@ def check(train: TrainConfig, sequence_length: int, model: DecoderConfig, mesh: 
         )
 
 
-def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of a batch of `rows` × `length`."""
-    keys = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32}
-    keys |= {"segment_ids": jnp.int32, "positions": jnp.int32}
-    batch = {
-        key: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh))
-        for key, dtype in keys.items()
-    }
-    batch["source_ids"] = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=batch_sharding(mesh, ndim=1))
-    return batch
-
-
-def build(config: RunConfig, mesh: Mesh, num_sources: int) -> Program:
+def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective | None = None) -> Program:
     """The program of a config on a mesh, which may be of real or of described devices.
 
     Args:
       config: a run config.
       mesh: from `parallel.mesh.make_mesh`.
       num_sources: S, sources of the mixture.
+      objective: what is minimized; None: next-token loss.
 
     Raises:
       UserError: the mesh does not divide the model or the batch.
@@ -110,19 +100,18 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int) -> Program:
         config.optimizer, config.train.steps, decoder.logical_axes(model), config.spikes
     )
     state = abstract_state(model, config.compute.param_dtype, optimizer, mesh)
+    objective = objective or next_token(config.optimizer.z_loss)
 
     def sums(params, batch: Batch) -> RowSums:
-        bound = decoder.bind(model, compute, params)
-        hidden, _ = bound(batch["tokens"], batch["positions"], bound.packed(batch["segment_ids"]))
-        return row_sums(bound, hidden, batch["targets"], batch["loss_weights"])
+        return next_token().loss(decoder.bind(model, compute, params), batch).rows
 
-    def objective(params, batch: Batch) -> tuple[jax.Array, RowSums]:
-        rows = sums(params, batch)
-        return jnp.sum(rows.loss + config.optimizer.z_loss * rows.z), rows
+    def loss(params, batch: Batch) -> tuple[jax.Array, tuple[RowSums, Metrics]]:
+        total, rows, means = objective.loss(decoder.bind(model, compute, params), batch)
+        return total, (rows, means)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         microbatches = _split(batch, config.train.microbatches, mesh)
-        gradient, rows = _accumulate(jax.grad(objective, has_aux=True), state.params, microbatches)
+        gradient, (rows, means) = _accumulate(jax.grad(loss, has_aux=True), state.params, microbatches)
         weight = jnp.maximum(jnp.sum(rows.weight), 1.0)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         changes, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
@@ -133,6 +122,7 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int) -> Program:
             "update_norm": optax.tree.norm(changes),
             **_loss_metrics(rows, weight, optimizer_state),
             **_by_source(rows, microbatches["source_ids"], num_sources),
+            **{f"objective/{name}": _mean(*sums) for name, sums in means.items()},
         }
         return TrainState(step=state.step + 1, params=params, optimizer=optimizer_state), metrics
 
@@ -144,7 +134,7 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int) -> Program:
         mesh=mesh,
         param_dtype=config.compute.param_dtype,
         state=state,
-        batch=abstract_batch(config.train.batch_rows, config.data.sequence_length, mesh),
+        batch=abstract_batch(config.train.batch_rows, config.data.sequence_length, mesh, objective.arrays),
         step=jax.jit(
             update,
             donate_argnums=0,
@@ -166,18 +156,24 @@ def _split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def _accumulate(gradient_of: Callable, params: Any, microbatches: Batch) -> tuple[Any, RowSums]:
-    """Sums the gradients of the microbatches; RowSums come back as [M, B/M].
+def _mean(sums: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.sum(sums) / jnp.maximum(jnp.sum(weights), 1e-8)
+
+
+def _accumulate(
+    gradient_of: Callable, params: Any, microbatches: Batch
+) -> tuple[Any, tuple[RowSums, Metrics]]:
+    """Sums the gradients of the microbatches; RowSums come back as [M, B/M], sums of metrics as [M].
 
     The objective is a sum over tokens, so adding up microbatches needs no weights.
     """
     if jax.tree.leaves(microbatches)[0].shape[0] == 1:
-        gradient, rows = gradient_of(params, jax.tree.map(lambda x: x[0], microbatches))
-        return gradient, jax.tree.map(lambda x: x[None], rows)
+        gradient, sums = gradient_of(params, jax.tree.map(lambda x: x[0], microbatches))
+        return gradient, jax.tree.map(lambda x: x[None], sums)
 
     def add(total, microbatch):
-        gradient, rows = gradient_of(params, microbatch)
-        return jax.tree.map(jnp.add, total, gradient), rows
+        gradient, sums = gradient_of(params, microbatch)
+        return jax.tree.map(jnp.add, total, gradient), sums
 
     return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), microbatches)
 

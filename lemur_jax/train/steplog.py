@@ -193,6 +193,8 @@ class StepLog:
         record = {"step": step, "kind": "train"}
         for key in ("loss", "learning_rate", "grad_norm", "param_norm", "update_norm"):
             record[key] = float(metrics[key])
+        of_objective = {key: float(metrics[key]) for key in metrics if key.startswith("objective/")}
+        record |= {key.removeprefix("objective/"): value for key, value in of_objective.items()}
         record["update_ratio"] = record["update_norm"] / max(record["param_norm"], 1e-30)
         record |= self._tokens
         record["tokens_per_second"] = float(metrics["target_tokens"]) / max(seconds, 1e-9)

@@ -1,0 +1,89 @@
+"""What an update minimizes: a function (model, batch) -> sums of losses and of weights, and metrics.
+
+`train/step.py` differentiates `Loss.total`, adds the sums of microbatches, and divides by the sum of `rows.weight`: an
+objective knows nothing of accumulation, sharding, the optimizer, checkpoints or logs.
+
+Axis legend: B batch row, T position.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lemur_jax.models.decoder import Decoder
+from lemur_jax.parallel.rules import batch_sharding
+from lemur_jax.train.losses import RowSums, row_sums, target_logprobs
+
+Batch = dict[str, Any]
+
+# Arrays of every batch, and what else an objective may ask for: name -> (dimensions, dtype).
+ARRAYS: Mapping[str, tuple[int, str]] = {
+    "tokens": (2, "int32"), "targets": (2, "int32"), "loss_weights": (2, "float32"),
+    "segment_ids": (2, "int32"), "positions": (2, "int32"), "source_ids": (1, "int32"),
+}  # fmt: skip
+REFERENCE = "reference_logprobs"
+
+
+class Loss(NamedTuple):
+    """What an objective returns for a microbatch."""
+
+    total: jax.Array  # float32 [], a sum over the microbatch: what is differentiated
+    rows: RowSums  # reported losses and their weights by row
+    metrics: Mapping[str, tuple[jax.Array, jax.Array]] = {}  # name -> (sum, weight), float32 []: a mean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A loss and what it reads.
+
+    Attributes:
+      loss: (model, batch) -> Loss. Its sums are divided by the update's sum of `rows.weight`.
+      arrays: further arrays of the batch, [B] or [B, T]: name -> (1 or 2 dimensions, dtype), e.g.
+        {"advantages": (2, "float32")}. They are sharded and divided into microbatches like the others.
+      reference: whether the batch needs `reference_logprobs`, float32 [B, T]: log-probabilities of `targets` under the
+        first parameters of the run. The step computes them; they have no gradient.
+    """
+
+    loss: Callable[[Decoder, Batch], Loss]
+    arrays: Mapping[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    reference: bool = False
+
+
+def abstract_batch(
+    rows: int, length: int, mesh: Mesh, more: Mapping[str, tuple[int, str]] | None = None
+) -> Batch:
+    """Shapes, dtypes and shardings of a batch of `rows` × `length`; `more` as `Objective.arrays`."""
+    return {
+        name: jax.ShapeDtypeStruct(
+            (rows, length)[:ndim], jnp.dtype(dtype), sharding=batch_sharding(mesh, ndim)
+        )
+        for name, (ndim, dtype) in {**ARRAYS, **(more or {})}.items()
+    }
+
+
+def hidden_states(model: Decoder, batch: Batch) -> jax.Array:
+    """[B, T, D] after the final norm, for packed rows."""
+    hidden, _ = model(batch["tokens"], batch["positions"], model.packed(batch["segment_ids"]))
+    return hidden
+
+
+def token_logprobs(model: Decoder, batch: Batch, temperature: float = 1.0) -> jax.Array:
+    """Log-probability of each target given all before it in its segment, in nats: float32 [B, T].
+
+    It is defined at every position with a target, whatever `loss_weights` says; mask what must not count.
+    """
+    return target_logprobs(model, hidden_states(model, batch), batch["targets"], temperature)
+
+
+def next_token(z_loss: float = 0.0) -> Objective:
+    """Cross-entropy of the targets; `z_loss` weighs log(Z)^2, which is trained on and not reported."""
+
+    def loss(model: Decoder, batch: Batch) -> Loss:
+        rows = row_sums(model, hidden_states(model, batch), batch["targets"], batch["loss_weights"])
+        return Loss(jnp.sum(rows.loss + z_loss * rows.z), rows)
+
+    return Objective(loss=loss)
