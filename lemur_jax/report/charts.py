@@ -7,7 +7,6 @@ docs/metrics.md says why no library draws them.
 
 import dataclasses
 import html
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -184,7 +183,6 @@ def scatter_plot(
         [labels.text_size(mark.label, mark.front) for mark in named],
         [(across(mark.x), down(mark.y)) for mark in named],
         [box for mark in marks for box in _boxes(mark, across, down)],
-        list(itertools.pairwise(path)),
         (left, top / 2 + 10, width - right / 2, height - bottom),
     )
     joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in path)

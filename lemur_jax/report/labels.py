@@ -9,17 +9,13 @@ from collections.abc import Iterator, Sequence
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-Segment = tuple[Point, Point]
 
 # At 13 px. DejaVu Sans is the widest of the usual system fonts; labels of digits and letters are narrower in it.
 LETTER, BOLD, ASCENT, DESCENT = 7.8, 1.12, 11.0, 3.5
 SPACE = 2.0  # around a label
 NEAR = 14.0  # a label further away than this gets a leader line
-# Distances that are tried to the left and right.
-_BESIDE = (7.0, 10.0, 14.0, 20.0, 28.0, 40.0, 60.0, 90.0, 130.0, 180.0)
-_ALONG = (0.5, 0.1, 0.9, 0.3, 0.7)  # where the mark stands along a label above or below it
-_UP, _ROWS = 5.0, 50  # distances that are tried up and down: multiples of 5
-_CROSSING, _LEADER = 30.0, 6.0  # costs, in pixels of distance
+_DISTANCES = (7, 10, 14, *range(20, 400, 8))  # from a mark, that are tried
+_DIRECTIONS = 32  # that are tried at each distance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +24,7 @@ class Label:
 
     box: Box  # filled by the text
     anchor: str  # SVG's text-anchor: the end of the text that is near its mark
-    leader: Segment | None  # a line to the mark, where the label is far from it or nearer to another mark
+    leader: tuple[Point, Point] | None  # a line from the label to its mark, where they are far apart
 
 
 def text_size(text: str, bold: bool = False) -> Point:
@@ -37,79 +33,42 @@ def text_size(text: str, bold: bool = False) -> Point:
 
 
 def place_labels(
-    sizes: Sequence[Point],
-    marks: Sequence[Point],
-    taken: Sequence[Box],
-    lines: Sequence[Segment],
-    inside: Box,
+    sizes: Sequence[Point], marks: Sequence[Point], taken: Sequence[Box], inside: Box
 ) -> list[Label]:
-    """Places each label at the cheapest free position inside the plot, or at the cheapest if none is free.
+    """Places each label at the nearest free position inside the plot, or at the nearest if none is free.
 
     Args:
       sizes: widths and heights of the labels.
       marks: what they name.
       taken: what no label may cover.
-      lines: what a label should not cross.
       inside: the plot.
     """
     placed: list[Label] = []
     for size, mark in zip(sizes, marks, strict=True):
-        boxes = list(_boxes_around(mark, size))
-        labels = [_label(box, mark, marks) for box in boxes if contains(inside, box)]
-        labels = sorted(labels, key=lambda label: _cost(label, mark, lines)) or [
-            _label(boxes[0], mark, marks)
-        ]
-        placed.append(next((label for label in labels if is_free(label, taken, placed)), labels[0]))
+        labels = [label for label in _around(mark, size) if contains(inside, label.box)]
+        covered = [*taken, *(other.box for other in placed)]
+        free = (label for label in labels if not any(overlap(_wide(label.box), box) for box in covered))
+        placed.append(next(free, labels[0]))
     return placed
 
 
-def _boxes_around(mark: Point, size: Point) -> Iterator[Box]:
-    """Positions around a mark; of those equally near, the preferred one first: right, left, above, below."""
+def _around(mark: Point, size: Point) -> Iterator[Label]:
+    """Positions around a mark, the nearest first; of those equally near the one to the right first."""
     (x, y), (width, height) = mark, size
-    beside = [left for step in _BESIDE for left in (x + step, x - step - width)]
-    along = [x - share * width for share in _ALONG]
-    for row in range(_ROWS):
-        for middle in {y - row * _UP: 0, y + row * _UP: 0}:
-            top, apart = middle - height / 2, abs(middle - y) - height / 2
-            for left in [*beside, *(along if apart > SPACE else ())]:
-                yield left, top, left + width, top + height
-
-
-def _label(box: Box, mark: Point, marks: Sequence[Point]) -> Label:
-    away = distance(box, mark)
-    near = away <= NEAR and all(distance(box, other) > away for other in marks if other != mark)
-    share = (mark[0] - box[0]) / (box[2] - box[0])
-    anchor = "start" if share < 1 / 3 else "end" if share > 2 / 3 else "middle"
-    return Label(box=box, anchor=anchor, leader=None if near else (_nearest(_wide(box), mark), mark))
-
-
-def is_free(label: Label, taken: Sequence[Box], placed: Sequence[Label]) -> bool:
-    """Whether a label and its leader cover nothing that is taken, and no label that is placed, nor its leader."""
-    wide = _wide(label.box)
-    return not (
-        any(overlap(wide, box) for box in taken)
-        or any(overlap(wide, other.box) for other in placed)
-        or any(other.leader and crosses(other.leader, wide) for other in placed)
-        or any(label.leader and crosses(label.leader, other.box) for other in placed)
-    )
-
-
-def _cost(label: Label, mark: Point, lines: Sequence[Segment]) -> float:
-    crossed = any(crosses(line, label.box) for line in lines)
-    return distance(label.box, mark) + _CROSSING * crossed + _LEADER * bool(label.leader)
+    for distance in _DISTANCES:
+        for number in range(_DIRECTIONS):
+            angle = 2 * math.pi * number / _DIRECTIONS
+            near_x, near_y = x + distance * math.cos(angle), y + distance * math.sin(angle)
+            anchor, share = ("start", 0.0) if math.cos(angle) > 0.3 else ("middle", 0.5)
+            if math.cos(angle) < -0.3:
+                anchor, share = "end", 1.0
+            left, top = near_x - share * width, near_y - (1 - math.sin(angle)) / 2 * height
+            leader = ((near_x, near_y), mark) if distance > NEAR else None
+            yield Label(box=(left, top, left + width, top + height), anchor=anchor, leader=leader)
 
 
 def _wide(box: Box) -> Box:
     return box[0] - SPACE, box[1] - SPACE, box[2] + SPACE, box[3] + SPACE
-
-
-def _nearest(box: Box, point: Point) -> Point:
-    return min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3])
-
-
-def distance(box: Box, point: Point) -> float:
-    """From a point to the nearest point of a box."""
-    return math.dist(_nearest(box, point), point)
 
 
 def contains(outer: Box, box: Box) -> bool:
@@ -120,17 +79,3 @@ def contains(outer: Box, box: Box) -> bool:
 def overlap(one: Box, other: Box) -> bool:
     """Whether two boxes have more than an edge in common."""
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def crosses(segment: Segment, box: Box) -> bool:
-    """Whether a part of a segment lies inside a box (clipping of Liang and Barsky, 1984)."""
-    (x, y), (end_x, end_y) = segment
-    start, end = 0.0, 1.0
-    for at, step, low, high in ((x, end_x - x, box[0], box[2]), (y, end_y - y, box[1], box[3])):
-        if step == 0:
-            if not low < at < high:
-                return False
-            continue
-        first, last = sorted(((low - at) / step, (high - at) / step))
-        start, end = max(start, first), min(end, last)
-    return start < end

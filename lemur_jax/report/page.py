@@ -27,8 +27,6 @@ _CURVES = (
     ("Model FLOPs utilization", "share of the peak", "mfu", False, True),
     ("Device memory", "bytes in use, fullest device of the first host", "hbm_bytes", False, True),
 )
-
-
 _SUMMARY = (
     "run",
     "parameters",
@@ -64,7 +62,7 @@ def write_report(
     page = _page(runs, sections.samples(runs, prompts, answers), overlay and len(runs) > 1)
     path = epath.Path(output)
     try:
-        path.write_bytes(page.encode("utf-8", "replace"))  # a damaged file may hold lone surrogates
+        path.write_text(page)
     except OSError as error:
         raise UserError(f"cannot write the report to {path}: {error.strerror or error}") from error
     return path
@@ -83,7 +81,7 @@ def _page(runs: Sequence[Run], samples: str, overlay: bool) -> str:
     body = f"""<h1>{escape(title)}</h1>
 <p class="soft">Training report, {now}</p>{skipped}
 <h2>{"Runs" if overlay else "Stages" if len(runs) > 1 else "Run"}</h2>
-{_summary(runs)}
+{html_table(_SUMMARY, map(_summary_row, runs))}
 <h2>Held-out bits per byte{"" if overlay or len(runs) == 1 else " after each stage"}</h2>
 {sections.bits_per_byte(runs)}
 <h2>Curves</h2>
@@ -101,10 +99,6 @@ def _page(runs: Sequence[Run], samples: str, overlay: bool) -> str:
     return html_page(f"{title} · lemur report", body, script=True, overlay=overlay)
 
 
-def _summary(runs: Sequence[Run]) -> str:
-    return html_table(_SUMMARY, [[escape(run.name), *_summary_row(run)] for run in runs])
-
-
 def _summary_row(run: Run) -> list[str]:
     planned, rows, length = map(run.option, ("train.steps", "train.batch_rows", "data.sequence_length"))
     updates = f"{run.last_step:,}"
@@ -116,6 +110,7 @@ def _summary_row(run: Run) -> list[str]:
     )
     parameters = sections.parameter_count(run)
     return [
+        escape(run.name),
         compact(parameters) if parameters else "–",
         updates,
         compact(tokens[-1]) if tokens else "–",

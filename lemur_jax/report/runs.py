@@ -9,13 +9,11 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.paths import absolute
 from lemur_jax.config import flatten
 from lemur_jax.telemetry.metrics import METRICS_FILE, Record, scan_metrics
 
 CONFIG_FILE = "config.json"
-_LARGEST = 2.0**53  # JavaScript counts exactly up to it; a larger value is damage
-# The keys of a record that hold text; all others hold numbers.
-_TEXTS = {"kind", "task", "commit", "host", "devices", "versions", "documents"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +34,9 @@ class Run:
     skipped_lines: int  # of the metrics file, because they could not be read
 
     def option(self, key: str) -> float | None:
-        """A config value that is a finite number, else None."""
-        return _number(self.config.get(key))
+        """A config value that is a number, else None."""
+        value = self.config.get(key)
+        return value if isinstance(value, int | float) else None
 
     @property
     def last_step(self) -> int:
@@ -63,7 +62,7 @@ class Run:
 
 def read_runs(workdirs: Sequence[epath.PathLike]) -> list[Run]:
     """The runs in `workdirs`; UserError if one has no metrics or an unreadable config."""
-    paths = [_absolute(os.fspath(workdir)) for workdir in workdirs]
+    paths = [os.fspath(absolute(workdir)) for workdir in workdirs]
     return [_read_run(path, name) for path, name in zip(paths, _short_names(paths), strict=True)]
 
 
@@ -72,28 +71,19 @@ def all_tasks(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(task for run in runs for task in run.evals))
 
 
-def _absolute(path: str) -> str:
-    return path.rstrip("/") if "://" in path else os.path.abspath(path)
-
-
 def _read_run(path: str, name: str) -> Run:
     by_step: dict[str, dict[int, Record]] = {"train": {}, "balance": {}}
     evals: dict[str, dict[int, Record]] = {}
-    starts: list[Record] = []
-    time: Record = {}
+    others: dict[str, list[Record]] = {"start": [], "time": []}
     records, skipped = scan_metrics(path)
-    for record in map(_checked, records):
-        kind, step, task = record.get("kind"), record["step"], record.get("task")
-        if step is None or kind is None:
-            skipped += 1
-        elif kind in by_step:  # of a step that was recorded twice the later record counts
+    for record in records:
+        kind, step = record.get("kind"), record["step"]
+        if kind in by_step:  # of a step that was recorded twice the later record counts
             by_step[kind][step] = record
-        elif kind == "eval" and isinstance(task, str):
-            evals.setdefault(task, {})[step] = record
-        elif kind == "start":
-            starts.append(record)
-        elif kind == "time":
-            time = record
+        elif kind == "eval" and "task" in record:
+            evals.setdefault(record["task"], {})[step] = record
+        elif kind in others:
+            others[kind].append(record)
     if not by_step["train"] and not evals:
         unreadable = f" that can be read ({skipped} lines cannot)" if skipped else " yet"
         raise UserError(f"{METRICS_FILE} in {path} holds no record{unreadable}: wait for the first step")
@@ -104,38 +94,17 @@ def _read_run(path: str, name: str) -> Run:
         train=_sorted(by_step["train"]),
         evals={task: _sorted(of) for task, of in evals.items()},
         balance=_sorted(by_step["balance"]),
-        starts=starts,
-        time=time,
+        starts=others["start"],
+        time=(others["time"] or [{}])[-1],
         skipped_lines=skipped,
     )
 
 
-def _checked(record: Record) -> Record:
-    """The record with None for each value of the wrong type and for each number that is not finite."""
-    checked = {key: _text(value) if key in _TEXTS else _number(value) for key, value in record.items()}
-    step = checked.get("step")
-    return checked | {"step": step if isinstance(step, int) and step >= 0 else None}
-
-
-def _number(value: Any) -> int | float | None:
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if known and abs(value) < _LARGEST else None  # false for NaN
-
-
-def _text(value: Any) -> str | None:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return value if isinstance(value, str) else None
-
-
 def _read_config(path: str) -> dict[str, Any]:
     file = epath.Path(path) / CONFIG_FILE
-    if not file.exists():
-        return {}
     try:
-        config = json.loads(file.read_bytes().decode())
-        return flatten(config) if isinstance(config, dict) else {}
-    except (ValueError, RecursionError) as error:
+        return flatten(json.loads(file.read_text())) if file.exists() else {}
+    except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}): restore or remove it") from error
 
 

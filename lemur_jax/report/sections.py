@@ -62,7 +62,7 @@ def _change(change: float) -> str:
 
 def goodput(runs: Sequence[Run]) -> str:
     """The wall time of each run by what it went to, as a bar and as a table; "" if no run recorded it."""
-    timed = [run for run in runs if (run.time.get("wall_seconds") or 0) > 0]
+    timed = [run for run in runs if run.time.get("wall_seconds")]
     every = dict.fromkeys(["steps", *PARTS, "other"])
     parts = [part for part in every if any(_seconds(run, part) for run in timed)]
     if not parts:
@@ -85,7 +85,7 @@ def goodput(runs: Sequence[Run]) -> str:
 
 
 def _seconds(run: Run, part: str) -> float:
-    return max(0.0, run.time.get(f"{part}_seconds") or 0.0)
+    return run.time.get(f"{part}_seconds", 0.0)
 
 
 def mixture(runs: Sequence[Run]) -> str:
@@ -109,13 +109,11 @@ def mixture(runs: Sequence[Run]) -> str:
 
 
 def parameter_count(run: Run) -> int | None:
-    """Parameters of the run's model; None if its config is missing, damaged or of another version."""
+    """Parameters of the run's model; None if its config is missing or of another version."""
     model = {key[6:]: value for key, value in run.config.items() if key.startswith("model.")}
-    if any(isinstance(value, list) for value in model.values()):
-        return None
     try:
         return parameter_counts(DecoderConfig.from_dict(model)).total
-    except (KeyError, TypeError, ValueError, ArithmeticError, UserError):
+    except (KeyError, TypeError, UserError):
         return None
 
 
@@ -144,7 +142,8 @@ def starts(runs: Sequence[Run]) -> str:
     for run in runs:
         known: tuple = ()
         for record in run.starts:
-            facts = tuple(record.get(key) or "–" for key in ("commit", "host", "devices", "versions"))
+            facts = tuple(record.get(key) or "–" for key in ("commit", "host", "devices"))
+            facts += (", ".join(record.get("versions", ())) or "–",)
             if facts == known:
                 continue
             known = facts
@@ -158,6 +157,6 @@ def starts(runs: Sequence[Run]) -> str:
 
 
 def _date(seconds: float | None) -> str:
-    if seconds is None or not 0 <= seconds < 2**36:
+    if seconds is None:
         return "–"
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

