@@ -135,28 +135,21 @@ def _sweep(args) -> int:
 
     config = load(args.config, args.overrides)
     ratios, merges = ([word for word in text.split(",") if word] for text in (args.ratios, args.merge))
-    if args.print:
-        from lemur_jax.sweep.runs import command, plan_runs
+    from lemur_jax.sweep.runs import command, plan_runs, run_config
 
-        for run in plan_runs(config, ratios, args.seeds, args.vary, args.sources):
+    runs = plan_runs(config, ratios, args.seeds, args.vary, args.sources)
+    if args.print:
+        for run in runs:
             print(command(args.config, args.overrides, run, args.workdir))
         return 0
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster.exit import TRY_AGAIN
+    from lemur_jax.sweep.merging import plan_merges
     from lemur_jax.sweep.results import markdown_table
-    from lemur_jax.sweep.sweep import sweep
+    from lemur_jax.sweep.runner import sweep
 
-    found = sweep(
-        args.config,
-        args.overrides,
-        args.workdir,
-        ratios=ratios,
-        sources=args.sources,
-        seeds=args.seeds,
-        varied=args.vary,
-        merges=merges,
-        command=args.command,
-    )
+    configs = {run: run_config(args.config, args.overrides, run) for run in runs}
+    found = sweep(configs, plan_merges(merges, runs), args.workdir, args.command)
     if found:
         print(
             f"{markdown_table(found)}\nwrote {args.workdir}/index.html, table.md, pareto.svg and results.json"

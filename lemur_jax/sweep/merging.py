@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,9 @@ from etils import epath
 
 from lemur_jax.checkpoint.manager import restore_params
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import RunConfig
 from lemur_jax.parallel.mesh import make_mesh
-from lemur_jax.sweep.runs import SweepRun, run_config
+from lemur_jax.sweep.runs import SweepRun
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.evaluate import Evaluations, evaluation_steps, open_held_out
@@ -110,9 +111,8 @@ def merged(base: Any, trained: Iterable[Any], weight: float) -> Any:
 
 
 def evaluate_all(
-    argument: str,
-    overrides: Sequence[str],
     merges: Sequence[Merge],
+    configs: Mapping[SweepRun, RunConfig],
     workdir: epath.PathLike,
     build: Callable[..., Program],
 ) -> None:
@@ -122,7 +122,7 @@ def evaluate_all(
         if any(record.get("kind") == "balance" for record in _records(directory)):
             continue
         logger.info("merge %d of %d: %s, seed %d", number, len(merges), merge.variant, merge.seed)
-        config = run_config(argument, overrides, merge.parts[0])
+        config = configs[merge.parts[0]]
         tokenizer = Tokenizer.load(config.tokenizer.path)
         program = build(config, make_mesh(config.mesh), len(config.data.sources))
         trained = (restore_params(part.directory(workdir), program.state.params) for part in merge.parts)

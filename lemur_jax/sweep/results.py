@@ -79,11 +79,12 @@ def spread(values: Sequence[float]) -> float:
 
 
 def read_results(
-    config: RunConfig, runs: Sequence[SweepRun], merges: Sequence[Merge], workdir: epath.PathLike
+    runs: Mapping[SweepRun, RunConfig], merges: Sequence[Merge], workdir: epath.PathLike
 ) -> Results:
     """The figures of finished runs and merges; UserError if one has not been scored at its start and end."""
+    first, config = next(iter(runs.items()))
     groups = config.eval.task_groups
-    base = _bits(runs[0].directory(workdir), groups, 0)
+    base = _bits(first.directory(workdir), groups, 0)
     variants: dict[str, list[tuple[SweepRun | Merge, dict[str, float], float]]] = {}
     items: list[SweepRun | Merge] = [*runs, *merges]
     for item in items:

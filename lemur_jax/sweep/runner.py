@@ -1,8 +1,8 @@
-"""Trains the runs of a sweep one after another, in one process that compiles each program once."""
+"""`lemur sweep`: trains the runs one after another in one process, merges them, and writes the results."""
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from etils import epath
@@ -12,7 +12,8 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, to_json
 from lemur_jax.data.budget import budget, check_budget
 from lemur_jax.data.mixture import open_mixture
-from lemur_jax.sweep.runs import SweepRun, run_config
+from lemur_jax.sweep import merging, pareto, results
+from lemur_jax.sweep.runs import SweepRun
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
 from lemur_jax.train.loop import finished, train
@@ -24,30 +25,32 @@ logger = logging.getLogger(__name__)
 _NOT_COMPILED = ("seed", "init", "tokenizer", "prepare", "eval", "checkpoint", "log", "hosts")
 
 
-def train_all(
-    argument: str,
-    overrides: Sequence[str],
-    runs: Sequence[SweepRun],
+def sweep(
+    runs: Mapping[SweepRun, RunConfig],
+    merges: Sequence[merging.Merge],
     workdir: epath.PathLike,
-    build: Callable[..., step.Program],
-) -> bool:
-    """Trains what is not finished, and returns whether all runs are; False after a SIGTERM.
+    command: str,
+) -> results.Results | None:
+    """Trains and scores what is missing, then writes `results.json`, `table.md`, `pareto.svg` and `index.html`.
 
     Args:
-      argument, overrides: the base config, as `config.load` takes them.
-      runs: from `plan_runs`.
-      workdir: each run gets its own below it.
-      build: from `building_once`.
+      runs: of `plan_runs`, with their configs.
+      merges: of `plan_merges`.
+      workdir: of the sweep; each run gets its own below it.
+      command: that is shown on the results.
+
+    Returns:
+      The results; None after a SIGTERM.
 
     Raises:
       UserError: before the first step, if any of the runs cannot be trained.
     """
     if jax.process_count() > 1:
         raise UserError("a sweep is for one process: print its runs with --print and launch each")
-    configs = [run_config(argument, overrides, run) for run in runs]
-    for run, config in zip(runs, configs, strict=True):
+    for run, config in runs.items():
         _check(run, config)
-    for number, (run, config) in enumerate(zip(runs, configs, strict=True), start=1):
+    build = building_once()
+    for number, (run, config) in enumerate(runs.items(), start=1):
         directory = run.directory(workdir)
         config_changes(to_json(config), directory)  # refuses a run of another config
         claim(to_json(config), directory)
@@ -57,8 +60,14 @@ def train_all(
             continue
         logger.info("%s", where)
         if train(config, directory, build=build):
-            return False
-    return True
+            logger.info("stopped; the same command continues from there")
+            return None
+    merging.evaluate_all(merges, runs, workdir, build)
+    found = results.read_results(runs, merges, workdir)
+    written = {"results.json": json.dumps(results.to_json(found), indent=1) + "\n"}
+    for name, text in (written | pareto.result_files(found, command)).items():
+        (epath.Path(workdir) / name).write_text(text)
+    return found
 
 
 def _check(run: SweepRun, config: RunConfig) -> None:

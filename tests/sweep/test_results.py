@@ -117,7 +117,7 @@ def test_figures_are_read_back_by_group(tmp_path):
     runs = plan_runs(config, ["1:1"], 2, sources="python&java,web")
     for run, scale in zip(runs, (1.0, 2.0), strict=True):
         write_run(tmp_path, run, {"python": 2.0 * scale, "java": 8.0 * scale, "web": 3.0 * scale})
-    found = read_results(config, runs, [], tmp_path)
+    found = read_results(dict.fromkeys(runs, config), [], tmp_path)
     assert found.base == pytest.approx({"code": 4.0, "text": 3.0})
     (only,) = found.variants
     assert only.bits["code"] == pytest.approx((2.0, 4.0))
@@ -131,4 +131,4 @@ def test_a_run_without_a_start_is_named(tmp_path):
     with MetricsWriter(run.directory(tmp_path)) as writer:
         writer.write({"step": 10, "kind": "eval", "task": "code", "bits_per_byte": 1.0})
     with pytest.raises(UserError, match="1-1_seed-42 has no held-out figure of code at step 0"):
-        read_results(config, [run], [], tmp_path)
+        read_results({run: config}, [], tmp_path)
