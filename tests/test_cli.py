@@ -44,7 +44,7 @@ def get_config(arg=""):
 
 
 def lemur(*words, cwd=None):
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ}
     return subprocess.run(
         [sys.executable, "-m", "lemur_jax.cli", *words],
         cwd=cwd,

@@ -90,9 +90,11 @@ print(sum(name.endswith("compilation_cache/cache_hits") for name in found))
 def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
     def hits(**variables):
         environment = {
-            **os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            **os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables,
         }  # fmt: skip
+        if "JAX_COMPILATION_CACHE_DIR" not in variables:
+            del environment["JAX_COMPILATION_CACHE_DIR"]  # conftest's
         done = subprocess.run([sys.executable, "-c", KEEP], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return int(done.stdout)

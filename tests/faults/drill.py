@@ -19,7 +19,6 @@ from lemur_jax.checkpoint.manager import read_metadata
 from lemur_jax.cluster.hosts import choose_platform
 from lemur_jax.telemetry.metrics import read_metrics
 from tests.faults.faults import ENDS
-from tests.helpers.processes import SHARE_PROGRAMS
 from tests.helpers.runs import make_project, without_clock
 
 SHIM = pathlib.Path(__file__).parent / "shim"
@@ -52,8 +51,7 @@ class Run:
         self.pipe = subprocess.Popen(["tee", str(self.log)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
     def start(self) -> None:
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
-        environment |= SHARE_PROGRAMS
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
         environment |= {"LEMUR_FAULTS": str(self.faults), "LEMUR_MARK": self.mark}
         environment["PYTHONFAULTHANDLER"] = "1"  # see `stuck`
         environment["TMPDIR"] = str(self.temporary)

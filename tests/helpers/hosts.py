@@ -63,7 +63,7 @@ class Project:
     def start(self, hosts: int, *words: str, errors: int = subprocess.STDOUT) -> list[subprocess.Popen]:
         """`python WORDS` on `hosts` processes that share eight devices; their standard errors go to `errors`."""
         port = free_port()
-        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         environment["DEVICES"] = str(8 // hosts)
         if hosts > 1:

@@ -2,16 +2,6 @@
 
 import subprocess
 import sys
-import tempfile
-
-_compiled = tempfile.TemporaryDirectory(prefix="lemur-compiled-")
-# Environment of processes that start the same run again and again: what the first has compiled, the others load.
-SHARE_PROGRAMS = {
-    "JAX_ENABLE_COMPILATION_CACHE": "true",
-    "JAX_COMPILATION_CACHE_DIR": _compiled.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
 
 HOLD = """
 import sys, time

@@ -22,7 +22,6 @@ from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import train_sentencepiece
 from lemur_jax.train.steplog import CLOCK_KEYS
-from tests.helpers.processes import SHARE_PROGRAMS
 
 STEPS = 24
 
@@ -89,8 +88,7 @@ def project(tmp_path_factory):
 
 
 def start(project, workdir, devices=1):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
-    environment |= SHARE_PROGRAMS
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     words = ["train", "--config", "config.py", "--workdir", str(workdir), "--virtual-devices", str(devices)]
     return subprocess.Popen(
         [sys.executable, "-m", "lemur_jax.cli", *words],

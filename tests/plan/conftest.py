@@ -1,5 +1,7 @@
 """One compiled plan that several tests read."""
 
+import os
+
 import pytest
 
 from lemur_jax.config import RunConfig, replace
@@ -37,3 +39,11 @@ def narrow_plan(tpu_compiler, narrow, tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "step.hlo"
     options = narrow()
     return options, plan(options, "v4-16", hlo_path=str(path)), path.read_text()
+
+
+@pytest.fixture(autouse=True, scope="package")
+def no_flags_that_libtpu_does_not_know():
+    """libtpu aborts the process at a flag that only the CPU's compiler knows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", ""))
+        yield

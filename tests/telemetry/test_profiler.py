@@ -27,7 +27,7 @@ def steps_in(found):
 
 def python(*words, cwd=None):
     """In a process of its own: a trace beside TensorFlow, which other tests import, can end the process."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -46,7 +46,7 @@ def test_a_run_on_gs_is_that_of_a_disk(emulator, project, tmp_path):
         (tmp_path / name).mkdir()
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, workdir, str(tmp_path / name / "metrics.jsonl")],
-            env=emulator | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+            env=emulator | {"PYTHONPATH": os.pathsep.join(sys.path)},
             cwd=project,
             capture_output=True,
             text=True,

@@ -89,7 +89,7 @@ def refused(project, workdir, *words):
     done = subprocess.run(
         [sys.executable, "-m", "lemur_jax.cli", *arguments],
         cwd=project,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ},
         capture_output=True,
         text=True,
     )
