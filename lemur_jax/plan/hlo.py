@@ -24,8 +24,6 @@ _NAME = re.compile(r"^  (ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+\w*|c64|c128)\[([\d,]*)\]")
 _HOST_ARRAY = re.compile(r"\b\w+\[[\d,]*\]\{[^}]*S\(5\)\}")
-# Forms in which transfers between device and host start; an `async-start` wraps a slice or an update.
-_COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start", "async-start")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 _NAMES = re.compile(r"%([\w.\-]+)")
@@ -170,10 +168,11 @@ def num_bytes(text: str) -> int:
 def host_transfer_bytes(each: Instruction) -> int:
     """Bytes between device and host that an asynchronous copy, slice or update starts to move; else 0.
 
-    The layout of an array in host memory ends with S(5); the other array is what moves. Scalars of the shape are
-    indices and handles.
+    The spellings differ by generation and by loop (`copy-start`, `dynamic-slice-start`, `async-start` around a slice
+    or an update). All name both arrays: the layout of that in host memory ends with S(5), the other one is what moves.
+    Scalars of the shape are indices and handles.
     """
-    if each.opcode not in _COPIES or "S(5)" not in each.shape:
+    if not each.opcode.endswith("-start") or "S(5)" not in each.shape:
         return 0
     return int(
         sum(BYTES[dtype] * math.prod(sizes) for dtype, sizes in shapes(on_device(each.shape)) if sizes)

@@ -95,7 +95,8 @@ def test_groups(text, group):
     assert hlo.group(text, 8) == group
 
 
-# From dumps of libtpu 0.0.52, layouts shortened: v4, v5e and v5p write the second and the third.
+# From dumps of libtpu 0.0.52, layouts shortened. Every generation writes the third and the fourth in its loops over
+# layers; where the loop is peeled or unrolled (v5e, v5p, v6e, tpu7x), the first two and the third stand in the entry.
 _OUT = "((bf16[4,2,64,8]{3,2,1,0:S(5)}, bf16[1,2,64,8]{3,2,1,0}, s32[], s32[]), bf16[4,2,64,8]{3,2,1,0:S(5)}, u32[]{:S(2)})"
 _IN = "((bf16[4,2,64,8]{3,2,1,0:T(8,128)(2,1)S(5)}, s32[], s32[]), bf16[1,2,64,8]{3,2,1,0}, u32[]{:S(2)})"
 
@@ -104,9 +105,11 @@ _IN = "((bf16[4,2,64,8]{3,2,1,0:T(8,128)(2,1)S(5)}, s32[], s32[]), bf16[1,2,64,8
     ("instruction", "moved"),
     [
         ("(bf16[64]{0:T(8)S(5)}, bf16[64]{0:T(8)}, u32[]{:S(2)}) copy-start(%q)", 128),
+        ("(bf16[64]{0:T(8)}, bf16[64]{0:T(8)S(5)}, u32[]{:S(2)}) copy-start(%copy-done)", 128),
         (f"{_OUT} async-start(%host, %update, %i, %i), calls=%async_computation.7", 2048),
         (f"{_IN} async-start(%host, %i, %i), calls=%async_computation.8", 2048),
         (f"{_IN} dynamic-slice-start(%host, %i, %i)", 2048),
+        (f"{_OUT} dynamic-update-slice-start(%host, %update, %i, %i)", 2048),
         ("bf16[4,2,64,8]{3,2,1,0:T(8,128)(2,1)S(5)} async-done(%start)", 0),
         ('bf16[4,2,64,8]{3,2,1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"', 0),
         ("((bf16[2,8]{1,0}), bf16[1,8]{1,0:S(3)}, u32[]) async-start(%q), calls=%async_computation.15", 0),

@@ -197,22 +197,29 @@ def test_two_slices_exchange_gradients_alone(tpu_compiler, tmp_path):
     assert row["seconds"] == pytest.approx(row["bytes"] / 3.125e9)
 
 
-def test_an_estimate_without_the_transfers_of_offloaded_arrays_is_refused():
-    compiled = Compiled(fits=True, seconds=1.0, hlo="HloModule", host_bytes=5)
-    with pytest.raises(ValueError, match="keeps 5 bytes in host memory, but no transfer was found"):
-        check_host_transfers(compiled, cost.Cost())
+@pytest.mark.parametrize("moved", [0, 100, 149])  # none; one direction; less than both of a peeled layer
+def test_an_estimate_without_the_transfers_of_offloaded_arrays_is_refused(moved):
+    estimate = cost.Cost()
+    estimate.traffic[cost.HOST].bytes = moved
+    compiled = Compiled(fits=True, seconds=1.0, hlo="HloModule", host_bytes=100)
+    with pytest.raises(
+        ValueError, match=f"keeps 100 bytes in host memory, but only {moved} bytes of transfers"
+    ):
+        check_host_transfers(compiled, estimate)
+    estimate.traffic[cost.HOST].bytes = 150
+    check_host_transfers(compiled, estimate)
     check_host_transfers(Compiled(fits=True, seconds=1.0), cost.Cost())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4-16", "v5e-8", "v5p-16", "v6e-8", "tpu7x-8"])
 def test_an_update_that_offloads(tpu_compiler, narrow, topology):
-    """Each layer's input goes to the host and comes back, on every generation."""
+    """Each layer's input goes to the host and comes back, on every generation; that of a peeled layer may go twice."""
     options = narrow({"compute.remat": "offload_full"})
     made = plan(options, topology)
     stored = options.model.num_hidden_layers * 512 * 1024 * 2 * 8 / topologies.find_slice(topology).devices
     (row,) = [row for row in made.collectives if row["kind"] == cost.HOST]
-    assert row["bytes"] == pytest.approx(2 * stored, rel=0.01)
+    assert 1.99 * stored < row["bytes"] < 2.51 * stored
 
 
 _LOOP = """HloModule m
