@@ -40,7 +40,11 @@ def add_verbs(verbs: Verbs) -> None:
         type=int,
         help="of an answer or an agent's turn (default: what a task says, else 512)",
     )
-    sub.add_argument("--agents", default="", help="python, sql, bash, tools, mint, mint-SET, intercode-sql")
+    sub.add_argument(
+        "--agents",
+        default="",
+        help="python, sql, bash, tools, mint, mint-SET, intercode-sql, or verifiers:TASKSET",
+    )
     sub.add_argument("--replay", default="", help="recorded run of MINT or InterCode-SQL instead of a model")
     sub.add_argument("--batch", type=int, default=32, help="episodes at once (default 32)")
     sub.add_argument("--turns", type=int, default=5, help="turns of an episode at most (default 5)")
@@ -120,6 +124,8 @@ def _agents(args, session, written: dict) -> None:
     if args.replay:
         name = f"replay of {os.path.basename(args.replay.rstrip('/'))}"
         return _write_agents(args, name, _replay(args, names), written)
+    if args.agents.startswith("verifiers:"):
+        return _write_agents(args, args.endpoint_model, _verifiers(args, limit), written)
     agent = (
         episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
         if args.endpoint
@@ -137,6 +143,26 @@ def _agents(args, session, written: dict) -> None:
     finally:
         if journal.traces:
             _write_agents(args, name, list(journal.traces.values()), written)
+
+
+def _verifiers(args, limit: int) -> list:
+    try:
+        from lemur_jax.agents.verifiers_adapter import run_taskset
+    except ImportError as error:
+        raise UserError(
+            f"verifiers is not installed ({error}): pip install 'lemur_jax[verifiers]'"
+        ) from error
+    if not args.endpoint:
+        raise UserError("a taskset of verifiers asks an --endpoint: start one with lemur serve")
+    name = args.agents.removeprefix("verifiers:")
+    return run_taskset(
+        name,
+        args.endpoint,
+        args.endpoint_model,
+        max_new_tokens=limit,
+        limit=args.limit,
+        batch=args.batch,
+    )
 
 
 def _replay(args, names: list[str]) -> list:

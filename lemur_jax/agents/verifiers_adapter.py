@@ -1,0 +1,150 @@
+"""The `verifiers` library (0.4): our environments as one of its tasksets, and its tasksets for a model of ours.
+
+Taskset, environment and harness are found by the name `lemur-verifiers` (lemur_verifiers.py).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
+import httpx
+import verifiers.v1 as vf
+from verifiers.v1.dialects.chat import message_to_wire
+from verifiers.v1.types import content_text
+
+from lemur_jax.agents.environments import Environment, Step
+from lemur_jax.agents.episodes import Trace, Turn, open_environments
+from lemur_jax.common.errors import UserError
+
+# Without it the library runs its own chat program, in a container or installed by `uv`.
+_SEAT = {"harness": {"id": "lemur-verifiers"}, "runtime": {"type": "subprocess"}}
+
+
+class LemurConfig(vf.TasksetConfig):
+    """Which of our environments: names as in `lemur eval --agents`, and MINT's or InterCode's directory."""
+
+    agents: str = "sql"
+    data: str = "."
+    turns: int = 5
+
+
+class LemurTaskset(vf.Taskset[vf.Task, LemurConfig]):
+    """Our environments. A task holds its name alone; the environment asks in its first turn."""
+
+    def __init__(self, config: LemurConfig):
+        super().__init__(config)
+        self.stack = contextlib.ExitStack()
+        opened = open_environments(config.agents.split(","), None, config.data, self.stack)
+        # An environment holds one episode: rollouts of the same task take turns.
+        self.environments = {environment.id: (environment, asyncio.Lock()) for environment in opened}
+
+    def load(self) -> Iterator[vf.Task]:
+        for name in self.environments:
+            yield vf.Task(vf.TaskData(name=name), self.config.task)
+
+
+class LemurEnvConfig(vf.EnvConfig):
+    agent: vf.AgentConfig = vf.AgentConfig(runtime={"type": "subprocess"})
+
+
+class LemurEnv(vf.Env[LemurEnvConfig]):
+    """An episode: the environment speaks as the user."""
+
+    async def run(self, task: vf.Task, agents: vf.Agents) -> None:
+        environment, lock = self.taskset.environments[task.data.name]
+        async with lock, agents.agent.interaction(task) as interaction:
+            try:
+                reward = await self._play(environment, interaction)
+            finally:
+                await asyncio.to_thread(environment.close)
+        interaction.trace.record_reward("reward", reward)
+
+    async def _play(self, environment: Environment, interaction: vf.Interaction) -> float:
+        text, reward = await asyncio.to_thread(environment.reset), 0.0
+        for _ in range(environment.max_turns or self.config.taskset.turns):
+            segment = await interaction.turn(text)
+            if segment.terminated:
+                break
+            step = await asyncio.to_thread(environment.step, segment.last_reply)
+            text, reward = step.observation, step.reward
+            if reward >= 1 or step.done:
+                break
+        return reward
+
+    async def stop(self) -> None:
+        self.taskset.stack.close()
+
+
+class LemurHarness(vf.Harness[vf.HarnessConfig]):
+    """A chat without tools: one request for each turn, from this process."""
+
+    SUPPORTS_RESUME = True
+    EXECUTES_CODE = False
+    NEEDS_CONTAINER = False
+
+    async def launch(self, ctx, trace, runtime, endpoint, secret, mcp_urls, data) -> vf.ProgramResult:
+        messages = [vf.UserMessage(content=data.prompt)] if isinstance(data.prompt, str) else data.prompt
+        if data.system_prompt is not None:
+            messages = [vf.SystemMessage(content=data.system_prompt), *messages]
+        body = {"model": ctx.model, "messages": list(map(message_to_wire, messages))}
+        async with httpx.AsyncClient(timeout=None, headers={"Authorization": f"Bearer {secret}"}) as client:
+            reply = await client.post(f"{endpoint}/chat/completions", json=body)
+        return vf.ProgramResult(exit_code=int(reply.is_error), stdout="", stderr=reply.text)
+
+
+def run_taskset(
+    name: str, base_url: str, model: str, *, max_new_tokens: int, limit: int | None, batch: int
+) -> list[Trace]:
+    """Runs the tasks of a taskset with a model behind an endpoint, greedy.
+
+    Args:
+      name: of the taskset, as for `vf-eval`; of an environment with several seats the model takes all.
+      batch: episodes at once.
+
+    Raises:
+      UserError: there is no such taskset, it has no end, or an episode has an error.
+    """
+    try:
+        fields = vf.env_config_type(name).model_fields
+        seats = [key for key, field in fields.items() if isinstance(field.default, vf.AgentConfig)]
+        config = vf.resolve_env_config({"taskset": {"id": name}} | dict.fromkeys(seats, _SEAT))
+        env = vf.load_environment(config)
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the taskset {name!r} of verifiers cannot be loaded: {error}") from error
+    context = vf.ModelContext(
+        model=model,
+        client=vf.EvalClientConfig(base_url=base_url, api_key_var="OPENAI_API_KEY"),
+        sampling=vf.SamplingConfig(temperature=0.0, max_tokens=max_new_tokens),
+    )
+    tasks = env.taskset if limit is None else env.taskset.take(limit)
+    if not tasks.bounded:
+        raise UserError(f"the taskset {name!r} has no end: name a --limit")
+
+    async def run() -> list[vf.Episode]:
+        gate = asyncio.Semaphore(batch)
+        async with env.serving():
+            slots = [slot for task in tasks for slot in env.slots(task)]
+            return await asyncio.gather(*(env.run_slot(slot, context, gate) for slot in slots))
+
+    traces = []
+    for episode in asyncio.run(run()):
+        id = f"{name}/{episode.task.data.name or episode.task.data.idx}"
+        for error in [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]:
+            raise UserError(f"{id}: {error.type}: {error.message}")
+        traces += [_trace(id, trace) for trace in episode.traces]
+    return traces
+
+
+def _trace(id: str, trace: vf.Trace) -> Trace:
+    spoken: list[tuple[str, str]] = [("", "")]  # (of the model, then to it); the task first
+    for message in trace.messages:
+        text = content_text(message.content)
+        if message.role == "assistant":
+            spoken.append((text, ""))
+        else:
+            spoken[-1] = (spoken[-1][0], f"{spoken[-1][1]}\n{text}".lstrip("\n"))
+    steps = [Step(observation=seen, verdict="unfinished") for _, seen in spoken[1:-1]]
+    verdict = "passed" if trace.reward >= 1 else "wrong answer"
+    steps.append(Step(observation=spoken[-1][1], verdict=verdict, reward=trace.reward))
+    turns = [Turn(action=text, step=step) for (text, _), step in zip(spoken[1:], steps, strict=True)]
+    return Trace(id=id, task=spoken[0][1], turns=tuple(turns))

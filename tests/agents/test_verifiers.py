@@ -1,0 +1,92 @@
+"""Our environments as a taskset of `verifiers`, and a taskset of its kind with a model of ours."""
+
+import http.server
+import json
+import sys
+import threading
+
+import pytest
+
+from lemur_jax.cli import main
+
+TASKSET = """
+import verifiers.v1 as vf
+
+__all__ = ["Sums"]
+
+
+class Data(vf.TaskData):
+    answer: str
+
+
+class Sum(vf.Task[Data]):
+    @vf.reward
+    async def right(self, trace: vf.Trace) -> float:
+        return float(self.data.answer in trace.last_reply)
+
+
+class Sums(vf.Taskset[Sum, vf.TasksetConfig]):
+    def load(self):
+        for number in (1, 5):
+            data = Data(prompt=f"{number} + 1?", system_prompt="Add.", answer=str(number + 1))
+            yield Sum(data, self.config.task)
+"""
+
+
+@pytest.fixture
+def endpoint():
+    """A model that knows 6 and, when asked again, the query that counts books."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body)
+            text = "6" if len(body["messages"]) < 3 else "SELECT count(*) FROM book"
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+            reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+        server.shutdown()
+
+
+def test_tasksets_both_ways(endpoint, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("verifiers.v1", reason="verifiers is not installed: pip install '.[verifiers]'")
+    url, asked = endpoint
+    (tmp_path / "lemur_test_sums.py").write_text(TASKSET)
+    monkeypatch.syspath_prepend(tmp_path)
+    output = tmp_path / "agents.json"
+
+    def run(taskset):
+        asked.clear()
+        words = ["--endpoint", url, "--endpoint-model", "m", "--json", str(output), "--limit", "2"]
+        assert main(["eval", "--agents", f"verifiers:{taskset}", *words]) == 0
+        return json.loads(output.read_text())["agents"]["traces"]
+
+    first, second = run("lemur-test-sums")
+    assert [first["solved_at"], second["solved_at"]] == [None, 1]
+    assert second["task"] == "Add.\n5 + 1?"
+    assert [message["role"] for message in asked[0]["messages"]] == ["system", "user"]
+    count, other = run("lemur-verifiers")
+    assert (count["id"], count["solved_at"], other["solved_at"]) == ("lemur-verifiers/sql/count", 2, None)
+    assert count["turns"][0]["step"]["observation"].startswith("Error: ")
+    assert len(other["turns"]) == 5
+    words = ["--endpoint", url, "--agents", "verifiers:lemur-nowhere"]
+    assert main(["eval", *words]) == 2
+    assert "the taskset 'lemur-nowhere' of verifiers cannot be loaded" in capsys.readouterr().err
+
+
+def test_without_the_library_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "verifiers.v1", None)
+    monkeypatch.delitem(sys.modules, "lemur_jax.agents.verifiers_adapter", raising=False)
+    assert main(["eval", "--endpoint", "http://x", "--agents", "verifiers:gsm8k"]) == 2
+    assert "pip install 'lemur_jax[verifiers]'" in capsys.readouterr().err
