@@ -67,7 +67,7 @@ def _prepare(args) -> None:
 
 
 def _inspect(args) -> None:
-    from lemur_jax.data.inspect import inspect_mixture, inspect_store, page
+    from lemur_jax.data.inspect import inspect_mixture, inspect_store
     from lemur_jax.text.tokenizer import Tokenizer
 
     show = {"samples": args.samples, "color": bool(args.html) or sys.stdout.isatty()}
@@ -85,6 +85,17 @@ def _inspect(args) -> None:
     if args.html:
         from etils import epath
 
-        epath.Path(args.html).write_text(page(args.target, text))
+        epath.Path(args.html).write_text(_page(args.target, text))
         text = f"wrote {args.html}"
     print(text)
+
+
+def _page(title: str, colored: str) -> str:
+    """A self-contained HTML page of what `lemur inspect` prints in a terminal."""
+    from lemur_jax.data.inspect import DIM, GREEN, PLAIN
+    from lemur_jax.report.html import escape, html_page
+
+    body = escape(colored).replace(PLAIN, "</span>")
+    body = body.replace(GREEN, '<span class="supervised">').replace(DIM, '<span class="soft">')
+    legend = "Green: tokens that the loss counts; grey: others. Rows of dashes divide documents."
+    return html_page(title, f'<h1>{escape(title)}</h1><p class="soft">{legend}</p><pre>{body}</pre>')

@@ -1,9 +1,7 @@
-"""`lemur inspect`: what is in a token store, and what a config would train on, as text or as a page.
+"""`lemur inspect`: what is in a token store, and what a config would train on, as text.
 
-Supervised tokens are green in a terminal and stand in {+ +} elsewhere.
+Supervised tokens are green in color and stand in {+ +} elsewhere.
 """
-
-import html
 
 import numpy as np
 from etils import epath
@@ -16,7 +14,7 @@ from lemur_jax.data.store import TokenStore
 from lemur_jax.text.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 240  # of a document or row that are shown
-_GREEN, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+GREEN, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 _BAR = 40  # characters of the longest bar
 
 
@@ -135,34 +133,8 @@ def _sample(ids: np.ndarray, supervised: np.ndarray, tokenizer: Tokenizer | None
 
 def _mark(text: str, supervised: bool, color: bool) -> str:
     if color:
-        return f"{_GREEN if supervised else _DIM}{text}{_PLAIN}"
+        return f"{GREEN if supervised else DIM}{text}{PLAIN}"
     return f"{{+{text}+}}" if supervised else text
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 24px auto; max-width: 1100px; padding: 0 20px; font: 15px/1.5 system-ui, sans-serif; }}
-pre {{ font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }}
-b {{ font-weight: inherit; color: light-dark(#0a6b3d, #5fdca0); background: light-dark(#e3f5ea, #17362a); }}
-i {{ font-style: normal; color: light-dark(#5a6473, #9ba7b8); }}
-</style>
-<h1>{title}</h1>
-<p><b>Green</b>: tokens that the loss counts. <i>Grey</i>: those that it does not. Rows of dashes divide documents.</p>
-<pre>{body}</pre>
-</html>
-"""
-
-
-def page(title: str, colored: str) -> str:
-    """One self-contained HTML page of what the functions above give with `color=True`."""
-    body = html.escape(colored)
-    for mark, tag in ((_GREEN, "b"), (_DIM, "i")):
-        parts = body.split(mark)
-        body = parts[0] + "".join(f"<{tag}>{part.replace(_PLAIN, f'</{tag}>', 1)}" for part in parts[1:])
-    return _PAGE.format(title=html.escape(title), body=body)
 
 
 def printable(text: str) -> str:

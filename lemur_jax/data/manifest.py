@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import logging
-import typing
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -14,12 +12,9 @@ from etils import epath
 import lemur_jax
 from lemur_jax.common.errors import UserError, reason_of
 
-logger = logging.getLogger(__name__)
-
 _SHOWN_LABELS = 20
 
 FORMAT_VERSION = 2
-_WITHOUT_CHECKSUMS = 1  # the version before; it is still read
 _SEAL = "seal"  # the key of the digest in manifest.json
 
 
@@ -36,7 +31,7 @@ class Manifest:
       label_field: the metadata field whose value is each document's label; "": they have none.
       labels: for each label its number, and how many documents and bytes have it.
       created_with: the program and its version.
-      arrays: sha256 (hex) of each array's `zarr.json`, by the array's name; empty in a store without checksums.
+      arrays: sha256 (hex) of each array's `zarr.json`, by the array's name.
     """
 
     format_version: int = FORMAT_VERSION
@@ -58,20 +53,12 @@ class Manifest:
     created_with: str = f"lemur_jax {lemur_jax.__version__}"
     arrays: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for name, kind in self.__annotations__.items():
-            value = getattr(self, name)
-            is_bool = isinstance(value, bool)
-            fits = isinstance(value, typing.get_origin(kind) or kind) and is_bool == (kind is bool)
-            if not fits or (kind is int and value < 0):
-                raise TypeError(f"{name} is {value!r:.80}")
-
     @property
     def digest(self) -> str:
         """sha256 (hex) of what the tokens are, whatever program version stored them, and how."""
         fields = dataclasses.asdict(self)
         del fields["created_with"], fields["arrays"]
-        fields["format_version"] = _WITHOUT_CHECKSUMS
+        fields["format_version"] = 1  # so that a run that began with a store of format 1 goes on
         if not self.label_field:  # the same with or without these fields
             del fields["label_field"], fields["labels"]
         return digest_of(fields)
@@ -128,22 +115,13 @@ def read_manifest(path: epath.PathLike) -> Manifest:
     remake = "make it again with `lemur prepare --config ...`"
     try:
         version = json.loads(file.read_text())["format_version"]
-        if version not in (FORMAT_VERSION, _WITHOUT_CHECKSUMS):
+        if version != FORMAT_VERSION:
             raise UserError(
-                f"the token store {path} has format version {version}, this program reads {_WITHOUT_CHECKSUMS} and"
-                f" {FORMAT_VERSION}: {remake}"
+                f"the token store {path} has format version {version}, this program reads {FORMAT_VERSION}: {remake}"
             )
-        if version == FORMAT_VERSION:
-            return Manifest(**read_sealed(file))
-        manifest = Manifest(**json.loads(file.read_text()))
+        return Manifest(**read_sealed(file))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged ({reason_of(error)}): {remake}") from error
-    logger.warning(
-        "the token store %s has no checksums (format version %d): damage to its files is not noticed; remove it and"
-        " %s",
-        *(path, version, remake),
-    )
-    return manifest
 
 
 def describe_labels(manifest: Manifest) -> str:

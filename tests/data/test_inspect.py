@@ -6,10 +6,11 @@ import re
 import numpy as np
 import pytest
 
+from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import default_config, from_config_dict, replace
 from lemur_jax.data.config import StageConfig
-from lemur_jax.data.inspect import histogram, inspect_mixture, inspect_store, page, printable
+from lemur_jax.data.inspect import histogram, inspect_mixture, inspect_store
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.models.presets import preset
 from lemur_jax.text.chat_template import encode_chat
@@ -131,21 +132,18 @@ def test_the_histogram_counts_every_length_once():
     assert lines == [(1, 1), (2, 1), (4, 2), (8, 2), (16, 1), (32, 0), (64, 0), (128, 1)]
 
 
-def test_text_cannot_command_the_terminal():
-    assert printable("a\x1b[2Jb\tc\nd\u202eé漢") == "a\\x1b[2Jb\tc\nd\\u202eé漢"
-
-
-def test_a_page_says_the_same_and_escapes_it(make_store, chat_tokenizer):
+def test_a_page_says_the_same_and_escapes_it(make_store, chat_tokenizer, chat_dir, tmp_path):
     contents = {"user": "<script>a && b</script>", "assistant": "<i>no</i>"}
     talk = [{"role": role, "content": content} for role, content in contents.items()]
     ids, mask = encode_chat(chat_tokenizer, talk)
     store = make_store([ids], [mask], **described(chat_tokenizer))
-    options = {"tokenizer": chat_tokenizer, "samples": 1}
-    document = page("a <store>", inspect_store(store.path, color=True, **options))
+    words = ["inspect", str(store.path), "--tokenizer", str(chat_dir), "--html", str(tmp_path / "page.html")]
+    assert not main(words)
+    document = (tmp_path / "page.html").read_text()
     assert "<script" not in document
     assert "\x1b" not in document
     (body,) = re.findall("<pre>(.*)</pre>", document, re.DOTALL)
-    plain = inspect_store(store.path, **options).replace("{+", "").replace("+}", "")
-    assert html.unescape(re.sub("</?[bi]>", "", body)) == plain
-    assert re.findall("<b>(.*?)</b>", body, re.DOTALL) == [html.escape("<i>no</i><|im_end|>\n")]
-    assert html.escape("<script>a && b</script>") in "".join(re.findall("<i>(.*?)</i>", body, re.DOTALL))
+    plain = inspect_store(store.path, tokenizer=chat_tokenizer).replace("{+", "").replace("+}", "")
+    assert html.unescape(re.sub("<[^>]*>", "", body)) == plain
+    supervised = re.findall('<span class="supervised">(.*?)</span>', body, re.DOTALL)
+    assert supervised == [html.escape("<i>no</i><|im_end|>\n")]

@@ -96,17 +96,6 @@ def test_iterate_reads_three_batches_ahead_and_stops_with_its_reader(mixture, mo
     assert 2 <= len(read) <= 5  # two taken and three ahead
 
 
-def test_iterate_raises_what_the_thread_raises(mixture, monkeypatch):
-    loader = Loader(mixture, sharding_of(1, 1))
-    batch = loader.batch
-    monkeypatch.setattr(loader, "batch", lambda step: batch(step) if step < 2 else 1 / 0)
-    steps = loader.iterate(0, 5)
-    assert [next(steps)[0], next(steps)[0]] == [0, 1]
-    with pytest.raises(ZeroDivisionError):
-        next(steps)
-    assert not read_ahead_threads()
-
-
 @pytest.mark.parametrize(
     ("rows", "max_rows"), [(1, 0), (15, 0), (16, 0), (17, 0), (40, 0), (40, 17), (40, 99)]
 )

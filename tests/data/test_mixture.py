@@ -70,21 +70,6 @@ def test_locate_agrees_with_python_integers(first, later):
     assert row_indices.dtype == np.int64
 
 
-def test_two_sources_are_exact_to_the_row_at_every_step():
-    later = stages((7, {"code": 1.0, "text": 1.0}), (30, {"text": 4.0, "code": 1.0}))
-    mixture = Mixture([source("code", 10.0), source("text", 1.0)], seed=1, batch_rows=11, stages=later)
-    ids = ids_of(mixture, range(50))
-    # One row after the other takes what its stage still owes to text, rounded.
-    expected = []
-    for steps, part in ((7, Fraction(1, 11)), (23, Fraction(1, 2)), (20, Fraction(4, 5))):
-        given_to_code = 0
-        for rows in range(1, steps * 11 + 1):
-            is_code = given_to_code + Fraction(1, 2) <= rows * (1 - part)
-            given_to_code += is_code
-            expected.append(0 if is_code else 1)
-    assert ids.tolist() == expected
-
-
 def test_a_source_goes_through_its_rows_in_one_order_over_all_stages():
     sizes = {"a": 50, "b": 31, "late": 17}
     sources = [
@@ -102,15 +87,6 @@ def test_a_source_goes_through_its_rows_in_one_order_over_all_stages():
         epochs = visits[: len(visits) // len(each.rows) * len(each.rows)].reshape(-1, len(each.rows))
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs) > 3  # each in an order of its own
         assert (np.sort(epochs) == np.arange(len(each.rows))).all()  # no row twice in an epoch, none left out
-
-
-def test_what_comes_before_a_stage_does_not_change_with_it():
-    sources = [source("a", 1.0), source("b", 1.0)]
-    plain = Mixture(sources, seed=1, batch_rows=8)
-    staged = Mixture(sources, seed=1, batch_rows=8, stages=stages((500, {"b": 1.0})))
-    for step in (0, 1, 499):
-        np.testing.assert_array_equal(plain.locate(step), staged.locate(step))
-    assert set(staged.locate(500)[0]) == {1}
 
 
 def test_batches_depend_on_seed_and_step_alone():
@@ -213,11 +189,6 @@ def test_two_stages_cannot_begin_together():
         UserError, match=r"data\.stages is {'a': 5, 'b': 5}: it must be stages that begin at diff"
     ):
         config_with(**{name: {"step": 5, "shares": {"code": 1.0}} for name in "ab"})
-
-
-def test_a_mixture_needs_sources():
-    with pytest.raises(UserError, match="data.sources is empty"):
-        Mixture([], seed=0, batch_rows=4)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Packing: best fit decreasing as the textbook has it, and its files beside the store."""
 
 import itertools
-import json
 import tracemalloc
 
 import numpy as np
@@ -13,7 +12,6 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.data import packing
 from lemur_jax.data.packing import open_packing, pack
 from lemur_jax.data.rows import FitRows
-from lemur_jax.data.store import TokenStore
 
 
 def best_fit_decreasing(lengths, capacity):
@@ -72,15 +70,6 @@ def test_documents_of_one_row_are_from_all_over_the_store(make_store, monkeypatc
     assert np.median(spread) > 1000
 
 
-def test_it_is_made_once_and_read_by_the_next(store, monkeypatch):
-    store, _ = store
-    first = open_packing(store, 48)
-    monkeypatch.setattr(packing, "pack", None)
-    second = open_packing(TokenStore.open(store.path), 48)
-    np.testing.assert_array_equal(first.documents(5), second.documents(5))
-    assert sorted(path.name for path in store.path.iterdir() if "packed" in path.name) == ["packed-48"]
-
-
 def test_two_processes_at_once_leave_one_packing(store, monkeypatch):
     store, _ = store
     write = packing._write
@@ -93,16 +82,6 @@ def test_two_processes_at_once_leave_one_packing(store, monkeypatch):
     monkeypatch.setattr(packing, "_write", slow)
     assert open_packing(store, 48).counts.rows == open_packing(store, 48).counts.rows
     assert sorted(path.name for path in store.path.iterdir() if "packed" in path.name) == ["packed-48"]
-
-
-def test_one_that_was_not_finished_is_made_again(store):
-    store, _ = store
-    rows = open_packing(store, 48).counts.rows
-    counts = store.path / "packed-48" / "packing.json"
-    content = counts.read_text()
-    counts.unlink()
-    assert open_packing(store, 48).counts.rows == rows
-    assert json.loads(counts.read_text()) == json.loads(content)
 
 
 def test_a_store_that_cannot_be_written_is_packed_elsewhere(store, monkeypatch):

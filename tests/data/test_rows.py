@@ -68,23 +68,6 @@ def test_concat_rows(make_store, random_documents, longest, length, masked):
     assert_rows(rows, expected, order + order[:3])
 
 
-def test_concat_rows_hold_every_token_once(make_store, random_documents):
-    documents = random_documents(50, 300)
-    # The stream's length against T: shorter, one more, a multiple, one less, unlike.
-    stream = np.concatenate(documents)
-    for length in (len(stream) - 1, len(stream), 2 * len(stream), 100, 1):
-        rows = ConcatRows(make_store(documents), length)
-        batch = rows.read(np.arange(len(rows)))
-        real = batch["segment_ids"] > 0
-        np.testing.assert_array_equal(batch["tokens"][real], stream[:-1])
-        assert real.sum() == rows.num_tokens == len(stream) - 1
-        assert rows.tokens_per_row == rows.num_tokens / len(rows)
-        weighed = batch["loss_weights"] > 0
-        np.testing.assert_array_equal(
-            np.sort(batch["targets"][weighed]), np.sort(np.concatenate([ids[1:] for ids in documents]))
-        )
-
-
 def test_a_token_of_any_value_is_a_token(make_store):
     # 0 is padding to many, 2 is eos: neither means anything here.
     rows = ConcatRows(make_store([[0, 0, 2, 2, 0], [2, 0, 0]]), 7)

@@ -77,15 +77,6 @@ def test_a_file_that_is_gone_is_an_error_and_no_zeros(make_store, tmp_path):
         again.loss_mask(np.array([0]), np.array([9000]))
 
 
-def test_manifest(make_store, tmp_path):
-    store = make_store([[1, 2, 3], [4, 5]], task_digest="aa", input_digest="bb")
-    written = json.loads((tmp_path / "a/train/manifest.json").read_text())
-    expected = {"documents": 2, "tokens": 5, "bytes": 5, "supervised_tokens": 3, "task_digest": "aa"}
-    assert written.items() >= expected.items()
-    assert read_manifest(tmp_path / "a/train") == store.manifest
-    assert store.manifest.digest != make_store([[1, 2, 3], [4]], name="b/train").manifest.digest
-
-
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
 def test_width_of_tokens(make_store, vocab_size, dtype):
     store = make_store([[0, vocab_size - 1]], vocab_size=vocab_size)
@@ -119,18 +110,6 @@ def test_an_exception_leaves_nothing_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_what_a_killed_writer_left_is_cleared(tmp_path):
-    (tmp_path / ".s.partial" / "tokens").mkdir(parents=True)
-    (tmp_path / ".s.partial" / "tokens" / "zarr.json").write_text("rubbish")
-    (tmp_path / "s" / "tokens").mkdir(parents=True)  # renamed, but killed before its manifest
-    with pytest.raises(UserError, match="unfinished"):
-        TokenStore.open(tmp_path / "s")
-    with StoreWriter(tmp_path / "s", empty_manifest(**FIELDS)) as writer:
-        writer.add([1], id="x", n_bytes=1)
-    assert TokenStore.open(tmp_path / "s").num_documents == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["s"]
-
-
 @pytest.mark.parametrize(
     "document",
     [{"ids": []}, {"ids": [-1]}, {"ids": [1000]}, {"ids": [1], "mask": [1]}],
@@ -142,15 +121,6 @@ def test_impossible_documents_are_refused(tmp_path, document):
         StoreWriter(tmp_path / "s", empty_manifest(**FIELDS)) as writer,
     ):
         writer.add(**document, id="x", n_bytes=1)
-
-
-@pytest.mark.parametrize("mask", [None, [1], [1, 0, 1]])
-def test_a_mask_must_fit(tmp_path, mask):
-    with (
-        pytest.raises(ValueError, match="loss mask of 2 entries"),
-        StoreWriter(tmp_path / "s", empty_manifest(**FIELDS, has_loss_mask=True)) as writer,
-    ):
-        writer.add([1, 2], id="x", n_bytes=1, mask=mask)
 
 
 def test_missing_damaged_empty_and_foreign_stores(make_store, tmp_path):
@@ -165,7 +135,7 @@ def test_missing_damaged_empty_and_foreign_stores(make_store, tmp_path):
     file = tmp_path / "a/train/manifest.json"
     whole = file.read_text()
     file.write_text(json.dumps(json.loads(whole) | {"format_version": 99, "new_field": 1}))
-    with pytest.raises(UserError, match="format version 99, this program reads 1 and 2"):
+    with pytest.raises(UserError, match="format version 99, this program reads 2"):
         TokenStore.open(tmp_path / "a/train")
     for damaged in (whole[:40], "[]", "{}", whole.replace('"documents"', '"dokuments"')):
         file.write_text(damaged)
