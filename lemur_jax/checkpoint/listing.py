@@ -35,8 +35,7 @@ def checkpoint_table(path: epath.PathLike) -> tuple[str, bool]:
     states = [verify(directory, step) for step in steps]
     for step, state in zip(steps, states, strict=True):
         size, newest = _size_and_time(directory / str(step))
-        age = _age(time.time() - newest) if newest else "?"  # there is no file
-        lines.append(f"{step:>10} {size / 1e9:>9.3f} {age:>10}  {state}")
+        lines.append(f"{step:>10} {size / 1e9:>9.3f} {_age(time.time() - newest):>10}  {state}")
     return "\n".join(lines), all(state.startswith("verified") for state in states)
 
 

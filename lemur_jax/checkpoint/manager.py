@@ -53,7 +53,6 @@ __all__ = (
     "write_params",
 )
 
-_LONG_WAIT_SECONDS = 1.0  # a save that waits longer for the one before it says so
 _LOG_SECONDS = 60.0  # between two messages that a save is not yet written
 _LAST_WRITES_SECONDS = 3.0  # for threads of a failed save that still write
 _SAVE_SECONDS = 24 * 3600  # Orbax's default of 20 minutes fails large saves to slow storage
@@ -145,15 +144,7 @@ class Checkpoints:
         Raises:
           UserError: a leaf is not finite, and nothing is saved; or as `wait`.
         """
-        began = time.monotonic()
         self.wait()
-        waited = time.monotonic() - began
-        if waited > _LONG_WAIT_SECONDS and not self.failed:
-            logger.info(
-                "the save of step %d waited %.0f s for the one before it: the storage is slower than"
-                " config.checkpoint.every_steps or every_minutes asks for",
-                *(step, waited),
-            )
         trees = {"params": params, "optimizer": optimizer}
         leaves = {
             item: leaf_digests(tree, f"step {step} is not saved: {item}") for item, tree in trees.items()

@@ -26,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       An exit status of `cluster/exit.py`.
     """
     setup()
-    if (
-        arguments is None
-    ):  # a process of its own: handlers that libraries add to the root logger would print again
+    if arguments is None:  # a process of its own: handlers of libraries at the root logger would print again
         logging.getLogger("lemur_jax").propagate = False
     logging.getLogger("gcsfs").addFilter(_has_no_traceback)
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -70,9 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # What the file system says of a disk, and of a path.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_TOO_MANY = (errno.EMFILE, errno.ENFILE)
-_WRONG_PLACE = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
+_OF_A_PATH = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 )
 
@@ -86,14 +83,8 @@ def _one_line(error: Exception) -> str | None:
             f"the object store cannot be reached, or refuses: {reason_of(error)}; look at the network"
             " and at the credentials, and run the same command again"
         )
-    if (
-        isinstance(error, OSError)
-        and error.filename is not None
-        and error.errno in _FULL + _TOO_MANY + _WRONG_PLACE
-    ):
-        return f"{error.strerror}: {error.filename}"
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return f"{error.strerror}"
+    if isinstance(error, OSError) and error.errno in (*_FULL, *(_OF_A_PATH if error.filename else ())):
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return None
 
 

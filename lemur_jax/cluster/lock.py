@@ -5,16 +5,14 @@ not change for a while belongs to a process that was killed.
 """
 
 import contextlib
-import dataclasses
 import itertools
-import json
 import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import filelock
 from etils import epath
@@ -26,9 +24,15 @@ from lemur_jax.common.paths import is_object_store
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "running.lock"
-LEASE_FILE = "running.json"
+LEASE_FILE = "running.lease"
 # A run that was asked to stop may still be saving when its successor starts.
 WAIT_SECONDS = 300.0
+RENEW_SECONDS = 10.0  # between two writes of the lease
+EXPIRE_SECONDS = (
+    60.0  # a lease that does not change for so long is of a run that is over; a store may be out of reach
+)
+SETTLE_SECONDS = 1.0  # in which another run that found the place free may have written too; the last one wins
+RELEASE_SECONDS = 30.0  # for the last write at the end; a store may not answer
 
 
 @contextlib.contextmanager
@@ -75,67 +79,45 @@ def _refusal(other: str, workdir: epath.Path, seconds: float) -> UserError:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LeaseTimes:
-    """Seconds.
-
-    Attributes:
-      renew: between two writes of the file.
-      expire: after which a file that does not change is of a run that is over; longer than a store may be out of reach.
-      settle: within it, another run that found the place free at the same moment has written too; the last one wins.
-      release: for the last write at the end; a store may not answer.
-    """
-
-    renew: float = 10.0
-    expire: float = 60.0
-    settle: float = 1.0
-    release: float = 30.0
-
-
 @contextlib.contextmanager
-def lease(
-    directory: epath.Path,
-    seconds: float,
-    times: LeaseTimes = LeaseTimes(),
-    lost: Callable[[str], object] | None = None,
-) -> Iterator[None]:
+def lease(directory: epath.Path, seconds: float) -> Iterator[None]:
     """A context in which no other lease of the directory is held, on any machine.
+
+    Where another run has taken over, as can happen while this process sleeps for longer than `EXPIRE_SECONDS`, this
+    process ends.
 
     Args:
       directory: exists.
       seconds: to wait for another run that is alive.
-      times: see there.
-      lost: called in another thread, with a message, where another run has taken over, as can happen while this process
-        sleeps for longer than `times.expire`; default: ends the process.
 
     Raises:
       UserError: the other run goes on.
     """
     file, mine = directory / LEASE_FILE, uuid.uuid4().hex
-    _take(file, mine, seconds, times)
+    _take(file, mine, seconds)
     over = threading.Event()
-    thread = threading.Thread(target=_renew, args=(file, mine, over, times.renew, lost or _end), daemon=True)
+    thread = threading.Thread(target=_renew, args=(file, mine, over), daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
-        thread.join(times.release)
+        thread.join(RELEASE_SECONDS)
         with contextlib.suppress(Exception):  # otherwise the next run waits until the lease expires
             if mine in (_read(file) or ""):
                 file.unlink()
 
 
-def _take(file: epath.Path, mine: str, seconds: float, times: LeaseTimes) -> None:
+def _take(file: epath.Path, mine: str, seconds: float) -> None:
     began = since = time.monotonic()
     logged, seen = False, None
     while True:
         found, now = _read(file), time.monotonic()
         if found != seen:
             seen, since = found, now
-        if found is None or now - since > times.expire:
+        if found is None or now - since > EXPIRE_SECONDS:
             _write(file, mine, 0)
-            time.sleep(times.settle)
+            time.sleep(SETTLE_SECONDS)
             if mine in (_read(file) or ""):
                 return
             continue
@@ -145,31 +127,25 @@ def _take(file: epath.Path, mine: str, seconds: float, times: LeaseTimes) -> Non
         if not logged:
             logger.info(
                 "%s is writing to %s: waiting for its end, or for %g s without a sign of life",
-                *(other, file.parent, times.expire),
+                *(other, file.parent, EXPIRE_SECONDS),
             )
             logged = True
-        time.sleep(min(1.0, times.expire / 10))
+        time.sleep(min(1.0, EXPIRE_SECONDS / 10))
 
 
-def _renew(
-    file: epath.Path, mine: str, over: threading.Event, seconds: float, lost: Callable[[str], object]
-) -> None:
+def _renew(file: epath.Path, mine: str, over: threading.Event) -> None:
     for number in itertools.count(1):
-        if over.wait(seconds):
+        if over.wait(RENEW_SECONDS):
             return
         with contextlib.suppress(Exception):  # a store out of reach: saves report it
             found = _read(file)
             if found is not None and mine not in found:
-                lost(
+                end_process(
+                    USER_ERROR,
                     f"{file.parent} has been taken over by another run ({_holder(found)}), as this one gave no sign of"
-                    " life for a while; this one ends, and saves nothing more"
+                    " life for a while; this one ends, and saves nothing more",
                 )
-                return
             _write(file, mine, number)
-
-
-def _end(message: str) -> None:
-    end_process(USER_ERROR, message)
 
 
 def _read(file: epath.Path) -> str | None:
@@ -181,13 +157,8 @@ def _read(file: epath.Path) -> str | None:
 
 def _write(file: epath.Path, mine: str, number: int) -> None:
     # Always of the same length: stores that cache sizes may keep the old one for a while.
-    content = {"host": socket.gethostname(), "process": os.getpid(), "run": mine, "beat": f"{number:010d}"}
-    file.write_text(json.dumps(content))
+    file.write_text(f"{socket.gethostname()}, process {os.getpid()}, run {mine}, beat {number:010d}")
 
 
 def _holder(text: str) -> str:
-    try:
-        content = json.loads(text)
-        return f"{content['host']}, process {content['process']}"
-    except (ValueError, KeyError, TypeError):
-        return "of unknown name"
+    return text.partition(", run ")[0]

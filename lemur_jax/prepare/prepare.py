@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -66,13 +67,15 @@ def prepare(
       UserError: an unknown task, an empty or unreadable corpus, too many bad records, a tokenizer that does not
         fit, a store that would be replaced, or a budget that the finished stores cannot meet.
     """
-    wanted = _wanted_stores(config)
+    train = [(name, "train") for name in config.data.sources]
+    held_out = [(name, "validation") for name in (*config.eval.tasks, *config.prepare.held_out_tasks)]
+    wanted = list(dict.fromkeys(train + held_out))
     found = {name: tasks.find_task(split_name(name)[0], config.data.modules) for name, _ in wanted}
-    steps = _steps(config, {task.name for task in found.values()})
+    steps = _steps(config.prepare.steps, {task.name for task in found.values()})
     for name, split in wanted:
         tasks.check_files(found[name], split)
         check_part(name, split, list(config.data.sources), json.loads(steps[found[name].name]))
-    tokenizer = prepare_tokenizer(config, progress=progress)
+    tokenizer = prepare_tokenizer(config.tokenizer, config.data.modules, config.model.vocab_size, progress)
     workers = config.prepare.workers or available_cores()
     with _full_disk_as_user_error(config.data.stores), encoder(tokenizer, workers) as encode:
         run = _Run(config, steps, tokenizer, encode, replace, runner, runner_options, progress)
@@ -104,13 +107,6 @@ def _full_disk_as_user_error(stores: str) -> Iterator[None]:
             f"the disk of {stores} is full: free some space, or name another directory in data.stores; the same"
             " command continues from what is saved"
         ) from error
-
-
-def _wanted_stores(config: RunConfig) -> list[tuple[str, str]]:
-    """(source, split) in the config's order, without repetitions."""
-    train = [(name, "train") for name in config.data.sources]
-    held_out = [(name, "validation") for name in (*config.eval.tasks, *config.prepare.held_out_tasks)]
-    return list(dict.fromkeys(train + held_out))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,9 +251,8 @@ def _check_any(task: tasks.Task, split: str, rejects: Rejects, writer: StoreWrit
         )
 
 
-def _steps(config: RunConfig, names: Iterable[str]) -> dict[str, str]:
+def _steps(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
     """The steps of each task, from `parse_steps`."""
-    given = config.prepare.steps
     names = sorted(names)
     for name in given:
         if name not in names:

@@ -6,14 +6,13 @@ import heapq
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import RunConfig
 from lemur_jax.prepare import tasks
 from lemur_jax.prepare.encoding import Record
 from lemur_jax.text.config import TokenizerConfig
@@ -43,14 +42,20 @@ def no_progress(total: int | None, label: str, unit: str) -> AbstractContextMana
     return contextlib.nullcontext(_Silent())
 
 
-def prepare_tokenizer(config: RunConfig, *, progress: ShowProgress = no_progress) -> Tokenizer:
+def prepare_tokenizer(
+    options: TokenizerConfig, modules: Sequence[str], vocab_size: int, progress: ShowProgress = no_progress
+) -> Tokenizer:
     """The tokenizer of a config, trained or extended first if it does not exist.
+
+    Args:
+      options: `config.tokenizer`.
+      modules: that register the tasks it is trained on.
+      vocab_size: of the model.
 
     Raises:
       UserError: there is none and the config does not say how to make one; or it differs from the one that the config
         describes, or has more tokens than the model.
     """
-    options = config.tokenizer
     if not options.path:
         raise UserError("tokenizer.path is empty: name the tokenizer's directory")
     path = epath.Path(options.path)
@@ -58,9 +63,9 @@ def prepare_tokenizer(config: RunConfig, *, progress: ShowProgress = no_progress
         if options.extend:
             _extend(options, path)
         elif options.train_vocab_size:
-            _train(config, path, progress)
+            _train(options, modules, path, progress)
     tokenizer = Tokenizer.load(path)
-    _check_tokenizer(config, tokenizer)
+    _check_tokenizer(options, vocab_size, tokenizer)
     return tokenizer
 
 
@@ -72,15 +77,17 @@ def _extend(options: TokenizerConfig, path: epath.Path) -> None:
     logger.info("%s: %s tokens, %s and %s", path, f"{tokenizer.vocab_size:,}", options.extend, added)
 
 
-def _train(config: RunConfig, path: epath.Path, progress: ShowProgress) -> None:
-    names, size = config.tokenizer.train_tasks, config.tokenizer.train_vocab_size
+def _train(
+    options: TokenizerConfig, modules: Sequence[str], path: epath.Path, progress: ShowProgress
+) -> None:
+    names, size = options.train_tasks, options.train_vocab_size
     if not names:
         raise UserError("tokenizer.train_tasks is empty: name the tasks to train the tokenizer on")
     begin = time.monotonic()
     texts: list[str] = []
     with progress(None, "tokenizer: read", "documents") as shown:
         for name in names:
-            task = tasks.find_task(name, config.data.modules)
+            task = tasks.find_task(name, modules)
             texts += sample(tasks.examples(task, "train"), SAMPLE_BYTES // len(names), shown)
             if not texts:
                 raise UserError(f"task {name!r} has no text in its train split to train a tokenizer on")
@@ -137,8 +144,7 @@ def _written_whole(path: epath.Path) -> Iterator[epath.Path]:
             partial.rmtree()
 
 
-def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
-    options = config.tokenizer
+def _check_tokenizer(options: TokenizerConfig, vocab_size: int, tokenizer: Tokenizer) -> None:
     if options.train_vocab_size and tokenizer.vocab_size != options.train_vocab_size:
         raise UserError(
             f"the tokenizer in {options.path} has {tokenizer.vocab_size} tokens,"
@@ -154,8 +160,8 @@ def _check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
                 f"the tokenizer in {options.path} {what}: remove that directory, or name another in"
                 " tokenizer.path"
             )
-    if tokenizer.vocab_size > config.model.vocab_size:
+    if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer in {options.path} has {tokenizer.vocab_size} tokens, model.vocab_size is"
-            f" {config.model.vocab_size}: it must be at least as large"
+            f" {vocab_size}: it must be at least as large"
         )

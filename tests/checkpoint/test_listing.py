@@ -1,7 +1,6 @@
 """The table of checkpoints, whole and damaged, and the difference of their configs."""
 
 import os
-import shutil
 import time
 
 import pytest
@@ -42,13 +41,6 @@ def test_verifies_every_byte(run, capsys):
     damaged = capsys.readouterr().out.splitlines()
     assert damaged[2].endswith("verified (params, optimizer)")
     assert "DAMAGED: optimizer: " in damaged[3]
-
-
-def test_a_step_without_files_has_no_age(run, tmp_path):
-    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
-    (tmp_path / "checkpoints" / "9").mkdir()
-    last = listing.checkpoint_table(tmp_path)[0].splitlines()[-1]
-    assert last.split()[:4] == ["9", "0.000", "?", "DAMAGED:"]
 
 
 def test_difference_of_configs(run, capsys):

@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import threading
-import time
 
 import jax
 import numpy as np
@@ -71,15 +70,13 @@ def test_save_returns_before_the_files_are_there_and_the_arrays_may_be_overwritt
 
 
 def test_a_save_that_waits_for_the_one_before_it_says_so(state, tmp_path, monkeypatch, slow_storage, caplog):
-    monkeypatch.setattr(manager, "_LONG_WAIT_SECONDS", 0.1)
     monkeypatch.setattr(manager, "_LOG_SECONDS", 0.1)
     with manager.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state.params, state.optimizer, METADATA)
         threading.Timer(0.3, slow_storage.set).start()
         checkpoints.save(2, state.params, state.optimizer, METADATA)
-    said = messages(caplog)
-    assert said[0].startswith(f"waiting for the checkpoint of step 1 to be written to {tmp_path}: ")
-    assert [line for line in said if line.startswith("the save of step 2 waited")]
+    start = f"waiting for the checkpoint of step 1 to be written to {tmp_path}: "
+    assert messages(caplog)[0].startswith(start)
 
 
 @contextlib.contextmanager
@@ -140,13 +137,6 @@ def test_too_many_failures_in_a_row_stop(state, tmp_path, caplog):
     assert len(messages(caplog)) == 1
 
 
-def test_parameters_that_cannot_be_written_raise_and_can_be_written_later(tmp_path):
-    with no_directories(), pytest.raises(OSError, match="No space left"):
-        manager.write_params(tmp_path, {"w": np.ones((64, 64), np.float32)}, METADATA)
-    manager.write_params(tmp_path, {"w": np.ones((64, 64), np.float32)}, METADATA)
-    assert manager.steps_in(tmp_path)[1] == [0]
-
-
 def test_an_interrupted_import_does_not_go_on_to_its_end(tmp_path):
     read = []
 
@@ -166,15 +156,3 @@ def test_an_interrupted_import_does_not_go_on_to_its_end(tmp_path):
         signal.signal(signal.SIGINT, before)
     assert len(read) < 50
     assert threading.active_count() <= threads
-
-
-def test_a_clock_that_is_put_forward_by_an_hour_fails_no_save(state, tmp_path, monkeypatch, slow_storage):
-    """Nor does a save that takes so long; Orbax's own limit is 20 minutes."""
-    clock = time.time
-    with manager.Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state.params, state.optimizer, METADATA)
-        monkeypatch.setattr(time, "time", lambda: clock() + 3600)
-        slow_storage.set()
-        checkpoints.wait()
-        assert not checkpoints.failed
-    assert manager.steps_in(tmp_path)[1] == [1]

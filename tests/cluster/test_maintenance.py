@@ -46,13 +46,6 @@ def test_a_notice_is_a_sigterm(server, key, value, caplog):
     assert caplog.messages == [f"this machine is taken away (instance/{key}: {value})"]
 
 
-def test_an_unchanged_value_is_waited_for_and_not_asked_for_again_and_again(server):
-    with Interruption(0):
-        until(lambda: len(server.asked) >= 4)  # each once for the value and once for a change
-        time.sleep(0.2)
-        assert sorted(server.asked) == 2 * ["maintenance-event"] + 2 * ["preempted"]
-
-
 def test_a_notice_after_the_run_ends_nothing(server, caplog):
     heard, before = [], watching()
     old = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))

@@ -3,14 +3,12 @@
 import contextlib
 import json
 import math
-import os
 import random
 import resource
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.telemetry import metrics
@@ -105,16 +103,6 @@ def test_damage_in_the_middle_is_left_out_with_a_warning(tmp_path, caplog):
     assert "6 unreadable lines were skipped" in caplog.text
 
 
-def test_truncate_with_nothing_to_drop_leaves_the_file_alone(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
-        writer.write(train(1))
-    before = os.stat(tmp_path / METRICS_FILE)
-    with MetricsWriter(tmp_path) as writer:
-        writer.truncate_after(1)
-    after = os.stat(tmp_path / METRICS_FILE)
-    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-
-
 def test_missing_or_unwritable_places_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no metrics.jsonl in .*nowhere: give the --workdir"):
         read_metrics(tmp_path / "nowhere")
@@ -164,25 +152,3 @@ def test_what_cannot_be_written_to_the_end_is_an_error_and_hides_no_other(tmp_pa
         other.write(train(1))
         with pytest.raises(KeyError, match="first"), other:
             raise KeyError("first")
-
-
-def test_a_store_that_refuses_for_a_while_costs_no_record(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(metrics, "is_object_store", lambda path: True)
-    write = type(epath.Path(tmp_path)).write_bytes
-
-    def refuse(path, data):
-        raise RuntimeError("HTTP 503")  # of no class of Python's own
-
-    with MetricsWriter(tmp_path) as writer:
-        with monkeypatch.context() as patch:
-            patch.setattr(type(epath.Path(tmp_path)), "write_bytes", refuse)
-            writer.write(train(1))
-            writer.sync()
-            writer.write(train(2))
-            writer.sync()
-        assert len(caplog.messages) == 1
-        assert "HTTP 503" in caplog.text
-        assert type(epath.Path(tmp_path)).write_bytes is write
-        writer.sync()
-        assert len(caplog.messages) == 2
-    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]

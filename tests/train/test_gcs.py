@@ -30,8 +30,8 @@ def terminated(self):
 Interruption.reached = terminated
 assert main(words) == 0
 assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "4"]
-assert ("running.json" in seen) == (sys.argv[1].startswith("gs:"))
-assert not (workdir / "running.json").exists()
+assert ("running.lease" in seen) == (sys.argv[1].startswith("gs:"))
+assert not (workdir / "running.lease").exists()
 assert main(words) == 0
 assert main(["checkpoints", str(workdir)]) == 0
 epath.Path(sys.argv[2]).write_text((workdir / "metrics.jsonl").read_text())
