@@ -14,6 +14,8 @@ from lemur_jax.parallel.config import MeshConfig
 
 # Outermost first: neighbours in the last axis are neighbours on the interconnect.
 AXES = ("data", "fsdp", "sequence", "tensor")
+# Axis of the copies of the parameters in `mesh_of_copies`.
+COPY = "copy"
 
 
 def mesh_shape(
@@ -76,6 +78,14 @@ def make_mesh(
         for _, group in sorted(slices.items())
     ]
     return Mesh(np.concatenate(grids), AXES)
+
+
+def mesh_of_copies(mesh: Mesh) -> Mesh:
+    """The same devices with `data` renamed to `COPY`, and a `data` axis of size 1.
+
+    In a function that is mapped over the copies of the parameters, sharding rules name no axis of the copies.
+    """
+    return Mesh(mesh.devices[:, None], (COPY, *AXES))
 
 
 def platform(mesh: Mesh | None) -> str:

@@ -192,7 +192,7 @@ def check_host_transfers(compiled: Compiled, estimate: cost.Cost) -> None:
     Raises:
       ValueError: the transfers found in the program's text are fewer.
     """
-    moved = estimate.traffic[cost.HOST].bytes
+    moved = estimate.traffic.get(cost.HOST, cost.Traffic()).bytes
     if moved < 1.5 * compiled.host_bytes:
         raise ValueError(
             f"the program keeps {compiled.host_bytes} bytes in host memory, but only {moved:.0f} bytes of transfers"

@@ -18,8 +18,10 @@ from lemur_jax.models import decoder
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.compiler_flags import compiler_options
+from lemur_jax.parallel.mesh import mesh_of_copies
 from lemur_jax.parallel.rules import RULES, replicated
 from lemur_jax.train.config import TrainConfig
+from lemur_jax.train.copies import Copies
 from lemur_jax.train.losses import RowSums
 from lemur_jax.train.objectives import Batch, Objective, abstract_batch, next_token
 from lemur_jax.train.optimizer import make_optimizer
@@ -105,13 +107,20 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
     def sums(params, batch: Batch) -> RowSums:
         return next_token().loss(decoder.bind(model, compute, params), batch).rows
 
+    copies = None
+    if mesh.shape["data"] > 1 and config.train.microbatches > 1:
+        dtype = compute.reduce_dtype or compute.dtype
+        copies = Copies(mesh=mesh_of_copies(mesh), shardings=shardings_of(state.params), dtype=dtype)
+    by_copy = dataclasses.replace(compute, mesh=copies.mesh) if copies else compute
+
     def loss(params, batch: Batch) -> tuple[jax.Array, tuple[RowSums, Metrics]]:
-        total, rows, means = objective.loss(decoder.bind(model, compute, params), batch)
+        total, rows, means = objective.loss(decoder.bind(model, by_copy, params), batch)
         return total, (rows, means)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         microbatches = _split(batch, config.train.microbatches, mesh)
-        gradient, (rows, means) = _accumulate(jax.grad(loss, has_aux=True), state.params, microbatches)
+        gradient_of = jax.grad(loss, has_aux=True)
+        gradient, (rows, means) = _accumulate(gradient_of, state.params, microbatches, copies)
         weight = jnp.maximum(jnp.sum(rows.weight), 1.0)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         changes, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
@@ -161,21 +170,24 @@ def _mean(sums: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _accumulate(
-    gradient_of: Callable, params: Any, microbatches: Batch
+    gradient_of: Callable, params: Any, microbatches: Batch, copies: Copies | None
 ) -> tuple[Any, tuple[RowSums, Metrics]]:
-    """Sums the gradients of the microbatches; RowSums come back as [M, B/M], sums of metrics as [M].
+    """Sums the gradients of the microbatches; RowSums come back as [M, B/M], sums of metrics as [M] or [M, copies].
 
     The objective is a sum over tokens, so adding up microbatches needs no weights.
     """
     if jax.tree.leaves(microbatches)[0].shape[0] == 1:
         gradient, sums = gradient_of(params, jax.tree.map(lambda x: x[0], microbatches))
         return gradient, jax.tree.map(lambda x: x[None], sums)
+    differentiate = copies.differentiate(gradient_of) if copies else gradient_of
+    zeros = copies.zeros(params) if copies else jax.tree.map(jnp.zeros_like, params)
 
     def add(total, microbatch):
-        gradient, sums = gradient_of(params, microbatch)
+        gradient, sums = differentiate(params, microbatch)
         return jax.tree.map(jnp.add, total, gradient), sums
 
-    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), microbatches)
+    gradient, sums = jax.lax.scan(add, zeros, microbatches)
+    return copies.sum(gradient) if copies else gradient, sums
 
 
 def _loss_metrics(rows: RowSums, weight: jax.Array, optimizer_state: Any) -> dict[str, jax.Array]:

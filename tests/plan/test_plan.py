@@ -175,9 +175,12 @@ def test_long_rows_with_all_layers(tpu_compiler, argument, length, rate):
     assert made.tokens_per_second_per_chip > rate
 
 
-def test_two_slices_exchange_gradients_alone(tpu_compiler, tmp_path):
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 4])
+def test_two_slices_exchange_gradients_alone(tpu_compiler, tmp_path, microbatches):
+    """Once an update, however many microbatches it has."""
     model = preset("tiny", hidden_size=512, intermediate_size=1024)
-    options = {"data.sequence_length": 128, "train.batch_rows": 16, "mesh.data": 2}
+    options = {"data.sequence_length": 128, "train.batch_rows": 8 * microbatches, "mesh.data": 2}
+    options |= {"train.microbatches": microbatches}
     config = replace(RunConfig(model=model), options)
     made = plan(config, "v5e-4", slices=2, hlo_path=str(tmp_path / "step.hlo"))
     assert made.chips == 8

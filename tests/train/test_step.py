@@ -41,6 +41,21 @@ def test_same_loss_in_any_split(alone, batch, microbatches, chunk):
         np.testing.assert_allclose(metrics[key], alone[1][key], rtol=2e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 1, 2), (4, 1, 2, 1)])
+def test_same_loss_by_copy(alone, batch, shape):
+    """With microbatches and a `data` axis gradients are summed over copies after the last microbatch."""
+    config = tiny_config({"train.microbatches": 2})
+    program = program_on(shape, config)
+    found, metrics, state = losses(program, batch)
+    np.testing.assert_allclose(found, alone[0], rtol=1e-5)
+    for key in ("grad_norm", "source_loss", "source_weight", "finite_rows"):
+        np.testing.assert_allclose(metrics[key], alone[1][key], rtol=2e-5)
+    places = jax.tree.map(
+        lambda now, wanted: now.sharding == wanted.sharding, state.params, program.state.params
+    )
+    assert all(jax.tree.leaves(places))
+
+
 def test_same_loss_with_positions_and_chunks_cut_over_devices(alone, batch):
     config = tiny_config({"compute.loss_chunk": 16})
     found, metrics, _ = losses(program_on((1, 2, 4, 1), config), batch)
