@@ -66,7 +66,7 @@ def _generate(args) -> None:
         from lemur_jax.text.chat_template import stop_ids
 
         tokenizer = session.need_tokenizer()
-        prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in args.prompt]
+        prompts = [tokenizer.encode_prompt(prompt) for prompt in args.prompt]
         completions = generate(
             session,
             prompts,

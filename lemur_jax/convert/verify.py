@@ -95,7 +95,7 @@ def _tokens(config: DecoderConfig, tokenizer: Tokenizer | None) -> np.ndarray:
     if tokenizer is None:
         return np.random.default_rng(0).integers(0, config.vocab_size, (1, length), np.int32)
     text = pathlib.Path(argparse.__file__).read_text(encoding="utf-8")  # available wherever Python is
-    return np.array([[tokenizer.bos_id, *tokenizer.encode(text[: 20 * length])][:length]], np.int32)
+    return np.array([tokenizer.encode_prompt(text[: 20 * length])[:length]], np.int32)
 
 
 def _our_logits(directory: epath.Path, config: DecoderConfig, tokens: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ class Manifest:
     """The content of `manifest.json`, apart from its seal.
 
     Attributes:
-      documents, tokens: counts; tokens include bos and eos.
+      documents, tokens: counts; tokens include separators.
       bytes: UTF-8 bytes of the text that the tokens stand for.
       supervised_tokens: targets with loss: those of the mask, else all but each document's first.
       tokenizer_digest, added_tokens, vocab_size: of the tokenizer that made it.

@@ -33,7 +33,7 @@ class LemurLM(TemplateLM):
     Args:
       session: the model; or else
       checkpoint: opened with `mesh`, `dtype` and `step` of `options` as `lemur generate` takes them.
-      add_bos: put bos in front of every text.
+      add_bos: put in front of every text what the tokenizer puts there.
       batch_tokens: tokens of a batch, padding and room for generation included.
       seed: of sampling.
       options: others that the harness passes (batch_size, device and the like) are ignored.
@@ -66,7 +66,7 @@ class LemurLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.tokenizer.bos_id
+        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     @property
     def max_length(self) -> int:
@@ -78,9 +78,9 @@ class LemurLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         """Ids of a text in which control tokens may be spelled out, as the harness's templates do."""
-        ids = self.tokenizer.encode_with_control_tokens(string)
-        bos = self.add_bos if add_special_tokens is None else add_special_tokens and self.add_bos
-        return [self.tokenizer.bos_id, *ids] if bos and ids[:1] != [self.tokenizer.bos_id] else ids
+        if self.add_bos and add_special_tokens is not False:
+            return self.tokenizer.encode_prompt(string, control_tokens=True)
+        return self.tokenizer.encode_with_control_tokens(string)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs):
         """[(texts, context ids, continuation ids)] to [(log-likelihood in nats, is greedy)]."""

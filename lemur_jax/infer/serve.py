@@ -167,12 +167,11 @@ class _Server:
             )
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
-        """Ids as they are; text with its control tokens after one bos."""
+        """Ids as they are; text with its control tokens, after the tokenizer's bos."""
         if not isinstance(prompt, str):
             return prompt
         self._check_length(len(prompt))
-        ids = self.tokenizer.encode_with_control_tokens(prompt)
-        return ids if ids[:1] == [self.tokenizer.bos_id] else [self.tokenizer.bos_id, *ids]
+        return self.tokenizer.encode_prompt(prompt, control_tokens=True)
 
     def _one_alone(self, prompts: Sequence[Any]) -> None:
         if len(prompts) != 1:

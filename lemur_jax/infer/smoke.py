@@ -118,7 +118,7 @@ def check_reference(stored: Reference, dtype: str, weights: str, tokenizer: Toke
 
 
 def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
-    return [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+    return [tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
 
 
 def _first_difference(mine: list[int], other: list[int]) -> int:

@@ -42,6 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "near_duplicates": {"threshold": 0.7, "words": 5, "hashes": 128, "bands": 32},
     "repository": {"name": "", "path": ""},  # metadata fields that follow <reponame> and <filename>
     "fim": {"rate": 0.0, "spm": 0.5},  # share of documents changed, and share of SPM among these
+    "separators": {"begin": (), "end": ()},  # tokens around a document in place of the tokenizer's own
     "label": {"field": ""},  # metadata field, e.g. the language, by which `data.sources` can name parts
 }
 NO_STEPS = "{}"

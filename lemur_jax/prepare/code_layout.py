@@ -1,4 +1,4 @@
-"""Repository metadata and fill-in-the-middle for code, both off by default.
+"""Separators of documents; repository metadata and fill-in-the-middle for code, both off by default.
 
 A document is divided into pieces, control tokens and texts, before it is tokenized: cuts fall between characters, as
 a user's cursor does, not between tokens.
@@ -27,6 +27,8 @@ Pieces = list[tuple[str, bool]]  # (text or name of a token, whether it is a con
 def check_tokens(steps: Mapping[str, Any], tokenizer: Tokenizer, task: str) -> bool:
     """Whether the steps of a task write control tokens; UserError if the tokenizer lacks one of them."""
     wanted = REPOSITORY_TOKENS * ("repository" in steps) + FIM_TOKENS * ("fim" in steps)
+    for tokens in steps.get("separators", {}).values():
+        wanted += tuple(tokens)
     missing = [token for token in wanted if token not in tokenizer.control_tokens]
     if missing:
         raise UserError(
@@ -34,6 +36,15 @@ def check_tokens(steps: Mapping[str, Any], tokenizer: Tokenizer, task: str) -> b
             " with tokenizer.extend and tokenizer.add_tokens"
         )
     return bool(wanted)
+
+
+def separators(tokenizer: Tokenizer, steps: Mapping[str, Any]) -> Sequence[list[int]]:
+    """The ids before and after a document: those of the step, else the tokenizer's own."""
+    if "separators" not in steps:
+        return tokenizer.separators
+    return [
+        [tokenizer.control_tokens[token] for token in steps["separators"][side]] for side in ("begin", "end")
+    ]
 
 
 def layout(text: str, meta: Mapping[str, Any], id: str, steps: Mapping[str, Any]) -> Pieces:

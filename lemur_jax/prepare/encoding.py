@@ -22,7 +22,7 @@ import numpy as np
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare.cleaning import NO_FINGERPRINT, NO_STEPS, Fingerprint, Removed, filters
-from lemur_jax.prepare.code_layout import encode_pieces, layout
+from lemur_jax.prepare.code_layout import encode_pieces, layout, separators
 from lemur_jax.text.chat_template import encode_chat, is_trained
 from lemur_jax.text.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ class Encoded:
 
     Attributes:
       id: the document's own, or its number in the corpus.
-      tokens: uint32 [n]; for text bos + tokens + eos.
+      tokens: uint32 [n]; for text between the separators.
       mask: uint8 [n], 1 on supervised targets; None for text.
       n_bytes: UTF-8 bytes of the text and its repository header; of a conversation, those of its supervised tokens.
       fingerprint: by which duplicates are found.
@@ -98,9 +98,10 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
     except (ValueError, UserError) as error:
         return _bad_record(record, name, "invalid UTF-8" if isinstance(error, UnicodeError) else str(error))
     pieces = layout(text, meta, name, cleaning.steps)
-    ids = encode_pieces(tokenizer, pieces)
+    begin, end = separators(tokenizer, cleaning.steps)
+    ids = [*begin, *encode_pieces(tokenizer, pieces), *end]
     # NumPy takes three times as long for a list as for a Python array.
-    tokens = np.frombuffer(array.array("I", [tokenizer.bos_id, *ids, tokenizer.eos_id]), np.uint32)
+    tokens = np.frombuffer(array.array("I", ids), np.uint32)
     n_bytes = sum(len(piece.encode()) for piece, is_control in pieces if not is_control)
     return Encoded(id=name, tokens=tokens, mask=None, n_bytes=n_bytes, **marks)
 

@@ -269,6 +269,8 @@ def _writer(
     has_control_tokens = is_chat or check_tokens(json.loads(steps), tokenizer, task.name)
     definition = task_digest(task) + steps * (steps != NO_STEPS)
     definition += (chat_template(tokenizer) if is_chat else "") + part
+    if not is_chat and tokenizer.separators != ([tokenizer.bos_id], [tokenizer.eos_id]):
+        definition += json.dumps(tokenizer.separators)  # those of version 0 stores are not named
     manifest = empty_manifest(
         task=part or task.name,
         split=split,

@@ -26,7 +26,7 @@ def sample(workdirs: Sequence[epath.PathLike], prompts: Sequence[str]) -> list[l
     for workdir in workdirs:
         session = load(workdir, {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}, "float32")
         tokenizer = session.need_tokenizer()
-        ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+        ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
         texts = complete(session, ids, max_new_tokens=MAX_NEW_TOKENS, sampling=SAMPLING)
         answers.append([text.text for text in texts])
     return answers

@@ -167,6 +167,19 @@ class TokenizerFiles:
         """The ids of `eos_token_id` in `generation_config.json`; () without one."""
         return self.parse(GENERATION_CONFIG, _generation_stop_ids) if GENERATION_CONFIG in self.files else ()
 
+    def surrounding_ids(self, spec: Mapping[str, Any], bos: int | None, eos: int) -> list[list[int]]:
+        """The ids that transformers' `add_special_tokens=True` puts before and after a text.
+
+        With a `tokenizer.json` its post-processor decides, else `add_bos_token` and `add_eos_token` of the config.
+        """
+        if "tokenizer.json" in self.files:
+            return self.parse("tokenizer.json", lambda _: _run_post_processor(spec.get("post_processor")))
+        add_bos = self.config.get("add_bos_token", "tokenizer_config.json" not in self.files)
+        return [
+            [bos] if add_bos and bos is not None else [],
+            [eos] if self.config.get("add_eos_token") else [],
+        ]
+
     def chat_template(self) -> str | None:
         """The Jinja template, or the default one of several with names."""
         if "chat_template.jinja" in self.files:
@@ -287,6 +300,16 @@ def build_backend(spec: Mapping[str, Any], added: Sequence[Mapping[str, Any]], m
         flags = {name: token[name] for name in sentencepiece_model.FLAGS if name in token}
         backend.add_tokens([tokenizers.AddedToken(marks.get(token["content"], token["content"]), **flags)])
     return backend
+
+
+def _run_post_processor(post_processor: Any) -> list[list[int]]:
+    import tokenizers
+
+    text = 2**32 - 1
+    model = {"type": "WordLevel", "vocab": {"x": text}, "unk_token": "x"}
+    spec = {"version": "1.0", "added_tokens": [], "model": model, "post_processor": post_processor}
+    ids = tokenizers.Tokenizer.from_str(json.dumps(spec)).encode("x").ids
+    return [ids[: ids.index(text)], ids[ids.index(text) + 1 :]]
 
 
 def token_pattern(added: Sequence[Mapping[str, Any]]) -> re.Pattern[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer import TURN_ENDS, Tokenizer
 
 # In Lemur's order.
 CHATML_TOKENS = ("<pad>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|diff_marker|>")
@@ -32,8 +32,6 @@ CHATML_TEMPLATE = r"""{%- for message in messages -%}
 
 # What marks text as supervised. Few published templates have it; inference does not need it.
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# Tokens that end a turn: ChatML's, Llama-3's.
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 
 # A message: {"role": "user", "content": "..."}, and whatever else a template may read.
 Message = Mapping[str, Any]

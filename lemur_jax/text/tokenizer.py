@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["FILE_NAMES", "GENERATION_CONFIG", "Tokenizer", "compatible", "read_files"]
 
+# Tokens that end a turn: ChatML's, Llama-3's; and those that end a document in vocabularies with such tokens.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+_TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+
 # Private-use characters, of which the names of control tokens in the library are made.
 _PRIVATE = range(0x100000, 0x10FFFE)
 
@@ -41,8 +45,9 @@ class Tokenizer:
     Attributes:
       vocab_size: highest id + 1, added tokens included.
       model_size: highest id of the vocabulary without added tokens + 1.
-      bos_id, eos_id: ids that begin and end a document.
-      unk_id, pad_id: ids, or None.
+      eos_id: the id of `eos_token`.
+      bos_id, unk_id, pad_id: ids, or None.
+      begin_ids, end_ids: what transformers' `add_special_tokens=True` puts before and after a text.
       added_tokens: tokens that are not in that vocabulary, special or not, to their ids.
       control_tokens: special tokens (`<s>`, `<|im_end|>`, ...) to their ids; plain text never gives one.
       generation_stop_ids: the ids of `eos_token_id` in `generation_config.json`; () without one.
@@ -76,8 +81,12 @@ class Tokenizer:
         self._decoders = build_decoders(spec.get("decoder"))
         # Only where every added token is special: SentencePiece knows none of them.
         self._fast = build_sentencepiece(source.sentencepiece, spec) if len(special) == len(added) else None
-        self.bos_id = self._required_id("bos", spec)
-        self.eos_id = self._required_id("eos", spec)
+        self.bos_id = self._special_id("bos", spec)
+        eos = self._special_id("eos", spec)
+        if eos is None:
+            raise UserError(f"{name} has no eos token: name one as eos_token in tokenizer_config.json")
+        self.eos_id = eos
+        self.begin_ids, self.end_ids = source.surrounding_ids(spec, self.bos_id, eos)
         self.unk_id = self._special_id("unk", spec)
         self.pad_id = self._special_id("pad", spec)
         self.generation_stop_ids = source.generation_stop_ids()
@@ -130,8 +139,8 @@ class Tokenizer:
           prefix: False for text that follows a control token: it gets no space in front, except under `legacy`.
         """
         if not prefix:
-            bos = self._marks[self._control_names[self.bos_id]]
-            return self._backend.encode(bos + text, add_special_tokens=False).ids[1:]
+            before = self._marks[self._control_names[self.eos_id if self.bos_id is None else self.bos_id]]
+            return self._backend.encode(before + text, add_special_tokens=False).ids[1:]
         if self._fast is not None:
             return self._fast.encode(text)
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -151,6 +160,26 @@ class Tokenizer:
     def encode_with_control_tokens(self, text: str) -> list[int]:
         """Ids of text whose spelled control tokens are meant as such, as `transformers` reads every text."""
         return self.encode_marked(self.mark_control_tokens(text))[0]
+
+    def encode_prompt(self, text: str, *, control_tokens: bool = False) -> list[int]:
+        """Ids of a text for a model to continue: `begin_ids` in front, none of `end_ids`.
+
+        Args:
+          control_tokens: spelled control tokens are meant as such; `begin_ids` that the text spells are not repeated.
+        """
+        ids = self.encode_with_control_tokens(text) if control_tokens else self.encode(text)
+        return ids if ids[: len(self.begin_ids)] == self.begin_ids else [*self.begin_ids, *ids]
+
+    @functools.cached_property
+    def separators(self) -> tuple[list[int], list[int]]:
+        """The ids before and after a document of a corpus.
+
+        `begin_ids` and `end_ids`; without `end_ids` the text's end where eos ends a turn, else eos. None twice.
+        """
+        text_ends = [self.control_tokens[name] for name in _TEXT_ENDS if name in self.control_tokens]
+        end = text_ends[0] if text_ends and self.token(self.eos_id) in TURN_ENDS else self.eos_id
+        ends = self.end_ids or [end]
+        return [] if self.begin_ids == ends else self.begin_ids, ends
 
     def break_control_tokens(self, text: str, separator: str) -> str:
         """Puts a separator behind the first character of each control token that the text spells."""
@@ -205,14 +234,6 @@ class Tokenizer:
         if token is None and kind == "unk":
             token = spec["model"].get("unk_token")
         return None if token is None else self.find(token)
-
-    def _required_id(self, kind: str, spec: Mapping[str, Any]) -> int:
-        index = self._special_id(kind, spec)
-        if index is None:
-            raise UserError(
-                f"{self._source.name} has no {kind} token: name one as {kind}_token in tokenizer_config.json"
-            )
-        return index
 
 
 def _check_named(source: TokenizerFiles, known: Collection[str]) -> None:

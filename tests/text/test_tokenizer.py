@@ -363,5 +363,5 @@ def test_a_special_token_that_is_none_is_named(tokenizer, token):
 
 def test_a_vocabulary_without_control_tokens(json_tokenizer):
     spec = json.loads(json_tokenizer.files()["tokenizer.json"]) | {"added_tokens": []}
-    with pytest.raises(UserError, match="some/place has no bos token"):
+    with pytest.raises(UserError, match="some/place has no eos token"):
         Tokenizer({"tokenizer.json": json.dumps(spec).encode()}, "some/place")
