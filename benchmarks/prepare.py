@@ -92,7 +92,7 @@ def prepared(root: Path, copies: int, workers: int, steps: dict) -> Callable[[],
     from lemur_jax.prepare.prepare import prepare
 
     tasks.add_files("corpus", [str(root / "corpus" / f"{copy}.jsonl") for copy in range(copies)])
-    config = default_config(preset("quickstart", vocab_size=8_000).to_dict())
+    config = default_config(preset("quickstart", vocab_size=8_000))
     config.tokenizer.path = str(root / "tokenizer")
     config.data.stores = tempfile.mkdtemp(dir=root)
     config.data.sources = {"corpus": {"share": 1.0, "packing": "concat", "max_epochs": 0.0}}

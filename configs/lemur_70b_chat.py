@@ -29,7 +29,7 @@ CONVERSATIONS = {
 
 
 def get_config():
-    config = default_config(preset("lemur_70b_chat").to_dict())
+    config = default_config(preset("lemur_70b_chat"))
     config.seed = 42
     config.init.checkpoint = "gs://BUCKET/runs/lemur_70b"
     config.init.drop_rows_above = 32_000

@@ -43,7 +43,7 @@ TEXT = {
 
 
 def get_config():
-    config = default_config(preset("lemur_70b").to_dict())
+    config = default_config(preset("lemur_70b"))
     config.seed = 42
     config.init.checkpoint = "gs://BUCKET/llama2_70b"
     config.init.new_rows = "mean"  # 32,000 to 32,024 rows

@@ -12,7 +12,7 @@ from lemur_jax.models.presets import preset
 
 
 def get_config():
-    config = default_config(preset("quickstart").to_dict())
+    config = default_config(preset("quickstart"))
     config.compute.dtype = "float32"  # a CPU gains nothing from bfloat16
     config.compute.remat = "none"
     config.compute.loss_chunk = 64

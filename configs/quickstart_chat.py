@@ -14,7 +14,7 @@ from lemur_jax.text.chat_template import CHATML_TOKENS
 
 
 def get_config():
-    config = default_config(preset("quickstart", vocab_size=4000 + len(CHATML_TOKENS)).to_dict())
+    config = default_config(preset("quickstart", vocab_size=4000 + len(CHATML_TOKENS)))
     config.compute.dtype = "float32"
     config.compute.remat = "none"
     config.compute.loss_chunk = 64

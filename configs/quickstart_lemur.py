@@ -15,7 +15,7 @@ from lemur_jax.models.presets import preset
 
 
 def get_config(arg: str = ""):
-    config = default_config(preset("quickstart").to_dict())
+    config = default_config(preset("quickstart"))
     config.compute.dtype = "float32"
     config.compute.remat = "none"
     config.compute.loss_chunk = 64

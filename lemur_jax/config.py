@@ -83,13 +83,14 @@ class RunConfig:
             )
 
 
-def default_config(model: Mapping[str, Any]) -> ConfigDict:
+def default_config(model: DecoderConfig | Mapping[str, Any]) -> ConfigDict:
     """Every option of a run with its default, for a config file to change.
 
     Args:
-      model: the fields of `models.config.DecoderConfig`, e.g. `preset("llama2_7b").to_dict()`.
+      model: the decoder, e.g. `preset("llama2_7b")`, or its fields as a mapping.
     """
-    config = ConfigDict({**sections.defaults(RunConfig), "model": dict(model)})
+    fields = model.to_dict() if isinstance(model, DecoderConfig) else dict(model)
+    config = ConfigDict({**sections.defaults(RunConfig), "model": fields})
     # A mistyped key in a config file is an error there and then; only these have keys of the user's own.
     config.lock()
     for mapping in (config.data.sources, config.data.stages, config.eval.groups, config.prepare.steps):

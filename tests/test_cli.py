@@ -37,7 +37,7 @@ from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 def get_config(arg=""):
-    config = default_config(preset("tiny").to_dict())
+    config = default_config(preset("tiny"))
     config.tokenizer.path = "no_tokenizer"
     return config
 """

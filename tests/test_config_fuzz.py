@@ -16,7 +16,7 @@ from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 def get_config(arg=""):
-    config = default_config(preset("tiny").to_dict())
+    config = default_config(preset("tiny"))
     config.data.sources = {"code": {"share": 10.0, "packing": "concat", "max_epochs": 1.0}}
     config.eval.tasks = ("code",)
     return config

@@ -56,7 +56,7 @@ from lemur_jax.text.chat_template import CHATML_TOKENS
 from lemur_jax.models.presets import preset
 
 def get_config(stage):
-    config = default_config(preset("tiny", vocab_size=405 if stage == "chat" else 400).to_dict())
+    config = default_config(preset("tiny", vocab_size=405 if stage == "chat" else 400))
     config.compute.dtype = "float32"
     config.mesh.tensor = 2
     config.tokenizer.path = "tokenizer_chat" if stage == "chat" else "tokenizer"

@@ -94,7 +94,7 @@ class TokenizerFiles:
                 " writes"
             )
         raise UserError(
-            f"no tokenizer.model and no tokenizer.json in {self.name}: name a tokenizer directory in"
+            f"no tokenizer.model and no tokenizer.json in {self.name!r}: name a tokenizer directory in"
             " tokenizer.path, or let `lemur prepare` train one with tokenizer.train_vocab_size"
         )
 

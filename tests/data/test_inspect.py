@@ -42,7 +42,7 @@ def text_store(make_store, tokenizer):
 
 @pytest.fixture
 def config(tmp_path, chat_dir, chat_store, text_store):
-    config = default_config(preset("quickstart").to_dict())
+    config = default_config(preset("quickstart"))
     config.tokenizer.path = str(chat_dir)
     config.data.stores = str(tmp_path)
     config.data.sequence_length = 32

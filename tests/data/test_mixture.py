@@ -148,7 +148,7 @@ def test_impossible_sources_are_refused(sources, message):
 
 
 def config_with(**later):
-    config = default_config(preset("tiny").to_dict())
+    config = default_config(preset("tiny"))
     config.data.sources = {
         name: {"share": 1.0, "packing": "concat", "max_epochs": 0.0} for name in ("code", "text")
     }

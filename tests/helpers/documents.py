@@ -147,7 +147,7 @@ def make_config(tmp_path, tokenizer_dir):
     """make_config(*sources, held_out=(), **options) -> a small config with its stores in tmp_path."""
 
     def make(*sources, held_out=(), **options):
-        config = default_config(preset("quickstart").to_dict())
+        config = default_config(preset("quickstart"))
         config.tokenizer.path = str(tokenizer_dir)
         config.data.stores = str(tmp_path / "stores")
         config.data.sequence_length = 32

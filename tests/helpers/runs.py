@@ -30,7 +30,7 @@ from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 def get_config(arg=""):
-    config = default_config(preset("tiny").to_dict())
+    config = default_config(preset("tiny"))
     config.compute.dtype = "float32"
     config.tokenizer.path = "tokenizer"
     config.data.stores = "stores"

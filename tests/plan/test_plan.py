@@ -65,7 +65,7 @@ def test_what_does_not_fit_names_the_way_out(tpu_compiler, tmp_path, capsys, mon
         "from lemur_jax.config import default_config\n"
         "from lemur_jax.models.presets import preset\n"
         "def get_config():\n"
-        "    config = default_config(preset('llama2_70b', num_hidden_layers=2).to_dict())\n"
+        "    config = default_config(preset('llama2_70b', num_hidden_layers=2))\n"
         "    config.data.sequence_length, config.train.batch_rows = 128, 1\n"
         "    config.compute.attention = 'xla'\n"
         "    return config\n"

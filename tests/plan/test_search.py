@@ -16,7 +16,7 @@ from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 def get_config(arg=""):
-    config = default_config(preset("tiny", num_hidden_layers=int(arg or 2)).to_dict())
+    config = default_config(preset("tiny", num_hidden_layers=int(arg or 2)))
     config.data.sequence_length = 128
     config.train.batch_rows = 8
     config.train.steps = 10

@@ -23,7 +23,7 @@ def write_stage(
     workdir: Path, bits: dict[str, float], *, steps: int = STEPS, planned: int = STEPS, **options
 ):
     """Metrics of every step, evaluations in the middle and at the end, and the config."""
-    config = default_config(preset("tiny").to_dict())
+    config = default_config(preset("tiny"))
     config.train.steps = planned
     config.data.sources = {"python_docs": {"share": 1.0}, "python_stdlib": {"share": 4.0}}
     config.update(options)

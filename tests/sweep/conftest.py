@@ -17,7 +17,7 @@ from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
 def get_config(arg=""):
-    config = default_config(preset("tiny", vocab_size=300).to_dict())
+    config = default_config(preset("tiny", vocab_size=300))
     config.compute.dtype = "float32"
     config.init.checkpoint = "base"
     config.tokenizer.path = "tokenizer"
