@@ -15,7 +15,7 @@ def add_verbs(verbs: Verbs) -> None:
         "lemur plan --config configs/quickstart_lemur.py --topology v5e-1",
     )
     add_config(sub)
-    sub.add_argument("--topology", required=True, help="e.g. v4-512, v5e-256, v5p-128, v6e-64, tpu7x-64")
+    sub.add_argument("--topology", required=True, help="e.g. v4-512, v5e-16x16, v5p-128, v6e-64, tpu7x-4x4x4")
     sub.add_argument("--slices", type=int, default=1, help="slices joined by the data-centre network")
     modes = ("train", "generate")
     sub.add_argument("--mode", choices=modes, default="train", help="the update, or prefill and decode")

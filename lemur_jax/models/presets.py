@@ -43,6 +43,9 @@ PRESETS: dict[str, DecoderConfig] = {
     "llama3.2_1b": DecoderConfig(
         **_LLAMA3 | _shape(2048, 8192, 16, 32, 8, 64) | dict(rope_factor=32.0, tie_word_embeddings=True)
     ),
+    "llama3.2_3b": DecoderConfig(
+        **_LLAMA3 | _shape(3072, 8192, 28, 24, 8) | dict(rope_factor=32.0, tie_word_embeddings=True)
+    ),
     "llama2_7b": DecoderConfig(**_LLAMA2, **_7B),
     "llama2_13b": DecoderConfig(**_LLAMA2, **_shape(5120, 13_824, 40, 40, 40)),
     "llama2_70b": DecoderConfig(**_LLAMA2, **_70B),
@@ -50,6 +53,7 @@ PRESETS: dict[str, DecoderConfig] = {
     "codellama_34b": DecoderConfig(**_CODELLAMA, vocab_size=32_000, **_shape(8192, 22_016, 48, 64, 8)),
     "llama3.1_8b": DecoderConfig(**_LLAMA3, **_shape(4096, 14_336, 32, 32, 8)),
     "llama3.1_70b": DecoderConfig(**_LLAMA3, **_70B),
+    "llama3.1_405b": DecoderConfig(**_LLAMA3, **_shape(16_384, 53_248, 126, 128, 8)),
     "mistral_7b_v0.1": DecoderConfig(
         vocab_size=32_000,
         max_position_embeddings=32_768,
@@ -67,6 +71,12 @@ PRESETS: dict[str, DecoderConfig] = {
         vocab_size=151_936,
         qk_norm="head",
         **_shape(4096, 12_288, 36, 32, 8),
+    ),
+    "qwen3_32b": DecoderConfig(
+        **_QWEN | dict(max_position_embeddings=40_960),
+        vocab_size=151_936,
+        qk_norm="head",
+        **_shape(5120, 25_600, 64, 64, 8),
     ),
     # Llama-2-70B with StarCoder's special tokens, rounded up to a multiple of 8.
     "lemur_70b": DecoderConfig(**_LLAMA2 | _70B | dict(vocab_size=32_024)),

@@ -59,7 +59,7 @@ def compile_program(function: jax.stages.Wrapped, *arguments: Any, what: str, **
       what: name of the program for the log.
 
     Raises:
-      UserError: the compiler does not know one of the function's compiler options.
+      UserError: the compiler does not know one of the function's compiler options, or its value.
     """
     start = time.monotonic()
     with _progress(what), tempfile.TemporaryDirectory() as dumps:
@@ -69,10 +69,8 @@ def compile_program(function: jax.stages.Wrapped, *arguments: Any, what: str, **
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": dumps, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
-            if unknown := re.search(r"No such compile option: '?([\w.\-]+)", str(error)):
-                raise UserError(
-                    f"the TPU compiler has no option {unknown[1]}: correct config.compute.compiler_options"
-                ) from None
+            if wrong := re.search(r"(No such compile option: |Failed to parse ).*", str(error)):
+                raise UserError(f"{wrong[0].rstrip(' :')}: correct config.compute.compiler_options") from None
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return out_of_memory(str(error), time.monotonic() - start)

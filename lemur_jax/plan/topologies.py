@@ -62,7 +62,7 @@ def _shapes(text: str) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(size) for size in shape.split("x")) for shape in text.split())
 
 
-_CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8"
+_CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x4x12 4x8x8 8x8x8"
 _PLANES = _shapes("1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16")
 
 GENERATIONS: dict[str, Generation] = {
@@ -129,25 +129,37 @@ def slice_names() -> list[str]:
 
 
 def find_slice(name: str, slices: int = 1) -> Slice:
-    """The slice of that name.
+    """The slice of that name, or of that shape in chips: "v5p-128" and "v5p-4x4x4" are the same.
+
+    v4, v5p and tpu7x are also built as any box whose sides are multiples of 4.
 
     Raises:
-      UserError: no slice has that name, or `slices` is below 1.
+      UserError: there is no such slice, or `slices` is below 1.
     """
     if slices < 1:
         raise UserError(f"--slices is {slices}: it must be at least 1")
     name = re.sub("^v5litepod-", "v5e-", name.strip().lower())  # gcloud's name of v5e
     kind, _, size = name.partition("-")
     generation = GENERATIONS.get(kind)
-    for shape in generation.shapes if generation else ():
-        if str(math.prod(shape) * generation.cores_named) == size:
-            if len(shape) == 2:
-                wrap = tuple(length == 16 for length in shape)
-            else:  # all axes are rings from 4x4x4 up
-                wrap = (all(length % 4 == 0 for length in shape),) * 3
-            return Slice(name=name, generation=generation, shape=shape, wrap=wrap, slices=slices)
-    known = [each for each in slice_names() if each.startswith(f"{kind}-")] or slice_names()
-    raise UserError(f"unknown TPU slice {name!r}: write one of {', '.join(known)}")
+    shapes = {}
+    if generation:
+        shapes = {str(math.prod(shape) * generation.cores_named): shape for shape in generation.shapes}
+        shapes |= {"x".join(map(str, shape)): shape for shape in generation.shapes}
+        if re.fullmatch("[1-9][0-9]?(x[1-9][0-9]?){2}", size):
+            sides = tuple(sorted(int(side) for side in size.split("x")))
+            if generation.shapes[0] != (1, 1) and all(side % 4 == 0 for side in sides):
+                shapes[size] = sides
+    if generation is None or size not in shapes:
+        known = [each for each in slice_names() if each.startswith(f"{kind}-")] or slice_names()
+        raise UserError(
+            f"unknown TPU slice {name!r}: write one of {', '.join(known)}, or its shape in chips, e.g. v5p-4x4x4"
+        )
+    shape = shapes[size]
+    if len(shape) == 2:
+        wrap = tuple(length == 16 for length in shape)
+    else:  # all axes are rings from 4x4x4 up
+        wrap = (all(length % 4 == 0 for length in shape),) * 3
+    return Slice(name=name, generation=generation, shape=shape, wrap=wrap, slices=slices)
 
 
 def described_devices(tpu: Slice) -> list[jax.Device]:

@@ -97,7 +97,11 @@ def test_what_does_not_fit_names_the_way_out(tpu_compiler, tmp_path, capsys, mon
     [
         (
             {"compute.compiler_options": ("xla_tpu_no_such_thing=true",)},
-            "the TPU compiler has no option xla_tpu_no_such_thing: correct",
+            "^No such compile option: 'xla_tpu_no_such_thing': correct config.compute.compiler_options$",
+        ),
+        (
+            {"compute.compiler_options": ("xla_tpu_scoped_vmem_limit_kib=much",)},
+            "^Failed to parse 'much' into flag xla_tpu_scoped_vmem_limit_kib: correct",
         ),
         ({"mesh.fsdp": 3}, "does not multiply to the 8 devices"),
     ],

@@ -16,6 +16,12 @@ from lemur_jax.plan import topologies
     [  # https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e
         ("v4-8", (2, 2, 1), 4, (False, False, False)),
         ("v4-32", (2, 2, 4), 16, (False, False, False)),
+        ("v4-384", (4, 4, 12), 192, (True, True, True)),
+        ("v5p-384", (4, 4, 12), 192, (True, True, True)),
+        ("v4-2x2x4", (2, 2, 4), 16, (False, False, False)),
+        ("v5e-16x16", (16, 16), 256, (True, True)),
+        ("v5p-8x4x12", (4, 8, 12), 384, (True, True, True)),
+        ("tpu7x-4x4x4", (4, 4, 4), 64, (True, True, True)),
         ("v4-512", (4, 8, 8), 256, (True, True, True)),
         ("v4-1024", (8, 8, 8), 512, (True, True, True)),
         ("v5e-16", (4, 4), 16, (False, False)),
@@ -39,7 +45,16 @@ def test_every_name_finds_itself():
 
 @pytest.mark.parametrize(
     ("wrong", "near"),
-    [("v4-500", "v4-512"), ("v5-8", "v5p-8"), ("v6e-300", "v6e-256"), ("v5p", "v5p-8"), ("", "v4-8")],
+    [
+        ("v4-500", "v4-512"),
+        ("v5-8", "v5p-8"),
+        ("v6e-300", "v6e-256"),
+        ("v5p", "v5p-8"),
+        ("", "v4-8"),
+        ("v5e-4x4x4", "v5e-16"),
+        ("v4-4x4x6", "v4-8"),
+        ("v4-0x4x4", "v4-8"),
+    ],
 )
 def test_unknown_name_lists_the_known_ones(wrong, near):
     with pytest.raises(UserError, match=f"unknown TPU slice '{wrong}'.* {near}"):
@@ -53,7 +68,7 @@ def test_arguments():
 
 
 @pytest.mark.parametrize("slices", [1, 2])
-@pytest.mark.parametrize("name", ["v4-32", "v5e-8", "v5p-8", "v6e-16", "tpu7x-8"])
+@pytest.mark.parametrize("name", ["v4-32", "v4-384", "v5e-8", "v5p-8", "v6e-4x4", "tpu7x-8"])
 def test_described_devices(tpu_compiler, name, slices):
     tpu = topologies.find_slice(name, slices)
     devices = topologies.described_devices(tpu)
