@@ -18,21 +18,20 @@ def bucket(size: int) -> int:
     return -(-size // step) * step
 
 
-def padded_rows(session: Session, count: int) -> int:
-    """Rows of a batch for `count` sequences: a multiple of the mesh's `data` × `fsdp`."""
-    ways = row_ways(session)
-    return ways * bucket(-(-count // ways))
-
-
 def row_ways(session: Session) -> int:
     """Devices over which the rows of a batch are sharded."""
     return session.mesh.shape["data"] * session.mesh.shape["fsdp"]
 
 
+def chunk_length(session: Session) -> int:
+    """The unit of `padded_length`, and the tokens of a prompt that are read at a time."""
+    on_cpu = platform(session.mesh) == "cpu" and session.compute.attention != "splash"
+    return UNIT if on_cpu else LANES
+
+
 def padded_length(session: Session, size: int) -> int:
     """Positions of a batch whose longest row has `size`."""
-    on_cpu = platform(session.mesh) == "cpu" and session.compute.attention != "splash"
-    unit = UNIT if on_cpu else LANES
+    unit = chunk_length(session)
     return unit * bucket(-(-size // unit))
 
 

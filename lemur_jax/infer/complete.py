@@ -1,17 +1,14 @@
-"""Text completions that end at stop strings, batched by length."""
+"""Text completions that end at stop strings."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
-from lemur_jax.infer.batching import bucket
-from lemur_jax.infer.generate import Completion, join, stream
+from lemur_jax.infer.engine import SLOTS, Engine, Request
+from lemur_jax.infer.generate import Completion, completion, make_engine
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 from lemur_jax.infer.text import continuation
 from lemur_jax.text.chat_template import stop_ids
-
-# Tokens of a batch, padding and room for generation included.
-BATCH_TOKENS = 8192
 
 
 def complete(
@@ -22,58 +19,62 @@ def complete(
     stops: Sequence[str] = (),
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = SLOTS,
 ) -> list[Completion]:
     """Continues every prompt until a stop id, a stop string or `max_new_tokens`; too long prompts lose their beginning.
 
     Args:
       prompts: ids, none of them empty.
-      stops: strings that end an answer; `text` ends before the first, `tokens` with the one that completes it.
+      stops: strings that end an answer; `text` ends before the first, `tokens` with the one that completes it or later.
       seeds: one for each prompt; default its index.
+      batch_tokens: as `slots` of the engine.
 
     Raises:
       UserError: there is no tokenizer, or `max_new_tokens` leave no room for a prompt.
     """
     room = max(1, session.model.max_position_embeddings - max_new_tokens)
-    prompts = [prompt[-room:] for prompt in prompts]
-    seeds = list(range(len(prompts)) if seeds is None else seeds)
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    options = dict(max_new_tokens=max_new_tokens, stop_ids=stop_ids(session.need_tokenizer()))
+    requests = [
+        Request(prompt=prompt[-room:], sampling=sampling or Sampling(), seed=seed, **options)
+        for prompt, seed in zip(prompts, range(len(prompts)) if seeds is None else seeds, strict=True)
+    ]
+    engine = make_engine(session, requests, batch_tokens)
+    waiting = answers(session, engine, requests, stops)
+    while True:
+        try:
+            next(waiting)
+        except StopIteration as end:
+            return end.value
+        engine.step()
+
+
+def answers(
+    session: Session, engine: Engine, requests: Sequence[Request], stops: Sequence[str] = ()
+) -> Generator[None, None, list[Completion]]:
+    """The completions of requests that were submitted; yields whenever the engine must make a step.
+
+    Closed before its end, it cancels the requests.
+    """
     found: dict[int, Completion] = {}
-    while order:
-        size = max(1, batch_tokens // (bucket(len(prompts[order[0]])) + max_new_tokens))
-        batch, order = order[:size], order[size:]
-        pieces = stream(
-            session,
-            [prompts[index] for index in batch],
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids(session.need_tokenizer()),
-            sampling=sampling,
-            seeds=[seeds[index] for index in batch],
-            chunk=32,
-        )
-        texts = _until_stops(session, [prompts[index] for index in batch], pieces, list(filter(None, stops)))
-        found |= dict(zip(batch, texts, strict=True))
-    return [found[index] for index in range(len(prompts))]
+    try:
+        while len(found) < len(requests):
+            yield
+            for index, request in enumerate(requests):
+                if index not in found and request.tokens and (request.finish_reason or stops):
+                    answer = with_text(session, request, stops)
+                    if answer.finish_reason:
+                        engine.cancel(request)
+                        found[index] = answer
+        return list(map(found.__getitem__, range(len(requests))))
+    finally:
+        for request in requests:
+            engine.cancel(request)
 
 
-def _until_stops(session: Session, prompts, pieces, stops: Sequence[str]) -> list[Completion]:
-    """A batch's stream as completions with text; read until every row has ended."""
-    done: dict[int, Completion] = {}
-    parts: list[list[Completion]] = [[] for _ in prompts]
-    for piece in pieces:
-        for row, part in enumerate(piece):
-            if row in done:
-                continue
-            parts[row].append(part)
-            answer = join(parts[row])
-            text, reason = (
-                continuation(session.need_tokenizer(), prompts[row], answer.content),
-                part.finish_reason,
-            )
-            if ends := [text.find(stop) for stop in stops if stop in text]:
-                text, reason = text[: min(ends)], "stop"
-            if reason:
-                done[row] = dataclasses.replace(answer, text=text, finish_reason=reason)
-        if len(done) == len(prompts):
-            break
-    return [done[row] for row in range(len(prompts))]
+def with_text(session: Session, request: Request, stops: Sequence[str] = ()) -> Completion:
+    """What a request has got, with its text up to the first of the stop strings, which end it."""
+    answer = completion(request)
+    text = continuation(session.need_tokenizer(), request.prompt, answer.content)
+    if ends := [text.find(stop) for stop in stops if stop and stop in text]:
+        return dataclasses.replace(answer, text=text[: min(ends)], finish_reason="stop")
+    return dataclasses.replace(answer, text=text)

@@ -1,6 +1,7 @@
-"""Prefill and decode: the two functions that run on the devices.
+"""Prefill, admit and decode: the functions that run on the devices.
 
-Axis legend: B batch, T prompt position, S cache slot, V vocabulary, J stop ids, C tokens a dispatch.
+Axis legend: B row, P prompt in prefill, C prompt position of a chunk, S cache slot, V vocabulary, J stop ids,
+N tokens a dispatch.
 """
 
 import dataclasses
@@ -10,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lemur_jax.infer.sampling import Knobs, choose
+from lemur_jax.infer.sampling import Knobs, Sampling, choose
 from lemur_jax.models import decoder, kv_cache
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Compute, Params
@@ -25,60 +27,72 @@ CHUNK = 64
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The state of each sequence.
+    """The sequences in decode.
 
     Attributes:
-      token: int32 [B], the last one; its key is not in the cache yet.
-      position: int32 [B], of that token in its sequence.
-      prompt_length: int32 [B].
-      remaining: int32 [B], tokens that may still be chosen; 0: finished.
+      tokens: int32 [B, S], the token at each position.
+      position: int32 [B], of the last token; its key is not in the cache yet.
+      remaining: int32 [B], tokens that may still be chosen; 0: the row is free.
       seed: uint32 [B].
       stop_ids: int32 [B, J], padded with -1.
-      seen: bool [B, V], tokens so far; None without a repetition penalty.
+      knobs: [B] each.
     """
 
-    token: jax.Array
-    position: jax.Array
-    prompt_length: jax.Array
-    remaining: jax.Array
-    seed: jax.Array
-    stop_ids: jax.Array
-    seen: jax.Array | None = None
+    tokens: Any
+    position: Any
+    remaining: Any
+    seed: Any
+    stop_ids: Any
+    knobs: Knobs
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class State:
-    """Between two dispatches: the cache, the slot int32 [] that comes next, the first slot int32 []
-    that holds no prompt, and the rows."""
-
-    cache: KVCache
-    slot: jax.Array
-    prompt_slots: jax.Array
-    rows: Rows
+def empty_rows(B: int, S: int, J: int) -> Rows:
+    """Free rows, of NumPy."""
+    knobs = {name: np.full(B, value) for name, value in Sampling().knobs().items()}
+    zeros = np.zeros(B, np.int32)
+    return Rows(
+        tokens=np.zeros((B, S), np.int32),
+        position=zeros,
+        remaining=zeros.copy(),
+        seed=np.zeros(B, np.uint32),
+        stop_ids=np.full((B, J), -1, np.int32),
+        knobs=knobs,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
-    """The compiled pair.
+    """The compiled functions of a model on a mesh; each donates the cache or state that it replaces.
 
     Attributes:
-      prefill: (params, tokens int32 [B, T], rows, knobs, new_slots) -> (state, tokens int32 [B, 1],
-        logprobs float32 [B, 1]). Chooses the first token; `new_slots` (static) are for generated tokens.
-      decode: (params, state, knobs, steps) -> (state, tokens int32 [B, C], logprobs float32 [B, C]).
-        Chooses `steps` ≤ C tokens, -1 where a sequence is finished. The old state is donated.
+      empty: (rows, slots), both static -> KVCache.
+      prefill: (params, cache of P rows, tokens int32 [P, C], start int32 [P]) -> cache, with the keys of the tokens in
+        the slots of each row from `start` on.
+      admit: (cache, rows, prompts: cache of P rows, source int32 [B], new rows) -> (cache, rows), in which row b is
+        the new one with the cache of prompt `source[b]`, if that is not -1.
+      decode: (params, cache, rows, keep bool [B], steps, busy) -> (cache, rows, tokens int32 [B, N], logprobs
+        float32 [B, N]). Chooses `steps` ≤ N tokens, -1 where a row is free; ends when no more than `busy` rows are
+        left. Rows that are not kept are free from the start.
     """
 
-    prefill: Callable[..., tuple[State, jax.Array, jax.Array]]
-    decode: Callable[..., tuple[State, jax.Array, jax.Array]]
+    empty: Callable[..., KVCache]
+    prefill: Callable[..., KVCache]
+    admit: Callable[..., tuple[KVCache, Rows]]
+    decode: Callable[..., tuple[KVCache, Rows, jax.Array, jax.Array]]
 
 
 @functools.lru_cache(maxsize=8)
 def programs(config: DecoderConfig, compute: Compute) -> Programs:
-    """Both functions for one model on one mesh; the same ones for the same arguments."""
+    """The functions for one model on one mesh; the same ones for the same arguments."""
+
+    def bind(function, **options):
+        return jax.jit(functools.partial(function, config, compute), **options)
+
     return Programs(
-        prefill=jax.jit(functools.partial(_prefill, config, compute), static_argnames="new_slots"),
-        decode=jax.jit(functools.partial(_decode, config, compute), donate_argnums=1),
+        empty=bind(kv_cache.empty, static_argnums=(0, 1)),
+        prefill=bind(_prefill, donate_argnums=1),
+        admit=bind(_admit, donate_argnums=(0, 1)),
+        decode=bind(_decode, donate_argnums=(1, 2)),
     )
 
 
@@ -86,85 +100,98 @@ def _prefill(
     config: DecoderConfig,
     compute: Compute,
     params: Params,
+    cache: KVCache,
     tokens: jax.Array,
-    rows: Rows,
-    knobs: Knobs,
-    *,
-    new_slots: int,
-) -> tuple[State, jax.Array, jax.Array]:
-    B, T = tokens.shape
+    start: jax.Array,
+) -> KVCache:
+    positions = start[:, None] + jnp.arange(tokens.shape[1])
     model = decoder.bind(config, compute, params)
-    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    valid = positions < rows.prompt_length[:, None]
-    cache = kv_cache.empty(config, compute, B, T + new_slots)
-    hidden, cache = model(tokens, positions, kv_cache.prefilling(config, compute, valid), cache)
-    # Logits of the last token of each prompt alone: [B, T, V] would dwarf everything else.
-    last = jnp.take_along_axis(hidden, rows.position[:, None, None], axis=1)
-    if "repetition_penalty" in knobs:
-        seen = jnp.zeros((B, config.vocab_size), bool)
-        rows = dataclasses.replace(rows, seen=seen.at[jnp.arange(B)[:, None], tokens].max(valid))
-    rows, token, logprob = _advance(rows, model.logits(last)[:, 0], knobs)
-    state = State(cache=cache, slot=jnp.int32(T), prompt_slots=jnp.int32(T), rows=rows)
-    return _settle(state, compute), *_for_host(compute, token[:, None], logprob[:, None])
+    _, cache = model(tokens, positions, kv_cache.cached(config, compute, positions), cache)
+    return _settle(compute, cache)
+
+
+def _admit(
+    config: DecoderConfig,
+    compute: Compute,
+    cache: KVCache,
+    rows: Rows,
+    prompts: KVCache,
+    source: jax.Array,
+    new: Rows,
+) -> tuple[KVCache, Rows]:
+    taken = source >= 0
+
+    def copy(old, prompts):
+        return jnp.where(taken[:, None, None, None], prompts[:, jnp.maximum(source, 0)], old)
+
+    def replace(old, new):
+        return jnp.where(taken.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    cache = _settle(compute, jax.tree.map(copy, cache, prompts))
+    return cache, _settle_rows(compute, jax.tree.map(replace, rows, new))
 
 
 def _decode(
-    config: DecoderConfig, compute: Compute, params: Params, state: State, knobs: Knobs, steps: jax.Array
-) -> tuple[State, jax.Array, jax.Array]:
+    config: DecoderConfig,
+    compute: Compute,
+    params: Params,
+    cache: KVCache,
+    rows: Rows,
+    keep: jax.Array,
+    steps: jax.Array,
+    busy: jax.Array,
+) -> tuple[KVCache, Rows, jax.Array, jax.Array]:
     model = decoder.bind(config, compute, params)
-    B, S = state.cache.key.shape[1:3]
-    slots = jnp.arange(S)
+    B = rows.tokens.shape[0]
 
     def unfinished(carry):
-        step, state, *_ = carry
-        return (step < steps) & jnp.any(state.rows.remaining > 0)
+        step, _, rows, *_ = carry
+        return (step < steps) & (jnp.sum(rows.remaining > 0) > busy)
 
     def body(carry):
-        step, state, tokens, logprobs = carry
-        rows = state.rows
-        in_prompt = slots < rows.prompt_length[:, None]
-        visible = in_prompt | ((slots >= state.prompt_slots) & (slots <= state.slot))
-        generated = rows.prompt_length[:, None] + slots - state.prompt_slots
-        distance = rows.position[:, None] - jnp.where(in_prompt, slots, generated)
-        attend = kv_cache.decoding(config, state.slot, visible, distance)
-        hidden, cache = model(rows.token[:, None], rows.position[:, None], attend, state.cache)
-        rows, token, logprob = _advance(rows, model.logits(hidden)[:, 0], knobs)
-        state = dataclasses.replace(state, cache=cache, slot=state.slot + 1, rows=rows)
+        step, cache, rows, tokens, logprobs = carry
+        positions = rows.position[:, None]
+        last = jnp.take_along_axis(rows.tokens, positions, axis=1)
+        hidden, cache = model(last, positions, kv_cache.cached(config, compute, positions), cache)
+        rows, token, logprob = _advance(rows, model.logits(hidden)[:, 0])
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, step))
         logprobs = jax.lax.dynamic_update_slice(logprobs, logprob[:, None], (0, step))
-        return step + 1, _settle(state, compute), tokens, logprobs
+        return step + 1, _settle(compute, cache), _settle_rows(compute, rows), tokens, logprobs
 
+    rows = dataclasses.replace(rows, remaining=jnp.where(keep, rows.remaining, 0))
     chosen = jnp.full((B, CHUNK), -1, jnp.int32), jnp.zeros((B, CHUNK), jnp.float32)
-    _, state, tokens, logprobs = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, *chosen))
-    return state, *_for_host(compute, tokens, logprobs)
+    _, cache, rows, tokens, logprobs = jax.lax.while_loop(
+        unfinished, body, (jnp.int32(0), cache, rows, *chosen)
+    )
+    return cache, rows, *_for_host(compute, tokens, logprobs)
 
 
-def _advance(rows: Rows, logits: jax.Array, knobs: Knobs) -> tuple[Rows, jax.Array, jax.Array]:
-    """Chooses from logits [B, V]; a finished row gets token -1 and stays as it is."""
+def _advance(rows: Rows, logits: jax.Array) -> tuple[Rows, jax.Array, jax.Array]:
+    """Chooses from logits [B, V]; a free row gets token -1 and stays as it is."""
     active = rows.remaining > 0
-    token, logprob = choose(logits, knobs, rows.seed, rows.position + 1, rows.seen)
+    slots = jnp.arange(rows.tokens.shape[1])
+    history = jnp.where(slots <= rows.position[:, None], rows.tokens, -1)
+    token, logprob = choose(logits, rows.knobs, rows.seed, rows.position + 1, history)
     stopped = jnp.any(token[:, None] == rows.stop_ids, axis=-1)
-    seen = rows.seen
-    if seen is not None:
-        seen |= token[:, None] == jnp.arange(seen.shape[1])
+    position = rows.position + active
+    # The last token that a full row may choose has no slot, and needs none.
+    here = active[:, None] & (slots == position[:, None])
     rows = dataclasses.replace(
         rows,
-        token=jnp.where(active, token, rows.token),
-        position=rows.position + active,
+        tokens=jnp.where(here, token[:, None], rows.tokens),
+        position=jnp.minimum(position, rows.tokens.shape[1] - 1),
         remaining=jnp.where(active & ~stopped, rows.remaining - 1, 0),
-        seen=seen,
     )
     return rows, jnp.where(active, token, -1), jnp.where(active, logprob, 0.0)
 
 
-def _settle(state: State, compute: Compute) -> State:
-    """Pins every array to its place, so that a donated state comes back where it was."""
+def _settle(compute: Compute, cache: KVCache) -> KVCache:
+    """Pins every array to its place, so that a donated one comes back where it was."""
+    return jax.tree.map(lambda array: constrain(array, compute.mesh, *kv_cache.AXES), cache)
 
-    def place(array: jax.Array) -> jax.Array:
-        return constrain(array, compute.mesh, *("batch", "width")[: array.ndim])
 
-    cache = jax.tree.map(lambda array: constrain(array, compute.mesh, *kv_cache.AXES), state.cache)
-    return dataclasses.replace(state, cache=cache, rows=jax.tree.map(place, state.rows))
+def _settle_rows(compute: Compute, rows: Rows) -> Rows:
+    return jax.tree.map(lambda x: constrain(x, compute.mesh, *("batch", "width")[: x.ndim]), rows)
 
 
 def _for_host(compute: Compute, *arrays: jax.Array) -> tuple[Any, ...]:

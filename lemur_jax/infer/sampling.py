@@ -10,6 +10,7 @@ and as cheap on a vocabulary that is cut over devices.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import numpy as np
 
 from lemur_jax.common.errors import UserError
 
-# Scalars by name, of NumPy so that the hosts of a pod can each give them to one program.
+# Values by name, each a scalar or one for each row.
 Knobs = dict[str, np.generic | jax.Array]
 
 
@@ -60,71 +61,98 @@ class Sampling:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be {rule}")
 
     def knobs(self) -> Knobs:
-        """What `choose` reads: the filters that do something, and for a draw the seed.
-
-        The keys decide what is compiled, the values do not.
-        """
-        knobs: Knobs = {}
-        if self.repetition_penalty != 1:
-            knobs["repetition_penalty"] = np.float32(self.repetition_penalty)
-        if self.temperature > 0:
-            knobs |= {"temperature": np.float32(self.temperature), "seed": np.uint32(self.seed)}
-            for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
-                if getattr(self, name) != off:
-                    knobs[name] = np.float32(getattr(self, name))
-        return knobs
+        """What `choose` reads of it, as NumPy scalars."""
+        return {
+            field.name: (np.uint32 if field.name == "seed" else np.float32)(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+        }
 
 
 def choose(
-    logits: jax.Array,
-    knobs: Knobs,
-    seeds: jax.Array,
-    positions: jax.Array,
-    seen: jax.Array | None,
+    logits: jax.Array, knobs: Knobs, seeds: jax.Array, positions: jax.Array, history: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The next token of each sequence and its log-probability.
 
     Args:
       logits: float32 [B, V].
-      knobs: from `Sampling.knobs`.
+      knobs: of `Sampling.knobs`, each scalar or [B].
       seeds: uint32 [B].
       positions: int32 [B], of the chosen token in its sequence.
-      seen: bool [B, V], tokens in the prompt or already generated; needed for a repetition penalty.
+      history: int32 [B, S], the tokens so far in any order, -1 where there is none.
 
     Returns:
       int32 [B], and float32 [B] under the model's own distribution, before any filter, in nats.
     """
-    scores = logits
-    if "repetition_penalty" in knobs:
-        penalty = knobs["repetition_penalty"]
-        scores = jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
-    if "temperature" in knobs:
-        scores = restrict(scores / knobs["temperature"], knobs)
-        # The argmax of scores plus Gumbel noise is a draw from their softmax.
-        scores += jax.vmap(functools.partial(_gumbel, knobs["seed"], scores.shape[1:]))(seeds, positions)
-    tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    scores = jax.lax.cond(
+        jnp.any(knobs["repetition_penalty"] != 1),
+        _penalize,
+        lambda scores, *_: scores,
+        logits,
+        knobs,
+        history,
+    )
+    tokens = jax.lax.cond(
+        jnp.any(knobs["temperature"] > 0),
+        _draw,
+        lambda scores, *_: _best(scores),
+        scores,
+        knobs,
+        seeds,
+        positions,
+    )
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _gumbel(base: jax.Array, shape: tuple[int, ...], seed: jax.Array, position: jax.Array) -> jax.Array:
+def _best(scores: jax.Array) -> jax.Array:
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def _penalize(scores: jax.Array, knobs: Knobs, history: jax.Array) -> jax.Array:
+    rows = jnp.arange(len(scores))[:, None]
+    seen = jnp.zeros(scores.shape, bool).at[rows, history].max(history >= 0)
+    penalty = _column(knobs["repetition_penalty"])
+    return jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
+
+
+def _draw(scores: jax.Array, knobs: Knobs, seeds: jax.Array, positions: jax.Array) -> jax.Array:
+    temperature = _column(knobs["temperature"])
+    filtered = restrict(scores / jnp.where(temperature > 0, temperature, 1), knobs)
+    bases = jnp.broadcast_to(knobs["seed"], seeds.shape)
+    # The argmax of scores plus Gumbel noise is a draw from their softmax.
+    noise = jax.vmap(functools.partial(_gumbel, scores.shape[1:]))(bases, seeds, positions)
+    return jnp.where(temperature[:, 0] > 0, _best(filtered + noise), _best(scores))
+
+
+def _gumbel(shape: tuple[int, ...], base: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(base), seed), position)
     return jax.random.gumbel(key, shape)
+
+
+def _column(knob: np.generic | jax.Array) -> jax.Array:
+    """[B, 1], or [1, 1] of a scalar."""
+    return jnp.reshape(jnp.asarray(knob), (-1, 1))
 
 
 def restrict(scores: jax.Array, knobs: Knobs) -> jax.Array:
     """Scores float32 [B, V] with -inf where top-k, top-p and min-p forbid a token.
 
-    Tokens that tie with the last allowed one are allowed too.
+    Tokens that tie with the last allowed one are allowed too. A filter that no row uses costs nothing.
     """
-    if "top_k" in knobs:
-        scores = _keep_top(scores, jnp.ones_like(scores), knobs["top_k"])
-    if "top_p" in knobs:
-        scores = _keep_top(scores, jax.nn.softmax(scores, axis=-1), knobs["top_p"])
-    if "min_p" in knobs:
-        limit = jnp.max(scores, axis=-1, keepdims=True) + jnp.log(knobs["min_p"])
-        scores = jnp.where(scores >= limit, scores, -jnp.inf)
-    return scores
+    top_k, top_p, min_p = (_column(knobs[name]) for name in ("top_k", "top_p", "min_p"))
+
+    def where(used, keep: Callable, scores):
+        change = lambda scores: jnp.where(used, keep(scores), scores)  # noqa: E731
+        return jax.lax.cond(jnp.any(used), change, lambda scores: scores, scores)
+
+    scores = where(top_k > 0, lambda x: _keep_top(x, jnp.ones_like(x), top_k), scores)
+    scores = where(top_p < 1, lambda x: _keep_top(x, jax.nn.softmax(x, axis=-1), top_p), scores)
+    return where(min_p > 0, lambda x: _keep_likely(x, min_p), scores)
+
+
+def _keep_likely(scores: jax.Array, min_p: jax.Array) -> jax.Array:
+    limit = jnp.max(scores, axis=-1, keepdims=True) + jnp.log(min_p)
+    return jnp.where(scores >= limit, scores, -jnp.inf)
 
 
 def _keep_top(scores: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:

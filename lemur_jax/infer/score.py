@@ -14,7 +14,7 @@ import numpy as np
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.batching import bucket, padded_length, put, row_ways
-from lemur_jax.infer.generate import check_ids
+from lemur_jax.infer.engine import check_ids
 from lemur_jax.infer.session import Session
 from lemur_jax.models import decoder
 from lemur_jax.models.config import DecoderConfig

@@ -1,26 +1,27 @@
 """`lemur serve`: a small endpoint for OpenAI's client and for harnesses that speak HTTP.
 
-One thread runs the model on one request at a time, in order of arrival. A request whose client has left is dropped if
-it has not begun or is streamed. Not supported: tools (calls are text, `agents/tools.py`), several answers in one
-stream, embeddings, keys, and batching across requests. For production, serve the exported directory with vLLM.
+One thread runs the model on all requests at a time (`infer/engine.py`); scoring is between its steps. A request whose
+client has left is dropped. Not supported: tools (calls are text, `agents/tools.py`), several answers in one stream,
+embeddings and keys. For production, serve the exported directory with vLLM.
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from typing import Any
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.infer.complete import complete
-from lemur_jax.infer.generate import Completion, check_ids, stream
+from lemur_jax.infer.complete import answers, with_text
+from lemur_jax.infer.engine import Engine, check_ids
+from lemur_jax.infer.engine import Request as Generation
+from lemur_jax.infer.generate import Completion
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.score import score
 from lemur_jax.infer.session import Session
-from lemur_jax.infer.text import stream_text
+from lemur_jax.infer.text import INCOMPLETE
 from lemur_jax.text.chat_template import encode_chat, stop_ids
 
 try:
@@ -114,7 +115,7 @@ class _Server:
     def __init__(self, session: Session, name: str, hosts: Sequence[str] | None):
         self.session, self.name, self.hosts = session, name, hosts
         self.tokenizer = session.need_tokenizer()
-        self.worker = Worker()
+        self.worker = Worker(session)
 
     async def models(self, request: Request) -> Response:
         check_host(request, self.hosts)
@@ -140,7 +141,7 @@ class _Server:
             top = integer(body, "logprobs", 0, 0, MOST_TOP)
         # With max_tokens 0 nothing is generated: the prompt is scored.
         options = None if body.get("max_tokens") == 0 else self._options(body, prompts, 16)
-        return await self._once(request, lambda: self._complete(prompts, options, echo, top))
+        return await self._once(request, lambda engine: self._complete(engine, prompts, options, echo, top))
 
     async def chat(self, request: Request) -> Response:
         body = await read_body(request, self.hosts)
@@ -157,7 +158,8 @@ class _Server:
                 request, prompt, options, kind, lambda text: {"delta": {"content": text}}
             )
         with_logprobs = flag(body, "logprobs")
-        return await self._once(request, lambda: self._chat(prompts, options, top if with_logprobs else None))
+        wanted = top if with_logprobs else None
+        return await self._once(request, lambda engine: self._chat(engine, prompts, options, wanted))
 
     def _check_length(self, characters: int) -> None:
         longest = self.session.model.max_position_embeddings
@@ -178,7 +180,7 @@ class _Server:
             raise UserError("stream one answer to one prompt at a time")
 
     def _options(self, body: Json, prompts: list[list[int]], default: int) -> Json:
-        """The arguments of `complete`, checked."""
+        """How to generate, checked."""
         longest = self.session.model.max_position_embeddings
         key = "max_tokens" if body.get("max_tokens") is not None else "max_completion_tokens"
         limit = integer(body, key, default, 1, longest)
@@ -214,11 +216,8 @@ class _Server:
             result.cancel()
             gone.cancel()
 
-    async def _once(self, request: Request, work: Callable[[], Json]) -> Response:
-        def results() -> Generator[Json]:
-            yield work()
-
-        return JSONResponse(await self._first(request, Job(results)))
+    async def _once(self, request: Request, work: Callable[[Engine], Generator[Json | None]]) -> Response:
+        return JSONResponse(await self._first(request, Job(work)))
 
     async def _stream(self, request: Request, prompt: list[int], options: Json, kind: str, delta) -> Response:
         head = self._head(kind, "stream")
@@ -227,7 +226,7 @@ class _Server:
             choice = {"index": 0, "logprobs": None, "finish_reason": finish, **change}
             return f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
 
-        job = Job(lambda: self._pieces(prompt, options))
+        job = Job(lambda engine: self._pieces(engine, prompt, options))
         first = await self._first(request, job)
 
         async def events() -> AsyncIterator[str]:
@@ -245,27 +244,48 @@ class _Server:
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    def _pieces(self, prompt: list[int], options: Json) -> Generator[tuple[str, str]]:
-        """(text, "") for each piece, then ("", finish reason); runs in the worker."""
-        reason = ""
+    def _submit(self, engine: Engine, prompts: list[list[int]], options: Json) -> list[Generation]:
+        limit, sampling = options["max_new_tokens"], options["sampling"]
+        stops = stop_ids(self.tokenizer)
+        return [
+            engine.submit(
+                Generation(prompt=prompt, max_new_tokens=limit, sampling=sampling, stop_ids=stops, seed=seed)
+            )
+            for prompt, seed in zip(prompts, options["seeds"], strict=True)
+        ]
 
-        def ids() -> Generator[Sequence[int]]:
-            nonlocal reason
-            how = {key: value for key, value in options.items() if key != "stops"}
-            for (piece,) in stream(self.session, [prompt], stop_ids=stop_ids(self.tokenizer), **how):
-                reason = piece.finish_reason
-                yield piece.content
+    def _pieces(self, engine: Engine, prompt: list[int], options: Json) -> Generator[tuple[str, str] | None]:
+        """(text, "") for each piece, then ("", finish reason); runs in the worker.
 
-        with contextlib.closing(ids()) as pieces:
-            for text in until(stream_text(self.tokenizer, prompt, pieces), options["stops"]):
-                yield text, ""
-        yield "", reason or "stop"
+        A possible beginning of a stop string is held back, and a character that is not complete.
+        """
+        (generation,), stops, shown = self._submit(engine, [prompt], options), options["stops"], 0
+        margin = max(map(len, stops), default=1) - 1
+        try:
+            while True:
+                yield None
+                answer = with_text(self.session, generation, stops)
+                text = answer.text
+                if not answer.finish_reason:
+                    text = text.rstrip(INCOMPLETE)
+                    text = text[: max(0, len(text) - margin)]
+                if len(text) > shown:
+                    yield text[shown:], ""
+                    shown = len(text)
+                if answer.finish_reason:
+                    yield "", answer.finish_reason
+                    return
+        finally:
+            engine.cancel(generation)
 
-    def _complete(self, prompts: list[list[int]], options: Json | None, echo: bool, top: int | None) -> Json:
-        choices, answers = [], [Completion(tokens=(), logprobs=(), finish_reason="length")] * len(prompts)
+    def _complete(
+        self, engine: Engine, prompts: list[list[int]], options: Json | None, echo: bool, top: int | None
+    ) -> Generator[Json | None]:
+        choices, completions = [], [Completion(tokens=(), logprobs=(), finish_reason="length")] * len(prompts)
         if options:
-            answers = complete(self.session, prompts, **options)
-        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            generations = self._submit(engine, prompts, options)
+            completions = yield from answers(self.session, engine, generations, options["stops"])
+        for index, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
             text, tokens = answer.text, list(answer.content)
             logprobs = list(answer.logprobs[: len(tokens)])
             first = prompt[:0]
@@ -277,10 +297,13 @@ class _Server:
             shown = None if top is None else self._logprobs(first, first or prompt, tokens, logprobs, top)
             choice = {"index": index, "text": text, "logprobs": shown, "finish_reason": answer.finish_reason}
             choices.append(choice)
-        return self._response("text_completion", "cmpl", choices, prompts, answers)
+        yield self._response("text_completion", "cmpl", choices, prompts, completions)
 
-    def _chat(self, prompts: list[list[int]], options: Json, top: int | None) -> Json:
-        answers = complete(self.session, prompts, **options)
+    def _chat(
+        self, engine: Engine, prompts: list[list[int]], options: Json, top: int | None
+    ) -> Generator[Json | None]:
+        generations = self._submit(engine, prompts, options)
+        completions = yield from answers(self.session, engine, generations, options["stops"])
         choices = [
             {
                 "index": index,
@@ -288,9 +311,9 @@ class _Server:
                 "logprobs": None if top is None else self._chat_logprobs(prompt, answer, top),
                 "finish_reason": answer.finish_reason,
             }
-            for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+            for index, (prompt, answer) in enumerate(zip(prompts, completions, strict=True))
         ]
-        return self._response("chat.completion", "chatcmpl", choices, prompts[:1], answers)
+        yield self._response("chat.completion", "chatcmpl", choices, prompts[:1], completions)
 
     def _logprobs(
         self, first: list[int], before: list[int], tokens: list[int], logprobs: list[float], top: int
@@ -343,21 +366,3 @@ class _Server:
     def _head(self, kind: str, prefix: str) -> Json:
         id = f"{prefix}-{uuid.uuid4().hex}"
         return {"id": id, "object": kind, "created": int(time.time()), "model": self.name}
-
-
-def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """Text in pieces up to the first stop string; a possible beginning of one is held back."""
-    held = ""
-    margin = max(map(len, stops), default=1) - 1
-    for piece in pieces:
-        held += piece
-        ends = [held.find(stop) for stop in stops if stop in held]
-        if ends:
-            if min(ends):
-                yield held[: min(ends)]
-            return
-        if len(held) > margin:
-            yield held[: len(held) - margin]
-            held = held[len(held) - margin :]
-    if held:
-        yield held

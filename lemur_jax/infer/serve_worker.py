@@ -9,34 +9,46 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from lemur_jax.infer.engine import Engine
+from lemur_jax.infer.session import Session
+
 MOST_WAITING = 1024  # jobs
 STOP_SECONDS = 10.0
+STEPS = 8  # tokens of each sequence between two looks at the jobs
 END = object()
 
 
 class Job:
-    """Work for the worker and the queue of its results."""
+    """Work for the worker and the queue of its results.
 
-    def __init__(self, work: Callable[[], Generator[Any]]):
+    Args:
+      work: called with the engine; yields results, and None where it needs another step of the engine.
+    """
+
+    def __init__(self, work: Callable[[Engine], Generator[Any]]):
         self.dropped = False
         self._work = work
+        self._running: Generator[Any] | None = None
         self._loop = asyncio.get_running_loop()
         self._results: asyncio.Queue = asyncio.Queue()
 
-    def run(self) -> None:
-        """In the worker's thread."""
+    def advance(self, engine: Engine) -> bool:
+        """Runs until the next None; whether there is more to do. In the worker's thread."""
         try:
-            if not self.dropped:
-                with contextlib.closing(self._work()) as results:
-                    for result in results:
-                        self._tell(result)
-                        if self.dropped:
-                            return
-            self._tell(END)
+            self._running = self._running or self._work(engine)
+            for result in self._running:
+                if self.dropped:
+                    break
+                if result is None:
+                    return True
+                self.tell(result)
+            self._running.close()
+            self.tell(END)
         except Exception as error:
-            self._tell(error)
+            self.tell(error)
+        return False
 
-    def _tell(self, result: Any) -> None:
+    def tell(self, result: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
             self._loop.call_soon_threadsafe(self._results.put_nowait, result)
 
@@ -49,26 +61,36 @@ class Job:
 
 
 class Worker:
-    """The thread that runs the model."""
+    """The thread that runs the model: all jobs share one engine."""
 
-    def __init__(self) -> None:
-        self._jobs: queue.Queue[Job | None] = queue.Queue()
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._new: queue.Queue[Job | None] = queue.Queue()
+        self._jobs: list[Job] = []
         self._thread = threading.Thread(target=self._run, daemon=True, name="lemur-serve")
         self._thread.start()
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job.run()
+        engine = Engine(self._session)
+        while True:
+            while not self._jobs or not self._new.empty():
+                if (job := self._new.get()) is None:
+                    return
+                self._jobs.append(job)
+            self._jobs = [job for job in self._jobs if job.advance(engine)]
+            try:
+                engine.step(STEPS)
+            except Exception as error:
+                for job in self._jobs:
+                    job.tell(error)
+                self._jobs, engine = [], Engine(self._session)
 
     def add(self, job: Job) -> None:
-        if self._jobs.qsize() >= MOST_WAITING:
+        if self._new.qsize() + len(self._jobs) >= MOST_WAITING:
             raise HTTPException(503, f"{MOST_WAITING} requests are waiting already: try again later")
-        self._jobs.put(job)
+        self._new.put(job)
 
     def stop(self) -> None:
-        """Ends after the current request, waiting at most `STOP_SECONDS`; the queue is not answered."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._jobs.get_nowait()
-        self._jobs.put(None)
+        """Ends after the current step, waiting at most `STOP_SECONDS`; the jobs are not answered."""
+        self._new.put(None)
         self._thread.join(STOP_SECONDS)

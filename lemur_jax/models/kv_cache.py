@@ -2,20 +2,20 @@
 
 Axes: L layers, B batch, S cache slot, T query position, K key heads, H query heads, N head width.
 
-A slot is a place in the cache, not a position in the text: keys are stored rotated, so their order does not matter.
-Prompts are left-aligned in the first slots; generated tokens go to one slot for the whole batch, after the longest
-prompt. So a step writes one contiguous slice in place, and a mask hides the gap behind each shorter prompt.
+A token's slot is its position in its sequence, whatever the other rows hold. A slot is written at the step at which it
+becomes visible, so what a row held before, or padding has left there, is never seen.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from lemur_jax.models.attention import grouped_attention
 from lemur_jax.models.config import DecoderConfig
-from lemur_jax.models.decoder import Attend, Compute, score_options, self_attention
-from lemur_jax.parallel.rules import constrain
+from lemur_jax.models.decoder import Attend, Compute, score_options
+from lemur_jax.parallel.rules import RULES, constrain
 
 AXES = ("layers", "batch", "keys", "kv_heads", "head_dim")
 
@@ -41,52 +41,44 @@ def empty(config: DecoderConfig, compute: Compute, rows: int, slots: int) -> KVC
 
 
 def write(
-    cache: KVCache, layer: jax.Array, slot: jax.Array | int, key: jax.Array, value: jax.Array
+    cache: KVCache,
+    layer: jax.Array,
+    start: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mesh: Mesh | None = None,
 ) -> KVCache:
-    """The cache with key and value [B, T, K, N] of one layer in the T slots from `slot` on."""
-    start = (layer, 0, slot, 0, 0)
-    return KVCache(
-        key=jax.lax.dynamic_update_slice(cache.key, key[None].astype(cache.key.dtype), start),
-        value=jax.lax.dynamic_update_slice(cache.value, value[None].astype(cache.value.dtype), start),
-    )
+    """The cache with key and value [B, T, K, N] of one layer in the T slots of each row from `start` int32 [B] on."""
+
+    def put(cache, layer, start, new):
+        def row(cache, start, new):  # [L, S, K, N], [], [T, K, N]
+            return jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), (layer, start, 0, 0))
+
+        return jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(cache, start, new)
+
+    if mesh is not None:  # each device writes its own rows: the partitioner would gather the cache
+        whole, rows = (PartitionSpec(*(RULES[axis] for axis in axes)) for axes in (AXES, AXES[1:]))
+        specs = (whole, PartitionSpec(), PartitionSpec(RULES["batch"]), rows)
+        put = jax.shard_map(put, mesh=mesh, in_specs=specs, out_specs=whole)
+    return KVCache(key=put(cache.key, layer, start, key), value=put(cache.value, layer, start, value))
 
 
-def prefilling(config: DecoderConfig, compute: Compute, valid: jax.Array) -> Attend:
-    """Causal attention over whole prompts, whose keys go to the first T slots.
-
-    Args:
-      compute: names the attention implementation, the one that training uses.
-      valid: bool [B, T], False where a shorter prompt is padded on the right; what is computed and
-        written there is never looked at.
-    """
-    implementation = self_attention(config, compute)
-    segment_ids = valid.astype(jnp.int32)
-
-    def attend(query, key, value, cache, layer):
-        mixed = implementation(query, key, value, segment_ids, layer)
-        return mixed, write(cache, layer, 0, key, value)
-
-    return attend
-
-
-def decoding(config: DecoderConfig, slot: jax.Array, visible: jax.Array, distance: jax.Array) -> Attend:
-    """Attention of one new position to the cache, where its own key goes to `slot`.
+def cached(config: DecoderConfig, compute: Compute, positions: jax.Array) -> Attend:
+    """Causal attention of new positions to themselves and to what each row's cache holds.
 
     Args:
-      slot: int32 [].
-      visible: bool [B, S], the slots that the new position sees without a window, its own included.
-      distance: int32 [B, S], positions from the token in a slot to the new one.
+      positions: int32 [B, T], consecutive in each row; the slots where keys and values go.
     """
-    near = distance < config.sliding_window
 
     def attend(query, key, value, cache, layer):
-        cache = write(cache, layer, slot, key, value)
+        cache = write(cache, layer, positions[:, 0], key, value, compute.mesh)
         keys, values = (
             jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (cache.key, cache.value)
         )
-        seen = visible & (config.attends_fully(layer) | near)
-        return grouped_attention(
-            query, keys, values, seen[:, None, None, None, :], score_options(config)
-        ), cache
+        distance = positions[..., None] - jnp.arange(keys.shape[1])
+        visible = distance >= 0
+        if config.sliding_window:
+            visible &= config.attends_fully(layer) | (distance < config.sliding_window)
+        return grouped_attention(query, keys, values, visible[:, None, None], score_options(config)), cache
 
     return attend

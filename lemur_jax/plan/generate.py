@@ -1,8 +1,8 @@
 """`lemur plan --mode generate`: whether prefill and decode fit a TPU slice, and an estimate of their speed.
 
-Axis legend: B batch, T prompt position, S cache slot, J stop ids.
+Axis legend: B batch, T prompt position, S cache slot.
 
-It compiles the functions of infer/programs.py with greedy sampling. Every time is an estimate.
+It compiles the functions of infer/programs.py. Every time is an estimate.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
-from lemur_jax.infer.programs import Rows, programs
+from lemur_jax.infer.batching import LANES
+from lemur_jax.infer.programs import empty_rows, programs
 from lemur_jax.infer.session import abstract_params
 from lemur_jax.models import kv_cache
 from lemur_jax.models.config import DecoderConfig
@@ -37,7 +38,7 @@ class GeneratePlan:
     Attributes:
       dtype, batch, prompt_length, cache_length: the arguments.
       prefill, decode: the two programs; the HBM has the kinds parameters, kv_cache and temporaries. The time of
-        `decode` is that of one token for each sequence.
+        `prefill` is that of one chunk of each prompt, the time of `decode` that of one token for each sequence.
     """
 
     dtype: str
@@ -95,28 +96,23 @@ def plan_generate(
     mesh = make_mesh(config.mesh, described_devices(tpu))
     _check(model, mesh, batch, prompt_length, cache_length)
     params = abstract_params(model, mesh, dtype)
-    tokens, rows = _inputs(mesh, batch, prompt_length)
     run = programs(model, Compute(dtype=dtype, mesh=mesh))
-    new_slots = cache_length - prompt_length
-    state = jax.eval_shape(
-        lambda params, tokens, rows: run.prefill(params, tokens, rows, {}, new_slots=new_slots)[0],
-        params,
-        tokens,
-        rows,
-    )
-    # The shardings in which prefill leaves its state.
-    cache = _placed(state.cache, mesh, kv_cache.AXES)
-    state = dataclasses.replace(_placed(dataclasses.replace(state, cache=None), mesh), cache=cache)
-    sizes = {"parameters": device_bytes(params), "kv_cache": device_bytes(state.cache)}
-    steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    prefill = compile_program(run.prefill, params, tokens, rows, {}, new_slots=new_slots, what="prefill")
-    decode = compile_program(run.decode, params, state, {}, steps, what="decode")
+    cache = _placed(jax.eval_shape(lambda: run.empty(batch, cache_length)), mesh, kv_cache.AXES)
+    rows = _placed(empty_rows(batch, cache_length, STOPS), mesh)
+    sizes = {"parameters": device_bytes(params), "kv_cache": device_bytes(cache)}
+    chunk = min(prompt_length, LANES)
+    tokens = _placed(jax.ShapeDtypeStruct((batch, chunk), jnp.int32), mesh)
+    start = _placed(jax.ShapeDtypeStruct((batch,), jnp.int32), mesh)
+    keep = _placed(jax.ShapeDtypeStruct((batch,), jnp.bool_), mesh)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    prefill = compile_program(run.prefill, params, cache, tokens, start, what="prefill")
+    decode = compile_program(run.decode, params, cache, rows, keep, number, number, what="decode")
     return GeneratePlan(
         dtype=dtype,
         batch=batch,
         prompt_length=prompt_length,
         cache_length=cache_length,
-        prefill=_phase(prefill, sizes, tpu, mesh, batch * prompt_length),
+        prefill=_phase(prefill, sizes, tpu, mesh, batch * chunk),
         decode=_phase(decode, sizes, tpu, mesh, batch),
     )
 
@@ -134,18 +130,6 @@ def _check(model: DecoderConfig, mesh: Mesh, B: int, T: int, S: int) -> None:
             f"--batch {B} must be a multiple of {ways}, the product of config.mesh.data and config.mesh.fsdp,"
             f" and config.mesh.sequence {mesh.shape['sequence']} must be 1"
         )
-
-
-def _inputs(mesh: Mesh, B: int, T: int) -> tuple[Any, Rows]:
-    """Abstract tokens int32 [B, T] and rows, placed as infer/generate.py places them."""
-
-    def abstract(*shape: int, dtype=jnp.int32):
-        return _placed(jax.ShapeDtypeStruct(shape, dtype), mesh)
-
-    names = ("token", "position", "prompt_length", "remaining")
-    per_row = {name: abstract(B) for name in names}
-    rows = Rows(**per_row, seed=abstract(B, dtype=jnp.uint32), stop_ids=abstract(B, STOPS))
-    return abstract(B, T), rows
 
 
 def _placed(tree: Any, mesh: Mesh, axes: tuple[str, ...] = ("batch", "width")) -> Any:

@@ -22,7 +22,7 @@ from lemur_jax.agents.episodes import endpoint_agent
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.score import score
-from lemur_jax.infer.serve import application, until
+from lemur_jax.infer.serve import application
 from lemur_jax.infer.session import load
 from lemur_jax.models import decoder
 from lemur_jax.models.decoder import Compute
@@ -345,12 +345,6 @@ def test_500_random_bodies_get_an_answer_or_a_reason(session):
         seen[answer.status_code] = seen.get(answer.status_code, 0) + 1
     assert min(seen.values()) > 50, seen
     assert client.post("/v1/completions", json={"prompt": "a b", "max_tokens": 2}).status_code == 200
-
-
-def test_until():
-    assert "".join(until(["ab", "cS", "TOP", "x"], ["STOP"])) == "abc"
-    assert "".join(until(["ab", "cS", "TO"], ["STOP"])) == "abcSTO"
-    assert "".join(until(["abc"], [])) == "abc"
 
 
 def test_lm_eval_scores_over_http_what_it_scores_in_process(url, session, chat_model_export):

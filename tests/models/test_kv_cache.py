@@ -15,32 +15,34 @@ from lemur_jax.parallel.mesh import make_mesh
 def test_write_touches_its_slots_alone():
     cache = kv_cache.empty(preset("tiny"), Compute(), rows=3, slots=5)
     key = jnp.arange(3 * 2 * 2 * 16, dtype=jnp.float32).reshape(3, 2, 2, 16) + 1
-    after = kv_cache.write(cache, jnp.int32(1), jnp.int32(2), key, -key)
+    after = kv_cache.write(cache, jnp.int32(1), jnp.array([2, 0, 3]), key, -key)
     expected = np.zeros((2, 3, 5, 2, 16))
-    expected[1, :, 2:4] = key
+    for row, start in enumerate((2, 0, 3)):
+        expected[1, row, start : start + 2] = key[row]
     np.testing.assert_array_equal(after.key, expected)
     np.testing.assert_array_equal(after.value, -expected)
 
 
-def test_a_position_sees_the_visible_slots_and_itself():
+def test_positions_see_what_is_before_them_and_themselves():
+    """Two new positions of each row, which stand elsewhere in each; what lies behind them is another's."""
     rng = np.random.default_rng(0)
-    B, S, K, H, N = 2, 6, 2, 4, 8
-    stored = rng.normal(size=(2, 1, B, S, K, N)).astype(np.float32)
-    query, key, value = (rng.normal(size=(B, 1, heads, N)).astype(np.float32) for heads in (H, K, K))
-    visible = np.array([[1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 0]], bool)
+    B, T, S, K, H, N = 2, 2, 6, 2, 4, 16
+    stored = rng.normal(size=(2, 2, B, S, K, N)).astype(np.float32)
+    query, key, value = (rng.normal(size=(B, T, heads, N)).astype(np.float32) for heads in (H, K, K))
     cache = kv_cache.KVCache(key=jnp.asarray(stored[0]), value=jnp.asarray(stored[1]))
-    attend = kv_cache.decoding(
-        preset("tiny"), jnp.int32(4), jnp.asarray(visible), jnp.zeros((B, S), jnp.int32)
-    )
-    mixed, _ = attend(query, key, value, cache, jnp.int32(0))
-    for b in range(B):
-        keys, values = (np.where(np.arange(S)[:, None, None] == 4, new[b], old[0, b]).astype(np.float64)
-                        for new, old in ((key, stored[0]), (value, stored[1])))  # fmt: skip
-        for h in range(H):
-            head = h // (H // K)
-            scores = keys[visible[b], head] @ query[b, 0, h] / np.sqrt(N)
-            weights = np.exp(scores) / np.exp(scores).sum()
-            np.testing.assert_allclose(mixed[b, 0, h], weights @ values[visible[b], head], atol=1e-5)
+    starts = [3, 0]
+    positions = jnp.array([[start, start + 1] for start in starts])
+    attend = kv_cache.cached(preset("tiny"), Compute(), positions)
+    mixed, _ = attend(query, key, value, cache, jnp.int32(1))
+    for b, start in enumerate(starts):
+        keys, values = stored[:, 1, b].astype(np.float64)
+        keys[start : start + T], values[start : start + T] = key[b], value[b]
+        for t in range(T):
+            for h in range(H):
+                head, end = h // (H // K), start + t + 1
+                scores = keys[:end, head] @ query[b, t, h] / np.sqrt(N)
+                weights = np.exp(scores) / np.exp(scores).sum()
+                np.testing.assert_allclose(mixed[b, t, h], weights @ values[:end, head], atol=1e-5)
 
 
 def test_it_is_sharded_like_the_model():

@@ -1,0 +1,76 @@
+"""Continuous batching against one batch at a time: 64 requests of mixed length, in one run on the same machine.
+
+    python benchmarks/engine.py
+
+Prompts have 4 to 200 tokens, answers 4 to 256, most of them short (geometric), as chats and agents ask. "batches" fills
+the rows, and fills them again when all of them have ended; "continuous" is the engine as it is. Tokens are compared.
+Each is timed `--rounds` times in turn, after a warm-up; medians and their ratio are printed.
+"""
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+
+from lemur_jax.cluster import hosts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    hosts.choose_platform()
+
+    import jax
+
+    from lemur_jax.infer.engine import Engine, Request
+    from lemur_jax.infer.session import make_session
+    from lemur_jax.models import decoder
+    from lemur_jax.models.config import DecoderConfig
+    from lemur_jax.parallel.mesh import make_mesh, parse_mesh
+
+    shape = DecoderConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=512,
+    )  # fmt: skip
+    params = jax.jit(decoder.init_params, static_argnums=0)(shape, jax.random.key(0))
+    session = make_session(shape, params, make_mesh(parse_mesh("")), "float32")
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.geometric(1 / 48, options.requests), 4, 200)
+    answers = np.clip(rng.geometric(1 / 48, options.requests), 4, 256)
+    prompts = [rng.integers(0, shape.vocab_size, length).tolist() for length in lengths]
+    engine = Engine(session, options.rows)
+
+    def run(size: int) -> list[list[int]]:
+        requests = [
+            Request(prompt=prompt, max_new_tokens=int(count))
+            for prompt, count in zip(prompts, answers, strict=True)
+        ]
+        for start in range(0, len(requests), size):
+            for request in requests[start : start + size]:
+                engine.submit(request)
+            while engine.busy:
+                engine.step()
+        return [request.tokens for request in requests]
+
+    sizes = {"batches": options.rows, "continuous": options.requests}
+    print(f"tokens equal: {run(options.requests) == run(options.rows)}")
+    seconds: dict[str, list[float]] = {name: [] for name in sizes}
+    for _ in range(options.rounds):
+        for name, size in sizes.items():
+            started = time.perf_counter()
+            run(size)
+            seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    for name, median in medians.items():
+        print(f"{name:>10}: {median:.2f} s, {answers.sum() / median:,.0f} tokens/s")
+    print(f"continuous is {medians['batches'] / medians['continuous']:.2f} × batches")
+
+
+if __name__ == "__main__":
+    main()

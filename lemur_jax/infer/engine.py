@@ -1,0 +1,247 @@
+"""Continuous batching: requests share one decode program, and a row that ends is given to the next request at once.
+
+A request waits, its prompt is read in chunks into a small cache, its keys are copied to a free row, and it is decoded
+with all others until it ends or is cancelled. What it gets depends on its own arguments alone.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.infer.batching import bucket, chunk_length, padded_length, put, row_ways
+from lemur_jax.infer.programs import CHUNK, Rows, empty_rows
+from lemur_jax.infer.sampling import Sampling
+from lemur_jax.infer.session import Session
+
+# Most rows for each device (or group of `tensor` devices) of a mesh, and most slots of all of them.
+ROWS, SLOTS = 16, 8192
+# Prompts that are read at a time, for each of these.
+PROMPTS = 4
+GREEDY = Sampling()
+# Steps of decode between two chunks of prompts.
+STEPS_IN_PREFILL = 4
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Request:
+    """One sequence, and what has been chosen for it so far.
+
+    Attributes:
+      tokens, logprobs: chosen ids and their log-probabilities in nats under the model's own distribution.
+      finish_reason: "" until it ends; then "stop" (a stop id), "length" or "cancelled".
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    stop_ids: Sequence[int] = ()
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    finish_reason: str = ""
+
+    @property
+    def length(self) -> int:
+        """Slots that it may need: the last token needs none."""
+        return len(self.prompt) + self.max_new_tokens - 1
+
+
+@dataclasses.dataclass
+class _Prompt:
+    """A prompt in prefill, for all requests that share it, by row."""
+
+    tokens: list[int]
+    requests: dict[int, Request]
+    done: int = 0
+
+
+class Engine:
+    """Rows of one session and the requests that wait for them.
+
+    Call `submit`, then `step` until `busy` is false. All hosts of a mesh make the same calls. Not safe for threads.
+
+    Args:
+      session: whose parameters are read at each step; another one of the same model and mesh may take its place.
+      rows: sequences at a time; 0: `ROWS` for each way in which the mesh shards rows.
+      slots: most tokens of the cache for each way, all rows together, unless one row needs more.
+    """
+
+    def __init__(self, session: Session, rows: int = 0, slots: int = SLOTS):
+        self.session = session
+        ways = row_ways(session)
+        self._most_rows, self._most_slots = -(-(rows or ROWS * ways) // ways) * ways, slots * ways
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._shape = (0, 0, 0)  # B, S, J
+        self._ready = np.zeros(0, bool)  # rows whose prompts are read
+        self._rows: list[Request | None] = []
+        self._prompts: list[_Prompt | None] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or has a row."""
+        return bool(self._waiting) or any(self._rows)
+
+    def submit(self, request: Request) -> Request:
+        """Queues a request, which `step` will fill.
+
+        Raises:
+          UserError: an empty prompt, an id outside the vocabulary, or more tokens than the model has positions.
+        """
+        check_request(self.session, "the prompt", request.prompt, request.max_new_tokens)
+        self._waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request wherever it is; a row that it had is free at the next step."""
+        request.finish_reason = request.finish_reason or "cancelled"
+
+    def step(self, steps: int = 32) -> list[Request]:
+        """One chunk of prefill and up to `steps` tokens of decode; the requests that got tokens."""
+        if not 1 <= steps <= CHUNK:
+            raise UserError(f"steps is {steps}: it must be between 1 and {CHUNK}")
+        self._waiting = collections.deque(one for one in self._waiting if not one.finish_reason)
+        self._rows = [one if one and not one.finish_reason else None for one in self._rows]
+        self._assign()
+        if any(self._prompts):
+            self._prefill()
+            steps = min(steps, STEPS_IN_PREFILL)
+        return self._decode(steps)
+
+    def _assign(self) -> None:
+        """Gives free rows to waiting requests, in order; prompts that are equal are read once."""
+        if self._waiting and not any(self._rows):
+            self._resize()
+        while self._waiting and None in self._rows and self._fits(self._waiting[0]):
+            prompt = list(self._waiting[0].prompt)
+            found = next((one for one in self._prompts if one and one.tokens == prompt), None)
+            if not found:
+                if None not in self._prompts:
+                    return
+                found = self._prompts[self._prompts.index(None)] = _Prompt(prompt, {})
+            row = self._rows.index(None)
+            self._rows[row] = found.requests[row] = self._waiting.popleft()
+            self._ready[row] = False
+
+    def _fits(self, request: Request) -> bool:
+        return request.length <= self._shape[1] and len(request.stop_ids) <= self._shape[2]
+
+    def _resize(self) -> None:
+        """Makes the rows, none of which is in use, long enough for all that wait."""
+        ways, (_, S, J) = row_ways(self.session), self._shape
+        S = max(
+            S,
+            padded_length(
+                self.session, max(2 * chunk_length(self.session), *(one.length for one in self._waiting))
+            ),
+        )
+        J = max(J, 4, *(bucket(len(one.stop_ids)) for one in self._waiting))
+        B = max(ways, min(self._most_rows, self._most_slots // S) // ways * ways)
+        if self._shape != (B, S, J):
+            P = min(B, PROMPTS * ways)
+            run = self.session.programs
+            self._shape, self._rows, self._prompts = (B, S, J), [None] * B, [None] * P
+            self._ready = np.zeros(B, bool)
+            self._cache, self._prompt_cache = run.empty(B, S), run.empty(P, S)
+            self._device_rows = self._put(empty_rows(B, S, J))
+
+    def _put(self, rows: Rows) -> Rows:
+        return jax.tree.map(lambda array: put(self.session, array), rows)
+
+    def _prefill(self) -> None:
+        """Reads a chunk of every prompt, and admits the requests whose prompts are complete.
+
+        The last token of a prompt is left to decode, which chooses what follows it.
+        """
+        C = chunk_length(self.session)
+        tokens, start = np.zeros((len(self._prompts), C), np.int32), np.zeros(len(self._prompts), np.int32)
+        for index, prompt in enumerate(self._prompts):
+            if prompt:
+                piece = prompt.tokens[prompt.done : prompt.done + C]
+                tokens[index, : len(piece)], start[index] = piece, prompt.done
+        run, arrays = self.session.programs, (put(self.session, tokens), put(self.session, start))
+        self._prompt_cache = run.prefill(self.session.params, self._prompt_cache, *arrays)
+        B, S, J = self._shape
+        source, new = np.full(B, -1, np.int32), empty_rows(B, S, J)
+        for index, prompt in enumerate(self._prompts):
+            if not prompt:
+                continue
+            prompt.done += C
+            here = {row: one for row, one in prompt.requests.items() if self._rows[row] is one}
+            if here and prompt.done < len(prompt.tokens) - 1:
+                continue
+            for row, request in here.items():
+                source[row], self._ready[row] = index, True
+                _fill(new, row, request)
+            self._prompts[index] = None
+        if (source >= 0).any():
+            self._cache, self._device_rows = run.admit(
+                self._cache, self._device_rows, self._prompt_cache, put(self.session, source), self._put(new)
+            )
+
+    def _decode(self, steps: int) -> list[Request]:
+        """Tokens for all rows whose prompts are complete; ends early when rows are free for requests that wait."""
+        keep = np.array([row is not None for row in self._rows])
+        keep &= self._ready
+        if not keep.any():
+            return []
+        busy = max(0, int(keep.sum()) - max(1, len(keep) // 8)) if self._waiting else 0
+        numbers = (put(self.session, keep), np.int32(steps), np.int32(busy))
+        self._cache, self._device_rows, *chosen = self.session.programs.decode(
+            self.session.params, self._cache, self._device_rows, *numbers
+        )
+        tokens, logprobs = map(np.asarray, chosen)
+        progressed = []
+        for row in np.flatnonzero(keep):
+            request = self._rows[row]
+            assert request
+            count = int((tokens[row] >= 0).sum())
+            request.tokens += tokens[row, :count].tolist()
+            request.logprobs += logprobs[row, :count].tolist()
+            if request.tokens[-1] in request.stop_ids:
+                request.finish_reason = "stop"
+            elif len(request.tokens) == request.max_new_tokens:
+                request.finish_reason = "length"
+            if request.finish_reason:
+                self._rows[row] = None
+            progressed.append(request)
+        return progressed
+
+
+def _fill(rows: Rows, row: int, request: Request) -> None:
+    """Writes a request into a row of NumPy."""
+    length = len(request.prompt)
+    rows.tokens[row, :length] = request.prompt
+    rows.position[row] = length - 1
+    rows.remaining[row] = request.max_new_tokens
+    rows.seed[row] = request.seed % 2**32
+    rows.stop_ids[row, : len(request.stop_ids)] = request.stop_ids
+    for knob, value in zip(rows.knobs.values(), request.sampling.knobs().values(), strict=True):
+        np.asarray(knob)[row] = value
+
+
+def check_request(session: Session, what: str, prompt: Sequence[int], limit: int) -> None:
+    """Raises UserError if the model cannot continue the prompt by `limit` tokens; `what` names it."""
+    if not len(prompt):
+        raise UserError(f"{what} is empty: give it at least one token, e.g. bos")
+    if limit < 1:
+        raise UserError(f"max_new_tokens of {what} is {limit}: it must be at least 1")
+    check_ids(session, what, prompt)
+    longest = session.model.max_position_embeddings
+    if len(prompt) + limit > longest:
+        raise UserError(
+            f"{what} has {len(prompt)} tokens, and with max_new_tokens {limit} it may become longer"
+            f" than the model's max_position_embeddings {longest}: shorten one of them"
+        )
+
+
+def check_ids(session: Session, what: str, ids: Sequence[int]) -> None:
+    """Raises UserError for an id outside the model's vocabulary."""
+    for token in ids:
+        if not 0 <= token < session.model.vocab_size:
+            raise UserError(
+                f"{what} has token id {token}, outside the model's vocabulary of {session.model.vocab_size}"
+            )

@@ -1,0 +1,90 @@
+"""The engine: rows that are shared over time, and requests that do not notice."""
+
+import random
+
+import numpy as np
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.infer.engine import Engine, Request
+from lemur_jax.infer.sampling import Sampling
+
+
+def request(number: int) -> Request:
+    """One of many kinds of requests; the same again for the same number."""
+    rng = random.Random(number)
+    drawn = Sampling(temperature=rng.uniform(0.5, 2), top_p=rng.choice([0.8, 1.0]), top_k=rng.choice([0, 9]))
+    return Request(
+        prompt=[rng.randrange(512) for _ in range(rng.choice([1, 2, 31, 32, 33, 40]))],
+        max_new_tokens=rng.randint(1, 20),
+        sampling=drawn if number % 3 else Sampling(),
+        seed=number,
+        stop_ids=range(16 * number, 16 * number + 32),
+    )
+
+
+def finish(engine: Engine) -> None:
+    while engine.busy:
+        engine.step()
+
+
+def test_results_do_not_depend_on_who_shares_the_batch(tiny_session):
+    """24 requests alone, and together in 4 rows, some of them sharing a prompt, some cancelled at any time."""
+    alone = [request(number) for number in range(24)]
+    engine = Engine(tiny_session, rows=4)
+    for one in alone:
+        engine.submit(one)
+        finish(engine)
+    assert {one.finish_reason for one in alone} == {"stop", "length"}
+    together = [request(number) for number in range(24)]
+    others = [Request(prompt=together[index].prompt, max_new_tokens=20, seed=99) for index in range(0, 24, 2)]
+    for one, other in zip(together, [*others, *[None] * 12], strict=True):
+        engine.submit(one)
+        if other:
+            engine.submit(other)
+    rng, steps = random.Random(0), 0
+    while engine.busy:
+        progressed = engine.step(rng.randint(1, 5))
+        assert all(one.tokens and one.finish_reason != "cancelled" for one in progressed)
+        steps += 1
+        if steps % 3 == 0:
+            engine.cancel(rng.choice(others))
+    assert {"cancelled"} < {one.finish_reason for one in others}
+    for one, expected in zip(together, alone, strict=True):
+        assert (one.tokens, one.finish_reason) == (expected.tokens, expected.finish_reason)
+        np.testing.assert_allclose(one.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_a_group_reads_its_prompt_once(tiny_session, monkeypatch):
+    chunks = []
+    prefill = Engine._prefill
+    monkeypatch.setattr(
+        Engine, "_prefill", lambda self: chunks.append(sum(map(bool, self._prompts))) or prefill(self)
+    )
+    engine, sampling = Engine(tiny_session, rows=4), Sampling(temperature=1.5)
+    group = [Request(prompt=[5] * 40, max_new_tokens=4, sampling=sampling, seed=seed) for seed in range(4)]
+    for one in group:
+        engine.submit(one)
+    finish(engine)
+    assert chunks == [1, 1]
+    assert len({tuple(one.tokens) for one in group}) == 4
+
+
+def test_longer_requests_wait_for_longer_rows(tiny_session):
+    engine = Engine(tiny_session, rows=2, slots=64)
+    short, long = Request(prompt=[1], max_new_tokens=30), Request(prompt=[1] * 30, max_new_tokens=34)
+    engine.submit(short)
+    engine.step(1)
+    engine.submit(long)
+    finish(engine)
+    assert [len(short.tokens), len(long.tokens)] == [30, 34]
+    assert not engine.step()
+
+
+def test_requests_that_cannot_be_answered_are_refused(tiny_session):
+    engine = Engine(tiny_session, rows=2)
+    with pytest.raises(UserError, match="max_position_embeddings 64"):
+        engine.submit(Request(prompt=[1] * 60, max_new_tokens=5))
+    with pytest.raises(UserError, match="steps is 65"):
+        engine.step(65)
+    assert not engine.busy
