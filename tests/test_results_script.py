@@ -32,7 +32,7 @@ def results(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     shutil.copy(ROOT / "benchmarks" / "results.sh", tmp_path / "benchmarks")
     (launch / "environment.sh").write_text("make_environment() { :; }\n")
-    (launch / "quickstart.sh").write_text(
+    (launch / "quickstart_scratch.sh").write_text(
         "echo quickstart >>calls; mkdir -p quickstart/runs/chat/checkpoints/150\n"
     )
     lemur = tmp_path / ".venv" / "bin" / "lemur"

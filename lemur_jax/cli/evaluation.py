@@ -15,7 +15,7 @@ def add_verbs(verbs: Verbs) -> None:
         "eval",
         _eval,
         "run benchmarks: HumanEval and MBPP in a sandbox, all others through lm-evaluation-harness",
-        "lemur eval --checkpoint quickstart/runs/lemur --tasks humaneval --limit 8",
+        "lemur eval --checkpoint quickstart/smollm2/lemur --tasks humaneval --limit 8",
     )
     add_checkpoint(sub, required=False)
     sub.add_argument("--tasks", default="", help="names with commas: humaneval, mbpp, or the harness's")

@@ -18,7 +18,7 @@ def add_verbs(verbs: Verbs) -> None:
         "generate",
         _generate,
         "continue prompts",
-        'lemur generate --checkpoint quickstart/runs/lemur --prompt "def fibonacci(n):"',
+        'lemur generate --checkpoint quickstart/smollm2/lemur --prompt "def fibonacci(n):"',
     )
     _add_inference(sub)
     sub.add_argument("--prompt", action="append", required=True, help="may be given several times")
@@ -28,7 +28,7 @@ def add_verbs(verbs: Verbs) -> None:
     )  # fmt: skip
 
     sub = add_verb(
-        verbs, "chat", _chat, "talk to a chat model", "lemur chat --checkpoint quickstart/runs/chat"
+        verbs, "chat", _chat, "talk to a chat model", "lemur chat --checkpoint quickstart/smollm2/chat"
     )
     _add_inference(sub)
     sub.add_argument("--prompt", action="append", help="ask this and stop; without it, a conversation starts")
@@ -39,7 +39,7 @@ def add_verbs(verbs: Verbs) -> None:
         "smoke",
         _smoke,
         "sharded inference smoke test: load, generate, compare, time",
-        "lemur smoke --checkpoint quickstart/runs/chat --virtual-devices 8 --mesh fsdp=4,tensor=2",
+        "lemur smoke --checkpoint quickstart/smollm2/chat --virtual-devices 6 --mesh fsdp=2,tensor=3",
     )
     add_checkpoint(sub)
     sub.add_argument("--hf", default="", help="exported directory: compare with transformers' greedy tokens")
@@ -51,7 +51,7 @@ def add_verbs(verbs: Verbs) -> None:
         "serve",
         _serve,
         "answer OpenAI's client: a small endpoint for smoke tests",
-        "lemur serve --checkpoint quickstart/runs/chat",
+        "lemur serve --checkpoint quickstart/smollm2/chat",
     )
     add_checkpoint(sub)
     sub.add_argument("--host", default="127.0.0.1", help="default: this machine alone can reach it")

@@ -17,7 +17,7 @@ def _add_train(verbs: Verbs) -> None:
         "train",
         _train,
         "train or resume; pretraining and chat tuning alike",
-        "lemur train --config configs/quickstart_base.py --workdir quickstart/runs/base",
+        "lemur train --config configs/smollm2_lemur.py --workdir quickstart/smollm2/lemur",
     )
     add_config(sub)
     sub.add_argument("--workdir", required=True, help="directory of the run, local or gs://")
@@ -97,7 +97,7 @@ def _add_report(verbs: Verbs) -> None:
         "report",
         _report,
         "draw runs as one HTML page: stages of a recipe, or runs to compare",
-        "lemur report quickstart/runs/base quickstart/runs/lemur quickstart/runs/chat",
+        "lemur report quickstart/smollm2/lemur quickstart/smollm2/chat",
     )
     sub.add_argument("workdirs", nargs="+", help="workdirs in the order of their stages")
     sub.add_argument("--output", default="report.html", help="file to write (default report.html)")
@@ -105,6 +105,9 @@ def _add_report(verbs: Verbs) -> None:
     sub.add_argument("--table", action="store_true", help="also print the table of bits per byte")
     sub.add_argument(
         "--prompt", action="append", default=[], help="show how each newest checkpoint continues this"
+    )
+    sub.add_argument(
+        "--question", action="append", default=[], help="show how each answers this, in its chat template"
     )
 
 
@@ -189,15 +192,13 @@ def _report(args) -> None:
         raise UserError(
             f"--output {args.output}: there is no directory {os.path.dirname(args.output)}; make it first"
         )
-    answers = []
-    if args.prompt:
+    answers, prompts = {}, [*args.prompt, *(f"{question}\n\n" for question in args.question)]
+    if prompts:
         start_jax(args)
         from lemur_jax.report.samples import sample
 
-        answers = sample(args.workdirs, args.prompt)
-    path = write_report(
-        args.workdirs, args.output, prompts=args.prompt, answers=answers, overlay=args.overlay
-    )
+        answers = sample(args.workdirs, args.prompt, args.question)
+    path = write_report(args.workdirs, args.output, prompts=prompts, answers=answers, overlay=args.overlay)
     if args.table:
         print(bits_per_byte_table(args.workdirs))
     print(f"wrote {path}")

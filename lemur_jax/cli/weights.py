@@ -14,7 +14,7 @@ def add_verbs(verbs: Verbs) -> None:
         "import-hf",
         _import_hf,
         "make a checkpoint of a Hugging Face directory or a GGUF file",
-        "lemur import-hf quickstart/hf/base quickstart/imported",
+        "lemur import-hf quickstart/smollm2/base quickstart/smollm2/imported",
     )
     sub.add_argument("hf_dir", help="directory with config.json and safetensors, or a GGUF file")
     sub.add_argument("checkpoint", help="checkpoint directory to make")
@@ -25,7 +25,7 @@ def add_verbs(verbs: Verbs) -> None:
         "export-hf",
         _export_hf,
         "make a Hugging Face directory of a checkpoint",
-        "lemur export-hf quickstart/runs/chat quickstart/hf/chat --dtype float32",
+        "lemur export-hf quickstart/smollm2/chat quickstart/smollm2/hf --dtype float32",
     )
     sub.add_argument("checkpoint", help="checkpoint directory or workdir")
     sub.add_argument("hf_dir", help="directory to make")

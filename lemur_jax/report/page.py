@@ -3,7 +3,7 @@
 import datetime
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -43,7 +43,7 @@ def write_report(
     output: epath.PathLike,
     *,
     prompts: Sequence[str] = (),
-    answers: Sequence[Sequence[str]] = (),
+    answers: Mapping[str, Sequence[str]] | None = None,
     overlay: bool = False,
 ) -> epath.Path:
     """Writes one self-contained HTML page about a run, or about several, and returns its path.
@@ -51,15 +51,15 @@ def write_report(
     Args:
       workdirs: of `lemur train`; stages of a recipe in their order, or runs to compare.
       output: the HTML file to write, in a directory that exists.
-      prompts: texts that the runs were asked to continue.
-      answers: of each run, to each prompt; from `report.samples.sample`.
+      prompts: texts that the models were asked to continue or to answer.
+      answers: of each stage, to each prompt; from `report.samples.sample`.
       overlay: open the page with the curves of all runs on one axis.
 
     Raises:
       UserError: a workdir has no metrics or an unreadable config, or the page cannot be written.
     """
     runs = read_runs(workdirs)
-    page = _page(runs, sections.samples(runs, prompts, answers), overlay and len(runs) > 1)
+    page = _page(runs, sections.samples(prompts, answers or {}), overlay and len(runs) > 1)
     path = epath.Path(output)
     try:
         path.write_text(page)

@@ -7,26 +7,42 @@ from etils import epath
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import load
+from lemur_jax.report.runs import read_runs
+from lemur_jax.text.chat_template import encode_chat
 
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS = 96
 # Greedy decoding of a small model repeats line breaks. The seeds are fixed: two pages of a checkpoint are the same.
 SAMPLING = Sampling(temperature=0.7, top_p=0.95, repetition_penalty=1.2)
 
 
-def sample(workdirs: Sequence[epath.PathLike], prompts: Sequence[str]) -> list[list[str]]:
-    """Continues each prompt by at most 64 tokens with the newest checkpoint of each run, in float32.
+def sample(
+    workdirs: Sequence[epath.PathLike], prompts: Sequence[str], questions: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """Continues prompts and answers questions with the newest checkpoint of each run, in float32.
+
+    Args:
+      prompts: continued by at most 96 tokens.
+      questions: a user's turns, asked in the model's chat template.
 
     Returns:
-      The texts: of each run, for each prompt.
+      By stage the texts for the prompts and questions. The first stage, `start`, is the model that the first run
+      started from, if it is still there.
 
     Raises:
-      UserError: a workdir has no complete checkpoint, or a checkpoint has no tokenizer.
+      UserError: a workdir has no complete checkpoint, or a checkpoint has no tokenizer or no chat template.
     """
-    answers = []
-    for workdir in workdirs:
-        session = load(workdir, {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}, "float32")
+    runs = read_runs(workdirs)
+    stages = {run.name: run.workdir for run in runs}
+    start = runs[0].config.get("init.checkpoint")
+    if start and epath.Path(start).exists():
+        stages = {"start": start} | stages
+    answers = {}
+    for name, checkpoint in stages.items():
+        session = load(checkpoint, {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}, "float32")
         tokenizer = session.need_tokenizer()
         ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+        asked = [[{"role": "user", "content": question}] for question in questions]
+        ids += [encode_chat(tokenizer, messages, add_generation_prompt=True)[0] for messages in asked]
         texts = complete(session, ids, max_new_tokens=MAX_NEW_TOKENS, sampling=SAMPLING)
-        answers.append([text.text for text in texts])
+        answers[name] = [text.text for text in texts]
     return answers

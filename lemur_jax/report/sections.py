@@ -1,14 +1,14 @@
 """Sections of the report besides curves and configs: evaluations, mixture, wall time, samples, starts."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.report.charts import compact, stacked_bars
 from lemur_jax.report.html import escape, html_table
 from lemur_jax.report.runs import Run
-from lemur_jax.report.tables import Cell, bits_per_byte_cells, byte_notes, percent
+from lemur_jax.report.tables import Cell, bits_per_byte_cells, byte_notes, percent, with_start
 from lemur_jax.telemetry.flops import parameter_counts
 from lemur_jax.telemetry.goodput import PARTS
 from lemur_jax.telemetry.progress import duration
@@ -18,6 +18,7 @@ _PART_NAMES = {"data_wait": "data wait", "eval": "evaluation", "lost": "lost ste
 
 def bits_per_byte(runs: Sequence[Run]) -> str:
     """Held-out bits per byte of each run, with the changes against the first and the previous one."""
+    runs = with_start(runs)
     cells = bits_per_byte_cells(runs)
     if not cells:
         return '<p class="soft">No held-out evaluation has run yet.</p>'
@@ -117,19 +118,20 @@ def parameter_count(run: Run) -> int | None:
         return None
 
 
-def samples(runs: Sequence[Run], prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> str:
-    """How the newest checkpoint of each run continues each prompt; "" without prompts.
+def samples(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> str:
+    """How the model after each stage answers each prompt; "" without prompts.
 
     Args:
-      answers: of each run, to each prompt.
+      answers: of each stage by its name, to each prompt.
     """
     if not prompts:
         return ""
     blocks = ""
     for number, prompt in enumerate(prompts):
         texts = "".join(
-            f'<h3>{escape(run.name)}</h3><pre><span class="soft">{escape(prompt)}</span>{escape(of_run[number])}</pre>'
-            for run, of_run in zip(runs, answers, strict=True)
+            f'<div><h3>{escape(name)}</h3><pre><span class="soft">{escape(prompt)}</span>'
+            f"{escape(said[number])}</pre></div>"
+            for name, said in answers.items()
         )
         blocks += f'<div class="card sample">{texts}</div>'
     lead = "From the newest checkpoint; temperature 0.7, top-p 0.95, repetition penalty 1.2, fixed seeds."

@@ -18,6 +18,13 @@ class Cell:
     previous: float | None  # against the run before
 
 
+def with_start(runs: Sequence[Run]) -> list[Run]:
+    """The runs, and as a stage before them the model that the first one started from, if it was scored."""
+    scored = {task: records[:1] for task, records in runs[0].evals.items() if records[0]["step"] == 0}
+    start = dataclasses.replace(runs[0], name="start", evals=scored, balance=[])
+    return [start, *runs] if scored else list(runs)
+
+
 def bits_per_byte_cells(runs: Sequence[Run]) -> dict[str, list[Cell]]:
     """Task -> a cell for each run."""
     return {task: _cells([run.last_eval(task) for run in runs]) for task in all_tasks(runs)}
@@ -44,7 +51,7 @@ def bits_per_byte_table(workdirs: Sequence[epath.PathLike]) -> str:
     Raises:
       UserError: a workdir has no metrics, or no run has been evaluated.
     """
-    runs = read_runs(workdirs)
+    runs = with_start(read_runs(workdirs))
     cells = bits_per_byte_cells(runs)
     if not cells:
         where = ", ".join(run.workdir for run in runs)

@@ -86,7 +86,7 @@ def test_the_page_has_all_its_parts(stages, tmp_path):
 
 def test_time_mixture_and_samples(stages, tmp_path):
     evil = "def f(</pre>"
-    answers = [[f"{stage.name} says <b>"] for stage in stages]
+    answers = {stage.name: [f"{stage.name} says <b>"] for stage in stages}
     path = write_report(stages, tmp_path / "report.html", prompts=[evil], answers=answers)
     text = path.read_text(encoding="utf-8")
     outline = Outline(text)

@@ -1,6 +1,7 @@
 """`lemur report --prompt`: the page shows what the newest checkpoint generates."""
 
 import html
+import json
 import re
 import shutil
 
@@ -11,7 +12,9 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.session import load
 from lemur_jax.report.samples import MAX_NEW_TOKENS, SAMPLING, sample
+from lemur_jax.text.chat_template import encode_chat
 
+QUESTION = "what <is> value_1"
 PROMPTS = ["value_1 = ", "other <b>"]
 
 
@@ -19,7 +22,10 @@ def test_the_page_shows_what_the_checkpoint_says(chat_model, stages, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(chat_model, run)
     shutil.copy(stages[0] / "metrics.jsonl", run)
-    words = ["report", str(run), "--output", str(tmp_path / "report.html")]
+    config = json.loads((stages[0] / "config.json").read_text())
+    config["init"]["checkpoint"] = str(chat_model)  # the stage "start"
+    (run / "config.json").write_text(json.dumps(config))
+    words = ["report", str(run), "--output", str(tmp_path / "report.html"), "--question", QUESTION]
     assert main([*words, *(word for prompt in PROMPTS for word in ("--prompt", prompt))]) == 0
     # As bytes: a model may say \r, which text mode would change.
     text = (tmp_path / "report.html").read_bytes().decode()
@@ -28,9 +34,12 @@ def test_the_page_shows_what_the_checkpoint_says(chat_model, stages, tmp_path):
     shown = [html.unescape(re.sub("<[^>]*>", "", block)) for block in blocks]
     session = load(run, {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}, "float32")
     tokenizer = session.need_tokenizer()
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+    ids = [tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
+    ids.append(encode_chat(tokenizer, [{"role": "user", "content": QUESTION}], add_generation_prompt=True)[0])
     drawn = complete(session, ids, max_new_tokens=MAX_NEW_TOKENS, sampling=SAMPLING)
-    for prompt, text, completion in zip(PROMPTS, shown, drawn, strict=True):
+    assert re.findall("<h3>(.*?)</h3>", section) == ["start", "run"] * 3
+    assert shown[::2] == shown[1::2]
+    for prompt, text, completion in zip([*PROMPTS, QUESTION], shown[::2], drawn, strict=True):
         assert text.startswith(prompt)
         assert text.removeprefix(prompt).strip() == completion.text.strip() != ""
 

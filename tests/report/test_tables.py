@@ -32,6 +32,14 @@ def test_the_last_evaluation_of_each_stage_and_its_changes(stages):
     assert lines[-1].split() == ["lemur", "2.1000", "-", "-", "3.0000", "-", "-"]
 
 
+def test_the_model_that_the_first_run_started_from_is_a_stage(stages):
+    with MetricsWriter(stages[0]) as writer:
+        writer.write({"step": 0, "kind": "eval", "task": "python_docs", "loss": 1.0, "bits_per_byte": 2.5})
+    lines = bits_per_byte_table(stages).splitlines()
+    assert lines[4].split() == ["start", "2.5000", *"--------"]
+    assert lines[5].split()[:5] == ["base", "2.0000", "-20.0%", "-20.0%", "4.0000"]
+
+
 def test_the_balance_of_a_stage_that_was_scored_at_its_start(stages):
     with MetricsWriter(stages[1]) as writer:
         for step, score in ((20, 0.3), (40, 0.0123)):
