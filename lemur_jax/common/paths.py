@@ -36,7 +36,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if is_object_store(path) else path.resolve()
 
 
-def how_to_mend(content: bytes) -> str:
+def recovery_hint(content: bytes) -> str:
     """What to do about a downloaded file that is not what it is named, told by its first bytes."""
     if content.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned"

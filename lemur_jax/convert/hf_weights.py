@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.common.paths import how_to_mend
+from lemur_jax.common.paths import recovery_hint
 from lemur_jax.convert import gguf, layout
 from lemur_jax.convert.dtypes import DTYPES
 from lemur_jax.convert.hf_config import read_json
@@ -113,7 +113,7 @@ def _read_bin(path: epath.Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         beginning = file.read(64)
     if not beginning.startswith(b"PK\x03\x04"):
-        raise UserError(f"{path} holds no weights of PyTorch 1.6 or later: {how_to_mend(beginning)}")
+        raise UserError(f"{path} holds no weights of PyTorch 1.6 or later: {recovery_hint(beginning)}")
     try:
         state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError and more

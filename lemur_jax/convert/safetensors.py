@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.common.paths import how_to_mend, is_object_store
+from lemur_jax.common.paths import is_object_store, recovery_hint
 from lemur_jax.convert import layout
 from lemur_jax.convert.dtypes import DTYPES
 
@@ -82,7 +82,7 @@ def read_header(path: epath.PathLike) -> dict[str, StoredTensor]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8 or length > _MAX_HEADER_BYTES:
             raise UserError(
-                f"{path} is not a whole safetensors file ({size} bytes): {how_to_mend(prefix + file.read(32))}"
+                f"{path} is not a whole safetensors file ({size} bytes): {recovery_hint(prefix + file.read(32))}"
             )
         raw = file.read(length)
     try:

@@ -7,11 +7,7 @@ import collections
 import dataclasses
 import difflib
 import functools
-import logging
-import os
 import pathlib
-import socket
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,8 +17,6 @@ from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.evals import code
 from lemur_jax.evals.published import ELSEWHERE, PUBLISHED
 from lemur_jax.infer.session import Session
-
-logger = logging.getLogger(__name__)
 
 # Our task files (`evals/tasks/`) with the paper's protocols, and the metric of each.
 PAPER = {
@@ -175,7 +169,6 @@ def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
 @functools.lru_cache(maxsize=4)
 def _task_manager(task: str, options: Options) -> Any:
     """The harness's index of tasks: of our files and the user's, and if need be of its own 14,000."""
-    _set_offline()  # read when the hub's library is imported
     import lemur_jax.evals.harness  # noqa: F401  # says so if lm-eval is missing
 
     from lm_eval.tasks import TaskManager  # isort: skip
@@ -191,18 +184,6 @@ def _task_manager(task: str, options: Options) -> Any:
     raise UserError(
         f"unknown task {task!r}: {hint}see lm_eval ls tasks, or name the directory of its file with --include-path"
     )
-
-
-def _set_offline() -> None:
-    """Without a network, makes the hub's library use its cache alone instead of retrying for half a minute."""
-    if "HF_HUB_OFFLINE" in os.environ:
-        return
-    hub = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    try:
-        socket.getaddrinfo(hub, 443)
-    except OSError:
-        logger.warning("%s cannot be reached: only data sets in the cache can be used", hub)
-        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def format_results(results: Sequence[TaskResult], name: str) -> str:

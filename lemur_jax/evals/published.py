@@ -18,18 +18,6 @@ _TABLE_3 = {
     "Llama-2-70B-Chat": (63.9, 38.9, 48.7, 31.1, 38.2, 60.3, 22.6, 17.8),
     "Lemur-70B-Chat": (65.3, 61.9, 66.3, 61.0, 55.5, 62.5, 42.9, 34.5),
 }
-# Averages as Table 3 prints them.
-AVERAGES = {
-    "StarCoder-15B": 33.6,
-    "StarCoderPlus-15B": 31.1,
-    "CodeLlama-34B": 46.0,
-    "Llama-2-70B": 43.6,
-    "Lemur-70B": 47.9,
-    "WizardCoder-15B": 37.0,
-    "CodeLlama-34B-INST": 45.6,
-    "Llama-2-70B-Chat": 40.2,
-    "Lemur-70B-Chat": 55.0,
-}
 # Success in per cent; Tables 4 to 7 of the paper. IC: InterCode; the other rows down to ALFWorld's are MINT's.
 AGENT_MODELS = ("Llama-2-70B-Chat", "CodeLlama-34B-INST", "Lemur-70B-Chat", "gpt-3.5-turbo", "gpt-4")
 _AGENT_ROWS = {

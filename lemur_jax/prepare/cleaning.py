@@ -7,7 +7,6 @@ fingerprints that `duplicates` compares.
 """
 
 import dataclasses
-import difflib
 import functools
 import gzip
 import hashlib
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.sections import did_you_mean
 from lemur_jax.prepare.readers import BadRow, read_rows
 
 # Every step with its options; 0 or empty: no limit.
@@ -108,8 +108,7 @@ def parse_steps(task: str, options: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _check_name(where: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        raise UserError(f"{where} has no {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+        raise UserError(f"{where} has no {name!r}{did_you_mean(name, known)}")
 
 
 def _check_type(where: str, value: Any, default: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.common.paths import how_to_mend
+from lemur_jax.common.paths import recovery_hint
 from lemur_jax.text import gguf_files, sentencepiece_model
 
 # What makes up a tokenizer directory; any other file in it is left alone.
@@ -64,7 +64,7 @@ class TokenizerFiles:
         except Exception as error:  # every library has its own classes
             raise UserError(
                 f"{self.name}: {file} is damaged or not what it is named ({reason_of(error)[:200]}):"
-                f" {how_to_mend(self.files[file])}"
+                f" {recovery_hint(self.files[file])}"
             ) from error
 
     def read_spec(self) -> dict[str, Any]:

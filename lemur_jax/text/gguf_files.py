@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.common.paths import how_to_mend
+from lemur_jax.common.paths import recovery_hint
 from lemur_jax.text.sentencepiece_model import added_token, post_processor
 
 SUFFIX = ".gguf"
@@ -57,7 +57,7 @@ def open_gguf(path: epath.PathLike) -> Any:
         reader = _open(os.fspath(path), os.stat(path).st_mtime_ns, gguf.GGUFReader)
     except Exception as error:  # the library indexes arrays without checks
         with open(path, "rb") as file:
-            hint = how_to_mend(file.read(64))
+            hint = recovery_hint(file.read(64))
         raise UserError(f"{path} is not a whole GGUF file ({reason_of(error)[:200]}): {hint}") from error
     if (parts := reader.get_field("split.count")) is not None and parts.contents() > 1:
         raise UserError(f"{path} is one of {parts.contents()} parts: join them with llama-gguf-split --merge")

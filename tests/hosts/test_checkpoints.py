@@ -170,6 +170,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_values_that_are_not_finite_end_both_hosts_and_the_checkpoint_before_stays(hosts_project, tmp_path):
     workdir = tmp_path / "run"
     words = [*hosts_project.train_words(workdir), "--virtual-devices", "4"]

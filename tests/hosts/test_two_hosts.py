@@ -86,7 +86,8 @@ def held(hosts_project, hosts):
     return [json.loads(output.split("HELD ")[1].splitlines()[0]) for output in outputs]
 
 
-@pytest.mark.parametrize("hosts", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [2, 4])
 def test_batches_are_identical_and_each_host_reads_its_own_rows(hosts_project, hosts):
     (whole,) = held(hosts_project, 1)
     parts = held(hosts_project, hosts)
@@ -153,10 +154,8 @@ def test_each_host_reads_its_own_part_of_an_exported_model(hosts_project, two, t
     assert "tokens" not in other
 
 
-@pytest.mark.parametrize(
-    ("verb", "reason"),
-    [("serve", "serve from one host"), pytest.param("chat", "give --prompt", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("verb", "reason"), [("serve", "serve from one host"), ("chat", "give --prompt")])
 def test_what_people_type_into_needs_one_host(hosts_project, two, verb, reason):
     words = [verb, "--checkpoint", str(two[0]), "--virtual-devices", "4"]
     processes = hosts_project.start(2, "-m", "lemur_jax.cli", *words)
@@ -393,9 +392,8 @@ sys.exit(cli.main(["train"]))
 @pytest.mark.parametrize(
     ("kind", "status", "bad"),
     [
-        ("interrupted", 130, 1),
         ("unforeseen", 1, 0),
-        pytest.param("interrupted", 130, 0, marks=pytest.mark.slow),
+        *(pytest.param("interrupted", 130, bad, marks=pytest.mark.slow) for bad in (0, 1)),
         pytest.param("unforeseen", 1, 1, marks=pytest.mark.slow),
     ],
 )

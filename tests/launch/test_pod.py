@@ -166,12 +166,6 @@ def test_preemption_in_the_middle_of_setting_up(pod, step):
     assert pod.steps()[-6:] == ["delete", "create", "push", "setup", "start", "delete"]
 
 
-def test_one_failure_of_ssh_is_tried_again(pod):
-    done = pod("setup", rules=[{"when": "worker.sh setup", "out": "timeout", "code": 255}])
-    assert done.returncode == 0
-    assert len(pod.calls("worker.sh setup")) == 2
-
-
 def test_ssh_that_hangs_is_cut_off(pod):
     pod.settings(SETTINGS + "SSH_SECONDS=1\nRETRIES=2\n")
     done = pod("setup", rules=[{"when": "worker.sh setup", "hang": True, "times": 2}])
@@ -316,12 +310,6 @@ def test_what_looks_at_the_slices_does_so_on_all_at_once(pod, verb, words):
     assert pod.calls() == []
 
 
-def test_smoke_without_words_is_refused(pod):
-    done = pod("smoke")
-    assert (done.returncode, pod.calls()) == (2, [])
-    assert "SMOKE is empty" in done.stderr
-
-
 def test_secrets_go_as_a_file_that_others_cannot_read(pod):
     secrets = pod.home / "secrets.env"
     secrets.write_text("TOKEN=hunter2\n")
@@ -354,12 +342,6 @@ def test_mistakes_in_the_settings(pod, change, expected):
     assert (done.returncode, pod.calls()) == (2, [])
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-def test_two_verbs_in_one_call_are_refused(pod):
-    done = pod("push", "setup", "smoke")
-    assert (done.returncode, pod.calls()) == (2, [])
-    assert done.stderr == "pod.sh: one verb at a time: push or setup?\n"
 
 
 def test_unknown_verb_and_missing_settings(pod):
@@ -465,20 +447,6 @@ chmod +x {uv}"""
     ]  # fmt: skip
     worker("setup", env=fakes.environment)
     assert fakes.calls()[3:] == [install]
-
-
-@pytest.mark.parametrize("broken", ["pip", "venv", "install"])
-def test_worker_that_cannot_set_itself_up_fails(worker, fakes, tmp_path, broken):
-    uv = tmp_path / "home/.local/bin/uv"
-    fakes("python3", "echo no network >&2; exit 1")
-    if broken != "pip":
-        uv.parent.mkdir(parents=True)
-        words = {"venv": "venv", "install": "pip"}[broken]
-        uv.write_text(f'#!/bin/bash\n[ "$1" != {words} ] || {{ echo disk full >&2; exit 1; }}\n')
-        uv.chmod(0o755)
-    done = worker("setup", env=fakes.environment)
-    assert done.returncode == 1
-    assert ("no network" if broken == "pip" else "disk full") in done.stderr
 
 
 def test_worker_starts_a_unit_of_the_user(worker, fakes):

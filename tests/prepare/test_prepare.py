@@ -272,23 +272,6 @@ def test_a_tokenizer_is_trained_once(task, make_config, tmp_path):
     assert files_of(tmp_path / "trained") == before
 
 
-def test_training_a_tokenizer_leaves_nothing_if_it_fails(task, make_config, tmp_path, monkeypatch):
-    task(text_records(50))
-    options = {"tokenizer.path": str(tmp_path / "trained"), "tokenizer.train_vocab_size": 300}
-    with pytest.raises(UserError, match=r"tokenizer\.train_tasks is empty"):
-        run(make_config("made_up", **options))
-
-    def fail(texts, path, size):
-        path.mkdir()
-        (path / "tokenizer.model").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare_tokenizer, "train_sentencepiece", fail)
-    with pytest.raises(KeyboardInterrupt):
-        run(make_config("made_up", **options, **{"tokenizer.train_tasks": ("made_up",)}))
-    assert files_of(tmp_path) == {}
-
-
 def test_a_tokenizer_is_extended_once_and_checked(task, make_config, tmp_path, tokenizer_dir):
     task(chat_records(5))
     options = {

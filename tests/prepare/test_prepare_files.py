@@ -184,23 +184,6 @@ def test_what_steps_remove_is_counted_with_examples(tmp_path, corpus, make_confi
     assert len(removed["length"]["examples"]) == rejects.EXAMPLES
 
 
-def test_other_steps_make_the_store_again_when_told_to(tmp_path, corpus, make_config, register):
-    register(corpus)
-    run(make_config())
-    before = files_of(tmp_path / "stores")
-    for minimum in (40, 50):
-        config = make_config(**{"prepare.steps": {"files": {"length": {"min_chars": minimum}}}})
-        changed = (
-            r"stores/files/train was made before the definition, steps or template of the task files changed"
-        )
-        with pytest.raises(UserError, match=f"{changed}.*--replace"):
-            run(config)
-        assert files_of(tmp_path / "stores") == before
-        assert "unchanged" not in run(config, replace=True)[0]
-        assert "unchanged" in run(config)[0]
-        before = files_of(tmp_path / "stores")
-
-
 def test_all_files_are_looked_for_before_the_first_store_is_written(tmp_path, corpus, make_config, register):
     register({"train": f"{corpus}/*", "validation": "nowhere/*.jsonl"})
     with pytest.raises(UserError, match=r"no file matches nowhere.*split validation"):
@@ -256,19 +239,6 @@ def test_each_way_to_be_bad_is_counted_and_put_aside_with_its_place(tmp_path, ma
     assert where == "truncated.jsonl.gz: after line 21"
     assert truncated["reason"] == "cannot be read on: its gzip stream ends early"
     assert truncated["records"] == 21
-
-
-def test_too_many_bad_records_stop_the_run_before_its_end(
-    tmp_path, corpus, make_config, register, monkeypatch
-):
-    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(rejects, "EARLY_RECORDS", 150)
-    register(corpus)
-    with pytest.raises(UserError, match=r"files/train: 2 of 200 records cannot be used"):
-        run(make_config(**{"prepare.max_bad_share": 0.005}))
-    assert len((tmp_path / "stores/files/train.quarantine.jsonl").read_text().splitlines()) == 2
-    # With a larger share allowed the same command goes on.
-    assert run(make_config())[0].startswith("files/train: ")
 
 
 def test_steps_that_leave_nothing_are_named(corpus, make_config, register):

@@ -5,8 +5,6 @@ import gzip
 import json
 import random
 import re
-import subprocess
-import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -126,25 +124,6 @@ def test_what_is_kept_of_a_long_line_is_its_beginning(tmp_path, monkeypatch, chu
     assert (place, found.excerpt) == ("line 2", line[: readers.EXCERPT])
 
 
-def test_a_line_of_200_mb_takes_no_memory(tmp_path):
-    path = tmp_path / "a.jsonl"
-    with path.open("wb") as file:
-        file.write(b'{"text": "before"}\n{"text": "')
-        for _ in range(200):
-            file.write(b"x" * (1 << 20))
-        file.write(b'"}\n{"text": "after"}\n')
-    code = f"""if True:
-        import resource
-        from lemur_jax.prepare import readers, streams
-        begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found = [row for _, row in readers.read_rows({str(path)!r}, "jsonl")]
-        assert [row.get("text") for row in (found[0], found[2])] == ["before", "after"]
-        assert "longer than" in found[1].reason and len(found[1].excerpt) == readers.EXCERPT
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin)"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 40 << 10  # KiB
-
-
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
 def test_a_byte_order_mark_names_the_encoding(tmp_path, monkeypatch, encoding):
     monkeypatch.setattr(streams, "_READ_BYTES", 7)  # cuts characters
@@ -156,11 +135,6 @@ def test_a_byte_order_mark_names_the_encoding(tmp_path, monkeypatch, encoding):
     ):
         (tmp_path / name).write_bytes((mark + text).encode(encoding))
         assert good(read(tmp_path / name, kind=kind)) == ["A hűvös 漢字 😀", "z"]
-
-
-def test_joined_files_have_a_mark_in_the_middle(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "a"}\n'.encode() * 2)
-    assert good(read(tmp_path / "a.jsonl")) == ["a", "a"]
 
 
 @pytest.mark.parametrize(
@@ -281,18 +255,6 @@ def test_parquet_values_that_python_cannot_hold_are_kept_as_numbers(tmp_path):
     assert [(where, "column 's'" in reason) for where, reason, _ in bad(read(path))] == [("row 1", True)]
 
 
-def test_a_parquet_page_that_ends_early_counts_what_is_missing(tmp_path):
-    path = tmp_path / "a.parquet"
-    table = pyarrow.table({"text": [f"text {n:05d}" for n in range(200)]})
-    pyarrow.parquet.write_table(table, path, use_dictionary=False, compression="none")
-    data = path.read_bytes()
-    middle = data.index(b"text 00192")
-    path.write_bytes(data[:middle] + data[middle + 2 :])
-    found = read(path)
-    assert len(good(found)) + sum(count for *_, count in bad(found)) == 200
-    assert bad(found)
-
-
 def test_parquet_by_columns_with_nested_fields(tmp_path):
     path = tmp_path / "a.parquet"
     table = pyarrow.table(
@@ -350,19 +312,6 @@ def test_directories_of_parquet_as_published(tmp_path, name):
     assert good(found) == [row[fields.text]] * 3
     assert [json.loads(document["meta"]) for document in found] == [meta] * 3
     assert found[2]["id"].decode() == (row[fields.id] if fields.id else f"{path}: row 2")
-
-
-def test_redpajamas_json_lines(tmp_path):
-    """JSON Lines in .zst: the licence is in nested metadata, and may be missing in a row."""
-    path = tmp_path / "github" / "filtered_1.jsonl.zst"
-    path.parent.mkdir()
-    languages = [{"name": "Python", "bytes": "12"}]
-    rows = [{"text": "x = 1", "meta": {"license": "mit", "language": languages}}, {"text": "y", "meta": {}}]
-    path.write_bytes(pack("".join(json.dumps(row) + "\n" for row in rows).encode(), ".zst"))
-    found = read(path, Fields(meta=("meta.license", "meta.language")))
-    assert good(found) == ["x = 1", "y"]
-    expected = {"meta.license": "mit", "meta.language": languages}
-    assert [json.loads(document["meta"]) for document in found] == [expected, dict.fromkeys(expected)]
 
 
 def test_a_corrupt_parquet_page_loses_its_row_group_and_says_how_much(tmp_path):

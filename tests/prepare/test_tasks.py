@@ -14,7 +14,6 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import digests, tasks
 from lemur_jax.prepare.fields import Fields
-from lemur_jax.text import conversation_formats
 from tests.helpers.list_source import write_tfrecord
 
 # After tasks, which keeps TensorFlow quiet.
@@ -94,11 +93,6 @@ def test_a_split_that_is_not_there_names_those_that_are(register):
         list(tasks.examples(task, "validation"))
 
 
-def test_features_beyond_those_of_a_document_are_left_out(register):
-    task = register("t_more", function_source({"text": ["a"], "id": ["x"], "score": [1.0]}))
-    assert list(tasks.examples(task, "train")) == [{"text": b"a", "id": b"x"}]
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -127,16 +121,6 @@ def to_text(dataset):
 
 def upper(dataset, suffix="!"):
     return dataset.map(lambda example: {"text": tf.strings.upper(example["text"]) + suffix})
-
-
-def test_examples_come_in_one_order(register, tmp_path):
-    for index in range(5):
-        (tmp_path / f"{index}.txt").write_text("".join(f"{index} {line}\n" for line in range(40)))
-    source = seqio.TextLineDataSource({"train": str(tmp_path / "*.txt")})
-    task = register("t_order", source, [to_text])
-    first, second = ([e["text"] for e in tasks.examples(task, "train")] for _ in range(2))
-    assert len(first) == 200
-    assert first == second
 
 
 def test_the_task_digest_follows_the_definition(register, tmp_path):
@@ -255,19 +239,6 @@ def test_a_source_without_files_or_of_no_known_format(added, tmp_path):
         list(tasks.examples(task, "train"))
     with pytest.raises(UserError, match=r"no format 'jason'.*jsonl"):
         tasks.add_files("t_kind", str(tmp_path), kind="jason")
-
-
-def test_the_definition_of_a_source_is_in_the_digest(added, tmp_path):
-    options = [{}, {"held_out": 0.1}, {"fields": Fields(text="body")}, {"kind": "lines"}, {"max_bytes": 9}]
-    options.append({"fields": Fields(messages=conversation_formats.sharegpt)})
-    found = set()
-    for option in options:
-        task = added(tasks.add_files, "t_option", str(tmp_path), **option)
-        assert digests.task_digest(task) == digests.task_digest(task)
-        found.add(digests.task_digest(task))
-        seqio.TaskRegistry.remove("t_option")
-    tasks.add_files("t_option", str(tmp_path))
-    assert len(found) == len(options)
 
 
 def test_a_tfds_set_with_a_slice_held_out(added, tmp_path):

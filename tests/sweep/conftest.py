@@ -37,8 +37,6 @@ def get_config(arg=""):
             name: {"share": share, "packing": "concat", "max_epochs": 0.0}
             for name, share in (("code/C++", 3.0), ("code/Java", 1.0), ("web", 1.0))
         }
-    if arg == "annealed":
-        config.data.stages = {"anneal": {"step": 4, "shares": {"code": 1.0, "text": 1.0}}}
     return config
 """
 

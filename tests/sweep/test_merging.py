@@ -41,15 +41,6 @@ def test_which_runs_are_merged():
     assert {merge.variant for merge in arithmetic} == {"1:0 + 0:1, arithmetic 0.4"}
 
 
-def test_arithmetic_adds_up_runs_of_the_same_settings():
-    runs = plan_runs(config_of(), ["1:0", "0:1"], 1, ["optimizer.warmup_steps=0,5"])
-    merges = plan_merges(["arithmetic:1"], runs)
-    assert len(merges) == 2
-    for merge in merges:
-        assert len({part.settings for part in merge.parts}) == 1
-        assert len({part.ratio for part in merge.parts}) == 2
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -26,13 +26,6 @@ def test_every_ratio_setting_and_seed():
     assert "--config.optimizer.warmup_steps=10" in runs[-1].overrides
 
 
-def test_keys_with_one_last_name_are_named_whole():
-    varied = ["train.steps=10", "eval.every_steps=5", "log.every_steps=5"]
-    names = [plan_runs(config_of(), ["1:0"], 1, some)[0].variant for some in (varied, varied[:2])]
-    assert names[0] == "1:0, train.steps 10, eval.every_steps 5, log.every_steps 5"
-    assert names[1] == "1:0, steps 10, every_steps 5"
-
-
 @pytest.mark.parametrize(("sources", "shares"), [("", (10.0, 1.0)), ("code,web", (1.0, 10.0))])
 def test_a_ratio_follows_the_order_of_the_tasks_and_not_of_the_alphabet(sources, shares):
     (run,) = plan_runs(config_of(("web", "code"), code=1.0, web=1.0), ["10:1"], 1, sources=sources)
@@ -56,16 +49,6 @@ def test_languages_of_one_corpus_are_a_part(project, monkeypatch):
     (run,) = plan_runs(config, ["10:1"], 1, sources="code/C++&code/Java,web")
     sources = run_config("config.py:languages", [], run).data.sources
     assert [sources[name].share for name in ("code/C++", "code/Java", "web")] == [7.5, 2.5, 1.0]
-
-
-def test_annealing_is_varied_like_any_key(project, monkeypatch):
-    monkeypatch.chdir(project)
-    config = load("config.py:annealed")
-    varied = ["data.stages.anneal.step=3,5", "data.stages.anneal.shares.text=1,9"]
-    runs = plan_runs(config, ["10:1"], 1, varied)
-    assert len(runs) == 4
-    anneal = run_config("config.py:annealed", [], runs[-1]).data.stages["anneal"]
-    assert (anneal.step, anneal.shares) == (5, {"code": 1.0, "text": 9.0})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from lemur_jax.cli import main
 from lemur_jax.sweep import runner
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.train import step
-from lemur_jax.train.balance import balance
 
 WORDS = "sweep --config config.py --workdir out --ratios 1:0,0:1 --seeds 2 --merge linear:0.5,arithmetic:0.5"
 
@@ -65,20 +64,6 @@ def test_the_results(swept):
     assert found["tokens"] == 6 * 8 * 64
     assert (out / "table.md").read_text().count("\n| 1:0 ") == 2
     assert "lemur sweep --config config.py" in (out / "index.html").read_text()
-
-
-def test_every_later_evaluation_is_compared_with_step_0(swept):
-    records = read_metrics(swept[0] / "runs/1-0_seed-42")
-    evals = {(r["step"], r["task"]): r for r in records if r["kind"] == "eval"}
-    assert sorted(evals) == [(0, "code"), (0, "text"), (6, "code"), (6, "text")]
-    ratios = {
-        task: evals[6, task]["bits_per_byte"] / evals[0, task]["bits_per_byte"] for task in ("code", "text")
-    }
-    (score,) = [r for r in records if r["kind"] == "balance"]
-    for task, ratio in ratios.items():
-        assert evals[6, task]["change"] == score[f"change/{task}"] == ratio - 1
-        assert "change" not in evals[0, task]
-    assert score["balance"] == balance(ratios)
 
 
 def test_a_run_is_the_run_that_train_makes_of_the_printed_command(swept, project, monkeypatch, capsys):
