@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding
 
 from lemur_jax.infer.session import Session
 from lemur_jax.parallel.mesh import platform
-from lemur_jax.parallel.rules import spec
+from lemur_jax.parallel.rules import batch_ways, spec
 
 # Positions are padded to multiples of this many; accelerators, whose attention kernels need whole registers, to LANES.
 UNIT, LANES = 32, 128
@@ -20,7 +20,7 @@ def bucket(size: int) -> int:
 
 def row_ways(session: Session) -> int:
     """Devices over which the rows of a batch are sharded."""
-    return session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    return batch_ways(session.mesh)
 
 
 def chunk_length(session: Session) -> int:

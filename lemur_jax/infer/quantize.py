@@ -22,7 +22,7 @@ WEIGHTS = ("float", "int8")
 
 # The axes that a product with the matrix sums over.
 _SUMMED = {
-    **dict.fromkeys(("query", "key", "value", "gate", "up", "kernel"), ("embed",)),
+    **dict.fromkeys(("query", "key", "value", "gate", "up", "kernel"), ("embed", "expert_embed")),
     **{"out": ("heads", "head_dim"), "down": ("mlp",)},
 }
 

@@ -56,6 +56,11 @@ class DecoderConfig:
     rope_skip_every: int = 0  # n: every n-th layer has no rotary embedding; 0: all have one
     attention_bias: str = ""  # attention projections with a bias: "", "qkv" or "qkvo"
     mlp_bias: bool = False  # whether the projections of the mlp have one
+    num_experts: int = 0  # mlps of a layer, each of width `intermediate_size`; 0: one that is not routed
+    experts_per_token: int = 0  # experts that a token goes to, those with the largest router probabilities
+    normalize_expert_weights: bool = (
+        True  # whether the probabilities of a token's experts are made to sum to 1
+    )
     qk_norm: str = (
         ""  # RMSNorm of queries and keys before rotation, over each "head" or the whole "width"; "": none
     )
@@ -85,8 +90,17 @@ class DecoderConfig:
             raise UserError(f"model.head_dim is {self.head_dim}: rotary embedding needs an even one")
         for name, choices in CHOICES.items():
             require_one_of(f"model.{name}", getattr(self, name), choices)
+        E, K = self.num_experts, self.experts_per_token
+        most = f"1 to model.num_experts {E}, or both 0"
+        require(1 <= K <= E or not (K or E), "model.experts_per_token", K, most)
+        require(not (E and self.mlp_bias), "model.mlp_bias", self.mlp_bias, "false with experts")
         local = self.rope_local_theta or self.full_attention_every
         require(not local or self.sliding_window > 0, "model.sliding_window", self.sliding_window, _WINDOW)
+
+    @property
+    def active_mlp_width(self) -> int:
+        """Elements of the mlp's hidden layer that a token uses."""
+        return self.intermediate_size * (self.experts_per_token or 1)
 
     def attends_fully(self, layer):
         """Whether the layer with this index, an int or an int32 array [], attends without a window."""

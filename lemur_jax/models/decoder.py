@@ -18,8 +18,10 @@ from jax.sharding import Mesh
 
 from lemur_jax.models.attention import ScoreOptions, attention
 from lemur_jax.models.config import ComputeConfig, DecoderConfig
+from lemur_jax.models.experts import Experts, Router
 from lemur_jax.models.remat import rematerialize
 from lemur_jax.models.rope import angles_by_layer, rotate
+from lemur_jax.models.weights import ACTIVATIONS, add_bias, fresh_bias, fresh_weight
 from lemur_jax.parallel.projection import Projection
 
 Params = dict[str, Any]
@@ -56,23 +58,6 @@ class Compute:
             loss_chunk=options.loss_chunk,
             mesh=mesh,
         )
-
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
-
-
-def _weight(config: DecoderConfig, rngs: nnx.Rngs, shape: tuple[int, ...], *axes: str) -> nnx.Param:
-    """A fresh weight; `axes` are its logical axes (`parallel/rules.py`)."""
-    return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape), axes=axes)
-
-
-def _bias(shape: tuple[int, ...], *axes: str) -> nnx.Param:
-    """A fresh bias; the axis "norm" keeps it from weight decay."""
-    return nnx.Param(jnp.zeros(shape), axes=axes)
 
 
 class RMSNorm(nnx.Module):
@@ -116,15 +101,15 @@ class Attention(nnx.Module):
         D, N = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.project = compute.project
-        self.query = _weight(config, rngs, (D, H, N), "embed", "heads", "head_dim")
-        self.key = _weight(config, rngs, (D, K, N), "embed", "kv_heads", "head_dim")
-        self.value = _weight(config, rngs, (D, K, N), "embed", "kv_heads", "head_dim")
-        self.out = _weight(config, rngs, (H, N, D), "heads", "head_dim", "embed")
+        self.query = fresh_weight(config, rngs, (D, H, N), "embed", "heads", "head_dim")
+        self.key = fresh_weight(config, rngs, (D, K, N), "embed", "kv_heads", "head_dim")
+        self.value = fresh_weight(config, rngs, (D, K, N), "embed", "kv_heads", "head_dim")
+        self.out = fresh_weight(config, rngs, (H, N, D), "heads", "head_dim", "embed")
         biased = config.attention_bias != ""
-        self.query_bias = _bias((H, N), "heads", "norm") if biased else None
-        self.key_bias = _bias((K, N), "kv_heads", "norm") if biased else None
-        self.value_bias = _bias((K, N), "kv_heads", "norm") if biased else None
-        self.out_bias = _bias((D,), "norm") if config.attention_bias == "qkvo" else None
+        self.query_bias = fresh_bias((H, N), "heads", "norm") if biased else None
+        self.key_bias = fresh_bias((K, N), "kv_heads", "norm") if biased else None
+        self.value_bias = fresh_bias((K, N), "kv_heads", "norm") if biased else None
+        self.out_bias = fresh_bias((D,), "norm") if config.attention_bias == "qkvo" else None
         self.query_norm = _qk_norm(config, compute, H, "heads")
         self.key_norm = _qk_norm(config, compute, K, "kv_heads")
 
@@ -146,33 +131,28 @@ class Attention(nnx.Module):
         return add_bias(self.project.write("BTHN,HND->BTD", mixed, self.out), self.out_bias), cache
 
 
-def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """`x` plus the bias, if there is one; the bias has the last dimensions of `x`."""
-    return x if bias is None else x + bias.get_value().astype(x.dtype)
-
-
 class MLP(nnx.Module):
     """A gated mlp: SwiGLU, GEGLU (Shazeer 2020)."""
 
-    def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, project: Projection, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
-        self.project = compute.project
+        self.project = project
         self.activation = ACTIVATIONS[config.activation]
-        self.gate = _weight(config, rngs, (D, F), "embed", "mlp")
-        self.up = _weight(config, rngs, (D, F), "embed", "mlp")
-        self.down = _weight(config, rngs, (F, D), "mlp", "embed")
-        self.gate_bias = _bias((F,), "norm") if config.mlp_bias else None
-        self.up_bias = _bias((F,), "norm") if config.mlp_bias else None
-        self.down_bias = _bias((D,), "norm") if config.mlp_bias else None
+        self.gate = fresh_weight(config, rngs, (D, F), "embed", "mlp")
+        self.up = fresh_weight(config, rngs, (D, F), "embed", "mlp")
+        self.down = fresh_weight(config, rngs, (F, D), "mlp", "embed")
+        self.gate_bias = fresh_bias((F,), "norm") if config.mlp_bias else None
+        self.up_bias = fresh_bias((F,), "norm") if config.mlp_bias else None
+        self.down_bias = fresh_bias((D,), "norm") if config.mlp_bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
+    def __call__(self, x: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, dict]:
+        """[B, T, D] -> ([B, T, D], nothing)."""
         gate, up = self.project.read(x, ("BTD,DF->BTF", self.gate), ("BTD,DF->BTF", self.up))
         gate, up = add_bias(gate, self.gate_bias), add_bias(up, self.up_bias)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         hidden = self.project.pointwise(lambda gate, up: self.activation(gate) * up, gate, up)
         down = self.project.write("BTF,FD->BTD", self.project.shard(hidden, "mlp"), self.down)
-        return add_bias(down, self.down_bias)
+        return add_bias(down, self.down_bias), {}
 
 
 class Block(nnx.Module):
@@ -185,14 +165,17 @@ class Block(nnx.Module):
         self.attention = Attention(config, compute, rngs)
         self.attention_post_norm = norm() if after else identity
         self.mlp_norm = norm() if before else identity
-        self.mlp = MLP(config, compute, rngs)
+        self.mlp = (Experts if config.num_experts else MLP)(config, compute.project, rngs)
         self.mlp_post_norm = norm() if after else identity
 
-    def __call__(self, x: jax.Array, angles, attend: Callable) -> tuple[jax.Array, Any]:
-        """[B, T, D] -> ([B, T, D], cache)."""
+    def __call__(
+        self, x: jax.Array, angles, attend: Callable, valid: jax.Array | None
+    ) -> tuple[jax.Array, Any, Router]:
+        """[B, T, D] -> ([B, T, D], cache, losses and statistics of the router)."""
         mixed, cache = self.attention(self.attention_norm(x), angles, attend)
         h = checkpoint_name(x + self.attention_post_norm(mixed), "residual")
-        return h + self.mlp_post_norm(self.mlp(self.mlp_norm(h))), cache
+        out, router = self.mlp(self.mlp_norm(h), valid)
+        return h + self.mlp_post_norm(out), cache, router
 
 
 class Embedding(nnx.Module):
@@ -201,7 +184,7 @@ class Embedding(nnx.Module):
     def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
         self.project = compute.project
         self.multiplier = config.embedding_multiplier
-        self.embedding = _weight(config, rngs, (config.vocab_size, config.hidden_size), "vocab", "embed")
+        self.embedding = fresh_weight(config, rngs, (config.vocab_size, config.hidden_size), "vocab", "embed")
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, T] -> [B, T, D]."""
@@ -218,7 +201,7 @@ class Head(nnx.Module):
 
     def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
         self.project = compute.project
-        self.kernel = _weight(config, rngs, (config.hidden_size, config.vocab_size), "embed", "vocab")
+        self.kernel = fresh_weight(config, rngs, (config.hidden_size, config.vocab_size), "embed", "vocab")
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, V]."""
@@ -251,6 +234,22 @@ class Decoder(nnx.Module):
         Returns:
           Hidden states [B, T, D] after the final norm, and the cache.
         """
+        hidden, cache, _ = self.run(tokens, positions, attend, cache)
+        return hidden, cache
+
+    def run(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        cache: Any = (),
+        valid: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any, Router]:
+        """As `__call__`, and the losses and statistics of the routers, float32 [L] each; none of a dense model.
+
+        Args:
+          valid: bool [B, T], tokens that the statistics count; None: all.
+        """
         x = self.embed(tokens)
         angles = angles_by_layer(self.config, positions)
         graph, stacked = nnx.split(self.layers)
@@ -259,12 +258,12 @@ class Decoder(nnx.Module):
             x, cache, index = carry
             block = nnx.merge(graph, params)
             x = checkpoint_name(x, "layer_in")
-            x, cache = block(x, angles(index), lambda q, k, v: attend(q, k, v, cache, index))
-            return (x, cache, index + 1), None
+            x, cache, router = block(x, angles(index), lambda q, k, v: attend(q, k, v, cache, index), valid)
+            return (x, cache, index + 1), router
 
         layer = rematerialize(layer, self.compute.remat)
-        (x, cache, _), _ = jax.lax.scan(layer, (x, cache, jnp.int32(0)), stacked)
-        return self.compute.project.gather(self.final_norm(x)), cache
+        (x, cache, _), routers = jax.lax.scan(layer, (x, cache, jnp.int32(0)), stacked)
+        return self.compute.project.gather(self.final_norm(x)), cache, routers
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, V]."""

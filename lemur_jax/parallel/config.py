@@ -11,6 +11,7 @@ class MeshConfig:
 
     data: int = 1  # copies of the parameters; with several TPU slices a multiple of their number
     fsdp: int = -1  # devices that share parameters and optimizer state, and cut the batch
+    expert: int = 1  # devices that share the experts of a layer, and otherwise do what those of `fsdp` do
     sequence: int = 1  # devices that cut the positions of a row
     tensor: int = 1  # devices that cut heads, the mlp and the vocabulary
 

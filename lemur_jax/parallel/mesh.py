@@ -1,4 +1,4 @@
-"""The device mesh: `data × fsdp × sequence × tensor`."""
+"""The device mesh: `data × fsdp × expert × sequence × tensor`."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.parallel.config import MeshConfig
 
 # Outermost first: neighbours in the last axis are neighbours on the interconnect.
-AXES = ("data", "fsdp", "sequence", "tensor")
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 # Axis of the copies of the parameters in `mesh_of_copies`.
 COPY = "copy"
 
@@ -108,4 +108,4 @@ def parse_mesh(text: str) -> dict[str, int]:
                 " most once"
             )
         sizes[axis] = int(size)
-    return {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1} | sizes
+    return {**dict.fromkeys(AXES, 1), "fsdp": -1} | sizes

@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lemur_jax.parallel.compiler_flags import exchanges_gradients
 from lemur_jax.parallel.mesh import platform
-from lemur_jax.parallel.rules import constrain, spec
+from lemur_jax.parallel.rules import RULES, constrain, spec
 
 
 class Reduction(NamedTuple):
@@ -72,6 +72,11 @@ class Projection:
         x = jnp.take(rows, tokens, axis=0, mode="clip").astype(self.dtype)
         return constrain(x, self.mesh, "batch", "residual_length", "width")
 
+    def route(self, x: jax.Array, router: nnx.Param) -> jax.Array:
+        """Float32 [B, T, E] for x [B, T, D], gathered, and a router [D, E]."""
+        (y,) = self._products(x, [("BTD,DE->BTE", router)], self._reduction(), "float32")
+        return self.shard(y, "width")
+
     def logits(self, equation: str, hidden: jax.Array, head: nnx.Param) -> jax.Array:
         """The product with the head, in float32: [B, T, D] -> [B, T, V].
 
@@ -110,7 +115,7 @@ class Projection:
             return None
         dtype = self.reduce_dtype or self.dtype
         kind = self.mesh.devices.flat[0].device_kind
-        exchange = exchange and self.mesh.shape["fsdp"] > 1 and exchanges_gradients(kind)
+        exchange = exchange and _fsdp_ways(self.mesh) > 1 and exchanges_gradients(kind)
         by_hand = exchange or dtype != self.dtype or not self.on_tpu
         return Reduction(dtype, exchange) if by_hand else None
 
@@ -140,6 +145,11 @@ gather_sequence.defvjp(
 )
 
 
+def _fsdp_ways(mesh: Mesh) -> int:
+    """Devices that share a weight."""
+    return mesh.shape["fsdp"] * mesh.shape["expert"]
+
+
 def is_quantized(weight: Any) -> bool:
     """Whether this is a `qwix.QArray` (integers and scales) and not an array; does not import qwix."""
     return hasattr(weight, "qvalue")
@@ -151,7 +161,7 @@ def gather_weight(weight: Any, axes: tuple[str, ...], mesh: Mesh | None, dtype) 
     The cast comes first, so that half the bytes travel; the constraint makes the partitioner gather weights instead of
     reducing activations. Of a `qwix.QArray` (`infer/quantize.py`) the integers travel.
     """
-    whole = tuple("width" if axis == "embed" else axis for axis in axes)
+    whole = tuple("width" if axis in ("embed", "expert_embed") else axis for axis in axes)
     if not is_quantized(weight):
         return constrain(weight.astype(dtype), mesh, *whole)
     import qwix
@@ -227,12 +237,12 @@ class Product:
         left, right, result = self._letters()
 
         def by_device(array):  # [B, ...] -> [X, Y, B / XY, ...]
-            return array.reshape(self.mesh.shape["data"], self.mesh.shape["fsdp"], -1, *array.shape[1:])
+            return array.reshape(self.mesh.shape["data"], _fsdp_ways(self.mesh), -1, *array.shape[1:])
 
         equation = f"XY{left},XY{result}->XY{right}"
         own = einsum(equation, by_device(x), by_device(upstream), dtype=dtype)
         whole = (None if axis == "embed" else where for axis, where in zip(self.axes, placed, strict=True))
-        own = self._place(own, "data", "fsdp", *whole)
+        own = self._place(own, "data", RULES["embed"], *whole)
         return _sum_parts(self._place(own, "data", None, *placed))
 
     def _place(self, array: jax.Array, *entries) -> jax.Array:

@@ -1,8 +1,8 @@
 """One table from logical axes to mesh axes, for parameters and activations alike.
 
 A parameter names its axes where it is made (`models/decoder.py`); this file alone says where an axis
-lies. FSDP is nothing but the row `embed`: every matrix has that axis once, so every matrix, its
-gradient and its optimizer moments are cut `fsdp` ways.
+lies. FSDP is nothing but the rows `embed` and `expert_embed`: every matrix has one of them once, so every matrix, its
+gradient and its optimizer moments are cut `fsdp` ways. Axis `expert` cuts experts, and otherwise what `fsdp` cuts.
 """
 
 import math
@@ -18,7 +18,9 @@ MeshAxes = str | tuple[str, ...] | None
 
 RULES: dict[str, MeshAxes] = {
     # parameters
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),
+    "experts": "expert",
+    "expert_embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -27,7 +29,7 @@ RULES: dict[str, MeshAxes] = {
     "layers": None,
     "norm": None,
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": "sequence",
     # The residual stream between products: norms are computed once, not `tensor` times.
     "residual_length": ("sequence", "tensor"),
@@ -38,6 +40,11 @@ RULES: dict[str, MeshAxes] = {
 # What an axis is taken for where the mesh does not divide it: vocabularies such as 32,005 are divisible by nothing, and
 # in decoding there is one position.
 IF_UNEVEN = {"vocab": "width", "residual_length": "length"}
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Devices that cut the rows of a batch."""
+    return _ways(mesh, RULES["batch"])
 
 
 def _ways(mesh: Mesh, axes: MeshAxes) -> int:

@@ -132,7 +132,7 @@ def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, fl
       where: "keep" for HBM, or "host".
     """
     model, policy = config.model, config.compute.remat
-    D, F = model.hidden_size, model.intermediate_size
+    D, F = model.hidden_size, model.active_mlp_width
     HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
     elements = {
         "layer_in": D, "attention_out": HN, "query": HN, "key_value": 2 * KN, "residual": D, "gate": F, "up": F,
@@ -155,7 +155,7 @@ def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, fl
 def _flops(config: RunConfig, model: DecoderConfig) -> float:
     """FLOPs of an update: three passes, and what the policy recomputes; attention causal."""
     T, policy = config.data.sequence_length, config.compute.remat
-    D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    D, F, L = model.hidden_size, model.active_mlp_width, model.num_hidden_layers
     HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
     again = {
         "attention_out": flops.flops_per_token(model, T, backward=False).attention / L, "query": 2 * D * HN,
@@ -172,9 +172,12 @@ def _flops(config: RunConfig, model: DecoderConfig) -> float:
 def _network(config: RunConfig, model: DecoderConfig, mesh: Any, tokens: float, tpu: Slice) -> float:
     """Seconds over all links at once: gathered weights, summed activations, positions exchanged for heads."""
     size = jnp.dtype(config.compute.dtype).itemsize
-    fsdp, tensor, sequence = mesh.shape["fsdp"], mesh.shape["tensor"], mesh.shape["sequence"]
-    weights = flops.parameter_counts(model).total * size / tensor
-    moved = 2 * config.train.microbatches * weights * (fsdp - 1) / fsdp
+    _, fsdp, expert, sequence, tensor = (mesh.shape[axis] for axis in AXES)
+    counts, weights = flops.parameter_counts(model), 0.0
+    routed = counts.mlp if model.num_experts else 0  # gathered over fsdp alone
+    for number, ways in ((counts.total - routed, fsdp * expert), (routed / expert, fsdp)):
+        weights += number * size / tensor * (ways - 1) / ways
+    moved = 2 * config.train.microbatches * weights
     # Two sums of the layer's width forward and two backward, each a reduce-scatter and a gather.
     moved += 8 * model.num_hidden_layers * tokens * model.hidden_size * size * (tensor - 1) / tensor
     # Positions are exchanged for heads before the attention and back after it, in both passes (models/splash.py).

@@ -22,7 +22,7 @@ from lemur_jax.models import kv_cache
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.mesh import make_mesh
-from lemur_jax.parallel.rules import spec
+from lemur_jax.parallel.rules import batch_ways, spec
 from lemur_jax.plan.compile import Compiled, compile_program, device_bytes
 from lemur_jax.plan.plan import Plan, estimate_cost, format_plan, program_plan
 from lemur_jax.plan.topologies import Slice, described_devices, find_slice
@@ -124,10 +124,10 @@ def _check(model: DecoderConfig, mesh: Mesh, B: int, T: int, S: int) -> None:
             f"--prompt-length {T} must be below --cache-length {S}, and that at most"
             f" config.model.max_position_embeddings {model.max_position_embeddings}"
         )
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     if mesh.shape["sequence"] > 1 or B < 1 or B % ways:
         raise UserError(
-            f"--batch {B} must be a multiple of {ways}, the product of config.mesh.data and config.mesh.fsdp,"
+            f"--batch {B} must be a multiple of {ways}, the product of config.mesh.data, fsdp and expert,"
             f" and config.mesh.sequence {mesh.shape['sequence']} must be 1"
         )
 

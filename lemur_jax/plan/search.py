@@ -126,7 +126,7 @@ def layouts(config: RunConfig, tpu: Slice) -> Iterator[Changes]:
     sequences = sorted({max(1, config.mesh.sequence), 1, *(2**power for power in pieces)})
     meshes = itertools.product(sequences, TENSOR_WAYS, range(tpu.slices, tpu.devices + 1, tpu.slices))
     for sequence, tensor, data in meshes:
-        fsdp, rest = divmod(tpu.devices, tensor * data * sequence)
+        fsdp, rest = divmod(tpu.devices, tensor * data * sequence * config.mesh.expert)
         if rest or not fsdp:
             continue
         mesh = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.sequence": sequence, "mesh.tensor": tensor}

@@ -18,7 +18,7 @@ class ParameterCounts:
 
     embedding: int
     attention: int
-    mlp: int
+    mlp: int  # and routers; of all experts
     norms: int
     head: int
 
@@ -33,7 +33,7 @@ class TokenFlops:
 
     projections: float  # query, key, value and output
     attention: float  # scores and weighted sum of values
-    mlp: float  # the three products of SwiGLU
+    mlp: float  # the three products of SwiGLU, of a token's experts alone, and the router
     head: float  # logits
 
     @property
@@ -47,7 +47,7 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
     return ParameterCounts(
         embedding=V * D,
         attention=L * (_projection_parameters(config) + _attention_biases(config)),
-        mlp=L * (3 * D * config.intermediate_size + config.mlp_bias * (2 * config.intermediate_size + D)),
+        mlp=L * _mlp_parameters(config),
         norms=L * _norm_scales(config) + D,
         head=0 if config.tie_word_embeddings else V * D,
     )
@@ -72,7 +72,7 @@ def flops_per_token(
     return TokenFlops(
         projections=each * L * _projection_parameters(config),
         attention=each * L * 2 * HN * keys,
-        mlp=each * L * 3 * config.hidden_size * config.intermediate_size,
+        mlp=each * L * config.hidden_size * (3 * config.active_mlp_width + config.num_experts),
         head=each * config.vocab_size * config.hidden_size,
     )
 
@@ -88,6 +88,12 @@ def _attention_biases(config: DecoderConfig) -> int:
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     out = config.hidden_size if config.attention_bias == "qkvo" else 0
     return (heads * config.head_dim if config.attention_bias else 0) + out
+
+
+def _mlp_parameters(config: DecoderConfig) -> int:
+    """The mlps and the router of one layer."""
+    D, F, E = config.hidden_size, config.intermediate_size, config.num_experts
+    return (E or 1) * 3 * D * F + E * D + config.mlp_bias * (2 * F + D)
 
 
 def _norm_scales(config: DecoderConfig) -> int:

@@ -41,12 +41,15 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # of the global gradient norm; 0: off
     moments_dtype: str = "float32"  # of first moments
     z_loss: float = 0.0  # weight of log(Z)^2
+    router_balance_loss: float = 0.01  # weight of the routers' load-balancing loss, `models/experts.py`
+    router_z_loss: float = 0.001  # weight of the routers' own log(Z)^2
 
     def __post_init__(self):
         if self.name not in OPTIMIZER_NAMES:
             require_one_of("optimizer.name", self.name, OPTIMIZER_NAMES)
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "positive")
-        for key in ("final_learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm", "z_loss"):
+        sizes = ("final_learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm", "z_loss")
+        for key in (*sizes, "router_balance_loss", "router_z_loss"):
             require(getattr(self, key) >= 0, f"optimizer.{key}", getattr(self, key), "0 or more")
         for key in ("b1", "b2"):
             require(0 <= getattr(self, key) < 1, f"optimizer.{key}", getattr(self, key), "in [0, 1)")

@@ -17,7 +17,7 @@ from lemur_jax.data.config import DataConfig
 from lemur_jax.data.loader import chosen_rows, held_out_batches
 from lemur_jax.data.mixture import open_rows
 from lemur_jax.data.rows import Rows
-from lemur_jax.parallel.rules import batch_sharding
+from lemur_jax.parallel.rules import batch_sharding, batch_ways
 from lemur_jax.telemetry.metrics import Record
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.balance import balance, group_ratios
@@ -142,7 +142,7 @@ def evaluate(
     Returns:
       `task, loss` (nats a target token)`, bits_per_byte, tokens, bytes`; None where it was stopped.
     """
-    ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    ways = batch_ways(program.mesh)
     batch_rows = math.ceil(batch_rows / ways) * ways
     sums: list[Any] = []
     with contextlib.closing(

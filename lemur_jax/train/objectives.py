@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lemur_jax.models.decoder import Decoder
+from lemur_jax.models.experts import Router
 from lemur_jax.parallel.rules import batch_sharding
+from lemur_jax.train.config import OptimizerConfig
 from lemur_jax.train.losses import RowSums, row_sums, target_logprobs
 
 Batch = dict[str, Any]
@@ -79,11 +81,33 @@ def token_logprobs(model: Decoder, batch: Batch, temperature: float = 1.0) -> ja
     return target_logprobs(model, hidden_states(model, batch), batch["targets"], temperature)
 
 
-def next_token(z_loss: float = 0.0) -> Objective:
-    """Cross-entropy of the targets; `z_loss` weighs log(Z)^2, which is trained on and not reported."""
+def next_token(options: OptimizerConfig | None = None) -> Objective:
+    """Cross-entropy of the targets.
+
+    Args:
+      options: weights of log(Z)^2 and of the routers' losses, which are trained on and not part of the reported loss;
+        None: all 0.
+    """
 
     def loss(model: Decoder, batch: Batch) -> Loss:
-        rows = row_sums(model, hidden_states(model, batch), batch["targets"], batch["loss_weights"])
-        return Loss(jnp.sum(rows.loss + z_loss * rows.z), rows)
+        segments = batch["segment_ids"]
+        hidden, _, routers = model.run(
+            batch["tokens"], batch["positions"], model.packed(segments), valid=segments > 0
+        )
+        rows = row_sums(model, hidden, batch["targets"], batch["loss_weights"])
+        if options is None:
+            return Loss(jnp.sum(rows.loss), rows)
+        total = jnp.sum(rows.loss + options.z_loss * rows.z)
+        return _with_routers(Loss(total, rows), routers, options) if routers else Loss(total, rows)
 
     return Objective(loss=loss)
+
+
+def _with_routers(loss: Loss, routers: Router, options: OptimizerConfig) -> Loss:
+    """With the losses of the routers, [L] each: a mean over layers and tokens, weighted like the tokens' losses."""
+    weight = jnp.sum(loss.rows.weight)
+    balance, z = (jnp.mean(routers[name]) for name in ("balance", "z"))
+    found = {"balance": balance, "z": z, "max_load": jnp.max(routers["max_load"])}
+    metrics = {f"router_{name}": (value * weight, weight) for name, value in found.items()}
+    term = options.router_balance_loss * balance + options.router_z_loss * z
+    return loss._replace(total=loss.total + weight * term, metrics={**loss.metrics, **metrics})

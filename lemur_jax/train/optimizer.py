@@ -81,13 +81,15 @@ def _muon(options: OptimizerConfig, axes: Mapping[str, Any]) -> Parts:
 
 
 def matrices(axes: Mapping[str, Any]) -> dict[str, Any]:
-    """Which axes Muon takes as rows and columns: those on either side of `embed`; None where it is not used."""
+    """Which axes of a matrix, or of each expert's, Muon takes as rows and columns; None where it is not used."""
 
     def numbers(names: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:
-        if "layers" not in names or "embed" not in names:
+        if "layers" not in names or not {"embed", "expert_embed"} & set(names):
             return None
-        width = names.index("embed")
-        others = tuple(place for place, name in enumerate(names) if name not in ("layers", "embed"))
+        (width,) = (place for place, name in enumerate(names) if name in ("embed", "expert_embed"))
+        others = tuple(
+            place for place, name in enumerate(names) if place != width and name not in ("layers", "experts")
+        )
         return contrib.MuonDimensionNumbers(reduction_axis=(width,), output_axis=others)
 
     return jax.tree.map(numbers, dict(axes), is_leaf=lambda x: isinstance(x, tuple))

@@ -19,7 +19,7 @@ from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.compiler_flags import compiler_options
 from lemur_jax.parallel.mesh import mesh_of_copies
-from lemur_jax.parallel.rules import RULES, replicated
+from lemur_jax.parallel.rules import RULES, batch_ways, replicated
 from lemur_jax.train.config import TrainConfig
 from lemur_jax.train.copies import Copies
 from lemur_jax.train.losses import RowSums
@@ -65,11 +65,11 @@ def check(train: TrainConfig, sequence_length: int, model: DecoderConfig, mesh: 
       UserError: naming the keys.
     """
     rows, passes = train.batch_rows, train.microbatches
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     if rows % passes or (rows // passes) % ways:
         raise UserError(
             f"config.train.batch_rows {rows} / config.train.microbatches {passes} must be a multiple of {ways},"
-            " the product of mesh axes data and fsdp"
+            " the product of mesh axes data, fsdp and expert"
         )
     if sequence_length % mesh.shape["sequence"]:
         raise UserError(
@@ -102,13 +102,14 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
         config.optimizer, config.train.steps, decoder.logical_axes(model), config.spikes
     )
     state = abstract_state(model, config.compute.param_dtype, optimizer, mesh)
-    objective = objective or next_token(config.optimizer.z_loss)
+    objective = objective or next_token(config.optimizer)
 
     def sums(params, batch: Batch) -> RowSums:
         return next_token().loss(decoder.bind(model, compute, params), batch).rows
 
     copies = None
-    if mesh.shape["data"] > 1 and config.train.microbatches > 1:
+    # Balance losses are of all copies' tokens, and grouped products of several copies are not one kernel.
+    if mesh.shape["data"] > 1 and config.train.microbatches > 1 and not model.num_experts:
         dtype = compute.reduce_dtype or compute.dtype
         copies = Copies(mesh=mesh_of_copies(mesh), shardings=shardings_of(state.params), dtype=dtype)
     by_copy = dataclasses.replace(compute, mesh=copies.mesh) if copies else compute

@@ -13,12 +13,12 @@ from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.convert.safetensors import StoredTensor
 from lemur_jax.convert.source import open_source
 from lemur_jax.infer.session import abstract_params
-from lemur_jax.parallel.mesh import AXES, make_mesh
+from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.text.tokenizer import read_files
 
 
 def mesh(*sizes):
-    return make_mesh(dict(zip(AXES, sizes, strict=True)))
+    return make_mesh(dict(zip(("data", "fsdp", "sequence", "tensor"), sizes, strict=True)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -22,7 +22,7 @@ from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.convert.vocabulary import Change
 from lemur_jax.models.decoder import abstract_params, init_params, logical_axes
 from lemur_jax.models.presets import preset
-from lemur_jax.parallel.mesh import AXES, make_mesh
+from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import param_shardings
 from lemur_jax.text.chat_template import CHATML_TOKENS
 from lemur_jax.text.tokenizer import Tokenizer
@@ -95,7 +95,7 @@ def test_refused(size, options, message):
 
 def test_sharded_arrays():
     config = preset("tiny", num_hidden_layers=1)
-    mesh = make_mesh(dict(zip(AXES, (1, 4, 1, 2), strict=True)))
+    mesh = make_mesh(dict(zip(("data", "fsdp", "sequence", "tensor"), (1, 4, 1, 2), strict=True)))
     shardings = param_shardings(mesh, abstract_params(config), logical_axes(config))
     whole = init_params(config, jax.random.key(0))
     params = jax.device_put(whole, shardings)

@@ -1,12 +1,14 @@
 """A tiny program, shared by tests."""
 
+import math
+
 import jax
 import numpy as np
 
 from lemur_jax.config import RunConfig, replace
 from lemur_jax.models import decoder
 from lemur_jax.models.presets import preset
-from lemur_jax.parallel.mesh import AXES, make_mesh
+from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.train.state import shardings_of, start
 from lemur_jax.train.step import build
 
@@ -33,8 +35,11 @@ def tiny_config(options=None, **model):
 
 def program_on(mesh_shape, config=None):
     config = config or tiny_config()
-    devices = jax.devices()[: int(np.prod(mesh_shape))]
-    return build(config, make_mesh(dict(zip(AXES, mesh_shape, strict=True)), devices), SOURCES)
+    """The program on as many devices as the mesh has: (data, fsdp, sequence, tensor), or sizes by axis."""
+    if not isinstance(mesh_shape, dict):
+        mesh_shape = dict(zip(("data", "fsdp", "sequence", "tensor"), mesh_shape, strict=True))
+    devices = jax.devices()[: math.prod(mesh_shape.values())]
+    return build(config, make_mesh(mesh_shape, devices), SOURCES)
 
 
 def first_state(program):

@@ -8,7 +8,7 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.models import attention as choosing
 from lemur_jax.models.attention import IMPLEMENTATIONS, attention, cudnn_attention, xla_attention
-from lemur_jax.parallel.mesh import AXES, make_mesh
+from lemur_jax.parallel.mesh import make_mesh
 
 B, T, H, K, N = 2, 300, 4, 2, 8  # T is no multiple of the block
 
@@ -85,7 +85,8 @@ def without_gpu(monkeypatch):
 def test_cudnn_sees_documents_and_their_gradients(arrays, without_gpu, documents, shape):
     query, key, value, segments = arrays
     segments = np.minimum(segments, documents)
-    mesh = shape and make_mesh(dict(zip(AXES, shape, strict=True)), jax.devices()[: int(np.prod(shape))])
+    sizes = shape and dict(zip(("data", "fsdp", "sequence", "tensor"), shape, strict=True))
+    mesh = sizes and make_mesh(sizes, jax.devices()[: int(np.prod(shape))])
     inputs = [jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)]
 
     def pulled(attend):
@@ -105,7 +106,9 @@ def test_cudnn_refuses_what_it_cannot_do(arrays):
     query, key, value, segments = (jnp.asarray(x) for x in arrays)
     with pytest.raises(UserError, match="needs bfloat16"):
         cudnn_attention(query, key, value, segments, None)
-    mesh = make_mesh(dict(zip(AXES, (1, 1, 2, 1), strict=True)), jax.devices()[:2])
+    mesh = make_mesh(
+        dict(zip(("data", "fsdp", "sequence", "tensor"), (1, 1, 2, 1), strict=True)), jax.devices()[:2]
+    )
     with pytest.raises(UserError, match="config.mesh.sequence"):
         cudnn_attention(*(x.astype(jnp.bfloat16) for x in (query, key, value)), segments, mesh)
 

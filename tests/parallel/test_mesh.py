@@ -10,16 +10,16 @@ from lemur_jax.plan import topologies
 
 
 def sizes(*values):
-    return dict(zip(AXES, values, strict=True))
+    return dict(zip(("data", "fsdp", "sequence", "tensor"), values, strict=True))
 
 
 @pytest.mark.parametrize(
     ("given", "shape"),
     [
-        ((1, -1, 1, 1), (1, 8, 1, 1)),
-        ((2, -1, 1, 2), (2, 2, 1, 2)),
-        ((-1, 2, 2, 2), (1, 2, 2, 2)),
-        ((1, 8, 1, 1), (1, 8, 1, 1)),
+        ((1, -1, 1, 1), (1, 8, 1, 1, 1)),
+        ((2, -1, 1, 2), (2, 2, 1, 1, 2)),
+        ((-1, 2, 2, 2), (1, 2, 1, 2, 2)),
+        ((1, 8, 1, 1), (1, 8, 1, 1, 1)),
     ],
 )
 def test_shape(given, shape):
@@ -46,7 +46,7 @@ def test_slices_lie_along_data(data):
     pytest.importorskip("libtpu", reason="the plan extra (libtpu) is not installed")
     devices = topologies.described_devices(topologies.find_slice("v5e-8", 2))
     mesh = make_mesh(sizes(data, -1, 1, 2), devices)
-    assert mesh.devices.shape == (data, 8 // data, 1, 2)
+    assert mesh.devices.shape == (data, 8 // data, 1, 1, 2)
     halves = np.split(mesh.devices, 2)
     assert [{device.slice_index for device in half.flat} for half in halves] == [{0}, {1}]
     # The slices are laid out alike, so a group along `data` joins the same place of each.
@@ -62,7 +62,7 @@ def test_slices_lie_along_data(data):
     [("", (1, -1, 1, 1)), ("fsdp=4,tensor=2", (1, 4, 1, 2)), (" data = -1 , fsdp = 1,", (-1, 1, 1, 1))],
 )
 def test_mesh_as_it_is_written(text, read):
-    assert parse_mesh(text) == sizes(*read)
+    assert parse_mesh(text) == sizes(*read) | {"expert": 1}
 
 
 @pytest.mark.parametrize(

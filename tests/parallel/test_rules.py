@@ -9,12 +9,12 @@ from jax.sharding import PartitionSpec
 from lemur_jax.common.errors import UserError
 from lemur_jax.models.decoder import abstract_params, logical_axes
 from lemur_jax.models.presets import preset
-from lemur_jax.parallel.mesh import AXES, make_mesh
+from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import param_shardings, spec
 
 
 def mesh_of(*shape):
-    return make_mesh(dict(zip(AXES, shape, strict=True)))
+    return make_mesh(dict(zip(("data", "fsdp", "sequence", "tensor"), shape, strict=True)))
 
 
 def test_every_matrix_is_cut_over_fsdp_and_tensor():
@@ -28,8 +28,8 @@ def test_every_matrix_is_cut_over_fsdp_and_tensor():
 
 
 def test_axis_without_a_rule_is_an_error_that_names_the_leaf():
-    with pytest.raises(UserError, match=r"layers/mixer.*'experts'"):
-        spec(mesh_of(1, 8, 1, 1), ("experts", "embed"), (4, 64), "layers/mixer")
+    with pytest.raises(UserError, match=r"layers/mixer.*'state'"):
+        spec(mesh_of(1, 8, 1, 1), ("state", "embed"), (4, 64), "layers/mixer")
 
 
 def test_heads_that_tensor_does_not_divide():
@@ -41,8 +41,12 @@ def test_heads_that_tensor_does_not_divide():
 @pytest.mark.parametrize(
     ("axes", "shape", "placed"),
     [
-        (("layers", "embed", "heads", "head_dim"), (2, 64, 4, 16), (None, "fsdp", "tensor", None)),
-        (("vocab", "embed"), (32_005, 64), (None, "fsdp")),  # an odd vocabulary stays whole
+        (
+            ("layers", "embed", "heads", "head_dim"),
+            (2, 64, 4, 16),
+            (None, ("fsdp", "expert"), "tensor", None),
+        ),
+        (("vocab", "embed"), (32_005, 64), (None, ("fsdp", "expert"))),  # an odd vocabulary stays whole
     ],
 )
 def test_placement(axes, shape, placed):
@@ -52,6 +56,8 @@ def test_placement(axes, shape, placed):
 def test_residual_positions_are_cut_over_tensor_where_positions_allow():
     mesh = mesh_of(1, 2, 2, 2)
     axes = ("batch", "residual_length", "width")
-    assert spec(mesh, axes, (4, 8, 64)) == PartitionSpec(("data", "fsdp"), ("sequence", "tensor"), None)
-    assert spec(mesh, axes, (4, 6, 64)) == PartitionSpec(("data", "fsdp"), "sequence", None)
+    assert spec(mesh, axes, (4, 8, 64)) == PartitionSpec(
+        ("data", "fsdp", "expert"), ("sequence", "tensor"), None
+    )
+    assert spec(mesh, axes, (4, 6, 64)) == PartitionSpec(("data", "fsdp", "expert"), "sequence", None)
     assert spec(mesh_of(2, 2, 1, 2), axes, (4, 1, 64))[1] in ("sequence", None)  # decoding

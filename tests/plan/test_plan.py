@@ -21,7 +21,7 @@ def test_an_update_on_v4(narrow_plan):
     model = options.model
     assert made.fits
     assert made.chips == 8
-    assert made.mesh == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    assert made.mesh == {"data": 1, "fsdp": 8, "expert": 1, "sequence": 1, "tensor": 1}
     assert made.hbm_limit_bytes_per_chip == int(30.75 * GIB)
     weights = parameter_counts(model)
     # Norm scales are whole on every chip.

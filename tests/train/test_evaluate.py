@@ -33,7 +33,9 @@ def test_batches_are_scored_shortly_before_their_figures_are_waited_for(monkeypa
         ahead.append(batch - len(waited) // 2)
         return types.SimpleNamespace(loss=Sums(waited), weight=Sums(waited))
 
-    program = types.SimpleNamespace(mesh=types.SimpleNamespace(shape={"data": 1, "fsdp": 1}), score=score)
+    program = types.SimpleNamespace(
+        mesh=types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "expert": 1}), score=score
+    )
     held_out = types.SimpleNamespace(task="text", rows=None, num_bytes=18)
     found = evaluate.evaluate(program, None, held_out, 2, 0)
     assert (found["tokens"], found["loss"]) == (18, 1.0)
