@@ -76,7 +76,7 @@ def _inspect(args) -> None:
         from lemur_jax.data.mixture import open_mixture
 
         config = load(args.target, args.overrides)
-        tokenizer = Tokenizer.load(config.tokenizer.path)
+        tokenizer = Tokenizer.from_config(config.tokenizer)
         mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
         text = inspect_mixture(mixture, tokenizer, config.train.steps, **show)
     else:

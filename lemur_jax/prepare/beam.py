@@ -17,6 +17,7 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import tasks
 from lemur_jax.prepare.encoding import Result, encode
+from lemur_jax.text.config import TokenizerConfig
 from lemur_jax.text.tokenizer import Tokenizer
 
 
@@ -28,7 +29,7 @@ class Job:
       task, modules: the task's name, and the modules that a worker imports to find it.
       split, shards: of the task.
       steps: from `cleaning.parse_steps`.
-      tokenizer: its directory, which workers read.
+      tokenizer: its directory and template, which workers read.
       folder: for the files of results; its name must change with their inputs.
       first_shard, first_number: the first shard, and the number of its first record.
     """
@@ -38,7 +39,7 @@ class Job:
     split: str
     shards: int
     steps: str
-    tokenizer: str
+    tokenizer: TokenizerConfig
     folder: str
     first_shard: int
     first_number: int
@@ -119,6 +120,6 @@ def encode_shard(shard: int, job: Job, counts: Mapping[int, int]) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Tokenizer:
+def _tokenizer(options: TokenizerConfig) -> Tokenizer:
     """Loaded once by each worker."""
-    return Tokenizer.load(path)
+    return Tokenizer.from_config(options)

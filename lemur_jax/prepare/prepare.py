@@ -33,7 +33,7 @@ from lemur_jax.prepare.parts import check_part, copy_part, split_name
 from lemur_jax.prepare.prepare_tokenizer import ShowProgress, no_progress, prepare_tokenizer
 from lemur_jax.prepare.rejects import Rejects
 from lemur_jax.prepare.store_writer import StoreWriter
-from lemur_jax.text.chat_template import chat_template
+from lemur_jax.text.chat_template import chat_template, check_template
 from lemur_jax.text.tokenizer import Tokenizer, compatible
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,8 @@ def prepare(
         tasks.check_files(found[name], split)
         check_part(name, split, list(config.data.sources), json.loads(steps[found[name].name]))
     tokenizer = prepare_tokenizer(config.tokenizer, config.data.modules, config.model.vocab_size, progress)
+    if any(tasks.is_chat(found[name], split) for name, split in wanted):
+        check_template(tokenizer)
     workers = config.prepare.workers or available_cores()
     with _full_disk_as_user_error(config.data.stores), encoder(tokenizer, workers) as encode:
         run = _Run(config, steps, tokenizer, encode, replace, runner, runner_options, progress)
@@ -207,7 +209,7 @@ def _results(
         split=split,
         shards=tasks.count_shards(task, split),
         steps=steps,
-        tokenizer=run.config.tokenizer.path,
+        tokenizer=run.config.tokenizer,
         folder=str(_beam_folder(run.path(task.name, split)) / inputs[:16]),
         first_shard=shard,
         first_number=number - done,
@@ -270,7 +272,7 @@ def _writer(
     definition = task_digest(task) + steps * (steps != NO_STEPS)
     definition += (chat_template(tokenizer) if is_chat else "") + part
     if not is_chat and tokenizer.separators != ([tokenizer.bos_id], [tokenizer.eos_id]):
-        definition += json.dumps(tokenizer.separators)  # those of version 0 stores are not named
+        definition += json.dumps(tokenizer.separators)  # bos and eos were earlier versions' rule
     manifest = empty_manifest(
         task=part or task.name,
         split=split,

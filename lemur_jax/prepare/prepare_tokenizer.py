@@ -15,6 +15,7 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import tasks
 from lemur_jax.prepare.encoding import Record
+from lemur_jax.text.backend import read_template
 from lemur_jax.text.config import TokenizerConfig
 from lemur_jax.text.tokenizer import FILE_NAMES, Tokenizer, compatible
 from lemur_jax.text.tokenizer_files import extend, train_sentencepiece
@@ -64,13 +65,13 @@ def prepare_tokenizer(
             _extend(options, path)
         elif options.train_vocab_size:
             _train(options, modules, path, progress)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.from_config(options)
     _check_tokenizer(options, vocab_size, tokenizer)
     return tokenizer
 
 
 def _extend(options: TokenizerConfig, path: epath.Path) -> None:
-    template = epath.Path(options.chat_template).read_text() if options.chat_template else None
+    template = read_template(options.chat_template) if options.chat_template else None
     with _written_whole(path) as partial:
         tokenizer = extend(options.extend, partial, options.add_tokens, template)
     added = ", ".join(options.add_tokens)

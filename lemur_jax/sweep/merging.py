@@ -123,7 +123,7 @@ def evaluate_all(
             continue
         logger.info("merge %d of %d: %s, seed %d", number, len(merges), merge.variant, merge.seed)
         config = configs[merge.parts[0]]
-        tokenizer = Tokenizer.load(config.tokenizer.path)
+        tokenizer = Tokenizer.from_config(config.tokenizer)
         program = build(config, make_mesh(config.mesh), len(config.data.sources))
         trained = (restore_params(part.directory(workdir), program.state.params) for part in merge.parts)
         params = merged(initial_params(config.init, config.seed, tokenizer, program), trained, merge.weight)

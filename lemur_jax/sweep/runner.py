@@ -77,7 +77,7 @@ def _check(run: SweepRun, config: RunConfig) -> None:
     if not config.eval.tasks:
         raise UserError("a sweep compares held-out figures: name tasks in config.eval.tasks")
     try:
-        tokenizer = Tokenizer.load(config.tokenizer.path)
+        tokenizer = Tokenizer.from_config(config.tokenizer)
         mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
         check_budget(budget(mixture, config.train.steps))
     except UserError as error:

@@ -206,6 +206,16 @@ def read_files(path: epath.PathLike) -> dict[str, bytes]:
     return _with_class(files, directory / "config.json")
 
 
+def read_template(path: epath.PathLike) -> str:
+    """The Jinja source in a file that the user names; UserError: there is none."""
+    try:
+        return epath.Path(path).read_text()
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"tokenizer.chat_template {path} cannot be read ({reason_of(error)}): name a Jinja file"
+        ) from error
+
+
 def _with_class(files: dict[str, bytes], model_config: epath.Path) -> dict[str, bytes]:
     """The files with the tokenizer class that transformers takes beside this `config.json` of a model."""
     try:

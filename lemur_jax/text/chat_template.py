@@ -1,8 +1,9 @@
 """Conversations to token ids with a loss mask, through the tokenizer's Jinja chat template.
 
 Ids and mask are those of transformers' `apply_chat_template`: the template marks what is supervised with
-`{% generation %} ... {% endgeneration %}`, and character offsets carry that over to tokens. A control token that a
-message spells is plain text. A turn with `weight: 0`, `train: false` or `training: false` is not supervised.
+`{% generation %} ... {% endgeneration %}`, and character offsets carry that over to tokens. In a template without marks
+an assistant's turn is what it adds to the conversation before it, rendered with the generation prompt. A control token
+that a message spells is plain text. A turn with `weight: 0`, `train: false` or `training: false` is not supervised.
 """
 
 import datetime
@@ -30,7 +31,7 @@ CHATML_TEMPLATE = r"""{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
 
-# What marks text as supervised. Few published templates have it; inference does not need it.
+# What marks text as supervised; few published templates have it.
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 # A message: {"role": "user", "content": "..."}, and whatever else a template may read.
@@ -72,24 +73,20 @@ def encode_chat(
       name: what to call the conversation in errors.
 
     Returns:
-      ids, and a mask of the same length: 1 where a token overlaps text that the template marks as generated. With
-      ChatML: the assistant's content and its closing `<|im_end|>\\n`.
+      ids, and a mask of the same length: 1 where a token overlaps text that is supervised. With ChatML: the
+      assistant's content and its closing `<|im_end|>\\n`.
 
     Raises:
-      UserError: malformed messages, or no supervised token although no generation prompt was asked.
+      UserError: malformed messages; without a generation prompt, no supervised token, or a template without marks that
+        writes a turn differently when others follow.
     """
-    if not add_generation_prompt and not _GENERATION.search(chat_template(tokenizer)):
-        raise UserError(
-            "the chat template has no {% generation %} ... {% endgeneration %} around what the assistant says, so"
-            " nothing would be trained on: add them, or name another with config.tokenizer.chat_template"
-        )
     text, spans = _render(tokenizer, messages, add_generation_prompt, name)
     ids, offsets = tokenizer.encode_marked(text)
     mask = _overlaps(offsets, spans)
     if not add_generation_prompt and not any(mask):
         raise UserError(
             f"conversation {name or '(unnamed)'} has no supervised token: its template marks nothing as"
-            f" generated, or all that it marks has weight 0; the roles are"
+            f" generated, or all assistant turns have weight 0; the roles are"
             f" {', '.join(message['role'] for message in messages)}"
         )
     return ids, mask
@@ -124,6 +121,14 @@ def chat_template(tokenizer: Tokenizer) -> str:
     return template
 
 
+def check_template(tokenizer: Tokenizer) -> None:
+    """Raises UserError if no conversation of two plain questions and answers can be trained on with the template."""
+    roles = ("user", "assistant") * 2
+    encode_chat(
+        tokenizer, [{"role": role, "content": role} for role in roles], name="(two questions and answers)"
+    )
+
+
 def _render(
     tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool, name: str
 ) -> tuple[str, list[tuple[int, int]]]:
@@ -143,12 +148,40 @@ def _render(
             said = message["content"].rstrip()
             message["content"] = f"{said}{untrained}{message['content'][len(said) :]}"
         given.append(message)
-    values = {"messages": given, "tools": None, "documents": None, **tokenizer.special_names}
+    values = {"tools": None, "documents": None, **tokenizer.special_names}
+
+    def write(count: int, prompt: bool) -> str:
+        shown = {**values, "messages": given[:count]}
+        return _compile(template, begin, end).render(add_generation_prompt=prompt, **shown)
+
     try:
-        text = _compile(template, begin, end).render(add_generation_prompt=add_generation_prompt, **values)
+        text = write(len(given), add_generation_prompt)
+        if not add_generation_prompt and not _GENERATION.search(template):
+            answers = [n for n, m in enumerate(messages) if m["role"] == "assistant" and is_trained(m)]
+            text = _mark_answers(text, answers, write, begin, end)
+    except UserError as error:
+        raise UserError(f"conversation {name or '(unnamed)'}: {error}") from None
     except Exception as error:  # a template is a program of the user's: it can fail in any way
         raise UserError(f"conversation {name or '(unnamed)'}: its chat template says: {error}") from error
     return _take_marks_out(tokenizer.mark_control_tokens(text), begin, end, separator, untrained)
+
+
+def _mark_answers(
+    text: str, answers: Sequence[int], write: Callable[[int, bool], str], begin: str, end: str
+) -> str:
+    """The rendered text with marks around what each of the turns `answers` adds to the turns before it."""
+    parts, at = [], 0
+    for turn in answers:
+        before, after = write(turn, True), write(turn + 1, False)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise UserError(
+                f"the chat template rewrites history: turn {turn} is not what follows the generation prompt, or is"
+                " written differently when others follow; put {% generation %} ... {% endgeneration %} around what"
+                " the assistant says in a copy, and name that with config.tokenizer.chat_template"
+            )
+        parts += [text[at : len(before)], begin, text[len(before) : len(after)], end]
+        at = len(after)
+    return "".join([*parts, text[at:]])
 
 
 def _take_marks_out(

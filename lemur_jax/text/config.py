@@ -15,15 +15,11 @@ class TokenizerConfig:
     train_tasks: tuple[str, ...] = ()  # the tasks whose train splits it is trained on
     extend: str = ""  # directory of a tokenizer that `prepare` extends to make `path`
     add_tokens: tuple[str, ...] = ()  # control tokens that `extend` adds, at the next ids
-    chat_template: str = ""  # Jinja file that `extend` writes into `path`; "": ChatML
+    chat_template: str = ""  # Jinja file to take instead of the template in `path`; "": that one, or ChatML
 
     def __post_init__(self):
         require(self.train_vocab_size >= 0, "tokenizer.train_vocab_size", self.train_vocab_size, "0 or more")
         if self.train_vocab_size and self.extend:
             raise UserError(
                 "config.tokenizer.train_vocab_size and config.tokenizer.extend exclude each other: unset one"
-            )
-        if self.chat_template and not self.extend:
-            raise UserError(
-                "config.tokenizer.chat_template goes with config.tokenizer.extend: set that, or unset this"
             )

@@ -23,9 +23,11 @@ from lemur_jax.text.backend import (
     build_decoders,
     build_sentencepiece,
     read_files,
+    read_template,
     token_pattern,
     vocabulary,
 )
+from lemur_jax.text.config import TokenizerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,14 @@ class Tokenizer:
           UserError: no tokenizer, damaged files, files that contradict each other, or a kind that is not supported.
         """
         return cls(read_files(path), str(path))
+
+    @classmethod
+    def from_config(cls, options: TokenizerConfig) -> "Tokenizer":
+        """`load` of `path`, with the template of the file `chat_template` if there is one."""
+        files = read_files(options.path)
+        if options.chat_template:
+            files["chat_template.jinja"] = read_template(options.chat_template).encode()
+        return cls(files, options.path)
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":

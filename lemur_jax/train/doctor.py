@@ -67,7 +67,7 @@ def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
         Finding(check="devices of a host", good=True, detail=here, same=True),
     ]
     with _caught() as problem:
-        tokenizer = Tokenizer.load(config.tokenizer.path)
+        tokenizer = Tokenizer.from_config(config.tokenizer)
         mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
         check_budget(budget(mixture, config.train.steps))
         open_held_out(config.data, config.eval, tokenizer)

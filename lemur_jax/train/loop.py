@@ -171,7 +171,7 @@ def open_inputs(config: RunConfig, build: Callable[..., step.Program]) -> Inputs
       UserError: one of them is missing, or they do not fit together.
     """
     mesh = make_mesh(config.mesh)  # first, as it needs no file
-    tokenizer = Tokenizer.load(config.tokenizer.path)
+    tokenizer = Tokenizer.from_config(config.tokenizer)
     mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
     held_out = open_held_out(config.data, config.eval, tokenizer)
     check_budget(budget(mixture, config.train.steps))

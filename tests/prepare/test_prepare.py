@@ -143,6 +143,24 @@ def test_another_tokenizer_or_template_makes_stores_again(
         run(make_config("chat", **{"tokenizer.path": str(tmp_path / "template")}), replace=True)
 
 
+def test_a_template_of_the_config_is_checked_before_data_is_read(task, make_config, tmp_path, chat_dir):
+    task([{"messages": b"not read"}], name="damaged")
+    file = tmp_path / "own.jinja"
+    options = {"tokenizer.path": str(chat_dir), "tokenizer.chat_template": str(file)}
+    file.write_text("{{ messages[-1].content }}")
+    with pytest.raises(UserError, match="the chat template rewrites history"):
+        run(make_config("damaged", **options))
+    file.write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    with pytest.raises(UserError, match=r"1 of 1 records cannot be used"):
+        run(make_config("damaged", **options))
+    (record,) = chat_records(1)
+    task([record], name="chat")
+    run(make_config("chat", **options))
+    tokenizer = Tokenizer.from_config(make_config("chat", **options).tokenizer)
+    ids, mask = TokenStore.open(tmp_path / "stores" / "chat" / "train").document(0)
+    assert (ids.tolist(), mask.tolist()) == encode_chat(tokenizer, json.loads(record["messages"]))
+
+
 def test_bad_records_are_counted_named_and_kept(task, make_config, tmp_path):
     records = [*text_records(50), {"text": b"a\xff", "id": "bad-1"}, {"text": " ", "id": "bad-2"}]
     task(records)
@@ -222,7 +240,7 @@ def test_an_empty_corpus_names_its_task(task, make_config, tmp_path):
         (["made_up"], [], {"prepare.workers": -1}, r"prepare\.workers is -1"),
         (["made_up"], [], {"tokenizer.path": ""}, r"tokenizer\.path is empty"),
         (["made_up"], [], {"tokenizer.path": "nowhere"}, r"nowhere"),
-        (["made_up"], [], {"tokenizer.chat_template": "x.jinja"}, r"tokenizer\.chat_template goes with"),
+        (["made_up"], [], {"tokenizer.chat_template": "x.jinja"}, r"chat_template x\.jinja cannot be read"),
         (["made_up"], [], {"tokenizer.train_vocab_size": 800}, r"has 700 tokens, .*train_vocab_size is 800"),
         (["made_up"], [], {"model.vocab_size": 600}, r"has 700 tokens, model\.vocab_size is 600"),
         (

@@ -7,6 +7,7 @@ type is then plain text to it, and the ids do not change.
 
 import json
 import random
+import re
 
 import pytest
 from transformers import AutoTokenizer
@@ -47,8 +48,8 @@ TOOLS = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\
 {%- if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}
 {%- for call in message.tool_calls or [] -%}
 {{ '<tool_call>' + call.function | tojson + '</tool_call>' }}
-{%- endfor %}{{ '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}
-{{ '\\n' }}{%- endfor %}"""
+{%- endfor %}{{ '<|im_end|>\\n' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>\\n' }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 TEMPLATES = dict(chatml=CHATML_TEMPLATE, llama_2=LLAMA_2, llama_3=LLAMA_3, zephyr=ZEPHYR, tools=TOOLS)
 ADDED = (*CHATML_TOKENS, *LLAMA_3_TOKENS)
@@ -163,6 +164,18 @@ def test_transformers_gives_the_same_tokens_and_mask(directory, name, tmp_path):
         )
         assert ids == expected["input_ids"], messages
         assert mask == expected["assistant_masks"], messages
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_without_marks_gives_the_same_mask(directory, name, tmp_path):
+    marked = extend(directory, tmp_path / "marked", [], chat_template=TEMPLATES[name])
+    template = re.sub(r"(?<=\{%)(-? ?)generation", r"\1if true", TEMPLATES[name]).replace(
+        "endgeneration", "endif"
+    )
+    plain = extend(directory, tmp_path / "plain", [], chat_template=template)
+    assert "generation " not in template.replace("if add_generation_prompt ", "")
+    for messages in conversations(name):
+        assert encode_chat(plain, messages) == encode_chat(marked, messages), messages
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

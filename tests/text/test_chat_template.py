@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.text.chat_template import encode_chat, render_chat, stop_ids
+from lemur_jax.text.chat_template import check_template, encode_chat, render_chat, stop_ids
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import extend, revise
 
@@ -130,14 +130,36 @@ def test_a_template_may_begin_with_text(with_template, hf):
     assert (ids, mask) == hf_chat(hf, messages, chat_template=template)
 
 
-def test_a_template_without_marks_is_to_talk_with_and_not_to_train_on(with_template, hf):
+def test_a_template_without_marks(with_template, hf):
     template = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
-    tokenizer, messages = with_template(template), messages_of([("user", "x")])
-    with pytest.raises(UserError, match=r"no \{% generation %\}"):
-        encode_chat(tokenizer, messages)
+    tokenizer, messages = with_template(template), messages_of([("user", "x"), ("assistant", "y")])
     ids, mask = encode_chat(tokenizer, messages, add_generation_prompt=True)
     assert ids == hf.apply_chat_template(messages, chat_template=template, return_dict=False)
     assert not any(mask)
+    assert supervised_text(tokenizer, messages) == "y<|im_end|>"
+
+
+# Answers of earlier turns lose what they think; only the last turn shows that it thinks; eos follows the last alone.
+REWRITING = [
+    "{{ m.content.split('</think>')[-1] if not loop.last else m.content }}",
+    "{{ '<think>' if loop.last and m.role == 'assistant' }}{{ m.content }}",
+    "{{ m.content }}{{ '<|im_end|>' if loop.last }}",
+]
+
+
+@pytest.mark.parametrize("turn", REWRITING)
+def test_a_template_without_marks_that_rewrites_history_is_refused(with_template, turn):
+    tokenizer = with_template("{% for m in messages %}" + turn + "{% endfor %}")
+    talk = [("user", "q"), ("assistant", "<think>t</think>a"), ("user", "q"), ("assistant", "b")]
+    messages = messages_of(talk)
+    with pytest.raises(UserError, match=r"conversation c-3: the chat template rewrites history: turn 1 "):
+        encode_chat(tokenizer, messages, name="c-3")
+    if turn != REWRITING[0]:
+        with pytest.raises(UserError, match="rewrites history"):
+            check_template(tokenizer)
+    if turn != REWRITING[2]:
+        messages[1]["weight"] = 0
+        assert supervised_text(tokenizer, messages).endswith("b")
 
 
 def test_a_template_that_refuses(with_template):
