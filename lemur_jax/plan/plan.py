@@ -1,7 +1,6 @@
 """`lemur plan`: whether a config fits a TPU slice, and an estimate of how fast it trains there."""
 
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -95,11 +94,14 @@ def plan(config: RunConfig, topology: str, *, slices: int = 1, hlo_path: str | N
     compiled = compile_program(program.step, program.state, program.batch, what=name)
     if hlo_path and compiled.hlo:
         epath.Path(hlo_path).write_text(compiled.hlo)
+    layers = config.model.num_hidden_layers
     known = {
         "parameters": device_bytes(program.state.params),
         "optimizer": device_bytes(program.state.optimizer),
         "batch": device_bytes(program.batch),
-        "activations": kept_activations(compiled.module, program) if compiled.module else 0,
+        "activations": kept_activations(compiled.module, layers, program.state.params["layers"])
+        if compiled.module
+        else 0,
     }
     if not compiled.fits and not compiled.largest:
         compiled = dataclasses.replace(compiled, largest=analytic.lower_bound(config, tpu).buffers)
@@ -200,19 +202,23 @@ def check_host_transfers(compiled: Compiled, estimate: cost.Cost) -> None:
         )
 
 
-def kept_activations(module: hlo.Module, program: Program) -> int:
+def kept_activations(module: hlo.Module, layers: int, parameters: Any) -> int:
     """Bytes of HBM per device that the forward pass of the layers keeps for the backward pass.
 
-    These are the arrays that its loop over the layers carries with a leading axis L, other than parameters.
+    These are the arrays that its loop over the layers carries with a leading axis L, other than parameters. Where the
+    compiler peels one layer off the loop, the axis may be L - 1.
+
+    Args:
+      parameters: of the layers, ShapeDtypeStructs with shardings.
     """
-    layers = program.model.num_hidden_layers
-    parameters = jax.tree.leaves(program.state.params["layers"])
-    stacked = {tuple(sorted(leaf.sharding.shard_shape(leaf.shape))) for leaf in parameters}
+    stacked = {
+        tuple(sorted(leaf.sharding.shard_shape(leaf.shape)[1:])) for leaf in jax.tree.leaves(parameters)
+    }
     kept = [
         sum(
             hlo.BYTES[dtype] * math.prod(sizes)
             for dtype, sizes in hlo.shapes(hlo.on_device(loop.shape))
-            if len(sizes) > 2 and sizes[0] == layers and tuple(sorted(sizes)) not in stacked
+            if len(sizes) > 2 and sizes[0] in (layers, layers - 1) and tuple(sorted(sizes[1:])) not in stacked
         )
         for loop in forward_loops(module, layers)
     ]
@@ -222,18 +228,19 @@ def kept_activations(module: hlo.Module, program: Program) -> int:
 def forward_loops(module: hlo.Module, layers: int) -> Iterator[hlo.Instruction]:
     """The loops over the layers in the forward pass.
 
-    Where the compiler peels one layer off (v5e, v5p, v6e), the loops run once less and lose their names: the first of
-    them in a computation is that of the forward pass.
+    Where the compiler peels one layer off, a loop runs once less and may lose its name; the first unnamed one of a
+    computation is that of the forward pass.
     """
     for computation, body in module.computations.items():
-        loops = [each for each in body if each.opcode == "while"]
-        for loop in loops:
-            forward = "jvp(" in loop.op_name and "transpose(" not in loop.op_name
-            if forward and hlo.trip_count(module, computation, loop) == layers:
+        peeled = False
+        for loop in (each for each in body if each.opcode == "while"):
+            named = "jvp(" in loop.op_name and "transpose(" not in loop.op_name
+            if not named and (loop.op_name or peeled):
+                continue
+            turns = hlo.trip_count(module, computation, loop)
+            if turns == layers - 1 or (named and turns == layers):
+                peeled = peeled or not named
                 yield loop
-        unnamed = (loop for loop in loops if not loop.op_name)
-        peeled = (loop for loop in unnamed if hlo.trip_count(module, computation, loop) == layers - 1)
-        yield from itertools.islice(peeled, 1)
 
 
 def slice_name(topology: str, slices: int) -> str:

@@ -12,7 +12,15 @@ from lemur_jax.config import RunConfig, load, replace
 from lemur_jax.models.presets import preset
 from lemur_jax.plan import analytic, cost, hlo, topologies
 from lemur_jax.plan.compile import Compiled, device_bytes
-from lemur_jax.plan.plan import GIB, check_host_transfers, format_plan, forward_loops, plan, step_program
+from lemur_jax.plan.plan import (
+    GIB,
+    check_host_transfers,
+    format_plan,
+    forward_loops,
+    kept_activations,
+    plan,
+    step_program,
+)
 from lemur_jax.telemetry.flops import parameter_counts
 
 
@@ -252,12 +260,24 @@ ENTRY %main (q: f32[8]) -> f32[8] {
 """
 
 
+_NAMES = ("jit(update)/jvp()/while", "jit(update)/transpose(jvp())/while")
+
+
 @pytest.mark.parametrize(
-    ("turns", "first", "second"),
-    [("4", "jit(update)/jvp()/while", "jit(update)/transpose(jvp())/while"), ("3", "", "")],
+    ("turns", "names", "stacked"),
+    [
+        ("4", _NAMES, "4"),
+        # A layer is peeled off: the loop may lose its name, and may carry all layers or those of its turns.
+        ("3", _NAMES, "4"),
+        ("3", _NAMES, "3"),
+        ("3", ("", ""), "4"),
+        ("3", ("", ""), "3"),
+    ],
 )
-def test_the_loop_over_layers_is_found_if_one_is_peeled_off(turns, first, second):
-    text = _LOOP.replace("STOP", turns)
-    for place, name in (("NAME1", first), ("NAME2", second)):
+def test_what_the_loop_over_layers_keeps(turns, names, stacked):
+    text = _LOOP.replace("STOP", turns).replace("bf16[4,", f"bf16[{stacked},")
+    for place, name in zip(("NAME1", "NAME2"), names, strict=True):
         text = text.replace(place, f', metadata={{op_name="{name}"}}' if name else "")
-    assert [loop.name for loop in forward_loops(hlo.parse(text), 4)] == ["forward"]
+    module = hlo.parse(text)
+    assert [loop.name for loop in forward_loops(module, 4)] == ["forward"]
+    assert kept_activations(module, 4, {}) == 2 * int(stacked) * 2 * 8
