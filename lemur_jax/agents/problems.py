@@ -1,6 +1,7 @@
 """The problems of HumanEval and MBPP, and verdicts on answers.
 
-Prompts and examples follow the paper's own evaluation code (OpenLemur/Lemur, `xchat/eval`).
+Prompts and examples follow the paper's own evaluation code (OpenLemur/Lemur, `xchat/eval`). No prompt ends in a
+newline: byte-level BPE merges it with the indentation that follows. The answer begins with it.
 """
 
 import concurrent.futures
@@ -54,10 +55,10 @@ def humaneval() -> list[Problem]:
     return [
         Problem(
             id=name,
-            prompt=item["prompt"],
+            prompt=(prompt := item["prompt"].strip()),
             turns=(_user(f"Complete the following python function.\n\n\n{item['prompt']}"),),
-            opening=f"Here is the completed function:\n\n\n{item['prompt']}",
-            head=item["prompt"],
+            opening=f"Here is the completed function:\n\n\n{prompt}",
+            head=prompt,
             check=f"\n{item['test']}\ncheck({item['entry_point']})\n",
         )
         for name, item in read_problems().items()
@@ -98,9 +99,9 @@ def mbpp(path: epath.PathLike) -> list[Problem]:
     return [
         Problem(
             id=f"MBPP/{number}",
-            prompt=shots + _question(item),
+            prompt=shots + _question(item).rstrip(),
             turns=(*turns, _chat_question(item)),
-            opening="[PYTHON]\n",
+            opening="[PYTHON]",
             # Answers may rely on the setup's imports.
             head=f"{item.get('test_setup_code') or ''}\n",
             check="\n".join([item.get("test_setup_code") or "", *item["test_list"], ""]),

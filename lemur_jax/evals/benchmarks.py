@@ -113,15 +113,17 @@ def check_tasks(tasks: Sequence[str], options: Options) -> None:
 
 def _run_code(session: Session, task: str, options: Options) -> TaskResult:
     if task == "humaneval":
-        problems, stops = code.humaneval(), list(code.HUMANEVAL_STOPS)
+        problems, stops, cut = code.humaneval(), code.HUMANEVAL_STOPS, code.cut_humaneval
         sampling = dataclasses.replace(code.HUMANEVAL_SAMPLING, seed=options.seed)
     else:
-        problems, stops = code.mbpp(epath.Path(options.data) / "mbpp.jsonl"), list(code.MBPP_STOPS)
+        problems = code.mbpp(epath.Path(options.data) / "mbpp.jsonl")
+        stops, cut = code.MBPP_STOPS, code.cut_mbpp
         sampling = code.MBPP_SAMPLING
     verdicts = code.solve(
         session,
         problems[: options.limit],
         stops=stops,
+        cut=cut,
         sampling=sampling,
         chat=options.chat,
         max_new_tokens=options.max_new_tokens or 512,

