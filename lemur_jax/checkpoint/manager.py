@@ -37,7 +37,7 @@ from lemur_jax.cluster import hosts
 from lemur_jax.cluster.watchdog import end_all_hosts
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import absolute, is_object_store
-from lemur_jax.telemetry.progress import duration
+from lemur_jax.common.progress import duration
 
 logger = logging.getLogger(__name__)
 

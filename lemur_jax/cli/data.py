@@ -54,16 +54,9 @@ def _prepare(args) -> None:
 
     config = load(args.config, args.overrides)
     from lemur_jax.prepare.prepare import prepare
-    from lemur_jax.telemetry.progress import Progress
 
     options = shlex.split(args.runner_options)
-    prepare(
-        config,
-        replace=args.replace,
-        runner=args.runner,
-        runner_options=options,
-        progress=Progress,
-    )
+    prepare(config, replace=args.replace, runner=args.runner, runner_options=options)
 
 
 def _inspect(args) -> None:

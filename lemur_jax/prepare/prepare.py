@@ -19,6 +19,7 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.manifest import Manifest, digest_of, empty_manifest, read_manifest
@@ -30,7 +31,7 @@ from lemur_jax.prepare.code_layout import check_tokens
 from lemur_jax.prepare.digests import input_digest, task_digest
 from lemur_jax.prepare.encoding import BadRecord, Encode, Record, Result, available_cores, encoder
 from lemur_jax.prepare.parts import check_part, copy_part, split_name
-from lemur_jax.prepare.prepare_tokenizer import ShowProgress, no_progress, prepare_tokenizer
+from lemur_jax.prepare.prepare_tokenizer import prepare_tokenizer
 from lemur_jax.prepare.rejects import Rejects
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.chat_template import chat_template, check_template
@@ -49,7 +50,6 @@ def prepare(
     replace: bool = False,
     runner: str = "",
     runner_options: Sequence[str] = (),
-    progress: ShowProgress = no_progress,
 ) -> None:
     """Makes the tokenizer and the token stores of a config that do not exist yet.
 
@@ -61,7 +61,6 @@ def prepare(
       replace: whether stores that were made from other data, steps or tokenizer may be replaced.
       runner: a Beam runner that reads and tokenizes, e.g. "DirectRunner"; "": processes of this machine.
       runner_options: options of its pipeline, e.g. ["--region=europe-west4"].
-      progress: called with (total or None, label, unit); e.g. `telemetry.progress.Progress`.
 
     Raises:
       UserError: an unknown task, an empty or unreadable corpus, too many bad records, a tokenizer that does not
@@ -75,12 +74,12 @@ def prepare(
     for name, split in wanted:
         tasks.check_files(found[name], split)
         check_part(name, split, list(config.data.sources), json.loads(steps[found[name].name]))
-    tokenizer = prepare_tokenizer(config.tokenizer, config.data.modules, config.model.vocab_size, progress)
+    tokenizer = prepare_tokenizer(config.tokenizer, config.data.modules, config.model.vocab_size)
     if any(tasks.is_chat(found[name], split) for name, split in wanted):
         check_template(tokenizer)
     workers = config.prepare.workers or available_cores()
     with _full_disk_as_user_error(config.data.stores), encoder(tokenizer, workers) as encode:
-        run = _Run(config, steps, tokenizer, encode, replace, runner, runner_options, progress)
+        run = _Run(config, steps, tokenizer, encode, replace, runner, runner_options)
         if not replace:
             for name, split in wanted:
                 _check_unchanged(run, found[name], name, split)
@@ -122,7 +121,6 @@ class _Run:
     replace: bool
     runner: str
     runner_options: Sequence[str]
-    progress: ShowProgress
 
     def path(self, name: str, split: str) -> epath.Path:
         return epath.Path(self.config.data.stores) / name / split
@@ -140,7 +138,7 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
         with draft:
             rejects = _fill(run, task, split, draft)
             label = f"{task.name}/{split}: duplicates"
-            with run.progress(draft.documents, label, "documents") as shown, writer:
+            with Progress(draft.documents, label, "documents") as shown, writer:
                 duplicates.copy_distinct(draft, writer, steps, run.tokenizer, rejects, shown.update)
     else:
         with writer:
@@ -158,7 +156,7 @@ def _fill(run: _Run, task: tasks.Task, split: str, writer: StoreWriter) -> Rejec
     rejects = Rejects(run.path(task.name, split), saved["rejects"])
     (shard, done), last_save = saved["place"], time.monotonic()
     try:
-        with run.progress(task.source.num_input_examples(split), label, "documents") as shown:
+        with Progress(task.source.num_input_examples(split), label, "documents") as shown:
             shown.update(rejects.records)
             for result in _results(run, task, split, writer, (shard, done), rejects.records):
                 if result is None:

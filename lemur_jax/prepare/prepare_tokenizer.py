@@ -6,13 +6,13 @@ import heapq
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.progress import Progress
 from lemur_jax.prepare import tasks
 from lemur_jax.prepare.encoding import Record
 from lemur_jax.text.backend import read_template
@@ -27,25 +27,7 @@ SAMPLE_BYTES = 12_000_000
 SAMPLE_DOCUMENT_BYTES = 1 << 15
 
 
-# Called with the number of units or None, a label and the unit's name; its result has `update(n=1)`. An example is
-# `telemetry.progress.Progress`.
-ShowProgress = Callable[[int | None, str, str], AbstractContextManager[Any]]
-
-
-class _Silent:
-    def update(self, n: int = 1) -> None:
-        del n
-
-
-def no_progress(total: int | None, label: str, unit: str) -> AbstractContextManager[Any]:
-    """Shows nothing."""
-    del total, label, unit
-    return contextlib.nullcontext(_Silent())
-
-
-def prepare_tokenizer(
-    options: TokenizerConfig, modules: Sequence[str], vocab_size: int, progress: ShowProgress = no_progress
-) -> Tokenizer:
+def prepare_tokenizer(options: TokenizerConfig, modules: Sequence[str], vocab_size: int) -> Tokenizer:
     """The tokenizer of a config, trained or extended first if it does not exist.
 
     Args:
@@ -64,7 +46,7 @@ def prepare_tokenizer(
         if options.extend:
             _extend(options, path)
         elif options.train_vocab_size:
-            _train(options, modules, path, progress)
+            _train(options, modules, path)
     tokenizer = Tokenizer.from_config(options)
     _check_tokenizer(options, vocab_size, tokenizer)
     return tokenizer
@@ -78,15 +60,13 @@ def _extend(options: TokenizerConfig, path: epath.Path) -> None:
     logger.info("%s: %s tokens, %s and %s", path, f"{tokenizer.vocab_size:,}", options.extend, added)
 
 
-def _train(
-    options: TokenizerConfig, modules: Sequence[str], path: epath.Path, progress: ShowProgress
-) -> None:
+def _train(options: TokenizerConfig, modules: Sequence[str], path: epath.Path) -> None:
     names, size = options.train_tasks, options.train_vocab_size
     if not names:
         raise UserError("tokenizer.train_tasks is empty: name the tasks to train the tokenizer on")
     begin = time.monotonic()
     texts: list[str] = []
-    with progress(None, "tokenizer: read", "documents") as shown:
+    with Progress(None, "tokenizer: read", "documents") as shown:
         for name in names:
             task = tasks.find_task(name, modules)
             texts += sample(tasks.examples(task, "train"), SAMPLE_BYTES // len(names), shown)

@@ -4,6 +4,7 @@ import datetime
 from collections.abc import Mapping, Sequence
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.progress import duration
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.report.charts import compact, stacked_bars
 from lemur_jax.report.html import escape, html_table
@@ -11,7 +12,6 @@ from lemur_jax.report.runs import Run
 from lemur_jax.report.tables import Cell, bits_per_byte_cells, byte_notes, percent, with_start
 from lemur_jax.telemetry.flops import parameter_counts
 from lemur_jax.telemetry.goodput import PARTS
-from lemur_jax.telemetry.progress import duration
 
 _PART_NAMES = {"data_wait": "data wait", "eval": "evaluation", "lost": "lost steps"}
 

@@ -15,6 +15,7 @@ from lemur_jax.cluster.hosts import is_primary, wait_for_all
 from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig, to_json
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.loader import Loader
@@ -24,7 +25,6 @@ from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.metrics import METRICS_FILE, read_metrics
 from lemur_jax.telemetry.profiler import check_steps, trace_steps
-from lemur_jax.telemetry.progress import Progress
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
 from lemur_jax.train.evaluate import Evaluations, HeldOut, evaluation_steps, open_held_out

@@ -16,10 +16,10 @@ import numpy as np
 
 from lemur_jax.cluster import coordination
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.progress import Progress
 from lemur_jax.data.mixture import Mixture
 from lemur_jax.telemetry.flops import chip, flops_per_token, mfu
 from lemur_jax.telemetry.goodput import time_record
-from lemur_jax.telemetry.progress import Progress
 from lemur_jax.telemetry.provenance import start_record
 from lemur_jax.train.history import RunHistory
 from lemur_jax.train.step import Program

@@ -38,6 +38,7 @@ def run(config, **options):
     """Prepares; returns what was logged, a line an entry."""
     messages = []
     handler = logging.Handler()
+    handler.addFilter(lambda record: not record.name.endswith("progress"))
     handler.emit = lambda record: messages.append(record.getMessage())
     logger = logging.getLogger("lemur_jax")
     logger.addHandler(handler)

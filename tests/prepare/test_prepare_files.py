@@ -50,7 +50,8 @@ PREPARE = """if True:
                 if Progress.left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        prepare.prepare(from_json(options["config"]), progress=Progress)
+        prepare.Progress = Progress
+        prepare.prepare(from_json(options["config"]))
 """
 
 
@@ -146,15 +147,17 @@ def test_a_run_goes_on_within_a_file(tmp_path, corpus, make_config, register, mo
             if (self.label, self.done) == Progress.stop:
                 raise KeyboardInterrupt
 
+    monkeypatch.setattr(prepare_module, "Progress", Progress)
+
     def options(name):
         stores = {"data.stores": str(tmp_path / name), "prepare.workers": workers}
         return make_config(**stores, **{"prepare.steps": {"files": STEPS}})
 
     for Progress.stop in (("files/train", 230), ("files/train", 410), ("files/train: duplicates", 534)):
         with pytest.raises(KeyboardInterrupt):
-            prepare(options("stopped"), progress=Progress)
+            prepare(options("stopped"))
     Progress.stop = ("", 0)
-    prepare(options("stopped"), progress=Progress)
+    prepare(options("stopped"))
     attempts = [progress for progress in shown if progress.label == "files/train"]
     assert [progress.first for progress in attempts[1:]] == [200, 400, 600]
     assert attempts[-1].done == 600  # no line was tokenized again

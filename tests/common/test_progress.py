@@ -10,13 +10,13 @@ import termios
 
 import pytest
 
-from lemur_jax.telemetry.progress import Progress, duration
+from lemur_jax.common.progress import Progress, duration
 
 # Counts to 3, a step for each line that it is sent.
 JOB = """
 import logging, sys
 from lemur_jax.common.logging import setup
-from lemur_jax.telemetry.progress import Progress
+from lemur_jax.common.progress import Progress
 setup()
 with Progress(3, "train a_long_workdir_name", "steps") as progress:
     for step in range(3):
