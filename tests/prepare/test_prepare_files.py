@@ -44,8 +44,6 @@ PREPARE = """if True:
             def __enter__(self): return self
             def __exit__(self, *_): pass
             def update(self, n=1):
-                if n > 1:
-                    print("goes on after", n)
                 Progress.left -= n == 1
                 if Progress.left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -84,7 +82,7 @@ def register():
         seqio.TaskRegistry.remove("files")
 
 
-def run_process(tmp_path, corpus, config, kill_after=-1):
+def run_process(tmp_path, corpus, config, kill_after):
     script = tmp_path / "run.py"
     script.write_text(PREPARE)
     options = {"pattern": str(corpus), "config": to_json(config), "kill_after": kill_after}
@@ -92,29 +90,25 @@ def run_process(tmp_path, corpus, config, kill_after=-1):
     return subprocess.run(arguments, capture_output=True, text=True)
 
 
-def test_after_a_kill_it_goes_on_and_no_byte_differs(tmp_path, corpus, make_config):
+def test_after_a_kill_it_goes_on_and_no_byte_differs(tmp_path, corpus, make_config, register):
     """Killed with one worker, left alone with two: the stores are the same."""
-    results = {}
-    for name, kills, workers in (("whole", [], 2), ("killed", [250], 1)):
-        options = {
-            "data.stores": str(tmp_path / name),
-            "prepare.workers": workers,
-            "prepare.steps": {"files": STEPS},
-        }
-        config = make_config(**options)
-        for kill_after in kills:
-            killed = run_process(tmp_path, corpus, config, kill_after)
-            assert killed.returncode == -9, killed.stderr
-            assert not (tmp_path / name / "files" / "train" / "manifest.json").exists()
-        done = run_process(tmp_path, corpus, config)
-        assert done.returncode == 0, done.stderr
-        assert ("goes on after 200" in done.stdout) == bool(kills)  # whole shards
-        results[name] = files_of(tmp_path / name)
-    assert results["killed"] == results["whole"]
-    assert "files/train/manifest.json" in results["whole"]
-    removed = json.loads(results["whole"]["files/train.removed.json"])
-    assert set(removed) == set(STEPS)
-    assert not [name for name in results["whole"] if "work" in name or "partial" in name]
+    register(corpus)
+
+    def config(name, workers):
+        stores = {"data.stores": str(tmp_path / name), "prepare.workers": workers}
+        return make_config(**stores, **{"prepare.steps": {"files": STEPS}})
+
+    killed = run_process(tmp_path, corpus, config("killed", 1), kill_after=250)
+    assert killed.returncode == -9, killed.stderr
+    saved = json.loads((tmp_path / "killed/files/.train.draft/progress.json").read_text())
+    assert saved["state"]["rejects"]["records"] == 200  # whole shards
+    prepare(config("killed", 1))
+    prepare(config("whole", 2))
+    results = files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "killed") == results
+    assert "files/train/manifest.json" in results
+    assert set(json.loads(results["files/train.removed.json"])) == set(STEPS)
+    assert not [name for name in results if "work" in name or "partial" in name]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
