@@ -24,12 +24,19 @@ from lemur_jax.common import sections
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.sections import did_you_mean, replace
 from lemur_jax.data.config import DataConfig
-from lemur_jax.models.config import ComputeConfig, DecoderConfig
+from lemur_jax.models.config import AdapterConfig, ComputeConfig, DecoderConfig
 from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.prepare.config import PrepareConfig
 from lemur_jax.telemetry.config import LogConfig
 from lemur_jax.text.config import TokenizerConfig
-from lemur_jax.train.config import EvalConfig, InitConfig, OptimizerConfig, SpikesConfig, TrainConfig
+from lemur_jax.train.config import (
+    EvalConfig,
+    InitConfig,
+    OptimizerConfig,
+    PreferenceConfig,
+    SpikesConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "RunConfig",
@@ -59,6 +66,8 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)  # updates and batch
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # optimizer and learning rate
     spikes: SpikesConfig = field(default_factory=SpikesConfig)  # updates that are skipped
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)  # preference losses
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)  # low-rank adapters
     init: InitConfig = field(default_factory=InitConfig)  # first parameters
     eval: EvalConfig = field(default_factory=EvalConfig)  # held-out loss
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # saves
@@ -76,6 +85,8 @@ class RunConfig:
         for name, stage in self.data.stages.items():
             must = f"a whole number above 0 and below train.steps ({steps})"
             sections.require(0 < stage.step < steps, f"data.stages.{name}.step", stage.step, must)
+        if self.adapter.rank and not self.init.checkpoint:
+            raise UserError("config.adapter.rank needs config.init.checkpoint: the model that is adapted")
         best = self.checkpoint.keep_best
         if best and best not in self.eval.tasks:
             raise UserError(

@@ -164,10 +164,18 @@ def restore_metadata(manager: ocp.CheckpointManager, directory: epath.Path, step
     return read_on_all_hosts(read, f"checkpoint {directory}/{step}, metadata")
 
 
-def restore_params(path: epath.PathLike, abstract: Any, step: int | None = None) -> Any:
+def restore_params(
+    path: epath.PathLike,
+    abstract: Any,
+    step: int | None = None,
+    each: Callable[[str, jax.Array], Any] = lambda name, leaf: leaf,
+) -> Any:
     """Parameters alone, verified, with the shardings and dtypes of an abstract tree.
 
     One leaf at a time: the stored dtype is in memory beside the wanted one for a single leaf.
+
+    Args:
+      each: what to make of each leaf, by its path, as soon as it is there.
 
     Raises:
       Damaged: something is not what was saved.
@@ -185,7 +193,7 @@ def restore_params(path: epath.PathLike, abstract: Any, step: int | None = None)
                 tree = {key.key: tree}
             restored = restore_item(manager, directory, step, "params", tree, {name: leaves[name]})
             leaf = jax.tree.leaves(restored)[0]
-            return leaf if leaf.dtype == wanted.dtype else leaf.astype(wanted.dtype)
+            return each(name, leaf if leaf.dtype == wanted.dtype else leaf.astype(wanted.dtype))
 
         return jax.tree_util.tree_map_with_path(restore, abstract)
 

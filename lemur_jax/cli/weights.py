@@ -31,6 +31,9 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("hf_dir", help="directory to make")
     sub.add_argument("--step", type=int, help="default: the newest")
     sub.add_argument(
+        "--adapter", action="store_true", help="of a LoRA run, write the adapter alone, as a PEFT directory"
+    )
+    sub.add_argument(
         "--verify",
         action="store_true",
         help="read it again: every tensor as in the checkpoint, and transformers' logits on 512 tokens",
@@ -79,22 +82,22 @@ def _export_hf(args) -> None:
     from lemur_jax.cluster import hosts
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.convert.export_hf import export_hf
+    from lemur_jax.convert.peft import export_peft
 
     _keep_freed_memory()
     # Of several hosts the first one writes, the others wait for it.
     with host_watchdog(LOST_SECONDS):
         if hosts.is_primary():
             with hosts.alone():
-                model = export_hf(
-                    args.checkpoint,
-                    args.hf_dir,
-                    dtype=args.dtype,
-                    step=args.step,
-                    overwrite=args.overwrite,
-                    change=_change(args),
-                    verify=args.verify,
-                )
-                print(_done(args.hf_dir, model, args.dtype))
+                options = {"dtype": args.dtype, "step": args.step, "overwrite": args.overwrite}
+                if args.adapter:
+                    export_peft(args.checkpoint, args.hf_dir, **options)
+                    print(f"{args.hf_dir}: a PEFT adapter in {args.dtype}")
+                else:
+                    model = export_hf(
+                        args.checkpoint, args.hf_dir, change=_change(args), verify=args.verify, **options
+                    )
+                    print(_done(args.hf_dir, model, args.dtype))
         hosts.wait_for_all("export", math.inf)
 
 

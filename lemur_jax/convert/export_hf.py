@@ -3,27 +3,34 @@
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
+from jax.sharding import SingleDeviceSharding
 
 from lemur_jax.checkpoint.digest import RunningDigest
 from lemur_jax.checkpoint.metadata import Damaged, Leaf, tokenizer_files
 from lemur_jax.checkpoint.reading import open_arrays, read_metadata, read_slices, suggest_other_steps
+from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import hf_config, layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
 from lemur_jax.convert.hf_weights import check_shapes
 from lemur_jax.convert.model_card import model_card
+from lemur_jax.convert.peft import adapter_of
 from lemur_jax.convert.safetensors import INDEX, write_weights
+from lemur_jax.convert.source import open_source
 from lemur_jax.convert.verify import compare_logits, compare_tensors
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
 from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import abstract_params
 from lemur_jax.text.chat_template import CHATML_TEMPLATE, stop_ids
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 
@@ -46,7 +53,8 @@ def export_hf(
 ) -> DecoderConfig:
     """Writes safetensors, configs, tokenizer, chat template and model card.
 
-    Weights go from checkpoint to file one tensor at a time; one chunk of layers of the checkpoint is in memory.
+    Weights go from checkpoint to file one tensor at a time; one chunk of layers of the checkpoint is in memory. An
+    adapter is merged into its base first, in memory.
 
     Args:
       ckpt_dir: checkpoint directory or workdir, local or gs://.
@@ -69,6 +77,18 @@ def export_hf(
     target = epath.Path(hf_dir)
     check_target(target, overwrite, _is_export)
     metadata = read_metadata(ckpt_dir, step)
+    if adapter_of(metadata):
+        with tempfile.TemporaryDirectory() as merged:
+            _merge(ckpt_dir, metadata, merged)
+            return export_hf(
+                merged,
+                hf_dir,
+                dtype=dtype,
+                overwrite=overwrite,
+                max_shard_bytes=max_shard_bytes,
+                change=change,
+                verify=verify,
+            )
     stored = DecoderConfig.from_dict(metadata["model"])
     arrays = open_arrays(ckpt_dir, metadata["step"], metadata["leaves"]["params"])
     where = f"checkpoint {ckpt_dir}, step {metadata['step']}"
@@ -97,6 +117,20 @@ def export_hf(
             logger.info("%s", compare_tensors(directory, config, tensors()))
             logger.info("%s", compare_logits(directory, config, tokenizer))
     return config
+
+
+def _merge(ckpt_dir: epath.PathLike, metadata: dict[str, Any], directory: epath.PathLike) -> None:
+    """Writes a checkpoint of the base with the adapter merged; the whole model is in this host's memory."""
+    source = open_source(ckpt_dir, metadata["step"])
+    host = SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host),
+        abstract_params(source.model),
+    )
+    params = jax.device_get(source.restore(wanted))
+    whole = {key: metadata[key] for key in ("format", "model", "tokenizer", "data")}
+    config = {**metadata["config"], "adapter": {}}
+    write_params(directory, params, {**whole, "config": config}, metadata["step"])
 
 
 def _is_export(directory: epath.Path) -> bool:

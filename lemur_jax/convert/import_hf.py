@@ -1,7 +1,7 @@
 """Hugging Face directory -> our checkpoint."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -42,7 +42,10 @@ def hf_tokenizer_files(hf_dir: epath.PathLike) -> dict[str, bytes]:
 
 
 def load_hf_params(
-    hf_dir: epath.PathLike, shardings: Mapping[str, Any] | None = None, dtype: str = "float32"
+    hf_dir: epath.PathLike,
+    shardings: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    each: Callable[[str, jax.Array], Any] = lambda name, leaf: leaf,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads a Hugging Face directory, local or gs://, into our parameter tree.
 
@@ -52,6 +55,7 @@ def load_hf_params(
     Args:
       shardings: nested dict of shardings, one per parameter; None: NumPy arrays.
       dtype: of the parameters: "float32", "bfloat16" or "float16".
+      each: what to make of each parameter on devices, by its path, as soon as it is there.
 
     Raises:
       UserError: the directory is not a model that `hf_config` and `hf_weights` accept, or a value is not finite or
@@ -67,7 +71,8 @@ def load_hf_params(
             whole = _bounds((slice(None),) * len(weight.shape), weight.shape)
             flat[weight.path] = _load(weight, tensors, {whole}, dtype)[whole]
         else:
-            flat[weight.path] = _place(weight, tensors, flatten_dict(shardings, sep="/")[weight.path], dtype)
+            place = flatten_dict(shardings, sep="/")[weight.path]
+            flat[weight.path] = each(weight.path, _place(weight, tensors, place, dtype))
     return config, unflatten_dict(flat, sep="/")
 
 

@@ -12,8 +12,9 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.convert.hf_config import read_config, read_json
 from lemur_jax.convert.hf_weights import check_weights, holds_weights, open_weights
 from lemur_jax.convert.import_hf import hf_tokenizer_files, load_hf_params
+from lemur_jax.convert.peft import adapter_of, merge_into
 from lemur_jax.convert.vocabulary import AS_IT_IS
-from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.models.decoder import Params
 
 
@@ -24,7 +25,8 @@ class ModelSource:
     model: DecoderConfig
     tokenizer_files: Mapping[str, bytes]  # content by name; empty without a tokenizer
     # Abstract tree with shardings -> parameters of its dtypes; UserError if they are damaged or not finite.
-    restore: Callable[[Params], Params]
+    # A second argument is applied to each leaf as soon as it is there: (path, leaf) -> leaf.
+    restore: Callable[..., Params]
     run_config: dict[str, Any] | None = None  # of the run that made it, as JSON
 
 
@@ -46,11 +48,33 @@ def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
     if not checkpoints and config.exists() and "model_type" in read_json(config):  # a run's config has none
         open_weights(path)  # its error names what is missing
     metadata = read_metadata(path, step)
+    if adapter := adapter_of(metadata):
+        return _adapted(path, metadata, adapter)
     return ModelSource(
         model=DecoderConfig.from_dict(metadata["model"]),
         tokenizer_files=tokenizer_files(metadata),
-        restore=lambda wanted: restore_params(path, wanted, metadata["step"]),
+        restore=lambda wanted, each=_as_it_is: restore_params(path, wanted, metadata["step"], each),
         run_config=metadata.get("config"),
+    )
+
+
+def _as_it_is(name: str, leaf: Any) -> Any:
+    return leaf
+
+
+def _adapted(path: epath.PathLike, metadata: Mapping[str, Any], adapter: AdapterConfig) -> ModelSource:
+    """The base of an adapter, with the adapter merged where it is read."""
+    base = open_source(metadata["config"]["init"]["checkpoint"])
+
+    def restore(wanted: Params, each: Callable[[str, Any], Any] = _as_it_is) -> Params:
+        merged = merge_into(path, metadata, adapter, wanted)
+        return base.restore(wanted, lambda name, leaf: each(name, merged(name, leaf)))
+
+    return ModelSource(
+        model=DecoderConfig.from_dict(metadata["model"]),
+        tokenizer_files=tokenizer_files(metadata),
+        restore=restore,
+        run_config=metadata["config"],
     )
 
 
@@ -58,10 +82,10 @@ def _hugging_face(path: epath.PathLike, step: int | None) -> ModelSource:
     if step is not None:
         raise UserError(f"{path} is a Hugging Face directory, which has no step {step}: leave --step out")
 
-    def restore(wanted: Params) -> Params:
+    def restore(wanted: Params, each: Callable[[str, Any], Any] = _as_it_is) -> Params:
         (dtype,) = {leaf.dtype for leaf in jax.tree.leaves(wanted)}
         shardings: Any = jax.tree.map(lambda leaf: leaf.sharding, wanted)
-        return load_hf_params(path, shardings, dtype.name)[1]
+        return load_hf_params(path, shardings, dtype.name, each)[1]
 
     model, files = AS_IT_IS.apply(read_config(path), hf_tokenizer_files(path), path)
     check_weights(model, open_weights(path), path)

@@ -15,6 +15,7 @@ from lemur_jax.common.errors import UserError, reason_of
 _SHOWN_LABELS = 20
 
 FORMAT_VERSION = 2
+REJECTED = 2  # in a loss mask, whose other values are 0 and 1
 _SEAL = "seal"  # the key of the digest in manifest.json
 
 
@@ -26,6 +27,8 @@ class Manifest:
       documents, tokens: counts; tokens include separators.
       bytes: UTF-8 bytes of the text that the tokens stand for.
       supervised_tokens: targets with loss: those of the mask, else all but each document's first.
+      preferences: a document is a chosen conversation, a rejected one, or both in this order; the mask is `REJECTED`
+        where the rejected one begins.
       tokenizer_digest, added_tokens, vocab_size: of the tokenizer that made it.
       task_digest, input_digest: of the task's definition and of the data it read.
       label_field: the metadata field whose value is each document's label; "": they have none.
@@ -43,6 +46,7 @@ class Manifest:
     bytes: int
     supervised_tokens: int
     has_loss_mask: bool
+    preferences: bool = False
     tokenizer_digest: str
     added_tokens: Mapping[str, int]
     vocab_size: int
@@ -59,7 +63,9 @@ class Manifest:
         fields = dataclasses.asdict(self)
         del fields["created_with"], fields["arrays"]
         fields["format_version"] = 1  # so that a run that began with a store of format 1 goes on
-        if not self.label_field:  # the same with or without these fields
+        if not self.preferences:  # the same with or without these fields
+            del fields["preferences"]
+        if not self.label_field:
             del fields["label_field"], fields["labels"]
         return digest_of(fields)
 

@@ -200,6 +200,10 @@ def open_rows(data: DataConfig, tokenizer: Tokenizer, task: str, split: str, pac
     """
     store = TokenStore.open(epath.Path(data.stores) / task / split, tokenizer)
     packing = packing or ("fit" if store.manifest.has_loss_mask else "concat")
+    if store.manifest.preferences and packing != "fit":
+        raise UserError(
+            f"data.sources.{task}.packing is {packing!r}: preferences are not cut, so it must be 'fit'"
+        )
     return PACKINGS[packing](store, data.sequence_length)
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.manifest import REJECTED
 from lemur_jax.data.packing import open_packing
 from lemur_jax.data.store import TokenStore
 
@@ -101,7 +102,8 @@ class ConcatRows(Rows):
 class FitRows(Rows):
     """Whole documents packed into rows of T by best-fit decreasing; longer ones are cut at T.
 
-    Inside a row documents stand in the store's order. The same store and T give the same rows.
+    Inside a row documents stand in the store's order. The same store and T give the same rows. In a store of
+    preferences, document n = 1, 2, ... of a row is the segments 2 n (chosen) and 2 n + 1 (rejected).
 
     Attributes:
       truncated: documents longer than T.
@@ -133,19 +135,30 @@ class FitRows(Rows):
         flat = self.store.tokens(starts, lengths)
         begins = np.zeros(len(flat), bool)
         begins[ends - lengths] = True
+        mask = self.store.loss_mask(starts, lengths) if self.store.manifest.has_loss_mask else None
+        rejected = np.zeros_like(begins) if mask is None else mask == REJECTED
+        parts = begins | rejected
         # The next of the joined tokens is the target, unless it begins a document.
-        has_target = ~np.append(begins[1:], True)
-        weights = has_target
-        if self.store.manifest.has_loss_mask:
-            weights = has_target & (np.append(self.store.loss_mask(starts, lengths)[1:], 0) != 0)
+        has_target = ~np.append(parts[1:], True)
+        weights = has_target if mask is None else has_target & (np.append(mask[1:], 0) == 1)
         targets = np.append(flat[1:], 0) * has_target
-        tokens, targets, weights, begins = (
-            _scatter(values, real) for values in (flat, targets, weights, begins)
+        tokens, targets, weights, begins, rejected, parts = (
+            _scatter(values, real) for values in (flat, targets, weights, begins, rejected, parts)
         )
-        return _batch(tokens, targets, weights, begins, real)
+        batch = _batch(tokens, targets, weights, parts, real)
+        if self.store.manifest.preferences:
+            batch["segment_ids"] = _sides(begins, rejected) * real
+        return batch
 
     def documents(self, index: int) -> list[str]:
         return self.store.document_ids(self._packing.documents(index))
+
+
+def _sides(begins: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+    """Segment ids of documents that begin where `begins` is true, and their rejected parts where `rejected` is."""
+    here = np.arange(begins.shape[1], dtype=np.int32)
+    document, part = (np.maximum.accumulate(np.where(each, here, -1), axis=1) for each in (begins, rejected))
+    return 2 * np.cumsum(begins, axis=1, dtype=np.int32) + (part >= document)
 
 
 def _report_without_targets(store: TokenStore, length: int, count: int) -> None:

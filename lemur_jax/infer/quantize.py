@@ -6,9 +6,11 @@ rounded.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from lemur_jax.common.errors import UserError
@@ -32,7 +34,38 @@ def check_installed() -> None:
     try:
         import qwix  # noqa: F401
     except ImportError:
-        raise UserError("--weights int8 needs qwix: pip install 'lemur_jax[int8]'") from None
+        raise UserError("int8 weights need qwix: pip install 'lemur_jax[int8]'") from None
+
+
+def leaf_quantizer(config: DecoderConfig, mesh: Mesh) -> Callable[[str, Any], Any]:
+    """A function of a parameter's path and array, which gives a matrix as a `qwix.QArray`, and others as they are.
+
+    An abstract array gives an abstract one with shardings.
+    """
+    check_installed()
+    import qwix
+
+    all_axes = flatten_dict(decoder.logical_axes(config), sep="/")
+
+    def one(path: str, leaf: Any) -> Any:
+        axes, summed = all_axes[path], _SUMMED.get(path.rpartition("/")[2])
+        if summed is None:
+            return leaf
+        channels = [index for index, axis in enumerate(axes) if axis not in summed]
+        run = functools.partial(qwix.quantize, qtype="int8", channelwise_axes=channels)
+        abstract = jax.eval_shape(run, leaf)
+        places = jax.tree.map(
+            lambda part: NamedSharding(mesh, spec(mesh, scale_axes(axes, part.shape), part.shape)), abstract
+        )
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.tree.map(
+                lambda part, place: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=place),
+                abstract,
+                places,
+            )
+        return jax.jit(run, out_shardings=places)(leaf)
+
+    return one
 
 
 def quantize(config: DecoderConfig, mesh: Mesh, params: Params) -> Params:
@@ -46,19 +79,6 @@ def quantize(config: DecoderConfig, mesh: Mesh, params: Params) -> Params:
     Raises:
       UserError: Qwix is not installed.
     """
-    check_installed()
-    import qwix
-
-    def one(path: tuple[Any, ...], leaf: jax.Array, axes: tuple[str, ...]) -> Any:
-        summed = _SUMMED.get(path[-1].key)
-        if summed is None:
-            return leaf
-        channels = [index for index, axis in enumerate(axes) if axis not in summed]
-        run = functools.partial(qwix.quantize, qtype="int8", channelwise_axes=channels)
-        places = jax.tree.map(
-            lambda part: NamedSharding(mesh, spec(mesh, scale_axes(axes, part.shape), part.shape)),
-            jax.eval_shape(run, leaf),
-        )
-        return jax.jit(run, out_shardings=places)(leaf)
-
-    return jax.tree_util.tree_map_with_path(one, params, decoder.logical_axes(config))
+    one = leaf_quantizer(config, mesh)
+    flat = {path: one(path, leaf) for path, leaf in flatten_dict(params, sep="/").items()}
+    return unflatten_dict(flat, sep="/")

@@ -122,6 +122,32 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Low-rank adapters beside frozen parameters, see models/lora.py."""
+
+    rank: int = 0  # R; 0: no adapter, all parameters are trained
+    alpha: float = 16.0  # the update is multiplied by alpha / rank
+    rslora: bool = False  # by alpha / sqrt(rank) instead
+    dropout: float = 0.0  # of the adapter's inputs
+    targets: tuple[str, ...] = (
+        "layers/*",
+    )  # patterns of adapted projections, e.g. "layers/attention/*", "*/query"
+    base_dtype: str = "bfloat16"  # of the frozen parameters: "float32", "bfloat16" or "int8" (matrices)
+    checkpoint: str = ""  # a PEFT adapter directory to start from; "": a fresh adapter
+
+    def __post_init__(self):
+        require(self.rank >= 0, "adapter.rank", self.rank, "0 or more")
+        require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "in [0, 1)")
+        require_one_of("adapter.base_dtype", self.base_dtype, ("float32", "bfloat16", "int8"))
+        require(len(self.targets) > 0, "adapter.targets", self.targets, "one pattern or more")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """How the model is computed: affects speed and memory, not results (up to rounding)."""
 

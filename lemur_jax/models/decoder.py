@@ -40,11 +40,14 @@ class Compute:
     attention_blocks: tuple[int, int] = (0, 0)  # as in `models.splash.block_sizes`
     loss_chunk: int = 0  # positions whose logits exist at a time; 0: all at once
     mesh: Mesh | None = None  # shards activations; None: no sharding
+    frozen: bool = False  # weights have no gradient: adapters alone are trained
 
     @property
     def project(self) -> Projection:
         """The products with weights."""
-        return Projection(dtype=self.dtype, reduce_dtype=self.reduce_dtype, mesh=self.mesh)
+        return Projection(
+            dtype=self.dtype, reduce_dtype=self.reduce_dtype, mesh=self.mesh, frozen=self.frozen
+        )
 
     @classmethod
     def from_config(cls, options: ComputeConfig, mesh: Mesh | None) -> "Compute":

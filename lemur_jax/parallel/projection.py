@@ -1,6 +1,6 @@
 """Products of activations with sharded weights, and the gradients of those weights.
 
-Axis legend: B batch, T position, D model, F mlp, V vocabulary, X devices of `data`, Y devices of `fsdp`.
+Axis legend: B batch, T position, D model, F mlp, V vocabulary, R rank, X devices of `data`, Y devices of `fsdp`.
 
 The model's modules call `Projection`: it gathers activations and weights before a product, shards the result, and
 contains everything that depends on the platform. The gradient of a weight is written by hand for two reasons:
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lemur_jax.parallel.adapted import Adapted, base_of, num_inputs
 from lemur_jax.parallel.compiler_flags import exchanges_gradients
 from lemur_jax.parallel.mesh import platform
 from lemur_jax.parallel.rules import RULES, constrain, spec
@@ -47,6 +48,7 @@ class Projection:
     dtype: str = "float32"  # of activations and products
     reduce_dtype: str = ""  # of weight gradients in transit; "": `dtype`
     mesh: Mesh | None = None  # None: no sharding
+    frozen: bool = False  # weights have no gradient; only what is `Adapted` beside them has one
 
     def read(self, x: jax.Array, *products: tuple[str, nnx.Param]) -> tuple[jax.Array, ...]:
         """Products of the residual stream with weights.
@@ -111,7 +113,7 @@ class Projection:
 
     def _reduction(self, exchange: bool = True) -> Reduction | None:
         """How weight gradients are reduced; None: as autodiff and XLA do."""
-        if self.mesh is None:
+        if self.mesh is None or self.frozen:
             return None
         dtype = self.reduce_dtype or self.dtype
         kind = self.mesh.devices.flat[0].device_kind
@@ -124,10 +126,16 @@ class Projection:
             Product(equation, tuple(weight.axes), self.mesh, reduction, dtype)
             for equation, weight in products
         )
-        weights = tuple(weight.get_value() for _, weight in products)
+        values = tuple(weight.get_value() for _, weight in products)
+        weights = tuple(map(base_of, values))
         if reduction is None or any(map(is_quantized, weights)):  # integers have no gradient
-            return tuple(product(x, weight) for product, weight in zip(each, weights, strict=True))
-        return sharded_products(each, x, weights)
+            results = tuple(product(x, weight) for product, weight in zip(each, weights, strict=True))
+        else:
+            results = sharded_products(each, x, weights)
+        return tuple(
+            y + product.low_rank(x, value) if isinstance(value, Adapted) else y
+            for product, value, y in zip(each, values, results, strict=True)
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -195,6 +203,17 @@ class Product:
         return einsum(
             self.equation, x, gather_weight(weight, self.axes, self.mesh, x.dtype), dtype=self.dtype
         )
+
+    def low_rank(self, x: jax.Array, weight: Adapted) -> jax.Array:
+        """The product with the update of the weight."""
+        left, right, result = self._letters()
+        cut = num_inputs(self.axes)
+        a, b = (
+            gather_weight(part, axes, self.mesh, x.dtype)
+            for part, axes in ((weight.a, (*self.axes[:cut], "rank")), (weight.b, ("rank", *self.axes[cut:])))
+        )
+        inner = einsum(f"{left},{right[:cut]}R->BTR", weight.drop(x), a)
+        return weight.scale * einsum(f"BTR,R{right[cut:]}->{result}", inner, b, dtype=self.dtype)
 
     def _letters(self) -> tuple[str, str, str]:
         """The einsum's letters for activations, weight and result."""

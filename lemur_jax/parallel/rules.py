@@ -28,6 +28,7 @@ RULES: dict[str, MeshAxes] = {
     "head_dim": None,
     "layers": None,
     "norm": None,
+    "rank": None,
     # activations
     "batch": ("data", "fsdp", "expert"),
     "length": "sequence",

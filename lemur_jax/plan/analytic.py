@@ -16,8 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
 
 from lemur_jax.config import RunConfig
-from lemur_jax.models import decoder
-from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.models.remat import POLICIES
 from lemur_jax.models.splash import check_heads
 from lemur_jax.parallel.mesh import AXES, mesh_shape
@@ -27,7 +26,7 @@ from lemur_jax.plan.topologies import Slice
 from lemur_jax.telemetry import flops
 from lemur_jax.train.config import OptimizerConfig
 from lemur_jax.train.optimizer import make_optimizer
-from lemur_jax.train.state import abstract_state
+from lemur_jax.train.state import TrainState, run_state, trained_axes
 from lemur_jax.train.step import check
 
 
@@ -75,8 +74,9 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     model = config.model
     if mesh.shape["sequence"] > 1:
         check_heads(model.num_attention_heads, model.num_key_value_heads, mesh)
-    state = _state(model, config.compute.param_dtype, config.optimizer, config.train.steps, mesh)
-    parameters, moments = device_bytes(state.params), device_bytes(state.optimizer)
+    options = config.compute.param_dtype, config.optimizer, config.train.steps
+    state = _state(model, config.adapter, *options, mesh)
+    parameters, moments, frozen = map(device_bytes, (state.params, state.optimizer, state.frozen))
     tokens = config.train.batch_rows * config.data.sequence_length / tpu.devices * mesh.shape["tensor"]
     backward = [
         (int(tokens / config.train.microbatches * size), f"activations kept: {name}, all layers")
@@ -86,10 +86,10 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
         backward.append((parameters, "gradients, summed so far"))
     # All gradients exist when the last one is done; with one microbatch there are activations in their place before.
     update = [(parameters, "gradients")]
-    buffers = [(moments, "optimizer state"), (parameters, "parameters")]
+    buffers = [(moments, "optimizer state"), (parameters, "parameters"), (frozen, "frozen parameters")]
     buffers += max(backward, update, key=lambda each: sum(size for size, _ in each))
     # Each parameter, moment and gradient is read; parameter and moment are written.
-    moved = 2 * (parameters + moments) + parameters
+    moved = 2 * (parameters + moments) + parameters + frozen
     chip = tpu.generation
     return Bound(
         buffers=tuple(sorted((each for each in buffers if each[0]), reverse=True)),
@@ -101,10 +101,17 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
 
 
 @functools.lru_cache(maxsize=256)
-def _state(model: DecoderConfig, dtype: str, optimizer: OptimizerConfig, steps: int, mesh: Any) -> Any:
+def _state(
+    model: DecoderConfig,
+    adapter: AdapterConfig,
+    dtype: str,
+    optimizer: OptimizerConfig,
+    steps: int,
+    mesh: Any,
+) -> TrainState:
     """The abstract train state on the mesh."""
-    made = make_optimizer(optimizer, steps, decoder.logical_axes(model))
-    return abstract_state(model, dtype, made, mesh)
+    made = make_optimizer(optimizer, steps, trained_axes(model, adapter))
+    return run_state(model, adapter, dtype, made, mesh)
 
 
 @functools.cache
@@ -166,7 +173,11 @@ def _flops(config: RunConfig, model: DecoderConfig) -> float:
         repeated = again["attention_out"]
     elif policy != "none":
         repeated = sum(cost for name, cost in again.items() if remat_decision(policy, name) == "recompute")
-    return config.train.batch_rows * T * (flops.flops_per_token(model, T).total + L * repeated)
+    return (
+        config.train.batch_rows
+        * T
+        * (flops.train_flops_per_token(model, T, config.adapter.rank > 0) + L * repeated)
+    )
 
 
 def _network(config: RunConfig, model: DecoderConfig, mesh: Any, tokens: float, tpu: Slice) -> float:

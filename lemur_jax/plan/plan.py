@@ -95,13 +95,14 @@ def plan(config: RunConfig, topology: str, *, slices: int = 1, hlo_path: str | N
     if hlo_path and compiled.hlo:
         epath.Path(hlo_path).write_text(compiled.hlo)
     layers = config.model.num_hidden_layers
+    trees = program.state.params, program.state.frozen
+    parameters = [tree["layers"] for tree in trees if tree and "layers" in tree]
     known = {
         "parameters": device_bytes(program.state.params),
+        "frozen parameters": device_bytes(program.state.frozen),
         "optimizer": device_bytes(program.state.optimizer),
         "batch": device_bytes(program.batch),
-        "activations": kept_activations(compiled.module, layers, program.state.params["layers"])
-        if compiled.module
-        else 0,
+        "activations": kept_activations(compiled.module, layers, parameters) if compiled.module else 0,
     }
     if not compiled.fits and not compiled.largest:
         compiled = dataclasses.replace(compiled, largest=analytic.lower_bound(config, tpu).buffers)
@@ -113,7 +114,11 @@ def plan(config: RunConfig, topology: str, *, slices: int = 1, hlo_path: str | N
     rate = made.tokens_per_step / made.step_seconds
     peak = tpu.chips * flops.chip(tpu.generation.device_kind).bf16_flops
     causal, full = (
-        flops.mfu(rate, flops.flops_per_token(config.model, length, causal=only).total, peak)
+        flops.mfu(
+            rate,
+            flops.train_flops_per_token(config.model, length, config.adapter.rank > 0, causal=only),
+            peak,
+        )
         for only in (True, False)
     )
     hours = config.train.steps * made.step_seconds / 3600

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.data.manifest import REJECTED
 from lemur_jax.prepare.cleaning import NO_FINGERPRINT, NO_STEPS, Fingerprint, Removed, filters
 from lemur_jax.prepare.code_layout import encode_pieces, layout, separators
 from lemur_jax.text.chat_template import encode_chat, is_trained
@@ -29,7 +30,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 # The features of one document of a task.
 Record = Mapping[str, bytes]
 
-_KEPT = ("text", "messages", "id", "source", "meta")  # of a bad record
+_KEPT = ("text", "messages", "preferences", "id", "source", "meta")  # of a bad record
 CHUNK_BYTES = 1 << 18
 CHUNK_RECORDS = 256
 
@@ -81,7 +82,8 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
     if record.get("error"):
         return _bad_record(record, name, **json.loads(record["error"]))
     try:
-        messages = _messages(record["messages"]) if "messages" in record else None
+        content = next((key for key in ("messages", "preferences") if key in record), "")
+        messages = _messages(record[content]) if content else None
         text = record["text"].decode("utf-8") if messages is None else _joined(messages)
         if messages is None and not text.strip():
             raise ValueError("empty text")
@@ -93,6 +95,8 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
         marks: dict[str, Any] = {}
         if cleaning.steps:
             marks = {"fingerprint": cleaning.fingerprint(text), "label": cleaning.label(meta)}
+        if content == "preferences":
+            return _encode_preferences(tokenizer, messages, name, marks)
         if messages is not None:
             return _encode_messages(tokenizer, messages, name, marks)
     except (ValueError, UserError) as error:
@@ -125,6 +129,8 @@ def _messages(data: bytes) -> Any:
 
 def _joined(messages: Any) -> str:
     """The text of a conversation for the filters; "" if it is malformed, which is refused later."""
+    if isinstance(messages, dict):
+        return "\n\n".join(_joined(part) for part in messages.values())
     if not isinstance(messages, list):
         return ""
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
@@ -141,6 +147,20 @@ def _encode_messages(tokenizer: Tokenizer, messages: Any, name: str, marks: Mapp
     n_bytes = len(tokenizer.decode(supervised, skip_special=True).encode())
     tokens, flags = np.array(ids, np.uint32), np.array(mask, np.uint8)
     return Encoded(id=name, tokens=tokens, mask=flags, n_bytes=n_bytes, **marks)
+
+
+def _encode_preferences(tokenizer: Tokenizer, pair: Any, name: str, marks: Mapping[str, Any]) -> Encoded:
+    """The chosen conversation, then the rejected one, whose first mask entry says so: it is no target."""
+    sides = [side for side in ("chosen", "rejected") if isinstance(pair, dict) and pair.get(side)]
+    if not sides or pair.get("chosen") == pair.get("rejected"):
+        raise ValueError("preferences need a chosen or a rejected conversation, which differ")
+    parts = {side: _encode_messages(tokenizer, pair[side], name, {}) for side in sides}
+    tokens = np.concatenate([part.tokens for part in parts.values()])
+    mask = np.concatenate([np.asarray(part.mask) for part in parts.values()])
+    if "rejected" in parts:
+        mask[-len(parts["rejected"].tokens)] = REJECTED
+    n_bytes = sum(part.n_bytes for part in parts.values())
+    return Encoded(id=name, tokens=tokens, mask=mask, n_bytes=n_bytes, **marks)
 
 
 # encode(records, steps, number of the first record): results in order; a None among the records ends a shard and is

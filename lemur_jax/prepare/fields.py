@@ -23,6 +23,8 @@ class Fields:
     Attributes:
       text: the field of the text.
       messages: for chat, instead of text: a function from a row to messages, e.g. `conversation_formats.sharegpt`.
+      preferences: instead of both: a function from a row to {"chosen": messages, "rejected": messages}, or one of them,
+        e.g. `conversation_formats.preference`.
       id: the document's name; "", or null in a row: its file and position.
       meta: fields kept as metadata under their own names, for filters and code layout.
       group: documents with the same value are held out together, e.g. a repository's; "", or null in a row: each
@@ -33,6 +35,7 @@ class Fields:
 
     text: str = "text"
     messages: Callable[[Row], Sequence[Mapping[str, Any]]] | None = None
+    preferences: Callable[[Row], Mapping[str, Sequence[Mapping[str, Any]]]] | None = None
     id: str = ""
     meta: tuple[str, ...] = ()
     group: str = ""
@@ -40,6 +43,8 @@ class Fields:
 
     @property
     def content(self) -> str:
+        if self.preferences is not None:
+            return "preferences"
         return "text" if self.messages is None else "messages"
 
 
@@ -101,7 +106,9 @@ def is_held_out(key: bytes, share: float) -> bool:
 
 
 def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
-    if fields.messages is not None:
+    if fields.preferences is not None:
+        content = json.dumps(fields.preferences(row), ensure_ascii=False).encode()
+    elif fields.messages is not None:
         content = json.dumps(list(fields.messages(row)), ensure_ascii=False).encode()
     else:
         content = _text(_look_up(row, fields.text), fields.text)

@@ -280,6 +280,7 @@ def _writer(
         added_tokens=tokenizer.added_tokens if has_control_tokens else {},
         vocab_size=tokenizer.vocab_size,
         has_loss_mask=is_chat,
+        preferences=tasks.is_preference(task, split),
         task_digest=hashlib.sha256(definition.encode()).hexdigest(),
         input_digest=input_digest(task, split),
         label_field="" if part else json.loads(steps).get("label", {}).get("field", ""),

@@ -1,6 +1,7 @@
 """seqio tasks of files, of TFDS and of Python functions, and reading any task.
 
-`prepare` reads tasks whose examples have a string feature `text`, or `messages` (a JSON list of {"role", "content"});
+`prepare` reads tasks whose examples have a string feature `text`, `messages` (a JSON list of {"role", "content"}), or
+`preferences` (a JSON object with `chosen` and `rejected`, each such a list; one may be missing);
 `id`, `source`, `meta` (JSON), `where` and `error` are optional. Your own tasks are ordinary seqio tasks, registered by
 a module named in `config.data.modules`; `add_files`, `add_tfds` and `add_generator` make the usual ones.
 """
@@ -32,7 +33,8 @@ except ModuleNotFoundError as error:
     raise UserError(f"preparing data needs {error.name}: pip install 'lemur_jax[prepare]'") from error
 
 Task = seqio.Task
-FEATURES = ("text", "messages", "id", "source", "meta", "where", "error")
+CONTENTS = ("text", "messages", "preferences")
+FEATURES = (*CONTENTS, "id", "source", "meta", "where", "error")
 
 # TensorFlow only reads here; the accelerators are JAX's. It raises if it is already in use.
 with contextlib.suppress(RuntimeError):
@@ -197,7 +199,7 @@ def add_generator(
     Args:
       name: of the task.
       documents: from a split to its documents, always in the same order, with `id` and `content`.
-      content: "text", or "messages" (a JSON list of {"role", "content"}).
+      content: "text", "messages" or "preferences", as above.
       splits: names of the splits.
       fingerprint: its value changes with the documents; without one, `prepare` does not notice a change.
     """
@@ -300,10 +302,17 @@ def check_files(task: seqio.Task, split: str) -> None:
 
 
 def is_chat(task: seqio.Task, split: str) -> bool:
-    """Whether a task has `messages`; UserError if it has neither these nor `text`, or its files are missing."""
+    """Whether a task has `messages` or `preferences`; UserError if it has no text either, or its files are missing."""
     if _is_read_directly(task):
-        return task.source.content == "messages"
-    return "messages" in _dataset(task, split, 0, 1).element_spec
+        return task.source.content != "text"
+    return bool({"messages", "preferences"} & set(_dataset(task, split, 0, 1).element_spec))
+
+
+def is_preference(task: seqio.Task, split: str) -> bool:
+    """Whether a task has `preferences`."""
+    if _is_read_directly(task):
+        return task.source.content == "preferences"
+    return "preferences" in _dataset(task, split, 0, 1).element_spec
 
 
 def count_shards(task: seqio.Task, split: str) -> int:
@@ -355,9 +364,9 @@ _UNREADABLE = (
 def _string_features(task: seqio.Task, dataset: tf.data.Dataset) -> tf.data.Dataset:
     spec = dataset.element_spec
     found = [name for name in FEATURES if name in spec]
-    if not {"text", "messages"} & set(found):
+    if not set(CONTENTS) & set(found):
         raise UserError(
-            f"task {task.name!r} gives neither `text` nor `messages` but {', '.join(sorted(spec))}: end its"
+            f"task {task.name!r} gives none of {', '.join(CONTENTS)} but {', '.join(sorted(spec))}: end its"
             " preprocessors with one that maps an example to these string features"
         )
     for name in found:

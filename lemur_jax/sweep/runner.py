@@ -94,6 +94,7 @@ def building_once() -> Callable[..., step.Program]:
     def build(config: RunConfig, mesh: Mesh, num_sources: int) -> step.Program:
         content = {key: value for key, value in to_json(config).items() if key not in _NOT_COMPILED}
         content["data"] = config.data.sequence_length, num_sources
+        content["dropout seed"] = config.seed if config.adapter.dropout else None
         content["devices"] = [str(device) for device in mesh.devices.flat]
         key = json.dumps(content, sort_keys=True)
         if key not in programs:

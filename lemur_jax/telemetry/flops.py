@@ -77,6 +77,14 @@ def flops_per_token(
     )
 
 
+def train_flops_per_token(
+    config: DecoderConfig, sequence_length: int, adapter: bool = False, *, causal: bool = True
+) -> float:
+    """Model FLOPs of a trained token: three passes, or two with an adapter, whose own products are left out."""
+    total = flops_per_token(config, sequence_length, causal=causal).total
+    return total * 2 / 3 if adapter else total
+
+
 def _keys(T: int, window: int, causal: bool) -> float:
     """Keys that a query sees on average."""
     if not causal or window >= T:

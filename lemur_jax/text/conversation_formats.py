@@ -3,6 +3,7 @@
 Roles are system, user, assistant and tool; contents are strings. A turn of the assistant with `weight: 0`,
 `train: false` or `training: false` gets `"train": False` and is not supervised. Null fields count as absent. Each
 function takes a row and raises ValueError with a reason where it cannot read it: `fields.Fields(messages=...)`.
+Those of preferences give {"chosen": messages, "rejected": messages}, or one of them: `Fields(preferences=...)`.
 """
 
 import json

@@ -57,6 +57,26 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """A loss on chosen and rejected conversations, see train/preferences.py."""
+
+    loss: str = ""  # "dpo", "ipo", "simpo", "orpo" or "kto"; "": next-token loss
+    beta: float = (
+        0.1  # strength of the tie to the reference; of SimPO and ORPO the factor of the loss' argument
+    )
+    label_smoothing: float = 0.0  # of DPO and SimPO: probability that a pair is the wrong way around
+    margin: float = 0.5  # SimPO's γ
+    desirable_weight: float = 1.0  # of KTO
+    undesirable_weight: float = 1.0  # of KTO
+
+    def __post_init__(self):
+        require_one_of("preference.loss", self.loss, ("", "dpo", "ipo", "simpo", "orpo", "kto"))
+        require(self.beta > 0, "preference.beta", self.beta, "positive")
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 0.5, "preference.label_smoothing", smoothing, "in [0, 0.5)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SpikesConfig:
     """Updates that are skipped by rule, see train/spikes.py. Off: a gradient that is not finite stops the run."""
 

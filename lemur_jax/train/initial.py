@@ -1,19 +1,71 @@
 """Where the first parameters of a run come from."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.convert.peft import read_peft
 from lemur_jax.convert.source import ModelSource, open_source
 from lemur_jax.convert.vocabulary import resize
-from lemur_jax.models import decoder
-from lemur_jax.models.config import DecoderConfig
+from lemur_jax.infer.quantize import leaf_quantizer
+from lemur_jax.models import decoder, lora
+from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.config import InitConfig
 from lemur_jax.train.state import abstract_params, shardings_of
 from lemur_jax.train.step import Program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitialParams:
+    """The first parameters of a run, made when they are asked for.
+
+    Attributes:
+      init, adapter: sections of the config.
+      seed: of fresh parameters.
+      tokenizer: of the run.
+      program: of the run.
+    """
+
+    init: InitConfig
+    adapter: AdapterConfig
+    seed: int
+    tokenizer: Tokenizer
+    program: Program
+
+    def params(self) -> Any:
+        """What is trained; UserError as `initial_params`, or the PEFT adapter does not fit the config."""
+        if not self.adapter.rank:
+            return initial_params(self.init, self.seed, self.tokenizer, self.program)
+        program, key = self.program, jax.random.key(self.seed)
+        shardings, dtype = shardings_of(program.state.params), program.param_dtype
+        if self.adapter.checkpoint:
+            return jax.device_put(read_peft(self.adapter, program.model, dtype), shardings)
+        fresh = jax.jit(
+            lambda key: lora.init_adapter(self.adapter, program.model, key, dtype), out_shardings=shardings
+        )
+        return fresh(key)
+
+    def frozen(self) -> Any:
+        """What is not trained: the base of an adapter, a reference, or None."""
+        if self.program.state.frozen is None:
+            return None
+        if not self.adapter.rank:
+            return initial_params(self.init, self.seed, self.tokenizer, self.program)
+        model, mesh, dtype = self.program.model, self.program.mesh, self.adapter.base_dtype
+        source = open_initial(self.init, self.tokenizer, model)
+        if source.model.vocab_size != model.vocab_size or self.init.drop_rows_above:
+            raise UserError(
+                f"config.init.checkpoint {self.init.checkpoint} has a vocabulary of {source.model.vocab_size},"
+                f" config.model.vocab_size is {model.vocab_size}: an adapter leaves the vocabulary as it is"
+            )
+        if dtype != "int8":
+            return source.restore(abstract_params(model, dtype, mesh))
+        # Leaf by leaf: the whole model in bfloat16 may be more than the devices hold.
+        return source.restore(abstract_params(model, "bfloat16", mesh), leaf_quantizer(model, mesh))
 
 
 def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: Program) -> Any:
@@ -23,18 +75,19 @@ def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: P
       UserError: as `open_initial`, or the vocabulary is of another size and `config.init` does not say what to do
         about that.
     """
-    shardings, dtype = shardings_of(program.state.params), program.param_dtype
+    model, dtype, mesh = program.model, program.param_dtype, program.mesh
+    shardings = shardings_of(abstract_params(model, dtype, mesh))
     if not init.checkpoint:
-        fresh = jax.jit(lambda key: decoder.init_params(program.model, key, dtype), out_shardings=shardings)
+        fresh = jax.jit(lambda key: decoder.init_params(model, key, dtype), out_shardings=shardings)
         return fresh(jax.random.key(seed))
 
-    source = open_initial(init, tokenizer, program.model)
-    params = source.restore(abstract_params(source.model, dtype, program.mesh))
-    if source.model.vocab_size == program.model.vocab_size and not init.drop_rows_above:
+    source = open_initial(init, tokenizer, model)
+    params = source.restore(abstract_params(source.model, dtype, mesh))
+    if source.model.vocab_size == model.vocab_size and not init.drop_rows_above:
         return params
     change = functools.partial(
         resize,
-        vocab_size=program.model.vocab_size,
+        vocab_size=model.vocab_size,
         drop_rows_above=init.drop_rows_above,
         new_rows=init.new_rows,
     )

@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from etils import epath
@@ -29,7 +29,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
 from lemur_jax.train.evaluate import Evaluations, HeldOut, evaluation_steps, open_held_out
 from lemur_jax.train.history import RunHistory, open_history
-from lemur_jax.train.initial import initial_params
+from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.saves import Save, Saves, due
 from lemur_jax.train.spikes import too_many_skips
 from lemur_jax.train.state import TrainState
@@ -116,7 +116,7 @@ def train(
         log = StepLog(history, stack.enter_context(bar), inputs.mixture, inputs.program, began)
         log.write_start(first)
         if unscored:
-            score_before_the_first_step(evaluations, log, state, first, unscored)
+            score_before_the_first_step(evaluations, log, inputs.program.weights(state), first, unscored)
         run = Run(config=config, inputs=inputs, saves=saves, evaluations=evaluations, log=log, stop=stop)
         with jax.transfer_guard("disallow"):  # what moves between host and device says so
             return run_steps(run, state, first, profile, workdir / "profile")
@@ -146,7 +146,7 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
         if evaluations.due(done, save in (Save.REGULAR, Save.FINAL)) and not stop.asked:
             log.flush()
             with log.paused("eval"):
-                losses = evaluations.score(state.params, done)
+                losses = evaluations.score(program.weights(state), done)
             save = saves.due(done, early=rolled_back, stop=stop.asked)  # a request may have come meanwhile
         if save is not Save.NONE:
             log.flush()  # parameters that are not finite are never saved
@@ -173,6 +173,12 @@ def open_inputs(config: RunConfig, build: Callable[..., step.Program]) -> Inputs
     mesh = make_mesh(config.mesh)  # first, as it needs no file
     tokenizer = Tokenizer.from_config(config.tokenizer)
     mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
+    for source in mixture.sources if config.preference.loss else ():
+        if not source.rows.store.manifest.preferences:
+            raise UserError(
+                f"config.preference.loss is {config.preference.loss!r}, but data.sources.{source.name} has no"
+                " preferences"
+            )
     held_out = open_held_out(config.data, config.eval, tokenizer)
     check_budget(budget(mixture, config.train.steps))
     program = build(config, mesh, num_sources=len(mixture.sources))
@@ -192,13 +198,19 @@ def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
         config=to_json(config),
         data=inputs.mixture.digests(),
     )
-    fresh = functools.partial(initial_params, config.init, config.seed, inputs.tokenizer, inputs.program)
+    initial = InitialParams(
+        init=config.init,
+        adapter=config.adapter,
+        seed=config.seed,
+        tokenizer=inputs.tokenizer,
+        program=inputs.program,
+    )
     return Saves(
         config.checkpoint,
         workdir,
         inputs.program,
         metadata,
-        fresh,
+        initial,
         last=config.train.steps,
         max_rollbacks=config.spikes.max_rollbacks,
     )
@@ -231,11 +243,11 @@ def finished(config: RunConfig, workdir: epath.PathLike) -> bool:
 
 
 def score_before_the_first_step(
-    evaluations: Evaluations, log: StepLog, state: TrainState, first: int, tasks: Sequence[str]
+    evaluations: Evaluations, log: StepLog, params: Any, first: int, tasks: Sequence[str]
 ) -> None:
     """Held-out loss of the state from which this process starts."""
     with log.paused("eval"):
-        evaluations.score(state.params, first, tasks)
+        evaluations.score(params, first, tasks)
     log.sync()
     wait_for_all("evaluation")  # each host may look for the records
 

@@ -46,13 +46,17 @@ class Objective:
       loss: (model, batch) -> Loss. Its sums are divided by the update's sum of `rows.weight`.
       arrays: further arrays of the batch, [B] or [B, T]: name -> (1 or 2 dimensions, dtype), e.g.
         {"advantages": (2, "float32")}. They are sharded and divided into microbatches like the others.
-      reference: whether the batch needs `reference_logprobs`, float32 [B, T]: log-probabilities of `targets` under the
-        first parameters of the run. The step computes them; they have no gradient.
+      reference: (model with the first parameters of the run, batch) -> further arrays of the batch, without gradient:
+        `reference_logprobs`, or what it calls. Those parameters then stay on the devices: the base of an adapter, or a
+        copy. None: no reference.
+      additive: whether the sums of parts of a batch add up to those of the batch; False where a mean over the batch
+        enters, which then is one of the microbatch.
     """
 
     loss: Callable[[Decoder, Batch], Loss]
     arrays: Mapping[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
-    reference: bool = False
+    reference: Callable[[Decoder, Batch], Batch] | None = None
+    additive: bool = True
 
 
 def abstract_batch(
@@ -79,6 +83,11 @@ def token_logprobs(model: Decoder, batch: Batch, temperature: float = 1.0) -> ja
     It is defined at every position with a target, whatever `loss_weights` says; mask what must not count.
     """
     return target_logprobs(model, hidden_states(model, batch), batch["targets"], temperature)
+
+
+def reference_logprobs(model: Decoder, batch: Batch) -> Batch:
+    """For `Objective.reference`: {REFERENCE: log-probabilities of the targets, float32 [B, T]}."""
+    return {REFERENCE: token_logprobs(model, batch)}
 
 
 def next_token(options: OptimizerConfig | None = None) -> Objective:

@@ -4,7 +4,7 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from lemur_jax.cluster.hosts import any_host
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.loader import Loader
 from lemur_jax.train import state as states
+from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.spikes import memory, rollback_target, rolled_back
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program
@@ -43,7 +44,7 @@ class Saves:
       workdir: of the run.
       program: of the run.
       metadata: goes into every checkpoint (`checkpoint.manager.make_metadata`).
-      initial_params: the first parameters, where there is no checkpoint.
+      initial: the first parameters, where there is no checkpoint, and those that are frozen.
       last: the last update.
       max_rollbacks: `config.spikes.max_rollbacks`.
     """
@@ -54,13 +55,13 @@ class Saves:
         workdir: epath.Path,
         program: Program,
         metadata: dict[str, Any],
-        initial_params: Callable[[], Any],
+        initial: InitialParams,
         *,
         last: int,
         max_rollbacks: int,
     ):
         self._options, self._program, self._metadata = options, program, metadata
-        self._initial_params, self._last, self._max_rollbacks = initial_params, last, max_rollbacks
+        self._initial, self._last, self._max_rollbacks = initial, last, max_rollbacks
         self._checkpoints = Checkpoints(
             workdir / "checkpoints",
             keep=options.keep,
@@ -80,11 +81,12 @@ class Saves:
     def __exit__(self, *error) -> None:
         self._stack.__exit__(*error)
 
-    def first_state(self, at_most: int | None = None) -> tuple[TrainState, int]:
+    def first_state(self, at_most: int | None = None, frozen: Any = None) -> tuple[TrainState, int]:
         """The state of the newest checkpoint that is whole and its step, or a fresh state and 0.
 
         Args:
           at_most: later checkpoints are left alone; None: there are none such.
+          frozen: the parameters that are frozen, if they are there already.
 
         Raises:
           UserError: no checkpoint is whole, or they are of another model, optimizer or data.
@@ -92,13 +94,15 @@ class Saves:
         program, fresh = self._program, self._options.other_optimizer == "fresh"
         wanted = (program.state.params, program.state.optimizer)
         found = self._checkpoints.restore_newest(*wanted, self._check_data, at_most, fresh)
-        if found is None:
-            return states.start(self._initial_params(), program.optimizer, program.state), 0
-        step, params, optimizer = found
+        step, params, optimizer = found or (0, None, None)
+        if params is None:
+            params = self._initial.params()
+        if frozen is None:
+            frozen = self._initial.frozen()
         if optimizer is None:
-            return states.start(params, program.optimizer, program.state, step), step
+            return states.start(params, program.optimizer, program.state, step, frozen), step
         counter = jax.device_put(np.int32(step), program.state.step.sharding)
-        return TrainState(step=counter, params=params, optimizer=optimizer), step
+        return TrainState(step=counter, params=params, optimizer=optimizer, frozen=frozen), step
 
     def _check_data(self, stored: Mapping[str, Any]) -> None:
         theirs, ours = stored["data"], self._metadata["data"]
@@ -181,7 +185,7 @@ class Saves:
         for leaf in jax.tree.leaves((state.params, rule)):
             leaf.delete()  # two states may be more than the devices hold
         with jax.transfer_guard("allow"):
-            good, at = self.first_state(at_most=target)
+            good, at = self.first_state(at_most=target, frozen=state.frozen)
         if at < before:
             raise UserError(
                 f"step {done}: cannot roll back to step {target}: no whole checkpoint from step {before} on is"

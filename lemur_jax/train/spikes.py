@@ -11,6 +11,7 @@ the skips, and likewise goes on: the batches in between have been seen and are n
 Chowdhery et al. 2022, section 5.1.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -117,7 +118,7 @@ def rolled_back(counters: Any, good: TrainState, step: jax.Array, done: int, rol
         rollbacks=number(rollbacks, then.rollbacks),
         rolled_back_at=number(done, then.rolled_back_at),
     )
-    return TrainState(step=step, params=good.params, optimizer=counters._replace(inner_state=restored))
+    return dataclasses.replace(good, step=step, optimizer=counters._replace(inner_state=restored))
 
 
 def too_many_skips(options: SpikesConfig, metrics: Mapping[str, jax.Array]) -> bool:

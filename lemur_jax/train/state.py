@@ -10,19 +10,21 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models import decoder
-from lemur_jax.models.config import DecoderConfig
+from lemur_jax.infer.quantize import quantize
+from lemur_jax.models import decoder, lora
+from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.parallel.rules import param_shardings, replicated
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that a checkpoint must hold; the position in the data is `step` alone."""
+    """What a checkpoint must hold, and what is made again at each start; the position in the data is `step` alone."""
 
     step: Any  # int32 [], updates done
-    params: Any  # nested dict of master parameters
+    params: Any  # nested dict of what is trained: master parameters, or the adapter
     optimizer: Any  # the optax state
+    frozen: Any = None  # parameters without gradient, never saved: what an adapter adapts, or a reference
 
 
 def abstract_params(model: DecoderConfig, dtype: str, mesh: Mesh) -> Any:
@@ -35,20 +37,65 @@ def abstract_params(model: DecoderConfig, dtype: str, mesh: Mesh) -> Any:
     return jax.tree.map(_with_sharding, params, param_shardings(mesh, params, decoder.logical_axes(model)))
 
 
+def abstract_adapter(options: AdapterConfig, model: DecoderConfig, dtype: str, mesh: Mesh) -> Any:
+    """As `abstract_params`, of the adapter."""
+    params = lora.abstract_adapter(options, model, dtype)
+    return jax.tree.map(
+        _with_sharding, params, param_shardings(mesh, params, lora.logical_axes(options, model))
+    )
+
+
+def abstract_frozen(model: DecoderConfig, dtype: str, mesh: Mesh) -> Any:
+    """As `abstract_params`; with dtype "int8" matrices are quantized and the rest is bfloat16."""
+    if dtype != "int8":
+        return abstract_params(model, dtype, mesh)
+    return quantize(model, mesh, abstract_params(model, "bfloat16", mesh))
+
+
 def abstract_state(
-    model: DecoderConfig, param_dtype: str, optimizer: optax.GradientTransformation, mesh: Mesh
+    params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, frozen: Any = None
 ) -> TrainState:
     """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated.
+
+    Args:
+      params: abstract, what is trained.
+      frozen: abstract, what is not.
 
     Raises:
       UserError: a leaf without a sharding rule.
     """
-    params = abstract_params(model, param_dtype, mesh)
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
         params=params,
         optimizer=_place_like(params, jax.eval_shape(optimizer.init, params), mesh),
+        frozen=frozen,
     )
+
+
+def trained_axes(model: DecoderConfig, adapter: AdapterConfig) -> Any:
+    """Logical axes of what is trained: the adapter, or all parameters."""
+    return lora.logical_axes(adapter, model) if adapter.rank else decoder.logical_axes(model)
+
+
+def run_state(
+    model: DecoderConfig,
+    adapter: AdapterConfig,
+    dtype: str,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    reference: bool = False,
+) -> TrainState:
+    """The abstract state of a run.
+
+    Args:
+      dtype: of what is trained.
+      reference: whether the first parameters stay as a reference.
+    """
+    if adapter.rank:
+        frozen = abstract_frozen(model, adapter.base_dtype, mesh)
+        return abstract_state(abstract_adapter(adapter, model, dtype, mesh), optimizer, mesh, frozen)
+    params = abstract_params(model, dtype, mesh)
+    return abstract_state(params, optimizer, mesh, params if reference else None)
 
 
 def _with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:
@@ -99,7 +146,11 @@ def shardings_of(tree: Any) -> Any:
 
 
 def start(
-    params: Any, optimizer: optax.GradientTransformation, abstract: TrainState, step: int = 0
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    step: int = 0,
+    frozen: Any = None,
 ) -> TrainState:
     """The state of a new optimizer after `step` updates of another one, if any.
 
@@ -110,6 +161,7 @@ def start(
       optimizer: as `make_optimizer` makes it.
       abstract: of the state.
       step: updates done.
+      frozen: parameters without gradient.
     """
 
     def init(params: Any) -> Any:
@@ -119,4 +171,4 @@ def start(
 
     fresh = jax.jit(init, out_shardings=shardings_of(abstract.optimizer))(params)
     done = jax.device_put(np.int32(step), abstract.step.sharding)
-    return TrainState(step=done, params=params, optimizer=fresh)
+    return TrainState(step=done, params=params, optimizer=fresh, frozen=frozen)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
-from lemur_jax.models import decoder
+from lemur_jax.models import decoder, lora
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.compiler_flags import compiler_options
@@ -25,9 +25,11 @@ from lemur_jax.train.copies import Copies
 from lemur_jax.train.losses import RowSums
 from lemur_jax.train.objectives import Batch, Objective, abstract_batch, next_token
 from lemur_jax.train.optimizer import make_optimizer
+from lemur_jax.train.preferences import preference
 from lemur_jax.train.spikes import memory
-from lemur_jax.train.state import TrainState, abstract_state, shardings_of
+from lemur_jax.train.state import TrainState, run_state, shardings_of, trained_axes
 
+_ROW = "row"  # of the batch: the number of each row, for dropout
 Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
 
 
@@ -41,6 +43,8 @@ class Program:
       mesh: the device mesh.
       param_dtype: of the master parameters.
       state: abstract TrainState with shardings.
+      weights: TrainState -> the parameters of the model, for `score`, `decoder.bind` and a session: those of the state,
+        or `lora.adapt`; nothing is copied.
       batch: abstract batch with shardings: `objectives.ARRAYS` and the objective's own.
       step: jitted (state, batch) -> (state, metrics); the old state is donated. Those of the objective are in
         metrics["objective/NAME"].
@@ -53,6 +57,7 @@ class Program:
     mesh: Mesh
     param_dtype: str
     state: TrainState
+    weights: Callable[[TrainState], Any]
     batch: Batch
     step: jax.stages.Wrapped
     score: jax.stages.Wrapped
@@ -90,35 +95,56 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
       config: a run config.
       mesh: from `parallel.mesh.make_mesh`.
       num_sources: S, sources of the mixture.
-      objective: what is minimized; None: next-token loss.
+      objective: what is minimized; None: as the config says, next-token loss or that of `config.preference`.
 
     Raises:
       UserError: the mesh does not divide the model or the batch.
     """
     check(config.train, config.data.sequence_length, config.model, mesh)
     model = config.model
-    compute = Compute.from_config(config.compute, mesh)
+    compute = dataclasses.replace(Compute.from_config(config.compute, mesh), frozen=config.adapter.rank > 0)
+    if objective is None:
+        own = config.preference
+        objective = preference(own) if own.loss else next_token(config.optimizer)
     optimizer = make_optimizer(
-        config.optimizer, config.train.steps, decoder.logical_axes(model), config.spikes
+        config.optimizer, config.train.steps, trained_axes(model, config.adapter), config.spikes
     )
-    state = abstract_state(model, config.compute.param_dtype, optimizer, mesh)
-    objective = objective or next_token(config.optimizer)
+    dtype = config.compute.param_dtype
+    state = run_state(model, config.adapter, dtype, optimizer, mesh, objective.reference is not None)
+
+    def weights(state: TrainState, key: jax.Array | None = None) -> Any:
+        if not config.adapter.rank:
+            return state.params
+        return lora.adapt(config.adapter, state.frozen, state.params, key)
 
     def sums(params, batch: Batch) -> RowSums:
         return next_token().loss(decoder.bind(model, compute, params), batch).rows
 
     copies = None
     # Balance losses are of all copies' tokens, and grouped products of several copies are not one kernel.
-    if mesh.shape["data"] > 1 and config.train.microbatches > 1 and not model.num_experts:
-        dtype = compute.reduce_dtype or compute.dtype
-        copies = Copies(mesh=mesh_of_copies(mesh), shardings=shardings_of(state.params), dtype=dtype)
+    if (
+        mesh.shape["data"] > 1
+        and config.train.microbatches > 1
+        and objective.additive
+        and not model.num_experts
+    ):
+        reduced = compute.reduce_dtype or compute.dtype
+        copies = Copies(mesh=mesh_of_copies(mesh), shardings=shardings_of(state.params), dtype=reduced)
     by_copy = dataclasses.replace(compute, mesh=copies.mesh) if copies else compute
 
-    def loss(params, batch: Batch) -> tuple[jax.Array, tuple[RowSums, Metrics]]:
-        total, rows, means = objective.loss(decoder.bind(model, by_copy, params), batch)
-        return total, (rows, means)
-
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        if config.adapter.dropout:
+            batch = {**batch, _ROW: jnp.arange(config.train.batch_rows, dtype=jnp.int32)}
+
+        def loss(params, batch: Batch) -> tuple[jax.Array, tuple[RowSums, Metrics]]:
+            if objective.reference:
+                first = decoder.bind(model, by_copy, state.frozen)
+                batch = {**batch, **jax.lax.stop_gradient(objective.reference(first, batch))}
+            trained = dataclasses.replace(state, params=params)
+            key = _dropout_key(config.seed, state.step, batch) if config.adapter.dropout else None
+            total, rows, means = objective.loss(decoder.bind(model, by_copy, weights(trained, key)), batch)
+            return total, (rows, means)
+
         microbatches = _split(batch, config.train.microbatches, mesh)
         gradient_of = jax.grad(loss, has_aux=True)
         gradient, (rows, means) = _accumulate(gradient_of, state.params, microbatches, copies)
@@ -134,7 +160,9 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
             **_by_source(rows, microbatches["source_ids"], num_sources),
             **{f"objective/{name}": _mean(*sums) for name, sums in means.items()},
         }
-        return TrainState(step=state.step + 1, params=params, optimizer=optimizer_state), metrics
+        return dataclasses.replace(
+            state, step=state.step + 1, params=params, optimizer=optimizer_state
+        ), metrics
 
     options = compiler_options(mesh.devices.flat[0].device_kind, config.compute.compiler_options)
     return Program(
@@ -142,8 +170,9 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
         compute=compute,
         optimizer=optimizer,
         mesh=mesh,
-        param_dtype=config.compute.param_dtype,
+        param_dtype=dtype,
         state=state,
+        weights=weights,
         batch=abstract_batch(config.train.batch_rows, config.data.sequence_length, mesh, objective.arrays),
         step=jax.jit(
             update,
@@ -153,6 +182,11 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
         ),
         score=jax.jit(sums, out_shardings=replicated(mesh), compiler_options=options),
     )
+
+
+def _dropout_key(seed: int, step: jax.Array, batch: Batch) -> jax.Array:
+    """Another key for each update and microbatch."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), batch[_ROW][0])
 
 
 def _split(batch: Batch, parts: int, mesh: Mesh) -> Batch:

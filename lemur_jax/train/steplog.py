@@ -18,7 +18,7 @@ from lemur_jax.cluster import coordination
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.progress import Progress
 from lemur_jax.data.mixture import Mixture
-from lemur_jax.telemetry.flops import chip, flops_per_token, mfu
+from lemur_jax.telemetry.flops import chip, mfu, train_flops_per_token
 from lemur_jax.telemetry.goodput import time_record
 from lemur_jax.telemetry.provenance import start_record
 from lemur_jax.train.history import RunHistory
@@ -236,7 +236,7 @@ class _Machine:
     def __init__(self, program: Program, tokens: int):
         length = program.batch["tokens"].shape[1]
         self._tokens = tokens
-        self._flops = flops_per_token(program.model, length).total
+        self._flops = train_flops_per_token(program.model, length, program.compute.frozen)
         self._devices = program.mesh.size
         self._chip = chip(program.mesh.devices.flat[0].device_kind)
 

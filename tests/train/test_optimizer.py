@@ -220,4 +220,4 @@ def test_a_large_leaf_without_a_parameter_is_refused():
     program = program_on((1, 8, 1, 1))
     odd = optax.GradientTransformation(lambda params: np.zeros(10_000), lambda g, s, p=None: (g, s))
     with pytest.raises(UserError, match="no sharding rule"):
-        abstract_state(program.model, "float32", odd, program.mesh)
+        abstract_state(program.state.params, odd, program.mesh)

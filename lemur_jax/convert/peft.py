@@ -1,0 +1,165 @@
+"""Adapters as PEFT directories (`adapter_config.json`, `adapter_model.safetensors`), and merged into their base.
+
+Axis legend: I inputs of a projection, O its outputs, R rank. PEFT's `lora_A.weight` is [R, I], `lora_B.weight` [O, R].
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding
+
+from lemur_jax.checkpoint.metadata import tokenizer_files
+from lemur_jax.checkpoint.reading import read_metadata, restore_params
+from lemur_jax.common.errors import UserError
+from lemur_jax.common.sections import from_plain
+from lemur_jax.convert import layout
+from lemur_jax.convert.directory import check_target, staged
+from lemur_jax.convert.dtypes import numpy_dtype
+from lemur_jax.convert.hf_config import read_json
+from lemur_jax.convert.hf_weights import check_shapes
+from lemur_jax.convert.safetensors import read_header, write_weights
+from lemur_jax.models import lora
+from lemur_jax.models.config import AdapterConfig, DecoderConfig
+from lemur_jax.models.decoder import Params
+from lemur_jax.parallel.rules import param_shardings
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_of(metadata: Mapping[str, Any]) -> AdapterConfig | None:
+    """The adapter that a checkpoint's metadata says it holds; None: it holds a whole model."""
+    plain = (metadata.get("config") or {}).get("adapter", {})
+    return from_plain(AdapterConfig, plain) if plain.get("rank") else None
+
+
+def _names(options: AdapterConfig, model: DecoderConfig) -> dict[str, list[str]]:
+    """PEFT's tensors of each leaf of the adapter, one a layer."""
+    weights = {weight.path: weight for weight in layout.weights(model)}
+    return {
+        f"{path}/{part}": [
+            f"base_model.model.{name.removesuffix('.weight')}.lora_{part.upper()}.weight"
+            for name in weights[path].names
+        ]
+        for path in lora.targets(options, model)
+        for part in "ab"
+    }
+
+
+def _matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """[R, I] or [O, R] of one layer."""
+    sizes = shape[path.startswith("layers/") :]
+    return (
+        (sizes[-1], int(np.prod(sizes[:-1]))) if path.endswith("/a") else (int(np.prod(sizes[1:])), sizes[0])
+    )
+
+
+def read_peft(options: AdapterConfig, model: DecoderConfig, dtype: str) -> Params:
+    """The adapter of a PEFT directory, `options.checkpoint`, as NumPy arrays.
+
+    Raises:
+      UserError: it is missing, of another kind than LoRA, or differs from the config in rank, scale or targets.
+    """
+    directory = epath.Path(options.checkpoint)
+    if not (directory / WEIGHTS).exists():
+        raise UserError(f"config.adapter.checkpoint {directory} has no {WEIGHTS}: it is no PEFT adapter")
+    theirs = read_json(directory / CONFIG)
+    for key, name, ours in (
+        ("r", "rank", options.rank), ("lora_alpha", "alpha", options.alpha), ("use_rslora", "rslora", options.rslora)
+    ):  # fmt: skip
+        if theirs.get(key, False) != ours:
+            raise UserError(
+                f"{directory / CONFIG} has {key} {theirs.get(key)}, config.adapter.{name} is {ours}"
+            )
+    tensors = read_header(directory / WEIGHTS)
+    abstract = flatten_dict(lora.abstract_adapter(options, model, dtype), sep="/")
+    names = _names(options, model)
+    expected = {
+        name: _matrix_shape(path, abstract[path].shape) for path, each in names.items() for name in each
+    }
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    check_shapes(expected, found, f"{directory}: tensor")
+    flat = {}
+    for path, each in names.items():
+        array = np.stack([tensors[name].read().astype(numpy_dtype(dtype)).T for name in each])
+        flat[path] = array.reshape(abstract[path].shape)
+    return unflatten_dict(flat, sep="/")
+
+
+def export_peft(
+    ckpt_dir: epath.PathLike,
+    peft_dir: epath.PathLike,
+    *,
+    dtype: str = "float32",
+    step: int | None = None,
+    overwrite: bool = False,
+) -> DecoderConfig:
+    """Writes the adapter of a checkpoint as a directory that `peft` loads, with the tokenizer's files.
+
+    Args: as `export_hf`.
+
+    Raises:
+      UserError: the checkpoint holds no adapter, or `peft_dir` exists.
+    """
+    target = epath.Path(peft_dir)
+    check_target(target, overwrite, lambda path: (path / CONFIG).exists())
+    metadata = read_metadata(ckpt_dir, step)
+    options, model = adapter_of(metadata), DecoderConfig.from_dict(metadata["model"])
+    if options is None:
+        raise UserError(f"{ckpt_dir} holds no adapter: leave --adapter out")
+    abstract = lora.abstract_adapter(options, model, metadata["config"]["compute"]["param_dtype"])
+    adapter = flatten_dict(jax.device_get(restore_params(ckpt_dir, abstract, metadata["step"])), sep="/")
+    tensors = {}
+    for path, names in _names(options, model).items():
+        leaf = adapter[path] if path.startswith("layers/") else adapter[path][None]
+        for name, layer in zip(names, leaf, strict=True):
+            matrix = layer.reshape(_matrix_shape(path, adapter[path].shape)[::-1]).T
+            tensors[name] = np.ascontiguousarray(matrix, numpy_dtype(dtype))
+    modules = sorted({name.split(".")[-3] for name in tensors})
+    described = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": options.rank, "lora_alpha": options.alpha,
+        "lora_dropout": options.dropout, "use_rslora": options.rslora, "target_modules": modules, "bias": "none",
+        "base_model_name_or_path": metadata["config"]["init"]["checkpoint"], "inference_mode": True,
+    }  # fmt: skip
+    with staged(target) as directory:
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        write_weights(directory, shapes, dtype, iter(tensors.items()), np.inf)
+        (directory / "model.safetensors").rename(directory / WEIGHTS)
+        for name, content in tokenizer_files(metadata).items():
+            (directory / name).write_bytes(content)
+        (directory / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    return model
+
+
+def merge_into(
+    path: epath.PathLike, metadata: Mapping[str, Any], options: AdapterConfig, wanted: Params
+) -> Callable[[str, Any], Any]:
+    """A function of a base parameter's path and array, which gives it with the update of a checkpoint's adapter.
+
+    Args:
+      path: the checkpoint of the adapter, with its metadata.
+      wanted: abstract parameters of the model, whose shardings the result has.
+    """
+    model = DecoderConfig.from_dict(metadata["model"])
+    abstract = lora.abstract_adapter(options, model, "float32")
+    leaves = flatten_dict(wanted, sep="/")
+    sharding = next(iter(leaves.values())).sharding
+    if isinstance(sharding, NamedSharding):
+        places = param_shardings(sharding.mesh, abstract, lora.logical_axes(options, model))
+        abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places
+        )
+    flat = flatten_dict(restore_params(path, abstract, metadata["step"]), sep="/")
+
+    def one(name: str, leaf: Any) -> Any:
+        if f"{name}/a" not in flat:
+            return leaf
+        merge = jax.jit(functools.partial(lora.merge, options), out_shardings=leaves[name].sharding)
+        return merge(leaf, flat[f"{name}/a"], flat[f"{name}/b"])
+
+    return one

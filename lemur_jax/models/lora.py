@@ -1,0 +1,124 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021; rsLoRA, Kalajdzievski 2023) of any projections of a decoder.
+
+The adapter is a tree of its own, {"layers": {"attention": {"query": {"a": ..., "b": ...}}}}: all that is trained and
+saved. The parameters of the model are frozen. `adapt` puts both together without a copy, `merge` adds an update.
+"""
+
+import fnmatch
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.models import decoder
+from lemur_jax.models.config import AdapterConfig, DecoderConfig
+from lemur_jax.models.decoder import Params
+from lemur_jax.parallel.adapted import Adapted, num_inputs
+
+# Weights that are read by products; the embedding is looked up.
+PROJECTIONS = (
+    *(f"layers/attention/{name}" for name in ("query", "key", "value", "out")),
+    *(f"layers/mlp/{name}" for name in ("gate", "up", "down")),
+    "head/kernel",
+)
+
+
+def targets(options: AdapterConfig, model: DecoderConfig) -> list[str]:
+    """Paths of the adapted projections.
+
+    Raises:
+      UserError: a pattern that fits no projection of the model.
+    """
+    params = flatten_dict(decoder.abstract_params(model), sep="/")
+    known = [path for path in PROJECTIONS if path in params]
+    for pattern in options.targets:
+        if not fnmatch.filter(known, pattern):
+            raise UserError(
+                f"config.adapter.targets: {pattern!r} fits no projection; there are {', '.join(known)}"
+            )
+    return [path for path in known if any(fnmatch.fnmatch(path, pattern) for pattern in options.targets)]
+
+
+def _factors(
+    options: AdapterConfig, model: DecoderConfig
+) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """(logical axes, shape) of each `a` and `b` by path."""
+    axes, params = (
+        flatten_dict(tree, sep="/") for tree in (decoder.logical_axes(model), decoder.abstract_params(model))
+    )
+    found = {}
+    for path in targets(options, model):
+        names, sizes = axes[path], params[path].shape
+        lead = int(names[0] == "layers")
+        cut = lead + num_inputs(names[lead:])
+        found[f"{path}/a"] = (*names[:cut], "rank"), (*sizes[:cut], options.rank)
+        found[f"{path}/b"] = (
+            (*names[:lead], "rank", *names[cut:]),
+            (*sizes[:lead], options.rank, *sizes[cut:]),
+        )
+    return found
+
+
+def logical_axes(options: AdapterConfig, model: DecoderConfig) -> Params:
+    """The tree of the adapter with a tuple of logical axis names at each leaf."""
+    return unflatten_dict({path: axes for path, (axes, _) in _factors(options, model).items()}, sep="/")
+
+
+def abstract_adapter(options: AdapterConfig, model: DecoderConfig, dtype: str) -> Params:
+    """The tree of the adapter as ShapeDtypeStructs."""
+    leaves = {
+        path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        for path, (_, shape) in _factors(options, model).items()
+    }
+    return unflatten_dict(leaves, sep="/")
+
+
+def init_adapter(options: AdapterConfig, model: DecoderConfig, key: jax.Array, dtype: str) -> Params:
+    """As PEFT does: `a` uniform within ±1/√(number of inputs), `b` zero."""
+    flat = {}
+    for number, (path, (axes, shape)) in enumerate(_factors(options, model).items()):
+        bound = 1 / math.sqrt(math.prod(shape[axes[0] == "layers" : -1]))
+        if path.endswith("/b"):
+            flat[path] = jnp.zeros(shape, dtype)
+        else:
+            flat[path] = jax.random.uniform(jax.random.fold_in(key, number), shape, dtype, -bound, bound)
+    return unflatten_dict(flat, sep="/")
+
+
+def adapt(options: AdapterConfig, base: Params, adapter: Params, key: jax.Array | None = None) -> Params:
+    """The parameters with an `Adapted` in the place of each adapted weight; nothing is copied.
+
+    Args:
+      base: the frozen parameters.
+      adapter: as of `abstract_adapter`.
+      key: of the dropout, another one for each update and microbatch; None: no dropout.
+    """
+    flat = flatten_dict(base, sep="/")
+    for number, (path, a, b) in enumerate(_pairs(adapter)):
+        own = None
+        if key is not None and options.dropout:
+            own = jax.random.fold_in(key, number)
+            own = jax.random.key_data(jax.random.split(own, len(a)) if path.startswith("layers/") else own)
+        flat[path] = Adapted(base=flat[path], a=a, b=b, key=own, scale=options.scale, dropout=options.dropout)
+    return unflatten_dict(flat, sep="/")
+
+
+def merge(options: AdapterConfig, weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A weight with its update added in float32, in the weight's dtype."""
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1, precision="highest")
+
+    stacked = a.ndim + b.ndim == weight.ndim + 3  # L is in both
+    change = (jax.vmap(product) if stacked else product)(a, b)
+    return (weight.astype(jnp.float32) + options.scale * change).astype(weight.dtype)
+
+
+def _pairs(adapter: Params) -> list[tuple[str, Any, Any]]:
+    """(path, a, b) of each adapted weight, in the order of the paths."""
+    flat = flatten_dict(adapter, sep="/")
+    paths = sorted(path.removesuffix("/a") for path in flat if path.endswith("/a"))
+    return [(path, flat[f"{path}/a"], flat[f"{path}/b"]) for path in paths]
