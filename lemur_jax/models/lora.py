@@ -32,8 +32,8 @@ def targets(options: AdapterConfig, model: DecoderConfig) -> list[str]:
     Raises:
       UserError: a pattern that fits no projection of the model.
     """
-    params = flatten_dict(decoder.abstract_params(model), sep="/")
-    known = [path for path in PROJECTIONS if path in params]
+    axes = flatten_dict(decoder.logical_axes(model), sep="/")
+    known = [path for path in PROJECTIONS if path in axes and "experts" not in axes[path]]
     for pattern in options.targets:
         if not fnmatch.filter(known, pattern):
             raise UserError(

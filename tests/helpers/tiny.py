@@ -33,13 +33,13 @@ def tiny_config(options=None, **model):
     return replace(config, options or {})
 
 
-def program_on(mesh_shape, config=None):
+def program_on(mesh_shape, config=None, objective=None):
     config = config or tiny_config()
     """The program on as many devices as the mesh has: (data, fsdp, sequence, tensor), or sizes by axis."""
     if not isinstance(mesh_shape, dict):
         mesh_shape = dict(zip(("data", "fsdp", "sequence", "tensor"), mesh_shape, strict=True))
     devices = jax.devices()[: math.prod(mesh_shape.values())]
-    return build(config, make_mesh(mesh_shape, devices), SOURCES)
+    return build(config, make_mesh(mesh_shape, devices), SOURCES, objective)
 
 
 def first_state(program):

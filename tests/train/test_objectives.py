@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 from lemur_jax.models import decoder
-from lemur_jax.parallel.mesh import AXES, make_mesh
 from lemur_jax.train.losses import RowSums
 from lemur_jax.train.objectives import Loss, Objective, token_logprobs
-from lemur_jax.train.step import build
-from tests.helpers.tiny import LENGTH, ROWS, SOURCES, first_state, placed, tiny_config
+from tests.helpers.tiny import LENGTH, ROWS, first_state, placed, program_on, tiny_config
 
 
 def policy_loss(model, batch):
@@ -34,9 +32,7 @@ def more(batch):
 
 
 def step(batch, shape, options=None):
-    config = tiny_config(options)
-    mesh = make_mesh(dict(zip(AXES, shape, strict=True)), jax.devices()[: int(np.prod(shape))])
-    program = build(config, mesh, SOURCES, OBJECTIVE)
+    program = program_on(shape, tiny_config(options), OBJECTIVE)
     _, metrics = program.step(first_state(program), placed(batch, program))
     return program, jax.device_get(metrics)
 
