@@ -12,6 +12,7 @@ from lemur_jax.agents.mint import MintEnvironment, Task
 from lemur_jax.common.errors import UserError
 
 _SCRIPT = pathlib.Path(__file__).with_name("alfworld_process.py")
+MAX_ACTIONS = 50  # of a game
 _COMMANDS = {
     "put(object, receptacle)": "put {} in/on {}",
     "goto(receptacle)": "go to {}",
@@ -28,7 +29,7 @@ _COMMANDS = {
 
 
 class AlfworldEnvironment(MintEnvironment):
-    """A household task, solved when the game says so after a turn.
+    """A household task, solved when the game ends in a turn; as in MINT also when it ends after MAX_ACTIONS.
 
     Args:
       game: its `game.tw-pddl`.
@@ -41,36 +42,42 @@ class AlfworldEnvironment(MintEnvironment):
         super().__init__(task, {name: action(command) for name, command in _COMMANDS.items()})
         self._game = game
         self._process: subprocess.Popen | None = None
-        self._won = False
+        self._won, self._actions = False, 0
 
     def reset(self) -> str:
         self.close()
-        self._won = False
+        self._won, self._actions = False, 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(_SCRIPT), str(self._game)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._read()  # the start of a game is no part of a cell's time
         return super().reset()
 
     def _play(self, command: str) -> str:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_SCRIPT), str(self._game)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
+        assert self._process
         assert self._process.stdin
-        assert self._process.stdout
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
-        if not (line := self._process.stdout.readline()):
-            raise UserError(f"the game {self._game} has ended: see its messages above")
-        feedback, won = json.loads(line)
-        self._won = self._won or won
+        feedback, won = self._read()
+        self._actions += 1
+        self._won = self._won or won or self._actions >= MAX_ACTIONS
         return re.sub(r"^You arrive at loc .*?\. ", "", feedback)
 
-    def _act(self, action: str) -> tuple[str, str]:
-        observation, verdict = super()._act(action)
+    def _read(self) -> tuple[str, bool]:
+        assert self._process
+        assert self._process.stdout
+        if not (line := self._process.stdout.readline()):
+            raise UserError(f"the game {self._game} has ended: see its messages above")
+        return tuple(json.loads(line))
+
+    def act(self, action: str) -> tuple[str, str]:
+        observation, verdict = super().act(action)
         return observation, "passed" if self._won else verdict
 
-    def _solved(self, answer: str) -> bool:
+    def solved(self, answer: str) -> bool:
         return self._won
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Plays one game of ALFWorld: commands come as JSON lines on stdin, [feedback, won] goes to stdout.
+"""Plays one game of ALFWorld: commands come as JSON lines on stdin, [feedback, won] goes to stdout, also at the start.
 
 python alfworld_process.py GAME
 """
@@ -17,10 +17,12 @@ def main(game):
     environment = textworld.start(
         game, textworld.EnvInfos(won=True), wrappers=[AlfredDemangler(), AlfredInfos]
     )
-    environment.reset()
-    for line in sys.stdin:
-        state, _, _ = environment.step(json.loads(line))
+    state = environment.reset()
+    while True:
         print(json.dumps([state.feedback.strip(), bool(state.won)]), file=results, flush=True)
+        if not (line := sys.stdin.readline()):
+            break
+        state, _, _ = environment.step(json.loads(line))
 
 
 if __name__ == "__main__":

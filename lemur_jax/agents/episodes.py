@@ -17,6 +17,7 @@ from lemur_jax.infer.complete import complete
 from lemur_jax.infer.session import Session
 from lemur_jax.text.chat_template import Message, encode_chat
 
+EXPERT_STOPS = ("\nObservation:", "\nTask:", "\nAssistant:")
 # Where MINT cuts an answer that goes on with turns of the environment.
 STOPS = ("\nObservation:", "\nExpert feedback:", "\nTask:", "\n---", "\nHuman:")
 # A conversation to the next turn of the assistant.
@@ -66,7 +67,9 @@ class SessionAgent:
         return [text.text.strip() for text in texts]
 
 
-def endpoint_agent(base_url: str, model: str, *, max_new_tokens: int = 512) -> Agent:
+def endpoint_agent(
+    base_url: str, model: str, *, max_new_tokens: int = 512, stops: Sequence[str] = STOPS[:4]
+) -> Agent:
     """A model behind an OpenAI-compatible endpoint, greedy; its key comes from OPENAI_API_KEY.
 
     Raises:
@@ -85,7 +88,7 @@ def endpoint_agent(base_url: str, model: str, *, max_new_tokens: int = 512) -> A
         ]
         try:
             reply = client.chat.completions.create(
-                model=model, messages=turns, max_tokens=max_new_tokens, temperature=0.0, stop=list(STOPS[:4])
+                model=model, messages=turns, max_tokens=max_new_tokens, temperature=0.0, stop=list(stops)
             )
         except OpenAIError as error:
             raise UserError(f"the endpoint {base_url}, model {model!r}: {error}") from error
@@ -95,7 +98,11 @@ def endpoint_agent(base_url: str, model: str, *, max_new_tokens: int = 512) -> A
 
 
 def open_environments(
-    names: Iterable[str], limit: int | None = None, data: str = ".", stack: contextlib.ExitStack | None = None
+    names: Iterable[str],
+    limit: int | None = None,
+    data: str = ".",
+    stack: contextlib.ExitStack | None = None,
+    expert: Agent | None = None,
 ) -> list[Environment]:
     """Environments by kind.
 
@@ -104,6 +111,7 @@ def open_environments(
       limit: of each kind.
       data: MINT's or InterCode's.
       stack: keeps InterCode's database server.
+      expert: gives feedback in MINT.
 
     Raises:
       UserError: another kind, or data or a library is missing.
@@ -114,8 +122,11 @@ def open_environments(
         "bash": environments.bash_environments,
         "tools": tools.tool_environments,
         "intercode-sql": lambda: intercode.open_sql(data, stack or contextlib.ExitStack()),
-        "mint": lambda: mint.open_mint(data, []),
-        **{f"mint-{name}": functools.partial(mint.open_mint, data, [name]) for name in mint.SETS},
+        "mint": lambda: mint.open_mint(data, [], expert=expert),
+        **{
+            f"mint-{name}": functools.partial(mint.open_mint, data, [name], expert=expert)
+            for name in mint.SETS
+        },
     }
     if "intercode-bash" in (names := list(names)):
         raise UserError(

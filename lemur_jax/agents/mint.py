@@ -12,6 +12,7 @@ from lemur_jax.agents import mint_checks
 from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.agents.shell import Shell
 from lemur_jax.common.errors import UserError
+from lemur_jax.text.chat_template import Message
 
 MAX_STEPS, MAX_PROPOSALS = 5, 2
 PROTOCOL = "max5_p2+tool+cd"
@@ -36,6 +37,13 @@ INVALID = (
     "If you want to execute code, please use <execute> YOUR_CODE_HERE </execute>.\n"
     "If you want to give me an answer, please use <solution> YOUR_SOLUTION_HERE </solution>.\n"
     "For example: The answer to the question is <solution> 42 </solution>. \n"
+)
+FEEDBACK = "\nExpert feedback:\n"
+# What the expert gets before example, task and turns; the recorded runs' prompt is not in their data.
+_EXPERT = (
+    "You review the work of an assistant. Say whether its last step is GOOD or BAD and why, in a few sentences that"
+    " help it to go on. Write no code and do not give the answer away. Follow the expert of the example if there is"
+    " one.\n\n---\n"
 )
 SEARCH_CHARACTERS = 1000
 NOT_FOUND = "Wikipedia Search Result was found"  # the tool's wording when nothing was
@@ -162,6 +170,7 @@ def _checker(name: str, row: Mapping[str, Any]) -> Callable[[str], bool]:
 def recorded_searches(runs: Iterable[Recorded]) -> dict[str, str]:
     """What `wikipedia_search` answered first, from the cells that print its answers and nothing else."""
     found: dict[str, str] = {}
+    complete: set[str] = set()
     for run in runs:
         for action, seen in run.turns:
             cell = "\n".join(tagged(action, "execute"))
@@ -179,7 +188,10 @@ def recorded_searches(runs: Iterable[Recorded]) -> dict[str, str]:
                 if not whole and query != queries[-1]:
                     break
                 answer = text[:SEARCH_CHARACTERS] if whole else text
-                found.setdefault(query, answer)
+                if query not in complete and (whole or query not in found):
+                    found[query] = answer
+                if whole:
+                    complete.add(query)
                 text = text[len(answer) + 1 :]
     return found
 
@@ -200,19 +212,26 @@ class MintEnvironment(Environment):
 
     Args:
       functions: tools that the cells can call.
+
+    Attributes:
+      expert: comments every turn but the last (Table 6); a text for a conversation, as an agent.
     """
 
     max_turns = MAX_STEPS
+    expert: Callable[[Sequence[Message]], str] | None = None
 
     def __init__(self, task: Task, functions: Mapping[str, Callable[..., str]]):
         self.id = f"mint-{task.id}"
         self._task = task
         self._shell = Shell(functions)
+        self._said = ""
         self._steps = self._proposals = 0
 
     def reset(self) -> str:
         self._steps = self._proposals = 0
         self._shell.close()
+        # Without the instructions, which are the assistant's.
+        self._said = self._task.opening.partition("---\n")[2] or self._task.opening
         return self._task.opening
 
     def as_turn(self, action: str) -> str:
@@ -221,7 +240,7 @@ class MintEnvironment(Environment):
 
     def step(self, action: str) -> Step:
         self._steps += 1
-        observation, verdict = self._act(action)
+        observation, verdict = self.act(action)
         left, proposals = MAX_STEPS - self._steps, MAX_PROPOSALS - self._proposals
         text = f"Observation:\n{observation}\n"
         text += f"You have {left} steps left and {proposals} chances to propose solution left.\n"
@@ -229,15 +248,24 @@ class MintEnvironment(Environment):
             text += "You should take the last step to propose a solution.\n"
         if verdict == "passed":
             return Step(observation=text, verdict=verdict, reward=1.0)
-        return Step(observation=text, verdict=verdict, done=not (left and proposals))
+        ended = not (left and proposals)
+        if self.expert is not None and not ended:
+            self._said += f"\n{self.as_turn(action)}\n{text}"
+            text += (
+                FEEDBACK
+                + self.expert([{"role": "user", "content": f"{_EXPERT}{self._said}{FEEDBACK}"}])
+                + "\n"
+            )
+            self._said += text[text.rindex(FEEDBACK) :]
+        return Step(observation=text, verdict=verdict, done=ended)
 
-    def _act(self, action: str) -> tuple[str, str]:
+    def act(self, action: str) -> tuple[str, str]:
         """(observation, verdict) of an action."""
-        if re.search(r"<solution>.*?</solution>", action, re.DOTALL):
+        if "<solution>" in action:  # one without an end is a proposal that MINT does not understand
             self._proposals += 1
             if not (answer := "\n".join(tagged(action, "solution"))):
                 return INVALID, "invalid action"
-            if self._solved(answer):
+            if self.solved(answer):
                 return "Your answer is correct.", "passed"
             return "Your answer is wrong.", "wrong answer"
         if not (cell := "\n".join(tagged(action, "execute"))):
@@ -246,7 +274,7 @@ class MintEnvironment(Environment):
         error = re.search(r"^\w*(Error|Exception|Interrupt)\b", output, re.MULTILINE)
         return output, "execution error" if error else "unfinished"
 
-    def _solved(self, answer: str) -> bool:
+    def solved(self, answer: str) -> bool:
         return self._task.solved(answer)
 
     def close(self) -> None:
@@ -254,9 +282,16 @@ class MintEnvironment(Environment):
 
 
 def open_mint(
-    data: str, only: Sequence[str], extra: Mapping[str, list[Recorded]] | None = None
-) -> list[Environment]:
-    """The environments of the sets; `extra`: a run whose searches come first (Wikipedia changes).
+    data: str,
+    only: Sequence[str],
+    extra: Mapping[str, list[Recorded]] | None = None,
+    expert: Callable[[Sequence[Message]], str] | None = None,
+) -> list[MintEnvironment]:
+    """The environments of the sets.
+
+    Args:
+      extra: a run whose prompts and searches come first (Wikipedia changes).
+      expert: writes feedback; the examples then show some.
 
     Raises:
       UserError: data are missing or of another version.
@@ -264,15 +299,16 @@ def open_mint(
     root = data_directory(data)
     runs = [run for of_set in (extra or {}).values() for run in of_set]
     outputs = root / "outputs"
-    for model in sorted(outputs.iterdir()) if outputs.exists() else []:
-        if (model / "F=None").exists():
-            runs += [run for of_set in recorded_run(model / "F=None", only).values() for run in of_set]
+    # A run with feedback has it in its example.
+    paths = sorted(outputs.glob("*/F=*" if expert else "*/F=None"), key=lambda path: path.name == "F=None")
+    for path in paths:
+        runs += [run for of_set in recorded_run(path, only).values() for run in of_set]
     if not runs:
         raise UserError(f"--data {data} has no outputs/MODEL/F=None of MINT, which hold the prompts: {WHERE}")
     openings = {run.id: run.opening for run in reversed(runs)}
     searches = recorded_searches(runs)
     functions = {"wikipedia_search(query)": lambda query: searches.get(query, NOT_FOUND)}
-    found: list[Environment] = []
+    found: list[MintEnvironment] = []
     for name in only or SETS:
         if name == "alfworld":
             from lemur_jax.agents.alfworld import alfworld_environments
@@ -281,4 +317,6 @@ def open_mint(
         else:
             tools = {} if SETS[name] == "code_generation" else functions
             found += [MintEnvironment(task, tools) for task in load_tasks(root, name, openings)]
+    for environment in found:
+        environment.expert = expert
     return found

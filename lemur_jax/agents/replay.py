@@ -83,8 +83,12 @@ def _replay(environment: Environment, episode: Recorded) -> Replayed:
             turns.append(Turn(action=action, step=step))
             if seen is not None:
                 compared += 1
-                theirs = seen.partition("\nExpert feedback:")[0].rstrip("\n")
-                ours = step.observation.rstrip("\n")
+                theirs, mark, feedback = seen.partition(mint.FEEDBACK)
+                ours, theirs = step.observation.rstrip("\n"), theirs.rstrip("\n")
+                turns[-1] = Turn(
+                    action=action,
+                    step=dataclasses.replace(step, observation=step.observation + mark + feedback),
+                )
                 if _without_paths(ours) != _without_paths(theirs):
                     different.append((_cause(theirs, ours), theirs, ours))
             if step.done or step.reward >= 1:
@@ -102,14 +106,14 @@ def _without_paths(text: str) -> str:
 
 def _cause(theirs: str, ours: str) -> str:
     """Why two observations differ."""
+    if "SyntaxError" in theirs or "IndentationError" in theirs:
+        return "wording of Python's syntax errors"
     if "TimeoutError" in theirs or "TimeoutError" in ours:
         return "time-out"
     if any(mark in text for mark in ("Page: ", "Wikipedia", "wikipedia") for text in (theirs, ours)):
         return "live search"
     if " at 0x" in theirs:
         return "addresses"
-    if "SyntaxError" in theirs or "IndentationError" in theirs:
-        return "wording of Python's syntax errors"
     if "site-packages" in theirs + ours or "dist-packages" in theirs + ours:
         return "traceback inside a library"
     if "Error" in theirs and "Error" in ours:

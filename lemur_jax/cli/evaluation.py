@@ -50,6 +50,8 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("--turns", type=int, default=5, help="turns of an episode at most (default 5)")
     sub.add_argument("--endpoint", default="", help="OpenAI-compatible URL of the agent, not the checkpoint")
     sub.add_argument("--endpoint-model", default="", help="the agent's name there")
+    sub.add_argument("--feedback-endpoint", default="", help="URL of a model that gives feedback in MINT")
+    sub.add_argument("--feedback-model", default="", help="its name there")
     sub.add_argument("--json", default="", metavar="FILE", help="also write everything as JSON")
     sub.add_argument("--html", default="", metavar="FILE", help="also write the episodes as a page")
     traces = add_verb(
@@ -135,10 +137,16 @@ def _agents(args, session, written: dict) -> None:
     name = args.checkpoint or args.endpoint_model
     run = {"agent": name, "endpoint": args.endpoint, "step": args.step}
     run |= {"turns": args.turns, "max_new_tokens": limit, "dtype": args.dtype, "weights": args.weights}
+    expert = None
+    if args.feedback_endpoint:
+        run["feedback"] = args.feedback_model
+        expert = episodes.endpoint_agent(
+            args.feedback_endpoint, args.feedback_model, max_new_tokens=limit, stops=episodes.EXPERT_STOPS
+        )
     journal = runner.Journal(path, run)
     try:
         with contextlib.ExitStack() as stack:
-            opened = episodes.open_environments(names, args.limit, args.data, stack)
+            opened = episodes.open_environments(names, args.limit, args.data, stack, expert)
             runner.run_episodes(opened, agent, max_turns=args.turns, batch=args.batch, journal=journal)
     finally:
         if journal.traces:

@@ -10,16 +10,16 @@ import tarfile
 import pytest
 
 from lemur_jax.agents import mint, mint_checks
+from lemur_jax.agents.alfworld import AlfworldEnvironment
 from lemur_jax.agents.replay import replay
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
+from tests.helpers.agents import scripted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
-ARCHIVE = pathlib.Path(
-    os.environ.get(
-        "LEMUR_MINT_ARCHIVE", pathlib.Path(__file__).parents[3] / "shared" / "agents" / "mint.tar.xz"
-    )
-)
+ARCHIVE = pathlib.Path(__file__).parents[3] / "shared" / "agents" / "mint.tar.xz"
+ARCHIVE = pathlib.Path(os.environ.get("LEMUR_MINT_ARCHIVE", ARCHIVE))
+GAME = "pick_heat_then_place_in_recep-Apple-None-Fridge-10/trial_T20190906_182353_418140"
 needs_ipython = pytest.mark.skipif(
     importlib.util.find_spec("IPython") is None, reason="IPython is not installed: pip install '.[agents]'"
 )
@@ -59,30 +59,75 @@ def test_an_episode_runs_cells_and_counts_turns():
         assert seen.observation.endswith(
             "\n\nNameError: name 'b' is not defined\nYou have 3 steps left and 2 chances to propose solution left.\n"
         )
-        assert (seen.verdict, environment.step("hm").verdict) == ("execution error", "invalid action")
+        seen = (seen.verdict, environment.step("<execute>!echo $((2 + 3))</execute>").observation)
+        assert seen[0] == "execution error"
+        assert seen[1].startswith("Observation:\n5\nYou have 2 steps")
         assert not environment.step("<solution>6</solution>").done
         assert environment.step("<solution>5</solution>").reward == 1
     finally:
         environment.close()
 
 
+def test_a_proposal_without_its_end_counts_and_an_expert_comments_every_turn_but_the_last():
+    opening = "Rules\n---\nTask:\nx"
+    task = mint.Task(id="gsm8k/0", opening=opening, solved=lambda answer: False)
+    environment = mint.MintEnvironment(task, {})
+    environment.expert = agent = scripted("This is BAD.", "Good.")
+    environment.reset()
+    first = environment.step("<execute>1</execute> <solution> 5")
+    assert first.verdict == "invalid action"
+    assert first.observation.endswith(
+        "1 chances to propose solution left.\n\nExpert feedback:\nThis is BAD.\n"
+    )
+    assert not environment.step("hm").done
+    last = environment.step("<solution>6</solution>")
+    assert last.done
+    assert "Expert" not in last.observation
+    shown = agent.seen[1][0]["content"]
+    assert "Rules" not in shown
+    assert (
+        shown.index("Task:") < shown.index("<solution> 5") < shown.index("This is BAD.") < shown.index("hm")
+    )
+    assert shown.endswith(mint.FEEDBACK)
+
+
 @needs_ipython
 def test_recorded_episodes_give_their_observations_and_verdicts(tmp_path):
-    if not ARCHIVE.exists():
-        pytest.skip(f"{ARCHIVE} is not there: {mint.WHERE}")
-    with tarfile.open(ARCHIVE) as archive:
-        wanted = ("processed/gsm8k", "lemur-70b-chat-v1/F=None")
-        archive.extractall(
-            tmp_path,
-            [m for m in archive.getmembers() if any(part in m.name for part in wanted)],
-            filter="data",
-        )
+    _extract(tmp_path, "processed/gsm8k", "lemur-70b-chat-v1/F=None")
     runs = mint.recorded_run(tmp_path / "data/outputs/lemur-70b-chat-v1/F=None")
     solved = {name: sum(one.success for one in run) for name, run in runs.items()}
     assert solved == dict(zip(mint.SETS, (28, 6, 4, 19, 43, 21, 16, 80), strict=True))
     environments = mint.open_mint(str(tmp_path), ["gsm8k"], {"gsm8k": runs["gsm8k"]})
     episodes = replay(environments, runs["gsm8k"][:8])
     assert all(one.same_verdict and not one.different for one in episodes)
+
+
+def _extract(path, *wanted):
+    if not ARCHIVE.exists():
+        pytest.skip(f"{ARCHIVE} is not there: {mint.WHERE}")
+    with tarfile.open(ARCHIVE) as archive:
+        members = [member for member in archive if any(part in member.name for part in wanted)]
+        archive.extractall(path, members, filter="data")
+
+
+@needs_ipython
+@pytest.mark.slow
+def test_a_game_that_ends_after_its_actions_counts_as_solved(tmp_path):
+    pytest.importorskip("textworld", reason="ALFWorld is not installed: pip install '.[alfworld]'")
+    _extract(tmp_path, GAME)
+    game = tmp_path / "data/processed/alfworld/json_2.1.1/valid_unseen" / GAME / "game.tw-pddl"
+    environment = AlfworldEnvironment(mint.Task(id="alfworld/x", opening="", solved=lambda _: False), game)
+    environment.reset()
+    try:
+        seen = environment.step(
+            "<execute>print(goto('fridge 1'))\nprint(open_receptacle('fridge 1'))</execute>"
+        )
+        assert "The fridge 1 is closed.\nYou open the fridge 1." in seen.observation
+        assert environment.step("<solution>done</solution>").verdict == "wrong answer"
+        assert environment.step("<execute>for _ in range(47): look()</execute>").reward == 0
+        assert environment.step("<execute>look()</execute>").reward == 1
+    finally:
+        environment.close()
 
 
 def test_wrong_data_is_one_line(tmp_path, capsys):
