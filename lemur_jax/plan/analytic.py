@@ -58,9 +58,9 @@ class Bound:
         return max(self.compute + self.memory, self.network, self.host)
 
     @property
-    def serial_seconds(self) -> float:
-        """Seconds if no transfer were hidden: not a bound, but a good order for a search."""
-        return self.compute + self.memory + self.network + self.host
+    def likely_seconds(self) -> float:
+        """Seconds if transfers to the host alone were hidden behind products: not a bound, but a good order."""
+        return self.compute + self.memory + self.network + max(0.0, self.host - self.compute)
 
 
 def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
@@ -132,8 +132,9 @@ def remat_decision(policy: str, name: str) -> str:
 def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, float]]:
     """(name, bytes per token of all layers) that the forward pass leaves for the backward pass on one device.
 
-    A layer's input is always stored. The policies "dots" and "none" also keep what has no name: every projection's
-    output, and "none" more.
+    A layer's input is always stored. The policies "dots" and "none" also keep what has no name: "dots" every
+    projection's output, "none" also the parts of norms, in float32, and of the activation function. Of these the
+    compiler keeps six of width D and four of width F a layer (tests/plan/test_search.py); counted are four and three.
 
     Args:
       where: "keep" for HBM, or "host".
@@ -145,15 +146,19 @@ def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, fl
         "layer_in": D, "attention_out": HN, "query": HN, "key_value": 2 * KN, "residual": D, "gate": F, "up": F,
     }  # fmt: skip
     places = {name: remat_decision(policy, name) for name in elements}
-    if policy in ("dots", "none"):
+    itemsize = jnp.dtype(config.compute.dtype).itemsize
+    if policy == "none":
+        elements |= {"norms": 4 * D * 4 // itemsize, "activation function": 3 * F}
+        places = dict.fromkeys(elements, "keep")
+    if policy == "dots":
         places = dict.fromkeys(elements, "keep") | {"attention_out": "recompute"}
     if places["layer_in"] == "recompute":
         places["layer_in"] = "keep"
-    size = jnp.dtype(config.compute.dtype).itemsize * model.num_hidden_layers
+    size = itemsize * model.num_hidden_layers
     cut = mesh.shape["tensor"]
     stream = cut if "tensor" in spec(mesh, ("residual_length",), (config.data.sequence_length,))[0] else 1
     return [
-        (name, size * elements[name] / (stream if name in ("layer_in", "residual") else cut))
+        (name, size * elements[name] / (stream if name in ("layer_in", "residual", "norms") else cut))
         for name, place in places.items()
         if place == where
     ]

@@ -1,9 +1,10 @@
 """Searches the best layout of a config's update on a slice by compiling promising ones in a bounded time.
 
-A layout is a mesh, a rematerialization policy and a number of microbatches. The best one is then refined: blocks of
-the attention kernels, chunks of the loss, more compiler options. Layouts are tried in the order of their analytic
-time; what cannot fit by its bounds, or cannot beat a compiled one, is skipped. Each compilation is a process of its
-own and leaves its plan in a cache.
+A layout is a mesh, a rematerialization policy and a number of microbatches. The config's own comes first, then the
+others by their analytic time, first those that fit if they exceed their bound as what was compiled does. What cannot
+fit by its bounds, or cannot beat a compiled one, is skipped. The best one is then refined: blocks of the attention
+kernels, chunks of the loss, more compiler options. Each compilation is a process of its own and leaves its plan in a
+cache.
 """
 
 import collections
@@ -13,6 +14,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import multiprocessing.connection
 import pathlib
@@ -27,6 +29,7 @@ import lemur_jax
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, replace, to_json
 from lemur_jax.models.remat import POLICIES
+from lemur_jax.parallel.mesh import AXES, mesh_shape
 from lemur_jax.plan import analytic
 from lemur_jax.plan.plan import GIB, Plan, plan
 from lemur_jax.plan.topologies import Slice, described_devices, find_slice
@@ -118,6 +121,13 @@ class SearchResult:
         return front
 
 
+def own_layout(config: RunConfig, tpu: Slice) -> Changes:
+    """The layout that the config has."""
+    shape = zip(AXES, mesh_shape(config.mesh, tpu.devices), strict=True)
+    mesh = {f"mesh.{axis}": size for axis, size in shape if axis != "expert"}
+    return {**mesh, "compute.remat": config.compute.remat, "train.microbatches": config.train.microbatches}
+
+
 def layouts(config: RunConfig, tpu: Slice) -> Iterator[Changes]:
     """Every possible mesh, policy and number of microbatches."""
     rows = config.train.batch_rows
@@ -135,9 +145,17 @@ def layouts(config: RunConfig, tpu: Slice) -> Iterator[Changes]:
 
 
 def candidates(config: RunConfig, tpu: Slice, result: SearchResult) -> list[Candidate]:
-    """The layouts that could fit, the most promising first; the others are counted in `result.pruned`."""
-    kept = []
-    for changes in layouts(config, tpu):
+    """The layouts that could fit, the config's own and then the most promising first.
+
+    The others are counted in `result.pruned`.
+    """
+    kept: list[Candidate] = []
+    try:
+        own = own_layout(config, tpu)
+    except UserError:  # it is for another slice
+        own = {}
+    others = (changes for changes in layouts(config, tpu) if changes != own)
+    for changes in filter(None, (own, *others)):
         try:
             bound = analytic.lower_bound(replace(config, changes), tpu)
         except UserError:
@@ -147,7 +165,7 @@ def candidates(config: RunConfig, tpu: Slice, result: SearchResult) -> list[Cand
             result.pruned["cannot fit by its shapes"] += 1
         else:
             kept.append(Candidate(changes=changes, bound=bound))
-    return sorted(kept, key=lambda each: (each.bound.serial_seconds, each.bound.bytes))
+    return sorted(kept, key=lambda each: (each.changes != own, each.bound.likely_seconds, each.bound.bytes))
 
 
 def search(
@@ -155,11 +173,13 @@ def search(
 ) -> SearchResult:
     """Compiles candidates until the time is over, all are done, or Ctrl-C; logs a line for each.
 
+    If nothing fits when the time is over, it continues until something does.
+
     Args:
       config: the base. Its mesh, remat and microbatches are replaced; its attention blocks, loss chunks and compiler
         options are where the search begins.
       topology, slices: as for `plan`.
-      minutes: total time; compilations that still run then are ended.
+      minutes: total time; compilations that still run then are ended, if something fits.
       processes: compilations at a time.
       cache: directory of finished plans, created if missing.
 
@@ -171,13 +191,15 @@ def search(
     described_devices(tpu)  # every compilation would fail without libtpu
     cache.mkdir(parents=True, exist_ok=True)
     result = SearchResult()
-    queue = _Queue(config, candidates(config, tpu, result), result, started + 60 * minutes * _LAYOUTS_FIRST)
+    queue = _Queue(config, tpu, candidates(config, tpu, result), result)
+    refine_at, end = started + 60 * minutes * _LAYOUTS_FIRST, started + 60 * minutes
     logger.info("%d candidates, %d dropped by their shapes", len(queue.layouts), sum(result.pruned.values()))
     # By the sentinel that says that a process has ended.
     running: dict[Any, tuple[Any, Candidate, pathlib.Path]] = {}
     try:
-        while time.monotonic() - started < 60 * minutes:
-            while len(running) < processes and (candidate := queue.next()):
+        while time.monotonic() < end or not result.best:
+            refine = time.monotonic() >= refine_at
+            while len(running) < processes and (candidate := queue.next(refine)):
                 wanted = replace(config, candidate.changes)
                 path = cache / f"{cache_key(wanted, topology, slices)}.json"
                 if path.exists():
@@ -227,14 +249,13 @@ def _finish(
 class _Queue:
     """The order in which candidates are compiled."""
 
-    def __init__(self, config: RunConfig, layouts: list[Candidate], result: SearchResult, refine_at: float):
-        """`refine_at`: `time.monotonic()` from which refinements of the best come before other layouts."""
-        self.config, self.layouts, self.result, self.refine_at = config, layouts, result, refine_at
+    def __init__(self, config: RunConfig, tpu: Slice, layouts: list[Candidate], result: SearchResult):
+        self.config, self.tpu, self.layouts, self.result = config, tpu, layouts, result
         self._refined: list[Changes] = []
 
-    def next(self) -> Candidate | None:
-        """The next candidate that is worth a compilation."""
-        if time.monotonic() < self.refine_at and (candidate := self._next_layout()):
+    def next(self, refine: bool) -> Candidate | None:
+        """The next candidate that is worth a compilation; with `refine`, first of those of the best."""
+        if not refine and (candidate := self._next_layout()):
             return candidate
         for candidate in refinements(self.result.best, self.config) if self.result.best else ():
             if candidate.changes not in self._refined:
@@ -244,12 +265,34 @@ class _Queue:
 
     def _next_layout(self) -> Candidate | None:
         while self.layouts:
-            candidate = self.layouts.pop(0)
+            candidate = next(filter(self._fits_likely, self.layouts), None)
+            candidate = candidate or min(self.layouts, key=self._likely_bytes)
+            self.layouts.remove(candidate)
             reason = _reason_to_skip(candidate, self.result)
             if not reason:
                 return candidate
             self.result.pruned[reason] += 1
         return None
+
+    def _fits_likely(self, candidate: Candidate) -> bool:
+        return self._likely_bytes(candidate) <= self.tpu.generation.hbm
+
+    def _likely_bytes(self, candidate: Candidate) -> float:
+        """The bound times what compiled programs need of theirs: those of the same policy, else all."""
+        ratios = [
+            (trial.changes["compute.remat"], _device_hbm(trial) / trial.bound.bytes)
+            for trial in self.result.trials
+            if trial.plan and trial.plan.hbm_bytes_per_chip
+        ]
+        alike = [ratio for remat, ratio in ratios if remat == candidate.changes["compute.remat"]]
+        known = alike or [ratio for _, ratio in ratios] or [1.0]
+        return candidate.bound.bytes * sum(known) / len(known)
+
+
+def _device_hbm(trial: Trial) -> float:
+    """HBM of a device, as in the bounds; a plan states that of a chip."""
+    assert trial.plan is not None
+    return trial.plan.hbm_bytes_per_chip * trial.plan.chips / math.prod(trial.plan.mesh.values())
 
 
 def refinements(best: Trial, config: RunConfig) -> Iterator[Candidate]:
@@ -270,7 +313,7 @@ def _reason_to_skip(candidate: Candidate, result: SearchResult) -> str:
     """Why a candidate need not be compiled; "" if it must be."""
     bound = candidate.bound
     for trial in result.trials:
-        smaller = trial.fits and trial.plan.hbm_bytes_per_chip <= bound.bytes
+        smaller = trial.fits and _device_hbm(trial) <= bound.bytes
         if smaller and trial.plan.step_seconds <= bound.seconds:
             return "cannot beat one that was compiled"
         # A refined trial has more keys: it may have failed because of the refinement.
