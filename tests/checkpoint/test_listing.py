@@ -3,23 +3,26 @@
 import os
 import time
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lemur_jax.checkpoint import listing, manager
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
-from tests.helpers.tiny import first_state, program_on
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "checkpoints"
-    state = first_state(program_on((1, 4, 1, 2)))
+    trees = [{"w": np.random.default_rng(seed).normal(size=(256, 256))} for seed in (0, 1)]
+    params, optimizer = jax.tree.map(jnp.float32, trees)
     with manager.Checkpoints(path) as checkpoints:
         for step, rows in ((3, 8), (6, 16)):
             config = {"train": {"batch_rows": rows, "steps": 9}, "seed": 1}
             metadata = manager.make_metadata(model={}, tokenizer_files={}, config=config)
-            checkpoints.save(step, state.params, state.optimizer, metadata)
+            checkpoints.save(step, params, optimizer, metadata)
     return path.parent
 
 

@@ -6,8 +6,10 @@ import os
 import resource
 import signal
 import threading
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -15,14 +17,14 @@ import pytest
 from lemur_jax.checkpoint import manager
 from lemur_jax.checkpoint.streaming import Streamed
 from lemur_jax.common.errors import UserError
-from tests.helpers.tiny import first_state, program_on
 
 METADATA = manager.make_metadata(model={}, tokenizer_files={})
 
 
 @pytest.fixture(scope="module")
 def state():
-    return first_state(program_on((1, 1, 1, 1)))
+    params = {"final_norm": jnp.ones(64), "w": jnp.arange(1 << 16, dtype=jnp.float32)}
+    return types.SimpleNamespace(params=params, optimizer=jax.tree.map(jnp.zeros_like, params))
 
 
 @pytest.fixture
@@ -51,10 +53,12 @@ def test_keeps_newest_every_fourth_and_the_best(state, tmp_path):
 
 def test_save_returns_before_the_files_are_there_and_the_arrays_may_be_overwritten(tmp_path, slow_storage):
     """The step is invisible until its files are there, and holds what was given, neither more nor less."""
-    program = program_on((1, 4, 1, 2))
-    state = first_state(program)
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+    sharding = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
+    leaf = jax.device_put(np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32), sharding)
+    abstract = {"w": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)}
     doubled = jax.jit(lambda trees: jax.tree.map(lambda leaf: leaf * 2, trees), donate_argnums=0)
-    trees = doubled({"params": state.params, "optimizer": state.optimizer})
+    trees = doubled({"params": {"w": leaf}, "optimizer": {"w": leaf + 1}})
     expected = jax.tree.map(lambda leaf: np.array(leaf, copy=True), trees)
     with manager.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, **trees, metadata=METADATA)
@@ -65,7 +69,7 @@ def test_save_returns_before_the_files_are_there_and_the_arrays_may_be_overwritt
         checkpoints.poll()  # does not wait
         slow_storage.set()
         checkpoints.wait()
-        found = checkpoints.restore(1, program.state.params, program.state.optimizer)
+        found = checkpoints.restore(1, abstract, abstract)
     jax.tree.map(np.testing.assert_array_equal, found, (expected["params"], expected["optimizer"]))
 
 

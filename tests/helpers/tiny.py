@@ -1,5 +1,6 @@
 """A tiny program, shared by tests."""
 
+import functools
 import math
 
 import jax
@@ -42,11 +43,18 @@ def program_on(mesh_shape, config=None, objective=None):
     return build(config, make_mesh(mesh_shape, devices), SOURCES, objective)
 
 
+@functools.cache
+def _first_params(model):
+    """Compiled once a model: most of the time of a test with a mesh of its own."""
+    init = jax.jit(decoder.init_params, static_argnums=0)
+    return jax.device_get(init(model, jax.random.key(0)))
+
+
 def first_state(program):
-    init = jax.jit(
-        lambda key: decoder.init_params(program.model, key), out_shardings=shardings_of(program.state.params)
-    )
-    return start(init(jax.random.key(0)), program.optimizer, program.state)
+    # A copy: a step may be given its memory.
+    fresh = jax.tree.map(np.copy, _first_params(program.model))
+    params = jax.device_put(fresh, shardings_of(program.state.params))
+    return start(params, program.optimizer, program.state)
 
 
 def placed(batch, program):
