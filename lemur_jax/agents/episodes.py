@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lemur_jax.agents import environments, intercode, mint, tools
+from lemur_jax.agents import environments, intercode, intercode_bash, mint, tools
 from lemur_jax.agents.environments import Environment, PythonEnvironment, Step
 from lemur_jax.agents.problems import humaneval
 from lemur_jax.common.errors import UserError
@@ -107,7 +107,7 @@ def open_environments(
     """Environments by kind.
 
     Args:
-      names: "python", "sql", "bash", "tools", "mint", "mint-SET" or "intercode-sql".
+      names: "python", "sql", "bash", "tools", "mint", "mint-SET", "intercode-sql" or "intercode-bash".
       limit: of each kind.
       data: MINT's or InterCode's.
       stack: keeps InterCode's database server.
@@ -122,16 +122,14 @@ def open_environments(
         "bash": environments.bash_environments,
         "tools": tools.tool_environments,
         "intercode-sql": lambda: intercode.open_sql(data, stack or contextlib.ExitStack()),
+        "intercode-bash": lambda: intercode_bash.open_bash(data),
         "mint": lambda: mint.open_mint(data, [], expert=expert),
         **{
             f"mint-{name}": functools.partial(mint.open_mint, data, [name], expert=expert)
             for name in mint.SETS
         },
     }
-    if "intercode-bash" in (names := list(names)):
-        raise UserError(
-            "InterCode-Bash needs the file systems that its Docker files make: they are not read yet"
-        )
+    names = list(names)
     for name in names:
         if name not in makers:
             raise UserError(f"unknown environment {name!r}: there are {', '.join(makers)}")
@@ -157,7 +155,8 @@ def success_by_turn(traces: Sequence[Trace], max_turns: int) -> list[float]:
 def paper_scores(traces: Iterable[Trace]) -> dict[str, float]:
     """Percent solved, by the row of the paper's Tables 4 to 7."""
     rows = {f"mint-{name}": f"M-{title}" for name, title in mint.PAPER_NAMES.items()} | {
-        "intercode-sql": "IC-SQL"
+        "intercode-sql": "IC-SQL",
+        "intercode-bash": "IC-Bash",
     }
     return {
         rows[kind]: 100 * sum(trace.solved_at is not None for trace in of_kind) / len(of_kind)

@@ -143,9 +143,11 @@ class InterCodeSql(Environment):
 
 
 def data_directory(data: str) -> pathlib.Path:
-    """The directory with `sql/spider/`; UserError if it is not there."""
+    """The directory with `sql/` and `nl2bash/`; UserError if it is not there."""
     for path in (pathlib.Path(data), pathlib.Path(data) / "data"):
-        if (path / "sql" / "spider" / "ic_spider_dev.json").exists():
+        if any(
+            (path / name).exists() for name in ("sql/spider/ic_spider_dev.json", "nl2bash/nl2bash_fs_1.json")
+        ):
             return path
     raise UserError(f"--data {data} has no sql/spider/ic_spider_dev.json of InterCode: {WHERE}")
 
@@ -161,25 +163,29 @@ def open_sql(data: str, stack: contextlib.ExitStack) -> list[InterCodeSql]:
     return sql_environments(root, stack.enter_context(server(root / "sql" / "spider" / "ic_spider_dbs.sql")))
 
 
-def recorded_sql(path: pathlib.Path) -> list[Recorded]:
-    """The episodes of a recorded run, whose code is in fenced blocks again; UserError for another file."""
+def recorded_run(path: pathlib.Path, kind: str) -> list[Recorded]:
+    """The episodes of a recorded run of "sql" or "bash", its code in fenced blocks; UserError for another file."""
     try:
         episodes = json.loads(path.read_text(encoding="utf-8")).values()
         return [
             Recorded(
-                id=f"intercode-sql/{episode['task_id']}",
+                id=f"intercode-{kind}/{_tree(episode)}{episode['task_id']}",
                 opening=episode["query"],
-                turns=list(map(_turn, history["actions"], map(str, history["observations"]))),
-                success=episode["summary"]["max_reward"] == 1,
+                turns=[
+                    (action if seen == NO_CODE else f"```{kind}\n{action}\n```", str(seen))
+                    for action, seen in zip(history["actions"], history["observations"], strict=True)
+                ],
+                success=episode["summary"]["max_reward"] >= 0.995,
                 failed=False,
             )
             for episode in episodes
-            if episode["environment"] == "ic_sql" and (history := episode["turn_history"])
+            if episode["environment"] == f"ic_{kind}" and (history := episode["turn_history"])
         ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a recorded run of InterCode-SQL ({error!r})") from error
+        raise UserError(f"{path} is not a recorded run of intercode-{kind} ({error!r})") from error
 
 
-def _turn(action: str, seen: str) -> tuple[str, str]:
-    """A recorded query in the block that the model wrote it in."""
-    return (action if seen == NO_CODE else f"```sql\n{action}\n```"), seen
+def _tree(episode: Mapping[str, Any]) -> str:
+    """The number of a Bash task's file tree, e.g. "2-"."""
+    found = re.search(r"nl2bash_fs_(\d)", episode["dataset"])
+    return f"{found[1]}-" if found else ""

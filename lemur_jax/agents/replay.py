@@ -9,7 +9,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
-from lemur_jax.agents import intercode, mint
+from lemur_jax.agents import intercode, intercode_bash, mint
 from lemur_jax.agents.environments import Environment
 from lemur_jax.agents.episodes import Trace, Turn
 from lemur_jax.agents.mint import Recorded
@@ -51,7 +51,7 @@ def replay_run(
     """Replays a recorded run by kind of environment.
 
     Args:
-      names: "mint", "mint-SET" or "intercode-sql".
+      names: "mint", "mint-SET", "intercode-sql" or "intercode-bash".
       path: a file or directory of MINT's outputs, or a file of InterCode's results.
       limit: of each kind.
       stack: keeps InterCode's database server.
@@ -60,16 +60,21 @@ def replay_run(
       UserError: data are missing, or the recorded run is of another protocol.
     """
     found = {}
-    if "intercode-sql" in names:
-        recorded = {"intercode-sql": intercode.recorded_sql(pathlib.Path(path))}
-        opened: Sequence[Environment] = intercode.open_sql(data, stack)
+    if names[0] in ("intercode-sql", "intercode-bash"):
+        kind = names[0].removeprefix("intercode-")
+        recorded = {names[0]: intercode.recorded_run(pathlib.Path(path), kind)}
+        opened: Sequence[Environment] = (
+            intercode.open_sql(data, stack) if kind == "sql" else intercode_bash.open_bash(data)
+        )
     elif all(name == "mint" or name.removeprefix("mint-") in mint.SETS for name in names):
         only = [] if "mint" in names else [name.removeprefix("mint-") for name in names]
         runs = mint.recorded_run(pathlib.Path(path), only)
         opened = mint.open_mint(data, list(runs), runs)
         recorded = {f"mint-{name}": run for name, run in runs.items()}
     else:
-        raise UserError(f"--replay needs --agents mint, mint-SET or intercode-sql, not {','.join(names)}")
+        raise UserError(
+            f"--replay needs --agents mint, mint-SET, intercode-sql or intercode-bash, not {','.join(names)}"
+        )
     for name, run in recorded.items():
         found[name] = replay(opened, run[:limit])
     return found

@@ -43,9 +43,9 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument(
         "--agents",
         default="",
-        help="python, sql, bash, tools, mint, mint-SET, intercode-sql, or verifiers:TASKSET",
+        help="python, sql, bash, tools, mint, mint-SET, intercode-sql, intercode-bash, or verifiers:TASKSET",
     )
-    sub.add_argument("--replay", default="", help="recorded run of MINT or InterCode-SQL instead of a model")
+    sub.add_argument("--replay", default="", help="recorded run of MINT or InterCode instead of a model")
     sub.add_argument("--batch", type=int, default=32, help="episodes at once (default 32)")
     sub.add_argument("--turns", type=int, default=5, help="turns of an episode at most (default 5)")
     sub.add_argument("--endpoint", default="", help="OpenAI-compatible URL of the agent, not the checkpoint")
@@ -77,7 +77,7 @@ def _eval(args) -> None:
     if needs_session and not args.checkpoint:
         raise UserError("name a --checkpoint; agents alone can have an --endpoint or a --replay instead")
     if args.replay and not args.agents:
-        raise UserError("--replay needs --agents mint, mint-SET or intercode-sql")
+        raise UserError("--replay needs --agents mint, mint-SET, intercode-sql or intercode-bash")
 
     def check(tokenizer) -> None:
         from lemur_jax.evals.benchmarks import check_tasks

@@ -1,11 +1,16 @@
-"""InterCode-SQL's reward, and the wording of errors."""
+"""InterCode: rewards, the wording of errors, a database server and a file tree."""
 
+import json
+import math
 import shutil
 
 import pytest
 
-from lemur_jax.agents.intercode import InterCodeSql, in_mysql_wording, recorded_sql, sql_reward
+from lemur_jax.agents.episodes import open_environments
+from lemur_jax.agents.intercode import InterCodeSql, in_mysql_wording, recorded_run, sql_reward
+from lemur_jax.agents.intercode_bash import bash_reward, changes, open_bash, similarity
 from lemur_jax.agents.mariadb import server
+from lemur_jax.agents.replay import replay
 from lemur_jax.common.errors import UserError
 
 
@@ -26,8 +31,8 @@ def test_errors_are_worded_as_mysqls():
 
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "run.json").write_text("[1]")
-    with pytest.raises(UserError, match="is not a recorded run of InterCode-SQL"):
-        recorded_sql(tmp_path / "run.json")
+    with pytest.raises(UserError, match="is not a recorded run of intercode-sql"):
+        recorded_run(tmp_path / "run.json", "sql")
 
 
 @pytest.mark.skipif(
@@ -62,3 +67,56 @@ def test_a_question_to_a_server_that_reads_alone_and_is_gone_afterwards(tmp_path
     assert "denied" in steps[1].observation
     assert (steps[2].observation, steps[2].reward) == ("[('b',), ('c',)]", 1)
     assert not socket.parent.exists()
+
+
+def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path):
+    gold = {"query": "Copy a.txt", "gold": "cp /testbed/a.txt /testbed/b.txt; ls /testbed"}
+    (tmp_path / "nl2bash").mkdir()
+    with pytest.raises(UserError, match="has no sql"):
+        open_environments(["intercode-bash"], data=str(tmp_path))
+    for number in range(1, 5):
+        (tmp_path / "nl2bash" / f"nl2bash_fs_{number}.json").write_text(json.dumps([gold]))
+    with pytest.raises(UserError, match=r"has no docker/bash_scripts/setup_nl2b_fs_1.sh"):
+        open_environments(["intercode-bash"], data=str(tmp_path))
+    scripts = tmp_path / "docker" / "bash_scripts"
+    scripts.mkdir(parents=True)
+    for number in range(1, 5):
+        (scripts / f"setup_nl2b_fs_{number}.sh").write_text(
+            "mkdir -p /testbed/sub && echo 1 > /testbed/a.txt"
+        )
+    environment, *_ = open_bash(str(tmp_path))
+    environment.reset()
+    commands = ["cd testbed", "cat b.txt", "echo 2 > b.txt", "cp a.txt b.txt; ls", "ls '"]
+    steps = [environment.step(f"```bash\n{command}\n```") for command in commands]
+    environment.close()
+    assert [step.reward for step in steps[:3]] == pytest.approx([0.39, 0.47, 0.34])
+    assert (steps[3].observation, steps[3].reward) == ("a.txt\nb.txt\nsub\n", 1)
+    assert "No such file" in steps[1].observation
+    run = tmp_path / "run.json"
+    history = {
+        "actions": ["ls /testbed", gold["gold"]],
+        "observations": ["a.txt\nsub\n", "a.txt\nb.txt\nsub\n"],
+    }
+    episode = {
+        "environment": "ic_bash",
+        "dataset": "nl2bash_fs_3.json",
+        "task_id": 0,
+        "query": "",
+        "turn_history": history,
+    }
+    run.write_text(json.dumps({"0": episode | {"summary": {"max_reward": 1.0}}}))
+    (replayed,) = replay(open_bash(str(tmp_path)), recorded_run(run, "bash"))
+    assert replayed.same_verdict
+    assert not replayed.different
+
+
+def test_the_reward_of_bash_counts_paths_contents_and_words():
+    assert similarity("a bb cc", "cc bb") == pytest.approx(1)
+    assert similarity("aa bb", "aa cc") == pytest.approx(1 / (1 + (1 + math.log(1.5)) ** 2))
+    assert (similarity("", ""), similarity("", "aa")) == (1, 0)
+    before = {"t/a": (0, "1"), "t/d/b": (0, "2")}
+    after = {"t/a": (0o111, "1"), "t/new/x.py": (0, "3"), "t/y.py": (0, "4")}
+    assert changes(before, after) == {("t/a", "M"), ("t/d/b", "D"), ("t/new/", "??"), ("t/y.py", "??")}
+    other = after | {"t/y.py": (0, "5")}
+    assert bash_reward(before, after, after, "x", "x") == 1
+    assert bash_reward(before, other, after, "x", "x") == pytest.approx(0.84, abs=0.01)

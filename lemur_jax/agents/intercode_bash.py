@@ -1,0 +1,156 @@
+"""InterCode-Bash (Yang et al. 2023): 200 tasks in four file trees, ten commands each, a reward after each."""
+
+import collections
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import stat
+import tempfile
+from collections.abc import Mapping
+
+from lemur_jax.agents.environments import Environment, Step, block
+from lemur_jax.agents.intercode import MAX_STEPS, WHERE, data_directory
+from lemur_jax.agents.problems import LIMITS
+from lemur_jax.agents.sandbox import remove_tree, run
+from lemur_jax.common.errors import UserError
+
+# Where the set-up scripts make their trees; in the sandbox they are in the box.
+_TREES = re.compile(r"(?<![\w./])/(testbed|system|workspace|backup)\b")
+Files = dict[str, tuple[int, str]]  # path -> (executable bits, digest or target)
+
+
+def bash_reward(before: Files, ours: Files, theirs: Files, seen: str, expected: str) -> float:
+    """0.01, and 0.33 each for the paths changed, the content of new files and the output of the last command."""
+    changed, wanted = changes(before, ours), changes(before, theirs)
+    reward = 0.01 + round(0.33 * (1 - math.erf(len(changed ^ wanted))), 2)
+    both = [path for path, kind in changed & wanted if kind == "??"]
+    # InterCode compares files with a dot in their path alone.
+    same = sum("." not in path or path.endswith("/") or ours[path][1] == theirs[path][1] for path in both)
+    reward += round(0.33 * same / len(both), 2) if both else 0.33
+    return round(reward + round(0.33 * similarity(seen, expected), 2), 2)
+
+
+def changes(before: Files, after: Files) -> set[tuple[str, str]]:
+    """(path, D, M or ??) as `git status --short`, which names a new directory alone."""
+    found = {(path, "D") for path in before.keys() - after.keys()}
+    found |= {(path, "M") for path in before.keys() & after.keys() if before[path] != after[path]}
+    known = {str(parent) for path in before for parent in pathlib.PurePath(path).parents}
+    for path in after.keys() - before.keys():
+        parents = [str(parent) for parent in reversed(pathlib.PurePath(path).parents)]
+        new = next((f"{parent}/" for parent in parents[1:] if parent not in known), path)
+        found.add((new, "??"))
+    return found
+
+
+def similarity(first: str, second: str) -> float:
+    """Cosine of the TF-IDF vectors of two texts (scikit-learn's defaults); without words, whether they are equal."""
+    counts = [collections.Counter(re.findall(r"\b\w\w+\b", text.lower())) for text in (first, second)]
+    words = counts[0] | counts[1]
+    if not words:
+        return float(first == second)
+    weight = {word: 1 + math.log(3 / (1 + sum(word in count for count in counts))) for word in words}
+    one, two = ({word: count[word] * weight[word] for word in words} for count in counts)
+    norm = math.hypot(*one.values()) * math.hypot(*two.values())
+    return sum(one[word] * two[word] for word in words) / norm if norm else 0.0
+
+
+class _World:
+    """A file tree in the sandbox; the box is its root."""
+
+    def __init__(self, setup: str):
+        self.box = pathlib.Path(tempfile.mkdtemp(prefix="lemur-bash-"))
+        self._root = run(["pwd"], directory=self.box, limits=LIMITS).output.strip()
+        self._place = "."
+        self._run(["/bin/bash", "-c", setup])
+
+    def _run(self, words: list[str]) -> tuple[str, bool]:
+        words = [_TREES.sub(rf"{self._root}/\1", word) for word in words]
+        result = run(["env", "-C", self._place, *words], directory=self.box, limits=LIMITS)
+        if result.timed_out:
+            return "Command timed out", False
+        return (result.output + result.errors).replace(f"{self._root}/", "/"), result.code == 0
+
+    def execute(self, command: str) -> tuple[str, bool]:
+        """What a command prints, and whether it succeeds. As in InterCode it is quoted once more, and cd persists."""
+        try:
+            words = shlex.split(f'/bin/bash -c "{command.strip()}"')
+        except ValueError:
+            return "Malformed command", False
+        if not command.startswith("cd "):
+            return self._run(words)
+        path = os.path.normpath(os.path.join("/", self._place, command[3:].strip())).lstrip("/") or "."
+        if there := (self.box / path).is_dir():
+            self._place = path
+        return ("" if there else f"/bin/bash: line 1: cd: /{path}: No such file or directory\n"), there
+
+    def files(self) -> Files:
+        found = {}
+        for directory, _, names in os.walk(self.box):
+            for name in names:
+                path = pathlib.Path(directory, name)
+                mode = path.lstat().st_mode
+                if stat.S_ISLNK(mode):
+                    found[str(path.relative_to(self.box))] = 0, os.readlink(path)
+                elif stat.S_ISREG(mode):
+                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                    found[str(path.relative_to(self.box))] = mode & 0o111, digest
+        return found
+
+
+class InterCodeBash(Environment):
+    """A task, solved with reward 1: the changes and the output of its solution."""
+
+    max_turns = MAX_STEPS
+
+    def __init__(self, id: str, task: Mapping[str, str], setup: str):
+        self.id = f"intercode-bash/{id}"
+        self._task, self._setup = task, setup
+        self._world: _World | None = None
+        self._steps = 0
+
+    def reset(self) -> str:
+        self.close()
+        self._steps = 0
+        solved = _World(self._setup)
+        self._before = solved.files()
+        self._expected, _ = solved.execute(self._task["gold"])
+        self._wanted = solved.files()
+        remove_tree(solved.box)
+        self._world = _World(self._setup)
+        return (
+            "Do a task with Bash commands, one in a ```bash block at a time. You see what it prints and a reward from 0"
+            f" to 1 for the state and the last output; you have {MAX_STEPS} commands.\nTask: {self._task['query']}"
+        )
+
+    def step(self, action: str) -> Step:
+        assert self._world is not None, "reset comes first"
+        self._steps += 1
+        seen, succeeded = self._world.execute(block(action, "bash", "sh", "shell"))
+        reward = bash_reward(self._before, self._world.files(), self._wanted, seen, self._expected)
+        verdict = "passed" if reward >= 1 else "wrong answer" if succeeded else "execution error"
+        return Step(observation=seen, verdict=verdict, reward=reward, done=self._steps >= MAX_STEPS)
+
+    def close(self) -> None:
+        if self._world is not None:
+            remove_tree(self._world.box)
+            self._world = None
+
+
+def open_bash(data: str) -> list[InterCodeBash]:
+    """The 200 environments; UserError if tasks or set-up scripts are missing."""
+    root, found = data_directory(data), []
+    for number in range(1, 5):
+        script = f"docker/bash_scripts/setup_nl2b_fs_{number}.sh"
+        setups = [path for path in (root / script, root.parent / script) if path.exists()]
+        if not setups:
+            raise UserError(
+                f"--data {data} has no {script}, which makes the files of InterCode-Bash: {WHERE}"
+            )
+        tasks = json.loads((root / "nl2bash" / f"nl2bash_fs_{number}.json").read_text(encoding="utf-8"))
+        setup = setups[0].read_text(encoding="utf-8")
+        found += [InterCodeBash(f"{number}-{index}", task, setup) for index, task in enumerate(tasks)]
+    return found
