@@ -40,13 +40,18 @@ class Compute:
     attention_blocks: tuple[int, int] = (0, 0)  # as in `models.splash.block_sizes`
     loss_chunk: int = 0  # positions whose logits exist at a time; 0: all at once
     mesh: Mesh | None = None  # shards activations; None: no sharding
+    compiler_options: tuple[str, ...] = ()  # `config.compute.compiler_options`
     frozen: bool = False  # weights have no gradient: adapters alone are trained
 
     @property
     def project(self) -> Projection:
         """The products with weights."""
         return Projection(
-            dtype=self.dtype, reduce_dtype=self.reduce_dtype, mesh=self.mesh, frozen=self.frozen
+            dtype=self.dtype,
+            reduce_dtype=self.reduce_dtype,
+            mesh=self.mesh,
+            options=self.compiler_options,
+            frozen=self.frozen,
         )
 
     @classmethod
@@ -59,6 +64,7 @@ class Compute:
             attention=options.attention,
             attention_blocks=(options.attention_blocks[0], options.attention_blocks[1]),
             loss_chunk=options.loss_chunk,
+            compiler_options=tuple(options.compiler_options),
             mesh=mesh,
         )
 

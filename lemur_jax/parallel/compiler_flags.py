@@ -67,6 +67,9 @@ def _read(text: str) -> tuple[str, bool | int | str]:
     return name, int(value) if value.lstrip("-").isdigit() else value
 
 
-def exchanges_gradients(device_kind: str) -> bool:
-    """Whether weight gradients are better reduced by all-to-alls: where those run beside the computation."""
-    return "xla_tpu_enable_async_all_to_all" in compiler_options(device_kind)
+def exchanges_gradients(device_kind: str, more: Sequence[str] = ()) -> bool:
+    """Whether weight gradients are reduced by all-to-alls: where those run beside the computation.
+
+    `more` is as for `compiler_options`: "xla_tpu_enable_async_all_to_all=false" chooses all-reduces.
+    """
+    return bool(compiler_options(device_kind, more).get("xla_tpu_enable_async_all_to_all"))

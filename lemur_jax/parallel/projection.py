@@ -48,6 +48,9 @@ class Projection:
     dtype: str = "float32"  # of activations and products
     reduce_dtype: str = ""  # of weight gradients in transit; "": `dtype`
     mesh: Mesh | None = None  # None: no sharding
+    options: tuple[
+        str, ...
+    ] = ()  # `config.compute.compiler_options`, which may choose how gradients are reduced
     frozen: bool = False  # weights have no gradient; only what is `Adapted` beside them has one
 
     def read(self, x: jax.Array, *products: tuple[str, nnx.Param]) -> tuple[jax.Array, ...]:
@@ -117,7 +120,7 @@ class Projection:
             return None
         dtype = self.reduce_dtype or self.dtype
         kind = self.mesh.devices.flat[0].device_kind
-        exchange = exchange and _fsdp_ways(self.mesh) > 1 and exchanges_gradients(kind)
+        exchange = exchange and _fsdp_ways(self.mesh) > 1 and exchanges_gradients(kind, self.options)
         by_hand = exchange or dtype != self.dtype or not self.on_tpu
         return Reduction(dtype, exchange) if by_hand else None
 

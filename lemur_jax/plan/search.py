@@ -52,6 +52,7 @@ REFINEMENTS: tuple[tuple[str, Any], ...] = (
     ("compute.attention_blocks", (0, 2048)),
     (OPTIONS, "xla_tpu_scheduler_percent_shared_memory_limit=110"),  # memory that the scheduler may plan with
     (OPTIONS, "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"),
+    (OPTIONS, "xla_tpu_enable_async_all_to_all=false"),  # gradients by all-reduces
 )
 # Share of the time for layouts alone; then the best one is refined, and then the other layouts follow.
 _LAYOUTS_FIRST = 0.5

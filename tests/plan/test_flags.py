@@ -25,6 +25,8 @@ def test_by_device_kind():
     assert exchanges_gradients("TPU v4")
     assert not exchanges_gradients("TPU v5 lite")  # "Async all-to-all not supported on limited ICI"
     assert not exchanges_gradients("cpu")
+    assert not exchanges_gradients("TPU v6 lite", ("xla_tpu_enable_async_all_to_all=false",))
+    assert exchanges_gradients("TPU v6 lite", ("xla_tpu_enable_async_all_gather=false",))
 
 
 def test_more_options_of_the_config():

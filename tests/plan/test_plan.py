@@ -131,6 +131,12 @@ def test_gradients_travel_in_the_dtype_of_the_config(tpu_compiler, narrow, tmp_p
     assert moved["all-to-all"] == pytest.approx(4 * (weights.attention + weights.mlp), rel=0.01)
 
 
+@pytest.mark.slow
+def test_an_option_chooses_all_reduces_of_gradients(tpu_compiler, narrow):
+    made = plan(narrow({"compute.compiler_options": ("xla_tpu_enable_async_all_to_all=false",)}), "v4-16")
+    assert not {row["kind"] for row in made.collectives} & {"all-to-all", "ragged-all-to-all"}
+
+
 def test_activations_are_cut_over_tensor_between_the_products(tpu_compiler, narrow):
     """On v4-8 as fsdp 1 x tensor 4: reduce-scatters and gathers of them, no all-reduce of their size."""
     options = narrow({"mesh.tensor": 4, "compute.remat": "full"}, num_key_value_heads=4)
