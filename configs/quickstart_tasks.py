@@ -3,6 +3,7 @@
     python_stdlib   code: the library's source files
     python_docs     prose: chapters of the language reference, as `help()` shows them, and docstrings
     python_chat     conversations: questions about modules, functions and chapters, answered from these
+    python_pairs    preferences: the first answer of each conversation, and as rejected that of the one before
 
 The documents depend on the version of Python alone. What distributions package separately (tests, tkinter and
 others) is left out, so that installing a package changes nothing.
@@ -306,6 +307,20 @@ def _messages(id: str, turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]
     return messages
 
 
+def pairs(split: str) -> Iterator[dict[str, str]]:
+    """Each first question with its own answer and, as rejected, with the answer of the conversation before."""
+    before = ""
+    for document in documents("python_chat", split):
+        messages = json.loads(document["messages"])
+        last = next(number for number, turn in enumerate(messages) if turn["role"] == "assistant")
+        chosen = messages[: last + 1]
+        answer = chosen[-1]["content"]
+        if before and before != answer:
+            rejected = [*chosen[:-1], {"role": "assistant", "content": before}]
+            yield {"id": document["id"], "preferences": json.dumps({"chosen": chosen, "rejected": rejected})}
+        before = answer
+
+
 def fingerprint() -> str:
     """Changes with the version of Python, with the library's files and with this one."""
     digest = hashlib.sha256(platform.python_version().encode() + Path(__file__).read_bytes())
@@ -322,3 +337,11 @@ for _name in CORPORA:
         splits=("train", "validation"),
         fingerprint=fingerprint,
     )
+
+add_generator(
+    "python_pairs",
+    pairs,
+    content="preferences",
+    splits=("train", "validation"),
+    fingerprint=fingerprint,
+)

@@ -115,6 +115,52 @@ def openai(row: Row) -> Messages:
     return _checked(messages)
 
 
+def preference(row: Row) -> dict[str, Messages]:
+    """TRL's preferences, and UltraFeedback as binarized for it: `chosen` and `rejected`, perhaps `prompt`.
+
+    Each is a text or a list of {"role", "content"}. The turns that both conversations share belong to the prompt: only
+    what follows is trained on.
+    """
+    chosen, rejected = (_turns(_get(row, side), "assistant") for side in ("chosen", "rejected"))
+    has_prompt = chosen[0]["role"] != "assistant" or not _has(row, "prompt")
+    prompt = [] if has_prompt else _turns(row["prompt"], "user")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    return {
+        "chosen": _answered([*prompt, *chosen[:shared]], chosen[shared:]),
+        "rejected": _answered([*prompt, *rejected[:shared]], rejected[shared:]),
+    }
+
+
+def ultrafeedback(row: Row) -> dict[str, Messages]:
+    """UltraFeedback: `instruction` and `completions` with `response` and `overall_score`: the best and the worst."""
+    prompt = _turns(_get(row, "instruction"), "user")
+    ranked = sorted(_list(row, "completions"), key=lambda each: float(_get(each, "overall_score")))
+    if len(ranked) < 2 or ranked[0]["overall_score"] == ranked[-1]["overall_score"]:
+        raise ValueError("no two completions of different scores")
+    worst, best = (_turns(_get(each, "response"), "assistant") for each in (ranked[0], ranked[-1]))
+    return {"chosen": _answered(prompt, best), "rejected": _answered(prompt, worst)}
+
+
+def labelled(row: Row) -> dict[str, Messages]:
+    """TRL's unpaired preferences, for KTO: `prompt`, `completion`, and a `label` that says whether it is desirable."""
+    prompt, completion = _turns(_get(row, "prompt"), "user"), _turns(_get(row, "completion"), "assistant")
+    return {"chosen" if _get(row, "label") else "rejected": _answered(prompt, completion)}
+
+
+def _turns(content: Any, role: str) -> Messages:
+    """A list of turns, or a text as one of `role`."""
+    if isinstance(content, str):
+        return [_message(role, content)]
+    return [_message(_get(turn, "role"), _parts(_get(turn, "content"))) for turn in content]
+
+
+def _answered(prompt: Messages, completion: Messages) -> Messages:
+    untrained = [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in prompt]
+    return _checked([*untrained, *completion])
+
+
 def _rank(reply: Row) -> float:
     rank = reply.get("rank")
     return float("inf") if rank is None else rank

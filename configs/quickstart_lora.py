@@ -1,0 +1,24 @@
+"""Quickstart, with an adapter: chat tuning of stage 3 continued by LoRA, the model's own weights frozen as int8.
+
+Data and hardware as `quickstart_chat.py`; the adapter has 6% of the model's parameters, and checkpoints hold it alone.
+
+    lemur train --config configs/quickstart_lora.py --workdir quickstart/runs/lora
+    lemur export-hf quickstart/runs/lora quickstart/hf/lora --adapter
+"""
+
+import quickstart_chat
+
+
+def get_config():
+    config = quickstart_chat.get_config()
+    config.init.checkpoint = "quickstart/runs/chat"
+    config.init.new_rows = "refuse"
+    config.adapter.rank = 8
+    config.adapter.alpha = 16.0
+    config.adapter.base_dtype = "int8"
+    config.train.steps = 60
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.final_learning_rate = 2e-4
+    config.optimizer.weight_decay = 0.0
+    config.checkpoint.every_steps = 30
+    return config

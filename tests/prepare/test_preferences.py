@@ -1,0 +1,90 @@
+"""Preferences from published rows to packed segments."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.data.config import DataConfig
+from lemur_jax.data.manifest import empty_manifest
+from lemur_jax.data.mixture import open_rows
+from lemur_jax.prepare.encoding import BadRecord, encode
+from lemur_jax.prepare.store_writer import StoreWriter
+from lemur_jax.text import conversation_formats
+from lemur_jax.text.chat_template import encode_chat
+
+USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (
+    ("user", "Sky?"), ("assistant", "Blue."), ("assistant", "Green, and so on.")))  # fmt: skip
+PAIR = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green, and so on."},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "Sky?", "chosen": [USER, GOOD], "rejected": [USER, BAD], "score_chosen": 8.0},
+    ],
+)
+def test_trl_and_ultrafeedback_rows(row):
+    assert conversation_formats.preference(row) == PAIR
+
+
+def test_shared_turns_are_not_trained_on():
+    turns = [USER, GOOD, USER]
+    pair = conversation_formats.preference({"chosen": [*turns, GOOD], "rejected": [*turns, BAD]})
+    assert [turn.get("train", True) for turn in pair["rejected"]] == [True, False, True, True]
+
+
+def test_scores_and_labels():
+    scored = [
+        {"response": GOOD["content"], "overall_score": 9},
+        {"response": BAD["content"], "overall_score": 2},
+    ]
+    assert conversation_formats.ultrafeedback({"instruction": "Sky?", "completions": scored}) == PAIR
+    with pytest.raises(ValueError, match="different scores"):
+        conversation_formats.ultrafeedback({"instruction": "Sky?", "completions": scored[:1] * 2})
+    row = {"prompt": "Sky?", "completion": BAD["content"], "label": False}
+    with_label = conversation_formats.labelled(row)
+    assert with_label == {"rejected": [USER, BAD]}
+
+
+@pytest.fixture
+def data(chat_tokenizer, tmp_path):
+    """A config of data with a store of a pair, an undesirable and a desirable conversation."""
+    records = [PAIR, {"rejected": PAIR["rejected"]}, {"chosen": PAIR["chosen"]}]
+    manifest = empty_manifest(
+        task="pairs", split="train", source="pairs", tokenizer_digest=chat_tokenizer.digest,
+        added_tokens=chat_tokenizer.added_tokens, vocab_size=chat_tokenizer.vocab_size, has_loss_mask=True,
+        preferences=True,
+    )  # fmt: skip
+    with StoreWriter(tmp_path / "pairs" / "train", manifest) as writer:
+        for number, record in enumerate(records):
+            found = encode(chat_tokenizer, {"preferences": json.dumps(record).encode()}, number)
+            writer.add(found.tokens, found.id, found.n_bytes, found.mask)
+    return DataConfig(stores=str(tmp_path), sequence_length=256)
+
+
+def test_conversations_are_segments_by_document_and_side(data, chat_tokenizer):
+    batch = {
+        key: each[0]
+        for key, each in open_rows(data, chat_tokenizer, "pairs", "train").read(np.array([0])).items()
+    }
+    assert np.unique(batch["segment_ids"]).tolist() == [0, 2, 3, 5, 6]
+    for segment, side in ((2, "chosen"), (3, "rejected"), (5, "rejected"), (6, "chosen")):
+        here = batch["segment_ids"] == segment
+        ids, mask = encode_chat(chat_tokenizer, PAIR[side])
+        assert batch["tokens"][here].tolist() == ids
+        assert batch["targets"][here].tolist() == [*ids[1:], 0]
+        assert batch["loss_weights"][here].tolist() == [*mask[1:], 0]
+        assert batch["positions"][here].tolist() == list(range(len(ids)))
+
+
+def test_what_cannot_be_used_is_said(data, chat_tokenizer):
+    with pytest.raises(UserError, match="must be 'fit'"):
+        open_rows(data, chat_tokenizer, "pairs", "train", "concat")
+    same = json.dumps({"chosen": PAIR["chosen"], "rejected": PAIR["chosen"]}).encode()
+    for content in (same, b"{}", b"[]"):
+        assert isinstance(encode(chat_tokenizer, {"preferences": content}, 0), BadRecord)
