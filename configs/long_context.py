@@ -1,5 +1,8 @@
 """Lemur's first stage on long rows: Llama-2-7B at 32,768 tokens, or Llama-3.1-8B at 131,072 with `:128k`.
 
+`:yarn32k` and then `:yarn128k` extend Llama-2-7B from its 4096 positions in two stages by YaRN (Peng et al. 2023):
+factors 8 and 32, 400 and 200 updates of 4,194,304 tokens, the second from the first one's result.
+
 Chosen here, not published: all but the rows' length as in `lemur_70b_pretrain.py`, 4,194,304 tokens an update, and for
 Llama-2, which was trained on 4096, the rotary base of Code Llama, 1,000,000 (Rozière et al. 2023).
 Hardware: TPU v5e-256, positions cut over `config.mesh.sequence`. `lemur plan` tells what it takes (docs/planner.md).
@@ -13,6 +16,12 @@ Hardware: TPU v5e-256, positions cut over `config.mesh.sequence`. `lemur plan` t
 import lemur_70b_pretrain
 
 from lemur_jax.models.presets import preset
+
+# factor of the length, updates, parameters to start from, devices of a row
+YARN = {
+    "yarn32k": (8, 400, "gs://BUCKET/llama2_7b", 4),
+    "yarn128k": (32, 200, "gs://BUCKET/runs/yarn32k", 16),
+}
 
 
 def get_config(arg: str = "32k"):
@@ -31,8 +40,21 @@ def get_config(arg: str = "32k"):
         config.init.checkpoint = "gs://BUCKET/llama2_7b"
         config.mesh.sequence = 4
         config.compute.remat = "attention"
+    elif arg in YARN:
+        factor, config.train.steps, config.init.checkpoint, config.mesh.sequence = YARN[arg]
+        model = preset(
+            "llama2_7b",
+            vocab_size=32_024,
+            max_position_embeddings=4096 * factor,
+            rope_scaling="yarn",
+            rope_factor=float(factor),
+            rope_original_max_position_embeddings=4096,
+        )
+        config.optimizer.learning_rate, config.optimizer.final_learning_rate = 2e-5, 2e-5
+        config.optimizer.warmup_steps = 20
+        config.compute.remat = "offload_full"
     else:
-        raise ValueError(f"{arg!r} is no length: write :32k or :128k")
+        raise ValueError(f"{arg!r} is no length: write :32k, :128k, :yarn32k or :yarn128k")
     config.model.update(model.to_dict())
     config.data.sequence_length = model.max_position_embeddings
     config.train.batch_rows = 4_194_304 // config.data.sequence_length

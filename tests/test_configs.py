@@ -5,6 +5,7 @@ import pathlib
 import jax
 import pytest
 
+from lemur_jax.common.errors import UserError
 from lemur_jax.config import default_config, load
 from lemur_jax.models.decoder import num_params
 from lemur_jax.models.presets import preset
@@ -29,6 +30,26 @@ def test_config_makes_a_program(path, monkeypatch):
     assert all(leaf.sharding is not None for leaf in jax.tree.leaves(program.state))
     text = path.read_text()
     assert f"lemur train --config configs/{path.name}" in text  # the exact command
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments"),
+    [
+        ("adapt_pretrain", ("qwen2.5_coder_7b", "qwen3_8b", "llama3.1_8b")),
+        ("adapt_chat", ("qwen2.5_coder_7b", "qwen3_8b", "llama3.1_8b")),
+        ("long_context", ("32k", "128k", "yarn32k", "yarn128k")),
+    ],
+)
+def test_models_and_lengths_of_a_config(file, arguments):
+    for argument in arguments:
+        config = load(f"{CONFIGS[0].parent / file}.py:{argument}")
+        assert config.data.sequence_length <= config.model.max_position_embeddings
+        if file != "adapt_chat":
+            assert config.train.batch_rows * config.data.sequence_length == 4_194_304
+        if "yarn" in argument:
+            assert config.model.max_position_embeddings == 4096 * config.model.rope_factor
+    with pytest.raises(UserError, match="nothing"):
+        load(f"{CONFIGS[0].parent / file}.py:nothing")
 
 
 def test_pretraining_has_the_recipes_numbers():

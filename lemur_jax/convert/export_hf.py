@@ -1,5 +1,6 @@
 """Our checkpoint -> Hugging Face directory that `transformers` opens without this package."""
 
+import itertools
 import json
 import logging
 import re
@@ -203,12 +204,14 @@ def _stream(
 
     # A chunk is always decoded whole: read as many layers as one holds.
     layers = int((array.chunk_layout.read_chunk.shape or (1,))[0] or 1) if weight.stacked else 1
-    groups = [weight.names[start : start + layers] for start in range(0, len(weight.names), layers)]
+    by_layer = weight.by_layer
+    groups = [by_layer[start : start + layers] for start in range(0, len(by_layer), layers)]
     cuts = [slice(number * layers, number * layers + len(group)) for number, group in enumerate(groups)]
     blocks = read_slices(array, cuts if weight.stacked else [...], f"{where}: parameter {weight.path}")
     with ThreadPoolExecutor(1) as pool:  # NumPy releases the GIL: digest and cast run side by side
         for names, block in zip(groups, blocks, strict=True):
-            for name, layer in zip(names, block if weight.stacked else (block,), strict=True):
-                yield name, convert(layer, name)
+            parts = block.reshape(-1, *weight.shape[len(weight.lead) :])
+            for name, part in zip(itertools.chain(*names), parts, strict=True):
+                yield name, convert(part, name)
     if digest.value != stored.digest:
         raise Damaged(f"{where}: parameter {weight.path} is damaged: it is not what was saved")

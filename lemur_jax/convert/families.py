@@ -15,6 +15,7 @@ Raw = dict[str, Any]  # a config.json
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Lists with one entry a layer are made before weights are read: a damaged config.json must not fill the memory.
 MAX_LAYERS = 10_000
+MAX_EXPERTS = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,13 +33,18 @@ class Family:
     activation: str = "hidden_act"  # its key
     bias: str = ""  # attention projections with a bias where `attention_bias` is true; "": it must be false
     mlp_bias: bool = False  # whether `mlp_bias` may be true
-    # Whether the window has to be switched on by `use_sliding_window`.
-    switched: bool = False
+    switched: bool = False  # whether the window has to be switched on by `use_sliding_window`
     # config.json -> kinds of the layers where `layer_types` is missing; None: no layer has a window.
     layer_kinds: Callable[[Raw, int], list[str]] | None = None
     local_theta: float = 0.0  # base of the rotary angles of layers with a window; 0: as in the others
     skips_rope: bool = False  # whether some layers have no rotary embedding
     scales_embedding: bool = False  # by the root of the width
+    experts: str = ""  # key of the number of experts; "": the mlp is not routed
+    expert_width: str = "intermediate_size"  # key of the width of an expert
+    normalized: bool = (
+        False  # whether the weights of a token's experts sum to 1 whatever `norm_topk_prob` says
+    )
+    text_of: str = ""  # `model_type` of multimodal models whose `text_config` is of this family
 
 
 def _integer(raw: Raw, key: str, default: int, least: int = 1) -> int:
@@ -122,6 +128,60 @@ FAMILIES = (
         switched=True,
         layer_kinds=_sliding_above,
     ),
+    # Fused projections are cut on import (`hf_weights.py`); an export is of the first family that says the same.
+    Family(
+        model_type="phi3",
+        architecture="Phi3ForCausalLM",
+        defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        layer_kinds=_all_sliding,
+    ),
+    Family(
+        model_type="mixtral",
+        architecture="MixtralForCausalLM",
+        defaults={
+            **_COMMON,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "max_position_embeddings": 131_072,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        layer_kinds=_all_sliding,
+        experts="num_local_experts",
+        normalized=True,
+    ),
+    Family(
+        model_type="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        defaults={
+            **_COMMON,
+            "max_position_embeddings": 32_768,
+            "sliding_window": 4096,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+        },
+        spec={"qk_norm": "head"},
+        bias="qkvo",
+        switched=True,
+        layer_kinds=_all_sliding,
+        experts="num_experts",
+        expert_width="moe_intermediate_size",
+    ),
+    Family(
+        model_type="olmoe",
+        architecture="OlmoeForCausalLM",
+        defaults={
+            **_COMMON,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+        spec={"qk_norm": "width"},
+        bias="qkvo",
+        experts="num_experts",
+    ),
     Family(
         model_type="smollm3",
         architecture="SmolLM3ForCausalLM",
@@ -158,13 +218,22 @@ FAMILIES = (
     Family(
         model_type="gemma3_text",
         architecture="Gemma3ForCausalLM",
-        defaults={**_GEMMA_DEFAULTS, "max_position_embeddings": 131_072, "rope_theta": 1_000_000.0},
+        defaults={
+            **_GEMMA_DEFAULTS,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 1_000_000.0,
+            "vocab_size": 262_208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        },
+        text_of="gemma3",
         layer_kinds=_full_every(6),
         local_theta=10_000.0,
         bias="qkvo",
         **_GEMMA | {"spec": {**_GEMMA["spec"], "qk_norm": "head"}},
     ),
 )
+TEXT_OF = {family.text_of: family for family in FAMILIES if family.text_of}
 BY_NAME = {family.model_type: family for family in FAMILIES}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -202,7 +271,25 @@ def spec_fields(family: Family, raw: Raw, layers: int, width: int, where: str) -
         fields["rope_local_theta"] = _local_theta(family, raw, where)
     if family.skips_rope:
         fields["rope_skip_every"] = _rope_skip_every(raw, layers, where)
+    if family.experts:
+        fields |= _experts(family, raw, where)
     return fields
+
+
+def _experts(family: Family, raw: Raw, where: str) -> dict[str, Any]:
+    for key, neutral in (("mlp_only_layers", []), ("decoder_sparse_step", 1), ("clip_qkv", None)):
+        if raw.get(key) not in (neutral, None):
+            raise UserError(f"{where}: {key} is {raw[key]!r:.100}; only {neutral!r} is implemented")
+    # transformers 5 writes `num_local_experts` for all.
+    count = _integer(raw, "num_local_experts" if "num_local_experts" in raw else family.experts, 0)
+    if count > MAX_EXPERTS:
+        raise UserError(f"{where}: {family.experts} is {count}; at most {MAX_EXPERTS} are possible")
+    return {
+        "num_experts": count,
+        "experts_per_token": _integer(raw, "num_experts_per_tok", 0),
+        "intermediate_size": _integer(raw, family.expert_width, 0),
+        "normalize_expert_weights": family.normalized or bool(raw.get("norm_topk_prob")),
+    }
 
 
 def _float(value: Any, key: str, where: str) -> float:
@@ -275,6 +362,7 @@ def config_keys(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
     Args:
       rope: `rope_theta` and `rope_scaling` as the other families have them.
     """
+    layers = range(config.num_hidden_layers)
     names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
     raw: Raw = {key: getattr(config, field) or None for key, field in family.keys.items()}
     if "query_pre_attn_scalar" in raw:
@@ -289,19 +377,19 @@ def config_keys(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
         if family.switched:
             raw["use_sliding_window"] = config.sliding_window > 0
         elif family.layer_kinds is not _all_sliding and not config.sliding_window:
-            raw["sliding_window"] = family.defaults[
-                "sliding_window"
-            ]  # null stops transformers, though no layer reads it
+            # null stops transformers, though no layer reads it
+            raw["sliding_window"] = family.defaults["sliding_window"]
         if family.layer_kinds is not _all_sliding:
-            kinds = [
-                FULL if config.attends_fully(layer) else SLIDING for layer in range(config.num_hidden_layers)
-            ]
-            raw["layer_types"] = kinds
+            raw["layer_types"] = [FULL if config.attends_fully(layer) else SLIDING for layer in layers]
     if family.skips_rope:
         every = config.rope_skip_every
-        raw["no_rope_layers"] = [
-            int(not every or (layer + 1) % every != 0) for layer in range(config.num_hidden_layers)
-        ]
+        raw["no_rope_layers"] = [int(not every or (layer + 1) % every != 0) for layer in layers]
+    if family.experts:
+        raw |= {family.experts: config.num_experts, "num_experts_per_tok": config.experts_per_token}
+        raw |= {
+            family.expert_width: config.intermediate_size,
+            "norm_topk_prob": config.normalize_expert_weights,
+        }
     if not family.local_theta:
         return raw | rope
     local = config.rope_local_theta or family.local_theta

@@ -54,15 +54,28 @@ def read_config(hf_dir: epath.PathLike) -> DecoderConfig:
     return from_hf(read_json(path), str(path))
 
 
+def _text_part(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The part of a multimodal model's `config.json` that is about text; others as they are."""
+    family = families.TEXT_OF.get(str(raw.get("model_type")))
+    if family is None:
+        return raw
+    text = raw.get("text_config")
+    if not isinstance(text, dict) or raw.get("quantization_config"):
+        raise UserError(f"{where}: a model of type {raw['model_type']} needs an unquantized text_config")
+    return {"model_type": family.model_type, **text}
+
+
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """`config.json` of transformers 4 or 5 as ours; UserError for what our model would compute differently."""
+    raw = _text_part(raw, where)
     _refuse_foreign(raw, where)
     family = families.BY_NAME[raw["model_type"]]
     fields: dict[str, Any] = {}
     for key in _REQUIRED:
-        if raw.get(key) is None:
+        value = raw.get(key, family.defaults.get(key))
+        if value is None:
             raise UserError(f"{where}: {key} is missing")
-        fields[key] = _number(raw[key], int, key, where)
+        fields[key] = _number(value, int, key, where)
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
     if raw.get("head_dim") is None and width % heads:
         raise UserError(f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")

@@ -1,6 +1,7 @@
 """The weights in a Hugging Face directory: listed and checked before any is read."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from lemur_jax.convert.safetensors import StoredTensor, brief, read_header
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.gguf_files import is_gguf
 
+logger = logging.getLogger(__name__)
 # A plain file name: no separators, no "..", no drive.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
@@ -39,7 +41,36 @@ class BinTensor:
         return self.tensor.detach().contiguous().view(bits).numpy().view(self.dtype)
 
 
-Tensor = StoredTensor | BinTensor | gguf.GgufTensor
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Some rows of a tensor that several projections share."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    whole: StoredTensor | BinTensor | gguf.GgufTensor
+
+    @property
+    def path(self) -> epath.Path:
+        return self.whole.path
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.whole.dtype
+
+    def read(self) -> np.ndarray:
+        return self.whole.read()[self.start : self.start + self.shape[0]]
+
+
+Tensor = StoredTensor | BinTensor | gguf.GgufTensor | Rows
+# Prefixes of the text part of a multimodal model and what they become, and of the parts that are left out.
+_TEXT = {"language_model.": "", "model.language_model.": "model."}
+_OTHER_PARTS = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
 
 
 def holds_weights(directory: epath.PathLike) -> bool:
@@ -135,6 +166,47 @@ def _read_bin(path: epath.Path) -> dict[str, Tensor]:
             name=name, path=path, dtype=DTYPES[code][0], shape=tuple(tensor.shape), tensor=tensor
         )
     return tensors
+
+
+def open_checked(config: DecoderConfig, hf_dir: epath.PathLike) -> dict[str, Tensor]:
+    """The tensors of this model by their names in `convert/layout.py`; UserError as `open_weights`, `check_weights`."""
+    tensors = _text_part(open_weights(hf_dir))
+    H, K, N = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    fused = {
+        "self_attn.qkv_proj.weight": {
+            "self_attn.q_proj": H * N,
+            "self_attn.k_proj": K * N,
+            "self_attn.v_proj": K * N,
+        },
+        "mlp.gate_up_proj.weight": dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), config.intermediate_size),
+    }
+    for ending, parts in fused.items():
+        for name in [name for name in tensors if name.endswith(ending)]:
+            whole: Any = tensors[name]
+            if whole.shape != (sum(parts.values()), config.hidden_size):
+                continue  # the check says so
+            del tensors[name]
+            start = 0
+            for part, rows in parts.items():
+                new = name.replace(ending, part + ".weight")
+                tensors[new] = Rows(name=new, shape=(rows, whole.shape[1]), start=start, whole=whole)
+                start += rows
+    check_weights(config, tensors, hf_dir)
+    return tensors
+
+
+def _text_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a language model, of a multimodal one without its other parts."""
+    prefix = next((each for each in _TEXT if any(name.startswith(each) for name in tensors)), None)
+    if prefix is None:
+        return tensors
+    left_out = sum(name.startswith(_OTHER_PARTS) for name in tensors)
+    logger.info("%d tensors that are not of the language model are left out", left_out)
+    return {
+        name.replace(prefix, _TEXT[prefix], 1) if name.startswith(prefix) else name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(_OTHER_PARTS)
+    }
 
 
 def check_weights(config: DecoderConfig, tensors: Mapping[str, Tensor], hf_dir: epath.PathLike) -> None:

@@ -17,7 +17,7 @@ from lemur_jax.convert import layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
 from lemur_jax.convert.hf_config import read_config, read_json
-from lemur_jax.convert.hf_weights import Tensor, check_weights, open_weights
+from lemur_jax.convert.hf_weights import Tensor, open_checked
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.gguf_files import is_gguf
@@ -63,8 +63,7 @@ def load_hf_params(
     """
     numpy_dtype(dtype)
     config = read_config(hf_dir)
-    tensors = open_weights(hf_dir)
-    check_weights(config, tensors, hf_dir)
+    tensors = open_checked(config, hf_dir)
     flat: dict[str, Any] = {}
     for weight in layout.weights(config):
         if shardings is None:
@@ -100,15 +99,19 @@ def _load(
     blocks = {
         block: np.empty([stop - start for start, stop in block], numpy_dtype(dtype)) for block in wanted
     }
-    for layer, name in enumerate(weight.names):
-        holders = [block for block in wanted if not weight.stacked or block[0][0] <= layer < block[0][1]]
+    lead = len(weight.lead)
+    for index, name in zip(np.ndindex(weight.lead), weight.names, strict=True):
+        holders = [
+            block
+            for block in wanted
+            if all(start <= i < stop for i, (start, stop) in zip(index, block[:lead], strict=True))
+        ]
         if holders:
             tensor = weight.from_hf(tensors[name].read())
         for block in holders:
-            target, within = blocks[block], block
-            if weight.stacked:
-                target, within = target[layer - block[0][0]], block[1:]
-            _fill(target, tensor[tuple(slice(*bounds) for bounds in within)], tensors[name])
+            place = tuple(i - start for i, (start, _) in zip(index, block[:lead], strict=True))
+            part = tensor[tuple(slice(*bounds) for bounds in block[lead:])]
+            _fill(blocks[block][(*place, ...)], part, tensors[name])
     return blocks
 
 
@@ -141,8 +144,7 @@ def import_hf(
     check_target(target, overwrite, lambda path: all(child.name == "0" for child in path.iterdir()))
     stored = read_config(source)
     config, files = change.apply(stored, hf_tokenizer_files(source), source)
-    tensors = open_weights(source)
-    check_weights(stored, tensors, source)
+    tensors = open_checked(stored, source)
     params = {weight.path: _stream(weight, tensors, dtype, change) for weight in layout.weights(config)}
     metadata = make_metadata(model=config.to_dict(), tokenizer_files=files)
     with staged(target) as directory:
@@ -154,15 +156,17 @@ def _stream(weight: layout.Weight, tensors: Mapping[str, Tensor], dtype: str, ch
     """One parameter, one layer at a time if it is stacked."""
 
     def read(number: int) -> np.ndarray:
-        name = weight.names[number]
-        tensor = tensors[name].read()
-        if name in layout.VOCABULARY:
-            tensor = change.resized(tensor, weight.hf_shape[0])
-        out = np.empty(weight.shape[1:] if weight.stacked else weight.shape, numpy_dtype(dtype))
-        _fill(out, weight.from_hf(tensor), tensors[name])
-        return out[None] if weight.stacked else out
+        shape = (1, *weight.shape[1:]) if weight.stacked else weight.shape
+        out = np.empty(shape, numpy_dtype(dtype))
+        targets = out.reshape(-1, *weight.shape[len(weight.lead) :])
+        for target, name in zip(targets, weight.by_layer[number], strict=True):
+            tensor = tensors[name].read()
+            if name in layout.VOCABULARY:
+                tensor = change.resized(tensor, weight.hf_shape[0])
+            _fill(target, weight.from_hf(tensor), tensors[name])
+        return out
 
-    return Streamed(shape=weight.shape, dtype=numpy_dtype(dtype), pieces=len(weight.names), read=read)
+    return Streamed(shape=weight.shape, dtype=numpy_dtype(dtype), pieces=len(weight.by_layer), read=read)
 
 
 def _fill(target: np.ndarray, source: np.ndarray, tensor: Tensor) -> None:

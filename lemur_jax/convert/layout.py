@@ -1,11 +1,12 @@
 """The table between our parameters and Hugging Face's tensors, read by import and export in opposite directions.
 
-Axes: V vocabulary, D model, L layers, H query heads, K key and value heads, N head width, F mlp. A Hugging Face
-dimension of two axes has both letters, outer first: `q_proj.weight` is [HN, D], our `query` [L, D, H, N]. Rows of q
-and k are not permuted: both sides rotate channel i with i + N/2.
+Axes: V vocabulary, D model, L layers, E experts, H query heads, K key and value heads, N head width, F mlp. A Hugging
+Face dimension of two axes has both letters, outer first: `q_proj.weight` is [HN, D], our `query` [L, D, H, N]. Rows of
+q and k are not permuted: both sides rotate channel i with i + N/2.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -39,6 +40,7 @@ TABLE: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("layers/mlp/gate_bias", "LF", _LAYER + "mlp.gate_proj.bias", ("F",)),
     ("layers/mlp/up_bias", "LF", _LAYER + "mlp.up_proj.bias", ("F",)),
     ("layers/mlp/down_bias", "LD", _LAYER + "mlp.down_proj.bias", ("D",)),
+    ("layers/mlp/router", "LDE", _LAYER + "mlp.gate.weight", ("E", "D")),
     ("layers/mlp_post_norm/scale", "LD", _LAYER + "post_feedforward_layernorm.weight", ("D",)),
     ("final_norm/scale", "D", "model.norm.weight", ("D",)),
     ("head/kernel", "DV", "lm_head.weight", ("V", "D")),
@@ -47,6 +49,17 @@ TABLE: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 _QK_NORM_BY_HEAD = {
     "layers/attention/query_norm/scale": ("LN", ("N",)),
     "layers/attention/key_norm/scale": ("LN", ("N",)),
+}
+# Rows that are different with experts. Those of models without norms of queries and keys have names of their own.
+_EXPERTS = {
+    "layers/mlp/gate": ("LEDF", _LAYER + "mlp.experts.{expert}.gate_proj.weight"),
+    "layers/mlp/up": ("LEDF", _LAYER + "mlp.experts.{expert}.up_proj.weight"),
+    "layers/mlp/down": ("LEFD", _LAYER + "mlp.experts.{expert}.down_proj.weight"),
+}
+_EXPERTS_WITHOUT_QK_NORM = {
+    "mlp.gate.": "block_sparse_moe.gate.",
+    "mlp.experts.": "block_sparse_moe.experts.",
+    **{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
 }
 _NORM_BEFORE_MLP = {"layers/mlp_norm/scale": _LAYER + "pre_feedforward_layernorm.weight"}
 
@@ -63,14 +76,25 @@ class Weight:
 
     path: str  # "/"-joined, in the parameter tree
     shape: tuple[int, ...]  # ours, with a leading L if stacked
-    names: tuple[str, ...]  # Hugging Face's tensors: one a layer if stacked, else one
+    names: tuple[str, ...]  # Hugging Face's tensors, one for each index of the leading axes
     hf_shape: tuple[int, ...]  # of each of them
-    stacked: bool  # whether our array has the leading axis L
+    lead: tuple[int, ...]  # sizes of our leading axes that have a tensor for each index: (), (L,) or (L, E)
     _split: tuple[int, ...]  # hf_shape with joined axes separated
     _order: tuple[int, ...]  # our axes as indices into `_split`
 
+    @property
+    def stacked(self) -> bool:
+        """Whether our array has the leading axis L."""
+        return bool(self.lead)
+
+    @property
+    def by_layer(self) -> list[tuple[str, ...]]:
+        """`names` of each layer; of a weight that is not stacked one tuple of its name."""
+        size = math.prod(self.lead[1:])
+        return [self.names[start : start + size] for start in range(0, len(self.names), size)]
+
     def from_hf(self, tensor: np.ndarray) -> np.ndarray:
-        """A tensor of `hf_shape` as a view of our shape for one layer, `shape` without L."""
+        """A tensor of `hf_shape` as a view of our shape for one index of the leading axes."""
         return tensor.reshape(self._split).transpose(self._order)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
@@ -82,7 +106,7 @@ def weights(config: DecoderConfig) -> tuple[Weight, ...]:
     """The rows of the table for this model: those of the parameters that it has."""
     sizes = dict(V=config.vocab_size, D=config.hidden_size, F=config.intermediate_size)
     sizes |= dict(H=config.num_attention_heads, K=config.num_key_value_heads, N=config.head_dim)
-    sizes["L"] = config.num_hidden_layers
+    sizes |= dict(L=config.num_hidden_layers, E=config.num_experts)
     present = flatten_dict(decoder.abstract_params(config), sep="/")
     rows = []
     for path, axes, name, hf_axes in TABLE:
@@ -92,15 +116,21 @@ def weights(config: DecoderConfig) -> tuple[Weight, ...]:
             axes, hf_axes = _QK_NORM_BY_HEAD.get(path, (axes, hf_axes))
         if config.norm_position == "both":
             name = _NORM_BEFORE_MLP.get(path, name)
-        split, ours, stacked = "".join(hf_axes), axes.removeprefix("L"), axes.startswith("L")
-        layers = range(config.num_hidden_layers if stacked else 1)
+        if config.num_experts:
+            axes, name = _EXPERTS.get(path, (axes, name))
+            if not config.qk_norm:
+                for usual, other in _EXPERTS_WITHOUT_QK_NORM.items():
+                    name = name.replace(usual, other) if "layers/mlp/" in path else name
+        split, lead = "".join(hf_axes), "LE" if axes.startswith("LE") else "L" if axes.startswith("L") else ""
+        ours = axes.removeprefix(lead)
+        each = itertools.product(*(range(sizes.get(axis, 1) if axis in lead else 1) for axis in "LE"))
         rows.append(
             Weight(
                 path=path,
                 shape=tuple(sizes[axis] for axis in axes),
-                names=tuple(name.format(layer=layer) for layer in layers),
+                names=tuple(name.format(layer=layer, expert=expert) for layer, expert in each),
                 hf_shape=tuple(math.prod(sizes[axis] for axis in joined) for joined in hf_axes),
-                stacked=stacked,
+                lead=tuple(sizes[axis] for axis in lead),
                 _split=tuple(sizes[axis] for axis in split),
                 _order=tuple(split.index(axis) for axis in ours),
             )

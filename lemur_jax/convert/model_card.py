@@ -28,7 +28,12 @@ def model_card(config: DecoderConfig, metadata: Mapping[str, Any], dtype: str, *
     facts = {
         "Parameters": f"{sum(math.prod(weight.shape) for weight in layout.weights(config)):,}",
         "Weights": dtype,
-        "Layers": f"{config.num_hidden_layers} of width {config.hidden_size}, mlp {config.intermediate_size}",
+        "Layers": f"{config.num_hidden_layers} of width {config.hidden_size}, mlp {config.intermediate_size}"
+        + (
+            f", {config.num_experts} experts, {config.experts_per_token} a token"
+            if config.num_experts
+            else ""
+        ),
         "Heads": f"{config.num_attention_heads} of width {config.head_dim},"
         f" {config.num_key_value_heads} for keys and values",
         "Vocabulary": f"{config.vocab_size:,}" + (", head tied" if config.tie_word_embeddings else ""),

@@ -10,7 +10,7 @@ from etils import epath
 from lemur_jax.checkpoint.manager import read_metadata, restore_params, tokenizer_files
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.hf_config import read_config, read_json
-from lemur_jax.convert.hf_weights import check_weights, holds_weights, open_weights
+from lemur_jax.convert.hf_weights import holds_weights, open_checked, open_weights
 from lemur_jax.convert.import_hf import hf_tokenizer_files, load_hf_params
 from lemur_jax.convert.peft import adapter_of, merge_into
 from lemur_jax.convert.vocabulary import AS_IT_IS
@@ -88,5 +88,5 @@ def _hugging_face(path: epath.PathLike, step: int | None) -> ModelSource:
         return load_hf_params(path, shardings, dtype.name, each)[1]
 
     model, files = AS_IT_IS.apply(read_config(path), hf_tokenizer_files(path), path)
-    check_weights(model, open_weights(path), path)
+    open_checked(model, path)
     return ModelSource(model=model, tokenizer_files=files, restore=restore)

@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import layout
-from lemur_jax.convert.hf_weights import check_weights, open_weights
+from lemur_jax.convert.hf_weights import open_checked
 from lemur_jax.convert.import_hf import load_hf_params
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.tokenizer import Tokenizer
@@ -29,8 +29,7 @@ def compare_tensors(
 
     Returns a line with the amount that was compared; a UserError names the first tensor that differs.
     """
-    written = open_weights(directory)
-    check_weights(config, written, directory)
+    written = open_checked(config, directory)
     count = size = 0
     for name, tensor in expected:
         found = written[name].read()

@@ -90,6 +90,9 @@ class DecoderConfig:
             raise UserError(f"model.head_dim is {self.head_dim}: rotary embedding needs an even one")
         for name, choices in CHOICES.items():
             require_one_of(f"model.{name}", getattr(self, name), choices)
+        longest = self.max_position_embeddings
+        within = f"at most model.max_position_embeddings {longest}"
+        require(self.sliding_window <= longest, "model.sliding_window", self.sliding_window, within)
         E, K = self.num_experts, self.experts_per_token
         most = f"1 to model.num_experts {E}, or both 0"
         require(1 <= K <= E or not (K or E), "model.experts_per_token", K, most)
