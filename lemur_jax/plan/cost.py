@@ -194,12 +194,13 @@ class Estimator:
 
     def _compute(self, each: hlo.Instruction, cost: Cost) -> float:
         """Adds a computing instruction; returns its seconds."""
-        kernel = kernels.cycles(each, self.chip)
-        seconds = (each.cycles if kernel is None else kernel) / self.chip.clock
+        kernel, grouped = kernels.cycles(each, self.chip), kernels.grouped_cycles(each, self.chip)
+        counted = (each.cycles if kernel is None else kernel) if grouped is None else grouped
+        seconds = counted / self.chip.clock
         if not seconds:
             return 0.0
         inner = {each.opcode, *(one.opcode for one in self.module.inside(each))}
-        matmul = inner & {"convolution", "dot"}
+        matmul = grouped is not None or inner & {"convolution", "dot"}
         cost.seconds += seconds
         cost.compute[ATTENTION if kernel is not None else MATMUL if matmul else OTHER] += seconds
         return seconds

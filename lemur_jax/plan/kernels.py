@@ -12,6 +12,7 @@ import re
 
 from lemur_jax.plan import hlo
 from lemur_jax.plan.topologies import Generation
+from lemur_jax.telemetry.flops import chip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,23 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("tpu7x", "fwd"): Kernel(blocks={512: 975}, step=100),
     ("tpu7x", "fused"): Kernel(blocks={1024: 5625}, step=100),
 }
+
+
+# Of the peak that grouped products reach, assumed: their tiles have 128 rows and end with their expert's.
+GROUPED_EFFICIENCY = 0.7
+
+
+def grouped_cycles(each: hlo.Instruction, generation: Generation) -> float | None:
+    """Cycles of a grouped product (`jax.lax.ragged_dot`) at an assumed share of the peak; None of others.
+
+    All rows of the buffer count; with a mesh axis `expert` some of them are empty in a run.
+    """
+    if each.opcode != "custom-call" or not each.name.startswith("ragged-dot-none"):
+        return None
+    listed = each.attributes.partition("operand_layout_constraints=")[2].partition("}, frontend_attributes")
+    left, right = [sizes for dtype, sizes in hlo.shapes(listed[0]) if dtype in ("bf16", "f32")][:2]
+    products = 2.0 * math.prod(left) * right[-1]
+    return products / (chip(generation.device_kind).flops_per_device * GROUPED_EFFICIENCY) * generation.clock
 
 
 def cycles(each: hlo.Instruction, generation: Generation) -> float | None:

@@ -3,6 +3,9 @@
 Rows of 640 tokens are longer than every window of these models.
 """
 
+import dataclasses
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +14,16 @@ import torch
 import transformers
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import load
 from lemur_jax.convert.export_hf import export_hf
-from lemur_jax.convert.hf_config import from_hf
+from lemur_jax.convert.hf_config import from_hf, to_hf
 from lemur_jax.convert.import_hf import import_hf, load_hf_params
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.session import make_session
 from lemur_jax.models.decoder import Compute, forward
 from lemur_jax.parallel.mesh import make_mesh
 
+ROOT = pathlib.Path(__file__).parents[2]
 T = 640
 SHAPE = dict(
     vocab_size=96,
@@ -204,3 +209,29 @@ def test_what_the_specification_cannot_say_is_refused(kind, changes, message):
     with pytest.raises(UserError, match=message) as error:
         from_hf({"model_type": kind, **shape, **on, **changes})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("argument", ["yarn32k", "yarn128k"])
+def test_yarn_config_has_the_perplexity_of_transformers(argument, tmp_path):
+    """At the last positions that the config extends the model to."""
+    yarn = load(f"{ROOT}/configs/long_context.py:{argument}").model
+    small = dataclasses.replace(yarn, **SHAPE, num_hidden_layers=2)
+    ids = tokens()
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**to_hf(small, dtype="float32", bos=None, eos=None, pad=0))
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    theirs.save_pretrained(tmp_path / "model")
+    config, params = load_hf_params(tmp_path / "model")
+    assert config == small
+    positions = np.broadcast_to(np.arange(T) + yarn.max_position_embeddings - T, ids.shape)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids), position_ids=torch.tensor(positions)).logits.numpy()
+    ours = forward(config, Compute(), params, jnp.asarray(ids), jnp.asarray(positions), jnp.ones_like(ids))
+    perplexity, plain = (
+        np.exp(-np.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], -1).mean())
+        for logits in (ours, expected)
+    )
+    np.testing.assert_allclose(perplexity, plain, rtol=1e-4)

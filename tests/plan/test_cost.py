@@ -130,6 +130,30 @@ def test_kernel_cycles_against_the_published_schedules():
     assert kernels.cycles(backward, topologies.GENERATIONS["v4"]) / 64 == pytest.approx(123_336, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("operands", "flops"),
+    [
+        ("bf16[65536,2048]{1,0}, bf16[32,2048,768]{2,1,0}", 2 * 65_536 * 2048 * 768),
+        (
+            "bf16[65536,2048]{1,0}, bf16[65536,768]{1,0}",
+            2 * 65_536 * 2048 * 768,
+        ),  # the gradient of the weights
+    ],
+)
+def test_grouped_products_take_the_time_of_their_flops(operands, flops):
+    each = hlo.Instruction(
+        name="ragged-dot-none.5",
+        opcode="custom-call",
+        shape="bf16[65536,768]{1,0}",
+        arguments="%a",
+        attributes=f", operand_layout_constraints={{s32[1]{{0}}, s32[33]{{0}}, {operands}}}, frontend_attributes={{}}",
+        root=False,
+    )
+    chip = topologies.GENERATIONS["v5p"]
+    seconds = kernels.grouped_cycles(each, chip) / chip.clock
+    assert seconds == pytest.approx(flops / 459e12 / kernels.GROUPED_EFFICIENCY)
+
+
 def test_a_collective_that_leaves_its_slice_is_charged_to_the_slow_network():
     groups = "replica_groups={{0,4},{1,5},{2,6},{3,7}}"
     text = f"""  %q = f32[8]{{0}} parameter(0)
