@@ -76,16 +76,18 @@ class _World:
 
     def execute(self, command: str) -> tuple[str, bool]:
         """What a command prints, and whether it succeeds. As in InterCode it is quoted once more, and cd persists."""
+        place = ""
+        if command.startswith("cd "):
+            place = os.path.normpath(os.path.join("/", self._place, command[3:].strip()))
+            command = f"cd {place}"
         try:
             words = shlex.split(f'/bin/bash -c "{command.strip()}"')
         except ValueError:
             return "Malformed command", False
-        if not command.startswith("cd "):
-            return self._run(words)
-        path = os.path.normpath(os.path.join("/", self._place, command[3:].strip())).lstrip("/") or "."
-        if there := (self.box / path).is_dir():
-            self._place = path
-        return ("" if there else f"/bin/bash: line 1: cd: /{path}: No such file or directory\n"), there
+        seen, succeeded = self._run(words)
+        if place and succeeded and (self.box / place.lstrip("/")).is_dir():
+            self._place = place.lstrip("/") or "."
+        return seen, succeeded
 
     def files(self) -> Files:
         found = {}

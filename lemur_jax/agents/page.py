@@ -3,7 +3,8 @@
 import collections
 from collections.abc import Mapping, Sequence
 
-from lemur_jax.agents.episodes import Trace, by_kind, failure, success_by_turn
+from lemur_jax.agents.episodes import Trace, by_kind, failure, paper_scores, success_by_turn
+from lemur_jax.evals.published import AGENT_MODELS, AGENTS
 from lemur_jax.report.charts import stacked_bars
 from lemur_jax.report.html import escape, html_page, html_table
 
@@ -17,21 +18,34 @@ def agents_page(traces: Sequence[Trace], turns: int, name: str) -> str:
       name: of the agent.
     """
     kinds = by_kind(traces)
+    solved = [trace for trace in traces if trace.solved_at]
+    failed = [trace for trace in traces if not trace.solved_at]
     head = ["environment", "episodes", *(f"turn {turn}" for turn in range(1, turns + 1))]
     rows = [
         [escape(kind), str(len(of)), *(f"{rate:.1f}" for rate in success_by_turn(of, turns))]
         for kind, of in kinds.items()
     ]
-    body = f"""<h1>Agent episodes of {escape(name)}</h1>
+    body = f"""<h1>{escape(name)}: {len(solved)} of {len(traces)} episodes solved</h1>
 <h2>Solved within this many turns, %</h2>
 {html_table(head, rows)}
 <h2>Episodes by the turn that solved them</h2>
 {_bars(kinds, turns)}
+{_paper(traces, name)}<h2>Solved episodes</h2>
+{"".join(map(_trace, solved))}
 <h2>Causes of failure</h2>
 {_failures(kinds)}
-<h2>Every episode</h2>
-{"".join(map(_trace, traces))}"""
+<h2>Other episodes</h2>
+{"".join(map(_trace, sorted(failed, key=lambda trace: failure(trace) or "")))}"""
     return html_page(f"Agents · {name}", body)
+
+
+def _paper(traces: Sequence[Trace], name: str) -> str:
+    rows = [
+        [row, *(f"{AGENTS[row][model]:.2f}" for model in AGENT_MODELS), f"{score:.2f}"]
+        for row, score in paper_scores(traces).items()
+    ]
+    table = html_table(["success, %", *AGENT_MODELS, escape(name)], rows)
+    return f"<h2>Beside the paper's Tables 4 to 7</h2>\n{table}\n" if rows else ""
 
 
 def _bars(kinds: Mapping[str, Sequence[Trace]], turns: int) -> str:
