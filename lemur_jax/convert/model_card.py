@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lemur_jax.common.sections import fill
+from lemur_jax.config import RunConfig
 from lemur_jax.convert import layout
 from lemur_jax.models.config import DecoderConfig
 
@@ -42,6 +44,7 @@ def model_card(config: DecoderConfig, metadata: Mapping[str, Any], dtype: str, *
         "Checkpoint step": f"{metadata['step']:,}",
     }
     if run := metadata.get("config"):
+        run = fill(RunConfig, run)  # of an older version it may lack keys
         data, train, optimizer = run["data"], run["train"], run["optimizer"]
         if sources := data["sources"]:  # reinforcement learning has none
             total = sum(source["share"] for source in sources.values())

@@ -9,7 +9,6 @@ from etils import epath
 from lemur_jax.data.budget import budget, format_budget
 from lemur_jax.data.manifest import describe_labels
 from lemur_jax.data.mixture import Mixture
-from lemur_jax.data.rows import FitRows
 from lemur_jax.data.store import TokenStore
 from lemur_jax.text.tokenizer import Tokenizer
 
@@ -75,7 +74,7 @@ def inspect_mixture(
     lines += ["", format_budget(budget(mixture, train_steps)), ""]
     for source in mixture.sources:
         padding = 1 - source.rows.tokens_per_row / source.rows.length
-        cut = source.rows.truncated if isinstance(source.rows, FitRows) else 0
+        cut = source.rows.truncated
         lines.append(
             f"{source.name}: {len(source.rows):,} rows, {padding:.2%} padding"
             + (f", {cut:,} documents longer than a row are cut" if cut else "")

@@ -29,11 +29,13 @@ class Rows(Protocol):
       store: what it is a view of.
       length: T.
       num_tokens: real (not padding) positions of all rows together.
+      truncated: documents that are cut at T.
     """
 
     store: TokenStore
     length: int
     num_tokens: int
+    truncated: int = 0
 
     def __len__(self) -> int: ...
 
@@ -106,7 +108,6 @@ class FitRows(Rows):
     preferences, document n = 1, 2, ... of a row is the segments 2 n (chosen) and 2 n + 1 (rejected).
 
     Attributes:
-      truncated: documents longer than T.
       without_targets: documents whose supervised tokens all lie beyond T.
 
     Raises:

@@ -7,6 +7,7 @@ from etils import epath
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import load
+from lemur_jax.parallel.mesh import parse_mesh
 from lemur_jax.report.runs import read_runs
 from lemur_jax.text.chat_template import encode_chat
 
@@ -38,7 +39,7 @@ def sample(
         stages = {"start": start} | stages
     answers = {}
     for name, checkpoint in stages.items():
-        session = load(checkpoint, {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}, "float32")
+        session = load(checkpoint, parse_mesh(""), "float32")
         tokenizer = session.need_tokenizer()
         ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
         asked = [[{"role": "user", "content": question}] for question in questions]

@@ -53,7 +53,7 @@ def open_held_out(data: DataConfig, options: EvalConfig, tokenizer: Tokenizer) -
     for task in options.tasks:
         rows = open_rows(data, tokenizer, task, "validation")
         chosen = chosen_rows(len(rows), options.max_rows)
-        is_whole = len(chosen) == len(rows) and not getattr(rows, "truncated", 0)
+        is_whole = len(chosen) == len(rows) and not rows.truncated
         num_bytes = rows.store.manifest.bytes if is_whole else count_bytes(rows, chosen, tokenizer)
         found.append(HeldOut(task=task, rows=rows, num_bytes=num_bytes))
     return found

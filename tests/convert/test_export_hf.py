@@ -293,3 +293,9 @@ def test_card_tells_of_the_training():
     assert "code 90.9%, text 9.1%" in card
     assert "| Learning rate | 4e-05 → 4e-06 |" in card
     assert "| Checkpoint step | 250 |" in card
+
+
+def test_the_card_of_a_run_whose_config_lacks_keys():
+    metadata = {"step": 3, "config": {"train": {"steps": 7}}}
+    card = model_card(preset("tiny"), metadata, "float32", chatml=False)
+    assert "| Updates planned | 7 |" in card

@@ -11,6 +11,7 @@ from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.session import load
+from lemur_jax.parallel.mesh import parse_mesh
 from lemur_jax.report.samples import MAX_NEW_TOKENS, SAMPLING, sample
 from lemur_jax.text.chat_template import encode_chat
 
@@ -32,7 +33,7 @@ def test_the_page_shows_what_the_checkpoint_says(chat_model, stages, tmp_path):
     section = text.partition("<h2>Samples</h2>")[2].partition("<h2>")[0]
     blocks = re.findall("<pre>(.*?)</pre>", section, re.DOTALL)
     shown = [html.unescape(re.sub("<[^>]*>", "", block)) for block in blocks]
-    session = load(run, {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}, "float32")
+    session = load(run, parse_mesh(""), "float32")
     tokenizer = session.need_tokenizer()
     ids = [tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
     ids.append(encode_chat(tokenizer, [{"role": "user", "content": QUESTION}], add_generation_prompt=True)[0])
