@@ -176,7 +176,6 @@ def recorded_run(path: pathlib.Path, kind: str) -> list[Recorded]:
                     for action, seen in zip(history["actions"], history["observations"], strict=True)
                 ],
                 success=episode["summary"]["max_reward"] >= 0.995,
-                failed=False,
             )
             for episode in episodes
             if episode["environment"] == f"ic_{kind}" and (history := episode["turn_history"])

@@ -70,14 +70,12 @@ class Recorded:
 
     Attributes:
       turns: (action, observation after it or None).
-      failed: whether the model, not the environment, ended it (e.g. its context was full).
     """
 
     id: str
     opening: str
     turns: Sequence[tuple[str, str | None]]
     success: bool
-    failed: bool
 
 
 def data_directory(data: str) -> pathlib.Path:
@@ -125,7 +123,7 @@ def _recorded(name: str, row: Mapping[str, Any]) -> Recorded:
                 turns[-1] = (turns[-1][0], message["content"])
             else:  # an empty action is not recorded
                 turns.append(("", message["content"]))
-        failed = state["terminate_reason"] == "error"
+        failed = state["terminate_reason"] == "error"  # of the model, e.g. its context was full
         if failed and turns and turns[-1][1] and turns[-1][1].startswith("Observation:\nAn error occurred."):
             turns.pop()
         return Recorded(
@@ -133,7 +131,6 @@ def _recorded(name: str, row: Mapping[str, Any]) -> Recorded:
             opening=opening["content"],
             turns=turns,
             success=state["success"],
-            failed=failed,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"a line of {name}'s results.jsonl is not an episode of MINT ({error!r})") from error

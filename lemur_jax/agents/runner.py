@@ -134,8 +134,3 @@ def _answers(
             found.append(None)
             error = error or failed
     return found, error
-
-
-def run_episode(environment: Environment, agent: Agent, *, max_turns: int) -> Trace:
-    """One episode."""
-    return run_episodes([environment], agent, max_turns=max_turns)[0]

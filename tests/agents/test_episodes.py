@@ -7,10 +7,10 @@ import pytest
 
 from lemur_jax.agents import environments, episodes
 from lemur_jax.agents.episodes import failure, format_episodes, success_by_turn, to_json
-from lemur_jax.agents.runner import Journal, run_episode, run_episodes
+from lemur_jax.agents.runner import Journal, run_episodes
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
-from tests.helpers.agents import scripted
+from tests.helpers.agents import run_episode, scripted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 

@@ -8,11 +8,10 @@ import pytest
 
 from lemur_jax.agents.episodes import failure
 from lemur_jax.agents.page import agents_page
-from lemur_jax.agents.runner import run_episode
 from lemur_jax.agents.tools import SHOP, TOOLS, schemas, tool_environments
 from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat
 from lemur_jax.text.conversation_formats import openai
-from tests.helpers.agents import scripted
+from tests.helpers.agents import run_episode, scripted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 

@@ -1,4 +1,6 @@
-"""An agent with a script."""
+"""An agent with a script, and one episode."""
+
+from lemur_jax.agents.runner import run_episodes
 
 
 def scripted(*answers):
@@ -12,3 +14,8 @@ def scripted(*answers):
 
     agent.seen = seen
     return agent
+
+
+def run_episode(environment, agent, *, max_turns):
+    """One episode."""
+    return run_episodes([environment], agent, max_turns=max_turns)[0]
