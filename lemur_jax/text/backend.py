@@ -12,7 +12,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import recovery_hint
-from lemur_jax.text import gguf_files, sentencepiece_model
+from lemur_jax.text import class_pipelines, gguf_files, sentencepiece_model
 
 # What makes up a tokenizer directory; any other file in it is left alone.
 FILE_NAMES = (
@@ -26,11 +26,25 @@ FILE_NAMES = (
 GENERATION_CONFIG = "generation_config.json"  # kept too: its `eos_token_id` names ids that end an answer
 T = TypeVar("T")
 
-# Model types for which transformers takes tokenizer.json as it is, although the class there is LlamaTokenizer.
+# Model types for which transformers takes another class than tokenizer_config.json names, and those that have one where
+# it names none.
+_AS_IT_IS = "PreTrainedTokenizerFast"
 _JSON_AS_IT_IS = (
-    *("mistral", "mixtral", "mistral3", "ministral", "ministral3"),
-    *("pixtral", "voxtral", "phi3", "llava"),
+    "mistral",
+    "mixtral",
+    "mistral3",
+    "ministral",
+    "ministral3",
+    "pixtral",
+    "voxtral",
+    "phi3",
+    "llava",
 )
+_CLASSES = {
+    **dict.fromkeys((*_JSON_AS_IT_IS, "olmo2", "olmo3", "granite"), _AS_IT_IS),
+    "qwen2": "Qwen2Tokenizer",
+}
+_DEFAULT_CLASSES = {"llama": "LlamaTokenizer", "qwen3": "Qwen2Tokenizer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +61,10 @@ class TokenizerFiles:
         for file in ("special_tokens_map.json", "tokenizer_config.json"):
             if file in self.files:
                 found |= self.parse(file, json_object)
-        return found
+        return {
+            **class_pipelines.NAMES.get(str(found.get("tokenizer_class")).removesuffix("Fast"), {}),
+            **found,
+        }
 
     @functools.cached_property
     def sentencepiece(self) -> bytes | None:
@@ -111,22 +128,6 @@ class TokenizerFiles:
         """sha256 (hex) of the vocabulary, whatever tokens are added to it."""
         what = [spec["model"], spec.get("normalizer"), spec.get("pre_tokenizer")]
         return hashlib.sha256(self.sentencepiece or json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-    def set_class_pipeline(self, spec: dict[str, Any]) -> None:
-        """Replaces all but the vocabulary where transformers' LlamaTokenizer does: for SentencePiece vocabularies."""
-        byte_level = '"ByteLevel"' in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
-        kind = str(self.config.get("tokenizer_class")).removesuffix("Fast")
-        if kind != "LlamaTokenizer" or byte_level or spec["model"].get("type") != "BPE":
-            return
-        legacy, prefix = self.config.get("legacy", False), self.config.get("add_prefix_space")
-        scheme = "never" if prefix is False else "always" if legacy else "first"
-        decoders = sentencepiece_model.DECODER["decoders"]
-        kept = {name: spec["model"][name] for name in ("type", "vocab", "merges")}
-        if "tokenizer.json" not in self.files:
-            kept["merges"] = sentencepiece_model.merges_by_id(spec["model"]["vocab"])
-        spec["model"] = {**kept, "fuse_unk": True, "byte_fallback": True}
-        spec["normalizer"], spec["pre_tokenizer"] = None, sentencepiece_model.metaspace(scheme)
-        spec["decoder"] = {"type": "Sequence", "decoders": decoders[:-1] if prefix is False else decoders}
 
     def added_tokens(self, spec: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Every added token with its flags, and its id where a file has it, in the order of transformers.
@@ -223,12 +224,12 @@ def _with_class(files: dict[str, bytes], model_config: epath.Path) -> dict[str, 
         model_type = json_object(model_config.read_bytes()).get("model_type")
     except (KeyError, OSError, ValueError):  # damaged ones are named where they are read
         return files
-    if model_type in _JSON_AS_IT_IS and str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    elif model_type == "llama" and "tokenizer_class" not in config:
-        config["tokenizer_class"] = "LlamaTokenizer"
-    else:
+    named = config.get("tokenizer_class")
+    kind = _CLASSES.get(model_type, named or _DEFAULT_CLASSES.get(model_type))
+    byte_level = b'"ByteLevel"' in files.get("tokenizer.json", b"")
+    if kind in (None, named) or (kind == "Qwen2Tokenizer" and not byte_level):
         return files
+    config["tokenizer_class"] = kind
     return {**files, "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2).encode()}
 
 

@@ -27,6 +27,7 @@ from lemur_jax.text.backend import (
     token_pattern,
     vocabulary,
 )
+from lemur_jax.text.class_pipelines import set_pipeline
 from lemur_jax.text.config import TokenizerConfig
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Tokenizer:
         self._source = source = TokenizerFiles(dict(files), name)
         spec = source.read_spec()
         self.digest = source.digest(spec)
-        source.set_class_pipeline(spec)
+        set_pipeline(spec, source.config, from_json="tokenizer.json" in files, name=name)
         vocab = vocabulary(spec)
         self.model_size = max(vocab.values(), default=-1) + 1
         added = source.added_tokens(spec)

@@ -13,8 +13,10 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import encode_chat
 from lemur_jax.text.tokenizer import Tokenizer
+from tests.helpers.documents import hard_texts
 
 MISTRAL = (
     "tokenizer.model.v1",
@@ -84,6 +86,69 @@ def test_ids_and_masks_are_those_of_transformers(kind, tmp_path_factory):
         assert encode_chat(ours, messages) == (expected["input_ids"], expected["assistant_masks"])
 
     check()
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+CLASSES = [
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
+    "GPTNeoXTokenizer",
+    "Qwen2Tokenizer",
+    "PreTrainedTokenizerFast",
+]
+
+
+def class_directory(kind, path, byte_level_dir, **options):
+    """A byte-level BPE whose tokenizer.json also splits digits, as SmolLM2's."""
+    spec = json.loads((byte_level_dir / "tokenizer.json").read_text())
+    size = max(spec["model"]["vocab"].values(), default=-1) + 1 + len(spec["added_tokens"])
+    for index, name in enumerate(("<|endoftext|>", "<|padding|>", "<|im_end|>")):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+        spec["added_tokens"].append({"id": size + index, "content": name, **flags})
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [DIGITS, spec["pre_tokenizer"]]}
+    (path / "tokenizer.json").write_text(json.dumps(spec))
+    names = {} if kind in CLASSES[:-1] else {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, **names, **options}))
+
+
+@pytest.mark.parametrize("options", [{}, {"add_prefix_space": True}, {"eos_token": "<|im_end|>"}], ids=str)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_classes_that_build_their_pipeline_in_code(kind, options, byte_level_dir, tmp_path, caplog):
+    class_directory(kind, tmp_path, byte_level_dir, **options)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE.replace("{{ bos_token }}", ""))
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (
+        len(theirs),
+        theirs.bos_token_id,
+        theirs.eos_token_id,
+    )
+    for text in [*hard_texts(150), "  12 345\n    6 a1b2", "e\u0301 \u212b"]:
+        if any(token in text for token in ours.control_tokens):
+            continue
+        assert ours.encode_prompt(text) == theirs(text)["input_ids"], text
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text)["input_ids"])
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text + "."}]
+        expected = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert encode_chat(ours, messages)[0] == expected["input_ids"]
+    assert ("splits text for" in caplog.text) == (kind != "PreTrainedTokenizerFast")
+
+
+def test_a_class_whose_pipeline_is_not_implemented_is_refused(byte_level_dir, tmp_path):
+    class_directory("RobertaTokenizerFast", tmp_path, byte_level_dir)
+    with pytest.raises(UserError, match="the pipeline of a RobertaTokenizer.*PreTrainedTokenizerFast"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "olmo2"])
+@pytest.mark.parametrize("kind", [None, "GPT2Tokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_the_class_beside_a_model(model_type, kind, byte_level_dir, tmp_path):
+    class_directory(kind, tmp_path, byte_level_dir, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*hard_texts(60), "  12 345\n    6 a1b2", "e\u0301 \u212b"]:
+        assert ours.encode_with_control_tokens(text) == theirs(text, add_special_tokens=False)["input_ids"], (
+            text
+        )
 
 
 def test_a_spelled_control_token_is_text(tmp_path):
