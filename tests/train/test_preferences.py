@@ -79,7 +79,7 @@ class Model:
         log_probs = self.log_probs.pop(0)
         zeros = log_probs.detach() * 0
         correct = types.SimpleNamespace(
-            log_probs=log_probs, entropy=zeros, mean_logits=zeros, loss=zeros.sum()
+            log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), loss=zeros.sum()
         )
         correct.accuracy = correct.num_correct_tokens = correct.num_tokens = zeros
         return correct
