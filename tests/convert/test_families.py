@@ -140,7 +140,10 @@ def test_an_export_is_the_same_model_bit_for_bit(model, tmp_path):
         assert (again(ids).logits - model(ids).logits).abs().max() <= 1e-4 * model(ids).logits.abs().max()
 
 
-GENERATED = ["mistral", "smollm3", "gemma2", "gemma3", "mixtral", "qwen3 moe", "olmoe", "phi3"]
+GENERATED = [
+    *("mistral", "smollm3", "gemma2", "gemma3", "mixtral"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3 moe", "olmoe", "phi3")),
+]
 
 
 @pytest.mark.parametrize("model", GENERATED, indirect=True)
