@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import json
+import logging
 import math
 import os
 import pathlib
@@ -18,6 +19,7 @@ from lemur_jax.agents.problems import LIMITS
 from lemur_jax.agents.sandbox import remove_tree, run
 from lemur_jax.common.errors import UserError
 
+logger = logging.getLogger(__name__)
 # Where the set-up scripts make their trees; in the sandbox they are in the box.
 _TREES = re.compile(r"(?<![\w./])/(testbed|system|workspace|backup)\b")
 Files = dict[str, tuple[int, str]]  # path -> (executable bits, digest or target)
@@ -121,6 +123,8 @@ class InterCodeBash(Environment):
         self._before = solved.files()
         self._expected, _ = solved.execute(self._task["gold"])
         self._wanted = solved.files()
+        if "command not found" in self._expected:  # an answer that fails alike would count as right
+            logger.warning("%s: its solution needs another program: %s", self.id, self._expected.strip())
         remove_tree(solved.box)
         self._world = _World(self._setup)
         return (

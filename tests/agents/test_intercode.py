@@ -8,7 +8,7 @@ import pytest
 
 from lemur_jax.agents.episodes import open_environments
 from lemur_jax.agents.intercode import InterCodeSql, in_mysql_wording, recorded_run, sql_reward
-from lemur_jax.agents.intercode_bash import bash_reward, changes, open_bash, similarity
+from lemur_jax.agents.intercode_bash import InterCodeBash, bash_reward, changes, open_bash, similarity
 from lemur_jax.agents.mariadb import server
 from lemur_jax.agents.replay import replay
 from lemur_jax.common.errors import UserError
@@ -69,7 +69,7 @@ def test_a_question_to_a_server_that_reads_alone_and_is_gone_afterwards(tmp_path
     assert not socket.parent.exists()
 
 
-def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path):
+def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
     gold = {"query": "Copy a.txt", "gold": "cp /testbed/a.txt /testbed/b.txt; ls /testbed"}
     (tmp_path / "nl2bash").mkdir()
     with pytest.raises(UserError, match="has no sql"):
@@ -108,6 +108,14 @@ def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path):
     (replayed,) = replay(open_bash(str(tmp_path)), recorded_run(run, "bash"))
     assert replayed.same_verdict
     assert not replayed.different
+    assert not caplog.text
+    lacking = InterCodeBash("4-0", {"query": "", "gold": "lemur-nowhere"}, "")
+    lacking.reset()
+    lacking.close()
+    assert (
+        "its solution needs another program: /bin/bash: line 1: lemur-nowhere: command not found"
+        in caplog.text
+    )
 
 
 def test_the_reward_of_bash_counts_paths_contents_and_words():
