@@ -45,7 +45,7 @@ def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
         "--checkpoint",
         required=required,
         default="",
-        help="checkpoint directory, workdir or Hugging Face directory",
+        help="checkpoint directory, workdir, Hugging Face directory or ORG/NAME[@REVISION]",
     )
     sub.add_argument("--step", type=int, help="default: the newest")
     sub.add_argument("--mesh", default="", help="e.g. fsdp=4,tensor=2; default: all devices fsdp")

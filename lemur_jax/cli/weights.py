@@ -16,7 +16,9 @@ def add_verbs(verbs: Verbs) -> None:
         "make a checkpoint of a Hugging Face directory or a GGUF file",
         "lemur import-hf quickstart/smollm2/base quickstart/smollm2/imported",
     )
-    sub.add_argument("hf_dir", help="directory with config.json and safetensors, or a GGUF file")
+    sub.add_argument(
+        "hf_dir", help="directory with config.json and safetensors, GGUF file, or ORG/NAME[@REVISION]"
+    )
     sub.add_argument("checkpoint", help="checkpoint directory to make")
     _add_options(sub, dtype="float32")
 
@@ -65,15 +67,17 @@ def _change(args):
 def _import_hf(args) -> None:
     start_jax(args)
     from lemur_jax.cluster import coordination
+    from lemur_jax.common.hub import local_model
     from lemur_jax.convert.import_hf import hf_tokenizer_files, import_hf
 
     if coordination.process()[1] > 1:
         raise UserError("import-hf works on one host: run it on one alone, any mesh can read what it makes")
     _keep_freed_memory()
     change = _change(args)
-    model = import_hf(args.hf_dir, args.checkpoint, dtype=args.dtype, overwrite=args.overwrite, change=change)
+    source = local_model(args.hf_dir)
+    model = import_hf(source, args.checkpoint, dtype=args.dtype, overwrite=args.overwrite, change=change)
     print(_done(args.checkpoint, model, args.dtype))
-    if not hf_tokenizer_files(args.hf_dir):
+    if not hf_tokenizer_files(source):
         print(f"without a tokenizer: {args.hf_dir} has none")
 
 

@@ -9,6 +9,7 @@ from etils import epath
 
 from lemur_jax.checkpoint.manager import read_metadata, restore_params, tokenizer_files
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.hub import local_model
 from lemur_jax.convert.hf_config import read_config, read_json
 from lemur_jax.convert.hf_weights import holds_weights, open_checked, open_weights
 from lemur_jax.convert.import_hf import hf_tokenizer_files, load_hf_params
@@ -31,11 +32,12 @@ class ModelSource:
 
 
 def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
-    """Opens a checkpoint directory, a workdir (None: its newest step) or a Hugging Face directory, local or gs://.
+    """Opens a checkpoint directory, a workdir (None: its newest step) or a Hugging Face model: local, gs://, ORG/NAME.
 
     Raises:
       UserError: neither or both are there, or a Hugging Face directory is damaged or was asked for a step.
     """
+    path = local_model(path)
     directory = epath.Path(path)
     weights, checkpoints = holds_weights(path), (directory / "checkpoints").exists()
     if weights and checkpoints:

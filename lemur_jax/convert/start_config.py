@@ -6,6 +6,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.hub import local_model
 from lemur_jax.config import default_config
 from lemur_jax.convert.hf_weights import holds_weights
 from lemur_jax.convert.source import open_source
@@ -15,7 +16,7 @@ def config_from_checkpoint(path: epath.PathLike) -> ConfigDict:
     """A config to change, with what `path` defines: `model`, `tokenizer.path` and `init.checkpoint`.
 
     Args:
-      path: a Hugging Face directory, a run's workdir or a checkpoint; local or gs://.
+      path: a Hugging Face directory, a run's workdir or a checkpoint, local or gs://, or ORG/NAME[@REVISION].
 
     Raises:
       UserError: there is no model at `path`, or its tokenizer is no longer where its run found it.
@@ -24,7 +25,7 @@ def config_from_checkpoint(path: epath.PathLike) -> ConfigDict:
     config = default_config(source.model.to_dict())
     config.init.checkpoint = os.fspath(path)
     tokenizer = os.fspath(path)
-    if not holds_weights(path):
+    if not holds_weights(local_model(path)):
         tokenizer = source.run_config["tokenizer"]["path"] if source.run_config else ""
         if not tokenizer or not epath.Path(tokenizer).exists():
             raise UserError(

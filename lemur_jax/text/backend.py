@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.common.hub import local_model
 from lemur_jax.common.paths import recovery_hint
 from lemur_jax.text import class_pipelines, gguf_files, sentencepiece_model
 
@@ -199,6 +200,7 @@ class TokenizerFiles:
 
 def read_files(path: epath.PathLike) -> dict[str, bytes]:
     """The tokenizer files that exist in a directory, and its `generation_config.json`; or those of a GGUF file."""
+    path = local_model(path)
     if gguf_files.is_gguf(path):
         return gguf_files.tokenizer_files(path)
     directory = epath.Path(path)
