@@ -43,7 +43,7 @@ def test_a_model_of_the_hub_is_downloaded_once_and_other_names_are_one_line(chat
     assert codes == [0, 0, 2, 2, 2]
     assert (tokenizer, checkpoint) == ("org/chat@v1", "org/chat@v1")
     assert directory.endswith(SHA)
-    weights = [path for method, path in requests if method == "GET" and path.endswith(".safetensors")]
+    weights = [path for method, path, _ in requests if method == "GET" and path.endswith(".safetensors")]
     assert len(weights) == 2  # the first broke off; the cache answers all later ones
     errors = [line for line in done.stderr.splitlines() if line.startswith("lemur import-hf: ")]
     assert "org/chat has no revision v9" in errors[0]
