@@ -95,8 +95,8 @@ def browse(tmp_path, text, check, mode=1) -> dict:
 
 @pytest.fixture
 def page(stages, tmp_path):
-    prompts, answers = ["def f(x):"], [["    return x" * 40]] * 3
-    path = write_report(stages, tmp_path / "report.html", prompts=prompts, answers=answers)
+    answers = {stage.name: ["    return x" * 40] for stage in stages}
+    path = write_report(stages, tmp_path / "report.html", prompts=["def f(x):"], answers=answers)
     # `eval`, which the page itself forbids, reaches the functions of its script.
     return path.read_text(encoding="utf-8").replace(
         "script-src 'unsafe-inline'", "script-src 'unsafe-inline' 'unsafe-eval'"
