@@ -23,7 +23,7 @@ def test_config_makes_a_program(path, monkeypatch):
         return default_config(preset("tiny", max_position_embeddings=512))
 
     monkeypatch.setattr("lemur_jax.config_from_checkpoint", tiny)  # its model is downloaded
-    one_device = path.stem.startswith(("smollm2", "llama3_lora"))  # and here are eight
+    one_device = path.stem.startswith(("smollm2", "llama3_lora", "quickstart_dpo"))  # and here are eight
     rows = ["--config.train.batch_rows=8", "--config.train.microbatches=1"] if one_device else []
     config = load(str(path), rows)
     program = build(config, make_mesh(config.mesh), len(config.data.sources))
