@@ -84,15 +84,23 @@ def tokenizer_files(path: epath.PathLike) -> dict[str, bytes]:
     Byte-level BPE becomes `tokenizer.json`, a SentencePiece BPE `tokenizer.model` too.
 
     Raises:
-      UserError: a kind of tokenizer, or a way to split text, that is not supported.
+      UserError: a kind of tokenizer, or a way to split text, that is not supported; damaged arrays.
     """
+    data = metadata(path, "tokenizer.ggml.")
+    template = metadata(path, "tokenizer.chat_template").get("")
+    try:
+        return _files(path, data, template) if "model" in data else {}
+    except UserError:
+        raise
+    except Exception as error:  # of other types and lengths than the format has
+        reason = reason_of(error)[:200]
+        raise UserError(f"{path}: its tokenizer is damaged ({reason}): bring the file again") from error
+
+
+def _files(path: epath.PathLike, data: Mapping[str, Any], template: str | None) -> dict[str, bytes]:
     # `tokenizer_files` imports `backend`, which imports this module.
     from lemur_jax.text.tokenizer_files import make_files
 
-    data = metadata(path, "tokenizer.ggml.")
-    template = metadata(path, "tokenizer.chat_template").get("")
-    if "model" not in data:
-        return {}
     kind, tokens = data["model"], data.get("tokens", [])
     _check(path, data)
     names = {

@@ -10,7 +10,7 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.backend import content_of
 from lemur_jax.text.chat_template import CHATML_TEMPLATE, CHATML_TOKENS
-from lemur_jax.text.sentencepiece_model import added_token, convert
+from lemur_jax.text.sentencepiece_model import added_token, convert, post_processor
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 
 
@@ -112,7 +112,7 @@ def revise(
         tokenizer_json=_without(tokenizer.files()["tokenizer.json"], dropped) if model is None else None,
         added_tokens=kept | {token: size + index for index, token in enumerate(new)},
         chat_template=chat_template or old,
-        config=_config_without(tokenizer.config, dropped),
+        config=_config_without(tokenizer.config, dropped) | {"add_bos_token": bool(tokenizer.begin_ids)},
     )
     if stops := [index for index in tokenizer.generation_stop_ids if index < keep]:
         made[GENERATION_CONFIG] = _dump({"eos_token_id": stops})
@@ -182,6 +182,8 @@ def make_files(
         defaults["pad_token"] = "<pad>"
     given = {key: value for key, value in (config or {}).items() if value is not None}
     settings = {key: value for key, value in (defaults | given | forced).items() if value is not None}
+    if model is not None and not settings["add_bos_token"]:
+        spec["post_processor"] = post_processor(None)
     settings["added_tokens_decoder"] = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in spec["added_tokens"]

@@ -160,6 +160,26 @@ def test_byte_level_tokenizer(byte_level_dir, tmp_path, pre):
                 assert ours.encode(text) == original.encode(text)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"tokens": [1, 2]}, {"tokens": ["a"] * 3}, {"bos_token_id": 10**6}, {"scores": [0.5]}, {"pre": ["x"]}],
+)
+def test_damaged_arrays_of_a_tokenizer_are_one_line(tokenizer_dir, tmp_path, changes):
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString((tokenizer_dir / "tokenizer.model").read_bytes())
+    pieces = [piece.piece for piece in proto.pieces]
+    data = dict(model="llama", tokens=pieces, scores=[piece.score for piece in proto.pieces])
+    data |= dict(bos_token_id=1, eos_token_id=2, unknown_token_id=0, add_bos_token=False)
+    types = [piece.type for piece in proto.pieces]
+    assert write_tokenizer(tmp_path / "whole.gguf", data, types).encode_prompt("a") != []
+    if "pre" in changes:
+        changes = changes | {"model": "gpt2"}
+    with pytest.raises(UserError, match="its tokenizer is damaged|can be imported"):
+        write_tokenizer(tmp_path / "damaged.gguf", data | changes, types)
+    assert write_tokenizer(tmp_path / "whole.gguf", data, types).begin_ids == []
+
+
 def test_sentencepiece_tokenizer(tokenizer_dir, tmp_path):
     from sentencepiece import sentencepiece_model_pb2
 
