@@ -93,5 +93,5 @@ def test_integers_and_scales_are_those_of_the_definition(trained):
 def test_without_qwix(trained, monkeypatch):
     config, params, _ = trained
     monkeypatch.setitem(sys.modules, "qwix", None)
-    with pytest.raises(UserError, match="needs qwix"):
+    with pytest.raises(UserError, match="int8 weights need qwix"):
         quantize(config, mesh_of(""), params)
