@@ -36,6 +36,22 @@ def read_pieces(model: bytes) -> list[str]:
     return [piece.piece for piece in pieces]
 
 
+def _check_convertible(proto: Any, unused: int) -> None:
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if (
+        trainer.model_type != trainer.BPE
+        or not trainer.byte_fallback
+        or normalizer.precompiled_charsmap
+        or normalizer.remove_extra_whitespaces
+        or not normalizer.add_dummy_prefix
+        or any(piece.type == unused for piece in proto.pieces)
+    ):
+        raise UserError(
+            "tokenizer.model is not a SentencePiece BPE in Llama's manner (byte fallback, identity"
+            " normalization, dummy prefix): tokenizer.json cannot be made from it"
+        )
+
+
 def convert(model: bytes, prepend_scheme: str = "first") -> dict[str, Any]:
     """`tokenizer.json` with the ids of a SentencePiece BPE model, and under `names` its special tokens by their use.
 
@@ -49,20 +65,8 @@ def convert(model: bytes, prepend_scheme: str = "first") -> dict[str, Any]:
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    if (
-        trainer.model_type != trainer.BPE
-        or not trainer.byte_fallback
-        or normalizer.precompiled_charsmap
-        or normalizer.remove_extra_whitespaces
-        or not normalizer.add_dummy_prefix
-        or any(piece.type == kinds.UNUSED for piece in proto.pieces)
-    ):
-        raise UserError(
-            "tokenizer.model is not a SentencePiece BPE in Llama's manner (byte fallback, identity"
-            " normalization, dummy prefix): tokenizer.json cannot be made from it"
-        )
+    kinds, trainer = sentencepiece_model_pb2.ModelProto.SentencePiece, proto.trainer_spec
+    _check_convertible(proto, kinds.UNUSED)
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
     splits = ((piece, piece[:cut], piece[cut:]) for piece in scores for cut in range(1, len(piece)))
