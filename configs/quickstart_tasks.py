@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import platform
+import random
 import re
 import sysconfig
 import textwrap
@@ -31,6 +32,7 @@ from typing import NamedTuple, TypeVar
 
 from lemur_jax.prepare.fields import is_held_out
 from lemur_jax.prepare.tasks import add_generator
+from lemur_jax.rl.games import tasks
 
 VALIDATION_SHARE = 0.1  # of the modules and chapters
 # A training document that shares this many consecutive lines with a held-out one is left out.
@@ -345,3 +347,21 @@ add_generator(
     splits=("train", "validation"),
     fingerprint=fingerprint,
 )
+
+
+def corridor_play(split: str) -> Iterator[dict[str, str]]:
+    """Conversations of random legal play: "left" or "right" at every turn, whatever the lamp."""
+    for number, game in enumerate(tasks("corridor")[split != "train"] * 8):
+        rng = random.Random(number)
+        messages = [{"role": "user", "content": game.reset()}]
+        for _ in range(game.max_turns):
+            move = rng.choice(["left", "right"])
+            messages.append({"role": "assistant", "content": move})
+            step = game.step(move)
+            messages.append({"role": "user", "content": step.observation})
+            if step.reward:
+                break
+        yield {"id": f"{game.id}/{number}", "messages": json.dumps(messages[:-1])}
+
+
+add_generator("corridor_play", corridor_play, content="messages", splits=("train", "validation"))

@@ -27,6 +27,7 @@ from lemur_jax.data.config import DataConfig
 from lemur_jax.models.config import AdapterConfig, ComputeConfig, DecoderConfig
 from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.prepare.config import PrepareConfig
+from lemur_jax.rl.config import RlConfig
 from lemur_jax.telemetry.config import LogConfig
 from lemur_jax.text.config import TokenizerConfig
 from lemur_jax.train.config import (
@@ -65,6 +66,7 @@ class RunConfig:
     prepare: PrepareConfig = field(default_factory=PrepareConfig)  # how the token stores are made
     train: TrainConfig = field(default_factory=TrainConfig)  # updates and batch
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # optimizer and learning rate
+    rl: RlConfig = field(default_factory=RlConfig)  # episodes and rewards of `lemur rl`
     spikes: SpikesConfig = field(default_factory=SpikesConfig)  # updates that are skipped
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)  # preference losses
     adapter: AdapterConfig = field(default_factory=AdapterConfig)  # low-rank adapters

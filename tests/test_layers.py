@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "lemur_jax"
 # Top to bottom, as in docs/architecture.md. Rooms on one floor may use each other's public names.
 FLOORS = [
     {"cli", "__main__"},
-    {"train", "sweep", "plan", "infer", "evals", "agents", "convert", "report"},
+    {"train", "sweep", "plan", "infer", "evals", "agents", "convert", "report", "rl"},
     {"checkpoint", "telemetry"},
     {"models", "prepare"},
     {"data"},

@@ -1,4 +1,4 @@
-"""Runs: `train`, `sweep`, `doctor`, `checkpoints`, `report`."""
+"""Runs: `train`, `rl`, `sweep`, `doctor`, `checkpoints`, `report`."""
 
 import os
 
@@ -7,7 +7,7 @@ from lemur_jax.common.errors import UserError
 
 
 def add_verbs(verbs: Verbs) -> None:
-    for add in (_add_train, _add_sweep, _add_doctor, _add_checkpoints, _add_report):
+    for add in (_add_train, _add_rl, _add_sweep, _add_doctor, _add_checkpoints, _add_report):
         add(verbs)
 
 
@@ -31,6 +31,22 @@ def _add_train(verbs: Verbs) -> None:
         "--extend",
         action="store_true",
         help="continue the run of WORKDIR with more steps, another learning rate, or other stages of the mixture",
+    )
+    add_devices(sub)
+
+
+def _add_rl(verbs: Verbs) -> None:
+    sub = add_verb(
+        verbs,
+        "rl",
+        _rl,
+        "train a chat model by reinforcement in environments, or resume",
+        "lemur rl --config configs/quickstart_rl.py --workdir quickstart/runs/rl",
+    )
+    add_config(sub)
+    sub.add_argument("--workdir", required=True, help="directory of the run, local or gs://")
+    sub.add_argument(
+        "--extend", action="store_true", help="continue the run with more steps or another learning rate"
     )
     add_devices(sub)
 
@@ -131,6 +147,20 @@ def _train(args) -> int:
     if os.environ.get("LEMUR_RELAUNCH") == "1" and not finished(config, args.workdir):
         return TRY_AGAIN
     return 0
+
+
+def _rl(args) -> int:
+    from lemur_jax.config import load
+
+    config = load(args.config, args.overrides)
+    start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
+    from lemur_jax.cluster.exit import TRY_AGAIN
+    from lemur_jax.cluster.watchdog import host_watchdog
+    from lemur_jax.rl.run import rl
+
+    with host_watchdog(config.hosts.lost_seconds):
+        stopped = rl(config, args.workdir, extend=args.extend)
+    return TRY_AGAIN if stopped and os.environ.get("LEMUR_RELAUNCH") == "1" else 0
 
 
 def _sweep(args) -> int:

@@ -68,12 +68,14 @@ class Engine:
       session: whose parameters are read at each step; another one of the same model and mesh may take its place.
       rows: sequences at a time; 0: `ROWS` for each way in which the mesh shards rows.
       slots: most tokens of the cache for each way, all rows together, unless one row needs more.
+      length: tokens that every row takes from the start; longer requests wait until the rows are made longer.
     """
 
-    def __init__(self, session: Session, rows: int = 0, slots: int = SLOTS):
+    def __init__(self, session: Session, rows: int = 0, slots: int = SLOTS, length: int = 0):
         self.session = session
         ways = row_ways(session)
         self._most_rows, self._most_slots = -(-(rows or ROWS * ways) // ways) * ways, slots * ways
+        self._length = length
         self._waiting: collections.deque[Request] = collections.deque()
         self._shape = (0, 0, 0)  # B, S, J
         self._ready = np.zeros(0, bool)  # rows whose prompts are read
@@ -132,12 +134,8 @@ class Engine:
     def _resize(self) -> None:
         """Makes the rows, none of which is in use, long enough for all that wait."""
         ways, (_, S, J) = row_ways(self.session), self._shape
-        S = max(
-            S,
-            padded_length(
-                self.session, max(2 * chunk_length(self.session), *(one.length for one in self._waiting))
-            ),
-        )
+        wanted = max(self._length, *(one.length for one in self._waiting), 2 * chunk_length(self.session))
+        S = max(S, padded_length(self.session, wanted))
         J = max(J, 4, *(bucket(len(one.stop_ids)) for one in self._waiting))
         B = max(ways, min(self._most_rows, self._most_slots // S) // ways * ways)
         if self._shape != (B, S, J):

@@ -19,7 +19,7 @@ from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig, to_json
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.loader import Loader
-from lemur_jax.data.mixture import Mixture, open_mixture
+from lemur_jax.data.mixture import open_mixture
 from lemur_jax.models.decoder import num_params
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
@@ -33,7 +33,7 @@ from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.saves import Save, Saves, due
 from lemur_jax.train.spikes import too_many_skips
 from lemur_jax.train.state import TrainState
-from lemur_jax.train.steplog import StepLog
+from lemur_jax.train.steplog import BatchSource, StepLog
 from lemur_jax.train.workdir import check_changes, claim, config_changes
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,11 @@ class Inputs:
     """What the config names, opened: nothing is written yet, and no state is made."""
 
     tokenizer: Tokenizer
-    mixture: Mixture
+    mixture: BatchSource
     held_out: Sequence[HeldOut]
     program: step.Program
+    loader: Loader | Any  # of the mixture; has `iterate` and `batch`
+    plan: str = ""  # how much of the data will be read, for a person
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ def train(
     build: Callable[..., step.Program] = step.build,
     profile: range = range(0),
     extend: bool = False,
+    open_inputs: Callable[..., "Inputs"] | None = None,
 ) -> bool:
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
@@ -80,6 +83,7 @@ def train(
       build: makes the program; several runs of one process may share one (`sweep/runner.py`).
       profile: steps of which every host writes a trace to `WORKDIR/profile`.
       extend: accept a config that differs from the run's in what may change from its newest step on.
+      open_inputs: (config, build) -> Inputs; default the mixture of `config.data`.
 
     Returns:
       Whether a request to stop came: no other work should start.
@@ -89,7 +93,7 @@ def train(
     """
     began, started = time.perf_counter(), time.time()
     check_steps(profile, config.train.steps)
-    inputs = open_inputs(config, build)
+    inputs = (open_inputs or open_data)(config, build)
     workdir, values = epath.Path(workdir), to_json(config)
     changes = config_changes(values, workdir, extend=extend)
     with contextlib.ExitStack() as stack:
@@ -126,7 +130,7 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
     """Updates `first` to the last one, with saves and evaluations between them; whether it was told to stop."""
     config, saves, evaluations, log, stop = run.config, run.saves, run.evaluations, run.log, run.stop
     program, done = run.inputs.program, first
-    loader = Loader(run.inputs.mixture, batch_sharding(program.mesh))
+    loader = run.inputs.loader
     batches = () if stop.asked else log.waiting(loader.iterate(first, config.train.steps))
     for number, batch in trace_steps(batches, profile, profile_path, finish=log.flush):
         state, metrics = program.step(state, batch)
@@ -164,7 +168,7 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
     return stop.asked
 
 
-def open_inputs(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
+def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
     """Tokenizer, data and program.
 
     Raises:
@@ -180,14 +184,22 @@ def open_inputs(config: RunConfig, build: Callable[..., step.Program]) -> Inputs
                 " preferences"
             )
     held_out = open_held_out(config.data, config.eval, tokenizer)
-    check_budget(budget(mixture, config.train.steps))
+    reading = budget(mixture, config.train.steps)
+    check_budget(reading)
     program = build(config, mesh, num_sources=len(mixture.sources))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} tokens, config.model.vocab_size is"
             f" {config.model.vocab_size}: it must be at least as large"
         )
-    return Inputs(tokenizer=tokenizer, mixture=mixture, held_out=held_out, program=program)
+    return Inputs(
+        tokenizer=tokenizer,
+        mixture=mixture,
+        held_out=held_out,
+        program=program,
+        loader=Loader(mixture, batch_sharding(program.mesh)),
+        plan=format_budget(reading),
+    )
 
 
 def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
@@ -257,7 +269,7 @@ def describe(inputs: Inputs, steps: int, first: int, profile: range) -> str:
     mesh, mixture = inputs.program.mesh, inputs.mixture
     axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     parameters = num_params(inputs.program.model) / 1e6
-    lines = [format_budget(budget(mixture, steps))]
+    lines = [inputs.plan] if inputs.plan else []
     lines.append(
         f"{f'resuming at step {first}' if first else 'starting'}: {parameters:,.1f}M parameters,"
         f" {mesh.size} {mesh.devices.flat[0].platform} devices ({axes}),"

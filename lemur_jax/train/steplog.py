@@ -8,8 +8,8 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator
-from typing import Any, TypeVar
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -17,7 +17,6 @@ import numpy as np
 from lemur_jax.cluster import coordination
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.progress import Progress
-from lemur_jax.data.mixture import Mixture
 from lemur_jax.telemetry.flops import chip, mfu, train_flops_per_token
 from lemur_jax.telemetry.goodput import time_record
 from lemur_jax.telemetry.provenance import start_record
@@ -28,12 +27,35 @@ from lemur_jax.train.step import Program
 # runs that are otherwise the same.
 CLOCK_KEYS = (
     "seconds", "data_wait_seconds", "tokens_per_second", "tokens_per_second_per_chip", "mfu", "hbm_bytes",
-    "hbm_peak_bytes", "host_seconds",
+    "hbm_peak_bytes", "host_seconds", "sampling_seconds",
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+class BatchSource(Protocol):
+    """What the batches of a run are made of: a mixture, or episodes."""
+
+    batch_rows: int
+    length: int
+
+    @property
+    def sources(self) -> Sequence[Named]: ...
+
+    def documents(self, step: int, rows: Any) -> list[str]:
+        """Names of what stands in rows of a batch."""
+        ...
+
+    def digests(self) -> Mapping[str, Any]:
+        """Of each source's data, which must not change during the run."""
+        ...
 
 
 class StepLog:
@@ -53,7 +75,7 @@ class StepLog:
         self,
         history: RunHistory,
         progress: Progress,
-        mixture: Mixture,
+        mixture: BatchSource,
         program: Program | None = None,
         began: float | None = None,
     ):

@@ -1,0 +1,47 @@
+"""Quickstart, afterwards: a text game, learned by reinforcement from random play.
+
+`:play` tunes the chat model on conversations of random legal play (task `corridor_play`), so that it knows the words of
+the game and nothing of how to win; without an argument, `lemur rl` goes on from there (docs/rl.md).
+Hardware: 2 CPU cores, a minute and a few minutes.
+
+    lemur prepare --config configs/quickstart_rl.py:play
+    lemur train --config configs/quickstart_rl.py:play --workdir quickstart/runs/play
+    lemur rl --config configs/quickstart_rl.py --workdir quickstart/runs/rl
+"""
+
+from lemur_jax.config import default_config
+from lemur_jax.models.presets import preset
+from lemur_jax.text.chat_template import CHATML_TOKENS
+
+
+def get_config(arg: str = ""):
+    config = default_config(preset("quickstart", vocab_size=4000 + len(CHATML_TOKENS)))
+    config.compute.dtype = "float32"
+    config.compute.remat = "none"
+    config.tokenizer.path = "quickstart/tokenizer_chat"
+    config.data.modules = ("quickstart_tasks",)
+    config.data.stores = "quickstart/stores"
+    config.data.sequence_length = 128
+    config.log.every_steps = 5
+    config.checkpoint.every_steps = 50
+    if arg == "play":
+        config.init.checkpoint = "quickstart/runs/chat"
+        config.data.sources = {"corridor_play": {"share": 1.0, "packing": "fit", "max_epochs": 4.0}}
+        config.train.steps = 60
+        config.train.batch_rows = 16
+        config.optimizer.learning_rate = 1e-3
+        config.optimizer.warmup_steps = 5
+        return config
+    if arg:
+        raise ValueError(f"{arg!r} is no variant: write :play, or nothing")
+    config.init.checkpoint = "quickstart/runs/play"
+    config.rl.environment = "corridor"
+    config.rl.group_size = 8
+    config.rl.max_new_tokens = 4
+    config.rl.algorithm = "dr_grpo"
+    config.train.steps = 100
+    config.train.batch_rows = 128
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.final_learning_rate = 3e-4
+    config.optimizer.weight_decay = 0.0
+    return config

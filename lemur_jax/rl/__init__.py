@@ -1,0 +1,1 @@
+"""Reinforcement learning: episodes of the policy in environments, advantages, and the policy objective."""

@@ -1,0 +1,43 @@
+"""`config.rl`: what `lemur rl` plays, and how rewards become an update."""
+
+import dataclasses
+
+from lemur_jax.common.sections import require, require_one_of
+
+ALGORITHMS = ("grpo", "dr_grpo", "dapo", "rloo")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RlConfig:
+    """Groups of episodes of one task, of which each is a row: `train.batch_rows` = groups × `group_size`."""
+
+    environment: str = ""  # "corridor", "calculator", or one of `lemur eval --agents`
+    data: str = "."  # directory of the data of MINT or InterCode
+    group_size: int = 8  # episodes of a task
+    max_turns: int = 4  # of an episode, where the environment has no limit of its own
+    max_new_tokens: int = 64  # of a turn
+    algorithm: str = "grpo"  # advantages and averaging: "grpo", "dr_grpo", "dapo" or "rloo"
+    rewards: str = "episode"  # "episode": their sum for all tokens; "turn": for each turn those from it on
+    importance: str = "token"  # or "sequence": the geometric mean over the episode's own tokens
+    clip_low: float = 0.2  # the importance ratio is clipped at 1 - this
+    clip_high: float = 0.2  # and at 1 + this; 0.28 in DAPO
+    kl: float = 0.0  # weight of the divergence from the first parameters
+    max_rounds: int = 1  # above 1: groups whose rewards are equal are replaced, in up to so many rounds
+    mask_truncated: bool = False  # episodes for which `data.sequence_length` left no room do not train
+    max_logprob_gap: float = 0.05  # stop above this mean |difference| of log-probabilities, nats a token
+    environment_seconds: float = 60.0  # a call that takes longer makes its episode void
+    eval_every_steps: int = 20  # play the held-out tasks, greedily, before every so many updates; 0: never
+    eval_tasks: int = 64  # most of them
+    shuffle_rewards: bool = False  # negative control: rewards are permuted over the batch
+
+    def __post_init__(self):
+        require_one_of("rl.algorithm", self.algorithm, ALGORITHMS)
+        require_one_of("rl.rewards", self.rewards, ("episode", "turn"))
+        require_one_of("rl.importance", self.importance, ("token", "sequence"))
+        require(self.group_size >= 2, "rl.group_size", self.group_size, "at least 2")
+        for key in ("max_turns", "max_new_tokens", "max_rounds", "eval_tasks"):
+            require(getattr(self, key) >= 1, f"rl.{key}", getattr(self, key), "at least 1")
+        for key in ("clip_low", "clip_high", "max_logprob_gap", "environment_seconds"):
+            require(getattr(self, key) > 0, f"rl.{key}", getattr(self, key), "above 0")
+        for key in ("kl", "eval_every_steps"):
+            require(getattr(self, key) >= 0, f"rl.{key}", getattr(self, key), "0 or more")

@@ -1,0 +1,106 @@
+"""Environments that a small model learns in minutes, and the tasks of any environment."""
+
+import ast
+import operator
+import random
+from collections.abc import Sequence
+
+from lemur_jax.agents.environments import Environment, Step
+from lemur_jax.agents.episodes import open_environments
+
+ROOMS, FARTHEST = 20, 3
+HELD_OUT = 5  # each of so many tasks
+
+
+class Corridor(Environment):
+    """A text game: walk along a corridor to the lamp in as many moves as there are rooms between."""
+
+    def __init__(self, start: int, lamp: int):
+        self.id = f"corridor/{start}-{lamp}"
+        self._start, self._lamp = start, lamp
+        self.max_turns = abs(start - lamp)
+
+    def reset(self) -> str:
+        self._room = self._start
+        return self._view()
+
+    def _view(self) -> str:
+        return f"room {self._room}, lamp {self._lamp}: left or right?"
+
+    def step(self, action: str) -> Step:
+        move = {"left": -1, "right": 1}.get(action.strip().lower())
+        if move is None:
+            return Step(observation="left or right?", verdict="no move")
+        self._room += move
+        if self._room == self._lamp:
+            return Step(observation="lamp!", reward=1.0, verdict="passed")
+        return Step(observation=self._view(), verdict="wrong answer")
+
+
+class Calculator(Environment):
+    """Arithmetic with a calculator as a tool: `calc: EXPRESSION` shows a value, `answer: NUMBER` ends the task."""
+
+    def __init__(self, expression: str):
+        self.id = f"calculator/{expression}"
+        self._expression = expression
+
+    def reset(self) -> str:
+        return f"compute {self._expression} (calc: EXPRESSION, or answer: NUMBER)"
+
+    def step(self, action: str) -> Step:
+        word, _, text = action.strip().partition(":")
+        value = calculate(text)
+        if word not in ("calc", "answer") or value is None:
+            return Step(observation="calc: EXPRESSION, or answer: NUMBER", verdict="no move")
+        if word == "calc":
+            return Step(observation=str(value), role="user", verdict="wrong answer")
+        right = value == calculate(self._expression)
+        return Step(
+            observation="right" if right else "wrong",
+            reward=float(right),
+            verdict="passed" if right else "wrong answer",
+            done=True,
+        )
+
+
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+
+
+def calculate(text: str) -> int | None:
+    """The value of an expression of whole numbers with +, - and *; None of anything else."""
+
+    def value(node: ast.AST) -> int:
+        if isinstance(node, ast.Constant) and type(node.value) is int and abs(node.value) < 10**9:
+            return node.value
+        if isinstance(node, ast.BinOp):
+            return _OPERATORS[type(node.op)](value(node.left), value(node.right))  # type: ignore[index]
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        raise ValueError
+
+    try:
+        return value(ast.parse(text.strip()[:100], mode="eval").body)
+    except (SyntaxError, ValueError, KeyError, RecursionError):
+        return None
+
+
+def tasks(name: str, data: str = ".") -> tuple[Sequence[Environment], Sequence[Environment]]:
+    """All tasks of an environment, for training and held out; each is copied for an episode.
+
+    Raises:
+      UserError: there is no such environment, or its data is missing.
+    """
+    rooms = range(1, ROOMS + 1)
+    if name == "corridor":
+        pairs = [(a, b) for a in rooms for b in rooms if 0 < abs(a - b) <= FARTHEST]
+        every: list[Environment] = [Corridor(*pair) for pair in pairs]
+    elif name == "calculator":
+        rng = random.Random(0)
+        every = [
+            Calculator(f"{rng.randrange(100)} {rng.choice('+-*')} {rng.randrange(100)}") for _ in range(1000)
+        ]
+    else:
+        every = list(open_environments([name], data=data))
+    random.Random(0).shuffle(every)
+    unique = list({one.id: one for one in every}.values())
+    return [one for i, one in enumerate(unique) if i % HELD_OUT], unique[::HELD_OUT]

@@ -1,0 +1,97 @@
+"""Advantages of groups, and the clipped policy objective.
+
+Axis legend: B episode (a row), T position, G group, N episode of a group.
+
+- GRPO (Shao et al. 2024): advantages (r - mean) / std of the group; the mean over episodes of the mean over tokens.
+- Dr. GRPO (Liu et al. 2025): r - mean; token losses summed, over the number of episodes × T.
+- DAPO (Yu et al. 2025): as GRPO, but the mean over all tokens.
+- RLOO (Ahmadian et al. 2024): r - mean of the others; averaged as Dr. GRPO.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lemur_jax.models.decoder import Decoder
+from lemur_jax.rl.config import RlConfig
+from lemur_jax.train.losses import RowSums
+from lemur_jax.train.objectives import REFERENCE, Loss, Objective, token_logprobs
+
+EPSILON = 1e-4  # added to the standard deviation, as TRL does
+
+
+def advantages(rewards: np.ndarray, valid: np.ndarray, algorithm: str) -> np.ndarray:
+    """float64 [G, N] of rewards [G, N]; those that are not valid take no part and get 0."""
+    count = valid.sum(1, keepdims=True)
+    kept = np.where(valid, rewards, 0.0)
+    centred = np.where(valid, kept - kept.sum(1, keepdims=True) / np.maximum(count, 1), 0.0)
+    others = np.maximum(count - 1, 1)
+    if algorithm == "rloo":
+        return centred * count / others
+    if algorithm == "dr_grpo":
+        return centred
+    return centred / (np.sqrt(np.square(centred).sum(1, keepdims=True) / others) + EPSILON)
+
+
+def token_losses(
+    options: RlConfig, new: Any, old: Any, advantages: Any, mask: Any, reference: Any = None
+) -> jax.Array:
+    """Clipped losses of each token, float32 [B, T]: 0 where the mask is.
+
+    Args:
+      new, old: log-probabilities [B, T] under the parameters that are trained, and while sampling.
+      advantages: [B, T].
+      mask: [B, T], 1 where the token is the policy's own.
+      reference: log-probabilities [B, T] under the first parameters; needed for `options.kl`.
+    """
+    own = mask > 0
+    log_ratio = jnp.where(own, new - old, 0.0)
+    if options.importance == "sequence":
+        tokens = jnp.sum(mask, axis=-1, keepdims=True)
+        log_ratio = jnp.sum(log_ratio, axis=-1, keepdims=True) / jnp.maximum(tokens, 1.0)
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - options.clip_low, 1 + options.clip_high)
+    loss = -jnp.minimum(ratio * advantages, clipped * advantages)
+    if options.kl:
+        excess = jnp.where(own, reference - new, 0.0)
+        loss += options.kl * (jnp.exp(excess) - excess - 1)
+    return jnp.where(own, loss, 0.0)
+
+
+def row_losses(options: RlConfig, losses: jax.Array, mask: jax.Array) -> RowSums:
+    """Sums of losses [B, T] by row, and weights whose quotient over the whole batch is the algorithm's average."""
+    tokens, total = jnp.sum(mask, axis=-1), jnp.sum(losses, axis=-1)
+    there = (tokens > 0).astype(jnp.float32)
+    if options.algorithm == "grpo":
+        return RowSums(loss=total / jnp.maximum(tokens, 1.0), z=None, weight=there)
+    return RowSums(
+        loss=total, z=None, weight=tokens if options.algorithm == "dapo" else there * losses.shape[1]
+    )
+
+
+def policy(options: RlConfig) -> Objective:
+    """The objective of `lemur rl`; `loss_weights` is the mask of the policy's own tokens."""
+
+    def loss(model: Decoder, batch: dict[str, Any]) -> Loss:
+        mask, old = batch["loss_weights"], batch["sampling_logprobs"]
+        new = token_logprobs(model, batch)
+        losses = token_losses(options, new, old, batch["advantages"], mask, batch.get(REFERENCE))
+        rows = row_losses(options, losses, mask)
+        tokens, own = jnp.sum(mask), mask > 0
+        gap = jnp.where(own, jnp.abs(new - old), 0.0)
+        ratio = jnp.exp(jnp.where(own, new - old, 0.0))
+        outside = (ratio < 1 - options.clip_low) | (ratio > 1 + options.clip_high)
+        metrics = {
+            "logprob_gap": (jnp.sum(gap), tokens),
+            "clip_fraction": (jnp.sum(outside), tokens),
+            "negative_logprob": (-jnp.sum(jnp.where(own, new, 0.0)), tokens),  # estimates the entropy
+        }
+        if options.kl:
+            excess = jnp.where(own, batch[REFERENCE] - new, 0.0)
+            metrics["kl"] = (jnp.sum(jnp.exp(excess) - excess - 1), tokens)
+        return Loss(jnp.sum(rows.loss), rows, metrics)
+
+    arrays = {"advantages": (2, "float32"), "sampling_logprobs": (2, "float32")}
+    return Objective(loss=loss, arrays=arrays | ({REFERENCE: (2, "float32")} if options.kl else {}))

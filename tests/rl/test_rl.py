@@ -1,0 +1,200 @@
+"""Runs of `lemur rl`: resumed to the same bits, own tokens alone train, bad environments are skipped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from lemur_jax.agents.environments import Environment, Step
+from lemur_jax.common.errors import UserError
+from lemur_jax.config import default_config, from_config_dict
+from lemur_jax.models import decoder
+from lemur_jax.models.decoder import Compute
+from lemur_jax.models.presets import preset
+from lemur_jax.rl import games, run
+from lemur_jax.telemetry.metrics import read_metrics
+from tests.helpers.runs import final_params, without_clock
+
+STEPS = 4
+
+
+def make_config(tokenizer, path, **options):
+    """A tiny model with 64 positions; groups of 4 in 2 rows at a time."""
+    for name, content in tokenizer.files().items():
+        (path / "tokenizer").mkdir(exist_ok=True)
+        (path / "tokenizer" / name).write_bytes(content)
+    config = default_config(preset("tiny", vocab_size=tokenizer.vocab_size))
+    config.compute.dtype = "float32"
+    config.tokenizer.path = str(path / "tokenizer")
+    config.data.sequence_length = 64
+    config.train.steps, config.train.batch_rows = STEPS, 8
+    config.optimizer.learning_rate = 1e-2
+    config.checkpoint.every_steps = 1
+    config.log.every_steps = 1
+    config.rl.update(
+        {"environment": "echo", "group_size": 4, "max_new_tokens": 3, "max_turns": 2, "eval_tasks": 2}
+    )
+    config.rl.update(options)
+    return config
+
+
+class Echo(Environment):
+    """Rewards by the length of an answer, which differs from episode to episode; never solved."""
+
+    id = "echo/0"
+
+    def reset(self):
+        return "say"
+
+    def step(self, action):
+        return Step(observation=f"no {len(action)}", verdict="wrong answer", reward=min(len(action), 9) / 10)
+
+
+@pytest.fixture
+def play(monkeypatch, small_chat_tokenizer, tmp_path):
+    """Runs in this process with one environment, or with those that a function from (kind, data) makes."""
+
+    def start(workdir, environment=Echo, **options):
+        monkeypatch.setattr(games, "tasks", lambda name, data: ([environment()], [environment()]))
+        config = from_config_dict(make_config(small_chat_tokenizer, tmp_path, **options))
+        run.rl(config, tmp_path / workdir)
+        return [record for record in read_metrics(tmp_path / workdir) if record["kind"] == "train"]
+
+    return start
+
+
+def test_only_the_policys_own_tokens_train(small_chat_tokenizer, tmp_path, monkeypatch):
+    """Every number of a batch against the plain forward pass and against the episodes themselves."""
+    monkeypatch.setattr(games, "tasks", lambda name, data: ([Echo()], [Echo()]))
+    config = from_config_dict(
+        make_config(small_chat_tokenizer, tmp_path, rewards="turn", algorithm="dr_grpo")
+    )
+    rollouts = run.open_inputs(config).mixture
+    params = jax.jit(decoder.init_params, static_argnums=0)(config.model, jax.random.key(1))
+    batch, figures = rollouts.batch(3, params)
+    again, _ = rollouts.batch(3, params)
+    jax.tree.map(np.testing.assert_array_equal, batch, again)
+    batch = jax.tree.map(np.asarray, batch)
+    own = batch["loss_weights"] > 0
+    assert 0 < own.sum() < (batch["segment_ids"] > 0).sum() / 2
+    logits = decoder.forward(
+        config.model, Compute(), params, batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
+    expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["targets"][..., None], -1)[
+        ..., 0
+    ]
+    np.testing.assert_allclose(batch["sampling_logprobs"][own], expected[own], atol=1e-4)
+    assert not batch["sampling_logprobs"][~own].any()
+    assert not batch["advantages"][~own].any()
+    text = small_chat_tokenizer.decode(batch["targets"][0][~own[0] & (batch["segment_ids"][0] > 0)].tolist())
+    assert "say" in text
+    # Rewards of a turn and those after it, less the mean of the group: they add up to 0 over the group's first turns.
+    first = [row[mask][0] for row, mask in zip(batch["advantages"], own, strict=True)]
+    np.testing.assert_allclose(np.reshape(first, (2, 4)).sum(1), 0, atol=1e-6)
+    assert figures["turns"] > 1
+
+
+class Hangs(Echo):
+    def step(self, action):
+        if len(action) % 2:
+            threading.Event().wait()  # for ever
+        return super().step(action)
+
+
+class Dies(Echo):
+    def reset(self):
+        raise SystemExit("no database")
+
+
+class Nan(Echo):
+    def step(self, action):
+        reward = [float("nan"), "much", None, 1e999][len(action) // 2 % 4] if len(action) % 2 else 0.5
+        return Step(observation="x", verdict="", reward=reward)
+
+
+class Long(Echo):
+    def step(self, action):
+        return Step(observation="word " * 100, verdict="", reward=len(action) / 10)
+
+
+class Equal(Echo):
+    def step(self, action):
+        return Step(observation="x", verdict="", reward=0.5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "counted"),
+    [
+        pytest.param(Hangs, {"environment_seconds": 0.3}, "episodes/failed", marks=pytest.mark.slow),
+        (Nan, {}, "episodes/failed"),
+        pytest.param(Long, {}, "episodes/cut", marks=pytest.mark.slow),
+        pytest.param(Equal, {"max_rounds": 2}, "equal_groups", marks=pytest.mark.slow),
+    ],
+)
+def test_bad_environments_are_counted(play, environment, options, counted):
+    records = play("run", environment, **options)
+    assert len(records) == STEPS
+    assert sum(record[counted] for record in records) > 0
+    assert all(np.isfinite(record["loss"]) for record in records)
+    if environment is Equal:
+        assert {record["grad_norm"] for record in records} == {0.0}
+
+
+def test_runs_that_cannot_go_on_say_why(play):
+    with pytest.raises(UserError, match="failed in every episode: echo/0: .*no database"):
+        play("dead", Dies)
+    with pytest.raises(UserError, match="differ by .* more than config.rl.max_logprob_gap 1e-09"):
+        play("drift", max_logprob_gap=1e-9)
+    with pytest.raises(UserError, match="must be a multiple of config.rl.group_size 3"):
+        play("groups", group_size=3)
+
+
+SCRIPT = """
+import pathlib, sys
+from lemur_jax.cluster.hosts import choose_platform
+choose_platform(1)
+from lemur_jax.config import from_json
+from lemur_jax.rl.run import rl
+from tests.rl.test_rl import Echo
+from lemur_jax.rl import games
+import json
+games.tasks = lambda name, data: ([Echo()], [Echo()])
+rl(from_json(json.loads(pathlib.Path("config.json").read_text())), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_reaches_the_same_bits(small_chat_tokenizer, tmp_path):
+    config = make_config(small_chat_tokenizer, tmp_path, max_rounds=2, kl=0.1)
+    config.model = {**config.model.to_dict(), "vocab_size": small_chat_tokenizer.vocab_size}
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
+
+    def start(workdir):
+        command = [sys.executable, "-c", SCRIPT, workdir]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+
+    whole, killed = start("whole"), start("killed")
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while not (metrics.exists() and '"step": 2, "kind": "train"' in metrics.read_text()):
+        assert killed.poll() is None, killed.stderr.read()
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    again = start("killed")
+    for process in (whole, again):
+        _, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors
+    jax.tree.map(
+        np.testing.assert_array_equal, *(final_params(tmp_path / name, STEPS) for name in ("whole", "killed"))
+    )
+    records = [
+        [record for record in read_metrics(tmp_path / name) if record["kind"] == "train"]
+        for name in ("whole", "killed")
+    ]
+    assert without_clock(records[0]) == without_clock(records[1])
