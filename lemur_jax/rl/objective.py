@@ -93,5 +93,8 @@ def policy(options: RlConfig) -> Objective:
             metrics["kl"] = (jnp.sum(jnp.exp(excess) - excess - 1), tokens)
         return Loss(jnp.sum(rows.loss), rows, metrics)
 
+    def reference(model: Decoder, batch: dict[str, Any]) -> dict[str, Any]:
+        return {REFERENCE: token_logprobs(model, batch)}
+
     arrays = {"advantages": (2, "float32"), "sampling_logprobs": (2, "float32")}
-    return Objective(loss=loss, arrays=arrays | ({REFERENCE: (2, "float32")} if options.kl else {}))
+    return Objective(loss=loss, arrays=arrays, reference=reference if options.kl else None)

@@ -26,7 +26,6 @@ from lemur_jax.rl import games
 from lemur_jax.rl.objective import advantages
 from lemur_jax.text.chat_template import encode_chat, stop_ids
 from lemur_jax.text.tokenizer import Tokenizer
-from lemur_jax.train.objectives import REFERENCE
 from lemur_jax.train.step import Program
 
 AT_ONCE = 8  # environments that work at the same time
@@ -106,7 +105,6 @@ class Rollouts:
         self._names: list[str] = []
         self.eval_steps = rl.eval_every_steps
         self.last_step = config.train.steps
-        self.reference: Callable[[dict[str, Any]], jax.Array] | None = None
 
     def digests(self) -> dict[str, str]:
         """Of the data: there is none."""
@@ -314,11 +312,10 @@ class Rollouts:
             batch["loss_weights"][row, :count] = own & trains
             batch["sampling_logprobs"][row, :count] = np.where(own, logprobs, 0)
             batch["advantages"][row, :count] = np.where(own, score[np.maximum(turns, 0)], 0)
-        arrays = {
+        return {
             name: jax.make_array_from_callback(array.shape, abstract[name].sharding, array.__getitem__)
             for name, array in batch.items()
         }
-        return arrays | ({REFERENCE: self.reference(arrays)} if self.reference else {})
 
 
 def _user(text: str) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """`lemur rl`: the training loop with episodes of the policy as its batches."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,16 +9,12 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
-from lemur_jax.models import decoder
 from lemur_jax.parallel.mesh import make_mesh
-from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.rl.objective import policy
 from lemur_jax.rl.rollouts import Rollouts
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
-from lemur_jax.train.initial import initial_params
 from lemur_jax.train.loop import Inputs, train
-from lemur_jax.train.objectives import token_logprobs
 from lemur_jax.train.state import TrainState
 
 
@@ -37,12 +32,12 @@ def rl(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) -> b
 
 def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
     """Tokenizer, program and environments; the program's step plays the episodes of its batch first."""
+    if config.adapter.rank:
+        raise UserError("lemur rl trains all parameters, not an adapter: set config.adapter.rank to 0")
     mesh = make_mesh(config.mesh)
     tokenizer = Tokenizer.load(config.tokenizer.path)
     program = build(config, mesh, num_sources=1, objective=policy(config.rl))
     rollouts = Rollouts(config, tokenizer, program)
-    if config.rl.kl:
-        rollouts.reference = _reference(config, tokenizer, program)
     update = program.step
 
     def play_and_update(state: TrainState, number: int) -> tuple[TrainState, dict[str, Any]]:
@@ -59,14 +54,3 @@ def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
 
     program = dataclasses.replace(program, step=play_and_update)
     return Inputs(tokenizer=tokenizer, mixture=rollouts, held_out=(), program=program, loader=rollouts)
-
-
-def _reference(config: RunConfig, tokenizer: Tokenizer, program: step.Program) -> Any:
-    """The function from a batch to log-probabilities of its targets under the first parameters, which it holds."""
-    params = initial_params(config.init, config.seed, tokenizer, program)
-
-    @functools.partial(jax.jit, out_shardings=batch_sharding(program.mesh))
-    def score(params, batch):
-        return token_logprobs(decoder.bind(program.model, program.compute, params), batch)
-
-    return functools.partial(score, params)
