@@ -4,6 +4,7 @@ Axis legend: B batch row, T position, M microbatch, S source.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.models import decoder, lora
-from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.compiler_flags import compiler_options
 from lemur_jax.parallel.mesh import mesh_of_copies
@@ -101,7 +102,7 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
       UserError: the mesh does not divide the model or the batch.
     """
     check(config.train, config.data.sequence_length, config.model, mesh)
-    model = config.model
+    model, dtype = config.model, config.compute.param_dtype
     compute = dataclasses.replace(Compute.from_config(config.compute, mesh), frozen=config.adapter.rank > 0)
     if objective is None:
         own = config.preference
@@ -109,60 +110,22 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
     optimizer = make_optimizer(
         config.optimizer, config.train.steps, trained_axes(model, config.adapter), config.spikes
     )
-    dtype = config.compute.param_dtype
     state = run_state(model, config.adapter, dtype, optimizer, mesh, objective.reference is not None)
-
-    def weights(state: TrainState, key: jax.Array | None = None) -> Any:
-        if not config.adapter.rank:
-            return state.params
-        return lora.adapt(config.adapter, state.frozen, state.params, key)
+    step = _Step(
+        model=model,
+        compute=compute,
+        objective=objective,
+        optimizer=optimizer,
+        adapter=config.adapter,
+        train=config.train,
+        seed=config.seed,
+        mesh=mesh,
+        num_sources=num_sources,
+        copies=_copies(config.train, model, compute, objective, state),
+    )
 
     def sums(params, batch: Batch) -> RowSums:
         return next_token().loss(decoder.bind(model, compute, params), batch).rows
-
-    copies = None
-    # Balance losses are of all copies' tokens, and grouped products of several copies are not one kernel.
-    if (
-        mesh.shape["data"] > 1
-        and config.train.microbatches > 1
-        and objective.additive
-        and not model.num_experts
-    ):
-        reduced = compute.reduce_dtype or compute.dtype
-        copies = Copies(mesh=mesh_of_copies(mesh), shardings=shardings_of(state.params), dtype=reduced)
-    by_copy = dataclasses.replace(compute, mesh=copies.mesh) if copies else compute
-
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        if config.adapter.dropout:
-            batch = {**batch, _ROW: jnp.arange(config.train.batch_rows, dtype=jnp.int32)}
-
-        def loss(params, batch: Batch) -> tuple[jax.Array, tuple[RowSums, Metrics]]:
-            if objective.reference:
-                first = decoder.bind(model, by_copy, state.frozen)
-                batch = {**batch, **jax.lax.stop_gradient(objective.reference(first, batch))}
-            trained = dataclasses.replace(state, params=params)
-            key = _dropout_key(config.seed, state.step, batch) if config.adapter.dropout else None
-            total, rows, means = objective.loss(decoder.bind(model, by_copy, weights(trained, key)), batch)
-            return total, (rows, means)
-
-        microbatches = _split(batch, config.train.microbatches, mesh)
-        gradient_of = jax.grad(loss, has_aux=True)
-        gradient, (rows, means) = _accumulate(gradient_of, state.params, microbatches, copies)
-        weight = jnp.maximum(jnp.sum(rows.weight), 1.0)
-        gradient = jax.tree.map(lambda g: g / weight, gradient)
-        changes, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, changes)
-        metrics = {
-            "grad_norm": optax.tree.norm(gradient),
-            "param_norm": optax.tree.norm(params),
-            "update_norm": optax.tree.norm(changes),
-            **_loss_metrics(rows, weight, optimizer_state),
-            **_by_source(rows, microbatches["source_ids"], num_sources),
-            **{f"objective/{name}": _mean(*sums) for name, sums in means.items()},
-        }
-        return dataclasses.replace(
-            state, step=state.step + 1, params=params, optimizer=optimizer_state
-        ), metrics
 
     options = compiler_options(mesh.devices.flat[0].device_kind, config.compute.compiler_options)
     return Program(
@@ -172,16 +135,88 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
         mesh=mesh,
         param_dtype=dtype,
         state=state,
-        weights=weights,
+        weights=step.weights,
         batch=abstract_batch(config.train.batch_rows, config.data.sequence_length, mesh, objective.arrays),
         step=jax.jit(
-            update,
+            step.update,
             donate_argnums=0,
             out_shardings=(shardings_of(state), replicated(mesh)),
             compiler_options=options,
         ),
         score=jax.jit(sums, out_shardings=replicated(mesh), compiler_options=options),
     )
+
+
+def _copies(
+    train: TrainConfig, model: DecoderConfig, compute: Compute, objective: Objective, state: TrainState
+) -> Copies | None:
+    """How gradients are accumulated by copy of the parameters; None: autodiff sums them in each microbatch."""
+    mesh = compute.mesh
+    assert mesh is not None
+    # Balance losses are of all copies' tokens, and grouped products of several copies are not one kernel.
+    if mesh.shape["data"] == 1 or train.microbatches == 1 or not objective.additive or model.num_experts:
+        return None
+    dtype = compute.reduce_dtype or compute.dtype
+    return Copies(mesh=mesh_of_copies(mesh), shardings=shardings_of(state.params), dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Step:
+    """The update of a state by a batch, and what it is computed from; see `Program`."""
+
+    model: DecoderConfig
+    compute: Compute
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    adapter: AdapterConfig
+    train: TrainConfig
+    seed: int
+    mesh: Mesh
+    num_sources: int
+    copies: Copies | None
+
+    def weights(self, state: TrainState, key: jax.Array | None = None) -> Any:
+        """The parameters of the model; `key`: of the adapter's dropout."""
+        if not self.adapter.rank:
+            return state.params
+        return lora.adapt(self.adapter, state.frozen, state.params, key)
+
+    def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The state after one update, and the metrics of the batch."""
+        if self.adapter.dropout:
+            batch = {**batch, _ROW: jnp.arange(self.train.batch_rows, dtype=jnp.int32)}
+        microbatches = _split(batch, self.train.microbatches, self.mesh)
+        gradient_of = jax.grad(functools.partial(self._loss, state), has_aux=True)
+        gradient, (rows, means) = _accumulate(gradient_of, state.params, microbatches, self.copies)
+        weight = jnp.maximum(jnp.sum(rows.weight), 1.0)
+        gradient = jax.tree.map(lambda g: g / weight, gradient)
+        changes, optimizer_state = self.optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, changes)
+        metrics = {
+            "grad_norm": optax.tree.norm(gradient),
+            "param_norm": optax.tree.norm(params),
+            "update_norm": optax.tree.norm(changes),
+            **_loss_metrics(rows, weight, optimizer_state),
+            **_by_source(rows, microbatches["source_ids"], self.num_sources),
+            **{f"objective/{name}": _mean(*sums) for name, sums in means.items()},
+        }
+        updated = dataclasses.replace(state, step=state.step + 1, params=params, optimizer=optimizer_state)
+        return updated, metrics
+
+    def _loss(
+        self, state: TrainState, params: Any, batch: Batch
+    ) -> tuple[jax.Array, tuple[RowSums, Metrics]]:
+        """The objective of a microbatch with `params` in place of the state's."""
+        compute = self.compute
+        if self.copies:
+            compute = dataclasses.replace(compute, mesh=self.copies.mesh)
+        if self.objective.reference:
+            first = decoder.bind(self.model, compute, state.frozen)
+            batch = {**batch, **jax.lax.stop_gradient(self.objective.reference(first, batch))}
+        key = _dropout_key(self.seed, state.step, batch) if self.adapter.dropout else None
+        weights = self.weights(dataclasses.replace(state, params=params), key)
+        total, rows, means = self.objective.loss(decoder.bind(self.model, compute, weights), batch)
+        return total, (rows, means)
 
 
 def _dropout_key(seed: int, step: jax.Array, batch: Batch) -> jax.Array:
