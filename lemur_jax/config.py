@@ -23,7 +23,7 @@ from lemur_jax.cluster.config import HostsConfig
 from lemur_jax.common import sections
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.sections import did_you_mean, replace
-from lemur_jax.data.config import DataConfig
+from lemur_jax.data.config import DataConfig, SourceConfig
 from lemur_jax.models.config import AdapterConfig, ComputeConfig, DecoderConfig
 from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.prepare.config import PrepareConfig
@@ -117,7 +117,13 @@ def from_config_dict(values: ConfigDict) -> RunConfig:
     Raises:
       UserError: an unknown key (the nearest one is named), a value of the wrong type, or one that cannot work.
     """
-    return from_json(values.to_dict())
+    config = from_json(values.to_dict())
+    if config.data.mixture and config.data.sources:
+        names = ", ".join(config.data.sources)
+        raise UserError(
+            f"config.data.mixture is {config.data.mixture!r} and config.data.sources has {names}: set one of them"
+        )
+    return config
 
 
 def from_json(values: Mapping[str, Any]) -> RunConfig:
@@ -126,7 +132,7 @@ def from_json(values: Mapping[str, Any]) -> RunConfig:
 
 
 def load(argument: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Runs a config file and applies overrides.
+    """Runs a config file and applies overrides; `data.mixture` is resolved to the sources that `prepare` recorded.
 
     Args:
       argument: `path/to/config.py` or `path/to/config.py:arg`, as for ml_collections.
@@ -136,7 +142,11 @@ def load(argument: str, overrides: Sequence[str] = ()) -> RunConfig:
       UserError: no such file, an unknown key (the nearest one is named), a value of the wrong type, or one
         that cannot work.
     """
-    return from_config_dict(load_config_dict(argument, overrides))
+    config = from_config_dict(load_config_dict(argument, overrides))
+    if not config.data.mixture or not config.data.mixture_record.exists():
+        return config
+    recorded = json.loads(config.data.mixture_record.read_text())
+    return replace(config, {"data.sources": {name: SourceConfig(**each) for name, each in recorded.items()}})
 
 
 def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:

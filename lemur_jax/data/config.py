@@ -4,6 +4,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from etils import epath
+
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.sections import require, require_one_of
 
@@ -35,6 +37,7 @@ class DataConfig:
     stores: str = "stores"  # directory of token stores, one folder a task and split
     sequence_length: int = 2048  # tokens T of a row
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)  # seqio task, or task/label
+    mixture: str = ""  # a seqio.Mixture in place of `sources`; `lemur prepare` records what sources it has
     stages: Mapping[str, StageConfig] = dataclasses.field(default_factory=dict)  # name -> shares from a step
 
     def __post_init__(self):
@@ -53,13 +56,18 @@ class DataConfig:
             _check_shares(shares, "data.sources")
         self._check_stages()
 
+    @property
+    def mixture_record(self) -> epath.Path:
+        """The file beside the stores that names the sources of `mixture`: training needs no seqio."""
+        return epath.Path(self.stores) / f"{self.mixture}.mixture.json"
+
     def _check_stages(self) -> None:
         steps = {name: stage.step for name, stage in self.stages.items()}
         distinct = len(set(steps.values())) == len(steps)
         require(distinct, "data.stages", steps, "stages that begin at different steps")
         for name, stage in self.stages.items():
             where = f"data.stages.{name}.shares"
-            for source in stage.shares:
+            for source in stage.shares if self.sources or not self.mixture else ():
                 require_one_of(where, source, self.sources)
             _check_shares({f"{where}.{source}": share for source, share in stage.shares.items()}, where)
 

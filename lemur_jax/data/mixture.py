@@ -174,8 +174,13 @@ def open_mixture(data: DataConfig, tokenizer: Tokenizer, *, seed: int, batch_row
     """The mixture of the training stores of `config.data`.
 
     Raises:
-      UserError: no sources, or a store that is missing or of another tokenizer.
+      UserError: no sources, a `data.mixture` that is not prepared, or a store that is missing or of another tokenizer.
     """
+    if data.mixture and not data.sources:
+        raise UserError(
+            f"config.data.mixture is {data.mixture!r}, and {data.mixture_record} is not there: run `lemur prepare` with"
+            " this config, which records the sources of the mixture, and load the config again"
+        )
     sources = [
         Source(
             name=name,

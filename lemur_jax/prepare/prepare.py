@@ -30,6 +30,7 @@ from lemur_jax.prepare.cleaning import NO_STEPS, Removed, parse_steps
 from lemur_jax.prepare.code_layout import check_tokens
 from lemur_jax.prepare.digests import input_digest, task_digest
 from lemur_jax.prepare.encoding import BadRecord, Encode, Record, Result, available_cores, encoder
+from lemur_jax.prepare.mixtures import record_mixture, resolve_mixture
 from lemur_jax.prepare.parts import check_part, copy_part, split_name
 from lemur_jax.prepare.prepare_tokenizer import prepare_tokenizer
 from lemur_jax.prepare.rejects import Rejects
@@ -66,6 +67,8 @@ def prepare(
       UserError: an unknown task, an empty or unreadable corpus, too many bad records, a tokenizer that does not
         fit, a store that would be replaced, or a budget that the finished stores cannot meet.
     """
+    if config.data.mixture:
+        config = dataclasses.replace(config, data=resolve_mixture(config.data))
     train = [(name, "train") for name in config.data.sources]
     held_out = [(name, "validation") for name in (*config.eval.tasks, *config.prepare.held_out_tasks)]
     wanted = list(dict.fromkeys(train + held_out))
@@ -88,6 +91,8 @@ def prepare(
                 _prepare_store(run, found[name], split)
             else:
                 _prepare_part(run, found[name], name, split)
+    if config.data.mixture:
+        record_mixture(config.data)
     if config.data.sources:
         rows = config.train.batch_rows
         mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=rows)

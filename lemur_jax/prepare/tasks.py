@@ -33,6 +33,7 @@ except ModuleNotFoundError as error:
     raise UserError(f"preparing data needs {error.name}: pip install 'lemur_jax[prepare]'") from error
 
 Task = seqio.Task
+MixtureRegistry = seqio.MixtureRegistry
 CONTENTS = ("text", "messages", "preferences")
 FEATURES = (*CONTENTS, "id", "source", "meta", "where", "error")
 
@@ -258,12 +259,8 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def find_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
-    """The task with this name, after importing `modules`.
-
-    Raises:
-      UserError: a module cannot be imported, or there is no such task (the nearest is named).
-    """
+def import_modules(modules: Sequence[str]) -> None:
+    """Imports modules that register tasks and mixtures; UserError for one that cannot be imported."""
     for module in modules:
         try:
             importlib.import_module(module)
@@ -272,6 +269,15 @@ def find_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
                 f"cannot import {module!r} of data.modules: {error}; install it, or add its directory to"
                 " PYTHONPATH"
             ) from error
+
+
+def find_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
+    """The task with this name, after importing `modules`.
+
+    Raises:
+      UserError: a module cannot be imported, or there is no such task (the nearest is named).
+    """
+    import_modules(modules)
     known = sorted(seqio.TaskRegistry.names())
     if name not in known:
         raise UserError(
@@ -365,6 +371,15 @@ def _string_features(task: seqio.Task, dataset: tf.data.Dataset) -> tf.data.Data
     spec = dataset.element_spec
     found = [name for name in FEATURES if name in spec]
     if not set(CONTENTS) & set(found):
+        tokens = [
+            name for name, each in spec.items() if name in task.output_features and each.dtype.is_integer
+        ]
+        if tokens:
+            raise UserError(
+                f"task {task.name!r} gives tokens of its own vocabulary ({', '.join(tokens)}): stores have those of"
+                " config.tokenizer, so register the task again without seqio.preprocessors.tokenize, and map its"
+                " strings to `text` or `messages`"
+            )
         raise UserError(
             f"task {task.name!r} gives none of {', '.join(CONTENTS)} but {', '.join(sorted(spec))}: end its"
             " preprocessors with one that maps an example to these string features"

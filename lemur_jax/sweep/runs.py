@@ -97,6 +97,10 @@ def plan_runs(
     Raises:
       UserError: a ratio that does not fit the sources, no seeds, an unknown key, or the same run twice.
     """
+    if config.data.mixture:
+        raise UserError(
+            f"config.data.mixture is {config.data.mixture!r}: a sweep varies shares, so name data.sources in its place"
+        )
     parts = source_parts(config.data.sources, config.eval.tasks, sources)
     shares = {name: source.share for name, source in config.data.sources.items()}
     ratios = list(ratios) or [":".join(f"{sum(shares[name] for name in part):g}" for part in parts)]

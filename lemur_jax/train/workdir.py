@@ -15,6 +15,7 @@ Changes = Mapping[str, tuple[Any, Any]]  # dotted key -> (value of the run, valu
 # What may differ between a run and its resumption: it affects no result (up to rounding).
 FREE = (
     "mesh.", "compute.", "log.", "checkpoint.", "eval.", "prepare.", "hosts.", "train.microbatches", "data.stores",
+    "data.mixture",  # its sources count
 )  # fmt: skip
 # What may also differ with --extend: it affects the steps after the newest checkpoint alone.
 EXTENDABLE = ("train.steps", "optimizer.", "spikes.", "data.sources.", "data.stages.")
