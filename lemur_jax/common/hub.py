@@ -1,13 +1,19 @@
-"""Models on Hugging Face's hub, named ORG/NAME or ORG/NAME@REVISION wherever a checkpoint is named."""
+"""Hugging Face's hub: models named ORG/NAME[@REVISION] and files named hf://datasets/ORG/NAME[@REVISION]/FILE."""
 
+import contextlib
+import functools
 import os
+import pathlib
 import re
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+DATASETS = "hf://datasets/"
+_DATASET_FILE = re.compile(DATASETS + r"([\w.-]+/[\w.-]+)(?:@((?:refs/\w+/)?[\w.-]+))?/(.+)")
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 
 
@@ -24,21 +30,73 @@ def local_model(path: epath.PathLike) -> epath.PathLike:
     if not found or os.path.exists(os.fspath(path).partition("/")[0]):
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     name, revision = found.groups()
-    try:
+    with _one_line(name, revision or "", "model", f"there is no directory {path} here, and "):
         return snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns="*/*")
+
+
+def dataset_files(pattern: str) -> list[str]:
+    """The files that match `hf://datasets/ORG/NAME[@REVISION]/GLOB`, sorted, with the commit as their revision.
+
+    Raises:
+      UserError: no such data set or revision, it is gated, or the hub cannot be reached.
+    """
+    name, revision, glob = _dataset_parts(pattern)
+    commit, files = _list_dataset(name, revision)
+    wanted = pathlib.PurePosixPath(glob)
+    inside = wanted / "*"  # of a directory
+    matching = (
+        file
+        for file in map(pathlib.PurePosixPath, files)
+        if any(len(file.parts) == len(each.parts) and file.match(str(each)) for each in (wanted, inside))
+    )
+    return [f"{DATASETS}{name}@{commit}/{file}" for file in sorted(matching)]
+
+
+def local_file(path: str) -> str:
+    """`path` itself, or for a file that `dataset_files` names the downloaded one in the hub's cache."""
+    if not path.startswith(DATASETS):
+        return path
+    from huggingface_hub import hf_hub_download
+
+    name, revision, file = _dataset_parts(path)
+    with _one_line(name, revision, "data set"):
+        return hf_hub_download(name, file, repo_type="dataset", revision=revision)
+
+
+def _dataset_parts(path: str) -> tuple[str, str, str]:
+    """(ORG/NAME, revision or "", the rest)."""
+    found = _DATASET_FILE.fullmatch(path)
+    if not found:
+        raise UserError(f"cannot read {path}: files of the hub are hf://datasets/ORG/NAME[@REVISION]/FILE")
+    return found[1], found[2] or "", found[3]
+
+
+@functools.cache  # one commit for all shards and splits that this process reads
+def _list_dataset(name: str, revision: str) -> tuple[str, Sequence[str]]:
+    from huggingface_hub import HfApi
+
+    with _one_line(name, revision, "data set"):
+        found = HfApi().dataset_info(name, revision=revision or None)
+        return found.sha or "main", [file.rfilename for file in found.siblings or ()]
+
+
+@contextlib.contextmanager
+def _one_line(name: str, revision: str, kind: str, before: str = "") -> Iterator[None]:
+    """What goes wrong on the hub as a UserError."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
     except GatedRepoError as error:
         raise UserError(f"{name} is gated: accept its terms on the hub, then run `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"there is no directory {path} here, and no model {name} on the hub (private ones need `hf auth login`)"
+            f"{before}there is no {kind} {name} on the hub (private ones need `hf auth login`)"
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(f"{name} has no revision {revision} on the hub") from error
     except Exception as error:  # of the HTTP client, which differs between versions
         reason = " ".join(reason_of(error, 200).split())
-        raise UserError(
-            f"there is no directory {path} here, and {name} cannot be had from the hub: {reason}"
-        ) from error
+        raise UserError(f"{before}{name} cannot be had from the hub: {reason}") from error

@@ -9,6 +9,8 @@ from typing import Any
 
 from etils import epath
 
+from lemur_jax.common.hub import DATASETS
+
 
 def task_digest(task: Any) -> str:
     """Changes with the definition of a task: its source's description and the code of its preprocessors."""
@@ -44,6 +46,8 @@ def input_digest(task: Any, split: str) -> str:
 
 
 def _describe_file(name: str) -> str:
+    if name.startswith(DATASETS):
+        return name  # with its commit
     try:
         status = epath.Path(name).stat()
     except (OSError, ValueError):  # TFDS names its shards without their directory

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.hub import local_file
 from lemur_jax.prepare import readers
 from lemur_jax.prepare.fields import Document, Fields, is_held_out, to_documents
 from lemur_jax.prepare.readers import BadRow, Row
@@ -65,11 +66,11 @@ class Files:
           other: functions for formats that `readers.read_rows` does not read.
         """
         for file in self.list(split)[shard::shards]:
-            kind = self.kind or readers.format_of(file)
+            kind, local = self.kind or readers.format_of(file), local_file(file)
             if kind in other:
-                rows = other[kind](file)
+                rows = other[kind](local)
             else:
-                rows = readers.read_rows(file, kind, self._columns(), self.max_bytes)
+                rows = readers.read_rows(local, kind, self._columns(), self.max_bytes)
             for document, key in to_documents(file, rows, self.fields):
                 if not self._divides or is_held_out(key, self.held_out) == (split == "validation"):
                     yield document

@@ -17,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.hub import dataset_files
 from lemur_jax.prepare.streams import COMPRESSIONS, Unreadable, read_utf8
 
 logger = logging.getLogger(__name__)
@@ -51,11 +52,17 @@ class BadRow:
 
 
 def find_files(patterns: str | Iterable[str]) -> list[str]:
-    """The files that match globs, sorted, local or gs://; a directory stands for its files. UserError for `**`."""
-    found = set()
+    """The files that match globs, sorted, local, gs:// or hf://datasets/; a directory stands for its files. UserError
+    for `**`.
+    """
+    found: set[epath.Path] = set()
+    on_hub: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if "**" in pattern:  # thousands of requests on gs://
             raise UserError(f"{pattern}: ** is not understood; write one * for each directory")
+        if pattern.startswith("hf://"):
+            on_hub += dataset_files(pattern)
+            continue
         path = epath.Path(pattern)
         if "*" not in pattern and "?" not in pattern and "[" not in pattern:
             inside = (file for file in path.glob("*") if not file.is_dir()) if path.is_dir() else [path]
@@ -65,7 +72,8 @@ def find_files(patterns: str | Iterable[str]) -> list[str]:
         parts = path.parts
         first = next(index for index, part in enumerate(parts) if any(sign in part for sign in "*?["))
         found |= set(epath.Path(*parts[:first]).glob("/".join(parts[first:])))
-    return sorted(str(path) for path in found if path.name[0] not in "._")
+    paths = [*map(str, found), *dict.fromkeys(on_hub)]
+    return sorted(path for path in paths if path.rpartition("/")[2][0] not in "._")
 
 
 def format_of(path: str) -> str:

@@ -163,7 +163,8 @@ def add_files(
 
     Args:
       name: of the task.
-      patterns: globs or directories, local or gs://; or a mapping from "train" and "validation" to them.
+      patterns: globs or directories, local, gs:// or hf://datasets/ORG/NAME[@REVISION]/; or a mapping from "train" and
+        "validation" to them.
       fields: where in a row the document is.
       kind: a name in `readers.FORMATS`; "": by each file's name. Files in .gz and .zst are decompressed.
       held_out: share of documents in the validation split if `patterns` has none, chosen by a hash of the content (or

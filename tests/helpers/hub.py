@@ -15,7 +15,7 @@ def serve_hub(repositories, gated=(), cut=()):
     """Serves directories; yields the address (for HF_ENDPOINT) and the list of requests (method, path, range).
 
     Args:
-      repositories: "ORG/NAME" -> directory; its only revision is `main`, also known as `v1`.
+      repositories: "ORG/NAME" or "datasets/ORG/NAME" -> directory; its only revision is `main`, also known as `v1`.
       gated: names that nobody may download.
       cut: names of files whose first download breaks off in the middle.
     """
@@ -42,15 +42,18 @@ def serve_hub(repositories, gated=(), cut=()):
             path = urllib.parse.urlparse(urllib.parse.unquote(self.path)).path
             requests.append((self.command, path, self.headers.get("Range")))
             parts = path.strip("/").split("/")
-            api = parts[:2] == ["api", "models"]
-            name = "/".join(parts[2:4] if api else parts[:2])
-            revision = parts[5 if api else 3] if len(parts) > (5 if api else 3) else "main"
+            api = parts[0] == "api"
+            of_dataset = parts[api] == "datasets"
+            parts = parts[2 if api else of_dataset :]
+            name = "datasets/" * of_dataset + "/".join(parts[:2])
+            revision = parts[3] if len(parts) > 3 else "main"
             if name not in repositories:
                 return self.answer(404, headers={"X-Error-Code": "RepoNotFound"})
             if revision not in ("main", "v1", SHA):
                 return self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
-            files = {file.name: file.read_bytes() for file in repositories[name].iterdir()}
-            if api and parts[4:5] == ["tree"]:
+            root = repositories[name]
+            files = {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
+            if api and parts[2:3] == ["tree"]:
                 tree = [{"type": "file", "path": key, "size": len(files[key]), "oid": SHA} for key in files]
                 return self.answer(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
             if api:
@@ -59,7 +62,7 @@ def serve_hub(repositories, gated=(), cut=()):
                 return self.answer(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
             if name in gated:
                 return self.answer(403, headers={"X-Error-Code": "GatedRepo"})
-            self.send_file(parts[4], files)
+            self.send_file("/".join(parts[4:]), files)
 
         do_HEAD = do_GET
 
