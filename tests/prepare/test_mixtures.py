@@ -8,8 +8,11 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import default_config, from_config_dict, load, replace
+from lemur_jax.data.config import SourceConfig
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.models.presets import preset
+from lemur_jax.prepare.mixtures import resolve_mixture
+from lemur_jax.sweep.runs import plan_runs
 from tests.helpers.list_source import run
 
 # After list_source, which keeps TensorFlow quiet.
@@ -141,6 +144,15 @@ def test_impossible_rates_are_one_line(registered, make_config, rate, message):
     registered("m_bad", [("m_books", rate), ("m_code", 1.0)])
     with pytest.raises(UserError, match=message):
         run(with_mixture(make_config(), "m_bad"))
+
+
+def test_conversations_are_packed_whole_and_a_sweep_wants_sources(registered, make_config, task):
+    task([{"messages": "[]", "id": "1"}])
+    registered("m_chat", [("made_up", 1)])
+    config = with_mixture(make_config(), "m_chat")
+    assert resolve_mixture(config.data).sources == {"made_up": SourceConfig(share=1.0, packing="fit")}
+    with pytest.raises(UserError, match="data.mixture is 'm_chat': a sweep varies shares"):
+        plan_runs(config, ["1"], 1, [], "")
 
 
 def test_an_unknown_mixture_names_the_nearest(registered, make_config):
