@@ -47,7 +47,12 @@ def program(kind, devices):
     device = types.SimpleNamespace(device_kind=kind)
     mesh = types.SimpleNamespace(size=devices, devices=np.array([device] * devices))
     tokens = types.SimpleNamespace(shape=(ROWS, LENGTH))
-    return types.SimpleNamespace(model=preset("llama2_70b"), mesh=mesh, batch={"tokens": tokens})
+    return types.SimpleNamespace(
+        compute=types.SimpleNamespace(frozen=False),
+        model=preset("llama2_70b"),
+        mesh=mesh,
+        batch={"tokens": tokens},
+    )
 
 
 @pytest.fixture
@@ -150,6 +155,7 @@ def test_every_key_is_documented_and_every_documented_key_is_written(clock, memo
     """Of records of training and time here; those of evaluation are in test_resume.py."""
     monkeypatch.setattr(coordination, "published", lambda _: {0: 1.0, 1: 2.0})
     more = {"skips_in_a_row": np.int32(1), "grad_norm_limit": np.float32(1.2), "row_loss": np.ones(ROWS)}
+    more |= {f"objective/router_{name}": np.float32(1.0) for name in ("balance", "z", "max_load")}
     written = collections.defaultdict(set)
     for record in run(clock, **more):
         written[record["kind"]] |= {
