@@ -159,7 +159,9 @@ def program_plan(
       tokens: of one execution.
     """
     per_chip = tpu.generation.devices_per_chip
-    kinds = {**known, "temporaries": max(0, compiled.peak_bytes - sum(known.values()))}
+    # A program may leave some parameters unread, as prefill the head: they are in memory nevertheless.
+    peak = max(compiled.peak_bytes, sum(known.values())) if compiled.fits else compiled.peak_bytes
+    kinds = {**known, "temporaries": max(0, peak - sum(known.values()))}
     made = Plan(
         topology=tpu.name,
         slices=tpu.slices,
@@ -168,7 +170,7 @@ def program_plan(
         fits=compiled.fits,
         verdict=compiled.verdict,
         compile_seconds=compiled.seconds,
-        hbm_bytes_per_chip=compiled.peak_bytes * per_chip,
+        hbm_bytes_per_chip=peak * per_chip,
         hbm_limit_bytes_per_chip=tpu.generation.hbm * per_chip,
         hbm={kind: size * per_chip for kind, size in kinds.items()},
         host_bytes_per_chip=compiled.host_bytes * per_chip,
@@ -211,7 +213,7 @@ def kept_activations(module: hlo.Module, layers: int, parameters: Any) -> int:
     """Bytes of HBM per device that the forward pass of the layers keeps for the backward pass.
 
     These are the arrays that its loop over the layers carries with a leading axis L, other than parameters. Where the
-    compiler peels one layer off the loop, the axis may be L - 1.
+    compiler peels one layer off the loop, the axis may be its L - 1 turns.
 
     Args:
       parameters: of the layers, ShapeDtypeStructs with shardings.
@@ -223,15 +225,15 @@ def kept_activations(module: hlo.Module, layers: int, parameters: Any) -> int:
         sum(
             hlo.BYTES[dtype] * math.prod(sizes)
             for dtype, sizes in hlo.shapes(hlo.on_device(loop.shape))
-            if len(sizes) > 2 and sizes[0] in (layers, layers - 1) and tuple(sorted(sizes[1:])) not in stacked
+            if len(sizes) > 2 and sizes[0] in (layers, turns) and tuple(sorted(sizes[1:])) not in stacked
         )
-        for loop in forward_loops(module, layers)
+        for loop, turns in forward_loops(module, layers)
     ]
     return int(max(kept, default=0))
 
 
-def forward_loops(module: hlo.Module, layers: int) -> Iterator[hlo.Instruction]:
-    """The loops over the layers in the forward pass.
+def forward_loops(module: hlo.Module, layers: int) -> Iterator[tuple[hlo.Instruction, int]]:
+    """The loops over the layers in the forward pass, and their numbers of turns.
 
     Where the compiler peels one layer off, a loop runs once less and may lose its name; the first unnamed one of a
     computation is that of the forward pass.
@@ -245,7 +247,7 @@ def forward_loops(module: hlo.Module, layers: int) -> Iterator[hlo.Instruction]:
             turns = hlo.trip_count(module, computation, loop)
             if turns == layers - 1 or (named and turns == layers):
                 peeled = peeled or not named
-                yield loop
+                yield loop, turns
 
 
 def slice_name(topology: str, slices: int) -> str:

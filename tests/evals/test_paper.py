@@ -8,12 +8,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from lemur_jax.agents import episodes
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.evals import code
 from lemur_jax.evals.published import parse_scores
 from lemur_jax.evals.tasks import data as tasks
-from lemur_jax.infer import complete
 from lemur_jax.infer.generate import Completion
 from lemur_jax.infer.score import Score
 from tests.helpers.chat_models import write_chat_model
@@ -135,15 +135,13 @@ def known(tokenizer, prompt):
     return KNOWN[max(KNOWN, key=text.rfind)]
 
 
-def all_knowing_stream(session, prompts, **_):
-    yield [
-        Completion(
-            tokens=tuple(ids := session.tokenizer.encode(known(session.tokenizer, prompt), prefix=False)),
-            logprobs=(0.0,) * len(ids),
-            finish_reason="length",
-        )
-        for prompt in prompts
-    ]
+def all_knowing_complete(session, prompts, **_):
+    answers = []
+    for prompt in prompts:
+        text = known(session.tokenizer, prompt)
+        ids = tuple(session.tokenizer.encode(text, prefix=False))
+        answers.append(Completion(tokens=ids, logprobs=(0.0,) * len(ids), finish_reason="length", text=text))
+    return answers
 
 
 def all_knowing_score(session, pairs, **_):
@@ -157,7 +155,8 @@ def all_knowing_score(session, pairs, **_):
 def all_knowing(data, monkeypatch):
     """Nothing is computed: answers come from `KNOWN`."""
     monkeypatch.setattr(code, "humaneval", lambda: code.mbpp(data / "none.jsonl"))
-    monkeypatch.setattr(complete, "stream", all_knowing_stream)
+    for module in (code, episodes, harness):
+        monkeypatch.setattr(module, "complete", all_knowing_complete)
     monkeypatch.setattr(harness, "score", all_knowing_score)
 
 

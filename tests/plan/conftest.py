@@ -41,7 +41,7 @@ def narrow_plan(tpu_compiler, narrow, tmp_path_factory):
     return options, plan(options, "v4-16", hlo_path=str(path)), path.read_text()
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="session")  # before other fixtures of the session
 def no_flags_that_libtpu_does_not_know():
     """libtpu aborts the process at a flag that only the CPU's compiler knows."""
     with pytest.MonkeyPatch.context() as patch:

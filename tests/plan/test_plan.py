@@ -285,5 +285,5 @@ def test_what_the_loop_over_layers_keeps(turns, names, stacked):
     for place, name in zip(("NAME1", "NAME2"), names, strict=True):
         text = text.replace(place, f', metadata={{op_name="{name}"}}' if name else "")
     module = hlo.parse(text)
-    assert [loop.name for loop in forward_loops(module, 4)] == ["forward"]
+    assert [loop.name for loop, _ in forward_loops(module, 4)] == ["forward"]
     assert kept_activations(module, 4, {}) == 2 * int(stacked) * 2 * 8
