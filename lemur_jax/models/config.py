@@ -132,9 +132,7 @@ class AdapterConfig:
     alpha: float = 16.0  # the update is multiplied by alpha / rank
     rslora: bool = False  # by alpha / sqrt(rank) instead
     dropout: float = 0.0  # of the adapter's inputs
-    targets: tuple[str, ...] = (
-        "layers/*",
-    )  # patterns of adapted projections, e.g. "layers/attention/*", "*/query"
+    targets: tuple[str, ...] = ("layers/*",)  # patterns of projections, e.g. "layers/attention/*", "*/query"
     base_dtype: str = "bfloat16"  # of the frozen parameters: "float32", "bfloat16" or "int8" (matrices)
     checkpoint: str = ""  # a PEFT adapter directory to start from; "": a fresh adapter
 

@@ -61,9 +61,7 @@ class PreferenceConfig:
     """A loss on chosen and rejected conversations, see train/preferences.py."""
 
     loss: str = ""  # "dpo", "ipo", "simpo", "orpo" or "kto"; "": next-token loss
-    beta: float = (
-        0.1  # strength of the tie to the reference; of SimPO and ORPO the factor of the loss' argument
-    )
+    beta: float = 0.1  # strength of the tie to the reference; SimPO, ORPO: factor of the loss' argument
     label_smoothing: float = 0.0  # of DPO and SimPO: probability that a pair is the wrong way around
     margin: float = 0.5  # SimPO's γ
     desirable_weight: float = 1.0  # of KTO
