@@ -1,11 +1,13 @@
 """Our checkpoint -> Hugging Face directory that `transformers` opens without this package."""
 
+import contextlib
+import dataclasses
 import itertools
 import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -77,51 +79,81 @@ def export_hf(
     numpy_dtype(dtype)
     target = epath.Path(hf_dir)
     check_target(target, overwrite, _is_export)
-    metadata = read_metadata(ckpt_dir, step)
-    if adapter_of(metadata):
-        with tempfile.TemporaryDirectory() as merged:
-            _merge(ckpt_dir, metadata, merged)
-            return export_hf(
-                merged,
-                hf_dir,
-                dtype=dtype,
-                overwrite=overwrite,
-                max_shard_bytes=max_shard_bytes,
-                change=change,
-                verify=verify,
-            )
+    with _merged(ckpt_dir, read_metadata(ckpt_dir, step)) as (ckpt_dir, metadata):
+        opened = _open(ckpt_dir, metadata, change)
+        config, tokenizer = opened.written, opened.tokenizer
+        with suggest_other_steps(ckpt_dir, metadata["step"]), staged(target) as directory:
+            shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
+            write_weights(directory, shapes, dtype, _ahead(opened.tensors(dtype)), max_shard_bytes)
+            card = model_card(config, metadata, dtype, chatml=_has_chatml(tokenizer))
+            (directory / "README.md").write_text(card)
+            _write_files(directory, config, dtype, tokenizer)
+            if verify:
+                logger.info("%s", compare_tensors(directory, config, opened.tensors(dtype)))
+                logger.info("%s", compare_logits(directory, config, tokenizer))
+    return config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A checkpoint that is read for an export.
+
+    Attributes:
+      where: names it in errors.
+      stored, written: the model in the checkpoint, and with the vocabulary of the export.
+      arrays, leaves: the stored parameters and their digests, by path.
+      tokenizer: with the changes of the vocabulary.
+    """
+
+    where: str
+    stored: DecoderConfig
+    written: DecoderConfig
+    arrays: Mapping[str, ts.TensorStore]
+    leaves: Mapping[str, Leaf]
+    tokenizer: Tokenizer | None
+    change: Change
+
+    def tensors(self, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, tensor) parameter by parameter in the order of the table, all layers of each."""
+        for before, after in zip(layout.weights(self.stored), layout.weights(self.written), strict=True):
+            array, leaf = self.arrays[before.path], self.leaves[before.path]
+            yield from _stream(before, after, array, leaf, dtype, self.change, self.where)
+
+
+def _open(ckpt_dir: epath.PathLike, metadata: dict[str, Any], change: Change) -> _Opened:
     stored = DecoderConfig.from_dict(metadata["model"])
-    arrays = open_arrays(ckpt_dir, metadata["step"], metadata["leaves"]["params"])
+    leaves = metadata["leaves"]["params"]
+    arrays = open_arrays(ckpt_dir, metadata["step"], leaves)
     where = f"checkpoint {ckpt_dir}, step {metadata['step']}"
     expected = {weight.path: weight.shape for weight in layout.weights(stored)}
     check_shapes(expected, {path: array.shape for path, array in arrays.items()}, f"{where}: parameter")
     files = tokenizer_files(metadata)
     if unknown := sorted(files.keys() - {*FILE_NAMES, GENERATION_CONFIG}):
         raise UserError(f"{ckpt_dir}: {unknown[0]!r} among the tokenizer's files is not a tokenizer file")
-    config, files = change.apply(stored, files, ckpt_dir)
+    written, files = change.apply(stored, files, ckpt_dir)
     tokenizer = Tokenizer.from_files(files) if files else None
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        """Parameter by parameter in the order of the table, all layers of each."""
-        for before, after in zip(layout.weights(stored), layout.weights(config), strict=True):
-            leaf = metadata["leaves"]["params"][before.path]
-            yield from _stream(before, after, arrays[before.path], leaf, dtype, change, where)
-
-    with suggest_other_steps(ckpt_dir, metadata["step"]), staged(target) as directory:
-        shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
-        write_weights(directory, shapes, dtype, _ahead(tensors()), max_shard_bytes)
-        (directory / "README.md").write_text(
-            model_card(config, metadata, dtype, chatml=_has_chatml(tokenizer))
-        )
-        _write_files(directory, config, dtype, tokenizer)
-        if verify:
-            logger.info("%s", compare_tensors(directory, config, tensors()))
-            logger.info("%s", compare_logits(directory, config, tokenizer))
-    return config
+    return _Opened(
+        where=where,
+        stored=stored,
+        written=written,
+        arrays=arrays,
+        leaves=leaves,
+        tokenizer=tokenizer,
+        change=change,
+    )
 
 
-def _merge(ckpt_dir: epath.PathLike, metadata: dict[str, Any], directory: epath.PathLike) -> None:
-    """Writes a checkpoint of the base with the adapter merged; the whole model is in this host's memory."""
+@contextlib.contextmanager
+def _merged(
+    ckpt_dir: epath.PathLike, metadata: dict[str, Any]
+) -> Iterator[tuple[epath.PathLike, dict[str, Any]]]:
+    """The checkpoint and its metadata; with an adapter, a temporary one in which it is merged into the base.
+
+    Merging takes the whole model in this host's memory.
+    """
+    if not adapter_of(metadata):
+        yield ckpt_dir, metadata
+        return
     source = open_source(ckpt_dir, metadata["step"])
     host = SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(
@@ -130,8 +162,10 @@ def _merge(ckpt_dir: epath.PathLike, metadata: dict[str, Any], directory: epath.
     )
     params = jax.device_get(source.restore(wanted))
     whole = {key: metadata[key] for key in ("format", "model", "tokenizer", "data")}
-    config = {**metadata["config"], "adapter": {}}
-    write_params(directory, params, {**whole, "config": config}, metadata["step"])
+    whole["config"] = {**metadata["config"], "adapter": {}}
+    with tempfile.TemporaryDirectory() as directory:
+        write_params(directory, params, whole, metadata["step"])
+        yield directory, read_metadata(directory)
 
 
 def _is_export(directory: epath.Path) -> bool:
