@@ -42,7 +42,7 @@ class BinTensor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
+class RowsOfTensor:
     """Some rows of a tensor that several projections share."""
 
     name: str
@@ -62,7 +62,7 @@ class Rows:
         return self.whole.read()[self.start : self.start + self.shape[0]]
 
 
-Tensor = StoredTensor | BinTensor | gguf.GgufTensor | Rows
+Tensor = StoredTensor | BinTensor | gguf.GgufTensor | RowsOfTensor
 # Prefixes of the text part of a multimodal model and what they become, and of the parts that are left out.
 _TEXT = {"language_model.": "", "model.language_model.": "model."}
 _OTHER_PARTS = (
@@ -189,7 +189,7 @@ def open_checked(config: DecoderConfig, hf_dir: epath.PathLike) -> dict[str, Ten
             start = 0
             for part, rows in parts.items():
                 new = name.replace(ending, part + ".weight")
-                tensors[new] = Rows(name=new, shape=(rows, whole.shape[1]), start=start, whole=whole)
+                tensors[new] = RowsOfTensor(name=new, shape=(rows, whole.shape[1]), start=start, whole=whole)
                 start += rows
     check_weights(config, tensors, hf_dir)
     return tensors

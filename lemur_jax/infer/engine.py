@@ -13,7 +13,7 @@ import numpy as np
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.batching import bucket, chunk_length, padded_length, put, row_ways
-from lemur_jax.infer.programs import CHUNK, Rows, empty_rows
+from lemur_jax.infer.programs import CHUNK, DecodeRows, empty_rows
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 
@@ -146,7 +146,7 @@ class Engine:
             self._cache, self._prompt_cache = run.empty(B, S), run.empty(P, S)
             self._device_rows = self._put(empty_rows(B, S, J))
 
-    def _put(self, rows: Rows) -> Rows:
+    def _put(self, rows: DecodeRows) -> DecodeRows:
         return jax.tree.map(lambda array: put(self.session, array), rows)
 
     def _prefill(self) -> None:
@@ -209,7 +209,7 @@ class Engine:
         return progressed
 
 
-def _fill(rows: Rows, row: int, request: Request) -> None:
+def _fill(rows: DecodeRows, row: int, request: Request) -> None:
     """Writes a request into a row of NumPy."""
     length = len(request.prompt)
     rows.tokens[row, :length] = request.prompt

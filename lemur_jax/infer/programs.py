@@ -26,7 +26,7 @@ CHUNK = 64
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
+class DecodeRows:
     """The sequences in decode.
 
     Attributes:
@@ -46,11 +46,11 @@ class Rows:
     knobs: Knobs
 
 
-def empty_rows(B: int, S: int, J: int) -> Rows:
+def empty_rows(B: int, S: int, J: int) -> DecodeRows:
     """Free rows, of NumPy."""
     knobs = {name: np.full(B, value) for name, value in Sampling().knobs().items()}
     zeros = np.zeros(B, np.int32)
-    return Rows(
+    return DecodeRows(
         tokens=np.zeros((B, S), np.int32),
         position=zeros,
         remaining=zeros.copy(),
@@ -77,8 +77,8 @@ class Programs:
 
     empty: Callable[..., KVCache]
     prefill: Callable[..., KVCache]
-    admit: Callable[..., tuple[KVCache, Rows]]
-    decode: Callable[..., tuple[KVCache, Rows, jax.Array, jax.Array]]
+    admit: Callable[..., tuple[KVCache, DecodeRows]]
+    decode: Callable[..., tuple[KVCache, DecodeRows, jax.Array, jax.Array]]
 
 
 @functools.lru_cache(maxsize=8)
@@ -114,11 +114,11 @@ def _admit(
     config: DecoderConfig,
     compute: Compute,
     cache: KVCache,
-    rows: Rows,
+    rows: DecodeRows,
     prompts: KVCache,
     source: jax.Array,
-    new: Rows,
-) -> tuple[KVCache, Rows]:
+    new: DecodeRows,
+) -> tuple[KVCache, DecodeRows]:
     taken = source >= 0
 
     def copy(old, prompts):
@@ -136,11 +136,11 @@ def _decode(
     compute: Compute,
     params: Params,
     cache: KVCache,
-    rows: Rows,
+    rows: DecodeRows,
     keep: jax.Array,
     steps: jax.Array,
     busy: jax.Array,
-) -> tuple[KVCache, Rows, jax.Array, jax.Array]:
+) -> tuple[KVCache, DecodeRows, jax.Array, jax.Array]:
     model = decoder.bind(config, compute, params)
     B = rows.tokens.shape[0]
 
@@ -166,7 +166,7 @@ def _decode(
     return cache, rows, *_for_host(compute, tokens, logprobs)
 
 
-def _advance(rows: Rows, logits: jax.Array) -> tuple[Rows, jax.Array, jax.Array]:
+def _advance(rows: DecodeRows, logits: jax.Array) -> tuple[DecodeRows, jax.Array, jax.Array]:
     """Chooses from logits [B, V]; a free row gets token -1 and stays as it is."""
     active = rows.remaining > 0
     slots = jnp.arange(rows.tokens.shape[1])
@@ -190,7 +190,7 @@ def _settle(compute: Compute, cache: KVCache) -> KVCache:
     return jax.tree.map(lambda array: constrain(array, compute.mesh, *kv_cache.AXES), cache)
 
 
-def _settle_rows(compute: Compute, rows: Rows) -> Rows:
+def _settle_rows(compute: Compute, rows: DecodeRows) -> DecodeRows:
     return jax.tree.map(lambda x: constrain(x, compute.mesh, *("batch", "width")[: x.ndim]), rows)
 
 
