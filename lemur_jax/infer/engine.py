@@ -19,8 +19,8 @@ from lemur_jax.infer.session import Session
 
 # Most rows for each device (or group of `tensor` devices) of a mesh, and most slots of all of them.
 ROWS, SLOTS = 16, 8192
-# Prompts that are read at a time, for each of these.
-PROMPTS = 4
+# Most prompts that are read at a time, for each of these, and how many if only so many are left on one device.
+PROMPTS, FEW_PROMPTS = 8, 2
 GREEDY = Sampling()
 # Steps of decode between two chunks of prompts.
 STEPS_IN_PREFILL = 4
@@ -154,8 +154,10 @@ class Engine:
 
         The last token of a prompt is left to decode, which chooses what follows it.
         """
-        C = chunk_length(self.session)
-        tokens, start = np.zeros((len(self._prompts), C), np.int32), np.zeros(len(self._prompts), np.int32)
+        C, P = chunk_length(self.session), len(self._prompts)
+        if row_ways(self.session) == 1 and not any(self._prompts[FEW_PROMPTS:]):
+            P = min(P, FEW_PROMPTS)
+        tokens, start = np.zeros((P, C), np.int32), np.zeros(P, np.int32)
         for index, prompt in enumerate(self._prompts):
             if prompt:
                 piece = prompt.tokens[prompt.done : prompt.done + C]

@@ -66,8 +66,8 @@ class Programs:
 
     Attributes:
       empty: (rows, slots), both static -> KVCache.
-      prefill: (params, cache of P rows, tokens int32 [P, C], start int32 [P]) -> cache, with the keys of the tokens in
-        the slots of each row from `start` on.
+      prefill: (params, cache, tokens int32 [P, C], start int32 [P]) -> cache, with the keys of the tokens in the slots
+        of its first P rows from `start` on.
       admit: (cache, rows, prompts: cache of P rows, source int32 [B], new rows) -> (cache, rows), in which row b is
         the new one with the cache of prompt `source[b]`, if that is not -1.
       decode: (params, cache, rows, keep bool [B], steps, busy) -> (cache, rows, tokens int32 [B, N], logprobs
@@ -106,7 +106,9 @@ def _prefill(
 ) -> KVCache:
     positions = start[:, None] + jnp.arange(tokens.shape[1])
     model = decoder.bind(config, compute, params)
-    _, cache = model(tokens, positions, kv_cache.cached(config, compute, positions), cache)
+    first = jax.tree.map(lambda whole: whole[:, : len(tokens)], cache)
+    _, first = model(tokens, positions, kv_cache.cached(config, compute, positions), first)
+    cache = jax.tree.map(lambda whole, new: whole.at[:, : len(tokens)].set(new), cache, first)
     return _settle(compute, cache)
 
 
