@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import signal
+import sys
 
 from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, open_session
 from lemur_jax.common.errors import UserError
@@ -121,6 +123,8 @@ def _options(args):
 def _agents(args, session, written: dict) -> None:
     from lemur_jax.agents import episodes, runner
 
+    # An exit, so that sandboxes and a database server are stopped too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     names = args.agents.split(",")
     limit = args.max_new_tokens or 512
     if args.replay:
