@@ -85,8 +85,7 @@ def train(
       extend: accept a config that differs from the run's in what may change from its newest step on.
       open_inputs: (config, build) -> Inputs; default the mixture of `config.data`.
 
-    Returns:
-      Whether a request to stop came: no other work should start.
+    Returns whether a request to stop came: no other work should start.
 
     Raises:
       UserError: config, data, workdir and `profile` do not fit together, or the loss is not finite.
