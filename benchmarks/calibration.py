@@ -5,7 +5,7 @@
 
 Each row puts our step of the same model shape, batch, mesh and nearest rematerialization through `lemur plan` and
 compares tokens/s/chip, or the MFU where only that is published (attention counted full: so do MaxText and Google's v6e
-tables; the tpu7x tables count it causal, of which only the rates are used). **Their step is not ours**, so the
+tables; of the tpu7x tables, which count it causal, only the rates are used). **Their step is not ours**, so the
 difference is that of two programs and of the cost model together. Prints a line and a JSON record a row.
 
 Not followed: fp8 rows, for which we have no step, and Llama-3.1-405B on tpu7x, whose batch is not known here.

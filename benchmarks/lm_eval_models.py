@@ -22,7 +22,9 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--hf", required=True, help="the same model as a Hugging Face directory")
-    parser.add_argument("--documents", type=int, default=64, help="of which requests are made, at most 150")
+    parser.add_argument(
+        "--documents", type=int, default=64, help="documents to make requests of, at most 150"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

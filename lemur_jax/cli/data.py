@@ -12,7 +12,7 @@ def add_verbs(verbs: Verbs) -> None:
         "prepare",
         _prepare,
         "read a config's tasks once and write token stores",
-        "lemur prepare --config configs/quickstart_base.py",
+        "lemur prepare --config configs/smollm2_lemur.py",
     )
     add_config(sub)
     sub.add_argument(

@@ -86,7 +86,7 @@ def _add_doctor(verbs: Verbs) -> None:
         "doctor",
         _doctor,
         "look at everything that a run needs, on every host, before the run",
-        "lemur doctor --config configs/quickstart_base.py --workdir quickstart/runs/base",
+        "lemur doctor --config configs/smollm2_lemur.py --workdir quickstart/smollm2/lemur",
     )
     add_config(sub)
     sub.add_argument("--workdir", required=True, help="directory of the run; left as it is")
@@ -99,7 +99,7 @@ def _add_checkpoints(verbs: Verbs) -> None:
         "checkpoints",
         _checkpoints,
         "list the checkpoints of a run and verify every byte of them; exit status 1 if one is damaged",
-        "lemur checkpoints quickstart/runs/base",
+        "lemur checkpoints quickstart/smollm2/lemur",
     )
     sub.add_argument("workdir", help="workdir or checkpoint directory")
     sub.add_argument(

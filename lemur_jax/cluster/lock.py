@@ -28,9 +28,7 @@ LEASE_FILE = "running.lease"
 # A run that was asked to stop may still be saving when its successor starts.
 WAIT_SECONDS = 300.0
 RENEW_SECONDS = 10.0  # between two writes of the lease
-EXPIRE_SECONDS = (
-    60.0  # a lease that does not change for so long is of a run that is over; a store may be out of reach
-)
+EXPIRE_SECONDS = 60.0  # a lease that has not changed for this long is free; a store may be out of reach
 SETTLE_SECONDS = 1.0  # in which another run that found the place free may have written too; the last one wins
 RELEASE_SECONDS = 30.0  # for the last write at the end; a store may not answer
 

@@ -41,9 +41,7 @@ class Family:
     scales_embedding: bool = False  # by the root of the width
     experts: str = ""  # key of the number of experts; "": the mlp is not routed
     expert_width: str = "intermediate_size"  # key of the width of an expert
-    normalized: bool = (
-        False  # whether the weights of a token's experts sum to 1 whatever `norm_topk_prob` says
-    )
+    normalized: bool = False  # the weights of a token's experts sum to 1, whatever `norm_topk_prob` says
     text_of: str = ""  # `model_type` of multimodal models whose `text_config` is of this family
 
 

@@ -17,9 +17,9 @@ from lemur_jax.infer.programs import CHUNK, DecodeRows, empty_rows
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 
-# Most rows for each device (or group of `tensor` devices) of a mesh, and most slots of all of them.
+# Most rows, and most slots of all rows together, for each way in which the mesh shards rows.
 ROWS, SLOTS = 16, 8192
-# Most prompts that are read at a time, for each of these, and how many if only so many are left on one device.
+# Most prompts in one prefill for each of these ways; without sharded rows, a second program reads fewer prompts.
 PROMPTS, FEW_PROMPTS = 8, 2
 GREEDY = Sampling()
 # Steps of decode between two chunks of prompts.
@@ -132,7 +132,7 @@ class Engine:
         return request.length <= self._shape[1] and len(request.stop_ids) <= self._shape[2]
 
     def _resize(self) -> None:
-        """Makes the rows, none of which is in use, long enough for all that wait."""
+        """Makes the rows long enough for all waiting requests; no row is in use."""
         ways, (_, S, J) = row_ways(self.session), self._shape
         wanted = max(self._length, *(one.length for one in self._waiting), 2 * chunk_length(self.session))
         S = max(S, padded_length(self.session, wanted))

@@ -58,11 +58,9 @@ class DecoderConfig:
     mlp_bias: bool = False  # whether the projections of the mlp have one
     num_experts: int = 0  # mlps of a layer, each of width `intermediate_size`; 0: one that is not routed
     experts_per_token: int = 0  # experts that a token goes to, those with the largest router probabilities
-    normalize_expert_weights: bool = (
-        True  # whether the probabilities of a token's experts are made to sum to 1
-    )
+    normalize_expert_weights: bool = True  # whether the weights of a token's experts sum to 1
     qk_norm: str = (
-        ""  # RMSNorm of queries and keys before rotation, over each "head" or the whole "width"; "": none
+        ""  # RMSNorm of queries and keys before rotation: of each "head", the "width", or none ("")
     )
     sliding_window: int = 0  # positions that a query sees, its own included; 0: all before it
     full_attention_every: int = 0  # n: every n-th layer has no window; 0: the window is in all layers

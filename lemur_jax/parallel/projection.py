@@ -48,9 +48,7 @@ class Projection:
     dtype: str = "float32"  # of activations and products
     reduce_dtype: str = ""  # of weight gradients in transit; "": `dtype`
     mesh: Mesh | None = None  # None: no sharding
-    options: tuple[
-        str, ...
-    ] = ()  # `config.compute.compiler_options`, which may choose how gradients are reduced
+    options: tuple[str, ...] = ()  # `config.compute.compiler_options`: may choose how gradients are reduced
     frozen: bool = False  # weights have no gradient; only what is `Adapted` beside them has one
 
     def read(self, x: jax.Array, *products: tuple[str, nnx.Param]) -> tuple[jax.Array, ...]:

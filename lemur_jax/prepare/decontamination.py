@@ -46,7 +46,7 @@ class EvaluationSet:
                 self._problems[run].append(number)
 
     def find(self, text: str, share: float) -> tuple[int, float] | None:
-        """The problem of which a text has the largest share of runs, and that share; None below `share`."""
+        """(problem, share of its runs in the text) for the largest share; None if that is below `share`."""
         counts = collections.Counter(
             number for run in self._runs(text.lower()) for number in self._problems.get(run, ())
         )

@@ -1,7 +1,7 @@
 """Removal of documents that repeat earlier ones, on disk: memory does not grow with the corpus.
 
 Cleaned and tokenized documents first go into a draft of the store, each with a fingerprint: a digest of its text, and
-its MinHash (Broder 1997), of which 16 bits per hash are kept (Li and König, arXiv:0910.3349). Documents with the same
+its MinHash (Broder 1997), with 16 bits kept of each hash (Li and König, arXiv:0910.3349). Documents with the same
 digest, or with the same band of hashes (locality-sensitive hashing), are brought together by sorting, one band after
 the other. Candidates are compared by their whole MinHash, and the documents that stay are copied into the store.
 

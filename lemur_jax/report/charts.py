@@ -133,7 +133,7 @@ class Mark:
     colour: int = 1  # of the palette
     x_error: float = 0.0  # half the length of its error bar
     y_error: float = 0.0
-    samples: Sequence[Point] = ()  # of which it is the mean
+    samples: Sequence[Point] = ()  # the point is their mean
     cross: bool = False  # drawn as a cross
     front: bool = False  # on the Pareto front: a bold label, and a dashed line to the others
 

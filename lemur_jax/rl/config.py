@@ -9,7 +9,7 @@ ALGORITHMS = ("grpo", "dr_grpo", "dapo", "rloo")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RlConfig:
-    """Groups of episodes of one task, of which each is a row: `train.batch_rows` = groups × `group_size`."""
+    """Episodes and rewards. Each episode is a row: `train.batch_rows` = number of groups × `group_size`."""
 
     environment: str = ""  # "corridor", "calculator", or one of `lemur eval --agents`
     data: str = "."  # directory of the data of MINT or InterCode
@@ -22,11 +22,11 @@ class RlConfig:
     clip_low: float = 0.2  # the importance ratio is clipped at 1 - this
     clip_high: float = 0.2  # and at 1 + this; 0.28 in DAPO
     kl: float = 0.0  # weight of the divergence from the first parameters
-    max_rounds: int = 1  # above 1: groups whose rewards are equal are replaced, in up to so many rounds
+    max_rounds: int = 1  # most rounds of sampling; above 1, groups with equal rewards are sampled again
     mask_truncated: bool = False  # episodes for which `data.sequence_length` left no room do not train
     max_logprob_gap: float = 0.05  # stop above this mean |difference| of log-probabilities, nats a token
     environment_seconds: float = 60.0  # a call that takes longer makes its episode void
-    eval_every_steps: int = 20  # play the held-out tasks, greedily, before every so many updates; 0: never
+    eval_every_steps: int = 20  # updates between two greedy evaluations on held-out tasks; 0: never
     eval_tasks: int = 64  # most of them
     shuffle_rewards: bool = False  # negative control: rewards are permuted over the batch
 

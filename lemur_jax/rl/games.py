@@ -9,7 +9,7 @@ from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.agents.episodes import open_environments
 
 ROOMS, FARTHEST = 20, 3
-HELD_OUT = 5  # each of so many tasks
+HELD_OUT = 5  # every fifth task is held out
 
 
 class Corridor(Environment):

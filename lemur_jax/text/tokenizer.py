@@ -38,7 +38,7 @@ __all__ = ["FILE_NAMES", "GENERATION_CONFIG", "Tokenizer", "compatible", "read_f
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 _TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 
-# Private-use characters, of which the names of control tokens in the library are made.
+# Private-use characters: the library knows control tokens by names made of them.
 _PRIVATE = range(0x100000, 0x10FFFE)
 
 

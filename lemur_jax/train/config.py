@@ -79,14 +79,12 @@ class SpikesConfig:
     """Updates that are skipped by rule, see train/spikes.py. Off: a gradient that is not finite stops the run."""
 
     factor: float = (
-        0.0  # above 0: skip gradients whose norm is above factor × the running median, or not finite
+        0.0  # above 0: skip gradients whose norm exceeds factor × running median, or is not finite
     )
     window: int = (
-        100  # accepted norms that the median is taken over; before, only what is not finite is skipped
+        100  # accepted norms that the median is taken over; before, only norms not finite are skipped
     )
-    rollback_after: int = (
-        0  # roll back to the last regular checkpoint after this many consecutive skips; 0: never
-    )
+    rollback_after: int = 0  # consecutive skips before a rollback to the last regular checkpoint; 0: never
     max_rollbacks: int = 3  # rollbacks after which the run stops instead
 
     def __post_init__(self):

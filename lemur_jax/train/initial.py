@@ -95,7 +95,7 @@ def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: P
 
 
 def open_initial(init: InitConfig, tokenizer: Tokenizer, model: DecoderConfig) -> ModelSource:
-    """`config.init.checkpoint`, of which no weights are read yet.
+    """`config.init.checkpoint`, opened; no weights are read yet.
 
     Raises:
       UserError: it is not there, or of another shape or another tokenizer than the run.

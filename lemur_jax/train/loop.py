@@ -81,7 +81,7 @@ def train(
       config: the run config.
       workdir: gets `config.json`, `metrics.jsonl` and `checkpoints/`.
       build: makes the program; several runs of one process may share one (`sweep/runner.py`).
-      profile: steps of which every host writes a trace to `WORKDIR/profile`.
+      profile: steps that every host traces to `WORKDIR/profile`.
       extend: accept a config that differs from the run's in what may change from its newest step on.
       open_inputs: (config, build) -> Inputs; default the mixture of `config.data`.
 

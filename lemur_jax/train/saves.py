@@ -197,5 +197,5 @@ class Saves:
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that is done every so many updates (0: never) is done after this one."""
+    """Whether something with this period in updates (0: never) is due after this update."""
     return every > 0 and step % every == 0

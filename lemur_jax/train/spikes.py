@@ -43,8 +43,8 @@ def skip_spikes(
 
     Args:
       inner: what makes updates of gradients.
-      factor: a norm above so many times the running median is a spike.
-      window: the median is over so many accepted norms; before there are so many, only a norm that is not
+      factor: a norm above factor × the running median is a spike.
+      window: accepted norms that the median is taken over; before there are that many, only a norm that is not
         finite is a spike.
     """
 
@@ -103,7 +103,7 @@ def rolled_back(counters: Any, good: TrainState, step: jax.Array, done: int, rol
     """The state of `step` with the parameters, moments and remembered norms of `good`.
 
     Args:
-      counters: the optimizer's state at `step`, of which the schedule's counters are taken.
+      counters: the optimizer's state at `step`, for the schedule's counters.
       good: the state to go back to.
       step: int32 [], updates done, those that are undone included; `done` is its value.
       rollbacks: how often the run was rolled back, this time included.
