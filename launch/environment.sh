@@ -27,3 +27,6 @@ make_environment() {
     cp setup.cfg "$stamp"
   fi
 }
+
+# stage TITLE: a heading with the time since $started.
+stage() { printf '\n=== %s  [%d min %02d s]\n' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }

@@ -13,7 +13,6 @@ export PATH="$PWD/.venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3
 export LEMUR_RELAUNCH=1 # a run that was told to stop ends with 75, and the stages after it do not begin
 
 started=$SECONDS
-stage() { printf '\n=== %s  [%d min %02d s]\n' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
 runs=quickstart/runs
 
 stage "1/8 tokenizer and data"

@@ -41,15 +41,20 @@ class Traffic:
 
 @dataclasses.dataclass(kw_only=True)
 class Cost:
-    """Estimated seconds of a program, of its computation by part, and its traffic by kind ("all-reduce, slices")."""
+    """Estimated seconds of a program, of its computation by part, and its traffic by kind ("all-reduce, slices").
+
+    `unestimated` is the number of executed instructions for which the compiler has no estimate: they add no seconds.
+    """
 
     seconds: float = 0
+    unestimated: float = 0
     compute: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
     traffic: dict[str, Traffic] = dataclasses.field(default_factory=lambda: collections.defaultdict(Traffic))
 
     def add(self, other: "Cost", times: float = 1) -> None:
         """Adds `times` executions of `other`, one after the other."""
         self.seconds += times * other.seconds
+        self.unestimated += times * other.unestimated
         for part, seconds in other.compute.items():
             self.compute[part] += times * seconds
         for kind, traffic in other.traffic.items():
@@ -194,6 +199,7 @@ class Estimator:
 
     def _compute(self, each: hlo.Instruction, cost: Cost) -> float:
         """Adds a computing instruction; returns its seconds."""
+        cost.unestimated += each.lacks_estimate
         kernel, grouped = kernels.cycles(each, self.chip), kernels.grouped_cycles(each, self.chip)
         counted = (each.cycles if kernel is None else kernel) if grouped is None else grouped
         seconds = counted / self.chip.clock

@@ -25,6 +25,7 @@ _OPCODE = re.compile(r"([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+\w*|c64|c128)\[([\d,]*)\]")
 _HOST_ARRAY = re.compile(r"\b\w+\[[\d,]*\]\{[^}]*S\(5\)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_ESTIMATE = 2**63 - 1  # the compiler writes it where it has none
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 _NAMES = re.compile(r"%([\w.\-]+)")
 
@@ -54,7 +55,12 @@ class Instruction:
     @functools.cached_property
     def cycles(self) -> int:
         """The compiler's estimate for one execution; 0 if it gives none."""
-        return sum(int(count) for count in _CYCLES.findall(self.attributes))
+        return 0 if self.lacks_estimate else sum(map(int, _CYCLES.findall(self.attributes)))
+
+    @functools.cached_property
+    def lacks_estimate(self) -> bool:
+        """Whether the compiler says that it cannot estimate the cycles."""
+        return any(int(count) == _NO_ESTIMATE for count in _CYCLES.findall(self.attributes))
 
     @property
     def op_name(self) -> str:

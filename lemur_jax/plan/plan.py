@@ -40,6 +40,7 @@ class Plan:
         has none, from `analytic.lower_bound`.
       tokens_per_step: tokens of one execution.
       step_seconds: of one execution.
+      unestimated: executed instructions for which the compiler has no estimate; `step_seconds` leaves them out.
       parts: seconds by part: matmul, attention kernels, other compute, exposed communication.
       collectives: one row per kind: count, bytes, seconds, exposed, hidden.
       tokens_per_second_per_chip: of the step.
@@ -62,6 +63,7 @@ class Plan:
     largest_buffers: list[list[Any]]
     tokens_per_step: int
     step_seconds: float | None = None
+    unestimated: int = 0
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
     collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     tokens_per_second_per_chip: float | None = None
@@ -183,6 +185,7 @@ def program_plan(
     return dataclasses.replace(
         made,
         step_seconds=estimate.seconds,
+        unestimated=round(estimate.unestimated),
         parts={**estimate.compute, "exposed communication": estimate.exposed},
         collectives=[
             dict(kind=kind, **dataclasses.asdict(traffic), hidden=max(0.0, traffic.seconds - traffic.exposed))
@@ -284,6 +287,8 @@ def _format_step(plan: Plan) -> list[str]:
     lines = [
         f"ESTIMATED step of {plan.tokens_per_step:,} tokens: {scale * plan.step_seconds:.3f} {unit} (not measured)"
     ]
+    if plan.unestimated:
+        lines.append(f"  without {plan.unestimated:,} instructions for which the compiler has no estimate")
     for part, seconds in sorted(plan.parts.items(), key=lambda item: -item[1]):
         lines.append(f"  {part:<22}{scale * seconds:10.3f} {unit}  {seconds / plan.step_seconds:6.1%}")
     if plan.collectives:

@@ -68,6 +68,15 @@ def test_asynchronous_collective_hides_behind_computation():
     assert late.seconds == pytest.approx(sum(late.compute.values()) + late.exposed)
 
 
+def test_what_the_compiler_cannot_estimate_adds_no_time_and_is_counted():
+    unknown = CYCLES.replace("1050000", str(2**63 - 1))
+    text = f"""  %q = f32[8]{{0}} parameter(0)
+  %one = f32[8]{{0}} fusion(%q), kind=kLoop, {unknown}
+  ROOT %two = f32[8]{{0}} fusion(%one), kind=kLoop, {CYCLES}"""
+    found = cost.Estimator(module(text), network("v4-512")).run()
+    assert (found.seconds, found.unestimated) == (pytest.approx(1e-3), 1)
+
+
 def test_synchronous_collective_is_exposed():
     text = f"""  %q = f32[8]{{0}} parameter(0)
   %one = f32[8]{{0}} fusion(%q), kind=kLoop, {CYCLES}
