@@ -28,5 +28,6 @@ make_environment() {
   fi
 }
 
-# stage TITLE: a heading with the time since $started.
+# stage TITLE: a heading with the time since $started, which a script sets again after the installation.
+started=$SECONDS
 stage() { printf '\n=== %s  [%d min %02d s]\n' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
