@@ -128,3 +128,20 @@ def test_a_step_names_other_separators(chat_tokenizer):
         chat_tokenizer.control_tokens["<|im_start|>"],
         *chat_tokenizer.encode("a"),
     ]
+
+
+def test_documents_end_with_what_the_post_processor_appends(byte_level_dir, tmp_path):
+    ours = Tokenizer.load(byte_level_dir)
+    other = (ours.token(ours.bos_id), ours.bos_id)  # not eos
+    files = {name: json.loads(data) for name, data in ours.files().items() if name.endswith("json")}
+    files["tokenizer.json"]["post_processor"] = template([], [other])
+    files["tokenizer_config.json"] = {
+        "bos_token": other[0],
+        "eos_token": ours.token(ours.eos_id),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    for name, value in files.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    tokens = encode(Tokenizer.load(tmp_path), {"text": TEXT.encode()}, 0).tokens.tolist()
+    assert tokens == AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"]
+    assert tokens[-1] == ours.bos_id != ours.eos_id
