@@ -18,11 +18,11 @@ import numpy as np
 
 from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.config import RunConfig
 from lemur_jax.infer.engine import Engine, Request
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import make_session
 from lemur_jax.rl import games
+from lemur_jax.rl.config import RlConfig
 from lemur_jax.rl.objective import advantages
 from lemur_jax.text.chat_template import encode_chat, stop_ids
 from lemur_jax.text.tokenizer import Tokenizer
@@ -80,31 +80,34 @@ class Episode:
 class Rollouts:
     """Plays episodes, and takes the place of the mixture and its loader in the training loop.
 
+    Args:
+      options: `config.rl`.
+      program: its batch has the number of episodes and their length, its `compute` the dtype of sampling.
+      seed: of tasks and sampling.
+      steps: updates of the run.
+
     Raises:
       UserError: there is no such environment, or rows, groups and mesh do not fit together.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, program: Program):
-        rl = config.rl
+    def __init__(self, options: RlConfig, tokenizer: Tokenizer, program: Program, *, seed: int, steps: int):
         if jax.process_count() > 1:
             raise UserError(
                 "lemur rl runs on one host: several hosts would have to share what environments answer"
             )
-        if config.train.batch_rows % rl.group_size:
+        self.sources = (Name("episodes"),)
+        self.batch_rows, self.length = program.batch["tokens"].shape
+        if self.batch_rows % options.group_size:
             raise UserError(
-                f"config.train.batch_rows {config.train.batch_rows} must be a multiple of config.rl.group_size"
-                f" {rl.group_size}"
+                f"config.train.batch_rows {self.batch_rows} must be a multiple of config.rl.group_size"
+                f" {options.group_size}"
             )
-        self.options, self.seed, self.tokenizer, self.program = rl, config.seed, tokenizer, program
-        self.sources, self.batch_rows = (Name("episodes"),), config.train.batch_rows
-        self.length = config.data.sequence_length
-        self._dtype = config.compute.dtype
-        self._tasks, self._held_out = games.tasks(rl.environment, rl.data)
+        self.options, self.seed, self.tokenizer, self.program = options, seed, tokenizer, program
+        self._tasks, self._held_out = games.tasks(options.environment, options.data)
         self._stops = stop_ids(tokenizer)
         self._engine: Engine | None = None
         self._names: list[str] = []
-        self.eval_steps = rl.eval_every_steps
-        self.last_step = config.train.steps
+        self.last_step = steps
 
     def digests(self) -> dict[str, str]:
         """Of the data: there is none."""
@@ -127,7 +130,8 @@ class Rollouts:
         started = time.perf_counter()
         engine = self._with(params)
         figures: dict[str, Any] = {}
-        if self.eval_steps and (step % self.eval_steps == 0 or step + 1 == self.last_step):
+        period = self.options.eval_every_steps
+        if period and (step % period == 0 or step + 1 == self.last_step):
             held_out = self._held_out[: self.options.eval_tasks]
             played = [Episode(environment=copy.copy(one), seed=0) for one in held_out]
             self._play(engine, played, Sampling())
@@ -155,7 +159,9 @@ class Rollouts:
     def _with(self, params: Any) -> Engine:
         """The engine with these parameters: the same arrays, where the dtype is the same."""
         program = self.program
-        session = make_session(program.model, params, program.mesh, self._dtype, tokenizer=self.tokenizer)
+        session = make_session(
+            program.model, params, program.mesh, program.compute.dtype, tokenizer=self.tokenizer
+        )
         if not self._engine:
             length = min(self.length + 1, program.model.max_position_embeddings)
             self._engine = Engine(session, min(self.batch_rows, 64), 1 << 30, length)

@@ -37,7 +37,7 @@ def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
     mesh = make_mesh(config.mesh)
     tokenizer = Tokenizer.load(config.tokenizer.path)
     program = build(config, mesh, num_sources=1, objective=policy(config.rl))
-    rollouts = Rollouts(config, tokenizer, program)
+    rollouts = Rollouts(config.rl, tokenizer, program, seed=config.seed, steps=config.train.steps)
     update = program.step
 
     def play_and_update(state: TrainState, number: int) -> tuple[TrainState, dict[str, Any]]:

@@ -85,7 +85,8 @@ def train(
       extend: accept a config that differs from the run's in what may change from its newest step on.
       open_inputs: (config, build) -> Inputs; default the mixture of `config.data`.
 
-    Returns whether a request to stop came: no other work should start.
+    Returns:
+      Whether a request to stop came: no other work should start.
 
     Raises:
       UserError: config, data, workdir and `profile` do not fit together, or the loss is not finite.
@@ -93,7 +94,7 @@ def train(
     began, started = time.perf_counter(), time.time()
     check_steps(profile, config.train.steps)
     inputs = (open_inputs or open_data)(config, build)
-    workdir, values = epath.Path(workdir), to_json(config)
+    workdir, values, steps = epath.Path(workdir), to_json(config), config.train.steps
     changes = config_changes(values, workdir, extend=extend)
     with contextlib.ExitStack() as stack:
         if is_primary():
@@ -109,13 +110,12 @@ def train(
         stop = Interruption(config.checkpoint.grace_s)
         evaluations = open_evaluations(config, inputs, history, stop.reached)
         unscored = evaluations.unscored(first)
-        if first == config.train.steps and not unscored:
+        if first == steps and not unscored:
             inform(f"{workdir}: already finished at step {first}")
             return False
-        inform(describe(inputs, config.train.steps, first, profile))
+        inform(describe(inputs, steps, first, profile))
         stack.enter_context(stop)
-        title = f"train {workdir.name}"
-        bar = Progress(config.train.steps, title, "steps", initial=first, enabled=is_primary())
+        bar = Progress(steps, f"train {workdir.name}", "steps", initial=first, enabled=is_primary())
         log = StepLog(history, stack.enter_context(bar), inputs.mixture, inputs.program, began)
         log.write_start(first)
         if unscored:
