@@ -1,6 +1,6 @@
-"""Quickstart, with an adapter: chat tuning of stage 3 continued by LoRA, the model's own weights frozen as int8.
+"""Quickstart, with an adapter: chat tuning of stage 3 continued by LoRA, the model's own weights frozen.
 
-Data and hardware as `quickstart_chat.py`; the adapter has 6% of the model's parameters, and checkpoints hold it alone.
+Data and hardware as `quickstart_chat.py`. The adapter has 6% of the number of parameters of the model; checkpoints hold nothing else.
 
     lemur train --config configs/quickstart_lora.py --workdir quickstart/runs/lora
     lemur export-hf quickstart/runs/lora quickstart/hf/lora --adapter
@@ -15,7 +15,7 @@ def get_config():
     config.init.new_rows = "refuse"
     config.adapter.rank = 8
     config.adapter.alpha = 16.0
-    config.adapter.base_dtype = "int8"
+    config.adapter.base_dtype = "float32"
     config.train.steps = 60
     config.optimizer.learning_rate = 2e-3
     config.optimizer.final_learning_rate = 2e-4
