@@ -1,7 +1,8 @@
 """LoRA of Llama-3.1 (8B, or 70B with `:70b`) on conversations, its frozen matrices as int8.
 
 70B fits a v5e-16 (`lemur plan`, docs/adapters.md); 8B on one chip was not compiled. Rank 16 on all projections,
-alpha 32, a constant batch of 16 rows; the learning rate is ten times that of full tuning. Needs `pip install '.[int8]'`.
+alpha 32, a constant batch of 16 rows; the learning rate is ten times that of full tuning.
+Needs `pip install '.[int8]'`.
 
     lemur plan --config configs/llama3_lora.py --topology v5e-1
     lemur plan --config configs/llama3_lora.py:70b --topology v5e-16
