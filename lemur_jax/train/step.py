@@ -197,7 +197,7 @@ class _Step:
             "param_norm": optax.tree.norm(params),
             "update_norm": optax.tree.norm(changes),
             **_loss_metrics(rows, weight, optimizer_state),
-            **_by_source(rows, microbatches["source_ids"], self.num_sources),
+            **_by_source(rows, microbatches, self.num_sources),
             **{f"objective/{name}": _mean(*sums) for name, sums in means.items()},
         }
         updated = dataclasses.replace(state, step=state.step + 1, params=params, optimizer=optimizer_state)
@@ -264,7 +264,6 @@ def _loss_metrics(rows: RowSums, weight: jax.Array, optimizer_state: Any) -> dic
     """Figures of rows [M, B/M], which come back in the batch's own order [B], and of the optimizer."""
     metrics = {
         "loss": jnp.sum(rows.loss) / weight,
-        "target_tokens": jnp.sum(rows.weight),
         "learning_rate": optimizer_state.hyperparams["learning_rate"],
         "finite_rows": jnp.isfinite(jnp.moveaxis(rows.loss, 0, 1).reshape(-1)),
     }
@@ -274,10 +273,9 @@ def _loss_metrics(rows: RowSums, weight: jax.Array, optimizer_state: Any) -> dic
     return metrics
 
 
-def _by_source(rows: RowSums, source_ids: jax.Array, num_sources: int) -> dict[str, jax.Array]:
-    """Loss sums and weights of each source, float32 [S]."""
-    hit = source_ids.reshape(-1)[None] == jnp.arange(num_sources)[:, None]
-    return {
-        "source_loss": jnp.sum(jnp.where(hit, rows.loss.reshape(-1)[None], 0.0), axis=-1),
-        "source_weight": jnp.sum(jnp.where(hit, rows.weight.reshape(-1)[None], 0.0), axis=-1),
-    }
+def _by_source(rows: RowSums, microbatches: Batch, num_sources: int) -> dict[str, jax.Array]:
+    """Of each source: sums of losses and their weights in the objective, float32 [S], and target tokens, int32 [S]."""
+    hit = microbatches["source_ids"].reshape(-1)[None] == jnp.arange(num_sources)[:, None]
+    tokens = jnp.sum(microbatches["loss_weights"] > 0, axis=-1, dtype=jnp.int32)
+    values = {"source_loss": rows.loss, "source_weight": rows.weight, "source_tokens": tokens}
+    return {key: jnp.sum(jnp.where(hit, x.reshape(-1)[None], 0), axis=-1) for key, x in values.items()}

@@ -151,9 +151,9 @@ class StepLog:
             skipped = metrics.get("skips_in_a_row", 0) > 0
             if not skipped:
                 self._check_finite(step, metrics)
-            self._tokens["tokens"] += int(metrics["target_tokens"])
-            for source, weight in zip(self._mixture.sources, metrics["source_weight"], strict=True):
-                self._tokens[f"tokens/{source.name}"] += int(weight)
+            self._tokens["tokens"] += int(metrics["source_tokens"].sum())
+            for source, tokens in zip(self._mixture.sources, metrics["source_tokens"], strict=True):
+                self._tokens[f"tokens/{source.name}"] += int(tokens)
             record = self._record(step, metrics, seconds) | {"data_wait_seconds": data_wait} | hosts
             if self._writer:
                 self._writer.write(record)
@@ -219,7 +219,7 @@ class StepLog:
         record |= {key.removeprefix("objective/"): value for key, value in of_objective.items()}
         record["update_ratio"] = record["update_norm"] / max(record["param_norm"], 1e-30)
         record |= self._tokens
-        record["tokens_per_second"] = float(metrics["target_tokens"]) / max(seconds, 1e-9)
+        record["tokens_per_second"] = float(metrics["source_tokens"].sum()) / max(seconds, 1e-9)
         record["seconds"] = seconds
         if metrics.get("grad_norm_limit", 0) > 0:
             record["grad_norm_limit"] = float(metrics["grad_norm_limit"])

@@ -223,7 +223,8 @@ def test_packed_rows_equal_conversations_alone(packed, loss, microbatches):
     if loss == "orpo":
         expected -= table[::2, 2].sum() / table[::2, 3].sum()
     np.testing.assert_allclose(metrics["loss"], expected, rtol=2e-5)
-    assert metrics["target_tokens"] == len(alone) / (1 if loss == "kto" else 2)
+    assert metrics["source_weight"].sum() == len(alone) / (1 if loss == "kto" else 2)
+    assert metrics["source_tokens"].sum() == batch["loss_weights"].sum()
     np.testing.assert_allclose(metrics["objective/accuracy"], (scores[::2] > scores[1::2]).mean(), rtol=1e-6)
     assert 0 < metrics["grad_norm"] < np.inf
 

@@ -101,7 +101,7 @@ def test_learning_rate_and_sources_in_the_metrics(alone, batch):
     np.testing.assert_allclose(metrics["learning_rate"], 1e-2)  # warmup 0, 0.005, then the peak
     np.testing.assert_allclose(metrics["source_weight"].sum(), batch["loss_weights"].sum())
     np.testing.assert_allclose(
-        metrics["source_loss"].sum() / metrics["target_tokens"], alone[0][-1], rtol=1e-5
+        metrics["source_loss"].sum() / metrics["source_tokens"].sum(), alone[0][-1], rtol=1e-5
     )
 
 

@@ -90,8 +90,8 @@ def run(clock, steps=4, kind="TPU v4", devices=256, spent=None, handing=0.0, **m
     )
     keys = ("loss", "learning_rate", "grad_norm", "param_norm", "update_norm")
     metrics = {key: np.float32(1.5) for key in keys}
-    metrics |= {"target_tokens": np.float32(1000), "finite_rows": np.ones(ROWS, bool)}
-    metrics |= {"source_loss": np.ones(1), "source_weight": np.ones(1)}
+    metrics |= {"source_loss": np.ones(1), "source_weight": np.ones(1), "source_tokens": np.array([1000])}
+    metrics |= {"finite_rows": np.ones(ROWS, bool)}
     metrics |= more
 
     def batches():
@@ -126,7 +126,7 @@ def test_seconds_go_where_they_went(clock, memory):
         "step": 4, "kind": "time", "wall_seconds": 7 + 4 * 10 + 60 + 5 + 2, "goodput": 36 / 114,
         "unix_seconds": 1_000_000 + clock.now, **{f"{part}_seconds": value for part, value in parts.items()},
     })  # fmt: skip
-    assert [record["tokens/code"] for record in records] == [1, 2, 3, 4]
+    assert [record["tokens/code"] for record in records] == [1000, 2000, 3000, 4000]
 
 
 def test_goodput_counts_from_the_first_start(clock, memory, tmp_path):
