@@ -3,7 +3,7 @@
 Ids and mask are those of transformers' `apply_chat_template`: the template marks what is supervised with
 `{% generation %} ... {% endgeneration %}`, and character offsets carry that over to tokens. In a template without marks
 an assistant's turn is what it adds to the conversation before it, rendered with the generation prompt. A control token
-that a message spells is plain text. A turn with `weight: 0`, `train: false` or `training: false` is not supervised.
+that a message spells is plain text. A turn with `weight: 0` or one of `TRAIN_FLAGS` false is not supervised.
 """
 
 import datetime
@@ -47,13 +47,20 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*ends, tokenizer.eos_id, *tokenizer.generation_stop_ids]))
 
 
+# Keys of a turn that say whether it is trained on: `weight` of OpenAI and Mistral, `train` and `training` of axolotl,
+# `loss` of ms-swift.
+TRAIN_FLAGS = ("weight", "train", "training", "loss")
+
+
 def is_trained(message: Message) -> bool:
-    """Whether a turn may be supervised: not if it has `weight: 0`, `train: false` or `training: false`.
+    """Whether a turn may be supervised: not if one of its `TRAIN_FLAGS` is 0 or false.
 
     Raises:
-      ValueError: a weight other than 0 and 1, or a flag that is neither true nor false.
+      ValueError: a weight other than 0 and 1, a flag that is neither true nor false, or marks of parts of a turn.
     """
-    flags = {key: message[key] for key in ("weight", "train", "training") if message.get(key) is not None}
+    if message.get("train_detail"):
+        raise ValueError("a turn has train_detail, marks of its parts: only whole turns can be left out")
+    flags = {key: message[key] for key in TRAIN_FLAGS if message.get(key) is not None}
     for key, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise ValueError(

@@ -1,7 +1,7 @@
 """Converts conversations of published data sets to one form: a list of {"role", "content"}.
 
-Roles are system, user, assistant and tool; contents are strings. A turn of the assistant with `weight: 0`,
-`train: false` or `training: false` gets `"train": False` and is not supervised. Null fields count as absent. Each
+Roles are system, user, assistant and tool; contents are strings. A turn of the assistant with `weight: 0`, or with
+`train`, `training` or `loss` false, gets `"train": False` and is not supervised. Null fields count as absent. Each
 function takes a row and raises ValueError with a reason where it cannot read it: `fields.Fields(messages=...)`.
 Those of preferences give {"chosen": messages, "rejected": messages}, or one of them: `Fields(preferences=...)`.
 """
@@ -29,6 +29,7 @@ _ROLES = {
     "tool": "tool",
     "function": "tool",
 }
+_THOUGHTS = ("reasoning_content", "thinking")
 
 
 def sharegpt(row: Row) -> Messages:
@@ -102,7 +103,8 @@ def openai(row: Row) -> Messages:
     """OpenAI `messages`: contents as strings or parts, tool calls and tool results.
 
     A call becomes part of what the assistant says, as JSON between <tool_call> and </tool_call>, and is trained on;
-    a result is a turn of the role tool.
+    a result is a turn of the role tool. `reasoning_content` and `thinking` go to the chat template, which may write
+    them. `tools` of the row are not read: tools that the model should know belong in the system turn.
     """
     messages = []
     for turn in _list(row, "messages"):
@@ -111,7 +113,8 @@ def openai(row: Row) -> Messages:
         if turn.get("function_call"):  # the older spelling of one call
             calls.append(_call(turn["function_call"]))
         content = "" if calls and not _has(turn, "content") else _parts(_get(turn, "content"))
-        messages.append(_message(role, "\n".join([content] * bool(content) + calls), turn))
+        message = _message(role, "\n".join([content] * bool(content) + calls), turn)
+        messages.append(message | {key: turn[key] for key in _THOUGHTS if _has(turn, key)})
     return _checked(messages)
 
 
@@ -153,7 +156,7 @@ def _turns(content: Any, role: str) -> Messages:
     """A list of turns, or a text as one of `role`."""
     if isinstance(content, str):
         return [_message(role, content)]
-    return [_message(_get(turn, "role"), _parts(_get(turn, "content"))) for turn in content]
+    return [_message(_get(turn, "role"), _parts(_get(turn, "content")), turn) for turn in content]
 
 
 def _answered(prompt: Messages, completion: Messages) -> Messages:
@@ -173,8 +176,16 @@ def _call(function: Any) -> str:
             arguments = json.loads(arguments)
         except ValueError as error:
             raise ValueError(f"the arguments of the call of {name!r} are not JSON") from error
+    else:  # Parquet gives each call the arguments of all
+        arguments = _without_nulls(arguments)
     call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
     return f"<tool_call>\n{call}\n</tool_call>"
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _parts(content: Any) -> str:

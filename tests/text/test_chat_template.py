@@ -93,7 +93,8 @@ def supervised_text(tokenizer, messages):
 
 
 @pytest.mark.parametrize(
-    "flag", [{"weight": 0}, {"train": False}, {"training": False}, {"weight": 0.0, "train": True}]
+    "flag",
+    [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"weight": 0.0, "train": True}],
 )
 def test_turns_with_weight_0_are_not_supervised(chat_tokenizer, flag):
     messages = messages_of([("user", "q"), ("assistant", " bad \n"), ("user", "q"), ("assistant", "good")])
@@ -106,10 +107,12 @@ def test_turns_with_weight_0_are_not_supervised(chat_tokenizer, flag):
         encode_chat(chat_tokenizer, messages[:2])
 
 
-@pytest.mark.parametrize("flag", [{"weight": 0.5}, {"train": "no"}, {"weight": [0]}])
+@pytest.mark.parametrize(
+    "flag", [{"weight": 0.5}, {"train": "no"}, {"weight": [0]}, {"train_detail": [{"train": False}]}]
+)
 def test_a_weight_between_0_and_1_is_refused(chat_tokenizer, flag):
     messages = [{"role": "assistant", "content": "x", **flag}]
-    with pytest.raises(UserError, match="only 0 and 1"):
+    with pytest.raises(UserError, match="only 0 and 1|only whole turns"):
         encode_chat(chat_tokenizer, messages)
 
 

@@ -169,6 +169,19 @@ def test_turns_that_are_not_to_be_trained_on():
     assert formats.sharegpt({"conversations": turns}) == [bad | {"train": False}, good]
     empty = bad | {"content": "", "train": False}
     assert formats.openai({"messages": [empty, good | {"weight": 1}]}) == [empty, good]
+    prompt, other = talk(("user", "q"), ("assistant", "b"))
+    row = {"prompt": [prompt], "chosen": [bad | {"loss": False}, prompt, good], "rejected": [other]}
+    assert [turn.get("train", True) for turn in formats.preference(row)["chosen"]] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_thoughts_are_kept_for_the_template():
+    turn = {"role": "assistant", "content": "a", "reasoning_content": "because"}
+    assert formats.openai({"messages": [turn | {"thinking": None}]}) == [turn]
 
 
 def test_null_fields_are_absent():
@@ -178,6 +191,9 @@ def test_null_fields_are_absent():
     ]
     row = {"conversation": None, "conversations": turns, "system": None}
     assert formats.sharegpt(row) == talk(("user", "q"), ("assistant", "a"))
+    call = {"name": "f", "arguments": {"x": 1, "y": None, "z": [{"u": None, "v": 2}]}}
+    (turn,) = formats.openai({"messages": [{"role": "assistant", "content": None, "function_call": call}]})
+    assert json.loads(turn["content"].split("\n")[1])["arguments"] == {"x": 1, "z": [{"v": 2}]}
 
 
 @pytest.mark.parametrize(
