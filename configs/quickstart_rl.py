@@ -1,6 +1,6 @@
 """Quickstart, afterwards: a text game, learned by reinforcement from random play.
 
-`:play` tunes the chat model on conversations of random legal play (task `corridor_play`), so that it knows the words of
+`:play` tunes the chat model on conversations of random legal play (task `lamp_play`), so that it knows the words of
 the game and nothing of how to win; without an argument, `lemur rl` goes on from there (docs/rl.md).
 Hardware: 2 CPU cores, a minute and a few minutes.
 
@@ -26,7 +26,7 @@ def get_config(arg: str = ""):
     config.checkpoint.every_steps = 50
     if arg == "play":
         config.init.checkpoint = "quickstart/runs/chat"
-        config.data.sources = {"corridor_play": {"share": 1.0, "packing": "fit", "max_epochs": 4.0}}
+        config.data.sources = {"lamp_play": {"share": 1.0, "packing": "fit", "max_epochs": 4.0}}
         config.train.steps = 60
         config.train.batch_rows = 16
         config.optimizer.learning_rate = 1e-3
@@ -35,7 +35,7 @@ def get_config(arg: str = ""):
     if arg:
         raise ValueError(f"{arg!r} is no variant: write :play, or nothing")
     config.init.checkpoint = "quickstart/runs/play"
-    config.rl.environment = "corridor"
+    config.rl.environment = "lamp"
     config.rl.group_size = 8
     config.rl.max_new_tokens = 4
     config.rl.algorithm = "dr_grpo"

@@ -32,7 +32,7 @@ from typing import NamedTuple, TypeVar
 
 from lemur_jax.prepare.fields import is_held_out
 from lemur_jax.prepare.tasks import add_generator
-from lemur_jax.rl.games import tasks
+from lemur_jax.rl.games import MOVES, tasks
 
 VALIDATION_SHARE = 0.1  # of the modules and chapters
 # A training document that shares this many consecutive lines with a held-out one is left out.
@@ -349,19 +349,19 @@ add_generator(
 )
 
 
-def corridor_play(split: str) -> Iterator[dict[str, str]]:
-    """Conversations of random legal play: "left" or "right" at every turn, whatever the lamp."""
-    for number, game in enumerate(tasks("corridor")[split != "train"] * 8):
+def lamp_play(split: str) -> Iterator[dict[str, str]]:
+    """Conversations of random legal play, wherever the light comes from."""
+    for number, game in enumerate(tasks("lamp")[split != "train"]):
         rng = random.Random(number)
         messages = [{"role": "user", "content": game.reset()}]
         for _ in range(game.max_turns):
-            move = rng.choice(["left", "right"])
+            move = rng.choice(list(MOVES))
             messages.append({"role": "assistant", "content": move})
             step = game.step(move)
             messages.append({"role": "user", "content": step.observation})
             if step.reward:
                 break
-        yield {"id": f"{game.id}/{number}", "messages": json.dumps(messages[:-1])}
+        yield {"id": game.id, "messages": json.dumps(messages[:-1])}
 
 
-add_generator("corridor_play", corridor_play, content="messages", splits=("train", "validation"))
+add_generator("lamp_play", lamp_play, content="messages", splits=("train", "validation"))

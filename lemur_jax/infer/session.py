@@ -14,6 +14,7 @@ from lemur_jax.infer.quantize import WEIGHTS, check_installed, quantize
 from lemur_jax.models import decoder
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Compute, Params
+from lemur_jax.parallel.adapted import is_adapted
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import param_shardings
 from lemur_jax.text.tokenizer import Tokenizer
@@ -112,14 +113,17 @@ def make_session(
     """A session from parameters in memory, e.g. those of a run in training.
 
     Args:
-      params: arrays of any dtype, anywhere; moved and cast where needed.
+      params: arrays of any dtype, anywhere; moved and cast where needed. With an adapter (`lora.adapt`) they stay as
+        they are, and are cast where they are read.
 
     Raises:
       UserError: the mesh does not fit the model.
     """
     wanted = abstract_params(model, mesh, dtype)
-    # Nothing is copied where dtype and sharding are right already.
-    params = jax.tree.map(lambda x, want: jax.device_put(x.astype(want.dtype), want.sharding), params, wanted)
+    if not is_adapted(params):  # nothing is copied where dtype and sharding are right already
+        params = jax.tree.map(
+            lambda x, want: jax.device_put(x.astype(want.dtype), want.sharding), params, wanted
+        )
     if weights == "int8":
         params = quantize(model, mesh, params)
     compute = Compute(dtype=dtype, mesh=mesh)

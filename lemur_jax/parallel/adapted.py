@@ -43,6 +43,12 @@ def base_of(weight: Any) -> Any:
     return weight.base if isinstance(weight, Adapted) else weight
 
 
+def is_adapted(params: Any) -> bool:
+    """Whether a tree of parameters holds an `Adapted`."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Adapted))
+    return any(isinstance(leaf, Adapted) for leaf in leaves)
+
+
 def num_inputs(axes: tuple[str, ...]) -> int:
     """How many of the leading logical axes of one layer's weight a product sums over: `embed`, or all before it."""
     return 1 if axes[0] == "embed" else len(axes) - 1

@@ -1,6 +1,7 @@
 """Environments that a small model learns in minutes, and the tasks of any environment."""
 
 import ast
+import itertools
 import operator
 import random
 from collections.abc import Sequence
@@ -8,33 +9,46 @@ from collections.abc import Sequence
 from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.agents.episodes import open_environments
 
-ROOMS, FARTHEST = 20, 3
+SIDE, FARTHEST = 8, 3  # rooms along a side of the house, and moves of the longest way
+MOVES = {"north": (0, -1), "south": (0, 1), "west": (-1, 0), "east": (1, 0)}
 HELD_OUT = 5  # every fifth task is held out
 
+Room = tuple[int, int]
 
-class Corridor(Environment):
-    """A text game: walk along a corridor to the lamp in as many moves as there are rooms between."""
 
-    def __init__(self, start: int, lamp: int):
-        self.id = f"corridor/{start}-{lamp}"
+class Lamp(Environment):
+    """A text game: go through a square house to the lamp, whose light shows a way, without a detour."""
+
+    def __init__(self, start: Room, lamp: Room):
+        self.id = f"lamp/{_name(start)}-{_name(lamp)}"
         self._start, self._lamp = start, lamp
-        self.max_turns = abs(start - lamp)
+        self.max_turns = sum(map(abs, self._way(start)))
 
     def reset(self) -> str:
         self._room = self._start
         return self._view()
 
+    def _way(self, room: Room) -> Room:
+        return self._lamp[0] - room[0], self._lamp[1] - room[1]
+
     def _view(self) -> str:
-        return f"room {self._room}, lamp {self._lamp}: left or right?"
+        x, y = self._way(self._room)
+        light = ("east" if x > 0 else "west") if abs(x) > abs(y) else ("south" if y > 0 else "north")
+        return f"room {_name(self._room)}, light from the {light}. Where to?"
 
     def step(self, action: str) -> Step:
-        move = {"left": -1, "right": 1}.get(action.strip().lower())
+        move = MOVES.get(action.strip().lower())
         if move is None:
-            return Step(observation="left or right?", verdict="no move")
-        self._room += move
+            return Step(observation="north, south, west or east?", verdict="no move")
+        x, y = (min(max(at + by, 0), SIDE - 1) for at, by in zip(self._room, move, strict=True))
+        self._room = x, y
         if self._room == self._lamp:
             return Step(observation="lamp!", reward=1.0, verdict="passed")
         return Step(observation=self._view(), verdict="wrong answer")
+
+
+def _name(room: Room) -> str:
+    return f"{'abcdefgh'[room[0]]}{room[1] + 1}"
 
 
 class Calculator(Environment):
@@ -90,10 +104,10 @@ def tasks(name: str, data: str = ".") -> tuple[Sequence[Environment], Sequence[E
     Raises:
       UserError: there is no such environment, or its data is missing.
     """
-    rooms = range(1, ROOMS + 1)
-    if name == "corridor":
-        pairs = [(a, b) for a in rooms for b in rooms if 0 < abs(a - b) <= FARTHEST]
-        every: list[Environment] = [Corridor(*pair) for pair in pairs]
+    if name == "lamp":
+        rooms = list(itertools.product(range(SIDE), repeat=2))
+        games = itertools.starmap(Lamp, itertools.permutations(rooms, 2))
+        every: list[Environment] = [game for game in games if game.max_turns <= FARTHEST]
     elif name == "calculator":
         rng = random.Random(0)
         every = [

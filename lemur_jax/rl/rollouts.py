@@ -10,7 +10,7 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -118,15 +118,32 @@ class Rollouts:
         return list(dict.fromkeys(self._names[row] for row in rows))
 
     def iterate(self, start_step: int, stop_step: int) -> Generator[tuple[int, Any], None, None]:
-        """Numbers of steps, twice: the batch is made by `batch`, which needs the parameters."""
+        """Numbers of steps, twice: `play` makes the batch, which needs the parameters."""
         yield from ((step, step) for step in range(start_step, stop_step))
 
-    def batch(self, step: int, params: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """The batch of a step and its figures.
+    def play(self, step: int, params: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """The batch of a step, and its figures as metrics of the objective.
+
+        Args:
+          params: those of the update, as of `Program.weights`.
 
         Raises:
           UserError: the environment failed in every episode.
         """
+        with jax.transfer_guard("allow"):
+            arrays, figures = self._batch(step, params)
+        return arrays, {f"objective/{name}": np.float32(value) for name, value in figures.items()}
+
+    def check_gap(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """UserError if log-probabilities of the update differ too much from those of sampling."""
+        gap, most = float(jax.device_get(metrics["objective/logprob_gap"])), self.options.max_logprob_gap
+        if not gap <= most:
+            raise UserError(
+                f"step {step + 1}: log-probabilities of the update and of sampling differ by {gap:.3g} nats a token,"
+                f" more than config.rl.max_logprob_gap {most:g}; the last checkpoint is intact"
+            )
+
+    def _batch(self, step: int, params: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         started = time.perf_counter()
         engine = self._with(params)
         figures: dict[str, Any] = {}

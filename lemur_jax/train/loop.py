@@ -48,6 +48,9 @@ class Inputs:
     held_out: Sequence[HeldOut]
     program: step.Program
     loader: Loader | Any  # of the mixture; has `iterate` and `batch`
+    rollouts: Any = (
+        None  # `lemur rl`: plays the batches (`rl/rollouts.py`), for which the loader gives steps alone
+    )
     plan: str = ""  # how much of the data will be read, for a person
 
 
@@ -129,17 +132,22 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
     """Updates `first` to the last one, with saves and evaluations between them; whether it was told to stop."""
     config, saves, evaluations, log, stop = run.config, run.saves, run.evaluations, run.log, run.stop
     program, done = run.inputs.program, first
-    loader = run.inputs.loader
+    loader, rollouts = run.inputs.loader, run.inputs.rollouts
     batches = () if stop.asked else log.waiting(loader.iterate(first, config.train.steps))
     for number, batch in trace_steps(batches, profile, profile_path, finish=log.flush):
+        if rollouts:
+            batch, played = rollouts.play(number, program.weights(state))
         state, metrics = program.step(state, batch)
+        if rollouts:
+            rollouts.check_gap(number, metrics)
+            metrics = metrics | played
         done = number + 1
         log.add(done, metrics)
         rolled_back = too_many_skips(config.spikes, metrics)
         if rolled_back:
             log.flush()
             with log.paused("checkpoint"):
-                state, target = saves.roll_back(state, loader)
+                state, target = saves.roll_back(state, loader, rollouts)
             log.rolled_back(done, target)
         stop.reached()  # all hosts agree on a request to stop ...
         if due(done, config.log.every_steps):

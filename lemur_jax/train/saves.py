@@ -160,7 +160,7 @@ class Saves:
                 self._checkpoints.save(step, state.params, state.optimizer, self._metadata, best)
                 self._checkpoints.wait()
 
-    def roll_back(self, state: TrainState, loader: Loader) -> tuple[TrainState, int]:
+    def roll_back(self, state: TrainState, loader: Loader, rollouts: Any = None) -> tuple[TrainState, int]:
         """The state with the parameters of the last regular checkpoint before the skips, and its step.
 
         Where that checkpoint is not there, a save having failed, its parameters are made again from an older
@@ -192,7 +192,9 @@ class Saves:
                 " left"
             )
         for step in range(at, target):
-            good, _ = self._program.step(good, loader.batch(step))
+            weights = self._program.weights(good)
+            batch = rollouts.play(step, weights)[0] if rollouts else loader.batch(step)
+            good, _ = self._program.step(good, batch)
         return rolled_back(schedule, good, state.step, done, rollbacks + 1), target
 
 

@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 
 from lemur_jax.agents.environments import Environment, Step
+from lemur_jax.checkpoint.metadata import make_metadata
+from lemur_jax.checkpoint.reading import restore_params
+from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import default_config, from_config_dict
-from lemur_jax.models import decoder
+from lemur_jax.convert.source import open_source
+from lemur_jax.models import decoder, lora
 from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
 from lemur_jax.rl import games, run
@@ -40,7 +44,9 @@ def make_config(tokenizer, path, **options):
     config.rl.update(
         {"environment": "echo", "group_size": 4, "max_new_tokens": 3, "max_turns": 2, "eval_tasks": 2}
     )
-    config.rl.update(options)
+    for key, value in options.items():
+        section, _, name = key.rpartition(".")
+        config[section or "rl"][name] = value
     return config
 
 
@@ -69,26 +75,30 @@ def play(monkeypatch, small_chat_tokenizer, tmp_path):
     return start
 
 
+def target_logprobs(model, params, batch):
+    """[B, T] of the plain forward pass, and the mask of the policy's own tokens."""
+    batch = jax.tree.map(np.asarray, batch)
+    logits = decoder.forward(
+        model, Compute(), params, batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
+    found = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["targets"][..., None], -1)
+    return found[..., 0], batch["loss_weights"] > 0
+
+
 def test_only_the_policys_own_tokens_train(small_chat_tokenizer, tmp_path, monkeypatch):
     """Every number of a batch against the plain forward pass and against the episodes themselves."""
     monkeypatch.setattr(games, "tasks", lambda name, data: ([Echo()], [Echo()]))
     config = from_config_dict(
         make_config(small_chat_tokenizer, tmp_path, rewards="turn", algorithm="dr_grpo")
     )
-    rollouts = run.open_inputs(config).mixture
+    rollouts = run.open_inputs(config).rollouts
     params = jax.jit(decoder.init_params, static_argnums=0)(config.model, jax.random.key(1))
-    batch, figures = rollouts.batch(3, params)
-    again, _ = rollouts.batch(3, params)
+    batch, figures = rollouts.play(3, params)
+    again, _ = rollouts.play(3, params)
     jax.tree.map(np.testing.assert_array_equal, batch, again)
     batch = jax.tree.map(np.asarray, batch)
-    own = batch["loss_weights"] > 0
+    expected, own = target_logprobs(config.model, params, batch)
     assert 0 < own.sum() < (batch["segment_ids"] > 0).sum() / 2
-    logits = decoder.forward(
-        config.model, Compute(), params, batch["tokens"], batch["positions"], batch["segment_ids"]
-    )
-    expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["targets"][..., None], -1)[
-        ..., 0
-    ]
     np.testing.assert_allclose(batch["sampling_logprobs"][own], expected[own], atol=1e-4)
     assert not batch["sampling_logprobs"][~own].any()
     assert not batch["advantages"][~own].any()
@@ -97,7 +107,34 @@ def test_only_the_policys_own_tokens_train(small_chat_tokenizer, tmp_path, monke
     # Rewards of a turn and those after it, less the mean of the group: they add up to 0 over the group's first turns.
     first = [row[mask][0] for row, mask in zip(batch["advantages"], own, strict=True)]
     np.testing.assert_allclose(np.reshape(first, (2, 4)).sum(1), 0, atol=1e-6)
-    assert figures["turns"] > 1
+    assert figures["objective/turns"] > 1
+
+
+@pytest.mark.parametrize("base_dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_the_policy_is_an_adapter(play, small_chat_tokenizer, tmp_path, base_dtype):
+    """The base is frozen and the reference; what is sampled has the log-probabilities of the merged weights."""
+    model = preset("tiny", vocab_size=small_chat_tokenizer.vocab_size)
+    params = jax.device_get(jax.jit(decoder.init_params, static_argnums=0)(model, jax.random.key(1)))
+    write_params(tmp_path / "base", params, make_metadata(model=model.to_dict(), tokenizer_files={}))
+    options = {
+        "adapter.rank": 4, "adapter.targets": ("*/query", "*/gate", "*/down"), "adapter.base_dtype": base_dtype,
+        "init.checkpoint": str(tmp_path / "base"), "rl.kl": 0.1, "rl.eval_every_steps": 0,
+    }  # fmt: skip
+    records = play("run", **options)
+    assert all(record["logprob_gap"] < 1e-4 for record in records)
+    assert abs(records[0]["kl"]) < 1e-6 < records[-1]["kl"]
+    config = from_config_dict(make_config(small_chat_tokenizer, tmp_path, **options))
+    adapter = restore_params(tmp_path / "run", lora.abstract_adapter(config.adapter, model, "float32"))
+    assert max(abs(leaf).max() for leaf in jax.tree.leaves(adapter)) > 0
+    if base_dtype == "int8":
+        return
+    merged = open_source(tmp_path / "run").restore(decoder.abstract_params(model))
+    inputs = run.open_inputs(config)
+    batch, _ = inputs.rollouts.play(0, lora.adapt(config.adapter, params, adapter))
+    expected, own = target_logprobs(model, merged, batch)
+    np.testing.assert_allclose(np.asarray(batch["sampling_logprobs"])[own], expected[own], atol=1e-4)
+    base, _ = target_logprobs(model, params, batch)
+    assert abs(base - expected)[own].max() > 1e-3
 
 
 class Hangs(Echo):
@@ -153,6 +190,8 @@ def test_runs_that_cannot_go_on_say_why(play):
         play("drift", max_logprob_gap=1e-9)
     with pytest.raises(UserError, match="must be a multiple of config.rl.group_size 3"):
         play("groups", group_size=3)
+    with pytest.raises(UserError, match="set config.adapter.dropout to 0"):
+        play("dropout", **{"adapter.rank": 2, "adapter.dropout": 0.1, "init.checkpoint": "base"})
 
 
 SCRIPT = """
