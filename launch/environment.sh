@@ -14,7 +14,7 @@ find_python() {
   return 2
 }
 
-# make_environment DIR EXTRAS: an environment in DIR with the package and e.g. "[test]"; does nothing when
+# make_environment DIR EXTRAS: activates an environment in DIR with the package and e.g. "[test]"; installs nothing when
 # it is there and setup.cfg has not changed since.
 make_environment() {
   local directory=$1 extras=$2 stamp python
@@ -26,8 +26,9 @@ make_environment() {
     "$directory/bin/pip" install --quiet --disable-pip-version-check --editable ".$extras"
     cp setup.cfg "$stamp"
   fi
+  export PATH="$PWD/$directory/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3
+  started=$SECONDS
 }
 
-# stage TITLE: a heading with the time since $started, which a script sets again after the installation.
-started=$SECONDS
+# stage TITLE: a heading with the time since make_environment.
 stage() { printf '\n=== %s  [%d min %02d s]\n' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }

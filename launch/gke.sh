@@ -20,8 +20,9 @@ require RUN CONFIG WORKDIR ACCELERATOR PROJECT ZONE CLUSTER IMAGE
 
 name=$RUN restarts=$MAX_RESTARTS
 case $verb in
-  start) command=(lemur train --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"}) ;;
-  doctor) command=(lemur doctor --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"}) ;;
+  start | doctor)
+    command=(lemur "${verb/start/train}" --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
+    ;;
   smoke)
     [ ${#SMOKE[@]} -gt 0 ] || fail "SMOKE is empty in $settings: name a checkpoint and a mesh, as for lemur smoke"
     command=(lemur smoke "${SMOKE[@]}")

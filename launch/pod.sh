@@ -18,7 +18,6 @@
 # 3 no quota; 4 a worker cannot be reached; 5 the run crashes again and again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
 source launch/settings_reader.sh
 
 check_settings() {
@@ -56,46 +55,23 @@ insist() {
   return 1
 }
 
-# ssh_to HOW NODE WORKER COMMAND, with HOW `execute` or `insist`.
-ssh_to() {
-  "$1" timeout "$SSH_SECONDS" gcloud compute tpus tpu-vm ssh "$2" "${place[@]}" --worker="$3" \
-    ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command="$4"
-}
-
-# on_workers WORKER COMMAND: on that worker ("all" or a number) of every slice.
+# on_workers HOW COMMAND: on all workers of all slices at once, with HOW `execute` or `insist`.
 on_workers() {
-  local node
+  local node pids=() pid result=0
   for node in "${nodes[@]}"; do
-    ssh_to insist "$node" "$1" "$2" || return 4
+    "$1" timeout "$SSH_SECONDS" gcloud compute tpus tpu-vm ssh "$node" "${place[@]}" --worker=all \
+      ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command="$2" &
+    pids+=($!)
+    [ -z "$dry_run" ] || wait $!
   done
-}
-
-# The same on all workers of all slices at once, where they wait for each other.
-on_all_at_once() {
-  local node pid pids=() result=0
-  for node in "${nodes[@]}"; do
-    if [ -n "$dry_run" ]; then
-      ssh_to execute "$node" all "$1"
-    else
-      ssh_to execute "$node" all "$1" &
-      pids+=($!)
-    fi
-  done
-  for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid" || result=4; done
+  for pid in "${pids[@]}"; do wait "$pid" || result=4; done
   return "$result"
 }
 
-# examine VERB WORD...: `lemur VERB WORD...` on all workers; 2 where one says that something is wrong.
+# examine VERB WORD...: `lemur VERB WORD...` on all workers; 2 where one finds something wrong, which ssh does not report.
 examine() {
-  local said result=0
-  said=$(mktemp)
-  # What all say alike is said once.
-  on_all_at_once "bash lemur/launch/worker.sh $(quoted "$@")" 2>&1 | tee "$said" |
-    awk '!said[$0]++ { print; fflush() }' || result=4
-  # ssh to several workers need not pass on how each of them ended.
-  if [ "$result" -eq 0 ] && grep -q "lemur $1 ended with [1-9]" "$said"; then result=2; fi
-  rm -f "$said"
-  return "$result"
+  on_workers execute "bash lemur/launch/worker.sh $(quoted "$@")" 2>&1 |
+    awk '!seen[$0]++ { print; fflush() } /: lemur [a-z]+ ended with [1-9]/ { bad = 2 } END { exit bad }'
 }
 
 copy_to_workers() {
@@ -148,10 +124,7 @@ delete() {
 
 # Until the slices are there. Requests that failed are sent again.
 create() {
-  if [ -n "$dry_run" ]; then
-    request
-    return
-  fi
+  [ -z "$dry_run" ] || { request && return; }
   local now before=''
   while true; do
     now=$(state)
@@ -167,39 +140,26 @@ create() {
 }
 
 push() {
-  local archive pair environment=''
+  local archive=${TMPDIR:-/tmp}/lemur-push-$RUN.tar.gz pair environment='' result=0
   [ -n "$dry_run" ] || git diff --quiet HEAD || echo "pod.sh: changes that are not committed are not pushed" >&2
-  if [ -n "$dry_run" ]; then
-    archive=${TMPDIR:-/tmp}/lemur-push
-    execute mkdir -p "$archive"
-  else
-    archive=$(mktemp -d)
-  fi
-  execute git archive --format=tar.gz --output="$archive/code.tar.gz" HEAD
+  execute git archive --format=tar.gz --output="$archive" HEAD
   for pair in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
     printf -v environment '%s%s=%q\n' "$environment" "${pair%%=*}" "${pair#*=}"
   done
-  if [ -n "$dry_run" ]; then
-    printf "cat >%q <<'END'\n%sEND\n" "$archive/run.env" "$environment"
-  else
-    printf %s "$environment" >"$archive/run.env"
-  fi
-  local result=0
-  copy_to_workers "$archive/code.tar.gz" lemur-code.tar.gz &&
-    copy_to_workers "$archive/run.env" lemur-run.env &&
-    on_workers all 'mkdir -p lemur && tar -xzf lemur-code.tar.gz -C lemur && mv lemur-run.env lemur/run.env' ||
+  copy_to_workers "$archive" lemur-code.tar.gz &&
+    on_workers insist "mkdir -p lemur && tar -xzf lemur-code.tar.gz -C lemur && printf %s $(quoted "$environment")>lemur/run.env" ||
     result=$?
   if [ "$result" -eq 0 ] && [ -n "$SECRETS_FILE" ]; then
     copy_to_workers "$SECRETS_FILE" lemur-secrets.env &&
-      on_workers all 'chmod 600 lemur-secrets.env && mv lemur-secrets.env lemur/secrets.env' || result=$?
+      on_workers insist 'chmod 600 lemur-secrets.env && mv lemur-secrets.env lemur/secrets.env' || result=$?
   fi
-  execute rm -rf "$archive"
+  execute rm -f "$archive"
   return "$result"
 }
 
-setup() { on_workers all 'bash lemur/launch/worker.sh setup'; }
-start() { on_workers all "bash lemur/launch/worker.sh start $(quoted "$RUNNER" "${train[@]}")"; }
-stop() { on_workers all 'bash lemur/launch/worker.sh stop'; }
+setup() { on_workers insist 'bash lemur/launch/worker.sh setup'; }
+start() { on_workers insist "bash lemur/launch/worker.sh start $(quoted "${train[@]}")"; }
+stop() { on_workers insist 'bash lemur/launch/worker.sh stop'; }
 doctor() { examine doctor "${train[@]:1}"; }
 smoke() {
   [ ${#SMOKE[@]} -gt 0 ] || fail "SMOKE is empty in $settings: name a checkpoint and a mesh, as for lemur smoke"
@@ -207,7 +167,7 @@ smoke() {
 }
 logs() { execute gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${place[@]}" --worker=0 \
   ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command='tail -n 100 -F lemur/run.log'; }
-status() { on_workers all 'if [ -d lemur/launch ]; then bash lemur/launch/worker.sh status; else echo absent; fi'; }
+status() { on_workers insist 'if [ -d lemur/launch ]; then bash lemur/launch/worker.sh status; else echo absent; fi'; }
 
 # One word for the whole pod out of every worker's: a run is only finished where all are.
 summary() {
@@ -226,11 +186,6 @@ summary() {
   esac
 }
 
-# Sets up and starts; a preemption in the middle of it is seen at the next look.
-begin() {
-  push && setup && start || echo "pod.sh: could not set up every worker; looking again" >&2
-}
-
 watch() {
   if [ -n "$dry_run" ]; then
     create && push && setup && start && status && delete
@@ -244,7 +199,7 @@ watch() {
     [ "$now" = unreachable ] || unreachable=0
     case $now in
       running) ;;
-      absent | ready) begin ;;
+      absent | ready) { push && setup && start; } || echo "pod.sh: could not set up every worker; looking again" >&2 ;;
       0)
         echo "finished: $WORKDIR"
         [ "$DELETE_WHEN_FINISHED" = yes ] && delete

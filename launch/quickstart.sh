@@ -10,10 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment .venv "[prepare,gguf,verify]"
-export PATH="$PWD/.venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3
-export LEMUR_RELAUNCH=1 # a run that was told to stop ends with 75, and the stages after it do not begin
+export LEMUR_RELAUNCH=1 # a stopped run ends with 75, and no later stage begins
 
-started=$SECONDS
 home=quickstart/smollm2
 mkdir -p $home
 
@@ -65,13 +63,10 @@ lemur report $home/lemur $home/chat --output quickstart/report.html --table --qu
 stage "done"
 cat <<'END'
 quickstart/report.html      answers of each stage side by side, curves, the table of held-out bits per byte
-quickstart/smollm2/lemur    metrics and checkpoints of the two stages
-quickstart/smollm2/chat
+quickstart/smollm2/         lemur and chat: metrics and checkpoints of the two stages; stores: the token stores
 quickstart/smollm2/hf       the model for Hugging Face: AutoModelForCausalLM.from_pretrained("quickstart/smollm2/hf")
-quickstart/smollm2/stores   the token stores
 
 Try next (after `source .venv/bin/activate`):
   lemur chat --checkpoint quickstart/smollm2/chat
-  lemur inspect configs/smollm2_chat.py
   lemur smoke --checkpoint quickstart/smollm2/chat --virtual-devices 6 --mesh fsdp=2,tensor=3 --hf quickstart/smollm2/hf
 END

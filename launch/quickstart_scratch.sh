@@ -9,10 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment .venv "[prepare]"
-export PATH="$PWD/.venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3
-export LEMUR_RELAUNCH=1 # a run that was told to stop ends with 75, and the stages after it do not begin
+export LEMUR_RELAUNCH=1 # a stopped run ends with 75, and no later stage begins
 
-started=$SECONDS
 runs=quickstart/runs
 
 stage "1/8 tokenizer and data"

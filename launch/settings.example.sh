@@ -24,7 +24,6 @@ ZONE=
 RUNTIME=                                # image, e.g. tpu-ubuntu2204-base or v2-alpha-tpuv6e
 CREATE_FLAGS=()                         # more flags of `gcloud compute tpus queued-resources create`
 SSH_FLAGS=()                            # e.g. (--tunnel-through-iap)
-RUNNER=tmux                             # tmux, or systemd (a unit of the user; needs lingering allowed)
 
 # --- patience
 SSH_SECONDS=900                         # one command on all workers

@@ -3,7 +3,6 @@
 #   bash launch/test.sh                         everything but the slow tests
 #   bash launch/test.sh --quick                 no test that starts a process or takes seconds: about 2 minutes
 #   bash launch/test.sh -m slow                 the slow ones
-#   bash launch/test.sh tests/data -k mixture   a part
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

@@ -2,21 +2,19 @@
 # Runs on every worker of a pod, in the directory of the pushed code. launch/pod.sh calls it over ssh.
 #
 #   worker.sh setup                    makes .venv; needs no root
-#   worker.sh start RUNNER WORDS...    starts `lemur WORDS` so that it survives the ssh session
+#   worker.sh start WORDS...           starts `lemur WORDS`, which survives the ssh session
 #   worker.sh status                   one word: absent, ready, running, or the exit status of the run
 #   worker.sh stop                     SIGTERM, and waits: the run saves a checkpoint if it can
 #   worker.sh doctor|smoke WORDS...    `lemur doctor WORDS` in the run's environment, and a line of how it ended
 set -euo pipefail
 cd "$(dirname "$0")/.."
-unit=lemur-run
-log=run.log
 export PATH="$PWD/.venv/bin:$HOME/.local/bin:$PATH"
 
 running() { [ -f run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null; }
 
 load_environment() {
-  export LEMUR_JOIN=1 # a plain TPU VM does not say in its environment that it has companions
-  export LEMUR_RELAUNCH=1 # a run that was told to stop ends with 75, one that is finished with 0
+  export LEMUR_JOIN=1 # the environment of a plain TPU VM does not name the other hosts
+  export LEMUR_RELAUNCH=1 # a stopped run ends with 75, a finished one with 0
   set -a
   # shellcheck source=/dev/null
   [ ! -f run.env ] || source run.env
@@ -33,45 +31,22 @@ case ${1:-} in
     uv pip install --quiet --python .venv/bin/python --editable '.[tpu,int8]'
     ;;
   start)
-    runner=$2
-    shift 2
+    shift
     if running; then
       echo "already running"
       exit 0
     fi
-    rm -f exit_status
-    case $runner in
-      tmux)
-        tmux kill-session -t "$unit" 2>/dev/null || true
-        tmux new-session -d -s "$unit" "$(printf '%q ' "$PWD/launch/worker.sh" run "$@")"
-        ;;
-      systemd)
-        loginctl enable-linger
-        systemctl --user reset-failed "$unit" 2>/dev/null || true
-        systemd-run --user --quiet --collect --unit="$unit" --working-directory="$PWD" \
-          "$PWD/launch/worker.sh" run "$@"
-        ;;
-      *)
-        echo "RUNNER is $runner: it must be tmux or systemd" >&2
-        exit 2
-        ;;
-    esac
+    rm -f exit_status run.pid
+    setsid nohup launch/worker.sh run "$@" </dev/null >/dev/null 2>&1 &
     ;;
   run)
     shift
     load_environment
-    echo "== $(date -u +%FT%TZ) $(hostname)" >>"$log"
-    set +e
-    lemur "$@" >>"$log" 2>&1 &
+    echo "== $(date -u +%FT%TZ) $(hostname)" >>run.log
+    lemur "$@" >>run.log 2>&1 &
     echo $! >run.pid
-    trap 'kill -TERM "$(cat run.pid)"' TERM
-    wait $!
-    status=$?
-    # A trapped signal ends `wait` early.
-    while running; do
-      wait "$(cat run.pid)"
-      status=$?
-    done
+    status=0
+    wait $! || status=$?
     rm -f run.pid
     echo "$status" >exit_status
     ;;

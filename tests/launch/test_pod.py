@@ -95,7 +95,7 @@ class Pod:
         names = {
             "queued-resources create": "create",
             "queued-resources delete": "delete",
-            "code.tar.gz test-run:": "push",
+            "test-run:lemur-code.tar.gz": "push",
             "worker.sh setup": "setup",
             "worker.sh start": "start",
             "worker.sh stop": "stop",
@@ -129,7 +129,7 @@ def test_a_run_from_nothing_to_finished(pod):
     (start,) = pod.calls("worker.sh start")
     assert "--worker=all" in start
     assert start[-1].rstrip() == (
-        "--command=bash lemur/launch/worker.sh start tmux train --config configs/lemur_7b_pretrain.py"
+        "--command=bash lemur/launch/worker.sh start train --config configs/lemur_7b_pretrain.py"
         " --workdir gs://bucket/run"
     )
 
@@ -244,9 +244,11 @@ def test_dry_run_prints_what_the_real_run_executes(pod):
     pushed = pod("push", "--dry-run").stdout
     assert pod.calls() == []
     assert "git archive --format=tar.gz" in pushed
-    assert "/run.env <<'END'\nA_FLAG=two\\ words\nEND\n" in pushed
     pod("push")
-    assert "run.env" in pod.calls("scp")[1][4]
+    (unpack,) = pod.calls("tar -xzf")
+    written = unpack[-1].partition("-C lemur && ")[2].replace(">lemur/run.env", "")
+    done = subprocess.run(["bash", "-c", written], capture_output=True, text=True)
+    assert done.stdout == "A_FLAG=two\\ words\n"
     printed = [line.split() for line in pushed.splitlines() if line.startswith("timeout")]
     assert [line[2:7] for line in printed] == [["gcloud", *call[:4]] for call in pod.calls()]
     printed = pod("start", "--dry-run")
@@ -275,7 +277,7 @@ def test_several_slices(pod):
     pod("create", rules=[{"when": DESCRIBE, "out": "NOT_FOUND", "code": 1}, *FINISHED])
     assert {"--node-prefix=test-run", "--node-count=2"} <= set(pod.calls("create")[0])
     pod("setup")
-    assert [call[4] for call in pod.calls("worker.sh setup")] == ["test-run-0", "test-run-1"]
+    assert {call[4] for call in pod.calls("worker.sh setup")} == {"test-run-0", "test-run-1"}
 
 
 SMOKE = "SMOKE=(--checkpoint 'gs://bucket/a b' --mesh fsdp=8)\n"
@@ -386,7 +388,6 @@ def test_worker_says_how_the_run_is(worker):
     assert worker("status").stdout == "137\n"
 
 
-@pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux")
 @pytest.mark.parametrize("verb", ["smoke", "doctor"])
 def test_worker_says_how_what_looked_has_ended(worker, verb):
     worker.install('echo "$@ $A_FLAG $LEMUR_JOIN"; exit 2')
@@ -398,14 +399,14 @@ def test_worker_says_how_what_looked_has_ended(worker, verb):
     assert last.endswith(f": lemur {verb} ended with 2")
 
 
-def test_worker_starts_and_stops_a_run_in_tmux(worker):
+def test_worker_starts_and_stops_a_run(worker):
     worker.install("trap 'echo saving; exit 0' TERM; echo started; while true; do sleep 0.05; done")
-    started = worker("start", "tmux", "train", env={**os.environ, "TMUX_TMPDIR": str(worker.home)})
+    started = worker("start", "train")
     assert started.returncode == 0, started.stderr
     for _ in range(200):
         if worker("status").stdout == "running\n":
             break
-    assert worker("start", "tmux", "train").stdout == "already running\n"
+    assert worker("start", "train").stdout == "already running\n"
     assert worker("stop").returncode == 0
     for _ in range(200):
         if (status := worker("status").stdout) == "0\n":
@@ -447,31 +448,6 @@ chmod +x {uv}"""
     ]  # fmt: skip
     worker("setup", env=fakes.environment)
     assert fakes.calls()[3:] == [install]
-
-
-def test_worker_starts_a_unit_of_the_user(worker, fakes):
-    for name in ("loginctl", "systemctl"):
-        fakes(name)
-    fakes("systemd-run", 'shift 5; "$@"')  # past its own options
-    worker.install('echo "trained $@"')
-    started = worker("start", "systemd", "train", "--config", "c.py", env=fakes.environment)
-    assert started.returncode == 0, started.stderr
-    assert fakes.calls() == [
-        "loginctl enable-linger",
-        "systemctl --user reset-failed lemur-run",
-        f"systemd-run --user --quiet --collect --unit=lemur-run --working-directory={worker.home}"
-        f" {worker.home}/launch/worker.sh run train --config c.py",
-    ]
-    assert worker("status").stdout == "0\n"
-    assert "trained train --config c.py" in (worker.home / "run.log").read_text()
-
-
-def test_worker_refuses_an_unknown_runner_and_passes_on_what_systemd_refuses(worker, fakes):
-    done = worker("start", "screen", "train", env=fakes.environment)
-    assert (done.returncode, "RUNNER is screen" in done.stderr) == (2, True)
-    fakes("loginctl", "echo no such privilege >&2; exit 1")
-    done = worker("start", "systemd", "train", env=fakes.environment)
-    assert (done.returncode, "no such privilege" in done.stderr) == (1, True)
 
 
 # --- the scripts themselves
