@@ -38,6 +38,7 @@ from lemur_jax.text.chat_template import CHATML_TEMPLATE, stop_ids
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 
 logger = logging.getLogger(__name__)
+MAX_SHARD_BYTES = 5e9  # per safetensors file; a larger tensor gets its own
 # The files of an export.
 _WRITTEN = {*FILE_NAMES, INDEX, "README.md", "config.json", "generation_config.json", "model.safetensors"}
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
@@ -50,7 +51,6 @@ def export_hf(
     dtype: str = "bfloat16",
     step: int | None = None,
     overwrite: bool = False,
-    max_shard_bytes: float = 5e9,
     change: Change = AS_IT_IS,
     verify: bool = False,
 ) -> DecoderConfig:
@@ -65,7 +65,6 @@ def export_hf(
       dtype: of the written weights: "float32", "bfloat16" or "float16".
       step: which checkpoint; None: the newest.
       overwrite: replace an earlier export at `hf_dir`.
-      max_shard_bytes: tensor bytes per safetensors file; a larger tensor gets its own file.
       change: of the vocabulary.
       verify: read the files again, compare them with the checkpoint (`convert.verify`), and log the result.
 
@@ -84,7 +83,7 @@ def export_hf(
         config, tokenizer = opened.written, opened.tokenizer
         with suggest_other_steps(ckpt_dir, metadata["step"]), staged(target) as directory:
             shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
-            write_weights(directory, shapes, dtype, _ahead(opened.tensors(dtype)), max_shard_bytes)
+            write_weights(directory, shapes, dtype, _ahead(opened.tensors(dtype)), MAX_SHARD_BYTES)
             card = model_card(config, metadata, dtype, chatml=_has_chatml(tokenizer))
             (directory / "README.md").write_text(card)
             _write_files(directory, config, dtype, tokenizer)

@@ -40,29 +40,13 @@ class BinTensor:
         bits = torch.int32 if self.dtype.itemsize == 4 else torch.int16
         return self.tensor.detach().contiguous().view(bits).numpy().view(self.dtype)
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RowsOfTensor:
-    """Some rows of a tensor that several projections share."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    whole: StoredTensor | BinTensor | gguf.GgufTensor
-
-    @property
-    def path(self) -> epath.Path:
-        return self.whole.path
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.whole.dtype
-
-    def read(self) -> np.ndarray:
-        return self.whole.read()[self.start : self.start + self.shape[0]]
+    def rows(self, name: str, start: int, stop: int) -> "BinTensor":
+        """Some rows of a matrix as a tensor of its own."""
+        part = self.tensor[start:stop]
+        return dataclasses.replace(self, name=name, shape=tuple(part.shape), tensor=part)
 
 
-Tensor = StoredTensor | BinTensor | gguf.GgufTensor | RowsOfTensor
+Tensor = StoredTensor | BinTensor | gguf.GgufTensor
 # Prefixes of the text part of a multimodal model and what they become, and of the parts that are left out.
 _TEXT = {"language_model.": "", "model.language_model.": "model."}
 _OTHER_PARTS = (
@@ -183,13 +167,13 @@ def open_checked(config: DecoderConfig, hf_dir: epath.PathLike) -> dict[str, Ten
     for ending, parts in fused.items():
         for name in [name for name in tensors if name.endswith(ending)]:
             whole: Any = tensors[name]
-            if whole.shape != (sum(parts.values()), config.hidden_size):
+            if whole.shape != (sum(parts.values()), config.hidden_size) or is_gguf(hf_dir):
                 continue  # the check says so
             del tensors[name]
             start = 0
             for part, rows in parts.items():
                 new = name.replace(ending, part + ".weight")
-                tensors[new] = RowsOfTensor(name=new, shape=(rows, whole.shape[1]), start=start, whole=whole)
+                tensors[new] = whole.rows(new, start, start + rows)
                 start += rows
     check_weights(config, tensors, hf_dir)
     return tensors

@@ -60,6 +60,11 @@ class StoredTensor:
             list(pool.map(fill, range(0, len(data), _PIECE_BYTES)))
         return data.view(self.dtype).reshape(self.shape)
 
+    def rows(self, name: str, start: int, stop: int) -> "StoredTensor":
+        """Some rows of a matrix as a tensor of its own: only their bytes are read."""
+        offset = self.offset + start * self.shape[1] * self.dtype.itemsize
+        return dataclasses.replace(self, name=name, shape=(stop - start, self.shape[1]), offset=offset)
+
 
 def brief(name: object) -> str:
     """A name from a file, made fit for one line of a message."""

@@ -88,8 +88,13 @@ def test_through_float32_masters(make_model, tmp_path):
     assert all(torch.equal(bits(tensor), bits(after[name])) for name, tensor in read_file(hf.path).items())
 
 
-def test_shards_without_a_tokenizer(hf_model, checkpoint, tmp_path):
-    export_hf(checkpoint, tmp_path / "out", dtype="float32", max_shard_bytes=20_000)
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(export_module, "MAX_SHARD_BYTES", 20_000)
+
+
+def test_shards_without_a_tokenizer(hf_model, checkpoint, tmp_path, small_shards):
+    export_hf(checkpoint, tmp_path / "out", dtype="float32")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3
     assert all(file.stat().st_size < 24_000 for file in files)
@@ -192,9 +197,11 @@ def test_it_stops_at_the_end_of_a_turn_and_where_the_imported_model_stopped(
     assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == [400, 2, 7]
 
 
-def test_existing_target(checkpoint, tmp_path):
+def test_existing_target(checkpoint, tmp_path, monkeypatch):
     out, home = tmp_path / "out", tmp_path / "home"
-    export_hf(checkpoint, out, dtype="float32", max_shard_bytes=20_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "MAX_SHARD_BYTES", 20_000)
+        export_hf(checkpoint, out, dtype="float32")
     before = {file.name for file in out.iterdir()}
     with pytest.raises(UserError, match="exists already"):
         export_hf(checkpoint, out)

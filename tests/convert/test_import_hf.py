@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from etils import epath
 
 from lemur_jax.checkpoint.manager import read_metadata, restore_params, tokenizer_files
 from lemur_jax.common.errors import UserError
+from lemur_jax.convert import safetensors as safetensors_module
+from lemur_jax.convert.hf_config import read_config
+from lemur_jax.convert.hf_weights import open_checked
 from lemur_jax.convert.import_hf import import_hf, load_hf_params
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import abstract_params
@@ -85,6 +89,26 @@ def test_sharded_files(make_model):
     assert len(list(hf.path.glob("*.safetensors"))) > 2
     config, params = load_hf_params(hf.path)
     assert_same(params, expected_params(hf.state(), config))
+
+
+def test_every_byte_of_a_fused_tensor_is_read_once(make_model, monkeypatch):
+    """As from an object store, where a tensor is not mapped."""
+    hf = make_model(kind="Phi3", pad_token_id=0, num_key_value_heads=2)
+    read = []
+    opened = type(epath.Path()).open
+
+    def counting(path, *arguments, **options):
+        file = opened(path, *arguments, **options)
+        whole = file.read
+        monkeypatch.setattr(file, "read", lambda size=-1: read.append(whole(size)) or read[-1], raising=False)
+        return file
+
+    monkeypatch.setattr(safetensors_module, "is_object_store", lambda path: True)
+    tensors = open_checked(read_config(hf.path), hf.path)
+    monkeypatch.setattr(type(epath.Path()), "open", counting)
+    for tensor in tensors.values():
+        assert tensor.read().nbytes == len(read[-1])
+    assert sum(map(len, read)) == sum(tensor.nbytes for tensor in hf.state().values())
 
 
 def to_bin(hf, shards=1):

@@ -25,9 +25,10 @@ def checkpoint(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_good_export(checkpoint, tmp_path, dtype, caplog):
+def test_a_good_export(checkpoint, tmp_path, dtype, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "lemur_jax")
-    export_hf(checkpoint, tmp_path / "out", dtype=dtype, max_shard_bytes=20_000, verify=True)
+    monkeypatch.setattr(export_module, "MAX_SHARD_BYTES", 20_000)
+    export_hf(checkpoint, tmp_path / "out", dtype=dtype, verify=True)
     lines = [record.getMessage() for record in caplog.records if record.name == "lemur_jax.convert.export_hf"]
     assert lines[0].startswith("verified: 30 tensors")
     assert "equal transformers' on 512 tokens: max |Δ| " in lines[1]
