@@ -8,6 +8,7 @@ does not agree with it.
 
 import contextlib
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from lemur_jax.checkpoint.commit_watch import CommitWatch
 from lemur_jax.checkpoint.digest import leaf_digests, on_host
 from lemur_jax.checkpoint.metadata import Damaged, check_leaves, make_metadata, seal, tokenizer_files
 from lemur_jax.checkpoint.reading import (
@@ -67,7 +67,7 @@ class Checkpoints:
     """The checkpoints of one run; all hosts call its methods together.
 
     A save that fails is reported, and tried again by the caller. With several hosts it ends all processes with status
-    75, as Orbax cannot abandon a save on all hosts at once (`commit_watch.py`).
+    75, as Orbax cannot abandon a save on all hosts at once.
 
     Args:
       path: directory, local or gs://; made if missing.
@@ -89,7 +89,8 @@ class Checkpoints:
         broadcast: bool = False,
     ):
         self.path = absolute(path)
-        self._commits = CommitWatch(self.path) if jax.process_count() > 1 else None
+        self._several_hosts = jax.process_count() > 1
+        self._orbax_barrier = ocp.multihost.get_barrier_sync_fn()
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
@@ -107,7 +108,7 @@ class Checkpoints:
             "async_options": ocp.AsyncOptions(
                 timeout_secs=_SAVE_SECONDS,
                 create_directories_asynchronously=False,
-                barrier_sync_fn=self._commits.barrier if self._commits else None,
+                barrier_sync_fn=self._barrier if self._several_hosts else None,
             ),
         }
         self._manager = open_manager(self.path, **self._options)
@@ -152,8 +153,7 @@ class Checkpoints:
         params, optimizer = _copy_on_host(params), _copy_on_host(optimizer)
         save_args = jax.tree_util.tree_map_with_path(_save_args, params)
         self._threads = set(threading.enumerate())
-        if self._commits:
-            self._commits.expect_commit()
+        self._pending = step
         try:
             self._manager.save(
                 step,
@@ -165,11 +165,18 @@ class Checkpoints:
                 metrics=None if loss is None else {"loss": loss},
                 force=True,
             )
-            self._pending = step
-            if self._commits:
-                self._commits.start(step)
         except Exception as error:  # full disks and refused writes come in many classes
             self._fail(step, error)
+
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        """`AsyncOptions.barrier_sync_fn`: Orbax's threads call it between the parts of a save, also after an error.
+
+        The other hosts are at an earlier barrier then and would wait there until its time limit.
+        """
+        failed = threading.current_thread() is not threading.main_thread() and sys.exception()
+        if failed and self._pending is not None:
+            self._fail(self._pending, failed)
+        self._orbax_barrier(key=key, timeout_ms=timeout_ms)
 
     def wait(self) -> None:
         """Waits until no save is going on.
@@ -212,14 +219,14 @@ class Checkpoints:
             done.set()
             thread.join()
 
-    def _fail(self, step: int, error: Exception) -> None:
+    def _fail(self, step: int, error: BaseException) -> None:
         self._failures += 1
         self._pending = None
         message = (
             f"the checkpoint of step {step} could not be saved in {self.path} (failure {self._failures} of at"
             f" most {self._max_failures} in a row): {reason_of(error)}"
         )
-        if self._commits:
+        if self._several_hosts:
             end_all_hosts(message)
         # A new manager, without the arrays of the failed save, removes what its threads have written.
         deadline = time.monotonic() + _LAST_WRITES_SECONDS
