@@ -35,11 +35,11 @@ class AlfworldEnvironment(MintEnvironment):
       game: its `game.tw-pddl`.
     """
 
-    def __init__(self, task: Task, game: pathlib.Path):
+    def __init__(self, task: Task, game: pathlib.Path, python: str = sys.executable):
         def action(command: str) -> Callable[..., str]:
             return lambda *arguments: self._play(command.format(*arguments))
 
-        super().__init__(task, {name: action(command) for name, command in _COMMANDS.items()})
+        super().__init__(task, {name: action(command) for name, command in _COMMANDS.items()}, python)
         self._game = game
         self._process: subprocess.Popen | None = None
         self._won, self._actions = False, 0
@@ -88,7 +88,9 @@ class AlfworldEnvironment(MintEnvironment):
             self._process = None
 
 
-def alfworld_environments(data: pathlib.Path, openings: Mapping[str, str]) -> list[AlfworldEnvironment]:
+def alfworld_environments(
+    data: pathlib.Path, openings: Mapping[str, str], python: str = sys.executable
+) -> list[AlfworldEnvironment]:
     """The 134 games of the split "unseen" that the recorded runs play.
 
     Raises:
@@ -106,5 +108,6 @@ def alfworld_environments(data: pathlib.Path, openings: Mapping[str, str]) -> li
         game = root / id.removeprefix("alfworld/") / "game.tw-pddl"
         if not game.exists():
             raise UserError(f"{game} is missing: get ALFWorld's games (https://github.com/alfworld/alfworld)")
-        found.append(AlfworldEnvironment(Task(id=id, opening=opening, solved=lambda answer: False), game))
+        task = Task(id=id, opening=opening, solved=lambda answer: False)
+        found.append(AlfworldEnvironment(task, game, python))
     return found

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,7 @@ def open_environments(
     data: str = ".",
     stack: contextlib.ExitStack | None = None,
     expert: Agent | None = None,
+    python: str = sys.executable,
 ) -> list[Environment]:
     """Environments by kind.
 
@@ -112,6 +114,7 @@ def open_environments(
       data: MINT's or InterCode's.
       stack: keeps InterCode's database server.
       expert: gives feedback in MINT.
+      python: the interpreter that runs MINT's cells.
 
     Raises:
       UserError: another kind, or data or a library is missing.
@@ -123,9 +126,9 @@ def open_environments(
         "tools": tools.tool_environments,
         "intercode-sql": lambda: intercode.open_sql(data, stack or contextlib.ExitStack()),
         "intercode-bash": lambda: intercode_bash.open_bash(data),
-        "mint": lambda: mint.open_mint(data, [], expert=expert),
+        "mint": lambda: mint.open_mint(data, [], expert=expert, python=python),
         **{
-            f"mint-{name}": functools.partial(mint.open_mint, data, [name], expert=expert)
+            f"mint-{name}": functools.partial(mint.open_mint, data, [name], expert=expert, python=python)
             for name in mint.SETS
         },
     }

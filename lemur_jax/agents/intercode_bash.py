@@ -23,6 +23,14 @@ logger = logging.getLogger(__name__)
 # Where the set-up scripts make their trees; in the sandbox they are in the box.
 _TREES = re.compile(r"(?<![\w./])/(testbed|system|workspace|backup)\b")
 Files = dict[str, tuple[int, str]]  # path -> (executable bits, digest or target)
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+# Words where a command has a program (a lookahead: that of xargs follows another), and paths of the system.
+_PROGRAM = re.compile(
+    r"(?=(?:^|[|;&(`]|-exec\s|\bxargs(?:\s+-\S+|\s+\{\})*\s)\s*([A-Za-z][\w+-]*)(?![\w=/]))"
+)
+_SYSTEM = re.compile(r"(?<![\w./])/(?:etc|var)/\w+")
+_NETWORK = {"curl", "dig", "ping"}
+_MISSING = 'for word; do type "$word" > /dev/null 2>&1 || [ -e "$word" ] || echo "$word"; done'
 
 
 def bash_reward(before: Files, ours: Files, theirs: Files, seen: str, expected: str) -> float:
@@ -124,7 +132,7 @@ class InterCodeBash(Environment):
         self._expected, _ = solved.execute(self._task["gold"])
         self._wanted = solved.files()
         if "command not found" in self._expected:  # an answer that fails alike would count as right
-            logger.warning("%s: its solution needs another program: %s", self.id, self._expected.strip())
+            raise UserError(f"{self.id}: its solution needs another program: {self._expected.strip()}")
         remove_tree(solved.box)
         self._world = _World(self._setup)
         return (
@@ -147,8 +155,12 @@ class InterCodeBash(Environment):
 
 
 def open_bash(data: str) -> list[InterCodeBash]:
-    """The 200 environments; UserError if tasks or set-up scripts are missing."""
-    root, found = data_directory(data), []
+    """The environments of the 200 tasks, without those whose solution needs what the sandbox does not have.
+
+    Raises:
+      UserError: tasks or set-up scripts are missing.
+    """
+    root, found = data_directory(data), {}
     for number in range(1, 5):
         script = f"docker/bash_scripts/setup_nl2b_fs_{number}.sh"
         setups = [path for path in (root / script, root.parent / script) if path.exists()]
@@ -158,5 +170,23 @@ def open_bash(data: str) -> list[InterCodeBash]:
             )
         tasks = json.loads((root / "nl2bash" / f"nl2bash_fs_{number}.json").read_text(encoding="utf-8"))
         setup = setups[0].read_text(encoding="utf-8")
-        found += [InterCodeBash(f"{number}-{index}", task, setup) for index, task in enumerate(tasks)]
-    return found
+        for index, task in enumerate(tasks):
+            found[InterCodeBash(f"{number}-{index}", task, setup)] = needs(task["gold"])
+    words = set().union(*found.values())
+    missing = set(run(["bash", "-c", _MISSING, "bash", *words], limits=LIMITS).output.split())
+    for word in sorted(missing):
+        ids = [environment.id for environment, needed in found.items() if word in needed]
+        logger.warning(
+            "%d tasks need %s, which the sandbox does not have: not scored (%s)",
+            len(ids),
+            word,
+            ", ".join(ids),
+        )
+    return [environment for environment, needed in found.items() if not needed & missing]
+
+
+def needs(command: str) -> set[str]:
+    """The programs that a command names, also behind xargs and find's -exec, and its files below /etc and /var."""
+    bare = _QUOTED.sub("''", command)
+    programs = {f"{word} with a network" if word in _NETWORK else word for word in _PROGRAM.findall(bare)}
+    return programs.union(_SYSTEM.findall(bare))

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -209,6 +210,7 @@ class MintEnvironment(Environment):
 
     Args:
       functions: tools that the cells can call.
+      python: the interpreter that runs the cells.
 
     Attributes:
       expert: comments every turn but the last (Table 6); a text for a conversation, as an agent.
@@ -217,10 +219,10 @@ class MintEnvironment(Environment):
     max_turns = MAX_STEPS
     expert: Callable[[Sequence[Message]], str] | None = None
 
-    def __init__(self, task: Task, functions: Mapping[str, Callable[..., str]]):
+    def __init__(self, task: Task, functions: Mapping[str, Callable[..., str]], python: str = sys.executable):
         self.id = f"mint-{task.id}"
         self._task = task
-        self._shell = Shell(functions)
+        self._shell = Shell(functions, python=python)
         self._said = ""
         self._steps = self._proposals = 0
 
@@ -283,12 +285,14 @@ def open_mint(
     only: Sequence[str],
     extra: Mapping[str, list[Recorded]] | None = None,
     expert: Callable[[Sequence[Message]], str] | None = None,
+    python: str = sys.executable,
 ) -> list[MintEnvironment]:
     """The environments of the sets.
 
     Args:
       extra: a run whose prompts and searches come first (Wikipedia changes).
       expert: writes feedback; the examples then show some.
+      python: the interpreter that runs the cells.
 
     Raises:
       UserError: data are missing or of another version.
@@ -310,10 +314,10 @@ def open_mint(
         if name == "alfworld":
             from lemur_jax.agents.alfworld import alfworld_environments
 
-            found += alfworld_environments(root, openings)
+            found += alfworld_environments(root, openings, python)
         else:
             tools = {} if SETS[name] == "code_generation" else functions
-            found += [MintEnvironment(task, tools) for task in load_tasks(root, name, openings)]
+            found += [MintEnvironment(task, tools, python) for task in load_tasks(root, name, openings)]
     for environment in found:
         environment.expert = expert
     return found

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterable, Sequence
 
 from lemur_jax.agents import intercode, intercode_bash, mint
@@ -46,7 +47,12 @@ def replay(environments: Iterable[Environment], recorded: Iterable[Recorded]) ->
 
 
 def replay_run(
-    names: Sequence[str], data: str, path: str, limit: int | None, stack: contextlib.ExitStack
+    names: Sequence[str],
+    data: str,
+    path: str,
+    limit: int | None,
+    stack: contextlib.ExitStack,
+    python: str = sys.executable,
 ) -> dict[str, list[Replayed]]:
     """Replays a recorded run by kind of environment.
 
@@ -55,6 +61,7 @@ def replay_run(
       path: a file or directory of MINT's outputs, or a file of InterCode's results.
       limit: of each kind.
       stack: keeps InterCode's database server.
+      python: the interpreter that runs MINT's cells.
 
     Raises:
       UserError: data are missing, or the recorded run is of another protocol.
@@ -69,7 +76,7 @@ def replay_run(
     elif all(name == "mint" or name.removeprefix("mint-") in mint.SETS for name in names):
         only = [] if "mint" in names else [name.removeprefix("mint-") for name in names]
         runs = mint.recorded_run(pathlib.Path(path), only)
-        opened = mint.open_mint(data, list(runs), runs)
+        opened = mint.open_mint(data, list(runs), runs, python=python)
         recorded = {f"mint-{name}": run for name, run in runs.items()}
     else:
         raise UserError(

@@ -203,6 +203,7 @@ def build_root(root, request):
     # Containers often forbid a /proc of one's own; programs get along without.
     with contextlib.suppress(OSError):
         mount("proc", root + "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        os.symlink("/proc/self/fd", root + "/dev/fd")  # of Bash's <(command)
     os.chdir(root)
     call("syscall", PIVOT_ROOT[platform.machine()], b".", b".")
     call("umount2", b".", MNT_DETACH)

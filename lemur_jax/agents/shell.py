@@ -1,10 +1,11 @@
 """A Python shell with state between cells, in the sandbox."""
 
 import contextlib
-import importlib.util
+import functools
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -15,21 +16,45 @@ from lemur_jax.common.errors import UserError
 CELL_SECONDS = 30
 _SCRIPT = pathlib.Path(__file__).with_name("shell_process.py")
 ENDED = "The Python process has ended. A new one has been started."
+_ASK = """
+import IPython, json, os, sys
+paths = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+print(json.dumps([os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix), *paths]))
+"""
+
+
+@functools.cache
+def _interpreter(python: str) -> tuple[str, ...]:
+    """The program behind an interpreter, its installation and the directories of its packages."""
+    try:
+        asked = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"the agents' shell needs IPython, which {python} cannot import: pip install 'lemur_jax[agents]', or"
+            " ipython for another --cell-python"
+        ) from error
+    return tuple(json.loads(asked.stdout))
 
 
 class Shell:
-    """IPython with this environment's packages; the process starts at the first cell.
+    """IPython with an interpreter's packages; the process starts at the first cell.
 
     Args:
       functions: by signature, e.g. "put(object, receptacle)": of strings, that the cells can call; they run here,
         outside the sandbox.
       seconds: of a cell.
+      python: the interpreter.
     """
 
-    def __init__(self, functions: Mapping[str, Callable[..., str]], seconds: int = CELL_SECONDS):
+    def __init__(
+        self,
+        functions: Mapping[str, Callable[..., str]],
+        seconds: int = CELL_SECONDS,
+        python: str = sys.executable,
+    ):
         self._signatures = ";".join(functions)
         self._functions = {name.partition("(")[0]: function for name, function in functions.items()}
-        self._seconds = seconds
+        self._seconds, self._python = seconds, python
         self._box: threading.Thread | None = None
 
     def run_cell(self, code: str) -> str:
@@ -56,20 +81,18 @@ class Shell:
         self._requests.flush()
 
     def _start(self) -> None:
-        if importlib.util.find_spec("IPython") is None:
-            raise UserError("the agents' shell needs IPython: pip install 'lemur_jax[agents]'")
-        packages = tuple(path for path in sys.path if path.endswith("site-packages"))
+        program, prefix, *packages = _interpreter(self._python)
         limits = Limits(
             wall_seconds=20.0 * self._seconds,
             cpu_seconds=10.0 * self._seconds,
             memory_bytes=8 << 30,
-            visible=packages,
+            visible=(prefix, *packages),
             processes=64,
         )
         reading, requests = os.pipe()
         replies, writing = os.pipe()
         pipes, seconds = [str(reading), str(writing)], str(self._seconds)
-        command = ["python", "-I", "-S", "main.py", *pipes, seconds, self._signatures]
+        command = [program, "-I", "-S", "main.py", *pipes, seconds, self._signatures]
         self._requests, self._replies = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
         self._box = threading.Thread(
             target=run,

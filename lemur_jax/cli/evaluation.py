@@ -48,6 +48,12 @@ def add_verbs(verbs: Verbs) -> None:
         help="python, sql, bash, tools, mint, mint-SET, intercode-sql, intercode-bash, or verifiers:TASKSET",
     )
     sub.add_argument("--replay", default="", help="recorded run of MINT or InterCode instead of a model")
+    sub.add_argument(
+        "--cell-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="interpreter of the cells in MINT (default: this one); it needs IPython",
+    )
     sub.add_argument("--batch", type=int, default=32, help="episodes at once (default 32)")
     sub.add_argument("--turns", type=int, default=5, help="turns of an episode at most (default 5)")
     sub.add_argument("--endpoint", default="", help="OpenAI-compatible URL of the agent, not the checkpoint")
@@ -141,6 +147,7 @@ def _agents(args, session, written: dict) -> None:
     name = args.checkpoint or args.endpoint_model
     run = {"agent": name, "endpoint": args.endpoint, "step": args.step}
     run |= {"turns": args.turns, "max_new_tokens": limit, "dtype": args.dtype, "weights": args.weights}
+    run["cell_python"] = args.cell_python
     expert = None
     if args.feedback_endpoint:
         run["feedback"] = args.feedback_model
@@ -150,7 +157,7 @@ def _agents(args, session, written: dict) -> None:
     journal = runner.Journal(path, run)
     try:
         with contextlib.ExitStack() as stack:
-            opened = episodes.open_environments(names, args.limit, args.data, stack, expert)
+            opened = episodes.open_environments(names, args.limit, args.data, stack, expert, args.cell_python)
             runner.run_episodes(opened, agent, max_turns=args.turns, batch=args.batch, journal=journal)
     finally:
         if journal.traces:
@@ -181,7 +188,7 @@ def _replay(args, names: list[str]) -> list:
     from lemur_jax.agents.replay import format_replay, replay_run
 
     with contextlib.ExitStack() as stack:
-        runs = replay_run(names, args.data, args.replay, args.limit, stack)
+        runs = replay_run(names, args.data, args.replay, args.limit, stack, args.cell_python)
         for name, replayed in runs.items():
             print(format_replay(name, replayed))
     return [one.trace for replayed in runs.values() for one in replayed]

@@ -8,7 +8,7 @@ import pytest
 
 from lemur_jax.agents.episodes import open_environments
 from lemur_jax.agents.intercode import InterCodeSql, in_mysql_wording, recorded_run, sql_reward
-from lemur_jax.agents.intercode_bash import InterCodeBash, bash_reward, changes, open_bash, similarity
+from lemur_jax.agents.intercode_bash import InterCodeBash, bash_reward, changes, needs, open_bash, similarity
 from lemur_jax.agents.mariadb import server
 from lemur_jax.agents.replay import replay
 from lemur_jax.common.errors import UserError
@@ -70,7 +70,7 @@ def test_a_question_to_a_server_that_reads_alone_and_is_gone_afterwards(tmp_path
 
 
 def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
-    gold = {"query": "Copy a.txt", "gold": "cp /testbed/a.txt /testbed/b.txt; ls /testbed"}
+    gold = {"query": "Copy a.txt", "gold": "cp /testbed/a.txt /testbed/b.txt; cat <(ls /testbed)"}
     (tmp_path / "nl2bash").mkdir()
     with pytest.raises(UserError, match="has no sql"):
         open_environments(["intercode-bash"], data=str(tmp_path))
@@ -109,13 +109,21 @@ def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
     assert replayed.same_verdict
     assert not replayed.different
     assert not caplog.text
-    lacking = InterCodeBash("4-0", {"query": "", "gold": "lemur-nowhere"}, "")
-    lacking.reset()
-    lacking.close()
-    assert (
-        "its solution needs another program: /bin/bash: line 1: lemur-nowhere: command not found"
-        in caplog.text
-    )
+    lacking = {"query": "", "gold": "ls | xargs -I {} lemur-nowhere '{}; x' /etc/lemur && cat <(echo a)"}
+    (tmp_path / "nl2bash" / "nl2bash_fs_3.json").write_text(json.dumps([gold, lacking]))
+    assert [environment.id for environment in open_bash(str(tmp_path))] == [
+        f"intercode-bash/{number}-0" for number in range(1, 5)
+    ]
+    assert caplog.messages == [
+        f"1 tasks need {name}, which the sandbox does not have: not scored (intercode-bash/3-1)"
+        for name in ("/etc/lemur", "lemur-nowhere")
+    ]
+    unseen = InterCodeBash("4-0", {"query": "", "gold": "''lemur-nowhere"}, "")
+    with pytest.raises(UserError, match="needs another program: /bin/bash: line 1: lemur-nowhere"):
+        unseen.reset()
+    assert needs("find . -exec a {} + | xargs -0 b; c=$(dig x) && d `e`") == {
+        *("find", "a", "xargs", "b", "dig with a network", "d", "e")
+    }
 
 
 def test_the_reward_of_bash_counts_paths_contents_and_words():

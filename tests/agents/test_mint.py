@@ -12,6 +12,7 @@ import pytest
 from lemur_jax.agents import mint, mint_checks
 from lemur_jax.agents.alfworld import AlfworldEnvironment
 from lemur_jax.agents.replay import replay
+from lemur_jax.agents.shell import Shell
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from tests.helpers.agents import scripted
@@ -66,6 +67,28 @@ def test_an_episode_runs_cells_and_counts_turns():
         assert environment.step("<solution>5</solution>").reward == 1
     finally:
         environment.close()
+
+
+@needs_ipython
+def test_cells_run_in_another_interpreter(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "pyvenv.cfg").write_text(
+        f"home = {sys.base_prefix}/bin\ninclude-system-site-packages = false\n"
+    )
+    packages = tmp_path / f"lib/python3.{sys.version_info.minor}/site-packages"
+    packages.mkdir(parents=True)
+    python = str(tmp_path / "bin" / "python")
+    with pytest.raises(UserError, match=f"needs IPython, which {python} cannot import"):
+        Shell({}, python=python).run_cell("1")
+    ours = [path for path in sys.path if path.endswith("-packages")]
+    (packages / "ours.pth").write_text("\n".join(ours))
+    (packages / "marked.py").write_text("MARK = 'of this one'")
+    shell = Shell({}, python=python)
+    try:
+        assert "of this one" in shell.run_cell("import marked; print(marked.MARK)")
+    finally:
+        shell.close()
 
 
 def test_a_proposal_without_its_end_counts_and_an_expert_comments_every_turn_but_the_last():
