@@ -49,7 +49,7 @@ class Files:
 
     def list(self, split: str) -> list[str]:
         """The files of a split, sorted."""
-        patterns = self.patterns.get(split, self.patterns["train"])
+        patterns = self.patterns[split if split in self.patterns else "train"]
         files = readers.find_files(patterns)
         if not files:
             raise UserError(f"no file matches {patterns} (split {split})")

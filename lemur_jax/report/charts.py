@@ -160,6 +160,7 @@ def scatter_plot(
     axes: tuple[str, str],
     marks: Sequence[Mark],
     *,
+    curves: Sequence[tuple[int, Sequence[Point]]] = (),
     caption: str = "",
     size: tuple[int, int] = (760, 520),
 ) -> str:
@@ -169,11 +170,13 @@ def scatter_plot(
       title: for readers who do not see the plot.
       axes: names of the horizontal and of the vertical axis, with their units.
       marks: at least one.
+      curves: (colour of the palette, points) of lines through the plot.
       caption: a line above the plot.
       size: in pixels.
     """
     (width, height), (left, top, right, bottom) = size, MARGINS
     points = [point for mark in marks for point in (*mark.samples, (mark.x, mark.y))]
+    points += [point for _, curve in curves for point in curve]
     across = _Scale.around([x for x, _ in points], left, width - right)
     down = _Scale.around([y for _, y in points], height - bottom, top)
     named = [mark for mark in marks if mark.label]
@@ -187,6 +190,7 @@ def scatter_plot(
     )
     joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in path)
     drawn = [
+        *(_curve(colour, curve, across, down) for colour, curve in curves),
         f'<polyline class="front" points="{joined}" stroke-dasharray="5 4"/>',
         *(_mark(mark, across, down) for mark in marks),
         *(_label(mark, label) for mark, label in zip(named, placed, strict=True)),
@@ -261,6 +265,11 @@ def _mark(mark: Mark, across: _Scale, down: _Scale) -> str:
         f'{samples}<path class="{kind} bar" d="{bars}"/>'
         f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{POINT}">{note}</circle>\n'
     )
+
+
+def _curve(colour: int, points: Sequence[Point], across: _Scale, down: _Scale) -> str:
+    path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
+    return f'<path class="c{colour} curve" style="fill:none;stroke-width:1.5" d="M{path}"/>'
 
 
 def _bar_lengths(mark: Mark, across: _Scale, down: _Scale) -> Point:

@@ -11,6 +11,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
+from lemur_jax.sweep.law import Laws, best_rows, fit_laws, law_note, law_rows, read_points
 from lemur_jax.sweep.merging import Merge
 from lemur_jax.sweep.runs import SweepRun
 from lemur_jax.telemetry.metrics import read_metrics
@@ -44,6 +45,7 @@ class Results:
     variants: tuple[Variant, ...]  # in the order of the sweep
     steps: int  # of each run
     tokens: int  # of each run: rows × length × updates
+    laws: Laws | None = None  # None: too few ratios, or other keys are varied
 
     @property
     def groups(self) -> list[str]:
@@ -102,7 +104,11 @@ def read_results(
         for name, of in variants.items()
     )
     tokens = config.train.steps * config.train.batch_rows * config.data.sequence_length
-    return Results(base=base, variants=summaries, steps=config.train.steps, tokens=tokens)
+    laws = None
+    if all(key == "train.steps" for run in runs for key, _ in run.settings):
+        points = read_points(runs, workdir, lambda directory, step: _bits(directory, groups, step))
+        laws = fit_laws(base, points)
+    return Results(base=base, variants=summaries, steps=config.train.steps, tokens=tokens, laws=laws)
 
 
 def _bits(directory: epath.Path, groups: Mapping[str, Sequence[str]], step: int | None) -> dict[str, float]:
@@ -170,7 +176,13 @@ def summary(results: Results) -> str:
 
 
 def markdown_table(results: Results) -> str:
-    """The table and the summary in Markdown."""
-    head, *body = table_rows(results)
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{summary(results)}\n"
+    """The tables and their notes in Markdown."""
+    text = f"{_markdown(table_rows(results))}\n\n{summary(results)}\n"
+    if laws := results.laws:
+        text += f"\n{_markdown(law_rows(laws))}\n\n{_markdown(best_rows(laws))}\n\n{law_note(laws)}\n"
+    return text
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])

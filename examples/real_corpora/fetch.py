@@ -1,0 +1,184 @@
+"""Fetches code in six languages, manuals and a book from Debian's packages, as JSON Lines with their licences.
+
+    python examples/real_corpora/fetch.py [DIRECTORY]     # default: corpora
+
+Needs Debian or Ubuntu with a current package index (`apt-get update`), and no rights: packages are downloaded and
+unpacked, not installed. RFCs are not among them: Debian does not distribute them, for their licence. What is fetched
+is about 110 MB; what is kept is at most `CORPUS_BYTES` of each corpus.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import html.parser
+import json
+import lzma
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+CORPUS_BYTES = 12 << 20
+FILE_BYTES = 200, 200 << 10  # smaller and larger files are left out
+_UNWANTED = re.compile(
+    r"(^|/)(tests?|testdata|vendor|unsupported|po|changelog[^/]*|copyright)(/|$)", re.IGNORECASE
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Files of Debian packages.
+
+    Attributes:
+      packages: patterns of their names; of several versions the newest is taken.
+      suffixes: of the files.
+      license: as the packages' `copyright` files state it, which are kept in `licenses/`.
+    """
+
+    packages: tuple[str, ...]
+    suffixes: tuple[str, ...]
+    license: str
+
+
+CORPORA = {
+    "python": Corpus(packages=(r"libpython3\.\d+-stdlib",), suffixes=(".py",), license="PSF-2.0"),
+    "go": Corpus(packages=(r"golang-1\.\d+-src",), suffixes=(".go",), license="BSD-3-Clause"),
+    "rust": Corpus(packages=("rust-src",), suffixes=(".rs",), license="MIT OR Apache-2.0"),
+    "c": Corpus(packages=("glibc-source",), suffixes=(".c", ".h"), license="LGPL-2.1-or-later and others"),
+    "cpp": Corpus(packages=("libeigen3-dev",), suffixes=(".h", ""), license="MPL-2.0"),
+    "ruby": Corpus(packages=(r"libruby\d+\.\d+",), suffixes=(".rb",), license="Ruby OR BSD-2-Clause"),
+    "manuals": Corpus(
+        packages=("debian-handbook", "debian-reference-en", "developers-reference", "git-doc"),
+        suffixes=("en-US/*.html", ".en.txt.gz", "developers-reference.txt.gz", "git-doc/*.txt"),
+        license="GPL-2.0-or-later (handbook also CC-BY-SA-3.0)",
+    ),
+    "book": Corpus(
+        packages=("anarchism",), suffixes=(".html",), license="GFDL-1.1-or-later OR GPL-2.0-or-later"
+    ),
+}
+
+
+class _Text(html.parser.HTMLParser):
+    """The text of a page, a block of it a paragraph."""
+
+    BLOCKS = frozenset(
+        ("p", "h1", "h2", "h3", "h4", "li", "pre", "div", "td", "dt", "dd", "blockquote", "br")
+    )
+    HIDDEN = frozenset(("script", "style", "head", "nav"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.hidden = 0
+
+    def handle_starttag(self, tag, attrs):
+        self.hidden += tag in self.HIDDEN
+        if tag in self.BLOCKS:
+            self.parts.append("\n\n")
+
+    def handle_endtag(self, tag):
+        self.hidden -= tag in self.HIDDEN
+        if tag in self.BLOCKS:
+            self.parts.append("\n\n")
+
+    def handle_data(self, data):
+        if not self.hidden:
+            self.parts.append(data)
+
+
+def page_text(page: str) -> str:
+    """An HTML page's text: paragraphs on a line each, an empty line between two."""
+    reader = _Text()
+    reader.feed(page)
+    reader.close()
+    paragraphs = re.split(r"\n\s*\n", "".join(reader.parts))
+    return "\n\n".join(text for text in (re.sub(r"\s+", " ", part).strip() for part in paragraphs) if text)
+
+
+def read_text(path: Path) -> str:
+    """A file's text; "" if it is not UTF-8."""
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return ""
+    return page_text(text) if path.suffix == ".html" else text
+
+
+def documents(root: Path, corpus: Corpus, name: str) -> Iterator[dict[str, str]]:
+    """The documents of an unpacked corpus in an order by hash, up to `CORPUS_BYTES`."""
+    left = CORPUS_BYTES
+    files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
+    files = [path for path in files if _matches(path.relative_to(root).as_posix(), corpus.suffixes)]
+    for path in sorted(files, key=lambda path: hashlib.sha256(str(path.relative_to(root)).encode()).digest()):
+        text = read_text(path)
+        size = len(text.encode())
+        if (
+            FILE_BYTES[0] <= size <= (FILE_BYTES[1] if path.suffix not in (".html", ".gz") else left)
+            and size <= left
+        ):
+            left -= size
+            yield {"text": text, "id": path.relative_to(root).as_posix(), "license": corpus.license}
+
+
+def _matches(path: str, suffixes: tuple[str, ...]) -> bool:
+    if _UNWANTED.search(path):
+        return False
+    name = path.rpartition("/")[2]
+    return any(
+        Path(path).match(suffix) if "*" in suffix else name.endswith(suffix) if suffix else "." not in name
+        for suffix in suffixes
+    )
+
+
+def newest(pattern: str) -> str:
+    """The package of the newest version whose name matches."""
+    prefix = re.match(r"[a-z-]*", pattern)[0]  # type: ignore[index]
+    names = subprocess.run(
+        ["apt-cache", "pkgnames", prefix], capture_output=True, text=True, check=True
+    ).stdout
+    found = [name for name in names.split() if re.fullmatch(pattern, name)]
+    if not found:
+        sys.exit(f"there is no Debian package {pattern}: run `apt-get update` once as root, or edit CORPORA")
+    return max(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+
+
+def unpack(package: str, root: Path) -> None:
+    """Downloads a package and unpacks it, with the source archive in it, into `root/PACKAGE`."""
+    subprocess.run(["apt-get", "download", "-q", package], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    (archive,) = root.glob(f"{package}_*.deb")
+    subprocess.run(["dpkg-deb", "-x", archive, root / package], check=True)
+    archive.unlink()
+    for file in list((root / package).rglob("*.tar.xz")):
+        with lzma.open(file) as stream, tarfile.open(fileobj=stream) as tar:  # type: ignore[arg-type]
+            tar.extractall(file.parent, filter="data")
+
+
+def main(directory: Path) -> None:
+    if not shutil.which("apt-get"):
+        sys.exit("this example takes its corpora from Debian's packages, and there is no apt-get here")
+    (directory / "licenses").mkdir(parents=True, exist_ok=True)
+    for name, corpus in CORPORA.items():
+        target = directory / f"{name}.jsonl"
+        if target.exists():
+            continue
+        with tempfile.TemporaryDirectory() as temporary:
+            root = Path(temporary)
+            for package in map(newest, corpus.packages):
+                unpack(package, root)
+                for file in (root / package).glob("usr/share/doc/*/copyright"):
+                    shutil.copy(file, directory / f"licenses/{package}")
+            lines = [json.dumps(document) for document in documents(root, corpus, name)]
+        target.write_text("\n".join(lines) + "\n")
+        print(
+            f"{target}: {len(lines):,} documents, {target.stat().st_size:,} bytes, {corpus.license}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(Path(*sys.argv[1:2] or ["corpora"]))
