@@ -36,6 +36,7 @@ class Compute:
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # a name in `models.remat.POLICIES`
     reduce_dtype: str = ""  # of weight gradients in transit between devices; "": `dtype`
+    product_dtype: str = ""  # a name in `parallel.projection.NARROW`; "": `dtype`
     attention: str = "auto"  # or a name in `models.attention.IMPLEMENTATIONS`
     attention_blocks: tuple[int, int] = (0, 0)  # as in `models.splash.block_sizes`
     loss_chunk: int = 0  # positions whose logits exist at a time; 0: all at once
@@ -49,6 +50,7 @@ class Compute:
         return Projection(
             dtype=self.dtype,
             reduce_dtype=self.reduce_dtype,
+            product_dtype=self.product_dtype,
             mesh=self.mesh,
             options=self.compiler_options,
             frozen=self.frozen,
@@ -61,6 +63,7 @@ class Compute:
             dtype=options.dtype,
             remat=options.remat,
             reduce_dtype=options.reduce_dtype,
+            product_dtype=options.product_dtype,
             attention=options.attention,
             attention_blocks=(options.attention_blocks[0], options.attention_blocks[1]),
             loss_chunk=options.loss_chunk,

@@ -29,6 +29,9 @@ from lemur_jax.parallel.compiler_flags import exchanges_gradients
 from lemur_jax.parallel.mesh import platform
 from lemur_jax.parallel.rules import RULES, constrain, spec
 
+# product_dtype -> dtypes of activations and weights, and of gradients that come from above
+NARROW = {"int8": ("int8", "int8"), "float8": ("float8_e4m3fn", "float8_e5m2")}
+
 
 class Reduction(NamedTuple):
     """How the gradient of a weight is summed over devices."""
@@ -47,6 +50,7 @@ class Projection:
 
     dtype: str = "float32"  # of activations and products
     reduce_dtype: str = ""  # of weight gradients in transit; "": `dtype`
+    product_dtype: str = ""  # a name in `NARROW`, for `read` and `write` on a mesh; "": `dtype`
     mesh: Mesh | None = None  # None: no sharding
     options: tuple[str, ...] = ()  # `config.compute.compiler_options`: may choose how gradients are reduced
     frozen: bool = False  # weights have no gradient; only what is `Adapted` beside them has one
@@ -61,11 +65,11 @@ class Projection:
           x: [B, T, D].
           products: (einsum, weight) pairs, e.g. ("BTD,DF->BTF", gate).
         """
-        return self._products(self.gather(x), products, self._reduction())
+        return self._products(self.gather(x), products, self._reduction(), narrow=self.product_dtype)
 
     def write(self, equation: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
         """A product whose result [B, T, D] is added to the residual stream."""
-        (y,) = self._products(x, [(equation, weight)], self._reduction())
+        (y,) = self._products(x, [(equation, weight)], self._reduction(), narrow=self.product_dtype)
         return constrain(y, self.mesh, "batch", "residual_length", "width")
 
     def embed(self, tokens: jax.Array, table: nnx.Param) -> jax.Array:
@@ -119,12 +123,13 @@ class Projection:
         dtype = self.reduce_dtype or self.dtype
         kind = self.mesh.devices.flat[0].device_kind
         exchange = exchange and _fsdp_ways(self.mesh) > 1 and exchanges_gradients(kind, self.options)
-        by_hand = exchange or dtype != self.dtype or not self.on_tpu
+        by_hand = exchange or dtype != self.dtype or bool(self.product_dtype) or not self.on_tpu
         return Reduction(dtype, exchange) if by_hand else None
 
-    def _products(self, x, products, reduction: Reduction | None, dtype: str | None = None):
+    def _products(self, x, products, reduction: Reduction | None, dtype: str | None = None, narrow: str = ""):
+        narrow = narrow if reduction else ""  # rounding has no gradient but the one written here
         each = tuple(
-            Product(equation, tuple(weight.axes), self.mesh, reduction, dtype)
+            Product(equation, tuple(weight.axes), self.mesh, reduction, dtype, narrow)
             for equation, weight in products
         )
         values = tuple(weight.get_value() for _, weight in products)
@@ -165,18 +170,34 @@ def is_quantized(weight: Any) -> bool:
 
 
 def gather_weight(weight: Any, axes: tuple[str, ...], mesh: Mesh | None, dtype) -> jax.Array:
-    """The weight in `dtype`, gathered over `fsdp`.
-
-    The cast comes first, so that half the bytes travel; the constraint makes the partitioner gather weights instead of
-    reducing activations. Of a `qwix.QArray` (`infer/quantize.py`) the integers travel.
-    """
-    whole = tuple("width" if axis in ("embed", "expert_embed") else axis for axis in axes)
+    """The weight in `dtype`, gathered over `fsdp`; of a `qwix.QArray` (`infer/quantize.py`) the integers travel."""
+    gathered = _gather(weight.astype(dtype), axes, mesh)
     if not is_quantized(weight):
-        return constrain(weight.astype(dtype), mesh, *whole)
+        return gathered
     import qwix
 
-    placed = jax.tree.map(lambda part: constrain(part, mesh, *scale_axes(whole, part.shape)), weight)
-    return qwix.dequantize(placed.astype(dtype))
+    return qwix.dequantize(gathered)
+
+
+def _gather(weight: Any, axes: tuple[str, ...], mesh: Mesh | None) -> Any:
+    """An array or a `qwix.QArray`, gathered over `fsdp`.
+
+    It is cast before, so that fewer bytes travel; the constraint makes the partitioner gather weights instead of
+    reducing activations.
+    """
+    whole = tuple("width" if axis in ("embed", "expert_embed") else axis for axis in axes)
+    return jax.tree.map(lambda part: constrain(part, mesh, *scale_axes(whole, part.shape)), weight)
+
+
+def narrowed(x: jax.Array, letters: str, kept: str, dtype: str) -> Any:
+    """A factor of an einsum as a `qwix.QArray`, rounded to int8 or float8 with a scale for each index that is kept.
+
+    The scale is the largest magnitude over the axes that are summed.
+    """
+    import qwix
+
+    channels = [axis for axis, letter in enumerate(letters) if letter in kept]
+    return qwix.quantize(x, dtype, channelwise_axes=channels, scale_dtype="float32")
 
 
 def scale_axes(axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -184,8 +205,12 @@ def scale_axes(axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, ...]
     return tuple("width" if size == 1 else axis for axis, size in zip(axes, shape, strict=True))
 
 
-def einsum(equation: str, *factors: jax.Array, dtype: str | None = None) -> jax.Array:
+def einsum(equation: str, *factors: Any, dtype: Any = None) -> jax.Array:
     """An einsum in its inputs' dtype, or in `dtype`; accelerators do not round float32 inputs to bfloat16."""
+    if is_quantized(factors[0]):
+        import qwix
+
+        return qwix.einsum(equation, *factors).astype(dtype)
     precision = jax.lax.Precision.HIGHEST if factors[0].dtype == jnp.float32 else None
     return jnp.einsum(equation, *factors, precision=precision, preferred_element_type=dtype)
 
@@ -199,11 +224,17 @@ class Product:
     mesh: Mesh | None
     reduction: Reduction | None  # of the weight's gradient; None: not needed
     dtype: str | None = None  # of the result; None: that of the activations
+    narrow: str = ""  # a name in `NARROW`: both factors of each product are rounded
 
     def __call__(self, x: jax.Array, weight: Any) -> jax.Array:
-        return einsum(
-            self.equation, x, gather_weight(weight, self.axes, self.mesh, x.dtype), dtype=self.dtype
-        )
+        left, right, result = self._letters()
+        if not self.narrow:
+            whole = gather_weight(weight, self.axes, self.mesh, x.dtype)
+            return einsum(self.equation, x, whole, dtype=self.dtype)
+        forward, _ = NARROW[self.narrow]
+        rounded = narrowed(weight.astype(x.dtype), right, result, forward)
+        factors = narrowed(x, left, result, forward), _gather(rounded, self.axes, self.mesh)
+        return einsum(self.equation, *factors, dtype=x.dtype)
 
     def low_rank(self, x: jax.Array, weight: Adapted) -> jax.Array:
         """The product with the update of the weight."""
@@ -225,11 +256,13 @@ class Product:
     def input_gradient(self, upstream: jax.Array, weight: jax.Array) -> jax.Array:
         """The gradient of the activations; the weight is gathered again instead of kept."""
         left, right, result = self._letters()
-        return einsum(
-            f"{result},{right}->{left}",
-            upstream,
-            gather_weight(weight, self.axes, self.mesh, upstream.dtype),
-        )
+        equation = f"{result},{right}->{left}"
+        if not self.narrow:
+            return einsum(equation, upstream, gather_weight(weight, self.axes, self.mesh, upstream.dtype))
+        forward, backward = NARROW[self.narrow]
+        rounded = narrowed(weight.astype(upstream.dtype), right, left, forward)
+        factors = narrowed(upstream, result, left, backward), _gather(rounded, self.axes, self.mesh)
+        return einsum(equation, *factors, dtype=upstream.dtype)
 
     def weight_gradient(self, x: jax.Array, upstream: jax.Array, weight: jax.Array) -> jax.Array:
         """The gradient of the weight, sharded like the weight."""
@@ -243,6 +276,8 @@ class Product:
 
     def _reduce(self, x: jax.Array, upstream: jax.Array, dtype: str) -> jax.Array:
         left, right, result = self._letters()
+        if self.narrow:
+            return self._outer(left, x, result, upstream, right, dtype)
         factors = sorted([(x, left), (upstream, result)], key=lambda factor: factor[0].size)
         (small, first), (large, second) = factors
         made = right
@@ -259,11 +294,20 @@ class Product:
         def by_device(array):  # [B, ...] -> [X, Y, B / XY, ...]
             return array.reshape(self.mesh.shape["data"], _fsdp_ways(self.mesh), -1, *array.shape[1:])
 
-        equation = f"XY{left},XY{result}->XY{right}"
-        own = einsum(equation, by_device(x), by_device(upstream), dtype=dtype)
+        own = self._outer(f"XY{left}", by_device(x), f"XY{result}", by_device(upstream), f"XY{right}", dtype)
         whole = (None if axis == "embed" else where for axis, where in zip(self.axes, placed, strict=True))
         own = self._place(own, "data", RULES["embed"], *whole)
         return _sum_parts(self._place(own, "data", None, *placed))
+
+    def _outer(
+        self, left: str, x: jax.Array, above: str, upstream: jax.Array, made: str, dtype: str
+    ) -> jax.Array:
+        """The product of activations with the gradient of the result, whose positions are summed."""
+        factors: tuple[Any, ...] = x, upstream
+        if self.narrow:
+            forward, backward = NARROW[self.narrow]
+            factors = narrowed(x, left, made, forward), narrowed(upstream, above, made, backward)
+        return einsum(f"{left},{above}->{made}", *factors, dtype=dtype)
 
     def _place(self, array: jax.Array, *entries) -> jax.Array:
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*entries)))

@@ -18,7 +18,7 @@ from lemur_jax.config import RunConfig
 from lemur_jax.models import decoder, lora
 from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.models.decoder import Compute
-from lemur_jax.parallel.compiler_flags import compiler_options
+from lemur_jax.parallel.compiler_flags import check_product_dtype, compiler_options
 from lemur_jax.parallel.mesh import mesh_of_copies
 from lemur_jax.parallel.rules import RULES, batch_ways, replicated
 from lemur_jax.train.config import TrainConfig
@@ -102,6 +102,8 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
       UserError: the mesh does not divide the model or the batch.
     """
     check(config.train, config.data.sequence_length, config.model, mesh)
+    device_kind = mesh.devices.flat[0].device_kind
+    check_product_dtype(config.compute.product_dtype, device_kind, bool(config.adapter.rank))
     model, dtype = config.model, config.compute.param_dtype
     compute = dataclasses.replace(Compute.from_config(config.compute, mesh), frozen=config.adapter.rank > 0)
     if objective is None:
@@ -127,7 +129,7 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
     def sums(params, batch: Batch) -> RowSums:
         return next_token().loss(decoder.bind(model, compute, params), batch).rows
 
-    options = compiler_options(mesh.devices.flat[0].device_kind, config.compute.compiler_options)
+    options = compiler_options(device_kind, config.compute.compiler_options)
     return Program(
         model=model,
         compute=compute,

@@ -2,12 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lemur_jax.parallel.mesh import make_mesh
-from lemur_jax.parallel.projection import Product, Reduction, einsum, gather_sequence, sharded_products
+from lemur_jax.parallel.projection import (
+    NARROW,
+    Product,
+    Reduction,
+    einsum,
+    gather_sequence,
+    sharded_products,
+)
 from lemur_jax.parallel.rules import spec
 
 CASES = [
@@ -119,3 +127,61 @@ def test_the_gradient_is_made_and_reduced_in_the_dtype_that_is_asked_for(exchang
     exact = np.einsum("btd,btf->df", np.float64(x), np.float64(target))
     error = np.abs(np.float64(gradient(weight, x)) - exact).max() / np.abs(exact).max()
     assert error < 1e-5 if reduce_dtype == "float32" else 1e-4 < error < 2e-2
+
+
+# dtype -> (its largest number, what NumPy rounds to it)
+ROUNDING = {
+    "int8": (127.5, lambda x: np.clip(np.round(x), -128, 127)),  # as Qwix divides
+    "float8_e4m3fn": (448.0, lambda x: x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)),
+    "float8_e5m2": (57344.0, lambda x: x.astype(ml_dtypes.float8_e5m2).astype(np.float32)),
+}
+
+
+def rounded(x, letters, kept, dtype):
+    """What a factor is rounded to, with one scale for each index that the result keeps."""
+    largest, nearest = ROUNDING[dtype]
+    summed = tuple(axis for axis, letter in enumerate(letters) if letter not in kept)
+    scale = np.abs(x).max(axis=summed, keepdims=True).astype(np.float32) / np.float32(largest)
+    scale[scale == 0] = 1
+    return nearest(np.asarray(x, np.float32) / scale).astype(np.float64) * scale
+
+
+@pytest.mark.parametrize("narrow", ["int8", "float8"])
+@pytest.mark.parametrize(("equation", "axes", "weight_shape", "x_shape"), CASES)
+def test_narrow_products_equal_those_of_rounded_factors(equation, axes, weight_shape, x_shape, narrow):
+    forward, backward = NARROW[narrow]
+    rng = np.random.default_rng(0)
+    # No negative number is the largest of a row: in int8 that lies between -127 and -128.
+    x, weight = (
+        np.maximum(rng.normal(size=size), -0.5).astype(np.float32) for size in (x_shape, weight_shape)
+    )
+    x[0, 0] = 0  # a padded position has no largest magnitude
+    x[1, 1] = 1000 * np.abs(x[1, 1])
+    inputs, result = equation.split("->")
+    left, right = inputs.split(",")
+
+    def product(first, letters, kind, second, others, kind_2, made):
+        factors = rounded(first, letters, made, kind), rounded(second, others, made, kind_2)
+        return np.einsum(f"{letters},{others}->{made}", *factors)
+
+    y = product(x, left, forward, weight, right, forward, result)
+    above = np.maximum(np.cos(y), -0.5).astype(np.float32)
+    to_x = product(above, result, backward, weight, right, forward, left)
+    to_weight = product(x, left, forward, above, result, backward, right)
+
+    def distance(found, expected):
+        return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    for exchange in (False, True):
+        one = Product(equation, axes, mesh, Reduction("float32", exchange), None, narrow)
+        found, back = jax.vjp(
+            jax.jit(lambda x, w, one=one: sharded_products((one,), x, (w,))[0]),
+            jnp.asarray(x),
+            jnp.asarray(weight),
+        )
+        gradients = back(jnp.asarray(above))
+        assert distance(found, y) < 1e-5
+        assert distance(gradients[0], to_x) < 1e-5
+        # In an exchange, each device rounds its own part of the sum.
+        assert distance(gradients[1], to_weight) < (0.05 if exchange else 1e-5)

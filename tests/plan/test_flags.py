@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.parallel.compiler_flags import compiler_options, exchanges_gradients
+from lemur_jax.parallel.compiler_flags import check_product_dtype, compiler_options, exchanges_gradients
 from lemur_jax.plan import topologies
 
 
@@ -27,6 +27,22 @@ def test_by_device_kind():
     assert not exchanges_gradients("cpu")
     assert not exchanges_gradients("TPU v6 lite", ("xla_tpu_enable_async_all_to_all=false",))
     assert exchanges_gradients("TPU v6 lite", ("xla_tpu_enable_async_all_gather=false",))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "frozen", "says"),
+    [
+        ("int8", "TPU v4", False, "no faster than bfloat16 on TPU v4"),
+        ("float8", "TPU v5", False, "only on TPU7x"),
+        ("int8", "cpu", True, "with config.adapter.rank"),
+    ],
+)
+def test_narrow_products_that_gain_nothing_are_refused(name, kind, frozen, says):
+    with pytest.raises(UserError, match=says):
+        check_product_dtype(name, kind, frozen)
+    check_product_dtype("int8", "TPU v5 lite")
+    check_product_dtype("float8", "TPU7x")
+    check_product_dtype("float8", "cpu")
 
 
 def test_more_options_of_the_config():

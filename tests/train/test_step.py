@@ -105,6 +105,16 @@ def test_learning_rate_and_sources_in_the_metrics(alone, batch):
     )
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8"])
+def test_narrow_products_change_losses_a_little(batch, dtype):
+    expected, found = (
+        losses(program_on((2, 2, 1, 2), tiny_config({"compute.product_dtype": each})), batch)[0]
+        for each in ("", dtype)
+    )
+    np.testing.assert_allclose(found, expected, rtol=5e-3)
+    assert np.all(np.asarray(found) != np.asarray(expected))
+
+
 def test_state_lies_where_the_rules_say(batch):
     program = program_on((1, 4, 1, 2))
     _, _, state = losses(program, batch, steps=1)
@@ -132,6 +142,7 @@ def test_finite_rows_name_the_bad_ones_through_microbatches(batch):
         ("data.sequence_length", 4096, "max_position_embeddings"),
         ("optimizer.warmup_steps", 10, "warmup_steps"),
         ("optimizer.learning_rate", 0.0, "learning_rate"),
+        ("compute.product_dtype", "int4", "product_dtype"),
     ],
 )
 def test_impossible_combination_is_named(key, value, words):
