@@ -4,6 +4,7 @@ They change speed and memory alone. Each was kept because the estimate improved 
 of on a generation are absent there.
 """
 
+import importlib.util
 from collections.abc import Sequence
 
 from lemur_jax.common.errors import UserError
@@ -65,6 +66,8 @@ def check_product_dtype(name: str, device_kind: str, frozen: bool = False) -> No
             f"config.compute.product_dtype {name} is no faster than bfloat16 on {device_kind}, only on"
             f" {' and '.join(_FAST_PRODUCTS[name])}: leave it empty"
         )
+    if name and importlib.util.find_spec("qwix") is None:
+        raise UserError("config.compute.product_dtype needs qwix: pip install 'lemur_jax[int8]'")
 
 
 def compiler_options(device_kind: str, more: Sequence[str] = ()) -> Options:
