@@ -156,16 +156,17 @@ def success_by_turn(traces: Sequence[Trace], max_turns: int) -> list[float]:
 
 
 def paper_scores(traces: Iterable[Trace]) -> dict[str, float]:
-    """Percent solved, by the row of the paper's Tables 4 to 7."""
-    rows = {f"mint-{name}": f"M-{title}" for name, title in mint.PAPER_NAMES.items()} | {
-        "intercode-sql": "IC-SQL",
-        "intercode-bash": "IC-Bash",
-    }
-    return {
-        rows[kind]: 100 * sum(trace.solved_at is not None for trace in of_kind) / len(of_kind)
-        for kind, of_kind in by_kind(traces).items()
-        if kind in rows
-    }
+    """Percent solved, by the row of the paper's Tables 4 to 7; runs with feedback have rows of their own (Table 6)."""
+    rows = {f"mint-{name}": f"M-{title}" for name, title in mint.PAPER_NAMES.items()}
+    rows |= {"intercode-sql": "IC-SQL", "intercode-bash": "IC-Bash"}
+    found = {}
+    for kind, of_kind in by_kind(traces).items():
+        if kind in rows:
+            seen = [turn.step.observation for trace in of_kind for turn in trace.turns]
+            feedback = ", feedback" if any(mint.FEEDBACK in text for text in seen) else ""
+            solved = sum(trace.solved_at is not None for trace in of_kind)
+            found[rows[kind] + feedback] = 100 * solved / len(of_kind)
+    return found
 
 
 def failure(trace: Trace) -> str | None:

@@ -4,7 +4,7 @@ import collections
 from collections.abc import Mapping, Sequence
 
 from lemur_jax.agents.episodes import Trace, by_kind, failure, paper_scores, success_by_turn
-from lemur_jax.evals.published import AGENT_MODELS, AGENTS
+from lemur_jax.evals.published import agents_table
 from lemur_jax.report.charts import stacked_bars
 from lemur_jax.report.html import escape, html_page, html_table
 
@@ -40,12 +40,8 @@ def agents_page(traces: Sequence[Trace], turns: int, name: str) -> str:
 
 
 def _paper(traces: Sequence[Trace], name: str) -> str:
-    rows = [
-        [row, *(f"{AGENTS[row][model]:.2f}" for model in AGENT_MODELS), f"{score:.2f}"]
-        for row, score in paper_scores(traces).items()
-    ]
-    table = html_table(["success, %", *AGENT_MODELS, escape(name)], rows)
-    return f"<h2>Beside the paper's Tables 4 to 7</h2>\n{table}\n" if rows else ""
+    head, *rows = agents_table(paper_scores(traces), escape(name))
+    return f"<h2>Beside the paper's Tables 4 to 7</h2>\n{html_table(head, rows)}\n" if rows else ""
 
 
 def _bars(kinds: Mapping[str, Sequence[Trace]], turns: int) -> str:

@@ -6,10 +6,20 @@ import sys
 import pytest
 
 from lemur_jax.agents import environments, episodes
-from lemur_jax.agents.episodes import failure, format_episodes, success_by_turn, to_json
+from lemur_jax.agents.environments import Step
+from lemur_jax.agents.episodes import (
+    Trace,
+    Turn,
+    failure,
+    format_episodes,
+    paper_scores,
+    success_by_turn,
+    to_json,
+)
 from lemur_jax.agents.runner import Journal, run_episodes
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
+from lemur_jax.evals.published import format_agents
 from tests.helpers.agents import run_episode, scripted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
@@ -43,6 +53,19 @@ def test_success_by_turn(count):
     assert "sql                   2      0.0     50.0     50.0" in format_episodes([solved, failed], 3)
     kept = to_json([solved], 3)["traces"][0]
     assert [turn["action"] for turn in kept["turns"]] == ["x", "SELECT 6"]
+
+
+def test_rows_of_the_paper_and_those_with_feedback():
+    def trace(id, *observations, reward=0.0):
+        steps = [Step(observation=text, verdict="", reward=reward) for text in observations]
+        return Trace(id=id, task="", turns=tuple(Turn(action="", step=step) for step in steps))
+
+    solved = trace("mint-math/1", "x\nExpert feedback:\nGood.\n", reward=1.0)
+    scores = paper_scores([solved, trace("mint-math/2", "x"), trace("mint-mmlu/1", "x"), trace("sql/a")])
+    assert scores == {"M-MATH, feedback": 50, "M-MMLU": 0}
+    _, math, mmlu = (line.split() for line in format_agents(scores, "ours").splitlines())
+    assert math == ["M-MATH,", "feedback", "–", "–", "18.00", "–", "–", "50.00"]
+    assert mmlu == ["M-MMLU", "42.11", "30.26", "56.58", "56.58", "80.26", "0.00"]
 
 
 def test_an_endpoint_that_is_not_there_is_one_line(capsys):
