@@ -142,8 +142,7 @@ class SqlEnvironment(Environment):
         if result.code != 0:
             return Step(observation="The query did not finish.", verdict="time")
         found = json.loads(result.output)
-        if "error" in found:
-            error = found["error"]
+        if error := found.get("error"):
             verdict = "syntax" if "syntax" in error else "name" if "no such" in error else "other error"
             return Step(observation=f"Error: {error}", verdict=verdict)
         shown = _cut(f"{found['count']} rows:\n" + "\n".join(found["rows"]))
@@ -165,11 +164,8 @@ class BashEnvironment(Environment):
         self._box = pathlib.Path(tempfile.mkdtemp(prefix="lemur-bash-"))
         for name, text in self._files.items():
             path = self._box / name
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-            # The box may run as another user.
-            path.chmod(0o666)
-            path.parent.chmod(0o777)
+            path.chmod(0o666)  # the box may run as another user
         return (
             "You have a Bash shell. Answer with commands in one ```bash block; you see their output."
             f" Files stay between turns.\n\nTask: {self._task}"

@@ -126,12 +126,10 @@ def open_environments(
         "tools": tools.tool_environments,
         "intercode-sql": lambda: intercode.open_sql(data, stack or contextlib.ExitStack()),
         "intercode-bash": lambda: intercode_bash.open_bash(data),
-        "mint": lambda: mint.open_mint(data, [], expert=expert, python=python),
-        **{
-            f"mint-{name}": functools.partial(mint.open_mint, data, [name], expert=expert, python=python)
-            for name in mint.SETS
-        },
     }
+    for name in ("mint", *(f"mint-{name}" for name in mint.SETS)):
+        only = [name.removeprefix("mint-")] if name != "mint" else []
+        makers[name] = functools.partial(mint.open_mint, data, only, expert=expert, python=python)
     names = list(names)
     for name in names:
         if name not in makers:
@@ -157,7 +155,7 @@ def success_by_turn(traces: Sequence[Trace], max_turns: int) -> list[float]:
 
 def paper_scores(traces: Iterable[Trace]) -> dict[str, float]:
     """Percent solved, by the row of the paper's Tables 4 to 7; runs with feedback have rows of their own (Table 6)."""
-    rows = {f"mint-{name}": f"M-{title}" for name, title in mint.PAPER_NAMES.items()}
+    rows = {f"mint-{name}": f"M-{title}" for name, title in mint.SETS.items()}
     rows |= {"intercode-sql": "IC-SQL", "intercode-bash": "IC-Bash"}
     found = {}
     for kind, of_kind in by_kind(traces).items():

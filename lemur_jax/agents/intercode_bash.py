@@ -173,15 +173,11 @@ def open_bash(data: str) -> list[InterCodeBash]:
         for index, task in enumerate(tasks):
             found[InterCodeBash(f"{number}-{index}", task, setup)] = needs(task["gold"])
     words = set().union(*found.values())
-    missing = set(run(["bash", "-c", _MISSING, "bash", *words], limits=LIMITS).output.split())
+    missing = set(run(["bash", "-c", _MISSING, "bash", *words], limits=LIMITS).output.splitlines())
     for word in sorted(missing):
         ids = [environment.id for environment, needed in found.items() if word in needed]
-        logger.warning(
-            "%d tasks need %s, which the sandbox does not have: not scored (%s)",
-            len(ids),
-            word,
-            ", ".join(ids),
-        )
+        text = "%d of %d tasks are not scored, as the sandbox has no %s: %s"
+        logger.warning(text, len(ids), len(found), word, ", ".join(ids))
     return [environment for environment, needed in found.items() if not needed & missing]
 
 

@@ -38,25 +38,15 @@ def server(dump: pathlib.Path) -> Iterator[pathlib.Path]:
     process = None
     try:
         with log.open("w") as output:
-            install = [
-                "mariadb-install-db",
-                "--no-defaults",
-                "--auth-root-authentication-method=normal",
-                *options,
-            ]
-            if subprocess.run(install, stdout=output, stderr=output).returncode:
+            streams = {"stdout": output, "stderr": output}
+            install = ["mariadb-install-db", "--no-defaults", "--auth-root-authentication-method=normal"]
+            if subprocess.run([*install, *options], **streams).returncode:
                 raise UserError(f"mariadb-install-db fails: {log.read_text().strip().splitlines()[-1]}")
+            options += ["--skip-networking", f"--socket={socket}", f"--secure-file-priv={directory}/data"]
             # As where the runs were recorded, names of tables do not depend on upper and lower case.
-            extra = [
-                "--skip-networking",
-                f"--socket={socket}",
-                "--lower-case-table-names=1",
-                f"--sql-mode={MODE}",
-            ]
-            extra += ["--max-statement-time=30", "--skip-log-bin", f"--secure-file-priv={directory}/data"]
-            process = subprocess.Popen(
-                [program, "--no-defaults", *options, *extra], stdout=output, stderr=output
-            )
+            options += [f"--sql-mode={MODE}", "--lower-case-table-names=1"]
+            options += ["--max-statement-time=30", "--skip-log-bin"]
+            process = subprocess.Popen([program, "--no-defaults", *options], **streams)
         _wait(process, socket, log)
         _load(socket, dump)
         yield socket

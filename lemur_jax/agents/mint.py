@@ -17,22 +17,9 @@ from lemur_jax.text.chat_template import Message
 
 MAX_STEPS, MAX_PROPOSALS = 5, 2
 PROTOCOL = "max5_p2+tool+cd"
-# Sets, with the group that the recorded runs keep them in.
-SETS = {
-    "gsm8k": "reasoning",
-    "math": "reasoning",
-    "theoremqa": "reasoning",
-    "hotpotqa": "reasoning",
-    "mmlu": "reasoning",
-    "humaneval": "code_generation",
-    "mbpp": "code_generation",
-    "alfworld": "decision_making",
-}
-PAPER_NAMES = dict(
-    zip(
-        SETS, ("GSM8K", "MATH", "TheoremQA", "HotpotQA", "MMLU", "HumanEval", "MBPP", "ALFWorld"), strict=True
-    )
-)
+_TITLES = ("GSM8K", "MATH", "TheoremQA", "HotpotQA", "MMLU", "HumanEval", "MBPP", "ALFWorld")
+SETS = {title.lower(): title for title in _TITLES}  # with the paper's names
+CODE = ("humaneval", "mbpp")
 INVALID = (
     "I don't understand your input. \n"
     "If you want to execute code, please use <execute> YOUR_CODE_HERE </execute>.\n"
@@ -127,12 +114,8 @@ def _recorded(name: str, row: Mapping[str, Any]) -> Recorded:
         failed = state["terminate_reason"] == "error"  # of the model, e.g. its context was full
         if failed and turns and turns[-1][1] and turns[-1][1].startswith("Observation:\nAn error occurred."):
             turns.pop()
-        return Recorded(
-            id=f"{name}/{task['task_id']}",
-            opening=opening["content"],
-            turns=turns,
-            success=state["success"],
-        )
+        id = f"{name}/{task['task_id']}"
+        return Recorded(id=id, opening=opening["content"], turns=turns, success=state["success"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"a line of {name}'s results.jsonl is not an episode of MINT ({error!r})") from error
 
@@ -142,9 +125,8 @@ def load_tasks(data: pathlib.Path, name: str, openings: Mapping[str, str]) -> li
     path = data / "processed" / name / "test_prompts.json"
     if not path.exists():
         raise UserError(f"{path} is missing: {WHERE}")
-    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
     tasks = []
-    for row in rows:
+    for row in map(json.loads, path.open(encoding="utf-8")):
         id = f"{name}/{row['id']}"
         if id not in openings:
             raise UserError(
@@ -156,7 +138,7 @@ def load_tasks(data: pathlib.Path, name: str, openings: Mapping[str, str]) -> li
 
 def _checker(name: str, row: Mapping[str, Any]) -> Callable[[str], bool]:
     reference = row["reference"]
-    if SETS[name] == "code_generation":
+    if name in CODE:
         return lambda answer: mint_checks.code(reference, answer)
     if name == "mmlu":
         return lambda answer: mint_checks.choice(reference, answer, row["prompt"])
@@ -249,13 +231,10 @@ class MintEnvironment(Environment):
             return Step(observation=text, verdict=verdict, reward=1.0)
         ended = not (left and proposals)
         if self.expert is not None and not ended:
-            self._said += f"\n{self.as_turn(action)}\n{text}"
-            text += (
-                FEEDBACK
-                + self.expert([{"role": "user", "content": f"{_EXPERT}{self._said}{FEEDBACK}"}])
-                + "\n"
-            )
-            self._said += text[text.rindex(FEEDBACK) :]
+            self._said += f"\n{self.as_turn(action)}\n{text}{FEEDBACK}"
+            comment = self.expert([{"role": "user", "content": _EXPERT + self._said}]) + "\n"
+            self._said += comment
+            text += FEEDBACK + comment
         return Step(observation=text, verdict=verdict, done=ended)
 
     def act(self, action: str) -> tuple[str, str]:
@@ -316,7 +295,7 @@ def open_mint(
 
             found += alfworld_environments(root, openings, python)
         else:
-            tools = {} if SETS[name] == "code_generation" else functions
+            tools = {} if name in CODE else functions
             found += [MintEnvironment(task, tools, python) for task in load_tasks(root, name, openings)]
     for environment in found:
         environment.expert = expert

@@ -6,6 +6,7 @@ newline: byte-level BPE merges it with the indentation that follows. The answer 
 
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -22,7 +23,6 @@ LIMITS = Limits(wall_seconds=10, cpu_seconds=8)
 _SCRIPT = pathlib.Path(__file__).with_name("answer_process.py")
 _SIGXCPU, _SIGKILL = 128 + 24, 128 + 9
 _ANSWER_ENDED = 3  # as in answer_process.py
-_FIELDS = ("task_id", "text", "code", "test_list")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,20 +82,18 @@ def mbpp(path: epath.PathLike) -> list[Problem]:
     try:
         # Not splitlines: a JSON string may contain U+2028.
         lines = epath.Path(path).read_bytes().decode("utf-8-sig").split("\n")
-        parsed = [json.loads(line) for line in lines if line.strip()]
-        if lacking := [field for field in _FIELDS if any(field not in item for item in parsed)]:
-            raise ValueError(f"a line lacks {', '.join(lacking)}")
-        items = {item["task_id"]: item for item in parsed}
-        if missing := {2, 3, 4} - items.keys():
-            raise ValueError(f"it lacks the example tasks {sorted(missing)}")
-    except (ValueError, TypeError) as error:
+        items = {item["task_id"]: item for item in map(json.loads, filter(str.strip, lines))}
+        for field, number in itertools.product(("text", "code", "test_list"), (2, 3, 4, *items)):
+            if field not in items[number]:
+                raise ValueError(f"task {number} lacks {field}")
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path} is not the whole mbpp.jsonl of google-research ({error}): bring that, not"
+            f"{path} is not the whole mbpp.jsonl of google-research ({error!r}): bring that, not"
             " sanitized-mbpp.json or another edition"
         ) from error
 
     shots = "".join(f"{_question(items[n])}{items[n]['code']}\n[DONE]\n\n" for n in (2, 3, 4))
-    turns = [turn for n in (2, 3, 4) for turn in (_chat_question(items[n]), _chat_answer(items[n]))]
+    turns = [turn for n in (2, 3, 4) for turn in (_chat_question(items[n]), _chat_answer(items[n]["code"]))]
     return [
         Problem(
             id=f"MBPP/{number}",
@@ -131,8 +129,8 @@ def _user(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
-def _chat_answer(item: Mapping[str, Any]) -> Message:
-    return {"role": "assistant", "content": f"[PYTHON]\n{item['code']}\n[/PYTHON]"}
+def _chat_answer(code: str) -> Message:
+    return {"role": "assistant", "content": f"[PYTHON]\n{code}\n[/PYTHON]"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,15 +193,11 @@ def _verdict(tests: Result, answer: Result) -> tuple[str, str]:
     return ("exited early" if ended else "killed"), answer.errors
 
 
-_KINDS = {
-    "MemoryError": "memory",
-    "SyntaxError": "syntax",
-    "IndentationError": "syntax",
-    "TabError": "syntax",
-    "NameError": "name",
-    "ImportError": "name",
-    "ModuleNotFoundError": "name",
-    "AssertionError": "wrong answer",
-    "TypeError": "type",
-    "AttributeError": "type",
+_ERRORS = {
+    "memory": ("MemoryError",),
+    "syntax": ("SyntaxError", "IndentationError", "TabError"),
+    "name": ("NameError", "ImportError", "ModuleNotFoundError"),
+    "wrong answer": ("AssertionError",),
+    "type": ("TypeError", "AttributeError"),
 }
+_KINDS = {error: verdict for verdict, errors in _ERRORS.items() for error in errors}

@@ -66,7 +66,6 @@ def replay_run(
     Raises:
       UserError: data are missing, or the recorded run is of another protocol.
     """
-    found = {}
     if names[0] in ("intercode-sql", "intercode-bash"):
         kind = names[0].removeprefix("intercode-")
         recorded = {names[0]: intercode.recorded_run(pathlib.Path(path), kind)}
@@ -82,9 +81,7 @@ def replay_run(
         raise UserError(
             f"--replay needs --agents mint, mint-SET, intercode-sql or intercode-bash, not {','.join(names)}"
         )
-    for name, run in recorded.items():
-        found[name] = replay(opened, run[:limit])
-    return found
+    return {name: replay(opened, run[:limit]) for name, run in recorded.items()}
 
 
 def _replay(environment: Environment, episode: Recorded) -> Replayed:
@@ -92,17 +89,14 @@ def _replay(environment: Environment, episode: Recorded) -> Replayed:
         task, turns, different, compared = environment.reset(), [], [], 0
         for action, seen in episode.turns:
             step = environment.step(action)
-            turns.append(Turn(action=action, step=step))
             if seen is not None:
                 compared += 1
                 theirs, mark, feedback = seen.partition(mint.FEEDBACK)
                 ours, theirs = step.observation.rstrip("\n"), theirs.rstrip("\n")
-                turns[-1] = Turn(
-                    action=action,
-                    step=dataclasses.replace(step, observation=step.observation + mark + feedback),
-                )
                 if _without_paths(ours) != _without_paths(theirs):
                     different.append((_cause(theirs, ours), theirs, ours))
+                step = dataclasses.replace(step, observation=step.observation + mark + feedback)
+            turns.append(Turn(action=action, step=step))
             if step.done or step.reward >= 1:
                 break
         trace = Trace(id=environment.id, task=task, turns=tuple(turns))
@@ -118,19 +112,18 @@ def _without_paths(text: str) -> str:
 
 def _cause(theirs: str, ours: str) -> str:
     """Why two observations differ."""
-    if "SyntaxError" in theirs or "IndentationError" in theirs:
-        return "wording of Python's syntax errors"
-    if "TimeoutError" in theirs or "TimeoutError" in ours:
-        return "time-out"
-    if any(mark in text for mark in ("Page: ", "Wikipedia", "wikipedia") for text in (theirs, ours)):
-        return "live search"
-    if " at 0x" in theirs:
-        return "addresses"
-    if "site-packages" in theirs + ours or "dist-packages" in theirs + ours:
-        return "traceback inside a library"
+    for mark, cause in (
+        ("(Syntax|Indentation)Error", "wording of Python's syntax errors"),
+        ("TimeoutError", "time-out"),
+        ("Page: |[Ww]ikipedia", "live search"),
+        (" at 0x", "addresses"),
+        ("(site|dist)-packages", "traceback inside a library"),
+    ):
+        if re.search(mark, theirs + ours):
+            return cause
     if "Error" in theirs and "Error" in ours:
         return "wording of errors"
-    if "Error" in theirs or "Error" in ours:
+    if "Error" in theirs + ours:
         return "an error in one only: library versions"
     if re.sub(r"[\d.e+-]+", "0", theirs) == re.sub(r"[\d.e+-]+", "0", ours):
         return "numbers: random or last digits"

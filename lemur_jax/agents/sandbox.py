@@ -5,7 +5,6 @@ docs/sandbox.md says what holds where. It does not stop an attacker with a kerne
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import subprocess
@@ -43,11 +42,6 @@ class Limits:
     processes: int = 32
     output_bytes: int = 64 << 10
     visible: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if name != "visible" and not 0 < value < math.inf:
-                raise UserError(f"sandbox limit {name} is {value}: it must be positive and finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,9 +99,6 @@ def run(
         raise UserError(f"the sandbox needs Linux, this is {sys.platform}: run it in a container")
     limits = limits or Limits()
     command = [_interpreter() if command[0] == "python" else command[0], *command[1:]]
-    for name in files or {}:
-        if pathlib.PurePosixPath(name).is_absolute() or ".." in pathlib.PurePosixPath(name).parts:
-            raise UserError(f"sandbox file {name}: the path must be relative and stay inside the box")
     root = tempfile.mkdtemp(prefix="lemur-box-")
     try:
         with (

@@ -109,14 +109,14 @@ def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
     assert replayed.same_verdict
     assert not replayed.different
     assert not caplog.text
-    lacking = {"query": "", "gold": "ls | xargs -I {} lemur-nowhere '{}; x' /etc/lemur && cat <(echo a)"}
+    lacking = {"query": "", "gold": "ls | xargs -I {} lemur-nowhere '{}; x' /etc/lemur && curl x"}
     (tmp_path / "nl2bash" / "nl2bash_fs_3.json").write_text(json.dumps([gold, lacking]))
     assert [environment.id for environment in open_bash(str(tmp_path))] == [
         f"intercode-bash/{number}-0" for number in range(1, 5)
     ]
     assert caplog.messages == [
-        f"1 tasks need {name}, which the sandbox does not have: not scored (intercode-bash/3-1)"
-        for name in ("/etc/lemur", "lemur-nowhere")
+        f"1 of 5 tasks are not scored, as the sandbox has no {name}: intercode-bash/3-1"
+        for name in ("/etc/lemur", "curl with a network", "lemur-nowhere")
     ]
     unseen = InterCodeBash("4-0", {"query": "", "gold": "''lemur-nowhere"}, "")
     with pytest.raises(UserError, match="needs another program: /bin/bash: line 1: lemur-nowhere"):

@@ -225,8 +225,6 @@ def test_a_directory_is_kept(box, tmp_path):
 def test_bad_input():
     with pytest.raises(UserError, match="cannot run no-such-program"):
         run(["no-such-program"])
-    with pytest.raises(UserError, match="stay inside the box"):
-        run(["true"], files={"../x": ""})
 
 
 @pytest.mark.parametrize(
@@ -247,13 +245,6 @@ def test_a_box_without_isolation_is_called_limited(monkeypatch, tmp_path, known,
     with pytest.raises(UserError, match="no namespaces here"):
         run(["touch", "it"], directory=ran, namespaces=False, require_isolation=True)
     assert not list(ran.iterdir())  # it is refused before it runs
-
-
-@pytest.mark.parametrize("name", ["wall_seconds", "cpu_seconds", "memory_bytes", "output_bytes"])
-def test_limits_are_positive(name):
-    for value in (0, -1, float("inf"), float("nan")):
-        with pytest.raises(UserError, match=f"sandbox limit {name} is"):
-            Limits(**{name: value})
 
 
 # Each line is tried; what it managed to do is printed. `victim` is a process of the same user outside the box,
