@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from lemur_jax.agents.problems import LIMITS, Problem, check
 from lemur_jax.agents.sandbox import remove_tree, run
+from lemur_jax.common.errors import UserError
 
 SHOWN = 1500  # characters of an observation
 
@@ -55,6 +56,14 @@ class Environment(abc.ABC):
 
     def close(self) -> None:  # noqa: B027  # most hold nothing
         """Frees what it holds."""
+
+
+def find_data(data: str, file: str, where: str) -> pathlib.Path:
+    """The directory `data`, or its `data/`, that holds a file; UserError, with where to get it, if none does."""
+    for path in (pathlib.Path(data), pathlib.Path(data) / "data"):
+        if (path / file).exists():
+            return path
+    raise UserError(f"--data {data} has no {file}: {where}")
 
 
 def block(action: str, *languages: str) -> str:

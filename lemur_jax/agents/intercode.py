@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lemur_jax.agents.environments import Environment, Step, block
+from lemur_jax.agents.environments import Environment, Step, block, find_data
 from lemur_jax.agents.mariadb import connect, server
 from lemur_jax.agents.mint import Recorded
 from lemur_jax.common.errors import UserError
@@ -142,25 +142,12 @@ class InterCodeSql(Environment):
             self._connection = None
 
 
-def data_directory(data: str) -> pathlib.Path:
-    """The directory with `sql/` and `nl2bash/`; UserError if it is not there."""
-    for path in (pathlib.Path(data), pathlib.Path(data) / "data"):
-        if any(
-            (path / name).exists() for name in ("sql/spider/ic_spider_dev.json", "nl2bash/nl2bash_fs_1.json")
-        ):
-            return path
-    raise UserError(f"--data {data} has no sql/spider/ic_spider_dev.json of InterCode: {WHERE}")
-
-
-def sql_environments(data: pathlib.Path, socket: pathlib.Path, handicap: bool = True) -> list[InterCodeSql]:
-    tasks = json.loads((data / "sql" / "spider" / "ic_spider_dev.json").read_text(encoding="utf-8"))
-    return [InterCodeSql(number, task, socket, handicap) for number, task in enumerate(tasks)]
-
-
 def open_sql(data: str, stack: contextlib.ExitStack) -> list[InterCodeSql]:
     """The environments with the schema shown ("handicap"), on a server that the stack stops."""
-    root = data_directory(data)
-    return sql_environments(root, stack.enter_context(server(root / "sql" / "spider" / "ic_spider_dbs.sql")))
+    root = find_data(data, "sql/spider/ic_spider_dev.json", WHERE) / "sql" / "spider"
+    tasks = json.loads((root / "ic_spider_dev.json").read_text(encoding="utf-8"))
+    socket = stack.enter_context(server(root / "ic_spider_dbs.sql"))
+    return [InterCodeSql(number, task, socket, handicap=True) for number, task in enumerate(tasks)]
 
 
 def recorded_run(path: pathlib.Path, kind: str) -> list[Recorded]:

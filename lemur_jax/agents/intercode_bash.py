@@ -13,8 +13,8 @@ import stat
 import tempfile
 from collections.abc import Mapping
 
-from lemur_jax.agents.environments import Environment, Step, block
-from lemur_jax.agents.intercode import MAX_STEPS, WHERE, data_directory
+from lemur_jax.agents.environments import Environment, Step, block, find_data
+from lemur_jax.agents.intercode import MAX_STEPS, WHERE
 from lemur_jax.agents.problems import LIMITS
 from lemur_jax.agents.sandbox import remove_tree, run
 from lemur_jax.common.errors import UserError
@@ -160,7 +160,7 @@ def open_bash(data: str) -> list[InterCodeBash]:
     Raises:
       UserError: tasks or set-up scripts are missing.
     """
-    root, found = data_directory(data), {}
+    root, found = find_data(data, "nl2bash/nl2bash_fs_1.json", WHERE), {}
     for number in range(1, 5):
         script = f"docker/bash_scripts/setup_nl2b_fs_{number}.sh"
         setups = [path for path in (root / script, root.parent / script) if path.exists()]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lemur_jax.agents import mint_checks
-from lemur_jax.agents.environments import Environment, Step
+from lemur_jax.agents.environments import Environment, Step, find_data
 from lemur_jax.agents.shell import Shell
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import Message
@@ -64,14 +64,6 @@ class Recorded:
     opening: str
     turns: Sequence[tuple[str, str | None]]
     success: bool
-
-
-def data_directory(data: str) -> pathlib.Path:
-    """The directory with `processed/` and `outputs/`; UserError if it is not there."""
-    for path in (pathlib.Path(data), pathlib.Path(data) / "data"):
-        if (path / "processed" / "gsm8k" / "test_prompts.json").exists():
-            return path
-    raise UserError(f"--data {data} has no processed/gsm8k/test_prompts.json of MINT: {WHERE}")
 
 
 def recorded_run(directory: pathlib.Path, only: Sequence[str] = ()) -> dict[str, list[Recorded]]:
@@ -276,7 +268,7 @@ def open_mint(
     Raises:
       UserError: data are missing or of another version.
     """
-    root = data_directory(data)
+    root = find_data(data, "processed/gsm8k/test_prompts.json", WHERE)
     runs = [run for of_set in (extra or {}).values() for run in of_set]
     outputs = root / "outputs"
     # A run with feedback has it in its example.

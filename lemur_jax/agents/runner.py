@@ -97,6 +97,8 @@ def run_episodes(
     journal = journal or Journal(None, {})
     waiting = [environment for environment in environments if environment.id not in journal.traces]
     running: list[_Running] = []
+    logger.info("episodes: %d of %d, up to %d at once", len(journal.traces), len(environments), batch)
+    turns = 0
     with concurrent.futures.ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool:
         try:
             while waiting or running:
@@ -104,15 +106,18 @@ def run_episodes(
                     running.append(_Running(waiting.pop(0), max_turns))
                 answers, error = _answers(agent, [episode.messages for episode in running], pool)
                 answered = [pair for pair in zip(running, answers, strict=True) if pair[1] is not None]
-                ended = pool.map(lambda pair: (pair[0], pair[0].act(pair[1])), answered)
-                for episode, trace in ended:
+                for episode, trace in pool.map(lambda pair: (pair[0], pair[0].act(pair[1])), answered):
                     if trace is not None:
                         running.remove(episode)
                         journal.add(trace)
                 if error is not None:
                     raise error
+                turns += len(answered)
                 solved = sum(trace.solved_at is not None for trace in journal.traces.values())
-                logger.info("episodes: %d of %d, solved %d", len(journal.traces), len(environments), solved)
+                ended = f"{len(journal.traces)} of {len(environments)}"
+                logger.info(
+                    "episodes: %s, solved %d; turns: %d, running %d", ended, solved, turns, len(running)
+                )
         finally:
             for episode in running:
                 episode.environment.close()

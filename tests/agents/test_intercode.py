@@ -72,7 +72,9 @@ def test_a_question_to_a_server_that_reads_alone_and_is_gone_afterwards(tmp_path
 def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
     gold = {"query": "Copy a.txt", "gold": "cp /testbed/a.txt /testbed/b.txt; cat <(ls /testbed)"}
     (tmp_path / "nl2bash").mkdir()
-    with pytest.raises(UserError, match="has no sql"):
+    with pytest.raises(
+        UserError, match="has no nl2bash/nl2bash_fs_1.json: get data/ of https://github.com/prin"
+    ):
         open_environments(["intercode-bash"], data=str(tmp_path))
     for number in range(1, 5):
         (tmp_path / "nl2bash" / f"nl2bash_fs_{number}.json").write_text(json.dumps([gold]))

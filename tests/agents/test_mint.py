@@ -162,4 +162,4 @@ def test_wrong_data_is_one_line(tmp_path, capsys):
     with pytest.raises(UserError, match="is not a run of the protocol"):
         mint.recorded_run(tmp_path)
     with pytest.raises(UserError, match=r"has no processed/gsm8k"):
-        mint.data_directory(str(tmp_path))
+        mint.open_mint(str(tmp_path), [])
