@@ -10,6 +10,7 @@ import pathlib
 import re
 import shlex
 import stat
+import subprocess
 import tempfile
 from collections.abc import Mapping
 
@@ -69,13 +70,16 @@ def similarity(first: str, second: str) -> float:
 
 
 class _World:
-    """A file tree in the sandbox; the box is its root."""
+    """A file tree in the sandbox, made by a script or a copy of another; the box is its root."""
 
-    def __init__(self, setup: str):
+    def __init__(self, setup: str = "", *, like: "_World | None" = None):
         self.box = pathlib.Path(tempfile.mkdtemp(prefix="lemur-bash-"))
         self._root = run(["pwd"], directory=self.box, limits=LIMITS).output.strip()
         self._place = "."
-        self._run(["/bin/bash", "-c", setup])
+        if like is None:
+            self._run(["/bin/bash", "-c", setup])
+        else:
+            subprocess.run(["cp", "-a", f"{like.box}/.", self.box], check=True)
 
     def _run(self, words: list[str]) -> tuple[str, bool]:
         words = [_TREES.sub(rf"{self._root}/\1", word) for word in words]
@@ -127,14 +131,15 @@ class InterCodeBash(Environment):
     def reset(self) -> str:
         self.close()
         self._steps = 0
-        solved = _World(self._setup)
+        self._world = _World(self._setup)
+        # A copy: a second run of the script would differ in times, also inside archives.
+        solved = _World(like=self._world)
         self._before = solved.files()
         self._expected, _ = solved.execute(self._task["gold"])
         self._wanted = solved.files()
         if "command not found" in self._expected:  # an answer that fails alike would count as right
             raise UserError(f"{self.id}: its solution needs another program: {self._expected.strip()}")
         remove_tree(solved.box)
-        self._world = _World(self._setup)
         return (
             "Do a task with Bash commands, one in a ```bash block at a time. You see what it prints and a reward from 0"
             f" to 1 for the state and the last output; you have {MAX_STEPS} commands.\nTask: {self._task['query']}"

@@ -84,7 +84,7 @@ def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
     scripts.mkdir(parents=True)
     for number in range(1, 5):
         (scripts / f"setup_nl2b_fs_{number}.sh").write_text(
-            "mkdir -p /testbed/sub && echo 1 > /testbed/a.txt"
+            "mkdir -p /testbed/sub /system && echo 1 > /testbed/a.txt && date +%N > /system/stamp"
         )
     environment, *_ = open_bash(str(tmp_path))
     environment.reset()
