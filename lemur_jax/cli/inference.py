@@ -128,28 +128,29 @@ def _chat(args) -> None:
 
 
 def _smoke(args) -> None:
-    from lemur_jax.infer import reference
+    stored = None
 
-    # Before the weights are loaded, which can take minutes.
-    stored = None if args.reference is None else reference.read(args.reference)
-    if args.write_reference is not None:
-        reference.check_free(args.write_reference)
+    def check(tokenizer) -> None:  # before the weights are loaded, which can take minutes
+        from etils import epath
 
-    def check(tokenizer) -> None:
-        from lemur_jax.infer.smoke import check_hf, check_reference
+        from lemur_jax.infer.smoke import check_hf, check_reference, read_reference
 
+        nonlocal stored
+        if args.write_reference is not None and epath.Path(args.write_reference).exists():
+            raise UserError(f"{args.write_reference} exists already: remove it to write a new reference")
         if args.hf:
             check_hf(args.hf, args.dtype, args.weights)
-        if stored:
+        if args.reference is not None:
+            stored = read_reference(args.reference)
             check_reference(stored, args.dtype, args.weights, tokenizer)
 
     with open_session(args, check) as session:
         from lemur_jax.cluster import hosts
-        from lemur_jax.infer.smoke import smoke
+        from lemur_jax.infer.smoke import smoke, write_reference
 
         found = smoke(session, args.hf, stored)
         if args.write_reference is not None and hosts.is_primary():
-            reference.write(args.write_reference, found)
+            write_reference(args.write_reference, found)
             print(f"reference written to {args.write_reference}")
 
 

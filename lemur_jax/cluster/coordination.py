@@ -38,18 +38,17 @@ def process() -> tuple[int, int]:
     return state.process_id, state.num_processes
 
 
-def barrier(name: str, seconds: float, service: Any = None) -> None:
+def barrier(name: str, seconds: float) -> None:
     """Waits until every host has reached this barrier; all hosts must meet the same barriers in the same order.
 
     Args:
       name: what the hosts wait for.
       seconds: time limit.
-      service: default: `client()`.
 
     Raises:
       UserError: a host did not come in time; names it.
     """
-    service = service or client()
+    service = client()
     if service is None:
         return
     me, count = process()

@@ -25,14 +25,10 @@ _RETRY_SECONDS = 5.0
 
 
 class Notices:
-    """A context in which a notice becomes a SIGTERM of this process; on other machines it does nothing.
+    """A context in which a notice becomes a SIGTERM of this process; on other machines it does nothing."""
 
-    Args:
-      host: of the metadata server; default: from the environment, or Google's on a machine of Google's.
-    """
-
-    def __init__(self, host: str | None = None):
-        self.host = host or os.environ.get(_HOST) or (_DEFAULT_HOST if _is_google() else None)
+    def __init__(self):
+        self.host = os.environ.get(_HOST) or (_DEFAULT_HOST if _is_google() else None)
         self._lock = threading.Lock()
         self._closed = threading.Event()
 
@@ -77,9 +73,7 @@ class Notices:
         with self._lock:  # after the end of the context the signal would end the process at once
             if self._closed.is_set():
                 return
-            if (
-                stood
-            ):  # a run on a machine about to go is not stopped at every start until the machine is gone
+            if stood:  # the run is not stopped at every start until the machine is gone
                 logger.warning("this machine will be taken away soon (%s)", notice)
                 return
             logger.warning("this machine is taken away (%s)", notice)

@@ -1,4 +1,4 @@
-"""What the package tells a person goes through `logging`; this is the one formatter for the terminal.
+"""The one formatter for the terminal of what the package logs.
 
 Modules use `logging.getLogger(__name__)`. The command line calls `setup` once; a program that imports the package
 configures the logger `lemur_jax` as it likes.
@@ -45,9 +45,9 @@ def _write(line: str, stream: TextIO | None) -> None:
         pass
 
 
-def setup(level: int = logging.INFO) -> None:
-    """Makes the package's loggers print to the terminal. Calling it again only sets the level."""
+def setup() -> None:
+    """Makes the package's loggers print to the terminal."""
     logger = logging.getLogger("lemur_jax")
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     if not any(isinstance(handler, TerminalHandler) for handler in logger.handlers):
         logger.addHandler(TerminalHandler())

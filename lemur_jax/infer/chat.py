@@ -34,13 +34,13 @@ def reply(
     prompt, _ = encode_chat(tokenizer, messages, add_generation_prompt=True)
     pieces = stream(
         session,
-        [prompt],
+        prompt,
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids(tokenizer),
         sampling=sampling,
-        seeds=[seed],
+        seed=seed,
     )
-    yield from stream_text(tokenizer, prompt, (piece.content for (piece,) in pieces))
+    yield from stream_text(tokenizer, prompt, pieces)
 
 
 def fit(session: Session, messages: Sequence[Message], max_new_tokens: int) -> list[Message]:

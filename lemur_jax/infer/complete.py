@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Generator, Sequence
 
 from lemur_jax.infer.engine import SLOTS, Engine, Request
-from lemur_jax.infer.generate import Completion, completion, make_engine
+from lemur_jax.infer.generate import Completion, completion, make_engine, make_requests
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 from lemur_jax.infer.text import continuation
@@ -33,11 +33,8 @@ def complete(
       UserError: there is no tokenizer, or `max_new_tokens` leave no room for a prompt.
     """
     room = max(1, session.model.max_position_embeddings - max_new_tokens)
-    options = dict(max_new_tokens=max_new_tokens, stop_ids=stop_ids(session.need_tokenizer()))
-    requests = [
-        Request(prompt=prompt[-room:], sampling=sampling or Sampling(), seed=seed, **options)
-        for prompt, seed in zip(prompts, range(len(prompts)) if seeds is None else seeds, strict=True)
-    ]
+    prompts, ends = [prompt[-room:] for prompt in prompts], stop_ids(session.need_tokenizer())
+    requests = make_requests(prompts, max_new_tokens, ends, sampling, seeds)
     engine = make_engine(session, requests, batch_tokens)
     waiting = answers(session, engine, requests, stops)
     while True:

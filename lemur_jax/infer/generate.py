@@ -3,14 +3,12 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from lemur_jax.common.errors import UserError
 from lemur_jax.infer.batching import bucket, row_ways
 from lemur_jax.infer.engine import ROWS, SLOTS, Engine, Request, check_request
-from lemur_jax.infer.programs import CHUNK
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
+
+PIECE = 8  # tokens of a stream between two looks at them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +18,7 @@ class Completion:
     Attributes:
       tokens: generated ids, the stop id that ended the sequence included.
       logprobs: of each token, in nats, under the model's own distribution before any filter.
-      finish_reason: "stop" (stop id or string), "length" (max_new_tokens), or "" (the stream continues).
+      finish_reason: "stop" (stop id or string), "length" (max_new_tokens), or "" (not ended).
       text: of `content` up to the first stop string; "" where only ids were asked for.
       stop_id: whether the last token is a stop id.
     """
@@ -41,8 +39,8 @@ def generate(
     session: Session,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int | Sequence[int],
-    stop_ids: Sequence[int] | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[Completion]:
@@ -51,8 +49,8 @@ def generate(
     Args:
       session: from `load` or `make_session`.
       prompts: token ids, at least one each.
-      max_new_tokens: for all or for each.
-      stop_ids: ids that end a sequence, for all or for each.
+      max_new_tokens: for each prompt.
+      stop_ids: ids that end a sequence.
       sampling: default greedy.
       seeds: one for each prompt, by default its index. A seed and `sampling.seed` fix what is drawn, whatever
         the other prompts are.
@@ -61,7 +59,9 @@ def generate(
       UserError: an empty prompt, an id outside the vocabulary, or a sequence that would become longer
         than the model's `max_position_embeddings`.
     """
-    requests = _requests(session, prompts, max_new_tokens, stop_ids, sampling, seeds)
+    for index, prompt in enumerate(prompts):
+        check_request(session, f"prompt {index}", prompt, max_new_tokens)
+    requests = make_requests(prompts, max_new_tokens, stop_ids, sampling, seeds)
     engine = make_engine(session, requests)
     while engine.busy:
         engine.step()
@@ -70,28 +70,39 @@ def generate(
 
 def stream(
     session: Session,
-    prompts: Sequence[Sequence[int]],
+    prompt: Sequence[int],
     *,
-    max_new_tokens: int | Sequence[int],
-    stop_ids: Sequence[int] | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
     sampling: Sampling | None = None,
-    seeds: Sequence[int] | None = None,
-    chunk: int = 8,
-) -> Iterator[list[Completion]]:
-    """`generate` in pieces: for each prompt what is new since the last piece, at most `chunk` tokens.
+    seed: int = 0,
+) -> Iterator[tuple[int, ...]]:
+    """`Completion.content` of `generate` for one prompt, in pieces of at most `PIECE` tokens.
 
     Raises:
       UserError: as `generate`, before the first piece.
     """
-    if not 1 <= chunk <= CHUNK:
-        raise UserError(f"chunk is {chunk}: it must be between 1 and {CHUNK}")
-    requests = _requests(session, prompts, max_new_tokens, stop_ids, sampling, seeds)
-    engine = make_engine(session, requests)
-    shown = [0] * len(requests)
+    (request,) = make_requests([prompt], max_new_tokens, stop_ids, sampling, [seed])
+    engine = make_engine(session, [request])
+    shown = 0
     while engine.busy:
-        if engine.step(chunk):
-            yield [completion(request, start) for request, start in zip(requests, shown, strict=True)]
-            shown = [len(request.tokens) for request in requests]
+        if engine.step(PIECE):
+            content = completion(request).content
+            yield content[shown:]
+            shown = len(content)
+
+
+def make_requests(
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    sampling: Sampling | None,
+    seeds: Sequence[int] | None,
+) -> list[Request]:
+    """The arguments of `generate` as requests of the engine."""
+    options = dict(max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling or Sampling())
+    seeds = range(len(prompts)) if seeds is None else seeds
+    return [Request(prompt=prompt, seed=seed, **options) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
 def make_engine(session: Session, requests: Sequence[Request], slots: int = SLOTS) -> Engine:
@@ -103,36 +114,11 @@ def make_engine(session: Session, requests: Sequence[Request], slots: int = SLOT
     return engine
 
 
-def completion(request: Request, start: int = 0) -> Completion:
-    """The tokens of a request from `start` on; the reason why it ended comes with the last of them."""
-    tokens = tuple(request.tokens[start:])
+def completion(request: Request) -> Completion:
+    """What a request has got so far."""
     return Completion(
-        tokens=tokens,
-        logprobs=tuple(request.logprobs[start:]),
-        finish_reason=request.finish_reason if tokens else "",
-        stop_id=bool(tokens) and tokens[-1] in request.stop_ids,
+        tokens=tuple(request.tokens),
+        logprobs=tuple(request.logprobs),
+        finish_reason=request.finish_reason,
+        stop_id=bool(request.tokens) and request.tokens[-1] in request.stop_ids,
     )
-
-
-def _requests(session: Session, prompts, max_new_tokens, stop_ids, sampling, seeds) -> list[Request]:
-    """The arguments of `generate`, checked."""
-    count = len(prompts)
-    limits = _for_each("max_new_tokens", max_new_tokens, count)
-    nested = len(stop_ids) > 0 and not isinstance(stop_ids[0], int | np.integer)
-    stops = _for_each("stop_ids", stop_ids if nested else [stop_ids] * count, count)
-    seeds = _for_each("seeds", range(count) if seeds is None else seeds, count)
-    sampling = sampling or Sampling()
-    for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        check_request(session, f"prompt {index}", prompt, limit)
-    return [
-        Request(prompt=prompt, max_new_tokens=limit, stop_ids=stop, sampling=sampling, seed=seed)
-        for prompt, limit, stop, seed in zip(prompts, limits, stops, seeds, strict=True)
-    ]
-
-
-def _for_each(name: str, values, count: int) -> list:
-    """One value for each prompt, from one for all or a sequence."""
-    values = [values] * count if isinstance(values, int | np.integer) else list(values)
-    if len(values) != count:
-        raise UserError(f"{name} has {len(values)} entries for {count} prompts")
-    return values

@@ -1,17 +1,19 @@
 """The smoke test that a slice runs before anything else: load, generate, compare, time."""
 
+import dataclasses
+import json
 import logging
 import time
 
 import jax
 import numpy as np
+from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.hf_config import read_config
 from lemur_jax.convert.hf_weights import holds_weights
 from lemur_jax.convert.verify import transformers_model
 from lemur_jax.infer.generate import generate
-from lemur_jax.infer.reference import Reference
 from lemur_jax.infer.score import score
 from lemur_jax.infer.session import Session
 from lemur_jax.text.tokenizer import Tokenizer
@@ -31,6 +33,46 @@ PROMPTS = (
     "The with statement is used to wrap the execution of a block with methods defined by a context manager.",
     "for i in range(10):",
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Greedy answers of a trusted machine and how they were computed, for others to compare with.
+
+    Attributes:
+      dtype, weights: of the session, e.g. "float32" and "int8".
+      prompts: ids.
+      tokens: ids that followed each prompt.
+      logprobs: of these tokens, in nats.
+    """
+
+    dtype: str
+    weights: str
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+
+
+def read_reference(path: epath.PathLike) -> Reference:
+    """A reference from its file, local or gs://.
+
+    Raises:
+      UserError: no such file, or not a reference.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise UserError(f"no reference {path}: make one with --write-reference where results are trusted")
+    try:
+        return Reference(**json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is no reference of lemur smoke, write a new one: {error}") from error
+
+
+def write_reference(path: epath.PathLike, reference: Reference) -> None:
+    """Writes the file, local or gs://."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dataclasses.asdict(reference)) + "\n")
 
 
 def smoke(session: Session, hf_dir: str = "", reference: Reference | None = None) -> Reference:

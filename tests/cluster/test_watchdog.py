@@ -107,21 +107,23 @@ def test_barrier_names_who_is_missing(run, monkeypatch):
     store, _, watches = run
     watches[2].look()
     monkeypatch.setattr(coordination, "process", lambda: (0, 3))
+    monkeypatch.setattr(coordination, "client", lambda: store)
     with pytest.raises(UserError, match=r"barrier 'saved': no sign of host 1, host 2 \(.+\) within 0.1 s"):
-        coordination.barrier("saved", 0.1, store)
+        coordination.barrier("saved", 0.1)
 
 
 def test_barrier_opens_when_all_have_come(run, monkeypatch):
     store, _, _ = run
     mine = threading.local()
     monkeypatch.setattr(coordination, "process", lambda: (mine.me, 3))
+    monkeypatch.setattr(coordination, "client", lambda: store)
     # Every host counts its barriers alike; here they share a process and so a counter.
     monkeypatch.setattr(coordination, "_barriers", iter([0] * 3))
     through = []
 
     def come(me):
         mine.me = me
-        coordination.barrier("start", 5, store)
+        coordination.barrier("start", 5)
         through.append(me)
 
     threads = [threading.Thread(target=come, args=[me]) for me in range(3)]

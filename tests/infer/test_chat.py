@@ -50,9 +50,9 @@ def test_the_model_sees_the_whole_conversation(parrot, monkeypatch):
     prompts = []
     stream = chat.stream
 
-    def spy(session, batch, **options):
-        prompts.extend(batch)
-        return stream(session, batch, **options)
+    def spy(session, prompt, **options):
+        prompts.append(prompt)
+        return stream(session, prompt, **options)
 
     monkeypatch.setattr(chat, "stream", spy)
     written = []

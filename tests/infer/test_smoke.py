@@ -12,12 +12,10 @@ from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import source
 from lemur_jax.convert.hf_config import to_hf
-from lemur_jax.infer import reference
 from lemur_jax.infer.generate import generate
-from lemur_jax.infer.reference import Reference
 from lemur_jax.infer.score import score
 from lemur_jax.infer.session import make_session
-from lemur_jax.infer.smoke import NEW_TOKENS, PROMPTS, smoke
+from lemur_jax.infer.smoke import NEW_TOKENS, PROMPTS, Reference, read_reference, smoke, write_reference
 from lemur_jax.models.presets import preset
 from tests.helpers.sessions import fresh_params, mesh_of
 
@@ -54,8 +52,8 @@ def test_reference_of_one_mesh_and_a_run_on_another(run, session_on, tmp_path, m
     found, (figures,) = run(one)
     assert "tokens/s" in figures
     assert figures.endswith(" MiB of parameters a device, at most 3.00 GiB in use of 31.00")
-    reference.write(tmp_path / "reference.json", found)
-    stored = reference.read(tmp_path / "reference.json")
+    write_reference(tmp_path / "reference.json", found)
+    stored = read_reference(tmp_path / "reference.json")
     assert stored == found
     assert (stored.dtype, stored.weights) == ("float32", "float")
     assert [len(row) for row in stored.tokens] == [NEW_TOKENS] * len(PROMPTS)
@@ -118,7 +116,7 @@ def test_another_file_is_no_reference(tmp_path):
     for text in ("{", "[]", "{}"):
         file.write_text(text)
         with pytest.raises(UserError, match="is no reference of lemur smoke, write a new one: ."):
-            reference.read(file)
+            read_reference(file)
 
 
 @pytest.fixture
@@ -171,7 +169,7 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(refused, tmp_path, cha
         )
     ):
         file = tmp_path / f"{number}.json"
-        reference.write(file, dataclasses.replace(fitting, **changes))
+        write_reference(file, dataclasses.replace(fitting, **changes))
         assert message in refused("--reference", str(file))
 
 
