@@ -11,6 +11,7 @@ from etils import epath
 from lemur_jax.checkpoint.digest import RunningDigest
 from lemur_jax.checkpoint.metadata import Damaged, Leaf
 from lemur_jax.checkpoint.reading import (
+    chunk_slices,
     is_transient,
     open_arrays,
     open_manager,
@@ -65,11 +66,7 @@ def _digest(array: Any, name: str, leaf: Leaf) -> int:
     if (tuple(array.shape), str(array.dtype.name)) != (leaf.shape, leaf.dtype):
         raise Damaged(f"{name} is not what was saved")
     digest = RunningDigest()
-    rows = int((array.chunk_layout.read_chunk.shape or (1,))[0] or 1)
-    slices: list[Any] = [...]
-    if leaf.shape:
-        slices = [slice(i, min(i + rows, leaf.shape[0])) for i in range(0, leaf.shape[0], rows)]
-    for part in read_slices(array, slices, name):
+    for part in read_slices(array, chunk_slices(array), name):
         if not np.isfinite(part).all():
             raise Damaged(f"{name} has values that are not finite")
         digest.update(part)

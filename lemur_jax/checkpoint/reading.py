@@ -31,7 +31,7 @@ _TRANSIENT_HTTP = re.compile(r"401|403|408|429|5\d\d")
 class Manager(ocp.CheckpointManager):
     """Orbax's manager, which does not poll JAX's preemption service.
 
-    It would only log what it hears, and its step numbers would interfere with those of `cluster/preemption.py`.
+    It would only log the answer, and its step numbers would interfere with those of `cluster/preemption.py`.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -302,6 +302,14 @@ def open_arrays(
         return {name: future.result() for name, future in opening.items()}
     except (OSError, ValueError) as error:
         raise UserError(f"the arrays in {location} cannot be opened: {reason_of(error)}") from error
+
+
+def chunk_slices(array: ts.TensorStore) -> list[Any]:
+    """Slices of axis 0 that hold whole chunks, which are decoded at once; of a scalar the whole."""
+    if not array.shape:
+        return [...]
+    rows = int((array.chunk_layout.read_chunk.shape or (1,))[0] or 1)
+    return [slice(start, min(start + rows, array.shape[0])) for start in range(0, array.shape[0], rows)]
 
 
 def read_slices(array: ts.TensorStore, slices: Sequence[Any], name: str) -> Iterator[Any]:

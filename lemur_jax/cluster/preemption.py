@@ -95,7 +95,7 @@ class Interruption:
         # Not through `logging`: a handler may run in the middle of a write to the same stream.
         os.write(2, b"\nlemur: Ctrl-C: saves after the current step and stops; press it again to abort\n")
         if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # taken by JAX, which tells all hosts
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX passes it to all hosts
         else:
             self.request("Ctrl-C")
 

@@ -1,1 +1,1 @@
-"""Small shared pieces that every room may use: errors, configs, trees, paths. No JAX at import."""
+"""Shared by all packages, without JAX at import: errors, config sections, logging, paths, progress, the hub."""

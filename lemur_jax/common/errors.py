@@ -1,13 +1,12 @@
-"""The one exception that means "the user can mend this", and what other errors say."""
+"""The exception for user errors, and short texts of other errors."""
 
 import re
 
 
 class UserError(Exception):
-    """A mistake in a config, a path or a file that the user can mend.
+    """An error that the user can fix; its message is one line: what is wrong, where, and what to do.
 
-    The message is one line: what is wrong, where, and what to do. `lemur` prints it on stderr
-    without a traceback and exits with code 2.
+    `lemur` prints it on stderr without a traceback and exits with code 2.
     """
 
     def __init__(self, message: str):
@@ -15,14 +14,14 @@ class UserError(Exception):
 
 
 def reason_of(error: BaseException, most: int = 500) -> str:
-    """An error's kind and what it says, without the pages that TensorStore adds for its authors.
+    """An error's class and message, without TensorStore's pages of details.
 
     Args:
-      most: characters; beyond, its middle is left out: long paths there, and what went wrong at the end.
+      most: characters; of a longer text the middle is left out.
     """
-    said = str(error)
-    if isinstance(error, KeyError) and " " in said:  # a sentence rather than a key
-        said = str(error.args[0])
-    said = re.split(r" \[(?:tensorstore_spec|source locations)=| See full TensorStore details:", said)[0]
-    said = f"{type(error).__name__}: {said}"
-    return said if len(said) <= most else f"{said[: most // 2]} … {said[-most // 2 :]}"
+    text = str(error)
+    if isinstance(error, KeyError) and " " in text:  # a sentence rather than a key
+        text = str(error.args[0])
+    text = re.split(r" \[(?:tensorstore_spec|source locations)=| See full TensorStore details:", text)[0]
+    text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"

@@ -37,7 +37,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def recovery_hint(content: bytes) -> str:
-    """What to do about a downloaded file that is not what it is named, told by its first bytes."""
+    """What to do about a damaged download, judged by its first bytes."""
     if content.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned"
     return "copy or download it again"

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
 import re
@@ -19,7 +18,13 @@ from jax.sharding import SingleDeviceSharding
 
 from lemur_jax.checkpoint.digest import RunningDigest
 from lemur_jax.checkpoint.metadata import Damaged, Leaf, tokenizer_files
-from lemur_jax.checkpoint.reading import open_arrays, read_metadata, read_slices, suggest_other_steps
+from lemur_jax.checkpoint.reading import (
+    chunk_slices,
+    open_arrays,
+    read_metadata,
+    read_slices,
+    suggest_other_steps,
+)
 from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import hf_config, layout
@@ -235,16 +240,11 @@ def _stream(
         summed.result()
         return tensor
 
-    # A chunk is always decoded whole: read as many layers as one holds.
-    layers = int((array.chunk_layout.read_chunk.shape or (1,))[0] or 1) if weight.stacked else 1
-    by_layer = weight.by_layer
-    groups = [by_layer[start : start + layers] for start in range(0, len(by_layer), layers)]
-    cuts = [slice(number * layers, number * layers + len(group)) for number, group in enumerate(groups)]
-    blocks = read_slices(array, cuts if weight.stacked else [...], f"{where}: parameter {weight.path}")
+    cuts = chunk_slices(array) if weight.stacked else [...]
+    blocks = read_slices(array, cuts, f"{where}: parameter {weight.path}")
+    parts = (part for block in blocks for part in block.reshape(-1, *weight.shape[len(weight.lead) :]))
     with ThreadPoolExecutor(1) as pool:  # NumPy releases the GIL: digest and cast run side by side
-        for names, block in zip(groups, blocks, strict=True):
-            parts = block.reshape(-1, *weight.shape[len(weight.lead) :])
-            for name, part in zip(itertools.chain(*names), parts, strict=True):
-                yield name, convert(part, name)
+        for name, part in zip(weight.names, parts, strict=True):
+            yield name, convert(part, name)
     if digest.value != stored.digest:
         raise Damaged(f"{where}: parameter {weight.path} is damaged: it is not what was saved")

@@ -93,9 +93,13 @@ def _place(weight: layout.Weight, tensors: Mapping[str, Tensor], sharding: Shard
 
 
 def _load(
-    weight: layout.Weight, tensors: Mapping[str, Tensor], wanted: Collection[_Block], dtype: str
+    weight: layout.Weight,
+    tensors: Mapping[str, Tensor],
+    wanted: Collection[_Block],
+    dtype: str,
+    change: Change = AS_IT_IS,
 ) -> dict[_Block, np.ndarray]:
-    """The wanted blocks of one parameter."""
+    """The wanted blocks of one parameter; refuses values that no checkpoint may hold."""
     blocks = {
         block: np.empty([stop - start for start, stop in block], numpy_dtype(dtype)) for block in wanted
     }
@@ -106,12 +110,21 @@ def _load(
             for block in wanted
             if all(start <= i < stop for i, (start, stop) in zip(index, block[:lead], strict=True))
         ]
-        if holders:
-            tensor = weight.from_hf(tensors[name].read())
+        if not holders:
+            continue
+        stored = tensors[name].read()
+        if name in layout.VOCABULARY:
+            stored = change.resized(stored, weight.hf_shape[0])
+        tensor = weight.from_hf(stored)
         for block in holders:
             place = tuple(i - start for i, (start, _) in zip(index, block[:lead], strict=True))
-            part = tensor[tuple(slice(*bounds) for bounds in block[lead:])]
-            _fill(blocks[block][(*place, ...)], part, tensors[name])
+            target = blocks[block][(*place, ...)]
+            copy_cast(target, tensor[tuple(slice(*bounds) for bounds in block[lead:])], tensors[name].name)
+            if not np.isfinite(target).all():
+                raise UserError(
+                    f"{tensors[name].path}: weight {tensors[name].name} has values that are not finite: download it"
+                    " again or repair it"
+                )
     return blocks
 
 
@@ -156,23 +169,10 @@ def _stream(weight: layout.Weight, tensors: Mapping[str, Tensor], dtype: str, ch
     """One parameter, one layer at a time if it is stacked."""
 
     def read(number: int) -> np.ndarray:
-        shape = (1, *weight.shape[1:]) if weight.stacked else weight.shape
-        out = np.empty(shape, numpy_dtype(dtype))
-        targets = out.reshape(-1, *weight.shape[len(weight.lead) :])
-        for target, name in zip(targets, weight.by_layer[number], strict=True):
-            tensor = tensors[name].read()
-            if name in layout.VOCABULARY:
-                tensor = change.resized(tensor, weight.hf_shape[0])
-            _fill(target, weight.from_hf(tensor), tensors[name])
-        return out
+        block = tuple((0, size) for size in weight.shape)
+        if weight.stacked:
+            block = ((number, number + 1), *block[1:])
+        return _load(weight, tensors, {block}, dtype, change)[block]
 
-    return Streamed(shape=weight.shape, dtype=numpy_dtype(dtype), pieces=len(weight.by_layer), read=read)
-
-
-def _fill(target: np.ndarray, source: np.ndarray, tensor: Tensor) -> None:
-    """Copies a part of a tensor; refuses values that no checkpoint may hold."""
-    copy_cast(target, source, tensor.name)
-    if not np.isfinite(target).all():
-        raise UserError(
-            f"{tensor.path}: weight {tensor.name} has values that are not finite: download it again or repair it"
-        )
+    pieces = weight.lead[0] if weight.stacked else 1
+    return Streamed(shape=weight.shape, dtype=numpy_dtype(dtype), pieces=pieces, read=read)

@@ -87,12 +87,6 @@ class Weight:
         """Whether our array has the leading axis L."""
         return bool(self.lead)
 
-    @property
-    def by_layer(self) -> list[tuple[str, ...]]:
-        """`names` of each layer; of a weight that is not stacked one tuple of its name."""
-        size = math.prod(self.lead[1:])
-        return [self.names[start : start + size] for start in range(0, len(self.names), size)]
-
     def from_hf(self, tensor: np.ndarray) -> np.ndarray:
         """A tensor of `hf_shape` as a view of our shape for one index of the leading axes."""
         return tensor.reshape(self._split).transpose(self._order)

@@ -44,18 +44,18 @@ def reply(
 
 
 def fit(session: Session, messages: Sequence[Message], max_new_tokens: int) -> list[Message]:
-    """The newest turns that leave room for an answer, from a user's turn on, and the system turn.
+    """The system turn, and the newest turns that leave space for an answer, from a user's turn on.
 
     The last turn is kept even if it alone is too long.
     """
     head = [message for message in messages[:1] if message["role"] == "system"]
     turns = list(messages[len(head) :])
-    room = session.model.max_position_embeddings - max_new_tokens
+    limit = session.model.max_position_embeddings - max_new_tokens
 
     def length() -> int:
         return len(encode_chat(session.need_tokenizer(), [*head, *turns], add_generation_prompt=True)[0])
 
-    while len(turns) > 1 and (turns[0]["role"] != "user" or length() > room):
+    while len(turns) > 1 and (turns[0]["role"] != "user" or length() > limit):
         del turns[0]
     return head + turns
 

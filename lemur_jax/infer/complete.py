@@ -30,10 +30,10 @@ def complete(
       batch_tokens: as `slots` of the engine.
 
     Raises:
-      UserError: there is no tokenizer, or `max_new_tokens` leave no room for a prompt.
+      UserError: there is no tokenizer, or `max_new_tokens` leave no space for a prompt.
     """
-    room = max(1, session.model.max_position_embeddings - max_new_tokens)
-    prompts, ends = [prompt[-room:] for prompt in prompts], stop_ids(session.need_tokenizer())
+    longest = max(1, session.model.max_position_embeddings - max_new_tokens)
+    prompts, ends = [prompt[-longest:] for prompt in prompts], stop_ids(session.need_tokenizer())
     requests = make_requests(prompts, max_new_tokens, ends, sampling, seeds)
     engine = make_engine(session, requests, batch_tokens)
     waiting = answers(session, engine, requests, stops)

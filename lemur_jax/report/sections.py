@@ -1,4 +1,4 @@
-"""Sections of the report besides curves and configs: evaluations, mixture, wall time, samples, starts."""
+"""Sections of the report: evaluations, mixture, wall time, samples, starts."""
 
 import datetime
 from collections.abc import Mapping, Sequence

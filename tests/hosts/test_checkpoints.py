@@ -12,7 +12,7 @@ import pytest
 from lemur_jax.checkpoint.manager import read_metadata, steps_in
 from lemur_jax.cluster.exit import TRY_AGAIN
 from lemur_jax.telemetry.metrics import read_metrics
-from tests.helpers.hosts import STEPS, final_params, wait_until
+from tests.helpers.hosts import STEPS, final_params, finish, wait_until
 from tests.helpers.metadata_server import serving
 
 
@@ -26,8 +26,7 @@ def stopped(hosts_project, tmp_path_factory):
         processes = hosts_project.start(2, "-m", "lemur_jax.cli", *words)
         wait_until(lambda: (workdir / "checkpoints" / "3").exists(), processes[1])
         cloud.set("preempted", "TRUE")
-        said = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+        said = finish(processes)
     return workdir, said
 
 
@@ -69,8 +68,7 @@ def test_sigterm_on_one_host_ends_an_evaluation_on_both_and_the_next_start_makes
     processes = hosts_project.start(2, "-c", SLOWLY_SCORED, *words, "--virtual-devices", "4")
     wait_until(lambda: all(mark.exists() for mark in marks), processes[1])
     os.kill(processes[1].pid, signal.SIGTERM)
-    said = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    said = finish(processes)
     assert "step 4: held-out evaluation stopped; repeated at the next start" in said[0]
     assert "SIGTERM: step 4 is saved" in said[0]
     assert not [record for record in read_metrics(workdir) if record["kind"] == "eval"]
@@ -110,9 +108,7 @@ with manager.Checkpoints(sys.argv[1]) as saves, Interruption(0) as stop:
 @pytest.mark.slow
 def test_a_sigterm_beside_a_save_is_not_lost(hosts_project, tmp_path):
     """Orbax would ask JAX, too, whether to stop, with numbers of its own."""
-    processes = hosts_project.start(2, "-c", ASKED_ELSEWHERE, str(tmp_path))
-    said = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    finish(hosts_project.start(2, "-c", ASKED_ELSEWHERE, str(tmp_path)))
 
 
 # The save of the sixth step is refused on one host: a file too large, or a directory that cannot be made.
@@ -142,9 +138,9 @@ def test_a_save_refused_on_one_host_ends_both_and_the_same_command_goes_on(
     run = tmp_path / "run"
     words = hosts_project.train_words(run)
     monkeypatch.setenv("REFUSED", str(host))
-    processes = hosts_project.start(2, "-c", REFUSED, *words, "--virtual-devices", "4")
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [TRY_AGAIN, TRY_AGAIN], said
+    said = finish(
+        hosts_project.start(2, "-c", REFUSED, *words, "--virtual-devices", "4"), TRY_AGAIN, TRY_AGAIN
+    )
     (verdict,) = [line for line in said[1 - host].splitlines() if line.startswith("lemur: ")]
     assert verdict.startswith(f"lemur: host {host} failed: the checkpoint of step 6 could not be saved")
     assert steps_in(run)[1] == [3]
@@ -174,9 +170,7 @@ sys.exit(main(sys.argv[1:]))
 def test_values_that_are_not_finite_end_both_hosts_and_the_checkpoint_before_stays(hosts_project, tmp_path):
     workdir = tmp_path / "run"
     words = [*hosts_project.train_words(workdir), "--virtual-devices", "4"]
-    processes = hosts_project.start(2, "-c", NOT_FINITE, *words)
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], said
+    said = finish(hosts_project.start(2, "-c", NOT_FINITE, *words), 2, 2)
     assert "step 6 is not saved: params: embed/embedding has values that are not finite" in said[0]
     assert steps_in(workdir)[1] == [3]
     assert not list((workdir / "checkpoints").glob("*tmp*"))

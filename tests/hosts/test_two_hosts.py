@@ -158,9 +158,7 @@ def test_each_host_reads_its_own_part_of_an_exported_model(hosts_project, two, t
 @pytest.mark.parametrize(("verb", "reason"), [("serve", "serve from one host"), ("chat", "give --prompt")])
 def test_what_people_type_into_needs_one_host(hosts_project, two, verb, reason):
     words = [verb, "--checkpoint", str(two[0]), "--virtual-devices", "4"]
-    processes = hosts_project.start(2, "-m", "lemur_jax.cli", *words)
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], said
+    said = finish(hosts_project.start(2, "-m", "lemur_jax.cli", *words), 2, 2)
     assert reason in said[0], said
 
 
@@ -174,9 +172,7 @@ def test_what_one_host_refuses_ends_generation_on_both(hosts_project, two, tmp_p
     weights = tmp_path / "host-1" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     words = ["smoke", "--checkpoint", str(tmp_path / "model"), "--mesh", "fsdp=8", "--virtual-devices", "4"]
-    processes = hosts_project.start(2, "-c", OWN_MODEL, *words)
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], said
+    said = finish(hosts_project.start(2, "-c", OWN_MODEL, *words), 2, 2)
     assert "is not a whole safetensors file" in said[0]
     assert "lemur: host 1 failed: UserError" in said[0]
 
@@ -329,9 +325,7 @@ def test_hosts_with_other_configs_are_refused(hosts_project, tmp_path):
         "import os, sys\nfrom lemur_jax.cli import main\n"
         "sys.exit(main(sys.argv[1:] + ['--config.seed=' + os.environ['JAX_PROCESS_ID']]))"
     )
-    processes = hosts_project.start(2, "-c", code, *words)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], outputs
+    outputs = finish(hosts_project.start(2, "-c", code, *words), 2, 2)
     assert "the config differs between hosts: host 1" in outputs[0] + outputs[1]
     assert not (tmp_path / "run").exists()
 
@@ -351,9 +345,9 @@ def test_doctor_says_which_host_cannot_read_the_first_parameters(hosts_project, 
     workdir, _ = two
     shutil.copytree(workdir, tmp_path / "host-0")
     words = ["doctor", "--config", "config.py", "--workdir", str(tmp_path / "run"), "--virtual-devices", "4"]
-    processes = hosts_project.start(2, "-c", OWN_MODEL, *words, f"--config.init.checkpoint={tmp_path}/model")
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], said
+    said = finish(
+        hosts_project.start(2, "-c", OWN_MODEL, *words, f"--config.init.checkpoint={tmp_path}/model"), 2, 2
+    )
     (line,) = [line for line in said[0].splitlines() if line.startswith("FAIL  first parameters")]
     assert "host 1" in line
     assert f"no checkpoint directory at {tmp_path}/host-1" in line
