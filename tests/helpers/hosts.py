@@ -1,5 +1,6 @@
 """A small project, and `lemur` on several processes that form one mesh on this machine."""
 
+import functools
 import os
 import pathlib
 import socket
@@ -7,41 +8,15 @@ import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
-
-from lemur_jax.checkpoint.manager import read_metadata, restore_params
-from lemur_jax.models.config import DecoderConfig
-from lemur_jax.models.decoder import abstract_params
-from lemur_jax.text.tokenizer import Tokenizer
-from lemur_jax.text.tokenizer_files import train_sentencepiece
-from tests.helpers.runs import write_store
+from tests.helpers import runs
 
 STEPS = 8
-
-CONFIG = f"""
-from lemur_jax.config import default_config
-from lemur_jax.models.presets import preset
-
-def get_config(arg=""):
-    config = default_config(preset("tiny"))
-    config.compute.dtype = "float32"
-    config.tokenizer.path = "tokenizer"
-    config.data.stores = "stores"
-    config.data.sequence_length = 64
-    config.data.sources = {{
-        "code": {{"share": 10.0, "packing": "concat", "max_epochs": 0.0}},
-        "text": {{"share": 1.0, "packing": "concat", "max_epochs": 0.0}},
-    }}
-    config.train.steps = {STEPS}
-    config.train.batch_rows = 8
-    config.optimizer.learning_rate = 1e-2
-    config.eval.tasks = ("text",)
-    config.checkpoint.every_steps = 3
-    config.log.every_steps = 2
+CHANGES = f"""    config.train.steps = {STEPS}
+    config.eval.every_steps = 0
+    config.checkpoint.keep = 3
     config.hosts.lost_seconds = 10
-    return config
 """
+final_params = functools.partial(runs.final_params, steps=STEPS)
 
 
 class Project:
@@ -53,12 +28,7 @@ class Project:
 
     def __init__(self, root: pathlib.Path):
         self.root = root
-        (root / "config.py").write_text(CONFIG)
-        words = [f"value_{i} = {i} + other_{i % 7}" for i in range(400)]
-        train_sentencepiece(words, root / "tokenizer", vocab_size=300)
-        tokenizer = Tokenizer.load(root / "tokenizer")
-        for seed, (task, split) in enumerate([("code", "train"), ("text", "train"), ("text", "validation")]):
-            write_store(root / "stores" / task / split, tokenizer, task, split, seed)
+        runs.make_project(root, CHANGES)
 
     def start(self, hosts: int, *words: str, errors: int = subprocess.STDOUT) -> list[subprocess.Popen]:
         """`python WORDS` on `hosts` processes that share eight devices; their standard errors go to `errors`."""
@@ -102,17 +72,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def final_params(workdir, steps=STEPS):
-    metadata = read_metadata(workdir)
-    assert metadata["step"] == steps
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        abstract_params(DecoderConfig.from_dict(metadata["model"])),
-    )
-    return jax.tree.map(np.asarray, restore_params(workdir, wanted))
 
 
 def wait_until(condition, process: subprocess.Popen) -> None:

@@ -69,9 +69,9 @@ def write_store(path, tokenizer, task, split, seed):
             writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id], f"{task}-{number}", 3 * len(ids))
 
 
-def make_project(root):
-    """Fills a directory with a config, a tokenizer and stores."""
-    (root / "config.py").write_text(CONFIG)
+def make_project(root, changes=""):
+    """Fills a directory with a config, to which lines may be added, a tokenizer and stores."""
+    (root / "config.py").write_text(CONFIG.replace("    return config", f"{changes}    return config"))
     words = [f"value_{i} = {i} + other_{i % 7}" for i in range(400)]
     train_sentencepiece(words, root / "tokenizer", vocab_size=300)
     tokenizer = Tokenizer.load(root / "tokenizer")
