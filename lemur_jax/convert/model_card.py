@@ -1,13 +1,12 @@
 """The README.md of an exported model: facts from the checkpoint."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from lemur_jax.common.sections import fill
 from lemur_jax.config import RunConfig
-from lemur_jax.convert import layout
 from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import num_params
 
 _FRONT = """---
 library_name: transformers
@@ -27,15 +26,13 @@ Chats are in ChatML: `tokenizer.apply_chat_template(messages, add_generation_pro
 
 def model_card(config: DecoderConfig, metadata: Mapping[str, Any], dtype: str, *, chatml: bool) -> str:
     """Markdown with the model's shape and, if the checkpoint's metadata has a run's config, its training."""
+    experts = (
+        f", {config.num_experts} experts, {config.experts_per_token} a token" if config.num_experts else ""
+    )
     facts = {
-        "Parameters": f"{sum(math.prod(weight.shape) for weight in layout.weights(config)):,}",
+        "Parameters": f"{num_params(config):,}",
         "Weights": dtype,
-        "Layers": f"{config.num_hidden_layers} of width {config.hidden_size}, mlp {config.intermediate_size}"
-        + (
-            f", {config.num_experts} experts, {config.experts_per_token} a token"
-            if config.num_experts
-            else ""
-        ),
+        "Layers": f"{config.num_hidden_layers} of width {config.hidden_size}, mlp {config.intermediate_size}{experts}",
         "Heads": f"{config.num_attention_heads} of width {config.head_dim},"
         f" {config.num_key_value_heads} for keys and values",
         "Vocabulary": f"{config.vocab_size:,}" + (", head tied" if config.tie_word_embeddings else ""),

@@ -6,15 +6,16 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from scipy.special import log_softmax
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.convert import layout
 from lemur_jax.convert.hf_weights import open_checked
 from lemur_jax.convert.import_hf import load_hf_params
 from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import Compute, forward, num_params
 from lemur_jax.text.tokenizer import Tokenizer
 
 TOKENS = 512
@@ -60,7 +61,7 @@ def compare_logits(directory: epath.Path, config: DecoderConfig, tokenizer: Toke
         return "logits not compared: transformers and torch are not installed"
     if "://" in str(directory):
         return f"logits not compared: transformers does not open {directory}"
-    size = sum(np.prod(weight.shape) for weight in layout.weights(config))
+    size = num_params(config)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 10 * size > free:  # both models in float32, and some space
         return f"logits not compared: that takes {10 * size / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
@@ -98,10 +99,6 @@ def _tokens(config: DecoderConfig, tokenizer: Tokenizer | None) -> np.ndarray:
 
 
 def _our_logits(directory: epath.Path, config: DecoderConfig, tokens: np.ndarray) -> np.ndarray:
-    import jax
-
-    from lemur_jax.models.decoder import Compute, forward
-
     _, params = load_hf_params(directory)
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     run = jax.jit(lambda params: forward(config, Compute(), params, tokens, positions, np.ones_like(tokens)))

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
@@ -360,9 +361,14 @@ def init_params(config: DecoderConfig, key: jax.Array, dtype: str = "float32") -
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
+def param_sizes(config: DecoderConfig) -> dict[str, int]:
+    """Parameters of each leaf, by its "/"-joined path."""
+    return {path: leaf.size for path, leaf in flatten_dict(abstract_params(config), sep="/").items()}
+
+
 def num_params(config: DecoderConfig) -> int:
     """Parameters, embedding and head included."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    return sum(param_sizes(config).values())
 
 
 def forward(

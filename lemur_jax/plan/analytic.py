@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh
 
 from lemur_jax.config import RunConfig
 from lemur_jax.models.config import AdapterConfig, DecoderConfig
+from lemur_jax.models.decoder import param_sizes
 from lemur_jax.models.remat import POLICIES
 from lemur_jax.models.splash import check_heads
 from lemur_jax.parallel.mesh import AXES, mesh_shape
@@ -189,9 +190,10 @@ def _network(config: RunConfig, model: DecoderConfig, mesh: Any, tokens: float, 
     """Seconds over all links at once: gathered weights, summed activations, positions exchanged for heads."""
     size = jnp.dtype(config.compute.dtype).itemsize
     _, fsdp, expert, sequence, tensor = (mesh.shape[axis] for axis in AXES)
-    counts, weights = flops.parameter_counts(model), 0.0
-    routed = counts.mlp if model.num_experts else 0  # gathered over fsdp alone
-    for number, ways in ((counts.total - routed, fsdp * expert), (routed / expert, fsdp)):
+    sizes, weights = param_sizes(model), 0.0
+    # Weights of experts are gathered over fsdp alone.
+    routed = sum(size for path, size in sizes.items() if "/mlp/" in path) if model.num_experts else 0
+    for number, ways in ((sum(sizes.values()) - routed, fsdp * expert), (routed / expert, fsdp)):
         weights += number * size / tensor * (ways - 1) / ways
     moved = 2 * config.train.microbatches * weights
     # Two sums of the layer's width forward and two backward, each a reduce-scatter and a gather.

@@ -10,7 +10,6 @@ from lemur_jax.report.charts import compact, stacked_bars
 from lemur_jax.report.html import escape, html_table
 from lemur_jax.report.runs import Run
 from lemur_jax.report.tables import Cell, bits_per_byte_cells, byte_notes, percent, with_start
-from lemur_jax.telemetry.flops import parameter_counts
 from lemur_jax.telemetry.goodput import PARTS
 
 _PART_NAMES = {"data_wait": "data wait", "eval": "evaluation", "lost": "lost steps"}
@@ -111,9 +110,11 @@ def mixture(runs: Sequence[Run]) -> str:
 
 def parameter_count(run: Run) -> int | None:
     """Parameters of the run's model; None if its config is missing or of another version."""
+    from lemur_jax.models.decoder import num_params
+
     model = {key[6:]: value for key, value in run.config.items() if key.startswith("model.")}
     try:
-        return parameter_counts(DecoderConfig.from_dict(model)).total
+        return num_params(DecoderConfig.from_dict(model))
     except (KeyError, TypeError, UserError):
         return None
 

@@ -1,4 +1,4 @@
-"""Parameters and model FLOPs of a decoder by formula, peak FLOP/s of chips, and MFU.
+"""Model FLOPs of a decoder by formula, peak FLOP/s of chips, and MFU.
 
 Axes: T sequence length, D model, H query heads, K key/value heads, N head width, F mlp, V vocabulary, L layers.
 
@@ -13,21 +13,6 @@ from lemur_jax.models.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParameterCounts:
-    """Parameters by part; `head` is 0 when the head is the transposed embedding."""
-
-    embedding: int
-    attention: int
-    mlp: int  # and routers; of all experts
-    norms: int
-    head: int
-
-    @property
-    def total(self) -> int:
-        return self.embedding + self.attention + self.mlp + self.norms + self.head
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenFlops:
     """Model FLOPs of one token, by part."""
 
@@ -39,18 +24,6 @@ class TokenFlops:
     @property
     def total(self) -> float:
         return self.projections + self.attention + self.mlp + self.head
-
-
-def parameter_counts(config: DecoderConfig) -> ParameterCounts:
-    """Parameters of the model that `config` describes."""
-    V, D, L = config.vocab_size, config.hidden_size, config.num_hidden_layers
-    return ParameterCounts(
-        embedding=V * D,
-        attention=L * (_projection_parameters(config) + _attention_biases(config)),
-        mlp=L * _mlp_parameters(config),
-        norms=L * _norm_scales(config) + D,
-        head=0 if config.tie_word_embeddings else V * D,
-    )
 
 
 def flops_per_token(
@@ -90,25 +63,6 @@ def _keys(T: int, window: int, causal: bool) -> float:
     if not causal or window >= T:
         return (T + 1) / 2 if causal else min(T, window)
     return window - window * (window - 1) / (2 * T)
-
-
-def _attention_biases(config: DecoderConfig) -> int:
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    out = config.hidden_size if config.attention_bias == "qkvo" else 0
-    return (heads * config.head_dim if config.attention_bias else 0) + out
-
-
-def _mlp_parameters(config: DecoderConfig) -> int:
-    """The mlps and the router of one layer."""
-    D, F, E = config.hidden_size, config.intermediate_size, config.num_experts
-    return (E or 1) * 3 * D * F + E * D + config.mlp_bias * (2 * F + D)
-
-
-def _norm_scales(config: DecoderConfig) -> int:
-    """Scales of all norms of one layer."""
-    heads = config.num_attention_heads + config.num_key_value_heads
-    of_queries_and_keys = {"": 0, "head": 2, "width": heads}[config.qk_norm] * config.head_dim
-    return (4 if config.norm_position == "both" else 2) * config.hidden_size + of_queries_and_keys
 
 
 def _projection_parameters(config: DecoderConfig) -> int:

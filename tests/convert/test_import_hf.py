@@ -77,13 +77,6 @@ def test_every_tensor(make_model, variant, dtype):
     assert_same(params, expected_params(hf.state(), config))
 
 
-def test_dtype_as_stored_keeps_the_bits(make_model):
-    hf = make_model(torch.bfloat16)
-    config, params = load_hf_params(hf.path, dtype="bfloat16")
-    assert params["embed"]["embedding"].dtype == ml_dtypes.bfloat16
-    assert_same(jax.tree.map(lambda x: x.astype(np.float32), params), expected_params(hf.state(), config))
-
-
 def test_sharded_files(make_model):
     hf = make_model(shard="20KB")
     assert len(list(hf.path.glob("*.safetensors"))) > 2

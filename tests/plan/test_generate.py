@@ -7,10 +7,10 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, load, replace
+from lemur_jax.models.decoder import num_params
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.plan.generate import format_generate_plan, plan_generate
-from lemur_jax.telemetry.flops import parameter_counts
 
 MODEL = preset("llama2_70b", num_hidden_layers=2)
 
@@ -22,7 +22,7 @@ def config(tensor=4):
 def test_two_layers_of_70b_on_v5e(tpu_compiler):
     made = plan_generate(config(), "v5e-4", batch=8, prompt_length=256, cache_length=512)
     assert made.fits
-    weights = parameter_counts(MODEL).total
+    weights = num_params(MODEL)
     # Norm scales are whole on every chip.
     assert made.decode.hbm["parameters"] == pytest.approx(2 * weights / 4, rel=1e-3)
     # Keys and values of two layers, 8 sequences, 512 slots, 8 heads of 128 over 4 chips, bfloat16.

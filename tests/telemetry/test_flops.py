@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from lemur_jax.models.config import DecoderConfig
-from lemur_jax.models.decoder import num_params
-from lemur_jax.models.presets import PRESETS, preset
-from lemur_jax.telemetry.flops import chip, flops_per_token, mfu, parameter_counts
+from lemur_jax.models.presets import preset
+from lemur_jax.telemetry.flops import chip, flops_per_token, mfu
 
 SMALL = DecoderConfig(
     vocab_size=40,
@@ -21,25 +20,6 @@ SMALL = DecoderConfig(
     num_key_value_heads=2,
     head_dim=8,  # wider than hidden_size / heads
 )
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_parameters_are_those_of_the_model(name):
-    """`tests/models/test_presets.py` compares these with the published ones."""
-    assert parameter_counts(preset(name)).total == num_params(preset(name))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(attention_bias="qkvo", mlp_bias=True, qk_norm="width"),
-        dict(attention_bias="qkv", qk_norm="head", norm_position="both"),
-        dict(norm_position="post", tie_word_embeddings=True),
-    ],
-)
-def test_parameters_of_other_decoders(changes):
-    config = dataclasses.replace(SMALL, **changes)
-    assert parameter_counts(config).total == num_params(config)
 
 
 @pytest.mark.parametrize("window", [1, 7, 20, 64])
@@ -120,9 +100,8 @@ def test_causal_attention_counts_the_pairs_of_the_triangle():
     assert (causal.projections, causal.mlp, causal.head) == (full.projections, full.mlp, full.head)
 
 
-def test_a_tied_head_is_computed_but_not_stored():
+def test_a_tied_head_is_computed():
     tied = DecoderConfig(**{**SMALL.to_dict(), "tie_word_embeddings": True})
-    assert parameter_counts(SMALL).total - parameter_counts(tied).total == 40 * 24
     assert flops_per_token(tied, 8) == flops_per_token(SMALL, 8)
 
 
