@@ -359,7 +359,7 @@ def lamp_play(split: str) -> Iterator[dict[str, str]]:
             messages.append({"role": "assistant", "content": move})
             step = game.step(move)
             messages.append({"role": "user", "content": step.observation})
-            if step.reward:
+            if step.reward == 1:
                 break
         yield {"id": game.id, "messages": json.dumps(messages[:-1])}
 

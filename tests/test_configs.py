@@ -29,7 +29,8 @@ def test_config_makes_a_program(path, monkeypatch):
     program = build(config, make_mesh(config.mesh), len(config.data.sources))
     assert all(leaf.sharding is not None for leaf in jax.tree.leaves(program.state))
     text = path.read_text()
-    assert f"lemur train --config configs/{path.name}" in text  # the exact command
+    verb = "rl" if path.stem.endswith("_rl") else "train"
+    assert f"lemur {verb} --config configs/{path.name}" in text  # the exact command
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ def add_verbs(verbs: Verbs) -> None:
     add_config(sub)
     sub.add_argument("--topology", required=True, help="e.g. v4-512, v5e-16x16, v5p-128, v6e-64, tpu7x-4x4x4")
     sub.add_argument("--slices", type=int, default=1, help="slices joined by the data-centre network")
-    modes = ("train", "generate")
-    sub.add_argument("--mode", choices=modes, default="train", help="the update, or prefill and decode")
+    modes = ("train", "generate", "rl")
+    what = "the update, prefill and decode, or both of lemur rl"
+    sub.add_argument("--mode", choices=modes, default="train", help=what)
     sub.add_argument("--json", default="", metavar="FILE", help="also write the plan as JSON")
     sub.add_argument("--hlo", default="", metavar="FILE", help="also write the update's optimized HLO text")
 
@@ -36,7 +37,7 @@ def add_verbs(verbs: Verbs) -> None:
     plans = "~/.cache/lemur_jax/plans"
     search.add_argument("--cache", default=plans, metavar="DIR", help=f"finished plans (default: {plans})")
 
-    generate = sub.add_argument_group("--mode generate")
+    generate = sub.add_argument_group("--mode generate, and --prompt-length of --mode rl")
     generate.add_argument("--batch", type=int, default=32, help="sequences at a time (default: 32)")
     generate.add_argument(
         "--prompt-length", type=int, default=1024, help="tokens of each prompt (default: 1024)"
@@ -70,6 +71,11 @@ def _plan(args) -> int:
             cache_length=args.cache_length, dtype=args.dtype,
         )  # fmt: skip
         print(format_generate_plan(made))
+    elif args.mode == "rl":
+        from lemur_jax.rl.plan import format_rl_plan, plan_rl
+
+        made = plan_rl(config, args.topology, slices=args.slices, prompt_length=args.prompt_length)
+        print(format_rl_plan(made))
     else:
         from lemur_jax.plan.plan import format_plan, plan
 

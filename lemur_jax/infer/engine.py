@@ -7,6 +7,7 @@ with all others until it ends or is cancelled. What it gets depends on its own a
 import collections
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,6 +82,9 @@ class Engine:
         self._ready = np.zeros(0, bool)  # rows whose prompts are read
         self._rows: list[Request | None] = []
         self._prompts: list[_Prompt | None] = []
+        self._cache: Any = None
+        self._prompt_cache: Any = None
+        self._device_rows: Any = None
 
     @property
     def busy(self) -> bool:
@@ -112,6 +116,11 @@ class Engine:
             self._prefill()
             steps = min(steps, STEPS_IN_PREFILL)
         return self._decode(steps)
+
+    def release(self) -> None:
+        """Frees the cache, until the next request is given a row; none may be in progress."""
+        self._shape, self._rows, self._prompts = (0, 0, 0), [], []
+        self._cache = self._prompt_cache = self._device_rows = None
 
     def _assign(self) -> None:
         """Gives free rows to waiting requests, in order; prompts that are equal are read once."""

@@ -21,6 +21,7 @@ from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.infer.engine import Engine, Request
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import make_session
+from lemur_jax.parallel.rules import batch_ways
 from lemur_jax.rl import games
 from lemur_jax.rl.config import RlConfig
 from lemur_jax.rl.objective import advantages
@@ -29,6 +30,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.step import Program
 
 AT_ONCE = 8  # environments that work at the same time
+ENGINE_ROWS = 64  # most episodes in decode for each way in which the mesh shards rows
 
 
 class Name(NamedTuple):
@@ -170,6 +172,8 @@ class Rollouts:
             **{f"episodes/{name}": ends[name] for name in ("failed", "long", "cut")},
         }
         arrays = self._arrays(episodes, scored)
+        engine.release()  # the update needs the memory of cache and cast parameters
+        engine.session = dataclasses.replace(engine.session, params=None)
         figures["sampling_seconds"] = time.perf_counter() - started
         return arrays, figures
 
@@ -181,7 +185,8 @@ class Rollouts:
         )
         if not self._engine:
             length = min(self.length + 1, program.model.max_position_embeddings)
-            self._engine = Engine(session, min(self.batch_rows, 64), 1 << 30, length)
+            rows = engine_rows(self.batch_rows, batch_ways(program.mesh))
+            self._engine = Engine(session, rows, 1 << 30, length)
         self._engine.session = session
         return self._engine
 
@@ -339,6 +344,11 @@ class Rollouts:
             name: jax.make_array_from_callback(array.shape, abstract[name].sharding, array.__getitem__)
             for name, array in batch.items()
         }
+
+
+def engine_rows(episodes: int, ways: int) -> int:
+    """Episodes in decode at a time."""
+    return min(episodes, ENGINE_ROWS * ways)
 
 
 def _user(text: str) -> dict[str, str]:

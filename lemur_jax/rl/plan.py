@@ -1,0 +1,145 @@
+"""`lemur plan --mode rl`: trainer and engine on one slice, in memory and in time.
+
+It compiles the update with the policy objective, and prefill and decode of the engine. Every time is an estimate.
+"""
+
+import dataclasses
+import json
+import math
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.config import RunConfig
+from lemur_jax.infer.batching import LANES
+from lemur_jax.infer.engine import PROMPTS
+from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.parallel.rules import batch_ways
+from lemur_jax.plan.compile import compile_program, device_bytes
+from lemur_jax.plan.generate import GeneratePlan, format_generate_plan, plan_generate
+from lemur_jax.plan.plan import GIB, Plan, estimate_cost, format_plan, program_plan
+from lemur_jax.plan.topologies import described_devices, find_slice
+from lemur_jax.rl.objective import policy
+from lemur_jax.rl.rollouts import engine_rows
+from lemur_jax.train.step import build
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RlPlan:
+    """The cost of a step of `lemur rl`.
+
+    Attributes:
+      update: of all episodes.
+      engine: prefill of `engine.batch` rows and decode of as many.
+      episodes, rows: of a step, and those in decode at a time.
+      hbm_sampling: bytes a chip while sampling: the trainer's state, the engine's weights and cache, and temporaries.
+      prompt_tokens, new_tokens: read and sampled in a step, if every episode takes all turns and all tokens.
+      prefill_seconds, decode_seconds, update_seconds: of a step; None: a part does not fit.
+    """
+
+    update: Plan
+    engine: GeneratePlan
+    episodes: int
+    rows: int
+    hbm_sampling: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float | None
+    decode_seconds: float | None
+    update_seconds: float | None
+
+    @property
+    def fits(self) -> bool:
+        return (
+            self.update.fits
+            and self.engine.fits
+            and self.hbm_sampling <= self.update.hbm_limit_bytes_per_chip
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length: int) -> RlPlan:
+    """Compiles update, prefill and decode of a config.
+
+    Args:
+      config: of `lemur rl`; neither its tokenizer nor its environment is opened.
+      topology, slices: as for `plan.plan`.
+      prompt_length: tokens of a task. An episode fills the rest of `config.data.sequence_length`.
+
+    Raises:
+      UserError: as `plan.plan`, or the prompt leaves no room.
+    """
+    length, turns = config.data.sequence_length, config.rl.max_turns
+    if not 0 < prompt_length < length:
+        raise UserError(f"--prompt-length {prompt_length} must be below config.data.sequence_length {length}")
+    if config.adapter.rank:
+        raise UserError("--mode rl plans runs without an adapter: set config.adapter.rank to 0")
+    tpu = find_slice(topology, slices)
+    mesh = make_mesh(config.mesh, described_devices(tpu))
+    program = build(config, mesh, num_sources=1, objective=policy(config.rl))
+    compiled = compile_program(program.step, program.state, program.batch, what="the update")
+    sizes = {
+        "parameters": device_bytes(program.state.params),
+        "reference": device_bytes(program.state.frozen),
+        "optimizer": device_bytes(program.state.optimizer),
+        "batch": device_bytes(program.batch),
+    }
+    episodes, ways = config.train.batch_rows, batch_ways(mesh)
+    update = program_plan(compiled, estimate_cost(compiled, tpu, mesh), tpu, mesh, sizes, episodes * length)
+    rows = engine_rows(episodes, ways)
+    engine = plan_generate(
+        config, topology, slices=slices, batch=rows, prompt_length=prompt_length, cache_length=length,
+        dtype=config.compute.dtype,
+    )  # fmt: skip
+    # The engine reads the trainer's own arrays where the dtypes are the same.
+    shared = update.hbm["parameters"] if config.compute.dtype == config.compute.param_dtype else 0
+    peak = max(phase.hbm_bytes_per_chip for phase in (engine.prefill, engine.decode))
+    state = sum(update.hbm[kind] for kind in ("parameters", "reference", "optimizer"))
+    # A turn reads its conversation again; the prompts of a group's first turn are read once.
+    new = (length - prompt_length) // turns
+    prompts = [prompt_length + turn * new for turn in range(turns)]
+    counts = [episodes // config.rl.group_size, *[episodes] * (turns - 1)]
+    at_once = min(rows, PROMPTS * ways)
+    chunks = sum(
+        math.ceil(count / at_once) * math.ceil(size / LANES)
+        for count, size in zip(counts, prompts, strict=True)
+    )
+    new_tokens = min(new, config.rl.max_new_tokens)
+    prefill, decode = engine.prefill.step_seconds, engine.decode.step_seconds
+    return RlPlan(
+        update=update,
+        engine=engine,
+        episodes=episodes,
+        rows=rows,
+        hbm_sampling=state - shared + peak + engine.decode.hbm["kv_cache"] * at_once // rows,
+        prompt_tokens=sum(count * size for count, size in zip(counts, prompts, strict=True)),
+        new_tokens=episodes * turns * new_tokens,
+        prefill_seconds=prefill and prefill * at_once / rows * chunks,
+        decode_seconds=decode and decode * math.ceil(episodes / rows) * turns * new_tokens,
+        update_seconds=update.step_seconds,
+    )
+
+
+def format_rl_plan(plan: RlPlan) -> str:
+    """The plan as text."""
+    limit = plan.update.hbm_limit_bytes_per_chip / GIB
+    lines = [
+        f"the update on {format_plan(plan.update)}",
+        f"\nthe engine: {format_generate_plan(plan.engine)}",
+        f"\n{'FITS' if plan.fits else 'DOES NOT FIT'}: {plan.update.hbm_bytes_per_chip / GIB:.2f} GiB a chip in the"
+        f" update, {plan.hbm_sampling / GIB:.2f} GiB while sampling beside the trainer's state, of {limit:.2f} GiB",
+    ]
+    parts = {
+        f"reading {plan.prompt_tokens:,} tokens": plan.prefill_seconds,
+        f"sampling {plan.new_tokens:,} tokens": plan.decode_seconds,
+        "the update": plan.update_seconds,
+    }
+    if None not in parts.values():
+        total = sum(filter(None, parts.values()))
+        lines.append(f"ESTIMATED step of {plan.episodes} episodes: {total:.1f} s (not measured)")
+        lines += [
+            f"  {name:<32}{seconds:10.1f} s  {seconds / total:6.1%}"
+            for name, seconds in parts.items()
+            if seconds is not None
+        ]
+    return "\n".join(lines)
