@@ -113,32 +113,6 @@ def test_ctrl_c_saves_and_a_second_one_aborts(train, tmp_path, monkeypatch, pyth
     assert steps_in(tmp_path)[1] == [3]
 
 
-@pytest.fixture
-def python_takes_sigint():
-    """As in a terminal; a shell that starts pytest in the background ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_saves_and_a_second_one_aborts(train, tmp_path, monkeypatch, python_takes_sigint):
-    asked = []
-
-    def interrupt(*_):
-        asked.append(time.monotonic())
-        os.kill(os.getpid(), signal.SIGINT)
-
-    options = {"checkpoint.every_steps": 0}
-    monkeypatch.setattr(Interruption, "reached", asked_at(3, interrupt))
-    lines = train(tmp_path, **options)
-    assert lines[-1].startswith("Ctrl-C: step 3 is saved; the same command continues from there")
-    monkeypatch.setattr(Interruption, "reached", asked_at(2, lambda *_: (interrupt(), interrupt())))
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, **options)
-    assert time.monotonic() - asked[-1] < 5  # no save is due
-    assert steps_in(tmp_path)[1] == [3]
-
-
 @pytest.mark.parametrize(("minutes", "steps"), [(1e-6, [2, 4, 6]), (1000.0, [6])])
 def test_saves_by_minutes_whenever_it_logs(train, tmp_path, minutes, steps):
     train(tmp_path, **{"checkpoint.every_steps": 0, "checkpoint.every_minutes": minutes})
