@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # A run on a Cloud TPU slice, from nothing to finished, through queued resources.
 #
-#   launch/pod.sh watch                 all of the below: creates, sets up, starts, and does so again after every
-#                                       preemption and crash, until the run says that it is finished
-#   launch/pod.sh create                asks for the slice or slices and waits until they are there
+#   launch/pod.sh watch                 all of the below: creates, sets up and starts, again after every
+#                                       preemption and crash, until the run is finished
+#   launch/pod.sh create                requests the slices and waits until they are ready
 #   launch/pod.sh push | setup          copies `git archive HEAD` to every worker | installs it there
 #   launch/pod.sh smoke | doctor        `lemur smoke` with the words in SMOKE, `lemur doctor` for the run: on every
 #                                       worker of every slice at once; need what `push` and `setup` have done
 #   launch/pod.sh start | stop          starts the run on every worker | stops it (SIGTERM)
 #   launch/pod.sh status | logs         one word a worker | follows the log of worker 0
-#   launch/pod.sh delete                gives the slices back
+#   launch/pod.sh delete                deletes the slices
 #
 # --settings FILE   default launch/settings.sh; see launch/settings.example.sh
 # --dry-run         prints the commands exactly as they would be executed, and executes none
 #
-# Exit status: 0 done; 2 a mistake in the settings or in the run's config, or what `smoke` or `doctor` has found;
-# 3 no quota; 4 a worker cannot be reached; 5 the run crashes again and again.
+# Exit status: 0 done; 2 a mistake in the settings or in the run's config, or what `smoke` or `doctor` found;
+# 3 no quota; 4 a worker cannot be reached; 5 the run crashes too often.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/settings_reader.sh
@@ -45,7 +45,7 @@ check_settings() {
   train=(train --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
 }
 
-# insist COMMAND...: `execute`, up to RETRIES times: ssh to hundreds of workers fails now and then.
+# insist COMMAND...: `execute`, up to RETRIES times: ssh to hundreds of workers sometimes fails.
 insist() {
   local attempt
   for attempt in $(seq "$RETRIES"); do
@@ -208,7 +208,7 @@ watch() {
       2) fail "the run refuses its config or data: see launch/pod.sh logs; the slice is still there" ;;
       unreachable)
         unreachable=$((unreachable + 1))
-        # A worker that stays away while the slice counts as ACTIVE never comes back by itself.
+        # An unreachable worker of an ACTIVE slice does not recover.
         if [ "$unreachable" -ge "$RETRIES" ]; then
           [ "$unreachable" -lt $((2 * RETRIES)) ] || fail "a worker cannot be reached, on a new slice either" 4
           echo "pod.sh: a worker cannot be reached; making a new slice" >&2

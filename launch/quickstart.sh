@@ -4,7 +4,7 @@
 #
 #   bash launch/quickstart.sh
 #
-# Everything goes to ./quickstart/smollm2. Stopped and started again, it goes on where it was. Where the model cannot be
+# Everything goes to ./quickstart/smollm2. Started again, it resumes. Where the model cannot be
 # had from a package index or from Hugging Face's hub, launch/quickstart_scratch.sh trains a small one from nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."

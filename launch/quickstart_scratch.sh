@@ -4,7 +4,7 @@
 #
 #   bash launch/quickstart_scratch.sh
 #
-# Everything goes to ./quickstart. Stopped and started again, it goes on where it was.
+# Everything goes to ./quickstart. Started again, it resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

@@ -1,4 +1,4 @@
-"""Digests of arrays: the same number wherever an array is stored and in whatever pieces it is read.
+"""Digests of arrays, independent of where an array is stored and in what pieces it is read.
 
 The digest of an array is, modulo 2^32,
 

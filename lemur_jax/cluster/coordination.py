@@ -56,7 +56,7 @@ def barrier(name: str, seconds: float) -> None:
     service.key_value_set(f"{place}{me}", socket.gethostname())
     deadline = time.monotonic() + seconds
     while True:
-        # Polling rather than the service's own barrier, which fails for good once a host is late.
+        # Polling, as the service's own barrier fails permanently once a host is late.
         here = {int(key.removeprefix(place)) for key, _ in service.key_value_dir_get(place)}
         if len(here) == count:
             return

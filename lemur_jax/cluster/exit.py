@@ -12,13 +12,13 @@ from lemur_jax.cluster import coordination
 OK = 0
 FAILED = 1  # what was looked at is damaged, a save missed its grace period, or an unexpected error
 USER_ERROR = 2  # one line says what to change; trying again does not help
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from the newest checkpoint
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes from the newest checkpoint
 INTERRUPTED = 130  # Ctrl-C, as shells report SIGINT
 NO_READER = 141  # the reader of standard output disconnected, as shells report SIGPIPE
 
 
 def end_process(status: int, message: str = "", linger_seconds: float = 0.0) -> NoReturn:
-    """Ends the process at once, without destructors: these could wait for a host or a save that never comes.
+    """Ends the process at once, without destructors, which could wait forever for a host or a save.
 
     Args:
       status: one of the above.

@@ -30,7 +30,7 @@ def choose_platform(virtual_devices: int = 0) -> None:
     JAX would spend seconds and a page of warnings to find out.
 
     Args:
-      virtual_devices: > 0: use this many virtual CPU devices, whatever the hardware and XLA_FLAGS are.
+      virtual_devices: > 0: use this many virtual CPU devices, regardless of the hardware and XLA_FLAGS.
 
     Raises:
       UserError: `virtual_devices` is negative.
@@ -142,7 +142,7 @@ def keep_programs() -> None:
     try:
         os.makedirs(directory, exist_ok=True)
     except OSError:
-        return  # a home that cannot be written is no reason to stop
+        return  # the home directory is not writable
     settings = {
         "jax_compilation_cache_dir": directory,
         "jax_compilation_cache_max_size": 1 << 30,
@@ -154,7 +154,7 @@ def keep_programs() -> None:
 
 
 def is_primary() -> bool:
-    """Whether this is the one process that writes and logs what all hosts have in common."""
+    """Whether this process writes and logs for all hosts."""
     import jax
 
     return jax.process_index() == 0

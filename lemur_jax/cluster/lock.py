@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = "running.lock"
 LEASE_FILE = "running.lease"
-# A run that was asked to stop may still be saving when its successor starts.
+# A run that stops may still be saving when the next one starts.
 WAIT_SECONDS = 300.0
 RENEW_SECONDS = 10.0  # between two writes of the lease
 EXPIRE_SECONDS = 60.0  # a lease that has not changed for this long is free; a store may be out of reach
 SETTLE_SECONDS = 1.0  # in which another run that found the place free may have written too; the last one wins
-RELEASE_SECONDS = 30.0  # for the last write at the end; a store may not answer
+RELEASE_SECONDS = 30.0  # for the last write of the lease; the store may not answer
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def workdir_lock(workdir: epath.Path, seconds: float = WAIT_SECONDS) -> Iterator
       seconds: to wait for another run.
 
     Raises:
-      UserError: the other run goes on.
+      UserError: the other run did not end in time.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with (lease if is_object_store(workdir) else _file_lock)(workdir, seconds):
@@ -89,7 +89,7 @@ def lease(directory: epath.Path, seconds: float) -> Iterator[None]:
       seconds: to wait for another run that is alive.
 
     Raises:
-      UserError: the other run goes on.
+      UserError: the other run did not end in time.
     """
     file, mine = directory / LEASE_FILE, uuid.uuid4().hex
     _take(file, mine, seconds)
@@ -149,7 +149,7 @@ def _renew(file: epath.Path, mine: str, over: threading.Event) -> None:
 def _read(file: epath.Path) -> str | None:
     try:
         return file.read_text() if file.exists() else None
-    except FileNotFoundError:  # removed meanwhile
+    except FileNotFoundError:  # removed since
         return None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# The server's address, by the variable that Google's own libraries use; elsewhere nothing is asked.
+# The server's address, in the variable of Google's own libraries; other machines have no such server.
 _HOST, _DEFAULT_HOST = "GCE_METADATA_HOST", "metadata.google.internal"
 _PRODUCT = pathlib.Path("/sys/class/dmi/id/product_name")
 # https://cloud.google.com/compute/docs/instances/create-use-spot and …/metadata/getting-live-migration-notice
@@ -43,20 +43,20 @@ class Notices:
             self._closed.set()
 
     def _watch(self, key: str) -> None:
-        value, tag = None, "0"  # no value has this tag: the first answer comes at once
+        value, tag = None, "0"  # no value has this tag: the first answer is immediate
         while not self._closed.is_set():
             before = value
             try:
                 value, tag = self._ask(key, tag)
             except (OSError, HTTPException, UnicodeDecodeError) as error:
-                # GKE's own server knows fewer keys; its SIGTERM comes all the same.
+                # GKE's own server knows fewer keys; GKE sends SIGTERM.
                 if isinstance(error, urllib.error.HTTPError) and error.code in (403, 404):
                     return
                 self._closed.wait(_RETRY_SECONDS)
                 continue
             if value != before and value == _TAKEN[key]:
                 self._report(f"instance/{key}: {value}", stood=before is None)
-            if tag == "0":  # a server that gives no tags does not wait either
+            if tag == "0":  # a server without tags does not wait either
                 self._closed.wait(_RETRY_SECONDS)
 
     def _ask(self, key: str, tag: str) -> tuple[str, str]:
@@ -70,7 +70,7 @@ class Notices:
             return answer.read(100).decode().strip(), answer.headers.get("ETag", "0")
 
     def _report(self, notice: str, stood: bool) -> None:
-        with self._lock:  # after the end of the context the signal would end the process at once
+        with self._lock:  # after the context a signal would kill the process
             if self._closed.is_set():
                 return
             if stood:  # the run is not stopped at every start until the machine is gone

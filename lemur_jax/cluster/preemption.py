@@ -82,7 +82,7 @@ class Interruption:
     def reached(self) -> bool:
         """Whether to stop now and save; all hosts must call equally often and get the same answers.
 
-        To be called after every step, and inside whatever takes longer than one.
+        Call it after every step, and inside anything that takes longer.
         """
         if jax.process_count() > 1 and coordination.reached_preemption():
             self.request("SIGTERM")

@@ -1,10 +1,10 @@
-"""Hosts of a run that watch each other, and end when one is lost.
+"""Ends the hosts of a run when one of them is lost.
 
-A collective waits forever for a host that is gone. So a thread of each host sends heartbeats through the key-value
-store of `jax.distributed` and reads those of the others: a host that was killed or stopped, or that hangs in the
-kernel, sends none, and one that failed says so. The others then print which host it was and end with `TRY_AGAIN`, so
-that the launcher of the run can start it again from the newest checkpoint. Where the other refused its config or data,
-they end with `USER_ERROR` as it does. The death of host 0, which coordinates, ends the others by JAX's own abort.
+A collective waits forever for a lost host. So a thread of each host sends heartbeats through the key-value store of
+`jax.distributed` and reads those of the others: a host that was killed, stopped or hangs sends none, and one that
+failed sends its error. The others then print which host it was and end with `TRY_AGAIN`, and the launcher starts the
+run again from the newest checkpoint; after a `UserError` they end with `USER_ERROR`. When host 0, the coordinator,
+dies, JAX aborts the others.
 """
 
 import contextlib
@@ -164,7 +164,7 @@ def _end(verdict: str, linger_seconds: float) -> NoReturn:
     # Host 0 carries the service and waits until the others have read the verdict.
     end_process(
         USER_ERROR if _REFUSED in verdict else TRY_AGAIN,
-        f"{verdict}; this host stops too. Run the same command on all hosts again: a run goes on from its newest"
+        f"{verdict}; this host stops too. Run the same command on all hosts again: a run resumes from its newest"
         " checkpoint, if there is one",
         linger_seconds,
     )

@@ -10,7 +10,7 @@ def is_object_store(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-# Of TensorFlow's errors those that say nothing about what was asked for; 401 and 403 are the first two.
+# TensorFlow's errors of access, not of the file; the first two are 401 and 403.
 _REFUSALS_OF_TENSORFLOW = (
     *("PermissionDeniedError", "UnauthenticatedError"),
     *("UnavailableError", "AbortedError", "DeadlineExceededError"),
@@ -18,9 +18,9 @@ _REFUSALS_OF_TENSORFLOW = (
 
 
 def is_refused_by_store(error: BaseException) -> bool:
-    """Whether an object store could not be reached, or has refused what it was asked for."""
+    """Whether an object store could not be reached or refused the request."""
     kind = type(error)
-    # What gcsfs raises itself, and what it passes on; none of them is imported for that.
+    # Raised or passed on by gcsfs; by name, without importing them.
     if kind.__module__.startswith(("aiohttp.", "google.auth.", "gcsfs.")):
         return True
     # Where TensorFlow is installed, etils reads and writes through it.

@@ -45,7 +45,7 @@ TABLE: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("final_norm/scale", "D", "model.norm.weight", ("D",)),
     ("head/kernel", "DV", "lm_head.weight", ("V", "D")),
 )
-# Rows that are different where queries and keys are normed head by head, and where norms stand on both sides.
+# Rows that differ with norms of queries and keys per head, and with norms on both sides.
 _QK_NORM_BY_HEAD = {
     "layers/attention/query_norm/scale": ("LN", ("N",)),
     "layers/attention/key_norm/scale": ("LN", ("N",)),

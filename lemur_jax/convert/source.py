@@ -35,7 +35,7 @@ def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
     """Opens a checkpoint directory, a workdir (None: its newest step) or a Hugging Face model: local, gs://, ORG/NAME.
 
     Raises:
-      UserError: neither or both are there, or a Hugging Face directory is damaged or was asked for a step.
+      UserError: there is no model or two, a Hugging Face directory is damaged, or `step` is given with one.
     """
     path = local_model(path)
     directory = epath.Path(path)

@@ -19,7 +19,7 @@ class Completion:
       tokens: generated ids, the stop id that ended the sequence included.
       logprobs: of each token, in nats, under the model's own distribution before any filter.
       finish_reason: "stop" (stop id or string), "length" (max_new_tokens), or "" (not ended).
-      text: of `content` up to the first stop string; "" where only ids were asked for.
+      text: of `content` up to the first stop string; "" where only ids are needed.
       stop_id: whether the last token is a stop id.
     """
 
@@ -52,8 +52,8 @@ def generate(
       max_new_tokens: for each prompt.
       stop_ids: ids that end a sequence.
       sampling: default greedy.
-      seeds: one for each prompt, by default its index. A seed and `sampling.seed` fix what is drawn, whatever
-        the other prompts are.
+      seeds: one for each prompt, by default its index. With `sampling.seed` it determines what is drawn,
+        independent of the other prompts.
 
     Raises:
       UserError: an empty prompt, an id outside the vocabulary, or a sequence that would become longer

@@ -33,8 +33,8 @@ class Sampling:
       min_p: only tokens at least this fraction as likely as the most likely one; 0: all.
       repetition_penalty: logits of tokens in the prompt or already generated are divided by it if
         positive, else multiplied (Keskar et al. 2019); 1: off. Acts on greedy choice too.
-      seed: with a sequence's own seed and a position it determines the draw there, whatever else is
-        in the batch.
+      seed: with a sequence's own seed and a position it determines the draw there, independent of the
+        rest of the batch.
 
     Raises:
       UserError: a value out of range.

@@ -121,8 +121,8 @@ def _batches(
 ) -> Iterator[tuple[list[_Row], int, int, int]]:
     """(rows, T, P, B), longest first: what does not fit in memory fails at once.
 
-    Batches are filled whatever the lengths in them. The last `FEW_BATCHES` keep one shape, and a few rows of one asked
-    position join those of `_asked(2)`: padding costs less than compiling another program.
+    Batches are filled regardless of the lengths in them. The last `FEW_BATCHES` keep one shape, and a few rows of one
+    asked position join those of `_asked(2)`: padding costs less than compiling another program.
     """
     ways = row_ways(session)
     groups: dict[int, list[_Row]] = collections.defaultdict(list)

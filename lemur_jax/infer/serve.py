@@ -105,7 +105,7 @@ async def _fail(request: Request, error: Exception) -> Response:
 
 
 def _error(message: str, kind: str) -> Json:
-    # In ASCII, so that whatever a client sent can be sent back.
+    # In ASCII: a client's text may be in the message.
     return {"error": {"message": message[:500].encode("ascii", "backslashreplace").decode(), "type": kind}}
 
 

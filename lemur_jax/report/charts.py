@@ -1,7 +1,7 @@
 """The one plotter of the project: line charts, stacked bars and scatter plots.
 
 A line chart is data that page.js draws in the browser, where it can be zoomed, smoothed, overlaid and filtered.
-Bars are HTML. A scatter plot is one static SVG file, readable by itself, in light and dark mode.
+Bars are HTML. A scatter plot is one static SVG file, self-contained, in light and dark mode.
 docs/metrics.md says why no library draws them.
 """
 
@@ -26,8 +26,8 @@ class Line:
     run: int  # index of the run that it belongs to
     name: str  # for the legend: the data source, the task or the quantity
     points: Sequence[tuple[float, float | None]]  # (update, value) by rising update; None is a gap
-    colour: int = 0  # of the palette, where the runs stand side by side
-    panel: str = ""  # where it stands when the runs are overlaid; "": the name
+    colour: int = 0  # of the palette, when the runs are shown side by side
+    panel: str = ""  # its panel when the runs are overlaid; "": the name
     dots: bool = False  # mark each point, and never smooth
     dashed: bool = False  # a limit to compare with
 
@@ -107,7 +107,7 @@ def stacked_bars(
 
     Args:
       parts: (name, CSS class such as "c1" or "none") of each part.
-      rows, texts: name of the row -> the size of each part, and what stands in it.
+      rows, texts: name of the row -> the size of each part, and its text.
     """
     legend = "".join(f'<li><span class="{kind}">{html.escape(name)}</span></li>' for name, kind in parts)
     bars = ""
