@@ -22,16 +22,17 @@ from lemur_jax.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 # Where the set-up scripts make their trees; in the sandbox they are in the box.
-_TREES = re.compile(r"(?<![\w./])/(testbed|system|workspace|backup)\b")
+_TREES = re.compile(r"(?<![\w./~])/(testbed|system|workspace|backup)\b")
 Files = dict[str, tuple[int, str]]  # path -> (executable bits, digest or target)
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
-# Words where a command has a program (a lookahead: that of xargs follows another), and paths of the system.
+# Words where a command has a program (a lookahead: that of xargs follows another), and paths outside the trees.
 _PROGRAM = re.compile(
     r"(?=(?:^|[|;&(`]|-exec\s|\bxargs(?:\s+-\S+|\s+\{\})*\s)\s*([A-Za-z][\w+-]*)(?![\w=/]))"
 )
-_SYSTEM = re.compile(r"(?<![\w./])/(?:etc|var)/\w+")
+_SYSTEM = re.compile(r"(?<![\w./~])/(?:etc|var|usr)/\w*")
+_ROOT = re.compile(r"(?<![\w./~])/(?!(?:testbed|system|workspace|backup|bin)\b)[\w.]*(?=\s|$)")
 _NETWORK = {"curl", "dig", "ping"}
-_MISSING = 'for word; do type "$word" > /dev/null 2>&1 || [ -e "$word" ] || echo "$word"; done'
+_MISSING = 'for word; do type "$word" > /dev/null 2>&1 || [ -w "$word" ] || echo "$word"; done'
 
 
 def bash_reward(before: Files, ours: Files, theirs: Files, seen: str, expected: str) -> float:
@@ -137,8 +138,9 @@ class InterCodeBash(Environment):
         self._before = solved.files()
         self._expected, _ = solved.execute(self._task["gold"])
         self._wanted = solved.files()
-        if "command not found" in self._expected:  # an answer that fails alike would count as right
-            raise UserError(f"{self.id}: its solution needs another program: {self._expected.strip()}")
+        # An answer that fails alike would count as right.
+        if re.search("command not found|Read-only file system", self._expected):
+            raise UserError(f"{self.id}: its solution cannot run here: {self._expected.strip()}")
         remove_tree(solved.box)
         return (
             "Do a task with Bash commands, one in a ```bash block at a time. You see what it prints and a reward from 0"
@@ -181,13 +183,13 @@ def open_bash(data: str) -> list[InterCodeBash]:
     missing = set(run(["bash", "-c", _MISSING, "bash", *words], limits=LIMITS).output.splitlines())
     for word in sorted(missing):
         ids = [environment.id for environment, needed in found.items() if word in needed]
-        text = "%d of %d tasks are not scored, as the sandbox has no %s: %s"
+        text = "%d of %d tasks are not scored, as the sandbox has no program or writable path %s: %s"
         logger.warning(text, len(ids), len(found), word, ", ".join(ids))
     return [environment for environment, needed in found.items() if not needed & missing]
 
 
 def needs(command: str) -> set[str]:
-    """The programs that a command names, also behind xargs and find's -exec, and its files below /etc and /var."""
+    """The programs that a command names, also behind xargs and find's -exec, and its paths outside the trees."""
     bare = _QUOTED.sub("''", command)
     programs = {f"{word} with a network" if word in _NETWORK else word for word in _PROGRAM.findall(bare)}
-    return programs.union(_SYSTEM.findall(bare))
+    return programs.union(_SYSTEM.findall(command), _ROOT.findall(bare))

@@ -117,14 +117,21 @@ def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
         f"intercode-bash/{number}-0" for number in range(1, 5)
     ]
     assert caplog.messages == [
-        f"1 of 5 tasks are not scored, as the sandbox has no {name}: intercode-bash/3-1"
+        f"1 of 5 tasks are not scored, as the sandbox has no program or writable path {name}: intercode-bash/3-1"
         for name in ("/etc/lemur", "curl with a network", "lemur-nowhere")
     ]
     unseen = InterCodeBash("4-0", {"query": "", "gold": "''lemur-nowhere"}, "")
-    with pytest.raises(UserError, match="needs another program: /bin/bash: line 1: lemur-nowhere"):
+    with pytest.raises(UserError, match="cannot run here: /bin/bash: line 1: lemur-nowhere"):
         unseen.reset()
     assert needs("find . -exec a {} + | xargs -0 b; c=$(dig x) && d `e`") == {
         *("find", "a", "xargs", "b", "dig with a network", "d", "e")
+    }
+    assert needs("ln /system/a -s / | sed 's/ /g/;s@^@/usr/@' ~/b > /x.tar") == {
+        "ln",
+        "sed",
+        "/",
+        "/usr/",
+        "/x.tar",
     }
 
 
