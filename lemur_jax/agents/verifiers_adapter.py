@@ -92,6 +92,26 @@ class LemurHarness(vf.Harness[vf.HarnessConfig]):
         return vf.ProgramResult(exit_code=int(reply.is_error), stdout="", stderr=reply.text)
 
 
+def open_taskset(name: str, limit: int | None = None) -> vf.Env:
+    """The environment of a taskset, in which a model of ours takes every seat.
+
+    Raises:
+      UserError: there is no such taskset, or it has no end.
+    """
+    try:
+        fields = vf.env_config_type(name).model_fields
+        seats = [key for key, field in fields.items() if isinstance(field.default, vf.AgentConfig)]
+        config = vf.resolve_env_config({"taskset": {"id": name}} | dict.fromkeys(seats, _SEAT))
+        env = vf.load_environment(config)
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the taskset {name!r} of verifiers cannot be loaded: {error}") from error
+    if limit is None and not env.taskset.bounded:
+        raise UserError(
+            f"the taskset {name!r} has no end: lemur eval needs a --limit, lemur rl another taskset"
+        )
+    return env
+
+
 def run_taskset(
     name: str, base_url: str, model: str, *, max_new_tokens: int, limit: int | None, batch: int
 ) -> list[Trace]:
@@ -104,21 +124,13 @@ def run_taskset(
     Raises:
       UserError: there is no such taskset, it has no end, or an episode has an error.
     """
-    try:
-        fields = vf.env_config_type(name).model_fields
-        seats = [key for key, field in fields.items() if isinstance(field.default, vf.AgentConfig)]
-        config = vf.resolve_env_config({"taskset": {"id": name}} | dict.fromkeys(seats, _SEAT))
-        env = vf.load_environment(config)
-    except (ImportError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"the taskset {name!r} of verifiers cannot be loaded: {error}") from error
+    env = open_taskset(name, limit)
     context = vf.ModelContext(
         model=model,
         client=vf.EvalClientConfig(base_url=base_url, api_key_var="OPENAI_API_KEY"),
         sampling=vf.SamplingConfig(temperature=0.0, max_tokens=max_new_tokens),
     )
     tasks = env.taskset if limit is None else env.taskset.take(limit)
-    if not tasks.bounded:
-        raise UserError(f"the taskset {name!r} has no end: name a --limit")
 
     async def run() -> list[vf.Episode]:
         gate = asyncio.Semaphore(batch)

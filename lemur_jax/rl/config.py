@@ -11,7 +11,7 @@ ALGORITHMS = ("grpo", "dr_grpo", "dapo", "rloo")
 class RlConfig:
     """Episodes and rewards. Each episode is a row: `train.batch_rows` = number of groups × `group_size`."""
 
-    environment: str = ""  # "lamp", "calculator", or one of `lemur eval --agents`
+    environment: str = ""  # "lamp", "calculator", "verifiers:TASKSET", or one of `lemur eval --agents`
     data: str = "."  # directory of the data of MINT or InterCode
     group_size: int = 8  # episodes of a task
     max_turns: int = 4  # of an episode, where the environment has no limit of its own

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.agents.episodes import open_environments
+from lemur_jax.common.errors import UserError
 
 SIDE, FARTHEST = 8, 3  # rooms along a side of the house, and moves of the longest way
 MOVES = {"north": (0, -1), "south": (0, 1), "west": (-1, 0), "east": (1, 0)}
@@ -117,6 +118,14 @@ def tasks(name: str, data: str = ".") -> tuple[Sequence[Environment], Sequence[E
         every = [
             Calculator(f"{rng.randrange(100)} {rng.choice('+-*')} {rng.randrange(100)}") for _ in range(1000)
         ]
+    elif name.startswith("verifiers:"):
+        try:
+            from lemur_jax.rl.verifiers_tasks import taskset_environments
+        except ImportError as error:
+            raise UserError(
+                f"verifiers cannot be imported ({error}): pip install 'lemur_jax[verifiers]'"
+            ) from error
+        every = taskset_environments(name.removeprefix("verifiers:"))
     else:
         every = list(open_environments([name], data=data))
     random.Random(0).shuffle(every)

@@ -1,0 +1,52 @@
+"""Tasksets of the `verifiers` library, which the policy answers turn by turn."""
+
+import copy
+
+import pytest
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.rl import games
+from tests.helpers.verifiers import TASKSET
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    pytest.importorskip("verifiers.v1", reason="verifiers is not installed: pip install '.[verifiers]'")
+    (tmp_path / "lemur_test_sums.py").write_text(TASKSET)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def named(name):
+        train, held_out = games.tasks(f"verifiers:{name}")
+        return {task.id: task for task in (*train, *held_out)}
+
+    return named
+
+
+def test_episodes_of_a_taskset(tasks):
+    """Two copies of a task at a time, and one that is left."""
+    found = tasks("lemur-test-sums")
+    assert len(found) == 2
+    first, second = found.values()
+    played = [copy.copy(task) for task in (first, first, second)]
+    asked = [episode.reset() for episode in played]
+    assert asked[0] == asked[1] != asked[2]
+    assert {asked[0], asked[2]} == {"Add.\n1 + 1?", "Add.\n5 + 1?"}
+    right = "2" if "1 + 1" in asked[0] else "6"
+    played[2].close()
+    steps = [episode.step(answer) for episode, answer in zip(played, (right, "7"), strict=False)]
+    assert [step.reward for step in steps] == [1, 0]
+    assert all(step.done for step in steps)
+
+
+def test_several_turns(tasks):
+    episode = copy.copy(tasks("lemur-verifiers")["lemur-verifiers/sql/count"])
+    assert "book" in episode.reset()
+    step = episode.step("6")
+    assert step.observation.startswith("Error: ")
+    assert not step.done
+    assert episode.step("SELECT count(*) FROM book").reward == 1
+
+
+def test_names_of_no_taskset(tasks):
+    with pytest.raises(UserError, match="the taskset 'lemur-nowhere' of verifiers cannot be loaded"):
+        tasks("lemur-nowhere")
