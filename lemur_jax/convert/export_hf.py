@@ -99,7 +99,7 @@ def export_hf(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Opened:
+class OpenedCheckpoint:
     """A checkpoint that is read for an export.
 
     Attributes:
@@ -118,13 +118,39 @@ class _Opened:
     change: Change
 
     def tensors(self, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, tensor) parameter by parameter in the order of the table, all layers of each."""
+        """(name, tensor) parameter by parameter in the order of the table, all layers of each.
+
+        Raises Damaged after the last tensor of a parameter whose digest differs from that of the saved one.
+        """
         for before, after in zip(layout.weights(self.stored), layout.weights(self.written), strict=True):
-            array, leaf = self.arrays[before.path], self.leaves[before.path]
-            yield from _stream(before, after, array, leaf, dtype, self.change, self.where)
+            yield from self._stream(before, after, dtype)
+
+    def _stream(
+        self, weight: layout.Weight, written: layout.Weight, dtype: str
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        array, digest = self.arrays[weight.path], RunningDigest()
+
+        def convert(block: np.ndarray, name: str) -> np.ndarray:
+            summed = pool.submit(digest.update, block)
+            tensor = np.empty(written.hf_shape, numpy_dtype(dtype))
+            source = weight.to_hf(block)
+            if name in layout.VOCABULARY:
+                source = self.change.resized(source, written.hf_shape[0])
+            copy_cast(tensor, source, name)
+            summed.result()
+            return tensor
+
+        cuts = chunk_slices(array) if weight.stacked else [...]
+        blocks = read_slices(array, cuts, f"{self.where}: parameter {weight.path}")
+        parts = (part for block in blocks for part in block.reshape(-1, *weight.shape[len(weight.lead) :]))
+        with ThreadPoolExecutor(1) as pool:  # NumPy releases the GIL: digest and cast run side by side
+            for name, part in zip(weight.names, parts, strict=True):
+                yield name, convert(part, name)
+        if digest.value != self.leaves[weight.path].digest:
+            raise Damaged(f"{self.where}: parameter {weight.path} is damaged: it is not what was saved")
 
 
-def _open(ckpt_dir: epath.PathLike, metadata: dict[str, Any], change: Change) -> _Opened:
+def _open(ckpt_dir: epath.PathLike, metadata: dict[str, Any], change: Change) -> OpenedCheckpoint:
     stored = DecoderConfig.from_dict(metadata["model"])
     leaves = metadata["leaves"]["params"]
     arrays = open_arrays(ckpt_dir, metadata["step"], leaves)
@@ -136,7 +162,7 @@ def _open(ckpt_dir: epath.PathLike, metadata: dict[str, Any], change: Change) ->
         raise UserError(f"{ckpt_dir}: {unknown[0]!r} among the tokenizer's files is not a tokenizer file")
     written, files = change.apply(stored, files, ckpt_dir)
     tokenizer = Tokenizer.from_files(files) if files else None
-    return _Opened(
+    return OpenedCheckpoint(
         where=where,
         stored=stored,
         written=written,
@@ -212,39 +238,3 @@ def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.
         while (tensor := waiting.result()) is not None:
             waiting = pool.submit(next, tensors, None)
             yield tensor
-
-
-def _stream(
-    weight: layout.Weight,
-    written: layout.Weight,
-    array: ts.TensorStore,
-    stored: Leaf,
-    dtype: str,
-    change: Change,
-    where: str,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) of each Hugging Face tensor of one parameter, in order.
-
-    `weight` is the parameter in the checkpoint, `written` the same with the vocabulary of the export. Raises Damaged
-    after the last tensor if the digest differs from that of the saved parameter.
-    """
-    digest = RunningDigest()
-
-    def convert(block: np.ndarray, name: str) -> np.ndarray:
-        summed = pool.submit(digest.update, block)
-        tensor = np.empty(written.hf_shape, numpy_dtype(dtype))
-        source = weight.to_hf(block)
-        if name in layout.VOCABULARY:
-            source = change.resized(source, written.hf_shape[0])
-        copy_cast(tensor, source, name)
-        summed.result()
-        return tensor
-
-    cuts = chunk_slices(array) if weight.stacked else [...]
-    blocks = read_slices(array, cuts, f"{where}: parameter {weight.path}")
-    parts = (part for block in blocks for part in block.reshape(-1, *weight.shape[len(weight.lead) :]))
-    with ThreadPoolExecutor(1) as pool:  # NumPy releases the GIL: digest and cast run side by side
-        for name, part in zip(weight.names, parts, strict=True):
-            yield name, convert(part, name)
-    if digest.value != stored.digest:
-        raise Damaged(f"{where}: parameter {weight.path} is damaged: it is not what was saved")

@@ -6,7 +6,6 @@ N tokens a dispatch.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,7 +59,6 @@ def empty_rows(B: int, S: int, J: int) -> DecodeRows:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
     """The compiled functions of a model on a mesh; each donates the cache or state that it replaces.
 
@@ -75,97 +73,88 @@ class Programs:
         left. Rows that are not kept are free from the start.
     """
 
-    empty: Callable[..., KVCache]
-    prefill: Callable[..., KVCache]
-    admit: Callable[..., tuple[KVCache, DecodeRows]]
-    decode: Callable[..., tuple[KVCache, DecodeRows, jax.Array, jax.Array]]
+    def __init__(self, config: DecoderConfig, compute: Compute):
+        self._config, self._compute = config, compute
+        self.empty = jax.jit(functools.partial(kv_cache.empty, config, compute), static_argnums=(0, 1))
+        self.prefill = jax.jit(self._prefill, donate_argnums=1)
+        self.admit = jax.jit(self._admit, donate_argnums=(0, 1))
+        self.decode = jax.jit(self._decode, donate_argnums=(1, 2))
+
+    def _prefill(self, params: Params, cache: KVCache, tokens: jax.Array, start: jax.Array) -> KVCache:
+        positions = start[:, None] + jnp.arange(tokens.shape[1])
+        model = decoder.bind(self._config, self._compute, params)
+        first = jax.tree.map(lambda whole: whole[:, : len(tokens)], cache)
+        _, first = model(tokens, positions, self._cached(positions), first)
+        cache = jax.tree.map(lambda whole, new: whole.at[:, : len(tokens)].set(new), cache, first)
+        return self._settle(cache)
+
+    def _admit(
+        self, cache: KVCache, rows: DecodeRows, prompts: KVCache, source: jax.Array, new: DecodeRows
+    ) -> tuple[KVCache, DecodeRows]:
+        taken = source >= 0
+
+        def copy(old, prompts):
+            return jnp.where(taken[:, None, None, None], prompts[:, jnp.maximum(source, 0)], old)
+
+        def replace(old, new):
+            return jnp.where(taken.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+        cache = self._settle(jax.tree.map(copy, cache, prompts))
+        return cache, self._settle_rows(jax.tree.map(replace, rows, new))
+
+    def _decode(
+        self,
+        params: Params,
+        cache: KVCache,
+        rows: DecodeRows,
+        keep: jax.Array,
+        steps: jax.Array,
+        busy: jax.Array,
+    ) -> tuple[KVCache, DecodeRows, jax.Array, jax.Array]:
+        model = decoder.bind(self._config, self._compute, params)
+        B = rows.tokens.shape[0]
+
+        def unfinished(carry):
+            step, _, rows, *_ = carry
+            return (step < steps) & (jnp.sum(rows.remaining > 0) > busy)
+
+        def body(carry):
+            step, cache, rows, tokens, logprobs = carry
+            positions = rows.position[:, None]
+            last = jnp.take_along_axis(rows.tokens, positions, axis=1)
+            hidden, cache = model(last, positions, self._cached(positions), cache)
+            rows, token, logprob = _advance(rows, model.logits(hidden)[:, 0])
+            tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, step))
+            logprobs = jax.lax.dynamic_update_slice(logprobs, logprob[:, None], (0, step))
+            return step + 1, self._settle(cache), self._settle_rows(rows), tokens, logprobs
+
+        rows = dataclasses.replace(rows, remaining=jnp.where(keep, rows.remaining, 0))
+        chosen = jnp.full((B, CHUNK), -1, jnp.int32), jnp.zeros((B, CHUNK), jnp.float32)
+        _, cache, rows, tokens, logprobs = jax.lax.while_loop(
+            unfinished, body, (jnp.int32(0), cache, rows, *chosen)
+        )
+        return cache, rows, self._replicate(tokens), self._replicate(logprobs)
+
+    def _replicate(self, array: jax.Array) -> jax.Array:
+        """A whole copy on every device, so that every host can read it."""
+        return constrain(array, self._compute.mesh, "width", "width")
+
+    def _cached(self, positions: jax.Array) -> Any:
+        return kv_cache.cached(self._config, self._compute, positions)
+
+    def _settle(self, cache: KVCache) -> KVCache:
+        """Pins every array to its place, so that a donated one comes back where it was."""
+        return jax.tree.map(lambda array: constrain(array, self._compute.mesh, *kv_cache.AXES), cache)
+
+    def _settle_rows(self, rows: DecodeRows) -> DecodeRows:
+        mesh = self._compute.mesh
+        return jax.tree.map(lambda x: constrain(x, mesh, *("batch", "width")[: x.ndim]), rows)
 
 
 @functools.lru_cache(maxsize=8)
 def programs(config: DecoderConfig, compute: Compute) -> Programs:
     """The functions for one model on one mesh; the same ones for the same arguments."""
-
-    def bind(function, **options):
-        return jax.jit(functools.partial(function, config, compute), **options)
-
-    return Programs(
-        empty=bind(kv_cache.empty, static_argnums=(0, 1)),
-        prefill=bind(_prefill, donate_argnums=1),
-        admit=bind(_admit, donate_argnums=(0, 1)),
-        decode=bind(_decode, donate_argnums=(1, 2)),
-    )
-
-
-def _prefill(
-    config: DecoderConfig,
-    compute: Compute,
-    params: Params,
-    cache: KVCache,
-    tokens: jax.Array,
-    start: jax.Array,
-) -> KVCache:
-    positions = start[:, None] + jnp.arange(tokens.shape[1])
-    model = decoder.bind(config, compute, params)
-    first = jax.tree.map(lambda whole: whole[:, : len(tokens)], cache)
-    _, first = model(tokens, positions, kv_cache.cached(config, compute, positions), first)
-    cache = jax.tree.map(lambda whole, new: whole.at[:, : len(tokens)].set(new), cache, first)
-    return _settle(compute, cache)
-
-
-def _admit(
-    config: DecoderConfig,
-    compute: Compute,
-    cache: KVCache,
-    rows: DecodeRows,
-    prompts: KVCache,
-    source: jax.Array,
-    new: DecodeRows,
-) -> tuple[KVCache, DecodeRows]:
-    taken = source >= 0
-
-    def copy(old, prompts):
-        return jnp.where(taken[:, None, None, None], prompts[:, jnp.maximum(source, 0)], old)
-
-    def replace(old, new):
-        return jnp.where(taken.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
-
-    cache = _settle(compute, jax.tree.map(copy, cache, prompts))
-    return cache, _settle_rows(compute, jax.tree.map(replace, rows, new))
-
-
-def _decode(
-    config: DecoderConfig,
-    compute: Compute,
-    params: Params,
-    cache: KVCache,
-    rows: DecodeRows,
-    keep: jax.Array,
-    steps: jax.Array,
-    busy: jax.Array,
-) -> tuple[KVCache, DecodeRows, jax.Array, jax.Array]:
-    model = decoder.bind(config, compute, params)
-    B = rows.tokens.shape[0]
-
-    def unfinished(carry):
-        step, _, rows, *_ = carry
-        return (step < steps) & (jnp.sum(rows.remaining > 0) > busy)
-
-    def body(carry):
-        step, cache, rows, tokens, logprobs = carry
-        positions = rows.position[:, None]
-        last = jnp.take_along_axis(rows.tokens, positions, axis=1)
-        hidden, cache = model(last, positions, kv_cache.cached(config, compute, positions), cache)
-        rows, token, logprob = _advance(rows, model.logits(hidden)[:, 0])
-        tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, step))
-        logprobs = jax.lax.dynamic_update_slice(logprobs, logprob[:, None], (0, step))
-        return step + 1, _settle(compute, cache), _settle_rows(compute, rows), tokens, logprobs
-
-    rows = dataclasses.replace(rows, remaining=jnp.where(keep, rows.remaining, 0))
-    chosen = jnp.full((B, CHUNK), -1, jnp.int32), jnp.zeros((B, CHUNK), jnp.float32)
-    _, cache, rows, tokens, logprobs = jax.lax.while_loop(
-        unfinished, body, (jnp.int32(0), cache, rows, *chosen)
-    )
-    return cache, rows, *_for_host(compute, tokens, logprobs)
+    return Programs(config, compute)
 
 
 def _advance(rows: DecodeRows, logits: jax.Array) -> tuple[DecodeRows, jax.Array, jax.Array]:
@@ -185,17 +174,3 @@ def _advance(rows: DecodeRows, logits: jax.Array) -> tuple[DecodeRows, jax.Array
         remaining=jnp.where(active & ~stopped, rows.remaining - 1, 0),
     )
     return rows, jnp.where(active, token, -1), jnp.where(active, logprob, 0.0)
-
-
-def _settle(compute: Compute, cache: KVCache) -> KVCache:
-    """Pins every array to its place, so that a donated one comes back where it was."""
-    return jax.tree.map(lambda array: constrain(array, compute.mesh, *kv_cache.AXES), cache)
-
-
-def _settle_rows(compute: Compute, rows: DecodeRows) -> DecodeRows:
-    return jax.tree.map(lambda x: constrain(x, compute.mesh, *("batch", "width")[: x.ndim]), rows)
-
-
-def _for_host(compute: Compute, *arrays: jax.Array) -> tuple[Any, ...]:
-    """A whole copy on every device, so that every host can read it."""
-    return tuple(constrain(array, compute.mesh, "width", "width") for array in arrays)

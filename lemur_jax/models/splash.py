@@ -8,6 +8,7 @@ inside a block. Scores and softmax are float32. Queries enter already divided by
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,7 +65,8 @@ def splash_attention(
     query = (query.astype(jnp.float32) * options.scale(query.shape[-1])).astype(query.dtype)
     kind = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).device_kind
     sizes = block_sizes(T, query.shape[-1], kind, blocks)
-    local = functools.partial(_local, sizes=sizes, interpret="TPU" not in kind, options=options)
+    kernel = functools.partial(_kernel, sizes=sizes, interpret="TPU" not in kind, options=options)
+    local = functools.partial(_local, kernel)
     if mesh is None:
         return local(query, key, value, segment_ids, ways=1)
     ways = mesh.shape["sequence"]
@@ -90,18 +92,8 @@ def check_heads(H: int, K: int, mesh: Any) -> None:
         )
 
 
-def _local(
-    query,
-    key,
-    value,
-    segment_ids,
-    *,
-    sizes: kernels.BlockSizes,
-    interpret: bool,
-    options: ScoreOptions,
-    ways: int,
-) -> jax.Array:
-    """The kernel on one device's shard: [B, T/ways, H, N] in and out."""
+def _local(make_kernel: Callable[[int, int], Any], query, key, value, segment_ids, *, ways: int) -> jax.Array:
+    """The kernel, for a group size and T, on one device's shard: [B, T/ways, H, N] in and out."""
     if ways > 1:
         repeats = max(1, ways // key.shape[2])
         key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
@@ -113,7 +105,7 @@ def _local(
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     # Mapped axes are what the two cores of a v4 or v5p chip share out; inside the kernels only the
     # forward one has an axis that they may.
-    kernel = jax.vmap(jax.vmap(_kernel(H // K, T, sizes, interpret, options), in_axes=(0, 0, 0, None)))
+    kernel = jax.vmap(jax.vmap(make_kernel(H // K, T), in_axes=(0, 0, 0, None)))
     out = kernel(query, key, value, kernels.SegmentIds(q=segment_ids, kv=segment_ids))
     out = out.reshape(B, H, T, N).swapaxes(1, 2)
     return jax.lax.all_to_all(out, "sequence", split_axis=1, concat_axis=2, tiled=True) if ways > 1 else out

@@ -125,14 +125,25 @@ def test_layers_are_read_chunk_by_chunk(monkeypatch):
     digest = RunningDigest()
     digest.update(values)
     stored = Leaf(shape=values.shape, dtype=str(values.dtype), digest=digest.value)
-    streamed = dict(export_module._stream(weight, weight, array, stored, "float32", AS_IT_IS, "here"))
+    monkeypatch.setattr(layout, "weights", lambda config: (weight,))
+    config = preset("tiny")
+    opened = export_module.OpenedCheckpoint(
+        where="here",
+        stored=config,
+        written=config,
+        arrays={weight.path: array},
+        leaves={weight.path: stored},
+        tokenizer=None,
+        change=AS_IT_IS,
+    )
+    streamed = dict(opened.tensors("float32"))
     assert sizes == [2, 2, 1]
     assert list(streamed) == list(weight.names)
     for layer, name in enumerate(weight.names):
         np.testing.assert_array_equal(weight.from_hf(streamed[name]), values[layer])
     array[3, 1, 2, 3].write(9.0).result()
     with pytest.raises(Damaged, match="here: parameter .*query .* is not what was saved"):
-        list(export_module._stream(weight, weight, array, stored, "float32", AS_IT_IS, "here"))
+        list(opened.tensors("float32"))
 
 
 @pytest.fixture
