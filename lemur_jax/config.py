@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import sys
 import traceback
@@ -23,7 +24,7 @@ from lemur_jax.cluster.config import HostsConfig
 from lemur_jax.common import sections
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.sections import did_you_mean, replace
-from lemur_jax.data.config import DataConfig, SourceConfig
+from lemur_jax.data.config import DataConfig, SourceConfig, SourceCounts, documents_per_row, shares_of_epochs
 from lemur_jax.models.config import AdapterConfig, ComputeConfig, DecoderConfig
 from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.prepare.config import PrepareConfig
@@ -50,6 +51,7 @@ __all__ = [
     "load_config_dict",
     "replace",
     "to_json",
+    "with_counts",
 ]
 
 
@@ -132,7 +134,7 @@ def from_json(values: Mapping[str, Any]) -> RunConfig:
 
 
 def load(argument: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Runs a config file and applies overrides; `data.mixture` is resolved to the sources that `prepare` recorded.
+    """Runs a config file and applies overrides; what `lemur prepare` recorded resolves mixture, epochs and documents.
 
     Args:
       argument: `path/to/config.py` or `path/to/config.py:arg`, as for ml_collections.
@@ -143,10 +145,43 @@ def load(argument: str, overrides: Sequence[str] = ()) -> RunConfig:
         that cannot work.
     """
     config = from_config_dict(load_config_dict(argument, overrides))
-    if not config.data.mixture or not config.data.mixture_record.exists():
+    if config.data.mixture and config.data.mixture_record.exists():
+        recorded = json.loads(config.data.mixture_record.read_text())
+        sources = {name: SourceConfig(**each) for name, each in recorded.items()}
+        config = replace(config, {"data.sources": sources})
+    return with_counts(config)
+
+
+def with_counts(config: RunConfig) -> RunConfig:
+    """`config` with the shares, rows and updates that its `epochs` and `train.batch_documents` come to.
+
+    They follow from the counts that `lemur prepare` recorded; without a record the config stays as it is. Rows are
+    rounded to a multiple of `train.microbatches` and of the mesh axes that cut the batch, as far as the config has
+    their sizes; updates are rounded up.
+    """
+    data, train, mesh = config.data, config.train, config.mesh
+    if not (data.by_epochs or train.batch_documents) or not data.counts_record.exists():
         return config
-    recorded = json.loads(config.data.mixture_record.read_text())
-    return replace(config, {"data.sources": {name: SourceConfig(**each) for name, each in recorded.items()}})
+    counts = {name: SourceCounts(**each) for name, each in json.loads(data.counts_record.read_text()).items()}
+    if not data.sources or not set(data.sources) <= set(counts):
+        return config
+    if data.by_epochs:
+        shares = shares_of_epochs(data.sources, counts)
+        data = replace(
+            data,
+            {
+                f"sources.{name}": replace(data.sources[name], {"share": share})
+                for name, share in shares.items()
+            },
+        )
+    if train.batch_documents:
+        unit = train.microbatches * max(1, mesh.data) * max(1, mesh.fsdp) * max(1, mesh.expert)
+        rows = train.batch_documents / documents_per_row(data.sources, counts)
+        train = replace(train, {"batch_rows": unit * max(1, round(rows / unit))})
+    if data.by_epochs:
+        rows = sum(source.epochs * counts[name].rows for name, source in data.sources.items())
+        train = replace(train, {"steps": max(1, math.ceil(rows / train.batch_rows))})
+    return dataclasses.replace(config, data=data, train=train)
 
 
 def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:

@@ -72,6 +72,7 @@ PROCESS_MODULES = {
     "test_layers",
     "test_quickstart_tasks",
     "test_recipe",
+    "test_recipe_data",
     "text/test_real_tokenizers",
     "text/test_tokenizer_parity",
     "train/test_adapters",

@@ -16,9 +16,12 @@ PACKINGS = ("concat", "fit")
 class SourceConfig:
     """One ingredient of the mixture."""
 
-    share: float  # its part of the tokens, in proportion to the other sources' shares
+    share: float = 0.0  # its part of the tokens, in proportion to the other sources' shares
     packing: str = "concat"  # "concat": one stream cut into rows; "fit": whole documents, as many as fit
     max_epochs: float = 0.0  # how often each row may be seen; 0: without limit
+    epochs: float = (
+        0.0  # passes over the source in the run; given for all sources, it sets shares and train.steps
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,12 @@ class DataConfig:
                 0 <= source.max_epochs < math.inf,
                 f"{where}.max_epochs", source.max_epochs, "0 (no limit) or more",
             )  # fmt: skip
-        if self.sources:
+        if self.by_epochs:
+            for name, source in self.sources.items():
+                must = "above 0 and finite, as another source has `epochs`"
+                require(0 < source.epochs < math.inf, f"data.sources.{name}.epochs", source.epochs, must)
+            require(not self.stages, "data.stages", list(self.stages), "empty where sources have `epochs`")
+        elif self.sources:
             shares = {f"data.sources.{name}.share": source.share for name, source in self.sources.items()}
             _check_shares(shares, "data.sources")
         self._check_stages()
@@ -60,6 +68,16 @@ class DataConfig:
     def mixture_record(self) -> epath.Path:
         """The file beside the stores that names the sources of `mixture`: training needs no seqio."""
         return epath.Path(self.stores) / f"{self.mixture}.mixture.json"
+
+    @property
+    def by_epochs(self) -> bool:
+        """Whether sources have `epochs` in place of shares."""
+        return any(source.epochs for source in self.sources.values())
+
+    @property
+    def counts_record(self) -> epath.Path:
+        """The file beside the stores from which `epochs` and `train.batch_documents` become rows and updates."""
+        return epath.Path(self.stores) / f"counts-{self.sequence_length}.json"
 
     def _check_stages(self) -> None:
         steps = {name: stage.step for name, stage in self.stages.items()}
@@ -70,6 +88,30 @@ class DataConfig:
             for source in stage.shares if self.sources or not self.mixture else ():
                 require_one_of(where, source, self.sources)
             _check_shares({f"{where}.{source}": share for source, share in stage.shares.items()}, where)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceCounts:
+    """What a training store has: of one packing and one T."""
+
+    packing: str
+    documents: int
+    rows: int
+    tokens: int  # without padding
+
+
+def shares_of_epochs(
+    sources: Mapping[str, SourceConfig], counts: Mapping[str, SourceCounts]
+) -> dict[str, float]:
+    """The share of tokens of each source: as many as its epochs have."""
+    return {name: source.epochs * counts[name].tokens for name, source in sources.items()}
+
+
+def documents_per_row(sources: Mapping[str, SourceConfig], counts: Mapping[str, SourceCounts]) -> float:
+    """The mean number of documents in a row of the mixture. A source's part of the rows is share · rows / tokens."""
+    parts = {name: source.share * counts[name].rows / counts[name].tokens for name, source in sources.items()}
+    documents = sum(part * counts[name].documents / counts[name].rows for name, part in parts.items())
+    return documents / sum(parts.values())
 
 
 def _check_shares(shares: Mapping[str, float], where: str) -> None:

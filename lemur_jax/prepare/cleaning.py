@@ -31,6 +31,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "keep": (),
         "chars": 1000,
     },  # codes such as "en"; detected by py3langid in the first characters
+    "foreign_letters": {"run": 3},  # so many letters beyond ASCII one after another
     "decontaminate": {
         "against": (),  # "human_eval" or JSON Lines files with `text`
         "n": 8,  # words of a run
@@ -210,6 +211,16 @@ def _language(text, meta, keep, chars):
         return f"the language seems to be {found!r}"
 
 
+def _foreign_letters(text, meta, run):
+    if found := _foreign_run(run).search(text):
+        return f"{run} letters that are not English: {found[0]!r}"
+
+
+@functools.cache
+def _foreign_run(run: int) -> re.Pattern:
+    return re.compile(rf"(?:(?![\x00-\x7f])[^\W\d_]){{{run}}}")
+
+
 def _decontaminate(text, meta, against, n, distinct, share):
     for name in against:
         if found := evaluation_set(name, n, distinct).find(text, share):
@@ -222,6 +233,7 @@ _CHECKS: dict[str, Callable[..., str | None]] = {
     "alphanumeric": _alphanumeric,
     "metadata": _metadata,
     "language": _language,
+    "foreign_letters": _foreign_letters,
     "decontaminate": _decontaminate,
 }
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, to_json
 from lemur_jax.data.budget import budget, check_budget
+from lemur_jax.data.counts import check_counts
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.sweep import merging, pareto, results
 from lemur_jax.sweep.runs import SweepRun
@@ -79,6 +80,7 @@ def _check(run: SweepRun, config: RunConfig) -> None:
     try:
         tokenizer = Tokenizer.from_config(config.tokenizer)
         mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
+        check_counts(mixture, config.data, config.train.batch_documents)
         check_budget(budget(mixture, config.train.steps))
     except UserError as error:
         raise UserError(f"{run.variant}: {error}") from error

@@ -101,6 +101,10 @@ def plan_runs(
         raise UserError(
             f"config.data.mixture is {config.data.mixture!r}: a sweep varies shares, so name data.sources in its place"
         )
+    if config.data.by_epochs:
+        raise UserError(
+            "the sources of config.data have `epochs`: a sweep varies shares, so give shares in their place"
+        )
     parts = source_parts(config.data.sources, config.eval.tasks, sources)
     shares = {name: source.share for name, source in config.data.sources.items()}
     ratios = list(ratios) or [":".join(f"{sum(shares[name] for name in part):g}" for part in parts)]

@@ -16,10 +16,12 @@ class TrainConfig:
     steps: int = 1000  # updates
     batch_rows: int = 128  # rows B of one update, over all hosts and microbatches
     microbatches: int = 1  # parts of B that are computed one after another
+    batch_documents: int = 0  # above 0: documents (conversations) of an update in the mean; sets `batch_rows`
 
     def __post_init__(self):
         for key in ("steps", "batch_rows", "microbatches"):
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
+        require(self.batch_documents >= 0, "train.batch_documents", self.batch_documents, "0 (off) or more")
 
     @property
     def microbatch_rows(self) -> int:

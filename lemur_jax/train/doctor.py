@@ -23,6 +23,7 @@ from lemur_jax.cluster.hosts import alone, is_primary
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, fingerprint
 from lemur_jax.data.budget import budget, check_budget
+from lemur_jax.data.counts import check_counts
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.parallel.mesh import make_mesh
@@ -69,6 +70,7 @@ def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
     with _caught() as problem:
         tokenizer = Tokenizer.from_config(config.tokenizer)
         mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
+        check_counts(mixture, config.data, config.train.batch_documents)
         check_budget(budget(mixture, config.train.steps))
         open_held_out(config.data, config.eval, tokenizer)
         mixture.read(*(values[:1] for values in mixture.locate(0)))

@@ -18,6 +18,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig, to_json
 from lemur_jax.data.budget import budget, check_budget, format_budget
+from lemur_jax.data.counts import check_counts
 from lemur_jax.data.loader import Loader
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.models.decoder import num_params
@@ -184,6 +185,7 @@ def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
     mesh = make_mesh(config.mesh)  # first, as it needs no file
     tokenizer = Tokenizer.from_config(config.tokenizer)
     mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
+    check_counts(mixture, config.data, config.train.batch_documents)
     for source in mixture.sources if config.preference.loss else ():
         if not source.rows.store.manifest.preferences:
             raise UserError(
