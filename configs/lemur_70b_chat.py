@@ -48,9 +48,7 @@ def get_config():
     config.mesh.fsdp = 16
     config.mesh.tensor = 4
     config.train.batch_documents = 128
-    config.train.batch_rows = (
-        16  # for `lemur plan` before the data is prepared: 128 conversations of 512 tokens
-    )
+    config.train.batch_rows = 16  # for `lemur plan`: 128 conversations of 512 tokens
     config.train.steps = 5748  # likewise: 2 × 367,818 / 128
     config.optimizer.learning_rate = 2e-5
     config.optimizer.final_learning_rate = 2e-6

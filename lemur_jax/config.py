@@ -134,7 +134,7 @@ def from_json(values: Mapping[str, Any]) -> RunConfig:
 
 
 def load(argument: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Runs a config file and applies overrides; what `lemur prepare` recorded resolves mixture, epochs and documents.
+    """Runs a config file and applies overrides; `data.mixture` is resolved to the sources that `prepare` recorded.
 
     Args:
       argument: `path/to/config.py` or `path/to/config.py:arg`, as for ml_collections.
@@ -149,7 +149,7 @@ def load(argument: str, overrides: Sequence[str] = ()) -> RunConfig:
         recorded = json.loads(config.data.mixture_record.read_text())
         sources = {name: SourceConfig(**each) for name, each in recorded.items()}
         config = replace(config, {"data.sources": sources})
-    return with_counts(config)
+    return config
 
 
 def with_counts(config: RunConfig) -> RunConfig:

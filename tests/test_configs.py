@@ -26,7 +26,7 @@ def test_config_makes_a_program(path, monkeypatch):
     one_device = path.stem.startswith(("smollm2", "llama3_lora", "quickstart_dpo"))  # and here are eight
     rows = ["--config.train.batch_rows=8", "--config.train.microbatches=1"] if one_device else []
     mesh = (
-        ["--config.mesh.fsdp=-1"] if path.stem in ("lemur_70b_chat", "lemur_7b_chat") else []
+        ["--config.mesh.fsdp=-1"] if path.stem in ("lemur_70b_chat", "lemur_7b_chat", "adapt_chat") else []
     )  # of 64 chips
     config = load(str(path), [*rows, *mesh])
     program = build(config, make_mesh(config.mesh), len(config.data.sources))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import from_json, load, replace, to_json
+from lemur_jax.config import from_json, load, replace, to_json, with_counts
 from lemur_jax.data.budget import budget
 from lemur_jax.data.counts import check_counts
 from lemur_jax.data.mixture import open_mixture
@@ -145,7 +145,7 @@ def recipe(tmp_path_factory, tokenizer_dir):
         sys.modules.pop("lemur_tasks", None)
 
         def loaded(name, *overrides):
-            return load(
+            config = load(
                 str(CONFIGS / f"{name}.py"),
                 [
                     f"--config.tokenizer.path={root / 'tokenizers' / name}",
@@ -156,6 +156,7 @@ def recipe(tmp_path_factory, tokenizer_dir):
                     *overrides,
                 ],
             )
+            return with_counts(config)
 
         yield loaded
     sys.modules.pop("lemur_tasks", None)

@@ -128,9 +128,9 @@ def _add_report(verbs: Verbs) -> None:
 
 
 def _train(args) -> int:
-    from lemur_jax.config import fingerprint, load
+    from lemur_jax.config import fingerprint, load, with_counts
 
-    config = load(args.config, args.overrides)
+    config = with_counts(load(args.config, args.overrides))
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster import coordination
     from lemur_jax.cluster.exit import TRY_AGAIN
@@ -193,9 +193,9 @@ def _sweep(args) -> int:
 
 
 def _doctor(args) -> None:
-    from lemur_jax.config import load
+    from lemur_jax.config import load, with_counts
 
-    config = load(args.config, args.overrides)
+    config = with_counts(load(args.config, args.overrides))
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.train.doctor import doctor

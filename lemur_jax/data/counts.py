@@ -1,7 +1,7 @@
 """Counts of the training stores, from which a config's epochs and batch of documents become rows and updates.
 
-`lemur prepare` records them beside the stores, `config.load` reads them without opening a store, and training compares
-them with the stores that it opens.
+`lemur prepare` records them beside the stores, `config.with_counts` reads the record, and training compares it with
+the stores that it opens.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import RunConfig, flatten, load, to_json
+from lemur_jax.config import RunConfig, flatten, load, to_json, with_counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ def _parse_varied(keys: Collection[str], text: str) -> list[tuple[str, str]]:
 
 def run_config(argument: str, overrides: Sequence[str], run: SweepRun) -> RunConfig:
     """The config of a run."""
-    return load(argument, [*overrides, *run.overrides])
+    return with_counts(load(argument, [*overrides, *run.overrides]))
 
 
 def command(argument: str, overrides: Sequence[str], run: SweepRun, workdir: epath.PathLike) -> str:
