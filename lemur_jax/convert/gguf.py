@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import layout
 from lemur_jax.convert.safetensors import brief
-from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.gguf_files import metadata, open_gguf
 
 _LAYER = "model.layers.{layer}."
@@ -29,8 +29,8 @@ _NAMES = {
     "ffn_up": _LAYER + "mlp.up_proj.weight",
     "ffn_down": _LAYER + "mlp.down_proj.weight",
 }
-# Keys of the metadata under `llama.`, to fields of DecoderConfig.
-_FIELDS = {
+# Keys of the metadata under the architecture's name, to those of `config.json`.
+_KEYS = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "block_count": "num_hidden_layers",
@@ -38,9 +38,48 @@ _FIELDS = {
     "context_length": "max_position_embeddings",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-# Others that are read, or say what the fields above say.
+# Others that are read, or say what the keys above say.
 _OTHERS = {"attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"} | {
     *("rope.freq_base", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What the files of one `general.architecture` have of their own."""
+
+    model_type: str  # of transformers
+    names: Mapping[str, str]  # of tensors, as `_NAMES`
+    keys: Mapping[str, str]  # as `_KEYS`
+    interleaved: bool  # whether channels 2i and 2i + 1 of a head are rotated together
+    norm_offset: float = 0.0  # added to the scales of norms in the file
+    # config.json so far -> its keys that the file does not state
+    derived: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda raw: {}
+
+
+def _query_scale(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """As in llama.cpp: of the 27B model, the one with narrower heads, it follows from the width."""
+    narrow = raw["head_dim"] != 256
+    return {"query_pre_attn_scalar": raw["hidden_size"] // raw["num_attention_heads"] if narrow else 256}
+
+
+ARCHITECTURES = {
+    "llama": Architecture(model_type="llama", names=_NAMES, keys=_KEYS, interleaved=True),
+    "gemma3": Architecture(
+        model_type="gemma3_text",
+        names={
+            **_NAMES,
+            "attn_q_norm": _LAYER + "self_attn.q_norm.weight",
+            "attn_k_norm": _LAYER + "self_attn.k_norm.weight",
+            "post_attention_norm": _LAYER + "post_attention_layernorm.weight",
+            "ffn_norm": _LAYER + "pre_feedforward_layernorm.weight",
+            "post_ffw_norm": _LAYER + "post_feedforward_layernorm.weight",
+        },
+        keys={**_KEYS, "attention.sliding_window": "sliding_window"},
+        interleaved=False,
+        norm_offset=1.0,
+        derived=_query_scale,
+    ),
 }
 
 
@@ -52,6 +91,7 @@ class GgufTensor:
     path: epath.Path
     shape: tuple[int, ...]
     heads: int  # > 0: rows of these heads are in llama.cpp's order
+    offset: float  # added to the values in the file
     tensor: Any
     dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
 
@@ -61,44 +101,41 @@ class GgufTensor:
 
         data = gguf.quants.dequantize(self.tensor.data, self.tensor.tensor_type).reshape(self.shape)
         if not self.heads:
-            return data
+            return data - np.float32(self.offset) if self.offset else data
         # llama.cpp rotates channels 2i and 2i + 1 of a head, this model and transformers i and i + N/2.
         halves = data.reshape(self.heads, -1, 2, self.shape[1])
         return halves.swapaxes(1, 2).reshape(self.shape)
 
 
-def read_config(path: epath.PathLike) -> DecoderConfig:
-    """The model's shape from the metadata of a GGUF file.
+def read_config(path: epath.PathLike) -> dict[str, Any]:
+    """The model's shape from the metadata of a GGUF file, as a `config.json`.
 
     Raises:
-      UserError: another architecture, or a key under `llama.` whose meaning is not implemented.
+      UserError: another architecture, or a key under its name whose meaning is not implemented.
     """
-    architecture = metadata(path, "general.").get("architecture")
-    if architecture != "llama":
-        raise UserError(f"{path}: general.architecture is {architecture!r}; only llama can be imported")
+    kind, architecture = _architecture(path)
     # Numbers are float32 in the file: 1e-5 is there as 9.999999747378752e-06.
     data = {
         key: float(str(np.float32(value))) if isinstance(value, float) else value
-        for key, value in metadata(path, "llama.").items()
+        for key, value in metadata(path, f"{kind}.").items()
     }
-    for key in _FIELDS:
+    for key in architecture.keys:
         if key not in data:
-            raise UserError(f"{path}: llama.{key} is missing")
-    if unknown := sorted(data.keys() - _FIELDS.keys() - _OTHERS):
+            raise UserError(f"{path}: {kind}.{key} is missing")
+    if unknown := sorted(data.keys() - architecture.keys.keys() - _OTHERS):
         key = unknown[0]
-        raise UserError(f"{path}: llama.{key} is {data[key]!r:.80}, which is not implemented")
-    fields: dict[str, Any] = {field: data[key] for key, field in _FIELDS.items()}
+        raise UserError(f"{path}: {kind}.{key} is {data[key]!r:.80}, which is not implemented")
     heads, width = data["attention.head_count"], data["embedding_length"]
     shapes = {tensor.name: tensor.shape for tensor in open_gguf(path).tensors}
     if not isinstance(heads, int) or heads < 1 or "token_embd.weight" not in shapes:
         raise UserError(
-            f"{path}: token_embd.weight is missing, or llama.attention.head_count ({heads!r:.80}) is not one number"
+            f"{path}: token_embd.weight is missing, or {kind}.attention.head_count ({heads!r:.80}) is not one number"
         )
     head_dim = data.get("attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if data.get(key, head_dim) != head_dim:
             raise UserError(
-                f"{path}: llama.{key} is {data[key]}; only whole heads of {head_dim} are implemented"
+                f"{path}: {kind}.{key} is {data[key]}; only whole heads of {head_dim} are implemented"
             )
     if "rope_freqs.weight" in shapes:
         raise UserError(
@@ -108,32 +145,45 @@ def read_config(path: epath.PathLike) -> DecoderConfig:
     scaling = data.get("rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         raise UserError(
-            f"{path}: llama.rope.scaling.type is {scaling!r}; only none and linear are implemented"
+            f"{path}: {kind}.rope.scaling.type is {scaling!r}; only none and linear are implemented"
         )
     if scaling == "linear" and "rope.scaling.factor" not in data:
-        raise UserError(f"{path}: llama.rope.scaling.factor is missing")
-    return DecoderConfig(
-        **fields,
-        vocab_size=int(shapes["token_embd.weight"][1]),
-        num_key_value_heads=data.get("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        tie_word_embeddings="output.weight" not in shapes,
-        rope_theta=float(data.get("rope.freq_base", 10_000.0)),
-        rope_scaling=scaling,
-        **({"rope_factor": float(data["rope.scaling.factor"])} if scaling == "linear" else {}),
-    )
+        raise UserError(f"{path}: {kind}.rope.scaling.factor is missing")
+    linear = {"rope_type": "linear", "factor": data.get("rope.scaling.factor")}
+    raw = {
+        "model_type": architecture.model_type,
+        **{name: data[key] for key, name in architecture.keys.items()},
+        "vocab_size": int(shapes["token_embd.weight"][1]),
+        "num_key_value_heads": data.get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "rope_theta": data.get("rope.freq_base", 10_000.0),
+        "rope_scaling": linear if scaling == "linear" else None,
+    }
+    return raw | architecture.derived(raw)
+
+
+def _architecture(path: epath.PathLike) -> tuple[str, Architecture]:
+    """`general.architecture`, and what follows from it."""
+    kind = metadata(path, "general.").get("architecture")
+    if kind not in ARCHITECTURES:
+        known = " and ".join(ARCHITECTURES)
+        raise UserError(f"{path}: general.architecture is {kind!r}; only {known} can be imported")
+    return kind, ARCHITECTURES[kind]
 
 
 def open_weights(path: epath.PathLike) -> dict[str, GgufTensor]:
     """The tensors of a GGUF file by Hugging Face's names.
 
     Raises:
-      UserError: the metadata are not those of a Llama, or a quantization that `gguf` cannot undo.
+      UserError: as `read_config`, or a quantization that `gguf` cannot undo.
     """
     import gguf
 
-    config = read_config(path)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    config, (_, architecture) = read_config(path), _architecture(path)
+    names, heads = architecture.names, {}
+    if architecture.interleaved:
+        heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
     for tensor in open_gguf(path).tensors:
         block, _, rest = tensor.name.rpartition("blk.")[2].partition(".")
@@ -143,13 +193,14 @@ def open_weights(path: epath.PathLike) -> dict[str, GgufTensor]:
             gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type)
         except NotImplementedError as error:
             raise UserError(f"{path}: tensor {brief(tensor.name)}: {error} in the library gguf") from error
-        known = kind in _NAMES and tensor.name.endswith(".weight")
-        name = _NAMES[kind].format(layer=layer) if known else tensor.name
+        known = kind in names and tensor.name.endswith(".weight")
+        name = names[kind].format(layer=layer) if known else tensor.name
         tensors[name] = GgufTensor(
             name=brief(name),
             path=epath.Path(os.fspath(path)),
             shape=tuple(int(size) for size in reversed(tensor.shape)),
             heads=heads.get(kind, 0),
+            offset=architecture.norm_offset if kind.endswith("norm") else 0.0,
             tensor=tensor,
         )
     return tensors

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +26,10 @@ _ROPE_KEYS = {
     "linear": ("factor",),
     "llama3": _LLAMA3,
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
 }
-_ROPE_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor")}
+_ROPE_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor"), "longrope": ("attention_factor",)}
+_ROPE_NAMES = {"default": "none", "su": "longrope"}  # "su" in the first Phi-3
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 def read_config(hf_dir: epath.PathLike) -> DecoderConfig:
     """The model's shape from a Hugging Face directory or a GGUF file; UserError without one, or as in `from_hf`."""
     if is_gguf(hf_dir):
-        return gguf.read_config(hf_dir)
+        return from_hf(gguf.read_config(hf_dir), os.fspath(hf_dir))
     path = epath.Path(hf_dir) / "config.json"
     if not path.parent.exists():  # `is_dir` would say no of a store that cannot be reached
         raise UserError(f"{path.parent} is not a directory: download the model there first")
@@ -135,26 +138,36 @@ def _rope_from_hf(
     if families.BY_NAME[raw["model_type"]].local_theta:  # layers with a window have their own
         rope = rope.get(families.FULL, rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    kind = "none" if kind == "default" else kind
+    kind = _ROPE_NAMES.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise UserError(
-            f"{where}: {name} has the type {kind!r}; implemented are default, linear, llama3 and yarn"
+            f"{where}: {name} has the type {kind!r}; implemented are default, {', '.join(list(_ROPE_KEYS)[1:])}"
         )
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
         raise UserError(f"{where}: partial_rotary_factor is {partial}; only whole heads are rotated (1.0)")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3, *_ROPE_OPTIONAL["yarn"]}
+    known |= set(_ROPE_KEYS["longrope"])
     if unknown := sorted(set(rope) - known):
         raise UserError(f"{where}: {name} has the unknown key {unknown[0]}")
     thetas = (rope.get("rope_theta"), raw.get("rope_theta"), default_theta)
     theta = next(value for value in thetas if value is not None)
     fields: dict[str, Any] = {"rope_theta": _number(theta, float, "rope_theta", where), "rope_scaling": kind}
+    original = raw.get("original_max_position_embeddings") or max_positions
+    rope = {"original_max_position_embeddings": original, **rope}
+    if kind == "longrope" and rope.get("factor") is None:
+        rope["factor"] = max_positions / _number(
+            rope["original_max_position_embeddings"], int, f"{name}.original_max_position_embeddings", where
+        )
     for key in _ROPE_KEYS[kind]:
-        value = rope.get(key, max_positions if key == "original_max_position_embeddings" else None)
-        if value is None:
+        if rope.get(key) is None:
             raise UserError(f"{where}: {name} of type {kind} lacks {key}")
         number = int if key == "original_max_position_embeddings" else float
-        fields[f"rope_{key}"] = _number(value, number, f"{name}.{key}", where)
+        if key in ("short_factor", "long_factor"):
+            factors = rope[key] if isinstance(rope[key], list) else [rope[key]]
+            fields[f"rope_{key}"] = tuple(_number(each, float, f"{name}.{key}", where) for each in factors)
+        else:
+            fields[f"rope_{key}"] = _number(rope[key], number, f"{name}.{key}", where)
     for key in _ROPE_OPTIONAL.get(kind, ()):
         if rope.get(key) is not None:
             fields[f"rope_{key}"] = _number(rope[key], float, f"{name}.{key}", where)
@@ -197,6 +210,10 @@ def _rope_to_hf(config: DecoderConfig) -> dict[str, Any]:
     kind, scaling = config.rope_scaling, None
     if kind != "none":
         scaling = {"rope_type": kind} | {key: getattr(config, f"rope_{key}") for key in _ROPE_KEYS[kind]}
+        scaling = {key: list(value) if isinstance(value, tuple) else value for key, value in scaling.items()}
         for key in _ROPE_OPTIONAL.get(kind, ()):
             scaling[key] = getattr(config, f"rope_{key}") or None
-    return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
+    rope = {"rope_theta": config.rope_theta, "rope_scaling": scaling}
+    if kind == "longrope":  # where Phi-3 and transformers 4 look for it
+        rope["original_max_position_embeddings"] = config.rope_original_max_position_embeddings
+    return rope

@@ -9,7 +9,7 @@ from lemur_jax.common.sections import require, require_one_of
 
 # Values of the fields of `DecoderConfig` that name a choice.
 CHOICES = {
-    "rope_scaling": ("none", "linear", "llama3", "yarn"),
+    "rope_scaling": ("none", "linear", "llama3", "yarn", "longrope"),
     "norm_position": ("pre", "post", "both"),
     "qk_norm": ("", "head", "width"),
     "attention_bias": ("", "qkv", "qkvo"),
@@ -44,14 +44,20 @@ class DecoderConfig:
     max_position_embeddings: int = 4096  # longest sequence that the model was made for, in tokens
     tie_word_embeddings: bool = False  # whether the head is the transposed embedding
     rope_theta: float = 10_000.0  # base of the rotary angles
-    rope_scaling: str = "none"  # "none", "linear" (positions divided by `rope_factor`), "llama3" or "yarn"
+    rope_scaling: str = (
+        "none"  # or "linear" (positions divided by `rope_factor`), "llama3", "yarn", "longrope"
+    )
     rope_factor: float = 1.0  # of every scaling
     rope_low_freq_factor: float = 1.0  # of Llama-3 scaling
     rope_high_freq_factor: float = 4.0  # of Llama-3 scaling
-    rope_original_max_position_embeddings: int = 8192  # of Llama-3 and YaRN scaling
+    rope_original_max_position_embeddings: int = 8192  # of Llama-3, YaRN and LongRoPE scaling
     rope_beta_fast: float = 32.0  # of YaRN: more rotations in the original length: not scaled
     rope_beta_slow: float = 1.0  # of YaRN: fewer rotations in the original length: divided by `rope_factor`
-    rope_attention_factor: float = 0.0  # of YaRN: multiplies cosine and sine; 0: 0.1 ln(rope_factor) + 1
+    rope_attention_factor: float = (
+        0.0  # of YaRN and LongRoPE: multiplies cosine and sine; 0: by `rope_factor`
+    )
+    rope_short_factor: tuple[float, ...] = ()  # of LongRoPE: divisor of each pair's frequency in short rows
+    rope_long_factor: tuple[float, ...] = ()  # in rows longer than `rope_original_max_position_embeddings`
     rope_local_theta: float = 0.0  # base of the unscaled angles of layers with a window; 0: as in the others
     rope_skip_every: int = 0  # n: every n-th layer has no rotary embedding; 0: all have one
     attention_bias: str = ""  # attention projections with a bias: "", "qkv" or "qkvo"
@@ -88,6 +94,14 @@ class DecoderConfig:
             raise UserError(f"model.head_dim is {self.head_dim}: rotary embedding needs an even one")
         for name, choices in CHOICES.items():
             require_one_of(f"model.{name}", getattr(self, name), choices)
+        pairs = self.head_dim // 2 if self.rope_scaling == "longrope" else 0
+        for name in ("rope_short_factor", "rope_long_factor"):
+            factors = tuple(getattr(self, name))
+            object.__setattr__(self, name, factors)  # JSON has lists
+            good = len(factors) == pairs and min(factors, default=1) > 0
+            require(
+                good, f"model.{name}", factors, f"{pairs} positive numbers with {self.rope_scaling} scaling"
+            )
         longest = self.max_position_embeddings
         within = f"at most model.max_position_embeddings {longest}"
         require(self.sliding_window <= longest, "model.sliding_window", self.sliding_window, within)

@@ -19,8 +19,10 @@ from lemur_jax.parallel.projection import einsum
 Angles = tuple[jax.Array, jax.Array]  # cosine and sine
 
 
-def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
+def inverse_frequencies(config: DecoderConfig, long: bool = False) -> np.ndarray:
     """Radians a position for each pair of channels: float32 [N/2] (Su et al. 2021, eq. 15).
+
+    `long` chooses LongRoPE's factors for long rows (Ding et al. 2024).
 
     Llama-3 scaling as in Meta's `apply_scaling`: short wavelengths stay, long ones are divided by the factor, and
     between them it is interpolated. Float32 throughout, as published weights were trained with exactly these roundings.
@@ -37,6 +39,9 @@ def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
         wavelengths = np.float32(2 * math.pi) / frequencies
         keep = np.clip((original / wavelengths - low) / (high - low), np.float32(0), one)
         return (one - keep) * frequencies / factor + keep * frequencies
+    if config.rope_scaling == "longrope":
+        factors = np.float32(config.rope_long_factor if long else config.rope_short_factor)
+        return one / (factors * np.float32(config.rope_theta) ** exponents)
     if config.rope_scaling == "yarn":
         keep = one - _yarn_ramp(config)
         return (one - keep) * frequencies / factor + keep * frequencies
@@ -59,9 +64,16 @@ def _yarn_ramp(config: DecoderConfig) -> np.ndarray:
     return np.clip((pairs - low) / np.float32(max(high - low, 0.001)), 0, 1)
 
 
-def angles_by_layer(config: DecoderConfig, positions: jax.Array) -> Callable[[jax.Array], Angles]:
-    """Rotary angles as a function of the layer's index, int32 []; `positions` are int32 [B, T]."""
-    angles = rotary_angles(config, positions)
+def angles_by_layer(
+    config: DecoderConfig, positions: jax.Array, slots: int = 0
+) -> Callable[[jax.Array], Angles]:
+    """Rotary angles as a function of the layer's index, int32 [].
+
+    Args:
+      positions: int32 [B, T].
+      slots: length of the cache; 0 without one.
+    """
+    angles = rotary_angles(config, positions, slots)
     if config.rope_local_theta:
         local = dataclasses.replace(config, rope_theta=config.rope_local_theta, rope_scaling="none")
         windowed = rotary_angles(local, positions)
@@ -76,17 +88,34 @@ def _choose(condition, yes: Angles, no: Angles) -> Angles:
     return jnp.where(condition, yes[0], no[0]), jnp.where(condition, yes[1], no[1])
 
 
-def rotary_angles(config: DecoderConfig, positions: jax.Array) -> Angles:
+def rotary_angles(config: DecoderConfig, positions: jax.Array, slots: int = 0) -> Angles:
     """Cosine and sine of the angles, float32 [B, T, 1, N/2], for int32 positions [B, T].
 
     Always float32: in bfloat16 the angle at position 2047 is wrong by up to 3.4 radians.
     """
     frequencies = jnp.asarray(inverse_frequencies(config))
+    if config.rope_scaling == "longrope":
+        # What is in a cache stays as it was rotated, so there the length of the cache decides.
+        original = config.rope_original_max_position_embeddings
+        long = (jnp.max(positions, axis=1) >= original) | (slots > original)
+        long_frequencies = inverse_frequencies(config, long=True)
+        frequencies = jnp.where(long[:, None, None, None], long_frequencies, frequencies)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
-    if config.rope_scaling != "yarn":
+    if config.rope_scaling not in ("yarn", "longrope"):
         return jnp.cos(angles), jnp.sin(angles)
-    factor = config.rope_attention_factor or 0.1 * math.log(config.rope_factor) + 1
+    factor = config.rope_attention_factor or _attention_factor(config)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def _attention_factor(config: DecoderConfig) -> float:
+    """As the papers of YaRN (eq. 22) and LongRoPE recommend."""
+    if config.rope_factor <= 1:
+        return 1.0
+    if config.rope_scaling == "yarn":
+        return 0.1 * math.log(config.rope_factor) + 1
+    return math.sqrt(
+        1 + math.log(config.rope_factor) / math.log(config.rope_original_max_position_embeddings)
+    )
 
 
 def rotate(x: jax.Array, angles: Angles, mesh: Mesh | None = None) -> jax.Array:

@@ -39,6 +39,12 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 256,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0 + 0.1 * pair for pair in range(8)],
+    "long_factor": [1.0 + 0.7 * pair for pair in range(8)],
+}
 QWEN3_MOE = dict(
     num_experts=8,
     num_experts_per_tok=3,
@@ -63,6 +69,14 @@ FAMILIES = {
     "qwen3 moe": ("Qwen3Moe", QWEN3_MOE),
     "olmoe": ("Olmoe", dict(num_experts=6, num_experts_per_tok=3, tie_word_embeddings=True)),
     "phi3": ("Phi3", dict(sliding_window=40)),
+    "phi3 in rows longer than its original length": (
+        "Phi3",
+        dict(rope_parameters=LONGROPE, original_max_position_embeddings=64),
+    ),
+    "phi3 in shorter rows": (
+        "Phi3",
+        dict(rope_parameters=LONGROPE, original_max_position_embeddings=700),
+    ),
     "gemma2": ("Gemma2", dict(sliding_window=40, query_pre_attn_scalar=24)),
     "gemma3": ("Gemma3Text", dict(sliding_window=40, num_hidden_layers=7)),
 }
@@ -140,9 +154,10 @@ def test_an_export_is_the_same_model_bit_for_bit(model, tmp_path):
         assert (again(ids).logits - model(ids).logits).abs().max() <= 1e-4 * model(ids).logits.abs().max()
 
 
+FAST = ("mistral", "smollm3", "gemma2", "gemma3", "mixtral")
 GENERATED = [
-    *("mistral", "smollm3", "gemma2", "gemma3", "mixtral"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3 moe", "olmoe", "phi3")),
+    *FAST,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in FAST),
 ]
 
 
@@ -191,7 +206,16 @@ def test_the_text_part_of_a_multimodal_gemma(tmp_path):
             "model.experts_per_token is 9: it must be 1 to model.num_experts 8",
         ),
         ("mixtral", {"num_local_experts": 10**9}, "at most 1024"),
-        ("phi3", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "has the type 'longrope'"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+            "of type longrope lacks short_factor",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            r"model.rope_short_factor is \(1.0,\): it must be 8 positive numbers with longrope scaling",
+        ),
         ("phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75"),
         ("llama", {"rope_scaling": {"rope_type": "spiral"}}, "has the type 'spiral'; implemented are"),
         (

@@ -122,7 +122,7 @@ def test_null_switches_a_cap_off_where_its_absence_means_the_default():
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .*gptq"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "'longrope'"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope lacks short_factor"),
         ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor is '2'"),

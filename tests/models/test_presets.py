@@ -53,7 +53,8 @@ def test_unknown_preset_lists_the_known():
     [
         ({"num_key_value_heads": 3}, "num_attention_heads"),
         ({"head_dim": 15}, "head_dim"),
-        ({"rope_scaling": "longrope"}, "rope_scaling"),
+        ({"rope_scaling": "spiral"}, "rope_scaling"),
+        ({"rope_scaling": "longrope"}, "rope_short_factor"),
         ({"vocab_size": 0}, "vocab_size"),
     ],
 )
