@@ -31,6 +31,24 @@ _LLAMA3: dict[str, Any] = dict(
     rope_factor=8.0,
 )
 _QWEN: dict[str, Any] = dict(max_position_embeddings=32_768, rope_theta=1_000_000.0, rms_norm_eps=1e-6)
+_GEMMA: dict[str, Any] = dict(
+    rms_norm_eps=1e-6,
+    norm_position="both",
+    norm_offset=1.0,
+    activation="gelu_tanh",
+    tie_word_embeddings=True,
+)
+_GEMMA3: dict[str, Any] = _GEMMA | dict(
+    max_position_embeddings=131_072,
+    vocab_size=262_208,
+    rope_theta=1_000_000.0,
+    rope_scaling="linear",
+    rope_factor=8.0,
+    rope_local_theta=10_000.0,
+    sliding_window=1024,
+    full_attention_every=6,
+    qk_norm="head",
+)
 _SMALL: dict[str, Any] = dict(max_position_embeddings=1024)
 
 PRESETS: dict[str, DecoderConfig] = {
@@ -46,18 +64,57 @@ PRESETS: dict[str, DecoderConfig] = {
     "llama3.2_3b": DecoderConfig(
         **_LLAMA3 | _shape(3072, 8192, 28, 24, 8) | dict(rope_factor=32.0, tie_word_embeddings=True)
     ),
+    "llama1_7b": DecoderConfig(
+        **_LLAMA2 | _7B | dict(max_position_embeddings=2048, rms_norm_eps=1e-6),
+    ),
     "llama2_7b": DecoderConfig(**_LLAMA2, **_7B),
     "llama2_13b": DecoderConfig(**_LLAMA2, **_shape(5120, 13_824, 40, 40, 40)),
     "llama2_70b": DecoderConfig(**_LLAMA2, **_70B),
     "codellama_7b": DecoderConfig(**_CODELLAMA, vocab_size=32_016, **_7B),
     "codellama_34b": DecoderConfig(**_CODELLAMA, vocab_size=32_000, **_shape(8192, 22_016, 48, 64, 8)),
+    "llama3_8b": DecoderConfig(
+        vocab_size=128_256,
+        max_position_embeddings=8192,
+        rope_theta=500_000.0,
+        **_shape(4096, 14_336, 32, 32, 8),
+    ),
     "llama3.1_8b": DecoderConfig(**_LLAMA3, **_shape(4096, 14_336, 32, 32, 8)),
     "llama3.1_70b": DecoderConfig(**_LLAMA3, **_70B),
+    "llama3.3_70b": DecoderConfig(**_LLAMA3, **_70B),
     "llama3.1_405b": DecoderConfig(**_LLAMA3, **_shape(16_384, 53_248, 126, 128, 8)),
+    "smollm2_135m": DecoderConfig(
+        vocab_size=49_152,
+        max_position_embeddings=8192,
+        rope_theta=100_000.0,
+        tie_word_embeddings=True,
+        **_shape(576, 1536, 30, 9, 3, 64),
+    ),
+    "smollm2_1.7b": DecoderConfig(
+        vocab_size=49_152,
+        max_position_embeddings=8192,
+        rope_theta=130_000.0,
+        tie_word_embeddings=True,
+        **_shape(2048, 8192, 24, 32, 32, 64),
+    ),
+    "smollm3_3b": DecoderConfig(
+        vocab_size=128_256,
+        max_position_embeddings=65_536,
+        rms_norm_eps=1e-6,
+        rope_theta=5_000_000.0,
+        rope_skip_every=4,
+        tie_word_embeddings=True,
+        **_shape(2048, 11_008, 36, 16, 4),
+    ),
     "mistral_7b_v0.1": DecoderConfig(
         vocab_size=32_000,
         max_position_embeddings=32_768,
         sliding_window=4096,
+        **_shape(4096, 14_336, 32, 32, 8),
+    ),
+    "mistral_7b_v0.3": DecoderConfig(
+        vocab_size=32_768,
+        max_position_embeddings=32_768,
+        rope_theta=1_000_000.0,
         **_shape(4096, 14_336, 32, 32, 8),
     ),
     "qwen2.5_coder_7b": DecoderConfig(
@@ -78,23 +135,44 @@ PRESETS: dict[str, DecoderConfig] = {
         qk_norm="head",
         **_shape(5120, 25_600, 64, 64, 8),
     ),
-    "gemma3_27b": DecoderConfig(
-        vocab_size=262_208,
-        max_position_embeddings=131_072,
+    "olmo2_7b": DecoderConfig(
+        vocab_size=100_352,
         rms_norm_eps=1e-6,
-        rope_theta=1_000_000.0,
-        rope_scaling="linear",
-        rope_factor=8.0,
-        rope_local_theta=10_000.0,
-        sliding_window=1024,
-        full_attention_every=6,
-        qk_norm="head",
+        rope_theta=500_000.0,
+        qk_norm="width",
+        norm_position="post",
+        **_shape(4096, 11_008, 32, 32, 32),
+    ),
+    "phi4_14b": DecoderConfig(
+        vocab_size=100_352,
+        max_position_embeddings=16_384,
+        rope_theta=250_000.0,
+        **_shape(5120, 17_920, 40, 40, 10),
+    ),
+    "gemma2_9b": DecoderConfig(
+        **_GEMMA,
+        vocab_size=256_000,
+        max_position_embeddings=8192,
+        sliding_window=4096,
+        full_attention_every=2,
+        query_scale=256.0,
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+        embedding_multiplier=3584**0.5,
+        **_shape(3584, 14_336, 42, 16, 8, 256),
+    ),
+    "gemma3_270m": DecoderConfig(
+        **_GEMMA3
+        | dict(vocab_size=262_144, max_position_embeddings=32_768, sliding_window=512)
+        | dict(rope_scaling="none", rope_factor=1.0),
+        query_scale=256.0,
+        embedding_multiplier=640**0.5,
+        **_shape(640, 2048, 18, 4, 1, 256),
+    ),
+    "gemma3_27b": DecoderConfig(
+        **_GEMMA3,
         query_scale=168.0,
-        norm_position="both",
-        norm_offset=1.0,
         embedding_multiplier=5376**0.5,
-        activation="gelu_tanh",
-        tie_word_embeddings=True,
         **_shape(5376, 21_504, 62, 32, 16),
     ),
     "mixtral_8x7b": DecoderConfig(
@@ -104,6 +182,14 @@ PRESETS: dict[str, DecoderConfig] = {
         num_experts=8,
         experts_per_token=2,
         **_shape(4096, 14_336, 32, 32, 8),
+    ),
+    "olmoe_1b_7b": DecoderConfig(
+        vocab_size=50_304,
+        qk_norm="width",
+        num_experts=64,
+        experts_per_token=8,
+        normalize_expert_weights=False,
+        **_shape(2048, 1024, 16, 16, 16),
     ),
     "qwen3_30b_a3b": DecoderConfig(
         **_QWEN | dict(max_position_embeddings=40_960),

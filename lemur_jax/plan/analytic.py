@@ -94,9 +94,9 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     chip = tpu.generation
     return Bound(
         buffers=tuple(sorted((each for each in buffers if each[0]), reverse=True)),
-        compute=_flops(config, model) / (tpu.devices * flops.chip(chip.device_kind).flops_per_device),
+        compute=_flops(config) / (tpu.devices * flops.chip(chip.device_kind).flops_per_device),
         memory=moved / chip.bandwidth,
-        network=_network(config, model, mesh, tokens, tpu),
+        network=_network(config, mesh, tokens, tpu),
         host=2 * tokens * sum(size for _, size in stored_bytes(config, mesh, "host")) / chip.host,
     )
 
@@ -165,9 +165,9 @@ def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, fl
     ]
 
 
-def _flops(config: RunConfig, model: DecoderConfig) -> float:
+def _flops(config: RunConfig) -> float:
     """FLOPs of an update: three passes, and what the policy recomputes; attention causal."""
-    T, policy = config.data.sequence_length, config.compute.remat
+    model, T, policy = config.model, config.data.sequence_length, config.compute.remat
     D, F, L = model.hidden_size, model.active_mlp_width, model.num_hidden_layers
     HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
     again = {
@@ -186,8 +186,9 @@ def _flops(config: RunConfig, model: DecoderConfig) -> float:
     )
 
 
-def _network(config: RunConfig, model: DecoderConfig, mesh: Any, tokens: float, tpu: Slice) -> float:
+def _network(config: RunConfig, mesh: Any, tokens: float, tpu: Slice) -> float:
     """Seconds over all links at once: gathered weights, summed activations, positions exchanged for heads."""
+    model = config.model
     size = jnp.dtype(config.compute.dtype).itemsize
     _, fsdp, expert, sequence, tensor = (mesh.shape[axis] for axis in AXES)
     sizes, weights = param_sizes(model), 0.0

@@ -196,7 +196,7 @@ def search(
     described_devices(tpu)  # every compilation would fail without libtpu
     cache.mkdir(parents=True, exist_ok=True)
     result = SearchResult()
-    queue = _Queue(config, tpu, candidates(config, tpu, result), result)
+    queue = _Queue(config.compute.compiler_options, tpu, candidates(config, tpu, result), result)
     refine_at, end = started + 60 * minutes * _LAYOUTS_FIRST, started + 60 * minutes
     logger.info("%d candidates, %d dropped by their shapes", len(queue.layouts), sum(result.pruned.values()))
     # By the sentinel that says that a process has ended.
@@ -254,15 +254,16 @@ def _finish(
 class _Queue:
     """The order in which candidates are compiled."""
 
-    def __init__(self, config: RunConfig, tpu: Slice, layouts: list[Candidate], result: SearchResult):
-        self.config, self.tpu, self.layouts, self.result = config, tpu, layouts, result
+    def __init__(self, options: tuple[str, ...], tpu: Slice, layouts: list[Candidate], result: SearchResult):
+        """`options`: the compiler options with which the search begins."""
+        self.options, self.tpu, self.layouts, self.result = options, tpu, layouts, result
         self._refined: list[Changes] = []
 
     def next(self, refine: bool) -> Candidate | None:
         """The next candidate that is worth a compilation; with `refine`, first of those of the best."""
         if not refine and (candidate := self._next_layout()):
             return candidate
-        for candidate in refinements(self.result.best, self.config) if self.result.best else ():
+        for candidate in refinements(self.result.best, self.options) if self.result.best else ():
             if candidate.changes not in self._refined:
                 self._refined.append(candidate.changes)
                 return candidate
@@ -300,12 +301,16 @@ def _device_hbm(trial: Trial) -> float:
     return trial.plan.hbm_bytes_per_chip * trial.plan.chips / math.prod(trial.plan.mesh.values())
 
 
-def refinements(best: Trial, config: RunConfig) -> Iterator[Candidate]:
-    """The best so far with one more value changed, of a key that still has its first value."""
+def refinements(best: Trial, options: tuple[str, ...]) -> Iterator[Candidate]:
+    """The best so far with one more value changed, of a key that still has its first value.
+
+    Args:
+      options: the compiler options with which the search began.
+    """
     for name, value in REFINEMENTS:
         changes = {**best.changes, name: value}
         if name == OPTIONS:
-            given = best.changes.get(name, config.compute.compiler_options)
+            given = best.changes.get(name, options)
             if value in given:
                 continue
             changes[name] = (*given, value)

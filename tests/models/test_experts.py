@@ -1,5 +1,7 @@
 """Mixtures of experts: the router's losses against transformers, and the same step on every mesh."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,12 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.infer.generate import generate
+from lemur_jax.infer.session import make_session
+from lemur_jax.models.decoder import init_params
 from lemur_jax.models.experts import choose, router_statistics
 from lemur_jax.models.presets import preset
+from lemur_jax.parallel.mesh import make_mesh
 from tests.helpers.tiny import first_state, placed, program_on, rows, tiny_config
 
 EXPERTS = dict(num_experts=8, experts_per_token=3, intermediate_size=32)
@@ -67,6 +73,22 @@ def test_statistics_against_transformers():
     load = np.bincount(np.asarray(chosen)[valid].ravel(), minlength=8)
     np.testing.assert_allclose(found["max_load"], load.max() / load.mean(), rtol=1e-6)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_sharded_experts_generate_the_same_tokens():
+    model = preset("tiny", **EXPERTS, initializer_range=0.2)
+    params = jax.device_get(jax.jit(init_params, static_argnums=0)(model, jax.random.key(0)))
+    prompts = [np.random.default_rng(row).integers(0, 512, 20 + 9 * row).tolist() for row in range(4)]
+    answers = []
+    for sizes in ({}, {"expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}):
+        sizes = {"fsdp": 1, **sizes}
+        mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+        session = make_session(model, params, mesh, "float32")
+        found = generate(session, prompts, max_new_tokens=64, stop_ids=[])
+        answers.append([list(answer.tokens) for answer in found])
+    assert answers[1] == answers[0] == answers[2]
+    assert len({tuple(answer) for answer in answers[0]}) == 4
 
 
 def test_impossible_numbers_of_experts():

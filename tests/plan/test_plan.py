@@ -69,6 +69,15 @@ def test_an_update_on_v4(narrow_plan):
     assert "ESTIMATED step of 4,096 tokens" in printed
 
 
+def test_llamas_step_is_as_fast_as_before_other_families(narrow_plan):
+    """The compiler's cycles of the optimized program, against those before the decoder had a specification."""
+    _, made, _ = narrow_plan
+    if made.versions["libtpu"] != "0.0.52":
+        pytest.skip("recorded with libtpu 0.0.52")
+    cycles = (made.parts["matmul"] + made.parts["other compute"]) * topologies.GENERATIONS["v4"].clock
+    assert cycles == pytest.approx(1_376_688, rel=0.005)
+
+
 def test_what_does_not_fit_names_the_way_out(tpu_compiler, tmp_path, capsys, monkeypatch, caplog):
     """From the command line, with exit code 1 and lines of progress."""
     caplog.set_level(logging.INFO, "lemur_jax")

@@ -168,7 +168,7 @@ def test_bounds_are_corrected_by_what_was_compiled(monkeypatch):
     config = seven_billion({"data.sequence_length": 4096, "train.batch_rows": 64, "compute.remat": "mlp"})
     slice_ = topologies.find_slice("v5e-32")
     result = search.SearchResult()
-    queue = search._Queue(config, slice_, search.candidates(config, slice_, result), result)
+    queue = search._Queue((), slice_, search.candidates(config, slice_, result), result)
     first = queue.next(refine=False)
     assert first.changes["compute.remat"] == "mlp"
     needed = types.SimpleNamespace(
