@@ -11,7 +11,7 @@ from typing import Any
 
 from lemur_jax.agents import mint_checks
 from lemur_jax.agents.environments import Environment, Step, find_data
-from lemur_jax.agents.shell import Shell
+from lemur_jax.agents.shell import Shell, interpreter
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import Message
 
@@ -266,9 +266,10 @@ def open_mint(
       python: the interpreter that runs the cells.
 
     Raises:
-      UserError: data are missing or of another version.
+      UserError: data are missing or of another version, or the interpreter lacks IPython.
     """
     root = find_data(data, "processed/gsm8k/test_prompts.json", WHERE)
+    interpreter(python)  # a wrong one is named before the first episode
     runs = [run for of_set in (extra or {}).values() for run in of_set]
     outputs = root / "outputs"
     # A run with feedback has it in its example.

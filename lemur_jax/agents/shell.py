@@ -24,8 +24,12 @@ print(json.dumps([os.path.realpath(sys.executable), os.path.realpath(sys.base_pr
 
 
 @functools.cache
-def _interpreter(python: str) -> tuple[str, ...]:
-    """The program behind an interpreter, its installation and the directories of its packages."""
+def interpreter(python: str) -> tuple[str, ...]:
+    """The program behind an interpreter, its installation and the directories of its packages.
+
+    Raises:
+      UserError: it does not run, or lacks IPython.
+    """
     try:
         asked = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -81,7 +85,7 @@ class Shell:
         self._requests.flush()
 
     def _start(self) -> None:
-        program, prefix, *packages = _interpreter(self._python)
+        program, prefix, *packages = interpreter(self._python)
         limits = Limits(
             wall_seconds=20.0 * self._seconds,
             cpu_seconds=10.0 * self._seconds,
