@@ -1,9 +1,9 @@
 """A MariaDB server of its own: temporary, on a socket, without a network."""
 
 import contextlib
-import getpass
 import os
 import pathlib
+import pwd
 import re
 import shutil
 import subprocess
@@ -30,23 +30,24 @@ def server(dump: pathlib.Path) -> Iterator[pathlib.Path]:
     if not (program := shutil.which("mariadbd", path=f"{os.environ['PATH']}:/usr/sbin")):
         raise UserError("InterCode-SQL needs MariaDB's server: apt-get install mariadb-server")
     directory = pathlib.Path(tempfile.mkdtemp(prefix="lemur-db-"))
-    user = "nobody" if os.getuid() == 0 else getpass.getuser()
+    launch = ["setpriv", "--pdeathsig=TERM"]  # it ends with this process, also where that is killed
     if os.getuid() == 0:
         shutil.chown(directory, "nobody")
+        launch += ["--reuid=nobody", f"--regid={pwd.getpwnam('nobody').pw_gid}", "--clear-groups"]
     socket, log = directory / "socket", directory / "log"
-    options = [f"--datadir={directory}/data", f"--user={user}"]
+    options = [f"--datadir={directory}/data"]
     process = None
     try:
         with log.open("w") as output:
             streams = {"stdout": output, "stderr": output}
             install = ["mariadb-install-db", "--no-defaults", "--auth-root-authentication-method=normal"]
-            if subprocess.run([*install, *options], **streams).returncode:
+            if subprocess.run([*launch, *install, *options], **streams).returncode:
                 raise UserError(f"mariadb-install-db fails: {log.read_text().strip().splitlines()[-1]}")
             options += ["--skip-networking", f"--socket={socket}", f"--secure-file-priv={directory}/data"]
             # As where the runs were recorded, names of tables do not depend on upper and lower case.
             options += [f"--sql-mode={MODE}", "--lower-case-table-names=1"]
             options += ["--max-statement-time=30", "--skip-log-bin"]
-            process = subprocess.Popen([program, "--no-defaults", *options], **streams)
+            process = subprocess.Popen([*launch, program, "--no-defaults", *options], **streams)
         _wait(process, socket, log)
         _load(socket, dump)
         yield socket

@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
+import pathlib
+import select
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -35,9 +40,30 @@ def test_another_file_is_refused(tmp_path):
         recorded_run(tmp_path / "run.json", "sql")
 
 
-@pytest.mark.skipif(
+needs_server = pytest.mark.skipif(
     shutil.which("mariadbd", path="/usr/bin:/usr/sbin") is None, reason="there is no mariadbd"
 )
+
+
+@needs_server
+def test_the_server_ends_with_a_killed_evaluation(tmp_path):
+    (tmp_path / "dump.sql").write_text("CREATE DATABASE shop;")
+    program = (
+        "import pathlib, sys\nfrom lemur_jax.agents.mariadb import server\n"
+        "with server(pathlib.Path(sys.argv[1])) as socket: print(socket.parent, flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / "dump.sql")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        directory = pathlib.Path(process.stdout.readline().strip())
+        (pid,) = (directory / "data").glob("*.pid")
+        ended = os.pidfd_open(int(pid.read_text()))
+        process.kill()
+    assert select.select([ended], [], [], 20)[0]
+    os.close(ended)
+    shutil.rmtree(directory)
+
+
+@needs_server
 def test_a_question_to_a_server_that_reads_alone_and_is_gone_afterwards(tmp_path):
     pytest.importorskip("pymysql", reason="pymysql is not installed: pip install '.[agents]'")
     pytest.importorskip("scipy", reason="SciPy is not installed: pip install '.[agents]'")
