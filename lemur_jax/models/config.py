@@ -76,6 +76,7 @@ class DecoderConfig:
     norm_position: str = "pre"  # of each sublayer: before it, after it ("post"), or "both"
     norm_offset: float = 0.0  # added to the scales of norms
     embedding_multiplier: float = 1.0  # of the embedding of a token
+    residual_multiplier: float = 1.0  # of what attention and mlp add to their input
     activation: str = "silu"  # of the mlp's gate: "silu", "gelu" or "gelu_tanh"
     initializer_range: float = 0.02  # standard deviation of fresh weights
 

@@ -98,6 +98,10 @@ def identity(x: jax.Array) -> jax.Array:
     return x
 
 
+def scaled(x: jax.Array, multiplier: float) -> jax.Array:
+    return x if multiplier == 1 else x * jnp.asarray(multiplier, x.dtype)
+
+
 def _qk_norm(config: DecoderConfig, compute: Compute, heads: int, axis: str) -> Callable:
     """The norm of queries or keys [B, T, heads, N]."""
     if config.qk_norm == "head":
@@ -173,6 +177,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
         norm = functools.partial(RMSNorm, config, compute, (config.hidden_size,), "norm")
+        self.multiplier = config.residual_multiplier
         before, after = config.norm_position != "post", config.norm_position != "pre"
         self.attention_norm = norm() if before else identity
         self.attention = Attention(config, compute, rngs)
@@ -186,9 +191,9 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any, Router]:
         """[B, T, D] -> ([B, T, D], cache, losses and statistics of the router)."""
         mixed, cache = self.attention(self.attention_norm(x), angles, attend)
-        h = checkpoint_name(x + self.attention_post_norm(mixed), "residual")
+        h = checkpoint_name(x + scaled(self.attention_post_norm(mixed), self.multiplier), "residual")
         out, router = self.mlp(self.mlp_norm(h), valid)
-        return h + self.mlp_post_norm(out), cache, router
+        return h + scaled(self.mlp_post_norm(out), self.multiplier), cache, router
 
 
 class Embedding(nnx.Module):
@@ -201,8 +206,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, T] -> [B, T, D]."""
-        x = self.project.embed(tokens, self.embedding)
-        return x if self.multiplier == 1 else x * jnp.asarray(self.multiplier, x.dtype)
+        return scaled(self.project.embed(tokens, self.embedding), self.multiplier)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, V]."""

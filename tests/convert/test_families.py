@@ -194,6 +194,26 @@ def test_the_text_part_of_a_multimodal_gemma(tmp_path):
     assert np.abs(ours - theirs).max() <= 1e-4
 
 
+def test_a_multiplier_of_residuals(tmp_path):
+    """Granite is Llama with multipliers; of its own kind no checkpoint can be imported."""
+    kept = dict(embedding_multiplier=1.0, logits_scaling=1.0, attention_multiplier=16**-0.5)
+    config = transformers.GraniteConfig(**SHAPE, **kept, num_hidden_layers=2, residual_multiplier=0.22)
+    granite = transformers.GraniteForCausalLM(config).float().eval()
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, num_hidden_layers=2))
+    llama.load_state_dict(granite.state_dict())
+    llama.save_pretrained(tmp_path / "model")
+    config, params = load_hf_params(tmp_path / "model")
+    config = dataclasses.replace(config, residual_multiplier=0.22)
+    ids = tokens()[:, :100]
+    with torch.no_grad():
+        theirs = granite(input_ids=torch.tensor(ids)).logits.numpy()
+    positions = jnp.broadcast_to(jnp.arange(100), ids.shape)
+    ours = forward(config, Compute(), params, jnp.asarray(ids), positions, jnp.ones_like(positions))
+    assert np.abs(ours - theirs).max() <= 1e-5
+    with pytest.raises(UserError, match="no model of transformers"):
+        to_hf(config, dtype="float32", bos=None, eos=None, pad=0)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
