@@ -8,16 +8,14 @@ Hardware: 2 CPU cores, about 1 minute.
     lemur train --config configs/quickstart_chat.py --workdir quickstart/runs/chat
 """
 
-from lemur_jax.config import default_config
-from lemur_jax.models.presets import preset
+import quickstart_lemur
+
 from lemur_jax.text.chat_template import CHATML_TOKENS
 
 
 def get_config():
-    config = default_config(preset("quickstart", vocab_size=4000 + len(CHATML_TOKENS)))
-    config.compute.dtype = "float32"
-    config.compute.remat = "none"
-    config.compute.loss_chunk = 64
+    config = quickstart_lemur.get_config()
+    config.model.vocab_size += len(CHATML_TOKENS)
     config.init.checkpoint = "quickstart/runs/lemur"
     config.init.new_rows = "mean"
 
@@ -25,19 +23,16 @@ def get_config():
     config.tokenizer.extend = "quickstart/tokenizer"
     config.tokenizer.add_tokens = CHATML_TOKENS
 
-    config.data.modules = ("quickstart_tasks",)
-    config.data.stores = "quickstart/stores"
     config.data.sequence_length = 512
     config.data.sources = {"python_chat": {"share": 1.0, "packing": "fit", "max_epochs": 3.0}}
 
     config.train.steps = 150
     config.train.batch_rows = 8
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.final_learning_rate = 1e-4
     config.optimizer.warmup_steps = 10
 
     config.eval.tasks = ("python_stdlib", "python_docs", "python_chat")
     config.eval.groups = {"code": ("python_stdlib",), "text": ("python_docs",), "chat": ("python_chat",)}
+    config.eval.every_steps = 0
     config.eval.max_rows = 200
     config.checkpoint.every_steps = 100
     config.log.every_steps = 10
