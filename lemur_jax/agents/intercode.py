@@ -94,9 +94,9 @@ class InterCodeSql(Environment):
 
     max_turns = MAX_STEPS
 
-    def __init__(self, number: int, task: Mapping[str, Any], socket: pathlib.Path, handicap: bool):
+    def __init__(self, number: int, task: Mapping[str, Any], socket: pathlib.Path):
         self.id = f"intercode-sql/{number}"
-        self._task, self._socket, self._handicap = task, socket, handicap
+        self._task, self._socket = task, socket
         self._connection: Any = None
         self._steps = 0
 
@@ -104,12 +104,10 @@ class InterCodeSql(Environment):
         self.close()
         self._steps = 0
         self._connection = connect(self._socket, self._task["db"])
-        schema = json.dumps(self._task["db_tables"]) if self._handicap else ""
-        tables = f"\nTables and their columns: {schema}" if schema else ""
         return (
             f"Answer a question about the MySQL database {self._task['db']} with queries, one in a ```sql block at a"
-            f" time. You see the result and a reward from 0 to 1; you have {MAX_STEPS} queries.{tables}\n"
-            f"Question: {self._task['query']}"
+            f" time. You see the result and a reward from 0 to 1; you have {MAX_STEPS} queries.\n"
+            f"Tables and their columns: {json.dumps(self._task['db_tables'])}\nQuestion: {self._task['query']}"
         )
 
     def step(self, action: str) -> Step:
@@ -147,7 +145,7 @@ def open_sql(data: str, stack: contextlib.ExitStack) -> list[InterCodeSql]:
     root = find_data(data, "sql/spider/ic_spider_dev.json", WHERE) / "sql" / "spider"
     tasks = json.loads((root / "ic_spider_dev.json").read_text(encoding="utf-8"))
     socket = stack.enter_context(server(root / "ic_spider_dbs.sql"))
-    return [InterCodeSql(number, task, socket, handicap=True) for number, task in enumerate(tasks)]
+    return [InterCodeSql(number, task, socket) for number, task in enumerate(tasks)]
 
 
 def recorded_run(path: pathlib.Path, kind: str) -> list[Recorded]:

@@ -196,7 +196,7 @@ class MintEnvironment(Environment):
     def __init__(self, task: Task, functions: Mapping[str, Callable[..., str]], python: str = sys.executable):
         self.id = f"mint-{task.id}"
         self._task = task
-        self._shell = Shell(functions, python=python)
+        self._shell = Shell(functions, python)
         self._said = ""
         self._steps = self._proposals = 0
 

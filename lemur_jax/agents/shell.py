@@ -46,19 +46,13 @@ class Shell:
     Args:
       functions: by signature, e.g. "put(object, receptacle)": of strings, that the cells can call; they run here,
         outside the sandbox.
-      seconds: of a cell.
       python: the interpreter.
     """
 
-    def __init__(
-        self,
-        functions: Mapping[str, Callable[..., str]],
-        seconds: int = CELL_SECONDS,
-        python: str = sys.executable,
-    ):
+    def __init__(self, functions: Mapping[str, Callable[..., str]], python: str = sys.executable):
         self._signatures = ";".join(functions)
         self._functions = {name.partition("(")[0]: function for name, function in functions.items()}
-        self._seconds, self._python = seconds, python
+        self._python = python
         self._box: threading.Thread | None = None
 
     def run_cell(self, code: str) -> str:
@@ -87,20 +81,19 @@ class Shell:
     def _start(self) -> None:
         program, prefix, *packages = interpreter(self._python)
         limits = Limits(
-            wall_seconds=20.0 * self._seconds,
-            cpu_seconds=10.0 * self._seconds,
+            wall_seconds=20.0 * CELL_SECONDS,
+            cpu_seconds=10.0 * CELL_SECONDS,
             memory_bytes=8 << 30,
             visible=(prefix, *packages),
             processes=64,
         )
         reading, requests = os.pipe()
         replies, writing = os.pipe()
-        pipes, seconds = [str(reading), str(writing)], str(self._seconds)
-        command = [program, "-I", "-S", "main.py", *pipes, seconds, self._signatures]
+        arguments = [str(reading), str(writing), str(CELL_SECONDS), self._signatures, *packages]
         self._requests, self._replies = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
         self._box = threading.Thread(
             target=run,
-            args=([*command, *packages],),
+            args=([program, "-I", "-S", "main.py", *arguments],),
             kwargs={
                 "files": {"main.py": _SCRIPT.read_text()},
                 "limits": limits,

@@ -74,12 +74,13 @@ def test_a_question_to_a_server_that_reads_alone_and_is_gone_afterwards(tmp_path
     )
     task = {
         "db": "shop",
+        "db_tables": {"item": ["name"]},
         "query": "Dear ones?",
         "gold": "SELECT name FROM item WHERE price > 4 ORDER BY price",
     }
     with server(dump) as socket:
-        environment = InterCodeSql(0, task, socket, handicap=False)
-        assert "shop" in environment.reset()
+        environment = InterCodeSql(0, task, socket)
+        assert 'columns: {"item": ["name"]}' in environment.reset()
         steps = [
             environment.step(f"```sql\n{query}\n```")
             for query in (
