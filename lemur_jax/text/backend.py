@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from etils import epath
@@ -24,28 +24,17 @@ FILE_NAMES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_KINDS = (
+    "bos",
+    "eos",
+    "unk",
+    "sep",
+    "pad",
+    "cls",
+    "mask",
+)  # the order in which transformers adds missing ones
 GENERATION_CONFIG = "generation_config.json"  # kept too: its `eos_token_id` names ids that end an answer
 T = TypeVar("T")
-
-# Model types for which transformers takes another class than tokenizer_config.json names, and those that have one where
-# it names none.
-_AS_IT_IS = "PreTrainedTokenizerFast"
-_JSON_AS_IT_IS = (
-    "mistral",
-    "mixtral",
-    "mistral3",
-    "ministral",
-    "ministral3",
-    "pixtral",
-    "voxtral",
-    "phi3",
-    "llava",
-)
-_CLASSES = {
-    **dict.fromkeys((*_JSON_AS_IT_IS, "olmo2", "olmo3", "granite"), _AS_IT_IS),
-    "qwen2": "Qwen2Tokenizer",
-}
-_DEFAULT_CLASSES = {"llama": "LlamaTokenizer", "qwen3": "Qwen2Tokenizer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +46,37 @@ class TokenizerFiles:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """`tokenizer_config.json` over `special_tokens_map.json`."""
+        """`tokenizer_config.json`; `special_tokens_map.json` stands above it where it lists no added tokens."""
         found: dict[str, Any] = {}
-        for file in ("special_tokens_map.json", "tokenizer_config.json"):
-            if file in self.files:
-                found |= self.parse(file, json_object)
-        return {
-            **class_pipelines.NAMES.get(str(found.get("tokenizer_class")).removesuffix("Fast"), {}),
-            **found,
-        }
+        if "tokenizer_config.json" in self.files:
+            found = dict(self.parse("tokenizer_config.json", json_object))
+        older, newer = "additional_special_tokens", "extra_special_tokens"
+        if older in found and not found.get(newer):
+            found[newer] = found[older]
+        if "special_tokens_map.json" in self.files:
+            above = self.parse("special_tokens_map.json", json_object)
+            found |= above if found.get("added_tokens_decoder") is None else {}
+        if isinstance(found.get(newer), Mapping):
+            found |= {f"{name}_token": token for name, token in found.pop(newer).items()}
+        if older in found and "tokenizer.json" in self.files:
+            found.setdefault(newer, found[older])
+        kind = class_pipelines.class_of(found, {}, byte_level=self.byte_level)
+        return {**class_pipelines.NAMES.get(kind, {}), **found}
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether `tokenizer.json` has a byte-level part."""
+        return b'"ByteLevel"' in self.files.get("tokenizer.json", b"")
+
+    @property
+    def kind(self) -> str:
+        """The tokenizer class, without "Fast"."""
+        return class_pipelines.class_of(self.config, {}, byte_level=self.byte_level)
+
+    @property
+    def rebuilt(self) -> bool:
+        """Whether the tokenizer class takes the vocabulary alone and makes the rest in code."""
+        return self.kind in class_pipelines.NAMES
 
     @functools.cached_property
     def sentencepiece(self) -> bytes | None:
@@ -98,11 +109,10 @@ class TokenizerFiles:
                 self._check_pieces(self.parse("tokenizer.model", sentencepiece_model.read_pieces), spec)
             return spec
         if model is not None:
-            as_it_is = self.config.get("tokenizer_class") == "PreTrainedTokenizerFast"
-            scheme = "always" if self.config.get("legacy", not as_it_is) else "first"
+            scheme = "always" if self.config.get("legacy", True) else "first"
             spec = self.parse("tokenizer.model", lambda data: sentencepiece_model.convert(data, scheme))
             # transformers puts no space before a text that begins with one.
-            if scheme == "first" and not as_it_is:
+            if scheme == "first":
                 spec["pre_tokenizer"]["pretokenizers"][:2] = [sentencepiece_model.metaspace("first")]
             return spec
         if "tokenizer.model" in self.files:
@@ -136,19 +146,33 @@ class TokenizerFiles:
         Tokens of tokenizer_config.json, or else of added_tokens.json, follow those of tokenizer.json or replace their
         flags; tokens that the config names are special.
         """
-        added = {token["content"]: dict(token) for token in spec["added_tokens"]}
-        named = dict.fromkeys(_named_tokens(self.config))
-        more = []
-        if self.config.get("added_tokens_decoder") is not None:
-            more = self.parse("tokenizer_config.json", _read_decoder)
+        decoder = self.config.get("added_tokens_decoder") is not None
+        from_json = "tokenizer.json" in self.files and not (self.rebuilt and decoder)
+        added = {token["content"]: dict(token) for token in spec["added_tokens"] if from_json}
+        named = named_tokens({**spec.get("names", {}), **self.config})
+        if "tokenizer.json" not in self.files and "extra_special_tokens" not in self.config:
+            pieces = self.parse("tokenizer.model", sentencepiece_model.read_added)
+            named |= {name: flags for name, flags in pieces.items() if self.rebuilt or flags["special"]}
+        listed = self.parse("tokenizer_config.json", _read_decoder) if decoder else []
         for content, index in self.outside_ids().items():
-            if self.config.get("added_tokens_decoder") is None and content not in added:
+            if not decoder and content not in added:
                 flags = {} if content in named else {"special": False, "normalized": True}
-                more.append(sentencepiece_model.added_token(content, index, flags))
-        for token in sorted(more, key=lambda token: token["id"]):
+                listed.append(sentencepiece_model.added_token(content, index, flags))
+        if "tokenizer.json" not in self.files and not self.rebuilt:
+            # transformers looks for tokens in the text as it is here, but for those that the config gives such flags.
+            listed = [{**token, "normalized": False} for token in listed]
+            odd = [name for name, flags in named.items() if flags["normalized"]]
+            if odd and not decoder:
+                raise UserError(
+                    f"{self.name}: {', '.join(odd)} is `normalized`, which is not supported for a tokenizer.model of"
+                    " this class: set it to false in tokenizer_config.json"
+                )
+        for token in sorted(listed, key=lambda token: token["id"]):
             added[token["content"]] = {**token, "id": added.get(token["content"], token)["id"]}
-        for content in named:
-            added.setdefault(content, {"content": content, **sentencepiece_model.FLAGS})["special"] = True
+        known = set(added)
+        for content, flags in named.items():
+            own = {"special": True} if content in known else flags
+            added[content] = {"content": content, **added.get(content, {}), **own}
         return list(added.values())
 
     def outside_ids(self) -> dict[str, int]:
@@ -163,7 +187,7 @@ class TokenizerFiles:
 
     def named_token(self, kind: str) -> Any:
         """`bos_token` and the like; None: the config names none."""
-        return content_of(self.config.get(f"{kind}_token"))
+        return sentencepiece_model.content_of(self.config.get(f"{kind}_token"))
 
     def generation_stop_ids(self) -> tuple[int, ...]:
         """The ids of `eos_token_id` in `generation_config.json`; () without one."""
@@ -176,9 +200,8 @@ class TokenizerFiles:
         """
         if "tokenizer.json" in self.files:
             return self.parse("tokenizer.json", lambda _: _run_post_processor(spec.get("post_processor")))
-        add_bos = self.config.get("add_bos_token", "tokenizer_config.json" not in self.files)
         return [
-            [bos] if add_bos and bos is not None else [],
+            [bos] if self.config.get("add_bos_token") and bos is not None else [],
             [eos] if self.config.get("add_eos_token") else [],
         ]
 
@@ -206,7 +229,7 @@ def read_files(path: epath.PathLike) -> dict[str, bytes]:
     directory = epath.Path(path)
     names = (*FILE_NAMES, GENERATION_CONFIG)
     files = {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
-    return _with_class(files, directory / "config.json")
+    return _with_class(files, directory / "config.json", str(path)) if files else files
 
 
 def read_template(path: epath.PathLike) -> str:
@@ -219,19 +242,23 @@ def read_template(path: epath.PathLike) -> str:
         ) from error
 
 
-def _with_class(files: dict[str, bytes], model_config: epath.Path) -> dict[str, bytes]:
+def _with_class(files: dict[str, bytes], model_config: epath.Path, name: str) -> dict[str, bytes]:
     """The files with the tokenizer class that transformers takes beside this `config.json` of a model."""
     try:
-        config = json_object(files["tokenizer_config.json"])
-        model_type = json_object(model_config.read_bytes()).get("model_type")
-    except (KeyError, OSError, ValueError):  # damaged ones are named where they are read
+        config = json_object(files.get("tokenizer_config.json", b"{}"))
+        model = json_object(model_config.read_bytes())
+    except (OSError, ValueError):  # damaged ones are named where they are read
         return files
-    named = config.get("tokenizer_class")
-    kind = _CLASSES.get(model_type, named or _DEFAULT_CLASSES.get(model_type))
-    byte_level = b'"ByteLevel"' in files.get("tokenizer.json", b"")
-    if kind in (None, named) or (kind == "Qwen2Tokenizer" and not byte_level):
+    declared = config.get("tokenizer_class")
+    if declared is None and model.get("tokenizer_class"):
+        raise UserError(
+            f"{name}: config.json names the tokenizer_class {model['tokenizer_class']}, which transformers does not"
+            " always heed: name it in tokenizer_config.json"
+        )
+    kind = class_pipelines.class_of(config, model, byte_level=TokenizerFiles(files, name).byte_level)
+    if kind == class_pipelines.class_of(config, {}, byte_level=False):
         return files
-    config["tokenizer_class"] = kind
+    config["tokenizer_class"] = f"{kind}Fast"
     return {**files, "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2).encode()}
 
 
@@ -271,19 +298,18 @@ def _generation_stop_ids(data: bytes) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def content_of(token: Any) -> Any:
-    """The text of a token that a config spells as a string or a mapping."""
-    return token.get("content") if isinstance(token, Mapping) else token
-
-
-def _named_tokens(config: Mapping[str, Any]) -> Iterable[str]:
-    """The tokens that `tokenizer_config.json` names: bos_token and the like, and its lists of special tokens."""
-    for key, value in config.items():
-        if key.endswith("_token") and isinstance(content_of(value), str):
-            yield content_of(value)
-        elif key in ("additional_special_tokens", "extra_special_tokens") and value:
-            tokens = value.values() if isinstance(value, Mapping) else value
-            yield from (content_of(token) for token in tokens)
+def named_tokens(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tokens that `tokenizer_config.json` names (bos_token and the like, and its list) to the flags it gives."""
+    keys = [*(f"{kind}_token" for kind in _KINDS), *(key for key in config if key.endswith("_token"))]
+    tokens = [config.get(key) for key in keys]
+    named: dict[str, dict[str, Any]] = {}
+    for token in [*tokens, *(config.get("extra_special_tokens") or [])]:
+        content = sentencepiece_model.content_of(token)
+        if isinstance(content, str):
+            flags = token.items() if isinstance(token, Mapping) else ()
+            given = {key: flag for key, flag in flags if key in sentencepiece_model.FLAGS}
+            named[content] = {**sentencepiece_model.FLAGS, **given, "special": True}
+    return named
 
 
 def vocabulary(spec: Mapping[str, Any]) -> dict[str, int]:

@@ -36,6 +36,20 @@ def read_pieces(model: bytes) -> list[str]:
     return [piece.piece for piece in pieces]
 
 
+def read_added(model: bytes) -> dict[str, dict[str, Any]]:
+    """The control and user-defined pieces of a SentencePiece model to their flags as added tokens."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(model).pieces
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    shown = (kinds.CONTROL, kinds.USER_DEFINED)
+    return {
+        piece.piece: {**FLAGS, "special": piece.type == kinds.CONTROL}
+        for piece in pieces
+        if piece.type in shown
+    }
+
+
 def _check_convertible(proto: Any, unused: int) -> None:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if (
@@ -177,3 +191,8 @@ def added_token(content: str, index: int, flags: Mapping[str, Any] | None = None
     """An added token as `tokenizer.json` has it; `flags`: those that an earlier file gave it."""
     given = {name: value for name, value in (flags or {}).items() if name in FLAGS}
     return {"id": index, "content": content, **FLAGS, **given}
+
+
+def content_of(token: Any) -> Any:
+    """The text of a token that a config spells as a string or a mapping."""
+    return token.get("content") if isinstance(token, Mapping) else token

@@ -62,7 +62,7 @@ class Tokenizer:
         self._source = source = TokenizerFiles(dict(files), name)
         spec = source.read_spec()
         self.digest = source.digest(spec)
-        set_pipeline(spec, source.config, from_json="tokenizer.json" in files, name=name)
+        set_pipeline(spec, source.kind, source.config, from_json="tokenizer.json" in files, name=name)
         vocab = vocabulary(spec)
         self.model_size = max(vocab.values(), default=-1) + 1
         added = source.added_tokens(spec)
@@ -76,6 +76,12 @@ class Tokenizer:
         names = [token["content"] for token in added]
         ids: dict[str, int] = {name: self._backend.token_to_id(self._marks.get(name, name)) for name in names}
         _check_ids(source, spec, ids)
+        for token, mark in self._marks.items():
+            if ids[token] not in self._backend.encode(f"({mark})", add_special_tokens=False).ids:
+                raise UserError(
+                    f"{name}: the special token {token!r} is never found in a text, since its normalizer changes it:"
+                    " set its `normalized` to false"
+                )
         self.added_tokens = {token: index for token, index in ids.items() if vocab.get(token) != index}
         self.control_tokens = {token: ids[token] for token in special}
         self._control_names = {index: token for token, index in self.control_tokens.items()}
@@ -267,10 +273,10 @@ def _check_ids(source: TokenizerFiles, spec: Mapping[str, Any], ids: Mapping[str
                 " correct the files"
             )
     for token in spec["added_tokens"]:
-        if ids[token["content"]] != token["id"]:
+        if ids.get(token["content"]) != token["id"] and "tokenizer.json" in source.files:
             logger.warning(
-                "%s: tokenizer.json gives %r the id %d; transformers, and so this program, reads it as %d",
-                *(source.name, token["content"], token["id"], ids[token["content"]]),
+                "%s: tokenizer.json gives %r the id %d; transformers, and so this program, reads it as %s",
+                *(source.name, token["content"], token["id"], ids.get(token["content"])),
             )
 
 

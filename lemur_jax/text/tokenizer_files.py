@@ -8,9 +8,8 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.text.backend import content_of
 from lemur_jax.text.chat_template import CHATML_TEMPLATE, CHATML_TOKENS
-from lemur_jax.text.sentencepiece_model import added_token, convert, post_processor
+from lemur_jax.text.sentencepiece_model import added_token, content_of, convert, post_processor
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 
 

@@ -356,7 +356,7 @@ def test_damaged_files_are_one_clear_line(tokenizer, file, content, hint):
 
 @pytest.mark.parametrize("token", [{"lstrip": False}, ["<s>"]])
 def test_a_special_token_that_is_none_is_named(tokenizer, token):
-    config = json.dumps({"bos_token": token}).encode()
+    config = json.dumps({"bos_token": token, "added_tokens_decoder": {}}).encode()
     with pytest.raises(UserError, match="bos_token .* is no token of its vocabulary"):
         Tokenizer(tokenizer.files() | {"tokenizer_config.json": config}, "some/place")
 

@@ -1,0 +1,269 @@
+"""Made-up tokenizer directories against transformers: the same ids and masks, or refused by name.
+
+A directory has a vocabulary of one kind, any class, flags, special tokens spelled in any of four files, and perhaps the
+`config.json` of a model beside it. What `AutoTokenizer` makes of it is the reference.
+"""
+
+import io
+import json
+import pydoc_data.topics
+import random
+
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+from transformers.models.auto import tokenization_auto
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.text import class_pipelines
+from lemur_jax.text.chat_template import encode_chat
+from lemur_jax.text.sentencepiece_model import convert, metaspace
+from lemur_jax.text.tokenizer import Tokenizer
+from tests.helpers.documents import hard_texts
+
+PROSE = "\n".join(list(pydoc_data.topics.topics.values())[:20])[:150_000]
+SIZE = 600
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+CLASSES = (
+    *(None, None, None, "PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer"),
+    *(
+        "Qwen2TokenizerFast",
+        "GemmaTokenizer",
+        "CodeLlamaTokenizer",
+        "GPTNeoXTokenizerFast",
+        "TokenizersBackend",
+    ),
+    *("BloomTokenizerFast", "CohereTokenizerFast", "PreTrainedTokenizer", "NobodysTokenizer"),
+)
+MODEL_TYPES = (
+    *(
+        "llama",
+        "mistral",
+        "mixtral",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "gemma2",
+        "gemma3_text",
+        "olmo2",
+        "olmo",
+        "phi3",
+    ),
+    *(
+        "granite",
+        "gpt2",
+        "gpt_neox",
+        "deepseek_v3",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+        "gpt_oss",
+        "glm4",
+        "code_llama",
+    ),
+)
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ ' ' + m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + ' [X]' }}{% endif %}"
+    "{% endfor %}"
+)
+TEXTS = (
+    *hard_texts(20),
+    *("  12 345\n    6 a1b2", "e\u0301 \u212b", "I'm WE'RE", "a ", " <|im_end|> b", "<s> </s>"),
+    "the tool <tool> x<tool>y [X]  [X]a <new> <listed> <img>",
+)
+
+
+def byte_level(kind):
+    level = pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix", use_regex=kind != "llama 3")
+    before = {
+        "digits": [pre_tokenizers.Digits(individual_digits=True)],
+        "llama 3": [pre_tokenizers.Split(tokenizers.Regex(LLAMA_3), "isolated")],
+    }.get(kind, [])
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence([*before, level]) if before else level
+    made.decoder = decoders.ByteLevel()
+    if kind == "digits":
+        made.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        [PROSE], trainers.BpeTrainer(vocab_size=SIZE, initial_alphabet=alphabet, show_progress=False)
+    )
+    return json.loads(made.to_str())
+
+
+def sentencepiece_json(kind, model):
+    spec = {key: value for key, value in convert(model).items() if key != "names"}
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
+    changes = {
+        "prepend": {"normalizer": prepend, "pre_tokenizer": None},
+        "metaspace": {"normalizer": None, "pre_tokenizer": metaspace("first")},
+        "gemma": {"normalizer": spaces, "pre_tokenizer": split},
+    }
+    return spec | changes.get(kind, {})
+
+
+@pytest.fixture(scope="module")
+def vocabularies():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        **{"sentence_iterator": filter(None, PROSE.split("\n")), "model_writer": model, "vocab_size": SIZE},
+        **{"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"},
+        **{
+            "remove_extra_whitespaces": False,
+            "split_digits": True,
+            "minloglevel": 2,
+            "unk_id": 0,
+            "bos_id": 1,
+        },
+        **{"eos_id": 2, "pad_id": -1, "allow_whitespace_only_pieces": True},
+    )
+    kinds = {kind: byte_level(kind) for kind in ("gpt2", "prefix", "digits", "llama 3")}
+    kinds |= {
+        kind: sentencepiece_json(kind, model.getvalue()) for kind in ("ours", "prepend", "metaspace", "gemma")
+    }
+    return kinds, model.getvalue()
+
+
+def flags(random_, special):
+    odd = {name: random_.random() < 0.15 for name in ("single_word", "lstrip", "rstrip", "normalized")}
+    return {**odd, "special": special}
+
+
+def add_tokens(spec, random_, begin, end, is_bytes):
+    named = [(begin, True), (end, True)] if is_bytes else []
+    named += [(name, random_.random() < 0.7) for name in ("<|im_start|>", "<|im_end|>", "<tool>", "[X]")]
+    for name, special in named[:2] * is_bytes + [
+        pair for pair in named[2 * is_bytes :] if random_.random() < 0.5
+    ]:
+        index = len(spec["model"]["vocab"]) + len(spec["added_tokens"]) - (0 if is_bytes else 3)
+        spec["added_tokens"].append({"id": index, "content": name, **flags(random_, special)})
+    level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    spec["post_processor"] = random_.choice([spec["post_processor"], None, level])
+
+
+def spelled(random_, token):
+    """A token as a string or, as older files have it, a mapping."""
+    odd = flags(random_, True)
+    del odd["special"]
+    return token if random_.random() < 0.7 else {"__type": "AddedToken", "content": token, **odd}
+
+
+def tokenizer_config(random_, spec, begin, end):
+    config = {"bos_token": spelled(random_, begin), "eos_token": spelled(random_, end)}
+    chances = {
+        **{"unk_token": ["<unk>"], "pad_token": [end, "<pad>"], "add_bos_token": [True, False]},
+        **{"add_eos_token": [True, False], "legacy": [True, False], "add_prefix_space": [True, False]},
+        **{"clean_up_tokenization_spaces": [True], "split_special_tokens": [True, False, False, False]},
+        **{"additional_special_tokens": [[], ["<tool>", "<new>"]], "tokenizer_class": CLASSES},
+        "extra_special_tokens": [{"image_token": "<img>"}, {}, ["<img>"]],
+    }
+    for name, values in chances.items():
+        if random_.random() < (0.9 if name == "tokenizer_class" else 0.2):
+            config[name] = random_.choice(values)
+    if config.get("tokenizer_class", "") is None:
+        del config["tokenizer_class"]
+    if spec is not None and random_.random() < 0.4:
+        listed = [{**token, "rstrip": random_.random() < 0.1} for token in spec["added_tokens"]]
+        config["added_tokens_decoder"] = {str(token.pop("id")): token for token in listed}
+        if random_.random() < 0.2:
+            index = len(spec["model"]["vocab"]) + 10
+            config["added_tokens_decoder"][str(index)] = {"content": "<listed>", **flags(random_, True)}
+    return config
+
+
+def write_directory(path, vocabularies, random_):
+    kinds, model = vocabularies
+    kind = random_.choice([None, None, *kinds])
+    is_bytes = kind in ("gpt2", "prefix", "digits", "llama 3")
+    begin, end = ("<|begin|>", "<|end|>") if is_bytes else ("<s>", "</s>")
+    spec = None if kind is None else json.loads(json.dumps(kinds[kind]))
+    files = {}
+    if spec is not None:
+        add_tokens(spec, random_, begin, end, is_bytes)
+        files["tokenizer.json"] = spec
+    if random_.random() < 0.95:
+        files["tokenizer_config.json"] = tokenizer_config(random_, spec, begin, end)
+    if random_.random() < 0.3:
+        lists = [{}, {"additional_special_tokens": ["<tool>"]}]
+        files["special_tokens_map.json"] = {"bos_token": begin, "eos_token": end, **random_.choice(lists)}
+    if random_.random() < 0.1:
+        files["added_tokens.json"] = {"<listed>": SIZE + 5}
+    if random_.random() < 0.5:
+        files["config.json"] = {"model_type": random_.choice(MODEL_TYPES)}
+    for name, content in files.items():
+        (path / name).write_text(json.dumps(content))
+    if spec is None or (not is_bytes and random_.random() < 0.2):
+        (path / "tokenizer.model").write_bytes(model)
+
+
+def compare(path):
+    """Whether transformers opens the directory and this program takes it; all that they give must be equal then."""
+    try:
+        theirs = AutoTokenizer.from_pretrained(path)
+        theirs("a")
+    except Exception:
+        return False
+    try:
+        ours = Tokenizer.load(path)
+    except UserError:
+        return False
+    assert ours.eos_id == theirs.eos_token_id
+    with_template = Tokenizer.from_files({**ours.files(), "chat_template.jinja": TEMPLATE.encode()})
+    for text in TEXTS:
+        plain = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode_with_control_tokens(text) == plain, text
+        if any(token in text for token in ours.control_tokens):
+            continue
+        assert ours.encode(text) == plain, text
+        assert [*ours.encode_prompt(text), *ours.end_ids] == theirs(text)["input_ids"], text
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text + "."}]
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        expected = theirs.apply_chat_template(messages, chat_template=TEMPLATE, **options)
+        assert encode_chat(with_template, messages) == (expected["input_ids"], expected["assistant_masks"]), (
+            text
+        )
+    return True
+
+
+def check(seeds, vocabularies, tmp_path_factory):
+    taken = 0
+    for seed in seeds:
+        path = tmp_path_factory.mktemp(f"seed_{seed}_")
+        write_directory(path, vocabularies, random.Random(seed))
+        try:
+            taken += compare(path)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+    return taken
+
+
+def test_directories_are_read_as_transformers_reads_them_or_refused(vocabularies, tmp_path_factory):
+    assert check(range(40), vocabularies, tmp_path_factory) > 10
+
+
+@pytest.mark.slow
+def test_500_directories(vocabularies, tmp_path_factory):
+    assert check(range(40, 540), vocabularies, tmp_path_factory) > 125
+
+
+def test_model_types_have_the_classes_of_transformers():
+    registered = {kind: name or "" for kind, name in tokenization_auto.TOKENIZER_MAPPING_NAMES.items()}
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        theirs = registered.get(model_type, "TokenizersBackend").removesuffix("Fast")
+        theirs = class_pipelines.AS_IT_IS if theirs == "TokenizersBackend" else theirs
+        ours = class_pipelines.class_of({}, {"model_type": model_type}, byte_level=False)
+        assert ours == theirs or theirs not in (*class_pipelines.NAMES, class_pipelines.AS_IT_IS), model_type
+        above = model_type in registered and theirs == class_pipelines.AS_IT_IS
+        above |= model_type in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+        declared = {"tokenizer_class": "NobodysTokenizer"}
+        overruled = class_pipelines.class_of(declared, {"model_type": model_type}, byte_level=False)
+        assert (overruled != "NobodysTokenizer") == above, model_type
