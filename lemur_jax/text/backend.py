@@ -122,7 +122,8 @@ class TokenizerFiles:
                 " writes"
             )
         raise UserError(
-            f"no tokenizer.model and no tokenizer.json in {self.name!r}: name a tokenizer directory in"
+            f"no tokenizer.model and no tokenizer.json in {self.name!r} (tekken.json, vocab.json and others"
+            " are not read; `save_pretrained` of transformers writes tokenizer.json): name a tokenizer directory in"
             " tokenizer.path, or let `lemur prepare` train one with tokenizer.train_vocab_size"
         )
 
