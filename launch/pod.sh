@@ -140,7 +140,8 @@ create() {
 }
 
 push() {
-  local archive=${TMPDIR:-/tmp}/lemur-push-$RUN.tar.gz pair environment='' result=0
+  local archive pair environment='' result=0
+  archive=$(git rev-parse --git-path "push-$RUN.tar.gz")
   [ -n "$dry_run" ] || git diff --quiet HEAD || echo "pod.sh: changes that are not committed are not pushed" >&2
   execute git archive --format=tar.gz --output="$archive" HEAD
   for pair in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do

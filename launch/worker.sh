@@ -45,8 +45,7 @@ case ${1:-} in
     echo "== $(date -u +%FT%TZ) $(hostname)" >>run.log
     lemur "$@" >>run.log 2>&1 &
     echo $! >run.pid
-    status=0
-    wait $! || status=$?
+    if wait $!; then status=0; else status=$?; fi
     rm -f run.pid
     echo "$status" >exit_status
     ;;
