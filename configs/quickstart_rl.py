@@ -1,8 +1,8 @@
-"""Quickstart, afterwards: a text game, learned by reinforcement from random play.
+"""Quickstart, afterwards: a text game, learned by reinforcement from careless play.
 
-`:play` tunes the chat model on conversations of random legal play (task `lamp_play`), so that it knows the words of
-the game and nothing of how to win; without an argument, `lemur rl` goes on from there (docs/rl.md).
-Hardware: 2 CPU cores, a minute and a few minutes.
+`:play` tunes the chat model on conversations of a careless player (task `lamp_play`), who goes north half of the time
+and else follows the light; without an argument, `lemur rl` goes on from there (docs/rl.md).
+Hardware: 2 CPU cores, two minutes each.
 
     lemur prepare --config configs/quickstart_rl.py:play
     lemur train --config configs/quickstart_rl.py:play --workdir quickstart/runs/play
@@ -21,13 +21,14 @@ def get_config(arg: str = ""):
     config.tokenizer.path = "quickstart/tokenizer_chat"
     config.data.modules = ("quickstart_tasks",)
     config.data.stores = "quickstart/stores"
-    config.data.sequence_length = 128
+    config.data.sequence_length = 96
     config.log.every_steps = 5
     config.checkpoint.every_steps = 50
     if arg == "play":
         config.init.checkpoint = "quickstart/runs/chat"
-        config.data.sources = {"lamp_play": {"share": 1.0, "packing": "fit", "max_epochs": 4.0}}
-        config.train.steps = 60
+        config.data.sequence_length = 128
+        config.data.sources = {"lamp_play": {"share": 1.0, "packing": "fit", "max_epochs": 8.0}}
+        config.train.steps = 240
         config.train.batch_rows = 16
         config.optimizer.learning_rate = 1e-3
         config.optimizer.warmup_steps = 5
@@ -40,9 +41,10 @@ def get_config(arg: str = ""):
     config.rl.max_new_tokens = 4
     config.rl.algorithm = "grpo"
     config.rl.rewards = "turn"
-    config.train.steps = 100
-    config.train.batch_rows = 128
-    config.optimizer.learning_rate = 3e-4
-    config.optimizer.final_learning_rate = 3e-4
+    config.rl.eval_every_steps = 10
+    config.train.steps = 30
+    config.train.batch_rows = 64
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.final_learning_rate = 5e-4
     config.optimizer.weight_decay = 0.0
     return config

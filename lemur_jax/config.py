@@ -32,6 +32,7 @@ from lemur_jax.rl.config import RlConfig
 from lemur_jax.telemetry.config import LogConfig
 from lemur_jax.text.config import TokenizerConfig
 from lemur_jax.train.config import (
+    DistillConfig,
     EvalConfig,
     InitConfig,
     OptimizerConfig,
@@ -71,6 +72,7 @@ class RunConfig:
     rl: RlConfig = field(default_factory=RlConfig)  # episodes and rewards of `lemur rl`
     spikes: SpikesConfig = field(default_factory=SpikesConfig)  # updates that are skipped
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)  # preference losses
+    distill: DistillConfig = field(default_factory=DistillConfig)  # distillation from a teacher
     adapter: AdapterConfig = field(default_factory=AdapterConfig)  # low-rank adapters
     init: InitConfig = field(default_factory=InitConfig)  # first parameters
     eval: EvalConfig = field(default_factory=EvalConfig)  # held-out loss
@@ -91,6 +93,11 @@ class RunConfig:
             sections.require(0 < stage.step < steps, f"data.stages.{name}.step", stage.step, must)
         if self.adapter.rank and not self.init.checkpoint:
             raise UserError("config.adapter.rank needs config.init.checkpoint: the model that is adapted")
+        if self.distill.teacher and (self.adapter.rank or self.preference.loss or self.rl.kl):
+            raise UserError(
+                "config.distill.teacher takes the place of a reference: leave out adapter.rank, preference.loss and"
+                " rl.kl"
+            )
         best = self.checkpoint.keep_best
         if best and best not in self.eval.tasks:
             raise UserError(

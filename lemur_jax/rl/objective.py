@@ -19,6 +19,7 @@ from lemur_jax.rl.config import RlConfig
 from lemur_jax.train.losses import RowSums
 from lemur_jax.train.objectives import REFERENCE, Loss, Objective, token_logprobs
 
+ARRAYS = {"advantages": (2, "float32"), "sampling_logprobs": (2, "float32")}  # of a batch of episodes
 EPSILON = 1e-4  # added to the standard deviation, as TRL does
 
 
@@ -96,5 +97,4 @@ def policy(options: RlConfig) -> Objective:
     def reference(model: Decoder, batch: dict[str, Any]) -> dict[str, Any]:
         return {REFERENCE: token_logprobs(model, batch)}
 
-    arrays = {"advantages": (2, "float32"), "sampling_logprobs": (2, "float32")}
-    return Objective(loss=loss, arrays=arrays, reference=reference if options.kl else None)
+    return Objective(loss=loss, arrays=ARRAYS, reference=reference if options.kl else None)

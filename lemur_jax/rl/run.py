@@ -1,5 +1,6 @@
 """`lemur rl`: the training loop with episodes of the policy as its batches."""
 
+import dataclasses
 from typing import Any
 
 from etils import epath
@@ -7,7 +8,7 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.parallel.mesh import make_mesh
-from lemur_jax.rl.objective import policy
+from lemur_jax.rl.objective import ARRAYS, policy
 from lemur_jax.rl.rollouts import Rollouts
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
@@ -32,7 +33,9 @@ def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
         raise UserError("lemur rl samples without dropout: set config.adapter.dropout to 0")
     mesh = make_mesh(config.mesh)
     tokenizer = Tokenizer.load(config.tokenizer.path)
-    program = build(config, mesh, num_sources=1, objective=policy(config.rl))
+    teacher = step.distilled(config.distill)  # on the policy's own tokens; rewards are then figures alone
+    objective = dataclasses.replace(teacher, arrays=ARRAYS) if teacher else policy(config.rl)
+    program = build(config, mesh, num_sources=1, objective=objective)
     rollouts = Rollouts(config.rl, tokenizer, program, seed=config.seed, steps=config.train.steps)
     return Inputs(
         tokenizer=tokenizer,

@@ -101,6 +101,20 @@ class SpikesConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A loss against a teacher's distributions, see train/distill.py."""
+
+    teacher: str = ""  # its checkpoint, ours or a Hugging Face directory; "": no distillation
+    top_k: int = 64  # tokens of the teacher's distribution; all others are one outcome
+    weight: float = 1.0  # of the divergence; the rest of 1 is that of the cross-entropy of the targets
+    reverse: bool = False  # KL(student ‖ teacher) instead of KL(teacher ‖ student)
+
+    def __post_init__(self):
+        require(self.top_k >= 1, "distill.top_k", self.top_k, "at least 1")
+        require(0 < self.weight <= 1, "distill.weight", self.weight, "above 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig:
     """Where the parameters come from; with the defaults fresh ones from `config.seed`."""
 

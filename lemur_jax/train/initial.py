@@ -28,6 +28,7 @@ class InitialParams:
       seed: of fresh parameters.
       tokenizer: of the run.
       program: of the run.
+      teacher: `config.distill.teacher`.
     """
 
     init: InitConfig
@@ -35,6 +36,7 @@ class InitialParams:
     seed: int
     tokenizer: Tokenizer
     program: Program
+    teacher: str = ""
 
     def params(self) -> Any:
         """What is trained; UserError as `initial_params`, or the PEFT adapter does not fit the config."""
@@ -50,9 +52,23 @@ class InitialParams:
         return fresh(key)
 
     def frozen(self) -> Any:
-        """What is not trained: the base of an adapter, a reference, or None."""
+        """What is not trained: the base of an adapter, a reference, a teacher, or None.
+
+        Raises:
+          UserError: the teacher has another vocabulary.
+        """
         if self.program.state.frozen is None:
             return None
+        if self.teacher:
+            source = open_source(self.teacher)
+            if source.model.vocab_size != self.program.model.vocab_size:
+                raise UserError(
+                    f"config.distill.teacher {self.teacher} has a vocabulary of {source.model.vocab_size},"
+                    f" config.model.vocab_size is {self.program.model.vocab_size}: they must be the same"
+                )
+            if source.tokenizer_files:
+                _check_tokenizer("distill.teacher", self.teacher, source, self.tokenizer)
+            return source.restore(self.program.state.frozen)
         if not self.adapter.rank:
             return initial_params(self.init, self.seed, self.tokenizer, self.program)
         model, mesh, dtype = self.program.model, self.program.mesh, self.adapter.base_dtype
@@ -103,20 +119,20 @@ def open_initial(init: InitConfig, tokenizer: Tokenizer, model: DecoderConfig) -
     source = open_source(init.checkpoint)
     _check_shape(source.model, model, init.checkpoint)
     if source.tokenizer_files:
-        _check_tokenizer(init, tokenizer, source)
+        _check_tokenizer("init.checkpoint", init.checkpoint, source, tokenizer, init.drop_rows_above)
     return source
 
 
-def _check_tokenizer(init: InitConfig, ours: Tokenizer, source: ModelSource) -> None:
+def _check_tokenizer(key: str, path: str, source: ModelSource, ours: Tokenizer, kept: int = 0) -> None:
     """That the ids whose rows are kept mean what they did; files of one tokenizer in other formats are one."""
     theirs = Tokenizer.from_files(source.tokenizer_files)
-    kept = init.drop_rows_above or source.model.vocab_size
+    kept = kept or source.model.vocab_size
     for index in range(min(kept, theirs.vocab_size, ours.vocab_size)):
         if theirs.token(index) != ours.token(index):
             raise UserError(
-                f"config.init.checkpoint {init.checkpoint} was trained with another tokenizer: id {index} is"
-                f" {theirs.token(index)!r} there and {ours.token(index)!r} in config.tokenizer.path: take the"
-                " same, or forget rows with config.init.drop_rows_above"
+                f"config.{key} {path} was trained with another tokenizer: id {index} is {theirs.token(index)!r} there"
+                f" and {ours.token(index)!r} in config.tokenizer.path: take the same, or where parameters come from"
+                " it, forget rows with config.init.drop_rows_above"
             )
 
 

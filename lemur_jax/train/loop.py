@@ -225,6 +225,7 @@ def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
         seed=config.seed,
         tokenizer=inputs.tokenizer,
         program=inputs.program,
+        teacher=config.distill.teacher,
     )
     return Saves(
         config.checkpoint,

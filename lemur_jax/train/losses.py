@@ -4,7 +4,7 @@ Axis legend: B batch row, T position, D model, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,15 +68,20 @@ def target_logprobs(
         hit = targets[..., None] == jnp.arange(logits.shape[-1])
         return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
 
-    size, split, merge = _chunks(model, *targets.shape)
-    if size == targets.shape[1]:
-        return chunk(hidden, targets)
-    body = jax.checkpoint(lambda _, part: (None, chunk(*part)), prevent_cse=False)
-    return merge(jax.lax.scan(body, None, (split(hidden), split(targets)))[1])
+    return by_chunk(model, chunk, hidden, targets)
+
+
+def by_chunk(model: Decoder, function: Callable, *arrays: jax.Array) -> Any:
+    """What a function of positions makes of arrays [B, T, ...], in chunks as `row_sums`: arrays [B, T, ...]."""
+    size, split, merge = _chunks(model, *arrays[0].shape[:2])
+    if size == arrays[0].shape[1]:
+        return function(*arrays)
+    body = jax.checkpoint(lambda _, part: (None, function(*part)), prevent_cse=False)
+    return jax.tree.map(merge, jax.lax.scan(body, None, tuple(map(split, arrays)))[1])
 
 
 def _chunks(model: Decoder, B: int, T: int) -> tuple[int, Callable, Callable]:
-    """Positions of a chunk, a function that splits [B, T, ...] into chunks, and one that joins chunks [C, B, size]."""
+    """Positions of a chunk, and functions that split [B, T, ...] into chunks [C, B, size, ...] and join these."""
     ways = model.compute.mesh.shape["sequence"] if model.compute.mesh else 1
     sizes = range(min(model.compute.loss_chunk or T, T), 0, -1)
     size = next((size for size in sizes if T % size == 0 and size % ways == 0), T)
@@ -87,6 +92,7 @@ def _chunks(model: Decoder, B: int, T: int) -> tuple[int, Callable, Callable]:
         return x.reshape(T // size, B, size, *x.shape[4:])
 
     def merge(x):
-        return jnp.moveaxis(x.reshape(T // size, B, ways, size // ways), 0, 2).reshape(B, T)
+        more = x.shape[3:]
+        return jnp.moveaxis(x.reshape(T // size, B, ways, size // ways, *more), 0, 2).reshape(B, T, *more)
 
     return size, split, merge

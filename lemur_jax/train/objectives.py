@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Decoder
 from lemur_jax.models.experts import Router
 from lemur_jax.parallel.rules import batch_sharding
@@ -49,6 +50,7 @@ class Objective:
       reference: (model with the first parameters of the run, batch) -> further arrays of the batch, without gradient:
         `reference_logprobs`, or what it calls. Those parameters then stay on the devices: the base of an adapter, or a
         copy. None: no reference.
+      teacher: of what shape those first parameters are, if they are not of the run's model but of `config.distill`.
       additive: whether the sums of parts of a batch add up to those of the batch; False where a mean over the batch
         enters, which then is one of the microbatch.
     """
@@ -56,6 +58,7 @@ class Objective:
     loss: Callable[[Decoder, Batch], Loss]
     arrays: Mapping[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
     reference: Callable[[Decoder, Batch], Batch] | None = None
+    teacher: DecoderConfig | None = None
     additive: bool = True
 
 

@@ -83,19 +83,19 @@ def run_state(
     dtype: str,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    reference: bool = False,
+    frozen: Any = None,
 ) -> TrainState:
     """The abstract state of a run.
 
     Args:
       dtype: of what is trained.
-      reference: whether the first parameters stay as a reference.
+      frozen: abstract, what is not trained, if there is no adapter.
     """
     if adapter.rank:
         frozen = abstract_frozen(model, adapter.base_dtype, mesh)
         return abstract_state(abstract_adapter(adapter, model, dtype, mesh), optimizer, mesh, frozen)
     params = abstract_params(model, dtype, mesh)
-    return abstract_state(params, optimizer, mesh, params if reference else None)
+    return abstract_state(params, optimizer, mesh, frozen)
 
 
 def _with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:

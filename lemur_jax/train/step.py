@@ -15,20 +15,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
+from lemur_jax.convert.source import open_source
 from lemur_jax.models import decoder, lora
 from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.compiler_flags import check_product_dtype, compiler_options
 from lemur_jax.parallel.mesh import mesh_of_copies
 from lemur_jax.parallel.rules import RULES, batch_ways, replicated
-from lemur_jax.train.config import TrainConfig
+from lemur_jax.train.config import DistillConfig, TrainConfig
 from lemur_jax.train.copies import Copies
+from lemur_jax.train.distill import distillation
 from lemur_jax.train.losses import RowSums
 from lemur_jax.train.objectives import Batch, Objective, abstract_batch, next_token
 from lemur_jax.train.optimizer import make_optimizer
 from lemur_jax.train.preferences import preference
 from lemur_jax.train.spikes import memory
-from lemur_jax.train.state import TrainState, run_state, shardings_of, trained_axes
+from lemur_jax.train.state import TrainState, abstract_params, run_state, shardings_of, trained_axes
 
 _ROW = "row"  # of the batch: the number of each row, for dropout
 Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
@@ -108,11 +110,16 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
     compute = dataclasses.replace(Compute.from_config(config.compute, mesh), frozen=config.adapter.rank > 0)
     if objective is None:
         own = config.preference
-        objective = preference(own) if own.loss else next_token(config.optimizer)
+        objective = preference(own) if own.loss else distilled(config.distill) or next_token(config.optimizer)
     optimizer = make_optimizer(
         config.optimizer, config.train.steps, trained_axes(model, config.adapter), config.spikes
     )
-    state = run_state(model, config.adapter, dtype, optimizer, mesh, objective.reference is not None)
+    frozen = None
+    if objective.reference:
+        frozen = abstract_params(
+            objective.teacher or model, compute.dtype if objective.teacher else dtype, mesh
+        )
+    state = run_state(model, config.adapter, dtype, optimizer, mesh, frozen)
     step = _Step(
         model=model,
         compute=compute,
@@ -147,6 +154,11 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
         ),
         score=jax.jit(sums, out_shardings=replicated(mesh), compiler_options=options),
     )
+
+
+def distilled(options: DistillConfig) -> Objective | None:
+    """The objective of `config.distill`, if it names a teacher."""
+    return distillation(options, open_source(options.teacher).model) if options.teacher else None
 
 
 def _copies(
@@ -213,7 +225,7 @@ class _Step:
         if self.copies:
             compute = dataclasses.replace(compute, mesh=self.copies.mesh)
         if self.objective.reference:
-            first = decoder.bind(self.model, compute, state.frozen)
+            first = decoder.bind(self.objective.teacher or self.model, compute, state.frozen)
             batch = {**batch, **jax.lax.stop_gradient(self.objective.reference(first, batch))}
         key = _dropout_key(self.seed, state.step, batch) if self.adapter.dropout else None
         weights = self.weights(dataclasses.replace(state, params=params), key)

@@ -137,6 +137,17 @@ def test_the_policy_is_an_adapter(play, small_chat_tokenizer, tmp_path, base_dty
     assert abs(base - expected)[own].max() > 1e-3
 
 
+@pytest.mark.slow
+def test_distillation_on_the_policys_own_tokens(play, small_chat_tokenizer, tmp_path):
+    model = preset("tiny", vocab_size=small_chat_tokenizer.vocab_size, num_hidden_layers=1)
+    params = jax.device_get(jax.jit(decoder.init_params, static_argnums=0)(model, jax.random.key(1)))
+    write_params(tmp_path / "teacher", params, make_metadata(model=model.to_dict(), tokenizer_files={}))
+    options = {"distill.teacher": str(tmp_path / "teacher"), "distill.reverse": True, "train.steps": 8}
+    records = play("run", **options)
+    assert all(record["logprob_gap"] < 1e-4 for record in records)
+    assert records[-1]["divergence"] < records[0]["divergence"]
+
+
 class Hangs(Echo):
     def step(self, action):
         if len(action) % 2:
