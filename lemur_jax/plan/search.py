@@ -29,6 +29,7 @@ import lemur_jax
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, replace, to_json
 from lemur_jax.models.remat import POLICIES
+from lemur_jax.parallel.compiler_flags import compiler_options
 from lemur_jax.parallel.mesh import AXES, mesh_shape
 from lemur_jax.plan import analytic
 from lemur_jax.plan.plan import GIB, Plan, plan
@@ -53,10 +54,8 @@ REFINEMENTS: tuple[tuple[str, Any], ...] = (
     (OPTIONS, "xla_tpu_scheduler_percent_shared_memory_limit=110"),  # memory that the scheduler may plan with
     (OPTIONS, "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"),
     (OPTIONS, "xla_tpu_enable_async_all_to_all=false"),  # gradients by all-reduces
-    (
-        OPTIONS,
-        "xla_tpu_scoped_vmem_limit_kib=65536",
-    ),  # larger tiles of products; compiles up to four times longer
+    # Larger tiles of products; compiles up to four times longer.
+    (OPTIONS, "xla_tpu_scoped_vmem_limit_kib=65536"),
 )
 # Share of the time for layouts alone; then the best one is refined, and then the other layouts follow.
 _LAYOUTS_FIRST = 0.5
@@ -263,11 +262,15 @@ class _Queue:
         """The next candidate that is worth a compilation; with `refine`, first of those of the best."""
         if not refine and (candidate := self._next_layout()):
             return candidate
-        for candidate in refinements(self.result.best, self.options) if self.result.best else ():
+        for candidate in self._refinements():
             if candidate.changes not in self._refined:
                 self._refined.append(candidate.changes)
                 return candidate
         return self._next_layout()
+
+    def _refinements(self) -> Iterator[Candidate]:
+        best = self.result.best
+        return refinements(best, self.options, self.tpu.generation.device_kind) if best else iter(())
 
     def _next_layout(self) -> Candidate | None:
         while self.layouts:
@@ -301,17 +304,18 @@ def _device_hbm(trial: Trial) -> float:
     return trial.plan.hbm_bytes_per_chip * trial.plan.chips / math.prod(trial.plan.mesh.values())
 
 
-def refinements(best: Trial, options: tuple[str, ...]) -> Iterator[Candidate]:
+def refinements(best: Trial, options: tuple[str, ...], device_kind: str) -> Iterator[Candidate]:
     """The best so far with one more value changed, of a key that still has its first value.
 
     Args:
       options: the compiler options with which the search began.
+      device_kind: of the slice; what is on there already is not tried.
     """
     for name, value in REFINEMENTS:
         changes = {**best.changes, name: value}
         if name == OPTIONS:
             given = best.changes.get(name, options)
-            if value in given:
+            if compiler_options(device_kind, (*given, value)) == compiler_options(device_kind, given):
                 continue
             changes[name] = (*given, value)
         elif name in best.changes:

@@ -102,6 +102,14 @@ def test_the_best_is_refined_and_what_helps_stays(tpu_compiler, base, tmp_path, 
     assert load(str(tmp_path / "out" / "best.py")).compute.loss_chunk == 0
 
 
+def test_an_option_that_is_on_already_is_not_tried(monkeypatch):
+    monkeypatch.setattr(search, "REFINEMENTS", [(search.OPTIONS, "xla_tpu_scoped_vmem_limit_kib=98304")])
+    best = search.Trial(changes={}, bound=None)
+    for kind, options, tried in (("TPU v4", (), 1), ("TPU v6 lite", (), 0), ("TPU v4", ("OPTION",), 0)):
+        given = tuple(value.replace("OPTION", search.REFINEMENTS[0][1]) for value in options)
+        assert len(list(search.refinements(best, given, kind))) == tried
+
+
 def test_a_second_run_reads_the_cache(first):
     config, cache, found = first
     with pytest.MonkeyPatch.context() as patch:
