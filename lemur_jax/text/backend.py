@@ -336,9 +336,11 @@ def build_backend(spec: Mapping[str, Any], added: Sequence[Mapping[str, Any]], m
     if model.get("unk_token"):
         model["unk_token"] = marks.get(model["unk_token"], model["unk_token"])
     backend = tokenizers.Tokenizer.from_str(json.dumps({**kept, **bare, "model": model}))
+    tokens = []
     for token in added:
         flags = {name: token[name] for name in sentencepiece_model.FLAGS if name in token}
-        backend.add_tokens([tokenizers.AddedToken(marks.get(token["content"], token["content"]), **flags)])
+        tokens.append(tokenizers.AddedToken(marks.get(token["content"], token["content"]), **flags))
+    backend.add_tokens(tokens)  # at once: one by one takes minutes for Gemma's 6,415
     return backend
 
 
