@@ -109,7 +109,7 @@ def read_text(path: Path) -> str:
     return page_text(text) if path.suffix == ".html" else text
 
 
-def documents(root: Path, corpus: Corpus, name: str) -> Iterator[dict[str, str]]:
+def documents(root: Path, corpus: Corpus) -> Iterator[dict[str, str]]:
     """The documents of an unpacked corpus in an order by hash, up to `CORPUS_BYTES`."""
     left = CORPUS_BYTES
     files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
@@ -172,7 +172,7 @@ def main(directory: Path) -> None:
                 unpack(package, root)
                 for file in (root / package).glob("usr/share/doc/*/copyright"):
                     shutil.copy(file, directory / f"licenses/{package}")
-            lines = [json.dumps(document) for document in documents(root, corpus, name)]
+            lines = [json.dumps(document) for document in documents(root, corpus)]
         target.write_text("\n".join(lines) + "\n")
         print(
             f"{target}: {len(lines):,} documents, {target.stat().st_size:,} bytes, {corpus.license}",

@@ -13,6 +13,7 @@ from lemur_jax.sweep.runs import plan_runs
 from lemur_jax.telemetry.metrics import MetricsWriter
 from tests.helpers.sweeps import config_of
 
+HARMONY = Path(__file__).parents[2] / "docs/harmony/ratio"
 RATIOS = ("1:0", "10:1", "3:1", "1:1", "1:3", "0:1")
 TRUE = {
     "code": Law(base=2.0, part=0, scale=3000.0, drift=-0.002, gain=0.03),
@@ -63,7 +64,7 @@ def test_it_needs_two_parts_and_four_ratios():
 
 def test_it_predicts_a_ratio_that_was_left_out_of_the_measured_sweep():
     """docs/harmony/ratio: 1.8M parameters, six ratios, three seeds."""
-    found = json.loads((Path(__file__).parents[2] / "docs/harmony/ratio/results.json").read_text())
+    found = json.loads((HARMONY / "results.json").read_text())
     points = [
         Point(
             ratio=one["name"],
@@ -79,6 +80,10 @@ def test_it_predicts_a_ratio_that_was_left_out_of_the_measured_sweep():
     errors = [abs(error) for one in laws.held_out.values() for error in one.values()]
     assert len(errors) == 8
     assert max(errors) < 0.0016  # of bits per byte that the mixtures change by up to 0.16
+    assert pareto.law_plot(laws) == (HARMONY / "law.svg").read_text()
+    page = (HARMONY.parents[1] / "harmony.md").read_text()
+    for row in (*law.law_rows(laws), *law.best_rows(laws)):  # the page has these figures
+        assert f"| {' | '.join(row)} |" in page
     assert laws.best_measured(0.5) == "3:1"
     assert 0.6 < laws.best_share(0.5) < 0.9
 
