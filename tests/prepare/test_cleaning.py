@@ -23,6 +23,14 @@ def removed_by(step, options, text, meta=None):
         ("lines", {"max_mean_chars": 3}, "abcd\nab", "abcde\nab", "lines of 4 characters in the mean"),
         ("alphanumeric", {"min_share": 0.5}, "ab--", "ab---", "40.0% letters and digits"),
         ("alphanumeric", {"min_share": 0.5}, "漢字--", "", "0.0%"),
+        (
+            "foreign_letters",
+            {},
+            "naïve 🎉🎉🎉 éé 你好 …“”",
+            "see 你好吗",
+            "3 letters that are not English: '你好吗'",
+        ),
+        ("foreign_letters", {"run": 4}, "你好吗", "привет", "4 letters"),
     ],
 )
 def test_filters_on_the_text(step, options, stays, goes, reason):

@@ -6,7 +6,7 @@ import pytest
 
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import load
+from lemur_jax.config import from_json, load, to_json
 from lemur_jax.sweep.runs import plan_runs, run_config
 from tests.helpers.sweeps import config_of
 
@@ -88,3 +88,14 @@ def test_printed_commands_train_the_same_runs(project, monkeypatch, capsys):
     config = load(path, overrides)
     assert (config.seed, config.train.steps) == (43, 9)
     assert (config.data.sources["code"].share, config.data.sources["text"].share) == (3.0, 1.0)
+
+
+def test_sources_with_epochs_have_no_shares_to_vary():
+    sources = {
+        name: {"share": 0.0, "packing": "concat", "max_epochs": 0.0, "epochs": 2.0}
+        for name in ("code", "text")
+    }
+    plain = to_json(config_of())
+    plain["data"]["sources"] = sources
+    with pytest.raises(UserError, match="have `epochs`: a sweep varies shares"):
+        plan_runs(from_json(plain), ["1:1"], 1)
