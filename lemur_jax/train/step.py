@@ -22,7 +22,7 @@ from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.compiler_flags import check_product_dtype, compiler_options
 from lemur_jax.parallel.mesh import mesh_of_copies
 from lemur_jax.parallel.rules import RULES, batch_ways, replicated
-from lemur_jax.train.config import DistillConfig, TrainConfig
+from lemur_jax.train.config import DistillConfig, OptimizerConfig, PreferenceConfig, TrainConfig
 from lemur_jax.train.copies import Copies
 from lemur_jax.train.distill import distillation
 from lemur_jax.train.losses import RowSums
@@ -108,17 +108,14 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
     check_product_dtype(config.compute.product_dtype, device_kind, bool(config.adapter.rank))
     model, dtype = config.model, config.compute.param_dtype
     compute = dataclasses.replace(Compute.from_config(config.compute, mesh), frozen=config.adapter.rank > 0)
-    if objective is None:
-        own = config.preference
-        objective = preference(own) if own.loss else distilled(config.distill) or next_token(config.optimizer)
+    objective = objective or _objective(config.preference, config.distill, config.optimizer)
     optimizer = make_optimizer(
         config.optimizer, config.train.steps, trained_axes(model, config.adapter), config.spikes
     )
     frozen = None
     if objective.reference:
-        frozen = abstract_params(
-            objective.teacher or model, compute.dtype if objective.teacher else dtype, mesh
-        )
+        own = (objective.teacher, compute.dtype) if objective.teacher else (model, dtype)
+        frozen = abstract_params(*own, mesh)
     state = run_state(model, config.adapter, dtype, optimizer, mesh, frozen)
     step = _Step(
         model=model,
@@ -154,6 +151,13 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
         ),
         score=jax.jit(sums, out_shardings=replicated(mesh), compiler_options=options),
     )
+
+
+def _objective(pairs: PreferenceConfig, teaching: DistillConfig, optimizer: OptimizerConfig) -> Objective:
+    """A loss of pairs or of a teacher, where the config names one; else next-token loss."""
+    if pairs.loss:
+        return preference(pairs)
+    return distilled(teaching) or next_token(optimizer)
 
 
 def distilled(options: DistillConfig) -> Objective | None:
