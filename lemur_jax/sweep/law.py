@@ -24,7 +24,7 @@ from lemur_jax.sweep.runs import SweepRun, parse_ratio
 from lemur_jax.telemetry.metrics import read_metrics
 
 PARAMETERS = 3
-WEIGHTS = (0.3, 0.5, 0.7, 0.8, 0.9)  # of the first group, for which tables name the best ratio
+WEIGHTS = (0.3, 0.5, 0.7, 0.8, 0.9)  # of one group, for which tables name the best ratio
 _SCALES = np.geomspace(1e-4, 1e2, 301)  # in tokens of the longest run
 _GRID = np.linspace(0, 1, 1001)  # shares of the first part
 
@@ -68,12 +68,14 @@ class Laws:
 
     Attributes:
       laws: by group.
+      first: the group whose weight the tables vary.
       points: that they were fitted to.
       held_out: ratio -> group -> log of predicted over measured bits per byte after the longest run, by laws fitted
         to the other ratios alone; of the ratios that have both parts.
     """
 
     laws: Mapping[str, Law]
+    first: str
     points: Sequence[Point]
     held_out: Mapping[str, Mapping[str, float]]
 
@@ -85,10 +87,10 @@ class Laws:
         """The share of the first part with the lowest weighted mean of log(L / L0) after the longest run.
 
         Args:
-          weight: of the first group; the others share the rest alike.
+          weight: of the group `first`; the others share the rest alike.
         """
         shares = np.stack([_GRID, 1 - _GRID])
-        weights = group_weights(list(self.laws), weight)
+        weights = self._weights(weight)
         total = sum(
             weights[group] * law.log_ratio(shares[law.part], self.tokens) for group, law in self.laws.items()
         )
@@ -96,7 +98,7 @@ class Laws:
 
     def best_measured(self, weight: float) -> str:
         """The ratio that is best by the same measure, of those that were trained."""
-        weights = group_weights(list(self.laws), weight)
+        weights = self._weights(weight)
         last = [point for point in self.points if point.tokens == self.tokens]
         return min(
             last,
@@ -105,11 +107,9 @@ class Laws:
             ),
         ).ratio
 
-
-def group_weights(groups: Sequence[str], weight: float) -> dict[str, float]:
-    """`weight` for the first group, the rest alike for the others."""
-    rest = (1 - weight) / max(1, len(groups) - 1)
-    return {group: rest if number else weight for number, group in enumerate(groups)}
+    def _weights(self, weight: float) -> dict[str, float]:
+        rest = (1 - weight) / max(1, len(self.laws) - 1)
+        return {group: weight if group == self.first else rest for group in self.laws}
 
 
 def read_points(runs: Mapping[SweepRun, RunConfig], workdir: epath.PathLike, bits: Bits) -> list[Point]:
@@ -145,12 +145,13 @@ def read_points(runs: Mapping[SweepRun, RunConfig], workdir: epath.PathLike, bit
     ]
 
 
-def fit_laws(base: Mapping[str, float], points: Sequence[Point]) -> Laws | None:
+def fit_laws(base: Mapping[str, float], points: Sequence[Point], first: str) -> Laws | None:
     """The laws of every group; None where the ratios do not have two parts, or are fewer than the parameters and one.
 
     Args:
       base: group -> bits per byte before training.
       points: of `read_points`.
+      first: the group whose weight the tables vary.
     """
     ratios = {point.ratio: point.shares for point in points}
     if len(ratios) <= PARAMETERS or any(len(shares) != 2 for shares in ratios.values()):
@@ -172,7 +173,7 @@ def fit_laws(base: Mapping[str, float], points: Sequence[Point]) -> Laws | None:
             )
             for group, law in laws.items()
         }
-    return Laws(laws=laws, points=points, held_out=held_out)
+    return Laws(laws=laws, first=first, points=points, held_out=held_out)
 
 
 def _fit(base: float, points: Sequence[Point], group: str, part: int) -> Law:
@@ -202,9 +203,8 @@ def law_rows(laws: Laws) -> list[list[str]]:
 
 
 def best_rows(laws: Laws, weights: Sequence[float] = WEIGHTS) -> list[list[str]]:
-    """A table: a head, and the best share of the first part for each weight of the first group."""
-    first = next(iter(laws.laws))
-    rows = [[f"weight of {first}", "best share, predicted", "as a ratio", "best of the trained"]]
+    """A table: a head, and the best share of the first part for each weight of `laws.first`."""
+    rows = [[f"weight of {laws.first}", "best share, predicted", "as a ratio", "best of the trained"]]
     for weight in weights:
         share = laws.best_share(weight)
         ratio = f"{share / (1 - share):.2g}:1" if share < 1 else "1:0"

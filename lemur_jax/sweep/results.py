@@ -107,7 +107,11 @@ def read_results(
     laws = None
     if all(key == "train.steps" for run in runs for key, _ in run.settings):
         points = read_points(runs, workdir, lambda directory, step: _bits(directory, groups, step))
-        laws = fit_laws(base, points)
+        # Groups have no order of their own; the one of the first task is that of the first part of a ratio.
+        tasks = config.eval.tasks
+        laws = fit_laws(
+            base, points, next((name for name in groups if tasks[0] in groups[name]), next(iter(groups)))
+        )
     return Results(base=base, variants=summaries, steps=config.train.steps, tokens=tokens, laws=laws)
 
 

@@ -40,7 +40,7 @@ def made_up(ratios=RATIOS, tokens=(50_000, 200_000)):
 
 
 def test_a_law_is_found_again():
-    found = fit_laws({"code": 2.0, "text": 1.5}, made_up())
+    found = fit_laws({"text": 1.5, "code": 2.0}, made_up(), "code")
     for name, true in TRUE.items():
         assert found.laws[name].part == true.part
         assert found.laws[name].drift == pytest.approx(true.drift, abs=5e-4)
@@ -58,8 +58,8 @@ def test_a_law_is_found_again():
 
 def test_it_needs_two_parts_and_four_ratios():
     base = {"code": 2.0, "text": 1.5}
-    assert fit_laws(base, made_up(RATIOS[:3])) is None
-    assert fit_laws(base, [Point(ratio="1:1:1", shares=(1 / 3,) * 3, tokens=1, bits=base)]) is None
+    assert fit_laws(base, made_up(RATIOS[:3]), "code") is None
+    assert fit_laws(base, [Point(ratio="1:1:1", shares=(1 / 3,) * 3, tokens=1, bits=base)], "code") is None
 
 
 def test_it_predicts_a_ratio_that_was_left_out_of_the_measured_sweep():
@@ -75,7 +75,7 @@ def test_it_predicts_a_ratio_that_was_left_out_of_the_measured_sweep():
         for one in found["variants"]
         if not one["merged"]
     ]
-    laws = fit_laws(found["base"], points)
+    laws = fit_laws(found["base"], points, "code")
     assert {group: one.part for group, one in laws.laws.items()} == {"code": 0, "text": 1}
     errors = [abs(error) for one in laws.held_out.values() for error in one.values()]
     assert len(errors) == 8
@@ -126,7 +126,7 @@ def test_the_page_shows_the_law():
         )
         for point in last
     )
-    laws = fit_laws(base, made_up())
+    laws = fit_laws(base, made_up(), "code")
     found = results.Results(base=base, variants=variants, steps=10, tokens=200_000, laws=laws)
     files = pareto.result_files(found, "lemur sweep")
     assert files["law.svg"].count(' curve"') == 2
