@@ -32,6 +32,7 @@ sweep() {
     --config.checkpoint.every_steps=$((count / 2)) --config.checkpoint.keep=1
   mkdir -p "$results/$name"
   cp "$at/sweep-$name"/{table.md,results.json,pareto.svg,index.html} "$results/$name/"
+  [ ! -f "$at/sweep-$name/law.svg" ] || cp "$at/sweep-$name/law.svg" "$results/$name/"
 }
 
 part "2/7 ratios of code and text: 6 mixtures, ${seeds:-3} seeds, ${steps:-100} updates; 7 merges" 70
