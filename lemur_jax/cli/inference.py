@@ -155,15 +155,19 @@ def _smoke(args) -> None:
 
 
 def _serve(args) -> None:
+    listening = []
+
     def check(tokenizer) -> None:
-        from lemur_jax.infer import serve  # noqa: F401  # says what is not installed
+        from lemur_jax.infer.serve import listen  # says what is not installed
 
         _one_host_alone("requests would come to one of several hosts: serve from one host")
+        listening.append(listen(args.host, args.port))
 
     with open_session(args, check) as session:
         from lemur_jax.infer.serve import serve
 
-        serve(session, os.path.basename(os.path.normpath(args.checkpoint)), host=args.host, port=args.port)
+        name = os.path.basename(os.path.normpath(args.checkpoint))
+        serve(session, name, listening[0], host=args.host)
 
 
 def _one_host_alone(otherwise: str) -> None:

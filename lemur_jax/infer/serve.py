@@ -6,14 +6,16 @@ embeddings and keys. For production, serve the exported directory with vLLM.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from typing import Any
 
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.infer.complete import answers, with_text
 from lemur_jax.infer.engine import Engine, check_ids
 from lemur_jax.infer.engine import Request as Generation
@@ -61,15 +63,27 @@ CHARACTERS_A_TOKEN = 64
 ANSWER_SECONDS = 600.0  # until an answer, or the first part of a stream; time in the queue included
 
 
-def serve(session: Session, name: str, *, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Answers requests until interrupted."""
-    logger.info("serving %s at http://%s:%s/v1", name, host, port)
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on an address of this machine; port 0: any free one. UserError: it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cannot listen on {host} port {port} ({reason_of(error)}): name another --host or --port"
+        ) from error
+
+
+def serve(session: Session, name: str, listening: socket.socket, *, host: str) -> None:
+    """Answers requests on the socket of `listen(host, ...)` until interrupted."""
+    logger.info("serving %s at http://%s:%s/v1", name, host, listening.getsockname()[1])
     # With one address, another name in `Host` is that of a web page that made its own name point here.
     any_address = host in ("0.0.0.0", "::", "")
     hosts = None if any_address else (host, "localhost", "127.0.0.1", "::1")
     app = application(session, name, hosts)
     try:
-        uvicorn.run(app, host=host, port=port, log_level="warning")
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
     finally:
         app.state.worker.stop()
 

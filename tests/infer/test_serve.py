@@ -19,10 +19,11 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from lemur_jax.agents.episodes import endpoint_agent
+from lemur_jax.common.errors import UserError
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.score import score
-from lemur_jax.infer.serve import application
+from lemur_jax.infer.serve import application, listen
 from lemur_jax.infer.session import load
 from lemur_jax.models import decoder
 from lemur_jax.models.decoder import Compute
@@ -58,6 +59,14 @@ def url(session):
 @pytest.fixture(scope="module")
 def client(url):
     return openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize("port", [-1, 80_000, 10**9, "taken"])
+def test_an_address_that_cannot_be_had_is_named(port):
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1] if port == "taken" else port
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {port} .*--port"):
+            listen("127.0.0.1", port)
 
 
 def test_models(client):
