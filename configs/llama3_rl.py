@@ -1,6 +1,6 @@
 """Reinforcement learning of Llama-3.1-Instruct (8B, or 70B with `:70b`) in MINT's tasks, on one slice.
 
-512 episodes an update, 8 of each task, of 2048 tokens. Never run: `lemur plan` says what it would take (docs/rl.md).
+512 episodes an update, 8 of each task, of 2048 tokens. Never run; docs/planner.md has an estimate.
 
     lemur plan --mode rl --config configs/llama3_rl.py --topology v5e-64 --prompt-length 512
     lemur plan --mode rl --config configs/llama3_rl.py:70b --topology v5p-128 --prompt-length 512
