@@ -115,7 +115,9 @@ def set_pipeline(
         spec["post_processor"] = None
     if kind == "CodeLlamaTokenizer":
         # transformers adds tokens for infilling before these, at ids that a model has no rows for.
-        named = [sentencepiece_model.content_of(token) for token in config.get("extra_special_tokens") or []]
+        tokens = [token for key, token in config.items() if key.endswith("_token") and token is not None]
+        tokens += config.get("extra_special_tokens") or []
+        named = [str(sentencepiece_model.content_of(token)) for token in tokens]
         if missing := [token for token in named if token not in kept["vocab"]]:
             raise UserError(
                 f"{name}: {', '.join(missing)} is not in the vocabulary of this {kind}: remove it"
