@@ -1,6 +1,6 @@
 """LoRA of Llama-3.1 (8B, or 70B with `:70b`) on conversations, its frozen matrices as int8.
 
-70B fits a v5e-16 (`lemur plan`, docs/adapters.md); 8B on one chip was not compiled. Rank 16 on all projections,
+70B fits a v5e-16 and 8B one chip of 16 GiB (`lemur plan`, docs/adapters.md). Rank 16 on all projections,
 alpha 32, a constant batch of 16 rows; the learning rate is ten times that of full tuning.
 Needs `pip install '.[int8]'`.
 
