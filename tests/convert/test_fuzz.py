@@ -73,7 +73,8 @@ def damage(rng, directory):
 def says_so(directory, config):
     """Whether config.json says what was read from it; transformers' own reading fills the keys that it lacks."""
     raw = json.loads((directory / "config.json").read_text())
-    names = {field.name for field in dataclasses.fields(config)} - {"rope_scaling"}
+    # These are spelled otherwise in it.
+    names = {field.name for field in dataclasses.fields(config)} - {"rope_scaling", "attention_bias"}
     values = {name: raw[name] for name in names if raw.get(name) is not None}
     try:
         theirs = transformers.AutoConfig.from_pretrained(directory)
