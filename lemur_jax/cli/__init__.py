@@ -114,7 +114,8 @@ class _Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         default, text = options.get("default"), options.get("help") or ""
-        if default not in (None, "", False, 0, argparse.SUPPRESS) and "default" not in text:
+        switch = default is None or default is False or default in ("", argparse.SUPPRESS)
+        if not switch and "default" not in text:
             options["help"] = f"{text} (default: %(default)s)"
         return super().add_argument(*names, **options)
 

@@ -32,7 +32,10 @@ def add_verbs(verbs: Verbs) -> None:
         "--processes", type=int, default=2, help="compiles at a time, 2 to 3 GiB each (default: 2)"
     )
     search.add_argument(
-        "--output", default="search", metavar="DIR", help="for best.py, pareto.html, search.json"
+        "--output",
+        default="search",
+        metavar="DIR",
+        help="for best.py, pareto.html, search.json (default: search)",
     )
     plans = "~/.cache/lemur_jax/plans"
     search.add_argument("--cache", default=plans, metavar="DIR", help=f"finished plans (default: {plans})")
@@ -44,7 +47,9 @@ def add_verbs(verbs: Verbs) -> None:
     )
     generate.add_argument("--cache-length", type=int, default=2048, help="prompt and answer (default: 2048)")
     dtypes = ("bfloat16", "float32")
-    generate.add_argument("--dtype", choices=dtypes, default="bfloat16", help="of weights and cache")
+    generate.add_argument(
+        "--dtype", choices=dtypes, default="bfloat16", help="of weights and cache (default: bfloat16)"
+    )
 
 
 def _plan(args) -> int:

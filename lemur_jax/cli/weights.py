@@ -49,7 +49,9 @@ def _add_options(sub: argparse.ArgumentParser, dtype: str) -> None:
     group = sub.add_argument_group(
         "vocabulary", "rows and tokenizer files are changed together, in this order"
     )
-    group.add_argument("--drop-rows-above", type=int, default=0, metavar="ID", help="forget ids from ID on")
+    group.add_argument(
+        "--drop-rows-above", type=int, default=0, metavar="ID", help="forget ids from ID on (default: none)"
+    )
     group.add_argument("--add-tokens", default="", metavar="A,B", help="control tokens for the next ids")
     rows_help = "rows afterwards; new ones are the others' mean"
     group.add_argument("--vocab-size", type=int, default=0, metavar="V", help=rows_help)
