@@ -54,6 +54,21 @@ def choose_platform(virtual_devices: int = 0) -> None:
     # Orbax and JAX log every checkpoint and every compile at INFO.
     for name in ("absl", "jax", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("absl").addFilter(_Once())
+
+
+class _Once(logging.Filter):
+    """Drops a message that was logged before: Orbax reads a damaged file several times."""
+
+    def __init__(self):
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        fresh = text not in self._seen
+        self._seen.add(text)
+        return fresh
 
 
 def _accelerator_present() -> bool:
