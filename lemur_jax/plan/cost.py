@@ -255,7 +255,7 @@ class Estimator:
         """(kind, traffic) of a `send` to the other slices; of an all-reduce each device sends and gets its share."""
         kind = each.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
         dtype, sizes = hlo.shapes(each.shape)[0]
-        moved = hlo.BYTES[dtype] * math.prod(sizes)
+        moved = hlo.bytes_of(dtype) * math.prod(sizes)
         slices = self.network.tpu.slices
         passes = 2 if kind == "all-reduce" else 1
         seconds = passes * moved * (slices - 1) / slices / self.chip.dcn

@@ -10,10 +10,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-BYTES = {
-    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
-    "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
-}  # fmt: skip
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
@@ -22,7 +18,9 @@ COLLECTIVES = (
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^  (ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"([a-z][\w\-]*)\(")
-_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+\w*|c64|c128)\[([\d,]*)\]")
+# A dtype has its bits in its name, after which a float may say how they are divided (f8e4m3fn).
+_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|f\d+e\d+m\d+\w*|c64|c128)\[([\d,]*)\]")
+_BITS = re.compile(r"\d+")
 _HOST_ARRAY = re.compile(r"\b\w+\[[\d,]*\]\{[^}]*S\(5\)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**63 - 1  # the compiler writes it where it has none
@@ -162,13 +160,18 @@ def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
     return [
         (dtype, tuple(int(size) for size in sizes.split(",") if size))
         for dtype, sizes in _SHAPE.findall(text)
-        if dtype in BYTES
     ]
+
+
+def bytes_of(dtype: str) -> float:
+    """Bytes of an element, e.g. 0.5 of "s4"."""
+    bits = _BITS.search(dtype)
+    return int(bits[0]) / 8 if bits else 1  # a predicate has none
 
 
 def num_bytes(text: str) -> int:
     """Bytes of all arrays in a shape's text, without padding."""
-    return int(sum(BYTES[dtype] * math.prod(sizes) for dtype, sizes in shapes(text)))
+    return int(sum(bytes_of(dtype) * math.prod(sizes) for dtype, sizes in shapes(text)))
 
 
 def host_transfer_bytes(each: Instruction) -> int:
@@ -181,7 +184,7 @@ def host_transfer_bytes(each: Instruction) -> int:
     if not each.opcode.endswith("-start") or "S(5)" not in each.shape:
         return 0
     return int(
-        sum(BYTES[dtype] * math.prod(sizes) for dtype, sizes in shapes(on_device(each.shape)) if sizes)
+        sum(bytes_of(dtype) * math.prod(sizes) for dtype, sizes in shapes(on_device(each.shape)) if sizes)
     )
 
 

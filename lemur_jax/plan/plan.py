@@ -226,7 +226,7 @@ def kept_activations(module: hlo.Module, layers: int, parameters: Any) -> int:
     }
     kept = [
         sum(
-            hlo.BYTES[dtype] * math.prod(sizes)
+            hlo.bytes_of(dtype) * math.prod(sizes)
             for dtype, sizes in hlo.shapes(hlo.on_device(loop.shape))
             if len(sizes) > 2 and sizes[0] in (layers, turns) and tuple(sorted(sizes[1:])) not in stacked
         )

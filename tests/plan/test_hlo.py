@@ -74,6 +74,7 @@ def test_unknown_loop_is_an_error_rather_than_a_guess():
 
 def test_sizes(module):
     assert hlo.num_bytes("(bf16[2,3]{1,0:T(8,128)}, f32[]{:T(128)}, pred[5])") == 12 + 4 + 5
+    assert hlo.num_bytes("(f8e4m3fn[2,3]{1,0}, f8e5m2[7], s4[6], c64[2])") == 6 + 7 + 3 + 16
     assert hlo.pairs("source_target_pairs={{0,1},{1,2},{2,0}}, x") == [(0, 1), (1, 2), (2, 0)]
     shape = "(s32[], bf16[80,4]{1,0:T(8,128)(2,1)S(5)}, bf16[80,8]{1,0:T(8,128)})"
     assert hlo.shapes(hlo.on_device(shape)) == [("s32", ()), ("bf16", (80, 8))]
