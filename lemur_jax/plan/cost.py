@@ -199,8 +199,9 @@ class Estimator:
 
     def _compute(self, each: hlo.Instruction, cost: Cost) -> float:
         """Adds a computing instruction; returns its seconds."""
-        cost.unestimated += each.lacks_estimate
-        kernel, grouped = kernels.cycles(each, self.chip), kernels.grouped_cycles(each, self.chip)
+        kernel = kernels.cycles(each, self.chip)
+        grouped = kernels.grouped_cycles(each, self.chip, self.module.inside(each))
+        cost.unestimated += each.lacks_estimate and grouped is None
         counted = (each.cycles if kernel is None else kernel) if grouped is None else grouped
         seconds = counted / self.chip.clock
         if not seconds:

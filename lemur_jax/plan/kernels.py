@@ -9,6 +9,7 @@ at head width 128 and scaled by the area of the block.
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 
 from lemur_jax.plan import hlo
 from lemur_jax.plan.topologies import Generation
@@ -47,17 +48,38 @@ KERNELS: dict[tuple[str, str], Kernel] = {
 GROUPED_EFFICIENCY = 0.7
 
 
-def grouped_cycles(each: hlo.Instruction, generation: Generation) -> float | None:
+def grouped_cycles(
+    each: hlo.Instruction, generation: Generation, inside: Iterable[hlo.Instruction] = ()
+) -> float | None:
     """Cycles of a grouped product (`jax.lax.ragged_dot`) at an assumed share of the peak; None of others.
 
-    All rows of the buffer count; with a mesh axis `expert` some of them are empty in a run.
+    It is a kernel on v5p. On v6e it is a fusion, whose cycles by the compiler are those of no product: 0.5 s for one of
+    1 ms. All rows of the buffer count; with a mesh axis `expert` some of them are empty in a run.
+
+    Args:
+      inside: the instructions of a fusion.
     """
-    if each.opcode != "custom-call" or not each.name.startswith("ragged-dot-none"):
+    if each.opcode == "custom-call" and each.name.startswith("ragged-dot-none"):
+        listed = each.attributes.partition("operand_layout_constraints=")[2].partition(
+            "}, frontend_attributes"
+        )
+        left, right = _matrices(listed[0])[:2]
+        products = 2.0 * math.prod(left) * right[-1]
+    elif each.opcode == "fusion" and '"is_ragged_dot":true' in each.attributes:
+        shapes = [each.shape, *(one.shape for one in inside if one.opcode == "parameter")]
+        arrays = _matrices(" ".join(shapes))
+        # The result or an operand is [experts, K, N], the others begin with the rows.
+        weights = next(sizes for sizes in arrays if len(sizes) == 3)
+        rows = next(sizes for sizes in arrays if len(sizes) == 2)[0]
+        products = 2.0 * rows * weights[1] * weights[2]
+    else:
         return None
-    listed = each.attributes.partition("operand_layout_constraints=")[2].partition("}, frontend_attributes")
-    left, right = [sizes for dtype, sizes in hlo.shapes(listed[0]) if dtype in ("bf16", "f32")][:2]
-    products = 2.0 * math.prod(left) * right[-1]
     return products / (chip(generation.device_kind).flops_per_device * GROUPED_EFFICIENCY) * generation.clock
+
+
+def _matrices(text: str) -> list[tuple[int, ...]]:
+    """Sizes of the arrays of floats in shapes' text."""
+    return [sizes for dtype, sizes in hlo.shapes(text) if dtype in ("bf16", "f32")]
 
 
 def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
@@ -72,7 +94,7 @@ def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
     phase = named[1]
     # The layout constraints list the operands; the first two matrices are q [..., T, N] and k [..., S, N].
     listed = each.attributes.partition("operand_layout_constraints=")[2].partition("}, frontend_attributes")
-    matrices = [sizes for dtype, sizes in hlo.shapes(listed[0]) if dtype in ("bf16", "f32")]
+    matrices = _matrices(listed[0])
     suffix = "" if phase == "fwd" else f"_{phase}"
     sizes = [re.search(rf'{key}{suffix}\\": (\d+)', each.attributes) for key in ("block_q", "block_kv")]
     if len(matrices) < 2 or None in sizes:

@@ -163,6 +163,37 @@ def test_grouped_products_take_the_time_of_their_flops(operands, flops):
     assert seconds == pytest.approx(flops / 459e12 / kernels.GROUPED_EFFICIENCY)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "result"),
+    [
+        (["bf16[8,4096,14336]{2,1,0}", "bf16[8192,4096]{1,0}"], "bf16[8192,14336]{1,0}"),
+        (["bf16[8192,4096]{1,0}", "bf16[8192,14336]{1,0}"], "bf16[8,4096,14336]{2,1,0}"),
+    ],
+)
+def test_a_grouped_product_in_a_fusion_does_not_take_the_compilers_cycles(parameters, result):
+    """Spelled as the compiler spells it for v6e, cycles included."""
+    inner = "\n".join(f"  %p{n} = {shape} parameter({n})" for n, shape in enumerate(parameters))
+    outer = "\n".join(f"  %q{n} = {shape} parameter({n})" for n, shape in enumerate(parameters))
+    config = '{"convolution_algorithm_config":{"is_ragged_dot":true},"window_config":{"estimated_cycles":"956218411"}}'
+    text = f"""HloModule m
+
+%inner (p0: bf16[1], p1: bf16[1]) -> bf16[1] {{
+{inner}
+  ROOT %convolution.1 = {result} convolution(%p0, %p1), window={{size=8}}
+}}
+
+ENTRY %main (q0: bf16[1], q1: bf16[1]) -> bf16[1] {{
+{outer}
+  ROOT %fusion.1 = {result} fusion(%q0, %q1), kind=kCustom, calls=%inner, backend_config={config}
+}}
+"""
+    module = hlo.parse(text)
+    (each,) = (one for one in module.computations[module.entry] if one.opcode == "fusion")
+    chip = topologies.GENERATIONS["v6e"]
+    seconds = kernels.grouped_cycles(each, chip, module.inside(each)) / chip.clock
+    assert seconds == pytest.approx(2 * 8192 * 4096 * 14336 / 918e12 / kernels.GROUPED_EFFICIENCY)
+
+
 def test_a_collective_that_leaves_its_slice_is_charged_to_the_slow_network():
     groups = "replica_groups={{0,4},{1,5},{2,6},{3,7}}"
     text = f"""  %q = f32[8]{{0}} parameter(0)
