@@ -150,16 +150,19 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
             with log.paused("checkpoint"):
                 state, target = saves.roll_back(state, loader, rollouts)
             log.rolled_back(done, target)
-        stop.reached()  # all hosts agree on a request to stop ...
+        stopping = (
+            stop.reached()
+        )  # all hosts agree on a request to stop, read once: a signal may come at any time ...
         if due(done, config.log.every_steps):
             saves.poll()  # ... and on whether a save is late or has failed
-        save = saves.due(done, early=rolled_back, stop=stop.asked)
+        save = saves.due(done, early=rolled_back, stop=stopping)
         losses: dict[str, float] = {}
-        if evaluations.due(done, save in (Save.REGULAR, Save.FINAL)) and not stop.asked:
+        if evaluations.due(done, save in (Save.REGULAR, Save.FINAL)) and not stopping:
             log.flush()
             with log.paused("eval"):
                 losses = evaluations.score(program.weights(state), done)
-            save = saves.due(done, early=rolled_back, stop=stop.asked)  # a request may have come meanwhile
+            stopping = stop.asked  # a request may have come meanwhile
+            save = saves.due(done, early=rolled_back, stop=stopping)
         if save is not Save.NONE:
             log.flush()  # parameters that are not finite are never saved
             with log.paused("checkpoint"):
@@ -168,7 +171,7 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
                 saves.save(save, done, state, losses)
         elif due(done, config.log.every_steps):
             log.flush(keep=1)  # the newest step may still be running
-        if stop.asked:
+        if stopping:
             break
     if stop.asked:
         saved = f"step {done} is saved" if done > first else f"no step was made after step {first}"

@@ -21,6 +21,7 @@ from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.train import loop
 from lemur_jax.train.evaluate import Evaluations
 from lemur_jax.train.loop import finished
+from lemur_jax.train.saves import Saves
 from tests.helpers.runs import final_params, without_clock
 
 build_once = building_once()
@@ -111,6 +112,23 @@ def test_ctrl_c_saves_and_a_second_one_aborts(train, tmp_path, monkeypatch, pyth
         train(tmp_path, **options)
     assert time.monotonic() - asked[-1] < 5  # no save is due
     assert steps_in(tmp_path)[1] == [3]
+
+
+def test_ctrl_c_after_the_decision_what_to_save_stops_one_step_later(
+    train, tmp_path, monkeypatch, python_takes_sigint
+):
+    decide = Saves.due
+
+    def interrupted(self, step, **options):
+        found = decide(self, step, **options)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(Saves, "due", interrupted)
+    lines = train(tmp_path, **{"checkpoint.every_steps": 0})
+    assert lines[-1].startswith("Ctrl-C: step 4 is saved; the same command continues from there")
+    assert steps_in(tmp_path)[1] == [4]
 
 
 @pytest.mark.parametrize(("minutes", "steps"), [(1e-6, [2, 4, 6]), (1000.0, [6])])
