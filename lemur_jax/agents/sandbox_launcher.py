@@ -4,7 +4,7 @@ Reads a request (JSON) from stdin and writes its report (JSON lines) to the file
 The processes, outermost first:
 
   launcher   measures the time, adopts orphans, kills what is left; no longer reachable from inside
-  └ porter   gives up root, enters new namespaces
+  └ porter   drops root, enters new namespaces
     └ init   process 1 in them: builds the file system; when it ends, the kernel kills the rest
       └ the command, under resource limits and a seccomp filter
 

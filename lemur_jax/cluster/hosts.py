@@ -54,13 +54,13 @@ def choose_platform(virtual_devices: int = 0) -> None:
     # Orbax and JAX log every checkpoint and every compile at INFO.
     for name in ("absl", "jax", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("absl").addFilter(_Once())
+    logging.getLogger("absl").addFilter(_ONCE)
 
 
 class _Once(logging.Filter):
     """Drops a message that was logged before: Orbax reads a damaged file several times."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._seen: set[str] = set()
 
@@ -69,6 +69,9 @@ class _Once(logging.Filter):
         fresh = text not in self._seen
         self._seen.add(text)
         return fresh
+
+
+_ONCE = _Once()
 
 
 def _accelerator_present() -> bool:

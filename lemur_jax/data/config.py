@@ -16,12 +16,10 @@ PACKINGS = ("concat", "fit")
 class SourceConfig:
     """One ingredient of the mixture."""
 
-    share: float = 0.0  # its part of the tokens, in proportion to the other sources' shares
+    share: float = -1.0  # its part of the tokens, in proportion to the other sources'; -1: not given
     packing: str = "concat"  # "concat": one stream cut into rows; "fit": whole documents, as many as fit
     max_epochs: float = 0.0  # how often each row may be seen; 0: without limit
-    epochs: float = (
-        0.0  # passes over the source in the run; given for all sources, it sets shares and train.steps
-    )
+    epochs: float = 0.0  # passes over the source; given for all sources, it sets shares and train.steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +58,10 @@ class DataConfig:
                 require(0 < source.epochs < math.inf, f"data.sources.{name}.epochs", source.epochs, must)
             require(not self.stages, "data.stages", list(self.stages), "empty where sources have `epochs`")
         elif self.sources:
+            if missing := [name for name, source in self.sources.items() if source.share == -1]:
+                raise UserError(
+                    f"config.data.sources.{missing[0]} has no share: give it one, or `epochs` to every source"
+                )
             shares = {f"data.sources.{name}.share": source.share for name, source in self.sources.items()}
             _check_shares(shares, "data.sources")
         self._check_stages()

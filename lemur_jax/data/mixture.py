@@ -185,7 +185,7 @@ def open_mixture(data: DataConfig, tokenizer: Tokenizer, *, seed: int, batch_row
         Source(
             name=name,
             rows=open_rows(data, tokenizer, name, "train", source.packing),
-            share=source.share,
+            share=max(source.share, 0.0),  # not given: `check_counts` refuses the run
             max_epochs=source.max_epochs,
         )
         for name, source in data.sources.items()

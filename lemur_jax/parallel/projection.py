@@ -189,10 +189,15 @@ def _gather(weight: Any, axes: tuple[str, ...], mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda part: constrain(part, mesh, *scale_axes(whole, part.shape)), weight)
 
 
-def narrowed(x: jax.Array, letters: str, kept: str, dtype: str) -> Any:
-    """A factor of an einsum as a `qwix.QArray`, rounded to int8 or float8 with a scale for each index that is kept.
+def rounded_factor(x: jax.Array, letters: str, kept: str, dtype: str) -> Any:
+    """A factor of an einsum, rounded to 8 bits: a `qwix.QArray` of `x`'s shape.
 
-    The scale is the largest magnitude over the axes that are summed.
+    Each index of the axes `kept` has a scale, by the largest magnitude over the axes that are summed.
+
+    Args:
+      letters: the einsum's letters of `x`, one an axis.
+      kept: letters of the result.
+      dtype: "int8", "float8_e4m3fn" or "float8_e5m2".
     """
     import qwix
 
@@ -227,14 +232,26 @@ class Product:
     narrow: str = ""  # a name in `NARROW`: both factors of each product are rounded
 
     def __call__(self, x: jax.Array, weight: Any) -> jax.Array:
-        left, right, result = self._letters()
+        left, _, result = self._letters()
+        return self._times_weight(x, left, result, weight, self.dtype)
+
+    def _times_weight(
+        self, x: jax.Array, letters: str, made: str, weight: Any, dtype: str | None, kind: int = 0
+    ) -> jax.Array:
+        """The product of an array with the gathered weight.
+
+        Args:
+          letters, made: the einsum's letters of `x` and of the result.
+          kind: 0: `x` are activations; 1: a gradient from above.
+        """
+        _, right, _ = self._letters()
+        equation = f"{letters},{right}->{made}"
         if not self.narrow:
-            whole = gather_weight(weight, self.axes, self.mesh, x.dtype)
-            return einsum(self.equation, x, whole, dtype=self.dtype)
-        forward, _ = NARROW[self.narrow]
-        rounded = narrowed(weight.astype(x.dtype), right, result, forward)
-        factors = narrowed(x, left, result, forward), _gather(rounded, self.axes, self.mesh)
-        return einsum(self.equation, *factors, dtype=x.dtype)
+            return einsum(equation, x, gather_weight(weight, self.axes, self.mesh, x.dtype), dtype=dtype)
+        dtypes = NARROW[self.narrow]
+        rounded = rounded_factor(weight.astype(x.dtype), right, made, dtypes[0])
+        factors = rounded_factor(x, letters, made, dtypes[kind]), _gather(rounded, self.axes, self.mesh)
+        return einsum(equation, *factors, dtype=x.dtype)
 
     def low_rank(self, x: jax.Array, weight: Adapted) -> jax.Array:
         """The product with the update of the weight."""
@@ -255,14 +272,8 @@ class Product:
 
     def input_gradient(self, upstream: jax.Array, weight: jax.Array) -> jax.Array:
         """The gradient of the activations; the weight is gathered again instead of kept."""
-        left, right, result = self._letters()
-        equation = f"{result},{right}->{left}"
-        if not self.narrow:
-            return einsum(equation, upstream, gather_weight(weight, self.axes, self.mesh, upstream.dtype))
-        forward, backward = NARROW[self.narrow]
-        rounded = narrowed(weight.astype(upstream.dtype), right, left, forward)
-        factors = narrowed(upstream, result, left, backward), _gather(rounded, self.axes, self.mesh)
-        return einsum(equation, *factors, dtype=upstream.dtype)
+        left, _, result = self._letters()
+        return self._times_weight(upstream, result, left, weight, None, kind=1)
 
     def weight_gradient(self, x: jax.Array, upstream: jax.Array, weight: jax.Array) -> jax.Array:
         """The gradient of the weight, sharded like the weight."""
@@ -306,7 +317,7 @@ class Product:
         factors: tuple[Any, ...] = x, upstream
         if self.narrow:
             forward, backward = NARROW[self.narrow]
-            factors = narrowed(x, left, made, forward), narrowed(upstream, above, made, backward)
+            factors = rounded_factor(x, left, made, forward), rounded_factor(upstream, above, made, backward)
         return einsum(f"{left},{above}->{made}", *factors, dtype=dtype)
 
     def _place(self, array: jax.Array, *entries) -> jax.Array:

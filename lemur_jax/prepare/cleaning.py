@@ -31,7 +31,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "keep": (),
         "chars": 1000,
     },  # codes such as "en"; detected by py3langid in the first characters
-    "foreign_letters": {"run": 3},  # so many letters beyond ASCII one after another
+    "foreign_letters": {"run": 3},  # this many letters beyond ASCII in a row
     "decontaminate": {
         "against": (),  # "human_eval" or JSON Lines files with `text`
         "n": 8,  # words of a run

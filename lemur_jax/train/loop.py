@@ -49,9 +49,7 @@ class Inputs:
     held_out: Sequence[HeldOut]
     program: step.Program
     loader: Loader | Any  # of the mixture; has `iterate` and `batch`
-    rollouts: Any = (
-        None  # `lemur rl`: plays the batches (`rl/rollouts.py`), for which the loader gives steps alone
-    )
+    rollouts: Any = None  # of `lemur rl` (`rl/rollouts.py`): makes the batches, the loader gives step numbers
     plan: str = ""  # how much of the data will be read, for a person
 
 
@@ -150,9 +148,8 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
             with log.paused("checkpoint"):
                 state, target = saves.roll_back(state, loader, rollouts)
             log.rolled_back(done, target)
-        stopping = (
-            stop.reached()
-        )  # all hosts agree on a request to stop, read once: a signal may come at any time ...
+        # All hosts agree on a request to stop. It is read once, as a signal may come at any time ...
+        stopping = stop.reached()
         if due(done, config.log.every_steps):
             saves.poll()  # ... and on whether a save is late or has failed
         save = saves.due(done, early=rolled_back, stop=stopping)

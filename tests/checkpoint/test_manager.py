@@ -19,7 +19,7 @@ METADATA = manager.make_metadata(
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A workdir with three checkpoints of an eight-device state, of which two are kept."""
+    """A workdir after three saves of an eight-device state; the last two checkpoints are kept."""
     workdir = tmp_path_factory.mktemp("run")
     state = first_state(program_on((1, 4, 1, 2)))
     checkpoints = manager.Checkpoints(workdir / "checkpoints", keep=2)

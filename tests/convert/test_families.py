@@ -177,6 +177,16 @@ def test_greedy_generation(model, tmp_path):
         assert list(answer.tokens) == expected[0, len(prompt) :].tolist()
 
 
+def logit_difference(theirs, config, params):
+    """The largest difference of logits between a model of transformers and ours, over 100 tokens."""
+    ids = tokens()[:, :100]
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.tensor(ids)).logits.numpy()
+    positions = jnp.broadcast_to(jnp.arange(100), ids.shape)
+    ours = forward(config, Compute(), params, jnp.asarray(ids), positions, jnp.ones_like(positions))
+    return np.abs(ours - expected).max()
+
+
 def test_the_text_part_of_a_multimodal_gemma(tmp_path):
     text = dict(**SHAPE, num_hidden_layers=2, sliding_window=40, pad_token_id=0)
     vision = dict(
@@ -185,13 +195,7 @@ def test_the_text_part_of_a_multimodal_gemma(tmp_path):
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     whole = transformers.Gemma3ForConditionalGeneration(config).float().eval()
     whole.save_pretrained(tmp_path / "model")
-    config, params = load_hf_params(tmp_path / "model")
-    ids = tokens()[:, :100]
-    with torch.no_grad():
-        theirs = whole(input_ids=torch.tensor(ids)).logits.numpy()
-    positions = jnp.broadcast_to(jnp.arange(100), ids.shape)
-    ours = forward(config, Compute(), params, jnp.asarray(ids), positions, jnp.ones_like(positions))
-    assert np.abs(ours - theirs).max() <= 1e-4
+    assert logit_difference(whole, *load_hf_params(tmp_path / "model")) <= 1e-4
 
 
 def test_a_multiplier_of_residuals(tmp_path):
@@ -204,12 +208,7 @@ def test_a_multiplier_of_residuals(tmp_path):
     llama.save_pretrained(tmp_path / "model")
     config, params = load_hf_params(tmp_path / "model")
     config = dataclasses.replace(config, residual_multiplier=0.22)
-    ids = tokens()[:, :100]
-    with torch.no_grad():
-        theirs = granite(input_ids=torch.tensor(ids)).logits.numpy()
-    positions = jnp.broadcast_to(jnp.arange(100), ids.shape)
-    ours = forward(config, Compute(), params, jnp.asarray(ids), positions, jnp.ones_like(positions))
-    assert np.abs(ours - theirs).max() <= 1e-5
+    assert logit_difference(granite, config, params) <= 1e-5
     with pytest.raises(UserError, match="no model of transformers"):
         to_hf(config, dtype="float32", bos=None, eos=None, pad=0)
 

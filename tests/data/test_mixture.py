@@ -135,10 +135,11 @@ def test_read_puts_rows_in_their_places():
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ({"a": {"share": -1.0}}, r"data.sources.a.share is -1.0"),
+        ({"a": {"share": -2.0}}, r"data.sources.a.share is -2.0"),
         ({"a": {"share": float("nan")}}, r"data.sources.a.share is nan"),
         ({"a": {"share": 0.0}, "b": {"share": 0.0}}, r"all shares of config.data.sources are 0"),
         ({"a": {"share": 1.0, "max_epochs": -1}}, "max_epochs is -1"),
+        ({"a": {"share": 1.0}, "b": {"packing": "fit"}}, r"data\.sources\.b has no share"),
         ({"a": {"share": 1.0, "packing": "tight"}}, "packing is 'tight': it must be one of 'concat', 'fit'"),
     ],
 )

@@ -15,9 +15,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Answers with the first rule whose words are in the command and that is not used up: {"when", "out", "code",
-# "times", "hang", "meet": waits until so many calls have these words}; a command that no rule knows succeeds and
-# says nothing.
+# A fake `gcloud`. The first rule answers whose words ("when") are in the command and that is not used up ("times"):
+# output "out", exit status "code"; "hang" never ends; "meet" waits until that many calls have the rule's words.
+# A command without a rule succeeds without output.
 FAKE = """
 import json, os, sys, time
 home = os.environ["FAKE"]

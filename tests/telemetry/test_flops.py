@@ -38,7 +38,7 @@ def test_llama2_70b_costs_what_is_known(causal, gflop):
 
 
 def llama(params, tokens, config: DecoderConfig):
-    """A Llama without norms, rotary embedding and softmax, none of which is counted: [T] -> scalar."""
+    """A Llama without norms, rotary embedding and softmax, which are not counted: [T] -> scalar."""
     H, K, N = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     x = params["embedding"][tokens]
     for layer in params["layers"]:

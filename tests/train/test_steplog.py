@@ -65,14 +65,14 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def memory(monkeypatch):
-    """Two local devices, of which the second is fuller."""
+    """Two local devices; the second has more memory in use."""
     stats = [{"bytes_in_use": 5, "peak_bytes_in_use": 10}, {"bytes_in_use": 6, "peak_bytes_in_use": 9}]
     devices = [types.SimpleNamespace(memory_stats=lambda found=found: found) for found in stats]
     monkeypatch.setattr(steplog.jax, "local_devices", lambda: devices)
 
 
 def run(clock, steps=4, kind="TPU v4", devices=256, spent=None, handing=0.0, **more):
-    """Steps of 10 s of which 1 s waits for data, after 3 s of start and 60 s of compiling."""
+    """Steps of 10 s, 1 s of it waiting for data, after a start of 3 s and 60 s of compiling."""
     mixture = types.SimpleNamespace(
         sources=[types.SimpleNamespace(name="code")],
         batch_rows=ROWS,
