@@ -22,6 +22,7 @@ class RlConfig:
     clip_low: float = 0.2  # the importance ratio is clipped at 1 - this
     clip_high: float = 0.2  # and at 1 + this; 0.28 in DAPO
     kl: float = 0.0  # weight of the divergence from the first parameters
+    off_policy: bool = False  # sample for the next update during this one, with the parameters before it
     max_rounds: int = 1  # most rounds of sampling; above 1, groups with equal rewards are sampled again
     mask_truncated: bool = False  # episodes for which `data.sequence_length` left no room do not train
     max_logprob_gap: float = 0.05  # stop above this mean |difference| of log-probabilities, nats a token

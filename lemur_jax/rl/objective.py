@@ -85,7 +85,8 @@ def policy(options: RlConfig) -> Objective:
         ratio = jnp.exp(jnp.where(own, new - old, 0.0))
         outside = (ratio < 1 - options.clip_low) | (ratio > 1 + options.clip_high)
         metrics = {
-            "logprob_gap": (jnp.sum(gap), tokens),
+            # Off-policy, the parameters differ too: `Rollouts` compares those of the same ones.
+            "policy_shift" if options.off_policy else "logprob_gap": (jnp.sum(gap), tokens),
             "clip_fraction": (jnp.sum(outside), tokens),
             "negative_logprob": (-jnp.sum(jnp.where(own, new, 0.0)), tokens),  # estimates the entropy
         }

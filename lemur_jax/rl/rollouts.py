@@ -1,36 +1,41 @@
-"""Episodes of a policy in environments, as batches for the update: a function of (parameters, seed, step).
+"""Episodes of a policy as batches, and the updates by them: a function of (parameters, seed, step).
 
 Axis legend: B episode (a row of the batch), T position.
 """
 
+import base64
 import collections
 import copy
 import dataclasses
-import hashlib
-import math
-import threading
+import functools
+import io
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lemur_jax.agents.environments import Environment, Step
-from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.infer.engine import Engine, Request
+from lemur_jax.common.errors import UserError
+from lemur_jax.infer.engine import Engine
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import make_session
+from lemur_jax.models import decoder
+from lemur_jax.parallel.adapted import is_adapted
 from lemur_jax.parallel.rules import batch_ways
 from lemur_jax.rl import games
 from lemur_jax.rl.config import RlConfig
+from lemur_jax.rl.episodes import Episode, Player, seed_of
 from lemur_jax.rl.objective import advantages
-from lemur_jax.text.chat_template import encode_chat, stop_ids
 from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.train.objectives import token_logprobs
+from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program
 
-AT_ONCE = 8  # environments that work at the same time
 ENGINE_ROWS = 64  # most episodes in decode for each way in which the mesh shards rows
+GAP_ROWS = 8  # episodes for each of these ways whose log-probabilities are compared while off-policy
 
 
 class Name(NamedTuple):
@@ -39,48 +44,37 @@ class Name(NamedTuple):
     name: str
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)
-class Episode:
-    """One attempt at a task.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Played:
+    """The episodes of an update.
 
     Attributes:
-      environment: its own copy.
-      seed: of what is drawn, with the number of the turn.
-      ids: all tokens so far, those of the environment included.
-      logprobs: while sampling, of each id; NaN where the environment wrote it.
-      turns: for each id the turn in which the policy wrote it; -1: the environment did.
-      rewards: of each turn.
-      end: "" while it goes on; "done", "turns" (used up), "cut" (no room is left), "long" (the task leaves no room
-        for an answer) or "failed".
-      error: of the environment.
+      arrays: the batch, on the host.
+      figures: metrics of the update.
+      tasks: of each row.
     """
 
-    environment: Environment
-    seed: int
-    ids: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    turns: list[int] = dataclasses.field(default_factory=list)
-    rewards: list[float] = dataclasses.field(default_factory=list)
-    end: str = ""
-    error: str = ""
+    arrays: dict[str, np.ndarray]
+    figures: dict[str, float]
+    tasks: list[str]
 
-    @property
-    def solved(self) -> bool:
-        return bool(self.rewards) and self.rewards[-1] >= 1
+    def to_json(self) -> dict[str, Any]:
+        file = io.BytesIO()
+        np.savez_compressed(file, **self.arrays)  # type: ignore[arg-type]
+        content = base64.b64encode(file.getvalue()).decode()
+        return {"arrays": content, "figures": self.figures, "tasks": self.tasks}
 
-    @property
-    def valid(self) -> bool:
-        return self.end not in ("failed", "long")
-
-    def add(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> None:
-        own = logprobs is not None
-        self.ids += ids
-        self.logprobs += logprobs if logprobs is not None else [math.nan] * len(ids)
-        self.turns += [len(self.rewards) if own else -1] * len(ids)
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Played":
+        with np.load(io.BytesIO(base64.b64decode(value["arrays"]))) as arrays:
+            return cls(arrays=dict(arrays), figures=value["figures"], tasks=value["tasks"])
 
 
 class Rollouts:
-    """Plays episodes, and takes the place of the mixture and its loader in the training loop.
+    """Plays episodes and trains on them, and takes the place of the mixture and its loader in the training loop.
+
+    On-policy, an update trains on episodes of its own parameters. With `options.off_policy` they are of the parameters
+    before the previous update, and are sampled during that update.
 
     Args:
       options: `config.rl`.
@@ -105,11 +99,19 @@ class Rollouts:
                 f" {options.group_size}"
             )
         self.options, self.seed, self.tokenizer, self.program = options, seed, tokenizer, program
-        self._tasks, self._held_out = games.tasks(options.environment, options.data)
-        self._stops = stop_ids(tokenizer)
-        self._engine: Engine | None = None
-        self._names: list[str] = []
         self.last_step = steps
+        self._tasks, self._held_out = games.tasks(options.environment, options.data)
+        self._slots = min(self.length + 1, program.model.max_position_embeddings)
+        self._player = Player(options, tokenizer, self._slots)
+        self._engine: Engine | None = None
+        self._trained: list[str] = []  # tasks of the last batch
+        self._thread = ThreadPoolExecutor(1, "rollouts")
+        self._ahead: Future[Played] | None = None  # the episodes of the next update
+
+        def logprobs(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+            return token_logprobs(decoder.bind(program.model, program.compute, params), batch)
+
+        self._logprobs = jax.jit(logprobs)
 
     def digests(self) -> dict[str, str]:
         """Of the data: there is none."""
@@ -117,65 +119,104 @@ class Rollouts:
 
     def documents(self, step: int, rows: Sequence[int]) -> list[str]:
         """The tasks of rows of the last batch."""
-        return list(dict.fromkeys(self._names[row] for row in rows))
+        return list(dict.fromkeys(self._trained[row] for row in rows))
 
     def iterate(self, start_step: int, stop_step: int) -> Generator[tuple[int, Any], None, None]:
-        """Numbers of steps, twice: `play` makes the batch, which needs the parameters."""
+        """Numbers of steps, twice: `update` makes the batch, which needs the parameters."""
         yield from ((step, step) for step in range(start_step, stop_step))
 
-    def play(self, step: int, params: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """The batch of a step, and its figures as metrics of the objective.
-
-        Args:
-          params: those of the update, as of `Program.weights`.
+    def update(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state after the update of a step, and its metrics; the old state is donated.
 
         Raises:
-          UserError: the environment failed in every episode.
+          UserError: the environment failed in every episode; or log-probabilities while sampling differ from those of
+            the training forward with the same parameters by more than `options.max_logprob_gap`.
         """
+        params = self.program.weights(state)
         with jax.transfer_guard("allow"):
-            arrays, figures = self._batch(step, params)
-        return arrays, {f"objective/{name}": np.float32(value) for name, value in figures.items()}
-
-    def check_gap(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """UserError if log-probabilities of the update differ too much from those of sampling."""
+            played = self._ahead.result() if self._ahead else self.play(step, params)
+            batch = self._on_mesh(played.arrays)
+            following = self.options.off_policy and step + 1 < self.last_step
+            params = _copy(params, self.program.compute.dtype) if following else None
+        self._trained = played.tasks
+        state, metrics = self.program.step(state, batch)
+        # Only now: on every device, the programs of the engine come after the update.
+        self._ahead = self._thread.submit(self.play, step + 1, params) if following else None
+        metrics |= {f"objective/{name}": np.float32(value) for name, value in played.figures.items()}
         gap, most = float(jax.device_get(metrics["objective/logprob_gap"])), self.options.max_logprob_gap
         if not gap <= most:
             raise UserError(
                 f"step {step + 1}: log-probabilities of the update and of sampling differ by {gap:.3g} nats a token,"
                 f" more than config.rl.max_logprob_gap {most:g}; the last checkpoint is intact"
             )
+        return state, metrics
 
-    def _batch(self, step: int, params: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        started = time.perf_counter()
-        engine = self._with(params)
-        figures: dict[str, Any] = {}
+    def pending(self) -> dict[str, Any] | None:
+        """The episodes that are sampled ahead, for a checkpoint; waits for them."""
+        return self._ahead.result().to_json() if self._ahead else None
+
+    def restore(self, pending: Mapping[str, Any] | None) -> None:
+        """Takes `pending` of a checkpoint; with None, the next update samples with its own parameters."""
+        if self._ahead:
+            self._ahead.result()
+        self._ahead = None
+        if pending and self.options.off_policy:
+            self._ahead = Future()
+            self._ahead.set_result(Played.from_json(pending))
+
+    def play(self, step: int, params: Any) -> Played:
+        """The episodes of a step with these parameters, as of `Program.weights`.
+
+        Raises:
+          UserError: the environment failed in every episode.
+        """
+        with jax.transfer_guard("allow"):
+            started = time.perf_counter()
+            engine = self._with(params)
+            figures = self._held_out_success(engine, step)
+            episodes = self._groups(engine, step)
+            scored = self._advantages(episodes, step)
+            figures |= self._figures(episodes, scored, step)
+            arrays = self._arrays(episodes, scored)
+            engine.release()  # the update needs the memory of cache and cast parameters
+            params, engine.session = engine.session.params, dataclasses.replace(engine.session, params=None)
+            if self.options.off_policy:
+                figures["logprob_gap"] = self._gap(params, arrays)
+            figures["sampling_seconds"] = time.perf_counter() - started
+        return Played(arrays=arrays, figures=figures, tasks=[one.environment.id for one in episodes])
+
+    def _gap(self, params: Any, arrays: Mapping[str, np.ndarray]) -> float:
+        """Mean |difference| of log-probabilities of own tokens: while sampling, and in the training forward."""
+        rows = min(self.batch_rows, GAP_ROWS * batch_ways(self.program.mesh))
+        some = {name: array[:rows] for name, array in arrays.items()}
+        own = some["loss_weights"] > 0
+        found = np.asarray(self._logprobs(params, self._on_mesh(some)))
+        return _mean(np.abs(found - some["sampling_logprobs"])[own])
+
+    def _held_out_success(self, engine: Engine, step: int) -> dict[str, float]:
         period = self.options.eval_every_steps
-        if period and (step % period == 0 or step + 1 == self.last_step):
-            held_out = self._held_out[: self.options.eval_tasks]
-            played = [Episode(environment=copy.copy(one), seed=0) for one in held_out]
-            self._play(engine, played, Sampling())
-            figures["held_out_success"] = _mean([one.solved for one in played])
-        episodes = self._groups(engine, step)
-        self._names = [one.environment.id for one in episodes]
-        failed = [one for one in episodes if one.end == "failed"]
-        if len(failed) == len(episodes):
-            raise UserError(f"step {step + 1}: the environment failed in every episode: {failed[0].error}")
+        if not period or (step % period and step + 1 != self.last_step):
+            return {}
+        held_out = self._held_out[: self.options.eval_tasks]
+        played = [Episode(environment=copy.copy(one), seed=0) for one in held_out]
+        self._player.play(engine, played, Sampling())
+        return {"held_out_success": _mean([one.solved for one in played])}
+
+    def _figures(
+        self, episodes: Sequence[Episode], scored: Sequence[np.ndarray], step: int
+    ) -> dict[str, float]:
         ends = collections.Counter(one.end for one in episodes)
-        scored = self._advantages(episodes, step)
-        figures |= {
-            "reward": _mean([sum(one.rewards) for one in episodes if one.valid]),
-            "success": _mean([one.solved for one in episodes if one.valid]),
-            "turns": _mean([len(one.rewards) for one in episodes if one.valid]),
-            "equal_groups": sum(
-                not any(map(np.any, group)) for group in _grouped(scored, self.options.group_size)
-            ),
+        if ends["failed"] == len(episodes):
+            raise UserError(f"step {step + 1}: the environment failed in every episode: {episodes[0].error}")
+        valid = [one for one in episodes if one.valid]
+        groups = _grouped(scored, self.options.group_size)
+        return {
+            "reward": _mean([sum(one.rewards) for one in valid]),
+            "success": _mean([one.solved for one in valid]),
+            "turns": _mean([len(one.rewards) for one in valid]),
+            "equal_groups": sum(not any(map(np.any, group)) for group in groups),
             **{f"episodes/{name}": ends[name] for name in ("failed", "long", "cut")},
         }
-        arrays = self._arrays(episodes, scored)
-        engine.release()  # the update needs the memory of cache and cast parameters
-        engine.session = dataclasses.replace(engine.session, params=None)
-        figures["sampling_seconds"] = time.perf_counter() - started
-        return arrays, figures
 
     def _with(self, params: Any) -> Engine:
         """The engine with these parameters: the same arrays, where the dtype is the same."""
@@ -184,9 +225,8 @@ class Rollouts:
             program.model, params, program.mesh, program.compute.dtype, tokenizer=self.tokenizer
         )
         if not self._engine:
-            length = min(self.length + 1, program.model.max_position_embeddings)
             rows = engine_rows(self.batch_rows, batch_ways(program.mesh))
-            self._engine = Engine(session, rows, 1 << 30, length)
+            self._engine = Engine(session, rows, 1 << 30, self._slots)
         self._engine.session = session
         return self._engine
 
@@ -196,12 +236,15 @@ class Rollouts:
         kept: list[list[Episode]] = []
         for number in range(options.max_rounds):
             keys = [(self.seed, step, number, group) for group in range(wanted - len(kept))]
-            tasks = [self._tasks[_hash(*key) % len(self._tasks)] for key in keys]
+            tasks = [self._tasks[seed_of(*key) % len(self._tasks)] for key in keys]
             groups = [
-                [Episode(environment=copy.copy(task), seed=_hash(*key, n)) for n in range(options.group_size)]
+                [
+                    Episode(environment=copy.copy(task), seed=seed_of(*key, n))
+                    for n in range(options.group_size)
+                ]
                 for key, task in zip(keys, tasks, strict=True)
             ]
-            self._play(engine, [one for group in groups for one in group], Sampling(temperature=1.0))
+            self._player.play(engine, [one for group in groups for one in group], Sampling(temperature=1.0))
             last = number + 1 == options.max_rounds
             kept += [
                 group for group in groups if last or len({sum(one.rewards) for one in group if one.valid}) > 1
@@ -209,94 +252,6 @@ class Rollouts:
             if len(kept) == wanted:
                 break
         return [one for group in kept for one in group]
-
-    def _play(self, engine: Engine, episodes: Sequence[Episode], sampling: Sampling) -> None:
-        """Plays all episodes to their end. Turns that end at one step of the engine go to their environments together,
-        so that what is sampled when does not depend on clocks."""
-        seconds = self.options.environment_seconds
-        for one, task in zip(
-            episodes, _call([one.environment.reset for one in episodes], seconds), strict=True
-        ):
-            if isinstance(task, str):
-                one.add(encode_chat(self.tokenizer, [_user(task)], add_generation_prompt=True)[0])
-            else:
-                one.end, one.error = "failed", _reason(task, one)
-        playing = {
-            id(request): (request, one) for one in episodes if (request := self._ask(engine, one, sampling))
-        }
-        while playing:
-            ended = [playing.pop(id(request)) for request in engine.step() if request.finish_reason]
-            for request, one in ended:
-                one.add(request.tokens, request.logprobs)
-            actions = [self._text(request) for request, _ in ended]
-            calls = [
-                lambda one=one, action=action: one.environment.step(action)
-                for (_, one), action in zip(ended, actions, strict=True)
-            ]
-            for (request, one), found in zip(ended, _call(calls, seconds), strict=True):
-                self._observe(one, found, request.finish_reason)
-                if following := self._ask(engine, one, sampling):
-                    playing[id(following)] = (following, one)
-        _call([one.environment.close for one in episodes], seconds)
-
-    def _ask(self, engine: Engine, one: Episode, sampling: Sampling) -> Request | None:
-        """The policy's next turn; None if the episode has ended, or ends because no token has room."""
-        room = min(self.length + 1, self.program.model.max_position_embeddings) - len(one.ids)
-        if not one.end and room < 1:
-            one.end = "cut" if one.rewards else "long"
-        if one.end:
-            return None
-        return engine.submit(
-            Request(
-                prompt=list(one.ids),
-                max_new_tokens=min(room, self.options.max_new_tokens),
-                stop_ids=self._stops,
-                sampling=sampling,
-                seed=_hash(one.seed, len(one.rewards)),
-            )
-        )
-
-    def _text(self, request: Request) -> str:
-        ids = request.tokens[:-1] if request.finish_reason == "stop" else request.tokens
-        return self.tokenizer.decode(ids, skip_special=True).strip()
-
-    def _observe(self, one: Episode, found: Any, reason: str) -> None:
-        """Takes the environment's answer to a turn."""
-        try:
-            if not isinstance(found, Step):
-                raise found
-            one.rewards.append(float(found.reward))
-            if not math.isfinite(one.rewards[-1]):
-                raise ValueError(f"the reward is {found.reward}")
-        except Exception as error:
-            one.end, one.error = "failed", _reason(error, one)
-            return
-        if found.done or one.solved:
-            one.end = "done"
-        elif len(one.rewards) >= (one.environment.max_turns or self.options.max_turns):
-            one.end = "turns"
-        else:
-            more = self._following(found, ended=reason == "stop")
-            if len(one.ids) + len(more) <= self.length:
-                one.add(more)
-            else:
-                one.end = "cut"
-
-    def _following(self, found: Step, ended: bool) -> list[int]:
-        """The template's text between two turns of the policy, from what ends a turn on if that has not `ended`."""
-        said = [
-            _user("a"),
-            {"role": "assistant", "content": "b"},
-            {"role": found.role, "content": found.observation},
-        ]
-        start = len(encode_chat(self.tokenizer, said[:1], add_generation_prompt=True)[0])
-        ids = encode_chat(self.tokenizer, said, add_generation_prompt=True)[0]
-        for index in range(start, len(ids)):
-            if ids[index] in self._stops:
-                return ids[index + ended :]
-        raise UserError(
-            "the chat template does not end the assistant's turn with a token that stops generation"
-        )
 
     def _advantages(self, episodes: Sequence[Episode], step: int) -> list[np.ndarray]:
         """For each episode the advantage of each of its turns."""
@@ -307,7 +262,7 @@ class Rollouts:
             if one.valid:
                 rewards[row, : len(one.rewards)], there[row, : len(one.rewards)] = one.rewards, True
         if options.shuffle_rewards:
-            order = np.random.default_rng(_hash(self.seed, step)).permutation(len(episodes))
+            order = np.random.default_rng(seed_of(self.seed, step)).permutation(len(episodes))
             rewards = np.where(
                 there, rewards.sum(1)[order][:, None] / np.maximum(there.sum(1, keepdims=True), 1), 0
             )
@@ -324,10 +279,9 @@ class Rollouts:
         ]
         return list(np.stack(columns, axis=1))
 
-    def _arrays(self, episodes: Sequence[Episode], scored: Sequence[np.ndarray]) -> dict[str, jax.Array]:
-        """The batch on the mesh; the target at position t is the episode's id t + 1."""
-        abstract = self.program.batch
-        batch = {name: np.zeros(array.shape, array.dtype) for name, array in abstract.items()}
+    def _arrays(self, episodes: Sequence[Episode], scored: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """The batch; the target at position t is the episode's id t + 1."""
+        batch = {name: np.zeros(array.shape, array.dtype) for name, array in self.program.batch.items()}
         for row, (one, score) in enumerate(zip(episodes, scored, strict=True)):
             count = len(one.ids) - 1
             if count < 1 or count > self.length:
@@ -340,10 +294,21 @@ class Rollouts:
             batch["loss_weights"][row, :count] = own & trains
             batch["sampling_logprobs"][row, :count] = np.where(own, logprobs, 0)
             batch["advantages"][row, :count] = np.where(own, score[np.maximum(turns, 0)], 0)
+        return batch
+
+    def _on_mesh(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        places = self.program.batch
         return {
-            name: jax.make_array_from_callback(array.shape, abstract[name].sharding, array.__getitem__)
+            name: jax.make_array_from_callback(array.shape, places[name].sharding, array.__getitem__)
             for name, array in batch.items()
         }
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _copy(params: Any, dtype: Any) -> Any:
+    """What the engine would read of the parameters, in arrays of its own: the update donates those of the state."""
+    adapted = is_adapted(params)
+    return jax.tree.map(lambda x: jnp.copy(x) if adapted else jnp.copy(x).astype(dtype), params)
 
 
 def engine_rows(episodes: int, ways: int) -> int:
@@ -351,42 +316,9 @@ def engine_rows(episodes: int, ways: int) -> int:
     return min(episodes, ENGINE_ROWS * ways)
 
 
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def _reason(error: Any, one: Episode) -> str:
-    said = reason_of(error) if isinstance(error, BaseException) else f"it returned {error!r:.80}"
-    return f"{one.environment.id}: {said}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else 0.0
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else 0.0
 
 
 def _grouped(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [values[start : start + size] for start in range(0, len(values), size)]
-
-
-def _hash(*numbers: int) -> int:
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
-
-
-def _call(functions: Sequence[Callable[[], Any]], seconds: float) -> list[Any]:
-    """What each returns, or its exception; a call that hangs is left behind in its thread."""
-    results: list[Any] = [TimeoutError(f"no answer after {seconds:g} s") for _ in functions]
-
-    def run(index: int) -> None:
-        try:
-            results[index] = functions[index]()
-        except BaseException as error:  # also SystemExit of an environment
-            results[index] = error
-
-    for indices in _grouped(range(len(functions)), AT_ONCE):
-        threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in indices]
-        for thread in threads:
-            thread.start()
-        end = time.monotonic() + seconds
-        for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))
-    return list(results)

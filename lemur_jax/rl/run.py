@@ -21,8 +21,7 @@ def rl(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) -> b
     Args and what it returns are those of `train.loop.train`.
 
     Raises:
-      UserError: as `train`; the environment fails in every episode of a step; or the log-probabilities of the update
-        differ from those of sampling by more than `config.rl.max_logprob_gap`.
+      UserError: as `train`, or as `Rollouts.update`.
     """
     return train(config, workdir, open_inputs=open_inputs, extend=extend)
 

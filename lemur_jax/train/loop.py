@@ -49,7 +49,9 @@ class Inputs:
     held_out: Sequence[HeldOut]
     program: step.Program
     loader: Loader | Any  # of the mixture; has `iterate` and `batch`
-    rollouts: Any = None  # of `lemur rl` (`rl/rollouts.py`): makes the batches, the loader gives step numbers
+    rollouts: Any = (
+        None  # of `lemur rl` (`rl/rollouts.py`): makes batches and updates, the loader step numbers
+    )
     plan: str = ""  # how much of the data will be read, for a person
 
 
@@ -134,19 +136,14 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
     loader, rollouts = run.inputs.loader, run.inputs.rollouts
     batches = () if stop.asked else log.waiting(loader.iterate(first, config.train.steps))
     for number, batch in trace_steps(batches, profile, profile_path, finish=log.flush):
-        if rollouts:
-            batch, played = rollouts.play(number, program.weights(state))
-        state, metrics = program.step(state, batch)
-        if rollouts:
-            rollouts.check_gap(number, metrics)
-            metrics = metrics | played
+        state, metrics = rollouts.update(number, state) if rollouts else program.step(state, batch)
         done = number + 1
         log.add(done, metrics)
         rolled_back = too_many_skips(config.spikes, metrics)
         if rolled_back:
             log.flush()
             with log.paused("checkpoint"):
-                state, target = saves.roll_back(state, loader, rollouts)
+                state, target = saves.roll_back(state, loader, config.spikes.max_rollbacks)
             log.rolled_back(done, target)
         # All hosts agree on a request to stop. It is read once, as a signal may come at any time ...
         stopping = stop.reached()
@@ -234,7 +231,7 @@ def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
         metadata,
         initial,
         last=config.train.steps,
-        max_rollbacks=config.spikes.max_rollbacks,
+        rollouts=inputs.rollouts,
     )
 
 

@@ -46,7 +46,7 @@ class Saves:
       metadata: goes into every checkpoint (`checkpoint.manager.make_metadata`).
       initial: the first parameters, where there is no checkpoint, and those that are frozen.
       last: the last update.
-      max_rollbacks: `config.spikes.max_rollbacks`.
+      rollouts: of `lemur rl`: checkpoints hold the episodes that it has sampled ahead.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Saves:
         initial: InitialParams,
         *,
         last: int,
-        max_rollbacks: int,
+        rollouts: Any = None,
     ):
         self._options, self._program, self._metadata = options, program, metadata
-        self._initial, self._last, self._max_rollbacks = initial, last, max_rollbacks
+        self._initial, self._last, self._rollouts = initial, last, rollouts
         self._checkpoints = Checkpoints(
             workdir / "checkpoints",
             keep=options.keep,
@@ -93,7 +93,7 @@ class Saves:
         """
         program, fresh = self._program, self._options.other_optimizer == "fresh"
         wanted = (program.state.params, program.state.optimizer)
-        found = self._checkpoints.restore_newest(*wanted, self._check_data, at_most, fresh)
+        found = self._checkpoints.restore_newest(*wanted, self._take_metadata, at_most, fresh)
         step, params, optimizer = found or (0, None, None)
         if params is None:
             params = self._initial.params()
@@ -104,7 +104,8 @@ class Saves:
         counter = jax.device_put(np.int32(step), program.state.step.sharding)
         return TrainState(step=counter, params=params, optimizer=optimizer, frozen=frozen), step
 
-    def _check_data(self, stored: Mapping[str, Any]) -> None:
+    def _take_metadata(self, stored: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint of other data; takes its episodes."""
         theirs, ours = stored["data"], self._metadata["data"]
         # Sources that were added since have had no share until here (`train.workdir.check_changes`).
         if changed := sorted(task for task in theirs if theirs[task] != ours.get(task)):
@@ -113,6 +114,8 @@ class Saves:
                 f" {', '.join(changed)} has changed since; put the old stores back, or start in a"
                 " new --workdir"
             )
+        if self._rollouts:
+            self._rollouts.restore(stored.get("episodes"))
 
     def poll(self) -> None:
         """Finds out whether a save has failed or is late, so that the next is made early; all hosts call it."""
@@ -149,22 +152,27 @@ class Saves:
           UserError: too many saves failed, or a leaf is not finite.
         """
         with jax.transfer_guard("allow"):  # Orbax copies to the host
-            best = losses.get(self._options.keep_best)
-            self._checkpoints.save(step, state.params, state.optimizer, self._metadata, best)
+            best, metadata = losses.get(self._options.keep_best), self._metadata
+            if self._rollouts:
+                metadata = {**metadata, "episodes": self._rollouts.pending()}
+            self._checkpoints.save(step, state.params, state.optimizer, metadata, best)
             self._saved_at, self._early = time.monotonic(), False
             if kind is not Save.FINAL:
                 return
             self._checkpoints.wait()
             while self._checkpoints.failed:
                 time.sleep(_RETRY_SECONDS)
-                self._checkpoints.save(step, state.params, state.optimizer, self._metadata, best)
+                self._checkpoints.save(step, state.params, state.optimizer, metadata, best)
                 self._checkpoints.wait()
 
-    def roll_back(self, state: TrainState, loader: Loader, rollouts: Any = None) -> tuple[TrainState, int]:
+    def roll_back(self, state: TrainState, loader: Loader, most: int) -> tuple[TrainState, int]:
         """The state with the parameters of the last regular checkpoint before the skips, and its step.
 
         Where that checkpoint is not there, a save having failed, its parameters are made again from an older
         one. `state` is used up.
+
+        Args:
+          most: `config.spikes.max_rollbacks`.
 
         Raises:
           UserError: the run was rolled back too often.
@@ -173,13 +181,16 @@ class Saves:
         assert rule is not None
         counters = (state.step, rule.in_a_row, rule.rollbacks, rule.rolled_back_at)
         done, in_a_row, rollbacks, before = map(int, jax.device_get(counters))
-        if rollbacks >= self._max_rollbacks:
+        if rollbacks >= most:
             raise UserError(
                 f"step {done}: {in_a_row} updates in a row were skipped, and the run was rolled back"
                 f" {rollbacks} times already (config.spikes.max_rollbacks); look at the documents of the skips in"
                 " metrics.jsonl, or lower config.optimizer.learning_rate, in a new --workdir"
             )
         target = rollback_target(done, in_a_row, self._options.every_steps, before)
+        rollouts = self._rollouts
+        if rollouts:
+            rollouts.restore(None)  # waits
         self._checkpoints.wait()
         schedule = state.optimizer._replace(inner_state=None)
         for leaf in jax.tree.leaves((state.params, rule)):
@@ -192,9 +203,11 @@ class Saves:
                 " left"
             )
         for step in range(at, target):
-            weights = self._program.weights(good)
-            batch = rollouts.play(step, weights)[0] if rollouts else loader.batch(step)
-            good, _ = self._program.step(good, batch)
+            good, _ = (
+                rollouts.update(step, good) if rollouts else self._program.step(good, loader.batch(step))
+            )
+        if rollouts:
+            rollouts.restore(None)  # the next update samples with what was restored
         return rolled_back(schedule, good, state.step, done, rollbacks + 1), target
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,7 +23,9 @@ from lemur_jax.models import decoder, lora
 from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
 from lemur_jax.rl import games, run
+from lemur_jax.rl.rollouts import Played, Rollouts
 from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.train.state import shardings_of, start
 from tests.helpers.runs import final_params, without_clock
 
 STEPS = 4
@@ -77,7 +80,6 @@ def play(monkeypatch, small_chat_tokenizer, tmp_path):
 
 def target_logprobs(model, params, batch):
     """[B, T] of the plain forward pass, and the mask of the policy's own tokens."""
-    batch = jax.tree.map(np.asarray, batch)
     logits = decoder.forward(
         model, Compute(), params, batch["tokens"], batch["positions"], batch["segment_ids"]
     )
@@ -93,10 +95,9 @@ def test_only_the_policys_own_tokens_train(small_chat_tokenizer, tmp_path, monke
     )
     rollouts = run.open_inputs(config).rollouts
     params = jax.jit(decoder.init_params, static_argnums=0)(config.model, jax.random.key(1))
-    batch, figures = rollouts.play(3, params)
-    again, _ = rollouts.play(3, params)
-    jax.tree.map(np.testing.assert_array_equal, batch, again)
-    batch = jax.tree.map(np.asarray, batch)
+    played = rollouts.play(3, params)
+    batch = played.arrays
+    jax.tree.map(np.testing.assert_array_equal, batch, rollouts.play(3, params).arrays)
     expected, own = target_logprobs(config.model, params, batch)
     assert 0 < own.sum() < (batch["segment_ids"] > 0).sum() / 2
     np.testing.assert_allclose(batch["sampling_logprobs"][own], expected[own], atol=1e-4)
@@ -107,11 +108,44 @@ def test_only_the_policys_own_tokens_train(small_chat_tokenizer, tmp_path, monke
     # Rewards of a turn and those after it, less the mean of the group: they add up to 0 over the group's first turns.
     first = [row[mask][0] for row, mask in zip(batch["advantages"], own, strict=True)]
     np.testing.assert_allclose(np.reshape(first, (2, 4)).sum(1), 0, atol=1e-6)
-    assert figures["objective/turns"] > 1
+    assert played.figures["turns"] > 1
 
 
-@pytest.mark.parametrize("base_dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
-def test_the_policy_is_an_adapter(play, small_chat_tokenizer, tmp_path, base_dtype):
+def test_off_policy_episodes_are_of_the_parameters_before(small_chat_tokenizer, tmp_path, monkeypatch):
+    """Log-probabilities are those of the policy that sampled, and a checkpoint's episodes lead to the same bits."""
+    monkeypatch.setattr(games, "tasks", lambda name, data: ([Echo()], [Echo()]))
+    config = from_config_dict(
+        make_config(small_chat_tokenizer, tmp_path, off_policy=True, eval_every_steps=0)
+    )
+    inputs = run.open_inputs(config)
+    program, rollouts = inputs.program, inputs.rollouts
+    params = jax.jit(decoder.init_params, static_argnums=0)(config.model, jax.random.key(1))
+    params = jax.device_put(params, shardings_of(program.state.params))
+    state = start(params, program.optimizer, program.state)
+    for step in range(2):
+        sampling = jax.tree.map(jnp.copy, state.params)
+        state, metrics = rollouts.update(step, state)
+        assert metrics["objective/logprob_gap"] < 1e-5
+        assert (metrics["objective/policy_shift"] > 1e-3) == (step > 0)
+    pending = json.loads(json.dumps(rollouts.pending()))
+    batch = Played.from_json(pending).arrays
+    expected, own = target_logprobs(config.model, sampling, batch)
+    np.testing.assert_allclose(batch["sampling_logprobs"][own], expected[own], atol=1e-4)
+    assert abs(target_logprobs(config.model, state.params, batch)[0] - expected)[own].mean() > 1e-3
+    copied = jax.tree.map(jnp.copy, state)
+    state, metrics = rollouts.update(2, state)
+    resumed = Rollouts(config.rl, inputs.tokenizer, program, seed=config.seed, steps=STEPS)
+    resumed.restore(pending)
+    again, same = resumed.update(2, copied)
+    jax.tree.map(np.testing.assert_array_equal, state.params, again.params)
+    assert metrics["objective/policy_shift"] == same["objective/policy_shift"]
+    jax.tree.map(np.testing.assert_array_equal, rollouts.pending()["arrays"], resumed.pending()["arrays"])
+
+
+@pytest.mark.parametrize(
+    ("base_dtype", "off_policy"), [("float32", True), pytest.param("int8", False, marks=pytest.mark.slow)]
+)
+def test_the_policy_is_an_adapter(play, small_chat_tokenizer, tmp_path, base_dtype, off_policy):
     """The base is frozen and the reference; what is sampled has the log-probabilities of the merged weights."""
     model = preset("tiny", vocab_size=small_chat_tokenizer.vocab_size)
     params = jax.device_get(jax.jit(decoder.init_params, static_argnums=0)(model, jax.random.key(1)))
@@ -119,6 +153,7 @@ def test_the_policy_is_an_adapter(play, small_chat_tokenizer, tmp_path, base_dty
     options = {
         "adapter.rank": 4, "adapter.targets": ("*/query", "*/gate", "*/down"), "adapter.base_dtype": base_dtype,
         "init.checkpoint": str(tmp_path / "base"), "rl.kl": 0.1, "rl.eval_every_steps": 0,
+        "rl.off_policy": off_policy,
     }  # fmt: skip
     records = play("run", **options)
     assert all(record["logprob_gap"] < 1e-4 for record in records)
@@ -130,9 +165,9 @@ def test_the_policy_is_an_adapter(play, small_chat_tokenizer, tmp_path, base_dty
         return
     merged = open_source(tmp_path / "run").restore(decoder.abstract_params(model))
     inputs = run.open_inputs(config)
-    batch, _ = inputs.rollouts.play(0, lora.adapt(config.adapter, params, adapter))
+    batch = inputs.rollouts.play(0, lora.adapt(config.adapter, params, adapter)).arrays
     expected, own = target_logprobs(model, merged, batch)
-    np.testing.assert_allclose(np.asarray(batch["sampling_logprobs"])[own], expected[own], atol=1e-4)
+    np.testing.assert_allclose(batch["sampling_logprobs"][own], expected[own], atol=1e-4)
     base, _ = target_logprobs(model, params, batch)
     assert abs(base - expected)[own].max() > 1e-3
 
@@ -220,8 +255,9 @@ rl(from_json(json.loads(pathlib.Path("config.json").read_text())), sys.argv[1])
 
 
 @pytest.mark.slow
-def test_a_killed_run_reaches_the_same_bits(small_chat_tokenizer, tmp_path):
-    config = make_config(small_chat_tokenizer, tmp_path, max_rounds=2, kl=0.1)
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_a_killed_run_reaches_the_same_bits(small_chat_tokenizer, tmp_path, off_policy):
+    config = make_config(small_chat_tokenizer, tmp_path, max_rounds=2, kl=0.1, off_policy=off_policy)
     config.model = {**config.model.to_dict(), "vocab_size": small_chat_tokenizer.vocab_size}
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}

@@ -1,0 +1,195 @@
+"""Episodes of a policy in environments: turns, what the environment answers, and how an episode ends."""
+
+import dataclasses
+import hashlib
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lemur_jax.agents.environments import Environment, Step
+from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.infer.engine import Engine, Request
+from lemur_jax.infer.sampling import Sampling
+from lemur_jax.rl.config import RlConfig
+from lemur_jax.text.chat_template import encode_chat, stop_ids
+from lemur_jax.text.tokenizer import Tokenizer
+
+AT_ONCE = 8  # environments that work at the same time
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Episode:
+    """One attempt at a task.
+
+    Attributes:
+      environment: its own copy.
+      seed: of what is drawn, with the number of the turn.
+      ids: all tokens so far, those of the environment included.
+      logprobs: while sampling, of each id; NaN where the environment wrote it.
+      turns: for each id the turn in which the policy wrote it; -1: the environment did.
+      rewards: of each turn.
+      end: "" while it goes on; "done", "turns" (used up), "cut" (no room is left), "long" (the task leaves no room
+        for an answer) or "failed".
+      error: of the environment.
+    """
+
+    environment: Environment
+    seed: int
+    ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    turns: list[int] = dataclasses.field(default_factory=list)
+    rewards: list[float] = dataclasses.field(default_factory=list)
+    end: str = ""
+    error: str = ""
+
+    @property
+    def solved(self) -> bool:
+        return bool(self.rewards) and self.rewards[-1] >= 1
+
+    @property
+    def valid(self) -> bool:
+        return self.end not in ("failed", "long")
+
+    def add(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> None:
+        own = logprobs is not None
+        self.ids += ids
+        self.logprobs += logprobs if logprobs is not None else [math.nan] * len(ids)
+        self.turns += [len(self.rewards) if own else -1] * len(ids)
+
+
+class Player:
+    """Plays episodes with an engine.
+
+    Args:
+      options: `config.rl`.
+      slots: most tokens of an episode.
+    """
+
+    def __init__(self, options: RlConfig, tokenizer: Tokenizer, slots: int):
+        self._options, self._tokenizer, self._slots = options, tokenizer, slots
+        self._stops = stop_ids(tokenizer)
+
+    def play(self, engine: Engine, episodes: Sequence[Episode], sampling: Sampling) -> None:
+        """Plays all episodes to their end. Turns that end at one step of the engine go to their environments together,
+        so that what is sampled when does not depend on clocks."""
+        seconds = self._options.environment_seconds
+        for one, task in zip(
+            episodes, _call([one.environment.reset for one in episodes], seconds), strict=True
+        ):
+            if isinstance(task, str):
+                one.add(encode_chat(self._tokenizer, [_user(task)], add_generation_prompt=True)[0])
+            else:
+                one.end, one.error = "failed", _reason(task, one)
+        playing = {
+            id(request): (request, one) for one in episodes if (request := self._ask(engine, one, sampling))
+        }
+        while playing:
+            ended = [playing.pop(id(request)) for request in engine.step() if request.finish_reason]
+            for request, one in ended:
+                one.add(request.tokens, request.logprobs)
+            actions = [self._text(request) for request, _ in ended]
+            calls = [
+                lambda one=one, action=action: one.environment.step(action)
+                for (_, one), action in zip(ended, actions, strict=True)
+            ]
+            for (request, one), found in zip(ended, _call(calls, seconds), strict=True):
+                self._observe(one, found, request.finish_reason)
+                if following := self._ask(engine, one, sampling):
+                    playing[id(following)] = (following, one)
+        _call([one.environment.close for one in episodes], seconds)
+
+    def _ask(self, engine: Engine, one: Episode, sampling: Sampling) -> Request | None:
+        """The policy's next turn; None if the episode has ended, or ends because no token has room."""
+        room = self._slots - len(one.ids)
+        if not one.end and room < 1:
+            one.end = "cut" if one.rewards else "long"
+        if one.end:
+            return None
+        return engine.submit(
+            Request(
+                prompt=list(one.ids),
+                max_new_tokens=min(room, self._options.max_new_tokens),
+                stop_ids=self._stops,
+                sampling=sampling,
+                seed=seed_of(one.seed, len(one.rewards)),
+            )
+        )
+
+    def _text(self, request: Request) -> str:
+        ids = request.tokens[:-1] if request.finish_reason == "stop" else request.tokens
+        return self._tokenizer.decode(ids, skip_special=True).strip()
+
+    def _observe(self, one: Episode, found: Any, reason: str) -> None:
+        """Takes the environment's answer to a turn."""
+        try:
+            if not isinstance(found, Step):
+                raise found
+            one.rewards.append(float(found.reward))
+            if not math.isfinite(one.rewards[-1]):
+                raise ValueError(f"the reward is {found.reward}")
+        except Exception as error:
+            one.end, one.error = "failed", _reason(error, one)
+            return
+        if found.done or one.solved:
+            one.end = "done"
+        elif len(one.rewards) >= (one.environment.max_turns or self._options.max_turns):
+            one.end = "turns"
+        else:
+            more = self._following(found, ended=reason == "stop")
+            if len(one.ids) + len(more) < self._slots:
+                one.add(more)
+            else:
+                one.end = "cut"
+
+    def _following(self, found: Step, ended: bool) -> list[int]:
+        """The template's text between two turns of the policy, from what ends a turn on if that has not `ended`."""
+        said = [
+            _user("a"),
+            {"role": "assistant", "content": "b"},
+            {"role": found.role, "content": found.observation},
+        ]
+        start = len(encode_chat(self._tokenizer, said[:1], add_generation_prompt=True)[0])
+        ids = encode_chat(self._tokenizer, said, add_generation_prompt=True)[0]
+        for index in range(start, len(ids)):
+            if ids[index] in self._stops:
+                return ids[index + ended :]
+        raise UserError(
+            "the chat template does not end the assistant's turn with a token that stops generation"
+        )
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _reason(error: Any, one: Episode) -> str:
+    said = reason_of(error) if isinstance(error, BaseException) else f"it returned {error!r:.80}"
+    return f"{one.environment.id}: {said}"
+
+
+def seed_of(*numbers: int) -> int:
+    """32 bits that depend on the numbers alone."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
+
+
+def _call(functions: Sequence[Callable[[], Any]], seconds: float) -> list[Any]:
+    """What each returns, or its exception; a call that hangs is left behind in its thread."""
+    results: list[Any] = [TimeoutError(f"no answer after {seconds:g} s") for _ in functions]
+
+    def run(index: int) -> None:
+        try:
+            results[index] = functions[index]()
+        except BaseException as error:  # also SystemExit of an environment
+            results[index] = error
+
+    for start in range(0, len(functions), AT_ONCE):
+        indices = range(start, min(start + AT_ONCE, len(functions)))
+        threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in indices]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + seconds
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+    return list(results)
