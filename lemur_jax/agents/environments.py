@@ -8,11 +8,11 @@ import dataclasses
 import json
 import pathlib
 import re
-import tempfile
 from collections.abc import Mapping
 
 from lemur_jax.agents.problems import LIMITS, Problem, check
-from lemur_jax.agents.sandbox import remove_tree, run
+from lemur_jax.agents.sandbox import run
+from lemur_jax.agents.scratch import make_directory, remove_tree
 from lemur_jax.common.errors import UserError
 
 SHOWN = 1500  # characters of an observation
@@ -37,6 +37,10 @@ class Step:
     done: bool = False
 
 
+class NotScored(UserError):
+    """A task that cannot run here. An evaluation names it, counts it and goes on without it."""
+
+
 class Environment(abc.ABC):
     """One task."""
 
@@ -45,7 +49,7 @@ class Environment(abc.ABC):
 
     @abc.abstractmethod
     def reset(self) -> str:
-        """Starts, or starts again; returns the text of the task."""
+        """Starts, or starts again; returns the text of the task. Raises NotScored if it cannot run here."""
 
     @abc.abstractmethod
     def step(self, action: str) -> Step: ...
@@ -170,7 +174,7 @@ class BashEnvironment(Environment):
 
     def reset(self) -> str:
         self.close()
-        self._box = pathlib.Path(tempfile.mkdtemp(prefix="lemur-bash-"))
+        self._box = make_directory("bash-")
         for name, text in self._files.items():
             path = self._box / name
             path.write_text(text)

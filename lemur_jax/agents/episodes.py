@@ -14,9 +14,11 @@ from lemur_jax.agents.environments import Environment, PythonEnvironment, Step
 from lemur_jax.agents.problems import humaneval
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.chat import fit
-from lemur_jax.infer.complete import complete
+from lemur_jax.infer.complete import finish
+from lemur_jax.infer.engine import SLOTS, Engine
+from lemur_jax.infer.generate import make_engine, make_requests
 from lemur_jax.infer.session import Session
-from lemur_jax.text.chat_template import Message, encode_chat
+from lemur_jax.text.chat_template import Message, encode_chat, stop_ids
 
 EXPERT_STOPS = ("\nObservation:", "\nTask:", "\nAssistant:")
 # Where MINT cuts an answer that goes on with turns of the environment.
@@ -48,11 +50,18 @@ class Trace:
 
 
 class SessionAgent:
-    """Our model in process, greedy; the oldest turns are dropped when they no longer fit."""
+    """Our model in process, greedy; the oldest turns are dropped when they no longer fit.
 
-    def __init__(self, session: Session, *, max_new_tokens: int = 512):
+    Args:
+      batch_tokens: of the cache that conversations share, for each way in which the mesh shards rows.
+    """
+
+    def __init__(self, session: Session, *, max_new_tokens: int = 512, batch_tokens: int = SLOTS):
         self._session = session
         self._limit = min(max_new_tokens, session.model.max_position_embeddings // 2)
+        self._batch_tokens = batch_tokens
+        self._engine: Engine | None = None
+        self._length = 0
 
     def __call__(self, messages: Sequence[Message]) -> str:
         return self.batch([messages])[0]
@@ -60,11 +69,22 @@ class SessionAgent:
     def batch(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """The next turns of several conversations, which share the device."""
         tokenizer = self._session.need_tokenizer()
+        longest = self._session.model.max_position_embeddings
         prompts = [
             encode_chat(tokenizer, fit(self._session, messages, self._limit), add_generation_prompt=True)[0]
             for messages in conversations
         ]
-        texts = complete(self._session, prompts, max_new_tokens=self._limit, stops=STOPS)
+        prompts = [prompt[self._limit - longest :] for prompt in prompts]
+        requests = make_requests(prompts, self._limit, stop_ids(tokenizer), None, None)
+        wanted = max(request.length for request in requests)
+        # Conversations grow with every turn: rows of few lengths are few programs to compile.
+        if self._engine is None or wanted > self._length:
+            self._length = min(longest, 1 << (wanted - 1).bit_length())
+            self._engine = make_engine(self._session, requests, self._batch_tokens, self._length)
+        else:
+            for request in requests:
+                self._engine.submit(request)
+        texts = finish(self._session, self._engine, requests, STOPS)
         return [text.text.strip() for text in texts]
 
 

@@ -11,13 +11,13 @@ import re
 import shlex
 import stat
 import subprocess
-import tempfile
 from collections.abc import Mapping
 
-from lemur_jax.agents.environments import Environment, Step, block, find_data
+from lemur_jax.agents.environments import Environment, NotScored, Step, block, find_data
 from lemur_jax.agents.intercode import MAX_STEPS, WHERE
 from lemur_jax.agents.problems import LIMITS
-from lemur_jax.agents.sandbox import remove_tree, run
+from lemur_jax.agents.sandbox import run
+from lemur_jax.agents.scratch import make_directory, remove_tree
 from lemur_jax.common.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ _PROGRAM = re.compile(
 )
 _SYSTEM = re.compile(r"(?<![\w./~])/(?:etc|var|usr)/\w*")
 _ROOT = re.compile(r"(?<![\w./~])/(?!(?:testbed|system|workspace|backup|bin)\b)[\w.]*(?=\s|$)")
+# What a solution prints where the sandbox refuses it.
+_FAILED = re.compile("command not found|Read-only file system|Operation not permitted|^Command timed out$")
 _NETWORK = {"curl", "dig", "ping"}
 _MISSING = 'for word; do type "$word" > /dev/null 2>&1 || [ -w "$word" ] || echo "$word"; done'
 
@@ -74,7 +76,7 @@ class _World:
     """A file tree in the sandbox, made by a script or a copy of another; the box is its root."""
 
     def __init__(self, setup: str = "", *, like: "_World | None" = None):
-        self.box = pathlib.Path(tempfile.mkdtemp(prefix="lemur-bash-"))
+        self.box = make_directory("bash-")
         self._root = run(["pwd"], directory=self.box, limits=LIMITS).output.strip()
         self._place = "."
         if like is None:
@@ -138,10 +140,11 @@ class InterCodeBash(Environment):
         self._before = solved.files()
         self._expected, _ = solved.execute(self._task["gold"])
         self._wanted = solved.files()
-        # An answer that fails alike would count as right.
-        if re.search("command not found|Read-only file system", self._expected):
-            raise UserError(f"{self.id}: its solution cannot run here: {self._expected.strip()}")
         remove_tree(solved.box)
+        # An answer that fails alike would count as right.
+        if _FAILED.search(self._expected):
+            self.close()
+            raise NotScored(f"{self.id}: its solution cannot run here: {self._expected.strip()}")
         return (
             "Do a task with Bash commands, one in a ```bash block at a time. You see what it prints and a reward from 0"
             f" to 1 for the state and the last output; you have {MAX_STEPS} commands.\nTask: {self._task['query']}"

@@ -7,11 +7,11 @@ import pwd
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
 
+from lemur_jax.agents.scratch import make_directory
 from lemur_jax.common.errors import UserError
 
 USER = "agent"
@@ -27,7 +27,7 @@ def server(dump: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     if not (program := shutil.which("mariadbd", path=f"{os.environ['PATH']}:/usr/sbin")):
         raise UserError("InterCode-SQL needs MariaDB's server: apt-get install mariadb-server")
-    directory = pathlib.Path(tempfile.mkdtemp(prefix="lemur-db-"))
+    directory = make_directory("db-")
     launch = ["setpriv", "--pdeathsig=TERM"]  # it ends with this process, also where that is killed
     if os.getuid() == 0:
         shutil.chown(directory, "nobody")

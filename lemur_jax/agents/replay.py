@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 import re
@@ -11,10 +12,12 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from lemur_jax.agents import intercode, intercode_bash, mint
-from lemur_jax.agents.environments import Environment
+from lemur_jax.agents.environments import Environment, NotScored
 from lemur_jax.agents.episodes import Trace, Turn
 from lemur_jax.agents.mint import Recorded
 from lemur_jax.common.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,11 +42,14 @@ class Replayed:
 
 
 def replay(environments: Iterable[Environment], recorded: Iterable[Recorded]) -> list[Replayed]:
-    """Replays every recorded episode for which there is an environment, as many at once as there are processors."""
+    """Replays every recorded episode for which there is an environment, as many at once as there are processors.
+
+    Tasks that cannot run here are named in a warning and left out.
+    """
     by_id = {environment.id.removeprefix("mint-"): environment for environment in environments}
     pairs = [(by_id[episode.id], episode) for episode in recorded if episode.id in by_id]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda pair: _replay(*pair), pairs))
+        return [found for found in pool.map(lambda pair: _replay(*pair), pairs) if found]
 
 
 def replay_run(
@@ -84,7 +90,7 @@ def replay_run(
     return {name: replay(opened, run[:limit]) for name, run in recorded.items()}
 
 
-def _replay(environment: Environment, episode: Recorded) -> Replayed:
+def _replay(environment: Environment, episode: Recorded) -> Replayed | None:
     try:
         task, turns, different, compared = environment.reset(), [], [], 0
         for action, seen in episode.turns:
@@ -101,6 +107,9 @@ def _replay(environment: Environment, episode: Recorded) -> Replayed:
                 break
         trace = Trace(id=environment.id, task=task, turns=tuple(turns))
         return Replayed(trace=trace, success=episode.success, compared=compared, different=different)
+    except NotScored as why:
+        logger.warning("not scored: %s", why)
+        return None
     finally:
         environment.close()
 

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lemur_jax.agents.environments import Environment
+from lemur_jax.agents.environments import Environment, NotScored
 from lemur_jax.agents.episodes import Agent, SessionAgent, Trace, Turn, from_json
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import Message
@@ -93,17 +93,33 @@ def run_episodes(
     batch: int = 32,
     journal: Journal | None = None,
 ) -> list[Trace]:
-    """Runs episodes that the journal does not have; an error of the agent is raised after the others' turns."""
+    """Runs episodes that the journal does not have; an error of the agent is raised after the others' turns.
+
+    Tasks that cannot run here are named in a warning; they have no trace.
+    """
     journal = journal or Journal(None, {})
     waiting = [environment for environment in environments if environment.id not in journal.traces]
     running: list[_Running] = []
+    skipped: list[str] = []
     logger.info("episodes: %d of %d, up to %d at once", len(journal.traces), len(environments), batch)
     turns = 0
+
+    def start(environment: Environment) -> _Running | None:
+        try:
+            return _Running(environment, max_turns)
+        except NotScored as why:
+            skipped.append(environment.id)
+            logger.warning("not scored: %s", why)
+            return None
+
     with concurrent.futures.ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool:
         try:
             while waiting or running:
                 while waiting and len(running) < batch:
-                    running.append(_Running(waiting.pop(0), max_turns))
+                    fresh = [waiting.pop(0) for _ in range(min(len(waiting), batch - len(running)))]
+                    running += filter(None, pool.map(start, fresh))
+                if not running:
+                    break
                 answers, error = _answers(agent, [episode.messages for episode in running], pool)
                 answered = [pair for pair in zip(running, answers, strict=True) if pair[1] is not None]
                 for episode, trace in pool.map(lambda pair: (pair[0], pair[0].act(pair[1])), answered):
@@ -114,14 +130,18 @@ def run_episodes(
                     raise error
                 turns += len(answered)
                 solved = sum(trace.solved_at is not None for trace in journal.traces.values())
-                ended = f"{len(journal.traces)} of {len(environments)}"
+                ended = f"{len(journal.traces)} of {len(environments) - len(skipped)}"
                 logger.info(
                     "episodes: %s, solved %d; turns: %d, running %d", ended, solved, turns, len(running)
                 )
         finally:
             for episode in running:
                 episode.environment.close()
-    return [journal.traces[environment.id] for environment in environments]
+    if skipped:
+        logger.warning("not scored: %d of %d tasks", len(skipped), len(environments))
+    return [
+        journal.traces[environment.id] for environment in environments if environment.id in journal.traces
+    ]
 
 
 def _answers(

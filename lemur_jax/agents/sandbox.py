@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
+from lemur_jax.agents.scratch import make_directory, remove_tree
 from lemur_jax.common.errors import UserError
 
 _LAUNCHER = pathlib.Path(__file__).with_name("sandbox_launcher.py")
@@ -99,7 +100,7 @@ def run(
         raise UserError(f"the sandbox needs Linux, this is {sys.platform}: run it in a container")
     limits = limits or Limits()
     command = [_interpreter() if command[0] == "python" else command[0], *command[1:]]
-    root = tempfile.mkdtemp(prefix="lemur-box-")
+    root = str(make_directory("box-"))
     try:
         with (
             tempfile.TemporaryFile() as output,
@@ -152,11 +153,6 @@ def _result(program: str, limits: Limits, report, output, errors) -> Result:
 def run_python(program: str, *, limits: Limits | None = None, **options) -> Result:
     """Runs a program text with `python -I -S`: the standard library and nothing of the user's."""
     return run(["python", "-I", "-S", "main.py"], files={"main.py": program}, limits=limits, **options)
-
-
-def remove_tree(path: str | os.PathLike) -> None:
-    """Removes a directory that untrusted code wrote in: of any depth, which `shutil.rmtree` cannot, with any modes."""
-    subprocess.run(["sh", "-c", 'chmod -R u+rwx "$0"; rm -rf "$0"', os.path.abspath(path)], check=True)
 
 
 def _interpreter() -> str:

@@ -55,6 +55,12 @@ def add_verbs(verbs: Verbs) -> None:
         help="interpreter of the cells in MINT (default: this one); it needs IPython",
     )
     sub.add_argument("--batch", type=int, default=32, help="episodes at once (default 32)")
+    sub.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=8192,
+        help="of the cache that episodes of a checkpoint share, for each data-parallel way (default 8192)",
+    )
     sub.add_argument("--turns", type=int, default=5, help="turns of an episode at most (default 5)")
     sub.add_argument("--endpoint", default="", help="OpenAI-compatible URL of the agent, not the checkpoint")
     sub.add_argument("--endpoint-model", default="", help="the agent's name there")
@@ -78,6 +84,8 @@ def _eval(args) -> None:
 
     from lemur_jax.evals.published import parse_scores
 
+    # An exit, so that sandboxes and a database server are stopped and removed too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     written: dict = {}
     scores = parse_scores(args.scores)  # before a checkpoint is opened
     tasks = [task for task in args.tasks.split(",") if task]
@@ -129,8 +137,6 @@ def _options(args):
 def _agents(args, session, written: dict) -> None:
     from lemur_jax.agents import episodes, runner
 
-    # An exit, so that sandboxes and a database server are stopped too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     names = args.agents.split(",")
     limit = args.max_new_tokens or 512
     if args.replay:
@@ -141,7 +147,7 @@ def _agents(args, session, written: dict) -> None:
     agent = (
         episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
         if args.endpoint
-        else episodes.SessionAgent(session, max_new_tokens=limit)
+        else episodes.SessionAgent(session, max_new_tokens=limit, batch_tokens=args.batch_tokens)
     )
     path = pathlib.Path(_journal_path(args)) if args.json else None
     name = args.checkpoint or args.endpoint_model

@@ -35,7 +35,13 @@ def complete(
     longest = max(1, session.model.max_position_embeddings - max_new_tokens)
     prompts, ends = [prompt[-longest:] for prompt in prompts], stop_ids(session.need_tokenizer())
     requests = make_requests(prompts, max_new_tokens, ends, sampling, seeds)
-    engine = make_engine(session, requests, batch_tokens)
+    return finish(session, make_engine(session, requests, batch_tokens), requests, stops)
+
+
+def finish(
+    session: Session, engine: Engine, requests: Sequence[Request], stops: Sequence[str] = ()
+) -> list[Completion]:
+    """Runs an engine until these requests, which it has, are answered."""
     waiting = answers(session, engine, requests, stops)
     while True:
         try:

@@ -105,10 +105,10 @@ def make_requests(
     return [Request(prompt=prompt, seed=seed, **options) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
-def make_engine(session: Session, requests: Sequence[Request], slots: int = SLOTS) -> Engine:
+def make_engine(session: Session, requests: Sequence[Request], slots: int = SLOTS, length: int = 0) -> Engine:
     """An engine with these requests, and with rows for all of them if they are few."""
     ways = row_ways(session)
-    engine = Engine(session, ways * min(ROWS, bucket(-(-max(1, len(requests)) // ways))), slots)
+    engine = Engine(session, ways * min(ROWS, bucket(-(-max(1, len(requests)) // ways))), slots, length)
     for request in requests:
         engine.submit(request)
     return engine

@@ -11,12 +11,16 @@ import sys
 
 import pytest
 
+from lemur_jax.agents import scratch
 from lemur_jax.agents.episodes import open_environments
 from lemur_jax.agents.intercode import InterCodeSql, in_mysql_wording, recorded_run, sql_reward
 from lemur_jax.agents.intercode_bash import InterCodeBash, bash_reward, changes, needs, open_bash, similarity
 from lemur_jax.agents.mariadb import server
+from lemur_jax.agents.mint import Recorded
 from lemur_jax.agents.replay import replay
+from lemur_jax.agents.runner import run_episodes
 from lemur_jax.common.errors import UserError
+from tests.helpers.agents import scripted
 
 
 def test_the_reward_counts_rows_and_their_order():
@@ -148,8 +152,19 @@ def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
         for name in ("/etc/lemur", "curl with a network", "lemur-nowhere")
     ]
     unseen = InterCodeBash("4-0", {"query": "", "gold": "''lemur-nowhere"}, "")
-    with pytest.raises(UserError, match="cannot run here: /bin/bash: line 1: lemur-nowhere"):
-        unseen.reset()
+    boxes = set(scratch._home().glob("*"))
+    caplog.clear()
+    why = "intercode-bash/4-0: its solution cannot run here: /bin/bash: line 1: lemur-nowhere: command not found"
+    traces = run_episodes(
+        [unseen, environment], scripted(f"```bash\n{gold['gold']}\n```"), max_turns=1, batch=1
+    )
+    assert [(trace.id, trace.solved_at) for trace in traces] == [("intercode-bash/1-0", 1)]
+    assert caplog.messages[-1] == "not scored: 1 of 2 tasks"
+    assert f"not scored: {why}" in caplog.messages
+    assert run_episodes([unseen], scripted(), max_turns=1) == []
+    episode = Recorded(id=unseen.id, opening="", turns=[("", None)], success=False)
+    assert replay([unseen], [episode]) == []
+    assert set(scratch._home().glob("*")) == boxes
     assert needs("find . -exec a {} + | xargs -0 b; c=$(dig x) && d `e`") == {
         *("find", "a", "xargs", "b", "dig with a network", "d", "e")
     }

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lemur_jax.agents import sandbox
+from lemur_jax.agents import sandbox, scratch
 from lemur_jax.agents.sandbox import Limits, run, run_python
 from lemur_jax.common.errors import UserError
 
@@ -357,5 +357,5 @@ def test_remove_tree(memory_disk):
     os.close(here)
     (tree / "closed" / "in").mkdir(parents=True)
     (tree / "closed").chmod(0)
-    sandbox.remove_tree(tree)
+    scratch.remove_tree(tree)
     assert not tree.exists()
