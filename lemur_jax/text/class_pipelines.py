@@ -109,7 +109,8 @@ def set_pipeline(
     else:
         if not from_json:
             kept["merges"] = sentencepiece_model.merges_by_id(kept["vocab"])
-        spec |= _gemma() if kind == "GemmaTokenizer" else _llama(kind, prefix, legacy)
+        gemma = kind == "GemmaTokenizer"
+        spec |= sentencepiece_model.without_prefix() if gemma else _llama(kind, prefix, legacy)
         spec["model"] = {"type": "BPE", **kept, "fuse_unk": True, "byte_fallback": True}
     if kind == "GPTNeoXTokenizer":
         spec["post_processor"] = None
@@ -151,20 +152,6 @@ def _llama(kind: str, prefix: bool | None, legacy: bool) -> dict[str, Any]:
         "normalizer": None,
         "pre_tokenizer": sentencepiece_model.metaspace(scheme),
         "decoder": {"type": "Sequence", "decoders": decoders if strip else decoders[:-1]},
-    }
-
-
-def _gemma() -> dict[str, Any]:
-    space = {"String": " "}
-    return {
-        "normalizer": {"type": "Replace", "pattern": space, "content": sentencepiece_model.SPACE},
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": space,
-            "behavior": "MergedWithPrevious",
-            "invert": False,
-        },
-        "decoder": {"type": "Sequence", "decoders": sentencepiece_model.DECODER["decoders"][:-1]},
     }
 
 

@@ -5,6 +5,7 @@ The keys are those of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md;
 
 import functools
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,13 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import recovery_hint
-from lemur_jax.text.sentencepiece_model import added_token, post_processor
+from lemur_jax.text.sentencepiece_model import (
+    SPACE,
+    added_token,
+    merges_by_score,
+    post_processor,
+    without_prefix,
+)
 
 SUFFIX = ".gguf"
 # `tokenizer.ggml.pre`, the name of a way to split text before byte-level BPE -> the pre-tokenizer and `ignore_merges`.
@@ -31,7 +38,11 @@ _PRE_TOKENIZERS: dict[str, tuple[dict[str, Any], bool]] = {
     "gpt-2": (_BYTES, False),
 }
 # `tokenizer.ggml.token_type`, the same numbers as in a SentencePiece model.
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_BPE = {
+    **{"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None},
+    **{"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False},
+}
 _KINDS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 _STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -110,12 +121,14 @@ def _files(path: epath.PathLike, data: Mapping[str, Any], template: str | None) 
     }
     add_bos = data.get("add_bos_token", kind == "llama" or data.get("pre") == "llama-bpe")
     config = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if kind == "llama":
-        config["add_bos_token"] = add_bos
+    config["add_bos_token"] = add_bos
+    if kind == "llama" and data.get("add_space_prefix", True):
         files = make_files(_sentencepiece(data), chat_template=template, config=config)
     else:
+        made = _byte_level(data) if kind == "gpt2" else _without_prefix(data)
         bos = (names["bos_token"], data["bos_token_id"]) if add_bos else None
-        spec = json.dumps(_byte_level(data, bos), ensure_ascii=False).encode()
+        made["post_processor"] = post_processor(bos) if bos else None
+        spec = json.dumps(made, ensure_ascii=False).encode()
         files = make_files(None, tokenizer_json=spec, chat_template=template, config=config)
     stops = list(dict.fromkeys(data[key] for key in _STOPS if key in data))
     return {**files, "generation_config.json": json.dumps({"eos_token_id": stops}).encode()}
@@ -129,7 +142,6 @@ def _check(path: epath.PathLike, data: Mapping[str, Any]) -> None:
         ("add_eos_token", not data.get("add_eos_token"), "an end after each text is not supported"),
         ("precompiled_charsmap", not data.get("precompiled_charsmap"), "normalized text is not supported"),
         ("remove_extra_whitespaces", not data.get("remove_extra_whitespaces"), "normalized text is not supported"),
-        ("add_space_prefix", kind == "gpt2" or data.get("add_space_prefix", True), "set it to true"),
     ):  # fmt: skip
         if not accepted:
             raise UserError(
@@ -138,28 +150,51 @@ def _check(path: epath.PathLike, data: Mapping[str, Any]) -> None:
             )
 
 
-def _byte_level(data: Mapping[str, Any], bos: tuple[str, int] | None) -> dict[str, Any]:
-    """`tokenizer.json` of a byte-level BPE."""
+def _byte_level(data: Mapping[str, Any]) -> dict[str, Any]:
+    """`tokenizer.json` of a byte-level BPE, without a post-processor."""
     pre_tokenizer, ignore_merges = _PRE_TOKENIZERS[data["pre"]]
-    added = [
-        added_token(token, index, {"special": kind != _USER_DEFINED})
-        for index, (token, kind) in enumerate(zip(data["tokens"], data["token_type"], strict=True))
-        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-    ]
     return {
         **{"version": "1.0", "truncation": None, "padding": None, "normalizer": None},
-        "added_tokens": added,
+        "added_tokens": _added_tokens(data["tokens"], data["token_type"]),
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": post_processor(bos) if bos else None,
         "decoder": _BYTES,
         "model": {
-            **{"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None},
-            **{"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False},
+            **_BPE,
             "ignore_merges": ignore_merges,
             "vocab": {token: index for index, token in enumerate(data["tokens"])},
             "merges": [merge.split(" ") for merge in data["merges"]],
         },
     }
+
+
+def _without_prefix(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a SentencePiece BPE that puts no space in front of a text.
+
+    As in the model's Hugging Face directory, user-defined pieces are added tokens, and runs of spaces come of merges.
+    """
+    tokens = [piece.replace(" ", SPACE) for piece in data["tokens"]]
+    kinds = data["token_type"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    scores = {
+        token: math.inf if kind == _USER_DEFINED else score
+        for token, score, kind in zip(tokens, data["scores"], kinds, strict=True)
+        if kind in (_NORMAL, _USER_DEFINED)
+    }
+    model = {**_BPE, "fuse_unk": True, "byte_fallback": True, "unk_token": tokens[data["unknown_token_id"]]}
+    return {
+        **{"version": "1.0", "truncation": None, "padding": None},
+        "added_tokens": _added_tokens(tokens, kinds),
+        **without_prefix(),
+        "model": {**model, "vocab": vocab, "merges": merges_by_score(scores, vocab)},
+    }
+
+
+def _added_tokens(tokens: list[str], kinds: list[int]) -> list[dict[str, Any]]:
+    return [
+        added_token(token, index, {"special": kind != _USER_DEFINED})
+        for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
 
 
 def _sentencepiece(data: Mapping[str, Any]) -> bytes:

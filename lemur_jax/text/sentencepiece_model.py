@@ -83,10 +83,6 @@ def convert(model: bytes, prepend_scheme: str = "first") -> dict[str, Any]:
     _check_convertible(proto, kinds.UNUSED)
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
-    splits = ((piece, piece[:cut], piece[cut:]) for piece in scores for cut in range(1, len(piece)))
-    merges = [
-        (-scores[whole], -len(a), vocab[a], a, b) for whole, a, b in splits if a in scores and b in scores
-    ]
     control = {
         piece.piece: index
         for index, piece in enumerate(proto.pieces)
@@ -121,9 +117,18 @@ def convert(model: bytes, prepend_scheme: str = "first") -> dict[str, Any]:
             # User-defined pieces are words of their own that no merge makes.
             "ignore_merges": any(piece.type == kinds.USER_DEFINED for piece in proto.pieces),
             "vocab": vocab,
-            "merges": [[a, b] for *_, a, b in sorted(merges)],
+            "merges": merges_by_score(scores, vocab),
         },
     }
+
+
+def merges_by_score(scores: Mapping[str, float], vocab: Mapping[str, int]) -> list[list[str]]:
+    """Merges ranked by the score of what they make; among equal scores the longest left side comes first."""
+    splits = ((piece, piece[:cut], piece[cut:]) for piece in scores for cut in range(1, len(piece)))
+    ranked = [
+        (-scores[whole], -len(a), vocab[a], a, b) for whole, a, b in splits if a in scores and b in scores
+    ]
+    return [[a, b] for *_, a, b in sorted(ranked)]
 
 
 def merges_by_id(vocab: Mapping[str, int]) -> list[list[str]]:
@@ -139,7 +144,7 @@ def merges_by_id(vocab: Mapping[str, int]) -> list[list[str]]:
     return [[a, b] for *_, a, b in sorted(ranked)]
 
 
-DECODER = {
+DECODER: dict[str, Any] = {
     "type": "Sequence",
     "decoders": [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -148,6 +153,21 @@ DECODER = {
         {"type": "Strip", "content": " ", "start": 1, "stop": 0},
     ],
 }
+
+
+def without_prefix() -> dict[str, Any]:
+    """The parts of `tokenizer.json` around a model whose texts get no space in front, as Gemma's."""
+    space = {"String": " "}
+    return {
+        "normalizer": {"type": "Replace", "pattern": space, "content": SPACE},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": space,
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
+        "decoder": {"type": "Sequence", "decoders": DECODER["decoders"][:-1]},
+    }
 
 
 def metaspace(prepend_scheme: str, replacement: str = SPACE) -> dict[str, Any]:

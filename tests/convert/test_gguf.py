@@ -1,9 +1,12 @@
 """GGUF files written with the library gguf from a model and tokenizers of transformers."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
 from lemur_jax.common.errors import UserError
@@ -165,8 +168,6 @@ def test_byte_level_tokenizer(byte_level_dir, tmp_path, pre):
     [{"tokens": [1, 2]}, {"tokens": ["a"] * 3}, {"bos_token_id": 10**6}, {"scores": [0.5]}, {"pre": ["x"]}],
 )
 def test_damaged_arrays_of_a_tokenizer_are_one_line(tokenizer_dir, tmp_path, changes):
-    from sentencepiece import sentencepiece_model_pb2
-
     proto = sentencepiece_model_pb2.ModelProto.FromString((tokenizer_dir / "tokenizer.model").read_bytes())
     pieces = [piece.piece for piece in proto.pieces]
     data = dict(model="llama", tokens=pieces, scores=[piece.score for piece in proto.pieces])
@@ -181,8 +182,6 @@ def test_damaged_arrays_of_a_tokenizer_are_one_line(tokenizer_dir, tmp_path, cha
 
 
 def test_sentencepiece_tokenizer(tokenizer_dir, tmp_path):
-    from sentencepiece import sentencepiece_model_pb2
-
     model = (tokenizer_dir / "tokenizer.model").read_bytes()
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     data = dict(model="llama", tokens=read_pieces(model), scores=[piece.score for piece in proto.pieces])
@@ -192,6 +191,32 @@ def test_sentencepiece_tokenizer(tokenizer_dir, tmp_path):
     original = Tokenizer.load(tokenizer_dir)
     for text in hard_texts(100):
         assert ours.encode(text) == original.encode(text)
+
+
+def test_sentencepiece_tokenizer_without_a_space_in_front(tmp_path):
+    """As Gemma's: runs of spaces and of newlines are user-defined pieces, which the file spells with spaces.
+
+    A text that spells the visible space is left out: transformers takes a run of them for the added token.
+    """
+    model, runs = io.BytesIO(), ["\u2581" * n for n in range(2, 9)] + ["\n\n", "\n\n\n", "<b>"]
+    texts = [text for text in hard_texts(400) if "\u2581" not in text]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.split("\n") if line),
+        **dict(model_writer=model, model_type="bpe", vocab_size=700, byte_fallback=True, minloglevel=2),
+        **dict(normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False),
+        user_defined_symbols=runs,
+    )
+    original = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    spelled = [
+        piece.piece.replace("\u2581", " ") if piece.piece in runs else piece.piece for piece in proto.pieces
+    ]
+    data = dict(model="llama", tokens=spelled, scores=[piece.score for piece in proto.pieces])
+    data |= dict(bos_token_id=1, eos_token_id=2, unknown_token_id=0, add_space_prefix=False)
+    ours = write_tokenizer(tmp_path / "tokenizer.gguf", data, [piece.type for piece in proto.pieces])
+    for text in [*texts[:100], "a  b", "   a\n\n\n\n<b>  x", "a b", " a", ""]:
+        assert ours.encode(text) == original.encode(text), text
+        assert ours.decode(ours.encode(text)) == text
 
 
 @pytest.mark.parametrize(

