@@ -23,12 +23,23 @@ HERE = Path(__file__).parents[1] / "examples/real_corpora"
 
 
 @pytest.fixture(scope="module")
-def fetch():
-    spec = importlib.util.spec_from_file_location("fetch", HERE / "fetch.py")
-    module = sys.modules["fetch"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["fetch"]
+def script():
+    """Imports a script of the example by its name."""
+
+    def load_script(name):
+        spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load_script
+    for name in ("fetch", "definitions"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def fetch(script):
+    return script("fetch")
 
 
 PAGE = """<html><head><title>T</title><style>p {}</style></head><body><nav>next</nav><h1>Heading &amp; more</h1>
@@ -57,6 +68,31 @@ def test_documents_of_a_package(fetch, tmp_path):
     assert set(found) == {"p/usr/lib/a.py", "p/usr/share/doc/p/m.en.txt.gz"}
     assert found["p/usr/lib/a.py"] == {"text": "x = 1\n" * 50, "id": "p/usr/lib/a.py", "license": "MIT"}
     assert found["p/usr/share/doc/p/m.en.txt.gz"]["text"] == "A manual. " * 40
+
+
+def test_questions_from_wordnet(fetch, script, tmp_path):
+    """Synonyms, words of another topic, without a count in text, and in their own definition are left out."""
+    synsets = {
+        "00000101": '05 n 02 cat 0 feline 0 000 | a small animal that purrs; "a cat"',
+        "00000102": "05 n 01 dog 0 000 | an animal that barks",
+        "00000103": "05 n 01 cow 0 000 | an animal that gives milk",
+        "00000104": "05 n 01 horse 0 000 | an animal to ride",
+        "00000105": "06 n 01 house 0 000 | a building to live in",
+        "00000106": "05 n 01 auk 0 000 | a bird of the north",
+        "00000107": "05 n 01 hen 0 000 | the hen is a bird",
+    }
+    data = "".join(f"{place} {line}\n" for place, line in synsets.items())
+    (tmp_path / "data.noun").write_text("  1 license\n" + data)
+    words = dict(cat="101", feline="101", dog="102", cow="103", horse="104", house="105", hen="107")
+    index = "".join(f"{word} n 1 1 @ 1 1 00000{place}\n" for word, place in words.items())
+    (tmp_path / "index.noun").write_text("  1 license\n" + index + "auk n 1 1 @ 1 0 00000106\n")
+    found = script("definitions").questions(tmp_path, "noun")
+    assert [question["choices"][question["answer"]] for question in found] == sorted(
+        ["cat", "feline", "dog", "cow", "horse"]
+    )
+    assert found[0]["definition"] == "a small animal that purrs"
+    assert all("house" not in question["choices"] for question in found)
+    assert set(found[0]["choices"]) == {"cat", "dog", "cow", "horse"}
 
 
 def test_the_configs_and_a_small_prepare(tmp_path, tokenizer_dir, monkeypatch):
