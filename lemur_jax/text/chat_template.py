@@ -165,7 +165,7 @@ def _render(
         text = write(len(given), add_generation_prompt)
         if not add_generation_prompt and not _GENERATION.search(template):
             answers = [n for n, m in enumerate(messages) if m["role"] == "assistant" and is_trained(m)]
-            text = _mark_answers(text, answers, write, begin, end)
+            text = _mark_answers(text, answers, write, (begin, end), tokenizer)
     except UserError as error:
         raise UserError(f"conversation {name or '(unnamed)'}: {error}") from None
     except Exception as error:  # a template is a program of the user's: it can fail in any way
@@ -174,21 +174,33 @@ def _render(
 
 
 def _mark_answers(
-    text: str, answers: Sequence[int], write: Callable[[int, bool], str], begin: str, end: str
+    text: str,
+    answers: Sequence[int],
+    write: Callable[[int, bool], str],
+    marks: tuple[str, str],
+    tokenizer: Tokenizer,
 ) -> str:
     """The rendered text with marks around what each of the turns `answers` adds to the turns before it."""
     parts, at = [], 0
     for turn in answers:
         before, after = write(turn, True), write(turn + 1, False)
+        if not text.startswith(after):
+            after = _without_last_eos(after, tokenizer)
         if not (text.startswith(after) and after.startswith(before)):
             raise UserError(
                 f"the chat template rewrites history: turn {turn} is not what follows the generation prompt, or is"
                 " written differently when others follow; put {% generation %} ... {% endgeneration %} around what"
                 " the assistant says in a copy, and name that with config.tokenizer.chat_template"
             )
-        parts += [text[at : len(before)], begin, text[len(before) : len(after)], end]
+        parts += [text[at : len(before)], marks[0], text[len(before) : len(after)], marks[1]]
         at = len(after)
     return "".join([*parts, text[at:]])
+
+
+def _without_last_eos(text: str, tokenizer: Tokenizer) -> str:
+    """Phi-3's template ends a conversation with eos, after the token that ends each of its turns."""
+    body = text.removesuffix(tokenizer.token(tokenizer.eos_id))
+    return body if body.rstrip().endswith(tuple(tokenizer.control_tokens)) else text
 
 
 def _take_marks_out(

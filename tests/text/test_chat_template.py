@@ -1,3 +1,5 @@
+import importlib.resources
+import itertools
 import json
 
 import pytest
@@ -140,6 +142,36 @@ def test_a_template_without_marks(with_template, hf):
     assert ids == hf.apply_chat_template(messages, chat_template=template, return_dict=False)
     assert not any(mask)
     assert supervised_text(tokenizer, messages) == "y<|im_end|>"
+
+
+def published(name: str) -> str:
+    """A chat template as its model's publisher has it, from the package TRL, which marks spans in a copy of each."""
+    pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
+    return (importlib.resources.files("trl") / f"chat_templates/{name}.jinja").read_text()
+
+
+@pytest.mark.parametrize(
+    "model", ["gemma", "gemma3", "llama3", "phi3", "phi3_5", "qwen2_5", "qwen3_instruct_2507", "cohere2"]
+)
+def test_spans_of_published_templates(chat_dir, tmp_path, hf, model):
+    """Without marks, the answers are those that TRL marks, but for newlines around them."""
+    # Phi's, which ends each turn and is not eos.
+    tokenizer = extend(chat_dir, tmp_path, ["<|end|>"], chat_template=published(model))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    talk = [("user", "What is 2 + 2?"), ("assistant", "4"), ("user", "And 3 + 3?"), ("assistant", "It is 6.")]
+    if model not in ("gemma", "gemma3"):  # they take no system turn, or write it into the first question
+        talk = [("system", "Be brief."), *talk]
+    messages = messages_of(talk)
+    marked = hf_chat(theirs, messages, chat_template=published(f"{model}_training"))
+    ids, mask = encode_chat(tokenizer, messages)
+    assert ids == marked[0]
+
+    def answers(mask):
+        runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda token: token[1])
+        return [theirs.decode([token for token, _ in run]).strip("\n") for kept, run in runs if kept]
+
+    assert len(answers(mask)) == 2
+    assert answers(mask) == answers(marked[1])
 
 
 # Answers of earlier turns lose what they think; only the last turn shows that it thinks; eos follows the last alone.
