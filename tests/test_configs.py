@@ -1,6 +1,7 @@
 """Every config beside the code loads, is a possible model, and holds the recipe's numbers."""
 
 import pathlib
+import runpy
 
 import jax
 import pytest
@@ -63,6 +64,10 @@ def test_pretraining_has_the_recipes_numbers():
     shares = {name: source.share for name, source in config.data.sources.items()}
     assert len(shares) == 16
     assert (shares["stack_python"], shares["dm_mathematics"]) == (72.73, 0.41)  # Table 8
+    table = runpy.run_path(str(CONFIGS[0].parent / "lemur_70b_pretrain.py"))
+    for share, billions, epochs in {**table["CODE"], **table["TEXT"]}.values():
+        assert share / 100 * 90 == pytest.approx(billions, abs=0.01)
+        assert epochs <= 2.98
     code = sum(
         share for name, share in shares.items() if name.startswith("stack_") and name != "stackexchange"
     )

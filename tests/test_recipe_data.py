@@ -178,11 +178,11 @@ def test_pretraining_of_16_sources_in_the_shares_of_table_8(recipe, caplog):
         [(ids == index).sum() * source.rows.tokens_per_row for index, source in enumerate(mixture.sources)]
     )
     table_8 = {
-        "stack_python": 72.73,
-        "stack_sql": 5.15,
-        "stack_notebook": 1.71,
-        "refinedweb": 6.82,
-        "dm_mathematics": 0.41,
+        **dict(stack_python=72.73, stack_sql=5.15, stack_java=1.82, stack_shell=1.82, stack_notebook=1.71),
+        **dict(stack_javascript=1.69, stack_c=1.61, stack_php=1.33, stack_cpp=1.21, stack_other=1.73),
+        **dict(
+            refinedweb=6.82, wikipedia=0.64, books=0.41, arxiv=0.41, stackexchange=0.41, dm_mathematics=0.41
+        ),
     }
     found = dict(zip((source.name for source in mixture.sources), 100 * tokens / tokens.sum(), strict=True))
     for name, share in table_8.items():
