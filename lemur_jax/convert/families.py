@@ -306,7 +306,7 @@ def _window(family: Family, raw: Raw, layers: int, where: str) -> tuple[int, int
     kinds = raw.get("layer_types")
     if kinds is None and window is not None and family.layer_kinds:
         kinds = family.layer_kinds(raw, layers)
-    kinds = [FULL] * layers if kinds is None or (window is None and family.switched) else kinds
+    kinds = [FULL] * layers if kinds is None else kinds
     if not isinstance(kinds, list) or not set(map(str, kinds)) <= {FULL, SLIDING} or len(kinds) != layers:
         raise UserError(
             f"{where}: layer_types is {kinds!r:.100}; it must list {FULL} or {SLIDING} for each layer"
@@ -315,11 +315,13 @@ def _window(family: Family, raw: Raw, layers: int, where: str) -> tuple[int, int
         raise UserError(
             f"{where}: sliding_window is {window!r}, but models of type {family.model_type} have none (null)"
         )
-    if SLIDING not in kinds:
+    if SLIDING not in kinds or (window is None and family.switched):
         return 0, 0
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise UserError(f"{where}: sliding_window is {window!r}, not a positive integer")
-    return window, _period([kind == FULL for kind in kinds], "layer_types", where)
+    # Phi-3.5's is twice as wide as its positions: it hides nothing.
+    positions = _integer(raw, "max_position_embeddings", window)
+    return min(window, positions), _period([kind == FULL for kind in kinds], "layer_types", where)
 
 
 def _period(marked: list[bool], key: str, where: str) -> int:

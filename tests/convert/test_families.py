@@ -241,11 +241,6 @@ def test_a_multiplier_of_residuals(tmp_path):
         ),
         ("phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75"),
         ("llama", {"rope_scaling": {"rope_type": "spiral"}}, "has the type 'spiral'; implemented are"),
-        (
-            "mistral",
-            {"sliding_window": 8192, "max_position_embeddings": 4096},
-            "at most model.max_position_emb",
-        ),
         ("mistral", {"sliding_window": 0}, "sliding_window is 0, not a positive integer"),
         ("qwen3", {"layer_types": ["full_attention"]}, "layer_types is"),
         ("gemma3", {}, "needs an unquantized text_config"),

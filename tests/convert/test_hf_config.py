@@ -86,6 +86,9 @@ def test_mistral_without_window():
     without = hf_config.from_hf({**mistral, "sliding_window": None})
     assert (without.num_key_value_heads, without.sliding_window) == (8, 0)
     assert hf_config.from_hf(mistral).sliding_window == 4096
+    # Phi-3.5's window is wider than all positions.
+    phi = with_keys(model_type="phi3", max_position_embeddings=131_072, sliding_window=262_144)
+    assert hf_config.from_hf(phi).sliding_window == 131_072
 
 
 def test_null_switches_a_cap_off_where_its_absence_means_the_default():
@@ -118,6 +121,7 @@ def test_null_switches_a_cap_off_where_its_absence_means_the_default():
         ({"model_type": "smollm3", "no_rope_layer_interval": "x"}, "no_rope_layer_interval is 'x'"),
         ({"model_type": "gemma2", "final_logit_softcapping": -1}, "final_logit_softcapping is -1"),
         ({"layer_types": 5}, "layer_types is 5"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "layer_types is"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .*gptq"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
