@@ -125,6 +125,7 @@ def open_environments(
     stack: contextlib.ExitStack | None = None,
     expert: Agent | None = None,
     python: str = sys.executable,
+    skip: int = 0,
 ) -> list[Environment]:
     """Environments by kind.
 
@@ -135,6 +136,7 @@ def open_environments(
       stack: keeps InterCode's database server.
       expert: gives feedback in MINT.
       python: the interpreter that runs MINT's cells.
+      skip: tasks of each kind that are left out in front.
 
     Raises:
       UserError: another kind, or data or a library is missing.
@@ -154,7 +156,7 @@ def open_environments(
     for name in names:
         if name not in makers:
             raise UserError(f"unknown environment {name!r}: there are {', '.join(makers)}")
-    return [environment for name in names for environment in makers[name]()[:limit]]
+    return [environment for name in names for environment in makers[name]()[skip:][:limit]]
 
 
 def by_kind(traces: Iterable[Trace]) -> dict[str, list[Trace]]:

@@ -35,6 +35,7 @@ def add_verbs(verbs: Verbs) -> None:
     )
     sub.add_argument("--include-path", default="", help="directory of task files (YAML) for the harness")
     sub.add_argument("--limit", type=int, help="number of documents of each task")
+    sub.add_argument("--skip", type=int, default=0, help="episodes of each kind that are left out in front")
     sub.add_argument("--chat", action="store_true", help="ask in the model's chat template")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument(
@@ -77,6 +78,10 @@ def add_verbs(verbs: Verbs) -> None:
     )
     traces.add_argument("--traces", required=True, help="what lemur eval --agents --json wrote")
     traces.add_argument("--output", required=True, help="JSON lines for lemur prepare")
+    traces.add_argument(
+        "--config", default="", help="also make the stores of this config, whose tasks read the output"
+    )
+    traces.set_defaults(takes_config=True)
 
 
 def _eval(args) -> None:
@@ -163,7 +168,9 @@ def _agents(args, session, written: dict) -> None:
     journal = runner.Journal(path, run)
     try:
         with contextlib.ExitStack() as stack:
-            opened = episodes.open_environments(names, args.limit, args.data, stack, expert, args.cell_python)
+            opened = episodes.open_environments(
+                names, args.limit, args.data, stack, expert, args.cell_python, args.skip
+            )
             runner.run_episodes(opened, agent, max_turns=args.turns, batch=args.batch, journal=journal)
     finally:
         if journal.traces:
@@ -225,6 +232,12 @@ def _export_traces(args) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{args.traces} is not what lemur eval --agents --json writes ({error!r})") from error
     found = conversations(traces)
+    pathlib.Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with open(args.output, "w") as file:
         file.writelines(json.dumps(conversation) + "\n" for conversation in found)
     print(f"{args.output}: {len(found)} solved episodes of {len(traces)}")
+    if args.config:
+        from lemur_jax.config import load
+        from lemur_jax.prepare.prepare import prepare
+
+        prepare(load(args.config, args.overrides), replace=True)

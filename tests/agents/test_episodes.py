@@ -1,6 +1,7 @@
 """Scripted agents through whole episodes, and our own model behind the command."""
 
 import json
+import pathlib
 import sys
 
 import pytest
@@ -108,9 +109,11 @@ def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, c
 def test_unknown_environment():
     with pytest.raises(UserError, match="unknown environment 'x'"):
         episodes.open_environments(["x"])
+    found = episodes.open_environments(["sql", "bash"], 2, skip=3)
+    assert [environment.id for environment in found] == ["sql/group", "sql/order", "bash/sum"]
 
 
-def test_an_evaluation_goes_on_after_a_kill_and_exports_what_was_solved(tmp_path, capsys):
+def test_an_evaluation_goes_on_after_a_kill_and_exports_what_was_solved(tmp_path, capsys, monkeypatch):
     worlds, path = environments.sql_environments()[:2], tmp_path / "episodes.jsonl"
     run_episodes(worlds[:1], scripted("SELECT 6"), max_turns=1, journal=Journal(path, {"agent": "a"}))
     with path.open("a") as file:
@@ -129,9 +132,13 @@ def test_an_evaluation_goes_on_after_a_kill_and_exports_what_was_solved(tmp_path
         "--traces",
         str(tmp_path / "agents.json"),
         "--output",
-        str(tmp_path / "out.jsonl"),
+        str(tmp_path / "new" / "out.jsonl"),
     ]
-    assert main(words) == 0
+    made = []
+    monkeypatch.setattr("lemur_jax.prepare.prepare.prepare", lambda config, *, replace: made.append(config))
+    config = pathlib.Path(__file__).parents[2] / "configs" / "quickstart_base.py"
+    assert main([*words, "--config", str(config), "--config.seed=5"]) == 0
+    assert [config.seed for config in made] == [5]
     assert "1 solved episodes of 2" in capsys.readouterr().out
-    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "new" / "out.jsonl").read_text().splitlines()
     assert [message["role"] for message in json.loads(line)["messages"]] == ["user", "assistant"]
