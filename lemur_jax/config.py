@@ -6,7 +6,6 @@ result into a `RunConfig`, whose sections stand beside the code that uses them. 
 """
 
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import math
@@ -23,6 +22,7 @@ from lemur_jax.checkpoint.config import CheckpointConfig
 from lemur_jax.cluster.config import HostsConfig
 from lemur_jax.common import sections
 from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.common.json_files import digest_of
 from lemur_jax.common.sections import did_you_mean, replace
 from lemur_jax.data.config import DataConfig, SourceConfig, SourceCounts, documents_per_row, shares_of_epochs
 from lemur_jax.models.config import AdapterConfig, ComputeConfig, DecoderConfig
@@ -44,15 +44,13 @@ from lemur_jax.train.config import (
 __all__ = [
     "RunConfig",
     "default_config",
-    "fingerprint",
+    "differences",
     "flatten",
     "from_config_dict",
     "from_json",
     "load",
     "load_config_dict",
     "replace",
-    "to_json",
-    "with_counts",
 ]
 
 
@@ -104,6 +102,40 @@ class RunConfig:
                 f"config.checkpoint.keep_best {best!r} is not among config.eval.tasks {self.eval.tasks}"
             )
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; tuples become lists."""
+        return json.loads(json.dumps(sections.to_plain(self)))
+
+    def fingerprint(self) -> str:
+        """The same for the same options, in whatever order they were set."""
+        return digest_of(self.to_json())
+
+    def with_counts(self) -> "RunConfig":
+        """With the shares, rows and updates that follow from its `epochs` and `train.batch_documents`.
+
+        They are computed from the counts that `lemur prepare` recorded; without a record nothing changes. Rows are
+        rounded to a multiple of `train.microbatches` and of the mesh axes that cut the batch, where the config has
+        their sizes; updates are rounded up.
+        """
+        data, train, mesh = self.data, self.train, self.mesh
+        if not (data.by_epochs or train.batch_documents) or not data.counts_record.exists():
+            return self
+        record = json.loads(data.counts_record.read_text())
+        counts = {name: SourceCounts(**each) for name, each in record.items()}
+        if not data.sources or not set(data.sources) <= set(counts):
+            return self
+        if data.by_epochs:
+            shares = shares_of_epochs(data.sources, counts)
+            data = replace(data, {f"sources.{name}.share": share for name, share in shares.items()})
+        if train.batch_documents:
+            unit = train.microbatches * max(1, mesh.data) * max(1, mesh.fsdp) * max(1, mesh.expert)
+            rows = train.batch_documents / documents_per_row(data.sources, counts)
+            train = replace(train, {"batch_rows": unit * max(1, round(rows / unit))})
+        if data.by_epochs:
+            rows = sum(source.epochs * counts[name].rows for name, source in data.sources.items())
+            train = replace(train, {"steps": max(1, math.ceil(rows / train.batch_rows))})
+        return dataclasses.replace(self, data=data, train=train)
+
 
 def default_config(model: DecoderConfig | Mapping[str, Any]) -> ConfigDict:
     """Every option of a run with its default, for a config file to change.
@@ -136,7 +168,7 @@ def from_config_dict(values: ConfigDict) -> RunConfig:
 
 
 def from_json(values: Mapping[str, Any]) -> RunConfig:
-    """The inverse of `to_json`; keys that are missing have their defaults. Raises as `from_config_dict`."""
+    """The inverse of `RunConfig.to_json`; keys that are missing have their defaults. Raises as `from_config_dict`."""
     return sections.from_plain(RunConfig, values)
 
 
@@ -157,38 +189,6 @@ def load(argument: str, overrides: Sequence[str] = ()) -> RunConfig:
         sources = {name: SourceConfig(**each) for name, each in recorded.items()}
         config = replace(config, {"data.sources": sources})
     return config
-
-
-def with_counts(config: RunConfig) -> RunConfig:
-    """`config` with the shares, rows and updates that its `epochs` and `train.batch_documents` come to.
-
-    They follow from the counts that `lemur prepare` recorded; without a record the config stays as it is. Rows are
-    rounded to a multiple of `train.microbatches` and of the mesh axes that cut the batch, as far as the config has
-    their sizes; updates are rounded up.
-    """
-    data, train, mesh = config.data, config.train, config.mesh
-    if not (data.by_epochs or train.batch_documents) or not data.counts_record.exists():
-        return config
-    counts = {name: SourceCounts(**each) for name, each in json.loads(data.counts_record.read_text()).items()}
-    if not data.sources or not set(data.sources) <= set(counts):
-        return config
-    if data.by_epochs:
-        shares = shares_of_epochs(data.sources, counts)
-        data = replace(
-            data,
-            {
-                f"sources.{name}": replace(data.sources[name], {"share": share})
-                for name, share in shares.items()
-            },
-        )
-    if train.batch_documents:
-        unit = train.microbatches * max(1, mesh.data) * max(1, mesh.fsdp) * max(1, mesh.expert)
-        rows = train.batch_documents / documents_per_row(data.sources, counts)
-        train = replace(train, {"batch_rows": unit * max(1, round(rows / unit))})
-    if data.by_epochs:
-        rows = sum(source.epochs * counts[name].rows for name, source in data.sources.items())
-        train = replace(train, {"steps": max(1, math.ceil(rows / train.batch_rows))})
-    return dataclasses.replace(config, data=data, train=train)
 
 
 def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -269,11 +269,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def to_json(config: RunConfig) -> dict[str, Any]:
-    """The config as plain JSON values (tuples become lists)."""
-    return json.loads(json.dumps(sections.to_plain(config)))
-
-
-def fingerprint(config: RunConfig) -> str:
-    """The same for the same options, whatever the order in which they were set."""
-    return hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two configs of plain values differ, with both values; None stands for a missing one."""
+    before, now = ({key: value for key, value in flatten(tree).items() if value != {}} for tree in (old, new))
+    return {
+        key: (before.get(key), now.get(key))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    }

@@ -8,7 +8,7 @@ import pytest
 
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import flatten, load, to_json
+from lemur_jax.config import flatten, load
 
 CASES = 500
 CONFIG = """
@@ -121,7 +121,7 @@ def test_500_random_configs(tmp_path, capsys):
     generator = random.Random(0)
     file = tmp_path / "config.py"
     file.write_text(CONFIG)
-    whole = flatten(to_json(load(str(file))))
+    whole = flatten(load(str(file)).to_json())
     outcomes = {"refused": 0, "accepted": 0}
     for case in range(CASES):
         key, value = generator.choice(sorted(whole)), generator.choice(VALUES)
@@ -153,7 +153,7 @@ def test_500_random_configs(tmp_path, capsys):
         assert err.startswith("lemur inspect: "), (what, err)
         assert err.count("\n") == 1, (what, err)
         try:
-            found = flatten(to_json(load(str(file), overrides)))
+            found = flatten(load(str(file), overrides).to_json())
         except UserError:
             outcomes["refused"] += 1
             continue

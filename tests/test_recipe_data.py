@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import from_json, load, replace, to_json, with_counts
+from lemur_jax.config import from_json, load, replace
 from lemur_jax.data.budget import budget
 from lemur_jax.data.counts import check_counts
 from lemur_jax.data.mixture import open_mixture
@@ -156,7 +156,7 @@ def recipe(tmp_path_factory, tokenizer_dir):
                     *overrides,
                 ],
             )
-            return with_counts(config)
+            return config.with_counts()
 
         yield loaded
     sys.modules.pop("lemur_tasks", None)
@@ -220,7 +220,7 @@ def test_two_epochs_of_chat_with_128_conversations_an_update(recipe, caplog):
     assert all(need.epochs == pytest.approx(2, abs=0.25) for need in budget(mixture, config.train.steps))
     # Numbers of the run, not wishes: a config written with them is the same run.
     assert replace(config, {"train.batch_documents": 0}).train.batch_rows == config.train.batch_rows
-    assert to_json(config)["train"]["steps"] == len(steps)
+    assert config.to_json()["train"]["steps"] == len(steps)
 
 
 def documents(mixture, step):
@@ -266,7 +266,7 @@ def test_stores_of_other_counts_are_refused(recipe):
     ],
 )
 def test_epochs_and_documents_that_cannot_work(recipe, change, message):
-    plain = to_json(recipe("lemur_70b_chat", "--config.eval.groups={}"))
+    plain = recipe("lemur_70b_chat", "--config.eval.groups={}").to_json()
     for key, value in change.items():
         *sections, last = key.split(".")
         place = plain

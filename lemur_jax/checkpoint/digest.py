@@ -38,10 +38,9 @@ _TABLE = _inner(np.arange(_BLOCK, dtype=np.uint32))
 
 
 class RunningDigest:
-    """The digest of an array that is given in row-major blocks.
+    """The digest of an array that is given in row-major blocks, of which the first begins at element `index`.
 
-    Args:
-      index: of the first element; digests of the parts of an array add up.
+    Digests of the parts of an array add up.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -68,17 +67,10 @@ class RunningDigest:
 
 
 def leaf_digests(tree: Any, where: str, error: type[UserError] = UserError) -> dict[str, Leaf]:
-    """Shape, dtype and digest of every leaf by name. All hosts that hold parts of the arrays must call it.
+    """Shape, dtype and digest of every leaf by name; an `error` names a leaf that is not finite.
 
-    Arrays are reduced where they are: on the accelerators, or by threads in the host's memory.
-
-    Args:
-      tree: of `jax.Array`s, sharded in any way, or NumPy arrays.
-      where: what they are, for the message.
-      error: class of the exception.
-
-    Raises:
-      error: a leaf has values that are not finite; names it.
+    Arrays are reduced where they are: on the accelerators, or by threads in the host's memory. All hosts that hold
+    parts of the arrays must call it. `where` says in the message what they are.
     """
     leaves = named_leaves(tree)
     if all(on_host(leaf) and _is_addressable(leaf) for leaf in leaves.values()):

@@ -22,7 +22,8 @@ from lemur_jax.checkpoint.reading import (
     steps_in,
 )
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import flatten
+from lemur_jax.common.progress import duration
+from lemur_jax.config import differences
 
 
 def checkpoint_table(path: epath.PathLike) -> tuple[str, bool]:
@@ -32,11 +33,11 @@ def checkpoint_table(path: epath.PathLike) -> tuple[str, bool]:
       UserError: no checkpoint there.
     """
     directory, steps = steps_in(path)
-    lines = [f"{directory}", f"{'step':>10} {'GB':>9} {'age':>10}  state"]
+    lines = [f"{directory}", f"{'step':>10} {'GB':>9} {'age':>12}  state"]
     states = [verify(directory, step) for step in steps]
     for step, state in zip(steps, states, strict=True):
         size, newest = _size_and_time(directory / str(step))
-        lines.append(f"{step:>10} {size / 1e9:>9.3f} {_age(time.time() - newest):>10}  {state}")
+        lines.append(f"{step:>10} {size / 1e9:>9.3f} {duration(time.time() - newest):>12}  {state}")
     return "\n".join(lines), all(state.startswith("verified") for state in states)
 
 
@@ -84,11 +85,11 @@ def config_difference(path: epath.PathLike, old: int, new: int) -> str:
         config = read_metadata(path, step)["config"]
         if config is None:
             raise UserError(f"the checkpoint of step {step} in {path} was imported: it has no run config")
-        configs.append(flatten(config))
-    keys = sorted(key for key in configs[0] | configs[1] if configs[0].get(key) != configs[1].get(key))
-    if not keys:
+        configs.append(config)
+    changes = differences(*configs)
+    if not changes:
         return f"the configs of steps {old} and {new} are the same"
-    return "\n".join(f"{key}: {configs[0].get(key)!r} -> {configs[1].get(key)!r}" for key in keys)
+    return "\n".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in changes.items())
 
 
 def _size_and_time(directory: epath.Path) -> tuple[int, float]:
@@ -101,10 +102,3 @@ def _size_and_time(directory: epath.Path) -> tuple[int, float]:
             length, written = child.stat().length, child.stat().mtime
         size, newest = size + length, max(newest, written)
     return size, newest
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -179,11 +179,7 @@ class Checkpoints:
         self._orbax_barrier(key=key, timeout_ms=timeout_ms)
 
     def wait(self) -> None:
-        """Waits until no save is going on.
-
-        Raises:
-          UserError: too many saves have failed.
-        """
+        """Waits until no save is going on; UserError: too many saves have failed."""
         if self._pending is None:
             return
         try:

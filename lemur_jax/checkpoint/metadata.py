@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import digest_of
 
 FORMAT = 2
 
@@ -57,42 +57,28 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def seal(metadata: Mapping[str, Any], leaves: Mapping[str, Mapping[str, Leaf]]) -> dict[str, Any]:
-    """The metadata with its leaves and a SHA-256 of both.
-
-    Args:
-      metadata: as `make_metadata` returns it.
-      leaves: by item and name.
-    """
+    """The metadata of `make_metadata` with its leaves, by item and name, and a SHA-256 of both."""
     described = {
         item: {name: dataclasses.asdict(leaf) for name, leaf in of.items()} for item, of in leaves.items()
     }
     content = json.loads(json.dumps({**metadata, "leaves": described}))  # tuples become lists, as when read
-    return {**content, "seal": _sha256(content)}
+    return {**content, "seal": digest_of(content)}
 
 
 def unseal(content: Any, where: str) -> dict[str, Any]:
-    """The inverse of `seal`, with `leaves` as `Leaf`s.
-
-    Raises:
-      Damaged: not what was sealed.
-      UserError: of another format.
-    """
+    """The inverse of `seal`, with `leaves` as `Leaf`s; Damaged: not what was sealed, UserError: of another format."""
     if not isinstance(content, dict) or "format" not in content:
         raise Damaged(f"{where} is damaged: its metadata is empty")
     if content["format"] != FORMAT:
         raise UserError(f"{where} has checkpoint format {content['format']}, this version reads {FORMAT}")
     content = dict(content)
-    if content.pop("seal", None) != _sha256(content):
+    if content.pop("seal", None) != digest_of(content):
         raise Damaged(f"{where} is damaged: its metadata is not what was saved")
     content["leaves"] = {
         item: {name: Leaf(**{**leaf, "shape": tuple(leaf["shape"])}) for name, leaf in of.items()}
         for item, of in content["leaves"].items()
     }
     return content
-
-
-def _sha256(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def check_leaves(stored: Mapping[str, Leaf] | None, wanted: Any, where: str, *, dtypes: bool = True) -> None:

@@ -98,13 +98,10 @@ def is_transient(error: BaseException) -> bool:
 
 
 def steps_in(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
-    """The checkpoint directory meant by `path` and its finished steps, oldest first.
+    """The checkpoint directory meant by `path`, itself or a workdir that holds it, and its finished steps, oldest
+    first.
 
-    Args:
-      path: a checkpoint directory, or a workdir that holds one.
-
-    Raises:
-      UserError: there is no such directory, or no step in it.
+    Raises UserError if there is no such directory, or no step in it.
     """
     directory = absolute(path)
     # First: `exists` raises where a store cannot be reached, `is_dir` returns False.

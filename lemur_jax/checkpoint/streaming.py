@@ -41,11 +41,7 @@ class Streamed:
 def write_params(path: epath.PathLike, params: Any, metadata: Mapping[str, Any], step: int = 0) -> None:
     """Writes a checkpoint of parameters alone, as an import makes it; returns when it is complete.
 
-    Args:
-      path: checkpoint directory to make.
-      params: tree of `Streamed` leaves, or of arrays.
-      metadata: as `make_metadata` returns it.
-      step: of the checkpoint.
+    `params` is a tree of `Streamed` leaves or of arrays, `metadata` as `make_metadata` returns it.
     """
     params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, Streamed) else _one_piece(leaf), params)
 

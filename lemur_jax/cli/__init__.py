@@ -20,11 +20,7 @@ from lemur_jax.common.sections import did_you_mean
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb.
-
-    Returns:
-      An exit status of `cluster/exit.py`.
-    """
+    """Runs a verb; returns an exit status of `cluster/exit.py`."""
     setup()
     if arguments is None:  # a process of its own: handlers of libraries at the root logger would print again
         logging.getLogger("lemur_jax").propagate = False

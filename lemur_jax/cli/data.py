@@ -65,11 +65,11 @@ def _inspect(args) -> None:
 
     show = {"samples": args.samples, "color": bool(args.html) or sys.stdout.isatty()}
     if args.target.partition(":")[0].endswith(".py"):
-        from lemur_jax.config import load, with_counts
+        from lemur_jax.config import load
         from lemur_jax.data.counts import check_counts
         from lemur_jax.data.mixture import open_mixture
 
-        config = with_counts(load(args.target, args.overrides))
+        config = load(args.target, args.overrides).with_counts()
         tokenizer = Tokenizer.from_config(config.tokenizer)
         mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
         check_counts(mixture, config.data, config.train.batch_documents)

@@ -128,9 +128,9 @@ def _add_report(verbs: Verbs) -> None:
 
 
 def _train(args) -> int:
-    from lemur_jax.config import fingerprint, load, with_counts
+    from lemur_jax.config import load
 
-    config = with_counts(load(args.config, args.overrides))
+    config = load(args.config, args.overrides).with_counts()
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster import coordination
     from lemur_jax.cluster.exit import TRY_AGAIN
@@ -140,7 +140,7 @@ def _train(args) -> int:
 
     profile = parse_steps(args.profile) if args.profile else range(0)
     with host_watchdog(config.hosts.lost_seconds):
-        coordination.agree("the config", fingerprint(config), config.hosts.connect_seconds)
+        coordination.agree("the config", config.fingerprint(), config.hosts.connect_seconds)
         train(config, args.workdir, profile=profile, extend=args.extend)
     # A run that saved and stopped because its machine goes away has not failed, but it is not finished either.
     # Launchers tell the two apart by the exit status.
@@ -193,9 +193,9 @@ def _sweep(args) -> int:
 
 
 def _doctor(args) -> None:
-    from lemur_jax.config import load, with_counts
+    from lemur_jax.config import load
 
-    config = with_counts(load(args.config, args.overrides))
+    config = load(args.config, args.overrides).with_counts()
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.train.doctor import doctor

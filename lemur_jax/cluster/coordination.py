@@ -41,12 +41,7 @@ def process() -> tuple[int, int]:
 def barrier(name: str, seconds: float) -> None:
     """Waits until every host has reached this barrier; all hosts must meet the same barriers in the same order.
 
-    Args:
-      name: what the hosts wait for.
-      seconds: time limit.
-
-    Raises:
-      UserError: a host did not come in time; names it.
+    Raises UserError, which names the host, if one does not come within `seconds`.
     """
     service = client()
     if service is None:
@@ -67,11 +62,7 @@ def barrier(name: str, seconds: float) -> None:
 
 
 def exchange(name: str, value: str, seconds: float) -> list[str]:
-    """The value of every host, by its index.
-
-    Raises:
-      UserError: a host sends nothing in time; names it.
-    """
+    """The value of every host, by its index; a UserError names a host that sends nothing in time."""
     service = client()
     if service is None:
         return [value]
@@ -84,11 +75,7 @@ def exchange(name: str, value: str, seconds: float) -> list[str]:
 
 
 def agree(name: str, value: str, seconds: float) -> None:
-    """Makes sure that every host has the same value.
-
-    Raises:
-      UserError: a host has another value, or sends none in time; names it.
-    """
+    """Makes sure that every host has the same value; a UserError names one that has another or sends none in time."""
     values = exchange(name, value, seconds)
     other = [host_name(host, client()) for host in range(len(values)) if values[host] != values[0]]
     if other:

@@ -20,10 +20,7 @@ NO_READER = 141  # the reader of standard output disconnected, as shells report 
 def end_process(status: int, message: str = "", linger_seconds: float = 0.0) -> NoReturn:
     """Ends the process at once, without destructors, which could wait forever for a host or a save.
 
-    Args:
-      status: one of the above.
-      message: goes to standard error.
-      linger_seconds: pause between the message and the end.
+    Prints `message` to standard error, and waits `linger_seconds` before the end.
     """
     with contextlib.suppress(OSError, ValueError):
         if message:

@@ -201,9 +201,5 @@ def any_host(flag: bool) -> bool:
 
 
 def wait_for_all(name: str, seconds: float = 300.0) -> None:
-    """Waits until every process has called this.
-
-    Raises:
-      UserError: a host did not come in time; names it.
-    """
+    """Waits until every process has called this; a UserError names a host that did not come in time."""
     coordination.barrier(name, seconds)

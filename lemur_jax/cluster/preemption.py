@@ -100,11 +100,7 @@ class Interruption:
             self.request("Ctrl-C")
 
     def request(self, cause: str) -> None:
-        """Asks to stop, as a signal does; the first cause counts.
-
-        Args:
-          cause: "SIGTERM" starts the grace period.
-        """
+        """Asks to stop, as a signal does; the first cause counts, and "SIGTERM" starts the grace period."""
         if self.asked:
             return
         self._cause = cause

@@ -28,12 +28,7 @@ _REFUSED = f" {_FAILED}{UserError.__name__}: "
 class Watch:
     """Judges from heartbeats which host is lost; separate from threads and exits so that it can be tested.
 
-    Args:
-      service: the client of the coordination service.
-      me: index of this process.
-      count: number of processes.
-      lost_seconds: silence after which a host is lost.
-      clock: seconds.
+    `service` is the client of the coordination service, `me` this process of `count`; `clock` gives seconds.
     """
 
     def __init__(
@@ -51,11 +46,7 @@ class Watch:
         self._answered = clock()
 
     def look(self) -> str | None:
-        """Sends a heartbeat and reads those of the others.
-
-        Returns:
-          Why the run is over, None if it is not.
-        """
+        """Sends a heartbeat and reads those of the others; returns why the run is over, None if it is not."""
         self._sent += 1
         try:
             coordination.send_heartbeat(self._me, f"{self._sent} {socket.gethostname()} alive", self._service)
@@ -103,11 +94,7 @@ def _send_verdict(verdict: str, service: Any) -> None:
 
 @contextlib.contextmanager
 def host_watchdog(lost_seconds: float) -> Iterator[None]:
-    """A context in which this process ends when another host of the run is lost or fails.
-
-    Args:
-      lost_seconds: silence after which a host is lost.
-    """
+    """A context in which this process ends when another host fails, or is silent for `lost_seconds`."""
     service = coordination.client()
     if service is None:
         yield
@@ -150,9 +137,6 @@ def end_all_hosts(reason: str) -> NoReturn:
     """Ends this process at once, and by their watchdogs those of all other hosts, with `TRY_AGAIN`.
 
     For failures after which the other hosts would wait for this one.
-
-    Args:
-      reason: what has failed on this host.
     """
     me, _ = coordination.process()
     verdict = f"host {me} {_FAILED}{' '.join(reason.split())}"

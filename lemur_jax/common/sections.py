@@ -14,14 +14,7 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: 
 
 
 def require(condition: bool, key: str, value: Any, must: str) -> None:
-    """Raises UserError where a value cannot work.
-
-    Args:
-      condition: what must hold.
-      key: its dotted key without "config.", e.g. "train.steps".
-      value: what the config has there.
-      must: what the key must be, as the end of a sentence: "at least 1".
-    """
+    """Raises UserError, `config.KEY is VALUE: it must be MUST`, where the condition does not hold."""
     if not condition:
         raise UserError(f"config.{key} is {value!r}: it must be {must}")
 

@@ -31,10 +31,8 @@ def staged(target: epath.Path) -> Iterator[epath.Path]:
     """A directory to write into that becomes `target` when the block succeeds, and is removed otherwise.
 
     Replaces an existing target. Object stores (gs://) cannot rename a directory: there the block writes in place, and
-    should write last the file without which no reader opens the directory.
-
-    Raises:
-      UserError: the disk is full, or another process writes the same target.
+    should write last the file without which no reader opens the directory. Raises UserError if another process writes
+    the same target.
     """
     try:
         with _in_place(target) if is_object_store(target) else _beside(target.resolve()) as directory:

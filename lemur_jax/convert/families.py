@@ -359,8 +359,7 @@ def _rope_skip_every(raw: Raw, layers: int, where: str) -> int:
 def config_keys(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
     """The keys of config.json that say what the specification has beyond Llama's fields.
 
-    Args:
-      rope: `rope_theta` and `rope_scaling` as the other families have them.
+    `rope` has `rope_theta` and `rope_scaling` as the other families write them.
     """
     layers = range(config.num_hidden_layers)
     names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}

@@ -108,11 +108,7 @@ class GgufTensor:
 
 
 def read_config(path: epath.PathLike) -> dict[str, Any]:
-    """The model's shape from the metadata of a GGUF file, as a `config.json`.
-
-    Raises:
-      UserError: another architecture, or a key under its name whose meaning is not implemented.
-    """
+    """The `config.json` that the metadata of a GGUF file says; UserError for what is not implemented."""
     kind, architecture = _architecture(path)
     # Numbers are float32 in the file: 1e-5 is there as 9.999999747378752e-06.
     data = {
@@ -173,11 +169,7 @@ def _architecture(path: epath.PathLike) -> tuple[str, Architecture]:
 
 
 def open_weights(path: epath.PathLike) -> dict[str, GgufTensor]:
-    """The tensors of a GGUF file by Hugging Face's names.
-
-    Raises:
-      UserError: as `read_config`, or a quantization that `gguf` cannot undo.
-    """
+    """The tensors of a GGUF file by Hugging Face names; UserError for a quantization that `gguf` cannot undo."""
     import gguf
 
     config, (_, architecture) = read_config(path), _architecture(path)

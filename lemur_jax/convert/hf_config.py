@@ -177,12 +177,9 @@ def _rope_from_hf(
 def to_hf(
     config: DecoderConfig, *, dtype: str, bos: int | None, eos: int | None, pad: int | None
 ) -> dict[str, Any]:
-    """`config.json` for transformers 4 and 5, of the first family that can say all of `config`.
+    """`config.json` for transformers 4 and 5, of the first family that can say all of `config`; UserError if none can.
 
     A token id of None switches it off.
-
-    Raises:
-      UserError: no family can.
     """
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     for family in families.FAMILIES:

@@ -47,19 +47,17 @@ def load_hf_params(
     dtype: str = "float32",
     each: Callable[[str, jax.Array], Any] = lambda name, leaf: leaf,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
-    """Reads a Hugging Face directory, local or gs://, into our parameter tree.
+    """Reads a Hugging Face directory, local or gs://, into our parameter tree of `dtype`.
 
     Every name and shape is checked before the first weight is read. Each tensor is read once, and only the parts for
     this host's devices are copied: the host holds one tensor and its share of one parameter.
 
     Args:
       shardings: nested dict of shardings, one per parameter; None: NumPy arrays.
-      dtype: of the parameters: "float32", "bfloat16" or "float16".
       each: what to make of each parameter on devices, by its path, as soon as it is there.
 
-    Raises:
-      UserError: the directory is not a model that `hf_config` and `hf_weights` accept, or a value is not finite or
-        does not fit `dtype`.
+    Raises UserError for a model that `hf_config` and `hf_weights` refuse, or a value that is not finite or does not fit
+    `dtype`.
     """
     numpy_dtype(dtype)
     config = read_config(hf_dir)

@@ -101,10 +101,7 @@ def export_peft(
 ) -> DecoderConfig:
     """Writes the adapter of a checkpoint as a directory that `peft` loads, with the tokenizer's files.
 
-    Args: as `export_hf`.
-
-    Raises:
-      UserError: the checkpoint holds no adapter, or `peft_dir` exists.
+    Arguments as of `export_hf`. Raises UserError if the checkpoint holds no adapter, or `peft_dir` exists.
     """
     target = epath.Path(peft_dir)
     check_target(target, overwrite, lambda path: (path / CONFIG).exists())
@@ -139,11 +136,9 @@ def export_peft(
 def merge_into(
     path: epath.PathLike, metadata: Mapping[str, Any], options: AdapterConfig, wanted: Params
 ) -> Callable[[str, Any], Any]:
-    """A function of a base parameter's path and array, which gives it with the update of a checkpoint's adapter.
+    """A function of a base parameter's path and array, which gives it with the update of the adapter at `path`.
 
-    Args:
-      path: the checkpoint of the adapter, with its metadata.
-      wanted: abstract parameters of the model, whose shardings the result has.
+    `wanted` are the abstract parameters of the model, whose shardings the result has.
     """
     model = DecoderConfig.from_dict(metadata["model"])
     abstract = lora.abstract_adapter(options, model, "float32")

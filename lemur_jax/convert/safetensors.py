@@ -171,14 +171,10 @@ def write_weights(
     tensors: Iterator[tuple[str, np.ndarray]],
     max_shard_bytes: float,
 ) -> None:
-    """Writes safetensors files, and their index if there are several.
+    """Writes safetensors files of at most `max_shard_bytes`, and their index if there are several.
 
-    Args:
-      directory: where to write them.
-      shapes: name -> shape.
-      dtype: a name in `convert.dtypes.DTYPES`, for all tensors.
-      tensors: (name, tensor) in the order of `shapes`, C-contiguous, of that dtype; one is held at a time.
-      max_shard_bytes: tensor bytes per file; a larger tensor gets its own file.
+    `tensors` come in the order of `shapes`, C-contiguous and of `dtype`; one is held at a time, a larger one gets its
+    own file.
     """
     itemsize = DTYPES[dtype][0].itemsize
     sizes = {name: math.prod(shape) * itemsize for name, shape in shapes.items()}

@@ -15,11 +15,8 @@ from lemur_jax.convert.source import open_source
 def config_from_checkpoint(path: epath.PathLike) -> ConfigDict:
     """A config to change, with what `path` defines: `model`, `tokenizer.path` and `init.checkpoint`.
 
-    Args:
-      path: a Hugging Face directory, a run's workdir or a checkpoint, local or gs://, or ORG/NAME[@REVISION].
-
-    Raises:
-      UserError: there is no model at `path`, or its tokenizer is no longer where its run found it.
+    `path` is a Hugging Face directory, a run's workdir or a checkpoint, local or gs://, or ORG/NAME[@REVISION]. Raises
+    UserError if there is no model, or its tokenizer is no longer where its run found it.
     """
     source = open_source(path)
     config = default_config(source.model.to_dict())

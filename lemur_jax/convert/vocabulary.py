@@ -19,15 +19,12 @@ Array = jax.Array | np.ndarray
 def resize(
     params: Mapping[str, Any], vocab_size: int, *, drop_rows_above: int = 0, new_rows: str = "refuse"
 ) -> dict[str, Any]:
-    """The parameter tree, of NumPy or JAX arrays, with `vocab_size` rows V.
+    """The parameter tree, of NumPy or JAX arrays, with `vocab_size` rows V; UserError if the allowed changes do not
+    lead there.
 
-    Args:
-      drop_rows_above: > 0: rows with ids from this one on are dropped first.
-      new_rows: "mean": missing rows become the mean of the others, so that a new token starts as likely as an average
-        one (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"); "refuse": an error.
-
-    Raises:
-      UserError: the allowed changes do not lead to `vocab_size` rows.
+    Rows with ids from `drop_rows_above` on are dropped first, if it is above 0. With `new_rows` "mean", missing rows
+    become the mean of the others, so that a new token starts as likely as an average one (Hewitt 2021, "Initializing
+    New Word Embeddings for Pretrained Language Models").
     """
     if new_rows not in ("mean", "refuse"):
         raise UserError(f"config.init.new_rows is {new_rows!r}: it must be 'mean' or 'refuse'")

@@ -27,12 +27,9 @@ _CACHE_BYTES = 128 << 20  # of decompressed chunks, for all arrays of this proce
 def open_array(path: epath.Path, *, digest: str = "", cache: bool = True):
     """A future of the `tensorstore.TensorStore` at `path`, for reading.
 
-    Args:
-      digest: what `metadata_digest` was when the array was written; "": not known.
-      cache: False for an array that is read once from end to end.
-
-    Raises:
-      ValueError: its metadata is missing or damaged. Other damage raises where the future or a read is awaited.
+    `digest` is what `metadata_digest` was when the array was written, "" if not known; without `cache` it is read once
+    from end to end. Raises ValueError for missing or damaged metadata; other damage raises where the future or a read
+    is awaited.
     """
     import tensorstore as ts
 
@@ -58,11 +55,7 @@ def metadata_digest(path: epath.Path) -> str:
 
 
 def finish(read: Any) -> np.ndarray:
-    """The values of a read that was started.
-
-    Raises:
-      UserError: a file is missing, cannot be read, or does not match its checksum.
-    """
+    """The values of a read that was started; UserError: a file is missing, or does not match its checksum."""
     try:
         return read.result()
     except ValueError as error:
@@ -97,11 +90,8 @@ def read_bounds(offsets: Any, indices: np.ndarray) -> tuple[np.ndarray, np.ndarr
 class ArrayWriter:
     """Appends to a one-dimensional array of unknown length, a whole shard at a time.
 
-    Args:
-      path: its directory.
-      dtype: of its elements.
-      length: None: make a new array; else continue a saved one after this many elements.
-      shard_bytes: in one file, before compression (0: 32 MiB); twice as much may be in memory.
+    With `length` it continues a saved array after this many elements. A shard, one file, has `shard_bytes` before
+    compression (0: 32 MiB); twice as much may be in memory.
     """
 
     def __init__(self, path: epath.Path, dtype: str, length: int | None = None, shard_bytes: int = 0):

@@ -1,6 +1,6 @@
 """Counts of the training stores, from which a config's epochs and batch of documents become rows and updates.
 
-`lemur prepare` records them beside the stores, `config.with_counts` reads the record, and training compares it with
+`lemur prepare` records them beside the stores, `RunConfig.with_counts` reads the record, and training compares it with
 the stores that it opens.
 """
 
@@ -9,6 +9,7 @@ import json
 import logging
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import write_json
 from lemur_jax.data.config import DataConfig, SourceCounts
 from lemur_jax.data.mixture import Mixture, open_rows
 from lemur_jax.data.rows import Rows
@@ -30,9 +31,7 @@ def record_counts(data: DataConfig, tokenizer: Tokenizer) -> None:
     for name, source in data.sources.items():
         rows = open_rows(data, tokenizer, name, "train", source.packing)
         counts[name] = dataclasses.asdict(count(rows, source.packing))
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(counts, indent=2) + "\n")
-    temporary.replace(record)
+    write_json(record, counts)
 
 
 def check_counts(mixture: Mixture, data: DataConfig, batch_documents: int) -> None:

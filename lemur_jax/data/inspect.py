@@ -20,15 +20,10 @@ _BAR = 40  # characters of the longest bar
 def inspect_store(
     path: epath.PathLike, *, tokenizer: Tokenizer | None = None, samples: int = 3, color: bool = False
 ) -> str:
-    """Counts, lengths and sample documents of a token store, which is read and checked from end to end.
+    """Counts, lengths and sample documents, spread over a token store, which is read and checked from end to end.
 
-    Args:
-      tokenizer: the one that made the store, or an extension of it; None: samples are shown as ids.
-      samples: number of documents to show, spread over the store.
-      color: use a terminal's colors.
-
-    Raises:
-      UserError: there is no whole store, it is damaged, or it is of another tokenizer.
+    Without the `tokenizer` that made it, or an extension of it, samples are shown as ids. Raises UserError if there is
+    no whole store, it is damaged, or of another tokenizer.
     """
     store = TokenStore.open(path, tokenizer)
     store.verify()
@@ -61,15 +56,7 @@ def inspect_store(
 def inspect_mixture(
     mixture: Mixture, tokenizer: Tokenizer, train_steps: int, *, samples: int = 1, color: bool = False
 ) -> str:
-    """What a run trains on: shares as trained, epochs, padding, and rows of the first batches.
-
-    Args:
-      mixture: the mixture of the run.
-      tokenizer: to show rows as text.
-      train_steps: `config.train.steps`.
-      samples: number of rows of each source to show.
-      color: use a terminal's colors.
-    """
+    """What a run trains on: shares as trained, epochs, padding, and `samples` rows of each source."""
     lines = [f"{train_steps:,} steps of {mixture.batch_rows:,} rows of {mixture.length:,} tokens"]
     lines += ["", format_budget(budget(mixture, train_steps)), ""]
     for source in mixture.sources:

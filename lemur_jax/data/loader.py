@@ -27,9 +27,7 @@ T = TypeVar("T")
 class Loader:
     """Batches of a mixture by step, laid out for a mesh.
 
-    Args:
-      mixture: what to read.
-      sharding: of arrays [B, T]; it says which rows this process reads.
+    `sharding` is of arrays [B, T] and says which rows this process reads.
     """
 
     def __init__(self, mixture: Mixture, sharding: NamedSharding):
@@ -60,9 +58,6 @@ def held_out_batches(
     """Every row once, or those of `chosen_rows`, as batches like `Loader.batch`'s; read ahead by a thread.
 
     Every host gets ceil(number of rows / batch_rows) batches; the last one is filled up with padding of weight 0.
-
-    Args:
-      max_rows: how many rows at most; 0: all.
     """
     layout = _Layout(sharding, batch_rows, rows.length)
     chosen = chosen_rows(len(rows), max_rows)

@@ -1,9 +1,7 @@
 """The manifest of a token store: what is in it and what it was made from."""
 
 import dataclasses
-import hashlib
 import json
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +9,12 @@ from etils import epath
 
 import lemur_jax
 from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.common.json_files import digest_of, read_sealed
 
 _SHOWN_LABELS = 20
 
 FORMAT_VERSION = 2
 REJECTED = 2  # in a loss mask, whose other values are 0 and 1
-_SEAL = "seal"  # the key of the digest in manifest.json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,38 +74,8 @@ def empty_manifest(**fields: Any) -> Manifest:
     return Manifest(**{**counts, "has_loss_mask": False, **fields})
 
 
-def digest_of(value: Any) -> str:
-    """sha256 (hex) of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def write_sealed(file: epath.Path, fields: Mapping[str, Any]) -> None:
-    """Writes a JSON object with a digest of itself, in one step: several processes may do so at once."""
-    unfinished = file.parent / f".{uuid.uuid4().hex}"
-    unfinished.write_text(json.dumps({**fields, _SEAL: digest_of(fields)}, indent=2) + "\n")
-    unfinished.replace(file)
-
-
-def read_sealed(file: epath.Path) -> dict[str, Any]:
-    """What `write_sealed` wrote.
-
-    Raises:
-      ValueError: it is damaged.
-    """
-    fields = json.loads(file.read_text())
-    if not isinstance(fields, dict):
-        raise ValueError("not a JSON object")
-    if fields.pop(_SEAL, None) != digest_of(fields):
-        raise ValueError("it does not match its own digest")
-    return fields
-
-
 def read_manifest(path: epath.PathLike) -> Manifest:
-    """The manifest of a store.
-
-    Raises:
-      UserError: there is no whole store of this format at `path`.
-    """
+    """The manifest of a store; UserError: there is no whole store of this format at `path`."""
     directory = epath.Path(path)
     file = directory / "manifest.json"
     if not file.exists():

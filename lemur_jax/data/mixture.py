@@ -171,10 +171,8 @@ class Mixture:
 
 
 def open_mixture(data: DataConfig, tokenizer: Tokenizer, *, seed: int, batch_rows: int) -> Mixture:
-    """The mixture of the training stores of `config.data`.
-
-    Raises:
-      UserError: no sources, a `data.mixture` that is not prepared, or a store that is missing or of another tokenizer.
+    """The mixture of the training stores of `config.data`; UserError: no sources, a `data.mixture` that is not
+    prepared, or as `open_rows`.
     """
     if data.mixture and not data.sources:
         raise UserError(
@@ -195,13 +193,9 @@ def open_mixture(data: DataConfig, tokenizer: Tokenizer, *, seed: int, batch_row
 
 
 def open_rows(data: DataConfig, tokenizer: Tokenizer, task: str, split: str, packing: str = "") -> Rows:
-    """The rows of one task and split.
+    """The rows of one task and split; UserError: its store is missing or of another tokenizer.
 
-    Args:
-      packing: "concat" or "fit"; "": "fit" for a store with a loss mask, else "concat".
-
-    Raises:
-      UserError: a store that is missing or of another tokenizer.
+    Without a `packing` it is "fit" for a store with a loss mask, else "concat".
     """
     store = TokenStore.open(epath.Path(data.stores) / task / split, tokenizer)
     packing = packing or ("fit" if store.manifest.has_loss_mask else "concat")

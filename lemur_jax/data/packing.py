@@ -22,8 +22,8 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.common.json_files import read_sealed, write_sealed
 from lemur_jax.data.arrays import ArrayWriter, metadata_digest, open_array, read_bounds, read_spans
-from lemur_jax.data.manifest import read_sealed, write_sealed
 from lemur_jax.data.store import TokenStore
 
 # Documents that are packed together: every P-th of the store, so that a row mixes documents of the whole store.
@@ -66,12 +66,9 @@ class Packing:
 
 
 def open_packing(store: TokenStore, length: int) -> Packing:
-    """The packing of a store, made first if it is not there.
+    """The packing of a store, made first if it is not there; UserError: it is damaged.
 
     Where the store cannot be written, each process that needs it makes it in a temporary directory.
-
-    Raises:
-      UserError: it is damaged.
     """
     folder = store.path / f"packed-{length}"
     if not (folder / "packing.json").exists():
@@ -158,15 +155,10 @@ def _mapped_offsets(store: TokenStore):
 
 
 def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best-fit decreasing bin packing.
+    """Best-fit decreasing bin packing of `lengths`, int64 [documents], each in [1, capacity].
 
-    Args:
-      lengths: int64 [documents], each in [1, capacity].
-      capacity: T.
-
-    Returns:
-      documents: int64 [documents], ordered by row, then by index.
-      row_offsets: int64 [rows + 1]: row r holds documents[row_offsets[r] : row_offsets[r + 1]].
+    Returns documents, int64 [documents], ordered by row, then by index, and row_offsets, int64 [rows + 1]: row r holds
+    documents[row_offsets[r] : row_offsets[r + 1]].
     """
     order = np.argsort(-lengths, kind="stable")
     rows = np.empty(len(lengths), np.int64)

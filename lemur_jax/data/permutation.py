@@ -18,16 +18,10 @@ def key_of(*parts: object) -> int:
 
 
 def permute(values: np.ndarray, size: int, key: int, tweaks: np.ndarray) -> np.ndarray:
-    """Where the permutation of [0, size) that belongs to (key, tweak) sends each value.
+    """Where the permutation of [0, size) that belongs to (key, tweak) sends each value: int64 [n].
 
-    Args:
-      values: int64 [n], each in [0, size).
-      size: at most 2^60.
-      key: 64 bits.
-      tweaks: int64 [n]; each one chooses another permutation (here: the epoch).
-
-    Returns:
-      int64 [n].
+    `values` are int64 [n] in [0, size), `size` is at most 2^60, `key` has 64 bits, and each of `tweaks`, int64 [n],
+    chooses another permutation (here: the epoch).
     """
     # Narrower halves make only a few of the possible permutations.
     half = max(2, ((size - 1).bit_length() + 1) // 2)

@@ -93,11 +93,7 @@ class TokenStore:
         )
 
     def verify(self) -> None:
-        """Reads the whole store once.
-
-        Raises:
-          UserError: a file is missing or damaged, or an id lies outside the vocabulary.
-        """
+        """Reads the whole store once; UserError: a file is missing or damaged, or an id lies outside the vocabulary."""
         for first in range(0, self.num_tokens, _VERIFIED):
             self.tokens(np.array([first]), np.array([min(_VERIFIED, self.num_tokens - first)]))
         for name, array in self._arrays.items():

@@ -27,7 +27,7 @@ import jax
 
 import lemur_jax
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import RunConfig, replace, to_json
+from lemur_jax.config import RunConfig, replace
 from lemur_jax.models.remat import POLICIES
 from lemur_jax.parallel.compiler_flags import compiler_options
 from lemur_jax.parallel.mesh import AXES, mesh_shape
@@ -350,7 +350,7 @@ def write_plan(config: RunConfig, topology: str, slices: int, path: pathlib.Path
 
 def cache_key(config: RunConfig, topology: str, slices: int) -> str:
     """Digest of what a plan depends on: options of the step, slice, jax, libtpu, and the package's own source."""
-    facts = {name: value for name, value in to_json(config).items() if name not in _NOT_OF_THE_STEP}
+    facts = {name: value for name, value in config.to_json().items() if name not in _NOT_OF_THE_STEP}
     facts |= {
         "sequence_length": config.data.sequence_length,
         "sources": len(config.data.sources),

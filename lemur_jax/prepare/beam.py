@@ -54,13 +54,8 @@ class Job:
 def results(job: Job, runner: str, options: Sequence[str]) -> Iterator[Result | None]:
     """The results of `encoding.encoder` for the records of a split, with a None after each of several shards.
 
-    Args:
-      job: the work.
-      runner: a Beam runner, e.g. "DirectRunner".
-      options: the pipeline's, e.g. ["--region=europe-west4"].
-
-    Raises:
-      UserError: Beam is not installed, or does not know the runner.
+    `runner` is e.g. "DirectRunner", with options of its pipeline such as "--region=europe-west4". Raises UserError if
+    Beam is not installed, or does not know the runner.
     """
     shards = range(job.first_shard, job.shards)
     missing = [shard for shard in shards if not job.file(shard).exists()]

@@ -74,11 +74,7 @@ NO_FINGERPRINT = Fingerprint()
 
 
 def parse_steps(task: str, options: Mapping[str, Mapping[str, Any]]) -> str:
-    """The steps of a task with all their options, as JSON.
-
-    Raises:
-      UserError: an unknown step or option, or one of the wrong type.
-    """
+    """The steps of a task with all their options, as JSON; UserError: an unknown one, or one of the wrong type."""
     steps: dict[str, dict[str, Any]] = {}
     for name, given in options.items():
         _check_name(f"prepare.steps.{task}", name, DEFAULTS)

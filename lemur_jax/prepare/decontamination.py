@@ -26,12 +26,9 @@ _PARAMETERS = re.compile(r"\b(?:def|func|fn|function)\s+\w+\s*\(([^)]*)\)")
 
 
 class EvaluationSet:
-    """The runs of an evaluation set's problems.
+    """The runs of an evaluation set's problems, each with its solution.
 
-    Args:
-      texts: each problem with its solution.
-      n: words of a run.
-      distinct: alphabetic words that a run must have, each counted once.
+    A run has `n` words, of which `distinct` different ones must be alphabetic.
     """
 
     def __init__(self, texts: Sequence[str], n: int, distinct: int):

@@ -68,15 +68,10 @@ def copy_distinct(
     rejects: Rejects,
     update: Callable[[int], None],
 ) -> None:
-    """Copies the documents that repeat no earlier one.
+    """Copies the documents of a complete draft that repeat no earlier one to the store's writer.
 
-    Args:
-      draft: saved and complete.
-      writer: of the store.
-      steps: from `cleaning.parse_steps`.
-      tokenizer: decodes the examples.
-      rejects: receives counts and examples of what is removed.
-      update: called with the number of documents done since the last call.
+    `rejects` receives counts and examples of what is removed, decoded by the tokenizer; `update` is called with the
+    number of documents done since the last call.
     """
     documents = draft.documents
     store, arrays = draft.read_saved()

@@ -71,12 +71,9 @@ Result = Encoded | BadRecord | Removed
 
 
 def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_STEPS) -> Result:
-    """Cleans and tokenizes one document.
+    """Cleans and tokenizes one document: string features as UTF-8 bytes.
 
-    Args:
-      record: string features as UTF-8 bytes.
-      number: the document's position in its corpus, its id if it has none.
-      steps: from `cleaning.parse_steps`.
+    `number` is its position in the corpus, its id if it has none; `steps` as of `cleaning.parse_steps`.
     """
     name = record.get("id", b"").decode("utf-8", "backslashreplace") or f"{number:09d}"
     if record.get("error"):
@@ -172,8 +169,7 @@ Encode = Callable[[Iterable[Record | None], str, int], Iterator[Result | None]]
 def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
     """A function that cleans and tokenizes records, in order, in `workers` processes (1: in this one).
 
-    Raises:
-      UserError: from the function: a worker process died.
+    It raises UserError when a worker process died.
     """
     if workers == 1:
         yield lambda records, steps=NO_STEPS, first=0: _encode_here(tokenizer, records, steps, first)

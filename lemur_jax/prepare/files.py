@@ -62,8 +62,7 @@ class Files:
     ) -> Iterator[Document]:
         """The documents of every `shards`-th file from number `shard` on.
 
-        Args:
-          other: functions for formats that `readers.read_rows` does not read.
+        `other` has functions for formats that `readers.read_rows` does not read.
         """
         for file in self.list(split)[shard::shards]:
             kind, local = self.kind or readers.format_of(file), local_file(file)

@@ -1,10 +1,10 @@
 """A registered `seqio.Mixture` as sources of `config.data`: its tasks, and its rates as shares of tokens."""
 
 import dataclasses
-import json
 import math
 
 from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.common.json_files import write_json
 from lemur_jax.common.sections import did_you_mean
 from lemur_jax.data.config import DataConfig, SourceConfig
 from lemur_jax.prepare import tasks
@@ -13,9 +13,7 @@ from lemur_jax.prepare import tasks
 def resolve_mixture(data: DataConfig) -> DataConfig:
     """`data` with the sources of its mixture: conversations packed whole, everything else cut into rows.
 
-    Raises:
-      UserError: no such mixture (the nearest is named), a task that cannot be read, or a rate that cannot be
-        computed or is not above 0.
+    Raises UserError for no such mixture (the nearest is named), or a rate that cannot be computed or is not above 0.
     """
     tasks.import_modules(data.modules)
     known = sorted(tasks.MixtureRegistry.names())
@@ -45,6 +43,4 @@ def resolve_mixture(data: DataConfig) -> DataConfig:
 def record_mixture(data: DataConfig) -> None:
     """Writes the sources beside their stores, where `config.load` finds them without seqio."""
     sources = {name: dataclasses.asdict(source) for name, source in data.sources.items()}
-    temporary = data.mixture_record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(sources, indent=2) + "\n")
-    temporary.replace(data.mixture_record)
+    write_json(data.mixture_record, sources)

@@ -23,11 +23,9 @@ def split_name(source: str) -> tuple[str, str]:
 
 
 def check_part(source: str, split: str, sources: Sequence[str], steps: Mapping[str, Any]) -> None:
-    """Checks a source that is a part.
+    """Refuses a part whose task has no step `label`, or is a source too, so that documents would repeat.
 
-    Raises:
-      UserError: its task has no step `label`; it is a source too, so that documents would repeat; or the label is a
-        split's name, the directory of the whole store.
+    A label that is called like a split would be the directory of the whole store.
     """
     task, label = split_name(source)
     if not label:
@@ -44,11 +42,7 @@ def check_part(source: str, split: str, sources: Sequence[str], steps: Mapping[s
 
 
 def copy_part(store: TokenStore, label: str, writer: StoreWriter) -> None:
-    """Adds the documents with a label to `writer`, in the store's order.
-
-    Raises:
-      UserError: no document has it.
-    """
+    """Adds the documents with a label to `writer`, in the order of the store; UserError: no document has it."""
     manifest = store.manifest
     if label not in manifest.labels:
         raise UserError(

@@ -19,11 +19,12 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import digest_of
 from lemur_jax.common.progress import Progress
-from lemur_jax.config import RunConfig, with_counts
+from lemur_jax.config import RunConfig
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.counts import record_counts
-from lemur_jax.data.manifest import Manifest, digest_of, empty_manifest, read_manifest
+from lemur_jax.data.manifest import Manifest, empty_manifest, read_manifest
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import beam, duplicates, tasks
@@ -97,7 +98,7 @@ def prepare(
     if config.data.sources:
         if config.data.by_epochs or config.train.batch_documents:
             record_counts(config.data, tokenizer)
-            config = with_counts(config)
+            config = config.with_counts()
             size = f"{config.train.batch_rows:,} rows, {config.train.steps:,} updates"
             logger.info("%s, from the counts in %s", size, config.data.counts_record)
         rows = config.train.batch_rows

@@ -28,16 +28,10 @@ SAMPLE_DOCUMENT_BYTES = 1 << 15
 
 
 def prepare_tokenizer(options: TokenizerConfig, modules: Sequence[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer of a config, trained or extended first if it does not exist.
+    """The tokenizer of a config, trained on tasks of `modules` or extended first if it does not exist.
 
-    Args:
-      options: `config.tokenizer`.
-      modules: that register the tasks it is trained on.
-      vocab_size: of the model.
-
-    Raises:
-      UserError: there is none and the config does not say how to make one; or it differs from the one that the config
-        describes, or has more tokens than the model.
+    Raises UserError if there is none and the config does not say how to make one, or if it differs from the one that
+    the config describes, or has more tokens than the model's `vocab_size`.
     """
     if not options.path:
         raise UserError("tokenizer.path is empty: name the tokenizer's directory")

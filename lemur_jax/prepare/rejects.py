@@ -25,9 +25,7 @@ EARLY_RECORDS = 10_000  # after these, too many bad ones stop the run before its
 class Rejects:
     """Bad and removed records of one store; `finish` puts the files in place.
 
-    Args:
-      store: the directory of the store.
-      saved: what `save` returned in an interrupted attempt.
+    `saved` is what `save` returned in an interrupted attempt.
     """
 
     def __init__(self, store: epath.Path, saved: dict[str, Any] | None):

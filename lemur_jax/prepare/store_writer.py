@@ -9,8 +9,9 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import write_json, write_sealed
 from lemur_jax.data.arrays import ArrayWriter, metadata_digest, open_array
-from lemur_jax.data.manifest import Manifest, write_sealed
+from lemur_jax.data.manifest import Manifest
 from lemur_jax.data.store import BLOCK, TokenStore
 
 _PROGRESS = "progress.json"  # in a store that is being written
@@ -91,9 +92,7 @@ class StoreWriter:
         lengths = {name: array.save() for name, array in self._arrays.items()}
         manifest = dataclasses.asdict(self.manifest)
         progress = {"manifest": manifest, "counts": self._counts, "lengths": lengths, "state": state}
-        unfinished = self._partial / f".{_PROGRESS}"
-        unfinished.write_text(json.dumps(progress))
-        unfinished.replace(self._partial / _PROGRESS)
+        write_json(self._partial / _PROGRESS, progress)
         self.saved = state
 
     def add(
@@ -104,18 +103,11 @@ class StoreWriter:
         mask: Sequence[int] | np.ndarray | None = None,
         label: str = "",
     ) -> None:
-        """Appends a document.
+        """Appends a document of n > 0 token ids, with bos and eos, and `n_bytes` UTF-8 bytes of text.
 
-        Args:
-          ids: int [n], n > 0, with bos and eos.
-          id: its name.
-          n_bytes: UTF-8 bytes of its text.
-          mask: for a store with a loss mask, [n], 1 on supervised targets.
-          label: for a store with a label field, its value.
-
-        Raises:
-          ValueError: no tokens, an id outside the vocabulary, or a mask that does not fit.
-          UserError: more than `MAX_LABELS` labels.
+        `mask` [n], 1 on supervised targets, is for a store with a loss mask, `label` for one with a label field. Raises
+        ValueError for no tokens, an id outside the vocabulary, or a mask that does not fit; UserError for more than
+        `MAX_LABELS` labels.
         """
         tokens, vocab_size = np.asarray(ids), self.manifest.vocab_size
         if not tokens.size or tokens.min() < 0 or tokens.max() >= vocab_size:

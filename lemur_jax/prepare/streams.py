@@ -46,10 +46,7 @@ class Unreadable(Exception):
 def read_utf8(path: str) -> Iterator[bytes]:
     """Non-empty chunks of a file's text as UTF-8 without byte-order mark, which tells UTF-16 and UTF-32.
 
-    UTF-8 itself is not checked.
-
-    Raises:
-      Unreadable: after the intact data.
+    UTF-8 itself is not checked. Raises `Unreadable` after the intact data.
     """
     return filter(None, _read_utf8(path))
 
@@ -79,11 +76,7 @@ def _read_utf8(path: str) -> Iterator[bytes]:
 
 
 def read_bytes(path: str) -> Iterator[bytes]:
-    """The bytes of a file, decompressed by its name's suffix.
-
-    Raises:
-      Unreadable: after the intact data.
-    """
+    """The bytes of a file, decompressed as its suffix says; raises `Unreadable` after the intact data."""
     compression = next((kind for suffix, kind in COMPRESSIONS.items() if path.endswith(suffix)), "")
     with epath.Path(path).open("rb") as file:
         if compression:

@@ -273,11 +273,7 @@ def import_modules(modules: Sequence[str]) -> None:
 
 
 def find_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
-    """The task with this name, after importing `modules`.
-
-    Raises:
-      UserError: a module cannot be imported, or there is no such task (the nearest is named).
-    """
+    """The task with this name, after importing `modules`; UserError: there is none (the nearest is named)."""
     import_modules(modules)
     known = sorted(seqio.TaskRegistry.names())
     if name not in known:
@@ -333,9 +329,7 @@ def count_shards(task: seqio.Task, split: str) -> int:
 def examples(task: seqio.Task, split: str, shard: int = 0, shards: int = 1) -> Iterator[dict[str, bytes]]:
     """The string features of each example of a split or of one shard, in a fixed order.
 
-    Raises:
-      UserError: no such split, neither `text` nor `messages`, a feature that is no scalar string, or an unreadable
-        file.
+    Raises UserError for no such split, no text, a feature that is no scalar string, or an unreadable file.
     """
     with _readable(task, split):
         if _is_read_directly(task):

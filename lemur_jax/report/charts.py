@@ -105,9 +105,7 @@ def stacked_bars(
 ) -> str:
     """A bar for each row, divided among the parts, and a legend.
 
-    Args:
-      parts: (name, CSS class such as "c1" or "none") of each part.
-      rows, texts: name of the row -> the size of each part, and its text.
+    `parts` are (name, CSS class such as "c1" or "none"); `rows` and `texts` have the size of each part, and its text.
     """
     legend = "".join(f'<li><span class="{kind}">{html.escape(name)}</span></li>' for name, kind in parts)
     bars = ""

@@ -11,9 +11,7 @@ from collections.abc import Iterable, Sequence
 def html_page(title: str, body: str, *, script: bool = False, overlay: bool = False) -> str:
     """A whole document that needs nothing but a browser.
 
-    Args:
-      script: include page.js, which draws the line charts.
-      overlay: the line charts begin with all runs on one axis.
+    `script` includes page.js, which draws the line charts; with `overlay` these begin with all runs on one axis.
     """
     code = f"<script>{_asset('page.js')}</script>\n" if script else ""
     return f"""<!doctype html>
@@ -38,13 +36,9 @@ def html_page(title: str, body: str, *, script: bool = False, overlay: bool = Fa
 def html_table(
     head: Iterable[str], rows: Iterable[Sequence[str]], *, kind: str = "", card: bool = True
 ) -> str:
-    """A table. On a narrow screen each row becomes a list, and each value repeats the name of its column.
+    """A table of HTML cells, the first of each row its heading.
 
-    Args:
-      head: HTML of the column names.
-      rows: HTML of the cells; the first of a row is its heading.
-      kind: a CSS class.
-      card: put it on a card of its own.
+    On a narrow screen each row becomes a list, and each value repeats the name of its column. `kind` is a CSS class.
     """
     head = list(head)
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)

@@ -37,11 +37,7 @@ def place_labels(
 ) -> list[Label]:
     """Places each label at the nearest free position inside the plot, or at the nearest if none is free.
 
-    Args:
-      sizes: widths and heights of the labels.
-      marks: what they name.
-      taken: what no label may cover.
-      inside: the plot.
+    `sizes` are widths and heights of the labels of `marks`; no label may cover a box in `taken`.
     """
     placed: list[Label] = []
     for size, mark in zip(sizes, marks, strict=True):

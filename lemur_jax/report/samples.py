@@ -19,18 +19,11 @@ SAMPLING = Sampling(temperature=0.7, top_p=0.95, repetition_penalty=1.2)
 def sample(
     workdirs: Sequence[epath.PathLike], prompts: Sequence[str], questions: Sequence[str] = ()
 ) -> dict[str, list[str]]:
-    """Continues prompts and answers questions with the newest checkpoint of each run, in float32.
+    """Continues prompts by at most 96 tokens, and answers questions in the chat template, with each newest checkpoint.
 
-    Args:
-      prompts: continued by at most 96 tokens.
-      questions: a user's turns, asked in the model's chat template.
-
-    Returns:
-      By stage the texts for the prompts and questions. The first stage, `start`, is the model that the first run
-      started from, if it is still there.
-
-    Raises:
-      UserError: a workdir has no complete checkpoint, or a checkpoint has no tokenizer or no chat template.
+    Returns by stage the texts for the prompts and questions, computed in float32. The first stage, `start`, is the
+    model that the first run started from, if it is still there. Raises UserError if a workdir has no complete
+    checkpoint, or one has no tokenizer or no chat template.
     """
     runs = read_runs(workdirs)
     stages = {run.name: run.workdir for run in runs}

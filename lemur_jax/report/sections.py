@@ -120,11 +120,7 @@ def parameter_count(run: Run) -> int | None:
 
 
 def samples(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> str:
-    """How the model after each stage answers each prompt; "" without prompts.
-
-    Args:
-      answers: of each stage by its name, to each prompt.
-    """
+    """How the model after each stage, by its name, answers each prompt; "" without prompts."""
     if not prompts:
         return ""
     blocks = ""

@@ -46,10 +46,8 @@ def bits_per_byte_table(workdirs: Sequence[epath.PathLike]) -> str:
     """A plain text table: a row for each stage, a group of columns for each held-out task.
 
     A group holds the bits per byte of the stage's last evaluation and its change against the first and the previous
-    stage. The last column is the balance score, if a stage was scored before its first step.
-
-    Raises:
-      UserError: a workdir has no metrics, or no run has been evaluated.
+    stage. The last column is the balance score, if a stage was scored before its first step. Raises UserError if a
+    workdir has no metrics, or no run has been evaluated.
     """
     runs = with_start(read_runs(workdirs))
     cells = bits_per_byte_cells(runs)

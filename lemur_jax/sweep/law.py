@@ -86,8 +86,7 @@ class Laws:
     def best_share(self, weight: float) -> float:
         """The share of the first part with the lowest weighted mean of log(L / L0) after the longest run.
 
-        Args:
-          weight: of the group `first`; the others share the rest alike.
+        `weight` is that of the group `first`; the others share the rest alike.
         """
         shares = np.stack([_GRID, 1 - _GRID])
         weights = self._weights(weight)
@@ -113,15 +112,10 @@ class Laws:
 
 
 def read_points(runs: Mapping[SweepRun, RunConfig], workdir: epath.PathLike, bits: Bits) -> list[Point]:
-    """The points of a sweep.
+    """The points of a sweep, with `bits`: (directory of a run, step or None for the last) -> bits per byte by group.
 
     With a constant learning rate after warmup, an evaluation on the way is that of a shorter run and counts too;
     otherwise only the last one of each run.
-
-    Args:
-      runs: with their configs.
-      workdir: of the sweep.
-      bits: from a run's directory and a step (None: the last) to the bits per byte of each group.
     """
     found: dict[tuple[str, int], list[Mapping[str, float]]] = {}
     for run, config in runs.items():
@@ -146,12 +140,9 @@ def read_points(runs: Mapping[SweepRun, RunConfig], workdir: epath.PathLike, bit
 
 
 def fit_laws(base: Mapping[str, float], points: Sequence[Point], first: str) -> Laws | None:
-    """The laws of every group; None where the ratios do not have two parts, or are fewer than the parameters and one.
+    """The laws of every group, `base` being its bits per byte before training; the tables vary the weight of `first`.
 
-    Args:
-      base: group -> bits per byte before training.
-      points: of `read_points`.
-      first: the group whose weight the tables vary.
+    None where the ratios do not have two parts, or are fewer than the parameters and one.
     """
     ratios = {point.ratio: point.shares for point in points}
     if len(ratios) <= PARAMETERS or any(len(shares) != 2 for shares in ratios.values()):

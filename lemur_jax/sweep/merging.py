@@ -61,14 +61,9 @@ class Merge:
 
 
 def plan_merges(merges: Sequence[str], runs: Sequence[SweepRun]) -> list[Merge]:
-    """The merged models of a sweep, those of one variant together.
+    """The merged models of a sweep, those of one variant together; `merges` like "linear:0.5" and "arithmetic:0.5".
 
-    Args:
-      merges: like "linear:0.5" and "arithmetic:0.5".
-      runs: all of the sweep's.
-
-    Raises:
-      UserError: a text of another form, or arithmetic without two runs of one part of the data each.
+    Raises UserError for a text of another form, or arithmetic without two runs of one part of the data each.
     """
     found = []
     for text in merges:

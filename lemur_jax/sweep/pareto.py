@@ -15,11 +15,7 @@ def pareto_plot(results: Results, x: str, y: str, *, numbered: bool = False) -> 
     """An SVG plot of the held-out bits per byte of group `y` against those of group `x`.
 
     A dot is the mean over the seeds of a variant with its standard deviation, a pale dot one seed, the cross the base.
-
-    Args:
-      results: of a sweep.
-      x, y: groups of held-out tasks.
-      numbered: for a narrow screen: labels are numbers, those of the rows of the table.
+    `numbered`, for a narrow screen: labels are the numbers of the rows of the table.
     """
     front = results.front([x, y])
     marks = [
@@ -107,11 +103,8 @@ def _page(results: Results, command: str) -> str:
 
 
 def result_files(results: Results, command: str) -> dict[str, str]:
-    """File name -> contents of the table, the page and a plot for every two groups.
-
-    Args:
-      results: of a sweep.
-      command: that made them; shown beside the table.
+    """File name -> contents of the table, the page and a plot for every two groups; `command` is shown beside the
+    table.
     """
     files = {"table.md": f"{markdown_table(results)}\n    {command}\n", "index.html": _page(results, command)}
     for number, (y, x) in enumerate(itertools.combinations(results.groups, 2)):

@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import RunConfig, to_json
+from lemur_jax.config import RunConfig
 from lemur_jax.data.budget import budget, check_budget
 from lemur_jax.data.counts import check_counts
 from lemur_jax.data.mixture import open_mixture
@@ -34,17 +34,8 @@ def sweep(
 ) -> results.Results | None:
     """Trains and scores what is missing, then writes `results.json`, `table.md`, `pareto.svg` and `index.html`.
 
-    Args:
-      runs: of `plan_runs`, with their configs.
-      merges: of `plan_merges`.
-      workdir: of the sweep; each run gets its own below it.
-      command: that is shown on the results.
-
-    Returns:
-      The results; None after a SIGTERM.
-
-    Raises:
-      UserError: before the first step, if any of the runs cannot be trained.
+    Each run of `plan_runs`, with its config, gets its own workdir below `workdir`; `command` is shown on the results.
+    Returns None after a SIGTERM. Raises UserError before the first step if any of the runs cannot be trained.
     """
     if jax.process_count() > 1:
         raise UserError("a sweep is for one process: print its runs with --print and launch each")
@@ -53,8 +44,8 @@ def sweep(
     build = building_once()
     for number, (run, config) in enumerate(runs.items(), start=1):
         directory = run.directory(workdir)
-        config_changes(to_json(config), directory)  # refuses a run of another config
-        claim(to_json(config), directory)
+        config_changes(config.to_json(), directory)  # refuses a run of another config
+        claim(config.to_json(), directory)
         where = f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}"
         if finished(config, directory):
             logger.info("%s: already finished", where)
@@ -94,7 +85,7 @@ def building_once() -> Callable[..., step.Program]:
     programs: dict[str, step.Program] = {}
 
     def build(config: RunConfig, mesh: Mesh, num_sources: int) -> step.Program:
-        content = {key: value for key, value in to_json(config).items() if key not in _NOT_COMPILED}
+        content = {key: value for key, value in config.to_json().items() if key not in _NOT_COMPILED}
         content["data"] = config.data.sequence_length, num_sources
         content["dropout seed"] = config.seed if config.adapter.dropout else None
         content["devices"] = [str(device) for device in mesh.devices.flat]

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import RunConfig, flatten, load, to_json, with_counts
+from lemur_jax.config import RunConfig, flatten, load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,14 +62,8 @@ def parse_ratio(ratio: str) -> list[float]:
 def source_parts(have: Iterable[str], tasks: Sequence[str], sources: str = "") -> list[tuple[str, ...]]:
     """The sources that each part of a ratio is divided among.
 
-    Args:
-      have: the sources of the config.
-      tasks: `config.eval.tasks`.
-      sources: "code,text", or "code/Python&code/C++,web" where a part is several; empty: the sources in the order of
-        `config.eval.tasks` (sources are sorted by name).
-
-    Raises:
-      UserError: a source that the config does not have or that is left out, or no order to go by.
+    `sources` is like "code,text", or "code/Python&code/C++,web" where a part is several; empty: the order of the
+    held-out `tasks` (sources are sorted by name). Raises UserError if a source is unknown or left out.
     """
     order = sources or ",".join(tasks)
     parts = [tuple(part.split("&")) for part in order.split(",")]
@@ -85,17 +79,14 @@ def source_parts(have: Iterable[str], tasks: Sequence[str], sources: str = "") -
 def plan_runs(
     config: RunConfig, ratios: Sequence[str], seeds: int, varied: Sequence[str] = (), sources: str = ""
 ) -> list[SweepRun]:
-    """All runs, those of one variant together.
+    """All runs, those of one variant together, seeds counted from that of `config`.
 
     Args:
-      config: the base config; its seed is the first.
       ratios: like "10:1"; none: the config's own shares.
-      seeds: how many.
       varied: "key=value,value" for every other key that is varied.
       sources: what the parts of a ratio are, see `source_parts`.
 
-    Raises:
-      UserError: a ratio that does not fit the sources, no seeds, an unknown key, or the same run twice.
+    Raises UserError for a ratio that does not fit the sources, no seeds, an unknown key, or the same run twice.
     """
     if config.data.mixture:
         raise UserError(
@@ -116,7 +107,7 @@ def plan_runs(
             raise UserError(
                 f"the ratio {ratio!r} has {len(parse_ratio(ratio))} parts, the sources have {len(parts)}: {named}"
             )
-    axes = [_parse_varied(flatten(to_json(config)), text) for text in varied]
+    axes = [_parse_varied(flatten(config.to_json()), text) for text in varied]
     runs = []
     for ratio, settings in itertools.product(ratios, itertools.product(*axes)):
         overrides = [
@@ -160,7 +151,7 @@ def _parse_varied(keys: Collection[str], text: str) -> list[tuple[str, str]]:
 
 def run_config(argument: str, overrides: Sequence[str], run: SweepRun) -> RunConfig:
     """The config of a run."""
-    return with_counts(load(argument, [*overrides, *run.overrides]))
+    return load(argument, [*overrides, *run.overrides]).with_counts()
 
 
 def command(argument: str, overrides: Sequence[str], run: SweepRun, workdir: epath.PathLike) -> str:

@@ -116,11 +116,5 @@ def chip(device_kind: str) -> Chip | None:
 
 
 def mfu(tokens_per_second: float, token_flops: float, peak_flops: float) -> float:
-    """Model FLOPs utilization, 0 to 1.
-
-    Args:
-      tokens_per_second: throughput of all devices together.
-      token_flops: `flops_per_token(...).total`.
-      peak_flops: peak FLOP/s of all devices together.
-    """
+    """Model FLOPs utilization, 0 to 1, from tokens/s, FLOPs of a token, and peak FLOP/s of all devices together."""
     return tokens_per_second * token_flops / peak_flops

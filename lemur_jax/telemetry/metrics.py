@@ -63,14 +63,10 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: epath.PathLike, *, tensorboard: bool = False, wandb: bool = False):
-        """Opens the file, which is created if missing, and removes a torn last line.
+        """Opens the file, local or gs://, which is created if missing, and removes a torn last line.
 
-        Args:
-          workdir: of the run, local or gs://.
-          tensorboard, wandb: also write every record there, from `truncate_after` on.
-
-        Raises:
-          UserError: the file cannot be written; `close` raises it too.
+        `tensorboard`, `wandb`: also write every record there, from `truncate_after` on. Raises UserError if the file
+        cannot be written.
         """
         self._path = epath.Path(workdir) / METRICS_FILE
         self._wants_tensorboard, self._wants_wandb = tensorboard, wandb
@@ -118,11 +114,7 @@ class MetricsWriter:
             tracker.flush()
 
     def close(self) -> None:
-        """Writes what is pending and closes; may be called twice.
-
-        Raises:
-          UserError: records could not be written.
-        """
+        """Writes what is pending and closes, UserError if that fails; may be called twice."""
         if self._closed:
             return
         self._closed = True

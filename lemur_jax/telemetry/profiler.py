@@ -12,11 +12,7 @@ from lemur_jax.common.errors import UserError
 
 
 def parse_steps(text: str) -> range:
-    """`"10:13"` as steps 10, 11 and 12, counted from 0.
-
-    Raises:
-      UserError: the text is not two numbers, the first below the second.
-    """
+    """`"10:13"` as steps 10, 11 and 12, counted from 0; UserError for another text."""
     first, _, stop = text.partition(":")
     if not (first.isdecimal() and stop.isdecimal() and int(first) < int(stop)):
         raise UserError(f"cannot read --profile {text!r}: write it as 10:13 for steps 10, 11 and 12")
@@ -34,13 +30,10 @@ def check_steps(steps: range, end: int) -> None:
 def trace_steps(
     batches: Iterable[tuple[int, Any]], steps: range, directory: epath.Path, finish: Callable[[], None]
 ) -> Iterator[tuple[int, Any]]:
-    """Yields the same (step, batch) pairs, and traces from the first to the last of `steps`.
+    """Yields the same (step, batch) pairs, and traces from the first to the last of `steps` into `directory`.
 
-    Args:
-      batches: pairs; a step lasts until the next pair is requested.
-      steps: to trace; no trace is made if the range is empty or begins before the first pair.
-      directory: receives `plugins/profile/TIME/HOST.xplane.pb` and `.trace.json.gz`; local or gs://.
-      finish: waits until the devices have finished all dispatched work.
+    A step lasts until the next pair is requested. No trace is made if the range is empty or begins before the first
+    pair. `finish` waits until the devices have finished all dispatched work.
     """
     iterator = iter(batches)
     local: tempfile.TemporaryDirectory | None = None

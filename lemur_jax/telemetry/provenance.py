@@ -1,5 +1,6 @@
 """What a process of a run was made of: git commit, host, devices and versions."""
 
+import contextlib
 import importlib.metadata
 import pathlib
 import platform
@@ -8,7 +9,10 @@ import time
 
 from lemur_jax.telemetry.metrics import Record
 
-_PACKAGES = ("lemur_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
+_PACKAGES = (
+    *("lemur_jax", "jax", "jaxlib", "libtpu", "flax", "optax"),
+    *("orbax-checkpoint", "tensorstore", "numpy"),
+)
 
 
 def start_record(step: int) -> Record:
@@ -23,7 +27,7 @@ def start_record(step: int) -> Record:
         "commit": git_commit(),
         "host": platform.node() + (f" and {others} more" if others else ""),
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "versions": [f"python {platform.python_version()}", *filter(None, map(_version, _PACKAGES))],
+        "versions": versions(),
     }
 
 
@@ -41,9 +45,10 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _version(package: str) -> str | None:
-    """Name and version of a package, if it is installed."""
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def versions() -> list[str]:
+    """Names and versions of Python and of the packages that are installed."""
+    found = [f"python {platform.python_version()}"]
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return found

@@ -102,20 +102,12 @@ def encode_chat(
 def render_chat(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> str:
-    """A conversation as its template writes it, its control tokens spelled out.
-
-    Raises:
-      UserError: malformed messages, or a template that refuses them.
-    """
+    """A conversation as its template writes it, control tokens spelled out; UserError if it is malformed or refused."""
     return tokenizer.unmark(_render(tokenizer, messages, add_generation_prompt, "")[0])
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
-    """The tokenizer's template, or ChatML if it has none.
-
-    Raises:
-      UserError: it is ChatML and the tokenizer lacks ChatML's tokens.
-    """
+    """The tokenizer's template, or ChatML if it has none; UserError if it then lacks ChatML's tokens."""
     template = tokenizer.chat_template
     if template is None:
         missing = [token for token in CHATML_TOKENS[1:3] if token not in tokenizer.control_tokens]

@@ -55,10 +55,8 @@ _OVERRULES = ("qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp"
 def class_of(config: Mapping[str, Any], model: Mapping[str, Any], *, byte_level: bool) -> str:
     """The class that `AutoTokenizer` takes, without "Fast".
 
-    Args:
-      config: `tokenizer_config.json`.
-      model: `config.json` of the model beside it; {} without one.
-      byte_level: whether `tokenizer.json` is a byte-level one.
+    `config` is `tokenizer_config.json`, `model` the `config.json` beside it ({} without one), `byte_level` whether
+    `tokenizer.json` is such.
     """
     declared = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     own = _CLASS_OF_MODEL.get(str(model.get("model_type")))
@@ -74,14 +72,10 @@ def class_of(config: Mapping[str, Any], model: Mapping[str, Any], *, byte_level:
 def set_pipeline(
     spec: dict[str, Any], kind: str, config: Mapping[str, Any], *, from_json: bool, name: str
 ) -> None:
-    """Replaces all but the vocabulary in the content of a `tokenizer.json` where the class does.
+    """Replaces all but the vocabulary in the content of a `tokenizer.json` where the class, of `class_of`, does.
 
-    Args:
-      kind: the class, from `class_of`.
-      from_json: there is such a file; else `spec` comes from a SentencePiece model.
-
-    Raises:
-      UserError: the class makes a pipeline that is not implemented here.
+    `from_json`: there is such a file; else `spec` comes from a SentencePiece model. Raises UserError for a class whose
+    pipeline is not implemented here.
     """
     if config.get("split_special_tokens") or spec["model"].get("dropout"):
         raise UserError(

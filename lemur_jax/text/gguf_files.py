@@ -92,10 +92,8 @@ def metadata(path: epath.PathLike, prefix: str) -> dict[str, Any]:
 def tokenizer_files(path: epath.PathLike) -> dict[str, bytes]:
     """The tokenizer as the files of a Hugging Face directory; empty without one.
 
-    Byte-level BPE becomes `tokenizer.json`, a SentencePiece BPE `tokenizer.model` too.
-
-    Raises:
-      UserError: a kind of tokenizer, or a way to split text, that is not supported; damaged arrays.
+    Byte-level BPE becomes `tokenizer.json`, a SentencePiece BPE `tokenizer.model` too. Raises UserError for other
+    kinds, and for damaged arrays.
     """
     data = metadata(path, "tokenizer.ggml.")
     template = metadata(path, "tokenizer.chat_template").get("")

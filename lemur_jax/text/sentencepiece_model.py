@@ -23,11 +23,7 @@ def is_tiktoken(data: bytes) -> bool:
 
 
 def read_pieces(model: bytes) -> list[str]:
-    """The pieces of a SentencePiece model by id.
-
-    Raises:
-      ValueError, google.protobuf.message.DecodeError: it is none.
-    """
+    """The pieces of a SentencePiece model by id; ValueError or DecodeError: it is none."""
     from sentencepiece import sentencepiece_model_pb2
 
     pieces = sentencepiece_model_pb2.ModelProto.FromString(model).pieces
@@ -69,12 +65,8 @@ def _check_convertible(proto: Any, unused: int) -> None:
 def convert(model: bytes, prepend_scheme: str = "first") -> dict[str, Any]:
     """`tokenizer.json` with the ids of a SentencePiece BPE model, and under `names` its special tokens by their use.
 
-    Args:
-      prepend_scheme: "first": a space goes in front of the text, as in SentencePiece; "always": also after each added
-        token, as transformers has it under `legacy`.
-
-    Raises:
-      UserError: the model is not one that can be converted exactly.
+    `prepend_scheme` "first" puts a space in front of the text, as SentencePiece does; "always" also after each added
+    token, as transformers has it under `legacy`. Raises UserError for a model that cannot be converted exactly.
     """
     from sentencepiece import sentencepiece_model_pb2
 

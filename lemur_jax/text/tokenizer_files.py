@@ -17,14 +17,8 @@ def train_sentencepiece(texts: Iterable[str], path: epath.PathLike, vocab_size: 
     """Trains a byte-fallback BPE in Llama's manner and writes its directory.
 
     Digits stand alone, text is not normalized, runs of spaces are pieces; a newline is always the single token <0x0A>.
-    Ids 0, 1, 2 are <unk>, <s>, </s>; there is no padding token.
-
-    Args:
-      texts: documents; all are held in memory.
-      vocab_size: number of pieces, control tokens and the 256 bytes included.
-
-    Raises:
-      UserError: `vocab_size` is too small or too large for these texts.
+    Ids 0, 1, 2 are <unk>, <s>, </s>; there is no padding token. `vocab_size` counts control tokens and the 256 bytes
+    too; UserError if the texts, all held in memory, do not allow it.
     """
     import sentencepiece
 
@@ -63,14 +57,10 @@ def train_sentencepiece(texts: Iterable[str], path: epath.PathLike, vocab_size: 
 def extend(
     source: epath.PathLike, target: epath.PathLike, tokens: Sequence[str], chat_template: str | None = None
 ) -> Tokenizer:
-    """Writes the tokenizer of `source` with more control tokens, at the ids that follow its own.
+    """Writes the tokenizer of `source` with more control tokens, at the ids that follow its own, in their order.
 
-    Args:
-      tokens: names, in the order of their ids. One that `source` has already keeps its id.
-      chat_template: Jinja source; None: the source's, or ChatML if the result has ChatML's tokens.
-
-    Raises:
-      UserError: no tokenizer in `source`, or a token twice in `tokens`.
+    A token that `source` has already keeps its id. Without a `chat_template` it is the source's, or ChatML if the
+    result has ChatML's tokens. Raises UserError without a tokenizer in `source`, or for a token twice in `tokens`.
     """
     files = revise(Tokenizer.load(source), add=tokens, chat_template=chat_template)
     _replace_files(epath.Path(target), files)
@@ -82,13 +72,9 @@ def revise(
 ) -> dict[str, bytes]:
     """The files of a tokenizer with fewer and with more control tokens.
 
-    Args:
-      keep: > 0: control tokens with ids from this one on are dropped first, and a chat template that names one.
-      add: names, in the order of their ids, which follow those that are left. One that is there keeps its id.
-      chat_template: Jinja source; None: the tokenizer's, or ChatML if the result has ChatML's tokens.
-
-    Raises:
-      UserError: a token twice in `add`, or the model file itself has ids from `keep` on.
+    With `keep` above 0, control tokens with ids from this one on are dropped first, and a chat template that names one.
+    Those of `add` get the next ids, as in `extend`. Raises UserError for a token twice in `add`, or ids of the model
+    file from `keep` on.
     """
     if len(set(add)) != len(add):
         raise UserError(f"tokenizer.add_tokens names a token twice: {', '.join(add)}")
@@ -156,9 +142,6 @@ def make_files(
       added_tokens: control tokens outside the model, to their ids.
       chat_template: Jinja source; None: ChatML if its tokens are among the added ones.
       config: `tokenizer_config.json` of the tokenizer that this one was made from.
-
-    Raises:
-      UserError: the model is not one that can be converted exactly.
     """
     added = dict(added_tokens or {})
     if chat_template is None and set(CHATML_TOKENS[1:3]) <= added.keys():

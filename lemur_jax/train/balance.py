@@ -12,9 +12,7 @@ Groups = Mapping[str, Sequence[str]]
 def group_ratios(first: Mapping[str, float], now: Mapping[str, float], groups: Groups) -> dict[str, float]:
     """Bits per byte against those at the start, a geometric mean over the tasks of each group.
 
-    Args:
-      first, now: bits per byte by task.
-      groups: tasks by group; tasks that were not scored at the start are left out, and groups without one.
+    Tasks that were not scored at the start are left out, and groups without one.
     """
     found = {}
     for name, tasks in groups.items():
@@ -25,11 +23,7 @@ def group_ratios(first: Mapping[str, float], now: Mapping[str, float], groups: G
 
 
 def balance(ratios: Mapping[str, float]) -> float:
-    """1 - exp((mean + worst) / 2) of the log ratios: 0.05 is as good as every group 5% lower.
-
-    Args:
-      ratios: of each group, bits per byte now over those at the start; none of them 0.
-    """
+    """1 - exp((mean + worst) / 2) of the log ratios of groups: 0.05 is as good as every group 5% lower."""
     logs = [math.log(ratio) for ratio in ratios.values()]
     return 1 - math.exp((_mean(logs) + max(logs)) / 2)
 

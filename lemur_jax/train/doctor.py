@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import shutil
 import socket
 import time
@@ -21,12 +19,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lemur_jax.cluster import coordination
 from lemur_jax.cluster.hosts import alone, is_primary
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import RunConfig, fingerprint
+from lemur_jax.config import RunConfig
 from lemur_jax.data.budget import budget, check_budget
 from lemur_jax.data.counts import check_counts
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.telemetry.provenance import versions
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.config import InitConfig
 from lemur_jax.train.evaluate import open_held_out
@@ -35,7 +34,6 @@ from lemur_jax.train.step import build
 
 logger = logging.getLogger(__name__)
 
-_PACKAGES = ("lemur_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "libtpu")
 _CLOCK_SECONDS = 5.0  # hosts whose clocks differ by more make wrong file times and refused credentials
 
 
@@ -50,21 +48,16 @@ class Finding:
 
 
 def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
-    """Examines every host of the run; all hosts call it together.
+    """Examines every host of the run, whose workdir stays as it was; all hosts call it together.
 
-    Args:
-      config: the run config.
-      workdir: of the run; left as it was.
-
-    Raises:
-      UserError: something would stop the run; on every host.
+    Raises UserError on every host if something would stop the run.
     """
     workdir, patience = epath.Path(workdir), config.hosts.connect_seconds
     devices = jax.local_devices()
     here = f"{len(devices)} × {devices[0].device_kind}"
     found = [
-        Finding(check="versions", good=True, detail=_versions(), same=True),
-        Finding(check="config", good=True, detail=fingerprint(config)[:12], same=True),
+        Finding(check="versions", good=True, detail=", ".join(versions()), same=True),
+        Finding(check="config", good=True, detail=config.fingerprint()[:12], same=True),
         Finding(check="devices of a host", good=True, detail=here, same=True),
     ]
     with _caught() as problem:
@@ -119,14 +112,6 @@ def _first_parameters(init: InitConfig, tokenizer: str, model: DecoderConfig, wo
     with _caught() as problem, alone():
         open_initial(init, Tokenizer.load(tokenizer), model)
     return _finding("first parameters", problem, f"{init.checkpoint}: fit the model and the tokenizer")
-
-
-def _versions() -> str:
-    found = [f"python {platform.python_version()}"]
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package} {importlib.metadata.version(package)}")
-    return ", ".join(found)
 
 
 def _storage(workdir: epath.Path, patience: float) -> Iterator[Finding]:

@@ -45,9 +45,6 @@ def open_held_out(data: DataConfig, options: EvalConfig, tokenizer: Tokenizer) -
     """The validation stores of `config.eval.tasks`: chat packed whole, text as one stream.
 
     The bytes of all rows are the store's; those of `eval.max_rows` of them are counted by decoding their targets.
-
-    Raises:
-      UserError: a store is missing or of another tokenizer.
     """
     found = []
     for task in options.tasks:
@@ -129,18 +126,10 @@ def evaluate(
     max_rows: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """Scores one task.
+    """Scores one task: `task, loss` (nats a target token)`, bits_per_byte, tokens, bytes`; None where it was stopped.
 
-    Args:
-      program: for its `score` function and mesh.
-      params: current parameters.
-      held_out: the task.
-      batch_rows: rows B of a batch; rounded up to what the mesh divides.
-      max_rows: rows scored at most, chosen by `data.loader.chosen_rows`; 0: all.
-      should_stop: asked before every batch, equally often on all hosts.
-
-    Returns:
-      `task, loss` (nats a target token)`, bits_per_byte, tokens, bytes`; None where it was stopped.
+    `batch_rows` is rounded up to what the mesh divides; `max_rows` are chosen by `data.loader.chosen_rows` (0: all).
+    `should_stop` is asked before every batch, equally often on all hosts.
     """
     ways = batch_ways(program.mesh)
     batch_rows = math.ceil(batch_rows / ways) * ways
@@ -170,14 +159,8 @@ def evaluate(
 class Evaluations:
     """The held-out evaluations of a run: scored, recorded, and compared with the one before step 1.
 
-    Args:
-      program: of the run.
-      batch_rows: rows of a batch.
-      options: `config.eval`.
-      steps: when the run is scored.
-      held_out: the tasks.
-      history: the run's records, with the scores of earlier processes.
-      should_stop: asked before every batch whether to stop scoring, equally often on all hosts.
+    `history` has the scores of earlier processes; `should_stop` is asked before every batch, equally often on all
+    hosts.
     """
 
     def __init__(
@@ -208,9 +191,7 @@ class Evaluations:
     def due(self, step: int, save_is_regular: bool) -> bool:
         """Whether to score after this update.
 
-        Args:
-          step: updates done.
-          save_is_regular: a checkpoint is saved after it, which `keep_best` may compare with others.
+        `save_is_regular`: a checkpoint is saved after it, which `keep_best` may compare with others.
         """
         if not self._held_out:
             return False
@@ -219,10 +200,7 @@ class Evaluations:
     def score(self, params: Any, step: int, only: Collection[str] | None = None) -> dict[str, float]:
         """Scores the tasks; losses (nats a target token) by task, of fewer tasks after a request to stop.
 
-        Args:
-          params: current parameters.
-          step: updates done.
-          only: these tasks; the others were scored at this step before. None: all.
+        `only`: these tasks; the others were scored at this step before.
         """
         losses: dict[str, float] = {}
         first, bits = self._bits[0], self._bits[step]

@@ -37,13 +37,9 @@ class RunHistory:
 
 @contextlib.contextmanager
 def open_history(log: LogConfig, workdir: epath.Path, step: int, started: float) -> Iterator[RunHistory]:
-    """Opens the metrics of a run; records of later steps are removed, because these steps are repeated.
+    """Opens the metrics of a run that continues from `step`; records of later steps are removed and made again.
 
-    Args:
-      log: `config.log`.
-      workdir: of the run.
-      step: from which the run continues. Evaluations of step 0 are repeated.
-      started: when this process started, seconds since 1970.
+    Evaluations of step 0 are repeated. `started` is when this process started, seconds since 1970.
     """
     if not is_primary():
         yield RunHistory()

@@ -21,15 +21,7 @@ from lemur_jax.train.step import Program
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitialParams:
-    """The first parameters of a run, made when they are asked for.
-
-    Attributes:
-      init, adapter: sections of the config.
-      seed: of fresh parameters.
-      tokenizer: of the run.
-      program: of the run.
-      teacher: `config.distill.teacher`.
-    """
+    """The first parameters of a run, made when they are asked for; `teacher` is `config.distill.teacher`."""
 
     init: InitConfig
     adapter: AdapterConfig
@@ -52,11 +44,7 @@ class InitialParams:
         return fresh(key)
 
     def frozen(self) -> Any:
-        """What is not trained: the base of an adapter, a reference, a teacher, or None.
-
-        Raises:
-          UserError: the teacher has another vocabulary.
-        """
+        """What is not trained: the base of an adapter, a reference, a teacher of the same vocabulary, or None."""
         if self.program.state.frozen is None:
             return None
         if self.teacher:
@@ -87,9 +75,7 @@ class InitialParams:
 def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: Program) -> Any:
     """Fresh parameters from the seed, or those of `config.init.checkpoint`.
 
-    Raises:
-      UserError: as `open_initial`, or the vocabulary is of another size and `config.init` does not say what to do
-        about that.
+    Raises UserError as `open_initial`, or where `config.init` does not allow a change of the vocabulary.
     """
     model, dtype, mesh = program.model, program.param_dtype, program.mesh
     shardings = shardings_of(abstract_params(model, dtype, mesh))
@@ -111,11 +97,7 @@ def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: P
 
 
 def open_initial(init: InitConfig, tokenizer: Tokenizer, model: DecoderConfig) -> ModelSource:
-    """`config.init.checkpoint`, opened; no weights are read yet.
-
-    Raises:
-      UserError: it is not there, or of another shape or another tokenizer than the run.
-    """
+    """`config.init.checkpoint`, opened; UserError: it is not there, or of another shape or tokenizer."""
     source = open_source(init.checkpoint)
     _check_shape(source.model, model, init.checkpoint)
     if source.tokenizer_files:

@@ -16,7 +16,7 @@ from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.progress import Progress
-from lemur_jax.config import RunConfig, to_json
+from lemur_jax.config import RunConfig
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.counts import check_counts
 from lemur_jax.data.loader import Loader
@@ -98,7 +98,7 @@ def train(
     began, started = time.perf_counter(), time.time()
     check_steps(profile, config.train.steps)
     inputs = (open_inputs or open_data)(config, build)
-    workdir, values, steps = epath.Path(workdir), to_json(config), config.train.steps
+    workdir, values, steps = epath.Path(workdir), config.to_json(), config.train.steps
     changes = config_changes(values, workdir, extend=extend)
     with contextlib.ExitStack() as stack:
         if is_primary():
@@ -174,11 +174,7 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
 
 
 def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
-    """Tokenizer, data and program.
-
-    Raises:
-      UserError: one of them is missing, or they do not fit together.
-    """
+    """Tokenizer, data and program; UserError: one of them is missing, or they do not fit together."""
     mesh = make_mesh(config.mesh)  # first, as it needs no file
     tokenizer = Tokenizer.from_config(config.tokenizer)
     mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
@@ -213,7 +209,7 @@ def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
     metadata = make_metadata(
         model=config.model.to_dict(),
         tokenizer_files=inputs.tokenizer.files(),
-        config=to_json(config),
+        config=config.to_json(),
         data=inputs.mixture.digests(),
     )
     initial = InitialParams(
@@ -255,7 +251,7 @@ def finished(config: RunConfig, workdir: epath.PathLike) -> bool:
     workdir, last = epath.Path(workdir), config.train.steps
     if not (workdir / "checkpoints" / str(last)).exists():
         return False
-    if config_changes(to_json(config), workdir, extend=True):
+    if config_changes(config.to_json(), workdir, extend=True):
         return False
     records = read_metrics(workdir) if (workdir / METRICS_FILE).exists() else []
     return not evaluation_steps(config.eval, config.checkpoint, config.init, last).unscored(records, last)

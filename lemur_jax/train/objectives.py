@@ -96,9 +96,7 @@ def reference_logprobs(model: Decoder, batch: Batch) -> Batch:
 def next_token(options: OptimizerConfig | None = None) -> Objective:
     """Cross-entropy of the targets.
 
-    Args:
-      options: weights of log(Z)^2 and of the routers' losses, which are trained on and not part of the reported loss;
-        None: all 0.
+    `options` weighs log(Z)^2 and the routers' losses, which are trained on and not part of the reported loss.
     """
 
     def loss(model: Decoder, batch: Batch) -> Loss:

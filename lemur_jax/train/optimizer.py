@@ -108,13 +108,8 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of `config.optimizer`: clipping, a direction, decoupled weight decay, the learning rate.
 
-    Its state carries `hyperparams["learning_rate"]`, the rate that the last update really used.
-
-    Args:
-      options: `config.optimizer`.
-      steps: updates of the whole run.
-      axes: logical axes of each parameter.
-      spikes: `config.spikes`; None: nothing is skipped.
+    Its state carries `hyperparams["learning_rate"]`, the rate that the last update really used. `steps` are the updates
+    of the whole run, `axes` the logical axes of each parameter; without `spikes` nothing is skipped.
     """
 
     @optax.inject_hyperparams

@@ -39,14 +39,8 @@ class Save(enum.Enum):
 class Saves:
     """A context in which `WORKDIR/checkpoints` is open.
 
-    Args:
-      options: `config.checkpoint`.
-      workdir: of the run.
-      program: of the run.
-      metadata: goes into every checkpoint (`checkpoint.manager.make_metadata`).
-      initial: the first parameters, where there is no checkpoint, and those that are frozen.
-      last: the last update.
-      rollouts: of `lemur rl`: checkpoints hold the episodes that it has sampled ahead.
+    `metadata` goes into every checkpoint; `initial` gives the first parameters and those that are frozen; `last` is the
+    last update; with `rollouts` of `lemur rl`, checkpoints hold the episodes that it has sampled ahead.
     """
 
     def __init__(
@@ -84,12 +78,8 @@ class Saves:
     def first_state(self, at_most: int | None = None, frozen: Any = None) -> tuple[TrainState, int]:
         """The state of the newest checkpoint that is whole and its step, or a fresh state and 0.
 
-        Args:
-          at_most: later checkpoints are left alone; None: there are none such.
-          frozen: the parameters that are frozen, if they are there already.
-
-        Raises:
-          UserError: no checkpoint is whole, or they are of another model, optimizer or data.
+        Checkpoints after `at_most` are left alone; `frozen` are the frozen parameters, if they are there already.
+        Raises UserError if no checkpoint is whole, or they are of another model, optimizer or data.
         """
         program, fresh = self._program, self._options.other_optimizer == "fresh"
         wanted = (program.state.params, program.state.optimizer)
@@ -128,10 +118,7 @@ class Saves:
     def due(self, step: int, *, early: bool = False, stop: bool = False) -> Save:
         """What to save after an update; the same on all hosts.
 
-        Args:
-          step: updates done.
-          early: save whatever the step, e.g. after a rollback.
-          stop: no update follows.
+        `early`: save whatever the step, e.g. after a rollback; `stop`: no update follows.
         """
         if stop or step == self._last:
             return Save.FINAL
@@ -140,16 +127,9 @@ class Saves:
         return Save.NONE
 
     def save(self, kind: Save, step: int, state: TrainState, losses: Mapping[str, float]) -> None:
-        """Saves a state.
+        """Saves the state after `step` updates, with held-out losses by task if there are any.
 
-        Args:
-          kind: from `due`.
-          step: updates done.
-          state: the state after them.
-          losses: held-out losses at this step by task, if there are any.
-
-        Raises:
-          UserError: too many saves failed, or a leaf is not finite.
+        Raises UserError if too many saves failed, or a leaf is not finite.
         """
         with jax.transfer_guard("allow"):  # Orbax copies to the host
             best, metadata = losses.get(self._options.keep_best), self._metadata

@@ -39,13 +39,9 @@ class SpikeState(NamedTuple):
 def skip_spikes(
     inner: optax.GradientTransformation, factor: float, window: int
 ) -> optax.GradientTransformation:
-    """`inner`, but an update whose gradient norm is a spike changes nothing.
+    """`inner`, but an update whose gradient norm is above `factor` × the running median changes nothing.
 
-    Args:
-      inner: what makes updates of gradients.
-      factor: a norm above factor × the running median is a spike.
-      window: accepted norms that the median is taken over; before there are that many, only a norm that is not
-        finite is a spike.
+    The median is over `window` accepted norms; before there are that many, only a norm that is not finite is a spike.
     """
 
     def init(params: Any) -> SpikeState:
@@ -87,12 +83,8 @@ def memory(optimizer_state: Any) -> SpikeState | None:
 def rollback_target(step: int, in_a_row: int, every_steps: int, rolled_back_at: int) -> int:
     """The step to whose parameters to go back: of the last regular checkpoint before the first skip.
 
-    Checkpoints out of turn do not count: whether they are there depends on signals and clocks.
-
-    Args:
-      step: updates done, the last `in_a_row` of them skipped.
-      every_steps: `config.checkpoint.every_steps`.
-      rolled_back_at: where the run was rolled back before; it was saved there, and does not go back further.
+    Checkpoints out of turn do not count: whether they are there depends on signals and clocks. Of `step` updates the
+    last `in_a_row` are skipped. The run was saved at `rolled_back_at`, and does not go back further.
     """
     good = step - in_a_row
     regular = good - good % every_steps if every_steps else 0
@@ -102,11 +94,8 @@ def rollback_target(step: int, in_a_row: int, every_steps: int, rolled_back_at: 
 def rolled_back(counters: Any, good: TrainState, step: jax.Array, done: int, rollbacks: int) -> TrainState:
     """The state of `step` with the parameters, moments and remembered norms of `good`.
 
-    Args:
-      counters: the optimizer's state at `step`, for the schedule's counters.
-      good: the state to go back to.
-      step: int32 [], updates done, those that are undone included; `done` is its value.
-      rollbacks: how often the run was rolled back, this time included.
+    `counters` is the optimizer's state at `step`, for the schedule's counters; `done` is the value of `step`;
+    `rollbacks` counts this one too.
     """
 
     def number(value: int, like: jax.Array) -> jax.Array:
@@ -122,11 +111,6 @@ def rolled_back(counters: Any, good: TrainState, step: jax.Array, done: int, rol
 
 
 def too_many_skips(options: SpikesConfig, metrics: Mapping[str, jax.Array]) -> bool:
-    """Whether to roll back; only where that is asked for does the host wait for the step.
-
-    Args:
-      options: `config.spikes`.
-      metrics: of the step.
-    """
+    """Whether to roll back; only where that is asked for does the host wait for the step."""
     limit = options.rollback_after
     return limit > 0 and int(jax.device_get(metrics["skips_in_a_row"])) >= limit

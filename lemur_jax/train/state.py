@@ -28,10 +28,8 @@ class TrainState:
 
 
 def abstract_params(model: DecoderConfig, dtype: str, mesh: Mesh) -> Any:
-    """The parameters as ShapeDtypeStructs with their shardings.
-
-    Raises:
-      UserError: a leaf without a sharding rule, or one that the mesh does not divide.
+    """The parameters as ShapeDtypeStructs with their shardings; UserError: a leaf has no rule, or the mesh does not
+    divide it.
     """
     params = decoder.abstract_params(model, dtype)
     return jax.tree.map(_with_sharding, params, param_shardings(mesh, params, decoder.logical_axes(model)))
@@ -55,14 +53,9 @@ def abstract_frozen(model: DecoderConfig, dtype: str, mesh: Mesh) -> Any:
 def abstract_state(
     params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, frozen: Any = None
 ) -> TrainState:
-    """The state as ShapeDtypeStructs that carry their shardings; nothing is allocated.
+    """The state as ShapeDtypeStructs that carry their shardings; UserError: a leaf of the optimizer has no rule.
 
-    Args:
-      params: abstract, what is trained.
-      frozen: abstract, what is not.
-
-    Raises:
-      UserError: a leaf without a sharding rule.
+    `params` and `frozen` are abstract: what is trained, and what is not.
     """
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
@@ -85,11 +78,9 @@ def run_state(
     mesh: Mesh,
     frozen: Any = None,
 ) -> TrainState:
-    """The abstract state of a run.
+    """The abstract state of a run, of which `dtype` is trained.
 
-    Args:
-      dtype: of what is trained.
-      frozen: abstract, what is not trained, if there is no adapter.
+    `frozen` is abstract: what is not trained, if there is no adapter.
     """
     if adapter.rank:
         frozen = abstract_frozen(model, adapter.base_dtype, mesh)
@@ -152,16 +143,10 @@ def start(
     step: int = 0,
     frozen: Any = None,
 ) -> TrainState:
-    """The state of a new optimizer after `step` updates of another one, if any.
+    """The state of a new optimizer, of `make_optimizer`, after `step` updates of another one, if any.
 
-    Moments and their bias correction begin at 0, the learning rate where its schedule is at `step`.
-
-    Args:
-      params: parameters that already lie where they belong.
-      optimizer: as `make_optimizer` makes it.
-      abstract: of the state.
-      step: updates done.
-      frozen: parameters without gradient.
+    Moments and their bias correction begin at 0, the learning rate where its schedule is at `step`. `params` already
+    lie where they belong.
     """
 
     def init(params: Any) -> Any:

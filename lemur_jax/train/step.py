@@ -67,11 +67,7 @@ class Program:
 
 
 def check(train: TrainConfig, sequence_length: int, model: DecoderConfig, mesh: Mesh) -> None:
-    """Refuses batches that the mesh cannot cut, and rows that the model was not made for.
-
-    Raises:
-      UserError: naming the keys.
-    """
+    """Refuses batches that the mesh cannot cut, and rows that the model was not made for; UserError names the keys."""
     rows, passes = train.batch_rows, train.microbatches
     ways = batch_ways(mesh)
     if rows % passes or (rows // passes) % ways:

@@ -61,14 +61,9 @@ class BatchSource(Protocol):
 class StepLog:
     """Collects what `Program.step` returns and writes it out in batches.
 
-    Between two flushes nothing is read back, so the device always has the next step queued.
-
-    Args:
-      history: the records of earlier processes, and where new ones go.
-      progress: shows the steps done.
-      mixture: names the sources, and the documents of a bad batch.
-      program: for the FLOPs of a step and the chips that make them; None leaves utilization out.
-      began: `time.perf_counter()` when the run began.
+    Between two flushes nothing is read back, so the device always has the next step queued. `mixture` names the
+    sources, and the documents of a bad batch; without a `program` utilization is left out; `began` is
+    `time.perf_counter()` when the run began.
     """
 
     def __init__(
@@ -127,8 +122,7 @@ class StepLog:
     def flush(self, keep: int = 0) -> None:
         """Reads back and writes all steps but the newest `keep`.
 
-        Raises:
-          UserError: a loss or a gradient was not finite; names the step and the documents.
+        A UserError names the step and the documents of a loss or a gradient that is not finite.
         """
         ready = self._pending[: len(self._pending) - keep]
         if not ready:
@@ -250,9 +244,7 @@ def _some(names: list[str]) -> str:
 class _Machine:
     """What the devices of this run can do, and how much of it a step uses.
 
-    Args:
-      program: its model and mesh.
-      tokens: of a global batch, padding included: that is what is computed.
+    `tokens` are those of a global batch, padding included: that is what is computed.
     """
 
     def __init__(self, program: Program, tokens: int):

@@ -7,10 +7,11 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import write_json
 from lemur_jax.common.sections import fill
-from lemur_jax.config import RunConfig, flatten
+from lemur_jax.config import RunConfig, differences
 
-Changes = Mapping[str, tuple[Any, Any]]  # dotted key -> (value of the run, value now)
+Changes = Mapping[str, tuple[Any, Any]]  # as of `config.differences`: of the run, and now
 
 # What may differ between a run and its resumption: it affects no result (up to rounding).
 FREE = (
@@ -22,24 +23,17 @@ EXTENDABLE = ("train.steps", "optimizer.", "spikes.", "data.sources.", "data.sta
 
 
 def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bool = False) -> Changes:
-    """How a config differs from the one that the workdir belongs to; nothing is written.
+    """How a config, as JSON, differs from the one that the workdir belongs to; nothing is written.
 
-    Args:
-      values: the config as JSON (`config.to_json`).
-      workdir: local or gs:// directory; it need not exist.
-      extend: accept changes of `EXTENDABLE` keys.
-
-    Returns:
-      Only changes that affect results; empty where the workdir belongs to no config.
-
-    Raises:
-      UserError: the configs differ in keys that may not change. All of them are named.
+    Only changes that affect results; empty where the workdir belongs to no config. A UserError names all keys that may
+    not change; with `extend` those of `EXTENDABLE` may.
     """
     path = workdir / "config.json"
     if not path.exists():
         return {}
     free = (*FREE, "optimizer.") if values["checkpoint"]["other_optimizer"] == "fresh" else FREE
-    changes = differences(fill(RunConfig, json.loads(path.read_text())), values, free)
+    found = differences(fill(RunConfig, json.loads(path.read_text())), values)
+    changes = {key: pair for key, pair in found.items() if not key.startswith(free)}
     fixed = {key: pair for key, pair in changes.items() if not (extend and key.startswith(EXTENDABLE))}
     if fixed:
         listed = "; ".join(f"{key} was {old!r} there and is {new!r} now" for key, (old, new) in fixed.items())
@@ -51,17 +45,10 @@ def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bo
 
 
 def check_changes(changes: Changes, values: Mapping[str, Any], step: int) -> None:
-    """Refuses changes that would have affected updates before `step`, which are made already.
+    """Refuses changes, of `config_changes`, that would have affected updates before `step`, that of the newest
+    checkpoint.
 
     A source may be added with share 0; a stage may be added, removed or changed from `step` on.
-
-    Args:
-      changes: from `config_changes`.
-      values: the config as JSON.
-      step: of the newest checkpoint.
-
-    Raises:
-      UserError: naming the key.
     """
     for key, (old, new) in changes.items():
         if key.startswith("data.sources.") and not key.endswith(".max_epochs"):
@@ -82,17 +69,4 @@ def check_changes(changes: Changes, values: Mapping[str, Any], step: int) -> Non
 def claim(values: Mapping[str, Any], workdir: epath.Path) -> None:
     """Writes the config that the workdir belongs to from now on; the primary host calls it."""
     workdir.mkdir(parents=True, exist_ok=True)
-    # Renamed when whole: other hosts may read it at the same time.
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    temporary.replace(workdir / "config.json")
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...] = FREE) -> Changes:
-    """Keys that differ, but for those that start with a word of `free`; None stands for a missing value."""
-    before, now = ({key: value for key, value in flatten(tree).items() if value != {}} for tree in (old, new))
-    return {
-        key: (before.get(key), now.get(key))
-        for key in sorted(before.keys() | now.keys())
-        if not key.startswith(free) and before.get(key) != now.get(key)
-    }
+    write_json(workdir / "config.json", values)

@@ -34,7 +34,7 @@ def test_verifies_every_byte(run, capsys):
     assert float(lines[2].split()[1]) > 0
     for file in (run / "checkpoints/3").rglob("*"):
         os.utime(file, (time.time() - 9000,) * 2)
-    assert listing.checkpoint_table(run)[0].splitlines()[2].split()[2:4] == ["2.5", "h"]
+    assert listing.checkpoint_table(run)[0].splitlines()[2].split()[2:4] == ["2", "h"]
 
     data = max((run / "checkpoints/6/optimizer").rglob("d/*"), key=lambda file: file.stat().st_size)
     content = bytearray(data.read_bytes())

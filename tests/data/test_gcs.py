@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from lemur_jax.config import replace, to_json
+from lemur_jax.config import replace
 
 # Run by itself: where gs:// is, is read from the environment when the libraries are imported.
 SCRIPT = """
@@ -61,7 +61,7 @@ def test_stores_on_gs_are_those_of_a_disk(emulator, tmp_path, make_config, chat_
     config = replace(make_config("texts", "talks", **options), {"data.sources.talks.packing": "fit"})
     outputs = {}
     for place in ("gs://bucket/stores", str(tmp_path / "stores")):
-        there = json.dumps(to_json(replace(config, {"data.stores": place})))
+        there = json.dumps(replace(config, {"data.stores": place}).to_json())
         command = [sys.executable, "-c", SCRIPT, there, str(tmp_path)]
         done = subprocess.run(command, env=emulator, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr

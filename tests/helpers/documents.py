@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from etils import epath
 
+from lemur_jax.common.json_files import read_sealed, write_sealed
 from lemur_jax.config import default_config, from_config_dict
-from lemur_jax.data.manifest import empty_manifest, read_sealed, write_sealed
+from lemur_jax.data.manifest import empty_manifest
 from lemur_jax.data.store import TokenStore
 from lemur_jax.models.presets import preset
 from lemur_jax.prepare.store_writer import StoreWriter

@@ -11,7 +11,6 @@ import pyarrow.parquet
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import to_json
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import encoding as documents
 from lemur_jax.prepare import prepare as prepare_module
@@ -85,7 +84,7 @@ def register():
 def run_process(tmp_path, corpus, config, kill_after):
     script = tmp_path / "run.py"
     script.write_text(PREPARE)
-    options = {"pattern": str(corpus), "config": to_json(config), "kill_after": kill_after}
+    options = {"pattern": str(corpus), "config": config.to_json(), "kill_after": kill_after}
     arguments = [sys.executable, str(script), json.dumps(options)]
     return subprocess.run(arguments, capture_output=True, text=True)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lemur_jax.config import default_config, from_config_dict, to_json
+from lemur_jax.config import default_config, from_config_dict
 from lemur_jax.models.presets import preset
 from lemur_jax.telemetry.metrics import MetricsWriter
 
@@ -28,7 +28,7 @@ def write_stage(
     config.data.sources = {"python_docs": {"share": 1.0}, "python_stdlib": {"share": 4.0}}
     config.update(options)
     workdir.mkdir(parents=True)
-    (workdir / "config.json").write_text(json.dumps(to_json(from_config_dict(config))))
+    (workdir / "config.json").write_text(json.dumps(from_config_dict(config).to_json()))
     with MetricsWriter(workdir) as writer:
         for step in range(1, steps + 1):
             loss = 4.0 - 2.0 * step / steps

@@ -6,7 +6,7 @@ import pytest
 
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import from_json, load, to_json
+from lemur_jax.config import from_json, load
 from lemur_jax.sweep.runs import plan_runs, run_config
 from tests.helpers.sweeps import config_of
 
@@ -95,7 +95,7 @@ def test_sources_with_epochs_have_no_shares_to_vary():
         name: {"share": 0.0, "packing": "concat", "max_epochs": 0.0, "epochs": 2.0}
         for name in ("code", "text")
     }
-    plain = to_json(config_of())
+    plain = config_of().to_json()
     plain["data"]["sources"] = sources
     with pytest.raises(UserError, match="have `epochs`: a sweep varies shares"):
         plan_runs(from_json(plain), ["1:1"], 1)

@@ -11,7 +11,7 @@ from lemur_jax.checkpoint.metadata import make_metadata
 from lemur_jax.checkpoint.reading import restore_params
 from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import load, replace, to_json
+from lemur_jax.config import load, replace
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.peft import export_peft, read_peft
 from lemur_jax.convert.source import open_source
@@ -71,7 +71,7 @@ def checkpoint(run, tmp_path_factory):
     """A checkpoint of the adapter after the run."""
     config, _, state, _ = run
     directory = tmp_path_factory.mktemp("adapter") / "checkpoint"
-    metadata = make_metadata(model=config.model.to_dict(), tokenizer_files={}, config=to_json(config))
+    metadata = make_metadata(model=config.model.to_dict(), tokenizer_files={}, config=config.to_json())
     write_params(directory, jax.device_get(state.params), metadata, STEPS)
     return directory
 
@@ -160,7 +160,7 @@ def test_peft_trains_the_same_and_reads_what_is_exported(base, run, checkpoint, 
     config, _, state, losses = run
     export_hf(base, tmp_path / "base", dtype="float32")
     first = start_run(base)[2].params
-    metadata = make_metadata(model=config.model.to_dict(), tokenizer_files={}, config=to_json(config))
+    metadata = make_metadata(model=config.model.to_dict(), tokenizer_files={}, config=config.to_json())
     write_params(tmp_path / "first", jax.device_get(first), metadata)
     export_peft(tmp_path / "first", tmp_path / "peft")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)

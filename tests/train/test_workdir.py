@@ -10,7 +10,7 @@ import pytest
 from lemur_jax import cli
 from lemur_jax.cluster.exit import TRY_AGAIN
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import replace, to_json
+from lemur_jax.config import replace
 from lemur_jax.data.config import SourceConfig, StageConfig
 from lemur_jax.train import loop
 from lemur_jax.train.loop import finished
@@ -20,9 +20,9 @@ from tests.helpers.tiny import tiny_config
 
 def test_other_hosts_never_see_half_a_config(tmp_path):
     """The file is renamed into place: whoever reads it meanwhile sees nothing or all of it."""
-    claim(to_json(tiny_config()), tmp_path)
+    claim(tiny_config().to_json(), tmp_path)
     before = (tmp_path / "config.json").stat().st_ino
-    claim(to_json(tiny_config()), tmp_path)
+    claim(tiny_config().to_json(), tmp_path)
     assert (tmp_path / "config.json").stat().st_ino != before
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
@@ -66,16 +66,16 @@ def test_what_may_change_between_a_run_and_its_resumption(tmp_path, options, ext
     first = tiny_config(
         {"data.sources": SOURCES, "data.stages": {"early": StageConfig(step=2, shares={"text": 1.0})}}
     )
-    claim(to_json(first), tmp_path)
+    claim(first.to_json(), tmp_path)
     if isinstance(stages := options.get("data.stages"), dict):
         options = options | {"data.stages": {**first.data.stages, **stages}}
-    values = to_json(replace(first, options))
+    values = replace(first, options).to_json()
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         check_changes(config_changes(values, tmp_path, extend=extend), values, 4)
 
 
 def test_a_config_of_an_older_version_has_the_defaults_of_new_keys(tmp_path):
-    values = to_json(tiny_config({"data.sources": SOURCES}))
+    values = tiny_config({"data.sources": SOURCES}).to_json()
     older = json.loads(json.dumps(values))
     del older["spikes"], older["train"]["microbatches"], older["data"]["sources"]["code"]["packing"]
     claim(older, tmp_path)
@@ -112,8 +112,8 @@ def test_finished_means_the_last_step_is_saved(tmp_path):
 def test_launchers_see_whether_a_run_that_stopped_is_finished(tmp_path, monkeypatch, relaunch, saved, status):
     path = tmp_path / "c.py"
     path.write_text(
-        "from ml_collections import ConfigDict\nfrom lemur_jax.config import to_json\n"
-        "from tests.helpers.tiny import tiny_config\ndef get_config(arg=''): return ConfigDict(to_json(tiny_config()))"
+        "from ml_collections import ConfigDict\n"
+        "from tests.helpers.tiny import tiny_config\ndef get_config(arg=''): return ConfigDict(tiny_config().to_json())"
     )
 
     def train(config, workdir, **_):
