@@ -3,6 +3,7 @@
 import argparse
 import errno
 import logging
+import os
 import shlex
 import sys
 import traceback
@@ -62,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return leave(INTERRUPTED)
 
 
-# What the file system says of a disk, and of a path.
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What the file system says of a path.
 _OF_A_PATH = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
@@ -79,8 +79,12 @@ def _one_line(error: Exception) -> str | None:
             f"the object store cannot be reached, or refuses: {reason_of(error)}; look at the network"
             " and at the credentials, and run the same command again"
         )
-    if isinstance(error, OSError) and error.errno in (*_FULL, *(_OF_A_PATH if error.filename else ())):
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    # As text: where a disk or a quota is full, TensorStore raises a ValueError.
+    if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+        reason = " ".join(reason_of(error).split())
+        return f"{reason}; free some space, or name another place, and run the same command again"
+    if isinstance(error, OSError) and error.filename and error.errno in _OF_A_PATH:
+        return f"{error.strerror}: {error.filename}"
     return None
 
 

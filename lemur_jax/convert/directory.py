@@ -1,7 +1,6 @@
 """Directories that appear whole or not at all."""
 
 import contextlib
-import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -34,16 +33,8 @@ def staged(target: epath.Path) -> Iterator[epath.Path]:
     should write last the file without which no reader opens the directory. Raises UserError if another process writes
     the same target.
     """
-    try:
-        with _in_place(target) if is_object_store(target) else _beside(target.resolve()) as directory:
-            yield directory
-    except (ValueError, OSError) as error:  # TensorStore raises the former
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not str(error).startswith("RESOURCE_EXHAUSTED"):
-            raise
-        raise UserError(
-            f"{target} could not be written: {str(error)[:200]}; free some space or choose another place"
-        ) from error
+    with _in_place(target) if is_object_store(target) else _beside(target.resolve()) as directory:
+        yield directory
 
 
 @contextlib.contextmanager

@@ -4,14 +4,11 @@ First the tokenizer, then one store after the other, then the budget. A complete
 data by the same task and tokenizer is kept.
 """
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import itertools
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -83,7 +80,7 @@ def prepare(
     if any(tasks.is_chat(found[name], split) for name, split in wanted):
         check_template(tokenizer)
     workers = config.prepare.workers or available_cores()
-    with _full_disk_as_user_error(config.data.stores), encoder(tokenizer, workers) as encode:
+    with encoder(tokenizer, workers) as encode:
         run = _Run(config, steps, tokenizer, encode, replace, runner, runner_options)
         if not replace:
             for name, split in wanted:
@@ -106,20 +103,6 @@ def prepare(
         needs = budget(mixture, config.train.steps)
         logger.info("%s", format_budget(needs))
         check_budget(needs)
-
-
-@contextlib.contextmanager
-def _full_disk_as_user_error(stores: str) -> Iterator[None]:
-    """Raises UserError where a disk or a quota is full; TensorStore raises a ValueError then."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if not any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
-            raise
-        raise UserError(
-            f"the disk of {stores} is full: free some space, or name another directory in data.stores; the same"
-            " command continues from what is saved"
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

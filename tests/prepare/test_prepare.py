@@ -13,7 +13,6 @@ from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import encoding as documents
 from lemur_jax.prepare import prepare_tokenizer
 from lemur_jax.prepare.prepare import prepare  # first: it keeps TensorFlow quiet
-from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat
 from lemur_jax.text.tokenizer import Tokenizer
 from tests.helpers.list_source import files_of, run
@@ -307,17 +306,3 @@ def test_a_tokenizer_is_extended_once_and_checked(task, make_config, tmp_path, t
     options |= {"tokenizer.add_tokens": CHATML_TOKENS, "tokenizer.extend": str(tmp_path / "other")}
     with pytest.raises(UserError, match=r"was not made from"):
         run(make_config("made_up", **options))
-
-
-def test_a_full_disk_is_one_line(monkeypatch, make_config, task):
-    """TensorStore's own error, as it is when a chunk cannot be written."""
-    task([{"text": b"x" * 50, "id": b"a"}])
-
-    def full(*_, **__):
-        raise ValueError(
-            "RESOURCE_EXHAUSTED: Failed to write file: [OS error 28: ENOSPC No space left on device]"
-        )
-
-    monkeypatch.setattr(StoreWriter, "add", full)
-    with pytest.raises(UserError, match="the disk of .* is full: free some space"):
-        prepare(make_config("made_up"))
