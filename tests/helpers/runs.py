@@ -1,6 +1,7 @@
 """A small project that tests train: its files, and `lemur train` in a process of its own that may be killed."""
 
 import collections
+import itertools
 import os
 import pathlib
 import random
@@ -15,12 +16,15 @@ import numpy as np
 import pytest
 
 from lemur_jax.checkpoint.manager import read_metadata, restore_params
+from lemur_jax.config import load
 from lemur_jax.data.manifest import empty_manifest
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import abstract_params
 from lemur_jax.prepare.store_writer import StoreWriter
+from lemur_jax.sweep.runner import building_once
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import train_sentencepiece
+from lemur_jax.train import loop
 from lemur_jax.train.steplog import CLOCK_KEYS
 
 STEPS = 24
@@ -137,6 +141,40 @@ def kill_somewhere(project, workdir, checkpoints):
     time.sleep(random.random() * 0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+build_once = building_once()
+
+
+@pytest.fixture
+def train(project, monkeypatch, caplog):
+    """`train(workdir, key=value, ...)` runs six steps of the project's config, and returns what is logged."""
+    monkeypatch.chdir(project)
+
+    def run(workdir, **options):
+        caplog.clear()
+        run_in_process(workdir, **options)
+        return [each.getMessage() for each in caplog.records if "progress" not in each.name]
+
+    return run
+
+
+def run_in_process(workdir, extend=False, **options):
+    words = {"train.steps": 6, "eval.every_steps": 0, "checkpoint.keep": 100} | options
+    config = load("config.py", [f"--config.{key}={value}" for key, value in words.items()])
+    loop.train(config, workdir, build=build_once, extend=extend)
+
+
+def asked_at(poll, request=lambda interruption, cause: interruption.request(cause)):
+    """`Interruption.reached` where SIGTERM comes before it is called for the `poll`-th time."""
+    polls = itertools.count(1)
+
+    def reached(self):
+        if next(polls) == poll:
+            request(self, "SIGTERM")
+        return self.asked
+
+    return reached
 
 
 def without_clock(records):

@@ -1,6 +1,5 @@
 """When a run saves, what SIGTERM may take, and a run that goes on with another optimizer."""
 
-import itertools
 import os
 import resource
 import signal
@@ -16,46 +15,11 @@ from lemur_jax.checkpoint.manager import read_metadata, steps_in
 from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import load
-from lemur_jax.sweep.runner import building_once
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
-from lemur_jax.train import loop
 from lemur_jax.train.evaluate import Evaluations
 from lemur_jax.train.loop import finished
 from lemur_jax.train.saves import Saves
-from tests.helpers.runs import final_params, without_clock
-
-build_once = building_once()
-
-
-@pytest.fixture
-def train(project, monkeypatch, caplog):
-    """`train(workdir, key=value, ...)` runs six steps of the project's config, and returns what is logged."""
-    monkeypatch.chdir(project)
-
-    def run(workdir, **options):
-        caplog.clear()
-        run_in_process(workdir, **options)
-        return [each.getMessage() for each in caplog.records if "progress" not in each.name]
-
-    return run
-
-
-def run_in_process(workdir, extend=False, **options):
-    words = {"train.steps": 6, "eval.every_steps": 0, "checkpoint.keep": 100} | options
-    config = load("config.py", [f"--config.{key}={value}" for key, value in words.items()])
-    loop.train(config, workdir, build=build_once, extend=extend)
-
-
-def asked_at(poll, request=lambda interruption, cause: interruption.request(cause)):
-    """`Interruption.reached` where SIGTERM comes before it is called for the `poll`-th time."""
-    polls = itertools.count(1)
-
-    def reached(self):
-        if next(polls) == poll:
-            request(self, "SIGTERM")
-        return self.asked
-
-    return reached
+from tests.helpers.runs import asked_at, final_params, run_in_process, without_clock
 
 
 def changed_at(workdir):

@@ -5,10 +5,7 @@ Real processes, real signals: the whole of `lemur train` is under test, not a si
 
 import json
 import logging
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.checkpoint.manager import read_metadata, steps_in
+from lemur_jax.common.errors import UserError
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.text.tokenizer import Tokenizer
@@ -84,47 +82,24 @@ def test_any_step_of_a_run_is_exported(undisturbed, tmp_path, caplog):
     assert before != newest
 
 
-def refused(project, workdir, *words):
-    arguments = ["train", "--config", "config.py", "--workdir", str(workdir), *words]
-    done = subprocess.run(
-        [sys.executable, "-m", "lemur_jax.cli", *arguments],
-        cwd=project,
-        env={**os.environ},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    *progress, message = done.stderr.strip().splitlines()
-    assert all(line.startswith("train ") for line in progress)
-    return message
-
-
-def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(project, tmp_path):
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(train, tmp_path):
     """A learning rate that overflows after a few good steps."""
-    message = refused(
-        project,
-        tmp_path / "run",
-        "--config.optimizer.learning_rate=1e30",
-        "--config.optimizer.clip_norm=0",
-        "--config.optimizer.warmup_steps=20",
-        "--config.checkpoint.every_steps=1",
-    )
-    assert "loss is" in message
-    assert "code/code-" in message
-    step = read_metadata(tmp_path / "run")["step"]
-    assert f"step {step + 1}:" in message  # every step before was saved, this one was not
+    options = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0, "optimizer.warmup_steps": 20}
+    with pytest.raises(UserError, match=r"loss is.* code/code-") as stopped:
+        train(tmp_path, **options, **{"train.steps": STEPS, "checkpoint.every_steps": 1})
+    step = read_metadata(tmp_path)["step"]
+    assert f"step {step + 1}:" in str(stopped.value)  # every step before was saved, this one was not
 
 
-def test_store_that_changed_since_is_refused(project, undisturbed, tmp_path):
+def test_store_that_changed_since_is_refused(project, train, undisturbed, tmp_path):
     copy = tmp_path / "stores"
     tokenizer = Tokenizer.load(project / "tokenizer")
     write_store(copy / "code" / "train", tokenizer, "code", "train", 99)
     for split in ("train", "validation"):
         write_store(copy / "text" / split, tokenizer, "text", split, 1)
-    message = refused(project, undisturbed, f"--config.data.stores={copy}")
-    assert "was trained on other data" in message
-    assert "code" in message
+    same = {"train.steps": STEPS, "eval.every_steps": 10, "checkpoint.keep": 2}
+    with pytest.raises(UserError, match=r"was trained on other data.*code"):
+        train(undisturbed, **same, **{"data.stores": copy})
 
 
 def test_sigterm_saves_and_exits_0_and_the_bits_are_the_same(project, undisturbed, tmp_path):

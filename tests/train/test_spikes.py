@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.errors import UserError
 from lemur_jax.models import decoder
 from lemur_jax.telemetry.metrics import read_metrics
@@ -17,7 +18,7 @@ from lemur_jax.train.losses import row_sums
 from lemur_jax.train.optimizer import decayed, make_optimizer, schedule
 from lemur_jax.train.spikes import memory, rollback_target, skip_spikes
 from tests.helpers.planted import plant
-from tests.helpers.runs import final_params, finish, kill_somewhere, without_clock
+from tests.helpers.runs import STEPS, asked_at, final_params, without_clock
 from tests.helpers.tiny import first_state, placed, program_on, tiny_config
 
 
@@ -136,8 +137,18 @@ def poisoned(tmp_path_factory, project):
     return root
 
 
-def test_killed_run_skips_and_rolls_back_the_same(poisoned, tmp_path):
-    out = finish(poisoned, tmp_path / "alone")
+class Killed(Exception):
+    """The end of a process."""
+
+
+def kill(*_):
+    raise Killed
+
+
+def test_killed_run_skips_and_rolls_back_the_same(poisoned, train, tmp_path, monkeypatch):
+    monkeypatch.chdir(poisoned)
+    options = {"train.steps": STEPS, "checkpoint.keep": 2}
+    out = " ".join(train(tmp_path / "alone", **options))
     records = read_metrics(tmp_path / "alone")
     kinds = collections.Counter(record["kind"] for record in records)
     assert kinds["skip"] >= 3, kinds
@@ -146,9 +157,12 @@ def test_killed_run_skips_and_rolls_back_the_same(poisoned, tmp_path):
         if record["kind"] == "skip":
             assert any(name.startswith("code/poison-") for name in record["documents"])
     assert "update skipped, gradient norm" in out
-    for checkpoints in (1, 4):
-        kill_somewhere(poisoned, tmp_path / "run", checkpoints)
-    finish(poisoned, tmp_path / "run")
+    for polls in (5, 12):
+        with monkeypatch.context() as process:
+            process.setattr(Interruption, "reached", asked_at(polls, kill))
+            with pytest.raises(Killed):
+                train(tmp_path / "run", **options)
+    train(tmp_path / "run", **options)
     jax.tree.map(
         np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(tmp_path / "alone")
     )
