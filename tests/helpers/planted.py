@@ -1,10 +1,7 @@
 """A project with documents that make the gradient spike."""
 
-import numpy as np
-
-from lemur_jax.data.manifest import empty_manifest
-from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.tokenizer import Tokenizer
+from tests.helpers.runs import random_documents, write_store
 
 OPTIONS = """
     config.spikes.factor = 2.0
@@ -23,12 +20,6 @@ def plant(root):
     config = (root / "config.py").read_text()
     (root / "config.py").write_text(config.replace("\n    return config\n", OPTIONS))
     tokenizer = Tokenizer.load(root / "tokenizer")
-    rng = np.random.default_rng(3)
-    about = dict(task="code", split="train", source="code", vocab_size=tokenizer.vocab_size)
-    about |= dict(tokenizer_digest=tokenizer.digest, added_tokens=tokenizer.added_tokens)
-    with StoreWriter(root / "stores/code/train", empty_manifest(**about)) as writer:
-        for number in range(200):
-            poison = number % 12 == 0
-            ids = [7] * 62 if poison else rng.integers(3, tokenizer.vocab_size, 62).tolist()
-            name = f"{'poison' if poison else 'code'}-{number}"
-            writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id], name, 3 * len(ids))
+    documents = [*random_documents("code", seed=3, count=200, lengths=(62, 63)).items()]
+    documents[::12] = [(name.replace("code", "poison"), [7] * 62) for name, _ in documents[::12]]
+    write_store(root / "stores/code/train", tokenizer, dict(documents))

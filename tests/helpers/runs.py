@@ -15,11 +15,11 @@ import jax
 import numpy as np
 import pytest
 
-from lemur_jax.checkpoint.manager import read_metadata, restore_params
+from lemur_jax.checkpoint.manager import make_metadata, read_metadata, restore_params, write_params
 from lemur_jax.config import load
 from lemur_jax.data.manifest import empty_manifest
 from lemur_jax.models.config import DecoderConfig
-from lemur_jax.models.decoder import abstract_params
+from lemur_jax.models.decoder import abstract_params, init_params
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.sweep.runner import building_once
 from lemur_jax.text.tokenizer import Tokenizer
@@ -55,33 +55,41 @@ def get_config(arg=""):
 """
 
 
-def write_store(path, tokenizer, task, split, seed):
+def write_store(path, tokenizer, documents):
+    """Writes token ids by the name of a document into the store `.../task/split`."""
+    task, split = path.parts[-2:]
+    fields = {"task": task, "split": split, "source": task, "vocab_size": tokenizer.vocab_size}
+    digests = {"tokenizer_digest": tokenizer.digest, "added_tokens": tokenizer.added_tokens}
+    with StoreWriter(path, empty_manifest(**fields, **digests)) as writer:
+        for name, ids in documents.items():
+            writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id], name, 3 * len(ids))
+
+
+def random_documents(task, seed, ids=range(3, 300), count=60, lengths=(20, 200)):
     rng = np.random.default_rng(seed)
-    with StoreWriter(
-        path,
-        empty_manifest(
-            task=task,
-            split=split,
-            source=task,
-            tokenizer_digest=tokenizer.digest,
-            added_tokens=tokenizer.added_tokens,
-            vocab_size=tokenizer.vocab_size,
-        ),
-    ) as writer:
-        for number in range(60):
-            ids = rng.integers(3, tokenizer.vocab_size, rng.integers(20, 200)).tolist()
-            writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id], f"{task}-{number}", 3 * len(ids))
+    sizes = (rng.integers(*lengths) for _ in range(count))
+    return {f"{task}-{n}": rng.integers(ids.start, ids.stop, size).tolist() for n, size in enumerate(sizes)}
 
 
-def make_project(root, changes=""):
-    """Fills a directory with a config, to which lines may be added, a tokenizer and stores."""
+def make_project(root, changes="", ids=None):
+    """Fills a directory with a config, to which lines may be added, a tokenizer and stores; `ids`: by task."""
     (root / "config.py").write_text(CONFIG.replace("    return config", f"{changes}    return config"))
     words = [f"value_{i} = {i} + other_{i % 7}" for i in range(400)]
     train_sentencepiece(words, root / "tokenizer", vocab_size=300)
     tokenizer = Tokenizer.load(root / "tokenizer")
     splits = [("code", "train"), ("text", "train"), ("text", "validation"), ("code", "validation")]
     for seed, (task, split) in enumerate(splits):
-        write_store(root / "stores" / task / split, tokenizer, task, split, seed)
+        documents = random_documents(task, seed, **({"ids": ids[task]} if ids else {}))
+        write_store(root / "stores" / task / split, tokenizer, documents)
+    return tokenizer
+
+
+def write_model(path, model, tokenizer_files, seed=0, change=lambda leaf: leaf):
+    """A checkpoint of fresh parameters, each changed so; returns them."""
+    params = jax.device_get(jax.jit(init_params, static_argnums=0)(model, jax.random.key(seed)))
+    params = jax.tree.map(change, params)
+    write_params(path, params, make_metadata(model=model.to_dict(), tokenizer_files=tokenizer_files))
+    return params
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from lemur_jax.models.config import AdapterConfig
 from lemur_jax.train import loop
 from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.state import start
+from tests.helpers.runs import write_model
 from tests.helpers.tiny import placed, program_on, tiny_config
 
 STEPS = 20
@@ -35,9 +36,7 @@ def base(tmp_path_factory):
     """A checkpoint of parameters with logits of some size."""
     config = tiny_config()
     directory = tmp_path_factory.mktemp("base") / "checkpoint"
-    params = jax.device_get(decoder.init_params(config.model, jax.random.key(1)))
-    params = jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 2 else leaf, params)
-    write_params(directory, params, make_metadata(model=config.model.to_dict(), tokenizer_files={}))
+    write_model(directory, config.model, {}, 1, lambda leaf: leaf * 3 if leaf.ndim > 2 else leaf)
     return str(directory)
 
 

@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from lemur_jax.checkpoint.metadata import make_metadata
-from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import replace
 from lemur_jax.models import decoder
@@ -14,6 +12,7 @@ from lemur_jax.train.config import DistillConfig
 from lemur_jax.train.distill import distillation, divergence
 from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.state import start
+from tests.helpers.runs import write_model
 from tests.helpers.tiny import first_state, placed, program_on, tiny_config
 
 V = 23
@@ -60,10 +59,8 @@ def test_other_tokens_are_one_outcome(logits):
 def teacher(tmp_path_factory):
     """A checkpoint of a narrower model of three layers."""
     model = tiny_config(num_hidden_layers=3, hidden_size=32).model
-    params = jax.device_get(jax.jit(decoder.init_params, static_argnums=0)(model, jax.random.key(5)))
-    params = jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, params)
     path = tmp_path_factory.mktemp("teacher") / "checkpoint"
-    write_params(path, params, make_metadata(model=model.to_dict(), tokenizer_files={}))
+    params = write_model(path, model, {}, 5, lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf)
     return model, params, str(path)
 
 

@@ -2,20 +2,17 @@
 
 import json
 
-import jax
 import pytest
 
-from lemur_jax.checkpoint.manager import make_metadata, write_params
 from lemur_jax.cluster import coordination
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import load
-from lemur_jax.models import decoder
-from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import train_sentencepiece
 from lemur_jax.train import doctor as module
 from lemur_jax.train.doctor import doctor
 from tests.helpers.hosts import Project
+from tests.helpers.runs import write_model
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +69,8 @@ def test_one_thing_wrong(examine, overrides, check, detail):
 
 
 def test_first_parameters_are_looked_at_until_the_run_has_its_own(examine, project, tmp_path):
-    model = load("config.py").model.to_dict()
-    params = decoder.init_params(DecoderConfig.from_dict(model), jax.random.key(0))
     files = Tokenizer.load(project.root / "tokenizer").files()
-    write_params(tmp_path / "init", params, make_metadata(model=model, tokenizer_files=files))
+    write_model(tmp_path / "init", load("config.py").model, files)
     option = f"--config.init.checkpoint={tmp_path / 'init'}"
     assert "init: fit the model and the tokenizer" in examine(option)
     assert "has model.num_hidden_layers 2, the config 3" in examine(
@@ -92,9 +87,7 @@ def test_rows_of_another_tokenizer_are_refused(examine, project, tmp_path):
     other = train_sentencepiece(words, tmp_path / "other", vocab_size=300)
     ours = Tokenizer.load(project.root / "tokenizer")
     first = next(index for index in range(300) if other.token(index) != ours.token(index))
-    model = load("config.py").model.to_dict()
-    params = decoder.init_params(DecoderConfig.from_dict(model), jax.random.key(0))
-    write_params(tmp_path / "init", params, make_metadata(model=model, tokenizer_files=other.files()))
+    write_model(tmp_path / "init", load("config.py").model, other.files())
     option = f"--config.init.checkpoint={tmp_path / 'init'}"
     said = examine(option)
     assert f"was trained with another tokenizer: id {first} is {other.token(first)!r} there" in said

@@ -23,6 +23,7 @@ from tests.helpers.runs import (
     final_params,
     finish,
     kill_somewhere,
+    random_documents,
     start,
     without_clock,
     write_store,
@@ -94,9 +95,8 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(train, tmp_
 def test_store_that_changed_since_is_refused(project, train, undisturbed, tmp_path):
     copy = tmp_path / "stores"
     tokenizer = Tokenizer.load(project / "tokenizer")
-    write_store(copy / "code" / "train", tokenizer, "code", "train", 99)
-    for split in ("train", "validation"):
-        write_store(copy / "text" / split, tokenizer, "text", split, 1)
+    for store in ("code/train", "text/train", "text/validation"):
+        write_store(copy / store, tokenizer, random_documents(store, seed=99))
     same = {"train.steps": STEPS, "eval.every_steps": 10, "checkpoint.keep": 2}
     with pytest.raises(UserError, match=r"was trained on other data.*code"):
         train(undisturbed, **same, **{"data.stores": copy})
