@@ -31,60 +31,23 @@ logging.getLogger("lemur_jax").setLevel(logging.INFO)  # pytest's `caplog` sees 
 
 # Modules whose tests start processes or compile for seconds: `bash launch/test.sh --quick` leaves them out.
 PROCESS_MODULES = {
-    "checkpoint/test_damage",
-    "checkpoint/test_listing",
-    "checkpoint/test_manager",
-    "checkpoint/test_policies",
-    "cluster/test_hosts",
-    "convert/test_families",
-    "convert/test_import_hf",
-    "convert/test_memory",
-    "convert/test_vocabulary",
-    "evals/test_code",
-    "evals/test_harness",
-    "evals/test_paper",
-    "faults/test_drill",
-    "hosts/test_checkpoints",
-    "hosts/test_two_hosts",
-    "infer/test_engine",
-    "infer/test_generate",
-    "infer/test_quantize",
-    "infer/test_serve",
-    "infer/test_smoke",
-    "infer/test_verbs",
-    "models/test_attention",
-    "models/test_decoder",
-    "models/test_experts",
-    "plan/test_generate",
-    "plan/test_plan",
-    "plan/test_search",
-    "prepare/test_beam",
-    "prepare/test_prepare_files",
-    "prepare/test_readers",
-    "report/test_samples",
-    "rl/test_rl",
-    "sweep/test_sweep",
-    "telemetry/test_profiler",
-    "test_benchmarks",
-    "test_cli",
-    "test_docs_data",
-    "test_docs_tune",
-    "test_layers",
-    "test_quickstart_tasks",
-    "test_recipe",
-    "test_recipe_data",
-    "text/test_real_tokenizers",
-    "text/test_tokenizer_parity",
-    "train/test_adapters",
-    "train/test_checkpointing",
-    "train/test_losses",
-    "train/test_objectives",
-    "train/test_optimizer",
-    "train/test_preferences",
-    "train/test_resume",
-    "train/test_spikes",
-    "train/test_step",
-    "train/test_workdir",
+    "checkpoint": "damage listing manager policies",
+    "cluster": "hosts",
+    "convert": "families import_hf memory vocabulary",
+    "evals": "code harness paper",
+    "faults": "drill",
+    "hosts": "checkpoints two_hosts",
+    "infer": "engine generate quantize serve smoke verbs",
+    "models": "attention decoder experts",
+    "plan": "generate plan search",
+    "prepare": "beam prepare_files readers",
+    "report": "samples",
+    "rl": "rl",
+    "sweep": "sweep",
+    "telemetry": "profiler",
+    "": "benchmarks cli docs_data docs_tune layers quickstart_tasks recipe recipe_data",
+    "text": "real_tokenizers tokenizer_parity",
+    "train": "adapters checkpointing losses objectives optimizer preferences resume spikes step workdir",
 }
 
 
@@ -92,8 +55,11 @@ PROCESS_MODULES = {
 def pytest_collection_modifyitems(items):
     """Marks the tests of these modules `process`."""
     root = pathlib.Path(__file__).parent
-    renamed = [module for module in PROCESS_MODULES if not (root / f"{module}.py").exists()]
+    modules = {
+        root / where / f"test_{name}.py" for where, names in PROCESS_MODULES.items() for name in names.split()
+    }
+    renamed = [module for module in modules if not module.exists()]
     assert not renamed, f"PROCESS_MODULES of tests/conftest.py names modules that are not there: {renamed}"
     for item in items:
-        if item.path.relative_to(root).with_suffix("").as_posix() in PROCESS_MODULES:
+        if item.path in modules:
             item.add_marker("process")

@@ -21,81 +21,40 @@ def get_config(arg=""):
     config.eval.tasks = ("code",)
     return config
 """
+PLAIN = """
+    1 0 -1 3.5 1e-3 -0.0 1e999 nan -inf 1_000 0x10 007 1e3 None True false yes concat adamw bfloat16
+    full 'a' a=b () ( (1,) ('code',) code,text [1] ['a'] {} __import__('os')
+"""
 VALUES = [
     *(
-        "1",
-        "0",
-        "-1",
-        "3.5",
-        "1e-3",
-        "-0.0",
-        "1e999",
-        "nan",
-        "-inf",
+        *PLAIN.split(),
         "9" * 400,
-        "1_000",
-        "0x10",
-        "007",
-        "1e3",
         "7 ",
-    ),
-    *(
         "",
         " ",
-        "None",
-        "True",
-        "false",
-        "yes",
-        "concat",
-        "adamw",
-        "bfloat16",
-        "full",
-        "é\u2028\0",
-        "'a'",
+        "\xe9\u2028\x00",
         '"',
-        "a=b",
-    ),
-    *(
-        "()",
-        "(",
-        "(1,)",
-        "('code',)",
-        "code,text",
-        "[1]",
-        "['a']",
-        "{}",
+        "lambda: 1",
         "{'a': 1}",
         "{'code': ('x',)}",
-        "lambda: 1",
     ),
-    *(
-        "__import__('os')",
-        "{'code': {'share': 1.0}}",
-        "{'code': {'share': 'x'}}",
-        "{'a': {'step': 1, 'shares': {}}}",
-    ),
+    *("{'code': {'share': 1.0}}", "{'code': {'share': 'x'}}", "{'a': {'step': 1, 'shares': {}}}"),
 ]
-STATEMENTS = [
-    *(
-        "config.{key} = {value!r}",
-        "config.{key} = {value}",
-        "del config.{key}",
-        "config.{key}.x = 1",
-        "return {value}",
-    ),
-    *(
-        "config.{key} += ({value})",
-        "config.update({{{key!r}: {value!r}}})",
-        "config['{key}'] = {value}",
-        "raise {value}",
-    ),
-    *(
-        "from lemur_jax import {value}",
-        "config.{key}[{value}] = 1",
-        "config = config.{key}",
-        "config.{key}()",
-    ),
-]
+STATEMENTS = """
+config.{key} = {value!r}
+config.{key} = {value}
+del config.{key}
+config.{key}.x = 1
+return {value}
+config.{key} += ({value})
+config.update({{{key!r}: {value!r}}})
+config['{key}'] = {value}
+raise {value}
+from lemur_jax import {value}
+config.{key}[{value}] = 1
+config = config.{key}
+config.{key}()
+"""
 
 
 def written_as(text, default):
@@ -138,7 +97,7 @@ def test_500_random_configs(tmp_path, capsys):
         elif kind == "section":
             overrides = [f"--config.{key.rpartition('.')[0] or 'train'}={value}"]
         elif kind == "statement":
-            line = generator.choice(STATEMENTS).format(key=key, value=value)
+            line = generator.choice(STATEMENTS.strip().splitlines()).format(key=key, value=value)
             text = CONFIG.replace("    return config", f"    {line}\n    return config")
         else:
             place = generator.randrange(len(text))

@@ -36,20 +36,8 @@ def test_the_version_is_in_one_place():
 
 @pytest.mark.slow
 def test_the_wheel_carries_the_package_and_the_example_configs(tmp_path):
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--no-deps",
-            "--quiet",
-            "--wheel-dir",
-            str(tmp_path),
-            str(ROOT),
-        ],
-        check=True,
-    )
+    words = f"-m pip wheel --no-deps --quiet --wheel-dir {tmp_path} {ROOT}"
+    subprocess.run([sys.executable, *words.split()], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in [*ROOT.glob("lemur_jax/**/*.py"), *ROOT.glob("lemur_jax/**/*.yaml")]:

@@ -22,19 +22,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 import seqio  # isort: skip
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-LANGUAGES = [
-    "python",
-    "sql",
-    "java",
-    "shell",
-    "jupyter-notebook",
-    "javascript",
-    "c",
-    "php",
-    "c++",
-    "go",
-    "rust",
-]
+LANGUAGES = "python sql java shell jupyter-notebook javascript c php c++ go rust"
 
 
 def write_parquet(path, rows):
@@ -55,7 +43,7 @@ def prose(name, number):
 
 
 def write_pretraining(data):
-    for language in LANGUAGES:
+    for language in LANGUAGES.split():
         rows = [
             {
                 "content": f"# {language} {n}\n" + "".join(f"value_{n}_{i} = {n * i}\n" for i in range(20)),

@@ -70,7 +70,11 @@ def _full_every(default: int) -> Callable[[Raw, int], list[str]]:
     return kinds
 
 
-_COMMON = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
+def _defaults(positions: int, **more: Any) -> dict[str, Any]:
+    common = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "max_position_embeddings": positions}
+    return common | more
+
+
 _GEMMA: dict[str, Any] = dict(
     spec={"norm_position": "both", "norm_offset": 1.0},
     activation="hidden_activation",
@@ -81,33 +85,32 @@ _GEMMA: dict[str, Any] = dict(
         "final_logit_softcapping": "logit_softcap",
     },
 )
-_GEMMA_DEFAULTS = {
-    **_COMMON,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-    "sliding_window": 4096,
-    "query_pre_attn_scalar": 256,
-}
+_GEMMA_DEFAULTS: dict[str, Any] = dict(
+    head_dim=256,
+    hidden_activation="gelu_pytorch_tanh",
+    tie_word_embeddings=True,
+    sliding_window=4096,
+    query_pre_attn_scalar=256,
+)
 # In the order in which an export tries them.
 FAMILIES = (
     Family(
         model_type="llama",
         architecture="LlamaForCausalLM",
-        defaults={**_COMMON, "max_position_embeddings": 2048},
+        defaults=_defaults(2048),
         bias="qkvo",
         mlp_bias=True,
     ),
     Family(
         model_type="mistral",
         architecture="MistralForCausalLM",
-        defaults={**_COMMON, "max_position_embeddings": 131_072, "sliding_window": 4096},
+        defaults=_defaults(131_072, sliding_window=4096),
         layer_kinds=_all_sliding,
     ),
     Family(
         model_type="qwen2",
         architecture="Qwen2ForCausalLM",
-        defaults={**_COMMON, "max_position_embeddings": 32_768, "sliding_window": 4096},
+        defaults=_defaults(32_768, sliding_window=4096),
         spec={"attention_bias": "qkv"},
         switched=True,
         layer_kinds=_sliding_above,
@@ -115,12 +118,7 @@ FAMILIES = (
     Family(
         model_type="qwen3",
         architecture="Qwen3ForCausalLM",
-        defaults={
-            **_COMMON,
-            "max_position_embeddings": 32_768,
-            "sliding_window": 4096,
-            "head_dim": 128,
-        },
+        defaults=_defaults(32_768, sliding_window=4096, head_dim=128),
         spec={"qk_norm": "head"},
         bias="qkvo",
         switched=True,
@@ -130,20 +128,15 @@ FAMILIES = (
     Family(
         model_type="phi3",
         architecture="Phi3ForCausalLM",
-        defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        defaults=_defaults(4096, rms_norm_eps=1e-5),
         layer_kinds=_all_sliding,
     ),
     Family(
         model_type="mixtral",
         architecture="MixtralForCausalLM",
-        defaults={
-            **_COMMON,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1_000_000.0,
-            "max_position_embeddings": 131_072,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-        },
+        defaults=_defaults(
+            131_072, rms_norm_eps=1e-5, rope_theta=1_000_000.0, num_local_experts=8, num_experts_per_tok=2
+        ),
         layer_kinds=_all_sliding,
         experts="num_local_experts",
         normalized=True,
@@ -151,14 +144,9 @@ FAMILIES = (
     Family(
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
-        defaults={
-            **_COMMON,
-            "max_position_embeddings": 32_768,
-            "sliding_window": 4096,
-            "moe_intermediate_size": 768,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-        },
+        defaults=_defaults(
+            32_768, sliding_window=4096, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8
+        ),
         spec={"qk_norm": "head"},
         bias="qkvo",
         switched=True,
@@ -169,13 +157,7 @@ FAMILIES = (
     Family(
         model_type="olmoe",
         architecture="OlmoeForCausalLM",
-        defaults={
-            **_COMMON,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 4096,
-            "num_experts": 64,
-            "num_experts_per_tok": 8,
-        },
+        defaults=_defaults(4096, rms_norm_eps=1e-5, num_experts=64, num_experts_per_tok=8),
         spec={"qk_norm": "width"},
         bias="qkvo",
         experts="num_experts",
@@ -183,12 +165,7 @@ FAMILIES = (
     Family(
         model_type="smollm3",
         architecture="SmolLM3ForCausalLM",
-        defaults={
-            **_COMMON,
-            "max_position_embeddings": 32_768,
-            "rope_theta": 2_000_000.0,
-            "tie_word_embeddings": True,
-        },
+        defaults=_defaults(32_768, rope_theta=2_000_000.0, tie_word_embeddings=True),
         bias="qkvo",
         mlp_bias=True,
         skips_rope=True,
@@ -196,19 +173,16 @@ FAMILIES = (
     Family(
         model_type="olmo2",
         architecture="Olmo2ForCausalLM",
-        defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+        defaults=_defaults(2048, rms_norm_eps=1e-5),
         spec={"qk_norm": "width", "norm_position": "post"},
         bias="qkvo",
     ),
     Family(
         model_type="gemma2",
         architecture="Gemma2ForCausalLM",
-        defaults={
-            **_GEMMA_DEFAULTS,
-            "max_position_embeddings": 8192,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-        },
+        defaults=_defaults(
+            8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, **_GEMMA_DEFAULTS
+        ),
         layer_kinds=_full_every(2),
         bias="qkvo",
         **_GEMMA,
@@ -216,14 +190,14 @@ FAMILIES = (
     Family(
         model_type="gemma3_text",
         architecture="Gemma3ForCausalLM",
-        defaults={
+        defaults=_defaults(
+            131_072,
+            rope_theta=1_000_000.0,
+            vocab_size=262_208,
+            num_attention_heads=8,
+            num_key_value_heads=4,
             **_GEMMA_DEFAULTS,
-            "max_position_embeddings": 131_072,
-            "rope_theta": 1_000_000.0,
-            "vocab_size": 262_208,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-        },
+        ),
         text_of="gemma3",
         layer_kinds=_full_every(6),
         local_theta=10_000.0,
