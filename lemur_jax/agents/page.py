@@ -1,12 +1,15 @@
 """Episodes as one HTML page: success by turn, causes of failure, and every trace."""
 
 import collections
+import re
 from collections.abc import Mapping, Sequence
 
 from lemur_jax.agents.episodes import Trace, by_kind, failure, paper_scores, success_by_turn
 from lemur_jax.evals.published import agents_table
 from lemur_jax.report.charts import stacked_bars
 from lemur_jax.report.html import escape, html_page, html_table
+
+SHOWN = 10  # traces of each list that are not behind a line
 
 
 def agents_page(traces: Sequence[Trace], turns: int, name: str) -> str:
@@ -31,11 +34,11 @@ def agents_page(traces: Sequence[Trace], turns: int, name: str) -> str:
 <h2>Episodes by the turn that solved them</h2>
 {_bars(kinds, turns)}
 {_paper(traces, name)}<h2>Solved episodes</h2>
-{"".join(map(_trace, solved))}
+{_traces(solved)}
 <h2>Causes of failure</h2>
 {_failures(kinds)}
 <h2>Other episodes</h2>
-{"".join(map(_trace, sorted(failed, key=lambda trace: failure(trace) or "")))}"""
+{_traces(sorted(failed, key=lambda trace: failure(trace) or ""))}"""
     return html_page(f"Agents · {name}", body)
 
 
@@ -62,13 +65,27 @@ def _failures(kinds: Mapping[str, Sequence[Trace]]) -> str:
     return html_table(["environment", *map(escape, names)], rows) if names else none
 
 
+def _traces(traces: Sequence[Trace]) -> str:
+    """Cards; the later ones behind a line that opens them."""
+    first, rest = "".join(map(_trace, traces[:SHOWN])), "".join(map(_trace, traces[SHOWN:]))
+    return f"{first}<details><summary>{len(traces) - SHOWN} more</summary>{rest}</details>" if rest else first
+
+
+def _question(task: str) -> str:
+    """The last line of a task that is a sentence: the question, after instructions and examples."""
+    sentences = [line.strip() for line in task.splitlines() if len(line.split()) > 2]
+    text = re.sub("^(Question|Task): ", "", sentences[-1]) if sentences else ""
+    return text if len(text) <= 120 else f"{text[:119]}…"
+
+
 def _trace(trace: Trace) -> str:
     outcome = f"solved in turn {trace.solved_at}" if trace.solved_at else f"failed: {failure(trace)}"
-    parts = [("task", trace.task)]
+    parts = []
     for number, turn in enumerate(trace.turns, start=1):
         parts += [(f"agent, turn {number}", turn.action)]
         parts += [(f"{turn.step.role} ({turn.step.verdict})", turn.step.observation)]
     texts = "".join(f'<p class="soft">{escape(who)}</p><pre>{escape(what)}</pre>' for who, what in parts)
-    turns = f'<small class="soft">turns: {len(trace.turns)}</small>'
-    title = escape(f"{trace.id}: {outcome}")
-    return f'<details class="card"><summary>{title}{turns}</summary>{texts}</details>\n'
+    turns = "" if trace.solved_at else f'<small class="soft">turns: {len(trace.turns)}</small>'
+    title = f'{escape(f"{trace.id}: {outcome}")}{turns}<br><span class="soft">{escape(_question(trace.task))}</span>'
+    task = f'<details><summary class="soft">task</summary><pre>{escape(trace.task)}</pre></details>'
+    return f'<details class="card"><summary>{title}</summary>{task}{texts}</details>\n'

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import signal
 import sys
@@ -145,7 +144,9 @@ def _agents(args, session, written: dict) -> None:
     names = args.agents.split(",")
     limit = args.max_new_tokens or 512
     if args.replay:
-        name = f"replay of {os.path.basename(args.replay.rstrip('/'))}"
+        path = pathlib.Path(args.replay)
+        # Of .../MODEL/F=None and .../MODEL/RUN.json the name is the model's.
+        name = f"replay of {path.parent.name if path.suffix or '=' in path.name else path.name}"
         return _write_agents(args, name, _replay(args, names), written)
     if args.agents.startswith("verifiers:"):
         return _write_agents(args, args.endpoint_model, _verifiers(args, limit), written)
@@ -212,13 +213,15 @@ def _write_agents(args, name: str, traces: list, written: dict) -> None:
     from lemur_jax.agents.page import agents_page
     from lemur_jax.evals.published import format_agents
 
-    print(episodes.format_episodes(traces, args.turns))
+    # InterCode's protocol has more turns than the option's default.
+    turns = max([args.turns, *(len(trace.turns) for trace in traces)])
+    print(episodes.format_episodes(traces, turns))
     if scores := episodes.paper_scores(traces):
         print(format_agents(scores, name))
-    written["agents"] = episodes.to_json(traces, args.turns)
+    written["agents"] = episodes.to_json(traces, turns)
     if args.html:
         with open(args.html, "w") as file:
-            file.write(agents_page(traces, args.turns, name))
+            file.write(agents_page(traces, turns, name))
 
 
 def _export_traces(args) -> None:

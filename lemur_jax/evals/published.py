@@ -91,6 +91,8 @@ def agents_table(scores: Mapping[str, float], name: str) -> list[list[str]]:
 
 def format_agents(scores: Mapping[str, float], name: str) -> str:
     """`agents_table` as text."""
+    last = max(20, len(name) + 2)
     return "\n".join(
-        f"{row:<22}" + "".join(f"{cell:>20}" for cell in cells) for row, *cells in agents_table(scores, name)
+        f"{row:<22}{''.join(f'{cell:>20}' for cell in cells)}{ours:>{last}}"
+        for row, *cells, ours in agents_table(scores, name)
     )

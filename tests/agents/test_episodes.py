@@ -64,6 +64,11 @@ def test_rows_of_the_paper_and_those_with_feedback():
     solved = trace("mint-math/1", "x\nExpert feedback:\nGood.\n", reward=1.0)
     scores = paper_scores([solved, trace("mint-math/2", "x"), trace("mint-mmlu/1", "x"), trace("sql/a")])
     assert scores == {"M-MATH, feedback": 50, "M-MMLU": 0}
+    assert (
+        format_agents(scores, "a name of 22 letters!")
+        .splitlines()[0]
+        .endswith("gpt-4  a name of 22 letters!")
+    )
     _, math, mmlu = (line.split() for line in format_agents(scores, "ours").splitlines())
     assert math == ["M-MATH,", "feedback", "–", "–", "18.00", "–", "–", "50.00"]
     assert mmlu == ["M-MMLU", "42.11", "30.26", "56.58", "56.58", "80.26", "0.00"]

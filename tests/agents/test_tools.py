@@ -113,5 +113,8 @@ def test_page(tmp_path):
     assert '<th scope="col">wrong answer</th>' in text
     assert "tools/status: solved in turn 2" in text
     assert re.findall(r'title="([^"]+)">\d+</i>', text) == ["solved in turn 2: 1", "not solved: 1"]
+    assert '<br><span class="soft">I am Ada. Where is my parcel?</span>' in text
+    assert "more</summary>" not in text
+    assert agents_page(traces * 12, 2, "a").count("<summary>2 more</summary>") == 2
     assert "<script>&" not in text
     assert "&lt;script&gt;" in text
