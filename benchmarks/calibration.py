@@ -121,7 +121,7 @@ PUBLISHED = (
     ),
     Published(
         name="Llama-3.1-405B", topology="v5p-1024", model=preset("llama3.1_405b").to_dict(), rows=2, length=8192,
-        remat="offload_mlp", rate=124.6, source=_TPU_RECIPES + "v5p/Llama3.1-405B-MaxText",
+        remat="offload_full", rate=124.6, source=_TPU_RECIPES + "v5p/Llama3.1-405B-MaxText",
     ),
     Published(
         name="Llama-3.1-8B", topology="v6e-64", model=preset("llama3.1_8b").to_dict(), rows=5, length=8192,
