@@ -70,6 +70,16 @@ def test_documents_of_a_package(fetch, tmp_path):
     assert found["p/usr/share/doc/p/m.en.txt.gz"]["text"] == "A manual. " * 40
 
 
+def test_optional_packages(fetch, monkeypatch, capsys):
+    index = {"git-doc": "git-doc", "manual": ""}
+    monkeypatch.setattr(fetch, "newest", index.get)
+    rfcs = dict(suffixes=(".txt",), license="", optional=("manual",))
+    assert fetch.packages_of(fetch.Corpus(packages=("git-doc",), **rfcs)) == ["git-doc"]
+    assert capsys.readouterr().out == "manual is not in the package index and left out\n"
+    with pytest.raises(SystemExit, match="no Debian package manual"):
+        fetch.packages_of(fetch.Corpus(packages=("manual",), **rfcs))
+
+
 def test_questions_from_wordnet(fetch, script, tmp_path):
     """Synonyms, words of another topic, without a count in text, and in their own definition are left out."""
     synsets = {

@@ -3,8 +3,8 @@
     python examples/real_corpora/fetch.py [DIRECTORY]     # default: corpora
 
 Needs Debian or Ubuntu with a current package index (`apt-get update`), and no rights: packages are downloaded and
-unpacked, not installed. RFCs are not among them: Debian does not distribute them, for their licence. What is fetched
-is about 110 MB; what is kept is at most `CORPUS_BYTES` of each corpus.
+unpacked, not installed. RFCs join the manuals where the index has them: in Debian they are in the section non-free.
+What is fetched is about 110 MB; what is kept is at most `CORPUS_BYTES` of each corpus.
 """
 
 import dataclasses
@@ -36,12 +36,14 @@ class Corpus:
     Attributes:
       packages: patterns of their names; of several versions the newest is taken.
       suffixes: of the files.
+      optional: packages that are taken if the index has them.
       license: as the packages' `copyright` files state it, which are kept in `licenses/`.
     """
 
     packages: tuple[str, ...]
     suffixes: tuple[str, ...]
     license: str
+    optional: tuple[str, ...] = ()
 
 
 CORPORA = {
@@ -53,8 +55,12 @@ CORPORA = {
     "ruby": Corpus(packages=(r"libruby\d+\.\d+",), suffixes=(".rb",), license="Ruby OR BSD-2-Clause"),
     "manuals": Corpus(
         packages=("debian-handbook", "debian-reference-en", "developers-reference", "git-doc"),
-        suffixes=("en-US/*.html", ".en.txt.gz", "developers-reference.txt.gz", "git-doc/*.txt"),
-        license="GPL-2.0-or-later (handbook also CC-BY-SA-3.0)",
+        suffixes=(
+            *("en-US/*.html", ".en.txt.gz", "developers-reference.txt.gz", "git-doc/*.txt"),
+            "RFC/*/rfc*.txt.gz",
+        ),
+        license="GPL-2.0-or-later (handbook also CC-BY-SA-3.0; RFCs: IETF Trust)",
+        optional=("doc-rfc-fyi-bcp",),
     ),
     "book": Corpus(
         packages=("anarchism",), suffixes=(".html",), license="GFDL-1.1-or-later OR GPL-2.0-or-later"
@@ -136,15 +142,26 @@ def _matches(path: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def newest(pattern: str) -> str:
-    """The package of the newest version whose name matches."""
+    """The package of the newest version whose name matches; "" without one."""
     prefix = re.match(r"[a-z-]*", pattern)[0]  # type: ignore[index]
     names = subprocess.run(
         ["apt-cache", "pkgnames", prefix], capture_output=True, text=True, check=True
     ).stdout
     found = [name for name in names.split() if re.fullmatch(pattern, name)]
-    if not found:
-        sys.exit(f"there is no Debian package {pattern}: run `apt-get update` once as root, or edit CORPORA")
-    return max(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    return max(found, default="", key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+
+
+def packages_of(corpus: Corpus) -> list[str]:
+    """The packages of the index; exits where one is missing that is not optional."""
+    found = {pattern: newest(pattern) for pattern in (*corpus.packages, *corpus.optional)}
+    for pattern, package in found.items():
+        if not package and pattern in corpus.packages:
+            sys.exit(
+                f"there is no Debian package {pattern}: run `apt-get update` once as root, or edit CORPORA"
+            )
+        if not package:
+            print(f"{pattern} is not in the package index and left out", flush=True)
+    return [package for package in found.values() if package]
 
 
 def unpack(package: str, root: Path) -> None:
@@ -168,7 +185,7 @@ def main(directory: Path) -> None:
             continue
         with tempfile.TemporaryDirectory() as temporary:
             root = Path(temporary)
-            for package in map(newest, corpus.packages):
+            for package in packages_of(corpus):
                 unpack(package, root)
                 for file in (root / package).glob("usr/share/doc/*/copyright"):
                     shutil.copy(file, directory / f"licenses/{package}")
