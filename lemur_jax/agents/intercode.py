@@ -39,6 +39,7 @@ _CLAUSES = {
     "GROUP BY": "group statement",
     "ORDER BY": "order clause",
     "HAVING": "having clause",
+    "IN/ALL/ANY": "IN/ALL/ANY subquery",
 }
 WHERE = "get data/ of https://github.com/princeton-nlp/intercode"
 
@@ -65,6 +66,7 @@ def in_mysql_wording(text: str) -> str:
     """MariaDB's results and errors as MySQL 8 words them."""
     text = re.sub(r"\b((?:tiny|small|medium|big)?int)\(\d+\)", r"\1", text)
     text = text.replace("your MariaDB server version", "your MySQL server version")
+    text = text.replace("This version of MariaDB doesn't", "This version of MySQL doesn't")
     for ours, theirs in _CLAUSES.items():
         text = text.replace(f"' in '{ours}'", f"' in '{theirs}'")
         text = text.replace(f"' in {ours} is ambiguous", f"' in {theirs} is ambiguous")
@@ -157,7 +159,7 @@ def recorded_run(path: pathlib.Path, kind: str) -> list[Recorded]:
                 id=f"intercode-{kind}/{_tree(episode)}{episode['task_id']}",
                 opening=episode["query"],
                 turns=[
-                    (action if seen == NO_CODE else f"```{kind}\n{action}\n```", str(seen))
+                    (action if "SQL code here" in str(seen) else f"```{kind}\n{action}\n```", str(seen))
                     for action, seen in zip(history["actions"], history["observations"], strict=True)
                 ],
                 success=episode["summary"]["max_reward"] >= 0.995,

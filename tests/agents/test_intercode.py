@@ -35,6 +35,7 @@ def test_the_reward_counts_rows_and_their_order():
 
 def test_errors_are_worded_as_mysqls():
     assert in_mysql_wording("Unknown column 'x' in 'SELECT'") == "Unknown column 'x' in 'field list'"
+    assert in_mysql_wording("Unknown column 'x' in 'IN/ALL/ANY'").endswith(" in 'IN/ALL/ANY subquery'")
     assert in_mysql_wording("('Id', 'int(11)')") == "('Id', 'int')"
 
 
