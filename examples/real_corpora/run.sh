@@ -5,11 +5,17 @@
 #   bash examples/real_corpora/run.sh gpu      20M tokens on one GPU
 #   bash examples/real_corpora/run.sh sweep    "why 10 : 1?" on this model: six ratios (sweep_gpu: 20M tokens each)
 #
+# Words after the variant go to `lemur`, e.g. sweep_gpu in small on a CPU:
+#
+#   bash examples/real_corpora/run.sh sweep_gpu --config.compute.dtype=float32 --config.compute.loss_chunk=128 \
+#     --config.train.{steps=4,batch_rows=1} --config.eval.{every_steps=2,max_rows=2} --config.optimizer.warmup_steps=1
+#
 # Needs Debian or Ubuntu with a current package index, and the quickstart's model: `bash launch/quickstart.sh`, which may
 # be stopped after its first stage.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 variant=${1:-}
+shift $(($# > 0))
 here=examples/real_corpora
 case $variant in "" | gpu | sweep | sweep_gpu) ;; *) echo "no variant $variant: gpu, sweep, sweep_gpu, or nothing" >&2 && exit 2 ;; esac
 if [ ! -f quickstart/smollm2/base/config.json ]; then
@@ -23,13 +29,13 @@ config=$here/real.py${variant:+:$variant}
 stage "1/3 corpora"
 python $here/fetch.py corpora
 stage "2/3 token stores"
-lemur prepare --config "$config"
+lemur prepare --config "$config" "$@"
 stage "3/3 training"
 if [[ $variant == sweep* ]]; then
-  lemur sweep --config "$config" --workdir "real_corpora/$variant" --sources code,manuals --ratios 1:0,10:1,3:1,1:1,1:3,0:1 --seeds 1
+  lemur sweep --config "$config" --workdir "real_corpora/$variant" --sources code,manuals --ratios 1:0,10:1,3:1,1:1,1:3,0:1 --seeds 1 "$@"
 else
   workdir=real_corpora/${variant:-cpu}
-  lemur train --config "$config" --workdir "$workdir"
+  lemur train --config "$config" --workdir "$workdir" "$@"
   lemur report "$workdir" --output real_corpora/report.html --table
 fi
 stage "done"
