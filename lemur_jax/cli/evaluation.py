@@ -144,9 +144,10 @@ def _agents(args, session, written: dict) -> None:
     names = args.agents.split(",")
     limit = args.max_new_tokens or 512
     if args.replay:
-        path = pathlib.Path(args.replay)
+        recorded = pathlib.Path(args.replay)
         # Of .../MODEL/F=None and .../MODEL/RUN.json the name is the model's.
-        name = f"replay of {path.parent.name if path.suffix or '=' in path.name else path.name}"
+        in_folder = recorded.suffix or "=" in recorded.name
+        name = f"replay of {recorded.parent.name if in_folder else recorded.name}"
         return _write_agents(args, name, _replay(args, names), written)
     if args.agents.startswith("verifiers:"):
         return _write_agents(args, args.endpoint_model, _verifiers(args, limit), written)

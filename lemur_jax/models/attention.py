@@ -3,7 +3,6 @@
 Axes: B batch, T query position, S key position, H query heads, K key heads, G queries a key head, N head width.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -13,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.models.scores import PLAIN, ScoreOptions
 from lemur_jax.parallel.mesh import platform
 from lemur_jax.parallel.rules import RULES, constrain
 
@@ -21,25 +21,6 @@ from lemur_jax.parallel.rules import RULES, constrain
 QUERY_BLOCK = 256
 # Rows of more positions compute the softmax again in the backward pass.
 REMAT_ABOVE = 1024
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
-    """How a layer computes scores from queries and keys."""
-
-    divisor: float = 0.0  # scores are divided by its root; 0: the head's width N
-    softcap: float = 0.0  # c: scores s become c tanh(s / c); 0: none
-    window: int = 0  # positions that a query sees, its own included; 0: all before it
-
-    def scale(self, N: int) -> float:
-        return (self.divisor or N) ** -0.5
-
-    def hides_keys(self, T: int) -> bool:
-        """Whether the window hides anything in a row of T positions."""
-        return 0 < self.window < T
-
-
-PLAIN = ScoreOptions()
 
 
 def grouped_attention(

@@ -17,11 +17,12 @@ from flax.traverse_util import flatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from lemur_jax.models.attention import ScoreOptions, attention
+from lemur_jax.models.attention import attention
 from lemur_jax.models.config import ComputeConfig, DecoderConfig
 from lemur_jax.models.experts import Experts, Router
 from lemur_jax.models.remat import rematerialize
 from lemur_jax.models.rope import angles_by_layer, rotate
+from lemur_jax.models.scores import ScoreOptions
 from lemur_jax.models.weights import ACTIVATIONS, add_bias, fresh_bias, fresh_weight
 from lemur_jax.parallel.projection import Projection
 

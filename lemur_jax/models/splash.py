@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh, PartitionSpec
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models.attention import PLAIN, ScoreOptions
+from lemur_jax.models.scores import PLAIN, ScoreOptions
 from lemur_jax.parallel.rules import RULES
 
 # Lanes of a TPU register: block sizes must be multiples of it.

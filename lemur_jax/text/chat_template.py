@@ -15,21 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.text.files import CHATML_TEMPLATE, CHATML_TOKENS
 from lemur_jax.text.tokenizer import TURN_ENDS, Tokenizer
-
-# In Lemur's order.
-CHATML_TOKENS = ("<pad>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|diff_marker|>")
-
-CHATML_TEMPLATE = r"""{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\n' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- message['content'] | trim + '<|im_end|>\n' -}}{%- endgeneration -%}
-{%- else -%}
-{{- message['content'] | trim + '<|im_end|>\n' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
-"""
 
 # What marks text as supervised; few published templates have it.
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")

@@ -14,6 +14,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import recovery_hint
+from lemur_jax.text.files import make_files
 from lemur_jax.text.sentencepiece_model import (
     SPACE,
     added_token,
@@ -107,9 +108,6 @@ def tokenizer_files(path: epath.PathLike) -> dict[str, bytes]:
 
 
 def _files(path: epath.PathLike, data: Mapping[str, Any], template: str | None) -> dict[str, bytes]:
-    # `tokenizer_files` imports `backend`, which imports this module.
-    from lemur_jax.text.tokenizer_files import make_files
-
     kind, tokens = data["model"], data.get("tokens", [])
     _check(path, data)
     names = {

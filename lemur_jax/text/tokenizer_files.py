@@ -8,8 +8,8 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.text.chat_template import CHATML_TEMPLATE, CHATML_TOKENS
-from lemur_jax.text.sentencepiece_model import added_token, content_of, convert, post_processor
+from lemur_jax.text.files import dump, make_files
+from lemur_jax.text.sentencepiece_model import content_of
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 
 
@@ -100,14 +100,14 @@ def revise(
         config=_config_without(tokenizer.config, dropped) | {"add_bos_token": bool(tokenizer.begin_ids)},
     )
     if stops := [index for index in tokenizer.generation_stop_ids if index < keep]:
-        made[GENERATION_CONFIG] = _dump({"eos_token_id": stops})
+        made[GENERATION_CONFIG] = dump({"eos_token_id": stops})
     return made
 
 
 def _without(tokenizer_json: bytes, dropped: Collection[str]) -> bytes:
     spec = json.loads(tokenizer_json)
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in dropped]
-    return _dump(spec)
+    return dump(spec)
 
 
 def _config_without(config: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Any]:
@@ -127,63 +127,6 @@ def write_directory(path: epath.PathLike, model: bytes) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-def make_files(
-    model: bytes | None,
-    *,
-    tokenizer_json: bytes | None = None,
-    added_tokens: Mapping[str, int] | None = None,
-    chat_template: str | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> dict[str, bytes]:
-    """Every file that transformers reads, by name.
-
-    Args:
-      model: a SentencePiece BPE, from which `tokenizer.json` is converted; None: `tokenizer_json` is taken.
-      added_tokens: control tokens outside the model, to their ids.
-      chat_template: Jinja source; None: ChatML if its tokens are among the added ones.
-      config: `tokenizer_config.json` of the tokenizer that this one was made from.
-    """
-    added = dict(added_tokens or {})
-    if chat_template is None and set(CHATML_TOKENS[1:3]) <= added.keys():
-        chat_template = CHATML_TEMPLATE
-    forced: dict[str, Any] = {"chat_template": None}  # it has a file of its own
-    if model is not None:
-        spec = convert(model)
-        defaults: dict[str, Any] = spec.pop("names")
-        defaults |= {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
-        # This class takes tokenizer.json as it is; LlamaTokenizer would replace its pre-tokenizer.
-        forced |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": None}
-    else:
-        spec, defaults = json.loads(tokenizer_json or b""), {}
-    present = {token["content"] for token in spec["added_tokens"]}
-    flags = {token["content"]: token for token in (config or {}).get("added_tokens_decoder", {}).values()}
-    spec["added_tokens"] += [
-        added_token(token, index, flags.get(token)) for token, index in added.items() if token not in present
-    ]
-    if "<pad>" in added:
-        defaults["pad_token"] = "<pad>"
-    given = {key: value for key, value in (config or {}).items() if value is not None}
-    settings = {key: value for key, value in (defaults | given | forced).items() if value is not None}
-    if model is not None and not settings["add_bos_token"]:
-        spec["post_processor"] = post_processor(None)
-    settings["added_tokens_decoder"] = {
-        str(token["id"]): {key: value for key, value in token.items() if key != "id"}
-        for token in spec["added_tokens"]
-    }
-    # Older files spell these tokens as mappings.
-    kinds = ("bos_token", "eos_token", "unk_token", "pad_token")
-    named = {key: content_of(settings[key]) for key in kinds if key in settings}
-    settings |= named
-    files = {
-        "tokenizer.model": model,
-        "tokenizer.json": _dump(spec),
-        "tokenizer_config.json": _dump(settings),
-        "special_tokens_map.json": _dump(named),
-        "chat_template.jinja": None if chat_template is None else chat_template.encode(),
-    }
-    return {name: content for name, content in files.items() if content is not None}
-
-
 def _replace_files(directory: epath.Path, files: Mapping[str, bytes]) -> None:
     """Writes a directory's tokenizer files, and removes those of another tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -195,7 +138,3 @@ def _replace_files(directory: epath.Path, files: Mapping[str, bytes]) -> None:
             (directory / name).unlink()
     if GENERATION_CONFIG in files:
         (directory / GENERATION_CONFIG).write_bytes(files[GENERATION_CONFIG])
-
-
-def _dump(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()

@@ -7,10 +7,11 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.models import decoder, splash
-from lemur_jax.models.attention import ScoreOptions, xla_attention
+from lemur_jax.models.attention import xla_attention
 from lemur_jax.models.config import ComputeConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
+from lemur_jax.models.scores import ScoreOptions
 from lemur_jax.models.splash import splash_attention
 from lemur_jax.parallel.mesh import make_mesh
 
