@@ -55,6 +55,9 @@ class Journal:
     def __init__(self, path: pathlib.Path | None, run: Mapping[str, Any]):
         self._path = path
         self.traces: dict[str, Trace] = {}
+        self._head = (
+            json.dumps(run) + "\n"
+        )  # written with the first episode: a run that fails before leaves no file
         if path is None:
             return
         content = path.read_bytes() if path.exists() else b""
@@ -72,8 +75,8 @@ class Journal:
             )
         if whole != content:  # the kill cut a line
             os.truncate(path, len(whole))
-        if not whole:
-            path.write_text(json.dumps(run) + "\n", encoding="utf-8")
+        if whole:
+            self._head = ""
         if self.traces:
             logger.info("%d episodes are done already (%s)", len(self.traces), path)
 
@@ -82,7 +85,8 @@ class Journal:
         self.traces[trace.id] = trace
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(trace)) + "\n")
+                file.write(f"{self._head}{json.dumps(dataclasses.asdict(trace))}\n")
+                self._head = ""
 
 
 def run_episodes(

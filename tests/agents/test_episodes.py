@@ -120,6 +120,7 @@ def test_unknown_environment():
 
 def test_an_evaluation_goes_on_after_a_kill_and_exports_what_was_solved(tmp_path, capsys, monkeypatch):
     worlds, path = environments.sql_environments()[:2], tmp_path / "episodes.jsonl"
+    Journal(path, {"agent": "one that did not start"})
     run_episodes(worlds[:1], scripted("SELECT 6"), max_turns=1, journal=Journal(path, {"agent": "a"}))
     with path.open("a") as file:
         file.write('{"id": "sql/fil')  # cut by the kill
