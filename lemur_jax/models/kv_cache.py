@@ -2,6 +2,8 @@
 
 Axes: L layers, B batch, S cache slot, T query position, K key heads, H query heads, N head width.
 
+Heads come before slots, so that a head's keys are a matrix [S, N] in memory: attention reads them as they lie.
+
 A token's slot is its position in its sequence, whatever the other rows hold. A slot is written at the step at which it
 becomes visible, so what a row held before, or padding has left there, is never seen.
 """
@@ -17,13 +19,13 @@ from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Attend, Compute, score_options
 from lemur_jax.parallel.rules import RULES, constrain
 
-AXES = ("layers", "batch", "keys", "kv_heads", "head_dim")
+AXES = ("layers", "batch", "kv_heads", "keys", "head_dim")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Rotated keys and values, each [L, B, S, K, N] in the compute dtype."""
+    """Rotated keys and values, each [L, B, K, S, N] in the compute dtype."""
 
     key: jax.Array
     value: jax.Array
@@ -35,7 +37,7 @@ def empty(config: DecoderConfig, compute: Compute, rows: int, slots: int) -> KVC
     Raises:
       UserError: the mesh divides the rows or the key heads unevenly.
     """
-    shape = (config.num_hidden_layers, rows, slots, config.num_key_value_heads, config.head_dim)
+    shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
     zeros = jnp.zeros(shape, compute.dtype)
     return KVCache(key=constrain(zeros, compute.mesh, *AXES), value=constrain(zeros, compute.mesh, *AXES))
 
@@ -53,7 +55,7 @@ def write(
     def put(cache, layer, start, new):
         def row(b, cache):
             piece = jax.lax.dynamic_slice_in_dim(new, b, 1)[None].astype(cache.dtype)
-            return jax.lax.dynamic_update_slice(cache, piece, (layer, b, start[b], 0, 0))
+            return jax.lax.dynamic_update_slice(cache, piece, (layer, b, 0, start[b], 0))
 
         # In place, row by row: `vmap` would make a scatter, with which decode takes twice as long on CPU.
         return jax.lax.fori_loop(0, new.shape[0], row, cache)
@@ -62,6 +64,7 @@ def write(
         whole, rows = (PartitionSpec(*(RULES[axis] for axis in axes)) for axes in (AXES, AXES[1:]))
         specs = (whole, PartitionSpec(), PartitionSpec(RULES["batch"]), rows)
         put = jax.shard_map(put, mesh=mesh, in_specs=specs, out_specs=whole)
+    key, value = (jnp.swapaxes(new, 1, 2) for new in (key, value))
     return KVCache(key=put(cache.key, layer, start, key), value=put(cache.value, layer, start, value))
 
 
@@ -75,7 +78,8 @@ def cached(config: DecoderConfig, compute: Compute, positions: jax.Array) -> Att
     def attend(query, key, value, cache, layer):
         cache = write(cache, layer, positions[:, 0], key, value, compute.mesh)
         keys, values = (
-            jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (cache.key, cache.value)
+            jnp.swapaxes(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), 1, 2)
+            for a in (cache.key, cache.value)
         )
         distance = positions[..., None] - jnp.arange(keys.shape[1])
         visible = distance >= 0

@@ -19,6 +19,7 @@ def test_write_touches_its_slots_alone():
     expected = np.zeros((2, 3, 5, 2, 16))
     for row, start in enumerate((2, 0, 3)):
         expected[1, row, start : start + 2] = key[row]
+    expected = expected.swapaxes(2, 3)
     np.testing.assert_array_equal(after.key, expected)
     np.testing.assert_array_equal(after.value, -expected)
 
@@ -29,7 +30,7 @@ def test_positions_see_what_is_before_them_and_themselves():
     B, T, S, K, H, N = 2, 2, 6, 2, 4, 16
     stored = rng.normal(size=(2, 2, B, S, K, N)).astype(np.float32)
     query, key, value = (rng.normal(size=(B, T, heads, N)).astype(np.float32) for heads in (H, K, K))
-    cache = kv_cache.KVCache(key=jnp.asarray(stored[0]), value=jnp.asarray(stored[1]))
+    cache = kv_cache.KVCache(**dict(zip(("key", "value"), jnp.asarray(stored).swapaxes(3, 4), strict=True)))
     starts = [3, 0]
     positions = jnp.array([[start, start + 1] for start in starts])
     attend = kv_cache.cached(preset("tiny"), Compute(), positions)
@@ -50,7 +51,7 @@ def test_it_is_sharded_like_the_model():
     compute = Compute(dtype="bfloat16", mesh=mesh)
     cache = jax.jit(lambda: kv_cache.empty(preset("tiny"), compute, rows=8, slots=32))()
     assert cache.key.dtype == jnp.bfloat16
-    assert {shard.data.shape for shard in cache.key.addressable_shards} == {(2, 2, 32, 1, 16)}
+    assert {shard.data.shape for shard in cache.key.addressable_shards} == {(2, 2, 1, 32, 16)}
 
 
 def test_rows_that_the_mesh_does_not_divide():
