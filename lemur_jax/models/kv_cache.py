@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from lemur_jax.models.attention import grouped_attention
+from lemur_jax.models.attention import ScoreOptions, grouped_attention
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Attend, Compute, score_options
+from lemur_jax.parallel.mesh import platform
 from lemur_jax.parallel.rules import RULES, constrain
 
 AXES = ("layers", "batch", "kv_heads", "keys", "head_dim")
@@ -75,16 +76,40 @@ def cached(config: DecoderConfig, compute: Compute, positions: jax.Array) -> Att
       positions: int32 [B, T], consecutive in each row; the slots where keys and values go.
     """
 
+    on_cpu = compute.mesh is not None and platform(compute.mesh) == "cpu"
+
     def attend(query, key, value, cache, layer):
         cache = write(cache, layer, positions[:, 0], key, value, compute.mesh)
         keys, values = (
-            jnp.swapaxes(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), 1, 2)
-            for a in (cache.key, cache.value)
+            jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (cache.key, cache.value)
         )
-        distance = positions[..., None] - jnp.arange(keys.shape[1])
+        distance = positions[..., None] - jnp.arange(keys.shape[2])
         visible = distance >= 0
         if config.sliding_window:
             visible &= config.attends_fully(layer) | (distance < config.sliding_window)
-        return grouped_attention(query, keys, values, visible[:, None, None], score_options(config)), cache
+        visible, options = visible[:, None, None], score_options(config)
+        if on_cpu and query.shape[1] == 1:
+            return _single_query(query, keys, values, visible, options), cache
+        keys, values = (jnp.swapaxes(each, 1, 2) for each in (keys, values))
+        return grouped_attention(query, keys, values, visible, options), cache
 
     return attend
+
+
+def _single_query(
+    query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, options: ScoreOptions
+) -> jax.Array:
+    """`grouped_attention` of one query to keys and values [B, K, S, N], as sums that XLA fuses on CPU.
+
+    A product there would first copy the layer's keys out of the cache.
+    """
+    B, _, H, N = query.shape
+    K = keys.shape[1]
+    grouped = query.reshape(B, K, H // K, 1, N) * jnp.asarray(options.scale(N), query.dtype)
+    scores = jnp.sum(grouped * keys[:, :, None], axis=-1, dtype=jnp.float32)
+    if options.softcap:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
+    scores = jnp.where(visible[:, :, :, 0], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)[..., None].astype(values.dtype)
+    mixed = jnp.sum(weights * values[:, :, None], axis=-2, dtype=jnp.float32)
+    return mixed.astype(query.dtype).reshape(B, 1, H, N)

@@ -30,7 +30,8 @@ class RlPlan:
       update: of all episodes.
       engine: prefill of `engine.batch` rows and decode of as many.
       episodes, rows: of a step, and those in decode at a time.
-      hbm_sampling: bytes a chip while sampling: the trainer's state, the engine's weights and cache, and temporaries.
+      hbm_sampling: bytes a chip while sampling: the trainer's state, the engine's weights and cache, and temporaries;
+        off-policy also what the update needs.
       prompt_tokens, new_tokens: read and sampled in a step, if every episode takes all turns and all tokens.
       prefill_seconds, decode_seconds, update_seconds: of a step; None: a part does not fit.
     """
@@ -91,10 +92,13 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
         config, topology, slices=slices, batch=rows, prompt_length=prompt_length, cache_length=length,
         dtype=config.compute.dtype,
     )  # fmt: skip
-    # The engine reads the trainer's own arrays where the dtypes are the same.
-    shared = update.hbm["parameters"] if config.compute.dtype == config.compute.param_dtype else 0
+    # On-policy, the engine reads the trainer's own arrays where the dtypes are the same.
+    own = config.rl.off_policy or config.compute.dtype != config.compute.param_dtype
+    shared = 0 if own else update.hbm["parameters"]
     peak = max(phase.hbm_bytes_per_chip for phase in (engine.prefill, engine.decode))
     state = sum(update.hbm[kind] for kind in ("parameters", "reference", "optimizer"))
+    if config.rl.off_policy:  # the update runs at the same time
+        state += update.hbm["batch"] + update.hbm["temporaries"]
     # A turn reads its conversation again; the prompts of a group's first turn are read once.
     new = (length - prompt_length) // turns
     prompts = [prompt_length + turn * new for turn in range(turns)]

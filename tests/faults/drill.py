@@ -1,4 +1,4 @@
-"""A small training under faults, which must end as if nothing had happened. README.md has the command."""
+"""A small run of `lemur train` or `lemur rl` under faults, which must end as if nothing had happened; see README.md."""
 
 import argparse
 import collections
@@ -18,18 +18,32 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from lemur_jax.checkpoint.manager import read_metadata
 from lemur_jax.cluster.hosts import choose_platform
 from lemur_jax.telemetry.metrics import read_metrics
-from tests.faults.faults import ENDS
+from lemur_jax.text.chat_template import CHATML_TOKENS
+from lemur_jax.text.tokenizer_files import extend
+from tests.faults.faults import ENDS, unreadable_shard
 from tests.helpers.runs import make_project, without_clock
 
 SHIM = pathlib.Path(__file__).parent / "shim"
-STEPS_PER_FAULT = 20
+STEPS_PER_FAULT = {"train": 20, "rl": 10}
 PATIENCE = 600.0  # seconds for the next step, of a machine that may be busy
+# Of `lemur rl`, after the lines of `lemur train`: a model of random parameters learns to write long answers.
+RL = """    from lemur_jax.rl import games
+    from tests.helpers.rl import only_echo
+    games.tasks = only_echo
+    config.model = {**config.model.to_dict(), "vocab_size": VOCABULARY}
+    config.tokenizer.path = "tokenizer_chat"
+    config.data.sources = {}
+    config.eval.tasks = ()
+    config.rl.update({"environment": "echo", "group_size": 4, "max_turns": 2, "max_new_tokens": 3})
+    config.rl.update({"eval_every_steps": 7, "eval_tasks": 2, "off_policy": OFF_POLICY})
+"""
 
 
 class Run:
-    """`lemur train` in a directory, started again as often as need be.
+    """A verb in a directory, started again as often as need be.
 
     Attributes:
+      verb: "train" or "rl".
       root: config, tokenizer and stores.
       workdir, checkpoints: of the run.
       faults: what the shim reads.
@@ -37,8 +51,8 @@ class Run:
       starts: how often it was started.
     """
 
-    def __init__(self, root: pathlib.Path, name: str, steps: int):
-        self.root, self.workdir, self.steps = root, root / name, steps
+    def __init__(self, root: pathlib.Path, name: str, steps: int, verb: str):
+        self.root, self.workdir, self.steps, self.verb = root, root / name, steps, verb
         self.checkpoints = self.workdir / "checkpoints"
         self.faults, self.temporary = root / f"{name}-faults", root / f"{name}-tmp"
         self.faults.mkdir()
@@ -56,7 +70,7 @@ class Run:
         environment["PYTHONFAULTHANDLER"] = "1"  # see `stuck`
         environment["TMPDIR"] = str(self.temporary)
         environment["PYTHONPATH"] = os.pathsep.join([str(SHIM), *filter(None, sys.path)])
-        words = ["train", "--config", "config.py", "--workdir", self.workdir.name, "--virtual-devices", "1"]
+        words = [self.verb, "--config", "config.py", "--workdir", self.workdir.name, "--virtual-devices", "1"]
         words += [f"--config.train.steps={self.steps}", "--config.eval.every_steps=40"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lemur_jax.cli", *words],
@@ -143,7 +157,7 @@ class Run:
         return found
 
 
-def drill(root: pathlib.Path, seed: int, kinds: list, say=print) -> None:
+def drill(root: pathlib.Path, seed: int, kinds: list, say=print, verb: str = "train") -> None:
     """Runs once alone and, beside it, once under `kinds` of faults, one after the other, and compares.
 
     Raises:
@@ -151,8 +165,10 @@ def drill(root: pathlib.Path, seed: int, kinds: list, say=print) -> None:
     """
     rng = random.Random(seed)
     make_project(root)
-    steps = STEPS_PER_FAULT * (len(kinds) + 1)
-    alone, hurt = Run(root, "alone", steps), Run(root, "hurt", steps)
+    if verb == "rl":
+        _make_rl_project(root, off_policy=rng.random() < 0.5)
+    steps = STEPS_PER_FAULT[verb] * (len(kinds) + 1)
+    alone, hurt = Run(root, "alone", steps, verb), Run(root, "hurt", steps, verb)
     try:
         _throw(alone, hurt, kinds, rng, say)
     finally:
@@ -163,6 +179,18 @@ def drill(root: pathlib.Path, seed: int, kinds: list, say=print) -> None:
         f" saves failed, {hurt.said('the damaged checkpoint is')} damaged checkpoints set aside"
     )
     compare(alone, hurt)
+
+
+def faults_of(verb: str) -> list:
+    """The faults that can hit a run of this verb: `lemur rl` reads no store."""
+    return [fault for fault in ENDS if verb == "train" or fault is not unreadable_shard]
+
+
+def _make_rl_project(root: pathlib.Path, off_policy: bool) -> None:
+    tokenizer = extend(root / "tokenizer", root / "tokenizer_chat", CHATML_TOKENS)
+    lines = RL.replace("VOCABULARY", str(tokenizer.vocab_size)).replace("OFF_POLICY", str(off_policy))
+    config = root / "config.py"
+    config.write_text(config.read_text().replace("    return config", f"{lines}    return config"))
 
 
 def _throw(alone: Run, hurt: Run, kinds: list, rng: random.Random, say) -> None:
@@ -211,15 +239,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--verb", choices=list(STEPS_PER_FAULT), default="train")
     parser.add_argument("--directory", help="kept; without it, a temporary one is removed when all is well")
     args = parser.parse_args()
     choose_platform()
     print(f"seed {args.seed}", flush=True)
-    kinds = random.Random(args.seed).choices(list(ENDS), k=args.faults)
+    kinds = random.Random(args.seed).choices(faults_of(args.verb), k=args.faults)
     root = pathlib.Path(args.directory or tempfile.mkdtemp(prefix="drill-"))
     root.mkdir(exist_ok=True)
     began = time.monotonic()
-    drill(root, args.seed, kinds, lambda line: print(line, flush=True))
+    drill(root, args.seed, kinds, lambda line: print(line, flush=True), args.verb)
     counts = collections.Counter(kind.__name__ for kind in kinds)
     print(", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
     print(f"all as if nothing had happened, after {time.monotonic() - began:.0f} s")

@@ -3,11 +3,14 @@
 import os
 import random
 
-from tests.faults.drill import drill
-from tests.faults.faults import ENDS
+import pytest
+
+from tests.faults.drill import drill, faults_of
 
 
-def test_one_fault_of_every_kind(tmp_path):
+@pytest.mark.parametrize("verb", ["train", pytest.param("rl", marks=pytest.mark.slow)])
+def test_one_fault_of_every_kind(tmp_path, verb):
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}")  # shown when it fails
-    drill(tmp_path, seed, random.Random(seed).sample(list(ENDS), len(ENDS)))
+    kinds = faults_of(verb)
+    drill(tmp_path, seed, random.Random(seed).sample(kinds, len(kinds)), verb=verb)

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lemur_jax.agents.environments import Environment, Step
+from lemur_jax.agents.environments import Step
 from lemur_jax.checkpoint.metadata import make_metadata
 from lemur_jax.checkpoint.reading import restore_params
 from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import default_config, from_config_dict
+from lemur_jax.config import from_config_dict
 from lemur_jax.convert.source import open_source
 from lemur_jax.models import decoder, lora
 from lemur_jax.models.decoder import Compute
@@ -26,43 +26,8 @@ from lemur_jax.rl import games, run
 from lemur_jax.rl.rollouts import Played, Rollouts
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.train.state import shardings_of, start
+from tests.helpers.rl import STEPS, Echo, make_config, only_echo
 from tests.helpers.runs import final_params, without_clock
-
-STEPS = 4
-
-
-def make_config(tokenizer, path, **options):
-    """A tiny model with 64 positions; groups of 4 in 2 rows at a time."""
-    for name, content in tokenizer.files().items():
-        (path / "tokenizer").mkdir(exist_ok=True)
-        (path / "tokenizer" / name).write_bytes(content)
-    config = default_config(preset("tiny", vocab_size=tokenizer.vocab_size))
-    config.compute.dtype = "float32"
-    config.tokenizer.path = str(path / "tokenizer")
-    config.data.sequence_length = 64
-    config.train.steps, config.train.batch_rows = STEPS, 8
-    config.optimizer.learning_rate = 1e-2
-    config.checkpoint.every_steps = 1
-    config.log.every_steps = 1
-    config.rl.update(
-        {"environment": "echo", "group_size": 4, "max_new_tokens": 3, "max_turns": 2, "eval_tasks": 2}
-    )
-    for key, value in options.items():
-        section, _, name = key.rpartition(".")
-        config[section or "rl"][name] = value
-    return config
-
-
-class Echo(Environment):
-    """Rewards by the length of an answer, which differs from episode to episode; never solved."""
-
-    id = "echo/0"
-
-    def reset(self):
-        return "say"
-
-    def step(self, action):
-        return Step(observation=f"no {len(action)}", verdict="wrong answer", reward=min(len(action), 9) / 10)
 
 
 @pytest.fixture
@@ -89,7 +54,7 @@ def target_logprobs(model, params, batch):
 
 def test_only_the_policys_own_tokens_train(small_chat_tokenizer, tmp_path, monkeypatch):
     """Every number of a batch against the plain forward pass and against the episodes themselves."""
-    monkeypatch.setattr(games, "tasks", lambda name, data: ([Echo()], [Echo()]))
+    monkeypatch.setattr(games, "tasks", only_echo)
     config = from_config_dict(
         make_config(small_chat_tokenizer, tmp_path, rewards="turn", algorithm="dr_grpo")
     )
@@ -113,7 +78,7 @@ def test_only_the_policys_own_tokens_train(small_chat_tokenizer, tmp_path, monke
 
 def test_off_policy_episodes_are_of_the_parameters_before(small_chat_tokenizer, tmp_path, monkeypatch):
     """Log-probabilities are those of the policy that sampled, and a checkpoint's episodes lead to the same bits."""
-    monkeypatch.setattr(games, "tasks", lambda name, data: ([Echo()], [Echo()]))
+    monkeypatch.setattr(games, "tasks", only_echo)
     config = from_config_dict(
         make_config(small_chat_tokenizer, tmp_path, off_policy=True, eval_every_steps=0)
     )
@@ -246,10 +211,10 @@ from lemur_jax.cluster.hosts import choose_platform
 choose_platform(1)
 from lemur_jax.config import from_json
 from lemur_jax.rl.run import rl
-from tests.rl.test_rl import Echo
+from tests.helpers.rl import only_echo
 from lemur_jax.rl import games
 import json
-games.tasks = lambda name, data: ([Echo()], [Echo()])
+games.tasks = only_echo
 rl(from_json(json.loads(pathlib.Path("config.json").read_text())), sys.argv[1])
 """
 

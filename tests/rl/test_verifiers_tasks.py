@@ -5,7 +5,10 @@ import copy
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.rl import games
+from lemur_jax.config import from_config_dict
+from lemur_jax.rl import games, run
+from lemur_jax.telemetry.metrics import read_metrics
+from tests.helpers.rl import STEPS, make_config
 from tests.helpers.verifiers import TASKSET
 
 
@@ -45,6 +48,24 @@ def test_several_turns(tasks):
     assert step.observation.startswith("Error: ")
     assert not step.done
     assert episode.step("SELECT count(*) FROM book").reward == 1
+
+
+@pytest.mark.slow
+def test_a_run(tasks, small_chat_tokenizer, tmp_path):
+    """`lemur rl` on a taskset that rewards long answers."""
+    reward = "float(self.data.answer in trace.last_reply)"
+    assert reward in TASKSET
+    longer = TASKSET.replace(reward, "min(len(trace.last_reply), 9) / 10")
+    (tmp_path / "lemur_test_lengths.py").write_text(longer)
+    config = make_config(small_chat_tokenizer, tmp_path, environment="verifiers:lemur-test-lengths")
+    run.rl(from_config_dict(config), tmp_path / "run")
+    records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
+    assert len(records) == STEPS
+    for record in records:
+        assert record["episodes/failed"] == 0
+        assert 0 < record["reward"] < 1
+        assert record["grad_norm"] > 0
+        assert record["logprob_gap"] < 1e-4
 
 
 def test_names_of_no_taskset(tasks):
