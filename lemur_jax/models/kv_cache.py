@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from lemur_jax.models.attention import ScoreOptions, grouped_attention
+from lemur_jax.models.attention import grouped_attention
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Attend, Compute, score_options
+from lemur_jax.models.scores import ScoreOptions
 from lemur_jax.parallel.mesh import platform
 from lemur_jax.parallel.rules import RULES, constrain
 
