@@ -29,8 +29,7 @@ from lemur_jax.config import differences
 def checkpoint_table(path: epath.PathLike) -> tuple[str, bool]:
     """One line per checkpoint, oldest first, and whether all are verified; every byte of each is read.
 
-    Raises:
-      UserError: no checkpoint there.
+    Raises UserError: no checkpoint there.
     """
     directory, steps = steps_in(path)
     lines = [f"{directory}", f"{'step':>10} {'GB':>9} {'age':>12}  state"]
@@ -77,8 +76,7 @@ def _digest(array: Any, name: str, leaf: Leaf) -> int:
 def config_difference(path: epath.PathLike, old: int, new: int) -> str:
     """The config keys in which two checkpoints differ, with both values.
 
-    Raises:
-      UserError: there is no such step, or one was imported and has no config.
+    Raises UserError: there is no such step, or one was imported and has no config.
     """
     configs = []
     for step in (old, new):

@@ -130,20 +130,13 @@ class Checkpoints:
     def save(
         self, step: int, params: Any, optimizer: Any, metadata: Mapping[str, Any], loss: float | None = None
     ) -> None:
-        """Starts saving; returns when digests are computed and the arrays are copied to the host.
+        """Starts saving the state after `step` updates; returns when digests are computed and arrays copied to the
+        host.
 
         The arrays may then be donated. A save that fails, now or later, is reported by a warning and does not raise
-        before `max_failures` in a row.
+        before `max_failures` in a row. `metadata` is as `make_metadata` returns it, `loss` for `keep_best`.
 
-        Args:
-          step: updates done.
-          params: the parameters.
-          optimizer: the optimizer's state.
-          metadata: as `make_metadata` returns it.
-          loss: held-out loss, for `keep_best`.
-
-        Raises:
-          UserError: a leaf is not finite, and nothing is saved; or as `wait`.
+        Raises UserError: a leaf is not finite, and nothing is saved; or as `wait`.
         """
         self.wait()
         trees = {"params": params, "optimizer": optimizer}
@@ -240,15 +233,8 @@ class Checkpoints:
     def restore(self, step: int, params: Any, optimizer: Any, fresh: bool = False) -> tuple[Any, Any]:
         """Reads both trees with the shardings of the given abstract trees, and verifies them.
 
-        Args:
-          step: of a finished checkpoint.
-          params: abstract tree with shardings.
-          optimizer: likewise.
-          fresh: where the stored optimizer is another one, None is returned for it.
-
-        Raises:
-          Damaged: something is not what was saved.
-          UserError: a leaf is missing, unexpected, or of another shape or dtype than wanted.
+        With `fresh`, where the stored optimizer is another one, None is returned for it. Raises Damaged: something is
+        not what was saved; UserError: a leaf is missing, unexpected, or of another shape or dtype than wanted.
         """
         reader = open_manager(self.path, broadcast=self._broadcast)
         leaves = restore_metadata(reader, self.path, step)["leaves"]
@@ -278,17 +264,11 @@ class Checkpoints:
     ) -> tuple[int, Any, Any] | None:
         """(step, params, optimizer) of the newest checkpoint that is whole; None where there is none.
 
-        Damaged ones are reported and renamed, so that they neither count as kept nor block their step.
+        Damaged ones are reported and renamed, so that they neither count as kept nor block their step. `check` is given
+        the checkpoint's metadata first and may refuse it; steps after `at_most` are left alone; the rest is as in
+        `restore`.
 
-        Args:
-          params: abstract tree with shardings.
-          optimizer: likewise.
-          check: is given the checkpoint's metadata first and may refuse it.
-          at_most: checkpoints of later steps are left alone; None: there are none such.
-          fresh: as in `restore`.
-
-        Raises:
-          UserError: every checkpoint is damaged, or the newest whole one does not fit.
+        Raises UserError: every checkpoint is damaged, or the newest whole one does not fit.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         steps = [step for step in steps if at_most is None or step <= at_most]

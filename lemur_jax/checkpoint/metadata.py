@@ -36,11 +36,8 @@ def make_metadata(
 ) -> dict[str, Any]:
     """The `metadata` item as plain JSON, without the leaves, which `seal` adds.
 
-    Args:
-      model: fields of `DecoderConfig`.
-      tokenizer_files: contents by file name.
-      config: the run config, None for imported weights.
-      data: digests of the stores that the run reads.
+    `tokenizer_files` are contents by file name, `config` is None for imported weights, and `data` has the digests of
+    the stores that the run reads.
     """
     return {
         "format": FORMAT,
@@ -82,16 +79,11 @@ def unseal(content: Any, where: str) -> dict[str, Any]:
 
 
 def check_leaves(stored: Mapping[str, Leaf] | None, wanted: Any, where: str, *, dtypes: bool = True) -> None:
-    """Compares stored leaves with the wanted ones by name, shape and dtype.
+    """Compares the leaves of a checkpoint's item, None if it has no such item, with a tree of arrays or
+    ShapeDtypeStructs.
 
-    Args:
-      stored: leaves of the checkpoint's item; None: it has no such item.
-      wanted: tree of arrays or ShapeDtypeStructs.
-      where: checkpoint and item, for messages.
-      dtypes: whether dtypes must be equal.
-
-    Raises:
-      UserError: names the first leaf that differs.
+    Raises UserError, which names the first leaf that differs in name, shape or dtype; `where` stands for checkpoint and
+    item.
     """
     if stored is None:
         raise UserError(f"{where}: there is none; it is an export or import of parameters alone")

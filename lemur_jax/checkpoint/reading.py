@@ -43,13 +43,8 @@ class Manager(ocp.CheckpointManager):
 def open_manager(path: epath.Path, *, broadcast: bool = False, **options: Any) -> ocp.CheckpointManager:
     """Orbax's manager of our items, for reading by each host for itself unless `options` say otherwise.
 
-    Args:
-      path: checkpoint directory.
-      broadcast: arrays are read by the devices of one entry of the mesh's first axis, and sent to the others.
-      options: of `CheckpointManagerOptions`.
-
-    Raises:
-      UserError: storage cannot be read now: rights, network, too many open files.
+    With `broadcast`, arrays are read by the devices of one entry of the mesh's first axis, and sent to the others.
+    Raises UserError: storage cannot be read now: rights, network, too many open files.
     """
     handler = type_handlers.SingleReplicaArrayHandler if broadcast else type_handlers.ArrayHandler
     registry = type_handlers.create_type_handler_registry(
@@ -130,9 +125,7 @@ def _open(path: epath.PathLike, step: int | None) -> tuple[ocp.CheckpointManager
 def read_metadata(path: epath.PathLike, step: int | None = None) -> dict[str, Any]:
     """The `metadata` item and the key `step`, of the newest checkpoint or of `step`.
 
-    Raises:
-      Damaged: the metadata is not what was saved.
-      UserError: no checkpoint there, or one of another format.
+    Raises Damaged: the metadata is not what was saved; UserError: no checkpoint there, or one of another format.
     """
     manager, directory, step = _open(path, step)
     with suggest_other_steps(directory, step):
@@ -206,8 +199,7 @@ def restore_item(
 ) -> Any:
     """The leaves of `wanted`, verified against `leaves`; `broadcast` as in `open_manager` of this manager.
 
-    Raises:
-      Damaged: a leaf is not what was saved, or has a value that is not finite.
+    Raises Damaged: a leaf is not what was saved, or has a value that is not finite.
     """
     where = f"checkpoint {directory}/{step}, {item}"
     arguments = ocp.args.PyTreeRestore(
@@ -237,9 +229,8 @@ def _restore_args(leaf: Any) -> Any:
 def read_on_all_hosts(read: Callable[[], Any], where: str, broadcast: bool = False) -> Any:
     """What `read` returns, if it succeeds on every host; all must call it.
 
-    Raises:
-      Damaged: a file is not what was written, on any host.
-      UserError: storage cannot be read now, or what `read` raises itself.
+    Raises Damaged: a file is not what was written, on any host; UserError: storage cannot be read now, or what `read`
+    raises itself.
     """
     failure: Exception | None = None
     result = None
@@ -276,19 +267,11 @@ def file_url(path: epath.PathLike) -> str:
 def open_arrays(
     path: epath.PathLike, step: int, names: Iterable[str], item: str = "params"
 ) -> dict[str, ts.TensorStore]:
-    """The arrays of one checkpoint, to be read slice by slice; reads their shapes only.
+    """The arrays of one step's item ("params" or "optimizer") by name, to be read slice by slice; reads their shapes
+    only.
 
     Orbax restores whole arrays, conversion of a 70B model needs one layer at a time. Orbax writes each array as a zarr
-    array in an OCDBT store, which TensorStore opens.
-
-    Args:
-      path: a checkpoint directory, or a workdir that holds one, local or gs://.
-      step: a finished step in it.
-      names: of the leaves.
-      item: "params" or "optimizer".
-
-    Raises:
-      UserError: an array cannot be opened.
+    array in an OCDBT store, which TensorStore opens. Raises UserError: an array cannot be opened.
     """
     location = steps_in(path)[0] / str(step) / item
     try:
@@ -312,8 +295,7 @@ def chunk_slices(array: ts.TensorStore) -> list[Any]:
 def read_slices(array: ts.TensorStore, slices: Sequence[Any], name: str) -> Iterator[Any]:
     """Slices of an array as NumPy arrays; the next one is read while the caller uses one.
 
-    Raises:
-      UserError: the file behind it is damaged.
+    Raises UserError: the file behind it is damaged.
     """
     try:
         ahead = array[slices[0]].read()

@@ -21,21 +21,13 @@ from lemur_jax.common.paths import absolute
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Streamed:
-    """An array as a source of its pieces.
-
-    Attributes:
-      shape: of the whole array.
-      dtype: NumPy dtype.
-      pieces: 1, or `shape[0]`: one for each entry of axis 0.
-      read: index of a piece -> that piece, C-contiguous, axis 0 included.
-      digest: of what was written so far.
-    """
+    """An array as a source of its pieces."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    pieces: int
-    read: Callable[[int], np.ndarray]
-    digest: RunningDigest = dataclasses.field(default_factory=RunningDigest)
+    pieces: int  # 1, or `shape[0]`: one for each entry of axis 0
+    read: Callable[[int], np.ndarray]  # index of a piece -> that piece, C-contiguous, axis 0 included
+    digest: RunningDigest = dataclasses.field(default_factory=RunningDigest)  # of what was written so far
 
 
 def write_params(path: epath.PathLike, params: Any, metadata: Mapping[str, Any], step: int = 0) -> None:
@@ -137,8 +129,4 @@ class _LateJsonHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(_LateJsonHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class _SaveLateJson(ocp.args.CheckpointArgs):
-    """Attributes:
-    content: returns the JSON value.
-    """
-
-    content: Callable[[], Any]
+    content: Callable[[], Any]  # returns the JSON value

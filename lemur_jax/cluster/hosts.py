@@ -27,13 +27,8 @@ def choose_platform(virtual_devices: int = 0) -> None:
     """Sets `JAX_PLATFORMS`, and XLA's flags on the CPU, before JAX initializes.
 
     Without an accelerator and a choice by the user the platform is the CPU: with libtpu installed and no TPU present,
-    JAX would spend seconds and a page of warnings to find out.
-
-    Args:
-      virtual_devices: > 0: use this many virtual CPU devices, regardless of the hardware and XLA_FLAGS.
-
-    Raises:
-      UserError: `virtual_devices` is negative.
+    JAX would spend seconds and a page of warnings to find out. With `virtual_devices` it has that many, regardless of
+    the hardware and XLA_FLAGS.
     """
     if virtual_devices < 0:
         raise UserError(

@@ -37,14 +37,8 @@ RELEASE_SECONDS = 30.0  # for the last write of the lease; the store may not ans
 def workdir_lock(workdir: epath.Path, seconds: float = WAIT_SECONDS) -> Iterator[None]:
     """A context in which no other run writes to the workdir; only the primary host enters it.
 
-    Two runs would remove each other's unfinished checkpoints. Network disks without locks are not protected.
-
-    Args:
-      workdir: made if missing.
-      seconds: to wait for another run.
-
-    Raises:
-      UserError: the other run did not end in time.
+    Two runs would remove each other's unfinished checkpoints. Network disks without locks are not protected. Raises
+    UserError: another run did not end in that many seconds.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with (lease if is_object_store(workdir) else _file_lock)(workdir, seconds):
@@ -82,14 +76,7 @@ def lease(directory: epath.Path, seconds: float) -> Iterator[None]:
     """A context in which no other lease of the directory is held, on any machine.
 
     Where another run has taken over, as can happen while this process sleeps for longer than `EXPIRE_SECONDS`, this
-    process ends.
-
-    Args:
-      directory: exists.
-      seconds: to wait for another run that is alive.
-
-    Raises:
-      UserError: the other run did not end in time.
+    process ends. Raises UserError: another run that is alive did not end in that many seconds.
     """
     file, mine = directory / LEASE_FILE, uuid.uuid4().hex
     _take(file, mine, seconds)

@@ -23,8 +23,7 @@ def local_model(path: epath.PathLike) -> epath.PathLike:
     It is a name on the hub if its first component is no file or directory here. What is in the cache is not downloaded
     again, and an interrupted download continues; `hf auth login` keeps the token of private and gated models.
 
-    Raises:
-      UserError: no such model, it is gated, or the hub cannot be reached and the cache lacks it.
+    Raises UserError: no such model, it is gated, or the hub cannot be reached and the cache lacks it.
     """
     found = _NAME.fullmatch(os.fspath(path))
     if not found or os.path.exists(os.fspath(path).partition("/")[0]):
@@ -39,8 +38,7 @@ def local_model(path: epath.PathLike) -> epath.PathLike:
 def dataset_files(pattern: str) -> list[str]:
     """The files that match `hf://datasets/ORG/NAME[@REVISION]/GLOB`, sorted, with the commit as their revision.
 
-    Raises:
-      UserError: no such data set or revision, it is gated, or the hub cannot be reached.
+    Raises UserError: no such data set or revision, it is gated, or the hub cannot be reached.
     """
     name, revision, glob = _dataset_parts(pattern)
     commit, files = _list_dataset(name, revision)

@@ -46,13 +46,8 @@ def to_plain(value: Any) -> Any:
 def from_plain(cls: type[T], values: Any, key: str = "") -> T:
     """A section of nested mappings, e.g. of JSON; keys that are missing have their defaults.
 
-    Args:
-      cls: the dataclass.
-      values: its fields by name.
-      key: dotted key of the section, for errors; "": the whole config.
-
-    Raises:
-      UserError: an unknown or missing key, a value of the wrong type, or what the section refuses.
+    `key` is the section's dotted key, for errors; "": the whole config. Raises UserError: an unknown or missing key, a
+    value of the wrong type, or what the section refuses.
     """
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
     kinds = typing.get_type_hints(cls)

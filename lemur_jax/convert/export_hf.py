@@ -100,21 +100,14 @@ def export_hf(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenedCheckpoint:
-    """A checkpoint that is read for an export.
+    """A checkpoint that is read for an export."""
 
-    Attributes:
-      where: names it in errors.
-      stored, written: the model in the checkpoint, and with the vocabulary of the export.
-      arrays, leaves: the stored parameters and their digests, by path.
-      tokenizer: with the changes of the vocabulary.
-    """
-
-    where: str
-    stored: DecoderConfig
-    written: DecoderConfig
-    arrays: Mapping[str, ts.TensorStore]
-    leaves: Mapping[str, Leaf]
-    tokenizer: Tokenizer | None
+    where: str  # names it in errors
+    stored: DecoderConfig  # the model in the checkpoint
+    written: DecoderConfig  # with the vocabulary of the export
+    arrays: Mapping[str, ts.TensorStore]  # the stored parameters, by path
+    leaves: Mapping[str, Leaf]  # their digests
+    tokenizer: Tokenizer | None  # with the changes of the vocabulary
     change: Change
 
     def tensors(self, dtype: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -213,8 +213,7 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_t
 def spec_fields(family: Family, raw: Raw, layers: int, width: int, where: str) -> dict[str, Any]:
     """The fields of the specification beyond Llama's, from a config.json whose numbers are checked elsewhere.
 
-    Raises:
-      UserError: a key says what the specification cannot.
+    Raises UserError: a key says what the specification cannot.
     """
     if layers > MAX_LAYERS:
         raise UserError(f"{where}: num_hidden_layers is {layers}; at most {MAX_LAYERS} are possible")

@@ -62,8 +62,7 @@ def _matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
 def read_peft(options: AdapterConfig, model: DecoderConfig, dtype: str) -> Params:
     """The adapter of a PEFT directory, `options.checkpoint`, as NumPy arrays.
 
-    Raises:
-      UserError: it is missing, of another kind than LoRA, or differs from the config in rank, scale or targets.
+    Raises UserError: it is missing, of another kind than LoRA, or differs from the config in rank, scale or targets.
     """
     directory = epath.Path(options.checkpoint)
     if not (directory / WEIGHTS).exists():

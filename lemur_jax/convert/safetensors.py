@@ -76,9 +76,8 @@ def brief(name: object) -> str:
 def read_header(path: epath.PathLike) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, without buffers that no model needs (`layout.IGNORED`).
 
-    Raises:
-      UserError: the file is incomplete, its header violates the format, or a tensor is not float32, bfloat16 or
-        float16.
+    Raises UserError: the file is incomplete, its header violates the format, or a tensor is not float32, bfloat16 or
+    float16.
     """
     path = epath.Path(path)
     size = path.stat().length

@@ -34,8 +34,7 @@ class ModelSource:
 def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
     """Opens a checkpoint directory, a workdir (None: its newest step) or a Hugging Face model: local, gs://, ORG/NAME.
 
-    Raises:
-      UserError: there is no model or two, a Hugging Face directory is damaged, or `step` is given with one.
+    Raises UserError: there is no model or two, a Hugging Face directory is damaged, or `step` is given with one.
     """
     path = local_model(path)
     directory = epath.Path(path)

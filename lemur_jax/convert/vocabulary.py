@@ -75,8 +75,7 @@ class Change:
     ) -> tuple[DecoderConfig, dict[str, bytes]]:
         """The model at `where` and its tokenizer's files (empty: none) afterwards.
 
-        Raises:
-          UserError: rows would be lost without being named, or tokens and rows do not fit each other.
+        Raises UserError: rows would be lost without being named, or tokens and rows do not fit each other.
         """
         rows = self.drop_rows_above or config.vocab_size
         if not 0 < rows <= config.vocab_size:

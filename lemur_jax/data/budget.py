@@ -10,21 +10,15 @@ from lemur_jax.data.mixture import Mixture
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a run needs of one source.
-
-    Attributes:
-      rows_wanted, rows_available: rows read in the whole run, and rows of one epoch.
-      tokens_wanted, tokens_available: the same in real (not padding) positions.
-      max_epochs: the cap; 0: none.
-      shares: its part of the tokens of each stage that the run reaches, by the stage's label.
-    """
+    """What a run needs of one source."""
 
     name: str
-    rows_wanted: int
-    rows_available: int
-    tokens_wanted: int
+    rows_wanted: int  # read in the whole run
+    rows_available: int  # of one epoch
+    tokens_wanted: int  # the same in real (not padding) positions
     tokens_available: int
-    max_epochs: float
+    max_epochs: float  # the cap; 0: none
+    # its part of the tokens of each stage that the run reaches, by the stage's label
     shares: Mapping[str, float]
 
     @property

@@ -19,40 +19,30 @@ REJECTED = 2  # in a loss mask, whose other values are 0 and 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The content of `manifest.json`, apart from its seal.
-
-    Attributes:
-      documents, tokens: counts; tokens include separators.
-      bytes: UTF-8 bytes of the text that the tokens stand for.
-      supervised_tokens: targets with loss: those of the mask, else all but each document's first.
-      preferences: a document is a chosen conversation, a rejected one, or both in this order; the mask is `REJECTED`
-        where the rejected one begins.
-      tokenizer_digest, added_tokens, vocab_size: of the tokenizer that made it.
-      task_digest, input_digest: of the task's definition and of the data it read.
-      label_field: the metadata field whose value is each document's label; "": they have none.
-      labels: for each label its number, and how many documents and bytes have it.
-      created_with: the program and its version.
-      arrays: sha256 (hex) of each array's `zarr.json`, by the array's name.
-    """
+    """The content of `manifest.json`, apart from its seal."""
 
     format_version: int = FORMAT_VERSION
     task: str
     split: str
     source: str
     documents: int
-    tokens: int
-    bytes: int
-    supervised_tokens: int
+    tokens: int  # separators included
+    bytes: int  # UTF-8 bytes of the text that the tokens stand for
+    supervised_tokens: int  # targets with loss: those of the mask, else all but each document's first
     has_loss_mask: bool
+    # a document is a chosen conversation, a rejected one, or both in this order; the mask is `REJECTED` where the
+    # rejected one begins
     preferences: bool = False
-    tokenizer_digest: str
+    tokenizer_digest: str  # of the tokenizer that made it
     added_tokens: Mapping[str, int]
     vocab_size: int
-    task_digest: str = ""
-    input_digest: str = ""
-    label_field: str = ""
+    task_digest: str = ""  # of the task's definition
+    input_digest: str = ""  # of the data it read
+    label_field: str = ""  # the metadata field whose value is each document's label; "": they have none
+    # for each label its number, and how many documents and bytes have it
     labels: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     created_with: str = f"lemur_jax {lemur_jax.__version__}"
+    # sha256 (hex) of each array's `zarr.json`, by the array's name
     arrays: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property

@@ -23,19 +23,12 @@ Batch = dict[str, np.ndarray]
 
 
 class Rows(Protocol):
-    """What the mixture and the loader need of a view.
+    """What the mixture and the loader need of a view."""
 
-    Attributes:
-      store: what it is a view of.
-      length: T.
-      num_tokens: real (not padding) positions of all rows together.
-      truncated: documents that are cut at T.
-    """
-
-    store: TokenStore
-    length: int
-    num_tokens: int
-    truncated: int = 0
+    store: TokenStore  # what it is a view of
+    length: int  # T
+    num_tokens: int  # real (not padding) positions of all rows together
+    truncated: int = 0  # documents that are cut at T
 
     def __len__(self) -> int: ...
 

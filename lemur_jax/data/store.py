@@ -46,9 +46,8 @@ class TokenStore:
     def open(cls, path: epath.PathLike, tokenizer: Tokenizer | None = None) -> "TokenStore":
         """Opens a store, for use with `tokenizer` if one is given.
 
-        Raises:
-          UserError: no whole store there, another format, an empty one, or one made with a
-            tokenizer whose ids mean something else.
+        Raises UserError: no whole store there, another format, an empty one, or one made with a tokenizer whose ids
+        mean something else.
         """
         manifest = read_manifest(path)
         if tokenizer is not None:
@@ -71,8 +70,7 @@ class TokenStore:
     def tokens(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Tokens [start, start + length) for each of R spans, joined: uint16 or uint32 [sum of lengths].
 
-        Raises:
-          UserError: the store is damaged, or has an id outside its vocabulary.
+        Raises UserError: the store is damaged, or has an id outside its vocabulary.
         """
         ids = self._spans("tokens", starts, lengths)
         if ids.size and ids.max() >= self.manifest.vocab_size:

@@ -33,40 +33,26 @@ CODE = {"humaneval": "HumanEval", "mbpp": "MBPP"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How tasks are run.
+    """How tasks are run."""
 
-    Attributes:
-      data: directory with `mbpp.jsonl`, `mmlu/`, `bbh/` and `gsm8k/`; the rest comes from the hub.
-      include_path: directory of the user's own task files (YAML) for the harness.
-      limit: number of documents of each task.
-      chat: ask in the model's chat template.
-      seed: of sampling.
-      max_new_tokens: of an answer; None: 512 for HumanEval and MBPP, what the task says for others.
-    """
-
-    data: str = ""
-    include_path: str = ""
-    limit: int | None = None
-    chat: bool = False
-    seed: int = 0
+    data: str = ""  # directory with `mbpp.jsonl`, `mmlu/`, `bbh/` and `gsm8k/`; the rest comes from the hub
+    include_path: str = ""  # directory of the user's own task files (YAML) for the harness
+    limit: int | None = None  # number of documents of each task
+    chat: bool = False  # ask in the model's chat template
+    seed: int = 0  # of sampling
+    # of an answer; None: 512 for HumanEval and MBPP, what the task says for others
     max_new_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """One task's result.
+    """One task's result."""
 
-    Attributes:
-      task: its name, e.g. "HumanEval".
-      score: percent for the paper's benchmarks; None if it could not be run.
-      detail: metrics, verdicts and the like, as JSON takes them.
-      missing: what to bring, if it could not be run.
-    """
-
-    task: str
-    score: float | None = None
+    task: str  # its name, e.g. "HumanEval"
+    score: float | None = None  # percent for the paper's benchmarks; None if it could not be run
+    # metrics, verdicts and the like, as JSON takes them
     detail: dict[str, Any] = dataclasses.field(default_factory=dict)
-    missing: str = ""
+    missing: str = ""  # what to bring, if it could not be run
 
 
 def evaluate(

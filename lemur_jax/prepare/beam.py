@@ -23,26 +23,17 @@ from lemur_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """The work on one split of a task.
+    """The work on one split of a task."""
 
-    Attributes:
-      task, modules: the task's name, and the modules that a worker imports to find it.
-      split, shards: of the task.
-      steps: from `cleaning.parse_steps`.
-      tokenizer: its directory and template, which workers read.
-      folder: for the files of results; its name must change with their inputs.
-      first_shard, first_number: the first shard, and the number of its first record.
-    """
-
-    task: str
-    modules: tuple[str, ...]
+    task: str  # its name
+    modules: tuple[str, ...]  # which a worker imports to find the task
     split: str
-    shards: int
-    steps: str
-    tokenizer: TokenizerConfig
-    folder: str
+    shards: int  # of the split
+    steps: str  # from `cleaning.parse_steps`
+    tokenizer: TokenizerConfig  # its directory and template, which workers read
+    folder: str  # for the files of results; its name must change with their inputs
     first_shard: int
-    first_number: int
+    first_number: int  # of the first shard's first record
 
     def file(self, shard: int) -> epath.Path:
         return epath.Path(self.folder) / f"{shard:06d}.pickle"

@@ -214,15 +214,11 @@ def _resolve(documents: int, scratch: Path) -> np.ndarray:
 def _pairs(
     keys: Iterable[tuple[np.ndarray, np.ndarray]], documents: int, scratch: Path
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of documents with equal keys: each with the few just before it, then with the group's first.
+    """Yields (earlier, later), int64 of equal lengths: documents with equal keys, each with the few just before it,
+    then with the group's first.
 
-    Args:
-      keys: blocks of (keys uint64, documents), documents ascending.
-      documents: upper bound of their number.
-      scratch: for files of 16 bytes per document.
-
-    Yields:
-      (earlier, later), int64 of equal lengths.
+    `keys` are blocks of (keys uint64, documents), documents ascending; `documents` is an upper bound of their number;
+    `scratch` takes 16 bytes per document.
     """
     parts = max(1, -(-documents // _SORTED))
     with contextlib.ExitStack() as stack:

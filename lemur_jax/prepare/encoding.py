@@ -37,23 +37,15 @@ CHUNK_RECORDS = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A document for a store.
+    """A document for a store."""
 
-    Attributes:
-      id: the document's own, or its number in the corpus.
-      tokens: uint32 [n]; for text between the separators.
-      mask: uint8 [n], 1 on supervised targets; None for text.
-      n_bytes: UTF-8 bytes of the text and its repository header; of a conversation, those of its supervised tokens.
-      fingerprint: by which duplicates are found.
-      label: the value of its label field.
-    """
-
-    id: str
-    tokens: np.ndarray
-    mask: np.ndarray | None
+    id: str  # the document's own, or its number in the corpus
+    tokens: np.ndarray  # uint32 [n]; for text between the separators
+    mask: np.ndarray | None  # uint8 [n], 1 on supervised targets; None for text
+    # UTF-8 bytes of the text and its repository header; of a conversation, those of its supervised tokens
     n_bytes: int
-    fingerprint: Fingerprint = NO_FINGERPRINT
-    label: str = ""
+    fingerprint: Fingerprint = NO_FINGERPRINT  # by which duplicates are found
+    label: str = ""  # the value of its label field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

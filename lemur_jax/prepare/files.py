@@ -17,22 +17,14 @@ ReadRows = Callable[[str], Iterator[tuple[str, Row | BadRow]]]
 class Files:
     """The files of a task.
 
-    Attributes:
-      patterns: globs or directories for "train" and perhaps "validation".
-      fields: where in a row the document is.
-      kind: a name in `readers.FORMATS`; "": by each file's name.
-      held_out: share of documents in the validation split if `patterns` has none.
-      max_bytes: longer records are refused.
-
-    Raises:
-      UserError: an unknown format; when read, no matching file, or a name without a known format.
+    Raises UserError: an unknown format; when read, no matching file, or a name without a known format.
     """
 
-    patterns: Mapping[str, str | Sequence[str]]
+    patterns: Mapping[str, str | Sequence[str]]  # globs or directories for "train" and perhaps "validation"
     fields: Fields
-    kind: str = ""
-    held_out: float = 0.0
-    max_bytes: int = readers.MAX_BYTES
+    kind: str = ""  # a name in `readers.FORMATS`; "": by each file's name
+    held_out: float = 0.0  # share of documents in the validation split if `patterns` has none
+    max_bytes: int = readers.MAX_BYTES  # longer records are refused
 
     def __post_init__(self) -> None:
         if self.kind and self.kind not in readers.FORMATS:

@@ -64,19 +64,13 @@ class Law:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Laws:
-    """The laws of a sweep of two parts, and how well they predict a ratio that was left out.
+    """The laws of a sweep of two parts, and how well they predict a ratio that was left out."""
 
-    Attributes:
-      laws: by group.
-      first: the group whose weight the tables vary.
-      points: that they were fitted to.
-      held_out: ratio -> group -> log of predicted over measured bits per byte after the longest run, by laws fitted
-        to the other ratios alone; of the ratios that have both parts.
-    """
-
-    laws: Mapping[str, Law]
-    first: str
-    points: Sequence[Point]
+    laws: Mapping[str, Law]  # by group
+    first: str  # the group whose weight the tables vary
+    points: Sequence[Point]  # that they were fitted to
+    # ratio -> group -> log of predicted over measured bits per byte after the longest run, by laws fitted to the
+    # other ratios alone; of the ratios that have both parts
     held_out: Mapping[str, Mapping[str, float]]
 
     @property

@@ -99,8 +99,7 @@ class TokenizerFiles:
     def read_spec(self) -> dict[str, Any]:
         """The content of `tokenizer.json`, or its equal made from `tokenizer.model`.
 
-        Raises:
-          UserError: neither is there, or they contradict each other.
+        Raises UserError: neither is there, or they contradict each other.
         """
         model = self.sentencepiece
         if "tokenizer.json" in self.files:

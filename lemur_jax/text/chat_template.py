@@ -42,8 +42,8 @@ TRAIN_FLAGS = ("weight", "train", "training", "loss")
 def is_trained(message: Message) -> bool:
     """Whether a turn may be supervised: not if one of its `TRAIN_FLAGS` is 0 or false.
 
-    Raises:
-      ValueError: a weight other than 0 and 1, a flag that is neither true nor false, or marks of parts of a turn.
+    Raises ValueError: a weight other than 0 and 1, a flag that is neither true nor false, or marks of parts of a
+    turn.
     """
     if message.get("train_detail"):
         raise ValueError("a turn has train_detail, marks of its parts: only whole turns can be left out")

@@ -56,8 +56,7 @@ def is_gguf(path: epath.PathLike) -> bool:
 def open_gguf(path: epath.PathLike) -> Any:
     """The `gguf.GGUFReader` of a local file, which is mapped and not read.
 
-    Raises:
-      UserError: `gguf` is not installed, or the file is none, incomplete or one of several parts.
+    Raises UserError: `gguf` is not installed, or the file is none, incomplete or one of several parts.
     """
     try:
         import gguf

@@ -105,8 +105,8 @@ class Tokenizer:
     def load(cls, path: epath.PathLike) -> "Tokenizer":
         """Opens a directory.
 
-        Raises:
-          UserError: no tokenizer, damaged files, files that contradict each other, or a kind that is not supported.
+        Raises UserError: no tokenizer, damaged files, files that contradict each other, or a kind that is not
+        supported.
         """
         return cls(read_files(path), str(path))
 

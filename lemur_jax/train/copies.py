@@ -22,17 +22,11 @@ from lemur_jax.parallel.rules import RULES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Copies:
-    """How gradients are kept apart and then summed.
+    """How gradients are kept apart and then summed."""
 
-    Attributes:
-      mesh: from `mesh_of_copies`; what is differentiated must shard by it.
-      shardings: of the parameters.
-      dtype: in which shards travel between copies.
-    """
-
-    mesh: Mesh
-    shardings: Any
-    dtype: str
+    mesh: Mesh  # from `mesh_of_copies`; what is differentiated must shard by it
+    shardings: Any  # of the parameters
+    dtype: str  # in which shards travel between copies
 
     def differentiate(self, gradient_of: Callable) -> Callable:
         """`gradient_of`, (params, batch) -> (gradient, sums), with a leading axis C in the gradient.

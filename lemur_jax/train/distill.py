@@ -26,9 +26,7 @@ LEAST = 1e-7  # probability of all other tokens, which rounding may make negativ
 def divergence(logprobs: jax.Array, top: jax.Array, ids: jax.Array, reverse: bool = False) -> jax.Array:
     """KL(teacher ‖ student) in nats, or reversed, float32 [...].
 
-    Args:
-      logprobs: of the student, [..., V].
-      top, ids: the teacher's log-probabilities and tokens, [..., K].
+    `logprobs` [..., V] are the student's; `top` and `ids` [..., K] the teacher's log-probabilities and tokens.
     """
 
     def with_others(top: jax.Array) -> jax.Array:

@@ -148,14 +148,8 @@ class Saves:
     def roll_back(self, state: TrainState, loader: Loader, most: int) -> tuple[TrainState, int]:
         """The state with the parameters of the last regular checkpoint before the skips, and its step.
 
-        Where that checkpoint is not there, a save having failed, its parameters are made again from an older
-        one. `state` is used up.
-
-        Args:
-          most: `config.spikes.max_rollbacks`.
-
-        Raises:
-          UserError: the run was rolled back too often.
+        Where that checkpoint is not there, a save having failed, its parameters are made again from an older one.
+        `state` is used up. Raises UserError: the run was rolled back more than `most` times.
         """
         rule = memory(state.optimizer)
         assert rule is not None

@@ -38,31 +38,22 @@ Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """A config made into functions over a mesh.
-
-    Attributes:
-      model, compute: the model and how it is computed.
-      optimizer: the optax transformation.
-      mesh: the device mesh.
-      param_dtype: of the master parameters.
-      state: abstract TrainState with shardings.
-      weights: TrainState -> the parameters of the model, for `score`, `decoder.bind` and a session: those of the state,
-        or `lora.adapt`; nothing is copied.
-      batch: abstract batch with shardings: `objectives.ARRAYS` and the objective's own.
-      step: jitted (state, batch) -> (state, metrics); the old state is donated. Those of the objective are in
-        metrics["objective/NAME"].
-      score: jitted (params, batch) -> RowSums, for held-out loss; takes any number of rows.
-    """
+    """A config made into functions over a mesh."""
 
     model: DecoderConfig
     compute: Compute
     optimizer: optax.GradientTransformation
     mesh: Mesh
-    param_dtype: str
-    state: TrainState
+    param_dtype: str  # of the master parameters
+    state: TrainState  # abstract TrainState with shardings
+    # TrainState -> the parameters of the model, for `score`, `decoder.bind` and a session: those of the state, or
+    # `lora.adapt`; nothing is copied
     weights: Callable[[TrainState], Any]
-    batch: Batch
+    batch: Batch  # abstract batch with shardings: `objectives.ARRAYS` and the objective's own
+    # jitted (state, batch) -> (state, metrics); the old state is donated. Those of the objective are in
+    # metrics["objective/NAME"]
     step: jax.stages.Wrapped
+    # jitted (params, batch) -> RowSums, for held-out loss; takes any number of rows
     score: jax.stages.Wrapped
 
 
