@@ -101,6 +101,9 @@ def test_null_switches_a_cap_off_where_its_absence_means_the_default():
     assert (written["model_type"], hf_config.from_hf(written)) == ("gemma2", config)
 
 
+LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -120,6 +123,17 @@ def test_null_switches_a_cap_off_where_its_absence_means_the_default():
         ({"model_type": "smollm3", "no_rope_layers": 4}, "no_rope_layers is 4"),
         ({"model_type": "smollm3", "no_rope_layer_interval": "x"}, "no_rope_layer_interval is 'x'"),
         ({"model_type": "gemma2", "final_logit_softcapping": -1}, "final_logit_softcapping is -1"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, "mlp_only_layers is"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1 is impl"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv is 8.0; only None is implemented"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "it must be 1 to model.num_experts 8"),
+        ({"model_type": "mixtral", "num_local_experts": 10**9}, "at most 1024"),
+        (
+            {"model_type": "phi3", "rope_scaling": LONGROPE},
+            "must be 64 positive numbers with longrope scaling",
+        ),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, not a positive integer"),
+        ({"model_type": "gemma3"}, "needs an unquantized text_config"),
         ({"layer_types": 5}, "layer_types is 5"),
         ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "layer_types is"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
@@ -134,6 +148,7 @@ def test_null_switches_a_cap_off_where_its_absence_means_the_default():
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "unknown key full_attention"),
         ({"rope_scaling": "linear"}, "not an object"),
         ({"rope_scaling": {"type": ["linear"]}}, "has the type"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "has the type 'spiral'; implemented are"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"vocab_size": None}, "vocab_size is missing"),
@@ -155,8 +170,9 @@ def test_null_switches_a_cap_off_where_its_absence_means_the_default():
     ],
 )
 def test_refused_by_name(changes, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         hf_config.from_hf(with_keys(**changes))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "[" * 100_000])

@@ -29,22 +29,14 @@ def template(before, after):
 
 def post_processors(bos, eos):
     llama_3 = {"type": "Sequence", "processors": [BYTES, template([bos], [])]}
+    roberta = {"type": "RobertaProcessing", "cls": bos, "sep": eos}
+    roberta |= {"trim_offsets": True, "add_prefix_space": False}
     return {
         "none": (None, [], []),
         "GPT-2": (BYTES, [], []),
         "Llama-3": (llama_3, [bos[1]], []),
         "eos": (template([bos], [eos]), [bos[1]], [eos[1]]),
-        "RoBERTa": (
-            {
-                "type": "RobertaProcessing",
-                "cls": bos,
-                "sep": eos,
-                "trim_offsets": True,
-                "add_prefix_space": False,
-            },
-            [bos[1]],
-            [eos[1]],
-        ),
+        "RoBERTa": (roberta, [bos[1]], [eos[1]]),
     }
 
 

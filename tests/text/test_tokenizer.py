@@ -51,16 +51,6 @@ def test_transformers_gives_the_same_ids_for_any_text(chat_tokenizer, hf, text):
     assert hf_plain(hf, text) == chat_tokenizer.encode(text)
 
 
-def test_transformers_gives_the_same_ids_beside_a_model(chat_dir, chat_tokenizer, tmp_path):
-    # With a Llama's config.json in the directory AutoTokenizer chooses its class in another way.
-    for name, data in chat_tokenizer.files().items():
-        (tmp_path / name).write_bytes(data)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    hf = AutoTokenizer.from_pretrained(tmp_path)
-    for text in HARD_TEXTS:
-        assert hf_plain(hf, text) == chat_tokenizer.encode(text)
-
-
 def test_after_a_control_token_no_space_is_put_in_front(chat_tokenizer, hf):
     for text in TEXTS:
         if "<s>" in text:
@@ -306,19 +296,10 @@ def test_a_model_that_cannot_be_converted_is_refused(tmp_path):
 
 
 def test_importing_the_data_packages_is_light():
-    heavy = {
-        "sentencepiece",
-        "tokenizers",
-        "transformers",
-        "torch",
-        "jax",
-        "tensorflow",
-        "tensorstore",
-        "seqio",
-    }
+    heavy = "sentencepiece tokenizers transformers torch jax tensorflow tensorstore seqio"
     code = (
         "import sys, lemur_jax.data.mixture, lemur_jax.text.chat_template, lemur_jax.text.tokenizer_files\n"
-        f"print({heavy!r} & set(sys.modules))"
+        f"print(set({heavy!r}.split()) & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

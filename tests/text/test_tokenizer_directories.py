@@ -32,41 +32,13 @@ LLAMA_3 = (
 )
 CLASSES = (
     *(None, None, None, "PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer"),
-    *(
-        "Qwen2TokenizerFast",
-        "GemmaTokenizer",
-        "CodeLlamaTokenizer",
-        "GPTNeoXTokenizerFast",
-        "TokenizersBackend",
-    ),
-    *("BloomTokenizerFast", "CohereTokenizerFast", "PreTrainedTokenizer", "NobodysTokenizer"),
+    *("Qwen2TokenizerFast", "GemmaTokenizer", "CodeLlamaTokenizer", "GPTNeoXTokenizerFast"),
+    *("TokenizersBackend", "BloomTokenizerFast", "CohereTokenizerFast"),
+    *("PreTrainedTokenizer", "NobodysTokenizer"),
 )
 MODEL_TYPES = (
-    *(
-        "llama",
-        "mistral",
-        "mixtral",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "gemma2",
-        "gemma3_text",
-        "olmo2",
-        "olmo",
-        "phi3",
-    ),
-    *(
-        "granite",
-        "gpt2",
-        "gpt_neox",
-        "deepseek_v3",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-        "gpt_oss",
-        "glm4",
-        "code_llama",
-    ),
+    "llama mistral mixtral qwen2 qwen3 qwen3_moe gemma2 gemma3_text olmo2 olmo phi3 granite gpt2 gpt_neox"
+    " deepseek_v3 smollm3 stablelm starcoder2 gpt_oss glm4 code_llama"
 )
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}{% if m['role'] == 'assistant' %}{% generation %}"
@@ -117,14 +89,8 @@ def vocabularies():
     sentencepiece.SentencePieceTrainer.train(
         **{"sentence_iterator": filter(None, PROSE.split("\n")), "model_writer": model, "vocab_size": SIZE},
         **{"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"},
-        **{
-            "remove_extra_whitespaces": False,
-            "split_digits": True,
-            "minloglevel": 2,
-            "unk_id": 0,
-            "bos_id": 1,
-        },
-        **{"eos_id": 2, "pad_id": -1, "allow_whitespace_only_pieces": True},
+        **{"remove_extra_whitespaces": False, "split_digits": True, "minloglevel": 2, "unk_id": 0},
+        **{"bos_id": 1, "eos_id": 2, "pad_id": -1, "allow_whitespace_only_pieces": True},
     )
     kinds = {kind: byte_level(kind) for kind in ("gpt2", "prefix", "digits", "llama 3")}
     kinds |= {
@@ -198,7 +164,7 @@ def write_directory(path, vocabularies, random_):
     if random_.random() < 0.1:
         files["added_tokens.json"] = {"<listed>": SIZE + 5}
     if random_.random() < 0.5:
-        files["config.json"] = {"model_type": random_.choice(MODEL_TYPES)}
+        files["config.json"] = {"model_type": random_.choice(MODEL_TYPES.split())}
     for name, content in files.items():
         (path / name).write_text(json.dumps(content))
     if spec is None or (not is_bytes and random_.random() < 0.2):
