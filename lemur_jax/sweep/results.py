@@ -24,9 +24,7 @@ class Variant:
     name: str  # e.g. "10:1"
     merged: bool  # the models were merged and not trained
     seeds: tuple[int, ...]
-    bits: dict[
-        str, tuple[float, ...]
-    ]  # group -> bits per byte at the end of each run, the tasks' geometric mean
+    bits: dict[str, tuple[float, ...]]  # group -> at the end of each run, the tasks' geometric mean
     balance: tuple[float, ...]  # the score at the end of each run
 
     def mean(self, group: str) -> float:

@@ -24,15 +24,7 @@ FILE_NAMES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-_KINDS = (
-    "bos",
-    "eos",
-    "unk",
-    "sep",
-    "pad",
-    "cls",
-    "mask",
-)  # the order in which transformers adds missing ones
+_KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # in this order transformers adds missing ones
 GENERATION_CONFIG = "generation_config.json"  # kept too: its `eos_token_id` names ids that end an answer
 T = TypeVar("T")
 

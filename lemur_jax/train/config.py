@@ -80,12 +80,8 @@ class PreferenceConfig:
 class SpikesConfig:
     """Updates that are skipped by rule, see train/spikes.py. Off: a gradient that is not finite stops the run."""
 
-    factor: float = (
-        0.0  # above 0: skip gradients whose norm exceeds factor × running median, or is not finite
-    )
-    window: int = (
-        100  # accepted norms that the median is taken over; before, only norms not finite are skipped
-    )
+    factor: float = 0.0  # above 0: skip gradients of a norm above factor × running median, or not finite
+    window: int = 100  # accepted norms of the median; before, only norms that are not finite are skipped
     rollback_after: int = 0  # consecutive skips before a rollback to the last regular checkpoint; 0: never
     max_rollbacks: int = 3  # rollbacks after which the run stops instead
 
@@ -135,9 +131,7 @@ class EvalConfig:
     tasks: tuple[str, ...] = ()  # tasks whose validation stores are scored, each for itself
     batch_rows: int = 0  # rows of a batch; 0: as a microbatch of training
     max_rows: int = 0  # rows scored of each task, chosen by a fixed permutation; 0: all
-    groups: Mapping[str, tuple[str, ...]] = dataclasses.field(
-        default_factory=dict
-    )  # {"code": ("python", "java")}
+    groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # {"code": ("c", "java")}
 
     def __post_init__(self):
         for key in ("every_steps", "batch_rows", "max_rows"):

@@ -85,9 +85,7 @@ class EvaluationSteps:
     tasks: tuple[str, ...]  # all that are scored
     every: int  # updates between two evaluations; 0: only the last
     last: int  # the last update
-    compared_every: (
-        int  # updates between two regular checkpoints that are compared by held-out loss; 0: none are
-    )
+    compared_every: int  # updates between two regular checkpoints compared by held-out loss; 0: none are
     at_start: bool  # whether the first parameters are scored
 
     def is_regular(self, step: int) -> bool:

@@ -49,9 +49,7 @@ class Inputs:
     held_out: Sequence[HeldOut]
     program: step.Program
     loader: Loader | Any  # of the mixture; has `iterate` and `batch`
-    rollouts: Any = (
-        None  # of `lemur rl` (`rl/rollouts.py`): makes batches and updates, the loader step numbers
-    )
+    rollouts: Any = None  # of `lemur rl` (`rl/rollouts.py`): turns the loader's numbers into updates
     plan: str = ""  # how much of the data will be read, for a person
 
 

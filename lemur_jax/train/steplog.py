@@ -95,9 +95,7 @@ class StepLog:
 
     def waiting(self, batches: Generator[_Item, None, None]) -> Iterator[_Item]:
         """The same items; time spent waiting for them is counted as `data_wait_seconds`."""
-        with contextlib.closing(
-            batches
-        ):  # ends the thread that reads ahead, also when the loop is left early
+        with contextlib.closing(batches):  # ends the thread that reads ahead, however the loop is left
             started = time.perf_counter()
             for item in batches:
                 self._taken = time.perf_counter()
