@@ -1,5 +1,6 @@
 """How good a checkpoint is: `eval`."""
 
+import argparse
 import contextlib
 import dataclasses
 import pathlib
@@ -42,6 +43,25 @@ def add_verbs(verbs: Verbs) -> None:
         type=int,
         help="of an answer or an agent's turn (default: what a task says, else 512)",
     )
+    _add_agents(sub)
+    sub.add_argument("--json", default="", metavar="FILE", help="also write everything as JSON")
+    sub.add_argument("--html", default="", metavar="FILE", help="also write the episodes as a page")
+    traces = add_verb(
+        verbs,
+        "export-traces",
+        _export_traces,
+        "write solved episodes as conversations for fine-tuning",
+        "lemur export-traces --traces agents.json --output solved.jsonl",
+    )
+    traces.add_argument("--traces", required=True, help="what lemur eval --agents --json wrote")
+    traces.add_argument("--output", required=True, help="JSON lines for lemur prepare")
+    traces.add_argument(
+        "--config", default="", help="also make the stores of this config, whose tasks read the output"
+    )
+    traces.set_defaults(takes_config=True)
+
+
+def _add_agents(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--agents",
         default="",
@@ -66,21 +86,6 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("--endpoint-model", default="", help="the agent's name there")
     sub.add_argument("--feedback-endpoint", default="", help="URL of a model that gives feedback in MINT")
     sub.add_argument("--feedback-model", default="", help="its name there")
-    sub.add_argument("--json", default="", metavar="FILE", help="also write everything as JSON")
-    sub.add_argument("--html", default="", metavar="FILE", help="also write the episodes as a page")
-    traces = add_verb(
-        verbs,
-        "export-traces",
-        _export_traces,
-        "write solved episodes as conversations for fine-tuning",
-        "lemur export-traces --traces agents.json --output solved.jsonl",
-    )
-    traces.add_argument("--traces", required=True, help="what lemur eval --agents --json wrote")
-    traces.add_argument("--output", required=True, help="JSON lines for lemur prepare")
-    traces.add_argument(
-        "--config", default="", help="also make the stores of this config, whose tasks read the output"
-    )
-    traces.set_defaults(takes_config=True)
 
 
 def _eval(args) -> None:
