@@ -142,6 +142,7 @@ class Estimator:
         self.module, self.network, self.chip, self.uncounted = module, network, network.chip, uncounted
         self._finished: dict[str, Cost] = {}
         self._received: dict[str, str] = {}  # name of a `recv` -> its transfer
+        self._prepared: dict[str, tuple[str, Traffic]] = {}  # name of an `async-start` without operands
 
     def run(self) -> Cost:
         """The cost of one step."""
@@ -215,9 +216,11 @@ class Estimator:
     def _communication(self, each: hlo.Instruction) -> tuple[str, str, str, Traffic]:
         """(stage, key, kind, traffic) of an instruction; stage "" if it does not communicate.
 
-        Inside a slice there are three forms: plain; a pair of `-start` and `-done`; and on v5e fusions that start a
-        collective, continue it beside their own computation, and end it, all with the same channel. Between slices
-        the hosts transfer: a `send` and a `recv` with the same rendezvous; the `-done` of the latter waits.
+        Inside a slice there are four forms: plain; a pair of `-start` and `-done`; on v5e fusions that start a
+        collective, continue it beside their own computation, and end it, all with the same channel; and for
+        SparseCores an `async-start` without operands, which prepares them, an `async-update` with the operands, and an
+        `async-done`. Between slices the hosts transfer: a `send` and a `recv` with the same rendezvous; the `-done` of
+        the latter waits.
         """
         nothing = "", "", "", Traffic()
         rendezvous = hlo.between_slices(each)
@@ -228,6 +231,8 @@ class Estimator:
             return "start", rendezvous, *self._sent(each)
         if each.opcode.endswith("-done"):
             return "done", self._received.get(each.operands[0], each.operands[0]), "", Traffic()
+        if each.opcode == "async-update" and each.operands[0] in self._prepared:
+            return "start", each.name, *self._prepared[each.operands[0]]
         moved = hlo.host_transfer_bytes(each)
         if moved:
             return "start", each.name, HOST, Traffic(count=1, bytes=moved, seconds=moved / self.chip.host)
@@ -235,6 +240,9 @@ class Estimator:
         if inner is None:
             return nothing
         kind, wire = self._wire(each, inner)
+        if each.opcode == "async-start" and not each.operands:
+            self._prepared[each.name] = kind, wire
+            return nothing
         if each.opcode.endswith("-start"):
             return "start", each.name, kind, wire
         if each.name.startswith("async-collective-start"):

@@ -194,6 +194,35 @@ ENTRY %main (q0: bf16[1], q1: bf16[1]) -> bf16[1] {{
     assert seconds == pytest.approx(2 * 8192 * 4096 * 14336 / 918e12 / kernels.GROUPED_EFFICIENCY)
 
 
+def test_a_sparsecore_starts_when_it_has_the_operands_and_who_needs_the_result_waits():
+    """Spelled as the compiler spells it for v6e: prepared by async-start, given the operands by async-update."""
+    groups = "replica_groups=mesh['axis_0'=4] {'axis_0'}"
+    work = 'backend_config={"estimated_cycles":"17500"}'  # 10 us at v6e's 1.75 GHz
+    text = f"""HloModule m
+
+%async (p: f32[1000000]) -> f32[1000000] {{
+  %p = f32[1000000]{{0}} parameter(0)
+  ROOT %all-reduce.1 = f32[1000000]{{0}} all-reduce(%p), {groups}
+}}
+
+ENTRY %main (q: f32[1000000]) -> f32[1000000] {{
+  %q = f32[1000000]{{0}} parameter(0)
+  %call-start = ((), (), (s32[1]{{0}})) async-start(), async_execution_thread="sparsecore", calls=%async
+  %before = f32[1000000]{{0}} add(%q, %q), {work}
+  %call-update = ((f32[1000000]{{0}}), f32[1000000]{{0}}, (s32[1]{{0}})) async-update(%call-start, %before)
+  %beside = f32[1000000]{{0}} add(%q, %q), {work}
+  ROOT %call-done = f32[1000000]{{0}} async-done(%call-update)
+}}
+"""
+    found = cost.Estimator(hlo.parse(text), network("v6e-4")).run()
+    traffic, part = found.traffic["all-reduce"], found.compute[cost.OTHER] / 2
+    assert part > 0
+    assert traffic.bytes == 4e6
+    assert traffic.seconds > part
+    assert traffic.exposed == pytest.approx(traffic.seconds - part)
+    assert found.seconds == pytest.approx(part + traffic.seconds)
+
+
 def test_a_collective_that_leaves_its_slice_is_charged_to_the_slow_network():
     groups = "replica_groups={{0,4},{1,5},{2,6},{3,7}}"
     text = f"""  %q = f32[8]{{0}} parameter(0)
