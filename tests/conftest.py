@@ -3,10 +3,10 @@
 import logging
 import os
 import pathlib
-import tempfile
 
 import pytest
 
+from lemur_jax.agents.scratch import make_directory
 from lemur_jax.cluster import hosts
 
 # Fixtures that several packages' tests share: tokenizers, stores of made-up documents, small configs, runs, gs://.
@@ -20,8 +20,8 @@ pytest_plugins = [
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 # All processes of a test run, also those that tests start, share one compilation cache.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _compiled = tempfile.TemporaryDirectory(prefix="lemur-compiled-")  # removed when the first process ends
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    # Removed when the first process ends, or with the next one where it is killed.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(make_directory("compiled-"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 hosts.choose_platform(virtual_devices=8)

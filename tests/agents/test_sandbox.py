@@ -341,10 +341,10 @@ def memory_disk(monkeypatch):
     return pathlib.Path(tempfile.gettempdir())
 
 
-def test_a_deep_tree_ends_in_a_result_and_leaves_nothing(isolated, memory_disk):
+def test_a_deep_tree_ends_in_a_result_and_leaves_nothing(isolated):
     found = isolated("import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')\nprint('made')")
     assert (found.output, found.code) == ("made\n", 0)
-    assert not [path for path in memory_disk.glob("lemur-box-*") if (path / "d").exists()]
+    assert not [path for path in scratch._home().glob("box-*") if (path / "d").exists()]
 
 
 def test_remove_tree(memory_disk):
