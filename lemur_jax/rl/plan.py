@@ -92,13 +92,6 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
         config, topology, slices=slices, batch=rows, prompt_length=prompt_length, cache_length=length,
         dtype=config.compute.dtype,
     )  # fmt: skip
-    # On-policy, the engine reads the trainer's own arrays where the dtypes are the same.
-    own = config.rl.off_policy or config.compute.dtype != config.compute.param_dtype
-    shared = 0 if own else update.hbm["parameters"]
-    peak = max(phase.hbm_bytes_per_chip for phase in (engine.prefill, engine.decode))
-    state = sum(update.hbm[kind] for kind in ("parameters", "reference", "optimizer"))
-    if config.rl.off_policy:  # the update runs at the same time
-        state += update.hbm["batch"] + update.hbm["temporaries"]
     # A turn reads its conversation again; the prompts of a group's first turn are read once.
     new = (length - prompt_length) // turns
     prompts = [prompt_length + turn * new for turn in range(turns)]
@@ -115,13 +108,24 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
         engine=engine,
         episodes=episodes,
         rows=rows,
-        hbm_sampling=state - shared + peak + engine.decode.hbm["kv_cache"] * at_once // rows,
+        hbm_sampling=_hbm_sampling(config, update, engine) + engine.decode.hbm["kv_cache"] * at_once // rows,
         prompt_tokens=sum(count * size for count, size in zip(counts, prompts, strict=True)),
         new_tokens=episodes * turns * new_tokens,
         prefill_seconds=prefill and prefill * at_once / rows * chunks,
         decode_seconds=decode and decode * math.ceil(episodes / rows) * turns * new_tokens,
         update_seconds=update.step_seconds,
     )
+
+
+def _hbm_sampling(config: RunConfig, update: Plan, engine: GeneratePlan) -> int:
+    """Bytes a chip without the cache of prompts."""
+    peak = max(phase.hbm_bytes_per_chip for phase in (engine.prefill, engine.decode))
+    if config.rl.off_policy:  # the update runs at the same time
+        return peak + sum(update.hbm.values())
+    state = sum(update.hbm[kind] for kind in ("parameters", "reference", "optimizer"))
+    # The engine reads the trainer's own arrays where the dtypes are the same.
+    shared = config.compute.dtype == config.compute.param_dtype
+    return peak + state - (update.hbm["parameters"] if shared else 0)
 
 
 def format_rl_plan(plan: RlPlan) -> str:
