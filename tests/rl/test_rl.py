@@ -1,5 +1,6 @@
 """Runs of `lemur rl`: resumed to the same bits, own tokens alone train, bad environments are skipped."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -104,7 +105,10 @@ def test_off_policy_episodes_are_of_the_parameters_before(small_chat_tokenizer, 
     again, same = resumed.update(2, copied)
     jax.tree.map(np.testing.assert_array_equal, state.params, again.params)
     assert metrics["objective/policy_shift"] == same["objective/policy_shift"]
-    jax.tree.map(np.testing.assert_array_equal, rollouts.pending()["arrays"], resumed.pending()["arrays"])
+    assert rollouts.pending()["arrays"] == resumed.pending()["arrays"]
+    rollouts.options = dataclasses.replace(config.rl, max_logprob_gap=1e-9)
+    with pytest.raises(UserError, match="differ by .* more than config.rl.max_logprob_gap 1e-09"):
+        rollouts.update(3, state)
 
 
 @pytest.mark.parametrize(
