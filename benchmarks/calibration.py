@@ -41,7 +41,6 @@ class Published:
       remat: our nearest policy.
       tensor, sequence: mesh axes; the rest is fsdp.
       moments: dtype of first moments.
-      loss_chunk: as in `config.compute`.
       products: dtype of products with weights, where it is not bfloat16.
       options: of the compiler, theirs.
       mfu: published, attention counted full; 0: see `rate`.
@@ -59,7 +58,6 @@ class Published:
     tensor: int = 1
     sequence: int = 1
     moments: str = "float32"
-    loss_chunk: int = 0
     products: str = ""
     options: tuple[str, ...] = ()
     mfu: float = 0.0
@@ -157,7 +155,7 @@ PUBLISHED = (
     ),
     Published(
         name="Llama-3.1-70B 128k", topology="tpu7x-512", model=preset("llama3.1_70b").to_dict(), rows=0.25,
-        length=131_072, remat="attention_all", sequence=8, loss_chunk=2048, options=_VMEM, rate=963.0, source=_IRONWOOD,
+        length=131_072, remat="attention_all", sequence=8, options=_VMEM, rate=963.0, source=_IRONWOOD,
         note="theirs keeps the mlp's output too",
     ),
 )  # fmt: skip
@@ -175,7 +173,6 @@ def record(row: Published) -> dict:
         "mesh.sequence": row.sequence,
         "optimizer.moments_dtype": row.moments,
         "compute.remat": row.remat,
-        "compute.loss_chunk": row.loss_chunk,
         "compute.product_dtype": row.products,
         "compute.compiler_options": row.options,
     }
