@@ -25,8 +25,10 @@ def test_by_device_kind():
     assert exchanges_gradients("TPU v4")
     assert not exchanges_gradients("TPU v5 lite")  # "Async all-to-all not supported on limited ICI"
     assert not exchanges_gradients("cpu")
-    assert not exchanges_gradients("TPU v6 lite", ("xla_tpu_enable_async_all_to_all=false",))
-    assert exchanges_gradients("TPU v6 lite", ("xla_tpu_enable_async_all_gather=false",))
+    assert not exchanges_gradients("TPU v4", ("xla_tpu_enable_async_all_to_all=false",))
+    assert exchanges_gradients("TPU v4", ("xla_tpu_enable_async_all_gather=false",))
+    assert not exchanges_gradients("TPU v6 lite")  # its SparseCores sum them
+    assert exchanges_gradients("TPU v6 lite", ("xla_tpu_enable_async_all_to_all=true",))
 
 
 @pytest.mark.parametrize(
