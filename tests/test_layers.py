@@ -1,6 +1,7 @@
 """The house: imports go down the floors only, and TensorFlow stays in two files."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -60,6 +61,15 @@ def test_imports_go_down_and_take_public_names():
             if other != room and any(name.startswith("_") for name in names + parts[2:]):
                 breaches.append(f"{relative} imports a private name of {module}")
     assert not breaches, "\n".join(breaches)
+
+
+def test_no_module_imports_one_that_imports_it():
+    modules = {".".join(("lemur_jax", *relative.with_suffix("").parts)): path for path, relative in files()}
+    waits = {}
+    for name, path in modules.items():
+        found = {f"{module}.{one}" for module, names in imports(path) for one in [*names, ""]}
+        waits[name] = {one.rstrip(".") for one in found} & modules.keys()
+    graphlib.TopologicalSorter(waits).prepare()  # raises CycleError with the modules
 
 
 def test_tensorflow_is_imported_in_two_files_alone():

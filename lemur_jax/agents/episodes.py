@@ -11,6 +11,7 @@ from typing import Any
 
 from lemur_jax.agents import environments, intercode, intercode_bash, mint, tools
 from lemur_jax.agents.environments import Environment, PythonEnvironment, Step
+from lemur_jax.agents.mint_sets import open_mint
 from lemur_jax.agents.problems import humaneval
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.chat import fit
@@ -151,7 +152,7 @@ def open_environments(
     }
     for name in ("mint", *(f"mint-{name}" for name in mint.SETS)):
         only = [name.removeprefix("mint-")] if name != "mint" else []
-        makers[name] = functools.partial(mint.open_mint, data, only, expert=expert, python=python)
+        makers[name] = functools.partial(open_mint, data, only, expert=expert, python=python)
     names = list(names)
     for name in names:
         if name not in makers:

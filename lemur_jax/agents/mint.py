@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lemur_jax.agents import mint_checks
-from lemur_jax.agents.environments import Environment, Step, find_data
-from lemur_jax.agents.shell import Shell, interpreter
+from lemur_jax.agents.environments import Environment, Step
+from lemur_jax.agents.shell import Shell
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import Message
 
@@ -249,47 +249,3 @@ class MintEnvironment(Environment):
 
     def close(self) -> None:
         self._shell.close()
-
-
-def open_mint(
-    data: str,
-    only: Sequence[str],
-    extra: Mapping[str, list[Recorded]] | None = None,
-    expert: Callable[[Sequence[Message]], str] | None = None,
-    python: str = sys.executable,
-) -> list[MintEnvironment]:
-    """The environments of the sets.
-
-    Args:
-      extra: a run whose prompts and searches come first (Wikipedia changes).
-      expert: writes feedback; the examples then show some.
-      python: the interpreter that runs the cells.
-
-    Raises:
-      UserError: data are missing or of another version, or the interpreter lacks IPython.
-    """
-    root = find_data(data, "processed/gsm8k/test_prompts.json", WHERE)
-    interpreter(python)  # a wrong one is named before the first episode
-    runs = [run for of_set in (extra or {}).values() for run in of_set]
-    outputs = root / "outputs"
-    # A run with feedback has it in its example.
-    paths = sorted(outputs.glob("*/F=*" if expert else "*/F=None"), key=lambda path: path.name == "F=None")
-    for path in paths:
-        runs += [run for of_set in recorded_run(path, only).values() for run in of_set]
-    if not runs:
-        raise UserError(f"--data {data} has no outputs/MODEL/F=None of MINT, which hold the prompts: {WHERE}")
-    openings = {run.id: run.opening for run in reversed(runs)}
-    searches = recorded_searches(runs)
-    functions = {"wikipedia_search(query)": lambda query: searches.get(query, NOT_FOUND)}
-    found: list[MintEnvironment] = []
-    for name in only or SETS:
-        if name == "alfworld":
-            from lemur_jax.agents.alfworld import alfworld_environments
-
-            found += alfworld_environments(root, openings, python)
-        else:
-            tools = {} if name in CODE else functions
-            found += [MintEnvironment(task, tools, python) for task in load_tasks(root, name, openings)]
-    for environment in found:
-        environment.expert = expert
-    return found

@@ -15,6 +15,7 @@ from lemur_jax.agents import intercode, intercode_bash, mint
 from lemur_jax.agents.environments import Environment, NotScored
 from lemur_jax.agents.episodes import Trace, Turn
 from lemur_jax.agents.mint import Recorded
+from lemur_jax.agents.mint_sets import open_mint
 from lemur_jax.common.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def replay_run(
     elif all(name == "mint" or name.removeprefix("mint-") in mint.SETS for name in names):
         only = [] if "mint" in names else [name.removeprefix("mint-") for name in names]
         runs = mint.recorded_run(pathlib.Path(path), only)
-        opened = mint.open_mint(data, list(runs), runs, python=python)
+        opened = open_mint(data, list(runs), runs, python=python)
         recorded = {f"mint-{name}": run for name, run in runs.items()}
     else:
         raise UserError(

@@ -11,6 +11,7 @@ import pytest
 
 from lemur_jax.agents import mint, mint_checks
 from lemur_jax.agents.alfworld import AlfworldEnvironment
+from lemur_jax.agents.mint_sets import open_mint
 from lemur_jax.agents.replay import replay
 from lemur_jax.agents.shell import Shell
 from lemur_jax.cli import main
@@ -120,7 +121,7 @@ def test_recorded_episodes_give_their_observations_and_verdicts(tmp_path):
     runs = mint.recorded_run(tmp_path / "data/outputs/lemur-70b-chat-v1/F=None")
     solved = {name: sum(one.success for one in run) for name, run in runs.items()}
     assert solved == dict(zip(mint.SETS, (28, 6, 4, 19, 43, 21, 16, 80), strict=True))
-    environments = mint.open_mint(str(tmp_path), ["gsm8k"], {"gsm8k": runs["gsm8k"]})
+    environments = open_mint(str(tmp_path), ["gsm8k"], {"gsm8k": runs["gsm8k"]})
     episodes = replay(environments, runs["gsm8k"][:8])
     assert all(one.same_verdict and not one.different for one in episodes)
 
@@ -162,4 +163,4 @@ def test_wrong_data_is_one_line(tmp_path, capsys):
     with pytest.raises(UserError, match="is not a run of the protocol"):
         mint.recorded_run(tmp_path)
     with pytest.raises(UserError, match=r"has no processed/gsm8k"):
-        mint.open_mint(str(tmp_path), [])
+        open_mint(str(tmp_path), [])
