@@ -18,8 +18,8 @@ _WHOLE_GATHERS: Options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_00
 
 # parallel/projection.py reduces gradients by all-to-alls that overlap with computation. v5e has none.
 _ASYNC_EXCHANGES = {"xla_tpu_enable_async_all_to_all": True}
-# v6e's SparseCores gather weights and sum gradients beside the computation, as Google's recipes set it for some of its
-# models; its gathers are synchronous otherwise. On two rings of 16 chips an all-to-all takes twice the time of an
+# SparseCores gather weights and sum gradients beside the computation, as Google's recipes set it for some models; the
+# gathers of v5p and v6e are synchronous otherwise. On two rings of 16 chips an all-to-all takes twice the time of an
 # all-reduce. Llama-2-70B on v6e-256: 9.89 s with all-to-alls, 8.49 with sums, 7.72 with gathers too.
 _SPARSECORES: Options = {
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
@@ -42,7 +42,12 @@ _LATE_FETCHES: Options = {"xla_tpu_pipeline_memory_host_transfers": False}
 OPTIONS: dict[str, Options] = {
     "TPU v4": {**_ASYNC_GATHERS, **_WHOLE_GATHERS, **_ASYNC_EXCHANGES, **_LATE_FETCHES},
     "TPU v5 lite": {**_WHOLE_GATHERS, **_ASYNC_REDUCTIONS},
-    "TPU v5": {**_ASYNC_GATHERS, **_WHOLE_GATHERS, **_ASYNC_EXCHANGES},
+    "TPU v5": {
+        **_ASYNC_GATHERS,
+        **_WHOLE_GATHERS,
+        **_SPARSECORES,
+        "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
+    },
     "TPU v6 lite": {
         **_ASYNC_GATHERS,
         **_WHOLE_GATHERS,

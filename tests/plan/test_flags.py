@@ -27,7 +27,8 @@ def test_by_device_kind():
     assert not exchanges_gradients("cpu")
     assert not exchanges_gradients("TPU v4", ("xla_tpu_enable_async_all_to_all=false",))
     assert exchanges_gradients("TPU v4", ("xla_tpu_enable_async_all_gather=false",))
-    assert not exchanges_gradients("TPU v6 lite")  # its SparseCores sum them
+    for kind in ("TPU v5", "TPU v6 lite"):  # SparseCores sum them
+        assert not exchanges_gradients(kind)
     assert exchanges_gradients("TPU v6 lite", ("xla_tpu_enable_async_all_to_all=true",))
 
 
