@@ -29,7 +29,9 @@ config=$here/real.py${variant:+:$variant}
 stage "1/3 corpora"
 python $here/fetch.py corpora
 stage "2/3 token stores"
-lemur prepare --config "$config" "$@"
+overrides=()
+for word in "$@"; do [[ $word == --config.* ]] && overrides+=("$word"); done
+lemur prepare --config "$config" ${overrides[@]+"${overrides[@]}"}
 stage "3/3 training"
 if [[ $variant == sweep* ]]; then
   lemur sweep --config "$config" --workdir "real_corpora/$variant" --sources code,manuals --ratios 1:0,10:1,3:1,1:1,1:3,0:1 --seeds 1 "$@"
