@@ -269,7 +269,7 @@ class Decoder(nnx.Module):
           valid: bool [B, T], tokens that the statistics count; None: all.
         """
         x = self.embed(tokens)
-        slots = max((array.shape[2] for array in jax.tree.leaves(cache)), default=0)
+        slots = max((array.shape[-2] for array in jax.tree.leaves(cache)), default=0)
         angles = angles_by_layer(self.config, positions, slots)
         graph, stacked = nnx.split(self.layers)
 

@@ -39,6 +39,7 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 256,
 }
+LONG = "phi3 in rows longer than its original length"
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10_000.0,
@@ -69,7 +70,7 @@ FAMILIES = {
     "qwen3 moe": ("Qwen3Moe", QWEN3_MOE),
     "olmoe": ("Olmoe", dict(num_experts=6, num_experts_per_tok=3, tie_word_embeddings=True)),
     "phi3": ("Phi3", dict(sliding_window=40)),
-    "phi3 in rows longer than its original length": (
+    LONG: (
         "Phi3",
         dict(rope_parameters=LONGROPE, original_max_position_embeddings=64),
     ),
@@ -158,7 +159,7 @@ def test_an_export_is_the_same_model_bit_for_bit(model, tmp_path):
         assert (again(ids).logits - model(ids).logits).abs().max() <= 1e-4 * model(ids).logits.abs().max()
 
 
-FAST = ("mistral", "smollm3", "gemma2", "gemma3", "mixtral")
+FAST = ("mistral", "smollm3", "gemma2", "gemma3", "mixtral", LONG)
 GENERATED = [
     *FAST,
     *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in FAST),
