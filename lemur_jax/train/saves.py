@@ -13,6 +13,7 @@ from etils import epath
 
 from lemur_jax.checkpoint.config import CheckpointConfig
 from lemur_jax.checkpoint.manager import Checkpoints
+from lemur_jax.checkpoint.reading import read_metadata
 from lemur_jax.cluster.hosts import any_host
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.loader import Loader
@@ -83,8 +84,11 @@ class Saves:
         """
         program, fresh = self._program, self._options.other_optimizer == "fresh"
         wanted = (program.state.params, program.state.optimizer)
-        found = self._checkpoints.restore_newest(*wanted, self._take_metadata, at_most, fresh)
+        found = self._checkpoints.restore_newest(*wanted, self._check_data, at_most, fresh)
         step, params, optimizer = found or (0, None, None)
+        if self._rollouts:
+            metadata = read_metadata(self._checkpoints.path, step) if found else {}
+            self._rollouts.restore(metadata.get("episodes"))
         if params is None:
             params = self._initial.params()
         if frozen is None:
@@ -94,8 +98,8 @@ class Saves:
         counter = jax.device_put(np.int32(step), program.state.step.sharding)
         return TrainState(step=counter, params=params, optimizer=optimizer, frozen=frozen), step
 
-    def _take_metadata(self, stored: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint of other data; takes its episodes."""
+    def _check_data(self, stored: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint of other data."""
         theirs, ours = stored["data"], self._metadata["data"]
         # Sources that were added since have had no share until here (`train.workdir.check_changes`).
         if changed := sorted(task for task in theirs if theirs[task] != ours.get(task)):
@@ -104,8 +108,6 @@ class Saves:
                 f" {', '.join(changed)} has changed since; put the old stores back, or start in a"
                 " new --workdir"
             )
-        if self._rollouts:
-            self._rollouts.restore(stored.get("episodes"))
 
     def poll(self) -> None:
         """Finds out whether a save has failed or is late, so that the next is made early; all hosts call it."""
