@@ -115,7 +115,7 @@ PUBLISHED = (
     ),
     Published(
         name="Llama-2-70B", topology="v5p-1024", model=preset("llama2_70b").to_dict(), rows=2, length=4096,
-        remat="attention_all", rate=706.0, source="github.com/apple/axlearn, README",
+        remat="attention_all", options=_VMEM, rate=706.0, source="github.com/apple/axlearn, README",
     ),
     Published(
         name="Llama-3.1-405B", topology="v5p-1024", model=preset("llama3.1_405b").to_dict(), rows=2, length=8192,
