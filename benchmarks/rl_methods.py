@@ -63,7 +63,7 @@ def conversation(episode, tokenizer):
 
 
 def write_traces(start, episodes):
-    """wins.jsonl and pairs.jsonl of so many episodes of the start."""
+    """Plays `episodes` episodes with the start; writes the successful ones, and pairs of one task, as JSON Lines."""
     played, tokenizer = play(start, episodes // GROUP)
     wins, pairs = [], []
     for group in range(0, len(played), GROUP):

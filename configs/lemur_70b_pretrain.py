@@ -19,7 +19,7 @@ Hardware: TPU v4-512 (256 chips). `lemur plan` tells what it takes.
 from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
-# Table 8: per cent of the tokens, billions of them, and (of code) epochs over the source.
+# Table 8: per cent of the tokens, billions of them, and epochs over the source (of text not published: one here).
 CODE = {
     "stack_python": (72.73, 65.46, 2.98),
     "stack_sql": (5.15, 4.63, 0.69),

@@ -55,9 +55,8 @@ class Journal:
     def __init__(self, path: pathlib.Path | None, run: Mapping[str, Any]):
         self._path = path
         self.traces: dict[str, Trace] = {}
-        self._head = (
-            json.dumps(run) + "\n"
-        )  # written with the first episode: a run that fails before leaves no file
+        # Written with the first episode, so that a run that fails before it leaves no file.
+        self._head = json.dumps(run) + "\n"
         if path is None:
             return
         content = path.read_bytes() if path.exists() else b""

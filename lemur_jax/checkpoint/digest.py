@@ -38,9 +38,9 @@ _TABLE = _inner(np.arange(_BLOCK, dtype=np.uint32))
 
 
 class RunningDigest:
-    """The digest of an array that is given in row-major blocks, of which the first begins at element `index`.
+    """The digest of an array that is given in row-major blocks.
 
-    Digests of the parts of an array add up.
+    `index` is that of the first element. Digests of the parts of an array add up.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -67,10 +67,10 @@ class RunningDigest:
 
 
 def leaf_digests(tree: Any, where: str, error: type[UserError] = UserError) -> dict[str, Leaf]:
-    """Shape, dtype and digest of every leaf by name; an `error` names a leaf that is not finite.
+    """Shape, dtype and digest of every leaf by name. Raises `error`, which names the leaf, if one is not finite.
 
     Arrays are reduced where they are: on the accelerators, or by threads in the host's memory. All hosts that hold
-    parts of the arrays must call it. `where` says in the message what they are.
+    parts of the arrays must call it. `where` names the tree in the message.
     """
     leaves = named_leaves(tree)
     if all(on_host(leaf) and _is_addressable(leaf) for leaf in leaves.values()):

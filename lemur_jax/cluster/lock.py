@@ -38,7 +38,7 @@ def workdir_lock(workdir: epath.Path, seconds: float = WAIT_SECONDS) -> Iterator
     """A context in which no other run writes to the workdir; only the primary host enters it.
 
     Two runs would remove each other's unfinished checkpoints. Network disks without locks are not protected. Raises
-    UserError: another run did not end in that many seconds.
+    UserError: another run did not end in `seconds`.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with (lease if is_object_store(workdir) else _file_lock)(workdir, seconds):
@@ -76,7 +76,7 @@ def lease(directory: epath.Path, seconds: float) -> Iterator[None]:
     """A context in which no other lease of the directory is held, on any machine.
 
     Where another run has taken over, as can happen while this process sleeps for longer than `EXPIRE_SECONDS`, this
-    process ends. Raises UserError: another run that is alive did not end in that many seconds.
+    process ends. Raises UserError: another run that is alive did not end in `seconds`.
     """
     file, mine = directory / LEASE_FILE, uuid.uuid4().hex
     _take(file, mine, seconds)

@@ -28,7 +28,8 @@ _REFUSED = f" {_FAILED}{UserError.__name__}: "
 class Watch:
     """Judges from heartbeats which host is lost; separate from threads and exits so that it can be tested.
 
-    `service` is the client of the coordination service, `me` this process of `count`; `clock` gives seconds.
+    `service` is the client of the coordination service, `me` this process of `count`; a host is lost after
+    `lost_seconds` of silence by `clock`, which gives seconds.
     """
 
     def __init__(

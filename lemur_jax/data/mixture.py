@@ -1,4 +1,4 @@
-"""Which row of which source stands where in the global batch: a pure function of (seed, step, row).
+"""Assigns rows of the sources to rows of the global batch: a pure function of (seed, step, row).
 
 Sources take turns so that each one has its exact share of any stretch of the run; a source's rows come in a
 new permutation each epoch. So a run resumes at any step at no cost, and sees the same batches on any number of hosts.

@@ -28,7 +28,7 @@ _PARAMETERS = re.compile(r"\b(?:def|func|fn|function)\s+\w+\s*\(([^)]*)\)")
 class EvaluationSet:
     """The runs of an evaluation set's problems, each with its solution.
 
-    A run has `n` words, of which `distinct` different ones must be alphabetic.
+    A run is `n` words in a row, with at least `distinct` different alphabetic ones among them.
     """
 
     def __init__(self, texts: Sequence[str], n: int, distinct: int):

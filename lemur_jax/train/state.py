@@ -78,7 +78,7 @@ def run_state(
     mesh: Mesh,
     frozen: Any = None,
 ) -> TrainState:
-    """The abstract state of a run, of which `dtype` is trained.
+    """The abstract state of a run; `dtype` is that of the parameters that are trained.
 
     `frozen` is abstract: what is not trained, if there is no adapter.
     """

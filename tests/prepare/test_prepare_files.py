@@ -27,7 +27,7 @@ import seqio  # isort: skip
 SHARDS = 6
 STEPS = {"length": {"min_chars": 40}, "exact_duplicates": {}, "near_duplicates": {}}
 
-# One process of its own: prepares and, told so, is killed after so many records.
+# Runs in a process of its own: prepares, and kills itself after a number of records where it is given one.
 PREPARE = """if True:
     import json, os, signal, sys
     if __name__ == "__main__":

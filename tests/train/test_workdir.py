@@ -19,7 +19,7 @@ from tests.helpers.tiny import tiny_config
 
 
 def test_other_hosts_never_see_half_a_config(tmp_path):
-    """The file is renamed into place: whoever reads it meanwhile sees nothing or all of it."""
+    """The file is renamed into place: a reader sees a whole file or none."""
     claim(tiny_config().to_json(), tmp_path)
     before = (tmp_path / "config.json").stat().st_ino
     claim(tiny_config().to_json(), tmp_path)
