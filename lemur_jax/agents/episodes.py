@@ -140,7 +140,7 @@ def open_environments(
       skip: tasks of each kind that are left out in front.
 
     Raises:
-      UserError: another kind, or data or a library is missing.
+      UserError: another kind, `skip` leaves no task of a kind, or data or a library is missing.
     """
     makers: dict[str, Callable[[], Sequence[Environment]]] = {
         "python": lambda: [PythonEnvironment(problem) for problem in humaneval()],
@@ -157,7 +157,13 @@ def open_environments(
     for name in names:
         if name not in makers:
             raise UserError(f"unknown environment {name!r}: there are {', '.join(makers)}")
-    return [environment for name in names for environment in makers[name]()[skip:][:limit]]
+    found: list[Environment] = []
+    for name in names:
+        tasks = makers[name]()
+        if skip and skip >= len(tasks):
+            raise UserError(f"{name} has {len(tasks)} tasks, and all are skipped: --skip is {skip}")
+        found += tasks[skip:][:limit]
+    return found
 
 
 def by_kind(traces: Iterable[Trace]) -> dict[str, list[Trace]]:

@@ -95,6 +95,7 @@ def _eval(args) -> None:
 
     # An exit, so that sandboxes and a database server are stopped and removed too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    _check_counts(args)
     written: dict = {}
     scores = parse_scores(args.scores)  # before a checkpoint is opened
     tasks = [task for task in args.tasks.split(",") if task]
@@ -123,6 +124,17 @@ def _eval(args) -> None:
     # All is in the JSON file now. A journal left behind would answer for a checkpoint that has been trained further.
     if args.agents and args.json:
         pathlib.Path(_journal_path(args)).unlink(missing_ok=True)
+
+
+def _check_counts(args) -> None:
+    for name in ("limit", "max_new_tokens", "batch", "batch_tokens", "turns"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if args.skip < 0:
+        raise UserError(f"--skip is {args.skip}: it must be at least 0")
+    if args.skip and (args.replay or not args.agents or args.agents.startswith("verifiers:")):
+        raise UserError("--skip is for --agents that play, except verifiers: leave it out")
 
 
 def _journal_path(args) -> str:

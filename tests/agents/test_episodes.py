@@ -114,8 +114,29 @@ def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, c
 def test_unknown_environment():
     with pytest.raises(UserError, match="unknown environment 'x'"):
         episodes.open_environments(["x"])
+
+
+def test_some_tasks_of_each_kind():
     found = episodes.open_environments(["sql", "bash"], 2, skip=3)
     assert [environment.id for environment in found] == ["sql/group", "sql/order", "bash/sum"]
+    tasks = len(environments.bash_environments())
+    with pytest.raises(UserError, match=f"bash has {tasks} tasks, and all are skipped: --skip is {tasks}"):
+        episodes.open_environments(["sql", "bash"], skip=tasks)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--agents bash --limit 0", "--limit is 0: it must be at least 1"),
+        ("--agents bash --batch-tokens -1", "--batch-tokens is -1: it must be at least 1"),
+        ("--agents bash --skip -3", "--skip is -3: it must be at least 0"),
+        ("--tasks humaneval --skip 3", "--skip is for --agents that play"),
+        ("--agents intercode-sql --replay runs --skip 3", "--skip is for --agents that play"),
+    ],
+)
+def test_counts_that_are_no_counts(words, expected, capsys):
+    assert main(["eval", *words.split()]) == 2
+    assert capsys.readouterr().err.startswith(f"lemur eval: {expected}")
 
 
 def test_an_evaluation_goes_on_after_a_kill_and_exports_what_was_solved(tmp_path, capsys, monkeypatch):
