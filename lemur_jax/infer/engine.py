@@ -2,6 +2,9 @@
 
 A request waits, its prompt is read in chunks into a small cache, its keys are copied to a free row, and it is decoded
 with all others until it ends or is cancelled. What it gets depends on its own arguments alone.
+
+Chunks with which an earlier prompt began are copied from its row while this is not given away: the turns of a
+conversation, or requests with the same instructions, read what is new.
 """
 
 import collections
@@ -66,14 +69,14 @@ class Engine:
     Call `submit`, then `step` until `busy` is false. All hosts of a mesh make the same calls. Not safe for threads.
 
     Args:
-      session: whose parameters are read at each step; another one of the same model and mesh may take its place.
+      session: whose parameters are read at each step; another one of the same model and mesh may take its place, and
+        then no earlier prompt is used.
       rows: sequences at a time; 0: `ROWS` for each way in which the mesh shards rows.
       slots: most tokens of the cache for each way, all rows together, unless one row needs more.
       length: tokens that every row takes from the start; longer requests wait until the rows are made longer.
     """
 
     def __init__(self, session: Session, rows: int = 0, slots: int = SLOTS, length: int = 0):
-        self.session = session
         ways = row_ways(session)
         self._most_rows, self._most_slots = -(-(rows or ROWS * ways) // ways) * ways, slots * ways
         self._length = length
@@ -82,9 +85,20 @@ class Engine:
         self._ready = np.zeros(0, bool)  # rows whose prompts are read
         self._rows: list[Request | None] = []
         self._prompts: list[_Prompt | None] = []
+        self._recalled = np.zeros(0, np.int32)  # for each new prompt the row that holds its beginning, or -1
         self._cache: Any = None
         self._prompt_cache: Any = None
         self._device_rows: Any = None
+        self.session = session
+
+    @property
+    def session(self) -> Session:
+        return self._session
+
+    @session.setter
+    def session(self, session: Session) -> None:
+        self._session = session
+        self._held: list[list[int]] = [[] for _ in self._rows]  # whole chunks of prompts in the cache
 
     @property
     def busy(self) -> bool:
@@ -119,7 +133,7 @@ class Engine:
 
     def release(self) -> None:
         """Frees the cache, until the next request is given a row; none may be in progress."""
-        self._shape, self._rows, self._prompts = (0, 0, 0), [], []
+        self._shape, self._rows, self._held, self._prompts = (0, 0, 0), [], [], []
         self._cache = self._prompt_cache = self._device_rows = None
 
     def _assign(self) -> None:
@@ -128,14 +142,32 @@ class Engine:
             self._resize()
         while self._waiting and None in self._rows and self._fits(self._waiting[0]):
             prompt = list(self._waiting[0].prompt)
-            found = next((one for one in self._prompts if one and one.tokens == prompt), None)
+            found, holder = next((one for one in self._prompts if one and one.tokens == prompt), None), -1
             if not found:
                 if None not in self._prompts:
                     return
-                found = self._prompts[self._prompts.index(None)] = _Prompt(prompt, {})
-            row = self._rows.index(None)
+                found, holder = self._begin(prompt)
+            free = [row for row, one in enumerate(self._rows) if one is None]
+            row = holder if holder in free else min(free, key=lambda row: len(self._held[row]))
             self._rows[row] = found.requests[row] = self._waiting.popleft()
             self._ready[row] = False
+
+    def _begin(self, tokens: list[int]) -> tuple[_Prompt, int]:
+        """A prompt in prefill, and the row whose chunks it begins with (-1: none), of the same devices."""
+        rows, ways = len(self._rows), row_ways(self.session)
+        free = [slot for slot, one in enumerate(self._prompts) if one is None]
+        slots = {slot * ways // len(self._prompts): slot for slot in free}
+        unit = chunk_length(self.session)
+        shared = [
+            _shared(held, tokens, unit) if row * ways // rows in slots else 0
+            for row, held in enumerate(self._held)
+        ]
+        most = max(shared)
+        holder = shared.index(most) if most else -1
+        slot = slots[holder * ways // rows] if most else free[0]
+        prompt = self._prompts[slot] = _Prompt(tokens, {}, most)
+        self._recalled[slot] = holder
+        return prompt, holder
 
     def _fits(self, request: Request) -> bool:
         return request.length <= self._shape[1] and len(request.stop_ids) <= self._shape[2]
@@ -151,6 +183,7 @@ class Engine:
             P = min(B, PROMPTS * ways)
             run = self.session.programs
             self._shape, self._rows, self._prompts = (B, S, J), [None] * B, [None] * P
+            self._held, self._recalled = [[] for _ in range(B)], np.full(P, -1, np.int32)
             self._ready = np.zeros(B, bool)
             self._cache, self._prompt_cache = run.empty(B, S), run.empty(P, S)
             self._device_rows = self._put(empty_rows(B, S, J))
@@ -163,7 +196,11 @@ class Engine:
 
         The last token of a prompt is left to decode, which chooses what follows it.
         """
-        C, P = chunk_length(self.session), len(self._prompts)
+        run, C, P = self.session.programs, chunk_length(self.session), len(self._prompts)
+        if (self._recalled >= 0).any():
+            held = put(self.session, self._recalled)
+            self._prompt_cache = run.recall(self._prompt_cache, self._cache, held)
+            self._recalled[:] = -1
         if row_ways(self.session) == 1 and not any(self._prompts[FEW_PROMPTS:]):
             P = min(P, FEW_PROMPTS)
         tokens, start = np.zeros((P, C), np.int32), np.zeros(P, np.int32)
@@ -171,7 +208,7 @@ class Engine:
             if prompt:
                 piece = prompt.tokens[prompt.done : prompt.done + C]
                 tokens[index, : len(piece)], start[index] = piece, prompt.done
-        run, arrays = self.session.programs, (put(self.session, tokens), put(self.session, start))
+        arrays = (put(self.session, tokens), put(self.session, start))
         self._prompt_cache = run.prefill(self.session.params, self._prompt_cache, *arrays)
         B, S, J = self._shape
         source, new = np.full(B, -1, np.int32), empty_rows(B, S, J)
@@ -184,6 +221,7 @@ class Engine:
                 continue
             for row, request in here.items():
                 source[row], self._ready[row] = index, True
+                self._held[row] = prompt.tokens[: (len(prompt.tokens) - 1) // C * C]
                 _fill(new, row, request)
             self._prompts[index] = None
         if (source >= 0).any():
@@ -218,6 +256,14 @@ class Engine:
                 self._rows[row] = None
             progressed.append(request)
         return progressed
+
+
+def _shared(held: list[int], tokens: list[int], unit: int) -> int:
+    """Tokens of the whole chunks with which both begin."""
+    count = 0
+    while count < len(held) and held[count : count + unit] == tokens[count : count + unit]:
+        count += unit
+    return count
 
 
 def _fill(rows: DecodeRows, row: int, request: Request) -> None:

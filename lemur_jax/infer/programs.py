@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from lemur_jax.infer.sampling import Knobs, Sampling, choose
 from lemur_jax.models import decoder, kv_cache
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Compute, Params
 from lemur_jax.models.kv_cache import KVCache
-from lemur_jax.parallel.rules import constrain
+from lemur_jax.parallel.rules import RULES, batch_ways, constrain
 
 # The most tokens of one dispatch of decode.
 CHUNK = 64
@@ -66,6 +67,8 @@ class Programs:
       empty: (rows, slots), both static -> KVCache.
       prefill: (params, cache, tokens int32 [P, C], start int32 [P]) -> cache, with the keys of the tokens in the slots
         of its first P rows from `start` on.
+      recall: (prompts: cache of P rows, cache, row int32 [P]) -> prompts, in which prompt p has the cache of row
+        `row[p]`, if that is not -1; both on the same devices.
       admit: (cache, rows, prompts: cache of P rows, source int32 [B], new rows) -> (cache, rows), in which row b is
         the new one with the cache of prompt `source[b]`, if that is not -1.
       decode: (params, cache, rows, keep bool [B], steps, busy) -> (cache, rows, tokens int32 [B, N], logprobs
@@ -77,6 +80,7 @@ class Programs:
         self._config, self._compute = config, compute
         self.empty = jax.jit(functools.partial(kv_cache.empty, config, compute), static_argnums=(0, 1))
         self.prefill = jax.jit(self._prefill, donate_argnums=1)
+        self.recall = jax.jit(self._recall, donate_argnums=0)
         self.admit = jax.jit(self._admit, donate_argnums=(0, 1))
         self.decode = jax.jit(self._decode, donate_argnums=(1, 2))
 
@@ -84,9 +88,23 @@ class Programs:
         positions = start[:, None] + jnp.arange(tokens.shape[1])
         model = decoder.bind(self._config, self._compute, params)
         first = jax.tree.map(lambda whole: whole[:, : len(tokens)], cache)
-        _, first = model(tokens, positions, self._cached(positions), first)
+        _, first = model(tokens, positions, self._cached(positions, jnp.max(positions)), first)
         cache = jax.tree.map(lambda whole, new: whole.at[:, : len(tokens)].set(new), cache, first)
         return self._settle(cache)
+
+    def _recall(self, prompts: KVCache, cache: KVCache, row: jax.Array) -> KVCache:
+        rows, ways = cache.key.shape[1], batch_ways(self._compute.mesh)
+
+        def copy(prompts, cache, row):
+            here = jnp.maximum(row, 0) % (rows // ways)
+            return jnp.where((row >= 0)[:, None, None, None], cache[:, here], prompts)
+
+        # Each device copies its own rows: the partitioner would gather the cache.
+        whole, row_spec = kv_cache.SPEC, PartitionSpec(RULES["batch"])
+        copy = jax.shard_map(
+            copy, mesh=self._compute.mesh, in_specs=(whole, whole, row_spec), out_specs=whole
+        )
+        return jax.tree.map(lambda prompts, cache: copy(prompts, cache, row), prompts, cache)
 
     def _admit(
         self, cache: KVCache, rows: DecodeRows, prompts: KVCache, source: jax.Array, new: DecodeRows
@@ -121,8 +139,9 @@ class Programs:
         def body(carry):
             step, cache, rows, tokens, logprobs = carry
             positions = rows.position[:, None]
-            last = jnp.take_along_axis(rows.tokens, positions, axis=1)
-            hidden, cache = model(last, positions, self._cached(positions), cache)
+            token = jnp.take_along_axis(rows.tokens, positions, axis=1)
+            last = jnp.max(jnp.where(rows.remaining > 0, rows.position, 0))
+            hidden, cache = model(token, positions, self._cached(positions, last), cache)
             rows, token, logprob = _advance(rows, model.logits(hidden)[:, 0])
             tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, step))
             logprobs = jax.lax.dynamic_update_slice(logprobs, logprob[:, None], (0, step))
@@ -139,8 +158,8 @@ class Programs:
         """A whole copy on every device, so that every host can read it."""
         return constrain(array, self._compute.mesh, "width", "width")
 
-    def _cached(self, positions: jax.Array) -> Any:
-        return kv_cache.cached(self._config, self._compute, positions)
+    def _cached(self, positions: jax.Array, last: jax.Array) -> Any:
+        return kv_cache.cached(self._config, self._compute, positions, last)
 
     def _settle(self, cache: KVCache) -> KVCache:
         """Pins every array to its place, so that a donated one comes back where it was."""

@@ -9,6 +9,7 @@ becomes visible, so what a row held before, or padding has left there, is never 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from lemur_jax.parallel.mesh import platform
 from lemur_jax.parallel.rules import RULES, constrain
 
 AXES = ("layers", "batch", "kv_heads", "keys", "head_dim")
+SPEC = PartitionSpec(*(RULES[axis] for axis in AXES))
 
 
 @jax.tree_util.register_dataclass
@@ -63,38 +65,51 @@ def write(
         return jax.lax.fori_loop(0, new.shape[0], row, cache)
 
     if mesh is not None:  # each device writes its own rows: the partitioner would gather the cache
-        whole, rows = (PartitionSpec(*(RULES[axis] for axis in axes)) for axes in (AXES, AXES[1:]))
-        specs = (whole, PartitionSpec(), PartitionSpec(RULES["batch"]), rows)
-        put = jax.shard_map(put, mesh=mesh, in_specs=specs, out_specs=whole)
+        rows = PartitionSpec(*SPEC[1:])
+        specs = (SPEC, PartitionSpec(), PartitionSpec(RULES["batch"]), rows)
+        put = jax.shard_map(put, mesh=mesh, in_specs=specs, out_specs=SPEC)
     key, value = (jnp.swapaxes(new, 1, 2) for new in (key, value))
     return KVCache(key=put(cache.key, layer, start, key), value=put(cache.value, layer, start, value))
 
 
-def cached(config: DecoderConfig, compute: Compute, positions: jax.Array) -> Attend:
+def cached(config: DecoderConfig, compute: Compute, positions: jax.Array, last: jax.Array) -> Attend:
     """Causal attention of new positions to themselves and to what each row's cache holds.
 
     Args:
       positions: int32 [B, T], consecutive in each row; the slots where keys and values go.
+      last: int32 [], the greatest position whose result is used. Slots well beyond it are not read: a cache is as long
+        as the longest sequence that it may hold, and most are short.
     """
-
     on_cpu = compute.mesh is not None and platform(compute.mesh) == "cpu"
 
     def attend(query, key, value, cache, layer):
         cache = write(cache, layer, positions[:, 0], key, value, compute.mesh)
+        sizes = _sizes(cache.key.shape[3])
+        branches = [functools.partial(over, slots) for slots in sizes]
+        index = jnp.searchsorted(jnp.array(sizes), last, side="right")
+        return jax.lax.switch(index, branches, query, cache, layer), cache
+
+    def over(slots, query, cache, layer):
         keys, values = (
-            jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (cache.key, cache.value)
+            jax.lax.dynamic_index_in_dim(a[..., :slots, :], layer, keepdims=False)
+            for a in (cache.key, cache.value)
         )
-        distance = positions[..., None] - jnp.arange(keys.shape[2])
+        distance = positions[..., None] - jnp.arange(slots)
         visible = distance >= 0
         if config.sliding_window:
             visible &= config.attends_fully(layer) | (distance < config.sliding_window)
         visible, options = visible[:, None, None], score_options(config)
         if on_cpu and query.shape[1] == 1:
-            return _single_query(query, keys, values, visible, options), cache
+            return _single_query(query, keys, values, visible, options)
         keys, values = (jnp.swapaxes(each, 1, 2) for each in (keys, values))
-        return grouped_attention(query, keys, values, visible, options), cache
+        return grouped_attention(query, keys, values, visible, options)
 
     return attend
+
+
+def _sizes(slots: int) -> list[int]:
+    """Numbers of slots for which attention is compiled: powers of two from 128 on, and all."""
+    return [2**n for n in range(7, (slots - 1).bit_length())] + [slots]
 
 
 def _single_query(

@@ -2,12 +2,14 @@
 
 import random
 
+import jax
 import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.engine import Engine, Request
 from lemur_jax.infer.sampling import Sampling
+from lemur_jax.infer.session import make_session
 
 
 def request(number: int) -> Request:
@@ -55,12 +57,59 @@ def test_results_do_not_depend_on_who_shares_the_batch(tiny_session):
         np.testing.assert_allclose(one.logprobs, expected.logprobs, atol=1e-5)
 
 
-def test_a_group_reads_its_prompt_once(tiny_session, monkeypatch):
-    chunks = []
+@pytest.fixture
+def chunks(monkeypatch):
+    """How many prompts each chunk of prefill has."""
+    found = []
     prefill = Engine._prefill
     monkeypatch.setattr(
-        Engine, "_prefill", lambda self: chunks.append(sum(map(bool, self._prompts))) or prefill(self)
+        Engine, "_prefill", lambda self: found.append(sum(map(bool, self._prompts))) or prefill(self)
     )
+    return found
+
+
+def converse(engine: Engine, fresh: bool) -> list[list[tuple]]:
+    """What four conversations say in three turns on as many rows, each with the same engine or with a fresh one."""
+    heads = [[7] * 33, [7] * 33, [*[7] * 32, 9], [3] * 40]
+    said = []
+    for turn in range(3):
+        if fresh:
+            engine = Engine(engine.session, rows=4)
+        requests = [Request(prompt=head, max_new_tokens=3, seed=index) for index, head in enumerate(heads)]
+        order = [(index + turn) % 4 for index in range(4)]  # others get the first free row
+        for index in order:
+            engine.submit(requests[index])
+        finish(engine)
+        said.append([(one.tokens, one.logprobs) for one in requests])
+        heads = [[*one.prompt, *one.tokens, 11 + turn] for one in requests]
+    return said
+
+
+def test_a_conversation_reads_what_is_new(tiny_session, chunks):
+    fresh = converse(Engine(tiny_session, rows=4), True)
+    assert chunks == [3, 1, 3, 3, 3, 3]  # two conversations have the same prompts
+    chunks.clear()
+    assert converse(Engine(tiny_session, rows=4), False) == fresh
+    assert chunks == [3, 1, 3, 3]
+
+
+def test_other_parameters_use_no_earlier_prompt(tiny_session):
+    params = jax.tree.map(lambda array: 2 * array, tiny_session.params)
+    other = make_session(tiny_session.model, params, tiny_session.mesh, "float32")
+    said = []
+    for first in (tiny_session, other):
+        engine = Engine(first, rows=4)
+        if first is tiny_session:
+            engine.submit(Request(prompt=[7] * 40, max_new_tokens=8))
+            finish(engine)
+            engine.session = other
+        one = engine.submit(Request(prompt=[7] * 40, max_new_tokens=8))
+        finish(engine)
+        said.append((one.tokens, one.logprobs))
+    assert said[0] == said[1]
+
+
+def test_a_group_reads_its_prompt_once(tiny_session, chunks):
     engine, sampling = Engine(tiny_session, rows=4), Sampling(temperature=1.5)
     group = [Request(prompt=[5] * 40, max_new_tokens=4, sampling=sampling, seed=seed) for seed in range(4)]
     for one in group:

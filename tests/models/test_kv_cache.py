@@ -25,16 +25,22 @@ def test_write_touches_its_slots_alone():
 
 
 @pytest.mark.parametrize("T", [1, 2])
-def test_positions_see_what_is_before_them_and_themselves(T):
-    """New positions of each row, which stand elsewhere in each; what lies behind them is another's."""
+@pytest.mark.parametrize(
+    ("S", "starts", "read"), [(6, [3, 0], 6), (300, [0, 127], 256), (300, [255, 7], 300)]
+)
+def test_positions_see_what_is_before_them_and_themselves(T, S, starts, read):
+    """New positions of each row, which stand elsewhere in each; what lies behind them is another's.
+
+    Slots from `read` on are not read: a NaN there would show.
+    """
     rng = np.random.default_rng(0)
-    B, S, K, H, N = 2, 6, 2, 4, 16
+    B, K, H, N = 2, 2, 4, 16
     stored = rng.normal(size=(2, 2, B, S, K, N)).astype(np.float32)
+    stored[:, :, :, read:] = np.nan
     query, key, value = (rng.normal(size=(B, T, heads, N)).astype(np.float32) for heads in (H, K, K))
     cache = kv_cache.KVCache(**dict(zip(("key", "value"), jnp.asarray(stored).swapaxes(3, 4), strict=True)))
-    starts = [3, 0]
     positions = jnp.array([range(start, start + T) for start in starts])
-    attend = kv_cache.cached(preset("tiny"), Compute(), positions)
+    attend = kv_cache.cached(preset("tiny"), Compute(), positions, jnp.max(positions))
     mixed, _ = attend(query, key, value, cache, jnp.int32(1))
     for b, start in enumerate(starts):
         keys, values = stored[:, 1, b].astype(np.float64)
