@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
 
 from lemur_jax.config import RunConfig
-from lemur_jax.models.config import AdapterConfig, DecoderConfig
+from lemur_jax.models.config import AdapterConfig, ComputeConfig, DecoderConfig
 from lemur_jax.models.decoder import param_sizes
 from lemur_jax.models.remat import POLICIES
 from lemur_jax.models.splash import check_heads
@@ -72,18 +72,19 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     """
     mesh = AbstractMesh(mesh_shape(config.mesh, tpu.devices), AXES)
     check(config.train, config.data.sequence_length, config.model, mesh)
-    model = config.model
+    model, compute, length = config.model, config.compute, config.data.sequence_length
     if mesh.shape["sequence"] > 1:
         check_heads(model.num_attention_heads, model.num_key_value_heads, mesh)
-    options = config.compute.param_dtype, config.optimizer, config.train.steps
+    options = compute.param_dtype, config.optimizer, config.train.steps
     state = _state(model, config.adapter, *options, mesh)
     parameters, moments, frozen = map(device_bytes, (state.params, state.optimizer, state.frozen))
-    tokens = config.train.batch_rows * config.data.sequence_length / tpu.devices * mesh.shape["tensor"]
+    whole_batch, microbatches = config.train.batch_rows * length, config.train.microbatches
+    tokens = whole_batch / tpu.devices * mesh.shape["tensor"]
     backward = [
-        (int(tokens / config.train.microbatches * size), f"activations kept: {name}, all layers")
-        for name, size in stored_bytes(config, mesh, "keep")
+        (int(tokens / microbatches * size), f"activations kept: {name}, all layers")
+        for name, size in stored_bytes(model, compute, length, mesh, "keep")
     ]
-    if config.train.microbatches > 1:
+    if microbatches > 1:
         backward.append((parameters, "gradients, summed so far"))
     # All gradients exist when the last one is done; with one microbatch there are activations in their place before.
     update = [(parameters, "gradients")]
@@ -92,12 +93,16 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     # Each parameter, moment and gradient is read; parameter and moment are written.
     moved = 2 * (parameters + moments) + parameters + frozen
     chip = tpu.generation
+    work = whole_batch * _flops_per_token(model, compute.remat, length, config.adapter.rank > 0)
     return Bound(
         buffers=tuple(sorted((each for each in buffers if each[0]), reverse=True)),
-        compute=_flops(config) / (tpu.devices * flops.chip(chip.device_kind).flops_per_device),
+        compute=work / (tpu.devices * flops.chip(chip.device_kind).flops_per_device),
         memory=moved / chip.bandwidth,
-        network=_network(config, mesh, tokens, tpu),
-        host=2 * tokens * sum(size for _, size in stored_bytes(config, mesh, "host")) / chip.host,
+        network=_network(model, jnp.dtype(compute.dtype).itemsize, microbatches, mesh, tokens, tpu),
+        host=2
+        * tokens
+        * sum(size for _, size in stored_bytes(model, compute, length, mesh, "host"))
+        / chip.host,
     )
 
 
@@ -130,7 +135,9 @@ def remat_decision(policy: str, name: str) -> str:
     return kinds[type(answer).__name__]
 
 
-def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, float]]:
+def stored_bytes(
+    model: DecoderConfig, compute: ComputeConfig, length: int, mesh: Any, where: str
+) -> list[tuple[str, float]]:
     """(name, bytes per token of all layers) that the forward pass leaves for the backward pass on one device.
 
     A layer's input is always stored. The policies "dots" and "none" also keep what has no name: "dots" every
@@ -138,16 +145,17 @@ def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, fl
     compiler keeps six of width D and four of width F a layer (tests/plan/test_search.py); counted are four and three.
 
     Args:
+      length: of a row.
       where: "keep" for HBM, or "host".
     """
-    model, policy = config.model, config.compute.remat
+    policy = compute.remat
     D, F = model.hidden_size, model.active_mlp_width
     HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
     elements = {
         "layer_in": D, "attention_out": HN, "query": HN, "key_value": 2 * KN, "residual": D, "gate": F, "up": F,
     }  # fmt: skip
     places = {name: remat_decision(policy, name) for name in elements}
-    itemsize = jnp.dtype(config.compute.dtype).itemsize
+    itemsize = jnp.dtype(compute.dtype).itemsize
     if policy == "none":
         elements |= {"norms": 4 * D * 4 // itemsize, "activation function": 3 * F}
         places = dict.fromkeys(elements, "keep")
@@ -157,7 +165,7 @@ def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, fl
         places["layer_in"] = "keep"
     size = itemsize * model.num_hidden_layers
     cut = mesh.shape["tensor"]
-    stream = cut if "tensor" in spec(mesh, ("residual_length",), (config.data.sequence_length,))[0] else 1
+    stream = cut if "tensor" in spec(mesh, ("residual_length",), (length,))[0] else 1
     return [
         (name, size * elements[name] / (stream if name in ("layer_in", "residual", "norms") else cut))
         for name, place in places.items()
@@ -165,9 +173,8 @@ def stored_bytes(config: RunConfig, mesh: Any, where: str) -> list[tuple[str, fl
     ]
 
 
-def _flops(config: RunConfig) -> float:
+def _flops_per_token(model: DecoderConfig, policy: str, T: int, adapted: bool) -> float:
     """FLOPs of an update: three passes, and what the policy recomputes; attention causal."""
-    model, T, policy = config.model, config.data.sequence_length, config.compute.remat
     D, F, L = model.hidden_size, model.active_mlp_width, model.num_hidden_layers
     HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
     again = {
@@ -179,24 +186,23 @@ def _flops(config: RunConfig) -> float:
         repeated = again["attention_out"]
     elif policy != "none":
         repeated = sum(cost for name, cost in again.items() if remat_decision(policy, name) == "recompute")
-    return (
-        config.train.batch_rows
-        * T
-        * (flops.train_flops_per_token(model, T, config.adapter.rank > 0) + L * repeated)
-    )
+    return flops.train_flops_per_token(model, T, adapted) + L * repeated
 
 
-def _network(config: RunConfig, mesh: Any, tokens: float, tpu: Slice) -> float:
-    """Seconds over all links at once: gathered weights, summed activations, positions exchanged for heads."""
-    model = config.model
-    size = jnp.dtype(config.compute.dtype).itemsize
+def _network(
+    model: DecoderConfig, size: int, microbatches: int, mesh: Any, tokens: float, tpu: Slice
+) -> float:
+    """Seconds over all links at once: gathered weights, summed activations, positions exchanged for heads.
+
+    `size` is the bytes of an element that travels, `tokens` those of a device.
+    """
     _, fsdp, expert, sequence, tensor = (mesh.shape[axis] for axis in AXES)
     sizes, weights = param_sizes(model), 0.0
     # Weights of experts are gathered over fsdp alone.
     routed = sum(size for path, size in sizes.items() if "/mlp/" in path) if model.num_experts else 0
     for number, ways in ((sum(sizes.values()) - routed, fsdp * expert), (routed / expert, fsdp)):
         weights += number * size / tensor * (ways - 1) / ways
-    moved = 2 * config.train.microbatches * weights
+    moved = 2 * microbatches * weights
     # Two sums of the layer's width forward and two backward, each a reduce-scatter and a gather.
     moved += 8 * model.num_hidden_layers * tokens * model.hidden_size * size * (tensor - 1) / tensor
     # Positions are exchanged for heads before the attention and back after it, in both passes (models/splash.py).

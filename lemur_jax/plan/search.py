@@ -8,6 +8,7 @@ cache.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +20,7 @@ import multiprocessing
 import multiprocessing.connection
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -30,6 +31,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, replace
 from lemur_jax.models.remat import POLICIES
 from lemur_jax.parallel.compiler_flags import compiler_options
+from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.parallel.mesh import AXES, mesh_shape
 from lemur_jax.plan import analytic
 from lemur_jax.plan.plan import GIB, Plan, plan
@@ -125,27 +127,19 @@ class SearchResult:
         return front
 
 
-def own_layout(config: RunConfig, tpu: Slice) -> Changes:
-    """The layout that the config has."""
-    shape = zip(AXES, mesh_shape(config.mesh, tpu.devices), strict=True)
-    mesh = {f"mesh.{axis}": size for axis, size in shape if axis != "expert"}
-    return {**mesh, "compute.remat": config.compute.remat, "train.microbatches": config.train.microbatches}
-
-
-def layouts(config: RunConfig, tpu: Slice) -> Iterator[Changes]:
-    """Every possible mesh, policy and number of microbatches."""
-    rows = config.train.batch_rows
+def layouts(mesh: MeshConfig, rows: int, length: int, tpu: Slice) -> Iterator[Changes]:
+    """Every possible mesh, policy and number of microbatches; the axis `expert` is that of `mesh`."""
     powers = [2**power for power in range(rows.bit_length()) if rows % 2**power == 0]
-    pieces = range((config.data.sequence_length // SHORTEST_PIECE).bit_length())
-    sequences = sorted({max(1, config.mesh.sequence), 1, *(2**power for power in pieces)})
+    pieces = range((length // SHORTEST_PIECE).bit_length())
+    sequences = sorted({max(1, mesh.sequence), 1, *(2**power for power in pieces)})
     meshes = itertools.product(sequences, TENSOR_WAYS, range(tpu.slices, tpu.devices + 1, tpu.slices))
     for sequence, tensor, data in meshes:
-        fsdp, rest = divmod(tpu.devices, tensor * data * sequence * config.mesh.expert)
+        fsdp, rest = divmod(tpu.devices, tensor * data * sequence * mesh.expert)
         if rest or not fsdp:
             continue
-        mesh = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.sequence": sequence, "mesh.tensor": tensor}
+        sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.sequence": sequence, "mesh.tensor": tensor}
         for remat, microbatches in itertools.product(POLICIES, powers):
-            yield {**mesh, "compute.remat": remat, "train.microbatches": microbatches}
+            yield {**sizes, "compute.remat": remat, "train.microbatches": microbatches}
 
 
 def candidates(config: RunConfig, tpu: Slice, result: SearchResult) -> list[Candidate]:
@@ -154,11 +148,13 @@ def candidates(config: RunConfig, tpu: Slice, result: SearchResult) -> list[Cand
     The others are counted in `result.pruned`.
     """
     kept: list[Candidate] = []
-    try:
-        own = own_layout(config, tpu)
-    except UserError:  # it is for another slice
-        own = {}
-    others = (changes for changes in layouts(config, tpu) if changes != own)
+    own: Changes = {}
+    with contextlib.suppress(UserError):  # it may be for another slice
+        shape = zip(AXES, mesh_shape(config.mesh, tpu.devices), strict=True)
+        own = {f"mesh.{axis}": size for axis, size in shape if axis != "expert"}
+        own |= {"compute.remat": config.compute.remat, "train.microbatches": config.train.microbatches}
+    every = layouts(config.mesh, config.train.batch_rows, config.data.sequence_length, tpu)
+    others = (changes for changes in every if changes != own)
     for changes in filter(None, (own, *others)):
         try:
             bound = analytic.lower_bound(replace(config, changes), tpu)
@@ -205,14 +201,13 @@ def search(
             refine = time.monotonic() >= refine_at
             while len(running) < processes and (candidate := queue.next(refine)):
                 wanted = replace(config, candidate.changes)
-                path = cache / f"{cache_key(wanted, topology, slices)}.json"
+                path = cache / f"{cache_key(wanted.to_json(), topology, slices)}.json"
                 if path.exists():
                     result.cached += 1
                     _finish(result, candidate, path)
                     continue
-                process = _CONTEXT.Process(
-                    target=write_plan, args=(wanted, topology, slices, path), daemon=True
-                )
+                make = functools.partial(plan, wanted, topology, slices=slices)
+                process = _CONTEXT.Process(target=write_plan, args=(make, path), daemon=True)
                 process.start()
                 running[process.sentinel] = (process, candidate, path)
             if not running:
@@ -337,10 +332,10 @@ def _reason_to_skip(candidate: Candidate, result: SearchResult) -> str:
     return ""
 
 
-def write_plan(config: RunConfig, topology: str, slices: int, path: pathlib.Path) -> None:
-    """Plans a config and writes the JSON, or an error, to `path`, whole or not at all."""
+def write_plan(make: Callable[[], Plan], path: pathlib.Path) -> None:
+    """Makes a plan and writes its JSON, or the error, to `path`, whole or not at all."""
     try:
-        text = plan(config, topology, slices=slices).to_json()
+        text = make().to_json()
     except UserError as error:
         text = json.dumps({"error": str(error)})
     part = path.with_suffix(".part")
@@ -348,12 +343,12 @@ def write_plan(config: RunConfig, topology: str, slices: int, path: pathlib.Path
     part.rename(path)
 
 
-def cache_key(config: RunConfig, topology: str, slices: int) -> str:
+def cache_key(values: Mapping[str, Any], topology: str, slices: int) -> str:
     """Digest of what a plan depends on: options of the step, slice, jax, libtpu, and the package's own source."""
-    facts = {name: value for name, value in config.to_json().items() if name not in _NOT_OF_THE_STEP}
+    facts = {name: value for name, value in values.items() if name not in _NOT_OF_THE_STEP}
     facts |= {
-        "sequence_length": config.data.sequence_length,
-        "sources": len(config.data.sources),
+        "sequence_length": values["data"]["sequence_length"],
+        "sources": len(values["data"]["sources"]),
         "slice": [topology, slices],
         "versions": [jax.__version__, metadata.version("libtpu")],
         "package": _source_digest(),

@@ -11,12 +11,14 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.infer.batching import LANES
 from lemur_jax.infer.engine import PROMPTS
+from lemur_jax.models.config import ComputeConfig
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_ways
 from lemur_jax.plan.compile import compile_program, device_bytes
 from lemur_jax.plan.generate import GeneratePlan, format_generate_plan, plan_generate
 from lemur_jax.plan.plan import GIB, Plan, estimate_cost, format_plan, program_plan
 from lemur_jax.plan.topologies import described_devices, find_slice
+from lemur_jax.rl.config import RlConfig
 from lemur_jax.rl.objective import policy
 from lemur_jax.rl.rollouts import engine_rows
 from lemur_jax.train.step import build
@@ -103,12 +105,14 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
     )
     new_tokens = min(new, config.rl.max_new_tokens)
     prefill, decode = engine.prefill.step_seconds, engine.decode.step_seconds
+    sampling = _hbm_sampling(update, engine, config.compute, config.rl)
     return RlPlan(
         update=update,
         engine=engine,
         episodes=episodes,
         rows=rows,
-        hbm_sampling=_hbm_sampling(config, update, engine) + engine.decode.hbm["kv_cache"] * at_once // rows,
+        hbm_sampling=_hbm_sampling(update, engine, config.compute, config.rl)
+        + engine.decode.hbm["kv_cache"] * at_once // rows,
         prompt_tokens=sum(count * size for count, size in zip(counts, prompts, strict=True)),
         new_tokens=episodes * turns * new_tokens,
         prefill_seconds=prefill and prefill * at_once / rows * chunks,
@@ -117,14 +121,14 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
     )
 
 
-def _hbm_sampling(config: RunConfig, update: Plan, engine: GeneratePlan) -> int:
+def _hbm_sampling(update: Plan, engine: GeneratePlan, compute: ComputeConfig, options: RlConfig) -> int:
     """Bytes a chip without the cache of prompts."""
     peak = max(phase.hbm_bytes_per_chip for phase in (engine.prefill, engine.decode))
-    if config.rl.off_policy:  # the update runs at the same time
+    if options.off_policy:  # the update runs at the same time
         return peak + sum(update.hbm.values())
     state = sum(update.hbm[kind] for kind in ("parameters", "reference", "optimizer"))
     # The engine reads the trainer's own arrays where the dtypes are the same.
-    shared = config.compute.dtype == config.compute.param_dtype
+    shared = compute.dtype == compute.param_dtype
     return peak + state - (update.hbm["parameters"] if shared else 0)
 
 

@@ -199,10 +199,10 @@ def test_what_cannot_fit_is_not_compiled():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_policy_keeps_less_than_its_bound(tpu_compiler, narrow, policy):
     """The arrays that the compiled loop over the layers carries, of two layers on a v4-16."""
-    config = narrow({"compute.remat": policy})
+    config, mesh = narrow({"compute.remat": policy}), AbstractMesh((1, 8, 1, 1, 1), AXES)
+    assert config.data.sequence_length == 512
     bound = (
-        sum(size for _, size in analytic.stored_bytes(config, AbstractMesh((1, 8, 1, 1, 1), AXES), "keep"))
-        * 512
+        sum(size for _, size in analytic.stored_bytes(config.model, config.compute, 512, mesh, "keep")) * 512
     )
     kept = plan(config, "v4-16").hbm["activations"]
     assert 0.7 * kept < bound < 1.01 * kept
@@ -245,8 +245,8 @@ def test_long_rows_are_cut_into_pieces(length, given, tried):
         {"data.sequence_length": length, "train.batch_rows": 16, "mesh.sequence": given},
         max_position_embeddings=length,
     )
-    found = {changes["mesh.sequence"] for changes in search.layouts(config, topologies.find_slice("v5e-16"))}
-    assert found == tried
+    made = search.layouts(config.mesh, 16, length, topologies.find_slice("v5e-16"))
+    assert {changes["mesh.sequence"] for changes in made} == tried
 
 
 def test_positions_traded_for_heads_cost_time():
@@ -285,9 +285,11 @@ def test_host_memory_costs_time():
 
 
 def test_the_key_follows_what_the_plan_depends_on(base):
-    config = load(str(base))
-    known = search.cache_key(config, "v5e-4", 1)
-    assert search.cache_key(load(str(base), ["--config.log.every_steps=3"]), "v5e-4", 1) == known
-    assert search.cache_key(load(str(base), ["--config.compute.remat=none"]), "v5e-4", 1) != known
-    assert search.cache_key(config, "v5e-8", 1) != known
-    assert search.cache_key(config, "v5e-4", 2) != known
+    def key(slice_: str, slices: int, *words: str) -> str:
+        return search.cache_key(load(str(base), words).to_json(), slice_, slices)
+
+    known = key("v5e-4", 1)
+    assert key("v5e-4", 1, "--config.log.every_steps=3") == known
+    assert key("v5e-4", 1, "--config.compute.remat=none") != known
+    assert key("v5e-8", 1) != known
+    assert key("v5e-4", 2) != known
