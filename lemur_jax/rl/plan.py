@@ -111,8 +111,7 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
         engine=engine,
         episodes=episodes,
         rows=rows,
-        hbm_sampling=_hbm_sampling(update, engine, config.compute, config.rl)
-        + engine.decode.hbm["kv_cache"] * at_once // rows,
+        hbm_sampling=sampling + engine.decode.hbm["kv_cache"] * at_once // rows,
         prompt_tokens=sum(count * size for count, size in zip(counts, prompts, strict=True)),
         new_tokens=episodes * turns * new_tokens,
         prefill_seconds=prefill and prefill * at_once / rows * chunks,
