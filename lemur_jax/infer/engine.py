@@ -26,7 +26,7 @@ ROWS, SLOTS = 16, 8192
 # Most prompts in one prefill for each of these ways; without sharded rows, a second program reads fewer prompts.
 PROMPTS, FEW_PROMPTS = 8, 2
 GREEDY = Sampling()
-# Steps of decode between two chunks of prompts.
+# Steps of decode between two chunks of prompts if all rows are in decode, else in proportion.
 STEPS_IN_PREFILL = 4
 
 
@@ -126,10 +126,9 @@ class Engine:
         self._waiting = collections.deque(one for one in self._waiting if not one.finish_reason)
         self._rows = [one if one and not one.finish_reason else None for one in self._rows]
         self._assign()
-        if any(self._prompts):
+        if reading := any(self._prompts):
             self._prefill()
-            steps = min(steps, STEPS_IN_PREFILL)
-        return self._decode(steps)
+        return self._decode(steps, reading)
 
     def release(self) -> None:
         """Frees the cache, until the next request is given a row; none may be in progress."""
@@ -229,12 +228,17 @@ class Engine:
                 self._cache, self._device_rows, self._prompt_cache, put(self.session, source), self._put(new)
             )
 
-    def _decode(self, steps: int) -> list[Request]:
-        """Tokens for all rows whose prompts are complete; ends early when rows are free for requests that wait."""
+    def _decode(self, steps: int, reading: bool) -> list[Request]:
+        """Tokens for all rows whose prompts are complete; ends early when rows are free for requests that wait.
+
+        Fewer steps while prompts are read, as a step costs the same for few rows as for all.
+        """
         keep = np.array([row is not None for row in self._rows])
         keep &= self._ready
         if not keep.any():
             return []
+        if reading:
+            steps = min(steps, max(1, STEPS_IN_PREFILL * int(keep.sum()) // len(keep)))
         busy = max(0, int(keep.sum()) - max(1, len(keep) // 8)) if self._waiting else 0
         numbers = (put(self.session, keep), np.int32(steps), np.int32(busy))
         self._cache, self._device_rows, *chosen = self.session.programs.decode(
