@@ -94,9 +94,14 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
         config, topology, slices=slices, batch=rows, prompt_length=prompt_length, cache_length=length,
         dtype=config.compute.dtype,
     )  # fmt: skip
-    # A turn reads its conversation again; the prompts of a group's first turn are read once.
+    # The prompts of a group's first turn are read once, and later turns read what is new if every episode keeps its row.
     new = (length - prompt_length) // turns
     prompts = [prompt_length + turn * new for turn in range(turns)]
+    if rows == episodes:
+        prompts = [
+            prompt_length,
+            *(new + before - (before - 1) // LANES * LANES for before in prompts[:-1]),
+        ]
     counts = [episodes // config.rl.group_size, *[episodes] * (turns - 1)]
     at_once = min(rows, PROMPTS * ways)
     chunks = sum(
