@@ -94,7 +94,7 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
         config, topology, slices=slices, batch=rows, prompt_length=prompt_length, cache_length=length,
         dtype=config.compute.dtype,
     )  # fmt: skip
-    # The prompts of a group's first turn are read once, and later turns read what is new if every episode keeps its row.
+    # The prompts of a group's first turn are read once; later turns read what is new if episodes keep their rows.
     new = (length - prompt_length) // turns
     prompts = [prompt_length + turn * new for turn in range(turns)]
     if rows == episodes:
