@@ -12,4 +12,4 @@ if [ "${1:-}" = --quick ]; then
   set -- -m 'not slow and not process' "$@"
 fi
 # Two processes, a file each: the tests of one file share their fixtures. A process that dies ends the run at once.
-exec .venv-test/bin/python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --max-worker-restart 0 "$@"
+exec .venv-test/bin/python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder --max-worker-restart 0 "$@"

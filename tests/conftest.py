@@ -53,7 +53,7 @@ PROCESS_MODULES = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks the tests of these modules `process`."""
+    """Marks the tests of these modules `process`, and puts them first: long files at the end leave a worker idle."""
     root = pathlib.Path(__file__).parent
     modules = {
         root / where / f"test_{name}.py" for where, names in PROCESS_MODULES.items() for name in names.split()
@@ -63,3 +63,4 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path in modules:
             item.add_marker("process")
+    items.sort(key=lambda item: item.path not in modules)

@@ -8,7 +8,8 @@ import pytest
 from tests.faults.drill import drill, faults_of
 
 
-@pytest.mark.parametrize("verb", ["train", pytest.param("rl", marks=pytest.mark.slow)])
+@pytest.mark.slow  # each fault has a test of its own elsewhere
+@pytest.mark.parametrize("verb", ["train", "rl"])
 def test_one_fault_of_every_kind(tmp_path, verb):
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}")  # shown when it fails
