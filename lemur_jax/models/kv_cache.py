@@ -77,14 +77,15 @@ def cached(config: DecoderConfig, compute: Compute, positions: jax.Array, last: 
 
     Args:
       positions: int32 [B, T], consecutive in each row; the slots where keys and values go.
-      last: int32 [], the greatest position whose result is used. Slots well beyond it are not read: a cache is as long
-        as the longest sequence that it may hold, and most are short.
+      last: int32 [], the greatest position whose result is used. On CPU, slots well beyond it are not read: a cache is
+        as long as the longest sequence that it may hold, and most are short. On TPU a choice of sizes would copy the
+        cache, and decode take eight times as long.
     """
     on_cpu = compute.mesh is not None and platform(compute.mesh) == "cpu"
 
     def attend(query, key, value, cache, layer):
         cache = write(cache, layer, positions[:, 0], key, value, compute.mesh)
-        sizes = _sizes(cache.key.shape[3])
+        sizes = _sizes(cache.key.shape[3]) if on_cpu else [cache.key.shape[3]]
         branches = [functools.partial(over, slots) for slots in sizes]
         index = jnp.searchsorted(jnp.array(sizes), last, side="right")
         return jax.lax.switch(index, branches, query, cache, layer), cache

@@ -10,6 +10,7 @@ from lemur_jax.models import kv_cache
 from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import make_mesh
+from tests.helpers.sessions import mesh_of
 
 
 def test_write_touches_its_slots_alone():
@@ -40,7 +41,7 @@ def test_positions_see_what_is_before_them_and_themselves(T, S, starts, read):
     query, key, value = (rng.normal(size=(B, T, heads, N)).astype(np.float32) for heads in (H, K, K))
     cache = kv_cache.KVCache(**dict(zip(("key", "value"), jnp.asarray(stored).swapaxes(3, 4), strict=True)))
     positions = jnp.array([range(start, start + T) for start in starts])
-    attend = kv_cache.cached(preset("tiny"), Compute(), positions, jnp.max(positions))
+    attend = kv_cache.cached(preset("tiny"), Compute(mesh=mesh_of("")), positions, jnp.max(positions))
     mixed, _ = attend(query, key, value, cache, jnp.int32(1))
     for b, start in enumerate(starts):
         keys, values = stored[:, 1, b].astype(np.float64)
