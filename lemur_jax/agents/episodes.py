@@ -14,9 +14,10 @@ from lemur_jax.agents.environments import Environment, PythonEnvironment, Step
 from lemur_jax.agents.mint_sets import open_mint
 from lemur_jax.agents.problems import humaneval
 from lemur_jax.common.errors import UserError
+from lemur_jax.infer.batching import row_ways
 from lemur_jax.infer.chat import fit
 from lemur_jax.infer.complete import finish
-from lemur_jax.infer.engine import SLOTS, Engine
+from lemur_jax.infer.engine import ROWS, SLOTS, Engine
 from lemur_jax.infer.generate import make_engine, make_requests
 from lemur_jax.infer.session import Session
 from lemur_jax.text.chat_template import Message, encode_chat, stop_ids
@@ -63,6 +64,11 @@ class SessionAgent:
         self._batch_tokens = batch_tokens
         self._engine: Engine | None = None
         self._length = 0
+
+    @property
+    def at_once(self) -> int:
+        """Conversations of up to 2,048 tokens that fit at a time; each then keeps its row, and reads what is new."""
+        return row_ways(self._session) * max(1, min(ROWS, self._batch_tokens // 2048))
 
     def __call__(self, messages: Sequence[Message]) -> str:
         return self.batch([messages])[0]

@@ -10,6 +10,8 @@ import sys
 from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, open_session
 from lemur_jax.common.errors import UserError
 
+ENDPOINT_BATCH = 32  # episodes at once, where none is given
+
 
 def add_verbs(verbs: Verbs) -> None:
     sub = add_verb(
@@ -74,7 +76,11 @@ def _add_agents(sub: argparse.ArgumentParser) -> None:
         metavar="PYTHON",
         help="interpreter of the cells in MINT (default: this one); it needs IPython",
     )
-    sub.add_argument("--batch", type=int, default=32, help="episodes at once (default 32)")
+    sub.add_argument(
+        "--batch",
+        type=int,
+        help="episodes at once (default: of a checkpoint as many as --batch-tokens give 2,048 tokens each, else 32)",
+    )
     sub.add_argument(
         "--batch-tokens",
         type=int,
@@ -168,11 +174,11 @@ def _agents(args, session, written: dict) -> None:
         return _write_agents(args, name, _replay(args, names), written)
     if args.agents.startswith("verifiers:"):
         return _write_agents(args, args.endpoint_model, _verifiers(args, limit), written)
-    agent = (
-        episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
-        if args.endpoint
-        else episodes.SessionAgent(session, max_new_tokens=limit, batch_tokens=args.batch_tokens)
-    )
+    own = None
+    if not args.endpoint:
+        own = episodes.SessionAgent(session, max_new_tokens=limit, batch_tokens=args.batch_tokens)
+    agent = own or episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
+    batch = args.batch or (own.at_once if own else ENDPOINT_BATCH)
     path = pathlib.Path(_journal_path(args)) if args.json else None
     name = args.checkpoint or args.endpoint_model
     run = {"agent": name, "endpoint": args.endpoint, "step": args.step}
@@ -190,7 +196,7 @@ def _agents(args, session, written: dict) -> None:
             opened = episodes.open_environments(
                 names, args.limit, args.data, stack, expert, args.cell_python, args.skip
             )
-            runner.run_episodes(opened, agent, max_turns=args.turns, batch=args.batch, journal=journal)
+            runner.run_episodes(opened, agent, max_turns=args.turns, batch=batch, journal=journal)
     finally:
         if journal.traces:
             _write_agents(args, name, list(journal.traces.values()), written)
@@ -212,7 +218,7 @@ def _verifiers(args, limit: int) -> list:
         args.endpoint_model,
         max_new_tokens=limit,
         limit=args.limit,
-        batch=args.batch,
+        batch=args.batch or ENDPOINT_BATCH,
     )
 
 
