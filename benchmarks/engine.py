@@ -47,6 +47,7 @@ def main() -> None:
     engine = Engine(session, options.rows)
 
     def run(size: int) -> list[list[int]]:
+        engine.session = session  # no prompt of the round before is used
         requests = [
             Request(prompt=prompt, max_new_tokens=int(count))
             for prompt, count in zip(prompts, answers, strict=True)

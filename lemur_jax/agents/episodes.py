@@ -68,7 +68,8 @@ class SessionAgent:
     @property
     def at_once(self) -> int:
         """Conversations of up to 2,048 tokens that fit at a time; each then keeps its row, and reads what is new."""
-        return row_ways(self._session) * max(1, min(ROWS, self._batch_tokens // 2048))
+        length = min(2048, self._session.model.max_position_embeddings)
+        return row_ways(self._session) * max(1, min(ROWS, self._batch_tokens // length))
 
     def __call__(self, messages: Sequence[Message]) -> str:
         return self.batch([messages])[0]

@@ -40,7 +40,7 @@ _TABLE = _inner(np.arange(_BLOCK, dtype=np.uint32))
 class RunningDigest:
     """The digest of an array that is given in row-major blocks.
 
-    `index` is that of the first element. Digests of the parts of an array add up.
+    `index` is the position of the first element. Digests of the parts of an array add up.
     """
 
     def __init__(self, index: int = 0) -> None:

@@ -79,7 +79,7 @@ def _add_agents(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--batch",
         type=int,
-        help="episodes at once (default: of a checkpoint as many as --batch-tokens give 2,048 tokens each, else 32)",
+        help="episodes at once (default: of a checkpoint, one for each 2,048 of --batch-tokens, at most 16; else 32)",
     )
     sub.add_argument(
         "--batch-tokens",

@@ -1,10 +1,10 @@
 """Continuous batching: requests share one decode program, and a row that ends is given to the next request at once.
 
 A request waits, its prompt is read in chunks into a small cache, its keys are copied to a free row, and it is decoded
-with all others until it ends or is cancelled. What it gets depends on its own arguments alone.
+with all others until it ends or is cancelled. What it gets depends on its own arguments alone, up to rounding.
 
-Chunks with which an earlier prompt began are copied from its row while this is not given away: the turns of a
-conversation, or requests with the same instructions, read what is new.
+If a prompt begins with whole chunks of an earlier prompt, the engine copies their keys from that prompt's row, until
+the row is reassigned: the turns of a conversation, or requests with the same instructions, read what is new.
 """
 
 import collections
@@ -69,8 +69,8 @@ class Engine:
     Call `submit`, then `step` until `busy` is false. All hosts of a mesh make the same calls. Not safe for threads.
 
     Args:
-      session: whose parameters are read at each step; another one of the same model and mesh may take its place, and
-        then no earlier prompt is used.
+      session: whose parameters are read at each step. Setting another session of the same model and mesh discards
+        earlier prompts.
       rows: sequences at a time; 0: `ROWS` for each way in which the mesh shards rows.
       slots: most tokens of the cache for each way, all rows together, unless one row needs more.
       length: tokens that every row takes from the start; longer requests wait until the rows are made longer.
@@ -85,7 +85,8 @@ class Engine:
         self._ready = np.zeros(0, bool)  # rows whose prompts are read
         self._rows: list[Request | None] = []
         self._prompts: list[_Prompt | None] = []
-        self._recalled = np.zeros(0, np.int32)  # for each new prompt the row that holds its beginning, or -1
+        self._recalled: dict[int, int] = {}  # new prompt -> the row that holds its beginning
+        self._order: list[int] = []  # rows, the least recently used first
         self._cache: Any = None
         self._prompt_cache: Any = None
         self._device_rows: Any = None
@@ -99,6 +100,9 @@ class Engine:
     def session(self, session: Session) -> None:
         self._session = session
         self._held: list[list[int]] = [[] for _ in self._rows]  # whole chunks of prompts in the cache
+        self._recalled.clear()
+        for prompt in filter(None, self._prompts):
+            prompt.done = 0
 
     @property
     def busy(self) -> bool:
@@ -141,32 +145,46 @@ class Engine:
             self._resize()
         while self._waiting and None in self._rows and self._fits(self._waiting[0]):
             prompt = list(self._waiting[0].prompt)
-            found, holder = next((one for one in self._prompts if one and one.tokens == prompt), None), -1
+            row = None
+            found = next((one for one in self._prompts if one and one.tokens == prompt), None)
             if not found:
                 if None not in self._prompts:
                     return
-                found, holder = self._begin(prompt)
-            free = [row for row, one in enumerate(self._rows) if one is None]
-            row = holder if holder in free else min(free, key=lambda row: len(self._held[row]))
+                found, row = self._begin(prompt)
+            if row is None:
+                free = [row for row in self._order if self._rows[row] is None]
+                row = min(free, key=lambda row: bool(self._held[row]))
             self._rows[row] = found.requests[row] = self._waiting.popleft()
             self._ready[row] = False
+            self._use(row)
 
-    def _begin(self, tokens: list[int]) -> tuple[_Prompt, int]:
-        """A prompt in prefill, and the row whose chunks it begins with (-1: none), of the same devices."""
+    def _begin(self, tokens: list[int]) -> tuple[_Prompt, int | None]:
+        """Starts to read a prompt; returns it, and the row that it continues, if there is one and it is free.
+
+        Chunks are copied within the devices that share a row.
+        """
         rows, ways = len(self._rows), row_ways(self.session)
         free = [slot for slot, one in enumerate(self._prompts) if one is None]
-        slots = {slot * ways // len(self._prompts): slot for slot in free}
+        slots = {slot * ways // len(self._prompts): slot for slot in reversed(free)}
         unit = chunk_length(self.session)
         shared = [
             _shared(held, tokens, unit) if row * ways // rows in slots else 0
             for row, held in enumerate(self._held)
         ]
         most = max(shared)
-        holder = shared.index(most) if most else -1
-        slot = slots[holder * ways // rows] if most else free[0]
+        if not most:
+            prompt = self._prompts[free[0]] = _Prompt(tokens, {})
+            return prompt, None
+        row = shared.index(most)
+        slot = slots[row * ways // rows]
         prompt = self._prompts[slot] = _Prompt(tokens, {}, most)
-        self._recalled[slot] = holder
-        return prompt, holder
+        self._recalled[slot] = row
+        self._use(row)
+        return prompt, row if self._rows[row] is None and len(self._held[row]) == most else None
+
+    def _use(self, row: int) -> None:
+        self._order.remove(row)
+        self._order.append(row)
 
     def _fits(self, request: Request) -> bool:
         return request.length <= self._shape[1] and len(request.stop_ids) <= self._shape[2]
@@ -182,7 +200,7 @@ class Engine:
             P = min(B, PROMPTS * ways)
             run = self.session.programs
             self._shape, self._rows, self._prompts = (B, S, J), [None] * B, [None] * P
-            self._held, self._recalled = [[] for _ in range(B)], np.full(P, -1, np.int32)
+            self._held, self._order = [[] for _ in range(B)], list(range(B))
             self._ready = np.zeros(B, bool)
             self._cache, self._prompt_cache = run.empty(B, S), run.empty(P, S)
             self._device_rows = self._put(empty_rows(B, S, J))
@@ -196,10 +214,10 @@ class Engine:
         The last token of a prompt is left to decode, which chooses what follows it.
         """
         run, C, P = self.session.programs, chunk_length(self.session), len(self._prompts)
-        if (self._recalled >= 0).any():
-            held = put(self.session, self._recalled)
-            self._prompt_cache = run.recall(self._prompt_cache, self._cache, held)
-            self._recalled[:] = -1
+        if self._recalled:
+            rows = np.array([self._recalled.get(slot, -1) for slot in range(P)], np.int32)
+            self._prompt_cache = run.recall(self._prompt_cache, self._cache, put(self.session, rows))
+            self._recalled.clear()
         if row_ways(self.session) == 1 and not any(self._prompts[FEW_PROMPTS:]):
             P = min(P, FEW_PROMPTS)
         tokens, start = np.zeros((P, C), np.int32), np.zeros(P, np.int32)

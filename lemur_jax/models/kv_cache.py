@@ -78,8 +78,8 @@ def cached(config: DecoderConfig, compute: Compute, positions: jax.Array, last: 
     Args:
       positions: int32 [B, T], consecutive in each row; the slots where keys and values go.
       last: int32 [], the greatest position whose result is used. On CPU, slots well beyond it are not read: a cache is
-        as long as the longest sequence that it may hold, and most are short. On TPU a choice of sizes would copy the
-        cache, and decode take eight times as long.
+        as long as the longest sequence that it may hold, and most are short. On TPU, selecting a size copies the cache,
+        which makes decode eight times slower.
     """
     on_cpu = compute.mesh is not None and platform(compute.mesh) == "cpu"
 

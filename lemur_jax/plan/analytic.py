@@ -174,7 +174,7 @@ def stored_bytes(
 
 
 def _flops_per_token(model: DecoderConfig, policy: str, T: int, adapted: bool) -> float:
-    """FLOPs of an update: three passes, and what the policy recomputes; attention causal."""
+    """FLOPs per token of an update: three passes, and what the policy recomputes; attention causal."""
     D, F, L = model.hidden_size, model.active_mlp_width, model.num_hidden_layers
     HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
     again = {
@@ -194,7 +194,7 @@ def _network(
 ) -> float:
     """Seconds over all links at once: gathered weights, summed activations, positions exchanged for heads.
 
-    `size` is the bytes of an element that travels, `tokens` those of a device.
+    `size`: bytes per element; `tokens`: tokens per device.
     """
     _, fsdp, expert, sequence, tensor = (mesh.shape[axis] for axis in AXES)
     sizes, weights = param_sizes(model), 0.0

@@ -134,7 +134,7 @@ def test_some_tasks_of_each_kind():
         ("--agents intercode-sql --replay runs --skip 3", "--skip is for --agents that play"),
     ],
 )
-def test_counts_that_are_no_counts(words, expected, capsys):
+def test_counts_out_of_range_are_refused(words, expected, capsys):
     assert main(["eval", *words.split()]) == 2
     assert capsys.readouterr().err.startswith(f"lemur eval: {expected}")
 

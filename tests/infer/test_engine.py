@@ -10,6 +10,8 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.infer.engine import Engine, Request
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import make_session
+from lemur_jax.models.presets import preset
+from tests.helpers.sessions import fresh_params, mesh_of
 
 
 def request(number: int) -> Request:
@@ -91,6 +93,38 @@ def test_a_conversation_reads_what_is_new(tiny_session, chunks):
     chunks.clear()
     assert converse(Engine(tiny_session, rows=4), False) == fresh
     assert chunks == [3, 1, 3, 3]
+
+
+def test_long_conversations_with_the_same_instructions(monkeypatch):
+    """They take turns, and each reads what is new in it, in the program for few prompts.
+
+    The cache has 256 slots, of which attention reads half while all sequences are short.
+    """
+    config = preset("tiny", max_position_embeddings=256)
+    session = make_session(config, fresh_params(config), mesh_of(""), "float32")
+    sizes = []
+    prefill = session.programs.prefill
+    monkeypatch.setattr(
+        session.programs, "prefill", lambda *args: sizes.append(args[2].shape[0]) or prefill(*args)
+    )
+
+    def ask(engine, prompt):
+        sizes.clear()
+        one = engine.submit(Request(prompt=prompt, max_new_tokens=4))
+        finish(engine)
+        return one
+
+    kept = Engine(session, rows=4, length=256)
+    heads = [[5] * 40 + [number] * 30 for number in range(3)]
+    for turn in range(3):
+        for number, head in enumerate(heads):
+            one = ask(kept, head)
+            # 69 tokens are three chunks, the first of them known after the first conversation; later 34 or 35 are new.
+            assert sizes == ([2] * (3 if number == 0 else 2) if turn == 0 else [2, 2])
+            fresh = ask(Engine(session, rows=4, length=256), head)
+            assert one.tokens == fresh.tokens
+            np.testing.assert_allclose(one.logprobs, fresh.logprobs, atol=1e-5)
+            heads[number] = [*head, *one.tokens, *[turn] * 30]
 
 
 def test_other_parameters_use_no_earlier_prompt(tiny_session):
