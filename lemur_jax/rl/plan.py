@@ -94,14 +94,9 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
         config, topology, slices=slices, batch=rows, prompt_length=prompt_length, cache_length=length,
         dtype=config.compute.dtype,
     )  # fmt: skip
-    # The prompts of a group's first turn are read once; later turns read what is new if episodes keep their rows.
     new = (length - prompt_length) // turns
-    prompts = [prompt_length + turn * new for turn in range(turns)]
-    if rows == episodes:
-        prompts = [
-            prompt_length,
-            *(new + before - (before - 1) // LANES * LANES for before in prompts[:-1]),
-        ]
+    prompts = _read_lengths(prompt_length, new, turns, kept=rows == episodes)
+    # The prompts of a group's first turn are read once.
     counts = [episodes // config.rl.group_size, *[episodes] * (turns - 1)]
     at_once = min(rows, PROMPTS * ways)
     chunks = sum(
@@ -123,6 +118,17 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
         decode_seconds=decode and decode * math.ceil(episodes / rows) * turns * new_tokens,
         update_seconds=update.step_seconds,
     )
+
+
+def _read_lengths(first: int, new: int, turns: int, kept: bool) -> list[int]:
+    """Tokens that prefill reads in each turn of an episode, which becomes longer by `new` a turn.
+
+    If it keeps its row, later turns read what is behind the whole chunks of the turn before.
+    """
+    prompts = [first + turn * new for turn in range(turns)]
+    if not kept:
+        return prompts
+    return [first, *(new + before - (before - 1) // LANES * LANES for before in prompts[:-1])]
 
 
 def _hbm_sampling(update: Plan, engine: GeneratePlan, compute: ComputeConfig, options: RlConfig) -> int:
