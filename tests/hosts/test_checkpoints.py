@@ -130,7 +130,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("host", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow  # on one host: tests/checkpoint/test_policies.py
+@pytest.mark.parametrize("host", [0, 1])
 def test_a_save_refused_on_one_host_ends_both_and_the_same_command_goes_on(
     hosts_project, tmp_path, monkeypatch, host
 ):

@@ -150,6 +150,7 @@ def test_an_option_chooses_all_reduces_of_gradients(tpu_compiler, narrow):
     assert not {row["kind"] for row in made.collectives} & {"all-to-all", "ragged-all-to-all"}
 
 
+@pytest.mark.slow
 def test_activations_are_cut_over_tensor_between_the_products(tpu_compiler, narrow):
     """On v4-8 as fsdp 1 x tensor 4: reduce-scatters and gathers of them, no all-reduce of their size."""
     options = narrow({"mesh.tensor": 4, "compute.remat": "full"}, num_key_value_heads=4)

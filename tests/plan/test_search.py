@@ -82,6 +82,7 @@ def test_finds_the_best_and_does_not_compile_the_hopeless(first):
     assert found.best in found.front()
 
 
+@pytest.mark.slow
 def test_the_best_is_refined_and_what_helps_stays(tpu_compiler, base, tmp_path, monkeypatch, caplog):
     option = "xla_tpu_scheduler_percent_shared_memory_limit=110"
     refinements = [("compute.loss_chunk", 0), ("compute.attention_blocks", (100, 0))]
