@@ -5,6 +5,9 @@
 Prompts have 4 to 200 tokens, answers 4 to 256, most of them short (geometric), as chats and agents ask. "batches" fills
 the rows, and fills them again when all of them have ended; "continuous" is the engine as it is. Tokens are compared.
 Each is timed `--rounds` times in turn, after a warm-up; medians and their ratio are printed.
+
+Then the second turn of as many conversations as there are rows, of 200 to 300 tokens that become 48 longer: on the
+engine that has their first turn ("kept"), and on one that has discarded it ("discarded").
 """
 
 import argparse
@@ -59,18 +62,44 @@ def main() -> None:
                 engine.step()
         return [request.tokens for request in requests]
 
-    sizes = {"batches": options.rows, "continuous": options.requests}
-    print(f"tokens equal: {run(options.requests) == run(options.rows)}")
-    seconds: dict[str, list[float]] = {name: [] for name in sizes}
-    for _ in range(options.rounds):
-        for name, size in sizes.items():
-            started = time.perf_counter()
-            run(size)
-            seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, median in medians.items():
-        print(f"{name:>10}: {median:.2f} s, {answers.sum() / median:,.0f} tokens/s")
-    print(f"continuous is {medians['batches'] / medians['continuous']:.2f} × batches")
+    first = [rng.integers(0, shape.vocab_size, rng.integers(200, 300)).tolist() for _ in range(options.rows)]
+    observations = [rng.integers(0, shape.vocab_size, 32).tolist() for _ in first]
+
+    def ask(conversations: list[list[int]]) -> list[list[int]]:
+        requests = [engine.submit(Request(prompt=one, max_new_tokens=16)) for one in conversations]
+        while engine.busy:
+            engine.step()
+        return [request.tokens for request in requests]
+
+    def second_turn(discard: bool) -> tuple[float, list[list[int]]]:
+        engine.session = session
+        said = ask(first)
+        if discard:
+            engine.session = session
+        longer = [[*one, *new, *seen] for one, new, seen in zip(first, said, observations, strict=True)]
+        started = time.perf_counter()
+        said = ask(longer)
+        return time.perf_counter() - started, said
+
+    def timed(size: int) -> tuple[float, list[list[int]]]:
+        started = time.perf_counter()
+        tokens = run(size)
+        return time.perf_counter() - started, tokens
+
+    batches = {"batches": lambda: timed(options.rows), "continuous": lambda: timed(options.requests)}
+    turns = {"discarded": lambda: second_turn(True), "kept": lambda: second_turn(False)}
+    for cases in (batches, turns):
+        warm = [case()[1] for case in cases.values()]
+        print(f"tokens equal: {warm[0] == warm[1]}")
+        seconds: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(options.rounds):
+            for name, case in cases.items():
+                seconds[name].append(case()[0])
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        for name, median in medians.items():
+            print(f"{name:>10}: {median:.2f} s")
+        slow, fast = medians
+        print(f"{fast} is {medians[slow] / medians[fast]:.2f} × {slow}")
 
 
 if __name__ == "__main__":

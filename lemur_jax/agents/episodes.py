@@ -66,8 +66,8 @@ class SessionAgent:
         self._length = 0
 
     @property
-    def at_once(self) -> int:
-        """Conversations of up to 2,048 tokens that fit at a time; each then keeps its row, and reads what is new."""
+    def default_batch(self) -> int:
+        """How many conversations of 2,048 tokens have a row each, in which every turn reads only what is new."""
         length = min(2048, self._session.model.max_position_embeddings)
         return row_ways(self._session) * max(1, min(ROWS, self._batch_tokens // length))
 

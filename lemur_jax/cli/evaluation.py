@@ -10,7 +10,7 @@ import sys
 from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, open_session
 from lemur_jax.common.errors import UserError
 
-ENDPOINT_BATCH = 32  # episodes at once, where none is given
+ENDPOINT_BATCH = 32  # episodes at a time of an endpoint, if --batch is not given
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -79,7 +79,7 @@ def _add_agents(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--batch",
         type=int,
-        help="episodes at once (default: of a checkpoint, one for each 2,048 of --batch-tokens, at most 16; else 32)",
+        help="episodes at a time (default: of an endpoint 32, of a checkpoint --batch-tokens / 2,048, up to 16)",
     )
     sub.add_argument(
         "--batch-tokens",
@@ -178,7 +178,7 @@ def _agents(args, session, written: dict) -> None:
     if not args.endpoint:
         own = episodes.SessionAgent(session, max_new_tokens=limit, batch_tokens=args.batch_tokens)
     agent = own or episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
-    batch = args.batch or (own.at_once if own else ENDPOINT_BATCH)
+    batch = args.batch or (own.default_batch if own else ENDPOINT_BATCH)
     path = pathlib.Path(_journal_path(args)) if args.json else None
     name = args.checkpoint or args.endpoint_model
     run = {"agent": name, "endpoint": args.endpoint, "step": args.step}

@@ -56,7 +56,7 @@ def _file_lock(workdir: epath.Path, seconds: float) -> Iterator[None]:
             lock.acquire(timeout=seconds)
     except filelock.Timeout as error:
         raise _refusal("another `lemur train`", workdir, seconds) from error
-    except NotImplementedError:  # the file system has no locks
+    except NotImplementedError:  # of filelock, where the file system has no locks
         logger.warning("%s is on a disk without locks: do not start a second run there", workdir)
     try:
         yield

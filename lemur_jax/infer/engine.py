@@ -156,12 +156,12 @@ class Engine:
                 row = min(free, key=lambda row: bool(self._held[row]))
             self._rows[row] = found.requests[row] = self._waiting.popleft()
             self._ready[row] = False
-            self._use(row)
+            self._mark_used(row)
 
     def _begin(self, tokens: list[int]) -> tuple[_Prompt, int | None]:
-        """Starts to read a prompt; returns it, and the row that it continues, if there is one and it is free.
+        """Starts to read a prompt. Returns it, and its row if it continues the prompt of a free one.
 
-        Chunks are copied within the devices that share a row.
+        A prompt is read on the devices of the row whose chunks it copies.
         """
         rows, ways = len(self._rows), row_ways(self.session)
         free = [slot for slot, one in enumerate(self._prompts) if one is None]
@@ -179,10 +179,10 @@ class Engine:
         slot = slots[row * ways // rows]
         prompt = self._prompts[slot] = _Prompt(tokens, {}, most)
         self._recalled[slot] = row
-        self._use(row)
+        self._mark_used(row)
         return prompt, row if self._rows[row] is None and len(self._held[row]) == most else None
 
-    def _use(self, row: int) -> None:
+    def _mark_used(self, row: int) -> None:
         self._order.remove(row)
         self._order.append(row)
 
@@ -249,7 +249,7 @@ class Engine:
     def _decode(self, steps: int, reading: bool) -> list[Request]:
         """Tokens for all rows whose prompts are complete; ends early when rows are free for requests that wait.
 
-        Fewer steps while prompts are read, as a step costs the same for few rows as for all.
+        While prompts are read, it makes fewer steps: a step costs the same for few rows as for all.
         """
         keep = np.array([row is not None for row in self._rows])
         keep &= self._ready
@@ -281,7 +281,7 @@ class Engine:
 
 
 def _shared(held: list[int], tokens: list[int], unit: int) -> int:
-    """Tokens of the whole chunks with which both begin."""
+    """The number of tokens in the whole chunks that both begin with; a chunk has `unit` tokens."""
     count = 0
     while count < len(held) and held[count : count + unit] == tokens[count : count + unit]:
         count += unit

@@ -77,20 +77,20 @@ def cached(config: DecoderConfig, compute: Compute, positions: jax.Array, last: 
 
     Args:
       positions: int32 [B, T], consecutive in each row; the slots where keys and values go.
-      last: int32 [], the greatest position whose result is used. On CPU, slots well beyond it are not read: a cache is
-        as long as the longest sequence that it may hold, and most are short. On TPU, selecting a size copies the cache,
-        which makes decode eight times slower.
+      last: int32 [], the greatest position whose result is used. On CPU, attention reads the slots up to it, rounded up
+        to a power of two. On TPU it reads all: selecting a size there copies the cache, which makes decode eight times
+        slower (an estimate).
     """
     on_cpu = compute.mesh is not None and platform(compute.mesh) == "cpu"
 
     def attend(query, key, value, cache, layer):
         cache = write(cache, layer, positions[:, 0], key, value, compute.mesh)
         sizes = _sizes(cache.key.shape[3]) if on_cpu else [cache.key.shape[3]]
-        branches = [functools.partial(over, slots) for slots in sizes]
+        branches = [functools.partial(attend_to, slots) for slots in sizes]
         index = jnp.searchsorted(jnp.array(sizes), last, side="right")
         return jax.lax.switch(index, branches, query, cache, layer), cache
 
-    def over(slots, query, cache, layer):
+    def attend_to(slots, query, cache, layer):
         keys, values = (
             jax.lax.dynamic_index_in_dim(a[..., :slots, :], layer, keepdims=False)
             for a in (cache.key, cache.value)
@@ -109,7 +109,7 @@ def cached(config: DecoderConfig, compute: Compute, positions: jax.Array, last: 
 
 
 def _sizes(slots: int) -> list[int]:
-    """Numbers of slots for which attention is compiled: powers of two from 128 on, and all."""
+    """The numbers of slots that attention is compiled for: powers of two from 128, and all slots."""
     return [2**n for n in range(7, (slots - 1).bit_length())] + [slots]
 
 

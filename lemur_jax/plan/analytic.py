@@ -78,8 +78,8 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     options = compute.param_dtype, config.optimizer, config.train.steps
     state = _state(model, config.adapter, *options, mesh)
     parameters, moments, frozen = map(device_bytes, (state.params, state.optimizer, state.frozen))
-    whole_batch, microbatches = config.train.batch_rows * length, config.train.microbatches
-    tokens = whole_batch / tpu.devices * mesh.shape["tensor"]
+    batch_tokens, microbatches = config.train.batch_rows * length, config.train.microbatches
+    tokens = batch_tokens / tpu.devices * mesh.shape["tensor"]
     backward = [
         (int(tokens / microbatches * size), f"activations kept: {name}, all layers")
         for name, size in stored_bytes(model, compute, length, mesh, "keep")
@@ -93,16 +93,14 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     # Each parameter, moment and gradient is read; parameter and moment are written.
     moved = 2 * (parameters + moments) + parameters + frozen
     chip = tpu.generation
-    work = whole_batch * _flops_per_token(model, compute.remat, length, config.adapter.rank > 0)
+    offloaded = sum(size for _, size in stored_bytes(model, compute, length, mesh, "host"))
+    update_flops = batch_tokens * _flops_per_token(model, compute.remat, length, config.adapter.rank > 0)
     return Bound(
         buffers=tuple(sorted((each for each in buffers if each[0]), reverse=True)),
-        compute=work / (tpu.devices * flops.chip(chip.device_kind).flops_per_device),
+        compute=update_flops / (tpu.devices * flops.chip(chip.device_kind).flops_per_device),
         memory=moved / chip.bandwidth,
         network=_network(model, jnp.dtype(compute.dtype).itemsize, microbatches, mesh, tokens, tpu),
-        host=2
-        * tokens
-        * sum(size for _, size in stored_bytes(model, compute, length, mesh, "host"))
-        / chip.host,
+        host=2 * tokens * offloaded / chip.host,
     )
 
 
@@ -145,7 +143,7 @@ def stored_bytes(
     compiler keeps six of width D and four of width F a layer (tests/plan/test_search.py); counted are four and three.
 
     Args:
-      length: of a row.
+      length: tokens of a row.
       where: "keep" for HBM, or "host".
     """
     policy = compute.remat

@@ -187,15 +187,15 @@ def _lines(text, meta, max_chars, max_mean_chars):
 
 
 def _alphanumeric(text, meta, min_share):
-    letters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    share = int(_is_alphanumeric()[letters].sum()) / max(1, len(text))
+    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    share = int(_alphanumeric_table()[characters].sum()) / max(1, len(text))
     if share < min_share:
         return f"{share:.1%} letters and digits, less than {min_share:.1%}"
 
 
 @functools.cache
-def _is_alphanumeric() -> np.ndarray:
-    """`str.isalnum` of every character: a table takes a ninth of the time of as many calls."""
+def _alphanumeric_table() -> np.ndarray:
+    """`str.isalnum` of every character, bool [0x110000]. A lookup takes a ninth of the time of a call."""
     return np.array([chr(code).isalnum() for code in range(sys.maxunicode + 1)])
 
 

@@ -35,7 +35,7 @@ class EvaluationSet:
         self._n, self._distinct = n, distinct
         texts = [text.lower() for text in texts]
         self._words = {word for text in texts for word in _WORD.findall(text)} - _names(texts)
-        runs = [self._informative(text) for text in texts]
+        runs = [self._informative_runs(text) for text in texts]
         self._sizes = [len(of_problem) for of_problem in runs]
         self._problems: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
         for number, of_problem in enumerate(runs):
@@ -54,7 +54,7 @@ class EvaluationSet:
         words = [word for word in _WORD.findall(text) if word in self._words]
         return zip(*(words[start:] for start in range(self._n)), strict=False)
 
-    def _informative(self, text: str) -> set[tuple[str, ...]]:
+    def _informative_runs(self, text: str) -> set[tuple[str, ...]]:
         return {run for run in self._runs(text) if sum(map(_is_informative, set(run))) >= self._distinct}
 
 

@@ -121,9 +121,10 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
 
 
 def _read_lengths(first: int, new: int, turns: int, kept: bool) -> list[int]:
-    """Tokens that prefill reads in each turn of an episode, which becomes longer by `new` a turn.
+    """The number of tokens that prefill reads in each turn of an episode.
 
-    If it keeps its row, later turns read what is behind the whole chunks of the turn before.
+    The prompt has `first` tokens in the first turn, and `new` more in each later one. If the episode keeps its row,
+    a later turn reads what follows the whole chunks of the prompt before.
     """
     prompts = [first + turn * new for turn in range(turns)]
     if not kept:

@@ -14,4 +14,4 @@ def test_one_fault_of_every_kind(tmp_path, verb):
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}")  # shown when it fails
     kinds = faults_of(verb)
-    drill(tmp_path, seed, random.Random(seed).sample(kinds, len(kinds)), verb=verb)
+    assert drill(tmp_path, seed, random.Random(seed).sample(kinds, len(kinds)), verb=verb) == {}

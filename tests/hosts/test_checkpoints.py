@@ -101,14 +101,15 @@ with manager.Checkpoints(sys.argv[1]) as saves, Interruption(0) as stop:
         if stop.reached():
             break
         time.sleep(0.1)
-    assert stop.asked
+    print(f"asked to stop: {stop.asked}")
 """
 
 
 @pytest.mark.slow
 def test_a_sigterm_beside_a_save_is_not_lost(hosts_project, tmp_path):
     """Orbax would ask JAX, too, whether to stop, with numbers of its own."""
-    finish(hosts_project.start(2, "-c", ASKED_ELSEWHERE, str(tmp_path)))
+    said = finish(hosts_project.start(2, "-c", ASKED_ELSEWHERE, str(tmp_path)))
+    assert all("asked to stop: True" in output for output in said)
 
 
 # The save of the sixth step is refused on one host: a file too large, or a directory that cannot be made.

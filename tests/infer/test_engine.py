@@ -61,7 +61,7 @@ def test_results_do_not_depend_on_who_shares_the_batch(tiny_session):
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """How many prompts each chunk of prefill has."""
+    """The number of prompts in each call of prefill."""
     found = []
     prefill = Engine._prefill
     monkeypatch.setattr(
@@ -71,7 +71,7 @@ def chunks(monkeypatch):
 
 
 def converse(engine: Engine, fresh: bool) -> list[list[tuple]]:
-    """What four conversations say in three turns on as many rows, each with the same engine or with a fresh one."""
+    """Tokens and log-probabilities of four conversations in each of three turns; `fresh`: each turn in a new engine."""
     heads = [[7] * 33, [7] * 33, [*[7] * 32, 9], [3] * 40]
     said = []
     for turn in range(3):
@@ -96,9 +96,9 @@ def test_a_conversation_reads_what_is_new(tiny_session, chunks):
 
 
 def test_long_conversations_with_the_same_instructions(monkeypatch):
-    """They take turns, and each reads what is new in it, in the program for few prompts.
+    """Three conversations alternate. Each turn reads only its new tokens, in the program for few prompts.
 
-    The cache has 256 slots, of which attention reads half while all sequences are short.
+    They grow beyond 128 tokens, where attention changes from 128 slots of the cache to all 256.
     """
     config = preset("tiny", max_position_embeddings=256)
     session = make_session(config, fresh_params(config), mesh_of(""), "float32")
