@@ -72,7 +72,7 @@ def chunks(monkeypatch):
 
 def converse(engine: Engine, fresh: bool) -> list[list[tuple]]:
     """Tokens and log-probabilities of four conversations in each of three turns; `fresh`: each turn in a new engine."""
-    heads = [[7] * 33, [7] * 33, [*[7] * 32, 9], [3] * 40]
+    heads = [[7] * 33, [7] * 33, [5] * 33, [3] * 40]
     said = []
     for turn in range(3):
         if fresh:
@@ -151,6 +151,16 @@ def test_a_group_reads_its_prompt_once(tiny_session, chunks):
     finish(engine)
     assert chunks == [1, 1]
     assert len({tuple(one.tokens) for one in group}) == 4
+
+
+def test_few_rows_make_few_steps_while_prompts_are_read(tiny_session):
+    engine = Engine(tiny_session, rows=4)
+    short = engine.submit(Request(prompt=[1], max_new_tokens=20))
+    engine.submit(Request(prompt=[2] * 60, max_new_tokens=4))
+    engine.step()
+    assert len(short.tokens) == 1
+    finish(engine)
+    assert len(short.tokens) == 20
 
 
 def test_longer_requests_wait_for_longer_rows(tiny_session):

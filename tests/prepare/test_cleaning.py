@@ -3,7 +3,7 @@
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.prepare.cleaning import filters, parse_steps
+from lemur_jax.prepare.cleaning import filters, parse_steps, shingles
 
 
 def removed_by(step, options, text, meta=None):
@@ -23,6 +23,7 @@ def removed_by(step, options, text, meta=None):
         ("lines", {"max_mean_chars": 3}, "abcd\nab", "abcde\nab", "lines of 4 characters in the mean"),
         ("alphanumeric", {"min_share": 0.5}, "ab--", "ab---", "40.0% letters and digits"),
         ("alphanumeric", {"min_share": 0.5}, "漢字--", "", "0.0%"),
+        ("alphanumeric", {"min_share": 0.5}, "a𝟙_\ud800", "a__\ud800", "25.0%"),
         (
             "foreign_letters",
             {},
@@ -69,6 +70,20 @@ def test_filter_on_the_language_of_the_text(language):
     # The beginning decides.
     other = "".join(text * 20 for name, text in LANGUAGES.items() if name != language)
     assert removed_by("language", {"keep": (language,), "chars": 60}, LANGUAGES[language] + other) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" -- ", ["--"]),
+        ("a b", ["a b"]),
+        ("a, b c", ["a b c"]),
+        ("a b c d", ["a b c", "b c d"]),
+        ("a b a b a", ["a b a", "b a b"]),
+    ],
+)
+def test_shingles(text, expected):
+    assert shingles(text, 3) == expected
 
 
 @pytest.mark.parametrize(
