@@ -104,11 +104,11 @@ def record(name: str) -> dict:
 
 def at_other_speeds(config, topology: str, text: str) -> dict[str, float]:
     """GB/s to the host -> tokens/s/chip of the compiled program `text`."""
+    from lemur_jax.parallel.mesh import make_mesh
     from lemur_jax.plan import cost, hlo, topologies
-    from lemur_jax.plan.plan import step_program
 
     tpu = topologies.find_slice(topology)
-    devices = list(step_program(config, tpu).mesh.devices.flat)
+    devices = list(make_mesh(config.mesh, topologies.described_devices(tpu)).devices.flat)
     rates = {}
     for speed in OTHER_HOST_SPEEDS:
         other = dataclasses.replace(tpu, generation=dataclasses.replace(tpu.generation, host=speed))

@@ -166,7 +166,9 @@ def packages_of(corpus: Corpus) -> list[str]:
 
 def unpack(package: str, root: Path) -> None:
     """Downloads a package and unpacks it, with the source archive in it, into `root/PACKAGE`."""
-    subprocess.run(["apt-get", "download", "-q", package], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    # As root, apt would download as another user, who cannot write to `root`, and warn of it.
+    command = ["apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", package]
+    subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL)
     (archive,) = root.glob(f"{package}_*.deb")
     subprocess.run(["dpkg-deb", "-x", archive, root / package], check=True)
     archive.unlink()

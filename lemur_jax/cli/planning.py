@@ -70,10 +70,11 @@ def _plan(args) -> int:
     made: Any
     if args.mode == "generate":
         from lemur_jax.plan.generate import format_generate_plan, plan_generate
+        from lemur_jax.plan.topologies import find_slice
 
         made = plan_generate(
-            config, args.topology, slices=args.slices, batch=args.batch, prompt_length=args.prompt_length,
-            cache_length=args.cache_length, dtype=args.dtype,
+            config.model, config.mesh, find_slice(args.topology, args.slices), batch=args.batch,
+            prompt_length=args.prompt_length, cache_length=args.cache_length, dtype=args.dtype,
         )  # fmt: skip
         print(format_generate_plan(made))
     elif args.mode == "rl":

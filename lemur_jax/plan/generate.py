@@ -14,18 +14,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import RunConfig
 from lemur_jax.infer.batching import LANES
 from lemur_jax.infer.programs import empty_rows, programs
 from lemur_jax.infer.session import abstract_params
 from lemur_jax.models import kv_cache
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Compute
+from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_ways, spec
 from lemur_jax.plan.compile import Compiled, compile_program, device_bytes
 from lemur_jax.plan.plan import Plan, estimate_cost, format_plan, program_plan
-from lemur_jax.plan.topologies import Slice, described_devices, find_slice
+from lemur_jax.plan.topologies import Slice, described_devices
 
 # Stop ids of a row.
 STOPS = 2
@@ -69,20 +69,21 @@ class GeneratePlan:
 
 
 def plan_generate(
-    config: RunConfig,
-    topology: str,
+    model: DecoderConfig,
+    layout: MeshConfig,
+    tpu: Slice,
     *,
-    slices: int = 1,
     batch: int,
     prompt_length: int,
     cache_length: int,
     dtype: str = "bfloat16",
 ) -> GeneratePlan:
-    """Compiles prefill and decode of a config's model on its mesh, and estimates their time.
+    """Compiles prefill and decode of a model for a slice, and estimates their time.
 
     Args:
-      config: model and mesh are read, nothing else.
-      topology, slices: as for `plan`.
+      model: the decoder.
+      layout: its mesh.
+      tpu: the slice, from `topologies.find_slice`.
       batch: B, sequences at a time.
       prompt_length: T.
       cache_length: S, prompt and answer together.
@@ -91,9 +92,7 @@ def plan_generate(
     Raises:
       UserError: impossible lengths, or a mesh that does not fit the slice, the model or the batch.
     """
-    model = config.model
-    tpu = find_slice(topology, slices)
-    mesh = make_mesh(config.mesh, described_devices(tpu))
+    mesh = make_mesh(layout, described_devices(tpu))
     _check(model, mesh, batch, prompt_length, cache_length)
     params = abstract_params(model, mesh, dtype)
     run = programs(model, Compute(dtype=dtype, mesh=mesh))

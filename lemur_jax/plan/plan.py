@@ -17,7 +17,7 @@ from lemur_jax.plan import analytic, cost, hlo
 from lemur_jax.plan.compile import Compiled, compile_program, device_bytes
 from lemur_jax.plan.topologies import Slice, described_devices, find_slice
 from lemur_jax.telemetry import flops
-from lemur_jax.train.step import Program, build
+from lemur_jax.train.step import build
 
 GIB = 2**30
 
@@ -91,7 +91,8 @@ def plan(config: RunConfig, topology: str, *, slices: int = 1, hlo_path: str | N
         batch.
     """
     tpu = find_slice(topology, slices)
-    program = step_program(config, tpu)
+    mesh = make_mesh(config.mesh, described_devices(tpu))
+    program = build(config, mesh, num_sources=max(1, len(config.data.sources)))
     name = f"the update for {slice_name(topology, slices)}"
     compiled = compile_program(program.step, program.state, program.batch, what=name)
     if hlo_path and compiled.hlo:
@@ -127,16 +128,6 @@ def plan(config: RunConfig, topology: str, *, slices: int = 1, hlo_path: str | N
     return dataclasses.replace(
         made, mfu=causal, mfu_full_attention=full, days=hours / 24, chip_hours=hours * tpu.chips
     )
-
-
-def step_program(config: RunConfig, tpu: Slice) -> Program:
-    """The train step of a config over the described slice, as `lemur train` builds it.
-
-    Raises:
-      UserError: libtpu is missing, or the mesh does not divide the model or the batch.
-    """
-    mesh = make_mesh(config.mesh, described_devices(tpu))
-    return build(config, mesh, num_sources=max(1, len(config.data.sources)))
 
 
 def estimate_cost(

@@ -20,6 +20,7 @@ from lemur_jax.common.json_files import digest_of
 from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig
 from lemur_jax.data.budget import budget, check_budget, format_budget
+from lemur_jax.data.config import DataConfig
 from lemur_jax.data.counts import record_counts
 from lemur_jax.data.manifest import Manifest, empty_manifest, read_manifest
 from lemur_jax.data.mixture import open_mixture
@@ -35,6 +36,7 @@ from lemur_jax.prepare.prepare_tokenizer import prepare_tokenizer
 from lemur_jax.prepare.rejects import Rejects
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.chat_template import chat_template, check_template
+from lemur_jax.text.config import TokenizerConfig
 from lemur_jax.text.tokenizer import Tokenizer, compatible
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,11 @@ def prepare(
         check_template(tokenizer)
     workers = config.prepare.workers or available_cores()
     with encoder(tokenizer, workers) as encode:
-        run = _Run(config, steps, tokenizer, encode, replace, runner, runner_options)
+        run = _Run(
+            data=config.data, tokenizer_config=config.tokenizer, max_bad_share=config.prepare.max_bad_share,
+            steps=steps, tokenizer=tokenizer, encode=encode, replace=replace, runner=runner,
+            runner_options=runner_options,
+        )  # fmt: skip
         if not replace:
             for name, split in wanted:
                 _check_unchanged(run, found[name], name, split)
@@ -105,11 +111,13 @@ def prepare(
         check_budget(needs)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
     """What the stores of one config share; `steps`: by task, from `parse_steps`."""
 
-    config: RunConfig
+    data: DataConfig
+    tokenizer_config: TokenizerConfig
+    max_bad_share: float
     steps: Mapping[str, str]
     tokenizer: Tokenizer
     encode: Encode
@@ -118,7 +126,7 @@ class _Run:
     runner_options: Sequence[str]
 
     def path(self, name: str, split: str) -> epath.Path:
-        return epath.Path(self.config.data.stores) / name / split
+        return epath.Path(self.data.stores) / name / split
 
 
 def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
@@ -161,11 +169,11 @@ def _fill(run: _Run, task: tasks.Task, split: str, writer: StoreWriter) -> Rejec
                     shown.update()
                     _add_result(result, writer, rejects)
                 if done % SAVE_RECORDS == 0 and time.monotonic() - last_save >= SAVE_SECONDS:
-                    rejects.check(run.config.prepare.max_bad_share, label, finished=False)
+                    rejects.check(run.max_bad_share, label, finished=False)
                     writer.save({"place": (shard, done), "rejects": rejects.save()})
                     last_save = time.monotonic()
         _check_any(task, split, rejects, writer)
-        rejects.check(run.config.prepare.max_bad_share, label, finished=True)
+        rejects.check(run.max_bad_share, label, finished=True)
         if writer.is_draft:
             writer.save({"place": (tasks.count_shards(task, split), 0), "rejects": rejects.save()})
     except BaseException:
@@ -198,11 +206,11 @@ def _results(
     inputs = digest_of(dataclasses.asdict(writer.manifest))
     job = beam.Job(
         task=task.name,
-        modules=tuple(run.config.data.modules),
+        modules=tuple(run.data.modules),
         split=split,
         shards=tasks.count_shards(task, split),
         steps=steps,
-        tokenizer=run.config.tokenizer,
+        tokenizer=run.tokenizer_config,
         folder=str(_beam_folder(run.path(task.name, split)) / inputs[:16]),
         first_shard=shard,
         first_number=number - done,

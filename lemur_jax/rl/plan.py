@@ -91,7 +91,7 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
     update = program_plan(compiled, estimate_cost(compiled, tpu, mesh), tpu, mesh, sizes, episodes * length)
     rows = engine_rows(episodes, ways)
     engine = plan_generate(
-        config, topology, slices=slices, batch=rows, prompt_length=prompt_length, cache_length=length,
+        config.model, config.mesh, tpu, batch=rows, prompt_length=prompt_length, cache_length=length,
         dtype=config.compute.dtype,
     )  # fmt: skip
     new = (length - prompt_length) // turns

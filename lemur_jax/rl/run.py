@@ -12,7 +12,8 @@ from lemur_jax.rl.objective import ARRAYS, policy
 from lemur_jax.rl.rollouts import Rollouts
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
-from lemur_jax.train.loop import Inputs, train
+from lemur_jax.train.inputs import Inputs
+from lemur_jax.train.loop import train
 
 
 def rl(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) -> bool:

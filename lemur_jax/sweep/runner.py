@@ -10,13 +10,11 @@ from jax.sharding import Mesh
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
-from lemur_jax.data.budget import budget, check_budget
-from lemur_jax.data.counts import check_counts
-from lemur_jax.data.mixture import open_mixture
 from lemur_jax.sweep import merging, pareto, results
 from lemur_jax.sweep.runs import SweepRun
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
+from lemur_jax.train.inputs import open_run_mixture
 from lemur_jax.train.loop import finished, train
 from lemur_jax.train.workdir import claim, config_changes
 
@@ -70,9 +68,7 @@ def _check(run: SweepRun, config: RunConfig) -> None:
         raise UserError("a sweep compares held-out figures: name tasks in config.eval.tasks")
     try:
         tokenizer = Tokenizer.from_config(config.tokenizer)
-        mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
-        check_counts(mixture, config.data, config.train.batch_documents)
-        check_budget(budget(mixture, config.train.steps))
+        open_run_mixture(config.data, config.train, tokenizer, config.seed)
     except UserError as error:
         raise UserError(f"{run.variant}: {error}") from error
 

@@ -20,9 +20,6 @@ from lemur_jax.cluster import coordination
 from lemur_jax.cluster.hosts import alone, is_primary
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
-from lemur_jax.data.budget import budget, check_budget
-from lemur_jax.data.counts import check_counts
-from lemur_jax.data.mixture import open_mixture
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.telemetry.provenance import versions
@@ -30,6 +27,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.config import InitConfig
 from lemur_jax.train.evaluate import open_held_out
 from lemur_jax.train.initial import open_initial
+from lemur_jax.train.inputs import open_run_mixture
 from lemur_jax.train.step import build
 
 logger = logging.getLogger(__name__)
@@ -62,9 +60,7 @@ def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
     ]
     with _caught() as problem:
         tokenizer = Tokenizer.from_config(config.tokenizer)
-        mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
-        check_counts(mixture, config.data, config.train.batch_documents)
-        check_budget(budget(mixture, config.train.steps))
+        mixture = open_run_mixture(config.data, config.train, tokenizer, config.seed)
         open_held_out(config.data, config.eval, tokenizer)
         mixture.read(*(values[:1] for values in mixture.locate(0)))
     stores = f"{len(config.data.sources)} to train on, {len(config.eval.tasks)} held out"

@@ -14,43 +14,23 @@ from lemur_jax.checkpoint.manager import make_metadata
 from lemur_jax.cluster.hosts import is_primary, wait_for_all
 from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
-from lemur_jax.common.errors import UserError
 from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig
-from lemur_jax.data.budget import budget, check_budget, format_budget
-from lemur_jax.data.counts import check_counts
-from lemur_jax.data.loader import Loader
-from lemur_jax.data.mixture import open_mixture
 from lemur_jax.models.decoder import num_params
-from lemur_jax.parallel.mesh import make_mesh
-from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.telemetry.metrics import METRICS_FILE, read_metrics
 from lemur_jax.telemetry.profiler import check_steps, trace_steps
-from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
-from lemur_jax.train.evaluate import Evaluations, HeldOut, evaluation_steps, open_held_out
-from lemur_jax.train.history import RunHistory, open_history
+from lemur_jax.train.evaluate import Evaluations, evaluation_steps
+from lemur_jax.train.history import open_history
 from lemur_jax.train.initial import InitialParams
+from lemur_jax.train.inputs import Inputs, open_data
 from lemur_jax.train.saves import Save, Saves, due
 from lemur_jax.train.spikes import too_many_skips
 from lemur_jax.train.state import TrainState
-from lemur_jax.train.steplog import BatchSource, StepLog
+from lemur_jax.train.steplog import StepLog
 from lemur_jax.train.workdir import check_changes, claim, config_changes
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What the config names, opened: nothing is written yet, and no state is made."""
-
-    tokenizer: Tokenizer
-    mixture: BatchSource
-    held_out: Sequence[HeldOut]
-    program: step.Program
-    loader: Loader | Any  # of the mixture; has `iterate` and `batch`
-    rollouts: Any = None  # of `lemur rl` (`rl/rollouts.py`): turns the loader's numbers into updates
-    plan: str = ""  # how much of the data will be read, for a person
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +52,7 @@ def train(
     build: Callable[..., step.Program] = step.build,
     profile: range = range(0),
     extend: bool = False,
-    open_inputs: Callable[..., "Inputs"] | None = None,
+    open_inputs: Callable[..., Inputs] | None = None,
 ) -> bool:
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
@@ -110,7 +90,15 @@ def train(
         if is_primary():  # only now: until here, wrong first parameters can be corrected in the config
             claim(values, workdir)
         stop = Interruption(config.checkpoint.grace_s)
-        evaluations = open_evaluations(config, inputs, history, stop.reached)
+        evaluations = Evaluations(
+            inputs.program,
+            config.train.microbatch_rows,
+            config.eval,
+            evaluation_steps(config.eval, config.checkpoint, config.init, steps),
+            inputs.held_out,
+            history,
+            stop.reached,
+        )
         unscored = evaluations.unscored(first)
         if first == steps and not unscored:
             inform(f"{workdir}: already finished at step {first}")
@@ -171,37 +159,6 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
     return stop.asked
 
 
-def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
-    """Tokenizer, data and program; UserError: one of them is missing, or they do not fit together."""
-    mesh = make_mesh(config.mesh)  # first, as it needs no file
-    tokenizer = Tokenizer.from_config(config.tokenizer)
-    mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
-    check_counts(mixture, config.data, config.train.batch_documents)
-    for source in mixture.sources if config.preference.loss else ():
-        if not source.rows.store.manifest.preferences:
-            raise UserError(
-                f"config.preference.loss is {config.preference.loss!r}, but data.sources.{source.name} has no"
-                " preferences"
-            )
-    held_out = open_held_out(config.data, config.eval, tokenizer)
-    reading = budget(mixture, config.train.steps)
-    check_budget(reading)
-    program = build(config, mesh, num_sources=len(mixture.sources))
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} tokens, config.model.vocab_size is"
-            f" {config.model.vocab_size}: it must be at least as large"
-        )
-    return Inputs(
-        tokenizer=tokenizer,
-        mixture=mixture,
-        held_out=held_out,
-        program=program,
-        loader=Loader(mixture, batch_sharding(program.mesh)),
-        plan=format_budget(reading),
-    )
-
-
 def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
     """The checkpoints of a run; each holds the config, the tokenizer and the digests of the data."""
     metadata = make_metadata(
@@ -226,21 +183,6 @@ def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
         initial,
         last=config.train.steps,
         rollouts=inputs.rollouts,
-    )
-
-
-def open_evaluations(
-    config: RunConfig, inputs: Inputs, history: RunHistory, should_stop: Callable[[], bool]
-) -> Evaluations:
-    """The held-out evaluations of a run."""
-    return Evaluations(
-        inputs.program,
-        config.train.microbatch_rows,
-        config.eval,
-        evaluation_steps(config.eval, config.checkpoint, config.init, config.train.steps),
-        inputs.held_out,
-        history,
-        should_stop,
     )
 
 

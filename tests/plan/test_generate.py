@@ -6,21 +6,19 @@ import pathlib
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import RunConfig, load, replace
+from lemur_jax.config import load
 from lemur_jax.models.decoder import num_params
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.plan.generate import format_generate_plan, plan_generate
+from lemur_jax.plan.topologies import find_slice
 
 MODEL = preset("llama2_70b", num_hidden_layers=2)
-
-
-def config(tensor=4):
-    return replace(RunConfig(model=MODEL), {"mesh.tensor": tensor})
+TENSOR_4 = MeshConfig(tensor=4)
 
 
 def test_two_layers_of_70b_on_v5e(tpu_compiler):
-    made = plan_generate(config(), "v5e-4", batch=8, prompt_length=256, cache_length=512)
+    made = plan_generate(MODEL, TENSOR_4, find_slice("v5e-4"), batch=8, prompt_length=256, cache_length=512)
     assert made.fits
     weights = num_params(MODEL)
     # Norm scales are whole on every chip.
@@ -41,7 +39,9 @@ def test_two_layers_of_70b_on_v5e(tpu_compiler):
 
 
 def test_what_does_not_fit_is_said(tpu_compiler):
-    made = plan_generate(config(), "v5e-4", batch=2048, prompt_length=128, cache_length=4096)
+    made = plan_generate(
+        MODEL, TENSOR_4, find_slice("v5e-4"), batch=2048, prompt_length=128, cache_length=4096
+    )
     assert not made.fits
     assert made.decode_tokens_per_second is None
     text = format_generate_plan(made)
@@ -59,8 +59,9 @@ def test_what_does_not_fit_is_said(tpu_compiler):
     ],
 )
 def test_impossible_sizes(tpu_compiler, changes, message):
+    sizes = {"batch": 8, "prompt_length": 256, "cache_length": 512} | changes
     with pytest.raises(UserError, match=message):
-        plan_generate(config(2), "v5e-4", **{"batch": 8, "prompt_length": 256, "cache_length": 512} | changes)
+        plan_generate(MODEL, MeshConfig(tensor=2), find_slice("v5e-4"), **sizes)
 
 
 @pytest.mark.slow
@@ -75,8 +76,9 @@ def test_impossible_sizes(tpu_compiler, changes, message):
 def test_70b_on_slices_as_in_the_documentation(tpu_compiler, topology, mesh, prefill, decode, speed):
     """docs/planner_details.md, "Generation": GiB a chip, tokens/s of all sequences (None: does not fit)."""
     options = load(str(pathlib.Path(__file__).parents[2] / "configs" / "lemur_70b_chat.py"))
-    options = replace(options, {"mesh": MeshConfig(**mesh)})
-    made = plan_generate(options, topology, batch=32, prompt_length=1024, cache_length=2048)
+    layout = MeshConfig(**mesh)
+    tpu = find_slice(topology)
+    made = plan_generate(options.model, layout, tpu, batch=32, prompt_length=1024, cache_length=2048)
     assert made.prefill.hbm_bytes_per_chip / 2**30 == pytest.approx(prefill, rel=0.05)
     assert made.decode.hbm_bytes_per_chip / 2**30 == pytest.approx(decode, rel=0.05)
     assert (made.prefill.fits, made.decode.fits) == (speed is not None, speed is not None)

@@ -11,6 +11,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, load, replace
 from lemur_jax.models.decoder import num_params, param_sizes
 from lemur_jax.models.presets import preset
+from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.plan import analytic, cost, hlo, topologies
 from lemur_jax.plan.compile import Compiled, device_bytes
 from lemur_jax.plan.plan import (
@@ -20,8 +21,8 @@ from lemur_jax.plan.plan import (
     forward_loops,
     kept_activations,
     plan,
-    step_program,
 )
+from lemur_jax.train.step import build
 
 
 def matrices(model):
@@ -168,7 +169,8 @@ def test_activations_are_cut_over_tensor_between_the_products(tpu_compiler, narr
 def test_states_of_other_optimizers_are_counted(tpu_compiler, narrow, name, share):
     """Against AdamW's two moments per parameter in `test_an_update_on_v4`."""
     options = narrow({"optimizer.name": name})
-    state = step_program(options, topologies.find_slice("v4-16", 1)).state
+    mesh = make_mesh(options.mesh, topologies.described_devices(topologies.find_slice("v4-16")))
+    state = build(options, mesh, num_sources=1).state
     assert 0.2 * share < device_bytes(state.optimizer) / device_bytes(state.params) < share
 
 
