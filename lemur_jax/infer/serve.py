@@ -15,6 +15,14 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from typing import Any
 
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.infer.complete import answers, with_text
 from lemur_jax.infer.engine import Engine, check_ids
@@ -22,38 +30,24 @@ from lemur_jax.infer.engine import Request as Generation
 from lemur_jax.infer.generate import Completion
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.score import score
+from lemur_jax.infer.serve_requests import (
+    MOST_TOP,
+    Json,
+    answers_wanted,
+    check_host,
+    disconnect,
+    flag,
+    integer,
+    messages_of,
+    prompts_of,
+    read_body,
+    real,
+    stops,
+)
+from lemur_jax.infer.serve_worker import END, Job, Worker
 from lemur_jax.infer.session import Session
 from lemur_jax.infer.text import INCOMPLETE
 from lemur_jax.text.chat_template import encode_chat, stop_ids
-
-try:
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
-    from starlette.exceptions import HTTPException
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse, Response, StreamingResponse
-    from starlette.routing import Route
-
-    from lemur_jax.infer.serve_requests import (
-        MOST_TOP,
-        Json,
-        answers_wanted,
-        check_host,
-        disconnect,
-        flag,
-        integer,
-        messages_of,
-        prompts_of,
-        read_body,
-        real,
-        stops,
-    )
-    from lemur_jax.infer.serve_worker import END, Job, Worker
-except ImportError as error:
-    raise UserError(
-        f"serving needs starlette and uvicorn ({error}): pip install 'lemur_jax[eval]'"
-    ) from error
 
 logger = logging.getLogger(__name__)
 

@@ -179,7 +179,7 @@ class ComputeConfig:
         for key in ("dtype", "param_dtype"):
             require_one_of(f"compute.{key}", getattr(self, key), ("float32", "bfloat16", "float16"))
         require_one_of("compute.reduce_dtype", self.reduce_dtype, ("", "float32", "bfloat16"))
-        require_one_of("compute.product_dtype", self.product_dtype, ("", "int8", "float8"))
+        require_one_of("compute.product_dtype", self.product_dtype, ("", "int8", "float8", "float8_whole"))
         require_one_of("compute.remat", self.remat, REMAT_POLICIES)
         require_one_of("compute.attention", self.attention, ATTENTION_NAMES)
         require(self.loss_chunk >= 0, "compute.loss_chunk", self.loss_chunk, "0 or more")

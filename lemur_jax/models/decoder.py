@@ -38,7 +38,7 @@ class Compute:
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # a name in `models.remat.POLICIES`
     reduce_dtype: str = ""  # of weight gradients in transit between devices; "": `dtype`
-    product_dtype: str = ""  # a name in `parallel.projection.NARROW`; "": `dtype`
+    product_dtype: str = ""  # a name in `parallel.projection.ROUNDINGS`; "": `dtype`
     attention: str = "auto"  # or a name in `models.attention.IMPLEMENTATIONS`
     attention_blocks: tuple[int, int] = (0, 0)  # as in `models.splash.block_sizes`
     loss_chunk: int = 0  # positions whose logits exist at a time; 0: all at once

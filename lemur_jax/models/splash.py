@@ -23,6 +23,8 @@ from lemur_jax.parallel.rules import RULES
 
 # Lanes of a TPU register: block sizes must be multiples of it.
 LANES = 128
+# The longest rows whose dq is computed together with dk and dv.
+FUSED_LENGTH = 32_768
 # Name under which the output and its log-sum-exp can be kept by a policy in models/remat.py. Both are
 # needed: with one of them missing the whole forward kernel runs again in the backward pass.
 RESIDUALS = "attention_out"
@@ -140,7 +142,7 @@ def block_sizes(length: int, width: int, kind: str, blocks: tuple[int, int] = (0
 
     The fused backward kernel computes the scores once for dq, dk and dv, and leaves one dq a block of keys to be
     summed, so its blocks are large. On v5e that sum takes longer than computing the scores twice, and at T 131,072
-    the parts of dq are 4 GiB a head: there dq has a kernel of its own.
+    the parts of dq are 4 GiB a head: on v5e, and above `FUSED_LENGTH`, dq has a kernel of its own.
 
     Args:
       length: T.
@@ -161,7 +163,7 @@ def block_sizes(length: int, width: int, kind: str, blocks: tuple[int, int] = (0
             )
     forward = blocks[0] or math.gcd(length, 512)
     backward = blocks[1] or math.gcd(length, 1024 if width <= 128 else 512)
-    fused = kind != "TPU v5 lite"
+    fused = kind != "TPU v5 lite" and length <= FUSED_LENGTH
     return kernels.BlockSizes(
         block_q=forward,
         block_kv=forward,

@@ -29,8 +29,21 @@ from lemur_jax.parallel.compiler_flags import exchanges_gradients
 from lemur_jax.parallel.mesh import platform
 from lemur_jax.parallel.rules import RULES, constrain, spec
 
-# product_dtype -> dtypes of activations and weights, and of gradients that come from above
-NARROW = {"int8": ("int8", "int8"), "float8": ("float8_e4m3fn", "float8_e5m2")}
+
+class Rounding(NamedTuple):
+    """How the factors of a product are rounded to 8 bits."""
+
+    dtype: str  # of activations and weights
+    gradient_dtype: str  # of gradients that come from above
+    whole: bool = False  # one scale for an array; False: one for each index that the result keeps
+
+
+# By `config.compute.product_dtype`.
+ROUNDINGS = {
+    "int8": Rounding("int8", "int8"),
+    "float8": Rounding("float8_e4m3fn", "float8_e5m2"),
+    "float8_whole": Rounding("float8_e4m3fn", "float8_e5m2", whole=True),
+}
 
 
 class Reduction(NamedTuple):
@@ -50,7 +63,7 @@ class Projection:
 
     dtype: str = "float32"  # of activations and products
     reduce_dtype: str = ""  # of weight gradients in transit; "": `dtype`
-    product_dtype: str = ""  # a name in `NARROW`, for `read` and `write` on a mesh; "": `dtype`
+    product_dtype: str = ""  # a name in `ROUNDINGS`, for `read` and `write` on a mesh; "": `dtype`
     mesh: Mesh | None = None  # None: no sharding
     options: tuple[str, ...] = ()  # `config.compute.compiler_options`: may choose how gradients are reduced
     frozen: bool = False  # weights have no gradient; only what is `Adapted` beside them has one
@@ -192,11 +205,11 @@ def _gather(weight: Any, axes: tuple[str, ...], mesh: Mesh | None) -> Any:
 def rounded_factor(x: jax.Array, letters: str, kept: str, dtype: str) -> Any:
     """A factor of an einsum, rounded to 8 bits: a `qwix.QArray` of `x`'s shape.
 
-    Each index of the axes `kept` has a scale, by the largest magnitude over the axes that are summed.
+    Each index of the axes `kept` has a scale, by the largest magnitude over the other axes.
 
     Args:
       letters: the einsum's letters of `x`, one an axis.
-      kept: letters of the result.
+      kept: letters of the result, or "" for one scale.
       dtype: "int8", "float8_e4m3fn" or "float8_e5m2".
     """
     import qwix
@@ -229,7 +242,7 @@ class Product:
     mesh: Mesh | None
     reduction: Reduction | None  # of the weight's gradient; None: not needed
     dtype: str | None = None  # of the result; None: that of the activations
-    narrow: str = ""  # a name in `NARROW`: both factors of each product are rounded
+    narrow: str = ""  # a name in `ROUNDINGS`: both factors of each product are rounded
 
     def __call__(self, x: jax.Array, weight: Any) -> jax.Array:
         left, _, result = self._letters()
@@ -248,9 +261,10 @@ class Product:
         equation = f"{letters},{right}->{made}"
         if not self.narrow:
             return einsum(equation, x, gather_weight(weight, self.axes, self.mesh, x.dtype), dtype=dtype)
-        dtypes = NARROW[self.narrow]
-        rounded = rounded_factor(weight.astype(x.dtype), right, made, dtypes[0])
-        factors = rounded_factor(x, letters, made, dtypes[kind]), _gather(rounded, self.axes, self.mesh)
+        rounding = ROUNDINGS[self.narrow]
+        kept = "" if rounding.whole else made
+        rounded = rounded_factor(weight.astype(x.dtype), right, kept, rounding.dtype)
+        factors = rounded_factor(x, letters, kept, rounding[kind]), _gather(rounded, self.axes, self.mesh)
         return einsum(equation, *factors, dtype=x.dtype)
 
     def low_rank(self, x: jax.Array, weight: Adapted) -> jax.Array:
@@ -302,23 +316,39 @@ class Product:
     def _exchange(self, x: jax.Array, upstream: jax.Array, dtype: str, placed: PartitionSpec) -> jax.Array:
         left, right, result = self._letters()
 
-        def by_device(array):  # [B, ...] -> [X, Y, B / XY, ...]
-            return array.reshape(self.mesh.shape["data"], _fsdp_ways(self.mesh), -1, *array.shape[1:])
+        def by_device(part):  # [B, ...] -> [X, Y, B / XY, ...]; one scale of a whole array -> [1, 1, 1, ...]
+            ways = (self.mesh.shape["data"], _fsdp_ways(self.mesh)) if part.shape[0] > 1 else (1, 1)
+            return part.reshape(*ways, -1, *part.shape[1:])
 
-        own = self._outer(f"XY{left}", by_device(x), f"XY{result}", by_device(upstream), f"XY{right}", dtype)
-        whole = (None if axis == "embed" else where for axis, where in zip(self.axes, placed, strict=True))
-        own = self._place(own, "data", RULES["embed"], *whole)
-        return _sum_parts(self._place(own, "data", None, *placed))
+        if (
+            self.narrow and ROUNDINGS[self.narrow].whole
+        ):  # before the reshape, so that other products share it
+            x, upstream = self._rounded(left, x, result, upstream, "")
+        x, upstream = jax.tree.map(by_device, (x, upstream))
+        # The axis that is cut comes first, or each partial gradient is copied before it is sent.
+        cut = self.axes.index("embed")
+        made = right[cut] + right[:cut] + right[cut + 1 :]
+        others = placed[:cut] + placed[cut + 1 :]
+        own = self._outer(f"XY{left}", x, f"XY{result}", upstream, f"XY{made}", dtype)
+        own = self._place(own, "data", RULES["embed"], None, *others)
+        summed = _sum_parts(self._place(own, "data", None, placed[cut], *others))
+        return jnp.einsum(f"{made}->{right}", summed)
 
-    def _outer(
-        self, left: str, x: jax.Array, above: str, upstream: jax.Array, made: str, dtype: str
-    ) -> jax.Array:
+    def _outer(self, left: str, x: Any, above: str, upstream: Any, made: str, dtype: str) -> jax.Array:
         """The product of activations with the gradient of the result, whose positions are summed."""
-        factors: tuple[Any, ...] = x, upstream
-        if self.narrow:
-            forward, backward = NARROW[self.narrow]
-            factors = rounded_factor(x, left, made, forward), rounded_factor(upstream, above, made, backward)
-        return einsum(f"{left},{above}->{made}", *factors, dtype=dtype)
+        if self.narrow and not is_quantized(x):
+            kept = "" if ROUNDINGS[self.narrow].whole else made
+            x, upstream = self._rounded(left, x, above, upstream, kept)
+        return einsum(f"{left},{above}->{made}", x, upstream, dtype=dtype)
+
+    def _rounded(
+        self, left: str, x: jax.Array, above: str, upstream: jax.Array, kept: str
+    ) -> tuple[Any, Any]:
+        rounding = ROUNDINGS[self.narrow]
+        return (
+            rounded_factor(x, left, kept, rounding.dtype),
+            rounded_factor(upstream, above, kept, rounding.gradient_dtype),
+        )
 
     def _place(self, array: jax.Array, *entries) -> jax.Array:
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*entries)))

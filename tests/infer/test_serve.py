@@ -9,9 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("starlette", reason="starlette is not installed: pip install '.[eval]'")
 pytest.importorskip("openai", reason="openai is not installed: pip install '.[eval]'")
-pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install '.[eval]'")
 
 import httpx
 import openai

@@ -173,6 +173,8 @@ def test_block_sizes_divide_the_length(monkeypatch):
 
 def test_blocks_of_the_config_are_those_of_the_kernels(monkeypatch):
     monkeypatch.undo()
+    assert splash.block_sizes(32_768, 128, "TPU7x").use_fused_bwd_kernel
+    assert not splash.block_sizes(131_072, 128, "TPU7x").use_fused_bwd_kernel
     sizes = splash.block_sizes(4096, 128, "TPU v4", (1024, 256))
     assert (sizes.block_q, sizes.block_kv, sizes.block_q_dkv, sizes.block_kv_dkv) == (1024, 1024, 256, 256)
     assert splash.block_sizes(4096, 128, "TPU v4", (0, 0)) == splash.block_sizes(4096, 128, "TPU v4")
