@@ -1,6 +1,7 @@
 """The smoke test that a slice runs before anything else: load, generate, compare, time."""
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import time
@@ -131,7 +132,12 @@ def _log_once(line: str) -> None:
 
 
 def check_hf(hf_dir: str, dtype: str, weights: str) -> None:
-    """Raises UserError if a run cannot be compared with transformers: no model in the directory, or not float32."""
+    """Raises UserError if a run cannot be compared: no transformers, no model in the directory, or not float32."""
+    missing = [name for name in ("transformers", "torch") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--hf needs {' and '.join(missing)}: pip install 'lemur_jax[verify]', or leave out --hf"
+        )
     read_config(hf_dir)
     if not holds_weights(hf_dir):
         raise UserError(f"--hf {hf_dir} holds no weights: name the directory that lemur export-hf has made")
@@ -203,12 +209,9 @@ def _compare_reference(session: Session, stored: Reference, ours: Reference) -> 
 
 def _compare_transformers(hf_dir: str, ours: Reference) -> str:
     """Compares with the greedy tokens of transformers in float32, one prompt at a time."""
-    try:
-        model = transformers_model(hf_dir)
-    except ImportError:
-        return "not compared with transformers: it or torch is not installed (pip install transformers torch==2.13.0)"
     import torch
 
+    model = transformers_model(hf_dir)
     for text, prompt, mine in zip(PROMPTS, ours.prompts, ours.tokens, strict=True):
         out = model.generate(
             torch.tensor([prompt]),

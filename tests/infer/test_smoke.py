@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import types
 
 import jax
@@ -15,7 +16,15 @@ from lemur_jax.convert.hf_config import to_hf
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.score import score
 from lemur_jax.infer.session import make_session
-from lemur_jax.infer.smoke import NEW_TOKENS, PROMPTS, Reference, read_reference, smoke, write_reference
+from lemur_jax.infer.smoke import (
+    NEW_TOKENS,
+    PROMPTS,
+    Reference,
+    check_hf,
+    read_reference,
+    smoke,
+    write_reference,
+)
 from lemur_jax.models.presets import preset
 from tests.helpers.sessions import fresh_params, mesh_of
 
@@ -136,6 +145,12 @@ def refused(chat_checkpoint, tmp_path, capsys, monkeypatch):
         return error
 
     return go
+
+
+def test_a_comparison_without_transformers_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"--hf needs torch: pip install 'lemur_jax\[verify\]'"):
+        check_hf(str(tmp_path), "float32", "float")
 
 
 def test_what_cannot_be_is_said_before_anything_is_loaded(refused, tmp_path, chat_tokenizer):
