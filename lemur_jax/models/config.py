@@ -18,7 +18,7 @@ CHOICES = {
 # Names of models/remat.py, from most recomputed to nothing recomputed.
 REMAT_POLICIES = (
     *("full", "attention", "attention_all", "mlp", "mlp_gate", "mlp_all", "dots"),
-    *("offload_full", "offload_attention", "offload_mlp", "offload_all", "none"),
+    *("offload_full", "offload_attention", "offload_out", "offload_mlp", "offload_all", "none"),
 )
 ATTENTION_NAMES = ("auto", "xla", "splash", "cudnn")
 

@@ -8,6 +8,7 @@ inside a block. Scores and softmax are float32. Queries enter already divided by
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.extend.core import Jaxpr, Literal
+from jax.extend.core.primitives import convert_element_type_p, jit_p, reduce_sum_p
 from jax.sharding import Mesh, PartitionSpec
 
 from lemur_jax.common.errors import UserError
@@ -23,8 +26,8 @@ from lemur_jax.parallel.rules import RULES
 
 # Lanes of a TPU register: block sizes must be multiples of it.
 LANES = 128
-# The longest rows whose dq is computed together with dk and dv.
-FUSED_LENGTH = 32_768
+# dq is computed together with dk and dv if it has at most so many parts, one a block of keys.
+MOST_PARTS = 32
 # Name under which the output and its log-sum-exp can be kept by a policy in models/remat.py. Both are
 # needed: with one of them missing the whole forward kernel runs again in the backward pass.
 RESIDUALS = "attention_out"
@@ -126,7 +129,7 @@ def _kernel(heads: int, length: int, sizes: kernels.BlockSizes, interpret: bool,
         if options.hides_keys(length)
         else masks.CausalMask(square)
     )
-    return kernels.make_splash_mqa(
+    kernel = kernels.make_splash_mqa(
         masks.MultiHeadMask([mask] * heads),
         attn_logits_soft_cap=options.softcap or None,
         head_shards=1,
@@ -135,6 +138,56 @@ def _kernel(heads: int, length: int, sizes: kernels.BlockSizes, interpret: bool,
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
+    return _with_added_parts(kernel) if sizes.use_fused_bwd_kernel else kernel
+
+
+def _with_added_parts(kernel: Callable) -> Callable:
+    """The kernel, whose backward pass adds up the parts of dq one by one.
+
+    The library sums them by a reduction, which XLA:TPU does not fuse: it takes 2.5 times as long as additions on v4
+    and 9 times on tpu7x, where it was 5% of a step of Llama-3.1-70B (estimates).
+    """
+
+    @jax.custom_vjp
+    def attend(query, key, value, segments):
+        return kernel(query, key, value, segments)
+
+    def forward(query, key, value, segments):
+        return jax.vjp(lambda *qkv: kernel(*qkv, segments), query, key, value)
+
+    def backward(pullback, upstream):
+        closed = jax.make_jaxpr(pullback)(upstream)
+        return *_evaluate(closed.jaxpr, closed.consts, [upstream]), None
+
+    attend.defvjp(forward, backward)
+    return attend
+
+
+def _evaluate(jaxpr: Jaxpr, consts: list[Any], args: list[Any]) -> list[Any]:
+    """The results of a program; its sums over a leading axis are additions of slices."""
+    values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    converted: dict[Any, Any] = {}  # arrays before their dtype changed: slices are converted one by one
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for each in jaxpr.eqns:
+        inputs = [read(atom) for atom in each.invars]
+        if each.primitive is jit_p:
+            inner = each.params["jaxpr"]
+            results = _evaluate(inner.jaxpr, inner.consts, inputs)
+        elif each.primitive is reduce_sum_p and each.params["axes"] == (0,):
+            parts = converted.get(each.invars[0], inputs[0])
+            results = [functools.reduce(operator.add, [part.astype(inputs[0].dtype) for part in parts])]
+        else:
+            # Kernels keep their names, by which plan/kernels.py and profiles know them.
+            with jax.named_scope(each.params.get("name") or each.primitive.name):
+                made: Any = each.primitive.bind(*inputs, **each.primitive.get_bind_params(each.params))
+            results = made if each.primitive.multiple_results else [made]
+        if each.primitive is convert_element_type_p:
+            converted[each.outvars[0]] = inputs[0]
+        values.update(zip(each.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
 
 
 def block_sizes(length: int, width: int, kind: str, blocks: tuple[int, int] = (0, 0)) -> kernels.BlockSizes:
@@ -142,7 +195,7 @@ def block_sizes(length: int, width: int, kind: str, blocks: tuple[int, int] = (0
 
     The fused backward kernel computes the scores once for dq, dk and dv, and leaves one dq a block of keys to be
     summed, so its blocks are large. On v5e that sum takes longer than computing the scores twice, and at T 131,072
-    the parts of dq are 4 GiB a head: on v5e, and above `FUSED_LENGTH`, dq has a kernel of its own.
+    the parts of dq are 4 GiB a head: on v5e, and above `MOST_PARTS`, dq has a kernel of its own.
 
     Args:
       length: T.
@@ -163,7 +216,7 @@ def block_sizes(length: int, width: int, kind: str, blocks: tuple[int, int] = (0
             )
     forward = blocks[0] or math.gcd(length, 512)
     backward = blocks[1] or math.gcd(length, 1024 if width <= 128 else 512)
-    fused = kind != "TPU v5 lite" and length <= FUSED_LENGTH
+    fused = kind != "TPU v5 lite" and length // backward <= MOST_PARTS
     return kernels.BlockSizes(
         block_q=forward,
         block_kv=forward,

@@ -325,14 +325,10 @@ class Product:
         ):  # before the reshape, so that other products share it
             x, upstream = self._rounded(left, x, result, upstream, "")
         x, upstream = jax.tree.map(by_device, (x, upstream))
-        # The axis that is cut comes first, or each partial gradient is copied before it is sent.
-        cut = self.axes.index("embed")
-        made = right[cut] + right[:cut] + right[cut + 1 :]
-        others = placed[:cut] + placed[cut + 1 :]
-        own = self._outer(f"XY{left}", x, f"XY{result}", upstream, f"XY{made}", dtype)
-        own = self._place(own, "data", RULES["embed"], None, *others)
-        summed = _sum_parts(self._place(own, "data", None, placed[cut], *others))
-        return jnp.einsum(f"{made}->{right}", summed)
+        own = self._outer(f"XY{left}", x, f"XY{result}", upstream, f"XY{right}", dtype)
+        whole = (None if axis == "embed" else where for axis, where in zip(self.axes, placed, strict=True))
+        own = self._place(own, "data", RULES["embed"], *whole)
+        return _sum_parts(self._place(own, "data", None, *placed))
 
     def _outer(self, left: str, x: Any, above: str, upstream: Any, made: str, dtype: str) -> jax.Array:
         """The product of activations with the gradient of the result, whose positions are summed."""

@@ -61,6 +61,11 @@ class Instruction:
         return any(int(count) == _NO_ESTIMATE for count in _CYCLES.findall(self.attributes))
 
     @property
+    def is_kernel(self) -> bool:
+        """Whether this is a Pallas kernel, whose cycles the compiler does not estimate."""
+        return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
+
+    @property
     def op_name(self) -> str:
         """The place in the Python program, as JAX's name stack."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)

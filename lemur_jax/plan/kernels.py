@@ -36,10 +36,16 @@ KERNELS: dict[tuple[str, str], Kernel] = {
     ("v5e", "dkv"): Kernel(blocks={512: 1909, 1024: 7425}, step=63),
     ("v5e", "fused"): Kernel(blocks={1024: 8895}, step=63),
     ("v5p", "fwd"): Kernel(blocks={512: 1178}, step=150),
+    ("v5p", "dq"): Kernel(blocks={1024: 5842}, step=150),
+    ("v5p", "dkv"): Kernel(blocks={1024: 7340}, step=150),
     ("v5p", "fused"): Kernel(blocks={1024: 9064}, step=150),
     ("v6e", "fwd"): Kernel(blocks={512: 989}, step=100),
+    ("v6e", "dq"): Kernel(blocks={1024: 4277}, step=100),
+    ("v6e", "dkv"): Kernel(blocks={1024: 5020}, step=100),
     ("v6e", "fused"): Kernel(blocks={1024: 6154}, step=100),
     ("tpu7x", "fwd"): Kernel(blocks={512: 975}, step=100),
+    ("tpu7x", "dq"): Kernel(blocks={1024: 4389}, step=100),
+    ("tpu7x", "dkv"): Kernel(blocks={1024: 4631}, step=100),
     ("tpu7x", "fused"): Kernel(blocks={1024: 5625}, step=100),
 }
 
@@ -88,7 +94,8 @@ def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
     Raises:
       ValueError: a kernel whose shapes cannot be read.
     """
-    named = re.match(r"splash_(?:mha|mqa)_(fwd|dq|dkv)", each.name)
+    # A mapped kernel may be called `vmap_vmap_splash_mqa_dkv...`.
+    named = re.search(r"splash_(?:mha|mqa)_(fwd|dq|dkv)", each.name)
     if each.opcode != "custom-call" or not named:
         return None
     phase = named[1]

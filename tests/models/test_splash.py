@@ -1,5 +1,7 @@
 """The splash kernels in the interpreter against NumPy in float64, forward and backward, whole and cut over a mesh."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,27 @@ def test_forward_and_backward_against_float64():
     inputs = arrays()
     for ours, theirs in zip(computed(inputs, None), reference(*inputs), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def test_parts_of_dq_are_added_without_a_reduction(monkeypatch):
+    def gradients():
+        query, key, value, segments, _ = (
+            jnp.asarray(x, jnp.int32 if x.dtype == int else jnp.bfloat16) for x in arrays()
+        )
+        both = jax.grad(
+            lambda *qkv: splash_attention(*qkv, segments, None).astype(jnp.float32).sum(), (0, 1, 2)
+        )
+        return jax.jit(both)(query, key, value), str(jax.make_jaxpr(both)(query, key, value))
+
+    added, program = gradients()
+    monkeypatch.setattr(splash, "_with_added_parts", lambda kernel: kernel)
+    reduced, library = gradients()
+    over_parts = re.compile(r"reduce_sum\[\s*axes=\((np\.int64\()?2\b")  # of [B, K, parts, ...]
+    assert over_parts.search(library)
+    assert not over_parts.search(program)
+    assert "splash_mqa_dkv" in program
+    for mine, theirs in zip(added, reduced, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_window_cap_and_scale_are_those_of_xla():
@@ -175,6 +198,7 @@ def test_blocks_of_the_config_are_those_of_the_kernels(monkeypatch):
     monkeypatch.undo()
     assert splash.block_sizes(32_768, 128, "TPU7x").use_fused_bwd_kernel
     assert not splash.block_sizes(131_072, 128, "TPU7x").use_fused_bwd_kernel
+    assert splash.block_sizes(131_072, 128, "TPU7x", (0, 4096)).use_fused_bwd_kernel
     sizes = splash.block_sizes(4096, 128, "TPU v4", (1024, 256))
     assert (sizes.block_q, sizes.block_kv, sizes.block_q_dkv, sizes.block_kv_dkv) == (1024, 1024, 256, 256)
     assert splash.block_sizes(4096, 128, "TPU v4", (0, 0)) == splash.block_sizes(4096, 128, "TPU v4")
