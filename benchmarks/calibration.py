@@ -26,6 +26,14 @@ _TPU_RECIPES = "github.com/AI-Hypercomputer/tpu-recipes/tree/main/training/"
 _RECIPES = _TPU_RECIPES + "trillium/"
 _IRONWOOD = _TPU_RECIPES + "ironwood"
 _VMEM = ("xla_tpu_scoped_vmem_limit_kib=65536",)
+# SparseCores of tpu7x sum the gradients.
+_SUMS = (
+    *_VMEM,
+    "xla_tpu_enable_async_all_to_all=false",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce=true",
+    "xla_tpu_enable_all_reduce_offload_tracing=true",
+    "xla_tpu_use_tc_device_shape_on_sc=true",
+)
 _PROJECTIONS = "theirs sends query, key and value to the host, ours computes them again"
 
 
@@ -40,6 +48,7 @@ class Published:
       length: T.
       remat: our nearest policy.
       tensor, sequence: mesh axes; the rest is fsdp.
+      blocks: of the attention kernels, forward and backward; 0: ours.
       moments: dtype of first moments.
       products: dtype of products with weights, where it is not bfloat16.
       options: of the compiler, theirs.
@@ -57,6 +66,7 @@ class Published:
     remat: str
     tensor: int = 1
     sequence: int = 1
+    blocks: tuple[int, int] = (0, 0)
     moments: str = "float32"
     products: str = ""
     options: tuple[str, ...] = ()
@@ -135,11 +145,13 @@ PUBLISHED = (
     *(
         Published(
             name="Llama-3.1-70B" + suffix, topology=topology, model=preset("llama3.1_70b").to_dict(), rows=4,
-            length=8192, remat="attention_all", moments="bfloat16", products=products, options=_VMEM, rate=rate,
+            length=8192, remat="attention_all", moments="bfloat16", products=products, options=options, rate=rate,
             source=_IRONWOOD,
         )
-        for topology, suffix, products, rate in (
-            ("tpu7x-128", "", "", 2687.0), ("tpu7x-512", "", "", 2670.6), ("tpu7x-128", " fp8", "float8", 4127.6)
+        for topology, suffix, products, options, rate in (
+            ("tpu7x-128", "", "", _VMEM, 2687.0),
+            ("tpu7x-512", "", "", _VMEM, 2670.6),
+            ("tpu7x-128", " fp8", "float8_whole", _SUMS, 4127.6),
         )
     ),
     *(
@@ -155,8 +167,8 @@ PUBLISHED = (
     ),
     Published(
         name="Llama-3.1-70B 128k", topology="tpu7x-512", model=preset("llama3.1_70b").to_dict(), rows=0.25,
-        length=131_072, remat="attention_all", sequence=8, options=_VMEM, rate=963.0, source=_IRONWOOD,
-        note="theirs keeps the mlp's output too",
+        length=131_072, remat="attention", sequence=8, blocks=(0, 4096), options=_VMEM, rate=963.0,
+        source=_IRONWOOD, note="theirs keeps query, key, value and the mlp's output too",
     ),
 )  # fmt: skip
 
@@ -173,6 +185,7 @@ def record(row: Published) -> dict:
         "mesh.sequence": row.sequence,
         "optimizer.moments_dtype": row.moments,
         "compute.remat": row.remat,
+        "compute.attention_blocks": row.blocks,
         "compute.product_dtype": row.products,
         "compute.compiler_options": row.options,
     }

@@ -18,7 +18,7 @@ CHOICES = {
 # Names of models/remat.py, from most recomputed to nothing recomputed.
 REMAT_POLICIES = (
     *("full", "attention", "attention_all", "mlp", "mlp_gate", "mlp_all", "dots"),
-    *("offload_full", "offload_attention", "offload_out", "offload_mlp", "offload_all", "none"),
+    *("offload_full", "offload_attention", "offload_mlp", "offload_all", "none"),
 )
 ATTENTION_NAMES = ("auto", "xla", "splash", "cudnn")
 
@@ -171,7 +171,9 @@ class ComputeConfig:
     reduce_dtype: str = ""  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
     attention: str = "auto"  # "auto", "xla", "splash" or "cudnn"
     attention_blocks: tuple[int, ...] = (0, 0)  # of splash, forward and backward, in positions; 0: by the TPU
-    product_dtype: str = ""  # of the layers' products while training: "int8" or "float8"; "": as dtype
+    product_dtype: str = (
+        ""  # of the layers' products while training: "int8", "float8", "float8_whole"; "": as dtype
+    )
     loss_chunk: int = 512  # positions whose logits exist at a time, cut to what divides the length; 0: all
     compiler_options: tuple[str, ...] = ()  # more for XLA:TPU, "name=value" each; parallel/compiler_flags.py
 

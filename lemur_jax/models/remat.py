@@ -56,8 +56,6 @@ POLICIES: dict[str, Callable | None] = {
     # As `full`, `attention` and `mlp`, with the host's help.
     "offload_full": _to_host("layer_in"),
     "offload_attention": _to_host("layer_in", keep=("attention_out", "key_value")),
-    # As `mlp`, where memory is short by one activation of the size of the attention output.
-    "offload_out": _to_host("attention_out", keep=("query", "key_value", "residual")),
     # What the backward pass of a layer needs last goes to the host, so that it comes back in time.
     "offload_mlp": _to_host("layer_in", "query", "attention_out", keep=("residual", "key_value")),
     # Everything named, for hosts with memory to spare.

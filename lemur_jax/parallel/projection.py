@@ -316,35 +316,24 @@ class Product:
     def _exchange(self, x: jax.Array, upstream: jax.Array, dtype: str, placed: PartitionSpec) -> jax.Array:
         left, right, result = self._letters()
 
-        def by_device(part):  # [B, ...] -> [X, Y, B / XY, ...]; one scale of a whole array -> [1, 1, 1, ...]
-            ways = (self.mesh.shape["data"], _fsdp_ways(self.mesh)) if part.shape[0] > 1 else (1, 1)
-            return part.reshape(*ways, -1, *part.shape[1:])
+        def by_device(array):  # [B, ...] -> [X, Y, B / XY, ...]
+            return array.reshape(self.mesh.shape["data"], _fsdp_ways(self.mesh), -1, *array.shape[1:])
 
-        if (
-            self.narrow and ROUNDINGS[self.narrow].whole
-        ):  # before the reshape, so that other products share it
-            x, upstream = self._rounded(left, x, result, upstream, "")
-        x, upstream = jax.tree.map(by_device, (x, upstream))
-        own = self._outer(f"XY{left}", x, f"XY{result}", upstream, f"XY{right}", dtype)
+        own = self._outer(f"XY{left}", by_device(x), f"XY{result}", by_device(upstream), f"XY{right}", dtype)
         whole = (None if axis == "embed" else where for axis, where in zip(self.axes, placed, strict=True))
         own = self._place(own, "data", RULES["embed"], *whole)
         return _sum_parts(self._place(own, "data", None, *placed))
 
-    def _outer(self, left: str, x: Any, above: str, upstream: Any, made: str, dtype: str) -> jax.Array:
+    def _outer(
+        self, left: str, x: jax.Array, above: str, upstream: jax.Array, made: str, dtype: str
+    ) -> jax.Array:
         """The product of activations with the gradient of the result, whose positions are summed."""
-        if self.narrow and not is_quantized(x):
-            kept = "" if ROUNDINGS[self.narrow].whole else made
-            x, upstream = self._rounded(left, x, above, upstream, kept)
-        return einsum(f"{left},{above}->{made}", x, upstream, dtype=dtype)
-
-    def _rounded(
-        self, left: str, x: jax.Array, above: str, upstream: jax.Array, kept: str
-    ) -> tuple[Any, Any]:
-        rounding = ROUNDINGS[self.narrow]
-        return (
-            rounded_factor(x, left, kept, rounding.dtype),
-            rounded_factor(upstream, above, kept, rounding.gradient_dtype),
-        )
+        factors: tuple[Any, ...] = x, upstream
+        if self.narrow:
+            forward, backward, whole = ROUNDINGS[self.narrow]
+            kept = "" if whole else made
+            factors = rounded_factor(x, left, kept, forward), rounded_factor(upstream, above, kept, backward)
+        return einsum(f"{left},{above}->{made}", *factors, dtype=dtype)
 
     def _place(self, array: jax.Array, *entries) -> jax.Array:
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*entries)))
