@@ -49,6 +49,7 @@ class Published:
       remat: our nearest policy.
       tensor, sequence: mesh axes; the rest is fsdp.
       blocks: of the attention kernels, forward and backward; 0: ours.
+      loss_chunk: positions whose logits exist at a time.
       moments: dtype of first moments.
       products: dtype of products with weights, where it is not bfloat16.
       options: of the compiler, theirs.
@@ -67,6 +68,7 @@ class Published:
     tensor: int = 1
     sequence: int = 1
     blocks: tuple[int, int] = (0, 0)
+    loss_chunk: int = 512
     moments: str = "float32"
     products: str = ""
     options: tuple[str, ...] = ()
@@ -167,8 +169,8 @@ PUBLISHED = (
     ),
     Published(
         name="Llama-3.1-70B 128k", topology="tpu7x-512", model=preset("llama3.1_70b").to_dict(), rows=0.25,
-        length=131_072, remat="attention", sequence=8, blocks=(0, 4096), options=_VMEM, rate=963.0,
-        source=_IRONWOOD, note="theirs keeps query, key, value and the mlp's output too",
+        length=131_072, remat="attention", sequence=8, blocks=(0, 4096), loss_chunk=16_384,
+        options=_SUMS, rate=963.0, source=_IRONWOOD, note="theirs keeps query, key, value and the mlp's output too",
     ),
 )  # fmt: skip
 
@@ -186,6 +188,7 @@ def record(row: Published) -> dict:
         "optimizer.moments_dtype": row.moments,
         "compute.remat": row.remat,
         "compute.attention_blocks": row.blocks,
+        "compute.loss_chunk": row.loss_chunk,
         "compute.product_dtype": row.products,
         "compute.compiler_options": row.options,
     }

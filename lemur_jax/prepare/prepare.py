@@ -81,13 +81,11 @@ def prepare(
     tokenizer = prepare_tokenizer(config.tokenizer, config.data.modules, config.model.vocab_size)
     if any(tasks.is_chat(found[name], split) for name, split in wanted):
         check_template(tokenizer)
-    workers = config.prepare.workers or available_cores()
-    with encoder(tokenizer, workers) as encode:
+    with encoder(tokenizer, config.prepare.workers or available_cores()) as encode:
+        share = config.prepare.max_bad_share
         run = _Run(
-            data=config.data, tokenizer_config=config.tokenizer, max_bad_share=config.prepare.max_bad_share,
-            steps=steps, tokenizer=tokenizer, encode=encode, replace=replace, runner=runner,
-            runner_options=runner_options,
-        )  # fmt: skip
+            config.data, config.tokenizer, share, steps, tokenizer, encode, replace, runner, runner_options
+        )
         if not replace:
             for name, split in wanted:
                 _check_unchanged(run, found[name], name, split)
@@ -104,14 +102,13 @@ def prepare(
             config = config.with_counts()
             size = f"{config.train.batch_rows:,} rows, {config.train.steps:,} updates"
             logger.info("%s, from the counts in %s", size, config.data.counts_record)
-        rows = config.train.batch_rows
-        mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=rows)
+        mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
         needs = budget(mixture, config.train.steps)
         logger.info("%s", format_budget(needs))
         check_budget(needs)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class _Run:
     """What the stores of one config share; `steps`: by task, from `parse_steps`."""
 
