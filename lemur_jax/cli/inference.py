@@ -158,7 +158,7 @@ def _serve(args) -> None:
     listening = []
 
     def check(tokenizer) -> None:
-        from lemur_jax.infer.serve import listen  # says what is not installed
+        from lemur_jax.infer.serve import listen
 
         _one_host_alone("requests would come to one of several hosts: serve from one host")
         listening.append(listen(args.host, args.port))

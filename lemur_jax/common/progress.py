@@ -13,7 +13,7 @@ _LINE_SECONDS = 10.0
 # tqdm cuts off at the right what does not fit into a narrow terminal: what matters most comes first.
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}, {n:,}/{total:,} {unit}"
 _LINE = "{desc}: {n:,}/{total:,} {unit} ({percentage:.0f}%), {elapsed} so far, {remaining} left{postfix}"
-_UNKNOWN_TOTAL = "{desc}: {n:,}{unit}, {rate_fmt}{postfix}"
+_UNKNOWN_TOTAL = "{desc}: {n:,}{unit}, {rate_noinv_fmt}{postfix}"
 _LABEL = 16  # characters of the label that a bar shows
 
 

@@ -171,9 +171,7 @@ class ComputeConfig:
     reduce_dtype: str = ""  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
     attention: str = "auto"  # "auto", "xla", "splash" or "cudnn"
     attention_blocks: tuple[int, ...] = (0, 0)  # of splash, forward and backward, in positions; 0: by the TPU
-    product_dtype: str = (
-        ""  # of the layers' products while training: "int8", "float8", "float8_whole"; "": as dtype
-    )
+    product_dtype: str = ""  # of layers' products: "int8", "float8", "float8_whole" (one scale); "": as dtype
     loss_chunk: int = 512  # positions whose logits exist at a time, cut to what divides the length; 0: all
     compiler_options: tuple[str, ...] = ()  # more for XLA:TPU, "name=value" each; parallel/compiler_flags.py
 

@@ -26,7 +26,8 @@ from lemur_jax.parallel.rules import RULES
 
 # Lanes of a TPU register: block sizes must be multiples of it.
 LANES = 128
-# dq is computed together with dk and dv if it has at most so many parts, one a block of keys.
+# dq is computed together with dk and dv if it has at most so many parts, one a block of keys: as large as dq each, they
+# would take 34 GB on each device of a tpu7x at T 131,072 in blocks of 1024.
 MOST_PARTS = 32
 # Name under which the output and its log-sum-exp can be kept by a policy in models/remat.py. Both are
 # needed: with one of them missing the whole forward kernel runs again in the backward pass.

@@ -66,8 +66,8 @@ def check_product_dtype(name: str, device_kind: str, frozen: bool = False) -> No
     """Refuses a `config.compute.product_dtype` that changes nothing, or does not make a TPU faster.
 
     Args:
-      name: "int8", "float8" or "".
-      device_kind: `jax.Device.device_kind`; what is no TPU may simulate both.
+      name: a name in `parallel.projection.ROUNDINGS`, or "".
+      device_kind: `jax.Device.device_kind`; what is no TPU may simulate all.
       frozen: whether the weights have no gradient.
 
     Raises:

@@ -202,7 +202,8 @@ class Estimator:
         """Adds a computing instruction; returns its seconds."""
         kernel = kernels.cycles(each, self.chip)
         grouped = kernels.grouped_cycles(each, self.chip, self.module.inside(each))
-        cost.unestimated += (each.lacks_estimate or each.is_kernel) and kernel is None and grouped is None
+        unknown = each.lacks_estimate or (each.is_kernel and not each.cycles)
+        cost.unestimated += unknown and kernel is None and grouped is None
         counted = (each.cycles if kernel is None else kernel) if grouped is None else grouped
         seconds = counted / self.chip.clock
         if not seconds:

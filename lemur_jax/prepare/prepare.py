@@ -82,10 +82,11 @@ def prepare(
     if any(tasks.is_chat(found[name], split) for name, split in wanted):
         check_template(tokenizer)
     with encoder(tokenizer, config.prepare.workers or available_cores()) as encode:
-        share = config.prepare.max_bad_share
         run = _Run(
-            config.data, config.tokenizer, share, steps, tokenizer, encode, replace, runner, runner_options
-        )
+            data=config.data, tokenizer_config=config.tokenizer, max_bad_share=config.prepare.max_bad_share,
+            steps=steps, tokenizer=tokenizer, encode=encode, replace=replace, runner=runner,
+            runner_options=runner_options,
+        )  # fmt: skip
         if not replace:
             for name, split in wanted:
                 _check_unchanged(run, found[name], name, split)
@@ -97,18 +98,23 @@ def prepare(
     if config.data.mixture:
         record_mixture(config.data)
     if config.data.sources:
-        if config.data.by_epochs or config.train.batch_documents:
-            record_counts(config.data, tokenizer)
-            config = config.with_counts()
-            size = f"{config.train.batch_rows:,} rows, {config.train.steps:,} updates"
-            logger.info("%s, from the counts in %s", size, config.data.counts_record)
-        mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
-        needs = budget(mixture, config.train.steps)
-        logger.info("%s", format_budget(needs))
-        check_budget(needs)
+        _check_enough(config, tokenizer)
 
 
-@dataclasses.dataclass(frozen=True)
+def _check_enough(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Logs how much of the stores a run reads, and records their counts; UserError: more than it may."""
+    if config.data.by_epochs or config.train.batch_documents:
+        record_counts(config.data, tokenizer)
+        config = config.with_counts()
+        size = f"{config.train.batch_rows:,} rows, {config.train.steps:,} updates"
+        logger.info("%s, from the counts in %s", size, config.data.counts_record)
+    mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
+    needs = budget(mixture, config.train.steps)
+    logger.info("%s", format_budget(needs))
+    check_budget(needs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
     """What the stores of one config share; `steps`: by task, from `parse_steps`."""
 

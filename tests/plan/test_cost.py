@@ -141,9 +141,17 @@ def test_kernel_cycles_against_the_published_schedules():
         cycles = kernels.cycles(forward, topologies.GENERATIONS[name])
         assert cycles / 128 == pytest.approx(published, rel=0.01)
     keys = r"\"block_q_dkv\": 512, \"block_kv_dkv\": 512"
-    backward = kernel("vmap_vmap_splash_mqa_dkv_segmented_no_residuals__.1", 4, keys)
-    assert kernels.cycles(backward, topologies.GENERATIONS["v5e"]) / 128 == pytest.approx(72_760, rel=0.01)
-    assert kernels.cycles(backward, topologies.GENERATIONS["v4"]) / 64 == pytest.approx(123_336, rel=0.01)
+    name = "vmap_vmap_splash_mqa_dkv_segmented_no_residuals__.1"
+    for outputs in (2, 4):  # of JAX 0.12 and 0.10
+        backward = kernel(name, outputs, keys)
+        assert kernels.cycles(backward, topologies.GENERATIONS["v5e"]) / 128 == pytest.approx(
+            72_760, rel=0.01
+        )
+        assert kernels.cycles(backward, topologies.GENERATIONS["v4"]) / 64 == pytest.approx(123_336, rel=0.01)
+        fused = kernel(name, outputs * 3 // 2, keys)
+        assert kernels.cycles(fused, topologies.GENERATIONS["v4"]) > 1.05 * kernels.cycles(
+            backward, topologies.GENERATIONS["v4"]
+        )
 
 
 @pytest.mark.parametrize(
