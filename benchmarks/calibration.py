@@ -26,6 +26,7 @@ _TPU_RECIPES = "github.com/AI-Hypercomputer/tpu-recipes/tree/main/training/"
 _RECIPES = _TPU_RECIPES + "trillium/"
 _IRONWOOD = _TPU_RECIPES + "ironwood"
 _VMEM = ("xla_tpu_scoped_vmem_limit_kib=65536",)
+_LATE_FETCHES = "xla_tpu_pipeline_memory_host_transfers=false"  # on for v4 (parallel/compiler_flags.py)
 # SparseCores of tpu7x sum the gradients.
 _SUMS = (
     *_VMEM,
@@ -159,12 +160,12 @@ PUBLISHED = (
     *(
         Published(
             name="Llama-3.1-405B" + suffix, topology="tpu7x-512", model=preset("llama3.1_405b").to_dict(), rows=6,
-            length=8192, remat="offload_full", moments="bfloat16", products=products, options=_VMEM, rate=rate,
-            source=_IRONWOOD, note=note,
+            length=8192, remat="offload_full", moments="bfloat16", products=products, options=(*_SUMS, _LATE_FETCHES),
+            rate=rate, source=_IRONWOOD, note=note,
         )
         for suffix, products, rate, note in (
             ("", "", 499.8, "theirs keeps key and value and sends the mlp's output to the host too"),
-            (" fp8", "float8", 763.5, ""),
+            (" fp8", "float8_whole", 763.5, ""),
         )
     ),
     Published(
