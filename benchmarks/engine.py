@@ -13,6 +13,7 @@ engine that has their first turn ("kept"), and on one that has discarded it ("di
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -29,32 +30,17 @@ def main() -> None:
     options = parser.parse_args()
     hosts.choose_platform()
 
-    import jax
-
     from lemur_jax.infer.engine import Engine, Request
-    from lemur_jax.infer.session import make_session
-    from lemur_jax.models import decoder
-    from lemur_jax.models.config import DecoderConfig
-    from lemur_jax.parallel.mesh import make_mesh, parse_mesh
 
-    shape = DecoderConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=512,
-    )  # fmt: skip
-    params = jax.jit(decoder.init_params, static_argnums=0)(shape, jax.random.key(0))
-    session = make_session(shape, params, make_mesh(parse_mesh("")), "float32")
+    session = random_model()
+    vocabulary = session.model.vocab_size
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.geometric(1 / 48, options.requests), 4, 200)
     answers = np.clip(rng.geometric(1 / 48, options.requests), 4, 256)
-    prompts = [rng.integers(0, shape.vocab_size, length).tolist() for length in lengths]
+    prompts = [rng.integers(0, vocabulary, length).tolist() for length in lengths]
     engine = Engine(session, options.rows)
 
-    def run(size: int) -> list[list[int]]:
-        engine.session = session  # no prompt of the round before is used
-        requests = [
-            Request(prompt=prompt, max_new_tokens=int(count))
-            for prompt, count in zip(prompts, answers, strict=True)
-        ]
+    def answer(requests: list[Request], size: int) -> list[list[int]]:
         for start in range(0, len(requests), size):
             for request in requests[start : start + size]:
                 engine.submit(request)
@@ -62,14 +48,11 @@ def main() -> None:
                 engine.step()
         return [request.tokens for request in requests]
 
-    first = [rng.integers(0, shape.vocab_size, rng.integers(200, 300)).tolist() for _ in range(options.rows)]
-    observations = [rng.integers(0, shape.vocab_size, 32).tolist() for _ in first]
+    first = [rng.integers(0, vocabulary, rng.integers(200, 300)).tolist() for _ in range(options.rows)]
+    observations = [rng.integers(0, vocabulary, 32).tolist() for _ in first]
 
     def ask(conversations: list[list[int]]) -> list[list[int]]:
-        requests = [engine.submit(Request(prompt=one, max_new_tokens=16)) for one in conversations]
-        while engine.busy:
-            engine.step()
-        return [request.tokens for request in requests]
+        return answer([Request(prompt=one, max_new_tokens=16) for one in conversations], options.rows)
 
     def second_turn(discard: bool) -> tuple[float, list[list[int]]]:
         engine.session = session
@@ -82,24 +65,48 @@ def main() -> None:
         return time.perf_counter() - started, said
 
     def timed(size: int) -> tuple[float, list[list[int]]]:
+        engine.session = session  # no prompt of the round before is used
+        counted = zip(prompts, answers, strict=True)
         started = time.perf_counter()
-        tokens = run(size)
+        tokens = answer([Request(prompt=one, max_new_tokens=int(count)) for one, count in counted], size)
         return time.perf_counter() - started, tokens
 
-    batches = {"batches": lambda: timed(options.rows), "continuous": lambda: timed(options.requests)}
-    turns = {"discarded": lambda: second_turn(True), "kept": lambda: second_turn(False)}
-    for cases in (batches, turns):
-        warm = [case()[1] for case in cases.values()]
-        print(f"tokens equal: {warm[0] == warm[1]}")
-        seconds: dict[str, list[float]] = {name: [] for name in cases}
-        for _ in range(options.rounds):
-            for name, case in cases.items():
-                seconds[name].append(case()[0])
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        for name, median in medians.items():
-            print(f"{name:>10}: {median:.2f} s")
-        slow, fast = medians
-        print(f"{fast} is {medians[slow] / medians[fast]:.2f} × {slow}")
+    compare({"discarded": lambda: second_turn(True), "kept": lambda: second_turn(False)}, options.rounds)
+
+
+def random_model():
+    """A session with random parameters in the quickstart's shape, for 512 positions."""
+    import jax
+
+    from lemur_jax.infer.session import make_session
+    from lemur_jax.models import decoder
+    from lemur_jax.models.config import DecoderConfig
+    from lemur_jax.parallel.mesh import make_mesh, parse_mesh
+
+    shape = DecoderConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=512,
+    )  # fmt: skip
+    params = jax.jit(decoder.init_params, static_argnums=0)(shape, jax.random.key(0))
+    return make_session(shape, params, make_mesh(parse_mesh("")), "float32")
+
+
+def compare(cases: dict[str, Callable[[], tuple[float, list[list[int]]]]], rounds: int) -> None:
+    """Prints median seconds and tokens/s of two cases, which alternate, and their ratio.
+
+    A case returns the seconds it took and the tokens of its answers.
+    """
+    warm = [case()[1] for case in cases.values()]
+    print(f"tokens equal: {warm[0] == warm[1]}")
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            seconds[name].append(case()[0])
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    for name, median in medians.items():
+        print(f"{name:>10}: {median:.2f} s, {sum(map(len, warm[0])) / median:,.0f} tokens/s")
+    slow, fast = medians
+    print(f"{fast} is {medians[slow] / medians[fast]:.2f} × {slow}")
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ class ComputeConfig:
     reduce_dtype: str = ""  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
     attention: str = "auto"  # "auto", "xla", "splash" or "cudnn"
     attention_blocks: tuple[int, ...] = (0, 0)  # of splash, forward and backward, in positions; 0: by the TPU
-    product_dtype: str = ""  # of layers' products: "int8", "float8", "float8_whole" (one scale); "": as dtype
+    product_dtype: str = ""  # of layers' products: "int8", "float8" or "float8_per_tensor"; "": as dtype
     loss_chunk: int = 512  # positions whose logits exist at a time, cut to what divides the length; 0: all
     compiler_options: tuple[str, ...] = ()  # more for XLA:TPU, "name=value" each; parallel/compiler_flags.py
 
@@ -179,7 +179,9 @@ class ComputeConfig:
         for key in ("dtype", "param_dtype"):
             require_one_of(f"compute.{key}", getattr(self, key), ("float32", "bfloat16", "float16"))
         require_one_of("compute.reduce_dtype", self.reduce_dtype, ("", "float32", "bfloat16"))
-        require_one_of("compute.product_dtype", self.product_dtype, ("", "int8", "float8", "float8_whole"))
+        require_one_of(
+            "compute.product_dtype", self.product_dtype, ("", "int8", "float8", "float8_per_tensor")
+        )
         require_one_of("compute.remat", self.remat, REMAT_POLICIES)
         require_one_of("compute.attention", self.attention, ATTENTION_NAMES)
         require(self.loss_chunk >= 0, "compute.loss_chunk", self.loss_chunk, "0 or more")

@@ -26,9 +26,9 @@ from lemur_jax.parallel.rules import RULES
 
 # Lanes of a TPU register: block sizes must be multiples of it.
 LANES = 128
-# dq is computed together with dk and dv if it has at most so many parts, one a block of keys: as large as dq each, they
-# would take 34 GB on each device of a tpu7x at T 131,072 in blocks of 1024.
-MOST_PARTS = 32
+# The fused backward kernel writes one part of dq for each block of keys, each as large as dq. Beyond this number of
+# parts, dq has its own kernel: at T 131,072, blocks of 1024 give 128 parts.
+MAX_DQ_PARTS = 32
 # Name under which the output and its log-sum-exp can be kept by a policy in models/remat.py. Both are
 # needed: with one of them missing the whole forward kernel runs again in the backward pass.
 RESIDUALS = "attention_out"
@@ -143,10 +143,10 @@ def _kernel(heads: int, length: int, sizes: kernels.BlockSizes, interpret: bool,
 
 
 def _with_added_parts(kernel: Callable) -> Callable:
-    """The kernel, whose backward pass adds up the parts of dq one by one.
+    """The same kernel with another backward pass, which adds the parts of dq one by one.
 
-    The library sums them by a reduction, which XLA:TPU does not fuse: it takes 2.5 times as long as additions on v4
-    and 9 times on tpu7x, where it was 5% of a step of Llama-3.1-70B (estimates).
+    The library sums them by a reduction, which XLA:TPU does not fuse. The compiler estimates it at 2.5 times the
+    additions on v4 and 9 times on tpu7x, where it was 5% of a step of Llama-3.1-70B.
     """
 
     @jax.custom_vjp
@@ -165,7 +165,7 @@ def _with_added_parts(kernel: Callable) -> Callable:
 
 
 def _evaluate(jaxpr: Jaxpr, consts: list[Any], args: list[Any]) -> list[Any]:
-    """The results of a program; its sums over a leading axis are additions of slices."""
+    """Runs a program, and computes its sums over a leading axis as additions of slices."""
     values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
     converted: dict[Any, Any] = {}  # arrays before their dtype changed: slices are converted one by one
 
@@ -196,7 +196,7 @@ def block_sizes(length: int, width: int, kind: str, blocks: tuple[int, int] = (0
 
     The fused backward kernel computes the scores once for dq, dk and dv, and leaves one dq a block of keys to be
     summed, so its blocks are large. On v5e that sum takes longer than computing the scores twice, and at T 131,072
-    the parts of dq are 4 GiB a head: on v5e, and above `MOST_PARTS`, dq has a kernel of its own.
+    the parts of dq are 4 GiB a head: on v5e, and above `MAX_DQ_PARTS`, dq has a kernel of its own.
 
     Args:
       length: T.
@@ -217,7 +217,7 @@ def block_sizes(length: int, width: int, kind: str, blocks: tuple[int, int] = (0
             )
     forward = blocks[0] or math.gcd(length, 512)
     backward = blocks[1] or math.gcd(length, 1024 if width <= 128 else 512)
-    fused = kind != "TPU v5 lite" and length // backward <= MOST_PARTS
+    fused = kind != "TPU v5 lite" and length // backward <= MAX_DQ_PARTS
     return kernels.BlockSizes(
         block_q=forward,
         block_kv=forward,

@@ -59,7 +59,7 @@ OPTIONS: dict[str, Options] = {
 
 
 # TPUs whose matrix units multiply these dtypes at twice the speed of bfloat16.
-_FAST_PRODUCTS = {"int8": ("TPU v5", "TPU v6 lite"), "float8": ("TPU7x",), "float8_whole": ("TPU7x",)}
+_FAST_PRODUCTS = {"int8": ("TPU v5", "TPU v6 lite"), "float8": ("TPU7x",), "float8_per_tensor": ("TPU7x",)}
 
 
 def check_product_dtype(name: str, device_kind: str, frozen: bool = False) -> None:

@@ -35,14 +35,14 @@ class Rounding(NamedTuple):
 
     dtype: str  # of activations and weights
     gradient_dtype: str  # of gradients that come from above
-    whole: bool = False  # one scale for an array; False: one for each index that the result keeps
+    per_tensor: bool = False  # one scale per array; False: one per index of the axes that the result keeps
 
 
 # By `config.compute.product_dtype`.
 ROUNDINGS = {
     "int8": Rounding("int8", "int8"),
     "float8": Rounding("float8_e4m3fn", "float8_e5m2"),
-    "float8_whole": Rounding("float8_e4m3fn", "float8_e5m2", whole=True),
+    "float8_per_tensor": Rounding("float8_e4m3fn", "float8_e5m2", per_tensor=True),
 }
 
 
@@ -262,7 +262,7 @@ class Product:
         if not self.narrow:
             return einsum(equation, x, gather_weight(weight, self.axes, self.mesh, x.dtype), dtype=dtype)
         rounding = ROUNDINGS[self.narrow]
-        kept = "" if rounding.whole else made
+        kept = "" if rounding.per_tensor else made
         rounded = rounded_factor(weight.astype(x.dtype), right, kept, rounding.dtype)
         factors = rounded_factor(x, letters, kept, rounding[kind]), _gather(rounded, self.axes, self.mesh)
         return einsum(equation, *factors, dtype=x.dtype)
@@ -330,8 +330,8 @@ class Product:
         """The product of activations with the gradient of the result, whose positions are summed."""
         factors: tuple[Any, ...] = x, upstream
         if self.narrow:
-            forward, backward, whole = ROUNDINGS[self.narrow]
-            kept = "" if whole else made
+            forward, backward, per_tensor = ROUNDINGS[self.narrow]
+            kept = "" if per_tensor else made
             factors = rounded_factor(x, left, kept, forward), rounded_factor(upstream, above, kept, backward)
         return einsum(f"{left},{above}->{made}", *factors, dtype=dtype)
 

@@ -52,7 +52,7 @@ def train(
     build: Callable[..., step.Program] = step.build,
     profile: range = range(0),
     extend: bool = False,
-    open_inputs: Callable[..., Inputs] | None = None,
+    open_inputs: Callable[..., Inputs] = open_data,
 ) -> bool:
     """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
@@ -75,7 +75,7 @@ def train(
     """
     began, started = time.perf_counter(), time.time()
     check_steps(profile, config.train.steps)
-    inputs = (open_inputs or open_data)(config, build)
+    inputs = open_inputs(config, build)
     workdir, values, steps = epath.Path(workdir), config.to_json(), config.train.steps
     changes = config_changes(values, workdir, extend=extend)
     with contextlib.ExitStack() as stack:

@@ -149,7 +149,7 @@ def rounded(x, letters, kept, dtype):
 @pytest.mark.parametrize("narrow", ROUNDINGS)
 @pytest.mark.parametrize(("equation", "axes", "weight_shape", "x_shape"), CASES)
 def test_narrow_products_equal_those_of_rounded_factors(equation, axes, weight_shape, x_shape, narrow):
-    forward, backward, whole = ROUNDINGS[narrow]
+    forward, backward, per_tensor = ROUNDINGS[narrow]
     rng = np.random.default_rng(0)
     # No negative number is the largest of a row: in int8 that lies between -127 and -128.
     x, weight = (
@@ -161,7 +161,7 @@ def test_narrow_products_equal_those_of_rounded_factors(equation, axes, weight_s
     left, right = inputs.split(",")
 
     def product(first, letters, kind, second, others, kind_2, made):
-        kept = "" if whole else made
+        kept = "" if per_tensor else made
         factors = rounded(first, letters, kept, kind), rounded(second, others, kept, kind_2)
         return np.einsum(f"{letters},{others}->{made}", *factors)
 
@@ -185,4 +185,4 @@ def test_narrow_products_equal_those_of_rounded_factors(equation, axes, weight_s
         assert distance(found, y) < 1e-5
         assert distance(gradients[0], to_x) < 1e-5
         # In an exchange, each device has its own scales for its part of the sum, unless an array has one.
-        assert distance(gradients[1], to_weight) < (0.05 if exchange and not whole else 1e-5)
+        assert distance(gradients[1], to_weight) < (0.05 if exchange and not per_tensor else 1e-5)

@@ -105,7 +105,7 @@ def test_learning_rate_and_sources_in_the_metrics(alone, batch):
     )
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8", "float8_whole"])
+@pytest.mark.parametrize("dtype", ["int8", "float8", "float8_per_tensor"])
 def test_narrow_products_change_losses_a_little(batch, dtype):
     expected, found = (
         losses(program_on((2, 2, 1, 2), tiny_config({"compute.product_dtype": each})), batch)[0]
