@@ -11,6 +11,7 @@ engine that has their first turn ("kept"), and on one that has discarded it ("di
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -71,6 +72,8 @@ def main() -> None:
         tokens = answer([Request(prompt=one, max_new_tokens=int(count)) for one, count in counted], size)
         return time.perf_counter() - started, tokens
 
+    sizes = {"batches": options.rows, "continuous": options.requests}
+    compare({name: functools.partial(timed, size) for name, size in sizes.items()}, options.rounds)
     compare({"discarded": lambda: second_turn(True), "kept": lambda: second_turn(False)}, options.rounds)
 
 
