@@ -136,7 +136,7 @@ def main() -> None:
 
     from lemur_jax.config import from_config_dict
     from lemur_jax.prepare.prepare import prepare
-    from lemur_jax.rl.run import rl
+    from lemur_jax.rl.run import open_inputs
     from lemur_jax.train.loop import train
 
     def show(name, checkpoint):
@@ -151,7 +151,8 @@ def main() -> None:
         found = []
         for seed in range(1, options.controls + 1):
             name = f"shuffled_{options.updates}_{seed}"
-            rl(from_config_dict(reinforcement(options.start, options, seed, True)), runs / name)
+            config = from_config_dict(reinforcement(options.start, options, seed, True))
+            train(config, runs / name, open_inputs=open_inputs)
             found.append(show(name, runs / name))
         for name, values in zip(("greedy", "sampled"), zip(*found, strict=True), strict=True):
             print(f"{name}: mean {statistics.mean(values):.0f}, deviation {statistics.pstdev(values):.0f}")
@@ -162,7 +163,8 @@ def main() -> None:
         prepare(config, replace=True)
         train(config, runs / name)
         show(name, runs / name)
-    rl(from_config_dict(reinforcement(options.start, options, options.seed, False)), runs / "rl")
+    config = from_config_dict(reinforcement(options.start, options, options.seed, False))
+    train(config, runs / "rl", open_inputs=open_inputs)
     show("rl", runs / "rl")
 
 

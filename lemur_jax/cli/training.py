@@ -156,10 +156,11 @@ def _rl(args) -> int:
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster.exit import TRY_AGAIN
     from lemur_jax.cluster.watchdog import host_watchdog
-    from lemur_jax.rl.run import rl
+    from lemur_jax.rl.run import open_inputs
+    from lemur_jax.train.loop import train
 
     with host_watchdog(config.hosts.lost_seconds):
-        stopped = rl(config, args.workdir, extend=args.extend)
+        stopped = train(config, args.workdir, open_inputs=open_inputs, extend=args.extend)
     return TRY_AGAIN if stopped and os.environ.get("LEMUR_RELAUNCH") == "1" else 0
 
 

@@ -38,6 +38,7 @@ from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.chat_template import chat_template, check_template
 from lemur_jax.text.config import TokenizerConfig
 from lemur_jax.text.tokenizer import Tokenizer, compatible
+from lemur_jax.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -97,19 +98,20 @@ def prepare(
                 _prepare_part(run, found[name], name, split)
     if config.data.mixture:
         record_mixture(config.data)
-    if config.data.sources:
-        _check_enough(config, tokenizer)
-
-
-def _check_enough(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Logs how much of the stores a run reads, and records their counts; UserError: more than it may."""
+    if not config.data.sources:
+        return
     if config.data.by_epochs or config.train.batch_documents:
         record_counts(config.data, tokenizer)
         config = config.with_counts()
         size = f"{config.train.batch_rows:,} rows, {config.train.steps:,} updates"
         logger.info("%s, from the counts in %s", size, config.data.counts_record)
-    mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
-    needs = budget(mixture, config.train.steps)
+    _check_enough(config.data, config.train, config.seed, tokenizer)
+
+
+def _check_enough(data: DataConfig, train: TrainConfig, seed: int, tokenizer: Tokenizer) -> None:
+    """Logs how much of the stores a run reads; UserError: more than it may."""
+    mixture = open_mixture(data, tokenizer, seed=seed, batch_rows=train.batch_rows)
+    needs = budget(mixture, train.steps)
     logger.info("%s", format_budget(needs))
     check_budget(needs)
 

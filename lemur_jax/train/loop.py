@@ -21,7 +21,7 @@ from lemur_jax.telemetry.metrics import METRICS_FILE, read_metrics
 from lemur_jax.telemetry.profiler import check_steps, trace_steps
 from lemur_jax.train import step
 from lemur_jax.train.evaluate import Evaluations, evaluation_steps
-from lemur_jax.train.history import RunHistory, open_history
+from lemur_jax.train.history import open_history
 from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.inputs import Inputs, open_data
 from lemur_jax.train.saves import Save, Saves, due
@@ -54,10 +54,7 @@ def train(
     extend: bool = False,
     open_inputs: Callable[..., Inputs] = open_data,
 ) -> bool:
-    """Trains until `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
-
-    Killed at any moment and called again, it reaches the same parameters: the batch of a step depends on the
-    step alone, and a checkpoint holds the rest.
+    """Trains until `config.train.steps`; killed at any moment and called again, it reaches the same parameters.
 
     Args:
       config: the run config.
@@ -90,7 +87,9 @@ def train(
         if is_primary():  # only now: until here, wrong first parameters can be corrected in the config
             claim(values, workdir)
         stop = Interruption(config.checkpoint.grace_s)
-        evaluations = open_evaluations(config, inputs, history, stop.reached)
+        when = evaluation_steps(config.eval, config.checkpoint, config.init, steps)
+        rows, held_out = config.train.microbatch_rows, inputs.held_out
+        evaluations = Evaluations(inputs.program, rows, config.eval, when, held_out, history, stop.reached)
         unscored = evaluations.unscored(first)
         if first == steps and not unscored:
             inform(f"{workdir}: already finished at step {first}")
@@ -175,21 +174,6 @@ def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
         initial,
         last=config.train.steps,
         rollouts=inputs.rollouts,
-    )
-
-
-def open_evaluations(
-    config: RunConfig, inputs: Inputs, history: RunHistory, should_stop: Callable[[], bool]
-) -> Evaluations:
-    """The held-out evaluations of a run."""
-    return Evaluations(
-        inputs.program,
-        config.train.microbatch_rows,
-        config.eval,
-        evaluation_steps(config.eval, config.checkpoint, config.init, config.train.steps),
-        inputs.held_out,
-        history,
-        should_stop,
     )
 
 

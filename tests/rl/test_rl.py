@@ -26,6 +26,7 @@ from lemur_jax.models.presets import preset
 from lemur_jax.rl import games, run
 from lemur_jax.rl.rollouts import Played, Rollouts
 from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.train.loop import train
 from lemur_jax.train.state import shardings_of, start
 from tests.helpers.rl import STEPS, Echo, make_config, only_echo
 from tests.helpers.runs import final_params, without_clock
@@ -38,7 +39,7 @@ def play(monkeypatch, small_chat_tokenizer, tmp_path):
     def start(workdir, environment=Echo, **options):
         monkeypatch.setattr(games, "tasks", lambda name, data: ([environment()], [environment()]))
         config = from_config_dict(make_config(small_chat_tokenizer, tmp_path, **options))
-        run.rl(config, tmp_path / workdir)
+        train(config, tmp_path / workdir, open_inputs=run.open_inputs)
         return [record for record in read_metrics(tmp_path / workdir) if record["kind"] == "train"]
 
     return start
@@ -214,12 +215,14 @@ import pathlib, sys
 from lemur_jax.cluster.hosts import choose_platform
 choose_platform(1)
 from lemur_jax.config import from_json
-from lemur_jax.rl.run import rl
+from lemur_jax.rl.run import open_inputs
+from lemur_jax.train.loop import train
 from tests.helpers.rl import only_echo
 from lemur_jax.rl import games
 import json
 games.tasks = only_echo
-rl(from_json(json.loads(pathlib.Path("config.json").read_text())), sys.argv[1])
+config = from_json(json.loads(pathlib.Path("config.json").read_text()))
+train(config, sys.argv[1], open_inputs=open_inputs)
 """
 
 

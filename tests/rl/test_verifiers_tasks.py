@@ -8,6 +8,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import from_config_dict
 from lemur_jax.rl import games, run
 from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.train.loop import train
 from tests.helpers.rl import STEPS, make_config
 from tests.helpers.verifiers import TASKSET
 
@@ -58,7 +59,7 @@ def test_a_run(tasks, small_chat_tokenizer, tmp_path):
     longer = TASKSET.replace(reward, "min(len(trace.last_reply), 9) / 10")
     (tmp_path / "lemur_test_lengths.py").write_text(longer)
     config = make_config(small_chat_tokenizer, tmp_path, environment="verifiers:lemur-test-lengths")
-    run.rl(from_config_dict(config), tmp_path / "run")
+    train(from_config_dict(config), tmp_path / "run", open_inputs=run.open_inputs)
     records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
     assert len(records) == STEPS
     for record in records:
