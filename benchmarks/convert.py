@@ -103,7 +103,7 @@ def main() -> None:
         make_model(source, config)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     print(f"{arguments.preset}, {config.num_hidden_layers} layers: {size / 1e9:.2f} GB in bfloat16")
-    lemur = [sys.executable, "-m", "lemur_jax.cli"]
+    lemur = [sys.executable, "-m", "lemur_jax"]
     jobs = [
         ("cp", ["cp", "-r", str(source), str(copy)]),
         ("import-hf", [*lemur, "import-hf", str(source), str(checkpoint), "--dtype", "bfloat16"]),

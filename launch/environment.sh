@@ -27,6 +27,7 @@ make_environment() {
     cp setup.cfg "$stamp"
   fi
   export PATH="$PWD/$directory/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3
+  export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # as `lemur` itself (lemur_jax/__main__.py)
   started=$SECONDS
 }
 

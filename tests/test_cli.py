@@ -30,7 +30,7 @@ def get_config(arg=""):
 
 
 def lemur(*words, cwd=None):
-    command = [sys.executable, "-m", "lemur_jax.cli", *words]
+    command = [sys.executable, "-m", "lemur_jax", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
@@ -43,6 +43,19 @@ def test_help_names_every_verb_and_answers_at_once():
         seconds.append(used.ru_utime + used.ru_stime)
     assert all(verb in done.stdout for verb in VERBS)
     assert min(after - before for before, after in itertools.pairwise(seconds)) < 1
+
+
+def test_a_process_starts_again_with_huge_pages_unless_told_otherwise(monkeypatch):
+    """The words are the same, and the second start goes on; what a user has set stays."""
+    read = "import os; from lemur_jax.__main__ import main; code = main(); print(os.environ['GLIBC_TUNABLES'], code)"
+    for given, expected in (None, "glibc.malloc.hugetlb=1"), ("glibc.malloc.arena_max=2",) * 2:
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+        if given:
+            monkeypatch.setenv("GLIBC_TUNABLES", given)
+        command = [sys.executable, "-c", read, "train", "--config", "none.py", "--workdir", "run"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stdout.split() == [expected, "2"]
+        assert done.stderr.startswith("lemur train: there is no config file none.py")
 
 
 @pytest.mark.parametrize("verb", VERBS)

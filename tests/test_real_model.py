@@ -135,7 +135,7 @@ def model(tmp_path_factory):
         ):
             # As a user runs them: on one device, compiled with optimization.
             environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-            command = [sys.executable, "-m", "lemur_jax.cli", *words.split()]
+            command = [sys.executable, "-m", "lemur_jax", *words.split()]
             ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             assert ended.returncode == 0, f"{words}\n{ended.stderr}"
         yield root

@@ -1,7 +1,6 @@
 """Hugging Face both ways: `import-hf`, `export-hf`."""
 
 import argparse
-import ctypes
 import math
 
 from lemur_jax.cli.arguments import LOST_SECONDS, Verbs, add_verb, start_jax
@@ -74,7 +73,6 @@ def _import_hf(args) -> None:
 
     if coordination.process()[1] > 1:
         raise UserError("import-hf works on one host: run it on one alone, any mesh can read what it makes")
-    _keep_freed_memory()
     change = _change(args)
     source = local_model(args.hf_dir)
     model = import_hf(source, args.checkpoint, dtype=args.dtype, overwrite=args.overwrite, change=change)
@@ -90,7 +88,6 @@ def _export_hf(args) -> None:
     from lemur_jax.convert.export_hf import export_hf
     from lemur_jax.convert.peft import export_peft
 
-    _keep_freed_memory()
     # Of several hosts the first one writes, the others wait for it.
     with host_watchdog(LOST_SECONDS):
         if hosts.is_primary():
@@ -105,15 +102,6 @@ def _export_hf(args) -> None:
                     )
                     print(_done(args.hf_dir, model, args.dtype))
         hosts.wait_for_all("export", math.inf)
-
-
-def _keep_freed_memory() -> None:
-    """Makes glibc reuse large freed blocks: fresh pages for every tensor cost more than all copying."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # not on macOS, nor in musl
-        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-        for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_arena_max, 1)):
-            libc.mallopt(option, value)
 
 
 def _done(where: str, model, dtype: str) -> str:

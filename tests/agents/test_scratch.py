@@ -66,7 +66,7 @@ def test_an_evaluation_that_is_terminated_leaves_nothing(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         words = ["eval", "--agents", "bash", "--limit", "1", "--endpoint", url, "--endpoint-model", "x"]
-        with start([sys.executable, "-m", "lemur_jax.cli", *words], tmp_path) as process:
+        with start([sys.executable, "-m", "lemur_jax", *words], tmp_path) as process:
             asked, _ = listening.accept()
             assert list(tmp_path.glob("lemur-*/bash-*"))
             process.terminate()

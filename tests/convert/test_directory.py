@@ -76,7 +76,7 @@ def test_imports_onto_gs_and_from_there(emulator, make_model, tmp_path):
 
     def lemur(*words, status=0):
         done = subprocess.run(
-            [sys.executable, "-m", "lemur_jax.cli", *map(str, words)],
+            [sys.executable, "-m", "lemur_jax", *map(str, words)],
             env=emulator | {"PYTHONPATH": os.pathsep.join(sys.path)},
             cwd=tmp_path,
             capture_output=True,

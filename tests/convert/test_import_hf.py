@@ -214,7 +214,7 @@ def test_a_fault_that_is_met_while_writing_is_one_line(make_model, tmp_path):
     """In a process of its own, in which nobody has looked after what Orbax logs."""
     hf = make_model()
     FAULTS["NaN"][0](hf)
-    command = [sys.executable, "-m", "lemur_jax.cli", "import-hf", str(hf.path), str(tmp_path / "checkpoint")]
+    command = [sys.executable, "-m", "lemur_jax", "import-hf", str(hf.path), str(tmp_path / "checkpoint")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert re.fullmatch(rf"lemur import-hf: \S*{NOT_FINITE.format('norm')}.*\n", done.stderr)

@@ -73,7 +73,7 @@ class Run:
         words = [self.verb, "--config", "config.py", "--workdir", self.workdir.name, "--virtual-devices", "1"]
         words += [f"--config.train.steps={self.steps}", "--config.eval.every_steps=40"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lemur_jax.cli", *words],
+            [sys.executable, "-m", "lemur_jax", *words],
             cwd=self.root,
             env=environment,
             stdout=self.pipe.stdin,

@@ -53,7 +53,7 @@ class Project:
 
     def lemur(self, hosts: int, *words: str, errors: int = subprocess.STDOUT) -> list[str]:
         """The outputs of `lemur WORDS`, one a host."""
-        words = ("-m", "lemur_jax.cli", *words, "--virtual-devices", str(8 // hosts))
+        words = ("-m", "lemur_jax", *words, "--virtual-devices", str(8 // hosts))
         return finish(self.start(hosts, *words, errors=errors))
 
     def train_words(self, workdir: pathlib.Path) -> list[str]:

@@ -19,7 +19,7 @@ def run_page(name: str, folder: pathlib.Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     for command in commands.strip().splitlines():
         words = shlex.split(command, comments=True)
-        start = {"lemur": ["-m", "lemur_jax.cli"], "python": []}[words[0]]
+        start = {"lemur": ["-m", "lemur_jax"], "python": []}[words[0]]
         done = subprocess.run(
             [sys.executable, *start, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True
         )

@@ -23,7 +23,7 @@ def stopped(hosts_project, tmp_path_factory):
     words = [*hosts_project.train_words(workdir), "--virtual-devices", "4"]
     with pytest.MonkeyPatch.context() as patch, serving() as cloud:
         patch.setenv("GCE_METADATA_HOST", cloud.host)
-        processes = hosts_project.start(2, "-m", "lemur_jax.cli", *words)
+        processes = hosts_project.start(2, "-m", "lemur_jax", *words)
         wait_until(lambda: (workdir / "checkpoints" / "3").exists(), processes[1])
         cloud.set("preempted", "TRUE")
         said = finish(processes)
@@ -229,7 +229,7 @@ def test_one_host_reads_and_sends_to_the_other(hosts_project, stopped, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, final_params(straight), final_params(sent))
     truncate_newest(damaged)
     arguments = [*hosts_project.train_words(damaged), *words, "--virtual-devices", "4"]
-    processes = hosts_project.start(2, "-m", "lemur_jax.cli", *arguments)
+    processes = hosts_project.start(2, "-m", "lemur_jax", *arguments)
     said = [process.communicate(timeout=240)[0] for process in processes]
     assert processes[0].returncode == 2, said
     assert processes[1].returncode != 0, said

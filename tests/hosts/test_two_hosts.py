@@ -120,7 +120,7 @@ def export(hosts_project, hosts, workdir, directory):
     made = []
     for count in (hosts, 1):
         target = directory / f"hf-{count}"
-        words = ["-m", "lemur_jax.cli", "export-hf", str(workdir), str(target)]
+        words = ["-m", "lemur_jax", "export-hf", str(workdir), str(target)]
         finish(hosts_project.start(count, *words))
         made.append({path.name: path.read_bytes() for path in target.iterdir()})
     assert made[0] == made[1]
@@ -148,7 +148,7 @@ def test_two_hosts_generate_and_one_of_them_exports(hosts_project, two, tmp_path
 @pytest.mark.slow
 def test_each_host_reads_its_own_part_of_an_exported_model(hosts_project, two, tmp_path):
     model = tmp_path / "model"
-    finish(hosts_project.start(1, "-m", "lemur_jax.cli", "export-hf", str(two[0]), str(model)))
+    finish(hosts_project.start(1, "-m", "lemur_jax", "export-hf", str(two[0]), str(model)))
     reference = tmp_path / "reference.json"
     words = ["smoke", "--checkpoint", str(model), "--mesh"]
     hosts_project.lemur(1, *words, "fsdp=8", "--write-reference", str(reference))
@@ -161,7 +161,7 @@ def test_each_host_reads_its_own_part_of_an_exported_model(hosts_project, two, t
 @pytest.mark.parametrize(("verb", "reason"), [("serve", "serve from one host"), ("chat", "give --prompt")])
 def test_what_people_type_into_needs_one_host(hosts_project, two, verb, reason):
     words = [verb, "--checkpoint", str(two[0]), "--virtual-devices", "4"]
-    said = finish(hosts_project.start(2, "-m", "lemur_jax.cli", *words), 2, 2)
+    said = finish(hosts_project.start(2, "-m", "lemur_jax", *words), 2, 2)
     assert reason in said[0], said
 
 
@@ -170,7 +170,7 @@ def test_what_one_host_refuses_ends_generation_on_both(hosts_project, two, tmp_p
     """Each host reads its own copy of the model, and that of host 1 is damaged."""
     workdir, _ = two
     whole = tmp_path / "host-0"
-    finish(hosts_project.start(1, "-m", "lemur_jax.cli", "export-hf", str(workdir), str(whole)))
+    finish(hosts_project.start(1, "-m", "lemur_jax", "export-hf", str(workdir), str(whole)))
     shutil.copytree(whole, tmp_path / "host-1")
     weights = tmp_path / "host-1" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
@@ -183,7 +183,7 @@ def test_what_one_host_refuses_ends_generation_on_both(hosts_project, two, tmp_p
 def kill(hosts_project, workdir, how, victim=1):
     """Lets a run of two hosts save once, hits one, and gives what the other said and how long it took."""
     processes = hosts_project.start(
-        2, "-m", "lemur_jax.cli", *hosts_project.train_words(workdir), "--virtual-devices", "4"
+        2, "-m", "lemur_jax", *hosts_project.train_words(workdir), "--virtual-devices", "4"
     )
     wait_until((workdir / "checkpoints" / "3").exists, processes[1])
     os.kill(processes[victim].pid, how)

@@ -36,7 +36,7 @@ def python(*words, cwd=None):
 def trace(project, tmp_path_factory):
     """Steps 4 to 8 of a run that logs every 6 steps."""
     workdir = tmp_path_factory.mktemp("profiled") / "run"
-    words = f"-m lemur_jax.cli train --config config.py --workdir {workdir} --virtual-devices 1 --profile 4:9"
+    words = f"-m lemur_jax train --config config.py --workdir {workdir} --virtual-devices 1 --profile 4:9"
     options = "train.steps=12 log.every_steps=6 checkpoint.every_steps=12 eval.every_steps=0"
     python(*words.split(), *(f"--config.{option}" for option in options.split()), cwd=project)
     return events(workdir / "profile")
