@@ -29,7 +29,7 @@ class Step:
     Attributes:
       model, topology: preset and slice.
       rows: of 4096 tokens, an update.
-      microbatches, remat, loss_chunk: as in the config.
+      microbatches, remat, loss_chunk, gate_share: as in the config.
       theirs, setting: MaxText's estimate, and with what.
     """
 
@@ -39,15 +39,20 @@ class Step:
     microbatches: int
     remat: str
     loss_chunk: int = 512
+    gate_share: float = 0.0
     theirs: float | None = None
     setting: str = ""
 
 
 _70B_BY_MAXTEXT = dict(theirs=362.0, setting="asynchronous gathers; 348 by default")
 PROGRAMS = {
-    "70b-v4-512": Step(
-        model="llama2_70b", topology="v4-512", rows=1024, microbatches=2, remat="offload_mlp", **_70B_BY_MAXTEXT
-    ),
+    **{
+        "70b-v4-512" + suffix: Step(
+            model="llama2_70b", topology="v4-512", rows=1024, microbatches=2, remat="offload_mlp", gate_share=share,
+            **_70B_BY_MAXTEXT,
+        )
+        for suffix, share in (("", 0.0), ("-gate-0.25", 0.25), ("-gate-0.5", 0.5), ("-gate-0.625", 0.625))
+    },
     "70b-v4-512-no-offload": Step(
         model="llama2_70b", topology="v4-512", rows=1024, microbatches=4, remat="attention_all", **_70B_BY_MAXTEXT
     ),
@@ -57,13 +62,13 @@ PROGRAMS = {
         theirs=2875.0, setting="windowed einsum off; 1,686 by default",
     ),
     "7b-v5e-256": Step(
-        model="llama2_7b", topology="v5e-256", rows=1024, microbatches=4, remat="mlp_all", loss_chunk=0,
-        theirs=2367.0,
+        model="llama2_7b", topology="v5e-256", rows=1024, microbatches=2, remat="attention_all", loss_chunk=0,
+        gate_share=0.5, theirs=2367.0,
     ),
 }  # fmt: skip
 LENGTH = 4096
 # Bytes a second between chip and host: what is left of PCIe 3.0 x16 when it is shared or badly used, and of 4.0.
-OTHER_HOST_SPEEDS = (6e9, 8e9, 24e9)
+OTHER_HOST_SPEEDS = (6e9, 8e9, 10e9, 24e9)
 _KEPT = (
     "fits", "tokens_per_second_per_chip", "step_seconds", "tokens_per_step", "mfu", "mfu_full_attention",
     "hbm_bytes_per_chip", "host_bytes_per_chip", "compile_seconds", "parts", "collectives", "versions",
@@ -81,6 +86,7 @@ def record(name: str) -> dict:
         "train.microbatches": step.microbatches,
         "compute.remat": step.remat,
         "compute.loss_chunk": step.loss_chunk,
+        "compute.gate_share": step.gate_share,
     }
     config = replace(RunConfig(model=preset(step.model)), options)
     with tempfile.TemporaryDirectory() as directory:

@@ -91,6 +91,11 @@ class RunConfig:
             sections.require(0 < stage.step < steps, f"data.stages.{name}.step", stage.step, must)
         if self.adapter.rank and not self.init.checkpoint:
             raise UserError("config.adapter.rank needs config.init.checkpoint: the model that is adapted")
+        if self.compute.gate_share and (self.model.num_experts or self.model.mlp_bias or self.adapter.rank):
+            raise UserError(
+                "config.compute.gate_share splits the matrices of an mlp: set it to 0 with experts, with biases in the"
+                " mlp, and with config.adapter.rank"
+            )
         if self.distill.teacher and (self.adapter.rank or self.preference.loss or self.rl.kl):
             raise UserError(
                 "config.distill.teacher takes the place of a reference: leave out adapter.rank, preference.loss and"

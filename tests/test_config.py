@@ -5,7 +5,8 @@ import pathlib
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import flatten, load
+from lemur_jax.config import RunConfig, flatten, load, replace
+from lemur_jax.models.presets import preset
 
 CONFIG = """
 from lemur_jax.config import default_config
@@ -74,6 +75,25 @@ def test_bad_override_is_one_line_that_names_it(path, override, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ({}, {"compute.gate_share": 1.0}, r"must be in \[0, 1\)"),
+        (
+            {},
+            {"compute.remat": "mlp_gate"},
+            "must be 0 with compute.remat 'mlp_gate', which keeps the whole gate",
+        ),
+        ({"num_experts": 4, "experts_per_token": 2}, {}, "set it to 0 with experts"),
+        ({"mlp_bias": True}, {}, "biases in the mlp"),
+        ({}, {"adapter.rank": 4, "init.checkpoint": "base"}, "with config.adapter.rank"),
+    ],
+)
+def test_a_share_of_the_gate_is_refused_where_it_means_nothing(model, options, message):
+    with pytest.raises(UserError, match=message):
+        replace(RunConfig(model=preset("tiny", **model)), {"compute.gate_share": 0.5, **options})
 
 
 def test_argument_that_a_config_does_not_take_is_one_line(tmp_path):

@@ -20,6 +20,8 @@ REMAT_POLICIES = (
     *("full", "attention", "attention_all", "mlp", "mlp_gate", "mlp_all", "dots"),
     *("offload_full", "offload_attention", "offload_mlp", "offload_all", "none"),
 )
+# Those of them that keep the whole gate of the mlp.
+KEEP_GATE = ("mlp_gate", "mlp_all", "dots", "offload_all", "none")
 ATTENTION_NAMES = ("auto", "xla", "splash", "cudnn")
 
 _WINDOW = "above 0 where model.rope_local_theta or model.full_attention_every is set"
@@ -168,6 +170,7 @@ class ComputeConfig:
     dtype: str = "bfloat16"  # of activations and matmul inputs
     param_dtype: str = "float32"  # of the master parameters
     remat: str = "full"  # what the backward pass keeps, a name in models/remat.py
+    gate_share: float = 0.0  # share of the mlp's gate that is kept too, on the host where `remat` offloads
     reduce_dtype: str = ""  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
     attention: str = "auto"  # "auto", "xla", "splash" or "cudnn"
     attention_blocks: tuple[int, ...] = (0, 0)  # of splash, forward and backward, in positions; 0: by the TPU
@@ -183,6 +186,11 @@ class ComputeConfig:
             "compute.product_dtype", self.product_dtype, ("", "int8", "float8", "float8_per_tensor")
         )
         require_one_of("compute.remat", self.remat, REMAT_POLICIES)
+        require(0 <= self.gate_share < 1, "compute.gate_share", self.gate_share, "in [0, 1)")
+        whole = f"0 with compute.remat {self.remat!r}, which keeps the whole gate"
+        require(
+            not self.gate_share or self.remat not in KEEP_GATE, "compute.gate_share", self.gate_share, whole
+        )
         require_one_of("compute.attention", self.attention, ATTENTION_NAMES)
         require(self.loss_chunk >= 0, "compute.loss_chunk", self.loss_chunk, "0 or more")
         blocks = self.attention_blocks

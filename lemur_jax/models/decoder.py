@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 from lemur_jax.models.attention import attention
 from lemur_jax.models.config import ComputeConfig, DecoderConfig
 from lemur_jax.models.experts import Experts, Router
+from lemur_jax.models.mlp import MLP
 from lemur_jax.models.remat import rematerialize
 from lemur_jax.models.rope import angles_by_layer, rotate
 from lemur_jax.models.scores import ScoreOptions
-from lemur_jax.models.weights import ACTIVATIONS, add_bias, fresh_bias, fresh_weight
+from lemur_jax.models.weights import add_bias, fresh_bias, fresh_weight
 from lemur_jax.parallel.projection import Projection
 
 Params = dict[str, Any]
@@ -37,6 +38,7 @@ class Compute:
 
     dtype: str = "float32"  # of activations and products
     remat: str = "none"  # a name in `models.remat.POLICIES`
+    gate_share: float = 0.0  # of the mlp's gate, kept beside what `remat` keeps
     reduce_dtype: str = ""  # of weight gradients in transit between devices; "": `dtype`
     product_dtype: str = ""  # a name in `parallel.projection.ROUNDINGS`; "": `dtype`
     attention: str = "auto"  # or a name in `models.attention.IMPLEMENTATIONS`
@@ -64,6 +66,7 @@ class Compute:
         return cls(
             dtype=options.dtype,
             remat=options.remat,
+            gate_share=options.gate_share,
             reduce_dtype=options.reduce_dtype,
             product_dtype=options.product_dtype,
             attention=options.attention,
@@ -149,30 +152,6 @@ class Attention(nnx.Module):
         return add_bias(self.project.write("BTHN,HND->BTD", mixed, self.out), self.out_bias), cache
 
 
-class MLP(nnx.Module):
-    """A gated mlp: SwiGLU, GEGLU (Shazeer 2020)."""
-
-    def __init__(self, config: DecoderConfig, project: Projection, rngs: nnx.Rngs):
-        D, F = config.hidden_size, config.intermediate_size
-        self.project = project
-        self.activation = ACTIVATIONS[config.activation]
-        self.gate = fresh_weight(config, rngs, (D, F), "embed", "mlp")
-        self.up = fresh_weight(config, rngs, (D, F), "embed", "mlp")
-        self.down = fresh_weight(config, rngs, (F, D), "mlp", "embed")
-        self.gate_bias = fresh_bias((F,), "norm") if config.mlp_bias else None
-        self.up_bias = fresh_bias((F,), "norm") if config.mlp_bias else None
-        self.down_bias = fresh_bias((D,), "norm") if config.mlp_bias else None
-
-    def __call__(self, x: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, dict]:
-        """[B, T, D] -> ([B, T, D], nothing)."""
-        gate, up = self.project.read(x, ("BTD,DF->BTF", self.gate), ("BTD,DF->BTF", self.up))
-        gate, up = add_bias(gate, self.gate_bias), add_bias(up, self.up_bias)
-        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        hidden = self.project.pointwise(lambda gate, up: self.activation(gate) * up, gate, up)
-        down = self.project.write("BTF,FD->BTD", self.project.shard(hidden, "mlp"), self.down)
-        return add_bias(down, self.down_bias), {}
-
-
 class Block(nnx.Module):
     """One transformer layer, its norms before or after attention and mlp, or both."""
 
@@ -184,7 +163,11 @@ class Block(nnx.Module):
         self.attention = Attention(config, compute, rngs)
         self.attention_post_norm = norm() if after else identity
         self.mlp_norm = norm() if before else identity
-        self.mlp = (Experts if config.num_experts else MLP)(config, compute.project, rngs)
+        self.mlp = (
+            Experts(config, compute.project, rngs)
+            if config.num_experts
+            else MLP(config, compute.project, compute.gate_share, rngs)
+        )
         self.mlp_post_norm = norm() if after else identity
 
     def __call__(

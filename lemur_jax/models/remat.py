@@ -8,6 +8,8 @@ that saves from being computed again (D model, H query heads, K key heads, N hea
     key_value      2K·N: the key and value products and the rotation
     residual       D: the output product
     gate, up       F each: the gate and the up product of the mlp, the largest
+    gate_part      the share `config.compute.gate_share` of the gate, whose rest is `gate` then: it fills what memory,
+                   or what bandwidth to the host, a policy leaves
 
 The policies that offload send the big ones to the host's memory while the next layer computes, and keep in HBM
 what is small or needed at once.
@@ -23,14 +25,14 @@ _policies = jax.checkpoint_policies
 
 
 def _keep(*names: str) -> Callable:
-    return _policies.save_only_these_names(*names)
+    return _policies.save_only_these_names("gate_part", *names)
 
 
 def _to_host(*names: str, keep: tuple[str, ...] = ()) -> Callable:
     """`names` go to the host's memory and come back; `keep` stays in HBM."""
     return _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=list(keep),
-        names_which_can_be_offloaded=list(names),
+        names_which_can_be_offloaded=["gate_part", *names],
         offload_src="device",
         offload_dst="pinned_host",
     )
@@ -40,7 +42,7 @@ _ATTENTION = ("attention_out", "query", "key_value")
 # name -> a policy of jax.checkpoint, from most recomputed to nothing recomputed.
 POLICIES: dict[str, Callable | None] = {
     # Only the layer's input is kept.
-    "full": _policies.nothing_saveable,
+    "full": _keep(),
     # The attention output too: the most expensive thing to compute again for its size.
     "attention": _keep("attention_out"),
     # All that the attention kernels need: none of attention but its output product runs twice.

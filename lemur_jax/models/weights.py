@@ -5,8 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from lemur_jax.models.config import DecoderConfig
+from lemur_jax.parallel.rules import spec
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -23,6 +25,25 @@ def fresh_weight(config: DecoderConfig, rngs: nnx.Rngs, shape: tuple[int, ...], 
 def fresh_bias(shape: tuple[int, ...], *axes: str) -> nnx.Param:
     """A fresh bias; the axis "norm" keeps it from weight decay."""
     return nnx.Param(jnp.zeros(shape), axes=axes)
+
+
+def split_weight(weight: nnx.Param, axis: str, share: float, mesh: Mesh | None) -> list[nnx.Param]:
+    """The weight cut in two along a logical axis: about `share` of what each device has, and the rest.
+
+    The first part is a multiple of 128. If that is 0 or all, the weight is not cut.
+    """
+    if not share:
+        return [weight]
+    array = weight.get_value()
+    where = weight.axes.index(axis)
+    cut = mesh is not None and spec(mesh, weight.axes, array.shape)[where] == "tensor"
+    blocks = mesh.shape["tensor"] if mesh is not None and cut else 1
+    before, size, after = array.shape[:where], array.shape[where] // blocks, array.shape[where + 1 :]
+    first = round(share * size / 128) * 128
+    if not 0 < first < size:
+        return [weight]
+    parts = jnp.split(array.reshape(*before, blocks, size, *after), [first], axis=where + 1)
+    return [nnx.Param(part.reshape(*before, -1, *after), axes=weight.axes) for part in parts]
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:

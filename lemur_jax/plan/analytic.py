@@ -94,7 +94,7 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     moved = 2 * (parameters + moments) + parameters + frozen
     chip = tpu.generation
     offloaded = sum(size for _, size in stored_bytes(model, compute, length, mesh, "host"))
-    update_flops = batch_tokens * _flops_per_token(model, compute.remat, length, config.adapter.rank > 0)
+    update_flops = batch_tokens * _flops_per_token(model, compute, length, config.adapter.rank > 0)
     return Bound(
         buffers=tuple(sorted((each for each in buffers if each[0]), reverse=True)),
         compute=update_flops / (tpu.devices * flops.chip(chip.device_kind).flops_per_device),
@@ -150,7 +150,8 @@ def stored_bytes(
     D, F = model.hidden_size, model.active_mlp_width
     HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
     elements = {
-        "layer_in": D, "attention_out": HN, "query": HN, "key_value": 2 * KN, "residual": D, "gate": F, "up": F,
+        "layer_in": D, "attention_out": HN, "query": HN, "key_value": 2 * KN, "residual": D,
+        "gate_part": compute.gate_share * F, "gate": (1 - compute.gate_share) * F, "up": F,
     }  # fmt: skip
     places = {name: remat_decision(policy, name) for name in elements}
     itemsize = jnp.dtype(compute.dtype).itemsize
@@ -171,14 +172,16 @@ def stored_bytes(
     ]
 
 
-def _flops_per_token(model: DecoderConfig, policy: str, T: int, adapted: bool) -> float:
+def _flops_per_token(model: DecoderConfig, compute: ComputeConfig, T: int, adapted: bool) -> float:
     """FLOPs per token of an update: three passes, and what the policy recomputes; attention causal."""
     D, F, L = model.hidden_size, model.active_mlp_width, model.num_hidden_layers
     HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
     again = {
         "attention_out": flops.flops_per_token(model, T, backward=False).attention / L, "query": 2 * D * HN,
-        "key_value": 4 * D * KN, "residual": 2 * D * HN, "gate": 2 * D * F, "up": 2 * D * F,
+        "key_value": 4 * D * KN, "residual": 2 * D * HN, "up": 2 * D * F,
+        "gate_part": compute.gate_share * 2 * D * F, "gate": (1 - compute.gate_share) * 2 * D * F,
     }  # fmt: skip
+    policy = compute.remat
     repeated = 0.0
     if policy == "dots":
         repeated = again["attention_out"]

@@ -29,6 +29,7 @@ import jax
 import lemur_jax
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, replace
+from lemur_jax.models.config import KEEP_GATE
 from lemur_jax.models.remat import POLICIES
 from lemur_jax.parallel.compiler_flags import compiler_options
 from lemur_jax.parallel.config import MeshConfig
@@ -46,7 +47,9 @@ SHORTEST_PIECE = 2048
 # Tried on the best layout, one value at a time, because the analytic bound does not know them. What helps is kept and
 # refined further.
 OPTIONS = "compute.compiler_options"
+GATE_SHARE = "compute.gate_share"
 REFINEMENTS: tuple[tuple[str, Any], ...] = (
+    *((GATE_SHARE, share) for share in (0.625, 0.75, 0.5, 0.25)),
     ("compute.loss_chunk", 0),
     ("compute.loss_chunk", 2048),
     ("compute.attention_blocks", (1024, 0)),
@@ -154,7 +157,9 @@ def candidates(config: RunConfig, tpu: Slice, result: SearchResult) -> list[Cand
         own = {f"mesh.{axis}": size for axis, size in shape if axis != "expert"}
         own |= {"compute.remat": config.compute.remat, "train.microbatches": config.train.microbatches}
     every = layouts(config.mesh, config.train.batch_rows, config.data.sequence_length, tpu)
-    others = (changes for changes in every if changes != own)
+    # Only the config's own layout has its share of the gate: other policies may keep the whole.
+    without = {GATE_SHARE: 0.0} if config.compute.gate_share else {}
+    others = (changes | without for changes in every if changes != own)
     for changes in filter(None, (own, *others)):
         try:
             bound = analytic.lower_bound(replace(config, changes), tpu)
@@ -300,7 +305,7 @@ def _device_hbm(trial: Trial) -> float:
 
 
 def refinements(best: Trial, options: tuple[str, ...], device_kind: str) -> Iterator[Candidate]:
-    """The best so far with one more value changed, of a key that still has its first value.
+    """The best so far with one more value changed: any share of the gate, else of a key that still has its first value.
 
     Args:
       options: the compiler options with which the search began.
@@ -313,6 +318,9 @@ def refinements(best: Trial, options: tuple[str, ...], device_kind: str) -> Iter
             if compiler_options(device_kind, (*given, value)) == compiler_options(device_kind, given):
                 continue
             changes[name] = (*given, value)
+        elif name == GATE_SHARE:
+            if best.changes["compute.remat"] in KEEP_GATE:
+                continue
         elif name in best.changes:
             continue
         yield Candidate(changes=changes, bound=best.bound)

@@ -250,11 +250,16 @@ def test_an_estimate_without_the_transfers_of_offloaded_arrays_is_refused(moved)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4-16", "v5e-8", "v5p-16", "v6e-8", "tpu7x-8"])
-def test_an_update_that_offloads(tpu_compiler, narrow, topology):
-    """Each layer's input goes to the host and comes back, on every generation; that of a peeled layer may go twice."""
-    options = narrow({"compute.remat": "offload_full"})
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_an_update_that_offloads(tpu_compiler, narrow, topology, share):
+    """Each layer's input goes to the host and comes back, on every generation; that of a peeled layer may go twice.
+
+    Half the gate of width 2048 is as much again.
+    """
+    options = narrow({"compute.remat": "offload_full", "compute.gate_share": share})
     made = plan(options, topology)
     stored = options.model.num_hidden_layers * 512 * 1024 * 2 * 8 / topologies.find_slice(topology).devices
+    stored *= 1 + 2 * share
     (row,) = [row for row in made.collectives if row["kind"] == cost.HOST]
     assert 1.99 * stored < row["bytes"] < 2.51 * stored
 

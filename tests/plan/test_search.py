@@ -111,6 +111,28 @@ def test_an_option_that_is_on_already_is_not_tried(monkeypatch):
         assert len(list(search.refinements(best, given, kind))) == tried
 
 
+def test_shares_of_the_gate_are_tried_until_the_best_and_not_where_all_of_it_is_kept(monkeypatch):
+    monkeypatch.setattr(search, "REFINEMENTS", [(search.GATE_SHARE, share) for share in (0.5, 0.25)])
+
+    def shares(remat, **changes):
+        best = search.Trial(changes={"compute.remat": remat, **changes}, bound=None)
+        found = (each.changes for each in search.refinements(best, (), "TPU v4"))
+        return {each["compute.gate_share"] for each in found if "compute.gate_share" in each}
+
+    assert shares("mlp") == shares("offload_mlp", **{"compute.gate_share": 0.25}) == {0.25, 0.5}
+    assert shares("mlp_gate") == set()
+
+
+def test_only_the_own_layout_has_the_share_of_the_config(monkeypatch):
+    monkeypatch.setattr(search, "POLICIES", ("mlp", "mlp_gate"))
+    options = {"data.sequence_length": 4096, "train.batch_rows": 64, "compute.remat": "mlp"}
+    config = seven_billion(options | {"compute.gate_share": 0.5})
+    own, *others = search.candidates(config, topologies.find_slice("v4-64"), search.SearchResult())
+    assert "compute.gate_share" not in own.changes
+    assert {each.changes["compute.gate_share"] for each in others} == {0.0}
+    assert {each.changes["compute.remat"] for each in others} == {"mlp", "mlp_gate"}
+
+
 def test_a_second_run_reads_the_cache(first):
     config, cache, found = first
     with pytest.MonkeyPatch.context() as patch:
@@ -197,10 +219,11 @@ def test_what_cannot_fit_is_not_compiled():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", POLICIES)
-def test_no_policy_keeps_less_than_its_bound(tpu_compiler, narrow, policy):
+@pytest.mark.parametrize(("policy", "share"), [*((policy, 0.0) for policy in POLICIES), ("mlp", 0.5)])
+def test_no_policy_keeps_less_than_its_bound(tpu_compiler, narrow, policy, share):
     """The arrays that the compiled loop over the layers carries, of two layers on a v4-16."""
-    config, mesh = narrow({"compute.remat": policy}), AbstractMesh((1, 8, 1, 1, 1), AXES)
+    options = {"compute.remat": policy, "compute.gate_share": share}
+    config, mesh = narrow(options), AbstractMesh((1, 8, 1, 1, 1), AXES)
     assert config.data.sequence_length == 512
     bound = (
         sum(size for _, size in analytic.stored_bytes(config.model, config.compute, 512, mesh, "keep")) * 512

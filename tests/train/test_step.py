@@ -77,6 +77,28 @@ def test_policies_that_keep_every_product_compute_none_again():
         assert flops(remat) < none + 0.1 * (full - none)
 
 
+def test_a_kept_share_of_the_gate_changes_memory_alone(batch):
+    """The numbers are those of an mlp in one part, also where `tensor` cuts it; half the gate is computed again."""
+    kept = {"compute.remat": "mlp", "compute.gate_share": 0.5}
+
+    def program(options, shape=(1, 1, 1, 1)):
+        return program_on(shape, tiny_config(options, hidden_size=128, intermediate_size=512))
+
+    def flops(options):
+        made = program(options)
+        return made.step.lower(made.state, made.batch).compile().cost_analysis()["flops"]
+
+    found, metrics, _ = losses(program({}), batch)
+    for shape in (1, 1, 1, 1), (1, 2, 1, 2):
+        in_parts, others, _ = losses(program(kept, shape), batch)
+        np.testing.assert_allclose(in_parts, found, rtol=1e-5)
+        np.testing.assert_allclose(others["grad_norm"], metrics["grad_norm"], rtol=2e-5)
+    none, whole, half = (
+        flops(options) for options in ({"compute.remat": "mlp"}, {"compute.remat": "mlp_gate"}, kept)
+    )
+    assert 0.4 < (none - half) / (none - whole) < 0.6
+
+
 def test_loss_is_the_weighted_token_mean(alone, batch):
     """Against float64: sum of weighted losses / sum of weights, not a mean of row means."""
     program = program_on((1, 1, 1, 1))
