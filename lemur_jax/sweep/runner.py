@@ -14,6 +14,7 @@ from lemur_jax.sweep import merging, pareto, results
 from lemur_jax.sweep.runs import SweepRun
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
+from lemur_jax.train.config import EvalConfig, InitConfig
 from lemur_jax.train.inputs import open_run_mixture
 from lemur_jax.train.loop import finished, train
 from lemur_jax.train.workdir import claim, config_changes
@@ -37,8 +38,13 @@ def sweep(
     """
     if jax.process_count() > 1:
         raise UserError("a sweep is for one process: print its runs with --print and launch each")
-    for run, config in runs.items():
-        _check(run, config)
+    for run, config in runs.items():  # refuses what the run would refuse at its start
+        _check_compared(config.init, config.eval)
+        try:
+            tokenizer = Tokenizer.from_config(config.tokenizer)
+            open_run_mixture(config.data, config.train, tokenizer, config.seed)
+        except UserError as error:
+            raise UserError(f"{run.variant}: {error}") from error
     build = building_once()
     for number, (run, config) in enumerate(runs.items(), start=1):
         directory = run.directory(workdir)
@@ -60,17 +66,11 @@ def sweep(
     return found
 
 
-def _check(run: SweepRun, config: RunConfig) -> None:
-    """Refuses what the run would refuse at its start."""
-    if not config.init.checkpoint:
+def _check_compared(init: InitConfig, held_out: EvalConfig) -> None:
+    if not init.checkpoint:
         raise UserError("a sweep compares runs from one base: name it with --config.init.checkpoint")
-    if not config.eval.tasks:
+    if not held_out.tasks:
         raise UserError("a sweep compares held-out figures: name tasks in config.eval.tasks")
-    try:
-        tokenizer = Tokenizer.from_config(config.tokenizer)
-        open_run_mixture(config.data, config.train, tokenizer, config.seed)
-    except UserError as error:
-        raise UserError(f"{run.variant}: {error}") from error
 
 
 def building_once() -> Callable[..., step.Program]:
