@@ -149,7 +149,7 @@ PUBLISHED = (
         Published(
             name="Llama-3.1-70B" + suffix, topology=topology, model=preset("llama3.1_70b").to_dict(), rows=4,
             length=8192, remat="attention_all", moments="bfloat16", products=products, options=options, rate=rate,
-            source=_IRONWOOD,
+            loss_chunk=2048, source=_IRONWOOD,
         )
         for topology, suffix, products, options, rate in (
             ("tpu7x-128", "", "", _VMEM, 2687.0),

@@ -26,8 +26,7 @@ make_environment() {
     "$directory/bin/pip" install --quiet --disable-pip-version-check --editable ".$extras"
     cp setup.cfg "$stamp"
   fi
-  export PATH="$PWD/$directory/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3
-  export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # as `lemur` itself (lemur_jax/__main__.py)
+  export PATH="$PWD/$directory/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3 GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
   started=$SECONDS
 }
 
