@@ -62,6 +62,7 @@ REFINEMENTS: tuple[tuple[str, Any], ...] = (
     # Larger tiles of products; compiles up to four times longer.
     (OPTIONS, "xla_tpu_scoped_vmem_limit_kib=65536"),
 )
+_SHARE_GAINS = 0.95  # what a share of the gate can leave of a step: of Llama-2-70B's on v5p-128
 # Share of the time for layouts alone; then the best one is refined, and then the other layouts follow.
 _LAYOUTS_FIRST = 0.5
 # Seconds between two looks at the clock while compilations run.
@@ -269,8 +270,17 @@ class _Queue:
         return self._next_layout()
 
     def _refinements(self) -> Iterator[Candidate]:
+        """Shares of the gate for all that are nearly as fast as the best, then the rest for the best."""
         best = self.result.best
-        return refinements(best, self.options, self.tpu.generation.device_kind) if best else iter(())
+        if best is None:
+            return
+        kind, limit = self.tpu.generation.device_kind, best.plan.step_seconds / _SHARE_GAINS
+        for trial in self.result.trials:
+            if trial.fits and trial.plan.step_seconds <= limit:
+                tried = refinements(trial, self.options, kind)
+                share = trial.changes.get(GATE_SHARE)
+                yield from (each for each in tried if each.changes.get(GATE_SHARE) != share)
+        yield from refinements(best, self.options, kind)
 
     def _next_layout(self) -> Candidate | None:
         while self.layouts:

@@ -123,6 +123,21 @@ def test_shares_of_the_gate_are_tried_until_the_best_and_not_where_all_of_it_is_
     assert shares("mlp_gate") == set()
 
 
+def test_a_share_of_the_gate_may_make_a_slower_layout_the_best(monkeypatch):
+    monkeypatch.setattr(search, "REFINEMENTS", [("compute.loss_chunk", 0), (search.GATE_SHARE, 0.5)])
+
+    def trial(remat, seconds):
+        made = types.SimpleNamespace(step_seconds=seconds, hbm_bytes_per_chip=1)
+        return search.Trial(changes={"compute.remat": remat}, bound=None, plan=made)
+
+    result = search.SearchResult(trials=[trial("full", 2.0), trial("mlp", 1.04), trial("mlp_all", 1.0)])
+    queue = search._Queue((), tpu(), [], result)
+    near, of_the_best = queue.next(refine=True), queue.next(refine=True)
+    assert near.changes == {"compute.remat": "mlp", search.GATE_SHARE: 0.5}
+    assert of_the_best.changes == {"compute.remat": "mlp_all", "compute.loss_chunk": 0}
+    assert queue.next(refine=True) is None
+
+
 def test_only_the_own_layout_has_the_share_of_the_config(monkeypatch):
     monkeypatch.setattr(search, "POLICIES", ("mlp", "mlp_gate"))
     options = {"data.sequence_length": 4096, "train.batch_rows": 64, "compute.remat": "mlp"}
