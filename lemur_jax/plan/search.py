@@ -394,7 +394,7 @@ def format_changes(changes: Changes) -> str:
     ]
     mesh = " ".join(sizes)
     words = [mesh or "one device", changes["compute.remat"], f"microbatches {changes['train.microbatches']}"]
-    for name in ("compute.loss_chunk", "compute.attention_blocks"):
+    for name in (GATE_SHARE, "compute.loss_chunk", "compute.attention_blocks"):
         if name in changes:
             words.append(f"{name.removeprefix('compute.')} {changes[name]}")
     return ", ".join([*words, *changes.get(OPTIONS, ())])
