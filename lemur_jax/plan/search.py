@@ -29,7 +29,6 @@ import jax
 import lemur_jax
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, replace
-from lemur_jax.models.config import KEEP_GATE
 from lemur_jax.models.remat import POLICIES
 from lemur_jax.parallel.compiler_flags import compiler_options
 from lemur_jax.parallel.config import MeshConfig
@@ -59,8 +58,7 @@ REFINEMENTS: tuple[tuple[str, Any], ...] = (
     (OPTIONS, "xla_tpu_scheduler_percent_shared_memory_limit=110"),  # memory that the scheduler may plan with
     (OPTIONS, "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"),
     (OPTIONS, "xla_tpu_enable_async_all_to_all=false"),  # gradients by all-reduces
-    # Larger tiles of products; compiles up to four times longer.
-    (OPTIONS, "xla_tpu_scoped_vmem_limit_kib=65536"),
+    (OPTIONS, "xla_tpu_scoped_vmem_limit_kib=65536"),  # larger tiles; compiles up to four times longer
 )
 _SHARE_GAINS = 0.95  # what a share of the gate can leave of a step: of Llama-2-70B's on v5p-128
 # Share of the time for layouts alone; then the best one is refined, and then the other layouts follow.
@@ -206,7 +204,12 @@ def search(
         while time.monotonic() < end or not result.best:
             refine = time.monotonic() >= refine_at
             while len(running) < processes and (candidate := queue.next(refine)):
-                wanted = replace(config, candidate.changes)
+                try:
+                    wanted = replace(config, candidate.changes)
+                except (
+                    UserError
+                ):  # e.g. a share of the gate with experts, or where the policy keeps all of it
+                    continue
                 path = cache / f"{cache_key(wanted.to_json(), topology, slices)}.json"
                 if path.exists():
                     result.cached += 1
@@ -328,10 +331,7 @@ def refinements(best: Trial, options: tuple[str, ...], device_kind: str) -> Iter
             if compiler_options(device_kind, (*given, value)) == compiler_options(device_kind, given):
                 continue
             changes[name] = (*given, value)
-        elif name == GATE_SHARE:
-            if best.changes["compute.remat"] in KEEP_GATE:
-                continue
-        elif name in best.changes:
+        elif name in best.changes and name != GATE_SHARE:
             continue
         yield Candidate(changes=changes, bound=best.bound)
 

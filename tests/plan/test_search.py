@@ -111,16 +111,20 @@ def test_an_option_that_is_on_already_is_not_tried(monkeypatch):
         assert len(list(search.refinements(best, given, kind))) == tried
 
 
-def test_shares_of_the_gate_are_tried_until_the_best_and_not_where_all_of_it_is_kept(monkeypatch):
+def test_every_share_of_the_gate_is_tried(monkeypatch):
     monkeypatch.setattr(search, "REFINEMENTS", [(search.GATE_SHARE, share) for share in (0.5, 0.25)])
+    best = search.Trial(changes={"compute.remat": "mlp", search.GATE_SHARE: 0.25}, bound=None)
+    found = [each.changes[search.GATE_SHARE] for each in search.refinements(best, (), "TPU v4")]
+    assert found == [0.5, 0.25]
 
-    def shares(remat, **changes):
-        best = search.Trial(changes={"compute.remat": remat, **changes}, bound=None)
-        found = (each.changes for each in search.refinements(best, (), "TPU v4"))
-        return {each["compute.gate_share"] for each in found if "compute.gate_share" in each}
 
-    assert shares("mlp") == shares("offload_mlp", **{"compute.gate_share": 0.25}) == {0.25, 0.5}
-    assert shares("mlp_gate") == set()
+def test_what_the_config_does_not_allow_is_left_out(first, monkeypatch):
+    """As a share of the gate with experts is not."""
+    config, cache, _ = first
+    monkeypatch.setattr(search, "candidates", two)
+    monkeypatch.setattr(search, "REFINEMENTS", [("compute.loss_chunk", -1)])
+    again = search.search(config, "v5e-4", minutes=10, processes=2, cache=cache)
+    assert (again.compiled, again.cached) == (0, 2)
 
 
 def test_a_share_of_the_gate_may_make_a_slower_layout_the_best(monkeypatch):
@@ -130,11 +134,12 @@ def test_a_share_of_the_gate_may_make_a_slower_layout_the_best(monkeypatch):
         made = types.SimpleNamespace(step_seconds=seconds, hbm_bytes_per_chip=1)
         return search.Trial(changes={"compute.remat": remat}, bound=None, plan=made)
 
-    result = search.SearchResult(trials=[trial("full", 2.0), trial("mlp", 1.04), trial("mlp_all", 1.0)])
+    result = search.SearchResult(trials=[trial("full", 2.0), trial("mlp", 1.04), trial("attention", 1.0)])
     queue = search._Queue((), tpu(), [], result)
-    near, of_the_best = queue.next(refine=True), queue.next(refine=True)
-    assert near.changes == {"compute.remat": "mlp", search.GATE_SHARE: 0.5}
-    assert of_the_best.changes == {"compute.remat": "mlp_all", "compute.loss_chunk": 0}
+    near, own, of_the_best = (queue.next(refine=True).changes for _ in range(3))
+    assert near == {"compute.remat": "mlp", search.GATE_SHARE: 0.5}
+    assert own == {"compute.remat": "attention", search.GATE_SHARE: 0.5}
+    assert of_the_best == {"compute.remat": "attention", "compute.loss_chunk": 0}
     assert queue.next(refine=True) is None
 
 
