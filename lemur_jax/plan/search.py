@@ -206,9 +206,7 @@ def search(
             while len(running) < processes and (candidate := queue.next(refine)):
                 try:
                     wanted = replace(config, candidate.changes)
-                except (
-                    UserError
-                ):  # e.g. a share of the gate with experts, or where the policy keeps all of it
+                except UserError:  # e.g. a share of the gate where the policy keeps all of it
                     continue
                 path = cache / f"{cache_key(wanted.to_json(), topology, slices)}.json"
                 if path.exists():
