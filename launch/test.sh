@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-make_environment .venv-test "[prepare,test,plan,eval,beam]"
+make_environment .venv-test "[prepare,test,eval,beam]"
 if [ "${1:-}" = --quick ]; then
   shift
   set -- -m 'not slow and not process' "$@"

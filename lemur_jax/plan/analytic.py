@@ -40,6 +40,7 @@ class Bound:
       compute: seconds of the products at the chip's peak, recomputation included.
       memory: seconds to read and write the state once at the HBM's bandwidth.
       network: seconds in which weights and activations cross all links of the chip.
+      exchange: seconds in which activations cross one link in each direction, as over `tensor` or `sequence`.
       host: seconds in which offloaded activations go to the host and come back.
     """
 
@@ -47,6 +48,7 @@ class Bound:
     compute: float
     memory: float
     network: float
+    exchange: float
     host: float
 
     @property
@@ -61,7 +63,8 @@ class Bound:
     @property
     def likely_seconds(self) -> float:
         """Seconds if transfers to the host alone were hidden behind products: not a bound, but a good order."""
-        return self.compute + self.memory + self.network + max(0.0, self.host - self.compute)
+        waiting = self.network + self.exchange + max(0.0, self.host - self.compute)
+        return self.compute + self.memory + waiting
 
 
 def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
@@ -94,12 +97,14 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     moved = 2 * (parameters + moments) + parameters + frozen
     chip = tpu.generation
     offloaded = sum(size for _, size in stored_bytes(model, compute, length, mesh, "host"))
+    network, exchange = _transfers(model, jnp.dtype(compute.dtype).itemsize, microbatches, mesh, tokens, tpu)
     update_flops = batch_tokens * _flops_per_token(model, compute, length, config.adapter.rank > 0)
     return Bound(
         buffers=tuple(sorted((each for each in buffers if each[0]), reverse=True)),
         compute=update_flops / (tpu.devices * flops.chip(chip.device_kind).flops_per_device),
         memory=moved / chip.bandwidth,
-        network=_network(model, jnp.dtype(compute.dtype).itemsize, microbatches, mesh, tokens, tpu),
+        network=network,
+        exchange=exchange,
         host=2 * tokens * offloaded / chip.host,
     )
 
@@ -190,26 +195,32 @@ def _flops_per_token(model: DecoderConfig, compute: ComputeConfig, T: int, adapt
     return flops.train_flops_per_token(model, T, adapted) + L * repeated
 
 
-def _network(
+def _transfers(
     model: DecoderConfig, size: int, microbatches: int, mesh: Any, tokens: float, tpu: Slice
-) -> float:
-    """Seconds over all links at once: gathered weights, summed activations, positions exchanged for heads.
+) -> tuple[float, float]:
+    """Seconds of everything that moves, over all links at once, and seconds of the activations alone over one link.
+
+    Moved are gathered weights, summed activations, and positions exchanged for heads.
 
     `size`: bytes per element; `tokens`: tokens per device.
     """
-    _, fsdp, expert, sequence, tensor = (mesh.shape[axis] for axis in AXES)
-    sizes, weights = param_sizes(model), 0.0
+    data, fsdp, expert, sequence, tensor = (mesh.shape[axis] for axis in AXES)
+    sizes, weights, shards = param_sizes(model), 0.0, 0.0
     # Weights of experts are gathered over fsdp alone.
     routed = sum(size for path, size in sizes.items() if "/mlp/" in path) if model.num_experts else 0
     for number, ways in ((sum(sizes.values()) - routed, fsdp * expert), (routed / expert, fsdp)):
         weights += number * size / tensor * (ways - 1) / ways
-    moved = 2 * microbatches * weights
+        shards += number * size / tensor / ways
     # Two sums of the layer's width forward and two backward, each a reduce-scatter and a gather.
-    moved += 8 * model.num_hidden_layers * tokens * model.hidden_size * size * (tensor - 1) / tensor
+    layers = model.num_hidden_layers
+    activations = 8 * layers * tokens * model.hidden_size * size * (tensor - 1) / tensor
     # Positions are exchanged for heads before the attention and back after it, in both passes (models/splash.py).
     # Fewer key heads than devices are repeated first.
     key_heads = max(model.num_key_value_heads / tensor, sequence) if sequence > 1 else 0
     exchanged = 2 * (model.num_attention_heads / tensor + key_heads) * model.head_dim
-    moved += 2 * model.num_hidden_layers * tokens * exchanged * size * (sequence - 1) / sequence
+    activations += 2 * layers * tokens * exchanged * size * (sequence - 1) / sequence
     axes = [2 if wrap else 1 for wrap, length in zip(tpu.wrap, tpu.shape, strict=True) if length > 1]
-    return moved / (max(1, sum(axes)) * tpu.generation.link)
+    all_links = max(1, sum(axes)) * tpu.generation.link
+    # Gathered in both passes of a microbatch; gradients are reduced once at least, over `fsdp` and over `data`.
+    moved = (2 * microbatches + 1) * weights + 2 * shards * (data - 1) / data
+    return (moved + activations) / all_links, activations / tpu.generation.link

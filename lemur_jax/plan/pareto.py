@@ -6,8 +6,9 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from lemur_jax.plan.candidates import Trial, format_changes
 from lemur_jax.plan.plan import GIB, slice_name
-from lemur_jax.plan.search import SearchResult, Trial, format_changes
+from lemur_jax.plan.search import SearchResult
 from lemur_jax.report.charts import Mark, scatter_plot
 from lemur_jax.report.html import escape, html_page, html_table
 

@@ -184,7 +184,7 @@ def described_devices(tpu: Slice) -> list[jax.Device]:
     except RuntimeError as error:
         if importlib.util.find_spec("libtpu") is None:
             raise UserError(
-                'planning needs the TPU compiler: python -m pip install "lemur_jax[plan]" (libtpu, about 300 MB)'
+                "planning needs the TPU compiler libtpu (Linux on x86_64): python -m pip install libtpu"
             ) from error
         raise
     return list(described.devices)

@@ -12,7 +12,7 @@ from lemur_jax.config import RunConfig, load, replace
 from lemur_jax.models.presets import preset
 from lemur_jax.models.remat import POLICIES
 from lemur_jax.parallel.mesh import AXES
-from lemur_jax.plan import analytic, pareto, search, topologies
+from lemur_jax.plan import analytic, candidates, pareto, search, topologies
 from lemur_jax.plan.plan import plan
 
 BASE = """
@@ -42,9 +42,10 @@ def base(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """Few enough candidates to compile them all."""
-    monkeypatch.setattr(search, "TENSOR_WAYS", (1,))
-    monkeypatch.setattr(search, "POLICIES", ("full", "none"))
-    monkeypatch.setattr(search, "REFINEMENTS", ())
+    monkeypatch.setattr(candidates, "TENSOR_WAYS", (1,))
+    monkeypatch.setattr(candidates, "POLICIES", ("full", "none"))
+    monkeypatch.setattr(candidates, "SHARES", (0.0,))
+    monkeypatch.setattr(candidates, "REFINEMENTS", ())
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,8 @@ def first(tpu_compiler, base, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     config = load(str(base))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "candidates", two)
-        patch.setattr(search, "REFINEMENTS", ())
+        patch.setattr(search, "all_layouts", two)
+        patch.setattr(candidates, "REFINEMENTS", ())
         found = search.search(config, "v5e-4", minutes=10, processes=2, cache=cache)
     return config, cache, found
 
@@ -68,9 +69,13 @@ def two(config, tpu, result):
     changes = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.sequence": 1, "mesh.tensor": 1, "train.microbatches": 1}
     wanted = [{**changes, "compute.remat": remat} for remat in ("full", "none")]
     bounds = [analytic.lower_bound(replace(config, each), tpu) for each in wanted]
-    made = [search.Candidate(changes=each, bound=bound) for each, bound in zip(wanted, bounds, strict=True)]
-    slow = analytic.Bound(buffers=((10**10, "all"),), compute=1e3, memory=0.0, network=0.0, host=0.0)
-    return [*made, search.Candidate(changes={**wanted[0], "train.microbatches": 2}, bound=slow)]
+    made = [
+        candidates.Candidate(changes=each, bound=bound) for each, bound in zip(wanted, bounds, strict=True)
+    ]
+    slow = analytic.Bound(
+        buffers=((10**10, "all"),), compute=1e3, memory=0.0, network=0.0, exchange=0.0, host=0.0
+    )
+    return [*made, candidates.Candidate(changes={**wanted[0], "train.microbatches": 2}, bound=slow)]
 
 
 def test_finds_the_best_and_does_not_compile_the_hopeless(first):
@@ -85,78 +90,124 @@ def test_finds_the_best_and_does_not_compile_the_hopeless(first):
 @pytest.mark.slow
 def test_the_best_is_refined_and_what_helps_stays(tpu_compiler, base, tmp_path, monkeypatch, caplog):
     option = "xla_tpu_scheduler_percent_shared_memory_limit=110"
-    refinements = [("compute.loss_chunk", 0), ("compute.attention_blocks", (100, 0))]
-    refinements.append((search.OPTIONS, option))
-    monkeypatch.setattr(search, "REFINEMENTS", refinements)
-    monkeypatch.setattr(search, "candidates", lambda *arguments: two(*arguments)[:1])
+    refinements = [("compute.loss_chunk", 0, 0.9), ("compute.attention_blocks", (100, 0), 0.9)]
+    refinements.append((candidates.OPTIONS, option, 0.9))
+    monkeypatch.setattr(candidates, "REFINEMENTS", refinements)
+    monkeypatch.setattr(search, "all_layouts", lambda *arguments: two(*arguments)[:1])
     config = replace(load(str(base)), {"compute.loss_chunk": 32})
     caplog.set_level(logging.INFO, "lemur_jax")
     found = search.search(config, "v5e-4", minutes=10, processes=2, cache=tmp_path)
     tried = [trial.changes for trial in found.trials]
     plain, *refined = tried
-    assert all({**plain, name: value} in refined for name, value in refinements[:2])
-    assert {**plain, search.OPTIONS: (option,)} in refined
+    assert all({**plain, name: value} in refined for name, value, _ in refinements[:2])
+    assert {**plain, candidates.OPTIONS: (option,)} in refined
     assert found.best.changes["compute.loss_chunk"] == 0  # one product of the head instead of four
-    assert {**plain, "compute.loss_chunk": 0, search.OPTIONS: (option,)} in refined
+    assert {**plain, "compute.loss_chunk": 0, candidates.OPTIONS: (option,)} in refined
     assert any("refused" in line and "attention_blocks (100, 0)" in line for line in caplog.messages)
     pareto.write(found, tmp_path / "out", f"{base}:2", ["--config.compute.loss_chunk=32"], "title")
     assert load(str(tmp_path / "out" / "best.py")).compute.loss_chunk == 0
 
 
+def made_plan(seconds, size=1):
+    """What the order of candidates reads of a plan."""
+    return types.SimpleNamespace(
+        fits=seconds is not None, step_seconds=seconds, hbm_bytes_per_chip=size, chips=1, mesh={"fsdp": 1}
+    )
+
+
 def test_an_option_that_is_on_already_is_not_tried(monkeypatch):
-    monkeypatch.setattr(search, "REFINEMENTS", [(search.OPTIONS, "xla_tpu_scoped_vmem_limit_kib=98304")])
-    best = search.Trial(changes={}, bound=None)
-    for kind, options, tried in (("TPU v4", (), 1), ("TPU v6 lite", (), 0), ("TPU v4", ("OPTION",), 0)):
-        given = tuple(value.replace("OPTION", search.REFINEMENTS[0][1]) for value in options)
-        assert len(list(search.refinements(best, given, kind))) == tried
-
-
-def test_every_share_of_the_gate_is_tried(monkeypatch):
-    monkeypatch.setattr(search, "REFINEMENTS", [(search.GATE_SHARE, share) for share in (0.5, 0.25)])
-    best = search.Trial(changes={"compute.remat": "mlp", search.GATE_SHARE: 0.25}, bound=None)
-    found = [each.changes[search.GATE_SHARE] for each in search.refinements(best, (), "TPU v4")]
-    assert found == [0.5, 0.25]
+    option = "xla_tpu_scoped_vmem_limit_kib=98304"
+    monkeypatch.setattr(candidates, "REFINEMENTS", [(candidates.OPTIONS, option, 0.9)])
+    best = candidates.Trial(changes={}, bound=None, plan=made_plan(2.0))
+    for kind, options, tried in (("TPU v4", (), [1.8]), ("TPU v6 lite", (), []), ("TPU v4", (option,), [])):
+        found = candidates.refinements(best, options, kind)
+        assert [seconds for _, seconds in found] == tried
 
 
 def test_what_the_config_does_not_allow_is_left_out(first, monkeypatch):
     """As a share of the gate with experts is not."""
     config, cache, _ = first
-    monkeypatch.setattr(search, "candidates", two)
-    monkeypatch.setattr(search, "REFINEMENTS", [("compute.loss_chunk", -1)])
+    monkeypatch.setattr(search, "all_layouts", two)
+    monkeypatch.setattr(candidates, "REFINEMENTS", [("compute.loss_chunk", -1, 0.9)])
     again = search.search(config, "v5e-4", minutes=10, processes=2, cache=cache)
     assert (again.compiled, again.cached) == (0, 2)
 
 
-def test_a_share_of_the_gate_may_make_a_slower_layout_the_best(monkeypatch):
-    monkeypatch.setattr(search, "REFINEMENTS", [("compute.loss_chunk", 0), (search.GATE_SHARE, 0.5)])
+def queue_of(config, slice_):
+    """The queue of a search, its result, and a function that adds what a candidate took."""
+    result = search.SearchResult()
+    queue = search.Queue(search.all_layouts(config, slice_, result), (), slice_, result)
 
-    def trial(remat, seconds):
-        made = types.SimpleNamespace(step_seconds=seconds, hbm_bytes_per_chip=1)
-        return search.Trial(changes={"compute.remat": remat}, bound=None, plan=made)
+    def finish(candidate, seconds, size):
+        plan = made_plan(seconds, size)
+        result.trials.append(candidates.Trial(changes=candidate.changes, bound=candidate.bound, plan=plan))
 
-    result = search.SearchResult(trials=[trial("full", 2.0), trial("mlp", 1.04), trial("attention", 1.0)])
-    queue = search._Queue((), tpu(), [], result)
-    near, own, of_the_best = (queue.next(refine=True).changes for _ in range(3))
-    assert near == {"compute.remat": "mlp", search.GATE_SHARE: 0.5}
-    assert own == {"compute.remat": "attention", search.GATE_SHARE: 0.5}
-    assert of_the_best == {"compute.remat": "attention", "compute.loss_chunk": 0}
-    assert queue.next(refine=True) is None
+    return queue, finish
 
 
-def test_only_the_own_layout_has_the_share_of_the_config(monkeypatch):
-    monkeypatch.setattr(search, "POLICIES", ("mlp", "mlp_gate"))
-    options = {"data.sequence_length": 4096, "train.batch_rows": 64, "compute.remat": "mlp"}
-    config = seven_billion(options | {"compute.gate_share": 0.5})
-    own, *others = search.candidates(config, topologies.find_slice("v4-64"), search.SearchResult())
-    assert "compute.gate_share" not in own.changes
-    assert {each.changes["compute.gate_share"] for each in others} == {0.0}
-    assert {each.changes["compute.remat"] for each in others} == {"mlp", "mlp_gate"}
+def test_the_share_of_the_gate_that_fills_the_memory_follows_the_own_layout(monkeypatch):
+    monkeypatch.setattr(candidates, "POLICIES", ("mlp",))
+    monkeypatch.setattr(candidates, "SHARES", (0.0, 0.25, 0.5, 0.75))
+    slice_ = topologies.find_slice("v5p-128")
+    config = replace(RunConfig(model=preset("llama2_70b")), {"data.sequence_length": 4096})
+    config = replace(config, {"train.batch_rows": 128, "compute.remat": "mlp"})
+    for room, expected in ((28, 0.75), (20, 0.5), (11, 0.25)):  # GiB; the whole gate takes 35
+        queue, finish = queue_of(config, slice_)
+        own = queue.next()
+        assert own.changes[candidates.GATE_SHARE] == 0
+        finish(own, 10.0, slice_.generation.hbm - room * 2**30)
+        following = queue.next()
+        assert following.changes == {**own.changes, candidates.GATE_SHARE: expected}
+
+
+def test_a_policy_that_keeps_the_gate_has_no_share(monkeypatch):
+    monkeypatch.setattr(candidates, "POLICIES", ("mlp", "mlp_gate"))
+    monkeypatch.setattr(candidates, "SHARES", (0.0, 0.5))
+    config = seven_billion({"data.sequence_length": 4096, "train.batch_rows": 64, "compute.remat": "mlp"})
+    for model, shares in (({}, {0.0, 0.5}), ({"num_experts": 8, "experts_per_token": 2}, {0.0})):
+        made = replace(config, {f"model.{name}": value for name, value in model.items()})
+        found = search.all_layouts(made, topologies.find_slice("v5p-128"), search.SearchResult())
+        kept = [(each.changes["compute.remat"], each.changes[candidates.GATE_SHARE]) for each in found]
+        assert {share for remat, share in kept if remat == "mlp"} == shares
+        assert {share for remat, share in kept if remat == "mlp_gate"} == {0.0}
+
+
+def test_what_helped_is_tried_with_other_layouts(monkeypatch):
+    """A layout is expected to gain from a refinement what the best one gained."""
+    monkeypatch.setattr(candidates, "POLICIES", ("full", "attention"))
+    monkeypatch.setattr(candidates, "REFINEMENTS", [("compute.loss_chunk", 0, 0.9)])
+    config = seven_billion({"data.sequence_length": 4096, "train.batch_rows": 32, "compute.remat": "full"})
+    slice_ = topologies.find_slice("v5p-64")
+    queue, finish = queue_of(config, slice_)
+    own = queue.next()
+    finish(own, 10.0, 2 * own.bound.bytes)
+    refined = queue.next()
+    assert refined.changes == {**own.changes, "compute.loss_chunk": 0}
+    finish(refined, 8.0, 2 * own.bound.bytes)
+    other = queue.next()
+    assert other.changes["compute.remat"] == "attention"
+    assert other.changes["compute.loss_chunk"] == 0
+    scale = other.bound.likely_seconds / own.bound.likely_seconds
+    assert candidates.likely_seconds(other, queue.result.trials) == pytest.approx(8.0 * scale)
+    plain = candidates.Candidate(changes=other.layout, bound=other.bound)
+    assert candidates.likely_seconds(plain, queue.result.trials) == pytest.approx(10.0 * scale)
+
+
+def test_a_layout_that_is_slower_than_its_bound_promises_comes_later(monkeypatch):
+    monkeypatch.setattr(candidates, "POLICIES", ("full", "attention", "mlp"))
+    config = seven_billion({"data.sequence_length": 4096, "train.batch_rows": 32, "compute.remat": "full"})
+    queue, finish = queue_of(config, topologies.find_slice("v5p-64"))
+    own, fast = queue.next(), queue.next()
+    assert fast.changes["compute.remat"] == "mlp"
+    finish(own, 1.1 * own.bound.likely_seconds, own.bound.bytes)
+    finish(fast, 3 * fast.bound.likely_seconds, fast.bound.bytes)
+    assert queue.next().changes["compute.remat"] == "attention"
 
 
 def test_a_second_run_reads_the_cache(first):
     config, cache, found = first
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "candidates", two)
+        patch.setattr(search, "all_layouts", two)
         again = search.search(config, "v5e-4", minutes=10, processes=2, cache=cache)
     assert (again.compiled, again.cached) == (0, 2)
     assert again.best.plan == found.best.plan
@@ -202,12 +253,13 @@ def test_the_verb(tpu_compiler, base, tmp_path, capsys):
 
 
 def test_the_configs_own_layout_comes_first(monkeypatch):
-    monkeypatch.setattr(search, "POLICIES", ("full", "mlp", "offload_mlp"))
+    monkeypatch.setattr(candidates, "POLICIES", ("full", "mlp", "offload_mlp"))
     options = {"data.sequence_length": 4096, "train.batch_rows": 96, "train.microbatches": 3}
     config = seven_billion(options | {"compute.remat": "offload_mlp"})
-    kept = search.candidates(config, topologies.find_slice("v5e-32"), search.SearchResult())
+    kept = search.all_layouts(config, topologies.find_slice("v5e-32"), search.SearchResult())
     mesh = {"mesh.data": 1, "mesh.fsdp": 32, "mesh.sequence": 1, "mesh.tensor": 1}
-    assert kept[0].changes == {**mesh, "compute.remat": "offload_mlp", "train.microbatches": 3}
+    own = {**mesh, "compute.remat": "offload_mlp", "train.microbatches": 3, candidates.GATE_SHARE: 0.0}
+    assert kept[0].changes == own
     times = [each.bound.likely_seconds for each in kept[1:]]
     assert times == sorted(times)
     assert sum(each.changes == kept[0].changes for each in kept) == 1
@@ -215,18 +267,14 @@ def test_the_configs_own_layout_comes_first(monkeypatch):
 
 def test_bounds_are_corrected_by_what_was_compiled(monkeypatch):
     """A policy whose programs need twice their bound is tried with half of the memory first."""
-    monkeypatch.setattr(search, "POLICIES", ("full", "mlp"))
+    monkeypatch.setattr(candidates, "POLICIES", ("full", "mlp"))
     config = seven_billion({"data.sequence_length": 4096, "train.batch_rows": 64, "compute.remat": "mlp"})
     slice_ = topologies.find_slice("v5e-32")
-    result = search.SearchResult()
-    queue = search._Queue((), slice_, search.candidates(config, slice_, result), result)
-    first = queue.next(refine=False)
+    queue, finish = queue_of(config, slice_)
+    first = queue.next()
     assert first.changes["compute.remat"] == "mlp"
-    needed = types.SimpleNamespace(
-        fits=False, step_seconds=None, hbm_bytes_per_chip=2 * first.bound.bytes, chips=32, mesh={"fsdp": 32}
-    )
-    result.trials.append(search.Trial(changes=first.changes, bound=first.bound, plan=needed))
-    following = queue.next(refine=False)
+    finish(first, None, 2 * first.bound.bytes)
+    following = queue.next()
     assert 2 * following.bound.bytes <= slice_.generation.hbm < 2 * first.bound.bytes
 
 
@@ -234,7 +282,7 @@ def test_what_cannot_fit_is_not_compiled():
     config = seven_billion({"data.sequence_length": 4096, "train.batch_rows": 16})
     result = search.SearchResult()
     # 12 bytes a parameter in float32 with AdamW and 4 of gradients: 108 GB over 4 chips of 16.
-    assert search.candidates(config, tpu(), result) == []
+    assert search.all_layouts(config, tpu(), result) == []
     assert result.pruned["cannot fit by its shapes"] > 0
 
 
@@ -289,7 +337,7 @@ def test_long_rows_are_cut_into_pieces(length, given, tried):
         {"data.sequence_length": length, "train.batch_rows": 16, "mesh.sequence": given},
         max_position_embeddings=length,
     )
-    made = search.layouts(config.mesh, 16, length, topologies.find_slice("v5e-16"))
+    made = candidates.layouts(config.mesh, 16, length, topologies.find_slice("v5e-16"))
     assert {changes["mesh.sequence"] for changes in made} == tried
 
 
@@ -303,9 +351,9 @@ def test_positions_traded_for_heads_cost_time():
     )
     config = replace(config, {"model.num_attention_heads": 20, "model.num_key_value_heads": 20})
     result = search.SearchResult()
-    kept = search.candidates(config, topologies.find_slice("v5e-16"), result)
+    kept = search.all_layouts(config, topologies.find_slice("v5e-16"), result)
     assert all(each.changes["mesh.sequence"] < 8 for each in kept)
-    assert result.pruned["the mesh does not divide the model or the batch"]
+    assert result.pruned["the model, the batch or the config does not allow it"]
 
 
 def test_what_layers_keep_is_cut_over_tensor():

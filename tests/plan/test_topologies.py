@@ -92,5 +92,5 @@ def test_without_the_compiler_one_line_says_what_to_install():
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert ended.stderr.splitlines() == [
-        'lemur plan: planning needs the TPU compiler: python -m pip install "lemur_jax[plan]" (libtpu, about 300 MB)'
+        "lemur plan: planning needs the TPU compiler libtpu (Linux on x86_64): python -m pip install libtpu"
     ]
