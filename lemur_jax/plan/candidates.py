@@ -124,21 +124,22 @@ def layouts(mesh: MeshConfig, rows: int, length: int, tpu: Slice) -> Iterator[Ch
                 yield layout_changes(sizes, compute, microbatches)
 
 
-def refinements(best: Trial, options: tuple[str, ...], device_kind: str) -> Iterator[tuple[Candidate, float]]:
+def refinements(best: Trial, compute: ComputeConfig, device_kind: str) -> Iterator[tuple[Candidate, float]]:
     """The best so far with one more value of `REFINEMENTS`, for a key that still has its first value; and its seconds.
 
     Args:
-      options: the compiler options with which the search began.
-      device_kind: of the slice; what is on there already is not tried.
+      compute: that of the config with which the search began; a value that it has is not tried.
+      device_kind: of the slice; compiler options that are on there are not tried.
     """
     for name, value, factor in REFINEMENTS:
+        first = getattr(compute, name.removeprefix("compute."))
         changes = {**best.changes, name: value}
         if name == OPTIONS:
-            given = best.changes.get(name, options)
+            given = best.changes.get(name, first)
             if compiler_options(device_kind, (*given, value)) == compiler_options(device_kind, given):
                 continue
             changes[name] = (*given, value)
-        elif name in best.changes:
+        elif name in best.changes or value == first:
             continue
         yield Candidate(changes=changes, bound=best.bound), best.seconds * factor
 

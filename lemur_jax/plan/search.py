@@ -25,6 +25,7 @@ import jax
 import lemur_jax
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, replace
+from lemur_jax.models.config import ComputeConfig
 from lemur_jax.parallel.mesh import mesh_shape
 from lemur_jax.plan import analytic, candidates
 from lemur_jax.plan.candidates import Candidate, Changes, Trial
@@ -121,7 +122,7 @@ def search(
     described_devices(tpu)  # every compilation would fail without libtpu
     cache.mkdir(parents=True, exist_ok=True)
     result = SearchResult()
-    queue = Queue(all_layouts(config, tpu, result), config.compute.compiler_options, tpu, result)
+    queue = Queue(all_layouts(config, tpu, result), config.compute, tpu, result)
     end = started + 60 * minutes
     logger.info("%d candidates, %d dropped by their shapes", len(queue.layouts), sum(result.pruned.values()))
     # By the sentinel that says that a process has ended.
@@ -180,9 +181,9 @@ def _finish(
 class Queue:
     """Gives the candidates, the one that is expected to be the fastest first."""
 
-    def __init__(self, layouts: list[Candidate], options: tuple[str, ...], tpu: Slice, result: SearchResult):
-        """`options`: the compiler options with which the search begins; `result`: of the compilations so far."""
-        self.layouts, self.options, self.tpu, self.result = layouts, options, tpu, result
+    def __init__(self, layouts: list[Candidate], compute: ComputeConfig, tpu: Slice, result: SearchResult):
+        """`compute`: with which the search begins; `result`: of the compilations so far."""
+        self.layouts, self.compute, self.tpu, self.result = layouts, compute, tpu, result
         self.left = len(layouts)
         self._given: list[Changes] = []
 
@@ -216,7 +217,7 @@ class Queue:
         self.left = len(costs)
         if best:
             kind = self.tpu.generation.device_kind
-            for candidate, seconds in candidates.refinements(best, self.options, kind):
+            for candidate, seconds in candidates.refinements(best, self.compute, kind):
                 if candidate.changes not in self._given:
                     costs.append((False, seconds, len(costs), candidate))
         return min(costs)[-1] if costs else None

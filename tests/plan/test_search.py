@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh
 
 from lemur_jax.cli import main
 from lemur_jax.config import RunConfig, load, replace
+from lemur_jax.models.config import ComputeConfig
 from lemur_jax.models.presets import preset
 from lemur_jax.models.remat import POLICIES
 from lemur_jax.parallel.mesh import AXES
@@ -115,13 +116,16 @@ def made_plan(seconds, size=1):
     )
 
 
-def test_an_option_that_is_on_already_is_not_tried(monkeypatch):
+def test_a_value_that_the_config_has_is_not_tried(monkeypatch):
     option = "xla_tpu_scoped_vmem_limit_kib=98304"
     monkeypatch.setattr(candidates, "REFINEMENTS", [(candidates.OPTIONS, option, 0.9)])
     best = candidates.Trial(changes={}, bound=None, plan=made_plan(2.0))
     for kind, options, tried in (("TPU v4", (), [1.8]), ("TPU v6 lite", (), []), ("TPU v4", (option,), [])):
-        found = candidates.refinements(best, options, kind)
+        found = candidates.refinements(best, ComputeConfig(compiler_options=options), kind)
         assert [seconds for _, seconds in found] == tried
+    monkeypatch.setattr(candidates, "REFINEMENTS", [("compute.loss_chunk", 0, 0.9)])
+    for chunk, tried in ((512, 1), (0, 0)):
+        assert len(list(candidates.refinements(best, ComputeConfig(loss_chunk=chunk), "TPU v4"))) == tried
 
 
 def test_what_the_config_does_not_allow_is_left_out(first, monkeypatch):
@@ -136,7 +140,7 @@ def test_what_the_config_does_not_allow_is_left_out(first, monkeypatch):
 def queue_of(config, slice_):
     """The queue of a search, its result, and a function that adds what a candidate took."""
     result = search.SearchResult()
-    queue = search.Queue(search.all_layouts(config, slice_, result), (), slice_, result)
+    queue = search.Queue(search.all_layouts(config, slice_, result), config.compute, slice_, result)
 
     def finish(candidate, seconds, size):
         plan = made_plan(seconds, size)
