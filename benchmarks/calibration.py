@@ -20,6 +20,7 @@ import statistics
 from lemur_jax.config import RunConfig, replace
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.presets import preset
+from lemur_jax.parallel.compiler_flags import SPARSECORE_SUMS
 
 _MAXTEXT = "github.com/AI-Hypercomputer/maxtext/blob/main/"
 _TPU_RECIPES = "github.com/AI-Hypercomputer/tpu-recipes/tree/main/training/"
@@ -28,13 +29,7 @@ _IRONWOOD = _TPU_RECIPES + "ironwood"
 _VMEM = ("xla_tpu_scoped_vmem_limit_kib=65536",)
 _LATE_FETCHES = "xla_tpu_pipeline_memory_host_transfers=false"  # on for v4 (parallel/compiler_flags.py)
 # SparseCores of tpu7x sum the gradients.
-_SUMS = (
-    *_VMEM,
-    "xla_tpu_enable_async_all_to_all=false",
-    "xla_tpu_enable_sparse_core_collective_offload_all_reduce=true",
-    "xla_tpu_enable_all_reduce_offload_tracing=true",
-    "xla_tpu_use_tc_device_shape_on_sc=true",
-)
+_SUMS = (*_VMEM, *SPARSECORE_SUMS)
 _PROJECTIONS = "theirs sends query, key and value to the host, ours computes them again"
 
 

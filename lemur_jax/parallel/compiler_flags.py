@@ -29,6 +29,13 @@ _SPARSECORES: Options = {
     "xla_tpu_enable_all_gather_offload_tracing": True,
     "xla_tpu_use_tc_device_shape_on_sc": True,
 }
+# On tpu7x, as values of `config.compute.compiler_options`: gradients are summed by SparseCores there too.
+SPARSECORE_SUMS = (
+    "xla_tpu_enable_async_all_to_all=false",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce=true",
+    "xla_tpu_enable_all_reduce_offload_tracing=true",
+    "xla_tpu_use_tc_device_shape_on_sc=true",
+)
 # v5e carries started reductions on inside the products that follow, if told so.
 _ASYNC_REDUCTIONS: Options = {
     "xla_enable_async_all_reduce": True,

@@ -13,7 +13,7 @@ from typing import Any
 
 from lemur_jax.models.config import KEEP_GATE, ComputeConfig
 from lemur_jax.models.remat import POLICIES
-from lemur_jax.parallel.compiler_flags import compiler_options
+from lemur_jax.parallel.compiler_flags import SPARSECORE_SUMS, compiler_options
 from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.parallel.mesh import AXES
 from lemur_jax.plan import analytic
@@ -35,20 +35,25 @@ REMAT = "compute.remat"
 GATE_SHARE = "compute.gate_share"
 # (config key, value, expected step time of the best with it). The factors are the best that each gave on any slice.
 REFINEMENTS: tuple[tuple[str, Any, float], ...] = (
-    (OPTIONS, "xla_tpu_scoped_vmem_limit_kib=65536", 0.87),  # larger tiles; compiles up to four times longer
-    ("compute.loss_chunk", 0, 0.98),
-    ("compute.loss_chunk", 2048, 0.99),
-    (OPTIONS, "xla_tpu_enable_async_all_to_all=false", 0.99),  # gradients by all-reduces
     (
         OPTIONS,
-        "xla_tpu_scheduler_percent_shared_memory_limit=110",
+        ("xla_tpu_scoped_vmem_limit_kib=65536",),
+        0.87,
+    ),  # larger tiles; compiles up to four times longer
+    ("compute.loss_chunk", 0, 0.98),
+    ("compute.loss_chunk", 2048, 0.99),
+    (OPTIONS, SPARSECORE_SUMS, 0.985),
+    (OPTIONS, ("xla_tpu_enable_async_all_to_all=false",), 0.99),  # gradients by all-reduces
+    (
+        OPTIONS,
+        ("xla_tpu_scheduler_percent_shared_memory_limit=110",),
         0.99,
     ),  # memory that the scheduler may plan with
     ("compute.attention_blocks", (1024, 0), 0.995),
     ("compute.attention_blocks", (0, 2048), 0.995),
     ("compute.attention_blocks", (0, 512), 0.995),
     ("compute.attention_blocks", (1024, 512), 0.995),
-    (OPTIONS, "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true", 0.995),
+    (OPTIONS, ("xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",), 0.995),  # v5e alone takes it
 )
 _REFINED = ("compute.loss_chunk", "compute.attention_blocks", OPTIONS)
 
@@ -136,9 +141,9 @@ def refinements(best: Trial, compute: ComputeConfig, device_kind: str) -> Iterat
         changes = {**best.changes, name: value}
         if name == OPTIONS:
             given = best.changes.get(name, first)
-            if compiler_options(device_kind, (*given, value)) == compiler_options(device_kind, given):
+            if compiler_options(device_kind, (*given, *value)) == compiler_options(device_kind, given):
                 continue
-            changes[name] = (*given, value)
+            changes[name] = (*given, *value)
         elif name in best.changes or value == first:
             continue
         yield Candidate(changes=changes, bound=best.bound), best.seconds * factor

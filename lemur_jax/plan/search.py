@@ -227,8 +227,8 @@ def write_plan(make: Callable[[], Plan], path: pathlib.Path) -> None:
     """Makes a plan and writes its JSON, or the error, to `path`, whole or not at all."""
     try:
         text = make().to_json()
-    except UserError as error:
-        text = json.dumps({"error": str(error)})
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        text = json.dumps({"error": str(error).partition("\n")[0]})
     part = path.with_suffix(".part")
     part.write_text(text)
     part.rename(path)

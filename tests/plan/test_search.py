@@ -92,7 +92,7 @@ def test_finds_the_best_and_does_not_compile_the_hopeless(first):
 def test_the_best_is_refined_and_what_helps_stays(tpu_compiler, base, tmp_path, monkeypatch, caplog):
     option = "xla_tpu_scheduler_percent_shared_memory_limit=110"
     refinements = [("compute.loss_chunk", 0, 0.9), ("compute.attention_blocks", (100, 0), 0.9)]
-    refinements.append((candidates.OPTIONS, option, 0.9))
+    refinements.append((candidates.OPTIONS, (option,), 0.9))
     monkeypatch.setattr(candidates, "REFINEMENTS", refinements)
     monkeypatch.setattr(search, "all_layouts", lambda *arguments: two(*arguments)[:1])
     config = replace(load(str(base)), {"compute.loss_chunk": 32})
@@ -118,7 +118,7 @@ def made_plan(seconds, size=1):
 
 def test_a_value_that_the_config_has_is_not_tried(monkeypatch):
     option = "xla_tpu_scoped_vmem_limit_kib=98304"
-    monkeypatch.setattr(candidates, "REFINEMENTS", [(candidates.OPTIONS, option, 0.9)])
+    monkeypatch.setattr(candidates, "REFINEMENTS", [(candidates.OPTIONS, (option,), 0.9)])
     best = candidates.Trial(changes={}, bound=None, plan=made_plan(2.0))
     for kind, options, tried in (("TPU v4", (), [1.8]), ("TPU v6 lite", (), []), ("TPU v4", (option,), [])):
         found = candidates.refinements(best, ComputeConfig(compiler_options=options), kind)
