@@ -4,6 +4,7 @@ import json
 import logging
 import types
 
+import jax
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -208,6 +209,45 @@ def test_a_layout_that_is_slower_than_its_bound_promises_comes_later(monkeypatch
     assert queue.next().changes["compute.remat"] == "attention"
 
 
+def made_candidate(seconds, gigabytes, host=0.0, **changes):
+    """A candidate with these bounds, of a layout that differs by `changes`."""
+    layout = candidates.layout_changes((1, 32, 1, 1, 1), ComputeConfig(), 1) | {
+        name.replace("__", "."): value for name, value in changes.items()
+    }
+    buffers = ((int(gigabytes * 1e9), "all"),)
+    bound = analytic.Bound(buffers=buffers, compute=seconds, memory=0.0, network=0.0, exchange=0.0, host=host)
+    return candidates.Candidate(changes=layout, bound=bound)
+
+
+def test_of_equal_times_the_smaller_program_comes_first():
+    slice_ = topologies.find_slice("v5p-64")  # 95.7 GiB
+    own, large, small = (
+        made_candidate(10.0, gigabytes, mesh__data=data) for data, gigabytes in ((1, 10), (2, 80), (4, 20))
+    )
+    queue = search.Queue([own, large, small], ComputeConfig(), slice_, search.SearchResult())
+    assert [queue.next() for _ in range(3)] == [own, small, large]
+
+
+def test_a_program_that_waits_for_the_host_says_nothing_of_others():
+    own = made_candidate(10.0, 10, host=5.0, compute__remat="offload_mlp")
+    trial = candidates.Trial(changes=own.changes, bound=own.bound, plan=made_plan(20.0))
+    offloading = made_candidate(9.0, 10, host=5.0, compute__remat="offload_full")
+    other = made_candidate(9.0, 10, compute__remat="full")
+    assert candidates.likely_seconds(offloading, [trial]) == pytest.approx(18.0)
+    assert candidates.likely_seconds(other, [trial]) == pytest.approx(1.2 * 9.0)
+    assert candidates.likely_seconds(offloading, []) == pytest.approx(1.4 * 9.0)
+
+
+def test_what_xla_refuses_is_an_error_of_one_line(tmp_path):
+    def refused():
+        raise jax.errors.JaxRuntimeError("FAILED_PRECONDITION: not on this platform\nframe 1\nframe 2")
+
+    search.write_plan(refused, tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text()) == {
+        "error": "FAILED_PRECONDITION: not on this platform"
+    }
+
+
 def test_a_second_run_reads_the_cache(first):
     config, cache, found = first
     with pytest.MonkeyPatch.context() as patch:
@@ -350,9 +390,9 @@ def test_positions_traded_for_heads_cost_time():
     config = seven_billion(options, max_position_embeddings=16_384)
     # Query, key, value and output: 15 of 16 parts of 4 x 4096 numbers a position go to others, in 32 layers, both ways.
     moved = 2 * 32 * 16_384 * 4 * 4096 * 2 * 15 / 16
-    assert analytic.lower_bound(config, topologies.find_slice("v5e-16")).network == pytest.approx(
-        moved / (2 * 45e9), rel=0.01
-    )
+    bound = analytic.lower_bound(config, topologies.find_slice("v5e-16"))
+    assert bound.network == pytest.approx(moved / (2 * 45e9), rel=0.01)
+    assert bound.exchange == pytest.approx(moved / 45e9, rel=0.01)
     config = replace(config, {"model.num_attention_heads": 20, "model.num_key_value_heads": 20})
     result = search.SearchResult()
     kept = search.all_layouts(config, topologies.find_slice("v5e-16"), result)
