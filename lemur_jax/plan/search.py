@@ -202,8 +202,8 @@ class Queue:
         kept = []
         for layout in self.layouts:
             if reason := candidates.reason_to_skip(layout, trials):
-                compiled = any(layout.changes.items() <= given.items() for given in self._given)
-                self.result.pruned[reason] += not compiled
+                if not any(layout.changes.items() <= given.items() for given in self._given):
+                    self.result.pruned[reason] += 1
                 continue
             kept.append(layout)
             candidate = dataclasses.replace(layout, changes=layout.changes | refined)
