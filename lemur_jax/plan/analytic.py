@@ -145,7 +145,7 @@ def stored_bytes(
 
     A layer's input is always stored. The policies "dots" and "none" also keep what has no name: "dots" every
     projection's output, "none" also the parts of norms, in float32, and of the activation function. Of these the
-    compiler keeps six of width D and four of width F a layer (tests/plan/test_search.py); counted are four and three.
+    compiler keeps six of width D and four of width F a layer (tests/plan/test_analytic.py); counted are four and three.
 
     Args:
       length: tokens of a row.

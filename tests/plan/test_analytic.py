@@ -1,0 +1,96 @@
+"""Lower bounds from shapes: by hand, and against what the compiler keeps."""
+
+import pytest
+from jax.sharding import AbstractMesh
+
+from lemur_jax.config import RunConfig, replace
+from lemur_jax.models.presets import preset
+from lemur_jax.models.remat import POLICIES
+from lemur_jax.parallel.mesh import AXES
+from lemur_jax.plan import analytic, search, topologies
+from lemur_jax.plan.plan import plan
+
+
+def seven_billion(options, **model):
+    return replace(RunConfig(model=preset("llama2_7b", **model)), options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "share"), [*((policy, 0.0) for policy in POLICIES), ("mlp", 0.5)])
+def test_no_policy_keeps_less_than_its_bound(tpu_compiler, narrow, policy, share):
+    """The arrays that the compiled loop over the layers carries, of two layers on a v4-16."""
+    options = {"compute.remat": policy, "compute.gate_share": share}
+    config, mesh = narrow(options), AbstractMesh((1, 8, 1, 1, 1), AXES)
+    assert config.data.sequence_length == 512
+    bound = (
+        sum(size for _, size in analytic.stored_bytes(config.model, config.compute, 512, mesh, "keep")) * 512
+    )
+    kept = plan(config, "v4-16").hbm["activations"]
+    assert 0.7 * kept < bound < 1.01 * kept
+
+
+def test_the_bound_of_keeping_everything_is_the_largest():
+    options = {"data.sequence_length": 4096, "train.batch_rows": 32}
+    config = replace(RunConfig(model=preset("llama2_70b")), options)
+    size = {
+        policy: analytic.lower_bound(
+            replace(config, {"compute.remat": policy}), topologies.find_slice("v5p-32")
+        ).bytes
+        for policy in POLICIES
+    }
+    assert size["full"] < size["attention"] < size["mlp"] < size["dots"] <= size["mlp_all"] < size["none"]
+    assert max(size, key=size.get) == "none"
+
+
+def test_bounds_by_hand():
+    options = {"train.batch_rows": 64, "train.microbatches": 2, "compute.remat": "attention"}
+    config = seven_billion(options | {"data.sequence_length": 4096})
+    bound = analytic.lower_bound(config, topologies.find_slice("v5e-16"))
+    buffers = {what.partition(",")[0]: size for size, what in bound.buffers}
+    assert buffers["parameters"] == pytest.approx(6_738_415_616 * 4 / 16, rel=1e-3)
+    assert buffers["optimizer state"] == pytest.approx(2 * buffers["parameters"], rel=1e-3)
+    rows = 64 / 2 / 16
+    assert buffers["activations kept: attention_out"] == rows * 4096 * 4096 * 2 * 32
+    assert buffers["activations kept: layer_in"] == rows * 4096 * 4096 * 2 * 32
+    # 6 FLOPs a parameter and token, 2 more for the layers that are computed again, at 197 TFLOP/s.
+    tokens = 64 * 4096
+    assert bound.compute > 6 * 6.6e9 * tokens / (16 * 197e12)
+    assert bound.compute < 8.5 * 6.74e9 * tokens / (16 * 197e12) * 1.2
+
+
+def test_positions_traded_for_heads_cost_time():
+    options = {"data.sequence_length": 16_384, "train.batch_rows": 16, "mesh.fsdp": 1, "mesh.sequence": 16}
+    config = seven_billion(options, max_position_embeddings=16_384)
+    # Query, key, value and output: 15 of 16 parts of 4 x 4096 numbers a position go to others, in 32 layers, both ways.
+    moved = 2 * 32 * 16_384 * 4 * 4096 * 2 * 15 / 16
+    bound = analytic.lower_bound(config, topologies.find_slice("v5e-16"))
+    assert bound.network == pytest.approx(moved / (2 * 45e9), rel=0.01)
+    assert bound.exchange == pytest.approx(moved / 45e9, rel=0.01)
+    config = replace(config, {"model.num_attention_heads": 20, "model.num_key_value_heads": 20})
+    result = search.SearchResult()
+    kept = search.all_layouts(config, topologies.find_slice("v5e-16"), result)
+    assert all(each.changes["mesh.sequence"] < 8 for each in kept)
+    assert result.pruned["the model, the batch or the config does not allow it"]
+
+
+def test_what_layers_keep_is_cut_over_tensor():
+    options = {"data.sequence_length": 4096, "train.batch_rows": 16, "compute.remat": "mlp_all"}
+
+    def buffers(tensor):
+        config = seven_billion(options | {"mesh.tensor": tensor})
+        bound = analytic.lower_bound(config, topologies.find_slice("v5e-4"))
+        return {what.partition(",")[0]: size for size, what in bound.buffers}
+
+    by_name, whole = buffers(4), buffers(1)
+    # A row lies on 4 chips instead of one, so each has four times the tokens and a fourth of every array.
+    kept = [name for name in whole if name.startswith("activations kept")]
+    assert len(kept) == 7
+    assert all(by_name[name] == whole[name] for name in kept)
+
+
+def test_host_memory_costs_time():
+    options = {"data.sequence_length": 4096, "train.batch_rows": 16, "compute.remat": "offload_full"}
+    config = seven_billion(options)
+    bound = analytic.lower_bound(config, topologies.find_slice("v5e-16"))
+    assert bound.host == pytest.approx(2 * 4096 * 4096 * 2 * 32 / 12e9)  # there and back
+    assert not any("activations" in what for _, what in bound.buffers)
