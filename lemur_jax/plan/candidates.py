@@ -28,7 +28,9 @@ SHARES = (0.0, 0.25, 0.5, 0.625, 0.75)
 # What a program needs of its bounds where none like it was compiled; Llama-2-70B on v5p waits for the host 2 of 14 s.
 _USUAL_MEMORY, _USUAL_TIME, _USUAL_TIME_OFFLOADING = 1.15, 1.2, 1.4
 # What a full HBM is expected to cost: the scheduler overlaps less. Of equal bounds the smaller program comes first.
-COST_OF_MEMORY = 0.03
+COST_OF_MEMORY = 0.05
+# What it costs to split the gate: two more parts of its input's gradient are added (0.5 of 37.5 s on v4-512).
+_COST_OF_SPLIT = 0.012
 
 OPTIONS = "compute.compiler_options"
 REMAT = "compute.remat"
@@ -162,10 +164,14 @@ def likely_seconds(candidate: Candidate, trials: Sequence[Trial]) -> float:
     near = _nearest(candidate, [trial for trial in trials if trial.fits])
     if near is None:
         usual = _USUAL_TIME_OFFLOADING if candidate.bound.host else _USUAL_TIME
-        return candidate.bound.likely_seconds * usual * _gain(candidate.refinement, trials)
+        return _bound_seconds(candidate) * usual * _gain(candidate.refinement, trials)
     plain = near.seconds / _gain(near.refinement, trials)
-    bounds = candidate.bound.likely_seconds, near.bound.likely_seconds
+    bounds = _bound_seconds(candidate), _bound_seconds(near)
     return _corrected(*bounds, plain, near, candidate) * _gain(candidate.refinement, trials)
+
+
+def _bound_seconds(candidate: Candidate) -> float:
+    return candidate.bound.likely_seconds * (1 + _COST_OF_SPLIT * bool(candidate.changes[GATE_SHARE]))
 
 
 def _nearest(candidate: Candidate, trials: Sequence[Trial]) -> Trial | None:
