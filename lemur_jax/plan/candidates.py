@@ -35,27 +35,28 @@ _COST_OF_SPLIT = 0.012
 OPTIONS = "compute.compiler_options"
 REMAT = "compute.remat"
 GATE_SHARE = "compute.gate_share"
-# (config key, value, expected step time of the best with it). The factors are the best that each gave on any slice.
-REFINEMENTS: tuple[tuple[str, Any, float], ...] = (
+_VMEM = ("xla_tpu_scoped_vmem_limit_kib=65536",)  # larger tiles; compiles up to four times longer
+# (values of config keys, expected step time of the best with them). The factors are the best that each gave on any
+# slice. Options of the compiler are added to those that are given.
+REFINEMENTS: tuple[tuple[dict[str, Any], float], ...] = (
+    ({OPTIONS: _VMEM, "compute.loss_chunk": 2048}, 0.86),
+    ({OPTIONS: _VMEM}, 0.87),
+    ({"compute.loss_chunk": 0}, 0.985),
+    ({OPTIONS: SPARSECORE_SUMS}, 0.985),
+    ({"compute.loss_chunk": 2048}, 0.99),
+    ({OPTIONS: ("xla_tpu_enable_async_all_to_all=false",)}, 0.99),  # gradients by all-reduces
     (
-        OPTIONS,
-        ("xla_tpu_scoped_vmem_limit_kib=65536",),
-        0.87,
-    ),  # larger tiles; compiles up to four times longer
-    ("compute.loss_chunk", 0, 0.98),
-    ("compute.loss_chunk", 2048, 0.99),
-    (OPTIONS, SPARSECORE_SUMS, 0.985),
-    (OPTIONS, ("xla_tpu_enable_async_all_to_all=false",), 0.99),  # gradients by all-reduces
-    (
-        OPTIONS,
-        ("xla_tpu_scheduler_percent_shared_memory_limit=110",),
+        {OPTIONS: ("xla_tpu_scheduler_percent_shared_memory_limit=110",)},
         0.99,
-    ),  # memory that the scheduler may plan with
-    ("compute.attention_blocks", (1024, 0), 0.995),
-    ("compute.attention_blocks", (0, 2048), 0.995),
-    ("compute.attention_blocks", (0, 512), 0.995),
-    ("compute.attention_blocks", (1024, 512), 0.995),
-    (OPTIONS, ("xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",), 0.995),  # v5e alone takes it
+    ),  # that the scheduler may plan with
+    ({"compute.attention_blocks": (1024, 0)}, 0.995),
+    ({"compute.attention_blocks": (0, 2048)}, 0.995),
+    ({"compute.attention_blocks": (0, 512)}, 0.995),
+    ({"compute.attention_blocks": (1024, 512)}, 0.995),
+    (
+        {OPTIONS: ("xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",)},
+        0.995,
+    ),  # v5e alone takes it
 )
 _REFINED = ("compute.loss_chunk", "compute.attention_blocks", OPTIONS)
 
@@ -132,23 +133,25 @@ def layouts(mesh: MeshConfig, rows: int, length: int, tpu: Slice) -> Iterator[Ch
 
 
 def refinements(best: Trial, compute: ComputeConfig, device_kind: str) -> Iterator[tuple[Candidate, float]]:
-    """The best so far with one more value of `REFINEMENTS`, for a key that still has its first value; and its seconds.
+    """The best so far with the values of one of `REFINEMENTS`, if they change it; and its expected seconds.
 
     Args:
-      compute: that of the config with which the search began; a value that it has is not tried.
+      compute: that of the config with which the search began.
       device_kind: of the slice; compiler options that are on there are not tried.
     """
-    for name, value, factor in REFINEMENTS:
-        first = getattr(compute, name.removeprefix("compute."))
-        changes = {**best.changes, name: value}
-        if name == OPTIONS:
-            given = best.changes.get(name, first)
-            if compiler_options(device_kind, (*given, *value)) == compiler_options(device_kind, given):
-                continue
-            changes[name] = (*given, *value)
-        elif name in best.changes or value == first:
-            continue
-        yield Candidate(changes=changes, bound=best.bound), best.seconds * factor
+    for values, factor in REFINEMENTS:
+        current = {
+            name: best.changes.get(name, getattr(compute, name.removeprefix("compute."))) for name in values
+        }
+        wanted = dict(values)
+        if OPTIONS in values:
+            wanted[OPTIONS] = current[OPTIONS] + values[OPTIONS]
+            if compiler_options(device_kind, wanted[OPTIONS]) == compiler_options(
+                device_kind, current[OPTIONS]
+            ):
+                wanted[OPTIONS] = current[OPTIONS]
+        if wanted != current:
+            yield Candidate(changes=best.changes | wanted, bound=best.bound), best.seconds * factor
 
 
 def likely_bytes(candidate: Candidate, trials: Sequence[Trial]) -> float:

@@ -31,12 +31,12 @@ def made_plan(seconds, size=1):
 
 def test_a_value_that_the_config_has_is_not_tried(monkeypatch):
     option = "xla_tpu_scoped_vmem_limit_kib=98304"
-    monkeypatch.setattr(candidates, "REFINEMENTS", [(candidates.OPTIONS, (option,), 0.9)])
+    monkeypatch.setattr(candidates, "REFINEMENTS", [({candidates.OPTIONS: (option,)}, 0.9)])
     best = candidates.Trial(changes={}, bound=None, plan=made_plan(2.0))
     for kind, options, tried in (("TPU v4", (), [1.8]), ("TPU v6 lite", (), []), ("TPU v4", (option,), [])):
         found = candidates.refinements(best, ComputeConfig(compiler_options=options), kind)
         assert [seconds for _, seconds in found] == tried
-    monkeypatch.setattr(candidates, "REFINEMENTS", [("compute.loss_chunk", 0, 0.9)])
+    monkeypatch.setattr(candidates, "REFINEMENTS", [({"compute.loss_chunk": 0}, 0.9)])
     for chunk, tried in ((512, 1), (0, 0)):
         assert len(list(candidates.refinements(best, ComputeConfig(loss_chunk=chunk), "TPU v4"))) == tried
 
@@ -83,7 +83,7 @@ def test_a_policy_that_keeps_the_gate_has_no_share(monkeypatch):
 def test_what_helped_is_tried_with_other_layouts(monkeypatch):
     """A layout is expected to gain from a refinement what the best one gained."""
     monkeypatch.setattr(candidates, "POLICIES", ("full", "attention"))
-    monkeypatch.setattr(candidates, "REFINEMENTS", [("compute.loss_chunk", 0, 0.9)])
+    monkeypatch.setattr(candidates, "REFINEMENTS", [({"compute.loss_chunk": 0}, 0.9)])
     config = seven_billion({"data.sequence_length": 4096, "train.batch_rows": 32, "compute.remat": "full"})
     slice_ = topologies.find_slice("v5p-64")
     queue, finish = queue_of(config, slice_)

@@ -78,8 +78,8 @@ def test_finds_the_best_and_does_not_compile_the_hopeless(first):
 @pytest.mark.slow
 def test_the_best_is_refined_and_what_helps_stays(tpu_compiler, base, tmp_path, monkeypatch, caplog):
     option = "xla_tpu_scheduler_percent_shared_memory_limit=110"
-    refinements = [("compute.loss_chunk", 0, 0.9), ("compute.attention_blocks", (100, 0), 0.9)]
-    refinements.append((candidates.OPTIONS, (option,), 0.9))
+    refinements = [({"compute.loss_chunk": 0}, 0.9), ({"compute.attention_blocks": (100, 0)}, 0.9)]
+    refinements.append(({candidates.OPTIONS: (option,)}, 0.9))
     monkeypatch.setattr(candidates, "REFINEMENTS", refinements)
     monkeypatch.setattr(search, "all_layouts", lambda *arguments: two(*arguments)[:1])
     config = replace(load(str(base)), {"compute.loss_chunk": 32})
@@ -87,7 +87,7 @@ def test_the_best_is_refined_and_what_helps_stays(tpu_compiler, base, tmp_path, 
     found = search.search(config, "v5e-4", minutes=10, processes=2, cache=tmp_path)
     tried = [trial.changes for trial in found.trials]
     plain, *refined = tried
-    assert all({**plain, name: value} in refined for name, value, _ in refinements[:2])
+    assert all({**plain, **values} in refined for values, _ in refinements[:2])
     assert {**plain, candidates.OPTIONS: (option,)} in refined
     assert found.best.changes["compute.loss_chunk"] == 0  # one product of the head instead of four
     assert {**plain, "compute.loss_chunk": 0, candidates.OPTIONS: (option,)} in refined
@@ -100,7 +100,7 @@ def test_what_the_config_does_not_allow_is_left_out(first, monkeypatch):
     """As a share of the gate with experts is not."""
     config, cache, _ = first
     monkeypatch.setattr(search, "all_layouts", two)
-    monkeypatch.setattr(candidates, "REFINEMENTS", [("compute.loss_chunk", -1, 0.9)])
+    monkeypatch.setattr(candidates, "REFINEMENTS", [({"compute.loss_chunk": -1}, 0.9)])
     again = search.search(config, "v5e-4", minutes=10, processes=2, cache=cache)
     assert (again.compiled, again.cached) == (0, 2)
 
