@@ -137,7 +137,7 @@ def refinements(best: Trial, compute: ComputeConfig, device_kind: str) -> Iterat
 
     Args:
       compute: that of the config with which the search began.
-      device_kind: of the slice; compiler options that are on there are not tried.
+      device_kind: of the slice; compiler options that are on there, or higher, are not tried.
     """
     for values, factor in REFINEMENTS:
         current = {
@@ -146,9 +146,9 @@ def refinements(best: Trial, compute: ComputeConfig, device_kind: str) -> Iterat
         wanted = dict(values)
         if OPTIONS in values:
             wanted[OPTIONS] = current[OPTIONS] + values[OPTIONS]
-            if compiler_options(device_kind, wanted[OPTIONS]) == compiler_options(
-                device_kind, current[OPTIONS]
-            ):
+            before, after = (compiler_options(device_kind, each[OPTIONS]) for each in (current, wanted))
+            lowered = any(after[name] < value for name, value in before.items() if type(value) is int)
+            if lowered or after == before:
                 wanted[OPTIONS] = current[OPTIONS]
         if wanted != current:
             yield Candidate(changes=best.changes | wanted, bound=best.bound), best.seconds * factor

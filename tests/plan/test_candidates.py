@@ -30,7 +30,7 @@ def made_plan(seconds, size=1):
 
 
 def test_a_value_that_the_config_has_is_not_tried(monkeypatch):
-    option = "xla_tpu_scoped_vmem_limit_kib=98304"
+    option = "xla_tpu_scoped_vmem_limit_kib=65536"  # v6e has more
     monkeypatch.setattr(candidates, "REFINEMENTS", [({candidates.OPTIONS: (option,)}, 0.9)])
     best = candidates.Trial(changes={}, bound=None, plan=made_plan(2.0))
     for kind, options, tried in (("TPU v4", (), [1.8]), ("TPU v6 lite", (), []), ("TPU v4", (option,), [])):
