@@ -40,9 +40,9 @@ _VMEM = ("xla_tpu_scoped_vmem_limit_kib=65536",)  # larger tiles; compiles up to
 # slice. Options of the compiler are added to those that are given.
 REFINEMENTS: tuple[tuple[dict[str, Any], float], ...] = (
     ({OPTIONS: _VMEM, "compute.loss_chunk": 2048}, 0.86),
-    ({OPTIONS: _VMEM}, 0.87),
     ({"compute.loss_chunk": 0}, 0.985),
     ({OPTIONS: SPARSECORE_SUMS}, 0.985),
+    ({OPTIONS: _VMEM}, 0.99),  # where the two together did not help
     ({"compute.loss_chunk": 2048}, 0.99),
     ({OPTIONS: ("xla_tpu_enable_async_all_to_all=false",)}, 0.99),  # gradients by all-reduces
     (
