@@ -197,8 +197,7 @@ class Queue:
     def _fastest(self) -> Candidate | None:
         """Of all layouts, with the refinements of the best, and of the refinements of the best."""
         trials, best = self.result.trials, self.result.best
-        refined = best.refinement if best else {}
-        costs: list[tuple[bool, float, int, Candidate]] = []
+        expected: list[tuple[Candidate, float]] = []
         kept = []
         for layout in self.layouts:
             if reason := candidates.reason_to_skip(layout, trials):
@@ -206,21 +205,23 @@ class Queue:
                     self.result.pruned[reason] += 1
                 continue
             kept.append(layout)
-            candidate = dataclasses.replace(layout, changes=layout.changes | refined)
-            if candidate.changes not in self._given:
-                size = candidates.likely_bytes(candidate, trials)
-                seconds = candidates.likely_seconds(candidate, trials)
-                filled = size / self.tpu.generation.hbm
-                cost = filled if filled > 1 else seconds * (1 + candidates.COST_OF_MEMORY * filled)
-                costs.append((filled > 1, cost, len(costs), candidate))
+            refined = layout.changes | best.refinement if best else layout.changes
+            candidate = dataclasses.replace(layout, changes=refined)
+            expected.append((candidate, candidates.likely_seconds(candidate, trials)))
         self.layouts = kept
-        self.left = len(costs)
         if best:
-            kind = self.tpu.generation.device_kind
-            for candidate, seconds in candidates.refinements(best, self.compute, kind):
-                if candidate.changes not in self._given:
-                    costs.append((False, seconds, len(costs), candidate))
-        return min(costs)[-1] if costs else None
+            expected += candidates.refinements(best, self.compute, self.tpu.generation.device_kind)
+        left = [
+            (candidate, seconds) for candidate, seconds in expected if candidate.changes not in self._given
+        ]
+        self.left = len(left)
+        return min(left, key=self._cost, default=(None, 0.0))[0]
+
+    def _cost(self, expected: tuple[Candidate, float]) -> tuple[bool, float]:
+        """By seconds, if it is likely to fit; what is not comes last, by its size."""
+        candidate, seconds = expected
+        filled = candidates.likely_bytes(candidate, self.result.trials) / self.tpu.generation.hbm
+        return filled > 1, filled if filled > 1 else seconds * (1 + candidates.COST_OF_MEMORY * filled)
 
 
 def write_plan(make: Callable[[], Plan], path: pathlib.Path) -> None:
