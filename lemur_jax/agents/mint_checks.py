@@ -59,7 +59,7 @@ def theorem(reference: Any, answer: str, kind: str) -> bool:
     text = _normalize(answer)
     if kind in ("option", "Option"):
         return text in (reference, f"({reference})")
-    found = _evaluate(text)
+    found = evaluate(text)
     if kind == "bool":
         return found is not None and found == reference
     if kind in ("integer", "float"):
@@ -116,7 +116,7 @@ _OPERATORS: dict[type, Callable[..., Any]] = {
 }
 
 
-def _evaluate(text: str) -> Any:
+def evaluate(text: str) -> Any:
     """The value of literals and arithmetic (MINT calls `eval`); None for anything else."""
 
     def number(node: ast.AST) -> Any:

@@ -1,13 +1,12 @@
 """Environments that a small model learns in minutes, and the tasks of any environment."""
 
-import ast
 import itertools
-import operator
 import random
 from collections.abc import Sequence
 
 from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.agents.episodes import open_environments
+from lemur_jax.agents.mint_checks import evaluate
 from lemur_jax.common.errors import UserError
 
 SIDE, FARTHEST = 8, 3  # rooms along a side of the house, and moves of the longest way
@@ -82,25 +81,10 @@ class Calculator(Environment):
         )
 
 
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-
-
 def calculate(text: str) -> int | None:
-    """The value of an expression of whole numbers with +, - and *; None of anything else."""
-
-    def value(node: ast.AST) -> int:
-        if isinstance(node, ast.Constant) and type(node.value) is int and abs(node.value) < 10**9:
-            return node.value
-        if isinstance(node, ast.BinOp):
-            return _OPERATORS[type(node.op)](value(node.left), value(node.right))  # type: ignore[index]
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
-        raise ValueError
-
-    try:
-        return value(ast.parse(text.strip()[:100], mode="eval").body)
-    except (SyntaxError, ValueError, KeyError, RecursionError):
-        return None
+    """The value of an expression if it is a whole number, else None."""
+    value = evaluate(text.strip()[:100])
+    return value if type(value) is int else None
 
 
 def tasks(name: str, data: str = ".") -> tuple[Sequence[Environment], Sequence[Environment]]:

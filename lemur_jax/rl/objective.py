@@ -24,7 +24,7 @@ EPSILON = 1e-4  # added to the standard deviation, as TRL does
 
 
 def advantages(rewards: np.ndarray, valid: np.ndarray, algorithm: str) -> np.ndarray:
-    """float64 [G, N] of rewards [G, N]; those that are not valid take no part and get 0."""
+    """float64 [G, N, ...] of rewards [G, N, ...]; those that are not valid take no part and get 0."""
     count = valid.sum(1, keepdims=True)
     kept = np.where(valid, rewards, 0.0)
     centred = np.where(valid, kept - kept.sum(1, keepdims=True) / np.maximum(count, 1), 0.0)

@@ -202,19 +202,17 @@ class Rollouts:
         self._player.play(engine, played, Sampling())
         return {"held_out_success": _mean([one.solved for one in played])}
 
-    def _figures(
-        self, episodes: Sequence[Episode], scored: Sequence[np.ndarray], step: int
-    ) -> dict[str, float]:
+    def _figures(self, episodes: Sequence[Episode], scored: np.ndarray, step: int) -> dict[str, float]:
         ends = collections.Counter(one.end for one in episodes)
         if ends["failed"] == len(episodes):
             raise UserError(f"step {step + 1}: the environment failed in every episode: {episodes[0].error}")
         valid = [one for one in episodes if one.valid]
-        groups = _grouped(scored, self.options.group_size)
+        groups = scored.reshape(len(episodes) // self.options.group_size, -1)
         return {
             "reward": _mean([sum(one.rewards) for one in valid]),
             "success": _mean([one.solved for one in valid]),
             "turns": _mean([len(one.rewards) for one in valid]),
-            "equal_groups": sum(not any(map(np.any, group)) for group in groups),
+            "equal_groups": int(np.sum(~np.any(groups, axis=1))),
             **{f"episodes/{name}": ends[name] for name in ("failed", "long", "cut")},
         }
 
@@ -253,8 +251,8 @@ class Rollouts:
                 break
         return [one for group in kept for one in group]
 
-    def _advantages(self, episodes: Sequence[Episode], step: int) -> list[np.ndarray]:
-        """For each episode the advantage of each of its turns."""
+    def _advantages(self, episodes: Sequence[Episode], step: int) -> np.ndarray:
+        """The advantage of each turn of each episode [B, turns]."""
         options, turns = self.options, max(1, *(len(one.rewards) for one in episodes))
         rewards = np.zeros((len(episodes), turns))
         there = np.zeros((len(episodes), turns), bool)
@@ -270,16 +268,10 @@ class Rollouts:
         if options.rewards == "episode":
             returns = np.broadcast_to(returns[:, :1], returns.shape)
             there = np.broadcast_to(there[:, :1], there.shape)
-        shape = (-1, options.group_size)
-        columns = [
-            advantages(
-                returns[:, turn].reshape(shape), there[:, turn].reshape(shape), options.algorithm
-            ).reshape(-1)
-            for turn in range(turns)
-        ]
-        return list(np.stack(columns, axis=1))
+        shape = (-1, options.group_size, turns)
+        return advantages(returns.reshape(shape), there.reshape(shape), options.algorithm).reshape(-1, turns)
 
-    def _arrays(self, episodes: Sequence[Episode], scored: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    def _arrays(self, episodes: Sequence[Episode], scored: np.ndarray) -> dict[str, np.ndarray]:
         """The batch; the target at position t is the episode's id t + 1."""
         batch = {name: np.zeros(array.shape, array.dtype) for name, array in self.program.batch.items()}
         for row, (one, score) in enumerate(zip(episodes, scored, strict=True)):
@@ -318,7 +310,3 @@ def engine_rows(episodes: int, ways: int) -> int:
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
     return float(np.mean(values)) if len(values) else 0.0
-
-
-def _grouped(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [values[start : start + size] for start in range(0, len(values), size)]
