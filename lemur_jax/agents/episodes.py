@@ -127,7 +127,7 @@ def endpoint_agent(
 
 
 def open_environments(
-    names: Iterable[str],
+    names: Sequence[str],
     limit: int | None = None,
     data: str = ".",
     stack: contextlib.ExitStack | None = None,
@@ -160,7 +160,6 @@ def open_environments(
     for name in ("mint", *(f"mint-{name}" for name in mint.SETS)):
         only = [name.removeprefix("mint-")] if name != "mint" else []
         makers[name] = functools.partial(open_mint, data, only, expert=expert, python=python)
-    names = list(names)
     for name in names:
         if name not in makers:
             raise UserError(f"unknown environment {name!r}: there are {', '.join(makers)}")

@@ -54,10 +54,12 @@ def sql_reward(found: Any, expected: Any) -> float:
     if not either:
         return 1.0
     reward = both.total() / either.total()
-    if both:
+    if both.total() > 1:
+        from scipy.stats import kendalltau
+
         order = {row: rank for rank, row in enumerate(sorted(both))}
-        tau = _tau(_common(ours, both, order), _common(theirs, both, order))
-        if not math.isnan(tau):
+        tau = float(kendalltau(_common(ours, both, order), _common(theirs, both, order)).statistic)
+        if not math.isnan(tau):  # as of equal rows
             reward = round(tau * reward, 2)
     return reward
 
@@ -81,14 +83,6 @@ def _common(rows: Sequence[str], both: Mapping[str, int], order: Mapping[str, in
             left[row] -= 1
             ranks.append(order[row])
     return ranks
-
-
-def _tau(first: Sequence[int], second: Sequence[int]) -> float:
-    if len(first) < 2:
-        return math.nan
-    from scipy.stats import kendalltau
-
-    return float(kendalltau(first, second).statistic)
 
 
 class InterCodeSql(Environment):

@@ -10,19 +10,19 @@ import itertools
 import json
 import os
 import pathlib
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from lemur_jax.agents import answer_process
 from lemur_jax.agents.sandbox import Limits, Result, run
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import Message
 
 LIMITS = Limits(wall_seconds=10, cpu_seconds=8)
-_SCRIPT = pathlib.Path(__file__).with_name("answer_process.py")
-_SIGXCPU, _SIGKILL = 128 + 24, 128 + 9
-_ANSWER_ENDED = 3  # as in answer_process.py
+_OUT_OF_TIME = (128 + signal.SIGXCPU, 128 + signal.SIGKILL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,10 @@ def mbpp(path: epath.PathLike) -> list[Problem]:
         ) from error
 
     shots = "".join(f"{_question(items[n])}{items[n]['code']}\n[DONE]\n\n" for n in (2, 3, 4))
-    turns = [turn for n in (2, 3, 4) for turn in (_chat_question(items[n]), _chat_answer(items[n]["code"]))]
+    turns: list[Message] = []
+    for item in (items[n] for n in (2, 3, 4)):
+        answer = f"[PYTHON]\n{item['code']}\n[/PYTHON]"
+        turns += [_chat_question(item), {"role": "assistant", "content": answer}]
     return [
         Problem(
             id=f"MBPP/{number}",
@@ -127,10 +130,6 @@ def _chat_question(item: Mapping[str, Any]) -> Message:
 
 def _user(content: str) -> Message:
     return {"role": "user", "content": content}
-
-
-def _chat_answer(code: str) -> Message:
-    return {"role": "assistant", "content": f"[PYTHON]\n{code}\n[/PYTHON]"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +167,7 @@ def check(program: str, tests: str, limits: Limits = LIMITS) -> tuple[str, str]:
     """
     requests, questions = os.pipe()
     replies, results = os.pipe()
-    script = _SCRIPT.read_text()
+    script = pathlib.Path(answer_process.__file__).read_text()
 
     def box(role: str, text: str, reading: int, writing: int) -> Result:
         command = ["python", "-I", "-S", "main.py", role, str(reading), str(writing)]
@@ -187,9 +186,9 @@ def _verdict(tests: Result, answer: Result) -> tuple[str, str]:
     if tests.code == 1:  # an error of the answer, or a test that failed
         last = tests.errors.strip().rpartition("\n")[2]
         return _KINDS.get(last.partition(":")[0], "other error"), tests.errors
-    if answer.timed_out or answer.code in (_SIGXCPU, _SIGKILL) or tests.timed_out:
+    if answer.timed_out or answer.code in _OUT_OF_TIME or tests.timed_out:
         return "time", answer.errors
-    ended = tests.code == _ANSWER_ENDED and answer.code is not None and answer.code < 128
+    ended = tests.code == answer_process.ENDED and answer.code is not None and answer.code < 128
     return ("exited early" if ended else "killed"), answer.errors
 
 

@@ -66,18 +66,13 @@ class Result:
     def timed_out(self) -> bool:
         return self.code is None
 
-    @property
-    def isolated(self) -> bool:
-        """Whether network, other files and other processes were out of reach."""
-        return self.isolation in ("namespaces", "landlock")
-
 
 def run(
     command: Sequence[str],
     *,
     files: Mapping[str, str] | None = None,
     directory: str | os.PathLike | None = None,
-    limits: Limits | None = None,
+    limits: Limits = Limits(),
     namespaces: bool = True,
     require_isolation: bool = False,
     channels: Sequence[int] = (),
@@ -88,7 +83,6 @@ def run(
       command: program and arguments; "python" is the interpreter that runs this, without its packages.
       files: relative path to text; put into the box before the start.
       directory: the box, kept afterwards (remove it with `remove_tree`); None: a temporary one.
-      limits: default `Limits()`.
       namespaces: False: do without, even where they are available.
       require_isolation: refuse to run in a "limited" box.
       channels: file descriptors that the command has under the same numbers.
@@ -98,7 +92,6 @@ def run(
     """
     if sys.platform != "linux":
         raise UserError(f"the sandbox needs Linux, this is {sys.platform}: run it in a container")
-    limits = limits or Limits()
     command = [_interpreter() if command[0] == "python" else command[0], *command[1:]]
     root = str(make_directory("box-"))
     try:
@@ -150,7 +143,7 @@ def _result(program: str, limits: Limits, report, output, errors) -> Result:
     )
 
 
-def run_python(program: str, *, limits: Limits | None = None, **options) -> Result:
+def run_python(program: str, *, limits: Limits = Limits(), **options) -> Result:
     """Runs a program text with `python -I -S`: the standard library and nothing of the user's."""
     return run(["python", "-I", "-S", "main.py"], files={"main.py": program}, limits=limits, **options)
 

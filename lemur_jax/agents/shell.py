@@ -65,14 +65,11 @@ class Shell:
                 message = json.loads(line)
                 if "output" in message:
                     return str(message["output"])
-                self._send(self._call(message))
+                self._send(self._functions[message["call"]](*message["arguments"]))
         except (OSError, ValueError, KeyError, TypeError):
             pass  # the pipe is broken, or the cell wrote into it
         self.close()
         return ENDED
-
-    def _call(self, message: dict) -> str:
-        return self._functions[message["call"]](*message["arguments"])
 
     def _send(self, text: str) -> None:
         self._requests.write(json.dumps(text).encode() + b"\n")

@@ -6,7 +6,7 @@ import pytest
 
 from lemur_jax.agents import environments
 from lemur_jax.agents.environments import PythonEnvironment, block
-from lemur_jax.evals.code import Problem
+from lemur_jax.agents.problems import Problem
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
@@ -37,7 +36,7 @@ def box(request):
 def isolated(request):
     """A runner of Python programs where the isolation is whole, with namespaces and without."""
     python = shutil.which("python3", path=os.defpath)  # that of the tests may lie where nobody cannot read it
-    if not python or not run(["true"], namespaces=request.param).isolated:
+    if not python or run(["true"], namespaces=request.param).isolation == "limited":
         pytest.skip("no system Python, or neither namespaces nor Landlock")
     return lambda program, *arguments: run(
         [python, "-I", "-S", "main.py", *arguments], files={"main.py": program}, namespaces=request.param
@@ -239,7 +238,7 @@ def test_a_box_without_isolation_is_called_limited(monkeypatch, tmp_path, known,
     launcher.write_text(text.replace(known, unknown))
     monkeypatch.setattr(sandbox, "_LAUNCHER", launcher)
     found = run(["true"], namespaces=False)
-    assert (found.isolation, found.isolated, found.code) == ("limited", False, 0)
+    assert (found.isolation, found.code) == ("limited", 0)
     ran = tmp_path / "ran"
     ran.mkdir()
     with pytest.raises(UserError, match="no namespaces here"):
@@ -333,29 +332,14 @@ def test_usual_programs_work(box):
     assert (found.output, found.code) == ("ho\n", 0), found.errors
 
 
-@pytest.fixture
-def memory_disk(monkeypatch):
-    """Temporary directories in memory, where removing thousands takes no seconds."""
-    if os.access("/dev/shm", os.W_OK):
-        monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
-    return pathlib.Path(tempfile.gettempdir())
-
-
 def test_a_deep_tree_ends_in_a_result_and_leaves_nothing(isolated):
     found = isolated("import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')\nprint('made')")
     assert (found.output, found.code) == ("made\n", 0)
     assert not [path for path in scratch._home().glob("box-*") if (path / "d").exists()]
 
 
-def test_remove_tree(memory_disk):
-    tree = pathlib.Path(tempfile.mkdtemp())
-    here = os.open(tree, os.O_RDONLY)
-    for _ in range(1500):
-        os.mkdir("d", dir_fd=here)
-        here, before = os.open("d", os.O_RDONLY, dir_fd=here), here
-        os.close(before)
-    os.close(here)
-    (tree / "closed" / "in").mkdir(parents=True)
-    (tree / "closed").chmod(0)
-    scratch.remove_tree(tree)
-    assert not tree.exists()
+def test_a_tree_without_rights_is_removed(tmp_path):
+    (tmp_path / "tree" / "closed" / "in").mkdir(parents=True)
+    (tmp_path / "tree" / "closed").chmod(0)
+    scratch.remove_tree(tmp_path / "tree")
+    assert not list(tmp_path.iterdir())
