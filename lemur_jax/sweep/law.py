@@ -13,12 +13,14 @@ a power of n (Que et al. 2024, "D-CPT Law"). This one has three parameters: five
 """
 
 import dataclasses
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
+from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.sweep.runs import SweepRun, parse_ratio
 from lemur_jax.telemetry.metrics import read_metrics
@@ -27,8 +29,6 @@ PARAMETERS = 3
 WEIGHTS = (0.3, 0.5, 0.7, 0.8, 0.9)  # of one group, for which tables name the best ratio
 _SCALES = np.geomspace(1e-4, 1e2, 301)  # in tokens of the longest run
 _GRID = np.linspace(0, 1, 1001)  # shares of the first part
-
-Bits = Callable[[epath.Path, int | None], Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,13 +105,33 @@ class Laws:
         return {group: weight if group == self.first else rest for group in self.laws}
 
 
-def read_points(runs: Mapping[SweepRun, RunConfig], workdir: epath.PathLike, bits: Bits) -> list[Point]:
-    """The points of a sweep, with `bits`: (directory of a run, step or None for the last) -> bits per byte by group.
+def read_bits(
+    directory: epath.Path, groups: Mapping[str, Sequence[str]], step: int | None
+) -> dict[str, float]:
+    """Bits per byte by group, at a step or at the last evaluation."""
+    tasks = {
+        record["task"]: record["bits_per_byte"]
+        for record in read_metrics(directory)
+        if record.get("kind") == "eval" and step in (None, record["step"])
+    }
+    if missing := [task for of in groups.values() for task in of if not tasks.get(task)]:
+        raise UserError(
+            f"{directory} has no held-out figure of {missing[0]}{'' if step is None else f' at step {step}'}"
+        )
+    return {
+        name: math.exp(statistics.fmean(math.log(tasks[task]) for task in of)) for name, of in groups.items()
+    }
+
+
+def read_points(
+    runs: Mapping[SweepRun, RunConfig], workdir: epath.PathLike, groups: Mapping[str, Sequence[str]]
+) -> list[Point]:
+    """The points of a sweep; `groups` are held-out tasks by group.
 
     With a constant learning rate after warmup, an evaluation on the way is that of a shorter run and counts too;
     otherwise only the last one of each run.
     """
-    found: dict[tuple[str, int], list[Mapping[str, float]]] = {}
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
     for run, config in runs.items():
         directory, optimizer = run.directory(workdir), config.optimizer
         steps = {record["step"] for record in read_metrics(directory) if record.get("kind") == "eval"}
@@ -121,7 +141,7 @@ def read_points(runs: Mapping[SweepRun, RunConfig], workdir: epath.PathLike, bit
             kept = {max(steps)}
         for step in kept:
             tokens = step * config.train.batch_rows * config.data.sequence_length
-            found.setdefault((run.ratio, tokens), []).append(bits(directory, step))
+            found.setdefault((run.ratio, tokens), []).append(read_bits(directory, groups, step))
     return [
         Point(
             ratio=ratio,

@@ -1,7 +1,6 @@
 """The figures of a sweep: of every run, their means and spread over seeds, the Pareto front, a table."""
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
-from lemur_jax.sweep.law import Laws, best_rows, fit_laws, law_note, law_rows, read_points
+from lemur_jax.sweep.law import Laws, best_rows, fit_laws, law_note, law_rows, read_bits, read_points
 from lemur_jax.sweep.merging import Merge
 from lemur_jax.sweep.runs import SweepRun
 from lemur_jax.telemetry.metrics import read_metrics
@@ -84,12 +83,12 @@ def read_results(
     """The figures of finished runs and merges; UserError if one has not been scored at its start and end."""
     first, config = next(iter(runs.items()))
     groups = config.eval.task_groups
-    base = _bits(first.directory(workdir), groups, 0)
+    base = read_bits(first.directory(workdir), groups, 0)
     variants: dict[str, list[tuple[SweepRun | Merge, dict[str, float], float]]] = {}
     items: list[SweepRun | Merge] = [*runs, *merges]
     for item in items:
         directory = item.directory(workdir)
-        scored = _bits(directory, groups, None), _balance(directory)
+        scored = read_bits(directory, groups, None), _balance(directory)
         variants.setdefault(item.variant, []).append((item, *scored))
     summaries = tuple(
         Variant(
@@ -104,29 +103,13 @@ def read_results(
     tokens = config.train.steps * config.train.batch_rows * config.data.sequence_length
     laws = None
     if all(key == "train.steps" for run in runs for key, _ in run.settings):
-        points = read_points(runs, workdir, lambda directory, step: _bits(directory, groups, step))
+        points = read_points(runs, workdir, groups)
         # Groups have no order of their own; the one of the first task is that of the first part of a ratio.
         tasks = config.eval.tasks
         laws = fit_laws(
             base, points, next((name for name in groups if tasks[0] in groups[name]), next(iter(groups)))
         )
     return Results(base=base, variants=summaries, steps=config.train.steps, tokens=tokens, laws=laws)
-
-
-def _bits(directory: epath.Path, groups: Mapping[str, Sequence[str]], step: int | None) -> dict[str, float]:
-    """Bits per byte by group, at a step or at the last evaluation."""
-    tasks = {
-        record["task"]: record["bits_per_byte"]
-        for record in read_metrics(directory)
-        if record.get("kind") == "eval" and step in (None, record["step"])
-    }
-    if missing := [task for of in groups.values() for task in of if not tasks.get(task)]:
-        raise UserError(
-            f"{directory} has no held-out figure of {missing[0]}{'' if step is None else f' at step {step}'}"
-        )
-    return {
-        name: math.exp(statistics.fmean(math.log(tasks[task]) for task in of)) for name, of in groups.items()
-    }
 
 
 def _balance(directory: epath.Path) -> float:

@@ -103,9 +103,7 @@ def test_points_on_the_way_count_where_the_learning_rate_is_constant(tmp_path):
 
     def points(rate):
         configs = dict.fromkeys(runs, replace(config, {"optimizer.final_learning_rate": rate}))
-        return law.read_points(
-            configs, tmp_path, lambda directory, step: results._bits(directory, groups, step)
-        )
+        return law.read_points(configs, tmp_path, groups)
 
     constant = points(config.optimizer.learning_rate)
     assert [point.tokens for point in constant] == [5 * tokens, 10 * tokens]
