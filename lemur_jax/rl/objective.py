@@ -56,9 +56,14 @@ def token_losses(
     clipped = jnp.clip(ratio, 1 - options.clip_low, 1 + options.clip_high)
     loss = -jnp.minimum(ratio * advantages, clipped * advantages)
     if options.kl:
-        excess = jnp.where(own, reference - new, 0.0)
-        loss += options.kl * (jnp.exp(excess) - excess - 1)
+        loss += options.kl * divergences(new, reference, mask)
     return jnp.where(own, loss, 0.0)
+
+
+def divergences(new: Any, reference: Any, mask: Any) -> jax.Array:
+    """An estimate of KL(new, reference) for each token [B, T] (Schulman's k3); 0 where the mask is."""
+    excess = jnp.where(mask > 0, reference - new, 0.0)
+    return jnp.exp(excess) - excess - 1
 
 
 def row_losses(options: RlConfig, losses: jax.Array, mask: jax.Array) -> RowSums:
@@ -91,8 +96,7 @@ def policy(options: RlConfig) -> Objective:
             "negative_logprob": (-jnp.sum(jnp.where(own, new, 0.0)), tokens),  # estimates the entropy
         }
         if options.kl:
-            excess = jnp.where(own, batch[REFERENCE] - new, 0.0)
-            metrics["kl"] = (jnp.sum(jnp.exp(excess) - excess - 1), tokens)
+            metrics["kl"] = (jnp.sum(divergences(new, batch[REFERENCE], mask)), tokens)
         return Loss(jnp.sum(rows.loss), rows, metrics)
 
     def reference(model: Decoder, batch: dict[str, Any]) -> dict[str, Any]:

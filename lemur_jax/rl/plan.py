@@ -35,7 +35,7 @@ class RlPlan:
       hbm_sampling: bytes a chip while sampling: the trainer's state, the engine's weights and cache, and temporaries;
         off-policy also what the update needs.
       prompt_tokens, new_tokens: read and sampled in a step, if every episode takes all turns and all tokens.
-      prefill_seconds, decode_seconds, update_seconds: of a step; None: a part does not fit.
+      prefill_seconds, decode_seconds: of a step; None: a part does not fit.
     """
 
     update: Plan
@@ -47,7 +47,6 @@ class RlPlan:
     new_tokens: int
     prefill_seconds: float | None
     decode_seconds: float | None
-    update_seconds: float | None
 
     @property
     def fits(self) -> bool:
@@ -116,7 +115,6 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
         new_tokens=episodes * turns * new_tokens,
         prefill_seconds=prefill and prefill * at_once / rows * chunks,
         decode_seconds=decode and decode * math.ceil(episodes / rows) * turns * new_tokens,
-        update_seconds=update.step_seconds,
     )
 
 
@@ -155,7 +153,7 @@ def format_rl_plan(plan: RlPlan) -> str:
     parts = {
         f"reading {plan.prompt_tokens:,} tokens": plan.prefill_seconds,
         f"sampling {plan.new_tokens:,} tokens": plan.decode_seconds,
-        "the update": plan.update_seconds,
+        "the update": plan.update.step_seconds,
     }
     if None not in parts.values():
         total = sum(filter(None, parts.values()))
