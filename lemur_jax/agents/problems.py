@@ -112,20 +112,17 @@ def mbpp(path: epath.PathLike) -> list[Problem]:
     ]
 
 
-def _question(item: Mapping[str, Any]) -> str:
+def _question(item: Mapping[str, Any], space: str = " ", end: str = "[BEGIN]\n") -> str:
     tests = "\n".join(item["test_list"][:3])
     return (
-        f"You are an expert Python programmer, and here is your task: {item['text']}"
-        f" Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+        f"You are an expert Python programmer, and here is your task: {item['text']}{space}Your code should pass these"
+        f" tests:\n\n{tests}\n{end}"
     )
 
 
 def _chat_question(item: Mapping[str, Any]) -> Message:
-    tests = "\n".join(item["test_list"][:3])
-    return _user(
-        f"You are an expert Python programmer, and here is your task: {item['text']}\nYour code should pass these"
-        f" tests:\n\n{tests}\nYour code should start with a [PYTHON] tag and end with a [/PYTHON] tag.\n"
-    )
+    end = "Your code should start with a [PYTHON] tag and end with a [/PYTHON] tag.\n"
+    return _user(_question(item, "\n", end))
 
 
 def _user(content: str) -> Message:
