@@ -1,7 +1,8 @@
-"""Configs of sweeps."""
+"""Configs of sweeps, and the figures of their runs."""
 
 from lemur_jax.config import default_config, from_config_dict
 from lemur_jax.models.presets import preset
+from lemur_jax.telemetry.metrics import MetricsWriter
 
 
 def config_of(tasks=("code", "text"), **shares):
@@ -11,3 +12,12 @@ def config_of(tasks=("code", "text"), **shares):
     config.data.sources = {name: {"share": share, "packing": "concat"} for name, share in shares.items()}
     config.eval.tasks = tasks
     return from_config_dict(config)
+
+
+def write_run(workdir, run, bits, changes):
+    """Metrics of a run: at each step of `changes` the bits per byte of every task times the change, and a score."""
+    with MetricsWriter(run.directory(workdir)) as writer:
+        for step, change in changes.items():
+            for task, value in bits.items():
+                writer.write({"step": step, "kind": "eval", "task": task, "bits_per_byte": change * value})
+            writer.write({"step": step, "kind": "balance", "balance": 1 - change})

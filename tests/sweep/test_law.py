@@ -10,8 +10,7 @@ from lemur_jax.config import replace
 from lemur_jax.sweep import law, pareto, results
 from lemur_jax.sweep.law import Law, Point, fit_laws
 from lemur_jax.sweep.runs import plan_runs
-from lemur_jax.telemetry.metrics import MetricsWriter
-from tests.helpers.sweeps import config_of
+from tests.helpers.sweeps import config_of, write_run
 
 HARMONY = Path(__file__).parents[2] / "docs/harmony/ratio"
 RATIOS = ("1:0", "10:1", "3:1", "1:1", "1:3", "0:1")
@@ -92,12 +91,8 @@ def test_points_on_the_way_count_where_the_learning_rate_is_constant(tmp_path):
     config = replace(config_of(), {"train.steps": 10, "optimizer.warmup_steps": 2})
     runs = plan_runs(config, ["1:1"], 2)
     for run, factor in zip(runs, (1.0, 2.0), strict=True):
-        with MetricsWriter(run.directory(tmp_path)) as writer:
-            for step in (0, 2, 5, 10):
-                for task in ("code", "text"):
-                    bits = factor * (step + 1)
-                    writer.write({"step": step, "kind": "eval", "task": task, "bits_per_byte": bits})
-                writer.write({"step": step, "kind": "balance", "balance": 0.0})
+        changes = {step: factor * (step + 1) for step in (0, 2, 5, 10)}
+        write_run(tmp_path, run, dict.fromkeys(("code", "text"), 1.0), changes)
     groups = config.eval.task_groups
     tokens = config.train.batch_rows * config.data.sequence_length
 

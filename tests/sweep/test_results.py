@@ -14,8 +14,7 @@ from lemur_jax.config import replace
 from lemur_jax.sweep import pareto, results
 from lemur_jax.sweep.results import Results, Variant, read_results
 from lemur_jax.sweep.runs import plan_runs
-from lemur_jax.telemetry.metrics import MetricsWriter
-from tests.helpers.sweeps import config_of
+from tests.helpers.sweeps import config_of, write_run
 
 
 def variant(name, code, text, merged=False):
@@ -101,22 +100,14 @@ def test_plot():
     assert labels == ["1", "2", "3", "4", "base"]
 
 
-def write_run(workdir, run, bits, end=True):
-    with MetricsWriter(run.directory(workdir)) as writer:
-        for step, change in ((0, 1.0), (5, 1.5), (10, 0.5))[: 3 if end else 2]:
-            for task, value in bits.items():
-                writer.write({"step": step, "kind": "eval", "task": task, "bits_per_byte": change * value})
-            if step:
-                writer.write({"step": step, "kind": "balance", "balance": 1 - change})
-
-
 def test_figures_are_read_back_by_group(tmp_path):
     config = config_of(("python", "java", "web"), python=1.0, java=1.0, web=1.0)
     groups = {"code": ("python", "java"), "text": ("web",)}
     config = replace(config, {"eval.groups": groups, "train.steps": 10})
     runs = plan_runs(config, ["1:1"], 2, sources="python&java,web")
     for run, scale in zip(runs, (1.0, 2.0), strict=True):
-        write_run(tmp_path, run, {"python": 2.0 * scale, "java": 8.0 * scale, "web": 3.0 * scale})
+        bits = {"python": 2.0 * scale, "java": 8.0 * scale, "web": 3.0 * scale}
+        write_run(tmp_path, run, bits, {0: 1.0, 5: 1.5, 10: 0.5})
     found = read_results(dict.fromkeys(runs, config), [], tmp_path)
     assert found.base == pytest.approx({"code": 4.0, "text": 3.0})
     (only,) = found.variants
@@ -128,7 +119,6 @@ def test_figures_are_read_back_by_group(tmp_path):
 def test_a_run_without_a_start_is_named(tmp_path):
     config = config_of()
     (run,) = plan_runs(config, ["1:1"], 1)
-    with MetricsWriter(run.directory(tmp_path)) as writer:
-        writer.write({"step": 10, "kind": "eval", "task": "code", "bits_per_byte": 1.0})
+    write_run(tmp_path, run, {"code": 1.0}, {10: 1.0})
     with pytest.raises(UserError, match="1-1_seed-42 has no held-out figure of code at step 0"):
         read_results({run: config}, [], tmp_path)
