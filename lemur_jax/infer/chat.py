@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from lemur_jax.infer.generate import stream
+from lemur_jax.infer.complete import pieces
+from lemur_jax.infer.generate import make_engine, make_requests
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
-from lemur_jax.infer.text import stream_text
 from lemur_jax.text.chat_template import Message, encode_chat, stop_ids
 
+STEPS = 8  # tokens of an answer between two looks at it
 HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C cuts an answer short"
 
 
@@ -32,15 +33,13 @@ def reply(
     """
     tokenizer = session.need_tokenizer()
     prompt, _ = encode_chat(tokenizer, messages, add_generation_prompt=True)
-    pieces = stream(
-        session,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids(tokenizer),
-        sampling=sampling,
-        seed=seed,
-    )
-    yield from stream_text(tokenizer, prompt, pieces)
+    (request,) = make_requests([prompt], max_new_tokens, stop_ids(tokenizer), sampling, [seed])
+    engine = make_engine(session, [request])
+    for piece in pieces(session, engine, request):
+        if piece is None:
+            engine.step(STEPS)
+        elif text := piece[0]:
+            yield text
 
 
 def fit(session: Session, messages: Sequence[Message], max_new_tokens: int) -> list[Message]:

@@ -1,4 +1,4 @@
-"""Text completions that end at stop strings."""
+"""Text completions that end at stop strings, whole or in pieces."""
 
 import dataclasses
 from collections.abc import Generator, Sequence
@@ -7,7 +7,7 @@ from lemur_jax.infer.engine import SLOTS, Engine, Request
 from lemur_jax.infer.generate import Completion, completion, make_engine, make_requests
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
-from lemur_jax.infer.text import continuation
+from lemur_jax.infer.text import INCOMPLETE, continuation
 from lemur_jax.text.chat_template import stop_ids
 
 
@@ -72,6 +72,33 @@ def answers(
     finally:
         for request in requests:
             engine.cancel(request)
+
+
+def pieces(
+    session: Session, engine: Engine, request: Request, stops: Sequence[str] = ()
+) -> Generator[tuple[str, str] | None]:
+    """(text, "") for each piece of an answer, then ("", finish reason); None whenever the engine must make a step.
+
+    A possible beginning of a stop string is held back, and a character that is not complete. Closed before its end, it
+    cancels the request.
+    """
+    shown, margin = 0, max(map(len, stops), default=1) - 1
+    try:
+        while True:
+            yield None
+            answer = with_text(session, request, stops)
+            text = answer.text
+            if not answer.finish_reason:
+                text = text.rstrip(INCOMPLETE)
+                text = text[: max(0, len(text) - margin)]
+            if len(text) > shown:
+                yield text[shown:], ""
+                shown = len(text)
+            if answer.finish_reason:
+                yield "", answer.finish_reason
+                return
+    finally:
+        engine.cancel(request)
 
 
 def with_text(session: Session, request: Request, stops: Sequence[str] = ()) -> Completion:

@@ -1,14 +1,12 @@
-"""Prompts to completions, whole or streamed."""
+"""Prompts to completions."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from lemur_jax.infer.batching import bucket, row_ways
 from lemur_jax.infer.engine import ROWS, SLOTS, Engine, Request, check_request
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
-
-PIECE = 8  # tokens of a stream between two looks at them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,30 +64,6 @@ def generate(
     while engine.busy:
         engine.step()
     return [completion(request) for request in requests]
-
-
-def stream(
-    session: Session,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    sampling: Sampling | None = None,
-    seed: int = 0,
-) -> Iterator[tuple[int, ...]]:
-    """`Completion.content` of `generate` for one prompt, in pieces of at most `PIECE` tokens.
-
-    Raises:
-      UserError: as `generate`, before the first piece.
-    """
-    (request,) = make_requests([prompt], max_new_tokens, stop_ids, sampling, [seed])
-    engine = make_engine(session, [request])
-    shown = 0
-    while engine.busy:
-        if engine.step(PIECE):
-            content = completion(request).content
-            yield content[shown:]
-            shown = len(content)
 
 
 def make_requests(

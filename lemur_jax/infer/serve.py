@@ -24,10 +24,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.infer.complete import answers, with_text
+from lemur_jax.infer.complete import answers, pieces
 from lemur_jax.infer.engine import Engine, check_ids
 from lemur_jax.infer.engine import Request as Generation
-from lemur_jax.infer.generate import Completion
+from lemur_jax.infer.generate import Completion, make_requests
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.score import score
 from lemur_jax.infer.serve_requests import (
@@ -46,7 +46,6 @@ from lemur_jax.infer.serve_requests import (
 )
 from lemur_jax.infer.serve_worker import END, Job, Worker
 from lemur_jax.infer.session import Session
-from lemur_jax.infer.text import INCOMPLETE
 from lemur_jax.text.chat_template import encode_chat, stop_ids
 
 logger = logging.getLogger(__name__)
@@ -234,7 +233,11 @@ class _Server:
             choice = {"index": 0, "logprobs": None, "finish_reason": finish, **change}
             return f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
 
-        job = Job(lambda engine: self._pieces(engine, prompt, options))
+        def work(engine: Engine) -> Generator[tuple[str, str] | None]:
+            (generation,) = self._submit(engine, [prompt], options)
+            return pieces(self.session, engine, generation, options["stops"])
+
+        job = Job(work)
         first = await self._first(request, job)
 
         async def events() -> AsyncIterator[str]:
@@ -253,38 +256,9 @@ class _Server:
         return StreamingResponse(events(), media_type="text/event-stream")
 
     def _submit(self, engine: Engine, prompts: list[list[int]], options: Json) -> list[Generation]:
-        limit, sampling = options["max_new_tokens"], options["sampling"]
-        stops = stop_ids(self.tokenizer)
-        return [
-            engine.submit(
-                Generation(prompt=prompt, max_new_tokens=limit, sampling=sampling, stop_ids=stops, seed=seed)
-            )
-            for prompt, seed in zip(prompts, options["seeds"], strict=True)
-        ]
-
-    def _pieces(self, engine: Engine, prompt: list[int], options: Json) -> Generator[tuple[str, str] | None]:
-        """(text, "") for each piece, then ("", finish reason); runs in the worker.
-
-        A possible beginning of a stop string is held back, and a character that is not complete.
-        """
-        (generation,), stops, shown = self._submit(engine, [prompt], options), options["stops"], 0
-        margin = max(map(len, stops), default=1) - 1
-        try:
-            while True:
-                yield None
-                answer = with_text(self.session, generation, stops)
-                text = answer.text
-                if not answer.finish_reason:
-                    text = text.rstrip(INCOMPLETE)
-                    text = text[: max(0, len(text) - margin)]
-                if len(text) > shown:
-                    yield text[shown:], ""
-                    shown = len(text)
-                if answer.finish_reason:
-                    yield "", answer.finish_reason
-                    return
-        finally:
-            engine.cancel(generation)
+        limit, sampling, seeds = (options[key] for key in ("max_new_tokens", "sampling", "seeds"))
+        requests = make_requests(prompts, limit, stop_ids(self.tokenizer), sampling, seeds)
+        return [engine.submit(request) for request in requests]
 
     def _complete(
         self, engine: Engine, prompts: list[list[int]], options: Json | None, echo: bool, top: int | None

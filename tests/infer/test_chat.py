@@ -22,10 +22,14 @@ def parrot(chat_tokenizer):
     return recite(chat_tokenizer, ids)
 
 
-def test_an_answer_is_streamed_without_its_end(parrot):
+def test_an_answer_is_streamed_without_its_end(parrot, monkeypatch):
+    """Token by token; a character of several tokens is held back until it is whole."""
+    monkeypatch.setattr(chat, "STEPS", 1)
     pieces = list(reply(parrot, [{"role": "user", "content": "hello <|im_end|>"}], max_new_tokens=20))
     assert "".join(pieces) == ANSWER
-    assert len(pieces) > 1
+    assert len(pieces) > 4
+    assert all(pieces)
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_llama_3_ends_a_turn_with_its_own_token(chat_tokenizer, tmp_path):
@@ -48,13 +52,13 @@ def test_llama_3_ends_a_turn_with_its_own_token(chat_tokenizer, tmp_path):
 
 def test_the_model_sees_the_whole_conversation(parrot, monkeypatch):
     prompts = []
-    stream = chat.stream
+    make_requests = chat.make_requests
 
-    def spy(session, prompt, **options):
-        prompts.append(prompt)
-        return stream(session, prompt, **options)
+    def spy(given, *options):
+        prompts.extend(given)
+        return make_requests(given, *options)
 
-    monkeypatch.setattr(chat, "stream", spy)
+    monkeypatch.setattr(chat, "make_requests", spy)
     written = []
     messages = converse(parrot, ["one\n", " ", "two\n"], written.append, system="be brief", max_new_tokens=20)
     expected = [

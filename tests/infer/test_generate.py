@@ -14,8 +14,8 @@ from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.infer.batching import bucket
 from lemur_jax.infer.engine import Request
-from lemur_jax.infer.generate import PIECE, generate, make_engine, stream
 from lemur_jax.infer.generate import completion as completion_of
+from lemur_jax.infer.generate import generate, make_engine
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import load
 from tests.helpers.sessions import mesh_of
@@ -148,16 +148,6 @@ def test_a_session_compiles_once_for_similar_calls(tiny_session):
     assert not [event for event in events if "compile" in event]
     jax.jit(lambda x: x + 1)(1.0)
     assert [event for event in events if "compile" in event]  # the check can fail
-
-
-@pytest.mark.parametrize("limit", [1, 13])
-def test_stream_is_generate_in_pieces(tiny_session, limit):
-    (whole,) = generate(tiny_session, [[5] * 30], max_new_tokens=limit, stop_ids=())
-    pieces = list(stream(tiny_session, [5] * 30, max_new_tokens=limit, stop_ids=()))
-    assert max(map(len, pieces)) <= PIECE
-    assert sum(pieces, ()) == whole.tokens
-    ended = list(stream(tiny_session, [5] * 30, max_new_tokens=limit, stop_ids=whole.tokens[-1:]))
-    assert sum(ended, ()) == whole.tokens[: whole.tokens.index(whole.tokens[-1])]
 
 
 def test_a_draw_depends_on_its_seeds_alone(tiny_session):
