@@ -75,19 +75,10 @@ def test_reference_of_one_mesh_and_a_run_on_another(run, session_on, tmp_path, m
 
     tokens = [list(row) for row in stored.tokens]
     tokens[1][5] = (tokens[1][5] + 1) % 512
-    longer = [[*row, 3] for row in stored.tokens]
     shifted = (np.array(stored.logprobs) + 0.01).tolist()
     for changes, message in (
         ({"tokens": tokens}, r"after 'import os.*' the token at position 5 is \d+, the reference has \d+"),
-        ({"tokens": longer, "logprobs": longer}, "does not have 48 tokens"),
-        (
-            {"logprobs": [row[:1] for row in stored.logprobs]},
-            "does not have 48 tokens with log-probabilities",
-        ),
         ({"logprobs": shifted}, "log-probabilities differ by up to 0.01 nats"),
-        ({"prompts": [[1]] * 4}, "other prompts or another tokenizer"),
-        ({"dtype": "bfloat16"}, "made with --dtype bfloat16 --weights float, this run has --dtype float32"),
-        ({"weights": "int8"}, "made with --dtype float32 --weights int8, this run has .* --weights float"),
     ):
         with pytest.raises(UserError, match=message):
             run(one, dataclasses.replace(stored, **changes))
@@ -177,7 +168,7 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(refused, tmp_path, cha
     fitting = Reference(dtype="float32", weights="float", prompts=prompts, tokens=rows, logprobs=rows)
     for number, (changes, message) in enumerate(
         (
-            ({"dtype": "bfloat16"}, "was made with --dtype bfloat16 --weights float, this run has"),
+            ({"dtype": "bfloat16"}, "--dtype bfloat16 --weights float, this run has --dtype float32"),
             ({"weights": "int8"}, "was made with --dtype float32 --weights int8"),
             ({"prompts": [[*row, 3] for row in prompts]}, "other prompts or another tokenizer"),
             ({name: [row[1:] for row in rows] for name in ("tokens", "logprobs")}, "does not have 48 tokens"),
