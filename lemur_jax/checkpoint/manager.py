@@ -11,7 +11,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,11 +33,10 @@ from lemur_jax.checkpoint.reading import (
     suggest_other_steps,
 )
 from lemur_jax.checkpoint.streaming import write_params
-from lemur_jax.cluster import hosts
+from lemur_jax.cluster import coordination, hosts
 from lemur_jax.cluster.watchdog import end_all_hosts
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import absolute, is_object_store
-from lemur_jax.common.progress import duration
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ __all__ = (
     "write_params",
 )
 
-_LOG_SECONDS = 60.0  # between two messages that a save is not yet written
+_LOG_SECONDS = 60.0  # of waiting for a save, after which it is logged
 _LAST_WRITES_SECONDS = 3.0  # for threads of a failed save that still write
 _SAVE_SECONDS = 24 * 3600  # Orbax's default of 20 minutes fails large saves to slow storage
 _SET_ASIDE_SECONDS = 3600.0  # for copying a large checkpoint inside an object store
@@ -175,38 +174,23 @@ class Checkpoints:
         """Waits until no save is going on; UserError: too many saves have failed."""
         if self._pending is None:
             return
+        message = "the checkpoint of step %d is not yet written to %s after %g s: waiting for its end"
+        slow = threading.Timer(_LOG_SECONDS, logger.info, (message, self._pending, self.path, _LOG_SECONDS))
+        slow.daemon = True
+        slow.start()
         try:
-            with self._log_while_waiting(self._pending):
-                self._manager.wait_until_finished()
+            self._manager.wait_until_finished()
             self._manager.check_for_errors()
             self._failures, self._pending = 0, None
         except Exception as error:
             self._fail(self._pending, error)
+        finally:
+            slow.cancel()
 
     def poll(self) -> None:
         """Reports, and raises, as `wait` does, but does not wait for a save that is going on."""
         if self._pending is not None and not self._manager.is_saving_in_progress():
             self.wait()
-
-    @contextlib.contextmanager
-    def _log_while_waiting(self, step: int) -> Iterator[None]:
-        done = threading.Event()
-
-        def work() -> None:
-            began = time.monotonic()
-            while not done.wait(_LOG_SECONDS):
-                logger.info(
-                    "waiting for the checkpoint of step %d to be written to %s: %s so far",
-                    *(step, self.path, duration(time.monotonic() - began)),
-                )
-
-        thread = threading.Thread(target=work, name="checkpoint-wait", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
 
     def _fail(self, step: int, error: BaseException) -> None:
         self._failures += 1
@@ -300,7 +284,7 @@ class Checkpoints:
         if hosts.is_primary():
             target.rmtree(missing_ok=True)
             _move(source, target)
-        hosts.wait_for_all("set aside", _SET_ASIDE_SECONDS)
+        coordination.barrier("set aside", _SET_ASIDE_SECONDS)
         self._manager.reload()
         return target
 

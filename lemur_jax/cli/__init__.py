@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup()
     if arguments is None:  # a process of its own: handlers of libraries at the root logger would print again
         logging.getLogger("lemur_jax").propagate = False
-    logging.getLogger("gcsfs").addFilter(_has_no_traceback)
+    logging.getLogger("gcsfs").setLevel(
+        logging.CRITICAL
+    )  # it logs the traceback of every error that it raises
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser, verbs = _parser()
     if not words:
@@ -86,11 +88,6 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename and error.errno in _OF_A_PATH:
         return f"{error.strerror}: {error.filename}"
     return None
-
-
-def _has_no_traceback(record: logging.LogRecord) -> bool:
-    """Filters gcsfs, which logs the traceback of every error that it also raises."""
-    return not record.exc_info
 
 
 def _overrides(rest: Sequence[str], allowed: bool) -> list[str]:

@@ -83,7 +83,7 @@ def _import_hf(args) -> None:
 
 def _export_hf(args) -> None:
     start_jax(args)
-    from lemur_jax.cluster import hosts
+    from lemur_jax.cluster import coordination, hosts
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.convert.export_hf import export_hf
     from lemur_jax.convert.peft import export_peft
@@ -101,7 +101,7 @@ def _export_hf(args) -> None:
                         args.checkpoint, args.hf_dir, change=_change(args), verify=args.verify, **options
                     )
                     print(_done(args.hf_dir, model, args.dtype))
-        hosts.wait_for_all("export", math.inf)
+        coordination.barrier("export", math.inf)
 
 
 def _done(where: str, model, dtype: str) -> str:

@@ -9,7 +9,6 @@ from typing import NoReturn
 from lemur_jax.cluster import coordination
 
 # docs/reliability.md has the table for users.
-OK = 0
 FAILED = 1  # what was looked at is damaged, a save missed its grace period, or an unexpected error
 USER_ERROR = 2  # one line says what to change; trying again does not help
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes from the newest checkpoint

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from lemur_jax.cluster import coordination
 from lemur_jax.common.errors import UserError
 
 _alone = contextvars.ContextVar("alone", default=False)
@@ -49,24 +48,6 @@ def choose_platform(virtual_devices: int = 0) -> None:
     # Orbax and JAX log every checkpoint and every compile at INFO.
     for name in ("absl", "jax", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("absl").addFilter(_ONCE)
-
-
-class _Once(logging.Filter):
-    """Drops a message that was logged before: Orbax reads a damaged file several times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        fresh = text not in self._seen
-        self._seen.add(text)
-        return fresh
-
-
-_ONCE = _Once()
 
 
 def _accelerator_present() -> bool:
@@ -193,8 +174,3 @@ def any_host(flag: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
-
-
-def wait_for_all(name: str, seconds: float = 300.0) -> None:
-    """Waits until every process has called this; a UserError names a host that did not come in time."""
-    coordination.barrier(name, seconds)

@@ -21,6 +21,9 @@ class Interruption:
     agree on the moment; the first Ctrl-C on any host is passed to it. A second Ctrl-C raises KeyboardInterrupt.
     Signals are taken in the main thread only; in another thread the caller's own handling stays.
 
+    Attributes:
+      cause: "SIGTERM" or "Ctrl-C"; empty without a request.
+
     Args:
       grace_s: seconds from SIGTERM (with several processes: from the agreed moment) until the process is ended,
         saved or not; a half-written checkpoint is never seen by a reader. 0: no limit.
@@ -28,7 +31,7 @@ class Interruption:
 
     def __init__(self, grace_s: float):
         self._grace_s = grace_s
-        self._cause = ""
+        self.cause = ""
         self._interrupts = 0
         self._timer: threading.Timer | None = None
         self._undo = contextlib.ExitStack()
@@ -72,12 +75,7 @@ class Interruption:
     @property
     def asked(self) -> bool:
         """Whether a request has come, as far as this host knows."""
-        return bool(self._cause)
-
-    @property
-    def cause(self) -> str:
-        """ "SIGTERM" or "Ctrl-C"; empty without a request."""
-        return self._cause
+        return bool(self.cause)
 
     def reached(self) -> bool:
         """Whether to stop now and save; all hosts must call equally often and get the same answers.
@@ -103,7 +101,7 @@ class Interruption:
         """Asks to stop, as a signal does; the first cause counts, and "SIGTERM" starts the grace period."""
         if self.asked:
             return
-        self._cause = cause
+        self.cause = cause
         if self._grace_s and cause == "SIGTERM":
             self._timer = threading.Timer(self._grace_s, self._end)
             self._timer.daemon = True

@@ -11,7 +11,8 @@ import jax
 from etils import epath
 
 from lemur_jax.checkpoint.manager import make_metadata
-from lemur_jax.cluster.hosts import is_primary, wait_for_all
+from lemur_jax.cluster.coordination import barrier
+from lemur_jax.cluster.hosts import is_primary
 from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.progress import Progress
@@ -78,7 +79,7 @@ def train(
     with contextlib.ExitStack() as stack:
         if is_primary():
             stack.enter_context(workdir_lock(workdir))
-        wait_for_all("workdir", 2 * WAIT_SECONDS)  # longer than a collective waits for the primary
+        barrier("workdir", 2 * WAIT_SECONDS)  # longer than a collective waits for the primary
         saves = stack.enter_context(open_saves(config, workdir, inputs))
         state, first = saves.first_state()
         check_changes(changes, values, first)
@@ -195,7 +196,7 @@ def score_before_the_first_step(
     with log.paused("eval"):
         evaluations.score(params, first, tasks)
     log.sync()
-    wait_for_all("evaluation")  # each host may look for the records
+    barrier("evaluation", WAIT_SECONDS)  # each host may look for the records
 
 
 def describe(inputs: Inputs, steps: int, first: int, profile: range) -> str:

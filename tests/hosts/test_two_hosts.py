@@ -294,7 +294,7 @@ def told(name, call):
         open(os.environ["MARKS"] + "/" + name + os.environ["JAX_PROCESS_ID"], "w")
         return call(*args)
     return first
-loop.wait_for_all = told("waiting", loop.wait_for_all)
+loop.barrier = told("waiting", loop.barrier)
 loop.Saves = told("saves", loop.Saves)
 sys.exit(main(sys.argv[1:]))
 """
@@ -362,7 +362,7 @@ def test_doctor_says_which_host_cannot_read_the_first_parameters(hosts_project, 
 ENDS = """
 import argparse, sys
 from lemur_jax import cli
-from lemur_jax.cluster import hosts
+from lemur_jax.cluster import coordination, hosts
 from lemur_jax.cluster.watchdog import host_watchdog
 hosts.choose_platform(1)
 kind, bad = sys.argv[1], int(sys.argv[2])
@@ -372,7 +372,7 @@ def run(args):
     import jax
     jax.devices()
     with host_watchdog(20):
-        hosts.wait_for_all("go")
+        coordination.barrier("go", 300)
         if jax.process_index() == bad:
             raise KeyboardInterrupt if kind == "interrupted" else RuntimeError("unforeseen")
         hosts.any_host(True)
