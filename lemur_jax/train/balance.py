@@ -4,7 +4,8 @@ docs/evaluation.md says why the score is what it is.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 
 Groups = Mapping[str, Sequence[str]]
 
@@ -18,16 +19,11 @@ def group_ratios(first: Mapping[str, float], now: Mapping[str, float], groups: G
     for name, tasks in groups.items():
         known = [task for task in tasks if first.get(task) and now.get(task)]
         if known:
-            found[name] = math.exp(_mean(math.log(now[task] / first[task]) for task in known))
+            found[name] = statistics.geometric_mean(now[task] / first[task] for task in known)
     return found
 
 
 def balance(ratios: Mapping[str, float]) -> float:
     """1 - exp((mean + worst) / 2) of the log ratios of groups: 0.05 is as good as every group 5% lower."""
     logs = [math.log(ratio) for ratio in ratios.values()]
-    return 1 - math.exp((_mean(logs) + max(logs)) / 2)
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values)
+    return 1 - math.exp((statistics.fmean(logs) + max(logs)) / 2)

@@ -47,8 +47,7 @@ class OptimizerConfig:
     router_z_loss: float = 0.001  # weight of the routers' own log(Z)^2
 
     def __post_init__(self):
-        if self.name not in OPTIMIZER_NAMES:
-            require_one_of("optimizer.name", self.name, OPTIMIZER_NAMES)
+        require_one_of("optimizer.name", self.name, OPTIMIZER_NAMES)
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "positive")
         sizes = ("final_learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm", "z_loss")
         for key in (*sizes, "router_balance_loss", "router_z_loss"):

@@ -24,26 +24,25 @@ def schedule(options: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def decayed(axes: Mapping[str, Any]) -> dict[str, Any]:
     """Which parameters are decayed: those without a `norm` axis. Same tree as `axes`, of bools."""
-    return jax.tree.map(lambda names: "norm" not in names, dict(axes), is_leaf=lambda x: isinstance(x, tuple))
+    return _by_axes(lambda names: "norm" not in names, axes)
 
 
-Parts = tuple[optax.GradientTransformation, ...]
+def _by_axes(function: Callable[[tuple[str, ...]], Any], axes: Mapping[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(function, dict(axes), is_leaf=lambda x: isinstance(x, tuple))
 
 
-def _adamw(options: OptimizerConfig, axes: Mapping[str, Any]) -> Parts:
+def _adamw(options: OptimizerConfig, axes: Mapping[str, Any]) -> optax.GradientTransformation:
     """Loshchilov & Hutter 2019."""
-    return (
-        optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps, mu_dtype=options.moments_dtype),
-    )
+    return optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps, mu_dtype=options.moments_dtype)
 
 
-def _adafactor(options: OptimizerConfig, axes: Mapping[str, Any]) -> Parts:
+def _adafactor(options: OptimizerConfig, axes: Mapping[str, Any]) -> optax.GradientTransformation:
     """Shazeer & Stern 2018: second moments of rows and columns alone, no first moment.
 
     Updates are clipped at a root mean square of 1 and, unlike there, not scaled by the parameter's own: the learning
     rate means what it means for AdamW.
     """
-    return (each_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), axes),)
+    return each_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), axes)
 
 
 def each_layer(
@@ -54,29 +53,23 @@ def each_layer(
         init=jax.vmap(inner.init),
         update=lambda gradient, state, params=None: jax.vmap(inner.update)(gradient, state, params),
     )
-    kinds = jax.tree.map(
-        lambda names: "stacked" if "layers" in names else "whole",
-        dict(axes),
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+    kinds = _by_axes(lambda names: "stacked" if "layers" in names else "whole", axes)
     return optax.partition({"stacked": stacked, "whole": inner}, kinds)
 
 
-def _muon(options: OptimizerConfig, axes: Mapping[str, Any]) -> Parts:
+def _muon(options: OptimizerConfig, axes: Mapping[str, Any]) -> optax.GradientTransformation:
     """Jordan et al. 2024 for the layers' matrices, Adam for embedding, head and norm scales.
 
     Updates are scaled to AdamW's usual root mean square of 0.2 (Liu et al. 2025), so one learning rate serves both.
     """
-    return (
-        contrib.muon(
-            learning_rate=-1.0,  # the rate and its sign come later, for all optimizers alike
-            eps=options.eps,
-            mu_dtype=options.moments_dtype,
-            adam_b1=options.b1,
-            adam_b2=options.b2,
-            muon_weight_dimension_numbers=matrices(axes),
-            consistent_rms=0.2,
-        ),
+    return contrib.muon(
+        learning_rate=-1.0,  # the rate and its sign come later, for all optimizers alike
+        eps=options.eps,
+        mu_dtype=options.moments_dtype,
+        adam_b1=options.b1,
+        adam_b2=options.b2,
+        muon_weight_dimension_numbers=matrices(axes),
+        consistent_rms=0.2,
     )
 
 
@@ -92,11 +85,11 @@ def matrices(axes: Mapping[str, Any]) -> dict[str, Any]:
         )
         return contrib.MuonDimensionNumbers(reduction_axis=(width,), output_axis=others)
 
-    return jax.tree.map(numbers, dict(axes), is_leaf=lambda x: isinstance(x, tuple))
+    return _by_axes(numbers, axes)
 
 
 # config.optimizer.name -> (options, logical axes) -> what turns a clipped gradient into a direction
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Mapping[str, Any]], Parts]] = {
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Mapping[str, Any]], optax.GradientTransformation]] = {
     "adamw": _adamw,
     "adafactor": _adafactor,
     "muon": _muon,
@@ -117,7 +110,7 @@ def make_optimizer(
         clip = options.clip_norm
         update = optax.chain(
             optax.clip_by_global_norm(clip) if clip else optax.identity(),
-            *OPTIMIZERS[options.name](options, axes),
+            OPTIMIZERS[options.name](options, axes),
             optax.add_decayed_weights(options.weight_decay, mask=decayed(axes)),
             optax.scale_by_learning_rate(learning_rate),
         )

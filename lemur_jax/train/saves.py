@@ -1,6 +1,5 @@
 """The checkpoints of one run: where it starts, when it saves, and where it goes back to."""
 
-import contextlib
 import enum
 import logging
 import time
@@ -67,14 +66,12 @@ class Saves:
         )
         self._early = False  # a save failed or is late: the next is made out of turn
         self._saved_at = time.monotonic()
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Saves":
-        self._stack.enter_context(self._checkpoints)
         return self
 
-    def __exit__(self, *error) -> None:
-        self._stack.__exit__(*error)
+    def __exit__(self, *_) -> None:
+        self._checkpoints.close()
 
     def first_state(self, at_most: int | None = None, frozen: Any = None) -> tuple[TrainState, int]:
         """The state of the newest checkpoint that is whole and its step, or a fresh state and 0.

@@ -31,23 +31,11 @@ def abstract_params(model: DecoderConfig, dtype: str, mesh: Mesh) -> Any:
     """The parameters as ShapeDtypeStructs with their shardings; UserError: a leaf has no rule, or the mesh does not
     divide it.
     """
-    params = decoder.abstract_params(model, dtype)
-    return jax.tree.map(_with_sharding, params, param_shardings(mesh, params, decoder.logical_axes(model)))
+    return _place(decoder.abstract_params(model, dtype), decoder.logical_axes(model), mesh)
 
 
-def abstract_adapter(options: AdapterConfig, model: DecoderConfig, dtype: str, mesh: Mesh) -> Any:
-    """As `abstract_params`, of the adapter."""
-    params = lora.abstract_adapter(options, model, dtype)
-    return jax.tree.map(
-        _with_sharding, params, param_shardings(mesh, params, lora.logical_axes(options, model))
-    )
-
-
-def abstract_frozen(model: DecoderConfig, dtype: str, mesh: Mesh) -> Any:
-    """As `abstract_params`; with dtype "int8" matrices are quantized and the rest is bfloat16."""
-    if dtype != "int8":
-        return abstract_params(model, dtype, mesh)
-    return quantize(model, mesh, abstract_params(model, "bfloat16", mesh))
+def _place(params: Any, axes: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(_with_sharding, params, param_shardings(mesh, params, axes))
 
 
 def abstract_state(
@@ -82,10 +70,13 @@ def run_state(
 
     `frozen` is abstract: what is not trained, if there is no adapter.
     """
-    if adapter.rank:
-        frozen = abstract_frozen(model, adapter.base_dtype, mesh)
-        return abstract_state(abstract_adapter(adapter, model, dtype, mesh), optimizer, mesh, frozen)
-    params = abstract_params(model, dtype, mesh)
+    if not adapter.rank:
+        return abstract_state(abstract_params(model, dtype, mesh), optimizer, mesh, frozen)
+    int8 = adapter.base_dtype == "int8"
+    frozen = abstract_params(model, "bfloat16" if int8 else adapter.base_dtype, mesh)
+    if int8:
+        frozen = quantize(model, mesh, frozen)
+    params = _place(lora.abstract_adapter(adapter, model, dtype), lora.logical_axes(adapter, model), mesh)
     return abstract_state(params, optimizer, mesh, frozen)
 
 
