@@ -133,20 +133,22 @@ def _train(args) -> int:
     config = load(args.config, args.overrides).with_counts()
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster import coordination
-    from lemur_jax.cluster.exit import TRY_AGAIN
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.telemetry.profiler import parse_steps
-    from lemur_jax.train.loop import finished, train
+    from lemur_jax.train.loop import train
 
     profile = parse_steps(args.profile) if args.profile else range(0)
     with host_watchdog(config.hosts.lost_seconds):
         coordination.agree("the config", config.fingerprint(), config.hosts.connect_seconds)
-        train(config, args.workdir, profile=profile, extend=args.extend)
-    # A run that saved and stopped because its machine goes away has not failed, but it is not finished either.
-    # Launchers tell the two apart by the exit status.
-    if os.environ.get("LEMUR_RELAUNCH") == "1" and not finished(config, args.workdir):
-        return TRY_AGAIN
-    return 0
+        stopped = train(config, args.workdir, profile=profile, extend=args.extend)
+    return _status(stopped)
+
+
+def _status(stopped: bool) -> int:
+    """A run that saved and stopped because its machine goes away has not failed: launchers start it again."""
+    from lemur_jax.cluster.exit import TRY_AGAIN
+
+    return TRY_AGAIN if stopped and os.environ.get("LEMUR_RELAUNCH") == "1" else 0
 
 
 def _rl(args) -> int:
@@ -154,14 +156,13 @@ def _rl(args) -> int:
 
     config = load(args.config, args.overrides)
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
-    from lemur_jax.cluster.exit import TRY_AGAIN
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.rl.run import open_inputs
     from lemur_jax.train.loop import train
 
     with host_watchdog(config.hosts.lost_seconds):
         stopped = train(config, args.workdir, open_inputs=open_inputs, extend=args.extend)
-    return TRY_AGAIN if stopped and os.environ.get("LEMUR_RELAUNCH") == "1" else 0
+    return _status(stopped)
 
 
 def _sweep(args) -> int:
@@ -177,7 +178,6 @@ def _sweep(args) -> int:
             print(command(args.config, args.overrides, run, args.workdir))
         return 0
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
-    from lemur_jax.cluster.exit import TRY_AGAIN
     from lemur_jax.sweep.merging import plan_merges
     from lemur_jax.sweep.results import markdown_table
     from lemur_jax.sweep.runner import sweep
@@ -188,9 +188,7 @@ def _sweep(args) -> int:
         print(
             f"{markdown_table(found)}\nwrote {args.workdir}/index.html, table.md, pareto.svg and results.json"
         )
-    elif os.environ.get("LEMUR_RELAUNCH") == "1":
-        return TRY_AGAIN  # stopped, as a run that is not finished
-    return 0
+    return _status(stopped=not found)
 
 
 def _doctor(args) -> None:

@@ -16,7 +16,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
 from lemur_jax.train.config import EvalConfig, InitConfig
 from lemur_jax.train.inputs import open_run_mixture
-from lemur_jax.train.loop import finished, train
+from lemur_jax.train.loop import train
 from lemur_jax.train.workdir import claim, config_changes
 
 logger = logging.getLogger(__name__)
@@ -50,11 +50,7 @@ def sweep(
         directory = run.directory(workdir)
         config_changes(config.to_json(), directory)  # refuses a run of another config
         claim(config.to_json(), directory)
-        where = f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}"
-        if finished(config, directory):
-            logger.info("%s: already finished", where)
-            continue
-        logger.info("%s", where)
+        logger.info("run %d of %d: %s, seed %d", number, len(runs), run.variant, run.seed)
         if train(config, directory, build=build):
             logger.info("stopped; the same command continues from there")
             return None

@@ -18,7 +18,6 @@ from lemur_jax.data.loader import chosen_rows, held_out_batches
 from lemur_jax.data.mixture import open_rows
 from lemur_jax.data.rows import Rows
 from lemur_jax.parallel.rules import batch_sharding, batch_ways
-from lemur_jax.telemetry.metrics import Record
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.balance import balance, group_ratios
 from lemur_jax.train.config import EvalConfig, InitConfig
@@ -94,14 +93,6 @@ class EvaluationSteps:
             return self.at_start
         return step == self.last or due(step, self.compared_every) or due(step, self.every)
 
-    def unscored(self, records: Sequence[Record], step: int) -> set[str]:
-        """Tasks that must be scored before a run continues from a step, given its records.
-
-        That is so at the first start, and where a request to stop came during an evaluation.
-        """
-        scored = {r["task"] for r in records if r.get("kind") == "eval" and r["step"] == step}
-        return set(self.tasks) - scored if scored or self.is_regular(step) else set()
-
 
 def evaluation_steps(
     options: EvalConfig, checkpoint: CheckpointConfig, init: InitConfig, last: int
@@ -172,7 +163,7 @@ class Evaluations:
         should_stop: Callable[[], bool] = lambda: False,
     ):
         self._program, self._options, self._steps, self._held_out = program, options, steps, held_out
-        self._records, self._writer = history.records, history.writer
+        self._writer = history.writer
         self._batch_rows = options.batch_rows or batch_rows
         self._should_stop = should_stop
         # Bits per byte by step and task.
@@ -182,9 +173,13 @@ class Evaluations:
                 self._bits[record["step"]][record["task"]] = record["bits_per_byte"]
 
     def unscored(self, step: int) -> list[str]:
-        """Tasks that an earlier process should have scored at this step; all hosts call it and get the same."""
-        missing = self._steps.unscored(self._records, step) if is_primary() else set()
-        return [task for task in self._steps.tasks if any_host(task in missing)]
+        """Tasks that must be scored before the run continues from a step; all hosts call it and get the same.
+
+        That is so at the first start, and where a request to stop came during an evaluation.
+        """
+        scored = self._bits[step]
+        needed = is_primary() and (bool(scored) or self._steps.is_regular(step))
+        return [task for task in self._steps.tasks if any_host(needed and task not in scored)]
 
     def due(self, step: int, save_is_regular: bool) -> bool:
         """Whether to score after this update.

@@ -18,7 +18,6 @@ from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig
 from lemur_jax.models.decoder import num_params
-from lemur_jax.telemetry.metrics import METRICS_FILE, read_metrics
 from lemur_jax.telemetry.profiler import check_steps, trace_steps
 from lemur_jax.train import step
 from lemur_jax.train.evaluate import Evaluations, evaluation_steps
@@ -176,17 +175,6 @@ def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
         last=config.train.steps,
         rollouts=inputs.rollouts,
     )
-
-
-def finished(config: RunConfig, workdir: epath.PathLike) -> bool:
-    """Whether the checkpoint of the last step exists, and its held-out evaluation."""
-    workdir, last = epath.Path(workdir), config.train.steps
-    if not (workdir / "checkpoints" / str(last)).exists():
-        return False
-    if config_changes(config.to_json(), workdir, extend=True):
-        return False
-    records = read_metrics(workdir) if (workdir / METRICS_FILE).exists() else []
-    return not evaluation_steps(config.eval, config.checkpoint, config.init, last).unscored(records, last)
 
 
 def score_before_the_first_step(

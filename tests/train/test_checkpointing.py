@@ -17,7 +17,6 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import load
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.train.evaluate import Evaluations
-from lemur_jax.train.loop import finished
 from lemur_jax.train.saves import Saves
 from tests.helpers.runs import asked_at, final_params, run_in_process, without_clock
 
@@ -186,21 +185,18 @@ def test_an_evaluation_that_sigterm_breaks_off_is_made_first_at_the_next_start(
     train, tmp_path, monkeypatch, undisturbed, poll, stopped, scored
 ):
     run = tmp_path / "run"
-    config = load("config.py", [f"--config.{key}={value}" for key, value in EVALUATED.items()])
     for when in (poll, 1):  # at the next start again
         with monkeypatch.context() as sigterm:
             sigterm.setattr(Interruption, "reached", asked_at(when))
             lines = train(run, **EVALUATED)
         assert steps_in(run)[1][-1] == stopped
         assert [r["task"] for r in read_metrics(run) if r["kind"] == "eval"] == scored
-        assert not finished(config, run)
     assert (
         lines[-1] == f"SIGTERM: no step was made after step {stopped}; the same command continues from there"
     )
     train(run, **EVALUATED)
     assert without_clock(read_metrics(run)) == without_clock(read_metrics(undisturbed))
     assert steps_in(run)[1][-1] == 4
-    assert finished(config, run)
     assert "already finished" in train(run, **EVALUATED)[0]
 
 

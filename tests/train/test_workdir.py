@@ -1,4 +1,4 @@
-"""Whose workdir it is, and whether its run is finished."""
+"""Whose workdir it is, and with which status its run ends."""
 
 import contextlib
 import json
@@ -13,7 +13,6 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import replace
 from lemur_jax.data.config import SourceConfig, StageConfig
 from lemur_jax.train import loop
-from lemur_jax.train.loop import finished
 from lemur_jax.train.workdir import check_changes, claim, config_changes
 from tests.helpers.tiny import tiny_config
 
@@ -97,30 +96,18 @@ def test_a_mistake_in_the_first_parameters_can_be_mended_in_the_same_workdir(
     assert "belongs to another config: init.checkpoint was ''" in capsys.readouterr().err
 
 
-def test_finished_means_the_last_step_is_saved(tmp_path):
-    config = tiny_config()
-    assert not finished(config, tmp_path)
-    (tmp_path / "checkpoints" / str(config.train.steps - 1)).mkdir(parents=True)
-    assert not finished(config, tmp_path)
-    (tmp_path / "checkpoints" / str(config.train.steps)).mkdir()
-    assert finished(config, tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("relaunch", "saved", "status"), [("1", 10, 0), ("1", 9, TRY_AGAIN), ("", 9, 0)], ids=str
+    ("relaunch", "stopped", "status"), [("1", False, 0), ("1", True, TRY_AGAIN), ("", True, 0)], ids=str
 )
-def test_launchers_see_whether_a_run_that_stopped_is_finished(tmp_path, monkeypatch, relaunch, saved, status):
+def test_launchers_see_whether_a_run_was_stopped(tmp_path, monkeypatch, relaunch, stopped, status):
     path = tmp_path / "c.py"
     path.write_text(
         "from ml_collections import ConfigDict\n"
         "from tests.helpers.tiny import tiny_config\ndef get_config(arg=''): return ConfigDict(tiny_config().to_json())"
     )
 
-    def train(config, workdir, **_):
-        (tmp_path / "checkpoints" / str(saved)).mkdir(parents=True)
-
     monkeypatch.setenv("LEMUR_RELAUNCH", relaunch)
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(loop, "train", lambda *_, **__: stopped)
     assert cli.main(["train", "--config", str(path), "--workdir", str(tmp_path)]) == status
 
 
