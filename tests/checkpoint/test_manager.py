@@ -72,16 +72,6 @@ def test_other_model_is_refused_by_leaf(saved, model, words):
         manager.restore_params(saved[0], program.state.params)
 
 
-def test_optimizer_of_another_dtype_is_refused(saved):
-    config = tiny_config({"optimizer.moments_dtype": "bfloat16"})
-    program = program_on((1, 1, 1, 1), config)
-    checkpoints = manager.Checkpoints(saved[0] / "checkpoints", keep=2)
-    with pytest.raises(
-        UserError, match=r"optimizer: inner_state/1/mu/.* is float32, this config wants bfloat16"
-    ):
-        checkpoints.restore(3, program.state.params, program.state.optimizer)
-
-
 def test_one_slice_reads_and_sends_to_the_others(saved, monkeypatch):
     """With two slices of four devices, each array is restored by Orbax's handler that reads on the first."""
     workdir, state = saved

@@ -2,8 +2,8 @@
 
 import contextlib
 import errno
+import functools
 import os
-import resource
 import signal
 import threading
 import types
@@ -17,8 +17,10 @@ import pytest
 from lemur_jax.checkpoint import manager
 from lemur_jax.checkpoint.streaming import Streamed
 from lemur_jax.common.errors import UserError
+from tests.helpers.limits import files_of_at_most
 
 METADATA = manager.make_metadata(model={}, tokenizer_files={})
+full_disk = functools.partial(files_of_at_most, 4096)
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +84,6 @@ def test_a_save_that_waits_for_the_one_before_it_says_so(state, tmp_path, monkey
     assert messages(caplog) == [
         f"the checkpoint of step 1 is not yet written to {tmp_path} after 0.1 s: waiting for its end"
     ]
-
-
-@contextlib.contextmanager
-def full_disk():
-    """The system refuses to let any file grow over 4 kB."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, old)
 
 
 @contextlib.contextmanager

@@ -77,17 +77,6 @@ def test_greedy_takes_the_best_whatever_the_filters(logits):
     np.testing.assert_allclose(logprobs, torch.tensor(logits).log_softmax(-1).max(-1).values, atol=1e-5)
 
 
-def test_a_row_draws_alike_in_any_batch(logits):
-    knobs = Sampling(temperature=2.0, seed=5).knobs()
-    seeds, positions = jnp.arange(B, dtype=jnp.uint32), jnp.arange(B) + 10
-    tokens, _ = choose(jnp.asarray(logits), knobs, seeds, positions, NONE)
-    some = np.array([9, 2, 4])
-    again, _ = choose(jnp.asarray(logits[some]), knobs, seeds[some], positions[some], NONE[some])
-    np.testing.assert_array_equal(again, tokens[some])
-    later, _ = choose(jnp.asarray(logits), knobs, seeds, positions + 1, NONE)
-    assert (np.asarray(later) != tokens).sum() > B // 3
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -92,14 +92,6 @@ def test_formula_counts_the_products_of_a_traced_llama(backward):
     assert product_flops(traced.jaxpr) == expected
 
 
-def test_causal_attention_counts_the_pairs_of_the_triangle():
-    T = 7
-    pairs = sum(1 for query in range(T) for key in range(T) if key <= query)
-    full, causal = (flops_per_token(SMALL, T, causal=causal) for causal in (False, True))
-    assert causal.attention * T / pairs == pytest.approx(full.attention * T / T**2)
-    assert (causal.projections, causal.mlp, causal.head) == (full.projections, full.mlp, full.head)
-
-
 def test_a_tied_head_is_computed():
     tied = DecoderConfig(**{**SMALL.to_dict(), "tie_word_embeddings": True})
     assert flops_per_token(tied, 8) == flops_per_token(SMALL, 8)

@@ -1,10 +1,8 @@
 """The metrics file through kills, resumes, full disks and object stores."""
 
-import contextlib
 import json
 import math
 import random
-import resource
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.telemetry import metrics
 from lemur_jax.telemetry.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from tests.helpers.limits import files_of_at_most
 
 
 def train(step: int, **fields):
@@ -111,17 +110,6 @@ def test_missing_or_unwritable_places_are_one_line(tmp_path):
         read_metrics(tmp_path / "file")
     with pytest.raises(UserError, match=r"cannot write .*file/metrics.jsonl"):
         MetricsWriter(tmp_path / "file")
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """The system lets no file of this process grow over so many bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk_is_told_once_and_costs_no_record(tmp_path, caplog):
