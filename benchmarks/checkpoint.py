@@ -32,7 +32,8 @@ def main() -> None:
     import numpy as np
 
     from lemur_jax.checkpoint.digest import leaf_digests
-    from lemur_jax.checkpoint.manager import Checkpoints, make_metadata
+    from lemur_jax.checkpoint.manager import Checkpoints
+    from lemur_jax.checkpoint.metadata import make_metadata
     from lemur_jax.config import RunConfig, replace
     from lemur_jax.models import decoder
     from lemur_jax.models.presets import preset

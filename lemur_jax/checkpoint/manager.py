@@ -22,35 +22,14 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from lemur_jax.checkpoint.digest import leaf_digests, on_host
-from lemur_jax.checkpoint.metadata import Damaged, check_leaves, make_metadata, seal, tokenizer_files
-from lemur_jax.checkpoint.reading import (
-    open_manager,
-    read_metadata,
-    restore_item,
-    restore_metadata,
-    restore_params,
-    steps_in,
-    suggest_other_steps,
-)
-from lemur_jax.checkpoint.streaming import write_params
+from lemur_jax.checkpoint.metadata import Damaged, check_leaves, seal
+from lemur_jax.checkpoint.reading import open_manager, restore_item, restore_metadata
 from lemur_jax.cluster import coordination, hosts
 from lemur_jax.cluster.watchdog import end_all_hosts
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import absolute, is_object_store
 
 logger = logging.getLogger(__name__)
-
-__all__ = (
-    "Checkpoints",
-    "Damaged",
-    "make_metadata",
-    "read_metadata",
-    "restore_params",
-    "steps_in",
-    "suggest_other_steps",
-    "tokenizer_files",
-    "write_params",
-)
 
 _LOG_SECONDS = 60.0  # of waiting for a save, after which it is logged
 _LAST_WRITES_SECONDS = 3.0  # for threads of a failed save that still write

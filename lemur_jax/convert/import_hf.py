@@ -10,8 +10,8 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
-from lemur_jax.checkpoint.manager import make_metadata, write_params
-from lemur_jax.checkpoint.streaming import Streamed
+from lemur_jax.checkpoint.metadata import make_metadata
+from lemur_jax.checkpoint.streaming import Streamed, write_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import layout
 from lemur_jax.convert.directory import check_target, staged

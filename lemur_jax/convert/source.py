@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from lemur_jax.checkpoint.manager import read_metadata, restore_params, tokenizer_files
+from lemur_jax.checkpoint.metadata import tokenizer_files
+from lemur_jax.checkpoint.reading import read_metadata, restore_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.hub import local_model
 from lemur_jax.convert.hf_config import read_config, read_json

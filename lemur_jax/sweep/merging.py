@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lemur_jax.checkpoint.manager import restore_params
+from lemur_jax.checkpoint.reading import restore_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.parallel.mesh import make_mesh

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lemur_jax.checkpoint.manager import make_metadata
+from lemur_jax.checkpoint.metadata import make_metadata
 from lemur_jax.cluster.coordination import barrier
 from lemur_jax.cluster.hosts import is_primary
 from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock

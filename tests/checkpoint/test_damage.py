@@ -12,11 +12,14 @@ import pytest
 from etils import epath
 
 from lemur_jax.checkpoint import listing, manager
+from lemur_jax.checkpoint.metadata import Damaged, make_metadata
+from lemur_jax.checkpoint.reading import read_metadata, restore_params, steps_in
+from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.export_hf import export_hf
 from tests.helpers.tiny import first_state, program_on
 
-METADATA = manager.make_metadata(model={"vocab_size": 512}, tokenizer_files={"tokenizer.model": b"abc"})
+METADATA = make_metadata(model={"vocab_size": 512}, tokenizer_files={"tokenizer.model": b"abc"})
 PROGRAM = program_on((1, 1, 1, 1))
 
 
@@ -151,7 +154,7 @@ def test_an_error_that_passes_is_no_damage(run, monkeypatch, error):
     monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
     with pytest.raises(UserError, match=r"/9, .* cannot be read now") as caught:
         restore_newest(run[0])
-    assert not isinstance(caught.value, manager.Damaged)
+    assert not isinstance(caught.value, Damaged)
     assert listing.verify(epath.Path(run[0]), 9).startswith("NOT VERIFIED: ")
     assert sorted(run[0].rglob("*")) == before
 
@@ -162,19 +165,17 @@ def test_who_names_a_damaged_step_hears_of_the_others(run, tmp_path):
     for file in (copy / "9" / "metadata").iterdir():
         truncate(file)
     for read in (
-        lambda: manager.read_metadata(copy),
-        lambda: manager.restore_params(copy, PROGRAM.state.params),
+        lambda: read_metadata(copy),
+        lambda: restore_params(copy, PROGRAM.state.params),
         lambda: export_hf(copy, tmp_path / "out"),
     ):
-        with pytest.raises(
-            manager.Damaged, match=r"copy/9.* is damaged.*; there are also steps 5 \(--step\)$"
-        ):
+        with pytest.raises(Damaged, match=r"copy/9.* is damaged.*; there are also steps 5 \(--step\)$"):
             read()
     with pytest.raises(UserError, match=r"no finished checkpoint in .*copy/5: name .*/copy and --step 5$"):
-        manager.read_metadata(copy / "5")
+        read_metadata(copy / "5")
     shutil.rmtree(copy / "5")
-    with pytest.raises(manager.Damaged) as caught:
-        manager.read_metadata(copy)
+    with pytest.raises(Damaged) as caught:
+        read_metadata(copy)
     assert "--step" not in str(caught.value)
 
 
@@ -216,7 +217,7 @@ def test_values_that_are_not_finite_are_not_saved(tmp_path):
         assert checkpoints.latest_step() == 2
         assert {p.name for p in tmp_path.iterdir()} == {"2"}
         save(4, state.params)
-    assert manager.steps_in(tmp_path)[1] == [4]
+    assert steps_in(tmp_path)[1] == [4]
 
 
 def with_nan(params):
@@ -227,9 +228,9 @@ def with_nan(params):
 
 def test_values_that_are_not_finite_are_not_restored(tmp_path):
     bad = with_nan(first_state(PROGRAM).params)
-    manager.write_params(tmp_path / "imported", bad, METADATA)
-    with pytest.raises(manager.Damaged, match="layers/mlp/up has values that are not finite"):
-        manager.restore_params(tmp_path / "imported", PROGRAM.state.params)
+    write_params(tmp_path / "imported", bad, METADATA)
+    with pytest.raises(Damaged, match="layers/mlp/up has values that are not finite"):
+        restore_params(tmp_path / "imported", PROGRAM.state.params)
     said = listing.verify(epath.Path(tmp_path / "imported"), 0)
     assert said == "DAMAGED: params: layers/mlp/up has values that are not finite"
 
@@ -240,5 +241,5 @@ def test_other_format_is_told_apart(run, tmp_path):
     file.write_text(file.read_text().replace('"format": 2', '"format": 1'))
     with pytest.raises(UserError, match="has checkpoint format 1, this version reads 2") as caught:
         restore_newest(tmp_path / "c")
-    assert not isinstance(caught.value, manager.Damaged)
+    assert not isinstance(caught.value, Damaged)
     assert {p.name for p in (tmp_path / "c").iterdir()} == {"5", "9"}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.checkpoint import listing, manager
+from lemur_jax.checkpoint.metadata import make_metadata
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 
@@ -21,7 +22,7 @@ def run(tmp_path_factory):
     with manager.Checkpoints(path) as checkpoints:
         for step, rows in ((3, 8), (6, 16)):
             config = {"train": {"batch_rows": rows, "steps": 9}, "seed": 1}
-            metadata = manager.make_metadata(model={}, tokenizer_files={}, config=config)
+            metadata = make_metadata(model={}, tokenizer_files={}, config=config)
             checkpoints.save(step, params, optimizer, metadata)
     return path.parent
 

@@ -6,10 +6,13 @@ import pytest
 from orbax.checkpoint import type_handlers
 
 from lemur_jax.checkpoint import manager
+from lemur_jax.checkpoint.metadata import make_metadata, tokenizer_files
+from lemur_jax.checkpoint.reading import read_metadata, restore_params
+from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
 from tests.helpers.tiny import first_state, program_on, tiny_config
 
-METADATA = manager.make_metadata(
+METADATA = make_metadata(
     model={"vocab_size": 512},
     tokenizer_files={"tokenizer.model": b"\x00\xff"},
     config={"seed": 1},
@@ -47,16 +50,16 @@ def test_restores_the_same_bits_onto_any_mesh(saved, shape):
 
 def test_parameters_alone_and_metadata(saved):
     workdir, state = saved
-    equal(manager.restore_params(workdir, program_on((1, 8, 1, 1)).state.params), state.params)
-    metadata = manager.read_metadata(workdir, 2)
+    equal(restore_params(workdir, program_on((1, 8, 1, 1)).state.params), state.params)
+    metadata = read_metadata(workdir, 2)
     assert metadata["step"] == 2
     assert metadata["config"] == {"seed": 1}
-    assert manager.tokenizer_files(metadata) == {"tokenizer.model": b"\x00\xff"}
+    assert tokenizer_files(metadata) == {"tokenizer.model": b"\x00\xff"}
 
 
 def test_dropped_step_is_refused_and_the_others_named(saved):
     with pytest.raises(UserError, match="no checkpoint of step 1 .* 2, 3"):
-        manager.read_metadata(saved[0], 1)
+        read_metadata(saved[0], 1)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +72,7 @@ def test_dropped_step_is_refused_and_the_others_named(saved):
 def test_other_model_is_refused_by_leaf(saved, model, words):
     program = program_on((1, 1, 1, 1), tiny_config(**model))
     with pytest.raises(UserError, match=words):
-        manager.restore_params(saved[0], program.state.params)
+        restore_params(saved[0], program.state.params)
 
 
 def test_one_slice_reads_and_sends_to_the_others(saved, monkeypatch):
@@ -99,8 +102,8 @@ def test_one_slice_reads_and_sends_to_the_others(saved, monkeypatch):
 
 def test_parameters_alone_hold_no_optimizer(tmp_path):
     state = first_state(program_on((1, 1, 1, 1)))
-    manager.write_params(tmp_path / "imported", state.params, METADATA)
-    equal(manager.restore_params(tmp_path / "imported", state.params), state.params)
+    write_params(tmp_path / "imported", state.params, METADATA)
+    equal(restore_params(tmp_path / "imported", state.params), state.params)
     checkpoints = manager.Checkpoints(tmp_path / "imported")
     with pytest.raises(UserError, match="optimizer: there is none"):
         checkpoints.restore(0, state.params, state.optimizer)
@@ -108,6 +111,6 @@ def test_parameters_alone_hold_no_optimizer(tmp_path):
 
 def test_no_checkpoint_there(tmp_path):
     with pytest.raises(UserError, match="no checkpoint directory"):
-        manager.read_metadata(tmp_path / "none")
+        read_metadata(tmp_path / "none")
     with pytest.raises(UserError, match="no finished checkpoint"):
-        manager.read_metadata(tmp_path)
+        read_metadata(tmp_path)

@@ -15,11 +15,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lemur_jax.checkpoint import manager
-from lemur_jax.checkpoint.streaming import Streamed
+from lemur_jax.checkpoint.metadata import make_metadata
+from lemur_jax.checkpoint.reading import steps_in
+from lemur_jax.checkpoint.streaming import Streamed, write_params
 from lemur_jax.common.errors import UserError
 from tests.helpers.limits import files_of_at_most
 
-METADATA = manager.make_metadata(model={}, tokenizer_files={})
+METADATA = make_metadata(model={}, tokenizer_files={})
 full_disk = functools.partial(files_of_at_most, 4096)
 
 
@@ -50,7 +52,7 @@ def test_keeps_newest_every_fourth_and_the_best(state, tmp_path):
     with manager.Checkpoints(tmp_path, keep=2, keep_every=4, keep_best=1) as checkpoints:
         for step, loss in enumerate([3.0, 2.0, 1.0, 4.0, 5.0, None, 6.0, None, None], start=1):
             checkpoints.save(step, small, small, METADATA, loss)
-    assert manager.steps_in(tmp_path)[1] == [3, 4, 8, 9]
+    assert steps_in(tmp_path)[1] == [3, 4, 8, 9]
 
 
 def test_save_returns_before_the_files_are_there_and_the_arrays_may_be_overwritten(tmp_path, slow_storage):
@@ -67,7 +69,7 @@ def test_save_returns_before_the_files_are_there_and_the_arrays_may_be_overwritt
         trees = jax.block_until_ready(doubled(trees))
         assert not (tmp_path / "1").exists()
         with pytest.raises(UserError, match="no finished checkpoint"):
-            manager.steps_in(tmp_path)
+            steps_in(tmp_path)
         checkpoints.poll()  # does not wait
         slow_storage.set()
         checkpoints.wait()
@@ -112,7 +114,7 @@ def test_refused_writes_are_reported_and_tried_again(state, tmp_path, caplog, re
         assert "step 2 could not be saved" in warning
         assert "failure 1 of at most 3" in warning
         assert "newest one there is of step 1" in warning
-        assert manager.steps_in(tmp_path)[1] == [1]
+        assert steps_in(tmp_path)[1] == [1]
         checkpoints.save(2, state.params, state.optimizer, METADATA)
         checkpoints.wait()
         assert not checkpoints.failed
@@ -145,7 +147,7 @@ def test_an_interrupted_import_does_not_go_on_to_its_end(tmp_path):
     threads = threading.active_count()
     try:
         with pytest.raises(KeyboardInterrupt):
-            manager.write_params(tmp_path, {"w": leaf}, METADATA)
+            write_params(tmp_path, {"w": leaf}, METADATA)
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(read) < 50

@@ -13,15 +13,9 @@ import torch
 import transformers
 
 from lemur_jax.checkpoint.digest import RunningDigest
-from lemur_jax.checkpoint.manager import (
-    Damaged,
-    make_metadata,
-    read_metadata,
-    restore_params,
-    write_params,
-)
-from lemur_jax.checkpoint.metadata import Leaf
-from lemur_jax.checkpoint.reading import read_slices
+from lemur_jax.checkpoint.metadata import Damaged, Leaf, make_metadata
+from lemur_jax.checkpoint.reading import read_metadata, read_slices, restore_params
+from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import export_hf as export_module
 from lemur_jax.convert import layout

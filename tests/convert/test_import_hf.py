@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from etils import epath
 
-from lemur_jax.checkpoint.manager import read_metadata, restore_params, tokenizer_files
+from lemur_jax.checkpoint.metadata import tokenizer_files
+from lemur_jax.checkpoint.reading import read_metadata, restore_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import safetensors as safetensors_module
 from lemur_jax.convert.hf_config import read_config

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from lemur_jax.checkpoint.manager import read_metadata
+from lemur_jax.checkpoint.reading import read_metadata
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import export_hf as export_module

@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from lemur_jax.checkpoint import manager
+from lemur_jax.checkpoint.metadata import tokenizer_files
+from lemur_jax.checkpoint.reading import read_metadata
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import vocabulary
@@ -142,8 +143,8 @@ def test_the_recipes_path_as_documented(make_model, tokenizer_dir, tmp_path, mon
                 table[400:].double(), mean.expand(rows - 400, -1), atol=1e-3, rtol=2**-8
             )
         assert torch.equal(table_of(tmp_path / directory, "lm_head.weight")[:400], old)
-    assert manager.read_metadata("plain")["model"]["vocab_size"] == 400
-    assert Tokenizer.from_files(manager.tokenizer_files(manager.read_metadata("plain"))).added_tokens == {}
+    assert read_metadata("plain")["model"]["vocab_size"] == 400
+    assert Tokenizer.from_files(tokenizer_files(read_metadata("plain"))).added_tokens == {}
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_names_of_added_tokens_are_stripped(make_model, tokenizer_dir, tmp_path,
     said = "lemur import-hf: --add-tokens takes names with commas between, the other two numbers 0 or above\n"
     assert capsys.readouterr().err.endswith(2 * said)
     assert main([*words, "<x>, <y>"]) == 0
-    files = manager.tokenizer_files(manager.read_metadata(tmp_path / "checkpoint"))
+    files = tokenizer_files(read_metadata(tmp_path / "checkpoint"))
     assert Tokenizer.from_files(files).added_tokens == {"<x>": 400, "<y>": 401}
 
 

@@ -15,7 +15,7 @@ import uuid
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from lemur_jax.checkpoint.manager import read_metadata
+from lemur_jax.checkpoint.reading import read_metadata
 from lemur_jax.cluster.hosts import choose_platform
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.text.chat_template import CHATML_TOKENS

@@ -6,7 +6,8 @@ import pydoc
 import jax
 import pytest
 
-from lemur_jax.checkpoint.manager import make_metadata, write_params
+from lemur_jax.checkpoint.metadata import make_metadata
+from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.models import decoder
 from lemur_jax.models.presets import preset

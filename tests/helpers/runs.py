@@ -15,7 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from lemur_jax.checkpoint.manager import make_metadata, read_metadata, restore_params, write_params
+from lemur_jax.checkpoint.metadata import make_metadata
+from lemur_jax.checkpoint.reading import read_metadata, restore_params
+from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.config import load
 from lemur_jax.data.manifest import empty_manifest
 from lemur_jax.models.config import DecoderConfig

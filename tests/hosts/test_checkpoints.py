@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from lemur_jax.checkpoint.manager import read_metadata, steps_in
+from lemur_jax.checkpoint.reading import read_metadata, steps_in
 from lemur_jax.cluster.exit import TRY_AGAIN
 from lemur_jax.telemetry.metrics import read_metrics
 from tests.helpers.hosts import STEPS, final_params, finish, wait_until
@@ -85,11 +85,12 @@ hosts.join()
 import jax
 import jax.numpy as jnp
 from lemur_jax.checkpoint import manager
+from lemur_jax.checkpoint.metadata import make_metadata
 from lemur_jax.cluster.preemption import Interruption
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
 rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
 tree = {"w": jax.jit(lambda: jnp.arange(8 * 65536.0).reshape(8, -1), out_shardings=rows)()}
-metadata = manager.make_metadata(model={}, tokenizer_files={})
+metadata = make_metadata(model={}, tokenizer_files={})
 with manager.Checkpoints(sys.argv[1]) as saves, Interruption(0) as stop:
     for step in range(5000, 5004):
         assert not stop.reached()

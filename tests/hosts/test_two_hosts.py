@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from lemur_jax.checkpoint.manager import steps_in
+from lemur_jax.checkpoint.reading import steps_in
 from lemur_jax.cluster.exit import TRY_AGAIN
 from lemur_jax.telemetry.metrics import read_metrics
 from tests.helpers.hosts import STEPS, Project, final_params, finish, wait_until

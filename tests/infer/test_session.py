@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from lemur_jax.checkpoint.manager import make_metadata, write_params
+from lemur_jax.checkpoint.metadata import make_metadata
+from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.session import load, make_session

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from lemur_jax.checkpoint.manager import read_metadata, steps_in
+from lemur_jax.checkpoint.reading import read_metadata, steps_in
 from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import load

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from lemur_jax.checkpoint.manager import read_metadata, steps_in
+from lemur_jax.checkpoint.reading import read_metadata, steps_in
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.telemetry.metrics import read_metrics
