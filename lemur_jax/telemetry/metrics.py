@@ -73,7 +73,7 @@ class MetricsWriter:
         self._trackers: list[TensorBoard | WeightsAndBiases] = []
         self._remote = is_object_store(self._path)
         self._pending = b""  # not written yet
-        self._failing = self._closed = False
+        self._failing = False
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             data = self._path.read_bytes() if self._path.exists() else b""
@@ -114,10 +114,7 @@ class MetricsWriter:
             tracker.flush()
 
     def close(self) -> None:
-        """Writes what is pending and closes, UserError if that fails; may be called twice."""
-        if self._closed:
-            return
-        self._closed = True
+        """Writes what is pending and closes, UserError if that fails."""
         error = self._flush()
         if self._file:
             self._file.close()

@@ -81,7 +81,6 @@ def count_bytes(rows: Rows, chosen: np.ndarray, tokenizer: Tokenizer) -> int:
 class EvaluationSteps:
     """After which updates a run is scored."""
 
-    tasks: tuple[str, ...]  # all that are scored
     every: int  # updates between two evaluations; 0: only the last
     last: int  # the last update
     compared_every: int  # updates between two regular checkpoints compared by held-out loss; 0: none are
@@ -99,7 +98,6 @@ def evaluation_steps(
 ) -> EvaluationSteps:
     """The evaluations of a run of `last` updates."""
     return EvaluationSteps(
-        tasks=options.tasks,
         every=options.every_steps,
         last=last,
         compared_every=checkpoint.every_steps if checkpoint.keep_best else 0,
@@ -179,7 +177,7 @@ class Evaluations:
         """
         scored = self._bits[step]
         needed = is_primary() and (bool(scored) or self._steps.is_regular(step))
-        return [task for task in self._steps.tasks if any_host(needed and task not in scored)]
+        return [task for task in self._options.tasks if any_host(needed and task not in scored)]
 
     def due(self, step: int, save_is_regular: bool) -> bool:
         """Whether to score after this update.

@@ -62,8 +62,7 @@ class StepLog:
     """Collects what `Program.step` returns and writes it out in batches.
 
     Between two flushes nothing is read back, so the device always has the next step queued. `mixture` names the
-    sources, and the documents of a bad batch; without a `program` utilization is left out; `began` is
-    `time.perf_counter()` when the run began.
+    sources, and the documents of a bad batch; `began` is `time.perf_counter()` when the run began.
     """
 
     def __init__(
@@ -71,8 +70,8 @@ class StepLog:
         history: RunHistory,
         progress: Progress,
         mixture: BatchSource,
-        program: Program | None = None,
-        began: float | None = None,
+        program: Program,
+        began: float,
     ):
         self._writer = history.writer
         self._progress = progress
@@ -82,14 +81,14 @@ class StepLog:
         self._tokens = {name: history.last_train_record.get(name, 0) for name in names}
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._since = time.perf_counter()
-        self._machine = _Machine(program, mixture.batch_rows * mixture.length) if program else None
+        self._machine = _Machine(program, mixture.batch_rows * mixture.length)
         self._data_wait = 0.0
         self._taken: float | None = None  # when the batch was there that is being worked on
         self._handing = 0.0  # seconds in which steps were handed to the devices since the last flush
         # Wall seconds of the run by what they went to.
         self._spent = collections.defaultdict(float, history.spent)
         self._wall_before = self._spent.pop("wall", 0.0)
-        self._began = self._since if began is None else began
+        self._began = began
         self._spent["startup"] += self._since - self._began
         self._compiled = False
 
@@ -215,8 +214,7 @@ class StepLog:
         record["seconds"] = seconds
         if metrics.get("grad_norm_limit", 0) > 0:
             record["grad_norm_limit"] = float(metrics["grad_norm_limit"])
-        if self._machine:
-            record |= self._machine.describe(seconds)
+        record |= self._machine.describe(seconds)
         sums = zip(self._mixture.sources, metrics["source_loss"], metrics["source_weight"], strict=True)
         record |= {f"loss/{source.name}": float(loss / weight) for source, loss, weight in sums if weight > 0}
         return record

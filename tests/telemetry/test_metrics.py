@@ -65,7 +65,6 @@ def test_a_resume_neither_doubles_nor_misses_a_step(tmp_path, storage):
                 writer.sync()
                 checkpoint = step
     writer.close()
-    writer.close()
     assert (broken / METRICS_FILE).read_bytes() == (whole / METRICS_FILE).read_bytes()
     assert [path.name for path in broken.iterdir()] == [METRICS_FILE]
 

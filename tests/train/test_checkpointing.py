@@ -1,7 +1,7 @@
 """When a run saves, what SIGTERM may take, and a run that goes on with another optimizer."""
 
+import contextlib
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +18,7 @@ from lemur_jax.config import load
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.train.evaluate import Evaluations
 from lemur_jax.train.saves import Saves
+from tests.helpers.limits import files_of_at_most
 from tests.helpers.runs import asked_at, final_params, run_in_process, without_clock
 
 
@@ -56,10 +57,11 @@ def python_takes_sigint():
     """As in a terminal; a shell that starts pytest in the background ignores SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_saves_and_a_second_one_aborts(train, tmp_path, monkeypatch, python_takes_sigint):
+def test_ctrl_c_saves_and_a_second_one_aborts(train, tmp_path, monkeypatch, capfd, python_takes_sigint):
     asked = []
 
     def interrupt(*_):
@@ -70,6 +72,7 @@ def test_ctrl_c_saves_and_a_second_one_aborts(train, tmp_path, monkeypatch, pyth
     monkeypatch.setattr(Interruption, "reached", asked_at(3, interrupt))
     lines = train(tmp_path, **options)
     assert lines[-1].startswith("Ctrl-C: step 3 is saved; the same command continues from there")
+    assert "press it again to abort" in capfd.readouterr().err
     monkeypatch.setattr(Interruption, "reached", asked_at(2, lambda *_: (interrupt(), interrupt())))
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, **options)
@@ -117,21 +120,19 @@ def test_the_best_by_held_out_loss_is_kept_whatever_steps_are_evaluated(train, t
 
 def test_a_full_disk_for_some_steps_ends_nothing(train, tmp_path, monkeypatch, caplog):
     """Neither saves nor metrics can be written from step 2 on until step 5 is reached."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     write = MetricsWriter.write
+    options = {"checkpoint.every_steps": 1, "checkpoint.max_failures": 5, "log.every_steps": 1}
+    with contextlib.ExitStack() as disk:
 
-    def filled(self, record):
-        write(self, record)
-        if record["kind"] == "train" and record["step"] in (2, 5):
-            room = 600 if record["step"] == 2 else limits[1]
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        def filled(self, record):
+            write(self, record)
+            if record["kind"] == "train" and record["step"] == 2:
+                disk.enter_context(files_of_at_most(600))
+            elif record["kind"] == "train" and record["step"] == 5:
+                disk.close()
 
-    monkeypatch.setattr(MetricsWriter, "write", filled)
-    try:
-        options = {"checkpoint.every_steps": 1, "checkpoint.max_failures": 5, "log.every_steps": 1}
+        monkeypatch.setattr(MetricsWriter, "write", filled)
         lines = train(tmp_path, **options)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert any("could not be saved" in line for line in caplog.messages)
     assert any("metrics.jsonl: File too large" in line for line in lines)
     assert any("metrics.jsonl can be written again, and no record is missing" in line for line in lines)

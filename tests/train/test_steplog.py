@@ -203,7 +203,8 @@ def test_reader_is_closed_when_the_loop_is_left(clock):
             closed.append(True)
 
     mixture = types.SimpleNamespace(sources=[], batch_rows=1, length=1)
-    waiting = StepLog(RunHistory(), Keep(), mixture).waiting(batches())
+    log = StepLog(RunHistory(), Keep(), mixture, program("cpu", 1), clock.now)
+    waiting = log.waiting(batches())
     next(waiting)
     waiting.close()
     assert closed == [True]
