@@ -71,10 +71,8 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
     if record.get("error"):
         return _bad_record(record, name, **json.loads(record["error"]))
     try:
-        content = next((key for key in ("messages", "preferences") if key in record), "")
-        messages = _messages(record[content]) if content else None
-        text = record["text"].decode("utf-8") if messages is None else _joined(messages)
-        if messages is None and not text.strip():
+        content, messages, text = read_content(record)
+        if content == "text" and not text.strip():
             raise ValueError("empty text")
         meta = json.loads(record.get("meta") or b"{}")
         cleaning = filters(steps)
@@ -86,7 +84,7 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
             marks = {"fingerprint": cleaning.fingerprint(text), "label": cleaning.label(meta)}
         if content == "preferences":
             return _encode_preferences(tokenizer, messages, name, marks)
-        if messages is not None:
+        if content == "messages":
             return _encode_messages(tokenizer, messages, name, marks)
     except (ValueError, UserError) as error:
         return _bad_record(record, name, "invalid UTF-8" if isinstance(error, UnicodeError) else str(error))
@@ -97,6 +95,15 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
     tokens = np.frombuffer(array.array("I", ids), np.uint32)
     n_bytes = sum(len(piece.encode()) for piece, is_control in pieces if not is_control)
     return Encoded(id=name, tokens=tokens, mask=None, n_bytes=n_bytes, **marks)
+
+
+def read_content(record: Record) -> tuple[str, Any, str]:
+    """(which feature has a document's content, its JSON value, the text); ValueError: it is not UTF-8 or JSON."""
+    for content in ("messages", "preferences"):
+        if content in record:
+            messages = _messages(record[content])
+            return content, messages, _joined(messages)
+    return "text", None, record["text"].decode("utf-8")
 
 
 def _bad_record(record: Record, name: str, reason: str, records: int = 1) -> BadRecord:

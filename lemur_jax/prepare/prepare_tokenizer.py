@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import heapq
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.progress import Progress
 from lemur_jax.prepare import tasks
-from lemur_jax.prepare.encoding import Record
+from lemur_jax.prepare.encoding import Record, read_content
 from lemur_jax.text.backend import read_template
 from lemur_jax.text.config import TokenizerConfig
 from lemur_jax.text.tokenizer import FILE_NAMES, Tokenizer, compatible
@@ -92,12 +91,8 @@ def sample(records: Iterable[Record], limit: int, shown: Any = None) -> list[str
 def _plain_text(record: Record) -> bytes:
     """The text of a record; b"" of a bad one, which is counted elsewhere."""
     try:
-        if "messages" in record:
-            contents = [message["content"] for message in json.loads(record["messages"])]
-            return "\n\n".join(contents).encode()
-        record["text"].decode("utf-8")
-        return record["text"]
-    except (ValueError, TypeError, KeyError):
+        return read_content(record)[2].encode()
+    except ValueError:
         return b""
 
 
