@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import re
 import tempfile
@@ -27,6 +26,7 @@ from lemur_jax.checkpoint.reading import (
 )
 from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import write_json
 from lemur_jax.convert import hf_config, layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
@@ -214,10 +214,10 @@ def _write_files(
     bos, eos, pad = (getattr(tokenizer, f"{kind}_id", None) for kind in ("bos", "eos", "pad"))
     stops = stop_ids(tokenizer) if tokenizer else ()
     ids = {"bos_token_id": bos, "eos_token_id": stops if len(stops) > 1 else eos, "pad_token_id": pad}
-    _write_json(directory / "generation_config.json", ids | {"do_sample": False})
+    write_json(directory / "generation_config.json", ids | {"do_sample": False})
     # Last: without it the directory is no model.
     described = hf_config.to_hf(config, dtype=dtype, bos=bos, eos=eos, pad=pad)
-    _write_json(directory / "config.json", described)
+    write_json(directory / "config.json", described)
     name = "tokenizer_config.json"
     if name in files and read_files(directory)[name] != files[name]:
         logger.warning(
@@ -225,10 +225,6 @@ def _write_files(
             " PreTrainedTokenizerFast.from_pretrained",
             *(described["model_type"], name),
         )
-
-
-def _write_json(path: epath.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:

@@ -4,7 +4,6 @@ Axis legend: I inputs of a projection, O its outputs, R rank. PEFT's `lora_A.wei
 """
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from jax.sharding import NamedSharding
 from lemur_jax.checkpoint.metadata import tokenizer_files
 from lemur_jax.checkpoint.reading import read_metadata, restore_params
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import write_json
 from lemur_jax.common.sections import from_plain
 from lemur_jax.convert import layout
 from lemur_jax.convert.directory import check_target, staged
@@ -128,7 +128,7 @@ def export_peft(
         (directory / "model.safetensors").rename(directory / WEIGHTS)
         for name, content in tokenizer_files(metadata).items():
             (directory / name).write_bytes(content)
-        (directory / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+        write_json(directory / CONFIG, described)
     return model
 
 

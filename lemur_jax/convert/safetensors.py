@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import write_json
 from lemur_jax.common.paths import is_object_store, recovery_hint
 from lemur_jax.convert import layout
 from lemur_jax.convert.dtypes import DTYPES
@@ -184,7 +185,7 @@ def write_weights(
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(directory / INDEX, index)
 
 
 def _write_shard(

@@ -16,6 +16,7 @@ from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import recovery_hint
 from lemur_jax.text.files import make_files
 from lemur_jax.text.sentencepiece_model import (
+    BPE,
     SPACE,
     added_token,
     merges_by_score,
@@ -40,10 +41,6 @@ _PRE_TOKENIZERS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 # `tokenizer.ggml.token_type`, the same numbers as in a SentencePiece model.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-_BPE = {
-    **{"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None},
-    **{"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False},
-}
 _KINDS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 _STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -154,7 +151,7 @@ def _byte_level(data: Mapping[str, Any]) -> dict[str, Any]:
         "pre_tokenizer": pre_tokenizer,
         "decoder": _BYTES,
         "model": {
-            **_BPE,
+            **BPE,
             "ignore_merges": ignore_merges,
             "vocab": {token: index for index, token in enumerate(data["tokens"])},
             "merges": [merge.split(" ") for merge in data["merges"]],
@@ -175,7 +172,7 @@ def _without_prefix(data: Mapping[str, Any]) -> dict[str, Any]:
         for token, score, kind in zip(tokens, data["scores"], kinds, strict=True)
         if kind in (_NORMAL, _USER_DEFINED)
     }
-    model = {**_BPE, "fuse_unk": True, "byte_fallback": True, "unk_token": tokens[data["unknown_token_id"]]}
+    model = {**BPE, "fuse_unk": True, "byte_fallback": True, "unk_token": tokens[data["unknown_token_id"]]}
     return {
         **{"version": "1.0", "truncation": None, "padding": None},
         "added_tokens": _added_tokens(tokens, kinds),

@@ -17,6 +17,13 @@ SPACE = "\u2581"  # SentencePiece's visible space
 _TIKTOKEN = re.compile(rb"\A[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
+# The model in `tokenizer.json`, but for its vocabulary.
+BPE: dict[str, Any] = {
+    **{"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None},
+    **{"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False},
+}
+
+
 def is_tiktoken(data: bytes) -> bool:
     """Whether a `tokenizer.model` is a tiktoken vocabulary rather than a SentencePiece model."""
     return _TIKTOKEN.match(data) is not None
@@ -99,11 +106,8 @@ def convert(model: bytes, prepend_scheme: str = "first") -> dict[str, Any]:
         "post_processor": post_processor(None if bos is None else (bos, vocab[bos])),
         "decoder": DECODER,
         "model": {
-            "type": "BPE",
-            "dropout": None,
+            **BPE,
             "unk_token": names["unk_token"],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
             "fuse_unk": True,
             "byte_fallback": True,
             # User-defined pieces are words of their own that no merge makes.
