@@ -3,6 +3,7 @@
 import io
 import json
 
+import jax
 import numpy as np
 import pytest
 import sentencepiece
@@ -13,7 +14,6 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.convert.gguf import _NAMES
 from lemur_jax.convert.import_hf import import_hf, load_hf_params
 from lemur_jax.convert.source import open_source
-from lemur_jax.text.sentencepiece_model import read_pieces
 from lemur_jax.text.tokenizer import Tokenizer
 from tests.helpers.documents import hard_texts
 
@@ -76,14 +76,8 @@ def test_weights_are_those_of_the_directory(make_model, tmp_path, kind, largest)
     config, params = load_hf_params(write(tmp_path / "model.gguf", model, kind))
     expected_config, expected = load_hf_params(model.path)
     assert config == expected_config
-    for ours, theirs in zip(*(np_leaves(tree) for tree in (params, expected)), strict=True):
+    for ours, theirs in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
         assert np.abs(ours - theirs).max() <= largest * np.abs(theirs).max()
-
-
-def np_leaves(tree):
-    return [
-        leaf for value in tree.values() for leaf in (np_leaves(value) if isinstance(value, dict) else [value])
-    ]
 
 
 def test_import_and_reading_without_an_import(make_model, tmp_path):
@@ -134,6 +128,16 @@ def write_tokenizer(path, data, types):
     return Tokenizer.load(path)
 
 
+def sentencepiece_data(model, **changes):
+    """(metadata, types of the pieces) of a SentencePiece model."""
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(model).pieces
+    tokens, scores = [piece.piece for piece in pieces], [piece.score for piece in pieces]
+    data = dict(
+        model="llama", tokens=tokens, scores=scores, bos_token_id=1, eos_token_id=2, unknown_token_id=0
+    )
+    return data | changes, [piece.type for piece in pieces]
+
+
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm"])
 def test_byte_level_tokenizer(byte_level_dir, tmp_path, pre):
     spec = json.loads((byte_level_dir / "tokenizer.json").read_text())
@@ -168,11 +172,8 @@ def test_byte_level_tokenizer(byte_level_dir, tmp_path, pre):
     [{"tokens": [1, 2]}, {"tokens": ["a"] * 3}, {"bos_token_id": 10**6}, {"scores": [0.5]}, {"pre": ["x"]}],
 )
 def test_damaged_arrays_of_a_tokenizer_are_one_line(tokenizer_dir, tmp_path, changes):
-    proto = sentencepiece_model_pb2.ModelProto.FromString((tokenizer_dir / "tokenizer.model").read_bytes())
-    pieces = [piece.piece for piece in proto.pieces]
-    data = dict(model="llama", tokens=pieces, scores=[piece.score for piece in proto.pieces])
-    data |= dict(bos_token_id=1, eos_token_id=2, unknown_token_id=0, add_bos_token=False)
-    types = [piece.type for piece in proto.pieces]
+    model = (tokenizer_dir / "tokenizer.model").read_bytes()
+    data, types = sentencepiece_data(model, add_bos_token=False)
     assert write_tokenizer(tmp_path / "whole.gguf", data, types).encode_prompt("a") != []
     if "pre" in changes:
         changes = changes | {"model": "gpt2"}
@@ -183,11 +184,7 @@ def test_damaged_arrays_of_a_tokenizer_are_one_line(tokenizer_dir, tmp_path, cha
 
 def test_sentencepiece_tokenizer(tokenizer_dir, tmp_path):
     model = (tokenizer_dir / "tokenizer.model").read_bytes()
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    data = dict(model="llama", tokens=read_pieces(model), scores=[piece.score for piece in proto.pieces])
-    data |= dict(bos_token_id=1, eos_token_id=2, unknown_token_id=0)
-    types = [piece.type for piece in proto.pieces]
-    ours = write_tokenizer(tmp_path / "tokenizer.gguf", data, types)
+    ours = write_tokenizer(tmp_path / "tokenizer.gguf", *sentencepiece_data(model))
     original = Tokenizer.load(tokenizer_dir)
     for text in hard_texts(100):
         assert ours.encode(text) == original.encode(text)
@@ -207,13 +204,9 @@ def test_sentencepiece_tokenizer_without_a_space_in_front(tmp_path):
         user_defined_symbols=runs,
     )
     original = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
-    spelled = [
-        piece.piece.replace("\u2581", " ") if piece.piece in runs else piece.piece for piece in proto.pieces
-    ]
-    data = dict(model="llama", tokens=spelled, scores=[piece.score for piece in proto.pieces])
-    data |= dict(bos_token_id=1, eos_token_id=2, unknown_token_id=0, add_space_prefix=False)
-    ours = write_tokenizer(tmp_path / "tokenizer.gguf", data, [piece.type for piece in proto.pieces])
+    data, types = sentencepiece_data(model.getvalue(), add_space_prefix=False)
+    data["tokens"] = [piece.replace("\u2581", " ") if piece in runs else piece for piece in data["tokens"]]
+    ours = write_tokenizer(tmp_path / "tokenizer.gguf", data, types)
     for text in [*texts[:100], "a  b", "   a\n\n\n\n<b>  x", "a b", " a", ""]:
         assert ours.encode(text) == original.encode(text), text
         assert ours.decode(ours.encode(text)) == text

@@ -17,6 +17,7 @@ from lemur_jax.data.store import TokenStore
 from lemur_jax.models.presets import preset
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.chat_template import CHATML_TOKENS
+from lemur_jax.text.sentencepiece_model import added_token
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import extend, train_sentencepiece
 
@@ -78,6 +79,17 @@ def byte_level_dir(tmp_path_factory) -> Path:
     names = {"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|end_of_text|>", "lstrip": False}}
     (path / "special_tokens_map.json").write_text(json.dumps(names))
     return path
+
+
+def write_byte_level(source: Path, path: Path, tokens: Sequence[str] = (), config=(), **parts) -> Tokenizer:
+    """Writes the tokenizer in `source` with more control tokens, other parts of its tokenizer.json, and a config."""
+    spec = json.loads((source / "tokenizer.json").read_text()) | parts
+    size = Tokenizer.load(source).vocab_size
+    spec["added_tokens"] += [added_token(token, size + index) for index, token in enumerate(tokens)]
+    (path / "tokenizer.json").write_text(json.dumps(spec))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **dict(config)}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.load(path)
 
 
 MakeStore = Callable[..., TokenStore]

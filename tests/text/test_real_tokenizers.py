@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import encode_chat
 from lemur_jax.text.tokenizer import Tokenizer
-from tests.helpers.documents import hard_texts
+from tests.helpers.documents import hard_texts, write_byte_level
 
 MISTRAL = (
     "tokenizer.model.v1",
@@ -116,15 +116,15 @@ CLASSES = [
 
 def class_directory(kind, path, byte_level_dir, **options):
     """A byte-level BPE whose tokenizer.json also splits digits, as SmolLM2's."""
-    spec = json.loads((byte_level_dir / "tokenizer.json").read_text())
-    size = max(spec["model"]["vocab"].values(), default=-1) + 1 + len(spec["added_tokens"])
-    for index, name in enumerate(("<|endoftext|>", "<|padding|>", "<|im_end|>")):
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-        spec["added_tokens"].append({"id": size + index, "content": name, **flags})
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [DIGITS, spec["pre_tokenizer"]]}
-    (path / "tokenizer.json").write_text(json.dumps(spec))
+    before = json.loads((byte_level_dir / "tokenizer.json").read_text())["pre_tokenizer"]
     names = {} if kind in CLASSES[:-1] else {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, **names, **options}))
+    return write_byte_level(
+        byte_level_dir,
+        path,
+        ("<|endoftext|>", "<|padding|>", "<|im_end|>"),
+        {"tokenizer_class": kind, **names, **options},
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [DIGITS, before]},
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"add_prefix_space": True}, {"eos_token": "<|im_end|>"}], ids=str)
@@ -150,9 +150,8 @@ def test_classes_that_build_their_pipeline_in_code(kind, options, byte_level_dir
 
 
 def test_a_class_whose_pipeline_is_not_implemented_is_refused(byte_level_dir, tmp_path):
-    class_directory("RobertaTokenizerFast", tmp_path, byte_level_dir)
     with pytest.raises(UserError, match="RobertaTokenizer is not known.*PreTrainedTokenizerFast"):
-        Tokenizer.load(tmp_path)
+        class_directory("RobertaTokenizerFast", tmp_path, byte_level_dir)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "olmo2"])
@@ -165,11 +164,3 @@ def test_the_class_beside_a_model(model_type, kind, byte_level_dir, tmp_path):
         assert ours.encode_with_control_tokens(text) == theirs(text, add_special_tokens=False)["input_ids"], (
             text
         )
-
-
-def test_a_spelled_control_token_is_text(tmp_path):
-    copy("tokenizer.model.v1: LlamaTokenizer", tmp_path)
-    ours = Tokenizer.load(tmp_path)
-    ids = ours.encode("a</s>b <s>")
-    assert not set(ids) & set(ours.control_tokens.values())
-    assert ours.encode_with_control_tokens("a</s>b <s>")[-1] == ours.bos_id

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from lemur_jax.prepare.encoding import encode
 from lemur_jax.text.tokenizer import Tokenizer
+from tests.helpers.documents import write_byte_level
 
 TEXT = "def f(x):\n    return 10\n"
 FLAGS = [
@@ -46,12 +47,8 @@ def test_the_post_processor_decides_where_there_is_one(byte_level_dir, tmp_path,
     ours = Tokenizer.load(byte_level_dir)
     bos, eos = ((ours.token(index), index) for index in (ours.bos_id, ours.eos_id))
     processor, before, after = post_processors(bos, eos)[kind]
-    files = {name: json.loads(data) for name, data in ours.files().items() if name.endswith("json")}
-    files["tokenizer.json"]["post_processor"] = processor
-    names = {"bos_token": bos[0], "eos_token": eos[0], "tokenizer_class": "PreTrainedTokenizerFast"}
-    files["tokenizer_config.json"] = names | flags
-    for name, value in files.items():
-        (tmp_path / name).write_text(json.dumps(value))
+    config = {"bos_token": bos[0], "eos_token": eos[0], **flags}
+    write_byte_level(byte_level_dir, tmp_path, config=config, post_processor=processor)
     check(tmp_path, before, after)
 
 
@@ -75,23 +72,14 @@ def check(path, before, after):
     ]
 
 
-def tokenizer_of_a_chat_model(byte_level_dir, tmp_path, **names):
-    """SmolLM2's and Qwen2's way: chat markers are bos and eos, or there is no bos; texts end in <|endoftext|>."""
-    spec = json.loads((byte_level_dir / "tokenizer.json").read_text())
-    size = Tokenizer.load(byte_level_dir).vocab_size
-    for index, name in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-        spec["added_tokens"].append({"id": size + index, "content": name, **flags})
-    spec["post_processor"] = BYTES
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, **names}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    return Tokenizer.load(tmp_path)
+# Those of SmolLM2 and Qwen2, whose chat markers are bos and eos, or there is no bos; texts end in <|endoftext|>.
+CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 @pytest.mark.parametrize("bos", ["<|im_start|>", None])
 def test_documents_do_not_stand_between_chat_markers(byte_level_dir, tmp_path, bos):
-    tokenizer = tokenizer_of_a_chat_model(byte_level_dir, tmp_path, bos_token=bos, eos_token="<|im_end|>")
+    config = {"bos_token": bos, "eos_token": "<|im_end|>"}
+    tokenizer = write_byte_level(byte_level_dir, tmp_path, CHAT, config, post_processor=BYTES)
     ids = AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"]
     assert tokenizer.encode_prompt(TEXT) == ids
     assert tokenizer.encode(TEXT, prefix=False) == ids
@@ -100,14 +88,10 @@ def test_documents_do_not_stand_between_chat_markers(byte_level_dir, tmp_path, b
 
 
 def test_bos_that_is_eos_is_written_once(byte_level_dir, tmp_path):
-    tokenizer = tokenizer_of_a_chat_model(
-        byte_level_dir, tmp_path, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    index = tokenizer.eos_id
-    spec["post_processor"] = template([("<|endoftext|>", index)], [])
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    tokenizer = Tokenizer.load(tmp_path)
+    index = Tokenizer.load(byte_level_dir).vocab_size
+    config = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+    before = template([("<|endoftext|>", index)], [])
+    tokenizer = write_byte_level(byte_level_dir, tmp_path, CHAT, config, post_processor=before)
     assert tokenizer.encode_prompt("a") == [index, *tokenizer.encode("a")]
     tokens = encode(tokenizer, {"text": b"a"}, 0).tokens.tolist()
     assert tokens == [*tokenizer.encode("a"), index]
@@ -125,15 +109,8 @@ def test_a_step_names_other_separators(chat_tokenizer):
 def test_documents_end_with_what_the_post_processor_appends(byte_level_dir, tmp_path):
     ours = Tokenizer.load(byte_level_dir)
     other = (ours.token(ours.bos_id), ours.bos_id)  # not eos
-    files = {name: json.loads(data) for name, data in ours.files().items() if name.endswith("json")}
-    files["tokenizer.json"]["post_processor"] = template([], [other])
-    files["tokenizer_config.json"] = {
-        "bos_token": other[0],
-        "eos_token": ours.token(ours.eos_id),
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    for name, value in files.items():
-        (tmp_path / name).write_text(json.dumps(value))
-    tokens = encode(Tokenizer.load(tmp_path), {"text": TEXT.encode()}, 0).tokens.tolist()
+    config = {"bos_token": other[0], "eos_token": ours.token(ours.eos_id)}
+    tokenizer = write_byte_level(byte_level_dir, tmp_path, (), config, post_processor=template([], [other]))
+    tokens = encode(tokenizer, {"text": TEXT.encode()}, 0).tokens.tolist()
     assert tokens == AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"]
     assert tokens[-1] == ours.bos_id != ours.eos_id

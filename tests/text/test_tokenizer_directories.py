@@ -4,13 +4,11 @@ A directory has a vocabulary of one kind, any class, flags, special tokens spell
 `config.json` of a model beside it. What `AutoTokenizer` makes of it is the reference.
 """
 
-import io
 import json
 import pydoc_data.topics
 import random
 
 import pytest
-import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
@@ -22,6 +20,7 @@ from lemur_jax.text import class_pipelines
 from lemur_jax.text.chat_template import encode_chat
 from lemur_jax.text.sentencepiece_model import convert, metaspace
 from lemur_jax.text.tokenizer import Tokenizer
+from lemur_jax.text.tokenizer_files import train_sentencepiece
 from tests.helpers.documents import hard_texts
 
 PROSE = "\n".join(list(pydoc_data.topics.topics.values())[:20])[:150_000]
@@ -84,19 +83,11 @@ def sentencepiece_json(kind, model):
 
 
 @pytest.fixture(scope="module")
-def vocabularies():
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        **{"sentence_iterator": filter(None, PROSE.split("\n")), "model_writer": model, "vocab_size": SIZE},
-        **{"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"},
-        **{"remove_extra_whitespaces": False, "split_digits": True, "minloglevel": 2, "unk_id": 0},
-        **{"bos_id": 1, "eos_id": 2, "pad_id": -1, "allow_whitespace_only_pieces": True},
-    )
+def vocabularies(tmp_path_factory):
+    model = train_sentencepiece([PROSE], tmp_path_factory.mktemp("model"), SIZE).sentencepiece
     kinds = {kind: byte_level(kind) for kind in ("gpt2", "prefix", "digits", "llama 3")}
-    kinds |= {
-        kind: sentencepiece_json(kind, model.getvalue()) for kind in ("ours", "prepend", "metaspace", "gemma")
-    }
-    return kinds, model.getvalue()
+    kinds |= {kind: sentencepiece_json(kind, model) for kind in ("ours", "prepend", "metaspace", "gemma")}
+    return kinds, model
 
 
 def flags(random_, special):

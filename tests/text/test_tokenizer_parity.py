@@ -13,6 +13,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from lemur_jax.text.chat_template import CHATML_TOKENS
+from lemur_jax.text.sentencepiece_model import added_token
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import extend, write_directory
 from tests.helpers.documents import hard_texts
@@ -101,10 +102,7 @@ def described(hf):
 
 
 def odd_token(content, index):
-    return {
-        **{"id": index, "content": content, "single_word": False, "lstrip": True, "rstrip": True},
-        **{"normalized": False, "special": False},
-    }
+    return added_token(content, index, {"lstrip": True, "rstrip": True, "special": False})
 
 
 def base_directory(kind, path, tokenizer_dir, byte_level_dir):
