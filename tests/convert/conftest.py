@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.text.tokenizer_files import train_sentencepiece
 
 LLAMA3 = {
@@ -77,6 +78,13 @@ def make_model(tmp_path):
 @pytest.fixture
 def hf_model(make_model):
     return make_model()
+
+
+@pytest.fixture
+def checkpoint(hf_model, tmp_path):
+    """An imported model without a tokenizer."""
+    import_hf(hf_model.path, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
 
 
 @pytest.fixture(params=VARIANTS)

@@ -43,13 +43,6 @@ def read_file(directory):
     return state
 
 
-@pytest.fixture
-def checkpoint(hf_model, tmp_path):
-    """An imported model without a tokenizer."""
-    import_hf(hf_model.path, tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_import_then_export_is_bit_exact(make_model, variant, tmp_path, dtype):
     hf = make_model(DTYPES[dtype], **variant)

@@ -14,14 +14,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.convert import export_hf as export_module
 from lemur_jax.convert import safetensors, verify
 from lemur_jax.convert.export_hf import export_hf
-from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.models.config import DecoderConfig
-
-
-@pytest.fixture
-def checkpoint(make_model, tmp_path):
-    import_hf(make_model().path, tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
