@@ -27,7 +27,6 @@ from lemur_jax.prepare.rejects import EXAMPLES, Rejects
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.tokenizer import Tokenizer
 
-STEPS = ("exact_duplicates", "near_duplicates")
 EXCERPT_TOKENS = 60
 
 _READ = 1 << 16  # documents whose fingerprints are read together
@@ -38,17 +37,15 @@ _RESOLVED = 1 << 17  # documents whose similar pairs are in memory together
 _COPIED = 256  # documents copied together
 
 
-def has_duplicate_steps(steps: str) -> bool:
-    """Whether steps from `cleaning.parse_steps` remove duplicates."""
-    return any(name in json.loads(steps) for name in STEPS)
-
-
 def fingerprint_arrays(steps: str) -> dict[str, str]:
-    """Names and dtypes of a draft's additional arrays; see `append_fingerprint`."""
+    """Names and dtypes of a draft's additional arrays, see `append_fingerprint`; empty if no step removes duplicates.
+
+    `steps` as of `cleaning.parse_steps`.
+    """
     options = json.loads(steps)
     arrays = {"digests": "uint64"} if "exact_duplicates" in options else {}
     arrays |= {"minhashes": "uint16"} if "near_duplicates" in options else {}
-    return arrays | {"n_bytes": "int64"}
+    return arrays | {"n_bytes": "int64"} if arrays else {}
 
 
 def append_fingerprint(draft: StoreWriter, document: Encoded) -> None:
@@ -130,7 +127,8 @@ def find_duplicates(
       scratch: an empty directory; takes 2 bytes per hash and about 60 more per document.
 
     Returns:
-      For each step of `STEPS` in `steps` int64 [documents], memory-mapped: an earlier document that stays, or -1.
+      For each step in `steps` that removes duplicates, int64 [documents], memory-mapped: an earlier document that
+      stays, or -1.
       Exact duplicates are not counted as near ones.
     """
     found = {}

@@ -35,7 +35,7 @@ def resolve_mixture(data: DataConfig) -> DataConfig:
             raise UserError(f"{where} cannot be computed: {reason}; write a number") from error
         if not 0 < share < math.inf:
             raise UserError(f"{where} is {share}: it must be above 0 and finite")
-        packing = "fit" if tasks.is_chat(task, "train") else "concat"
+        packing = "concat" if tasks.content_of(task, "train") == "text" else "fit"
         sources[task.name] = SourceConfig(share=share, packing=packing)
     return dataclasses.replace(data, sources=sources)
 

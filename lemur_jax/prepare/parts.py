@@ -12,8 +12,7 @@ from lemur_jax.data.manifest import describe_labels
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare.store_writer import StoreWriter
 
-_SEARCHED = 1 << 16  # documents whose labels are read together
-_COPIED = 64  # documents that are copied together
+_COPIED = 256  # documents that are looked at together
 
 
 def split_name(source: str) -> tuple[str, str]:
@@ -50,10 +49,10 @@ def copy_part(store: TokenStore, label: str, writer: StoreWriter) -> None:
             f" {manifest.split} split; there are {describe_labels(manifest)}"
         )
     n_bytes = manifest.labels[label]["bytes"]
-    for first in range(0, store.num_documents, _SEARCHED):
-        found = store.documents_of(label, first, first + _SEARCHED)
-        for start in range(0, len(found), _COPIED):
-            documents = found[start : start + _COPIED]
-            for ids, mask, name in zip(*store.read_documents(documents), strict=True):
-                writer.add(ids, name, n_bytes, mask)
-                n_bytes = 0  # only the sum is known: the first document stands for it
+    for first in range(0, store.num_documents, _COPIED):
+        documents = store.documents_of(label, first, first + _COPIED)
+        if not documents.size:
+            continue
+        for ids, mask, name in zip(*store.read_documents(documents), strict=True):
+            writer.add(ids, name, n_bytes, mask)
+            n_bytes = 0  # only the sum is known: the first document stands for it

@@ -80,7 +80,7 @@ def prepare(
         tasks.check_files(found[name], split)
         check_part(name, split, list(config.data.sources), json.loads(steps[found[name].name]))
     tokenizer = prepare_tokenizer(config.tokenizer, config.data.modules, config.model.vocab_size)
-    if any(tasks.is_chat(found[name], split) for name, split in wanted):
+    if any(tasks.content_of(found[name], split) != "text" for name, split in wanted):
         check_template(tokenizer)
     with encoder(tokenizer, config.prepare.workers or available_cores()) as encode:
         run = _Run(
@@ -141,8 +141,8 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
     if _is_current(run, path, writer):
         return
     begin = time.monotonic()
-    if duplicates.has_duplicate_steps(steps):
-        draft = _writer(run, task, split, draft=duplicates.fingerprint_arrays(steps))
+    if fingerprints := duplicates.fingerprint_arrays(steps):
+        draft = _writer(run, task, split, draft=fingerprints)
         with draft:
             rejects = _fill(run, task, split, draft)
             label = f"{task.name}/{split}: duplicates"
@@ -273,7 +273,8 @@ def _writer(
 ) -> StoreWriter:
     """The writer of a task's store, of a part of it, or of its draft."""
     tokenizer, steps = run.tokenizer, run.steps[task.name]
-    is_chat = tasks.is_chat(task, split)
+    content = tasks.content_of(task, split)
+    is_chat = content != "text"
     has_control_tokens = is_chat or check_tokens(json.loads(steps), tokenizer, task.name)
     definition = task_digest(task) + steps * (steps != NO_STEPS)
     definition += (chat_template(tokenizer) if is_chat else "") + part
@@ -288,7 +289,7 @@ def _writer(
         added_tokens=tokenizer.added_tokens if has_control_tokens else {},
         vocab_size=tokenizer.vocab_size,
         has_loss_mask=is_chat,
-        preferences=tasks.is_preference(task, split),
+        preferences=content == "preferences",
         task_digest=hashlib.sha256(definition.encode()).hexdigest(),
         input_digest=input_digest(task, split),
         label_field="" if part else json.loads(steps).get("label", {}).get("field", ""),

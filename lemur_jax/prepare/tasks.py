@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
 
 Task = seqio.Task
 MixtureRegistry = seqio.MixtureRegistry
-CONTENTS = ("text", "messages", "preferences")
+CONTENTS = ("messages", "preferences", "text")
 FEATURES = (*CONTENTS, "id", "source", "meta", "where", "error")
 
 # TensorFlow only reads here; the accelerators are JAX's. It raises if it is already in use.
@@ -304,18 +304,12 @@ def check_files(task: seqio.Task, split: str) -> None:
         task.source.list_shards(split)
 
 
-def is_chat(task: seqio.Task, split: str) -> bool:
-    """Whether a task has `messages` or `preferences`; UserError if it has no text either, or its files are missing."""
+def content_of(task: seqio.Task, split: str) -> str:
+    """Which of `CONTENTS` a task has; UserError if it has none, or its files are missing."""
     if _is_read_directly(task):
-        return task.source.content != "text"
-    return bool({"messages", "preferences"} & set(_dataset(task, split, 0, 1).element_spec))
-
-
-def is_preference(task: seqio.Task, split: str) -> bool:
-    """Whether a task has `preferences`."""
-    if _is_read_directly(task):
-        return task.source.content == "preferences"
-    return "preferences" in _dataset(task, split, 0, 1).element_spec
+        return task.source.content
+    spec = _dataset(task, split, 0, 1).element_spec
+    return next(name for name in CONTENTS if name in spec)
 
 
 def count_shards(task: seqio.Task, split: str) -> int:

@@ -35,11 +35,10 @@ def labelled(tmp_path, random_documents):
     return TokenStore.open(tmp_path / "t/train"), documents, masks, languages
 
 
-@pytest.mark.parametrize("searched", [1, 64, 1 << 16])
-def test_a_part_holds_the_documents_of_its_label_in_order(labelled, tmp_path, monkeypatch, searched):
+@pytest.mark.parametrize("copied", [1, 64, 1 << 16])
+def test_a_part_holds_the_documents_of_its_label_in_order(labelled, tmp_path, monkeypatch, copied):
     whole, documents, masks, languages = labelled
-    monkeypatch.setattr(parts, "_SEARCHED", searched)
-    monkeypatch.setattr(parts, "_COPIED", 5)
+    monkeypatch.setattr(parts, "_COPIED", copied)
     for language in LANGUAGES:
         with StoreWriter(tmp_path / "part", empty_manifest(**FIELDS, has_loss_mask=True)) as writer:
             copy_part(whole, language, writer)

@@ -96,7 +96,7 @@ def test_a_split_that_is_not_there_names_those_that_are(register):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"inputs": ["a"], "targets": ["b"]}, "none of text, messages, preferences but inputs, targets"),
+        ({"inputs": ["a"], "targets": ["b"]}, "none of messages, preferences, text but inputs, targets"),
         ({"text": [1]}, "`text` as int32"),
         ({"text": [["a", "b"]]}, "`text` as string"),
         ({"messages": ["[]"], "id": [3]}, "`id` as int32"),
