@@ -16,8 +16,6 @@ from lemur_jax.text.chat_template import CHATML_TOKENS
 from lemur_jax.text.tokenizer_files import extend
 from tests.helpers.list_source import files_of, planted_texts
 
-import seqio  # isort: skip  # after prepare, which keeps TensorFlow quiet
-
 STEPS = {
     "length": {"min_chars": 40},
     "exact_duplicates": {},
@@ -54,9 +52,6 @@ def corpus(tmp_path):
             lines[20] = "{bad"
             (tmp_path / name / f"{shard}.jsonl").write_text("\n".join(lines) + "\n")
         tasks.add_files(name, str(tmp_path / name), fields[name], held_out=0.1)
-    yield
-    for name in fields:
-        seqio.TaskRegistry.remove(name)
 
 
 @pytest.fixture

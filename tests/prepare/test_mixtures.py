@@ -13,19 +13,13 @@ from lemur_jax.data.mixture import open_mixture
 from lemur_jax.models.presets import preset
 from lemur_jax.prepare.mixtures import resolve_mixture
 from lemur_jax.sweep.runs import plan_runs
-from tests.helpers.list_source import run
+from tests.helpers.list_source import function_source, run
 
 # After list_source, which keeps TensorFlow quiet.
 import seqio  # isort: skip
 import tensorflow as tf  # isort: skip
 
 SIZES = {"m_books": 25, "m_code": 81, "m_web": 400}
-
-
-def source(values, **options):
-    return seqio.FunctionDataSource(
-        lambda split, shuffle_files: tf.data.Dataset.from_tensor_slices(values), splits=["train"], **options
-    )
 
 
 @pytest.fixture
@@ -38,19 +32,9 @@ def registered():
             "id": [f"{name}-{index}" for index in range(size)],
             "text": [f"{name} number {index}. " * (1 + index % 5) for index in range(size)],
         }
-        documents = source(values, num_input_examples={"train": size})
+        documents = function_source(values, num_input_examples={"train": size})
         seqio.TaskRegistry.add(name, source=documents, output_features={"text": string, "id": string})
-    names = []
-
-    def add(name, rates):
-        seqio.MixtureRegistry.add(name, rates)
-        names.append(name)
-
-    yield add
-    for name in names:
-        seqio.MixtureRegistry.remove(name)
-    for name in SIZES:
-        seqio.TaskRegistry.remove(name)
+    return seqio.MixtureRegistry.add
 
 
 def with_mixture(config, name):
@@ -168,15 +152,10 @@ def test_a_task_of_unknown_size_and_one_of_tokens_are_refused_with_the_reason(re
         run(with_mixture(make_config(), "m_unknown"))
     seqio.TaskRegistry.add(
         "m_t5x",
-        source=source({"inputs": ["a"], "targets": ["b"]}),
+        source=function_source({"inputs": ["a"], "targets": ["b"]}),
         preprocessors=[seqio.preprocessors.tokenize],
         output_features={name: seqio.Feature(seqio.ByteVocabulary()) for name in ("inputs", "targets")},
     )
     registered("m_tokens", [("m_t5x", 1.0)])
-    try:
-        with pytest.raises(
-            UserError, match=r"'m_t5x' gives tokens of its own vocabulary \(inputs, targets\)"
-        ):
-            run(with_mixture(make_config(), "m_tokens"))
-    finally:
-        seqio.TaskRegistry.remove("m_t5x")
+    with pytest.raises(UserError, match=r"'m_t5x' gives tokens of its own vocabulary \(inputs, targets\)"):
+        run(with_mixture(make_config(), "m_tokens"))

@@ -14,7 +14,7 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import digests, tasks
 from lemur_jax.prepare.fields import Fields
-from tests.helpers.list_source import write_tfrecord
+from tests.helpers.list_source import function_source, write_tfrecord
 
 # After tasks, which keeps TensorFlow quiet.
 import seqio  # isort: skip
@@ -34,25 +34,9 @@ seqio.TaskRegistry.add(
 """
 
 
-@pytest.fixture
-def register():
-    """register(name, source, preprocessors=()) -> task, forgotten after the test."""
-    names = []
-
-    def add(name, source, preprocessors=()):
-        names.append(name)
-        return seqio.TaskRegistry.add(
-            name, source=source, preprocessors=list(preprocessors), output_features={}, metric_fns=[]
-        )
-
-    yield add
-    for name in names:
-        seqio.TaskRegistry.remove(name)
-
-
-def function_source(values, splits=("train",)):
-    return seqio.FunctionDataSource(
-        lambda split, shuffle_files: tf.data.Dataset.from_tensor_slices(values), splits=splits
+def register(name, source, preprocessors=()):
+    return seqio.TaskRegistry.add(
+        name, source=source, preprocessors=list(preprocessors), output_features={}, metric_fns=[]
     )
 
 
@@ -60,8 +44,7 @@ def function_source(values, splits=("train",)):
 def generated():
     """A task of a function that yields documents, and what it yields."""
     documents = {"train": [{"id": "a", "text": "Grüße"}], "validation": [{"id": "b", "text": b"\xff\x00x"}]}
-    yield tasks.add_generator("t_generated", documents.get, splits=tuple(documents)), documents
-    seqio.TaskRegistry.remove("t_generated")
+    return tasks.add_generator("t_generated", documents.get, splits=tuple(documents)), documents
 
 
 def test_a_function_is_an_ordinary_seqio_task(generated):
@@ -83,11 +66,10 @@ def test_a_module_of_ones_own_registers_tasks(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     task = tasks.find_task("own_lines", ["own_tasks"])
     assert list(tasks.examples(task, "train")) == [{"text": b"one"}, {"text": b"two"}]
-    seqio.TaskRegistry.remove("own_lines")
     del sys.modules["own_tasks"]
 
 
-def test_a_split_that_is_not_there_names_those_that_are(register):
+def test_a_split_that_is_not_there_names_those_that_are():
     task = register("t_split", function_source({"text": ["a"]}, ["train", "test"]))
     with pytest.raises(UserError, match=r"'t_split' has no split 'validation'; it has test, train"):
         list(tasks.examples(task, "validation"))
@@ -102,13 +84,13 @@ def test_a_split_that_is_not_there_names_those_that_are(register):
         ({"messages": ["[]"], "id": [3]}, "`id` as int32"),
     ],
 )
-def test_features_of_another_kind_are_one_line(register, values, message):
+def test_features_of_another_kind_are_one_line(values, message):
     task = register("t_kind", function_source(values))
     with pytest.raises(UserError, match=message):
         list(tasks.examples(task, "train"))
 
 
-def test_a_missing_file_is_one_line(register, tmp_path):
+def test_a_missing_file_is_one_line(tmp_path):
     source = seqio.TextLineDataSource({"train": str(tmp_path / "nothing.txt")})
     task = register("t_missing", source, [to_text])
     with pytest.raises(UserError, match=r"'t_missing'.*nothing\.txt"):
@@ -123,7 +105,7 @@ def upper(dataset, suffix="!"):
     return dataset.map(lambda example: {"text": tf.strings.upper(example["text"]) + suffix})
 
 
-def test_the_task_digest_follows_the_definition(register, tmp_path):
+def test_the_task_digest_follows_the_definition(tmp_path):
     sources = [function_source({"text": ["a"]}), function_source({"text": ["a"]}, ["train", "test"])]
     pipelines = [[], [upper], [functools.partial(upper, suffix="?")]]
     found = set()
@@ -133,11 +115,10 @@ def test_the_task_digest_follows_the_definition(register, tmp_path):
         found.add(digests.task_digest(task))
         assert digests.task_digest(task) == digests.task_digest(task)
         seqio.TaskRegistry.remove("t_digest")
-    seqio.TaskRegistry.add("t_digest", source=sources[0], output_features={}, metric_fns=[])
     assert len(found) == 6
 
 
-def test_the_input_digest_follows_the_files(register, tmp_path):
+def test_the_input_digest_follows_the_files(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one\n")
     task = register("t_input", seqio.TextLineDataSource({"train": str(tmp_path / "*.txt")}), [to_text])
@@ -155,25 +136,11 @@ def test_tensorflow_leaves_the_accelerator_alone():
     assert tf.config.get_visible_devices("GPU") == []
 
 
-@pytest.fixture
-def added():
-    """added(function, name, ...) -> the task that add_files or add_tfds registers, forgotten afterwards."""
-    names = []
-
-    def add(function, name, *arguments, **options):
-        names.append(name)
-        return function(name, *arguments, **options)
-
-    yield add
-    for name in names:
-        seqio.TaskRegistry.remove(name)
-
-
-def test_files_are_shards_that_can_be_read_alone(added, tmp_path):
+def test_files_are_shards_that_can_be_read_alone(tmp_path):
     for index in range(3):
         lines = [json.dumps({"body": f"{index}/{line}"}) + "\n" for line in range(4)]
         (tmp_path / f"{index}.jsonl").write_text("".join(lines))
-    task = added(tasks.add_files, "t_files", f"{tmp_path}/*.jsonl", Fields(text="body"))
+    task = tasks.add_files("t_files", f"{tmp_path}/*.jsonl", Fields(text="body"))
     assert tasks.count_shards(task, "train") == 3
     parts = [[e["text"].decode() for e in tasks.examples(task, "train", shard, 3)] for shard in range(3)]
     assert parts == [[f"{index}/{line}" for line in range(4)] for index in range(3)]
@@ -185,13 +152,13 @@ def test_files_are_shards_that_can_be_read_alone(added, tmp_path):
     assert first["error"] == b""
 
 
-def test_tfrecords_of_tf_example(added, tmp_path):
+def test_tfrecords_of_tf_example(tmp_path):
     path = tmp_path / "a.tfrecord-00000-of-00001"
     rows = [("Grüße".encode(), [3]), (b"\xff", [1, 2]), (b"z", [])]
     write_tfrecord(path, [{"body": [text], "stars": stars} for text, stars in rows])
     with path.open("ab") as file:
         file.write(b"half a record")
-    task = added(tasks.add_files, "t_records", str(path), Fields(text="body", meta=("stars",)))
+    task = tasks.add_files("t_records", str(path), Fields(text="body", meta=("stars",)))
     found = list(tasks.examples(task, "train"))
     assert [e["text"].decode() for e in found if not e["error"]] == ["Grüße", "z"]
     assert json.loads(found[0]["meta"]) == {"stars": 3}
@@ -201,7 +168,7 @@ def test_tfrecords_of_tf_example(added, tmp_path):
     assert found[1]["where"].decode() == f"{path}: record 2"
 
 
-def test_a_tfrecord_file_in_gzip_that_is_cut_off(added, tmp_path):
+def test_a_tfrecord_file_in_gzip_that_is_cut_off(tmp_path):
     """TensorFlow gives some of the records before the cut, and says nothing."""
     path = tmp_path / "a.tfrecord"
     bodies = [random.Random(n).randbytes(20).hex().encode() for n in range(200)]
@@ -209,7 +176,7 @@ def test_a_tfrecord_file_in_gzip_that_is_cut_off(added, tmp_path):
     packed = gzip.compress(path.read_bytes())[:4000]
     (tmp_path / "b.tfrecord.gz").write_bytes(packed)
     whole = zlib.decompressobj(31).decompress(packed)
-    task = added(tasks.add_files, "t_cut", str(tmp_path / "b.tfrecord.gz"), Fields(text="body"))
+    task = tasks.add_files("t_cut", str(tmp_path / "b.tfrecord.gz"), Fields(text="body"))
     found = list(tasks.examples(task, "train"))
     count = len(whole) // (path.stat().st_size // 200 + 1)
     assert count - 2 <= sum(not e["error"] for e in found) <= count + 2
@@ -218,11 +185,11 @@ def test_a_tfrecord_file_in_gzip_that_is_cut_off(added, tmp_path):
     assert error["records"] == len(found) - 1
 
 
-def test_held_out_documents_are_in_one_split_alone(added, tmp_path):
+def test_held_out_documents_are_in_one_split_alone(tmp_path):
     rows = [{"text": f"document {n % 200}", "repo": f"r{n % 20}"} for n in range(400)]  # each text twice
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{bad\n")
     for group in ("", "repo"):
-        task = added(tasks.add_files, f"t_held{group}", str(tmp_path), Fields(group=group), held_out=0.3)
+        task = tasks.add_files(f"t_held{group}", str(tmp_path), Fields(group=group), held_out=0.3)
         splits = {split: list(tasks.examples(task, split)) for split in ("train", "validation")}
         assert sum(map(len, splits.values())) == 401  # the bad one too is in one split
         texts = {split: {e["text"] for e in found} for split, found in splits.items()}
@@ -233,15 +200,15 @@ def test_held_out_documents_are_in_one_split_alone(added, tmp_path):
             assert len(texts["validation"]) in (10 * len(numbers), 10 * len(numbers) + 1)
 
 
-def test_a_source_without_files_or_of_no_known_format(added, tmp_path):
-    task = added(tasks.add_files, "t_none", f"{tmp_path}/*.jsonl")
+def test_a_source_without_files_or_of_no_known_format(tmp_path):
+    task = tasks.add_files("t_none", f"{tmp_path}/*.jsonl")
     with pytest.raises(UserError, match=r"no file matches .*\*\.jsonl"):
         list(tasks.examples(task, "train"))
     with pytest.raises(UserError, match=r"no format 'jason'.*jsonl"):
         tasks.add_files("t_kind", str(tmp_path), kind="jason")
 
 
-def test_a_tfds_set_with_a_slice_held_out(added, tmp_path):
+def test_a_tfds_set_with_a_slice_held_out(tmp_path):
     texts = [f"Text {n}" for n in range(50)]
     examples = {"text": texts, "stars": list(range(50))}
     features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "stars": tf.int64})
@@ -252,8 +219,7 @@ def test_a_tfds_set_with_a_slice_held_out(added, tmp_path):
         split_datasets={"train": tf.data.Dataset.from_tensor_slices(examples)},
         data_dir=str(tmp_path),
     )
-    task = added(
-        tasks.add_tfds,
+    task = tasks.add_tfds(
         "t_tfds",
         "tiny:1.0.0",
         Fields(id="stars", meta=("stars",)),
