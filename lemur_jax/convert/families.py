@@ -5,6 +5,7 @@ specification alone (`convert/layout.py`).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,6 +44,16 @@ class Family:
     expert_width: str = "intermediate_size"  # key of the width of an expert
     normalized: bool = False  # the weights of a token's experts sum to 1, whatever `norm_topk_prob` says
     text_of: str = ""  # `model_type` of multimodal models whose `text_config` is of this family
+
+
+def number(value: Any, kind: type, key: str, where: str) -> Any:
+    """`value` as a positive int or float, refusing strings, booleans and fractions of an int."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not 0 < value < math.inf or (kind is int and value != int(value)):
+        raise UserError(
+            f"{where}: {key} is {value!r}, not a positive {'integer' if kind is int else 'number'}"
+        )
+    return kind(value)
 
 
 def _integer(raw: Raw, key: str, default: int, least: int = 1) -> int:
@@ -264,11 +275,7 @@ def _experts(family: Family, raw: Raw, where: str) -> dict[str, Any]:
 
 
 def _float(value: Any, key: str, where: str) -> float:
-    if value is None:
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"{where}: {key} is {value!r}, not a positive number")
-    return float(value)
+    return 0.0 if value is None else number(value, float, key, where)
 
 
 def _window(family: Family, raw: Raw, layers: int, where: str) -> tuple[int, int]:
@@ -290,8 +297,7 @@ def _window(family: Family, raw: Raw, layers: int, where: str) -> tuple[int, int
         )
     if SLIDING not in kinds or (window is None and family.switched):
         return 0, 0
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise UserError(f"{where}: sliding_window is {window!r}, not a positive integer")
+    window = number(window, int, "sliding_window", where)
     # Phi-3.5's is twice as wide as its positions: it hides nothing.
     positions = _integer(raw, "max_position_embeddings", window)
     return min(window, positions), _period([kind == FULL for kind in kinds], "layer_types", where)

@@ -1,7 +1,6 @@
 """`DecoderConfig` to and from Hugging Face's `config.json`; `convert/families.py` has what differs by family."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import families, gguf
+from lemur_jax.convert.families import number
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.gguf_files import is_gguf
 
@@ -78,7 +78,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         value = raw.get(key, family.defaults.get(key))
         if value is None:
             raise UserError(f"{where}: {key} is missing")
-        fields[key] = _number(value, int, key, where)
+        fields[key] = number(value, int, key, where)
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
     if raw.get("head_dim") is None and width % heads:
         raise UserError(f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
@@ -91,7 +91,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
         "initializer_range",
     ):
         default = defaults[key]  # a 0 or "" is refused and not replaced
-        fields[key] = _number(default if raw.get(key) is None else raw[key], type(default), key, where)
+        fields[key] = number(default if raw.get(key) is None else raw[key], type(default), key, where)
     fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", defaults.get("tie_word_embeddings", False))
     fields.update(families.spec_fields(family, dict(raw), fields["num_hidden_layers"], width, where))
     default_theta = defaults.get("rope_theta", 10_000.0)
@@ -115,16 +115,6 @@ def _refuse_foreign(raw: Mapping[str, Any], where: str) -> None:
     ):
         if not accepted:
             raise UserError(f"{where}: {key} is {raw.get(key)!r:.100}; {reason}")
-
-
-def _number(value: Any, kind: type, key: str, where: str) -> Any:
-    """`value` as a positive int or float, refusing strings, booleans and fractions of an int."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not 0 < value < math.inf or (kind is int and value != int(value)):
-        raise UserError(
-            f"{where}: {key} is {value!r}, not a positive {'integer' if kind is int else 'number'}"
-        )
-    return kind(value)
 
 
 def _rope_from_hf(
@@ -152,25 +142,25 @@ def _rope_from_hf(
         raise UserError(f"{where}: {name} has the unknown key {unknown[0]}")
     thetas = (rope.get("rope_theta"), raw.get("rope_theta"), default_theta)
     theta = next(value for value in thetas if value is not None)
-    fields: dict[str, Any] = {"rope_theta": _number(theta, float, "rope_theta", where), "rope_scaling": kind}
+    fields: dict[str, Any] = {"rope_theta": number(theta, float, "rope_theta", where), "rope_scaling": kind}
     original = raw.get("original_max_position_embeddings") or max_positions
     rope = {"original_max_position_embeddings": original, **rope}
     if kind == "longrope" and rope.get("factor") is None:
-        rope["factor"] = max_positions / _number(
+        rope["factor"] = max_positions / number(
             rope["original_max_position_embeddings"], int, f"{name}.original_max_position_embeddings", where
         )
     for key in _ROPE_KEYS[kind]:
         if rope.get(key) is None:
             raise UserError(f"{where}: {name} of type {kind} lacks {key}")
-        number = int if key == "original_max_position_embeddings" else float
+        wanted = int if key == "original_max_position_embeddings" else float
         if key in ("short_factor", "long_factor"):
             factors = rope[key] if isinstance(rope[key], list) else [rope[key]]
-            fields[f"rope_{key}"] = tuple(_number(each, float, f"{name}.{key}", where) for each in factors)
+            fields[f"rope_{key}"] = tuple(number(each, float, f"{name}.{key}", where) for each in factors)
         else:
-            fields[f"rope_{key}"] = _number(rope[key], number, f"{name}.{key}", where)
+            fields[f"rope_{key}"] = number(rope[key], wanted, f"{name}.{key}", where)
     for key in _ROPE_OPTIONAL.get(kind, ()):
         if rope.get(key) is not None:
-            fields[f"rope_{key}"] = _number(rope[key], float, f"{name}.{key}", where)
+            fields[f"rope_{key}"] = number(rope[key], float, f"{name}.{key}", where)
     return fields
 
 
