@@ -36,6 +36,9 @@ OPTIONS = "compute.compiler_options"
 REMAT = "compute.remat"
 GATE_SHARE = "compute.gate_share"
 _VMEM = ("xla_tpu_scoped_vmem_limit_kib=65536",)  # larger tiles; compiles up to four times longer
+_ALL_REDUCES = ("xla_tpu_enable_async_all_to_all=false",)  # of gradients
+_MORE_MEMORY = ("xla_tpu_scheduler_percent_shared_memory_limit=110",)  # that the scheduler may plan with
+_FUSED_GATHERS = ("xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",)  # v5e alone takes it
 # (values of config keys, expected step time of the best with them). The factors are the best that each gave on any
 # slice. Options of the compiler are added to those that are given.
 REFINEMENTS: tuple[tuple[dict[str, Any], float], ...] = (
@@ -44,19 +47,13 @@ REFINEMENTS: tuple[tuple[dict[str, Any], float], ...] = (
     ({OPTIONS: SPARSECORE_SUMS}, 0.985),
     ({OPTIONS: _VMEM}, 0.99),  # where the two together did not help
     ({"compute.loss_chunk": 2048}, 0.99),
-    ({OPTIONS: ("xla_tpu_enable_async_all_to_all=false",)}, 0.99),  # gradients by all-reduces
-    (
-        {OPTIONS: ("xla_tpu_scheduler_percent_shared_memory_limit=110",)},
-        0.99,
-    ),  # that the scheduler may plan with
+    ({OPTIONS: _ALL_REDUCES}, 0.99),
+    ({OPTIONS: _MORE_MEMORY}, 0.99),
     ({"compute.attention_blocks": (1024, 0)}, 0.995),
     ({"compute.attention_blocks": (0, 2048)}, 0.995),
     ({"compute.attention_blocks": (0, 512)}, 0.995),
     ({"compute.attention_blocks": (1024, 512)}, 0.995),
-    (
-        {OPTIONS: ("xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",)},
-        0.995,
-    ),  # v5e alone takes it
+    ({OPTIONS: _FUSED_GATHERS}, 0.995),
 )
 _REFINED = ("compute.loss_chunk", "compute.attention_blocks", OPTIONS)
 
