@@ -25,9 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup()
     if arguments is None:  # a process of its own: handlers of libraries at the root logger would print again
         logging.getLogger("lemur_jax").propagate = False
-    logging.getLogger("gcsfs").setLevel(
-        logging.CRITICAL
-    )  # it logs the traceback of every error that it raises
+    # It logs the traceback of every error that it raises.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser, verbs = _parser()
     if not words:
