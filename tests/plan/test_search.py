@@ -8,6 +8,7 @@ import pytest
 
 from lemur_jax.cli import main
 from lemur_jax.config import load, replace
+from lemur_jax.models.config import ComputeConfig
 from lemur_jax.plan import analytic, candidates, pareto, search
 from lemur_jax.plan.plan import plan
 
@@ -54,8 +55,10 @@ def first(tpu_compiler, base, tmp_path_factory):
 
 def two(config, tpu, result):
     """Two candidates that fit, and one that the compiler is not asked about."""
-    changes = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.sequence": 1, "mesh.tensor": 1, "train.microbatches": 1}
-    wanted = [{**changes, "compute.remat": remat} for remat in ("full", "none")]
+    wanted = [
+        candidates.layout_changes((1, 4, 1, 1, 1), ComputeConfig(remat=remat), microbatches=1)
+        for remat in ("full", "none")
+    ]
     bounds = [analytic.lower_bound(replace(config, each), tpu) for each in wanted]
     made = [
         candidates.Candidate(changes=each, bound=bound) for each, bound in zip(wanted, bounds, strict=True)
