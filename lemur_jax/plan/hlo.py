@@ -26,6 +26,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**63 - 1  # the compiler writes it where it has none
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 _NAMES = re.compile(r"%([\w.\-]+)")
+_ELEMENT = re.compile(r"%([\w.\-]+)((?:#\d+)+)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,44 @@ def parse(text: str) -> Module:
             pending += line  # some attributes, such as a kernel's metadata, span lines
     if not entry:
         raise ValueError("the HLO text has no entry computation")
-    return Module(computations=computations, entry=entry)
+    return Module(
+        computations={name: _named_elements(body) for name, body in computations.items()}, entry=entry
+    )
+
+
+def _named_elements(body: list[Instruction]) -> list[Instruction]:
+    """A computation in which an element of a tuple is an instruction of its own: JAX 0.12 writes `%tuple#1` instead."""
+    if not any("#" in each.arguments for each in body):
+        return body
+    known, result = {each.name: each for each in body}, []
+    for each in body:
+        arguments = each.arguments
+        for name, indices in _ELEMENT.findall(arguments):
+            element = known[name]
+            for index in indices[1:].split("#"):
+                named = f"{element.name}.element.{index}"
+                if named not in known:
+                    known[named] = Instruction(
+                        name=named, opcode="get-tuple-element", shape=_elements(element.shape)[int(index)],
+                        arguments=f"%{element.name}", attributes=f", index={index}", root=False,
+                    )  # fmt: skip
+                    result.append(known[named])
+                element = known[named]
+            arguments = arguments.replace(f"%{name}{indices}", f"%{element.name}", 1)
+        result.append(dataclasses.replace(each, arguments=arguments))
+    return result
+
+
+def _elements(shape: str) -> list[str]:
+    """The shapes of a tuple's elements, as text."""
+    found, depth = [""], 0
+    for each in re.sub(r"/\*.*?\*/", "", shape)[1:-1]:
+        depth += (each in "({[") - (each in ")}]")
+        if each == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += each
+    return [each.strip() for each in found]
 
 
 def _instruction(text: str) -> Instruction:

@@ -1,5 +1,7 @@
 """The reader of HLO text on a small module with every form that matters, written by hand."""
 
+import re
+
 import pytest
 
 from lemur_jax.plan import hlo
@@ -64,6 +66,21 @@ def test_instructions(module):
 def test_trip_count_from_start_stop_and_stride(module):
     loop = module.instruction("main", "while.1")
     assert hlo.trip_count(module, "main", loop) == 4  # 1, 3, 5, 7
+
+
+def test_elements_of_tuples_without_a_name(module):
+    """JAX 0.12 writes `%arg#0` in place of an instruction that takes element 0 of `arg`."""
+    text = "\n".join(line for line in MODULE.splitlines() if not re.match(r"  %[ijx] = .*get-tuple", line))
+    for name, element in (("i", "arg#0"), ("x", "arg#1"), ("j", "arg.2#0")):
+        text = re.sub(rf"%{name}\b", f"%{element}", text)
+    assert "#1), calls=%fused.1" in text
+    short = hlo.parse(text)
+    assert hlo.trip_count(short, "main", short.instruction("main", "while.1")) == 4
+    (name,) = short.instruction("body.1", "fusion.1").operands
+    element, known = short.instruction("body.1", name), module.instruction("body.1", "x")
+    assert (element.opcode, element.shape, element.operands) == (known.opcode, known.shape, known.operands)
+    assert element.attribute("index") == "1"
+    assert [each.opcode for each in short.computations["body.1"]].count("get-tuple-element") == 2
 
 
 def test_unknown_loop_is_an_error_rather_than_a_guess():
