@@ -107,8 +107,8 @@ def search(
     If nothing fits when the time is over, it continues until something does.
 
     Args:
-      config: the base. Its mesh, remat and microbatches are replaced; its attention blocks, loss chunks and compiler
-        options are where the search begins.
+      config: the base. Its mesh, remat, share of the gate and microbatches are replaced; its attention blocks, loss
+        chunks and compiler options are where the search begins.
       topology, slices: as for `plan`.
       minutes: total time; compilations that still run then are ended, if something fits.
       processes: compilations at a time.

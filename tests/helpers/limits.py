@@ -1,4 +1,4 @@
-"""What the system allows a process, narrowed for a while."""
+"""Resource limits of the test process."""
 
 import contextlib
 import resource
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """The system lets no file of this process grow over so many bytes, as on a full disk."""
+    """Writes beyond `size` bytes of a file fail, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

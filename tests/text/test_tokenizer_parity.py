@@ -22,7 +22,7 @@ MEGABYTE = 1 << 20
 
 
 def filled(kind: str) -> str:
-    """A text, again and again, up to so many bytes of UTF-8."""
+    """The text of `TEXTS`, repeated to 1 MiB of UTF-8 if its kind is in `LONG`, else to 64 KiB."""
     text, size = TEXTS[kind], MEGABYTE if kind in LONG else MEGABYTE >> 4
     return (text * (size // len(text.encode()) + 1)).encode()[:size].decode("utf-8", "ignore")
 
