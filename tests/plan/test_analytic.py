@@ -58,6 +58,22 @@ def test_bounds_by_hand():
     assert bound.compute < 8.5 * 6.74e9 * tokens / (16 * 197e12) * 1.2
 
 
+def test_gradients_are_reduced_once_at_least():
+    """Weights are gathered twice a microbatch; a gradient moves as much once."""
+    options = {"data.sequence_length": 4096, "train.batch_rows": 32}
+
+    def network(**changes):
+        config = seven_billion(options | {name.replace("__", "."): value for name, value in changes.items()})
+        return analytic.lower_bound(config, topologies.find_slice("v5e-16")).network
+
+    once = network(train__microbatches=1)
+    assert once == pytest.approx(3 * 6_738_415_616 * 2 * 15 / 16 / (2 * 45e9), rel=1e-3)
+    assert network(train__microbatches=2) / once == pytest.approx(5 / 3)
+    # Over 2 x 8: seven eighths of the weights move over fsdp, and an eighth of the gradients twice half of its size.
+    parts = network(mesh__data=2, mesh__fsdp=8) / once
+    assert parts == pytest.approx((3 * 7 / 8 + 2 * 1 / 8 * 1 / 2) / (3 * 15 / 16))
+
+
 def test_positions_traded_for_heads_cost_time():
     options = {"data.sequence_length": 16_384, "train.batch_rows": 16, "mesh.fsdp": 1, "mesh.sequence": 16}
     config = seven_billion(options, max_position_embeddings=16_384)

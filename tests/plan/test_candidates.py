@@ -131,6 +131,29 @@ def test_of_equal_times_the_smaller_program_comes_first():
     assert [queue.next() for _ in range(3)] == [own, small, large]
 
 
+def test_a_split_gate_that_saves_little_comes_after_the_whole_one():
+    own, split, whole, small = (
+        made_candidate(seconds, 10, mesh__data=data, compute__gate_share=share)
+        for seconds, data, share in ((10.0, 1, 0.0), (9.95, 2, 0.25), (10.0, 4, 0.0), (9.8, 8, 0.25))
+    )
+    queue = search.Queue(
+        [own, split, whole, small], ComputeConfig(), topologies.find_slice("v5p-64"), search.SearchResult()
+    )
+    assert [queue.next() for _ in range(4)] == [own, small, whole, split]
+
+
+def test_options_are_added_to_those_of_the_config_and_of_the_best(monkeypatch):
+    monkeypatch.setattr(candidates, "REFINEMENTS", [({candidates.OPTIONS: ("xla_c=1",)}, 0.9)])
+    compute = ComputeConfig(compiler_options=("xla_a=1",))
+    for changes, expected in (
+        ({}, ("xla_a=1", "xla_c=1")),
+        ({candidates.OPTIONS: ("xla_a=1", "xla_b=1")}, ("xla_a=1", "xla_b=1", "xla_c=1")),
+    ):
+        best = candidates.Trial(changes=changes, bound=None, plan=made_plan(2.0))
+        ((found, _),) = candidates.refinements(best, compute, "TPU v4")
+        assert found.changes == {candidates.OPTIONS: expected}
+
+
 def test_a_program_that_waits_for_the_host_says_nothing_of_others():
     own = made_candidate(10.0, 10, host=5.0, compute__remat="offload_mlp")
     trial = candidates.Trial(changes=own.changes, bound=own.bound, plan=made_plan(20.0))
