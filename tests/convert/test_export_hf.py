@@ -8,17 +8,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.torch
+import tensorstore
 import torch
 import transformers
 
-from lemur_jax.checkpoint.metadata import make_metadata
+from lemur_jax.checkpoint.digest import RunningDigest
+from lemur_jax.checkpoint.metadata import Damaged, Leaf, make_metadata
 from lemur_jax.checkpoint.reading import read_metadata, read_slices, restore_params
 from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import export_hf as export_module
+from lemur_jax.convert import layout
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.convert.model_card import model_card
+from lemur_jax.convert.vocabulary import AS_IT_IS
 from lemur_jax.models.decoder import abstract_params
 from lemur_jax.models.presets import preset
 from lemur_jax.text.chat_template import CHATML_TOKENS
@@ -91,15 +95,42 @@ def test_shards_without_a_tokenizer(hf_model, checkpoint, tmp_path, small_shards
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_a_parameter_that_is_not_what_was_saved(checkpoint, tmp_path, monkeypatch):
-    def changed(*arguments):
-        for block in read_slices(*arguments):
-            yield block + 1
+def test_layers_are_read_chunk_by_chunk(monkeypatch):
+    weight = next(row for row in layout.weights(preset("tiny", num_hidden_layers=5)) if "query" in row.path)
+    values = np.random.default_rng(0).normal(size=weight.shape).astype(np.float32)
+    spec = {"driver": "zarr", "kvstore": "memory://", "metadata": {"chunks": [2, *weight.shape[1:]]}}
+    array = tensorstore.open(spec, create=True, dtype=tensorstore.float32, shape=values.shape).result()
+    array.write(values).result()
+    sizes = []
 
-    monkeypatch.setattr(export_module, "read_slices", changed)
-    with pytest.raises(UserError, match="parameter embed/embedding is damaged: it is not what was saved"):
-        export_hf(checkpoint, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    def watched(array, cuts, name):
+        for block in read_slices(array, cuts, name):
+            sizes.append(len(block))
+            yield block
+
+    monkeypatch.setattr(export_module, "read_slices", watched)
+    digest = RunningDigest()
+    digest.update(values)
+    stored = Leaf(shape=values.shape, dtype=str(values.dtype), digest=digest.value)
+    monkeypatch.setattr(layout, "weights", lambda config: (weight,))
+    config = preset("tiny")
+    opened = export_module.OpenedCheckpoint(
+        where="here",
+        stored=config,
+        written=config,
+        arrays={weight.path: array},
+        leaves={weight.path: stored},
+        tokenizer=None,
+        change=AS_IT_IS,
+    )
+    streamed = dict(opened.tensors("float32"))
+    assert sizes == [2, 2, 1]
+    assert list(streamed) == list(weight.names)
+    for layer, name in enumerate(weight.names):
+        np.testing.assert_array_equal(weight.from_hf(streamed[name]), values[layer])
+    array[3, 1, 2, 3].write(9.0).result()
+    with pytest.raises(Damaged, match="here: parameter .*query .* is not what was saved"):
+        list(opened.tensors("float32"))
 
 
 @pytest.fixture
