@@ -64,7 +64,7 @@ QWEN3_MOE = dict(
 FAMILIES = {
     "llama": ("Llama", dict(num_key_value_heads=4)),
     "llama with llama3": ("Llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
-    "llama with linear": ("Llama", dict(rope_parameters=LINEAR, num_key_value_heads=1, head_dim=24)),
+    "llama with linear": ("Llama", dict(rope_parameters=LINEAR)),
     "llama with biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
     "llama with yarn": ("Llama", dict(rope_parameters=YARN)),
     "mistral": ("Mistral", dict(sliding_window=40)),

@@ -1,7 +1,4 @@
-"""Import of every form of weights: each gives what one safetensors file gives.
-
-That this is the model of transformers is in test_families.py and test_export_hf.py.
-"""
+"""Import against the state dict that transformers wrote, element for element."""
 
 import json
 import re
@@ -30,16 +27,62 @@ from lemur_jax.text.tokenizer_files import extend
 from tests.helpers.hf_faults import FAULTS, NOT_FINITE, edit
 
 
+def expected_params(state, config):
+    """The parameter tree written out by hand, in float32."""
+    H, K, N = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+    def tensor(name):
+        return state[name].float().numpy()
+
+    def stack(name, convert=lambda x: x):
+        layers = range(config.num_hidden_layers)
+        return np.stack([convert(tensor(f"model.layers.{layer}.{name}.weight")) for layer in layers])
+
+    def heads(count):
+        return lambda x: x.T.reshape(-1, count, N)
+
+    params = {
+        "embed": {"embedding": tensor("model.embed_tokens.weight")},
+        "layers": {
+            "attention_norm": {"scale": stack("input_layernorm")},
+            "attention": {
+                "query": stack("self_attn.q_proj", heads(H)),
+                "key": stack("self_attn.k_proj", heads(K)),
+                "value": stack("self_attn.v_proj", heads(K)),
+                "out": stack("self_attn.o_proj", lambda x: x.T.reshape(H, N, -1)),
+            },
+            "mlp_norm": {"scale": stack("post_attention_layernorm")},
+            "mlp": {
+                "gate": stack("mlp.gate_proj", np.transpose),
+                "up": stack("mlp.up_proj", np.transpose),
+                "down": stack("mlp.down_proj", np.transpose),
+            },
+        },
+        "final_norm": {"scale": tensor("model.norm.weight")},
+    }
+    if not config.tie_word_embeddings:
+        params["head"] = {"kernel": tensor("lm_head.weight").T}
+    return params
+
+
 def assert_same(got, expected):
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-def test_sharded_files(make_model, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_tensor(make_model, variant, dtype):
+    hf = make_model(dtype, **variant)
+    config, params = load_hf_params(hf.path)
+    assert config.num_key_value_heads == hf.model.config.num_key_value_heads
+    assert_same(params, expected_params(hf.state(), config))
+
+
+def test_sharded_files(make_model):
     hf = make_model(shard="20KB")
     assert len(list(hf.path.glob("*.safetensors"))) > 2
-    hf.model.save_pretrained(tmp_path / "whole")
-    assert_same(load_hf_params(hf.path)[1], load_hf_params(tmp_path / "whole")[1])
+    config, params = load_hf_params(hf.path)
+    assert_same(params, expected_params(hf.state(), config))
 
 
 def test_every_byte_of_a_fused_tensor_is_read_once(make_model, monkeypatch):
@@ -80,9 +123,9 @@ def to_bin(hf, shards=1):
 
 def test_bin_files(make_model, monkeypatch):
     hf = make_model(torch.bfloat16)
-    _, expected = load_hf_params(hf.path)
     to_bin(hf)
-    assert_same(load_hf_params(hf.path)[1], expected)
+    config, params = load_hf_params(hf.path)
+    assert_same(params, expected_params(hf.state(), config))
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match="install torch"):
         load_hf_params(hf.path)
@@ -90,9 +133,9 @@ def test_bin_files(make_model, monkeypatch):
 
 def test_sharded_bin_files(make_model):
     hf = make_model()
-    _, expected = load_hf_params(hf.path)
     _, file, _ = to_bin(hf, shards=3)
-    assert_same(load_hf_params(hf.path)[1], expected)
+    config, params = load_hf_params(hf.path)
+    assert_same(params, expected_params(hf.state(), config))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=f"{file.name} cannot be read as weights"):
         load_hf_params(hf.path)
@@ -137,7 +180,7 @@ def test_checkpoint(make_model, tmp_path, tokenizer_dir):
     assert files["tokenizer.model"] == (tokenizer_dir / "tokenizer.model").read_bytes()
     assert "tokenizer_config.json" in files
     params = restore_params(tmp_path / "checkpoint", abstract_params(config))
-    assert_same(jax.device_get(params), load_hf_params(hf.path)[1])
+    assert_same(jax.device_get(params), expected_params(hf.state(), config))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf"]
 
 
@@ -221,7 +264,6 @@ def test_a_second_tied_head_is_ignored(make_model):
 def test_buffers_that_transformers_ignores(hf_model, kind, dtype):
     """Old versions of transformers saved a table of angles for each layer, or one for the model."""
     path, state = hf_model.path, hf_model.state()
-    _, expected = load_hf_params(path)
     for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"):
         state[name] = torch.arange(4).to(dtype)
     (path / "model.safetensors").unlink()
@@ -234,12 +276,13 @@ def test_buffers_that_transformers_ignores(hf_model, kind, dtype):
         listed = state if kind == "in the index" else hf_model.state()
         index = {"metadata": {}, "weight_map": dict.fromkeys(listed, file)}
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert_same(load_hf_params(path)[1], expected)
+    config, params = load_hf_params(path)
+    assert_same(params, expected_params(hf_model.state(), config))
 
 
 def test_symlinks_as_in_the_hub_cache(make_model, tmp_path):
     hf = make_model()
-    _, expected = load_hf_params(hf.path)
     (hf.path / "model.safetensors").rename(tmp_path / "blob")
     (hf.path / "model.safetensors").symlink_to("../blob")
-    assert_same(load_hf_params(hf.path)[1], expected)
+    config, params = load_hf_params(hf.path)
+    assert_same(params, expected_params(hf.state(), config))
