@@ -103,7 +103,7 @@ def read_rows(
         return
     if not epath.Path(path).stat().length and not path.endswith(tuple(COMPRESSIONS)):
         logger.warning("%s is empty", path)
-    chunks = filter(None, read_utf8(path))
+    chunks = read_utf8(path)
     if kind == "text":
         found = _whole(chunks, max_bytes)
     else:
@@ -257,12 +257,23 @@ def _damage(error: Exception) -> Unreadable:
 
 
 def _batch_rows(batch: Any) -> Iterator[Row | BadRow]:
-    """The rows of a batch. One that Python cannot hold (a date after the year 9999, bytes in a string) is bad."""
     try:
         yield from batch.to_pylist()
-    except Exception as error:  # time zone libraries raise many types
-        if batch.num_rows == 1:
-            yield BadRow(reason=bad_reason(error))
-            return
+    except Exception:  # Python cannot hold a value; time zone libraries raise many types
         for index in range(batch.num_rows):
-            yield from _batch_rows(batch.slice(index, 1))
+            yield _row({name: batch.column(name)[index] for name in batch.schema.names})
+
+
+def _row(scalars: Mapping[str, Any]) -> Row | BadRow:
+    from pyarrow import types
+
+    row = {}
+    for name, scalar in scalars.items():
+        try:
+            row[name] = scalar.as_py()
+        except Exception as error:
+            if not types.is_temporal(scalar.type):
+                return BadRow(reason=f"column {name!r}: {bad_reason(error)}")
+            # Outside the years 1 to 9999, or an unknown time zone: the stored number.
+            row[name] = f"{scalar.value} {scalar.type}"
+    return row

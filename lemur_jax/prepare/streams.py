@@ -44,10 +44,14 @@ class Unreadable(Exception):
 
 
 def read_utf8(path: str) -> Iterator[bytes]:
-    """Chunks of a file's text as UTF-8 without byte-order mark, which tells UTF-16 and UTF-32.
+    """Non-empty chunks of a file's text as UTF-8 without byte-order mark, which tells UTF-16 and UTF-32.
 
     UTF-8 itself is not checked. Raises `Unreadable` after the intact data.
     """
+    return filter(None, _read_utf8(path))
+
+
+def _read_utf8(path: str) -> Iterator[bytes]:
     chunks = read_bytes(path)
     head = b""
     for chunk in chunks:

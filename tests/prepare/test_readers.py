@@ -240,14 +240,19 @@ def test_rows_that_say_nothing_about_id_or_group_stand_for_themselves(tmp_path):
     assert all(isinstance(row, BadRow) for _, row in gathered)
 
 
-def test_parquet_rows_that_python_cannot_hold_are_bad(tmp_path):
+def test_parquet_values_that_python_cannot_hold_are_kept_as_numbers(tmp_path):
     path = tmp_path / "a.parquet"
     moment = pyarrow.array([1, (1 << 63) - 1, 3], pyarrow.timestamp("us"))
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "c"], "t": moment}), path)
-    assert good(read(path, columns=["text"])) == ["a", "b", "c"]
-    found = read(path, Fields(meta=("t",)))
-    assert good(found) == ["a", "c"]
-    assert [where for where, *_ in bad(found)] == ["row 1"]
+    zone = pyarrow.array([1, 2, 3], pyarrow.timestamp("us", tz="Mars/Base"))
+    table = pyarrow.table(
+        {"text": ["a", "b", "c"], "t": moment, "z": zone, "s": pyarrow.array([[m] for m in moment])}
+    )
+    pyarrow.parquet.write_table(table, path)
+    found = read(path, Fields(meta=("t", "z")), columns=["text", "t", "z"])
+    assert good(found) == ["a", "b", "c"]
+    assert json.loads(found[1]["meta"])["t"] == "9223372036854775807 timestamp[us]"
+    assert json.loads(found[2]["meta"])["z"] == "3 timestamp[us, tz=Mars/Base]"
+    assert [(where, "column 's'" in reason) for where, reason, _ in bad(read(path))] == [("row 1", True)]
 
 
 def test_parquet_by_columns_with_nested_fields(tmp_path):
@@ -335,7 +340,7 @@ def test_bytes_in_a_parquet_string_column_spare_their_neighbours(tmp_path):
     found = read(path)
     assert good(found) == ["a", "c"]
     assert [(where, reason) for where, reason, _ in bad(found)] == [
-        ("row 1", "invalid UTF-8 (byte 0xff at 0): Latin-1 or another encoding?"),
+        ("row 1", "column 'text': invalid UTF-8 (byte 0xff at 0): Latin-1 or another encoding?"),
         ("row 2", "field 'text' is NoneType, not a string"),
     ]
 
