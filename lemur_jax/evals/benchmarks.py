@@ -4,11 +4,15 @@ HumanEval and MBPP are our own. Every other task is one of lm-evaluation-harness
 """
 
 import collections
+import contextlib
 import dataclasses
 import difflib
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -98,13 +102,13 @@ def check_tasks(tasks: Sequence[str], options: Options) -> None:
 
 
 def _run_code(session: Session, task: str, options: Options) -> TaskResult:
-    cut: Callable[[str], str] = str
     if task == "humaneval":
-        problems, stops = code.humaneval(), code.HUMANEVAL_STOPS
+        problems, stops, cut = code.humaneval(), code.HUMANEVAL_STOPS, code.cut_humaneval
         sampling = dataclasses.replace(code.HUMANEVAL_SAMPLING, seed=options.seed)
     else:
         problems = code.mbpp(epath.Path(options.data) / "mbpp.jsonl")
-        stops, cut, sampling = code.MBPP_STOPS, code.cut_mbpp, code.MBPP_SAMPLING
+        stops, cut = code.MBPP_STOPS, code.cut_mbpp
+        sampling = code.MBPP_SAMPLING
     verdicts = code.solve(
         session,
         problems[: options.limit],
@@ -134,16 +138,17 @@ def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
 
     generation = {"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None
     try:
-        result: Any = simple_evaluate(
-            model=LemurLM(session, seed=options.seed),
-            tasks=[task],
-            limit=options.limit,
-            task_manager=manager,
-            apply_chat_template=options.chat,
-            gen_kwargs=generation,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
+        with _cache_without_hub():
+            result: Any = simple_evaluate(
+                model=LemurLM(session, seed=options.seed),
+                tasks=[task],
+                limit=options.limit,
+                task_manager=manager,
+                apply_chat_template=options.chat,
+                gen_kwargs=generation,
+                bootstrap_iters=0,
+                log_samples=False,
+            )
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"task {task!r}: its data set is not in the cache and the hub cannot be reached"
@@ -152,6 +157,29 @@ def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
     metrics = result.get("groups", {}).get(task) or result["results"][task]
     numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
     return TaskResult(task=task, detail={"metrics": numbers})
+
+
+@contextlib.contextmanager
+def _cache_without_hub() -> Iterator[None]:
+    """Where the hub cannot be reached, data sets come from the cache at once, not after half a minute of retries."""
+    import datasets
+    from huggingface_hub import constants
+
+    url = urllib.parse.urlsplit(constants.ENDPOINT)
+    try:
+        if not urllib.request.getproxies():
+            socket.create_connection(
+                (url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443)), timeout=5
+            ).close()
+    except OSError:
+        before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+        try:
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+    else:
+        yield
 
 
 @functools.lru_cache(maxsize=4)

@@ -24,19 +24,26 @@ HUMANEVAL_STOPS: tuple[str, ...] = (
     "\n```",
     "<file_sep>",
 )
-# The first two close the paper's examples. The prompt's newline is part of the answer: before `_MBPP_STOPS_LATER` it
-# is no stop.
+# The first two close the paper's examples. The prompt's newline is part of the answer: before `_MBPP_BEGINNINGS` it is
+# no stop.
 MBPP_STOPS: tuple[str, ...] = ("[DONE]", "[/PYTHON]", "\nassert", "\nprint", "\n<|/", "\n```")
-_MBPP_STOPS_LATER = ("\nclass", "\nif", '\n"""')
+_MBPP_BEGINNINGS = ("\nclass", "\nif", '\n"""')
 HUMANEVAL_SAMPLING = Sampling(temperature=0.2, top_p=0.95)
 MBPP_SAMPLING = Sampling(temperature=0.0)
 
 
+def cut_humaneval(answer: str) -> str:
+    """The answer up to the first stop."""
+    return _cut(answer, HUMANEVAL_STOPS)
+
+
 def cut_mbpp(answer: str) -> str:
-    """The answer without the prompt's newline, up to what ends it only after that newline."""
-    answer = answer.removeprefix("\n")
-    ends = [answer.find(stop) for stop in _MBPP_STOPS_LATER if stop in answer]
-    return answer[: min(ends, default=len(answer))]
+    """The answer without the prompt's newline, up to the first stop."""
+    return _cut(answer.removeprefix("\n"), (*MBPP_STOPS, *_MBPP_BEGINNINGS))
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
 def solve(

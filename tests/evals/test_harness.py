@@ -15,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from lemur_jax.evals import benchmarks
 from lemur_jax.evals.harness import LemurLM
 from lemur_jax.infer import score as scoring
 
@@ -156,3 +157,32 @@ def test_ids_of_rendered_text_are_those_of_transformers(ours, theirs):
 def test_too_many_new_tokens(ours):
     with pytest.raises(UserError, match="wants 150 new tokens"):
         ours.generate_until(instances("generate_until", ("x", {"until": [], "max_gen_toks": 150})))
+
+
+TASK = """
+task: on_the_hub
+dataset_path: nobody/nothing
+test_split: test
+output_type: multiple_choice
+doc_to_text: "x"
+doc_to_choice: ["A", "B"]
+doc_to_target: 0
+"""
+
+
+def test_a_task_of_the_hub_without_a_network_is_one_line_at_once(ours, tmp_path, monkeypatch, caplog):
+    import datasets
+    from huggingface_hub import constants
+
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    (tmp_path / "task.yaml").write_text(TASK)
+    with pytest.raises(
+        UserError, match="'on_the_hub': its data set is not in the cache and the hub cannot be"
+    ):
+        benchmarks.evaluate(ours.session, ["on_the_hub"], benchmarks.Options(include_path=str(tmp_path)))
+    assert not constants.HF_HUB_OFFLINE
+    assert "Retrying" not in caplog.text

@@ -124,8 +124,8 @@ KNOWN = {
     "Which of 92?": "A",
     "Q: is this ": " True\n\nQ: more",
     "Question: How many?": " Four hundred, or so: $1,204.\n\nQuestion: more",
-    "that gives 11.": "def give():\n  return 11\n",
-    "that gives 12.": "def give():\n  return 12\n",
+    "that gives 11.": "def give():\n  return 11\n[DONE]\nmore",
+    "that gives 12.": "def give():\n  return 12\n[DONE]\nmore",
 }
 
 
