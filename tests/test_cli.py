@@ -207,3 +207,8 @@ def test_version_and_defaults_are_shown(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["plan", "--help"])
     assert "(default: " in capsys.readouterr().out
+
+
+def test_the_package_is_a_program():
+    done = subprocess.run([sys.executable, "-m", "lemur_jax", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("lemur_jax ")

@@ -1,8 +1,8 @@
 """A seeded permutation of [0, n) that is evaluated in O(1), at any place, for any n.
 
 A Feistel network permutes a power of four not below n; values of n or more are sent through it again until
-they fall below ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
-`tests/data/test_mixture.py` pins it, because a resumed run must see the order that the first run saw.
+they fall below ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). A test pins it,
+because a resumed run must see the order that the first run saw.
 """
 
 import hashlib

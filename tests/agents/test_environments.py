@@ -29,6 +29,7 @@ def test_block():
     [
         ("Sure:\n```python\ndef double(x):\n  return math.floor(2 * x)\n```", "passed", "All tests passed."),
         ("```python\ndef double(x):\n    return x\n```", "wrong answer", "AssertionError: two"),
+        ("```python\ndef double(x:\n```", "syntax", "SyntaxError"),
         ("```python\n```", "no code", "no code"),
         ("```python\nimport os; os._exit(0)\n```", "exited early", "exited early"),
     ],

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -332,8 +333,29 @@ def test_a_deep_tree_ends_in_a_result_and_leaves_nothing(isolated):
     assert not [path for path in scratch._home().glob("box-*") if (path / "d").exists()]
 
 
-def test_a_tree_without_rights_is_removed(tmp_path):
-    (tmp_path / "tree" / "closed" / "in").mkdir(parents=True)
-    (tmp_path / "tree" / "closed").chmod(0)
-    scratch.remove_tree(tmp_path / "tree")
-    assert not list(tmp_path.iterdir())
+def test_orphans_die_at_the_time_limit_too(box):
+    mark = f"4{time.monotonic_ns()}"
+    assert box(f"setsid sleep {mark} & sleep 60", limits=Limits(wall_seconds=0.5)).timed_out
+    assert not alive(mark)
+
+
+@pytest.fixture
+def memory_disk(monkeypatch):
+    """Temporary directories in memory, where removing thousands takes no seconds."""
+    if os.access("/dev/shm", os.W_OK):
+        monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+    return pathlib.Path(tempfile.gettempdir())
+
+
+def test_remove_tree(memory_disk):
+    tree = pathlib.Path(tempfile.mkdtemp())
+    here = os.open(tree, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=here)
+        here, before = os.open("d", os.O_RDONLY, dir_fd=here), here
+        os.close(before)
+    os.close(here)
+    (tree / "closed" / "in").mkdir(parents=True)
+    (tree / "closed").chmod(0)
+    scratch.remove_tree(tree)
+    assert not tree.exists()

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lemur_jax.data.permutation import permute
+from lemur_jax.data.permutation import key_of, permute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 65_536, 100_003])
@@ -28,3 +28,10 @@ def test_permutations_are_uniform(size):
         counts = np.bincount(sent, minlength=size)
         expected = counts[counts > 0].mean()  # a difference is never 0
         assert ((counts[counts > 0] - expected) ** 2 / expected).sum() < size + 5 * np.sqrt(2 * size)
+
+
+def test_the_order_is_pinned():
+    # A resumed run must see what the first one saw. If this fails, old runs can no longer be resumed.
+    out = permute(np.arange(10), 10, 42, np.zeros(10, np.int64))
+    assert out.tolist() == [1, 8, 7, 6, 3, 5, 9, 0, 4, 2]
+    assert key_of("rows", 42, "code") == 13628831124297629693

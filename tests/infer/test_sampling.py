@@ -92,3 +92,14 @@ def test_greedy_takes_the_best_whatever_the_filters(logits):
 def test_bad_values(options, message):
     with pytest.raises(UserError, match=message):
         Sampling(**options)
+
+
+def test_a_row_draws_alike_in_any_batch(logits):
+    knobs = Sampling(temperature=2.0, seed=5).knobs()
+    seeds, positions = jnp.arange(B, dtype=jnp.uint32), jnp.arange(B) + 10
+    tokens, _ = choose(jnp.asarray(logits), knobs, seeds, positions, NONE)
+    some = np.array([9, 2, 4])
+    again, _ = choose(jnp.asarray(logits[some]), knobs, seeds[some], positions[some], NONE[some])
+    np.testing.assert_array_equal(again, tokens[some])
+    later, _ = choose(jnp.asarray(logits), knobs, seeds, positions + 1, NONE)
+    assert (np.asarray(later) != tokens).sum() > B // 3

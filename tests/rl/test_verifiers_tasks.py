@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from lemur_jax.common.errors import UserError
 from lemur_jax.config import from_config_dict
 from lemur_jax.rl import games, run
 from lemur_jax.telemetry.metrics import read_metrics
@@ -66,3 +67,8 @@ def test_a_run(tasks, small_chat_tokenizer, tmp_path):
         assert 0 < record["reward"] < 1
         assert record["grad_norm"] > 0
         assert record["logprob_gap"] < 1e-4
+
+
+def test_names_of_no_taskset(tasks):
+    with pytest.raises(UserError, match="the taskset 'lemur-nowhere' of verifiers cannot be loaded"):
+        tasks("lemur-nowhere")

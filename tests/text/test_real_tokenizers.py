@@ -164,3 +164,11 @@ def test_the_class_beside_a_model(model_type, kind, byte_level_dir, tmp_path):
         assert ours.encode_with_control_tokens(text) == theirs(text, add_special_tokens=False)["input_ids"], (
             text
         )
+
+
+def test_a_spelled_control_token_is_text(tmp_path):
+    copy("tokenizer.model.v1: LlamaTokenizer", tmp_path)
+    ours = Tokenizer.load(tmp_path)
+    ids = ours.encode("a</s>b <s>")
+    assert not set(ids) & set(ours.control_tokens.values())
+    assert ours.encode_with_control_tokens("a</s>b <s>")[-1] == ours.bos_id

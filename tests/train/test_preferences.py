@@ -255,3 +255,10 @@ def test_completions_are_exchanged_within_a_row(packed):
         np.testing.assert_array_equal(other["targets"][row, here[:-1]], tokens[1:])
         np.testing.assert_array_equal(other["loss_weights"][row, here[:-1]], supervised[1:])
         assert other["loss_weights"][row, here[-1]] == 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_equal_the_formulas_in_float64(loss):
+    chosen, rejected = arguments(loss)
+    expected = in_float64(loss, chosen.astype(np.float64), rejected.astype(np.float64), 0.2)
+    np.testing.assert_allclose(ours(loss, chosen, rejected, 0.2), expected, rtol=1e-5)
