@@ -26,6 +26,7 @@ import lemur_jax
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, replace
 from lemur_jax.models.config import ComputeConfig
+from lemur_jax.parallel.compiler_flags import compiler_options
 from lemur_jax.parallel.mesh import mesh_shape
 from lemur_jax.plan import analytic, candidates
 from lemur_jax.plan.candidates import Candidate, Changes, Trial
@@ -68,6 +69,11 @@ class SearchResult:
         """The fastest that fits."""
         return next(iter(self.front()), None)
 
+    @property
+    def all_refused(self) -> bool:
+        """Whether something was tried, and nothing of it has a plan."""
+        return bool(self.trials) and not any(trial.plan for trial in self.trials)
+
     def front(self) -> list[Trial]:
         """The Pareto front of step time and HBM, fastest first."""
         front: list[Trial] = []
@@ -104,7 +110,8 @@ def search(
 ) -> SearchResult:
     """Compiles candidates until the time is over, all are done, or Ctrl-C; logs a line for each.
 
-    If nothing fits when the time is over, it continues until something does.
+    If nothing fits when the time is over, it continues until something does, unless all that was tried was refused, as
+    with a compiler option that XLA does not know.
 
     Args:
       config: the base. Its mesh, remat, share of the gate and microbatches are replaced; its attention blocks, loss
@@ -115,11 +122,13 @@ def search(
       cache: directory of finished plans, created if missing.
 
     Raises:
-      UserError: an unknown slice, or libtpu is missing.
+      UserError: an unknown slice, a compiler option that cannot be read, or libtpu is missing.
     """
     started = time.monotonic()
     tpu = find_slice(topology, slices)
-    described_devices(tpu)  # every compilation would fail without libtpu
+    # Without libtpu, or with options that cannot be read, every compilation would fail.
+    described_devices(tpu)
+    compiler_options(tpu.generation.device_kind, config.compute.compiler_options)
     cache.mkdir(parents=True, exist_ok=True)
     result = SearchResult()
     queue = Queue(all_layouts(config, tpu, result), config.compute, tpu, result)
@@ -128,7 +137,7 @@ def search(
     # By the sentinel that says that a process has ended.
     running: dict[Any, tuple[Any, Candidate, pathlib.Path]] = {}
     try:
-        while time.monotonic() < end or not result.best:
+        while time.monotonic() < end or not (result.best or result.all_refused):
             while len(running) < processes and (candidate := queue.next()):
                 try:
                     wanted = replace(config, candidate.changes)

@@ -1,5 +1,6 @@
 """The search on a model small enough to compile in seconds, with the real TPU compiler."""
 
+import contextlib
 import json
 import logging
 
@@ -7,6 +8,7 @@ import jax
 import pytest
 
 from lemur_jax.cli import main
+from lemur_jax.common.errors import UserError
 from lemur_jax.config import load, replace
 from lemur_jax.models.config import ComputeConfig
 from lemur_jax.plan import analytic, candidates, pareto, search
@@ -106,6 +108,18 @@ def test_what_the_config_does_not_allow_is_left_out(first, monkeypatch):
     monkeypatch.setattr(candidates, "REFINEMENTS", [({"compute.loss_chunk": -1}, 0.9)])
     again = search.search(config, "v5e-4", minutes=10, processes=2, cache=cache)
     assert (again.compiled, again.cached) == (0, 2)
+
+
+def test_an_option_that_xla_does_not_know_ends_the_search(tpu_compiler, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "all_layouts", two)
+    for option, compiled in (("xla_tpu_nonsense=true", 1), ("nonsense", 0)):
+        config = replace(load(str(base)), {"compute.compiler_options": (option,)})
+        with (
+            contextlib.nullcontext() if compiled else pytest.raises(UserError, match="cannot read 'nonsense'")
+        ):
+            found = search.search(config, "v5e-4", minutes=1e-9, processes=1, cache=tmp_path)
+    assert (found.compiled, found.best) == (1, None)
+    assert "xla_tpu_nonsense" in found.trials[0].error
 
 
 def test_what_xla_refuses_is_an_error_of_one_line(tmp_path):
