@@ -13,7 +13,7 @@ from typing import Any
 
 from lemur_jax.models.config import KEEP_GATE, ComputeConfig
 from lemur_jax.models.remat import POLICIES
-from lemur_jax.parallel.compiler_flags import SPARSECORE_SUMS, compiler_options
+from lemur_jax.parallel.compiler_flags import SPARSECORE_SUMS, compiler_options, exchanges_gradients
 from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.parallel.mesh import AXES
 from lemur_jax.plan import analytic
@@ -42,10 +42,10 @@ _FUSED_GATHERS = ("xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
 # (values of config keys, expected step time of the best with them). The factors are the best that each gave on any
 # slice. Options of the compiler are added to those that are given.
 REFINEMENTS: tuple[tuple[dict[str, Any], float], ...] = (
-    ({OPTIONS: _VMEM, "compute.loss_chunk": 2048}, 0.86),
+    ({OPTIONS: (*_VMEM, *SPARSECORE_SUMS), "compute.loss_chunk": 2048}, 0.86),
     ({"compute.loss_chunk": 0}, 0.985),
     ({OPTIONS: SPARSECORE_SUMS}, 0.985),
-    ({OPTIONS: _VMEM}, 0.99),  # where the two together did not help
+    ({OPTIONS: _VMEM}, 0.99),  # where all together did not help
     ({"compute.loss_chunk": 2048}, 0.99),
     ({OPTIONS: _ALL_REDUCES}, 0.99),
     ({OPTIONS: _MORE_MEMORY}, 0.99),
@@ -142,7 +142,10 @@ def refinements(best: Trial, compute: ComputeConfig, device_kind: str) -> Iterat
         }
         wanted = dict(values)
         if OPTIONS in values:
-            wanted[OPTIONS] = current[OPTIONS] + values[OPTIONS]
+            added = values[OPTIONS]
+            if not exchanges_gradients(device_kind, current[OPTIONS]):  # they are summed already
+                added = tuple(option for option in added if option not in SPARSECORE_SUMS)
+            wanted[OPTIONS] = current[OPTIONS] + added
             before, after = (compiler_options(device_kind, each[OPTIONS]) for each in (current, wanted))
             lowered = any(after[name] < value for name, value in before.items() if type(value) is int)
             if lowered or after == before:

@@ -7,6 +7,7 @@ import pytest
 from lemur_jax.config import RunConfig, replace
 from lemur_jax.models.config import ComputeConfig
 from lemur_jax.models.presets import preset
+from lemur_jax.parallel.compiler_flags import SPARSECORE_SUMS
 from lemur_jax.plan import analytic, candidates, search, topologies
 
 
@@ -39,6 +40,20 @@ def test_a_value_that_the_config_has_is_not_tried(monkeypatch):
     monkeypatch.setattr(candidates, "REFINEMENTS", [({"compute.loss_chunk": 0}, 0.9)])
     for chunk, tried in ((512, 1), (0, 0)):
         assert len(list(candidates.refinements(best, ComputeConfig(loss_chunk=chunk), "TPU v4"))) == tried
+
+
+def test_sums_of_gradients_are_tried_only_where_gradients_are_exchanged(monkeypatch):
+    vmem = "xla_tpu_scoped_vmem_limit_kib=65536"
+    monkeypatch.setattr(candidates, "REFINEMENTS", [({candidates.OPTIONS: (vmem, *SPARSECORE_SUMS)}, 0.9)])
+    best = candidates.Trial(changes={}, bound=None, plan=made_plan(2.0))
+    for kind, options, tried in (
+        ("TPU7x", (), (vmem, *SPARSECORE_SUMS)),
+        ("TPU v5", (), (vmem,)),  # SparseCores sum already
+        ("TPU v5 lite", (), (vmem,)),  # has no SparseCores
+        ("TPU7x", SPARSECORE_SUMS, (*SPARSECORE_SUMS, vmem)),
+    ):
+        ((found, _),) = candidates.refinements(best, ComputeConfig(compiler_options=options), kind)
+        assert found.changes == {candidates.OPTIONS: tried}
 
 
 def queue_of(config, slice_):
