@@ -1,4 +1,4 @@
-"""Lemur-70B-Chat: Lemur-70B tuned on 367,818 text and code conversations in ChatML (Xu et al., ICLR 2024).
+"""Lemur-70B-Chat: Lemur-70B tuned on 367,817 text and code conversations in ChatML (Xu et al., ICLR 2024).
 
 From the paper: the four sets of Table 1 and their filters; two epochs, Adam, 2e-5, a batch of 128 conversations
 (A.2.2); ChatML with loss on the assistant's turns alone, vocabulary 32,005. The base model's ids from 32,000 on
@@ -49,7 +49,7 @@ def get_config():
     config.mesh.tensor = 4
     config.train.batch_documents = 128
     config.train.batch_rows = 16  # for `lemur plan`: 128 conversations of 512 tokens
-    config.train.steps = 5748  # likewise: 2 × 367,818 / 128
+    config.train.steps = 5748  # likewise: 2 × 367,817 / 128
     config.optimizer.learning_rate = 2e-5
     config.optimizer.final_learning_rate = 2e-6
     config.optimizer.warmup_steps = 172

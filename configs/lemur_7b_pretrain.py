@@ -1,6 +1,6 @@
 """Lemur's first stage on Llama-2-7B: `lemur_70b_pretrain.py` with the smaller model and all else as there.
 
-Hardware: TPU v4-32 (16 chips); on a v5e-256 add `--config.train.microbatches=4 --config.compute.remat=mlp_all`.
+Hardware: TPU v4-32 (16 chips); for a v5e-256 see `docs/planner_details.md`, "Search".
 `lemur plan` tells what either takes (docs/planner.md).
 
     export LEMUR_DATA=gs://BUCKET/data                      # see configs/lemur_tasks.py

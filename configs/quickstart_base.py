@@ -1,4 +1,4 @@
-"""Quickstart, stage 1: a small base Llama on text, the stand-in for Llama-2.
+"""Quickstart from nothing, base: a small base Llama on text, the stand-in for Llama-2.
 
 Data: Python's documentation as every machine has it (seqio task `python_docs`, see `configs/quickstart_tasks.py`).
 Hardware: 2 CPU cores, about 2 minutes.

@@ -1,4 +1,4 @@
-"""Quickstart, stage 3: the vocabulary extended by ChatML's tokens, then chat tuning.
+"""Quickstart from nothing, chat: the vocabulary extended by ChatML's tokens, then chat tuning.
 
 Data: conversations made of real functions, docstrings and documentation (`python_chat`), packed whole;
 loss on the assistant's turns alone.

@@ -1,4 +1,4 @@
-"""Quickstart, with preferences: DPO of an adapter on pairs of answers, from the chat model of stage 3.
+"""Quickstart from nothing, with preferences: DPO of an adapter on pairs of answers, from the chat model.
 
 Data: the questions of `python_chat`; the real answer is preferred to that of another question (`python_pairs`).
 Hardware: 2 CPU cores, about 2 minutes. `:ipo`, `:simpo`, `:orpo` and `:kto` take another loss.

@@ -1,6 +1,6 @@
-"""Quickstart, stage 2: code-heavy continued pretraining, code : text = 10 : 1 by tokens.
+"""Quickstart from nothing, Lemur: code-heavy continued pretraining, code : text = 10 : 1 by tokens.
 
-Starts from stage 1, which went through a Hugging Face directory as Llama-2 would.
+Starts from the base model, which went through a Hugging Face directory as Llama-2 would.
 Data: the standard library's source (`python_stdlib`) and documentation (`python_docs`).
 Hardware: 2 CPU cores, about 2 minutes.
 

@@ -1,6 +1,6 @@
-"""Quickstart, with an adapter: chat tuning of stage 3 continued by LoRA, the model's own weights frozen.
+"""Quickstart from nothing, with an adapter: chat tuning continued by LoRA, the model's own weights frozen.
 
-Data and hardware as `quickstart_chat.py`. The adapter has 6% of the model's number of parameters;
+Data and hardware as `quickstart_chat.py`. The adapter has 4% of the model's number of parameters;
 checkpoints hold nothing else.
 
     lemur train --config configs/quickstart_lora.py --workdir quickstart/runs/lora

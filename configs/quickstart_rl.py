@@ -1,4 +1,4 @@
-"""Quickstart, afterwards: a text game, learned by reinforcement from careless play.
+"""Quickstart from nothing, afterwards: a text game, learned by reinforcement from careless play.
 
 `:play` tunes the chat model on conversations of a careless player (task `lamp_play`), who goes north half of the time
 and else follows the light; without an argument, `lemur rl` goes on from there (docs/rl.md).

@@ -20,10 +20,10 @@ make_environment() {
   local directory=$1 extras=$2 stamp python
   stamp="$directory/.installed$extras"
   if ! cmp -s setup.cfg "$stamp"; then
-    python=$(find_python)
+    python=$(find_python) || return
     echo "making $directory with $("$python" --version) (once; a few minutes)"
-    "$python" -m venv "$directory"
-    "$directory/bin/pip" install --quiet --disable-pip-version-check --editable ".$extras"
+    "$python" -m venv "$directory" || return
+    "$directory/bin/pip" install --quiet --disable-pip-version-check --editable ".$extras" || return
     cp setup.cfg "$stamp"
   fi
   export PATH="$PWD/$directory/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3 GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}

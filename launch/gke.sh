@@ -17,6 +17,7 @@ cd "$(dirname "$0")/.."
 source launch/settings_reader.sh
 read_settings gke.sh "$@"
 require RUN CONFIG WORKDIR ACCELERATOR PROJECT ZONE CLUSTER IMAGE
+[ -z "$SECRETS_FILE" ] || fail "SECRETS_FILE is read by pod.sh alone: leave it empty"
 
 name=$RUN restarts=$MAX_RESTARTS
 case $verb in

@@ -9,18 +9,17 @@ OVERRIDES=()                            # e.g. (--config.train.steps=1000)
 SMOKE=()                                # words of `lemur smoke`: (--checkpoint gs://... --mesh fsdp=8 --dtype bfloat16)
 ENVIRONMENT=()                          # e.g. (LIBTPU_INIT_ARGS=--xla_...); never a secret
 
-# Secrets: a local file of NAME=value lines, mode 600. It is copied as a file, read by the run on the workers,
-# and never appears in an argument or a log. Empty: none.
-SECRETS_FILE=
-
 # --- TPUs (launch/pod.sh, launch/gke.sh)
+PROJECT=                                # as `gcloud projects list` shows it
+ZONE=
 ACCELERATOR=                            # e.g. v4-512, v5litepod-256, v5p-128, v6e-64
 SLICES=1                                # > 1: joined by the data-centre network
 PROVISIONING=on-demand                  # on-demand, spot or reserved
 
 # --- TPU VMs (launch/pod.sh)
-PROJECT=                                # as `gcloud projects list` shows it
-ZONE=
+# Secrets: a local file of NAME=value lines, mode 600. It is copied as a file, read by the run on the workers,
+# and never appears in an argument or a log. Empty: none.
+SECRETS_FILE=
 RUNTIME=                                # image, e.g. tpu-ubuntu2204-base or v2-alpha-tpuv6e
 CREATE_FLAGS=()                         # more flags of `gcloud compute tpus queued-resources create`
 SSH_FLAGS=()                            # e.g. (--tunnel-through-iap)

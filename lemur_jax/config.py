@@ -41,18 +41,6 @@ from lemur_jax.train.config import (
     TrainConfig,
 )
 
-__all__ = [
-    "RunConfig",
-    "default_config",
-    "differences",
-    "flatten",
-    "from_config_dict",
-    "from_json",
-    "load",
-    "load_config_dict",
-    "replace",
-]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -100,6 +88,16 @@ class RunConfig:
             raise UserError(
                 "config.distill.teacher takes the place of a reference: leave out adapter.rank, preference.loss and"
                 " rl.kl"
+            )
+        if self.distill.teacher:
+            must = f"at most config.model.vocab_size ({self.model.vocab_size})"
+            sections.require(
+                self.distill.top_k <= self.model.vocab_size, "distill.top_k", self.distill.top_k, must
+            )
+        if self.spikes.rollback_after and self.checkpoint.keep == 1:
+            raise UserError(
+                "config.spikes.rollback_after goes back to an older checkpoint: set config.checkpoint.keep to at"
+                " least 2"
             )
         best = self.checkpoint.keep_best
         if best and best not in self.eval.tasks:

@@ -75,6 +75,31 @@ def test_help_of_a_verb_has_an_example(verb, capsys):
         ("train --config c.py --workdir run --config.mesh.fsdp=3", "does not multiply"),
         ("train --config c.py --workdir run", "no_tokenizer"),
         ("train --config c.py --workdir run --steps=1", "unknown argument --steps=1"),
+        ("train --config c.py --workdir=", "--workdir is empty"),
+        (
+            "train --config c.py --workdir run --config.log.every_steps=0",
+            "log.every_steps is 0: it must be at least 1",
+        ),
+        (
+            "train --config c.py --workdir run --config.distill.teacher=t --config.distill.top_k=9999999",
+            "distill.top_k is 9999999: it must be at most config.model.vocab_size",
+        ),
+        (
+            "train --config c.py --workdir run --config.spikes.factor=2.0 --config.spikes.rollback_after=2"
+            " --config.checkpoint.keep=1",
+            "set config.checkpoint.keep to at least 2",
+        ),
+        (
+            "plan --config c.py --topology v5e-1 --mode generate --hlo step.txt",
+            "--hlo is for --mode train",
+        ),
+        ("plan --config c.py --topology v5e-1 --json none/plan.json", "there is no directory none"),
+        ("inspect no_store --html none/page.html", "there is no directory none"),
+        ("eval --checkpoint no_run --tasks mbpp --json none/r.json", "there is no directory none"),
+        ("eval --checkpoint no_run --agents sql --html none/r.html", "there is no directory none"),
+        ("report no_run --output none/r.html", "there is no directory none"),
+        ("export-hf no_run out --adapter --verify", "--adapter writes the adapter alone"),
+        ("export-hf no_run out --adapter --vocab-size 9", "--adapter writes the adapter alone"),
         ("prepare --config c.py --config.data.sources={'nope':{'share':1.0}}", "nope"),
         ("export-hf no_run out", "no_run"),
         ("import-hf no_dir out", "no_dir"),

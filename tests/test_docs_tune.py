@@ -1,11 +1,13 @@
 """docs/tune.md as it stands, on a small Llama that transformers wrote."""
 
+import dataclasses
 import json
 
 import pytest
 import transformers
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.convert import start_config
 from lemur_jax.convert.start_config import config_from_checkpoint
 from lemur_jax.text.chat_template import CHATML_TOKENS
 from lemur_jax.text.tokenizer import Tokenizer
@@ -55,6 +57,19 @@ def test_a_run_is_a_start_too(walk, monkeypatch):
     config = config_from_checkpoint("run")
     assert (config.init.checkpoint, config.tokenizer.path) == ("run", "my_model")
     assert config.model.num_hidden_layers == 2
+
+
+def test_the_template_of_a_run_and_a_tokenizer_of_the_hub_are_taken_over(walk, monkeypatch):
+    monkeypatch.chdir(walk)
+    of_the_run = start_config.open_source("run")
+    options = {"path": "org/model", "chat_template": "own.jinja"}
+    source = dataclasses.replace(of_the_run, run_config=of_the_run.run_config | {"tokenizer": options})
+    monkeypatch.setattr(start_config, "open_source", lambda _: source)
+    monkeypatch.setattr(
+        start_config, "local_model", lambda name: {"org/model": str(walk / "my_model")}.get(name, name)
+    )
+    config = config_from_checkpoint("run")
+    assert (config.tokenizer.path, config.tokenizer.chat_template) == ("org/model", "own.jinja")
 
 
 def test_a_run_whose_tokenizer_has_gone_names_it(walk, monkeypatch, tmp_path):

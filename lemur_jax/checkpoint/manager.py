@@ -102,8 +102,8 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether the last save that ended has failed: the next should come soon."""
-        return self._failures > 0
+        """Whether the last save has ended and failed: the next should come soon."""
+        return self._failures > 0 and self._pending is None
 
     def save(
         self, step: int, params: Any, optimizer: Any, metadata: Mapping[str, Any], loss: float | None = None

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         known.command = shlex.join(["lemur", *words])
         known.overrides = _overrides(rest, known.takes_config)
+        if not getattr(known, "workdir", "."):  # as of a shell variable that is not set
+            raise UserError("--workdir is empty: name a directory")
         return known.run(known) or 0
     except BrokenPipeError:
         # The reader of standard output disconnected (`lemur inspect ... | head`); shells report a SIGPIPE like this.

@@ -2,7 +2,10 @@
 
 import argparse
 import contextlib
+import os
 from typing import Any
+
+from lemur_jax.common.errors import UserError
 
 CONFIG_HELP = "config file, optionally with an argument: path.py or path.py:arg"
 
@@ -54,6 +57,14 @@ def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
         "--weights", default="float", choices=("float", "int8"), help="int8: the matrices as 8-bit integers"
     )
     add_devices(sub)
+
+
+def check_output(option: str, path: str) -> None:
+    """Refuses a file whose directory is not there, before the work; UserError."""
+    if path and "://" not in path and not os.path.isdir(os.path.dirname(path) or "."):
+        raise UserError(
+            f"{option} {path} cannot be written: there is no directory {os.path.dirname(path)}; make it first"
+        )
 
 
 def start_jax(args: argparse.Namespace, *seconds: int) -> None:

@@ -3,7 +3,7 @@
 import shlex
 import sys
 
-from lemur_jax.cli.arguments import Verbs, add_config, add_verb
+from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -60,6 +60,7 @@ def _prepare(args) -> None:
 
 
 def _inspect(args) -> None:
+    check_output("--html", args.html)
     from lemur_jax.data.inspect import inspect_mixture, inspect_store
     from lemur_jax.text.tokenizer import Tokenizer
 

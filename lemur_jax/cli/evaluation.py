@@ -7,7 +7,7 @@ import pathlib
 import signal
 import sys
 
-from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, open_session
+from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, check_output, open_session
 from lemur_jax.common.errors import UserError
 
 ENDPOINT_BATCH = 32  # episodes at a time of an endpoint, if --batch is not given
@@ -102,6 +102,8 @@ def _eval(args) -> None:
     # An exit, so that sandboxes and a database server are stopped and removed too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     _check_counts(args)
+    check_output("--json", args.json)
+    check_output("--html", args.html)
     written: dict = {}
     scores = parse_scores(args.scores)  # before a checkpoint is opened
     tasks = [task for task in args.tasks.split(",") if task]
@@ -123,7 +125,7 @@ def _eval(args) -> None:
             if args.agents:
                 _agents(args, session, written)
         finally:
-            # An endpoint that fails, or Ctrl-C, does not lose finished work.
+            # A task or an endpoint that fails, or Ctrl-C, does not lose finished work.
             if args.json and written:
                 with open(args.json, "w") as file:
                     json.dump(written, file, indent=1)
@@ -150,9 +152,13 @@ def _journal_path(args) -> str:
 def _benchmarks(args, session, tasks: list[str], scores: dict[str, float], written: dict) -> None:
     from lemur_jax.evals.benchmarks import evaluate, format_results, to_json
 
-    results = evaluate(session, tasks, _options(args), suite=args.suite, scores=scores)
-    print(format_results(results, args.checkpoint))
-    written |= to_json(results, args.checkpoint)
+    results: list = []
+    try:
+        results.extend(evaluate(session, tasks, _options(args), suite=args.suite, scores=scores))
+    finally:
+        if results:
+            print(format_results(results, args.checkpoint))
+            written |= to_json(results, args.checkpoint)
 
 
 def _options(args):

@@ -3,7 +3,8 @@
 import os
 from typing import Any
 
-from lemur_jax.cli.arguments import Verbs, add_config, add_verb
+from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output
+from lemur_jax.common.errors import UserError
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -54,16 +55,13 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _plan(args) -> int:
     """0 if the config fits, or with --search if anything does; else 1."""
-    from lemur_jax.common.errors import UserError
     from lemur_jax.config import load
 
     config = load(args.config, args.overrides)
-    for option, path in (("--json", args.json), ("--hlo", args.hlo)):
-        # Before minutes of compiling.
-        if path and "://" not in path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise UserError(
-                f"{option} {path} cannot be written: there is no directory {os.path.dirname(path)}"
-            )
+    check_output("--json", args.json)
+    check_output("--hlo", args.hlo)
+    if args.hlo and args.mode != "train":
+        raise UserError("--hlo is for --mode train: leave it out")
     os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is only described
     if args.search:
         return _search(args, config)
@@ -99,7 +97,6 @@ def _plan(args) -> int:
 def _search(args, config) -> int:
     import pathlib
 
-    from lemur_jax.common.errors import UserError
     from lemur_jax.plan import pareto
     from lemur_jax.plan.search import search
 

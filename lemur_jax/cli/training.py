@@ -2,8 +2,7 @@
 
 import os
 
-from lemur_jax.cli.arguments import Verbs, add_config, add_devices, add_verb, start_jax
-from lemur_jax.common.errors import UserError
+from lemur_jax.cli.arguments import Verbs, add_config, add_devices, add_verb, check_output, start_jax
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -217,10 +216,7 @@ def _checkpoints(args) -> int:
 def _report(args) -> None:
     from lemur_jax.report import bits_per_byte_table, write_report
 
-    if not os.path.isdir(os.path.dirname(args.output) or ".") and "://" not in args.output:
-        raise UserError(
-            f"--output {args.output}: there is no directory {os.path.dirname(args.output)}; make it first"
-        )
+    check_output("--output", args.output)
     answers, prompts = {}, [*args.prompt, *(f"{question}\n\n" for question in args.question)]
     if prompts:
         start_jax(args)

@@ -88,6 +88,8 @@ def _export_hf(args) -> None:
     from lemur_jax.convert.export_hf import export_hf
     from lemur_jax.convert.peft import export_peft
 
+    if args.adapter and (args.verify or args.add_tokens or args.drop_rows_above or args.vocab_size):
+        raise UserError("--adapter writes the adapter alone: leave out --verify and the vocabulary options")
     # Of several hosts the first one writes, the others wait for it.
     with host_watchdog(LOST_SECONDS):
         if hosts.is_primary():

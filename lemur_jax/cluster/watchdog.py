@@ -78,7 +78,8 @@ class Watch:
         """Tells the others that this host's silence is in order, or why it fails."""
         text = _LEFT
         if error is not None:
-            text = f"{_FAILED}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            name = (UserError if isinstance(error, UserError) else type(error)).__name__
+            text = f"{_FAILED}{name}: {' '.join(str(error).split())[:300]}"
         with contextlib.suppress(RuntimeError):
             coordination.send_heartbeat(self._me, text, self._service)
 

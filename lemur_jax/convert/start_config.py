@@ -13,7 +13,7 @@ from lemur_jax.convert.source import open_source
 
 
 def config_from_checkpoint(path: epath.PathLike) -> ConfigDict:
-    """A config to change, with what `path` defines: `model`, `tokenizer.path` and `init.checkpoint`.
+    """A config to change, with what `path` defines: `model`, `tokenizer` and `init.checkpoint`.
 
     `path` is a Hugging Face directory, a run's workdir or a checkpoint, local or gs://, or ORG/NAME[@REVISION]. Raises
     UserError if there is no model, or its tokenizer is no longer where its run found it.
@@ -23,12 +23,14 @@ def config_from_checkpoint(path: epath.PathLike) -> ConfigDict:
     config.init.checkpoint = os.fspath(path)
     tokenizer = os.fspath(path)
     if not holds_weights(local_model(path)):
-        tokenizer = source.run_config["tokenizer"]["path"] if source.run_config else ""
-        if not tokenizer or not epath.Path(tokenizer).exists():
+        options = source.run_config["tokenizer"] if source.run_config else {}
+        tokenizer = options.get("path", "")
+        if not tokenizer or not epath.Path(local_model(tokenizer)).exists():
             raise UserError(
                 f"{path} was trained with the tokenizer in {tokenizer or 'an unknown directory'}, which is not there:"
                 " export it with `lemur export-hf` and start from that directory"
             )
+        config.tokenizer.chat_template = options.get("chat_template", "")
     config.tokenizer.path = tokenizer
     # A row holds at most the positions that the model was made for; 2048 is the default length of a row.
     config.data.sequence_length = min(config.data.sequence_length, source.model.max_position_embeddings)

@@ -62,8 +62,8 @@ def evaluate(
     *,
     suite: str = "",
     scores: Mapping[str, float] | None = None,
-) -> list[TaskResult]:
-    """Runs tasks one after another.
+) -> Iterator[TaskResult]:
+    """Runs tasks one after another, each when its result is asked for.
 
     Args:
       tasks: "humaneval", "mbpp", or names of the harness's tasks and of those in `include_path`.
@@ -78,26 +78,26 @@ def evaluate(
     names = dict.fromkeys([*PAPER, *CODE, *tasks] if suite else tasks)
     if not names:
         raise UserError("nothing to evaluate: name --tasks, or --suite paper")
-    results = []
     for name in names:
         run = _run_paper_task if name in PAPER else _run_code if name in CODE else _run_harness
         try:
-            results.append(run(session, name, options))
+            yield run(session, name, options)
         except UserError as error:
             if not suite or name in tasks:
                 raise
-            results.append(TaskResult(task=CODE.get(name, name), missing=str(error)))
+            yield TaskResult(task=CODE.get(name, name), missing=str(error))
     for name, command in ELSEWHERE.items() if suite else ():
         score = (scores or {}).get(name)
         missing = f"it has a harness of its own ({command}): see docs/evaluation.md" if score is None else ""
-        results.append(TaskResult(task=name, score=score, missing=missing))
-    return results
+        yield TaskResult(task=name, score=score, missing=missing)
 
 
 def check_tasks(tasks: Sequence[str], options: Options) -> None:
-    """Raises UserError for an unknown task, with the nearest names."""
+    """Raises UserError for an unknown task, with the nearest names, and where the problems of MBPP are missing."""
     for task in tasks:
-        if task not in CODE:
+        if task == "mbpp":
+            _mbpp(options)
+        elif task not in CODE:
             _task_manager(task, options)
 
 
@@ -106,8 +106,7 @@ def _run_code(session: Session, task: str, options: Options) -> TaskResult:
         problems, stops, cut = code.humaneval(), code.HUMANEVAL_STOPS, code.cut_humaneval
         sampling = dataclasses.replace(code.HUMANEVAL_SAMPLING, seed=options.seed)
     else:
-        problems = code.mbpp(epath.Path(options.data) / "mbpp.jsonl")
-        stops, cut = code.MBPP_STOPS, code.cut_mbpp
+        problems, stops, cut = _mbpp(options), code.MBPP_STOPS, code.cut_mbpp
         sampling = code.MBPP_SAMPLING
     verdicts = code.solve(
         session,
@@ -122,6 +121,10 @@ def _run_code(session: Session, task: str, options: Options) -> TaskResult:
     answers = [dataclasses.asdict(one) for one in verdicts]
     detail = {"problems": len(verdicts), "verdicts": counts, "answers": answers}
     return TaskResult(task=CODE[task], score=code.pass_rate(verdicts), detail=detail)
+
+
+def _mbpp(options: Options) -> list[code.Problem]:
+    return code.mbpp(epath.Path(options.data) / "mbpp.jsonl")
 
 
 def _run_paper_task(session: Session, name: str, options: Options) -> TaskResult:

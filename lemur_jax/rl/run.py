@@ -18,7 +18,7 @@ def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
     if config.adapter.dropout:
         raise UserError("lemur rl samples without dropout: set config.adapter.dropout to 0")
     mesh = make_mesh(config.mesh)
-    tokenizer = Tokenizer.load(config.tokenizer.path)
+    tokenizer = Tokenizer.from_config(config.tokenizer)
     teacher = step.distilled(config.distill)  # on the policy's own tokens; rewards are then figures alone
     objective = dataclasses.replace(teacher, arrays=ARRAYS) if teacher else policy(config.rl)
     program = build(config, mesh, num_sources=1, objective=objective)

@@ -14,4 +14,4 @@ class LogConfig:
     wandb: bool = False  # also send to Weights & Biases, set up by WANDB_*; needs the extra "wandb"
 
     def __post_init__(self):
-        require(self.every_steps >= 0, "log.every_steps", self.every_steps, "0 or more")
+        require(self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1")

@@ -74,11 +74,12 @@ def train(
     check_steps(profile, config.train.steps)
     inputs = open_inputs(config, build)
     workdir, values, steps = epath.Path(workdir), config.to_json(), config.train.steps
-    changes = config_changes(values, workdir, extend=extend)
+    config_changes(values, workdir, extend=extend)  # refuses before anything is made
     with contextlib.ExitStack() as stack:
         if is_primary():
             stack.enter_context(workdir_lock(workdir))
         barrier("workdir", 2 * WAIT_SECONDS)  # longer than a collective waits for the primary
+        changes = config_changes(values, workdir, extend=extend)  # again: another run may have held the lock
         saves = stack.enter_context(open_saves(config, workdir, inputs))
         state, first = saves.first_state()
         check_changes(changes, values, first)

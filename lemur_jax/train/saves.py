@@ -175,6 +175,10 @@ class Saves:
                 f"step {done}: cannot roll back to step {target}: no whole checkpoint from step {before} on is"
                 " left"
             )
+        if at < target:
+            logger.warning(
+                "step %d: updates %d to %d are made again, as no later checkpoint is left", done, at, target
+            )
         for step in range(at, target):
             good, _ = (
                 rollouts.update(step, good) if rollouts else self._program.step(good, loader.batch(step))

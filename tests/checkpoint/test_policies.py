@@ -116,6 +116,7 @@ def test_refused_writes_are_reported_and_tried_again(state, tmp_path, caplog, re
         assert "newest one there is of step 1" in warning
         assert steps_in(tmp_path)[1] == [1]
         checkpoints.save(2, state.params, state.optimizer, METADATA)
+        assert not checkpoints.failed  # the next attempt has begun
         checkpoints.wait()
         assert not checkpoints.failed
         assert checkpoints.latest_step() == 2

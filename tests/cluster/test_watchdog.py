@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from lemur_jax.checkpoint.metadata import Damaged
 from lemur_jax.cluster import coordination
 from lemur_jax.cluster.watchdog import Watch, host_watchdog
 from lemur_jax.common.errors import UserError
@@ -85,10 +86,11 @@ def test_host_that_has_left_may_be_silent(run):
         assert [watch.look() for watch in watches[:2]] == [None] * 2
 
 
-def test_failure_of_one_host_ends_the_others_at_once_with_its_words(run):
+@pytest.mark.parametrize("kind", [UserError, Damaged])  # a kind of it ends the others with its status too
+def test_failure_of_one_host_ends_the_others_at_once_with_its_words(run, kind):
     _, _, watches = run
     watches[1].look()
-    watches[1].leave(UserError("store s/code\nis unreadable"))
+    watches[1].leave(kind("store s/code\nis unreadable"))
     assert watches[2].look() == "host 1 failed: UserError: store s/code is unreadable"
 
 

@@ -123,16 +123,42 @@ def test_missing_data_is_named_and_stops_nothing_else(session, tmp_path, monkeyp
     monkeypatch.setattr(code, "humaneval", lambda: [])
     monkeypatch.setattr(code, "solve", lambda *_, **__: [])
     monkeypatch.setattr(code, "pass_rate", lambda _: 1.0)
-    results = benchmarks.evaluate(session, [], benchmarks.Options(data=str(tmp_path)), suite="paper")
+    results = list(benchmarks.evaluate(session, [], benchmarks.Options(data=str(tmp_path)), suite="paper"))
     assert [item.missing == "" for item in results] == [True, *[False] * 4]
     assert "MBPP was not run: MBPP needs" in benchmarks.format_results(results, "ours")
 
 
+def test_a_task_that_fails_does_not_lose_the_one_before(chat_model, tmp_path, monkeypatch, capsys):
+    def run(_, task, __):
+        if task == "second":
+            raise UserError("second has no data")
+        return benchmarks.TaskResult(task=task, detail={"metrics": {"acc": 0.25}})
+
+    monkeypatch.setattr(benchmarks, "_run_harness", run)
+    monkeypatch.setattr(benchmarks, "check_tasks", lambda *_: None)
+    words = [
+        "eval",
+        "--checkpoint",
+        str(chat_model),
+        "--tasks",
+        "first,second",
+        "--json",
+        str(tmp_path / "r"),
+    ]
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert "first  acc  0.2500" in shown.out
+    assert "second has no data" in shown.err
+    assert [result["task"] for result in json.loads((tmp_path / "r").read_text())["results"]] == ["first"]
+
+
 def test_bad_input(session):
     with pytest.raises(UserError, match="nothing to evaluate"):
-        benchmarks.evaluate(session, [])
+        list(benchmarks.evaluate(session, []))
     with pytest.raises(UserError, match="unknown suite 'x'"):
-        benchmarks.evaluate(session, [], suite="x")
+        list(benchmarks.evaluate(session, [], suite="x"))
+    with pytest.raises(UserError, match="MBPP needs"):
+        benchmarks.check_tasks(["humaneval", "mbpp"], benchmarks.Options(data="nowhere"))
 
 
 def test_unknown_tasks_suggest_the_nearest_before_weights_are_read(chat_model, monkeypatch, capsys):
@@ -161,5 +187,5 @@ def test_a_task_of_the_hub_without_a_network_is_one_line(session, tmp_path):
     (tmp_path / "task.yaml").write_text(TASK)
     message = "'of_the_hub': its data set is not in the cache and the hub"
     with pytest.raises(UserError, match=message) as found:
-        benchmarks.evaluate(session, ["of_the_hub"], benchmarks.Options(include_path=str(tmp_path)))
+        list(benchmarks.evaluate(session, ["of_the_hub"], benchmarks.Options(include_path=str(tmp_path))))
     assert "\n" not in str(found.value)

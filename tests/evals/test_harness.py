@@ -183,6 +183,8 @@ def test_a_task_of_the_hub_without_a_network_is_one_line_at_once(ours, tmp_path,
     with pytest.raises(
         UserError, match="'on_the_hub': its data set is not in the cache and the hub cannot be"
     ):
-        benchmarks.evaluate(ours.session, ["on_the_hub"], benchmarks.Options(include_path=str(tmp_path)))
+        list(
+            benchmarks.evaluate(ours.session, ["on_the_hub"], benchmarks.Options(include_path=str(tmp_path)))
+        )
     assert not constants.HF_HUB_OFFLINE
     assert "Retrying" not in caplog.text

@@ -157,15 +157,15 @@ def test_slurm_requeues_after_75_and_signals(tmp_path, status, restarts, requeue
     )
     assert done.returncode == status
     assert (tmp_path / "words").read_text().splitlines() == [
-        *("--kill-on-bad-exit=1", "lemur", "train", "--workdir", "a b"),
+        *("--kill-on-bad-exit=0", "lemur", "train", "--workdir", "a b"),
     ]
     assert (tmp_path / "requeued").exists() == requeued
 
 
-def test_skypilot_restarts_after_75_alone():
+def test_skypilot_restarts_after_a_lost_host_or_a_kill():
     task = yaml.safe_load((ROOT / "launch" / "gpu.sky.yaml").read_text())
     recovery = task["resources"]["job_recovery"]
-    assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75]}
+    assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75, 134, 137]}
 
 
 def test_skypilot_starts_one_process_a_machine(tmp_path):
@@ -182,13 +182,28 @@ def test_skypilot_starts_one_process_a_machine(tmp_path):
         "SKYPILOT_NUM_NODES": "2",
         **{**task["envs"], "OVERRIDES": "--config.seed=7"},
     }
-    done = subprocess.run(
-        ["bash", "-c", task["run"]],
-        cwd=tmp_path,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-    )
+
+    def run(**more):
+        return subprocess.run(
+            ["bash", "-c", task["run"]],
+            cwd=tmp_path,
+            env={**os.environ, **variables, **more},
+            capture_output=True,
+            text=True,
+        )
+
+    refused = run()
+    assert refused.returncode != 0
+    assert "WORKDIR: add --env WORKDIR=" in refused.stderr
+    done = run(WORKDIR="gs://b/run")
     assert json.dumps(done.stdout.splitlines()) == json.dumps(
-        ["10.0.0.1:8476 1 2", "train", "--config", task["envs"]["CONFIG"], "--workdir", "", "--config.seed=7"]
+        [
+            "10.0.0.1:8476 1 2",
+            "train",
+            "--config",
+            task["envs"]["CONFIG"],
+            "--workdir",
+            "gs://b/run",
+            "--config.seed=7",
+        ]
     )

@@ -24,6 +24,7 @@ from lemur_jax.models.presets import preset
 from lemur_jax.rl import games, run
 from lemur_jax.rl.rollouts import Played, Rollouts
 from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.text.files import CHATML_TEMPLATE
 from lemur_jax.train.loop import train
 from lemur_jax.train.state import shardings_of, start
 from tests.helpers.rl import STEPS, Echo, make_config, only_echo
@@ -55,10 +56,13 @@ def target_logprobs(model, params, batch):
 def test_only_the_policys_own_tokens_train(small_chat_tokenizer, tmp_path, monkeypatch):
     """Every number of a batch against the plain forward pass and against the episodes themselves."""
     monkeypatch.setattr(games, "tasks", only_echo)
-    config = from_config_dict(
-        make_config(small_chat_tokenizer, tmp_path, rewards="turn", algorithm="dr_grpo")
-    )
-    rollouts = run.open_inputs(config).rollouts
+    template = tmp_path / "own.jinja"
+    template.write_text(CHATML_TEMPLATE + "{# own #}")
+    options = {"rewards": "turn", "algorithm": "dr_grpo", "tokenizer.chat_template": str(template)}
+    config = from_config_dict(make_config(small_chat_tokenizer, tmp_path, **options))
+    inputs = run.open_inputs(config)
+    assert inputs.tokenizer.chat_template == template.read_text()
+    rollouts = inputs.rollouts
     params = jax.jit(decoder.init_params, static_argnums=0)(config.model, jax.random.key(1))
     played = rollouts.play(3, params)
     batch = played.arrays

@@ -10,7 +10,7 @@ import pytest
 from lemur_jax import cli
 from lemur_jax.cluster.exit import TRY_AGAIN
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import replace
+from lemur_jax.config import load, replace
 from lemur_jax.data.config import SourceConfig, StageConfig
 from lemur_jax.train import loop
 from lemur_jax.train.workdir import check_changes, claim, config_changes
@@ -94,6 +94,20 @@ def test_a_mistake_in_the_first_parameters_can_be_mended_in_the_same_workdir(
     assert cli.main(words) == 0
     assert cli.main([*words, "--config.init.checkpoint=nowhere"]) == 2
     assert "belongs to another config: init.checkpoint was ''" in capsys.readouterr().err
+
+
+def test_a_run_that_was_waited_for_has_the_workdir(train, tmp_path, monkeypatch):
+    """It claimed the workdir after this one had looked."""
+
+    @contextlib.contextmanager
+    def held(workdir):
+        claim(load("config.py", ["--config.seed=7"]).to_json(), workdir)
+        yield
+
+    monkeypatch.setattr(loop, "workdir_lock", held)
+    with pytest.raises(UserError, match="belongs to another config: seed was 7 there"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
