@@ -37,11 +37,12 @@ def get_config(arg: str = "32k"):
         config.compute.remat = "offload_full"  # what the layers start from goes to the host: 2 GiB a chip
     elif arg == "32k":
         model = preset("llama2_7b", vocab_size=32_024, max_position_embeddings=32_768, rope_theta=1_000_000.0)
-        config.init.checkpoint = "gs://BUCKET/llama2_7b"
+        config.init.checkpoint, config.init.change_rope = "gs://BUCKET/llama2_7b", True
         config.mesh.sequence = 4
         config.compute.remat = "attention"
     elif arg in YARN:
         factor, config.train.steps, config.init.checkpoint, config.mesh.sequence = YARN[arg]
+        config.init.change_rope = True
         model = preset(
             "llama2_7b",
             vocab_size=32_024,

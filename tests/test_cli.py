@@ -120,6 +120,21 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, 
     assert {path.name for path in tmp_path.iterdir()} <= {"c.py", "__pycache__"}
 
 
+@pytest.mark.parametrize("verb", ["train", "rl", "sweep", "doctor", "plan", "prepare", "inspect"])
+def test_the_platform_is_settled_before_a_config_file_may_import_jax(verb, tmp_path, monkeypatch, capsys):
+    order = []
+    monkeypatch.setattr("lemur_jax.cluster.hosts.choose_platform", order.append)
+    path = tmp_path / "c.py"
+    path.write_text("def get_config(): raise ValueError('read')")
+    words = [] if verb == "inspect" else ["--config"]
+    words += [str(path), *(("--topology", "v5e-1") if verb == "plan" else ())]
+    words += ["--workdir", "run", "--virtual-devices", "2"] if verb in ("train", "rl", "sweep") else []
+    words += ["--workdir", "run"] if verb == "doctor" else []
+    assert main([verb, *words]) == 2
+    assert "ValueError: read" in capsys.readouterr().err
+    assert order == [2 if verb in ("train", "rl", "sweep") else 0]
+
+
 def test_so_is_a_mistake_that_ends_a_process(tmp_path):
     (tmp_path / "c.py").write_text(CONFIG)
     done = lemur("train", "--config", "c.py", "--workdir", "run", "--config.mesh.fsdp=3", cwd=tmp_path)
@@ -173,7 +188,7 @@ def raising(monkeypatch, error):
 
 
 @pytest.mark.parametrize(
-    "number", ["EACCES", "EPERM", "EROFS", "EMFILE", "ENOTDIR", "EISDIR", "ENAMETOOLONG"]
+    "number", ["EACCES", "EPERM", "EROFS", "EMFILE", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG"]
 )
 def test_a_file_system_that_refuses_is_one_line(number, monkeypatch, capsys):
     number = getattr(errno, number)

@@ -1,5 +1,6 @@
 """Every config beside the code loads, is a possible model, and holds the recipe's numbers."""
 
+import dataclasses
 import pathlib
 import runpy
 
@@ -8,9 +9,11 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import default_config, load
+from lemur_jax.convert.source import ModelSource
 from lemur_jax.models.decoder import num_params
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.train import initial
 from lemur_jax.train.step import build
 
 CONFIGS = sorted(
@@ -55,6 +58,24 @@ def test_models_and_lengths_of_a_config(file, arguments):
             assert config.model.max_position_embeddings == 4096 * config.model.rope_factor
     with pytest.raises(UserError, match="nothing"):
         load(f"{CONFIGS[0].parent / file}.py:nothing")
+
+
+def test_rows_grow_from_the_models_that_their_config_names(monkeypatch):
+    path = CONFIGS[0].parent / "long_context.py"
+    llama = preset("llama2_7b")
+    extended = load(f"{path}:yarn32k").model
+    starts = {"32k": llama, "yarn32k": llama, "yarn128k": extended, "128k": preset("llama3.1_8b")}
+    for argument, model in starts.items():
+        config = load(f"{path}:{argument}")
+        source = ModelSource(model=model, tokenizer_files={}, restore=lambda *_: None)
+        monkeypatch.setattr(initial, "open_source", lambda _, source=source: source)
+        assert initial.open_initial(config.init, None, config.model) is source
+        if argument != "128k":
+            fixed = dataclasses.replace(config.init, change_rope=False)
+            with pytest.raises(UserError, match=r"must be the same model, or set config\.init\.change_rope"):
+                initial.open_initial(fixed, None, config.model)
+        with pytest.raises(UserError, match="must be the same model$"):
+            initial.open_initial(config.init, None, dataclasses.replace(config.model, num_hidden_layers=3))
 
 
 def test_pretraining_has_the_recipes_numbers():

@@ -54,9 +54,14 @@ def test_the_run_started_from_the_model_and_its_export_opens(walk):
 
 def test_a_run_is_a_start_too(walk, monkeypatch):
     monkeypatch.chdir(walk)
+    joined = []
+    monkeypatch.setattr(start_config.hosts, "join", lambda: joined.append("hosts"))
     config = config_from_checkpoint("run")
+    assert joined == ["hosts"]  # before the checkpoint is read, which makes JAX's devices
     assert (config.init.checkpoint, config.tokenizer.path) == ("run", "my_model")
     assert config.model.num_hidden_layers == 2
+    config_from_checkpoint("my_model")
+    assert joined == ["hosts"]
 
 
 def test_the_template_of_a_run_and_a_tokenizer_of_the_hub_are_taken_over(walk, monkeypatch):

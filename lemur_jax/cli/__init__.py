@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # What the file system says of a path.
 _OF_A_PATH = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE),
-    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
 
 

@@ -67,8 +67,24 @@ def check_output(option: str, path: str) -> None:
         )
 
 
+def load_config(args: argparse.Namespace, *, cpu: bool = False):
+    """The config of `--config` and its overrides; a config file may import JAX, so the platform is settled before.
+
+    Args:
+      cpu: leave accelerators and other hosts alone, whatever is there.
+    """
+    from lemur_jax.cluster import hosts
+    from lemur_jax.config import load
+
+    if cpu:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    hosts.choose_platform(getattr(args, "virtual_devices", 0))
+    with hosts.alone() if cpu else contextlib.nullcontext():
+        return load(args.config, args.overrides)
+
+
 def start_jax(args: argparse.Namespace, *seconds: int) -> None:
-    """Settles platform, devices and hosts (`hosts.join(*seconds)`) before anything imports JAX."""
+    """Settles platform, devices and hosts (`hosts.join(*seconds)`) before anything uses JAX."""
     from lemur_jax.cluster import hosts
 
     hosts.choose_platform(getattr(args, "virtual_devices", 0))

@@ -3,7 +3,7 @@
 import shlex
 import sys
 
-from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output
+from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output, load_config
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -50,9 +50,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _prepare(args) -> None:
-    from lemur_jax.config import load
-
-    config = load(args.config, args.overrides)
+    config = load_config(args, cpu=True)
     from lemur_jax.prepare.prepare import prepare
 
     options = shlex.split(args.runner_options)
@@ -66,11 +64,11 @@ def _inspect(args) -> None:
 
     show = {"samples": args.samples, "color": bool(args.html) or sys.stdout.isatty()}
     if args.target.partition(":")[0].endswith(".py"):
-        from lemur_jax.config import load
         from lemur_jax.data.counts import check_counts
         from lemur_jax.data.mixture import open_mixture
 
-        config = load(args.target, args.overrides).with_counts()
+        args.config = args.target
+        config = load_config(args, cpu=True).with_counts()
         tokenizer = Tokenizer.from_config(config.tokenizer)
         mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
         check_counts(mixture, config.data, config.train.batch_documents)

@@ -1,9 +1,8 @@
 """What a run would cost: `plan`."""
 
-import os
 from typing import Any
 
-from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output
+from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output, load_config
 from lemur_jax.common.errors import UserError
 
 
@@ -55,14 +54,11 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _plan(args) -> int:
     """0 if the config fits, or with --search if anything does; else 1."""
-    from lemur_jax.config import load
-
-    config = load(args.config, args.overrides)
+    config = load_config(args, cpu=True)  # the slice is only described
     check_output("--json", args.json)
     check_output("--hlo", args.hlo)
     if args.hlo and args.mode != "train":
         raise UserError("--hlo is for --mode train: leave it out")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is only described
     if args.search:
         return _search(args, config)
     made: Any

@@ -2,7 +2,15 @@
 
 import os
 
-from lemur_jax.cli.arguments import Verbs, add_config, add_devices, add_verb, check_output, start_jax
+from lemur_jax.cli.arguments import (
+    Verbs,
+    add_config,
+    add_devices,
+    add_verb,
+    check_output,
+    load_config,
+    start_jax,
+)
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -127,9 +135,7 @@ def _add_report(verbs: Verbs) -> None:
 
 
 def _train(args) -> int:
-    from lemur_jax.config import load
-
-    config = load(args.config, args.overrides).with_counts()
+    config = load_config(args).with_counts()
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster import coordination
     from lemur_jax.cluster.watchdog import host_watchdog
@@ -151,9 +157,7 @@ def _status(stopped: bool) -> int:
 
 
 def _rl(args) -> int:
-    from lemur_jax.config import load
-
-    config = load(args.config, args.overrides)
+    config = load_config(args)
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.rl.run import open_inputs
@@ -165,9 +169,7 @@ def _rl(args) -> int:
 
 
 def _sweep(args) -> int:
-    from lemur_jax.config import load
-
-    config = load(args.config, args.overrides)
+    config = load_config(args)
     ratios, merges = ([word for word in text.split(",") if word] for text in (args.ratios, args.merge))
     from lemur_jax.sweep.runs import command, plan_runs, run_config
 
@@ -191,9 +193,7 @@ def _sweep(args) -> int:
 
 
 def _doctor(args) -> None:
-    from lemur_jax.config import load
-
-    config = load(args.config, args.overrides).with_counts()
+    config = load_config(args).with_counts()
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.train.doctor import doctor

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from lemur_jax.cluster import coordination
 from lemur_jax.common.errors import UserError
 
 _alone = contextvars.ContextVar("alone", default=False)
@@ -56,7 +57,7 @@ def _accelerator_present() -> bool:
 
 
 def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
-    """Joins the processes of a run of several hosts, if this is one.
+    """Joins the processes of a run of several hosts, if this is one and they are not joined yet.
 
     `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say so explicitly; under Slurm, and on a TPU pod
     slice, where `TPU_WORKER_HOSTNAMES` lists several hosts, JAX finds them itself. A plain TPU VM has none of these
@@ -72,6 +73,8 @@ def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
     """
     import jax
 
+    if coordination.client() is not None or _alone.get():
+        return
     arguments: dict[str, Any] = {}
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         if os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -156,7 +159,7 @@ def is_primary() -> bool:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """A context in which this process works without the others: `any_host` does not ask them."""
+    """A context in which this process works without the others: `any_host` does not ask them, `join` does nothing."""
     token = _alone.set(True)
     try:
         yield

@@ -172,7 +172,7 @@ def _merged(
 ) -> Iterator[tuple[epath.PathLike, dict[str, Any]]]:
     """The checkpoint and its metadata; with an adapter, a temporary one in which it is merged into the base.
 
-    Merging takes the whole model in this host's memory.
+    Merging takes the whole model in this host's memory, in float32, and as much of the temporary directory.
     """
     if not adapter_of(metadata):
         yield ckpt_dir, metadata
@@ -183,7 +183,7 @@ def _merged(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host),
         abstract_params(source.model),
     )
-    params = jax.device_get(source.restore(wanted))
+    params = source.restore(wanted, lambda _, leaf: jax.device_get(leaf))
     whole = {key: metadata[key] for key in ("format", "model", "tokenizer", "data")}
     whole["config"] = {**metadata["config"], "adapter": {}}
     with tempfile.TemporaryDirectory() as directory:

@@ -5,7 +5,7 @@ specification alone (`convert/layout.py`).
 """
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,7 +49,7 @@ class Family:
 def number(value: Any, kind: type, key: str, where: str) -> Any:
     """`value` as a positive int or float, refusing strings, booleans and fractions of an int."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not 0 < value < math.inf or (kind is int and value != int(value)):
+    if not good or not 0 < value <= sys.float_info.max or (kind is int and value != int(value)):
         raise UserError(
             f"{where}: {key} is {value!r}, not a positive {'integer' if kind is int else 'number'}"
         )
@@ -237,10 +237,14 @@ def spec_fields(family: Family, raw: Raw, layers: int, width: int, where: str) -
             f"{where}: {family.activation} is {named!r}; implemented are {', '.join(_ACTIVATIONS)}"
         )
     fields["activation"] = _ACTIVATIONS[named]
-    for key, possible in (("attention_bias", family.bias), ("mlp_bias", family.mlp_bias)):
+    for key, possible in (
+        ("attention_bias", family.bias),
+        ("mlp_bias", family.mlp_bias),
+        ("use_bidirectional_attention", False),
+    ):
         if raw.get(key) and not possible:
             raise UserError(
-                f"{where}: {key} is {raw[key]!r}, which models of type {family.model_type} do not have"
+                f"{where}: {key} is {raw[key]!r}; models of type {family.model_type} do not have it here"
             )
     if raw.get("attention_bias"):
         fields["attention_bias"] = family.bias
@@ -375,4 +379,5 @@ def config_keys(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
         FULL: {"rope_type": "default", **(rope["rope_scaling"] or {}), "rope_theta": config.rope_theta},
         SLIDING: {"rope_type": "default", "rope_theta": local},
     }
-    return raw | {"rope_parameters": nested}
+    # transformers 4 knows only the flat keys.
+    return raw | rope | {"rope_local_base_freq": local, "rope_parameters": nested}

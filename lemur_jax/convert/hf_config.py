@@ -123,10 +123,11 @@ def _rope_from_hf(
     """The `rope_*` fields from `rope_scaling`, which counts first in transformers too, or `rope_parameters`."""
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(name) or {}
+    local = families.BY_NAME[raw["model_type"]].local_theta
+    if local and isinstance(rope, dict):  # layers with a window have their own
+        rope = rope.get(families.FULL, rope)
     if not isinstance(rope, dict):
         raise UserError(f"{where}: {name} is {rope!r}, not an object")
-    if families.BY_NAME[raw["model_type"]].local_theta:  # layers with a window have their own
-        rope = rope.get(families.FULL, rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
     kind = _ROPE_NAMES.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:

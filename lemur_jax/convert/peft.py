@@ -27,7 +27,8 @@ from lemur_jax.convert.safetensors import read_header, write_weights
 from lemur_jax.models import lora
 from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.models.decoder import Params
-from lemur_jax.parallel.rules import param_shardings
+from lemur_jax.parallel.rules import placed
+from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -75,6 +76,11 @@ def read_peft(options: AdapterConfig, model: DecoderConfig, dtype: str) -> Param
             raise UserError(
                 f"{directory / CONFIG} has {key} {theirs.get(key)}, config.adapter.{name} is {ours}"
             )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if theirs.get(key):
+            raise UserError(
+                f"{directory / CONFIG} has {key} {theirs[key]!r:.100}: one rank and one alpha are possible"
+            )
     tensors = read_header(directory / WEIGHTS)
     abstract = flatten_dict(lora.abstract_adapter(options, model, dtype), sep="/")
     names = _names(options, model)
@@ -103,7 +109,8 @@ def export_peft(
     Arguments as of `export_hf`. Raises UserError if the checkpoint holds no adapter, or `peft_dir` exists.
     """
     target = epath.Path(peft_dir)
-    check_target(target, overwrite, lambda path: (path / CONFIG).exists())
+    known = {CONFIG, WEIGHTS, *FILE_NAMES, GENERATION_CONFIG}
+    check_target(target, overwrite, lambda path: {child.name for child in path.iterdir()} <= known)
     metadata = read_metadata(ckpt_dir, step)
     options, model = adapter_of(metadata), DecoderConfig.from_dict(metadata["model"])
     if options is None:
@@ -144,10 +151,7 @@ def merge_into(
     leaves = flatten_dict(wanted, sep="/")
     sharding = next(iter(leaves.values())).sharding
     if isinstance(sharding, NamedSharding):
-        places = param_shardings(sharding.mesh, abstract, lora.logical_axes(options, model))
-        abstract = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places
-        )
+        abstract = placed(sharding.mesh, abstract, lora.logical_axes(options, model))
     flat = flatten_dict(restore_params(path, abstract, metadata["step"]), sep="/")
 
     def one(name: str, leaf: Any) -> Any:

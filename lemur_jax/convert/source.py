@@ -30,6 +30,7 @@ class ModelSource:
     # A second argument is applied to each leaf as soon as it is there: (path, leaf) -> leaf.
     restore: Callable[..., Params]
     run_config: dict[str, Any] | None = None  # of the run that made it, as JSON
+    step: int | None = None  # of a checkpoint
 
 
 def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
@@ -57,6 +58,7 @@ def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
         tokenizer_files=tokenizer_files(metadata),
         restore=lambda wanted, each=_as_it_is: restore_params(path, wanted, metadata["step"], each),
         run_config=metadata.get("config"),
+        step=metadata["step"],
     )
 
 
@@ -66,7 +68,7 @@ def _as_it_is(name: str, leaf: Any) -> Any:
 
 def _adapted(path: epath.PathLike, metadata: Mapping[str, Any], adapter: AdapterConfig) -> ModelSource:
     """The base of an adapter, with the adapter merged where it is read."""
-    base = open_source(metadata["config"]["init"]["checkpoint"])
+    base = open_source(metadata["config"]["init"]["checkpoint"], metadata.get("frozen_step"))
 
     def restore(wanted: Params, each: Callable[[str, Any], Any] = _as_it_is) -> Params:
         merged = merge_into(path, metadata, adapter, wanted)
@@ -77,6 +79,7 @@ def _adapted(path: epath.PathLike, metadata: Mapping[str, Any], adapter: Adapter
         tokenizer_files=tokenizer_files(metadata),
         restore=restore,
         run_config=metadata["config"],
+        step=metadata["step"],
     )
 
 

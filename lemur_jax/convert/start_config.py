@@ -5,6 +5,7 @@ import os
 from etils import epath
 from ml_collections import ConfigDict
 
+from lemur_jax.cluster import hosts
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.hub import local_model
 from lemur_jax.config import default_config
@@ -18,6 +19,8 @@ def config_from_checkpoint(path: epath.PathLike) -> ConfigDict:
     `path` is a Hugging Face directory, a run's workdir or a checkpoint, local or gs://, or ORG/NAME[@REVISION]. Raises
     UserError if there is no model, or its tokenizer is no longer where its run found it.
     """
+    if not holds_weights(local_model(path)):
+        hosts.join()  # reading a checkpoint makes JAX's devices
     source = open_source(path)
     config = default_config(source.model.to_dict())
     config.init.checkpoint = os.fspath(path)

@@ -16,7 +16,6 @@ from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Compute, Params
 from lemur_jax.parallel.adapted import is_adapted
 from lemur_jax.parallel.mesh import make_mesh
-from lemur_jax.parallel.rules import param_shardings
 from lemur_jax.text.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -143,6 +142,4 @@ def abstract_params(model: DecoderConfig, mesh: Mesh, dtype: str) -> Params:
         raise UserError(
             f"generation cannot shard the sequence: mesh axis sequence is {mesh.shape['sequence']}: set it to 1"
         )
-    params = decoder.abstract_params(model, dtype)
-    shardings = param_shardings(mesh, params, decoder.logical_axes(model))
-    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), params, shardings)
+    return decoder.abstract_params(model, dtype, mesh)

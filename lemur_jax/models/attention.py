@@ -186,15 +186,9 @@ def attention(
       dtype: of queries, keys and values.
       blocks: for splash, as in `models.splash.block_sizes`.
       capped: whether scores are, which cuDNN cannot do.
-
-    Raises:
-      UserError: no implementation has that name.
     """
     if implementation == "auto":
         implementation = _best_implementation(mesh, dtype, capped)
-    if implementation not in IMPLEMENTATIONS:
-        names = ", ".join(["auto", *IMPLEMENTATIONS])
-        raise UserError(f"unknown config.compute.attention {implementation!r}: it must be one of {names}")
     chosen = IMPLEMENTATIONS[implementation]
     return functools.partial(chosen, blocks=blocks) if implementation == "splash" else chosen
 

@@ -26,6 +26,7 @@ from lemur_jax.models.rope import angles_by_layer, rotate
 from lemur_jax.models.scores import ScoreOptions
 from lemur_jax.models.weights import add_bias, fresh_bias, fresh_weight
 from lemur_jax.parallel.projection import Projection
+from lemur_jax.parallel.rules import placed
 
 Params = dict[str, Any]
 # (query [B,T,H,N], key [B,T,K,N], value [B,T,K,N], cache, layer index) -> ([B,T,H,N], cache)
@@ -33,19 +34,13 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple[jax.A
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compute:
-    """How the model is computed: affects speed and memory, not results (up to rounding)."""
+class Compute(ComputeConfig):
+    """`config.compute` on a mesh; by default in float32, with nothing recomputed."""
 
-    dtype: str = "float32"  # of activations and products
-    remat: str = "none"  # a name in `models.remat.POLICIES`
-    gate_share: float = 0.0  # of the mlp's gate, kept beside what `remat` keeps
-    reduce_dtype: str = ""  # of weight gradients in transit between devices; "": `dtype`
-    product_dtype: str = ""  # a name in `parallel.projection.ROUNDINGS`; "": `dtype`
-    attention: str = "auto"  # or a name in `models.attention.IMPLEMENTATIONS`
-    attention_blocks: tuple[int, int] = (0, 0)  # as in `models.splash.block_sizes`
-    loss_chunk: int = 0  # positions whose logits exist at a time; 0: all at once
+    dtype: str = "float32"
+    remat: str = "none"
+    loss_chunk: int = 0
     mesh: Mesh | None = None  # shards activations; None: no sharding
-    compiler_options: tuple[str, ...] = ()  # `config.compute.compiler_options`
     frozen: bool = False  # weights have no gradient: adapters alone are trained
 
     @property
@@ -63,18 +58,7 @@ class Compute:
     @classmethod
     def from_config(cls, options: ComputeConfig, mesh: Mesh | None) -> "Compute":
         """From `config.compute`."""
-        return cls(
-            dtype=options.dtype,
-            remat=options.remat,
-            gate_share=options.gate_share,
-            reduce_dtype=options.reduce_dtype,
-            product_dtype=options.product_dtype,
-            attention=options.attention,
-            attention_blocks=(options.attention_blocks[0], options.attention_blocks[1]),
-            loss_chunk=options.loss_chunk,
-            compiler_options=tuple(options.compiler_options),
-            mesh=mesh,
-        )
+        return cls(mesh=mesh, **vars(options))
 
 
 class RMSNorm(nnx.Module):
@@ -327,10 +311,14 @@ def bind(config: DecoderConfig, compute: Compute, params: Params) -> Decoder:
     return nnx.merge(graph, state)
 
 
-def abstract_params(config: DecoderConfig, dtype: str = "float32") -> Params:
-    """The parameter tree as ShapeDtypeStructs."""
+def abstract_params(config: DecoderConfig, dtype: str = "float32", mesh: Mesh | None = None) -> Params:
+    """The parameter tree as ShapeDtypeStructs, with their shardings on a mesh.
+
+    Raises UserError: a leaf has no rule, or the mesh does not divide it.
+    """
     tree = nnx.to_pure_dict(_abstract(config, Compute())[1])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), tree)
+    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), tree)
+    return tree if mesh is None else placed(mesh, tree, logical_axes(config))
 
 
 def logical_axes(config: DecoderConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ def _shape(D: int, F: int, L: int, H: int, K: int, N: int = 128) -> dict[str, in
 
 
 _7B = _shape(4096, 11_008, 32, 32, 32)
+_8B = _shape(4096, 14_336, 32, 32, 8)
 _70B = _shape(8192, 28_672, 80, 64, 8)
 _LLAMA2: dict[str, Any] = dict(vocab_size=32_000, max_position_embeddings=4096)
 _CODELLAMA: dict[str, Any] = dict(max_position_embeddings=16_384, rope_theta=1_000_000.0)
@@ -30,7 +31,11 @@ _LLAMA3: dict[str, Any] = dict(
     rope_scaling="llama3",
     rope_factor=8.0,
 )
+_SMOLLM2: dict[str, Any] = dict(vocab_size=49_152, max_position_embeddings=8192, tie_word_embeddings=True)
+_MISTRAL: dict[str, Any] = _8B | dict(vocab_size=32_000, max_position_embeddings=32_768)
 _QWEN: dict[str, Any] = dict(max_position_embeddings=32_768, rope_theta=1_000_000.0, rms_norm_eps=1e-6)
+_QWEN25: dict[str, Any] = _QWEN | dict(vocab_size=152_064, attention_bias="qkv")
+_QWEN3: dict[str, Any] = _QWEN | dict(max_position_embeddings=40_960, vocab_size=151_936, qk_norm="head")
 _GEMMA: dict[str, Any] = dict(
     rms_norm_eps=1e-6,
     norm_position="both",
@@ -72,30 +77,13 @@ PRESETS: dict[str, DecoderConfig] = {
     "llama2_70b": DecoderConfig(**_LLAMA2, **_70B),
     "codellama_7b": DecoderConfig(**_CODELLAMA, vocab_size=32_016, **_7B),
     "codellama_34b": DecoderConfig(**_CODELLAMA, vocab_size=32_000, **_shape(8192, 22_016, 48, 64, 8)),
-    "llama3_8b": DecoderConfig(
-        vocab_size=128_256,
-        max_position_embeddings=8192,
-        rope_theta=500_000.0,
-        **_shape(4096, 14_336, 32, 32, 8),
-    ),
-    "llama3.1_8b": DecoderConfig(**_LLAMA3, **_shape(4096, 14_336, 32, 32, 8)),
+    "llama3_8b": DecoderConfig(vocab_size=128_256, max_position_embeddings=8192, rope_theta=500_000.0, **_8B),
+    "llama3.1_8b": DecoderConfig(**_LLAMA3, **_8B),
     "llama3.1_70b": DecoderConfig(**_LLAMA3, **_70B),
     "llama3.3_70b": DecoderConfig(**_LLAMA3, **_70B),
     "llama3.1_405b": DecoderConfig(**_LLAMA3, **_shape(16_384, 53_248, 126, 128, 8)),
-    "smollm2_135m": DecoderConfig(
-        vocab_size=49_152,
-        max_position_embeddings=8192,
-        rope_theta=100_000.0,
-        tie_word_embeddings=True,
-        **_shape(576, 1536, 30, 9, 3, 64),
-    ),
-    "smollm2_1.7b": DecoderConfig(
-        vocab_size=49_152,
-        max_position_embeddings=8192,
-        rope_theta=130_000.0,
-        tie_word_embeddings=True,
-        **_shape(2048, 8192, 24, 32, 32, 64),
-    ),
+    "smollm2_135m": DecoderConfig(**_SMOLLM2, rope_theta=100_000.0, **_shape(576, 1536, 30, 9, 3, 64)),
+    "smollm2_1.7b": DecoderConfig(**_SMOLLM2, rope_theta=130_000.0, **_shape(2048, 8192, 24, 32, 32, 64)),
     "smollm3_3b": DecoderConfig(
         vocab_size=128_256,
         max_position_embeddings=65_536,
@@ -105,36 +93,12 @@ PRESETS: dict[str, DecoderConfig] = {
         tie_word_embeddings=True,
         **_shape(2048, 11_008, 36, 16, 4),
     ),
-    "mistral_7b_v0.1": DecoderConfig(
-        vocab_size=32_000,
-        max_position_embeddings=32_768,
-        sliding_window=4096,
-        **_shape(4096, 14_336, 32, 32, 8),
-    ),
-    "mistral_7b_v0.3": DecoderConfig(
-        vocab_size=32_768,
-        max_position_embeddings=32_768,
-        rope_theta=1_000_000.0,
-        **_shape(4096, 14_336, 32, 32, 8),
-    ),
-    "qwen2.5_coder_7b": DecoderConfig(
-        **_QWEN, vocab_size=152_064, attention_bias="qkv", **_shape(3584, 18_944, 28, 28, 4)
-    ),
-    "qwen2.5_coder_32b": DecoderConfig(
-        **_QWEN, vocab_size=152_064, attention_bias="qkv", **_shape(5120, 27_648, 64, 40, 8)
-    ),
-    "qwen3_8b": DecoderConfig(
-        **_QWEN | dict(max_position_embeddings=40_960),
-        vocab_size=151_936,
-        qk_norm="head",
-        **_shape(4096, 12_288, 36, 32, 8),
-    ),
-    "qwen3_32b": DecoderConfig(
-        **_QWEN | dict(max_position_embeddings=40_960),
-        vocab_size=151_936,
-        qk_norm="head",
-        **_shape(5120, 25_600, 64, 64, 8),
-    ),
+    "mistral_7b_v0.1": DecoderConfig(**_MISTRAL, sliding_window=4096),
+    "mistral_7b_v0.3": DecoderConfig(**_MISTRAL | dict(vocab_size=32_768, rope_theta=1_000_000.0)),
+    "qwen2.5_coder_7b": DecoderConfig(**_QWEN25, **_shape(3584, 18_944, 28, 28, 4)),
+    "qwen2.5_coder_32b": DecoderConfig(**_QWEN25, **_shape(5120, 27_648, 64, 40, 8)),
+    "qwen3_8b": DecoderConfig(**_QWEN3, **_shape(4096, 12_288, 36, 32, 8)),
+    "qwen3_32b": DecoderConfig(**_QWEN3, **_shape(5120, 25_600, 64, 64, 8)),
     "olmo2_7b": DecoderConfig(
         vocab_size=100_352,
         rms_norm_eps=1e-6,
@@ -175,14 +139,7 @@ PRESETS: dict[str, DecoderConfig] = {
         embedding_multiplier=5376**0.5,
         **_shape(5376, 21_504, 62, 32, 16),
     ),
-    "mixtral_8x7b": DecoderConfig(
-        vocab_size=32_000,
-        max_position_embeddings=32_768,
-        rope_theta=1_000_000.0,
-        num_experts=8,
-        experts_per_token=2,
-        **_shape(4096, 14_336, 32, 32, 8),
-    ),
+    "mixtral_8x7b": DecoderConfig(**_MISTRAL, rope_theta=1_000_000.0, num_experts=8, experts_per_token=2),
     "olmoe_1b_7b": DecoderConfig(
         vocab_size=50_304,
         qk_norm="width",
@@ -192,12 +149,7 @@ PRESETS: dict[str, DecoderConfig] = {
         **_shape(2048, 1024, 16, 16, 16),
     ),
     "qwen3_30b_a3b": DecoderConfig(
-        **_QWEN | dict(max_position_embeddings=40_960),
-        vocab_size=151_936,
-        qk_norm="head",
-        num_experts=128,
-        experts_per_token=8,
-        **_shape(2048, 768, 48, 32, 4),
+        **_QWEN3, num_experts=128, experts_per_token=8, **_shape(2048, 768, 48, 32, 4)
     ),
     # Llama-2-70B with StarCoder's special tokens, rounded up to a multiple of 8.
     "lemur_70b": DecoderConfig(**_LLAMA2 | _70B | dict(vocab_size=32_024)),

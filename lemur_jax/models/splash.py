@@ -208,10 +208,8 @@ def block_sizes(length: int, width: int, kind: str, blocks: tuple[int, int] = (0
       blocks: positions of a block in the forward and in the backward kernels; 0: those above.
 
     Raises:
-      UserError: `blocks` are not two, or one is not a multiple of 128 that divides T.
+      UserError: one of `blocks` is not a multiple of 128 that divides T.
     """
-    if len(blocks) != 2:
-        raise UserError(f"config.compute.attention_blocks {blocks} must be two: forward and backward")
     for block in blocks:
         if block < 0 or block % LANES or (block and length % block):
             raise UserError(

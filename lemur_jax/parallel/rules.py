@@ -90,6 +90,12 @@ def param_shardings(mesh: Mesh, abstract: Mapping[str, Any], axes: Mapping[str, 
     return jax.tree_util.tree_map_with_path(sharding, dict(abstract), dict(axes))
 
 
+def placed(mesh: Mesh, abstract: Any, axes: Any) -> Any:
+    """A tree of ShapeDtypeStructs with their shardings; arguments as of `param_shardings`."""
+    shardings = param_shardings(mesh, abstract, axes)
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), abstract, shardings)
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str) -> jax.Array:
     """`with_sharding_constraint` by logical axes; does nothing without a mesh."""
     if mesh is None:

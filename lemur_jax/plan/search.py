@@ -122,10 +122,13 @@ def search(
       cache: directory of finished plans, created if missing.
 
     Raises:
-      UserError: an unknown slice, a compiler option that cannot be read, or libtpu is missing.
+      UserError: an unknown slice, a compiler option that cannot be read, libtpu is missing, or the axis `expert` has no
+        size.
     """
     started = time.monotonic()
     tpu = find_slice(topology, slices)
+    if config.mesh.expert < 1:
+        raise UserError("--search chooses the other axes: give config.mesh.expert a size")
     # Without libtpu, or with options that cannot be read, every compilation would fail.
     described_devices(tpu)
     compiler_options(tpu.generation.device_kind, config.compute.compiler_options)
@@ -201,6 +204,7 @@ class Queue:
         candidate = self.layouts[0] if not self._given and self.layouts else self._fastest()
         if candidate:
             self._given.append(candidate.changes)
+            self.left -= 1
         return candidate
 
     def _fastest(self) -> Candidate | None:

@@ -116,6 +116,7 @@ class InitConfig:
     checkpoint: str = ""  # ours or a Hugging Face directory; its parameters are taken, its optimizer is not
     drop_rows_above: int = 0  # above 0: forget vocabulary rows from this id on before extending
     new_rows: str = "refuse"  # "mean": extend the vocabulary with the mean of the old rows
+    change_rope: bool = False  # whether model.rope_* may differ from the checkpoint's, as for longer rows
 
     def __post_init__(self):
         require(self.drop_rows_above >= 0, "init.drop_rows_above", self.drop_rows_above, "0 or more")

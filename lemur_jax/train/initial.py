@@ -15,7 +15,7 @@ from lemur_jax.models import decoder, lora
 from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.config import InitConfig
-from lemur_jax.train.state import abstract_params, shardings_of
+from lemur_jax.train.state import shardings_of
 from lemur_jax.train.step import Program
 
 
@@ -43,12 +43,22 @@ class InitialParams:
         )
         return fresh(key)
 
-    def frozen(self) -> Any:
-        """What is not trained: the base of an adapter, a reference, a teacher of the same vocabulary, or None."""
+    def frozen(self, step: int | None = None) -> tuple[Any, int | None]:
+        """What is not trained, and the step of the checkpoint that it is read from.
+
+        It is the base of an adapter, a reference, a teacher of the same vocabulary, or None. `step`: that step, as at
+        the first start; None: the newest. A Hugging Face directory has none.
+        """
+        path = self.teacher or self.init.checkpoint
         if self.program.state.frozen is None:
-            return None
+            return None, None
+        if path:
+            step = open_source(path, step).step
+        return self._frozen(step), step
+
+    def _frozen(self, step: int | None) -> Any:
         if self.teacher:
-            source = open_source(self.teacher)
+            source = open_source(self.teacher, step)
             if source.model.vocab_size != self.program.model.vocab_size:
                 raise UserError(
                     f"config.distill.teacher {self.teacher} has a vocabulary of {source.model.vocab_size},"
@@ -58,33 +68,35 @@ class InitialParams:
                 _check_tokenizer("distill.teacher", self.teacher, source, self.tokenizer)
             return source.restore(self.program.state.frozen)
         if not self.adapter.rank:
-            return initial_params(self.init, self.seed, self.tokenizer, self.program)
+            return initial_params(self.init, self.seed, self.tokenizer, self.program, step)
         model, mesh, dtype = self.program.model, self.program.mesh, self.adapter.base_dtype
-        source = open_initial(self.init, self.tokenizer, model)
+        source = open_initial(self.init, self.tokenizer, model, step)
         if source.model.vocab_size != model.vocab_size or self.init.drop_rows_above:
             raise UserError(
                 f"config.init.checkpoint {self.init.checkpoint} has a vocabulary of {source.model.vocab_size},"
                 f" config.model.vocab_size is {model.vocab_size}: an adapter leaves the vocabulary as it is"
             )
         if dtype != "int8":
-            return source.restore(abstract_params(model, dtype, mesh))
+            return source.restore(decoder.abstract_params(model, dtype, mesh))
         # Leaf by leaf: the whole model in bfloat16 may be more than the devices hold.
-        return source.restore(abstract_params(model, "bfloat16", mesh), leaf_quantizer(model, mesh))
+        return source.restore(decoder.abstract_params(model, "bfloat16", mesh), leaf_quantizer(model, mesh))
 
 
-def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: Program) -> Any:
-    """Fresh parameters from the seed, or those of `config.init.checkpoint`.
+def initial_params(
+    init: InitConfig, seed: int, tokenizer: Tokenizer, program: Program, step: int | None = None
+) -> Any:
+    """Fresh parameters from the seed, or those of `config.init.checkpoint`, of its newest step or of `step`.
 
     Raises UserError as `open_initial`, or where `config.init` does not allow a change of the vocabulary.
     """
     model, dtype, mesh = program.model, program.param_dtype, program.mesh
-    shardings = shardings_of(abstract_params(model, dtype, mesh))
+    shardings = shardings_of(decoder.abstract_params(model, dtype, mesh))
     if not init.checkpoint:
         fresh = jax.jit(lambda key: decoder.init_params(model, key, dtype), out_shardings=shardings)
         return fresh(jax.random.key(seed))
 
-    source = open_initial(init, tokenizer, model)
-    params = source.restore(abstract_params(source.model, dtype, mesh))
+    source = open_initial(init, tokenizer, model, step)
+    params = source.restore(decoder.abstract_params(source.model, dtype, mesh))
     if source.model.vocab_size == model.vocab_size and not init.drop_rows_above:
         return params
     change = functools.partial(
@@ -96,10 +108,12 @@ def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: P
     return jax.jit(change, out_shardings=shardings)(params)
 
 
-def open_initial(init: InitConfig, tokenizer: Tokenizer, model: DecoderConfig) -> ModelSource:
+def open_initial(
+    init: InitConfig, tokenizer: Tokenizer, model: DecoderConfig, step: int | None = None
+) -> ModelSource:
     """`config.init.checkpoint`, opened; UserError: it is not there, or of another shape or tokenizer."""
-    source = open_source(init.checkpoint)
-    _check_shape(source.model, model, init.checkpoint)
+    source = open_source(init.checkpoint, step)
+    _check_shape(source.model, model, init)
     if source.tokenizer_files:
         _check_tokenizer("init.checkpoint", init.checkpoint, source, tokenizer, init.drop_rows_above)
     return source
@@ -118,12 +132,13 @@ def _check_tokenizer(key: str, path: str, source: ModelSource, ours: Tokenizer, 
             )
 
 
-def _check_shape(source: DecoderConfig, wanted: DecoderConfig, where: str) -> None:
+def _check_shape(source: DecoderConfig, wanted: DecoderConfig, init: InitConfig) -> None:
     free = {"vocab_size", "initializer_range", "max_position_embeddings"}
     theirs, ours = source.to_dict(), wanted.to_dict()
     for field, value in theirs.items():
-        if field not in free and value != ours[field]:
+        is_rope = field.startswith("rope_")
+        if field not in free and value != ours[field] and not (is_rope and init.change_rope):
             raise UserError(
-                f"config.init.checkpoint {where} has model.{field} {value}, the config {ours[field]}:"
-                " they must be the same model"
+                f"config.init.checkpoint {init.checkpoint} has model.{field} {value}, the config {ours[field]}:"
+                f" they must be the same model{', or set config.init.change_rope' if is_rope else ''}"
             )

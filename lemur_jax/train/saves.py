@@ -83,13 +83,13 @@ class Saves:
         wanted = (program.state.params, program.state.optimizer)
         found = self._checkpoints.restore_newest(*wanted, self._check_data, at_most, fresh)
         step, params, optimizer = found or (0, None, None)
+        stored = read_metadata(self._checkpoints.path, step) if found else {}
         if self._rollouts:
-            metadata = read_metadata(self._checkpoints.path, step) if found else {}
-            self._rollouts.restore(metadata.get("episodes"))
+            self._rollouts.restore(stored.get("episodes"))
         if params is None:
             params = self._initial.params()
         if frozen is None:
-            frozen = self._initial.frozen()
+            frozen, self._metadata["frozen_step"] = self._initial.frozen(stored.get("frozen_step"))
         if optimizer is None:
             return states.start(params, program.optimizer, program.state, step, frozen), step
         counter = jax.device_put(np.int32(step), program.state.step.sharding)

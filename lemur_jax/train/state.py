@@ -13,7 +13,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.infer.quantize import quantize
 from lemur_jax.models import decoder, lora
 from lemur_jax.models.config import AdapterConfig, DecoderConfig
-from lemur_jax.parallel.rules import param_shardings, replicated
+from lemur_jax.parallel.rules import placed, replicated
 
 
 @jax.tree_util.register_dataclass
@@ -25,17 +25,6 @@ class TrainState:
     params: Any  # nested dict of what is trained: master parameters, or the adapter
     optimizer: Any  # the optax state
     frozen: Any = None  # parameters without gradient, never saved: what an adapter adapts, or a reference
-
-
-def abstract_params(model: DecoderConfig, dtype: str, mesh: Mesh) -> Any:
-    """The parameters as ShapeDtypeStructs with their shardings; UserError: a leaf has no rule, or the mesh does not
-    divide it.
-    """
-    return _place(decoder.abstract_params(model, dtype), decoder.logical_axes(model), mesh)
-
-
-def _place(params: Any, axes: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(_with_sharding, params, param_shardings(mesh, params, axes))
 
 
 def abstract_state(
@@ -71,12 +60,12 @@ def run_state(
     `frozen` is abstract: what is not trained, if there is no adapter.
     """
     if not adapter.rank:
-        return abstract_state(abstract_params(model, dtype, mesh), optimizer, mesh, frozen)
+        return abstract_state(decoder.abstract_params(model, dtype, mesh), optimizer, mesh, frozen)
     int8 = adapter.base_dtype == "int8"
-    frozen = abstract_params(model, "bfloat16" if int8 else adapter.base_dtype, mesh)
+    frozen = decoder.abstract_params(model, "bfloat16" if int8 else adapter.base_dtype, mesh)
     if int8:
         frozen = quantize(model, mesh, frozen)
-    params = _place(lora.abstract_adapter(adapter, model, dtype), lora.logical_axes(adapter, model), mesh)
+    params = placed(mesh, lora.abstract_adapter(adapter, model, dtype), lora.logical_axes(adapter, model))
     return abstract_state(params, optimizer, mesh, frozen)
 
 

@@ -30,7 +30,7 @@ from lemur_jax.train.objectives import Batch, Objective, abstract_batch, next_to
 from lemur_jax.train.optimizer import make_optimizer
 from lemur_jax.train.preferences import preference
 from lemur_jax.train.spikes import memory
-from lemur_jax.train.state import TrainState, abstract_params, run_state, shardings_of, trained_axes
+from lemur_jax.train.state import TrainState, run_state, shardings_of, trained_axes
 
 _ROW = "row"  # of the batch: the number of each row, for dropout
 Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
@@ -102,7 +102,7 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
     frozen = None
     if objective.reference:
         own = (objective.teacher, compute.dtype) if objective.teacher else (model, dtype)
-        frozen = abstract_params(*own, mesh)
+        frozen = decoder.abstract_params(*own, mesh)
     state = run_state(model, config.adapter, dtype, optimizer, mesh, frozen)
     step = _Step(
         model=model,

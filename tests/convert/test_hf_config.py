@@ -54,6 +54,20 @@ def test_round_trip_and_transformers_agrees(name, tmp_path):
     assert hf_config.read_config(tmp_path / "again") == config
 
 
+def test_both_versions_of_transformers_find_the_angles_of_gemma(tmp_path):
+    config = preset("gemma3_27b")
+    written = hf_config.to_hf(config, dtype="float32", bos=2, eos=1, pad=0)
+    assert hf_config.from_hf(written) == config
+    # As version 4 reads them.
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    assert (written["rope_theta"], written["rope_local_base_freq"]) == (1e6, 1e4)
+    assert written["rope_scaling"] == scaling
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert theirs["full_attention"] == {**scaling, "rope_theta": 1e6}
+    assert theirs["sliding_attention"] == {"rope_type": "default", "rope_theta": 1e4}
+
+
 def test_rope_scaling_in_each_spelling():
     config = hf_config.from_hf(with_keys(rope_scaling={"type": "linear", "factor": 4}))
     assert (config.rope_scaling, config.rope_factor) == ("linear", 4.0)
@@ -120,6 +134,12 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
         ),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         ({"model_type": "gemma3_text", "rope_parameters": "linear"}, "not an object"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": None}}, "None, not an object"),
+        (
+            {"model_type": "gemma2", "use_bidirectional_attention": True},
+            "use_bidirectional_attention is True",
+        ),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
         ({"model_type": "smollm3", "no_rope_layers": 4}, "no_rope_layers is 4"),
         ({"model_type": "smollm3", "no_rope_layer_interval": "x"}, "no_rope_layer_interval is 'x'"),
         ({"model_type": "gemma2", "final_logit_softcapping": -1}, "final_logit_softcapping is -1"),

@@ -8,6 +8,7 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.models import attention as choosing
 from lemur_jax.models.attention import IMPLEMENTATIONS, attention, cudnn_attention, xla_attention
+from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.mesh import make_mesh
 
 B, T, H, K, N = 2, 300, 4, 2, 8  # T is no multiple of the block
@@ -65,7 +66,7 @@ def test_backward_against_finite_differences(arrays, remat_above, monkeypatch):
 
 def test_unknown_implementation_lists_the_known():
     with pytest.raises(UserError, match="xla"):
-        attention("flash9")
+        Compute(attention="flash9")
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def start_run(base, options=None, shape=(1, 1, 1, 1)):
         init=config.init, adapter=config.adapter, seed=config.seed, tokenizer=None, program=program
     )
     params = jax.tree.map(lambda leaf: leaf, initial.params())
-    return config, program, start(params, program.optimizer, program.state, frozen=initial.frozen())
+    return config, program, start(params, program.optimizer, program.state, frozen=initial.frozen()[0])
 
 
 def trained(base, batch, options=None, shape=(1, 1, 1, 1), steps=3):
@@ -123,20 +123,26 @@ def test_an_int8_base_is_near_and_trains(base, run, batch):
 
 
 def test_a_resumed_run_reaches_the_same_bits(base, project, monkeypatch, tmp_path):
-    """With dropout; the checkpoint has the adapter alone, and the base is read again."""
+    """With dropout; the checkpoint has the adapter alone, and the base is read again: not a later step of it."""
     monkeypatch.chdir(project)
+    shutil.copytree(base, base := str(tmp_path / "base"))
     words = {
         "train.steps": 4, "checkpoint.every_steps": 2, "eval.every_steps": 0, "init.checkpoint": base,
         "adapter.rank": 2, "adapter.dropout": 0.5, "adapter.targets": "('*/query', '*/down')",
     }  # fmt: skip
     config = load("config.py", [f"--config.{key}={value}" for key, value in words.items()])
-    loop.train(config, tmp_path)
+    workdir = tmp_path / "run"
+    loop.train(config, workdir)
     wanted = lora.abstract_adapter(config.adapter, config.model, "float32")
-    whole = restore_params(tmp_path, wanted)
-    shutil.rmtree(tmp_path / "checkpoints" / "4")
-    loop.train(config, tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, whole, restore_params(tmp_path, wanted))
-    start = restore_params(tmp_path, wanted, 2)
+    model = decoder.abstract_params(config.model)
+    whole, merged = restore_params(workdir, wanted), open_source(workdir).restore(model)
+    later = jax.tree.map(lambda leaf: 2 * leaf, restore_params(base, model))
+    write_params(base, later, make_metadata(model=config.model.to_dict(), tokenizer_files={}), 5)
+    jax.tree.map(np.testing.assert_array_equal, merged, open_source(workdir).restore(model))
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    loop.train(config, workdir)
+    jax.tree.map(np.testing.assert_array_equal, whole, restore_params(workdir, wanted))
+    start = restore_params(workdir, wanted, 2)
     assert abs(start["layers"]["mlp"]["down"]["b"] - whole["layers"]["mlp"]["down"]["b"]).max() > 0
 
 
@@ -198,6 +204,11 @@ def test_peft_trains_the_same_and_reads_what_is_exported(base, run, checkpoint, 
     for ours, his in zip(jax.tree.leaves(state.params), jax.tree.leaves(back), strict=True):
         np.testing.assert_allclose(ours, his, atol=2e-3)
     described = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
-    (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps({**described, "r": 8}))
-    with pytest.raises(UserError, match="has r 8"):
-        read_peft(options, config.model, "float32")
+    for key, value in (("r", 8), ("alpha_pattern", {"q_proj": 2}), ("rank_pattern", {"q_proj": 2})):
+        (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps({**described, key: value}))
+        with pytest.raises(UserError, match=f"has {key} "):
+            read_peft(options, config.model, "float32")
+    (tmp_path / "trained" / "optimizer.pt").write_text("of another program")
+    with pytest.raises(UserError, match="other files"):
+        export_peft(checkpoint, tmp_path / "trained", overwrite=True)
+    assert (tmp_path / "trained" / "optimizer.pt").exists()

@@ -89,7 +89,7 @@ def test_a_student_comes_nearer(teacher, batch):
     given = batch | objective.reference(decoder.bind(model, decoder.Compute(), params), batch)
     loss = objective.loss(decoder.bind(config.model, decoder.Compute(), jax.device_get(student)), given)
     assert float(loss.total) == pytest.approx((weights * (0.75 * kl + 0.25 * nll)).sum(), rel=1e-4)
-    state = start(student, program.optimizer, program.state, frozen=initial.frozen())
+    state = start(student, program.optimizer, program.state, frozen=initial.frozen()[0])
     found = []
     for _ in range(8):
         state, metrics = program.step(state, placed(batch, program))
