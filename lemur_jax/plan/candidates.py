@@ -150,8 +150,8 @@ def refinements(best: Trial, compute: ComputeConfig, device_kind: str) -> Iterat
             lowered = any(after[name] < value for name, value in before.items() if type(value) is int)
             if lowered or after == before:
                 wanted[OPTIONS] = current[OPTIONS]
-        if wanted != current:
-            yield Candidate(changes=best.changes | wanted, bound=best.bound), best.seconds * factor
+        if changed := {name: value for name, value in wanted.items() if value != current[name]}:
+            yield Candidate(changes=best.changes | changed, bound=best.bound), best.seconds * factor
 
 
 def likely_bytes(candidate: Candidate, trials: Sequence[Trial]) -> float:

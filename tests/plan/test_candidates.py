@@ -54,6 +54,11 @@ def test_sums_of_gradients_are_tried_only_where_gradients_are_exchanged(monkeypa
     ):
         ((found, _),) = candidates.refinements(best, ComputeConfig(compiler_options=options), kind)
         assert found.changes == {candidates.OPTIONS: tried}
+    # v6e has more VMEM: what is left is no other candidate than the chunk alone.
+    both, alone = {candidates.OPTIONS: (vmem,), "compute.loss_chunk": 2048}, {"compute.loss_chunk": 2048}
+    monkeypatch.setattr(candidates, "REFINEMENTS", [(both, 0.9), (alone, 0.9)])
+    found = [each.changes for each, _ in candidates.refinements(best, ComputeConfig(), "TPU v6 lite")]
+    assert found == [alone, alone]
 
 
 def queue_of(config, slice_):
