@@ -1,12 +1,13 @@
 """ALFWorld's games as MINT plays them: functions of the Python shell are actions of the game."""
 
+import functools
 import importlib.util
 import json
 import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from lemur_jax.agents.mint import MintEnvironment, Task
 from lemur_jax.common.errors import UserError
@@ -36,16 +37,15 @@ class AlfworldEnvironment(MintEnvironment):
     """
 
     def __init__(self, task: Task, game: pathlib.Path, python: str = sys.executable):
-        def action(command: str) -> Callable[..., str]:
-            return lambda *arguments: self._play(command.format(*arguments))
-
-        super().__init__(task, {name: action(command) for name, command in _COMMANDS.items()}, python)
+        super().__init__(task, {}, python)
         self._game = game
         self._process: subprocess.Popen | None = None
         self._won, self._actions = False, 0
 
     def reset(self) -> str:
         self.close()
+        # Of this copy: `lemur rl` copies a task for each episode.
+        self._functions = {name: functools.partial(self._play, text) for name, text in _COMMANDS.items()}
         self._won, self._actions = False, 0
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_SCRIPT), str(self._game)],
@@ -56,10 +56,10 @@ class AlfworldEnvironment(MintEnvironment):
         self._read()  # the start of a game is no part of a cell's time
         return super().reset()
 
-    def _play(self, command: str) -> str:
+    def _play(self, command: str, *arguments: str) -> str:
         assert self._process
         assert self._process.stdin
-        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.write(json.dumps(command.format(*arguments)) + "\n")
         self._process.stdin.flush()
         feedback, won = self._read()
         self._actions += 1

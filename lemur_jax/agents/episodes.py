@@ -1,5 +1,6 @@
 """Agents, episodes with full traces, and their summary."""
 
+import atexit
 import collections
 import contextlib
 import dataclasses
@@ -141,7 +142,7 @@ def open_environments(
       names: "python", "sql", "bash", "tools", "mint", "mint-SET", "intercode-sql" or "intercode-bash".
       limit: of each kind.
       data: MINT's or InterCode's.
-      stack: keeps InterCode's database server.
+      stack: keeps InterCode's database server; None: until this process ends.
       expert: gives feedback in MINT.
       python: the interpreter that runs MINT's cells.
       skip: tasks of each kind that are left out in front.
@@ -149,12 +150,13 @@ def open_environments(
     Raises:
       UserError: another kind, `skip` leaves no task of a kind, or data or a library is missing.
     """
+    servers = stack or contextlib.ExitStack()
     makers: dict[str, Callable[[], Sequence[Environment]]] = {
         "python": lambda: [PythonEnvironment(problem) for problem in humaneval()],
         "sql": environments.sql_environments,
         "bash": environments.bash_environments,
         "tools": tools.tool_environments,
-        "intercode-sql": lambda: intercode.open_sql(data, stack or contextlib.ExitStack()),
+        "intercode-sql": lambda: intercode.open_sql(data, servers),
         "intercode-bash": lambda: intercode_bash.open_bash(data),
     }
     for name in ("mint", *(f"mint-{name}" for name in mint.SETS)):
@@ -162,13 +164,18 @@ def open_environments(
         makers[name] = functools.partial(open_mint, data, only, expert=expert, python=python)
     for name in names:
         if name not in makers:
-            raise UserError(f"unknown environment {name!r}: there are {', '.join(makers)}")
+            raise UserError(
+                f"unknown environment {name!r}: there are {', '.join(makers)} and verifiers:TASKSET, and for"
+                " config.rl.environment lamp and calculator"
+            )
     found: list[Environment] = []
     for name in names:
         tasks = makers[name]()
         if skip and skip >= len(tasks):
             raise UserError(f"{name} has {len(tasks)} tasks, and all are skipped: --skip is {skip}")
         found += tasks[skip:][:limit]
+    if stack is None:
+        atexit.register(servers.close)  # now, so that it comes before the removal of the servers' directories
     return found
 
 
@@ -208,7 +215,7 @@ def failure(trace: Trace) -> str | None:
         return None
     if len(trace.turns) > 1 and trace.turns[-1].action == trace.turns[-2].action:
         return "repeated itself"
-    return trace.turns[-1].step.verdict
+    return trace.turns[-1].step.verdict if trace.turns else "no answer"
 
 
 def format_episodes(traces: Sequence[Trace], max_turns: int) -> str:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import json
 import math
 import pathlib
@@ -138,10 +139,25 @@ class InterCodeSql(Environment):
 
 def open_sql(data: str, stack: contextlib.ExitStack) -> list[InterCodeSql]:
     """The environments with the schema shown ("handicap"), on a server that the stack stops."""
-    root = find_data(data, "sql/spider/ic_spider_dev.json", WHERE) / "sql" / "spider"
-    tasks = json.loads((root / "ic_spider_dev.json").read_text(encoding="utf-8"))
-    socket = stack.enter_context(server(root / "ic_spider_dbs.sql"))
+    path, dump = (
+        find_data(data, name, WHERE) / name
+        for name in ("sql/spider/ic_spider_dev.json", "sql/spider/ic_spider_dbs.sql")
+    )
+    tasks = read_tasks(path, "query", "gold", "db", "db_tables")
+    socket = stack.enter_context(server(dump))
     return [InterCodeSql(number, task, socket) for number, task in enumerate(tasks)]
+
+
+def read_tasks(path: pathlib.Path, *fields: str) -> list[dict[str, Any]]:
+    """The tasks of a file of InterCode; UserError if it is missing or damaged, or one lacks a field."""
+    try:
+        tasks = json.loads(path.read_bytes())
+        for number, field in itertools.product(range(len(tasks)), fields):
+            if field not in tasks[number]:
+                raise ValueError(f"task {number} lacks {field}")
+        return tasks
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a whole file of InterCode's tasks ({error!r}): {WHERE}") from error
 
 
 def recorded_run(path: pathlib.Path, kind: str) -> list[Recorded]:

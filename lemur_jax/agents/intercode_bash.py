@@ -2,7 +2,6 @@
 
 import collections
 import hashlib
-import json
 import logging
 import math
 import os
@@ -14,7 +13,7 @@ import subprocess
 from collections.abc import Mapping
 
 from lemur_jax.agents.environments import Environment, NotScored, Step, block, find_data
-from lemur_jax.agents.intercode import MAX_STEPS, WHERE
+from lemur_jax.agents.intercode import MAX_STEPS, WHERE, read_tasks
 from lemur_jax.agents.problems import LIMITS
 from lemur_jax.agents.sandbox import run
 from lemur_jax.agents.scratch import make_directory, remove_tree
@@ -168,7 +167,7 @@ def open_bash(data: str) -> list[InterCodeBash]:
     """The environments of the 200 tasks, without those whose solution needs what the sandbox does not have.
 
     Raises:
-      UserError: tasks or set-up scripts are missing.
+      UserError: tasks or set-up scripts are missing or damaged.
     """
     root, found = find_data(data, "nl2bash/nl2bash_fs_1.json", WHERE), {}
     for number in range(1, 5):
@@ -178,7 +177,7 @@ def open_bash(data: str) -> list[InterCodeBash]:
             raise UserError(
                 f"--data {data} has no {script}, which makes the files of InterCode-Bash: {WHERE}"
             )
-        tasks = json.loads((root / "nl2bash" / f"nl2bash_fs_{number}.json").read_text(encoding="utf-8"))
+        tasks = read_tasks(root / "nl2bash" / f"nl2bash_fs_{number}.json", "query", "gold")
         setup = setups[0].read_text(encoding="utf-8")
         for index, task in enumerate(tasks):
             found[InterCodeBash(f"{number}-{index}", task, setup)] = needs(task["gold"])

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -73,7 +74,7 @@ def recorded_run(directory: pathlib.Path, only: Sequence[str] = ()) -> dict[str,
       directory: holds `GROUP/SET/results.jsonl`, in or below it; or one such file.
 
     Raises:
-      UserError: there are none, they follow another protocol, or there are runs of several models.
+      UserError: there are none, one is damaged, they follow another protocol, or there are runs of several models.
     """
     found: dict[str, list[Recorded]] = {}
     paths = [directory] if directory.is_file() else sorted(directory.glob("**/results.jsonl"))
@@ -85,14 +86,15 @@ def recorded_run(directory: pathlib.Path, only: Sequence[str] = ()) -> dict[str,
             raise UserError(f"{path} is not a run of the protocol {PROTOCOL}")
         if name in found:
             raise UserError(f"{directory} holds several runs of {name}: name the directory of one")
-        found[name] = [_recorded(name, json.loads(line)) for line in path.open(encoding="utf-8")]
+        found[name] = [_recorded(path, line) for line in path.open("rb")]
     if not found:
         raise UserError(f"{directory} holds no results.jsonl of MINT ({', '.join(only or SETS)})")
     return found
 
 
-def _recorded(name: str, row: Mapping[str, Any]) -> Recorded:
+def _recorded(path: pathlib.Path, line: bytes) -> Recorded:
     try:
+        row = json.loads(line)
         state, task = row["state"], row["task"]
         opening, *rest = state["history"]
         turns: list[tuple[str, str | None]] = []
@@ -106,10 +108,10 @@ def _recorded(name: str, row: Mapping[str, Any]) -> Recorded:
         failed = state["terminate_reason"] == "error"  # of the model, e.g. its context was full
         if failed and turns and turns[-1][1] and turns[-1][1].startswith("Observation:\nAn error occurred."):
             turns.pop()
-        id = f"{name}/{task['task_id']}"
+        id = f"{path.parent.name}/{task['task_id']}"
         return Recorded(id=id, opening=opening["content"], turns=turns, success=state["success"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"a line of {name}'s results.jsonl is not an episode of MINT ({error!r})") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"a line of {path} is not an episode of MINT ({error!r}): {WHERE}") from error
 
 
 def load_tasks(data: pathlib.Path, name: str, openings: Mapping[str, str]) -> list[Task]:
@@ -118,25 +120,29 @@ def load_tasks(data: pathlib.Path, name: str, openings: Mapping[str, str]) -> li
     if not path.exists():
         raise UserError(f"{path} is missing: {WHERE}")
     tasks = []
-    for row in map(json.loads, path.open(encoding="utf-8")):
-        id = f"{name}/{row['id']}"
+    for line in path.open("rb"):
+        try:
+            row = json.loads(line)
+            id, solved = f"{name}/{row['id']}", _checker(name, row)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"a line of {path} is not a task of MINT ({error!r}): {WHERE}") from error
         if id not in openings:
             raise UserError(
                 f"{path} has the task {id}, the recorded runs have not: another version of the set"
             )
-        tasks.append(Task(id=id, opening=openings[id], solved=_checker(name, row)))
+        tasks.append(Task(id=id, opening=openings[id], solved=solved))
     return tasks
 
 
 def _checker(name: str, row: Mapping[str, Any]) -> Callable[[str], bool]:
     reference = row["reference"]
     if name in CODE:
-        return lambda answer: mint_checks.code(reference, answer)
+        return functools.partial(mint_checks.code, reference)
     if name == "mmlu":
-        return lambda answer: mint_checks.choice(reference, answer, row["prompt"])
+        return functools.partial(mint_checks.choice, reference, prompt=row["prompt"])
     if name == "theoremqa":
-        return lambda answer: mint_checks.theorem(reference, answer, row["answer_type"])
-    return lambda answer: mint_checks.reasoning(reference, answer)
+        return functools.partial(mint_checks.theorem, reference, kind=row["answer_type"])
+    return functools.partial(mint_checks.reasoning, reference)
 
 
 def recorded_searches(runs: Iterable[Recorded]) -> dict[str, str]:
@@ -196,13 +202,15 @@ class MintEnvironment(Environment):
     def __init__(self, task: Task, functions: Mapping[str, Callable[..., str]], python: str = sys.executable):
         self.id = f"mint-{task.id}"
         self._task = task
-        self._shell = Shell(functions, python)
+        self._functions, self._python = functions, python
+        self._shell: Shell | None = None
         self._said = ""
         self._steps = self._proposals = 0
 
     def reset(self) -> str:
         self._steps = self._proposals = 0
-        self._shell.close()
+        MintEnvironment.close(self)  # the shell alone: ALFWorld has started its game
+        self._shell = Shell(self._functions, self._python)  # here: a copy has its own
         # Without the instructions, which are the assistant's.
         self._said = self._task.opening.partition("---\n")[2] or self._task.opening
         return self._task.opening
@@ -240,6 +248,7 @@ class MintEnvironment(Environment):
             return "Your answer is wrong.", "wrong answer"
         if not (cell := "\n".join(tagged(action, "execute"))):
             return INVALID, "invalid action"
+        assert self._shell is not None, "reset comes first"
         output = self._shell.run_cell(cell).strip()
         error = re.search(r"^\w*(Error|Exception|Interrupt)\b", output, re.MULTILINE)
         return output, "execution error" if error else "unfinished"
@@ -248,4 +257,6 @@ class MintEnvironment(Environment):
         return self._task.solved(answer)
 
     def close(self) -> None:
-        self._shell.close()
+        if self._shell is not None:
+            self._shell.close()
+            self._shell = None

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.agents.episodes import open_environments
 from lemur_jax.agents.mint_checks import evaluate
-from lemur_jax.common.errors import UserError
 
 SIDE, FARTHEST = 8, 3  # rooms along a side of the house, and moves of the longest way
 MOVES = {"north": (0, -1), "south": (0, 1), "west": (-1, 0), "east": (1, 0)}
@@ -68,7 +67,8 @@ class Calculator(Environment):
     def step(self, action: str) -> Step:
         word, _, text = action.strip().partition(":")
         value = calculate(text)
-        if word not in ("calc", "answer") or value is None:
+        number = text.strip().removeprefix("-").isdecimal()  # else the question would be its own answer
+        if value is None or not (word == "calc" or (word == "answer" and number)):
             return Step(observation="calc: EXPRESSION, or answer: NUMBER", verdict="no move")
         if word == "calc":
             return Step(observation=str(value), role="user", verdict="wrong answer")
@@ -103,12 +103,8 @@ def tasks(name: str, data: str = ".") -> tuple[Sequence[Environment], Sequence[E
             Calculator(f"{rng.randrange(100)} {rng.choice('+-*')} {rng.randrange(100)}") for _ in range(1000)
         ]
     elif name.startswith("verifiers:"):
-        try:
-            from lemur_jax.rl.verifiers_tasks import taskset_environments
-        except ImportError as error:
-            raise UserError(
-                f"verifiers cannot be imported ({error}): pip install 'lemur_jax[verifiers]'"
-            ) from error
+        from lemur_jax.rl.verifiers_tasks import taskset_environments
+
         every = taskset_environments(name.removeprefix("verifiers:"))
     else:
         every = list(open_environments([name], data=data))

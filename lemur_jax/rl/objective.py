@@ -27,7 +27,9 @@ def advantages(rewards: np.ndarray, valid: np.ndarray, algorithm: str) -> np.nda
     """float64 [G, N, ...] of rewards [G, N, ...]; those that are not valid take no part and get 0."""
     count = valid.sum(1, keepdims=True)
     kept = np.where(valid, rewards, 0.0)
-    centred = np.where(valid, kept - kept.sum(1, keepdims=True) / np.maximum(count, 1), 0.0)
+    mean = kept.sum(1, keepdims=True) / np.maximum(count, 1)
+    # Equal rewards and their mean differ by rounding, which Adam would make an update of.
+    centred = np.where(valid & ~np.isclose(kept, mean, rtol=1e-9, atol=1e-12), kept - mean, 0.0)
     others = np.maximum(count - 1, 1)
     if algorithm == "rloo":
         return centred * count / others

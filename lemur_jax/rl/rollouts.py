@@ -36,6 +36,7 @@ from lemur_jax.train.step import Program
 
 ENGINE_ROWS = 64  # most episodes in decode for each way in which the mesh shards rows
 GAP_ROWS = 8  # episodes for each of these ways whose log-probabilities are compared while off-policy
+STEPS_NAMED = 1000  # steps whose tasks are kept
 
 
 class Name(NamedTuple):
@@ -101,10 +102,16 @@ class Rollouts:
         self.options, self.seed, self.tokenizer, self.program = options, seed, tokenizer, program
         self.last_step = steps
         self._tasks, self._held_out = games.tasks(options.environment, options.data)
+        if not self._tasks:
+            raise UserError(
+                f"config.rl.environment {options.environment!r} has fewer than two tasks, and the first is held out:"
+                " name one with more"
+            )
         self._slots = min(self.length + 1, program.model.max_position_embeddings)
         self._player = Player(options, tokenizer, self._slots)
         self._engine: Engine | None = None
-        self._trained: list[str] = []  # tasks of the last batch
+        # (step, tasks of its batch) of the last steps: a bad one is known when `log.every_steps` have passed.
+        self._trained: collections.deque[tuple[int, list[str]]] = collections.deque(maxlen=STEPS_NAMED)
         self._thread = ThreadPoolExecutor(1, "rollouts")
         self._ahead: Future[Played] | None = None  # the episodes of the next update
 
@@ -118,8 +125,9 @@ class Rollouts:
         return {}
 
     def documents(self, step: int, rows: Sequence[int]) -> list[str]:
-        """The tasks of rows of the last batch."""
-        return list(dict.fromkeys(self._trained[row] for row in rows))
+        """The tasks of rows of the batch of a step, one of the last `STEPS_NAMED`."""
+        tasks = dict(self._trained).get(step)
+        return list(dict.fromkeys(tasks[row] for row in rows)) if tasks else []
 
     def iterate(self, start_step: int, stop_step: int) -> Generator[tuple[int, Any], None, None]:
         """Numbers of steps, twice: `update` makes the batch, which needs the parameters."""
@@ -138,7 +146,7 @@ class Rollouts:
             batch = self._on_mesh(played.arrays)
             following = self.options.off_policy and step + 1 < self.last_step
             params = _copy(params, self.program.compute.dtype) if following else None
-        self._trained = played.tasks
+        self._trained.append((step, played.tasks))
         state, metrics = self.program.step(state, batch)
         # Only now: on every device, the programs of the engine come after the update.
         self._ahead = self._thread.submit(self.play, step + 1, params) if following else None
@@ -245,7 +253,9 @@ class Rollouts:
             self._player.play(engine, [one for group in groups for one in group], Sampling(temperature=1.0))
             last = number + 1 == options.max_rounds
             kept += [
-                group for group in groups if last or len({sum(one.rewards) for one in group if one.valid}) > 1
+                group
+                for group in groups
+                if last or len({round(sum(one.rewards), 9) for one in group if one.valid}) > 1
             ]
             if len(kept) == wanted:
                 break
@@ -276,13 +286,13 @@ class Rollouts:
         batch = {name: np.zeros(array.shape, array.dtype) for name, array in self.program.batch.items()}
         for row, (one, score) in enumerate(zip(episodes, scored, strict=True)):
             count = len(one.ids) - 1
-            if count < 1 or count > self.length:
-                continue  # a task that does not fit
+            if not one.valid:
+                continue  # the environment failed, or the task does not fit
             turns, logprobs = np.array(one.turns[1:]), np.array(one.logprobs[1:])
             own = turns >= 0
             batch["tokens"][row, :count], batch["targets"][row, :count] = one.ids[:-1], one.ids[1:]
             batch["segment_ids"][row, :count], batch["positions"][row, :count] = 1, np.arange(count)
-            trains = one.valid and not (self.options.mask_truncated and one.end == "cut")
+            trains = not (self.options.mask_truncated and one.end == "cut")
             batch["loss_weights"][row, :count] = own & trains
             batch["sampling_logprobs"][row, :count] = np.where(own, logprobs, 0)
             batch["advantages"][row, :count] = np.where(own, score[np.maximum(turns, 0)], 0)

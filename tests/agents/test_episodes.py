@@ -45,6 +45,7 @@ def test_an_episode_that_fails(count):
     assert (trace.solved_at, failure(trace)) == (None, "wrong answer")
     assert failure(run_episode(count, scripted("SELECT 1", "SELECT 1"), max_turns=2)) == "repeated itself"
     assert failure(run_episode(count, scripted(""), max_turns=1)) == "no code"
+    assert failure(Trace(id="", task="", turns=())) == "no answer"
 
 
 def test_success_by_turn(count):

@@ -45,6 +45,22 @@ def test_another_file_is_refused(tmp_path):
         recorded_run(tmp_path / "run.json", "sql")
 
 
+@pytest.mark.parametrize("content", [b"[{", b"{}{}", b'[{"query": ""}]', b"[1]", b'{"a": {}}', b'"\xff"'])
+def test_a_damaged_file_of_tasks_is_named(tmp_path, content):
+    for name in (
+        "nl2bash/nl2bash_fs_1.json",
+        "sql/spider/ic_spider_dev.json",
+        "sql/spider/ic_spider_dbs.sql",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "docker" / "bash_scripts").mkdir(parents=True)
+    (tmp_path / "docker" / "bash_scripts" / "setup_nl2b_fs_1.sh").write_text("")
+    for kind, file in (("bash", "nl2bash_fs_1.json"), ("sql", "ic_spider_dev.json")):
+        with pytest.raises(UserError, match=f"{file} is not a whole file of InterCode's tasks .*: get data/"):
+            open_environments([f"intercode-{kind}"], data=str(tmp_path))
+
+
 needs_server = pytest.mark.skipif(
     shutil.which("mariadbd", path="/usr/bin:/usr/sbin") is None, reason="there is no mariadbd"
 )

@@ -1,5 +1,6 @@
 """MINT's protocol and checkers, and recorded episodes where the data are there."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ import tarfile
 
 import pytest
 
-from lemur_jax.agents import mint, mint_checks
+from lemur_jax.agents import alfworld, mint, mint_checks
 from lemur_jax.agents.alfworld import AlfworldEnvironment
 from lemur_jax.agents.mint_sets import open_mint
 from lemur_jax.agents.replay import replay
@@ -92,6 +93,37 @@ def test_cells_run_in_another_interpreter(tmp_path):
         shell.close()
 
 
+GAME_PROCESS = """import json, sys
+print(json.dumps(["", False]), flush=True)
+for number, line in enumerate(sys.stdin, start=1):
+    print(json.dumps([f"{json.loads(line)} {number}", False]), flush=True)
+"""
+
+
+class Cells(Shell):
+    """Without IPython and the box: a cell is an expression."""
+
+    def run_cell(self, code):
+        self.cells = [*getattr(self, "cells", ()), code]
+        return f"{eval(code, dict(self._functions))} of {len(self.cells)}"
+
+
+def test_copies_of_a_task_share_neither_shell_nor_game(tmp_path, monkeypatch):
+    """As `lemur rl` plays a group."""
+    (tmp_path / "game.py").write_text(GAME_PROCESS)
+    monkeypatch.setattr(alfworld, "_SCRIPT", tmp_path / "game.py")
+    monkeypatch.setattr(mint, "Shell", Cells)
+    task = AlfworldEnvironment(mint.Task(id="alfworld/x", opening="", solved=lambda _: False), tmp_path)
+    played = [copy.copy(task) for _ in range(2)]
+    for one in played:
+        one.reset()
+    for number in (1, 2):
+        seen = [one.step("<execute>goto('fridge')</execute>").observation for one in played]
+        assert all(f"go to fridge {number} of {number}\n" in text for text in seen)
+    for one in played:
+        one.close()
+
+
 def test_a_proposal_without_its_end_counts_and_an_expert_comments_every_turn_but_the_last():
     opening = "Rules\n---\nTask:\nx"
     task = mint.Task(id="gsm8k/0", opening=opening, solved=lambda answer: False)
@@ -164,3 +196,15 @@ def test_wrong_data_is_one_line(tmp_path, capsys):
         mint.recorded_run(tmp_path)
     with pytest.raises(UserError, match=r"has no processed/gsm8k"):
         open_mint(str(tmp_path), [])
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"id": 1, "reference": "x"}', b'"\xff"'])
+def test_a_damaged_file_is_named(tmp_path, line):
+    line = line if isinstance(line, bytes) else line.encode()
+    for path in ("processed/mmlu/test_prompts.json", f"{mint.PROTOCOL}/mmlu/results.jsonl"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(line + b"\n")
+    with pytest.raises(UserError, match=r"mmlu/test_prompts.json is not a task of MINT .*: get data/"):
+        mint.load_tasks(tmp_path, "mmlu", {})
+    with pytest.raises(UserError, match=r"mmlu/results.jsonl is not an episode of MINT .*: get data/"):
+        mint.recorded_run(tmp_path)

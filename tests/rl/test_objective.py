@@ -100,3 +100,13 @@ def test_advantages():
         np.testing.assert_allclose(found[0], [*values, 0], atol=1e-12)
         np.testing.assert_array_equal(found[1], 0)
     assert not advantages(rewards, np.zeros_like(valid), "grpo").any()
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "rloo"])
+def test_equal_rewards_have_no_advantage(algorithm):
+    """Eight episodes with 0.1 in each of two turns: their mean in float64 is another number."""
+    rewards = np.full((1, 8, 2), 0.1 + 0.1)
+    assert (rewards != rewards.sum(1, keepdims=True) / 8).all()
+    assert not advantages(rewards, np.ones_like(rewards, bool), algorithm).any()
+    rewards[0, 0] += 1e-6
+    assert advantages(rewards, np.ones_like(rewards, bool), algorithm).all()

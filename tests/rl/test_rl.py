@@ -1,6 +1,7 @@
 """Runs of `lemur rl`: resumed to the same bits, own tokens alone train, bad environments are skipped."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -35,8 +36,9 @@ from tests.helpers.runs import final_params, without_clock, write_model
 def play(monkeypatch, small_chat_tokenizer, tmp_path):
     """Runs in this process with one environment, or with those that a function from (kind, data) makes."""
 
-    def start(workdir, environment=Echo, **options):
-        monkeypatch.setattr(games, "tasks", lambda name, data: ([environment()], [environment()]))
+    def start(workdir, environment=Echo, tasks=None, **options):
+        found = tasks or ([environment()], [environment()])
+        monkeypatch.setattr(games, "tasks", lambda name, data: found)
         config = from_config_dict(make_config(small_chat_tokenizer, tmp_path, **options))
         train(config, tmp_path / workdir, open_inputs=run.open_inputs)
         return [record for record in read_metrics(tmp_path / workdir) if record["kind"] == "train"]
@@ -88,6 +90,8 @@ def test_off_policy_episodes_are_of_the_parameters_before(small_chat_tokenizer, 
     )
     inputs = run.open_inputs(config)
     program, rollouts = inputs.program, inputs.rollouts
+    play = rollouts.play
+    rollouts.play = lambda step, params: dataclasses.replace(play(step, params), tasks=[f"task {step}"] * 8)
     params = jax.jit(decoder.init_params, static_argnums=0)(config.model, jax.random.key(1))
     params = jax.device_put(params, shardings_of(program.state.params))
     state = start(params, program.optimizer, program.state)
@@ -96,6 +100,7 @@ def test_off_policy_episodes_are_of_the_parameters_before(small_chat_tokenizer, 
         state, metrics = rollouts.update(step, state)
         assert metrics["objective/logprob_gap"] < 1e-5
         assert (metrics["objective/policy_shift"] > 1e-3) == (step > 0)
+    assert rollouts.documents(0, [1, 2]) == ["task 0"]  # what a record of the step before the last names
     pending = json.loads(json.dumps(rollouts.pending()))
     batch = Played.from_json(pending).arrays
     expected, own = target_logprobs(config.model, sampling, batch)
@@ -166,9 +171,18 @@ class Dies(Echo):
 
 
 class Nan(Echo):
+    """Every fourth episode goes on when all others have ended, and then gets what is no finite number."""
+
+    numbers, bad = itertools.count(), itertools.cycle([float("nan"), "much", None, 1e999])
+
+    def reset(self):
+        self.goes_on, self.turn = next(self.numbers) % 4 == 0, 0
+        return super().reset()
+
     def step(self, action):
-        reward = [float("nan"), "much", None, 1e999][len(action) // 2 % 4] if len(action) % 2 else 0.5
-        return Step(observation="x", verdict="", reward=reward)
+        self.turn += 1
+        reward = next(self.bad) if self.turn > 1 else min(len(action), 9) / 10
+        return Step(observation="x", verdict="", reward=reward, done=not self.goes_on)
 
 
 class Long(Echo):
@@ -178,7 +192,7 @@ class Long(Echo):
 
 class Equal(Echo):
     def step(self, action):
-        return Step(observation="x", verdict="", reward=0.5)
+        return Step(observation="x", verdict="", reward=0.1)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +201,7 @@ class Equal(Echo):
         pytest.param(Hangs, {"environment_seconds": 0.3}, "episodes/failed", marks=pytest.mark.slow),
         (Nan, {}, "episodes/failed"),
         pytest.param(Long, {}, "episodes/cut", marks=pytest.mark.slow),
-        pytest.param(Equal, {"max_rounds": 2}, "equal_groups", marks=pytest.mark.slow),
+        pytest.param(Equal, {"max_rounds": 2, "group_size": 8}, "equal_groups", marks=pytest.mark.slow),
     ],
 )
 def test_bad_environments_are_counted(play, environment, options, counted):
@@ -206,6 +220,8 @@ def test_runs_that_cannot_go_on_say_why(play):
         play("groups", group_size=3)
     with pytest.raises(UserError, match="set config.adapter.dropout to 0"):
         play("dropout", **{"adapter.rank": 2, "adapter.dropout": 0.1, "init.checkpoint": "base"})
+    with pytest.raises(UserError, match="config.rl.environment 'echo' has fewer than two tasks"):
+        play("one", tasks=([], [Echo()]))
 
 
 SCRIPT = """
