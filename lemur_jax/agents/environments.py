@@ -151,7 +151,8 @@ class SqlEnvironment(Environment):
         ordered = "order by" in self._solution.lower()
         task = {"schema": self._schema, "solution": self._solution, "query": query, "ordered": ordered}
         files = {"task.json": json.dumps(task), "main.py": _SQL}
-        result = run(["python", "-I", "-S", "main.py"], files=files, limits=LIMITS)
+        limits = dataclasses.replace(LIMITS, output_bytes=1 << 20)  # a letter may be 12 bytes of JSON
+        result = run(["python", "-I", "-S", "main.py"], files=files, limits=limits)
         if result.code != 0:
             return Step(observation="The query did not finish.", verdict="time")
         found = json.loads(result.output)

@@ -3,6 +3,7 @@
 docs/sandbox.md says what holds where. It does not stop an attacker with a kernel exploit.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -43,6 +44,11 @@ class Limits:
     processes: int = 32
     output_bytes: int = 64 << 10
     visible: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name != "visible" and not value > 0:  # for the kernel's clock 0 means no limit
+                raise UserError(f"sandbox: the limit {name} is {value}: it must be above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,21 +91,25 @@ def run(
       directory: the box, kept afterwards (remove it with `remove_tree`); None: a temporary one.
       namespaces: False: do without, even where they are available.
       require_isolation: refuse to run in a "limited" box.
-      channels: file descriptors that the command has under the same numbers.
+      channels: file descriptors that the command has under the same numbers; they are closed here, also where it fails.
 
     Raises:
       UserError: no such program, or no isolation where it is required.
     """
-    if sys.platform != "linux":
-        raise UserError(f"the sandbox needs Linux, this is {sys.platform}: run it in a container")
     command = [_interpreter() if command[0] == "python" else command[0], *command[1:]]
-    root = str(make_directory("box-"))
-    try:
-        with (
-            tempfile.TemporaryFile() as output,
-            tempfile.TemporaryFile() as errors,
-            tempfile.TemporaryFile() as report,
-        ):
+    ours = contextlib.ExitStack()
+    for channel in channels:
+        ours.callback(os.close, channel)
+    with (
+        ours,
+        tempfile.TemporaryFile() as output,
+        tempfile.TemporaryFile() as errors,
+        tempfile.TemporaryFile() as report,
+    ):
+        if sys.platform != "linux":
+            raise UserError(f"the sandbox needs Linux, this is {sys.platform}: run it in a container")
+        root = str(make_directory("box-"))
+        try:
             if os.getuid() == 0:
                 for path in filter(None, (root, directory)):
                     os.chown(path, 65534, 65534)
@@ -115,10 +125,10 @@ def run(
                 "report": report.fileno(),
                 "channels": list(channels),
             }
-            _launch(request, output, errors)
+            _launch(request, output, errors, ours)
             return _result(command[0], limits, report, output, errors)
-    finally:
-        remove_tree(root)
+        finally:
+            remove_tree(root)
 
 
 def _result(program: str, limits: Limits, report, output, errors) -> Result:
@@ -153,7 +163,7 @@ def _interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
-def _launch(request, output, errors) -> None:
+def _launch(request, output, errors, ours: contextlib.ExitStack) -> None:
     process = subprocess.Popen(
         [_interpreter(), "-I", "-S", str(_LAUNCHER)],
         stdin=subprocess.PIPE,
@@ -164,8 +174,7 @@ def _launch(request, output, errors) -> None:
         env={"PATH": os.defpath},
         text=True,
     )
-    for channel in request["channels"]:
-        os.close(channel)
+    ours.close()  # the channels: who reads the other end waits for the command alone
     try:
         process.communicate(json.dumps(request), timeout=request["limits"]["wall_seconds"] + _GRACE_SECONDS)
     except subprocess.TimeoutExpired:

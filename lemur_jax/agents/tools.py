@@ -171,9 +171,9 @@ class ToolEnvironment(Environment):
             call = json.loads(text)
             name, arguments = call["name"], call.get("arguments") or {}
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return 'Error: a call is JSON, {"name": "...", "arguments": {...}}', "syntax"
-        if name not in TOOLS:
+        if not isinstance(name, str) or name not in TOOLS:
             return f"Error: there is no tool {name!r}", "name"
         try:
             found = TOOLS[name](self._shop, **{key: str(value) for key, value in dict(arguments).items()})

@@ -5,16 +5,22 @@ Taskset, environment and harness are found by the name `lemur-verifiers` (lemur_
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Iterator
-
-import httpx
-import verifiers.v1 as vf
-from verifiers.v1.dialects.chat import message_to_wire
-from verifiers.v1.types import content_text
 
 from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.agents.episodes import Trace, Turn, open_environments
 from lemur_jax.common.errors import UserError
+
+try:
+    import httpx
+    import verifiers.v1 as vf
+    from verifiers.v1.dialects.chat import message_to_wire
+    from verifiers.v1.types import content_text
+except ImportError as error:
+    raise UserError(f"verifiers cannot be imported ({error}): pip install 'lemur_jax[verifiers]'") from error
+
+logger = logging.getLogger(__name__)
 
 # Without it the library runs its own chat program, in a container or installed by `uv`.
 _SEAT = {"harness": {"id": "lemur-verifiers"}, "runtime": {"type": "subprocess"}}
@@ -115,14 +121,14 @@ def open_taskset(name: str, limit: int | None = None) -> vf.Env:
 def run_taskset(
     name: str, base_url: str, model: str, *, max_new_tokens: int, limit: int | None, batch: int
 ) -> list[Trace]:
-    """Runs the tasks of a taskset with a model behind an endpoint, greedy.
+    """Runs the tasks of a taskset with a model behind an endpoint, greedy; a warning names episodes with an error.
 
     Args:
       name: of the taskset, as for `vf-eval`; of an environment with several seats the model takes all.
       batch: episodes at once.
 
     Raises:
-      UserError: there is no such taskset, it has no end, or an episode has an error.
+      UserError: there is no such taskset, it has no end, or every episode has an error.
     """
     env = open_taskset(name, limit)
     context = vf.ModelContext(
@@ -138,12 +144,21 @@ def run_taskset(
             slots = [slot for task in tasks for slot in env.slots(task)]
             return await asyncio.gather(*(env.run_slot(slot, context, gate) for slot in slots))
 
-    traces = []
+    traces: list[Trace] = []
+    failed: dict[str, str] = {}
     for episode in asyncio.run(run()):
         id = f"{name}/{episode.task.data.name or episode.task.data.idx}"
-        for error in [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]:
-            raise UserError(f"{id}: {error.type}: {error.message}")
-        traces += [_trace(id, trace) for trace in episode.traces]
+        errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
+        if errors:
+            failed[id] = f"{id}: {errors[0].type}: {errors[0].message}"
+        else:
+            traces += [_trace(id, trace) for trace in episode.traces]
+    if failed:
+        first = next(iter(failed.values()))
+        if not traces:
+            raise UserError(f"every episode has an error; {first}")
+        text = "not scored: %d episodes with an error (%s): %s"
+        logger.warning(text, len(failed), first, ", ".join(failed))
     return traces
 
 
@@ -158,5 +173,6 @@ def _trace(id: str, trace: vf.Trace) -> Trace:
     steps = [Step(observation=seen, verdict="unfinished") for _, seen in spoken[1:-1]]
     verdict = "passed" if trace.reward >= 1 else "wrong answer"
     steps.append(Step(observation=spoken[-1][1], verdict=verdict, reward=trace.reward))
-    turns = [Turn(action=text, step=step) for (text, _), step in zip(spoken[1:], steps, strict=True)]
+    # Not strict: a model that never spoke has no turn.
+    turns = [Turn(action=text, step=step) for (text, _), step in zip(spoken[1:], steps, strict=False)]
     return Trace(id=id, task=spoken[0][1], turns=tuple(turns))

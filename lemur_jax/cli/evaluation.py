@@ -209,12 +209,8 @@ def _agents(args, session, written: dict) -> None:
 
 
 def _verifiers(args, limit: int) -> list:
-    try:
-        from lemur_jax.agents.verifiers_adapter import run_taskset
-    except ImportError as error:
-        raise UserError(
-            f"verifiers is not installed ({error}): pip install 'lemur_jax[verifiers]'"
-        ) from error
+    from lemur_jax.agents.verifiers_adapter import run_taskset
+
     if not args.endpoint:
         raise UserError("a taskset of verifiers asks an --endpoint: start one with lemur serve")
     name = args.agents.removeprefix("verifiers:")

@@ -15,10 +15,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import verifiers.v1 as vf
-
 from lemur_jax.agents.environments import Environment, Step
-from lemur_jax.agents.verifiers_adapter import open_taskset
+from lemur_jax.agents.verifiers_adapter import open_taskset, vf
 
 
 class TasksetServer:

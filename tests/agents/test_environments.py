@@ -56,7 +56,8 @@ def test_sql_feedback():
     assert environment.step("DROP TABLE book").reward == 0
     assert environment.step("SELECT count(*) FROM book").reward == 1  # the drop did not outlive its turn
     # Rows of any length and kind are shown in part.
-    for value in ("hex(zeroblob(300000))", "zeroblob(300000)", "1e999", "NULL"):
+    emoji = "replace(hex(zeroblob(3000)), '0', char(128512))"  # 12 bytes of JSON each
+    for value in ("hex(zeroblob(300000))", "zeroblob(300000)", emoji, "1e999", "NULL"):
         step = environment.step(f"SELECT {value} FROM book, book AS other")
         assert (step.verdict, len(step.observation) < 2000) == ("wrong answer", True), step
 

@@ -219,6 +219,19 @@ def test_a_directory_is_kept(box, tmp_path):
 def test_bad_input():
     with pytest.raises(UserError, match="cannot run no-such-program"):
         run(["no-such-program"])
+    with pytest.raises(UserError, match="the limit wall_seconds is 0: it must be above 0"):
+        Limits(wall_seconds=0)
+
+
+def test_channels_are_closed_where_the_box_cannot_be_made(monkeypatch):
+    """Else whoever reads the other end waits for ever."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    monkeypatch.setattr(sandbox, "make_directory", lambda prefix: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        run(["true"], channels=[writing])
+    assert os.read(reading, 1) == b""
+    os.close(reading)
 
 
 @pytest.mark.parametrize(

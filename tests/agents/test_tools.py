@@ -66,6 +66,8 @@ def test_the_user_says_more_only_when_asked_or_when_it_is_wrong():
     [
         ("<tool_call>{not json}</tool_call>", "syntax"),
         ("<tool_call>[1]</tool_call>", "syntax"),
+        (f"<tool_call>{'[' * 100_000}</tool_call>", "syntax"),
+        ('<tool_call>{"name": ["get_order"]}</tool_call>', "name"),
         (call("fly"), "name"),
         (call("get_order", number="9"), "name"),
         (call("get_order"), "type"),

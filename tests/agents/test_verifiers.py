@@ -37,7 +37,7 @@ def endpoint():
         server.shutdown()
 
 
-def test_tasksets_both_ways(endpoint, tmp_path, monkeypatch, capsys):
+def test_tasksets_both_ways(endpoint, tmp_path, monkeypatch, capsys, caplog):
     pytest.importorskip("verifiers.v1", reason="verifiers is not installed: pip install '.[verifiers]'")
     url, asked = endpoint
     (tmp_path / "lemur_test_sums.py").write_text(TASKSET)
@@ -58,6 +58,15 @@ def test_tasksets_both_ways(endpoint, tmp_path, monkeypatch, capsys):
     assert (count["id"], count["solved_at"], other["solved_at"]) == ("lemur-verifiers/sql/count", 2, None)
     assert count["turns"][0]["step"]["observation"].startswith("Error: ")
     assert len(other["turns"]) == 5
+    # One episode with an error is named, and the others count.
+    broken = TASKSET.replace(
+        "return float(", "assert self.data.answer == '2', 'no judge'\n        return float("
+    )
+    assert broken != TASKSET
+    (tmp_path / "lemur_test_broken.py").write_text(broken)
+    (only,) = run("lemur-test-broken")
+    assert only["id"] == first["id"].replace("sums", "broken")
+    assert "not scored: 1 episodes with an error" in caplog.text
     words = ["--endpoint", url, "--agents", "verifiers:lemur-nowhere"]
     assert main(["eval", *words]) == 2
     assert "the taskset 'lemur-nowhere' of verifiers cannot be loaded" in capsys.readouterr().err
