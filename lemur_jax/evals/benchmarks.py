@@ -157,9 +157,13 @@ def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
             f"task {task!r}: its data set is not in the cache and the hub cannot be reached"
             f" ({reason_of(error)}): run it once where there is a network, or bring its cache (HF_HOME)"
         ) from error
-    metrics = result.get("groups", {}).get(task) or result["results"][task]
-    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-    return TaskResult(task=task, detail={"metrics": numbers})
+    numbers = {
+        name: {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        for name, metrics in result["results"].items()
+    }
+    # A tag, and a group that does not aggregate, have no numbers of their own.
+    parts = {f"{name} {key}": value for name, metrics in numbers.items() for key, value in metrics.items()}
+    return TaskResult(task=task, detail={"metrics": numbers.get(task) or parts})
 
 
 @contextlib.contextmanager

@@ -86,6 +86,11 @@ class LemurLM(TemplateLM):
         """[(texts, context ids, continuation ids)] to [(log-likelihood in nats, is greedy)]."""
         pairs = []
         for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"an answer of a task has {len(continuation)} tokens, the model's max_position_embeddings are"
+                    f" {self.max_length}: leave the task out"
+                )
             tokens = [*context, *continuation][-(self.max_length + 1) :]
             cut = len(tokens) - len(continuation)
             pairs.append((tokens[:cut], tokens[cut:]))

@@ -170,22 +170,3 @@ def test_unknown_tasks_suggest_the_nearest_before_weights_are_read(chat_model, m
     for name, near in (("lemur_mlu", "lemur_mmlu"), ("human_eval", "humaneval")):
         assert main(["eval", "--checkpoint", str(chat_model), "--tasks", name]) == 2
         assert f"unknown task '{name}': did you mean {near}" in capsys.readouterr().err
-
-
-TASK = """
-task: of_the_hub
-dataset_path: nobody/nothing
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-"""
-
-
-def test_a_task_of_the_hub_without_a_network_is_one_line(session, tmp_path):
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
-    (tmp_path / "task.yaml").write_text(TASK)
-    message = "'of_the_hub': its data set is not in the cache and the hub"
-    with pytest.raises(UserError, match=message) as found:
-        list(benchmarks.evaluate(session, ["of_the_hub"], benchmarks.Options(include_path=str(tmp_path))))
-    assert "\n" not in str(found.value)

@@ -159,6 +159,31 @@ def test_too_many_new_tokens(ours):
         ours.generate_until(instances("generate_until", ("x", {"until": [], "max_gen_toks": 150})))
 
 
+def test_an_answer_longer_than_the_model(ours):
+    longest = ours.max_length
+    (last,) = ours._loglikelihood_tokens([(None, [5], [6] * longest)])
+    assert last[0] < 0
+    with pytest.raises(UserError, match=f"has {longest + 1} tokens, .* are {longest}: leave the task out"):
+        ours._loglikelihood_tokens([(None, [5], [6] * (longest + 1))])
+
+
+def test_a_tag_and_a_group_without_a_mean_give_the_numbers_of_their_parts(ours, tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "x"}) + "\n")
+    for name in ("one", "two"):
+        head = HEAD.replace("NAME", name).replace("DATA", str(tmp_path / "data.jsonl"))
+        (tmp_path / f"{name}.yaml").write_text(f"{head}tag: local_tag\n{CHOICE}")
+    parts = "task: [local_one, local_two]\n"
+    (tmp_path / "group.yaml").write_text(f"group: local_group\n{parts}")
+    mean = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (tmp_path / "mean.yaml").write_text(f"group: local_mean\n{parts}{mean}")
+    names = ["local_tag", "local_group", "local_mean", "local_one"]
+    options = benchmarks.Options(include_path=str(tmp_path))
+    found = [one.detail["metrics"] for one in benchmarks.evaluate(ours.session, names, options)]
+    assert found[0] == found[1]
+    assert {"local_one acc,none", "local_two acc,none"} <= found[0].keys()
+    assert found[2]["acc,none"] == found[3]["acc,none"] == found[0]["local_one acc,none"]
+
+
 TASK = """
 task: on_the_hub
 dataset_path: nobody/nothing
@@ -182,9 +207,10 @@ def test_a_task_of_the_hub_without_a_network_is_one_line_at_once(ours, tmp_path,
     (tmp_path / "task.yaml").write_text(TASK)
     with pytest.raises(
         UserError, match="'on_the_hub': its data set is not in the cache and the hub cannot be"
-    ):
+    ) as found:
         list(
             benchmarks.evaluate(ours.session, ["on_the_hub"], benchmarks.Options(include_path=str(tmp_path)))
         )
+    assert "\n" not in str(found.value)
     assert not constants.HF_HUB_OFFLINE
     assert "Retrying" not in caplog.text
