@@ -120,7 +120,8 @@ class _Server:
     """The three routes over one session."""
 
     def __init__(self, session: Session, name: str, hosts: Sequence[str] | None):
-        self.session, self.name, self.hosts = session, name, hosts
+        self.session, self.name = session, name
+        self.hosts = hosts and [host.lower() for host in hosts]  # as `urlsplit` gives the names of requests
         self.tokenizer = session.need_tokenizer()
         self.worker = Worker(session)
 
@@ -148,7 +149,9 @@ class _Server:
             top = integer(body, "logprobs", 0, 0, MOST_TOP)
         # With max_tokens 0 nothing is generated: the prompt is scored.
         options = None if body.get("max_tokens") == 0 else self._options(body, prompts, 16)
-        return await self._once(request, lambda engine: self._complete(engine, prompts, options, echo, top))
+        return await self._once(
+            request, lambda engine: self._complete(engine, prompts, options, echo, top, copies)
+        )
 
     async def chat(self, request: Request) -> Response:
         body = await read_body(request, self.hosts)
@@ -241,12 +244,12 @@ class _Server:
         first = await self._first(request, job)
 
         async def events() -> AsyncIterator[str]:
-            piece, end = first, time.monotonic() + ANSWER_SECONDS
+            piece = first
             try:
                 while piece is not END:
                     text, reason = piece
                     yield event(delta(text), reason or None)
-                    piece = await asyncio.wait_for(job.result(), end - time.monotonic())
+                    piece = await job.result()
                 yield "data: [DONE]\n\n"
             except Exception as error:  # the status is already sent
                 yield f"data: {json.dumps(_error(f'{type(error).__name__}: {error}', 'server_error'))}\n\n"
@@ -261,7 +264,13 @@ class _Server:
         return [engine.submit(request) for request in requests]
 
     def _complete(
-        self, engine: Engine, prompts: list[list[int]], options: Json | None, echo: bool, top: int | None
+        self,
+        engine: Engine,
+        prompts: list[list[int]],
+        options: Json | None,
+        echo: bool,
+        top: int | None,
+        copies: int,
     ) -> Generator[Json | None]:
         choices, completions = [], [Completion(tokens=(), logprobs=(), finish_reason="length")] * len(prompts)
         if options:
@@ -279,7 +288,7 @@ class _Server:
             shown = None if top is None else self._logprobs(first, first or prompt, tokens, logprobs, top)
             choice = {"index": index, "text": text, "logprobs": shown, "finish_reason": answer.finish_reason}
             choices.append(choice)
-        yield self._response("text_completion", "cmpl", choices, prompts, completions)
+        yield self._response("text_completion", "cmpl", choices, prompts[::copies], completions)
 
     def _chat(
         self, engine: Engine, prompts: list[list[int]], options: Json, top: int | None

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import threading
+import time
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from starlette.testclient import TestClient
 
 from lemur_jax.agents.episodes import endpoint_agent
 from lemur_jax.common.errors import UserError
+from lemur_jax.infer import serve
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.score import score
@@ -128,6 +130,8 @@ def test_several_answers(client):
     assert [choice.index for choice in answer.choices] == list(range(6))
     assert len({choice.text for choice in answer.choices[:3]}) == 3
     assert answer.usage.completion_tokens <= 6 * 8
+    once = client.completions.create(prompt=["a b", "c d"], **options)
+    assert answer.usage.prompt_tokens == once.usage.prompt_tokens  # OpenAI counts a prompt once
     alone = client.completions.create(prompt="a b", **options)
     assert alone.choices[0].text == answer.choices[0].text
     options |= {"messages": [{"role": "user", "content": "hi"}], "n": 2, "logprobs": True, "top_logprobs": 2}
@@ -201,6 +205,27 @@ def test_requests_that_are_not_meant_for_this_server(url):
     ):
         assert httpx.post(f"{url}/completions", content=body, headers=headers).status_code == status
     assert httpx.get(f"{url}/models", headers={"host": "evil.example:80"}).status_code == 403
+
+
+def test_a_name_may_have_capitals(session):
+    server = application(session, "tiny", ("MyHost", "localhost"))
+    for host, status in (("MyHost:80", 200), ("myhost", 200), ("other", 403)):
+        assert TestClient(server).get("/v1/models", headers={"host": host}).status_code == status
+
+
+def test_only_the_first_part_of_a_stream_has_a_time_limit(session, monkeypatch):
+    def slow(*_):
+        monkeypatch.setattr(serve, "ANSWER_SECONDS", 0.0)  # the first part is waited for already
+        yield "a", ""
+        time.sleep(0.3)
+        yield "b", "stop"
+
+    monkeypatch.setattr(serve, "pieces", slow)
+    server = TestClient(application(session, "tiny"))
+    answer = server.post("/v1/completions", json={"prompt": "x", "stream": True})
+    lines = answer.text.split("\n\n")
+    assert [json.loads(line[6:])["choices"][0]["text"] for line in lines[:2]] == ["a", "b"]
+    assert lines[2] == "data: [DONE]"
 
 
 HUGE = b"1" + b"0" * 400
