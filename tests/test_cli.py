@@ -96,6 +96,7 @@ def test_help_of_a_verb_has_an_example(verb, capsys):
         ("plan --config c.py --topology v5e-1 --json none/plan.json", "there is no directory none"),
         ("inspect no_store --html none/page.html", "there is no directory none"),
         ("eval --checkpoint no_run --tasks mbpp --json none/r.json", "there is no directory none"),
+        ("eval --checkpoint no_run --tasks mbpp --json /usr", "--json /usr is a directory: name a file"),
         ("eval --checkpoint no_run --agents sql --html none/r.html", "there is no directory none"),
         ("report no_run --output none/r.html", "there is no directory none"),
         ("export-hf no_run out --adapter --verify", "--adapter writes the adapter alone"),

@@ -60,7 +60,9 @@ def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def check_output(option: str, path: str) -> None:
-    """Refuses a file whose directory is not there, before the work; UserError."""
+    """Refuses a directory, and a file whose directory is not there, before the work; UserError."""
+    if os.path.isdir(path):
+        raise UserError(f"{option} {path} is a directory: name a file")
     if path and "://" not in path and not os.path.isdir(os.path.dirname(path) or "."):
         raise UserError(
             f"{option} {path} cannot be written: there is no directory {os.path.dirname(path)}; make it first"

@@ -186,9 +186,8 @@ def _sweep(args) -> int:
     configs = {run: run_config(args.config, args.overrides, run) for run in runs}
     found = sweep(configs, plan_merges(merges, runs), args.workdir, args.command)
     if found:
-        print(
-            f"{markdown_table(found)}\nwrote {args.workdir}/index.html, table.md, pareto.svg and results.json"
-        )
+        plot = "pareto.svg, " if len(found.groups) > 1 else ""
+        print(f"{markdown_table(found)}\nwrote {args.workdir}/index.html, table.md, {plot}results.json")
     return _status(stopped=not found)
 
 

@@ -41,7 +41,9 @@ def place_labels(
     """
     placed: list[Label] = []
     for size, mark in zip(sizes, marks, strict=True):
-        labels = [label for label in _around(mark, size) if contains(inside, label.box)]
+        around = list(_around(mark, size))
+        # A label that is wider than the plot stands out of it.
+        labels = [label for label in around if contains(inside, label.box)] or around[:1]
         covered = [*taken, *(other.box for other in placed)]
         free = (label for label in labels if not any(overlap(_wide(label.box), box) for box in covered))
         placed.append(next(free, labels[0]))

@@ -33,7 +33,9 @@ def pareto_plot(results: Results, x: str, y: str, *, numbered: bool = False) -> 
         for number, variant in enumerate(results.variants, start=1)
     ]
     marks.append(Mark(x=results.base[x], y=results.base[y], label="base", colour=_BASE, cross=True))
-    caption = f"{results.tokens:,} tokens a run, mean ± standard deviation over seeds; towards the lower left is better"
+    caption = "mean ± standard deviation over seeds; towards the lower left is better"
+    if results.tokens:
+        caption = f"{results.tokens:,} tokens a run, {caption}"
     return scatter_plot(
         f"Held-out bits per byte, {y} against {x}",
         (f"{x}, held-out bits per byte", f"{y}, held-out bits per byte"),
@@ -108,7 +110,8 @@ def result_files(results: Results, command: str) -> dict[str, str]:
     """
     files = {"table.md": f"{markdown_table(results)}\n    {command}\n", "index.html": _page(results, command)}
     for number, (y, x) in enumerate(itertools.combinations(results.groups, 2)):
-        files[f"pareto-{y}-{x}.svg" if number else "pareto.svg"] = pareto_plot(results, x, y)
+        name = f"pareto-{y}-{x}.svg".replace("/", "-") if number else "pareto.svg"
+        files[name] = pareto_plot(results, x, y)
     if results.laws:
         files["law.svg"] = law_plot(results.laws)
     return files

@@ -40,8 +40,8 @@ class Results:
 
     base: dict[str, float]  # group -> bits per byte before any training
     variants: tuple[Variant, ...]  # in the order of the sweep
-    steps: int  # of each run
-    tokens: int  # of each run: rows × length × updates
+    steps: int | None  # of each run; None: runs differ
+    tokens: int | None  # of each run: rows × length × updates
     laws: Laws | None = None  # None: too few ratios, or other keys are varied
 
     @property
@@ -100,7 +100,8 @@ def read_results(
         )
         for name, of in variants.items()
     )
-    tokens = config.train.steps * config.train.batch_rows * config.data.sequence_length
+    steps = {one.train.steps for one in runs.values()}
+    tokens = {one.train.steps * one.train.batch_rows * one.data.sequence_length for one in runs.values()}
     laws = None
     if all(key == "train.steps" for run in runs for key, _ in run.settings):
         points = read_points(runs, workdir, groups)
@@ -109,7 +110,13 @@ def read_results(
         laws = fit_laws(
             base, points, next((name for name in groups if tasks[0] in groups[name]), next(iter(groups)))
         )
-    return Results(base=base, variants=summaries, steps=config.train.steps, tokens=tokens, laws=laws)
+    return Results(
+        base=base,
+        variants=summaries,
+        steps=steps.pop() if len(steps) == 1 else None,
+        tokens=tokens.pop() if len(tokens) == 1 else None,
+        laws=laws,
+    )
 
 
 def _balance(directory: epath.Path) -> float:
@@ -148,11 +155,10 @@ def table_rows(results: Results) -> list[list[str]]:
 
 
 def summary(results: Results) -> str:
-    """A sentence on the size of the runs, and one on the smallest significant differences."""
-    parts = [
-        f"{results.steps:,} updates and {results.tokens:,} tokens each; mean ± standard deviation over seeds;"
-        " lower bits are better, a higher balance is better."
-    ]
+    """A sentence on the size of the runs, where all have the same, and one on the smallest significant differences."""
+    parts = ["Mean ± standard deviation over seeds; lower bits are better, a higher balance is better."]
+    if results.steps and results.tokens:
+        parts[0] = f"{results.steps:,} updates and {results.tokens:,} tokens each; m{parts[0][1:]}"
     least = {group: results.least_difference(group) for group in results.groups}
     if all(value is not None for value in least.values()):
         shown = ", ".join(f"{group} {value:.4f}" for group, value in least.items())

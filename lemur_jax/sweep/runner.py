@@ -31,7 +31,7 @@ def sweep(
     workdir: epath.PathLike,
     command: str,
 ) -> results.Results | None:
-    """Trains and scores what is missing, then writes `results.json`, `table.md`, `pareto.svg` and `index.html`.
+    """Trains and scores what is missing, then writes `results.json` and what `pareto.result_files` makes.
 
     Each run of `plan_runs`, with its config, gets its own workdir below `workdir`; `command` is shown on the results.
     Returns None after a SIGTERM. Raises UserError before the first step if any of the runs cannot be trained.
@@ -40,6 +40,11 @@ def sweep(
         raise UserError("a sweep is for one process: print its runs with --print and launch each")
     for run, config in runs.items():  # refuses what the run would refuse at its start
         _check_compared(config.init, config.eval)
+        if merges and config.adapter.rank:
+            raise UserError(
+                f"{run.variant}: --merge is of whole models, and config.adapter.rank is {config.adapter.rank}: leave"
+                " --merge out, or set it to 0"
+            )
         try:
             tokenizer = Tokenizer.from_config(config.tokenizer)
             open_run_mixture(config.data, config.train, tokenizer, config.seed)

@@ -113,3 +113,6 @@ def test_a_name_is_near_its_mark_or_a_line_leads_to_it():
     assert crowded.leader[1] == mark
     (full,) = labels.place_labels([size], [mark], [inside], inside)  # there is no free place
     assert labels.contains(inside, full.box)
+    size = labels.text_size("a name that is wider than the plot " * 3)
+    (wide,) = labels.place_labels([size], [mark], [], inside)
+    assert mark[0] < wide.box[0] < mark[0] + labels.NEAR

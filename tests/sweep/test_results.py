@@ -100,6 +100,15 @@ def test_plot():
     assert labels == ["1", "2", "3", "4", "base"]
 
 
+def test_a_group_with_a_slash_is_no_directory():
+    names = ("web", "code/C++", "code/Python")
+    bits = dict.fromkeys(names, (2.0, 2.1, 2.2))
+    variants = tuple(dataclasses.replace(one, bits=bits) for one in FOUND.variants)
+    found = dataclasses.replace(FOUND, base=dict.fromkeys(names, 3.0), variants=variants)
+    plots = [name for name in pareto.result_files(found, "") if name.endswith(".svg")]
+    assert plots == ["pareto.svg", "pareto-web-code-Python.svg", "pareto-code-C++-code-Python.svg"]
+
+
 def test_figures_are_read_back_by_group(tmp_path):
     config = config_of(("python", "java", "web"), python=1.0, java=1.0, web=1.0)
     groups = {"code": ("python", "java"), "text": ("web",)}
@@ -114,6 +123,13 @@ def test_figures_are_read_back_by_group(tmp_path):
     assert only.bits["code"] == pytest.approx((2.0, 4.0))
     assert only.balance == (0.5, 0.5)
     assert found.tokens == 10 * config.train.batch_rows * config.data.sequence_length
+    assert results.summary(found).startswith("10 updates and")
+    # Runs of several lengths (--vary train.steps=10,20) have no size in common.
+    longer = replace(config, {"train.steps": 20})
+    found = read_results(dict(zip(runs, (config, longer), strict=True)), [], tmp_path)
+    assert (found.steps, found.tokens) == (None, None)
+    assert results.summary(found).startswith("Mean ± ")
+    assert "tokens a run" not in pareto.pareto_plot(found, "text", "code")
 
 
 def test_a_run_without_a_start_is_named(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from lemur_jax.cli import main
 from lemur_jax.sweep import runner
+from lemur_jax.sweep.results import Results
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.train import step
 
@@ -97,6 +98,16 @@ def test_a_sigterm_ends_the_sweep_and_not_the_run_alone(project, monkeypatch, ca
     assert not (project / "stopped/results.json").exists()
 
 
+def test_with_one_group_no_plot_is_named(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    for base, plot in (({"code": 1.0}, ""), ({"code": 1.0, "text": 1.0}, "pareto.svg, ")):
+        found = Results(base=base, variants=(), steps=1, tokens=1)
+        monkeypatch.setattr(runner, "sweep", lambda *_, found=found: found)
+        monkeypatch.setattr("lemur_jax.sweep.results.markdown_table", lambda _: "")
+        assert main(WORDS.split()) == 0
+        assert f"wrote out/index.html, table.md, {plot}results.json" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -104,6 +115,7 @@ def test_a_sigterm_ends_the_sweep_and_not_the_run_alone(project, monkeypatch, ca
         (["--config.eval.tasks=()", "--sources", "code,text"], "name tasks in config.eval.tasks"),
         (["--config.data.sources.text.max_epochs=0.1"], "0:1: source text: the run needs"),
         (["--config.train.steps=7"], "belongs to another config: train.steps was 6"),
+        (["--config.adapter.rank=2"], "--merge is of whole models, and config.adapter.rank is 2"),
     ],
 )
 def test_bad_input_is_told_before_the_first_step(swept, project, monkeypatch, capsys, words, message):
