@@ -54,9 +54,10 @@ class Shell:
         self._functions = {name.partition("(")[0]: function for name, function in functions.items()}
         self._python = python
         self._box: threading.Thread | None = None
+        self._refused: Exception | None = None  # by the sandbox
 
     def run_cell(self, code: str) -> str:
-        """What a cell prints; raises UserError without IPython."""
+        """What a cell prints; raises UserError without IPython, or if the sandbox cannot run it."""
         if self._box is None:
             self._start()
         try:
@@ -69,6 +70,8 @@ class Shell:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # the pipe is broken, or the cell wrote into it
         self.close()
+        if self._refused is not None:
+            raise self._refused
         return ENDED
 
     def _send(self, text: str) -> None:
@@ -88,17 +91,17 @@ class Shell:
         replies, writing = os.pipe()
         arguments = [str(reading), str(writing), str(CELL_SECONDS), self._signatures, *packages]
         self._requests, self._replies = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
+        command = [program, "-I", "-S", "main.py", *arguments]
         self._box = threading.Thread(
-            target=run,
-            args=([program, "-I", "-S", "main.py", *arguments],),
-            kwargs={
-                "files": {"main.py": _SCRIPT.read_text()},
-                "limits": limits,
-                "channels": [reading, writing],
-            },
-            daemon=True,
+            target=self._run_box, args=(command, limits, [reading, writing]), daemon=True
         )
         self._box.start()
+
+    def _run_box(self, command: list[str], limits: Limits, channels: list[int]) -> None:
+        try:
+            run(command, files={"main.py": _SCRIPT.read_text()}, limits=limits, channels=channels)
+        except (UserError, OSError) as error:
+            self._refused = error  # raised where its cell is waited for
 
     def close(self) -> None:
         """Ends the process."""

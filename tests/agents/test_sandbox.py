@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lemur_jax.agents import sandbox, scratch
+from lemur_jax.agents import sandbox, scratch, shell
 from lemur_jax.agents.sandbox import Limits, run, run_python
 from lemur_jax.common.errors import UserError
 
@@ -232,6 +232,9 @@ def test_channels_are_closed_where_the_box_cannot_be_made(monkeypatch):
         run(["true"], channels=[writing])
     assert os.read(reading, 1) == b""
     os.close(reading)
+    monkeypatch.setattr(shell, "interpreter", lambda python: (python, sys.prefix))
+    with pytest.raises(OSError, match="no space"):
+        shell.Shell({}).run_cell("1")
 
 
 @pytest.mark.parametrize(
