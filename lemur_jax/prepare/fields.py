@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lemur_jax.common.errors import UserError
 from lemur_jax.prepare.readers import EXCERPT, BadRow, Row, bad_reason
 
 MAX_GATHERED = 10_000  # rows of one document
@@ -22,7 +23,8 @@ class Fields:
 
     Attributes:
       text: the field of the text.
-      messages: for chat, instead of text: a function from a row to messages, e.g. `conversation_formats.sharegpt`.
+      messages: for chat, instead of text: a function from a row to messages, e.g. `conversation_formats.sharegpt`;
+        bytes in the row, which TFDS and TFRecord have, are strings where they are UTF-8.
       preferences: instead of both: a function from a row to {"chosen": messages, "rejected": messages}, or one of them,
         e.g. `conversation_formats.preference`.
       id: the document's name; "", or null in a row: its file and position.
@@ -40,6 +42,13 @@ class Fields:
     meta: tuple[str, ...] = ()
     group: str = ""
     gather: str = ""
+
+    def __post_init__(self) -> None:
+        if self.gather and self.content == "text":
+            raise UserError(
+                f"Fields(gather={self.gather!r}) would keep the text of each document's first row alone: name a"
+                " function in messages that joins its `rows`"
+            )
 
     @property
     def content(self) -> str:
@@ -107,19 +116,19 @@ def is_held_out(key: bytes, share: float) -> bool:
 
 def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
     if fields.preferences is not None:
-        content = json.dumps(fields.preferences(row), ensure_ascii=False).encode()
+        content = json.dumps(fields.preferences(_plain(row)), ensure_ascii=False).encode()
     elif fields.messages is not None:
-        content = json.dumps(list(fields.messages(row)), ensure_ascii=False).encode()
+        content = json.dumps(list(fields.messages(_plain(row))), ensure_ascii=False).encode()
     else:
         content = _text(_look_up(row, fields.text), fields.text)
     id = _look_up(row, fields.id) if fields.id else None
-    meta = {name: _plain(_look_up(row, name, None)) for name in fields.meta}
+    meta = {name: _look_up(row, name, None) for name in fields.meta}
     group = _look_up(row, fields.group) if fields.group else None
     key = hashlib.sha256(content.strip()).digest() if _is_missing(group) else _bytes(str(group))
     features = {
         fields.content: content,
         "id": where if _is_missing(id) else id if isinstance(id, str | bytes) else str(id),
-        "meta": json.dumps(meta, ensure_ascii=False, sort_keys=True, default=str),
+        "meta": json.dumps(meta, ensure_ascii=False, sort_keys=True, default=_as_text),
         "where": where,
         "error": "",
     }
@@ -157,7 +166,20 @@ def _text(value: Any, name: str) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    return value.decode("utf-8") if isinstance(value, bytes) else value
+    """A value with text in place of the bytes that TFDS and TFRecord have; bytes that are no UTF-8 stay."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value
+
+
+def _as_text(value: Any) -> str:
+    """What JSON does not know: bytes, and times."""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def _bytes(value: str | bytes) -> bytes:

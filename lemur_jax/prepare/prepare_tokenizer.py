@@ -62,9 +62,10 @@ def _train(options: TokenizerConfig, modules: Sequence[str], path: epath.Path) -
     with Progress(None, "tokenizer: read", "documents") as shown:
         for name in names:
             task = tasks.find_task(name, modules)
-            texts += sample(tasks.examples(task, "train"), SAMPLE_BYTES // len(names), shown)
-            if not texts:
+            found = sample(tasks.examples(task, "train"), SAMPLE_BYTES // len(names), shown)
+            if not any(found):
                 raise UserError(f"task {name!r} has no text in its train split to train a tokenizer on")
+            texts += found
     with _written_whole(path) as partial:
         train_sentencepiece(texts, partial, size)
     n_bytes = sum(len(text.encode()) for text in texts)
@@ -90,6 +91,8 @@ def sample(records: Iterable[Record], limit: int, shown: Any = None) -> list[str
 
 def _plain_text(record: Record) -> bytes:
     """The text of a record; b"" of a bad one, which is counted elsewhere."""
+    if record.get("error"):
+        return b""
     try:
         return read_content(record)[2].encode()
     except ValueError:

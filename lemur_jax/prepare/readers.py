@@ -96,7 +96,7 @@ def read_rows(
       path: a file.
       kind: "jsonl" (an object per line), "lines" (a text per line), "text" (the file is one text), "parquet".
       columns: Parquet columns to read; None: all.
-      max_bytes: longer lines and files are bad.
+      max_bytes: longer lines, elements of arrays and text files are bad.
     """
     if kind == "parquet":
         yield from _parquet(path, columns)
@@ -142,7 +142,7 @@ def _lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row |
             length += len(part)
             held = held + part if length <= max_bytes else (held[:EXCERPT] + part[:EXCERPT])[:EXCERPT]
             if part.endswith(b"\n") or chunk is None:
-                if held.strip():
+                if held.strip() or length > max_bytes:
                     yield f"line {number}", _text_row(held.rstrip(b"\r\n"), length, max_bytes)
                 number, held, length = number + 1, b"", 0
 

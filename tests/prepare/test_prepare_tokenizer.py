@@ -17,5 +17,6 @@ def test_the_sample_is_bounded_and_does_not_depend_on_the_order():
 def test_the_sample_leaves_out_what_is_no_text():
     talk = '[{"role": "user", "content": "Grüße?"}, {"role": "assistant", "content": "Ja."}]'.encode()
     records = [{"text": b"\xff\xfe"}, {"messages": b"no json"}, {"messages": b'[{"role": "user"}]'}]
+    records += [{"text": b'{"txt": "the excerpt of a bad row"}', "error": b'{"reason": "no field"}'}]
     records += [{"messages": talk}]
     assert [text for text in sample(records, 1000) if text] == ["Grüße?\n\nJa."]

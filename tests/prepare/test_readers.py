@@ -124,6 +124,13 @@ def test_what_is_kept_of_a_long_line_is_its_beginning(tmp_path, monkeypatch, chu
     assert (place, found.excerpt) == ("line 2", line[: readers.EXCERPT])
 
 
+def test_a_long_line_that_begins_with_blanks_is_bad_too(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + " " * 1000 + '{"text": "b"}\n')
+    found = read(tmp_path / "a.jsonl", max_bytes=1000)
+    assert good(found) == ["a"]
+    assert bad(found) == [("line 2", "longer than 1,000 bytes", 1)]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
 def test_a_byte_order_mark_names_the_encoding(tmp_path, monkeypatch, encoding):
     monkeypatch.setattr(streams, "_READ_BYTES", 7)  # cuts characters
@@ -393,3 +400,5 @@ def test_rows_are_gathered_while_they_follow_each_other(monkeypatch):
     assert gathered["row 9"] == BadRow(reason="x")
     assert gathered["row 10"] == BadRow(reason="no field 't', or it is empty")
     assert len(gathered) == 7
+    with pytest.raises(UserError, match=r"gather='t'\) would keep the text of each document's first row"):
+        Fields(gather="t")

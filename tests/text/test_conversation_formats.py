@@ -133,6 +133,21 @@ def test_flat_messages_as_the_hub_ships_them(tmp_path, form):
     assert stay == [True, False]
 
 
+def test_bytes_of_tfds_and_tfrecord_are_text_to_a_function_and_in_metadata():
+    row = {"question": b"Why?", "response": b"Because.", "image": b"\xff", "n": 1}
+    row["tags"] = {"licences": [b"mit", "Grüße".encode()]}
+    fields = Fields(messages=formats.openorca, meta=("tags", "n"))
+    ((document, _),) = to_documents("f", [("row 0", row)], fields)
+    assert (json.loads(document["messages"]), document["error"]) == (QUESTION_ANSWER, b"")
+    assert json.loads(document["meta"]) == {"tags": {"licences": ["mit", "Grüße"]}, "n": 1}
+    pair = {"prompt": b"Why?", "chosen": b"Because.", "rejected": b"No."}
+    ((document, _),) = to_documents("f", [("row 0", pair)], Fields(preferences=formats.preference))
+    assert json.loads(document["preferences"])["chosen"] == QUESTION_ANSWER
+    for odd in (Fields(messages=formats.openorca, meta=("image",)), Fields(text="image")):
+        ((document, _),) = to_documents("f", [("row 0", row)], odd)
+        assert "invalid UTF-8" in json.loads(document["error"])["reason"]
+
+
 def test_openai_with_tools():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [
