@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import pickle
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
@@ -33,7 +33,6 @@ class Job:
     tokenizer: TokenizerConfig  # its directory and template, which workers read
     folder: str  # for the files of results; its name must change with their inputs
     first_shard: int
-    first_number: int  # of the first shard's first record
 
     def file(self, shard: int) -> epath.Path:
         return epath.Path(self.folder) / f"{shard:06d}.pickle"
@@ -52,7 +51,7 @@ def results(job: Job, runner: str, options: Sequence[str]) -> Iterator[Result | 
     missing = [shard for shard in shards if not job.file(shard).exists()]
     if missing:
         epath.Path(job.folder).mkdir(parents=True, exist_ok=True)
-        _run_pipeline(job, shards, missing, runner, options)
+        _run_pipeline(job, missing, runner, options)
     for shard in shards:
         with job.file(shard).open("rb") as file, contextlib.suppress(EOFError):
             while True:
@@ -61,9 +60,7 @@ def results(job: Job, runner: str, options: Sequence[str]) -> Iterator[Result | 
             yield None
 
 
-def _run_pipeline(
-    job: Job, shards: Sequence[int], missing: Sequence[int], runner: str, options: Sequence[str]
-) -> None:
+def _run_pipeline(job: Job, missing: Sequence[int], runner: str, options: Sequence[str]) -> None:
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -74,34 +71,16 @@ def _run_pipeline(
     except ValueError as error:
         raise UserError(f"Beam cannot use the runner {runner!r}: {error}") from error
     with pipeline:
-        # A document without an id is named by its number, which needs the counts of the shards before.
-        counts = (
-            pipeline
-            | "All" >> beam.Create(shards)
-            | "SpreadAll" >> beam.Reshuffle()
-            | "Count" >> beam.Map(count_shard, job)
-        )
-        _ = (
-            pipeline
-            | "Missing" >> beam.Create(missing)
-            | "SpreadMissing" >> beam.Reshuffle()
-            | "Encode" >> beam.Map(encode_shard, job, beam.pvalue.AsDict(counts))
-        )
+        _ = pipeline | beam.Create(missing) | beam.Reshuffle() | beam.Map(encode_shard, job)
 
 
-def count_shard(shard: int, job: Job) -> tuple[int, int]:
-    """(shard, number of its records)."""
-    return shard, sum(1 for _ in job.records(shard))
-
-
-def encode_shard(shard: int, job: Job, counts: Mapping[int, int]) -> None:
+def encode_shard(shard: int, job: Job) -> None:
     """Writes the results of one shard; the file is renamed when it is complete."""
-    first = job.first_number + sum(counts[before] for before in range(job.first_shard, shard))
     tokenizer = _tokenizer(job.tokenizer)
     unfinished = epath.Path(job.folder) / f".{shard}.{uuid.uuid4().hex}"
     with unfinished.open("wb") as file:
-        for number, record in enumerate(job.records(shard), first):
-            pickle.dump(encode(tokenizer, record, number, job.steps), file)
+        for record in job.records(shard):
+            pickle.dump(encode(tokenizer, record, job.steps), file)
     unfinished.replace(job.file(shard))
 
 

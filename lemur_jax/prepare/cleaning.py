@@ -27,7 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "length": {"min_chars": 0, "max_chars": 0},
     "lines": {"max_chars": 0, "max_mean_chars": 0},
     "alphanumeric": {"min_share": 0.0},
-    "metadata": {},  # metadata field -> allowed values, e.g. licenses or languages
+    "metadata": {},  # metadata field, with / for its dots -> allowed values, e.g. licenses or languages
     # Codes such as "en"; detected by py3langid in the first characters.
     "language": {"keep": (), "chars": 1000},
     "foreign_letters": {"run": 3},  # this many letters beyond ASCII in a row
@@ -61,35 +61,29 @@ class Removed:
     excerpt: str
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fingerprint:
-    """16 bytes of the text's sha256, and 2 bytes of each MinHash; empty without the step."""
-
-    exact: bytes = b""
-    near: bytes = b""
-
-
-NO_FINGERPRINT = Fingerprint()
-
-
 def parse_steps(task: str, options: Mapping[str, Mapping[str, Any]]) -> str:
-    """The steps of a task with all their options, as JSON; UserError: an unknown one, or one of the wrong type."""
+    """The steps of a task with all their options, as JSON; UserError: an unknown one, or one that cannot work."""
     steps: dict[str, dict[str, Any]] = {}
+    _check_type(f"prepare.steps.{task}", options, {})
     for name, given in options.items():
         _check_name(f"prepare.steps.{task}", name, DEFAULTS)
-        known = DEFAULTS[name]
+        known, where = DEFAULTS[name], f"prepare.steps.{task}.{name}"
+        _check_type(where, given, {})
         for key, value in given.items():
-            where = f"prepare.steps.{task}.{name}"
             if name == "metadata":
                 _check_type(f"{where}.{key}", value, ())
                 continue
             _check_name(where, key, known)
-            _check_type(f"{where}.{key}", value, known[key])
+            _check_value(f"{where}.{key}", value, known[key])
         steps[name] = known | dict(given)
     near = steps.get("near_duplicates", DEFAULTS["near_duplicates"])
     if near["hashes"] % near["bands"]:
         raise UserError(f"prepare.steps.{task}.near_duplicates: bands must divide hashes ({near['hashes']})")
-    against = steps.get("decontaminate", {}).get("against", ())
+    words = steps.get("decontaminate", DEFAULTS["decontaminate"])
+    against, n = words["against"], words["n"]
+    if "decontaminate" in steps and (not against or words["distinct"] > n):
+        wanted = f"at most n ({n}) as distinct" if against else "human_eval or a JSON Lines file in against"
+        raise UserError(f"prepare.steps.{task}.decontaminate would remove nothing: name {wanted}")
     if not steps:
         return NO_STEPS
     digests = {name: hashlib.sha256("\0".join(problems(name)).encode()).hexdigest() for name in against}
@@ -108,8 +102,19 @@ def _check_name(where: str, name: str, known: Iterable[str]) -> None:
         raise UserError(f"{where} has no {name!r}{did_you_mean(name, known)}")
 
 
+def _check_value(where: str, value: Any, default: Any) -> None:
+    """Of an option: a tuple has names, a float is a share, and 0 means no limit only where it is the default."""
+    _check_type(where, value, default)
+    for item in value if default == () else ():
+        _check_type(where, item, "")
+    if isinstance(default, float) and not 0 <= value <= 1:
+        raise UserError(f"{where} is {value}: it must be between 0 and 1")
+    if isinstance(default, int) and value < min(default, 1):
+        raise UserError(f"{where} is {value}: it must be {min(default, 1)} or more")
+
+
 def _check_type(where: str, value: Any, default: Any) -> None:
-    kinds = {float: (int, float), tuple: (list, tuple)}.get(type(default), type(default))
+    kinds = {float: (int, float), tuple: (list, tuple), dict: Mapping}.get(type(default), type(default))
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise UserError(f"{where} is {value!r}: it must be of the type {type(default).__name__}")
 
@@ -140,14 +145,15 @@ class Filters:
         value = meta.get(self.steps.get("label", {}).get("field"))
         return "" if value is None else str(value)
 
-    def fingerprint(self, text: str) -> Fingerprint:
-        exact = near = b""
+    def fingerprints(self, text: str) -> dict[str, bytes]:
+        """`exact`: 16 bytes of the text's sha256; `near`: 2 bytes of each MinHash; those whose steps there are."""
+        found = {}
         if "exact_duplicates" in self.steps:
-            exact = hashlib.sha256(text.strip().encode()).digest()[:16]
+            found["exact"] = hashlib.sha256(text.strip().encode()).digest()[:16]
         if "near_duplicates" in self.steps:
             options = self.steps["near_duplicates"]
-            near = minhash(shingles(text, options["words"]), options["hashes"])
-        return Fingerprint(exact=exact, near=near)
+            found["near"] = minhash(shingles(text, options["words"]), options["hashes"])
+        return found
 
 
 def shingles(text: str, words: int) -> list[str]:
@@ -201,7 +207,7 @@ def _alphanumeric_table() -> np.ndarray:
 
 def _metadata(text, meta, /, **allowed):
     for name, may in allowed.items():
-        value = meta.get(name)
+        value = meta.get(name, meta.get(name.replace("/", ".")))  # a config's keys have no dots
         values = value if isinstance(value, list) else [value]
         odd = [item for item in values if item not in may]
         if odd or not values:

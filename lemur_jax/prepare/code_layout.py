@@ -24,6 +24,16 @@ FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
 Pieces = list[tuple[str, bool]]  # (text or name of a token, whether it is a control token)
 
 
+def check_content(steps: Mapping[str, Any], content: str, task: str) -> None:
+    """Refuses steps that write around text in a task of conversations, around which the chat template writes."""
+    odd = [step for step in ("repository", "fim", "separators") if step in steps]
+    if odd and content != "text":
+        raise UserError(
+            f"prepare.steps.{task} has the step `{odd[0]}`, which changes texts, and the task has {content}: leave"
+            " the step out"
+        )
+
+
 def check_tokens(steps: Mapping[str, Any], tokenizer: Tokenizer, task: str) -> bool:
     """Whether the steps of a task write control tokens; UserError if the tokenizer lacks one of them."""
     wanted = REPOSITORY_TOKENS * ("repository" in steps) + FIM_TOKENS * ("fim" in steps)

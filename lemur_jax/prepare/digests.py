@@ -5,28 +5,46 @@ import hashlib
 import inspect
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
 
 from lemur_jax.common.hub import DATASETS
+from lemur_jax.prepare.fields import Fields
 
 
 def task_digest(task: Any) -> str:
     """Changes with the definition of a task: its source's description and the code of its preprocessors."""
     described = [task.name, _without_addresses(repr(task.source)), *sorted(task.output_features)]
     described += [_describe(preprocessor) for preprocessor in task.preprocessors]
+    described += _own_code([getattr(task.source, "fields", None)])
+    loader = _without_addresses(repr(getattr(task.source, "tfds_dataset", None)))
+    if "split_map={" in loader:  # of TFDS, whose own description names the splits without their slices
+        described.append(loader)
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def _describe(function: Any) -> str:
     if isinstance(function, functools.partial):
         arguments = _without_addresses(repr((function.args, sorted(function.keywords.items()))))
-        return f"{_describe(function.func)} with {arguments}"
+        own = _own_code([*function.args, *function.keywords.values()])
+        return "\n".join([f"{_describe(function.func)} with {arguments}", *own])
     try:
         return inspect.getsource(inspect.unwrap(function))
     except (OSError, TypeError):  # an object, or a function made at run time
         return _without_addresses(repr(function))
+
+
+def _own_code(values: Iterable[Any]) -> list[str]:
+    """The code of the functions among `values` and in `Fields`, apart from this package's."""
+    own: list[str] = []
+    for value in values:
+        if isinstance(value, Fields):
+            own += _own_code([value.messages, value.preferences])
+        elif callable(value) and not str(value.__module__).startswith("lemur_jax."):
+            own.append(_describe(value))
+    return own
 
 
 def _without_addresses(text: str) -> str:
@@ -50,6 +68,6 @@ def _describe_file(name: str) -> str:
         return name  # with its commit
     try:
         status = epath.Path(name).stat()
-    except (OSError, ValueError):  # TFDS names its shards without their directory
+    except (OSError, ValueError):  # a function's split, which is no file
         return name
     return f"{name} {status.length} {status.mtime}"

@@ -50,10 +50,10 @@ def fingerprint_arrays(steps: str) -> dict[str, str]:
 
 def append_fingerprint(draft: StoreWriter, document: Encoded) -> None:
     """Appends the two halves of the digest, the MinHashes and the document's length in bytes."""
-    if document.fingerprint.exact:
-        draft.append("digests", np.frombuffer(document.fingerprint.exact, np.uint64))
-    if document.fingerprint.near:
-        draft.append("minhashes", np.frombuffer(document.fingerprint.near, np.uint16))
+    if document.exact:
+        draft.append("digests", np.frombuffer(document.exact, np.uint64))
+    if document.near:
+        draft.append("minhashes", np.frombuffer(document.near, np.uint16))
     draft.append("n_bytes", [document.n_bytes])
 
 

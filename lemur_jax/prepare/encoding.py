@@ -22,7 +22,7 @@ import numpy as np
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.manifest import REJECTED
-from lemur_jax.prepare.cleaning import NO_FINGERPRINT, NO_STEPS, Fingerprint, Removed, filters
+from lemur_jax.prepare.cleaning import NO_STEPS, Removed, filters
 from lemur_jax.prepare.code_layout import encode_pieces, layout, separators
 from lemur_jax.text.chat_template import encode_chat, is_trained
 from lemur_jax.text.tokenizer import Tokenizer
@@ -39,12 +39,13 @@ CHUNK_RECORDS = 256
 class Encoded:
     """A document for a store."""
 
-    id: str  # the document's own, or its number in the corpus
+    id: str
     tokens: np.ndarray  # uint32 [n]; for text between the separators
     mask: np.ndarray | None  # uint8 [n], 1 on supervised targets; None for text
     # UTF-8 bytes of the text and its repository header; of a conversation, those of its supervised tokens
     n_bytes: int
-    fingerprint: Fingerprint = NO_FINGERPRINT  # by which duplicates are found
+    exact: bytes = b""  # from `Filters.fingerprints`, by which duplicates are found
+    near: bytes = b""
     label: str = ""  # the value of its label field
 
 
@@ -62,12 +63,9 @@ class BadRecord:
 Result = Encoded | BadRecord | Removed
 
 
-def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_STEPS) -> Result:
-    """Cleans and tokenizes one document: string features as UTF-8 bytes.
-
-    `number` is its position in the corpus, its id if it has none; `steps` as of `cleaning.parse_steps`.
-    """
-    name = record.get("id", b"").decode("utf-8", "backslashreplace") or f"{number:09d}"
+def encode(tokenizer: Tokenizer, record: Record, steps: str = NO_STEPS) -> Result:
+    """Cleans and tokenizes one document: string features as UTF-8 bytes; `steps` as of `cleaning.parse_steps`."""
+    name = record.get("id", b"").decode("utf-8", "backslashreplace")
     if record.get("error"):
         return _bad_record(record, name, **json.loads(record["error"]))
     try:
@@ -81,7 +79,7 @@ def encode(tokenizer: Tokenizer, record: Record, number: int, steps: str = NO_ST
             return removed
         marks: dict[str, Any] = {}
         if cleaning.steps:
-            marks = {"fingerprint": cleaning.fingerprint(text), "label": cleaning.label(meta)}
+            marks = {**cleaning.fingerprints(text), "label": cleaning.label(meta)}
         if content == "preferences":
             return _encode_preferences(tokenizer, messages, name, marks)
         if content == "messages":
@@ -159,9 +157,8 @@ def _encode_preferences(tokenizer: Tokenizer, pair: Any, name: str, marks: Mappi
     return Encoded(id=name, tokens=tokens, mask=mask, n_bytes=n_bytes, **marks)
 
 
-# encode(records, steps, number of the first record): results in order; a None among the records ends a shard and is
-# passed on.
-Encode = Callable[[Iterable[Record | None], str, int], Iterator[Result | None]]
+# encode(records, steps): results in order; a None among the records ends a shard and is passed on.
+Encode = Callable[[Iterable[Record | None], str], Iterator[Result | None]]
 
 
 @contextlib.contextmanager
@@ -171,13 +168,13 @@ def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
     It raises UserError when a worker process died.
     """
     if workers == 1:
-        yield lambda records, steps=NO_STEPS, first=0: _encode_here(tokenizer, records, steps, first)
+        yield lambda records, steps=NO_STEPS: _encode_here(tokenizer, records, steps)
         return
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,)
     )
     try:
-        yield lambda records, steps=NO_STEPS, first=0: _encode_in(pool, workers, records, steps, first)
+        yield lambda records, steps=NO_STEPS: _encode_in(pool, workers, records, steps)
     except BrokenProcessPool as error:
         raise UserError(
             "a process that tokenizes documents died, most likely for lack of memory: lower prepare.workers"
@@ -193,39 +190,36 @@ def available_cores() -> int:
 
 
 def _encode_here(
-    tokenizer: Tokenizer, records: Iterable[Record | None], steps: str, first: int
+    tokenizer: Tokenizer, records: Iterable[Record | None], steps: str
 ) -> Iterator[Result | None]:
     for record in records:
-        yield None if record is None else encode(tokenizer, record, first, steps)
-        first += record is not None
+        yield None if record is None else encode(tokenizer, record, steps)
 
 
 def _encode_in(
-    pool: ProcessPoolExecutor, workers: int, records: Iterable[Record | None], steps: str, first: int
+    pool: ProcessPoolExecutor, workers: int, records: Iterable[Record | None], steps: str
 ) -> Iterator[Result | None]:
     waiting: collections.deque = collections.deque()
-    for number, chunk in _chunks(records, first):
-        waiting.append(pool.submit(_encode_chunk, number, chunk, steps))
+    for chunk in _chunks(records):
+        waiting.append(pool.submit(_encode_chunk, chunk, steps))
         if len(waiting) > 2 * workers:
             yield from waiting.popleft().result()
     while waiting:
         yield from waiting.popleft().result()
 
 
-def _chunks(records: Iterable[Record | None], first: int = 0) -> Iterator[tuple[int, list[Record | None]]]:
-    """(number of the first record, records) in chunks of about `CHUNK_BYTES`."""
+def _chunks(records: Iterable[Record | None]) -> Iterator[list[Record | None]]:
+    """The records in chunks of about `CHUNK_BYTES`."""
     chunk: list[Record | None] = []
-    size = count = 0
+    size = 0
     for record in records:
         chunk.append(record)
-        if record is not None:
-            count += 1
-            size += sum(map(len, record.values()))
+        size += sum(map(len, record.values())) if record is not None else 0
         if size >= CHUNK_BYTES or len(chunk) == CHUNK_RECORDS:
-            yield first, chunk
-            first, chunk, size, count = first + count, [], 0, 0
+            yield chunk
+            chunk, size = [], 0
     if chunk:
-        yield first, chunk
+        yield chunk
 
 
 _tokenizer: Tokenizer  # of a worker process
@@ -246,5 +240,5 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_chunk(first: int, chunk: list[Record | None], steps: str) -> list[Result | None]:
-    return list(_encode_here(_tokenizer, chunk, steps, first))
+def _encode_chunk(chunk: list[Record | None], steps: str) -> list[Result | None]:
+    return list(_encode_here(_tokenizer, chunk, steps))

@@ -24,7 +24,7 @@ class Files:
     fields: Fields
     kind: str = ""  # a name in `readers.FORMATS`; "": by each file's name
     held_out: float = 0.0  # share of documents in the validation split if `patterns` has none
-    max_bytes: int = readers.MAX_BYTES  # longer records are refused
+    max_bytes: int = readers.MAX_BYTES  # longer lines, elements of arrays and text files are refused
 
     def __post_init__(self) -> None:
         if self.kind and self.kind not in readers.FORMATS:
@@ -50,13 +50,13 @@ class Files:
         return files
 
     def documents(
-        self, split: str, shard: int, shards: int, other: Mapping[str, ReadRows]
+        self, split: str, files: Sequence[str], other: Mapping[str, ReadRows]
     ) -> Iterator[Document]:
-        """The documents of every `shards`-th file from number `shard` on.
+        """The documents of some files of a split.
 
         `other` has functions for formats that `readers.read_rows` does not read.
         """
-        for file in self.list(split)[shard::shards]:
+        for file in files:
             kind, local = self.kind or readers.format_of(file), local_file(file)
             if kind in other:
                 rows = other[kind](local)
@@ -69,7 +69,7 @@ class Files:
     def _columns(self) -> Sequence[str] | None:
         """The Parquet columns to read; None: all."""
         fields = self.fields
-        if fields.messages is not None:
+        if fields.content != "text":
             return None
         names = (fields.text, fields.id, fields.group, *fields.meta)
         return sorted({part for name in names if name for part in (name, name.partition(".")[0])})

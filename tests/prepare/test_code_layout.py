@@ -103,5 +103,5 @@ def test_a_tokenizer_without_the_tokens_is_refused(tokenizer, code_tokenizer):
 def test_the_header_counts_in_the_bytes(code_tokenizer):
     record = {"text": TEXT.encode(), "meta": json.dumps(META).encode()}
     steps = json.dumps(REPOSITORY | {"fim": {"rate": 1.0, "spm": 0.5}})
-    n_bytes = encode(code_tokenizer, record, 0, steps).n_bytes
+    n_bytes = encode(code_tokenizer, record, steps).n_bytes
     assert n_bytes == len("me/itsrc/ä.py\n".encode()) + len(TEXT.encode())

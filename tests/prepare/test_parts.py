@@ -15,7 +15,7 @@ from lemur_jax.prepare import parts, store_writer
 from lemur_jax.prepare.parts import copy_part
 from lemur_jax.prepare.store_writer import StoreWriter
 from tests.helpers.documents import FIELDS
-from tests.helpers.list_source import run
+from tests.helpers.list_source import files_of, run
 
 LANGUAGES = ("Python", "C++", "Go")
 
@@ -144,6 +144,17 @@ def test_a_bad_part_is_one_line_before_anything_is_made(task, make_config, tmp_p
     with pytest.raises(UserError, match=message):
         run(config)
     assert not (tmp_path / "stores").exists()
+
+
+def test_a_part_does_not_replace_the_store_of_its_task(task, make_config, tmp_path):
+    task(records(10))
+    run(make_config("made_up"))
+    before = files_of(tmp_path / "stores")
+    config = make_config("made_up/Go", **{"prepare.steps": {"made_up": {"label": {"field": "lang"}}}})
+    with pytest.raises(UserError, match=r"made_up/train was made before the definition, .* add --replace"):
+        run(config)
+    assert files_of(tmp_path / "stores") == before
+    assert len(run(config, replace=True)) == 3
 
 
 def test_a_part_that_is_not_there_is_one_line(task, make_config):

@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lemur_jax.common.errors import UserError
@@ -10,6 +12,8 @@ from lemur_jax.data.config import DataConfig
 from lemur_jax.data.manifest import empty_manifest
 from lemur_jax.data.mixture import open_rows
 from lemur_jax.prepare.encoding import BadRecord, encode
+from lemur_jax.prepare.fields import Fields
+from lemur_jax.prepare.files import Files
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text import conversation_formats
 from lemur_jax.text.chat_template import encode_chat
@@ -51,6 +55,15 @@ def test_scores_and_labels():
     assert with_label == {"rejected": [USER, BAD]}
 
 
+def test_pairs_are_read_from_parquet(tmp_path):
+    row = {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green, and so on."}
+    path = str(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    files = Files(patterns={"train": path}, fields=Fields(preferences=conversation_formats.preference))
+    (document,) = files.documents("train", [path], {})
+    assert (json.loads(document["preferences"]), document["error"]) == (PAIR, b"")
+
+
 @pytest.fixture
 def data(chat_tokenizer, tmp_path):
     """A config of data with a store of a pair, an undesirable and a desirable conversation."""
@@ -61,8 +74,8 @@ def data(chat_tokenizer, tmp_path):
         preferences=True,
     )  # fmt: skip
     with StoreWriter(tmp_path / "pairs" / "train", manifest) as writer:
-        for number, record in enumerate(records):
-            found = encode(chat_tokenizer, {"preferences": json.dumps(record).encode()}, number)
+        for record in records:
+            found = encode(chat_tokenizer, {"preferences": json.dumps(record).encode()})
             writer.add(found.tokens, found.id, found.n_bytes, found.mask)
     return DataConfig(stores=str(tmp_path), sequence_length=256)
 
@@ -87,4 +100,4 @@ def test_what_cannot_be_used_is_said(data, chat_tokenizer):
         open_rows(data, chat_tokenizer, "pairs", "train", "concat")
     same = json.dumps({"chosen": PAIR["chosen"], "rejected": PAIR["chosen"]}).encode()
     for content in (same, b"{}", b"[]"):
-        assert isinstance(encode(chat_tokenizer, {"preferences": content}, 0), BadRecord)
+        assert isinstance(encode(chat_tokenizer, {"preferences": content}), BadRecord)

@@ -218,6 +218,14 @@ def test_a_directory_that_is_no_store_is_not_touched(task, make_config, tmp_path
     assert file.read_text() == "precious"
 
 
+@pytest.mark.parametrize("step", ["fim", "repository", "separators"])
+def test_steps_for_texts_are_refused_for_conversations(task, make_config, tmp_path, step):
+    task(chat_records(1))
+    with pytest.raises(UserError, match=rf"made_up has the step `{step}`, .* the task has messages"):
+        run(make_config("made_up", **{"prepare.steps": {"made_up": {step: {}}}}))
+    assert files_of(tmp_path) == {}
+
+
 def test_an_empty_corpus_names_its_task(task, make_config, tmp_path):
     task([], validation=text_records(1))
     with pytest.raises(UserError, match=r"'made_up' has no documents in its train split"):
@@ -287,6 +295,10 @@ def test_a_tokenizer_is_trained_once(task, make_config, tmp_path):
     assert (tmp_path / "trained/notes.txt").read_text() == "mine"
     assert run(make_config("made_up", **options))[0].startswith("made_up/train")
     assert files_of(tmp_path / "trained") == before
+    task([{"text": b"\xff", "id": "bad"}], name="bad")
+    options |= {"tokenizer.path": str(tmp_path / "two"), "tokenizer.train_tasks": ("made_up", "bad")}
+    with pytest.raises(UserError, match="'bad' has no text in its train split to train a tokenizer on"):
+        run(make_config("made_up", **options))
 
 
 def test_a_tokenizer_is_extended_once_and_checked(task, make_config, tmp_path, tokenizer_dir):

@@ -15,6 +15,7 @@ from lemur_jax.prepare import prepare as prepare_module
 from lemur_jax.prepare import readers, rejects, tasks
 from lemur_jax.prepare.code_layout import FIM_TOKENS, layout
 from lemur_jax.prepare.prepare import prepare
+from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import extend
 from tests.helpers.list_source import files_of, planted_texts, run
@@ -145,6 +146,31 @@ def test_a_run_goes_on_within_a_file(tmp_path, corpus, make_config, monkeypatch,
     assert attempts[-1].done == 600  # no line was tokenized again
     prepare(options("whole"))
     assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("steps", [STEPS, {"length": {"min_chars": 40}}])
+def test_a_kill_just_after_the_store_is_complete(tmp_path, corpus, make_config, monkeypatch, steps):
+    class Killed(StoreWriter):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            if not self.is_draft:
+                raise KeyboardInterrupt
+
+    register(corpus)
+    killed, whole = (
+        make_config(**{"data.stores": str(tmp_path / name), "prepare.steps": {"files": steps}})
+        for name in ("killed", "whole")
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "StoreWriter", Killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(killed)
+    assert run(killed)[0].endswith("unchanged")
+    prepare(whole)
+    results = files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "killed") == results
+    assert {"files/train.removed.json", "files/train.quarantine.jsonl"} < set(results)
+    assert not list((tmp_path / "killed/files").glob(".*"))
 
 
 def test_what_steps_remove_is_counted_with_examples(tmp_path, corpus, make_config):

@@ -2,10 +2,12 @@
 
 import functools
 import gzip
+import hashlib
 import itertools
 import json
 import os
 import random
+import re
 import sys
 import zlib
 
@@ -14,6 +16,7 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import digests, tasks
 from lemur_jax.prepare.fields import Fields
+from lemur_jax.text import conversation_formats
 from tests.helpers.list_source import function_source, write_tfrecord
 
 # After tasks, which keeps TensorFlow quiet.
@@ -65,8 +68,29 @@ def test_a_module_of_ones_own_registers_tasks(tmp_path, monkeypatch):
     (tmp_path / "own_tasks.py").write_text(OWN_MODULE.format(path=str(tmp_path / "lines.txt")))
     monkeypatch.syspath_prepend(tmp_path)
     task = tasks.find_task("own_lines", ["own_tasks"])
-    assert list(tasks.examples(task, "train")) == [{"text": b"one"}, {"text": b"two"}]
+    found = [(e["text"], e["id"]) for e in tasks.examples(task, "train")]
+    assert found == [(b"one", b"000000000"), (b"two", b"000000001")]
     del sys.modules["own_tasks"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import json\n\njson.loads('{')\n", r"JSONDecodeError: .* \(line 3 of .*bad_tasks\.py\)$"),
+        ("import sys\nsys.exit('no data')\n", r"SystemExit: no data \(line 2 of .*bad_tasks\.py\)$"),
+        ("x = (\n", r"SyntaxError: .*\(bad_tasks\.py, line 1\)$"),
+        ("import no_such_module\n", r"No module named .* \(line 1 of .*bad_tasks\.py\); install it"),
+        (
+            "from lemur_jax.prepare import tasks\n\ntasks.add_files('a-b', 'x')\n",
+            r"cannot import 'bad_tasks' of data\.modules: ValueError: .*a-b.* \(line 3 of .*bad_tasks\.py\)$",
+        ),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_one_line_with_its_place(tmp_path, monkeypatch, text, message):
+    (tmp_path / "bad_tasks.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=message):
+        tasks.find_task("any", ["bad_tasks"])
 
 
 def test_a_split_that_is_not_there_names_those_that_are():
@@ -116,6 +140,64 @@ def test_the_task_digest_follows_the_definition(tmp_path):
         assert digests.task_digest(task) == digests.task_digest(task)
         seqio.TaskRegistry.remove("t_digest")
     assert len(found) == 6
+
+
+def reading_functions():
+    """Two functions of one name, and one of this package."""
+
+    def turns(row):
+        return row["turns"]
+
+    first = turns
+
+    def turns(row):
+        return row["turns"][1:]
+
+    return first, turns, conversation_formats.sharegpt
+
+
+@pytest.mark.parametrize("add", [tasks.add_files, tasks.add_tfds])
+@pytest.mark.parametrize("name", ["messages", "preferences"])
+def test_the_task_digest_follows_ones_own_functions(add, name):
+    def register(function):
+        task = add("t_digest", "tiny:1.0.0", Fields(**{name: function}), **options)
+        seqio.TaskRegistry.remove("t_digest")
+        return task
+
+    options = {"splits": {"train": "train"}} if add is tasks.add_tfds else {}
+    first, second, ours = (register(function) for function in reading_functions())
+    found = [digests.task_digest(task) for task in (first, second, register(reading_functions()[0]))]
+    assert found[0] != found[1]
+    assert found[0] == found[2]
+    if add is tasks.add_files:  # stores that the functions of this package made are still current
+        source = re.sub(r" at 0x\w+", "", repr(ours.source))
+        described = json.dumps(["t_digest", source, "id", name])
+        assert digests.task_digest(ours) == hashlib.sha256(described.encode()).hexdigest()
+
+
+def test_the_task_digest_follows_slices_of_tfds():
+    found = set()
+    for slices in ("train[1%:]", "train[2%:]", "train"):
+        task = tasks.add_tfds("t_slices", "tiny:1.0.0", splits={"train": slices})
+        found.add(digests.task_digest(task))
+        seqio.TaskRegistry.remove("t_slices")
+    assert len(found) == 3
+
+
+def test_a_file_that_appears_waits_for_the_next_run(tmp_path):
+    for name in "bd":
+        (tmp_path / f"{name}.txt").write_text(name)
+    task = tasks.add_files("t_listed", str(tmp_path))
+    tasks.check_files(task, "train")
+    before, shards = digests.input_digest(task, "train"), tasks.count_shards(task, "train")
+    found = [example["text"] for example in tasks.examples(task, "train", 0, shards)]
+    (tmp_path / "a.txt").write_text("a")
+    found += [example["text"] for example in tasks.examples(task, "train", 1, shards)]
+    assert found == [b"b", b"d"]
+    assert digests.input_digest(task, "train") == before
+    tasks.check_files(task, "train")
+    assert digests.input_digest(task, "train") != before
+    assert [example["text"] for example in tasks.examples(task, "train")] == [b"a", b"b", b"d"]
 
 
 def test_the_input_digest_follows_the_files(tmp_path):
@@ -233,3 +315,21 @@ def test_a_tfds_set_with_a_slice_held_out(tmp_path):
     assert example["text"].decode() == f"Text {example['id'].decode()}"
     assert json.loads(example["meta"]) == {"stars": int(example["id"])}
     assert tasks.count_shards(task, "train") == 1
+
+
+def test_examples_of_several_tfds_files_have_names_of_their_own(tmp_path):
+    texts = [f"Text {n}" for n in range(20)]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="two",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+        split_datasets={"train": tf.data.Dataset.from_tensor_slices({"text": texts})},
+        data_dir=str(tmp_path),
+        download_config=tfds.download.DownloadConfig(num_shards=2),
+    )
+    task = tasks.add_tfds("t_two", "two:1.0.0", data_dir=str(tmp_path))
+    assert tasks.count_shards(task, "train") == 2
+    found = [example for shard in range(2) for example in tasks.examples(task, "train", shard, 2)]
+    assert {e["text"].decode() for e in found} == set(texts)
+    assert len({e["id"] for e in found}) == 20
+    assert found[0]["id"] == b"00000/000000000"

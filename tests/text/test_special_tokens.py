@@ -84,7 +84,7 @@ def test_documents_do_not_stand_between_chat_markers(byte_level_dir, tmp_path, b
     assert tokenizer.encode_prompt(TEXT) == ids
     assert tokenizer.encode(TEXT, prefix=False) == ids
     end = tokenizer.control_tokens["<|endoftext|>"]
-    assert encode(tokenizer, {"text": TEXT.encode()}, 0).tokens.tolist() == [*ids, end]
+    assert encode(tokenizer, {"text": TEXT.encode()}).tokens.tolist() == [*ids, end]
 
 
 def test_bos_that_is_eos_is_written_once(byte_level_dir, tmp_path):
@@ -93,13 +93,13 @@ def test_bos_that_is_eos_is_written_once(byte_level_dir, tmp_path):
     before = template([("<|endoftext|>", index)], [])
     tokenizer = write_byte_level(byte_level_dir, tmp_path, CHAT, config, post_processor=before)
     assert tokenizer.encode_prompt("a") == [index, *tokenizer.encode("a")]
-    tokens = encode(tokenizer, {"text": b"a"}, 0).tokens.tolist()
+    tokens = encode(tokenizer, {"text": b"a"}).tokens.tolist()
     assert tokens == [*tokenizer.encode("a"), index]
 
 
 def test_a_step_names_other_separators(chat_tokenizer):
     steps = json.dumps({"separators": {"begin": ["<|im_start|>"], "end": []}})
-    result = encode(chat_tokenizer, {"text": b"a"}, 0, steps)
+    result = encode(chat_tokenizer, {"text": b"a"}, steps)
     assert result.tokens.tolist() == [
         chat_tokenizer.control_tokens["<|im_start|>"],
         *chat_tokenizer.encode("a"),
@@ -111,6 +111,6 @@ def test_documents_end_with_what_the_post_processor_appends(byte_level_dir, tmp_
     other = (ours.token(ours.bos_id), ours.bos_id)  # not eos
     config = {"bos_token": other[0], "eos_token": ours.token(ours.eos_id)}
     tokenizer = write_byte_level(byte_level_dir, tmp_path, (), config, post_processor=template([], [other]))
-    tokens = encode(tokenizer, {"text": TEXT.encode()}, 0).tokens.tolist()
+    tokens = encode(tokenizer, {"text": TEXT.encode()}).tokens.tolist()
     assert tokens == AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"]
     assert tokens[-1] == ours.bos_id != ours.eos_id
