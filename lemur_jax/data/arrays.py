@@ -21,6 +21,7 @@ _SHARD_BYTES = 1 << 25
 _COMPLETE = "complete"
 # Elements. Shorter spans are read faster by one read with an index array, longer ones by a read each.
 _SHORT = 512
+_MAPPED = 1 << 20  # elements copied together
 _CACHE_BYTES = 128 << 20  # of decompressed chunks, for all arrays of this process
 
 
@@ -63,6 +64,16 @@ def finish(read: Any) -> np.ndarray:
             f"a token store cannot be read: {reason_of(error)}; restore the file from a copy, or prepare the store"
             " again"
         ) from error
+
+
+def map_array(path: epath.PathLike, array: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The first elements of an array, copied into a new local file that is mapped into memory."""
+    mapped = np.memmap(path, array.dtype.numpy_dtype, "w+", shape=shape).view(np.ndarray)
+    flat = mapped.reshape(-1)
+    for first in range(0, flat.size, _MAPPED):
+        stop = min(first + _MAPPED, flat.size)
+        flat[first:stop] = finish(array[first:stop].read())
+    return mapped
 
 
 def read_spans(array: Any, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@
 corpus. It is read at random like the store itself.
 """
 
-import contextlib
 import dataclasses
 import tempfile
 import uuid
@@ -107,7 +106,8 @@ def _write(store: TokenStore, length: int, folder: epath.Path) -> epath.Path:
     totals = dict.fromkeys(("documents", "rows", "tokens", "truncated", "without_targets"), 0)
     writers["row_offsets"].append([0])
     groups = -(-store.num_documents // GROUP_DOCUMENTS)
-    with _mapped_offsets(store) as offsets:
+    with tempfile.TemporaryDirectory() as temporary:
+        offsets = store.map_offsets(Path(temporary) / "offsets")
         for group in range(groups):
             documents = np.arange(group, store.num_documents, groups)
             starts = offsets[documents]
@@ -141,17 +141,6 @@ def _count_without_targets(store: TokenStore, starts: np.ndarray, length: int) -
         mask = store.loss_mask(some, np.full(len(some), length - 1))
         count += int(np.count_nonzero(~mask.reshape(len(some), -1).any(axis=1)))
     return count
-
-
-@contextlib.contextmanager
-def _mapped_offsets(store: TokenStore):
-    """Where each document begins, and the number of tokens: int64 [documents + 1], mapped from a file."""
-    count = store.num_documents + 1
-    with tempfile.TemporaryDirectory() as temporary:
-        offsets = np.memmap(Path(temporary) / "offsets", np.int64, "w+", shape=count).view(np.ndarray)
-        for first in range(0, count, _COPIED):
-            offsets[first : first + _COPIED] = store.offsets(first, min(first + _COPIED, count))
-        yield offsets
 
 
 def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:

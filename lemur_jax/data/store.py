@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.data.arrays import finish, open_array, read_bounds, read_spans
+from lemur_jax.data.arrays import finish, map_array, open_array, read_bounds, read_spans
 from lemur_jax.data.manifest import Manifest, read_manifest
 from lemur_jax.text.tokenizer import Tokenizer, compatible
 
@@ -84,11 +84,13 @@ class TokenStore:
         """The loss mask of the same spans: uint8 [sum of lengths]; needs `manifest.has_loss_mask`."""
         return self._spans("loss_mask", starts, lengths)
 
-    def offsets(self, first: int = 0, stop: int | None = None) -> np.ndarray:
-        """[first, stop) of the offsets, int64 [documents + 1]: where each document begins, then the count of tokens."""
-        return finish(
-            self._arrays["offsets"][first : self.num_documents + 1 if stop is None else stop].read()
-        )
+    def offsets(self) -> np.ndarray:
+        """Where each document begins, then the count of tokens: int64 [documents + 1]."""
+        return finish(self._arrays["offsets"][: self.num_documents + 1].read())
+
+    def map_offsets(self, path: epath.PathLike) -> np.ndarray:
+        """The offsets, mapped from a new local file."""
+        return map_array(path, self._arrays["offsets"], (self.num_documents + 1,))
 
     def verify(self) -> None:
         """Reads the whole store once; UserError: a file is missing or damaged, or an id lies outside the vocabulary."""

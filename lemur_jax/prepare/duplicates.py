@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lemur_jax.data.arrays import finish
+from lemur_jax.data.arrays import finish, map_array
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare.cleaning import Removed
 from lemur_jax.prepare.encoding import Encoded
@@ -133,32 +133,25 @@ def find_duplicates(
     """
     found = {}
     if "exact_duplicates" in steps:
-        digests = _mapped(scratch / "digests", np.dtype("uint64"), (documents, 2), arrays["digests"])
+        digests = map_array(scratch / "digests", arrays["digests"], (documents, 2))
         found["exact_duplicates"] = _exact(digests, scratch)
     if "near_duplicates" in steps:
         options = steps["near_duplicates"]
         shape = (documents, options["hashes"])
-        minhashes = _mapped(scratch / "minhashes", np.dtype("uint16"), shape, arrays["minhashes"])
+        minhashes = map_array(scratch / "minhashes", arrays["minhashes"], shape)
         exact = found.get("exact_duplicates", np.broadcast_to(np.int64(-1), documents))
         found["near_duplicates"] = _near(minhashes, exact, options, scratch)
     return found
 
 
-def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], array: Any = None) -> np.ndarray:
-    """A memory-mapped file with the first elements of an array on disk or gs://, or with -1."""
-    mapped = np.memmap(path, dtype, "w+", shape=shape).view(np.ndarray)
-    width = mapped[:1].size
-    for first in range(0, len(mapped), _READ):
-        block, start = mapped[first : first + _READ], first * width
-        if array is None:
-            block[:] = -1
-        else:
-            block[:] = finish(array[start : start + block.size].read()).reshape(block.shape)
-    return mapped
+def _none_yet(path: Path, documents: int) -> np.ndarray:
+    earlier = np.memmap(path, np.int64, "w+", shape=documents).view(np.ndarray)
+    earlier[:] = -1
+    return earlier
 
 
 def _exact(digests: np.ndarray, scratch: Path) -> np.ndarray:
-    earlier = _mapped(scratch / "exact", np.dtype("int64"), (len(digests),))
+    earlier = _none_yet(scratch / "exact", len(digests))
     blocks = (np.arange(first, min(first + _READ, len(digests))) for first in range(0, len(digests), _READ))
     keys = ((digests[block, 0], block) for block in blocks)
     for first, second in _pairs(keys, len(digests), scratch):
@@ -198,7 +191,7 @@ def _note(first: np.ndarray, second: np.ndarray, scratch: Path) -> None:
 
 def _resolve(documents: int, scratch: Path) -> np.ndarray:
     """Removes, in the corpus's order, what is similar to an earlier document that stays."""
-    earlier = _mapped(scratch / "near", np.dtype("int64"), (documents,))
+    earlier = _none_yet(scratch / "near", documents)
     for part in range(-(-documents // _RESOLVED)):
         path = scratch / f"similar-{part}"
         if path.exists():

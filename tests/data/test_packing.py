@@ -47,7 +47,7 @@ def store(make_store):
 @pytest.mark.parametrize("together", [1 << 18, 300, 1])
 def test_every_document_is_in_one_row_whatever_is_packed_together(store, monkeypatch, together):
     monkeypatch.setattr(packing, "GROUP_DOCUMENTS", together)
-    monkeypatch.setattr(packing, "_COPIED", 64)
+    monkeypatch.setattr("lemur_jax.data.arrays._MAPPED", 64)
     store, lengths = store
     packed = open_packing(store, 48)
     documents = [packed.documents(row) for row in range(packed.counts.rows)]
@@ -101,6 +101,7 @@ def test_a_store_that_cannot_be_written_is_packed_elsewhere(store, monkeypatch):
 def test_memory_does_not_grow_with_the_corpus(make_store, monkeypatch):
     for name, value in {"GROUP_DOCUMENTS": 1000, "_COPIED": 1000, "_SHARD_BYTES": 1 << 15}.items():
         monkeypatch.setattr(packing, name, value)
+    monkeypatch.setattr("lemur_jax.data.arrays._MAPPED", 1000)
     lengths = np.random.default_rng(6).integers(1, 9, 40_000)
     peaks = []
     for count in (1000, 5000, 40_000):
