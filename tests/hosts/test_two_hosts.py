@@ -1,7 +1,4 @@
-"""Two and four real processes that share eight devices are one run: same batches, same losses, one writer.
-
-Real `jax.distributed`, real collectives (gloo), real signals; the network alone is the machine's own.
-"""
+"""Two and four real processes that share eight devices (gloo, 127.0.0.1) are one run: same batches, same losses."""
 
 import json
 import os

@@ -12,9 +12,8 @@ import pytest
 import zstandard
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.prepare import fields as field_maps
 from lemur_jax.prepare import readers, streams
-from lemur_jax.prepare.fields import Fields, gather, is_held_out, to_documents
+from lemur_jax.prepare.fields import Fields, gather, to_documents
 from lemur_jax.prepare.readers import BadRow
 
 
@@ -376,29 +375,3 @@ def test_a_name_that_does_not_say_its_format():
     assert readers.format_of("/a/x.json.gz") == "jsonl"
     with pytest.raises(UserError, match=r"format of /a/x\.bin .*jsonl"):
         readers.format_of("/a/x.bin")
-
-
-def test_held_out_share():
-    chosen = sum(is_held_out(str(n).encode(), 0.1) for n in range(10_000))
-    assert 900 < chosen < 1100
-    assert not is_held_out(b"x", 0.0)
-
-
-def test_rows_are_gathered_while_they_follow_each_other(monkeypatch):
-    monkeypatch.setattr(field_maps, "MAX_GATHERED", 3)
-    rows = [{"t": name, "n": n} for n, name in enumerate("aabacccca")]
-    found = [
-        *((f"row {n}", row) for n, row in enumerate(rows)),
-        ("row 9", BadRow(reason="x")),
-        ("row 10", {}),
-    ]
-    gathered = dict(gather(found, "t"))
-    assert gathered["row 0"] == {"t": "a", "n": 0, "rows": rows[:2]}
-    assert gathered["row 3"] == {"t": "a", "n": 3, "rows": rows[3:4]}
-    assert gathered["row 8"]["rows"] == rows[8:9]
-    assert gathered["row 4"] == BadRow(reason="4 rows have one 't', more than 3", records=4)
-    assert gathered["row 9"] == BadRow(reason="x")
-    assert gathered["row 10"] == BadRow(reason="no field 't', or it is empty")
-    assert len(gathered) == 7
-    with pytest.raises(UserError, match=r"gather='t'\) would keep the text of each document's first row"):
-        Fields(gather="t")
