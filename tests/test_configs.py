@@ -68,7 +68,7 @@ def test_rows_grow_from_the_models_that_their_config_names(monkeypatch):
     for argument, model in starts.items():
         config = load(f"{path}:{argument}")
         source = ModelSource(model=model, tokenizer_files={}, restore=lambda *_: None)
-        monkeypatch.setattr(initial, "open_source", lambda _, source=source: source)
+        monkeypatch.setattr(initial, "open_source", lambda *_, source=source: source)
         assert initial.open_initial(config.init, None, config.model) is source
         if argument != "128k":
             fixed = dataclasses.replace(config.init, change_rope=False)
