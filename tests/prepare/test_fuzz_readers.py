@@ -79,7 +79,7 @@ def test_damaged_files_never_raise_and_never_change_silently(tmp_path):
         where = f"case {case}: {form}, {encoding}, {name}"
         try:
             files = Files(patterns={"train": str(path)}, fields=Fields(id="id"), max_bytes=1 << 20)
-            found = list(files.documents("train", 0, 1, read_rows))
+            found = list(files.documents("train", files.list("train"), read_rows))
         except UserError:
             continue
         good = [document["text"].decode() for document in found if not document["error"]]
