@@ -26,7 +26,7 @@ def test_no_policy_keeps_less_than_its_bound(tpu_compiler, narrow, policy, share
         sum(size for _, size in analytic.stored_bytes(config.model, config.compute, 512, mesh, "keep")) * 512
     )
     kept = plan(config, "v4-16").hbm["activations"]
-    assert 0.7 * kept < bound < 1.01 * kept
+    assert 0.7 * kept <= bound <= 1.01 * kept  # both 0 where all goes to the host
 
 
 def test_the_bound_of_keeping_everything_is_the_largest():
