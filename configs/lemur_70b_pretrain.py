@@ -69,9 +69,8 @@ def get_config():
     config.prepare.steps = {name: {"exact_duplicates": {}, "near_duplicates": {}} for name in CODE}
 
     config.mesh.fsdp = -1
-    config.compute.remat = (
-        "offload_mlp"  # on v4-512; the best without a share of the gate (docs/planner_details.md)
-    )
+    # The best for v4-512 without a share of the gate (docs/planner_details.md).
+    config.compute.remat = "offload_mlp"
     config.train.batch_rows = 1024  # × 4096 = 4,194,304 tokens
     config.train.microbatches = 2
     config.train.steps = 21_458  # 90.0B tokens

@@ -59,7 +59,7 @@ def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
     add_devices(sub)
 
 
-def check_output(option: str, path: str) -> None:
+def check_output_file(option: str, path: str) -> None:
     """Refuses a directory, and a file whose directory is not there, before the work; UserError."""
     if os.path.isdir(path):
         raise UserError(f"{option} {path} is a directory: name a file")
@@ -69,7 +69,7 @@ def check_output(option: str, path: str) -> None:
         )
 
 
-def load_config(args: argparse.Namespace, *, cpu: bool = False):
+def open_config(args: argparse.Namespace, *, cpu: bool = False):
     """The config of `--config` and its overrides; a config file may import JAX, so the platform is settled before.
 
     Args:

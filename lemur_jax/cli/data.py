@@ -3,7 +3,7 @@
 import shlex
 import sys
 
-from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output, load_config
+from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output_file, open_config
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -50,7 +50,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _prepare(args) -> None:
-    config = load_config(args, cpu=True)
+    config = open_config(args, cpu=True)
     from lemur_jax.prepare.prepare import prepare
 
     options = shlex.split(args.runner_options)
@@ -58,7 +58,7 @@ def _prepare(args) -> None:
 
 
 def _inspect(args) -> None:
-    check_output("--html", args.html)
+    check_output_file("--html", args.html)
     from lemur_jax.data.inspect import inspect_mixture, inspect_store
     from lemur_jax.text.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ def _inspect(args) -> None:
         from lemur_jax.data.mixture import open_mixture
 
         args.config = args.target
-        config = load_config(args, cpu=True).with_counts()
+        config = open_config(args, cpu=True).with_counts()
         tokenizer = Tokenizer.from_config(config.tokenizer)
         mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
         check_counts(mixture, config.data, config.train.batch_documents)

@@ -7,7 +7,7 @@ import pathlib
 import signal
 import sys
 
-from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, check_output, open_session
+from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, check_output_file, open_session
 from lemur_jax.common.errors import UserError
 
 ENDPOINT_BATCH = 32  # episodes at a time of an endpoint, if --batch is not given
@@ -102,8 +102,8 @@ def _eval(args) -> None:
     # An exit, so that sandboxes and a database server are stopped and removed too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     _check_counts(args)
-    check_output("--json", args.json)
-    check_output("--html", args.html)
+    check_output_file("--json", args.json)
+    check_output_file("--html", args.html)
     written: dict = {}
     scores = parse_scores(args.scores)  # before a checkpoint is opened
     tasks = [task for task in args.tasks.split(",") if task]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output, load_config
+from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output_file, open_config
 from lemur_jax.common.errors import UserError
 
 
@@ -54,9 +54,9 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _plan(args) -> int:
     """0 if the config fits, or with --search if anything does; else 1."""
-    config = load_config(args, cpu=True)  # the slice is only described
-    check_output("--json", args.json)
-    check_output("--hlo", args.hlo)
+    config = open_config(args, cpu=True)  # the slice is only described
+    check_output_file("--json", args.json)
+    check_output_file("--hlo", args.hlo)
     if args.hlo and args.mode != "train":
         raise UserError("--hlo is for --mode train: leave it out")
     if args.search:

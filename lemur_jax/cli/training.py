@@ -7,8 +7,8 @@ from lemur_jax.cli.arguments import (
     add_config,
     add_devices,
     add_verb,
-    check_output,
-    load_config,
+    check_output_file,
+    open_config,
     start_jax,
 )
 
@@ -135,7 +135,7 @@ def _add_report(verbs: Verbs) -> None:
 
 
 def _train(args) -> int:
-    config = load_config(args).with_counts()
+    config = open_config(args).with_counts()
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster import coordination
     from lemur_jax.cluster.watchdog import host_watchdog
@@ -157,7 +157,7 @@ def _status(stopped: bool) -> int:
 
 
 def _rl(args) -> int:
-    config = load_config(args)
+    config = open_config(args)
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.rl.run import open_inputs
@@ -169,7 +169,7 @@ def _rl(args) -> int:
 
 
 def _sweep(args) -> int:
-    config = load_config(args)
+    config = open_config(args)
     ratios, merges = ([word for word in text.split(",") if word] for text in (args.ratios, args.merge))
     from lemur_jax.sweep.runs import command, plan_runs, run_config
 
@@ -192,7 +192,7 @@ def _sweep(args) -> int:
 
 
 def _doctor(args) -> None:
-    config = load_config(args).with_counts()
+    config = open_config(args).with_counts()
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.train.doctor import doctor
@@ -215,7 +215,7 @@ def _checkpoints(args) -> int:
 def _report(args) -> None:
     from lemur_jax.report import bits_per_byte_table, write_report
 
-    check_output("--output", args.output)
+    check_output_file("--output", args.output)
     answers, prompts = {}, [*args.prompt, *(f"{question}\n\n" for question in args.question)]
     if prompts:
         start_jax(args)

@@ -27,7 +27,7 @@ from lemur_jax.convert.safetensors import read_header, write_weights
 from lemur_jax.models import lora
 from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.models.decoder import Params
-from lemur_jax.parallel.rules import placed
+from lemur_jax.parallel.rules import with_shardings
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -151,7 +151,7 @@ def merge_into(
     leaves = flatten_dict(wanted, sep="/")
     sharding = next(iter(leaves.values())).sharding
     if isinstance(sharding, NamedSharding):
-        abstract = placed(sharding.mesh, abstract, lora.logical_axes(options, model))
+        abstract = with_shardings(sharding.mesh, abstract, lora.logical_axes(options, model))
     flat = flatten_dict(restore_params(path, abstract, metadata["step"]), sep="/")
 
     def one(name: str, leaf: Any) -> Any:

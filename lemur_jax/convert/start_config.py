@@ -16,7 +16,8 @@ from lemur_jax.convert.source import open_source
 def config_from_checkpoint(path: epath.PathLike) -> ConfigDict:
     """A config to change, with what `path` defines: `model`, `tokenizer` and `init.checkpoint`.
 
-    `path` is a Hugging Face directory, a run's workdir or a checkpoint, local or gs://, or ORG/NAME[@REVISION]. Raises
+    `path` is a Hugging Face directory, a run's workdir or a checkpoint, local or gs://, or ORG/NAME[@REVISION]. To read
+    one of our checkpoints the hosts of a run join here, within the default times of `config.hosts`. Raises
     UserError if there is no model, or its tokenizer is no longer where its run found it.
     """
     if not holds_weights(local_model(path)):

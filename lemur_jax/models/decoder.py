@@ -26,7 +26,7 @@ from lemur_jax.models.rope import angles_by_layer, rotate
 from lemur_jax.models.scores import ScoreOptions
 from lemur_jax.models.weights import add_bias, fresh_bias, fresh_weight
 from lemur_jax.parallel.projection import Projection
-from lemur_jax.parallel.rules import placed
+from lemur_jax.parallel.rules import with_shardings
 
 Params = dict[str, Any]
 # (query [B,T,H,N], key [B,T,K,N], value [B,T,K,N], cache, layer index) -> ([B,T,H,N], cache)
@@ -318,7 +318,7 @@ def abstract_params(config: DecoderConfig, dtype: str = "float32", mesh: Mesh | 
     """
     tree = nnx.to_pure_dict(_abstract(config, Compute())[1])
     tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), tree)
-    return tree if mesh is None else placed(mesh, tree, logical_axes(config))
+    return tree if mesh is None else with_shardings(mesh, tree, logical_axes(config))
 
 
 def logical_axes(config: DecoderConfig) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def param_shardings(mesh: Mesh, abstract: Mapping[str, Any], axes: Mapping[str, 
     return jax.tree_util.tree_map_with_path(sharding, dict(abstract), dict(axes))
 
 
-def placed(mesh: Mesh, abstract: Any, axes: Any) -> Any:
+def with_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
     """A tree of ShapeDtypeStructs with their shardings; arguments as of `param_shardings`."""
     shardings = param_shardings(mesh, abstract, axes)
     return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), abstract, shardings)

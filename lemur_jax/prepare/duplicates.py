@@ -144,14 +144,15 @@ def find_duplicates(
     return found
 
 
-def _none_yet(path: Path, documents: int) -> np.ndarray:
+def _map_minus_ones(path: Path, documents: int) -> np.ndarray:
+    """-1 for each document, int64 [documents], in a new file that is mapped into memory."""
     earlier = np.memmap(path, np.int64, "w+", shape=documents).view(np.ndarray)
     earlier[:] = -1
     return earlier
 
 
 def _exact(digests: np.ndarray, scratch: Path) -> np.ndarray:
-    earlier = _none_yet(scratch / "exact", len(digests))
+    earlier = _map_minus_ones(scratch / "exact", len(digests))
     blocks = (np.arange(first, min(first + _READ, len(digests))) for first in range(0, len(digests), _READ))
     keys = ((digests[block, 0], block) for block in blocks)
     for first, second in _pairs(keys, len(digests), scratch):
@@ -191,7 +192,7 @@ def _note(first: np.ndarray, second: np.ndarray, scratch: Path) -> None:
 
 def _resolve(documents: int, scratch: Path) -> np.ndarray:
     """Removes, in the corpus's order, what is similar to an earlier document that stays."""
-    earlier = _none_yet(scratch / "near", documents)
+    earlier = _map_minus_ones(scratch / "near", documents)
     for part in range(-(-documents // _RESOLVED)):
         path = scratch / f"similar-{part}"
         if path.exists():

@@ -83,7 +83,9 @@ class Saves:
         wanted = (program.state.params, program.state.optimizer)
         found = self._checkpoints.restore_newest(*wanted, self._check_data, at_most, fresh)
         step, params, optimizer = found or (0, None, None)
-        stored = read_metadata(self._checkpoints.path, step) if found else {}
+        # Episodes that were sampled ahead, and the step from which `frozen` was read.
+        needed = self._rollouts or program.state.frozen is not None
+        stored = read_metadata(self._checkpoints.path, step) if found and needed else {}
         if self._rollouts:
             self._rollouts.restore(stored.get("episodes"))
         if params is None:

@@ -13,7 +13,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.infer.quantize import quantize
 from lemur_jax.models import decoder, lora
 from lemur_jax.models.config import AdapterConfig, DecoderConfig
-from lemur_jax.parallel.rules import placed, replicated
+from lemur_jax.parallel.rules import replicated, with_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +65,9 @@ def run_state(
     frozen = decoder.abstract_params(model, "bfloat16" if int8 else adapter.base_dtype, mesh)
     if int8:
         frozen = quantize(model, mesh, frozen)
-    params = placed(mesh, lora.abstract_adapter(adapter, model, dtype), lora.logical_axes(adapter, model))
+    params = with_shardings(
+        mesh, lora.abstract_adapter(adapter, model, dtype), lora.logical_axes(adapter, model)
+    )
     return abstract_state(params, optimizer, mesh, frozen)
 
 

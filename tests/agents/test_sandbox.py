@@ -224,7 +224,7 @@ def test_bad_input():
 
 
 def test_channels_are_closed_where_the_box_cannot_be_made(monkeypatch):
-    """Else whoever reads the other end waits for ever."""
+    """A process that reads the other end would wait forever."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     monkeypatch.setattr(sandbox, "make_directory", lambda prefix: (_ for _ in ()).throw(OSError("no space")))

@@ -21,7 +21,7 @@ COMPRESSED = {
     ".gz": gzip.compress,
     ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
 }
-# Formats of which every byte that carries data has a checksum, so that a change cannot pass as data.
+# Formats with a checksum over all of their data: a changed byte is an error and never other data.
 CHECKED = ("jsonl.gz", "json.gz", "jsonl.zst", "json.zst", "parquet", "tfrecord", "tfrecord.gz")
 
 
