@@ -14,8 +14,8 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.common.progress import Progress
 from lemur_jax.prepare import tasks
 from lemur_jax.prepare.encoding import Record, read_content
-from lemur_jax.text.backend import read_template
 from lemur_jax.text.config import TokenizerConfig
+from lemur_jax.text.directory import read_template
 from lemur_jax.text.tokenizer import FILE_NAMES, Tokenizer, compatible
 from lemur_jax.text.tokenizer_files import extend, train_sentencepiece
 

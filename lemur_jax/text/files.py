@@ -4,8 +4,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lemur_jax.text.sentencepiece_model import added_token, content_of, convert, post_processor
+from lemur_jax.text.sentencepiece_model import added_token, convert, post_processor
 
+# The class of transformers that takes `tokenizer.json` as it is; others would replace its pre-tokenizer.
+AS_IT_IS = "PreTrainedTokenizerFast"
 # In Lemur's order.
 CHATML_TOKENS = ("<pad>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|diff_marker|>")
 
@@ -32,7 +34,8 @@ def make_files(
     """Every file that transformers reads, by name.
 
     Args:
-      model: a SentencePiece BPE, from which `tokenizer.json` is converted; None: `tokenizer_json` is taken.
+      model: a SentencePiece BPE.
+      tokenizer_json: taken as it is; None: converted from `model`.
       added_tokens: control tokens outside the model, to their ids.
       chat_template: Jinja source; None: ChatML if its tokens are among the added ones.
       config: `tokenizer_config.json` of the tokenizer that this one was made from.
@@ -40,34 +43,29 @@ def make_files(
     added = dict(added_tokens or {})
     if chat_template is None and set(CHATML_TOKENS[1:3]) <= added.keys():
         chat_template = CHATML_TEMPLATE
-    forced: dict[str, Any] = {"chat_template": None}  # it has a file of its own
-    if model is not None:
-        spec = convert(model)
-        defaults: dict[str, Any] = spec.pop("names")
-        defaults |= {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
-        # This class takes tokenizer.json as it is; LlamaTokenizer would replace its pre-tokenizer.
-        forced |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": None}
+    settings: dict[str, Any] = {}
+    if tokenizer_json is not None:
+        spec = json.loads(tokenizer_json)
     else:
-        spec, defaults = json.loads(tokenizer_json or b""), {}
+        spec = convert(model or b"")
+        settings |= spec.pop("names")
+        settings |= {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     present = {token["content"] for token in spec["added_tokens"]}
-    flags = {token["content"]: token for token in (config or {}).get("added_tokens_decoder", {}).values()}
     spec["added_tokens"] += [
-        added_token(token, index, flags.get(token)) for token, index in added.items() if token not in present
+        added_token(token, index) for token, index in added.items() if token not in present
     ]
     if "<pad>" in added:
-        defaults["pad_token"] = "<pad>"
-    given = {key: value for key, value in (config or {}).items() if value is not None}
-    settings = {key: value for key, value in (defaults | given | forced).items() if value is not None}
-    if model is not None and not settings["add_bos_token"]:
+        settings["pad_token"] = "<pad>"
+    settings |= {key: value for key, value in (config or {}).items() if value is not None}
+    if tokenizer_json is None and not settings["add_bos_token"]:
         spec["post_processor"] = post_processor(None)
+    settings["tokenizer_class"] = AS_IT_IS
     settings["added_tokens_decoder"] = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in spec["added_tokens"]
     }
-    # Older files spell these tokens as mappings.
     kinds = ("bos_token", "eos_token", "unk_token", "pad_token")
-    named = {key: content_of(settings[key]) for key in kinds if key in settings}
-    settings |= named
+    named = {key: settings[key] for key in kinds if key in settings}
     files = {
         "tokenizer.model": model,
         "tokenizer.json": dump(spec),

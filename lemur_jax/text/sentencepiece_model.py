@@ -39,20 +39,6 @@ def read_pieces(model: bytes) -> list[str]:
     return [piece.piece for piece in pieces]
 
 
-def read_added(model: bytes) -> dict[str, dict[str, Any]]:
-    """The control and user-defined pieces of a SentencePiece model to their flags as added tokens."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    pieces = sentencepiece_model_pb2.ModelProto.FromString(model).pieces
-    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
-    shown = (kinds.CONTROL, kinds.USER_DEFINED)
-    return {
-        piece.piece: {**FLAGS, "special": piece.type == kinds.CONTROL}
-        for piece in pieces
-        if piece.type in shown
-    }
-
-
 def _check_convertible(proto: Any, unused: int) -> None:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if (
@@ -69,11 +55,10 @@ def _check_convertible(proto: Any, unused: int) -> None:
         )
 
 
-def convert(model: bytes, prepend_scheme: str = "first") -> dict[str, Any]:
+def convert(model: bytes) -> dict[str, Any]:
     """`tokenizer.json` with the ids of a SentencePiece BPE model, and under `names` its special tokens by their use.
 
-    `prepend_scheme` "first" puts a space in front of the text, as SentencePiece does; "always" also after each added
-    token, as transformers has it under `legacy`. Raises UserError for a model that cannot be converted exactly.
+    Raises UserError for a model that cannot be converted exactly.
     """
     from sentencepiece import sentencepiece_model_pb2
 
@@ -101,7 +86,7 @@ def convert(model: bytes, prepend_scheme: str = "first") -> dict[str, Any]:
         "added_tokens": [added_token(token, index) for token, index in control.items()],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
         "pre_tokenizer": _pre_tokenizer(
-            prepend_scheme, [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
+            [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
         ),
         "post_processor": post_processor(None if bos is None else (bos, vocab[bos])),
         "decoder": DECODER,
@@ -123,19 +108,6 @@ def merges_by_score(scores: Mapping[str, float], vocab: Mapping[str, int]) -> li
     splits = ((piece, piece[:cut], piece[cut:]) for piece in scores for cut in range(1, len(piece)))
     ranked = [
         (-scores[whole], -len(a), vocab[a], a, b) for whole, a, b in splits if a in scores and b in scores
-    ]
-    return [[a, b] for *_, a, b in sorted(ranked)]
-
-
-def merges_by_id(vocab: Mapping[str, int]) -> list[list[str]]:
-    """Merges ranked by the id of what they make, as transformers' LlamaTokenizer makes them of `tokenizer.model`."""
-    splits = (
-        (index, piece[:cut], piece[cut:]) for piece, index in vocab.items() for cut in range(1, len(piece))
-    )
-    ranked = [
-        (index, len(a), len(b), vocab[a], vocab[b], a, b)
-        for index, a, b in splits
-        if a in vocab and b in vocab
     ]
     return [[a, b] for *_, a, b in sorted(ranked)]
 
@@ -176,11 +148,11 @@ def metaspace(prepend_scheme: str, replacement: str = SPACE) -> dict[str, Any]:
     }
 
 
-def _pre_tokenizer(prepend_scheme: str, user_defined: list[str]) -> dict[str, Any]:
+def _pre_tokenizer(user_defined: list[str]) -> dict[str, Any]:
     # One Metaspace would put no space before a text that begins with a space, where SentencePiece does. The first one
     # here looks for " ", which the normalizer has replaced, so it always puts one in front; the second one gives it
     # its final form.
-    parts = [metaspace(prepend_scheme, " "), metaspace("never")]
+    parts = [metaspace("first", " "), metaspace("never")]
     if user_defined:  # SentencePiece never merges them with their neighbours
         longest_first = sorted(user_defined, key=len, reverse=True)
         pattern = {"Regex": "|".join(map(re.escape, longest_first))}

@@ -1,36 +1,31 @@
-"""Tokenizers read from a Hugging Face directory: text to ids and back, with the ids of `transformers`.
+"""Text to ids and back, with the ids of `transformers`.
 
-The `tokenizers` library encodes, set up from the directory's files as `transformers` does it. Text that spells an added
-token gives that token, unless it is special (a control token): in the library these carry names that no text can spell,
-and only `mark_control_tokens` puts these names into a text. So what a user writes never becomes a control token.
-`tokenizer_files` writes such directories.
+The `tokenizers` library encodes. Text that spells an added token gives that token, unless it is special (a control
+token): in the library these carry names that no text can spell, and only `mark_control_tokens` puts these names into a
+text. So what a user writes never becomes a control token. `directory` reads the files that a tokenizer is made of,
+`tokenizer_files` writes them.
 """
 
 import functools
-import logging
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import digest_of
 from lemur_jax.text.backend import (
-    FILE_NAMES,
-    GENERATION_CONFIG,
-    TokenizerFiles,
     build_backend,
     build_decoders,
     build_sentencepiece,
-    read_files,
-    read_template,
+    surrounding_ids,
     token_pattern,
     vocabulary,
 )
-from lemur_jax.text.class_pipelines import set_pipeline
 from lemur_jax.text.config import TokenizerConfig
-
-logger = logging.getLogger(__name__)
+from lemur_jax.text.directory import FILE_NAMES, GENERATION_CONFIG, json_object, read_files, read_template
+from lemur_jax.text.files import AS_IT_IS
 
 __all__ = ["FILE_NAMES", "GENERATION_CONFIG", "Tokenizer", "compatible", "read_files"]
 
@@ -59,23 +54,30 @@ class Tokenizer:
     """
 
     def __init__(self, files: Mapping[str, bytes], name: str):
-        self._source = source = TokenizerFiles(dict(files), name)
-        spec = source.read_spec()
-        self.digest = source.digest(spec)
-        set_pipeline(spec, source.kind, source.config, from_json="tokenizer.json" in files, name=name)
+        self._files, self._name = dict(files), name
+        self.config: Mapping[str, Any] = json_object(files.get("tokenizer_config.json", b"{}"))
+        if self.config.get("tokenizer_class") != AS_IT_IS or "tokenizer.json" not in files:
+            raise UserError(
+                f"{name}: these tokenizer files are of an earlier version of lemur_jax, which read some of them"
+                " otherwise: import the model again"
+            )
+        spec = json_object(files["tokenizer.json"])
+        self.digest = digest_of([spec["model"], spec.get("normalizer"), spec.get("pre_tokenizer")])
         vocab = vocabulary(spec)
         self.model_size = max(vocab.values(), default=-1) + 1
-        added = source.added_tokens(spec)
-        _check_named(source, vocab.keys() | {token["content"] for token in added if "id" in token})
+        added = spec["added_tokens"]
         special = [token["content"] for token in added if token["special"]]
         # Names that no text can spell: nobody can guess the first characters.
         key = "".join(chr(secrets.choice(_PRIVATE)) for _ in range(4))
         self._marks = {token: f"{key}{chr(_PRIVATE[number])}" for number, token in enumerate(special)}
-        main = "tokenizer.json" if "tokenizer.json" in files else "tokenizer.model"
-        self._backend = source.parse(main, lambda _: build_backend(spec, added, self._marks))
-        names = [token["content"] for token in added]
-        ids: dict[str, int] = {name: self._backend.token_to_id(self._marks.get(name, name)) for name in names}
-        _check_ids(source, spec, ids)
+        self._backend = build_backend(spec, added, self._marks)
+        ids = {token["content"]: token["id"] for token in added}
+        for token, index in ids.items():
+            if self.find(token) != index:
+                raise UserError(
+                    f"{name}: {token!r} has the id {index}, but {self.find(token)} is the next: ids of added tokens"
+                    " must follow each other"
+                )
         for token, mark in self._marks.items():
             if ids[token] not in self._backend.encode(f"({mark})", add_special_tokens=False).ids:
                 raise UserError(
@@ -89,17 +91,21 @@ class Tokenizer:
         self.vocab_size = max([self.model_size, *(index + 1 for index in ids.values())])
         self._decoders = build_decoders(spec.get("decoder"))
         # Only where every added token is special: SentencePiece knows none of them.
-        self._fast = build_sentencepiece(source.sentencepiece, spec) if len(special) == len(added) else None
-        self.bos_id = self._special_id("bos", spec)
-        eos = self._special_id("eos", spec)
+        self._fast = build_sentencepiece(self.sentencepiece, spec) if len(special) == len(added) else None
+        named = {f"{kind}_token": self._named_id(kind) for kind in ("bos", "eos", "unk", "pad")}
+        self.bos_id, eos, self.unk_id, self.pad_id = named.values()
         if eos is None:
             raise UserError(f"{name} has no eos token: name one as eos_token in tokenizer_config.json")
+        unknown = spec["model"].get("unk_token")
+        if unknown and self.find(unknown) is None:
+            raise UserError(f"{name}: the unk_token {unknown!r} of its model is not in its vocabulary")
+        if unknown and self.unk_id is None:
+            self.unk_id = self.find(unknown)
         self.eos_id = eos
-        self.begin_ids, self.end_ids = source.surrounding_ids(spec, self.bos_id, eos)
-        self.unk_id = self._special_id("unk", spec)
-        self.pad_id = self._special_id("pad", spec)
-        self.generation_stop_ids = source.generation_stop_ids()
-        self.chat_template = source.chat_template()
+        self.begin_ids, self.end_ids = surrounding_ids(spec)
+        self.generation_stop_ids = self._generation_stop_ids()
+        template = files.get("chat_template.jinja")
+        self.chat_template = None if template is None else template.decode()
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Tokenizer":
@@ -125,29 +131,21 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """All files of the directory by name: what a checkpoint keeps."""
-        return dict(self._source.files)
+        return dict(self._files)
 
     @property
     def sentencepiece(self) -> bytes | None:
-        """`tokenizer.model`, if it is a SentencePiece model."""
-        return self._source.sentencepiece
+        """`tokenizer.model`, if there is one."""
+        return self._files.get("tokenizer.model")
 
     def __reduce__(self):
-        return (Tokenizer, (self._source.files, self._source.name))
+        return (Tokenizer, (self._files, self._name))
 
     @property
-    def config(self) -> Mapping[str, Any]:
-        """`tokenizer_config.json` over `special_tokens_map.json`."""
-        return self._source.config
-
-    @functools.cached_property
     def special_names(self) -> dict[str, str]:
         """`bos_token` and its like to the tokens that they name, as chat templates read them."""
-        kinds = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
-        known = {f"{kind}_token": self.token(index) for kind, index in kinds.items() if index is not None}
-        keys = [key.removesuffix("_token") for key in self.config if key.endswith("_token")]
-        named = {f"{kind}_token": self._source.named_token(kind) for kind in keys}
-        return known | {key: token for key, token in named.items() if isinstance(token, str)}
+        named = {key: token for key, token in self.config.items() if key.endswith("_token")}
+        return {key: token for key, token in named.items() if isinstance(token, str)}
 
     def encode(self, text: str, *, prefix: bool = True) -> list[int]:
         """Ids of plain text, without bos and eos, never a control token.
@@ -246,38 +244,18 @@ class Tokenizer:
         """The id of a token as the vocabulary spells it; None: there is none."""
         return self._backend.token_to_id(self._marks.get(token, token))
 
-    def _special_id(self, kind: str, spec: Mapping[str, Any]) -> int | None:
-        token = self._source.named_token(kind) or spec.get("names", {}).get(f"{kind}_token")
-        if token is None and kind == "unk":
-            token = spec["model"].get("unk_token")
+    def _named_id(self, kind: str) -> int | None:
+        token = self.config.get(f"{kind}_token")
         return None if token is None else self.find(token)
 
-
-def _check_named(source: TokenizerFiles, known: Collection[str]) -> None:
-    for kind in ("bos", "eos", "unk", "pad"):
-        token = source.config.get(f"{kind}_token")
-        content = source.named_token(kind)
-        if token is not None and not (isinstance(content, str) and content in known):
+    def _generation_stop_ids(self) -> tuple[int, ...]:
+        found = json_object(self._files.get(GENERATION_CONFIG, b"{}")).get("eos_token_id")
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):
             raise UserError(
-                f"{source.name}: {kind}_token {content or token!r} of tokenizer_config.json is no token of its"
-                " vocabulary"
+                f"{self._name}: eos_token_id of {GENERATION_CONFIG} is {found!r}, not an id or a list of ids"
             )
-
-
-def _check_ids(source: TokenizerFiles, spec: Mapping[str, Any], ids: Mapping[str, int]) -> None:
-    """Refuses files that contradict each other; the library numbers added tokens itself."""
-    for token, index in source.outside_ids().items():
-        if ids.get(token) != index:
-            raise UserError(
-                f"{source.name}: its files give {token!r} the id {index}, transformers reads it as {ids.get(token)}:"
-                " correct the files"
-            )
-    for token in spec["added_tokens"]:
-        if ids.get(token["content"]) != token["id"] and "tokenizer.json" in source.files:
-            logger.warning(
-                "%s: tokenizer.json gives %r the id %d; transformers, and so this program, reads it as %s",
-                *(source.name, token["content"], token["id"], ids.get(token["content"])),
-            )
+        return tuple(ids)
 
 
 def compatible(tokenizer: Tokenizer, digest: str, added_tokens: Mapping[str, int]) -> bool:

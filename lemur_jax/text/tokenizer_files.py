@@ -9,7 +9,6 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.files import dump, make_files
-from lemur_jax.text.sentencepiece_model import content_of
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 
 
@@ -91,13 +90,12 @@ def revise(
     old = tokenizer.chat_template
     if old is not None and any(token in old for token in dropped):
         old = None
-    model = tokenizer.sentencepiece
     made = make_files(
-        model,
-        tokenizer_json=_without(tokenizer.files()["tokenizer.json"], dropped) if model is None else None,
+        tokenizer.sentencepiece,
+        tokenizer_json=_without(tokenizer.files()["tokenizer.json"], dropped),
         added_tokens=kept | {token: size + index for index, token in enumerate(new)},
         chat_template=chat_template or old,
-        config=_config_without(tokenizer.config, dropped) | {"add_bos_token": bool(tokenizer.begin_ids)},
+        config={key: value for key, value in tokenizer.config.items() if not _names(key, value, dropped)},
     )
     if stops := [index for index in tokenizer.generation_stop_ids if index < keep]:
         made[GENERATION_CONFIG] = dump({"eos_token_id": stops})
@@ -110,15 +108,9 @@ def _without(tokenizer_json: bytes, dropped: Collection[str]) -> bytes:
     return dump(spec)
 
 
-def _config_without(config: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Any]:
-    """`tokenizer_config.json` that names none of these tokens."""
-    kept: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, list):
-            kept[key] = [token for token in value if content_of(token) not in dropped]
-        elif key != "chat_template" and not (key.endswith("_token") and content_of(value) in dropped):
-            kept[key] = value
-    return kept
+def _names(key: str, value: Any, tokens: Collection[str]) -> bool:
+    """Whether an entry of `tokenizer_config.json` names one of these tokens."""
+    return key.endswith("_token") and value in tokens
 
 
 def write_directory(path: epath.PathLike, model: bytes) -> Tokenizer:

@@ -149,11 +149,6 @@ def test_classes_that_build_their_pipeline_in_code(kind, options, byte_level_dir
     assert ("splits text for" in caplog.text) == (kind != "PreTrainedTokenizerFast")
 
 
-def test_a_class_whose_pipeline_is_not_implemented_is_refused(byte_level_dir, tmp_path):
-    with pytest.raises(UserError, match="RobertaTokenizer is not known.*PreTrainedTokenizerFast"):
-        class_directory("RobertaTokenizerFast", tmp_path, byte_level_dir)
-
-
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "olmo2"])
 @pytest.mark.parametrize("kind", [None, "GPT2Tokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
 def test_the_class_beside_a_model(model_type, kind, byte_level_dir, tmp_path):

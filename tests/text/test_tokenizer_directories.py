@@ -12,11 +12,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
-from transformers.models.auto import tokenization_auto
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.text import class_pipelines
 from lemur_jax.text.chat_template import encode_chat
 from lemur_jax.text.sentencepiece_model import convert, metaspace
 from lemur_jax.text.tokenizer import Tokenizer
@@ -43,6 +40,17 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}{% if m['role'] == 'assistant' %}{% generation %}"
     "{{ ' ' + m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + ' [X]' }}{% endif %}"
     "{% endfor %}"
+)
+# What this program refuses though transformers reads it.
+REFUSED = (
+    *(
+        "no eos token",
+        "is no token of its vocabulary",
+        "split_special_tokens",
+        "correct the files",
+        "never found",
+    ),
+    *("is not in its vocabulary", "remove the file", "must follow each other"),
 )
 TEXTS = (
     *hard_texts(20),
@@ -166,22 +174,30 @@ def compare(path):
     """Whether transformers opens the directory and this program takes it; all that they give must be equal then."""
     try:
         theirs = AutoTokenizer.from_pretrained(path)
-        theirs("a")
+        all_ids = [theirs(text)["input_ids"] for text in TEXTS]
     except Exception:
         return False
     try:
         ours = Tokenizer.load(path)
-    except UserError:
+    except UserError as error:
+        if not any(reason in str(error) for reason in REFUSED):
+            raise
         return False
     assert ours.eos_id == theirs.eos_token_id
     with_template = Tokenizer.from_files({**ours.files(), "chat_template.jinja": TEMPLATE.encode()})
-    for text in TEXTS:
+    written = path / "written"
+    written.mkdir()
+    for name, content in ours.files().items():
+        (written / name).write_bytes(content)
+    again = AutoTokenizer.from_pretrained(written)
+    for text, ids in zip(TEXTS, all_ids, strict=True):
         plain = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode_with_control_tokens(text) == plain, text
+        assert again(text)["input_ids"] == ids, text
         if any(token in text for token in ours.control_tokens):
             continue
         assert ours.encode(text) == plain, text
-        assert [*ours.encode_prompt(text), *ours.end_ids] == theirs(text)["input_ids"], text
+        assert [*ours.encode_prompt(text), *ours.end_ids] == ids, text
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text + "."}]
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
         expected = theirs.apply_chat_template(messages, chat_template=TEMPLATE, **options)
@@ -204,23 +220,9 @@ def check(seeds, vocabularies, tmp_path_factory):
 
 
 def test_directories_are_read_as_transformers_reads_them_or_refused(vocabularies, tmp_path_factory):
-    assert check(range(40), vocabularies, tmp_path_factory) > 10
+    assert check(range(40), vocabularies, tmp_path_factory) > 20
 
 
 @pytest.mark.slow
 def test_500_directories(vocabularies, tmp_path_factory):
-    assert check(range(40, 540), vocabularies, tmp_path_factory) > 125
-
-
-def test_model_types_have_the_classes_of_transformers():
-    registered = {kind: name or "" for kind, name in tokenization_auto.TOKENIZER_MAPPING_NAMES.items()}
-    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        theirs = registered.get(model_type, "TokenizersBackend").removesuffix("Fast")
-        theirs = class_pipelines.AS_IT_IS if theirs == "TokenizersBackend" else theirs
-        ours = class_pipelines.class_of({}, {"model_type": model_type}, byte_level=False)
-        assert ours == theirs or theirs not in (*class_pipelines.NAMES, class_pipelines.AS_IT_IS), model_type
-        above = model_type in registered and theirs == class_pipelines.AS_IT_IS
-        above |= model_type in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
-        declared = {"tokenizer_class": "NobodysTokenizer"}
-        overruled = class_pipelines.class_of(declared, {"model_type": model_type}, byte_level=False)
-        assert (overruled != "NobodysTokenizer") == above, model_type
+    assert check(range(40, 540), vocabularies, tmp_path_factory) > 250
