@@ -137,15 +137,14 @@ def _resolve(files: Mapping[str, bytes], read: Mapping[str, Any], name: str) -> 
     vocab = vocabulary(spec)
     mentioned = {*vocab, *listed, *_strings([config, read.get("special_tokens_map.json", {})])}
     # Some classes add tokens that no file names (CodeLlama: ▁<PRE>): a model may have no rows for them.
-    begin, end = surrounding_ids(spec)
-    added = spec["added_tokens"]
-    spec["added_tokens"] = [t for t in added if t["content"] in mentioned or t["id"] in (*begin, *end)]
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in mentioned]
     names = {key: token for key, token in theirs.special_tokens_map.items() if token in mentioned}
     for kind in ("bos_token", "eos_token", "unk_token", "pad_token"):
         if kind in names and names[kind] not in vocab.keys() | listed.keys():
             raise UserError(
                 f"{name}: {kind} {names[kind]!r} of tokenizer_config.json is no token of its vocabulary"
             )
+    begin, end = surrounding_ids(spec)
     kept = {
         key: value for key, value in config.items() if key not in _RESOLVED and not key.endswith("_token")
     }

@@ -10,12 +10,6 @@ from lemur_jax.text.tokenizer import Tokenizer
 from tests.helpers.documents import write_byte_level
 
 TEXT = "def f(x):\n    return 10\n"
-FLAGS = [
-    {},
-    {"add_bos_token": True},
-    {"add_bos_token": False},
-    {"add_bos_token": True, "add_eos_token": True},
-]
 BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
 
 
@@ -28,48 +22,15 @@ def template(before, after):
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
 
 
-def post_processors(bos, eos):
-    llama_3 = {"type": "Sequence", "processors": [BYTES, template([bos], [])]}
-    roberta = {"type": "RobertaProcessing", "cls": bos, "sep": eos}
-    roberta |= {"trim_offsets": True, "add_prefix_space": False}
-    return {
-        "none": (None, [], []),
-        "GPT-2": (BYTES, [], []),
-        "Llama-3": (llama_3, [bos[1]], []),
-        "eos": (template([bos], [eos]), [bos[1]], [eos[1]]),
-        "RoBERTa": (roberta, [bos[1]], [eos[1]]),
-    }
-
-
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize("kind", post_processors(("", 0), ("", 0)))
-def test_the_post_processor_decides_where_there_is_one(byte_level_dir, tmp_path, kind, flags):
-    ours = Tokenizer.load(byte_level_dir)
-    bos, eos = ((ours.token(index), index) for index in (ours.bos_id, ours.eos_id))
-    processor, before, after = post_processors(bos, eos)[kind]
-    config = {"bos_token": bos[0], "eos_token": eos[0], **flags}
-    write_byte_level(byte_level_dir, tmp_path, config=config, post_processor=processor)
-    check(tmp_path, before, after)
-
-
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize("config", [{}, {"tokenizer_class": "LlamaTokenizer"}], ids=str)
-def test_flags_decide_for_a_sentencepiece_model(tokenizer_dir, tmp_path, config, flags):
-    (tmp_path / "tokenizer.model").write_bytes((tokenizer_dir / "tokenizer.model").read_bytes())
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | config | flags))
-    check(tmp_path, [1] * flags.get("add_bos_token", False), [2] * flags.get("add_eos_token", False))
-
-
-def check(path, before, after):
-    ours, theirs = Tokenizer.load(path), AutoTokenizer.from_pretrained(path)
-    assert (ours.begin_ids, ours.end_ids) == (before, after)
-    assert [*ours.encode_prompt(TEXT), *after] == theirs(TEXT)["input_ids"]
-    spelled = theirs.decode(before) + TEXT
-    assert ours.encode_prompt(spelled, control_tokens=True) == [
-        *before,
-        *ours.encode(TEXT, prefix=not before),
-    ]
+def test_ids_before_a_prompt_that_spells_them_are_not_repeated(byte_level_dir, tmp_path):
+    base = Tokenizer.load(byte_level_dir)
+    (begin, end), ids = base.special_names.values(), (base.bos_id, base.eos_id)
+    before = template([(begin, ids[0])], [(end, ids[1])])
+    config = {"bos_token": begin, "eos_token": end}
+    ours = write_byte_level(byte_level_dir, tmp_path, (), config, post_processor=before)
+    assert (ours.begin_ids, ours.end_ids) == ([ids[0]], [ids[1]])
+    theirs = AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"][:-1]
+    assert ours.encode_prompt(TEXT) == theirs == ours.encode_prompt(begin + TEXT, control_tokens=True)
 
 
 # Those of SmolLM2 and Qwen2, whose chat markers are bos and eos, or there is no bos; texts end in <|endoftext|>.

@@ -269,6 +269,10 @@ def test_mistakes_are_named(tokenizer, tmp_path):
     for added in ({"<a>": 5}, {"<a>": 900, "<b>": 900}):
         with pytest.raises(UserError, match="id"):
             load(tmp_path, files | {"added_tokens.json": json.dumps(added).encode()})
+    spec = json.loads(files["tokenizer.json"])
+    spec["model"]["vocab"] |= {"▁the": spec["model"]["vocab"]["▁a"], "▁a": spec["model"]["vocab"]["▁the"]}
+    with pytest.raises(UserError, match="tokenizer.model gives '▁(a|the)' the id .* remove the file"):
+        load(tmp_path, files | {"tokenizer.json": json.dumps(spec).encode()})
     config = json.loads(files["tokenizer_config.json"])
     wrong = {"tokenizer_config.json": json.dumps(config | {"bos_token": "<begin>"}).encode()}
     with pytest.raises(UserError, match="bos_token '<begin>'"):
@@ -355,6 +359,11 @@ def test_damaged_files_are_one_clear_line(tokenizer, tmp_path, file, content, hi
         ("tokenizer.json", b'{"added_tokens": []}', "Model missing"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"one": {"content": "<a>"}}}', "'one'"),
         ("tokenizer_config.json", b'{"tokenizer_class": "BertJapaneseTokenizer"}', "PreTrainedTokenizerFast"),
+        (
+            "tokenizer_config.json",
+            b'{"eos_token": "</s>", "split_special_tokens": true}',
+            "split_special_tokens",
+        ),
         ("added_tokens.json", b'{"<a>": null}', "its files give '<a>' the id None"),
     ],
 )

@@ -112,7 +112,10 @@ def add_tokens(spec, random_, begin, end, is_bytes):
         index = len(spec["model"]["vocab"]) + len(spec["added_tokens"]) - (0 if is_bytes else 3)
         spec["added_tokens"].append({"id": index, "content": name, **flags(random_, special)})
     level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
-    spec["post_processor"] = random_.choice([spec["post_processor"], None, level])
+    ids = spec["model"]["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
+    around = {"type": "RobertaProcessing", "cls": [begin, ids[begin]], "sep": [end, ids[end]]}
+    around |= {"trim_offsets": True, "add_prefix_space": False}
+    spec["post_processor"] = random_.choice([spec["post_processor"], None, level, around])
 
 
 def spelled(random_, token):
@@ -184,6 +187,7 @@ def compare(path):
             raise
         return False
     assert ours.eos_id == theirs.eos_token_id
+    assert ours.config["add_bos_token"] == (theirs("a")["input_ids"][0] == ours.bos_id)
     with_template = Tokenizer.from_files({**ours.files(), "chat_template.jinja": TEMPLATE.encode()})
     written = path / "written"
     written.mkdir()
@@ -226,3 +230,33 @@ def test_directories_are_read_as_transformers_reads_them_or_refused(vocabularies
 @pytest.mark.slow
 def test_500_directories(vocabularies, tmp_path_factory):
     assert check(range(40, 540), vocabularies, tmp_path_factory) > 250
+
+
+def test_tokens_that_a_class_adds_by_itself_get_no_id(vocabularies, tmp_path):
+    """CodeLlama-34b has 32,000 rows and no infilling tokens; transformers adds them with ids from 32,000 on."""
+    (tmp_path / "tokenizer.model").write_bytes(vocabularies[1])
+    names = {
+        "tokenizer_class": "CodeLlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.load(tmp_path)
+    assert theirs.get_vocab()["▁<PRE>"] == SIZE
+    assert (ours.vocab_size, ours.find("▁<PRE>"), "prefix_token" in ours.special_names) == (SIZE, None, False)
+    assert ours.encode("def f():") == theirs("def f():", add_special_tokens=False)["input_ids"]
+
+
+def test_one_of_several_templates(vocabularies, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocabularies[0]["ours"]))
+    templates = {"default": "A", "tool_use": "B"}
+    for known, expected in ((templates, "A"), ({"tool_use": "B"}, None)):
+        listed = [{"name": name, "template": source} for name, source in known.items()]
+        config = {"eos_token": "</s>", "chat_template": listed}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        if expected:
+            assert Tokenizer.load(tmp_path).chat_template == expected
+        else:
+            with pytest.raises(UserError, match="chat templates tool_use but none named default"):
+                Tokenizer.load(tmp_path)
