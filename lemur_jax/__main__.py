@@ -14,6 +14,8 @@ def main() -> int:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    # transformers reads tokenizers here, and would say each time that its models need torch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from lemur_jax.cli import main
 
     return main()
