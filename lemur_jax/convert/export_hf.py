@@ -40,7 +40,7 @@ from lemur_jax.convert.vocabulary import AS_IT_IS, Change
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import abstract_params
 from lemur_jax.text.chat_template import CHATML_TEMPLATE, stop_ids
-from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer, read_files
+from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 
 logger = logging.getLogger(__name__)
 MAX_SHARD_BYTES = 5e9  # per safetensors file; a larger tensor gets its own
@@ -218,12 +218,11 @@ def _write_files(
     # Last: without it the directory is no model.
     described = hf_config.to_hf(config, dtype=dtype, bos=bos, eos=eos, pad=pad)
     write_json(directory / "config.json", described)
-    name = "tokenizer_config.json"
-    if name in files and read_files(directory)[name] != files[name]:
+    if tokenizer is not None and Tokenizer.load(directory).digest != tokenizer.digest:
         logger.warning(
-            "AutoTokenizer takes the tokenizer class of a %s here, not that of %s: load this tokenizer with"
-            " PreTrainedTokenizerFast.from_pretrained",
-            *(described["model_type"], name),
+            "AutoTokenizer takes the tokenizer class of a %s here, not that of tokenizer_config.json: load this"
+            " tokenizer with PreTrainedTokenizerFast.from_pretrained",
+            described["model_type"],
         )
 
 

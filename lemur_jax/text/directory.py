@@ -44,8 +44,8 @@ _RESOLVED = (
     ),
     *("legacy", "sp_model_kwargs", "from_slow"),
 )
-# Where ways to split text differ.
-_PROBE = "  12 345\n\n    if x1 == 0.5:\r\n\treturn 'It's'  WE'RE e\u0301 \u212b 漢字 😀"
+# Where ways to split text differ, but for spaces in front of a text.
+_PROBE = "a  12 345\n\n    if x1 == 0.5:\r\n\treturn 'It's'  WE'RE e\u0301 \u212b 漢字 😀"
 
 
 def read_files(path: epath.PathLike) -> dict[str, bytes]:
@@ -151,7 +151,7 @@ def _resolve(files: Mapping[str, bytes], read: Mapping[str, Any], name: str) -> 
     model = files.get("tokenizer.model")
     return make_files(
         None if model is None or sentencepiece_model.is_tiktoken(model) else model,
-        tokenizer_json=json.dumps(spec, ensure_ascii=False).encode(),
+        tokenizer_json=spec,
         chat_template=_template(theirs.chat_template, name),
         config={**kept, **names, "add_bos_token": bool(begin), "add_eos_token": bool(end)},
     )
@@ -159,7 +159,7 @@ def _resolve(files: Mapping[str, bytes], read: Mapping[str, Any], name: str) -> 
 
 def _open(files: Mapping[str, bytes], name: str) -> tuple[Any, dict[str, Any]]:
     """The tokenizer of transformers, and its `tokenizer.json`."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     with tempfile.TemporaryDirectory() as directory:
         for file, data in files.items():
@@ -173,26 +173,23 @@ def _open(files: Mapping[str, bytes], name: str) -> tuple[Any, dict[str, Any]]:
                 f"{name}: transformers cannot read this tokenizer ({reason}); to take tokenizer.json as it is, set"
                 " tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json"
             ) from error
-    if "tokenizer.json" in files:
-        _warn_of_other_ids(files["tokenizer.json"], found, type(theirs).__name__, name)
+    if "tokenizer.json" in files and type(theirs) is not PreTrainedTokenizerFast:
+        _warn_of_other_ids(files["tokenizer.json"], theirs, name)
     return theirs, json.loads(found)
 
 
-def _warn_of_other_ids(written: bytes, resolved: str, kind: str, name: str) -> None:
+def _warn_of_other_ids(written: bytes, theirs: Any, name: str) -> None:
     import tokenizers
 
     try:
-        ids = [
-            tokenizers.Tokenizer.from_str(spec).encode(_PROBE, add_special_tokens=False).ids
-            for spec in (written.decode(), resolved)
-        ]
+        ids = tokenizers.Tokenizer.from_str(written.decode()).encode(_PROBE, add_special_tokens=False).ids
     except Exception:  # transformers has made something of a file that this library cannot read
         return
-    if ids[0] != ids[1]:
+    if ids != theirs.backend_tokenizer.encode(_PROBE, add_special_tokens=False).ids:
         logger.warning(
             "%s: transformers splits text for %s in its own way, and so does this program, not as tokenizer.json says;"
             " set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json to take that file as it is",
-            *(name, kind),
+            *(name, type(theirs).__name__),
         )
 
 

@@ -26,7 +26,7 @@ CHATML_TEMPLATE = r"""{%- for message in messages -%}
 def make_files(
     model: bytes | None,
     *,
-    tokenizer_json: bytes | None = None,
+    tokenizer_json: Mapping[str, Any] | None = None,
     added_tokens: Mapping[str, int] | None = None,
     chat_template: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -35,7 +35,7 @@ def make_files(
 
     Args:
       model: a SentencePiece BPE.
-      tokenizer_json: taken as it is; None: converted from `model`.
+      tokenizer_json: the content of that file, taken as it is; None: converted from `model`.
       added_tokens: control tokens outside the model, to their ids.
       chat_template: Jinja source; None: ChatML if its tokens are among the added ones.
       config: `tokenizer_config.json` of the tokenizer that this one was made from.
@@ -45,15 +45,14 @@ def make_files(
         chat_template = CHATML_TEMPLATE
     settings: dict[str, Any] = {}
     if tokenizer_json is not None:
-        spec = json.loads(tokenizer_json)
+        spec = dict(tokenizer_json)
     else:
         spec = convert(model or b"")
         settings |= spec.pop("names")
         settings |= {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     present = {token["content"] for token in spec["added_tokens"]}
-    spec["added_tokens"] += [
-        added_token(token, index) for token, index in added.items() if token not in present
-    ]
+    new = [added_token(token, index) for token, index in added.items() if token not in present]
+    spec["added_tokens"] = [*spec["added_tokens"], *new]
     if "<pad>" in added:
         settings["pad_token"] = "<pad>"
     settings |= {key: value for key, value in (config or {}).items() if value is not None}
@@ -68,7 +67,8 @@ def make_files(
     named = {key: settings[key] for key in kinds if key in settings}
     files = {
         "tokenizer.model": model,
-        "tokenizer.json": dump(spec),
+        # Without indents: Python's encoder for these takes seconds for a large vocabulary.
+        "tokenizer.json": json.dumps(spec, ensure_ascii=False).encode(),
         "tokenizer_config.json": dump(settings),
         "special_tokens_map.json": dump(named),
         "chat_template.jinja": None if chat_template is None else chat_template.encode(),

@@ -120,8 +120,7 @@ def _files(path: epath.PathLike, data: Mapping[str, Any], template: str | None) 
         made = _byte_level(data) if kind == "gpt2" else _without_prefix(data)
         bos = (names["bos_token"], data["bos_token_id"]) if add_bos else None
         made["post_processor"] = post_processor(bos) if bos else None
-        spec = json.dumps(made, ensure_ascii=False).encode()
-        files = make_files(None, tokenizer_json=spec, chat_template=template, config=config)
+        files = make_files(None, tokenizer_json=made, chat_template=template, config=config)
     stops = list(dict.fromkeys(data[key] for key in _STOPS if key in data))
     return {**files, "generation_config.json": json.dumps({"eos_token_id": stops}).encode()}
 

@@ -90,9 +90,11 @@ def revise(
     old = tokenizer.chat_template
     if old is not None and any(token in old for token in dropped):
         old = None
+    spec = json.loads(tokenizer.files()["tokenizer.json"])
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in dropped]
     made = make_files(
         tokenizer.sentencepiece,
-        tokenizer_json=_without(tokenizer.files()["tokenizer.json"], dropped),
+        tokenizer_json=spec,
         added_tokens=kept | {token: size + index for index, token in enumerate(new)},
         chat_template=chat_template or old,
         config={key: value for key, value in tokenizer.config.items() if not _names(key, value, dropped)},
@@ -100,12 +102,6 @@ def revise(
     if stops := [index for index in tokenizer.generation_stop_ids if index < keep]:
         made[GENERATION_CONFIG] = dump({"eos_token_id": stops})
     return made
-
-
-def _without(tokenizer_json: bytes, dropped: Collection[str]) -> bytes:
-    spec = json.loads(tokenizer_json)
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in dropped]
-    return dump(spec)
 
 
 def _names(key: str, value: Any, tokens: Collection[str]) -> bool:
