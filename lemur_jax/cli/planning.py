@@ -54,7 +54,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _plan(args) -> int:
     """0 if the config fits, or with --search if anything does; else 1."""
-    config = open_config(args, cpu=True)  # the slice is only described
+    config = open_config(args, cpu=True).with_counts()  # the slice is only described
     check_output_file("--json", args.json)
     check_output_file("--hlo", args.hlo)
     if args.hlo and args.mode != "train":
@@ -98,8 +98,10 @@ def _search(args, config) -> int:
 
     if args.mode != "train" or args.json or args.hlo:
         raise UserError("--search plans training into --output: leave out --mode, --json and --hlo")
-    if args.minutes <= 0 or args.processes < 1:
+    if not args.minutes > 0 or args.processes < 1:
         raise UserError("--minutes must be above 0 and --processes at least 1")
+    if "://" in args.output + args.cache:
+        raise UserError("--output and --cache must be directories of this machine")
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     found = search(

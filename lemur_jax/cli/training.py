@@ -170,7 +170,9 @@ def _rl(args) -> int:
 
 def _sweep(args) -> int:
     config = open_config(args)
-    ratios, merges = ([word for word in text.split(",") if word] for text in (args.ratios, args.merge))
+    ratios, merges = (
+        [word.strip() for word in text.split(",") if word.strip()] for text in (args.ratios, args.merge)
+    )
     from lemur_jax.sweep.runs import command, plan_runs, run_config
 
     runs = plan_runs(config, ratios, args.seeds, args.vary, args.sources)

@@ -11,6 +11,17 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, flatten, load
 
+# Keys on which the held-out figures of the base depend, with which those of all runs are compared.
+_OF_THE_BASE = (
+    "adapter.checkpoint",
+    "data.sequence_length",
+    "data.stores",
+    "eval.",
+    "init.",
+    "model.",
+    "tokenizer.",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepRun:
@@ -142,11 +153,16 @@ def _parse_varied(keys: Collection[str], text: str) -> list[tuple[str, str]]:
         raise UserError(
             f"cannot read --vary {text!r}: write a config key and values, e.g. train.steps=100,200"
         )
-    if key not in keys or key == "seed" or key.startswith("data.sources"):
-        taken = key.startswith(("seed", "data."))
-        why = "--seeds and --ratios are for that" if taken else "there is no such key"
+    why = ""
+    if key == "seed" or key.startswith("data.sources"):
+        why = "--seeds and --ratios are for that"
+    elif key not in keys:
+        why = "there is no such key"
+    elif key.startswith(_OF_THE_BASE):
+        why = "all runs of a sweep are compared with one base; make a sweep for each value"
+    if why:
         raise UserError(f"cannot vary config.{key}: {why}")
-    return [(key, value) for value in values.split(",")]
+    return [(key, value.strip()) for value in values.split(",")]
 
 
 def run_config(argument: str, overrides: Sequence[str], run: SweepRun) -> RunConfig:

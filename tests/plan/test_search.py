@@ -143,6 +143,8 @@ def test_a_second_run_reads_the_cache(first):
 
 def test_the_fragment_is_a_config_with_the_same_plan(first, base, tmp_path):
     found = first[2]
+    (tmp_path / "other/disk").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "other/disk")
     pareto.write(found, tmp_path / "out", f"{base}:2", ["--config.train.steps=20"], "title")
     loaded = load(str(tmp_path / "out" / "best.py"))
     assert loaded.train.steps == 20
@@ -156,6 +158,9 @@ def test_the_fragment_is_a_config_with_the_same_plan(first, base, tmp_path):
     assert len(written["trials"]) == 2
     page = (tmp_path / "out" / "pareto.html").read_text()
     assert page.count("<circle") == 4  # two dots, on a screen and on a phone
+    # Where nothing fits, the config of an earlier search is not left for the next command.
+    pareto.write(search.SearchResult(), tmp_path / "out", str(base), [], "title")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["search.json"]
 
 
 def test_the_verb(tpu_compiler, base, tmp_path, capsys):
@@ -176,6 +181,8 @@ def test_the_verb(tpu_compiler, base, tmp_path, capsys):
     for wrong, message in (
         ([*searching, "--json", "plan.json"], "leave out --mode, --json and --hlo"),
         ([*searching, "--minutes", "0"], "--minutes must be above 0"),
+        ([*searching, "--minutes", "nan"], "--minutes must be above 0"),
+        ([*searching, "--output", "gs://bucket/search"], "must be directories of this machine"),
         ([*verb, "--json", missing], "cannot be written: there is no directory"),
         ([*verb, "--hlo", missing], "cannot be written: there is no directory"),
     ):

@@ -63,6 +63,9 @@ def test_languages_of_one_corpus_are_a_part(project, monkeypatch):
         ({"sources": "code"}, "must name each of code, text once"),
         ({"varied": ["train.steps"]}, "cannot read --vary 'train.steps'"),
         ({"varied": ["train.step=1"]}, "cannot vary config.train.step: there is no such key"),
+        ({"varied": ["data.nothing=1"]}, "cannot vary config.data.nothing: there is no such key"),
+        ({"varied": ["init.checkpoint=a,b"]}, "cannot vary config.init.checkpoint: all runs .* one base"),
+        ({"varied": ["data.sequence_length=64,32"]}, "compared with one base"),
         ({"varied": ["seed=1,2"]}, "cannot vary config.seed: --seeds and --ratios"),
     ],
 )
@@ -79,8 +82,8 @@ def test_the_order_of_sources_must_be_known():
 
 def test_printed_commands_train_the_same_runs(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
-    words = "sweep --config config.py --workdir out --ratios 1:0,3:1 --seeds 2 --print --config.train.steps=9"
-    assert main(words.split()) == 0
+    words = "sweep --config config.py --workdir out --seeds 2 --print --config.train.steps=9"
+    assert main([*words.split(), "--ratios", "1:0, 3:1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     lemur, verb, flag, path, _, workdir, *overrides = shlex.split(lines[-1])
