@@ -54,7 +54,9 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _plan(args) -> int:
     """0 if the config fits, or with --search if anything does; else 1."""
-    config = open_config(args, cpu=True).with_counts()  # the slice is only described
+    config = open_config(args, cpu=True)  # the slice is only described
+    if "://" not in config.data.stores:  # a plan needs no network
+        config = config.with_counts()
     check_output_file("--json", args.json)
     check_output_file("--hlo", args.hlo)
     if args.hlo and args.mode != "train":

@@ -153,8 +153,14 @@ def test_rows_and_updates_that_follow_from_the_stores_are_planned(tmp_path, monk
         raise UserError(f"{config.train.batch_rows} rows, {config.train.steps} updates")
 
     monkeypatch.setattr("lemur_jax.plan.plan.plan", refuse)
-    assert main(["plan", "--config", str(tmp_path / "config.py"), "--topology", "v5e-1"]) == 2
-    assert capsys.readouterr().err == "lemur plan: 3 rows, 27 updates\n"
+    verb = ["plan", "--config", str(tmp_path / "config.py"), "--topology", "v5e-1"]
+    # A plan needs no network.
+    for more, planned in (
+        ([], "3 rows, 27 updates"),
+        (["--config.data.stores=gs://b/s"], "128 rows, 1000 updates"),
+    ):
+        assert main([*verb, *more]) == 2
+        assert capsys.readouterr().err == f"lemur plan: {planned}\n"
 
 
 @pytest.mark.slow
