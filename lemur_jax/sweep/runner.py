@@ -14,7 +14,6 @@ from lemur_jax.sweep import merging, pareto, results
 from lemur_jax.sweep.runs import SweepRun
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
-from lemur_jax.train.config import EvalConfig, InitConfig
 from lemur_jax.train.inputs import open_run_mixture
 from lemur_jax.train.loop import train
 from lemur_jax.train.workdir import claim, config_changes
@@ -39,7 +38,10 @@ def sweep(
     if jax.process_count() > 1:
         raise UserError("a sweep is for one process: print its runs with --print and launch each")
     for run, config in runs.items():  # refuses what the run would refuse at its start
-        _check_compared(config.init, config.eval)
+        if not config.init.checkpoint:
+            raise UserError("a sweep compares runs from one base: name it with --config.init.checkpoint")
+        if not config.eval.tasks:
+            raise UserError("a sweep compares held-out figures: name tasks in config.eval.tasks")
         if merges and config.adapter.rank:
             raise UserError(
                 f"{run.variant}: --merge is of whole models, and config.adapter.rank is {config.adapter.rank}: leave"
@@ -65,13 +67,6 @@ def sweep(
     for name, text in (written | pareto.result_files(found, command)).items():
         (epath.Path(workdir) / name).write_text(text)
     return found
-
-
-def _check_compared(init: InitConfig, held_out: EvalConfig) -> None:
-    if not init.checkpoint:
-        raise UserError("a sweep compares runs from one base: name it with --config.init.checkpoint")
-    if not held_out.tasks:
-        raise UserError("a sweep compares held-out figures: name tasks in config.eval.tasks")
 
 
 def building_once() -> Callable[..., step.Program]:
