@@ -33,7 +33,8 @@ def sweep(
     """Trains and scores what is missing, then writes `results.json` and what `pareto.result_files` makes.
 
     Each run of `plan_runs`, with its config, gets its own workdir below `workdir`; `command` is shown on the results.
-    Returns None after a SIGTERM. Raises UserError before the first step if any of the runs cannot be trained.
+    Returns None after a SIGTERM. Raises UserError before the first step if any of the runs cannot be trained, and after
+    the last one if one has failed.
     """
     if jax.process_count() > 1:
         raise UserError("a sweep is for one process: print its runs with --print and launch each")
@@ -52,15 +53,24 @@ def sweep(
             open_run_mixture(config.data, config.train, tokenizer, config.seed)
         except UserError as error:
             raise UserError(f"{run.variant}: {error}") from error
-    build = building_once()
+    build, failed = building_once(), []
     for number, (run, config) in enumerate(runs.items(), start=1):
         directory = run.directory(workdir)
         config_changes(config.to_json(), directory)  # refuses a run of another config
         claim(config.to_json(), directory)
         logger.info("run %d of %d: %s, seed %d", number, len(runs), run.variant, run.seed)
-        if train(config, directory, build=build):
-            logger.info("stopped; the same command continues from there")
-            return None
+        try:
+            if train(config, directory, build=build):
+                logger.info("stopped; the same command continues from there")
+                return None
+        except UserError as error:  # one that diverges does not keep the others from being trained
+            failed.append(f"{run.variant}, seed {run.seed}: {error}")
+            logger.error("%s", failed[-1])
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed, and results need all: call it again without their ratios or"
+            f" values. The first: {failed[0]}"
+        )
     merging.evaluate_all(merges, runs, workdir, build)
     found = results.read_results(runs, merges, workdir)
     written = {"results.json": json.dumps(results.to_json(found), indent=1) + "\n"}
