@@ -55,14 +55,14 @@ def add_verbs(verbs: Verbs) -> None:
 def _plan(args) -> int:
     """0 if the config fits, or with --search if anything does; else 1."""
     config = open_config(args, cpu=True)  # the slice is only described
-    if "://" not in config.data.stores:  # a plan needs no network
-        config = config.with_counts()
     check_output_file("--json", args.json)
     check_output_file("--hlo", args.hlo)
     if args.hlo and args.mode != "train":
         raise UserError("--hlo is for --mode train: leave it out")
-    if args.search:
+    if args.search:  # of a mesh: the rows of the counts are rounded for one that is known
         return _search(args, config)
+    if "://" not in config.data.stores:  # a plan needs no network
+        config = config.with_counts()
     made: Any
     if args.mode == "generate":
         from lemur_jax.plan.generate import format_generate_plan, plan_generate
