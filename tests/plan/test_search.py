@@ -120,6 +120,8 @@ def test_an_option_that_xla_does_not_know_ends_the_search(tpu_compiler, base, tm
             found = search.search(config, "v5e-4", minutes=1e-9, processes=1, cache=tmp_path)
     assert (found.compiled, found.best) == (1, None)
     assert "xla_tpu_nonsense" in found.trials[0].error
+    # A later search tries again: the option, or a package that was missing, may be known then.
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_what_xla_refuses_is_an_error_of_one_line(tmp_path):
@@ -128,7 +130,8 @@ def test_what_xla_refuses_is_an_error_of_one_line(tmp_path):
 
     search.write_plan(refused, tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text()) == {
-        "error": "FAILED_PRECONDITION: not on this platform"
+        "error": "FAILED_PRECONDITION: not on this platform",
+        "retry": False,
     }
 
 
