@@ -31,7 +31,17 @@ check_settings() {
   if [ -n "$SECRETS_FILE" ]; then
     [ -f "$SECRETS_FILE" ] || fail "SECRETS_FILE: there is no file $SECRETS_FILE"
     [ -z "$(find "$SECRETS_FILE" -perm /077)" ] || fail "others can read $SECRETS_FILE: chmod 600 it"
+    unix_lines "$SECRETS_FILE"
+    bash -eu "$SECRETS_FILE" &>/dev/null ||
+      fail "bash cannot read $SECRETS_FILE: write NAME=value lines, and NAME='value' where it has spaces or signs"
   fi
+  # Its "command not found" would be read as: there is no such slice.
+  [ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not installed"
+  case $verb in
+    watch | push)
+      git cat-file -e "HEAD:./${CONFIG%%:*}" 2>/dev/null || fail "CONFIG ${CONFIG%%:*} is not committed, so it is not pushed"
+      ;;
+  esac
   place=(--project="$PROJECT" --zone="$ZONE")
   if [ "$SLICES" -gt 1 ]; then
     nodes=()
@@ -116,9 +126,9 @@ delete() {
   local said
   if said=$(execute gcloud compute tpus queued-resources delete "$RUN" "${place[@]}" --force --quiet 2>&1); then
     echo "$said"
-  elif [[ $said != *NOT_FOUND* && $said != *"not found"* ]]; then
+  else
     echo "$said" >&2
-    return 1
+    [[ $said == *NOT_FOUND* || $said == *"not found"* ]]
   fi
 }
 

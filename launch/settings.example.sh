@@ -3,7 +3,7 @@
 
 # --- the run
 RUN=my-run                              # names everything that is made; lower case, digits, "-"
-CONFIG=configs/lemur_7b_pretrain.py     # committed: the code that is pushed is `git archive HEAD`
+CONFIG=configs/lemur_7b_pretrain.py     # or PATH:ARGUMENT; committed: the code that is pushed is `git archive HEAD`
 WORKDIR=                                # gs://BUCKET/...
 OVERRIDES=()                            # e.g. (--config.train.steps=1000)
 SMOKE=()                                # words of `lemur smoke`: (--checkpoint gs://... --mesh fsdp=8 --dtype bfloat16)
@@ -17,8 +17,8 @@ SLICES=1                                # > 1: joined by the data-centre network
 PROVISIONING=on-demand                  # on-demand, spot or reserved
 
 # --- TPU VMs (launch/pod.sh)
-# Secrets: a local file of NAME=value lines, mode 600. It is copied as a file, read by the run on the workers,
-# and never appears in an argument or a log. Empty: none.
+# Secrets: a local file of NAME=value lines, as bash reads them, mode 600. It is copied as a file, read by the run on
+# the workers, and never appears in an argument or a log. Empty: none.
 SECRETS_FILE=
 RUNTIME=                                # image, e.g. tpu-ubuntu2204-base or v2-alpha-tpuv6e
 CREATE_FLAGS=()                         # more flags of `gcloud compute tpus queued-resources create`

@@ -16,6 +16,7 @@ read_settings() {
       --settings)
         [ $# -gt 1 ] || fail "--settings needs a file"
         settings=$2
+        [ ! -f "$OLDPWD/$settings" ] || settings=$OLDPWD/$settings # the scripts have left the caller's directory
         shift
         ;;
       -h | --help)
@@ -32,22 +33,42 @@ read_settings() {
   done
   [ -n "$verb" ] || fail "no verb; see launch/$script --help"
   [ -f "$settings" ] || fail "there is no $settings: copy launch/settings.example.sh there and fill it in"
+  unix_lines "$settings"
   # shellcheck source=launch/settings.example.sh
   source launch/settings.example.sh # defaults of whatever the file leaves out
-  unset SMOKE                       # a string would become the first word of the array that is there
+  local name arrays=(OVERRIDES SMOKE ENVIRONMENT CREATE_FLAGS SSH_FLAGS XPK_FLAGS)
+  unset "${arrays[@]}" # a string would become the first word of the array that is there
   # shellcheck source=launch/settings.example.sh
   source "$settings"
-  declare -p SMOKE &>/dev/null || SMOKE=()
-  [[ $(declare -p SMOKE) == 'declare -a'* ]] || fail "SMOKE in $settings is one string: write SMOKE=(WORD WORD ...)"
-  [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail "SLICES is $SLICES in $settings: it must be a whole number, 1 or above"
+  for name in "${arrays[@]}"; do
+    declare -p "$name" &>/dev/null || eval "$name=()"
+    [[ $(declare -p "$name") == 'declare -a'* ]] || fail "$name in $settings is one string: write $name=(WORD WORD ...)"
+  done
+  check_values
 }
+
+check_values() {
+  local name pair
+  for name in SLICES RETRIES POLL_SECONDS SSH_SECONDS MAX_RESTARTS; do
+    [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "$name is ${!name} in $settings: it must be a whole number"
+  done
+  for name in SLICES RETRIES; do
+    [ "${!name}" -gt 0 ] || fail "$name is 0 in $settings: it must be 1 or above"
+  done
+  [[ $DELETE_WHEN_FINISHED =~ ^(yes|no)$ ]] || fail "DELETE_WHEN_FINISHED is $DELETE_WHEN_FINISHED: it must be yes or no"
+  for pair in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
+    [[ $pair =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "ENVIRONMENT in $settings has $pair: write NAME=value"
+  done
+}
+
+unix_lines() { ! grep -q $'\r' "$1" || fail "$1 has Windows line ends: save it with those of Unix"; }
 
 # require NAME...: refuses settings that are empty.
 require() {
   local name
   for name in "$@"; do [ -n "${!name}" ] || fail "$name is empty in $settings"; done
   [[ $RUN =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "RUN is $RUN: lower case letters, digits and - only"
-  [ -f "$CONFIG" ] || fail "CONFIG: there is no file $CONFIG"
+  [ -f "${CONFIG%%:*}" ] || fail "CONFIG: there is no file ${CONFIG%%:*}"
 }
 
 # execute COMMAND...: every command that touches the cloud goes through here.

@@ -10,7 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$HOME/.local/bin:$PATH"
 
-running() { [ -f run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null; }
+# After a restart of the machine another process may have the number.
+running() { [ -f run.pid ] && grep -qs -e lemur -e worker.sh "/proc/$(cat run.pid)/cmdline"; }
 
 load_environment() {
   export LEMUR_JOIN=1 # the environment of a plain TPU VM does not name the other hosts
@@ -19,7 +20,7 @@ load_environment() {
   # shellcheck source=/dev/null
   [ ! -f run.env ] || source run.env
   # shellcheck source=/dev/null
-  [ ! -f secrets.env ] || source secrets.env
+  [ ! -f secrets.env ] || source secrets.env 2>/dev/null # bash shows the words that it does not understand
   set +a
 }
 
@@ -41,9 +42,12 @@ case ${1:-} in
     ;;
   run)
     shift
+    exec >>run.log 2>&1
+    echo "== $(date -u +%FT%TZ) $(hostname)"
+    trap 'echo "bash cannot read run.env or secrets.env"; echo 2 >exit_status' EXIT
     load_environment
-    echo "== $(date -u +%FT%TZ) $(hostname)" >>run.log
-    lemur "$@" >>run.log 2>&1 &
+    trap - EXIT
+    lemur "$@" &
     echo $! >run.pid
     if wait $!; then status=0; else status=$?; fi
     rm -f run.pid

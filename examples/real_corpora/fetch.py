@@ -192,7 +192,9 @@ def main(directory: Path) -> None:
                 for file in (root / package).glob("usr/share/doc/*/copyright"):
                     shutil.copy(file, directory / f"licenses/{package}")
             lines = [json.dumps(document) for document in documents(root, corpus)]
-        target.write_text("\n".join(lines) + "\n")
+        part = target.with_suffix(".part")  # half a file would be taken for a finished one
+        part.write_text("\n".join(lines) + "\n")
+        part.rename(target)
         print(
             f"{target}: {len(lines):,} documents, {target.stat().st_size:,} bytes, {corpus.license}",
             flush=True,

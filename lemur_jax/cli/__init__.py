@@ -112,7 +112,7 @@ class _Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         default, text = options.get("default"), options.get("help") or ""
-        switch = default is None or default is False or default in ("", argparse.SUPPRESS)
+        switch = default is None or default is False or default in ("", [], argparse.SUPPRESS)
         if not switch and "default" not in text:
             options["help"] = f"{text} (default: %(default)s)"
         return super().add_argument(*names, **options)

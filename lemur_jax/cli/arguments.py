@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from lemur_jax.common.errors import UserError
@@ -69,10 +70,11 @@ def check_output_file(option: str, path: str) -> None:
         )
 
 
-def open_config(args: argparse.Namespace, *, cpu: bool = False):
+def open_config(args: argparse.Namespace, more: Sequence[str] = (), *, cpu: bool = False):
     """The config of `--config` and its overrides; a config file may import JAX, so the platform is settled before.
 
     Args:
+      more: further overrides.
       cpu: leave accelerators and other hosts alone, whatever is there.
     """
     from lemur_jax.cluster import hosts
@@ -82,7 +84,7 @@ def open_config(args: argparse.Namespace, *, cpu: bool = False):
         os.environ["JAX_PLATFORMS"] = "cpu"
     hosts.choose_platform(getattr(args, "virtual_devices", 0))
     with hosts.alone() if cpu else contextlib.nullcontext():
-        return load(args.config, args.overrides)
+        return load(args.config, [*args.overrides, *more])
 
 
 def start_jax(args: argparse.Namespace, *seconds: int) -> None:

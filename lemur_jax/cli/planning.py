@@ -59,8 +59,10 @@ def _plan(args) -> int:
     check_output_file("--hlo", args.hlo)
     if args.hlo and args.mode != "train":
         raise UserError("--hlo is for --mode train: leave it out")
-    if args.search:
+    if args.search:  # of a mesh: the rows of the counts are rounded for one that is known
         return _search(args, config)
+    if "://" not in config.data.stores:  # a plan needs no network
+        config = config.with_counts()
     made: Any
     if args.mode == "generate":
         from lemur_jax.plan.generate import format_generate_plan, plan_generate
@@ -98,8 +100,10 @@ def _search(args, config) -> int:
 
     if args.mode != "train" or args.json or args.hlo:
         raise UserError("--search plans training into --output: leave out --mode, --json and --hlo")
-    if args.minutes <= 0 or args.processes < 1:
+    if not args.minutes > 0 or args.processes < 1:
         raise UserError("--minutes must be above 0 and --processes at least 1")
+    if "://" in args.output + args.cache:
+        raise UserError("--output and --cache must be directories of this machine")
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     found = search(

@@ -1,6 +1,7 @@
 """Runs: `train`, `rl`, `sweep`, `doctor`, `checkpoints`, `report`."""
 
 import os
+import re
 
 from lemur_jax.cli.arguments import (
     Verbs,
@@ -11,6 +12,7 @@ from lemur_jax.cli.arguments import (
     open_config,
     start_jax,
 )
+from lemur_jax.common.errors import UserError
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -168,12 +170,27 @@ def _rl(args) -> int:
     return _status(stopped)
 
 
+def _varied(text: str) -> tuple[str, list[str]]:
+    """The key and the values of "key=value,value"; a comma in brackets is part of a value."""
+    key, _, rest = text.partition("=")
+    values = [value.strip() for value in re.split(r",(?![^(]*\))", rest)]
+    if not all(values):
+        raise UserError(
+            f"cannot read --vary {text!r}: write a config key and values, e.g. train.steps=100,200"
+        )
+    return key, values
+
+
 def _sweep(args) -> int:
-    config = open_config(args)
-    ratios, merges = ([word for word in text.split(",") if word] for text in (args.ratios, args.merge))
+    varied = list(map(_varied, args.vary))
+    # With the first of the varied values: the config's own need not be possible.
+    config = open_config(args, [f"--config.{key}={values[0]}" for key, values in varied])
+    ratios, merges = (
+        [word.strip() for word in text.split(",") if word.strip()] for text in (args.ratios, args.merge)
+    )
     from lemur_jax.sweep.runs import command, plan_runs, run_config
 
-    runs = plan_runs(config, ratios, args.seeds, args.vary, args.sources)
+    runs = plan_runs(config, ratios, args.seeds, varied, args.sources)
     if args.print:
         for run in runs:
             print(command(args.config, args.overrides, run, args.workdir))

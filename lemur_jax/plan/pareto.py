@@ -80,7 +80,7 @@ def config_text(best: Trial, base: str, overrides: Sequence[str], directory: pat
       overrides: `--config.a.b=value` options of the search.
     """
     path, colon, argument = base.partition(":")
-    beside = os.path.relpath(path, directory)
+    beside = os.path.relpath(path, os.path.realpath(directory))
     values = "\n".join(f"    config.{name} = {value!r}" for name, value in best.changes.items())
     made = best.plan
     versions = f"jax {made.versions['jax']} and libtpu {made.versions['libtpu']}"
@@ -94,7 +94,7 @@ import os
 
 from lemur_jax.config import load_config_dict
 
-BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), {beside!r})
+BASE = os.path.join(os.path.dirname(os.path.realpath(__file__)), {beside!r})
 OVERRIDES: list[str] = {list(overrides)!r}
 
 
@@ -108,8 +108,10 @@ def get_config(arg: str = ""):
 def write(
     found: SearchResult, directory: pathlib.Path, base: str, overrides: Sequence[str], title: str
 ) -> None:
-    """Writes `search.json`, and if something fits `pareto.html` and `best.py`."""
+    """Writes `search.json`, and if something fits `pareto.html` and `best.py`; those of an earlier search go."""
     directory.mkdir(parents=True, exist_ok=True)
+    for name in ("pareto.html", "best.py"):
+        (directory / name).unlink(missing_ok=True)
     trials = [
         {"changes": each.changes, "error": each.error, "plan": each.plan and dataclasses.asdict(each.plan)}
         for each in found.trials

@@ -179,6 +179,8 @@ def _finish(
     facts: dict[str, Any] = {"error": f"the compilation ended with exit code {exit_code}"}
     if path.exists():
         facts = json.loads(path.read_text())
+    if facts.get("retry"):
+        path.unlink()
     if "error" in facts:
         trial = Trial(changes=candidate.changes, bound=candidate.bound, error=facts["error"])
         outcome = f"refused         {facts['error']}: "
@@ -238,11 +240,14 @@ class Queue:
 
 
 def write_plan(make: Callable[[], Plan], path: pathlib.Path) -> None:
-    """Makes a plan and writes its JSON, or the error, to `path`, whole or not at all."""
+    """Makes a plan and writes its JSON, or the error, to `path`, whole or not at all.
+
+    What the user can mend, such as a package that is missing, is tried again by the next search.
+    """
     try:
         text = make().to_json()
     except (UserError, jax.errors.JaxRuntimeError) as error:
-        text = json.dumps({"error": str(error).partition("\n")[0]})
+        text = json.dumps({"error": str(error).partition("\n")[0], "retry": isinstance(error, UserError)})
     part = path.with_suffix(".part")
     part.write_text(text)
     part.rename(path)

@@ -72,8 +72,11 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
       UserError: as `plan.plan`, or the prompt leaves no room.
     """
     length, turns = config.data.sequence_length, config.rl.max_turns
-    if not 0 < prompt_length < length:
-        raise UserError(f"--prompt-length {prompt_length} must be below config.data.sequence_length {length}")
+    if not 0 < prompt_length <= length - turns:
+        raise UserError(
+            f"--prompt-length {prompt_length} must leave a token for each of config.rl.max_turns {turns} turns in"
+            f" config.data.sequence_length {length}"
+        )
     if config.adapter.rank:
         raise UserError("--mode rl plans runs without an adapter: set config.adapter.rank to 0")
     tpu = find_slice(topology, slices)

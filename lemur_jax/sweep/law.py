@@ -212,7 +212,7 @@ def best_rows(laws: Laws, weights: Sequence[float] = WEIGHTS) -> list[list[str]]
     rows = [[f"weight of {laws.first}", "best share, predicted", "as a ratio", "best of the trained"]]
     for weight in weights:
         share = laws.best_share(weight)
-        ratio = f"{share / (1 - share):.2g}:1" if share < 1 else "1:0"
+        ratio = f"{float(f'{share / (1 - share):.2g}'):g}:1" if share < 1 else "1:0"
         rows.append([f"{weight:g}", f"{share:.1%}", ratio, laws.best_measured(weight)])
     return rows
 

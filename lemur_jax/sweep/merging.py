@@ -81,7 +81,7 @@ def plan_merges(merges: Sequence[str], runs: Sequence[SweepRun]) -> list[Merge]:
                 f"--merge {text} adds up runs of one part of the data each: sweep two such ratios, e.g. 1:0,0:1"
             )
         found += [Merge(kind=kind, weight=weight, parts=group) for group in groups]
-    return found
+    return list(dict.fromkeys(found))  # one that is named twice would count as more seeds
 
 
 def _parse(text: str) -> tuple[str, float]:

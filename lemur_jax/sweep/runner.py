@@ -14,7 +14,6 @@ from lemur_jax.sweep import merging, pareto, results
 from lemur_jax.sweep.runs import SweepRun
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
-from lemur_jax.train.config import EvalConfig, InitConfig
 from lemur_jax.train.inputs import open_run_mixture
 from lemur_jax.train.loop import train
 from lemur_jax.train.workdir import claim, config_changes
@@ -34,12 +33,16 @@ def sweep(
     """Trains and scores what is missing, then writes `results.json` and what `pareto.result_files` makes.
 
     Each run of `plan_runs`, with its config, gets its own workdir below `workdir`; `command` is shown on the results.
-    Returns None after a SIGTERM. Raises UserError before the first step if any of the runs cannot be trained.
+    Returns None after a SIGTERM. Raises UserError before the first step if any of the runs cannot be trained, and after
+    the last one if one has failed.
     """
     if jax.process_count() > 1:
         raise UserError("a sweep is for one process: print its runs with --print and launch each")
     for run, config in runs.items():  # refuses what the run would refuse at its start
-        _check_compared(config.init, config.eval)
+        if not config.init.checkpoint:
+            raise UserError("a sweep compares runs from one base: name it with --config.init.checkpoint")
+        if not config.eval.tasks:
+            raise UserError("a sweep compares held-out figures: name tasks in config.eval.tasks")
         if merges and config.adapter.rank:
             raise UserError(
                 f"{run.variant}: --merge is of whole models, and config.adapter.rank is {config.adapter.rank}: leave"
@@ -50,28 +53,30 @@ def sweep(
             open_run_mixture(config.data, config.train, tokenizer, config.seed)
         except UserError as error:
             raise UserError(f"{run.variant}: {error}") from error
-    build = building_once()
+    build, failed = building_once(), []
     for number, (run, config) in enumerate(runs.items(), start=1):
         directory = run.directory(workdir)
         config_changes(config.to_json(), directory)  # refuses a run of another config
         claim(config.to_json(), directory)
         logger.info("run %d of %d: %s, seed %d", number, len(runs), run.variant, run.seed)
-        if train(config, directory, build=build):
-            logger.info("stopped; the same command continues from there")
-            return None
+        try:
+            if train(config, directory, build=build):
+                logger.info("stopped; the same command continues from there")
+                return None
+        except UserError as error:  # one that diverges does not keep the others from being trained
+            failed.append(f"{run.variant}, seed {run.seed}: {error}")
+            logger.error("%s", failed[-1])
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed, and results need all: call it again without their ratios or"
+            f" values. The first: {failed[0]}"
+        )
     merging.evaluate_all(merges, runs, workdir, build)
     found = results.read_results(runs, merges, workdir)
     written = {"results.json": json.dumps(results.to_json(found), indent=1) + "\n"}
     for name, text in (written | pareto.result_files(found, command)).items():
         (epath.Path(workdir) / name).write_text(text)
     return found
-
-
-def _check_compared(init: InitConfig, held_out: EvalConfig) -> None:
-    if not init.checkpoint:
-        raise UserError("a sweep compares runs from one base: name it with --config.init.checkpoint")
-    if not held_out.tasks:
-        raise UserError("a sweep compares held-out figures: name tasks in config.eval.tasks")
 
 
 def building_once() -> Callable[..., step.Program]:

@@ -4,12 +4,23 @@ import dataclasses
 import itertools
 import math
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import RunConfig, flatten, load
+from lemur_jax.config import RunConfig, load
+
+# Keys on which the held-out figures of the base depend, with which those of all runs are compared.
+_OF_THE_BASE = (
+    "adapter.checkpoint",
+    "data.sequence_length",
+    "data.stores",
+    "eval.",
+    "init.",
+    "model.",
+    "tokenizer.",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,16 +88,20 @@ def source_parts(have: Iterable[str], tasks: Sequence[str], sources: str = "") -
 
 
 def plan_runs(
-    config: RunConfig, ratios: Sequence[str], seeds: int, varied: Sequence[str] = (), sources: str = ""
+    config: RunConfig,
+    ratios: Sequence[str],
+    seeds: int,
+    varied: Sequence[tuple[str, Sequence[str]]] = (),
+    sources: str = "",
 ) -> list[SweepRun]:
     """All runs, those of one variant together, seeds counted from that of `config`.
 
     Args:
       ratios: like "10:1"; none: the config's own shares.
-      varied: "key=value,value" for every other key that is varied.
+      varied: every other key that is varied, with its values.
       sources: what the parts of a ratio are, see `source_parts`.
 
-    Raises UserError for a ratio that does not fit the sources, no seeds, an unknown key, or the same run twice.
+    Raises UserError for a ratio that does not fit the sources, no seeds, a key of the base, or the same run twice.
     """
     if config.data.mixture:
         raise UserError(
@@ -107,7 +122,8 @@ def plan_runs(
             raise UserError(
                 f"the ratio {ratio!r} has {len(parse_ratio(ratio))} parts, the sources have {len(parts)}: {named}"
             )
-    axes = [_parse_varied(flatten(config.to_json()), text) for text in varied]
+    _check_varied([key for key, _ in varied])
+    axes = [[(key, value) for value in values] for key, values in varied]
     runs = []
     for ratio, settings in itertools.product(ratios, itertools.product(*axes)):
         overrides = [
@@ -135,18 +151,17 @@ def _divided(total: float, part: Sequence[str], shares: Mapping[str, float]) -> 
     return {name: total * shares[name] / own if own else total / len(part) for name in part}
 
 
-def _parse_varied(keys: Collection[str], text: str) -> list[tuple[str, str]]:
-    """[(key, value)] of "key=value,value"."""
-    key, equals, values = text.partition("=")
-    if not equals or not all(values.split(",")):
-        raise UserError(
-            f"cannot read --vary {text!r}: write a config key and values, e.g. train.steps=100,200"
-        )
-    if key not in keys or key == "seed" or key.startswith("data.sources"):
-        taken = key.startswith(("seed", "data."))
-        why = "--seeds and --ratios are for that" if taken else "there is no such key"
-        raise UserError(f"cannot vary config.{key}: {why}")
-    return [(key, value) for value in values.split(",")]
+def _check_varied(keys: Sequence[str]) -> None:
+    for key in keys:
+        why = ""
+        if keys.count(key) > 1:
+            why = "name all its values in one --vary"
+        elif key == "seed" or key.startswith("data.sources"):
+            why = "--seeds and --ratios are for that"
+        elif key.startswith(_OF_THE_BASE):
+            why = "all runs are compared with one base; make a sweep for each value"
+        if why:
+            raise UserError(f"cannot vary config.{key}: {why}")
 
 
 def run_config(argument: str, overrides: Sequence[str], run: SweepRun) -> RunConfig:

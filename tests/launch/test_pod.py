@@ -336,6 +336,14 @@ def test_secrets_go_as_a_file_that_others_cannot_read(pod):
         ("SLICES=0", "SLICES is 0"),
         ("SLICES=", "SLICES is  in"),
         ("SMOKE='--checkpoint gs://bucket/run --mesh fsdp=8'", "SMOKE in"),
+        ("OVERRIDES='--config.train.steps=9 --config.seed=3'", "OVERRIDES in"),
+        ("ENVIRONMENT='A=1 B=2'", "ENVIRONMENT in"),
+        ("ENVIRONMENT=(A_FLAG)", "has A_FLAG: write NAME=value"),
+        ("ENVIRONMENT=('A FLAG=1')", "has A FLAG=1: write NAME=value"),
+        ("DELETE_WHEN_FINISHED=true", "DELETE_WHEN_FINISHED is true: it must be yes or no"),
+        ("RETRIES=0", "RETRIES is 0"),
+        ("POLL_SECONDS=1m", "POLL_SECONDS is 1m"),
+        ("PROJECT=some-project\r", "has Windows line ends"),
     ],
 )
 def test_mistakes_in_the_settings(pod, change, expected):
@@ -344,6 +352,56 @@ def test_mistakes_in_the_settings(pod, change, expected):
     assert (done.returncode, pod.calls()) == (2, [])
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line", ["TOKEN=two words", "TOKEN = spaced", "TOKEN=it's", "TOKEN=a$b", "TOKEN=x\r"]
+)
+def test_secrets_that_the_workers_could_not_read_are_refused_here(pod, line):
+    secrets = pod.home / "secrets.env"
+    secrets.write_text(f"{line}\n")
+    secrets.chmod(0o600)
+    pod.settings(SETTINGS + f"SECRETS_FILE={secrets}\n")
+    done = pod("push")
+    assert (done.returncode, pod.calls()) == (2, [])
+    assert str(secrets) in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "words" not in done.stderr
+
+
+def test_a_config_with_an_argument_and_one_that_is_not_committed(pod):
+    pod.settings(SETTINGS + "CONFIG=configs/long_context.py:128k\n")
+    assert "--config configs/long_context.py:128k --workdir" in pod("start", "--dry-run").stdout.replace(
+        "\\", ""
+    )
+    config = pod.home / "mine.py"
+    config.write_text("")
+    pod.settings(SETTINGS + f"CONFIG={os.path.relpath(config, ROOT)}\n")
+    for verb in ("watch", "push"):
+        done = pod(verb)
+        assert (done.returncode, pod.calls()) == (2, [])
+        assert "mine.py is not committed" in done.stderr
+    assert pod("delete").returncode == 0
+
+
+def test_settings_are_looked_for_where_the_caller_is(pod):
+    words = ["bash", str(ROOT / "launch/pod.sh"), "start", "--dry-run", "--settings", "settings.sh"]
+    done = subprocess.run(words, cwd=pod.home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "gcloud compute tpus tpu-vm ssh test-run" in done.stdout
+
+
+def test_a_delete_that_deletes_nothing_says_so(pod):
+    done = pod("delete", rules=[{"when": "delete", "out": "NOT_FOUND: project some-projekt", "code": 1}])
+    assert done.returncode == 0
+    assert "some-projekt" in done.stderr
+    words = ["/bin/bash", "launch/pod.sh", "delete", "--settings", str(pod.home / "settings.sh")]
+    tools = pod.home / "tools"  # what the script needs before it looks for gcloud
+    tools.mkdir()
+    for name in ("dirname", "grep"):
+        os.symlink(shutil.which(name), tools / name)
+    done = subprocess.run(words, cwd=ROOT, env={"PATH": str(tools)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "pod.sh: gcloud is not installed\n")
 
 
 def test_unknown_verb_and_missing_settings(pod):

@@ -42,6 +42,27 @@ def test_worker_says_how_the_run_is(worker):
     assert worker("status").stdout == "137\n"
 
 
+def test_an_environment_that_cannot_be_read_is_an_error_of_the_run_and_no_new_start(worker):
+    worker.install("echo never")
+    (worker.home / "secrets.env").write_text("TOKEN=hunter two\n")
+    assert worker("run", "train").returncode != 0
+    assert worker("status").stdout == "2\n"
+    log = (worker.home / "run.log").read_text()
+    assert "bash cannot read run.env or secrets.env" in log
+    assert "never" not in log
+    assert "two" not in log
+
+
+def test_another_process_with_the_number_of_the_run_is_not_the_run(worker):
+    worker.install("")
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (worker.home / "run.pid").write_text(str(other.pid))
+        assert worker("status").stdout == "137\n"
+        assert worker("stop").returncode == 0
+        assert other.poll() is None
+        other.kill()
+
+
 @pytest.mark.parametrize("verb", ["smoke", "doctor"])
 def test_worker_says_how_what_looked_has_ended(worker, verb):
     worker.install('echo "$@ $A_FLAG $LEMUR_JOIN"; exit 2')

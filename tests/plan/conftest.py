@@ -12,7 +12,7 @@ from lemur_jax.plan.plan import plan
 @pytest.fixture(scope="session")
 def tpu_compiler():
     """Skips a test where the TPU compiler is not installed."""
-    pytest.importorskip("libtpu", reason='the TPU compiler is missing: pip install "lemur_jax[plan]"')
+    pytest.importorskip("libtpu", reason="the TPU compiler is missing: python -m pip install libtpu")
 
 
 @pytest.fixture(scope="session")

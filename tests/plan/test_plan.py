@@ -134,6 +134,35 @@ def test_wrong_options(tpu_compiler, narrow, changes, message):
         plan(narrow(changes), "v4-16")
 
 
+def test_rows_and_updates_that_follow_from_the_stores_are_planned(tmp_path, monkeypatch, capsys):
+    """As `lemur train` works them out: 2 epochs of 40 rows of 4 documents, 12 documents an update."""
+    counts = {"chat": {"packing": "fit", "documents": 160, "rows": 40, "tokens": 4000}}
+    (tmp_path / "counts-128.json").write_text(json.dumps(counts))
+    (tmp_path / "config.py").write_text(
+        "from lemur_jax.config import default_config\n"
+        "from lemur_jax.models.presets import preset\n"
+        "def get_config():\n"
+        "    config = default_config(preset('tiny'))\n"
+        f"    config.data.stores, config.data.sequence_length = {str(tmp_path)!r}, 128\n"
+        "    config.data.sources = {'chat': {'epochs': 2.0, 'packing': 'fit'}}\n"
+        "    config.train.batch_documents = 12\n"
+        "    return config\n"
+    )
+
+    def refuse(config, *_, **__):
+        raise UserError(f"{config.train.batch_rows} rows, {config.train.steps} updates")
+
+    monkeypatch.setattr("lemur_jax.plan.plan.plan", refuse)
+    verb = ["plan", "--config", str(tmp_path / "config.py"), "--topology", "v5e-1"]
+    # A plan needs no network.
+    for more, planned in (
+        ([], "3 rows, 27 updates"),
+        (["--config.data.stores=gs://b/s"], "128 rows, 1000 updates"),
+    ):
+        assert main([*verb, *more]) == 2
+        assert capsys.readouterr().err == f"lemur plan: {planned}\n"
+
+
 @pytest.mark.slow
 def test_gradients_travel_in_the_dtype_of_the_config(tpu_compiler, narrow, tmp_path):
     """As in `test_an_update_on_v4`, with 4 bytes for each weight of the layers."""

@@ -37,7 +37,10 @@ def test_trainer_and_engine_together(tpu_compiler, narrow):
 
 @pytest.mark.parametrize(
     ("changes", "length", "message"),
-    [({}, 512, "--prompt-length 512 must be below"), ({"adapter.rank": 2}, 128, "config.adapter.rank to 0")],
+    [
+        ({}, 511, "--prompt-length 511 must leave a token for each"),
+        ({"adapter.rank": 2}, 128, "config.adapter.rank to 0"),
+    ],
 )
 def test_plans_that_cannot_be_made(narrow, changes, length, message):
     options = narrow(CHANGES | changes | ({"init.checkpoint": "base"} if changes else {}))

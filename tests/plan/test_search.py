@@ -120,6 +120,8 @@ def test_an_option_that_xla_does_not_know_ends_the_search(tpu_compiler, base, tm
             found = search.search(config, "v5e-4", minutes=1e-9, processes=1, cache=tmp_path)
     assert (found.compiled, found.best) == (1, None)
     assert "xla_tpu_nonsense" in found.trials[0].error
+    # A later search tries again: the option, or a package that was missing, may be known then.
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_what_xla_refuses_is_an_error_of_one_line(tmp_path):
@@ -128,7 +130,8 @@ def test_what_xla_refuses_is_an_error_of_one_line(tmp_path):
 
     search.write_plan(refused, tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text()) == {
-        "error": "FAILED_PRECONDITION: not on this platform"
+        "error": "FAILED_PRECONDITION: not on this platform",
+        "retry": False,
     }
 
 
@@ -143,6 +146,8 @@ def test_a_second_run_reads_the_cache(first):
 
 def test_the_fragment_is_a_config_with_the_same_plan(first, base, tmp_path):
     found = first[2]
+    (tmp_path / "other/disk").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "other/disk")
     pareto.write(found, tmp_path / "out", f"{base}:2", ["--config.train.steps=20"], "title")
     loaded = load(str(tmp_path / "out" / "best.py"))
     assert loaded.train.steps == 20
@@ -156,6 +161,9 @@ def test_the_fragment_is_a_config_with_the_same_plan(first, base, tmp_path):
     assert len(written["trials"]) == 2
     page = (tmp_path / "out" / "pareto.html").read_text()
     assert page.count("<circle") == 4  # two dots, on a screen and on a phone
+    # Where nothing fits, the config of an earlier search is not left for the next command.
+    pareto.write(search.SearchResult(), tmp_path / "out", str(base), [], "title")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["search.json"]
 
 
 def test_the_verb(tpu_compiler, base, tmp_path, capsys):
@@ -176,6 +184,8 @@ def test_the_verb(tpu_compiler, base, tmp_path, capsys):
     for wrong, message in (
         ([*searching, "--json", "plan.json"], "leave out --mode, --json and --hlo"),
         ([*searching, "--minutes", "0"], "--minutes must be above 0"),
+        ([*searching, "--minutes", "nan"], "--minutes must be above 0"),
+        ([*searching, "--output", "gs://bucket/search"], "must be directories of this machine"),
         ([*verb, "--json", missing], "cannot be written: there is no directory"),
         ([*verb, "--hlo", missing], "cannot be written: there is no directory"),
     ):

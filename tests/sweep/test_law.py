@@ -55,6 +55,13 @@ def test_a_law_is_found_again():
     assert found.best_measured(0.5) == "1:1"
 
 
+@pytest.mark.parametrize(("share", "ratio"), [(0.0, "0:1"), (0.25, "0.33:1"), (0.995, "200:1"), (1.0, "1:0")])
+def test_the_best_share_is_a_ratio_as_it_is_typed(monkeypatch, share, ratio):
+    monkeypatch.setattr(law.Laws, "best_share", lambda *_: share)
+    found = fit_laws({"text": 1.5, "code": 2.0}, made_up(), "code")
+    assert law.best_rows(found, [0.5])[1][2] == ratio
+
+
 def test_it_needs_two_parts_and_four_ratios():
     base = {"code": 2.0, "text": 1.5}
     assert fit_laws(base, made_up(RATIOS[:3]), "code") is None

@@ -30,7 +30,7 @@ def test_weights(weight):
 
 def test_which_runs_are_merged():
     runs = plan_runs(config_of(), ["1:0", "10:1", "0:1"], 2)
-    merges = plan_merges(["linear:0.5", "arithmetic:0.4"], runs)
+    merges = plan_merges(["linear:0.5", "arithmetic:0.4", "linear:.50"], runs)
     linear = [merge for merge in merges if merge.kind == "linear"]
     assert [merge.parts[0].name for merge in linear] == [run.name for run in runs]
     arithmetic = [merge for merge in merges if merge.kind == "arithmetic"]

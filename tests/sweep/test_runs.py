@@ -17,7 +17,7 @@ def shares_of(run):
 
 
 def test_every_ratio_setting_and_seed():
-    varied = ["optimizer.learning_rate=1e-3,3e-3", "optimizer.warmup_steps=0,10"]
+    varied = [("optimizer.learning_rate", ["1e-3", "3e-3"]), ("optimizer.warmup_steps", ["0", "10"])]
     runs = plan_runs(config_of(), ["1:0", "10:1"], 3, varied)
     assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 2 * 3
     assert [run.seed for run in runs[:4]] == [42, 43, 44, 42]
@@ -61,9 +61,13 @@ def test_languages_of_one_corpus_are_a_part(project, monkeypatch):
         ({"ratios": ["1:1", "1:1"]}, "a run twice"),
         ({"seeds": 0}, "--seeds is 0"),
         ({"sources": "code"}, "must name each of code, text once"),
-        ({"varied": ["train.steps"]}, "cannot read --vary 'train.steps'"),
-        ({"varied": ["train.step=1"]}, "cannot vary config.train.step: there is no such key"),
-        ({"varied": ["seed=1,2"]}, "cannot vary config.seed: --seeds and --ratios"),
+        (
+            {"varied": [("init.checkpoint", ["a", "b"])]},
+            "cannot vary config.init.checkpoint: all runs .* one base",
+        ),
+        ({"varied": [("data.sequence_length", ["64", "32"])]}, "compared with one base"),
+        ({"varied": [("train.steps", ["1"]), ("train.steps", ["2"])]}, "name all its values in one --vary"),
+        ({"varied": [("seed", ["1", "2"])]}, "cannot vary config.seed: --seeds and --ratios"),
     ],
 )
 def test_bad_input(changes, message):
@@ -79,8 +83,8 @@ def test_the_order_of_sources_must_be_known():
 
 def test_printed_commands_train_the_same_runs(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
-    words = "sweep --config config.py --workdir out --ratios 1:0,3:1 --seeds 2 --print --config.train.steps=9"
-    assert main(words.split()) == 0
+    words = "sweep --config config.py --workdir out --seeds 2 --print --config.train.steps=9"
+    assert main([*words.split(), "--ratios", "1:0, 3:1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     lemur, verb, flag, path, _, workdir, *overrides = shlex.split(lines[-1])
@@ -88,6 +92,29 @@ def test_printed_commands_train_the_same_runs(project, monkeypatch, capsys):
     config = load(path, overrides)
     assert (config.seed, config.train.steps) == (43, 9)
     assert (config.data.sources["code"].share, config.data.sources["text"].share) == (3.0, 1.0)
+
+
+def test_the_first_varied_value_takes_the_place_of_the_configs_own(project, monkeypatch, capsys):
+    """A warmup of 10 updates is refused for the 6 of the config."""
+    monkeypatch.chdir(project)
+    words = "sweep --config config.py --workdir out --ratios 1:1 --seeds 1 --print"
+    words += " --config.optimizer.warmup_steps=10 --vary"
+    assert main([*words.split(), "train.steps=12,14"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("--config.train.steps=")[2].split()[0] for line in lines] == ["12", "14"]
+    for wrong in ("train.steps", "train.steps=", "train.steps=12,,14"):
+        assert main([*words.split(), wrong]) == 2
+        assert f"cannot read --vary '{wrong}'" in capsys.readouterr().err
+    assert main([*words.split(), "train.step=12,14"]) == 2
+    assert "unknown config key train.step" in capsys.readouterr().err
+
+
+def test_a_comma_in_brackets_does_not_end_a_value(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    words = "sweep --config config.py --workdir out --ratios 1:1 --seeds 1 --print --vary"
+    assert main([*words.split(), "compute.attention_blocks=(0,512), (1024,0)"]) == 0
+    printed = [shlex.split(line)[-2] for line in capsys.readouterr().out.splitlines()]
+    assert printed == [f"--config.compute.attention_blocks={value}" for value in ("(0,512)", "(1024,0)")]
 
 
 def test_sources_with_epochs_have_no_shares_to_vary():

@@ -98,6 +98,20 @@ def test_a_sigterm_ends_the_sweep_and_not_the_run_alone(project, monkeypatch, ca
     assert not (project / "stopped/results.json").exists()
 
 
+def test_a_run_that_diverges_does_not_keep_the_others_from_being_trained(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    words = "sweep --config config.py --workdir rates --ratios 1:1 --seeds 1"
+    words += " --config.optimizer.final_learning_rate=1e-3 --vary"
+    assert main([*words.split(), "optimizer.learning_rate=1e30,1e-2"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "1 of 2 runs failed" in said
+    assert "1:1, learning_rate 1e30, seed 42: step 2: " in said
+    last = read_metrics(project / "rates/runs/1-1_optimizer.learning_rate-1e-2_seed-42")[-1]
+    assert (last["step"], (project / "rates/results.json").exists()) == (6, False)
+    assert main([*words.split(), "optimizer.learning_rate=1e-2"]) == 0
+    assert (project / "rates/results.json").exists()
+
+
 def test_with_one_group_no_plot_is_named(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
     for base, plot in (({"code": 1.0}, ""), ({"code": 1.0, "text": 1.0}, "pareto.svg, ")):
