@@ -24,10 +24,7 @@ case $verb in
   start | doctor)
     command=(lemur "${verb/start/train}" --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
     ;;
-  smoke)
-    [ ${#SMOKE[@]} -gt 0 ] || fail "SMOKE is empty in $settings: name a checkpoint and a mesh, as for lemur smoke"
-    command=(lemur smoke "${SMOKE[@]}")
-    ;;
+  smoke) require_smoke && command=(lemur smoke "${SMOKE[@]}") ;;
 esac
 [ "$verb" = start ] || name=$RUN-$verb restarts=0
 

@@ -37,20 +37,12 @@ check_settings() {
   fi
   # Its "command not found" would be read as: there is no such slice.
   [ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not installed"
-  case $verb in
-    watch | push)
-      git cat-file -e "HEAD:./${CONFIG%%:*}" 2>/dev/null || fail "CONFIG ${CONFIG%%:*} is not committed, so it is not pushed"
-      ;;
-  esac
-  place=(--project="$PROJECT" --zone="$ZONE")
+  [[ $verb != watch && $verb != push ]] || git cat-file -e "HEAD:./${CONFIG%%:*}" 2>/dev/null ||
+    fail "CONFIG ${CONFIG%%:*} is not committed, so it is not pushed"
+  place=(--project="$PROJECT" --zone="$ZONE") nodes=("$RUN") shape=(--node-id="$RUN")
   if [ "$SLICES" -gt 1 ]; then
-    nodes=()
-    local slice
+    nodes=() shape=(--node-prefix="$RUN" --node-count="$SLICES")
     for slice in $(seq 0 $((SLICES - 1))); do nodes+=("$RUN-$slice"); done
-    shape=(--node-prefix="$RUN" --node-count="$SLICES")
-  else
-    nodes=("$RUN")
-    shape=(--node-id="$RUN")
   fi
   train=(train --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
 }
@@ -59,7 +51,7 @@ check_settings() {
 insist() {
   local attempt
   for attempt in $(seq "$RETRIES"); do
-    if execute "$@"; then return 0; fi
+    execute "$@" && return
     [ "$attempt" -eq "$RETRIES" ] || sleep "$((attempt * POLL_SECONDS / 6))"
   done
   return 1
@@ -172,10 +164,7 @@ setup() { on_workers insist 'bash lemur/launch/worker.sh setup'; }
 start() { on_workers insist "bash lemur/launch/worker.sh start $(quoted "${train[@]}")"; }
 stop() { on_workers insist 'bash lemur/launch/worker.sh stop'; }
 doctor() { examine doctor "${train[@]:1}"; }
-smoke() {
-  [ ${#SMOKE[@]} -gt 0 ] || fail "SMOKE is empty in $settings: name a checkpoint and a mesh, as for lemur smoke"
-  examine smoke "${SMOKE[@]}"
-}
+smoke() { require_smoke && examine smoke "${SMOKE[@]}"; }
 logs() { execute gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${place[@]}" --worker=0 \
   ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command='tail -n 100 -F lemur/run.log'; }
 status() { on_workers insist 'if [ -d lemur/launch ]; then bash lemur/launch/worker.sh status; else echo absent; fi'; }
@@ -183,12 +172,10 @@ status() { on_workers insist 'if [ -d lemur/launch ]; then bash lemur/launch/wor
 # One word for the whole pod out of every worker's: a run is only finished where all are.
 summary() {
   local words
-  words=$(status 2>/dev/null) || {
-    echo unreachable
-    return
-  }
-  words=$(echo "$words" | grep -Ex 'absent|ready|running|[0-9]+' || true)
+  words=$(status 2>/dev/null) || words=unreachable
+  words=$(echo "$words" | grep -Ex 'unreachable|absent|ready|running|[0-9]+' || true)
   case $'\n'$words$'\n' in
+    *unreachable*) echo unreachable ;;
     *$'\n'absent$'\n'*) echo absent ;;
     *$'\n'running$'\n'*) echo running ;;
     *$'\n'ready$'\n'*) echo ready ;;
@@ -198,10 +185,7 @@ summary() {
 }
 
 watch() {
-  if [ -n "$dry_run" ]; then
-    create && push && setup && start && status && delete
-    return
-  fi
+  [ -z "$dry_run" ] || { create && push && setup && start && status && delete; return; }
   local restarts=0 unreachable=0 now
   while true; do
     create

@@ -19,10 +19,7 @@ read_settings() {
         [ ! -f "$OLDPWD/$settings" ] || settings=$OLDPWD/$settings # the scripts have left the caller's directory
         shift
         ;;
-      -h | --help)
-        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "launch/$script"
-        exit 0
-        ;;
+      -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "launch/$script" && exit ;;
       -*) fail "unknown argument $1; see launch/$script --help" ;;
       *)
         [ -z "$verb" ] || fail "one verb at a time: $verb or $1?"
@@ -52,9 +49,7 @@ check_values() {
   for name in SLICES RETRIES POLL_SECONDS SSH_SECONDS MAX_RESTARTS; do
     [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "$name is ${!name} in $settings: it must be a whole number"
   done
-  for name in SLICES RETRIES; do
-    [ "${!name}" -gt 0 ] || fail "$name is 0 in $settings: it must be 1 or above"
-  done
+  [ "$SLICES" -gt 0 ] && [ "$RETRIES" -gt 0 ] || fail "SLICES or RETRIES is 0 in $settings: they must be 1 or above"
   [[ $DELETE_WHEN_FINISHED =~ ^(yes|no)$ ]] || fail "DELETE_WHEN_FINISHED is $DELETE_WHEN_FINISHED: it must be yes or no"
   for pair in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do
     [[ $pair =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "ENVIRONMENT in $settings has $pair: write NAME=value"
@@ -71,14 +66,11 @@ require() {
   [ -f "${CONFIG%%:*}" ] || fail "CONFIG: there is no file ${CONFIG%%:*}"
 }
 
-# execute COMMAND...: every command that touches the cloud goes through here.
-execute() {
-  if [ -n "$dry_run" ]; then
-    quoted "$@"
-    printf '\n'
-  else
-    "$@"
-  fi
+require_smoke() {
+  [ ${#SMOKE[@]} -gt 0 ] || fail "SMOKE is empty in $settings: name a checkpoint and a mesh, as for lemur smoke"
 }
+
+# execute COMMAND...: every command that touches the cloud goes through here.
+execute() { if [ -z "$dry_run" ]; then "$@"; else quoted "$@" && echo; fi; }
 
 quoted() { printf '%q ' "$@"; }

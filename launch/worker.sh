@@ -33,10 +33,7 @@ case ${1:-} in
     ;;
   start)
     shift
-    if running; then
-      echo "already running"
-      exit 0
-    fi
+    ! running || { echo "already running" && exit; }
     rm -f exit_status run.pid
     setsid nohup launch/worker.sh run "$@" </dev/null >/dev/null 2>&1 &
     ;;
@@ -49,42 +46,31 @@ case ${1:-} in
     trap - EXIT
     lemur "$@" &
     echo $! >run.pid
-    if wait $!; then status=0; else status=$?; fi
+    wait $! && status=0 || status=$?
     rm -f run.pid
     echo "$status" >exit_status
     ;;
   status)
-    if running; then
-      echo running
-    elif [ -f exit_status ]; then
-      cat exit_status
-    elif [ -f run.pid ]; then
-      echo 137 # it was there, and nothing wrote down how it ended: killed, or the machine restarted
-    elif [ -x .venv/bin/lemur ]; then
-      echo ready
-    else
-      echo absent
-    fi
+    if running; then echo running
+    elif [ -f exit_status ]; then cat exit_status
+    elif [ -f run.pid ]; then echo 137 # nothing wrote down how it ended: killed, or the machine restarted
+    elif [ -x .venv/bin/lemur ]; then echo ready
+    else echo absent; fi
     ;;
   stop)
-    if running; then
-      kill -TERM "$(cat run.pid)"
-      for _ in $(seq 300); do
-        running || exit 0
-        sleep 1
-      done
-      echo "still running after 300 s" >&2
-      exit 1
-    fi
+    running || exit 0
+    kill -TERM "$(cat run.pid)"
+    for _ in $(seq 300); do
+      sleep 1
+      running || exit 0
+    done
+    echo "still running after 300 s" >&2
+    exit 1
     ;;
   doctor | smoke)
     load_environment
-    status=0
-    lemur "$@" || status=$?
+    lemur "$@" && status=0 || status=$?
     echo "$(hostname): lemur $1 ended with $status"
     ;;
-  *)
-    echo "worker.sh setup|start|run|status|stop|doctor|smoke" >&2
-    exit 2
-    ;;
+  *) echo "worker.sh setup|start|run|status|stop|doctor|smoke" >&2 && exit 2 ;;
 esac

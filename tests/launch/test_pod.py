@@ -333,7 +333,7 @@ def test_secrets_go_as_a_file_that_others_cannot_read(pod):
         ("CONFIG=none.py", "there is no file none.py"),
         ("PROVISIONING=cheap", "PROVISIONING is cheap"),
         ("SLICES=two", "SLICES is two"),
-        ("SLICES=0", "SLICES is 0"),
+        ("SLICES=0", "SLICES or RETRIES is 0"),
         ("SLICES=", "SLICES is  in"),
         ("SMOKE='--checkpoint gs://bucket/run --mesh fsdp=8'", "SMOKE in"),
         ("OVERRIDES='--config.train.steps=9 --config.seed=3'", "OVERRIDES in"),
