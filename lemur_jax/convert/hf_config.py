@@ -144,8 +144,9 @@ def _rope_from_hf(
     thetas = (rope.get("rope_theta"), raw.get("rope_theta"), default_theta)
     theta = next(value for value in thetas if value is not None)
     fields: dict[str, Any] = {"rope_theta": number(theta, float, "rope_theta", where), "rope_scaling": kind}
-    original = raw.get("original_max_position_embeddings") or max_positions
-    rope = {"original_max_position_embeddings": original, **rope}
+    # Outside of the object it counts first in transformers.
+    key = "original_max_position_embeddings"
+    rope = {**rope, key: raw.get(key) or rope.get(key, max_positions)}
     if kind == "longrope" and rope.get("factor") is None:
         rope["factor"] = max_positions / number(
             rope["original_max_position_embeddings"], int, f"{name}.original_max_position_embeddings", where
@@ -174,6 +175,8 @@ def to_hf(
     """
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     for family in families.FAMILIES:
+        if family.whole_heads and config.hidden_size % config.num_attention_heads:
+            continue
         raw = {
             "architectures": [family.architecture],
             "model_type": family.model_type,
