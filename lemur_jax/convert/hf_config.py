@@ -13,12 +13,8 @@ from lemur_jax.convert.families import number
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.gguf_files import is_gguf
 
-_COPIED = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
-    *("tie_word_embeddings", "initializer_range"),
-)
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_NUMBERS = "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "initializer_range"
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Required keys of the rope dictionary by type, without the type itself and rope_theta; then the optional ones.
 _ROPE_KEYS = {
@@ -83,13 +79,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
     if raw.get("head_dim") is None and width % heads:
         raise UserError(f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
     defaults = {"num_key_value_heads": heads, "head_dim": width // heads, **family.defaults}
-    for key in (
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "initializer_range",
-    ):
+    for key in _NUMBERS:
         default = defaults[key]  # a 0 or "" is refused and not replaced
         fields[key] = number(default if raw.get(key) is None else raw[key], type(default), key, where)
     fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", defaults.get("tie_word_embeddings", False))
@@ -180,7 +170,7 @@ def to_hf(
         raw = {
             "architectures": [family.architecture],
             "model_type": family.model_type,
-            **{name: getattr(config, name) for name in _COPIED},
+            **{name: getattr(config, name) for name in (*_REQUIRED, *_NUMBERS, "tie_word_embeddings")},
             **families.config_keys(family, config, _rope_to_hf(config)),
             "attention_dropout": 0.0,
             **ids,

@@ -72,30 +72,19 @@ def read_peft(options: AdapterConfig, model: DecoderConfig, dtype: str) -> Param
     if not (directory / WEIGHTS).exists():
         raise UserError(f"config.adapter.checkpoint {directory} has no {WEIGHTS}: it is no PEFT adapter")
     theirs = read_json(directory / CONFIG)
-    for key, name, ours in (
-        ("r", "rank", options.rank), ("lora_alpha", "alpha", options.alpha), ("use_rslora", "rslora", options.rslora)
-    ):  # fmt: skip
-        if theirs.get(key, False) != ours:
-            raise UserError(
-                f"{directory / CONFIG} has {key} {theirs.get(key)}, config.adapter.{name} is {ours}"
-            )
-    one = "one rank and one alpha are possible"
+    wants, one = "config.adapter wants", "one rank and one alpha are possible"
     for key, accepted, reason in (
+        ("r", theirs.get("r") == options.rank, f"{wants} rank {options.rank}"),
+        ("lora_alpha", theirs.get("lora_alpha") == options.alpha, f"{wants} alpha {options.alpha}"),
+        ("use_rslora", theirs.get("use_rslora", False) == options.rslora, f"{wants} rslora {options.rslora}"),
         ("rank_pattern", not theirs.get("rank_pattern"), one),
         ("alpha_pattern", not theirs.get("alpha_pattern"), one),
-        (
-            "alora_invocation_tokens",
-            not theirs.get("alora_invocation_tokens"),
-            "it is for a part of each text",
-        ),
-        (
-            "init_lora_weights",
-            theirs.get("init_lora_weights") in _KEEP_BASE,
-            "peft changes the base with it: save the adapter with path_initial_model_for_weight_conversion",
-        ),
-    ):
+        ("alora_invocation_tokens", not theirs.get("alora_invocation_tokens"), "it is for a part of each text"),
+        ("init_lora_weights", theirs.get("init_lora_weights") in _KEEP_BASE,
+         "peft changes the base with it: save the adapter with path_initial_model_for_weight_conversion"),
+    ):  # fmt: skip
         if not accepted:
-            raise UserError(f"{directory / CONFIG} has {key} {theirs[key]!r:.100}: {reason}")
+            raise UserError(f"{directory / CONFIG} has {key} {theirs.get(key)!r:.100}: {reason}")
     tensors = read_header(directory / WEIGHTS)
     abstract = flatten_dict(lora.abstract_adapter(options, model, dtype), sep="/")
     names = _names(options, model)

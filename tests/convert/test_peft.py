@@ -53,3 +53,5 @@ def test_a_base_with_other_names_is_refused(make_model, tmp_path):
         export_peft(tmp_path / "adapter", tmp_path / "peft")
     model.path.rename(tmp_path / "moved")  # then nothing can be checked
     export_peft(tmp_path / "adapter", tmp_path / "peft")
+    with pytest.raises(UserError, match="adapter is an adapter of .*hf, which cannot be read"):
+        export_hf(tmp_path / "adapter", tmp_path / "merged")
