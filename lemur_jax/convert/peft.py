@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from lemur_jax.checkpoint.metadata import tokenizer_files
 from lemur_jax.checkpoint.reading import read_metadata, restore_params
 from lemur_jax.common.errors import UserError
-from lemur_jax.common.hub import local_model
+from lemur_jax.common.hub import hub_name, local_model
 from lemur_jax.common.json_files import write_json
 from lemur_jax.common.sections import from_plain
 from lemur_jax.convert import layout
@@ -129,11 +129,12 @@ def export_peft(
             tensors[name] = np.ascontiguousarray(matrix, numpy_dtype(dtype))
     base = metadata["config"]["init"]["checkpoint"]
     _check_base(base, tensors)
+    base, revision = hub_name(base) or (base, None)
     modules = sorted({name.split(".")[-3] for name in tensors})
     described = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": options.rank, "lora_alpha": options.alpha,
         "lora_dropout": options.dropout, "use_rslora": options.rslora, "target_modules": modules, "bias": "none",
-        "base_model_name_or_path": base, "inference_mode": True,
+        "base_model_name_or_path": base, "revision": revision, "inference_mode": True,
     }  # fmt: skip
     with staged(target) as directory:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -148,8 +149,8 @@ def export_peft(
 def _check_base(base: str, tensors: Collection[str]) -> None:
     """Raises UserError if weights have other names in the base, where it is a Hugging Face model that can be read."""
     try:
-        found = open_weights(local_model(base))
-    except UserError:  # one of our checkpoints, or it is no longer there
+        found = open_weights(local_model(base, download=False))
+    except UserError:  # one of our checkpoints, or it is not here
         return
     names = (name.removeprefix("base_model.model.").rpartition(".lora_")[0] + ".weight" for name in tensors)
     if lacking := sorted(set(names) - found.keys()):

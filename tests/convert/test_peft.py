@@ -17,10 +17,10 @@ from lemur_jax.convert.peft import export_peft
 from lemur_jax.models import lora
 
 
-def write_adapter(directory, base):
-    """A checkpoint of a random adapter of all projections of `base`, a Hugging Face directory."""
+def write_adapter(directory, base, name=None):
+    """A checkpoint of a random adapter of all projections of `base`, a Hugging Face directory that is called `name`."""
     model = read_config(base)
-    options = {"adapter.rank": 4, "adapter.targets": ("*",), "init.checkpoint": str(base)}
+    options = {"adapter.rank": 4, "adapter.targets": ("*",), "init.checkpoint": name or str(base)}
     config = replace(RunConfig(model=model), options)
     rng = np.random.default_rng(0)
     adapter = jax.tree.map(
@@ -55,3 +55,11 @@ def test_a_base_with_other_names_is_refused(make_model, tmp_path):
     export_peft(tmp_path / "adapter", tmp_path / "peft")
     with pytest.raises(UserError, match="adapter is an adapter of .*hf, which cannot be read"):
         export_hf(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_the_revision_of_a_base_on_the_hub_is_apart(hf_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_adapter(tmp_path / "adapter", hf_model.path, "org/model@v1")
+    export_peft(tmp_path / "adapter", tmp_path / "peft")
+    config = peft.PeftConfig.from_pretrained(tmp_path / "peft")
+    assert (config.base_model_name_or_path, config.revision) == ("org/model", "v1")
