@@ -94,12 +94,9 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
 
 def _refuse_foreign(raw: Mapping[str, Any], where: str) -> None:
     """Raises for a family that is not known and for weights that are not plain."""
+    known = list(families.BY_NAME)
     for key, accepted, reason in (
-        (
-            "model_type",
-            raw.get("model_type") in list(families.BY_NAME),
-            f"known are {', '.join(families.BY_NAME)}",
-        ),
+        ("model_type", raw.get("model_type") in known, f"known are {', '.join(known)}"),
         ("quantization_config", not raw.get("quantization_config"), "import the original, unquantized"),
         ("tie_word_embeddings", type(raw.get("tie_word_embeddings", False)) is bool, "use true or false"),
     ):
@@ -127,9 +124,8 @@ def _rope_from_hf(
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
         raise UserError(f"{where}: partial_rotary_factor is {partial}; only whole heads are rotated (1.0)")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3, *_ROPE_OPTIONAL["yarn"]}
-    known |= set(_ROPE_KEYS["longrope"])
-    if unknown := sorted(set(rope) - known):
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if unknown := sorted(set(rope) - known.union(*_ROPE_KEYS.values(), *_ROPE_OPTIONAL.values())):
         raise UserError(f"{where}: {name} has the unknown key {unknown[0]}")
     thetas = (rope.get("rope_theta"), raw.get("rope_theta"), default_theta)
     theta = next(value for value in thetas if value is not None)
