@@ -17,22 +17,30 @@ _DATASET_FILE = re.compile(DATASETS + r"([\w.-]+/[\w.-]+)(?:@((?:refs/\w+/)?[\w.
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 
 
-def local_model(path: epath.PathLike) -> epath.PathLike:
-    """The directory of a model: `path` itself, or for a name on the hub its files in the hub's cache.
-
-    It is a name on the hub if its first component is no file or directory here. What is in the cache is not downloaded
-    again, and an interrupted download continues; `hf auth login` keeps the token of private and gated models.
-
-    Raises UserError: no such model, it is gated, or the hub cannot be reached and the cache lacks it.
-    """
+def hub_name(path: epath.PathLike) -> tuple[str, str | None] | None:
+    """(ORG/NAME, revision) of a name on the hub; None if its first component is a file or directory here."""
     found = _NAME.fullmatch(os.fspath(path))
     if not found or os.path.exists(os.fspath(path).partition("/")[0]):
+        return None
+    return found[1], found[2]
+
+
+def local_model(path: epath.PathLike, *, download: bool = True) -> epath.PathLike:
+    """The directory of a model: `path` itself, or for a name on the hub its files in the hub's cache.
+
+    What is in the cache is not downloaded again, and an interrupted download continues; `hf auth login` keeps the token
+    of private and gated models.
+
+    Raises UserError: no such model, it is gated, or the cache lacks it and the hub cannot be reached or asked.
+    """
+    if not (named := hub_name(path)):
         return path
     from huggingface_hub import snapshot_download
 
-    name, revision = found.groups()
+    name, revision = named
+    wanted = dict(allow_patterns=_FILES, ignore_patterns="*/*", local_files_only=not download)
     with _one_line(name, revision or "", "model", f"there is no directory {path} here, and "):
-        return snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns="*/*")
+        return snapshot_download(name, revision=revision, **wanted)
 
 
 def dataset_files(pattern: str) -> list[str]:

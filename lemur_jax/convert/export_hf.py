@@ -179,10 +179,7 @@ def _merged(
         return
     source = open_source(ckpt_dir, metadata["step"])
     host = SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host),
-        abstract_params(source.model),
-    )
+    wanted = jax.tree.map(lambda leaf: leaf.update(sharding=host), abstract_params(source.model))
     params = source.restore(wanted, lambda _, leaf: jax.device_get(leaf))
     whole = {key: metadata[key] for key in ("format", "model", "tokenizer", "data")}
     whole["config"] = {**metadata["config"], "adapter": {}}

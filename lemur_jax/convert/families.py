@@ -43,6 +43,9 @@ class Family:
     experts: str = ""  # key of the number of experts; "": the mlp is not routed
     expert_width: str = "intermediate_size"  # key of the width of an expert
     normalized: bool = False  # the weights of a token's experts sum to 1, whatever `norm_topk_prob` says
+    whole_heads: bool = (
+        False  # transformers wants a width that is a multiple of the heads, whatever `head_dim`
+    )
     text_of: str = ""  # `model_type` of multimodal models whose `text_config` is of this family
 
 
@@ -90,11 +93,8 @@ _GEMMA: dict[str, Any] = dict(
     spec={"norm_position": "both", "norm_offset": 1.0},
     activation="hidden_activation",
     scales_embedding=True,
-    keys={
-        "query_pre_attn_scalar": "query_scale",
-        "attn_logit_softcapping": "attention_softcap",
-        "final_logit_softcapping": "logit_softcap",
-    },
+    keys={"query_pre_attn_scalar": "query_scale", "final_logit_softcapping": "logit_softcap"},
+    whole_heads=True,
 )
 _GEMMA_DEFAULTS: dict[str, Any] = dict(
     head_dim=256,
@@ -111,6 +111,7 @@ FAMILIES = (
         defaults=_defaults(2048),
         bias="qkvo",
         mlp_bias=True,
+        whole_heads=True,
     ),
     Family(
         model_type="mistral",
@@ -196,7 +197,8 @@ FAMILIES = (
         ),
         layer_kinds=_full_every(2),
         bias="qkvo",
-        **_GEMMA,
+        # Gemma 3's config.json may have this key too; transformers does not cap its scores.
+        **_GEMMA | {"keys": {**_GEMMA["keys"], "attn_logit_softcapping": "attention_softcap"}},
     ),
     Family(
         model_type="gemma3_text",

@@ -138,7 +138,8 @@ def read_config(path: epath.PathLike) -> dict[str, Any]:
             f"{path}: rope_freqs.weight scales the rotary frequencies (Llama 3.1), and does not say by which rule:"
             " import the model's Hugging Face directory instead"
         )
-    scaling = data.get("rope.scaling.type", "none")
+    # As llama.cpp reads it: a factor without a type is linear.
+    scaling = data.get("rope.scaling.type", "linear" if "rope.scaling.factor" in data else "none")
     if scaling not in ("none", "linear"):
         raise UserError(
             f"{path}: {kind}.rope.scaling.type is {scaling!r}; only none and linear are implemented"

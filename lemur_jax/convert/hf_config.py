@@ -13,12 +13,8 @@ from lemur_jax.convert.families import number
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.gguf_files import is_gguf
 
-_COPIED = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
-    *("tie_word_embeddings", "initializer_range"),
-)
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_NUMBERS = "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "initializer_range"
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Required keys of the rope dictionary by type, without the type itself and rope_theta; then the optional ones.
 _ROPE_KEYS = {
@@ -83,13 +79,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
     if raw.get("head_dim") is None and width % heads:
         raise UserError(f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
     defaults = {"num_key_value_heads": heads, "head_dim": width // heads, **family.defaults}
-    for key in (
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "initializer_range",
-    ):
+    for key in _NUMBERS:
         default = defaults[key]  # a 0 or "" is refused and not replaced
         fields[key] = number(default if raw.get(key) is None else raw[key], type(default), key, where)
     fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", defaults.get("tie_word_embeddings", False))
@@ -104,12 +94,9 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
 
 def _refuse_foreign(raw: Mapping[str, Any], where: str) -> None:
     """Raises for a family that is not known and for weights that are not plain."""
+    known = list(families.BY_NAME)
     for key, accepted, reason in (
-        (
-            "model_type",
-            raw.get("model_type") in list(families.BY_NAME),
-            f"known are {', '.join(families.BY_NAME)}",
-        ),
+        ("model_type", raw.get("model_type") in known, f"known are {', '.join(known)}"),
         ("quantization_config", not raw.get("quantization_config"), "import the original, unquantized"),
         ("tie_word_embeddings", type(raw.get("tie_word_embeddings", False)) is bool, "use true or false"),
     ):
@@ -137,15 +124,15 @@ def _rope_from_hf(
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
         raise UserError(f"{where}: partial_rotary_factor is {partial}; only whole heads are rotated (1.0)")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3, *_ROPE_OPTIONAL["yarn"]}
-    known |= set(_ROPE_KEYS["longrope"])
-    if unknown := sorted(set(rope) - known):
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if unknown := sorted(set(rope) - known.union(*_ROPE_KEYS.values(), *_ROPE_OPTIONAL.values())):
         raise UserError(f"{where}: {name} has the unknown key {unknown[0]}")
     thetas = (rope.get("rope_theta"), raw.get("rope_theta"), default_theta)
     theta = next(value for value in thetas if value is not None)
     fields: dict[str, Any] = {"rope_theta": number(theta, float, "rope_theta", where), "rope_scaling": kind}
-    original = raw.get("original_max_position_embeddings") or max_positions
-    rope = {"original_max_position_embeddings": original, **rope}
+    # Outside of the object it counts first in transformers.
+    key = "original_max_position_embeddings"
+    rope = {**rope, key: raw.get(key) or rope.get(key, max_positions)}
     if kind == "longrope" and rope.get("factor") is None:
         rope["factor"] = max_positions / number(
             rope["original_max_position_embeddings"], int, f"{name}.original_max_position_embeddings", where
@@ -174,10 +161,12 @@ def to_hf(
     """
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     for family in families.FAMILIES:
+        if family.whole_heads and config.hidden_size % config.num_attention_heads:
+            continue
         raw = {
             "architectures": [family.architecture],
             "model_type": family.model_type,
-            **{name: getattr(config, name) for name in _COPIED},
+            **{name: getattr(config, name) for name in (*_REQUIRED, *_NUMBERS, "tie_word_embeddings")},
             **families.config_keys(family, config, _rope_to_hf(config)),
             "attention_dropout": 0.0,
             **ids,

@@ -4,7 +4,7 @@ Axis legend: I inputs of a projection, O its outputs, R rank. PEFT's `lora_A.wei
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -16,13 +16,14 @@ from jax.sharding import NamedSharding
 from lemur_jax.checkpoint.metadata import tokenizer_files
 from lemur_jax.checkpoint.reading import read_metadata, restore_params
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.hub import hub_name, local_model
 from lemur_jax.common.json_files import write_json
 from lemur_jax.common.sections import from_plain
 from lemur_jax.convert import layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import numpy_dtype
 from lemur_jax.convert.hf_config import read_json
-from lemur_jax.convert.hf_weights import check_shapes
+from lemur_jax.convert.hf_weights import check_shapes, open_weights
 from lemur_jax.convert.safetensors import read_header, write_weights
 from lemur_jax.models import lora
 from lemur_jax.models.config import AdapterConfig, DecoderConfig
@@ -31,6 +32,8 @@ from lemur_jax.parallel.rules import with_shardings
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Values of `init_lora_weights` with which peft leaves the base as it is; PiSSA, OLoRA and others subtract from it.
+_KEEP_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def adapter_of(metadata: Mapping[str, Any]) -> AdapterConfig | None:
@@ -69,18 +72,19 @@ def read_peft(options: AdapterConfig, model: DecoderConfig, dtype: str) -> Param
     if not (directory / WEIGHTS).exists():
         raise UserError(f"config.adapter.checkpoint {directory} has no {WEIGHTS}: it is no PEFT adapter")
     theirs = read_json(directory / CONFIG)
-    for key, name, ours in (
-        ("r", "rank", options.rank), ("lora_alpha", "alpha", options.alpha), ("use_rslora", "rslora", options.rslora)
+    wants, one = "config.adapter wants", "one rank and one alpha are possible"
+    for key, accepted, reason in (
+        ("r", theirs.get("r") == options.rank, f"{wants} rank {options.rank}"),
+        ("lora_alpha", theirs.get("lora_alpha") == options.alpha, f"{wants} alpha {options.alpha}"),
+        ("use_rslora", theirs.get("use_rslora", False) == options.rslora, f"{wants} rslora {options.rslora}"),
+        ("rank_pattern", not theirs.get("rank_pattern"), one),
+        ("alpha_pattern", not theirs.get("alpha_pattern"), one),
+        ("alora_invocation_tokens", not theirs.get("alora_invocation_tokens"), "it is for a part of each text"),
+        ("init_lora_weights", theirs.get("init_lora_weights") in _KEEP_BASE,
+         "peft changes the base with it: save the adapter with path_initial_model_for_weight_conversion"),
     ):  # fmt: skip
-        if theirs.get(key, False) != ours:
-            raise UserError(
-                f"{directory / CONFIG} has {key} {theirs.get(key)}, config.adapter.{name} is {ours}"
-            )
-    for key in ("rank_pattern", "alpha_pattern"):
-        if theirs.get(key):
-            raise UserError(
-                f"{directory / CONFIG} has {key} {theirs[key]!r:.100}: one rank and one alpha are possible"
-            )
+        if not accepted:
+            raise UserError(f"{directory / CONFIG} has {key} {theirs.get(key)!r:.100}: {reason}")
     tensors = read_header(directory / WEIGHTS)
     abstract = flatten_dict(lora.abstract_adapter(options, model, dtype), sep="/")
     names = _names(options, model)
@@ -123,11 +127,14 @@ def export_peft(
         for name, layer in zip(names, leaf, strict=True):
             matrix = layer.reshape(_matrix_shape(path, adapter[path].shape)[::-1]).T
             tensors[name] = np.ascontiguousarray(matrix, numpy_dtype(dtype))
+    base = metadata["config"]["init"]["checkpoint"]
+    _check_base(base, tensors)
+    base, revision = hub_name(base) or (base, None)
     modules = sorted({name.split(".")[-3] for name in tensors})
     described = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": options.rank, "lora_alpha": options.alpha,
         "lora_dropout": options.dropout, "use_rslora": options.rslora, "target_modules": modules, "bias": "none",
-        "base_model_name_or_path": metadata["config"]["init"]["checkpoint"], "inference_mode": True,
+        "base_model_name_or_path": base, "revision": revision, "inference_mode": True,
     }  # fmt: skip
     with staged(target) as directory:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -137,6 +144,20 @@ def export_peft(
             (directory / name).write_bytes(content)
         write_json(directory / CONFIG, described)
     return model
+
+
+def _check_base(base: str, tensors: Collection[str]) -> None:
+    """Raises UserError if weights have other names in the base, where it is a Hugging Face model that can be read."""
+    try:
+        found = open_weights(local_model(base, download=False))
+    except UserError:  # one of our checkpoints, or it is not here
+        return
+    names = (name.removeprefix("base_model.model.").rpartition(".lora_")[0] + ".weight" for name in tensors)
+    if lacking := sorted(set(names) - found.keys()):
+        raise UserError(
+            f"{base} has no tensor {lacking[0]}, so peft would leave out the adapter's: leave --adapter out, or train"
+            " on a base that lemur export-hf has written"
+        )
 
 
 def merge_into(

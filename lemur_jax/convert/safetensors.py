@@ -101,7 +101,7 @@ def read_header(path: epath.PathLike) -> dict[str, StoredTensor]:
                 raise ValueError(f"tensor {brief(name)} overlaps the one before it, or leaves a gap")
             end = stop
             if not layout.IGNORED.search(name):
-                shape, dtype = tuple(header[name]["shape"]), _checked_dtype(name, header[name])
+                shape, dtype = tuple(header[name]["shape"]), _checked_dtype(name, header[name], path)
                 tensors[name] = StoredTensor(
                     name=name, path=path, dtype=dtype, shape=shape, offset=8 + length + start
                 )
@@ -135,12 +135,13 @@ def _offsets(name: str, entry: Any) -> tuple[int, int]:
     return tuple(entry["data_offsets"])
 
 
-def _checked_dtype(name: str, entry: Mapping[str, Any]) -> np.dtype:
+def _checked_dtype(name: str, entry: Mapping[str, Any], path: epath.Path) -> np.dtype:
     """The dtype of an entry, whose size must agree with its shape."""
     code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in _DTYPES:
-        raise ValueError(
-            f"tensor {brief(name)} has dtype {brief(code)}; only {', '.join(_DTYPES)} can be imported"
+        raise UserError(
+            f"{path}: tensor {brief(name)} has dtype {brief(code)}; only {', '.join(_DTYPES)} can be imported: use"
+            " the original, unquantized model"
         )
     expected = math.prod(shape) * _DTYPES[code].itemsize
     if stop - start != expected:

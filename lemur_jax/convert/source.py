@@ -68,7 +68,11 @@ def _as_it_is(name: str, leaf: Any) -> Any:
 
 def _adapted(path: epath.PathLike, metadata: Mapping[str, Any], adapter: AdapterConfig) -> ModelSource:
     """The base of an adapter, with the adapter merged where it is read."""
-    base = open_source(metadata["config"]["init"]["checkpoint"], metadata.get("frozen_step"))
+    base_path = metadata["config"]["init"]["checkpoint"]
+    try:
+        base = open_source(base_path, metadata.get("frozen_step"))
+    except UserError as error:
+        raise UserError(f"{path} is an adapter of {base_path}, which cannot be read: {error}") from error
 
     def restore(wanted: Params, each: Callable[[str, Any], Any] = _as_it_is) -> Params:
         merged = merge_into(path, metadata, adapter, wanted)

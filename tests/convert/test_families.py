@@ -79,7 +79,11 @@ FAMILIES = {
         dict(rope_parameters=LONGROPE, original_max_position_embeddings=700),
     ),
     "gemma2": ("Gemma2", dict(sliding_window=40, query_pre_attn_scalar=24)),
-    "gemma3": ("Gemma3Text", dict(sliding_window=40, num_hidden_layers=7)),
+    "gemma3": (
+        "Gemma3Text",
+        # transformers has the cap of scores in the config and does not apply it.
+        dict(sliding_window=40, num_hidden_layers=7, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.gguf import _NAMES
+from lemur_jax.convert.hf_config import read_config
 from lemur_jax.convert.import_hf import import_hf, load_hf_params
 from lemur_jax.convert.source import open_source
 from lemur_jax.text.tokenizer import Tokenizer
@@ -78,6 +79,14 @@ def test_weights_are_those_of_the_directory(make_model, tmp_path, kind, largest)
     assert config == expected_config
     for ours, theirs in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
         assert np.abs(ours - theirs).max() <= largest * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("kind", [{}, {"rope.scaling.type": "linear"}])
+def test_linear_scaling(make_model, tmp_path, kind):
+    """llama.cpp takes a factor without a type for linear (`llama_model::load_hparams`)."""
+    model = make_model(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, **SHAPE)
+    file = write(tmp_path / "model.gguf", model, **kind, **{"rope.scaling.factor": 4.0})
+    assert read_config(file) == read_config(model.path)
 
 
 def test_import_and_reading_without_an_import(make_model, tmp_path):

@@ -1,14 +1,18 @@
 """config.json against what transformers reads and writes."""
 
+import copy
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import transformers
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import hf_config
 from lemur_jax.models.presets import preset
+from lemur_jax.models.rope import inverse_frequencies
 
 LLAMA2 = {
     "model_type": "llama",
@@ -80,6 +84,26 @@ def test_rope_scaling_in_each_spelling():
     scaling = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
     config = hf_config.from_hf(with_keys(rope_scaling=scaling, max_position_embeddings=1234))
     assert config.rope_original_max_position_embeddings == 1234
+
+
+@pytest.mark.parametrize("outside", [None, 1024])
+def test_an_original_length_outside_of_the_scaling_counts_first(outside):
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 2048}
+    raw = with_keys(rope_parameters=rope) | ({"original_max_position_embeddings": outside} if outside else {})
+    ours = inverse_frequencies(hf_config.from_hf(raw))
+    theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**copy.deepcopy(raw))).inv_freq
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_a_family_that_refuses_the_heads_is_not_written():
+    raw = with_keys(
+        model_type="mistral", sliding_window=None, hidden_size=100, num_attention_heads=8, head_dim=16
+    )
+    config = hf_config.from_hf(raw)
+    written = hf_config.to_hf(config, dtype="float32", bos=1, eos=2, pad=0)
+    assert transformers.AutoConfig.for_model(**written).head_dim == 16
+    with pytest.raises(Exception, match="not a multiple"):
+        transformers.AutoConfig.for_model(**{**written, "model_type": "llama"})
 
 
 def test_defaults_are_those_of_transformers():

@@ -129,6 +129,14 @@ def test_damaged_file(tmp_path, damage):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float64])
+def test_weights_of_other_types_are_no_damage(tmp_path, dtype):
+    safetensors.torch.save_file({"a": torch.zeros(2, dtype=dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="tensor a has dtype .* use the original, unquantized model") as error:
+        read_header(tmp_path / "model.safetensors")
+    assert "damaged" not in str(error.value)
+
+
 def test_a_git_lfs_pointer_is_named(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsize 4976698672\n")

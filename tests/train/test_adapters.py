@@ -204,7 +204,10 @@ def test_peft_trains_the_same_and_reads_what_is_exported(base, run, checkpoint, 
     for ours, his in zip(jax.tree.leaves(state.params), jax.tree.leaves(back), strict=True):
         np.testing.assert_allclose(ours, his, atol=2e-3)
     described = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
-    for key, value in (("r", 8), ("alpha_pattern", {"q_proj": 2}), ("rank_pattern", {"q_proj": 2})):
+    for key, value in (
+        *(("r", 8), ("alpha_pattern", {"q_proj": 2}), ("rank_pattern", {"q_proj": 2})),
+        *(("init_lora_weights", "pissa"), ("alora_invocation_tokens", [5])),
+    ):
         (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps({**described, key: value}))
         with pytest.raises(UserError, match=f"has {key} "):
             read_peft(options, config.model, "float32")

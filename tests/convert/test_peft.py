@@ -1,0 +1,65 @@
+"""Adapters written for a base that is a Hugging Face directory."""
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lemur_jax.checkpoint.metadata import make_metadata
+from lemur_jax.checkpoint.streaming import write_params
+from lemur_jax.common.errors import UserError
+from lemur_jax.config import RunConfig, replace
+from lemur_jax.convert.export_hf import export_hf
+from lemur_jax.convert.hf_config import read_config
+from lemur_jax.convert.peft import export_peft
+from lemur_jax.models import lora
+
+
+def write_adapter(directory, base, name=None):
+    """A checkpoint of a random adapter of all projections of `base`, a Hugging Face directory that is called `name`."""
+    model = read_config(base)
+    options = {"adapter.rank": 4, "adapter.targets": ("*",), "init.checkpoint": name or str(base)}
+    config = replace(RunConfig(model=model), options)
+    rng = np.random.default_rng(0)
+    adapter = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) * 0.2,
+        lora.abstract_adapter(config.adapter, model, "float32"),
+    )
+    metadata = make_metadata(model=model.to_dict(), tokenizer_files={}, config=config.to_json())
+    write_params(directory, adapter, metadata)
+
+
+def test_peft_computes_what_the_merged_model_computes(make_model, tmp_path):
+    model = make_model(kind="Qwen2", num_key_value_heads=2)
+    write_adapter(tmp_path / "adapter", model.path)
+    export_peft(tmp_path / "adapter", tmp_path / "peft")
+    export_hf(tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    tokens = torch.arange(1, 61)[None]
+    with torch.no_grad():
+        before = model.model(tokens).logits
+        adapted = peft.PeftModel.from_pretrained(model.model, tmp_path / "peft").eval()(tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(tokens).logits
+    assert (adapted - before).abs().max() > 0.1
+    assert (adapted - merged).abs().max() <= 1e-4 * merged.abs().max()
+
+
+def test_a_base_with_other_names_is_refused(make_model, tmp_path):
+    """`peft` would load such an adapter in part, with a warning."""
+    model = make_model(kind="Phi3", num_key_value_heads=2, pad_token_id=0)
+    write_adapter(tmp_path / "adapter", model.path)
+    with pytest.raises(UserError, match=r"has no tensor model\.layers\.0\.mlp\.gate_proj\.weight"):
+        export_peft(tmp_path / "adapter", tmp_path / "peft")
+    model.path.rename(tmp_path / "moved")  # then nothing can be checked
+    export_peft(tmp_path / "adapter", tmp_path / "peft")
+    with pytest.raises(UserError, match="adapter is an adapter of .*hf, which cannot be read"):
+        export_hf(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_the_revision_of_a_base_on_the_hub_is_apart(hf_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_adapter(tmp_path / "adapter", hf_model.path, "org/model@v1")
+    export_peft(tmp_path / "adapter", tmp_path / "peft")
+    config = peft.PeftConfig.from_pretrained(tmp_path / "peft")
+    assert (config.base_model_name_or_path, config.revision) == ("org/model", "v1")
