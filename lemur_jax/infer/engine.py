@@ -251,7 +251,7 @@ class Engine:
 
         While prompts are read, it makes fewer steps: a step costs the same for few rows as for all.
         """
-        keep = np.array([row is not None for row in self._rows])
+        keep = np.array([row is not None for row in self._rows], bool)
         keep &= self._ready
         if not keep.any():
             return []

@@ -181,3 +181,4 @@ def test_requests_that_cannot_be_answered_are_refused(tiny_session):
     with pytest.raises(UserError, match="steps is 65"):
         engine.step(65)
     assert not engine.busy
+    assert not engine.step()

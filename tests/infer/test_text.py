@@ -1,6 +1,9 @@
 import pytest
 
+from lemur_jax.infer.complete import answers
+from lemur_jax.infer.engine import Engine, Request
 from lemur_jax.infer.text import continuation
+from tests.helpers.sessions import recite
 
 TEXT = "def naïve(x):\n    return '漢字 😀', x  # ça"
 
@@ -24,3 +27,27 @@ def test_a_character_that_never_ends_is_shown_as_broken(chat_tokenizer):
     prompt, ids = chat_tokenizer.encode("a"), chat_tokenizer.encode("😀", prefix=False)
     assert continuation(chat_tokenizer, prompt, ids) == "😀"
     assert set(continuation(chat_tokenizer, prompt, ids[:-1])) == {"\ufffd"}
+
+
+@pytest.mark.parametrize(
+    ("stops", "text"),
+    [(["lm", "efghijk"], "abcd"), (["cdefghijklm", "h"], "abcdefg"), (["zz", "mn"], "abcdefghijkl")],
+)
+def test_an_answer_ends_at_its_stop_string_however_many_steps_the_engine_makes(chat_tokenizer, stops, text):
+    first, *ids = (chat_tokenizer.encode(letter, prefix=False)[-1] for letter in "*abcdefghijklmn")
+    session = recite(chat_tokenizer, [first, *ids])
+    found = []
+    for steps in (1, 5, 64):
+        engine = Engine(session)
+        request = engine.submit(Request(prompt=[first], max_new_tokens=len(ids)))
+        waiting = answers(session, engine, [request], stops)
+        while True:
+            try:
+                next(waiting)
+            except StopIteration as end:
+                found += end.value
+                break
+            engine.step(steps)
+    assert found[0] == found[1] == found[2]
+    assert (found[0].text, found[0].finish_reason) == (text, "stop")
+    assert len(found[0].logprobs) == len(found[0].tokens)
