@@ -93,6 +93,14 @@ def start_jax(args: argparse.Namespace, *seconds: int) -> None:
     hosts.join(*seconds)
 
 
+def one_host_alone(otherwise: str) -> None:
+    """Refuses several hosts, with the reason `otherwise`."""
+    import jax
+
+    if jax.process_count() > 1:
+        raise UserError(otherwise)
+
+
 @contextlib.contextmanager
 def open_session(args: argparse.Namespace, check=lambda tokenizer: None):
     """The checkpoint on the mesh that the arguments say; a host that fails or is lost inside ends the others.

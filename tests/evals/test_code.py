@@ -136,20 +136,51 @@ def test_a_task_that_fails_does_not_lose_the_one_before(chat_model, tmp_path, mo
 
     monkeypatch.setattr(benchmarks, "_run_harness", run)
     monkeypatch.setattr(benchmarks, "check_tasks", lambda *_: None)
-    words = [
-        "eval",
-        "--checkpoint",
-        str(chat_model),
-        "--tasks",
-        "first,second",
-        "--json",
-        str(tmp_path / "r"),
-    ]
-    assert main(words) == 2
+    words = f"eval --checkpoint {chat_model} --tasks first,second --json {tmp_path / 'r'}"
+    assert main(words.split()) == 2
     shown = capsys.readouterr()
     assert "first  acc  0.2500" in shown.out
     assert "second has no data" in shown.err
     assert [result["task"] for result in json.loads((tmp_path / "r").read_text())["results"]] == ["first"]
+
+
+@pytest.fixture
+def one_task(chat_model, monkeypatch):
+    """Words of an evaluation whose task is done at once."""
+    result = benchmarks.TaskResult(task="first", detail={"metrics": {"acc": 0.25}})
+    monkeypatch.setattr(benchmarks, "_run_harness", lambda *_: result)
+    monkeypatch.setattr(benchmarks, "check_tasks", lambda *_: None)
+    return ["eval", "--checkpoint", str(chat_model), "--tasks", "first"]
+
+
+def test_results_may_be_written_to_an_object_store(one_task, emulator):
+    program = f"""
+from lemur_jax.cli import main
+from lemur_jax.evals import benchmarks
+benchmarks.check_tasks = lambda *_: None
+benchmarks._run_harness = lambda *_: benchmarks.TaskResult(task="first", detail={{"metrics": {{"acc": 0.25}}}})
+assert main({[*one_task, "--json", "gs://bucket/out.json"]}) == 0
+from etils import epath
+print(epath.Path("gs://bucket/out.json").read_text())
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=emulator, stdout=subprocess.PIPE, text=True)
+    written = json.loads(done.stdout[done.stdout.index("{") :])
+    assert [result["task"] for result in written["results"]] == ["first"]
+
+
+def test_one_of_several_hosts_writes_and_agents_are_refused(one_task, tmp_path, monkeypatch, capsys):
+    words = [*one_task, "--json", str(tmp_path / "r")]
+    for primary, shown in ((False, ""), (True, "first  acc  0.2500\n")):
+        monkeypatch.setattr("lemur_jax.cluster.hosts.is_primary", lambda primary=primary: primary)
+        assert main(words) == 0
+        assert capsys.readouterr().out == shown
+        assert (tmp_path / "r").exists() == primary
+    monkeypatch.setattr("lemur_jax.infer.session.load", lambda *_, check, **__: check(None))
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    assert main([*one_task, "--agents", "sql"]) == 2
+    assert "run --agents on one host" in capsys.readouterr().err
+    assert main([*one_task, "--agents", "sql", "--json", "gs://bucket/r"]) == 2
+    assert "must be local" in capsys.readouterr().err
 
 
 def test_bad_input(session):
