@@ -1,5 +1,6 @@
 """Generated ids as text."""
 
+import os
 from collections.abc import Sequence
 
 from lemur_jax.text.tokenizer import Tokenizer
@@ -15,5 +16,6 @@ INCOMPLETE = "\ufffd"
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The text that `tokens` add to `prompt`, with the space in front if there is one."""
     before = list(prompt[-CONTEXT:])
-    shown = tokenizer.decode(before).rstrip(INCOMPLETE)
-    return tokenizer.decode([*before, *tokens])[len(shown) :]
+    whole = tokenizer.decode([*before, *tokens])
+    # Not all of the prompt's text: the tokens may complete a character whose first bytes the prompt has.
+    return whole[len(os.path.commonprefix([tokenizer.decode(before), whole])) :]

@@ -23,6 +23,12 @@ def test_the_space_in_front_is_kept(chat_tokenizer):
     assert continuation(chat_tokenizer, prompt, whole[len(prompt) :]) == " value"
 
 
+def test_a_prompt_may_end_with_the_replacement_character(chat_tokenizer):
+    prompt, more = chat_tokenizer.encode("a\ufffd"), chat_tokenizer.encode("b", prefix=False)
+    assert chat_tokenizer.decode(prompt) == "a\ufffd"
+    assert continuation(chat_tokenizer, prompt, more) == "b"
+
+
 def test_a_character_that_never_ends_is_shown_as_broken(chat_tokenizer):
     prompt, ids = chat_tokenizer.encode("a"), chat_tokenizer.encode("😀", prefix=False)
     assert continuation(chat_tokenizer, prompt, ids) == "😀"
