@@ -102,20 +102,20 @@ def check_tasks(tasks: Sequence[str], options: Options) -> None:
 
 
 def _run_code(session: Session, task: str, options: Options) -> TaskResult:
+    how: dict[str, Any]
     if task == "humaneval":
-        problems, stops, cut = code.humaneval(), code.HUMANEVAL_STOPS, code.cut_humaneval
+        problems, how = code.humaneval(), {"stops": code.HUMANEVAL_STOPS}
         sampling = dataclasses.replace(code.HUMANEVAL_SAMPLING, seed=options.seed)
     else:
-        problems, stops, cut = _mbpp(options), code.MBPP_STOPS, code.cut_mbpp
+        problems, how = _mbpp(options), {"stops": code.MBPP_STOPS, "cut": code.cut_mbpp}
         sampling = code.MBPP_SAMPLING
     verdicts = code.solve(
         session,
         problems[: options.limit],
-        stops=stops,
-        cut=cut,
         sampling=sampling,
         chat=options.chat,
         max_new_tokens=options.max_new_tokens or 512,
+        **how,
     )
     counts = dict(collections.Counter(one.verdict for one in verdicts).most_common())
     answers = [dataclasses.asdict(one) for one in verdicts]

@@ -32,7 +32,7 @@ class LemurLM(TemplateLM):
 
     Args:
       session: the model; or else
-      checkpoint: opened with `mesh`, `dtype` and `step` of `options` as `lemur generate` takes them.
+      checkpoint: opened with `mesh`, `dtype`, `step` and `weights` of `options` as `lemur generate` takes them.
       add_bos: put in front of every text what the tokenizer puts there.
       batch_tokens: tokens of a batch, padding and room for generation included.
       seed: of sampling.
@@ -53,7 +53,8 @@ class LemurLM(TemplateLM):
         if session is None:
             hosts.keep_programs()
             mesh, dtype = parse_mesh(options.get("mesh", "")), options.get("dtype", "float32")
-            session = load(checkpoint, mesh, dtype, options.get("step"))
+            weights = options.get("weights", "float")
+            session = load(checkpoint, mesh, dtype, options.get("step"), weights=weights)
         self.session = session
         self.tokenizer = self.session.need_tokenizer()
         self.add_bos = add_bos

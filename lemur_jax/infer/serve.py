@@ -13,7 +13,7 @@ import secrets
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
 from typing import Any
 
 import uvicorn
@@ -158,9 +158,8 @@ class _Server:
             return await self._stream(request, body, prompts[0], how, "text_completion")
         # With max_tokens 0 nothing is generated: the prompt is scored.
         options = None if body.get("max_tokens") == 0 else self._options(body, prompts, 16)
-        return await self._once(
-            request, lambda engine: self._complete(engine, prompts, options, echo, top, copies)
-        )
+        job = Job(lambda engine: self._complete(engine, prompts, options, echo, top, copies))
+        return JSONResponse(await self._first(request, job))
 
     async def chat(self, request: Request) -> Response:
         body = await read_body(request, self.hosts)
@@ -173,9 +172,9 @@ class _Server:
         if flag(body, "stream"):
             check_stream(body, len(prompts))
             return await self._stream(request, body, prompt, options, "chat.completion.chunk")
-        with_logprobs = flag(body, "logprobs")
-        wanted = top if with_logprobs else None
-        return await self._once(request, lambda engine: self._chat(engine, prompts, options, wanted))
+        wanted = top if flag(body, "logprobs") else None
+        job = Job(lambda engine: self._chat(engine, prompts, options, wanted))
+        return JSONResponse(await self._first(request, job))
 
     def _check_length(self, characters: int) -> None:
         longest = self.session.model.max_position_embeddings
@@ -229,9 +228,6 @@ class _Server:
             job.dropped = not (result.done() and not result.cancelled())
             result.cancel()
             gone.cancel()
-
-    async def _once(self, request: Request, work: Callable[[Engine], Generator[Json | None]]) -> Response:
-        return JSONResponse(await self._first(request, Job(work)))
 
     async def _stream(
         self, request: Request, body: Json, prompt: list[int], options: Json, kind: str

@@ -1,6 +1,5 @@
 """Generated ids as text."""
 
-import os
 from collections.abc import Sequence
 
 from lemur_jax.text.tokenizer import Tokenizer
@@ -16,6 +15,7 @@ INCOMPLETE = "\ufffd"
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The text that `tokens` add to `prompt`, with the space in front if there is one."""
     before = list(prompt[-CONTEXT:])
-    whole = tokenizer.decode([*before, *tokens])
-    # Not all of the prompt's text: the tokens may complete a character whose first bytes the prompt has.
-    return whole[len(os.path.commonprefix([tokenizer.decode(before), whole])) :]
+    shown, whole = tokenizer.decode(before), tokenizer.decode([*before, *tokens])
+    if not whole.startswith(shown):  # the tokens complete a character whose first bytes the prompt has
+        shown = shown.rstrip(INCOMPLETE)
+    return whole[len(shown) :]

