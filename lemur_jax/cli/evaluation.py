@@ -155,6 +155,9 @@ def _check_counts(args) -> None:
         raise UserError(f"--skip is {args.skip}: it must be at least 0")
     if args.skip and (args.replay or not args.agents or args.agents.startswith("verifiers:")):
         raise UserError("--skip is for --agents that play, except verifiers: leave it out")
+    for name, other in (("html", "agents"), ("scores", "suite")):
+        if getattr(args, name) and not getattr(args, other):
+            raise UserError(f"--{name} shows nothing without --{other}: leave it out, or name --{other}")
 
 
 def _journal_path(args) -> str:

@@ -183,6 +183,20 @@ def test_one_of_several_hosts_writes_and_agents_are_refused(one_task, tmp_path, 
     assert "must be local" in capsys.readouterr().err
 
 
+def test_output_that_nobody_could_read_is_refused_before_the_work(one_task, tmp_path, monkeypatch, capsys):
+    for words, reason in (
+        (["--html", str(tmp_path / "a.html")], "--html shows nothing without --agents"),
+        (["--scores", "Spider=62"], "--scores shows nothing without --suite"),
+    ):
+        assert main([*one_task, *words]) == 2
+        assert reason in capsys.readouterr().err
+    (tmp_path / "there").touch()
+    for name, asked in (("there", tmp_path / "there"), ("new", tmp_path)):
+        monkeypatch.setattr("os.access", lambda path, mode, asked=asked: path != str(asked))
+        assert main([*one_task, "--json", str(tmp_path / name)]) == 2
+        assert "is read-only" in capsys.readouterr().err
+
+
 def test_bad_input(session):
     with pytest.raises(UserError, match="nothing to evaluate"):
         list(benchmarks.evaluate(session, []))

@@ -159,6 +159,11 @@ def test_too_many_new_tokens(ours):
         ours.generate_until(instances("generate_until", ("x", {"until": [], "max_gen_toks": 150})))
 
 
+def test_weights_reach_the_session(chat_model):
+    with pytest.raises(UserError, match="unknown weights 'int3'"):
+        LemurLM(checkpoint=chat_model, weights="int3")
+
+
 def test_filters_of_a_task_are_used_and_beams_refused(ours):
     options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 2.0}
     free, filtered = (instances("generate_until", ("x", options | more)) for more in ({}, {"min_p": 1.0}))
