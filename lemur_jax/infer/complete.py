@@ -114,7 +114,8 @@ def with_text(session: Session, request: Request, stops: Sequence[str] = ()) -> 
         return continuation(session.need_tokenizer(), request.prompt, answer.content[:count])
 
     def stopped(text: str) -> bool:
-        return any(stop in text for stop in stops)
+        whole = text.rstrip(INCOMPLETE)  # of a character that goes on nothing is known yet
+        return any(stop in whole for stop in stops)
 
     count, text = len(answer.content), text_of(len(answer.content))
     if not stopped(text):

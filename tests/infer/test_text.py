@@ -1,6 +1,6 @@
 import pytest
 
-from lemur_jax.infer.complete import answers
+from lemur_jax.infer.complete import answers, pieces
 from lemur_jax.infer.engine import Engine, Request
 from lemur_jax.infer.text import continuation
 from tests.helpers.sessions import recite
@@ -33,6 +33,20 @@ def test_a_character_that_never_ends_is_shown_as_broken(chat_tokenizer):
     prompt, ids = chat_tokenizer.encode("a"), chat_tokenizer.encode("😀", prefix=False)
     assert continuation(chat_tokenizer, prompt, ids) == "😀"
     assert set(continuation(chat_tokenizer, prompt, ids[:-1])) == {"\ufffd"}
+
+
+def test_a_stop_string_of_a_broken_character_is_not_the_beginning_of_a_whole_one(chat_tokenizer):
+    first, *ids = chat_tokenizer.encode("a😀b", prefix=False)
+    session = recite(chat_tokenizer, [first, *ids])
+    engine = Engine(session)
+    request = engine.submit(Request(prompt=[first], max_new_tokens=len(ids)))
+    found = []
+    for piece in pieces(session, engine, request, ["\ufffd"]):
+        if piece is None:
+            engine.step(1)
+        else:
+            found.append(piece)
+    assert ("".join(text for text, _ in found), found[-1][1]) == ("😀b", "length")
 
 
 @pytest.mark.parametrize(
