@@ -61,12 +61,19 @@ def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def check_output_file(option: str, path: str) -> None:
-    """Refuses a directory, and a file whose directory is not there, before the work; UserError."""
+    """Refuses a directory, and a file that cannot be written where it is to be, before the work; UserError."""
     if os.path.isdir(path):
         raise UserError(f"{option} {path} is a directory: name a file")
-    if path and "://" not in path and not os.path.isdir(os.path.dirname(path) or "."):
+    if not path or "://" in path:
+        return
+    directory = os.path.dirname(path) or "."
+    if not os.path.isdir(directory):
         raise UserError(
-            f"{option} {path} cannot be written: there is no directory {os.path.dirname(path)}; make it first"
+            f"{option} {path} cannot be written: there is no directory {directory}; make it first"
+        )
+    if not os.access(path if os.path.exists(path) else directory, os.W_OK):
+        raise UserError(
+            f"{option} {path} cannot be written: it or its directory is read-only; name another place"
         )
 
 
@@ -93,6 +100,14 @@ def start_jax(args: argparse.Namespace, *seconds: int) -> None:
 
     hosts.choose_platform(getattr(args, "virtual_devices", 0))
     hosts.join(*seconds)
+
+
+def one_host_alone(otherwise: str) -> None:
+    """Refuses several hosts, with the reason `otherwise`."""
+    import jax
+
+    if jax.process_count() > 1:
+        raise UserError(otherwise)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,14 @@ import pathlib
 import signal
 import sys
 
-from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, check_output_file, open_session
+from lemur_jax.cli.arguments import (
+    Verbs,
+    add_checkpoint,
+    add_verb,
+    check_output_file,
+    one_host_alone,
+    open_session,
+)
 from lemur_jax.common.errors import UserError
 
 ENDPOINT_BATCH = 32  # episodes at a time of an endpoint, if --batch is not given
@@ -23,7 +30,7 @@ def add_verbs(verbs: Verbs) -> None:
     )
     add_checkpoint(sub, required=False)
     sub.add_argument("--tasks", default="", help="names with commas: humaneval, mbpp, or the harness's")
-    sub.add_argument("--suite", default="", help="paper: MMLU, BBH, GSM8K, HumanEval and MBPP")
+    sub.add_argument("--suite", default="", choices=("paper",), help="MMLU, BBH, GSM8K, HumanEval and MBPP")
     sub.add_argument(
         "--data",
         default=".",
@@ -97,6 +104,8 @@ def _add_agents(sub: argparse.ArgumentParser) -> None:
 def _eval(args) -> None:
     import json
 
+    from etils import epath
+
     from lemur_jax.evals.published import parse_scores
 
     # An exit, so that sandboxes and a database server are stopped and removed too.
@@ -112,10 +121,14 @@ def _eval(args) -> None:
         raise UserError("name a --checkpoint; agents alone can have an --endpoint or a --replay instead")
     if args.replay and not args.agents:
         raise UserError("--replay needs --agents mint, mint-SET, intercode-sql or intercode-bash")
+    if args.agents and "://" in args.json:
+        raise UserError(f"--json {args.json} of --agents must be local: finished episodes are kept beside it")
 
     def check(tokenizer) -> None:
         from lemur_jax.evals.benchmarks import check_tasks
 
+        if args.agents:
+            one_host_alone("on several hosts episodes go different ways: run --agents on one host")
         check_tasks(tasks, _options(args))
 
     with open_session(args, check) if needs_session else contextlib.nullcontext() as session:
@@ -127,8 +140,7 @@ def _eval(args) -> None:
         finally:
             # A task or an endpoint that fails, or Ctrl-C, does not lose finished work.
             if args.json and written:
-                with open(args.json, "w") as file:
-                    json.dump(written, file, indent=1)
+                epath.Path(args.json).write_text(json.dumps(written, indent=1))
     # All is in the JSON file now. A journal left behind would answer for a checkpoint that has been trained further.
     if args.agents and args.json:
         pathlib.Path(_journal_path(args)).unlink(missing_ok=True)
@@ -143,6 +155,9 @@ def _check_counts(args) -> None:
         raise UserError(f"--skip is {args.skip}: it must be at least 0")
     if args.skip and (args.replay or not args.agents or args.agents.startswith("verifiers:")):
         raise UserError("--skip is for --agents that play, except verifiers: leave it out")
+    for name, other in (("html", "agents"), ("scores", "suite")):
+        if getattr(args, name) and not getattr(args, other):
+            raise UserError(f"--{name} shows nothing without --{other}: leave it out, or name --{other}")
 
 
 def _journal_path(args) -> str:
@@ -150,13 +165,14 @@ def _journal_path(args) -> str:
 
 
 def _benchmarks(args, session, tasks: list[str], scores: dict[str, float], written: dict) -> None:
+    from lemur_jax.cluster import hosts
     from lemur_jax.evals.benchmarks import evaluate, format_results, to_json
 
     results: list = []
     try:
         results.extend(evaluate(session, tasks, _options(args), suite=args.suite, scores=scores))
     finally:
-        if results:
+        if results and hosts.is_primary():  # every host has found the same
             print(format_results(results, args.checkpoint))
             written |= to_json(results, args.checkpoint)
 
@@ -235,6 +251,8 @@ def _replay(args, names: list[str]) -> list:
 
 
 def _write_agents(args, name: str, traces: list, written: dict) -> None:
+    from etils import epath
+
     from lemur_jax.agents import episodes
     from lemur_jax.agents.page import agents_page
     from lemur_jax.evals.published import format_agents
@@ -246,8 +264,7 @@ def _write_agents(args, name: str, traces: list, written: dict) -> None:
         print(format_agents(scores, name))
     written["agents"] = episodes.to_json(traces, turns)
     if args.html:
-        with open(args.html, "w") as file:
-            file.write(agents_page(traces, turns, name))
+        epath.Path(args.html).write_text(agents_page(traces, turns, name))
 
 
 def _export_traces(args) -> None:

@@ -6,9 +6,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 
-from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, open_session
+from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, one_host_alone, open_session
 from lemur_jax.common.errors import UserError
 
 
@@ -59,7 +60,11 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _generate(args) -> None:
-    with open_session(args, lambda tokenizer: _sampling(args)) as session:
+    def check(tokenizer) -> None:
+        _check_texts("--prompt", args.prompt)
+        _sampling(args)
+
+    with open_session(args, check) as session:
         from lemur_jax.cluster import hosts
         from lemur_jax.infer.generate import generate
         from lemur_jax.infer.text import continuation
@@ -89,8 +94,8 @@ def prompt_seeds(prompts: Sequence[str]) -> list[int]:
     before: collections.Counter[str] = collections.Counter()
     seeds = []
     for prompt in prompts:
-        text = f"{before[prompt]} {prompt}".encode("utf-8", "surrogatepass")
-        seeds.append(int.from_bytes(hashlib.sha256(text).digest()[:4], "big"))
+        text = f"{before[prompt]} {prompt}"
+        seeds.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big"))
         before[prompt] += 1
     return seeds
 
@@ -100,7 +105,9 @@ def _chat(args) -> None:
 
     def check(tokenizer) -> None:
         if not args.prompt:
-            _one_host_alone("a conversation cannot be typed into several hosts: give --prompt")
+            one_host_alone("a conversation cannot be typed into several hosts: give --prompt")
+        _check_texts("--prompt", args.prompt or [])
+        _check_texts("--system", [args.system])
         chat_template(tokenizer)
         _sampling(args)
 
@@ -109,6 +116,7 @@ def _chat(args) -> None:
         from lemur_jax.infer.chat import HELP, converse
 
         def typed():
+            sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 ends no conversation
             print(HELP)
             while True:
                 try:
@@ -124,6 +132,7 @@ def _chat(args) -> None:
             system=args.system,
             max_new_tokens=args.max_new_tokens,
             sampling=_sampling(args),
+            go_on=not args.prompt,
         )
 
 
@@ -160,7 +169,7 @@ def _serve(args) -> None:
     def check(tokenizer) -> None:
         from lemur_jax.infer.serve import listen
 
-        _one_host_alone("requests would come to one of several hosts: serve from one host")
+        one_host_alone("requests would come to one of several hosts: serve from one host")
         listening.append(listen(args.host, args.port))
 
     with open_session(args, check) as session:
@@ -170,11 +179,15 @@ def _serve(args) -> None:
         serve(session, name, listening[0], host=args.host)
 
 
-def _one_host_alone(otherwise: str) -> None:
-    import jax
-
-    if jax.process_count() > 1:
-        raise UserError(otherwise)
+def _check_texts(option: str, texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            shown = text.encode(errors="backslashreplace").decode()
+            raise UserError(
+                f"{option} {shown[:80]!r} is not UTF-8 from character {error.start} on: convert it, e.g. with iconv"
+            ) from error
 
 
 def _sampling(args):

@@ -102,20 +102,20 @@ def check_tasks(tasks: Sequence[str], options: Options) -> None:
 
 
 def _run_code(session: Session, task: str, options: Options) -> TaskResult:
+    how: dict[str, Any]
     if task == "humaneval":
-        problems, stops, cut = code.humaneval(), code.HUMANEVAL_STOPS, code.cut_humaneval
+        problems, how = code.humaneval(), {"stops": code.HUMANEVAL_STOPS}
         sampling = dataclasses.replace(code.HUMANEVAL_SAMPLING, seed=options.seed)
     else:
-        problems, stops, cut = _mbpp(options), code.MBPP_STOPS, code.cut_mbpp
+        problems, how = _mbpp(options), {"stops": code.MBPP_STOPS, "cut": code.cut_mbpp}
         sampling = code.MBPP_SAMPLING
     verdicts = code.solve(
         session,
         problems[: options.limit],
-        stops=stops,
-        cut=cut,
         sampling=sampling,
         chat=options.chat,
         max_new_tokens=options.max_new_tokens or 512,
+        **how,
     )
     counts = dict(collections.Counter(one.verdict for one in verdicts).most_common())
     answers = [dataclasses.asdict(one) for one in verdicts]
@@ -144,7 +144,7 @@ def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
         with _cache_without_hub():
             result: Any = simple_evaluate(
                 model=LemurLM(session, seed=options.seed),
-                tasks=[task],
+                tasks=_load_task(manager, task),
                 limit=options.limit,
                 task_manager=manager,
                 apply_chat_template=options.chat,
@@ -164,6 +164,20 @@ def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
     # A tag, and a group that does not aggregate, have no numbers of their own.
     parts = {f"{name} {key}": value for name, metrics in numbers.items() for key, value in metrics.items()}
     return TaskResult(task=task, detail={"metrics": numbers.get(task) or parts})
+
+
+def _load_task(manager: Any, task: str) -> list[Any]:
+    """The task, the group or the tasks of a tag, with their data."""
+    try:
+        loaded = manager.load([task])
+    except (UserError, ConnectionError, FileNotFoundError):
+        raise
+    except Exception as error:  # of any class: what the task's file says meets its data here
+        raise UserError(
+            f"task {task!r} cannot be set up ({reason_of(error)}): correct its file or its data"
+        ) from error
+    groups, tasks = loaded["groups"], loaded["tasks"]
+    return [groups[task]] if task in groups else list(tasks.values())
 
 
 @contextlib.contextmanager
@@ -198,6 +212,8 @@ def _task_manager(task: str, options: Options) -> Any:
 
     ours = str(pathlib.Path(__file__).parent / "tasks")
     paths = [ours, options.include_path] if options.include_path else [ours]
+    if not pathlib.Path(paths[-1]).is_dir():
+        raise UserError(f"--include-path {options.include_path} is no directory")
     for defaults in (False, True):
         manager = TaskManager(include_path=paths, include_defaults=defaults, metadata={"data": options.data})
         if task in manager.all_tasks:

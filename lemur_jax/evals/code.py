@@ -32,18 +32,11 @@ HUMANEVAL_SAMPLING = Sampling(temperature=0.2, top_p=0.95)
 MBPP_SAMPLING = Sampling(temperature=0.0)
 
 
-def cut_humaneval(answer: str) -> str:
-    """The answer up to the first stop."""
-    return _cut(answer, HUMANEVAL_STOPS)
-
-
 def cut_mbpp(answer: str) -> str:
     """The answer without the prompt's newline, up to the first stop."""
-    return _cut(answer.removeprefix("\n"), (*MBPP_STOPS, *_MBPP_BEGINNINGS))
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+    text = answer.removeprefix("\n")
+    ends = [text.find(stop) for stop in (*MBPP_STOPS, *_MBPP_BEGINNINGS) if stop in text]
+    return text[: min(ends, default=len(text))]
 
 
 def solve(
@@ -51,15 +44,15 @@ def solve(
     problems: Sequence[Problem],
     *,
     stops: Sequence[str],
-    cut: Callable[[str], str],
     sampling: Sampling,
+    cut: Callable[[str], str] = str,
     chat: bool = False,
     max_new_tokens: int = 512,
 ) -> list[Verdict]:
     """Generates one answer to each problem and judges it; no bos in front of the prompts.
 
     Args:
-      stops: strings that end generation.
+      stops: strings that end generation, and the answer before them.
       cut: takes an answer to what is run.
       chat: ask in the model's chat template.
 

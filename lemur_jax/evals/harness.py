@@ -32,7 +32,7 @@ class LemurLM(TemplateLM):
 
     Args:
       session: the model; or else
-      checkpoint: opened with `mesh`, `dtype` and `step` of `options` as `lemur generate` takes them.
+      checkpoint: opened with `mesh`, `dtype`, `step` and `weights` of `options` as `lemur generate` takes them.
       add_bos: put in front of every text what the tokenizer puts there.
       batch_tokens: tokens of a batch, padding and room for generation included.
       seed: of sampling.
@@ -53,7 +53,8 @@ class LemurLM(TemplateLM):
         if session is None:
             hosts.keep_programs()
             mesh, dtype = parse_mesh(options.get("mesh", "")), options.get("dtype", "float32")
-            session = load(checkpoint, mesh, dtype, options.get("step"))
+            weights = options.get("weights", "float")
+            session = load(checkpoint, mesh, dtype, options.get("step"), weights=weights)
         self.session = session
         self.tokenizer = self.session.need_tokenizer()
         self.add_bos = add_bos
@@ -129,7 +130,12 @@ class LemurLM(TemplateLM):
             options = normalize_gen_kwargs(requests[members[0]].args[1])
             if (limit := options["max_gen_toks"]) >= self.max_length:
                 raise UserError(
-                    f"a task wants {limit} new tokens, the model's max_position_embeddings are {self.max_length}"
+                    f"a task wants {limit} new tokens, the model's max_position_embeddings are {self.max_length}:"
+                    " give --max-new-tokens"
+                )
+            if (beams := options.get("num_beams") or 1) != 1:
+                raise UserError(
+                    f"a task wants num_beams {beams}: answers are sampled or greedy, leave the task out"
                 )
             stops = [stop for stop in options.get("until") or [] if stop]
             texts = complete(
@@ -152,9 +158,10 @@ class LemurLM(TemplateLM):
         greedy = not options.get("do_sample") or not options.get("temperature")
         return Sampling(
             temperature=0.0 if greedy else options["temperature"],
-            top_p=options.get("top_p", 1.0),
-            top_k=options.get("top_k", 0) or 0,
-            repetition_penalty=options.get("repetition_penalty", 1.0),
+            top_p=options.get("top_p") or 1.0,
+            top_k=options.get("top_k") or 0,
+            min_p=options.get("min_p") or 0.0,
+            repetition_penalty=options.get("repetition_penalty") or 1.0,
             seed=self.seed,
         )
 

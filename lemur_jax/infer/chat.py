@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from lemur_jax.common.errors import UserError
 from lemur_jax.infer.complete import pieces
 from lemur_jax.infer.generate import make_engine, make_requests
 from lemur_jax.infer.sampling import Sampling
@@ -67,6 +68,7 @@ def converse(
     system: str = "",
     max_new_tokens: int = 512,
     sampling: Sampling | None = None,
+    go_on: bool = False,
 ) -> list[Message]:
     """A whole conversation: each line is a user's turn, answers are written as they come.
 
@@ -74,12 +76,13 @@ def converse(
       lines: the user's turns, or commands (`HELP`); blank ones are skipped.
       write: takes text, e.g. `print(text, end="", flush=True)`.
       system: text of a system turn in front; "": none.
+      go_on: write what is wrong with a turn, e.g. that it is too long, and take the next line.
 
     Returns:
       The final messages.
 
     Raises:
-      UserError: as `reply`.
+      UserError: as `reply`, without `go_on`.
     """
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -93,13 +96,19 @@ def converse(
             write("(forgotten)\n")
         elif line:
             asked = [*messages, {"role": "user", "content": line}]
-            messages = fit(session, asked, max_new_tokens)
-            if dropped := len(asked) - len(messages):
-                write(f"(the first {dropped} turns no longer fit the model's context and are forgotten)\n")
-            answer = _write_answer(
-                reply(session, messages, max_new_tokens=max_new_tokens, sampling=sampling, seed=turn), write
-            )
-            messages.append({"role": "assistant", "content": answer})
+            try:
+                kept = fit(session, asked, max_new_tokens)
+                if dropped := len(asked) - len(kept):
+                    write(f"(the first {dropped} turns no longer fit the model's context and are left out)\n")
+                answer = _write_answer(
+                    reply(session, kept, max_new_tokens=max_new_tokens, sampling=sampling, seed=turn), write
+                )
+            except UserError as error:
+                if not go_on:
+                    raise
+                write(f"({error})\n")
+            else:
+                messages = [*kept, {"role": "assistant", "content": answer}]
     return messages
 
 

@@ -1,5 +1,6 @@
 """Text completions that end at stop strings, whole or in pieces."""
 
+import bisect
 import dataclasses
 from collections.abc import Generator, Sequence
 
@@ -25,7 +26,7 @@ def complete(
 
     Args:
       prompts: ids, none of them empty.
-      stops: strings that end an answer; `text` ends before the first, `tokens` with the one that completes it or later.
+      stops: strings that end an answer; `text` ends before the first, `tokens` with the one that completes it.
       seeds: one for each prompt; default its index.
       batch_tokens: as `slots` of the engine.
 
@@ -102,9 +103,30 @@ def pieces(
 
 
 def with_text(session: Session, request: Request, stops: Sequence[str] = ()) -> Completion:
-    """What a request has got, with its text up to the first of the stop strings, which end it."""
+    """What a request has got, with its text up to the first of the stop strings, which end it.
+
+    The tokens end with the one that completes a stop string: how many the engine has made since depends on others.
+    """
     answer = completion(request)
-    text = continuation(session.need_tokenizer(), request.prompt, answer.content)
-    if ends := [text.find(stop) for stop in stops if stop and stop in text]:
-        return dataclasses.replace(answer, text=text[: min(ends)], finish_reason="stop")
-    return dataclasses.replace(answer, text=text)
+    stops = [stop for stop in stops if stop]
+
+    def text_of(count: int) -> str:
+        return continuation(session.need_tokenizer(), request.prompt, answer.content[:count])
+
+    def stopped(text: str) -> bool:
+        whole = text.rstrip(INCOMPLETE)  # of a character that goes on nothing is known yet
+        return any(stop in whole for stop in stops)
+
+    count, text = len(answer.content), text_of(len(answer.content))
+    if not stopped(text):
+        return dataclasses.replace(answer, text=text)
+    count = bisect.bisect_left(range(count), True, key=lambda count: stopped(text_of(count)))
+    text = text_of(count)
+    return dataclasses.replace(
+        answer,
+        tokens=answer.tokens[:count],
+        logprobs=answer.logprobs[:count],
+        text=text[: min(text.find(stop) for stop in stops if stop in text)],
+        finish_reason="stop",
+        stop_id=False,
+    )

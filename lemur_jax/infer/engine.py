@@ -190,15 +190,28 @@ class Engine:
         return request.length <= self._shape[1] and len(request.stop_ids) <= self._shape[2]
 
     def _resize(self) -> None:
-        """Makes the rows long enough for all waiting requests; no row is in use."""
+        """Makes the rows long enough for all waiting requests; no row is in use.
+
+        Rows that an earlier request made long, and so few, are made shorter where more of them are wanted.
+        """
         ways, (_, S, J) = row_ways(self.session), self._shape
         wanted = max(self._length, *(one.length for one in self._waiting), 2 * chunk_length(self.session))
-        S = max(S, padded_length(self.session, wanted))
+        wanted = padded_length(self.session, wanted)
+
+        def rows(slots: int) -> int:
+            return max(ways, min(self._most_rows, self._most_slots // slots) // ways * ways)
+
+        if wanted > S:
+            S = wanted
+        elif rows(S) < min(len(self._waiting), rows(wanted)):
+            # No shorter than all rows can be: every length is another program.
+            S = max(wanted, padded_length(self.session, self._most_slots // self._most_rows))
         J = max(J, 4, *(bucket(len(one.stop_ids)) for one in self._waiting))
-        B = max(ways, min(self._most_rows, self._most_slots // S) // ways * ways)
+        B = rows(S)
         if self._shape != (B, S, J):
             P = min(B, PROMPTS * ways)
             run = self.session.programs
+            self.release()  # before there is another cache beside it
             self._shape, self._rows, self._prompts = (B, S, J), [None] * B, [None] * P
             self._held, self._order = [[] for _ in range(B)], list(range(B))
             self._ready = np.zeros(B, bool)
@@ -251,7 +264,7 @@ class Engine:
 
         While prompts are read, it makes fewer steps: a step costs the same for few rows as for all.
         """
-        keep = np.array([row is not None for row in self._rows])
+        keep = np.array([row is not None for row in self._rows], bool)
         keep &= self._ready
         if not keep.any():
             return []

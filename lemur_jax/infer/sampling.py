@@ -117,6 +117,8 @@ def _penalize(scores: jax.Array, knobs: Knobs, history: jax.Array) -> jax.Array:
 
 def _draw(scores: jax.Array, knobs: Knobs, seeds: jax.Array, positions: jax.Array) -> jax.Array:
     temperature = _column(knobs["temperature"])
+    # At most 0, so that a temperature near 0 makes no infinity of the best.
+    scores -= jnp.max(scores, axis=-1, keepdims=True)
     filtered = restrict(scores / jnp.where(temperature > 0, temperature, 1), knobs)
     bases = jnp.broadcast_to(knobs["seed"], seeds.shape)
     # The argmax of scores plus Gumbel noise is a draw from their softmax.

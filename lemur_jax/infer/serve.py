@@ -1,18 +1,19 @@
 """`lemur serve`: a small endpoint for OpenAI's client and for harnesses that speak HTTP.
 
 One thread runs the model on all requests at a time (`infer/engine.py`); scoring is between its steps. A request whose
-client has left is dropped. Not supported: tools (calls are text, `agents/tools.py`), several answers in one stream,
-embeddings and keys. For production, serve the exported directory with vLLM.
+client has left is dropped. Not supported: tools (calls are text, `agents/tools.py`), several answers or
+log-probabilities in one stream, embeddings and keys. For production, serve the exported directory with vLLM.
 """
 
 import asyncio
 import contextlib
 import json
 import logging
+import secrets
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
 from typing import Any
 
 import uvicorn
@@ -24,8 +25,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.infer.complete import answers, pieces
-from lemur_jax.infer.engine import Engine, check_ids
+from lemur_jax.infer.complete import answers, pieces, with_text
+from lemur_jax.infer.engine import Engine, check_ids, check_request
 from lemur_jax.infer.engine import Request as Generation
 from lemur_jax.infer.generate import Completion, make_requests
 from lemur_jax.infer.sampling import Sampling
@@ -35,6 +36,7 @@ from lemur_jax.infer.serve_requests import (
     Json,
     answers_wanted,
     check_host,
+    check_stream,
     disconnect,
     flag,
     integer,
@@ -43,6 +45,7 @@ from lemur_jax.infer.serve_requests import (
     read_body,
     real,
     stops,
+    usage_wanted,
 )
 from lemur_jax.infer.serve_worker import END, Job, Worker
 from lemur_jax.infer.session import Session
@@ -69,7 +72,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(session: Session, name: str, listening: socket.socket, *, host: str) -> None:
     """Answers requests on the socket of `listen(host, ...)` until interrupted."""
-    logger.info("serving %s at http://%s:%s/v1", name, host, listening.getsockname()[1])
+    address = f"[{host}]" if ":" in host else host
+    logger.info("serving %s at http://%s:%s/v1", name, address, listening.getsockname()[1])
     # With one address, another name in `Host` is that of a web page that made its own name point here.
     any_address = host in ("0.0.0.0", "::", "")
     hosts = None if any_address else (host, "localhost", "127.0.0.1", "::1")
@@ -116,6 +120,11 @@ def _error(message: str, kind: str) -> Json:
     return {"error": {"message": message[:500].encode("ascii", "backslashreplace").decode(), "type": kind}}
 
 
+def _usage(prompts: Sequence[list[int]], answers: Sequence[Completion]) -> Json:
+    asked, given = sum(map(len, prompts)), sum(len(answer.content) for answer in answers)
+    return {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
+
+
 class _Server:
     """The three routes over one session."""
 
@@ -140,18 +149,17 @@ class _Server:
             )
         ids = await run_in_threadpool(lambda: [self._ids(text) for text in texts])
         prompts = [prompt for prompt in ids for _ in range(copies)]
-        if flag(body, "stream"):
-            self._one_alone(prompts)
-            how, kind = self._options(body, prompts, 16), "text_completion"
-            return await self._stream(request, prompts[0], how, kind, lambda text: {"text": text})
         echo, top = flag(body, "echo"), None
         if body.get("logprobs") is not None and body["logprobs"] is not False:
             top = integer(body, "logprobs", 0, 0, MOST_TOP)
+        if flag(body, "stream"):
+            check_stream(body, len(prompts))
+            how = self._options(body, prompts, 16)
+            return await self._stream(request, body, prompts[0], how, "text_completion")
         # With max_tokens 0 nothing is generated: the prompt is scored.
         options = None if body.get("max_tokens") == 0 else self._options(body, prompts, 16)
-        return await self._once(
-            request, lambda engine: self._complete(engine, prompts, options, echo, top, copies)
-        )
+        job = Job(lambda engine: self._complete(engine, prompts, options, echo, top, copies))
+        return JSONResponse(await self._first(request, job))
 
     async def chat(self, request: Request) -> Response:
         body = await read_body(request, self.hosts)
@@ -162,14 +170,11 @@ class _Server:
         prompts = [prompt] * copies
         options = self._options(body, prompts, 256)
         if flag(body, "stream"):
-            self._one_alone(prompts)
-            kind = "chat.completion.chunk"
-            return await self._stream(
-                request, prompt, options, kind, lambda text: {"delta": {"content": text}}
-            )
-        with_logprobs = flag(body, "logprobs")
-        wanted = top if with_logprobs else None
-        return await self._once(request, lambda engine: self._chat(engine, prompts, options, wanted))
+            check_stream(body, len(prompts))
+            return await self._stream(request, body, prompt, options, "chat.completion.chunk")
+        wanted = top if flag(body, "logprobs") else None
+        job = Job(lambda engine: self._chat(engine, prompts, options, wanted))
+        return JSONResponse(await self._first(request, job))
 
     def _check_length(self, characters: int) -> None:
         longest = self.session.model.max_position_embeddings
@@ -181,29 +186,27 @@ class _Server:
     def _ids(self, prompt: str | list[int]) -> list[int]:
         """Ids as they are; text with its control tokens, after the tokenizer's bos."""
         if not isinstance(prompt, str):
+            check_ids(self.session, "the prompt", prompt)
             return prompt
         self._check_length(len(prompt))
         return self.tokenizer.encode_prompt(prompt, control_tokens=True)
 
-    def _one_alone(self, prompts: Sequence[Any]) -> None:
-        if len(prompts) != 1:
-            raise UserError("stream one answer to one prompt at a time")
-
     def _options(self, body: Json, prompts: list[list[int]], default: int) -> Json:
-        """How to generate, checked."""
+        """How to generate, checked; `default` tokens at most, or what there is space for, if the client names none."""
         longest = self.session.model.max_position_embeddings
         key = "max_tokens" if body.get("max_tokens") is not None else "max_completion_tokens"
-        limit = integer(body, key, default, 1, longest)
+        space = longest - max(map(len, prompts))
+        limit = integer(body, key, max(1, min(default, space)), 1, longest)
         for prompt in prompts:
-            check_ids(self.session, "the prompt", prompt)
-            if len(prompt) + limit > longest:
-                raise UserError(
-                    f"{len(prompt)} tokens of prompt and {key} {limit} are more than the model's {longest}"
-                )
-        seed = integer(body, "seed", 0, -(2**63), 2**63)
+            check_request(self.session, "the prompt", prompt, limit)
+        seed = integer(body, "seed", secrets.randbits(32), -(2**63), 2**63)
+        top_k = integer(body, "top_k", 0, -1, 2**31)
         sampling = Sampling(
             temperature=real(body, "temperature", 1.0, 0.0, 100.0),  # OpenAI's default
             top_p=real(body, "top_p", 1.0, 0.0, 1.0),
+            top_k=max(0, top_k),  # -1 is vLLM's word for all
+            min_p=real(body, "min_p", 0.0, 0.0, 1.0),
+            repetition_penalty=real(body, "repetition_penalty", 1.0, 0.0, 100.0),
             seed=seed % 2**32,
         )
         seeds = [seed + index for index in range(len(prompts))]
@@ -226,30 +229,42 @@ class _Server:
             result.cancel()
             gone.cancel()
 
-    async def _once(self, request: Request, work: Callable[[Engine], Generator[Json | None]]) -> Response:
-        return JSONResponse(await self._first(request, Job(work)))
+    async def _stream(
+        self, request: Request, body: Json, prompt: list[int], options: Json, kind: str
+    ) -> Response:
+        head, with_usage, ends = self._head(kind, "stream"), usage_wanted(body), options["stops"]
+        if with_usage:
+            head["usage"] = None  # in all chunks but the last, which has no choices
 
-    async def _stream(self, request: Request, prompt: list[int], options: Json, kind: str, delta) -> Response:
-        head = self._head(kind, "stream")
+        def event(part: Json) -> str:
+            return f"data: {json.dumps(head | part)}\n\n"
 
-        def event(change: Json, finish: str | None) -> str:
-            choice = {"index": 0, "logprobs": None, "finish_reason": finish, **change}
-            return f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
-
-        def work(engine: Engine) -> Generator[tuple[str, str] | None]:
+        def work(engine: Engine) -> Generator[tuple[str, str] | Json | None]:
             (generation,) = self._submit(engine, [prompt], options)
-            return pieces(self.session, engine, generation, options["stops"])
+            yield from pieces(self.session, engine, generation, ends)
+            if with_usage:
+                yield _usage([prompt], [with_text(self.session, generation, ends)])
 
         job = Job(work)
         first = await self._first(request, job)
 
         async def events() -> AsyncIterator[str]:
-            piece = first
+            part, role = first, {"role": "assistant"}
             try:
-                while piece is not END:
-                    text, reason = piece
-                    yield event(delta(text), reason or None)
-                    piece = await job.result()
+                while part is not END:
+                    if isinstance(part, dict):
+                        yield event({"choices": [], "usage": part})
+                    else:
+                        text, reason = part
+                        delta = (
+                            {"text": text}
+                            if kind == "text_completion"
+                            else {"delta": role | {"content": text}}
+                        )
+                        choice = {"index": 0, "logprobs": None, "finish_reason": reason or None}
+                        yield event({"choices": [choice | delta]})
+                        role = {}
+                    part = await job.result()
                 yield "data: [DONE]\n\n"
             except Exception as error:  # the status is already sent
                 yield f"data: {json.dumps(_error(f'{type(error).__name__}: {error}', 'server_error'))}\n\n"
@@ -350,9 +365,7 @@ class _Server:
         ]
 
     def _response(self, kind: str, prefix: str, choices, prompts, answers) -> Json:
-        asked, given = sum(map(len, prompts)), sum(len(answer.content) for answer in answers)
-        usage = {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
-        return self._head(kind, prefix) | {"choices": choices, "usage": usage}
+        return self._head(kind, prefix) | {"choices": choices, "usage": _usage(prompts, answers)}
 
     def _head(self, kind: str, prefix: str) -> Json:
         id = f"{prefix}-{uuid.uuid4().hex}"

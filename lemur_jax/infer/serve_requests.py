@@ -18,6 +18,16 @@ Json = dict[str, Any]
 # OpenAI's own limits for n and logprobs are 128 and 20.
 MOST_ANSWERS, MOST_TOP, MOST_STOPS = 64, 20, 64
 MOST_BYTES, BODY_SECONDS = 4 << 20, 30.0
+# What would change an answer and is not supported, with the values that ask for nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "suffix": ("",),
+}
 
 
 def check_host(request: Request, hosts: Sequence[str] | None) -> None:
@@ -53,6 +63,9 @@ async def read_body(request: Request, hosts: Sequence[str] | None) -> Json:
         raise UserError(f"the request is not JSON: {str(error)[:200]}") from error
     if not isinstance(body, dict):
         raise UserError("the request must be a JSON object")
+    for field, nothing in _UNSUPPORTED.items():
+        if body.get(field) not in (None, *nothing):
+            raise UserError(f"{field} is not supported: leave it out")
     return body
 
 
@@ -78,6 +91,22 @@ def answers_wanted(body: Json) -> int:
     if body.get("best_of") not in (None, wanted):
         raise UserError(f"n is {wanted}: best_of must be the same")
     return wanted
+
+
+def check_stream(body: Json, answers: int) -> None:
+    """Refuses what a stream does not have."""
+    if answers != 1:
+        raise UserError("stream one answer to one prompt at a time")
+    for field in ("echo", "logprobs"):
+        if (value := body.get(field)) is not None and value is not False:
+            raise UserError(f"a stream has no {field}: leave out {field} or stream")
+
+
+def usage_wanted(body: Json) -> bool:
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise UserError(f"stream_options is {options!r:.50}: it must be an object")
+    return flag(options, "include_usage")
 
 
 def prompts_of(body: Json) -> list[str | list[int]]:

@@ -15,5 +15,7 @@ INCOMPLETE = "\ufffd"
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The text that `tokens` add to `prompt`, with the space in front if there is one."""
     before = list(prompt[-CONTEXT:])
-    shown = tokenizer.decode(before).rstrip(INCOMPLETE)
-    return tokenizer.decode([*before, *tokens])[len(shown) :]
+    shown, whole = tokenizer.decode(before), tokenizer.decode([*before, *tokens])
+    if not whole.startswith(shown):  # the tokens complete a character whose first bytes the prompt has
+        shown = shown.rstrip(INCOMPLETE)
+    return whole[len(shown) :]

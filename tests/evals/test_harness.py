@@ -159,6 +159,43 @@ def test_too_many_new_tokens(ours):
         ours.generate_until(instances("generate_until", ("x", {"until": [], "max_gen_toks": 150})))
 
 
+def test_weights_reach_the_session(chat_model):
+    with pytest.raises(UserError, match="unknown weights 'int3'"):
+        LemurLM(checkpoint=chat_model, weights="int3")
+
+
+def test_filters_of_a_task_are_used_and_beams_refused(ours):
+    options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 2.0}
+    free, filtered = (instances("generate_until", ("x", options | more)) for more in ({}, {"min_p": 1.0}))
+    greedy = ours.generate_until(instances("generate_until", ("x", options | {"do_sample": False})))
+    assert ours.generate_until(filtered) == greedy != ours.generate_until(free)
+    nothing = {"min_p": None, "top_p": None, "top_k": None, "repetition_penalty": None, "num_beams": 1}
+    assert ours.generate_until(instances("generate_until", ("x", options | nothing))) == ours.generate_until(
+        free
+    )
+    with pytest.raises(UserError, match="wants num_beams 4"):
+        ours.generate_until(instances("generate_until", ("x", options | {"num_beams": 4})))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("{{question}}", "{{nothing}}", "'nothing' is undefined"),
+        ("test_split: test", "test_split: none", "KeyError: 'none'"),
+        ("doc_to_target: 1", "doc_to_target: 9", "IndexError"),
+    ],
+)
+def test_a_task_whose_file_does_not_fit_its_data_is_one_line(ours, tmp_path, old, new, reason):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "x"}) + "\n")
+    head = HEAD.replace("NAME", "bad").replace("DATA", str(tmp_path / "data.jsonl"))
+    (tmp_path / "bad.yaml").write_text((head + CHOICE).replace(old, new))
+    options = benchmarks.Options(include_path=str(tmp_path))
+    with pytest.raises(UserError, match=f"'local_bad' cannot be set up .*{reason}"):
+        list(benchmarks.evaluate(ours.session, ["local_bad"], options))
+    with pytest.raises(UserError, match=r"--include-path nowhere is no directory"):
+        benchmarks.check_tasks(["local_bad"], benchmarks.Options(include_path="nowhere"))
+
+
 def test_an_answer_longer_than_the_model(ours):
     longest = ours.max_length
     (last,) = ours._loglikelihood_tokens([(None, [5], [6] * longest)])

@@ -92,6 +92,16 @@ def test_old_turns_are_forgotten_aloud(parrot):
     assert any("no longer fit" in text for text in written)
 
 
+def test_a_turn_that_is_too_long_is_told_and_forgotten(parrot):
+    lines, options = ["one", "x y z " * 30, "two"], {"max_new_tokens": 20}
+    written = []
+    messages = converse(parrot, lines, written.append, go_on=True, **options)
+    assert [message["content"] for message in messages] == ["one", ANSWER, "two", ANSWER]
+    assert any("max_position_embeddings 96" in text for text in written)
+    with pytest.raises(UserError, match="max_position_embeddings 96"):
+        converse(parrot, lines, written.append, **options)
+
+
 def test_fit_keeps_the_last_turn_however_long(parrot):
     turns = [{"role": role, "content": "x y z " * 30} for role in ("system", "user", "assistant", "user")]
     assert fit(parrot, turns, 20) == [turns[0], turns[3]]

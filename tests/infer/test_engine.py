@@ -174,6 +174,26 @@ def test_longer_requests_wait_for_longer_rows(tiny_session):
     assert not engine.step()
 
 
+def test_a_long_request_leaves_no_few_long_rows_behind():
+    config = preset("tiny", max_position_embeddings=256)
+    session = make_session(config, fresh_params(config), mesh_of(""), "float32")
+
+    def steps(engine):
+        for token in range(8):
+            engine.submit(Request(prompt=[token], max_new_tokens=8))
+        count = 0
+        while engine.busy:
+            engine.step()
+            count += 1
+        return count
+
+    engine = Engine(session, rows=8, slots=512)
+    expected = steps(engine)
+    engine.submit(Request(prompt=[1] * 200, max_new_tokens=50))
+    finish(engine)
+    assert steps(engine) == expected
+
+
 def test_requests_that_cannot_be_answered_are_refused(tiny_session):
     engine = Engine(tiny_session, rows=2)
     with pytest.raises(UserError, match="max_position_embeddings 64"):
@@ -181,3 +201,4 @@ def test_requests_that_cannot_be_answered_are_refused(tiny_session):
     with pytest.raises(UserError, match="steps is 65"):
         engine.step(65)
     assert not engine.busy
+    assert not engine.step()

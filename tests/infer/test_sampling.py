@@ -69,6 +69,15 @@ def test_all_filters_in_the_order_of_transformers(logits):
     np.testing.assert_allclose(logprobs, own[np.arange(B), tokens], atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-37, 1e-42])
+def test_near_temperature_0_the_best_is_drawn(logits, temperature):
+    apart = np.round(logits * 10) + np.arange(V, dtype=np.float32) / 1000  # no ties
+    tokens, _ = choose(
+        apart, Sampling(temperature=temperature, top_p=0.9).knobs(), np.arange(B), np.arange(B), NONE
+    )
+    np.testing.assert_array_equal(tokens, apart.argmax(-1))
+
+
 def test_greedy_takes_the_best_whatever_the_filters(logits):
     knobs = Sampling(top_k=5, top_p=0.5, min_p=0.5).knobs()
     zeros = jnp.zeros(B, jnp.uint32)

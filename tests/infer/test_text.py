@@ -1,6 +1,9 @@
 import pytest
 
+from lemur_jax.infer.complete import answers, pieces
+from lemur_jax.infer.engine import Engine, Request
 from lemur_jax.infer.text import continuation
+from tests.helpers.sessions import recite
 
 TEXT = "def naïve(x):\n    return '漢字 😀', x  # ça"
 
@@ -20,7 +23,51 @@ def test_the_space_in_front_is_kept(chat_tokenizer):
     assert continuation(chat_tokenizer, prompt, whole[len(prompt) :]) == " value"
 
 
+def test_a_prompt_may_end_with_the_replacement_character(chat_tokenizer):
+    prompt, more = chat_tokenizer.encode("a\ufffd"), chat_tokenizer.encode("b", prefix=False)
+    assert chat_tokenizer.decode(prompt) == "a\ufffd"
+    assert continuation(chat_tokenizer, prompt, more) == "b"
+
+
 def test_a_character_that_never_ends_is_shown_as_broken(chat_tokenizer):
     prompt, ids = chat_tokenizer.encode("a"), chat_tokenizer.encode("😀", prefix=False)
     assert continuation(chat_tokenizer, prompt, ids) == "😀"
     assert set(continuation(chat_tokenizer, prompt, ids[:-1])) == {"\ufffd"}
+
+
+def test_a_stop_string_of_a_broken_character_is_not_the_beginning_of_a_whole_one(chat_tokenizer):
+    first, *ids = chat_tokenizer.encode("a😀b", prefix=False)
+    session = recite(chat_tokenizer, [first, *ids])
+    engine = Engine(session)
+    request = engine.submit(Request(prompt=[first], max_new_tokens=len(ids)))
+    found = []
+    for piece in pieces(session, engine, request, ["\ufffd"]):
+        if piece is None:
+            engine.step(1)
+        else:
+            found.append(piece)
+    assert ("".join(text for text, _ in found), found[-1][1]) == ("😀b", "length")
+
+
+@pytest.mark.parametrize(
+    ("stops", "text"),
+    [(["lm", "efghijk"], "abcd"), (["cdefghijklm", "h"], "abcdefg"), (["zz", "mn"], "abcdefghijkl")],
+)
+def test_an_answer_ends_at_its_stop_string_however_many_steps_the_engine_makes(chat_tokenizer, stops, text):
+    first, *ids = (chat_tokenizer.encode(letter, prefix=False)[-1] for letter in "*abcdefghijklmn")
+    session = recite(chat_tokenizer, [first, *ids])
+    found = []
+    for steps in (1, 5, 64):
+        engine = Engine(session)
+        request = engine.submit(Request(prompt=[first], max_new_tokens=len(ids)))
+        waiting = answers(session, engine, [request], stops)
+        while True:
+            try:
+                next(waiting)
+            except StopIteration as end:
+                found += end.value
+                break
+            engine.step(steps)
+    assert found[0] == found[1] == found[2]
+    assert (found[0].text, found[0].finish_reason) == (text, "stop")
+    assert len(found[0].logprobs) == len(found[0].tokens)

@@ -1,6 +1,8 @@
 """The verb `generate`: what a prompt gets does not hang on the others, and how likely each token of it was."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -44,7 +46,35 @@ def test_seeds_of_prompts():
     assert len({a, b, again}) == 3
     assert prompt_seeds(["a", "a", "b"]) == [a, again, b]
     assert all(0 <= seed < 2**32 for seed in (a, b, again))
-    prompt_seeds(["\udcff"])  # a byte of the command line that is no UTF-8
+
+
+@pytest.mark.parametrize(
+    "words", [["generate", "--prompt", "\udcff"], ["chat", "--prompt", "a", "--system", "b\udcff"]]
+)
+def test_a_text_that_is_not_utf_8_is_one_line(chat_checkpoint, capsys, words):
+    assert main([*words, "--checkpoint", str(chat_checkpoint)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{words[-2]} '" in line
+    assert "is not UTF-8" in line
+
+
+def test_a_typed_line_that_is_too_long_or_not_utf_8_ends_no_conversation(chat_checkpoint):
+    lines = [b"hello", b"\xff", b"x " * 5000, b"hello again", b""]
+    words = [
+        sys.executable,
+        "-m",
+        "lemur_jax",
+        "chat",
+        "--checkpoint",
+        chat_checkpoint,
+        "--max-new-tokens",
+        "2",
+    ]
+    chat = subprocess.run(words, input=b"\n".join(lines), stdout=subprocess.PIPE, check=True)
+    shown = chat.stdout.decode()
+    assert shown.count("> ") >= len(lines)
+    assert "max_position_embeddings" in shown
+    assert "Traceback" not in shown
 
 
 def test_logprobs_are_those_that_score_finds(generate, chat_checkpoint, chat_tokenizer):
