@@ -26,7 +26,7 @@ from lemur_jax.data.manifest import Manifest, empty_manifest, read_manifest
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import beam, duplicates, tasks
-from lemur_jax.prepare.cleaning import NO_STEPS, Removed, parse_steps
+from lemur_jax.prepare.cleaning import NO_STEPS, Removed, check_fields, parse_steps
 from lemur_jax.prepare.code_layout import check_content, check_tokens
 from lemur_jax.prepare.digests import input_digest, task_digest
 from lemur_jax.prepare.encoding import BadRecord, Encode, Record, Result, available_cores, encoder
@@ -81,6 +81,8 @@ def prepare(
         options = json.loads(steps[found[name].name])
         check_part(name, split, list(config.data.sources), options)
         check_content(options, tasks.content_of(found[name], split), found[name].name)
+        if (kept := tasks.metadata_of(found[name])) is not None:
+            check_fields(found[name].name, options, kept)
     tokenizer = prepare_tokenizer(config.tokenizer, config.data.modules, config.model.vocab_size)
     if any(tasks.content_of(found[name], split) != "text" for name, split in wanted):
         check_template(tokenizer)
@@ -254,7 +256,9 @@ def _add_result(result: Result, writer: StoreWriter, rejects: Rejects) -> None:
 
 def _check_any(task: tasks.Task, split: str, rejects: Rejects, writer: StoreWriter) -> None:
     if not rejects.records:
-        raise UserError(f"task {task.name!r} has no documents in its {split} split: look at its source")
+        raise UserError(
+            f"task {task.name!r} has no documents in its {split} split: look at its source, and at its `held_out`"
+        )
     if not writer.documents and rejects.all_removed:
         raise UserError(
             f"the steps of task {task.name!r} remove every document of its {split} split ({rejects.summary()[:-2]}):"

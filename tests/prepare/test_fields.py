@@ -32,3 +32,5 @@ def test_rows_are_gathered_while_they_follow_each_other(monkeypatch):
     assert len(gathered) == 7
     with pytest.raises(UserError, match=r"gather='t'\) would keep the text of each document's first row"):
         Fields(gather="t")
+    with pytest.raises(UserError, match=r"meta='lang'\) is a string: write a tuple, \('lang',\)"):
+        Fields(meta="lang")
