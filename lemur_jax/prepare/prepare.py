@@ -4,17 +4,20 @@ First the tokenizer, then one store after the other, then the budget. A complete
 data by the same task and tokenizer is kept.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from lemur_jax.cluster.lock import workdir_lock
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import digest_of
 from lemur_jax.common.progress import Progress
@@ -86,7 +89,9 @@ def prepare(
     tokenizer = prepare_tokenizer(config.tokenizer, config.data.modules, config.model.vocab_size)
     if any(tasks.content_of(found[name], split) != "text" for name, split in wanted):
         check_template(tokenizer)
-    with encoder(tokenizer, config.prepare.workers or available_cores()) as encode:
+    if not wanted:
+        return
+    with _lock(config.data), encoder(tokenizer, config.prepare.workers or available_cores()) as encode:
         run = _Run(
             data=config.data, tokenizer_config=config.tokenizer, max_bad_share=config.prepare.max_bad_share,
             steps=steps, tokenizer=tokenizer, encode=encode, replace=replace, runner=runner,
@@ -109,6 +114,17 @@ def prepare(
         size = f"{config.train.batch_rows:,} rows, {config.train.steps:,} updates"
         logger.info("%s, from the counts in %s", size, config.data.counts_record)
     _check_enough(config.data, config.train, config.seed, tokenizer)
+
+
+@contextlib.contextmanager
+def _lock(data: DataConfig) -> Iterator[None]:
+    """Waits until no other `lemur prepare` writes to the stores: each would remove the other's unfinished ones."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(
+            OSError
+        ):  # they cannot be written, which is an error only if there is something to do
+            stack.enter_context(workdir_lock(epath.Path(data.stores), math.inf, "lemur prepare"))
+        yield
 
 
 def _check_enough(data: DataConfig, train: TrainConfig, seed: int, tokenizer: Tokenizer) -> None:
