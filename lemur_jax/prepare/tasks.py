@@ -64,11 +64,11 @@ class GeneratorSource(seqio.FunctionDataSource):
             lambda: self._documents(split), output_signature=_signature(self.content, "id")
         )
 
-    def documents(self, split: str, shard: int = 0, shards: int = 1) -> Iterator[Document]:
-        """The documents of a split, which is one shard."""
-        del shard, shards
+    def documents(self, split: str, *_: int) -> Iterator[Document]:
+        """The documents of a split, which is one shard; one without an id has its number."""
         for number, given in enumerate(self._documents(split)):
-            document: dict[str, Any] = {name: given.get(name) for name in (self.content, "id")}
+            name = given.get("id") or f"{number:09d}"
+            document: dict[str, Any] = {self.content: given.get(self.content), "id": name}
             for name, value in document.items():
                 if not isinstance(value, str | bytes):
                     what = f"{name!r} of document {number} of a function's {split} split"
@@ -221,7 +221,7 @@ def add_generator(
 
     Args:
       name: of the task.
-      documents: from a split to its documents, always in the same order, with `id` and `content`.
+      documents: from a split to its documents, always in the same order, with `content` and perhaps `id`.
       content: "text", "messages" or "preferences", as above.
       splits: names of the splits.
       fingerprint: its value changes with the documents; without one, `prepare` does not notice a change.
