@@ -28,6 +28,7 @@ def add_verbs(verbs: Verbs) -> None:
     )
     sub.add_argument(
         "--runner-options",
+        type=shlex.split,
         default="",
         help="of Beam's pipeline, e.g. --runner-options='--region=X --project=Y'",
     )
@@ -56,11 +57,7 @@ def _prepare(args) -> None:
 
     if args.runner_options and not args.runner:
         raise UserError("--runner-options are of a Beam runner: name it with --runner")
-    try:
-        options = shlex.split(args.runner_options)
-    except ValueError as error:
-        raise UserError(f"cannot read --runner-options {args.runner_options}: {error}") from error
-    prepare(config, replace=args.replace, runner=args.runner, runner_options=options)
+    prepare(config, replace=args.replace, runner=args.runner, runner_options=args.runner_options)
 
 
 def _inspect(args) -> None:

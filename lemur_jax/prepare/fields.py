@@ -181,7 +181,7 @@ def _plain(value: Any) -> Any:
 
 def _as_text(value: Any) -> str:
     """What JSON does not know: bytes, and times."""
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def _bytes(value: str | bytes) -> bytes:
