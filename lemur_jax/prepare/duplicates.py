@@ -111,9 +111,8 @@ def _report(
 @contextlib.contextmanager
 def _scratch(beside: epath.Path) -> Iterator[Path]:
     """A directory for memory-mapped files: where the draft is if that is local."""
-    with tempfile.TemporaryDirectory(
-        dir=None if is_object_store(beside) else beside, prefix="duplicates-"
-    ) as folder:
+    where = None if is_object_store(beside) else beside
+    with tempfile.TemporaryDirectory(dir=where, prefix="duplicates-") as folder:
         yield Path(folder)
 
 

@@ -122,7 +122,7 @@ def _lock(data: DataConfig) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(
             OSError
-        ):  # they cannot be written, which is an error only if there is something to do
+        ):  # of a directory that cannot be written: its stores may be complete
             stack.enter_context(workdir_lock(epath.Path(data.stores), math.inf, "lemur prepare"))
         yield
 

@@ -73,7 +73,7 @@ class GeneratorSource(seqio.FunctionDataSource):
                 if not isinstance(value, str | bytes):
                     what = f"{name!r} of document {number} of a function's {split} split"
                     raise UserError(f"{what} is {value!r:.40}: it must be a string")
-                document[name] = value.encode() if isinstance(value, str) else value
+                document[name] = value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
             yield document
 
     def fingerprint(self, split: str) -> str:
