@@ -4,6 +4,7 @@ import shlex
 import sys
 
 from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output_file, open_config
+from lemur_jax.common.errors import UserError
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -27,6 +28,7 @@ def add_verbs(verbs: Verbs) -> None:
     )
     sub.add_argument(
         "--runner-options",
+        type=shlex.split,
         default="",
         help="of Beam's pipeline, e.g. --runner-options='--region=X --project=Y'",
     )
@@ -53,12 +55,15 @@ def _prepare(args) -> None:
     config = open_config(args, cpu=True)
     from lemur_jax.prepare.prepare import prepare
 
-    options = shlex.split(args.runner_options)
-    prepare(config, replace=args.replace, runner=args.runner, runner_options=options)
+    if args.runner_options and not args.runner:
+        raise UserError("--runner-options are of a Beam runner: name it with --runner")
+    prepare(config, replace=args.replace, runner=args.runner, runner_options=args.runner_options)
 
 
 def _inspect(args) -> None:
     check_output_file("--html", args.html)
+    if args.samples < 0:
+        raise UserError(f"--samples is {args.samples}: it must be 0 or more")
     from lemur_jax.data.inspect import inspect_mixture, inspect_store
     from lemur_jax.text.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from lemur_jax.common.errors import UserError
 
 _HEARTBEATS = "lemur/heartbeat/"
 
-_barriers = itertools.count()
+_barriers, _exchanges = itertools.count(), itertools.count()
 # The service stops all hosts at the number after the highest that any host has asked with, once in the life of a
 # process, and compares for equality. So the hosts count their calls, over all runs of a process.
 _sync_points = itertools.count(1)
@@ -67,7 +67,7 @@ def exchange(name: str, value: str, seconds: float) -> list[str]:
     if service is None:
         return [value]
     me, count = process()
-    place = f"lemur/exchange/{name}/"
+    place = f"lemur/exchange/{next(_exchanges)}-{name}/"
     service.key_value_set(f"{place}{me}", value)
     barrier(name, seconds)
     values = dict(service.key_value_dir_get(place))

@@ -34,28 +34,30 @@ RELEASE_SECONDS = 30.0  # for the last write of the lease; the store may not ans
 
 
 @contextlib.contextmanager
-def workdir_lock(workdir: epath.Path, seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """A context in which no other run writes to the workdir; only the primary host enters it.
+def workdir_lock(
+    workdir: epath.Path, seconds: float = WAIT_SECONDS, verb: str = "lemur train"
+) -> Iterator[None]:
+    """A context in which no other run of the verb writes to the workdir; only the primary host enters it.
 
     Two runs would remove each other's unfinished checkpoints. Network disks without locks are not protected. Raises
     UserError: another run did not end in `seconds`.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    with (lease if is_object_store(workdir) else _file_lock)(workdir, seconds):
+    with (lease if is_object_store(workdir) else _file_lock)(workdir, seconds, verb):
         yield
 
 
 @contextlib.contextmanager
-def _file_lock(workdir: epath.Path, seconds: float) -> Iterator[None]:
+def _file_lock(workdir: epath.Path, seconds: float, verb: str) -> Iterator[None]:
     lock = filelock.FileLock(os.fspath(workdir / LOCK_FILE))
     try:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            logger.info("another `lemur train` is writing to %s: waiting for its end", workdir)
+            logger.info("another `%s` is writing to %s: waiting for its end", verb, workdir)
             lock.acquire(timeout=seconds)
     except filelock.Timeout as error:
-        raise _refusal("another `lemur train`", workdir, seconds) from error
+        raise _refusal(f"another `{verb}`", workdir, seconds) from error
     except NotImplementedError:  # of filelock, where the file system has no locks
         logger.warning("%s is on a disk without locks: do not start a second run there", workdir)
     try:
@@ -72,14 +74,14 @@ def _refusal(other: str, workdir: epath.Path, seconds: float) -> UserError:
 
 
 @contextlib.contextmanager
-def lease(directory: epath.Path, seconds: float) -> Iterator[None]:
+def lease(directory: epath.Path, seconds: float, verb: str = "lemur train") -> Iterator[None]:
     """A context in which no other lease of the directory is held, on any machine.
 
     Where another run has taken over, as can happen while this process sleeps for longer than `EXPIRE_SECONDS`, this
     process ends. Raises UserError: another run that is alive did not end in `seconds`.
     """
     file, mine = directory / LEASE_FILE, uuid.uuid4().hex
-    _take(file, mine, seconds)
+    _take(file, mine, seconds, verb)
     over = threading.Event()
     thread = threading.Thread(target=_renew, args=(file, mine, over), daemon=True)
     thread.start()
@@ -93,7 +95,7 @@ def lease(directory: epath.Path, seconds: float) -> Iterator[None]:
                 file.unlink()
 
 
-def _take(file: epath.Path, mine: str, seconds: float) -> None:
+def _take(file: epath.Path, mine: str, seconds: float, verb: str) -> None:
     began = since = time.monotonic()
     logged, seen = False, None
     while True:
@@ -106,7 +108,7 @@ def _take(file: epath.Path, mine: str, seconds: float) -> None:
             if mine in (_read(file) or ""):
                 return
             continue
-        other = f"another `lemur train` ({_holder(found)})"
+        other = f"another `{verb}` ({_holder(found)})"
         if now - began > seconds:
             raise _refusal(other, file.parent, seconds)
         if not logged:

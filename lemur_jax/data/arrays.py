@@ -7,6 +7,7 @@ whose index has a CRC-32C too. TensorStore returns no values that do not match. 
 import functools
 import hashlib
 import json
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.common.paths import is_object_store
 
 _CHUNK = 1 << 12  # elements decompressed by the smallest read
 _SHARD_BYTES = 1 << 25
@@ -174,8 +176,8 @@ def _create_spec(path: epath.Path, dtype: np.dtype, shard: int) -> dict[str, Any
 
 
 def _kvstore(path: epath.Path) -> Any:
-    if "://" in str(path):
-        return f"{path}/"
+    if is_object_store(path):
+        return f"{urllib.parse.quote(str(path), safe=':/')}/"  # parts are called C# or F#
     return {"driver": "file", "path": f"{path.resolve()}/"}
 
 

@@ -45,8 +45,8 @@ def inspect_store(
     lines += ["", "tokens of a document", *histogram(lengths)]
     for index in np.linspace(0, len(lengths) - 1, min(samples, len(lengths))).astype(int):
         ids, mask = store.document(int(index))
-        shown = np.arange(len(ids)) > 0 if mask is None else mask != 0
-        lines += ["", f"--- {store.document_id(int(index))}, {len(ids):,} tokens"]
+        shown = np.arange(len(ids)) > 0 if mask is None else mask == 1
+        lines += ["", f"--- {printable(store.document_id(int(index)))}, {len(ids):,} tokens"]
         lines.append(_sample(ids, shown, tokenizer, color))
     if tokenizer is None:
         lines += ["", "Name the tokenizer's directory to see these as text."]
@@ -72,7 +72,7 @@ def inspect_mixture(
         for row in row_indices[source_ids == index][:samples]:
             documents = source.rows.documents(int(row))
             more = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
-            lines += ["", f"--- {source.name}, row {row:,}: {documents[0]}{more}"]
+            lines += ["", f"--- {source.name}, row {row:,}: {printable(documents[0])}{more}"]
             lines.append(_sample_row(source.rows.read(np.array([row])), tokenizer, color))
     return "\n".join(lines)
 

@@ -69,12 +69,12 @@ def read_manifest(path: epath.PathLike) -> Manifest:
     directory = epath.Path(path)
     file = directory / "manifest.json"
     if not file.exists():
-        inside = sorted(found.parent.name for found in directory.glob("*/manifest.json"))
+        below = [*directory.glob("*/manifest.json"), *directory.glob("*/*/manifest.json")]
+        inside = sorted(str(found.parent.relative_to(directory)) for found in below)
         if inside:
-            raise UserError(
-                f"{path} is no token store but has some in it: name {' or '.join(inside)} as well"
-            )
-        what = "is unfinished (it has no manifest.json)" if directory.exists() else "does not exist"
+            shown = " or ".join(inside[:_SHOWN_LABELS])
+            raise UserError(f"{path} is no token store but has some in it: name {shown} as well")
+        what = "is none, or unfinished (it has no manifest.json)" if directory.exists() else "does not exist"
         raise UserError(f"the token store {path} {what}: make it with `lemur prepare --config ...`")
     remake = "make it again with `lemur prepare --config ...`"
     try:

@@ -23,6 +23,7 @@ from etils import epath
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.json_files import read_sealed, write_sealed
 from lemur_jax.data.arrays import ArrayWriter, metadata_digest, open_array, read_bounds, read_spans
+from lemur_jax.data.manifest import REJECTED
 from lemur_jax.data.store import TokenStore
 
 # Documents that are packed together: every P-th of the store, so that a row mixes documents of the whole store.
@@ -40,7 +41,7 @@ class PackingCounts:
     rows: int
     tokens: int  # without padding
     truncated: int  # documents longer than T
-    without_targets: int  # documents whose supervised tokens all lie beyond T
+    without_targets: int  # documents of which a conversation has its supervised tokens all beyond T
     arrays: Mapping[str, str]  # sha256 (hex) of each array's `zarr.json`
 
 
@@ -112,7 +113,7 @@ def _write(store: TokenStore, length: int, folder: epath.Path) -> epath.Path:
             documents = np.arange(group, store.num_documents, groups)
             starts = offsets[documents]
             lengths = offsets[documents + 1] - starts
-            cut = starts[lengths > length]
+            cut = starts[lengths > length], lengths[lengths > length]
             lengths = np.minimum(lengths, length)
             order, row_offsets = pack(lengths, length)
             for name, values in (("documents", documents), ("starts", starts), ("lengths", lengths)):
@@ -121,9 +122,9 @@ def _write(store: TokenStore, length: int, folder: epath.Path) -> epath.Path:
             totals["documents"] += len(documents)
             totals["rows"] += len(row_offsets) - 1
             totals["tokens"] += int(lengths.sum())
-            totals["truncated"] += len(cut)
+            totals["truncated"] += len(cut[0])
             if store.manifest.has_loss_mask:
-                totals["without_targets"] += _count_without_targets(store, cut, length)
+                totals["without_targets"] += _count_without_targets(store, *cut, length)
     for writer in writers.values():
         writer.close()
     arrays = {name: metadata_digest(folder / name) for name in writers}
@@ -131,15 +132,20 @@ def _write(store: TokenStore, length: int, folder: epath.Path) -> epath.Path:
     return folder
 
 
-def _count_without_targets(store: TokenStore, starts: np.ndarray, length: int) -> int:
-    """Number of documents, by where they begin, without a supervised target in their first `length` tokens."""
-    if length == 1:
-        return len(starts)
+def _count_without_targets(store: TokenStore, starts: np.ndarray, sizes: np.ndarray, length: int) -> int:
+    """Number of documents of which a conversation has no target in the first `length` tokens, by start and size."""
     count, step = 0, max(1, _COPIED // length)
+    # The rejected conversation may begin anywhere.
+    sizes = sizes if store.manifest.preferences else np.minimum(sizes, length)
     for first in range(0, len(starts), step):
-        some = starts[first : first + step] + 1  # the first token is no target
-        mask = store.loss_mask(some, np.full(len(some), length - 1))
-        count += int(np.count_nonzero(~mask.reshape(len(some), -1).any(axis=1)))
+        read = sizes[first : first + step]
+        mask = store.loss_mask(starts[first : first + step], read)
+        begins = np.cumsum(read) - read
+        place = np.arange(len(mask)) - np.repeat(begins, read)
+        conversations = np.flatnonzero((place == 0) | (mask == REJECTED))
+        is_target = (mask == 1) & (place > 0) & (place < length)  # the first token is none
+        without = conversations[~np.logical_or.reduceat(is_target, conversations)]
+        count += len(np.unique(np.searchsorted(begins, without, side="right")))
     return count
 
 

@@ -101,7 +101,7 @@ class FitRows(Rows):
     preferences, document n = 1, 2, ... of a row is the segments 2 n (chosen) and 2 n + 1 (rejected).
 
     Attributes:
-      without_targets: documents whose supervised tokens all lie beyond T.
+      without_targets: documents of which a conversation has its supervised tokens all beyond T.
 
     Raises:
       UserError: no document has a supervised token within T.
@@ -156,9 +156,12 @@ def _sides(begins: np.ndarray, rejected: np.ndarray) -> np.ndarray:
 
 
 def _report_without_targets(store: TokenStore, length: int, count: int) -> None:
+    what, lost = "have no supervised token", "nothing is trained on them"
+    if store.manifest.preferences:
+        what, lost = "have an answer without a token", "a pair that lacks one counts for nothing"
     said = (
-        f"the token store {store.path}: {count:,} of {store.num_documents:,} documents have no supervised token in"
-        f" their first {length:,}, so nothing is trained on them; raise data.sequence_length or shorten the prompts"
+        f"the token store {store.path}: {count:,} of {store.num_documents:,} documents {what} in their first"
+        f" {length:,}, so {lost}; raise data.sequence_length or shorten the prompts"
     )
     if count == store.num_documents:
         raise UserError(said)

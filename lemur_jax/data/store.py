@@ -17,10 +17,11 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.data.arrays import finish, map_array, open_array, read_bounds, read_spans
-from lemur_jax.data.manifest import Manifest, read_manifest
+from lemur_jax.data.manifest import REJECTED, Manifest, read_manifest
 from lemur_jax.text.tokenizer import Tokenizer, compatible
 
 BLOCK = 4096  # tokens between two entries of `block_documents`
+_PAIRED = 1000  # documents among which `has_pairs` looks for a pair
 _VERIFIED = 1 << 24  # elements that `verify` reads at a time
 
 
@@ -149,6 +150,12 @@ class TokenStore:
         ends = np.cumsum(lengths)
         pairs = zip((ends - lengths).tolist(), ends.tolist(), strict=True)
         return [names[start:end].decode() for start, end in pairs]
+
+    def has_pairs(self) -> bool:
+        """Whether one of the first documents is a chosen and a rejected conversation; of a store of preferences."""
+        starts, lengths = read_bounds(self._arrays["offsets"], np.arange(min(_PAIRED, self.num_documents)))
+        mask = self.loss_mask(starts, lengths)
+        return bool((np.delete(mask, starts) == REJECTED).any())
 
     def document_id(self, index: int) -> str:
         return self.document_ids(np.array([index]))[0]

@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,20 @@ def parse_steps(task: str, options: Mapping[str, Mapping[str, Any]]) -> str:
             raise UserError(f"prepare.steps.{task}.language.keep names {names}; there are {', '.join(codes)}")
         digests["py3langid"] = importlib.metadata.version("py3langid")
     return json.dumps({name: steps[name] for name in DEFAULTS if name in steps} | {"digests": digests})
+
+
+def check_fields(task: str, steps: Mapping[str, Mapping[str, Any]], kept: Sequence[str]) -> None:
+    """Refuses steps that read metadata fields which the documents of a task do not have; `kept` are those."""
+    repository, label = steps.get("repository", {}), steps.get("label", {})
+    read = [("metadata", name) for name in steps.get("metadata", ())]
+    read += [("repository", name) for name in repository.values() if name]
+    read += [("label", name) for name in label.values()]
+    for step, name in read:
+        if not {name, name.replace("/", ".")} & set(kept):
+            raise UserError(
+                f"prepare.steps.{task}.{step} reads the metadata field {name!r}; the task keeps"
+                f" {', '.join(kept) or 'none'}: name it in Fields(meta=...) of the task"
+            )
 
 
 def _check_name(where: str, name: str, known: Iterable[str]) -> None:

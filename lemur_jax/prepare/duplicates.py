@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from lemur_jax.common.paths import is_object_store
 from lemur_jax.data.arrays import finish, map_array
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare.cleaning import Removed
@@ -110,8 +111,8 @@ def _report(
 @contextlib.contextmanager
 def _scratch(beside: epath.Path) -> Iterator[Path]:
     """A directory for memory-mapped files: where the draft is if that is local."""
-    local = "://" not in str(beside)
-    with tempfile.TemporaryDirectory(dir=beside if local else None, prefix="duplicates-") as folder:
+    where = None if is_object_store(beside) else beside
+    with tempfile.TemporaryDirectory(dir=where, prefix="duplicates-") as folder:
         yield Path(folder)
 
 

@@ -44,6 +44,8 @@ class Fields:
     gather: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.meta, str):
+            raise UserError(f"Fields(meta={self.meta!r}) is a string: write a tuple, ({self.meta!r},)")
         if self.gather and self.content == "text":
             raise UserError(
                 f"Fields(gather={self.gather!r}) would keep the text of each document's first row alone: name a"
@@ -179,7 +181,7 @@ def _plain(value: Any) -> Any:
 
 def _as_text(value: Any) -> str:
     """What JSON does not know: bytes, and times."""
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def _bytes(value: str | bytes) -> bytes:

@@ -1,6 +1,7 @@
 """Files as the documents of a task: which files each split reads, and which of their documents."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lemur_jax.common.errors import UserError
@@ -8,6 +9,8 @@ from lemur_jax.common.hub import local_file
 from lemur_jax.prepare import readers
 from lemur_jax.prepare.fields import Document, Fields, is_held_out, to_documents
 from lemur_jax.prepare.readers import BadRow, Row
+
+logger = logging.getLogger(__name__)
 
 # Reads a file whose format is not one of `readers.read_rows`.
 ReadRows = Callable[[str], Iterator[tuple[str, Row | BadRow]]]
@@ -17,7 +20,7 @@ ReadRows = Callable[[str], Iterator[tuple[str, Row | BadRow]]]
 class Files:
     """The files of a task.
 
-    Raises UserError: an unknown format; when read, no matching file, or a name without a known format.
+    Raises UserError: an unknown format, or no share; when read, no matching file, or a name without a known format.
     """
 
     patterns: Mapping[str, str | Sequence[str]]  # globs or directories for "train" and perhaps "validation"
@@ -29,6 +32,8 @@ class Files:
     def __post_init__(self) -> None:
         if self.kind and self.kind not in readers.FORMATS:
             raise UserError(f"there is no format {self.kind!r}; there are {', '.join(readers.FORMATS)}")
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"held_out is {self.held_out}: it must be a share, 0 or more and below 1")
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -47,6 +52,10 @@ class Files:
             raise UserError(f"no file matches {patterns} (split {split})")
         for file in files if not self.kind else ():
             readers.format_of(file)
+        if split == "validation" and not self._divides:
+            shared = sorted(set(files) & set(readers.find_files(self.patterns.get("train", ()))))
+            if shared:
+                logger.warning("held-out files that are trained on too: %d, e.g. %s", len(shared), shared[0])
         return files
 
     def documents(
@@ -61,15 +70,17 @@ class Files:
             if kind in other:
                 rows = other[kind](local)
             else:
-                rows = readers.read_rows(local, kind, self._columns(), self.max_bytes)
+                rows = readers.read_rows(local, kind, *self._columns(), self.max_bytes)
             for document, key in to_documents(file, rows, self.fields):
                 if not self._divides or is_held_out(key, self.held_out) == (split == "validation"):
                     yield document
 
-    def _columns(self) -> Sequence[str] | None:
-        """The Parquet columns to read; None: all."""
+    def _columns(self) -> tuple[Sequence[str] | None, Sequence[str]]:
+        """The Parquet columns to read, None: all; and the fields that each file must have."""
         fields = self.fields
+        required = [name for name in (fields.id, fields.group, fields.gather) if name]
         if fields.content != "text":
-            return None
-        names = (fields.text, fields.id, fields.group, *fields.meta)
-        return sorted({part for name in names if name for part in (name, name.partition(".")[0])})
+            return None, required
+        required = [fields.text, *required]
+        names = (*required, *fields.meta)
+        return sorted({part for name in names for part in (name, name.partition(".")[0])}), required

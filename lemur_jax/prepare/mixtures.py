@@ -8,6 +8,7 @@ from lemur_jax.common.json_files import write_json
 from lemur_jax.common.sections import did_you_mean
 from lemur_jax.data.config import DataConfig, SourceConfig
 from lemur_jax.prepare import tasks
+from lemur_jax.prepare.modules import import_modules
 
 
 def resolve_mixture(data: DataConfig) -> DataConfig:
@@ -15,7 +16,7 @@ def resolve_mixture(data: DataConfig) -> DataConfig:
 
     Raises UserError for no such mixture (the nearest is named), or a rate that cannot be computed or is not above 0.
     """
-    tasks.import_modules(data.modules)
+    import_modules(data.modules)
     known = sorted(tasks.MixtureRegistry.names())
     if data.mixture not in known:
         raise UserError(

@@ -4,17 +4,20 @@ First the tokenizer, then one store after the other, then the budget. A complete
 data by the same task and tokenizer is kept.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from lemur_jax.cluster.lock import workdir_lock
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import digest_of
 from lemur_jax.common.progress import Progress
@@ -26,7 +29,7 @@ from lemur_jax.data.manifest import Manifest, empty_manifest, read_manifest
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import beam, duplicates, tasks
-from lemur_jax.prepare.cleaning import NO_STEPS, Removed, parse_steps
+from lemur_jax.prepare.cleaning import NO_STEPS, Removed, check_fields, parse_steps
 from lemur_jax.prepare.code_layout import check_content, check_tokens
 from lemur_jax.prepare.digests import input_digest, task_digest
 from lemur_jax.prepare.encoding import BadRecord, Encode, Record, Result, available_cores, encoder
@@ -81,10 +84,14 @@ def prepare(
         options = json.loads(steps[found[name].name])
         check_part(name, split, list(config.data.sources), options)
         check_content(options, tasks.content_of(found[name], split), found[name].name)
+        if (kept := tasks.metadata_of(found[name])) is not None:
+            check_fields(found[name].name, options, kept)
     tokenizer = prepare_tokenizer(config.tokenizer, config.data.modules, config.model.vocab_size)
     if any(tasks.content_of(found[name], split) != "text" for name, split in wanted):
         check_template(tokenizer)
-    with encoder(tokenizer, config.prepare.workers or available_cores()) as encode:
+    if not wanted:
+        return
+    with _lock(config.data), encoder(tokenizer, config.prepare.workers or available_cores()) as encode:
         run = _Run(
             data=config.data, tokenizer_config=config.tokenizer, max_bad_share=config.prepare.max_bad_share,
             steps=steps, tokenizer=tokenizer, encode=encode, replace=replace, runner=runner,
@@ -107,6 +114,17 @@ def prepare(
         size = f"{config.train.batch_rows:,} rows, {config.train.steps:,} updates"
         logger.info("%s, from the counts in %s", size, config.data.counts_record)
     _check_enough(config.data, config.train, config.seed, tokenizer)
+
+
+@contextlib.contextmanager
+def _lock(data: DataConfig) -> Iterator[None]:
+    """Waits until no other `lemur prepare` writes to the stores: each would remove the other's unfinished ones."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(
+            OSError
+        ):  # of a directory that cannot be written: its stores may be complete
+            stack.enter_context(workdir_lock(epath.Path(data.stores), math.inf, "lemur prepare"))
+        yield
 
 
 def _check_enough(data: DataConfig, train: TrainConfig, seed: int, tokenizer: Tokenizer) -> None:
@@ -254,7 +272,9 @@ def _add_result(result: Result, writer: StoreWriter, rejects: Rejects) -> None:
 
 def _check_any(task: tasks.Task, split: str, rejects: Rejects, writer: StoreWriter) -> None:
     if not rejects.records:
-        raise UserError(f"task {task.name!r} has no documents in its {split} split: look at its source")
+        raise UserError(
+            f"task {task.name!r} has no documents in its {split} split: look at its source, and at its `held_out`"
+        )
     if not writer.documents and rejects.all_removed:
         raise UserError(
             f"the steps of task {task.name!r} remove every document of its {split} split ({rejects.summary()[:-2]}):"

@@ -5,6 +5,7 @@ import hashlib
 import heapq
 import logging
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -102,9 +103,7 @@ def _plain_text(record: Record) -> bytes:
 @contextlib.contextmanager
 def _written_whole(path: epath.Path) -> Iterator[epath.Path]:
     """A temporary directory that becomes `path`, or is removed after an exception."""
-    partial = path.parent / f".{path.name}.partial"
-    if partial.exists():
-        partial.rmtree()
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}"  # another process may make it too
     try:
         yield partial
         if path.exists():  # a user's directory with other files, which stay

@@ -52,8 +52,9 @@ class BadRow:
 
 
 def find_files(patterns: str | Iterable[str]) -> list[str]:
-    """The files that match globs, sorted, local, gs:// or hf://datasets/; a directory stands for its files. UserError
-    for `**`.
+    """The files that match globs, sorted, local, gs:// or hf://datasets/; a directory stands for its files.
+
+    Hidden files and marks of other programs, e.g. `_SUCCESS`, are left out. UserError for `**`.
     """
     found: set[epath.Path] = set()
     on_hub: list[str] = []
@@ -63,17 +64,22 @@ def find_files(patterns: str | Iterable[str]) -> list[str]:
         if pattern.startswith("hf://"):
             on_hub += dataset_files(pattern)
             continue
-        path = epath.Path(pattern)
-        if "*" not in pattern and "?" not in pattern and "[" not in pattern:
+        path = epath.Path(pattern).expanduser()
+        wild = [any(sign in part for sign in "*?[") for part in path.parts]
+        if not any(wild) or path.exists():  # names may have brackets
             inside = (file for file in path.glob("*") if not file.is_dir()) if path.is_dir() else [path]
             found |= {file for file in inside if file.exists()}
             continue
         # epath globs below a directory only: begin at the last one without a wildcard.
-        parts = path.parts
-        first = next(index for index, part in enumerate(parts) if any(sign in part for sign in "*?["))
-        found |= set(epath.Path(*parts[:first]).glob("/".join(parts[first:])))
-    paths = [*map(str, found), *dict.fromkeys(on_hub)]
-    return sorted(path for path in paths if path.rpartition("/")[2][0] not in "._")
+        first = wild.index(True)
+        found |= set(epath.Path(*path.parts[:first]).glob("/".join(path.parts[first:])))
+    return sorted(path for path in [*map(str, found), *dict.fromkeys(on_hub)] if not _is_mark(path))
+
+
+def _is_mark(path: str) -> bool:
+    """Whether a name says that the file is no data: `.crc`, `_SUCCESS`, but not `__init__.py`."""
+    name = path.rpartition("/")[2]
+    return name.startswith(".") or (name.startswith("_") and "." not in name)
 
 
 def format_of(path: str) -> str:
@@ -88,18 +94,23 @@ def format_of(path: str) -> str:
 
 
 def read_rows(
-    path: str, kind: str, columns: Sequence[str] | None = None, max_bytes: int = MAX_BYTES
+    path: str,
+    kind: str,
+    columns: Sequence[str] | None = None,
+    required: Sequence[str] = (),
+    max_bytes: int = MAX_BYTES,
 ) -> Iterator[tuple[str, Row | BadRow]]:
     """(position in the file, row), in the file's order.
 
     Args:
       path: a file.
       kind: "jsonl" (an object per line), "lines" (a text per line), "text" (the file is one text), "parquet".
-      columns: Parquet columns to read; None: all.
+      columns: Parquet columns to read, those that are there; None: all.
+      required: fields that a Parquet file must have; a dot selects nested ones.
       max_bytes: longer lines, elements of arrays and text files are bad.
     """
     if kind == "parquet":
-        yield from _parquet(path, columns)
+        yield from _parquet(path, columns, required)
         return
     if not epath.Path(path).stat().length and not path.endswith(tuple(COMPRESSIONS)):
         logger.warning("%s is empty", path)
@@ -218,7 +229,9 @@ def _elements(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Ro
         raise Unreadable("it is a JSON array, and more follows")
 
 
-def _parquet(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, Row | BadRow]]:
+def _parquet(
+    path: str, columns: Sequence[str] | None, required: Sequence[str]
+) -> Iterator[tuple[str, Row | BadRow]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -233,7 +246,13 @@ def _parquet(path: str, columns: Sequence[str] | None) -> Iterator[tuple[str, Ro
             lost = _damage(error).count_lost(0, path)
             yield "file", BadRow(reason=f"not Parquet: {bad_reason(error)}", records=lost)
             return
-        there = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+        names = file.schema_arrow.names
+        there = None if columns is None else [name for name in columns if name in names]
+        missing = [name for name in required if not {name, name.partition(".")[0]} & set(names)]
+        if missing and file.metadata.num_rows:
+            reason = f"no column {missing[0]!r}; there are {', '.join(names)}"
+            yield "file", BadRow(reason=reason, records=file.metadata.num_rows)
+            return
         for group in range(file.metadata.num_row_groups):
             end, reason = row + file.metadata.row_group(group).num_rows, "it ends early"
             try:

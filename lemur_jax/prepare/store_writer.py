@@ -129,7 +129,7 @@ class StoreWriter:
             mask = np.asarray(mask, np.uint8)
             self._arrays["loss_mask"].append(mask)
         # The first token of a document is never a target.
-        counts["supervised_tokens"] += tokens.size - 1 if mask is None else int(np.count_nonzero(mask[1:]))
+        counts["supervised_tokens"] += tokens.size - 1 if mask is None else int(np.sum(mask[1:] == 1))
         name = np.frombuffer(id.encode(), np.uint8)
         counts["id_bytes"] += name.size
         self._arrays["id_bytes"].append(name)

@@ -8,20 +8,19 @@ a module named in `config.data.modules`; `add_files`, `add_tfds` and `add_genera
 
 import contextlib
 import functools
-import importlib
 import os
 import re
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.common.errors import UserError
 from lemur_jax.common.sections import did_you_mean
 from lemur_jax.prepare import readers, streams
 from lemur_jax.prepare.fields import Document, Fields, to_documents
 from lemur_jax.prepare.files import Files
+from lemur_jax.prepare.modules import import_modules
 from lemur_jax.prepare.quiet_stderr import quiet_stderr
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -54,15 +53,28 @@ class GeneratorSource(seqio.FunctionDataSource):
         fingerprint: Callable[[], str] | None = None,
     ):
         self._documents = documents
-        self._content = content
+        self.content = content
+        self.metadata: Sequence[str] = ()
         self._fingerprint = fingerprint
         super().__init__(dataset_fn=self._dataset, splits=splits)
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # documents come in a fixed order: rows are drawn from the store
         return tf.data.Dataset.from_generator(
-            lambda: self._documents(split), output_signature=_signature(self._content, "id")
+            lambda: self._documents(split), output_signature=_signature(self.content, "id")
         )
+
+    def documents(self, split: str, *_: int) -> Iterator[Document]:
+        """The documents of a split, which is one shard; one without an id has its number."""
+        for number, given in enumerate(self._documents(split)):
+            name = given.get("id") or f"{number:09d}"
+            document: dict[str, Any] = {self.content: given.get(self.content), "id": name}
+            for name, value in document.items():
+                if not isinstance(value, str | bytes):
+                    what = f"{name!r} of document {number} of a function's {split} split"
+                    raise UserError(f"{what} is {value!r:.40}: it must be a string")
+                document[name] = value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
+            yield document
 
     def fingerprint(self, split: str) -> str:
         """Changes with the documents; `digests.input_digest` calls it on any source that has it."""
@@ -80,6 +92,7 @@ class FileSource(seqio.DataSource):
         self._files = files
         self._listed: dict[str, Sequence[str]] = {}
         self.fields = files.fields
+        self.content, self.metadata = files.fields.content, files.fields.meta
         super().__init__(splits=files.splits)
 
     def __repr__(self) -> str:
@@ -112,7 +125,7 @@ class FileSource(seqio.DataSource):
         shard, shards = (0, 1) if shard_info is None else (shard_info.index, shard_info.num_shards)
         return tf.data.Dataset.from_generator(
             lambda: self.documents(split, shard, shards),
-            output_signature=_signature(self.fields.content, "id", "meta", "where", "error"),
+            output_signature=_signature(self.content, "id", "meta", "where", "error"),
         )
 
     def documents(self, split: str, shard: int, shards: int) -> Iterator[Document]:
@@ -208,7 +221,7 @@ def add_generator(
 
     Args:
       name: of the task.
-      documents: from a split to its documents, always in the same order, with `id` and `content`.
+      documents: from a split to its documents, always in the same order, with `content` and perhaps `id`.
       content: "text", "messages" or "preferences", as above.
       splits: names of the splits.
       fingerprint: its value changes with the documents; without one, `prepare` does not notice a change.
@@ -268,24 +281,6 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def import_modules(modules: Sequence[str]) -> None:
-    """Imports modules that register tasks and mixtures; UserError for one that cannot be imported."""
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except UserError:
-            raise
-        except (Exception, SystemExit) as error:
-            frames = traceback.extract_tb(error.__traceback__)[2:]  # of the import system, then of the module
-            files = [frame.filename for frame in frames if not frame.filename.startswith("<frozen ")]
-            lines = [frame.lineno for frame in frames if frame.filename in files[:1]]
-            where = f" (line {lines[-1]} of {files[0]})" if files else ""
-            hint = "; install it, or add its directory to PYTHONPATH" * isinstance(error, ImportError)
-            raise UserError(
-                f"cannot import {module!r} of data.modules: {reason_of(error)}{where}{hint}"
-            ) from error
-
-
 def find_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
     """The task with this name, after importing `modules`; UserError: there is none (the nearest is named)."""
     import_modules(modules)
@@ -320,9 +315,14 @@ def check_files(task: seqio.Task, split: str) -> None:
 def content_of(task: seqio.Task, split: str) -> str:
     """Which of `CONTENTS` a task has; UserError if it has none, or its files are missing."""
     if _is_read_directly(task):
-        return task.source.fields.content
+        return task.source.content
     spec = _dataset(task, split, 0, 1).element_spec
     return next(name for name in CONTENTS if name in spec)
+
+
+def metadata_of(task: seqio.Task) -> Sequence[str] | None:
+    """The metadata fields that documents of a task have; None: not known before they are read."""
+    return task.source.metadata if _is_read_directly(task) else None
 
 
 def count_shards(task: seqio.Task, split: str) -> int:
@@ -351,8 +351,8 @@ def examples(task: seqio.Task, split: str, shard: int = 0, shards: int = 1) -> I
 
 
 def _is_read_directly(task: seqio.Task) -> bool:
-    """Whether TensorFlow can be bypassed: a file source without preprocessors."""
-    return isinstance(task.source, FileSource) and not task.preprocessors
+    """Whether TensorFlow can be bypassed: a source of ours without preprocessors."""
+    return isinstance(task.source, FileSource | GeneratorSource) and not task.preprocessors
 
 
 def _dataset(task: seqio.Task, split: str, shard: int, shards: int) -> tf.data.Dataset:

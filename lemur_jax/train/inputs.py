@@ -10,7 +10,7 @@ from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.config import DataConfig
 from lemur_jax.data.counts import check_counts
 from lemur_jax.data.loader import Loader
-from lemur_jax.data.mixture import Mixture, open_mixture
+from lemur_jax.data.mixture import Mixture, Source, open_mixture
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.text.tokenizer import Tokenizer
@@ -38,12 +38,7 @@ def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
     mesh = make_mesh(config.mesh)  # first, as it needs no file
     tokenizer = Tokenizer.from_config(config.tokenizer)
     mixture = open_run_mixture(config.data, config.train, tokenizer, config.seed)
-    for source in mixture.sources if config.preference.loss else ():
-        if not source.rows.store.manifest.preferences:
-            raise UserError(
-                f"config.preference.loss is {config.preference.loss!r}, but data.sources.{source.name} has no"
-                " preferences"
-            )
+    check_preferences(config.preference.loss, mixture.sources)
     held_out = open_held_out(config.data, config.eval, tokenizer)
     program = build(config, mesh, num_sources=len(mixture.sources))
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -59,6 +54,23 @@ def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
         loader=Loader(mixture, batch_sharding(program.mesh)),
         plan=format_budget(budget(mixture, config.train.steps)),
     )
+
+
+def check_preferences(loss: str, sources: Sequence[Source]) -> None:
+    """UserError: `config.preference.loss` does not fit a source; it would learn rejected answers, or nothing."""
+    for source in sources:
+        store = source.rows.store
+        what = f"config.preference.loss is {loss!r}, but data.sources.{source.name} has"
+        if loss and not store.manifest.preferences:
+            raise UserError(f"{what} no preferences")
+        if store.manifest.preferences and not loss:
+            raise UserError(
+                f"{what} preferences: name a loss, as rejected answers would be trained on like chosen ones"
+            )
+        if loss not in ("", "kto") and not store.has_pairs():
+            raise UserError(
+                f"{what} no pairs of a chosen and a rejected conversation: `kto` alone learns without"
+            )
 
 
 def open_run_mixture(data: DataConfig, train: TrainConfig, tokenizer: Tokenizer, seed: int) -> Mixture:

@@ -11,10 +11,11 @@ import jax
 from etils import epath
 
 from lemur_jax.checkpoint.metadata import make_metadata
-from lemur_jax.cluster.coordination import barrier
+from lemur_jax.cluster.coordination import agree, barrier
 from lemur_jax.cluster.hosts import is_primary
 from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
+from lemur_jax.common.json_files import digest_of
 from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig
 from lemur_jax.models.decoder import num_params
@@ -73,6 +74,7 @@ def train(
     began, started = time.perf_counter(), time.time()
     check_steps(profile, config.train.steps)
     inputs = open_inputs(config, build)
+    check_same_data(inputs)
     workdir, values, steps = epath.Path(workdir), config.to_json(), config.train.steps
     config_changes(values, workdir, extend=extend)  # refuses before anything is made
     with contextlib.ExitStack() as stack:
@@ -105,6 +107,13 @@ def train(
         run = Run(config=config, inputs=inputs, saves=saves, evaluations=evaluations, log=log, stop=stop)
         with jax.transfer_guard("disallow"):  # what moves between host and device says so
             return run_steps(run, state, first, profile, workdir / "profile")
+
+
+def check_same_data(inputs: Inputs) -> None:
+    """UserError: hosts read other stores, as where each has its own on its disk; each reads a part of every batch."""
+    held_out = {f"{each.task}, held out": each.rows.store.manifest.digest for each in inputs.held_out}
+    digest = digest_of({**inputs.mixture.digests(), **held_out})
+    agree("the data in config.data.stores", digest, 2 * WAIT_SECONDS)
 
 
 def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_path: epath.Path) -> bool:

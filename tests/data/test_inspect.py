@@ -11,10 +11,13 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import default_config, from_config_dict, replace
 from lemur_jax.data.config import StageConfig
 from lemur_jax.data.inspect import histogram, inspect_mixture, inspect_store
+from lemur_jax.data.manifest import REJECTED, empty_manifest
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.models.presets import preset
+from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.chat_template import encode_chat
 from lemur_jax.text.tokenizer import Tokenizer
+from tests.helpers.documents import FIELDS
 
 TALK = [{"role": "user", "content": "Grüße?"}, {"role": "assistant", "content": "Ja,\nvielen Dank."}]
 
@@ -89,6 +92,10 @@ def test_every_token_of_text_but_the_first_is_supervised(text_store, tokenizer):
 def test_the_directory_above_a_store_names_it(text_store):
     with pytest.raises(UserError, match="code is no token store but has some in it: name train as well"):
         inspect_store(text_store.path.parent)
+    with pytest.raises(UserError, match="no token store but has some in it: name code/train as well"):
+        inspect_store(text_store.path.parent.parent)
+    with pytest.raises(UserError, match=r"tokens is none, or unfinished \(it has no manifest.json\)"):
+        inspect_store(text_store.path / "tokens")
 
 
 def inspect_config(config):
@@ -147,3 +154,40 @@ def test_a_page_says_the_same_and_escapes_it(make_store, chat_tokenizer, chat_di
     assert html.unescape(re.sub("<[^>]*>", "", body)) == plain
     supervised = re.findall('<span class="supervised">(.*?)</span>', body, re.DOTALL)
     assert supervised == [html.escape("<i>no</i><|im_end|>\n")]
+
+
+def test_the_first_token_of_a_rejected_answer_is_no_target(make_store):
+    store = make_store([[7, 8, 9, 7, 8, 5]], [[0, 1, 1, REJECTED, 1, 1]], preferences=True)
+    assert store.manifest.supervised_tokens == 4
+    assert "7 {+8 9 +}7 {+8 5 +}" in inspect_store(store.path)
+
+
+def test_names_of_documents_do_not_command_the_terminal(tmp_path):
+    with StoreWriter(tmp_path / "s", empty_manifest(**FIELDS)) as writer:
+        writer.add([1, 2, 3], id="\x1b[2J\r", n_bytes=3)
+    shown = inspect_store(tmp_path / "s")
+    assert "--- \\x1b[2J\\r, 3 tokens" in shown
+    assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "x", "--samples", "-1"], "--samples is -1: it must be 0 or more"),
+        (["prepare", "--config", "{}", "--runner-options", "x"], "name it with --runner"),
+    ],
+)
+def test_a_wrong_option_is_one_line(tmp_path, capsys, words, message):
+    (tmp_path / "config.py").write_text(
+        "from lemur_jax.config import default_config\n"
+        "from lemur_jax.models.presets import preset\n"
+        "get_config = lambda: default_config(preset('tiny'))\n"
+    )
+    assert main([word.format(tmp_path / "config.py") for word in words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_a_runner_are_words_of_a_shell(capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare", "--config", "x", "--runner", "y", "--runner-options", "'"])
+    assert """--runner-options: invalid split value: "'\"""" in capsys.readouterr().err

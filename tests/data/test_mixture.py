@@ -223,3 +223,10 @@ def test_open_mixture(data, make_store, random_documents, chat_tokenizer, tmp_pa
     rewrite_manifest(tmp_path / "text/train", tokenizer_digest="0" * 64)
     with pytest.raises(UserError, match="tokenizer 00000000"):
         open_mixture(data, chat_tokenizer, seed=42, batch_rows=8)
+
+
+def test_a_home_directory_is_no_directory_of_that_name(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    stores = {DataConfig(stores=stores).stores for stores in ("~/stores", "/home/me/stores")}
+    assert stores == {"/home/me/stores"}
+    assert DataConfig(stores="gs://bucket/~stores").stores == "gs://bucket/~stores"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import packing
+from lemur_jax.data.manifest import REJECTED
 from lemur_jax.data.packing import open_packing, pack
 from lemur_jax.data.rows import FitRows
 
@@ -127,3 +128,29 @@ def test_documents_whose_targets_lie_beyond_the_row_are_counted(make_store, capl
         UserError, match="2 of 2 documents have no supervised token in their first 48.*sequence_length"
     ):
         FitRows(make_store(documents[:2], masks=masks[:2], name="b/train"), 48)
+
+
+def test_pairs_that_are_cut_before_an_answer_are_counted(make_store, caplog):
+    rng = np.random.default_rng(0)
+    masks = []
+    for _ in range(200):
+        chosen, rejected = ([0] * rng.integers(1, 9) + [1] * rng.integers(1, 9) for _ in range(2))
+        rejected[0] = REJECTED
+        masks.append([chosen + rejected, chosen + rejected, chosen, rejected][rng.integers(4)])
+    store = make_store([[5] * len(mask) for mask in masks], masks, preferences=True)
+    for length in (3, 7, 13, 40):
+        lacking = 0
+        for mask in masks:
+            begin = mask.index(REJECTED) if REJECTED in mask else len(mask)
+            sides = [side for side in (range(begin), range(begin, len(mask))) if side]
+            lacking += any(all(mask[n] != 1 for n in side if n < length) for side in sides)
+        assert FitRows(store, length).without_targets == lacking
+    assert "of 200 documents have an answer without a token in their first 13" in caplog.text
+    assert "first 40" not in caplog.text
+    pairs = make_store(
+        [[5] * 12], [[0, 0, 1, 1, 1, 1, REJECTED, 0, 0, 0, 1, 1]], name="b/train", preferences=True
+    )
+    with pytest.raises(
+        UserError, match=r"1 of 1 documents have an answer without .* first 9, so a pair that lacks"
+    ):
+        FitRows(pairs, 9)

@@ -1,10 +1,12 @@
 """Which rows are one document, and which documents are held out."""
 
+import json
+
 import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import fields as field_maps
-from lemur_jax.prepare.fields import Fields, gather, is_held_out
+from lemur_jax.prepare.fields import Fields, gather, is_held_out, to_documents
 from lemur_jax.prepare.readers import BadRow
 
 
@@ -32,3 +34,12 @@ def test_rows_are_gathered_while_they_follow_each_other(monkeypatch):
     assert len(gathered) == 7
     with pytest.raises(UserError, match=r"gather='t'\) would keep the text of each document's first row"):
         Fields(gather="t")
+    with pytest.raises(UserError, match=r"meta='lang'\) is a string: write a tuple, \('lang',\)"):
+        Fields(meta="lang")
+
+
+def test_metadata_of_any_bytes_keeps_its_document():
+    rows = [("row 0", {"text": "x", "uuid": b"\x82\xff", "names": ["é".encode()]})]
+    ((document, _),) = to_documents("f", rows, Fields(meta=("uuid", "names")))
+    assert document["error"] == b""
+    assert json.loads(document["meta"]) == {"uuid": "\\x82\\xff", "names": ["é"]}

@@ -9,14 +9,16 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.config import DataConfig
-from lemur_jax.data.manifest import empty_manifest
-from lemur_jax.data.mixture import open_rows
+from lemur_jax.data.manifest import REJECTED, empty_manifest
+from lemur_jax.data.mixture import Source, open_rows
+from lemur_jax.data.rows import ConcatRows, FitRows
 from lemur_jax.prepare.encoding import BadRecord, encode
 from lemur_jax.prepare.fields import Fields
 from lemur_jax.prepare.files import Files
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text import conversation_formats
 from lemur_jax.text.chat_template import encode_chat
+from lemur_jax.train.inputs import check_preferences
 
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (
     ("user", "Sky?"), ("assistant", "Blue."), ("assistant", "Green, and so on.")))  # fmt: skip
@@ -101,3 +103,21 @@ def test_what_cannot_be_used_is_said(data, chat_tokenizer):
     same = json.dumps({"chosen": PAIR["chosen"], "rejected": PAIR["chosen"]}).encode()
     for content in (same, b"{}", b"[]"):
         assert isinstance(encode(chat_tokenizer, {"preferences": content}), BadRecord)
+
+
+def test_a_loss_that_does_not_fit_the_data_is_refused(data, chat_tokenizer, make_store):
+    def check(loss, rows):
+        check_preferences(loss, [Source(name="x", rows=rows, share=1.0)])
+
+    pairs = open_rows(data, chat_tokenizer, "pairs", "train")
+    one_sided = make_store([[1] * 4] * 2, [[0, 1, 1, 1], [REJECTED, 0, 1, 1]], preferences=True)
+    labelled, text = FitRows(one_sided, 8), ConcatRows(make_store([[1] * 4], name="b/train"), 8)
+    for loss, rows in (("dpo", pairs), ("kto", pairs), ("kto", labelled), ("", text)):
+        check(loss, rows)
+    for loss, rows, message in (
+        ("", pairs, "has preferences: name a loss"),
+        ("orpo", labelled, "no pairs of a chosen and a rejected"),
+        ("kto", text, "has no preferences"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check(loss, rows)

@@ -1,7 +1,9 @@
 """From seqio tasks to token stores, with everything that can go wrong on the way."""
 
+import errno
 import json
 import random
+import threading
 
 import pytest
 import tensorflow as tf
@@ -11,11 +13,13 @@ from lemur_jax.config import replace
 from lemur_jax.data.manifest import read_manifest
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import encoding as documents
+from lemur_jax.prepare import prepare as prepare_module
 from lemur_jax.prepare import prepare_tokenizer
 from lemur_jax.prepare.prepare import prepare  # first: it keeps TensorFlow quiet
 from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat
 from lemur_jax.text.tokenizer import Tokenizer
 from tests.helpers.list_source import files_of, run
+from tests.helpers.processes import hold_workdir
 
 
 def text_records(count, seed=0):
@@ -230,7 +234,35 @@ def test_an_empty_corpus_names_its_task(task, make_config, tmp_path):
     task([], validation=text_records(1))
     with pytest.raises(UserError, match=r"'made_up' has no documents in its train split"):
         run(make_config("made_up"))
-    assert files_of(tmp_path) == {}
+    assert set(files_of(tmp_path)) == {"stores/running.lock"}
+
+
+def test_a_second_process_waits_and_finds_the_stores(task, make_config, tmp_path):
+    task(text_records(5))
+    config, said = make_config("made_up"), []
+    holder = hold_workdir(tmp_path / "stores")
+    second = threading.Thread(target=lambda: said.extend(run(config)))
+    second.start()
+    second.join(3)
+    assert second.is_alive()
+    assert said == []
+    assert set(files_of(tmp_path)) == {"stores/running.lock"}
+    holder.kill()
+    holder.wait()
+    second.join(60)
+    assert said[0] == f"another `lemur prepare` is writing to {tmp_path / 'stores'}: waiting for its end"
+    assert said[1].startswith("made_up/train: 5 documents")
+
+
+def test_stores_that_cannot_be_written_are_read(task, make_config, tmp_path, monkeypatch):
+    task(text_records(5))
+    run(make_config("made_up"))
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(prepare_module, "workdir_lock", refuse)
+    assert run(make_config("made_up"))[0].endswith("unchanged")
 
 
 @pytest.mark.parametrize(

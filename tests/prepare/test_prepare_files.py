@@ -14,6 +14,7 @@ from lemur_jax.prepare import encoding as documents
 from lemur_jax.prepare import prepare as prepare_module
 from lemur_jax.prepare import readers, rejects, tasks
 from lemur_jax.prepare.code_layout import FIM_TOKENS, layout
+from lemur_jax.prepare.fields import Fields
 from lemur_jax.prepare.prepare import prepare
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.tokenizer import Tokenizer
@@ -242,6 +243,23 @@ def test_steps_that_leave_nothing_are_named(corpus, make_config):
     steps = {"files": {"length": {"min_chars": 10**6}}}
     with pytest.raises(UserError, match=r"steps of task 'files' remove every document .*length removed 594"):
         run(make_config(**{"prepare.steps": steps, "prepare.max_bad_share": 0.1}))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {"repository": {"name": "repo", "path": "pth"}},
+        {"label": {"field": "pth"}},
+        {"metadata": {"pth": ("x",)}},
+    ],
+)
+def test_a_step_that_reads_a_field_which_is_not_kept_is_refused(tmp_path, corpus, make_config, steps):
+    register(corpus, fields=Fields(meta=("repo", "path")))
+    with pytest.raises(
+        UserError, match=r"steps\.files\.\w+ reads the metadata field 'pth'; .* keeps repo, path:"
+    ):
+        run(make_config(**{"prepare.steps": {"files": steps}}))
+    assert not (tmp_path / "stores").exists()
 
 
 def test_a_store_of_code_turned_for_filling_in(tmp_path, corpus, make_config, tokenizer_dir):

@@ -14,6 +14,7 @@ import zstandard
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import readers, streams
 from lemur_jax.prepare.fields import Fields, gather, to_documents
+from lemur_jax.prepare.files import Files
 from lemur_jax.prepare.readers import BadRow
 
 
@@ -280,6 +281,27 @@ def test_parquet_by_columns_with_nested_fields(tmp_path):
     assert found[299][0]["where"].decode() == f"{path}: row 299"
 
 
+def test_a_parquet_file_without_a_column_names_those_that_are_there(tmp_path):
+    path = tmp_path / "a.parquet"
+    row = {"content": "text", "meta": {"repo": "r"}, "a.b": 1}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 3), path)
+    for fields, missing in (
+        (Fields(), "text"),
+        (Fields(text="content", id="sha"), "sha"),
+        (Fields(text="content", group="other.repo"), "other.repo"),
+        (Fields(messages=lambda row: row["content"], gather="tree"), "tree"),
+    ):
+        files = Files(patterns={"train": str(path)}, fields=fields)
+        (document,) = files.documents("train", [str(path)], {})
+        reason = f"no column {missing!r}; there are content, meta, a.b"
+        assert json.loads(document["error"]) == {"reason": reason, "records": 3}
+    fields = Fields(text="content", id="a.b", group="meta.repo", meta=("not.there",))
+    found = list(Files(patterns={"train": str(path)}, fields=fields).documents("train", [str(path)], {}))
+    assert [(document["text"], document["id"], document["error"]) for document in found] == [
+        (b"text", b"1", b"")
+    ] * 3
+
+
 # What stands in a row of each, as its card on the hub has it, and how to read it.
 PUBLISHED = {
     "the-stack/data/python/train-00000-of-00206.parquet": (
@@ -357,13 +379,20 @@ def test_a_file_that_is_no_parquet_is_one_bad_record(tmp_path):
     assert [(where, records) for where, _, records in bad(read(path))] == [("file", 1)]
 
 
-def test_globs_and_directories_are_sorted_and_leave_out_hidden_files(tmp_path):
+def test_globs_and_directories_are_sorted_and_leave_out_hidden_files(tmp_path, monkeypatch):
     for name in ("b/2.jsonl", "a/1.jsonl", "a/_SUCCESS", "a/.x.jsonl", "c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     relative = lambda found: [name.removeprefix(f"{tmp_path}/") for name in found]  # noqa: E731
     assert relative(readers.find_files(f"{tmp_path}/*/*.jsonl")) == ["a/1.jsonl", "b/2.jsonl"]
     assert relative(readers.find_files([f"{tmp_path}/a", f"{tmp_path}/c.txt"])) == ["a/1.jsonl", "c.txt"]
+    for name in ("a/__init__.py", "a/_base.py", "a/x[1].jsonl", "a/x1.jsonl"):
+        (tmp_path / name).write_text("")
+    assert relative(readers.find_files(f"{tmp_path}/a/*.py")) == ["a/__init__.py", "a/_base.py"]
+    assert relative(readers.find_files(f"{tmp_path}/a/x[1].jsonl")) == ["a/x[1].jsonl"]
+    assert relative(readers.find_files(f"{tmp_path}/*/x[1].jsonl")) == ["a/x1.jsonl"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert relative(readers.find_files("~/b/*")) == ["b/2.jsonl"]
     assert readers.find_files(f"{tmp_path}/nothing/*") == []
     assert readers.find_files(f"{tmp_path}/nothing.jsonl") == []
     with pytest.raises(UserError, match=r"\*\*"):

@@ -58,6 +58,30 @@ def test_a_function_is_an_ordinary_seqio_task(generated):
     assert [example["text"].decode() for example in dataset.as_numpy_iterator()] == ["Grüße"]
 
 
+@pytest.mark.parametrize("document", [{"id": "b", "text": None}, {"id": "b"}, {"id": 1, "text": "b"}])
+def test_a_document_of_a_function_that_is_no_string_is_one_line(document):
+    def documents(split):
+        yield {"text": "a\ud800"}  # a record that is bad by itself
+        yield document
+        raise AssertionError("read on")
+
+    found = tasks.examples(tasks.add_generator("t_strings", documents), "train")
+    assert next(found) == {"id": b"000000000", "text": b"a\xed\xa0\x80"}
+    wrong = "id" if document.get("text") else "text"
+    with pytest.raises(
+        UserError, match=rf"'{wrong}' of document 1 of a function's train split is .*a string"
+    ):
+        next(found)
+
+
+def test_the_error_of_a_function_is_its_own():
+    def documents(split):
+        yield {"id": "a", "text": 1 / 0}
+
+    with pytest.raises(ZeroDivisionError):
+        list(tasks.examples(tasks.add_generator("t_fails", documents), "train"))
+
+
 def test_an_unknown_task_names_the_nearest(generated):
     with pytest.raises(UserError, match=r"'t_generate'.*did you mean 't_generated'"):
         tasks.find_task("t_generate")
@@ -83,6 +107,10 @@ def test_a_module_of_ones_own_registers_tasks(tmp_path, monkeypatch):
         (
             "from lemur_jax.prepare import tasks\n\ntasks.add_files('a-b', 'x')\n",
             r"cannot import 'bad_tasks' of data\.modules: ValueError: .*a-b.* \(line 3 of .*bad_tasks\.py\)$",
+        ),
+        (
+            "from lemur_jax.prepare import tasks\ntasks.add_files('a', 'x', held_out=10)\n",
+            r"data\.modules: held_out is 10: it must be a share, .* \(line 2 of .*bad_tasks\.py\)$",
         ),
     ],
 )
@@ -288,6 +316,16 @@ def test_a_source_without_files_or_of_no_known_format(tmp_path):
         list(tasks.examples(task, "train"))
     with pytest.raises(UserError, match=r"no format 'jason'.*jsonl"):
         tasks.add_files("t_kind", str(tmp_path), kind="jason")
+
+
+def test_files_to_train_on_that_are_held_out_too_are_named(tmp_path, caplog):
+    for name in ("a", "val"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    apart = {"train": f"{tmp_path}/a.txt", "validation": f"{tmp_path}/val.txt"}
+    tasks.check_files(tasks.add_files("t_apart", apart), "validation")
+    assert not caplog.records
+    tasks.check_files(tasks.add_files("t_both", {**apart, "train": str(tmp_path)}), "validation")
+    assert caplog.messages == [f"held-out files that are trained on too: 1, e.g. {tmp_path}/val.txt"]
 
 
 def test_a_tfds_set_with_a_slice_held_out(tmp_path):
