@@ -77,6 +77,18 @@ def check_output_file(option: str, path: str) -> None:
         )
 
 
+def check_texts(option: str, texts: Sequence[str]) -> None:
+    """Raises UserError for a word of the command line that is not UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            shown = text.encode(errors="backslashreplace").decode()
+            raise UserError(
+                f"{option} {shown[:80]!r} is not UTF-8 from character {error.start} on: convert it, e.g. with iconv"
+            ) from error
+
+
 def open_config(args: argparse.Namespace, more: Sequence[str] = (), *, cpu: bool = False):
     """The config of `--config` and its overrides; a config file may import JAX, so the platform is settled before.
 

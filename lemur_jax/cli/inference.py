@@ -9,7 +9,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, one_host_alone, open_session
+from lemur_jax.cli.arguments import (
+    Verbs,
+    add_checkpoint,
+    add_verb,
+    check_texts,
+    one_host_alone,
+    open_session,
+)
 from lemur_jax.common.errors import UserError
 
 
@@ -61,7 +68,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _generate(args) -> None:
     def check(tokenizer) -> None:
-        _check_texts("--prompt", args.prompt)
+        check_texts("--prompt", args.prompt)
         _sampling(args)
 
     with open_session(args, check) as session:
@@ -106,8 +113,8 @@ def _chat(args) -> None:
     def check(tokenizer) -> None:
         if not args.prompt:
             one_host_alone("a conversation cannot be typed into several hosts: give --prompt")
-        _check_texts("--prompt", args.prompt or [])
-        _check_texts("--system", [args.system])
+        check_texts("--prompt", args.prompt or [])
+        check_texts("--system", [args.system])
         chat_template(tokenizer)
         _sampling(args)
 
@@ -177,17 +184,6 @@ def _serve(args) -> None:
 
         name = os.path.basename(os.path.normpath(args.checkpoint))
         serve(session, name, listening[0], host=args.host)
-
-
-def _check_texts(option: str, texts: Sequence[str]) -> None:
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            shown = text.encode(errors="backslashreplace").decode()
-            raise UserError(
-                f"{option} {shown[:80]!r} is not UTF-8 from character {error.start} on: convert it, e.g. with iconv"
-            ) from error
 
 
 def _sampling(args):

@@ -9,6 +9,7 @@ from lemur_jax.cli.arguments import (
     add_devices,
     add_verb,
     check_output_file,
+    check_texts,
     open_config,
     start_jax,
 )
@@ -233,6 +234,8 @@ def _report(args) -> None:
     from lemur_jax.report import bits_per_byte_table, write_report
 
     check_output_file("--output", args.output)
+    check_texts("--prompt", args.prompt)
+    check_texts("--question", args.question)
     answers, prompts = {}, [*args.prompt, *(f"{question}\n\n" for question in args.question)]
     if prompts:
         start_jax(args)

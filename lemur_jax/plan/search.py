@@ -127,11 +127,7 @@ def search(
     """
     started = time.monotonic()
     tpu = find_slice(topology, slices)
-    if config.mesh.expert < 1:
-        raise UserError("--search chooses the other axes: give config.mesh.expert a size")
-    # Without libtpu, or with options that cannot be read, every compilation would fail.
-    described_devices(tpu)
-    compiler_options(tpu.generation.device_kind, config.compute.compiler_options)
+    _check(config, tpu)
     cache.mkdir(parents=True, exist_ok=True)
     result = SearchResult()
     queue = Queue(all_layouts(config, tpu, result), config.compute, tpu, result)
@@ -170,6 +166,14 @@ def search(
     result.untried = queue.left + len(running)
     result.seconds = time.monotonic() - started
     return result
+
+
+def _check(config: RunConfig, tpu: Slice) -> None:
+    """Refuses what would make every compilation fail."""
+    if config.mesh.expert < 1:
+        raise UserError("--search chooses the other axes: give config.mesh.expert a size")
+    described_devices(tpu)
+    compiler_options(tpu.generation.device_kind, config.compute.compiler_options)
 
 
 def _finish(

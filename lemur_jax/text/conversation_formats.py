@@ -7,6 +7,7 @@ Those of preferences give {"chosen": messages, "rejected": messages}, or one of 
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -140,17 +141,27 @@ def preference(row: Row) -> dict[str, Messages]:
 def ultrafeedback(row: Row) -> dict[str, Messages]:
     """UltraFeedback: `instruction` and `completions` with `response` and `overall_score`: the best and the worst."""
     prompt = _turns(_get(row, "instruction"), "user")
-    ranked = sorted(_list(row, "completions"), key=lambda each: float(_get(each, "overall_score")))
+    ranked = sorted(_list(row, "completions"), key=_score)
     if len(ranked) < 2 or ranked[0]["overall_score"] == ranked[-1]["overall_score"]:
         raise ValueError("no two completions of different scores")
     worst, best = (_turns(_get(each, "response"), "assistant") for each in (ranked[0], ranked[-1]))
     return {"chosen": _answered(prompt, best), "rejected": _answered(prompt, worst)}
 
 
+def _score(completion: Row) -> float:
+    score = float(_get(completion, "overall_score"))
+    if math.isnan(score):
+        raise ValueError("an overall_score is NaN")
+    return score
+
+
 def labelled(row: Row) -> dict[str, Messages]:
     """TRL's unpaired preferences, for KTO: `prompt`, `completion`, and a `label` that says whether it is desirable."""
     prompt, completion = _turns(_get(row, "prompt"), "user"), _turns(_get(row, "completion"), "assistant")
-    return {"chosen" if _get(row, "label") else "rejected": _answered(prompt, completion)}
+    label = _get(row, "label")
+    if not isinstance(label, bool | int) or label not in (0, 1):
+        raise ValueError(f"the label is {label!r:.40}, neither true nor false")
+    return {"chosen" if label else "rejected": _answered(prompt, completion)}
 
 
 def _turns(content: Any, role: str) -> Messages:

@@ -55,6 +55,11 @@ def test_scores_and_labels():
     row = {"prompt": "Sky?", "completion": BAD["content"], "label": False}
     with_label = conversation_formats.labelled(row)
     assert with_label == {"rejected": [USER, BAD]}
+    with pytest.raises(ValueError, match="label is 'False', neither true nor false"):
+        conversation_formats.labelled(row | {"label": "False"})
+    scored.append({"response": "Red.", "overall_score": "nan"})
+    with pytest.raises(ValueError, match="overall_score is NaN"):
+        conversation_formats.ultrafeedback({"instruction": "Sky?", "completions": scored})
 
 
 def test_pairs_are_read_from_parquet(tmp_path):
