@@ -1,6 +1,7 @@
 """The table of checkpoints, whole and damaged, and the difference of their configs."""
 
 import os
+import shutil
 import time
 
 import jax
@@ -16,7 +17,8 @@ from lemur_jax.common.errors import UserError
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run") / "checkpoints"
+    # In a URL, as TensorStore takes them, these characters mean something else.
+    path = tmp_path_factory.mktemp("run ü #1 of 5%20?") / "checkpoints"
     trees = [{"w": np.random.default_rng(seed).normal(size=(256, 256))} for seed in (0, 1)]
     params, optimizer = jax.tree.map(jnp.float32, trees)
     with manager.Checkpoints(path) as checkpoints:
@@ -45,6 +47,20 @@ def test_verifies_every_byte(run, capsys):
     damaged = capsys.readouterr().out.splitlines()
     assert damaged[2].endswith("verified (params, optimizer)")
     assert "DAMAGED: optimizer: " in damaged[3]
+
+
+def test_a_checkpoint_that_the_run_removes_meanwhile_is_not_damaged(run, tmp_path, monkeypatch):
+    copy, verify = tmp_path / "run", listing.verify
+    shutil.copytree(run, copy)
+
+    def removed(directory, step):
+        if step == 3:
+            shutil.rmtree(directory / "3")
+        return verify(directory, step)
+
+    monkeypatch.setattr(listing, "verify", removed)
+    text, _ = listing.checkpoint_table(copy)
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["6"]
 
 
 def test_difference_of_configs(run, capsys):
