@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,26 +57,47 @@ class InitialParams:
             step = open_source(path, step).step
         return self._frozen(step), step
 
-    def _frozen(self, step: int | None) -> Any:
+    def check(self, resumed: bool) -> None:
+        """Opens all that a start reads, without the weights of a model; `resumed`: the run has checkpoints.
+
+        Raises UserError as `params` and `frozen`.
+        """
         if self.teacher:
-            source = open_source(self.teacher, step)
-            if source.model.vocab_size != self.program.model.vocab_size:
-                raise UserError(
-                    f"config.distill.teacher {self.teacher} has a vocabulary of {source.model.vocab_size},"
-                    f" config.model.vocab_size is {self.program.model.vocab_size}: they must be the same"
-                )
-            if source.tokenizer_files:
-                _check_tokenizer("distill.teacher", self.teacher, source, self.tokenizer)
-            return source.restore(self.program.state.frozen)
-        if not self.adapter.rank:
-            return initial_params(self.init, self.seed, self.tokenizer, self.program, step)
-        model, mesh, dtype = self.program.model, self.program.mesh, self.adapter.base_dtype
-        source = open_initial(self.init, self.tokenizer, model, step)
-        if source.model.vocab_size != model.vocab_size or self.init.drop_rows_above:
+            self._open_teacher(None)
+        needs_base = self.program.state.frozen is not None and not self.teacher
+        if self.init.checkpoint and (needs_base or not resumed):
+            self._open_base(None)
+        if self.adapter.checkpoint and not resumed:
+            read_peft(self.adapter, self.program.model, self.program.param_dtype)
+
+    def _open_teacher(self, step: int | None) -> ModelSource:
+        source = open_source(self.teacher, step)
+        if source.model.vocab_size != self.program.model.vocab_size:
+            raise UserError(
+                f"config.distill.teacher {self.teacher} has a vocabulary of {source.model.vocab_size},"
+                f" config.model.vocab_size is {self.program.model.vocab_size}: they must be the same"
+            )
+        if source.tokenizer_files:
+            _check_tokenizer("distill.teacher", self.teacher, source, self.tokenizer)
+        return source
+
+    def _open_base(self, step: int | None) -> ModelSource:
+        """`config.init.checkpoint`, which an adapter or a reference may need at each start."""
+        source, model = open_initial(self.init, self.tokenizer, self.program.model, step), self.program.model
+        if self.adapter.rank and (source.model.vocab_size != model.vocab_size or self.init.drop_rows_above):
             raise UserError(
                 f"config.init.checkpoint {self.init.checkpoint} has a vocabulary of {source.model.vocab_size},"
                 f" config.model.vocab_size is {model.vocab_size}: an adapter leaves the vocabulary as it is"
             )
+        return source
+
+    def _frozen(self, step: int | None) -> Any:
+        if self.teacher:
+            return self._open_teacher(step).restore(self.program.state.frozen)
+        if not self.adapter.rank:
+            return initial_params(self.init, self.seed, self.tokenizer, self.program, step)
+        model, mesh, dtype = self.program.model, self.program.mesh, self.adapter.base_dtype
+        source = self._open_base(step)
         if dtype != "int8":
             return source.restore(decoder.abstract_params(model, dtype, mesh))
         # Leaf by leaf: the whole model in bfloat16 may be more than the devices hold.
@@ -87,7 +109,7 @@ def initial_params(
 ) -> Any:
     """Fresh parameters from the seed, or those of `config.init.checkpoint`, of its newest step or of `step`.
 
-    Raises UserError as `open_initial`, or where `config.init` does not allow a change of the vocabulary.
+    Raises UserError as `open_initial`.
     """
     model, dtype, mesh = program.model, program.param_dtype, program.mesh
     shardings = shardings_of(decoder.abstract_params(model, dtype, mesh))
@@ -99,23 +121,30 @@ def initial_params(
     params = source.restore(decoder.abstract_params(source.model, dtype, mesh))
     if source.model.vocab_size == model.vocab_size and not init.drop_rows_above:
         return params
-    change = functools.partial(
+    return jax.jit(_resize_to(init, model), out_shardings=shardings)(params)
+
+
+def _resize_to(init: InitConfig, model: DecoderConfig) -> Callable[[Any], Any]:
+    return functools.partial(
         resize,
         vocab_size=model.vocab_size,
         drop_rows_above=init.drop_rows_above,
         new_rows=init.new_rows,
     )
-    return jax.jit(change, out_shardings=shardings)(params)
 
 
 def open_initial(
     init: InitConfig, tokenizer: Tokenizer, model: DecoderConfig, step: int | None = None
 ) -> ModelSource:
-    """`config.init.checkpoint`, opened; UserError: it is not there, or of another shape or tokenizer."""
+    """`config.init.checkpoint`, opened.
+
+    Raises UserError: it is not there, of another shape or tokenizer, or `config.init` does not allow its vocabulary.
+    """
     source = open_source(init.checkpoint, step)
     _check_shape(source.model, model, init)
     if source.tokenizer_files:
         _check_tokenizer("init.checkpoint", init.checkpoint, source, tokenizer, init.drop_rows_above)
+    jax.eval_shape(_resize_to(init, model), decoder.abstract_params(source.model))  # raises
     return source
 
 

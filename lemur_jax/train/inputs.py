@@ -38,19 +38,9 @@ def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
     mesh = make_mesh(config.mesh)  # first, as it needs no file
     tokenizer = Tokenizer.from_config(config.tokenizer)
     mixture = open_run_mixture(config.data, config.train, tokenizer, config.seed)
-    for source in mixture.sources if config.preference.loss else ():
-        if not source.rows.store.manifest.preferences:
-            raise UserError(
-                f"config.preference.loss is {config.preference.loss!r}, but data.sources.{source.name} has no"
-                " preferences"
-            )
+    check_data(mixture, tokenizer, config.model.vocab_size, config.preference.loss)
     held_out = open_held_out(config.data, config.eval, tokenizer)
     program = build(config, mesh, num_sources=len(mixture.sources))
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} tokens, config.model.vocab_size is"
-            f" {config.model.vocab_size}: it must be at least as large"
-        )
     return Inputs(
         tokenizer=tokenizer,
         mixture=mixture,
@@ -59,6 +49,28 @@ def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
         loader=Loader(mixture, batch_sharding(program.mesh)),
         plan=format_budget(budget(mixture, config.train.steps)),
     )
+
+
+def check_data(mixture: Mixture, tokenizer: Tokenizer, vocab_size: int, loss: str) -> None:
+    """Refuses a tokenizer that is larger than the model's vocabulary, and stores that `config.preference.loss` does not
+    read, or next-token loss should not.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"config.tokenizer.path has {tokenizer.vocab_size} tokens, config.model.vocab_size is {vocab_size}: it must"
+            " be at least as large"
+        )
+    for source in mixture.sources:
+        preferences = source.rows.store.manifest.preferences
+        if loss and not preferences:
+            raise UserError(
+                f"config.preference.loss is {loss!r}, but data.sources.{source.name} has no preferences"
+            )
+        if preferences and not loss:
+            raise UserError(
+                f"data.sources.{source.name} has preferences: set config.preference.loss, as next-token loss would"
+                " train on the rejected answers too"
+            )
 
 
 def open_run_mixture(data: DataConfig, train: TrainConfig, tokenizer: Tokenizer, seed: int) -> Mixture:
