@@ -68,6 +68,7 @@ class RunConfig:
 
     def __post_init__(self):
         """Refuses sections that do not fit together; what the mesh and the model allow is checked by train/step.py."""
+        sections.require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a number of 64 bits")
         steps = self.train.steps
         if self.optimizer.warmup_steps >= steps:
             raise UserError(

@@ -95,10 +95,10 @@ class MetricsWriter:
             tracker.write(plain)
 
     def truncate_after(self, step: int) -> None:
-        """Drops the records of later steps than `step`, where the run resumes."""
-        records = read_metrics(self._path.parent)
+        """Drops the records of later steps than `step`, where the run resumes, and lines that cannot be read."""
+        records, skipped = scan_metrics(self._path.parent)
         kept = [record for record in records if record["step"] <= step]
-        if len(kept) < len(records):
+        if skipped or len(kept) < len(records):
             self._replace(b"".join(json.dumps(record).encode() + b"\n" for record in kept))
         if self._wants_tensorboard:
             self._trackers.append(TensorBoard(self._path.parent, step))

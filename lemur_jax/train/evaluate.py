@@ -164,10 +164,14 @@ class Evaluations:
         self._writer = history.writer
         self._batch_rows = options.batch_rows or batch_rows
         self._should_stop = should_stop
-        # Bits per byte by step and task.
+        # Bits per byte by step and task; those of the start where they are of the same text, as `eval.max_rows` and a
+        # validation store may have changed since.
         self._bits: dict[int, dict[str, float]] = collections.defaultdict(dict)
+        sizes = {task.task: task.num_bytes for task in held_out}
         for record in history.records:
-            if record.get("kind") == "eval":
+            if record.get("kind") == "eval" and (
+                record["step"] or record.get("bytes") == sizes.get(record["task"])
+            ):
                 self._bits[record["step"]][record["task"]] = record["bits_per_byte"]
 
     def unscored(self, step: int) -> list[str]:
@@ -177,7 +181,7 @@ class Evaluations:
         """
         scored = self._bits[step]
         needed = is_primary() and (bool(scored) or self._steps.is_regular(step))
-        return [task for task in self._options.tasks if any_host(needed and task not in scored)]
+        return [task.task for task in self._held_out if any_host(needed and task.task not in scored)]
 
     def due(self, step: int, save_is_regular: bool) -> bool:
         """Whether to score after this update.

@@ -71,6 +71,21 @@ def test_what_is_said_of_a_stopped_evaluation_is_so(monkeypatch, caplog, step, p
     assert evaluations.unscored(step) == (["text"] if promised else [])
 
 
+@pytest.mark.parametrize(("size", "shown"), [(18, "+100.0% since the start"), (17, "bits/byte")])
+def test_the_start_is_compared_where_it_was_of_the_same_text(monkeypatch, caplog, size, shown):
+    """`eval.max_rows`, or the validation store, may have changed since."""
+    now = {"task": "text", "loss": 1.0, "bits_per_byte": 2.0, "tokens": 9, "bytes": 18}
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: dict(now))
+    config, written = tiny_config({"eval.tasks": ("text",)}), []
+    start = {**now, "step": 0, "kind": "eval", "bits_per_byte": 1.0, "bytes": size}
+    history = RunHistory(writer=types.SimpleNamespace(write=written.append), records=[start])
+    steps = evaluate.evaluation_steps(config.eval, config.checkpoint, config.init, config.train.steps)
+    held_out = evaluate.HeldOut(task="text", rows=None, num_bytes=18)
+    evaluate.Evaluations(None, 1, config.eval, steps, [held_out], history).score(None, 10)
+    assert shown in caplog.messages[0]
+    assert [record.get("change") for record in written] == ([1.0, None] if size == 18 else [None])
+
+
 @pytest.mark.parametrize("packing", ["concat", "fit"])
 def test_the_bytes_of_all_rows_are_those_of_the_documents(make_store, tokenizer, packing):
     texts = [f"def größe{n}(x):\n    return x + {n}  # 漢字 {'y ' * (n % 7)}\n" for n in range(60)]
