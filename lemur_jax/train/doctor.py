@@ -78,7 +78,17 @@ def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in saved)
     found.append(_finding("mesh", problem, shape))
     if config.init.checkpoint or config.distill.teacher:
-        found.append(_first_parameters(config, tokenizer, program, workdir))
+        initial = None
+        if tokenizer and program:
+            initial = InitialParams(
+                init=config.init,
+                adapter=config.adapter,
+                seed=config.seed,
+                tokenizer=tokenizer,
+                program=program,
+                teacher=config.distill.teacher,
+            )
+        found.append(_first_parameters(initial, workdir))
     found += _storage(workdir, patience)
     found.append(_free_disk(workdir, size, config.checkpoint.keep))
     speed = ""
@@ -105,29 +115,15 @@ def _report(found: list[Finding], patience: float) -> None:
         raise UserError(f"verdict: not ready, because of {', '.join(bad)}")
 
 
-def _first_parameters(
-    config: RunConfig, tokenizer: Tokenizer | None, program: Program | None, workdir: epath.Path
-) -> Finding:
-    """Of a run that resumes, a base, a reference and a teacher are looked at, which each start reads."""
-    if tokenizer is None or program is None:
+def _first_parameters(initial: InitialParams | None, workdir: epath.Path) -> Finding:
+    if initial is None:
         return _finding("first parameters", [], "not looked at, as another check failed")
-    resumed = any((workdir / "checkpoints").glob("[0-9]*"))
-    if resumed and program.state.frozen is None:
-        return _finding("first parameters", [], "not needed: the run has checkpoints")
-    initial = InitialParams(
-        init=config.init,
-        adapter=config.adapter,
-        seed=config.seed,
-        tokenizer=tokenizer,
-        program=program,
-        teacher=config.distill.teacher,
-    )
+    names: list[str] = []
     # By each host alone: one that cannot read them goes on to the next check.
     with _caught() as problem, alone():
-        initial.check(resumed)
-    names = (config.init.checkpoint, config.distill.teacher, config.adapter.checkpoint)
-    detail = f"{', '.join(filter(None, names))}: fit the model and the tokenizer"
-    return _finding("first parameters", problem, detail)
+        names = initial.check(resumed=any((workdir / "checkpoints").glob("[0-9]*")))
+    fit = f"{', '.join(names)}: fit the model and the tokenizer"
+    return _finding("first parameters", problem, fit if names else "not needed: the run has checkpoints")
 
 
 def _storage(workdir: epath.Path, patience: float) -> Iterator[Finding]:

@@ -81,28 +81,21 @@ def count_bytes(rows: Rows, chosen: np.ndarray, tokenizer: Tokenizer) -> int:
 class EvaluationSteps:
     """After which updates a run is scored."""
 
-    every: int  # updates between two evaluations; 0: only the last
+    options: EvalConfig
+    checkpoint: CheckpointConfig
+    init: InitConfig
     last: int  # the last update
-    compared_every: int  # updates between two regular checkpoints compared by held-out loss; 0: none are
-    at_start: bool  # whether the first parameters are scored
+
+    @property
+    def compared_every(self) -> int:
+        """Updates between two regular checkpoints that are compared by held-out loss; 0: none are."""
+        return self.checkpoint.every_steps if self.checkpoint.keep_best else 0
 
     def is_regular(self, step: int) -> bool:
         """Whether every run of this config is scored at this step, whatever requests to stop came before."""
         if not step:
-            return self.at_start
-        return step == self.last or due(step, self.compared_every) or due(step, self.every)
-
-
-def evaluation_steps(
-    options: EvalConfig, checkpoint: CheckpointConfig, init: InitConfig, last: int
-) -> EvaluationSteps:
-    """The evaluations of a run of `last` updates."""
-    return EvaluationSteps(
-        every=options.every_steps,
-        last=last,
-        compared_every=checkpoint.every_steps if checkpoint.keep_best else 0,
-        at_start=bool(init.checkpoint),
-    )
+            return bool(self.init.checkpoint)
+        return step == self.last or due(step, self.compared_every) or due(step, self.options.every_steps)
 
 
 def evaluate(
@@ -154,15 +147,14 @@ class Evaluations:
         self,
         program: Program,
         batch_rows: int,
-        options: EvalConfig,
         steps: EvaluationSteps,
         held_out: Sequence[HeldOut],
         history: RunHistory,
         should_stop: Callable[[], bool] = lambda: False,
     ):
-        self._program, self._options, self._steps, self._held_out = program, options, steps, held_out
+        self._program, self._options, self._steps, self._held_out = program, steps.options, steps, held_out
         self._writer = history.writer
-        self._batch_rows = options.batch_rows or batch_rows
+        self._batch_rows = steps.options.batch_rows or batch_rows
         self._should_stop = should_stop
         # Bits per byte by step and task; those of the start where they are of the same text, as `eval.max_rows` and a
         # validation store may have changed since.

@@ -20,7 +20,7 @@ from lemur_jax.config import RunConfig
 from lemur_jax.models.decoder import num_params
 from lemur_jax.telemetry.profiler import check_steps, trace_steps
 from lemur_jax.train import step
-from lemur_jax.train.evaluate import Evaluations, evaluation_steps
+from lemur_jax.train.evaluate import Evaluations, EvaluationSteps
 from lemur_jax.train.history import open_history
 from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.inputs import Inputs, open_data
@@ -88,9 +88,11 @@ def train(
         if is_primary():  # only now: until here, wrong first parameters can be corrected in the config
             claim(values, workdir)
         stop = Interruption(config.checkpoint.grace_s)
-        when = evaluation_steps(config.eval, config.checkpoint, config.init, steps)
+        when = EvaluationSteps(
+            options=config.eval, checkpoint=config.checkpoint, init=config.init, last=steps
+        )
         rows, held_out = config.train.microbatch_rows, inputs.held_out
-        evaluations = Evaluations(inputs.program, rows, config.eval, when, held_out, history, stop.reached)
+        evaluations = Evaluations(inputs.program, rows, when, held_out, history, stop.reached)
         unscored = evaluations.unscored(first)
         if first == steps and not unscored:
             inform(f"{workdir}: already finished at step {first}")

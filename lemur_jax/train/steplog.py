@@ -78,7 +78,8 @@ class StepLog:
         self._mixture = mixture
         # Target tokens since step 0, of all sources and of each, by their keys in a record.
         names = ["tokens", *(f"tokens/{source.name}" for source in mixture.sources)]
-        self._tokens = {name: history.last_train_record.get(name, 0) for name in names}
+        last = next((each for each in reversed(history.records) if each.get("kind") == "train"), {})
+        self._tokens = {name: last.get(name, 0) for name in names}
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._since = time.perf_counter()
         self._machine = _Machine(program, mixture.batch_rows * mixture.length)
