@@ -25,7 +25,7 @@ from lemur_jax.telemetry.provenance import versions
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.evaluate import open_held_out
 from lemur_jax.train.initial import InitialParams
-from lemur_jax.train.inputs import check_data, open_run_mixture
+from lemur_jax.train.inputs import check_preferences, check_vocabulary, open_run_mixture
 from lemur_jax.train.step import Program, build
 from lemur_jax.train.workdir import config_changes
 
@@ -63,7 +63,8 @@ def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
     with _caught() as problem:
         tokenizer = Tokenizer.from_config(config.tokenizer)
         mixture = open_run_mixture(config.data, config.train, tokenizer, config.seed)
-        check_data(mixture, tokenizer, config.model.vocab_size, config.preference.loss)
+        check_preferences(config.preference.loss, mixture.sources)
+        check_vocabulary(tokenizer, config.model.vocab_size)
         open_held_out(config.data, config.eval, tokenizer)
         mixture.read(*(values[:1] for values in mixture.locate(0)))
     stores = f"{len(config.data.sources)} to train on, {len(config.eval.tasks)} held out"

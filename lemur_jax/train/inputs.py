@@ -10,7 +10,7 @@ from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.config import DataConfig
 from lemur_jax.data.counts import check_counts
 from lemur_jax.data.loader import Loader
-from lemur_jax.data.mixture import Mixture, open_mixture
+from lemur_jax.data.mixture import Mixture, Source, open_mixture
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_sharding
 from lemur_jax.text.tokenizer import Tokenizer
@@ -38,7 +38,8 @@ def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
     mesh = make_mesh(config.mesh)  # first, as it needs no file
     tokenizer = Tokenizer.from_config(config.tokenizer)
     mixture = open_run_mixture(config.data, config.train, tokenizer, config.seed)
-    check_data(mixture, tokenizer, config.model.vocab_size, config.preference.loss)
+    check_preferences(config.preference.loss, mixture.sources)
+    check_vocabulary(tokenizer, config.model.vocab_size)
     held_out = open_held_out(config.data, config.eval, tokenizer)
     program = build(config, mesh, num_sources=len(mixture.sources))
     return Inputs(
@@ -51,25 +52,25 @@ def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
     )
 
 
-def check_data(mixture: Mixture, tokenizer: Tokenizer, vocab_size: int, loss: str) -> None:
-    """Refuses a tokenizer that is larger than the model's vocabulary, and stores that `config.preference.loss` does not
-    read, or next-token loss should not.
-    """
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """UserError: the tokenizer has more tokens than the model."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"config.tokenizer.path has {tokenizer.vocab_size} tokens, config.model.vocab_size is {vocab_size}: it must"
             " be at least as large"
         )
-    for source in mixture.sources:
-        preferences = source.rows.store.manifest.preferences
-        if loss and not preferences:
+
+
+def check_preferences(loss: str, sources: Sequence[Source]) -> None:
+    """UserError: `config.preference.loss` does not fit a source; it would learn rejected answers, or nothing."""
+    for source in sources:
+        store = source.rows.store
+        what = f"config.preference.loss is {loss!r}, but data.sources.{source.name} has"
+        if loss and not store.manifest.preferences:
+            raise UserError(f"{what} no preferences")
+        if store.manifest.preferences and not loss:
             raise UserError(
-                f"config.preference.loss is {loss!r}, but data.sources.{source.name} has no preferences"
-            )
-        if preferences and not loss:
-            raise UserError(
-                f"data.sources.{source.name} has preferences: set config.preference.loss, as next-token loss would"
-                " train on the rejected answers too"
+                f"{what} preferences: name a loss, as rejected answers would be trained on like chosen ones"
             )
 
 

@@ -1,7 +1,6 @@
 """Preference losses: formulas against NumPy and TRL, packed rows against one conversation at a time."""
 
 import collections
-import contextlib
 import types
 from unittest import mock
 
@@ -10,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lemur_jax.common.errors import UserError
 from lemur_jax.models import decoder
 from lemur_jax.train import preferences
 from lemur_jax.train.config import PreferenceConfig
-from lemur_jax.train.inputs import check_data
 from lemur_jax.train.preferences import exchange_completions
 from lemur_jax.train.state import start
 from tests.helpers.tiny import LENGTH, placed, program_on, tiny_config
@@ -265,20 +262,3 @@ def test_losses_equal_the_formulas_in_float64(loss):
     chosen, rejected = arguments(loss)
     expected = in_float64(loss, chosen.astype(np.float64), rejected.astype(np.float64), 0.2)
     np.testing.assert_allclose(ours(loss, chosen, rejected, 0.2), expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("stored", "loss", "message"),
-    [(True, "", "rejected answers too"), (False, "dpo", "has no preferences"), (True, "dpo", ""), (False, "", "")],
-)  # fmt: skip
-def test_the_loss_fits_the_stores(stored, loss, message):
-    store = types.SimpleNamespace(manifest=types.SimpleNamespace(preferences=stored))
-    mixture = types.SimpleNamespace(
-        sources=[types.SimpleNamespace(name="pairs", rows=types.SimpleNamespace(store=store))]
-    )
-    with (
-        pytest.raises(UserError, match=f"data.sources.pairs.*{message}")
-        if message
-        else contextlib.nullcontext()
-    ):
-        check_data(mixture, types.SimpleNamespace(vocab_size=5), 5, loss)
