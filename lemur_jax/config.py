@@ -85,16 +85,15 @@ class RunConfig:
                 "config.compute.gate_share splits the matrices of an mlp: set it to 0 with experts, with biases in the"
                 " mlp, and with config.adapter.rank"
             )
-        if self.distill.teacher and (self.adapter.rank or self.preference.loss or self.rl.kl):
-            raise UserError(
-                "config.distill.teacher takes the place of a reference: leave out adapter.rank, preference.loss and"
-                " rl.kl"
-            )
         if self.distill.teacher:
-            must = f"at most config.model.vocab_size ({self.model.vocab_size})"
-            sections.require(
-                self.distill.top_k <= self.model.vocab_size, "distill.top_k", self.distill.top_k, must
-            )
+            if self.adapter.rank or self.preference.loss or self.rl.kl:
+                raise UserError(
+                    "config.distill.teacher takes the place of a reference: leave out adapter.rank, preference.loss and"
+                    " rl.kl"
+                )
+            top_k, tokens = self.distill.top_k, self.model.vocab_size
+            must = f"at most config.model.vocab_size ({tokens})"
+            sections.require(top_k <= tokens, "distill.top_k", top_k, must)
         if self.spikes.rollback_after and self.checkpoint.keep == 1:
             raise UserError(
                 "config.spikes.rollback_after goes back to an older checkpoint: set config.checkpoint.keep to at"

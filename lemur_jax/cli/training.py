@@ -133,16 +133,28 @@ def _add_report(verbs: Verbs) -> None:
 
 def _train(args) -> int:
     config = open_config(args).with_counts()
+    from lemur_jax.telemetry.profiler import parse_steps
+
+    return _run(args, config, profile=parse_steps(args.profile) if args.profile else range(0))
+
+
+def _rl(args) -> int:
+    config = open_config(args)
+    from lemur_jax.rl.run import open_inputs
+
+    return _run(args, config, open_inputs=open_inputs)
+
+
+def _run(args, config, **options) -> int:
+    """Joins the hosts and trains."""
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster import coordination
     from lemur_jax.cluster.watchdog import host_watchdog
-    from lemur_jax.telemetry.profiler import parse_steps
     from lemur_jax.train.loop import train
 
-    profile = parse_steps(args.profile) if args.profile else range(0)
     with host_watchdog(config.hosts.lost_seconds):
         coordination.agree("the config", config.fingerprint(), config.hosts.connect_seconds)
-        stopped = train(config, args.workdir, profile=profile, extend=args.extend)
+        stopped = train(config, args.workdir, extend=args.extend, **options)
     return _status(stopped)
 
 
@@ -151,18 +163,6 @@ def _status(stopped: bool) -> int:
     from lemur_jax.cluster.exit import TRY_AGAIN
 
     return TRY_AGAIN if stopped and os.environ.get("LEMUR_RELAUNCH") == "1" else 0
-
-
-def _rl(args) -> int:
-    config = open_config(args)
-    start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
-    from lemur_jax.cluster.watchdog import host_watchdog
-    from lemur_jax.rl.run import open_inputs
-    from lemur_jax.train.loop import train
-
-    with host_watchdog(config.hosts.lost_seconds):
-        stopped = train(config, args.workdir, open_inputs=open_inputs, extend=args.extend)
-    return _status(stopped)
 
 
 def _sweep(args) -> int:

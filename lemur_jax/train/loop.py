@@ -25,7 +25,6 @@ from lemur_jax.train.history import open_history
 from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.inputs import Inputs, open_data
 from lemur_jax.train.saves import Save, Saves, due
-from lemur_jax.train.spikes import too_many_skips
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.steplog import StepLog
 from lemur_jax.train.workdir import check_changes, claim, config_changes
@@ -119,7 +118,8 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
         state, metrics = rollouts.update(number, state) if rollouts else program.step(state, batch)
         done = number + 1
         log.add(done, metrics)
-        rolled_back = too_many_skips(config.spikes, metrics)
+        limit = config.spikes.rollback_after  # only where it is set does the host wait for the step here
+        rolled_back = limit > 0 and int(jax.device_get(metrics["skips_in_a_row"])) >= limit
         if rolled_back:
             log.flush()
             with log.paused("checkpoint"):

@@ -35,11 +35,6 @@ logger = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 
 
-class Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
 class BatchSource(Protocol):
     """What the batches of a run are made of: a mixture, or episodes."""
 
@@ -47,7 +42,7 @@ class BatchSource(Protocol):
     length: int
 
     @property
-    def sources(self) -> Sequence[Named]: ...
+    def sources(self) -> Sequence[Any]: ...  # each has a `name`
 
     def documents(self, step: int, rows: Any) -> list[str]:
         """Names of what stands in rows of a batch."""

@@ -27,10 +27,10 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore or remove it") from error
+    except ValueError:
+        config = None
     if not isinstance(config, dict):
-        raise UserError(f"{path} is not a JSON object: restore or remove it")
+        raise UserError(f"{path} is not JSON of a config: restore or remove it")
     return config
 
 
