@@ -26,7 +26,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.evaluate import open_held_out
 from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.inputs import check_preferences, check_vocabulary, open_run_mixture
-from lemur_jax.train.step import Program, build
+from lemur_jax.train.step import build
 from lemur_jax.train.workdir import config_changes
 
 logger = logging.getLogger(__name__)
@@ -69,18 +69,14 @@ def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
         mixture.read(*(values[:1] for values in mixture.locate(0)))
     stores = f"{len(config.data.sources)} to train on, {len(config.eval.tasks)} held out"
     found.append(_finding("token stores", problem, stores))
-    program: Program | None = None
-    shape, size = "", 0
+    initial, shape, size = None, "", 0
     with _caught() as problem:
         program = build(config, make_mesh(config.mesh), num_sources=len(config.data.sources))
         axes = " × ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
         shape = f"{axes} = {program.mesh.size} devices"
         saved = jax.tree.leaves((program.state.params, program.state.optimizer))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in saved)
-    found.append(_finding("mesh", problem, shape))
-    if config.init.checkpoint or config.distill.teacher:
-        initial = None
-        if tokenizer and program:
+        if tokenizer:
             initial = InitialParams(
                 init=config.init,
                 adapter=config.adapter,
@@ -89,6 +85,8 @@ def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
                 program=program,
                 teacher=config.distill.teacher,
             )
+    found.append(_finding("mesh", problem, shape))
+    if config.init.checkpoint or config.distill.teacher:
         found.append(_first_parameters(initial, workdir))
     found += _storage(workdir, patience)
     found.append(_free_disk(workdir, size, config.checkpoint.keep))

@@ -64,11 +64,8 @@ def count_bytes(rows: Rows, chosen: np.ndarray, tokenizer: Tokenizer) -> int:
     count = 0
     for row in chosen:
         batch = rows.read(row[None])
-        tokens, targets, supervised = (
-            batch["tokens"][0],
-            batch["targets"][0],
-            batch["loss_weights"][0] > 0,
-        )
+        tokens, targets = batch["tokens"][0], batch["targets"][0]
+        supervised = batch["loss_weights"][0] > 0
         for run in np.split(np.arange(rows.length), np.flatnonzero(np.diff(supervised)) + 1):
             if supervised[run[0]]:
                 # After the token before it, a run keeps the space that it begins with.

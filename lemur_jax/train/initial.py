@@ -131,12 +131,8 @@ def _read(source: ModelSource, init: InitConfig, program: Program) -> Any:
 
 
 def _resize_to(init: InitConfig, model: DecoderConfig) -> Callable[[Any], Any]:
-    return functools.partial(
-        resize,
-        vocab_size=model.vocab_size,
-        drop_rows_above=init.drop_rows_above,
-        new_rows=init.new_rows,
-    )
+    changes = {"drop_rows_above": init.drop_rows_above, "new_rows": init.new_rows}
+    return functools.partial(resize, vocab_size=model.vocab_size, **changes)
 
 
 def open_initial(
