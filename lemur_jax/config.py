@@ -68,6 +68,7 @@ class RunConfig:
 
     def __post_init__(self):
         """Refuses sections that do not fit together; what the mesh and the model allow is checked by train/step.py."""
+        sections.require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a number of 64 bits")
         steps = self.train.steps
         if self.optimizer.warmup_steps >= steps:
             raise UserError(
@@ -84,16 +85,15 @@ class RunConfig:
                 "config.compute.gate_share splits the matrices of an mlp: set it to 0 with experts, with biases in the"
                 " mlp, and with config.adapter.rank"
             )
-        if self.distill.teacher and (self.adapter.rank or self.preference.loss or self.rl.kl):
-            raise UserError(
-                "config.distill.teacher takes the place of a reference: leave out adapter.rank, preference.loss and"
-                " rl.kl"
-            )
         if self.distill.teacher:
-            must = f"at most config.model.vocab_size ({self.model.vocab_size})"
-            sections.require(
-                self.distill.top_k <= self.model.vocab_size, "distill.top_k", self.distill.top_k, must
-            )
+            if self.adapter.rank or self.preference.loss or self.rl.kl:
+                raise UserError(
+                    "config.distill.teacher takes the place of a reference: leave out adapter.rank, preference.loss and"
+                    " rl.kl"
+                )
+            top_k, tokens = self.distill.top_k, self.model.vocab_size
+            must = f"at most config.model.vocab_size ({tokens})"
+            sections.require(top_k <= tokens, "distill.top_k", top_k, must)
         if self.spikes.rollback_after and self.checkpoint.keep == 1:
             raise UserError(
                 "config.spikes.rollback_after goes back to an older checkpoint: set config.checkpoint.keep to at"

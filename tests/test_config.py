@@ -63,6 +63,8 @@ def test_argument_reaches_get_config(path):
         ("--config.log.wandb[0]=1", ["log.wandb[0]"]),
         ("--config.eval.tasks=1_000", ["eval.tasks", "1000", "a string"]),
         ("--config.eval.tasks={'code': 1}", ["eval.tasks", "{'code': 1}", "a tuple"]),
+        ("--config.eval.tasks=('code','code')", ["eval.tasks", "each task once"]),
+        (f"--config.seed={2**63}", ["seed", "64 bits"]),
         ("--config.optimizer.learning_rate=1e999", ["optimizer.learning_rate", "inf", "a finite number"]),
         ("--config.=3", ["--config.=3"]),
         ("--learning-rate=3", ["--learning-rate=3", "--config.section.key=value"]),

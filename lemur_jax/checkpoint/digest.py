@@ -73,7 +73,7 @@ def leaf_digests(tree: Any, where: str, error: type[UserError] = UserError) -> d
     parts of the arrays must call it. `where` names the tree in the message.
     """
     leaves = named_leaves(tree)
-    if all(on_host(leaf) and _is_addressable(leaf) for leaf in leaves.values()):
+    if all(on_host(leaf) and getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):
         digests, finite = _reduce_on_host(leaves)
     else:
         digests, finite = jax.device_get(_reduce_on_devices(leaves))
@@ -89,10 +89,6 @@ def on_host(array: Any) -> bool:
     """Whether an array is in the host's memory: NumPy's, or one of CPU devices."""
     devices: set[Any] = array.sharding.device_set if isinstance(array, jax.Array) else set()
     return all(device.platform == "cpu" for device in devices)
-
-
-def _is_addressable(leaf: Any) -> bool:
-    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def _reduce_on_host(leaves: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, bool]]:

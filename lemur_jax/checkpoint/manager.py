@@ -40,8 +40,10 @@ _COMMITTED = "commit_success.txt"  # Orbax's mark of a finished checkpoint where
 # Stacked matrices are stored layer by layer, so that an export reads one layer at a time.
 _BY_LAYER = ocp.SaveArgs(shard_axes=(0,))
 
+_copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
-class Checkpoints:
+
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run; all hosts call its methods together.
 
     A save that fails is reported, and tried again by the caller. With several hosts it ends all processes with status
@@ -274,9 +276,6 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
@@ -295,11 +294,6 @@ def _copy_on_host(tree: Any) -> Any:
     """A copy of arrays of CPU devices, which Orbax would read in place while the next update waits to write there."""
     leaves = jax.tree.leaves(tree)
     return _copy(tree) if leaves and all(map(on_host, leaves)) else tree
-
-
-@jax.jit
-def _copy(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
 
 
 def _move(source: epath.Path, target: epath.Path) -> None:

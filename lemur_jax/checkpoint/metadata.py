@@ -105,11 +105,4 @@ def check_leaves(stored: Mapping[str, Leaf] | None, wanted: Any, where: str, *, 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by their "/"-joined path, as Orbax names them: a named tuple counts as a dictionary."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(_key(key) for key in path): leaf for path, leaf in leaves}
-
-
-def _key(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -1,7 +1,6 @@
 """Reading checkpoints: nothing is used that does not agree with what was saved."""
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from lemur_jax.checkpoint.digest import leaf_digests
 from lemur_jax.checkpoint.metadata import Damaged, Leaf, check_leaves, unseal
 from lemur_jax.cluster import hosts
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.common.paths import absolute, is_object_store, is_refused_by_store
+from lemur_jax.common.paths import absolute, is_refused_by_store, store_url
 
 # How errors of storage begin that say nothing about the files themselves.
 _TRANSIENT = (
@@ -259,11 +258,6 @@ def read_on_all_hosts(read: Callable[[], Any], where: str, broadcast: bool = Fal
     return result
 
 
-def file_url(path: epath.PathLike) -> str:
-    """A directory as TensorStore names it."""
-    return f"{path}/" if is_object_store(path) else f"file://{os.fspath(path)}/"
-
-
 def open_arrays(
     path: epath.PathLike, step: int, names: Iterable[str], item: str = "params"
 ) -> dict[str, ts.TensorStore]:
@@ -277,7 +271,7 @@ def open_arrays(
     try:
         opening = {}
         for name in names:
-            store = {"driver": "ocdbt", "base": file_url(location), "path": name.replace("/", ".") + "/"}
+            store = {"driver": "ocdbt", "base": store_url(location), "path": name.replace("/", ".") + "/"}
             opening[name] = ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True)
         return {name: future.result() for name, future in opening.items()}
     except (OSError, ValueError) as error:

@@ -15,8 +15,7 @@ from orbax.checkpoint import type_handlers
 
 from lemur_jax.checkpoint.digest import RunningDigest
 from lemur_jax.checkpoint.metadata import Leaf, named_leaves, seal
-from lemur_jax.checkpoint.reading import file_url
-from lemur_jax.common.paths import absolute
+from lemur_jax.common.paths import absolute, store_url
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class _StreamedHandler(type_handlers.NumpyHandler):
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
             # Orbax merges the stores of all processes when the checkpoint is finalized.
-            base = file_url(info.parent_dir / "ocdbt.process_0")
+            base = store_url(info.parent_dir / "ocdbt.process_0")
             spec = {
                 "driver": "zarr",
                 "kvstore": {"driver": "ocdbt", "base": base, "path": f"{info.name}/"},

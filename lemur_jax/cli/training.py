@@ -112,9 +112,6 @@ def _add_checkpoints(verbs: Verbs) -> None:
         "lemur checkpoints quickstart/smollm2/lemur",
     )
     sub.add_argument("workdir", help="workdir or checkpoint directory")
-    sub.add_argument(
-        "--diff", type=int, nargs=2, metavar="STEP", help="instead: config keys in which two steps differ"
-    )
 
 
 def _add_report(verbs: Verbs) -> None:
@@ -139,16 +136,28 @@ def _add_report(verbs: Verbs) -> None:
 
 def _train(args) -> int:
     config = open_config(args).with_counts()
+    from lemur_jax.telemetry.profiler import parse_steps
+
+    return _run(args, config, profile=parse_steps(args.profile) if args.profile else range(0))
+
+
+def _rl(args) -> int:
+    config = open_config(args)
+    from lemur_jax.rl.run import open_inputs
+
+    return _run(args, config, open_inputs=open_inputs)
+
+
+def _run(args, config, **options) -> int:
+    """Joins the hosts and trains."""
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
     from lemur_jax.cluster import coordination
     from lemur_jax.cluster.watchdog import host_watchdog
-    from lemur_jax.telemetry.profiler import parse_steps
     from lemur_jax.train.loop import train
 
-    profile = parse_steps(args.profile) if args.profile else range(0)
     with host_watchdog(config.hosts.lost_seconds):
         coordination.agree("the config", config.fingerprint(), config.hosts.connect_seconds)
-        stopped = train(config, args.workdir, profile=profile, extend=args.extend)
+        stopped = train(config, args.workdir, extend=args.extend, **options)
     return _status(stopped)
 
 
@@ -157,18 +166,6 @@ def _status(stopped: bool) -> int:
     from lemur_jax.cluster.exit import TRY_AGAIN
 
     return TRY_AGAIN if stopped and os.environ.get("LEMUR_RELAUNCH") == "1" else 0
-
-
-def _rl(args) -> int:
-    config = open_config(args)
-    start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
-    from lemur_jax.cluster.watchdog import host_watchdog
-    from lemur_jax.rl.run import open_inputs
-    from lemur_jax.train.loop import train
-
-    with host_watchdog(config.hosts.lost_seconds):
-        stopped = train(config, args.workdir, open_inputs=open_inputs, extend=args.extend)
-    return _status(stopped)
 
 
 def _varied(text: str) -> tuple[str, list[str]]:
@@ -221,11 +218,9 @@ def _doctor(args) -> None:
 
 def _checkpoints(args) -> int:
     start_jax(args)
-    from lemur_jax.checkpoint.listing import checkpoint_table, config_difference
+    from lemur_jax.checkpoint.listing import checkpoint_table
 
-    text, whole = (
-        (config_difference(args.workdir, *args.diff), True) if args.diff else checkpoint_table(args.workdir)
-    )
+    text, whole = checkpoint_table(args.workdir)
     print(text)
     return 0 if whole else 1
 

@@ -5,10 +5,12 @@ import contextvars
 import glob
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 from lemur_jax.cluster import coordination
+from lemur_jax.cluster.exit import TRY_AGAIN, end_process
 from lemur_jax.common.errors import UserError
 
 _alone = contextvars.ContextVar("alone", default=False)
@@ -69,7 +71,7 @@ def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
         without naming the host, comes later.
 
     Raises:
-      UserError: a variable is missing or no number, or not all hosts came.
+      UserError: a variable is missing or wrong. Where not all hosts come, the process ends with `TRY_AGAIN`.
     """
     import jax
 
@@ -77,6 +79,8 @@ def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
         return
     arguments: dict[str, Any] = {}
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        if ":" not in address:
+            raise UserError(f"JAX_COORDINATOR_ADDRESS is {address!r}: it must be HOST:PORT")
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         arguments["coordinator_address"] = address
@@ -84,19 +88,24 @@ def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
         arguments["process_id"] = _number("JAX_PROCESS_ID")
     elif not _many_workers():
         return
+    hint = "is the same command running on every host, with the same coordinator address?"
+    late = f"the hosts of this run did not all come together within {connect_seconds} s: {hint}"
+    # JAX itself would abort with a page of stack trace, after its own time limit.
+    timer = threading.Timer(connect_seconds, end_process, (TRY_AGAIN, late))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=connect_seconds,
+            initialization_timeout=connect_seconds + 30,
             heartbeat_timeout_seconds=2 * lost_seconds + 20,
             shutdown_timeout_seconds=lost_seconds,
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the hosts of this run did not all come together within {connect_seconds} s: {reason};"
-            " is the same command running on every host, with the same coordinator address?"
-        ) from error
+        raise UserError(f"the hosts of this run cannot be joined: {reason}; {hint}") from error
+    finally:
+        timer.cancel()
 
 
 def _number(variable: str) -> int:

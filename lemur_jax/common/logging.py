@@ -5,6 +5,7 @@ configures the logger `lemur_jax` as it likes.
 """
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -46,7 +47,9 @@ def _write(line: str, stream: TextIO | None) -> None:
 
 
 def setup() -> None:
-    """Makes the package's loggers print to the terminal."""
+    """Makes the package's loggers print to the terminal; what its encoding lacks is escaped, as on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     logger = logging.getLogger("lemur_jax")
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, TerminalHandler) for handler in logger.handlers):

@@ -1,6 +1,7 @@
 """Paths, local or on an object store (gs://), and what is found there."""
 
 import os
+from urllib.parse import quote
 
 from etils import epath
 
@@ -34,6 +35,12 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """The same place from any working directory; epath's own `resolve` makes a local path of gs://."""
     path = epath.Path(path)
     return path if is_object_store(path) else path.resolve()
+
+
+def store_url(path: epath.PathLike) -> str:
+    """A directory as TensorStore names it: a URL, in which characters such as # and % are quoted."""
+    path = os.fspath(absolute(path))
+    return f"{quote(path, safe='/:')}/" if is_object_store(path) else f"file://{quote(path)}/"
 
 
 def recovery_hint(content: bytes) -> str:

@@ -7,7 +7,6 @@ whose index has a CRC-32C too. TensorStore returns no values that do not match. 
 import functools
 import hashlib
 import json
-import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.common.paths import is_object_store
+from lemur_jax.common.paths import store_url
 
 _CHUNK = 1 << 12  # elements decompressed by the smallest read
 _SHARD_BYTES = 1 << 25
@@ -44,7 +43,7 @@ def open_array(path: epath.Path, *, digest: str = "", cache: bool = True):
         raise ValueError(f"{path}/zarr.json does not match the digest in the manifest")
     spec = {
         "driver": "zarr3",
-        "kvstore": _kvstore(path),
+        "kvstore": store_url(path),
         "recheck_cached_data": "open",
         # A missing file must not be read as zeros.
         "fill_missing_data_reads": not json.loads(metadata).get("attributes", {}).get(_COMPLETE, False),
@@ -163,7 +162,7 @@ def _create_spec(path: epath.Path, dtype: np.dtype, shard: int) -> dict[str, Any
     }
     return {
         "driver": "zarr3",
-        "kvstore": _kvstore(path),
+        "kvstore": store_url(path),
         "store_data_equal_to_fill_value": True,
         "metadata": {
             "attributes": {_COMPLETE: True},
@@ -173,12 +172,6 @@ def _create_spec(path: epath.Path, dtype: np.dtype, shard: int) -> dict[str, Any
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
     }
-
-
-def _kvstore(path: epath.Path) -> Any:
-    if is_object_store(path):
-        return f"{urllib.parse.quote(str(path), safe=':/')}/"  # parts are called C# or F#
-    return {"driver": "file", "path": f"{path.resolve()}/"}
 
 
 @functools.cache

@@ -45,7 +45,7 @@ def place_labels(
         # A label that is wider than the plot stands out of it.
         labels = [label for label in around if contains(inside, label.box)] or around[:1]
         covered = [*taken, *(other.box for other in placed)]
-        free = (label for label in labels if not any(overlap(_wide(label.box), box) for box in covered))
+        free = (label for label in labels if not any(overlap(label.box, box, SPACE) for box in covered))
         placed.append(next(free, labels[0]))
     return placed
 
@@ -65,15 +65,11 @@ def _around(mark: Point, size: Point) -> Iterator[Label]:
             yield Label(box=(left, top, left + width, top + height), anchor=anchor, leader=leader)
 
 
-def _wide(box: Box) -> Box:
-    return box[0] - SPACE, box[1] - SPACE, box[2] + SPACE, box[3] + SPACE
-
-
 def contains(outer: Box, box: Box) -> bool:
     """Whether `box` lies inside `outer`."""
     return box[0] >= outer[0] and box[1] >= outer[1] and box[2] <= outer[2] and box[3] <= outer[3]
 
 
-def overlap(one: Box, other: Box) -> bool:
-    """Whether two boxes have more than an edge in common."""
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def overlap(one: Box, other: Box, space: float = 0.0) -> bool:
+    """Whether two boxes have more than an edge in common, or lie less than `space` apart."""
+    return all(one[side] - space < other[side + 2] and other[side] < one[side + 2] + space for side in (0, 1))

@@ -1,7 +1,6 @@
 """Reads runs back from their workdirs."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,8 +11,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.common.paths import absolute
 from lemur_jax.config import flatten
 from lemur_jax.telemetry.metrics import METRICS_FILE, Record, scan_metrics
-
-CONFIG_FILE = "config.json"
+from lemur_jax.train.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +88,7 @@ def _read_run(path: str, name: str) -> Run:
     return Run(
         name=name,
         workdir=path,
-        config=_read_config(path),
+        config=flatten(read_config(epath.Path(path))),
         train=_sorted(by_step["train"]),
         evals={task: _sorted(of) for task, of in evals.items()},
         balance=_sorted(by_step["balance"]),
@@ -98,14 +96,6 @@ def _read_run(path: str, name: str) -> Run:
         time=(others["time"] or [{}])[-1],
         skipped_lines=skipped,
     )
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    file = epath.Path(path) / CONFIG_FILE
-    try:
-        return flatten(json.loads(file.read_text())) if file.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}): restore or remove it") from error
 
 
 def _sorted(records: dict[int, Record]) -> list[Record]:

@@ -23,7 +23,7 @@ from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.sweep.runs import SweepRun
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.text.tokenizer import Tokenizer
-from lemur_jax.train.evaluate import Evaluations, evaluation_steps, open_held_out
+from lemur_jax.train.evaluate import Evaluations, EvaluationSteps, open_held_out
 from lemur_jax.train.history import RunHistory
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.step import Program
@@ -128,10 +128,10 @@ def evaluate_all(
             writer.truncate_after(-1)
             history = RunHistory(writer=writer, records=before)
             rows = config.train.microbatch_rows
-            steps = evaluation_steps(config.eval, config.checkpoint, config.init, config.train.steps)
-            Evaluations(program, rows, config.eval, steps, held_out, history).score(
-                params, config.train.steps
+            steps = EvaluationSteps(
+                options=config.eval, checkpoint=config.checkpoint, init=config.init, last=config.train.steps
             )
+            Evaluations(program, rows, steps, held_out, history).score(params, config.train.steps)
 
 
 def _records(directory: epath.Path) -> list[dict[str, Any]]:

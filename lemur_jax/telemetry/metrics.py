@@ -6,6 +6,7 @@
 docs/metrics.md lists every key with its unit. JSON has no NaN and no infinity: they are written as null.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -51,7 +52,7 @@ def scan_metrics(workdir: epath.PathLike) -> tuple[list[Record], int]:
     return records, parsed.count(None)
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager):
     """Appends records to `WORKDIR/metrics.jsonl`, each visible to readers when `write` returns.
 
     Only the first host has a writer. A run that resumes at `step` first calls `truncate_after(step)`; then no step is
@@ -95,10 +96,10 @@ class MetricsWriter:
             tracker.write(plain)
 
     def truncate_after(self, step: int) -> None:
-        """Drops the records of later steps than `step`, where the run resumes."""
-        records = read_metrics(self._path.parent)
+        """Drops the records of later steps than `step`, where the run resumes, and lines that cannot be read."""
+        records, skipped = scan_metrics(self._path.parent)
         kept = [record for record in records if record["step"] <= step]
-        if len(kept) < len(records):
+        if skipped or len(kept) < len(records):
             self._replace(b"".join(json.dumps(record).encode() + b"\n" for record in kept))
         if self._wants_tensorboard:
             self._trackers.append(TensorBoard(self._path.parent, step))
@@ -124,9 +125,6 @@ class MetricsWriter:
             raise UserError(
                 f"cannot write {self._path}: {getattr(error, 'strerror', None) or error}"
             ) from error
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         try:

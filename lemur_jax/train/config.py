@@ -136,6 +136,7 @@ class EvalConfig:
     def __post_init__(self):
         for key in ("every_steps", "batch_rows", "max_rows"):
             require(getattr(self, key) >= 0, f"eval.{key}", getattr(self, key), "0 or more")
+        require(len(set(self.tasks)) == len(self.tasks), "eval.tasks", self.tasks, "each task once")
         for name, members in self.groups.items():
             if not members:
                 raise UserError(f"config.eval.groups.{name} is empty: it must name one task or more")

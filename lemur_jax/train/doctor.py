@@ -20,15 +20,14 @@ from lemur_jax.cluster import coordination
 from lemur_jax.cluster.hosts import alone, is_primary
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
-from lemur_jax.models.config import DecoderConfig
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.telemetry.provenance import versions
 from lemur_jax.text.tokenizer import Tokenizer
-from lemur_jax.train.config import InitConfig
 from lemur_jax.train.evaluate import open_held_out
-from lemur_jax.train.initial import open_initial
-from lemur_jax.train.inputs import open_run_mixture
+from lemur_jax.train.initial import InitialParams
+from lemur_jax.train.inputs import check_preferences, check_vocabulary, open_run_mixture
 from lemur_jax.train.step import build
+from lemur_jax.train.workdir import config_changes
 
 logger = logging.getLogger(__name__)
 
@@ -53,28 +52,42 @@ def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
     workdir, patience = epath.Path(workdir), config.hosts.connect_seconds
     devices = jax.local_devices()
     here = f"{len(devices)} × {devices[0].device_kind}"
+    with _caught() as problem:
+        config_changes(config.to_json(), workdir)
     found = [
         Finding(check="versions", good=True, detail=", ".join(versions()), same=True),
-        Finding(check="config", good=True, detail=config.fingerprint()[:12], same=True),
+        _finding("config", problem, config.fingerprint()[:12], same=True),
         Finding(check="devices of a host", good=True, detail=here, same=True),
     ]
+    tokenizer: Tokenizer | None = None
     with _caught() as problem:
         tokenizer = Tokenizer.from_config(config.tokenizer)
         mixture = open_run_mixture(config.data, config.train, tokenizer, config.seed)
+        check_preferences(config.preference.loss, mixture.sources)
+        check_vocabulary(tokenizer, config.model.vocab_size)
         open_held_out(config.data, config.eval, tokenizer)
         mixture.read(*(values[:1] for values in mixture.locate(0)))
     stores = f"{len(config.data.sources)} to train on, {len(config.eval.tasks)} held out"
     found.append(_finding("token stores", problem, stores))
+    initial, shape, size = None, "", 0
     with _caught() as problem:
         program = build(config, make_mesh(config.mesh), num_sources=len(config.data.sources))
-    if config.init.checkpoint:
-        found.append(_first_parameters(config.init, config.tokenizer.path, config.model, workdir))
-    shape, size = "", 0
-    if not problem:
         axes = " × ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
         shape = f"{axes} = {program.mesh.size} devices"
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state))
+        saved = jax.tree.leaves((program.state.params, program.state.optimizer))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in saved)
+        if tokenizer:
+            initial = InitialParams(
+                init=config.init,
+                adapter=config.adapter,
+                seed=config.seed,
+                tokenizer=tokenizer,
+                program=program,
+                teacher=config.distill.teacher,
+            )
     found.append(_finding("mesh", problem, shape))
+    if config.init.checkpoint or config.distill.teacher:
+        found.append(_first_parameters(initial, workdir))
     found += _storage(workdir, patience)
     found.append(_free_disk(workdir, size, config.checkpoint.keep))
     speed = ""
@@ -101,13 +114,15 @@ def _report(found: list[Finding], patience: float) -> None:
         raise UserError(f"verdict: not ready, because of {', '.join(bad)}")
 
 
-def _first_parameters(init: InitConfig, tokenizer: str, model: DecoderConfig, workdir: epath.Path) -> Finding:
-    if any((workdir / "checkpoints").glob("[0-9]*")):
-        return _finding("first parameters", [], "not needed: the run has checkpoints")
+def _first_parameters(initial: InitialParams | None, workdir: epath.Path) -> Finding:
+    if initial is None:
+        return _finding("first parameters", [], "not looked at, as another check failed")
+    names: list[str] = []
     # By each host alone: one that cannot read them goes on to the next check.
     with _caught() as problem, alone():
-        open_initial(init, Tokenizer.load(tokenizer), model)
-    return _finding("first parameters", problem, f"{init.checkpoint}: fit the model and the tokenizer")
+        names = initial.check(resumed=any((workdir / "checkpoints").glob("[0-9]*")))
+    fit = f"{', '.join(names)}: fit the model and the tokenizer"
+    return _finding("first parameters", problem, fit if names else "not needed: the run has checkpoints")
 
 
 def _storage(workdir: epath.Path, patience: float) -> Iterator[Finding]:
@@ -194,8 +209,8 @@ def _caught() -> Iterator[list[str]]:
         problem.append(" ".join(str(error).split()) or type(error).__name__)
 
 
-def _finding(check: str, problem: list[str], detail: str) -> Finding:
-    return Finding(check=check, good=not problem, detail="; ".join(problem) or detail)
+def _finding(check: str, problem: list[str], detail: str, *, same: bool = False) -> Finding:
+    return Finding(check=check, good=not problem, detail="; ".join(problem) or detail, same=same)
 
 
 def _merge(names: list[str], hosts: list[list[Finding]]) -> list[tuple[str, bool, str]]:

@@ -64,11 +64,8 @@ def count_bytes(rows: Rows, chosen: np.ndarray, tokenizer: Tokenizer) -> int:
     count = 0
     for row in chosen:
         batch = rows.read(row[None])
-        tokens, targets, supervised = (
-            batch["tokens"][0],
-            batch["targets"][0],
-            batch["loss_weights"][0] > 0,
-        )
+        tokens, targets = batch["tokens"][0], batch["targets"][0]
+        supervised = batch["loss_weights"][0] > 0
         for run in np.split(np.arange(rows.length), np.flatnonzero(np.diff(supervised)) + 1):
             if supervised[run[0]]:
                 # After the token before it, a run keeps the space that it begins with.
@@ -81,28 +78,21 @@ def count_bytes(rows: Rows, chosen: np.ndarray, tokenizer: Tokenizer) -> int:
 class EvaluationSteps:
     """After which updates a run is scored."""
 
-    every: int  # updates between two evaluations; 0: only the last
+    options: EvalConfig
+    checkpoint: CheckpointConfig
+    init: InitConfig
     last: int  # the last update
-    compared_every: int  # updates between two regular checkpoints compared by held-out loss; 0: none are
-    at_start: bool  # whether the first parameters are scored
+
+    @property
+    def compared_every(self) -> int:
+        """Updates between two regular checkpoints that are compared by held-out loss; 0: none are."""
+        return self.checkpoint.every_steps if self.checkpoint.keep_best else 0
 
     def is_regular(self, step: int) -> bool:
         """Whether every run of this config is scored at this step, whatever requests to stop came before."""
         if not step:
-            return self.at_start
-        return step == self.last or due(step, self.compared_every) or due(step, self.every)
-
-
-def evaluation_steps(
-    options: EvalConfig, checkpoint: CheckpointConfig, init: InitConfig, last: int
-) -> EvaluationSteps:
-    """The evaluations of a run of `last` updates."""
-    return EvaluationSteps(
-        every=options.every_steps,
-        last=last,
-        compared_every=checkpoint.every_steps if checkpoint.keep_best else 0,
-        at_start=bool(init.checkpoint),
-    )
+            return bool(self.init.checkpoint)
+        return step == self.last or due(step, self.compared_every) or due(step, self.options.every_steps)
 
 
 def evaluate(
@@ -154,20 +144,23 @@ class Evaluations:
         self,
         program: Program,
         batch_rows: int,
-        options: EvalConfig,
         steps: EvaluationSteps,
         held_out: Sequence[HeldOut],
         history: RunHistory,
         should_stop: Callable[[], bool] = lambda: False,
     ):
-        self._program, self._options, self._steps, self._held_out = program, options, steps, held_out
+        self._program, self._options, self._steps, self._held_out = program, steps.options, steps, held_out
         self._writer = history.writer
-        self._batch_rows = options.batch_rows or batch_rows
+        self._batch_rows = steps.options.batch_rows or batch_rows
         self._should_stop = should_stop
-        # Bits per byte by step and task.
+        # Bits per byte by step and task; those of the start where they are of the same text, as `eval.max_rows` and a
+        # validation store may have changed since.
         self._bits: dict[int, dict[str, float]] = collections.defaultdict(dict)
+        sizes = {task.task: task.num_bytes for task in held_out}
         for record in history.records:
-            if record.get("kind") == "eval":
+            if record.get("kind") == "eval" and (
+                record["step"] or record.get("bytes") == sizes.get(record["task"])
+            ):
                 self._bits[record["step"]][record["task"]] = record["bits_per_byte"]
 
     def unscored(self, step: int) -> list[str]:
@@ -177,7 +170,7 @@ class Evaluations:
         """
         scored = self._bits[step]
         needed = is_primary() and (bool(scored) or self._steps.is_regular(step))
-        return [task for task in self._options.tasks if any_host(needed and task not in scored)]
+        return [task.task for task in self._held_out if any_host(needed and task.task not in scored)]
 
     def due(self, step: int, save_is_regular: bool) -> bool:
         """Whether to score after this update.

@@ -22,12 +22,6 @@ class RunHistory:
     # Seconds of earlier processes by what they were spent on, see `telemetry.goodput.earlier_time`.
     spent: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    @property
-    def last_train_record(self) -> Record:
-        """The record of the last step that counts; empty where there is none."""
-        trained = [record for record in self.records if record.get("kind") == "train"]
-        return trained[-1] if trained else {}
-
     def write_changes(self, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
         """Records that the config changed from a step on: key -> (old value, new value)."""
         if self.writer and changes:

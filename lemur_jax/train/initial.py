@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,73 +50,103 @@ class InitialParams:
         It is the base of an adapter, a reference, a teacher of the same vocabulary, or None. `step`: that step, as at
         the first start; None: the newest. A Hugging Face directory has none.
         """
-        path = self.teacher or self.init.checkpoint
-        if self.program.state.frozen is None:
+        program = self.program
+        if program.state.frozen is None:
             return None, None
-        if path:
-            step = open_source(path, step).step
-        return self._frozen(step), step
-
-    def _frozen(self, step: int | None) -> Any:
         if self.teacher:
-            source = open_source(self.teacher, step)
-            if source.model.vocab_size != self.program.model.vocab_size:
-                raise UserError(
-                    f"config.distill.teacher {self.teacher} has a vocabulary of {source.model.vocab_size},"
-                    f" config.model.vocab_size is {self.program.model.vocab_size}: they must be the same"
-                )
-            if source.tokenizer_files:
-                _check_tokenizer("distill.teacher", self.teacher, source, self.tokenizer)
-            return source.restore(self.program.state.frozen)
+            source = self._open_teacher(step)
+            return source.restore(program.state.frozen), source.step
+        if not self.init.checkpoint:
+            return self.params(), None
+        source = self._open_base(step)
         if not self.adapter.rank:
-            return initial_params(self.init, self.seed, self.tokenizer, self.program, step)
-        model, mesh, dtype = self.program.model, self.program.mesh, self.adapter.base_dtype
-        source = open_initial(self.init, self.tokenizer, model, step)
-        if source.model.vocab_size != model.vocab_size or self.init.drop_rows_above:
+            return _read(source, self.init, program), source.step
+        model, mesh, dtype = program.model, program.mesh, self.adapter.base_dtype
+        if dtype != "int8":
+            return source.restore(decoder.abstract_params(model, dtype, mesh)), source.step
+        # Leaf by leaf: the whole model in bfloat16 may be more than the devices hold.
+        wanted = decoder.abstract_params(model, "bfloat16", mesh)
+        return source.restore(wanted, leaf_quantizer(model, mesh)), source.step
+
+    def check(self, resumed: bool) -> list[str]:
+        """Opens what a start reads, without the weights of a model, and names it; `resumed`: the run has checkpoints.
+
+        Raises UserError as `params` and `frozen`.
+        """
+        names = []
+        if self.teacher:
+            self._open_teacher(None)
+            names.append(self.teacher)
+        if self.init.checkpoint and not (resumed and (self.teacher or self.program.state.frozen is None)):
+            self._open_base(None)
+            names.append(self.init.checkpoint)
+        if self.adapter.checkpoint and not resumed:
+            read_peft(self.adapter, self.program.model, self.program.param_dtype)
+            names.append(self.adapter.checkpoint)
+        return names
+
+    def _open_teacher(self, step: int | None) -> ModelSource:
+        source = open_source(self.teacher, step)
+        if source.model.vocab_size != self.program.model.vocab_size:
+            raise UserError(
+                f"config.distill.teacher {self.teacher} has a vocabulary of {source.model.vocab_size},"
+                f" config.model.vocab_size is {self.program.model.vocab_size}: they must be the same"
+            )
+        if source.tokenizer_files:
+            _check_tokenizer("distill.teacher", self.teacher, source, self.tokenizer)
+        return source
+
+    def _open_base(self, step: int | None) -> ModelSource:
+        """`config.init.checkpoint`, which an adapter or a reference may need at each start."""
+        source, model = open_initial(self.init, self.tokenizer, self.program.model, step), self.program.model
+        if self.adapter.rank and (source.model.vocab_size != model.vocab_size or self.init.drop_rows_above):
             raise UserError(
                 f"config.init.checkpoint {self.init.checkpoint} has a vocabulary of {source.model.vocab_size},"
                 f" config.model.vocab_size is {model.vocab_size}: an adapter leaves the vocabulary as it is"
             )
-        if dtype != "int8":
-            return source.restore(decoder.abstract_params(model, dtype, mesh))
-        # Leaf by leaf: the whole model in bfloat16 may be more than the devices hold.
-        return source.restore(decoder.abstract_params(model, "bfloat16", mesh), leaf_quantizer(model, mesh))
+        return source
 
 
-def initial_params(
-    init: InitConfig, seed: int, tokenizer: Tokenizer, program: Program, step: int | None = None
-) -> Any:
-    """Fresh parameters from the seed, or those of `config.init.checkpoint`, of its newest step or of `step`.
+def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: Program) -> Any:
+    """Fresh parameters from the seed, or those of the newest step of `config.init.checkpoint`.
 
-    Raises UserError as `open_initial`, or where `config.init` does not allow a change of the vocabulary.
+    Raises UserError as `open_initial`.
     """
-    model, dtype, mesh = program.model, program.param_dtype, program.mesh
-    shardings = shardings_of(decoder.abstract_params(model, dtype, mesh))
-    if not init.checkpoint:
-        fresh = jax.jit(lambda key: decoder.init_params(model, key, dtype), out_shardings=shardings)
-        return fresh(jax.random.key(seed))
+    if init.checkpoint:
+        return _read(open_initial(init, tokenizer, program.model), init, program)
+    model, dtype = program.model, program.param_dtype
+    shardings = shardings_of(decoder.abstract_params(model, dtype, program.mesh))
+    fresh = jax.jit(lambda key: decoder.init_params(model, key, dtype), out_shardings=shardings)
+    return fresh(jax.random.key(seed))
 
-    source = open_initial(init, tokenizer, model, step)
+
+def _read(source: ModelSource, init: InitConfig, program: Program) -> Any:
+    """The parameters of a source, with the vocabulary of the run."""
+    model, dtype, mesh = program.model, program.param_dtype, program.mesh
     params = source.restore(decoder.abstract_params(source.model, dtype, mesh))
     if source.model.vocab_size == model.vocab_size and not init.drop_rows_above:
         return params
-    change = functools.partial(
-        resize,
-        vocab_size=model.vocab_size,
-        drop_rows_above=init.drop_rows_above,
-        new_rows=init.new_rows,
-    )
-    return jax.jit(change, out_shardings=shardings)(params)
+    shardings = shardings_of(decoder.abstract_params(model, dtype, mesh))
+    return jax.jit(_resize_to(init, model), out_shardings=shardings)(params)
+
+
+def _resize_to(init: InitConfig, model: DecoderConfig) -> Callable[[Any], Any]:
+    changes = {"drop_rows_above": init.drop_rows_above, "new_rows": init.new_rows}
+    return functools.partial(resize, vocab_size=model.vocab_size, **changes)
 
 
 def open_initial(
     init: InitConfig, tokenizer: Tokenizer, model: DecoderConfig, step: int | None = None
 ) -> ModelSource:
-    """`config.init.checkpoint`, opened; UserError: it is not there, or of another shape or tokenizer."""
+    """`config.init.checkpoint`, opened.
+
+    Raises UserError: it is not there, of another shape or tokenizer, or `config.init` does not allow its vocabulary.
+    """
     source = open_source(init.checkpoint, step)
     _check_shape(source.model, model, init)
     if source.tokenizer_files:
         _check_tokenizer("init.checkpoint", init.checkpoint, source, tokenizer, init.drop_rows_above)
+    jax.eval_shape(_resize_to(init, model), decoder.abstract_params(source.model))  # raises
     return source
 
 

@@ -39,13 +39,9 @@ def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
     tokenizer = Tokenizer.from_config(config.tokenizer)
     mixture = open_run_mixture(config.data, config.train, tokenizer, config.seed)
     check_preferences(config.preference.loss, mixture.sources)
+    check_vocabulary(tokenizer, config.model.vocab_size)
     held_out = open_held_out(config.data, config.eval, tokenizer)
     program = build(config, mesh, num_sources=len(mixture.sources))
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} tokens, config.model.vocab_size is"
-            f" {config.model.vocab_size}: it must be at least as large"
-        )
     return Inputs(
         tokenizer=tokenizer,
         mixture=mixture,
@@ -54,6 +50,15 @@ def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
         loader=Loader(mixture, batch_sharding(program.mesh)),
         plan=format_budget(budget(mixture, config.train.steps)),
     )
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """UserError: the tokenizer has more tokens than the model."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"config.tokenizer.path has {tokenizer.vocab_size} tokens, config.model.vocab_size is {vocab_size}: it must"
+            " be at least as large"
+        )
 
 
 def check_preferences(loss: str, sources: Sequence[Source]) -> None:

@@ -21,12 +21,11 @@ from lemur_jax.config import RunConfig
 from lemur_jax.models.decoder import num_params
 from lemur_jax.telemetry.profiler import check_steps, trace_steps
 from lemur_jax.train import step
-from lemur_jax.train.evaluate import Evaluations, evaluation_steps
+from lemur_jax.train.evaluate import Evaluations, EvaluationSteps
 from lemur_jax.train.history import open_history
 from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.inputs import Inputs, open_data
 from lemur_jax.train.saves import Save, Saves, due
-from lemur_jax.train.spikes import too_many_skips
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.steplog import StepLog
 from lemur_jax.train.workdir import check_changes, claim, config_changes
@@ -90,9 +89,11 @@ def train(
         if is_primary():  # only now: until here, wrong first parameters can be corrected in the config
             claim(values, workdir)
         stop = Interruption(config.checkpoint.grace_s)
-        when = evaluation_steps(config.eval, config.checkpoint, config.init, steps)
+        when = EvaluationSteps(
+            options=config.eval, checkpoint=config.checkpoint, init=config.init, last=steps
+        )
         rows, held_out = config.train.microbatch_rows, inputs.held_out
-        evaluations = Evaluations(inputs.program, rows, config.eval, when, held_out, history, stop.reached)
+        evaluations = Evaluations(inputs.program, rows, when, held_out, history, stop.reached)
         unscored = evaluations.unscored(first)
         if first == steps and not unscored:
             inform(f"{workdir}: already finished at step {first}")
@@ -126,7 +127,8 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
         state, metrics = rollouts.update(number, state) if rollouts else program.step(state, batch)
         done = number + 1
         log.add(done, metrics)
-        rolled_back = too_many_skips(config.spikes, metrics)
+        limit = config.spikes.rollback_after  # only where it is set does the host wait for the step here
+        rolled_back = limit > 0 and int(jax.device_get(metrics["skips_in_a_row"])) >= limit
         if rolled_back:
             log.flush()
             with log.paused("checkpoint"):

@@ -76,10 +76,8 @@ def preference(options: PreferenceConfig) -> Objective:
         scores = logprobs - batch[REFERENCE] if has_reference else logprobs
         (chosen, rejected), (chosen_count, rejected_count) = _sides(scores, batch)
         if is_mean:
-            chosen, rejected = (
-                chosen / jnp.maximum(chosen_count, 1),
-                rejected / jnp.maximum(rejected_count, 1),
-            )
+            chosen = chosen / jnp.maximum(chosen_count, 1)
+            rejected = rejected / jnp.maximum(rejected_count, 1)
         real = (chosen_count > 0) & (rejected_count > 0)  # a pair may be cut at T
         # Where there is none, finite arguments keep the gradient finite.
         chosen, rejected = (jnp.where(real, side, -1.0) for side in (chosen, rejected))

@@ -1,5 +1,6 @@
 """The checkpoints of one run: where it starts, when it saves, and where it goes back to."""
 
+import contextlib
 import enum
 import logging
 import time
@@ -36,7 +37,7 @@ class Save(enum.Enum):
     FINAL = enum.auto()  # in the workdir; returns when it is written, and tries again while it fails
 
 
-class Saves:
+class Saves(contextlib.AbstractContextManager):
     """A context in which `WORKDIR/checkpoints` is open.
 
     `metadata` goes into every checkpoint; `initial` gives the first parameters and those that are frozen; `last` is the
@@ -66,9 +67,6 @@ class Saves:
         )
         self._early = False  # a save failed or is late: the next is made out of turn
         self._saved_at = time.monotonic()
-
-    def __enter__(self) -> "Saves":
-        return self
 
     def __exit__(self, *_) -> None:
         self._checkpoints.close()

@@ -12,7 +12,6 @@ Chowdhery et al. 2022, section 5.1.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lemur_jax.train.config import SpikesConfig
 from lemur_jax.train.state import TrainState
 
 
@@ -108,9 +106,3 @@ def rolled_back(counters: Any, good: TrainState, step: jax.Array, done: int, rol
         rolled_back_at=number(done, then.rolled_back_at),
     )
     return dataclasses.replace(good, step=step, optimizer=counters._replace(inner_state=restored))
-
-
-def too_many_skips(options: SpikesConfig, metrics: Mapping[str, jax.Array]) -> bool:
-    """Whether to roll back; only where that is asked for does the host wait for the step."""
-    limit = options.rollback_after
-    return limit > 0 and int(jax.device_get(metrics["skips_in_a_row"])) >= limit

@@ -71,10 +71,6 @@ def run_state(
     return abstract_state(params, optimizer, mesh, frozen)
 
 
-def _with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
 # What is not of a parameter (counters, rates, coefficients, remembered norms) is no larger.
 _SMALL = 4096
 
@@ -92,9 +88,9 @@ def _place_like(params: Any, optimizer_state: Any, mesh: Mesh) -> Any:
             parameter = places.get(path[length:])
             spec = parameter and _spec_like(parameter, leaf.shape)
             if spec is not None:
-                return _with_sharding(leaf, NamedSharding(mesh, spec))
+                return leaf.update(sharding=NamedSharding(mesh, spec))
         if leaf.size <= _SMALL:
-            return _with_sharding(leaf, replicated(mesh))
+            return leaf.update(sharding=replicated(mesh))
         raise UserError(
             f"optimizer leaf {jax.tree_util.keystr(path)} of shape {leaf.shape} has no sharding rule"
         )

@@ -35,11 +35,6 @@ logger = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 
 
-class Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
 class BatchSource(Protocol):
     """What the batches of a run are made of: a mixture, or episodes."""
 
@@ -47,7 +42,7 @@ class BatchSource(Protocol):
     length: int
 
     @property
-    def sources(self) -> Sequence[Named]: ...
+    def sources(self) -> Sequence[Any]: ...  # each has a `name`
 
     def documents(self, step: int, rows: Any) -> list[str]:
         """Names of what stands in rows of a batch."""
@@ -78,7 +73,8 @@ class StepLog:
         self._mixture = mixture
         # Target tokens since step 0, of all sources and of each, by their keys in a record.
         names = ["tokens", *(f"tokens/{source.name}" for source in mixture.sources)]
-        self._tokens = {name: history.last_train_record.get(name, 0) for name in names}
+        last = next((each for each in reversed(history.records) if each.get("kind") == "train"), {})
+        self._tokens = {name: last.get(name, 0) for name in names}
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._since = time.perf_counter()
         self._machine = _Machine(program, mixture.batch_rows * mixture.length)

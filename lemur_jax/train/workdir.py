@@ -16,10 +16,22 @@ Changes = Mapping[str, tuple[Any, Any]]  # as of `config.differences`: of the ru
 # What may differ between a run and its resumption: it affects no result (up to rounding).
 FREE = (
     "mesh.", "compute.", "log.", "checkpoint.", "eval.", "prepare.", "hosts.", "train.microbatches", "data.stores",
-    "data.mixture",  # its sources count
+    "data.modules", "data.mixture",  # the sources themselves count
 )  # fmt: skip
 # What may also differ with --extend: it affects the steps after the newest checkpoint alone.
 EXTENDABLE = ("train.steps", "optimizer.", "spikes.", "data.sources.", "data.stages.")
+
+
+def read_config(workdir: epath.Path) -> dict[str, Any]:
+    """The config that a workdir belongs to, as JSON; empty where it belongs to none. UserError: the file is damaged."""
+    path = workdir / "config.json"
+    try:
+        config = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not JSON of a config: restore or remove it")
+    return config
 
 
 def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bool = False) -> Changes:
@@ -28,12 +40,11 @@ def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bo
     Only changes that affect results; empty where the workdir belongs to no config. A UserError names all keys that may
     not change; with `extend` those of `EXTENDABLE` may.
     """
-    path = workdir / "config.json"
-    if not path.exists():
+    if not (stored := read_config(workdir)):
         return {}
+    stored = json.loads(json.dumps(fill(RunConfig, stored)))  # defaults have tuples
     free = (*FREE, "optimizer.") if values["checkpoint"]["other_optimizer"] == "fresh" else FREE
-    found = differences(fill(RunConfig, json.loads(path.read_text())), values)
-    changes = {key: pair for key, pair in found.items() if not key.startswith(free)}
+    changes = {key: pair for key, pair in differences(stored, values).items() if not key.startswith(free)}
     fixed = {key: pair for key, pair in changes.items() if not (extend and key.startswith(EXTENDABLE))}
     if fixed:
         listed = "; ".join(f"{key} was {old!r} there and is {new!r} now" for key, (old, new) in fixed.items())
@@ -50,7 +61,9 @@ def check_changes(changes: Changes, values: Mapping[str, Any], step: int) -> Non
 
     A source may be added with share 0; a stage may be added, removed or changed from `step` on.
     """
-    for key, (old, new) in changes.items():
+    if (steps := values["train"]["steps"]) < step:
+        raise UserError(f"config.train.steps is {steps}, but {step} updates are made: give at least as many")
+    for key, (old, new) in changes.items() if step else ():
         if key.startswith("data.sources.") and not key.endswith(".max_epochs"):
             added = old is None and (not key.endswith(".share") or new == 0)
             if not added:

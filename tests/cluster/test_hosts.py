@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from lemur_jax.cluster import hosts
+from lemur_jax.cluster.exit import TRY_AGAIN
 from lemur_jax.common.errors import UserError
+from tests.helpers.hosts import free_port
 
 
 @pytest.fixture
@@ -111,3 +113,22 @@ def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
     # A home that cannot be written.
     (tmp_path / "file").write_text("")
     assert hits(XDG_CACHE_HOME=str(tmp_path / "file")) == 0
+
+
+JOINS = "from lemur_jax.cluster import hosts; hosts.choose_platform(1); hosts.join(2)"
+
+
+@pytest.mark.parametrize("me", [0, 1])
+def test_hosts_that_wait_in_vain_say_so_and_may_be_started_again(me):
+    variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    environment = {**os.environ, **variables, "JAX_PLATFORMS": "cpu", "JAX_PROCESS_ID": str(me)}
+    done = subprocess.run([sys.executable, "-c", JOINS], env=environment, capture_output=True, text=True)
+    assert done.returncode == TRY_AGAIN
+    (line,) = done.stderr.strip().splitlines()
+    assert "did not all come together within 2 s" in line
+
+
+def test_an_address_without_a_port_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host-0")
+    with pytest.raises(UserError, match="'host-0': it must be HOST:PORT"):
+        hosts.join()

@@ -1,5 +1,6 @@
 """The terminal's handler: streams, prefixes, and readers that disconnect."""
 
+import io
 import logging
 import os
 import sys
@@ -19,6 +20,16 @@ def test_info_goes_to_standard_output_and_warnings_to_standard_error(capsys):
     assert err == "warning: disk is slow\n"
     package = logging.getLogger("lemur_jax")
     package.handlers = [handler for handler in package.handlers if not isinstance(handler, TerminalHandler)]
+
+
+def test_what_the_encoding_of_the_terminal_lacks_is_escaped(monkeypatch):
+    with io.TextIOWrapper(io.BytesIO(), "ascii") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        setup()
+        logging.getLogger("lemur_jax").handlers.pop()
+        print("data 1 × fsdp 1")
+        stream.flush()
+        assert stream.buffer.getvalue() == b"data 1 \\xd7 fsdp 1\n"
 
 
 def test_a_reader_that_disconnects_does_not_raise(monkeypatch):

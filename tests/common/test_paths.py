@@ -1,9 +1,10 @@
 """Paths on an object store stay there."""
 
 import pytest
+import tensorstore as ts
 from etils import epath
 
-from lemur_jax.common.paths import absolute, is_object_store, is_refused_by_store
+from lemur_jax.common.paths import absolute, is_object_store, is_refused_by_store, store_url
 
 
 @pytest.mark.parametrize("kind", [str, epath.Path])
@@ -13,6 +14,12 @@ def test_absolute_paths(tmp_path, monkeypatch, kind):
     assert str(absolute(kind("gs://bucket/run"))) == "gs://bucket/run"
     assert is_object_store(kind("gs://bucket/run"))
     assert not is_object_store(kind("run"))
+
+
+@pytest.mark.parametrize("path", ["/a b/ü#1?/100%20/x", "gs://bucket/a b/ü#1?/100%20"])
+def test_tensorstore_reads_the_path_that_was_meant(path):
+    described = ts.KvStore.Spec(store_url(path)).to_json()
+    assert described["path"] == f"{path.removeprefix('gs://bucket/')}/"
 
 
 def test_refusals_of_tensorflow():

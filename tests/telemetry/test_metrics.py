@@ -99,6 +99,9 @@ def test_damage_in_the_middle_is_left_out_with_a_warning(tmp_path, caplog):
     (tmp_path / METRICS_FILE).write_bytes(b"\n".join(lines) + b"\n")
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
     assert "6 unreadable lines were skipped" in caplog.text
+    with MetricsWriter(tmp_path) as writer:
+        writer.truncate_after(5)
+    assert [record["step"] for record in map(json.loads, (tmp_path / METRICS_FILE).open())] == [1, 2]
 
 
 def test_missing_or_unwritable_places_are_one_line(tmp_path):

@@ -11,8 +11,11 @@ from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import train_sentencepiece
 from lemur_jax.train import doctor as module
 from lemur_jax.train.doctor import doctor
+from lemur_jax.train.workdir import claim
 from tests.helpers.hosts import Project
 from tests.helpers.runs import write_model
+
+GOOD = module.Finding(check="free disk", good=True, detail="")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,8 @@ def test_ready_run_and_a_workdir_left_as_it_was(examine, tmp_path):
         (["--config.tokenizer.path=nowhere"], "token stores", "nowhere"),
         (["--config.checkpoint.keep=1000000000"], "free disk", "GB needed"),
         (["--config.init.checkpoint=nowhere"], "first parameters", "no checkpoint directory at nowhere"),
+        (["--config.model.vocab_size=200"], "token stores", "it must be at least as large"),
+        (["--config.preference.loss=simpo"], "token stores", "code has no preferences"),
     ],
 )
 def test_one_thing_wrong(examine, overrides, check, detail):
@@ -76,9 +81,37 @@ def test_first_parameters_are_looked_at_until_the_run_has_its_own(examine, proje
     assert "has model.num_hidden_layers 2, the config 3" in examine(
         option, "--config.model.num_hidden_layers=3"
     )
+    assert "set config.init.new_rows='mean'" in examine(option, "--config.model.vocab_size=520")
+    teacher = f"--config.distill.teacher={tmp_path / 'init'}"
+    assert "config.distill.teacher" in examine(teacher, "--config.model.vocab_size=520")
+    adapter = (option, "--config.adapter.rank=2")
+    assert "FAIL" not in examine(*adapter)
+    peft = "--config.adapter.checkpoint=nowhere"
+    assert "nowhere has no adapter_model.safetensors" in examine(*adapter, peft)
+    # Every start reads the base of an adapter again, but not what the run has saved.
     (tmp_path / "run/checkpoints/3").mkdir(parents=True)
     said = examine(option, "--config.model.num_hidden_layers=3")
     assert "first parameters   not needed: the run has checkpoints" in said
+    assert "FAIL" not in examine(*adapter, peft)
+    assert "no checkpoint directory at gone" in examine("--config.init.checkpoint=gone", *adapter[1:])
+
+
+def test_a_workdir_of_another_config_is_not_ready(examine, tmp_path):
+    claim(load("config.py").to_json(), tmp_path / "run")
+    assert examine("--config.log.every_steps=3").endswith("verdict: 1 host ready")
+    assert "FAIL  config" in (said := examine("--config.seed=7"))
+    assert "seed was 42 there and is 7 now" in said
+
+
+def test_frozen_weights_take_no_room_of_checkpoints(examine, project, tmp_path, monkeypatch):
+    files = Tokenizer.load(project.root / "tokenizer").files()
+    write_model(tmp_path / "init", load("config.py").model, files)
+    needed = []
+    monkeypatch.setattr(module, "_free_disk", lambda _, size, keep: needed.append(size) or GOOD)
+    examine(f"--config.init.checkpoint={tmp_path / 'init'}", "--config.adapter.rank=1")
+    examine()
+    adapter, whole = needed
+    assert adapter < whole / 20
 
 
 def test_rows_of_another_tokenizer_are_refused(examine, project, tmp_path):
@@ -92,7 +125,9 @@ def test_rows_of_another_tokenizer_are_refused(examine, project, tmp_path):
     said = examine(option)
     assert f"was trained with another tokenizer: id {first} is {other.token(first)!r} there" in said
     assert "verdict: not ready, because of first parameters" in said
-    assert "fit the model" in examine(option, f"--config.init.drop_rows_above={first}")
+    kept = (option, f"--config.init.drop_rows_above={first}")
+    assert "set config.init.new_rows='mean'" in examine(*kept)
+    assert "fit the model" in examine(*kept, "--config.init.new_rows=mean")
 
 
 def test_workdir_that_cannot_be_written(examine, tmp_path):

@@ -50,6 +50,11 @@ def test_batches_are_scored_shortly_before_their_figures_are_waited_for(monkeypa
     assert asked == [0, 1, 2, 3]
 
 
+def steps_of(config):
+    sections = {"options": config.eval, "checkpoint": config.checkpoint, "init": config.init}
+    return evaluate.EvaluationSteps(**sections, last=config.train.steps)
+
+
 @pytest.mark.parametrize(
     ("step", "promised"),
     [(2, True), (4, True), (10, True), (3, False)],  # due, its save is compared, the last, a save out of turn
@@ -62,13 +67,26 @@ def test_what_is_said_of_a_stopped_evaluation_is_so(monkeypatch, caplog, step, p
         | {"checkpoint.every_steps": 4, "checkpoint.keep_best": "text", "train.steps": 10}
     )
     held_out = evaluate.HeldOut(task="text", rows=None, num_bytes=18)
-    steps = evaluate.evaluation_steps(config.eval, config.checkpoint, config.init, config.train.steps)
     history = RunHistory(writer=object())
-    evaluations = evaluate.Evaluations(None, 1, config.eval, steps, [held_out], history)
+    evaluations = evaluate.Evaluations(None, 1, steps_of(config), [held_out], history)
     assert evaluations.score(None, step) == {}
     (record,) = caplog.records
     assert record.getMessage().endswith("at the next start" if promised else "is not among the best")
     assert evaluations.unscored(step) == (["text"] if promised else [])
+
+
+@pytest.mark.parametrize(("size", "shown"), [(18, "+100.0% since the start"), (17, "bits/byte")])
+def test_the_start_is_compared_where_it_was_of_the_same_text(monkeypatch, caplog, size, shown):
+    """`eval.max_rows`, or the validation store, may have changed since."""
+    now = {"task": "text", "loss": 1.0, "bits_per_byte": 2.0, "tokens": 9, "bytes": 18}
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: dict(now))
+    config, written = tiny_config({"eval.tasks": ("text",)}), []
+    start = {**now, "step": 0, "kind": "eval", "bits_per_byte": 1.0, "bytes": size}
+    history = RunHistory(writer=types.SimpleNamespace(write=written.append), records=[start])
+    held_out = evaluate.HeldOut(task="text", rows=None, num_bytes=18)
+    evaluate.Evaluations(None, 1, steps_of(config), [held_out], history).score(None, 10)
+    assert shown in caplog.messages[0]
+    assert [record.get("change") for record in written] == ([1.0, None] if size == 18 else [None])
 
 
 @pytest.mark.parametrize("packing", ["concat", "fit"])

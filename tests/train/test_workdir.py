@@ -34,6 +34,8 @@ LATE = {"late": StageConfig(step=4, shares={"text": 1.0})}
     ("options", "extend", "message"),
     [
         ({"hosts.lost_seconds": 7, "train.microbatches": 2}, False, ""),
+        ({"data.modules": ("more_tasks",)}, False, ""),  # whose sources have the share 0 until a stage
+        ({"train.steps": 3}, True, "config.train.steps is 3, but 4 updates are made"),
         ({"seed": 7, "train.steps": 20}, False, "seed was 42 .* train.steps was 10 .* or another --workdir$"),
         ({"seed": 7, "train.steps": 20}, True, "config: seed was 42 there and is 7 now; use the old"),
         (
@@ -77,8 +79,22 @@ def test_a_config_of_an_older_version_has_the_defaults_of_new_keys(tmp_path):
     values = tiny_config({"data.sources": SOURCES}).to_json()
     older = json.loads(json.dumps(values))
     del older["spikes"], older["train"]["microbatches"], older["data"]["sources"]["code"]["packing"]
+    del older["adapter"], older["model"]["rope_short_factor"]  # whose defaults are tuples
     claim(older, tmp_path)
     assert config_changes(values, tmp_path) == {}
+
+
+@pytest.mark.parametrize("text", ['{"seed": ', "[1]"])
+def test_a_damaged_config_of_a_workdir_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config.json is not .*: restore or remove it$"):
+        config_changes(tiny_config().to_json(), tmp_path)
+
+
+def test_before_the_first_checkpoint_a_mixture_may_change(tmp_path):
+    claim(tiny_config({"data.sources": SOURCES}).to_json(), tmp_path)
+    values = tiny_config({"data.sources": SOURCES | {"text": SourceConfig(share=3.0)}}).to_json()
+    check_changes(config_changes(values, tmp_path, extend=True), values, 0)
 
 
 def test_a_mistake_in_the_first_parameters_can_be_mended_in_the_same_workdir(
