@@ -122,7 +122,10 @@ def endpoint_agent(
             )
         except OpenAIError as error:
             raise UserError(f"the endpoint {base_url}, model {model!r}: {error}") from error
-        return (reply.choices[0].message.content or "").strip()
+        if not reply.choices:
+            raise UserError(f"the endpoint {base_url}, model {model!r}, sent no answer: {reply}")
+        # Half an emoji (a lone surrogate) could not be sent back in the next turn.
+        return (reply.choices[0].message.content or "").encode(errors="replace").decode().strip()
 
     return answer
 

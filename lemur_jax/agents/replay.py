@@ -73,7 +73,7 @@ def replay_run(
     Raises:
       UserError: data are missing, or the recorded run is of another protocol.
     """
-    if names[0] in ("intercode-sql", "intercode-bash"):
+    if names in (["intercode-sql"], ["intercode-bash"]):
         kind = names[0].removeprefix("intercode-")
         recorded = {names[0]: intercode.recorded_run(pathlib.Path(path), kind)}
         opened: Sequence[Environment] = (
@@ -86,7 +86,8 @@ def replay_run(
         recorded = {f"mint-{name}": run for name, run in runs.items()}
     else:
         raise UserError(
-            f"--replay needs --agents mint, mint-SET, intercode-sql or intercode-bash, not {','.join(names)}"
+            "--replay needs --agents mint, sets mint-SET, intercode-sql alone, or intercode-bash alone, not "
+            + ",".join(names)
         )
     return {name: replay(opened, run[:limit]) for name, run in recorded.items()}
 

@@ -142,7 +142,14 @@ def start(request, directory, isolation, reason, namespaces):
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    os.execvpe(request["command"][0], request["command"], environment)
+    try:
+        os.execvpe(request["command"][0], request["command"], environment)
+    except (ValueError, OSError) as error:
+        # Text of a model that no program takes, as one with a NUL or of 128 KiB, is a command that fails.
+        if isinstance(error, OSError) and error.errno != errno.E2BIG:
+            raise
+        os.write(2, f"cannot run {request['command'][0]}: {error}\n".encode(errors="replace"))
+        os._exit(126)
 
 
 def install_filter(namespaces):

@@ -186,8 +186,8 @@ def _agents(args, session, written: dict) -> None:
     agent = own or episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
     batch = args.batch or (own.default_batch if own else ENDPOINT_BATCH)
     path = pathlib.Path(_journal_path(args)) if args.json else None
-    name = args.checkpoint or args.endpoint_model
-    run = {"agent": name, "endpoint": args.endpoint, "step": args.step}
+    name = args.endpoint_model if args.endpoint else args.checkpoint
+    run = {"agents": args.agents, "agent": name, "endpoint": args.endpoint, "step": args.step}
     run |= {"turns": args.turns, "max_new_tokens": limit, "dtype": args.dtype, "weights": args.weights}
     run["cell_python"] = args.cell_python
     expert = None
@@ -246,7 +246,7 @@ def _write_agents(args, name: str, traces: list, written: dict) -> None:
         print(format_agents(scores, name))
     written["agents"] = episodes.to_json(traces, turns)
     if args.html:
-        with open(args.html, "w") as file:
+        with open(args.html, "w", encoding="utf-8") as file:
             file.write(agents_page(traces, turns, name))
 
 

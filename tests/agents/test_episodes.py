@@ -1,8 +1,10 @@
 """Scripted agents through whole episodes, and our own model behind the command."""
 
+import http.server
 import json
 import pathlib
 import sys
+import threading
 
 import pytest
 
@@ -110,6 +112,44 @@ def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, c
     assert len(json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"]) > 1
     assert not journal.exists()  # it would answer for a checkpoint that has been trained further
     assert "sql/count: solved in turn 1" in (tmp_path / "page.html").read_text()
+
+
+class Endpoint(http.server.BaseHTTPRequestHandler):
+    """A model that answers with half an emoji, then with nothing."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        message = {"role": "assistant", "content": "x\ud83d"}
+        first = len(body["messages"]) == 1
+        reply = json.dumps({"choices": [{"message": message}]} if first else {"error": "overloaded"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_odd_answers_of_an_endpoint(tmp_path, capsys):
+    """The turn that is no text is kept; an answer without choices is one line. The episodes are of the endpoint's
+    model, also where a checkpoint is named for `--tasks`."""
+    pytest.importorskip("openai", reason="openai is not installed: pip install '.[eval]'")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, path = f"http://127.0.0.1:{server.server_port}/v1", tmp_path / "a.json"
+    words = ["eval", "--agents", "sql", "--limit", "1", "--endpoint", url, "--json", str(path)]
+    more = ["--endpoint-model", "theirs", "--checkpoint", "ours", "--html", str(tmp_path / "a.html")]
+    assert main([*words, *more, "--turns", "2"]) == 2
+    err = capsys.readouterr().err
+    assert "model 'theirs', sent no answer: " in err
+    assert "overloaded" in err
+    assert len(err.splitlines()) == 1
+    assert main([*words, *more, "--turns", "1"]) == 0
+    assert "theirs: 0 of 1 episodes solved" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    (trace,) = json.loads(path.read_text())["agents"]["traces"]
+    assert trace["turns"][0]["action"] == "x?"
+    server.shutdown()
 
 
 def test_unknown_environment():
