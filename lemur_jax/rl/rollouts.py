@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import io
+import logging
 import time
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,7 @@ from lemur_jax.train.objectives import token_logprobs
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program
 
+logger = logging.getLogger(__name__)
 ENGINE_ROWS = 64  # most episodes in decode for each way in which the mesh shards rows
 GAP_ROWS = 8  # episodes for each of these ways whose log-probabilities are compared while off-policy
 STEPS_NAMED = 1000  # steps whose tasks are kept
@@ -215,6 +217,9 @@ class Rollouts:
         if ends["failed"] == len(episodes):
             raise UserError(f"step {step + 1}: the environment failed in every episode: {episodes[0].error}")
         valid = [one for one in episodes if one.valid]
+        if not valid:
+            text = "step %d changes nothing: no task leaves room for an answer in config.data.sequence_length"
+            logger.warning(text, step + 1)
         groups = scored.reshape(len(episodes) // self.options.group_size, -1)
         return {
             "reward": _mean([sum(one.rewards) for one in valid]),

@@ -34,6 +34,8 @@ LATE = {"late": StageConfig(step=4, shares={"text": 1.0})}
     ("options", "extend", "message"),
     [
         ({"hosts.lost_seconds": 7, "train.microbatches": 2}, False, ""),
+        ({"rl.max_logprob_gap": 0.1, "rl.data": "moved", "rl.eval_every_steps": 3}, False, ""),
+        ({"rl.data": "moved", "rl.group_size": 3}, True, "config: rl.group_size was 8 .*; use the old"),
         ({"seed": 7, "train.steps": 20}, False, "seed was 42 .* train.steps was 10 .* or another --workdir$"),
         ({"seed": 7, "train.steps": 20}, True, "config: seed was 42 there and is 7 now; use the old"),
         (
