@@ -16,7 +16,6 @@ from lemur_jax.agents.mint_sets import open_mint
 from lemur_jax.agents.problems import humaneval
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.batching import row_ways
-from lemur_jax.infer.chat import fit
 from lemur_jax.infer.complete import finish
 from lemur_jax.infer.engine import ROWS, SLOTS, Engine
 from lemur_jax.infer.generate import make_engine, make_requests
@@ -53,7 +52,7 @@ class Trace:
 
 
 class SessionAgent:
-    """Our model in process, greedy; the oldest turns are dropped when they no longer fit.
+    """Our model in process, greedy; the oldest turns after the task are dropped when they no longer fit.
 
     Args:
       batch_tokens: of the cache that conversations share, for each way in which the mesh shards rows.
@@ -77,14 +76,10 @@ class SessionAgent:
 
     def batch(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """The next turns of several conversations, which share the device."""
-        tokenizer = self._session.need_tokenizer()
         longest = self._session.model.max_position_embeddings
-        prompts = [
-            encode_chat(tokenizer, fit(self._session, messages, self._limit), add_generation_prompt=True)[0]
-            for messages in conversations
-        ]
-        prompts = [prompt[self._limit - longest :] for prompt in prompts]
-        requests = make_requests(prompts, self._limit, stop_ids(tokenizer), None, None)
+        prompts = [self._prompt(messages, longest - self._limit) for messages in conversations]
+        stops = stop_ids(self._session.need_tokenizer())
+        requests = make_requests(prompts, self._limit, stops, None, None)
         wanted = max(request.length for request in requests)
         # Conversations grow with every turn: rows of few lengths are few programs to compile.
         if self._engine is None or wanted > self._length:
@@ -95,6 +90,16 @@ class SessionAgent:
                 self._engine.submit(request)
         texts = finish(self._session, self._engine, requests, STOPS)
         return [text.text.strip() for text in texts]
+
+    def _prompt(self, messages: Sequence[Message], room: int) -> list[int]:
+        """The task, which no answer can do without, and the newest turns: at most `room` tokens."""
+        task, turns = list(messages[:1]), list(messages[1:])
+        while True:
+            said = [*task, *turns]
+            ids = encode_chat(self._session.need_tokenizer(), said, add_generation_prompt=True)[0]
+            if len(ids) <= room or len(turns) <= 2:
+                return ids[-room:]
+            del turns[:2]  # an answer, and the observation after it
 
 
 def endpoint_agent(

@@ -1,5 +1,6 @@
 """Scripted agents through whole episodes, and our own model behind the command."""
 
+import dataclasses
 import http.server
 import json
 import pathlib
@@ -23,7 +24,11 @@ from lemur_jax.agents.runner import Journal, run_episodes
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.evals.published import format_agents
+from lemur_jax.infer.generate import make_requests
+from lemur_jax.infer.session import make_session
+from lemur_jax.models.presets import preset
 from tests.helpers.agents import run_episode, scripted
+from tests.helpers.sessions import fresh_params, mesh_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 
@@ -48,6 +53,31 @@ def test_an_episode_that_fails(count):
     assert failure(run_episode(count, scripted("SELECT 1", "SELECT 1"), max_turns=2)) == "repeated itself"
     assert failure(run_episode(count, scripted(""), max_turns=1)) == "no code"
     assert failure(Trace(id="", task="", turns=())) == "no answer"
+
+
+def test_a_long_conversation_keeps_its_task(small_chat_tokenizer, monkeypatch):
+    model = preset("tiny", vocab_size=small_chat_tokenizer.vocab_size)
+    model = dataclasses.replace(model, max_position_embeddings=64)
+    session = make_session(model, fresh_params(model), mesh_of(""), "float32", tokenizer=small_chat_tokenizer)
+    seen = []
+
+    def requests(prompts, *rest):
+        seen.extend(small_chat_tokenizer.decode(prompt) for prompt in prompts)
+        return make_requests(prompts, *rest)
+
+    monkeypatch.setattr(episodes, "make_requests", requests)
+    messages = [{"role": "user", "content": "the task"}]
+    for number in range(6):
+        messages += [
+            {"role": "assistant", "content": f"do {number}"},
+            {"role": "user", "content": f"saw {number}"},
+        ]
+    agent = episodes.SessionAgent(session, max_new_tokens=8)
+    agent.batch([messages, [{"role": "user", "content": "long " * 99 + "end"}]])
+    assert "the task" in seen[0]
+    assert "saw 5" in seen[0]
+    assert "do 0" not in seen[0]
+    assert "end" in seen[1]
 
 
 def test_success_by_turn(count):
