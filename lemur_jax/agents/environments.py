@@ -36,6 +36,10 @@ class Step:
     role: str = "user"
     done: bool = False
 
+    def __post_init__(self):
+        # Half an emoji (a lone surrogate), as JSON can hold it, has no tokens.
+        object.__setattr__(self, "observation", self.observation.encode(errors="replace").decode())
+
 
 class NotScored(UserError):
     """A task that cannot run here. An evaluation names it, counts it and goes on without it."""

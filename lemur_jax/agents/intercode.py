@@ -179,7 +179,7 @@ def recorded_run(path: pathlib.Path, kind: str) -> list[Recorded]:
             for episode in episodes
             if episode["environment"] == f"ic_{kind}" and (history := episode["turn_history"])
         ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a recorded run of intercode-{kind} ({error!r})") from error
 
 

@@ -70,8 +70,7 @@ class Shell:
             while self._answered() and (line := self._replies.readline()):
                 message = json.loads(line)
                 if "output" in message:
-                    # Half an emoji (a lone surrogate) has no tokens.
-                    return str(message["output"]).encode(errors="replace").decode()
+                    return str(message["output"])
                 self._send(self._functions[message["call"]](*message["arguments"]))
         except (OSError, ValueError, KeyError, TypeError):
             pass  # the pipe is broken, or the cell wrote into it

@@ -44,8 +44,9 @@ def test_errors_are_worded_as_mysqls():
 
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "run.json").write_text("[1]")
-    with pytest.raises(UserError, match="is not a recorded run of intercode-sql"):
-        recorded_run(tmp_path / "run.json", "sql")
+    for name in ("run.json", "nowhere.json", "."):
+        with pytest.raises(UserError, match="is not a recorded run of intercode-sql"):
+            recorded_run(tmp_path / name, "sql")
 
 
 @pytest.mark.parametrize("content", [b"[{", b"{}{}", b'[{"query": ""}]', b"[1]", b'{"a": {}}', b'"\xff"'])

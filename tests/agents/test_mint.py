@@ -106,7 +106,6 @@ def test_a_cell_that_catches_its_time_out_or_leaves_a_thread_holds_nothing_up(mo
         == shell.ENDED
     )
     cells.run_cell("import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()")
-    assert cells.run_cell("print('\\ud83d')") == "?\n"  # half an emoji, which no tokenizer takes
     cells.close()
     assert time.monotonic() - started < 40
 

@@ -43,6 +43,13 @@ def test_every_errand_can_be_done(name):
     assert ("tool" in roles) == any("<tool_call>" in action for action in SOLUTIONS[name])
 
 
+def test_an_observation_is_text_that_tokenizers_take():
+    world = errand("address")
+    world.reset()
+    step = world.step(call("set_address", number="1005", address="\ud83d"))  # half an emoji, escaped in JSON
+    assert step.observation == '"order 1005 goes to ?"'
+
+
 def test_the_user_says_more_only_when_asked_or_when_it_is_wrong():
     world = errand("cancel")
     assert "Grace" not in world.reset()
