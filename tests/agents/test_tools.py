@@ -1,7 +1,6 @@
 """Errands by scripted agents: calls, what the lazy user says when, and what mistakes are called."""
 
 import json
-import re
 import sys
 
 import pytest
@@ -121,7 +120,6 @@ def test_page(tmp_path):
     assert '<td data-head="turn 1">0.0</td><td data-head="turn 2">50.0</td>' in text
     assert '<th scope="col">wrong answer</th>' in text
     assert "tools/status: solved in turn 2" in text
-    assert re.findall(r'title="([^"]+)">\d+</i>', text) == ["solved in turn 2: 1", "not solved: 1"]
     assert '<br><span class="soft">I am Ada. Where is my parcel?</span>' in text
     assert "more</summary>" not in text
     assert agents_page(traces * 12, 2, "a").count("<summary>2 more</summary>") == 2

@@ -240,9 +240,15 @@ def test_an_answer_that_the_end_of_the_row_cuts_is_truncated(play):
     assert record["grad_norm"] > 0
 
 
-def test_a_score_of_the_state_counts_once(play):
-    (record,) = play("run", Scored, **{"train.steps": 1})
+class Solved(Echo):
+    def step(self, action):
+        return Step(observation="x", verdict="passed", reward=1)
+
+
+def test_a_score_of_the_state_counts_once_and_void_episodes_are_not_held_out(play):
+    (record,) = play("run", tasks=([Scored()], [Dies(), Solved()]), **{"train.steps": 1})
     assert (record["reward"], record["turns"]) == (pytest.approx(0.6), 2)
+    assert record["held_out_success"] == 1
 
 
 def test_tasks_that_leave_no_room_are_told(play, caplog):
