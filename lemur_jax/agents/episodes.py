@@ -5,6 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from lemur_jax.agents import environments, intercode, intercode_bash, mint, tool
 from lemur_jax.agents.environments import Environment, PythonEnvironment, Step
 from lemur_jax.agents.mint_sets import open_mint
 from lemur_jax.agents.problems import humaneval
+from lemur_jax.cluster.coordination import from_primary
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.batching import row_ways
 from lemur_jax.infer.complete import finish
@@ -76,8 +78,21 @@ class SessionAgent:
 
     def batch(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """The next turns of several conversations, which share the device."""
+        room = self._session.model.max_position_embeddings - self._limit
+        prompts = [self._prompt(messages, room) for messages in conversations]
+        return self._answer(json.loads(from_primary(json.dumps(prompts))))
+
+    def follow(self) -> None:
+        """On hosts other than the primary, which alone has environments: computes what it asks for until its `end`."""
+        while prompts := json.loads(from_primary("")):
+            self._answer(prompts)
+
+    def end(self) -> None:
+        """Lets the other hosts go."""
+        from_primary("[]")
+
+    def _answer(self, prompts: list[list[int]]) -> list[str]:
         longest = self._session.model.max_position_embeddings
-        prompts = [self._prompt(messages, longest - self._limit) for messages in conversations]
         stops = stop_ids(self._session.need_tokenizer())
         requests = make_requests(prompts, self._limit, stops, None, None)
         wanted = max(request.length for request in requests)

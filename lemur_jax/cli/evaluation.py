@@ -126,11 +126,11 @@ def _eval(args) -> None:
                 _agents(args, session, written)
         finally:
             # A task or an endpoint that fails, or Ctrl-C, does not lose finished work.
-            if args.json and written:
+            if args.json and written and _is_first():
                 with open(args.json, "w") as file:
                     json.dump(written, file, indent=1)
     # All is in the JSON file now. A journal left behind would answer for a checkpoint that has been trained further.
-    if args.agents and args.json:
+    if args.agents and args.json and _is_first():
         pathlib.Path(_journal_path(args)).unlink(missing_ok=True)
 
 
@@ -143,6 +143,13 @@ def _check_counts(args) -> None:
         raise UserError(f"--skip is {args.skip}: it must be at least 0")
     if args.skip and (args.replay or not args.agents or args.agents.startswith("verifiers:")):
         raise UserError("--skip is for --agents that play, except verifiers: leave it out")
+
+
+def _is_first() -> bool:
+    """Whether this host writes; without devices, which an endpoint or a replay does not touch."""
+    from lemur_jax.cluster.coordination import process
+
+    return process()[0] == 0
 
 
 def _journal_path(args) -> str:
@@ -183,6 +190,8 @@ def _agents(args, session, written: dict) -> None:
     own = None
     if not args.endpoint:
         own = episodes.SessionAgent(session, max_new_tokens=limit, batch_tokens=args.batch_tokens)
+        if not _is_first():
+            return own.follow()
     agent = own or episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
     batch = args.batch or (own.default_batch if own else ENDPOINT_BATCH)
     path = pathlib.Path(_journal_path(args)) if args.json else None
@@ -204,6 +213,8 @@ def _agents(args, session, written: dict) -> None:
             )
             runner.run_episodes(opened, agent, max_turns=args.turns, batch=batch, journal=journal)
     finally:
+        if own:
+            own.end()
         if journal.traces:
             _write_agents(args, name, list(journal.traces.values()), written)
 
