@@ -11,9 +11,9 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
-from lemur_jax.agents import intercode, intercode_bash, mint
+from lemur_jax.agents import intercode, mint
 from lemur_jax.agents.environments import Environment, NotScored
-from lemur_jax.agents.episodes import Trace, Turn
+from lemur_jax.agents.episodes import Trace, Turn, open_environments
 from lemur_jax.agents.mint import Recorded
 from lemur_jax.agents.mint_sets import open_mint
 from lemur_jax.common.errors import UserError
@@ -76,9 +76,7 @@ def replay_run(
     if names in (["intercode-sql"], ["intercode-bash"]):
         kind = names[0].removeprefix("intercode-")
         recorded = {names[0]: intercode.recorded_run(pathlib.Path(path), kind)}
-        opened: Sequence[Environment] = (
-            intercode.open_sql(data, stack) if kind == "sql" else intercode_bash.open_bash(data)
-        )
+        opened: Sequence[Environment] = open_environments(names, data=data, stack=stack)
     elif all(name == "mint" or name.removeprefix("mint-") in mint.SETS for name in names):
         only = [] if "mint" in names else [name.removeprefix("mint-") for name in names]
         runs = mint.recorded_run(pathlib.Path(path), only)
