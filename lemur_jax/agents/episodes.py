@@ -23,6 +23,7 @@ from lemur_jax.infer.engine import ROWS, SLOTS, Engine
 from lemur_jax.infer.generate import make_engine, make_requests
 from lemur_jax.infer.session import Session
 from lemur_jax.text.chat_template import Message, encode_chat, stop_ids
+from lemur_jax.text.tokenizer import Tokenizer
 
 EXPERT_STOPS = ("\nObservation:", "\nTask:", "\nAssistant:")
 # Where MINT cuts an answer that goes on with turns of the environment.
@@ -108,6 +109,8 @@ class SessionAgent:
 
     def _prompt(self, messages: Sequence[Message], room: int) -> list[int]:
         """The task, which no answer can do without, and the newest turns: at most `room` tokens."""
+        if not takes_tools(self._session.need_tokenizer()):
+            messages = _without_tools(messages)
         task, turns = list(messages[:1]), list(messages[1:])
         while True:
             said = [*task, *turns]
@@ -115,6 +118,24 @@ class SessionAgent:
             if len(ids) <= room or len(turns) <= 2:
                 return ids[-room:]
             del turns[:2]  # an answer, and the observation after it
+
+
+@functools.lru_cache(maxsize=1)
+def takes_tools(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template shows turns of the role `tool`: others refuse it, or leave them out."""
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        one, other = (
+            encode_chat(tokenizer, [*said, {"role": "tool", "content": text}], add_generation_prompt=True)[0]
+            for text in ("x", "y")
+        )
+    except UserError:
+        return False
+    return one != other
+
+
+def _without_tools(messages: Sequence[Message]) -> list[Message]:
+    return [{**message, "role": "user"} if message["role"] == "tool" else message for message in messages]
 
 
 def endpoint_agent(
@@ -132,10 +153,7 @@ def endpoint_agent(
     client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 
     def answer(messages: Sequence[Message]) -> str:
-        # OpenAI accepts the role tool only after a call of its own form.
-        turns: list[Any] = [
-            {**message, "role": "user"} if message["role"] == "tool" else message for message in messages
-        ]
+        turns: list[Any] = _without_tools(messages)  # OpenAI accepts them only after a call of its own form
         try:
             reply = client.chat.completions.create(
                 model=model, messages=turns, max_tokens=max_new_tokens, temperature=0.0, stop=list(stops)

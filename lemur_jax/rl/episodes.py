@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lemur_jax.agents.environments import Environment, Step
+from lemur_jax.agents.episodes import takes_tools
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.infer.engine import Engine, Request
 from lemur_jax.infer.sampling import Sampling
@@ -147,10 +148,11 @@ class Player:
 
     def _following(self, found: Step, ended: bool) -> list[int]:
         """The template's text between two turns of the policy, from what ends a turn on if that has not `ended`."""
+        role = found.role if found.role != "tool" or takes_tools(self._tokenizer) else "user"
         said = [
             _user("a"),
             {"role": "assistant", "content": "b"},
-            {"role": found.role, "content": found.observation},
+            {"role": role, "content": found.observation},
         ]
         start = len(encode_chat(self._tokenizer, said[:1], add_generation_prompt=True)[0])
         ids = encode_chat(self._tokenizer, said, add_generation_prompt=True)[0]
