@@ -36,6 +36,10 @@ class Step:
     role: str = "user"
     done: bool = False
 
+    def __post_init__(self):
+        # Half an emoji (a lone surrogate), as JSON can hold it, has no tokens.
+        object.__setattr__(self, "observation", self.observation.encode(errors="replace").decode())
+
 
 class NotScored(UserError):
     """A task that cannot run here. An evaluation names it, counts it and goes on without it."""
@@ -46,6 +50,7 @@ class Environment(abc.ABC):
 
     id: str
     max_turns: int | None = None  # where its protocol fixes them
+    scores_state = False  # whether a reward is for all that was done so far, and not for the turn alone
 
     @abc.abstractmethod
     def reset(self) -> str:
@@ -71,10 +76,10 @@ def find_data(data: str, file: str, where: str) -> pathlib.Path:
 
 
 def block(action: str, *languages: str) -> str:
-    """The last fenced block of an answer in one of the languages (or none), or else all of it."""
-    names = "|".join(map(re.escape, languages))
-    found = re.findall(rf"```(?:{names})?[ \t]*\n(.*?)(?:```|\Z)", action, re.DOTALL | re.IGNORECASE)
-    return found[-1] if found else action
+    """The last fenced block of an answer in one of the languages (or none), else in any, or else all of it."""
+    found = re.findall(r"```([^\n`]*)\n(.*?)(?:```|\Z)", action.replace("\r\n", "\n"), re.DOTALL)
+    named = [text for name, text in found if name.strip().lower() in ("", *languages)]
+    return (named or [text for _, text in found] or [action])[-1]
 
 
 def _cut(text: str) -> str:
@@ -156,7 +161,8 @@ class SqlEnvironment(Environment):
         if result.code != 0:
             return Step(observation="The query did not finish.", verdict="time")
         found = json.loads(result.output)
-        if error := found.get("error"):
+        if "error" in found:
+            error = found["error"] or "out of memory"  # MemoryError has no text
             verdict = "syntax" if "syntax" in error else "name" if "no such" in error else "other error"
             return Step(observation=f"Error: {error}", verdict=verdict)
         shown = _cut(f"{found['count']} rows:\n" + "\n".join(found["rows"]))

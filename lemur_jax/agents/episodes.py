@@ -5,6 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,14 +15,15 @@ from lemur_jax.agents import environments, intercode, intercode_bash, mint, tool
 from lemur_jax.agents.environments import Environment, PythonEnvironment, Step
 from lemur_jax.agents.mint_sets import open_mint
 from lemur_jax.agents.problems import humaneval
+from lemur_jax.cluster.coordination import from_primary
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.batching import row_ways
-from lemur_jax.infer.chat import fit
 from lemur_jax.infer.complete import finish
 from lemur_jax.infer.engine import ROWS, SLOTS, Engine
 from lemur_jax.infer.generate import make_engine, make_requests
 from lemur_jax.infer.session import Session
 from lemur_jax.text.chat_template import Message, encode_chat, stop_ids
+from lemur_jax.text.tokenizer import Tokenizer
 
 EXPERT_STOPS = ("\nObservation:", "\nTask:", "\nAssistant:")
 # Where MINT cuts an answer that goes on with turns of the environment.
@@ -53,7 +55,7 @@ class Trace:
 
 
 class SessionAgent:
-    """Our model in process, greedy; the oldest turns are dropped when they no longer fit.
+    """Our model in process, greedy; the oldest turns after the task are dropped when they no longer fit.
 
     Args:
       batch_tokens: of the cache that conversations share, for each way in which the mesh shards rows.
@@ -77,14 +79,23 @@ class SessionAgent:
 
     def batch(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """The next turns of several conversations, which share the device."""
-        tokenizer = self._session.need_tokenizer()
+        room = self._session.model.max_position_embeddings - self._limit
+        prompts = [self._prompt(messages, room) for messages in conversations]
+        return self._answer(json.loads(from_primary(json.dumps(prompts))))
+
+    def follow(self) -> None:
+        """On hosts other than the primary, which alone has environments: computes what it asks for until its `end`."""
+        while prompts := json.loads(from_primary("")):
+            self._answer(prompts)
+
+    def end(self) -> None:
+        """Lets the other hosts go."""
+        from_primary("[]")
+
+    def _answer(self, prompts: list[list[int]]) -> list[str]:
         longest = self._session.model.max_position_embeddings
-        prompts = [
-            encode_chat(tokenizer, fit(self._session, messages, self._limit), add_generation_prompt=True)[0]
-            for messages in conversations
-        ]
-        prompts = [prompt[self._limit - longest :] for prompt in prompts]
-        requests = make_requests(prompts, self._limit, stop_ids(tokenizer), None, None)
+        stops = stop_ids(self._session.need_tokenizer())
+        requests = make_requests(prompts, self._limit, stops, None, None)
         wanted = max(request.length for request in requests)
         # Conversations grow with every turn: rows of few lengths are few programs to compile.
         if self._engine is None or wanted > self._length:
@@ -95,6 +106,36 @@ class SessionAgent:
                 self._engine.submit(request)
         texts = finish(self._session, self._engine, requests, STOPS)
         return [text.text.strip() for text in texts]
+
+    def _prompt(self, messages: Sequence[Message], room: int) -> list[int]:
+        """The task, which no answer can do without, and the newest turns: at most `room` tokens."""
+        if not takes_tools(self._session.need_tokenizer()):
+            messages = _without_tools(messages)
+        task, turns = list(messages[:1]), list(messages[1:])
+        while True:
+            said = [*task, *turns]
+            ids = encode_chat(self._session.need_tokenizer(), said, add_generation_prompt=True)[0]
+            if len(ids) <= room or len(turns) <= 2:
+                return ids[-room:]
+            del turns[:2]  # an answer, and the observation after it
+
+
+@functools.lru_cache(maxsize=1)
+def takes_tools(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template shows turns of the role `tool`: others refuse it, or leave them out."""
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        one, other = (
+            encode_chat(tokenizer, [*said, {"role": "tool", "content": text}], add_generation_prompt=True)[0]
+            for text in ("x", "y")
+        )
+    except UserError:
+        return False
+    return one != other
+
+
+def _without_tools(messages: Sequence[Message]) -> list[Message]:
+    return [{**message, "role": "user"} if message["role"] == "tool" else message for message in messages]
 
 
 def endpoint_agent(
@@ -112,17 +153,17 @@ def endpoint_agent(
     client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 
     def answer(messages: Sequence[Message]) -> str:
-        # OpenAI accepts the role tool only after a call of its own form.
-        turns: list[Any] = [
-            {**message, "role": "user"} if message["role"] == "tool" else message for message in messages
-        ]
+        turns: list[Any] = _without_tools(messages)  # OpenAI accepts them only after a call of its own form
         try:
             reply = client.chat.completions.create(
                 model=model, messages=turns, max_tokens=max_new_tokens, temperature=0.0, stop=list(stops)
             )
         except OpenAIError as error:
             raise UserError(f"the endpoint {base_url}, model {model!r}: {error}") from error
-        return (reply.choices[0].message.content or "").strip()
+        if not reply.choices:
+            raise UserError(f"the endpoint {base_url}, model {model!r}, sent no answer: {reply}")
+        # Half an emoji (a lone surrogate) could not be sent back in the next turn.
+        return (reply.choices[0].message.content or "").encode(errors="replace").decode().strip()
 
     return answer
 

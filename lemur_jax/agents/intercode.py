@@ -90,6 +90,7 @@ class InterCodeSql(Environment):
     """A question; solved by a query with the rows of the solution, in their order."""
 
     max_turns = MAX_STEPS
+    scores_state = True
 
     def __init__(self, number: int, task: Mapping[str, Any], socket: pathlib.Path):
         self.id = f"intercode-sql/{number}"
@@ -101,6 +102,10 @@ class InterCodeSql(Environment):
         self.close()
         self._steps = 0
         self._connection = connect(self._socket, self._task["db"])
+        # Before the agent's first query: USE and SET would change what the solution finds.
+        expected = self.execute(self._task["gold"])
+        # InterCode takes a solution that fails for one without rows.
+        self._expected = [] if isinstance(expected, str) else expected
         return (
             f"Answer a question about the MySQL database {self._task['db']} with queries, one in a ```sql block at a"
             f" time. You see the result and a reward from 0 to 1; you have {MAX_STEPS} queries.\n"
@@ -113,10 +118,7 @@ class InterCodeSql(Environment):
         if "```" not in action:
             return Step(observation=NO_CODE, verdict="invalid action", done=done)
         found = self.execute(block(action, "sql", "mysql"))
-        expected = self.execute(self._task["gold"])
-        if isinstance(expected, str):  # InterCode takes a solution that fails for one without rows
-            expected = []
-        reward = sql_reward(found, expected)
+        reward = sql_reward(found, self._expected)
         verdict = "passed" if reward == 1 else "execution error" if isinstance(found, str) else "wrong answer"
         return Step(observation=in_mysql_wording(str(found)), verdict=verdict, reward=reward, done=done)
 
@@ -177,7 +179,7 @@ def recorded_run(path: pathlib.Path, kind: str) -> list[Recorded]:
             for episode in episodes
             if episode["environment"] == f"ic_{kind}" and (history := episode["turn_history"])
         ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a recorded run of intercode-{kind} ({error!r})") from error
 
 

@@ -1,6 +1,7 @@
 """InterCode-Bash (Yang et al. 2023): 200 tasks in four file trees, ten commands each, a reward after each."""
 
 import collections
+import contextlib
 import hashlib
 import logging
 import math
@@ -114,7 +115,9 @@ class _World:
                 if stat.S_ISLNK(mode):
                     found[str(path.relative_to(self.box))] = 0, os.readlink(path)
                 elif stat.S_ISREG(mode):
-                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                    digest = "unreadable"  # after chmod, where the box runs as the user of this process
+                    with contextlib.suppress(PermissionError):
+                        digest = hashlib.sha256(path.read_bytes()).hexdigest()
                     found[str(path.relative_to(self.box))] = mode & 0o111, digest
         return found
 
@@ -123,6 +126,7 @@ class InterCodeBash(Environment):
     """A task, solved with reward 1: the changes and the output of its solution."""
 
     max_turns = MAX_STEPS
+    scores_state = True
 
     def __init__(self, id: str, task: Mapping[str, str], setup: str):
         self.id = f"intercode-bash/{id}"

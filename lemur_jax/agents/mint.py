@@ -77,6 +77,7 @@ def recorded_run(directory: pathlib.Path, only: Sequence[str] = ()) -> dict[str,
       UserError: there are none, one is damaged, they follow another protocol, or there are runs of several models.
     """
     found: dict[str, list[Recorded]] = {}
+    directory = directory.absolute()  # the names above it count too
     paths = [directory] if directory.is_file() else sorted(directory.glob("**/results.jsonl"))
     for path in paths:
         name = path.parent.name

@@ -35,7 +35,7 @@ def choice(reference: str, answer: str, prompt: str) -> bool:
         answer = "a"
 
     def holds(expected: str) -> bool:
-        if expected.isdigit() and answer.isdigit():
+        if expected.isdecimal() and answer.isdecimal():
             return abs(float(expected) - float(answer)) <= 0.05 * float(expected)
         return expected in answer
 

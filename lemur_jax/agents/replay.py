@@ -11,9 +11,9 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
-from lemur_jax.agents import intercode, intercode_bash, mint
+from lemur_jax.agents import intercode, mint
 from lemur_jax.agents.environments import Environment, NotScored
-from lemur_jax.agents.episodes import Trace, Turn
+from lemur_jax.agents.episodes import Trace, Turn, open_environments
 from lemur_jax.agents.mint import Recorded
 from lemur_jax.agents.mint_sets import open_mint
 from lemur_jax.common.errors import UserError
@@ -73,12 +73,10 @@ def replay_run(
     Raises:
       UserError: data are missing, or the recorded run is of another protocol.
     """
-    if names[0] in ("intercode-sql", "intercode-bash"):
+    if names in (["intercode-sql"], ["intercode-bash"]):
         kind = names[0].removeprefix("intercode-")
         recorded = {names[0]: intercode.recorded_run(pathlib.Path(path), kind)}
-        opened: Sequence[Environment] = (
-            intercode.open_sql(data, stack) if kind == "sql" else intercode_bash.open_bash(data)
-        )
+        opened: Sequence[Environment] = open_environments(names, data=data, stack=stack)
     elif all(name == "mint" or name.removeprefix("mint-") in mint.SETS for name in names):
         only = [] if "mint" in names else [name.removeprefix("mint-") for name in names]
         runs = mint.recorded_run(pathlib.Path(path), only)
@@ -86,7 +84,8 @@ def replay_run(
         recorded = {f"mint-{name}": run for name, run in runs.items()}
     else:
         raise UserError(
-            f"--replay needs --agents mint, mint-SET, intercode-sql or intercode-bash, not {','.join(names)}"
+            "--replay needs --agents mint, sets mint-SET, intercode-sql alone, or intercode-bash alone, not "
+            + ",".join(names)
         )
     return {name: replay(opened, run[:limit]) for name, run in recorded.items()}
 

@@ -135,14 +135,16 @@ def start(request, directory, isolation, reason, namespaces):
         signal.signal(number, signal.SIG_DFL)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     install_filter(namespaces)
-    environment = {
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "HOME": directory,
-        "TMPDIR": directory,
-        "LANG": "C.UTF-8",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    os.execvpe(request["command"][0], request["command"], environment)
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"HOME": directory, "TMPDIR": directory}
+    try:
+        os.execvpe(request["command"][0], request["command"], environment)
+    except (ValueError, OSError) as error:
+        # Text of a model that no program takes, as one with a NUL or of 128 KiB, is a command that fails.
+        if isinstance(error, OSError) and error.errno != errno.E2BIG:
+            raise
+        os.write(2, f"cannot run {request['command'][0]}: {error}\n".encode(errors="replace"))
+        os._exit(126)
 
 
 def install_filter(namespaces):
@@ -366,8 +368,7 @@ def main():
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     os.set_inheritable(request["report"], False)
     started = time.monotonic()
-    null = os.open("/dev/null", os.O_RDONLY)
-    os.dup2(null, 0)
+    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     porter = os.fork()
     if not porter:
         try:

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import select
 import subprocess
 import sys
 import threading
@@ -14,6 +15,10 @@ from lemur_jax.agents.sandbox import Limits, run
 from lemur_jax.common.errors import UserError
 
 CELL_SECONDS = 30
+# The clock of the box also counts the turns of the model: cells are measured one by one.
+BOX_SECONDS = 24 * 3600
+# More than Python's start and the grace of a cell; only a cell that hides from its alarm takes longer.
+GRACE_SECONDS = 60
 _SCRIPT = pathlib.Path(__file__).with_name("shell_process.py")
 ENDED = "The Python process has ended. A new one has been started."
 _ASK = """
@@ -62,7 +67,7 @@ class Shell:
             self._start()
         try:
             self._send(code)
-            while line := self._replies.readline():
+            while self._answered() and (line := self._replies.readline()):
                 message = json.loads(line)
                 if "output" in message:
                     return str(message["output"])
@@ -74,6 +79,9 @@ class Shell:
             raise self._refused
         return ENDED
 
+    def _answered(self) -> bool:
+        return bool(select.select([self._replies], [], [], CELL_SECONDS + GRACE_SECONDS)[0])
+
     def _send(self, text: str) -> None:
         self._requests.write(json.dumps(text).encode() + b"\n")
         self._requests.flush()
@@ -81,7 +89,7 @@ class Shell:
     def _start(self) -> None:
         program, prefix, *packages = interpreter(self._python)
         limits = Limits(
-            wall_seconds=20.0 * CELL_SECONDS,
+            wall_seconds=BOX_SECONDS,
             cpu_seconds=10.0 * CELL_SECONDS,
             memory_bytes=8 << 30,
             visible=(prefix, *packages),
@@ -104,10 +112,10 @@ class Shell:
             self._refused = error  # raised where its cell is waited for
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process; one that hides from its end goes with the box, and at the latest with this process."""
         if self._box is not None:
             for pipe in (self._requests, self._replies):
                 with contextlib.suppress(OSError):
                     pipe.close()
-            self._box.join()
+            self._box.join(GRACE_SECONDS / 4)
             self._box = None

@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 MAX_CHARACTERS = 2000
+GRACE_SECONDS = 10  # for a cell that catches its TimeoutError; then its process ends
 
 
 def main(reading, writing, seconds, names, *paths):
@@ -45,6 +46,8 @@ def main(reading, writing, seconds, names, *paths):
         )  # as in MINT a bound method, which its error messages show
 
     def expire(*_):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(GRACE_SECONDS)
         raise TimeoutError(f"Timed out after {seconds} seconds.")
 
     def system(command):
@@ -58,8 +61,8 @@ def main(reading, writing, seconds, names, *paths):
         user_ns=dict(map(function, filter(None, names.split(";")))), colors="NoColor", config=config
     )
     shell.system = system
-    signal.signal(signal.SIGALRM, expire)
     while line := incoming.readline():
+        signal.signal(signal.SIGALRM, expire)  # a cell may have set its own
         signal.alarm(int(seconds))
         with io.capture_output() as captured:
             shell.run_cell(loads(line), store_history=True)
@@ -68,6 +71,7 @@ def main(reading, writing, seconds, names, *paths):
         if len(output) > MAX_CHARACTERS:
             output = output[:MAX_CHARACTERS] + "...\n[Output Truncated]"
         send({"output": output or "[Executed Successfully with No Output]"})
+    os._exit(0)  # also where a cell has left a thread running
 
 
 if __name__ == "__main__":

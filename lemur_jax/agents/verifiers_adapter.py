@@ -5,6 +5,7 @@ Taskset, environment and harness are found by the name `lemur-verifiers` (lemur_
 
 import asyncio
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator
 
@@ -41,8 +42,7 @@ class LemurTaskset(vf.Taskset[vf.Task, LemurConfig]):
         super().__init__(config)
         self.stack = contextlib.ExitStack()
         opened = open_environments(config.agents.split(","), None, config.data, self.stack)
-        # An environment holds one episode: rollouts of the same task take turns.
-        self.environments = {environment.id: (environment, asyncio.Lock()) for environment in opened}
+        self.environments = {environment.id: environment for environment in opened}
 
     def load(self) -> Iterator[vf.Task]:
         for name in self.environments:
@@ -57,8 +57,8 @@ class LemurEnv(vf.Env[LemurEnvConfig]):
     """An episode: the environment speaks as the user."""
 
     async def run(self, task: vf.Task, agents: vf.Agents) -> None:
-        environment, lock = self.taskset.environments[task.data.name]
-        async with lock, agents.agent.interaction(task) as interaction:
+        environment = copy.copy(self.taskset.environments[task.data.name])  # it holds one episode
+        async with agents.agent.interaction(task) as interaction:
             try:
                 reward = await self._play(environment, interaction)
             finally:

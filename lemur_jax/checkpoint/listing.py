@@ -1,4 +1,4 @@
-"""What is in a checkpoint directory: steps, sizes, ages, and which are whole."""
+"""What is in a checkpoint directory: steps, sizes, ages, which are whole, and how two configs differ."""
 
 import time
 from functools import partial
@@ -15,6 +15,7 @@ from lemur_jax.checkpoint.reading import (
     is_transient,
     open_arrays,
     open_manager,
+    read_metadata,
     read_on_all_hosts,
     read_slices,
     restore_metadata,
@@ -22,6 +23,7 @@ from lemur_jax.checkpoint.reading import (
 )
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.progress import duration
+from lemur_jax.config import differences
 
 
 def checkpoint_table(path: epath.PathLike) -> tuple[str, bool]:
@@ -74,6 +76,23 @@ def _digest(array: Any, name: str, leaf: Leaf) -> int:
             raise Damaged(f"{name} has values that are not finite")
         digest.update(part)
     return digest.value
+
+
+def config_difference(path: epath.PathLike, old: int, new: int) -> str:
+    """The config keys in which two checkpoints differ, with both values.
+
+    Raises UserError: there is no such step, or one was imported and has no config.
+    """
+    configs = []
+    for step in (old, new):
+        config = read_metadata(path, step)["config"]
+        if config is None:
+            raise UserError(f"the checkpoint of step {step} in {path} was imported: it has no run config")
+        configs.append(config)
+    changes = differences(*configs)
+    if not changes:
+        return f"the configs of steps {old} and {new} are the same"
+    return "\n".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in changes.items())
 
 
 def _size_and_time(directory: epath.Path) -> tuple[int, float]:

@@ -12,7 +12,6 @@ from lemur_jax.cli.arguments import (
     add_checkpoint,
     add_verb,
     check_output_file,
-    one_host_alone,
     open_session,
 )
 from lemur_jax.common.errors import UserError
@@ -127,8 +126,6 @@ def _eval(args) -> None:
     def check(tokenizer) -> None:
         from lemur_jax.evals.benchmarks import check_tasks
 
-        if args.agents:
-            one_host_alone("on several hosts episodes go different ways: run --agents on one host")
         check_tasks(tasks, _options(args))
 
     with open_session(args, check) if needs_session else contextlib.nullcontext() as session:
@@ -139,10 +136,10 @@ def _eval(args) -> None:
                 _agents(args, session, written)
         finally:
             # A task or an endpoint that fails, or Ctrl-C, does not lose finished work.
-            if args.json and written:
+            if args.json and written and _is_first():
                 epath.Path(args.json).write_text(json.dumps(written, indent=1))
     # All is in the JSON file now. A journal left behind would answer for a checkpoint that has been trained further.
-    if args.agents and args.json:
+    if args.agents and args.json and _is_first():
         pathlib.Path(_journal_path(args)).unlink(missing_ok=True)
 
 
@@ -158,6 +155,13 @@ def _check_counts(args) -> None:
     for name, other in (("html", "agents"), ("scores", "suite")):
         if getattr(args, name) and not getattr(args, other):
             raise UserError(f"--{name} shows nothing without --{other}: leave it out, or name --{other}")
+
+
+def _is_first() -> bool:
+    """Whether this host writes; without devices, which an endpoint or a replay does not touch."""
+    from lemur_jax.cluster.coordination import process
+
+    return process()[0] == 0
 
 
 def _journal_path(args) -> str:
@@ -199,11 +203,13 @@ def _agents(args, session, written: dict) -> None:
     own = None
     if not args.endpoint:
         own = episodes.SessionAgent(session, max_new_tokens=limit, batch_tokens=args.batch_tokens)
+        if not _is_first():
+            return own.follow()
     agent = own or episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
     batch = args.batch or (own.default_batch if own else ENDPOINT_BATCH)
     path = pathlib.Path(_journal_path(args)) if args.json else None
-    name = args.checkpoint or args.endpoint_model
-    run = {"agent": name, "endpoint": args.endpoint, "step": args.step}
+    name = args.endpoint_model if args.endpoint else args.checkpoint
+    run = {"agents": args.agents, "agent": name, "endpoint": args.endpoint, "step": args.step}
     run |= {"turns": args.turns, "max_new_tokens": limit, "dtype": args.dtype, "weights": args.weights}
     run["cell_python"] = args.cell_python
     expert = None
@@ -220,6 +226,8 @@ def _agents(args, session, written: dict) -> None:
             )
             runner.run_episodes(opened, agent, max_turns=args.turns, batch=batch, journal=journal)
     finally:
+        if own:
+            own.end()
         if journal.traces:
             _write_agents(args, name, list(journal.traces.values()), written)
 

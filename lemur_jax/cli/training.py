@@ -112,6 +112,9 @@ def _add_checkpoints(verbs: Verbs) -> None:
         "lemur checkpoints quickstart/smollm2/lemur",
     )
     sub.add_argument("workdir", help="workdir or checkpoint directory")
+    sub.add_argument(
+        "--diff", type=int, nargs=2, metavar="STEP", help="instead: config keys in which two steps differ"
+    )
 
 
 def _add_report(verbs: Verbs) -> None:
@@ -218,9 +221,11 @@ def _doctor(args) -> None:
 
 def _checkpoints(args) -> int:
     start_jax(args)
-    from lemur_jax.checkpoint.listing import checkpoint_table
+    from lemur_jax.checkpoint.listing import checkpoint_table, config_difference
 
-    text, whole = checkpoint_table(args.workdir)
+    text, whole = (
+        (config_difference(args.workdir, *args.diff), True) if args.diff else checkpoint_table(args.workdir)
+    )
     print(text)
     return 0 if whole else 1
 

@@ -15,7 +15,7 @@ from lemur_jax.common.errors import UserError
 
 _HEARTBEATS = "lemur/heartbeat/"
 
-_barriers, _exchanges = itertools.count(), itertools.count()
+_barriers, _exchanges, _texts = itertools.count(), itertools.count(), itertools.count()
 # The service stops all hosts at the number after the highest that any host has asked with, once in the life of a
 # process, and compares for equality. So the hosts count their calls, over all runs of a process.
 _sync_points = itertools.count(1)
@@ -72,6 +72,22 @@ def exchange(name: str, value: str, seconds: float) -> list[str]:
     barrier(name, seconds)
     values = dict(service.key_value_dir_get(place))
     return [values[f"{place}{host}"] for host in range(count)]
+
+
+def from_primary(text: str) -> str:
+    """The text that the primary host gives, on every host; the others wait for it, and give any."""
+    service = client()
+    if service is None:
+        return text
+    number = next(_texts)
+    place = f"lemur/text/{number}/"
+    if process()[0] == 0:
+        service.key_value_set(f"{place}0", text)
+    while not (found := service.key_value_dir_get(place)):
+        time.sleep(0.05)
+    # All have read the one before the last, if they work together between two of them.
+    service.key_value_delete(f"lemur/text/{number - 2}/")
+    return found[0][1]
 
 
 def agree(name: str, value: str, seconds: float) -> None:

@@ -24,7 +24,7 @@ class RlConfig:
     kl: float = 0.0  # weight of the divergence from the first parameters
     off_policy: bool = False  # sample for the next update during this one, with the parameters before it
     max_rounds: int = 1  # most rounds of sampling; above 1, groups with equal rewards are sampled again
-    mask_truncated: bool = False  # episodes for which `data.sequence_length` left no room do not train
+    mask_truncated: bool = False  # episodes that `data.sequence_length` cuts do not train
     max_logprob_gap: float = 0.05  # stop above this mean |difference| of log-probabilities, nats a token
     environment_seconds: float = 60.0  # a call that takes longer makes its episode void
     eval_every_steps: int = 20  # updates between two greedy evaluations on held-out tasks; 0: never

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lemur_jax.agents.environments import Environment, Step
+from lemur_jax.agents.episodes import takes_tools
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.infer.engine import Engine, Request
 from lemur_jax.infer.sampling import Sampling
@@ -30,8 +31,9 @@ class Episode:
       logprobs: while sampling, of each id; NaN where the environment wrote it.
       turns: for each id the turn in which the policy wrote it; -1: the environment did.
       rewards: of each turn.
-      end: "" while it goes on; "done", "turns" (used up), "cut" (no room is left), "long" (the task leaves no room
-        for an answer) or "failed".
+      solved: whether the last turn solved the task.
+      end: "" while it goes on; "done", "turns" (used up), "cut" (no room is left, for the last turn or another one),
+        "long" (the task leaves no room for an answer) or "failed".
       error: of the environment.
     """
 
@@ -41,12 +43,9 @@ class Episode:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     turns: list[int] = dataclasses.field(default_factory=list)
     rewards: list[float] = dataclasses.field(default_factory=list)
+    solved: bool = False
     end: str = ""
     error: str = ""
-
-    @property
-    def solved(self) -> bool:
-        return bool(self.rewards) and self.rewards[-1] >= 1
 
     @property
     def valid(self) -> bool:
@@ -126,13 +125,17 @@ class Player:
         try:
             if not isinstance(found, Step):
                 raise found
-            one.rewards.append(float(found.reward))
-            if not math.isfinite(one.rewards[-1]):
+            reward = float(found.reward)
+            if not math.isfinite(reward):
                 raise ValueError(f"the reward is {found.reward}")
         except Exception as error:
             one.end, one.error = "failed", _reason(error, one)
             return
-        if found.done or one.solved:
+        one.solved = reward >= 1
+        one.rewards.append(reward - sum(one.rewards) if one.environment.scores_state else reward)
+        if reason == "length" and len(one.ids) == self._slots:
+            one.end = "cut"
+        elif found.done or one.solved:
             one.end = "done"
         elif len(one.rewards) >= (one.environment.max_turns or self._options.max_turns):
             one.end = "turns"
@@ -145,10 +148,11 @@ class Player:
 
     def _following(self, found: Step, ended: bool) -> list[int]:
         """The template's text between two turns of the policy, from what ends a turn on if that has not `ended`."""
+        role = found.role if found.role != "tool" or takes_tools(self._tokenizer) else "user"
         said = [
             _user("a"),
             {"role": "assistant", "content": "b"},
-            {"role": found.role, "content": found.observation},
+            {"role": role, "content": found.observation},
         ]
         start = len(encode_chat(self._tokenizer, said[:1], add_generation_prompt=True)[0])
         ids = encode_chat(self._tokenizer, said, add_generation_prompt=True)[0]

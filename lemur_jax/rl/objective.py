@@ -49,17 +49,21 @@ def token_losses(
       mask: [B, T], 1 where the token is the policy's own.
       reference: log-probabilities [B, T] under the first parameters; needed for `options.kl`.
     """
-    own = mask > 0
-    log_ratio = jnp.where(own, new - old, 0.0)
-    if options.importance == "sequence":
-        tokens = jnp.sum(mask, axis=-1, keepdims=True)
-        log_ratio = jnp.sum(log_ratio, axis=-1, keepdims=True) / jnp.maximum(tokens, 1.0)
-    ratio = jnp.exp(log_ratio)
+    ratio = importance_ratios(options, new, old, mask)
     clipped = jnp.clip(ratio, 1 - options.clip_low, 1 + options.clip_high)
     loss = -jnp.minimum(ratio * advantages, clipped * advantages)
     if options.kl:
         loss += options.kl * divergences(new, reference, mask)
-    return jnp.where(own, loss, 0.0)
+    return jnp.where(mask > 0, loss, 0.0)
+
+
+def importance_ratios(options: RlConfig, new: Any, old: Any, mask: Any) -> jax.Array:
+    """What is clipped: the ratio of probabilities of each token [B, T], or its mean of the sequence [B, 1]."""
+    log_ratio = jnp.where(mask > 0, new - old, 0.0)
+    if options.importance == "sequence":
+        tokens = jnp.sum(mask, axis=-1, keepdims=True)
+        log_ratio = jnp.sum(log_ratio, axis=-1, keepdims=True) / jnp.maximum(tokens, 1.0)
+    return jnp.exp(log_ratio)
 
 
 def divergences(new: Any, reference: Any, mask: Any) -> jax.Array:
@@ -89,8 +93,8 @@ def policy(options: RlConfig) -> Objective:
         rows = row_losses(options, losses, mask)
         tokens, own = jnp.sum(mask), mask > 0
         gap = jnp.where(own, jnp.abs(new - old), 0.0)
-        ratio = jnp.exp(jnp.where(own, new - old, 0.0))
-        outside = (ratio < 1 - options.clip_low) | (ratio > 1 + options.clip_high)
+        ratio = importance_ratios(options, new, old, mask)
+        outside = own & ((ratio < 1 - options.clip_low) | (ratio > 1 + options.clip_high))
         metrics = {
             # Off-policy, the parameters differ too: `Rollouts` compares those of the same ones.
             "policy_shift" if options.off_policy else "logprob_gap": (jnp.sum(gap), tokens),

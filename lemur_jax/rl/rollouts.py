@@ -9,10 +9,12 @@ import copy
 import dataclasses
 import functools
 import io
+import logging
 import time
+import types
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,15 +36,10 @@ from lemur_jax.train.objectives import token_logprobs
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program
 
+logger = logging.getLogger(__name__)
 ENGINE_ROWS = 64  # most episodes in decode for each way in which the mesh shards rows
 GAP_ROWS = 8  # episodes for each of these ways whose log-probabilities are compared while off-policy
 STEPS_NAMED = 1000  # steps whose tasks are kept
-
-
-class Name(NamedTuple):
-    """The one source of the batches, as metrics name it."""
-
-    name: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +89,7 @@ class Rollouts:
             raise UserError(
                 "lemur rl runs on one host: several hosts would have to share what environments answer"
             )
-        self.sources = (Name("episodes"),)
+        self.sources = (types.SimpleNamespace(name="episodes"),)  # the one of the batches, as metrics name it
         self.batch_rows, self.length = program.batch["tokens"].shape
         if self.batch_rows % options.group_size:
             raise UserError(
@@ -208,13 +205,16 @@ class Rollouts:
         held_out = self._held_out[: self.options.eval_tasks]
         played = [Episode(environment=copy.copy(one), seed=0) for one in held_out]
         self._player.play(engine, played, Sampling())
-        return {"held_out_success": _mean([one.solved for one in played])}
+        return {"held_out_success": _mean([one.solved for one in played if one.valid])}
 
     def _figures(self, episodes: Sequence[Episode], scored: np.ndarray, step: int) -> dict[str, float]:
         ends = collections.Counter(one.end for one in episodes)
         if ends["failed"] == len(episodes):
             raise UserError(f"step {step + 1}: the environment failed in every episode: {episodes[0].error}")
         valid = [one for one in episodes if one.valid]
+        if not valid:
+            text = "step %d changes nothing: no task leaves room for an answer in config.data.sequence_length"
+            logger.warning(text, step + 1)
         groups = scored.reshape(len(episodes) // self.options.group_size, -1)
         return {
             "reward": _mean([sum(one.rewards) for one in valid]),

@@ -17,6 +17,7 @@ Changes = Mapping[str, tuple[Any, Any]]  # as of `config.differences`: of the ru
 FREE = (
     "mesh.", "compute.", "log.", "checkpoint.", "eval.", "prepare.", "hosts.", "train.microbatches", "data.stores",
     "data.modules", "data.mixture",  # the sources themselves count
+    "rl.data", "rl.eval_", "rl.max_logprob_gap",
 )  # fmt: skip
 # What may also differ with --extend: it affects the steps after the newest checkpoint alone.
 EXTENDABLE = ("train.steps", "optimizer.", "spikes.", "data.sources.", "data.stages.")

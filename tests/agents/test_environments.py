@@ -22,6 +22,9 @@ def test_block():
     assert block("x\n```python\na\n```\ny\n```\nb\n```", "python") == "b\n"
     assert block("```python\nnever closed", "python") == "never closed"
     assert block("plain", "python") == "plain"
+    assert block("```python3\na\n```\nIt adds.", "python") == "a\n"
+    assert block("```Python \r\na\r\nb\r\n```\r\n", "python") == "a\nb\n"
+    assert block("```python\na\n```\nprints\n```text\nb\n```", "python") == "a\n"
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,7 @@ def test_sql_feedback():
     assert environment.step("SELECT count(*) FROM book").reward == 1  # the drop did not outlive its turn
     # Rows of any length and kind are shown in part.
     emoji = "replace(hex(zeroblob(3000)), '0', char(128512))"  # 12 bytes of JSON each
+    assert environment.step("SELECT zeroblob(900000000)").observation == "Error: out of memory"
     for value in ("hex(zeroblob(300000))", "zeroblob(300000)", emoji, "1e999", "NULL"):
         step = environment.step(f"SELECT {value} FROM book, book AS other")
         assert (step.verdict, len(step.observation) < 2000) == ("wrong answer", True), step

@@ -1,8 +1,11 @@
 """Scripted agents through whole episodes, and our own model behind the command."""
 
+import dataclasses
+import http.server
 import json
 import pathlib
 import sys
+import threading
 
 import pytest
 
@@ -21,7 +24,11 @@ from lemur_jax.agents.runner import Journal, run_episodes
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.evals.published import format_agents
+from lemur_jax.infer.generate import make_requests
+from lemur_jax.infer.session import make_session
+from lemur_jax.models.presets import preset
 from tests.helpers.agents import run_episode, scripted
+from tests.helpers.sessions import fresh_params, mesh_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 
@@ -46,6 +53,31 @@ def test_an_episode_that_fails(count):
     assert failure(run_episode(count, scripted("SELECT 1", "SELECT 1"), max_turns=2)) == "repeated itself"
     assert failure(run_episode(count, scripted(""), max_turns=1)) == "no code"
     assert failure(Trace(id="", task="", turns=())) == "no answer"
+
+
+def test_a_long_conversation_keeps_its_task(small_chat_tokenizer, monkeypatch):
+    model = preset("tiny", vocab_size=small_chat_tokenizer.vocab_size)
+    model = dataclasses.replace(model, max_position_embeddings=64)
+    session = make_session(model, fresh_params(model), mesh_of(""), "float32", tokenizer=small_chat_tokenizer)
+    seen = []
+
+    def requests(prompts, *rest):
+        seen.extend(small_chat_tokenizer.decode(prompt) for prompt in prompts)
+        return make_requests(prompts, *rest)
+
+    monkeypatch.setattr(episodes, "make_requests", requests)
+    messages = [{"role": "user", "content": "the task"}]
+    for number in range(6):
+        messages += [
+            {"role": "assistant", "content": f"do {number}"},
+            {"role": "user", "content": f"saw {number}"},
+        ]
+    agent = episodes.SessionAgent(session, max_new_tokens=8)
+    agent.batch([messages, [{"role": "user", "content": "long " * 99 + "end"}]])
+    assert "the task" in seen[0]
+    assert "saw 5" in seen[0]
+    assert "do 0" not in seen[0]
+    assert "end" in seen[1]
 
 
 def test_success_by_turn(count):
@@ -110,6 +142,44 @@ def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, c
     assert len(json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"]) > 1
     assert not journal.exists()  # it would answer for a checkpoint that has been trained further
     assert "sql/count: solved in turn 1" in (tmp_path / "page.html").read_text()
+
+
+class Endpoint(http.server.BaseHTTPRequestHandler):
+    """A model that answers with half an emoji, then with nothing."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        message = {"role": "assistant", "content": "x\ud83d"}
+        first = len(body["messages"]) == 1
+        reply = json.dumps({"choices": [{"message": message}]} if first else {"error": "overloaded"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_odd_answers_of_an_endpoint(tmp_path, capsys):
+    """The turn that is no text is kept; an answer without choices is one line. The episodes are of the endpoint's
+    model, also where a checkpoint is named for `--tasks`."""
+    pytest.importorskip("openai", reason="openai is not installed: pip install '.[eval]'")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, path = f"http://127.0.0.1:{server.server_port}/v1", tmp_path / "a.json"
+    words = ["eval", "--agents", "sql", "--limit", "1", "--endpoint", url, "--json", str(path)]
+    more = ["--endpoint-model", "theirs", "--checkpoint", "ours", "--html", str(tmp_path / "a.html")]
+    assert main([*words, *more, "--turns", "2"]) == 2
+    err = capsys.readouterr().err
+    assert "model 'theirs', sent no answer: " in err
+    assert "overloaded" in err
+    assert len(err.splitlines()) == 1
+    assert main([*words, *more, "--turns", "1"]) == 0
+    assert "theirs: 0 of 1 episodes solved" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    (trace,) = json.loads(path.read_text())["agents"]["traces"]
+    assert trace["turns"][0]["action"] == "x?"
+    server.shutdown()
 
 
 def test_unknown_environment():

@@ -1,17 +1,20 @@
 """InterCode: rewards, the wording of errors, a database server and a file tree."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import select
 import shutil
+import sqlite3
 import subprocess
 import sys
+import types
 
 import pytest
 
-from lemur_jax.agents import scratch
+from lemur_jax.agents import intercode, scratch
 from lemur_jax.agents.episodes import open_environments
 from lemur_jax.agents.intercode import InterCodeSql, in_mysql_wording, recorded_run, sql_reward
 from lemur_jax.agents.intercode_bash import InterCodeBash, bash_reward, changes, needs, open_bash, similarity
@@ -41,8 +44,9 @@ def test_errors_are_worded_as_mysqls():
 
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "run.json").write_text("[1]")
-    with pytest.raises(UserError, match="is not a recorded run of intercode-sql"):
-        recorded_run(tmp_path / "run.json", "sql")
+    for name in ("run.json", "nowhere.json", "."):
+        with pytest.raises(UserError, match="is not a recorded run of intercode-sql"):
+            recorded_run(tmp_path / name, "sql")
 
 
 @pytest.mark.parametrize("content", [b"[{", b"{}{}", b'[{"query": ""}]', b"[1]", b'{"a": {}}', b'"\xff"'])
@@ -115,6 +119,47 @@ def test_a_question_to_a_server_that_reads_alone_and_is_gone_afterwards(tmp_path
     assert "denied" in steps[1].observation
     assert (steps[2].observation, steps[2].reward) == ("[('b',), ('c',)]", 1)
     assert not socket.parent.exists()
+
+
+def test_no_query_of_the_agent_changes_what_the_solution_finds(monkeypatch):
+    """On SQLite in place of the server; there USE and SET do what DROP does here."""
+    pytest.importorskip("scipy", reason="SciPy is not installed: pip install '.[agents]'")
+
+    class Connection(sqlite3.Connection):
+        def cursor(self):
+            return contextlib.closing(super().cursor())
+
+    def connect(*_):
+        connection = sqlite3.connect(":memory:", factory=Connection)
+        connection.executescript("CREATE TABLE item (name TEXT); INSERT INTO item VALUES ('a'), ('b')")
+        return connection
+
+    monkeypatch.setitem(sys.modules, "pymysql", types.SimpleNamespace(MySQLError=sqlite3.Error))
+    monkeypatch.setattr(intercode, "connect", connect)
+    task = {"db": "", "db_tables": {}, "query": "", "gold": "SELECT name FROM item ORDER BY name"}
+    environment = InterCodeSql(0, task, pathlib.Path())
+    environment.reset()
+    queries = ("DROP TABLE item", "SELECT 1 WHERE 0", "SELECT 'a' UNION SELECT 'b' ORDER BY 1")
+    assert [environment.step(f"```sql\n{query}\n```").reward for query in queries] == [0, 0, 1]
+    environment.close()
+
+
+def test_a_file_that_nobody_can_read_is_compared_by_its_name(tmp_path, monkeypatch):
+    """As after `chmod 000`, where box and evaluation are of one user that is not root."""
+    script = "mkdir -p /testbed && echo 1 > /testbed/a.txt"
+    environment = InterCodeBash("1-0", {"query": "", "gold": "chmod 000 /testbed/a.txt"}, script)
+
+    def read(path):
+        if path.stat().st_mode & 0o400:
+            return read_bytes(path)
+        raise PermissionError(path)
+
+    read_bytes = pathlib.Path.read_bytes
+    monkeypatch.setattr(pathlib.Path, "read_bytes", read)
+    environment.reset()
+    rewards = [environment.step(f"```bash\n{text}\n```").reward for text in ("ls", "chmod 0 /testbed/a.txt")]
+    environment.close()
+    assert rewards[0] < rewards[1] == 1
 
 
 def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):

@@ -1,5 +1,6 @@
 """MINT's protocol and checkers, and recorded episodes where the data are there."""
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -7,13 +8,14 @@ import os
 import pathlib
 import sys
 import tarfile
+import time
 
 import pytest
 
-from lemur_jax.agents import alfworld, mint, mint_checks
+from lemur_jax.agents import alfworld, mint, mint_checks, shell
 from lemur_jax.agents.alfworld import AlfworldEnvironment
 from lemur_jax.agents.mint_sets import open_mint
-from lemur_jax.agents.replay import replay
+from lemur_jax.agents.replay import replay, replay_run
 from lemur_jax.agents.shell import Shell
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
@@ -37,6 +39,7 @@ needs_ipython = pytest.mark.skipif(
         (lambda: mint_checks.reasoning("Yes", "yes, both"), True),
         (lambda: mint_checks.choice("c", "18107", "Which?\nOptions: A ) 6 , B ) 121 , C ) 18107"), True),
         (lambda: mint_checks.choice("c", "121", "Which?\nOptions: A ) 6 , B ) 121 , C ) 18107"), False),
+        (lambda: mint_checks.choice("c", "²", "Which?\nOptions: A ) 6 , B ) 121 , C ) 18107"), False),
         (lambda: mint_checks.theorem(1.12, "x = 1.118", "float"), True),
         (lambda: mint_checks.theorem([3, 2], "[2, 3]", "list of integer"), True),
         (lambda: mint_checks.theorem(False, "no", "bool"), True),
@@ -91,6 +94,31 @@ def test_cells_run_in_another_interpreter(tmp_path):
         assert "of this one" in shell.run_cell("import marked; print(marked.MARK)")
     finally:
         shell.close()
+
+
+@needs_ipython
+def test_a_cell_that_catches_its_time_out_or_leaves_a_thread_holds_nothing_up(monkeypatch):
+    monkeypatch.setattr(shell, "CELL_SECONDS", 1)
+    cells, started = Shell({}), time.monotonic()
+    assert "TimeoutError" in cells.run_cell("import time\ntime.sleep(60)")
+    assert (
+        cells.run_cell("while True:\n  try:\n    time.sleep(60)\n  except BaseException:\n    pass")
+        == shell.ENDED
+    )
+    cells.run_cell("import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()")
+    cells.close()
+    assert time.monotonic() - started < 40
+
+
+def test_the_clock_of_the_box_leaves_time_for_the_model(monkeypatch):
+    """A round of many episodes takes minutes; the cells' state is needed after all of them."""
+    seen = []
+    monkeypatch.setattr(shell, "interpreter", lambda python: (python, sys.base_prefix))
+    monkeypatch.setattr(
+        shell, "run", lambda *_, limits, channels, **__: (seen.append(limits), *map(os.close, channels))
+    )
+    assert Shell({}).run_cell("1") == shell.ENDED
+    assert seen[0].wall_seconds > mint.MAX_STEPS * 3600
 
 
 GAME_PROCESS = """import json, sys
@@ -186,7 +214,7 @@ def test_a_game_that_ends_after_its_actions_counts_as_solved(tmp_path):
         environment.close()
 
 
-def test_wrong_data_is_one_line(tmp_path, capsys):
+def test_wrong_data_is_one_line(tmp_path, capsys, monkeypatch):
     assert main(["eval", "--agents", "mint", "--data", str(tmp_path), "--replay", str(tmp_path)]) == 2
     assert "holds no results.jsonl of MINT" in capsys.readouterr().err
     other = tmp_path / "max3_p1" / "reasoning" / "gsm8k" / "results.jsonl"
@@ -194,6 +222,15 @@ def test_wrong_data_is_one_line(tmp_path, capsys):
     other.write_text(json.dumps({}) + "\n")
     with pytest.raises(UserError, match="is not a run of the protocol"):
         mint.recorded_run(tmp_path)
+    own = tmp_path / mint.PROTOCOL / "gsm8k"
+    own.mkdir(parents=True)
+    (own / "results.jsonl").write_text("")
+    monkeypatch.chdir(own)
+    assert mint.recorded_run(pathlib.Path("results.jsonl")) == {
+        "gsm8k": []
+    }  # its name is that of the directory
+    with pytest.raises(UserError, match="intercode-sql alone, .* not intercode-sql,mint"):
+        replay_run(["intercode-sql", "mint"], "", "", None, contextlib.ExitStack())
     with pytest.raises(UserError, match=r"has no processed/gsm8k"):
         open_mint(str(tmp_path), [])
 

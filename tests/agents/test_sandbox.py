@@ -66,6 +66,14 @@ def test_a_signal_is_counted_as_in_a_shell(box):
     assert box("kill -TERM $$").code == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("word", ["a\0b", "\ud83d", "a" * 200_000], ids=["nul", "half an emoji", "200 kB"])
+def test_words_that_no_program_takes_are_a_failed_command(box, word):
+    """A model writes them; the evaluation goes on."""
+    found = box(f"echo {word}")
+    assert (found.code, found.output) == (126, "")
+    assert found.errors.startswith("cannot run sh: ")
+
+
 def test_python_has_the_standard_library_alone():
     found = run_python("import json, sqlite3, sys; print(json.dumps(sys.argv)); import numpy")
     assert found.output == '["main.py"]\n'

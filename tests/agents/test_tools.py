@@ -1,16 +1,20 @@
 """Errands by scripted agents: calls, what the lazy user says when, and what mistakes are called."""
 
 import json
-import re
 import sys
+import types
 
 import pytest
 
-from lemur_jax.agents.episodes import failure
+from lemur_jax.agents.environments import Step
+from lemur_jax.agents.episodes import SessionAgent, failure, takes_tools
 from lemur_jax.agents.page import agents_page
 from lemur_jax.agents.tools import SHOP, TOOLS, schemas, tool_environments
+from lemur_jax.rl.config import RlConfig
+from lemur_jax.rl.episodes import Player
 from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat
 from lemur_jax.text.conversation_formats import openai
+from lemur_jax.text.tokenizer import Tokenizer
 from tests.helpers.agents import run_episode, scripted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
@@ -41,6 +45,41 @@ def test_every_errand_can_be_done(name):
     roles = [message["role"] for message in agent.seen[-1]]
     assert roles[:2] == ["user", "assistant"]
     assert ("tool" in roles) == any("<tool_call>" in action for action in SOLUTIONS[name])
+
+
+TURNS = "{% for m in messages %}WHICH<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\nEND{% endfor %}"
+KNOWN = "{% if m.role in ('user', 'assistant') %}"
+TEMPLATES = {
+    "shows": TURNS.replace("WHICH", "").replace("END", ""),
+    "refuses": TURNS.replace("WHICH", KNOWN).replace(
+        "END", "{% else %}{{ raise_exception('no') }}{% endif %}"
+    ),
+    "leaves out": TURNS.replace("WHICH", KNOWN).replace("END", "{% endif %}"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_results_of_calls_are_the_users_where_the_template_knows_no_tools(small_chat_tokenizer, name):
+    files = {**small_chat_tokenizer.files(), "chat_template.jinja": TEMPLATES[name].encode()}
+    tokenizer = Tokenizer.from_files(files)
+    assert takes_tools(tokenizer) == (name == "shows")
+    model = types.SimpleNamespace(max_position_embeddings=4096)
+    agent = SessionAgent(types.SimpleNamespace(model=model, need_tokenizer=lambda: tokenizer))
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = agent._prompt([*messages, {"role": "tool", "content": "[1001]"}], 4096)
+    role = "tool" if name == "shows" else "user"
+    assert f"{role}\n[1001]" in tokenizer.decode(ids)
+    step = Step(observation="[1001]", verdict="", role="tool")
+    assert f"{role}\n[1001]" in tokenizer.decode(
+        Player(RlConfig(), tokenizer, 64)._following(step, ended=True)
+    )
+
+
+def test_an_observation_is_text_that_tokenizers_take():
+    world = errand("address")
+    world.reset()
+    step = world.step(call("set_address", number="1005", address="\ud83d"))  # half an emoji, escaped in JSON
+    assert step.observation == '"order 1005 goes to ?"'
 
 
 def test_the_user_says_more_only_when_asked_or_when_it_is_wrong():
@@ -114,7 +153,6 @@ def test_page(tmp_path):
     assert '<td data-head="turn 1">0.0</td><td data-head="turn 2">50.0</td>' in text
     assert '<th scope="col">wrong answer</th>' in text
     assert "tools/status: solved in turn 2" in text
-    assert re.findall(r'title="([^"]+)">\d+</i>', text) == ["solved in turn 2: 1", "not solved: 1"]
     assert '<br><span class="soft">I am Ada. Where is my parcel?</span>' in text
     assert "more</summary>" not in text
     assert agents_page(traces * 12, 2, "a").count("<summary>2 more</summary>") == 2

@@ -1,4 +1,4 @@
-"""The table of checkpoints, whole and damaged."""
+"""The table of checkpoints, whole and damaged, and the difference of their configs."""
 
 import os
 import shutil
@@ -12,6 +12,7 @@ import pytest
 from lemur_jax.checkpoint import listing, manager
 from lemur_jax.checkpoint.metadata import make_metadata
 from lemur_jax.cli import main
+from lemur_jax.common.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,10 @@ def run(tmp_path_factory):
     trees = [{"w": np.random.default_rng(seed).normal(size=(256, 256))} for seed in (0, 1)]
     params, optimizer = jax.tree.map(jnp.float32, trees)
     with manager.Checkpoints(path) as checkpoints:
-        for step in (3, 6):
-            checkpoints.save(step, params, optimizer, make_metadata(model={}, tokenizer_files={}))
+        for step, rows in ((3, 8), (6, 16)):
+            config = {"train": {"batch_rows": rows, "steps": 9}, "seed": 1}
+            metadata = make_metadata(model={}, tokenizer_files={}, config=config)
+            checkpoints.save(step, params, optimizer, metadata)
     return path.parent
 
 
@@ -58,3 +61,11 @@ def test_a_checkpoint_that_the_run_removes_meanwhile_is_not_damaged(run, tmp_pat
     monkeypatch.setattr(listing, "verify", removed)
     text, _ = listing.checkpoint_table(copy)
     assert [line.split()[0] for line in text.splitlines()[2:]] == ["6"]
+
+
+def test_difference_of_configs(run, capsys):
+    assert main(["checkpoints", str(run), "--diff", "3", "6"]) == 0
+    assert capsys.readouterr().out == "train.batch_rows: 8 -> 16\n"
+    assert "are the same" in listing.config_difference(run, 3, 3)
+    with pytest.raises(UserError, match="no checkpoint of step 4"):
+        listing.config_difference(run, 3, 4)

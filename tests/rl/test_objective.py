@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from lemur_jax.rl import objective
 from lemur_jax.rl.config import RlConfig
-from lemur_jax.rl.objective import advantages, row_losses, token_losses
+from lemur_jax.rl.objective import advantages, policy, row_losses, token_losses
 
 B, T = 6, 11
 CASES = [
@@ -84,6 +85,22 @@ def test_losses_of_trl(arrays, changes):
     }  # fmt: skip
     expected = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
     assert ours(options, arrays) == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_the_share_of_tokens_whose_ratio_is_clipped(arrays, importance, monkeypatch):
+    new, old, _, scores, mask = arrays
+    options = RlConfig(importance=importance, clip_low=0.05, clip_high=0.05)
+    monkeypatch.setattr(objective, "token_logprobs", lambda *_: new)
+    batch = {"loss_weights": mask, "sampling_logprobs": old, "advantages": scores[:, None].astype(np.float32)}
+    clipped, tokens = policy(options).loss(None, batch).metrics["clip_fraction"]
+    outside = 0
+    for row in range(B):
+        difference = (new[row] - old[row])[mask[row] > 0].astype(np.float64)
+        difference = np.full(len(difference), difference.mean()) if importance == "sequence" else difference
+        outside += np.sum(abs(np.exp(difference) - 1) > 0.05)
+    assert (int(clipped), int(tokens)) == (outside, mask.sum())
+    assert 0 < outside < mask.sum()
 
 
 def test_advantages():

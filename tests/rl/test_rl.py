@@ -213,6 +213,50 @@ def test_bad_environments_are_counted(play, environment, options, counted):
         assert {record["grad_norm"] for record in records} == {0.0}
 
 
+class Once(Echo):
+    """Ends after one answer, however long it is."""
+
+    def step(self, action):
+        return dataclasses.replace(super().step(action), done=True)
+
+
+class Scored(Echo):
+    """Rewards of the whole state, as InterCode's: 0.6 after the first turn, all later ones repeat it."""
+
+    scores_state = True
+
+    def step(self, action):
+        return Step(observation="x", verdict="wrong answer", reward=0.6)
+
+
+def test_an_answer_that_the_end_of_the_row_cuts_is_truncated(play):
+    """Also where the environment ends the episode with it."""
+    options = {"mask_truncated": True, "data.sequence_length": 32, "train.steps": 1}
+    (record,) = play("cut", Once, max_new_tokens=64, **options)
+    assert record["episodes/cut"] == 8
+    assert record["grad_norm"] == 0
+    (record,) = play("whole", Once, max_new_tokens=2, **options)
+    assert record["episodes/cut"] == 0
+    assert record["grad_norm"] > 0
+
+
+class Solved(Echo):
+    def step(self, action):
+        return Step(observation="x", verdict="passed", reward=1)
+
+
+def test_a_score_of_the_state_counts_once_and_void_episodes_are_not_held_out(play):
+    (record,) = play("run", tasks=([Scored()], [Dies(), Solved()]), **{"train.steps": 1})
+    assert (record["reward"], record["turns"]) == (pytest.approx(0.6), 2)
+    assert record["held_out_success"] == 1
+
+
+def test_tasks_that_leave_no_room_are_told(play, caplog):
+    (record,) = play("run", **{"train.steps": 1, "data.sequence_length": 4})
+    assert record["episodes/long"] == 8
+    assert "step 1 changes nothing: no task leaves room for an answer" in caplog.text
+
+
 def test_runs_that_cannot_go_on_say_why(play):
     with pytest.raises(UserError, match="failed in every episode: echo/0: .*no database"):
         play("dead", Dies)
