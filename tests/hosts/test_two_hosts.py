@@ -397,21 +397,3 @@ def test_a_host_that_is_interrupted_or_fails_ends_with_its_own_status(hosts_proj
     said = finish(hosts_project.start(2, "-c", ENDS, kind, str(bad)), *statuses)
     assert ("RuntimeError: unforeseen" in said[bad]) == (kind == "unforeseen"), said
     assert f"host {bad}" in said[1 - bad], said
-
-
-def test_hosts_with_other_data_are_refused(hosts_project, tmp_path):
-    for host in range(2):
-        shutil.copytree(
-            hosts_project.root, tmp_path / f"host-{host}", ignore=shutil.ignore_patterns("one", "two")
-        )
-    store = tmp_path / "host-1/stores/code/train"
-    shutil.rmtree(store)
-    shutil.copytree(tmp_path / "host-1/stores/code/validation", store)
-    code = (
-        "import os, sys\nfrom lemur_jax.cli import main\n"
-        f"os.chdir({str(tmp_path)!r} + '/host-' + os.environ['JAX_PROCESS_ID'])\nsys.exit(main(sys.argv[1:]))"
-    )
-    words = [*hosts_project.train_words(tmp_path / "run"), "--virtual-devices", "4"]
-    outputs = finish(hosts_project.start(2, "-c", code, *words), 2, 2)
-    assert "the data in config.data.stores differs between hosts: host 1" in outputs[0] + outputs[1]
-    assert not (tmp_path / "run").exists()

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import shutil
-import stat
 import subprocess
 import sys
 
@@ -15,98 +14,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# A fake `gcloud`. The first rule answers whose words ("when") are in the command and that is not used up ("times"):
-# output "out", exit status "code"; "hang" never ends; "meet" waits until that many calls have the rule's words.
-# A command without a rule succeeds without output.
-FAKE = """
-import json, os, sys, time
-home = os.environ["FAKE"]
-words = " ".join(sys.argv[1:])
-with open(home + "/calls", "a") as file:
-    file.write(json.dumps(sys.argv[1:]) + "\\n")
-rules = json.load(open(home + "/rules"))
-for rule in rules:
-    if rule["when"] in words and rule.get("times", 1) != 0:
-        deadline = time.time() + 30
-        while open(home + "/calls").read().count(rule["when"]) < rule.get("meet", 0):
-            assert time.time() < deadline
-            time.sleep(0.05)
-        rule["times"] = rule.get("times", 1) - 1
-        if rule["times"] >= 0:
-            json.dump(rules, open(home + "/rules", "w"))
-        if rule.get("hang"):
-            time.sleep(60)
-        # At once, as several write into one pipe.
-        (sys.stderr if rule.get("code") else sys.stdout).write(rule.get("out", "") + "\\n")
-        sys.exit(rule.get("code", 0))
-"""
-
-SETTINGS = """
-RUN=test-run
-CONFIG=configs/lemur_7b_pretrain.py
-WORKDIR=gs://bucket/run
-PROJECT=some-project
-ZONE=some-zone
-ACCELERATOR=v4-16
-RUNTIME=some-image
-POLL_SECONDS=0
-SSH_SECONDS=5
-"""
-
 DESCRIBE = "queued-resources describe"
 STATUS = "worker.sh status"
 FINISHED = [
     {"when": DESCRIBE, "out": "ACTIVE", "times": -1},
     {"when": STATUS, "out": "0\n0", "times": -1},
 ]
-
-
-class Pod:
-    def __init__(self, home: pathlib.Path):
-        self.home = home
-        (home / "bin").mkdir()
-        fake = home / "bin" / "gcloud"
-        fake.write_text(f"#!{sys.executable}\n{FAKE}")
-        fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-        self.settings(SETTINGS)
-
-    def settings(self, text: str) -> None:
-        (self.home / "settings.sh").write_text(text)
-
-    def __call__(self, *words: str, rules=()) -> subprocess.CompletedProcess:
-        (self.home / "rules").write_text(json.dumps([*rules]))
-        (self.home / "calls").write_text("")
-        path = f"{self.home}/bin:{os.environ['PATH']}"
-        return subprocess.run(
-            ["bash", "launch/pod.sh", *words, "--settings", str(self.home / "settings.sh")],
-            cwd=ROOT,
-            env={**os.environ, "PATH": path, "FAKE": str(self.home)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
-    def calls(self, having: str = "") -> list[list[str]]:
-        calls = map(json.loads, (self.home / "calls").read_text().splitlines())
-        return [call for call in calls if having in " ".join(call)]
-
-    def steps(self) -> list[str]:
-        """What was done to the slice, in one word each."""
-        names = {
-            "queued-resources create": "create",
-            "queued-resources delete": "delete",
-            "test-run:lemur-code.tar.gz": "push",
-            "worker.sh setup": "setup",
-            "worker.sh start": "start",
-            "worker.sh stop": "stop",
-        }
-        lines = [" ".join(call) for call in self.calls()]
-        return [word for line in lines for text, word in names.items() if text in line]
-
-
-@pytest.fixture
-def pod(tmp_path):
-    return Pod(tmp_path)
 
 
 def test_a_run_from_nothing_to_finished(pod):
@@ -135,7 +48,7 @@ def test_a_run_from_nothing_to_finished(pod):
 
 
 def test_a_preempted_slice_is_replaced_and_the_run_resumed(pod):
-    pod.settings(SETTINGS + "PROVISIONING=spot\n")
+    pod.settings("PROVISIONING=spot\n")
     done = pod("watch", rules=[
         {"when": DESCRIBE, "out": "ACTIVE"},
         {"when": STATUS, "out": "running"},
@@ -167,7 +80,7 @@ def test_preemption_in_the_middle_of_setting_up(pod, step):
 
 
 def test_ssh_that_hangs_is_cut_off(pod):
-    pod.settings(SETTINGS + "SSH_SECONDS=1\nRETRIES=2\n")
+    pod.settings("SSH_SECONDS=1\nRETRIES=2\n")
     done = pod("setup", rules=[{"when": "worker.sh setup", "hang": True, "times": 2}])
     assert done.returncode == 4
     assert len(pod.calls("worker.sh setup")) == 2
@@ -224,7 +137,7 @@ def test_crash_is_started_again_without_setting_up(pod, status):
 
 
 def test_run_that_crashes_for_ever_is_given_up(pod):
-    pod.settings(SETTINGS + "MAX_RESTARTS=2\n")
+    pod.settings("MAX_RESTARTS=2\n")
     rules = [{"when": STATUS, "out": "1", "times": -1}, {"when": DESCRIBE, "out": "ACTIVE", "times": -1}]
     done = pod("watch", rules=rules)
     assert done.returncode == 5
@@ -240,7 +153,7 @@ def test_refused_config_is_not_tried_again(pod):
 
 def test_dry_run_prints_what_the_real_run_executes(pod):
     extra = "OVERRIDES=(--config.data.modules=\"('a b',)\")\nENVIRONMENT=('A_FLAG=two words')\n"
-    pod.settings(SETTINGS + extra)
+    pod.settings(extra)
     pushed = pod("push", "--dry-run").stdout
     assert pod.calls() == []
     assert "git archive --format=tar.gz" in pushed
@@ -273,7 +186,7 @@ def test_dry_run_prints_what_the_real_run_executes(pod):
 
 
 def test_several_slices(pod):
-    pod.settings(SETTINGS + "SLICES=2\n")
+    pod.settings("SLICES=2\n")
     pod("create", rules=[{"when": DESCRIBE, "out": "NOT_FOUND", "code": 1}, *FINISHED])
     assert {"--node-prefix=test-run", "--node-count=2"} <= set(pod.calls("create")[0])
     pod("setup")
@@ -291,7 +204,7 @@ SMOKE = "SMOKE=(--checkpoint 'gs://bucket/a b' --mesh fsdp=8)\n"
     ],
 )
 def test_what_looks_at_the_slices_does_so_on_all_at_once(pod, verb, words):
-    pod.settings(SETTINGS + SMOKE + "SLICES=2\n")
+    pod.settings(SMOKE + "SLICES=2\n")
     said = f"all is well\nhost-{{}}: lemur {verb} ended with {{}}"
     rule = {"when": f"worker.sh {verb}", "meet": 2, "times": -1}
     done = pod(verb, rules=[rule | {"out": said.format(1, 0)}])
@@ -315,7 +228,7 @@ def test_what_looks_at_the_slices_does_so_on_all_at_once(pod, verb, words):
 def test_secrets_go_as_a_file_that_others_cannot_read(pod):
     secrets = pod.home / "secrets.env"
     secrets.write_text("TOKEN=hunter2\n")
-    pod.settings(SETTINGS + f"SECRETS_FILE={secrets}\n")
+    pod.settings(f"SECRETS_FILE={secrets}\n")
     secrets.chmod(0o644)
     assert "others can read" in pod("push").stderr
     secrets.chmod(0o600)
@@ -347,7 +260,7 @@ def test_secrets_go_as_a_file_that_others_cannot_read(pod):
     ],
 )
 def test_mistakes_in_the_settings(pod, change, expected):
-    pod.settings(SETTINGS + change + "\n")
+    pod.settings(change + "\n")
     done = pod("create")
     assert (done.returncode, pod.calls()) == (2, [])
     assert expected in done.stderr
@@ -361,7 +274,7 @@ def test_secrets_that_the_workers_could_not_read_are_refused_here(pod, line):
     secrets = pod.home / "secrets.env"
     secrets.write_text(f"{line}\n")
     secrets.chmod(0o600)
-    pod.settings(SETTINGS + f"SECRETS_FILE={secrets}\n")
+    pod.settings(f"SECRETS_FILE={secrets}\n")
     done = pod("push")
     assert (done.returncode, pod.calls()) == (2, [])
     assert str(secrets) in done.stderr
@@ -370,13 +283,13 @@ def test_secrets_that_the_workers_could_not_read_are_refused_here(pod, line):
 
 
 def test_a_config_with_an_argument_and_one_that_is_not_committed(pod):
-    pod.settings(SETTINGS + "CONFIG=configs/long_context.py:128k\n")
+    pod.settings("CONFIG=configs/long_context.py:128k\n")
     assert "--config configs/long_context.py:128k --workdir" in pod("start", "--dry-run").stdout.replace(
         "\\", ""
     )
     config = pod.home / "mine.py"
     config.write_text("")
-    pod.settings(SETTINGS + f"CONFIG={os.path.relpath(config, ROOT)}\n")
+    pod.settings(f"CONFIG={os.path.relpath(config, ROOT)}\n")
     for verb in ("watch", "push"):
         done = pod(verb)
         assert (done.returncode, pod.calls()) == (2, [])

@@ -285,3 +285,30 @@ def test_a_store_of_code_turned_for_filling_in(tmp_path, corpus, make_config, to
     assert 30 < turned < 70
     with pytest.raises(UserError, match="no <fim_prefix>"):
         run(make_config(**{"prepare.steps": {"files": steps}}))
+
+
+def test_globs_and_directories_are_sorted_and_leave_out_hidden_files(tmp_path, monkeypatch):
+    for name in ("b/2.jsonl", "a/1.jsonl", "a/_SUCCESS", "a/.x.jsonl", "c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    relative = lambda found: [name.removeprefix(f"{tmp_path}/") for name in found]  # noqa: E731
+    assert relative(readers.find_files(f"{tmp_path}/*/*.jsonl")) == ["a/1.jsonl", "b/2.jsonl"]
+    assert relative(readers.find_files([f"{tmp_path}/a", f"{tmp_path}/c.txt"])) == ["a/1.jsonl", "c.txt"]
+    for name in ("a/__init__.py", "a/_base.py", "a/x[1].jsonl", "a/x1.jsonl"):
+        (tmp_path / name).write_text("")
+    assert relative(readers.find_files(f"{tmp_path}/a/*.py")) == ["a/__init__.py", "a/_base.py"]
+    assert relative(readers.find_files(f"{tmp_path}/a/x[1].jsonl")) == ["a/x[1].jsonl"]
+    assert relative(readers.find_files(f"{tmp_path}/*/x[1].jsonl")) == ["a/x1.jsonl"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert relative(readers.find_files("~/b/*")) == ["b/2.jsonl"]
+    assert readers.find_files(f"{tmp_path}/nothing/*") == []
+    assert readers.find_files(f"{tmp_path}/nothing.jsonl") == []
+    with pytest.raises(UserError, match=r"\*\*"):
+        readers.find_files(f"{tmp_path}/**/*.jsonl")
+
+
+def test_a_name_that_does_not_say_its_format():
+    assert readers.format_of("gs://b/x.tfrecord-00000-of-00002") == "tfrecord"
+    assert readers.format_of("/a/x.json.gz") == "jsonl"
+    with pytest.raises(UserError, match=r"format of /a/x\.bin .*jsonl"):
+        readers.format_of("/a/x.bin")

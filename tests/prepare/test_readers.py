@@ -11,7 +11,6 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import readers, streams
 from lemur_jax.prepare.fields import Fields, gather, to_documents
 from lemur_jax.prepare.files import Files
@@ -377,30 +376,3 @@ def test_a_file_that_is_no_parquet_is_one_bad_record(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"not at all" * 100)
     assert [(where, records) for where, _, records in bad(read(path))] == [("file", 1)]
-
-
-def test_globs_and_directories_are_sorted_and_leave_out_hidden_files(tmp_path, monkeypatch):
-    for name in ("b/2.jsonl", "a/1.jsonl", "a/_SUCCESS", "a/.x.jsonl", "c.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    relative = lambda found: [name.removeprefix(f"{tmp_path}/") for name in found]  # noqa: E731
-    assert relative(readers.find_files(f"{tmp_path}/*/*.jsonl")) == ["a/1.jsonl", "b/2.jsonl"]
-    assert relative(readers.find_files([f"{tmp_path}/a", f"{tmp_path}/c.txt"])) == ["a/1.jsonl", "c.txt"]
-    for name in ("a/__init__.py", "a/_base.py", "a/x[1].jsonl", "a/x1.jsonl"):
-        (tmp_path / name).write_text("")
-    assert relative(readers.find_files(f"{tmp_path}/a/*.py")) == ["a/__init__.py", "a/_base.py"]
-    assert relative(readers.find_files(f"{tmp_path}/a/x[1].jsonl")) == ["a/x[1].jsonl"]
-    assert relative(readers.find_files(f"{tmp_path}/*/x[1].jsonl")) == ["a/x1.jsonl"]
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert relative(readers.find_files("~/b/*")) == ["b/2.jsonl"]
-    assert readers.find_files(f"{tmp_path}/nothing/*") == []
-    assert readers.find_files(f"{tmp_path}/nothing.jsonl") == []
-    with pytest.raises(UserError, match=r"\*\*"):
-        readers.find_files(f"{tmp_path}/**/*.jsonl")
-
-
-def test_a_name_that_does_not_say_its_format():
-    assert readers.format_of("gs://b/x.tfrecord-00000-of-00002") == "tfrecord"
-    assert readers.format_of("/a/x.json.gz") == "jsonl"
-    with pytest.raises(UserError, match=r"format of /a/x\.bin .*jsonl"):
-        readers.format_of("/a/x.bin")
