@@ -16,7 +16,7 @@ import multiprocessing
 import multiprocessing.connection
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -122,12 +122,11 @@ def search(
       cache: directory of finished plans, created if missing.
 
     Raises:
-      UserError: an unknown slice, a compiler option that cannot be read, libtpu is missing, or the axis `expert` has no
-        size.
+      UserError: an unknown slice or compiler option, libtpu is missing, or the axis `expert` has no size.
     """
     started = time.monotonic()
     tpu = find_slice(topology, slices)
-    _check(config, tpu)
+    _check(config.mesh.expert, config.compute.compiler_options, tpu)
     cache.mkdir(parents=True, exist_ok=True)
     result = SearchResult()
     queue = Queue(all_layouts(config, tpu, result), config.compute, tpu, result)
@@ -168,12 +167,12 @@ def search(
     return result
 
 
-def _check(config: RunConfig, tpu: Slice) -> None:
+def _check(expert: int, options: Sequence[str], tpu: Slice) -> None:
     """Refuses what would make every compilation fail."""
-    if config.mesh.expert < 1:
+    if expert < 1:
         raise UserError("--search chooses the other axes: give config.mesh.expert a size")
     described_devices(tpu)
-    compiler_options(tpu.generation.device_kind, config.compute.compiler_options)
+    compiler_options(tpu.generation.device_kind, options)
 
 
 def _finish(

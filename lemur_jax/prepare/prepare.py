@@ -80,12 +80,8 @@ def prepare(
     found = {name: tasks.find_task(split_name(name)[0], config.data.modules) for name, _ in wanted}
     steps = _steps(config.prepare.steps, {task.name for task in found.values()})
     for name, split in wanted:
-        tasks.check_files(found[name], split)
-        options = json.loads(steps[found[name].name])
-        check_part(name, split, list(config.data.sources), options)
-        check_content(options, tasks.content_of(found[name], split), found[name].name)
-        if (kept := tasks.metadata_of(found[name])) is not None:
-            check_fields(found[name].name, options, kept)
+        check_part(name, split, list(config.data.sources), json.loads(steps[found[name].name]))
+        _check_task(found[name], split, json.loads(steps[found[name].name]))
     tokenizer = prepare_tokenizer(config.tokenizer, config.data.modules, config.model.vocab_size)
     if any(tasks.content_of(found[name], split) != "text" for name, split in wanted):
         check_template(tokenizer)
@@ -114,6 +110,14 @@ def prepare(
         size = f"{config.train.batch_rows:,} rows, {config.train.steps:,} updates"
         logger.info("%s, from the counts in %s", size, config.data.counts_record)
     _check_enough(config.data, config.train, config.seed, tokenizer)
+
+
+def _check_task(task: Any, split: str, options: Mapping[str, Any]) -> None:
+    """Refuses steps that do not fit what a task reads, before anything is read."""
+    tasks.check_files(task, split)
+    check_content(options, tasks.content_of(task, split), task.name)
+    if (kept := tasks.metadata_of(task)) is not None:
+        check_fields(task.name, options, kept)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def count_bytes(rows: Rows, chosen: np.ndarray, tokenizer: Tokenizer) -> int:
     return count
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class EvaluationSteps:
     """After which updates a run is scored."""
 

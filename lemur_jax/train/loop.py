@@ -64,8 +64,7 @@ def train(
       extend: accept a config that differs from the run's in what may change from its newest step on.
       open_inputs: (config, build) -> Inputs; default the mixture of `config.data`.
 
-    Returns:
-      Whether a request to stop came: no other work should start.
+    Returns: whether a request to stop came: no other work should start.
 
     Raises:
       UserError: config, data, workdir and `profile` do not fit together, or the loss is not finite.
@@ -89,9 +88,7 @@ def train(
         if is_primary():  # only now: until here, wrong first parameters can be corrected in the config
             claim(values, workdir)
         stop = Interruption(config.checkpoint.grace_s)
-        when = EvaluationSteps(
-            options=config.eval, checkpoint=config.checkpoint, init=config.init, last=steps
-        )
+        when = EvaluationSteps(config.eval, config.checkpoint, config.init, last=steps)
         rows, held_out = config.train.microbatch_rows, inputs.held_out
         evaluations = Evaluations(inputs.program, rows, when, held_out, history, stop.reached)
         unscored = evaluations.unscored(first)
