@@ -32,7 +32,7 @@ check_settings() {
     [ -f "$SECRETS_FILE" ] || fail "SECRETS_FILE: there is no file $SECRETS_FILE"
     [ -z "$(find "$SECRETS_FILE" -perm /077)" ] || fail "others can read $SECRETS_FILE: chmod 600 it"
     unix_lines "$SECRETS_FILE"
-    bash -eu "$SECRETS_FILE" &>/dev/null ||
+    bash ${dry_run:+-n} -eu "$SECRETS_FILE" &>/dev/null ||
       fail "bash cannot read $SECRETS_FILE: write NAME=value lines, and NAME='value' where it has spaces or signs"
   fi
   # Its "command not found" would be read as: there is no such slice.

@@ -13,7 +13,9 @@ export PATH="$PWD/.venv/bin:$HOME/.local/bin:$PATH"
 # After a restart of the machine another process may have the number.
 running() { [ -f run.pid ] && grep -qs -e lemur -e worker.sh "/proc/$(cat run.pid)/cmdline"; }
 
+result=/dev/null
 load_environment() {
+  trap 'echo "$(hostname): lemur worker ended with 2: bash cannot read run.env or secrets.env"; echo 2 >"$result"' EXIT
   export LEMUR_JOIN=1 # the environment of a plain TPU VM does not name the other hosts
   export LEMUR_RELAUNCH=1 # a stopped run ends with 75, a finished one with 0
   set -a
@@ -22,6 +24,7 @@ load_environment() {
   # shellcheck source=/dev/null
   [ ! -f secrets.env ] || source secrets.env 2>/dev/null # bash shows the words that it does not understand
   set +a
+  trap - EXIT
 }
 
 case ${1:-} in
@@ -41,9 +44,8 @@ case ${1:-} in
     shift
     exec >>run.log 2>&1
     echo "== $(date -u +%FT%TZ) $(hostname)"
-    trap 'echo "bash cannot read run.env or secrets.env"; echo 2 >exit_status' EXIT
+    result=exit_status
     load_environment
-    trap - EXIT
     lemur "$@" &
     echo $! >run.pid
     wait $! && status=0 || status=$?

@@ -77,7 +77,8 @@ def find_data(data: str, file: str, where: str) -> pathlib.Path:
 
 def block(action: str, *languages: str) -> str:
     """The last fenced block of an answer in one of the languages (or none), else in any, or else all of it."""
-    found = re.findall(r"```([^\n`]*)\n(.*?)(?:```|\Z)", action.replace("\r\n", "\n"), re.DOTALL)
+    text = re.sub(r"```[^\n`]+```", "", action.replace("\r\n", "\n"))  # fences on one line are no block
+    found = re.findall(r"```([^\n`]*)\n(.*?)(?:```|\Z)", text, re.DOTALL)
     named = [text for name, text in found if name.strip().lower() in ("", *languages)]
     return (named or [text for _, text in found] or [action])[-1]
 

@@ -80,7 +80,9 @@ class Shell:
         return ENDED
 
     def _answered(self) -> bool:
-        return bool(select.select([self._replies], [], [], CELL_SECONDS + GRACE_SECONDS)[0])
+        replies = select.poll()  # `select.select` takes no descriptor above 1,023
+        replies.register(self._replies, select.POLLIN)
+        return bool(replies.poll(1000 * (CELL_SECONDS + GRACE_SECONDS)))
 
     def _send(self, text: str) -> None:
         self._requests.write(json.dumps(text).encode() + b"\n")

@@ -38,8 +38,10 @@ def checkpoint_table(path: epath.PathLike) -> tuple[str, bool]:
         state = verify(directory, step)
         try:
             size, newest = _size_and_time(directory / str(step))
-        except FileNotFoundError:  # a run that goes on has removed it since
+        except FileNotFoundError:
             continue
+        if not state.startswith("verified") and step not in steps_in(directory)[1]:
+            continue  # a run that goes on has removed it since
         states.append(state)
         lines.append(f"{step:>10} {size / 1e9:>9.3f} {duration(time.time() - newest):>12}  {state}")
     return "\n".join(lines), all(state.startswith("verified") for state in states)

@@ -192,6 +192,11 @@ def _agents(args, session, written: dict) -> None:
 
     names = args.agents.split(",")
     limit = args.max_new_tokens or 512
+    own = None
+    if not (args.endpoint or args.replay):
+        own = episodes.SessionAgent(session, max_new_tokens=limit, batch_tokens=args.batch_tokens)
+    if not _is_first():  # the first host plays
+        return own.follow() if own else None
     if args.replay:
         recorded = pathlib.Path(args.replay)
         # Of .../MODEL/F=None and .../MODEL/RUN.json the name is the model's.
@@ -200,11 +205,6 @@ def _agents(args, session, written: dict) -> None:
         return _write_agents(args, name, _replay(args, names), written)
     if args.agents.startswith("verifiers:"):
         return _write_agents(args, args.endpoint_model, _verifiers(args, limit), written)
-    own = None
-    if not args.endpoint:
-        own = episodes.SessionAgent(session, max_new_tokens=limit, batch_tokens=args.batch_tokens)
-        if not _is_first():
-            return own.follow()
     agent = own or episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
     batch = args.batch or (own.default_batch if own else ENDPOINT_BATCH)
     path = pathlib.Path(_journal_path(args)) if args.json else None
@@ -225,9 +225,9 @@ def _agents(args, session, written: dict) -> None:
                 names, args.limit, args.data, stack, expert, args.cell_python, args.skip
             )
             runner.run_episodes(opened, agent, max_turns=args.turns, batch=batch, journal=journal)
-    finally:
         if own:
-            own.end()
+            own.end()  # not after an error: the watchdog of the others ends them with its reason
+    finally:
         if journal.traces:
             _write_agents(args, name, list(journal.traces.values()), written)
 

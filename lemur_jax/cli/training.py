@@ -100,6 +100,9 @@ def _add_doctor(verbs: Verbs) -> None:
     )
     add_config(sub)
     sub.add_argument("--workdir", required=True, help="directory of the run; left as it is")
+    sub.add_argument(
+        "--extend", action="store_true", help="before `train --extend`: what that may change may differ"
+    )
     add_devices(sub)
 
 
@@ -172,7 +175,7 @@ def _status(stopped: bool) -> int:
 
 
 def _varied(text: str) -> tuple[str, list[str]]:
-    """The key and the values of "key=value,value"; a comma in brackets is part of a value."""
+    """The key and the values of "key=value,value"; a comma in parentheses is part of a value."""
     key, _, rest = text.partition("=")
     values = [value.strip() for value in re.split(r",(?![^(]*\))", rest)]
     if not all(values):
@@ -216,7 +219,7 @@ def _doctor(args) -> None:
     from lemur_jax.train.doctor import doctor
 
     with host_watchdog(config.hosts.lost_seconds):
-        doctor(config, args.workdir)
+        doctor(config, args.workdir, extend=args.extend)
 
 
 def _checkpoints(args) -> int:

@@ -13,6 +13,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class Diverged(UserError):
+    """A run's loss or gradient is not finite, or it was rolled back too often."""
+
+
 def reason_of(error: BaseException, most: int = 500) -> str:
     """An error's class and message, without TensorStore's pages of details.
 

@@ -158,12 +158,12 @@ def _sides(begins: np.ndarray, rejected: np.ndarray) -> np.ndarray:
 def _report_without_targets(store: TokenStore, length: int, count: int) -> None:
     what, lost = "have no supervised token", "nothing is trained on them"
     if store.manifest.preferences:
-        what, lost = "have an answer without a token", "a pair that lacks one counts for nothing"
+        what, lost = "have an answer without a token", "it is not trained on, nor, but for kto, its pair"
     said = (
         f"the token store {store.path}: {count:,} of {store.num_documents:,} documents {what} in their first"
-        f" {length:,}, so {lost}; raise data.sequence_length or shorten the prompts"
+        f" {length:,}, so {lost}: raise data.sequence_length or shorten the prompts"
     )
-    if count == store.num_documents:
+    if count == store.num_documents and not store.manifest.preferences:
         raise UserError(said)
     logger.warning(said)
 

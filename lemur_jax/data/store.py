@@ -21,7 +21,7 @@ from lemur_jax.data.manifest import REJECTED, Manifest, read_manifest
 from lemur_jax.text.tokenizer import Tokenizer, compatible
 
 BLOCK = 4096  # tokens between two entries of `block_documents`
-_PAIRED = 1000  # documents among which `has_pairs` looks for a pair
+_PAIRED = 1000  # documents that `has_pairs` reads at once
 _VERIFIED = 1 << 24  # elements that `verify` reads at a time
 
 
@@ -152,10 +152,14 @@ class TokenStore:
         return [names[start:end].decode() for start, end in pairs]
 
     def has_pairs(self) -> bool:
-        """Whether one of the first documents is a chosen and a rejected conversation; of a store of preferences."""
-        starts, lengths = read_bounds(self._arrays["offsets"], np.arange(min(_PAIRED, self.num_documents)))
-        mask = self.loss_mask(starts, lengths)
-        return bool((np.delete(mask, starts) == REJECTED).any())
+        """Whether a document is a chosen and a rejected conversation; of a store of preferences."""
+        for first in range(0, self.num_documents, _PAIRED):
+            documents = np.arange(first, min(first + _PAIRED, self.num_documents))
+            starts, lengths = read_bounds(self._arrays["offsets"], documents)
+            mask = self.loss_mask(starts, lengths)
+            if (np.delete(mask, starts - starts[0]) == REJECTED).any():
+                return True
+        return False
 
     def document_id(self, index: int) -> str:
         return self.document_ids(np.array([index]))[0]

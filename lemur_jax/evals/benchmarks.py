@@ -170,7 +170,7 @@ def _load_task(manager: Any, task: str) -> list[Any]:
     """The task, the group or the tasks of a tag, with their data."""
     try:
         loaded = manager.load([task])
-    except (UserError, ConnectionError, FileNotFoundError):
+    except (UserError, ConnectionError, FileNotFoundError, ImportError):
         raise
     except Exception as error:  # of any class: what the task's file says meets its data here
         raise UserError(

@@ -18,8 +18,9 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.cluster.lock import workdir_lock
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.json_files import digest_of
+from lemur_jax.common.paths import is_refused_by_store
 from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig
 from lemur_jax.data.budget import budget, check_budget, format_budget
@@ -124,10 +125,14 @@ def _check_task(task: Any, split: str, options: Mapping[str, Any]) -> None:
 def _lock(data: DataConfig) -> Iterator[None]:
     """Waits until no other `lemur prepare` writes to the stores: each would remove the other's unfinished ones."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(
-            OSError
-        ):  # of a directory that cannot be written: its stores may be complete
+        try:
             stack.enter_context(workdir_lock(epath.Path(data.stores), math.inf, "lemur prepare"))
+        except Exception as error:  # the stores of a directory that cannot be written may be complete
+            if not (isinstance(error, OSError) or is_refused_by_store(error)):
+                raise
+            logger.warning(
+                "%s cannot be locked (%s): start no second `prepare`", data.stores, reason_of(error)
+            )
         yield
 
 

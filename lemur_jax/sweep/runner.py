@@ -8,7 +8,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import Diverged, UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.sweep import merging, pareto, results
 from lemur_jax.sweep.runs import SweepRun
@@ -63,12 +63,12 @@ def sweep(
             if train(config, directory, build=build):
                 logger.info("stopped; the same command continues from there")
                 return None
-        except UserError as error:  # one that diverges does not keep the others from being trained
+        except Diverged as error:  # the others are trained
             failed.append(f"{run.variant}, seed {run.seed}: {error}")
             logger.error("%s", failed[-1])
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed, and results need all: call it again without their ratios or"
+            f"{len(failed)} of {len(runs)} runs diverged, and results need all: call it again without their ratios or"
             f" values. The first: {failed[0]}"
         )
     merging.evaluate_all(merges, runs, workdir, build)

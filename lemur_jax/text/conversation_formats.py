@@ -159,7 +159,7 @@ def labelled(row: Row) -> dict[str, Messages]:
     """TRL's unpaired preferences, for KTO: `prompt`, `completion`, and a `label` that says whether it is desirable."""
     prompt, completion = _turns(_get(row, "prompt"), "user"), _turns(_get(row, "completion"), "assistant")
     label = _get(row, "label")
-    if not isinstance(label, bool | int) or label not in (0, 1):
+    if label not in (0, 1):
         raise ValueError(f"the label is {label!r:.40}, neither true nor false")
     return {"chosen" if label else "rejected": _answered(prompt, completion)}
 

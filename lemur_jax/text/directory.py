@@ -19,7 +19,7 @@ from lemur_jax.common.hub import local_model
 from lemur_jax.common.paths import recovery_hint
 from lemur_jax.text import gguf_files, sentencepiece_model
 from lemur_jax.text.backend import surrounding_ids, vocabulary
-from lemur_jax.text.files import make_files
+from lemur_jax.text.files import MARK, make_files
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _RESOLVED = (
         "chat_template",
         "auto_map",
     ),
-    *("legacy", "sp_model_kwargs", "from_slow"),
+    *("legacy", "sp_model_kwargs", "from_slow", MARK),
 )
 # Where ways to split text differ, but for spaces in front of a text.
 _PROBE = "a  12 345\n\n    if x1 == 0.5:\r\n\treturn 'It's'  WE'RE e\u0301 \u212b 漢字 😀"
@@ -62,10 +62,14 @@ def read_files(path: epath.PathLike) -> dict[str, bytes]:
     directory, name = epath.Path(path), str(path)
     names = (*FILE_NAMES, GENERATION_CONFIG, "config.json")
     files = {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
-    _check_kind(files, name)
-    read = {file: _read(file, data, name) for file, data in files.items() if file != "config.json"}
-    made = _resolve(files, read, name)
-    return made | {file: files[file] for file in (GENERATION_CONFIG,) if file in files}
+    return _resolve(files, name)
+
+
+def resolved(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
+    """The files of `read_files` as they are, those of a directory as `read_files` makes them."""
+    config = files.get("tokenizer_config.json")
+    made = config is not None and _read("tokenizer_config.json", config, name).get(MARK)
+    return dict(files) if made else _resolve(files, name)
 
 
 def read_template(path: epath.PathLike) -> str:
@@ -125,9 +129,11 @@ _READERS: dict[str, Callable[[bytes], Any]] = {
 }
 
 
-def _resolve(files: Mapping[str, bytes], read: Mapping[str, Any], name: str) -> dict[str, bytes]:
+def _resolve(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
     """The files that say by themselves what transformers makes of these."""
-    theirs, spec = _open(files, name)
+    _check_kind(files, name)
+    read = {file: _read(file, data, name) for file, data in files.items()}
+    theirs, spec = _open(files, read, name)
     config = read.get("tokenizer_config.json", {})
     if config.get("split_special_tokens") or spec["model"].get("dropout"):
         raise UserError(
@@ -149,15 +155,16 @@ def _resolve(files: Mapping[str, bytes], read: Mapping[str, Any], name: str) -> 
         key: value for key, value in config.items() if key not in _RESOLVED and not key.endswith("_token")
     }
     model = files.get("tokenizer.model")
-    return make_files(
+    made = make_files(
         None if model is None or sentencepiece_model.is_tiktoken(model) else model,
         tokenizer_json=spec,
         chat_template=_template(theirs.chat_template, name),
         config={**kept, **names, "add_bos_token": bool(begin), "add_eos_token": bool(end)},
     )
+    return made | {file: files[file] for file in (GENERATION_CONFIG,) if file in files}
 
 
-def _open(files: Mapping[str, bytes], name: str) -> tuple[Any, dict[str, Any]]:
+def _open(files: Mapping[str, bytes], read: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
     """The tokenizer of transformers, and its `tokenizer.json`."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -169,9 +176,12 @@ def _open(files: Mapping[str, bytes], name: str) -> tuple[Any, dict[str, Any]]:
             found = theirs.backend_tokenizer.to_str()
         except Exception as error:  # a class can fail in any way
             reason = reason_of(error)[:300].replace(directory, name)
+            if "auto_map" in read.get("tokenizer_config.json", {}):
+                reason = "its class is Python code of its own, which is not run"
+            hint = "; to take tokenizer.json as it is, remove auto_map from tokenizer_config.json and set"
+            hint += " tokenizer_class to PreTrainedTokenizerFast there"
             raise UserError(
-                f"{name}: transformers cannot read this tokenizer ({reason}); to take tokenizer.json as it is, set"
-                " tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json"
+                f"{name}: transformers cannot read this tokenizer ({reason}){hint if 'tokenizer.json' in files else ''}"
             ) from error
     if "tokenizer.json" in files and type(theirs) is not PreTrainedTokenizerFast:
         _warn_of_other_ids(files["tokenizer.json"], theirs, name)
@@ -198,9 +208,10 @@ def _check_ids(spec: Mapping[str, Any], read: Mapping[str, Any], name: str) -> d
     ids = vocabulary(spec) | {token["content"]: token["id"] for token in spec["added_tokens"]}
     for index, piece in enumerate(read.get("tokenizer.model", ())):
         if ids.get(piece, index) != index:
+            other = "tokenizer.json" if "tokenizer.json" in read else "transformers"
             raise UserError(
-                f"{name}: tokenizer.model gives {piece!r} the id {index}, tokenizer.json {ids[piece]}: remove the file"
-                " that does not belong to the model"
+                f"{name}: tokenizer.model gives {piece!r} the id {index}, {other} {ids[piece]}: remove the file that"
+                " does not belong to the model"
             )
     decoder = read.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}
     beside = {sentencepiece_model.content_of(token): int(index) for index, token in decoder.items()}

@@ -8,6 +8,8 @@ from lemur_jax.text.sentencepiece_model import added_token, convert, post_proces
 
 # The class of transformers that takes `tokenizer.json` as it is; others would replace its pre-tokenizer.
 AS_IT_IS = "PreTrainedTokenizerFast"
+# In `tokenizer_config.json`: that `make_files` wrote it, so that nothing in these files needs an interpretation.
+MARK = "lemur_jax_format"
 # In Lemur's order.
 CHATML_TOKENS = ("<pad>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|diff_marker|>")
 
@@ -58,7 +60,7 @@ def make_files(
     settings |= {key: value for key, value in (config or {}).items() if value is not None}
     if tokenizer_json is None and not settings["add_bos_token"]:
         spec["post_processor"] = post_processor(None)
-    settings["tokenizer_class"] = AS_IT_IS
+    settings |= {"tokenizer_class": AS_IT_IS, MARK: 1}
     settings["added_tokens_decoder"] = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in spec["added_tokens"]

@@ -24,8 +24,14 @@ from lemur_jax.text.backend import (
     vocabulary,
 )
 from lemur_jax.text.config import TokenizerConfig
-from lemur_jax.text.directory import FILE_NAMES, GENERATION_CONFIG, json_object, read_files, read_template
-from lemur_jax.text.files import AS_IT_IS
+from lemur_jax.text.directory import (
+    FILE_NAMES,
+    GENERATION_CONFIG,
+    json_object,
+    read_files,
+    read_template,
+    resolved,
+)
 
 __all__ = ["FILE_NAMES", "GENERATION_CONFIG", "Tokenizer", "compatible", "read_files"]
 
@@ -54,13 +60,9 @@ class Tokenizer:
     """
 
     def __init__(self, files: Mapping[str, bytes], name: str):
-        self._files, self._name = dict(files), name
-        self.config: Mapping[str, Any] = json_object(files.get("tokenizer_config.json", b"{}"))
-        if self.config.get("tokenizer_class") != AS_IT_IS or "tokenizer.json" not in files:
-            raise UserError(
-                f"{name}: these tokenizer files are of an earlier version of lemur_jax, which read some of them"
-                " otherwise: import the model again"
-            )
+        files = resolved(files, name)
+        self._files, self._name = files, name
+        self.config: Mapping[str, Any] = json_object(files["tokenizer_config.json"])
         spec = json_object(files["tokenizer.json"])
         self.digest = digest_of([spec["model"], spec.get("normalizer"), spec.get("pre_tokenizer")])
         vocab = vocabulary(spec)
@@ -92,8 +94,7 @@ class Tokenizer:
         self._decoders = build_decoders(spec.get("decoder"))
         # Only where every added token is special: SentencePiece knows none of them.
         self._fast = build_sentencepiece(self.sentencepiece, spec) if len(special) == len(added) else None
-        named = {f"{kind}_token": self._named_id(kind) for kind in ("bos", "eos", "unk", "pad")}
-        self.bos_id, eos, self.unk_id, self.pad_id = named.values()
+        self.bos_id, eos, self.unk_id, self.pad_id = map(self._named_id, ("bos", "eos", "unk", "pad"))
         if eos is None:
             raise UserError(f"{name} has no eos token: name one as eos_token in tokenizer_config.json")
         unknown = spec["model"].get("unk_token")
@@ -126,7 +127,7 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":
-        """The inverse of `files`."""
+        """The inverse of `files`; also takes those of a directory, as checkpoints of earlier versions keep them."""
         return cls(files, "the tokenizer files")
 
     def files(self) -> dict[str, bytes]:

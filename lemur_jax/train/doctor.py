@@ -44,7 +44,7 @@ class Finding:
     same: bool = False  # `detail` must be the same on every host
 
 
-def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
+def doctor(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) -> None:
     """Examines every host of the run, whose workdir stays as it was; all hosts call it together.
 
     Raises UserError on every host if something would stop the run.
@@ -53,7 +53,7 @@ def doctor(config: RunConfig, workdir: epath.PathLike) -> None:
     devices = jax.local_devices()
     here = f"{len(devices)} × {devices[0].device_kind}"
     with _caught() as problem:
-        config_changes(config.to_json(), workdir)
+        config_changes(config.to_json(), workdir, extend=extend)
     found = [
         Finding(check="versions", good=True, detail=", ".join(versions()), same=True),
         _finding("config", problem, config.fingerprint()[:12], same=True),

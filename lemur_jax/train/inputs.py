@@ -72,9 +72,15 @@ def check_preferences(loss: str, sources: Sequence[Source]) -> None:
             raise UserError(
                 f"{what} preferences: name a loss, as rejected answers would be trained on like chosen ones"
             )
-        if loss not in ("", "kto") and not store.has_pairs():
+        if loss in ("", "kto"):
+            continue
+        if not store.has_pairs():
             raise UserError(
                 f"{what} no pairs of a chosen and a rejected conversation: `kto` alone learns without"
+            )
+        if getattr(source.rows, "without_targets", 0) == store.num_documents:
+            raise UserError(
+                f"{what} only pairs of which data.sequence_length cuts an answer off: raise it or shorten the prompts"
             )
 
 

@@ -15,7 +15,7 @@ from lemur_jax.checkpoint.config import CheckpointConfig
 from lemur_jax.checkpoint.manager import Checkpoints
 from lemur_jax.checkpoint.reading import read_metadata
 from lemur_jax.cluster.hosts import any_host
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import Diverged, UserError
 from lemur_jax.data.loader import Loader
 from lemur_jax.train import state as states
 from lemur_jax.train.initial import InitialParams
@@ -155,7 +155,7 @@ class Saves(contextlib.AbstractContextManager):
         counters = (state.step, rule.in_a_row, rule.rollbacks, rule.rolled_back_at)
         done, in_a_row, rollbacks, before = map(int, jax.device_get(counters))
         if rollbacks >= most:
-            raise UserError(
+            raise Diverged(
                 f"step {done}: {in_a_row} updates in a row were skipped, and the run was rolled back"
                 f" {rollbacks} times already (config.spikes.max_rollbacks); look at the documents of the skips in"
                 " metrics.jsonl, or lower config.optimizer.learning_rate, in a new --workdir"

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lemur_jax.cluster import coordination
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import Diverged
 from lemur_jax.common.progress import Progress
 from lemur_jax.telemetry.flops import chip, mfu, train_flops_per_token
 from lemur_jax.telemetry.goodput import time_record
@@ -221,7 +221,7 @@ class StepLog:
         # A gradient can overflow where every loss is finite: then all rows are suspects.
         bad = ~metrics["finite_rows"]
         names = self._mixture.documents(step - 1, np.flatnonzero(bad if bad.any() else ~bad))
-        raise UserError(
+        raise Diverged(
             f"step {step}: loss is {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}, in the batch"
             f" with {_some(names)}; stopped before any later checkpoint, the last good one is intact."
             " Look at those documents, or lower config.optimizer.learning_rate, in a new --workdir"

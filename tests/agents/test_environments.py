@@ -85,3 +85,10 @@ def test_bash(name, script):
         assert environment.step(f"```bash\n{script}\n```").reward == 1
     finally:
         environment.close()
+
+
+def test_a_fence_on_one_line_is_no_block():
+    answer = "I'll run ```ls``` now:\n```bash\nls -l\n```\ndone"
+    assert block(answer, "bash") == "ls -l\n"
+    assert block("Use ```x``` inline.\n```python\ncode\n```", "python") == "code\n"
+    assert block("only ```x``` here", "python") == "only ```x``` here"

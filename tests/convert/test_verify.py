@@ -80,5 +80,5 @@ def test_where_logits_cannot_be_compared(checkpoint, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(verify, "num_params", lambda config: 10**12)
         assert "takes 10000 GB of memory" in verify.compare_logits(tmp_path / "out", config, None)
-    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     assert "not installed" in verify.compare_logits(tmp_path / "out", config, None)

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import packing
 from lemur_jax.data.manifest import REJECTED
+from lemur_jax.data.mixture import Source
 from lemur_jax.data.packing import open_packing, pack
 from lemur_jax.data.rows import FitRows
+from lemur_jax.train.inputs import check_preferences
 
 
 def best_fit_decreasing(lengths, capacity):
@@ -150,7 +152,15 @@ def test_pairs_that_are_cut_before_an_answer_are_counted(make_store, caplog):
     pairs = make_store(
         [[5] * 12], [[0, 0, 1, 1, 1, 1, REJECTED, 0, 0, 0, 1, 1]], name="b/train", preferences=True
     )
-    with pytest.raises(
-        UserError, match=r"1 of 1 documents have an answer without .* first 9, so a pair that lacks"
-    ):
-        FitRows(pairs, 9)
+    source = Source(name="b", rows=FitRows(pairs, 9), share=1.0)
+    assert "1 of 1 documents have an answer without a token in their first 9" in caplog.text
+    check_preferences("kto", [source])  # trains on the chosen answer
+    with pytest.raises(UserError, match=r"data\.sources\.b has only pairs .* cuts an answer off: raise it"):
+        check_preferences("dpo", [source])
+    labelled = make_store([[5] * 3] * 1500, [[0, 1, 1]] * 1500, name="c/train", preferences=True)
+    assert not labelled.has_pairs()
+    mixed = make_store(
+        [[5] * 3] * 1500 + [[5] * 6], [[0, 1, 1]] * 1500 + [[0, 1, 1, REJECTED, 1, 1]], name="d/train",
+        preferences=True,
+    )  # fmt: skip
+    assert mixed.has_pairs()

@@ -2,8 +2,6 @@ import json
 
 import numpy as np
 import pytest
-import tensorstore
-from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import arrays
@@ -163,9 +161,3 @@ def test_the_tokenizer_must_be_the_stores(make_store, tmp_path, tokenizer, chat_
         UserError, match=f"tokenizer 01234567; the one given is {tokenizer.digest[:8]}: point"
     ):
         TokenStore.open(path, tokenizer)
-
-
-@pytest.mark.parametrize("name", ["C#", "C++", "x?y", "50%", "100%25", "a b", "Ünï"])
-def test_any_name_of_a_part_is_a_place_on_gs(name):
-    found = tensorstore.KvStore.Spec(arrays._kvstore(epath.Path(f"gs://bucket/stores/code/{name}/train")))
-    assert found.to_json() == {"driver": "gcs", "bucket": "bucket", "path": f"stores/code/{name}/train/"}

@@ -262,7 +262,9 @@ def test_stores_that_cannot_be_written_are_read(task, make_config, tmp_path, mon
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(prepare_module, "workdir_lock", refuse)
-    assert run(make_config("made_up"))[0].endswith("unchanged")
+    warning, said, *_ = run(make_config("made_up"))
+    assert "stores cannot be locked (PermissionError" in warning
+    assert said.endswith("unchanged")
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_run_that_diverges_does_not_keep_the_others_from_being_trained(project
     words += " --config.optimizer.final_learning_rate=1e-3 --vary"
     assert main([*words.split(), "optimizer.learning_rate=1e30,1e-2"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "1 of 2 runs failed" in said
+    assert "1 of 2 runs diverged" in said
     assert "1:1, learning_rate 1e30, seed 42: step 2: " in said
     last = read_metrics(project / "rates/runs/1-1_optimizer.learning_rate-1e-2_seed-42")[-1]
     assert (last["step"], (project / "rates/results.json").exists()) == (6, False)

@@ -248,10 +248,19 @@ def test_files_and_pickle(chat_tokenizer):
         assert copy.files() == chat_tokenizer.files()
 
 
-def test_files_of_an_earlier_version_are_refused(tokenizer):
-    config = json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"}).encode()
-    with pytest.raises(UserError, match="an earlier version .*: import the model again"):
-        Tokenizer.from_files(tokenizer.files() | {"tokenizer_config.json": config})
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_files_of_a_directory_are_read_too(tokenizer, tmp_path, kind):
+    """Checkpoints of earlier versions keep them."""
+    eos = {"__type": "AddedToken", "content": "</s>", "special": True}
+    config = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": eos, "chat_template": "{{ 'A' }}"}
+    raw = {
+        **{name: tokenizer.files()[name] for name in ("tokenizer.model", "tokenizer.json")},
+        "tokenizer_config.json": json.dumps(config).encode(),
+        "added_tokens.json": json.dumps({"<pad>": VOCAB_SIZE}).encode(),
+    }
+    kept, read = Tokenizer.from_files(raw), load(tmp_path / "some", raw)
+    assert (kept.files(), kept.digest) == (read.files(), read.digest)
+    assert (kept.chat_template, kept.eos_id, kept.vocab_size) == ("{{ 'A' }}", 2, VOCAB_SIZE + 1)
 
 
 def test_an_old_added_tokens_file(tokenizer, tmp_path):
