@@ -116,6 +116,13 @@ def test_an_endpoint_that_is_not_there_is_one_line(capsys):
     assert len(err.splitlines()) == 1
 
 
+def test_of_several_hosts_the_first_asks_an_endpoint(monkeypatch, capsys):
+    monkeypatch.setattr("lemur_jax.cluster.coordination.process", lambda: (1, 2))
+    words = "eval --agents bash --limit 1 --endpoint http://127.0.0.1:9/v1 --endpoint-model x"
+    assert main(words.split()) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, capsys):
     answers = iter(["SELECT count(*) FROM book"])
 

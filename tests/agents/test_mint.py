@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import resource
 import sys
 import tarfile
 import time
@@ -245,3 +246,25 @@ def test_a_damaged_file_is_named(tmp_path, line):
         mint.load_tasks(tmp_path, "mmlu", {})
     with pytest.raises(UserError, match=r"mmlu/results.jsonl is not an episode of MINT .*: get data/"):
         mint.recorded_run(tmp_path)
+
+
+def test_a_shell_among_a_thousand_open_files(monkeypatch):
+    """`select.select` takes no descriptor above 1,023: the cells of a large batch were called failed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2000:
+        pytest.skip("needs 2,000 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+
+    def answer(*_, channels, **__):
+        os.write(channels[1], b'{"output": "1"}\n')
+
+    monkeypatch.setattr(shell, "interpreter", lambda python: (python, sys.base_prefix))
+    monkeypatch.setattr(shell, "run", answer)
+    cells = Shell({})
+    try:
+        assert cells.run_cell("1") == "1"
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
