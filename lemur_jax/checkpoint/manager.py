@@ -8,6 +8,7 @@ does not agree with it.
 
 import contextlib
 import logging
+import math
 import sys
 import threading
 import time
@@ -281,7 +282,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
 
 def _loss(metrics: Mapping[str, Any]) -> float:
-    return metrics["loss"]
+    return math.inf if math.isnan(metrics["loss"]) else metrics["loss"]  # Orbax sorts by it
 
 
 def _save_args(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:

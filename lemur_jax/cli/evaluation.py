@@ -148,6 +148,8 @@ def _check_counts(args) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if args.feedback_endpoint and "mint" not in args.agents:
+        raise UserError("--feedback-endpoint is for --agents mint: leave it out")
     if args.skip < 0:
         raise UserError(f"--skip is {args.skip}: it must be at least 0")
     if args.skip and (args.replay or not args.agents or args.agents.startswith("verifiers:")):

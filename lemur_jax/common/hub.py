@@ -15,6 +15,7 @@ _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 DATASETS = "hf://datasets/"
 _DATASET_FILE = re.compile(DATASETS + r"([\w.-]+/[\w.-]+)(?:@((?:refs/\w+/)?[\w.-]+))?/(.+)")
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
+_OTHERS = ("*/*", "consolidated*")  # Mistral's own layout, beside the same weights
 
 
 def hub_name(path: epath.PathLike) -> tuple[str, str | None] | None:
@@ -38,7 +39,7 @@ def local_model(path: epath.PathLike, *, download: bool = True) -> epath.PathLik
     from huggingface_hub import snapshot_download
 
     name, revision = named
-    wanted = dict(allow_patterns=_FILES, ignore_patterns="*/*", local_files_only=not download)
+    wanted = dict(allow_patterns=_FILES, ignore_patterns=_OTHERS, local_files_only=not download)
     with _one_line(name, revision or "", "model", f"there is no directory {path} here, and "):
         return snapshot_download(name, revision=revision, **wanted)
 

@@ -14,7 +14,7 @@ def is_object_store(path: epath.PathLike) -> bool:
 # TensorFlow's errors of access, not of the file; the first two are 401 and 403.
 _REFUSALS_OF_TENSORFLOW = (
     *("PermissionDeniedError", "UnauthenticatedError"),
-    *("UnavailableError", "AbortedError", "DeadlineExceededError"),
+    *("UnavailableError", "AbortedError", "DeadlineExceededError", "FailedPreconditionError"),
 )
 
 

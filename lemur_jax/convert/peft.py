@@ -96,6 +96,8 @@ def read_peft(options: AdapterConfig, model: DecoderConfig, dtype: str) -> Param
     flat = {}
     for path, each in names.items():
         array = np.stack([tensors[name].read().astype(numpy_dtype(dtype)).T for name in each])
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise UserError(f"{directory / WEIGHTS}: {each[0]} or its like has values that are not finite")
         flat[path] = array.reshape(abstract[path].shape)
     return unflatten_dict(flat, sep="/")
 

@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 MOST_PROMPTS = 256  # of one request, n counted
 # A prompt with more characters for each position of the model is refused before it is tokenized.
 CHARACTERS_A_TOKEN = 64
+STOP_SECONDS = 30  # for answers that are being made when the server is stopped
 ANSWER_SECONDS = 600.0  # until an answer, or the first part of a stream; time in the queue included
 
 
@@ -80,7 +81,8 @@ def serve(session: Session, name: str, listening: socket.socket, *, host: str) -
     app = application(session, name, hosts)
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
+            uvicorn.Server(config).run(sockets=[listening])
     finally:
         app.state.worker.stop()
 

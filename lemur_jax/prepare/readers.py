@@ -277,7 +277,7 @@ def _damage(error: Exception) -> Unreadable:
 
 def _batch_rows(batch: Any) -> Iterator[Row | BadRow]:
     try:
-        yield from batch.to_pylist()
+        yield from batch.to_pylist(maps_as_pydicts="strict")
     except Exception:  # Python cannot hold a value; time zone libraries raise many types
         for index in range(batch.num_rows):
             yield _row({name: batch.column(name)[index] for name in batch.schema.names})
@@ -289,7 +289,7 @@ def _row(scalars: Mapping[str, Any]) -> Row | BadRow:
     row = {}
     for name, scalar in scalars.items():
         try:
-            row[name] = scalar.as_py()
+            row[name] = scalar.as_py(maps_as_pydicts="strict")
         except Exception as error:
             if not types.is_temporal(scalar.type):
                 return BadRow(reason=f"column {name!r}: {bad_reason(error)}")

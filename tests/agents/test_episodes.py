@@ -208,6 +208,7 @@ def test_some_tasks_of_each_kind():
         ("--agents bash --limit 0", "--limit is 0: it must be at least 1"),
         ("--agents bash --batch-tokens -1", "--batch-tokens is -1: it must be at least 1"),
         ("--agents bash --skip -3", "--skip is -3: it must be at least 0"),
+        ("--agents bash --feedback-endpoint x", "--feedback-endpoint is for --agents mint"),
         ("--tasks humaneval --skip 3", "--skip is for --agents that play"),
         ("--agents intercode-sql --replay runs --skip 3", "--skip is for --agents that play"),
     ],

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import math
 import os
 import signal
 import threading
@@ -50,7 +51,7 @@ def messages(caplog):
 def test_keeps_newest_every_fourth_and_the_best(state, tmp_path):
     small = {"w": state.params["final_norm"]}
     with manager.Checkpoints(tmp_path, keep=2, keep_every=4, keep_best=1) as checkpoints:
-        for step, loss in enumerate([3.0, 2.0, 1.0, 4.0, 5.0, None, 6.0, None, None], start=1):
+        for step, loss in enumerate([math.nan, 2.0, 1.0, 4.0, math.nan, None, 6.0, None, None], start=1):
             checkpoints.save(step, small, small, METADATA, loss)
     assert steps_in(tmp_path)[1] == [3, 4, 8, 9]
 

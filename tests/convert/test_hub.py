@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -26,7 +27,9 @@ print(json.dumps([codes, config.to_dict()["tokenizer"]["path"], config.init.chec
 
 @pytest.mark.process
 def test_a_model_of_the_hub_is_downloaded_once_and_other_names_are_one_line(chat_model_export, tmp_path):
-    repositories = {"org/chat": chat_model_export, "org/closed": chat_model_export}
+    published = shutil.copytree(chat_model_export, tmp_path / "published")
+    (published / "consolidated.safetensors").write_bytes(b"the same weights in Mistral's own layout")
+    repositories = {"org/chat": published, "org/closed": published}
     names = ["org/chat", "org/chat@v1", "org/chat@v9", "org/closed", "org/none"]
     with serve_hub(repositories, gated={"org/closed"}, cut={"model.safetensors"}) as (address, requests):
         variables = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}

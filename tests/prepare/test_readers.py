@@ -268,14 +268,17 @@ def test_parquet_by_columns_with_nested_fields(tmp_path):
             "content": [f"text {n}" for n in range(300)],
             "meta": [{"repo": f"r{n % 3}", "stars": n} for n in range(300)],
             "other": [0] * 300,
+            "tags": pyarrow.array([[("k", n)] for n in range(300)], pyarrow.map_("string", "int64")),
         }
     )
     pyarrow.parquet.write_table(table, path, row_group_size=100)
-    fields = Fields(text="content", meta=("meta.repo",), group="meta.repo")
-    rows = readers.read_rows(str(path), "parquet", ["content", "meta"])
+    fields = Fields(text="content", meta=("meta.repo", "tags.k"), group="meta.repo")
+    rows = readers.read_rows(str(path), "parquet", ["content", "meta", "tags"])
     found = list(to_documents(str(path), rows, fields))
     assert [doc["text"].decode() for doc, _ in found] == [f"text {n}" for n in range(300)]
-    assert [json.loads(doc["meta"]) for doc, _ in found[:2]] == [{"meta.repo": "r0"}, {"meta.repo": "r1"}]
+    assert [json.loads(doc["meta"]) for doc, _ in found[:2]] == [
+        {"meta.repo": f"r{n}", "tags.k": n} for n in (0, 1)
+    ]
     assert {key for _, key in found} == {b"r0", b"r1", b"r2"}
     assert found[299][0]["where"].decode() == f"{path}: row 299"
 

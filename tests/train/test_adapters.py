@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from lemur_jax.checkpoint.metadata import make_metadata
 from lemur_jax.checkpoint.reading import restore_params
@@ -203,6 +204,12 @@ def test_peft_trains_the_same_and_reads_what_is_exported(base, run, checkpoint, 
     back = read_peft(options, config.model, "float32")
     for ours, his in zip(jax.tree.leaves(state.params), jax.tree.leaves(back), strict=True):
         np.testing.assert_allclose(ours, his, atol=2e-3)
+    weights = str(tmp_path / "theirs" / "adapter_model.safetensors")
+    tensors = safetensors.numpy.load_file(weights)
+    next(iter(tensors.values()))[0, 0] = np.nan
+    safetensors.numpy.save_file(tensors, weights)
+    with pytest.raises(UserError, match="values that are not finite"):
+        read_peft(options, config.model, "float32")
     described = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
     for key, value in (
         *(("r", 8), ("alpha_pattern", {"q_proj": 2}), ("rank_pattern", {"q_proj": 2})),
