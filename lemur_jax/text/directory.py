@@ -34,16 +34,10 @@ FILE_NAMES = (
 )
 GENERATION_CONFIG = "generation_config.json"  # kept too: its `eos_token_id` names ids that end an answer
 # What `AutoTokenizer` has put into `tokenizer.json`, or what names Python code.
-_RESOLVED = (
-    *(
-        "added_tokens_decoder",
-        "additional_special_tokens",
-        "extra_special_tokens",
-        "chat_template",
-        "auto_map",
-    ),
+_RESOLVED = {
+    *"added_tokens_decoder additional_special_tokens extra_special_tokens chat_template auto_map".split(),
     *("legacy", "sp_model_kwargs", "from_slow", MARK),
-)
+}
 # Where ways to split text differ, but for spaces in front of a text.
 _PROBE = "a  12 345\n\n    if x1 == 0.5:\r\n\treturn 'It's'  WE'RE e\u0301 \u212b 漢字 😀"
 
@@ -161,7 +155,9 @@ def _resolve(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
         chat_template=_template(theirs.chat_template, name),
         config={**kept, **names, "add_bos_token": bool(begin), "add_eos_token": bool(end)},
     )
-    return made | {file: files[file] for file in (GENERATION_CONFIG,) if file in files}
+    if GENERATION_CONFIG in files:
+        made[GENERATION_CONFIG] = files[GENERATION_CONFIG]
+    return made
 
 
 def _open(files: Mapping[str, bytes], read: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
