@@ -35,8 +35,8 @@ FILE_NAMES = (
 GENERATION_CONFIG = "generation_config.json"  # kept too: its `eos_token_id` names ids that end an answer
 # What `AutoTokenizer` has put into `tokenizer.json`, or what names Python code.
 _RESOLVED = {
-    *"added_tokens_decoder additional_special_tokens extra_special_tokens chat_template auto_map".split(),
-    *("legacy", "sp_model_kwargs", "from_slow", MARK),
+    *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
+    *("chat_template", "auto_map", "legacy", "sp_model_kwargs", "from_slow", MARK),
 }
 # Where ways to split text differ, but for spaces in front of a text.
 _PROBE = "a  12 345\n\n    if x1 == 0.5:\r\n\treturn 'It's'  WE'RE e\u0301 \u212b 漢字 😀"
