@@ -171,14 +171,13 @@ def _journal_path(args) -> str:
 
 
 def _benchmarks(args, session, tasks: list[str], scores: dict[str, float], written: dict) -> None:
-    from lemur_jax.cluster import hosts
     from lemur_jax.evals.benchmarks import evaluate, format_results, to_json
 
     results: list = []
     try:
         results.extend(evaluate(session, tasks, _options(args), suite=args.suite, scores=scores))
     finally:
-        if results and hosts.is_primary():  # every host has found the same
+        if results and _is_first():  # every host has found the same
             print(format_results(results, args.checkpoint))
             written |= to_json(results, args.checkpoint)
 
