@@ -44,9 +44,11 @@ def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bo
     if not (stored := read_config(workdir)):
         return {}
     stored = json.loads(json.dumps(fill(RunConfig, stored)))  # defaults have tuples
-    free = (*FREE, "optimizer.") if values["checkpoint"]["other_optimizer"] == "fresh" else FREE
-    changes = {key: pair for key, pair in differences(stored, values).items() if not key.startswith(free)}
-    fixed = {key: pair for key, pair in changes.items() if not (extend and key.startswith(EXTENDABLE))}
+    changes = {key: pair for key, pair in differences(stored, values).items() if not key.startswith(FREE)}
+    may = EXTENDABLE if extend else ()
+    if values["checkpoint"]["other_optimizer"] == "fresh":
+        may = (*may, "optimizer.")
+    fixed = {key: pair for key, pair in changes.items() if not key.startswith(may)}
     if fixed:
         listed = "; ".join(f"{key} was {old!r} there and is {new!r} now" for key, (old, new) in fixed.items())
         way_out = "use the old values to resume, or another --workdir"

@@ -159,6 +159,8 @@ def test_another_optimizer_is_refused_by_leaf_unless_told_to_start_fresh(
     assert "is float32, this config wants bfloat16" in reset
     leaves = read_metadata(run)["leaves"]["optimizer"]
     assert {leaf.dtype for name, leaf in leaves.items() if "/mu/" in name} == {"bfloat16"}
+    (extension,) = [record for record in read_metrics(run) if record["kind"] == "extension"]
+    assert extension["changes"] == ["optimizer.moments_dtype: 'float32' -> 'bfloat16'"]
     expected, found = (
         [record["learning_rate"] for record in read_metrics(path) if record["kind"] == "train"]
         for path in (undisturbed, run)
