@@ -162,6 +162,7 @@ def test_a_file_that_nobody_can_read_is_compared_by_its_name(tmp_path, monkeypat
     assert rewards[0] < rewards[1] == 1
 
 
+@pytest.mark.process
 def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
     gold = {"query": "Copy a.txt", "gold": "cp /testbed/a.txt /testbed/b.txt; cat <(ls /testbed)"}
     (tmp_path / "nl2bash").mkdir()

@@ -24,6 +24,7 @@ def verdicts(answers, head="def f(x):\n", tests=TESTS):
     return [found.verdict for found in judge([problem] * len(answers), answers)]
 
 
+@pytest.mark.process
 def test_verdicts(monkeypatch):
     expected = {
         "    return 2 * x\n": "passed",

@@ -61,6 +61,7 @@ def test_what_a_killed_process_leaves_goes_with_the_next_but_not_what_is_in_use(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_an_evaluation_that_is_terminated_leaves_nothing(tmp_path):
     pytest.importorskip("openai", reason="openai is not installed: pip install '.[eval]'")
     with socket.create_server(("127.0.0.1", 0)) as listening:

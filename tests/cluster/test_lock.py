@@ -50,6 +50,7 @@ def holder(tmp_path):
         process.join()
 
 
+@pytest.mark.process
 def test_another_lease_is_waited_for_and_never_disturbed(holder, tmp_path, caplog):
     first, release = holder()
     refused = pytest.raises(
@@ -68,6 +69,7 @@ def test_another_lease_is_waited_for_and_never_disturbed(holder, tmp_path, caplo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_the_lease_of_a_stopped_or_killed_run_expires(holder, tmp_path):
     """One that wakes up again ends by its exit status 2, and does not remove the file of the other."""
     first, _ = holder()

@@ -69,6 +69,7 @@ def test_all_filters_in_the_order_of_transformers(logits):
     np.testing.assert_allclose(logprobs, own[np.arange(B), tokens], atol=1e-5)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("temperature", [1e-6, 1e-37, 1e-42])
 def test_near_temperature_0_the_best_is_drawn(logits, temperature):
     apart = np.round(logits * 10) + np.arange(V, dtype=np.float32) / 1000  # no ties

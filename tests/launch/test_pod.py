@@ -79,6 +79,7 @@ def test_preemption_in_the_middle_of_setting_up(pod, step):
     assert pod.steps()[-6:] == ["delete", "create", "push", "setup", "start", "delete"]
 
 
+@pytest.mark.process
 def test_ssh_that_hangs_is_cut_off(pod):
     pod.settings("SSH_SECONDS=1\nRETRIES=2\n")
     done = pod("setup", rules=[{"when": "worker.sh setup", "hang": True, "times": 2}])

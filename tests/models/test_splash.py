@@ -79,6 +79,7 @@ def test_forward_and_backward_against_float64():
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
 
 
+@pytest.mark.process
 def test_parts_of_dq_are_added_without_a_reduction(monkeypatch):
     def gradients():
         query, key, value, segments, _ = (

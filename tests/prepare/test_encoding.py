@@ -123,6 +123,7 @@ def test_an_exception_ends_the_workers(tokenizer):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.process
 def test_workers_do_not_outlive_a_killed_parent(tokenizer_dir, tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(

@@ -237,6 +237,7 @@ def test_an_empty_corpus_names_its_task(task, make_config, tmp_path):
     assert set(files_of(tmp_path)) == {"stores/running.lock"}
 
 
+@pytest.mark.process
 def test_a_second_process_waits_and_finds_the_stores(task, make_config, tmp_path):
     task(text_records(5))
     config, said = make_config("made_up"), []

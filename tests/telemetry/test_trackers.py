@@ -64,6 +64,7 @@ def log_records(data):
             pieces = b""
 
 
+@pytest.mark.process
 def test_offline_run_holds_every_number(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2

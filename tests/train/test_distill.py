@@ -64,6 +64,7 @@ def teacher(tmp_path_factory):
     return model, params, str(path)
 
 
+@pytest.mark.process
 def test_a_student_comes_nearer(teacher, batch):
     """The first divergence is that of two forward passes; chunks and microbatches change nothing."""
     model, params, path = teacher
