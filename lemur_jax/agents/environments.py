@@ -37,7 +37,7 @@ class Step:
     done: bool = False
 
     def __post_init__(self):
-        # Half an emoji (a lone surrogate), as JSON can hold it, has no tokens.
+        # A lone surrogate, which JSON can hold, has no UTF-8 and so no tokens.
         object.__setattr__(self, "observation", self.observation.encode(errors="replace").decode())
 
 
@@ -50,7 +50,7 @@ class Environment(abc.ABC):
 
     id: str
     max_turns: int | None = None  # where its protocol fixes them
-    scores_state = False  # whether a reward is for all that was done so far, and not for the turn alone
+    cumulative_rewards = False  # whether a reward is for all turns so far, not for the last one alone
 
     @abc.abstractmethod
     def reset(self) -> str:
@@ -77,7 +77,8 @@ def find_data(data: str, file: str, where: str) -> pathlib.Path:
 
 def block(action: str, *languages: str) -> str:
     """The last fenced block of an answer in one of the languages (or none), else in any, or else all of it."""
-    text = re.sub(r"```[^\n`]+```", "", action.replace("\r\n", "\n"))  # fences on one line are no block
+    # A fence that opens and closes on one line is inline code.
+    text = re.sub(r"```[^\n`]+```", "", action.replace("\r\n", "\n"))
     found = re.findall(r"```([^\n`]*)\n(.*?)(?:```|\Z)", text, re.DOTALL)
     named = [text for name, text in found if name.strip().lower() in ("", *languages)]
     return (named or [text for _, text in found] or [action])[-1]

@@ -108,7 +108,7 @@ class SessionAgent:
         return [text.text.strip() for text in texts]
 
     def _prompt(self, messages: Sequence[Message], room: int) -> list[int]:
-        """The task, which no answer can do without, and the newest turns: at most `room` tokens."""
+        """Ids of the task (the first message) and the newest turns, at most `room`."""
         if not takes_tools(self._session.need_tokenizer()):
             messages = _without_tools(messages)
         task, turns = list(messages[:1]), list(messages[1:])
@@ -162,7 +162,7 @@ def endpoint_agent(
             raise UserError(f"the endpoint {base_url}, model {model!r}: {error}") from error
         if not reply.choices:
             raise UserError(f"the endpoint {base_url}, model {model!r}, sent no answer: {reply}")
-        # Half an emoji (a lone surrogate) could not be sent back in the next turn.
+        # A lone surrogate could not be sent back in the next turn.
         return (reply.choices[0].message.content or "").encode(errors="replace").decode().strip()
 
     return answer

@@ -90,7 +90,7 @@ class InterCodeSql(Environment):
     """A question; solved by a query with the rows of the solution, in their order."""
 
     max_turns = MAX_STEPS
-    scores_state = True
+    cumulative_rewards = True
 
     def __init__(self, number: int, task: Mapping[str, Any], socket: pathlib.Path):
         self.id = f"intercode-sql/{number}"

@@ -126,7 +126,7 @@ class InterCodeBash(Environment):
     """A task, solved with reward 1: the changes and the output of its solution."""
 
     max_turns = MAX_STEPS
-    scores_state = True
+    cumulative_rewards = True
 
     def __init__(self, id: str, task: Mapping[str, str], setup: str):
         self.id = f"intercode-bash/{id}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from lemur_jax.agents.episodes import Trace, by_kind, failure, paper_scores, success_by_turn
 from lemur_jax.evals.published import agents_table
+from lemur_jax.report.charts import stacked_bars
 from lemur_jax.report.html import escape, html_page, html_table
 
 SHOWN = 10  # traces of each list that are not behind a line
@@ -30,6 +31,8 @@ def agents_page(traces: Sequence[Trace], turns: int, name: str) -> str:
     body = f"""<h1>{escape(name)}: {len(solved)} of {len(traces)} episodes solved</h1>
 <h2>Solved within this many turns, %</h2>
 {html_table(head, rows)}
+<h2>Episodes by the turn that solved them</h2>
+{_bars(kinds, turns)}
 {_paper(traces, name)}<h2>Solved episodes</h2>
 {_traces(solved)}
 <h2>Causes of failure</h2>
@@ -42,6 +45,16 @@ def agents_page(traces: Sequence[Trace], turns: int, name: str) -> str:
 def _paper(traces: Sequence[Trace], name: str) -> str:
     head, *rows = agents_table(paper_scores(traces), escape(name))
     return f"<h2>Beside the paper's Tables 4 to 7</h2>\n{html_table(head, rows)}\n" if rows else ""
+
+
+def _bars(kinds: Mapping[str, Sequence[Trace]], turns: int) -> str:
+    parts = [(f"solved in turn {turn}", f"c{1 + (turn - 1) % 8}") for turn in range(1, turns + 1)]
+    counts = {
+        kind: [sum((trace.solved_at or turns + 1) == turn for trace in of) for turn in range(1, turns + 2)]
+        for kind, of in kinds.items()
+    }
+    texts = {kind: list(map(str, of)) for kind, of in counts.items()}
+    return stacked_bars([*parts, ("not solved", "none")], counts, texts)
 
 
 def _failures(kinds: Mapping[str, Sequence[Trace]]) -> str:

@@ -17,7 +17,7 @@ from lemur_jax.common.errors import UserError
 CELL_SECONDS = 30
 # The clock of the box also counts the turns of the model: cells are measured one by one.
 BOX_SECONDS = 24 * 3600
-# More than Python's start and the grace of a cell; only a cell that hides from its alarm takes longer.
+# For Python's start and a cell that catches its TimeoutError; a cell that blocks its alarm takes longer.
 GRACE_SECONDS = 60
 _SCRIPT = pathlib.Path(__file__).with_name("shell_process.py")
 ENDED = "The Python process has ended. A new one has been started."
@@ -114,7 +114,7 @@ class Shell:
             self._refused = error  # raised where its cell is waited for
 
     def close(self) -> None:
-        """Ends the process; one that hides from its end goes with the box, and at the latest with this process."""
+        """Ends the process. One that ignores this ends with the sandbox, or when this process does."""
         if self._box is not None:
             for pipe in (self._requests, self._replies):
                 with contextlib.suppress(OSError):

@@ -139,7 +139,7 @@ def _chat(args) -> None:
             system=args.system,
             max_new_tokens=args.max_new_tokens,
             sampling=_sampling(args),
-            go_on=not args.prompt,
+            continue_on_error=not args.prompt,
         )
 
 

@@ -59,7 +59,7 @@ def _plan(args) -> int:
     check_output_file("--hlo", args.hlo)
     if args.hlo and args.mode != "train":
         raise UserError("--hlo is for --mode train: leave it out")
-    if args.search:  # of a mesh: the rows of the counts are rounded for one that is known
+    if args.search:  # it chooses the mesh, to which rows from the counts would be rounded
         return _search(args, config)
     if "://" not in config.data.stores:  # a plan needs no network
         config = config.with_counts()

@@ -75,7 +75,7 @@ def exchange(name: str, value: str, seconds: float) -> list[str]:
 
 
 def from_primary(text: str) -> str:
-    """The text that the primary host gives, on every host; the others wait for it, and give any."""
+    """The primary host's `text`, on every host. The others wait for it, and their own is ignored."""
     service = client()
     if service is None:
         return text

@@ -43,9 +43,8 @@ class Family:
     experts: str = ""  # key of the number of experts; "": the mlp is not routed
     expert_width: str = "intermediate_size"  # key of the width of an expert
     normalized: bool = False  # the weights of a token's experts sum to 1, whatever `norm_topk_prob` says
-    whole_heads: bool = (
-        False  # transformers wants a width that is a multiple of the heads, whatever `head_dim`
-    )
+    # Whether transformers requires `hidden_size` to be a multiple of `num_attention_heads`, whatever `head_dim` is.
+    divisible_width: bool = False
     text_of: str = ""  # `model_type` of multimodal models whose `text_config` is of this family
 
 
@@ -94,7 +93,7 @@ _GEMMA: dict[str, Any] = dict(
     activation="hidden_activation",
     scales_embedding=True,
     keys={"query_pre_attn_scalar": "query_scale", "final_logit_softcapping": "logit_softcap"},
-    whole_heads=True,
+    divisible_width=True,
 )
 _GEMMA_DEFAULTS: dict[str, Any] = dict(
     head_dim=256,
@@ -111,7 +110,7 @@ FAMILIES = (
         defaults=_defaults(2048),
         bias="qkvo",
         mlp_bias=True,
-        whole_heads=True,
+        divisible_width=True,
     ),
     Family(
         model_type="mistral",

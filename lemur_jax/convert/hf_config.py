@@ -161,7 +161,7 @@ def to_hf(
     """
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     for family in families.FAMILIES:
-        if family.whole_heads and config.hidden_size % config.num_attention_heads:
+        if family.divisible_width and config.hidden_size % config.num_attention_heads:
             continue
         raw = {
             "architectures": [family.architecture],

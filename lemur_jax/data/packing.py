@@ -41,7 +41,9 @@ class PackingCounts:
     rows: int
     tokens: int  # without padding
     truncated: int  # documents longer than T
-    without_targets: int  # documents of which a conversation has its supervised tokens all beyond T
+    without_targets: (
+        int  # documents without a supervised token in their first T; of pairs: where one answer has none
+    )
     arrays: Mapping[str, str]  # sha256 (hex) of each array's `zarr.json`
 
 
@@ -133,7 +135,10 @@ def _write(store: TokenStore, length: int, folder: epath.Path) -> epath.Path:
 
 
 def _count_without_targets(store: TokenStore, starts: np.ndarray, sizes: np.ndarray, length: int) -> int:
-    """Number of documents of which a conversation has no target in the first `length` tokens, by start and size."""
+    """Number of documents without a target in their first `length` tokens; of pairs, where one conversation has none.
+
+    `starts` and `sizes`: int64 [documents], where each begins in the store and its tokens.
+    """
     count, step = 0, max(1, _COPIED // length)
     # The rejected conversation may begin anywhere.
     sizes = sizes if store.manifest.preferences else np.minimum(sizes, length)

@@ -101,10 +101,10 @@ class FitRows(Rows):
     preferences, document n = 1, 2, ... of a row is the segments 2 n (chosen) and 2 n + 1 (rejected).
 
     Attributes:
-      without_targets: documents of which a conversation has its supervised tokens all beyond T.
+      without_targets: documents without a supervised token in their first T; of pairs, where one answer has none.
 
     Raises:
-      UserError: no document has a supervised token within T.
+      UserError: no document has a supervised token within T; of preferences `train.inputs` refuses this.
     """
 
     def __init__(self, store: TokenStore, length: int):
@@ -156,11 +156,11 @@ def _sides(begins: np.ndarray, rejected: np.ndarray) -> np.ndarray:
 
 
 def _report_without_targets(store: TokenStore, length: int, count: int) -> None:
-    what, lost = "have no supervised token", "nothing is trained on them"
+    what, lost = "no supervised token", "nothing is trained on them"
     if store.manifest.preferences:
-        what, lost = "have an answer without a token", "it is not trained on, nor, but for kto, its pair"
+        what, lost = "an answer without a token", "only kto trains on their other answer"
     said = (
-        f"the token store {store.path}: {count:,} of {store.num_documents:,} documents {what} in their first"
+        f"the token store {store.path}: {count:,} of {store.num_documents:,} documents have {what} in their first"
         f" {length:,}, so {lost}: raise data.sequence_length or shorten the prompts"
     )
     if count == store.num_documents and not store.manifest.preferences:

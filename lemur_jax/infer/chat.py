@@ -68,7 +68,7 @@ def converse(
     system: str = "",
     max_new_tokens: int = 512,
     sampling: Sampling | None = None,
-    go_on: bool = False,
+    continue_on_error: bool = False,
 ) -> list[Message]:
     """A whole conversation: each line is a user's turn, answers are written as they come.
 
@@ -76,13 +76,13 @@ def converse(
       lines: the user's turns, or commands (`HELP`); blank ones are skipped.
       write: takes text, e.g. `print(text, end="", flush=True)`.
       system: text of a system turn in front; "": none.
-      go_on: write what is wrong with a turn, e.g. that it is too long, and take the next line.
+      continue_on_error: write what is wrong with a turn, e.g. that it is too long, and take the next line.
 
     Returns:
       The final messages.
 
     Raises:
-      UserError: as `reply`, without `go_on`.
+      UserError: as `reply`, without `continue_on_error`.
     """
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -104,7 +104,7 @@ def converse(
                     reply(session, kept, max_new_tokens=max_new_tokens, sampling=sampling, seed=turn), write
                 )
             except UserError as error:
-                if not go_on:
+                if not continue_on_error:
                     raise
                 write(f"({error})\n")
             else:

@@ -54,7 +54,7 @@ class BadRow:
 def find_files(patterns: str | Iterable[str]) -> list[str]:
     """The files that match globs, sorted, local, gs:// or hf://datasets/; a directory stands for its files.
 
-    Hidden files and marks of other programs, e.g. `_SUCCESS`, are left out. UserError for `**`.
+    Hidden files and marker files such as `_SUCCESS` are left out. UserError for `**`.
     """
     found: set[epath.Path] = set()
     on_hub: list[str] = []
@@ -73,11 +73,11 @@ def find_files(patterns: str | Iterable[str]) -> list[str]:
         # epath globs below a directory only: begin at the last one without a wildcard.
         first = wild.index(True)
         found |= set(epath.Path(*path.parts[:first]).glob("/".join(path.parts[first:])))
-    return sorted(path for path in [*map(str, found), *dict.fromkeys(on_hub)] if not _is_mark(path))
+    return sorted(path for path in [*map(str, found), *dict.fromkeys(on_hub)] if not _is_marker(path))
 
 
-def _is_mark(path: str) -> bool:
-    """Whether a name says that the file is no data: `.crc`, `_SUCCESS`, but not `__init__.py`."""
+def _is_marker(path: str) -> bool:
+    """Whether a file is hidden, or a marker of another program: `.crc`, `_SUCCESS`, but not `__init__.py`."""
     name = path.rpartition("/")[2]
     return name.startswith(".") or (name.startswith("_") and "." not in name)
 

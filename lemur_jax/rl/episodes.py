@@ -132,7 +132,7 @@ class Player:
             one.end, one.error = "failed", _reason(error, one)
             return
         one.solved = reward >= 1
-        one.rewards.append(reward - sum(one.rewards) if one.environment.scores_state else reward)
+        one.rewards.append(reward - sum(one.rewards) if one.environment.cumulative_rewards else reward)
         if reason == "length" and len(one.ids) == self._slots:
             one.end = "cut"
         elif found.done or one.solved:

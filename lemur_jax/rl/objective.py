@@ -58,7 +58,7 @@ def token_losses(
 
 
 def importance_ratios(options: RlConfig, new: Any, old: Any, mask: Any) -> jax.Array:
-    """What is clipped: the ratio of probabilities of each token [B, T], or its mean of the sequence [B, 1]."""
+    """What is clipped: new over old probability of each token [B, T], or the geometric mean over a sequence [B, 1]."""
     log_ratio = jnp.where(mask > 0, new - old, 0.0)
     if options.importance == "sequence":
         tokens = jnp.sum(mask, axis=-1, keepdims=True)

@@ -34,7 +34,7 @@ def sweep(
 
     Each run of `plan_runs`, with its config, gets its own workdir below `workdir`; `command` is shown on the results.
     Returns None after a SIGTERM. Raises UserError before the first step if any of the runs cannot be trained, and after
-    the last one if one has failed.
+    the last one if one has diverged.
     """
     if jax.process_count() > 1:
         raise UserError("a sweep is for one process: print its runs with --print and launch each")

@@ -33,7 +33,7 @@ FILE_NAMES = (
     "chat_template.jinja",
 )
 GENERATION_CONFIG = "generation_config.json"  # kept too: its `eos_token_id` names ids that end an answer
-# What `AutoTokenizer` has put into `tokenizer.json`, or what names Python code.
+# Keys that `AutoTokenizer` has put into `tokenizer.json`, or that name Python code.
 _RESOLVED = {
     *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
     *("chat_template", "auto_map", "legacy", "sp_model_kwargs", "from_slow", MARK),

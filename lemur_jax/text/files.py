@@ -8,7 +8,7 @@ from lemur_jax.text.sentencepiece_model import added_token, convert, post_proces
 
 # The class of transformers that takes `tokenizer.json` as it is; others would replace its pre-tokenizer.
 AS_IT_IS = "PreTrainedTokenizerFast"
-# In `tokenizer_config.json`: that `make_files` wrote it, so that nothing in these files needs an interpretation.
+# The key of `tokenizer_config.json` that says that `make_files` wrote it: `tokenizer.json` has all there is to know.
 MARK = "lemur_jax_format"
 # In Lemur's order.
 CHATML_TOKENS = ("<pad>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|diff_marker|>")

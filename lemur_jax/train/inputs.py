@@ -56,8 +56,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """UserError: the tokenizer has more tokens than the model."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"config.tokenizer.path has {tokenizer.vocab_size} tokens, config.model.vocab_size is {vocab_size}: it must"
-            " be at least as large"
+            f"the tokenizer in config.tokenizer.path has {tokenizer.vocab_size} tokens, config.model.vocab_size is"
+            f" {vocab_size}: it must be at least as large"
         )
 
 
@@ -80,7 +80,7 @@ def check_preferences(loss: str, sources: Sequence[Source]) -> None:
             )
         if getattr(source.rows, "without_targets", 0) == store.num_documents:
             raise UserError(
-                f"{what} only pairs of which data.sequence_length cuts an answer off: raise it or shorten the prompts"
+                f"{what} only pairs with an answer beyond data.sequence_length: raise it, or shorten the prompts"
             )
 
 

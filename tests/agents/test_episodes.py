@@ -152,7 +152,7 @@ def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, c
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
-    """A model that answers with half an emoji, then with nothing."""
+    """A model that answers with a lone surrogate, then with nothing."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -66,7 +66,7 @@ def test_a_signal_is_counted_as_in_a_shell(box):
     assert box("kill -TERM $$").code == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("word", ["a\0b", "\ud83d", "a" * 200_000], ids=["nul", "half an emoji", "200 kB"])
+@pytest.mark.parametrize("word", ["a\0b", "\ud83d", "a" * 200_000], ids=["nul", "a lone surrogate", "200 kB"])
 def test_words_that_no_program_takes_are_a_failed_command(box, word):
     """A model writes them; the evaluation goes on."""
     found = box(f"echo {word}")

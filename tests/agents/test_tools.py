@@ -1,6 +1,7 @@
 """Errands by scripted agents: calls, what the lazy user says when, and what mistakes are called."""
 
 import json
+import re
 import sys
 import types
 
@@ -78,7 +79,9 @@ def test_results_of_calls_are_the_users_where_the_template_knows_no_tools(small_
 def test_an_observation_is_text_that_tokenizers_take():
     world = errand("address")
     world.reset()
-    step = world.step(call("set_address", number="1005", address="\ud83d"))  # half an emoji, escaped in JSON
+    step = world.step(
+        call("set_address", number="1005", address="\ud83d")
+    )  # a lone surrogate, escaped in JSON
     assert step.observation == '"order 1005 goes to ?"'
 
 
@@ -153,6 +156,7 @@ def test_page(tmp_path):
     assert '<td data-head="turn 1">0.0</td><td data-head="turn 2">50.0</td>' in text
     assert '<th scope="col">wrong answer</th>' in text
     assert "tools/status: solved in turn 2" in text
+    assert re.findall(r'title="([^"]+)">\d+</i>', text) == ["solved in turn 2: 1", "not solved: 1"]
     assert '<br><span class="soft">I am Ada. Where is my parcel?</span>' in text
     assert "more</summary>" not in text
     assert agents_page(traces * 12, 2, "a").count("<summary>2 more</summary>") == 2

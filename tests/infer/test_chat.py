@@ -95,7 +95,7 @@ def test_old_turns_are_forgotten_aloud(parrot):
 def test_a_turn_that_is_too_long_is_told_and_forgotten(parrot):
     lines, options = ["one", "x y z " * 30, "two"], {"max_new_tokens": 20}
     written = []
-    messages = converse(parrot, lines, written.append, go_on=True, **options)
+    messages = converse(parrot, lines, written.append, continue_on_error=True, **options)
     assert [message["content"] for message in messages] == ["one", ANSWER, "two", ANSWER]
     assert any("max_position_embeddings 96" in text for text in written)
     with pytest.raises(UserError, match="max_position_embeddings 96"):

@@ -223,7 +223,7 @@ class Once(Echo):
 class Scored(Echo):
     """Rewards of the whole state, as InterCode's: 0.6 after the first turn, all later ones repeat it."""
 
-    scores_state = True
+    cumulative_rewards = True
 
     def step(self, action):
         return Step(observation="x", verdict="wrong answer", reward=0.6)
