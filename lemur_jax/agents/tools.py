@@ -1,7 +1,7 @@
 """Tool calls, and a scripted user who says more only when asked, or when the answer is wrong.
 
-Calls are written as in `text/conversation_formats.py`: JSON with `name` and `arguments` between
-<tool_call> and </tool_call>, OpenAI's `tool_calls` as text; results come back in turns of the role `tool`.
+Calls are written as in `text/tool_calls.py`: JSON with `name` and `arguments` between <tool_call> and </tool_call>,
+OpenAI's `tool_calls` as text; results come back in turns of the role `tool`.
 """
 
 import copy

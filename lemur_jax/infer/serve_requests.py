@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.text.conversation_formats import openai
+from lemur_jax.text.conversation_formats import openai_messages
 
 Json = dict[str, Any]
 
@@ -125,13 +125,13 @@ def prompts_of(body: Json) -> list[str | list[int]]:
 
 
 def messages_of(body: Json) -> list[Json]:
-    """The conversation; contents may be lists of text parts, and tool calls become text."""
+    """The conversation; contents may be lists of text parts."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of at least one message")
     try:
-        # `openai` reads training data, which ends with an answer.
-        return openai({"messages": [*messages, {"role": "assistant", "content": "-"}]})[:-1]
+        # Training data ends with an answer.
+        return openai_messages([*messages, {"role": "assistant", "content": "-"}])[:-1]
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"messages: {error}") from error
 

@@ -122,17 +122,24 @@ def _messages(data: bytes) -> Any:
 
 
 def _joined(messages: Any) -> str:
-    """The text of a conversation for the filters; "" if it is malformed, which is refused later."""
+    """The text of a conversation, without `tools`, for the filters; "" if it is malformed, which is refused later."""
     if isinstance(messages, dict):
-        return "\n\n".join(_joined(part) for part in messages.values())
+        return "\n\n".join(_joined(part) for key, part in messages.items() if key != "tools")
     if not isinstance(messages, list):
         return ""
-    contents = [message.get("content") for message in messages if isinstance(message, dict)]
-    return "\n\n".join(content for content in contents if isinstance(content, str))
+    said: list[str] = []
+    for message in messages:
+        if isinstance(message, dict):
+            said += [message["content"]] if isinstance(message.get("content"), str) else []
+            said += [json.dumps(call, ensure_ascii=False) for call in [message.get("tool_calls")] if call]
+    return "\n\n".join(said)
 
 
 def _encode_messages(tokenizer: Tokenizer, messages: Any, name: str, marks: Mapping[str, Any]) -> Encoded:
-    ids, mask = encode_chat(tokenizer, messages, name=name)
+    tools = ()
+    if isinstance(messages, dict) and set(messages) == {"messages", "tools"}:
+        messages, tools = messages["messages"], messages["tools"]
+    ids, mask = encode_chat(tokenizer, messages, tools=tools, name=name)
     for message in messages:
         says = message["content"].strip() or message.get("tool_calls")
         if message["role"] == "assistant" and is_trained(message) and not says:

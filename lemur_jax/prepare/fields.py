@@ -23,8 +23,9 @@ class Fields:
 
     Attributes:
       text: the field of the text.
-      messages: for chat, instead of text: a function from a row to messages, e.g. `conversation_formats.sharegpt`;
-        bytes in the row, which TFDS and TFRecord have, are strings where they are UTF-8.
+      messages: for chat, instead of text: a function from a row to messages, e.g. `conversation_formats.sharegpt`, or
+        to {"messages": messages, "tools": OpenAI's tools}; bytes in the row, which TFDS and TFRecord have, are strings
+        where they are UTF-8.
       preferences: instead of both: a function from a row to {"chosen": messages, "rejected": messages}, or one of them,
         e.g. `conversation_formats.preference`.
       id: the document's name; "", or null in a row: its file and position.
@@ -36,8 +37,8 @@ class Fields:
     """
 
     text: str = "text"
-    messages: Callable[[Row], Sequence[Mapping[str, Any]]] | None = None
-    preferences: Callable[[Row], Mapping[str, Sequence[Mapping[str, Any]]]] | None = None
+    messages: Callable[[Row], Sequence[Mapping[str, Any]] | Mapping[str, Any]] | None = None
+    preferences: Callable[[Row], Mapping[str, Any]] | None = None
     id: str = ""
     meta: tuple[str, ...] = ()
     group: str = ""
@@ -120,7 +121,9 @@ def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
     if fields.preferences is not None:
         content = json.dumps(fields.preferences(_plain(row)), ensure_ascii=False).encode()
     elif fields.messages is not None:
-        content = json.dumps(list(fields.messages(_plain(row))), ensure_ascii=False).encode()
+        messages = fields.messages(_plain(row))
+        messages = messages if isinstance(messages, Mapping) else list(messages)
+        content = json.dumps(messages, ensure_ascii=False).encode()
     else:
         content = _text(_look_up(row, fields.text), fields.text)
     id = _look_up(row, fields.id) if fields.id else None

@@ -3,7 +3,8 @@
 Ids and mask are those of transformers' `apply_chat_template`: the template marks what is supervised with
 `{% generation %} ... {% endgeneration %}`, and character offsets carry that over to tokens. In a template without marks
 an assistant's turn is what it adds to the conversation before it, rendered with the generation prompt. A control token
-that a message spells is plain text. A turn with `weight: 0` or one of `TRAIN_FLAGS` false is not supervised.
+that a message spells is plain text. A turn with `weight: 0` or one of `TRAIN_FLAGS` false is not supervised. Tools and
+calls are text where a template has no place for them (`tool_calls.py`); one that leaves out what turns say is refused.
 """
 
 import datetime
@@ -11,10 +12,11 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.text import tool_calls
 from lemur_jax.text.files import CHATML_TEMPLATE, CHATML_TOKENS
 from lemur_jax.text.tokenizer import TURN_ENDS, Tokenizer
 
@@ -24,7 +26,7 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # A message: {"role": "user", "content": "..."}, and whatever else a template may read.
 Message = Mapping[str, Any]
 
-# Private-use characters; four that a conversation does not contain mark places in its rendered text.
+# Private-use characters; those that a conversation does not contain mark places in its rendered text.
 _MARKS = range(0xF0000, 0xFFFFE)
 
 
@@ -57,12 +59,18 @@ def is_trained(message: Message) -> bool:
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False, name: str = ""
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: tool_calls.Tools = (),
+    add_generation_prompt: bool = False,
+    name: str = "",
 ) -> tuple[list[int], list[int]]:
     """Ids of a conversation and its loss mask.
 
     Args:
-      messages: the turns, in any order of roles.
+      messages: the turns, in any order of roles; an assistant's may have OpenAI's `tool_calls`.
+      tools: OpenAI's `tools`, which the assistant may call.
       add_generation_prompt: end with the header of an assistant's turn, for the model to continue.
       name: what to call the conversation in errors.
 
@@ -71,10 +79,10 @@ def encode_chat(
       assistant's content and its closing `<|im_end|>\\n`.
 
     Raises:
-      UserError: malformed messages; without a generation prompt, no supervised token, or a template without marks that
-        writes a turn differently when others follow.
+      UserError: malformed messages, or a template that leaves out a content, a call or a tool; without a generation
+        prompt, no supervised token, or a template without marks that writes a turn differently when others follow.
     """
-    text, spans = _render(tokenizer, messages, add_generation_prompt, name)
+    text, spans = _render(tokenizer, messages, tools, add_generation_prompt, name)
     ids, offsets = tokenizer.encode_marked(text)
     mask = _overlaps(offsets, spans)
     if not add_generation_prompt and not any(mask):
@@ -90,7 +98,7 @@ def render_chat(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> str:
     """A conversation as its template writes it, control tokens spelled out; UserError if it is malformed or refused."""
-    return tokenizer.unmark(_render(tokenizer, messages, add_generation_prompt, "")[0])
+    return tokenizer.unmark(_render(tokenizer, messages, (), add_generation_prompt, "")[0])
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
@@ -116,40 +124,90 @@ def check_template(tokenizer: Tokenizer) -> None:
 
 
 def _render(
-    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool, name: str
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: tool_calls.Tools,
+    add_generation_prompt: bool,
+    name: str,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text for `Tokenizer.encode_marked`, and the characters [begin, end) of it that are supervised."""
-    _check_messages(messages, name)
+    where = f"conversation {name or '(unnamed)'}"
+    _check_messages(messages, where)
     template = chat_template(tokenizer)
-    spelled = json.dumps(messages, ensure_ascii=False, default=str) + template
+    turns, tools = tool_calls.fit(template, messages, tools)
+    spelled = json.dumps([turns, tools], ensure_ascii=False, default=str) + template
     unused = (chr(code) for code in _MARKS if chr(code) not in spelled)
     begin, end, separator, untrained = itertools.islice(unused, 4)
     # So that a control token spelled in a message is not taken for one of the template's.
-    broken = _map_strings(messages, lambda text: tokenizer.break_control_tokens(text, separator))
-    given = []
-    for message in broken:
-        message = {key: value for key, value in message.items() if value is not None}
-        if not is_trained(message):
-            # Before its trailing space, which templates trim.
-            said = message["content"].rstrip()
-            message["content"] = f"{said}{untrained}{message['content'][len(said) :]}"
-        given.append(message)
-    values = {"tools": None, "documents": None, **tokenizer.special_names}
+    turns, tools = _map_strings([turns, tools], lambda text: tokenizer.break_control_tokens(text, separator))
+    turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+    given = [turn if is_trained(turn) else _mark_turn(turn, lambda _: untrained) for turn in turns]
+    values = {"tools": tools or None, "documents": None, **tokenizer.special_names}
 
     def write(count: int, prompt: bool) -> str:
-        shown = {**values, "messages": given[:count]}
-        return _compile(template, begin, end).render(add_generation_prompt=prompt, **shown)
+        program = _compile(template, begin, end)
+        return program.render(messages=given[:count], add_generation_prompt=prompt, **values)
 
     try:
         text = write(len(given), add_generation_prompt)
         if not add_generation_prompt and not _GENERATION.search(template):
-            answers = [n for n, m in enumerate(messages) if m["role"] == "assistant" and is_trained(m)]
+            answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant" and is_trained(turn)]
             text = _mark_answers(text, answers, write, (begin, end), tokenizer)
+        _check_complete(_compile(template, begin, end), turns, values, unused)
     except UserError as error:
-        raise UserError(f"conversation {name or '(unnamed)'}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     except Exception as error:  # a template is a program of the user's: it can fail in any way
-        raise UserError(f"conversation {name or '(unnamed)'}: its chat template says: {error}") from error
+        raise UserError(f"{where}: its chat template says: {error}") from error
     return _take_marks_out(tokenizer.mark_control_tokens(text), begin, end, separator, untrained)
+
+
+def _mark_turn(turn: Message, mark: Callable[[str], str]) -> Message:
+    """The turn with a mark at the end of what it says, and of the name of each call; `mark` is told which."""
+    calls = [
+        {**call, "function": _mark_name(call["function"], mark("a call"))}
+        for call in turn.get("tool_calls", ())
+    ]
+    marked = {**turn, "tool_calls": calls} if calls else dict(turn)
+    # Before its trailing space, which templates trim. A template may ask whether there is a content beside calls.
+    if (said := turn["content"].rstrip()) or not calls:
+        marked["content"] = said + mark("the content") + turn["content"][len(said) :]
+    return marked
+
+
+def _mark_name(function: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    return {**function, "name": f"{function['name']}{mark}"}
+
+
+def _check_complete(
+    program, turns: Sequence[Message], values: Mapping[str, Any], marks: Iterator[str]
+) -> None:
+    """Raises UserError if the template leaves out a content, a call or a tool.
+
+    It is run once more for that: a mark in a content could change what a template does with it.
+    """
+    expected: dict[str, str] = {}
+
+    def mark(what: str) -> str:
+        character = next(marks)
+        expected[character] = what
+        return character
+
+    shown = []
+    for number, turn in enumerate(turns):
+        where = f"of turn {number} ({turn['role']})"
+        says = turn["content"].strip() or turn.get("tool_calls")
+        shown.append(_mark_turn(turn, lambda what, where=where: mark(f"{what} {where}")) if says else turn)
+    tools = []
+    for tool in values["tools"] or ():
+        function = _mark_name(tool.get("function", tool), mark("a tool"))
+        tools.append({**tool, "function": function} if "function" in tool else function)
+    text = program.render(messages=shown, add_generation_prompt=False, **{**values, "tools": tools or None})
+    lost = [what for character, what in expected.items() if character not in text]
+    if lost:
+        raise UserError(
+            f"the chat template leaves out {lost[0]}: change the conversations, or name a template that writes it with"
+            " config.tokenizer.chat_template"
+        )
 
 
 def _mark_answers(
@@ -246,8 +304,7 @@ def _raise(message: str) -> None:
     raise ValueError(message)
 
 
-def _check_messages(messages: Sequence[Message], name: str) -> None:
-    where = f"conversation {name or '(unnamed)'}"
+def _check_messages(messages: Sequence[Message], where: str) -> None:
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise UserError(f"{where}: expected a list of messages, got {messages!r:.80}")
     for position, message in enumerate(messages):
@@ -259,6 +316,7 @@ def _check_messages(messages: Sequence[Message], name: str) -> None:
             )
         try:
             is_trained(message)
+            tool_calls.check(message)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
 

@@ -1,9 +1,11 @@
 """Converts conversations of published data sets to one form: a list of {"role", "content"}.
 
-Roles are system, user, assistant and tool; contents are strings. A turn of the assistant with `weight: 0`, or with
-`train`, `training` or `loss` false, gets `"train": False` and is not supervised. Null fields count as absent. Each
-function takes a row and raises ValueError with a reason where it cannot read it: `fields.Fields(messages=...)`.
-Those of preferences give {"chosen": messages, "rejected": messages}, or one of them: `Fields(preferences=...)`.
+Roles are system, user, assistant and tool; contents are strings; calls of tools are OpenAI's `tool_calls`. A turn of
+the assistant with `weight: 0`, or `train`, `training` or `loss` false, gets `"train": False` and is not supervised.
+Null fields count as absent. Each function takes a row and raises ValueError with a reason where it cannot read it:
+`fields.Fields(messages=...)`.
+Where tools come with a conversation the result is {"messages": messages, "tools": tools}. Those of preferences give
+{"chosen": messages, "rejected": messages}, or one of them, for `Fields(preferences=...)`.
 """
 
 import json
@@ -31,6 +33,7 @@ _ROLES = {
     "function": "tool",
 }
 _THOUGHTS = ("reasoning_content", "thinking")
+_OF_A_RESULT = ("name", "tool_call_id")
 
 
 def sharegpt(row: Row) -> Messages:
@@ -41,9 +44,10 @@ def sharegpt(row: Row) -> Messages:
     turns = _list(row, "conversations" if row.get("conversation") is None else "conversation")
     messages = []
     for turn in turns:
-        spelling = ("role", "content") if _has(turn, "role") and not _has(turn, "from") else ("from", "value")
-        role, content = (_get(turn, key) for key in spelling)
-        messages.append(_message(role, content, turn))
+        if _has(turn, "role") and not _has(turn, "from"):
+            messages.append(_turn(turn))
+        else:
+            messages.append(_message(_get(turn, "from"), _get(turn, "value"), turn))
     return _checked([*_system(row.get("system")), *messages])
 
 
@@ -101,29 +105,24 @@ def openassistant_messages(row: Row) -> Messages:
     return openassistant({"prompt": roots[0]})
 
 
-def openai(row: Row) -> Messages:
-    """OpenAI `messages`: contents as strings or parts, tool calls and tool results.
+def openai(row: Row) -> Messages | dict[str, Any]:
+    """OpenAI `messages`: contents as strings or parts, tool calls and tool results; perhaps `tools`.
 
-    A call becomes part of what the assistant says, as JSON between <tool_call> and </tool_call>, and is trained on;
-    a result is a turn of the role tool. `reasoning_content` and `thinking` go to the chat template, which may write
-    them. `tools` of the row are not read: tools that the model should know belong in the system turn.
+    Calls are trained on, results are not. `tools` (a list, or JSON as TRL has it) and calls are written by the chat
+    template, or as text where it has no place for them. `reasoning_content` and `thinking` go to the chat template,
+    which may write them.
     """
-    messages = []
-    for turn in _list(row, "messages"):
-        role = _get(turn, "role")
-        calls = [_call(_get(call, "function")) for call in turn.get("tool_calls") or []]
-        if turn.get("function_call"):  # the older spelling of one call
-            calls.append(_call(turn["function_call"]))
-        content = "" if calls and not _has(turn, "content") else _parts(_get(turn, "content"))
-        message = _message(role, "\n".join([content] * bool(content) + calls), turn)
-        messages.append(message | {key: turn[key] for key in _THOUGHTS if _has(turn, key)})
-    return _checked(messages)
+    return _with_tools(row, openai_messages(_list(row, "messages")))
 
 
-def preference(row: Row) -> dict[str, Messages]:
-    """TRL's preferences, and UltraFeedback as binarized for it: `chosen` and `rejected`, perhaps `prompt`.
+def openai_messages(turns: Sequence[Row]) -> Messages:
+    return _checked([_turn(turn) for turn in turns])
 
-    Each is a text or a list of {"role", "content"}. The turns that both conversations share belong to the prompt: only
+
+def preference(row: Row) -> dict[str, Any]:
+    """TRL's preferences, and UltraFeedback as binarized for it: `chosen` and `rejected`, perhaps `prompt` and `tools`.
+
+    Each is a text or a list of turns as of `openai`. The turns that both conversations share belong to the prompt: only
     what follows is trained on.
     """
     chosen, rejected = (_turns(_get(row, side), "assistant") for side in ("chosen", "rejected"))
@@ -132,10 +131,9 @@ def preference(row: Row) -> dict[str, Messages]:
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
-    return {
-        "chosen": _answered([*prompt, *chosen[:shared]], chosen[shared:]),
-        "rejected": _answered([*prompt, *rejected[:shared]], rejected[shared:]),
-    }
+    prompt += chosen[:shared]
+    sides = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
+    return {side: _with_tools(row, _answered(prompt, turns)) for side, turns in sides.items()}
 
 
 def ultrafeedback(row: Row) -> dict[str, Messages]:
@@ -155,20 +153,20 @@ def _score(completion: Row) -> float:
     return score
 
 
-def labelled(row: Row) -> dict[str, Messages]:
+def labelled(row: Row) -> dict[str, Any]:
     """TRL's unpaired preferences, for KTO: `prompt`, `completion`, and a `label` that says whether it is desirable."""
     prompt, completion = _turns(_get(row, "prompt"), "user"), _turns(_get(row, "completion"), "assistant")
     label = _get(row, "label")
     if label not in (0, 1):
         raise ValueError(f"the label is {label!r:.40}, neither true nor false")
-    return {"chosen" if label else "rejected": _answered(prompt, completion)}
+    return {"chosen" if label else "rejected": _with_tools(row, _answered(prompt, completion))}
 
 
 def _turns(content: Any, role: str) -> Messages:
     """A list of turns, or a text as one of `role`."""
     if isinstance(content, str):
         return [_message(role, content)]
-    return [_message(_get(turn, "role"), _parts(_get(turn, "content")), turn) for turn in content]
+    return [_turn(turn) for turn in content]
 
 
 def _answered(prompt: Messages, completion: Messages) -> Messages:
@@ -181,17 +179,41 @@ def _rank(reply: Row) -> float:
     return float("inf") if rank is None else rank
 
 
-def _call(function: Any) -> str:
-    name, arguments = _get(function, "name"), function.get("arguments") or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError as error:
-            raise ValueError(f"the arguments of the call of {name!r} are not JSON") from error
-    else:  # Parquet gives each call the arguments of all
-        arguments = _without_nulls(arguments)
-    call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-    return f"<tool_call>\n{call}\n</tool_call>"
+def _turn(turn: Row) -> dict[str, Any]:
+    """A message of OpenAI's form."""
+    role = _get(turn, "role")
+    calls = [_call(call) for call in turn.get("tool_calls") or []]
+    if turn.get("function_call"):  # the older spelling of one call
+        calls.append(_call({"function": turn["function_call"]}))
+    content = "" if calls and not _has(turn, "content") else _parts(_get(turn, "content"))
+    message = _message(role, content, turn, calls)
+    kept = _THOUGHTS if message["role"] == "assistant" else _OF_A_RESULT if message["role"] == "tool" else ()
+    return message | {key: turn[key] for key in kept if _has(turn, key)}
+
+
+def _call(call: Row) -> dict[str, Any]:
+    function = _get(call, "function")
+    name = _get(function, "name")
+    arguments = _values(function.get("arguments") or {}, f"the arguments of the call of {name!r}")
+    named = {"id": call["id"]} if _has(call, "id") else {}
+    return {**named, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _with_tools(row: Row, messages: Messages) -> Messages | dict[str, Any]:
+    tools = _values(row.get("tools") or [], "`tools`")
+    if isinstance(tools, Mapping) or not all(_has(tool.get("function", tool), "name") for tool in tools):
+        raise ValueError("`tools` is not a list of tools with names")
+    return {"messages": messages, "tools": tools} if tools else messages
+
+
+def _values(value: Any, what: str) -> Any:
+    """JSON, or a value without the nulls by which Parquet gives each object the keys of all."""
+    if not isinstance(value, str):
+        return _without_nulls(value)
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{what} are not JSON") from error
 
 
 def _without_nulls(value: Any) -> Any:
@@ -212,7 +234,7 @@ def _parts(content: Any) -> str:
     return "".join(_get(part, "text") for part in content)
 
 
-def _message(role: Any, content: Any, turn: Row | None = None) -> dict[str, Any]:
+def _message(role: Any, content: Any, turn: Row | None = None, calls: Sequence[Row] = ()) -> dict[str, Any]:
     """A message; `turn`: where a flag says whether it is trained on."""
     if role not in _ROLES:
         raise ValueError(f"unknown role {role!r}")
@@ -220,9 +242,11 @@ def _message(role: Any, content: Any, turn: Row | None = None) -> dict[str, Any]
         raise ValueError(f"the content of a turn of {role} is {type(content).__name__}, not a string")
     message: dict[str, Any] = {"role": _ROLES[role], "content": content}
     if message["role"] == "assistant":
+        if calls:
+            message["tool_calls"] = calls
         if turn is not None and not is_trained(turn):
             message["train"] = False
-        elif not content.strip():
+        elif not content.strip() and not calls:
             raise ValueError(f"a turn of {role} is empty")
     return message
 

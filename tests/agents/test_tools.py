@@ -131,12 +131,11 @@ def test_calls_are_those_of_our_chat_data(chat_tokenizer):
         {"role": "tool", "content": "in transit"},
         {"role": "assistant", "content": "On its way."},
     ]
-    messages = openai({"messages": turns})
-    messages = messages if isinstance(messages, list) else json.loads(messages)
+    ids, mask = encode_chat(chat_tokenizer, openai({"messages": turns}))
+    trained = chat_tokenizer.decode([index for index, flag in zip(ids, mask, strict=True) if flag])
     world = errand("status")
     world.reset()
-    assert json.loads(world.step(messages[1]["content"]).observation) == SHOP["1001"]
-    ids, _ = encode_chat(chat_tokenizer, messages)
+    assert json.loads(world.step(trained.partition(CHATML_TOKENS[2])[0]).observation) == SHOP["1001"]
     assert ids.count(chat_tokenizer.control_tokens[CHATML_TOKENS[1]]) == 4
 
 

@@ -116,7 +116,16 @@ def conversations(name):
     made = [conversation(generator) for _ in range(COUNT)]
     if name == "tools":
         return [structured(messages) for messages in made]
-    return [conversation_formats.openai({"messages": messages}) for messages in made]
+    # The other templates have no place for calls.
+    found = [conversation_formats.openai({"messages": messages}) for messages in made]
+    return [[*map(with_calls_as_text, messages)] for messages in found]
+
+
+def with_calls_as_text(message):
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.pop("tool_calls", ())]
+    parts = [message["content"]] * bool(message["content"])
+    parts += [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
+    return {**message, "content": "\n".join(parts)}
 
 
 def under_other_names(source, target, template):

@@ -156,14 +156,12 @@ def test_openai_with_tools():
         {"role": "tool", "tool_call_id": "1", "content": "3"},
         {"role": "assistant", "content": "It is 3."},
     ]
-    spelled = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
-    assert formats.openai({"messages": messages}) == talk(
-        ("system", "D"),
-        ("user", "1 + 2?"),
-        ("assistant", f"{spelled}\n{spelled}"),
-        ("tool", "3"),
-        ("assistant", "It is 3."),
+    expected = talk(
+        ("system", "D"), ("user", "1 + 2?"), ("assistant", ""), ("tool", "3"), ("assistant", "It is 3.")
     )
+    expected[2]["tool_calls"] = [{**call, "function": {"name": "add", "arguments": {"a": 1}}}] * 2
+    expected[3]["tool_call_id"] = "1"
+    assert formats.openai({"messages": messages}) == expected
 
 
 def test_calls_are_trained_on_and_results_are_not(chat_tokenizer):
@@ -207,7 +205,7 @@ def test_null_fields_are_absent():
     assert formats.sharegpt(row) == talk(("user", "q"), ("assistant", "a"))
     call = {"name": "f", "arguments": {"x": 1, "y": None, "z": [{"u": None, "v": 2}]}}
     (turn,) = formats.openai({"messages": [{"role": "assistant", "content": None, "function_call": call}]})
-    assert json.loads(turn["content"].split("\n")[1])["arguments"] == {"x": 1, "z": [{"v": 2}]}
+    assert turn["tool_calls"][0]["function"]["arguments"] == {"x": 1, "z": [{"v": 2}]}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""Tools, and calls of them, as text: for chat templates that have no place for these."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# A template that writes tools reads this variable; `builtin_tools` and the like are others.
+_TOOLS = re.compile(r"\btools\b")
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+def fit(
+    template: str, messages: Sequence[Mapping[str, Any]], tools: Tools
+) -> tuple[list[Mapping[str, Any]], Tools]:
+    """(messages, tools) for a chat template, with text in place of what it does not write.
+
+    Args:
+      template: Jinja.
+      messages: turns, perhaps with OpenAI's `tool_calls`.
+      tools: OpenAI's `tools`.
+
+    Returns:
+      Where the template has no `tool_calls`: the calls at the end of what the assistant says, each as JSON with `name`
+      and `arguments` between <tool_call> and </tool_call>. Where it has no `tools`: the tools in front of what the
+      first turn says, and no tools.
+    """
+    turns = list(messages)
+    if "tool_calls" not in template:
+        turns = [_with_spelled_calls(turn) if turn.get("tool_calls") else turn for turn in turns]
+    if tools and not _TOOLS.search(template):
+        turns[0] = {**turns[0], "content": f"{_described(tools)}\n\n{turns[0]['content']}"}
+        tools = ()
+    return turns, tools
+
+
+def check(message: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the message's `tool_calls`, if any, are a list of calls with names."""
+    calls = message.get("tool_calls") or []
+    functions = [call.get("function") for call in calls if isinstance(call, Mapping)]
+    named = [isinstance(each, Mapping) and isinstance(each.get("name"), str) for each in functions]
+    if not isinstance(calls, list | tuple) or len(named) != len(calls) or not all(named):
+        raise ValueError(f'tool_calls are {calls!s:.80}; expected [{{"function": {{"name", "arguments"}}}}]')
+
+
+def _with_spelled_calls(turn: Mapping[str, Any]) -> dict[str, Any]:
+    calls = []
+    for call in turn["tool_calls"]:
+        function = {key: call["function"].get(key) for key in ("name", "arguments")}
+        calls.append(f"<tool_call>\n{json.dumps(function, ensure_ascii=False)}\n</tool_call>")
+    content = "\n".join([turn["content"]] * bool(turn["content"]) + calls)
+    return {**turn, "content": content, "tool_calls": None}
+
+
+def _described(tools: Tools) -> str:
+    return (
+        f"You can use these tools:\n{json.dumps(list(tools), ensure_ascii=False)}\n"
+        'Call one with <tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>; you see its result.'
+    )

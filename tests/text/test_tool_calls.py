@@ -1,0 +1,174 @@
+"""Conversations with tools, through the templates of published models, against transformers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import trl
+from transformers import AutoTokenizer
+
+from lemur_jax.common.errors import UserError
+from lemur_jax.prepare.encoding import Encoded, encode
+from lemur_jax.prepare.fields import Fields, to_documents
+from lemur_jax.text import conversation_formats as formats
+from lemur_jax.text.chat_template import encode_chat
+from lemur_jax.text.tokenizer_files import extend
+
+# TRL has the templates of models as they are published, and copies with marks of what is generated.
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": CITY}}]
+
+
+def conversation(content=None, **flags):
+    """As OpenAI's API has it: arguments are JSON."""
+    function = {"name": "weather", "arguments": '{"city": "Köln"}'}
+    call = {"id": "abcdefghi", "type": "function", "function": function}
+    return [
+        {"role": "user", "content": "How is the weather?"},
+        {"role": "assistant", "content": content, "tool_calls": [call], **flags},
+        {"role": "tool", "tool_call_id": "abcdefghi", "name": "weather", "content": 'Sunny, "very".'},
+        {"role": "assistant", "content": "The sun shines."},
+    ]
+
+
+@pytest.fixture(scope="module")
+def with_template(chat_dir, tmp_path_factory):
+    """with_template(name) -> our tokenizer and that of transformers with one of TRL's templates."""
+
+    def make(name):
+        template = (TEMPLATES / f"{name}.jinja").read_text()
+        ours = extend(chat_dir, tmp_path_factory.mktemp(name), [], chat_template=template)
+        return ours, AutoTokenizer.from_pretrained(chat_dir, chat_template=template)
+
+    return make
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), None], ids=["list", "json", "none"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen2_5_training",
+        "qwen3_training",
+        "glm4moe_training",
+        "gptoss_training",
+        "lfm2_v2_training",
+        "llama3_1",
+    ],
+)
+def test_ids_and_mask_are_those_of_transformers(with_template, name, tools):
+    ours, theirs = with_template(name)
+    talk = formats.openai({"messages": conversation(), "tools": tools})
+    messages, shown = (talk["messages"], talk["tools"]) if tools else (talk, ())
+    ids, mask = encode_chat(ours, messages, tools=shown)
+    expected = theirs.apply_chat_template(
+        messages, tools=shown or None, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert ids == expected["input_ids"]
+    if name == "llama3_1":  # has no marks
+        said = [i for i, flag in zip(ids, mask, strict=True) if flag]
+        assert '{"name": "weather", "parameters": {"city": "Köln"}}' in ours.decode(said)
+        assert "Sunny" not in ours.decode(said)
+    else:
+        assert mask == expected["assistant_masks"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_training", "llama3_1"])
+def test_a_call_that_is_not_trained_on(with_template, name):
+    ours, _ = with_template(name)
+    trained, untrained = (
+        formats.openai({"messages": conversation(**flags)}) for flags in ({}, {"weight": 0})
+    )
+    (ids, mask), (same, fewer) = encode_chat(ours, trained), encode_chat(ours, untrained)
+    assert ids == same
+    said = ours.decode([i for i, flag in zip(ids, fewer, strict=True) if flag])
+    assert "The sun shines." in said
+    assert "weather" not in said
+    assert sum(fewer) < sum(mask)
+
+
+def test_templates_without_a_place_for_tools_get_text(chat_tokenizer):
+    talk = formats.openai({"messages": conversation("I look."), "tools": TOOLS})
+    ids, mask = encode_chat(chat_tokenizer, talk["messages"], tools=talk["tools"])
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+    user = (
+        f"You can use these tools:\n{json.dumps(TOOLS)}\n"
+        'Call one with <tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>; you see its result.\n\n'
+        "How is the weather?"
+    )
+    said = [
+        ("user", user), ("assistant", f"I look.\n{call}"), ("tool", 'Sunny, "very".'), ("assistant", "The sun shines.")
+    ]  # fmt: skip
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said)
+    assert chat_tokenizer.decode(ids) == text
+    trained = chat_tokenizer.decode([i for i, flag in zip(ids, mask, strict=True) if flag])
+    assert call in trained
+    assert "these tools" not in trained
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "lost"),
+    [
+        ("llama3_1", conversation("I look."), r"the content of turn 1 \(assistant\)"),
+        ("deepseek_r1_distill_training", conversation(), r"a call of turn 1 \(assistant\)"),
+        ("phi3_training", conversation(), r"the content of turn 2 \(tool\)"),
+    ],
+)
+def test_what_a_template_leaves_out_is_refused(with_template, name, messages, lost):
+    with pytest.raises(UserError, match=f"conversation c-1: the chat template leaves out {lost}"):
+        encode_chat(with_template(name)[0], formats.openai({"messages": messages}), name="c-1")
+
+
+def test_a_tool_that_a_template_leaves_out_is_refused(chat_dir, tmp_path):
+    template = "{{ tools[0].function.name }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = extend(chat_dir, tmp_path / "first", [], chat_template=template)
+    messages = [{"role": "assistant", "content": "hi"}]
+    assert encode_chat(tokenizer, messages, tools=TOOLS)
+    with pytest.raises(UserError, match="leaves out a tool"):
+        encode_chat(tokenizer, messages, tools=[*TOOLS, {"function": {"name": "other"}}])
+
+
+def test_prepare_writes_tools_and_tells_calls_apart(chat_tokenizer):
+    rows = [{"messages": conversation(), "tools": TOOLS} for _ in range(2)]
+    rows[1]["messages"] = json.loads(json.dumps(conversation()).replace("K\\u00f6ln", "Oslo"))
+    found = [("row", row) for row in rows]
+    steps = json.dumps({"exact_duplicates": True})
+    encoded = []
+    for document, _ in to_documents("f", found, Fields(messages=formats.openai)):
+        result = encode(chat_tokenizer, document, steps)
+        assert isinstance(result, Encoded), result
+        encoded.append(result)
+    assert encoded[0].exact != encoded[1].exact
+    assert "these tools" in chat_tokenizer.decode(encoded[0].tokens.tolist())
+
+
+def test_preferences_may_have_tools(chat_tokenizer):
+    row = {"chosen": conversation(), "rejected": conversation(), "tools": TOOLS}
+    row["rejected"][-1] = {"role": "assistant", "content": "No."}
+    (document, _), *_ = to_documents("f", [("row", row)], Fields(preferences=formats.preference))
+    result = encode(chat_tokenizer, document)
+    assert isinstance(result, Encoded), result
+    assert chat_tokenizer.decode(result.tokens.tolist()).count("these tools") == 2
+    assert result.n_bytes == len("The sun shines.<|im_end|>\nNo.<|im_end|>\n") - 2 * len("<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("tools", "reason"),
+    [
+        ("[{", "`tools` are not JSON"),
+        ({"name": "f"}, "not a list of tools"),
+        ([{"function": {}}], "not a list of tools"),
+    ],
+)
+def test_tools_that_are_none(tools, reason):
+    with pytest.raises(ValueError, match=reason):
+        formats.openai({"messages": conversation(), "tools": tools})
+
+
+@pytest.mark.parametrize(
+    "calls", ["call", [{"name": "f"}], [{"function": {"name": 3}}], {"function": {"name": "f"}}]
+)
+def test_calls_that_are_none(chat_tokenizer, calls):
+    with pytest.raises(UserError, match="tool_calls are"):
+        encode_chat(chat_tokenizer, [{"role": "assistant", "content": "", "tool_calls": calls}])
