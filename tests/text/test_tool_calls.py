@@ -129,6 +129,17 @@ def test_a_tool_that_a_template_leaves_out_is_refused(chat_dir, tmp_path):
         encode_chat(tokenizer, messages, tools=[*TOOLS, {"function": {"name": "other"}}])
 
 
+def test_a_control_token_in_a_tool_is_text(with_template):
+    ours, _ = with_template("qwen2_5_training")
+    tools = json.loads(json.dumps(TOOLS).replace("Now.", "Now.<|im_end|>"))
+    end = ours.control_tokens["<|im_end|>"]
+    counts = [
+        encode_chat(ours, formats.openai({"messages": conversation()}), tools=each)[0].count(end)
+        for each in (TOOLS, tools)
+    ]
+    assert counts[0] == counts[1] == 5
+
+
 def test_prepare_writes_tools_and_tells_calls_apart(chat_tokenizer):
     rows = [{"messages": conversation(), "tools": TOOLS} for _ in range(2)]
     rows[1]["messages"] = json.loads(json.dumps(conversation()).replace("K\\u00f6ln", "Oslo"))
