@@ -80,7 +80,7 @@ def encode_chat(
 
     Raises:
       UserError: malformed messages, or a template that leaves out a content, a call or a tool; without a generation
-        prompt, no supervised token, or a template without marks that writes a turn differently when others follow.
+        prompt, no supervised token, or a template without marks that does not write a turn as it would be generated.
     """
     text, spans = _render(tokenizer, messages, tools, add_generation_prompt, name)
     ids, offsets = tokenizer.encode_marked(text)
@@ -144,16 +144,16 @@ def _render(
     given = [turn if is_trained(turn) else _mark_turn(turn, lambda _: untrained) for turn in turns]
     values = {"tools": tools or None, "documents": None, **tokenizer.special_names}
 
-    def write(count: int, prompt: bool) -> str:
+    def write(turns: Sequence[Message], prompt: bool = False, **options: Any) -> str:
         program = _compile(template, begin, end)
-        return program.render(messages=given[:count], add_generation_prompt=prompt, **values)
+        return program.render(messages=turns, add_generation_prompt=prompt, **values | options)
 
     try:
-        text = write(len(given), add_generation_prompt)
-        if not add_generation_prompt and not _GENERATION.search(template):
-            answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant" and is_trained(turn)]
-            text = _mark_answers(text, answers, write, (begin, end), tokenizer)
-        _check_complete(_compile(template, begin, end), turns, values, unused)
+        if add_generation_prompt or _GENERATION.search(template):
+            text = write(given, add_generation_prompt)
+        else:
+            text = _with_marked_answers(given, write, (begin, end, next(unused)), tokenizer)
+        _check_complete(write, turns, tools, unused)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except Exception as error:  # a template is a program of the user's: it can fail in any way
@@ -179,7 +179,7 @@ def _mark_name(function: Mapping[str, Any], mark: str) -> dict[str, Any]:
 
 
 def _check_complete(
-    program, turns: Sequence[Message], values: Mapping[str, Any], marks: Iterator[str]
+    write: Callable[..., str], turns: Sequence[Message], tools: tool_calls.Tools, marks: Iterator[str]
 ) -> None:
     """Raises UserError if the template leaves out a content, a call or a tool.
 
@@ -197,11 +197,11 @@ def _check_complete(
         where = f"of turn {number} ({turn['role']})"
         says = turn["content"].strip() or turn.get("tool_calls")
         shown.append(_mark_turn(turn, lambda what, where=where: mark(f"{what} {where}")) if says else turn)
-    tools = []
-    for tool in values["tools"] or ():
+    named = []
+    for tool in tools:
         function = _mark_name(tool.get("function", tool), mark("a tool"))
-        tools.append({**tool, "function": function} if "function" in tool else function)
-    text = program.render(messages=shown, add_generation_prompt=False, **{**values, "tools": tools or None})
+        named.append({**tool, "function": function} if "function" in tool else function)
+    text = write(shown, tools=named or None)
     lost = [what for character, what in expected.items() if character not in text]
     if lost:
         raise UserError(
@@ -210,28 +210,39 @@ def _check_complete(
         )
 
 
-def _mark_answers(
-    text: str,
-    answers: Sequence[int],
-    write: Callable[[int, bool], str],
-    marks: tuple[str, str],
-    tokenizer: Tokenizer,
+def _with_marked_answers(
+    turns: Sequence[Message], write: Callable[..., str], marks: tuple[str, str, str], tokenizer: Tokenizer
 ) -> str:
-    """The rendered text with marks around what each of the turns `answers` adds to the turns before it."""
-    parts, at = [], 0
-    for turn in answers:
-        before, after = write(turn, True), write(turn + 1, False)
-        if not text.startswith(after):
-            after = _without_last_eos(after, tokenizer)
-        if not (text.startswith(after) and after.startswith(before)):
+    """The text of a conversation, marks around what each trained turn of the assistant adds to the turns before it.
+
+    Where a template writes an answer differently once others follow, as Qwen3's leaves thinking out, it stays as it was
+    given.
+
+    Args:
+      write: (turns, whether to end with a generation prompt) -> text.
+      marks: for the begin and the end of an answer, and one to find places by.
+    """
+    answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant" and is_trained(turn)]
+    if not answers:
+        return write(turns)
+    parts = [write(turns[: answers[0]], True)]
+    for turn, following in zip(answers, [*answers[1:], None], strict=True):
+        before, after = write(turns[:turn], True), write(turns[: turn + 1])
+        # From here on both texts are of other turns, or of what ends this one.
+        placed = [*turns[:turn], _mark_turn(turns[turn], lambda _: marks[2])]
+        end = write(placed).rpartition(marks[2])[2]
+        rest = write([*placed, *turns[turn + 1 : following]], following is not None).rpartition(marks[2])[2]
+        if not rest.startswith(end):
+            after, end = _without_last_eos(after, tokenizer), _without_last_eos(end, tokenizer)
+        if not (after.startswith(before) and rest.startswith(end)):
             raise UserError(
-                f"the chat template rewrites history: turn {turn} is not what follows the generation prompt, or is"
-                " written differently when others follow; put {% generation %} ... {% endgeneration %} around what"
-                " the assistant says in a copy, and name that with config.tokenizer.chat_template"
+                f"the chat template does not write turn {turn} as it would be generated: it is not what follows the"
+                " generation prompt, or ends differently when others follow; put"
+                " {% generation %} ... {% endgeneration %} around what the assistant says in a copy, and name that"
+                " with config.tokenizer.chat_template"
             )
-        parts += [text[at : len(before)], marks[0], text[len(before) : len(after)], marks[1]]
-        at = len(after)
-    return "".join([*parts, text[at:]])
+        parts += [marks[0], after[len(before) :], marks[1], rest[len(end) :]]
+    return "".join(parts)
 
 
 def _without_last_eos(text: str, tokenizer: Tokenizer) -> str:

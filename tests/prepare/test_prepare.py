@@ -151,7 +151,7 @@ def test_a_template_of_the_config_is_checked_before_data_is_read(task, make_conf
     file = tmp_path / "own.jinja"
     options = {"tokenizer.path": str(chat_dir), "tokenizer.chat_template": str(file)}
     file.write_text("{{ messages[-1].content }}")
-    with pytest.raises(UserError, match="the chat template rewrites history"):
+    with pytest.raises(UserError, match="the chat template does not write turn 1"):
         run(make_config("damaged", **options))
     file.write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
     with pytest.raises(UserError, match=r"1 of 1 records cannot be used"):

@@ -137,7 +137,8 @@ def published(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "model", ["gemma", "gemma3", "llama3", "phi3", "phi3_5", "qwen2_5", "qwen3_instruct_2507", "cohere2"]
+    "model",
+    ["gemma", "gemma3", "llama3", "phi3", "phi3_5", "qwen2_5", "qwen3", "qwen3_instruct_2507", "cohere2"],
 )
 def test_spans_of_published_templates(chat_dir, tmp_path, hf, model):
     """Without marks, the answers are those that TRL marks, but for newlines around them."""
@@ -160,27 +161,42 @@ def test_spans_of_published_templates(chat_dir, tmp_path, hf, model):
     assert answers(mask) == answers(marked[1])
 
 
-# Answers of earlier turns lose what they think; only the last turn shows that it thinks; eos follows the last alone.
-REWRITING = [
-    "{{ m.content.split('</think>')[-1] if not loop.last else m.content }}",
-    "{{ '<think>' if loop.last and m.role == 'assistant' }}{{ m.content }}",
-    "{{ m.content }}{{ '<|im_end|>' if loop.last }}",
-]
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "{{ m.content.split('</think>')[-1] if not loop.last and m.role == 'assistant' else m.content }}",
+        "{{ '<think>' if loop.last and m.role == 'assistant' }}{{ m.content }}",
+    ],
+)
+def test_an_answer_that_a_template_rewrites_later_stays_as_it_was_given(with_template, turn):
+    tokenizer = with_template("{% for m in messages %}" + turn + "<|im_end|>{% endfor %}")
+    check_template(tokenizer)
+    talk = [
+        ("user", "q"),
+        ("assistant", "<think>t</think>a"),
+        ("user", "r"),
+        ("tool", "s"),
+        ("assistant", "b"),
+    ]
+    ids, mask = encode_chat(tokenizer, messages_of(talk))
+    think = "<think>" if "loop.last and m" in turn and "split" not in turn else ""
+    first, last = f"{think}<think>t</think>a<|im_end|>", f"{think}b<|im_end|>"
+    assert tokenizer.decode(ids) == f"q<|im_end|>{first}r<|im_end|>s<|im_end|>{last}"
+    assert tokenizer.decode([index for index, flag in zip(ids, mask, strict=True) if flag]) == first + last
 
 
-@pytest.mark.parametrize("turn", REWRITING)
-def test_a_template_without_marks_that_rewrites_history_is_refused(with_template, turn):
+@pytest.mark.parametrize(
+    "turn", ["{{ m.content }}{{ '<|im_end|>' if loop.last }}", "{{ m.content if loop.last }}<|im_end|>"]
+)
+def test_an_answer_that_does_not_follow_its_prompt_or_ends_differently_is_refused(with_template, turn):
     tokenizer = with_template("{% for m in messages %}" + turn + "{% endfor %}")
-    talk = [("user", "q"), ("assistant", "<think>t</think>a"), ("user", "q"), ("assistant", "b")]
-    messages = messages_of(talk)
-    with pytest.raises(UserError, match=r"conversation c-3: the chat template rewrites history: turn 1 "):
+    messages = messages_of([("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", "b")])
+    with pytest.raises(
+        UserError, match=r"conversation c-3: the chat template does not write turn 1 as it would be"
+    ):
         encode_chat(tokenizer, messages, name="c-3")
-    if turn != REWRITING[0]:
-        with pytest.raises(UserError, match="rewrites history"):
-            check_template(tokenizer)
-    if turn != REWRITING[2]:
-        messages[1]["weight"] = 0
-        assert supervised_text(tokenizer, messages).endswith("b")
+    with pytest.raises(UserError, match="does not write turn 1"):
+        check_template(tokenizer)
 
 
 def test_a_template_that_refuses(with_template):
