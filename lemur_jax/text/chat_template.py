@@ -98,7 +98,7 @@ def render_chat(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> str:
     """A conversation as its template writes it, control tokens spelled out; UserError if it is malformed or refused."""
-    return tokenizer.unmark(_render(tokenizer, messages, (), add_generation_prompt, "")[0])
+    return tokenizer.unmark(_render(tokenizer, messages, (), add_generation_prompt, "", as_given=False)[0])
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
@@ -129,8 +129,13 @@ def _render(
     tools: tool_calls.Tools,
     add_generation_prompt: bool,
     name: str,
+    as_given: bool = True,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text for `Tokenizer.encode_marked`, and the characters [begin, end) of it that are supervised."""
+    """The text for `Tokenizer.encode_marked`, and the characters [begin, end) of it that are supervised.
+
+    Args:
+      as_given: for training on a template without marks, of `_with_marked_answers`; else what the template writes.
+    """
     where = f"conversation {name or '(unnamed)'}"
     _check_messages(messages, where)
     template = chat_template(tokenizer)
@@ -149,10 +154,10 @@ def _render(
         return program.render(messages=turns, add_generation_prompt=prompt, **values | options)
 
     try:
-        if add_generation_prompt or _GENERATION.search(template):
-            text = write(given, add_generation_prompt)
-        else:
+        if as_given and not add_generation_prompt and not _GENERATION.search(template):
             text = _with_marked_answers(given, write, (begin, end, next(unused)), tokenizer)
+        else:
+            text = write(given, add_generation_prompt)
         _check_complete(write, turns, tools, unused)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

@@ -183,6 +183,7 @@ def test_an_answer_that_a_template_rewrites_later_stays_as_it_was_given(with_tem
     first, last = f"{think}<think>t</think>a<|im_end|>", f"{think}b<|im_end|>"
     assert tokenizer.decode(ids) == f"q<|im_end|>{first}r<|im_end|>s<|im_end|>{last}"
     assert tokenizer.decode([index for index, flag in zip(ids, mask, strict=True) if flag]) == first + last
+    assert len(render_chat(tokenizer, messages_of(talk))) < len(tokenizer.decode(ids))
 
 
 @pytest.mark.parametrize(
