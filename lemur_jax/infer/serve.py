@@ -1,7 +1,7 @@
 """`lemur serve`: a small endpoint for OpenAI's client and for harnesses that speak HTTP.
 
 One thread runs the model on all requests at a time (`infer/engine.py`); scoring is between its steps. A request whose
-client has left is dropped. Not supported: tools (calls are text, `agents/tools.py`), several answers or
+client has left is dropped. Not supported: tools of a request (calls in an answer are text), several answers or
 log-probabilities in one stream, embeddings and keys. For production, serve the exported directory with vLLM.
 """
 

@@ -38,7 +38,7 @@ def byte_notes(runs: Sequence[Run]) -> list[str]:
         sizes = {name: record["bytes"] for name, record in records if record and record.get("bytes")}
         if len(set(sizes.values())) > 1:
             scored = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-            notes.append(f"{task} was not scored on the same bytes ({scored}): its changes are misleading.")
+            notes.append(f"{task}: its changes also compare different texts; bytes scored: {scored}.")
     return notes
 
 
