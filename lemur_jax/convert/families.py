@@ -6,7 +6,7 @@ specification alone (`convert/layout.py`).
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lemur_jax.common.errors import UserError
@@ -25,8 +25,6 @@ class Family:
 
     model_type: str
     architecture: str
-    # Values of config.json that transformers takes where it says nothing.
-    defaults: Mapping[str, Any]
     # Fields of the specification that all models of the family have in common.
     spec: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # Key of config.json -> field of the specification; null there is 0 here.
@@ -34,17 +32,14 @@ class Family:
     activation: str = "hidden_act"  # its key
     bias: str = ""  # attention projections with a bias where `attention_bias` is true; "": it must be false
     mlp_bias: bool = False  # whether `mlp_bias` may be true
-    switched: bool = False  # whether the window has to be switched on by `use_sliding_window`
-    # config.json -> kinds of the layers where `layer_types` is missing; None: no layer has a window.
-    layer_kinds: Callable[[Raw, int], list[str]] | None = None
+    # Which layers have a window: those of `layer_types` ("some"), "all", or none ("").
+    windows: str = ""
     local_theta: float = 0.0  # base of the rotary angles of layers with a window; 0: as in the others
     skips_rope: bool = False  # whether some layers have no rotary embedding
     scales_embedding: bool = False  # by the root of the width
     experts: str = ""  # key of the number of experts; "": the mlp is not routed
     expert_width: str = "intermediate_size"  # key of the width of an expert
     normalized: bool = False  # the weights of a token's experts sum to 1, whatever `norm_topk_prob` says
-    # Whether transformers requires `hidden_size` to be a multiple of `num_attention_heads`, whatever `head_dim` is.
-    divisible_width: bool = False
     text_of: str = ""  # `model_type` of multimodal models whose `text_config` is of this family
 
 
@@ -58,117 +53,63 @@ def number(value: Any, kind: type, key: str, where: str) -> Any:
     return kind(value)
 
 
-def _integer(raw: Raw, key: str, default: int, least: int = 1) -> int:
-    value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"config.json: {key} is {value!r:.100}, not an integer of at least {least}")
-    return value
-
-
-def _all_sliding(raw: Raw, layers: int) -> list[str]:
-    return [SLIDING] * layers
-
-
-def _sliding_above(raw: Raw, layers: int) -> list[str]:
-    first = _integer(raw, "max_window_layers", 28, least=0)
-    return [SLIDING if layer >= first else FULL for layer in range(layers)]
-
-
-def _full_every(default: int) -> Callable[[Raw, int], list[str]]:
-    def kinds(raw: Raw, layers: int) -> list[str]:
-        saved = _integer(raw, "_sliding_window_pattern", default)
-        every = _integer(raw, "sliding_window_pattern", saved)
-        return [SLIDING if (layer + 1) % every else FULL for layer in range(layers)]
-
-    return kinds
-
-
-def _defaults(positions: int, **more: Any) -> dict[str, Any]:
-    common = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "max_position_embeddings": positions}
-    return common | more
-
-
 _GEMMA: dict[str, Any] = dict(
     spec={"norm_position": "both", "norm_offset": 1.0},
     activation="hidden_activation",
     scales_embedding=True,
     keys={"query_pre_attn_scalar": "query_scale", "final_logit_softcapping": "logit_softcap"},
-    divisible_width=True,
-)
-_GEMMA_DEFAULTS: dict[str, Any] = dict(
-    head_dim=256,
-    hidden_activation="gelu_pytorch_tanh",
-    tie_word_embeddings=True,
-    sliding_window=4096,
-    query_pre_attn_scalar=256,
 )
 # In the order in which an export tries them.
 FAMILIES = (
     Family(
         model_type="llama",
         architecture="LlamaForCausalLM",
-        defaults=_defaults(2048),
         bias="qkvo",
         mlp_bias=True,
-        divisible_width=True,
     ),
     Family(
         model_type="mistral",
         architecture="MistralForCausalLM",
-        defaults=_defaults(131_072, sliding_window=4096),
-        layer_kinds=_all_sliding,
+        windows="all",
     ),
     Family(
         model_type="qwen2",
         architecture="Qwen2ForCausalLM",
-        defaults=_defaults(32_768, sliding_window=4096),
         spec={"attention_bias": "qkv"},
-        switched=True,
-        layer_kinds=_sliding_above,
+        windows="some",
     ),
     Family(
         model_type="qwen3",
         architecture="Qwen3ForCausalLM",
-        defaults=_defaults(32_768, sliding_window=4096, head_dim=128),
         spec={"qk_norm": "head"},
         bias="qkvo",
-        switched=True,
-        layer_kinds=_sliding_above,
+        windows="some",
     ),
     # Fused projections are cut on import (`hf_weights.py`); an export is of the first family that says the same.
     Family(
         model_type="phi3",
         architecture="Phi3ForCausalLM",
-        defaults=_defaults(4096, rms_norm_eps=1e-5),
-        layer_kinds=_all_sliding,
+        windows="all",
     ),
     Family(
         model_type="mixtral",
         architecture="MixtralForCausalLM",
-        defaults=_defaults(
-            131_072, rms_norm_eps=1e-5, rope_theta=1_000_000.0, num_local_experts=8, num_experts_per_tok=2
-        ),
-        layer_kinds=_all_sliding,
+        windows="all",
         experts="num_local_experts",
         normalized=True,
     ),
     Family(
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
-        defaults=_defaults(
-            32_768, sliding_window=4096, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8
-        ),
         spec={"qk_norm": "head"},
         bias="qkvo",
-        switched=True,
-        layer_kinds=_all_sliding,
+        windows="all",
         experts="num_experts",
         expert_width="moe_intermediate_size",
     ),
     Family(
         model_type="olmoe",
         architecture="OlmoeForCausalLM",
-        defaults=_defaults(4096, rms_norm_eps=1e-5, num_experts=64, num_experts_per_tok=8),
         spec={"qk_norm": "width"},
         bias="qkvo",
         experts="num_experts",
@@ -176,7 +117,6 @@ FAMILIES = (
     Family(
         model_type="smollm3",
         architecture="SmolLM3ForCausalLM",
-        defaults=_defaults(32_768, rope_theta=2_000_000.0, tie_word_embeddings=True),
         bias="qkvo",
         mlp_bias=True,
         skips_rope=True,
@@ -184,17 +124,13 @@ FAMILIES = (
     Family(
         model_type="olmo2",
         architecture="Olmo2ForCausalLM",
-        defaults=_defaults(2048, rms_norm_eps=1e-5),
         spec={"qk_norm": "width", "norm_position": "post"},
         bias="qkvo",
     ),
     Family(
         model_type="gemma2",
         architecture="Gemma2ForCausalLM",
-        defaults=_defaults(
-            8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, **_GEMMA_DEFAULTS
-        ),
-        layer_kinds=_full_every(2),
+        windows="some",
         bias="qkvo",
         # Gemma 3's config.json may have this key too; transformers does not cap its scores.
         **_GEMMA | {"keys": {**_GEMMA["keys"], "attn_logit_softcapping": "attention_softcap"}},
@@ -202,16 +138,8 @@ FAMILIES = (
     Family(
         model_type="gemma3_text",
         architecture="Gemma3ForCausalLM",
-        defaults=_defaults(
-            131_072,
-            rope_theta=1_000_000.0,
-            vocab_size=262_208,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            **_GEMMA_DEFAULTS,
-        ),
         text_of="gemma3",
-        layer_kinds=_full_every(6),
+        windows="some",
         local_theta=10_000.0,
         bias="qkvo",
         **_GEMMA | {"spec": {**_GEMMA["spec"], "qk_norm": "head"}},
@@ -222,17 +150,14 @@ BY_NAME = {family.model_type: family for family in FAMILIES}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def spec_fields(family: Family, raw: Raw, layers: int, width: int, where: str) -> dict[str, Any]:
-    """The fields of the specification beyond Llama's, from a config.json whose numbers are checked elsewhere.
+def spec_fields(family: Family, raw: Raw, where: str) -> dict[str, Any]:
+    """The fields of the specification beyond Llama's, from a config.json that transformers has completed.
 
     Raises UserError: a key says what the specification cannot.
     """
-    if layers > MAX_LAYERS:
-        raise UserError(f"{where}: num_hidden_layers is {layers}; at most {MAX_LAYERS} are possible")
-    raw = {**family.defaults, **raw}  # an explicit null stays: it switches a window or a cap off
     fields: dict[str, Any] = dict(family.spec)
     fields |= {field: _float(raw.get(key), key, where) for key, field in family.keys.items()}
-    named = raw.get(family.activation, "silu")
+    named = raw[family.activation]
     if named not in _ACTIVATIONS:
         raise UserError(
             f"{where}: {family.activation} is {named!r}; implemented are {', '.join(_ACTIVATIONS)}"
@@ -247,17 +172,22 @@ def spec_fields(family: Family, raw: Raw, layers: int, width: int, where: str) -
             raise UserError(
                 f"{where}: {key} is {raw[key]!r}; models of type {family.model_type} do not have it here"
             )
+    if not raw.get("is_causal", True):
+        raise UserError(
+            f"{where}: is_causal is {raw['is_causal']!r}; a token can only attend to those before it"
+        )
     if raw.get("attention_bias"):
         fields["attention_bias"] = family.bias
     fields["mlp_bias"] = bool(raw.get("mlp_bias"))
     if family.scales_embedding:
-        fields["embedding_multiplier"] = width**0.5
-    window, every = _window(family, raw, layers, where)
+        fields["embedding_multiplier"] = raw["hidden_size"] ** 0.5
+    window, every = _window(family, raw, where)
     fields |= {"sliding_window": window, "full_attention_every": every}
     if family.local_theta and window:
-        fields["rope_local_theta"] = _local_theta(family, raw, where)
+        fields["rope_local_theta"] = _local_theta(raw["rope_parameters"][SLIDING], where)
     if family.skips_rope:
-        fields["rope_skip_every"] = _rope_skip_every(raw, layers, where)
+        rotated = raw["no_rope_layers"]  # 1: has a rotary embedding
+        fields["rope_skip_every"] = _period([not each for each in rotated], "no_rope_layers", where)
     if family.experts:
         fields |= _experts(family, raw, where)
     return fields
@@ -268,14 +198,15 @@ def _experts(family: Family, raw: Raw, where: str) -> dict[str, Any]:
         if raw.get(key) not in (neutral, None):
             raise UserError(f"{where}: {key} is {raw[key]!r:.100}; only {neutral!r} is implemented")
     # transformers 5 writes `num_local_experts` for all.
-    count = _integer(raw, "num_local_experts" if "num_local_experts" in raw else family.experts, 0)
+    key = "num_local_experts" if "num_local_experts" in raw else family.experts
+    count = number(raw[key], int, key, where)
     if count > MAX_EXPERTS:
-        raise UserError(f"{where}: {family.experts} is {count}; at most {MAX_EXPERTS} are possible")
+        raise UserError(f"{where}: {key} is {count}; at most {MAX_EXPERTS} are possible")
     return {
         "num_experts": count,
-        "experts_per_token": _integer(raw, "num_experts_per_tok", 0),
-        "intermediate_size": _integer(raw, family.expert_width, 0),
-        "normalize_expert_weights": family.normalized or bool(raw.get("norm_topk_prob")),
+        "experts_per_token": number(raw["num_experts_per_tok"], int, "num_experts_per_tok", where),
+        "intermediate_size": number(raw[family.expert_width], int, family.expert_width, where),
+        "normalize_expert_weights": family.normalized or raw["norm_topk_prob"],
     }
 
 
@@ -283,28 +214,24 @@ def _float(value: Any, key: str, where: str) -> float:
     return 0.0 if value is None else number(value, float, key, where)
 
 
-def _window(family: Family, raw: Raw, layers: int, where: str) -> tuple[int, int]:
+def _window(family: Family, raw: Raw, where: str) -> tuple[int, int]:
     """(positions of the window, which layers have none: `full_attention_every`)."""
-    window = raw.get("sliding_window")
-    if family.switched and not raw.get("use_sliding_window", False):
-        window = None
-    kinds = raw.get("layer_types")
-    if kinds is None and window is not None and family.layer_kinds:
-        kinds = family.layer_kinds(raw, layers)
-    kinds = [FULL] * layers if kinds is None else kinds
-    if not isinstance(kinds, list) or not set(map(str, kinds)) <= {FULL, SLIDING} or len(kinds) != layers:
-        raise UserError(
-            f"{where}: layer_types is {kinds!r:.100}; it must list {FULL} or {SLIDING} for each layer"
-        )
-    if window is not None and not family.layer_kinds:
+    window, kinds = raw.get("sliding_window"), raw.get("layer_types")
+    if window is not None and not family.windows:
         raise UserError(
             f"{where}: sliding_window is {window!r}, but models of type {family.model_type} have none (null)"
         )
-    if SLIDING not in kinds or (window is None and family.switched):
+    usual = FULL if window is None else SLIDING
+    kinds = [usual] * raw["num_hidden_layers"] if kinds is None else kinds
+    if not set(kinds) <= ({FULL, SLIDING} if family.windows == "some" else {usual}):
+        raise UserError(
+            f"{where}: layer_types is {kinds!r:.100}; models of type {family.model_type} do not have it here"
+        )
+    if window is None or SLIDING not in kinds:
         return 0, 0
     window = number(window, int, "sliding_window", where)
     # Phi-3.5's is twice as wide as its positions: it hides nothing.
-    positions = _integer(raw, "max_position_embeddings", window)
+    positions = raw["max_position_embeddings"]
     return min(window, positions), _period([kind == FULL for kind in kinds], "layer_types", where)
 
 
@@ -318,26 +245,12 @@ def _period(marked: list[bool], key: str, where: str) -> int:
     return every
 
 
-def _local_theta(family: Family, raw: Raw, where: str) -> float:
-    rope = raw.get("rope_parameters")
-    nested = rope.get(SLIDING) if isinstance(rope, dict) else None
-    nested = nested if isinstance(nested, dict) else {}
-    if nested.get("rope_type", "default") != "default":
+def _local_theta(rope: Raw, where: str) -> float:
+    if rope["rope_type"] != "default":
         raise UserError(
-            f"{where}: rope_parameters.{SLIDING} has the type {nested['rope_type']!r}; only default is implemented"
+            f"{where}: rope_parameters.{SLIDING} has the type {rope['rope_type']!r}; only default is implemented"
         )
-    theta = nested.get("rope_theta", raw.get("rope_local_base_freq", family.local_theta))
-    return _float(theta, "rope_local_base_freq", where)
-
-
-def _rope_skip_every(raw: Raw, layers: int, where: str) -> int:
-    rotated = raw.get("no_rope_layers")  # 1: has a rotary embedding
-    if not rotated:
-        interval = _integer(raw, "no_rope_layer_interval", 4)
-        rotated = [int((layer + 1) % interval != 0) for layer in range(layers)]
-    if not isinstance(rotated, list) or len(rotated) != layers:
-        raise UserError(f"{where}: no_rope_layers is {rotated!r:.100}, not a list of {layers} numbers")
-    return _period([not each for each in rotated], "no_rope_layers", where)
+    return number(rope["rope_theta"], float, "rope_local_base_freq", where)
 
 
 def config_keys(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
@@ -355,15 +268,15 @@ def config_keys(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
     raw["hidden_act"] = names[config.activation]
     raw["attention_bias"] = bool(family.bias) and config.attention_bias == family.bias
     raw["mlp_bias"] = config.mlp_bias
-    if family.layer_kinds:
-        raw["sliding_window"] = config.sliding_window or None
-        if family.switched:
-            raw["use_sliding_window"] = config.sliding_window > 0
-        elif family.layer_kinds is not _all_sliding and not config.sliding_window:
-            # null stops transformers, though no layer reads it
-            raw["sliding_window"] = family.defaults["sliding_window"]
-        if family.layer_kinds is not _all_sliding:
-            raw["layer_types"] = [FULL if config.attends_fully(layer) else SLIDING for layer in layers]
+    if family.windows:
+        raw |= {
+            "sliding_window": config.sliding_window or None,
+            "use_sliding_window": config.sliding_window > 0,
+        }
+    if family.windows == "some":
+        # null stops some models, though no layer reads it
+        raw["sliding_window"] = config.sliding_window or config.max_position_embeddings
+        raw["layer_types"] = [FULL if config.attends_fully(layer) else SLIDING for layer in layers]
     if family.skips_rope:
         every = config.rope_skip_every
         raw["no_rope_layers"] = [int(not every or (layer + 1) % every != 0) for layer in layers]

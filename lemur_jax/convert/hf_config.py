@@ -1,5 +1,6 @@
 """`DecoderConfig` to and from Hugging Face's `config.json`; `convert/families.py` has what differs by family."""
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -7,25 +8,25 @@ from typing import Any
 
 from etils import epath
 
-from lemur_jax.common.errors import UserError
+from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.convert import families, gguf
 from lemur_jax.convert.families import number
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.gguf_files import is_gguf
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_NUMBERS = "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "initializer_range"
+_INTEGERS = "num_key_value_heads", "head_dim", "max_position_embeddings"
+_FLOATS = "rms_norm_eps", "initializer_range"
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Required keys of the rope dictionary by type, without the type itself and rope_theta; then the optional ones.
 _ROPE_KEYS = {
-    "none": (),
+    "default": (),
     "linear": ("factor",),
     "llama3": _LLAMA3,
     "yarn": ("factor", "original_max_position_embeddings"),
     "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
 }
 _ROPE_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor"), "longrope": ("attention_factor",)}
-_ROPE_NAMES = {"default": "none", "su": "longrope"}  # "su" in the first Phi-3
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -53,102 +54,96 @@ def read_config(hf_dir: epath.PathLike) -> DecoderConfig:
     return from_hf(read_json(path), str(path))
 
 
-def _text_part(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The part of a multimodal model's `config.json` that is about text; others as they are."""
-    family = families.TEXT_OF.get(str(raw.get("model_type")))
-    if family is None:
-        return raw
-    text = raw.get("text_config")
-    if not isinstance(text, dict) or raw.get("quantization_config"):
-        raise UserError(f"{where}: a model of type {raw['model_type']} needs an unquantized text_config")
-    return {"model_type": family.model_type, **text}
+def _completed(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What transformers makes of a `config.json`, of a multimodal model the part about text.
+
+    Its classes know the defaults of each family and resolve the spellings of earlier versions.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = str(raw.get("model_type"))
+    if kind not in {*families.BY_NAME, *families.TEXT_OF}:
+        known = ", ".join(families.BY_NAME)
+        raise UserError(f"{where}: model_type is {raw.get('model_type')!r:.100}; known are {known}")
+    text = raw if kind in families.BY_NAME else raw.get("text_config")
+    if not isinstance(text, dict):
+        raise UserError(f"{where}: a model of type {kind} needs a text_config")
+    for key, reason in (
+        ("quantization_config", "import the original, unquantized"),
+        ("per_layer_config", "all layers must have the same sizes"),
+    ):
+        if value := raw.get(key) or text.get(key):
+            raise UserError(f"{where}: {key} is {value!r:.100}; {reason}")
+    # A missing size would be that of some model, and a wrong one stops a class in ways of its own.
+    for key in _REQUIRED:
+        if text is raw and raw.get(key) is None:
+            raise UserError(f"{where}: {key} is missing")
+        number(text.get(key, 1), int, key, where)
+    if text.get("num_hidden_layers", 1) > families.MAX_LAYERS:
+        raise UserError(
+            f"{where}: num_hidden_layers is {text['num_hidden_layers']}; at most {families.MAX_LAYERS} are possible"
+        )
+    raw = copy.deepcopy(dict(raw))
+    scaling = raw.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("type") == "su":  # the first Phi-3's name for it
+        scaling["type"] = "longrope"
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(raw).get_text_config()
+        config.standardize_rope_params()  # as its models do, which then find keys outside of `rope_scaling`
+    except Exception as error:  # each class has checks of its own
+        raise UserError(f"{where}: transformers refuses it: {reason_of(error)}") from error
+    return config.to_dict()
 
 
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """`config.json` of transformers 4 or 5 as ours; UserError for what our model would compute differently."""
-    raw = _text_part(raw, where)
-    _refuse_foreign(raw, where)
+    raw = _completed(raw, where)
     family = families.BY_NAME[raw["model_type"]]
-    fields: dict[str, Any] = {}
-    for key in _REQUIRED:
-        value = raw.get(key, family.defaults.get(key))
-        if value is None:
-            raise UserError(f"{where}: {key} is missing")
-        fields[key] = number(value, int, key, where)
-    heads, width = fields["num_attention_heads"], fields["hidden_size"]
-    if raw.get("head_dim") is None and width % heads:
-        raise UserError(f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
-    defaults = {"num_key_value_heads": heads, "head_dim": width // heads, **family.defaults}
-    for key in _NUMBERS:
-        default = defaults[key]  # a 0 or "" is refused and not replaced
-        fields[key] = number(default if raw.get(key) is None else raw[key], type(default), key, where)
-    fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", defaults.get("tie_word_embeddings", False))
-    fields.update(families.spec_fields(family, dict(raw), fields["num_hidden_layers"], width, where))
-    default_theta = defaults.get("rope_theta", 10_000.0)
-    fields.update(_rope_from_hf(raw, fields["max_position_embeddings"], default_theta, where))
+    if raw.get("head_dim") is None:
+        raw["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
+    fields = {key: number(raw[key], int, key, where) for key in (*_REQUIRED, *_INTEGERS)}
+    fields |= {key: number(raw[key], float, key, where) for key in _FLOATS}
+    fields["tie_word_embeddings"] = raw["tie_word_embeddings"]
+    fields |= families.spec_fields(family, raw, where)
+    rope = raw["rope_parameters"]
+    fields |= _rope_from_hf(
+        rope[families.FULL] if family.local_theta else rope, fields["max_position_embeddings"], where
+    )
     try:
         return DecoderConfig(**fields)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def _refuse_foreign(raw: Mapping[str, Any], where: str) -> None:
-    """Raises for a family that is not known and for weights that are not plain."""
-    known = list(families.BY_NAME)
-    for key, accepted, reason in (
-        ("model_type", raw.get("model_type") in known, f"known are {', '.join(known)}"),
-        ("quantization_config", not raw.get("quantization_config"), "import the original, unquantized"),
-        ("tie_word_embeddings", type(raw.get("tie_word_embeddings", False)) is bool, "use true or false"),
-    ):
-        if not accepted:
-            raise UserError(f"{where}: {key} is {raw.get(key)!r:.100}; {reason}")
-
-
-def _rope_from_hf(
-    raw: Mapping[str, Any], max_positions: int, default_theta: float, where: str
-) -> dict[str, Any]:
-    """The `rope_*` fields from `rope_scaling`, which counts first in transformers too, or `rope_parameters`."""
-    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    rope = raw.get(name) or {}
-    local = families.BY_NAME[raw["model_type"]].local_theta
-    if local and isinstance(rope, dict):  # layers with a window have their own
-        rope = rope.get(families.FULL, rope)
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: {name} is {rope!r}, not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    kind = _ROPE_NAMES.get(kind, kind) if isinstance(kind, str) else kind
-    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+def _rope_from_hf(rope: Mapping[str, Any], max_positions: int, where: str) -> dict[str, Any]:
+    """The `rope_*` fields from `rope_parameters` of transformers 5."""
+    kind = str(rope.get("rope_type", "default"))
+    if kind not in _ROPE_KEYS:
+        implemented = ", ".join(_ROPE_KEYS)
+        raise UserError(f"{where}: the rotary embedding has the type {kind!r}; implemented are {implemented}")
+    if rope.get("partial_rotary_factor") not in (None, 1):
         raise UserError(
-            f"{where}: {name} has the type {kind!r}; implemented are default, {', '.join(list(_ROPE_KEYS)[1:])}"
+            f"{where}: partial_rotary_factor is {rope['partial_rotary_factor']}; only whole heads are rotated (1.0)"
         )
-    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1, 1.0):
-        raise UserError(f"{where}: partial_rotary_factor is {partial}; only whole heads are rotated (1.0)")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if unknown := sorted(set(rope) - known.union(*_ROPE_KEYS.values(), *_ROPE_OPTIONAL.values())):
-        raise UserError(f"{where}: {name} has the unknown key {unknown[0]}")
-    thetas = (rope.get("rope_theta"), raw.get("rope_theta"), default_theta)
-    theta = next(value for value in thetas if value is not None)
-    fields: dict[str, Any] = {"rope_theta": number(theta, float, "rope_theta", where), "rope_scaling": kind}
-    # Outside of the object it counts first in transformers.
-    key = "original_max_position_embeddings"
-    rope = {**rope, key: raw.get(key) or rope.get(key, max_positions)}
+        raise UserError(f"{where}: rope_parameters has the unknown key {unknown[0]}")
+    rope = dict(rope)
     if kind == "longrope" and rope.get("factor") is None:
-        rope["factor"] = max_positions / number(
-            rope["original_max_position_embeddings"], int, f"{name}.original_max_position_embeddings", where
-        )
-    for key in _ROPE_KEYS[kind]:
-        if rope.get(key) is None:
-            raise UserError(f"{where}: {name} of type {kind} lacks {key}")
-        wanted = int if key == "original_max_position_embeddings" else float
-        if key in ("short_factor", "long_factor"):
-            factors = rope[key] if isinstance(rope[key], list) else [rope[key]]
-            fields[f"rope_{key}"] = tuple(number(each, float, f"{name}.{key}", where) for each in factors)
-        else:
-            fields[f"rope_{key}"] = number(rope[key], wanted, f"{name}.{key}", where)
-    for key in _ROPE_OPTIONAL.get(kind, ()):
-        if rope.get(key) is not None:
-            fields[f"rope_{key}"] = number(rope[key], float, f"{name}.{key}", where)
+        rope["factor"] = max_positions / rope["original_max_position_embeddings"]
+    fields: dict[str, Any] = {
+        "rope_theta": number(rope["rope_theta"], float, "rope_theta", where),
+        "rope_scaling": "none" if kind == "default" else kind,
+    }
+    for key in (*_ROPE_KEYS[kind], *_ROPE_OPTIONAL.get(kind, ())):
+        value = rope.get(key)
+        if value is None and key in _ROPE_KEYS[kind]:
+            raise UserError(f"{where}: the rotary embedding of type {kind} lacks {key}")
+        if isinstance(value, list):
+            fields[f"rope_{key}"] = tuple(number(each, float, key, where) for each in value)
+        elif value is not None:
+            wanted = int if key == "original_max_position_embeddings" else float
+            fields[f"rope_{key}"] = number(value, wanted, key, where)
     return fields
 
 
@@ -161,12 +156,13 @@ def to_hf(
     """
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     for family in families.FAMILIES:
-        if family.divisible_width and config.hidden_size % config.num_attention_heads:
-            continue
         raw = {
             "architectures": [family.architecture],
             "model_type": family.model_type,
-            **{name: getattr(config, name) for name in (*_REQUIRED, *_NUMBERS, "tie_word_embeddings")},
+            **{
+                name: getattr(config, name)
+                for name in (*_REQUIRED, *_INTEGERS, *_FLOATS, "tie_word_embeddings")
+            },
             **families.config_keys(family, config, _rope_to_hf(config)),
             "attention_dropout": 0.0,
             **ids,

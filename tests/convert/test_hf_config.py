@@ -1,7 +1,6 @@
 """config.json against what transformers reads and writes."""
 
 import copy
-import dataclasses
 import json
 
 import numpy as np
@@ -106,17 +105,26 @@ def test_a_family_that_refuses_the_heads_is_not_written():
         transformers.AutoConfig.for_model(**{**written, "model_type": "llama"})
 
 
-def test_defaults_are_those_of_transformers():
-    raw = {key: LLAMA2[key] for key in ("model_type", *hf_config._REQUIRED)}
-    ours, theirs = hf_config.from_hf(raw), transformers.LlamaConfig(**raw)
-    for field in dataclasses.fields(ours):
-        if (
-            not field.name.startswith("rope_")
-            and hasattr(theirs, field.name)
-            and field.name != "attention_bias"
-        ):
-            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+SU = {"type": "su", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value"),
+    [
+        ({"model_type": "mistral"}, "num_key_value_heads", 8),
+        ({"model_type": "mixtral", "num_experts": 4}, "num_experts", 4),
+        ({"model_type": "gemma2", "sliding_window_pattern": 3}, "full_attention_every", 2),
+        ({"model_type": "gemma3_text", "rope_scaling": None}, "rope_theta", 1e6),
+        ({"model_type": "smollm3", "num_key_value_heads": None}, "num_key_value_heads", 32),
+        (
+            {"model_type": "phi3", "rope_scaling": SU, "original_max_position_embeddings": 1024},
+            "rope_factor",
+            4.0,
+        ),
+    ],
+)
+def test_defaults_and_spellings_are_those_of_transformers(changes, field, value):
+    assert getattr(hf_config.from_hf(with_keys(**changes)), field) == value
 
 
 def test_mistral_without_window():
@@ -151,46 +159,54 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias is True"),
         ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias is True"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),
-        ({"model_type": "mistral", "sliding_window": 1.5}, "sliding_window is 1.5"),
+        ({"model_type": "mistral", "sliding_window": 1.5}, "'sliding_window' with value 1.5"),
         (
             {"model_type": "gemma2", "layer_types": ["full_attention"] * 3 + ["sliding_attention"] * 29},
             "no period",
         ),
-        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
-        ({"model_type": "gemma3_text", "rope_parameters": "linear"}, "not an object"),
-        ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": None}}, "None, not an object"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "refuses it: ZeroDivisionError"),
+        ({"model_type": "gemma3_text", "rope_parameters": "linear"}, "rope_parameters' with value 'linear'"),
         (
             {"model_type": "gemma2", "use_bidirectional_attention": True},
             "use_bidirectional_attention is True",
         ),
-        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
-        ({"model_type": "smollm3", "no_rope_layers": 4}, "no_rope_layers is 4"),
-        ({"model_type": "smollm3", "no_rope_layer_interval": "x"}, "no_rope_layer_interval is 'x'"),
-        ({"model_type": "gemma2", "final_logit_softcapping": -1}, "final_logit_softcapping is -1"),
+        ({"rms_norm_eps": 10**400}, "'rms_norm_eps' expected float"),
+        ({"model_type": "smollm3", "no_rope_layers": 4}, "'no_rope_layers' with value 4"),
+        (
+            {"model_type": "smollm3", "no_rope_layer_interval": "x"},
+            "'no_rope_layer_interval' expected int, got str",
+        ),
+        ({"model_type": "gemma2", "final_logit_softcapping": -1.0}, "final_logit_softcapping is -1"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, "mlp_only_layers is"),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1 is impl"),
         ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv is 8.0; only None is implemented"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "it must be 1 to model.num_experts 8"),
         ({"model_type": "mixtral", "num_local_experts": 10**9}, "at most 1024"),
-        (
-            {"model_type": "phi3", "rope_scaling": LONGROPE},
-            "must be 64 positive numbers with longrope scaling",
-        ),
+        ({"model_type": "phi3", "rope_scaling": LONGROPE}, "short_factor field must have length 64"),
+        ({"rope_scaling": LONGROPE}, "must be 64 positive numbers with longrope scaling"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, not a positive integer"),
-        ({"model_type": "gemma3"}, "needs an unquantized text_config"),
-        ({"layer_types": 5}, "layer_types is 5"),
-        ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "layer_types is"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"model_type": "gemma3"}, "of type gemma3 needs a text_config"),
+        ({"layer_types": 5}, "refuses it: TypeError"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"]}, r"number of `layer_types` \(1\)"),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 16}, "layer_types is"),
+        # transformers gives all layers of these the window, other programs only those that are named.
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"] * 16},
+            "layer_types is .* models of type mistral",
+        ),
+        ({"is_causal": False}, "is_causal is False"),  # gte-Qwen2
+        ({"per_layer_config": {"0": {"intermediate_size": 64}}}, "per_layer_config is"),
+        ({"model_type": "gemma3", "text_config": {"num_hidden_layers": "34"}}, "num_hidden_layers is '34'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .*gptq"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope lacks short_factor"),
-        ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
-        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor is '2'"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "'longrope': .*short_factor"),
+        ({"rope_scaling": {"type": "linear"}}, "'linear': {'factor'}"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3': .*low_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2', not a positive number"),
         ({"rope_scaling": {"type": "linear", "factor": 2, "mscale": 1}}, "unknown key mscale"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "unknown key full_attention"),
-        ({"rope_scaling": "linear"}, "not an object"),
+        ({"rope_scaling": "linear"}, "rope_parameters' with value 'linear'"),
         ({"rope_scaling": {"type": ["linear"]}}, "has the type"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "has the type 'spiral'; implemented are"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
@@ -203,14 +219,14 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
         ({"head_dim": -2}, "head_dim is -2"),
         ({"head_dim": 0}, "head_dim is 0"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
-        ({"num_key_value_heads": ""}, "num_key_value_heads is ''"),
+        ({"num_key_value_heads": ""}, "'num_key_value_heads' with value ''"),
         ({"rope_theta": 0}, "rope_theta is 0"),
-        ({"max_position_embeddings": float("inf")}, "max_position_embeddings is inf"),
-        ({"hidden_size": 4097}, "not a multiple of num_attention_heads"),
+        ({"max_position_embeddings": float("inf")}, "'max_position_embeddings' expected int"),
+        ({"hidden_size": 4097}, "hidden size .4097. is not a multiple"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
         ({"num_key_value_heads": 5}, "not a multiple"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+        ({"tie_word_embeddings": "no"}, "'tie_word_embeddings' expected bool, got str"),
     ],
 )
 def test_refused_by_name(changes, message):

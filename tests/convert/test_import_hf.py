@@ -19,7 +19,7 @@ from lemur_jax.checkpoint.reading import read_metadata, restore_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import safetensors as safetensors_module
 from lemur_jax.convert.hf_config import read_config
-from lemur_jax.convert.hf_weights import open_checked
+from lemur_jax.convert.hf_weights import open_checked, open_weights
 from lemur_jax.convert.import_hf import import_hf, load_hf_params
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import abstract_params
@@ -128,7 +128,7 @@ def test_bin_files(make_model, monkeypatch):
     assert_same(params, expected_params(hf.state(), config))
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match="install torch"):
-        load_hf_params(hf.path)
+        open_weights(hf.path)
 
 
 def test_sharded_bin_files(make_model):
