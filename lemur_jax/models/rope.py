@@ -75,7 +75,8 @@ def angles_by_layer(
     """
     angles = rotary_angles(config, positions, slots)
     if config.rope_local_theta:
-        local = dataclasses.replace(config, rope_theta=config.rope_local_theta, rope_scaling="none")
+        plain = {"rope_scaling": "none", "rope_short_factor": (), "rope_long_factor": ()}
+        local = dataclasses.replace(config, rope_theta=config.rope_local_theta, **plain)
         windowed = rotary_angles(local, positions)
         return lambda layer: _choose(config.attends_fully(layer), angles, windowed)
     if config.rope_skip_every:

@@ -8,7 +8,13 @@ from transformers import LlamaConfig as HFConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from lemur_jax.models.presets import preset
-from lemur_jax.models.rope import inverse_frequencies, rotary_angles, rotate, rotate_by_matmul
+from lemur_jax.models.rope import (
+    angles_by_layer,
+    inverse_frequencies,
+    rotary_angles,
+    rotate,
+    rotate_by_matmul,
+)
 
 SCALINGS = {
     "llama2_7b": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -47,6 +53,16 @@ def test_linear_scaling_divides_positions():
     far = rotary_angles(scaled, jnp.array([[4000]]))
     near = rotary_angles(plain, jnp.array([[1000]]))
     np.testing.assert_allclose(far, near, atol=1e-4)
+
+
+def test_layers_with_a_window_are_not_scaled():
+    scaled = preset(
+        "gemma3_270m", rope_scaling="longrope", rope_short_factor=(2.0,) * 128, rope_long_factor=(3.0,) * 128
+    )
+    positions = jnp.arange(100)[None]
+    local = preset("llama2_7b", head_dim=256, rope_theta=scaled.rope_local_theta)
+    ours = angles_by_layer(scaled, positions)(jnp.int32(0))
+    np.testing.assert_array_equal(ours, rotary_angles(local, positions))
 
 
 @pytest.mark.parametrize("name", SCALINGS)
