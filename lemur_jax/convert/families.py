@@ -229,10 +229,9 @@ def _window(family: Family, raw: Raw, where: str) -> tuple[int, int]:
         )
     if window is None or SLIDING not in kinds:
         return 0, 0
-    window = number(window, int, "sliding_window", where)
-    # Phi-3.5's is twice as wide as its positions: it hides nothing.
-    positions = raw["max_position_embeddings"]
-    return min(window, positions), _period([kind == FULL for kind in kinds], "layer_types", where)
+    return number(window, int, "sliding_window", where), _period(
+        [kind == FULL for kind in kinds], "layer_types", where
+    )
 
 
 def _period(marked: list[bool], key: str, where: str) -> int:

@@ -105,9 +105,6 @@ class DecoderConfig:
             require(
                 good, f"model.{name}", factors, f"{pairs} positive numbers with {self.rope_scaling} scaling"
             )
-        longest = self.max_position_embeddings
-        within = f"at most model.max_position_embeddings {longest}"
-        require(self.sliding_window <= longest, "model.sliding_window", self.sliding_window, within)
         E, K = self.num_experts, self.experts_per_token
         most = f"1 to model.num_experts {E}, or both 0"
         require(1 <= K <= E or not (K or E), "model.experts_per_token", K, most)

@@ -132,9 +132,9 @@ def test_mistral_without_window():
     without = hf_config.from_hf({**mistral, "sliding_window": None})
     assert (without.num_key_value_heads, without.sliding_window) == (8, 0)
     assert hf_config.from_hf(mistral).sliding_window == 4096
-    # Phi-3.5's window is wider than all positions.
+    # Phi-3.5's window is wider than all positions: it counts where these are extended.
     phi = with_keys(model_type="phi3", max_position_embeddings=131_072, sliding_window=262_144)
-    assert hf_config.from_hf(phi).sliding_window == 131_072
+    assert hf_config.from_hf(phi).sliding_window == 262_144
 
 
 def test_null_switches_a_cap_off_where_its_absence_means_the_default():
