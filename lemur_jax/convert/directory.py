@@ -14,6 +14,8 @@ from lemur_jax.common.paths import is_object_store
 def check_target(target: epath.Path, overwrite: bool, replaceable: Callable[[epath.Path], bool]) -> None:
     """Raises UserError if `target` exists, unless `overwrite` is set and `replaceable` accepts the directory."""
     if not target.exists():
+        if os.path.islink(target):
+            raise UserError(f"{target} is a link to a place that does not exist: remove it or choose another")
         return
     if not overwrite:
         raise UserError(

@@ -10,6 +10,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import layout
+from lemur_jax.convert.families import number
 from lemur_jax.convert.safetensors import brief
 from lemur_jax.text.gguf_files import metadata, open_gguf
 
@@ -121,12 +122,13 @@ def read_config(path: epath.PathLike) -> dict[str, Any]:
     if unknown := sorted(data.keys() - architecture.keys.keys() - _OTHERS):
         key = unknown[0]
         raise UserError(f"{path}: {kind}.{key} is {data[key]!r:.80}, which is not implemented")
-    heads, width = data["attention.head_count"], data["embedding_length"]
+    heads, width = (
+        number(data[key], int, f"{kind}.{key}", os.fspath(path))
+        for key in ("attention.head_count", "embedding_length")
+    )
     shapes = {tensor.name: tensor.shape for tensor in open_gguf(path).tensors}
-    if not isinstance(heads, int) or heads < 1 or "token_embd.weight" not in shapes:
-        raise UserError(
-            f"{path}: token_embd.weight is missing, or {kind}.attention.head_count ({heads!r:.80}) is not one number"
-        )
+    if "token_embd.weight" not in shapes:
+        raise UserError(f"{path}: token_embd.weight is missing")
     head_dim = data.get("attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if data.get(key, head_dim) != head_dim:

@@ -21,7 +21,7 @@ from lemur_jax.common.json_files import write_json
 from lemur_jax.common.sections import from_plain
 from lemur_jax.convert import layout
 from lemur_jax.convert.directory import check_target, staged
-from lemur_jax.convert.dtypes import numpy_dtype
+from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
 from lemur_jax.convert.hf_config import read_json
 from lemur_jax.convert.hf_weights import check_shapes, open_weights
 from lemur_jax.convert.safetensors import read_header, write_weights
@@ -128,7 +128,8 @@ def export_peft(
         leaf = adapter[path] if path.startswith("layers/") else adapter[path][None]
         for name, layer in zip(names, leaf, strict=True):
             matrix = layer.reshape(_matrix_shape(path, adapter[path].shape)[::-1]).T
-            tensors[name] = np.ascontiguousarray(matrix, numpy_dtype(dtype))
+            tensors[name] = np.empty(matrix.shape, numpy_dtype(dtype))
+            copy_cast(tensors[name], matrix, name)
     base = metadata["config"]["init"]["checkpoint"]
     _check_base(base, tensors)
     base, revision = hub_name(base) or (base, None)

@@ -9,6 +9,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import directory
+from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.import_hf import import_hf
 from tests.helpers.hf_faults import FAULTS
 
@@ -33,6 +34,14 @@ def test_whatever_is_raised_the_part_is_removed(tmp_path, error):
     with directory.staged(epath.Path(tmp_path / "out")) as part:
         (part / "file").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_to_nothing_is_no_target(checkpoint, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="out is a link to a place that does not exist"):
+        export_hf(checkpoint, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_one_process_at_a_time_writes_a_target(tmp_path):

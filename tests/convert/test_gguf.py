@@ -103,6 +103,8 @@ def test_import_and_reading_without_an_import(make_model, tmp_path):
         ({"rope.dimension_count": 4}, "only whole heads"),
         ({"block_count": None}, "llama.block_count is missing"),
         ({"block_count": 4}, "is missing"),
+        ({"embedding_length": "32"}, "llama.embedding_length is '32', not a positive integer"),
+        ({"attention.head_count": "4"}, "llama.attention.head_count is '4', not a positive integer"),
         ({"attention.head_count_kv": 1}, "has shape"),
     ],
 )

@@ -17,14 +17,14 @@ from lemur_jax.convert.peft import export_peft
 from lemur_jax.models import lora
 
 
-def write_adapter(directory, base, name=None):
+def write_adapter(directory, base, name=None, scale=0.2):
     """A checkpoint of a random adapter of all projections of `base`, a Hugging Face directory that is called `name`."""
     model = read_config(base)
     options = {"adapter.rank": 4, "adapter.targets": ("*",), "init.checkpoint": name or str(base)}
     config = replace(RunConfig(model=model), options)
     rng = np.random.default_rng(0)
     adapter = jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) * 0.2,
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) * scale,
         lora.abstract_adapter(config.adapter, model, "float32"),
     )
     metadata = make_metadata(model=model.to_dict(), tokenizer_files={}, config=config.to_json())
@@ -43,6 +43,13 @@ def test_peft_computes_what_the_merged_model_computes(make_model, tmp_path):
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(tokens).logits
     assert (adapted - before).abs().max() > 0.1
     assert (adapted - merged).abs().max() <= 1e-4 * merged.abs().max()
+
+
+def test_a_value_too_large_for_float16_is_refused(hf_model, tmp_path):
+    write_adapter(tmp_path / "adapter", hf_model.path, scale=1e5)
+    with pytest.raises(UserError, match=r"lora_A\.weight has a value of .* more than float16 can hold"):
+        export_peft(tmp_path / "adapter", tmp_path / "peft", dtype="float16")
+    assert not (tmp_path / "peft").exists()
 
 
 def test_a_base_with_other_names_is_refused(make_model, tmp_path):
