@@ -181,6 +181,8 @@ def open_checked(config: DecoderConfig, hf_dir: epath.PathLike) -> dict[str, Ten
 
 def _text_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a language model, of a multimodal one without its other parts."""
+    if "embed_tokens.weight" in tensors:  # saved without its head, as embedding models are
+        return {name if name == layout.HEAD else f"model.{name}": tensor for name, tensor in tensors.items()}
     prefix = next((each for each in _TEXT if any(name.startswith(each) for name in tensors)), None)
     if prefix is None:
         return tensors

@@ -22,7 +22,7 @@ from lemur_jax.common.sections import from_plain
 from lemur_jax.convert import layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
-from lemur_jax.convert.hf_config import read_json
+from lemur_jax.convert.hf_config import read_config, read_json
 from lemur_jax.convert.hf_weights import check_shapes, open_weights
 from lemur_jax.convert.safetensors import read_header, write_weights
 from lemur_jax.models import lora
@@ -131,7 +131,7 @@ def export_peft(
             tensors[name] = np.empty(matrix.shape, numpy_dtype(dtype))
             copy_cast(tensors[name], matrix, name)
     base = metadata["config"]["init"]["checkpoint"]
-    _check_base(base, tensors)
+    _check_base(base, model, tensors)
     base, revision = hub_name(base) or (base, None)
     modules = sorted({name.split(".")[-3] for name in tensors})
     described = {
@@ -149,12 +149,21 @@ def export_peft(
     return model
 
 
-def _check_base(base: str, tensors: Collection[str]) -> None:
-    """Raises UserError if weights have other names in the base, where it is a Hugging Face model that can be read."""
+def _check_base(base: str, model: DecoderConfig, tensors: Collection[str]) -> None:
+    """Raises UserError if `peft` would compute something else, where the base is a Hugging Face model that can be read:
+    weights have other names there, or the run changed the rotary embedding.
+    """
     try:
-        found = open_weights(local_model(base, download=False))
+        directory = local_model(base, download=False)
+        found, theirs = open_weights(directory), read_config(directory).to_dict()
     except UserError:  # one of our checkpoints, or it is not here
         return
+    for key, value in model.to_dict().items():
+        if key.startswith("rope_") and value != theirs[key]:
+            raise UserError(
+                f"{base} has {key} {theirs[key]}, the run {value}, and peft would take that of the base: leave"
+                " --adapter out"
+            )
     names = (name.removeprefix("base_model.model.").rpartition(".lora_")[0] + ".weight" for name in tensors)
     if lacking := sorted(set(names) - found.keys()):
         raise UserError(

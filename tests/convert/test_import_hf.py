@@ -85,6 +85,17 @@ def test_sharded_files(make_model):
     assert_same(params, expected_params(hf.state(), config))
 
 
+def test_a_model_that_was_saved_without_its_head(make_model):
+    """As embedding models are; transformers opens it as a language model too where its head is the embedding."""
+    hf = make_model(kind="Qwen3", num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
+    config, params = load_hf_params(hf.path)
+    hf.model.model.save_pretrained(hf.path)
+    assert "embed_tokens.weight" in open_weights(hf.path)
+    again, theirs = load_hf_params(hf.path)
+    assert again == config
+    assert_same(theirs, params)
+
+
 def test_every_byte_of_a_fused_tensor_is_read_once(make_model, monkeypatch):
     """As from an object store, where a tensor is not mapped."""
     hf = make_model(kind="Phi3", pad_token_id=0, num_key_value_heads=2)

@@ -52,6 +52,14 @@ def test_a_value_too_large_for_float16_is_refused(hf_model, tmp_path):
     assert not (tmp_path / "peft").exists()
 
 
+def test_a_changed_rotary_embedding_is_refused(hf_model, tmp_path):
+    """`init.change_rope` is in the config of the run alone: `peft` would take the base's."""
+    write_adapter(tmp_path / "adapter", hf_model.path)
+    hf_model.edit_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    with pytest.raises(UserError, match="has rope_theta 500000.0, the run 10000.0"):
+        export_peft(tmp_path / "adapter", tmp_path / "peft")
+
+
 def test_a_base_with_other_names_is_refused(make_model, tmp_path):
     """`peft` would load such an adapter in part, with a warning."""
     model = make_model(kind="Phi3", num_key_value_heads=2, pad_token_id=0)
