@@ -69,7 +69,7 @@ def _import_hf(args) -> None:
     start_jax(args)
     from lemur_jax.cluster import coordination
     from lemur_jax.common.hub import local_model
-    from lemur_jax.convert.import_hf import hf_tokenizer_files, import_hf
+    from lemur_jax.convert.import_hf import import_hf
 
     if coordination.process()[1] > 1:
         raise UserError("import-hf works on one host: run it on one alone, any mesh can read what it makes")
@@ -77,8 +77,6 @@ def _import_hf(args) -> None:
     source = local_model(args.hf_dir)
     model = import_hf(source, args.checkpoint, dtype=args.dtype, overwrite=args.overwrite, change=change)
     print(_done(args.checkpoint, model, args.dtype))
-    if not hf_tokenizer_files(source):
-        print(f"without a tokenizer: {args.hf_dir} has none")
 
 
 def _export_hf(args) -> None:

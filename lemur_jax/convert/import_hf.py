@@ -1,6 +1,7 @@
 """Hugging Face directory -> our checkpoint."""
 
 import json
+import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ from lemur_jax.convert.vocabulary import AS_IT_IS, Change
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.gguf_files import is_gguf
 from lemur_jax.text.tokenizer import GENERATION_CONFIG, read_files
+
+logger = logging.getLogger(__name__)
 
 
 def hf_tokenizer_files(hf_dir: epath.PathLike) -> dict[str, bytes]:
@@ -160,6 +163,8 @@ def import_hf(
     metadata = make_metadata(model=config.to_dict(), tokenizer_files=files)
     with staged(target) as directory:
         write_params(directory, unflatten_dict(params, sep="/"), metadata)
+    if not files:
+        logger.info("without a tokenizer: %s has no tokenizer.json and no tokenizer.model", hf_dir)
     return config
 
 

@@ -96,7 +96,8 @@ class Change:
         if size < tokens:
             raise UserError(
                 f"{where}: the tokenizer has ids up to {tokens - 1}, but the model's vocab_size is {size}:"
-                f" add --vocab-size {tokens}, or --drop-rows-above to drop added tokens"
+                f" let `lemur import-hf` or `export-hf` add rows with --vocab-size {tokens}, or drop added tokens with"
+                " --drop-rows-above"
             )
         return dataclasses.replace(config, vocab_size=size), dict(files)
 
