@@ -202,6 +202,13 @@ def _experts(family: Family, raw: Raw, where: str) -> dict[str, Any]:
     count = number(raw[key], int, key, where)
     if count > MAX_EXPERTS:
         raise UserError(f"{where}: {key} is {count}; at most {MAX_EXPERTS} are possible")
+    heads_width = raw["num_attention_heads"] * raw["head_dim"]
+    if (
+        family.spec.get("qk_norm") == "width" and heads_width != raw["hidden_size"]
+    ):  # its norms have the model's width
+        raise UserError(
+            f"{where}: heads of together {heads_width} channels and hidden_size {raw['hidden_size']} differ"
+        )
     return {
         "num_experts": count,
         "experts_per_token": number(raw["num_experts_per_tok"], int, "num_experts_per_tok", where),

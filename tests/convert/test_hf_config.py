@@ -179,6 +179,10 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
         ({"model_type": "gemma2", "final_logit_softcapping": -1.0}, "final_logit_softcapping is -1"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, "mlp_only_layers is"),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1 is impl"),
+        (
+            {"model_type": "olmoe", "head_dim": 64},
+            "heads of together 2048 channels and hidden_size 4096 differ",
+        ),
         ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv is 8.0; only None is implemented"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "it must be 1 to model.num_experts 8"),
         ({"model_type": "mixtral", "num_local_experts": 10**9}, "at most 1024"),
