@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lemur_jax.models.decoder import Decoder
-from lemur_jax.train.config import PreferenceConfig
+from lemur_jax.train.config import MEANS_OF_A_MICROBATCH, PreferenceConfig
 from lemur_jax.train.losses import RowSums
 from lemur_jax.train.objectives import REFERENCE, Batch, Loss, Objective, reference_logprobs, token_logprobs
 
@@ -63,11 +63,12 @@ PAIRS: dict[str, tuple[Callable[..., jax.Array], bool, bool]] = {
 
 def preference(options: PreferenceConfig) -> Objective:
     """The objective of `config.preference`. Its weights count pairs, for KTO sequences."""
+    additive = options.loss not in MEANS_OF_A_MICROBATCH
     if options.loss == "kto":
         return Objective(
             loss=lambda model, batch: _kto_loss(options, model, batch),
             reference=_kto_reference,
-            additive=False,
+            additive=additive,
         )
     function, has_reference, is_mean = PAIRS[options.loss]
 
@@ -92,7 +93,7 @@ def preference(options: PreferenceConfig) -> Objective:
         return Loss(jnp.sum(of_rows), RowSums(loss=of_rows, z=None, weight=weight), metrics)
 
     reference = reference_logprobs if has_reference else None
-    return Objective(loss=loss, reference=reference, additive=options.loss != "orpo")
+    return Objective(loss=loss, reference=reference, additive=additive)
 
 
 def _segment_sums(values: jax.Array, segments: jax.Array) -> jax.Array:

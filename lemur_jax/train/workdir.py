@@ -1,26 +1,30 @@
 """A workdir belongs to one config: the first run writes it down, later runs must agree or extend it."""
 
+import contextlib
 import json
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from etils import epath
 
+from lemur_jax.cluster.hosts import alone
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import write_json
 from lemur_jax.common.sections import fill
 from lemur_jax.config import RunConfig, differences
+from lemur_jax.train.config import MEANS_OF_A_MICROBATCH
 
 Changes = Mapping[str, tuple[Any, Any]]  # as of `config.differences`: of the run, and now
 
 # What may differ between a run and its resumption: it affects no result (up to rounding).
 FREE = (
-    "mesh.", "compute.", "log.", "checkpoint.", "eval.", "prepare.", "hosts.", "train.microbatches", "data.stores",
+    "mesh.", "compute.", "log.", "checkpoint.", "eval.", "prepare.", "hosts.", "data.stores",
     "data.modules", "data.mixture",  # the sources themselves count
     "rl.data", "rl.eval_", "rl.max_logprob_gap",
 )  # fmt: skip
 # What may also differ with --extend: it affects the steps after the newest checkpoint alone.
-EXTENDABLE = ("train.steps", "optimizer.", "spikes.", "data.sources.", "data.stages.")
+EXTENDABLE = ("train.steps", "train.microbatches", "optimizer.", "spikes.", "data.sources.", "data.stages.")
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:
@@ -35,16 +39,37 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     return config
 
 
+def _config_of_checkpoints(workdir: epath.Path) -> dict[str, Any]:
+    """The config in the newest checkpoint whose metadata is whole, read by each host alone; empty without one."""
+    from lemur_jax.checkpoint.metadata import Damaged
+    from lemur_jax.checkpoint.reading import read_metadata, steps_in  # `lemur report` needs no Orbax
+
+    with alone(), contextlib.suppress(UserError):  # there is none
+        directory, steps = steps_in(workdir / "checkpoints")
+        for step in reversed(steps):
+            with contextlib.suppress(Damaged):
+                return read_metadata(directory, step)["config"] or {}
+    return {}
+
+
+def _is_free(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether a key may differ at any start."""
+    if key == "train.microbatches":  # where no mean or noise is of one microbatch
+        means = values["preference"]["loss"] in MEANS_OF_A_MICROBATCH or values["model"]["num_experts"]
+        return not (means or values["adapter"]["dropout"])
+    return key.startswith(FREE)
+
+
 def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bool = False) -> Changes:
     """How a config, as JSON, differs from the one that the workdir belongs to; nothing is written.
 
     Only changes that affect results; empty where the workdir belongs to no config. A UserError names all keys that may
     not change; with `extend` those of `EXTENDABLE` may.
     """
-    if not (stored := read_config(workdir)):
+    if not (stored := read_config(workdir) or _config_of_checkpoints(workdir)):
         return {}
     stored = json.loads(json.dumps(fill(RunConfig, stored)))  # defaults have tuples
-    changes = {key: pair for key, pair in differences(stored, values).items() if not key.startswith(FREE)}
+    changes = {key: pair for key, pair in differences(stored, values).items() if not _is_free(key, values)}
     may = EXTENDABLE if extend else ()
     if values["checkpoint"]["other_optimizer"] == "fresh":
         may = (*may, "optimizer.")
@@ -62,14 +87,17 @@ def check_changes(changes: Changes, values: Mapping[str, Any], step: int) -> Non
     """Refuses changes, of `config_changes`, that would have affected updates before `step`, that of the newest
     checkpoint.
 
-    A source may be added with share 0; a stage may be added, removed or changed from `step` on.
+    A source may be added with share 0, and all shares multiplied by one factor, as with more epochs; a stage may be
+    added, removed or changed from `step` on.
     """
     if (steps := values["train"]["steps"]) < step:
         raise UserError(f"config.train.steps is {steps}, but {step} updates are made: give at least as many")
+    same_shares = _are_proportional(changes, values)
     for key, (old, new) in changes.items() if step else ():
         if key.startswith("data.sources.") and not key.endswith(".max_epochs"):
             added = old is None and (not key.endswith(".share") or new == 0)
-            if not added:
+            scaled = same_shares and None not in (old, new) and key.endswith((".share", ".epochs"))
+            if not (added or scaled):
                 raise UserError(
                     f"--extend cannot change {key} from {old!r} to {new!r}, because {step} updates are made: give"
                     " new shares in config.data.stages, and new sources the share 0"
@@ -80,6 +108,16 @@ def check_changes(changes: Changes, values: Mapping[str, Any], step: int) -> Non
             begins = begins or [values["data"]["stages"][name]["step"]]
             if min(begins) < step:
                 raise UserError(f"--extend cannot change {key}: the stage begins before step {step}")
+
+
+def _are_proportional(changes: Changes, values: Mapping[str, Any]) -> bool:
+    """Whether the sources that were there before have the same parts of the tokens now."""
+    factors = set()
+    for name, source in values["data"]["sources"].items():
+        old, new = changes.get(f"data.sources.{name}.share", (source["share"], source["share"]))
+        if old:
+            factors.add(Fraction(str(new)) / Fraction(str(old)))
+    return len(factors) == 1
 
 
 def claim(values: Mapping[str, Any], workdir: epath.Path) -> None:

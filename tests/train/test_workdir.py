@@ -53,6 +53,7 @@ LATE = {"late": StageConfig(step=4, shares={"text": 1.0})}
             "cannot change data.sources.new.share",
         ),
         ({"data.sources.code.share": 2.0}, True, "cannot change data.sources.code.share from 1.0 to 2.0"),
+        ({"data.sources.code.share": 2.0, "data.sources.text.share": 2.0}, True, ""),
         (
             {"data.stages.early.step": 8},
             True,
@@ -75,6 +76,34 @@ def test_what_may_change_between_a_run_and_its_resumption(tmp_path, options, ext
     values = replace(first, options).to_json()
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         check_changes(config_changes(values, tmp_path, extend=extend), values, 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preference.loss": "kto"},
+        {"preference.loss": "orpo"},
+        {"adapter.dropout": 0.1},
+        {"model.num_experts": 4, "model.experts_per_token": 2},
+    ],
+)
+def test_microbatches_change_only_with_extend_where_a_mean_or_noise_is_of_one(tmp_path, options):
+    first = tiny_config({"data.sources": SOURCES, **options})
+    claim(first.to_json(), tmp_path)
+    values = replace(first, {"train.microbatches": 2}).to_json()
+    with pytest.raises(UserError, match=r"train.microbatches was 1 there and is 2 now; .*, or --extend"):
+        config_changes(values, tmp_path)
+    assert list(config_changes(values, tmp_path, extend=True)) == ["train.microbatches"]
+
+
+def test_without_a_config_of_its_own_a_workdir_has_that_of_its_checkpoints(train, tmp_path):
+    train(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "checkpoints" / "7").mkdir()  # damaged: its metadata is missing
+    with pytest.raises(UserError, match=r"belongs to another config: seed was 42 there and is 7 now"):
+        train(tmp_path, seed=7)
+    assert "already finished at step 6" in train(tmp_path)[-1]
+    assert (tmp_path / "config.json").exists()
 
 
 def test_a_config_of_an_older_version_has_the_defaults_of_new_keys(tmp_path):
