@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -54,7 +55,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       path: directory, local or gs://; made if missing.
       keep: number of newest checkpoints to keep; None: all.
       keep_every: also keep steps that this divides; 0: none.
-      keep_best: also keep this many with the lowest loss given to `save`.
+      keep_best: also keep the one with the lowest of these losses given to `save`; "": none.
       max_failures: consecutive failed saves after which `save`, `wait` and `poll` raise.
       broadcast: see `open_manager`; for restores.
     """
@@ -65,7 +66,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         keep: int | None = None,
         *,
         keep_every: int = 0,
-        keep_best: int = 0,
+        keep_best: str = "",
         max_failures: int = 1,
         broadcast: bool = False,
     ):
@@ -77,13 +78,16 @@ class Checkpoints(contextlib.AbstractContextManager):
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
         if keep_best:
             best = checkpoint_managers.BestN(
-                get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
+                get_metric_fn=partial(_loss, keep_best),
+                reverse=True,
+                n=1,
+                keep_checkpoints_without_metrics=False,
             )
             policies.append(best)
         self._options = {
             "cleanup_tmp_directories": True,  # of a run that was killed, or of a save that failed
             "preservation_policy": checkpoint_managers.AnyPreservationPolicy(policies),
-            "best_fn": _loss if keep_best else None,  # without it, Orbax does not store the loss
+            "best_fn": partial(_loss, keep_best) if keep_best else None,  # without it, Orbax stores no losses
             "best_mode": "min",
             # Directories that cannot be made then raise from `save` itself, and no thread waits for them.
             "async_options": ocp.AsyncOptions(
@@ -109,13 +113,18 @@ class Checkpoints(contextlib.AbstractContextManager):
         return self._failures > 0 and self._pending is None
 
     def save(
-        self, step: int, params: Any, optimizer: Any, metadata: Mapping[str, Any], loss: float | None = None
+        self,
+        step: int,
+        params: Any,
+        optimizer: Any,
+        metadata: Mapping[str, Any],
+        losses: Mapping[str, float] | None = None,
     ) -> None:
         """Starts saving the state after `step` updates; returns when digests are computed and arrays copied to the
         host.
 
         The arrays may then be donated. A save that fails, now or later, is reported by a warning and does not raise
-        before `max_failures` in a row. `metadata` is as `make_metadata` returns it, `loss` for `keep_best`.
+        before `max_failures` in a row. `metadata` is as `make_metadata` returns it, `losses` by name for `keep_best`.
 
         Raises UserError: a leaf is not finite, and nothing is saved; or as `wait`.
         """
@@ -136,7 +145,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                     optimizer=ocp.args.PyTreeSave(optimizer),
                     metadata=ocp.args.JsonSave(seal(metadata, leaves)),
                 ),
-                metrics=None if loss is None else {"loss": loss},
+                metrics=dict(losses) if losses else None,
                 force=True,
             )
         except Exception as error:  # full disks and refused writes come in many classes
@@ -281,8 +290,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         self.close()
 
 
-def _loss(metrics: Mapping[str, Any]) -> float:
-    return math.inf if math.isnan(metrics["loss"]) else metrics["loss"]  # Orbax sorts by it
+def _loss(name: str, metrics: Mapping[str, Any]) -> float:
+    """The loss by which Orbax sorts; earlier versions stored one, without a name."""
+    loss = metrics.get(name, metrics.get("loss", math.nan))
+    return math.inf if math.isnan(loss) else loss
 
 
 def _save_args(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:

@@ -178,10 +178,10 @@ def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
     return Saves(
         config.checkpoint,
         workdir,
-        inputs.program,
         metadata,
         initial,
         last=config.train.steps,
+        held_out={each.task: f"{each.task}, {each.num_bytes} bytes" for each in inputs.held_out},
         rollouts=inputs.rollouts,
     )
 

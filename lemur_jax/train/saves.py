@@ -21,7 +21,6 @@ from lemur_jax.train import state as states
 from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.spikes import memory, rollback_target, rolled_back
 from lemur_jax.train.state import TrainState
-from lemur_jax.train.step import Program
 
 logger = logging.getLogger(__name__)
 
@@ -41,27 +40,29 @@ class Saves(contextlib.AbstractContextManager):
     """A context in which `WORKDIR/checkpoints` is open.
 
     `metadata` goes into every checkpoint; `initial` gives the first parameters and those that are frozen; `last` is the
-    last update; with `rollouts` of `lemur rl`, checkpoints hold the episodes that it has sampled ahead.
+    last update; with `rollouts` of `lemur rl`, checkpoints hold the episodes that it has sampled ahead. `held_out` names
+    the text of each scored task: losses on other texts, as after a change of `eval.max_rows`, are not compared.
     """
 
     def __init__(
         self,
         options: CheckpointConfig,
         workdir: epath.Path,
-        program: Program,
         metadata: dict[str, Any],
         initial: InitialParams,
         *,
         last: int,
+        held_out: Mapping[str, str],
         rollouts: Any = None,
     ):
-        self._options, self._program, self._metadata = options, program, metadata
+        self._options, self._program, self._metadata = options, initial.program, metadata
         self._initial, self._last, self._rollouts = initial, last, rollouts
+        self._held_out = held_out
         self._checkpoints = Checkpoints(
             workdir / "checkpoints",
             keep=options.keep,
             keep_every=options.keep_every,
-            keep_best=1 if options.keep_best else 0,
+            keep_best=held_out.get(options.keep_best, ""),
             max_failures=options.max_failures,
             broadcast=options.broadcast,
         )
@@ -101,9 +102,8 @@ class Saves(contextlib.AbstractContextManager):
         # Sources that were added since have had no share until here (`train.workdir.check_changes`).
         if changed := sorted(task for task in theirs if theirs[task] != ours.get(task)):
             raise UserError(
-                f"{self._checkpoints.path} was trained on other data: the store of"
-                f" {', '.join(changed)} has changed since; put the old stores back, or start in a"
-                " new --workdir"
+                f"{self._checkpoints.path} was trained on other data: {', '.join(changed)} changed since; put back"
+                " what was there, or start in a new --workdir"
             )
 
     def poll(self) -> None:
@@ -131,17 +131,17 @@ class Saves(contextlib.AbstractContextManager):
         Raises UserError if too many saves failed, or a leaf is not finite.
         """
         with jax.transfer_guard("allow"):  # Orbax copies to the host
-            best, metadata = losses.get(self._options.keep_best), self._metadata
+            scored, metadata = {self._held_out[task]: losses[task] for task in losses}, self._metadata
             if self._rollouts:
                 metadata = {**metadata, "episodes": self._rollouts.pending()}
-            self._checkpoints.save(step, state.params, state.optimizer, metadata, best)
+            self._checkpoints.save(step, state.params, state.optimizer, metadata, scored)
             self._saved_at, self._early = time.monotonic(), False
             if kind is not Save.FINAL:
                 return
             self._checkpoints.wait()
             while self._checkpoints.failed:
                 time.sleep(_RETRY_SECONDS)
-                self._checkpoints.save(step, state.params, state.optimizer, metadata, best)
+                self._checkpoints.save(step, state.params, state.optimizer, metadata, scored)
                 self._checkpoints.wait()
 
     def roll_back(self, state: TrainState, loader: Loader, most: int) -> tuple[TrainState, int]:

@@ -50,10 +50,25 @@ def messages(caplog):
 
 def test_keeps_newest_every_fourth_and_the_best(state, tmp_path):
     small = {"w": state.params["final_norm"]}
-    with manager.Checkpoints(tmp_path, keep=2, keep_every=4, keep_best=1) as checkpoints:
+    with manager.Checkpoints(tmp_path, keep=2, keep_every=4, keep_best="text") as checkpoints:
         for step, loss in enumerate([math.nan, 2.0, 1.0, 4.0, math.nan, None, 6.0, None, None], start=1):
-            checkpoints.save(step, small, small, METADATA, loss)
+            losses = {} if loss is None else {"code": -loss, "text": loss}
+            checkpoints.save(step, small, small, METADATA, losses)
     assert steps_in(tmp_path)[1] == [3, 4, 8, 9]
+
+
+def test_the_best_of_an_earlier_version_stays_until_a_better_one(state, tmp_path):
+    """Its losses have no name."""
+    small = {"w": state.params["final_norm"]}
+    for losses in ([{"loss": 2.0}, {"loss": 1.0}, {"loss": 3.0}], [{"text": 4.0}], [{"text": 0.5}, {}]):
+        with manager.Checkpoints(tmp_path, keep=1, keep_best="text") as checkpoints:
+            for loss in losses:
+                checkpoints.save((checkpoints.latest_step() or 0) + 1, small, small, METADATA, loss)
+                checkpoints.wait()
+            kept = checkpoints.latest_step()
+        if {"text": 4.0} in losses:
+            assert steps_in(tmp_path)[1] == [2, kept]
+    assert steps_in(tmp_path)[1] == [5, 6]
 
 
 def test_save_returns_before_the_files_are_there_and_the_arrays_may_be_overwritten(tmp_path, slow_storage):
