@@ -16,7 +16,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
 from lemur_jax.train.inputs import open_run_mixture
 from lemur_jax.train.loop import train
-from lemur_jax.train.workdir import claim, config_changes
+from lemur_jax.train.workdir import config_changes
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,11 @@ def sweep(
             open_run_mixture(config.data, config.train, tokenizer, config.seed)
         except UserError as error:
             raise UserError(f"{run.variant}: {error}") from error
+    for run, config in runs.items():
+        config_changes(config.to_json(), run.directory(workdir))  # refuses a run of another config
     build, failed = building_once(), []
     for number, (run, config) in enumerate(runs.items(), start=1):
         directory = run.directory(workdir)
-        config_changes(config.to_json(), directory)  # refuses a run of another config
-        claim(config.to_json(), directory)
         logger.info("run %d of %d: %s, seed %d", number, len(runs), run.variant, run.seed)
         try:
             if train(config, directory, build=build):

@@ -3,12 +3,16 @@
 import json
 
 import pytest
+from etils import epath
 
 from lemur_jax.cli import main
+from lemur_jax.config import from_json
+from lemur_jax.models.presets import preset
 from lemur_jax.sweep import runner
 from lemur_jax.sweep.results import Results
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.train import step
+from lemur_jax.train.workdir import claim
 
 WORDS = "sweep --config config.py --workdir out --ratios 1:0,0:1 --seeds 2 --merge linear:0.5,arithmetic:0.5"
 
@@ -120,6 +124,24 @@ def test_with_one_group_no_plot_is_named(project, monkeypatch, capsys):
         monkeypatch.setattr("lemur_jax.sweep.results.markdown_table", lambda _: "")
         assert main(WORDS.split()) == 0
         assert f"wrote out/index.html, table.md, {plot}results.json" in capsys.readouterr().out
+
+
+def test_a_wrong_base_may_be_corrected_in_the_same_workdir(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    words = WORDS.replace("out", "corrected").split()
+    assert main([*words, "--config.init.checkpoint=nowhere"]) == 2
+    assert "no checkpoint directory at nowhere" in capsys.readouterr().err
+    monkeypatch.setattr(runner, "train", lambda *_, **__: True)
+    assert main(words) == 0
+
+
+def test_a_later_run_of_another_config_is_told_before_the_first_is_trained(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    words = WORDS.replace("out", "mixed").split()
+    claim(from_json({"model": preset("tiny").to_dict()}).to_json(), epath.Path("mixed/runs/0-1_seed-43"))
+    monkeypatch.setattr(runner, "train", None)
+    assert main(words) == 2
+    assert "mixed/runs/0-1_seed-43 belongs to another config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
