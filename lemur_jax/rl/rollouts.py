@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import digest_of
 from lemur_jax.infer.engine import Engine
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import make_session
@@ -118,8 +119,12 @@ class Rollouts:
         self._logprobs = jax.jit(logprobs)
 
     def digests(self) -> dict[str, str]:
-        """Of the data: there is none."""
-        return {}
+        """Of the tasks, which are taken by number, and of what turns them into ids."""
+        tokenizer = self.tokenizer
+        return {
+            "tasks": digest_of([one.id for one in self._tasks]),
+            "chat template and tokenizer": digest_of([tokenizer.chat_template, tokenizer.digest]),
+        }
 
     def documents(self, step: int, rows: Sequence[int]) -> list[str]:
         """The tasks of rows of the batch of a step, one of the last `STEPS_NAMED`."""

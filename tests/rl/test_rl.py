@@ -268,6 +268,20 @@ def test_runs_that_cannot_go_on_say_why(play):
         play("one", tasks=([], [Echo()]))
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"tasks": ([Echo(), Dies()], [])}, "tasks"), ({"template": "{{ 1 }}"}, "chat template")],
+)
+def test_a_run_goes_on_with_its_own_tasks_and_template(play, small_chat_tokenizer, tmp_path, changes, named):
+    template = tmp_path / "template.jinja"
+    template.write_text(small_chat_tokenizer.chat_template)
+    options = {"train.steps": 1, "tokenizer.chat_template": str(template)}
+    play("run", **options)
+    template.write_text(changes.pop("template", template.read_text()))
+    with pytest.raises(UserError, match=f"was trained on other data: {named}.* changed since"):
+        play("run", **options, **changes)
+
+
 SCRIPT = """
 import pathlib, sys
 from lemur_jax.cluster.hosts import choose_platform
