@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,10 +12,12 @@ import jax
 from etils import epath
 
 from lemur_jax.checkpoint.metadata import make_metadata
+from lemur_jax.cluster import coordination
 from lemur_jax.cluster.coordination import agree, barrier
 from lemur_jax.cluster.hosts import is_primary
 from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
+from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import digest_of
 from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig
@@ -78,7 +81,7 @@ def train(
     with contextlib.ExitStack() as stack:
         if is_primary():
             stack.enter_context(workdir_lock(workdir))
-        barrier("workdir", 2 * WAIT_SECONDS)  # longer than a collective waits for the primary
+        check_same_workdir(workdir)
         changes = config_changes(values, workdir, extend=extend)  # again: another run may have held the lock
         saves = stack.enter_context(open_saves(config, workdir, inputs))
         state, first = saves.first_state()
@@ -112,6 +115,28 @@ def check_same_data(inputs: Inputs) -> None:
     held_out = {f"{each.task}, held out": each.rows.store.manifest.digest for each in inputs.held_out}
     digest = digest_of({**inputs.mixture.digests(), **held_out})
     agree("the data in config.data.stores", digest, 2 * WAIT_SECONDS)
+
+
+def check_same_workdir(workdir: epath.Path) -> None:
+    """UserError: hosts have other workdirs, each on its own disk; each would save its part of every checkpoint there.
+
+    The others wait here for the primary, which looks for another run first.
+    """
+    if jax.process_count() == 1:
+        return
+    probe = workdir / f".shared-{uuid.uuid4().hex}"
+    if is_primary():
+        probe.write_text("")
+    barrier("workdir", 2 * WAIT_SECONDS)  # longer than a collective waits for the primary
+    seen = (workdir / coordination.from_primary(probe.name)).exists()
+    everywhere = coordination.exchange("shared workdir", str(seen), WAIT_SECONDS)
+    if is_primary():
+        probe.unlink()
+    if missing := [host for host, found in enumerate(everywhere) if found != str(True)]:
+        names = ", ".join(coordination.host_name(host, coordination.client()) for host in missing)
+        raise UserError(
+            f"{names} has another directory {workdir} than host 0: put it where all hosts see the same files"
+        )
 
 
 def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_path: epath.Path) -> bool:

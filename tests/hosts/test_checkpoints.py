@@ -237,6 +237,20 @@ def test_one_host_reads_and_sends_to_the_other(hosts_project, stopped, tmp_path)
     assert "config.checkpoint.broadcast=False" in said[0]
 
 
+def test_hosts_with_other_workdirs_are_refused(hosts_project, tmp_path):
+    """As where each has its own disk: each checkpoint would lie on both, one half here and one there."""
+    code = (
+        "import os, sys\nfrom lemur_jax.cli import main\n"
+        "sys.argv[5] += os.environ['JAX_PROCESS_ID']\nsys.exit(main(sys.argv[1:]))"
+    )
+    words = [*hosts_project.train_words(tmp_path / "run"), "--virtual-devices", "4"]
+    outputs = finish(hosts_project.start(2, "-c", code, *words), 2, 2)
+    assert f"has another directory {tmp_path}/run" in outputs[0] + outputs[1]
+    assert "than host 0" in outputs[0] + outputs[1]
+    assert not list(tmp_path.rglob("checkpoints"))
+    assert not list(tmp_path.rglob(".shared-*"))
+
+
 @pytest.mark.slow
 def test_hosts_with_other_data_are_refused(hosts_project, tmp_path):
     for host in range(2):
