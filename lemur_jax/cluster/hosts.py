@@ -13,6 +13,7 @@ from lemur_jax.cluster import coordination
 from lemur_jax.cluster.exit import TRY_AGAIN, end_process
 from lemur_jax.common.errors import UserError
 
+AGREE_SECONDS = 600.0  # in which the slowest host must have opened what is compared
 _alone = contextvars.ContextVar("alone", default=False)
 
 # For many virtual devices, or several processes, on few cores. XLA:CPU starts independent operations at once, and each
@@ -168,12 +169,18 @@ def is_primary() -> bool:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """A context in which this process works without the others: `any_host` does not ask them, `join` does nothing."""
+    """A context in which this process works without the others: `any_host` and `agree` do not ask, nor `join` join."""
     token = _alone.set(True)
     try:
         yield
     finally:
         _alone.reset(token)
+
+
+def agree(name: str, value: str) -> None:
+    """UserError, which names the host, where one has another value; all must call it, except inside `alone`."""
+    if not _alone.get():
+        coordination.agree(name, value, AGREE_SECONDS)
 
 
 def any_host(flag: bool) -> bool:

@@ -1,5 +1,6 @@
 """Hugging Face directory -> our checkpoint."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping
@@ -13,10 +14,12 @@ from jax.sharding import Sharding
 
 from lemur_jax.checkpoint.metadata import make_metadata
 from lemur_jax.checkpoint.streaming import Streamed, write_params
+from lemur_jax.cluster import hosts
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
+from lemur_jax.convert.gguf import GgufTensor
 from lemur_jax.convert.hf_config import read_config, read_json
 from lemur_jax.convert.hf_weights import Tensor, open_checked
 from lemur_jax.convert.vocabulary import AS_IT_IS, Change
@@ -65,6 +68,8 @@ def load_hf_params(
     numpy_dtype(dtype)
     config = read_config(hf_dir)
     tensors = open_checked(config, hf_dir)
+    if shardings is not None:
+        hosts.agree("the Hugging Face model that is read", _sample(tensors))
     flat: dict[str, Any] = {}
     for weight in layout.weights(config):
         if shardings is None:
@@ -74,6 +79,16 @@ def load_hf_params(
             place = flatten_dict(shardings, sep="/")[weight.path]
             flat[weight.path] = each(weight.path, _place(weight, tensors, place, dtype))
     return config, unflatten_dict(flat, sep="/")
+
+
+def _sample(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of one row of each matrix: models of one shape differ in it, as two downloads of one name may be."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if len(tensor.shape) == 2 and not isinstance(tensor, GgufTensor):
+            row = tensor.shape[0] // 2
+            digest.update(tensor.rows(name, row, row + 1).read().tobytes())
+    return digest.hexdigest()
 
 
 # A block of an array: (start, stop) of each axis.

@@ -14,10 +14,14 @@ import pytest
 
 from lemur_jax.checkpoint.reading import steps_in
 from lemur_jax.cluster.exit import TRY_AGAIN
+from lemur_jax.convert.export_hf import export_hf
+from lemur_jax.models.presets import preset
 from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.text.tokenizer import Tokenizer
 from tests.helpers.hosts import STEPS, Project, final_params, finish, wait_until
 from tests.helpers.planted import plant
 from tests.helpers.processes import hold_workdir
+from tests.helpers.runs import write_model
 
 # Prints what this process holds of three batches: {"step row key": digest}.
 BATCHES = """
@@ -152,6 +156,31 @@ def test_each_host_reads_its_own_part_of_an_exported_model(hosts_project, two, t
     primary, other = hosts_project.lemur(2, *words, "fsdp=4,tensor=2", "--reference", str(reference))
     assert "192 tokens equal the reference's" in primary
     assert "tokens" not in other
+
+
+def test_hosts_with_other_downloads_of_a_model_are_refused(hosts_project, tmp_path):
+    """Each would read its part of another model."""
+    tokenizer = Tokenizer.load(hosts_project.root / "tokenizer").files()
+    for host in range(2):
+        write_model(tmp_path / f"ours-{host}", preset("tiny", vocab_size=300), tokenizer, seed=host)
+        export_hf(tmp_path / f"ours-{host}", tmp_path / f"model-{host}")
+    code = (
+        "import os, sys\nfrom lemur_jax.cli import main\n"
+        f"os.chdir({str(tmp_path)!r} + '/model-' + os.environ['JAX_PROCESS_ID'])\nsys.exit(main(sys.argv[1:]))"
+    )
+    words = [
+        "generate",
+        "--checkpoint",
+        ".",
+        "--mesh",
+        "fsdp=8",
+        "--prompt",
+        "value",
+        "--virtual-devices",
+        "4",
+    ]
+    outputs = finish(hosts_project.start(2, "-c", code, *words), 2, 2)
+    assert "the Hugging Face model that is read differs between hosts: host 1" in outputs[0] + outputs[1]
 
 
 @pytest.mark.slow
