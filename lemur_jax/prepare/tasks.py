@@ -66,13 +66,15 @@ class GeneratorSource(seqio.FunctionDataSource):
 
     def documents(self, split: str, *_: int) -> Iterator[Document]:
         """The documents of a split, which is one shard; one without an id has its number."""
-        for number, given in enumerate(self._documents(split)):
+        for number, given in enumerate(self._documents(split) or ()):  # a function may return None
+            what = f"document {number} of a function's {split} split"
+            if not isinstance(given, Mapping):
+                raise UserError(f"{what} is {given!r:.40}: it must be a mapping of strings")
             name = given.get("id") or f"{number:09d}"
             document: dict[str, Any] = {self.content: given.get(self.content), "id": name}
             for name, value in document.items():
                 if not isinstance(value, str | bytes):
-                    what = f"{name!r} of document {number} of a function's {split} split"
-                    raise UserError(f"{what} is {value!r:.40}: it must be a string")
+                    raise UserError(f"{name!r} of {what} is {value!r:.40}: it must be a string")
                 document[name] = value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
             yield document
 
@@ -257,20 +259,14 @@ def add_tfds(
 
 def _tfds_documents(dataset: tf.data.Dataset, name: str, fields: Fields) -> tf.data.Dataset:
     """Examples of TFDS to documents; strings, numbers and lists of them, nested names joined by dots."""
-    columns = [key for key, _ in _flat(dataset.element_spec)]
-    names = (fields.content, "id", "meta", "where", "error")
 
-    def convert(number: Any, *values: Any) -> list[bytes]:
-        row = {key: v.tolist() if hasattr(v, "tolist") else v for key, v in zip(columns, values, strict=True)}
-        document, _ = next(to_documents(name, [(f"example {number}", row)], fields))
-        return [document[key] for key in names]
+    def documents() -> Iterator[Document]:
+        examples = enumerate(dataset.as_numpy_iterator())
+        rows = ((f"example {number}", dict(_flat(example))) for number, example in examples)
+        return (document for document, _ in to_documents(name, rows, fields))
 
-    def from_example(number: tf.Tensor, example: Any) -> dict[str, tf.Tensor]:
-        values = [value for _, value in _flat(example)]
-        found = tf.numpy_function(convert, [number, *values], [tf.string] * len(names))
-        return {key: tf.ensure_shape(value, ()) for key, value in zip(names, found, strict=True)}
-
-    return dataset.enumerate().map(from_example)
+    signature = _signature(fields.content, "id", "meta", "where", "error")
+    return tf.data.Dataset.from_generator(documents, output_signature=signature)
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -278,7 +274,13 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}", _as_lists(value)
+
+
+def _as_lists(value: Any) -> Any:
+    """An array, perhaps of arrays, as lists."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [_as_lists(item) for item in value] if isinstance(value, list) else value
 
 
 def find_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
@@ -295,11 +297,9 @@ def find_task(name: str, modules: Sequence[str] = ()) -> seqio.Task:
 @contextlib.contextmanager
 def _readable(task: seqio.Task, split: str) -> Iterator[None]:
     """Raises UserError if the task has no such split, or its files are missing or unreadable."""
-    if split not in task.source.splits:
-        raise UserError(
-            f"task {task.name!r} has no split {split!r}; it has {', '.join(sorted(task.source.splits))}"
-        )
     try:
+        if split not in (splits := task.source.splits):
+            raise UserError(f"task {task.name!r} has no split {split!r}; it has {', '.join(sorted(splits))}")
         yield
     except _UNREADABLE as error:
         message = str(getattr(error, "message", error)).strip().partition("\n")[0]

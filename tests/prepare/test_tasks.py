@@ -22,7 +22,6 @@ from tests.helpers.list_source import function_source, write_tfrecord
 # After tasks, which keeps TensorFlow quiet.
 import seqio  # isort: skip
 import tensorflow as tf  # isort: skip
-import tensorflow_datasets as tfds  # isort: skip
 
 OWN_MODULE = """
 import seqio
@@ -72,6 +71,15 @@ def test_a_document_of_a_function_that_is_no_string_is_one_line(document):
         UserError, match=rf"'{wrong}' of document 1 of a function's train split is .*a string"
     ):
         next(found)
+
+
+def test_a_function_that_gives_no_documents_is_one_line():
+    assert not list(tasks.examples(tasks.add_generator("t_none", lambda split: None), "train"))
+    task = tasks.add_generator("t_nothing", lambda split: ["a"])
+    with pytest.raises(
+        UserError, match="document 0 of a function's train split is 'a': it must be a mapping"
+    ):
+        list(tasks.examples(task, "train"))
 
 
 def test_the_error_of_a_function_is_its_own():
@@ -203,15 +211,6 @@ def test_the_task_digest_follows_ones_own_functions(add, name):
         assert digests.task_digest(ours) == hashlib.sha256(described.encode()).hexdigest()
 
 
-def test_the_task_digest_follows_slices_of_tfds():
-    found = set()
-    for slices in ("train[1%:]", "train[2%:]", "train"):
-        task = tasks.add_tfds("t_slices", "tiny:1.0.0", splits={"train": slices})
-        found.add(digests.task_digest(task))
-        seqio.TaskRegistry.remove("t_slices")
-    assert len(found) == 3
-
-
 def test_a_file_that_appears_waits_for_the_next_run(tmp_path):
     for name in "bd":
         (tmp_path / f"{name}.txt").write_text(name)
@@ -326,48 +325,3 @@ def test_files_to_train_on_that_are_held_out_too_are_named(tmp_path, caplog):
     assert not caplog.records
     tasks.check_files(tasks.add_files("t_both", {**apart, "train": str(tmp_path)}), "validation")
     assert caplog.messages == [f"held-out files that are trained on too: 1, e.g. {tmp_path}/val.txt"]
-
-
-def test_a_tfds_set_with_a_slice_held_out(tmp_path):
-    texts = [f"Text {n}" for n in range(50)]
-    examples = {"text": texts, "stars": list(range(50))}
-    features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "stars": tf.int64})
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name="tiny",
-        version="1.0.0",
-        features=features,
-        split_datasets={"train": tf.data.Dataset.from_tensor_slices(examples)},
-        data_dir=str(tmp_path),
-    )
-    task = tasks.add_tfds(
-        "t_tfds",
-        "tiny:1.0.0",
-        Fields(id="stars", meta=("stars",)),
-        splits={"train": "train[20%:]", "validation": "train[:20%]"},
-        data_dir=str(tmp_path),
-    )
-    splits = {split: list(tasks.examples(task, split)) for split in ("train", "validation")}
-    assert [len(splits["train"]), len(splits["validation"])] == [40, 10]
-    assert {e["text"].decode() for found in splits.values() for e in found} == set(texts)
-    example = splits["train"][0]
-    assert example["text"].decode() == f"Text {example['id'].decode()}"
-    assert json.loads(example["meta"]) == {"stars": int(example["id"])}
-    assert tasks.count_shards(task, "train") == 1
-
-
-def test_examples_of_several_tfds_files_have_names_of_their_own(tmp_path):
-    texts = [f"Text {n}" for n in range(20)]
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name="two",
-        version="1.0.0",
-        features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
-        split_datasets={"train": tf.data.Dataset.from_tensor_slices({"text": texts})},
-        data_dir=str(tmp_path),
-        download_config=tfds.download.DownloadConfig(num_shards=2),
-    )
-    task = tasks.add_tfds("t_two", "two:1.0.0", data_dir=str(tmp_path))
-    assert tasks.count_shards(task, "train") == 2
-    found = [example for shard in range(2) for example in tasks.examples(task, "train", shard, 2)]
-    assert {e["text"].decode() for e in found} == set(texts)
-    assert len({e["id"] for e in found}) == 20
-    assert found[0]["id"] == b"00000/000000000"
