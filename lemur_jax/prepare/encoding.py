@@ -73,6 +73,8 @@ def encode(tokenizer: Tokenizer, record: Record, steps: str = NO_STEPS) -> Resul
         if content == "text" and not text.strip():
             raise ValueError("empty text")
         meta = json.loads(record.get("meta") or b"{}")
+        if not isinstance(meta, dict):
+            raise ValueError("meta is not a JSON object")
         cleaning = filters(steps)
         removed = cleaning.remove(name, text, meta)
         if removed is not None:

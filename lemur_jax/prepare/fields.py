@@ -76,7 +76,9 @@ def to_documents(
             try:
                 yield _document(row, fields, where)
                 continue
-            except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+            except OSError:
+                raise
+            except Exception as error:  # functions of the user may raise anything
                 bad = BadRow(reason=bad_reason(error), excerpt=repr(row)[:EXCERPT].encode("utf-8", "replace"))
         failure = json.dumps({"reason": bad.reason, "records": bad.records})
         features = {fields.content: bad.excerpt, "id": where, "meta": "{}", "where": where, "error": failure}
@@ -129,7 +131,8 @@ def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
     id = _look_up(row, fields.id) if fields.id else None
     meta = {name: _look_up(row, name, None) for name in fields.meta}
     group = _look_up(row, fields.group) if fields.group else None
-    key = hashlib.sha256(content.strip()).digest() if _is_missing(group) else _bytes(str(group))
+    said = content.decode().strip().encode()  # bytes would keep a no-break space, unlike `exact_duplicates`
+    key = hashlib.sha256(said).digest() if _is_missing(group) else _bytes(str(group))
     features = {
         fields.content: content,
         "id": where if _is_missing(id) else id if isinstance(id, str | bytes) else str(id),

@@ -6,6 +6,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import fields as field_maps
+from lemur_jax.prepare.cleaning import filters, parse_steps
 from lemur_jax.prepare.fields import Fields, gather, is_held_out, to_documents
 from lemur_jax.prepare.readers import BadRow
 
@@ -43,3 +44,33 @@ def test_metadata_of_any_bytes_keeps_its_document():
     ((document, _),) = to_documents("f", rows, Fields(meta=("uuid", "names")))
     assert document["error"] == b""
     assert json.loads(document["meta"]) == {"uuid": "\\x82\\xff", "names": ["é"]}
+
+
+def _first(row):
+    return [next(turn for turn in row["turns"] if turn["role"] == "assistant")]
+
+
+def _checked(row):
+    assert row["turns"], "no turns"
+    return [{"role": "assistant", "content": str(1 / len(row["turns"][0]))}]
+
+
+@pytest.mark.parametrize(
+    ("function", "turns", "reason"),
+    [(_first, [], "StopIteration"), (_checked, [], "no turns"), (_checked, [{}], "division by zero")],
+)
+def test_a_row_that_a_function_cannot_use_is_a_bad_record(function, turns, reason):
+    good = {"turns": [{"role": "assistant", "content": "x"}]}
+    rows = [("row 0", {"turns": turns}), ("row 1", good)]
+    bad, other = (document for document, _ in to_documents("f", rows, Fields(messages=function)))
+    assert json.loads(bad["error"])["reason"] == reason
+    assert other["error"] == b""
+
+
+@pytest.mark.parametrize("space", ["\n", "\u00a0", "\u3000\n", "\x1c"])
+def test_what_the_step_for_duplicates_takes_for_equal_is_held_out_together(space):
+    steps = parse_steps("t", {"exact_duplicates": {}})
+    texts = ["some text", f"{space}some text{space}"]
+    assert len({filters(steps).fingerprints(text)["exact"] for text in texts}) == 1
+    rows = [(f"row {n}", {"text": text}) for n, text in enumerate(texts)]
+    assert len({key for _, key in to_documents("f", rows, Fields())}) == 1
