@@ -104,7 +104,8 @@ def check_fields(task: str, steps: Mapping[str, Mapping[str, Any]], kept: Sequen
     read += [("repository", name) for name in repository.values() if name]
     read += [("label", name) for name in label.values()]
     for step, name in read:
-        if not {name, name.replace("/", ".")} & set(kept):
+        spelled = name.replace("/", ".") if step == "metadata" else name  # values of a config may have dots
+        if not {name, spelled} & set(kept):
             raise UserError(
                 f"prepare.steps.{task}.{step} reads the metadata field {name!r}; the task keeps"
                 f" {', '.join(kept) or 'none'}: name it in Fields(meta=...) of the task"

@@ -38,6 +38,8 @@ _BATCH_ROWS = 64
 _MAX_ELEMENT = 1 << 24  # characters of one element of a JSON array in memory
 _SEPARATOR = re.compile(r"\s*,?\s*")
 EXCERPT = 500  # bytes of a bad record that are kept
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_IS_POINTER = "a pointer of Git LFS in place of the file: run `git lfs pull`"
 
 Row = Mapping[str, Any]
 
@@ -67,8 +69,9 @@ def find_files(patterns: str | Iterable[str]) -> list[str]:
         path = epath.Path(pattern).expanduser()
         wild = [any(sign in part for sign in "*?[") for part in path.parts]
         if not any(wild) or path.exists():  # names may have brackets
+            # A link to nothing stays, so that reading it fails.
             inside = (file for file in path.glob("*") if not file.is_dir()) if path.is_dir() else [path]
-            found |= {file for file in inside if file.exists()}
+            found |= {file for file in inside if file != path or file.exists()}
             continue
         # epath globs below a directory only: begin at the last one without a wildcard.
         first = wild.index(True)
@@ -90,7 +93,10 @@ def format_of(path: str) -> str:
     for suffix, kind in _SUFFIXES.items():
         if name.endswith(suffix) or (kind == "tfrecord" and ".tfrecord-" in name):
             return kind
-    raise UserError(f"cannot tell the format of {path} by its name: name one of {', '.join(FORMATS)}")
+    raise UserError(
+        f"cannot tell the format of {path} by its name: name one of {', '.join(FORMATS)} as `kind`, or convert it to"
+        " one of these, e.g. CSV and Arrow to Parquet"
+    )
 
 
 def read_rows(
@@ -168,6 +174,8 @@ def _whole(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row |
 
 
 def _text_row(text: bytes, length: int, max_bytes: int) -> Row | BadRow:
+    if text.startswith(_POINTER):
+        return BadRow(reason=_IS_POINTER, excerpt=text[:EXCERPT])
     if length > max_bytes:
         return BadRow(reason=f"longer than {max_bytes:,} bytes", excerpt=text[:EXCERPT])
     if b"\0" in text:
@@ -244,7 +252,10 @@ def _parquet(
             )
         except (OSError, pyarrow.ArrowException) as error:
             lost = _damage(error).count_lost(0, path)
-            yield "file", BadRow(reason=f"not Parquet: {bad_reason(error)}", records=lost)
+            source.seek(0)
+            is_pointer = source.read(len(_POINTER)) == _POINTER
+            reason = f"not Parquet: {_IS_POINTER if is_pointer else bad_reason(error)}"
+            yield "file", BadRow(reason=reason, records=lost)
             return
         names = file.schema_arrow.names
         there = None if columns is None else [name for name in columns if name in names]

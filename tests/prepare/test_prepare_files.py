@@ -250,13 +250,15 @@ def test_steps_that_leave_nothing_are_named(corpus, make_config):
     [
         {"repository": {"name": "repo", "path": "pth"}},
         {"label": {"field": "pth"}},
+        {"label": {"field": "meta/lang"}},  # only keys of `metadata` are written so
         {"metadata": {"pth": ("x",)}},
     ],
 )
 def test_a_step_that_reads_a_field_which_is_not_kept_is_refused(tmp_path, corpus, make_config, steps):
-    register(corpus, fields=Fields(meta=("repo", "path")))
+    register(corpus, fields=Fields(meta=("repo", "path", "meta.lang")))
     with pytest.raises(
-        UserError, match=r"steps\.files\.\w+ reads the metadata field 'pth'; .* keeps repo, path:"
+        UserError,
+        match=r"steps\.files\.\w+ reads the metadata field '(pth|meta/lang)'; .* keeps repo, path, meta.lang:",
     ):
         run(make_config(**{"prepare.steps": {"files": steps}}))
     assert not (tmp_path / "stores").exists()
@@ -303,6 +305,11 @@ def test_globs_and_directories_are_sorted_and_leave_out_hidden_files(tmp_path, m
     assert relative(readers.find_files("~/b/*")) == ["b/2.jsonl"]
     assert readers.find_files(f"{tmp_path}/nothing/*") == []
     assert readers.find_files(f"{tmp_path}/nothing.jsonl") == []
+    (tmp_path / "b/3.jsonl").symlink_to("gone.jsonl")  # to be reported when it is read
+    for pattern in ("b", "b/*", "b/3.jsonl"):
+        assert ("b/3.jsonl" in relative(readers.find_files(f"{tmp_path}/{pattern}"))) == (
+            pattern != "b/3.jsonl"
+        )
     with pytest.raises(UserError, match=r"\*\*"):
         readers.find_files(f"{tmp_path}/**/*.jsonl")
 
