@@ -30,6 +30,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 # The features of one document of a task.
 Record = Mapping[str, bytes]
 
+_SAID = ("reasoning_content", "thinking", "content", "tool_calls")  # of a message
 _KEPT = ("text", "messages", "preferences", "id", "source", "meta")  # of a bad record
 CHUNK_BYTES = 1 << 18
 CHUNK_RECORDS = 256
@@ -124,17 +125,14 @@ def _messages(data: bytes) -> Any:
 
 
 def _joined(messages: Any) -> str:
-    """The text of a conversation, without `tools`, for the filters; "" if it is malformed, which is refused later."""
+    """What a conversation says, also in thoughts and calls, without `tools`; "" if it is malformed, which is refused later."""
     if isinstance(messages, dict):
         return "\n\n".join(_joined(part) for key, part in messages.items() if key != "tools")
     if not isinstance(messages, list):
         return ""
-    said: list[str] = []
-    for message in messages:
-        if isinstance(message, dict):
-            said += [message["content"]] if isinstance(message.get("content"), str) else []
-            said += [json.dumps(call, ensure_ascii=False) for call in [message.get("tool_calls")] if call]
-    return "\n\n".join(said)
+    said = [message.get(key) for message in messages if isinstance(message, dict) for key in _SAID]
+    parts = (part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in said if part)
+    return "\n\n".join(parts)
 
 
 def _encode_messages(tokenizer: Tokenizer, messages: Any, name: str, marks: Mapping[str, Any]) -> Encoded:

@@ -14,6 +14,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import encoding
+from lemur_jax.prepare.cleaning import parse_steps
 from lemur_jax.prepare.encoding import BadRecord, Encoded, encode, encoder
 from lemur_jax.text.chat_template import encode_chat
 
@@ -67,6 +68,18 @@ def test_what_cannot_be_used_is_refused_with_a_reason(chat_tokenizer, fields, re
     assert "\n" not in result.reason
     assert set(result.record) == {"id", *fields}
     json.dumps(result.record)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "tool_calls"])
+def test_conversations_with_other_thoughts_or_calls_are_no_duplicates(chat_tokenizer, key):
+    steps, found = parse_steps("t", {"exact_duplicates": {}, "near_duplicates": {}}), []
+    for number in (1, 2, 2):
+        said = [{"function": {"name": f"f{number}"}}] if key == "tool_calls" else f"thought {number}"
+        talk = [TALK[0], {**TALK[1], key: said}]
+        result = encode(chat_tokenizer, record(id="c", messages=json.dumps(talk)), steps)
+        found.append((result.exact, result.near))
+    assert found[1] == found[2]
+    assert not set(found[0]) & set(found[1])
 
 
 def mixed_records(count):
