@@ -154,9 +154,12 @@ class Player:
             {"role": "assistant", "content": "b"},
             {"role": role, "content": found.observation},
         ]
-        start = len(encode_chat(self._tokenizer, said[:1], add_generation_prompt=True)[0])
-        ids = encode_chat(self._tokenizer, said, add_generation_prompt=True)[0]
-        for index in range(start, len(ids)):
+        opening, ids = (
+            encode_chat(self._tokenizer, part, add_generation_prompt=True)[0] for part in (said[:1], said)
+        )
+        # Not the whole opening: some templates begin a thought there, of which later turns have nothing.
+        same = [one == other for one, other in zip(opening, ids, strict=False)]
+        for index in range([*same, False].index(False), len(ids)):
             if ids[index] in self._stops:
                 return ids[index + ended :]
         raise UserError(
