@@ -53,7 +53,7 @@ class Sampling:
             "top_k": (self.top_k >= 0, "at least 0 (0: all tokens)"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1: off)"),
+            "repetition_penalty": (1e-9 <= self.repetition_penalty <= 1e9, "between 1e-9 and 1e9 (1: off)"),
             "seed": (0 <= self.seed < 2**32, "between 0 and 2**32 - 1"),
         }
         for name, (fine, rule) in ranges.items():
@@ -161,6 +161,7 @@ def _keep_top(scores: jax.Array, weights: jax.Array, target: jax.Array) -> jax.A
     """Keeps the fewest highest scores whose weights sum to `target` at least, or all."""
     bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
     sign = jnp.uint32(1 << 31)
+    target = jnp.maximum(target, jnp.finfo(jnp.float32).tiny)  # 0, as of a top_p of 1e-50, would keep none
     # Unsigned integers in the order of the floats: flip the sign bit, of a negative float every bit.
     ranks = jnp.where(bits >= sign, ~bits, bits | sign)
 

@@ -328,12 +328,18 @@ class _Server:
     ) -> Json:
         """Log-probabilities as completions have them; the first token of an echoed prompt has none."""
         tops = self._tops(before, tokens, logprobs, top)
-        spelled = [{self.tokenizer.token(id): value for id, value in one.items()} for one in tops]
+
+        def by_text(top: dict[int, float]) -> dict[str, float]:
+            found: dict[str, float] = {}
+            for token, value in top.items():
+                found.setdefault(self._spelled(token)[0], value)  # the likeliest of those with one text
+            return found
+
         none = [None] * len(first)
         return {
-            "tokens": [self.tokenizer.token(token) for token in [*first, *tokens]],
+            "tokens": [self._spelled(token)[0] for token in [*first, *tokens]],
             "token_logprobs": [*none, *logprobs],
-            "top_logprobs": [*none, *spelled] if top else None,
+            "top_logprobs": [*none, *map(by_text, tops)] if top else None,
             "text_offset": None,
         }
 
@@ -341,7 +347,8 @@ class _Server:
         """Log-probabilities as chat completions have them."""
 
         def entry(token: int, value: float) -> Json:
-            return {"token": self.tokenizer.token(token), "logprob": value, "bytes": None}
+            text, data = self._spelled(token)
+            return {"token": text, "logprob": value, "bytes": list(data)}
 
         tokens = list(answer.content)
         logprobs = list(answer.logprobs[: len(tokens)])
@@ -352,6 +359,14 @@ class _Server:
                 for token, value, likeliest in zip(tokens, logprobs, tops, strict=True)
             ]
         }
+
+    def _spelled(self, token: int) -> tuple[str, bytes]:
+        """A token as text, or where it is no whole characters as OpenAI writes it, and its bytes."""
+        data = self.tokenizer.token_bytes(token)
+        try:
+            return data.decode(), data
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
 
     def _tops(
         self, before: list[int], tokens: list[int], logprobs: list[float], count: int

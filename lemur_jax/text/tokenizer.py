@@ -241,6 +241,19 @@ class Tokenizer:
             return self._control_names[index]
         return (self._backend.id_to_token(index) if index >= 0 else None) or "\ufffd"
 
+    def token_bytes(self, index: int) -> bytes:
+        """What a token adds inside a text, in UTF-8: perhaps a part of a character. Of a control token its name."""
+        piece = self.token(index)
+        text = piece if index in self._control_names else self._decoders[False]([piece])
+        if "\ufffd" not in text or piece == "\ufffd":
+            return text.encode()
+        if piece.startswith("<0x"):
+            return bytes.fromhex(piece[3:5])
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        values = {character: byte for byte, character in bytes_to_unicode().items()}
+        return bytes(map(values.__getitem__, piece))
+
     def find(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it; None: there is none."""
         return self._backend.token_to_id(self._marks.get(token, token))

@@ -70,12 +70,13 @@ def test_all_filters_in_the_order_of_transformers(logits):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("temperature", [1e-6, 1e-37, 1e-42])
-def test_near_temperature_0_the_best_is_drawn(logits, temperature):
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1e-6}, {"temperature": 1e-37}, {"temperature": 1e-42}, {"top_p": 1e-50}]
+)
+def test_near_0_the_best_is_drawn(logits, options):
     apart = np.round(logits * 10) + np.arange(V, dtype=np.float32) / 1000  # no ties
-    tokens, _ = choose(
-        apart, Sampling(temperature=temperature, top_p=0.9).knobs(), np.arange(B), np.arange(B), NONE
-    )
+    knobs = Sampling(**({"temperature": 1.0, "top_p": 0.9} | options)).knobs()
+    tokens, _ = choose(apart, knobs, np.arange(B), np.arange(B), NONE)
     np.testing.assert_array_equal(tokens, apart.argmax(-1))
 
 
@@ -95,7 +96,7 @@ def test_greedy_takes_the_best_whatever_the_filters(logits):
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0: it must be above 0"),
         ({"min_p": 1.5}, "min_p is 1.5"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty is 1e-50"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

@@ -233,6 +233,15 @@ def test_a_byte_level_tokenizer(byte_level_dir, tmp_path):
     assert "<|im_end|>" not in [wide.token(index) for index in wide.encode("<|im_end|>")]
 
 
+def test_bytes_of_tokens_are_those_of_the_text(chat_tokenizer, byte_level_dir):
+    """Joined, without the space that SentencePiece puts in front, they are the text."""
+    for tokenizer, space in ((chat_tokenizer, b" "), (Tokenizer.load(byte_level_dir), b"")):
+        for text in (text.replace("▁", "") or "a" for text in TEXTS):
+            joined = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text)))
+            assert joined == space + text.encode()
+        assert tokenizer.token_bytes(tokenizer.eos_id).decode() == tokenizer.token(tokenizer.eos_id)
+
+
 def test_which_stores_a_tokenizer_reads(tokenizer, chat_tokenizer):
     assert compatible(chat_tokenizer, tokenizer.digest, tokenizer.added_tokens)
     assert not compatible(tokenizer, tokenizer.digest, chat_tokenizer.added_tokens)
