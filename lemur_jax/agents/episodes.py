@@ -55,7 +55,7 @@ class Trace:
 
 
 class SessionAgent:
-    """Our model in process, greedy; the oldest turns after the task are dropped when they no longer fit.
+    """Our model in process, greedy; a conversation that no longer fits is `shortened`.
 
     Args:
       batch_tokens: of the cache that conversations share, for each way in which the mesh shards rows.
@@ -108,16 +108,25 @@ class SessionAgent:
         return [text.text.strip() for text in texts]
 
     def _prompt(self, messages: Sequence[Message], room: int) -> list[int]:
-        """Ids of the task (the first message) and the newest turns, at most `room`."""
+        """Ids of the conversation, shortened to at most `room`."""
         if not takes_tools(self._session.need_tokenizer()):
             messages = _without_tools(messages)
-        task, turns = list(messages[:1]), list(messages[1:])
         while True:
-            said = [*task, *turns]
-            ids = encode_chat(self._session.need_tokenizer(), said, add_generation_prompt=True)[0]
-            if len(ids) <= room or len(turns) <= 2:
+            ids = encode_chat(self._session.need_tokenizer(), messages, add_generation_prompt=True)[0]
+            if len(ids) <= room or not (shorter := shortened(messages)):
                 return ids[-room:]
-            del turns[:2]  # an answer, and the observation after it
+            messages = shorter
+
+
+def shortened(messages: Sequence[Message]) -> list[Message]:
+    """Without the oldest turn after the task, or else with half of the longest text; [] if that is short."""
+    if len(messages) > 3:
+        return [messages[0], *messages[3:]]  # without an answer, and the observation after it
+    found = list(messages)
+    longest = max(range(len(found)), key=lambda index: len(found[index]["content"]))
+    text, part = found[longest]["content"], len(found[longest]["content"]) // 4
+    found[longest] = {**found[longest], "content": f"{text[:part]}\n[...]\n{text[-part:]}"}
+    return found if part > 5 else []
 
 
 @functools.lru_cache(maxsize=1)
@@ -143,11 +152,13 @@ def endpoint_agent(
 ) -> Agent:
     """A model behind an OpenAI-compatible endpoint, greedy; its key comes from OPENAI_API_KEY.
 
+    A conversation that the endpoint refuses after the first turn, as it does where one is too long, is `shortened`.
+
     Raises:
       UserError: the client is not installed; at a turn, the endpoint refuses or cannot be reached.
     """
     try:
-        from openai import OpenAI, OpenAIError
+        from openai import APIStatusError, OpenAI, OpenAIError
     except ImportError as error:
         raise UserError("an endpoint needs the client: pip install openai") from error
     client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
@@ -159,6 +170,9 @@ def endpoint_agent(
                 model=model, messages=turns, max_tokens=max_new_tokens, temperature=0.0, stop=list(stops)
             )
         except OpenAIError as error:
+            refused = isinstance(error, APIStatusError) and error.status_code in (400, 413, 422)
+            if refused and len(messages) > 1 and (shorter := shortened(messages)):
+                return answer(shorter)
             raise UserError(f"the endpoint {base_url}, model {model!r}: {error}") from error
         if not reply.choices:
             raise UserError(f"the endpoint {base_url}, model {model!r}, sent no answer: {reply}")

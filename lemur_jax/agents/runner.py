@@ -115,7 +115,10 @@ def run_episodes(
             logger.warning("not scored: %s", why)
             return None
 
-    with concurrent.futures.ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool:
+    with (
+        concurrent.futures.ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool,
+        concurrent.futures.ThreadPoolExecutor(batch) as asking,  # an endpoint answers them together
+    ):
         try:
             while waiting or running:
                 while waiting and len(running) < batch:
@@ -123,7 +126,7 @@ def run_episodes(
                     running += filter(None, pool.map(start, fresh))
                 if not running:
                     break
-                answers, error = _answers(agent, [episode.messages for episode in running], pool)
+                answers, error = _answers(agent, [episode.messages for episode in running], asking)
                 answered = [pair for pair in zip(running, answers, strict=True) if pair[1] is not None]
                 for episode, trace in pool.map(lambda pair: (pair[0], pair[0].act(pair[1])), answered):
                     if trace is not None:
@@ -148,14 +151,14 @@ def run_episodes(
 
 
 def _answers(
-    agent: Agent, conversations: Sequence[Sequence[Message]], pool: concurrent.futures.Executor
+    agent: Agent, conversations: Sequence[Sequence[Message]], asking: concurrent.futures.Executor
 ) -> tuple[list[str | None], UserError | None]:
     """The next turns, None for those that failed, and the first error."""
     if isinstance(agent, SessionAgent):
         return list(agent.batch(conversations)), None
     found: list[str | None] = []
     error = None
-    for future in [pool.submit(agent, conversation) for conversation in conversations]:
+    for future in [asking.submit(agent, conversation) for conversation in conversations]:
         try:
             found.append(future.result())
         except UserError as failed:

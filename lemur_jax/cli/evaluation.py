@@ -210,7 +210,8 @@ def _agents(args, session, written: dict) -> None:
     batch = args.batch or (own.default_batch if own else ENDPOINT_BATCH)
     path = pathlib.Path(_journal_path(args)) if args.json else None
     name = args.endpoint_model if args.endpoint else args.checkpoint
-    run = {"agents": args.agents, "agent": name, "endpoint": args.endpoint, "step": args.step}
+    step = session.step if own else None  # the newest may be another one when it goes on
+    run = {"agents": args.agents, "agent": name, "endpoint": args.endpoint, "step": step}
     run |= {"turns": args.turns, "max_new_tokens": limit, "dtype": args.dtype, "weights": args.weights}
     run["cell_python"] = args.cell_python
     expert = None
@@ -219,7 +220,7 @@ def _agents(args, session, written: dict) -> None:
         expert = episodes.endpoint_agent(
             args.feedback_endpoint, args.feedback_model, max_new_tokens=limit, stops=episodes.EXPERT_STOPS
         )
-    journal = runner.Journal(path, run)
+    journal, opened = runner.Journal(path, run), []
     try:
         with contextlib.ExitStack() as stack:
             opened = episodes.open_environments(
@@ -229,8 +230,9 @@ def _agents(args, session, written: dict) -> None:
         if own:
             own.end()  # not after an error: the watchdog of the others ends them with its reason
     finally:
-        if journal.traces:
-            _write_agents(args, name, list(journal.traces.values()), written)
+        # An earlier run may have played others too.
+        if found := [journal.traces[one.id] for one in opened if one.id in journal.traces]:
+            _write_agents(args, name, found, written)
 
 
 def _verifiers(args, limit: int) -> list:

@@ -32,6 +32,7 @@ class Session:
       params: the parameter tree on the mesh, in the compute dtype or with int8 matrices.
       weights: "float" or "int8".
       programs: the compiled prefill and decode.
+      step: of the checkpoint; None: it is none of ours.
     """
 
     model: DecoderConfig
@@ -40,6 +41,7 @@ class Session:
     params: Params
     weights: str
     programs: Programs
+    step: int | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -97,7 +99,8 @@ def load(
     if check:
         check(_required(tokenizer))
     params = source.restore(wanted)
-    return make_session(source.model, params, mesh, dtype, tokenizer=tokenizer, weights=weights)
+    session = make_session(source.model, params, mesh, dtype, tokenizer=tokenizer, weights=weights)
+    return dataclasses.replace(session, step=source.step)
 
 
 def make_session(

@@ -3,6 +3,7 @@
 import dataclasses
 import http.server
 import json
+import os
 import pathlib
 import sys
 import threading
@@ -73,11 +74,14 @@ def test_a_long_conversation_keeps_its_task(small_chat_tokenizer, monkeypatch):
             {"role": "user", "content": f"saw {number}"},
         ]
     agent = episodes.SessionAgent(session, max_new_tokens=8)
-    agent.batch([messages, [{"role": "user", "content": "long " * 99 + "end"}]])
+    much = {"role": "user", "content": "rows " * 300 + "last row"}
+    agent.batch([messages, [{"role": "user", "content": "long " * 99 + "end"}], [*messages[:2], much]])
     assert "the task" in seen[0]
     assert "saw 5" in seen[0]
     assert "do 0" not in seen[0]
     assert "end" in seen[1]
+    assert "the task" in seen[2]
+    assert "last row" in seen[2]
 
 
 def test_success_by_turn(count):
@@ -145,6 +149,11 @@ def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, c
     journal = tmp_path / "traces.json.episodes.jsonl"
     assert journal.exists()
     answers = iter(lambda: "SELECT 1", None)
+    kept = journal.read_bytes()
+    assert main([*words, "--skip", "1", "--limit", "1"]) == 0
+    (trace,) = json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"]
+    assert trace["id"] != "sql/count"  # what an earlier run has played too is not of this one
+    journal.write_bytes(kept)
     assert main(words) == 0
     assert len(json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"]) > 1
     assert not journal.exists()  # it would answer for a checkpoint that has been trained further
@@ -189,6 +198,39 @@ def test_odd_answers_of_an_endpoint(tmp_path, capsys):
     server.shutdown()
 
 
+class Small(Endpoint):
+    """A model with room for 400 characters of messages, which says what it has read."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = "|".join(message["content"] for message in body["messages"])
+        fits = len(text) <= 400
+        message = {"role": "assistant", "content": text}
+        reply = json.dumps({"choices": [{"message": message}]} if fits else {"error": "too long"}).encode()
+        self.send_response(200 if fits else 400)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(reply)
+
+
+def test_an_endpoint_gets_what_its_model_has_room_for():
+    pytest.importorskip("openai", reason="openai is not installed: pip install '.[eval]'")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Small)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    agent = episodes.endpoint_agent(f"http://127.0.0.1:{server.server_port}/v1", "x")
+    texts = ["the task", "do 0", "saw 0", "do 1", "first row" + ", row" * 999 + ", last row"]
+    messages = [
+        {"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)
+    ]
+    task, action, rows = agent(messages).split("|")
+    assert (task, action) == ("the task", "do 1")
+    assert rows.startswith("first row")
+    assert rows.endswith("last row")
+    with pytest.raises(UserError, match="Error code: 400"):
+        agent(messages[-1:])
+    server.shutdown()
+
+
 def test_unknown_environment():
     with pytest.raises(UserError, match="unknown environment 'x'"):
         episodes.open_environments(["x"])
@@ -216,6 +258,22 @@ def test_some_tasks_of_each_kind():
 def test_counts_out_of_range_are_refused(words, expected, capsys):
     assert main(["eval", *words.split()]) == 2
     assert capsys.readouterr().err.startswith(f"lemur eval: {expected}")
+
+
+def test_an_endpoint_is_asked_for_the_whole_batch_together():
+    count = 3 + max(4, os.cpu_count())
+    together = threading.Barrier(count)
+
+    def agent(messages):
+        together.wait(20)  # raises where it waits in vain
+        return "x"
+
+    class Short(environments.SqlEnvironment):
+        def step(self, action):
+            return Step(observation="", verdict="wrong answer", done=True)
+
+    worlds = [Short(f"sql/{number}", "", "", "") for number in range(count)]
+    assert len(run_episodes(worlds, agent, max_turns=1, batch=count)) == count
 
 
 def test_an_evaluation_goes_on_after_a_kill_and_exports_what_was_solved(tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Problems, what runs of answers are called, and the paper's suite without a network."""
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -7,8 +8,10 @@ import sys
 
 import pytest
 
+from lemur_jax.agents.episodes import SessionAgent
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
+from lemur_jax.convert.source import open_source
 from lemur_jax.evals import benchmarks, code
 from lemur_jax.infer.generate import Completion
 from lemur_jax.infer.session import load
@@ -39,6 +42,19 @@ def test_humaneval_and_agents_from_a_checkpoint_to_json(problems, chat_model, tm
     assert result["task"] == "HumanEval"
     assert [answer["id"] for answer in result["detail"]["answers"]] == ["HumanEval/0"]
     assert 1 <= len(written["agents"]["traces"][0]["turns"]) <= 2
+
+
+def test_episodes_of_another_step_are_not_gone_on_with(problems, chat_model, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("killed")
+
+    words = f"eval --checkpoint {chat_model} --json {tmp_path / 'out.json'} --agents bash --turns 1 --max-new-tokens 8"
+    monkeypatch.setattr(SessionAgent, "end", fail)
+    assert main([*words.split(), "--limit", "1"]) == 2
+    opened = open_source(chat_model)
+    monkeypatch.setattr("lemur_jax.infer.session.open_source", lambda *_: dataclasses.replace(opened, step=9))
+    assert main(words.split()) == 2
+    assert "holds episodes of {" in capsys.readouterr().err
 
 
 def test_a_chat_model_is_asked_in_its_template(session, problems, monkeypatch):

@@ -40,6 +40,7 @@ def test_a_checkpoint_generates_on_a_mesh(checkpoint, chat_tokenizer, tiny_sessi
 
 def test_parameters_come_in_the_dtype_asked_for_and_are_not_copied_where_they_lie_right(checkpoint):
     session = load(checkpoint, ONE, "bfloat16", devices=jax.devices()[:1])
+    assert session.step == 7
     assert {leaf.dtype for leaf in jax.tree.leaves(session.params)} == {jax.numpy.dtype("bfloat16")}
     again = make_session(session.model, session.params, session.mesh, "bfloat16")
     same = jax.tree.map(
