@@ -131,6 +131,8 @@ class InterCodeSql(Environment):
                 cursor.execute(query)
                 return list(cursor.fetchall()) if cursor.description else None
         except MySQLError as error:
+            if not self._connection.open:  # after KILL, which ends those of other episodes too
+                self._connection = connect(self._socket, self._task["db"])
             return f"Error executing query: {error.args[-1] if error.args else error}"
 
     def close(self) -> None:

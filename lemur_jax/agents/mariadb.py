@@ -15,6 +15,7 @@ from lemur_jax.agents.scratch import make_directory
 from lemur_jax.common.errors import UserError
 
 USER = "agent"
+MOST_ROWS = 10_000  # that a query returns, if it has no LIMIT; the solutions' have up to 1,860
 _START_SECONDS = 60.0
 
 
@@ -77,9 +78,15 @@ def _load(socket: pathlib.Path, dump: pathlib.Path) -> None:
 
 
 def connect(socket: pathlib.Path, database: str) -> Any:
-    """A connection of the user `agent`; UserError without pymysql."""
+    """A connection of the user `agent`; UserError without pymysql, or without such a database or server."""
     try:
         import pymysql
     except ImportError as error:
         raise UserError("InterCode-SQL needs a client: pip install 'lemur_jax[agents]'") from error
-    return pymysql.connect(unix_socket=str(socket), user=USER, database=database, charset="utf8mb4")
+    where = {"unix_socket": str(socket), "user": USER, "database": database, "charset": "utf8mb4"}
+    try:
+        return pymysql.connect(**where, init_command=f"SET sql_select_limit={MOST_ROWS}")
+    except pymysql.MySQLError as error:
+        raise UserError(
+            f"the server of InterCode-SQL is gone, or has no database {database!r}: {error}"
+        ) from error

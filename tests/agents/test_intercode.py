@@ -18,7 +18,7 @@ from lemur_jax.agents import intercode, scratch
 from lemur_jax.agents.episodes import open_environments
 from lemur_jax.agents.intercode import InterCodeSql, in_mysql_wording, recorded_run, sql_reward
 from lemur_jax.agents.intercode_bash import InterCodeBash, bash_reward, changes, needs, open_bash, similarity
-from lemur_jax.agents.mariadb import server
+from lemur_jax.agents.mariadb import MOST_ROWS, connect, server
 from lemur_jax.agents.mint import Recorded
 from lemur_jax.agents.replay import replay
 from lemur_jax.agents.runner import run_episodes
@@ -66,7 +66,7 @@ def test_a_damaged_file_of_tasks_is_named(tmp_path, content):
 
 
 needs_server = pytest.mark.skipif(
-    shutil.which("mariadbd", path="/usr/bin:/usr/sbin") is None, reason="there is no mariadbd"
+    shutil.which("mariadbd", path=os.environ["PATH"] + ":/usr/sbin") is None, reason="there is no mariadbd"
 )
 
 
@@ -111,13 +111,19 @@ def test_a_question_to_a_server_that_reads_alone_and_is_gone_afterwards(tmp_path
             for query in (
                 "SELECT prize FROM item",
                 "DELETE FROM item",
+                "KILL USER agent",
+                "SELECT 1",  # the connection is lost
+                "SELECT 0 FROM item" + "".join(f", item AS i{number}" for number in range(10)),
                 "SELECT name FROM item WHERE price > 4",
             )
         ]
+        with pytest.raises(UserError, match="no database 'other': .*denied|Unknown database"):
+            connect(socket, "other")
         environment.close()
     assert steps[0].observation == "Error executing query: Unknown column 'prize' in 'field list'"
     assert "denied" in steps[1].observation
-    assert (steps[2].observation, steps[2].reward) == ("[('b',), ('c',)]", 1)
+    assert steps[4].observation.count("(") == MOST_ROWS  # of 3 ** 11
+    assert (steps[5].observation, steps[5].reward) == ("[('b',), ('c',)]", 1)
     assert not socket.parent.exists()
 
 
