@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.agents.episodes import Trace, Turn, open_environments
+from lemur_jax.agents.runner import Journal
 from lemur_jax.common.errors import UserError
 
 try:
@@ -119,12 +120,20 @@ def open_taskset(name: str, limit: int | None = None) -> vf.Env:
 
 
 def run_taskset(
-    name: str, base_url: str, model: str, *, max_new_tokens: int, limit: int | None, batch: int
+    name: str,
+    base_url: str,
+    model: str,
+    *,
+    max_new_tokens: int,
+    limit: int | None,
+    batch: int,
+    journal: Journal,
 ) -> list[Trace]:
-    """Runs the tasks of a taskset with a model behind an endpoint, greedy; a warning names episodes with an error.
+    """Runs the tasks of a taskset that the journal does not have, greedy; a warning names episodes with an error.
 
     Args:
       name: of the taskset, as for `vf-eval`; of an environment with several seats the model takes all.
+      base_url, model: the endpoint.
       batch: episodes at once.
 
     Raises:
@@ -136,23 +145,32 @@ def run_taskset(
         client=vf.EvalClientConfig(base_url=base_url, api_key_var="OPENAI_API_KEY"),
         sampling=vf.SamplingConfig(temperature=0.0, max_tokens=max_new_tokens),
     )
-    tasks = env.taskset if limit is None else env.taskset.take(limit)
-
-    async def run() -> list[vf.Episode]:
-        gate = asyncio.Semaphore(batch)
-        async with env.serving():
-            slots = [slot for task in tasks for slot in env.slots(task)]
-            return await asyncio.gather(*(env.run_slot(slot, context, gate) for slot in slots))
-
-    traces: list[Trace] = []
+    tasks: dict[str, vf.Task] = {}
+    for number, task in enumerate(env.taskset if limit is None else env.taskset.take(limit)):
+        id = f"{name}/{task.data.name or task.data.idx}"
+        tasks[id if id not in tasks else f"{id}-{number}"] = task
     failed: dict[str, str] = {}
-    for episode in asyncio.run(run()):
-        id = f"{name}/{episode.task.data.name or episode.task.data.idx}"
+
+    async def play(id: str, gate: asyncio.Semaphore) -> None:
+        (slot,) = env.slots(tasks[id])
+        episode = await env.run_slot(slot, context, gate)
         errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
         if errors:
             failed[id] = f"{id}: {errors[0].type}: {errors[0].message}"
-        else:
-            traces += [_trace(id, trace) for trace in episode.traces]
+            return
+        seats = [id, *(f"{id}#{number}" for number in range(2, len(episode.traces) + 1))]
+        for seat, trace in reversed(list(zip(seats, episode.traces, strict=True))):
+            journal.add(_trace(seat, trace))  # the first seat last: it says that all are there
+
+    async def run() -> None:
+        gate = asyncio.Semaphore(batch)
+        async with env.serving():
+            await asyncio.gather(*(play(id, gate) for id in tasks if id not in journal.traces))
+
+    asyncio.run(run())
+    order = {id: number for number, id in enumerate(tasks)}
+    places = {id: order.get(id, order.get(id.rpartition("#")[0], -1)) for id in journal.traces}
+    traces = [journal.traces[id] for id in sorted(places, key=places.__getitem__) if places[id] >= 0]
     if failed:
         first = next(iter(failed.values()))
         if not traces:

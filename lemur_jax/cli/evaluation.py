@@ -204,51 +204,50 @@ def _agents(args, session, written: dict) -> None:
         in_folder = recorded.suffix or "=" in recorded.name
         name = f"replay of {recorded.parent.name if in_folder else recorded.name}"
         return _write_agents(args, name, _replay(args, names), written)
-    if args.agents.startswith("verifiers:"):
-        return _write_agents(args, args.endpoint_model, _verifiers(args, limit), written)
-    agent = own or episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
-    batch = args.batch or (own.default_batch if own else ENDPOINT_BATCH)
     path = pathlib.Path(_journal_path(args)) if args.json else None
     name = args.endpoint_model if args.endpoint else args.checkpoint
     step = session.step if own else None  # the newest may be another one when it goes on
     run = {"agents": args.agents, "agent": name, "endpoint": args.endpoint, "step": step}
     run |= {"turns": args.turns, "max_new_tokens": limit, "dtype": args.dtype, "weights": args.weights}
     run["cell_python"] = args.cell_python
-    expert = None
     if args.feedback_endpoint:
         run["feedback"] = args.feedback_model
-        expert = episodes.endpoint_agent(
-            args.feedback_endpoint, args.feedback_model, max_new_tokens=limit, stops=episodes.EXPERT_STOPS
-        )
-    journal, opened = runner.Journal(path, run), []
+    journal, found = runner.Journal(path, run), None
     try:
-        with contextlib.ExitStack() as stack:
-            opened = episodes.open_environments(
-                names, args.limit, args.data, stack, expert, args.cell_python, args.skip
-            )
-            runner.run_episodes(opened, agent, max_turns=args.turns, batch=batch, journal=journal)
+        found = _play(args, names, own, journal, limit)
         if own:
             own.end()  # not after an error: the watchdog of the others ends them with its reason
     finally:
-        # An earlier run may have played others too.
-        if found := [journal.traces[one.id] for one in opened if one.id in journal.traces]:
+        if found is None:  # an error: those that an earlier run has played are shown too
+            found = list(journal.traces.values())
+        if found:
             _write_agents(args, name, found, written)
 
 
-def _verifiers(args, limit: int) -> list:
-    from lemur_jax.agents.verifiers_adapter import run_taskset
+def _play(args, names: list[str], own, journal, limit: int) -> list:
+    """The episodes of environments, or of a taskset, by the agent of a checkpoint `own` or an endpoint."""
+    from lemur_jax.agents import episodes, runner
 
-    if not args.endpoint:
-        raise UserError("a taskset of verifiers asks an --endpoint: start one with lemur serve")
-    name = args.agents.removeprefix("verifiers:")
-    return run_taskset(
-        name,
-        args.endpoint,
-        args.endpoint_model,
-        max_new_tokens=limit,
-        limit=args.limit,
-        batch=args.batch or ENDPOINT_BATCH,
-    )
+    if args.agents.startswith("verifiers:"):
+        from lemur_jax.agents.verifiers_adapter import run_taskset
+
+        if own:
+            raise UserError("a taskset of verifiers asks an --endpoint: start one with lemur serve")
+        options = {"max_new_tokens": limit, "limit": args.limit, "batch": args.batch or ENDPOINT_BATCH}
+        taskset = args.agents.removeprefix("verifiers:")
+        return run_taskset(taskset, args.endpoint, args.endpoint_model, **options, journal=journal)
+    agent = own or episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
+    batch = args.batch or (own.default_batch if own else ENDPOINT_BATCH)
+    expert = None
+    if args.feedback_endpoint:
+        expert = episodes.endpoint_agent(
+            args.feedback_endpoint, args.feedback_model, max_new_tokens=limit, stops=episodes.EXPERT_STOPS
+        )
+    with contextlib.ExitStack() as stack:
+        opened = episodes.open_environments(
+            names, args.limit, args.data, stack, expert, args.cell_python, args.skip
+        )
+        return runner.run_episodes(opened, agent, max_turns=args.turns, batch=batch, journal=journal)
 
 
 def _replay(args, names: list[str]) -> list:

@@ -58,6 +58,15 @@ def test_tasksets_both_ways(endpoint, tmp_path, monkeypatch, capsys, caplog):
     assert (count["id"], count["solved_at"], other["solved_at"]) == ("lemur-verifiers/sql/count", 2, None)
     assert count["turns"][0]["step"]["observation"].startswith("Error: ")
     assert len(other["turns"]) == 5
+    # A killed evaluation goes on.
+    monkeypatch.setattr("lemur_jax.cli.evaluation._write_agents", lambda *_: sys.exit(143))
+    with pytest.raises(SystemExit):
+        run("lemur-test-sums")
+    assert len(asked) == 2
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run("lemur-test-sums") == [first, second]
+    assert not asked
     # One episode with an error is named, and the others count.
     broken = TASKSET.replace(
         "return float(", "assert self.data.answer == '2', 'no judge'\n        return float("
