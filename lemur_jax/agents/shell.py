@@ -59,10 +59,10 @@ class Shell:
         self._functions = {name.partition("(")[0]: function for name, function in functions.items()}
         self._python = python
         self._box: threading.Thread | None = None
-        self._refused: Exception | None = None  # by the sandbox
+        self._ended: Exception | None = None  # how
 
     def run_cell(self, code: str) -> str:
-        """What a cell prints; raises UserError without IPython, or if the sandbox cannot run it."""
+        """What a cell prints; raises UserError without IPython, or if it does not start in the sandbox."""
         if self._box is None:
             self._start()
         try:
@@ -72,11 +72,9 @@ class Shell:
                 if "output" in message:
                     return str(message["output"])
                 self._send(self._functions[message["call"]](*message["arguments"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError):
             pass  # the pipe is broken, or the cell wrote into it
         self.close()
-        if self._refused is not None:
-            raise self._refused
         return ENDED
 
     def _answered(self) -> bool:
@@ -106,12 +104,17 @@ class Shell:
             target=self._run_box, args=(command, limits, [reading, writing]), daemon=True
         )
         self._box.start()
+        if not (self._answered() and self._replies.readline()):
+            self.close()
+            raise self._ended or UserError(f"IPython of {self._python} does not start in the sandbox in time")
 
     def _run_box(self, command: list[str], limits: Limits, channels: list[int]) -> None:
         try:
-            run(command, files={"main.py": _SCRIPT.read_text()}, limits=limits, channels=channels)
+            result = run(command, files={"main.py": _SCRIPT.read_text()}, limits=limits, channels=channels)
+            said = result.errors.strip().rpartition("\n")[2] or f"exit code {result.code}"
+            self._ended = UserError(f"IPython of {self._python} does not start in the sandbox: {said}")
         except (UserError, OSError) as error:
-            self._refused = error  # raised where its cell is waited for
+            self._ended = error
 
     def close(self) -> None:
         """Ends the process. One that ignores this ends with the sandbox, or when this process does."""

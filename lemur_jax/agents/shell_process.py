@@ -61,6 +61,7 @@ def main(reading, writing, seconds, names, *paths):
         user_ns=dict(map(function, filter(None, names.split(";")))), colors="NoColor", config=config
     )
     shell.system = system
+    send({"output": ""})  # it has started
     while line := incoming.readline():
         signal.signal(signal.SIGALRM, expire)  # a cell may have set its own
         signal.alarm(int(seconds))

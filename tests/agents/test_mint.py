@@ -13,11 +13,11 @@ import time
 
 import pytest
 
-from lemur_jax.agents import alfworld, mint, mint_checks, shell
+from lemur_jax.agents import alfworld, mint, mint_checks, sandbox, shell
 from lemur_jax.agents.alfworld import AlfworldEnvironment
 from lemur_jax.agents.mint_sets import open_mint
 from lemur_jax.agents.replay import replay, replay_run
-from lemur_jax.agents.shell import Shell
+from lemur_jax.agents.shell import Shell, interpreter
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from tests.helpers.agents import scripted
@@ -76,7 +76,7 @@ def test_an_episode_runs_cells_and_counts_turns():
 
 
 @needs_ipython
-def test_cells_run_in_another_interpreter(tmp_path):
+def test_cells_run_in_another_interpreter(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
     (tmp_path / "pyvenv.cfg").write_text(
@@ -87,14 +87,37 @@ def test_cells_run_in_another_interpreter(tmp_path):
     python = str(tmp_path / "bin" / "python")
     with pytest.raises(UserError, match=f"needs IPython, which {python} cannot import"):
         Shell({}, python=python).run_cell("1")
+    # Where the user of the sandbox cannot read the packages, cells were answered as if each had ended its process.
+    with monkeypatch.context() as patch:
+        patch.setattr(shell, "interpreter", lambda python: interpreter(python)[:2])
+        with pytest.raises(UserError, match="does not start in the sandbox: .*No module named 'IPython'"):
+            Shell({}).run_cell("1")
     ours = [path for path in sys.path if path.endswith("-packages")]
     (packages / "ours.pth").write_text("\n".join(ours))
     (packages / "marked.py").write_text("MARK = 'of this one'")
-    shell = Shell({}, python=python)
+    cells = Shell({}, python=python)
     try:
-        assert "of this one" in shell.run_cell("import marked; print(marked.MARK)")
+        assert "of this one" in cells.run_cell("import marked; print(marked.MARK)")
     finally:
-        shell.close()
+        cells.close()
+
+
+@needs_ipython
+def test_what_a_cell_writes_into_the_pipe_ends_its_process_alone():
+    cells = Shell({"put(object, place)": "put {} in {}".format})
+    call = json.dumps({"call": "put", "arguments": ["a"]})
+    cell = """
+import os
+for pipe in range(3, 20):
+    try:
+        os.write(pipe, b'%s\\n')
+    except OSError:
+        pass
+"""
+    found = cells.run_cell(cell % call)
+    assert found == shell.ENDED
+    assert cells.run_cell("1 + 1") == "Out[1]: 2\n"
+    cells.close()
 
 
 @needs_ipython
@@ -115,10 +138,15 @@ def test_the_clock_of_the_box_leaves_time_for_the_model(monkeypatch):
     """A round of many episodes takes minutes; the cells' state is needed after all of them."""
     seen = []
     monkeypatch.setattr(shell, "interpreter", lambda python: (python, sys.base_prefix))
-    monkeypatch.setattr(
-        shell, "run", lambda *_, limits, channels, **__: (seen.append(limits), *map(os.close, channels))
-    )
-    assert Shell({}).run_cell("1") == shell.ENDED
+
+    def end(*_, limits, channels, **__):
+        seen.append(limits)
+        list(map(os.close, channels))
+        return sandbox.Result(code=1, output="", errors="", seconds=0.0, isolation="")
+
+    monkeypatch.setattr(shell, "run", end)
+    with pytest.raises(UserError, match="does not start in the sandbox: exit code 1"):
+        Shell({}).run_cell("1")
     assert seen[0].wall_seconds > mint.MAX_STEPS * 3600
 
 
@@ -257,7 +285,10 @@ def test_a_shell_among_a_thousand_open_files(monkeypatch):
     files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
 
     def answer(*_, channels, **__):
+        os.write(channels[1], b'{"output": ""}\n')
+        os.read(channels[0], 100)
         os.write(channels[1], b'{"output": "1"}\n')
+        return sandbox.Result(code=0, output="", errors="", seconds=0.0, isolation="")
 
     monkeypatch.setattr(shell, "interpreter", lambda python: (python, sys.base_prefix))
     monkeypatch.setattr(shell, "run", answer)
