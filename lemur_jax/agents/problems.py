@@ -86,6 +86,8 @@ def mbpp(path: epath.PathLike) -> list[Problem]:
         for field, number in itertools.product(("text", "code", "test_list"), (2, 3, 4, *items)):
             if field not in items[number]:
                 raise ValueError(f"task {number} lacks {field}")
+        if not any(11 <= number <= 510 for number in items):
+            raise ValueError("there is none of the tasks 11 to 510")
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} is not the whole mbpp.jsonl of google-research ({error!r}): bring that, not"

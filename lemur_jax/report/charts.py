@@ -6,12 +6,12 @@ docs/metrics.md says why no library draws them.
 """
 
 import dataclasses
-import html
 import json
 import math
 from collections.abc import Mapping, Sequence
 
 from lemur_jax.report import labels
+from lemur_jax.report.html import escape
 
 # A line with more points than this is stored as this many means, with the range of the points behind each.
 MOST_POINTS = 1000
@@ -71,7 +71,7 @@ def line_chart(
     # A "<" in a name must not end the script element.
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return f"""<figure class="chart">
-<figcaption><h3>{html.escape(title)}</h3><p class="unit">{html.escape(unit)}</p>
+<figcaption><h3>{escape(title)}</h3><p class="unit">{escape(unit)}</p>
 <button class="reset" hidden>reset zoom</button></figcaption>
 <ul class="legend"></ul><div class="panels"></div><p class="x-label">updates</p>
 <script type="application/json">{content}</script>
@@ -107,16 +107,16 @@ def stacked_bars(
 
     `parts` are (name, CSS class such as "c1" or "none"); `rows` and `texts` have the size of each part, and its text.
     """
-    legend = "".join(f'<li><span class="{kind}">{html.escape(name)}</span></li>' for name, kind in parts)
+    legend = "".join(f'<li><span class="{kind}">{escape(name)}</span></li>' for name, kind in parts)
     bars = ""
     for row, sizes in rows.items():
         pieces = "".join(
-            f'<i class="{kind}" style="flex-grow:{size:.4f}" title="{html.escape(f"{name}: {text}")}">'
-            f"{html.escape(text)}</i>"
+            f'<i class="{kind}" style="flex-grow:{size:.4f}" title="{escape(f"{name}: {text}")}">'
+            f"{escape(text)}</i>"
             for (name, kind), size, text in zip(parts, sizes, texts[row], strict=True)
             if size
         )
-        bars += f'<div class="row"><b>{html.escape(row)}</b><div>{pieces}</div></div>\n'
+        bars += f'<div class="row"><b>{escape(row)}</b><div>{pieces}</div></div>\n'
     return f'<div class="card padded bars"><ul class="legend">{legend}</ul>{bars}</div>'
 
 
@@ -194,10 +194,10 @@ def scatter_plot(
         *(_label(mark, label) for mark, label in zip(named, placed, strict=True)),
     ]
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">
-<title>{html.escape(title)}</title>
+<title>{escape(title)}</title>
 <style>{_STYLE}</style>
 <rect class="back" width="{width}" height="{height}"/>
-<text class="axis" x="{left if width > 500 else 12}" y="24">{html.escape(caption)}</text>
+<text class="axis" x="{left if width > 500 else 12}" y="24">{escape(caption)}</text>
 {_axes(axes, across, down, size)}
 {"".join(drawn)}
 </svg>
@@ -239,9 +239,9 @@ def _axes(names: tuple[str, str], across: _Scale, down: _Scale, size: tuple[int,
         )
     x, y = (left + width - right) / 2, (top + height - bottom) / 2
     parts.append(
-        f'<text class="text" x="{x}" y="{height - 14}" text-anchor="middle">{html.escape(names[0])}</text>'
+        f'<text class="text" x="{x}" y="{height - 14}" text-anchor="middle">{escape(names[0])}</text>'
         f'<text class="text" x="20" y="{y}" text-anchor="middle" transform="rotate(-90 20 {y})">'
-        f"{html.escape(names[1])}</text>"
+        f"{escape(names[1])}</text>"
     )
     return "\n".join(parts)
 
@@ -258,7 +258,7 @@ def _mark(mark: Mark, across: _Scale, down: _Scale) -> str:
     )
     wide, tall = _bar_lengths(mark, across, down)
     bars = f"M{x - wide:.1f} {y:.1f}h{2 * wide:.1f}M{x:.1f} {y - tall:.1f}v{2 * tall:.1f}"
-    note = f"<title>{html.escape(mark.note)}</title>" if mark.note else ""
+    note = f"<title>{escape(mark.note)}</title>" if mark.note else ""
     return (
         f'{samples}<path class="{kind} bar" d="{bars}"/>'
         f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{POINT}">{note}</circle>\n'
@@ -301,7 +301,7 @@ def _label(mark: Mark, label: labels.Label) -> str:
     x = {"start": left, "middle": (left + right) / 2, "end": right}[label.anchor]
     place = f'x="{x:.1f}" y="{bottom - labels.DESCENT:.1f}" text-anchor="{label.anchor}"'
     kind = "text front-name" if mark.front else "text"
-    return f'{leader}<text class="{kind}" {place}>{html.escape(mark.label)}</text>\n'
+    return f'{leader}<text class="{kind}" {place}>{escape(mark.label)}</text>\n'
 
 
 def linear_ticks(low: float, high: float, count: int) -> list[float]:

@@ -54,8 +54,8 @@ def html_table(
 
 
 def escape(value: str | os.PathLike) -> str:
-    """Text as HTML."""
-    return html.escape(os.fspath(value))
+    """Text as HTML; "?" for what UTF-8 cannot write, as a part of a path of another encoding."""
+    return html.escape(os.fspath(value).encode(errors="replace").decode())
 
 
 @functools.cache

@@ -141,6 +141,7 @@ def test_mbpp(tmp_path, start):
         (b"17", "is not the whole mbpp.jsonl"),
         (b'{"task_id": 3, "prompt": "x", "code": "y", "test_list": []}', "task 3 lacks text.* sanitized"),
         (b"", r"KeyError\(3\)"),
+        (b"\n".join(json.dumps(mbpp_item(n)).encode() for n in (3, 4, 511)), "none of the tasks 11 to 510"),
         (b"\xff\xfe", "utf-8"),
     ],
 )

@@ -134,7 +134,8 @@ def test_balance_and_one_colour_for_each_name(stages, tmp_path):
 
 def test_names_cannot_break_the_page(write_stage, tmp_path):
     evil = "</script><script>alert(1)</script>&\"'"
-    workdir = write_stage(tmp_path / "a <b>&run", {evil: 1.5}, init={"checkpoint": evil})
+    # The last character is a byte that is no UTF-8, as Python gives it.
+    workdir = write_stage(tmp_path / "a <b>&run\udcff", {evil: 1.5}, init={"checkpoint": evil})
     text, outline = written([workdir], tmp_path / "report.html")
     assert "alert(1)</script>" not in text
     assert ["init.checkpoint", evil] in outline.rows
