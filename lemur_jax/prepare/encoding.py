@@ -125,7 +125,7 @@ def _messages(data: bytes) -> Any:
 
 
 def _joined(messages: Any) -> str:
-    """What a conversation says, also in thoughts and calls, without `tools`; "" if it is malformed, which is refused later."""
+    """What a conversation says, thoughts and calls too; "" if it is malformed, which is refused later."""
     if isinstance(messages, dict):
         return "\n\n".join(_joined(part) for key, part in messages.items() if key != "tools")
     if not isinstance(messages, list):
