@@ -24,7 +24,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from lemur_jax.checkpoint.digest import leaf_digests, on_host
-from lemur_jax.checkpoint.metadata import Damaged, check_leaves, seal
+from lemur_jax.checkpoint.metadata import Damaged, Leaf, check_leaves, seal
 from lemur_jax.checkpoint.reading import open_manager, restore_item, restore_metadata
 from lemur_jax.cluster import coordination, hosts
 from lemur_jax.cluster.watchdog import end_all_hosts
@@ -214,14 +214,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         reader = open_manager(self.path, broadcast=self._broadcast)
         leaves = restore_metadata(reader, self.path, step)["leaves"]
         wanted = {"params": params, "optimizer": optimizer}
-        where = f"checkpoint {self.path}/{step}"
-        check_leaves(leaves.get("params"), params, f"{where}, params")
-        try:
-            check_leaves(leaves.get("optimizer"), optimizer, f"{where}, optimizer")
-        except UserError as error:
-            if not fresh:
-                raise UserError(f"{error}; config.checkpoint.other_optimizer='fresh' resets it") from error
-            logger.warning("%s: the optimizer is reset at step %d", error, step)
+        if difference := check_state(leaves, wanted, f"checkpoint {self.path}/{step}", fresh):
+            logger.warning("%s: the optimizer is reset at step %d", difference, step)
             del wanted["optimizer"]
         restored = {
             item: restore_item(reader, self.path, step, item, tree, leaves[item], self._broadcast)
@@ -288,6 +282,23 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def check_state(
+    leaves: Mapping[str, Mapping[str, Leaf]], wanted: Mapping[str, Any], where: str, fresh: bool
+) -> str:
+    """How the optimizer of a checkpoint differs from the wanted one; "" where it does not.
+
+    UserError: the parameters differ, or the optimizer without `fresh`, that is `other_optimizer`.
+    """
+    check_leaves(leaves.get("params"), wanted["params"], f"{where}, params")
+    try:
+        check_leaves(leaves.get("optimizer"), wanted["optimizer"], f"{where}, optimizer")
+    except UserError as error:
+        if not fresh:
+            raise UserError(f"{error}; config.checkpoint.other_optimizer='fresh' resets it") from error
+        return str(error)
+    return ""
 
 
 def _loss(name: str, metrics: Mapping[str, Any]) -> float:

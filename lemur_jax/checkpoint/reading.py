@@ -131,6 +131,16 @@ def read_metadata(path: epath.PathLike, step: int | None = None) -> dict[str, An
         return {**restore_metadata(manager, directory, step), "step": step}
 
 
+def newest_metadata(path: epath.PathLike) -> dict[str, Any]:
+    """`read_metadata` of the newest step whose metadata is whole, read by each host alone; empty without one."""
+    with hosts.alone(), contextlib.suppress(UserError):  # there is none
+        directory, steps = steps_in(path)
+        for step in reversed(steps):
+            with contextlib.suppress(Damaged):
+                return read_metadata(directory, step)
+    return {}
+
+
 @contextlib.contextmanager
 def suggest_other_steps(path: epath.PathLike, step: int) -> Iterator[None]:
     """A context that adds the other steps there are to the error of a damaged one."""

@@ -8,7 +8,8 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +17,24 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lemur_jax.checkpoint.config import CheckpointConfig
+from lemur_jax.checkpoint.manager import check_state
+from lemur_jax.checkpoint.reading import newest_metadata
 from lemur_jax.cluster import coordination
 from lemur_jax.cluster.hosts import alone, is_primary
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
+from lemur_jax.data.mixture import Mixture
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.telemetry.provenance import versions
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.evaluate import open_held_out
 from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.inputs import check_preferences, check_vocabulary, open_run_mixture
+from lemur_jax.train.saves import check_data
+from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import build
-from lemur_jax.train.workdir import config_changes
+from lemur_jax.train.workdir import Changes, check_changes, config_changes
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +56,19 @@ def doctor(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) 
 
     Raises UserError on every host if something would stop the run.
     """
-    workdir, patience = epath.Path(workdir), config.hosts.connect_seconds
+    workdir, values, patience = epath.Path(workdir), config.to_json(), config.hosts.connect_seconds
     devices = jax.local_devices()
     here = f"{len(devices)} × {devices[0].device_kind}"
+    changes: Changes = {}
     with _caught() as problem:
-        config_changes(config.to_json(), workdir, extend=extend)
+        changes = config_changes(values, workdir, extend=extend)
     found = [
         Finding(check="versions", good=True, detail=", ".join(versions()), same=True),
         _finding("config", problem, config.fingerprint()[:12], same=True),
         Finding(check="devices of a host", good=True, detail=here, same=True),
     ]
     tokenizer: Tokenizer | None = None
+    mixture: Mixture | None = None
     with _caught() as problem:
         tokenizer = Tokenizer.from_config(config.tokenizer)
         mixture = open_run_mixture(config.data, config.train, tokenizer, config.seed)
@@ -88,6 +97,13 @@ def doctor(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) 
     found.append(_finding("mesh", problem, shape))
     if config.init.checkpoint or config.distill.teacher:
         found.append(_first_parameters(initial, workdir))
+    newest = "not looked at, as another check failed"
+    with _caught() as problem:
+        if initial and mixture:
+            newest = _check_newest(
+                workdir, config.checkpoint, changes, values, mixture.digests(), program.state
+            )
+    found.append(_finding("newest checkpoint", problem, newest))
     found += _storage(workdir, patience)
     found.append(_free_disk(workdir, size, config.checkpoint.keep))
     speed = ""
@@ -123,6 +139,25 @@ def _first_parameters(initial: InitialParams | None, workdir: epath.Path) -> Fin
         names = initial.check(resumed=any((workdir / "checkpoints").glob("[0-9]*")))
     fit = f"{', '.join(names)}: fit the model and the tokenizer"
     return _finding("first parameters", problem, fit if names else "not needed: the run has checkpoints")
+
+
+def _check_newest(
+    workdir: epath.Path,
+    options: CheckpointConfig,
+    changes: Changes,
+    values: Mapping[str, Any],
+    data: Mapping[str, Any],
+    state: TrainState,
+) -> str:
+    """Whether the run may go on from its newest checkpoint; UserError where `lemur train` would refuse it."""
+    directory = workdir / "checkpoints"
+    if not (stored := newest_metadata(directory)):
+        return "none yet"
+    wanted, fresh = {"params": state.params, "optimizer": state.optimizer}, options.other_optimizer == "fresh"
+    check_changes(changes, values, stored["step"])
+    check_data(directory, data, stored)
+    check_state(stored["leaves"], wanted, f"checkpoint {directory}/{stored['step']}", fresh)
+    return f"step {stored['step']} fits the config and the data"
 
 
 def _storage(workdir: epath.Path, patience: float) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -80,7 +81,8 @@ class Saves(contextlib.AbstractContextManager):
         """
         program, fresh = self._program, self._options.other_optimizer == "fresh"
         wanted = (program.state.params, program.state.optimizer)
-        found = self._checkpoints.restore_newest(*wanted, self._check_data, at_most, fresh)
+        check = functools.partial(check_data, self._checkpoints.path, self._metadata["data"])
+        found = self._checkpoints.restore_newest(*wanted, check, at_most, fresh)
         step, params, optimizer = found or (0, None, None)
         # Episodes that were sampled ahead, and the step from which `frozen` was read.
         needed = self._rollouts or program.state.frozen is not None
@@ -95,16 +97,6 @@ class Saves(contextlib.AbstractContextManager):
             return states.start(params, program.optimizer, program.state, step, frozen), step
         counter = jax.device_put(np.int32(step), program.state.step.sharding)
         return TrainState(step=counter, params=params, optimizer=optimizer, frozen=frozen), step
-
-    def _check_data(self, stored: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint of other data."""
-        theirs, ours = stored["data"], self._metadata["data"]
-        # Sources that were added since have had no share until here (`train.workdir.check_changes`).
-        if changed := sorted(task for task in theirs if theirs[task] != ours.get(task)):
-            raise UserError(
-                f"{self._checkpoints.path} was trained on other data: {', '.join(changed)} changed since; put back"
-                " what was there, or start in a new --workdir"
-            )
 
     def poll(self) -> None:
         """Finds out whether a save has failed or is late, so that the next is made early; all hosts call it."""
@@ -186,6 +178,17 @@ class Saves(contextlib.AbstractContextManager):
         if rollouts:
             rollouts.restore(None)  # the next update samples with what was restored
         return rolled_back(schedule, good, state.step, done, rollbacks + 1), target
+
+
+def check_data(path: epath.Path, ours: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """UserError: a checkpoint in `path`, whose metadata is `stored`, is of data with other digests than `ours`."""
+    theirs = stored["data"]
+    # Sources that were added since have had no share until here (`train.workdir.check_changes`).
+    if changed := sorted(task for task in theirs if theirs[task] != ours.get(task)):
+        raise UserError(
+            f"{path} was trained on other data: {', '.join(changed)} changed since; put back what was there, or start"
+            " in a new --workdir"
+        )
 
 
 def due(step: int, every: int) -> bool:

@@ -1,6 +1,5 @@
 """A workdir belongs to one config: the first run writes it down, later runs must agree or extend it."""
 
-import contextlib
 import json
 from collections.abc import Mapping
 from fractions import Fraction
@@ -8,7 +7,6 @@ from typing import Any
 
 from etils import epath
 
-from lemur_jax.cluster.hosts import alone
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import write_json
 from lemur_jax.common.sections import fill
@@ -39,19 +37,6 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     return config
 
 
-def _config_of_checkpoints(workdir: epath.Path) -> dict[str, Any]:
-    """The config in the newest checkpoint whose metadata is whole, read by each host alone; empty without one."""
-    from lemur_jax.checkpoint.metadata import Damaged
-    from lemur_jax.checkpoint.reading import read_metadata, steps_in  # `lemur report` needs no Orbax
-
-    with alone(), contextlib.suppress(UserError):  # there is none
-        directory, steps = steps_in(workdir / "checkpoints")
-        for step in reversed(steps):
-            with contextlib.suppress(Damaged):
-                return read_metadata(directory, step)["config"] or {}
-    return {}
-
-
 def _is_free(key: str, values: Mapping[str, Any]) -> bool:
     """Whether a key may differ at any start."""
     if key == "train.microbatches":  # where no mean or noise is of one microbatch
@@ -66,7 +51,10 @@ def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bo
     Only changes that affect results; empty where the workdir belongs to no config. A UserError names all keys that may
     not change; with `extend` those of `EXTENDABLE` may.
     """
-    if not (stored := read_config(workdir) or _config_of_checkpoints(workdir)):
+    from lemur_jax.checkpoint.reading import newest_metadata  # `lemur report` needs no Orbax
+
+    stored = read_config(workdir) or newest_metadata(workdir / "checkpoints").get("config")
+    if not stored:
         return {}
     stored = json.loads(json.dumps(fill(RunConfig, stored)))  # defaults have tuples
     changes = {key: pair for key, pair in differences(stored, values).items() if not _is_free(key, values)}

@@ -13,7 +13,7 @@ from lemur_jax.train import doctor as module
 from lemur_jax.train.doctor import doctor
 from lemur_jax.train.workdir import claim
 from tests.helpers.hosts import Project
-from tests.helpers.runs import write_model
+from tests.helpers.runs import run_in_process, write_model
 
 GOOD = module.Finding(check="free disk", good=True, detail="")
 
@@ -27,11 +27,11 @@ def project(tmp_path_factory):
 def examine(project, monkeypatch, tmp_path, caplog):
     monkeypatch.chdir(project.root)
 
-    def run(*overrides, workdir=tmp_path / "run"):
+    def run(*overrides, workdir=tmp_path / "run", extend=False):
         caplog.clear()
         verdict = []
         try:
-            doctor(load("config.py", overrides), workdir)
+            doctor(load("config.py", overrides), workdir, extend=extend)
         except UserError as error:
             verdict.append(str(error))
         return "\n".join([*(record.getMessage() for record in caplog.records), *verdict])
@@ -101,6 +101,21 @@ def test_a_workdir_of_another_config_is_not_ready(examine, tmp_path):
     assert examine("--config.log.every_steps=3").endswith("verdict: 1 host ready")
     assert "FAIL  config" in (said := examine("--config.seed=7"))
     assert "seed was 42 there and is 7 now" in said
+
+
+def test_what_would_be_refused_at_the_newest_checkpoint_is_not_ready(examine, tmp_path):
+    run_in_process(tmp_path / "run")  # of six steps
+    options = ("--config.train.steps=6", "--config.eval.every_steps=0")
+    assert "newest checkpoint  step 6 fits the config and the data" in examine(*options)
+    for option, reason in (
+        ("train.steps=3", "but 6 updates are made"),
+        ("data.sources.code.share=3.0", "cannot change data.sources.code.share"),
+        ("optimizer.name=muon", "config.checkpoint.other_optimizer='fresh' resets it"),
+    ):
+        assert reason in (said := examine(*options, f"--config.{option}", extend=True))
+        assert "FAIL  newest checkpoint" in said
+    fresh = ("--config.optimizer.name=muon", "--config.checkpoint.other_optimizer=fresh")
+    assert "FAIL" not in examine(*options, *fresh)
 
 
 def test_frozen_weights_take_no_room_of_checkpoints(examine, project, tmp_path, monkeypatch):
