@@ -21,9 +21,7 @@ require RUN CONFIG WORKDIR ACCELERATOR PROJECT ZONE CLUSTER IMAGE
 
 name=$RUN restarts=$MAX_RESTARTS
 case $verb in
-  start | doctor)
-    command=(lemur "${verb/start/train}" --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
-    ;;
+  start | doctor) command=(lemur "${verb/start/train}" --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"}) ;;
   smoke) require_smoke && command=(lemur smoke "${SMOKE[@]}") ;;
 esac
 [ "$verb" = start ] || name=$RUN-$verb restarts=0

@@ -63,6 +63,8 @@ require() {
   local name
   for name in "$@"; do [ -n "${!name}" ] || fail "$name is empty in $settings"; done
   [[ $RUN =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "RUN is $RUN: lower case letters, digits and - only"
+  # A relative one would lie on the disk of a machine that is deleted.
+  [[ $WORKDIR == *://* || $WORKDIR == /* ]] || fail "WORKDIR is $WORKDIR: it must be gs://... or start with / on storage that all hosts share"
   [ -f "${CONFIG%%:*}" ] || fail "CONFIG: there is no file ${CONFIG%%:*}"
 }
 

@@ -245,6 +245,7 @@ def test_secrets_go_as_a_file_that_others_cannot_read(pod):
         ("PROJECT=", "PROJECT is empty"),
         ("RUN='My Run'", "RUN is My Run"),
         ("CONFIG=none.py", "there is no file none.py"),
+        ("WORKDIR=runs/mine", "WORKDIR is runs/mine: it must be gs://"),  # on a disk that goes with the slice
         ("PROVISIONING=cheap", "PROVISIONING is cheap"),
         ("SLICES=two", "SLICES is two"),
         ("SLICES=0", "SLICES or RETRIES is 0"),
