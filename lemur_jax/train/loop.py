@@ -12,12 +12,10 @@ import jax
 from etils import epath
 
 from lemur_jax.checkpoint.metadata import make_metadata
-from lemur_jax.cluster import coordination
-from lemur_jax.cluster.coordination import agree, barrier
+from lemur_jax.cluster.coordination import agree, barrier, from_primary
 from lemur_jax.cluster.hosts import is_primary
 from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
-from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import digest_of
 from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig
@@ -128,15 +126,12 @@ def check_same_workdir(workdir: epath.Path) -> None:
     if is_primary():
         probe.write_text("")
     barrier("workdir", 2 * WAIT_SECONDS)  # longer than a collective waits for the primary
-    seen = (workdir / coordination.from_primary(probe.name)).exists()
-    everywhere = coordination.exchange("shared workdir", str(seen), WAIT_SECONDS)
-    if is_primary():
-        probe.unlink()
-    if missing := [host for host, found in enumerate(everywhere) if found != str(True)]:
-        names = ", ".join(coordination.host_name(host, coordination.client()) for host in missing)
-        raise UserError(
-            f"{names} has another directory {workdir} than host 0: put it where all hosts see the same files"
-        )
+    seen = (workdir / from_primary(probe.name)).exists()
+    try:
+        agree("the workdir (all hosts must see the same files)", str(seen), WAIT_SECONDS)
+    finally:
+        if is_primary():
+            probe.unlink()
 
 
 def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_path: epath.Path) -> bool:
