@@ -23,13 +23,6 @@ from lemur_jax.telemetry.provenance import start_record
 from lemur_jax.train.history import RunHistory
 from lemur_jax.train.step import Program
 
-# What a train record says about the clock and the machine, and not about the model: it differs between two
-# runs that are otherwise the same.
-CLOCK_KEYS = (
-    "seconds", "data_wait_seconds", "tokens_per_second", "tokens_per_second_per_chip", "mfu", "hbm_bytes",
-    "hbm_peak_bytes", "host_seconds", "sampling_seconds",
-)  # fmt: skip
-
 logger = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")

@@ -14,8 +14,8 @@ from lemur_jax.telemetry import goodput
 from lemur_jax.telemetry.metrics import MetricsWriter
 from lemur_jax.train import steplog
 from lemur_jax.train.history import RunHistory
-from lemur_jax.train.steplog import CLOCK_KEYS, StepLog
-from tests.helpers.runs import documented
+from lemur_jax.train.steplog import StepLog
+from tests.helpers.runs import CLOCK_KEYS, documented
 
 LENGTH, ROWS = 4096, 256
 
