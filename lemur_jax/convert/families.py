@@ -32,8 +32,7 @@ class Family:
     activation: str = "hidden_act"  # its key
     bias: str = ""  # attention projections with a bias where `attention_bias` is true; "": it must be false
     mlp_bias: bool = False  # whether `mlp_bias` may be true
-    # Which layers have a window: those of `layer_types` ("some"), "all", or none ("").
-    windows: str = ""
+    windows: str = ""  # the layers that have one: "some", those of `layer_types`, "all", or none ("")
     local_theta: float = 0.0  # base of the rotary angles of layers with a window; 0: as in the others
     skips_rope: bool = False  # whether some layers have no rotary embedding
     scales_embedding: bool = False  # by the root of the width
@@ -202,13 +201,9 @@ def _experts(family: Family, raw: Raw, where: str) -> dict[str, Any]:
     count = number(raw[key], int, key, where)
     if count > MAX_EXPERTS:
         raise UserError(f"{where}: {key} is {count}; at most {MAX_EXPERTS} are possible")
-    heads_width = raw["num_attention_heads"] * raw["head_dim"]
-    if (
-        family.spec.get("qk_norm") == "width" and heads_width != raw["hidden_size"]
-    ):  # its norms have the model's width
-        raise UserError(
-            f"{where}: heads of together {heads_width} channels and hidden_size {raw['hidden_size']} differ"
-        )
+    width, heads_width = raw["hidden_size"], raw["num_attention_heads"] * raw["head_dim"]
+    if family.spec.get("qk_norm") == "width" and heads_width != width:  # the norms have the model's width
+        raise UserError(f"{where}: heads of together {heads_width} channels and hidden_size {width} differ")
     return {
         "num_experts": count,
         "experts_per_token": number(raw["num_experts_per_tok"], int, "num_experts_per_tok", where),
@@ -234,11 +229,10 @@ def _window(family: Family, raw: Raw, where: str) -> tuple[int, int]:
         raise UserError(
             f"{where}: layer_types is {kinds!r:.100}; models of type {family.model_type} do not have it here"
         )
-    if window is None or SLIDING not in kinds:
+    if SLIDING not in kinds or (window is None and raw.get("use_sliding_window") is False):
         return 0, 0
-    return number(window, int, "sliding_window", where), _period(
-        [kind == FULL for kind in kinds], "layer_types", where
-    )
+    window = number(window, int, "sliding_window", where)
+    return window, _period([kind == FULL for kind in kinds], "layer_types", where)
 
 
 def _period(marked: list[bool], key: str, where: str) -> int:
