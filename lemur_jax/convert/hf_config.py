@@ -106,9 +106,11 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
     fields["tie_word_embeddings"] = raw["tie_word_embeddings"]
     fields |= families.spec_fields(family, raw, where)
     rope = raw["rope_parameters"]
-    fields |= _rope_from_hf(
-        rope[families.FULL] if family.local_theta else rope, fields["max_position_embeddings"], where
-    )
+    if family.local_theta:  # of each kind of layers; its class passes over what stands beside them
+        if beside := sorted(rope.keys() - {families.FULL, families.SLIDING}):
+            raise UserError(f"{where}: rope_parameters has {beside[0]} outside of {families.FULL}")
+        rope = rope[families.FULL]
+    fields |= _rope_from_hf(rope, fields["max_position_embeddings"], where)
     try:
         return DecoderConfig(**fields)
     except UserError as error:
@@ -118,6 +120,10 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
 def _rope_from_hf(rope: Mapping[str, Any], max_positions: int, where: str) -> dict[str, Any]:
     """The `rope_*` fields from `rope_parameters` of transformers 5."""
     kind = str(rope.get("rope_type", "default"))
+    if str(rope.get("type", kind)) != kind:
+        raise UserError(
+            f"{where}: the rotary embedding has the rope_type {kind!r} and the type {rope['type']!r}"
+        )
     if kind not in _ROPE_KEYS:
         implemented = ", ".join(_ROPE_KEYS)
         raise UserError(f"{where}: the rotary embedding has the type {kind!r}; implemented are {implemented}")

@@ -189,6 +189,11 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
         ({"model_type": "phi3", "rope_scaling": LONGROPE}, "short_factor field must have length 64"),
         ({"rope_scaling": LONGROPE}, "must be 64 positive numbers with longrope scaling"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, not a positive integer"),
+        ({"model_type": "gemma3_text", "rope_parameters": LLAMA3}, "has factor outside of full_attention"),
+        (
+            {"model_type": "gemma3_text", "rope_scaling": {"type": "linear", "factor": 8.0}},
+            "the rope_type 'default' and the type 'linear'",
+        ),
         ({"model_type": "gemma2", "sliding_window": None}, "sliding_window is None, not a positive integer"),
         ({"model_type": "gemma3"}, "of type gemma3 needs a text_config"),
         ({"layer_types": 5}, "refuses it: TypeError"),
