@@ -41,9 +41,8 @@ class PackingCounts:
     rows: int
     tokens: int  # without padding
     truncated: int  # documents longer than T
-    without_targets: (
-        int  # documents without a supervised token in their first T; of pairs: where one answer has none
-    )
+    # documents without a supervised token in their first T; of pairs: where one answer has none
+    without_targets: int
     arrays: Mapping[str, str]  # sha256 (hex) of each array's `zarr.json`
 
 

