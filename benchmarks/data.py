@@ -18,7 +18,7 @@ import time
 import numpy as np
 
 from lemur_jax.data.inspect import histogram
-from lemur_jax.data.manifest import empty_manifest
+from lemur_jax.data.manifest import Manifest
 from lemur_jax.data.mixture import PACKINGS, Mixture, Source
 from lemur_jax.data.rows import Rows
 from lemur_jax.data.store import TokenStore
@@ -53,7 +53,7 @@ def write(path: str, shape: str, tokens: int) -> None:
     }
     # Ids of Zipf's law, as text has them: uniform ones would not compress, and cost more to read.
     ids = rng.zipf(1.2, 1 << 22) % 32_000
-    with StoreWriter(path, empty_manifest(vocab_size=32_000, has_loss_mask=masked, **fields)) as writer:
+    with StoreWriter(path, Manifest(vocab_size=32_000, has_loss_mask=masked, **fields)) as writer:
         for index, length in enumerate(lengths_of(shape, tokens).tolist()):
             start = int(rng.integers(len(ids) - length))
             mask = np.arange(length) % 400 > 150 if masked else None

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from etils import epath
 
@@ -25,11 +24,11 @@ class Manifest:
     task: str
     split: str
     source: str
-    documents: int
-    tokens: int  # separators included
-    bytes: int  # UTF-8 bytes of the text that the tokens stand for
-    supervised_tokens: int  # targets with loss: those of the mask, else all but each document's first
-    has_loss_mask: bool
+    documents: int = 0
+    tokens: int = 0  # separators included
+    bytes: int = 0  # UTF-8 bytes of the text that the tokens stand for
+    supervised_tokens: int = 0  # targets with loss: those of the mask, else all but each document's first
+    has_loss_mask: bool = False
     # a document is a chosen conversation, a rejected one, or both in this order; the mask is `REJECTED` where the
     # rejected one begins
     preferences: bool = False
@@ -56,12 +55,6 @@ class Manifest:
         if not self.label_field:
             del fields["label_field"], fields["labels"]
         return digest_of(fields)
-
-
-def empty_manifest(**fields: Any) -> Manifest:
-    """The manifest of a store to be written: `fields` of `Manifest`, all counts 0, no loss mask if not said."""
-    counts = dict.fromkeys(("documents", "tokens", "bytes", "supervised_tokens"), 0)
-    return Manifest(**{**counts, "has_loss_mask": False, **fields})
 
 
 def read_manifest(path: epath.PathLike) -> Manifest:

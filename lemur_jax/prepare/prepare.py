@@ -26,7 +26,7 @@ from lemur_jax.config import RunConfig
 from lemur_jax.data.budget import budget, check_budget, format_budget
 from lemur_jax.data.config import DataConfig
 from lemur_jax.data.counts import record_counts
-from lemur_jax.data.manifest import Manifest, empty_manifest, read_manifest
+from lemur_jax.data.manifest import Manifest, read_manifest
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import beam, duplicates, tasks
@@ -312,7 +312,7 @@ def _writer(
     definition += (chat_template(tokenizer) if is_chat else "") + part
     if not is_chat and tokenizer.separators != ([tokenizer.bos_id], [tokenizer.eos_id]):
         definition += json.dumps(tokenizer.separators)  # bos and eos were earlier versions' rule
-    manifest = empty_manifest(
+    manifest = Manifest(
         task=part or task.name,
         split=split,
         source=task.name,

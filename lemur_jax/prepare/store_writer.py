@@ -21,7 +21,7 @@ MAX_LABELS = 1000
 class StoreWriter:
     """Writes one store, document by document, and puts it in place when it is complete.
 
-    with StoreWriter(path, empty_manifest(task=..., ...)) as writer:
+    with StoreWriter(path, Manifest(task=..., ...)) as writer:
         writer.add(ids, id="doc-1", n_bytes=123)
 
     The store is written to a hidden directory beside `path` and renamed at the end of the `with` block. An exception
@@ -29,7 +29,7 @@ class StoreWriter:
 
     Args:
       path: the store's directory.
-      manifest: from `empty_manifest`.
+      manifest: with no counts yet.
       draft: makes this a draft, from which another store is written and which is deleted at the end: names and
         dtypes of its additional arrays, which `append` fills.
 

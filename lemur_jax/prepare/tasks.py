@@ -1,9 +1,9 @@
 """seqio tasks of files, of TFDS and of Python functions, and reading any task.
 
 `prepare` reads tasks whose examples have a string feature `text`, `messages` (a JSON list of {"role", "content"}), or
-`preferences` (a JSON object with `chosen` and `rejected`, each such a list; one may be missing);
-`id`, `source`, `meta` (JSON), `where` and `error` are optional. Your own tasks are ordinary seqio tasks, registered by
-a module named in `config.data.modules`; `add_files`, `add_tfds` and `add_generator` make the usual ones.
+`preferences` (a JSON object with `chosen` and `rejected`, each such a list; one may be missing); `id`, `source`,
+`meta` (JSON), `where` and `error` (JSON with a `reason`) are optional. Your own tasks are ordinary seqio tasks,
+registered by a module named in `config.data.modules`; `add_files`, `add_tfds` and `add_generator` make the usual ones.
 """
 
 import contextlib

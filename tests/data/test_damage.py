@@ -8,7 +8,7 @@ import pytest
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import arrays, packing
-from lemur_jax.data.manifest import empty_manifest
+from lemur_jax.data.manifest import Manifest
 from lemur_jax.data.rows import FitRows
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare.store_writer import StoreWriter
@@ -38,7 +38,7 @@ def written(tmp_path, monkeypatch):
     names = {"task": "t", "split": "train", "source": "s", "label_field": "lang", "has_loss_mask": True}
     tokenizer = {"tokenizer_digest": "f" * 64, "added_tokens": {"<a>": 9}, "vocab_size": 1000}
     path = tmp_path / "s"
-    with StoreWriter(path, empty_manifest(**names, **tokenizer)) as writer:
+    with StoreWriter(path, Manifest(**names, **tokenizer)) as writer:
         for index in range(300):
             ids = rng.zipf(1.3, rng.integers(2, 120)) % 1000
             writer.add(ids, f"doc-{index}", len(ids), rng.integers(0, 2, len(ids)), label=f"l{index % 3}")

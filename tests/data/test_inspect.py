@@ -11,7 +11,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import default_config, from_config_dict, replace
 from lemur_jax.data.config import StageConfig
 from lemur_jax.data.inspect import histogram, inspect_mixture, inspect_store
-from lemur_jax.data.manifest import REJECTED, empty_manifest
+from lemur_jax.data.manifest import REJECTED, Manifest
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.models.presets import preset
 from lemur_jax.prepare.store_writer import StoreWriter
@@ -163,7 +163,7 @@ def test_the_first_token_of_a_rejected_answer_is_no_target(make_store):
 
 
 def test_names_of_documents_do_not_command_the_terminal(tmp_path):
-    with StoreWriter(tmp_path / "s", empty_manifest(**FIELDS)) as writer:
+    with StoreWriter(tmp_path / "s", Manifest(**FIELDS)) as writer:
         writer.add([1, 2, 3], id="\x1b[2J\r", n_bytes=3)
     shown = inspect_store(tmp_path / "s")
     assert "--- \\x1b[2J\\r, 3 tokens" in shown

@@ -5,7 +5,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data import arrays
-from lemur_jax.data.manifest import empty_manifest, read_manifest
+from lemur_jax.data.manifest import Manifest, read_manifest
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare.store_writer import StoreWriter
 from tests.helpers.documents import FIELDS
@@ -85,7 +85,7 @@ def test_width_of_tokens(make_store, vocab_size, dtype):
 
 
 def test_unicode_ids(tmp_path):
-    with StoreWriter(tmp_path / "s", empty_manifest(**FIELDS)) as writer:
+    with StoreWriter(tmp_path / "s", Manifest(**FIELDS)) as writer:
         writer.add([1], id="漢字/😀.py", n_bytes=1)
         writer.add([1], id="", n_bytes=0)
         writer.add(np.array([1]), id="x", n_bytes=0)
@@ -94,7 +94,7 @@ def test_unicode_ids(tmp_path):
 
 def test_an_exception_leaves_nothing_behind(tmp_path):
     def write(fail):
-        with StoreWriter(tmp_path / "s", empty_manifest(**FIELDS)) as writer:
+        with StoreWriter(tmp_path / "s", Manifest(**FIELDS)) as writer:
             writer.add([1, 2, 3 + fail], id="x", n_bytes=1)
             if fail:
                 raise KeyboardInterrupt
@@ -118,7 +118,7 @@ def test_an_exception_leaves_nothing_behind(tmp_path):
 def test_impossible_documents_are_refused(tmp_path, document):
     with (
         pytest.raises(ValueError, match="document 'x'"),
-        StoreWriter(tmp_path / "s", empty_manifest(**FIELDS)) as writer,
+        StoreWriter(tmp_path / "s", Manifest(**FIELDS)) as writer,
     ):
         writer.add(**document, id="x", n_bytes=1)
 
@@ -126,7 +126,7 @@ def test_impossible_documents_are_refused(tmp_path, document):
 def test_missing_damaged_empty_and_foreign_stores(make_store, tmp_path):
     with pytest.raises(UserError, match=r"does not exist.*lemur prepare"):
         TokenStore.open(tmp_path / "nowhere")
-    with StoreWriter(tmp_path / "empty", empty_manifest(**FIELDS)):
+    with StoreWriter(tmp_path / "empty", Manifest(**FIELDS)):
         pass
     assert read_manifest(tmp_path / "empty").documents == 0
     with pytest.raises(UserError, match="is empty: the task t has no documents in its split train"):

@@ -12,7 +12,7 @@ from etils import epath
 
 from lemur_jax.common.json_files import read_sealed, write_sealed
 from lemur_jax.config import default_config, from_config_dict
-from lemur_jax.data.manifest import empty_manifest
+from lemur_jax.data.manifest import Manifest
 from lemur_jax.data.store import TokenStore
 from lemur_jax.models.presets import preset
 from lemur_jax.prepare.store_writer import StoreWriter
@@ -113,7 +113,7 @@ def make_store(tmp_path) -> MakeStore:
             "has_loss_mask": masks is not None,
         } | fields
         (tmp_path / task).mkdir(exist_ok=True)
-        with StoreWriter(tmp_path / task / split, empty_manifest(**fields)) as writer:
+        with StoreWriter(tmp_path / task / split, Manifest(**fields)) as writer:
             for index, ids in enumerate(documents):
                 writer.add(
                     ids, id=f"doc-{index}", n_bytes=len(ids), mask=None if masks is None else masks[index]

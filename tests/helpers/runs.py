@@ -19,7 +19,7 @@ from lemur_jax.checkpoint.metadata import make_metadata
 from lemur_jax.checkpoint.reading import read_metadata, restore_params
 from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.config import load
-from lemur_jax.data.manifest import empty_manifest
+from lemur_jax.data.manifest import Manifest
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import abstract_params, init_params
 from lemur_jax.prepare.store_writer import StoreWriter
@@ -67,7 +67,7 @@ def write_store(path, tokenizer, documents):
     task, split = path.parts[-2:]
     fields = {"task": task, "split": split, "source": task, "vocab_size": tokenizer.vocab_size}
     digests = {"tokenizer_digest": tokenizer.digest, "added_tokens": tokenizer.added_tokens}
-    with StoreWriter(path, empty_manifest(**fields, **digests)) as writer:
+    with StoreWriter(path, Manifest(**fields, **digests)) as writer:
         for name, ids in documents.items():
             writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id], name, 3 * len(ids))
 

@@ -8,7 +8,7 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import replace
 from lemur_jax.data.inspect import inspect_store
-from lemur_jax.data.manifest import empty_manifest, read_manifest
+from lemur_jax.data.manifest import Manifest, read_manifest
 from lemur_jax.data.mixture import open_mixture
 from lemur_jax.data.store import TokenStore
 from lemur_jax.prepare import parts, store_writer
@@ -28,7 +28,7 @@ def labelled(tmp_path, random_documents):
     languages = rng.choice([*LANGUAGES, ""], 200).tolist()
     masks = [rng.integers(0, 2, len(ids)) for ids in documents]
     with StoreWriter(
-        tmp_path / "t/train", empty_manifest(**FIELDS, has_loss_mask=True, label_field="lang")
+        tmp_path / "t/train", Manifest(**FIELDS, has_loss_mask=True, label_field="lang")
     ) as writer:
         for index, (ids, mask, language) in enumerate(zip(documents, masks, languages, strict=True)):
             writer.add(ids, f"doc-{index}", 7 * len(ids), mask, language)
@@ -40,7 +40,7 @@ def test_a_part_holds_the_documents_of_its_label_in_order(labelled, tmp_path, mo
     whole, documents, masks, languages = labelled
     monkeypatch.setattr(parts, "_COPIED", copied)
     for language in LANGUAGES:
-        with StoreWriter(tmp_path / "part", empty_manifest(**FIELDS, has_loss_mask=True)) as writer:
+        with StoreWriter(tmp_path / "part", Manifest(**FIELDS, has_loss_mask=True)) as writer:
             copy_part(whole, language, writer)
         part = TokenStore.open(tmp_path / "part")
         expected = [index for index, each in enumerate(languages) if each == language]
@@ -64,7 +64,7 @@ def test_labels_are_counted_shown_and_part_of_the_digest(labelled):
 
 def test_a_field_that_differs_in_each_document_is_no_label(tmp_path, monkeypatch):
     monkeypatch.setattr(store_writer, "MAX_LABELS", 10)
-    with StoreWriter(tmp_path / "s", empty_manifest(**FIELDS, label_field="lang")) as writer:
+    with StoreWriter(tmp_path / "s", Manifest(**FIELDS, label_field="lang")) as writer:
         for index in range(10):
             writer.add([1], "x", 1, label=str(index))
         with pytest.raises(UserError, match="'lang' of the task t has more than 10 values"):
@@ -73,7 +73,7 @@ def test_a_field_that_differs_in_each_document_is_no_label(tmp_path, monkeypatch
 
 def test_a_writer_that_goes_on_knows_its_labels(tmp_path):
     def write(first, stop):
-        with StoreWriter(tmp_path / "s", empty_manifest(**FIELDS, label_field="lang")) as writer:
+        with StoreWriter(tmp_path / "s", Manifest(**FIELDS, label_field="lang")) as writer:
             for index in range(first, stop):
                 if index == 20 and first == 0:
                     writer.save({"at": 20})

@@ -9,7 +9,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.config import DataConfig
-from lemur_jax.data.manifest import REJECTED, empty_manifest
+from lemur_jax.data.manifest import REJECTED, Manifest
 from lemur_jax.data.mixture import Source, open_rows
 from lemur_jax.data.rows import ConcatRows, FitRows
 from lemur_jax.prepare.encoding import BadRecord, encode
@@ -75,7 +75,7 @@ def test_pairs_are_read_from_parquet(tmp_path):
 def data(chat_tokenizer, tmp_path):
     """A config of data with a store of a pair, an undesirable and a desirable conversation."""
     records = [PAIR, {"rejected": PAIR["rejected"]}, {"chosen": PAIR["chosen"]}]
-    manifest = empty_manifest(
+    manifest = Manifest(
         task="pairs", split="train", source="pairs", tokenizer_digest=chat_tokenizer.digest,
         added_tokens=chat_tokenizer.added_tokens, vocab_size=chat_tokenizer.vocab_size, has_loss_mask=True,
         preferences=True,
