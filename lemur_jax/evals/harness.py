@@ -5,6 +5,7 @@ one checkpoint. One default differs: no bos in front (the paper's protocol) with
 Importing this module registers the model.
 """
 
+import logging
 from typing import Any
 
 from lemur_jax.cluster import hosts
@@ -24,6 +25,8 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 except ImportError as error:
     raise UserError(f"the evaluation harness is missing ({error}): pip install 'lemur_jax[eval]'") from error
+
+logger = logging.getLogger(__name__)
 
 
 @register_model("lemur")
@@ -172,7 +175,15 @@ class LemurLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """A conversation as text; without a generation prompt its last turn is left open."""
-        text = render_chat(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
+        try:
+            text = render_chat(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
+        except UserError as error:
+            others = [turn for turn in chat_history if turn["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            # As the `hf` model: Gemma's template, among others, refuses the turn that a task's description becomes.
+            logger.warning("the system turn of a task is left out: %s", error)
+            return self.apply_chat_template(others, add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()

@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from lemur_jax.evals import benchmarks
 from lemur_jax.evals.harness import LemurLM
 from lemur_jax.infer import score as scoring
+from lemur_jax.text.files import CHATML_TEMPLATE
 
 HEAD = """
 task: local_NAME
@@ -141,6 +142,21 @@ def test_a_prefilled_answer_is_left_open(ours, theirs):
     text = ours.apply_chat_template(turns, add_generation_prompt=False)
     assert text.endswith("assistant\nThe answer is")
     assert text == theirs.apply_chat_template(turns, add_generation_prompt=False)
+
+
+def test_a_template_without_system_turns_leaves_a_description_out(ours, theirs, monkeypatch):
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML_TEMPLATE
+    )
+    for model in (ours, theirs):
+        monkeypatch.setattr(model.tokenizer, "chat_template", template)
+    turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1"}]
+    text = ours.apply_chat_template(turns)
+    assert "user\n1 + 1" in text
+    assert text == theirs.apply_chat_template(turns)
+    monkeypatch.setattr(ours.tokenizer, "chat_template", "{{ raise_exception('no turn') }}")
+    with pytest.raises(UserError, match="no turn"):
+        ours.apply_chat_template(turns)
 
 
 def test_bos_only_where_it_is_wanted(ours):
