@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.agents.episodes import Trace, Turn, open_environments
@@ -119,6 +119,15 @@ def open_taskset(name: str, limit: int | None = None) -> vf.Env:
     return env
 
 
+def tasks_by_id(name: str, tasks: Iterable[vf.Task]) -> dict[str, vf.Task]:
+    """The tasks of a taskset by TASKSET/TASK; names may be the same, and then have a number behind them."""
+    found: dict[str, vf.Task] = {}
+    for number, task in enumerate(tasks):
+        id = f"{name}/{task.data.name or task.data.idx}"
+        found[id if id not in found else f"{id}-{number}"] = task
+    return found
+
+
 def run_taskset(
     name: str,
     base_url: str,
@@ -145,10 +154,7 @@ def run_taskset(
         client=vf.EvalClientConfig(base_url=base_url, api_key_var="OPENAI_API_KEY"),
         sampling=vf.SamplingConfig(temperature=0.0, max_tokens=max_new_tokens),
     )
-    tasks: dict[str, vf.Task] = {}
-    for number, task in enumerate(env.taskset if limit is None else env.taskset.take(limit)):
-        id = f"{name}/{task.data.name or task.data.idx}"
-        tasks[id if id not in tasks else f"{id}-{number}"] = task
+    tasks = tasks_by_id(name, env.taskset if limit is None else env.taskset.take(limit))
     failed: dict[str, str] = {}
 
     async def play(id: str, gate: asyncio.Semaphore) -> None:

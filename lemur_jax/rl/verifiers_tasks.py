@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from lemur_jax.agents.environments import Environment, Step
-from lemur_jax.agents.verifiers_adapter import open_taskset, vf
+from lemur_jax.agents.verifiers_adapter import open_taskset, tasks_by_id, vf
 
 
 class TasksetServer:
@@ -46,9 +46,8 @@ class TasksetServer:
 class TasksetEnvironment(Environment):
     """A task; the copy that is played is asked under a name of its own."""
 
-    def __init__(self, server: TasksetServer, name: str, task: vf.Task):
-        self.id = f"{name}/{task.data.name or task.data.idx}"
-        self._server, self._task = server, task
+    def __init__(self, server: TasksetServer, id: str, task: vf.Task):
+        self.id, self._server, self._task = id, server, task
 
     def reset(self) -> str:
         self._events: queue.Queue[Sequence[Mapping[str, Any]] | Future] = queue.Queue()
@@ -122,4 +121,6 @@ def taskset_environments(name: str) -> list[Environment]:
       UserError: there is no such taskset, or it has no end.
     """
     server = TasksetServer(name)
-    return [TasksetEnvironment(server, name, task) for task in server.env.taskset]
+    return [
+        TasksetEnvironment(server, id, task) for id, task in tasks_by_id(name, server.env.taskset).items()
+    ]

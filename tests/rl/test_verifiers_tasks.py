@@ -43,6 +43,17 @@ def test_episodes_of_a_taskset(tasks):
     assert all(step.done for step in steps)
 
 
+def test_tasks_may_have_one_name(tasks, tmp_path):
+    named = TASKSET.replace("data = Data(", "data = Data(name='sum', ")
+    assert named != TASKSET
+    (tmp_path / "lemur_test_named.py").write_text(named)
+    found = tasks("lemur-test-named")
+    assert sorted(found) == ["lemur-test-named/sum", "lemur-test-named/sum-1"]
+    assert len({task.reset() for task in found.values()}) == 2
+    for task in found.values():
+        task.close()
+
+
 def test_several_turns_of_a_group(tasks):
     """Both episodes of one task of ours are played at the same time."""
     task = tasks("lemur-verifiers")["lemur-verifiers/sql/count"]
