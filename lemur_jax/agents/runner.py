@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,10 +116,7 @@ def run_episodes(
             logger.warning("not scored: %s", why)
             return None
 
-    with (
-        concurrent.futures.ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool,
-        concurrent.futures.ThreadPoolExecutor(batch) as asking,  # an endpoint answers them together
-    ):
+    with concurrent.futures.ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool:
         try:
             while waiting or running:
                 while waiting and len(running) < batch:
@@ -126,7 +124,7 @@ def run_episodes(
                     running += filter(None, pool.map(start, fresh))
                 if not running:
                     break
-                answers, error = _answers(agent, [episode.messages for episode in running], asking)
+                answers, error = _answers(agent, [episode.messages for episode in running])
                 answered = [pair for pair in zip(running, answers, strict=True) if pair[1] is not None]
                 for episode, trace in pool.map(lambda pair: (pair[0], pair[0].act(pair[1])), answered):
                     if trace is not None:
@@ -151,14 +149,25 @@ def run_episodes(
 
 
 def _answers(
-    agent: Agent, conversations: Sequence[Sequence[Message]], asking: concurrent.futures.Executor
+    agent: Agent, conversations: Sequence[Sequence[Message]]
 ) -> tuple[list[str | None], UserError | None]:
-    """The next turns, None for those that failed, and the first error."""
+    """The next turns, None for those that failed, and the first error. An endpoint is asked for all together."""
     if isinstance(agent, SessionAgent):
         return list(agent.batch(conversations)), None
+    futures: list[concurrent.futures.Future[str]] = [concurrent.futures.Future() for _ in conversations]
+
+    def ask(conversation: Sequence[Message], future: concurrent.futures.Future[str]) -> None:
+        try:
+            future.set_result(agent(conversation))
+        except BaseException as error:
+            future.set_exception(error)
+
+    for pair in zip(conversations, futures, strict=True):
+        # An executor would wait for an endpoint that hangs, also after Ctrl-C.
+        threading.Thread(target=ask, args=pair, daemon=True).start()
     found: list[str | None] = []
     error = None
-    for future in [asking.submit(agent, conversation) for conversation in conversations]:
+    for future in futures:
         try:
             found.append(future.result())
         except UserError as failed:

@@ -5,8 +5,10 @@ import http.server
 import json
 import os
 import pathlib
+import signal
 import sys
 import threading
+import time
 
 import pytest
 
@@ -274,6 +276,19 @@ def test_an_endpoint_is_asked_for_the_whole_batch_together():
 
     worlds = [Short(f"sql/{number}", "", "", "") for number in range(count)]
     assert len(run_episodes(worlds, agent, max_turns=1, batch=count)) == count
+
+
+def test_an_interrupt_does_not_wait_for_an_endpoint(count):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_episode(count, lambda messages: time.sleep(40), max_turns=1)
+    signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - started < 20
 
 
 def test_an_evaluation_goes_on_after_a_kill_and_exports_what_was_solved(tmp_path, capsys, monkeypatch):
