@@ -199,11 +199,10 @@ def _score(
 ) -> tuple[jax.Array, ...]:
     """Log-probabilities float32 [B, P, E] of `candidates`, the likeliest ids int32 [B, P], and log-probabilities
     and ids of the `top` likeliest [B, P, K]."""
-    B, T = tokens.shape
-    P = where.shape[1]
+    (B, T), P = tokens.shape, where.shape[1]
     model = decoder.bind(config, compute, params)
     segments = (tokens >= 0).astype(jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    positions = jnp.arange(T) * segments  # of padding 0, so that T does not count
     hidden, _ = model(jnp.maximum(tokens, 0), positions, model.packed(segments))
     hidden = jnp.take_along_axis(hidden, where[..., None], axis=1)
 

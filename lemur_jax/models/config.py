@@ -58,8 +58,8 @@ class DecoderConfig:
     rope_attention_factor: float = (
         0.0  # of YaRN and LongRoPE: multiplies cosine and sine; 0: by `rope_factor`
     )
-    rope_short_factor: tuple[float, ...] = ()  # of LongRoPE: divisor of each pair's frequency in short rows
-    rope_long_factor: tuple[float, ...] = ()  # in rows longer than `rope_original_max_position_embeddings`
+    rope_short_factor: tuple[float, ...] = ()  # of LongRoPE: divisor of each pair's frequency in short texts
+    rope_long_factor: tuple[float, ...] = ()  # in those longer than `rope_original_max_position_embeddings`
     rope_local_theta: float = 0.0  # base of the unscaled angles of layers with a window; 0: as in the others
     rope_skip_every: int = 0  # n: every n-th layer has no rotary embedding; 0: all have one
     attention_bias: str = ""  # attention projections with a bias: "", "qkv" or "qkvo"

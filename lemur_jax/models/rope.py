@@ -70,7 +70,7 @@ def angles_by_layer(
     """Rotary angles as a function of the layer's index, int32 [].
 
     Args:
-      positions: int32 [B, T].
+      positions: int32 [B, T]; without a cache those of each segment count from 0.
       slots: length of the cache; 0 without one.
     """
     angles = rotary_angles(config, positions, slots)
@@ -98,9 +98,11 @@ def rotary_angles(config: DecoderConfig, positions: jax.Array, slots: int = 0) -
     if config.rope_scaling == "longrope":
         # What is in a cache stays as it was rotated, so there the length of the cache decides.
         original = config.rope_original_max_position_embeddings
-        long = (jnp.max(positions, axis=1) >= original) | (slots > original)
-        long_frequencies = inverse_frequencies(config, long=True)
-        frequencies = jnp.where(long[:, None, None, None], long_frequencies, frequencies)
+        T = positions.shape[1]
+        place = jnp.arange(T) - positions + original  # where this segment has position `original`, if at all
+        found = jnp.take_along_axis(positions, jnp.clip(place, 0, T - 1), axis=1) == original
+        long = slots > original if slots else ((place < T) & found)[..., None, None]
+        frequencies = jnp.where(long, inverse_frequencies(config, long=True), frequencies)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     if config.rope_scaling not in ("yarn", "longrope"):
         return jnp.cos(angles), jnp.sin(angles)

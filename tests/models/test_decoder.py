@@ -1,5 +1,7 @@
 """What the model must do whatever its weights: packing, rematerialization, initialization."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,16 +30,24 @@ def logits(params, tokens, positions, segments, **compute):
     return forward(CONFIG, Compute(**compute), params, tokens, positions, segments)
 
 
-def test_packed_documents_are_as_if_alone(params, tokens):
-    cut = 40
+# The second of two documents, of 40 and 56 tokens, takes the factors of long ones.
+LONGROPE = dict(
+    rope_scaling="longrope", rope_factor=4.0, rope_original_max_position_embeddings=48,
+    rope_short_factor=(1.0,) * 8, rope_long_factor=tuple(range(1, 9)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, LONGROPE], ids=["llama", "longrope"])
+def test_packed_documents_are_as_if_alone(params, tokens, changes):
+    cut, logits = 40, functools.partial(forward, preset("tiny", **changes), Compute(), params)
     lengths = [cut, tokens.shape[1] - cut]
     positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None].repeat(2, 0)
     segments = jnp.repeat(jnp.array([1, 2]), jnp.array(lengths))[None].repeat(2, 0)
-    packed = logits(params, tokens, positions, segments)
-    first = logits(params, tokens[:, :cut], positions[:, :cut], segments[:, :cut])
-    second = logits(params, tokens[:, cut:], positions[:, cut:], segments[:, cut:])
+    packed = logits(tokens, positions, segments)
+    first = logits(tokens[:, :cut], positions[:, :cut], segments[:, :cut])
+    second = logits(tokens[:, cut:], positions[:, cut:], segments[:, cut:])
     np.testing.assert_allclose(packed, jnp.concatenate([first, second], axis=1), atol=1e-5)
-    together = logits(params, tokens, positions, jnp.ones_like(segments))
+    together = logits(tokens, positions, jnp.ones_like(segments))
     assert np.abs(packed - together)[:, cut:].max() > 1e-2  # the check can fail
 
 
