@@ -47,5 +47,10 @@ def split_weight(weight: nnx.Param, axis: str, share: float, mesh: Mesh | None) 
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """`x` plus the bias, if there is one; the bias has the last dimensions of `x`."""
-    return x if bias is None else x + bias.get_value().astype(x.dtype)
+    """`x` plus the bias, if there is one; the bias has the last dimensions of `x`.
+
+    In float32, as its gradient is a sum over all positions.
+    """
+    if bias is None:
+        return x
+    return (x.astype(jnp.float32) + bias.get_value().astype(jnp.float32)).astype(x.dtype)

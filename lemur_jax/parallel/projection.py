@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lemur_jax.parallel.adapted import Adapted, base_of, num_inputs
 from lemur_jax.parallel.compiler_flags import exchanges_gradients
+from lemur_jax.parallel.lookup import look_up
 from lemur_jax.parallel.mesh import platform
 from lemur_jax.parallel.rules import RULES, constrain, spec
 
@@ -89,7 +90,7 @@ class Projection:
         """Rows of a table [V, D] for int32 tokens [B, T]: the residual stream [B, T, D]."""
         # Cast after the lookup: the gradient is reduced in the dtype that the lookup reads.
         rows = gather_weight(table.get_value(), table.axes, self.mesh, self.reduce_dtype or self.dtype)
-        x = jnp.take(rows, tokens, axis=0, mode="clip").astype(self.dtype)
+        x = look_up(rows, len(rows), tokens, self.mesh).astype(self.dtype)
         return constrain(x, self.mesh, "batch", "residual_length", "width")
 
     def route(self, x: jax.Array, router: nnx.Param) -> jax.Array:

@@ -56,6 +56,25 @@ def test_same_loss_by_copy(alone, batch, shape):
     assert all(jax.tree.leaves(places))
 
 
+@pytest.mark.parametrize(("shape", "microbatches"), [((1, 1, 1, 1), 1), ((2, 2, 1, 2), 2), ((1, 2, 2, 1), 1)])
+def test_gradients_in_bfloat16_lose_no_frequent_token(batch, shape, microbatches):
+    """Sums over all positions: in bfloat16 they stop growing at 256 times what is added."""
+    batch = {**batch, "tokens": np.where(np.arange(64) % 8, 7, batch["tokens"])}
+    batch = {key: np.concatenate([values] * 8) for key, values in batch.items()}
+    options = {"optimizer.clip_norm": 0.0, "train.microbatches": microbatches, "train.batch_rows": 128}
+
+    def gradient(dtype, shape):
+        config = tiny_config({**options, "compute.dtype": dtype}, attention_bias="qkvo", mlp_bias=True)
+        state = losses(program_on(shape, config), batch, steps=1)[2]
+        return jax.device_get(state.optimizer.inner_state[1].mu)  # a tenth of it
+
+    expected, found = gradient("float32", (1, 1, 1, 1)), gradient("bfloat16", shape)
+    for (path, mine), true in zip(
+        jax.tree_util.tree_flatten_with_path(found)[0], jax.tree.leaves(expected), strict=True
+    ):
+        assert np.linalg.norm(mine - true) < 0.03 * np.linalg.norm(true), jax.tree_util.keystr(path)
+
+
 def test_same_loss_with_positions_and_chunks_cut_over_devices(alone, batch):
     config = tiny_config({"compute.loss_chunk": 16})
     found, metrics, _ = losses(program_on((1, 2, 4, 1), config), batch)
