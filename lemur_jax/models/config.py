@@ -176,8 +176,9 @@ class ComputeConfig:
     compiler_options: tuple[str, ...] = ()  # more for XLA:TPU, "name=value" each; parallel/compiler_flags.py
 
     def __post_init__(self):
-        for key in ("dtype", "param_dtype"):
-            require_one_of(f"compute.{key}", getattr(self, key), ("float32", "bfloat16", "float16"))
+        require_one_of("compute.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        # Squares of gradients, which optimizers keep in this dtype, are 0 in float16.
+        require_one_of("compute.param_dtype", self.param_dtype, ("float32", "bfloat16"))
         require_one_of("compute.reduce_dtype", self.reduce_dtype, ("", "float32", "bfloat16"))
         require_one_of(
             "compute.product_dtype", self.product_dtype, ("", "int8", "float8", "float8_per_tensor")

@@ -35,7 +35,7 @@ class OptimizerConfig:
 
     name: str = "adamw"  # "adamw", "adafactor" or "muon"
     learning_rate: float = 3e-4  # at the end of the warmup
-    final_learning_rate: float = 3e-5  # at the last update
+    final_learning_rate: float = 3e-5  # where the cosine ends, after the last update
     warmup_steps: int = 0  # updates of linear warmup from 0
     b1: float = 0.9  # decay of first moments
     b2: float = 0.95  # decay of second moments

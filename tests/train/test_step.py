@@ -184,6 +184,7 @@ def test_finite_rows_name_the_bad_ones_through_microbatches(batch):
         ("optimizer.warmup_steps", 10, "warmup_steps"),
         ("optimizer.learning_rate", 0.0, "learning_rate"),
         ("compute.product_dtype", "int4", "product_dtype"),
+        ("compute.param_dtype", "float16", "param_dtype"),
     ],
 )
 def test_impossible_combination_is_named(key, value, words):
