@@ -17,7 +17,7 @@ import numpy as np
 from lemur_jax.models.decoder import Decoder
 from lemur_jax.rl.config import RlConfig
 from lemur_jax.train.losses import RowSums
-from lemur_jax.train.objectives import REFERENCE, Loss, Objective, token_logprobs
+from lemur_jax.train.objectives import REFERENCE, Loss, Objective, reference_logprobs, token_logprobs
 
 ARRAYS = {"advantages": (2, "float32"), "sampling_logprobs": (2, "float32")}  # of a batch of episodes
 EPSILON = 1e-4  # added to the standard deviation, as TRL does
@@ -105,7 +105,4 @@ def policy(options: RlConfig) -> Objective:
             metrics["kl"] = (jnp.sum(divergences(new, batch[REFERENCE], mask)), tokens)
         return Loss(jnp.sum(rows.loss), rows, metrics)
 
-    def reference(model: Decoder, batch: dict[str, Any]) -> dict[str, Any]:
-        return {REFERENCE: token_logprobs(model, batch)}
-
-    return Objective(loss=loss, arrays=ARRAYS, reference=reference if options.kl else None)
+    return Objective(loss=loss, arrays=ARRAYS, reference=reference_logprobs if options.kl else None)

@@ -37,14 +37,15 @@ def flops_per_token(
       causal: count the (T + 1) / 2 keys that a query sees on average, else all T.
       backward: forward and backward (training), else forward alone.
     """
-    L, HN = config.num_hidden_layers, config.num_attention_heads * config.head_dim
+    L, N = config.num_hidden_layers, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
     full = sum(bool(config.attends_fully(layer)) for layer in range(L)) / L
     keys = full * _keys(sequence_length, sequence_length, causal)
     keys += (1 - full) * _keys(sequence_length, config.sliding_window, causal)
     each = 2.0 * (3 if backward else 1)  # a multiplication and an addition, in one or three passes
     return TokenFlops(
-        projections=each * L * _projection_parameters(config),
-        attention=each * L * 2 * HN * keys,
+        projections=each * L * config.hidden_size * (2 * H + 2 * K) * N,
+        attention=each * L * 2 * H * N * keys,
         mlp=each * L * config.hidden_size * (3 * config.active_mlp_width + config.num_experts),
         head=each * config.vocab_size * config.hidden_size,
     )
@@ -63,12 +64,6 @@ def _keys(T: int, window: int, causal: bool) -> float:
     if not causal or window >= T:
         return (T + 1) / 2 if causal else min(T, window)
     return window - window * (window - 1) / (2 * T)
-
-
-def _projection_parameters(config: DecoderConfig) -> int:
-    """Query and output are D × HN, key and value D × KN; one layer."""
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    return config.hidden_size * heads * config.head_dim
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,60 +31,40 @@ def row_sums(model: Decoder, hidden: jax.Array, targets: jax.Array, weights: jax
       targets: int32 [B, T], already shifted inside each document.
       weights: float32 [B, T]; 0 where nothing is to be predicted.
     """
-
-    def chunk(hidden, targets, weights) -> RowSums:
-        logits = model.logits(hidden)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        # A sum over a comparison keeps a vocabulary that is cut over `tensor` where it is; a gather would not.
-        hit = targets[..., None] == jnp.arange(logits.shape[-1])
-        chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-        return RowSums(
-            loss=jnp.sum((log_z - chosen) * weights, axis=-1),
-            z=jnp.sum(jnp.square(log_z) * weights, axis=-1),
-            weight=jnp.sum(weights, axis=-1),
-        )
-
-    size, split, _ = _chunks(model, *targets.shape)
-    if size == targets.shape[1]:
-        return chunk(hidden, targets, weights)
-
-    def add(total: RowSums, part) -> tuple[RowSums, None]:
-        return jax.tree.map(jnp.add, total, chunk(*part)), None
-
-    zeros = RowSums(*(jnp.zeros(targets.shape[:1], jnp.float32) for _ in RowSums._fields))
-    # The logits of a chunk are computed again in the backward pass rather than kept.
-    body = jax.checkpoint(add, prevent_cse=False)
-    total, _ = jax.lax.scan(body, zeros, (split(hidden), split(targets), split(weights)))
-    return total
+    chosen, log_z = _target_logits(model, hidden, targets)
+    return RowSums(
+        loss=jnp.sum((log_z - chosen) * weights, axis=-1),
+        z=jnp.sum(jnp.square(log_z) * weights, axis=-1),
+        weight=jnp.sum(weights, axis=-1),
+    )
 
 
-def target_logprobs(
-    model: Decoder, hidden: jax.Array, targets: jax.Array, temperature: float = 1.0
-) -> jax.Array:
-    """Log-probabilities of targets, float32 [B, T], from the logits divided by `temperature`, in the same chunks."""
+def target_logprobs(model: Decoder, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    """Log-probabilities of targets, float32 [B, T], in the same chunks."""
+    chosen, log_z = _target_logits(model, hidden, targets)
+    return chosen - log_z
+
+
+def _target_logits(model: Decoder, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(logits of the targets, log Z), float32 [B, T]."""
 
     def chunk(hidden, targets):
-        logits = model.logits(hidden) / temperature
+        logits = model.logits(hidden)
+        # A sum over a comparison keeps a vocabulary that is cut over `tensor` where it is; a gather would not.
         hit = targets[..., None] == jnp.arange(logits.shape[-1])
-        return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+        return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1), jax.nn.logsumexp(logits, axis=-1)
 
     return by_chunk(model, chunk, hidden, targets)
 
 
 def by_chunk(model: Decoder, function: Callable, *arrays: jax.Array) -> Any:
     """What a function of positions makes of arrays [B, T, ...], in chunks as `row_sums`: arrays [B, T, ...]."""
-    size, split, merge = _chunks(model, *arrays[0].shape[:2])
-    if size == arrays[0].shape[1]:
-        return function(*arrays)
-    body = jax.checkpoint(lambda _, part: (None, function(*part)), prevent_cse=False)
-    return jax.tree.map(merge, jax.lax.scan(body, None, tuple(map(split, arrays)))[1])
-
-
-def _chunks(model: Decoder, B: int, T: int) -> tuple[int, Callable, Callable]:
-    """Positions of a chunk, and functions that split [B, T, ...] into chunks [C, B, size, ...] and join these."""
+    B, T = arrays[0].shape[:2]
     ways = model.compute.mesh.shape["sequence"] if model.compute.mesh else 1
     sizes = range(min(model.compute.loss_chunk or T, T), 0, -1)
     size = next((size for size in sizes if T % size == 0 and size % ways == 0), T)
+    if size == T:
+        return function(*arrays)
 
     def split(x):  # [B, T, ...] -> [T / size, B, size, ...]
         # Every chunk takes as much of each device's slice of positions, so that all have work in each.
@@ -95,4 +75,6 @@ def _chunks(model: Decoder, B: int, T: int) -> tuple[int, Callable, Callable]:
         more = x.shape[3:]
         return jnp.moveaxis(x.reshape(T // size, B, ways, size // ways, *more), 0, 2).reshape(B, T, *more)
 
-    return size, split, merge
+    # The logits of a chunk are computed again in the backward pass rather than kept.
+    body = jax.checkpoint(lambda _, part: (None, function(*part)), prevent_cse=False)
+    return jax.tree.map(merge, jax.lax.scan(body, None, tuple(map(split, arrays)))[1])

@@ -80,12 +80,12 @@ def hidden_states(model: Decoder, batch: Batch) -> jax.Array:
     return hidden
 
 
-def token_logprobs(model: Decoder, batch: Batch, temperature: float = 1.0) -> jax.Array:
+def token_logprobs(model: Decoder, batch: Batch) -> jax.Array:
     """Log-probability of each target given all before it in its segment, in nats: float32 [B, T].
 
     It is defined at every position with a target, whatever `loss_weights` says; mask what must not count.
     """
-    return target_logprobs(model, hidden_states(model, batch), batch["targets"], temperature)
+    return target_logprobs(model, hidden_states(model, batch), batch["targets"])
 
 
 def reference_logprobs(model: Decoder, batch: Batch) -> Batch:

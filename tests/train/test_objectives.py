@@ -13,7 +13,7 @@ from tests.helpers.tiny import LENGTH, ROWS, first_state, placed, program_on, ti
 
 def policy_loss(model, batch):
     """A policy gradient with advantages by token, weighted by row."""
-    logprobs = token_logprobs(model, batch, temperature=0.7)
+    logprobs = token_logprobs(model, batch)
     weights = batch["loss_weights"] * batch["row_weights"][:, None]
     losses = -batch["advantages"] * logprobs * weights
     rows = RowSums(loss=jnp.sum(losses, axis=-1), z=None, weight=jnp.sum(weights, axis=-1))
@@ -46,7 +46,7 @@ def test_a_policy_loss_equals_numpy(alone, more):
     program, metrics = alone
     arrays = (more[key] for key in ("tokens", "positions", "segment_ids"))
     logits = decoder.forward(program.model, program.compute, first_state(program).params, *arrays)
-    logits = np.asarray(logits, np.float64) / 0.7
+    logits = np.asarray(logits, np.float64)
     chosen = np.take_along_axis(logits, more["targets"][..., None], axis=-1)[..., 0]
     logprobs = chosen - np.log(np.exp(logits).sum(-1))
     weights = more["loss_weights"] * more["row_weights"][:, None]
