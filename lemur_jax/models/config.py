@@ -46,18 +46,14 @@ class DecoderConfig:
     max_position_embeddings: int = 4096  # longest sequence that the model was made for, in tokens
     tie_word_embeddings: bool = False  # whether the head is the transposed embedding
     rope_theta: float = 10_000.0  # base of the rotary angles
-    rope_scaling: str = (
-        "none"  # or "linear" (positions divided by `rope_factor`), "llama3", "yarn", "longrope"
-    )
+    rope_scaling: str = "none"  # or "linear" (positions / `rope_factor`), "llama3", "yarn", "longrope"
     rope_factor: float = 1.0  # of every scaling
     rope_low_freq_factor: float = 1.0  # of Llama-3 scaling
     rope_high_freq_factor: float = 4.0  # of Llama-3 scaling
     rope_original_max_position_embeddings: int = 8192  # of Llama-3, YaRN and LongRoPE scaling
     rope_beta_fast: float = 32.0  # of YaRN: more rotations in the original length: not scaled
     rope_beta_slow: float = 1.0  # of YaRN: fewer rotations in the original length: divided by `rope_factor`
-    rope_attention_factor: float = (
-        0.0  # of YaRN and LongRoPE: multiplies cosine and sine; 0: by `rope_factor`
-    )
+    rope_attention_factor: float = 0.0  # of YaRN, LongRoPE: of cosine and sine; 0: by `rope_factor`
     rope_short_factor: tuple[float, ...] = ()  # of LongRoPE: divisor of each pair's frequency in short texts
     rope_long_factor: tuple[float, ...] = ()  # in those longer than `rope_original_max_position_embeddings`
     rope_local_theta: float = 0.0  # base of the unscaled angles of layers with a window; 0: as in the others
@@ -67,9 +63,7 @@ class DecoderConfig:
     num_experts: int = 0  # mlps of a layer, each of width `intermediate_size`; 0: one that is not routed
     experts_per_token: int = 0  # experts that a token goes to, those with the largest router probabilities
     normalize_expert_weights: bool = True  # whether the weights of a token's experts sum to 1
-    qk_norm: str = (
-        ""  # RMSNorm of queries and keys before rotation: of each "head", the "width", or none ("")
-    )
+    qk_norm: str = ""  # RMSNorm of queries and keys before rotation: of each "head", the "width", or none
     sliding_window: int = 0  # positions that a query sees, its own included; 0: all before it
     full_attention_every: int = 0  # n: every n-th layer has no window; 0: the window is in all layers
     query_scale: float = 0.0  # scores are divided by its root; 0: by that of `head_dim`
