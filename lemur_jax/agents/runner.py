@@ -2,12 +2,14 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import logging
 import os
 import pathlib
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lemur_jax.agents.environments import Environment, NotScored
@@ -154,23 +156,32 @@ def _answers(
     """The next turns, None for those that failed, and the first error. An endpoint is asked for all together."""
     if isinstance(agent, SessionAgent):
         return list(agent.batch(conversations)), None
-    futures: list[concurrent.futures.Future[str]] = [concurrent.futures.Future() for _ in conversations]
+    answers = call_all([functools.partial(agent, one) for one in conversations], at_once=len(conversations))
+    for answer in answers:
+        if isinstance(answer, BaseException) and not isinstance(answer, UserError):
+            raise answer
+    errors = (answer for answer in answers if isinstance(answer, UserError))
+    return [None if isinstance(answer, UserError) else answer for answer in answers], next(errors, None)
 
-    def ask(conversation: Sequence[Message], future: concurrent.futures.Future[str]) -> None:
-        try:
-            future.set_result(agent(conversation))
-        except BaseException as error:
-            future.set_exception(error)
 
-    for pair in zip(conversations, futures, strict=True):
-        # An executor would wait for an endpoint that hangs, also after Ctrl-C.
-        threading.Thread(target=ask, args=pair, daemon=True).start()
-    found: list[str | None] = []
-    error = None
-    for future in futures:
+def call_all(
+    functions: Sequence[Callable[[], Any]], seconds: float = threading.TIMEOUT_MAX, at_once: int = 8
+) -> list[Any]:
+    """What each returns, or its exception; a call that hangs is left behind in its thread, also after Ctrl-C."""
+    results: list[Any] = [TimeoutError(f"no answer after {seconds:g} s") for _ in functions]
+
+    def run(index: int) -> None:
         try:
-            found.append(future.result())
-        except UserError as failed:
-            found.append(None)
-            error = error or failed
-    return found, error
+            results[index] = functions[index]()
+        except BaseException as error:  # also SystemExit of an environment
+            results[index] = error
+
+    for start in range(0, len(functions), at_once):
+        indices = range(start, min(start + at_once, len(functions)))
+        threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in indices]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + seconds
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+    return list(results)

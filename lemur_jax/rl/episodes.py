@@ -3,21 +3,18 @@
 import dataclasses
 import hashlib
 import math
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.agents.episodes import takes_tools
+from lemur_jax.agents.runner import call_all
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.infer.engine import Engine, Request
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.rl.config import RlConfig
 from lemur_jax.text.chat_template import encode_chat, stop_ids
 from lemur_jax.text.tokenizer import Tokenizer
-
-AT_ONCE = 8  # environments that work at the same time
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -75,7 +72,7 @@ class Player:
         so that what is sampled when does not depend on clocks."""
         seconds = self._options.environment_seconds
         for one, task in zip(
-            episodes, _call([one.environment.reset for one in episodes], seconds), strict=True
+            episodes, call_all([one.environment.reset for one in episodes], seconds), strict=True
         ):
             if isinstance(task, str):
                 one.add(encode_chat(self._tokenizer, [_user(task)], add_generation_prompt=True)[0])
@@ -93,11 +90,11 @@ class Player:
                 lambda one=one, action=action: one.environment.step(action)
                 for (_, one), action in zip(ended, actions, strict=True)
             ]
-            for (request, one), found in zip(ended, _call(calls, seconds), strict=True):
+            for (request, one), found in zip(ended, call_all(calls, seconds), strict=True):
                 self._observe(one, found, request.finish_reason)
                 if following := self._ask(engine, one, sampling):
                     playing[id(following)] = (following, one)
-        _call([one.environment.close for one in episodes], seconds)
+        call_all([one.environment.close for one in episodes], seconds)
 
     def _ask(self, engine: Engine, one: Episode, sampling: Sampling) -> Request | None:
         """The policy's next turn; None if the episode has ended, or ends because no token has room."""
@@ -179,24 +176,3 @@ def _reason(error: Any, one: Episode) -> str:
 def seed_of(*numbers: int) -> int:
     """32 bits that depend on the numbers alone."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
-
-
-def _call(functions: Sequence[Callable[[], Any]], seconds: float) -> list[Any]:
-    """What each returns, or its exception; a call that hangs is left behind in its thread."""
-    results: list[Any] = [TimeoutError(f"no answer after {seconds:g} s") for _ in functions]
-
-    def run(index: int) -> None:
-        try:
-            results[index] = functions[index]()
-        except BaseException as error:  # also SystemExit of an environment
-            results[index] = error
-
-    for start in range(0, len(functions), AT_ONCE):
-        indices = range(start, min(start + AT_ONCE, len(functions)))
-        threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in indices]
-        for thread in threads:
-            thread.start()
-        end = time.monotonic() + seconds
-        for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))
-    return list(results)

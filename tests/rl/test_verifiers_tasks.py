@@ -4,10 +4,10 @@ import copy
 
 import pytest
 
+from lemur_jax.agents.runner import call_all
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import from_config_dict
 from lemur_jax.rl import games, run
-from lemur_jax.rl.episodes import _call
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.train.loop import train
 from tests.helpers.rl import STEPS, make_config
@@ -58,7 +58,7 @@ def test_several_turns_of_a_group(tasks):
     """Both episodes of one task of ours are played at the same time."""
     task = tasks("lemur-verifiers")["lemur-verifiers/sql/count"]
     episodes = [copy.copy(task) for _ in range(2)]
-    assert all("book" in text for text in _call([episode.reset for episode in episodes], 60))
+    assert all("book" in text for text in call_all([episode.reset for episode in episodes], 60))
     step = episodes[0].step("6")
     assert step.observation.startswith("Error: ")
     assert not step.done
