@@ -94,10 +94,10 @@ class RunConfig:
             top_k, tokens = self.distill.top_k, self.model.vocab_size
             must = f"at most config.model.vocab_size ({tokens})"
             sections.require(top_k <= tokens, "distill.top_k", top_k, must)
-        if self.spikes.rollback_after and self.checkpoint.keep == 1:
+        if self.spikes.rollback_after and (self.checkpoint.keep == 1 or not self.checkpoint.every_steps):
             raise UserError(
                 "config.spikes.rollback_after goes back to an older checkpoint: set config.checkpoint.keep to at"
-                " least 2"
+                " least 2, and config.checkpoint.every_steps above 0"
             )
         best = self.checkpoint.keep_best
         if best and best not in self.eval.tasks:
@@ -205,6 +205,12 @@ def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict
     argv = ["lemur", *overrides]
     values = flags.FlagValues()
     config = _run_config_file(argument)
+    data = config.get("data", {})
+    for source in data.get("sources", {}).values():
+        _complete(source, sections.defaults(SourceConfig))
+    for stage in data.get("stages", {}).values():
+        shares = stage.get("shares", {}) if isinstance(stage, ConfigDict) else {}
+        _complete(shares, dict.fromkeys(shares, 0.0))
     known = flatten(config.to_dict())
     for override in overrides:
         key, _, value = override.removeprefix("--config.").partition("=")
@@ -220,6 +226,17 @@ def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict
         raise _explain_key(argument, overrides, error) from error
     except Exception as error:
         raise UserError(f"cannot apply {' '.join(overrides)} to {argument}: {reason_of(error)}") from error
+
+
+def _complete(values: Any, defaults: Mapping[str, Any]) -> None:
+    """Gives a mapping of the user's own all its keys, and floats where it has whole numbers, for overrides."""
+    if not isinstance(values, ConfigDict):
+        return
+    with values.unlocked(), values.ignore_type():
+        for key, default in defaults.items():
+            value = values.get(key, default)
+            whole = type(value) is int and abs(value) < 2**63  # others are refused later
+            values[key] = float(value) if whole and isinstance(default, float) else value
 
 
 def _run_config_file(argument: str) -> ConfigDict:

@@ -89,6 +89,16 @@ def test_help_of_a_verb_has_an_example(verb, capsys):
             " --config.checkpoint.keep=1",
             "set config.checkpoint.keep to at least 2",
         ),
+        ("plan --config c.py --topology v5e-1 --batch 5", "--batch is for --mode generate"),
+        ("plan --config c.py --topology v5e-1 --minutes 5", "--minutes is for --search"),
+        ("inspect no_store --config.train.steps=3", "--config.train.steps=3 is for a config"),
+        ("inspect c.py --tokenizer t", "--tokenizer is for a store"),
+        ("export-traces --traces t --output o --config.seed=3", "--config.seed=3 changes a config"),
+        (
+            "eval --checkpoint no_run --tasks mbpp --endpoint http://x",
+            "--endpoint has no effect without --agents",
+        ),
+        ("eval --checkpoint no_run --tasks mbpp --agents nothing", "unknown environment 'nothing'"),
         (
             "plan --config c.py --topology v5e-1 --mode generate --hlo step.txt",
             "--hlo is for --mode train",
@@ -119,6 +129,22 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, 
     assert line.startswith(f"lemur {words.split()[0]}: ")
     assert expected in line
     assert {path.name for path in tmp_path.iterdir()} <= {"c.py", "__pycache__"}
+
+
+def test_an_error_of_several_lines_is_one(monkeypatch, capsys):
+    def fail(*_):
+        raise PermissionError(errno.EACCES, "two\n\tlines", "gs://bucket/x")
+
+    monkeypatch.setattr("lemur_jax.checkpoint.listing.checkpoint_table", fail)
+    assert main(["checkpoints", "x"]) == 2
+    assert capsys.readouterr().err == "lemur checkpoints: two lines: gs://bucket/x\n"
+
+
+def test_a_home_directory_is_no_directory_of_that_name(tmp_path, monkeypatch, capsys):
+    """A shell leaves `~` alone in `--workdir=~/run`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["checkpoints", "~/run"]) == 2
+    assert f"no checkpoint directory at {tmp_path}/run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["train", "rl", "sweep", "doctor", "plan", "prepare", "inspect"])

@@ -48,6 +48,50 @@ def test_a_source_with_a_slash_is_overridden_by_its_name(path):
     assert load(path, ["--config.data.sources['code/C++'].share=3"]).data.sources["code/C++"].share == 3.0
 
 
+def test_overrides_reach_keys_that_a_file_left_out_and_fractions_where_it_has_whole_numbers(path):
+    stage = 'config.data.stages = {"late": {"step": 9, "shares": {"code": 1}}}'
+    text = (
+        pathlib.Path(path)
+        .read_text()
+        .replace("10.0", "10")
+        .replace("    if arg:", f"    {stage}\n    if arg:")
+    )
+    pathlib.Path(path).write_text(text.replace(', "max_epochs": 1.0', ""))
+    keys = ("sources.code.share", "sources.code.max_epochs", "stages.late.shares.code")
+    data = load(path, [f"--config.data.{key}=2.5" for key in keys]).data
+    assert (data.sources["code"].share, data.sources["code"].max_epochs) == (2.5, 2.5)
+    assert data.stages["late"].shares == {"code": 2.5}
+    assert load(path).data.sources["code"].share == 10.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model.rope_theta": 0.0}, "model.rope_theta is 0.0: it must be above 0"),
+        ({"model.rope_factor": -2.0}, "above 0"),
+        ({"model.rms_norm_eps": -1e-5}, "0 or more"),
+        ({"model.query_scale": -1.0}, "0 or more"),
+        ({"model.vocab_size": 10**30}, "at least 1, and below 2"),
+        (
+            {"model.rope_scaling": "llama3", "model.rope_low_freq_factor": 4.0},
+            "model.rope_high_freq_factor is 4.0: it must be above model.rope_low_freq_factor 4.0",
+        ),
+        ({"adapter.alpha": 0.0}, "adapter.alpha is 0.0: it must be above 0"),
+        ({"adapter.checkpoint": "peft", "init.checkpoint": "base"}, "is read only with config.adapter.rank"),
+        ({"checkpoint.keep_best": "code", "checkpoint.every_steps": 0}, "above 0 with checkpoint.keep_best"),
+        (
+            {"spikes.factor": 2.0, "spikes.rollback_after": 2, "checkpoint.every_steps": 0},
+            "config.checkpoint.every_steps above 0",
+        ),
+        ({"train.batch_rows": 2**31}, "at most 2"),
+        ({"compute.param_dtype": "float16"}, "one of 'float32', 'bfloat16'"),
+    ],
+)
+def test_what_cannot_work_or_has_no_effect_is_refused(options, message):
+    with pytest.raises(UserError, match=message.replace("^", r"\^")):
+        replace(RunConfig(model=preset("tiny")), options)
+
+
 def test_argument_reaches_get_config(path):
     assert load(path + ":17").seed == 17
 

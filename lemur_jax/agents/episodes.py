@@ -182,6 +182,22 @@ def endpoint_agent(
     return answer
 
 
+KINDS = (
+    *("python", "sql", "bash", "tools", "intercode-sql", "intercode-bash"),
+    *("mint", *(f"mint-{name}" for name in mint.SETS)),
+)
+
+
+def check_kinds(names: Sequence[str]) -> None:
+    """UserError: another name than those of `KINDS`."""
+    for name in names:
+        if name not in KINDS:
+            raise UserError(
+                f"unknown environment {name!r}: there are {', '.join(KINDS)} and verifiers:TASKSET, and for"
+                " config.rl.environment lamp and calculator"
+            )
+
+
 def open_environments(
     names: Sequence[str],
     limit: int | None = None,
@@ -194,7 +210,7 @@ def open_environments(
     """Environments by kind.
 
     Args:
-      names: "python", "sql", "bash", "tools", "mint", "mint-SET", "intercode-sql" or "intercode-bash".
+      names: of `KINDS`.
       limit: of each kind.
       data: MINT's or InterCode's.
       stack: keeps InterCode's database server; None: until this process ends.
@@ -217,12 +233,7 @@ def open_environments(
     for name in ("mint", *(f"mint-{name}" for name in mint.SETS)):
         only = [name.removeprefix("mint-")] if name != "mint" else []
         makers[name] = functools.partial(open_mint, data, only, expert=expert, python=python)
-    for name in names:
-        if name not in makers:
-            raise UserError(
-                f"unknown environment {name!r}: there are {', '.join(makers)} and verifiers:TASKSET, and for"
-                " config.rl.environment lamp and calculator"
-            )
+    check_kinds(names)
     found: list[Environment] = []
     for name in names:
         tasks = makers[name]()

@@ -24,4 +24,8 @@ class CheckpointConfig:
             require(getattr(self, key) >= 1, f"checkpoint.{key}", getattr(self, key), "at least 1")
         for key in ("every_steps", "every_minutes", "keep_every", "grace_s"):
             require(getattr(self, key) >= 0, f"checkpoint.{key}", getattr(self, key), "0 or more")
+        compared = "above 0 with checkpoint.keep_best, which compares the checkpoints of these steps"
+        require(
+            not self.keep_best or self.every_steps > 0, "checkpoint.every_steps", self.every_steps, compared
+        )
         require_one_of("checkpoint.other_optimizer", self.other_optimizer, ("refuse", "fresh"))

@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         known.command = shlex.join(["lemur", *words])
         known.overrides = _overrides(rest, known.takes_config)
+        for name in _PATHS & vars(known).keys():  # a shell leaves `~` alone in `--workdir=~/run`
+            if path := getattr(known, name):
+                setattr(known, name, os.path.expanduser(path))
         if not getattr(known, "workdir", "."):  # as of a shell variable that is not set
             raise UserError("--workdir is empty: name a directory")
         return known.run(known) or 0
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             traceback.print_exc()
             return leave(FAILED)
-        print(f"lemur {known.verb}: {line}", file=sys.stderr)
+        print(f"lemur {known.verb}: {' '.join(line.split())}", file=sys.stderr)
         return leave(USER_ERROR)
     except KeyboardInterrupt:
         print(
@@ -66,6 +69,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return leave(INTERRUPTED)
 
 
+# Options that are paths. A model may be ORG/NAME too.
+_PATHS = {
+    *(
+        "checkpoint",
+        "config",
+        "data",
+        "hf",
+        "hlo",
+        "html",
+        "include_path",
+        "json",
+        "output",
+        "replay",
+        "tokenizer",
+    ),
+    *("reference", "traces", "workdir", "write_reference"),
+}
 # What the file system says of a path.
 _OF_A_PATH = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE),
@@ -84,8 +104,7 @@ def _one_line(error: Exception) -> str | None:
         )
     # As text: where a disk or a quota is full, TensorStore raises a ValueError.
     if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
-        reason = " ".join(reason_of(error).split())
-        return f"{reason}; free some space, or name another place, and run the same command again"
+        return f"{reason_of(error)}; free some space, or name another place, and run the same command again"
     if isinstance(error, OSError) and error.filename and error.errno in _OF_A_PATH:
         return f"{error.strerror}: {error.filename}"
     return None

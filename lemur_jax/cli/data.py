@@ -67,8 +67,14 @@ def _inspect(args) -> None:
     from lemur_jax.data.inspect import inspect_mixture, inspect_store
     from lemur_jax.text.tokenizer import Tokenizer
 
-    show = {"samples": args.samples, "color": bool(args.html) or sys.stdout.isatty()}
-    if args.target.partition(":")[0].endswith(".py"):
+    show = {"samples": args.samples, "color": bool(args.html) or bool(sys.stdout and sys.stdout.isatty())}
+    is_config = args.target.partition(":")[0].endswith(".py")
+    if args.tokenizer if is_config else args.overrides:
+        unused = "--tokenizer is" if is_config else f"{args.overrides[0]} is"
+        raise UserError(
+            f"{unused} for a {'store, a config names its own' if is_config else 'config'}: leave it out"
+        )
+    if is_config:
         from lemur_jax.data.counts import check_counts
         from lemur_jax.data.mixture import open_mixture
 

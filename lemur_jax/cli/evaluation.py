@@ -123,10 +123,18 @@ def _eval(args) -> None:
     if args.agents and "://" in args.json:
         raise UserError(f"--json {args.json} of --agents must be local: finished episodes are kept beside it")
 
+    if args.agents and not args.replay and not args.agents.startswith("verifiers:"):
+        from lemur_jax.agents.episodes import check_kinds
+
+        check_kinds(args.agents.split(","))
+
     def check(tokenizer) -> None:
         from lemur_jax.evals.benchmarks import check_tasks
+        from lemur_jax.text.chat_template import chat_template
 
         check_tasks(tasks, _options(args))
+        if args.agents and not (args.endpoint or args.replay):
+            chat_template(tokenizer)
 
     with open_session(args, check) if needs_session else contextlib.nullcontext() as session:
         try:
@@ -154,9 +162,11 @@ def _check_counts(args) -> None:
         raise UserError(f"--skip is {args.skip}: it must be at least 0")
     if args.skip and (args.replay or not args.agents or args.agents.startswith("verifiers:")):
         raise UserError("--skip is for --agents that play, except verifiers: leave it out")
-    for name, other in (("html", "agents"), ("scores", "suite")):
+    pairs = (("html", "agents"), ("scores", "suite"), ("endpoint", "agents"), ("endpoint_model", "endpoint"))
+    for name, other in (*pairs, ("feedback_model", "feedback_endpoint")):
         if getattr(args, name) and not getattr(args, other):
-            raise UserError(f"--{name} shows nothing without --{other}: leave it out, or name --{other}")
+            name, other = (f"--{word.replace('_', '-')}" for word in (name, other))
+            raise UserError(f"{name} has no effect without {other}: leave it out, or name {other}")
 
 
 def _is_first() -> bool:
@@ -282,6 +292,8 @@ def _export_traces(args) -> None:
 
     from lemur_jax.agents.episodes import conversations, from_json
 
+    if args.overrides and not args.config:
+        raise UserError(f"{args.overrides[0]} changes a config: name it with --config")
     try:
         with open(args.traces) as file:
             traces = [from_json(trace) for trace in json.load(file)["agents"]["traces"]]

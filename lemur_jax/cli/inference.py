@@ -189,6 +189,8 @@ def _serve(args) -> None:
 def _sampling(args):
     from lemur_jax.infer.sampling import Sampling
 
+    if args.temperature == 0 and (args.top_k or args.top_p != 1 or args.min_p):
+        raise UserError("--top-k, --top-p and --min-p change what is drawn: give a --temperature above 0 too")
     return Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
 
 

@@ -5,6 +5,12 @@ from typing import Any
 from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output_file, open_config
 from lemur_jax.common.errors import UserError
 
+# Options that not every mode reads.
+_DEFAULTS = {
+    **{"minutes": 10.0, "processes": 2, "output": "search", "cache": "~/.cache/lemur_jax/plans"},
+    **{"batch": 32, "prompt_length": 1024, "cache_length": 2048, "dtype": "bfloat16"},
+}
+
 
 def add_verbs(verbs: Verbs) -> None:
     sub = add_verb(
@@ -27,29 +33,23 @@ def add_verbs(verbs: Verbs) -> None:
     search.add_argument(
         "--search", action="store_true", help="find the best mesh, remat, batches and options"
     )
-    search.add_argument("--minutes", type=float, default=10.0, help="time for the search (default: 10)")
+    search.add_argument("--minutes", type=float, help="time for the search (default: %(default)s)")
     search.add_argument(
-        "--processes", type=int, default=2, help="compiles at a time, 2 to 3 GiB each (default: 2)"
+        "--processes", type=int, help="compiles at a time, 2 to 3 GiB each (default: %(default)s)"
     )
     search.add_argument(
-        "--output",
-        default="search",
-        metavar="DIR",
-        help="for best.py, pareto.html, search.json (default: search)",
+        "--output", metavar="DIR", help="for best.py, pareto.html, search.json (default: %(default)s)"
     )
-    plans = "~/.cache/lemur_jax/plans"
-    search.add_argument("--cache", default=plans, metavar="DIR", help=f"finished plans (default: {plans})")
+    search.add_argument("--cache", metavar="DIR", help="finished plans (default: %(default)s)")
 
     generate = sub.add_argument_group("--mode generate, and --prompt-length of --mode rl")
-    generate.add_argument("--batch", type=int, default=32, help="sequences at a time (default: 32)")
+    generate.add_argument("--batch", type=int, help="sequences at a time (default: %(default)s)")
+    generate.add_argument("--prompt-length", type=int, help="tokens of each prompt (default: %(default)s)")
+    generate.add_argument("--cache-length", type=int, help="prompt and answer (default: %(default)s)")
     generate.add_argument(
-        "--prompt-length", type=int, default=1024, help="tokens of each prompt (default: 1024)"
+        "--dtype", choices=("bfloat16", "float32"), help="of weights and cache (default: %(default)s)"
     )
-    generate.add_argument("--cache-length", type=int, default=2048, help="prompt and answer (default: 2048)")
-    dtypes = ("bfloat16", "float32")
-    generate.add_argument(
-        "--dtype", choices=dtypes, default="bfloat16", help="of weights and cache (default: bfloat16)"
-    )
+    sub.set_defaults(**_DEFAULTS)
 
 
 def _plan(args) -> int:
@@ -59,6 +59,7 @@ def _plan(args) -> int:
     check_output_file("--hlo", args.hlo)
     if args.hlo and args.mode != "train":
         raise UserError("--hlo is for --mode train: leave it out")
+    _check_modes(args)
     if args.search:  # it chooses the mesh, to which rows from the counts would be rounded
         return _search(args, config)
     if "://" not in config.data.stores:  # a plan needs no network
@@ -90,6 +91,20 @@ def _plan(args) -> int:
 
         epath.Path(args.json).write_text(made.to_json() + "\n")
     return 0 if made.fits else 1
+
+
+def _check_modes(args) -> None:
+    """Refuses options of another mode, which would have no effect."""
+    given = {name for name, default in _DEFAULTS.items() if getattr(args, name) != default}
+    of_search = {"minutes", "processes", "output", "cache"}
+    allowed = (
+        of_search
+        if args.search
+        else {"generate": given - of_search, "rl": {"prompt_length"}}.get(args.mode, set())
+    )
+    if unused := sorted(given - allowed):
+        kind = "--search" if unused[0] in of_search else "--mode generate"
+        raise UserError(f"--{unused[0].replace('_', '-')} is for {kind}: leave it out, or add {kind}")
 
 
 def _search(args, config) -> int:

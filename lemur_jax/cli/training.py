@@ -195,6 +195,7 @@ def _sweep(args) -> int:
     from lemur_jax.sweep.runs import command, plan_runs, run_config
 
     runs = plan_runs(config, ratios, args.seeds, varied, args.sources)
+    configs = {run: run_config(args.config, args.overrides, run) for run in runs}
     if args.print:
         for run in runs:
             print(command(args.config, args.overrides, run, args.workdir))
@@ -204,7 +205,6 @@ def _sweep(args) -> int:
     from lemur_jax.sweep.results import markdown_table
     from lemur_jax.sweep.runner import sweep
 
-    configs = {run: run_config(args.config, args.overrides, run) for run in runs}
     found = sweep(configs, plan_merges(merges, runs), args.workdir, args.command)
     if found:
         plot = "pareto.svg, " if len(found.groups) > 1 else ""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import sys
 import typing
 from collections.abc import Iterable, Mapping
@@ -105,7 +106,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
-    """`value` as a field's type; whole numbers become floats and lists tuples, nothing else is converted."""
+    """`value` as a field's type; whole numbers become floats, lists tuples, and `~/` the home directory."""
     arguments, origin = typing.get_args(kind), typing.get_origin(kind)
     if dataclasses.is_dataclass(kind):
         return from_plain(typing.cast(type, kind), value, key)
@@ -125,4 +126,4 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"config.{key} is {value!r}: it must be {_TYPE_NAMES[kind]}")
-    return value
+    return os.path.expanduser(value) if kind is str else value

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 
 from etils import epath
@@ -45,7 +44,6 @@ class DataConfig:
     def __post_init__(self):
         # A mixture takes its sources in the order of their names, however they were given.
         object.__setattr__(self, "sources", dict(sorted(self.sources.items())))
-        object.__setattr__(self, "stores", os.path.expanduser(self.stores))
         require(self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "at least 1")
         for name, source in self.sources.items():
             where = f"data.sources.{name}"

@@ -170,6 +170,15 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 
+def check_implementation(name: str, mesh: Mesh) -> None:
+    """Raises UserError where the mesh's devices have no such kernels."""
+    platforms = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}.get(name)
+    if platforms and platform(mesh) not in platforms:
+        raise UserError(
+            f'config.compute.attention {name!r} needs a {platforms[0].upper()}, not {platform(mesh)}: set it to "auto"'
+        )
+
+
 def attention(
     implementation: str,
     mesh: Mesh | None = None,

@@ -24,6 +24,10 @@ REMAT_POLICIES = (
 KEEP_GATE = ("mlp_gate", "mlp_all", "dots", "offload_all", "none")
 ATTENTION_NAMES = ("auto", "xla", "splash", "cudnn")
 
+# Fields of `DecoderConfig` that are divisors or bases, and those that may be negative.
+_POSITIVE = ("rope_theta", "rope_factor", "rope_beta_fast", "rope_beta_slow")
+_ANY_SIGN = ("norm_offset", "embedding_multiplier", "residual_multiplier")
+
 _WINDOW = "above 0 where model.rope_local_theta or model.full_attention_every is set"
 
 
@@ -78,10 +82,13 @@ class DecoderConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.default == 0 else 1
-            if field.type is int and value < least:
-                raise UserError(f"model.{field.name} is {value}: it must be at least {least}")
+            key, value, least = f"model.{field.name}", getattr(self, field.name), int(field.default != 0)
+            if field.type is int:
+                require(least <= value < 2**31, key, value, f"at least {least}, and below 2^31")
+            elif field.name in _POSITIVE:
+                require(value > 0, key, value, "above 0")
+            elif field.type is float and field.name not in _ANY_SIGN:
+                require(value >= 0, key, value, "0 or more")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"model.num_attention_heads is {self.num_attention_heads}, not a multiple of"
@@ -91,6 +98,9 @@ class DecoderConfig:
             raise UserError(f"model.head_dim is {self.head_dim}: rotary embedding needs an even one")
         for name, choices in CHOICES.items():
             require_one_of(f"model.{name}", getattr(self, name), choices)
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        above = f"above model.rope_low_freq_factor {low} with llama3 scaling"
+        require(self.rope_scaling != "llama3" or high > low, "model.rope_high_freq_factor", high, above)
         pairs = self.head_dim // 2 if self.rope_scaling == "longrope" else 0
         for name in ("rope_short_factor", "rope_long_factor"):
             factors = tuple(getattr(self, name))
@@ -144,6 +154,11 @@ class AdapterConfig:
 
     def __post_init__(self):
         require(self.rank >= 0, "adapter.rank", self.rank, "0 or more")
+        require(self.alpha > 0, "adapter.alpha", self.alpha, "above 0")
+        if self.checkpoint and not self.rank:
+            raise UserError(
+                "config.adapter.checkpoint is read only with config.adapter.rank: set that of the adapter"
+            )
         require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "in [0, 1)")
         require_one_of("adapter.base_dtype", self.base_dtype, ("float32", "bfloat16", "int8"))
         require(len(self.targets) > 0, "adapter.targets", self.targets, "one pattern or more")

@@ -42,3 +42,8 @@ class RlConfig:
             require(getattr(self, key) > 0, f"rl.{key}", getattr(self, key), "above 0")
         for key in ("kl", "eval_every_steps"):
             require(getattr(self, key) >= 0, f"rl.{key}", getattr(self, key), "0 or more")
+
+    def check_rows(self, rows: int) -> None:
+        """Raises UserError where `train.batch_rows` are no whole groups."""
+        must = f"a multiple of config.rl.group_size {self.group_size}"
+        require(rows % self.group_size == 0, "train.batch_rows", rows, must)

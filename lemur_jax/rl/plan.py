@@ -77,8 +77,11 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
             f"--prompt-length {prompt_length} must leave a token for each of config.rl.max_turns {turns} turns in"
             f" config.data.sequence_length {length}"
         )
-    if config.adapter.rank:
-        raise UserError("--mode rl plans runs without an adapter: set config.adapter.rank to 0")
+    if config.adapter.rank or config.distill.teacher:
+        raise UserError(
+            "--mode rl plans runs without adapter and teacher: unset config.adapter.rank and config.distill.teacher"
+        )
+    config.rl.check_rows(config.train.batch_rows)
     tpu = find_slice(topology, slices)
     mesh = make_mesh(config.mesh, described_devices(tpu))
     program = build(config, mesh, num_sources=1, objective=policy(config.rl))

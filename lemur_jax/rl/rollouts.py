@@ -92,11 +92,7 @@ class Rollouts:
             )
         self.sources = (types.SimpleNamespace(name="episodes"),)  # the one of the batches, as metrics name it
         self.batch_rows, self.length = program.batch["tokens"].shape
-        if self.batch_rows % options.group_size:
-            raise UserError(
-                f"config.train.batch_rows {self.batch_rows} must be a multiple of config.rl.group_size"
-                f" {options.group_size}"
-            )
+        options.check_rows(self.batch_rows)
         self.options, self.seed, self.tokenizer, self.program = options, seed, tokenizer, program
         self.last_step = steps
         self._tasks, self._held_out = games.tasks(options.environment, options.data)

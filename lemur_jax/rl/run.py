@@ -8,6 +8,7 @@ from lemur_jax.config import RunConfig
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.rl.objective import ARRAYS, policy
 from lemur_jax.rl.rollouts import Rollouts
+from lemur_jax.text.chat_template import chat_template
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train import step
 from lemur_jax.train.inputs import Inputs
@@ -17,8 +18,13 @@ def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
     """Tokenizer, program and environments: the `open_inputs` of `train.loop.train`; UserError as `Rollouts.update`."""
     if config.adapter.dropout:
         raise UserError("lemur rl samples without dropout: set config.adapter.dropout to 0")
+    if config.preference.loss or config.eval.tasks:
+        raise UserError(
+            "lemur rl has rewards and held-out tasks of its own: unset config.preference.loss and config.eval.tasks"
+        )
     mesh = make_mesh(config.mesh)
     tokenizer = Tokenizer.from_config(config.tokenizer)
+    chat_template(tokenizer)  # raises
     teacher = step.distilled(config.distill)  # on the policy's own tokens; rewards are then figures alone
     objective = dataclasses.replace(teacher, arrays=ARRAYS) if teacher else policy(config.rl)
     program = build(config, mesh, num_sources=1, objective=objective)

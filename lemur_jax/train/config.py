@@ -22,6 +22,7 @@ class TrainConfig:
     def __post_init__(self):
         for key in ("steps", "batch_rows", "microbatches"):
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
+        require(self.batch_rows <= 2**20, "train.batch_rows", self.batch_rows, "at most 2^20")
         require(self.batch_documents >= 0, "train.batch_documents", self.batch_documents, "0 (off) or more")
 
     @property

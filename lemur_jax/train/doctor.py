@@ -81,6 +81,7 @@ def doctor(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) 
     initial, shape, size = None, "", 0
     with _caught() as problem:
         program = build(config, make_mesh(config.mesh), num_sources=len(config.data.sources))
+        program.trace()
         axes = " × ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
         shape = f"{axes} = {program.mesh.size} devices"
         saved = jax.tree.leaves((program.state.params, program.state.optimizer))

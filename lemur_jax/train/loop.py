@@ -74,6 +74,7 @@ def train(
     check_steps(profile, config.train.steps)
     inputs = open_inputs(config, build)
     check_same_data(inputs)
+    inputs.program.trace()  # what the model refuses, before anything is made
     workdir, values, steps = epath.Path(workdir), config.to_json(), config.train.steps
     config_changes(values, workdir, extend=extend)  # refuses before anything is made
     with contextlib.ExitStack() as stack:

@@ -17,6 +17,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.convert.source import open_source
 from lemur_jax.models import decoder, lora
+from lemur_jax.models.attention import check_implementation
 from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.compiler_flags import check_product_dtype, compiler_options
@@ -56,15 +57,19 @@ class Program:
     # jitted (params, batch) -> RowSums, for held-out loss; takes any number of rows
     score: jax.stages.Wrapped
 
+    def trace(self) -> None:
+        """Raises UserError where a kernel refuses the batch; JAX keeps the trace for the first step."""
+        self.step.trace(self.state, self.batch)
+
 
 def check(train: TrainConfig, sequence_length: int, model: DecoderConfig, mesh: Mesh) -> None:
     """Refuses batches that the mesh cannot cut, and rows that the model was not made for; UserError names the keys."""
     rows, passes = train.batch_rows, train.microbatches
     ways = batch_ways(mesh)
-    if rows % passes or (rows // passes) % ways:
+    if rows % (passes * ways):
         raise UserError(
-            f"config.train.batch_rows {rows} / config.train.microbatches {passes} must be a multiple of {ways},"
-            " the product of mesh axes data, fsdp and expert"
+            f"config.train.batch_rows {rows} must be a multiple of {passes * ways}: config.train.microbatches {passes}"
+            f" × {ways}, the product of mesh axes data, fsdp and expert"
         )
     if sequence_length % mesh.shape["sequence"]:
         raise UserError(
@@ -91,6 +96,7 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
       UserError: the mesh does not divide the model or the batch.
     """
     check(config.train, config.data.sequence_length, config.model, mesh)
+    check_implementation(config.compute.attention, mesh)
     device_kind = mesh.devices.flat[0].device_kind
     check_product_dtype(config.compute.product_dtype, device_kind, bool(config.adapter.rank))
     model, dtype = config.model, config.compute.param_dtype

@@ -7,6 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.sections import from_plain
 from lemur_jax.config import default_config, from_config_dict
 from lemur_jax.data.config import DataConfig, SourceConfig, StageConfig
 from lemur_jax.data.mixture import Mixture, Stage, open_mixture, open_rows
@@ -227,6 +228,6 @@ def test_open_mixture(data, make_store, random_documents, chat_tokenizer, tmp_pa
 
 def test_a_home_directory_is_no_directory_of_that_name(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    stores = {DataConfig(stores=stores).stores for stores in ("~/stores", "/home/me/stores")}
-    assert stores == {"/home/me/stores"}
-    assert DataConfig(stores="gs://bucket/~stores").stores == "gs://bucket/~stores"
+    config = from_plain(DataConfig, {"stores": "~/stores"})
+    assert config.stores == "/home/me/stores"
+    assert from_plain(DataConfig, {"stores": "gs://bucket/~stores"}).stores == "gs://bucket/~stores"

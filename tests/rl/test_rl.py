@@ -266,6 +266,8 @@ def test_runs_that_cannot_go_on_say_why(play):
         play("groups", group_size=3)
     with pytest.raises(UserError, match="set config.adapter.dropout to 0"):
         play("dropout", **{"adapter.rank": 2, "adapter.dropout": 0.1, "init.checkpoint": "base"})
+    with pytest.raises(UserError, match="unset config.preference.loss and config.eval.tasks"):
+        play("pairs", **{"preference.loss": "dpo"})
     with pytest.raises(UserError, match="config.rl.environment 'echo' has fewer than two tasks"):
         play("one", tasks=([], [Echo()]))
 

@@ -109,6 +109,15 @@ def test_the_first_varied_value_takes_the_place_of_the_configs_own(project, monk
     assert "unknown config key train.step" in capsys.readouterr().err
 
 
+def test_a_value_that_no_run_can_have_is_refused_before_commands_are_printed(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    words = "sweep --config config.py --workdir out --ratios 1:1 --seeds 1 --print --vary train.steps=9,x"
+    assert main(words.split()) == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert "--config.train.steps=x" in error
+
+
 def test_a_comma_in_brackets_does_not_end_a_value(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
     words = "sweep --config config.py --workdir out --ratios 1:1 --seeds 1 --print --vary"

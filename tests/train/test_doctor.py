@@ -1,6 +1,7 @@
 """`lemur doctor` on a run that is ready, and with one thing wrong at a time."""
 
 import json
+import types
 
 import pytest
 
@@ -57,6 +58,9 @@ def test_ready_run_and_a_workdir_left_as_it_was(examine, tmp_path):
     [
         (["--config.mesh.fsdp=3"], "mesh", "does not multiply"),
         (["--config.train.batch_rows=12"], "mesh", "must be a multiple of 8"),
+        (["--config.train.microbatches=3"], "mesh", "batch_rows 8 must be a multiple of 24"),
+        (["--config.compute.attention=splash"], "mesh", "'splash' needs a TPU, not cpu"),
+        (["--config.compute.attention=cudnn"], "mesh", "'cudnn' needs a GPU, not cpu"),
         (["--config.data.stores=nowhere"], "token stores", "nowhere"),
         (["--config.tokenizer.path=nowhere"], "token stores", "nowhere"),
         (["--config.checkpoint.keep=1000000000"], "free disk", "GB needed"),
@@ -151,7 +155,8 @@ def test_workdir_that_cannot_be_written(examine, tmp_path):
 
 
 def test_wrong_sum_is_a_broken_interconnect(examine, monkeypatch):
-    monkeypatch.setattr(module.jnp, "sum", lambda x, axis: x[0])
+    jnp = types.SimpleNamespace(**{**vars(module.jnp), "sum": lambda x, axis: x[0]})
+    monkeypatch.setattr(module, "jnp", jnp)
     assert "because of collectives" in examine()
 
 
