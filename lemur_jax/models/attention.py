@@ -170,15 +170,6 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 
-def check_implementation(name: str, mesh: Mesh) -> None:
-    """Raises UserError where the mesh's devices have no such kernels."""
-    platforms = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}.get(name)
-    if platforms and platform(mesh) not in platforms:
-        raise UserError(
-            f'config.compute.attention {name!r} needs a {platforms[0].upper()}, not {platform(mesh)}: set it to "auto"'
-        )
-
-
 def attention(
     implementation: str,
     mesh: Mesh | None = None,
@@ -195,9 +186,18 @@ def attention(
       dtype: of queries, keys and values.
       blocks: for splash, as in `models.splash.block_sizes`.
       capped: whether scores are, which cuDNN cannot do.
+
+    Raises:
+      UserError: the mesh's devices have no such kernels.
     """
     if implementation == "auto":
         implementation = _best_implementation(mesh, dtype, capped)
+    needed = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}.get(implementation)
+    if mesh is not None and needed and platform(mesh) not in needed:
+        raise UserError(
+            f"config.compute.attention {implementation!r} needs a {needed[0].upper()}, not {platform(mesh)}: set it to"
+            ' "auto"'
+        )
     chosen = IMPLEMENTATIONS[implementation]
     return functools.partial(chosen, blocks=blocks) if implementation == "splash" else chosen
 

@@ -73,8 +73,7 @@ def train(
     began, started = time.perf_counter(), time.time()
     check_steps(profile, config.train.steps)
     inputs = open_inputs(config, build)
-    check_same_data(inputs)
-    inputs.program.trace()  # what the model refuses, before anything is made
+    check_inputs(inputs)
     workdir, values, steps = epath.Path(workdir), config.to_json(), config.train.steps
     config_changes(values, workdir, extend=extend)  # refuses before anything is made
     with contextlib.ExitStack() as stack:
@@ -109,8 +108,9 @@ def train(
             return run_steps(run, state, first, profile, workdir / "profile")
 
 
-def check_same_data(inputs: Inputs) -> None:
-    """UserError: hosts read other stores, as where each has its own on its disk; each reads a part of every batch."""
+def check_inputs(inputs: Inputs) -> None:
+    """UserError: a kernel refuses the batch, or hosts, which each read a part of it, have other stores."""
+    inputs.program.trace()
     held_out = {f"{each.task}, held out": each.rows.store.manifest.digest for each in inputs.held_out}
     digest = digest_of({**inputs.mixture.digests(), **held_out})
     agree("the data in config.data.stores", digest, 2 * WAIT_SECONDS)

@@ -17,7 +17,6 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.convert.source import open_source
 from lemur_jax.models import decoder, lora
-from lemur_jax.models.attention import check_implementation
 from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.compiler_flags import check_product_dtype, compiler_options
@@ -96,7 +95,6 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
       UserError: the mesh does not divide the model or the batch.
     """
     check(config.train, config.data.sequence_length, config.model, mesh)
-    check_implementation(config.compute.attention, mesh)
     device_kind = mesh.devices.flat[0].device_kind
     check_product_dtype(config.compute.product_dtype, device_kind, bool(config.adapter.rank))
     model, dtype = config.model, config.compute.param_dtype

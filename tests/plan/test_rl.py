@@ -39,7 +39,9 @@ def test_trainer_and_engine_together(tpu_compiler, narrow):
     ("changes", "length", "message"),
     [
         ({}, 511, "--prompt-length 511 must leave a token for each"),
-        ({"adapter.rank": 2}, 128, "config.adapter.rank to 0"),
+        ({"adapter.rank": 2}, 128, "unset adapter.rank"),
+        ({"distill.teacher": "big", "rl.kl": 0.0}, 128, "unset adapter.rank and distill.teacher"),
+        ({"rl.group_size": 3}, 128, "it must be a multiple of config.rl.group_size 3"),
     ],
 )
 def test_plans_that_cannot_be_made(narrow, changes, length, message):
