@@ -53,7 +53,7 @@ EXCERPT = 200  # characters
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Removed:
-    """A document that a step removed."""
+    """A document that a step removed, or "empty_texts": that has no text."""
 
     step: str
     reason: str

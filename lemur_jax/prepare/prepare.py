@@ -286,8 +286,8 @@ def _check_any(task: tasks.Task, split: str, rejects: Rejects, writer: StoreWrit
         )
     if not writer.documents and rejects.all_removed:
         raise UserError(
-            f"the steps of task {task.name!r} remove every document of its {split} split ({rejects.summary()[:-2]}):"
-            f" look at prepare.steps.{task.name}"
+            f"every document of task {task.name!r} in its {split} split is removed ({rejects.summary()[:-2]}): look at"
+            f" prepare.steps.{task.name}, and at the field that its text is read from"
         )
 
 

@@ -45,7 +45,6 @@ def test_conversations_keep_their_mask(chat_tokenizer):
     ("fields", "reason"),
     [
         ({"text": b"abc \xff"}, "invalid UTF-8"),
-        ({"text": b" \n"}, "empty text"),
         ({"text": b"abc", "meta": b"null"}, "meta is not a JSON object"),
         ({"messages": b"[\xff]"}, "invalid UTF-8"),
         ({"messages": b'[{"role": "assistant", "content": "\\ud800"}]'}, "invalid UTF-8"),

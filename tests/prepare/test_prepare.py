@@ -165,7 +165,7 @@ def test_a_template_of_the_config_is_checked_before_data_is_read(task, make_conf
 
 
 def test_bad_records_are_counted_named_and_kept(task, make_config, tmp_path):
-    records = [*text_records(50), {"text": b"a\xff", "id": "bad-1"}, {"text": " ", "id": "bad-2"}]
+    records = [*text_records(50), {"text": b"a\xff", "id": "bad-1"}, {"text": b"\xff", "id": "bad-2"}]
     task(records)
     said = run(make_config("made_up", **{"prepare.max_bad_share": 0.05}))
     assert said[0].startswith("made_up/train: 50 documents")
@@ -173,8 +173,23 @@ def test_bad_records_are_counted_named_and_kept(task, make_config, tmp_path):
     lines = (tmp_path / "stores" / "made_up" / "train.quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"id": name, "reason": reason, "record": {"text": text, "id": name}, "where": "", "records": 1}
-        for name, reason, text in (("bad-1", "invalid UTF-8", "a\\xff"), ("bad-2", "empty text", " "))
+        for name, reason, text in (("bad-1", "invalid UTF-8", "a\\xff"), ("bad-2", "invalid UTF-8", "\\xff"))
     ]
+
+
+def test_empty_texts_are_removed_and_counted(task, make_config, tmp_path):
+    task([*text_records(50), *({"text": " \n", "id": f"__init__-{number}.py"} for number in range(20))])
+    said = run(make_config("made_up"))
+    assert said[0].startswith("made_up/train: 50 documents")
+    assert "empty_texts removed 20" in said[0]
+    removed = json.loads((tmp_path / "stores" / "made_up" / "train.removed.json").read_text())
+    assert removed["empty_texts"]["documents"] == 20
+    assert removed["empty_texts"]["examples"][0]["id"] == "__init__-0.py"
+    task([{"text": "", "id": "a"}], name="nothing")
+    with pytest.raises(
+        UserError, match=r"every document of task 'nothing' .*is removed \(empty_texts removed 1"
+    ):
+        run(make_config("nothing"))
 
 
 def test_too_many_bad_records_are_an_error_and_the_old_store_stays(task, make_config, tmp_path):

@@ -241,7 +241,7 @@ def test_each_way_to_be_bad_is_counted_and_put_aside_with_its_place(tmp_path, ma
 def test_steps_that_leave_nothing_are_named(corpus, make_config):
     register(corpus)
     steps = {"files": {"length": {"min_chars": 10**6}}}
-    with pytest.raises(UserError, match=r"steps of task 'files' remove every document .*length removed 594"):
+    with pytest.raises(UserError, match=r"every document of task 'files' .*length removed 594"):
         run(make_config(**{"prepare.steps": steps, "prepare.max_bad_share": 0.1}))
 
 
