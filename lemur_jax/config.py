@@ -205,11 +205,11 @@ def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict
     argv = ["lemur", *overrides]
     values = flags.FlagValues()
     config = _run_config_file(argument)
-    data = config.get("data", {})
-    for source in data.get("sources", {}).values():
-        _complete(source, sections.defaults(SourceConfig))
-    for stage in data.get("stages", {}).values():
-        shares = stage.get("shares", {}) if isinstance(stage, ConfigDict) else {}
+    sources, stages = (_section(_section(config, "data"), key) for key in ("sources", "stages"))
+    for name in sources:
+        _complete(_section(sources, name), sections.defaults(SourceConfig))
+    for name in stages:
+        shares = _section(_section(stages, name), "shares")
         _complete(shares, dict.fromkeys(shares, 0.0))
     known = flatten(config.to_dict())
     for override in overrides:
@@ -228,14 +228,22 @@ def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict
         raise UserError(f"cannot apply {' '.join(overrides)} to {argument}: {reason_of(error)}") from error
 
 
-def _complete(values: Any, defaults: Mapping[str, Any]) -> None:
-    """Gives a mapping of the user's own all its keys, and floats where it has whole numbers, for overrides."""
-    if not isinstance(values, ConfigDict):
-        return
+def _section(values: ConfigDict, key: str) -> ConfigDict:
+    """A section; an empty one where there is something else, which is refused when it is converted."""
+    found = values.get(key)
+    return found if isinstance(found, ConfigDict) else ConfigDict()
+
+
+def _complete(values: ConfigDict, defaults: Mapping[str, Any]) -> None:
+    """Adds the keys that a section lacks, and makes floats of whole numbers: absl overrides a key that is there, by a
+    value of its type.
+    """
     with values.unlocked(), values.ignore_type():
         for key, default in defaults.items():
             value = values.get(key, default)
-            whole = type(value) is int and abs(value) < 2**63  # others are refused later
+            whole = (
+                type(value) is int and abs(value) < 2**63
+            )  # a larger one may be more than a float can hold
             values[key] = float(value) if whole and isinstance(default, float) else value
 
 

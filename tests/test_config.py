@@ -65,6 +65,23 @@ def test_overrides_reach_keys_that_a_file_left_out_and_fractions_where_it_has_wh
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.data.sources = None", "config.data.sources is None: it must be a mapping by name"),
+        (
+            "config.data.stages = {'late': {'step': 9, 'shares': None}}",
+            "config.data.stages.late.shares is None",
+        ),
+    ],
+)
+def test_what_should_be_a_mapping_is_named(path, line, message):
+    file = pathlib.Path(path)
+    file.write_text(file.read_text().replace("    if arg:", f"    {line}\n    if arg:"))
+    with pytest.raises(UserError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"model.rope_theta": 0.0}, "model.rope_theta is 0.0: it must be above 0"),

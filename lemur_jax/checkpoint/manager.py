@@ -55,7 +55,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       path: directory, local or gs://; made if missing.
       keep: number of newest checkpoints to keep; None: all.
       keep_every: also keep steps that this divides; 0: none.
-      keep_best: also keep the one with the lowest of these losses given to `save`; "": none.
+      keep_best: also keep the step with the lowest loss of this name, of those given to `save`; "": none.
       max_failures: consecutive failed saves after which `save`, `wait` and `poll` raise.
       broadcast: see `open_manager`; for restores.
     """
@@ -287,9 +287,9 @@ class Checkpoints(contextlib.AbstractContextManager):
 def check_state(
     leaves: Mapping[str, Mapping[str, Leaf]], wanted: Mapping[str, Any], where: str, fresh: bool
 ) -> str:
-    """How the optimizer of a checkpoint differs from the wanted one; "" where it does not.
+    """How the optimizer's state in a checkpoint differs from the wanted one; "" where it does not.
 
-    UserError: the parameters differ, or the optimizer without `fresh`, that is `other_optimizer`.
+    UserError: the parameters differ, or that state, unless it is to be made `fresh`.
     """
     check_leaves(leaves.get("params"), wanted["params"], f"{where}, params")
     try:

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             traceback.print_exc()
             return leave(FAILED)
-        print(f"lemur {known.verb}: {' '.join(line.split())}", file=sys.stderr)
+        print(f"lemur {known.verb}: {' '.join(map(str.strip, line.splitlines()))}", file=sys.stderr)
         return leave(USER_ERROR)
     except KeyboardInterrupt:
         print(
@@ -71,21 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # Options that are paths. A model may be ORG/NAME too.
 _PATHS = {
-    *(
-        "checkpoint",
-        "config",
-        "data",
-        "hf",
-        "hlo",
-        "html",
-        "include_path",
-        "json",
-        "output",
-        "replay",
-        "tokenizer",
-    ),
-    *("reference", "traces", "workdir", "write_reference"),
-}
+    "checkpoint", "config", "data", "hf", "hlo", "html", "include_path", "json", "output", "reference", "replay",
+    "tokenizer", "traces", "workdir", "write_reference",
+}  # fmt: skip
 # What the file system says of a path.
 _OF_A_PATH = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE),

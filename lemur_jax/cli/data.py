@@ -69,11 +69,10 @@ def _inspect(args) -> None:
 
     show = {"samples": args.samples, "color": bool(args.html) or bool(sys.stdout and sys.stdout.isatty())}
     is_config = args.target.partition(":")[0].endswith(".py")
-    if args.tokenizer if is_config else args.overrides:
-        unused = "--tokenizer is" if is_config else f"{args.overrides[0]} is"
-        raise UserError(
-            f"{unused} for a {'store, a config names its own' if is_config else 'config'}: leave it out"
-        )
+    if is_config and args.tokenizer:
+        raise UserError("--tokenizer is for a store, a config names its own: leave it out")
+    if args.overrides and not is_config:
+        raise UserError(f"{args.overrides[0]} is for a config: leave it out")
     if is_config:
         from lemur_jax.data.counts import check_counts
         from lemur_jax.data.mixture import open_mixture

@@ -5,11 +5,9 @@ from typing import Any
 from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output_file, open_config
 from lemur_jax.common.errors import UserError
 
-# Options that not every mode reads.
-_DEFAULTS = {
-    **{"minutes": 10.0, "processes": 2, "output": "search", "cache": "~/.cache/lemur_jax/plans"},
-    **{"batch": 32, "prompt_length": 1024, "cache_length": 2048, "dtype": "bfloat16"},
-}
+# Defaults of the options that not every mode reads.
+_OF_SEARCH = {"minutes": 10.0, "processes": 2, "output": "search", "cache": "~/.cache/lemur_jax/plans"}
+_OF_GENERATE = {"batch": 32, "prompt_length": 1024, "cache_length": 2048, "dtype": "bfloat16"}
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -49,7 +47,7 @@ def add_verbs(verbs: Verbs) -> None:
     generate.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="of weights and cache (default: %(default)s)"
     )
-    sub.set_defaults(**_DEFAULTS)
+    sub.set_defaults(**_OF_SEARCH, **_OF_GENERATE)
 
 
 def _plan(args) -> int:
@@ -95,16 +93,12 @@ def _plan(args) -> int:
 
 def _check_modes(args) -> None:
     """Refuses options of another mode, which would have no effect."""
-    given = {name for name, default in _DEFAULTS.items() if getattr(args, name) != default}
-    of_search = {"minutes", "processes", "output", "cache"}
-    allowed = (
-        of_search
-        if args.search
-        else {"generate": given - of_search, "rl": {"prompt_length"}}.get(args.mode, set())
-    )
-    if unused := sorted(given - allowed):
-        kind = "--search" if unused[0] in of_search else "--mode generate"
-        raise UserError(f"--{unused[0].replace('_', '-')} is for {kind}: leave it out, or add {kind}")
+    readers = {"search": _OF_SEARCH, "generate": _OF_GENERATE, "rl": ("prompt_length",)}
+    read = readers.get("search" if args.search else args.mode, ())
+    for name, default in (_OF_SEARCH | _OF_GENERATE).items():
+        if name not in read and getattr(args, name) != default:
+            reader = "--search" if name in _OF_SEARCH else "--mode generate"
+            raise UserError(f"--{name.replace('_', '-')} is for {reader}: leave it out, or add {reader}")
 
 
 def _search(args, config) -> int:

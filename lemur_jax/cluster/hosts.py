@@ -6,7 +6,7 @@ import glob
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lemur_jax.cluster import coordination
@@ -169,7 +169,7 @@ def is_primary() -> bool:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """A context in which this process works without the others: `any_host` and `agree` do not ask, nor `join` join."""
+    """A context in which this process works without the others: `any_host` asks none, `agree` and `join` do nothing."""
     token = _alone.set(True)
     try:
         yield
@@ -177,10 +177,10 @@ def alone() -> Iterator[None]:
         _alone.reset(token)
 
 
-def agree(name: str, value: str) -> None:
-    """UserError, which names the host, where one has another value; all must call it, except inside `alone`."""
-    if not _alone.get():
-        coordination.agree(name, value, AGREE_SECONDS)
+def agree(name: str, value: Callable[[], str]) -> None:
+    """UserError, which names the host, where one makes another value; all must call it, except inside `alone`."""
+    if not _alone.get() and coordination.process()[1] > 1:
+        coordination.agree(name, value(), AGREE_SECONDS)
 
 
 def any_host(flag: bool) -> bool:

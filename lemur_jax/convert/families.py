@@ -60,17 +60,8 @@ _GEMMA: dict[str, Any] = dict(
 )
 # In the order in which an export tries them.
 FAMILIES = (
-    Family(
-        model_type="llama",
-        architecture="LlamaForCausalLM",
-        bias="qkvo",
-        mlp_bias=True,
-    ),
-    Family(
-        model_type="mistral",
-        architecture="MistralForCausalLM",
-        windows="all",
-    ),
+    Family(model_type="llama", architecture="LlamaForCausalLM", bias="qkvo", mlp_bias=True),
+    Family(model_type="mistral", architecture="MistralForCausalLM", windows="all"),
     Family(
         model_type="qwen2",
         architecture="Qwen2ForCausalLM",
@@ -85,11 +76,7 @@ FAMILIES = (
         windows="some",
     ),
     # Fused projections are cut on import (`hf_weights.py`); an export is of the first family that says the same.
-    Family(
-        model_type="phi3",
-        architecture="Phi3ForCausalLM",
-        windows="all",
-    ),
+    Family(model_type="phi3", architecture="Phi3ForCausalLM", windows="all"),
     Family(
         model_type="mixtral",
         architecture="MixtralForCausalLM",
@@ -269,10 +256,8 @@ def config_keys(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
     raw["attention_bias"] = bool(family.bias) and config.attention_bias == family.bias
     raw["mlp_bias"] = config.mlp_bias
     if family.windows:
-        raw |= {
-            "sliding_window": config.sliding_window or None,
-            "use_sliding_window": config.sliding_window > 0,
-        }
+        raw["sliding_window"] = config.sliding_window or None
+        raw["use_sliding_window"] = config.sliding_window > 0
     if family.windows == "some":
         # null stops some models, though no layer reads it
         raw["sliding_window"] = config.sliding_window or config.max_position_embeddings
@@ -281,11 +266,9 @@ def config_keys(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
         every = config.rope_skip_every
         raw["no_rope_layers"] = [int(not every or (layer + 1) % every != 0) for layer in layers]
     if family.experts:
-        raw |= {family.experts: config.num_experts, "num_experts_per_tok": config.experts_per_token}
-        raw |= {
-            family.expert_width: config.intermediate_size,
-            "norm_topk_prob": config.normalize_expert_weights,
-        }
+        raw |= {family.experts: config.num_experts, family.expert_width: config.intermediate_size}
+        raw["num_experts_per_tok"] = config.experts_per_token
+        raw["norm_topk_prob"] = config.normalize_expert_weights
     if not family.local_theta:
         return raw | rope
     local = config.rope_local_theta or family.local_theta

@@ -134,9 +134,9 @@ def _rope_from_hf(rope: Mapping[str, Any], max_positions: int, where: str) -> di
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if unknown := sorted(set(rope) - known.union(*_ROPE_KEYS.values(), *_ROPE_OPTIONAL.values())):
         raise UserError(f"{where}: rope_parameters has the unknown key {unknown[0]}")
-    rope = dict(rope)
     if kind == "longrope" and rope.get("factor") is None:
-        rope["factor"] = max_positions / rope["original_max_position_embeddings"]
+        key = "original_max_position_embeddings"
+        rope = {**rope, "factor": max_positions / number(rope.get(key), int, key, where)}
     fields: dict[str, Any] = {
         "rope_theta": number(rope["rope_theta"], float, "rope_theta", where),
         "rope_scaling": "none" if kind == "default" else kind,

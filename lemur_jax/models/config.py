@@ -57,7 +57,7 @@ class DecoderConfig:
     rope_original_max_position_embeddings: int = 8192  # of Llama-3, YaRN and LongRoPE scaling
     rope_beta_fast: float = 32.0  # of YaRN: more rotations in the original length: not scaled
     rope_beta_slow: float = 1.0  # of YaRN: fewer rotations in the original length: divided by `rope_factor`
-    rope_attention_factor: float = 0.0  # of YaRN, LongRoPE: of cosine and sine; 0: by `rope_factor`
+    rope_attention_factor: float = 0.0  # of YaRN, LongRoPE: times cosine and sine; 0: by `rope_factor`
     rope_short_factor: tuple[float, ...] = ()  # of LongRoPE: divisor of each pair's frequency in short texts
     rope_long_factor: tuple[float, ...] = ()  # in those longer than `rope_original_max_position_embeddings`
     rope_local_theta: float = 0.0  # base of the unscaled angles of layers with a window; 0: as in the others

@@ -24,7 +24,7 @@ def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
         )
     mesh = make_mesh(config.mesh)
     tokenizer = Tokenizer.from_config(config.tokenizer)
-    chat_template(tokenizer)  # raises
+    chat_template(tokenizer)  # raises where there is none, before weights are read
     teacher = step.distilled(config.distill)  # on the policy's own tokens; rewards are then figures alone
     objective = dataclasses.replace(teacher, arrays=ARRAYS) if teacher else policy(config.rl)
     program = build(config, mesh, num_sources=1, objective=objective)

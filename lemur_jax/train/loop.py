@@ -126,9 +126,9 @@ def check_same_workdir(workdir: epath.Path) -> None:
     probe = workdir / f".shared-{uuid.uuid4().hex}"
     if is_primary():
         probe.write_text("")
-    barrier("workdir", 2 * WAIT_SECONDS)  # longer than a collective waits for the primary
-    seen = (workdir / from_primary(probe.name)).exists()
     try:
+        barrier("workdir", 2 * WAIT_SECONDS)  # longer than a collective waits for the primary
+        seen = (workdir / from_primary(probe.name)).exists()
         agree("the workdir (all hosts must see the same files)", str(seen), WAIT_SECONDS)
     finally:
         if is_primary():

@@ -105,6 +105,7 @@ def test_a_family_that_refuses_the_heads_is_not_written():
         transformers.AutoConfig.for_model(**{**written, "model_type": "llama"})
 
 
+ORIGINAL = "original_max_position_embeddings"
 SU = {"type": "su", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 
 
@@ -116,11 +117,7 @@ SU = {"type": "su", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
         ({"model_type": "gemma2", "sliding_window_pattern": 3}, "full_attention_every", 2),
         ({"model_type": "gemma3_text", "rope_scaling": None}, "rope_theta", 1e6),
         ({"model_type": "smollm3", "num_key_value_heads": None}, "num_key_value_heads", 32),
-        (
-            {"model_type": "phi3", "rope_scaling": SU, "original_max_position_embeddings": 1024},
-            "rope_factor",
-            4.0,
-        ),
+        ({"model_type": "phi3", "rope_scaling": SU, ORIGINAL: 1024}, "rope_factor", 4.0),
     ],
 )
 def test_defaults_and_spellings_are_those_of_transformers(changes, field, value):
@@ -211,6 +208,7 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "'longrope': .*short_factor"),
+        ({"rope_scaling": SU | {"type": "longrope", ORIGINAL: 0}}, "original_max_position_embeddings is 0"),
         ({"rope_scaling": {"type": "linear"}}, "'linear': {'factor'}"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3': .*low_freq_factor"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2', not a positive number"),

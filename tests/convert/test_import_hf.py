@@ -16,11 +16,13 @@ from etils import epath
 
 from lemur_jax.checkpoint.metadata import tokenizer_files
 from lemur_jax.checkpoint.reading import read_metadata, restore_params
+from lemur_jax.cluster import coordination
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import safetensors as safetensors_module
 from lemur_jax.convert.hf_config import read_config
 from lemur_jax.convert.hf_weights import open_checked, open_weights
 from lemur_jax.convert.import_hf import import_hf, load_hf_params
+from lemur_jax.convert.safetensors import StoredTensor
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import abstract_params
 from lemur_jax.text.tokenizer_files import extend
@@ -114,6 +116,19 @@ def test_every_byte_of_a_fused_tensor_is_read_once(make_model, monkeypatch):
     for tensor in tensors.values():
         assert tensor.read().nbytes == len(read[-1])
     assert sum(map(len, read)) == sum(tensor.nbytes for tensor in hf.state().values())
+
+
+def test_hosts_compare_a_row_of_each_matrix_that_is_of_no_expert(make_model, monkeypatch):
+    """Each may be a request to an object store. One host alone compares nothing."""
+    hf = make_model(kind="Mixtral", num_key_value_heads=2, num_local_experts=4)
+    monkeypatch.setattr(coordination, "agree", lambda *_: None)
+    rows = []
+    monkeypatch.setattr(StoredTensor, "read", lambda row: rows.append(row) or np.zeros(1))
+    for hosts, expected in ((1, 0), (2, 2 + 3 * 5)):  # embedding, head; attention and router of three layers
+        monkeypatch.setattr(coordination, "process", lambda hosts=hosts: (0, hosts))
+        with pytest.raises(KeyError):  # no parameter has a place
+            load_hf_params(hf.path, {})
+        assert len(rows) == expected
 
 
 def to_bin(hf, shards=1):
