@@ -109,7 +109,7 @@ def _eval(args) -> None:
 
     # An exit, so that sandboxes and a database server are stopped and removed too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    _check_counts(args)
+    _check_options(args)
     check_output_file("--json", args.json)
     check_output_file("--html", args.html)
     written: dict = {}
@@ -151,7 +151,7 @@ def _eval(args) -> None:
         pathlib.Path(_journal_path(args)).unlink(missing_ok=True)
 
 
-def _check_counts(args) -> None:
+def _check_options(args) -> None:
     for name in ("limit", "max_new_tokens", "batch", "batch_tokens", "turns"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -100,7 +100,7 @@ def doctor(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) 
         found.append(_first_parameters(initial, workdir))
     newest = "not looked at, as another check failed"
     with _caught() as problem:
-        if initial and mixture:
+        if initial and mixture and all(one.good for one in found):
             newest = _check_newest(
                 workdir, config.checkpoint, changes, values, mixture.digests(), program.state
             )

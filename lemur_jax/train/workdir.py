@@ -1,8 +1,8 @@
 """A workdir belongs to one config: the first run writes it down, later runs must agree or extend it."""
 
 import json
+import math
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
 from etils import epath
@@ -100,12 +100,13 @@ def check_changes(changes: Changes, values: Mapping[str, Any], step: int) -> Non
 
 def _are_proportional(changes: Changes, values: Mapping[str, Any]) -> bool:
     """Whether the sources that were there before have the same parts of the tokens now."""
-    factors = set()
-    for name, source in values["data"]["sources"].items():
-        old, new = changes.get(f"data.sources.{name}.share", (source["share"], source["share"]))
-        if old:
-            factors.add(Fraction(str(new)) / Fraction(str(old)))
-    return len(factors) == 1
+    sources = values["data"]["sources"].items()
+    shares = [
+        changes.get(f"data.sources.{name}.share", (each["share"], each["share"])) for name, each in sources
+    ]
+    factors = [new / old for old, new in shares if old]
+    # Shares of `epochs` are rounded products.
+    return bool(factors) and math.isclose(min(factors), max(factors), rel_tol=1e-12)
 
 
 def claim(values: Mapping[str, Any], workdir: epath.Path) -> None:

@@ -158,6 +158,7 @@ def test_each_host_reads_its_own_part_of_an_exported_model(hosts_project, two, t
     assert "tokens" not in other
 
 
+@pytest.mark.slow
 def test_hosts_with_other_downloads_of_a_model_are_refused(hosts_project, tmp_path):
     """Each would read its part of another model."""
     tokenizer = Tokenizer.load(hosts_project.root / "tokenizer").files()

@@ -105,6 +105,7 @@ def test_a_workdir_of_another_config_is_not_ready(examine, tmp_path):
     assert examine("--config.log.every_steps=3").endswith("verdict: 1 host ready")
     assert "FAIL  config" in (said := examine("--config.seed=7"))
     assert "seed was 42 there and is 7 now" in said
+    assert "ok    newest checkpoint  not looked at" in said
 
 
 def test_what_would_be_refused_at_the_newest_checkpoint_is_not_ready(examine, tmp_path):

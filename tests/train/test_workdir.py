@@ -54,6 +54,8 @@ LATE = {"late": StageConfig(step=4, shares={"text": 1.0})}
         ),
         ({"data.sources.code.share": 2.0}, True, "cannot change data.sources.code.share from 1.0 to 2.0"),
         ({"data.sources.code.share": 2.0, "data.sources.text.share": 2.0}, True, ""),
+        # As 0.1 and 0.3 times the tokens may be rounded.
+        ({"data.sources.code.share": 0.1 + 0.2, "data.sources.text.share": 0.3}, True, ""),
         (
             {"data.stages.early.step": 8},
             True,
