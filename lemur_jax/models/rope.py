@@ -22,7 +22,7 @@ Angles = tuple[jax.Array, jax.Array]  # cosine and sine
 def inverse_frequencies(config: DecoderConfig, long: bool = False) -> np.ndarray:
     """Radians a position for each pair of channels: float32 [N/2] (Su et al. 2021, eq. 15).
 
-    `long` chooses LongRoPE's factors for long rows (Ding et al. 2024).
+    `long` chooses LongRoPE's factors for long texts (Ding et al. 2024).
 
     Llama-3 scaling as in Meta's `apply_scaling`: short wavelengths stay, long ones are divided by the factor, and
     between them it is interpolated. Float32 throughout, as published weights were trained with exactly these roundings.

@@ -25,7 +25,7 @@ def look_up(table: jax.Array, size: int, tokens: jax.Array, mesh: Mesh | None) -
 def _look_up_backward(size: int, mesh: Mesh | None, tokens: jax.Array, upstream: jax.Array) -> tuple:
     D = upstream.shape[-1]
 
-    def sum_equal(tokens, upstream):  # on each device; each token once, and what is left out of range
+    def sum_equal(tokens, upstream):  # on each device: each token once; the places that are left have no row
         ids, place = jnp.unique(tokens, size=tokens.size, fill_value=size, return_inverse=True)
         rows = upstream.reshape(-1, D).astype(jnp.float32)
         sums = jax.ops.segment_sum(rows, place.reshape(-1), tokens.size)

@@ -7,7 +7,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.common.sections import require, require_one_of
 
 OPTIMIZER_NAMES = ("adamw", "adafactor", "muon")
-MEANS_OF_A_MICROBATCH = ("orpo", "kto")  # preference losses with a term that is no sum over the batch
+NOT_ADDITIVE = ("orpo", "kto")  # preference losses with a term that is no sum over the batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lemur_jax.models.decoder import Decoder
-from lemur_jax.train.config import MEANS_OF_A_MICROBATCH, PreferenceConfig
+from lemur_jax.train.config import NOT_ADDITIVE, PreferenceConfig
 from lemur_jax.train.losses import RowSums
 from lemur_jax.train.objectives import REFERENCE, Batch, Loss, Objective, reference_logprobs, token_logprobs
 
@@ -63,7 +63,7 @@ PAIRS: dict[str, tuple[Callable[..., jax.Array], bool, bool]] = {
 
 def preference(options: PreferenceConfig) -> Objective:
     """The objective of `config.preference`. Its weights count pairs, for KTO sequences."""
-    additive = options.loss not in MEANS_OF_A_MICROBATCH
+    additive = options.loss not in NOT_ADDITIVE
     if options.loss == "kto":
         return Objective(
             loss=lambda model, batch: _kto_loss(options, model, batch),

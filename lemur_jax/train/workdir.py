@@ -11,7 +11,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import write_json
 from lemur_jax.common.sections import fill
 from lemur_jax.config import RunConfig, differences
-from lemur_jax.train.config import MEANS_OF_A_MICROBATCH
+from lemur_jax.train.config import NOT_ADDITIVE
 
 Changes = Mapping[str, tuple[Any, Any]]  # as of `config.differences`: of the run, and now
 
@@ -40,7 +40,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
 def _is_free(key: str, values: Mapping[str, Any]) -> bool:
     """Whether a key may differ at any start."""
     if key == "train.microbatches":  # where no mean or noise is of one microbatch
-        means = values["preference"]["loss"] in MEANS_OF_A_MICROBATCH or values["model"]["num_experts"]
+        means = values["preference"]["loss"] in NOT_ADDITIVE or values["model"]["num_experts"]
         return not (means or values["adapter"]["dropout"])
     return key.startswith(FREE)
 
