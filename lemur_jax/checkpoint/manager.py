@@ -76,18 +76,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        loss = partial(_loss, keep_best)
         if keep_best:
-            best = checkpoint_managers.BestN(
-                get_metric_fn=partial(_loss, keep_best),
-                reverse=True,
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-            policies.append(best)
+            best = {"get_metric_fn": loss, "reverse": True, "n": 1, "keep_checkpoints_without_metrics": False}
+            policies.append(checkpoint_managers.BestN(**best))
         self._options = {
             "cleanup_tmp_directories": True,  # of a run that was killed, or of a save that failed
             "preservation_policy": checkpoint_managers.AnyPreservationPolicy(policies),
-            "best_fn": partial(_loss, keep_best) if keep_best else None,  # without it, Orbax stores no losses
+            "best_fn": loss if keep_best else None,  # without it, Orbax stores no losses
             "best_mode": "min",
             # Directories that cannot be made then raise from `save` itself, and no thread waits for them.
             "async_options": ocp.AsyncOptions(

@@ -78,7 +78,7 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
             f" config.data.sequence_length {length}"
         )
     if config.adapter.rank or config.distill.teacher:
-        raise UserError("--mode rl has no adapter and no teacher: unset adapter.rank and distill.teacher")
+        raise UserError("--mode rl plans no adapter and no teacher: unset adapter.rank and distill.teacher")
     config.rl.check_rows(config.train.batch_rows)
     tpu = find_slice(topology, slices)
     mesh = make_mesh(config.mesh, described_devices(tpu))

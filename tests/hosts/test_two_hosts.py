@@ -169,18 +169,8 @@ def test_hosts_with_other_downloads_of_a_model_are_refused(hosts_project, tmp_pa
         "import os, sys\nfrom lemur_jax.cli import main\n"
         f"os.chdir({str(tmp_path)!r} + '/model-' + os.environ['JAX_PROCESS_ID'])\nsys.exit(main(sys.argv[1:]))"
     )
-    words = [
-        "generate",
-        "--checkpoint",
-        ".",
-        "--mesh",
-        "fsdp=8",
-        "--prompt",
-        "value",
-        "--virtual-devices",
-        "4",
-    ]
-    outputs = finish(hosts_project.start(2, "-c", code, *words), 2, 2)
+    words = "generate --checkpoint . --mesh fsdp=8 --prompt value --virtual-devices 4"
+    outputs = finish(hosts_project.start(2, "-c", code, *words.split()), 2, 2)
     assert "the Hugging Face model that is read differs between hosts: host 1" in outputs[0] + outputs[1]
 
 
