@@ -101,9 +101,7 @@ def doctor(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) 
     newest = "not looked at, as another check failed"
     with _caught() as problem:
         if initial and mixture and all(one.good for one in found):
-            newest = _check_newest(
-                workdir, config.checkpoint, changes, values, mixture.digests(), program.state
-            )
+            newest = _check_newest(workdir, config.checkpoint, changes, values, mixture, program.state)
     found.append(_finding("newest checkpoint", problem, newest))
     found += _storage(workdir, patience)
     found.append(_free_disk(workdir, size, config.checkpoint.keep))
@@ -147,7 +145,7 @@ def _check_newest(
     options: CheckpointConfig,
     changes: Changes,
     values: Mapping[str, Any],
-    data: Mapping[str, Any],
+    mixture: Mixture,
     state: TrainState,
 ) -> str:
     """Whether the run may go on from its newest checkpoint; UserError where `lemur train` would refuse it."""
@@ -156,7 +154,7 @@ def _check_newest(
         return "none yet"
     wanted, fresh = {"params": state.params, "optimizer": state.optimizer}, options.other_optimizer == "fresh"
     check_changes(changes, values, stored["step"])
-    check_data(directory, data, stored)
+    check_data(directory, mixture.digests(), stored)
     check_state(stored["leaves"], wanted, f"checkpoint {directory}/{stored['step']}", fresh)
     return f"step {stored['step']} fits the config and the data"
 
