@@ -58,6 +58,12 @@ def test_a_text_that_is_not_utf_8_is_one_line(chat_checkpoint, capsys, words):
     assert "is not UTF-8" in line
 
 
+@pytest.mark.parametrize("option", ["--top-k=5", "--top-p=0.9", "--min-p=0.1"])
+def test_what_changes_draws_needs_a_temperature(chat_checkpoint, capsys, option):
+    assert main(["generate", "--prompt", "a", "--checkpoint", str(chat_checkpoint), option]) == 2
+    assert "give a --temperature above 0 too" in capsys.readouterr().err
+
+
 def test_a_typed_line_that_is_too_long_or_not_utf_8_ends_no_conversation(chat_checkpoint):
     lines = [b"hello", b"\xff", b"x " * 5000, b"hello again", b""]
     words = [
