@@ -53,7 +53,7 @@ EXCERPT = 200  # characters
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Removed:
-    """A document that a step removed, or "empty_texts": that has no text."""
+    """A document that was removed: by a step, or as one without text (`step` is "empty_texts")."""
 
     step: str
     reason: str

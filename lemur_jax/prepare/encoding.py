@@ -71,7 +71,7 @@ def encode(tokenizer: Tokenizer, record: Record, steps: str = NO_STEPS) -> Resul
         return _bad_record(record, name, **json.loads(record["error"]))
     try:
         content, messages, text = read_content(record)
-        if content == "text" and not text.strip():  # as many a file __init__.py
+        if content == "text" and not text.strip():  # e.g. an empty __init__.py
             return Removed(step="empty_texts", reason="nothing but space", id=name, excerpt="")
         meta = json.loads(record.get("meta") or b"{}")
         if not isinstance(meta, dict):
@@ -138,7 +138,7 @@ def _joined(messages: Any) -> str:
 def _encode_messages(tokenizer: Tokenizer, messages: Any, name: str, marks: Mapping[str, Any]) -> Encoded:
     tools = ()
     if isinstance(messages, dict) and set(messages) == {"messages", "tools"}:
-        messages, tools = messages["messages"], messages["tools"]
+        messages, tools = messages["messages"], messages["tools"] or ()
     ids, mask = encode_chat(tokenizer, messages, tools=tools, name=name)
     for message in messages:
         says = message["content"].strip() or message.get("tool_calls")

@@ -1,9 +1,9 @@
 """seqio tasks of files, of TFDS and of Python functions, and reading any task.
 
-`prepare` reads tasks whose examples have a string feature `text`, `messages` (a JSON list of {"role", "content"}), or
-`preferences` (a JSON object with `chosen` and `rejected`, each such a list; one may be missing); `id`, `source`,
-`meta` (JSON), `where` and `error` (JSON with a `reason`) are optional. Your own tasks are ordinary seqio tasks,
-registered by a module named in `config.data.modules`; `add_files`, `add_tfds` and `add_generator` make the usual ones.
+`prepare` reads tasks whose examples have a string feature `text`; or `messages`, JSON: a list of {"role", "content"} or
+{"messages": list, "tools": list}; or `preferences`, JSON: `chosen` and `rejected`, each as `messages`, or one of them.
+`id`, `source`, `meta` (JSON), `where` and `error` (JSON with a `reason`) are optional. Your own tasks are ordinary
+seqio tasks, registered by a module of `config.data.modules`; `add_files`, `add_tfds`, `add_generator` make the usual ones.
 """
 
 import contextlib

@@ -4,7 +4,8 @@ Ids and mask are those of transformers' `apply_chat_template`: the template mark
 `{% generation %} ... {% endgeneration %}`, and character offsets carry that over to tokens. In a template without marks
 an assistant's turn is what it adds to the conversation before it, rendered with the generation prompt. A control token
 that a message spells is plain text. A turn with `weight: 0` or one of `TRAIN_FLAGS` false is not supervised. Tools and
-calls are text where a template has no place for them (`tool_calls.py`); one that leaves out what turns say is refused.
+calls are text where a template has no place for them (`tool_calls.py`). A template that leaves out a content, a call or
+a tool is refused.
 """
 
 import datetime
@@ -137,12 +138,12 @@ def _render(
       as_given: for training on a template without marks, of `_with_marked_answers`; else what the template writes.
     """
     where = f"conversation {name or '(unnamed)'}"
-    _check_messages(messages, where)
+    _check_messages(messages, tools, where)
     template = chat_template(tokenizer)
     turns, tools = tool_calls.fit(template, messages, tools)
     spelled = json.dumps([turns, tools], ensure_ascii=False, default=str) + template
     unused = (chr(code) for code in _MARKS if chr(code) not in spelled)
-    begin, end, separator, untrained = itertools.islice(unused, 4)
+    begin, end, separator, untrained, place = itertools.islice(unused, 5)
     # So that a control token spelled in a message is not taken for one of the template's.
     turns, tools = _map_strings([turns, tools], lambda text: tokenizer.break_control_tokens(text, separator))
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
@@ -153,12 +154,16 @@ def _render(
         program = _compile(template, begin, end)
         return program.render(messages=turns, add_generation_prompt=prompt, **values | options)
 
+    def compose(turns: Sequence[Message], **options: Any) -> str:
+        if not as_given or add_generation_prompt or _GENERATION.search(template):
+            return write(turns, add_generation_prompt, **options)
+        return _with_marked_answers(
+            turns, functools.partial(write, **options), (begin, end, place), tokenizer
+        )
+
     try:
-        if as_given and not add_generation_prompt and not _GENERATION.search(template):
-            text = _with_marked_answers(given, write, (begin, end, next(unused)), tokenizer)
-        else:
-            text = write(given, add_generation_prompt)
-        _check_complete(write, turns, tools, unused)
+        text = compose(given)
+        _check_complete(compose, turns, tools, unused)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except Exception as error:  # a template is a program of the user's: it can fail in any way
@@ -167,7 +172,7 @@ def _render(
 
 
 def _mark_turn(turn: Message, mark: Callable[[str], str]) -> Message:
-    """The turn with a mark at the end of what it says, and of the name of each call; `mark` is told which."""
+    """The turn with a mark at the end of its content and of the name of each call; `mark` gets a word for which."""
     calls = [
         {**call, "function": _mark_name(call["function"], mark("a call"))}
         for call in turn.get("tool_calls", ())
@@ -184,11 +189,11 @@ def _mark_name(function: Mapping[str, Any], mark: str) -> dict[str, Any]:
 
 
 def _check_complete(
-    write: Callable[..., str], turns: Sequence[Message], tools: tool_calls.Tools, marks: Iterator[str]
+    compose: Callable[..., str], turns: Sequence[Message], tools: tool_calls.Tools, marks: Iterator[str]
 ) -> None:
-    """Raises UserError if the template leaves out a content, a call or a tool.
+    """Raises UserError if the text of a conversation lacks a content, a call or a tool.
 
-    It is run once more for that: a mark in a content could change what a template does with it.
+    The text is composed once more for that: a mark in a content could change what a template does with it.
     """
     expected: dict[str, str] = {}
 
@@ -206,7 +211,7 @@ def _check_complete(
     for tool in tools:
         function = _mark_name(tool.get("function", tool), mark("a tool"))
         named.append({**tool, "function": function} if "function" in tool else function)
-    text = write(shown, tools=named or None)
+    text = compose(shown, tools=named or None)
     lost = [what for character, what in expected.items() if character not in text]
     if lost:
         raise UserError(
@@ -230,13 +235,24 @@ def _with_marked_answers(
     answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant" and is_trained(turn)]
     if not answers:
         return write(turns)
-    parts = [write(turns[: answers[0]], True)]
+    try:
+        before = write(turns[: answers[0]], True)
+    except Exception as error:
+        if answers[0]:
+            raise
+        raise UserError(
+            "the chat template cannot write the generation prompt of turn 0, as no turn is before it: leave out this"
+            f' turn of the assistant, or give it "weight": 0 ({error})'
+        ) from error
+    parts = [before]
     for turn, following in zip(answers, [*answers[1:], None], strict=True):
-        before, after = write(turns[:turn], True), write(turns[: turn + 1])
-        # From here on both texts are of other turns, or of what ends this one.
-        placed = [*turns[:turn], _mark_turn(turns[turn], lambda _: marks[2])]
-        end = write(placed).rpartition(marks[2])[2]
-        rest = write([*placed, *turns[turn + 1 : following]], following is not None).rpartition(marks[2])[2]
+        after, longer = write(turns[: turn + 1]), write(turns[:following], following is not None)
+        end, rest = after, longer
+        if not longer.startswith(after):
+            # The template changes the answer, or what is before it. It has to end equally at least.
+            placed = [*turns[:turn], _mark_turn(turns[turn], lambda _: marks[2])]
+            changed = write([*placed, *turns[turn + 1 : following]], following is not None)
+            end, rest = (text.rpartition(marks[2])[2] for text in (write(placed), changed))
         if not rest.startswith(end):
             after, end = _without_last_eos(after, tokenizer), _without_last_eos(end, tokenizer)
         if not (after.startswith(before) and rest.startswith(end)):
@@ -247,6 +263,7 @@ def _with_marked_answers(
                 " with config.tokenizer.chat_template"
             )
         parts += [marks[0], after[len(before) :], marks[1], rest[len(end) :]]
+        before = longer
     return "".join(parts)
 
 
@@ -320,7 +337,7 @@ def _raise(message: str) -> None:
     raise ValueError(message)
 
 
-def _check_messages(messages: Sequence[Message], where: str) -> None:
+def _check_messages(messages: Sequence[Message], tools: tool_calls.Tools, where: str) -> None:
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise UserError(f"{where}: expected a list of messages, got {messages!r:.80}")
     for position, message in enumerate(messages):
@@ -330,11 +347,13 @@ def _check_messages(messages: Sequence[Message], where: str) -> None:
                 f"{where}: message {position} is {message!s:.80}; expected a mapping with the strings"
                 " 'role' and 'content'"
             )
-        try:
+    try:
+        for message in messages:
             is_trained(message)
             tool_calls.check(message)
-        except ValueError as error:
-            raise UserError(f"{where}: {error}") from error
+        tool_calls.check_tools(tools)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _map_strings(value: Any, function: Callable[[str], str]) -> Any:

@@ -24,13 +24,16 @@ def fit(
     Returns:
       Where the template has no `tool_calls`: the calls at the end of what the assistant says, each as JSON with `name`
       and `arguments` between <tool_call> and </tool_call>. Where it has no `tools`: the tools in front of what the
-      first turn says, and no tools.
+      first turn says, or in a system turn before an assistant's, and no tools.
     """
     turns = list(messages)
     if "tool_calls" not in template:
         turns = [_with_spelled_calls(turn) if turn.get("tool_calls") else turn for turn in turns]
     if tools and not _TOOLS.search(template):
-        turns[0] = {**turns[0], "content": f"{_described(tools)}\n\n{turns[0]['content']}"}
+        if turns[0]["role"] == "assistant":  # whose words are trained on
+            turns.insert(0, {"role": "system", "content": _described(tools)})
+        else:
+            turns[0] = {**turns[0], "content": f"{_described(tools)}\n\n{turns[0]['content']}"}
         tools = ()
     return turns, tools
 
@@ -44,10 +47,20 @@ def check(message: Mapping[str, Any]) -> None:
         raise ValueError(f'tool_calls are {calls!s:.80}; expected [{{"function": {{"name", "arguments"}}}}]')
 
 
+def check_tools(tools: Any) -> None:
+    """Raises ValueError unless `tools` are a list of OpenAI's tools, or of functions, with names."""
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError(f"`tools` is not a list of tools: {tools!s:.80}")
+    for function in (tool.get("function", tool) for tool in tools):
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"a tool has no name: {function!s:.80}")
+
+
 def _with_spelled_calls(turn: Mapping[str, Any]) -> dict[str, Any]:
     calls = []
     for call in turn["tool_calls"]:
-        function = {key: call["function"].get(key) for key in ("name", "arguments")}
+        name, arguments = call["function"]["name"], call["function"].get("arguments") or {}
+        function = {"name": name, "arguments": arguments}
         calls.append(f"<tool_call>\n{json.dumps(function, ensure_ascii=False)}\n</tool_call>")
     content = "\n".join([turn["content"]] * bool(turn["content"]) + calls)
     return {**turn, "content": content, "tool_calls": None}

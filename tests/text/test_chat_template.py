@@ -200,6 +200,18 @@ def test_an_answer_that_does_not_follow_its_prompt_or_ends_differently_is_refuse
         check_template(tokenizer)
 
 
+def test_a_first_turn_of_the_assistant_that_has_no_prompt(with_template):
+    tokenizer = with_template(
+        "{{ messages[0].content if messages[0].role == 'system' }}"
+        "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    messages = messages_of([("assistant", "hello"), ("user", "q"), ("assistant", "a")])
+    with pytest.raises(UserError, match='generation prompt of turn 0, .* give it "weight": 0'):
+        encode_chat(tokenizer, messages)
+    messages[0]["weight"] = 0
+    assert supervised_text(tokenizer, messages) == "a<|im_end|>"
+
+
 def test_a_template_that_refuses(with_template):
     tokenizer = with_template(
         "{% generation %}{{ raise_exception('roles must alternate') }}{% endgeneration %}"

@@ -120,6 +120,28 @@ def test_what_a_template_leaves_out_is_refused(with_template, name, messages, lo
         encode_chat(with_template(name)[0], formats.openai({"messages": messages}), name="c-1")
 
 
+def test_a_turn_that_a_template_moves_in_front_is_refused(with_template):
+    """Cohere's writes a later system turn into the first one, where answers before it would have seen it."""
+    roles = ("user", "assistant", "system", "user", "assistant")
+    messages = [{"role": role, "content": f"text {number}"} for number, role in enumerate(roles)]
+    with pytest.raises(UserError, match=r"leaves out the content of turn 2 \(system\)"):
+        encode_chat(with_template("cohere2")[0], messages)
+
+
+def test_a_template_that_names_calls_beside_their_results(chat_dir, tmp_path):
+    """As Gemma 4's and gpt-oss's."""
+    template = (
+        "{% for m in messages %}"
+        "{% for call in m.tool_calls %}{{ call.function.name }}{{ call.function.arguments|tojson }}{% endfor %}"
+        "{% if m.role == 'tool' %}{{ messages[loop.index0 - 1].tool_calls[0].function.name }} says "
+        "{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    tokenizer = extend(chat_dir, tmp_path / "first", [], chat_template=template)
+    ids, mask = encode_chat(tokenizer, formats.openai({"messages": conversation()}))
+    trained = tokenizer.decode([i for i, flag in zip(ids, mask, strict=True) if flag])
+    assert trained == 'weather{"city": "Köln"}<|im_end|>The sun shines.<|im_end|>'
+
+
 def test_a_tool_that_a_template_leaves_out_is_refused(chat_dir, tmp_path):
     template = "{{ tools[0].function.name }}{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer = extend(chat_dir, tmp_path / "first", [], chat_template=template)
@@ -169,12 +191,33 @@ def test_preferences_may_have_tools(chat_tokenizer):
     [
         ("[{", "`tools` are not JSON"),
         ({"name": "f"}, "not a list of tools"),
-        ([{"function": {}}], "not a list of tools"),
+        (["f"], "not a list of tools"),
+        ([{"function": {}}], "a tool has no name"),
+        ([{"function": "f"}], "a tool has no name"),
     ],
 )
-def test_tools_that_are_none(tools, reason):
+def test_tools_that_are_none(chat_tokenizer, tools, reason):
     with pytest.raises(ValueError, match=reason):
         formats.openai({"messages": conversation(), "tools": tools})
+    if not isinstance(tools, str):
+        talk = formats.openai({"messages": conversation(), "tools": "null"})
+        with pytest.raises(UserError, match=f"conversation c-1: .*{reason}"):
+            encode_chat(chat_tokenizer, talk, tools=tools, name="c-1")
+
+
+def test_a_function_may_give_no_tools(chat_tokenizer):
+    fields = Fields(messages=lambda row: {"messages": formats.openai(row), "tools": None})
+    ((document, _),) = to_documents("f", [("row", {"messages": conversation()})], fields)
+    assert isinstance(encode(chat_tokenizer, document), Encoded)
+
+
+def test_tools_before_a_first_turn_of_the_assistant_are_not_trained_on(chat_tokenizer):
+    messages = [{"role": "assistant", "content": "Hello."}, *formats.openai({"messages": conversation()})]
+    ids, mask = encode_chat(chat_tokenizer, messages, tools=TOOLS)
+    assert chat_tokenizer.decode(ids).startswith("<|im_start|>system\nYou can use these tools:")
+    trained = chat_tokenizer.decode([i for i, flag in zip(ids, mask, strict=True) if flag])
+    assert trained.startswith("Hello.")
+    assert "these tools" not in trained
 
 
 @pytest.mark.parametrize(
