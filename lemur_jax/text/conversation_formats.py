@@ -10,10 +10,12 @@ Where tools come with a conversation the result is {"messages": messages, "tools
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lemur_jax.text.chat_template import is_trained
+from lemur_jax.text.tool_calls import check_tools
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, Any]]
@@ -116,14 +118,15 @@ def openai(row: Row) -> Messages | dict[str, Any]:
 
 
 def openai_messages(turns: Sequence[Row]) -> Messages:
+    """The turns of `openai`."""
     return _checked([_turn(turn) for turn in turns])
 
 
 def preference(row: Row) -> dict[str, Any]:
     """TRL's preferences, and UltraFeedback as binarized for it: `chosen` and `rejected`, perhaps `prompt` and `tools`.
 
-    Each is a text or a list of turns as of `openai`. The turns that both conversations share belong to the prompt: only
-    what follows is trained on.
+    Each is a list of turns as of `openai`, or a text that answers `prompt`. The turns that both conversations share
+    belong to the prompt: only what follows is trained on.
     """
     chosen, rejected = (_turns(_get(row, side), "assistant") for side in ("chosen", "rejected"))
     has_prompt = chosen[0]["role"] != "assistant" or not _has(row, "prompt")
@@ -132,8 +135,26 @@ def preference(row: Row) -> dict[str, Any]:
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     prompt += chosen[:shared]
+    if not prompt and "assistant" in (chosen[0]["role"], rejected[0]["role"]):
+        raise ValueError(
+            "`chosen` and `rejected` answer nothing: the row needs `prompt`, or turns of the user before the answers"
+            " (conversation_formats.anthropic_hh reads transcripts)"
+        )
     sides = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
     return {side: _with_tools(row, _answered(prompt, turns)) for side, turns in sides.items()}
+
+
+def anthropic_hh(row: Row) -> dict[str, Any]:
+    """Anthropic's hh-rlhf: `chosen` and `rejected` are whole transcripts, "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    return preference({side: _transcript(_get(row, side)) for side in ("chosen", "rejected")})
+
+
+def _transcript(text: str) -> Messages:
+    start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    if start.strip() or not parts:
+        raise ValueError(f"the transcript begins with {text!r:.40}, not with 'Human:'")
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": role.lower(), "content": said.strip()} for role, said in turns]
 
 
 def ultrafeedback(row: Row) -> dict[str, Messages]:
@@ -200,9 +221,8 @@ def _call(call: Row) -> dict[str, Any]:
 
 
 def _with_tools(row: Row, messages: Messages) -> Messages | dict[str, Any]:
-    tools = _values(row.get("tools") or [], "`tools`")
-    if isinstance(tools, Mapping) or not all(_has(tool.get("function", tool), "name") for tool in tools):
-        raise ValueError("`tools` is not a list of tools with names")
+    tools = _values(row.get("tools") or [], "`tools`") or []
+    check_tools(tools)
     return {"messages": messages, "tools": tools} if tools else messages
 
 

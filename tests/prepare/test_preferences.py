@@ -44,6 +44,32 @@ def test_shared_turns_are_not_trained_on():
     assert [turn.get("train", True) for turn in pair["rejected"]] == [True, False, True, True]
 
 
+HH = "\n\nHuman: Sky?\n\nAssistant: Blue.\n\nHuman: By night?\nSay it.\n\nAssistant: "
+
+
+def test_transcripts_of_anthropic():
+    pair = conversation_formats.anthropic_hh({"chosen": f"{HH}Dark.", "rejected": f"{HH} Pink.\n\nStill. "})
+    last = {"role": "user", "content": "By night?\nSay it."}
+    prompt = [USER, GOOD | {"train": False}, last]
+    assert pair["chosen"] == [*prompt, {"role": "assistant", "content": "Dark."}]
+    assert pair["rejected"] == [*prompt, {"role": "assistant", "content": "Pink.\n\nStill."}]
+    with pytest.raises(ValueError, match="begins with 'Sky"):
+        conversation_formats.anthropic_hh({"chosen": "Sky?\n\nAssistant: Blue.", "rejected": f"{HH}Pink."})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": f"{HH}Dark.", "rejected": f"{HH}Pink."},
+        {"chosen": [GOOD], "rejected": [BAD], "question": "Sky?"},
+        {"chosen": [USER, GOOD], "rejected": BAD["content"]},
+    ],
+)
+def test_answers_to_nothing_are_refused(row):
+    with pytest.raises(ValueError, match="answer nothing: the row needs `prompt`"):
+        conversation_formats.preference(row)
+
+
 def test_scores_and_labels():
     scored = [
         {"response": GOOD["content"], "overall_score": 9},
