@@ -4,13 +4,17 @@ A row that cannot be used becomes a document with a reason in `error`, which `pr
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare.readers import EXCERPT, BadRow, Row, bad_reason
+
+logger = logging.getLogger(__name__)
 
 MAX_GATHERED = 10_000  # rows of one document
 
@@ -68,12 +72,15 @@ def to_documents(
     A document has the string features `text` or `messages`, `id`, `meta` (JSON), `where`, and `error`: empty, or JSON
     with the reason and the number of records that it stands for.
     """
+    absent, is_read = set(fields.meta), False
     for position, row in gather(found, fields.gather) if fields.gather else found:
         where = f"{path}: {position}"
         if isinstance(row, BadRow):
             bad = row
         else:
             try:
+                absent -= {name for name in absent if _look_up(row, name, _ABSENT) is not _ABSENT}
+                is_read = True
                 yield _document(row, fields, where)
                 continue
             except OSError:
@@ -83,6 +90,15 @@ def to_documents(
         failure = json.dumps({"reason": bad.reason, "records": bad.records})
         features = {fields.content: bad.excerpt, "id": where, "meta": "{}", "where": where, "error": failure}
         yield {key: _bytes(value) for key, value in features.items()}, where.encode()
+    if absent and is_read:
+        _warn_of_absent(", ".join(sorted(absent)))
+
+
+@functools.cache  # once, not for each of many files
+def _warn_of_absent(names: str) -> None:
+    logger.warning(
+        "a file has no row with the metadata field %s: is it misspelled in Fields(meta=...)?", names
+    )
 
 
 def gather(found: Iterable[tuple[str, Row | BadRow]], name: str) -> Iterator[tuple[str, Row | BadRow]]:
@@ -148,7 +164,7 @@ def _is_missing(value: Any) -> bool:
     return value is None or value != value or value in ("", b"", [])
 
 
-_NOTHING = object()
+_NOTHING, _ABSENT = object(), object()
 
 
 def _look_up(row: Row, name: str, default: Any = _NOTHING) -> Any:

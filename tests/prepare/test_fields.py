@@ -74,3 +74,14 @@ def test_what_the_step_for_duplicates_takes_for_equal_is_held_out_together(space
     assert len({filters(steps).fingerprints(text)["exact"] for text in texts}) == 1
     rows = [(f"row {n}", {"text": text}) for n, text in enumerate(texts)]
     assert len({key for _, key in to_documents("f", rows, Fields())}) == 1
+
+
+def test_a_metadata_field_that_no_row_has_is_named_once(caplog):
+    fields = Fields(meta=("lang", "languge", "meta.repo"))
+    rows = [("row 0", {"text": "a", "lang": None}), ("row 1", {"text": "b", "meta": '{"repo": null}'})]
+    for path in "fg":
+        assert len(list(to_documents(path, rows, fields))) == 2
+    assert not list(to_documents("empty", [], fields))
+    assert [each.split(":")[0] for each in caplog.messages] == [
+        "a file has no row with the metadata field languge"
+    ]
