@@ -30,7 +30,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 # The features of one document of a task.
 Record = Mapping[str, bytes]
 
-_SAID = ("reasoning_content", "thinking", "content", "tool_calls")  # of a message
+_SAID_KEYS = ("reasoning_content", "thinking", "content", "tool_calls")  # of a message
 _KEPT = ("text", "messages", "preferences", "id", "source", "meta")  # of a bad record
 CHUNK_BYTES = 1 << 18
 CHUNK_RECORDS = 256
@@ -130,7 +130,7 @@ def _joined(messages: Any) -> str:
         return "\n\n".join(_joined(part) for key, part in messages.items() if key != "tools")
     if not isinstance(messages, list):
         return ""
-    said = [message.get(key) for message in messages if isinstance(message, dict) for key in _SAID]
+    said = [message.get(key) for message in messages if isinstance(message, dict) for key in _SAID_KEYS]
     parts = (part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in said if part)
     return "\n\n".join(parts)
 

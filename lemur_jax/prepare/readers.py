@@ -69,7 +69,7 @@ def find_files(patterns: str | Iterable[str]) -> list[str]:
         path = epath.Path(pattern).expanduser()
         wild = [any(sign in part for sign in "*?[") for part in path.parts]
         if not any(wild) or path.exists():  # names may have brackets
-            # A link to nothing stays, so that reading it fails.
+            # A dangling link stays, so that reading it fails.
             inside = (file for file in path.glob("*") if not file.is_dir()) if path.is_dir() else [path]
             found |= {file for file in inside if file != path or file.exists()}
             continue

@@ -140,7 +140,7 @@ def _render(
     where = f"conversation {name or '(unnamed)'}"
     _check_messages(messages, tools, where)
     template = chat_template(tokenizer)
-    turns, tools = tool_calls.fit(template, messages, tools)
+    turns, tools = tool_calls.for_template(template, messages, tools)
     spelled = json.dumps([turns, tools], ensure_ascii=False, default=str) + template
     unused = (chr(code) for code in _MARKS if chr(code) not in spelled)
     begin, end, separator, untrained, place = itertools.islice(unused, 5)
@@ -350,7 +350,7 @@ def _check_messages(messages: Sequence[Message], tools: tool_calls.Tools, where:
     try:
         for message in messages:
             is_trained(message)
-            tool_calls.check(message)
+            tool_calls.check_calls(message)
         tool_calls.check_tools(tools)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error

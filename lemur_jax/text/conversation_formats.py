@@ -34,8 +34,8 @@ _ROLES = {
     "tool": "tool",
     "function": "tool",
 }
-_THOUGHTS = ("reasoning_content", "thinking")
-_OF_A_RESULT = ("name", "tool_call_id")
+_THOUGHT_KEYS = ("reasoning_content", "thinking")
+_RESULT_KEYS = ("name", "tool_call_id")
 
 
 def sharegpt(row: Row) -> Messages:
@@ -129,8 +129,8 @@ def preference(row: Row) -> dict[str, Any]:
     belong to the prompt: only what follows is trained on.
     """
     chosen, rejected = (_turns(_get(row, side), "assistant") for side in ("chosen", "rejected"))
-    has_prompt = chosen[0]["role"] != "assistant" or not _has(row, "prompt")
-    prompt = [] if has_prompt else _turns(row["prompt"], "user")
+    is_whole = chosen[0]["role"] != "assistant" or not _has(row, "prompt")
+    prompt = [] if is_whole else _turns(row["prompt"], "user")
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
@@ -208,7 +208,9 @@ def _turn(turn: Row) -> dict[str, Any]:
         calls.append(_call({"function": turn["function_call"]}))
     content = "" if calls and not _has(turn, "content") else _parts(_get(turn, "content"))
     message = _message(role, content, turn, calls)
-    kept = _THOUGHTS if message["role"] == "assistant" else _OF_A_RESULT if message["role"] == "tool" else ()
+    kept = (
+        _THOUGHT_KEYS if message["role"] == "assistant" else _RESULT_KEYS if message["role"] == "tool" else ()
+    )
     return message | {key: turn[key] for key in kept if _has(turn, key)}
 
 

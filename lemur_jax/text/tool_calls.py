@@ -11,7 +11,7 @@ _TOOLS = re.compile(r"\btools\b")
 Tools = Sequence[Mapping[str, Any]]
 
 
-def fit(
+def for_template(
     template: str, messages: Sequence[Mapping[str, Any]], tools: Tools
 ) -> tuple[list[Mapping[str, Any]], Tools]:
     """(messages, tools) for a chat template, with text in place of what it does not write.
@@ -38,7 +38,7 @@ def fit(
     return turns, tools
 
 
-def check(message: Mapping[str, Any]) -> None:
+def check_calls(message: Mapping[str, Any]) -> None:
     """Raises ValueError unless the message's `tool_calls`, if any, are a list of calls with names."""
     calls = message.get("tool_calls") or []
     functions = [call.get("function") for call in calls if isinstance(call, Mapping)]

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import trl
 from transformers import AutoTokenizer
 
 from lemur_jax.common.errors import UserError
@@ -15,6 +14,7 @@ from lemur_jax.text.chat_template import encode_chat
 from lemur_jax.text.tokenizer_files import extend
 
 # TRL has the templates of models as they are published, and copies with marks of what is generated.
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
