@@ -179,10 +179,8 @@ def endpoint_agent(
     return answer
 
 
-KINDS = (
-    *("python", "sql", "bash", "tools", "intercode-sql", "intercode-bash"),
-    *("mint", *(f"mint-{name}" for name in mint.SETS)),
-)
+_MINT_KINDS = {"mint": [], **{f"mint-{name}": [name] for name in mint.SETS}}  # sets; []: all
+KINDS = ("python", "sql", "bash", "tools", "intercode-sql", "intercode-bash", *_MINT_KINDS)
 
 
 def check_kinds(names: Sequence[str]) -> None:
@@ -227,8 +225,7 @@ def open_environments(
         "intercode-sql": lambda: intercode.open_sql(data, servers),
         "intercode-bash": lambda: intercode_bash.open_bash(data),
     }
-    for name in ("mint", *(f"mint-{name}" for name in mint.SETS)):
-        only = [name.removeprefix("mint-")] if name != "mint" else []
+    for name, only in _MINT_KINDS.items():
         makers[name] = functools.partial(open_mint, data, only, expert=expert, python=python)
     check_kinds(names)
     found: list[Environment] = []

@@ -198,8 +198,7 @@ def _check_complete(
     expected: dict[str, str] = {}
 
     def mark(what: str) -> str:
-        character = next(marks)
-        expected[character] = what
+        expected[character := next(marks)] = what
         return character
 
     shown = []

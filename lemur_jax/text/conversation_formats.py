@@ -82,7 +82,7 @@ def openassistant(row: Row) -> Messages:
     while node is not None:
         messages.append(_message(_get(node, "role"), _get(node, "text")))
         replies = [reply for reply in node.get("replies") or [] if not reply.get("deleted")]
-        node = min(replies, key=_rank, default=None)
+        node = min(replies, key=lambda one: (one.get("rank") is None, one.get("rank") or 0), default=None)
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     return _checked(messages)
@@ -193,11 +193,6 @@ def _turns(content: Any, role: str) -> Messages:
 def _answered(prompt: Messages, completion: Messages) -> Messages:
     untrained = [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in prompt]
     return _checked([*untrained, *completion])
-
-
-def _rank(reply: Row) -> float:
-    rank = reply.get("rank")
-    return float("inf") if rank is None else rank
 
 
 def _turn(turn: Row) -> dict[str, Any]:

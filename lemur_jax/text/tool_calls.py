@@ -41,19 +41,22 @@ def for_template(
 def check_calls(message: Mapping[str, Any]) -> None:
     """Raises ValueError unless the message's `tool_calls`, if any, are a list of calls with names."""
     calls = message.get("tool_calls") or []
-    functions = [call.get("function") for call in calls if isinstance(call, Mapping)]
-    named = [isinstance(each, Mapping) and isinstance(each.get("name"), str) for each in functions]
-    if not isinstance(calls, list | tuple) or len(named) != len(calls) or not all(named):
+    if not (_are_objects(calls) and all(_is_named(call.get("function")) for call in calls)):
         raise ValueError(f'tool_calls are {calls!s:.80}; expected [{{"function": {{"name", "arguments"}}}}]')
 
 
 def check_tools(tools: Any) -> None:
     """Raises ValueError unless `tools` are a list of OpenAI's tools, or of functions, with names."""
-    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError(f"`tools` is not a list of tools: {tools!s:.80}")
-    for function in (tool.get("function", tool) for tool in tools):
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ValueError(f"a tool has no name: {function!s:.80}")
+    if not (_are_objects(tools) and all(_is_named(tool.get("function", tool)) for tool in tools)):
+        raise ValueError(f"`tools` is not a list of tools with names: {tools!s:.80}")
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, Mapping) for item in value)
+
+
+def _is_named(function: Any) -> bool:
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
 
 
 def _with_spelled_calls(turn: Mapping[str, Any]) -> dict[str, Any]:

@@ -192,8 +192,8 @@ def test_preferences_may_have_tools(chat_tokenizer):
         ("[{", "`tools` are not JSON"),
         ({"name": "f"}, "not a list of tools"),
         (["f"], "not a list of tools"),
-        ([{"function": {}}], "a tool has no name"),
-        ([{"function": "f"}], "a tool has no name"),
+        ([{"function": {}}], "not a list of tools with names"),
+        ([{"function": "f"}], "not a list of tools with names"),
     ],
 )
 def test_tools_that_are_none(chat_tokenizer, tools, reason):
