@@ -71,12 +71,15 @@ def test_an_update_on_v4(narrow_plan):
 
 
 def test_llamas_step_is_as_fast_as_before_other_families(narrow_plan):
-    """The compiler's cycles of the optimized program, against those before the decoder had a specification."""
+    """The compiler's cycles of the optimized program, against those before the decoder had a specification.
+
+    1,376,688 then; the embedding's gradient is summed in float32 since (`parallel/lookup.py`).
+    """
     _, made, _ = narrow_plan
     if made.versions["libtpu"] != "0.0.52":
         pytest.skip("recorded with libtpu 0.0.52")
     cycles = (made.parts["matmul"] + made.parts["other compute"]) * topologies.GENERATIONS["v4"].clock
-    assert cycles == pytest.approx(1_376_688, rel=0.005)
+    assert cycles == pytest.approx(1_387_678, rel=0.005)
 
 
 def test_what_does_not_fit_names_the_way_out(tpu_compiler, tmp_path, capsys, monkeypatch, caplog):
