@@ -12,6 +12,7 @@ from lemur_jax.prepare.fields import Fields, to_documents
 from lemur_jax.text import conversation_formats as formats
 from lemur_jax.text.chat_template import encode_chat
 from lemur_jax.text.tokenizer_files import extend
+from lemur_jax.text.tool_calls import for_template
 
 # TRL has the templates of models as they are published, and copies with marks of what is generated.
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
@@ -105,6 +106,13 @@ def test_templates_without_a_place_for_tools_get_text(chat_tokenizer):
     trained = chat_tokenizer.decode([i for i, flag in zip(ids, mask, strict=True) if flag])
     assert call in trained
     assert "these tools" not in trained
+
+
+def test_a_variable_of_another_name_is_no_place_for_tools():
+    template = "{{ builtin_tools }}{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}"
+    (turn,), tools = for_template(template, [{"role": "user", "content": "q"}], TOOLS)
+    assert not tools
+    assert "weather" in turn["content"]
 
 
 @pytest.mark.parametrize(
