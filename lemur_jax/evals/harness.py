@@ -5,6 +5,7 @@ one checkpoint. One default differs: no bos in front (the paper's protocol) with
 Importing this module registers the model.
 """
 
+import functools
 import logging
 from typing import Any
 
@@ -27,6 +28,11 @@ except ImportError as error:
     raise UserError(f"the evaluation harness is missing ({error}): pip install 'lemur_jax[eval]'") from error
 
 logger = logging.getLogger(__name__)
+
+
+@functools.cache  # once, not for each question
+def _warn_left_out(reason: str) -> None:
+    logger.warning("the system turn of a task is left out: %s", reason)
 
 
 @register_model("lemur")
@@ -182,7 +188,7 @@ class LemurLM(TemplateLM):
             if len(others) == len(chat_history):
                 raise
             # As the `hf` model: Gemma's template, among others, refuses the turn that a task's description becomes.
-            logger.warning("the system turn of a task is left out: %s", error)
+            _warn_left_out(str(error))
             return self.apply_chat_template(others, add_generation_prompt)
         if add_generation_prompt:
             return text

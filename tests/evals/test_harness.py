@@ -144,7 +144,7 @@ def test_a_prefilled_answer_is_left_open(ours, theirs):
     assert text == theirs.apply_chat_template(turns, add_generation_prompt=False)
 
 
-def test_a_template_without_system_turns_leaves_a_description_out(ours, theirs, monkeypatch):
+def test_a_template_without_system_turns_leaves_a_description_out(ours, theirs, monkeypatch, caplog):
     template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML_TEMPLATE
     )
@@ -153,7 +153,8 @@ def test_a_template_without_system_turns_leaves_a_description_out(ours, theirs, 
     turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1"}]
     text = ours.apply_chat_template(turns)
     assert "user\n1 + 1" in text
-    assert text == theirs.apply_chat_template(turns)
+    assert text == theirs.apply_chat_template(turns) == ours.apply_chat_template(turns)
+    assert sum("left out" in each for each in caplog.messages) == 1
     monkeypatch.setattr(ours.tokenizer, "chat_template", "{{ raise_exception('no turn') }}")
     with pytest.raises(UserError, match="no turn"):
         ours.apply_chat_template(turns)
