@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import re
 from collections.abc import Generator, Sequence
 
 from lemur_jax.infer.engine import SLOTS, Engine, Request
@@ -10,6 +11,7 @@ from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 from lemur_jax.infer.text import INCOMPLETE, continuation
 from lemur_jax.text.chat_template import stop_ids
+from lemur_jax.text.tokenizer import Tokenizer
 
 
 def complete(
@@ -80,8 +82,9 @@ def pieces(
 ) -> Generator[tuple[str, str] | None]:
     """(text, "") for each piece of an answer, then ("", finish reason); None whenever the engine must make a step.
 
-    A possible beginning of a stop string is held back, and a character that is not complete. Closed before its end, it
-    cancels the request.
+    What later tokens can change is held back: a possible beginning of a stop string, a character that is not complete,
+    and a run of tokens that are single bytes, all of which the tokenizer shows as U+FFFD if one is no UTF-8. Closed
+    before its end, it cancels the request.
     """
     shown, margin = 0, max(map(len, stops), default=1) - 1
     try:
@@ -90,7 +93,7 @@ def pieces(
             answer = with_text(session, request, stops)
             text = answer.text
             if not answer.finish_reason:
-                text = text.rstrip(INCOMPLETE)
+                text = _before_bytes(session.need_tokenizer(), request).rstrip(INCOMPLETE)
                 text = text[: max(0, len(text) - margin)]
             if len(text) > shown:
                 yield text[shown:], ""
@@ -100,6 +103,14 @@ def pieces(
                 return
     finally:
         engine.cancel(request)
+
+
+def _before_bytes(tokenizer: Tokenizer, request: Request) -> str:
+    """What a request has got, without the tokens at its end that are single bytes, as SentencePiece spells them."""
+    count = len(request.tokens)
+    while count and re.fullmatch("<0x[0-9A-F]{2}>", tokenizer.token(request.tokens[count - 1])):
+        count -= 1
+    return continuation(tokenizer, request.prompt, request.tokens[:count])
 
 
 def with_text(session: Session, request: Request, stops: Sequence[str] = ()) -> Completion:

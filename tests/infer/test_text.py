@@ -50,6 +50,30 @@ def test_a_stop_string_of_a_broken_character_is_not_the_beginning_of_a_whole_one
 
 
 @pytest.mark.parametrize(
+    "spelled", [["<0x3D>", "<0xBD>"], ["<0x0A>", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]]
+)
+def test_a_stream_is_the_text_of_the_whole_answer(chat_tokenizer, spelled):
+    """A byte shows U+FFFD once another one beside it is no UTF-8."""
+    tokens = [chat_tokenizer.find(token) for token in spelled]
+    first, *ids = [
+        *chat_tokenizer.encode("ab", prefix=False),
+        *tokens,
+        *chat_tokenizer.encode("cd", prefix=False),
+    ]
+    assert None not in ids
+    session = recite(chat_tokenizer, [first, *ids])
+    engine = Engine(session)
+    request = engine.submit(Request(prompt=[first], max_new_tokens=len(ids)))
+    text = ""
+    for piece in pieces(session, engine, request):
+        if piece is None:
+            engine.step(1)
+        else:
+            text += piece[0]
+    assert text == continuation(chat_tokenizer, [first], ids)
+
+
+@pytest.mark.parametrize(
     ("stops", "text"),
     [(["lm", "efghijk"], "abcd"), (["cdefghijklm", "h"], "abcdefg"), (["zz", "mn"], "abcdefghijkl")],
 )
