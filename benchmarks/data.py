@@ -2,9 +2,9 @@
 
     python benchmarks/data.py
 
-Each case runs in a process of its own, on one CPU device, over stores of made-up documents whose lengths
-are log-normal: as code for `concat`, as conversations for `fit`, and as very short ones, of which there are
-many more: memory must not grow with them.
+Each case runs in a process of its own, on one CPU device. The stores hold made-up documents with log-normal
+lengths: code for `concat`, conversations for `fit`, and many very short documents. Memory must not grow with
+the number of documents.
 """
 
 import argparse

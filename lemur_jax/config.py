@@ -241,9 +241,8 @@ def _complete(values: ConfigDict, defaults: Mapping[str, Any]) -> None:
     with values.unlocked(), values.ignore_type():
         for key, default in defaults.items():
             value = values.get(key, default)
-            whole = (
-                type(value) is int and abs(value) < 2**63
-            )  # a larger one may be more than a float can hold
+            # A larger integer may overflow a float; it is refused later.
+            whole = type(value) is int and abs(value) < 2**63
             values[key] = float(value) if whole and isinstance(default, float) else value
 
 

@@ -5,9 +5,9 @@ from typing import Any
 from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output_file, open_config
 from lemur_jax.common.errors import UserError
 
-# Defaults of the options that not every mode reads.
-_OF_SEARCH = {"minutes": 10.0, "processes": 2, "output": "search", "cache": "~/.cache/lemur_jax/plans"}
-_OF_GENERATE = {"batch": 32, "prompt_length": 1024, "cache_length": 2048, "dtype": "bfloat16"}
+# Options that not every mode reads.
+_SEARCH_DEFAULTS = {"minutes": 10.0, "processes": 2, "output": "search", "cache": "~/.cache/lemur_jax/plans"}
+_GENERATE_DEFAULTS = {"batch": 32, "prompt_length": 1024, "cache_length": 2048, "dtype": "bfloat16"}
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -47,7 +47,7 @@ def add_verbs(verbs: Verbs) -> None:
     generate.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="of weights and cache (default: %(default)s)"
     )
-    sub.set_defaults(**_OF_SEARCH, **_OF_GENERATE)
+    sub.set_defaults(**_SEARCH_DEFAULTS, **_GENERATE_DEFAULTS)
 
 
 def _plan(args) -> int:
@@ -93,11 +93,11 @@ def _plan(args) -> int:
 
 def _check_modes(args) -> None:
     """Refuses options of another mode, which would have no effect."""
-    readers = {"search": _OF_SEARCH, "generate": _OF_GENERATE, "rl": ("prompt_length",)}
+    readers = {"search": _SEARCH_DEFAULTS, "generate": _GENERATE_DEFAULTS, "rl": ("prompt_length",)}
     read = readers.get("search" if args.search else args.mode, ())
-    for name, default in (_OF_SEARCH | _OF_GENERATE).items():
+    for name, default in (_SEARCH_DEFAULTS | _GENERATE_DEFAULTS).items():
         if name not in read and getattr(args, name) != default:
-            reader = "--search" if name in _OF_SEARCH else "--mode generate"
+            reader = "--search" if name in _SEARCH_DEFAULTS else "--mode generate"
             raise UserError(f"--{name.replace('_', '-')} is for {reader}: leave it out, or add {reader}")
 
 

@@ -13,6 +13,8 @@ from lemur_jax.infer.text import INCOMPLETE, continuation
 from lemur_jax.text.chat_template import stop_ids
 from lemur_jax.text.tokenizer import Tokenizer
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a byte token
+
 
 def complete(
     session: Session,
@@ -82,9 +84,8 @@ def pieces(
 ) -> Generator[tuple[str, str] | None]:
     """(text, "") for each piece of an answer, then ("", finish reason); None whenever the engine must make a step.
 
-    What later tokens can change is held back: a possible beginning of a stop string, a character that is not complete,
-    and a run of tokens that are single bytes, all of which the tokenizer shows as U+FFFD if one is no UTF-8. Closed
-    before its end, it cancels the request.
+    Text that later tokens can change is held back: the possible beginning of a stop string, an incomplete character,
+    and byte tokens at the end. Closed before its end, it cancels the request.
     """
     shown, margin = 0, max(map(len, stops), default=1) - 1
     try:
@@ -93,7 +94,7 @@ def pieces(
             answer = with_text(session, request, stops)
             text = answer.text
             if not answer.finish_reason:
-                text = _before_bytes(session.need_tokenizer(), request).rstrip(INCOMPLETE)
+                text = _without_last_bytes(session.need_tokenizer(), request, text).rstrip(INCOMPLETE)
                 text = text[: max(0, len(text) - margin)]
             if len(text) > shown:
                 yield text[shown:], ""
@@ -105,11 +106,17 @@ def pieces(
         engine.cancel(request)
 
 
-def _before_bytes(tokenizer: Tokenizer, request: Request) -> str:
-    """What a request has got, without the tokens at its end that are single bytes, as SentencePiece spells them."""
+def _without_last_bytes(tokenizer: Tokenizer, request: Request, text: str) -> str:
+    """The text of a request without the byte tokens at its end.
+
+    SentencePiece decodes byte tokens in a row together. If they are not UTF-8, each of them becomes U+FFFD, also those
+    that were valid without the next one.
+    """
     count = len(request.tokens)
-    while count and re.fullmatch("<0x[0-9A-F]{2}>", tokenizer.token(request.tokens[count - 1])):
+    while count and _BYTE.fullmatch(tokenizer.token(request.tokens[count - 1])):
         count -= 1
+    if count == len(request.tokens):
+        return text
     return continuation(tokenizer, request.prompt, request.tokens[:count])
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,9 +155,8 @@ class Player:
         opening, ids = (
             encode_chat(self._tokenizer, part, add_generation_prompt=True)[0] for part in (said[:1], said)
         )
-        # Not the whole opening: some templates begin a thought there, of which later turns have nothing.
-        same = [one == other for one, other in zip(opening, ids, strict=False)]
-        for index in range([*same, False].index(False), len(ids)):
+        # A generation prompt may open a thought (`<think>`), which templates leave out of earlier answers.
+        for index in range(len(os.path.commonprefix([opening, ids])), len(ids)):
             if ids[index] in self._stops:
                 return ids[index + ended :]
         raise UserError(

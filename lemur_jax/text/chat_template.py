@@ -135,7 +135,8 @@ def _render(
     """The text for `Tokenizer.encode_marked`, and the characters [begin, end) of it that are supervised.
 
     Args:
-      as_given: for training on a template without marks, of `_with_marked_answers`; else what the template writes.
+      as_given: where the template has no marks, compose the text with `_with_marked_answers`, for training; if false,
+        return what the template writes.
     """
     where = f"conversation {name or '(unnamed)'}"
     _check_messages(messages, tools, where)
