@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -156,7 +155,9 @@ class Player:
             encode_chat(self._tokenizer, part, add_generation_prompt=True)[0] for part in (said[:1], said)
         )
         # A generation prompt may open a thought (`<think>`), which templates leave out of earlier answers.
-        for index in range(len(os.path.commonprefix([opening, ids])), len(ids)):
+        pairs = enumerate(zip(opening, ids, strict=False))
+        start = next((index for index, (one, other) in pairs if one != other), len(opening))
+        for index in range(start, len(ids)):
             if ids[index] in self._stops:
                 return ids[index + ended :]
         raise UserError(
