@@ -23,15 +23,8 @@ from lemur_jax.prepare.streams import COMPRESSIONS, Unreadable, read_utf8
 logger = logging.getLogger(__name__)
 
 FORMATS = ("jsonl", "text", "lines", "parquet", "tfrecord")
-_SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".ndjson": "jsonl",
-    ".txt": "text",
-    ".md": "text",
-    ".parquet": "parquet",
-    ".tfrecord": "tfrecord",
-}
+_SUFFIXES = dict.fromkeys((".jsonl", ".json", ".ndjson"), "jsonl") | dict.fromkeys((".txt", ".md"), "text")
+_SUFFIXES |= {".parquet": "parquet", ".tfrecord": "tfrecord"}
 MAX_BYTES = 2 << 20  # of one record; tokenizing a conversation takes up to 150 times as much memory
 _BUFFER_BYTES = 1 << 20  # of Parquet
 _BATCH_ROWS = 64

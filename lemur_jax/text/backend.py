@@ -45,12 +45,8 @@ def surrounding_ids(spec: Mapping[str, Any]) -> list[list[int]]:
 
     text = 2**32 - 1
     model = {"type": "WordLevel", "vocab": {"x": text}, "unk_token": "x"}
-    alone: dict[str, Any] = {
-        "version": "1.0",
-        "added_tokens": [],
-        "model": model,
-        "post_processor": spec.get("post_processor"),
-    }
+    alone: dict[str, Any] = {"version": "1.0", "added_tokens": [], "model": model}
+    alone["post_processor"] = spec.get("post_processor")
     ids = tokenizers.Tokenizer.from_str(json.dumps(alone)).encode("x").ids
     return [ids[: ids.index(text)], ids[ids.index(text) + 1 :]]
 

@@ -67,11 +67,8 @@ def convert(model: bytes) -> dict[str, Any]:
     _check_convertible(proto, kinds.UNUSED)
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
-    control = {
-        piece.piece: index
-        for index, piece in enumerate(proto.pieces)
-        if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
-    }
+    control = [piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
     names = {
         f"{kind}_token": proto.pieces[index].piece
         for kind in ("bos", "eos", "unk", "pad")
@@ -83,11 +80,9 @@ def convert(model: bytes) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [added_token(token, index) for token, index in control.items()],
+        "added_tokens": [added_token(token, vocab[token]) for token in control],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-        "pre_tokenizer": _pre_tokenizer(
-            [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
-        ),
+        "pre_tokenizer": _pre_tokenizer(user_defined),
         "post_processor": post_processor(None if bos is None else (bos, vocab[bos])),
         "decoder": DECODER,
         "model": {
@@ -96,7 +91,7 @@ def convert(model: bytes) -> dict[str, Any]:
             "fuse_unk": True,
             "byte_fallback": True,
             # User-defined pieces are words of their own that no merge makes.
-            "ignore_merges": any(piece.type == kinds.USER_DEFINED for piece in proto.pieces),
+            "ignore_merges": bool(user_defined),
             "vocab": vocab,
             "merges": merges_by_score(scores, vocab),
         },
@@ -126,26 +121,17 @@ DECODER: dict[str, Any] = {
 def without_prefix() -> dict[str, Any]:
     """The parts of `tokenizer.json` around a model whose texts get no space in front, as Gemma's."""
     space = {"String": " "}
+    split = {"type": "Split", "pattern": space, "behavior": "MergedWithPrevious", "invert": False}
     return {
         "normalizer": {"type": "Replace", "pattern": space, "content": SPACE},
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": space,
-            "behavior": "MergedWithPrevious",
-            "invert": False,
-        },
+        "pre_tokenizer": split,
         "decoder": {"type": "Sequence", "decoders": DECODER["decoders"][:-1]},
     }
 
 
 def metaspace(prepend_scheme: str, replacement: str = SPACE) -> dict[str, Any]:
     """The pre-tokenizer of the tokenizers library that makes spaces visible and puts one in front."""
-    return {
-        "type": "Metaspace",
-        "replacement": replacement,
-        "prepend_scheme": prepend_scheme,
-        "split": False,
-    }
+    return {"type": "Metaspace", "replacement": replacement, "prepend_scheme": prepend_scheme, "split": False}
 
 
 def _pre_tokenizer(user_defined: list[str]) -> dict[str, Any]:

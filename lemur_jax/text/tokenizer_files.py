@@ -2,8 +2,7 @@
 
 import io
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from etils import epath
 
@@ -92,21 +91,19 @@ def revise(
         old = None
     spec = json.loads(tokenizer.files()["tokenizer.json"])
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in dropped]
+    forgotten = [
+        key for key, token in tokenizer.config.items() if key.endswith("_token") and token in dropped
+    ]
     made = make_files(
         tokenizer.sentencepiece,
         tokenizer_json=spec,
         added_tokens=kept | {token: size + index for index, token in enumerate(new)},
         chat_template=chat_template or old,
-        config={key: value for key, value in tokenizer.config.items() if not _names(key, value, dropped)},
+        config={key: value for key, value in tokenizer.config.items() if key not in forgotten},
     )
     if stops := [index for index in tokenizer.generation_stop_ids if index < keep]:
         made[GENERATION_CONFIG] = dump({"eos_token_id": stops})
     return made
-
-
-def _names(key: str, value: Any, tokens: Collection[str]) -> bool:
-    """Whether an entry of `tokenizer_config.json` names one of these tokens."""
-    return key.endswith("_token") and value in tokens
 
 
 def write_directory(path: epath.PathLike, model: bytes) -> Tokenizer:

@@ -380,9 +380,3 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     (tmp_path / name).write_bytes(pointer)
     assert "git lfs pull" in bad(read(tmp_path / name))[0][1]
-
-
-def test_a_file_that_is_no_parquet_is_one_bad_record(tmp_path):
-    path = tmp_path / "a.parquet"
-    path.write_bytes(b"not at all" * 100)
-    assert [(where, records) for where, _, records in bad(read(path))] == [("file", 1)]

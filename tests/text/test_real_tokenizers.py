@@ -146,11 +146,3 @@ def test_classes_that_build_their_pipeline_in_code(kind, byte_level_dir, tmp_pat
         expected = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         assert encode_chat(ours, messages)[0] == expected["input_ids"]
     assert ("splits text for" in caplog.text) == (kind != "PreTrainedTokenizerFast")
-
-
-def test_a_spelled_control_token_is_text(tmp_path):
-    copy("tokenizer.model.v1: LlamaTokenizer", tmp_path)
-    ours = Tokenizer.load(tmp_path)
-    ids = ours.encode("a</s>b <s>")
-    assert not set(ids) & set(ours.control_tokens.values())
-    assert ours.encode_with_control_tokens("a</s>b <s>")[-1] == ours.bos_id
