@@ -14,8 +14,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ _SAID_KEYS = ("reasoning_content", "thinking", "content", "tool_calls")  # of a 
 _KEPT = ("text", "messages", "preferences", "id", "source", "meta")  # of a bad record
 CHUNK_BYTES = 1 << 18
 CHUNK_RECORDS = 256
+_SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,21 +127,27 @@ def _messages(data: bytes) -> Any:
 
 
 def _joined(messages: Any) -> str:
-    """What a conversation says, thoughts and calls too; "" if it is malformed, which is refused later."""
+    """What a conversation says, thoughts and calls without their random ids too; "" if malformed (refused later)."""
     if isinstance(messages, dict):
         return "\n\n".join(_joined(part) for key, part in messages.items() if key != "tools")
     if not isinstance(messages, list):
         return ""
     said = [message.get(key) for message in messages if isinstance(message, dict) for key in _SAID_KEYS]
-    parts = (part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in said if part)
+    parts = (part if isinstance(part, str) else _calls(part) for part in said if part)
     return "\n\n".join(parts)
+
+
+def _calls(calls: Any) -> str:
+    given = calls if isinstance(calls, list) else [calls]
+    bare = [call.get("function", call) if isinstance(call, dict) else call for call in given]
+    return json.dumps(bare, ensure_ascii=False)
 
 
 def _encode_messages(tokenizer: Tokenizer, messages: Any, name: str, marks: Mapping[str, Any]) -> Encoded:
     tools = ()
     if isinstance(messages, dict) and set(messages) == {"messages", "tools"}:
         messages, tools = messages["messages"], messages["tools"] or ()
-    ids, mask = encode_chat(tokenizer, messages, tools=tools, name=name)
+    ids, mask = encode_chat(tokenizer, messages, tools=tools)
     for message in messages:
         says = message["content"].strip() or message.get("tool_calls")
         if message["role"] == "assistant" and is_trained(message) and not says:
@@ -177,18 +185,44 @@ def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
     if workers == 1:
         yield lambda records, steps=NO_STEPS: _encode_here(tokenizer, records, steps)
         return
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,)
-    )
+    started: list[tuple[BaseProcess, Connection]] = []
+    own = threading.local()
+
+    def encode_chunk(chunk: list[Record | None], steps: str) -> list[Result | None]:
+        """Runs in a thread, which has a process of its own: a ProcessPoolExecutor waits for ever for the rest of
+        a result if a process dies while it writes one."""
+        if not hasattr(own, "pipe"):
+            own.pipe, theirs = _SPAWN.Pipe()
+            process = _SPAWN.Process(target=_work, args=(theirs, tokenizer), daemon=True)
+            process.start()
+            theirs.close()
+            started.append((process, own.pipe))
+        try:
+            own.pipe.send((chunk, steps))
+            return own.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise UserError(
+                "a process that tokenizes documents died; if it says nothing above, most likely for lack of memory:"
+                f" lower prepare.workers (now {workers})"
+            ) from error
+
+    def encode_all(records: Iterable[Record | None], steps: str = NO_STEPS) -> Iterator[Result | None]:
+        waiting: collections.deque[Future] = collections.deque()
+        for chunk in _chunks(records):
+            waiting.append(threads.submit(encode_chunk, chunk, steps))
+            if len(waiting) > 2 * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+    threads = ThreadPoolExecutor(workers)
     try:
-        yield lambda records, steps=NO_STEPS: _encode_in(pool, workers, records, steps)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that tokenizes documents died, most likely for lack of memory: lower prepare.workers"
-            f" (now {workers})"
-        ) from error
+        yield encode_all
     finally:
-        pool.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
+        for process, pipe in started:
+            pipe.close()
+            process.join()
 
 
 def available_cores() -> int:
@@ -201,18 +235,6 @@ def _encode_here(
 ) -> Iterator[Result | None]:
     for record in records:
         yield None if record is None else encode(tokenizer, record, steps)
-
-
-def _encode_in(
-    pool: ProcessPoolExecutor, workers: int, records: Iterable[Record | None], steps: str
-) -> Iterator[Result | None]:
-    waiting: collections.deque = collections.deque()
-    for chunk in _chunks(records):
-        waiting.append(pool.submit(_encode_chunk, chunk, steps))
-        if len(waiting) > 2 * workers:
-            yield from waiting.popleft().result()
-    while waiting:
-        yield from waiting.popleft().result()
 
 
 def _chunks(records: Iterable[Record | None]) -> Iterator[list[Record | None]]:
@@ -229,23 +251,10 @@ def _chunks(records: Iterable[Record | None]) -> Iterator[list[Record | None]]:
         yield chunk
 
 
-_tokenizer: Tokenizer  # of a worker process
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
+def _work(pipe: Connection, tokenizer: Tokenizer) -> None:
+    """A worker process: encodes chunks until its parent closes the pipe, or is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent stops its workers
-    # The queue of a killed parent would keep the worker waiting.
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _encode_chunk(chunk: list[Record | None], steps: str) -> list[Result | None]:
-    return list(_encode_here(_tokenizer, chunk, steps))
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            chunk, steps = pipe.recv()
+            pipe.send(list(_encode_here(tokenizer, chunk, steps)))

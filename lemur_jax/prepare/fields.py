@@ -136,19 +136,20 @@ def is_held_out(key: bytes, share: float) -> bool:
 
 
 def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
-    if fields.preferences is not None:
-        content = json.dumps(fields.preferences(_plain(row)), ensure_ascii=False).encode()
-    elif fields.messages is not None:
-        messages = fields.messages(_plain(row))
-        messages = messages if isinstance(messages, Mapping) else list(messages)
-        content = json.dumps(messages, ensure_ascii=False).encode()
+    if convert := fields.preferences or fields.messages:
+        found = convert(_plain(row))
+        content = json.dumps(
+            found if isinstance(found, Mapping) else list(found), ensure_ascii=False
+        ).encode()
     else:
         content = _text(_look_up(row, fields.text), fields.text)
     id = _look_up(row, fields.id) if fields.id else None
     meta = {name: _look_up(row, name, None) for name in fields.meta}
     group = _look_up(row, fields.group) if fields.group else None
-    said = content.decode().strip().encode()  # bytes would keep a no-break space, unlike `exact_duplicates`
-    key = hashlib.sha256(said).digest() if _is_missing(group) else _bytes(str(group))
+    said = content.decode().strip()  # bytes would keep a no-break space, unlike `exact_duplicates`
+    if convert and '"tool_calls"' in said:
+        said = json.dumps(json.loads(said, object_hook=_without_ids), ensure_ascii=False)
+    key = hashlib.sha256(said.encode()).digest() if _is_missing(group) else _bytes(str(group))
     features = {
         fields.content: content,
         "id": where if _is_missing(id) else id if isinstance(id, str | bytes) else str(id),
@@ -157,6 +158,11 @@ def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
         "error": "",
     }
     return {name: _bytes(value) for name, value in features.items()}, key
+
+
+def _without_ids(value: dict[str, Any]) -> dict[str, Any]:
+    """Of calls, whose ids are drawn at random: `exact_duplicates` does not look at them either."""
+    return {key: item for key, item in value.items() if key not in ("id", "tool_call_id")}
 
 
 def _is_missing(value: Any) -> bool:

@@ -52,7 +52,7 @@ class Rejects:
         if self._file is None:
             self._work.mkdir(parents=True, exist_ok=True)
             self._file = (self._work / f"{self._state['saves']}.jsonl").open("w")
-        self._state["first"] = self._state["first"] or f"{refused.id}: {refused.reason}"
+        self._state["first"] = self._state["first"] or f"{refused.where or refused.id}: {refused.reason}"
         self._state["records"] += 1
         self._state["bad"] += refused.records
         self._file.write(json.dumps(dataclasses.asdict(refused)) + "\n")

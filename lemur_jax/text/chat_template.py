@@ -65,7 +65,6 @@ def encode_chat(
     *,
     tools: tool_calls.Tools = (),
     add_generation_prompt: bool = False,
-    name: str = "",
 ) -> tuple[list[int], list[int]]:
     """Ids of a conversation and its loss mask.
 
@@ -73,7 +72,6 @@ def encode_chat(
       messages: the turns, in any order of roles; an assistant's may have OpenAI's `tool_calls`.
       tools: OpenAI's `tools`, which the assistant may call.
       add_generation_prompt: end with the header of an assistant's turn, for the model to continue.
-      name: what to call the conversation in errors.
 
     Returns:
       ids, and a mask of the same length: 1 where a token overlaps text that is supervised. With ChatML: the
@@ -83,14 +81,13 @@ def encode_chat(
       UserError: malformed messages, or a template that leaves out a content, a call or a tool; without a generation
         prompt, no supervised token, or a template without marks that does not write a turn as it would be generated.
     """
-    text, spans = _render(tokenizer, messages, tools, add_generation_prompt, name)
+    text, spans = _render(tokenizer, messages, tools, add_generation_prompt)
     ids, offsets = tokenizer.encode_marked(text)
     mask = _overlaps(offsets, spans)
     if not add_generation_prompt and not any(mask):
         raise UserError(
-            f"conversation {name or '(unnamed)'} has no supervised token: its template marks nothing as"
-            f" generated, or all assistant turns have weight 0; the roles are"
-            f" {', '.join(message['role'] for message in messages)}"
+            "the conversation has no supervised token: the chat template marks nothing as generated, or all turns of"
+            f" the assistant have weight 0; the roles are {', '.join(message['role'] for message in messages)}"
         )
     return ids, mask
 
@@ -99,7 +96,7 @@ def render_chat(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> str:
     """A conversation as its template writes it, control tokens spelled out; UserError if it is malformed or refused."""
-    return tokenizer.unmark(_render(tokenizer, messages, (), add_generation_prompt, "", as_given=False)[0])
+    return tokenizer.unmark(_render(tokenizer, messages, (), add_generation_prompt, as_given=False)[0])
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
@@ -118,10 +115,7 @@ def chat_template(tokenizer: Tokenizer) -> str:
 
 def check_template(tokenizer: Tokenizer) -> None:
     """Raises UserError if no conversation of two plain questions and answers can be trained on with the template."""
-    roles = ("user", "assistant") * 2
-    encode_chat(
-        tokenizer, [{"role": role, "content": role} for role in roles], name="(two questions and answers)"
-    )
+    encode_chat(tokenizer, [{"role": role, "content": role} for role in ("user", "assistant") * 2])
 
 
 def _render(
@@ -129,7 +123,6 @@ def _render(
     messages: Sequence[Message],
     tools: tool_calls.Tools,
     add_generation_prompt: bool,
-    name: str,
     as_given: bool = True,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text for `Tokenizer.encode_marked`, and the characters [begin, end) of it that are supervised.
@@ -138,8 +131,7 @@ def _render(
       as_given: where the template has no marks, compose the text with `_with_marked_answers`, for training; if false,
         return what the template writes.
     """
-    where = f"conversation {name or '(unnamed)'}"
-    _check_messages(messages, tools, where)
+    _check_messages(messages, tools)
     template = chat_template(tokenizer)
     turns, tools = tool_calls.for_template(template, messages, tools)
     spelled = json.dumps([turns, tools], ensure_ascii=False, default=str) + template
@@ -165,10 +157,10 @@ def _render(
     try:
         text = compose(given)
         _check_complete(compose, turns, tools, unused)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    except UserError:
+        raise
     except Exception as error:  # a template is a program of the user's: it can fail in any way
-        raise UserError(f"{where}: its chat template says: {error}") from error
+        raise UserError(f"the chat template says: {error}") from error
     return _take_marks_out(tokenizer.mark_control_tokens(text), begin, end, separator, untrained)
 
 
@@ -246,7 +238,9 @@ def _with_marked_answers(
         ) from error
     parts = [before]
     for turn, following in zip(answers, [*answers[1:], None], strict=True):
-        after, longer = write(turns[: turn + 1]), write(turns[:following], following is not None)
+        after = longer = write(turns[: turn + 1])
+        if turn + 1 < len(turns):
+            longer = write(turns[:following], following is not None)
         end, rest = after, longer
         if not longer.startswith(after):
             # The template changes the answer, or what is before it. It has to end equally at least.
@@ -337,15 +331,14 @@ def _raise(message: str) -> None:
     raise ValueError(message)
 
 
-def _check_messages(messages: Sequence[Message], tools: tool_calls.Tools, where: str) -> None:
+def _check_messages(messages: Sequence[Message], tools: tool_calls.Tools) -> None:
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise UserError(f"{where}: expected a list of messages, got {messages!r:.80}")
+        raise UserError(f"expected a list of messages, got {messages!r:.80}")
     for position, message in enumerate(messages):
         strings = isinstance(message, Mapping) and [message.get(key) for key in ("role", "content")]
         if not strings or not all(isinstance(value, str) for value in strings):
             raise UserError(
-                f"{where}: message {position} is {message!s:.80}; expected a mapping with the strings"
-                " 'role' and 'content'"
+                f"message {position} is {message!s:.80}; expected a mapping with the strings 'role' and 'content'"
             )
     try:
         for message in messages:
@@ -353,7 +346,7 @@ def _check_messages(messages: Sequence[Message], tools: tool_calls.Tools, where:
             tool_calls.check_calls(message)
         tool_calls.check_tools(tools)
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(str(error)) from error
 
 
 def _map_strings(value: Any, function: Callable[[str], str]) -> Any:

@@ -3,8 +3,9 @@
 Roles are system, user, assistant and tool; contents are strings; calls of tools are OpenAI's `tool_calls`. A turn of
 the assistant with `weight: 0`, or `train`, `training` or `loss` false, gets `"train": False` and is not supervised.
 Null fields count as absent. Each function takes a row and raises ValueError with a reason where it cannot read it:
-`fields.Fields(messages=...)`.
-Where tools come with a conversation the result is {"messages": messages, "tools": tools}. Those of preferences give
+`fields.Fields(messages=...)`. Turns may be spelled {"role", "content"} or {"from", "value"} everywhere.
+A row's `system` or `system_prompt` becomes the first turn, unless it is there. Where a row has `tools` or `functions`
+(a list, or JSON), the result is {"messages": messages, "tools": tools}. Preferences give
 {"chosen": messages, "rejected": messages}, or one of them, for `Fields(preferences=...)`.
 """
 
@@ -19,53 +20,43 @@ from lemur_jax.text.tool_calls import check_tools
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, Any]]
+Conversation = Messages | dict[str, Any]
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
-_THOUGHT_KEYS = ("reasoning_content", "thinking")
-_RESULT_KEYS = ("name", "tool_call_id")
+_ROLES = (
+    dict.fromkeys(("system", "developer"), "system")
+    | dict.fromkeys(("user", "human", "prompter"), "user")
+    | dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "function_call"), "assistant")
+    | dict.fromkeys(("tool", "function", "observation", "function_response"), "tool")
+)
+_KEPT_KEYS = {"assistant": ("reasoning_content", "thinking"), "tool": ("name", "tool_call_id")}
 
 
-def sharegpt(row: Row) -> Messages:
-    """ShareGPT: `conversations`, a list of {"from", "value"}; with a `system` field if there is one.
+def sharegpt(row: Row) -> Conversation:
+    """ShareGPT: `conversations`, a list of {"from", "value"}; or `conversation`, as in data sets derived from it.
 
-    Turns spelled {"role", "content"} and a list named `conversation`, as in data sets derived from it, are read too.
+    Calls may be turns of `function_call`, with JSON of one or several, and results those of `observation`, as
+    LLaMA-Factory has them.
     """
     turns = _list(row, "conversations" if row.get("conversation") is None else "conversation")
-    messages = []
-    for turn in turns:
-        if _has(turn, "role") and not _has(turn, "from"):
-            messages.append(_turn(turn))
-        else:
-            messages.append(_message(_get(turn, "from"), _get(turn, "value"), turn))
-    return _checked([*_system(row.get("system")), *messages])
+    return _conversation(row, [_turn(turn) for turn in turns])
 
 
-def openorca(row: Row) -> Messages:
+def openorca(row: Row) -> Conversation:
     """OpenOrca: `system_prompt`, `question`, `response`."""
-    system = _system(row.get("system_prompt"))
     question, answer = _get(row, "question"), _get(row, "response")
-    return _checked([*system, _message("user", question), _message("assistant", answer)])
+    return _conversation(row, [_message("user", question), _message("assistant", answer)])
 
 
-def evol_code_alpaca(row: Row) -> Messages:
-    """Evol-CodeAlpaca and Alpaca's own form: `instruction`, perhaps `input`, `output`."""
+def evol_code_alpaca(row: Row) -> Conversation:
+    """Evol-CodeAlpaca and Alpaca's own form: `instruction`, perhaps `input`, `output`; LLaMA-Factory's `history`."""
     question = _get(row, "instruction")
     if row.get("input"):
         question = f"{question}\n\n{row['input']}"
-    return _checked([_message("user", question), _message("assistant", _get(row, "output"))])
+    said = [*(row.get("history") or ()), (question, _get(row, "output"))]
+    turns = [
+        turn for user, answer in said for turn in (_message("user", user), _message("assistant", answer))
+    ]
+    return _conversation(row, turns)
 
 
 def openassistant(row: Row) -> Messages:
@@ -107,14 +98,13 @@ def openassistant_messages(row: Row) -> Messages:
     return openassistant({"prompt": roots[0]})
 
 
-def openai(row: Row) -> Messages | dict[str, Any]:
+def openai(row: Row) -> Conversation:
     """OpenAI `messages`: contents as strings or parts, tool calls and tool results; perhaps `tools`.
 
-    Calls are trained on, results are not. `tools` (a list, or JSON as TRL has it) and calls are written by the chat
-    template, or as text where it has no place for them. `reasoning_content` and `thinking` go to the chat template,
-    which may write them.
+    Calls are trained on, results are not. `tools` and calls are written by the chat template, or as text where it has
+    no place for them. `reasoning_content` and `thinking` go to the chat template, which may write them.
     """
-    return _with_tools(row, openai_messages(_list(row, "messages")))
+    return _conversation(row, [_turn(turn) for turn in _list(row, "messages")])
 
 
 def openai_messages(turns: Sequence[Row]) -> Messages:
@@ -122,15 +112,18 @@ def openai_messages(turns: Sequence[Row]) -> Messages:
     return _checked([_turn(turn) for turn in turns])
 
 
-def preference(row: Row) -> dict[str, Any]:
+def preference(row: Row) -> dict[str, Conversation]:
     """TRL's preferences, and UltraFeedback as binarized for it: `chosen` and `rejected`, perhaps `prompt` and `tools`.
 
-    Each is a list of turns as of `openai`, or a text that answers `prompt`. The turns that both conversations share
-    belong to the prompt: only what follows is trained on.
+    Each is one turn, a list of turns, or a text that answers `prompt`; LLaMA-Factory calls a list of turns before it
+    `conversations` or `messages`. The turns that both conversations share belong to the prompt: only what follows is
+    trained on.
     """
     chosen, rejected = (_turns(_get(row, side), "assistant") for side in ("chosen", "rejected"))
-    is_whole = chosen[0]["role"] != "assistant" or not _has(row, "prompt")
-    prompt = [] if is_whole else _turns(row["prompt"], "user")
+    asked = row.get("prompt") or row.get("conversations") or row.get("messages") or []
+    prompt = [] if chosen[0]["role"] != "assistant" else _turns(asked, "user")
+    if prompt and prompt[-1]["role"] == "assistant":
+        raise ValueError("the prompt ends with an answer, and `chosen` and `rejected` begin with others")
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
@@ -141,10 +134,10 @@ def preference(row: Row) -> dict[str, Any]:
             " (conversation_formats.anthropic_hh reads transcripts)"
         )
     sides = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
-    return {side: _with_tools(row, _answered(prompt, turns)) for side, turns in sides.items()}
+    return {side: _answered(row, prompt, turns) for side, turns in sides.items()}
 
 
-def anthropic_hh(row: Row) -> dict[str, Any]:
+def anthropic_hh(row: Row) -> dict[str, Conversation]:
     """Anthropic's hh-rlhf: `chosen` and `rejected` are whole transcripts, "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
     return preference({side: _transcript(_get(row, side)) for side in ("chosen", "rejected")})
 
@@ -157,14 +150,14 @@ def _transcript(text: str) -> Messages:
     return [{"role": role.lower(), "content": said.strip()} for role, said in turns]
 
 
-def ultrafeedback(row: Row) -> dict[str, Messages]:
+def ultrafeedback(row: Row) -> dict[str, Conversation]:
     """UltraFeedback: `instruction` and `completions` with `response` and `overall_score`: the best and the worst."""
     prompt = _turns(_get(row, "instruction"), "user")
     ranked = sorted(_list(row, "completions"), key=_score)
     if len(ranked) < 2 or ranked[0]["overall_score"] == ranked[-1]["overall_score"]:
         raise ValueError("no two completions of different scores")
     worst, best = (_turns(_get(each, "response"), "assistant") for each in (ranked[0], ranked[-1]))
-    return {"chosen": _answered(prompt, best), "rejected": _answered(prompt, worst)}
+    return {"chosen": _answered(row, prompt, best), "rejected": _answered(row, prompt, worst)}
 
 
 def _score(completion: Row) -> float:
@@ -174,53 +167,79 @@ def _score(completion: Row) -> float:
     return score
 
 
-def labelled(row: Row) -> dict[str, Any]:
-    """TRL's unpaired preferences, for KTO: `prompt`, `completion`, and a `label` that says whether it is desirable."""
-    prompt, completion = _turns(_get(row, "prompt"), "user"), _turns(_get(row, "completion"), "assistant")
+def labelled(row: Row) -> dict[str, Conversation]:
+    """TRL's unpaired preferences, for KTO: as of `completion`, with a `label` that says whether it is desirable.
+
+    In place of prompt and completion the row may have `messages`, as LLaMA-Factory has it.
+    """
     label = _get(row, "label")
     if label not in (0, 1):
         raise ValueError(f"the label is {label!r:.40}, neither true nor false")
-    return {"chosen" if label else "rejected": _with_tools(row, _answered(prompt, completion))}
+    if not _has(row, "prompt") and _has(row, "messages"):
+        *prompt, last = _list(row, "messages")
+        row = {**row, "prompt": prompt, "completion": last}
+    return {"chosen" if label else "rejected": completion(row)}
+
+
+def completion(row: Row) -> Conversation:
+    """TRL's `prompt` and `completion`, texts or turns: only the completion is trained on."""
+    return _answered(row, _turns(_get(row, "prompt"), "user"), _turns(_get(row, "completion"), "assistant"))
 
 
 def _turns(content: Any, role: str) -> Messages:
-    """A list of turns, or a text as one of `role`."""
+    """A list of turns, one turn, or a text as one of `role`."""
     if isinstance(content, str):
         return [_message(role, content)]
-    return [_turn(turn) for turn in content]
+    return [_turn(turn) for turn in ([content] if isinstance(content, Mapping) else content)]
 
 
-def _answered(prompt: Messages, completion: Messages) -> Messages:
+def _answered(row: Row, prompt: Messages, completion: Messages) -> Conversation:
     untrained = [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in prompt]
-    return _checked([*untrained, *completion])
+    return _conversation(row, [*untrained, *completion])
 
 
 def _turn(turn: Row) -> dict[str, Any]:
-    """A message of OpenAI's form."""
-    role = _get(turn, "role")
-    calls = [_call(call) for call in turn.get("tool_calls") or []]
+    """A message of OpenAI's or ShareGPT's form."""
+    keys = ("from", "value") if _has(turn, "from") else ("role", "content")
+    role, content = _get(turn, keys[0]), turn.get(keys[1])
+    calls = _values(turn.get("tool_calls") or [], "`tool_calls`")
     if turn.get("function_call"):  # the older spelling of one call
-        calls.append(_call({"function": turn["function_call"]}))
-    content = "" if calls and not _has(turn, "content") else _parts(_get(turn, "content"))
-    message = _message(role, content, turn, calls)
-    kept = (
-        _THOUGHT_KEYS if message["role"] == "assistant" else _RESULT_KEYS if message["role"] == "tool" else ()
-    )
+        calls = [*calls, turn["function_call"]]
+    if role == "function_call":
+        found = _values(content, "the calls of a turn of function_call")
+        calls, content = found if isinstance(found, list) else [found], None
+    text = "" if calls and content is None else _parts(_get(turn, keys[1]))
+    message = _message(role, text, turn, [_call(call) for call in calls])
+    kept = _KEPT_KEYS.get(message["role"], ())
     return message | {key: turn[key] for key in kept if _has(turn, key)}
 
 
 def _call(call: Row) -> dict[str, Any]:
-    function = _get(call, "function")
+    function = call["function"] if _has(call, "function") else call
     name = _get(function, "name")
-    arguments = _values(function.get("arguments") or {}, f"the arguments of the call of {name!r}")
+    given = function.get("arguments") or function.get("parameters") or {}
+    arguments = _values(given, f"the arguments of the call of {name!r}")
     named = {"id": call["id"]} if _has(call, "id") else {}
     return {**named, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _with_tools(row: Row, messages: Messages) -> Messages | dict[str, Any]:
-    tools = _values(row.get("tools") or [], "`tools`") or []
+def _conversation(row: Row, messages: Messages) -> Conversation:
+    """The messages with the system prompt and the tools of their row."""
+    said = "".join(turn["content"] for turn in messages)
+    for kind in ("image", "video", "audio"):
+        if f"<{kind}>" in said and (row.get(kind) or row.get(f"{kind}s")):
+            raise ValueError(f"the row has a field for its <{kind}>; only text can be trained on")
+    if given := row.get("system") or row.get("system_prompt"):
+        system = _message("system", given)
+        messages = messages if system in messages else [system, *messages]
+    _checked(messages)
+    tools = _values(row.get("tools") or row.get("functions") or [], "`tools`") or []
     check_tools(tools)
-    return {"messages": messages, "tools": tools} if tools else messages
+    # In Hermes' data the first turn describes them already.
+    if not tools or (messages[0]["role"] == "system" and "<tools>" in messages[0]["content"]):
+        return messages
+    wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return {"messages": messages, "tools": wrapped}
 
 
 def _values(value: Any, what: str) -> Any:
@@ -268,14 +287,10 @@ def _message(role: Any, content: Any, turn: Row | None = None, calls: Sequence[R
     return message
 
 
-def _system(text: Any) -> Messages:
-    return [_message("system", text)] if text else []
-
-
 def _list(row: Row, name: str) -> Sequence[Any]:
-    value = row.get(name)
+    value = _get(row, name)
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"no list `{name}`")
+        raise ValueError(f"field {name!r} is {type(value).__name__}, not a list")
     return value
 
 
@@ -284,8 +299,11 @@ def _has(mapping: Any, name: str) -> bool:
 
 
 def _get(mapping: Any, name: str) -> Any:
-    if not _has(mapping, name):
-        raise ValueError(f"no field {name!r}")
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"{mapping!r:.40} stands where a field {name!r} is wanted")
+    if mapping.get(name) is None:
+        there = ", ".join(str(key) for key, value in mapping.items() if value is not None)
+        raise ValueError(f"no field {name!r}; there are {there or 'none'}")
     return mapping[name]
 
 

@@ -30,6 +30,12 @@ PAIR = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
     [
         {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green, and so on."},
         {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"messages": [USER], "chosen": GOOD, "rejected": BAD},
+        {
+            "conversations": [{"from": "human", "value": "Sky?"}],
+            "chosen": {"from": "gpt", "value": "Blue."},
+            "rejected": BAD,
+        },
         {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"prompt": "Sky?", "chosen": [USER, GOOD], "rejected": [USER, BAD], "score_chosen": 8.0},
     ],
@@ -63,10 +69,13 @@ def test_transcripts_of_anthropic():
         {"chosen": f"{HH}Dark.", "rejected": f"{HH}Pink."},
         {"chosen": [GOOD], "rejected": [BAD], "question": "Sky?"},
         {"chosen": [USER, GOOD], "rejected": BAD["content"]},
+        {"messages": [USER, GOOD], "chosen": GOOD, "rejected": BAD},
     ],
 )
 def test_answers_to_nothing_are_refused(row):
-    with pytest.raises(ValueError, match="answer nothing: the row needs `prompt`"):
+    with pytest.raises(
+        ValueError, match="answer nothing: the row needs `prompt`|the prompt ends with an answer"
+    ):
         conversation_formats.preference(row)
 
 
@@ -81,6 +90,9 @@ def test_scores_and_labels():
     row = {"prompt": "Sky?", "completion": BAD["content"], "label": False}
     with_label = conversation_formats.labelled(row)
     assert with_label == {"rejected": [USER, BAD]}
+    assert conversation_formats.labelled({"messages": [USER, GOOD], "label": True}) == {
+        "chosen": [USER, GOOD]
+    }
     with pytest.raises(ValueError, match="label is 'False', neither true nor false"):
         conversation_formats.labelled(row | {"label": "False"})
     scored.append({"response": "Red.", "overall_score": "nan"})

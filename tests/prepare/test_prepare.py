@@ -72,18 +72,6 @@ def test_a_damaged_store_is_not_unchanged(task, make_config, tmp_path):
     assert file.read_bytes() == whole
 
 
-def test_conversations_arrive_with_their_mask(task, make_config, tmp_path, chat_dir, chat_tokenizer):
-    records = list(chat_records(5))
-    task(records)
-    run(make_config("made_up", **{"tokenizer.path": str(chat_dir)}))
-    store = TokenStore.open(tmp_path / "stores" / "made_up" / "train", chat_tokenizer)
-    for index, record in enumerate(records):
-        ids, mask = store.document(index)
-        expected = encode_chat(chat_tokenizer, json.loads(record["messages"]))
-        assert (ids.tolist(), mask.tolist()) == expected
-    assert store.manifest.added_tokens == chat_tokenizer.added_tokens
-
-
 def test_workers_change_no_byte(task, make_config, tmp_path, chat_dir, monkeypatch):
     monkeypatch.setattr(documents, "CHUNK_RECORDS", 7)
     bad = {"text": b"\xff", "id": "bad"}
@@ -160,20 +148,23 @@ def test_a_template_of_the_config_is_checked_before_data_is_read(task, make_conf
     task([record], name="chat")
     run(make_config("chat", **options))
     tokenizer = Tokenizer.from_config(make_config("chat", **options).tokenizer)
-    ids, mask = TokenStore.open(tmp_path / "stores" / "chat" / "train").document(0)
+    store = TokenStore.open(tmp_path / "stores" / "chat" / "train", tokenizer)
+    assert store.manifest.added_tokens == tokenizer.added_tokens
+    ids, mask = store.document(0)
     assert (ids.tolist(), mask.tolist()) == encode_chat(tokenizer, json.loads(record["messages"]))
 
 
 def test_bad_records_are_counted_named_and_kept(task, make_config, tmp_path):
     records = [*text_records(50), {"text": b"a\xff", "id": "bad-1"}, {"text": b"\xff", "id": "bad-2"}]
-    task(records)
+    task([{**record, "where": f"file: line {number}"} for number, record in enumerate(records)])
     said = run(make_config("made_up", **{"prepare.max_bad_share": 0.05}))
     assert said[0].startswith("made_up/train: 50 documents")
-    assert "refused 2 records, the first (bad-1: invalid UTF-8)" in said[0]
+    assert "refused 2 records, the first (file: line 50: invalid UTF-8)" in said[0]
     lines = (tmp_path / "stores" / "made_up" / "train.quarantine.jsonl").read_text().splitlines()
+    common = {"reason": "invalid UTF-8", "records": 1}
     assert [json.loads(line) for line in lines] == [
-        {"id": name, "reason": reason, "record": {"text": text, "id": name}, "where": "", "records": 1}
-        for name, reason, text in (("bad-1", "invalid UTF-8", "a\\xff"), ("bad-2", "invalid UTF-8", "\\xff"))
+        common | {"id": name, "record": {"text": text, "id": name}, "where": where}
+        for name, text, where in (("bad-1", "a\\xff", "file: line 50"), ("bad-2", "\\xff", "file: line 51"))
     ]
 
 

@@ -49,18 +49,6 @@ def with_template(chat_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
-def test_text_and_mask_are_chatml(chat_tokenizer, turns):
-    ids, mask = encode_chat(chat_tokenizer, messages_of(turns))
-    text = "".join(f"<|im_start|>{role}\n{content.strip()}<|im_end|>\n" for role, content in turns)
-    assert chat_tokenizer.decode(ids) == text.replace("▁", " ")
-    assert set(mask) <= {0, 1}
-    supervised = "".join(f"{content.strip()}<|im_end|>\n" for role, content in turns if role == "assistant")
-    # Decoded after a control token, so that no dummy space is looked for.
-    chosen = [index for index, flag in zip(ids, mask, strict=True) if flag]
-    assert chat_tokenizer.decode([701, *chosen]) == "<|im_start|>" + supervised.replace("▁", " ")
-
-
-@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
 def test_transformers_gives_the_same_ids_and_mask(chat_tokenizer, hf, turns):
     messages = messages_of(turns)
     assert encode_chat(chat_tokenizer, messages) == hf_chat(hf, messages)
@@ -192,10 +180,8 @@ def test_an_answer_that_a_template_rewrites_later_stays_as_it_was_given(with_tem
 def test_an_answer_that_does_not_follow_its_prompt_or_ends_differently_is_refused(with_template, turn):
     tokenizer = with_template("{% for m in messages %}" + turn + "{% endfor %}")
     messages = messages_of([("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", "b")])
-    with pytest.raises(
-        UserError, match=r"conversation c-3: the chat template does not write turn 1 as it would be"
-    ):
-        encode_chat(tokenizer, messages, name="c-3")
+    with pytest.raises(UserError, match=r"^the chat template does not write turn 1 as it would be"):
+        encode_chat(tokenizer, messages)
     with pytest.raises(UserError, match="does not write turn 1"):
         check_template(tokenizer)
 
@@ -216,8 +202,8 @@ def test_a_template_that_refuses(with_template):
     tokenizer = with_template(
         "{% generation %}{{ raise_exception('roles must alternate') }}{% endgeneration %}"
     )
-    with pytest.raises(UserError, match="conversation c-7: its chat template says: roles must alternate"):
-        encode_chat(tokenizer, messages_of([("assistant", "x")]), name="c-7")
+    with pytest.raises(UserError, match="^the chat template says: roles must alternate"):
+        encode_chat(tokenizer, messages_of([("assistant", "x")]))
 
 
 def test_a_tokenizer_without_chatml_is_refused(tokenizer):
@@ -227,8 +213,8 @@ def test_a_tokenizer_without_chatml_is_refused(tokenizer):
 
 def test_a_conversation_without_supervision_is_refused(chat_tokenizer):
     messages = messages_of([("user", "anyone?"), ("system", "no")])
-    with pytest.raises(UserError, match=r"c-1 has no supervised token.*user, system"):
-        encode_chat(chat_tokenizer, messages, name="c-1")
+    with pytest.raises(UserError, match=r"no supervised token.*user, system"):
+        encode_chat(chat_tokenizer, messages)
     assert not any(encode_chat(chat_tokenizer, messages, add_generation_prompt=True)[1])
 
 
@@ -236,8 +222,8 @@ def test_a_conversation_without_supervision_is_refused(chat_tokenizer):
     "messages", [[], "hi", {"role": "user"}, ["hi"], [{"role": "user"}], [{"role": "user", "content": None}]]
 )
 def test_malformed_messages_are_refused(chat_tokenizer, messages):
-    with pytest.raises(UserError, match="conversation c-2"):
-        encode_chat(chat_tokenizer, messages, name="c-2")
+    with pytest.raises(UserError, match="expected a (list|mapping)"):
+        encode_chat(chat_tokenizer, messages)
 
 
 def with_generation_config(chat_dir, eos):

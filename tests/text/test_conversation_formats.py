@@ -11,7 +11,6 @@ from lemur_jax.prepare import readers
 from lemur_jax.prepare.cleaning import filters, parse_steps
 from lemur_jax.prepare.fields import Fields, to_documents
 from lemur_jax.text import conversation_formats as formats
-from lemur_jax.text.chat_template import encode_chat
 
 
 def talk(*turns):
@@ -24,8 +23,6 @@ QUESTION_ANSWER = talk(("user", "Why?"), ("assistant", "Because."))
 def test_sharegpt():
     turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
     assert formats.sharegpt({"conversations": turns}) == QUESTION_ANSWER
-    found = formats.sharegpt({"conversations": turns, "system": "Be kind."})
-    assert found == talk(("system", "Be kind.")) + QUESTION_ANSWER
     assert formats.sharegpt({"conversation": QUESTION_ANSWER}) == QUESTION_ANSWER
     # As the dump of 2023 has them: an id, other names of the model, turns that follow one another.
     row = {"id": "QWJhYvA_0", "conversations": [{"from": "human", "value": "Why?", "markdown": None}]}
@@ -34,41 +31,72 @@ def test_sharegpt():
     assert [message["role"] for message in found] == ["user"] + ["assistant"] * 4
 
 
-def test_openorca():
-    row = {"id": "niv.242684", "system_prompt": "", "question": "Why?", "response": "Because."}
-    assert formats.openorca(row) == QUESTION_ANSWER
-    assert formats.openorca(row | {"system_prompt": "S"})[0] == talk(("system", "S"))[0]
+CALL = {"name": "f", "arguments": {"x": 1}}
+TOOL = {"name": "f", "description": "Does.", "parameters": {}}
+
+
+def calling(*calls):
+    tool_calls = [{"type": "function", "function": call} for call in calls]
+    return {"role": "assistant", "content": "", "tool_calls": tool_calls}
+
+
+def test_calls_and_tools_of_llama_factory_and_of_hermes():
+    turns = [
+        ("human", "Why?"), ("function_call", json.dumps(CALL)), ("observation", "r"),
+        ("function_call", json.dumps([CALL, CALL])), ("function", "r"), ("gpt", "Because."),
+    ]  # fmt: skip
+    turns = [{"from": role, "value": value} for role, value in turns]
+    row = {"conversations": turns, "system": "S", "tools": json.dumps([TOOL])}
+    result, system = talk(("tool", "r"))[0], talk(("system", "S"))[0]
+    question, answer = QUESTION_ANSWER
+    expected = [system, question, calling(CALL), result, calling(CALL, CALL), result, answer]
+    assert formats.sharegpt(row) == {"messages": expected, "tools": [{"type": "function", "function": TOOL}]}
+    described = {"from": "system", "value": f"<tools> {row['tools']} </tools>"}
+    found = formats.sharegpt({"conversations": [described, *turns], "tools": row["tools"]})
+    assert [message["content"] for message in found[:2]] == [described["value"], "Why?"]
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [CALL],
+        json.dumps([CALL]),
+        [{"function": {"name": "f", "parameters": '{"x": 1}'}}],
+        [CALL | {"y": None}],
+    ],
+)
+def test_calls_as_others_spell_them(calls):
+    messages = [QUESTION_ANSWER[0], {"role": "assistant", "tool_calls": calls}]
+    found = formats.openai({"messages": messages, "functions": [TOOL]})
+    assert found["messages"] == [QUESTION_ANSWER[0], calling(CALL)]
+    assert found["tools"] == [{"type": "function", "function": TOOL}]
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("openai", {"messages": QUESTION_ANSWER}),
+        ("openai", {"messages": [*talk(("system", "S")), *QUESTION_ANSWER]}),
+        ("sharegpt", {"conversations": QUESTION_ANSWER}),
+        ("openorca", {"question": "Why?", "response": "Because."}),
+        ("evol_code_alpaca", {"instruction": "Why?", "output": "Because."}),
+        ("completion", {"prompt": "Why?", "completion": "Because."}),
+    ],
+)
+def test_the_system_prompt_of_a_row_comes_first(name, row, key):
+    assert getattr(formats, name)(row | {key: "S"}) == [*talk(("system", "S")), *QUESTION_ANSWER]
+    assert getattr(formats, name)(row | {key: ""})[-2:] == QUESTION_ANSWER
 
 
 def test_evol_code_alpaca():
-    assert formats.evol_code_alpaca({"instruction": "Why?", "output": "Because."}) == QUESTION_ANSWER
-    found = formats.evol_code_alpaca({"instruction": "Sort.", "input": "3 1", "output": "1 3"})
-    assert found == talk(("user", "Sort.\n\n3 1"), ("assistant", "1 3"))
+    row = {"instruction": "Sort.", "input": "3 1", "output": "1 3", "history": [["Why?", "Because."]]}
+    expected = [*QUESTION_ANSWER, *talk(("user", "Sort.\n\n3 1"), ("assistant", "1 3"))]
+    assert formats.evol_code_alpaca(row) == expected
 
 
 def reply(role, text, *replies, **more):
     return {"role": role, "text": text, "lang": "en", "replies": list(replies), **more}
-
-
-def test_openassistant_takes_the_best_ranked_path():
-    tree = reply(
-        "prompter",
-        "q",
-        reply("assistant", "second", rank=1),
-        reply("assistant", "unranked", reply("prompter", "more"), rank=None),
-        reply(
-            "assistant",
-            "first",
-            reply("prompter", "q2", reply("assistant", "deleted", rank=0, deleted=True)),
-            reply("prompter", "not reached", reply("assistant", "x")),
-            rank=0,
-        ),
-    )
-    # The best reply is followed; the question after it has no answer left, so the path ends before it.
-    assert formats.openassistant({"prompt": tree}) == talk(("user", "q"), ("assistant", "first"))
-    tree["replies"][2]["replies"][0]["replies"].append(reply("assistant", "a2"))
-    found = formats.openassistant({"prompt": tree})
-    assert [m["content"] for m in found] == ["q", "first", "q2", "a2"]
 
 
 def flat(*messages):
@@ -81,6 +109,7 @@ def flat(*messages):
 TREE = flat(
     ("q", None, "prompter", "What is a monopsony?"),
     ("a1", "q", "assistant", "second", {"rank": 1}),
+    ("a4", "q", "assistant", "unranked"),
     ("a0", "q", "assistant", "deleted", {"rank": 0, "deleted": True}),
     ("q2", "a2", "prompter", "Now in verse.", {"rank": None}),
     ("a2", "q", "assistant", "best that is left", {"rank": 0}),
@@ -127,7 +156,7 @@ def test_flat_messages_as_the_hub_ships_them(tmp_path, form):
         "no turn of the assistant",
         "message a1 answers q, which is not beside it: a tree is in pieces",
     ]
-    assert bad[0]["where"].decode() == f"{path}: {'row 14' if form == 'parquet' else 'line 15'}"
+    assert bad[0]["where"].decode() == f"{path}: {'row 16' if form == 'parquet' else 'line 17'}"
     languages = filters(parse_steps("t", {"metadata": {"lang": ("en",)}}))
     stay = [languages.remove("x", "", json.loads(document["meta"])) is None for document in (first, second)]
     assert stay == [True, False]
@@ -162,17 +191,6 @@ def test_openai_with_tools():
     expected[2]["tool_calls"] = [{**call, "function": {"name": "add", "arguments": {"a": 1}}}] * 2
     expected[3]["tool_call_id"] = "1"
     assert formats.openai({"messages": messages}) == expected
-
-
-def test_calls_are_trained_on_and_results_are_not(chat_tokenizer):
-    function = {"name": "f", "arguments": {}}
-    messages = talk(("user", "q"), ("assistant", ""), ("function", "secret result"), ("assistant", "done"))
-    messages[1]["function_call"] = function
-    ids, mask = encode_chat(chat_tokenizer, formats.openai({"messages": messages}))
-    trained = chat_tokenizer.decode([i for i, flag in zip(ids, mask, strict=True) if flag])
-    assert json.dumps(function) in trained
-    assert "done" in trained
-    assert "secret" not in trained
 
 
 def test_turns_that_are_not_to_be_trained_on():
@@ -211,10 +229,14 @@ def test_null_fields_are_absent():
 @pytest.mark.parametrize(
     ("name", "row", "reason"),
     [
-        ("sharegpt", {}, "no list `conversations`"),
+        ("sharegpt", {}, "no field 'conversations'"),
         ("sharegpt", {"conversations": [{"from": "alien", "value": ""}]}, "unknown role 'alien'"),
         ("sharegpt", {"conversations": [{"from": "human", "value": "q"}]}, "no turn of the assistant"),
-        ("sharegpt", {"conversations": ["q"]}, "no field 'from'"),
+        ("sharegpt", {"conversations": ["q"]}, "'q' stands where a field 'role' is wanted"),
+        ("sharegpt", {"conversations": "q"}, "'conversations' is str, not a list"),
+        ("sharegpt", {"conversations": [{"from": "function_call", "value": "f(1)"}]}, "are not JSON"),
+        ("sharegpt", {"images": ["a"], "conversations": talk(("gpt", "A cat: <image>"))}, "for its <image>"),
+        ("completion", {"prompt": "q", "answer": "a"}, "no field 'completion'; there are prompt, answer"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": None}]}, "no field 'value'"),
         ("openorca", {"question": None, "response": "a"}, "no field 'question'"),
         ("openorca", {"system_prompt": 3, "question": "q", "response": "a"}, "turn of system is int"),
@@ -224,7 +246,7 @@ def test_null_fields_are_absent():
         ("openassistant", {"prompt": {"role": "prompter", "text": "q"}}, "no turn of the assistant"),
         ("openassistant", {"prompt": reply("prompter", "q", deleted=True)}, "prompt was deleted"),
         ("openassistant", {"prompt": reply("moderator", "q")}, "unknown role 'moderator'"),
-        ("openassistant_messages", {"text": "q"}, "no list `rows`"),
+        ("openassistant_messages", {"text": "q"}, "no field 'rows'; there are text"),
         ("openassistant_messages", {"rows": [{"text": "q"}]}, "no field 'message_id'"),
         ("openassistant_messages", {"rows": flat(("q", None), ("r", None))}, "2 messages that answer none"),
         (
@@ -232,17 +254,16 @@ def test_null_fields_are_absent():
             {"rows": flat(("q", "r", "prompter", ""), ("r", "q", "assistant", ""))},
             "0 messages that answer none",
         ),
-        ("openai", {"messages": None}, "no list `messages`"),
+        ("openai", {"messages": None}, "no field 'messages'"),
         ("openai", {"messages": [{"role": "assistant", "text": "a"}]}, "no field 'content'"),
         ("openai", {"messages": [{"role": "user", "content": None}]}, "no field 'content'"),
         ("openai", {"messages": [{"role": "assistant", "content": None, "refusal": "No."}]}, "no field"),
         ("openai", {"messages": [{"role": "assistant", "content": " "}]}, "a turn of assistant is empty"),
         ("openai", {"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "weight 0 or train"),
         ("openai", {"messages": [{"role": "assistant", "content": "a", "weight": 2}]}, "only 0 and 1"),
-        ("openai", {"messages": ["hi"]}, "no field 'role'"),
         ("openai", {"messages": [{"role": "user", "content": 3}]}, "content is int"),
         ("openai", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "no field 'type'"),
-        ("openai", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "no field 'function'"),
+        ("openai", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "no field 'name'"),
         ("openai", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
         (
             "openai",
