@@ -115,13 +115,12 @@ def openai_messages(turns: Sequence[Row]) -> Messages:
 def preference(row: Row) -> dict[str, Conversation]:
     """TRL's preferences, and UltraFeedback as binarized for it: `chosen` and `rejected`, perhaps `prompt` and `tools`.
 
-    Each is one turn, a list of turns, or a text that answers `prompt`; LLaMA-Factory calls a list of turns before it
-    `conversations` or `messages`. The turns that both conversations share belong to the prompt: only what follows is
-    trained on.
+    Each is a turn, a list of turns, or a text that answers `prompt`, which LLaMA-Factory calls `conversations` or
+    `messages`. The turns that both share belong to the prompt: only what follows is trained on.
     """
-    chosen, rejected = (_turns(_get(row, side), "assistant") for side in ("chosen", "rejected"))
-    asked = row.get("prompt") or row.get("conversations") or row.get("messages") or []
-    prompt = [] if chosen[0]["role"] != "assistant" else _turns(asked, "user")
+    chosen, rejected = (_turns(row, side, "assistant") for side in ("chosen", "rejected"))
+    asked = [name for name in ("prompt", "conversations", "messages") if row.get(name)]
+    prompt = _turns(row, asked[0], "user") if asked and chosen[0]["role"] == "assistant" else []
     if prompt and prompt[-1]["role"] == "assistant":
         raise ValueError("the prompt ends with an answer, and `chosen` and `rejected` begin with others")
     shared = 0
@@ -152,11 +151,11 @@ def _transcript(text: str) -> Messages:
 
 def ultrafeedback(row: Row) -> dict[str, Conversation]:
     """UltraFeedback: `instruction` and `completions` with `response` and `overall_score`: the best and the worst."""
-    prompt = _turns(_get(row, "instruction"), "user")
+    prompt = _turns(row, "instruction", "user")
     ranked = sorted(_list(row, "completions"), key=_score)
     if len(ranked) < 2 or ranked[0]["overall_score"] == ranked[-1]["overall_score"]:
         raise ValueError("no two completions of different scores")
-    worst, best = (_turns(_get(each, "response"), "assistant") for each in (ranked[0], ranked[-1]))
+    worst, best = (_turns(each, "response", "assistant") for each in (ranked[0], ranked[-1]))
     return {"chosen": _answered(row, prompt, best), "rejected": _answered(row, prompt, worst)}
 
 
@@ -183,14 +182,17 @@ def labelled(row: Row) -> dict[str, Conversation]:
 
 def completion(row: Row) -> Conversation:
     """TRL's `prompt` and `completion`, texts or turns: only the completion is trained on."""
-    return _answered(row, _turns(_get(row, "prompt"), "user"), _turns(_get(row, "completion"), "assistant"))
+    return _answered(row, _turns(row, "prompt", "user"), _turns(row, "completion", "assistant"))
 
 
-def _turns(content: Any, role: str) -> Messages:
-    """A list of turns, one turn, or a text as one of `role`."""
+def _turns(row: Row, name: str, role: str) -> Messages:
+    """The turns of a field: a list, one, or a text as one of `role`."""
+    content = _get(row, name)
     if isinstance(content, str):
         return [_message(role, content)]
-    return [_turn(turn) for turn in ([content] if isinstance(content, Mapping) else content)]
+    if not (turns := [content] if isinstance(content, Mapping) else _list(row, name)):
+        raise ValueError(f"field {name!r} has no turns")
+    return [_turn(turn) for turn in turns]
 
 
 def _answered(row: Row, prompt: Messages, completion: Messages) -> Conversation:

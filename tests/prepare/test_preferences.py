@@ -93,6 +93,8 @@ def test_scores_and_labels():
     assert conversation_formats.labelled({"messages": [USER, GOOD], "label": True}) == {
         "chosen": [USER, GOOD]
     }
+    with pytest.raises(ValueError, match="field 'prompt' has no turns"):
+        conversation_formats.labelled({"messages": [GOOD], "label": True})
     with pytest.raises(ValueError, match="label is 'False', neither true nor false"):
         conversation_formats.labelled(row | {"label": "False"})
     scored.append({"response": "Red.", "overall_score": "nan"})
