@@ -142,7 +142,7 @@ def anthropic_hh(row: Row) -> dict[str, Conversation]:
 
 
 def _transcript(text: str) -> Messages:
-    start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    start, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", str(text))
     if start.strip() or not parts:
         raise ValueError(f"the transcript begins with {text!r:.40}, not with 'Human:'")
     turns = zip(parts[::2], parts[1::2], strict=True)

@@ -61,6 +61,8 @@ def test_transcripts_of_anthropic():
     assert pair["rejected"] == [*prompt, {"role": "assistant", "content": "Pink.\n\nStill."}]
     with pytest.raises(ValueError, match="begins with 'Sky"):
         conversation_formats.anthropic_hh({"chosen": "Sky?\n\nAssistant: Blue.", "rejected": f"{HH}Pink."})
+    with pytest.raises(ValueError, match="begins with .*role.*, not with 'Human:'"):
+        conversation_formats.anthropic_hh(PAIR)
 
 
 @pytest.mark.parametrize(
