@@ -2,18 +2,14 @@
 
 import bisect
 import dataclasses
-import re
 from collections.abc import Generator, Sequence
 
 from lemur_jax.infer.engine import SLOTS, Engine, Request
 from lemur_jax.infer.generate import Completion, completion, make_engine, make_requests
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
-from lemur_jax.infer.text import INCOMPLETE, continuation
+from lemur_jax.infer.text import INCOMPLETE, continuation, settled
 from lemur_jax.text.chat_template import stop_ids
-from lemur_jax.text.tokenizer import Tokenizer
-
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a byte token
 
 
 def complete(
@@ -84,8 +80,7 @@ def pieces(
 ) -> Generator[tuple[str, str] | None]:
     """(text, "") for each piece of an answer, then ("", finish reason); None whenever the engine must make a step.
 
-    Text that later tokens can change is held back: the possible beginning of a stop string, an incomplete character,
-    and byte tokens at the end. Closed before its end, it cancels the request.
+    The possible beginning of a stop string is held back. Closed before its end, it cancels the request.
     """
     shown, margin = 0, max(map(len, stops), default=1) - 1
     try:
@@ -94,7 +89,6 @@ def pieces(
             answer = with_text(session, request, stops)
             text = answer.text
             if not answer.finish_reason:
-                text = _without_last_bytes(session.need_tokenizer(), request, text).rstrip(INCOMPLETE)
                 text = text[: max(0, len(text) - margin)]
             if len(text) > shown:
                 yield text[shown:], ""
@@ -106,39 +100,32 @@ def pieces(
         engine.cancel(request)
 
 
-def _without_last_bytes(tokenizer: Tokenizer, request: Request, text: str) -> str:
-    """The text of a request without the byte tokens at its end.
-
-    SentencePiece decodes byte tokens in a row together. If they are not UTF-8, each of them becomes U+FFFD, also those
-    that were valid without the next one.
-    """
-    count = len(request.tokens)
-    while count and _BYTE.fullmatch(tokenizer.token(request.tokens[count - 1])):
-        count -= 1
-    if count == len(request.tokens):
-        return text
-    return continuation(tokenizer, request.prompt, request.tokens[:count])
-
-
 def with_text(session: Session, request: Request, stops: Sequence[str] = ()) -> Completion:
     """What a request has got, with its text up to the first of the stop strings, which end it.
 
     The tokens end with the one that completes a stop string: how many the engine has made since depends on others.
+    `text` of an answer that goes on lacks what later tokens can change: byte tokens and an incomplete character.
     """
-    answer = completion(request)
-    stops = [stop for stop in stops if stop]
+    answer, tokenizer = completion(request), session.need_tokenizer()
+    tokens, stops = answer.content, [stop for stop in stops if stop]
 
     def text_of(count: int) -> str:
-        return continuation(session.need_tokenizer(), request.prompt, answer.content[:count])
+        return continuation(tokenizer, request.prompt, tokens[:count])
 
     def stopped(text: str) -> bool:
         whole = text.rstrip(INCOMPLETE)  # of a character that goes on nothing is known yet
         return any(stop in whole for stop in stops)
 
-    count, text = len(answer.content), text_of(len(answer.content))
+    known = len(tokens) if answer.finish_reason else settled(tokenizer, tokens)
+    text = text_of(known)
     if not stopped(text):
-        return dataclasses.replace(answer, text=text)
-    count = bisect.bisect_left(range(count), True, key=lambda count: stopped(text_of(count)))
+        return dataclasses.replace(answer, text=text if answer.finish_reason else text.rstrip(INCOMPLETE))
+    first = bisect.bisect_left(
+        range(known), True, key=lambda count: stopped(text_of(settled(tokenizer, tokens[:count])))
+    )
+    # A byte token may complete it, in a run that later ones have completed.
+    counts = range(settled(tokenizer, tokens[: first - 1]) + 1, first + 1)
+    count = next(count for count in counts if stopped(text_of(count)))
     text = text_of(count)
     return dataclasses.replace(
         answer,

@@ -59,6 +59,7 @@ class _Prompt:
     """A prompt in prefill, for all requests that share it, by row."""
 
     tokens: list[int]
+    long: bool
     requests: dict[int, Request]
     done: int = 0
 
@@ -83,6 +84,7 @@ class Engine:
         self._waiting: collections.deque[Request] = collections.deque()
         self._shape = (0, 0, 0)  # B, S, J
         self._ready = np.zeros(0, bool)  # rows whose prompts are read
+        self._long = np.zeros(0, bool)  # rows whose keys are rotated for long texts
         self._rows: list[Request | None] = []
         self._prompts: list[_Prompt | None] = []
         self._recalled: dict[int, int] = {}  # new prompt -> the row that holds its beginning
@@ -144,13 +146,14 @@ class Engine:
         if self._waiting and not any(self._rows):
             self._resize()
         while self._waiting and None in self._rows and self._fits(self._waiting[0]):
-            prompt = list(self._waiting[0].prompt)
+            prompt, long = list(self._waiting[0].prompt), self._is_long(self._waiting[0])
             row = None
-            found = next((one for one in self._prompts if one and one.tokens == prompt), None)
+            same = (one for one in self._prompts if one and (one.tokens, one.long) == (prompt, long))
+            found = next(same, None)
             if not found:
                 if None not in self._prompts:
                     return
-                found, row = self._begin(prompt)
+                found, row = self._begin(prompt, long)
             if row is None:
                 free = [row for row in self._order if self._rows[row] is None]
                 row = min(free, key=lambda row: bool(self._held[row]))
@@ -158,7 +161,14 @@ class Engine:
             self._ready[row] = False
             self._mark_used(row)
 
-    def _begin(self, tokens: list[int]) -> tuple[_Prompt, int | None]:
+    def _is_long(self, request: Request) -> bool:
+        """Whether a request takes LongRoPE's factors for long texts: where it may need them at its end."""
+        model = self.session.model
+        return (
+            model.rope_scaling == "longrope" and request.length > model.rope_original_max_position_embeddings
+        )
+
+    def _begin(self, tokens: list[int], long: bool) -> tuple[_Prompt, int | None]:
         """Starts to read a prompt. Returns it, and its row if it continues the prompt of a free one.
 
         A prompt is read on the devices of the row whose chunks it copies.
@@ -168,16 +178,16 @@ class Engine:
         slots = {slot * ways // len(self._prompts): slot for slot in reversed(free)}
         unit = chunk_length(self.session)
         shared = [
-            _shared(held, tokens, unit) if row * ways // rows in slots else 0
+            _shared(held, tokens, unit) if row * ways // rows in slots and self._long[row] == long else 0
             for row, held in enumerate(self._held)
         ]
         most = max(shared)
         if not most:
-            prompt = self._prompts[free[0]] = _Prompt(tokens, {})
+            prompt = self._prompts[free[0]] = _Prompt(tokens, long, {})
             return prompt, None
         row = shared.index(most)
         slot = slots[row * ways // rows]
-        prompt = self._prompts[slot] = _Prompt(tokens, {}, most)
+        prompt = self._prompts[slot] = _Prompt(tokens, long, {}, most)
         self._recalled[slot] = row
         self._mark_used(row)
         return prompt, row if self._rows[row] is None and len(self._held[row]) == most else None
@@ -214,7 +224,7 @@ class Engine:
             self.release()  # before there is another cache beside it
             self._shape, self._rows, self._prompts = (B, S, J), [None] * B, [None] * P
             self._held, self._order = [[] for _ in range(B)], list(range(B))
-            self._ready = np.zeros(B, bool)
+            self._ready, self._long = np.zeros(B, bool), np.zeros(B, bool)
             self._cache, self._prompt_cache = run.empty(B, S), run.empty(P, S)
             self._device_rows = self._put(empty_rows(B, S, J))
 
@@ -233,12 +243,12 @@ class Engine:
             self._recalled.clear()
         if row_ways(self.session) == 1 and not any(self._prompts[FEW_PROMPTS:]):
             P = min(P, FEW_PROMPTS)
-        tokens, start = np.zeros((P, C), np.int32), np.zeros(P, np.int32)
+        tokens, start, long = np.zeros((P, C), np.int32), np.zeros(P, np.int32), np.zeros(P, bool)
         for index, prompt in enumerate(self._prompts):
             if prompt:
                 piece = prompt.tokens[prompt.done : prompt.done + C]
-                tokens[index, : len(piece)], start[index] = piece, prompt.done
-        arrays = (put(self.session, tokens), put(self.session, start))
+                tokens[index, : len(piece)], start[index], long[index] = piece, prompt.done, prompt.long
+        arrays = (put(self.session, array) for array in (tokens, start, long))
         self._prompt_cache = run.prefill(self.session.params, self._prompt_cache, *arrays)
         B, S, J = self._shape
         source, new = np.full(B, -1, np.int32), empty_rows(B, S, J)
@@ -251,6 +261,7 @@ class Engine:
                 continue
             for row, request in here.items():
                 source[row], self._ready[row] = index, True
+                new.long[row] = self._long[row] = prompt.long
                 self._held[row] = prompt.tokens[: (len(prompt.tokens) - 1) // C * C]
                 _fill(new, row, request)
             self._prompts[index] = None

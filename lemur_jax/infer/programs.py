@@ -34,6 +34,7 @@ class DecodeRows:
       position: int32 [B], of the last token; its key is not in the cache yet.
       remaining: int32 [B], tokens that may still be chosen; 0: the row is free.
       seed: uint32 [B].
+      long: bool [B], as of `rope.rotary_angles`.
       stop_ids: int32 [B, J], padded with -1.
       knobs: [B] each.
     """
@@ -42,6 +43,7 @@ class DecodeRows:
     position: Any
     remaining: Any
     seed: Any
+    long: Any
     stop_ids: Any
     knobs: Knobs
 
@@ -55,6 +57,7 @@ def empty_rows(B: int, S: int, J: int) -> DecodeRows:
         position=zeros,
         remaining=zeros.copy(),
         seed=np.zeros(B, np.uint32),
+        long=np.zeros(B, bool),
         stop_ids=np.full((B, J), -1, np.int32),
         knobs=knobs,
     )
@@ -65,8 +68,8 @@ class Programs:
 
     Attributes:
       empty: (rows, slots), both static -> KVCache.
-      prefill: (params, cache, tokens int32 [P, C], start int32 [P]) -> cache, with the keys of the tokens in the slots
-        of its first P rows from `start` on.
+      prefill: (params, cache, tokens int32 [P, C], start int32 [P], long bool [P]) -> cache, with the keys of the
+        tokens in the slots of its first P rows from `start` on.
       recall: (prompts: cache of P rows, cache, row int32 [P]) -> prompts, in which prompt p has the cache of row
         `row[p]`, if that is not -1; both on the same devices.
       admit: (cache, rows, prompts: cache of P rows, source int32 [B], new rows) -> (cache, rows), in which row b is
@@ -84,11 +87,13 @@ class Programs:
         self.admit = jax.jit(self._admit, donate_argnums=(0, 1))
         self.decode = jax.jit(self._decode, donate_argnums=(1, 2))
 
-    def _prefill(self, params: Params, cache: KVCache, tokens: jax.Array, start: jax.Array) -> KVCache:
+    def _prefill(
+        self, params: Params, cache: KVCache, tokens: jax.Array, start: jax.Array, long: jax.Array
+    ) -> KVCache:
         positions = start[:, None] + jnp.arange(tokens.shape[1])
         model = decoder.bind(self._config, self._compute, params)
         first = jax.tree.map(lambda whole: whole[:, : len(tokens)], cache)
-        _, first = model(tokens, positions, self._cached(positions, jnp.max(positions)), first)
+        _, first = model(tokens, positions, self._cached(positions, jnp.max(positions)), first, long)
         cache = jax.tree.map(lambda whole, new: whole.at[:, : len(tokens)].set(new), cache, first)
         return self._settle(cache)
 
@@ -141,7 +146,7 @@ class Programs:
             positions = rows.position[:, None]
             token = jnp.take_along_axis(rows.tokens, positions, axis=1)
             last = jnp.max(jnp.where(rows.remaining > 0, rows.position, 0))
-            hidden, cache = model(token, positions, self._cached(positions, last), cache)
+            hidden, cache = model(token, positions, self._cached(positions, last), cache, rows.long)
             rows, token, logprob = _advance(rows, model.logits(hidden)[:, 0])
             tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, step))
             logprobs = jax.lax.dynamic_update_slice(logprobs, logprob[:, None], (0, step))

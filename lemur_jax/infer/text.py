@@ -1,5 +1,6 @@
 """Generated ids as text."""
 
+import re
 from collections.abc import Sequence
 
 from lemur_jax.text.tokenizer import Tokenizer
@@ -11,10 +12,24 @@ CONTEXT = 8
 # A decoder's text for bytes that are not a character (yet).
 INCOMPLETE = "\ufffd"
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a byte token
+
+
+def settled(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
+    """The number of tokens whose text no later one changes: all but the byte tokens at the end.
+
+    SentencePiece decodes byte tokens in a row together. If they are not UTF-8, each of them becomes U+FFFD, also those
+    that were valid without the next one.
+    """
+    count = len(tokens)
+    while count and _BYTE.fullmatch(tokenizer.token(tokens[count - 1])):
+        count -= 1
+    return count
+
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The text that `tokens` add to `prompt`, with the space in front if there is one."""
-    before = list(prompt[-CONTEXT:])
+    before = list(prompt[settled(tokenizer, prompt[:-CONTEXT]) :])  # begins with no part of a character
     shown, whole = tokenizer.decode(before), tokenizer.decode([*before, *tokens])
     if not whole.startswith(shown):  # the tokens complete a character whose first bytes the prompt has
         shown = shown.rstrip(INCOMPLETE)

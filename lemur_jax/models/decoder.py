@@ -207,7 +207,12 @@ class Decoder(nnx.Module):
             self.head = Head(config, compute, rngs)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, cache: Any = ()
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        cache: Any = (),
+        long: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Tokens to final hidden states.
 
@@ -215,11 +220,12 @@ class Decoder(nnx.Module):
           tokens, positions: int32 [B, T].
           attend: attention over (query, key, value, cache, layer index); see `packed` for training.
           cache: pytree carried through the layers, e.g. keys and values [L, ...]; () without one.
+          long: as of `rope.rotary_angles`; needed with a cache, in which keys stay as they were rotated.
 
         Returns:
           Hidden states [B, T, D] after the final norm, and the cache.
         """
-        hidden, cache, _ = self.run(tokens, positions, attend, cache)
+        hidden, cache, _ = self.run(tokens, positions, attend, cache, long)
         return hidden, cache
 
     def run(
@@ -228,6 +234,7 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         attend: Attend,
         cache: Any = (),
+        long: jax.Array | None = None,
         valid: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, Router]:
         """As `__call__`, and the losses and statistics of the routers, float32 [L] each; none of a dense model.
@@ -236,8 +243,7 @@ class Decoder(nnx.Module):
           valid: bool [B, T], tokens that the statistics count; None: all.
         """
         x = self.embed(tokens)
-        slots = max((array.shape[-2] for array in jax.tree.leaves(cache)), default=0)
-        angles = angles_by_layer(self.config, positions, slots)
+        angles = angles_by_layer(self.config, positions, long)
         graph, stacked = nnx.split(self.layers)
 
         def layer(carry, params):

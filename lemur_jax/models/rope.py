@@ -65,15 +65,10 @@ def _yarn_ramp(config: DecoderConfig) -> np.ndarray:
 
 
 def angles_by_layer(
-    config: DecoderConfig, positions: jax.Array, slots: int = 0
+    config: DecoderConfig, positions: jax.Array, long: jax.Array | None = None
 ) -> Callable[[jax.Array], Angles]:
-    """Rotary angles as a function of the layer's index, int32 [].
-
-    Args:
-      positions: int32 [B, T]; without a cache those of each segment count from 0.
-      slots: length of the cache; 0 without one.
-    """
-    angles = rotary_angles(config, positions, slots)
+    """Rotary angles as a function of the layer's index, int32 []; arguments as of `rotary_angles`."""
+    angles = rotary_angles(config, positions, long)
     if config.rope_local_theta:
         plain = {"rope_scaling": "none", "rope_short_factor": (), "rope_long_factor": ()}
         local = dataclasses.replace(config, rope_theta=config.rope_local_theta, **plain)
@@ -89,20 +84,26 @@ def _choose(condition, yes: Angles, no: Angles) -> Angles:
     return jnp.where(condition, yes[0], no[0]), jnp.where(condition, yes[1], no[1])
 
 
-def rotary_angles(config: DecoderConfig, positions: jax.Array, slots: int = 0) -> Angles:
+def rotary_angles(config: DecoderConfig, positions: jax.Array, long: jax.Array | None = None) -> Angles:
     """Cosine and sine of the angles, float32 [B, T, 1, N/2], for int32 positions [B, T].
 
     Always float32: in bfloat16 the angle at position 2047 is wrong by up to 3.4 radians.
+
+    Args:
+      long: bool [B], rows that take LongRoPE's factors for long texts; None: segments longer than the original length,
+        whose positions count from 0.
     """
     frequencies = jnp.asarray(inverse_frequencies(config))
     if config.rope_scaling == "longrope":
-        # What is in a cache stays as it was rotated, so there the length of the cache decides.
-        original = config.rope_original_max_position_embeddings
-        T = positions.shape[1]
-        place = jnp.arange(T) - positions + original  # where this segment has position `original`, if at all
-        found = jnp.take_along_axis(positions, jnp.clip(place, 0, T - 1), axis=1) == original
-        long = slots > original if slots else ((place < T) & found)[..., None, None]
-        frequencies = jnp.where(long, inverse_frequencies(config, long=True), frequencies)
+        original, T = config.rope_original_max_position_embeddings, positions.shape[1]
+        if long is None:
+            place = (
+                jnp.arange(T) - positions + original
+            )  # where this segment has position `original`, if at all
+            found = jnp.take_along_axis(positions, jnp.clip(place, 0, T - 1), axis=1) == original
+            long = (place < T) & found
+        where = long.reshape(len(positions), -1, 1, 1)
+        frequencies = jnp.where(where, inverse_frequencies(config, long=True), frequencies)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     if config.rope_scaling not in ("yarn", "longrope"):
         return jnp.cos(angles), jnp.sin(angles)

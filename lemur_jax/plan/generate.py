@@ -102,10 +102,10 @@ def plan_generate(
     chunk = min(prompt_length, LANES)
     tokens = _placed(jax.ShapeDtypeStruct((batch, chunk), jnp.int32), mesh)
     start = _placed(jax.ShapeDtypeStruct((batch,), jnp.int32), mesh)
-    keep = _placed(jax.ShapeDtypeStruct((batch,), jnp.bool_), mesh)
+    flags = _placed(jax.ShapeDtypeStruct((batch,), jnp.bool_), mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    prefill = compile_program(run.prefill, params, cache, tokens, start, what="prefill")
-    decode = compile_program(run.decode, params, cache, rows, keep, number, number, what="decode")
+    prefill = compile_program(run.prefill, params, cache, tokens, start, flags, what="prefill")
+    decode = compile_program(run.decode, params, cache, rows, flags, number, number, what="decode")
     return GeneratePlan(
         dtype=dtype,
         batch=batch,

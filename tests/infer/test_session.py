@@ -7,6 +7,7 @@ import pytest
 from lemur_jax.checkpoint.metadata import make_metadata
 from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
+from lemur_jax.infer.engine import Engine, Request
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.score import score
 from lemur_jax.infer.session import load, make_session
@@ -82,15 +83,24 @@ def test_bad_input(checkpoint, changes, message):
         load(**(options | changes), devices=jax.devices()[:4])
 
 
-def test_a_score_does_not_depend_on_the_rest_of_its_batch():
-    """LongRoPE has other angles in texts of more than 16 tokens, and padding belongs to none."""
+def test_longrope_does_not_depend_on_the_rest_of_a_batch():
+    """LongRoPE has other angles in texts of more than 40 tokens, and padding belongs to none."""
     factors = dict(rope_short_factor=(1.0,) * 8, rope_long_factor=(3.0,) * 8, rope_factor=4.0)
-    model = preset("tiny", rope_scaling="longrope", rope_original_max_position_embeddings=16, **factors)
+    model = preset("tiny", rope_scaling="longrope", rope_original_max_position_embeddings=40, **factors)
     params = jax.tree.map(lambda x: x * 5 if x.ndim > 2 else x, fresh_params(model))
     session = make_session(model, params, mesh_of(""), "float32")
-    short, long = ((list(range(1, 5)), list(range(5, end))) for end in (14, 40))
+    short, long = ((list(range(1, 5)), list(range(5, end))) for end in (14, 60))
     alone, together = score(session, [short])[0], score(session, [short, long])[0]
     np.testing.assert_allclose(together.logprobs, alone.logprobs, atol=1e-5)
     other = forward(model, Compute(), params, np.arange(1, 14)[None], np.arange(13)[None], np.ones((1, 13)))
     expected = np.asarray(jax.nn.log_softmax(other[0]))[np.arange(3, 12), np.arange(5, 14)]
     np.testing.assert_allclose(alone.logprobs, expected, atol=1e-5)
+    # The engine takes the factors of the longest that a sequence may become, also where prompts begin alike.
+    engine = Engine(session, rows=4)
+    for prompt, limits in (([7] * 36, (3, 30)), ([*[7] * 36, 5], (40, 2)), ([*[7] * 40, 5], (1, 2))):
+        requests = [engine.submit(Request(prompt=prompt, max_new_tokens=limit)) for limit in limits]
+        while engine.busy:
+            engine.step()
+        for one in requests:
+            (expected,) = score(session, [(prompt, one.tokens)])
+            np.testing.assert_allclose(one.logprobs, expected.logprobs, atol=1e-4)

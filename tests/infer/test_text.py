@@ -6,12 +6,15 @@ from lemur_jax.infer.text import continuation
 from tests.helpers.sessions import recite
 
 TEXT = "def naïve(x):\n    return '漢字 😀', x  # ça"
+BYTES = "a ሰላምሰላም"  # each letter is three byte tokens
 
 
-@pytest.mark.parametrize("cut", [0, 1, 3, 9, 20])
-def test_prompt_and_continuation_make_up_the_text(chat_tokenizer, cut):
+@pytest.mark.parametrize(
+    ("text", "cut"), [*((TEXT, cut) for cut in (0, 1, 3, 9, 20)), *((BYTES, cut) for cut in range(9, 18))]
+)
+def test_prompt_and_continuation_make_up_the_text(chat_tokenizer, text, cut):
     """Wherever the prompt is cut, even inside the bytes of a character."""
-    ids = [chat_tokenizer.bos_id, *chat_tokenizer.encode(TEXT)]
+    ids = [chat_tokenizer.bos_id, *chat_tokenizer.encode(text)]
     prompt, rest = ids[: cut + 1], ids[cut + 1 :]
     shown = chat_tokenizer.decode(prompt).rstrip("\ufffd")
     assert shown + continuation(chat_tokenizer, prompt, rest) == chat_tokenizer.decode(ids)
@@ -73,12 +76,23 @@ def test_a_stream_is_the_text_of_the_whole_answer(chat_tokenizer, spelled):
     assert text == continuation(chat_tokenizer, [first], ids)
 
 
+EQUALS = ["<0x3D>", "<0x0A>", "<0xBD>"]  # together no UTF-8
+
+
 @pytest.mark.parametrize(
-    ("stops", "text"),
-    [(["lm", "efghijk"], "abcd"), (["cdefghijklm", "h"], "abcdefg"), (["zz", "mn"], "abcdefghijkl")],
+    ("spelled", "stops", "text"),
+    [
+        ("abcdefghijklmn", ["lm", "efghijk"], "abcd"),
+        ("abcdefghijklmn", ["cdefghijklm", "h"], "abcdefg"),
+        ("abcdefghijklmn", ["zz", "mn"], "abcdefghijkl"),
+        (["a", *EQUALS, "b", "c", "d"], ["=", "c"], "a\ufffd\ufffd\ufffdb"),
+        (["a", "<0x0A>", "<0xC3>", "<0xA9>", "b", "c"], ["\n"], "a"),
+    ],
 )
-def test_an_answer_ends_at_its_stop_string_however_many_steps_the_engine_makes(chat_tokenizer, stops, text):
-    first, *ids = (chat_tokenizer.encode(letter, prefix=False)[-1] for letter in "*abcdefghijklmn")
+def test_an_answer_ends_at_its_stop_string_however_many_steps_the_engine_makes(
+    chat_tokenizer, spelled, stops, text
+):
+    first, *ids = map(chat_tokenizer.find, ["*", *spelled])
     session = recite(chat_tokenizer, [first, *ids])
     found = []
     for steps in (1, 5, 64):
@@ -95,3 +109,5 @@ def test_an_answer_ends_at_its_stop_string_however_many_steps_the_engine_makes(c
     assert found[0] == found[1] == found[2]
     assert (found[0].text, found[0].finish_reason) == (text, "stop")
     assert len(found[0].logprobs) == len(found[0].tokens)
+    before = continuation(chat_tokenizer, [first], found[0].tokens[:-1])
+    assert not any(stop in before for stop in stops)
