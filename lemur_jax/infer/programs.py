@@ -93,7 +93,7 @@ class Programs:
         positions = start[:, None] + jnp.arange(tokens.shape[1])
         model = decoder.bind(self._config, self._compute, params)
         first = jax.tree.map(lambda whole: whole[:, : len(tokens)], cache)
-        _, first = model(tokens, positions, self._cached(positions, jnp.max(positions)), first, long)
+        _, first, _ = model(tokens, positions, self._cached(positions, jnp.max(positions)), first, long)
         cache = jax.tree.map(lambda whole, new: whole.at[:, : len(tokens)].set(new), cache, first)
         return self._settle(cache)
 
@@ -146,7 +146,7 @@ class Programs:
             positions = rows.position[:, None]
             token = jnp.take_along_axis(rows.tokens, positions, axis=1)
             last = jnp.max(jnp.where(rows.remaining > 0, rows.position, 0))
-            hidden, cache = model(token, positions, self._cached(positions, last), cache, rows.long)
+            hidden, cache, _ = model(token, positions, self._cached(positions, last), cache, rows.long)
             rows, token, logprob = _advance(rows, model.logits(hidden)[:, 0])
             tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, step))
             logprobs = jax.lax.dynamic_update_slice(logprobs, logprob[:, None], (0, step))

@@ -203,7 +203,7 @@ def _score(
     model = decoder.bind(config, compute, params)
     segments = (tokens >= 0).astype(jnp.int32)
     positions = jnp.arange(T) * segments  # of padding 0, so that T does not count
-    hidden, _ = model(jnp.maximum(tokens, 0), positions, model.packed(segments))
+    hidden, _, _ = model(jnp.maximum(tokens, 0), positions, model.packed(segments))
     hidden = jnp.take_along_axis(hidden, where[..., None], axis=1)
 
     def chosen(logits, ids):  # [B, C, V], [B, C] -> [B, C]; no gather, the vocabulary may be sharded

@@ -53,6 +53,8 @@ from lemur_jax.text.chat_template import encode_chat, stop_ids
 
 logger = logging.getLogger(__name__)
 
+Asked = tuple[list[Generation], list[str]]  # with the strings that end an answer
+
 MOST_PROMPTS = 256  # of one request, n counted
 # A prompt with more characters for each position of the model is refused before it is tokenized.
 CHARACTERS_A_TOKEN = 64
@@ -122,7 +124,7 @@ def _error(message: str, kind: str) -> Json:
     return {"error": {"message": message[:500].encode("ascii", "backslashreplace").decode(), "type": kind}}
 
 
-def _usage(prompts: Sequence[list[int]], answers: Sequence[Completion]) -> Json:
+def _usage(prompts: Sequence[Sequence[int]], answers: Sequence[Completion]) -> Json:
     asked, given = sum(map(len, prompts)), sum(len(answer.content) for answer in answers)
     return {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
 
@@ -156,11 +158,12 @@ class _Server:
             top = integer(body, "logprobs", 0, 0, MOST_TOP)
         if flag(body, "stream"):
             check_stream(body, len(prompts))
-            how = self._options(body, prompts, 16)
-            return await self._stream(request, body, prompts[0], how, "text_completion")
+            return await self._stream(request, body, self._asked(body, prompts, 16), "text_completion")
         # With max_tokens 0 nothing is generated: the prompt is scored.
-        options = None if body.get("max_tokens") == 0 else self._options(body, prompts, 16)
-        job = Job(lambda engine: self._complete(engine, prompts, options, echo, top, copies))
+        longest = self.session.model.max_position_embeddings
+        nothing = integer(body, "max_tokens", 1, 0, longest) == 0
+        asked = None if nothing else self._asked(body, prompts, 16)
+        job = Job(lambda engine: self._complete(engine, prompts, asked, echo, top, copies))
         return JSONResponse(await self._first(request, job))
 
     async def chat(self, request: Request) -> Response:
@@ -169,13 +172,12 @@ class _Server:
         messages = messages_of(body)
         self._check_length(sum(len(message["content"]) for message in messages))
         prompt, _ = await run_in_threadpool(encode_chat, self.tokenizer, messages, add_generation_prompt=True)
-        prompts = [prompt] * copies
-        options = self._options(body, prompts, 256)
+        asked = self._asked(body, [prompt] * copies, 256)
         if flag(body, "stream"):
-            check_stream(body, len(prompts))
-            return await self._stream(request, body, prompt, options, "chat.completion.chunk")
+            check_stream(body, copies)
+            return await self._stream(request, body, asked, "chat.completion.chunk")
         wanted = top if flag(body, "logprobs") else None
-        job = Job(lambda engine: self._chat(engine, prompts, options, wanted))
+        job = Job(lambda engine: self._chat(engine, asked, wanted))
         return JSONResponse(await self._first(request, job))
 
     def _check_length(self, characters: int) -> None:
@@ -193,8 +195,8 @@ class _Server:
         self._check_length(len(prompt))
         return self.tokenizer.encode_prompt(prompt, control_tokens=True)
 
-    def _options(self, body: Json, prompts: list[list[int]], default: int) -> Json:
-        """How to generate, checked; `default` tokens at most, or what there is space for, if the client names none."""
+    def _asked(self, body: Json, prompts: list[list[int]], default: int) -> Asked:
+        """What to generate, checked; `default` tokens at most, or what there is space for, if the client names none."""
         longest = self.session.model.max_position_embeddings
         key = "max_tokens" if body.get("max_tokens") is not None else "max_completion_tokens"
         space = longest - max(map(len, prompts))
@@ -212,7 +214,7 @@ class _Server:
             seed=seed % 2**32,
         )
         seeds = [seed + index for index in range(len(prompts))]
-        return {"max_new_tokens": limit, "sampling": sampling, "seeds": seeds, "stops": stops(body)}
+        return make_requests(prompts, limit, stop_ids(self.tokenizer), sampling, seeds), stops(body)
 
     async def _first(self, request: Request, job: Job) -> Any:
         """The job's first result; the job is dropped if it is late or the client leaves."""
@@ -231,10 +233,8 @@ class _Server:
             result.cancel()
             gone.cancel()
 
-    async def _stream(
-        self, request: Request, body: Json, prompt: list[int], options: Json, kind: str
-    ) -> Response:
-        head, with_usage, ends = self._head(kind, "stream"), usage_wanted(body), options["stops"]
+    async def _stream(self, request: Request, body: Json, asked: Asked, kind: str) -> Response:
+        head, with_usage, ((generation,), ends) = self._head(kind, "stream"), usage_wanted(body), asked
         if with_usage:
             head["usage"] = None  # in all chunks but the last, which has no choices
 
@@ -242,10 +242,9 @@ class _Server:
             return f"data: {json.dumps(head | part)}\n\n"
 
         def work(engine: Engine) -> Generator[tuple[str, str] | Json | None]:
-            (generation,) = self._submit(engine, [prompt], options)
-            yield from pieces(self.session, engine, generation, ends)
+            yield from pieces(self.session, engine, engine.submit(generation), ends)
             if with_usage:
-                yield _usage([prompt], [with_text(self.session, generation, ends)])
+                yield _usage([generation.prompt], [with_text(self.session, generation, ends)])
 
         job = Job(work)
         first = await self._first(request, job)
@@ -275,24 +274,22 @@ class _Server:
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    def _submit(self, engine: Engine, prompts: list[list[int]], options: Json) -> list[Generation]:
-        limit, sampling, seeds = (options[key] for key in ("max_new_tokens", "sampling", "seeds"))
-        requests = make_requests(prompts, limit, stop_ids(self.tokenizer), sampling, seeds)
-        return [engine.submit(request) for request in requests]
+    def _answers(self, engine: Engine, asked: Asked) -> Generator[None, None, list[Completion]]:
+        generations, ends = asked
+        return answers(self.session, engine, [*map(engine.submit, generations)], ends)
 
     def _complete(
         self,
         engine: Engine,
         prompts: list[list[int]],
-        options: Json | None,
+        asked: Asked | None,
         echo: bool,
         top: int | None,
         copies: int,
     ) -> Generator[Json | None]:
         choices, completions = [], [Completion(tokens=(), logprobs=(), finish_reason="length")] * len(prompts)
-        if options:
-            generations = self._submit(engine, prompts, options)
-            completions = yield from answers(self.session, engine, generations, options["stops"])
+        if asked:
+            completions = yield from self._answers(engine, asked)
         for index, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
             text, tokens = answer.text, list(answer.content)
             logprobs = list(answer.logprobs[: len(tokens)])
@@ -307,11 +304,9 @@ class _Server:
             choices.append(choice)
         yield self._response("text_completion", "cmpl", choices, prompts[::copies], completions)
 
-    def _chat(
-        self, engine: Engine, prompts: list[list[int]], options: Json, top: int | None
-    ) -> Generator[Json | None]:
-        generations = self._submit(engine, prompts, options)
-        completions = yield from answers(self.session, engine, generations, options["stops"])
+    def _chat(self, engine: Engine, asked: Asked, top: int | None) -> Generator[Json | None]:
+        completions = yield from self._answers(engine, asked)
+        prompts = [generation.prompt for generation in asked[0]]
         choices = [
             {
                 "index": index,
@@ -343,7 +338,7 @@ class _Server:
             "text_offset": None,
         }
 
-    def _chat_logprobs(self, prompt: list[int], answer: Completion, top: int) -> Json:
+    def _chat_logprobs(self, prompt: Sequence[int], answer: Completion, top: int) -> Json:
         """Log-probabilities as chat completions have them."""
 
         def entry(token: int, value: float) -> Json:
@@ -369,7 +364,7 @@ class _Server:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
 
     def _tops(
-        self, before: list[int], tokens: list[int], logprobs: list[float], count: int
+        self, before: Sequence[int], tokens: list[int], logprobs: list[float], count: int
     ) -> list[dict[int, float]]:
         """The `count` likeliest ids at each token; the token itself keeps the value that was reported."""
         if not count or not tokens:

@@ -213,7 +213,8 @@ class Decoder(nnx.Module):
         attend: Attend,
         cache: Any = (),
         long: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
+        valid: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any, Router]:
         """Tokens to final hidden states.
 
         Args:
@@ -221,26 +222,11 @@ class Decoder(nnx.Module):
           attend: attention over (query, key, value, cache, layer index); see `packed` for training.
           cache: pytree carried through the layers, e.g. keys and values [L, ...]; () without one.
           long: as of `rope.rotary_angles`; needed with a cache, in which keys stay as they were rotated.
+          valid: bool [B, T], tokens that the routers' statistics count; None: all.
 
         Returns:
-          Hidden states [B, T, D] after the final norm, and the cache.
-        """
-        hidden, cache, _ = self.run(tokens, positions, attend, cache, long)
-        return hidden, cache
-
-    def run(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        attend: Attend,
-        cache: Any = (),
-        long: jax.Array | None = None,
-        valid: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any, Router]:
-        """As `__call__`, and the losses and statistics of the routers, float32 [L] each; none of a dense model.
-
-        Args:
-          valid: bool [B, T], tokens that the statistics count; None: all.
+          Hidden states [B, T, D] after the final norm, the cache, and the losses and statistics of the routers,
+          float32 [L] each; none of a dense model.
         """
         x = self.embed(tokens)
         angles = angles_by_layer(self.config, positions, long)
@@ -364,5 +350,5 @@ def forward(
 ) -> jax.Array:
     """Logits float32 [B, T, V] for int32 tokens, positions and segment ids [B, T]."""
     model = bind(config, compute, params)
-    hidden, _ = model(tokens, positions, model.packed(segment_ids))
+    hidden, _, _ = model(tokens, positions, model.packed(segment_ids))
     return model.logits(hidden)

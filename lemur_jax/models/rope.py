@@ -4,6 +4,7 @@ Axes: B batch, T position, H heads, N head width.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -73,15 +74,15 @@ def angles_by_layer(
         plain = {"rope_scaling": "none", "rope_short_factor": (), "rope_long_factor": ()}
         local = dataclasses.replace(config, rope_theta=config.rope_local_theta, **plain)
         windowed = rotary_angles(local, positions)
-        return lambda layer: _choose(config.attends_fully(layer), angles, windowed)
+        return lambda layer: jax.tree.map(
+            functools.partial(jnp.where, config.attends_fully(layer)), angles, windowed
+        )
     if config.rope_skip_every:
         none = (jnp.ones_like(angles[0]), jnp.zeros_like(angles[1]))
-        return lambda layer: _choose((layer + 1) % config.rope_skip_every == 0, none, angles)
+        return lambda layer: jax.tree.map(
+            functools.partial(jnp.where, (layer + 1) % config.rope_skip_every == 0), none, angles
+        )
     return lambda layer: angles
-
-
-def _choose(condition, yes: Angles, no: Angles) -> Angles:
-    return jnp.where(condition, yes[0], no[0]), jnp.where(condition, yes[1], no[1])
 
 
 def rotary_angles(config: DecoderConfig, positions: jax.Array, long: jax.Array | None = None) -> Angles:

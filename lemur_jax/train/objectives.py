@@ -76,7 +76,7 @@ def abstract_batch(
 
 def hidden_states(model: Decoder, batch: Batch) -> jax.Array:
     """[B, T, D] after the final norm, for packed rows."""
-    hidden, _ = model(batch["tokens"], batch["positions"], model.packed(batch["segment_ids"]))
+    hidden, _, _ = model(batch["tokens"], batch["positions"], model.packed(batch["segment_ids"]))
     return hidden
 
 
@@ -101,7 +101,7 @@ def next_token(options: OptimizerConfig | None = None) -> Objective:
 
     def loss(model: Decoder, batch: Batch) -> Loss:
         segments = batch["segment_ids"]
-        hidden, _, routers = model.run(
+        hidden, _, routers = model(
             batch["tokens"], batch["positions"], model.packed(segments), valid=segments > 0
         )
         rows = row_sums(model, hidden, batch["targets"], batch["loss_weights"])
