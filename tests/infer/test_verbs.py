@@ -66,16 +66,7 @@ def test_what_changes_draws_needs_a_temperature(chat_checkpoint, capsys, option)
 
 def test_a_typed_line_that_is_too_long_or_not_utf_8_ends_no_conversation(chat_checkpoint):
     lines = [b"hello", b"\xff", b"x " * 5000, b"hello again", b""]
-    words = [
-        sys.executable,
-        "-m",
-        "lemur_jax",
-        "chat",
-        "--checkpoint",
-        chat_checkpoint,
-        "--max-new-tokens",
-        "2",
-    ]
+    words = [sys.executable, *f"-m lemur_jax chat --max-new-tokens 2 --checkpoint {chat_checkpoint}".split()]
     chat = subprocess.run(words, input=b"\n".join(lines), stdout=subprocess.PIPE, check=True)
     shown = chat.stdout.decode()
     assert shown.count("> ") >= len(lines)

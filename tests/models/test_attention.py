@@ -9,7 +9,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.models import attention as choosing
 from lemur_jax.models.attention import IMPLEMENTATIONS, attention, cudnn_attention, xla_attention
 from lemur_jax.models.decoder import Compute
-from lemur_jax.parallel.mesh import make_mesh
+from tests.helpers.sessions import mesh_of
 
 B, T, H, K, N = 2, 300, 4, 2, 8  # T is no multiple of the block
 
@@ -82,12 +82,11 @@ def without_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("documents", [1, 3])
-@pytest.mark.parametrize("shape", [None, (1, 2, 1, 2)])
-def test_cudnn_sees_documents_and_their_gradients(arrays, without_gpu, documents, shape):
+@pytest.mark.parametrize("mesh", ["", "fsdp=2,tensor=2"])
+def test_cudnn_sees_documents_and_their_gradients(arrays, without_gpu, documents, mesh):
     query, key, value, segments = arrays
     segments = np.minimum(segments, documents)
-    sizes = shape and dict(zip(("data", "fsdp", "sequence", "tensor"), shape, strict=True))
-    mesh = sizes and make_mesh(sizes, jax.devices()[: int(np.prod(shape))])
+    mesh = mesh_of(mesh) if mesh else None
     inputs = [jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)]
 
     def pulled(attend):
@@ -107,11 +106,10 @@ def test_cudnn_refuses_what_it_cannot_do(arrays):
     query, key, value, segments = (jnp.asarray(x) for x in arrays)
     with pytest.raises(UserError, match="needs bfloat16"):
         cudnn_attention(query, key, value, segments, None)
-    mesh = make_mesh(
-        dict(zip(("data", "fsdp", "sequence", "tensor"), (1, 1, 2, 1), strict=True)), jax.devices()[:2]
-    )
     with pytest.raises(UserError, match="config.mesh.sequence"):
-        cudnn_attention(*(x.astype(jnp.bfloat16) for x in (query, key, value)), segments, mesh)
+        cudnn_attention(
+            *(x.astype(jnp.bfloat16) for x in (query, key, value)), segments, mesh_of("sequence=2")
+        )
 
 
 @pytest.mark.parametrize(

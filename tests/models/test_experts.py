@@ -1,7 +1,5 @@
 """Mixtures of experts: the router's losses against transformers, and the same step on every mesh."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,7 @@ from lemur_jax.infer.session import make_session
 from lemur_jax.models.decoder import init_params
 from lemur_jax.models.experts import choose, router_statistics
 from lemur_jax.models.presets import preset
-from lemur_jax.parallel.mesh import make_mesh
+from tests.helpers.sessions import mesh_of
 from tests.helpers.tiny import first_state, placed, program_on, rows, tiny_config
 
 EXPERTS = dict(num_experts=8, experts_per_token=3, intermediate_size=32)
@@ -81,10 +79,8 @@ def test_sharded_experts_generate_the_same_tokens():
     params = jax.device_get(jax.jit(init_params, static_argnums=0)(model, jax.random.key(0)))
     prompts = [np.random.default_rng(row).integers(0, 512, 20 + 9 * row).tolist() for row in range(4)]
     answers = []
-    for sizes in ({}, {"expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}):
-        sizes = {"fsdp": 1, **sizes}
-        mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-        session = make_session(model, params, mesh, "float32")
+    for mesh in ("", "expert=4", "fsdp=2,expert=2,tensor=2"):
+        session = make_session(model, params, mesh_of(mesh), "float32")
         found = generate(session, prompts, max_new_tokens=64, stop_ids=[])
         answers.append([list(answer.tokens) for answer in found])
     assert answers[1] == answers[0] == answers[2]

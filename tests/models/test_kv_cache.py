@@ -9,7 +9,6 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.models import kv_cache
 from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
-from lemur_jax.parallel.mesh import make_mesh
 from tests.helpers.sessions import mesh_of
 
 
@@ -55,14 +54,12 @@ def test_positions_see_what_is_before_them_and_themselves(T, S, starts, read):
 
 
 def test_it_is_sharded_like_the_model():
-    mesh = make_mesh({"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2})
-    compute = Compute(dtype="bfloat16", mesh=mesh)
+    compute = Compute(dtype="bfloat16", mesh=mesh_of("data=2,fsdp=2,tensor=2"))
     cache = jax.jit(lambda: kv_cache.empty(preset("tiny"), compute, rows=8, slots=32))()
     assert cache.key.dtype == jnp.bfloat16
     assert {shard.data.shape for shard in cache.key.addressable_shards} == {(2, 2, 1, 32, 16)}
 
 
 def test_rows_that_the_mesh_does_not_divide():
-    mesh = make_mesh({"data": 4, "fsdp": 1, "sequence": 1, "tensor": 2})
     with pytest.raises(UserError, match="'batch' of size 6 is not divisible by 4"):
-        kv_cache.empty(preset("tiny"), Compute(mesh=mesh), rows=6, slots=32)
+        kv_cache.empty(preset("tiny"), Compute(mesh=mesh_of("data=4,tensor=2")), rows=6, slots=32)

@@ -15,7 +15,7 @@ from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
 from lemur_jax.models.scores import ScoreOptions
 from lemur_jax.models.splash import splash_attention
-from lemur_jax.parallel.mesh import make_mesh
+from tests.helpers.sessions import mesh_of
 
 B, T, H, K, N = 2, 256, 4, 2, 16
 
@@ -62,8 +62,12 @@ def reference(query, key, value, segments, weight):
     )
 
 
+def on_device(inputs, dtype=jnp.float32):
+    return [jnp.asarray(x, jnp.int32 if x.dtype == int else dtype) for x in inputs]
+
+
 def computed(inputs, mesh, dtype=jnp.float32):
-    *qkv, segments, weight = (jnp.asarray(x, jnp.int32 if x.dtype == int else dtype) for x in inputs)
+    *qkv, segments, weight = on_device(inputs, dtype)
 
     @jax.jit
     def both(query, key, value):
@@ -82,9 +86,7 @@ def test_forward_and_backward_against_float64():
 @pytest.mark.process
 def test_parts_of_dq_are_added_without_a_reduction(monkeypatch):
     def gradients():
-        query, key, value, segments, _ = (
-            jnp.asarray(x, jnp.int32 if x.dtype == int else jnp.bfloat16) for x in arrays()
-        )
+        query, key, value, segments, _ = on_device(arrays(), jnp.bfloat16)
         both = jax.grad(
             lambda *qkv: splash_attention(*qkv, segments, None).astype(jnp.float32).sum(), (0, 1, 2)
         )
@@ -103,9 +105,7 @@ def test_parts_of_dq_are_added_without_a_reduction(monkeypatch):
 
 def test_window_cap_and_scale_are_those_of_xla():
     """`tests/convert/test_families.py` compares these with transformers."""
-    query, key, value, segments, _ = (
-        jnp.asarray(x, jnp.int32 if x.dtype == int else jnp.float32) for x in arrays()
-    )
+    query, key, value, segments, _ = on_device(arrays())
     options = ScoreOptions(divisor=24.0, softcap=2.0, window=40)
 
     def both(attend):
@@ -117,17 +117,16 @@ def test_window_cap_and_scale_are_those_of_xla():
 
 
 @pytest.mark.parametrize(
-    ("shape", "heads", "key_heads"),
+    ("mesh", "heads", "key_heads"),
     [
-        ((1, 2, 1, 2), 4, 2),  # heads cut over tensor
-        ((1, 1, 2, 2), 8, 4),  # positions traded for heads, key heads too
-        ((1, 1, 4, 1), 4, 2),  # fewer key heads than devices: repeated for the trade
+        ("fsdp=2,tensor=2", 4, 2),  # heads cut over tensor
+        ("sequence=2,tensor=2", 8, 4),  # positions traded for heads, key heads too
+        ("sequence=4", 4, 2),  # fewer key heads than devices: repeated for the trade
     ],
 )
-def test_cut_over_a_mesh(shape, heads, key_heads):
+def test_cut_over_a_mesh(mesh, heads, key_heads):
     inputs = arrays(heads, key_heads)
-    mesh = make_mesh(dict(zip(("data", "fsdp", "sequence", "tensor"), shape, strict=True)), jax.devices()[:4])
-    for ours, theirs in zip(computed(inputs, mesh), reference(*inputs), strict=True):
+    for ours, theirs in zip(computed(inputs, mesh_of(mesh)), reference(*inputs), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
 
 
@@ -135,9 +134,8 @@ def test_refuses_what_the_kernels_cannot_do():
     query, key, value, segments, _ = arrays()
     with pytest.raises(UserError, match=r"sequence_length 100 .* multiple of 128"):
         splash_attention(query[:, :100], key[:, :100], value[:, :100], segments[:, :100], None)
-    mesh = make_mesh({"data": 1, "fsdp": 1, "sequence": 8, "tensor": 1})
     with pytest.raises(UserError, match=r"cannot be cut over config.mesh.sequence 8"):
-        splash_attention(query, key, value, segments, mesh)
+        splash_attention(query, key, value, segments, mesh_of("sequence=8"))
 
 
 @pytest.mark.parametrize(
@@ -165,8 +163,7 @@ def test_block_sizes_of_real_runs(monkeypatch, kind, dtype, tolerance):
 
 def test_residuals_kept_by_name_save_the_forward_kernel():
     """With the output alone and not its log-sum-exp, the kernel would run again in the backward pass."""
-    query, key, value, segments, _ = (jnp.asarray(x, jnp.float32) for x in arrays())
-    segments = segments.astype(jnp.int32)
+    query, key, value, segments, _ = on_device(arrays())
 
     def kernels_in(policy):
         body = jax.checkpoint(lambda *qkv: splash_attention(*qkv, segments, None), policy=policy)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.projection import (
     ROUNDINGS,
     Product,
@@ -17,6 +16,7 @@ from lemur_jax.parallel.projection import (
     sharded_products,
 )
 from lemur_jax.parallel.rules import spec
+from tests.helpers.sessions import mesh_of
 
 CASES = [
     ("BTD,DF->BTF", ("embed", "mlp"), (16, 32), (8, 6, 16)),
@@ -31,13 +31,17 @@ def sharded_product(equation, axes, mesh, reduction, x, weight):
 
 
 @pytest.mark.parametrize(
-    ("shape", "exchange"),
-    [((1, 8, 1, 1), True), ((2, 2, 1, 2), True), ((1, 2, 2, 2), True), ((2, 2, 1, 2), False)],
+    ("mesh", "exchange"),
+    [
+        ("fsdp=8", True),
+        ("data=2,fsdp=2,tensor=2", True),
+        ("fsdp=2,sequence=2,tensor=2", True),
+        ("data=2,fsdp=2,tensor=2", False),
+    ],
 )
 @pytest.mark.parametrize(("equation", "axes", "weight_shape", "x_shape"), CASES)
-def test_same_result_and_gradients_as_autodiff(equation, axes, weight_shape, x_shape, shape, exchange):
-    mesh = make_mesh(dict(zip(("data", "fsdp", "sequence", "tensor"), shape, strict=True)))
-    rng = np.random.default_rng(0)
+def test_same_result_and_gradients_as_autodiff(equation, axes, weight_shape, x_shape, mesh, exchange):
+    mesh, rng = mesh_of(mesh), np.random.default_rng(0)
     x, weight = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in (x_shape, weight_shape))
 
     def loss(multiply):
@@ -60,8 +64,7 @@ def test_same_result_and_gradients_as_autodiff(equation, axes, weight_shape, x_s
 @pytest.mark.parametrize("exchange", [True, False])
 def test_products_of_one_input_and_the_stream_between_them(exchange):
     """Two weights read activations that are cut over `tensor` by positions; everything as plain autodiff has it."""
-    mesh = make_mesh({"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2})
-    rng = np.random.default_rng(0)
+    mesh, rng = mesh_of("fsdp=2,sequence=2,tensor=2"), np.random.default_rng(0)
     equations, axes = ("BTD,DF->BTF", "BTD,DHN->BTHN"), (("embed", "mlp"), ("embed", "heads", "head_dim"))
     x, first, second = (
         jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((4, 8, 16), (16, 32), (16, 4, 8))
@@ -89,7 +92,7 @@ def test_products_of_one_input_and_the_stream_between_them(exchange):
 
 
 def test_the_gradient_travels_by_all_to_all():
-    mesh = make_mesh({"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1})
+    mesh = mesh_of("fsdp=8")
     equation, axes, weight_shape, x_shape = CASES[0]
     placed = NamedSharding(mesh, spec(mesh, axes, weight_shape))
     x = jax.ShapeDtypeStruct(x_shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
@@ -108,7 +111,7 @@ def test_the_gradient_travels_by_all_to_all():
 @pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
 def test_the_gradient_is_made_and_reduced_in_the_dtype_that_is_asked_for(exchange, reduce_dtype):
     """bfloat16 activations on eight devices: each device's part by the lowered program, the sum by its error."""
-    mesh = make_mesh({"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1})
+    mesh = mesh_of("fsdp=8")
     equation, axes, weight_shape, x_shape = CASES[0]
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(64, *x_shape[1:])), jnp.bfloat16)
@@ -173,7 +176,7 @@ def test_narrow_products_equal_those_of_rounded_factors(equation, axes, weight_s
     def distance(found, expected):
         return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    mesh = mesh_of("data=2,fsdp=2,tensor=2")
     for exchange in (False, True):
         one = Product(equation, axes, mesh, Reduction("float32", exchange), None, narrow)
         found, back = jax.vjp(

@@ -9,18 +9,14 @@ from jax.sharding import PartitionSpec
 from lemur_jax.common.errors import UserError
 from lemur_jax.models.decoder import abstract_params, logical_axes
 from lemur_jax.models.presets import preset
-from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import param_shardings, spec
-
-
-def mesh_of(*shape):
-    return make_mesh(dict(zip(("data", "fsdp", "sequence", "tensor"), shape, strict=True)))
+from tests.helpers.sessions import mesh_of
 
 
 def test_every_matrix_is_cut_over_fsdp_and_tensor():
     config = preset("tiny")
     abstract = abstract_params(config)
-    shardings = param_shardings(mesh_of(1, 4, 1, 2), abstract, logical_axes(config))
+    shardings = param_shardings(mesh_of("fsdp=4,tensor=2"), abstract, logical_axes(config))
     for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True):
         ways = leaf.size // math.prod(sharding.shard_shape(leaf.shape))
         # Norm scales are whole everywhere, matrices are cut over all eight devices.
@@ -29,13 +25,13 @@ def test_every_matrix_is_cut_over_fsdp_and_tensor():
 
 def test_axis_without_a_rule_is_an_error_that_names_the_leaf():
     with pytest.raises(UserError, match=r"layers/mixer.*'state'"):
-        spec(mesh_of(1, 8, 1, 1), ("state", "embed"), (4, 64), "layers/mixer")
+        spec(mesh_of("fsdp=8"), ("state", "embed"), (4, 64), "layers/mixer")
 
 
 def test_heads_that_tensor_does_not_divide():
     config = preset("tiny")  # 2 key-value heads
     with pytest.raises(UserError, match=r"attention/key.*kv_heads.*size 2 is not divisible by 4"):
-        param_shardings(mesh_of(1, 2, 1, 4), abstract_params(config), logical_axes(config))
+        param_shardings(mesh_of("fsdp=2,tensor=4"), abstract_params(config), logical_axes(config))
 
 
 @pytest.mark.parametrize(
@@ -50,14 +46,14 @@ def test_heads_that_tensor_does_not_divide():
     ],
 )
 def test_placement(axes, shape, placed):
-    assert spec(mesh_of(1, 4, 1, 2), axes, shape) == PartitionSpec(*placed)
+    assert spec(mesh_of("fsdp=4,tensor=2"), axes, shape) == PartitionSpec(*placed)
 
 
 def test_residual_positions_are_cut_over_tensor_where_positions_allow():
-    mesh = mesh_of(1, 2, 2, 2)
+    mesh = mesh_of("fsdp=2,sequence=2,tensor=2")
     axes = ("batch", "residual_length", "width")
     assert spec(mesh, axes, (4, 8, 64)) == PartitionSpec(
         ("data", "fsdp", "expert"), ("sequence", "tensor"), None
     )
     assert spec(mesh, axes, (4, 6, 64)) == PartitionSpec(("data", "fsdp", "expert"), "sequence", None)
-    assert spec(mesh_of(2, 2, 1, 2), axes, (4, 1, 64))[1] in ("sequence", None)  # decoding
+    assert spec(mesh_of("data=2,fsdp=2,tensor=2"), axes, (4, 1, 64))[1] in ("sequence", None)  # decoding
