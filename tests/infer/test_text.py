@@ -38,18 +38,22 @@ def test_a_character_that_never_ends_is_shown_as_broken(chat_tokenizer):
     assert set(continuation(chat_tokenizer, prompt, ids[:-1])) == {"\ufffd"}
 
 
-def test_a_stop_string_of_a_broken_character_is_not_the_beginning_of_a_whole_one(chat_tokenizer):
-    first, *ids = chat_tokenizer.encode("a😀b", prefix=False)
-    session = recite(chat_tokenizer, [first, *ids])
+def streamed(tokenizer, first, ids, stops=()):
+    """The pieces of an answer of these ids, which the engine makes one by one."""
+    session = recite(tokenizer, [first, *ids])
     engine = Engine(session)
     request = engine.submit(Request(prompt=[first], max_new_tokens=len(ids)))
-    found = []
-    for piece in pieces(session, engine, request, ["\ufffd"]):
+    for piece in pieces(session, engine, request, stops):
         if piece is None:
             engine.step(1)
         else:
-            found.append(piece)
-    assert ("".join(text for text, _ in found), found[-1][1]) == ("😀b", "length")
+            yield piece
+
+
+def test_a_stop_string_of_a_broken_character_is_not_the_beginning_of_a_whole_one(chat_tokenizer):
+    first, *ids = chat_tokenizer.encode("a😀b", prefix=False)
+    *found, end = streamed(chat_tokenizer, first, ids, ["\ufffd"])
+    assert ("".join(text for text, _ in found), end) == ("😀b", ("", "length"))
 
 
 @pytest.mark.parametrize(
@@ -57,22 +61,8 @@ def test_a_stop_string_of_a_broken_character_is_not_the_beginning_of_a_whole_one
 )
 def test_a_stream_is_the_text_of_the_whole_answer(chat_tokenizer, spelled):
     """A byte shows U+FFFD once another one beside it is no UTF-8."""
-    tokens = [chat_tokenizer.find(token) for token in spelled]
-    first, *ids = [
-        *chat_tokenizer.encode("ab", prefix=False),
-        *tokens,
-        *chat_tokenizer.encode("cd", prefix=False),
-    ]
-    assert None not in ids
-    session = recite(chat_tokenizer, [first, *ids])
-    engine = Engine(session)
-    request = engine.submit(Request(prompt=[first], max_new_tokens=len(ids)))
-    text = ""
-    for piece in pieces(session, engine, request):
-        if piece is None:
-            engine.step(1)
-        else:
-            text += piece[0]
+    first, *ids = map(chat_tokenizer.find, ["a", "b", *spelled, "c", "d"])
+    text = "".join(text for text, _ in streamed(chat_tokenizer, first, ids))
     assert text == continuation(chat_tokenizer, [first], ids)
 
 
