@@ -36,9 +36,7 @@ class Job:
         """Runs until the next None; whether there is more to do. In the worker's thread."""
         try:
             self._running = self._running or self._work(engine)
-            for result in self._running:
-                if self.dropped:
-                    break
+            for result in () if self.dropped else self._running:
                 if result is None:
                     return True
                 self.tell(result)

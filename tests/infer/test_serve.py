@@ -59,8 +59,8 @@ def test_top_logprobs(client, session):
     told = client.completions.create(**options, logprobs=3, echo=True).choices[0].logprobs
     assert told.top_logprobs[0] is None
     assert len(told.top_logprobs) == len(told.tokens) == len(prompt) + 6
-    ids = [*prompt, *greedy(session, prompt, 6)]
-    expected = reference(session, ids)
+    (found,) = generate(session, [prompt], max_new_tokens=6, stop_ids=())
+    expected = reference(session, [*prompt, *found.tokens])
     for place, top in enumerate(told.top_logprobs[1:]):
         best = np.argsort(-expected[place])[:3]
         assert list(top) == [text_of(tokenizer, int(token)) for token in best]
@@ -78,11 +78,6 @@ def text_of(tokenizer, token):
         return piece.replace("▁", " ")
     value = int(piece[3:5], 16)
     return chr(value) if value < 128 else f"bytes:\\x{value:02x}"
-
-
-def greedy(session, prompt, count):
-    (found,) = generate(session, [prompt], max_new_tokens=count, stop_ids=())
-    return found.tokens
 
 
 def test_several_answers(client):

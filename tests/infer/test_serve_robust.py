@@ -16,6 +16,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.infer import serve
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.serve import application, listen
+from lemur_jax.infer.serve_worker import Job
 
 
 @pytest.mark.parametrize("port", [-1, 80_000, 10**9, "taken"])
@@ -61,6 +62,22 @@ def test_only_the_first_part_of_a_stream_has_a_time_limit(session, monkeypatch):
     lines = answer.text.split("\n\n")
     assert [json.loads(line[6:])["choices"][0]["text"] for line in lines[:2]] == ["a", "b"]
     assert lines[2] == "data: [DONE]"
+
+
+def test_the_work_of_a_client_that_has_left_is_not_begun():
+    begun = []
+
+    def work(engine):
+        begun.append(engine)
+        yield 1
+
+    async def advance():
+        job = Job(work)
+        job.dropped = True
+        return job.advance(None)
+
+    assert not asyncio.run(advance())
+    assert not begun
 
 
 HUGE = b"1" + b"0" * 400

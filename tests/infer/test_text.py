@@ -1,6 +1,6 @@
 import pytest
 
-from lemur_jax.infer.complete import answers, pieces
+from lemur_jax.infer.complete import pieces, with_text
 from lemur_jax.infer.engine import Engine, Request
 from lemur_jax.infer.text import continuation
 from tests.helpers.sessions import recite
@@ -88,14 +88,9 @@ def test_an_answer_ends_at_its_stop_string_however_many_steps_the_engine_makes(
     for steps in (1, 5, 64):
         engine = Engine(session)
         request = engine.submit(Request(prompt=[first], max_new_tokens=len(ids)))
-        waiting = answers(session, engine, [request], stops)
-        while True:
-            try:
-                next(waiting)
-            except StopIteration as end:
-                found += end.value
-                break
+        while not (answer := with_text(session, request, stops)).finish_reason:
             engine.step(steps)
+        found.append(answer)
     assert found[0] == found[1] == found[2]
     assert (found[0].text, found[0].finish_reason) == (text, "stop")
     assert len(found[0].logprobs) == len(found[0].tokens)

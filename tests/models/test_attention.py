@@ -8,7 +8,6 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.models import attention as choosing
 from lemur_jax.models.attention import IMPLEMENTATIONS, attention, cudnn_attention, xla_attention
-from lemur_jax.models.decoder import Compute
 from tests.helpers.sessions import mesh_of
 
 B, T, H, K, N = 2, 300, 4, 2, 8  # T is no multiple of the block
@@ -62,11 +61,6 @@ def test_backward_against_finite_differences(arrays, remat_above, monkeypatch):
         np.testing.assert_allclose(
             np.sum(np.asarray(gradient, np.float64) * direction), (up - down) / 2e-5, rtol=1e-4
         )
-
-
-def test_unknown_implementation_lists_the_known():
-    with pytest.raises(UserError, match="xla"):
-        Compute(attention="flash9")
 
 
 @pytest.fixture

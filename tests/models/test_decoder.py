@@ -63,9 +63,10 @@ def test_rematerialization_changes_nothing(params, tokens, remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), kept, recomputed)
 
 
-def test_unknown_policy_lists_the_known(params, tokens):
-    with pytest.raises(UserError, match="full"):
-        logits(params, tokens, tokens, tokens, remat="some")
+@pytest.mark.parametrize(("field", "known"), [("remat", "full"), ("attention", "xla")])
+def test_an_unknown_choice_lists_the_known(field, known):
+    with pytest.raises(UserError, match=known):
+        Compute(**{field: "some"})
 
 
 def test_layers_start_different_and_norms_start_at_one():

@@ -10,10 +10,9 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.session import make_session
-from lemur_jax.models.decoder import init_params
 from lemur_jax.models.experts import choose, router_statistics
 from lemur_jax.models.presets import preset
-from tests.helpers.sessions import mesh_of
+from tests.helpers.sessions import fresh_params, mesh_of
 from tests.helpers.tiny import first_state, placed, program_on, rows, tiny_config
 
 EXPERTS = dict(num_experts=8, experts_per_token=3, intermediate_size=32)
@@ -76,7 +75,7 @@ def test_statistics_against_transformers():
 @pytest.mark.slow
 def test_sharded_experts_generate_the_same_tokens():
     model = preset("tiny", **EXPERTS, initializer_range=0.2)
-    params = jax.device_get(jax.jit(init_params, static_argnums=0)(model, jax.random.key(0)))
+    params = fresh_params(model)
     prompts = [np.random.default_rng(row).integers(0, 512, 20 + 9 * row).tolist() for row in range(4)]
     answers = []
     for mesh in ("", "expert=4", "fsdp=2,expert=2,tensor=2"):
