@@ -60,7 +60,7 @@ def by_hand(config, program, *runs):
 
     def loss(params, batch):
         bound = decoder.bind(program.model, program.compute, params)
-        hidden, _ = bound(batch["tokens"], batch["positions"], bound.packed(batch["segment_ids"]))
+        hidden, _, _ = bound(batch["tokens"], batch["positions"], bound.packed(batch["segment_ids"]))
         rows = row_sums(bound, hidden, batch["targets"], batch["loss_weights"])
         return jnp.sum(rows.loss) / jnp.sum(rows.weight)
 
