@@ -36,7 +36,8 @@ class Job:
         """Runs until the next None; whether there is more to do. In the worker's thread."""
         try:
             self._running = self._running or self._work(engine)
-            for result in () if self.dropped else self._running:
+            results = () if self.dropped else self._running  # nothing is done for a client that has left
+            for result in results:
                 if result is None:
                     return True
                 self.tell(result)

@@ -4,7 +4,6 @@ Axes: B batch, T position, H heads, N head width.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 
@@ -74,15 +73,15 @@ def angles_by_layer(
         plain = {"rope_scaling": "none", "rope_short_factor": (), "rope_long_factor": ()}
         local = dataclasses.replace(config, rope_theta=config.rope_local_theta, **plain)
         windowed = rotary_angles(local, positions)
-        return lambda layer: jax.tree.map(
-            functools.partial(jnp.where, config.attends_fully(layer)), angles, windowed
-        )
+        return lambda layer: _choose(config.attends_fully(layer), angles, windowed)
     if config.rope_skip_every:
         none = (jnp.ones_like(angles[0]), jnp.zeros_like(angles[1]))
-        return lambda layer: jax.tree.map(
-            functools.partial(jnp.where, (layer + 1) % config.rope_skip_every == 0), none, angles
-        )
+        return lambda layer: _choose((layer + 1) % config.rope_skip_every == 0, none, angles)
     return lambda layer: angles
+
+
+def _choose(condition, yes: Angles, no: Angles) -> Angles:
+    return jnp.where(condition, yes[0], no[0]), jnp.where(condition, yes[1], no[1])
 
 
 def rotary_angles(config: DecoderConfig, positions: jax.Array, long: jax.Array | None = None) -> Angles:
@@ -98,13 +97,12 @@ def rotary_angles(config: DecoderConfig, positions: jax.Array, long: jax.Array |
     if config.rope_scaling == "longrope":
         original, T = config.rope_original_max_position_embeddings, positions.shape[1]
         if long is None:
-            place = (
-                jnp.arange(T) - positions + original
-            )  # where this segment has position `original`, if at all
+            # Where this segment has position `original`, if at all.
+            place = jnp.arange(T) - positions + original
             found = jnp.take_along_axis(positions, jnp.clip(place, 0, T - 1), axis=1) == original
             long = (place < T) & found
-        where = long.reshape(len(positions), -1, 1, 1)
-        frequencies = jnp.where(where, inverse_frequencies(config, long=True), frequencies)
+        long = long.reshape(len(positions), -1, 1, 1)  # [B, T or 1, 1, 1]
+        frequencies = jnp.where(long, inverse_frequencies(config, long=True), frequencies)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     if config.rope_scaling not in ("yarn", "longrope"):
         return jnp.cos(angles), jnp.sin(angles)
