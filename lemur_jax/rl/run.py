@@ -16,12 +16,17 @@ from lemur_jax.train.inputs import Inputs
 
 def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
     """Tokenizer, program and environments: the `open_inputs` of `train.loop.train`; UserError as `Rollouts.update`."""
-    if config.adapter.dropout:
-        raise UserError("lemur rl samples without dropout: set config.adapter.dropout to 0")
-    if config.preference.loss or config.eval.tasks:
-        raise UserError(
-            "lemur rl has rewards and held-out tasks of its own: unset config.preference.loss and config.eval.tasks"
-        )
+    of_training = {
+        "adapter.dropout": config.adapter.dropout,
+        "preference.loss": config.preference.loss,
+        "eval.tasks": config.eval.tasks,
+        # From counts of conversations they would set rows and updates.
+        "train.batch_documents": config.train.batch_documents,
+        "data.sources.NAME.epochs": config.data.by_epochs,
+        "rl.kl beside distill.teacher": config.rl.kl and config.distill.teacher,
+    }
+    if named := [name for name, value in of_training.items() if value]:
+        raise UserError(f"lemur rl takes no config.{', config.'.join(named)}: unset what is of lemur train")
     mesh = make_mesh(config.mesh)
     tokenizer = Tokenizer.from_config(config.tokenizer)
     chat_template(tokenizer)  # raises where there is none, before weights are read

@@ -264,10 +264,15 @@ def test_runs_that_cannot_go_on_say_why(play):
         play("dead", Dies)
     with pytest.raises(UserError, match="must be a multiple of config.rl.group_size 3"):
         play("groups", group_size=3)
-    with pytest.raises(UserError, match="set config.adapter.dropout to 0"):
-        play("dropout", **{"adapter.rank": 2, "adapter.dropout": 0.1, "init.checkpoint": "base"})
-    with pytest.raises(UserError, match="unset config.preference.loss and config.eval.tasks"):
-        play("pairs", **{"preference.loss": "dpo"})
+    for named, options in (
+        (
+            "preference.loss, config.train.batch_documents",
+            {"preference.loss": "dpo", "train.batch_documents": 9},
+        ),
+        ("rl.kl beside distill.teacher", {"rl.kl": 0.1, "distill.teacher": "x"}),
+    ):
+        with pytest.raises(UserError, match=f"lemur rl takes no config.{named}: unset"):
+            play("other", **options)
     with pytest.raises(UserError, match="config.rl.environment 'echo' has fewer than two tasks"):
         play("one", tasks=([], [Echo()]))
 
