@@ -177,6 +177,12 @@ def _load_task(manager: Any, task: str) -> list[Any]:
             f"task {task!r} cannot be set up ({reason_of(error)}): correct its file or its data"
         ) from error
     groups, tasks = loaded["groups"], loaded["tasks"]
+    for mark, what in (
+        ("UNSAFE_CODE", "runs answers outside of the sandbox"),
+        ("MULTIMODAL", "shows pictures"),
+    ):
+        if any(getattr(one, mark, False) for one in tasks.values()):
+            raise UserError(f"task {task!r} {what}: leave it out (humaneval and mbpp run in the sandbox)")
     return [groups[task]] if task in groups else list(tasks.values())
 
 

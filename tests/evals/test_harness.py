@@ -200,6 +200,7 @@ def test_filters_of_a_task_are_used_and_beams_refused(ours):
         ("{{question}}", "{{nothing}}", "'nothing' is undefined"),
         ("test_split: test", "test_split: none", "KeyError: 'none'"),
         ("doc_to_target: 1", "doc_to_target: 9", "IndexError"),
+        ("test_split: test", "test_split: test\nunsafe_code: true", "runs answers outside of the sandbox"),
     ],
 )
 def test_a_task_whose_file_does_not_fit_its_data_is_one_line(ours, tmp_path, old, new, reason):
@@ -207,7 +208,7 @@ def test_a_task_whose_file_does_not_fit_its_data_is_one_line(ours, tmp_path, old
     head = HEAD.replace("NAME", "bad").replace("DATA", str(tmp_path / "data.jsonl"))
     (tmp_path / "bad.yaml").write_text((head + CHOICE).replace(old, new))
     options = benchmarks.Options(include_path=str(tmp_path))
-    with pytest.raises(UserError, match=f"'local_bad' cannot be set up .*{reason}"):
+    with pytest.raises(UserError, match=f"'local_bad' .*{reason}"):
         list(benchmarks.evaluate(ours.session, ["local_bad"], options))
     with pytest.raises(UserError, match=r"--include-path nowhere is no directory"):
         benchmarks.check_tasks(["local_bad"], benchmarks.Options(include_path="nowhere"))
