@@ -50,6 +50,7 @@ class Environment(abc.ABC):
 
     id: str
     max_turns: int | None = None  # where its protocol fixes them
+    stops: tuple[str, ...] = ()  # an action of an agent ends before the first of these
     cumulative_rewards = False  # whether a reward is for all turns so far, not for the last one alone
 
     @abc.abstractmethod

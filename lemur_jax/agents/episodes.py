@@ -26,10 +26,8 @@ from lemur_jax.text.chat_template import Message, encode_chat, stop_ids
 from lemur_jax.text.tokenizer import Tokenizer
 
 EXPERT_STOPS = ("\nObservation:", "\nTask:", "\nAssistant:")
-# Where MINT cuts an answer that goes on with turns of the environment.
-STOPS = ("\nObservation:", "\nExpert feedback:", "\nTask:", "\n---", "\nHuman:")
-# A conversation to the next turn of the assistant.
-Agent = Callable[[Sequence[Message]], str]
+# A conversation, and the strings that end an answer, to the next turn of the assistant.
+Agent = Callable[..., str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,13 +72,10 @@ class SessionAgent:
         length = min(2048, self._session.model.max_position_embeddings)
         return row_ways(self._session) * max(1, min(ROWS, self._batch_tokens // length))
 
-    def __call__(self, messages: Sequence[Message]) -> str:
-        return self.batch([messages])[0]
-
-    def batch(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
-        """The next turns of several conversations, which share the device."""
+    def batch(self, asked: Sequence[tuple[Sequence[Message], Sequence[str]]]) -> list[str]:
+        """The next turns of several conversations, which share the device; each with the strings that end its turn."""
         room = self._session.model.max_position_embeddings - self._limit
-        prompts = [self._prompt(messages, room) for messages in conversations]
+        prompts = [(self._prompt(messages, room), stops) for messages, stops in asked]
         return self._answer(json.loads(from_primary(json.dumps(prompts))))
 
     def follow(self) -> None:
@@ -92,10 +87,10 @@ class SessionAgent:
         """Lets the other hosts go."""
         from_primary("[]")
 
-    def _answer(self, prompts: list[list[int]]) -> list[str]:
+    def _answer(self, prompts: list[tuple[list[int], list[str]]]) -> list[str]:
         longest = self._session.model.max_position_embeddings
-        stops = stop_ids(self._session.need_tokenizer())
-        requests = make_requests(prompts, self._limit, stops, None, None)
+        ends = stop_ids(self._session.need_tokenizer())
+        requests = make_requests([ids for ids, _ in prompts], self._limit, ends, None, None)
         wanted = max(request.length for request in requests)
         # Conversations grow with every turn: rows of few lengths are few programs to compile.
         if self._engine is None or wanted > self._length:
@@ -104,8 +99,13 @@ class SessionAgent:
         else:
             for request in requests:
                 self._engine.submit(request)
-        texts = finish(self._session, self._engine, requests, STOPS)
-        return [text.text.strip() for text in texts]
+        answers = [""] * len(requests)
+        for stops in dict.fromkeys(tuple(stops) for _, stops in prompts):
+            members = [index for index, one in enumerate(prompts) if tuple(one[1]) == stops]
+            texts = finish(self._session, self._engine, [requests[index] for index in members], stops)
+            for index, text in zip(members, texts, strict=True):
+                answers[index] = text.text.strip()
+        return answers
 
     def _prompt(self, messages: Sequence[Message], room: int) -> list[int]:
         """Ids of the conversation, shortened to at most `room`."""
@@ -145,7 +145,7 @@ def _without_tools(messages: Sequence[Message]) -> list[Message]:
 
 
 def endpoint_agent(
-    base_url: str, model: str, *, max_new_tokens: int = 512, stops: Sequence[str] = STOPS[:4]
+    base_url: str, model: str, *, max_new_tokens: int = 512, stops: Sequence[str] = ()
 ) -> Agent:
     """A model behind an OpenAI-compatible endpoint, greedy; its key comes from OPENAI_API_KEY.
 
@@ -160,21 +160,23 @@ def endpoint_agent(
         raise UserError("an endpoint needs the client: pip install openai") from error
     client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 
-    def answer(messages: Sequence[Message]) -> str:
+    def answer(messages: Sequence[Message], stops: Sequence[str] = stops) -> str:
         turns: list[Any] = _without_tools(messages)  # OpenAI accepts them only after a call of its own form
+        options: dict[str, Any] = {"stop": list(stops[:4])} if stops else {}  # OpenAI takes four
         try:
             reply = client.chat.completions.create(
-                model=model, messages=turns, max_tokens=max_new_tokens, temperature=0.0, stop=list(stops)
+                model=model, messages=turns, max_tokens=max_new_tokens, temperature=0.0, **options
             )
         except OpenAIError as error:
             refused = isinstance(error, APIStatusError) and error.status_code in (400, 413, 422)
             if refused and len(messages) > 1 and (shorter := shortened(messages)):
-                return answer(shorter)
+                return answer(shorter, stops)
             raise UserError(f"the endpoint {base_url}, model {model!r}: {error}") from error
         if not reply.choices:
             raise UserError(f"the endpoint {base_url}, model {model!r}, sent no answer: {reply}")
         # A lone surrogate could not be sent back in the next turn.
-        return (reply.choices[0].message.content or "").encode(errors="replace").decode().strip()
+        text = (reply.choices[0].message.content or "").encode(errors="replace").decode()
+        return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))].strip()
 
     return answer
 
@@ -228,19 +230,19 @@ def open_environments(
     for name, only in _MINT_KINDS.items():
         makers[name] = functools.partial(open_mint, data, only, expert=expert, python=python)
     check_kinds(names)
-    found: list[Environment] = []
+    found: dict[str, Environment] = {}  # a set of MINT may be named twice
     for name in names:
-        tasks = makers[name]()
-        if skip and skip >= len(tasks):
-            raise UserError(f"{name} has {len(tasks)} tasks, and all are skipped: --skip is {skip}")
-        found += tasks[skip:][:limit]
+        for kind, tasks in by_kind(makers[name]()).items():
+            if skip and skip >= len(tasks):
+                raise UserError(f"{kind} has {len(tasks)} tasks, and all are skipped: --skip is {skip}")
+            found |= {task.id: task for task in tasks[skip:][:limit]}
     if stack is None:
         atexit.register(servers.close)  # now, so that it comes before the removal of the servers' directories
-    return found
+    return list(found.values())
 
 
-def by_kind(traces: Iterable[Trace]) -> dict[str, list[Trace]]:
-    """Traces by kind of environment."""
+def by_kind(traces: Iterable[Any]) -> dict[str, list[Any]]:
+    """Traces, or environments, by kind of environment."""
     kinds = collections.defaultdict(list)
     for trace in traces:
         kinds[trace.id.partition("/")[0]].append(trace)

@@ -108,8 +108,8 @@ class _World:
 
     def files(self) -> Files:
         found = {}
-        for directory, _, names in os.walk(self.box):
-            for name in names:
+        for directory, folders, names in os.walk(self.box):
+            for name in (*folders, *names):  # a link to a directory is among the folders
                 path = pathlib.Path(directory, name)
                 mode = path.lstat().st_mode
                 if stat.S_ISLNK(mode):

@@ -28,6 +28,8 @@ INVALID = (
     "For example: The answer to the question is <solution> 42 </solution>. \n"
 )
 FEEDBACK = "\nExpert feedback:\n"
+# Where MINT cuts an answer that goes on with turns of the environment.
+STOPS = ("\nObservation:", "\nExpert feedback:", "\nTask:", "\n---", "\nHuman:")
 # What the expert gets before example, task and turns; the recorded runs' prompt is not in their data.
 _EXPERT = (
     "You review the work of an assistant. Say whether its last step is GOOD or BAD and why, in a few sentences that"
@@ -198,6 +200,7 @@ class MintEnvironment(Environment):
     """
 
     max_turns = MAX_STEPS
+    stops = STOPS
     expert: Callable[[Sequence[Message]], str] | None = None
 
     def __init__(self, task: Task, functions: Mapping[str, Callable[..., str]], python: str = sys.executable):

@@ -1,6 +1,5 @@
 """Many episodes at once: the agent answers in batches, environments step in threads, finished episodes are kept."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -14,6 +13,7 @@ from typing import Any
 
 from lemur_jax.agents.environments import Environment, NotScored
 from lemur_jax.agents.episodes import Agent, SessionAgent, Trace, Turn, from_json
+from lemur_jax.agents.sandbox import processors
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import Message
 
@@ -93,13 +93,13 @@ class Journal:
 
 def run_episodes(
     environments: Sequence[Environment],
-    agent: Agent,
+    agent: Agent | SessionAgent,
     *,
     max_turns: int,
     batch: int = 32,
     journal: Journal | None = None,
 ) -> list[Trace]:
-    """Runs episodes that the journal does not have; an error of the agent is raised after the others' turns.
+    """Runs episodes that the journal does not have; an error is raised after the turns of the others.
 
     Tasks that cannot run here are named in a warning; they have no trace.
     """
@@ -109,40 +109,45 @@ def run_episodes(
     skipped: list[str] = []
     logger.info("episodes: %d of %d, up to %d at once", len(journal.traces), len(environments), batch)
     turns = 0
+    gate = threading.Semaphore(max(4, processors()))
 
     def start(environment: Environment) -> _Running | None:
         try:
-            return _Running(environment, max_turns)
+            with gate:
+                return _Running(environment, max_turns)
         except NotScored as why:
             skipped.append(environment.id)
             logger.warning("not scored: %s", why)
             return None
 
-    with concurrent.futures.ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool:
-        try:
-            while waiting or running:
-                while waiting and len(running) < batch:
-                    fresh = [waiting.pop(0) for _ in range(min(len(waiting), batch - len(running)))]
-                    running += filter(None, pool.map(start, fresh))
-                if not running:
-                    break
-                answers, error = _answers(agent, [episode.messages for episode in running])
-                answered = [pair for pair in zip(running, answers, strict=True) if pair[1] is not None]
-                for episode, trace in pool.map(lambda pair: (pair[0], pair[0].act(pair[1])), answered):
-                    if trace is not None:
-                        running.remove(episode)
-                        journal.add(trace)
-                if error is not None:
-                    raise error
-                turns += len(answered)
-                solved = sum(trace.solved_at is not None for trace in journal.traces.values())
-                ended = f"{len(journal.traces)} of {len(environments) - len(skipped)}"
-                logger.info(
-                    "episodes: %s, solved %d; turns: %d, running %d", ended, solved, turns, len(running)
-                )
-        finally:
-            for episode in running:
-                episode.environment.close()
+    def act(episode: _Running, answer: str) -> Trace | None:
+        with gate:
+            return episode.act(answer)
+
+    try:
+        while waiting or running:
+            while waiting and len(running) < batch:
+                fresh = [waiting.pop(0) for _ in range(min(len(waiting), batch - len(running)))]
+                started = call_all([functools.partial(start, one) for one in fresh])
+                running += [one for one in started if isinstance(one, _Running)]
+                _raise_first(started)
+            if not running:
+                break
+            answers = _answers(agent, [(one.messages, one.environment.stops) for one in running])
+            answered = [pair for pair in zip(running, answers, strict=True) if isinstance(pair[1], str)]
+            ended = call_all([functools.partial(act, *pair) for pair in answered])
+            for (episode, _), trace in zip(answered, ended, strict=True):
+                if isinstance(trace, Trace):
+                    running.remove(episode)
+                    journal.add(trace)
+            _raise_first([*answers, *ended])
+            turns += len(answered)
+            solved = sum(trace.solved_at is not None for trace in journal.traces.values())
+            done = f"{len(journal.traces)} of {len(environments) - len(skipped)}"
+            logger.info("episodes: %s, solved %d; turns: %d, running %d", done, solved, turns, len(running))
+    finally:
+        for episode in running:
+            episode.environment.close()
     if skipped:
         logger.warning("not scored: %d of %d tasks", len(skipped), len(environments))
     return [
@@ -151,21 +156,22 @@ def run_episodes(
 
 
 def _answers(
-    agent: Agent, conversations: Sequence[Sequence[Message]]
-) -> tuple[list[str | None], UserError | None]:
-    """The next turns, None for those that failed, and the first error. An endpoint is asked for all together."""
+    agent: Agent | SessionAgent, asked: Sequence[tuple[Sequence[Message], Sequence[str]]]
+) -> list[Any]:
+    """The next turn of each conversation, or the error of the agent. An endpoint is asked for all together."""
     if isinstance(agent, SessionAgent):
-        return list(agent.batch(conversations)), None
-    answers = call_all([functools.partial(agent, one) for one in conversations], at_once=len(conversations))
-    for answer in answers:
-        if isinstance(answer, BaseException) and not isinstance(answer, UserError):
-            raise answer
-    errors = (answer for answer in answers if isinstance(answer, UserError))
-    return [None if isinstance(answer, UserError) else answer for answer in answers], next(errors, None)
+        return agent.batch(asked)
+    return call_all([functools.partial(agent, *one) for one in asked])
+
+
+def _raise_first(results: Sequence[Any]) -> None:
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
 
 
 def call_all(
-    functions: Sequence[Callable[[], Any]], seconds: float = threading.TIMEOUT_MAX, at_once: int = 8
+    functions: Sequence[Callable[[], Any]], seconds: float = threading.TIMEOUT_MAX, at_once: int = 1 << 20
 ) -> list[Any]:
     """What each returns, or its exception; a call that hangs is left behind in its thread, also after Ctrl-C."""
     results: list[Any] = [TimeoutError(f"no answer after {seconds:g} s") for _ in functions]

@@ -124,7 +124,9 @@ def tasks_by_id(name: str, tasks: Iterable[vf.Task]) -> dict[str, vf.Task]:
     found: dict[str, vf.Task] = {}
     for number, task in enumerate(tasks):
         id = f"{name}/{task.data.name or task.data.idx}"
-        found[id if id not in found else f"{id}-{number}"] = task
+        while id in found:
+            id = f"{id}-{number}"
+        found[id] = task
     return found
 
 

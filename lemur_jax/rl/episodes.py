@@ -16,6 +16,8 @@ from lemur_jax.rl.config import RlConfig
 from lemur_jax.text.chat_template import encode_chat, stop_ids
 from lemur_jax.text.tokenizer import Tokenizer
 
+AT_ONCE = 8  # calls of environments
+
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Episode:
@@ -72,7 +74,7 @@ class Player:
         so that what is sampled when does not depend on clocks."""
         seconds = self._options.environment_seconds
         for one, task in zip(
-            episodes, call_all([one.environment.reset for one in episodes], seconds), strict=True
+            episodes, call_all([one.environment.reset for one in episodes], seconds, AT_ONCE), strict=True
         ):
             if isinstance(task, str):
                 one.add(encode_chat(self._tokenizer, [_user(task)], add_generation_prompt=True)[0])
@@ -90,11 +92,11 @@ class Player:
                 lambda one=one, action=action: one.environment.step(action)
                 for (_, one), action in zip(ended, actions, strict=True)
             ]
-            for (request, one), found in zip(ended, call_all(calls, seconds), strict=True):
+            for (request, one), found in zip(ended, call_all(calls, seconds, AT_ONCE), strict=True):
                 self._observe(one, found, request.finish_reason)
                 if following := self._ask(engine, one, sampling):
                     playing[id(following)] = (following, one)
-        call_all([one.environment.close for one in episodes], seconds)
+        call_all([one.environment.close for one in episodes], seconds, AT_ONCE)
 
     def _ask(self, engine: Engine, one: Episode, sampling: Sampling) -> Request | None:
         """The policy's next turn; None if the episode has ended, or ends because no token has room."""

@@ -1,7 +1,6 @@
 """Scripted agents through whole episodes, and our own model behind the command."""
 
 import dataclasses
-import http.server
 import json
 import os
 import pathlib
@@ -23,6 +22,7 @@ from lemur_jax.agents.episodes import (
     success_by_turn,
     to_json,
 )
+from lemur_jax.agents.mint import MintEnvironment
 from lemur_jax.agents.runner import Journal, run_episodes
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
@@ -31,6 +31,7 @@ from lemur_jax.infer.generate import make_requests
 from lemur_jax.infer.session import make_session
 from lemur_jax.models.presets import preset
 from tests.helpers.agents import run_episode, scripted
+from tests.helpers.endpoint import endpoint
 from tests.helpers.sessions import fresh_params, mesh_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
@@ -77,7 +78,11 @@ def test_a_long_conversation_keeps_its_task(small_chat_tokenizer, monkeypatch):
         ]
     agent = episodes.SessionAgent(session, max_new_tokens=8)
     much = {"role": "user", "content": "rows " * 300 + "last row"}
-    agent.batch([messages, [{"role": "user", "content": "long " * 99 + "end"}], [*messages[:2], much]])
+    conversations = [messages, [{"role": "user", "content": "long " * 99 + "end"}], [*messages[:2], much]]
+    found = agent.batch([(conversation, ()) for conversation in conversations])
+    stop = found[0][1:3]  # of one conversation alone
+    cut = agent.batch([(conversations[0], (stop,)), (conversations[1], ())])
+    assert cut == [found[0].partition(stop)[0].strip(), found[1]]
     assert "the task" in seen[0]
     assert "saw 5" in seen[0]
     assert "do 0" not in seen[0]
@@ -133,7 +138,7 @@ def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, c
     answers = iter(["SELECT count(*) FROM book"])
 
     def agent(*_, **__):
-        def answer(messages):
+        def answer(messages, stops):
             if (text := next(answers, None)) is None:
                 raise UserError("the endpoint is gone")
             return text
@@ -162,85 +167,79 @@ def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, c
     assert "sql/count: solved in turn 1" in (tmp_path / "page.html").read_text()
 
 
-class Endpoint(http.server.BaseHTTPRequestHandler):
-    """A model that answers with a lone surrogate, then with nothing."""
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        message = {"role": "assistant", "content": "x\ud83d"}
-        first = len(body["messages"]) == 1
-        reply = json.dumps({"choices": [{"message": message}]} if first else {"error": "overloaded"}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(reply)
-
-    def log_message(self, *_):
-        pass
-
-
 def test_odd_answers_of_an_endpoint(tmp_path, capsys):
     """The turn that is no text is kept; an answer without choices is one line. The episodes are of the endpoint's
     model, also where a checkpoint is named for `--tasks`."""
     pytest.importorskip("openai", reason="openai is not installed: pip install '.[eval]'")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url, path = f"http://127.0.0.1:{server.server_port}/v1", tmp_path / "a.json"
-    words = ["eval", "--agents", "sql", "--limit", "1", "--endpoint", url, "--json", str(path)]
-    more = ["--endpoint-model", "theirs", "--checkpoint", "ours", "--html", str(tmp_path / "a.html")]
-    assert main([*words, *more, "--turns", "2"]) == 2
-    err = capsys.readouterr().err
-    assert "model 'theirs', sent no answer: " in err
-    assert "overloaded" in err
-    assert len(err.splitlines()) == 1
-    assert main([*words, *more, "--turns", "1"]) == 0
+
+    def answer(body):
+        return "x\ud83d" if len(body["messages"]) == 1 else (200, {"error": "overloaded"})
+
+    path = tmp_path / "a.json"
+    words = ["--endpoint-model", "theirs", "--checkpoint", "ours", "--html", str(tmp_path / "a.html")]
+    with endpoint(answer) as url:
+        words += ["--agents", "sql", "--limit", "1", "--endpoint", url, "--json", str(path)]
+        assert main(["eval", *words, "--turns", "2"]) == 2
+        err = capsys.readouterr().err
+        assert "model 'theirs', sent no answer: " in err
+        assert "overloaded" in err
+        assert len(err.splitlines()) == 1
+        assert main(["eval", *words, "--turns", "1"]) == 0
     assert "theirs: 0 of 1 episodes solved" in (tmp_path / "a.html").read_text(encoding="utf-8")
     (trace,) = json.loads(path.read_text())["agents"]["traces"]
     assert trace["turns"][0]["action"] == "x?"
-    server.shutdown()
-
-
-class Small(Endpoint):
-    """A model with room for 400 characters of messages, which says what it has read."""
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = "|".join(message["content"] for message in body["messages"])
-        fits = len(text) <= 400
-        message = {"role": "assistant", "content": text}
-        reply = json.dumps({"choices": [{"message": message}]} if fits else {"error": "too long"}).encode()
-        self.send_response(200 if fits else 400)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(reply)
 
 
 def test_an_endpoint_gets_what_its_model_has_room_for():
+    """One with room for 400 characters of messages, which says what it has read."""
     pytest.importorskip("openai", reason="openai is not installed: pip install '.[eval]'")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Small)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    agent = episodes.endpoint_agent(f"http://127.0.0.1:{server.server_port}/v1", "x")
+    seen = []
+
+    def answer(body):
+        seen.append(body.get("stop"))
+        text = "|".join(message["content"] for message in body["messages"])
+        return text if len(text) <= 400 else (400, {"error": "too long"})
+
     texts = ["the task", "do 0", "saw 0", "do 1", "first row" + ", row" * 999 + ", last row"]
     messages = [
         {"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)
     ]
-    task, action, rows = agent(messages).split("|")
-    assert (task, action) == ("the task", "do 1")
-    assert rows.startswith("first row")
-    assert rows.endswith("last row")
-    with pytest.raises(UserError, match="Error code: 400"):
-        agent(messages[-1:])
-    server.shutdown()
+    with endpoint(answer) as url:
+        agent = episodes.endpoint_agent(url, "x")
+        task, action, rows = agent(messages).split("|")
+        assert (task, action) == ("the task", "do 1")
+        assert rows.startswith("first row")
+        assert rows.endswith("last row")
+        with pytest.raises(UserError, match="Error code: 400"):
+            agent(messages[-1:])
+        # A rule of Markdown ends an action in MINT alone, and so does the fifth string, which OpenAI does not take.
+        ruled = [{"role": "user", "content": "a\nHuman:\n---\nb"}]
+        assert agent(ruled, environments.SqlEnvironment.stops) == ruled[0]["content"]
+        assert agent(ruled, MintEnvironment.stops) == "a"
+    assert seen[-2:] == [None, ["\nObservation:", "\nExpert feedback:", "\nTask:", "\n---"]]
 
 
-def test_unknown_environment():
+def test_an_error_of_one_episode_does_not_lose_those_that_end_with_it(count):
+    class Broken(environments.SqlEnvironment):
+        def step(self, action):
+            raise UserError("no feedback")
+
+    journal = Journal(None, {})
+    worlds = [Broken("sql/broken", "", "", ""), count]
+    with pytest.raises(UserError, match="no feedback"):
+        run_episodes(worlds, scripted("SELECT 1", "SELECT 6"), max_turns=1, journal=journal)
+    assert list(journal.traces) == [count.id]
+
+
+def test_some_tasks_of_each_kind(monkeypatch):
     with pytest.raises(UserError, match="unknown environment 'x'"):
         episodes.open_environments(["x"])
-
-
-def test_some_tasks_of_each_kind():
-    found = episodes.open_environments(["sql", "bash"], 2, skip=3)
+    found = episodes.open_environments(["sql", "bash", "sql"], 2, skip=3)
     assert [environment.id for environment in found] == ["sql/group", "sql/order", "bash/sum"]
+    ids = ["mint-gsm8k/0", "mint-gsm8k/1", "mint-gsm8k/2", "mint-math/0"]
+    worlds = [environments.SqlEnvironment(id, "", "", "") for id in ids]
+    monkeypatch.setattr(episodes, "open_mint", lambda *_, **__: worlds)
+    assert [world.id for world in episodes.open_environments(["mint"], 2)] == [*ids[:2], ids[3]]
     tasks = len(environments.bash_environments())
     with pytest.raises(UserError, match=f"bash has {tasks} tasks, and all are skipped: --skip is {tasks}"):
         episodes.open_environments(["sql", "bash"], skip=tasks)
@@ -266,7 +265,7 @@ def test_an_endpoint_is_asked_for_the_whole_batch_together():
     count = 3 + max(4, os.cpu_count())
     together = threading.Barrier(count)
 
-    def agent(messages):
+    def agent(messages, stops):
         together.wait(20)  # raises where it waits in vain
         return "x"
 
@@ -278,15 +277,18 @@ def test_an_endpoint_is_asked_for_the_whole_batch_together():
     assert len(run_episodes(worlds, agent, max_turns=1, batch=count)) == count
 
 
-def test_an_interrupt_does_not_wait_for_an_endpoint(count):
+@pytest.mark.parametrize("hangs", ["agent", "feedback"])
+def test_an_interrupt_does_not_wait_for_an_endpoint(count, hangs):
     def interrupt(*_):
         raise KeyboardInterrupt
 
+    agent = (lambda *_: time.sleep(40)) if hangs == "agent" else scripted("x")
+    count.step = lambda action: time.sleep(40)
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 1)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_episode(count, lambda messages: time.sleep(40), max_turns=1)
+        run_episode(count, agent, max_turns=1)
     signal.signal(signal.SIGALRM, before)
     assert time.monotonic() - started < 20
 

@@ -188,11 +188,13 @@ def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
         )
     environment, *_ = open_bash(str(tmp_path))
     environment.reset()
-    commands = ["cd testbed", "cat b.txt", "echo 2 > b.txt", "cp a.txt b.txt; ls", "ls '"]
+    commands = ["cd testbed", "cat b.txt", "echo 2 > b.txt", "ln -s sub l; cp a.txt b.txt; ls --hide=l"]
+    commands += ["rm l; ls", "ls '"]
     steps = [environment.step(f"```bash\n{command}\n```") for command in commands]
     environment.close()
     assert [step.reward for step in steps[:3]] == pytest.approx([0.39, 0.47, 0.34])
-    assert (steps[3].observation, steps[3].reward) == ("a.txt\nb.txt\nsub\n", 1)
+    assert steps[3].reward < 1  # for a link too many
+    assert (steps[4].observation, steps[4].reward) == ("a.txt\nb.txt\nsub\n", 1)
     assert "No such file" in steps[1].observation
     run = tmp_path / "run.json"
     history = {

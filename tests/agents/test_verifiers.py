@@ -1,45 +1,31 @@
 """Our environments as a taskset of `verifiers`, and a taskset of its kind with a model of ours."""
 
-import http.server
 import json
 import sys
-import threading
 
 import pytest
 
 from lemur_jax.cli import main
+from tests.helpers.endpoint import endpoint
 from tests.helpers.verifiers import TASKSET
 
 
 @pytest.fixture
-def endpoint():
-    """A model that knows 6 and, when asked again, the query that counts books."""
+def model():
+    """One that knows 6 and, when asked again, the query that counts books; with what it was asked."""
     asked = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(body)
-            text = "6" if len(body["messages"]) < 3 else "SELECT count(*) FROM book"
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-            reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(json.dumps(reply).encode())
+    def answer(body):
+        asked.append(body)
+        return "6" if len(body["messages"]) < 3 else "SELECT count(*) FROM book"
 
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-        server.shutdown()
+    with endpoint(answer) as url:
+        yield url, asked
 
 
-def test_tasksets_both_ways(endpoint, tmp_path, monkeypatch, capsys, caplog):
+def test_tasksets_both_ways(model, tmp_path, monkeypatch, capsys, caplog):
     pytest.importorskip("verifiers.v1", reason="verifiers is not installed: pip install '.[verifiers]'")
-    url, asked = endpoint
+    url, asked = model
     (tmp_path / "lemur_test_sums.py").write_text(TASKSET)
     monkeypatch.syspath_prepend(tmp_path)
     output = tmp_path / "agents.json"

@@ -8,7 +8,7 @@ def scripted(*answers):
     seen = []
     left = iter(answers)
 
-    def agent(messages):
+    def agent(messages, stops=()):
         seen.append(list(messages))
         return next(left)
 
