@@ -23,7 +23,6 @@ def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
         # From counts of conversations they would set rows and updates.
         "train.batch_documents": config.train.batch_documents,
         "data.sources.NAME.epochs": config.data.by_epochs,
-        "rl.kl beside distill.teacher": config.rl.kl and config.distill.teacher,
     }
     if named := [name for name, value in of_training.items() if value]:
         raise UserError(f"lemur rl takes no config.{', config.'.join(named)}: unset what is of lemur train")
