@@ -104,64 +104,53 @@ def run_episodes(
     Tasks that cannot run here are named in a warning; they have no trace.
     """
     journal = journal or Journal(None, {})
-    waiting = [environment for environment in environments if environment.id not in journal.traces]
+    ids = [environment.id for environment in environments]
+    traces = {id: journal.traces[id] for id in ids if id in journal.traces}
+    waiting = [environment for environment in environments if environment.id not in traces]
     running: list[_Running] = []
-    skipped: list[str] = []
-    logger.info("episodes: %d of %d, up to %d at once", len(journal.traces), len(environments), batch)
-    turns = 0
+    logger.info("episodes: %d of %d, up to %d at once", len(traces), len(ids), batch)
+    turns = skipped = 0
     gate = threading.Semaphore(max(4, processors()))
 
-    def start(environment: Environment) -> _Running | None:
-        try:
-            with gate:
-                return _Running(environment, max_turns)
-        except NotScored as why:
-            skipped.append(environment.id)
-            logger.warning("not scored: %s", why)
-            return None
-
-    def act(episode: _Running, answer: str) -> Trace | None:
+    def gated(function: Callable[..., Any], *arguments: Any) -> Any:
         with gate:
-            return episode.act(answer)
+            return function(*arguments)
 
     try:
         while waiting or running:
             while waiting and len(running) < batch:
                 fresh = [waiting.pop(0) for _ in range(min(len(waiting), batch - len(running)))]
-                started = call_all([functools.partial(start, one) for one in fresh])
+                started = call_all([functools.partial(gated, _Running, one, max_turns) for one in fresh])
                 running += [one for one in started if isinstance(one, _Running)]
-                _raise_first(started)
+                for why in (one for one in started if isinstance(one, NotScored)):
+                    logger.warning("not scored: %s", why)
+                    skipped += 1
+                _raise_first([one for one in started if not isinstance(one, NotScored)])
             if not running:
                 break
-            answers = _answers(agent, [(one.messages, one.environment.stops) for one in running])
+            asked = [(one.messages, one.environment.stops) for one in running]
+            if isinstance(agent, SessionAgent):
+                answers: list[Any] = agent.batch(asked)
+            else:  # an endpoint is asked for all together
+                answers = call_all([functools.partial(agent, *one) for one in asked])
             answered = [pair for pair in zip(running, answers, strict=True) if isinstance(pair[1], str)]
-            ended = call_all([functools.partial(act, *pair) for pair in answered])
+            ended = call_all([functools.partial(gated, one.act, answer) for one, answer in answered])
             for (episode, _), trace in zip(answered, ended, strict=True):
                 if isinstance(trace, Trace):
                     running.remove(episode)
                     journal.add(trace)
+                    traces[trace.id] = trace
             _raise_first([*answers, *ended])
             turns += len(answered)
-            solved = sum(trace.solved_at is not None for trace in journal.traces.values())
-            done = f"{len(journal.traces)} of {len(environments) - len(skipped)}"
+            solved = sum(trace.solved_at is not None for trace in traces.values())
+            done = f"{len(traces)} of {len(ids) - skipped}"
             logger.info("episodes: %s, solved %d; turns: %d, running %d", done, solved, turns, len(running))
     finally:
         for episode in running:
             episode.environment.close()
     if skipped:
-        logger.warning("not scored: %d of %d tasks", len(skipped), len(environments))
-    return [
-        journal.traces[environment.id] for environment in environments if environment.id in journal.traces
-    ]
-
-
-def _answers(
-    agent: Agent | SessionAgent, asked: Sequence[tuple[Sequence[Message], Sequence[str]]]
-) -> list[Any]:
-    """The next turn of each conversation, or the error of the agent. An endpoint is asked for all together."""
-    if isinstance(agent, SessionAgent):
-        return agent.batch(asked)
-    return call_all([functools.partial(agent, *one) for one in asked])
+        logger.warning("not scored: %d of %d tasks", skipped, len(ids))
+    return [traces[id] for id in ids if id in traces]
 
 
 def _raise_first(results: Sequence[Any]) -> None:

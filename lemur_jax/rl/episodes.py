@@ -73,9 +73,8 @@ class Player:
         """Plays all episodes to their end. Turns that end at one step of the engine go to their environments together,
         so that what is sampled when does not depend on clocks."""
         seconds = self._options.environment_seconds
-        for one, task in zip(
-            episodes, call_all([one.environment.reset for one in episodes], seconds, AT_ONCE), strict=True
-        ):
+        tasks = call_all([one.environment.reset for one in episodes], seconds, AT_ONCE)
+        for one, task in zip(episodes, tasks, strict=True):
             if isinstance(task, str):
                 one.add(encode_chat(self._tokenizer, [_user(task)], add_generation_prompt=True)[0])
             else:

@@ -18,13 +18,22 @@ DOUBLE = Problem(
 )
 
 
-def test_block():
-    assert block("x\n```python\na\n```\ny\n```\nb\n```", "python") == "b\n"
-    assert block("```python\nnever closed", "python") == "never closed"
-    assert block("plain", "python") == "plain"
-    assert block("```python3\na\n```\nIt adds.", "python") == "a\n"
-    assert block("```Python \r\na\r\nb\r\n```\r\n", "python") == "a\nb\n"
-    assert block("```python\na\n```\nprints\n```text\nb\n```", "python") == "a\n"
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("x\n```python\na\n```\ny\n```\nb\n```", "b\n"),
+        ("```python\nnever closed", "never closed"),
+        ("plain", "plain"),
+        ("```python3\na\n```\nIt adds.", "a\n"),
+        ("```Python \r\na\r\nb\r\n```\r\n", "a\nb\n"),
+        ("```python\na\n```\nprints\n```text\nb\n```", "a\n"),
+        # A fence on one line is inline code.
+        ("I'll run ```ls``` now:\n```bash\nls -l\n```\ndone", "ls -l\n"),
+        ("only ```x``` here", "only ```x``` here"),
+    ],
+)
+def test_block(answer, code):
+    assert block(answer, "python") == code
 
 
 @pytest.mark.parametrize(
@@ -85,10 +94,3 @@ def test_bash(name, script):
         assert environment.step(f"```bash\n{script}\n```").reward == 1
     finally:
         environment.close()
-
-
-def test_a_fence_on_one_line_is_no_block():
-    answer = "I'll run ```ls``` now:\n```bash\nls -l\n```\ndone"
-    assert block(answer, "bash") == "ls -l\n"
-    assert block("Use ```x``` inline.\n```python\ncode\n```", "python") == "code\n"
-    assert block("only ```x``` here", "python") == "only ```x``` here"

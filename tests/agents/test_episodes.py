@@ -134,7 +134,9 @@ def test_of_several_hosts_the_first_asks_an_endpoint(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, capsys):
+def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "lemur_jax.agents.runner")
+
     answers = iter(["SELECT count(*) FROM book"])
 
     def agent(*_, **__):
@@ -157,7 +159,9 @@ def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, c
     assert journal.exists()
     answers = iter(lambda: "SELECT 1", None)
     kept = journal.read_bytes()
+    caplog.clear()
     assert main([*words, "--skip", "1", "--limit", "1"]) == 0
+    assert "episodes: 0 of 1, up to 32 at once" in caplog.messages
     (trace,) = json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"]
     assert trace["id"] != "sql/count"  # what an earlier run has played too is not of this one
     journal.write_bytes(kept)
@@ -308,13 +312,7 @@ def test_an_evaluation_goes_on_after_a_kill_and_exports_what_was_solved(tmp_path
     with pytest.raises(UserError, match="is not a journal"):
         Journal(path, {"agent": "a"})
     (tmp_path / "agents.json").write_text(json.dumps({"agents": to_json(traces, 1)}))
-    words = [
-        "export-traces",
-        "--traces",
-        str(tmp_path / "agents.json"),
-        "--output",
-        str(tmp_path / "new" / "out.jsonl"),
-    ]
+    words = ["export-traces", "--traces", f"{tmp_path}/agents.json", "--output", f"{tmp_path}/new/out.jsonl"]
     made = []
     monkeypatch.setattr("lemur_jax.prepare.prepare.prepare", lambda config, *, replace: made.append(config))
     config = pathlib.Path(__file__).parents[2] / "configs" / "quickstart_base.py"

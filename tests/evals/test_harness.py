@@ -21,7 +21,7 @@ from lemur_jax.infer import score as scoring
 from lemur_jax.text.files import CHATML_TEMPLATE
 
 HEAD = """
-task: local_NAME
+task: NAME
 dataset_path: json
 dataset_kwargs: {data_files: {test: DATA}}
 test_split: test
@@ -48,6 +48,13 @@ metric_list: [{metric: bits_per_byte}]
 """
 
 
+def write_task(path, name, text, documents=({"question": "x"},)):
+    """A task's file and its documents."""
+    (path / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    head = HEAD.replace("NAME", name).replace("DATA", str(path / "data.jsonl"))
+    (path / f"{name}.yaml").write_text(head + text)
+
+
 @pytest.fixture(scope="module")
 def ours(chat_model):
     return LemurLM(checkpoint=chat_model, mesh="fsdp=4,tensor=2", batch_tokens=1024)
@@ -67,10 +74,8 @@ def tasks(tmp_path_factory):
         {"question": f"def f{i}(x):" + " return x + 1" * (2 * i), "text": f"text {i} é\n" * (15 * i + 1)}
         for i in range(4)
     ]
-    (path / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     for name, text in (("choice", CHOICE), ("generate", GENERATE), ("rolling", ROLLING)):
-        head = HEAD.replace("NAME", name).replace("DATA", str(path / "data.jsonl"))
-        (path / f"{name}.yaml").write_text(head + text)
+        write_task(path, f"local_{name}", text, documents)
     return TaskManager(include_path=str(path), include_defaults=False)
 
 
@@ -204,9 +209,9 @@ def test_filters_of_a_task_are_used_and_beams_refused(ours):
     ],
 )
 def test_a_task_whose_file_does_not_fit_its_data_is_one_line(ours, tmp_path, old, new, reason):
-    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "x"}) + "\n")
-    head = HEAD.replace("NAME", "bad").replace("DATA", str(tmp_path / "data.jsonl"))
-    (tmp_path / "bad.yaml").write_text((head + CHOICE).replace(old, new))
+    write_task(tmp_path, "local_bad", CHOICE)
+    file = tmp_path / "local_bad.yaml"
+    file.write_text(file.read_text().replace(old, new))
     options = benchmarks.Options(include_path=str(tmp_path))
     with pytest.raises(UserError, match=f"'local_bad' .*{reason}"):
         list(benchmarks.evaluate(ours.session, ["local_bad"], options))
@@ -223,10 +228,8 @@ def test_an_answer_longer_than_the_model(ours):
 
 
 def test_a_tag_and_a_group_without_a_mean_give_the_numbers_of_their_parts(ours, tmp_path):
-    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "x"}) + "\n")
-    for name in ("one", "two"):
-        head = HEAD.replace("NAME", name).replace("DATA", str(tmp_path / "data.jsonl"))
-        (tmp_path / f"{name}.yaml").write_text(f"{head}tag: local_tag\n{CHOICE}")
+    for name in ("local_one", "local_two"):
+        write_task(tmp_path, name, f"tag: local_tag\n{CHOICE}")
     parts = "task: [local_one, local_two]\n"
     (tmp_path / "group.yaml").write_text(f"group: local_group\n{parts}")
     mean = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
@@ -239,17 +242,6 @@ def test_a_tag_and_a_group_without_a_mean_give_the_numbers_of_their_parts(ours, 
     assert found[2]["acc,none"] == found[3]["acc,none"] == found[0]["local_one acc,none"]
 
 
-TASK = """
-task: on_the_hub
-dataset_path: nobody/nothing
-test_split: test
-output_type: multiple_choice
-doc_to_text: "x"
-doc_to_choice: ["A", "B"]
-doc_to_target: 0
-"""
-
-
 def test_a_task_of_the_hub_without_a_network_is_one_line_at_once(ours, tmp_path, monkeypatch, caplog):
     import datasets
     from huggingface_hub import constants
@@ -259,7 +251,9 @@ def test_a_task_of_the_hub_without_a_network_is_one_line_at_once(ours, tmp_path,
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    (tmp_path / "task.yaml").write_text(TASK)
+    (tmp_path / "task.yaml").write_text(
+        f"task: on_the_hub\ndataset_path: nobody/nothing\ntest_split: test{CHOICE}"
+    )
     with pytest.raises(
         UserError, match="'on_the_hub': its data set is not in the cache and the hub cannot be"
     ) as found:
