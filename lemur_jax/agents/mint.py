@@ -103,7 +103,8 @@ def _recorded(path: pathlib.Path, line: bytes) -> Recorded:
         turns: list[tuple[str, str | None]] = []
         for message in rest:
             if message["role"] == "assistant":
-                turns.append((message["content"].removesuffix("\n"), None))
+                said = re.sub(r"\A\s*Assistant:\n?", "", message["content"])  # see `MintEnvironment.as_turn`
+                turns.append((said.removesuffix("\n"), None))
             elif turns and turns[-1][1] is None:
                 turns[-1] = (turns[-1][0], message["content"])
             else:  # an empty action is not recorded

@@ -253,11 +253,7 @@ class Rollouts:
             ]
             self._player.play(engine, [one for group in groups for one in group], Sampling(temperature=1.0))
             last = number + 1 == options.max_rounds
-            kept += [
-                group
-                for group in groups
-                if last or len({round(sum(one.rewards), 9) for one in group if one.valid}) > 1
-            ]
+            kept += [group for group in groups if last or self._advantages(group, step).any()]
             if len(kept) == wanted:
                 break
         return [one for group in kept for one in group]

@@ -253,11 +253,14 @@ def test_wrong_data_is_one_line(tmp_path, capsys, monkeypatch):
         mint.recorded_run(tmp_path)
     own = tmp_path / mint.PROTOCOL / "gsm8k"
     own.mkdir(parents=True)
-    (own / "results.jsonl").write_text("")
+    history = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Assistant:\nhm\n"}]
+    state = {"history": history, "terminate_reason": "", "success": False}
+    (own / "results.jsonl").write_text(json.dumps({"state": state, "task": {"task_id": 1}}) + "\n")
     monkeypatch.chdir(own)
-    assert mint.recorded_run(pathlib.Path("results.jsonl")) == {
-        "gsm8k": []
-    }  # its name is that of the directory
+    (episode,) = mint.recorded_run(pathlib.Path("results.jsonl"))[
+        "gsm8k"
+    ]  # its name is that of the directory
+    assert episode.turns == [("hm", None)]
     with pytest.raises(UserError, match="intercode-sql alone, .* not intercode-sql,mint"):
         replay_run(["intercode-sql", "mint"], "", "", None, contextlib.ExitStack())
     with pytest.raises(UserError, match=r"has no processed/gsm8k"):

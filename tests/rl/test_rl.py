@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,18 @@ def test_only_the_policys_own_tokens_train(small_chat_tokenizer, tmp_path, monke
     first = [row[mask][0] for row, mask in zip(batch["advantages"], own, strict=True)]
     np.testing.assert_allclose(np.reshape(first, (2, 4)).sum(1), 0, atol=1e-6)
     assert played.figures["turns"] > 1
+    # Groups whose episodes differ in a turn alone, and not in the sum, are not replaced.
+    rounds = []
+
+    def play(engine, episodes, sampling):
+        rounds.append(len(episodes))
+        for number, one in enumerate(episodes):
+            one.rewards, one.end = ([0.1, 0.0], [0.0, 0.1])[number % 2], "turns"
+
+    monkeypatch.setattr(rollouts, "_player", types.SimpleNamespace(play=play))
+    rollouts.options = dataclasses.replace(rollouts.options, max_rounds=2)
+    rollouts._groups(None, 0)
+    assert rounds == [8]
 
 
 def test_off_policy_episodes_are_of_the_parameters_before(small_chat_tokenizer, tmp_path, monkeypatch):
