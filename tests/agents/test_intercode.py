@@ -197,18 +197,11 @@ def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
     assert (steps[4].observation, steps[4].reward) == ("a.txt\nb.txt\nsub\n", 1)
     assert "No such file" in steps[1].observation
     run = tmp_path / "run.json"
-    history = {
-        "actions": ["ls /testbed", gold["gold"]],
-        "observations": ["a.txt\nsub\n", "a.txt\nb.txt\nsub\n"],
-    }
-    episode = {
-        "environment": "ic_bash",
-        "dataset": "nl2bash_fs_3.json",
-        "task_id": 0,
-        "query": "",
-        "turn_history": history,
-    }
-    run.write_text(json.dumps({"0": episode | {"summary": {"max_reward": 1.0}}}))
+    seen = ["a.txt\nsub\n", "a.txt\nb.txt\nsub\n"]
+    history = {"actions": ["ls /testbed", gold["gold"]], "observations": seen}
+    episode = {"environment": "ic_bash", "dataset": "nl2bash_fs_3.json", "task_id": 0, "query": ""}
+    episode |= {"turn_history": history, "summary": {"max_reward": 1.0}}
+    run.write_text(json.dumps({"0": episode}))
     (replayed,) = replay(open_bash(str(tmp_path)), recorded_run(run, "bash"))
     assert replayed.same_verdict
     assert not replayed.different
@@ -239,13 +232,8 @@ def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
     assert needs("find . -exec a {} + | xargs -0 b; c=$(dig x) && d `e`") == {
         *("find", "a", "xargs", "b", "dig with a network", "d", "e")
     }
-    assert needs("ln /system/a -s / | sed 's/ /g/;s@^@/usr/@' ~/b > /x.tar") == {
-        "ln",
-        "sed",
-        "/",
-        "/usr/",
-        "/x.tar",
-    }
+    found = needs("ln /system/a -s / | sed 's/ /g/;s@^@/usr/@' ~/b > /x.tar")
+    assert found == {"ln", "sed", "/", "/usr/", "/x.tar"}
 
 
 def test_the_reward_of_bash_counts_paths_contents_and_words():

@@ -82,19 +82,8 @@ BIGCODE = {
     "humaneval": ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>"),
     "mbpp": ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```"),
 }
-PARTS = (
-    "class A:",
-    "def f(x):",
-    "    return 1",
-    "# so",
-    "@cache",
-    "print(1)",
-    "if x:",
-    "```",
-    "<|/code|>",
-    "<file_sep>",
-)
-PARTS += ("assert f(1)", '"""', "\n", "\n", "\n", "\n", " ", "x = 1")
+PARTS = ("class A:", "def f(x):", "    return 1", "# so", "@cache", "print(1)", "if x:", "```", "<|/code|>")
+PARTS += ("<file_sep>", "assert f(1)", '"""', "\n", "\n", "\n", "\n", " ", "x = 1")
 
 
 def until(text, stops):
