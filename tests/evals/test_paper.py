@@ -41,7 +41,7 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     dev = [question(n, subject) for subject in ("us_history", "algebra") for n in range(6)]
     write(root, "mmlu", "all", "dev", dev)
-    test = [question(90, "algebra"), question(91, "us_history", 3), question(92, "us_history", 0)]
+    test = [question(91, "us_history", 3), question(92, "us_history", 0), question(90, "algebra")]
     write(root, "mmlu", "all", "test", test)
     for path in (pathlib.Path(lm_eval.__file__).parent / "tasks/bbh/fewshot").glob("[!_]*.yaml"):
         write(root, "bbh", path.stem, "test", [{"input": f"is this {path.stem}", "target": "True"}])
@@ -64,7 +64,9 @@ def roomy(tmp_path_factory, small_chat_tokenizer):
 
 
 def test_mmlu_has_five_examples_of_its_subject(data):
-    first, second, _ = tasks.mmlu(str(data))["test"]
+    # The subjects take turns.
+    second, first, third = tasks.mmlu(str(data))["test"]
+    assert [one["subject"] for one in (second, first, third)] == ["us_history", "algebra", "us_history"]
     assert first["prompt"].startswith(
         "The following are multiple choice questions (with answers) about algebra.\n\n"
         "Which of 0?\nA. 0w\nB. 0x\nC. 0y\nD. 0z\nAnswer: B\n\nWhich of 1?"

@@ -41,7 +41,7 @@ def mmlu(data: str = "", **_: Any) -> dict[str, Any]:
         head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         prompt = head + "".join(shots[row["subject"]][:5]) + _question(row)
         found.append({"prompt": prompt, "answer": row["answer"], "subject": row["subject"]})
-    return _test_split(found)
+    return _test_split(found, "subject")
 
 
 def _question(row: Mapping[str, Any]) -> str:
@@ -62,7 +62,7 @@ def bbh(data: str = "", **_: Any) -> dict[str, Any]:
         for row in rows("bbh", name, "test", data):
             prompt = f"{head}Q: {row['input'].strip()}\nA:"
             found.append({"prompt": prompt, "target": row["target"].strip(), "task": name})
-    return _test_split(found)
+    return _test_split(found, "task")
 
 
 def bbh_result(doc: Document, results: Sequence[str]) -> dict[str, tuple[str, bool]]:
@@ -151,11 +151,17 @@ def _read(path: epath.Path, fields: Sequence[str]) -> list[Document]:
     return table.to_pylist()
 
 
-def _test_split(documents: list[Document]) -> dict[str, Any]:
-    """The documents as the harness takes them."""
+def _test_split(documents: list[Document], part: str = "") -> dict[str, Any]:
+    """The documents as the harness takes them; those of each part in turn, so that a limit takes some of all."""
     import datasets
 
-    return {"test": datasets.Dataset.from_list(documents)}
+    counts = collections.Counter[str]()
+
+    def turn(document: Document) -> int:
+        counts.update([document.get(part, "")])
+        return counts[document.get(part, "")]
+
+    return {"test": datasets.Dataset.from_list(sorted(documents, key=turn))}
 
 
 def _harness_tasks() -> pathlib.Path:
