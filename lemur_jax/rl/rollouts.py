@@ -206,7 +206,8 @@ class Rollouts:
         held_out = self._held_out[: self.options.eval_tasks]
         played = [Episode(environment=copy.copy(one), seed=0) for one in held_out]
         self._player.play(engine, played, Sampling())
-        return {"held_out_success": _mean([one.solved for one in played if one.valid])}
+        solved = [one.solved for one in played if one.valid]
+        return {"held_out_success": _mean(solved)} if solved else {}
 
     def _figures(self, episodes: Sequence[Episode], scored: np.ndarray, step: int) -> dict[str, float]:
         ends = collections.Counter(one.end for one in episodes)
