@@ -139,7 +139,11 @@ def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
 
     from lemur_jax.evals.harness import LemurLM
 
-    generation = {"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None
+    generation: dict[str, Any] = {}
+    if options.max_new_tokens:
+        generation["max_gen_toks"] = options.max_new_tokens
+    if options.chat and task == PAPER["GSM8K"][0]:
+        generation["until"] = []  # a chat model reasons in paragraphs, and ends its answer itself
     try:
         with _cache_without_hub():
             result: Any = simple_evaluate(
@@ -148,7 +152,7 @@ def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
                 limit=options.limit,
                 task_manager=manager,
                 apply_chat_template=options.chat,
-                gen_kwargs=generation,
+                gen_kwargs=generation or None,
                 bootstrap_iters=0,
                 log_samples=False,
             )

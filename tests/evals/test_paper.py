@@ -113,7 +113,7 @@ def test_short_answer(text, answer):
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("The answer is -3.50.", -3.5), ("$1,200.", 1200), ("12, 13", 13), ("no", None), ("3-4", -4)],
+    [("The answer is -3.50.", -3.5), ("$1,200.", 1200), ("12, 13", 13), ("no", None), ("3-4", 4)],
 )
 def test_last_number(text, number):
     assert tasks.last_number(text) == number
@@ -162,10 +162,14 @@ def all_knowing(data, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
-def test_a_model_that_knows_everything_gets_full_marks(data, roomy, all_knowing, tmp_path, capsys):
+def test_a_model_that_knows_everything_gets_full_marks(
+    data, roomy, all_knowing, tmp_path, capsys, monkeypatch
+):
     # 128 tokens of an answer leave the end of the longest prompts in this model's 1,024.
     words = f"eval --checkpoint {roomy} --suite paper --data {data} --max-new-tokens 128".split()
     for options in ([], ["--chat"]):
+        if options:
+            monkeypatch.setitem(KNOWN, "Question: How many?", " Four hundred.\n\nOr so: $1,204.")
         out = tmp_path / "out.json"
         assert main([*words, *options, "--scores", "Spider=12.34", "--json", str(out)]) == 0
         results = {item["task"]: item for item in json.loads(out.read_text())["results"]}

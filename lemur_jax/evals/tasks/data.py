@@ -110,7 +110,7 @@ def gsm8k_result(doc: Document, results: Sequence[str]) -> dict[str, bool]:
 
 def last_number(text: str) -> float | None:
     """The last number in a text: 1200.5 of "$1,200.50."."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    found = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?", text)
     return float(found[-1].replace(",", "")) if found else None
 
 
