@@ -139,9 +139,8 @@ def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
 
     from lemur_jax.evals.harness import LemurLM
 
-    generation: dict[str, Any] = {}
-    if options.max_new_tokens:
-        generation["max_gen_toks"] = options.max_new_tokens
+    longest = options.max_new_tokens
+    generation: dict[str, Any] = {"max_gen_toks": longest} if longest else {}
     if options.chat and task == PAPER["GSM8K"][0]:
         generation["until"] = []  # a chat model reasons in paragraphs, and ends its answer itself
     try:
