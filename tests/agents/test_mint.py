@@ -125,10 +125,8 @@ def test_a_cell_that_catches_its_time_out_or_leaves_a_thread_holds_nothing_up(mo
     monkeypatch.setattr(shell, "CELL_SECONDS", 1)
     cells, started = Shell({}), time.monotonic()
     assert "TimeoutError" in cells.run_cell("import time\ntime.sleep(60)")
-    assert (
-        cells.run_cell("while True:\n  try:\n    time.sleep(60)\n  except BaseException:\n    pass")
-        == shell.ENDED
-    )
+    catches = "while True:\n  try:\n    time.sleep(60)\n  except BaseException:\n    pass"
+    assert cells.run_cell(catches) == shell.ENDED
     cells.run_cell("import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()")
     cells.close()
     assert time.monotonic() - started < 40

@@ -79,10 +79,8 @@ def test_results_of_calls_are_the_users_where_the_template_knows_no_tools(small_
 def test_an_observation_is_text_that_tokenizers_take():
     world = errand("address")
     world.reset()
-    step = world.step(
-        call("set_address", number="1005", address="\ud83d")
-    )  # a lone surrogate, escaped in JSON
-    assert step.observation == '"order 1005 goes to ?"'
+    said = call("set_address", number="1005", address="\ud83d")  # a lone surrogate, escaped in JSON
+    assert world.step(said).observation == '"order 1005 goes to ?"'
 
 
 def test_the_user_says_more_only_when_asked_or_when_it_is_wrong():
