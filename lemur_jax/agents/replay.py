@@ -1,5 +1,6 @@
 """Recorded turns instead of a model: whether the environments give the same observations and verdicts."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -28,13 +29,13 @@ class Replayed:
       trace: ours.
       success: the recorded verdict.
       compared: turns with a recorded observation.
-      different: (recorded, ours) of the observations that differ.
+      different: (likely cause, recorded, ours) of the observations that differ.
     """
 
     trace: Trace
     success: bool
     compared: int
-    different: Sequence[tuple[str, str]]
+    different: Sequence[tuple[str, str, str]]
 
     @property
     def same_verdict(self) -> bool:
@@ -99,7 +100,7 @@ def _replay(environment: Environment, episode: Recorded) -> Replayed | None:
                 theirs, mark, feedback = seen.partition(mint.FEEDBACK)
                 ours, theirs = step.observation.rstrip("\n"), theirs.rstrip("\n")
                 if _without_paths(ours) != _without_paths(theirs):
-                    different.append((theirs, ours))
+                    different.append((_cause(theirs, ours), theirs, ours))
                 step = dataclasses.replace(step, observation=step.observation + mark + feedback)
             turns.append(Turn(action=action, step=step))
             if step.done or step.reward >= 1:
@@ -118,14 +119,36 @@ def _without_paths(text: str) -> str:
     return re.sub(r"<hidden_filepath>:\S*", "<hidden_filepath>", re.sub(r"/[^\s()]*-packages/", "", text))
 
 
+def _cause(theirs: str, ours: str) -> str:
+    """Why two observations differ, most likely."""
+    for mark, cause in (
+        ("(Syntax|Indentation)Error", "wording of Python's syntax errors"),
+        ("TimeoutError", "time-out"),
+        ("Page: |[Ww]ikipedia", "live search"),
+        (" at 0x", "addresses"),
+        ("(site|dist)-packages", "traceback inside a library"),
+    ):
+        if re.search(mark, theirs + ours):
+            return cause
+    if "Error" in theirs and "Error" in ours:
+        return "wording of errors"
+    if "Error" in theirs + ours:
+        return "an error in one only: library versions"
+    if re.sub(r"[\d.e+-]+", "0", theirs) == re.sub(r"[\d.e+-]+", "0", ours):
+        return "numbers: random or last digits"
+    return "other text: library versions, order of sets"
+
+
 def format_replay(name: str, episodes: Sequence[Replayed]) -> str:
-    """One line of counts, then the episodes whose verdict differs."""
+    """One line of counts, then what differs."""
     same, total = sum(one.same_verdict for one in episodes), len(episodes)
     compared = sum(one.compared for one in episodes)
-    equal = compared - sum(len(one.different) for one in episodes)
+    causes = collections.Counter(cause for one in episodes for cause, _, _ in one.different)
+    equal = compared - sum(causes.values())
     lines = [
         f"{name}: verdicts equal {same}/{total} ({100 * same / max(1, total):.2f}%),"
         f" observations equal {equal}/{compared} ({100 * equal / max(1, compared):.2f}%)"
     ]
+    lines += [f"  {count} differ, most likely: {cause}" for cause, count in causes.most_common()]
     lines += [f"  verdict differs: {one.trace.id}" for one in episodes if not one.same_verdict]
     return "\n".join(lines)
