@@ -23,12 +23,13 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.sweep.runs import SweepRun, parse_ratio
-from lemur_jax.telemetry.metrics import read_metrics
+from lemur_jax.telemetry.metrics import Record, read_metrics
 
 PARAMETERS = 3
 WEIGHTS = (0.3, 0.5, 0.7, 0.8, 0.9)  # of one group, for which tables name the best ratio
 _SCALES = np.geomspace(1e-4, 1e2, 301)  # in tokens of the longest run
 _GRID = np.linspace(0, 1, 1001)  # shares of the first part
+_SAME = 1e-3  # relative difference of bits per byte that rounding on other devices may make
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,9 +119,30 @@ def read_bits(
         raise UserError(
             f"{directory} has no held-out figure of {missing[0]}{'' if step is None else f' at step {step}'}"
         )
-    return {
-        name: math.exp(statistics.fmean(math.log(tasks[task]) for task in of)) for name, of in groups.items()
-    }
+    return {name: statistics.geometric_mean(tasks[task] for task in of) for name, of in groups.items()}
+
+
+def check_same_start(
+    records: Sequence[Record], others: Sequence[Record], place: epath.PathLike, other: epath.PathLike
+) -> None:
+    """UserError: two runs differ in their held-out figures before the first step, beyond rounding.
+
+    Their base, a run that has gone on since, or the text that is scored was not the same.
+    """
+    before = {record["task"]: record for record in others if _is_start(record)}
+    for record in filter(_is_start, records):
+        text, bits = (record.get(key) for key in ("bytes", "bits_per_byte"))
+        began = before.get(record["task"], record)
+        if text != began.get("bytes") or not math.isclose(bits, began["bits_per_byte"], rel_tol=_SAME):
+            raise UserError(
+                f"{place} has {bits:.4f} bits per byte of {record['task']} before training ({text} bytes), {other}"
+                f" {began['bits_per_byte']:.4f} ({began.get('bytes')} bytes): config.init.checkpoint or the text has"
+                " changed between them; put back what was there, or sweep in a new --workdir"
+            )
+
+
+def _is_start(record: Record) -> bool:
+    return record.get("kind") == "eval" and record["step"] == 0
 
 
 def read_points(

@@ -16,14 +16,16 @@ from typing import Any
 import jax
 from etils import epath
 
-from lemur_jax.checkpoint.reading import restore_params
+from lemur_jax.checkpoint.reading import read_metadata, restore_params
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import digest_of
 from lemur_jax.config import RunConfig
 from lemur_jax.parallel.mesh import make_mesh
+from lemur_jax.sweep.law import check_same_start
 from lemur_jax.sweep.runs import SweepRun
-from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
+from lemur_jax.telemetry.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from lemur_jax.text.tokenizer import Tokenizer
-from lemur_jax.train.evaluate import Evaluations, EvaluationSteps, open_held_out
+from lemur_jax.train.evaluate import Evaluations, EvaluationSteps, evaluate, open_held_out
 from lemur_jax.train.history import RunHistory
 from lemur_jax.train.initial import initial_params
 from lemur_jax.train.step import Program
@@ -111,28 +113,34 @@ def evaluate_all(
     workdir: epath.PathLike,
     build: Callable[..., Program],
 ) -> None:
-    """Scores the merged models that have no figures yet, as the runs were scored at their end."""
+    """Scores the merged models that have no figures yet of these runs, as the runs were scored at their end.
+
+    Raises UserError where `config.init.checkpoint` is not what the runs began with, as of a base that has gone on.
+    """
     for number, merge in enumerate(merges, start=1):
-        directory = merge.directory(workdir)
-        if any(record.get("kind") == "balance" for record in _records(directory)):
+        directory, first = merge.directory(workdir), merge.parts[0].directory(workdir)
+        parts = [read_metadata(part.directory(workdir))["leaves"]["params"] for part in merge.parts]
+        weights = [{name: leaf.digest for name, leaf in leaves.items()} for leaves in parts]
+        made_of = {"step": 0, "kind": "merge", "weights": digest_of(weights)}
+        if (directory / METRICS_FILE).exists() and made_of in read_metrics(directory):
             continue
         logger.info("merge %d of %d: %s, seed %d", number, len(merges), merge.variant, merge.seed)
         config = configs[merge.parts[0]]
         tokenizer = Tokenizer.from_config(config.tokenizer)
         program = build(config, make_mesh(config.mesh), len(config.data.sources))
-        trained = (restore_params(part.directory(workdir), program.state.params) for part in merge.parts)
-        params = merged(initial_params(config.init, config.seed, tokenizer, program), trained, merge.weight)
+        base = initial_params(config.init, config.seed, tokenizer, program)
         held_out = open_held_out(config.data, config.eval, tokenizer)
-        before = _records(merge.parts[0].directory(workdir))
+        rows, before = config.train.microbatch_rows, read_metrics(first)
+        again = evaluate(program, base, held_out[0], config.eval.batch_rows or rows, config.eval.max_rows)
+        assert again  # nothing stops it
+        check_same_start([{"step": 0, "kind": "eval", **again}], before, config.init.checkpoint, first)
+        trained = (restore_params(part.directory(workdir), program.state.params) for part in merge.parts)
         with MetricsWriter(directory) as writer:
             writer.truncate_after(-1)
             history = RunHistory(writer=writer, records=before)
-            rows = config.train.microbatch_rows
             steps = EvaluationSteps(
                 options=config.eval, checkpoint=config.checkpoint, init=config.init, last=config.train.steps
             )
+            params = merged(base, trained, merge.weight)
             Evaluations(program, rows, steps, held_out, history).score(params, config.train.steps)
-
-
-def _records(directory: epath.Path) -> list[dict[str, Any]]:
-    return read_metrics(directory) if (directory / "metrics.jsonl").exists() else []
+            writer.write(made_of)  # last: a merge without it is scored again

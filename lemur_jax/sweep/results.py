@@ -10,7 +10,16 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
-from lemur_jax.sweep.law import Laws, best_rows, fit_laws, law_note, law_rows, read_bits, read_points
+from lemur_jax.sweep.law import (
+    Laws,
+    best_rows,
+    check_same_start,
+    fit_laws,
+    law_note,
+    law_rows,
+    read_bits,
+    read_points,
+)
 from lemur_jax.sweep.merging import Merge
 from lemur_jax.sweep.runs import SweepRun
 from lemur_jax.telemetry.metrics import read_metrics
@@ -42,7 +51,7 @@ class Results:
     variants: tuple[Variant, ...]  # in the order of the sweep
     steps: int | None  # of each run; None: runs differ
     tokens: int | None  # of each run: rows × length × updates
-    laws: Laws | None = None  # None: too few ratios, or other keys are varied
+    laws: Laws | None = None  # None: too few ratios, stages, or other keys are varied
 
     @property
     def groups(self) -> list[str]:
@@ -80,8 +89,13 @@ def spread(values: Sequence[float]) -> float:
 def read_results(
     runs: Mapping[SweepRun, RunConfig], merges: Sequence[Merge], workdir: epath.PathLike
 ) -> Results:
-    """The figures of finished runs and merges; UserError if one has not been scored at its start and end."""
+    """The figures of finished runs and merges; UserError if one has no score of its start or end, or another start."""
     first, config = next(iter(runs.items()))
+    alike: dict[Any, epath.Path] = {}
+    for run in runs:
+        place = run.directory(workdir)
+        other = alike.setdefault(run.settings, place)
+        check_same_start(read_metrics(place), read_metrics(other), place, other)
     groups = config.eval.task_groups
     base = read_bits(first.directory(workdir), groups, 0)
     variants: dict[str, list[tuple[SweepRun | Merge, dict[str, float], float]]] = {}
@@ -103,7 +117,8 @@ def read_results(
     steps = {one.train.steps for one in runs.values()}
     tokens = {one.train.steps * one.train.batch_rows * one.data.sequence_length for one in runs.values()}
     laws = None
-    if all(key == "train.steps" for run in runs for key, _ in run.settings):
+    # Another key changes more than the law knows, and so do the shares of a stage.
+    if not config.data.stages and all(key == "train.steps" for run in runs for key, _ in run.settings):
         points = read_points(runs, workdir, groups)
         # Groups have no order of their own; the one of the first task is that of the first part of a ratio.
         tasks = config.eval.tasks

@@ -1,5 +1,6 @@
 """Tables and plots of a sweep worked out by hand."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -114,14 +115,14 @@ def test_figures_are_read_back_by_group(tmp_path):
     groups = {"code": ("python", "java"), "text": ("web",)}
     config = replace(config, {"eval.groups": groups, "train.steps": 10})
     runs = plan_runs(config, ["1:1"], 2, sources="python&java,web")
-    for run, scale in zip(runs, (1.0, 2.0), strict=True):
-        bits = {"python": 2.0 * scale, "java": 8.0 * scale, "web": 3.0 * scale}
-        write_run(tmp_path, run, bits, {0: 1.0, 5: 1.5, 10: 0.5})
+    bits = {"python": 2.0, "java": 8.0, "web": 3.0}
+    for run, change in zip(runs, (0.5, 0.75), strict=True):
+        write_run(tmp_path, run, bits, {0: 1.0, 5: 1.5, 10: change})
     found = read_results(dict.fromkeys(runs, config), [], tmp_path)
     assert found.base == pytest.approx({"code": 4.0, "text": 3.0})
     (only,) = found.variants
-    assert only.bits["code"] == pytest.approx((2.0, 4.0))
-    assert only.balance == (0.5, 0.5)
+    assert only.bits["code"] == pytest.approx((2.0, 3.0))
+    assert only.balance == (0.5, 0.25)
     assert found.tokens == 10 * config.train.batch_rows * config.data.sequence_length
     assert results.summary(found).startswith("10 updates and")
     # Runs of several lengths (--vary train.steps=10,20) have no size in common.
@@ -130,6 +131,18 @@ def test_figures_are_read_back_by_group(tmp_path):
     assert (found.steps, found.tokens) == (None, None)
     assert results.summary(found).startswith("Mean ± ")
     assert "tokens a run" not in pareto.pareto_plot(found, "text", "code")
+
+
+@pytest.mark.parametrize(("factor", "same"), [(1.0001, True), (1.01, False)])
+def test_a_base_that_goes_on_between_two_runs_is_told(tmp_path, factor, same):
+    runs = plan_runs(config_of(), ["1:1"], 2)
+    for run, change in zip(runs, (1.0, factor), strict=True):
+        write_run(tmp_path, run, {"code": 2.0, "text": 3.0}, {0: change, 10: 0.5})
+    wrong = pytest.raises(
+        UserError, match=r"seed-43 has 2\.0200 bits per byte of code .*seed-42 2\.0000 .*init"
+    )
+    with contextlib.nullcontext() if same else wrong:
+        read_results(dict.fromkeys(runs, config_of()), [], tmp_path)
 
 
 def test_a_run_without_a_start_is_named(tmp_path):

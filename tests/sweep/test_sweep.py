@@ -71,6 +71,27 @@ def test_the_results(swept):
     assert "lemur sweep --config config.py" in (out / "index.html").read_text()
 
 
+def test_merges_are_of_the_runs_that_are_there_and_of_the_base_they_began_with(
+    swept, project, monkeypatch, capsys
+):
+    """A run that was made again is merged again; a base that has gone on since is told."""
+    monkeypatch.chdir(project)
+    run, merge = (f"out/{name}1-0_seed-42/metrics.jsonl" for name in ("runs/", "merged/linear-0.5_"))
+    before = (project / merge).read_text()
+    (project / merge).write_text(before.replace('"weights": "', '"weights": "of other runs '))
+    assert main(WORDS.split()) == 0
+    assert (project / merge).read_text() == before
+    (project / merge).unlink()
+    started = (project / run).read_text()
+    first = next(
+        record["bits_per_byte"] for record in read_metrics("out/runs/1-0_seed-42") if record["kind"] == "eval"
+    )
+    (project / run).write_text(started.replace(str(first), str(1.01 * first)))
+    assert main(WORDS.split()) == 2
+    assert f"base has {first:.4f} bits per byte of code before training" in capsys.readouterr().err
+    (project / run).write_text(started)
+
+
 def test_a_run_is_the_run_that_train_makes_of_the_printed_command(swept, project, monkeypatch, capsys):
     monkeypatch.chdir(project)
     assert main([*WORDS.split(), "--print"]) == 0
