@@ -58,6 +58,9 @@ def _plan(args) -> int:
     if args.hlo and args.mode != "train":
         raise UserError("--hlo is for --mode train: leave it out")
     _check_modes(args)
+    from lemur_jax.plan.topologies import find_slice
+
+    tpu = find_slice(args.topology, args.slices)
     if args.search:  # it chooses the mesh, to which rows from the counts would be rounded
         return _search(args, config)
     if "://" not in config.data.stores:  # a plan needs no network
@@ -65,12 +68,9 @@ def _plan(args) -> int:
     made: Any
     if args.mode == "generate":
         from lemur_jax.plan.generate import format_generate_plan, plan_generate
-        from lemur_jax.plan.topologies import find_slice
 
-        made = plan_generate(
-            config.model, config.mesh, find_slice(args.topology, args.slices), batch=args.batch,
-            prompt_length=args.prompt_length, cache_length=args.cache_length, dtype=args.dtype,
-        )  # fmt: skip
+        sizes = {name: getattr(args, name) for name in _GENERATE_DEFAULTS}
+        made = plan_generate(config.model, config.mesh, tpu, **sizes)
         print(format_generate_plan(made))
     elif args.mode == "rl":
         from lemur_jax.rl.plan import format_rl_plan, plan_rl
@@ -115,14 +115,8 @@ def _search(args, config) -> int:
         raise UserError("--output and --cache must be directories of this machine")
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    found = search(
-        config,
-        args.topology,
-        slices=args.slices,
-        minutes=args.minutes,
-        processes=args.processes,
-        cache=pathlib.Path(args.cache).expanduser(),
-    )
+    options = {"slices": args.slices, "minutes": args.minutes, "processes": args.processes}
+    found = search(config, args.topology, **options, cache=pathlib.Path(args.cache).expanduser())
     print(f"\n{pareto.format_search(found)}")
     pareto.write(found, output, args.config, args.overrides, f"{args.config} on {args.topology}")
     if not found.best:

@@ -14,6 +14,7 @@ import json
 import logging
 import multiprocessing
 import multiprocessing.connection
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -257,12 +258,13 @@ def write_plan(make: Callable[[], Plan], path: pathlib.Path) -> None:
 
 
 def cache_key(values: Mapping[str, Any], topology: str, slices: int) -> str:
-    """Digest of what a plan depends on: options of the step, slice, jax, libtpu, and the package's own source."""
+    """Digest of what a plan depends on: options of the step and of the compiler, slice, versions, our own source."""
     facts = {name: value for name, value in values.items() if name not in _NOT_OF_THE_STEP}
     facts |= {
         "sequence_length": values["data"]["sequence_length"],
         "sources": len(values["data"]["sources"]),
         "slice": [topology, slices],
+        "flags": [os.environ.get(name) for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")],
         "versions": [jax.__version__, metadata.version("libtpu")],
         "package": _source_digest(),
     }

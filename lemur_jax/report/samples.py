@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from lemur_jax.checkpoint.reading import read_metadata, steps_in
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import load
@@ -22,17 +23,20 @@ def sample(
     """Continues prompts by at most 96 tokens, and answers questions in the chat template, with each newest checkpoint.
 
     Returns by stage the texts for the prompts and questions, computed in float32. The first stage, `start`, is the
-    model that the first run started from, if it is still there. Raises UserError if a workdir has no complete
-    checkpoint, or one has no tokenizer or no chat template.
+    model that the first run started from, if it is still there: at the step that the run has recorded, as one with an
+    adapter or a reference does, else at the newest. Raises UserError if a workdir has no complete checkpoint, or one
+    has no tokenizer or no chat template.
     """
     runs = read_runs(workdirs)
-    stages = {run.name: run.workdir for run in runs}
-    start = runs[0].config.get("init.checkpoint")
-    if start and epath.Path(start).exists():
-        stages = {"start": start} | stages
+    stages = {run.name: (run.workdir, None) for run in runs}
+    config = runs[0].config
+    if (start := config.get("init.checkpoint")) and epath.Path(start).exists():
+        step = None if config.get("distill.teacher") else read_metadata(runs[0].workdir).get("frozen_step")
+        if step is None or step in steps_in(start)[1]:
+            stages = {"start": (start, step)} | stages
     answers = {}
-    for name, checkpoint in stages.items():
-        session = load(checkpoint, parse_mesh(""), "float32")
+    for name, (checkpoint, step) in stages.items():
+        session = load(checkpoint, parse_mesh(""), "float32", step)
         tokenizer = session.need_tokenizer()
         ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
         asked = [[{"role": "user", "content": question}] for question in questions]

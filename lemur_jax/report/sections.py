@@ -93,14 +93,16 @@ def mixture(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         last = run.train[-1] if run.train else {}
-        trained = {source: last.get(f"tokens/{source}") or 0 for source in run.sources}
-        wanted = {source: run.option(f"data.sources.{source}.share") or 0 for source in run.sources}
+        trained = {key.removeprefix("tokens/"): last[key] or 0 for key in last if key.startswith("tokens/")}
+        wanted = {source: run.option(f"data.sources.{source}.share") or 0 for source in trained}
         if sum(trained.values()) <= 0:
             continue
+        staged = any(key.startswith("data.stages.") for key in run.config)
         for source, tokens in trained.items():
             share = f"{wanted[source] / sum(wanted.values()):.2%}" if wanted[source] > 0 else "–"
             seen = f"{tokens / sum(trained.values()):.2%}"
-            rows.append([escape(run.name), escape(source), compact(tokens), seen, share])
+            shown = "by stage" if staged else share
+            rows.append([escape(run.name), escape(source), compact(tokens), seen, shown])
     if not rows:
         return ""
     lead = "Target tokens trained on; a share is configured by all tokens of the rows."

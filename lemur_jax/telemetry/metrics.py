@@ -104,7 +104,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
         if self._wants_tensorboard:
             self._trackers.append(TensorBoard(self._path.parent, step))
         if self._wants_wandb:
-            self._trackers.append(WeightsAndBiases(self._path.parent))
+            self._trackers.append(WeightsAndBiases(self._path.parent, fresh=not kept))
 
     def sync(self) -> None:
         """Makes all records survive a crash of the machine."""

@@ -37,7 +37,15 @@ def git_commit() -> str | None:
     archived = (package / "commit.txt").read_text().strip()  # filled in by `git archive`, see .gitattributes
     if not archived.startswith("$"):
         return archived
-    command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    # An installed copy may lie in a checkout, e.g. in `.venv`, which does not track it.
+    if not _git(package, "ls-files", "commit.txt"):
+        return None
+    return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(directory: pathlib.Path, *words: str) -> str | None:
+    """What git prints; None if nothing."""
+    command = ["git", "-C", str(directory), *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):  # no git, or a slow network disk

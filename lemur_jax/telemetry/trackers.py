@@ -6,12 +6,14 @@ A number of a record is named `kind/key`, or `kind/task/key` if the record names
 import hashlib
 import os
 import tempfile
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.paths import absolute
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -54,24 +56,29 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Sends records to one W&B run, named after the workdir; `WANDB_*` set project and account.
+    """Sends records to one W&B run, named after the workdir; `WANDB_*` set project, account, and another name or id.
 
-    The workdir's path determines the id, so that a resumed run is the same one; repeated steps are sent again.
+    A run that resumes is the same one; repeated steps are sent again. One that begins (`fresh`) is another, also where
+    the workdir had a run before, and so is a copy of the workdir.
     """
 
-    def __init__(self, workdir: epath.PathLike):
+    def __init__(self, workdir: epath.PathLike, fresh: bool):
         try:
             import wandb
         except ImportError as error:
             raise UserError(
                 "config.log.wandb needs wandb: pip install 'lemur_jax[wandb]', or set it to False"
             ) from error
-        path = os.fspath(epath.Path(workdir))
+        path, key = os.fspath(absolute(workdir)), epath.Path(workdir) / "wandb-id.txt"
+        if fresh:
+            key.write_text(uuid.uuid4().hex)
+        # The file is missing in runs of earlier versions.
+        made_of = path + (key.read_text() if key.exists() else "")
         try:
             self._run = wandb.init(
                 dir=tempfile.mkdtemp(prefix="wandb-") if "://" in path else path,
-                id=hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16],
-                name=os.path.basename(path),
+                id=os.environ.get("WANDB_RUN_ID") or hashlib.sha256(made_of.encode()).hexdigest()[:16],
+                name=os.environ.get("WANDB_NAME") or os.path.basename(path),
                 resume="allow",
                 settings=wandb.Settings(console="off", silent=True),
             )

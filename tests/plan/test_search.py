@@ -194,7 +194,7 @@ def test_the_verb(tpu_compiler, base, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_the_key_follows_what_the_plan_depends_on(base):
+def test_the_key_follows_what_the_plan_depends_on(base, monkeypatch):
     def key(slice_: str, slices: int, *words: str) -> str:
         return search.cache_key(load(str(base), words).to_json(), slice_, slices)
 
@@ -203,3 +203,5 @@ def test_the_key_follows_what_the_plan_depends_on(base):
     assert key("v5e-4", 1, "--config.compute.remat=none") != known
     assert key("v5e-8", 1) != known
     assert key("v5e-4", 2) != known
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536")
+    assert key("v5e-4", 1) != known

@@ -98,6 +98,26 @@ def test_time_mixture_and_samples(stages, tmp_path):
     assert "base says &lt;b&gt;</pre>" in text
 
 
+def test_a_source_that_no_batch_had_has_its_share_and_stages_have_no_single_one(write_stage, tmp_path):
+    sources = {
+        name: {"share": share}
+        for name, share in (("python_docs", 1.0), ("python_stdlib", 3.0), ("rare", 1.0))
+    }
+    stages = {"late": {"step": 20, "shares": {"rare": 1.0}}}
+    runs = [
+        write_stage(tmp_path / name, {}, data={"sources": sources, "stages": more})
+        for name, more in (("flat", {}), ("staged", stages))
+    ]
+    for run in runs:
+        with MetricsWriter(run) as writer:
+            tokens = {"tokens/python_docs": 250, "tokens/python_stdlib": 750, "tokens/rare": 0}
+            writer.write({"step": 41, "kind": "train", "loss": 1.0, "tokens": 1000, **tokens})
+    _, outline = written(runs, tmp_path / "report.html")
+    assert ["flat", "python_docs", "250", "25.00%", "20.00%"] in outline.rows
+    assert ["flat", "rare", "0", "0.00%", "20.00%"] in outline.rows
+    assert ["staged", "rare", "0", "0.00%", "by stage"] in outline.rows
+
+
 def test_one_run_stands_alone(stages, tmp_path):
     text, outline = written(stages[1:2], tmp_path / "report.html")
     assert "differ" not in text

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shutil
+from unittest.mock import Mock
 
 import pytest
 
@@ -12,6 +13,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.session import load
 from lemur_jax.parallel.mesh import parse_mesh
+from lemur_jax.report import samples
 from lemur_jax.report.samples import MAX_NEW_TOKENS, SAMPLING, sample
 from lemur_jax.text.chat_template import encode_chat
 
@@ -43,6 +45,27 @@ def test_the_page_shows_what_the_checkpoint_says(chat_model, stages, tmp_path):
     for prompt, text, completion in zip([*PROMPTS, QUESTION], shown[::2], drawn, strict=True):
         assert text.startswith(prompt)
         assert text.removeprefix(prompt).strip() == completion.text.strip() != ""
+
+
+@pytest.mark.parametrize(
+    ("teacher", "recorded", "started"),
+    [("", 6, [6]), ("", None, [None]), ("", 3, []), ("teacher", 6, [None])],  # the base keeps steps 6 and 9
+)
+def test_the_start_is_the_step_that_the_run_has_recorded(
+    stages, tmp_path, monkeypatch, teacher, recorded, started
+):
+    config = json.loads((stages[0] / "config.json").read_text())
+    config["init"]["checkpoint"], config["distill"]["teacher"] = str(tmp_path), teacher
+    (stages[0] / "config.json").write_text(json.dumps(config))
+    loaded = []
+    monkeypatch.setattr(samples, "read_metadata", lambda path: {"frozen_step": recorded})
+    monkeypatch.setattr(samples, "steps_in", lambda path: (path, [6, 9]))
+    monkeypatch.setattr(
+        samples, "load", lambda path, mesh, dtype, step: loaded.append((path, step)) or Mock()
+    )
+    monkeypatch.setattr(samples, "complete", lambda *_, **__: [])
+    sample(stages[:1], [])
+    assert loaded == [*((str(tmp_path), step) for step in started), (str(stages[0]), None)]
 
 
 def test_a_run_without_a_checkpoint_is_refused(stages):

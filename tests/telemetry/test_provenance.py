@@ -9,6 +9,7 @@ import tarfile
 import jax
 import pytest
 
+from lemur_jax.telemetry import provenance
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
 from lemur_jax.telemetry.provenance import git_commit, start_record
 
@@ -37,3 +38,17 @@ def test_the_commit_is_that_of_the_checkout_and_survives_git_archive():
     archive = subprocess.run(command, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         assert files.extractfile("lemur_jax/commit.txt").read().decode().strip() == head
+
+
+def test_a_copy_that_is_installed_inside_a_checkout_has_no_commit(tmp_path, monkeypatch):
+    """As `.venv` in a clone: git would give the commit of the checkout around it."""
+    package = tmp_path / ".venv/lemur_jax"
+    (package / "telemetry").mkdir(parents=True)
+    (package / "commit.txt").write_text("$Format:%H$")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in ("init -q", "commit -q --allow-empty -m first"):
+        subprocess.run([*git, *words.split()], check=True)
+    monkeypatch.setattr(provenance, "__file__", str(package / "telemetry/provenance.py"))
+    assert git_commit() is None
+    subprocess.run([*git, "add", "."], check=True)
+    assert git_commit().endswith("-dirty")

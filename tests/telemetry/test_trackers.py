@@ -1,15 +1,19 @@
 """What TensorBoard's and W&B's own readers find in the files that a run leaves."""
 
 import builtins
+import hashlib
 import json
+import shutil
 import struct
 import sys
 import types
+from unittest.mock import Mock
 
 import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.telemetry.metrics import MetricsWriter
+from lemur_jax.telemetry.trackers import WeightsAndBiases
 
 
 def write_records(workdir, **trackers):
@@ -90,6 +94,30 @@ def test_offline_run_holds_every_number(tmp_path, monkeypatch):
         {"step": 3, "eval/docs/bits_per_byte": 0.5},
         {"step": 4, "skip/grad_norm": 9.0},
     ]
+
+
+def test_a_run_that_resumes_is_the_same_and_one_that_begins_another(tmp_path, monkeypatch):
+    wandb, started = pytest.importorskip("wandb"), []
+    monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or Mock())
+    run = tmp_path / "run"
+
+    def start(workdir, fresh):
+        WeightsAndBiases(workdir, fresh)
+        return started[-1]["id"]
+
+    run.mkdir()
+    old = hashlib.sha256(str(run).encode()).hexdigest()[:16]  # of earlier versions
+    assert start(run, False) == old
+    first = start(run, True)
+    assert start(run, False) == first != old
+    copy = shutil.copytree(run, tmp_path / "copy")
+    monkeypatch.chdir(copy)
+    assert start(".", False) == start(copy, False) != first
+    assert start(run, True) != first
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    monkeypatch.setenv("WANDB_NAME", "my name")
+    assert start(run, False) == "mine"
+    assert [options["name"] for options in started[-3:]] == ["copy", "run", "my name"]
 
 
 @pytest.mark.parametrize(("package", "tracker"), [("tensorboardX", "tensorboard"), ("wandb", "wandb")])
