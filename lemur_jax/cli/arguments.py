@@ -15,10 +15,10 @@ LOST_SECONDS = 100.0  # as `config.hosts.lost_seconds`, which a checkpoint need 
 Verbs = Any  # what `ArgumentParser.add_subparsers` returns; its class has no public name
 
 
-def add_verb(verbs: Verbs, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
-    """A verb with its help; `run(args)` does its work and may return an exit status."""
+def add_verb(verbs: Verbs, run, summary: str, example: str) -> argparse.ArgumentParser:
+    """The verb that `run(args)` does, which may return an exit status; `_export_hf` does `export-hf`."""
     sub = verbs.add_parser(
-        name,
+        run.__name__.strip("_").replace("_", "-"),
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example:\n  {example}",
@@ -36,11 +36,7 @@ def add_config(sub: argparse.ArgumentParser) -> None:
 
 def add_devices(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--virtual-devices",
-        type=int,
-        default=0,
-        metavar="N",
-        help="run on N virtual CPU devices instead of hardware",
+        "--virtual-devices", type=int, default=0, metavar="N", help="run on N virtual CPU devices"
     )
 
 
@@ -54,9 +50,7 @@ def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
     sub.add_argument("--step", type=int, help="default: the newest")
     sub.add_argument("--mesh", default="", help="e.g. fsdp=4,tensor=2; default: all devices fsdp")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
-    sub.add_argument(
-        "--weights", default="float", choices=("float", "int8"), help="int8: the matrices as 8-bit integers"
-    )
+    sub.add_argument("--weights", default="float", choices=("float", "int8"), help="int8: 8-bit matrices")
     add_devices(sub)
 
 

@@ -10,7 +10,6 @@ from lemur_jax.common.errors import UserError
 def add_verbs(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
-        "prepare",
         _prepare,
         "read a config's tasks once and write token stores",
         "lemur prepare --config configs/smollm2_lemur.py",
@@ -21,33 +20,20 @@ def add_verbs(verbs: Verbs) -> None:
         action="store_true",
         help="replace stores whose data, steps or tokenizer have changed; runs that read them cannot continue",
     )
-    sub.add_argument(
-        "--runner",
-        default="",
-        help="an Apache Beam runner, e.g. FnApiRunner, which is local; default: processes of this machine",
-    )
-    sub.add_argument(
-        "--runner-options",
-        type=shlex.split,
-        default="",
-        help="of Beam's pipeline, e.g. --runner-options='--region=X --project=Y'",
-    )
+    sub.add_argument("--runner", default="", help="of Apache Beam; default: processes of this machine")
+    what = "of Beam's pipeline, e.g. --runner-options='--region=X --project=Y'"
+    sub.add_argument("--runner-options", type=shlex.split, default="", help=what)
 
     sub = add_verb(
         verbs,
-        "inspect",
         _inspect,
         "show what is in a token store, or what a config would train on",
         "lemur inspect quickstart/stores/python_chat/train --tokenizer quickstart/tokenizer_chat",
     )
     sub.set_defaults(takes_config=True)
     sub.add_argument("target", help="a token store, or a config file (path.py or path.py:arg)")
-    sub.add_argument(
-        "--tokenizer", default="", help="directory of a store's tokenizer, to show text instead of ids"
-    )
-    sub.add_argument(
-        "--samples", type=int, default=2, help="documents, or rows a source, to show (default 2)"
-    )
+    sub.add_argument("--tokenizer", default="", help="directory of a store's tokenizer, to show its text")
+    sub.add_argument("--samples", type=int, default=2, help="documents, or rows of each source, to show")
     sub.add_argument("--html", default="", metavar="FILE", help="write a page instead of printing")
 
 

@@ -22,7 +22,6 @@ ENDPOINT_BATCH = 32  # episodes at a time of an endpoint, if --batch is not give
 def add_verbs(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
-        "eval",
         _eval,
         "run benchmarks: HumanEval and MBPP in a sandbox, all others through lm-evaluation-harness",
         "lemur eval --checkpoint quickstart/smollm2/lemur --tasks humaneval --limit 8",
@@ -30,70 +29,43 @@ def add_verbs(verbs: Verbs) -> None:
     add_checkpoint(sub, required=False)
     sub.add_argument("--tasks", default="", help="names with commas: humaneval, mbpp, or the harness's")
     sub.add_argument("--suite", default="", choices=("paper",), help="MMLU, BBH, GSM8K, HumanEval and MBPP")
-    sub.add_argument(
-        "--data",
-        default=".",
-        help="directory with mbpp.jsonl, mmlu/, bbh/, gsm8k/, or MINT's or InterCode's data/",
-    )
-    sub.add_argument(
-        "--scores",
-        default="",
-        metavar="NAME=PERCENT,...",
-        help="of Spider, MultiPL-E, DS-1000, for the suite's table",
-    )
+    what = "directory with mbpp.jsonl, mmlu/, bbh/, gsm8k/, or MINT's or InterCode's data/"
+    sub.add_argument("--data", default=".", help=what)
+    what = "of Spider, MultiPL-E, DS-1000, for the suite's table"
+    sub.add_argument("--scores", default="", metavar="NAME=PERCENT,...", help=what)
     sub.add_argument("--include-path", default="", help="directory of task files (YAML) for the harness")
     sub.add_argument("--limit", type=int, help="number of documents of each task")
     sub.add_argument("--skip", type=int, default=0, help="episodes of each kind that are left out in front")
     sub.add_argument("--chat", action="store_true", help="ask in the model's chat template")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument(
-        "--max-new-tokens",
-        type=int,
-        help="of an answer or an agent's turn (default: what a task says, else 512)",
-    )
+    what = "of an answer or an agent's turn (default: what a task says, else 512)"
+    sub.add_argument("--max-new-tokens", type=int, help=what)
     _add_agents(sub)
     sub.add_argument("--json", default="", metavar="FILE", help="also write everything as JSON")
     sub.add_argument("--html", default="", metavar="FILE", help="also write the episodes as a page")
     traces = add_verb(
         verbs,
-        "export-traces",
         _export_traces,
         "write solved episodes as conversations for fine-tuning",
         "lemur export-traces --traces agents.json --output solved.jsonl",
     )
     traces.add_argument("--traces", required=True, help="what lemur eval --agents --json wrote")
     traces.add_argument("--output", required=True, help="JSON lines for lemur prepare")
-    traces.add_argument(
-        "--config", default="", help="also make the stores of this config, whose tasks read the output"
-    )
+    traces.add_argument("--config", default="", help="also make this config's stores, which read the output")
     traces.set_defaults(takes_config=True)
 
 
 def _add_agents(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--agents",
-        default="",
-        help="python, sql, bash, tools, mint, mint-SET, intercode-sql, intercode-bash, or verifiers:TASKSET",
-    )
+    what = "python, sql, bash, tools, mint, mint-SET, intercode-sql, intercode-bash, or verifiers:TASKSET"
+    sub.add_argument("--agents", default="", help=what)
     sub.add_argument("--replay", default="", help="recorded run of MINT or InterCode instead of a model")
-    sub.add_argument(
-        "--cell-python",
-        default=sys.executable,
-        metavar="PYTHON",
-        help="interpreter of the cells in MINT (default: this one); it needs IPython",
-    )
-    sub.add_argument(
-        "--batch",
-        type=int,
-        help="episodes at a time (default: of an endpoint 32, of a checkpoint --batch-tokens / 2,048, up to 16)",
-    )
-    sub.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=8192,
-        help="of the cache that episodes of a checkpoint share, for each data-parallel way (default 8192)",
-    )
-    sub.add_argument("--turns", type=int, default=5, help="turns of an episode at most (default 5)")
+    what = "interpreter of the cells in MINT (default: this one); it needs IPython"
+    sub.add_argument("--cell-python", default=sys.executable, metavar="PYTHON", help=what)
+    what = "episodes at a time (default: of an endpoint 32, of a checkpoint --batch-tokens / 2,048, up to 16)"
+    sub.add_argument("--batch", type=int, help=what)
+    what = "of the cache that episodes of a checkpoint share, for each data-parallel way"
+    sub.add_argument("--batch-tokens", type=int, default=8192, help=what)
+    sub.add_argument("--turns", type=int, default=5, help="turns of an episode at most")
     sub.add_argument("--endpoint", default="", help="OpenAI-compatible URL of the agent, not the checkpoint")
     sub.add_argument("--endpoint-model", default="", help="the agent's name there")
     sub.add_argument("--feedback-endpoint", default="", help="URL of a model that gives feedback in MINT")

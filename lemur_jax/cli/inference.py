@@ -23,7 +23,6 @@ from lemur_jax.common.errors import UserError
 def add_verbs(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
-        "generate",
         _generate,
         "continue prompts",
         'lemur generate --checkpoint quickstart/smollm2/lemur --prompt "def fibonacci(n):"',
@@ -35,16 +34,13 @@ def add_verbs(verbs: Verbs) -> None:
         help="below each text a line for each new token, stop token included: log-probability in nats, id, token",
     )  # fmt: skip
 
-    sub = add_verb(
-        verbs, "chat", _chat, "talk to a chat model", "lemur chat --checkpoint quickstart/smollm2/chat"
-    )
+    sub = add_verb(verbs, _chat, "talk to a chat model", "lemur chat --checkpoint quickstart/smollm2/chat")
     _add_inference(sub)
     sub.add_argument("--prompt", action="append", help="ask this and stop; without it, a conversation starts")
     sub.add_argument("--system", default="", help="system message")
 
     sub = add_verb(
         verbs,
-        "smoke",
         _smoke,
         "sharded inference smoke test: load, generate, compare, time",
         "lemur smoke --checkpoint quickstart/smollm2/chat --virtual-devices 6 --mesh fsdp=2,tensor=3",
@@ -56,7 +52,6 @@ def add_verbs(verbs: Verbs) -> None:
 
     sub = add_verb(
         verbs,
-        "serve",
         _serve,
         "answer OpenAI's client: a small endpoint for smoke tests",
         "lemur serve --checkpoint quickstart/smollm2/chat",

@@ -13,7 +13,6 @@ _GENERATE_DEFAULTS = {"batch": 32, "prompt_length": 1024, "cache_length": 2048, 
 def add_verbs(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
-        "plan",
         _plan,
         "compile a config's update for a TPU slice, without one: does it fit, how fast is it (an estimate)",
         "lemur plan --config configs/quickstart_lemur.py --topology v5e-1",
@@ -28,25 +27,18 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("--hlo", default="", metavar="FILE", help="also write the update's optimized HLO text")
 
     search = sub.add_argument_group("--search")
-    search.add_argument(
-        "--search", action="store_true", help="find the best mesh, remat, batches and options"
-    )
+    search.add_argument("--search", action="store_true", help="find the best mesh, remat and options")
     search.add_argument("--minutes", type=float, help="time for the search (default: %(default)s)")
-    search.add_argument(
-        "--processes", type=int, help="compiles at a time, 2 to 3 GiB each (default: %(default)s)"
-    )
-    search.add_argument(
-        "--output", metavar="DIR", help="for best.py, pareto.html, search.json (default: %(default)s)"
-    )
+    search.add_argument("--processes", type=int, help="at a time, 2 to 3 GiB each (default: %(default)s)")
+    search.add_argument("--output", metavar="DIR", help="for best.py and tables (default: %(default)s)")
     search.add_argument("--cache", metavar="DIR", help="finished plans (default: %(default)s)")
 
     generate = sub.add_argument_group("--mode generate, and --prompt-length of --mode rl")
     generate.add_argument("--batch", type=int, help="sequences at a time (default: %(default)s)")
     generate.add_argument("--prompt-length", type=int, help="tokens of each prompt (default: %(default)s)")
     generate.add_argument("--cache-length", type=int, help="prompt and answer (default: %(default)s)")
-    generate.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="of weights and cache (default: %(default)s)"
-    )
+    what = "of weights and cache (default: %(default)s)"
+    generate.add_argument("--dtype", choices=("bfloat16", "float32"), help=what)
     sub.set_defaults(**_SEARCH_DEFAULTS, **_GENERATE_DEFAULTS)
 
 

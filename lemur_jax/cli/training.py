@@ -1,5 +1,6 @@
 """Runs: `train`, `rl`, `sweep`, `doctor`, `checkpoints`, `report`."""
 
+import argparse
 import os
 import re
 
@@ -21,63 +22,56 @@ def add_verbs(verbs: Verbs) -> None:
         add(verbs)
 
 
+def _add_run(sub: argparse.ArgumentParser, what: str) -> None:
+    """`--config`, `--workdir`, which is `what`, and the devices."""
+    add_config(sub)
+    sub.add_argument("--workdir", required=True, help=what)
+    add_devices(sub)
+
+
 def _add_train(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
-        "train",
         _train,
         "train or resume; pretraining and chat tuning alike",
         "lemur train --config configs/smollm2_lemur.py --workdir quickstart/smollm2/lemur",
     )
-    add_config(sub)
-    sub.add_argument("--workdir", required=True, help="directory of the run, local or gs://")
-    sub.add_argument(
-        "--profile",
-        default="",
-        metavar="FIRST:STOP",
-        help="trace these steps into WORKDIR/profile, for TensorBoard and Perfetto: 10:13 for steps 10, 11 and 12",
+    _add_run(sub, "directory of the run, local or gs://")
+    what = (
+        "trace these steps into WORKDIR/profile, for TensorBoard and Perfetto: 10:13 for steps 10, 11 and 12"
     )
-    sub.add_argument(
-        "--extend",
-        action="store_true",
-        help="continue the run of WORKDIR with more steps, another learning rate, or other stages of the mixture",
-    )
-    add_devices(sub)
+    sub.add_argument("--profile", default="", metavar="FIRST:STOP", help=what)
+    what = "continue the run with more steps, another learning rate, or other stages of the mixture"
+    sub.add_argument("--extend", action="store_true", help=what)
 
 
 def _add_rl(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
-        "rl",
         _rl,
         "train a chat model by reinforcement in environments, or resume",
         "lemur rl --config configs/quickstart_rl.py --workdir quickstart/runs/rl",
     )
-    add_config(sub)
-    sub.add_argument("--workdir", required=True, help="directory of the run, local or gs://")
-    sub.add_argument(
-        "--extend", action="store_true", help="continue the run with more steps or another learning rate"
-    )
-    add_devices(sub)
+    _add_run(sub, "directory of the run, local or gs://")
+    what = "continue the run with more steps or another learning rate"
+    sub.add_argument("--extend", action="store_true", help=what)
 
 
 def _add_sweep(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
-        "sweep",
         _sweep,
         "train one base on several mixtures, and show what each gives and costs",
         "lemur sweep --config configs/quickstart_lemur.py --workdir quickstart/sweep --ratios 1:0,10:1,1:1,0:1"
         " --config.train.steps=120",
     )
-    add_config(sub)
-    sub.add_argument("--workdir", required=True, help="directory of the sweep; its runs lie below it")
+    _add_run(sub, "directory of the sweep; its runs lie below it")
     sub.add_argument("--ratios", default="", help="e.g. 1:0,10:1,1:1: shares of the tokens")
     sub.add_argument(
         "--sources", default="", metavar="NAME,NAME",
         help="whose shares; python&java,text: a part may be several (default: the order of config.eval.tasks)",
     )  # fmt: skip
-    sub.add_argument("--seeds", type=int, default=3, help="runs of each mixture (default 3)")
+    sub.add_argument("--seeds", type=int, default=3, help="runs of each mixture")
     sub.add_argument(
         "--vary", action="append", default=[], metavar="KEY=VALUE,VALUE",
         help="also another config key, e.g. optimizer.learning_rate=1e-3,3e-3; may be given several times",
@@ -87,57 +81,47 @@ def _add_sweep(verbs: Verbs) -> None:
         help="afterwards, merge with the base: linear:0.5 each run, arithmetic:0.5 the sum of one-source runs",
     )  # fmt: skip
     sub.add_argument("--print", action="store_true", help="only print a `lemur train` command for each run")
-    add_devices(sub)
 
 
 def _add_doctor(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
-        "doctor",
         _doctor,
         "look at everything that a run needs, on every host, before the run",
         "lemur doctor --config configs/smollm2_lemur.py --workdir quickstart/smollm2/lemur",
     )
-    add_config(sub)
-    sub.add_argument("--workdir", required=True, help="directory of the run; left as it is")
-    sub.add_argument(
-        "--extend", action="store_true", help="before `train --extend`: what that may change may differ"
-    )
-    add_devices(sub)
+    _add_run(sub, "directory of the run; left as it is")
+    what = "before `train --extend`: what that may change may differ"
+    sub.add_argument("--extend", action="store_true", help=what)
 
 
 def _add_checkpoints(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
-        "checkpoints",
         _checkpoints,
         "list the checkpoints of a run and verify every byte of them; exit status 1 if one is damaged",
         "lemur checkpoints quickstart/smollm2/lemur",
     )
     sub.add_argument("workdir", help="workdir or checkpoint directory")
-    sub.add_argument(
-        "--diff", type=int, nargs=2, metavar="STEP", help="instead: config keys in which two steps differ"
-    )
+    what = "instead: config keys in which two steps differ"
+    sub.add_argument("--diff", type=int, nargs=2, metavar="STEP", help=what)
 
 
 def _add_report(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
-        "report",
         _report,
         "draw runs as one HTML page: stages of a recipe, or runs to compare",
         "lemur report quickstart/smollm2/lemur quickstart/smollm2/chat",
     )
     sub.add_argument("workdirs", nargs="+", help="workdirs in the order of their stages")
-    sub.add_argument("--output", default="report.html", help="file to write (default report.html)")
+    sub.add_argument("--output", default="report.html", help="file to write")
     sub.add_argument("--overlay", action="store_true", help="open the page with all runs on one axis")
     sub.add_argument("--table", action="store_true", help="also print the table of bits per byte")
-    sub.add_argument(
-        "--prompt", action="append", default=[], help="show how each newest checkpoint continues this"
-    )
-    sub.add_argument(
-        "--question", action="append", default=[], help="show how each answers this, in its chat template"
-    )
+    what = "show how each newest checkpoint continues this"
+    sub.add_argument("--prompt", action="append", default=[], help=what)
+    what = "show how each answers this, in its chat template"
+    sub.add_argument("--question", action="append", default=[], help=what)
 
 
 def _train(args) -> int:

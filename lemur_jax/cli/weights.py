@@ -10,20 +10,16 @@ from lemur_jax.common.errors import UserError
 def add_verbs(verbs: Verbs) -> None:
     sub = add_verb(
         verbs,
-        "import-hf",
         _import_hf,
         "make a checkpoint of a Hugging Face directory or a GGUF file",
         "lemur import-hf quickstart/smollm2/base quickstart/smollm2/imported",
     )
-    sub.add_argument(
-        "hf_dir", help="directory with config.json and safetensors, GGUF file, or ORG/NAME[@REVISION]"
-    )
+    sub.add_argument("hf_dir", help="directory with safetensors, GGUF file, or ORG/NAME[@REVISION]")
     sub.add_argument("checkpoint", help="checkpoint directory to make")
     _add_options(sub, dtype="float32")
 
     sub = add_verb(
         verbs,
-        "export-hf",
         _export_hf,
         "make a Hugging Face directory of a checkpoint",
         "lemur export-hf quickstart/smollm2/chat quickstart/smollm2/hf --dtype float32",
@@ -31,14 +27,9 @@ def add_verbs(verbs: Verbs) -> None:
     sub.add_argument("checkpoint", help="checkpoint directory or workdir")
     sub.add_argument("hf_dir", help="directory to make")
     sub.add_argument("--step", type=int, help="default: the newest")
-    sub.add_argument(
-        "--adapter", action="store_true", help="of a LoRA run, write the adapter alone, as a PEFT directory"
-    )
-    sub.add_argument(
-        "--verify",
-        action="store_true",
-        help="read it again: every tensor as in the checkpoint, and transformers' logits on 512 tokens",
-    )
+    sub.add_argument("--adapter", action="store_true", help="of LoRA, write a PEFT directory of it alone")
+    what = "read it again: every tensor as in the checkpoint, and transformers' logits on 512 tokens"
+    sub.add_argument("--verify", action="store_true", help=what)
     _add_options(sub, dtype="bfloat16")
 
 
@@ -48,12 +39,11 @@ def _add_options(sub: argparse.ArgumentParser, dtype: str) -> None:
     group = sub.add_argument_group(
         "vocabulary", "rows and tokenizer files are changed together, in this order"
     )
-    group.add_argument(
-        "--drop-rows-above", type=int, default=0, metavar="ID", help="forget ids from ID on (default: none)"
-    )
+    what = "forget ids from ID on (default: none)"
+    group.add_argument("--drop-rows-above", type=int, default=0, metavar="ID", help=what)
     group.add_argument("--add-tokens", default="", metavar="A,B", help="control tokens for the next ids")
-    rows_help = "rows afterwards; new ones are the others' mean"
-    group.add_argument("--vocab-size", type=int, default=0, metavar="V", help=rows_help)
+    what = "rows afterwards; new ones are the others' mean"
+    group.add_argument("--vocab-size", type=int, default=0, metavar="V", help=what)
 
 
 def _change(args):
