@@ -163,13 +163,6 @@ def test_the_platform_is_settled_before_a_config_file_may_import_jax(verb, tmp_p
     assert order == [2 if verb in ("train", "rl", "sweep") else 0]
 
 
-def test_so_is_a_mistake_that_ends_a_process(tmp_path):
-    (tmp_path / "c.py").write_text(CONFIG)
-    done = lemur("train", "--config", "c.py", "--workdir", "run", "--config.mesh.fsdp=3", cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -275,8 +268,3 @@ def test_version_and_defaults_are_shown(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["plan", "--help"])
     assert "(default: " in capsys.readouterr().out
-
-
-def test_the_package_is_a_program():
-    done = subprocess.run([sys.executable, "-m", "lemur_jax", "--version"], capture_output=True, text=True)
-    assert done.stdout.startswith("lemur_jax ")

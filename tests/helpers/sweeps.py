@@ -2,6 +2,7 @@
 
 from lemur_jax.config import default_config, from_config_dict
 from lemur_jax.models.presets import preset
+from lemur_jax.sweep.results import Variant
 from lemur_jax.telemetry.metrics import MetricsWriter
 
 
@@ -12,6 +13,14 @@ def config_of(tasks=("code", "text"), **shares):
     config.data.sources = {name: {"share": share, "packing": "concat"} for name, share in shares.items()}
     config.eval.tasks = tasks
     return from_config_dict(config)
+
+
+def variant(name, code, text, merged=False):
+    """A variant with these bits per byte of each seed, and a balance of 0.1."""
+    bits = {"code": tuple(code), "text": tuple(text)}
+    return Variant(
+        name=name, merged=merged, seeds=tuple(range(len(code))), bits=bits, balance=(0.1,) * len(code)
+    )
 
 
 def write_run(workdir, run, bits, changes):

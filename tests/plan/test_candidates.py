@@ -142,24 +142,22 @@ def made_candidate(seconds, gigabytes, host=0.0, **changes):
     return candidates.Candidate(changes=layout, bound=bound)
 
 
-def test_of_equal_times_the_smaller_program_comes_first():
+@pytest.mark.parametrize(
+    ("others", "order"),
+    [
+        ([(10.0, 80, 0.0), (10.0, 20, 0.0)], [1, 0]),  # of equal times the smaller program
+        # A split gate that saves little comes after the whole one.
+        ([(9.95, 10, 0.25), (10.0, 10, 0.0), (9.8, 10, 0.25)], [2, 1, 0]),
+    ],
+)
+def test_the_order_of_bounds(others, order):
+    own, *rest = (
+        made_candidate(seconds, size, mesh__data=2**number, compute__gate_share=share)
+        for number, (seconds, size, share) in enumerate([(10.0, 10, 0.0), *others])
+    )
     slice_ = topologies.find_slice("v5p-64")  # 95.7 GiB
-    own, large, small = (
-        made_candidate(10.0, gigabytes, mesh__data=data) for data, gigabytes in ((1, 10), (2, 80), (4, 20))
-    )
-    queue = search.Queue([own, large, small], ComputeConfig(), slice_, search.SearchResult())
-    assert [queue.next() for _ in range(3)] == [own, small, large]
-
-
-def test_a_split_gate_that_saves_little_comes_after_the_whole_one():
-    own, split, whole, small = (
-        made_candidate(seconds, 10, mesh__data=data, compute__gate_share=share)
-        for seconds, data, share in ((10.0, 1, 0.0), (9.95, 2, 0.25), (10.0, 4, 0.0), (9.8, 8, 0.25))
-    )
-    queue = search.Queue(
-        [own, split, whole, small], ComputeConfig(), topologies.find_slice("v5p-64"), search.SearchResult()
-    )
-    assert [queue.next() for _ in range(4)] == [own, small, whole, split]
+    queue = search.Queue([own, *rest], ComputeConfig(), slice_, search.SearchResult())
+    assert [queue.next() for _ in (own, *rest)] == [own, *(rest[number] for number in order)]
 
 
 def test_options_are_added_to_those_of_the_config_and_of_the_best(monkeypatch):

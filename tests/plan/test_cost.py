@@ -120,17 +120,16 @@ def test_copies_to_the_host_have_their_own_link():
     assert result.seconds == pytest.approx(1e-3, rel=1e-4)
 
 
+def custom_call(name, shape, operands, more=""):
+    attributes = f', custom_call_target="tpu_custom_call", operand_layout_constraints={{{operands}}}, {more}'
+    fields = {"opcode": "custom-call", "arguments": "%a", "root": False}
+    return hlo.Instruction(name=name, shape=shape, attributes=attributes, **fields)
+
+
 def kernel(name, outputs, blocks):
-    return hlo.Instruction(
-        name=name,
-        opcode="custom-call",
-        shape=f"({', '.join(['f32[512,128]'] * outputs)})",
-        arguments="%a",
-        attributes=', custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,8,8]{2,1,0},'
-        " bf16[2,8,8,4096,128]{4,3,2,1,0}, bf16[2,8,4096,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={"
-        f'"xprof_metadata":"{{{blocks}}}"}}',
-        root=False,
-    )
+    operands = "s8[1,8,8]{2,1,0}, bf16[2,8,8,4096,128]{4,3,2,1,0}, bf16[2,8,4096,128]{3,2,1,0}"
+    metadata = f'frontend_attributes={{kernel_metadata={{"xprof_metadata":"{{{blocks}}}"}}'
+    return custom_call(name, f"({', '.join(['f32[512,128]'] * outputs)})", operands, metadata)
 
 
 def test_kernel_cycles_against_the_published_schedules():
@@ -154,28 +153,13 @@ def test_kernel_cycles_against_the_published_schedules():
         )
 
 
-@pytest.mark.parametrize(
-    ("operands", "flops"),
-    [
-        ("bf16[65536,2048]{1,0}, bf16[32,2048,768]{2,1,0}", 2 * 65_536 * 2048 * 768),
-        (
-            "bf16[65536,2048]{1,0}, bf16[65536,768]{1,0}",
-            2 * 65_536 * 2048 * 768,
-        ),  # the gradient of the weights
-    ],
-)
-def test_grouped_products_take_the_time_of_their_flops(operands, flops):
-    each = hlo.Instruction(
-        name="ragged-dot-none.5",
-        opcode="custom-call",
-        shape="bf16[65536,768]{1,0}",
-        arguments="%a",
-        attributes=f", operand_layout_constraints={{s32[1]{{0}}, s32[33]{{0}}, {operands}}}, frontend_attributes={{}}",
-        root=False,
-    )
+@pytest.mark.parametrize("right", ["bf16[32,2048,768]{2,1,0}", "bf16[65536,768]{1,0}"])  # or its gradient
+def test_grouped_products_take_the_time_of_their_flops(right):
+    operands = f"s32[1]{{0}}, s32[33]{{0}}, bf16[65536,2048]{{1,0}}, {right}"
+    each = custom_call("ragged-dot-none.5", "bf16[65536,768]{1,0}", operands, "frontend_attributes={}")
     chip = topologies.GENERATIONS["v5p"]
     seconds = kernels.grouped_cycles(each, chip) / chip.clock
-    assert seconds == pytest.approx(flops / 459e12 / kernels.GROUPED_EFFICIENCY)
+    assert seconds == pytest.approx(2 * 65_536 * 2048 * 768 / 459e12 / kernels.GROUPED_EFFICIENCY)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from lemur_jax.report import charts, labels
 from lemur_jax.sweep import pareto
 from lemur_jax.sweep.results import Results, Variant
+from tests.helpers.sweeps import variant
 
 SPACE = {"s": "http://www.w3.org/2000/svg"}
 HARMONY = pathlib.Path(__file__).parents[2] / "docs" / "harmony"
@@ -32,15 +33,7 @@ def random(seed):
     for number in range(12):
         middle = centres[number % 3] + rng.normal(0, 0.02, 2)
         bits = middle + rng.normal(0, [0.03, 0.005], (3, 2))
-        variants.append(
-            Variant(
-                name=f"{number}:1, learning_rate 3e-4",
-                merged=number % 2 == 0,
-                seeds=(1, 2, 3),
-                bits={"code": tuple(bits[:, 0]), "text": tuple(bits[:, 1])},
-                balance=(0.0,) * 3,
-            )
-        )
+        variants.append(variant(f"{number}:1, learning_rate 3e-4", *bits.T, merged=number % 2 == 0))
     return Results(base={"code": 2.4, "text": 2.3}, variants=tuple(variants), steps=1, tokens=1)
 
 

@@ -1,5 +1,6 @@
 """The law of a sweep: found again from its own figures, and tested on what `docs/harmony/` measured."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from lemur_jax.config import replace
 from lemur_jax.sweep import law, pareto, results
 from lemur_jax.sweep.law import Law, Point, fit_laws
 from lemur_jax.sweep.runs import plan_runs
-from tests.helpers.sweeps import config_of, write_run
+from tests.helpers.sweeps import config_of, variant, write_run
 
 HARMONY = Path(__file__).parents[2] / "docs/harmony/ratio"
 RATIOS = ("1:0", "10:1", "3:1", "1:1", "1:3", "0:1")
@@ -25,14 +26,13 @@ def shares_of(ratio):
     return first / (first + second), second / (first + second)
 
 
+def point(ratio, tokens, bits):
+    return Point(ratio=ratio, shares=shares_of(ratio), tokens=tokens, bits=bits)
+
+
 def made_up(ratios=RATIOS, tokens=(50_000, 200_000)):
     return [
-        Point(
-            ratio=ratio,
-            shares=shares_of(ratio),
-            tokens=count,
-            bits={name: one.bits(shares_of(ratio), count) for name, one in TRUE.items()},
-        )
+        point(ratio, count, {name: one.bits(shares_of(ratio), count) for name, one in TRUE.items()})
         for ratio in ratios
         for count in tokens
     ]
@@ -72,11 +72,8 @@ def test_it_predicts_a_ratio_that_was_left_out_of_the_measured_sweep():
     """docs/harmony/ratio: 1.8M parameters, six ratios, three seeds."""
     found = json.loads((HARMONY / "results.json").read_text())
     points = [
-        Point(
-            ratio=one["name"],
-            shares=shares_of(one["name"]),
-            tokens=found["tokens"],
-            bits={group: float(np.mean(bits)) for group, bits in one["bits"].items()},
+        point(
+            one["name"], found["tokens"], {group: float(np.mean(bits)) for group, bits in one["bits"].items()}
         )
         for one in found["variants"]
         if not one["merged"]
@@ -115,25 +112,14 @@ def test_points_on_the_way_count_where_the_learning_rate_is_constant(tmp_path):
 
 def test_the_page_shows_the_law():
     base = {"code": 2.0, "text": 1.5}
-    last = [point for point in made_up() if point.tokens == 200_000]
-    variants = tuple(
-        results.Variant(
-            name=point.ratio,
-            merged=False,
-            seeds=(1,),
-            bits={group: (bits,) for group, bits in point.bits.items()},
-            balance=(0.0,),
-        )
-        for point in last
-    )
-    laws = fit_laws(base, made_up(), "code")
-    found = results.Results(base=base, variants=variants, steps=10, tokens=200_000, laws=laws)
+    last = made_up(tokens=[200_000])
+    variants = tuple(variant(one.ratio, *([bits] for bits in one.bits.values())) for one in last)
+    plain = results.Results(base=base, variants=variants, steps=10, tokens=200_000)
+    found = dataclasses.replace(plain, laws=fit_laws(base, made_up(), "code"))
     files = pareto.result_files(found, "lemur sweep")
     assert files["law.svg"].count(' curve"') == 2
     assert files["law.svg"].count("<title>code, ") == len(RATIOS)
     assert "| weight of code | best share, predicted |" in files["table.md"]
     assert "without 3:1" in files["index.html"]
     json.dumps(results.to_json(found))
-    assert "law.svg" not in pareto.result_files(
-        results.Results(base=base, variants=variants, steps=1, tokens=1), ""
-    )
+    assert "law.svg" not in pareto.result_files(plain, "")

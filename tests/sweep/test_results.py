@@ -13,17 +13,9 @@ from scipy import stats
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import replace
 from lemur_jax.sweep import pareto, results
-from lemur_jax.sweep.results import Results, Variant, read_results
+from lemur_jax.sweep.results import Results, read_results
 from lemur_jax.sweep.runs import plan_runs
-from tests.helpers.sweeps import config_of, write_run
-
-
-def variant(name, code, text, merged=False):
-    seeds = tuple(range(len(code)))
-    return Variant(
-        name=name, merged=merged, seeds=seeds, bits={"code": code, "text": text}, balance=(0.1,) * len(code)
-    )
-
+from tests.helpers.sweeps import config_of, variant, write_run
 
 FOUND = Results(
     base={"code": 3.0, "text": 2.0},
@@ -46,9 +38,8 @@ def test_the_front_has_what_nothing_else_betters():
 def test_the_least_difference_is_that_of_a_block_design():
     bits = np.array([one.bits["text"] for one in FOUND.variants[:3]])
     bits[1, 2] += 0.05
-    found = dataclasses.replace(
-        FOUND, variants=tuple(variant(str(row), (1.0, 1.0, 1.0), tuple(bits[row])) for row in range(3))
-    )
+    variants = tuple(variant(str(row), (1.0,) * 3, bits[row]) for row in range(3))
+    found = dataclasses.replace(FOUND, variants=variants)
     # A linear model with an effect of every mixture and of every seed, fitted by least squares.
     mixture, seed = np.divmod(np.arange(9), 3)
     design = np.concatenate([np.eye(3)[mixture], np.eye(3)[seed][:, 1:]], axis=1)
