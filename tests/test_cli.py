@@ -29,16 +29,15 @@ def get_config(arg=""):
 """
 
 
-def lemur(*words, cwd=None):
-    command = [sys.executable, "-m", "lemur_jax", *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+TRAIN = "train --config c.py --workdir run"
 
 
 def test_help_names_every_verb_and_answers_at_once():
     """Under a second of a processor: whatever it imports, JAX and TensorFlow are not among it."""
     seconds = [0.0]
     for _ in range(3):
-        done = lemur("--help")
+        command = [sys.executable, "-m", "lemur_jax", "--help"]
+        done = subprocess.run(command, capture_output=True, text=True)
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(used.ru_utime + used.ru_stime)
     assert all(verb in done.stdout for verb in VERBS)
@@ -70,23 +69,19 @@ def test_help_of_a_verb_has_an_example(verb, capsys):
     ("words", "expected"),
     [
         ("train --config none.py --workdir run", "no config file none.py"),
-        ("train --config c.py --workdir run --config.train.stps=1", "did you mean 'train.steps'"),
-        ("train --config c.py --workdir run --config.train.steps=x", "train.steps"),
-        ("train --config c.py --workdir run --config.mesh.fsdp=3", "does not multiply"),
+        (f"{TRAIN} --config.train.stps=1", "did you mean 'train.steps'"),
+        (f"{TRAIN} --config.train.steps=x", "train.steps"),
+        (f"{TRAIN} --config.mesh.fsdp=3", "does not multiply"),
         ("train --config c.py --workdir run", "no_tokenizer"),
-        ("train --config c.py --workdir run --steps=1", "unknown argument --steps=1"),
+        (f"{TRAIN} --steps=1", "unknown argument --steps=1"),
         ("train --config c.py --workdir=", "--workdir is empty"),
+        (f"{TRAIN} --config.log.every_steps=0", "log.every_steps is 0: it must be at least 1"),
         (
-            "train --config c.py --workdir run --config.log.every_steps=0",
-            "log.every_steps is 0: it must be at least 1",
+            f"{TRAIN} --config.distill.teacher=t --config.distill.top_k=9999999",
+            "must be at most config.model.vocab",
         ),
         (
-            "train --config c.py --workdir run --config.distill.teacher=t --config.distill.top_k=9999999",
-            "distill.top_k is 9999999: it must be at most config.model.vocab_size",
-        ),
-        (
-            "train --config c.py --workdir run --config.spikes.factor=2.0 --config.spikes.rollback_after=2"
-            " --config.checkpoint.keep=1",
+            f"{TRAIN} --config.spikes.factor=2.0 --config.spikes.rollback_after=2 --config.checkpoint.keep=1",
             "set config.checkpoint.keep to at least 2",
         ),
         ("plan --config c.py --topology v5e-1 --batch 5", "--batch is for --mode generate"),
@@ -95,15 +90,9 @@ def test_help_of_a_verb_has_an_example(verb, capsys):
         ("inspect no_store --config.train.steps=3", "--config.train.steps=3 is for a config"),
         ("inspect c.py --tokenizer t", "--tokenizer is for a store"),
         ("export-traces --traces t --output o --config.seed=3", "--config.seed=3 changes a config"),
-        (
-            "eval --checkpoint no_run --tasks mbpp --endpoint http://x",
-            "--endpoint has no effect without --agents",
-        ),
+        ("eval --checkpoint no_run --tasks mbpp --endpoint http://x", "has no effect without --agents"),
         ("eval --checkpoint no_run --tasks mbpp --agents nothing", "unknown environment 'nothing'"),
-        (
-            "plan --config c.py --topology v5e-1 --mode generate --hlo step.txt",
-            "--hlo is for --mode train",
-        ),
+        ("plan --config c.py --topology v5e-1 --mode generate --hlo step.txt", "--hlo is for --mode train"),
         ("plan --config c.py --topology v5e-1 --json none/plan.json", "there is no directory none"),
         ("inspect no_store --html none/page.html", "there is no directory none"),
         ("eval --checkpoint no_run --tasks mbpp --json none/r.json", "there is no directory none"),

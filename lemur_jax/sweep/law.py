@@ -22,7 +22,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
-from lemur_jax.sweep.runs import SweepRun, parse_ratio
+from lemur_jax.sweep.runs import SweepRun, shares_of
 from lemur_jax.telemetry.metrics import Record, read_metrics
 
 PARAMETERS = 3
@@ -167,7 +167,7 @@ def read_points(
     return [
         Point(
             ratio=ratio,
-            shares=tuple(share / sum(parse_ratio(ratio)) for share in parse_ratio(ratio)),
+            shares=shares_of(ratio),
             tokens=tokens,
             bits={group: statistics.fmean(one[group] for one in seeds) for group in seeds[0]},
         )

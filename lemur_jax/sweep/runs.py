@@ -70,6 +70,12 @@ def parse_ratio(ratio: str) -> list[float]:
     return shares
 
 
+def shares_of(ratio: str) -> tuple[float, ...]:
+    """The shares in "10:1", of which the sum is 1."""
+    shares = parse_ratio(ratio)
+    return tuple(share / sum(shares) for share in shares)
+
+
 def source_parts(have: Iterable[str], tasks: Sequence[str], sources: str = "") -> list[tuple[str, ...]]:
     """The sources that each part of a ratio is divided among.
 
@@ -135,8 +141,8 @@ def plan_runs(
         for seed in range(config.seed, config.seed + seeds):
             every = (*overrides, f"--config.seed={seed}")
             runs.append(SweepRun(ratio=ratio, settings=settings, seed=seed, overrides=every))
-    if len({run.name for run in runs}) < len(runs):
-        raise UserError("the sweep has a run twice: name every ratio and every value once")
+    if len({run.name for run in runs}) < len(runs) or len(set(map(shares_of, ratios))) < len(ratios):
+        raise UserError("the sweep has a run twice: name every ratio (2:2 is 1:1) and every value once")
     return runs
 
 

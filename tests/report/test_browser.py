@@ -82,14 +82,8 @@ def browse(tmp_path, text, check, mode=1) -> dict:
     options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
     options += " --disable-sync --disable-component-update --hide-scrollbars"
     options += f" --blink-settings=preferredColorScheme={mode}"
-    command = [
-        CHROMIUM,
-        *options.split(),
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--dump-dom",
-        page.as_uri(),
-    ]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    options += f" --user-data-dir={tmp_path / 'profile'} --dump-dom {page.as_uri()}"
+    shown = subprocess.run([CHROMIUM, *options.split()], capture_output=True, text=True, timeout=120).stdout
     return json.loads(html.unescape(re.search(r"<output>(\{.*?\})</output>", shown, re.DOTALL)[1]))
 
 

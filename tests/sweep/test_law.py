@@ -10,7 +10,7 @@ import pytest
 from lemur_jax.config import replace
 from lemur_jax.sweep import law, pareto, results
 from lemur_jax.sweep.law import Law, Point, fit_laws
-from lemur_jax.sweep.runs import plan_runs
+from lemur_jax.sweep.runs import plan_runs, shares_of
 from tests.helpers.sweeps import config_of, variant, write_run
 
 HARMONY = Path(__file__).parents[2] / "docs/harmony/ratio"
@@ -19,11 +19,6 @@ TRUE = {
     "code": Law(base=2.0, part=0, scale=3000.0, drift=-0.002, gain=0.03),
     "text": Law(base=1.5, part=1, scale=5000.0, drift=0.02, gain=0.025),
 }
-
-
-def shares_of(ratio):
-    first, second = (float(share) for share in ratio.split(":"))
-    return first / (first + second), second / (first + second)
 
 
 def point(ratio, tokens, bits):

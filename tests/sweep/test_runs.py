@@ -59,6 +59,7 @@ def test_languages_of_one_corpus_are_a_part(project, monkeypatch):
         ({"ratios": ["-1:1"]}, "cannot read the ratio '-1:1'"),
         ({"ratios": ["1:x"]}, "cannot read the ratio '1:x'"),
         ({"ratios": ["1:1", "1:1"]}, "a run twice"),
+        ({"ratios": ["3:1", "1:1", "6:2"]}, "a run twice"),
         ({"seeds": 0}, "--seeds is 0"),
         ({"sources": "code"}, "must name each of code, text once"),
         (
