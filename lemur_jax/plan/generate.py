@@ -120,7 +120,7 @@ def _check(model: DecoderConfig, mesh: Mesh, B: int, T: int, S: int) -> None:
     """Refuses impossible lengths and a batch that the mesh does not divide."""
     if not 0 < T < S <= model.max_position_embeddings:
         raise UserError(
-            f"--prompt-length {T} must be below --cache-length {S}, and that at most"
+            f"--prompt-length {T} must be above 0 and below --cache-length {S}, and that at most"
             f" config.model.max_position_embeddings {model.max_position_embeddings}"
         )
     ways = batch_ways(mesh)

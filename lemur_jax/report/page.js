@@ -87,7 +87,8 @@ function panelsOf(data) {
 }
 
 function scale(values, data) {
-  let low = Math.min(...values), high = Math.max(...values);
+  let low = Infinity, high = -Infinity;
+  for (const value of values) [low, high] = [Math.min(low, value), Math.max(high, value)];  // too many for arguments
   if (data.log && low > 0 && high / low > 3) {
     const margin = (high / low) ** 0.04;
     [low, high] = [low / margin, high * margin];

@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_said(tpu_compiler):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(prompt_length=512), "--prompt-length 512 must be below --cache-length 512"),
+        (dict(prompt_length=512), "--prompt-length 512 must be above 0 and below --cache-length 512"),
         (dict(cache_length=8192), "at most config.model.max_position_embeddings 4096"),
         (dict(batch=7), "--batch 7 must be a multiple of 2"),
     ],

@@ -67,6 +67,7 @@ USE = """
   out.smooth = [pathsOf(boxes()[0], "line").length, pathsOf(boxes()[0], "pale").length];
   out.formula = page.eval("smooth([1, 3, null, 2], 0.5)");
   out.ticks = page.eval("[logTicks(0.5, 8), linearTicks(0, 40, 4), logTicks(1, 1e9)]");
+  out.many = page.eval("scale(Array.from({length: 300000}, (_, i) => i), {}).ticks");
   out.compact = page.eval("[4e-5, -0.0025, 0.02, 1500, 3.2e6].map(compact)");
   doc.querySelector(".view[value=overlay]").click();
   out.overlay = [names(), boxes().map(box => box.querySelector(".panel-title").textContent)];
@@ -113,6 +114,7 @@ def test_the_curves_can_be_read_zoomed_smoothed_hidden_and_overlaid(page, tmp_pa
     assert found["ticks"][0] == [0.5, 1, 2, 5]
     assert found["ticks"][1] == [0, 10, 20, 30, 40]
     assert found["ticks"][2] == [1, 100, 1e4, 1e6, 1e8]
+    assert found["many"] == [0, 1e5, 2e5, 3e5]
     assert found["compact"] == [compact(value) for value in (4e-5, -0.0025, 0.02, 1500, 3.2e6)]
     assert found["overlay"] == [["base", "lemur", "chat"], ["all sources", "python_docs", "python_stdlib"]]
     assert found["mixed"] == [6, 6, 6]  # three runs, smoothed and not
