@@ -33,16 +33,20 @@ class TensorBoard:
     """
 
     def __init__(self, workdir: epath.PathLike, step: int):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "config.log.tensorboard needs tensorboardX: pip install 'lemur_jax[tensorboard]', or set it to False"
-            ) from error
         directory = os.fspath(epath.Path(workdir) / "tensorboard")
         # Files are named by the second and the host: two starts within one would overwrite each other.
         suffix = f".{step:09d}"
-        self._writer = SummaryWriter(directory, purge_step=step + 1, flush_secs=30, filename_suffix=suffix)
+        try:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(
+                directory, purge_step=step + 1, flush_secs=30, filename_suffix=suffix
+            )
+        except ImportError as error:  # it imports google-cloud-storage for gs:// alone
+            raise UserError(
+                f"config.log.tensorboard: {error}; pip install 'lemur_jax[tensorboard]', on gs:// google-cloud-storage"
+                " too, or set it to False"
+            ) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         for name, value in _scalars(record).items():

@@ -1,6 +1,5 @@
 """What TensorBoard's and W&B's own readers find in the files that a run leaves."""
 
-import builtins
 import hashlib
 import json
 import shutil
@@ -13,7 +12,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.telemetry.metrics import MetricsWriter
-from lemur_jax.telemetry.trackers import WeightsAndBiases
+from lemur_jax.telemetry.trackers import TensorBoard, WeightsAndBiases
 
 
 def write_records(workdir, **trackers):
@@ -96,6 +95,16 @@ def test_offline_run_holds_every_number(tmp_path, monkeypatch):
     ]
 
 
+def test_on_gs_tensorboard_names_what_it_needs_more(monkeypatch):
+    record_writer = pytest.importorskip("tensorboardX.record_writer")
+    monkeypatch.setattr(record_writer, "GCS_ENABLED", False)
+    monkeypatch.delattr(record_writer.GCSRecordWriter, "__del__")
+    with pytest.raises(
+        UserError, match=r"log.tensorboard: `google-cloud-storage` must be .* on gs:// google"
+    ):
+        TensorBoard("gs://bucket/run", -1)
+
+
 def test_a_run_that_resumes_is_the_same_and_one_that_begins_another(tmp_path, monkeypatch):
     wandb, started = pytest.importorskip("wandb"), []
     monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or Mock())
@@ -122,14 +131,7 @@ def test_a_run_that_resumes_is_the_same_and_one_that_begins_another(tmp_path, mo
 
 @pytest.mark.parametrize(("package", "tracker"), [("tensorboardX", "tensorboard"), ("wandb", "wandb")])
 def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch, package, tracker):
-    real = builtins.__import__
-
-    def blocked(name, *arguments, **options):
-        if name == package:
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", blocked)
+    monkeypatch.setitem(sys.modules, package, None)  # cannot be imported
     writer = MetricsWriter(tmp_path, **{tracker: True})
     with writer, pytest.raises(UserError, match=rf"pip install 'lemur_jax\[{tracker}\]'"):
         writer.truncate_after(0)
