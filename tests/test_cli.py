@@ -94,6 +94,7 @@ def test_help_of_a_verb_has_an_example(verb, capsys):
         ("eval --checkpoint no_run --tasks mbpp --agents nothing", "unknown environment 'nothing'"),
         ("plan --config c.py --topology v5e-1 --mode generate --hlo step.txt", "--hlo is for --mode train"),
         ("plan --config c.py --topology v5e-1 --json none/plan.json", "there is no directory none"),
+        ("plan --config c.py --topology v5e-1 --hlo none/step.txt", "there is no directory none"),
         ("inspect no_store --html none/page.html", "there is no directory none"),
         ("eval --checkpoint no_run --tasks mbpp --json none/r.json", "there is no directory none"),
         ("eval --checkpoint no_run --tasks mbpp --json /usr", "--json /usr is a directory: name a file"),
@@ -122,11 +123,7 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, 
 
 
 def test_an_error_of_several_lines_is_one(monkeypatch, capsys):
-    def fail(*_):
-        raise PermissionError(errno.EACCES, "two\n\tlines", "gs://bucket/x")
-
-    monkeypatch.setattr("lemur_jax.checkpoint.listing.checkpoint_table", fail)
-    assert main(["checkpoints", "x"]) == 2
+    assert raising(monkeypatch, PermissionError(errno.EACCES, "two\n\tlines", "gs://bucket/x")) == 2
     assert capsys.readouterr().err == "lemur checkpoints: two lines: gs://bucket/x\n"
 
 

@@ -1,6 +1,7 @@
 """The search on a model small enough to compile in seconds, with the real TPU compiler."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 
@@ -62,13 +63,11 @@ def two(config, tpu, result):
         for remat in ("full", "none")
     ]
     bounds = [analytic.lower_bound(replace(config, each), tpu) for each in wanted]
-    made = [
+    wanted.append({**wanted[0], "train.microbatches": 2})
+    bounds.append(dataclasses.replace(bounds[0], compute=1e3))
+    return [
         candidates.Candidate(changes=each, bound=bound) for each, bound in zip(wanted, bounds, strict=True)
     ]
-    slow = analytic.Bound(
-        buffers=((10**10, "all"),), compute=1e3, memory=0.0, network=0.0, exchange=0.0, host=0.0
-    )
-    return [*made, candidates.Candidate(changes={**wanted[0], "train.microbatches": 2}, bound=slow)]
 
 
 def test_finds_the_best_and_does_not_compile_the_hopeless(first):
@@ -173,14 +172,11 @@ def test_the_verb(tpu_compiler, base, tmp_path, capsys):
     with pytest.raises(UserError, match=r"give config\.mesh\.expert a size"):
         search.search(unsized, "v5e-4", minutes=1, processes=1, cache=tmp_path)
     assert load(str(out / "best.py")).compute.remat == load(str(base)).compute.remat
-    missing = str(tmp_path / "missing" / "plan")
     for wrong, message in (
         ([*searching, "--json", "plan.json"], "leave out --mode, --json and --hlo"),
         ([*searching, "--minutes", "0"], "--minutes must be above 0"),
         ([*searching, "--minutes", "nan"], "--minutes must be above 0"),
         ([*searching, "--output", "gs://bucket/search"], "must be directories of this machine"),
-        ([*verb, "--json", missing], "cannot be written: there is no directory"),
-        ([*verb, "--hlo", missing], "cannot be written: there is no directory"),
     ):
         assert main(wrong) == 2
         assert message in capsys.readouterr().err

@@ -82,49 +82,50 @@ def test_the_order_of_sources_must_be_known():
         plan_runs(config_of(tasks=("code",)), ["1:1"], 1)
 
 
-def test_printed_commands_train_the_same_runs(project, monkeypatch, capsys):
+@pytest.fixture
+def printed(project, monkeypatch, capsys):
+    """`printed(words)`: the words of each command that `lemur sweep --print` writes, and what it says of a mistake."""
     monkeypatch.chdir(project)
-    words = "sweep --config config.py --workdir out --seeds 2 --print --config.train.steps=9"
-    assert main([*words.split(), "--ratios", "1:0, 3:1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4
-    lemur, verb, flag, path, _, workdir, *overrides = shlex.split(lines[-1])
+
+    def run(words):
+        status = main(["sweep", "--config", "config.py", "--workdir", "out", "--print", *words])
+        out, error = capsys.readouterr()
+        assert (status, bool(error)) in ((0, False), (2, True))
+        return [shlex.split(line) for line in out.splitlines()], error
+
+    return run
+
+
+def test_printed_commands_train_the_same_runs(printed):
+    commands, _ = printed(["--seeds", "2", "--config.train.steps=9", "--ratios", "1:0, 3:1"])
+    assert len(commands) == 4
+    lemur, verb, flag, path, _, workdir, *overrides = commands[-1]
     assert (lemur, verb, flag, workdir) == ("lemur", "train", "--config", "out/runs/3-1_seed-43")
     config = load(path, overrides)
     assert (config.seed, config.train.steps) == (43, 9)
     assert (config.data.sources["code"].share, config.data.sources["text"].share) == (3.0, 1.0)
 
 
-def test_the_first_varied_value_takes_the_place_of_the_configs_own(project, monkeypatch, capsys):
-    """A warmup of 10 updates is refused for the 6 of the config."""
-    monkeypatch.chdir(project)
-    words = "sweep --config config.py --workdir out --ratios 1:1 --seeds 1 --print"
-    words += " --config.optimizer.warmup_steps=10 --vary"
-    assert main([*words.split(), "train.steps=12,14"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition("--config.train.steps=")[2].split()[0] for line in lines] == ["12", "14"]
-    for wrong in ("train.steps", "train.steps=", "train.steps=12,,14"):
-        assert main([*words.split(), wrong]) == 2
-        assert f"cannot read --vary '{wrong}'" in capsys.readouterr().err
-    assert main([*words.split(), "train.step=12,14"]) == 2
-    assert "unknown config key train.step" in capsys.readouterr().err
-
-
-def test_a_value_that_no_run_can_have_is_refused_before_commands_are_printed(project, monkeypatch, capsys):
-    monkeypatch.chdir(project)
-    words = "sweep --config config.py --workdir out --ratios 1:1 --seeds 1 --print --vary train.steps=9,x"
-    assert main(words.split()) == 2
-    out, error = capsys.readouterr()
-    assert not out
-    assert "--config.train.steps=x" in error
-
-
-def test_a_comma_in_brackets_does_not_end_a_value(project, monkeypatch, capsys):
-    monkeypatch.chdir(project)
-    words = "sweep --config config.py --workdir out --ratios 1:1 --seeds 1 --print --vary"
-    assert main([*words.split(), "compute.attention_blocks=(0,512), (1024,0)"]) == 0
-    printed = [shlex.split(line)[-2] for line in capsys.readouterr().out.splitlines()]
-    assert printed == [f"--config.compute.attention_blocks={value}" for value in ("(0,512)", "(1024,0)")]
+@pytest.mark.parametrize(
+    ("varied", "values"),
+    [
+        # A warmup of 10 updates is refused for the 6 of the config, which the first value takes the place of.
+        ("train.steps=12,14", ["12", "14"]),
+        ("compute.attention_blocks=(0,512), (1024,0)", ["(0,512)", "(1024,0)"]),
+        *((f"train.steps{wrong}", "cannot read --vary 'train.steps") for wrong in ("", "=", "=12,,14")),
+        ("train.step=12,14", "unknown config key train.step"),
+        ("train.steps=12,x", "--config.train.steps=x"),
+    ],
+)
+def test_varied_values(printed, varied, values):
+    warmup = ["--config.optimizer.warmup_steps=10"] if "steps=" in varied else []
+    commands, error = printed(["--ratios", "1:1", "--seeds", "1", *warmup, "--vary", varied])
+    if error:
+        assert values in error
+        assert not commands
+    else:
+        key = varied.partition("=")[0]
+        assert [words[-2] for words in commands] == [f"--config.{key}={value}" for value in values]
 
 
 def test_sources_with_epochs_have_no_shares_to_vary():
