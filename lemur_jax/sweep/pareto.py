@@ -100,7 +100,7 @@ def _page(results: Results, command: str) -> str:
 <p class="soft">Written by <code>{escape(command)}</code></p>
 <h2>Held-out bits per byte</h2>
 {html_table(head, rows)}<p class="soft">{escape(summary(results))}</p>
-<h2>One group against another</h2>{plots}{_law_section(results.laws) if results.laws else ""}"""
+{plots and f"<h2>One group against another</h2>{plots}"}{_law_section(results.laws) if results.laws else ""}"""
     return html_page("Sweep · lemur_jax", body)
 
 

@@ -82,10 +82,4 @@ def test_70b_on_slices_as_in_the_documentation(tpu_compiler, topology, mesh, pre
     assert made.prefill.hbm_bytes_per_chip / 2**30 == pytest.approx(prefill, rel=0.05)
     assert made.decode.hbm_bytes_per_chip / 2**30 == pytest.approx(decode, rel=0.05)
     assert (made.prefill.fits, made.decode.fits) == (speed is not None, speed is not None)
-    text = format_generate_plan(made)
-    if speed:
-        assert made.decode_tokens_per_second == pytest.approx(speed, rel=0.05)
-        assert text.count("\nFITS: ") == 2
-    else:
-        assert made.decode_tokens_per_second is None
-        assert "DOES NOT FIT" in text
+    assert made.decode_tokens_per_second == (speed and pytest.approx(speed, rel=0.05))

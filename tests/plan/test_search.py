@@ -64,7 +64,7 @@ def two(config, tpu, result):
     ]
     bounds = [analytic.lower_bound(replace(config, each), tpu) for each in wanted]
     wanted.append({**wanted[0], "train.microbatches": 2})
-    bounds.append(dataclasses.replace(bounds[0], compute=1e3))
+    bounds.append(dataclasses.replace(bounds[0], compute=1e3, buffers=((10**10, "all"),)))
     return [
         candidates.Candidate(changes=each, bound=bound) for each, bound in zip(wanted, bounds, strict=True)
     ]

@@ -1,6 +1,6 @@
 """Slice names against the published table of slices."""
 
-import math
+import itertools
 import os
 import subprocess
 import sys
@@ -68,10 +68,8 @@ def test_described_devices(tpu_compiler, name, slices):
     tpu = topologies.find_slice(name, slices)
     devices = topologies.described_devices(tpu)
     assert len(devices) == tpu.devices
-    assert {tuple(device.coords[: len(tpu.shape)]) for device in devices} == {
-        tuple(index // math.prod(tpu.shape[axis + 1 :]) % size for axis, size in enumerate(tpu.shape))
-        for index in range(math.prod(tpu.shape))
-    }
+    places = {tuple(device.coords[: len(tpu.shape)]) for device in devices}
+    assert places == set(itertools.product(*map(range, tpu.shape)))
 
 
 def test_without_the_compiler_one_line_says_what_to_install():

@@ -51,21 +51,18 @@ def test_the_page_shows_what_the_checkpoint_says(chat_model, stages, tmp_path):
     ("teacher", "recorded", "started"),
     [("", 6, [6]), ("", None, [None]), ("", 3, []), ("teacher", 6, [None])],  # the base keeps steps 6 and 9
 )
-def test_the_start_is_the_step_that_the_run_has_recorded(
-    stages, tmp_path, monkeypatch, teacher, recorded, started
-):
-    config = json.loads((stages[0] / "config.json").read_text())
-    config["init"]["checkpoint"], config["distill"]["teacher"] = str(tmp_path), teacher
-    (stages[0] / "config.json").write_text(json.dumps(config))
-    loaded = []
-    monkeypatch.setattr(samples, "read_metadata", lambda path: {"frozen_step": recorded})
+def test_the_start_is_the_step_that_the_run_has_recorded(tmp_path, monkeypatch, teacher, recorded, started):
+    base, loaded = str(tmp_path), []
+    run = Mock(workdir="run", config={"init.checkpoint": base, "distill.teacher": teacher})
+    monkeypatch.setattr(samples, "read_runs", lambda _: [run])
+    monkeypatch.setattr(samples, "read_metadata", lambda _: {"frozen_step": recorded})
     monkeypatch.setattr(samples, "steps_in", lambda path: (path, [6, 9]))
     monkeypatch.setattr(
         samples, "load", lambda path, mesh, dtype, step: loaded.append((path, step)) or Mock()
     )
     monkeypatch.setattr(samples, "complete", lambda *_, **__: [])
-    sample(stages[:1], [])
-    assert loaded == [*((str(tmp_path), step) for step in started), (str(stages[0]), None)]
+    sample(["run"], [])
+    assert loaded == [*((base, step) for step in started), ("run", None)]
 
 
 def test_a_run_without_a_checkpoint_is_refused(stages):

@@ -115,9 +115,8 @@ def test_a_run_that_resumes_is_the_same_and_one_that_begins_another(tmp_path, mo
         return started[-1]["id"]
 
     run.mkdir()
-    old = hashlib.sha256(str(run).encode()).hexdigest()[:16]  # of earlier versions
-    assert start(run, False) == old
-    first = start(run, True)
+    old, first = start(run, False), start(run, True)
+    assert old == hashlib.sha256(str(run).encode()).hexdigest()[:16]  # of earlier versions
     assert start(run, False) == first != old
     copy = shutil.copytree(run, tmp_path / "copy")
     monkeypatch.chdir(copy)
