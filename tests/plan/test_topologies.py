@@ -17,7 +17,6 @@ from lemur_jax.plan import topologies
         ("v4-8", (2, 2, 1), 4, (False, False, False)),
         ("v4-32", (2, 2, 4), 16, (False, False, False)),
         ("v4-384", (4, 4, 12), 192, (True, True, True)),
-        ("v4-2x2x4", (2, 2, 4), 16, (False, False, False)),
         ("v5e-16x16", (16, 16), 256, (True, True)),
         ("v5p-8x4x12", (4, 8, 12), 384, (True, True, True)),
         ("v4-512", (4, 8, 8), 256, (True, True, True)),
