@@ -7,6 +7,9 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -44,9 +47,9 @@ def place_labels(
         around = list(_around(mark, size))
         # A label that is wider than the plot stands out of it.
         labels = [label for label in around if contains(inside, label.box)] or around[:1]
-        covered = [*taken, *(other.box for other in placed)]
-        free = (label for label in labels if not any(overlap(label.box, box, SPACE) for box in covered))
-        placed.append(next(free, labels[0]))
+        covered = np.reshape([*taken, *(other.box for other in placed)], (-1, 4))
+        is_free = ~overlap(np.array([[label.box] for label in labels]), covered, SPACE).any(axis=1)
+        placed.append(labels[np.argmax(is_free)])  # the first one
     return placed
 
 
@@ -70,6 +73,7 @@ def contains(outer: Box, box: Box) -> bool:
     return box[0] >= outer[0] and box[1] >= outer[1] and box[2] <= outer[2] and box[3] <= outer[3]
 
 
-def overlap(one: Box, other: Box, space: float = 0.0) -> bool:
-    """Whether two boxes have more than an edge in common, or lie less than `space` apart."""
-    return all(one[side] - space < other[side + 2] and other[side] < one[side + 2] + space for side in (0, 1))
+def overlap(one: ArrayLike, other: ArrayLike, space: float = 0.0) -> np.ndarray:
+    """Whether boxes [..., 4] have more than an edge in common, or lie less than `space` apart."""
+    one, other = np.asarray(one), np.asarray(other)
+    return np.all((one[..., :2] - space < other[..., 2:]) & (other[..., :2] < one[..., 2:] + space), axis=-1)
