@@ -16,6 +16,7 @@ from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.plan import analytic, cost, hlo
 from lemur_jax.plan.compile import Compiled, compile_program, device_bytes
 from lemur_jax.plan.topologies import Slice, described_devices, find_slice
+from lemur_jax.report.charts import compact
 from lemur_jax.telemetry import flops
 from lemur_jax.train.step import build
 
@@ -293,5 +294,6 @@ def _format_step(plan: Plan) -> list[str]:
     lines += ["", f"  {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip"]
     if plan.mfu is not None:
         lines[-1] += f", MFU {plan.mfu:.1%} with causal attention, {plan.mfu_full_attention:.1%} with full"
-        lines.append(f"  {plan.days:,.1f} days, {plan.chip_hours:,.0f} chip-hours for the config's updates")
+        days, hours = compact(plan.days or 0), compact(plan.chip_hours or 0)
+        lines.append(f"  {days} days, {hours} chip-hours for the config's updates")
     return lines

@@ -127,7 +127,7 @@ def check_same_start(
 ) -> None:
     """UserError: two runs differ in their held-out figures before the first step, beyond rounding.
 
-    Their base, a run that has gone on since, or the text that is scored was not the same.
+    Their base, a run that has gone on since, the text that is scored or its precision was not the same.
     """
     before = {record["task"]: record for record in others if _is_start(record)}
     for record in filter(_is_start, records):
@@ -136,8 +136,8 @@ def check_same_start(
         if text != began.get("bytes") or not math.isclose(bits, began["bits_per_byte"], rel_tol=_SAME):
             raise UserError(
                 f"{place} has {bits:.4f} bits per byte of {record['task']} before training ({text} bytes), {other}"
-                f" {began['bits_per_byte']:.4f} ({began.get('bytes')} bytes): config.init.checkpoint or the text has"
-                " changed between them; put back what was there, or sweep in a new --workdir"
+                f" {began['bits_per_byte']:.4f} ({began.get('bytes')} bytes): config.init.checkpoint, the text or"
+                " config.compute has changed between them; put back what was there, or sweep in a new --workdir"
             )
 
 
