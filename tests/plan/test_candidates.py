@@ -45,13 +45,15 @@ def test_a_value_that_the_config_has_is_not_tried(monkeypatch):
 def test_sums_of_gradients_are_tried_only_where_gradients_are_exchanged(monkeypatch):
     vmem = "xla_tpu_scoped_vmem_limit_kib=65536"
     monkeypatch.setattr(candidates, "REFINEMENTS", [({candidates.OPTIONS: (vmem, *SPARSECORE_SUMS)}, 0.9)])
-    best = candidates.Trial(changes={}, bound=None, plan=made_plan(2.0))
-    for kind, options, tried in (
-        ("TPU7x", (), (vmem, *SPARSECORE_SUMS)),
-        ("TPU v5", (), (vmem,)),  # SparseCores sum already
-        ("TPU v5 lite", (), (vmem,)),  # has no SparseCores
-        ("TPU7x", SPARSECORE_SUMS, (*SPARSECORE_SUMS, vmem)),
+    of_best = ("xla_a=1", "xla_b=1")
+    for kind, options, changes, tried in (  # added to those of the best, and of the config
+        ("TPU v5", of_best[:1], {candidates.OPTIONS: of_best}, (*of_best, vmem)),
+        ("TPU7x", (), {}, (vmem, *SPARSECORE_SUMS)),
+        ("TPU v5", (), {}, (vmem,)),  # SparseCores sum already
+        ("TPU v5 lite", (), {}, (vmem,)),  # has no SparseCores
+        ("TPU7x", SPARSECORE_SUMS, {}, (*SPARSECORE_SUMS, vmem)),
     ):
+        best = candidates.Trial(changes=changes, bound=None, plan=made_plan(2.0))
         ((found, _),) = candidates.refinements(best, ComputeConfig(compiler_options=options), kind)
         assert found.changes == {candidates.OPTIONS: tried}
     # v6e has more VMEM: what is left is no other candidate than the chunk alone.
@@ -158,18 +160,6 @@ def test_the_order_of_bounds(others, order):
     slice_ = topologies.find_slice("v5p-64")  # 95.7 GiB
     queue = search.Queue([own, *rest], ComputeConfig(), slice_, search.SearchResult())
     assert [queue.next() for _ in (own, *rest)] == [own, *(rest[number] for number in order)]
-
-
-def test_options_are_added_to_those_of_the_config_and_of_the_best(monkeypatch):
-    monkeypatch.setattr(candidates, "REFINEMENTS", [({candidates.OPTIONS: ("xla_c=1",)}, 0.9)])
-    compute = ComputeConfig(compiler_options=("xla_a=1",))
-    for changes, expected in (
-        ({}, ("xla_a=1", "xla_c=1")),
-        ({candidates.OPTIONS: ("xla_a=1", "xla_b=1")}, ("xla_a=1", "xla_b=1", "xla_c=1")),
-    ):
-        best = candidates.Trial(changes=changes, bound=None, plan=made_plan(2.0))
-        ((found, _),) = candidates.refinements(best, compute, "TPU v4")
-        assert found.changes == {candidates.OPTIONS: expected}
 
 
 def test_a_program_that_waits_for_the_host_says_nothing_of_others():

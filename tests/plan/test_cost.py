@@ -68,20 +68,19 @@ def test_asynchronous_collective_hides_behind_computation():
     assert late.seconds == pytest.approx(sum(late.compute.values()) + late.exposed)
 
 
-def test_what_the_compiler_cannot_estimate_adds_no_time_and_is_counted():
-    unknown = CYCLES.replace("1050000", str(2**63 - 1))
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        f"fusion(%q), kind=kLoop, {CYCLES.replace('1050000', str(2**63 - 1))}",
+        'custom-call(%q), custom_call_target="tpu_custom_call"',  # a kernel
+    ],
+)
+def test_what_has_no_estimate_adds_no_time_and_is_counted(unknown):
     text = f"""  %q = f32[8]{{0}} parameter(0)
-  %one = f32[8]{{0}} fusion(%q), kind=kLoop, {unknown}
+  %one = f32[8]{{0}} {unknown}
   ROOT %two = f32[8]{{0}} fusion(%one), kind=kLoop, {CYCLES}"""
     found = cost.Estimator(module(text), network("v4-512")).run()
     assert (found.seconds, found.unestimated) == (pytest.approx(1e-3), 1)
-
-
-def test_an_unknown_kernel_is_counted_as_one_without_estimate():
-    text = f"""  %q = f32[8]{{0}} parameter(0)
-  %one = f32[8]{{0}} custom-call(%q), custom_call_target="tpu_custom_call"
-  ROOT %two = f32[8]{{0}} fusion(%one), kind=kLoop, {CYCLES}"""
-    assert cost.Estimator(module(text), network("v4-512")).run().unestimated == 1
 
 
 def test_synchronous_collective_is_exposed():

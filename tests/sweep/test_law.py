@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.config import replace
+from lemur_jax.data.config import StageConfig
 from lemur_jax.sweep import law, pareto, results
 from lemur_jax.sweep.law import Law, Point, fit_laws
 from lemur_jax.sweep.runs import plan_runs, shares_of
@@ -61,6 +62,16 @@ def test_it_needs_two_parts_and_four_ratios():
     base = {"code": 2.0, "text": 1.5}
     assert fit_laws(base, made_up(RATIOS[:3]), "code") is None
     assert fit_laws(base, [Point(ratio="1:1:1", shares=(1 / 3,) * 3, tokens=1, bits=base)], "code") is None
+
+
+def test_runs_with_stages_have_no_law(tmp_path):
+    config = replace(config_of(), {"train.steps": 10})
+    runs = plan_runs(config, RATIOS, 1)
+    for run in runs:
+        write_run(tmp_path, run, {"code": 2.0, "text": 3.0}, {0: 1.0, 10: 0.5})
+    staged = replace(config, {"data.stages": {"late": StageConfig(step=5, shares={"code": 1.0})}})
+    for each, fitted in ((config, True), (staged, False)):
+        assert bool(results.read_results(dict.fromkeys(runs, each), [], tmp_path).laws) == fitted
 
 
 def test_it_predicts_a_ratio_that_was_left_out_of_the_measured_sweep():
