@@ -96,6 +96,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._broadcast = broadcast
         self._max_failures = max_failures
         self._failures = 0
+        self.finished = self.latest_step() or 0  # the newest step that has been seen to be whole on the disk
         self._pending: int | None = None  # the step whose save has not been seen to end
         self._threads: set[threading.Thread] = set()  # those of this process before the last save
 
@@ -139,7 +140,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 args=ocp.args.Composite(
                     params=ocp.args.PyTreeSave(params, save_args=save_args),
                     optimizer=ocp.args.PyTreeSave(optimizer),
-                    metadata=ocp.args.JsonSave(seal(metadata, leaves)),
+                    metadata=ocp.args.JsonSave(seal({**metadata, "step": step}, leaves)),
                 ),
                 metrics=dict(losses) if losses else None,
                 force=True,
@@ -168,7 +169,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-            self._failures, self._pending = 0, None
+            self._failures, self.finished, self._pending = 0, self._pending, None
         except Exception as error:
             self._fail(self._pending, error)
         finally:

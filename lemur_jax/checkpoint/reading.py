@@ -154,11 +154,16 @@ def suggest_other_steps(path: epath.PathLike, step: int) -> Iterator[None]:
 
 
 def restore_metadata(manager: ocp.CheckpointManager, directory: epath.Path, step: int) -> dict[str, Any]:
-    """The unsealed `metadata` item; all hosts must call it."""
+    """The unsealed `metadata` item; all hosts must call it. UserError, too: it is of another step."""
 
     def read() -> Any:
         item = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        return unseal(manager.restore(step, args=item)["metadata"], f"checkpoint {directory}/{step}")
+        found = unseal(manager.restore(step, args=item)["metadata"], f"checkpoint {directory}/{step}")
+        if (saved := found.get("step", step)) != step:  # imports and earlier versions have none
+            raise UserError(
+                f"checkpoint {directory}/{step} is that of step {saved}: rename the directory back"
+            )
+        return found
 
     return read_on_all_hosts(read, f"checkpoint {directory}/{step}, metadata")
 

@@ -5,6 +5,7 @@ import contextvars
 import glob
 import logging
 import os
+import pathlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from lemur_jax.cluster import coordination
 from lemur_jax.cluster.exit import TRY_AGAIN, end_process
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import digest_of
 
 AGREE_SECONDS = 600.0  # in which the slowest host must have opened what is compared
 _alone = contextvars.ContextVar("alone", default=False)
@@ -181,6 +183,12 @@ def agree(name: str, value: Callable[[], str]) -> None:
     """UserError, which names the host, where one makes another value; all must call it, except inside `alone`."""
     if not _alone.get() and coordination.process()[1] > 1:
         coordination.agree(name, value(), AGREE_SECONDS)
+
+
+def code_digest() -> str:
+    """Of the source files of this package."""
+    package = pathlib.Path(__file__).parents[1]
+    return digest_of([file.read_text(encoding="utf-8") for file in sorted(package.rglob("*.py"))])
 
 
 def any_host(flag: bool) -> bool:

@@ -47,9 +47,9 @@ class Copies:
         return by_copy
 
     def zeros(self, params: Any) -> Any:
-        """Zeros of the parameters' shapes with a leading axis C."""
+        """float32 zeros of the parameters' shapes with a leading axis C."""
         copies = self.mesh.shape[COPY]
-        return self._apart(jax.tree.map(lambda p: jnp.zeros((copies, *p.shape), p.dtype), params))
+        return self._apart(jax.tree.map(lambda p: jnp.zeros((copies, *p.shape), jnp.float32), params))
 
     def sum(self, gradient: Any) -> Any:
         """The sum over the leading axis C."""

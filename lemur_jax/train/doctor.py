@@ -21,7 +21,7 @@ from lemur_jax.checkpoint.config import CheckpointConfig
 from lemur_jax.checkpoint.manager import check_state
 from lemur_jax.checkpoint.reading import newest_metadata
 from lemur_jax.cluster import coordination
-from lemur_jax.cluster.hosts import alone, is_primary
+from lemur_jax.cluster.hosts import alone, code_digest, is_primary
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.data.mixture import Mixture
@@ -58,12 +58,12 @@ def doctor(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) 
     """
     workdir, values, patience = epath.Path(workdir), config.to_json(), config.hosts.connect_seconds
     devices = jax.local_devices()
-    here = f"{len(devices)} × {devices[0].device_kind}"
+    here, code = f"{len(devices)} × {devices[0].device_kind}", code_digest()[:12]
     changes: Changes = {}
     with _caught() as problem:
         changes = config_changes(values, workdir, extend=extend)
     found = [
-        Finding(check="versions", good=True, detail=", ".join(versions()), same=True),
+        Finding(check="versions", good=True, detail=f"{', '.join(versions())}, code {code}", same=True),
         _finding("config", problem, config.fingerprint()[:12], same=True),
         Finding(check="devices of a host", good=True, detail=here, same=True),
     ]

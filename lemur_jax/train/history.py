@@ -2,15 +2,19 @@
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from lemur_jax.cluster.hosts import is_primary
+from lemur_jax.common.errors import UserError
 from lemur_jax.telemetry.config import LogConfig
 from lemur_jax.telemetry.goodput import earlier_time
-from lemur_jax.telemetry.metrics import MetricsWriter, Record, read_metrics
+from lemur_jax.telemetry.metrics import METRICS_FILE, MetricsWriter, Record, read_metrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,22 +27,37 @@ class RunHistory:
     spent: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def write_changes(self, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
-        """Records that the config changed from a step on: key -> (old value, new value)."""
+        """Records and logs that the config changed from a step on: key -> (old value, new value)."""
         if self.writer and changes:
             listed = [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changes.items()]
             self.writer.write({"step": step, "kind": "extension", "changes": listed})
+            logger.info("changed from step %d on: %s", step, "; ".join(listed))
 
 
 @contextlib.contextmanager
 def open_history(log: LogConfig, workdir: epath.Path, step: int, started: float) -> Iterator[RunHistory]:
     """Opens the metrics of a run that continues from `step`; records of later steps are removed and made again.
 
-    Evaluations of step 0 are repeated. `started` is when this process started, seconds since 1970.
+    Evaluations of step 0 are repeated. `started` is when this process started, seconds since 1970. UserError: the run
+    has saved checkpoints, and none is left.
     """
     if not is_primary():
         yield RunHistory()
         return
     spent = earlier_time(workdir, step, started)
     with MetricsWriter(workdir, tensorboard=log.tensorboard, wandb=log.wandb) as writer:
+        if not step:
+            _check_saved(read_metrics(workdir), workdir)
         writer.truncate_after(step or -1)
         yield RunHistory(writer=writer, records=read_metrics(workdir), spent=spent)
+
+
+def _check_saved(records: Sequence[Record], workdir: epath.Path) -> None:
+    saved = max(
+        (record.get("checkpoint", 0) for record in records if record.get("kind") == "time"), default=0
+    )
+    if saved:
+        raise UserError(
+            f"there is no checkpoint in {workdir}/checkpoints, but {METRICS_FILE} says that step {saved} was saved: put"
+            f" them back, or remove {METRICS_FILE} to begin again at step 0"
+        )

@@ -12,8 +12,8 @@ import jax
 from etils import epath
 
 from lemur_jax.checkpoint.metadata import make_metadata
-from lemur_jax.cluster.coordination import agree, barrier, from_primary
-from lemur_jax.cluster.hosts import is_primary
+from lemur_jax.cluster.coordination import barrier, from_primary
+from lemur_jax.cluster.hosts import agree, code_digest, is_primary
 from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.json_files import digest_of
@@ -21,6 +21,7 @@ from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig
 from lemur_jax.models.decoder import num_params
 from lemur_jax.telemetry.profiler import check_steps, trace_steps
+from lemur_jax.telemetry.provenance import versions
 from lemur_jax.train import step
 from lemur_jax.train.evaluate import Evaluations, EvaluationSteps
 from lemur_jax.train.history import open_history
@@ -29,6 +30,7 @@ from lemur_jax.train.inputs import Inputs, open_data
 from lemur_jax.train.saves import Save, Saves, due
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.steplog import StepLog
+from lemur_jax.train.unused import unused_options
 from lemur_jax.train.workdir import check_changes, claim, config_changes
 
 logger = logging.getLogger(__name__)
@@ -72,9 +74,13 @@ def train(
     """
     began, started = time.perf_counter(), time.time()
     check_steps(profile, config.train.steps)
+    code = "the code of lemur_jax, or the version of Python or a library (`lemur doctor` shows them),"
+    agree(code, lambda: digest_of([code_digest(), *versions()]))  # first, as their programs may differ
     inputs = open_inputs(config, build)
     check_inputs(inputs)
     workdir, values, steps = epath.Path(workdir), config.to_json(), config.train.steps
+    if is_primary() and (unused := unused_options(values)):
+        logger.warning("options of the config without effect: %s", ", ".join(unused))
     config_changes(values, workdir, extend=extend)  # refuses before anything is made
     with contextlib.ExitStack() as stack:
         if is_primary():
@@ -112,8 +118,7 @@ def check_inputs(inputs: Inputs) -> None:
     """UserError: a kernel refuses the batch, or hosts, which each read a part of it, have other stores."""
     inputs.program.trace()
     held_out = {f"{each.task}, held out": each.rows.store.manifest.digest for each in inputs.held_out}
-    digest = digest_of({**inputs.mixture.digests(), **held_out})
-    agree("the data in config.data.stores", digest, 2 * WAIT_SECONDS)
+    agree("the data in config.data.stores", lambda: digest_of({**inputs.mixture.digests(), **held_out}))
 
 
 def check_same_workdir(workdir: epath.Path) -> None:
@@ -129,7 +134,7 @@ def check_same_workdir(workdir: epath.Path) -> None:
     try:
         barrier("workdir", 2 * WAIT_SECONDS)  # longer than a collective waits for the primary
         seen = (workdir / from_primary(probe.name)).exists()
-        agree("the workdir (all hosts must see the same files)", str(seen), WAIT_SECONDS)
+        agree("the workdir (all hosts must see the same files)", lambda: str(seen))
     finally:
         if is_primary():
             probe.unlink()
@@ -167,7 +172,7 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
         if save is not Save.NONE:
             log.flush()  # parameters that are not finite are never saved
             with log.paused("checkpoint"):
-                log.write_time(done)
+                log.write_time(done, saves.finished())
                 log.sync()
                 saves.save(save, done, state, losses)
         elif due(done, config.log.every_steps):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -96,6 +97,21 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Mapping[str, Any]], optax.Gradi
 }
 
 
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` with the state of float32 parameters: optax keeps second moments in their dtype.
+
+    In bfloat16 a moment that decays by less than 1/512 an update never gets smaller.
+    """
+
+    def wide(params: Any) -> Any:
+        return optax.tree.cast(params, jnp.float32)
+
+    return optax.GradientTransformation(
+        init=lambda params: inner.init(wide(params)),
+        update=lambda gradient, state, params=None: inner.update(gradient, state, wide(params)),
+    )
+
+
 def make_optimizer(
     options: OptimizerConfig, steps: int, axes: Mapping[str, Any], spikes: SpikesConfig | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -110,7 +126,7 @@ def make_optimizer(
         clip = options.clip_norm
         update = optax.chain(
             optax.clip_by_global_norm(clip) if clip else optax.identity(),
-            OPTIMIZERS[options.name](options, axes),
+            _in_float32(OPTIMIZERS[options.name](options, axes)),
             optax.add_decayed_weights(options.weight_decay, mask=decayed(axes)),
             optax.scale_by_learning_rate(learning_rate),
         )

@@ -73,6 +73,11 @@ class Saves(contextlib.AbstractContextManager):
     def __exit__(self, *_) -> None:
         self._checkpoints.close()
 
+    def finished(self) -> int:
+        """The newest step whose checkpoint is complete, 0 without one; waits, as `save` does."""
+        self._checkpoints.wait()
+        return self._checkpoints.finished
+
     def first_state(self, at_most: int | None = None, frozen: Any = None) -> tuple[TrainState, int]:
         """The state of the newest checkpoint that is whole and its step, or a fresh state and 0.
 

@@ -166,11 +166,11 @@ class StepLog:
         if self._writer:
             self._writer.sync()
 
-    def write_time(self, step: int) -> None:
-        """Writes where the wall time of the run has gone until now."""
+    def write_time(self, step: int, checkpoint: int = 0) -> None:
+        """Writes where the wall time of the run has gone until now, and the newest step that is saved."""
         if self._writer:
             wall = self._wall_before + time.perf_counter() - self._began
-            self._writer.write({"step": step, **time_record(self._spent, wall)})
+            self._writer.write({"step": step, "checkpoint": checkpoint, **time_record(self._spent, wall)})
 
     def rolled_back(self, step: int, target: int) -> None:
         """Writes that at `step` the parameters of step `target` were taken again."""

@@ -21,8 +21,13 @@ FREE = (
     "data.modules", "data.mixture",  # the sources themselves count
     "rl.data", "rl.eval_", "rl.max_logprob_gap",
 )  # fmt: skip
+# These of them are logged and recorded: they affect rounding more than a mesh does.
+PRECISION = ("compute.dtype", "compute.product_dtype", "compute.reduce_dtype")
 # What may also differ with --extend: it affects the steps after the newest checkpoint alone.
-EXTENDABLE = ("train.steps", "train.microbatches", "optimizer.", "spikes.", "data.sources.", "data.stages.")
+EXTENDABLE = (
+    "train.steps", "train.microbatches", "optimizer.", "spikes.", "data.sources.", "data.stages.",
+    "checkpoint.every_steps",  # to which `spikes.rollback_after` returns
+)  # fmt: skip
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:
@@ -42,6 +47,8 @@ def _is_free(key: str, values: Mapping[str, Any]) -> bool:
     if key == "train.microbatches":  # where no mean or noise is of one microbatch
         means = values["preference"]["loss"] in NOT_ADDITIVE or values["model"]["num_experts"]
         return not (means or values["adapter"]["dropout"])
+    if key == "checkpoint.every_steps":
+        return not values["spikes"]["rollback_after"]
     return key.startswith(FREE)
 
 
@@ -49,7 +56,7 @@ def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bo
     """How a config, as JSON, differs from the one that the workdir belongs to; nothing is written.
 
     Only changes that affect results; empty where the workdir belongs to no config. A UserError names all keys that may
-    not change; with `extend` those of `EXTENDABLE` may.
+    not change; those of `PRECISION` may, and with `extend` those of `EXTENDABLE`.
     """
     from lemur_jax.checkpoint.reading import newest_metadata  # `lemur report` needs no Orbax
 
@@ -57,8 +64,12 @@ def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bo
     if not stored:
         return {}
     stored = json.loads(json.dumps(fill(RunConfig, stored)))  # defaults have tuples
-    changes = {key: pair for key, pair in differences(stored, values).items() if not _is_free(key, values)}
-    may = EXTENDABLE if extend else ()
+    changes = {
+        key: pair
+        for key, pair in differences(stored, values).items()
+        if key in PRECISION or not _is_free(key, values)
+    }
+    may = PRECISION + (EXTENDABLE if extend else ())
     if values["checkpoint"]["other_optimizer"] == "fresh":
         may = (*may, "optimizer.")
     fixed = {key: pair for key, pair in changes.items() if not key.startswith(may)}

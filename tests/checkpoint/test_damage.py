@@ -235,6 +235,15 @@ def test_values_that_are_not_finite_are_not_restored(tmp_path):
     assert said == "DAMAGED: params: layers/mlp/up has values that are not finite"
 
 
+def test_a_renamed_step_is_refused(run, tmp_path):
+    """Its parameters would go on with the data and the learning rate of another step."""
+    shutil.copytree(run[0], tmp_path / "c")
+    (tmp_path / "c" / "9").rename(tmp_path / "c" / "12")
+    with pytest.raises(UserError, match=r"c/12 is that of step 9: rename the directory back"):
+        restore_newest(tmp_path / "c")
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"5", "12"}
+
+
 def test_other_format_is_told_apart(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "c")
     file = tmp_path / "c" / "9" / "metadata" / "metadata"

@@ -52,7 +52,7 @@ def _first_params(model):
 
 def first_state(program):
     # A copy: a step may be given its memory.
-    fresh = jax.tree.map(np.copy, _first_params(program.model))
+    fresh = jax.tree.map(lambda leaf: leaf.astype(program.param_dtype), _first_params(program.model))
     params = jax.device_put(fresh, shardings_of(program.state.params))
     return start(params, program.optimizer, program.state)
 

@@ -61,6 +61,27 @@ def cosine(step, steps=10, warmup=2, peak=1e-2, end=1e-3):
     return end + (peak - end) * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup)))
 
 
+@pytest.mark.parametrize(("name", "updates"), [("adamw", 3000), ("adafactor", 6000)])
+def test_second_moments_of_bfloat16_parameters_follow_smaller_gradients(name, updates):
+    """In bfloat16 they would never get smaller, nor would the step of a gradient that became a tenth grow again."""
+    options = OptimizerConfig(name=name, b2=0.999, learning_rate=1.0, final_learning_rate=1.0, clip_norm=0)
+    optimizer = make_optimizer(options, updates, AXES)
+
+    @jax.jit
+    def last_change(params):
+        def update(carry, step):
+            gradient = jax.tree.map(lambda p: jnp.where(step < 1000, 1.0, 0.1) * jnp.ones(p.shape), params)
+            changes, state = optimizer.update(gradient, carry[0], params)
+            return (state, changes), None
+
+        start = optimizer.init(params), jax.tree.map(lambda p: jnp.zeros(p.shape), params)
+        return jax.lax.scan(update, start, jnp.arange(updates))[0][1]
+
+    params = {"matrix": jnp.zeros((4, 3)), "layers": {"scale": jnp.zeros((2, 4))}}
+    expected, found = last_change(params), last_change(optax.tree.cast(params, jnp.bfloat16))
+    assert_equal(found, expected)
+
+
 def test_schedule_ends_where_the_run_ends():
     """Counted in updates: Lemur's own run ended at 3.996e-5 where its log said 1.98e-5."""
     rates = schedule(OptimizerConfig(learning_rate=4e-5, final_learning_rate=4e-6, warmup_steps=0), 21_458)

@@ -1,11 +1,14 @@
 """The update: the same number on every mesh and in any split, and the number that NumPy gets."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.models import decoder
+from lemur_jax.train.losses import RowSums
+from lemur_jax.train.objectives import Loss, Objective
 from tests.helpers.tiny import first_state, placed, program_on, tiny_config
 
 STEPS = 3
@@ -73,6 +76,24 @@ def test_gradients_in_bfloat16_lose_no_frequent_token(batch, shape, microbatches
         jax.tree_util.tree_flatten_with_path(found)[0], jax.tree.leaves(expected), strict=True
     ):
         assert np.linalg.norm(mine - true) < 0.03 * np.linalg.norm(true), jax.tree_util.keystr(path)
+
+
+def count_rows(model, batch):
+    """A loss whose gradient by each scale of the last norm is the number of rows."""
+    rows = jnp.sum(batch["loss_weights"], axis=-1) * jnp.sum(model.final_norm.scale[...])
+    return Loss(jnp.sum(rows), RowSums(loss=rows, z=None, weight=jnp.ones_like(rows)))
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_bfloat16_parameters_get_the_whole_sum_of_many_microbatches(copies):
+    """A sum in bfloat16 would stop at 256 of the 1,024."""
+    options = {"compute.param_dtype": "bfloat16", "data.sequence_length": 1, "optimizer.name": "adafactor"}
+    options |= {"train.batch_rows": 2048, "train.microbatches": 1024, "optimizer.clip_norm": 0.0}
+    config = tiny_config(options)
+    program = program_on((copies, 1, 1, 1), config, Objective(loss=count_rows))
+    batch = {name: jnp.ones(like.shape, like.dtype) for name, like in program.batch.items()}
+    _, metrics = program.step(first_state(program), placed(batch, program))
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(config.model.hidden_size), rtol=1e-5)
 
 
 def test_same_loss_with_positions_and_chunks_cut_over_devices(alone, batch):

@@ -123,7 +123,7 @@ def test_seconds_go_where_they_went(clock, memory):
         "lost": 0.0, "down": 0.0, "other": 0.0,
     }  # fmt: skip
     assert spent == pytest.approx({
-        "step": 4, "kind": "time", "wall_seconds": 7 + 4 * 10 + 60 + 5 + 2, "goodput": 36 / 114,
+        "step": 4, "kind": "time", "checkpoint": 0, "wall_seconds": 7 + 4 * 10 + 60 + 5 + 2, "goodput": 36 / 114,
         "unix_seconds": 1_000_000 + clock.now, **{f"{part}_seconds": value for part, value in parts.items()},
     })  # fmt: skip
     assert [record["tokens/code"] for record in records] == [1000, 2000, 3000, 4000]

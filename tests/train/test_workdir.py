@@ -13,6 +13,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import load, replace
 from lemur_jax.data.config import SourceConfig, StageConfig
 from lemur_jax.train import loop
+from lemur_jax.train.unused import unused_options
 from lemur_jax.train.workdir import check_changes, claim, config_changes
 from tests.helpers.tiny import tiny_config
 
@@ -81,21 +82,30 @@ def test_what_may_change_between_a_run_and_its_resumption(tmp_path, options, ext
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "key"),
     [
-        {"preference.loss": "kto"},
-        {"preference.loss": "orpo"},
-        {"adapter.dropout": 0.1},
-        {"model.num_experts": 4, "model.experts_per_token": 2},
+        ({"preference.loss": "kto"}, "train.microbatches"),
+        ({"preference.loss": "orpo"}, "train.microbatches"),
+        ({"adapter.dropout": 0.1}, "train.microbatches"),
+        ({"model.num_experts": 4, "model.experts_per_token": 2}, "train.microbatches"),
+        ({"spikes.factor": 2.0, "spikes.rollback_after": 2}, "checkpoint.every_steps"),
     ],
 )
-def test_microbatches_change_only_with_extend_where_a_mean_or_noise_is_of_one(tmp_path, options):
+def test_what_has_an_effect_with_some_options_changes_only_with_extend(tmp_path, options, key):
+    """Where a mean or noise is of one microbatch, and where a rollback goes to a regular checkpoint."""
     first = tiny_config({"data.sources": SOURCES, **options})
     claim(first.to_json(), tmp_path)
-    values = replace(first, {"train.microbatches": 2}).to_json()
-    with pytest.raises(UserError, match=r"train.microbatches was 1 there and is 2 now; .*, or --extend"):
+    values = replace(first, {key: 2}).to_json()
+    with pytest.raises(UserError, match=rf"{key} was \d+ there and is 2 now; .*, or --extend"):
         config_changes(values, tmp_path)
-    assert list(config_changes(values, tmp_path, extend=True)) == ["train.microbatches"]
+    assert list(config_changes(values, tmp_path, extend=True)) == [key]
+
+
+def test_a_change_of_precision_is_recorded(tmp_path):
+    first = tiny_config({"data.sources": SOURCES})
+    claim(first.to_json(), tmp_path)
+    values = replace(first, {"compute.dtype": "bfloat16", "compute.remat": "none"}).to_json()
+    assert config_changes(values, tmp_path) == {"compute.dtype": ("float32", "bfloat16")}
 
 
 def test_without_a_config_of_its_own_a_workdir_has_that_of_its_checkpoints(train, tmp_path):
@@ -106,6 +116,44 @@ def test_without_a_config_of_its_own_a_workdir_has_that_of_its_checkpoints(train
         train(tmp_path, seed=7)
     assert "already finished at step 6" in train(tmp_path)[-1]
     assert (tmp_path / "config.json").exists()
+    # A disk that is not mounted, for example: the run must not begin again over the records of weeks.
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl says that step 3 was saved: put them back, or remove"
+    ):
+        train(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_hosts_of_other_code_are_refused_before_anything_is_made(train, tmp_path, monkeypatch):
+    def differ(name, value):
+        raise UserError(f"{name} differs between hosts: {value()}")
+
+    monkeypatch.setattr(loop, "agree", differ)
+    with pytest.raises(UserError, match=r"the code of lemur_jax, or the version of .* differs"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "unused"),
+    [
+        ({}, ""),
+        ({"adapter.alpha": 8.0}, "adapter.alpha (adapter.rank is 0)"),
+        ({"adapter.alpha": 8.0, "adapter.rank": 2, "init.checkpoint": "base"}, ""),
+        ({"distill.top_k": 8}, "distill.top_k (distill.teacher is '')"),
+        ({"optimizer.z_loss": 1e-4, "distill.teacher": "t"}, "optimizer.z_loss (distill.teacher is 't')"),
+        ({"preference.margin": 1.0, "preference.loss": "dpo"}, "preference.margin (preference.loss is 'dpo')"),
+        ({"preference.margin": 1.0, "preference.loss": "simpo"}, ""),
+        ({"optimizer.b1": 0.8, "optimizer.name": "muon"}, ""),
+        ({"optimizer.b1": 0.8, "optimizer.name": "adafactor"}, "optimizer.b1 (optimizer.name is 'adafactor')"),
+        ({"spikes.window": 9, "eval.max_rows": 9},
+         "eval.max_rows (eval.tasks is []), spikes.window (spikes.factor is 0.0)"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_named(options, unused):
+    assert ", ".join(unused_options(tiny_config(options).to_json())) == unused
 
 
 def test_a_config_of_an_older_version_has_the_defaults_of_new_keys(tmp_path):
