@@ -28,14 +28,8 @@ def path(tmp_path):
 
 
 def test_overrides_take_the_type_of_the_leaf(path):
-    config = load(
-        path,
-        [
-            "--config.train.steps=7",
-            "--config.optimizer.learning_rate=1",
-            "--config.data.sources.code.share=5",
-        ],
-    )
+    values = ("train.steps=7", "optimizer.learning_rate=1", "data.sources.code.share=5")
+    config = load(path, [f"--config.{value}" for value in values])
     assert config.train.steps == 7
     assert config.optimizer.learning_rate == 1.0
     assert isinstance(config.optimizer.learning_rate, float)
@@ -68,12 +62,9 @@ def test_overrides_reach_keys_that_a_file_left_out_and_fractions_where_it_has_wh
     ("line", "message"),
     [
         ("config.data.sources = None", "config.data.sources is None: it must be a mapping by name"),
-        (
-            "config.data.stages = {'late': {'step': 9, 'shares': None}}",
-            "config.data.stages.late.shares is None",
-        ),
+        ("config.data.stages = {'late': {'step': 9, 'shares': None}}", "config.data.stages.late.shares is None"),
     ],
-)
+)  # fmt: skip
 def test_what_should_be_a_mapping_is_named(path, line, message):
     file = pathlib.Path(path)
     file.write_text(file.read_text().replace("    if arg:", f"    {line}\n    if arg:"))
@@ -189,15 +180,13 @@ def test_bad_config_file_is_one_line_that_names_the_line(tmp_path, body):
     assert "\n" not in str(error.value)
 
 
-def test_a_config_that_is_no_python_file_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "words"), [("config.json", "is not a Python file"), ("none.py", "no config file")]
+)
+def test_a_file_that_is_no_config_is_one_line(tmp_path, name, words):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="is not a Python file"):
-        load(str(tmp_path / "config.json"))
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(UserError, match="no config file"):
-        load(str(tmp_path / "none.py"))
+    with pytest.raises(UserError, match=words):
+        load(str(tmp_path / name))
 
 
 def test_flatten():

@@ -26,20 +26,9 @@ PLAIN = """
     full 'a' a=b () ( (1,) ('code',) code,text [1] ['a'] {} __import__('os')
 """
 VALUES = [
-    *(
-        *PLAIN.split(),
-        "9" * 400,
-        "7 ",
-        "",
-        " ",
-        "\xe9\u2028\x00",
-        '"',
-        "lambda: 1",
-        "{'a': 1}",
-        "{'code': ('x',)}",
-    ),
-    *("{'code': {'share': 1.0}}", "{'code': {'share': 'x'}}", "{'a': {'step': 1, 'shares': {}}}"),
-]
+    *PLAIN.split(), "9" * 400, "7 ", "", " ", "\xe9\u2028\x00", '"', "lambda: 1", "{'a': 1}", "{'code': ('x',)}",
+    "{'code': {'share': 1.0}}", "{'code': {'share': 'x'}}", "{'a': {'step': 1, 'shares': {}}}",
+]  # fmt: skip
 STATEMENTS = """
 config.{key} = {value!r}
 config.{key} = {value}

@@ -96,13 +96,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._broadcast = broadcast
         self._max_failures = max_failures
         self._failures = 0
-        self.finished = self.latest_step() or 0  # the newest step that has been seen to be whole on the disk
+        self.finished = (
+            self._manager.latest_step() or 0
+        )  # the newest finished step, which may be damaged; 0: none
         self._pending: int | None = None  # the step whose save has not been seen to end
         self._threads: set[threading.Thread] = set()  # those of this process before the last save
-
-    def latest_step(self) -> int | None:
-        """The newest finished step, None without one; it may be damaged."""
-        return self._manager.latest_step()
 
     @property
     def failed(self) -> bool:
@@ -197,7 +195,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         with contextlib.suppress(Exception):
             self._manager.close()
         self._manager = open_manager(self.path, **self._options)
-        message += f"; the newest one there is of step {self.latest_step()}"
+        message += (
+            f"; the newest one there is of step {self.finished}" if self.finished else "; there is none yet"
+        )
         if self._failures >= self._max_failures:
             raise UserError(f"{message}. Free space or repair the storage, then run the same command again")
         logger.warning("%s. It will be tried again", message)

@@ -176,14 +176,9 @@ def restore_params(
 ) -> Any:
     """Parameters alone, verified, with the shardings and dtypes of an abstract tree.
 
-    One leaf at a time: the stored dtype is in memory beside the wanted one for a single leaf.
-
-    Args:
-      each: what to make of each leaf, by its path, as soon as it is there.
-
-    Raises:
-      Damaged: something is not what was saved.
-      UserError: no checkpoint there; a leaf is missing, unexpected or of another shape.
+    One leaf at a time: the stored dtype is in memory beside the wanted one for a single leaf. `each` is applied to each
+    leaf, with its path, as soon as it is there. Raises Damaged: something is not what was saved; UserError: no
+    checkpoint there; a leaf is missing, unexpected or of another shape.
     """
     manager, directory, step = _open(path, step)
     with suggest_other_steps(directory, step):

@@ -6,7 +6,6 @@ its coordination service. On one host every function returns at once.
 
 import contextlib
 import itertools
-import socket
 import sys
 import time
 from typing import Any
@@ -15,7 +14,7 @@ from lemur_jax.common.errors import UserError
 
 _HEARTBEATS = "lemur/heartbeat/"
 
-_barriers, _exchanges, _texts = itertools.count(), itertools.count(), itertools.count()
+_exchanges, _texts = itertools.count(), itertools.count()
 # The service stops all hosts at the number after the highest that any host has asked with, once in the life of a
 # process, and compares for equality. So the hosts count their calls, over all runs of a process.
 _sync_points = itertools.count(1)
@@ -43,35 +42,27 @@ def barrier(name: str, seconds: float) -> None:
 
     Raises UserError, which names the host, if one does not come within `seconds`.
     """
-    service = client()
-    if service is None:
-        return
-    me, count = process()
-    place = f"lemur/barrier/{next(_barriers)}-{name}/"
-    service.key_value_set(f"{place}{me}", socket.gethostname())
-    deadline = time.monotonic() + seconds
-    while True:
-        # Polling, as the service's own barrier fails permanently once a host is late.
-        here = {int(key.removeprefix(place)) for key, _ in service.key_value_dir_get(place)}
-        if len(here) == count:
-            return
-        if time.monotonic() > deadline:
-            missing = ", ".join(host_name(i, service) for i in range(count) if i not in here)
-            raise UserError(f"barrier {name!r}: no sign of {missing} within {seconds:g} s")
-        time.sleep(0.05)
+    exchange(name, "here", seconds)
 
 
 def exchange(name: str, value: str, seconds: float) -> list[str]:
-    """The value of every host, by its index; a UserError names a host that sends nothing in time."""
+    """The value of every host, by its index; a `barrier` with values."""
     service = client()
     if service is None:
         return [value]
     me, count = process()
     place = f"lemur/exchange/{next(_exchanges)}-{name}/"
     service.key_value_set(f"{place}{me}", value)
-    barrier(name, seconds)
-    values = dict(service.key_value_dir_get(place))
-    return [values[f"{place}{host}"] for host in range(count)]
+    deadline = time.monotonic() + seconds
+    while True:
+        # Polling, as the service's own barrier fails permanently once a host is late.
+        values = {int(key.removeprefix(place)): found for key, found in service.key_value_dir_get(place)}
+        if len(values) == count:
+            return [values[host] for host in range(count)]
+        if time.monotonic() > deadline:
+            missing = ", ".join(host_name(i, service) for i in range(count) if i not in values)
+            raise UserError(f"barrier {name!r}: no sign of {missing} within {seconds:g} s")
+        time.sleep(0.05)
 
 
 def from_primary(text: str) -> str:

@@ -15,6 +15,8 @@ from lemur_jax.cluster.exit import TRY_AGAIN, end_process
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import digest_of
 
+logger = logging.getLogger(__name__)
+
 AGREE_SECONDS = 600.0  # in which the slowest host must have opened what is compared
 _alone = contextvars.ContextVar("alone", default=False)
 
@@ -68,13 +70,9 @@ def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
     slice, where `TPU_WORKER_HOSTNAMES` lists several hosts, JAX finds them itself. A plain TPU VM has none of these
     variables: the scripts in launch/ set `LEMUR_JOIN=1` there, and JAX asks the metadata server.
 
-    Args:
-      connect_seconds: how long to wait for the other hosts.
-      lost_seconds: silence after which a host is lost (`cluster/watchdog.py`). JAX's own heartbeat, which aborts
-        without naming the host, comes later.
-
-    Raises:
-      UserError: a variable is missing or wrong. Where not all hosts come, the process ends with `TRY_AGAIN`.
+    Waits `connect_seconds` for the others; where not all come, the process ends with `TRY_AGAIN`. A host is lost after
+    `lost_seconds` of silence (`cluster/watchdog.py`): JAX's own heartbeat, which aborts without naming the host, comes
+    later. Raises UserError: a variable is missing or wrong.
     """
     import jax
 
@@ -167,6 +165,12 @@ def is_primary() -> bool:
     import jax
 
     return jax.process_index() == 0
+
+
+def inform(text: str) -> None:
+    """Logs on the primary host."""
+    if is_primary():
+        logger.info("%s", text)
 
 
 @contextlib.contextmanager

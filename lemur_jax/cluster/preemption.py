@@ -21,17 +21,13 @@ class Interruption:
     agree on the moment; the first Ctrl-C on any host is passed to it. A second Ctrl-C raises KeyboardInterrupt.
     Signals are taken in the main thread only; in another thread the caller's own handling stays.
 
-    Attributes:
-      cause: "SIGTERM" or "Ctrl-C"; empty without a request.
-
-    Args:
-      grace_s: seconds from SIGTERM (with several processes: from the agreed moment) until the process is ended,
-        saved or not; a half-written checkpoint is never seen by a reader. 0: no limit.
+    `grace_s` seconds after SIGTERM (with several processes: after the agreed moment) the process is ended, saved or
+    not; a half-written checkpoint is never seen by a reader. 0: no limit.
     """
 
     def __init__(self, grace_s: float):
         self._grace_s = grace_s
-        self.cause = ""
+        self.cause = ""  # "SIGTERM" or "Ctrl-C"; empty without a request
         self._interrupts = 0
         self._timer: threading.Timer | None = None
         self._undo = contextlib.ExitStack()

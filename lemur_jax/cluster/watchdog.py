@@ -65,13 +65,15 @@ class Watch:
             if host == self._me or heartbeat == _LEFT:
                 continue
             if heartbeat.startswith(_FAILED):
-                return self._publish(f"host {host} {heartbeat}")
+                return _send_verdict(f"host {host} {heartbeat}", self._service)
             before, since = self._seen.get(host, (None, 0.0))
             if heartbeat != before:
                 self._seen[host] = (heartbeat, self._clock())
             elif self._clock() - since >= self._lost_seconds:
                 name = coordination.host_name(host, self._service)
-                return self._publish(f"{name} has not been heard of for {self._lost_seconds:g} s")
+                return _send_verdict(
+                    f"{name} has not been heard of for {self._lost_seconds:g} s", self._service
+                )
         return None
 
     def leave(self, error: BaseException | None = None) -> None:
@@ -83,15 +85,12 @@ class Watch:
         with contextlib.suppress(RuntimeError):
             coordination.send_heartbeat(self._me, text, self._service)
 
-    def _publish(self, verdict: str) -> str:
-        """All hosts end with the first verdict, also those that would have seen it later."""
-        _send_verdict(verdict, self._service)
-        return verdict
 
-
-def _send_verdict(verdict: str, service: Any) -> None:
+def _send_verdict(verdict: str, service: Any) -> str:
+    """All hosts end with the first verdict, also those that would have seen it later."""
     with contextlib.suppress(RuntimeError):
         service.key_value_set(f"{_VERDICTS}first", verdict, allow_overwrite=True)
+    return verdict
 
 
 @contextlib.contextmanager

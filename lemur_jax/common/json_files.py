@@ -19,8 +19,12 @@ def digest_of(value: Any) -> str:
 def write_json(file: epath.Path, value: Any) -> None:
     """Writes a file that readers see whole or not at all; several processes may write it at once."""
     unfinished = file.parent / f".{uuid.uuid4().hex}"
-    unfinished.write_text(json.dumps(value, indent=2) + "\n")
-    unfinished.replace(file)
+    try:
+        unfinished.write_text(json.dumps(value, indent=2) + "\n")
+        unfinished.replace(file)
+    except OSError:  # a full disk
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def write_sealed(file: epath.Path, fields: Mapping[str, Any]) -> None:

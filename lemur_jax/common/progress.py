@@ -20,25 +20,15 @@ _LABEL = 16  # characters of the label that a bar shows
 class Progress(tqdm):
     """A tqdm bar for jobs of minutes to weeks.
 
-        with Progress(1000, "train", "steps") as progress:
-            for step in range(1000):
-                ...
-                progress.update()
-                progress.set_postfix_str("4,100 tok/s, loss 2.31")
-
     If standard error is not a terminal, whole lines go to the log instead: at the start, at most every ten seconds,
     and at the end. Remaining time does not count what passes before the first `update`, such as compilation.
     """
 
     def __init__(self, total: int | None, label: str, unit: str, *, initial: int = 0, enabled: bool = True):
-        """Shows the bar.
+        """Shows the bar; nothing unless `enabled`, as on all hosts but the first.
 
-        Args:
-          total: units of the whole job; None if unknown.
-          label: what is done, e.g. "train".
-          unit: what is counted, in the plural, e.g. "steps".
-          initial: units done by an earlier process.
-          enabled: False shows nothing (all hosts but the first).
+        `total` are units of the whole job, None if unknown, and `initial` those of an earlier process; `label` says
+        what is done, e.g. "train", `unit` what is counted, in the plural.
         """
         terminal = enabled and _is_terminal(sys.stderr)
         layout = (_BAR if terminal else _LINE) if total else _UNKNOWN_TOTAL

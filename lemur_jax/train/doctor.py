@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -28,9 +27,8 @@ from lemur_jax.data.mixture import Mixture
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.telemetry.provenance import versions
 from lemur_jax.text.tokenizer import Tokenizer
-from lemur_jax.train.evaluate import open_held_out
 from lemur_jax.train.initial import InitialParams
-from lemur_jax.train.inputs import check_preferences, check_vocabulary, open_run_mixture
+from lemur_jax.train.inputs import open_stores
 from lemur_jax.train.saves import check_data
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import build
@@ -58,57 +56,52 @@ def doctor(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) 
     """
     workdir, values, patience = epath.Path(workdir), config.to_json(), config.hosts.connect_seconds
     devices = jax.local_devices()
-    here, code = f"{len(devices)} × {devices[0].device_kind}", code_digest()[:12]
     changes: Changes = {}
-    with _caught() as problem:
-        changes = config_changes(values, workdir, extend=extend)
-    found = [
-        Finding(check="versions", good=True, detail=f"{', '.join(versions())}, code {code}", same=True),
-        _finding("config", problem, config.fingerprint()[:12], same=True),
-        Finding(check="devices of a host", good=True, detail=here, same=True),
-    ]
     tokenizer: Tokenizer | None = None
     mixture: Mixture | None = None
-    with _caught() as problem:
-        tokenizer = Tokenizer.from_config(config.tokenizer)
-        mixture = open_run_mixture(config.data, config.train, tokenizer, config.seed)
-        check_preferences(config.preference.loss, mixture.sources)
-        check_vocabulary(tokenizer, config.model.vocab_size)
-        open_held_out(config.data, config.eval, tokenizer)
+    initial: InitialParams | None = None
+    size = 0
+    found: list[Finding] = []
+    with _finding(found, "versions", same=True) as detail:
+        detail.append(f"{', '.join(versions())}, code {code_digest()[:12]}")
+    with _finding(found, "config", same=True) as detail:
+        changes = config_changes(values, workdir, extend=extend)
+        detail.append(config.fingerprint()[:12])
+    with _finding(found, "devices of a host", same=True) as detail:
+        detail.append(f"{len(devices)} × {devices[0].device_kind}")
+    with _finding(found, "token stores") as detail:
+        tokenizer, mixture, _ = open_stores(config)
         mixture.read(*(values[:1] for values in mixture.locate(0)))
-    stores = f"{len(config.data.sources)} to train on, {len(config.eval.tasks)} held out"
-    found.append(_finding("token stores", problem, stores))
-    initial, shape, size = None, "", 0
-    with _caught() as problem:
+        detail.append(f"{len(config.data.sources)} to train on, {len(config.eval.tasks)} held out")
+    with _finding(found, "mesh") as detail:
         program = build(config, make_mesh(config.mesh), num_sources=len(config.data.sources))
         program.trace()
         axes = " × ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-        shape = f"{axes} = {program.mesh.size} devices"
+        detail.append(f"{axes} = {program.mesh.size} devices")
         saved = jax.tree.leaves((program.state.params, program.state.optimizer))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in saved)
         if tokenizer:
-            initial = InitialParams(
-                init=config.init,
-                adapter=config.adapter,
-                seed=config.seed,
-                tokenizer=tokenizer,
-                program=program,
-                teacher=config.distill.teacher,
-            )
-    found.append(_finding("mesh", problem, shape))
+            sources = config.init, config.adapter, config.seed, tokenizer, program
+            initial = InitialParams(*sources, config.distill.teacher)
+    skipped = "not looked at, as another check failed"
     if config.init.checkpoint or config.distill.teacher:
-        found.append(_first_parameters(initial, workdir))
-    newest = "not looked at, as another check failed"
-    with _caught() as problem:
-        if initial and mixture and all(one.good for one in found):
-            newest = _check_newest(workdir, config.checkpoint, changes, values, mixture, program.state)
-    found.append(_finding("newest checkpoint", problem, newest))
-    found += _storage(workdir, patience)
+        # By each host alone: one that cannot read them goes on to the next check.
+        with _finding(found, "first parameters") as detail, alone():
+            resumed = any((workdir / "checkpoints").glob("[0-9]*"))
+            names = initial.check(resumed) if initial else []
+            fit = f"{', '.join(names)}: fit the model and the tokenizer"
+            detail.append(fit if names else "not needed: the run has checkpoints" if initial else skipped)
+    is_good = all(one.good for one in found)
+    with _finding(found, "newest checkpoint") as detail:
+        if initial and mixture and is_good:
+            state = initial.program.state
+            detail.append(_check_newest(workdir, config.checkpoint, changes, values, mixture, state))
+        else:
+            detail.append(skipped)
+    _look_at_storage(found, workdir, patience)
     found.append(_free_disk(workdir, size, config.checkpoint.keep))
-    speed = ""
-    with _caught() as problem:
-        speed = _all_reduce_speed()
-    found.append(_finding("collectives", problem, speed))
+    with _finding(found, "collectives") as detail:
+        detail.append(_all_reduce_speed())
     _report(found, patience)
 
 
@@ -127,17 +120,6 @@ def _report(found: list[Finding], patience: float) -> None:
             logger.info("verdict: %d host%s ready", len(hosts), "s" * (len(hosts) > 1))
     if bad:
         raise UserError(f"verdict: not ready, because of {', '.join(bad)}")
-
-
-def _first_parameters(initial: InitialParams | None, workdir: epath.Path) -> Finding:
-    if initial is None:
-        return _finding("first parameters", [], "not looked at, as another check failed")
-    names: list[str] = []
-    # By each host alone: one that cannot read them goes on to the next check.
-    with _caught() as problem, alone():
-        names = initial.check(resumed=any((workdir / "checkpoints").glob("[0-9]*")))
-    fit = f"{', '.join(names)}: fit the model and the tokenizer"
-    return _finding("first parameters", problem, fit if names else "not needed: the run has checkpoints")
 
 
 def _check_newest(
@@ -159,32 +141,34 @@ def _check_newest(
     return f"step {stored['step']} fits the config and the data"
 
 
-def _storage(workdir: epath.Path, patience: float) -> Iterator[Finding]:
+def _look_at_storage(found: list[Finding], workdir: epath.Path, patience: float) -> None:
     """Writes, reads and removes a file of every host in the workdir."""
     me, count = coordination.process()
     made = not workdir.exists()
     probe = workdir / f".doctor-{me}"
     skew = 0.0
-    with _caught() as problem:
-        workdir.mkdir(parents=True, exist_ok=True)
-        before = time.time()
-        probe.write_text(str(me))
-        after = time.time()
-        if probe.read_text() != str(me):
-            raise UserError("what was written is not what is read")
-        changed = probe.stat().mtime
-        skew = max(before - changed, changed - after, 0.0)
-    coordination.barrier("probes written", patience)
-    unseen = [host for host in range(count) if not problem and not (workdir / f".doctor-{host}").exists()]
-    if unseen and not problem:
-        problem.append(f"the files of host {', '.join(map(str, unseen))} are not seen here: is it shared?")
-    shared = "written, read and shared" if count > 1 else "written and read"
-    yield _finding("workdir", problem, f"{workdir}: {shared}")
+    with _finding(found, "workdir") as detail:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            before = time.time()
+            probe.write_text(str(me))
+            after = time.time()
+            if probe.read_text() != str(me):
+                raise UserError("what was written is not what is read")
+            changed = probe.stat().mtime
+            skew = max(before - changed, changed - after, 0.0)
+        finally:
+            coordination.barrier("probes written", patience)
+        if unseen := [host for host in range(count) if not (workdir / f".doctor-{host}").exists()]:
+            raise UserError(
+                f"the files of host {', '.join(map(str, unseen))} are not seen here: is it shared?"
+            )
+        detail.append(f"{workdir}: {'written, read and shared' if count > 1 else 'written and read'}")
     clocks = [float(text) for text in coordination.exchange("clock", str(time.time()), patience)]
     spread = max(clocks) - min(clocks)
-    detail = f"hosts differ by {spread:.1f} s" if count > 1 else "one host"
-    good = max(spread, skew) <= _CLOCK_SECONDS
-    yield Finding(check="clock", good=good, detail=f"{detail}, the workdir's storage by {skew:.1f} s")
+    hosts = f"hosts differ by {spread:.1f} s" if count > 1 else "one host"
+    good, clock = max(spread, skew) <= _CLOCK_SECONDS, f"{hosts}, the workdir's storage by {skew:.1f} s"
+    found.append(Finding(check="clock", good=good, detail=clock))
     coordination.barrier("probes seen", patience)
     with contextlib.suppress(OSError):
         probe.unlink()
@@ -210,41 +194,37 @@ def _free_disk(workdir: epath.Path, size: int, keep: int) -> Finding:
 
 def _all_reduce_speed() -> str:
     """Seconds of an all-reduce over all devices, and what that is in bytes a second and device."""
-    devices = np.array(jax.devices())
-    if devices.size == 1:
+    count = jax.device_count()
+    if count == 1:
         return "one device: none needed"
-    mib = 64 if devices[0].platform != "cpu" else 1
-    mesh = jax.sharding.Mesh(devices, ("all",))
-    rows = NamedSharding(mesh, PartitionSpec("all"))
-    whole = NamedSharding(mesh, PartitionSpec())
-    shape = (devices.size, mib * 2**18)
-    array = jax.jit(lambda: jnp.ones(shape, jnp.float32), out_shardings=rows)()
+    mib = 64 if jax.default_backend() != "cpu" else 1
+    mesh = jax.sharding.Mesh(jax.devices(), ("all",))
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["all"], []))
+    array = jax.jit(lambda: jnp.ones((count, mib * 2**18), jnp.float32), out_shardings=rows)()
     total = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=whole)
     seconds = []
     for _ in range(4):
         started = time.perf_counter()
         result = jax.block_until_ready(total(array))
         seconds.append(time.perf_counter() - started)
-    if float(result.addressable_shards[0].data[0]) != devices.size:
+    if float(result.addressable_shards[0].data[0]) != count:
         raise UserError("an all-reduce over all devices gave a wrong sum")
     # A ring sends every byte twice but for one part of it; the first round compiled.
     best = min(seconds[1:])
-    speed = 2 * (devices.size - 1) / devices.size * mib * 2**20 / best
+    speed = 2 * (count - 1) / count * mib * 2**20 / best
     return f"all-reduce of {mib} MiB in {best * 1e3:.1f} ms = {speed / 1e9:.2f} GB/s a device"
 
 
 @contextlib.contextmanager
-def _caught() -> Iterator[list[str]]:
-    """A list that is empty as long as nothing went wrong."""
-    problem: list[str] = []
+def _finding(found: list[Finding], check: str, *, same: bool = False) -> Iterator[list[str]]:
+    """A context that adds a finding: what its body has put into the list, or the error that ended it."""
+    detail: list[str] = []
     try:
-        yield problem
+        yield detail
+        good = True
     except (UserError, OSError, ValueError, RuntimeError) as error:
-        problem.append(" ".join(str(error).split()) or type(error).__name__)
-
-
-def _finding(check: str, problem: list[str], detail: str, *, same: bool = False) -> Finding:
-    return Finding(check=check, good=not problem, detail="; ".join(problem) or detail, same=same)
+        good, detail = False, [" ".join(str(error).split()) or type(error).__name__]
+    found.append(Finding(check=check, good=good, detail="; ".join(detail), same=same))
 
 
 def _merge(names: list[str], hosts: list[list[Finding]]) -> list[tuple[str, bool, str]]:

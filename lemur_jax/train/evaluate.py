@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 
 from lemur_jax.checkpoint.config import CheckpointConfig
-from lemur_jax.cluster.hosts import any_host, is_primary
+from lemur_jax.cluster.hosts import any_host, inform, is_primary
 from lemur_jax.data.config import DataConfig
 from lemur_jax.data.loader import chosen_rows, held_out_batches
 from lemur_jax.data.mixture import open_rows
@@ -24,8 +23,6 @@ from lemur_jax.train.config import EvalConfig, InitConfig
 from lemur_jax.train.history import RunHistory
 from lemur_jax.train.saves import due
 from lemur_jax.train.step import Program
-
-logger = logging.getLogger(__name__)
 
 # Batches that the devices have got and not answered: enough to keep them busy, few enough to stop soon.
 _IN_FLIGHT = 2
@@ -199,7 +196,7 @@ class Evaluations:
                 consequence = (
                     "repeated at the next start" if later else "its checkpoint is not among the best"
                 )
-                self._inform(f"step {step}: held-out evaluation stopped; {consequence}")
+                inform(f"step {step}: held-out evaluation stopped; {consequence}")
                 return losses
             losses[task.task], bits[task.task] = record["loss"], record["bits_per_byte"]
             figures = f"{record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
@@ -208,7 +205,7 @@ class Evaluations:
                 figures += f" ({record['change']:+.1%} since the start)"
             if self._writer:
                 self._writer.write({"step": step, "kind": "eval", **record})
-            self._inform(f"step {step}: held-out {task.task}: {figures}")
+            inform(f"step {step}: held-out {task.task}: {figures}")
         if step and (ratios := group_ratios(first, bits, self._options.task_groups)):
             self._write_balance(ratios, step)
         return losses
@@ -219,8 +216,4 @@ class Evaluations:
         if self._writer:
             self._writer.write({"step": step, "kind": "balance", "balance": score, **changes})
         shown = ", ".join(f"{name} {ratio - 1:+.1%}" for name, ratio in ratios.items())
-        self._inform(f"step {step}: balance {score:+.1%} ({shown} bits/byte)")
-
-    def _inform(self, text: str) -> None:
-        if self._writer:
-            logger.info("%s", text)
+        inform(f"step {step}: balance {score:+.1%} ({shown} bits/byte)")

@@ -2,19 +2,16 @@
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from lemur_jax.cluster.hosts import is_primary
+from lemur_jax.cluster.hosts import inform, is_primary
 from lemur_jax.common.errors import UserError
 from lemur_jax.telemetry.config import LogConfig
 from lemur_jax.telemetry.goodput import earlier_time
 from lemur_jax.telemetry.metrics import METRICS_FILE, MetricsWriter, Record, read_metrics
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +28,7 @@ class RunHistory:
         if self.writer and changes:
             listed = [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changes.items()]
             self.writer.write({"step": step, "kind": "extension", "changes": listed})
-            logger.info("changed from step %d on: %s", step, "; ".join(listed))
+            inform(f"changed from step {step} on: {'; '.join(listed)}")
 
 
 @contextlib.contextmanager

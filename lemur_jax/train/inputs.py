@@ -36,11 +36,7 @@ class Inputs:
 def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
     """Tokenizer, data and program; UserError: one of them is missing, or they do not fit together."""
     mesh = make_mesh(config.mesh)  # first, as it needs no file
-    tokenizer = Tokenizer.from_config(config.tokenizer)
-    mixture = open_run_mixture(config.data, config.train, tokenizer, config.seed)
-    check_preferences(config.preference.loss, mixture.sources)
-    check_vocabulary(tokenizer, config.model.vocab_size)
-    held_out = open_held_out(config.data, config.eval, tokenizer)
+    tokenizer, mixture, held_out = open_stores(config)
     program = build(config, mesh, num_sources=len(mixture.sources))
     return Inputs(
         tokenizer=tokenizer,
@@ -50,6 +46,15 @@ def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
         loader=Loader(mixture, batch_sharding(program.mesh)),
         plan=format_budget(budget(mixture, config.train.steps)),
     )
+
+
+def open_stores(config: RunConfig) -> tuple[Tokenizer, Mixture, list[HeldOut]]:
+    """The tokenizer and what it has made tokens of; UserError as `open_data`."""
+    tokenizer = Tokenizer.from_config(config.tokenizer)
+    mixture = open_run_mixture(config.data, config.train, tokenizer, config.seed)
+    check_preferences(config.preference.loss, mixture.sources)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    return tokenizer, mixture, open_held_out(config.data, config.eval, tokenizer)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,9 +14,10 @@ from etils import epath
 
 from lemur_jax.checkpoint.metadata import make_metadata
 from lemur_jax.cluster.coordination import barrier, from_primary
-from lemur_jax.cluster.hosts import agree, code_digest, is_primary
+from lemur_jax.cluster.hosts import agree, code_digest, inform, is_primary
 from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
+from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import digest_of
 from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig
@@ -27,7 +29,7 @@ from lemur_jax.train.evaluate import Evaluations, EvaluationSteps
 from lemur_jax.train.history import open_history
 from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.inputs import Inputs, open_data
-from lemur_jax.train.saves import Save, Saves, due
+from lemur_jax.train.saves import Saves, due
 from lemur_jax.train.state import TrainState
 from lemur_jax.train.steplog import StepLog
 from lemur_jax.train.unused import unused_options
@@ -67,20 +69,14 @@ def train(
       extend: accept a config that differs from the run's in what may change from its newest step on.
       open_inputs: (config, build) -> Inputs; default the mixture of `config.data`.
 
-    Returns: whether a request to stop came: no other work should start.
-
-    Raises:
-      UserError: config, data, workdir and `profile` do not fit together, or the loss is not finite.
+    Returns whether a request to stop came: no other work should start. Raises UserError: config, data, workdir and
+    `profile` do not fit together, or the loss is not finite.
     """
     began, started = time.perf_counter(), time.time()
     check_steps(profile, config.train.steps)
-    code = "the code of lemur_jax, or the version of Python or a library (`lemur doctor` shows them),"
-    agree(code, lambda: digest_of([code_digest(), *versions()]))  # first, as their programs may differ
-    inputs = open_inputs(config, build)
-    check_inputs(inputs)
     workdir, values, steps = epath.Path(workdir), config.to_json(), config.train.steps
-    if is_primary() and (unused := unused_options(values)):
-        logger.warning("options of the config without effect: %s", ", ".join(unused))
+    inputs = open_inputs(config, build)
+    check_inputs(inputs, values)
     config_changes(values, workdir, extend=extend)  # refuses before anything is made
     with contextlib.ExitStack() as stack:
         if is_primary():
@@ -94,31 +90,47 @@ def train(
         history.write_changes(first, changes)
         if is_primary():  # only now: until here, wrong first parameters can be corrected in the config
             claim(values, workdir)
-        stop = Interruption(config.checkpoint.grace_s)
+        stop = stack.enter_context(Interruption(config.checkpoint.grace_s))
         when = EvaluationSteps(config.eval, config.checkpoint, config.init, last=steps)
-        rows, held_out = config.train.microbatch_rows, inputs.held_out
-        evaluations = Evaluations(inputs.program, rows, when, held_out, history, stop.reached)
+        rows = config.train.microbatch_rows
+        evaluations = Evaluations(inputs.program, rows, when, inputs.held_out, history, stop.reached)
         unscored = evaluations.unscored(first)
         if first == steps and not unscored:
             inform(f"{workdir}: already finished at step {first}")
             return False
         inform(describe(inputs, steps, first, profile))
-        stack.enter_context(stop)
         bar = Progress(steps, f"train {workdir.name}", "steps", initial=first, enabled=is_primary())
         log = StepLog(history, stack.enter_context(bar), inputs.mixture, inputs.program, began)
         log.write_start(first)
         if unscored:
-            score_before_the_first_step(evaluations, log, inputs.program.weights(state), first, unscored)
+            with log.paused("eval"):
+                evaluations.score(inputs.program.weights(state), first, unscored)
+            log.sync()
+            barrier("evaluation", WAIT_SECONDS)  # each host may look for the records
         run = Run(config=config, inputs=inputs, saves=saves, evaluations=evaluations, log=log, stop=stop)
         with jax.transfer_guard("disallow"):  # what moves between host and device says so
             return run_steps(run, state, first, profile, workdir / "profile")
 
 
-def check_inputs(inputs: Inputs) -> None:
-    """UserError: a kernel refuses the batch, or hosts, which each read a part of it, have other stores."""
+def check_inputs(inputs: Inputs, values: Mapping[str, Any]) -> None:
+    """UserError: a kernel refuses the batch, a package of `config.log` is missing, or hosts have other code or data.
+
+    What has no effect in `values`, the config as JSON, is logged.
+    """
     inputs.program.trace()
+    code = "the code of lemur_jax, or the version of Python or a library (`lemur doctor` shows them),"
+    agree(code, lambda: digest_of([code_digest(), *versions()]))
     held_out = {f"{each.task}, held out": each.rows.store.manifest.digest for each in inputs.held_out}
     agree("the data in config.data.stores", lambda: digest_of({**inputs.mixture.digests(), **held_out}))
+    if not is_primary():
+        return
+    if unused := unused_options(values):
+        logger.warning("options of the config without effect: %s", ", ".join(unused))
+    for key, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        if values["log"][key] and not importlib.util.find_spec(package):  # before a large state is read
+            raise UserError(
+                f"config.log.{key} needs {package}: pip install 'lemur_jax[{key}]', or set it to False"
+            )
 
 
 def check_same_workdir(workdir: epath.Path) -> None:
@@ -161,20 +173,20 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
         stopping = stop.reached()
         if due(done, config.log.every_steps):
             saves.poll()  # ... and on whether a save is late or has failed
-        save = saves.due(done, early=rolled_back, stop=stopping)
+        save = saves.due(done, anyway=rolled_back or stopping)
         losses: dict[str, float] = {}
-        if evaluations.due(done, save in (Save.REGULAR, Save.FINAL)) and not stopping:
+        if evaluations.due(done, save) and not stopping:
             log.flush()
             with log.paused("eval"):
                 losses = evaluations.score(program.weights(state), done)
             stopping = stop.asked  # a request may have come meanwhile
-            save = saves.due(done, early=rolled_back, stop=stopping)
-        if save is not Save.NONE:
+            save = save or stopping
+        if save:
             log.flush()  # parameters that are not finite are never saved
             with log.paused("checkpoint"):
                 log.write_time(done, saves.finished())
                 log.sync()
-                saves.save(save, done, state, losses)
+                saves.save(done, state, losses, stop=stopping)
         elif due(done, config.log.every_steps):
             log.flush(keep=1)  # the newest step may still be running
         if stopping:
@@ -193,14 +205,8 @@ def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
         config=config.to_json(),
         data=inputs.mixture.digests(),
     )
-    initial = InitialParams(
-        init=config.init,
-        adapter=config.adapter,
-        seed=config.seed,
-        tokenizer=inputs.tokenizer,
-        program=inputs.program,
-        teacher=config.distill.teacher,
-    )
+    sources = config.init, config.adapter, config.seed, inputs.tokenizer, inputs.program
+    initial = InitialParams(*sources, config.distill.teacher)
     return Saves(
         config.checkpoint,
         workdir,
@@ -210,16 +216,6 @@ def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
         held_out={each.task: f"{each.task}, {each.num_bytes} bytes" for each in inputs.held_out},
         rollouts=inputs.rollouts,
     )
-
-
-def score_before_the_first_step(
-    evaluations: Evaluations, log: StepLog, params: Any, first: int, tasks: Sequence[str]
-) -> None:
-    """Held-out loss of the state from which this process starts."""
-    with log.paused("eval"):
-        evaluations.score(params, first, tasks)
-    log.sync()
-    barrier("evaluation", WAIT_SECONDS)  # each host may look for the records
 
 
 def describe(inputs: Inputs, steps: int, first: int, profile: range) -> str:
@@ -236,9 +232,3 @@ def describe(inputs: Inputs, steps: int, first: int, profile: range) -> str:
     if profile and profile.start < first:
         lines.append(f"no trace: step {profile.start} of --profile was made before this start")
     return "\n".join(lines)
-
-
-def inform(text: str) -> None:
-    """Logs on the primary host."""
-    if is_primary():
-        logger.info("%s", text)

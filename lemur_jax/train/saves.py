@@ -1,8 +1,6 @@
 """The checkpoints of one run: where it starts, when it saves, and where it goes back to."""
 
 import contextlib
-import enum
-import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -14,7 +12,6 @@ from etils import epath
 
 from lemur_jax.checkpoint.config import CheckpointConfig
 from lemur_jax.checkpoint.manager import Checkpoints
-from lemur_jax.checkpoint.reading import read_metadata
 from lemur_jax.cluster.hosts import any_host
 from lemur_jax.common.errors import Diverged, UserError
 from lemur_jax.data.loader import Loader
@@ -27,14 +24,6 @@ logger = logging.getLogger(__name__)
 
 # Between two attempts to save the last step.
 _RETRY_SECONDS = 10.0
-
-
-class Save(enum.Enum):
-    """What is saved after an update."""
-
-    NONE = enum.auto()
-    REGULAR = enum.auto()  # in the workdir, in the background
-    FINAL = enum.auto()  # in the workdir; returns when it is written, and tries again while it fails
 
 
 class Saves(contextlib.AbstractContextManager):
@@ -86,12 +75,15 @@ class Saves(contextlib.AbstractContextManager):
         """
         program, fresh = self._program, self._options.other_optimizer == "fresh"
         wanted = (program.state.params, program.state.optimizer)
-        check = functools.partial(check_data, self._checkpoints.path, self._metadata["data"])
+        stored: Mapping[str, Any] = {}
+
+        def check(metadata: Mapping[str, Any]) -> None:
+            nonlocal stored
+            check_data(self._checkpoints.path, self._metadata["data"], metadata)
+            stored = metadata
+
         found = self._checkpoints.restore_newest(*wanted, check, at_most, fresh)
         step, params, optimizer = found or (0, None, None)
-        # Episodes that were sampled ahead, and the step from which `frozen` was read.
-        needed = self._rollouts or program.state.frozen is not None
-        stored = read_metadata(self._checkpoints.path, step) if found and needed else {}
         if self._rollouts:
             self._rollouts.restore(stored.get("episodes"))
         if params is None:
@@ -111,21 +103,15 @@ class Saves(contextlib.AbstractContextManager):
         with jax.transfer_guard("allow"):  # of several hosts' flags
             self._early = any_host(late or self._checkpoints.failed)
 
-    def due(self, step: int, *, early: bool = False, stop: bool = False) -> Save:
-        """What to save after an update; the same on all hosts.
+    def due(self, step: int, *, anyway: bool = False) -> bool:
+        """Whether to save after an update; the same on all hosts. `anyway`: whatever the step."""
+        return anyway or self._early or step == self._last or due(step, self._options.every_steps)
 
-        `early`: save whatever the step, e.g. after a rollback; `stop`: no update follows.
-        """
-        if stop or step == self._last:
-            return Save.FINAL
-        if early or self._early or due(step, self._options.every_steps):
-            return Save.REGULAR
-        return Save.NONE
+    def save(self, step: int, state: TrainState, losses: Mapping[str, float], *, stop: bool) -> None:
+        """Saves the state after `step` updates, with held-out losses by task if there are any, in the background.
 
-    def save(self, kind: Save, step: int, state: TrainState, losses: Mapping[str, float]) -> None:
-        """Saves the state after `step` updates, with held-out losses by task if there are any.
-
-        Raises UserError if too many saves failed, or a leaf is not finite.
+        Where no update follows, as of the last step or with `stop`, it returns when all is written, and tries again
+        while that fails. Raises UserError if too many saves failed, or a leaf is not finite.
         """
         with jax.transfer_guard("allow"):  # Orbax copies to the host
             scored, metadata = {self._held_out[task]: losses[task] for task in losses}, self._metadata
@@ -133,7 +119,7 @@ class Saves(contextlib.AbstractContextManager):
                 metadata = {**metadata, "episodes": self._rollouts.pending()}
             self._checkpoints.save(step, state.params, state.optimizer, metadata, scored)
             self._saved_at, self._early = time.monotonic(), False
-            if kind is not Save.FINAL:
+            if not stop and step != self._last:
                 return
             self._checkpoints.wait()
             while self._checkpoints.failed:

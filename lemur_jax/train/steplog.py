@@ -54,12 +54,7 @@ class StepLog:
     """
 
     def __init__(
-        self,
-        history: RunHistory,
-        progress: Progress,
-        mixture: BatchSource,
-        program: Program,
-        began: float,
+        self, history: RunHistory, progress: Progress, mixture: BatchSource, program: Program, began: float
     ):
         self._writer = history.writer
         self._progress = progress
@@ -70,7 +65,7 @@ class StepLog:
         self._tokens = {name: last.get(name, 0) for name in names}
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._since = time.perf_counter()
-        self._machine = _Machine(program, mixture.batch_rows * mixture.length)
+        self._program = program
         self._data_wait = 0.0
         self._taken: float | None = None  # when the batch was there that is being worked on
         self._handing = 0.0  # seconds in which steps were handed to the devices since the last flush
@@ -203,7 +198,7 @@ class StepLog:
         record["seconds"] = seconds
         if metrics.get("grad_norm_limit", 0) > 0:
             record["grad_norm_limit"] = float(metrics["grad_norm_limit"])
-        record |= self._machine.describe(seconds)
+        record |= _utilization(self._program, seconds)
         sums = zip(self._mixture.sources, metrics["source_loss"], metrics["source_weight"], strict=True)
         record |= {f"loss/{source.name}": float(loss / weight) for source, loss, weight in sums if weight > 0}
         return record
@@ -226,28 +221,20 @@ def _some(names: list[str]) -> str:
     return f"documents {', '.join(names[:8])}{more}"
 
 
-class _Machine:
-    """What the devices of this run can do, and how much of it a step uses.
+def _utilization(program: Program, seconds: float) -> dict[str, float | int]:
+    """Of all chips in a step, and memory of the fullest device of this host; what is unknown is left out.
 
-    `tokens` are those of a global batch, padding included: that is what is computed.
+    Tokens are those of a global batch, padding included: that is what is computed.
     """
-
-    def __init__(self, program: Program, tokens: int):
-        length = program.batch["tokens"].shape[1]
-        self._tokens = tokens
-        self._flops = train_flops_per_token(program.model, length, program.compute.frozen)
-        self._devices = program.mesh.size
-        self._chip = chip(program.mesh.devices.flat[0].device_kind)
-
-    def describe(self, seconds: float) -> dict[str, float | int]:
-        """Utilization of all chips, memory of the fullest device of this host; what is unknown is left out."""
-        record: dict[str, float | int] = {}
-        speed = self._tokens / max(seconds, 1e-9)
-        if self._chip:
-            record["tokens_per_second_per_chip"] = speed / math.ceil(self._devices / self._chip.devices)
-            record["mfu"] = mfu(speed, self._flops, self._devices * self._chip.flops_per_device)
-        memory = [device.memory_stats() or {} for device in jax.local_devices()]
-        for key, stat in (("hbm_bytes", "bytes_in_use"), ("hbm_peak_bytes", "peak_bytes_in_use")):
-            if found := [stats[stat] for stats in memory if stat in stats]:
-                record[key] = max(found)
-        return record
+    record: dict[str, float | int] = {}
+    rows, length = program.batch["tokens"].shape
+    speed, devices = rows * length / max(seconds, 1e-9), program.mesh.size
+    if found := chip(program.mesh.devices.flat[0].device_kind):
+        record["tokens_per_second_per_chip"] = speed / math.ceil(devices / found.devices)
+        flops = train_flops_per_token(program.model, length, program.compute.frozen)
+        record["mfu"] = mfu(speed, flops, devices * found.flops_per_device)
+    memory = [device.memory_stats() or {} for device in jax.local_devices()]
+    for key, stat in (("hbm_bytes", "bytes_in_use"), ("hbm_peak_bytes", "peak_bytes_in_use")):
+        if used := [stats[stat] for stats in memory if stat in stats]:
+            record[key] = max(used)
+    return record

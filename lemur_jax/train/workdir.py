@@ -43,13 +43,13 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
 
 
 def _is_free(key: str, values: Mapping[str, Any]) -> bool:
-    """Whether a key may differ at any start."""
+    """Whether a key may differ at any start without a word."""
     if key == "train.microbatches":  # where no mean or noise is of one microbatch
         means = values["preference"]["loss"] in NOT_ADDITIVE or values["model"]["num_experts"]
         return not (means or values["adapter"]["dropout"])
     if key == "checkpoint.every_steps":
         return not values["spikes"]["rollback_after"]
-    return key.startswith(FREE)
+    return key.startswith(FREE) and key not in PRECISION
 
 
 def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bool = False) -> Changes:
@@ -63,12 +63,10 @@ def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bo
     stored = read_config(workdir) or newest_metadata(workdir / "checkpoints").get("config")
     if not stored:
         return {}
+    if "train" not in stored:
+        raise UserError(f"{workdir}/config.json is not that of a run: use another --workdir")
     stored = json.loads(json.dumps(fill(RunConfig, stored)))  # defaults have tuples
-    changes = {
-        key: pair
-        for key, pair in differences(stored, values).items()
-        if key in PRECISION or not _is_free(key, values)
-    }
+    changes = {key: pair for key, pair in differences(stored, values).items() if not _is_free(key, values)}
     may = PRECISION + (EXTENDABLE if extend else ())
     if values["checkpoint"]["other_optimizer"] == "fresh":
         may = (*may, "optimizer.")

@@ -96,10 +96,10 @@ def test_step_of_the_damaged_one_can_be_saved_again(run, tmp_path):
         restored = checkpoints.restore_newest(PROGRAM.state.params, PROGRAM.state.optimizer, lambda m: None)
         checkpoints.save(7, *restored[1:], METADATA)
         checkpoints.wait()
-        assert checkpoints.latest_step() == 7
+        assert checkpoints.finished == 7
         checkpoints.save(9, *restored[1:], METADATA)
         checkpoints.wait()
-        assert checkpoints.latest_step() == 9
+        assert checkpoints.finished == 9
     assert same(restored[1:], states[5])
 
 
@@ -214,7 +214,7 @@ def test_values_that_are_not_finite_are_not_saved(tmp_path):
             UserError, match=r"step 3 is not saved: params: layers/mlp/up has values .* finite"
         ):
             save(3, bad)
-        assert checkpoints.latest_step() == 2
+        assert checkpoints.finished == 2
         assert {p.name for p in tmp_path.iterdir()} == {"2"}
         save(4, state.params)
     assert steps_in(tmp_path)[1] == [4]

@@ -63,9 +63,9 @@ def test_the_best_of_an_earlier_version_stays_until_a_better_one(state, tmp_path
     for losses in ([{"loss": 2.0}, {"loss": 1.0}, {"loss": 3.0}], [{"text": 4.0}], [{"text": 0.5}, {}]):
         with manager.Checkpoints(tmp_path, keep=1, keep_best="text") as checkpoints:
             for loss in losses:
-                checkpoints.save((checkpoints.latest_step() or 0) + 1, small, small, METADATA, loss)
+                checkpoints.save(checkpoints.finished + 1, small, small, METADATA, loss)
                 checkpoints.wait()
-            kept = checkpoints.latest_step()
+            kept = checkpoints.finished
         if {"text": 4.0} in losses:
             assert steps_in(tmp_path)[1] == [2, kept]
     assert steps_in(tmp_path)[1] == [5, 6]
@@ -135,7 +135,7 @@ def test_refused_writes_are_reported_and_tried_again(state, tmp_path, caplog, re
         assert not checkpoints.failed  # the next attempt has begun
         checkpoints.wait()
         assert not checkpoints.failed
-        assert checkpoints.latest_step() == 2
+        assert checkpoints.finished == 2
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}  # nothing of the failed save takes space
     assert len(messages(caplog)) == 1
 

@@ -120,7 +120,7 @@ def test_barrier_opens_when_all_have_come(run, monkeypatch):
     monkeypatch.setattr(coordination, "process", lambda: (mine.me, 3))
     monkeypatch.setattr(coordination, "client", lambda: store)
     # Every host counts its barriers alike; here they share a process and so a counter.
-    monkeypatch.setattr(coordination, "_barriers", iter([0] * 3))
+    monkeypatch.setattr(coordination, "_exchanges", iter([0] * 3))
     through = []
 
     def come(me):
