@@ -157,7 +157,6 @@ def test_argument_that_a_config_does_not_take_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"config.py:17: TypeError: .* takes 0 positional arguments") as error:
         load(str(tmp_path / "config.py:17"))
     assert "\n" not in str(error.value)
-    assert "Traceback" not in str(error.value)
 
 
 @pytest.mark.parametrize(

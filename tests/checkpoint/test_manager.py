@@ -25,11 +25,9 @@ def saved(tmp_path_factory):
     """A workdir after three saves of an eight-device state; the last two checkpoints are kept."""
     workdir = tmp_path_factory.mktemp("run")
     state = first_state(program_on((1, 4, 1, 2)))
-    checkpoints = manager.Checkpoints(workdir / "checkpoints", keep=2)
-    for step in (1, 2, 3):
-        checkpoints.save(step, state.params, state.optimizer, METADATA)
-    checkpoints.wait()
-    checkpoints.close()
+    with manager.Checkpoints(workdir / "checkpoints", keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state.params, state.optimizer, METADATA)
     return workdir, state
 
 

@@ -140,8 +140,7 @@ def test_a_missing_package_is_named_before_a_state_is_read(train, tmp_path, monk
         ({"preference.margin": 1.0, "preference.loss": "dpo"}, "preference.margin (preference.loss is 'dpo')"),
         ({"preference.margin": 1.0, "preference.loss": "simpo", "optimizer.b1": 0.8, "optimizer.name": "muon"}, ""),
         ({"optimizer.b1": 0.8, "optimizer.name": "adafactor"}, "optimizer.b1 (optimizer.name is 'adafactor')"),
-        ({"spikes.window": 9, "eval.max_rows": 9},
-         "eval.max_rows (eval.tasks is []), spikes.window (spikes.factor is 0.0)"),
+        ({"eval.max_rows": 9}, "eval.max_rows (eval.tasks is [])"),
     ],
 )  # fmt: skip
 def test_options_without_effect_are_named(options, unused):
