@@ -18,7 +18,7 @@ Changes = Mapping[str, tuple[Any, Any]]  # as of `config.differences`: of the ru
 # What may differ between a run and its resumption: it affects no result (up to rounding).
 FREE = (
     "mesh.", "compute.", "log.", "checkpoint.", "eval.", "prepare.", "hosts.", "data.stores",
-    "data.modules", "data.mixture",  # the sources themselves count
+    "data.modules", "data.mixture", "tokenizer.",  # the sources themselves count, and know their tokenizer
     "rl.data", "rl.eval_", "rl.max_logprob_gap",
 )  # fmt: skip
 # These of them are logged and recorded: they affect rounding more than a mesh does.

@@ -80,10 +80,9 @@ def run(clock, steps=4, kind="TPU v4", devices=256, spent=None, handing=0.0, **m
         documents=lambda step, places: [f"code/{place}" for place in places],
     )
     writer = Keep()
-    progress = Keep()
     log = StepLog(
         RunHistory(writer=writer, spent=spent or {}),
-        progress,
+        Keep(),
         mixture,
         program(kind, devices),
         clock.now - 7.0,
