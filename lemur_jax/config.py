@@ -70,11 +70,8 @@ class RunConfig:
         """Refuses sections that do not fit together; what the mesh and the model allow is checked by train/step.py."""
         sections.require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a number of 64 bits")
         steps = self.train.steps
-        if self.optimizer.warmup_steps >= steps:
-            raise UserError(
-                f"config.optimizer.warmup_steps is {self.optimizer.warmup_steps} but config.train.steps is {steps}:"
-                " the warmup must be shorter than the run"
-            )
+        warmup, must = self.optimizer.warmup_steps, f"below train.steps ({steps})"
+        sections.require(warmup < steps, "optimizer.warmup_steps", warmup, must)
         for name, stage in self.data.stages.items():
             must = f"a whole number above 0 and below train.steps ({steps})"
             sections.require(0 < stage.step < steps, f"data.stages.{name}.step", stage.step, must)
@@ -100,10 +97,8 @@ class RunConfig:
                 " least 2, and config.checkpoint.every_steps above 0"
             )
         best = self.checkpoint.keep_best
-        if best and best not in self.eval.tasks:
-            raise UserError(
-                f"config.checkpoint.keep_best {best!r} is not among config.eval.tasks {self.eval.tasks}"
-            )
+        must = f"among config.eval.tasks {self.eval.tasks}"
+        sections.require(not best or best in self.eval.tasks, "checkpoint.keep_best", best, must)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; tuples become lists."""

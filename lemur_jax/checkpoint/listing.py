@@ -43,7 +43,7 @@ def checkpoint_table(path: epath.PathLike) -> tuple[str, bool]:
         if not state.startswith("verified") and step not in steps_in(directory)[1]:
             continue  # a run that goes on has removed it since
         states.append(state)
-        lines.append(f"{step:>10} {size / 1e9:>9.3f} {duration(time.time() - newest):>12}  {state}")
+        lines.append(f"{step:>10} {size / 1e9:>9.3f} {duration(max(0.0, time.time() - newest)):>12}  {state}")
     return "\n".join(lines), all(state.startswith("verified") for state in states)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 
-from lemur_jax.common.errors import UserError
 from lemur_jax.common.sections import require, require_one_of
 
 OPTIMIZER_NAMES = ("adamw", "adafactor", "muon")
@@ -91,10 +90,8 @@ class SpikesConfig:
         require(self.window >= 1, "spikes.window", self.window, "at least 1")
         for key in ("rollback_after", "max_rollbacks"):
             require(getattr(self, key) >= 0, f"spikes.{key}", getattr(self, key), "0 or more")
-        if self.rollback_after and not self.factor:
-            raise UserError(
-                "config.spikes.rollback_after needs config.spikes.factor: nothing is skipped without"
-            )
+        must = "0 without spikes.factor, as nothing is skipped"
+        require(self.factor or not self.rollback_after, "spikes.rollback_after", self.rollback_after, must)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,12 +137,10 @@ class EvalConfig:
             require(getattr(self, key) >= 0, f"eval.{key}", getattr(self, key), "0 or more")
         require(len(set(self.tasks)) == len(self.tasks), "eval.tasks", self.tasks, "each task once")
         for name, members in self.groups.items():
-            if not members:
-                raise UserError(f"config.eval.groups.{name} is empty: it must name one task or more")
-            if missing := [task for task in members if task not in self.tasks]:
-                raise UserError(
-                    f"config.eval.groups.{name} has {missing[0]!r}, which is not among config.eval.tasks {self.tasks}"
-                )
+            known = members and set(members) <= set(self.tasks)
+            require(
+                bool(known), f"eval.groups.{name}", members, f"one or more of config.eval.tasks {self.tasks}"
+            )
 
     @property
     def task_groups(self) -> Mapping[str, tuple[str, ...]]:

@@ -80,16 +80,12 @@ class EvaluationSteps:
     init: InitConfig
     last: int  # the last update
 
-    @property
-    def compared_every(self) -> int:
-        """Updates between two regular checkpoints that are compared by held-out loss; 0: none are."""
-        return self.checkpoint.every_steps if self.checkpoint.keep_best else 0
-
     def is_regular(self, step: int) -> bool:
         """Whether every run of this config is scored at this step, whatever requests to stop came before."""
         if not step:
             return bool(self.init.checkpoint)
-        return step == self.last or due(step, self.compared_every) or due(step, self.options.every_steps)
+        compared_every = self.checkpoint.every_steps if self.checkpoint.keep_best else 0
+        return step == self.last or due(step, compared_every) or due(step, self.options.every_steps)
 
 
 def evaluate(
@@ -176,7 +172,7 @@ class Evaluations:
         """
         if not self._held_out:
             return False
-        return self._steps.is_regular(step) or (save_is_regular and bool(self._steps.compared_every))
+        return self._steps.is_regular(step) or (save_is_regular and bool(self._steps.checkpoint.keep_best))
 
     def score(self, params: Any, step: int, only: Collection[str] | None = None) -> dict[str, float]:
         """Scores the tasks; losses (nats a target token) by task, of fewer tasks after a request to stop.

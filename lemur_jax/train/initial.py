@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from lemur_jax.checkpoint.reading import read_metadata
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import digest_of
 from lemur_jax.convert.peft import read_peft
 from lemur_jax.convert.source import ModelSource, open_source
 from lemur_jax.convert.vocabulary import resize
@@ -44,29 +46,30 @@ class InitialParams:
         )
         return fresh(key)
 
-    def frozen(self, step: int | None = None) -> tuple[Any, int | None]:
-        """What is not trained, and the step of the checkpoint that it is read from.
+    def frozen(self, stored: Mapping[str, Any] = {}) -> tuple[Any, dict[str, Any]]:
+        """What is not trained, and step and digest of the checkpoint of ours that it is read from.
 
-        It is the base of an adapter, a reference, a teacher of the same vocabulary, or None. `step`: that step, as at
-        the first start; None: the newest. A Hugging Face directory has none.
+        It is the base of an adapter, a reference, a teacher of the same vocabulary, or None. `stored` has what the
+        first start returned: that step is read, else the newest. UserError: it was made again since.
         """
         program = self.program
         if program.state.frozen is None:
-            return None, None
+            return None, {}
+        if not (path := self.teacher or self.init.checkpoint):
+            return self.params(), {}
+        step = stored.get("frozen_step")
+        source = self._open_teacher(step) if self.teacher else self._open_base(step)
+        origin = _origin(path, source.step, stored)
         if self.teacher:
-            source = self._open_teacher(step)
-            return source.restore(program.state.frozen), source.step
-        if not self.init.checkpoint:
-            return self.params(), None
-        source = self._open_base(step)
+            return source.restore(program.state.frozen), origin
         if not self.adapter.rank:
-            return _read(source, self.init, program), source.step
+            return _read(source, self.init, program), origin
         model, mesh, dtype = program.model, program.mesh, self.adapter.base_dtype
         if dtype != "int8":
-            return source.restore(decoder.abstract_params(model, dtype, mesh)), source.step
+            return source.restore(decoder.abstract_params(model, dtype, mesh)), origin
         # Leaf by leaf: the whole model in bfloat16 may be more than the devices hold.
         wanted = decoder.abstract_params(model, "bfloat16", mesh)
-        return source.restore(wanted, leaf_quantizer(model, mesh)), source.step
+        return source.restore(wanted, leaf_quantizer(model, mesh)), origin
 
     def check(self, resumed: bool) -> list[str]:
         """Opens what a start reads, without the weights of a model, and names it; `resumed`: the run has checkpoints.
@@ -105,6 +108,19 @@ class InitialParams:
                 f" config.model.vocab_size is {model.vocab_size}: an adapter leaves the vocabulary as it is"
             )
         return source
+
+
+def _origin(path: str, step: int | None, stored: Mapping[str, Any]) -> dict[str, Any]:
+    if step is None:
+        return {}
+    leaves = read_metadata(path, step)["leaves"]["params"]
+    digest = digest_of({name: leaf.digest for name, leaf in leaves.items()})
+    if stored.get("frozen_digest", digest) != digest:
+        raise UserError(
+            f"{path} was made again since this run began: its step {step} has other parameters; put back what was"
+            " there, or start in a new --workdir"
+        )
+    return {"frozen_step": step, "frozen_digest": digest}
 
 
 def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: Program) -> Any:

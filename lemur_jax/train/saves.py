@@ -89,7 +89,8 @@ class Saves(contextlib.AbstractContextManager):
         if params is None:
             params = self._initial.params()
         if frozen is None:
-            frozen, self._metadata["frozen_step"] = self._initial.frozen(stored.get("frozen_step"))
+            frozen, origin = self._initial.frozen(stored)
+            self._metadata.update(origin)
         if optimizer is None:
             return states.start(params, program.optimizer, program.state, step, frozen), step
         counter = jax.device_put(np.int32(step), program.state.step.sharding)

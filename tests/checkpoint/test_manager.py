@@ -105,10 +105,3 @@ def test_parameters_alone_hold_no_optimizer(tmp_path):
     checkpoints = manager.Checkpoints(tmp_path / "imported")
     with pytest.raises(UserError, match="optimizer: there is none"):
         checkpoints.restore(0, state.params, state.optimizer)
-
-
-def test_no_checkpoint_there(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint directory"):
-        read_metadata(tmp_path / "none")
-    with pytest.raises(UserError, match="no finished checkpoint"):
-        read_metadata(tmp_path)

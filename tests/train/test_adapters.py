@@ -141,6 +141,12 @@ def test_a_resumed_run_reaches_the_same_bits(base, project, monkeypatch, tmp_pat
     shutil.rmtree(workdir / "checkpoints" / "4")
     loop.train(config, workdir)
     jax.tree.map(np.testing.assert_array_equal, whole, restore_params(workdir, wanted))
+    shutil.rmtree(base)
+    write_params(base, later, make_metadata(model=config.model.to_dict(), tokenizer_files={}))
+    with pytest.raises(
+        UserError, match="base was made again since this run began: its step 0 has other parameters"
+    ):
+        loop.train(config, workdir)
     start = restore_params(workdir, wanted, 2)
     assert abs(start["layers"]["mlp"]["down"]["b"] - whole["layers"]["mlp"]["down"]["b"]).max() > 0
 

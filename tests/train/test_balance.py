@@ -49,13 +49,9 @@ def test_without_groups_each_task_is_one():
     assert EvalConfig(tasks=("a", "b")).task_groups == {"a": ("a",), "b": ("b",)}
 
 
-@pytest.mark.parametrize(
-    ("group", "message"),
-    [
-        (("x",), r"groups.code has 'x', which is not among"),
-        ((), "must name one task"),
-    ],
-)
-def test_bad_groups(group, message):
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize("group", [("python", "x"), ()])
+def test_bad_groups(group):
+    with pytest.raises(
+        UserError, match=r"eval.groups.code is .*: it must be one or more of config.eval.tasks"
+    ):
         EvalConfig(groups={"code": group}, tasks=("python",))
