@@ -136,7 +136,11 @@ class RunConfig:
 
 
 def default_config(model: DecoderConfig | Mapping[str, Any]) -> ConfigDict:
-    """Every option of a run with its default, for a config file to change; `model` is e.g. `preset("llama2_7b")`."""
+    """Every option of a run with its default, for a config file to change.
+
+    Args:
+      model: the decoder, e.g. `preset("llama2_7b")`, or its fields as a mapping.
+    """
     fields = model.to_dict() if isinstance(model, DecoderConfig) else dict(model)
     config = ConfigDict({**sections.defaults(RunConfig), "model": fields})
     # A mistyped key in a config file is an error there and then; only these have keys of the user's own.
@@ -149,7 +153,8 @@ def default_config(model: DecoderConfig | Mapping[str, Any]) -> ConfigDict:
 def from_config_dict(values: ConfigDict) -> RunConfig:
     """The typed config of a `ConfigDict`.
 
-    Raises UserError: an unknown key (the nearest one is named), a value of the wrong type, or one that cannot work.
+    Raises:
+      UserError: an unknown key (the nearest one is named), a value of the wrong type, or one that cannot work.
     """
     config = from_json(values.to_dict())
     if config.data.mixture and config.data.sources:
@@ -168,8 +173,13 @@ def from_json(values: Mapping[str, Any]) -> RunConfig:
 def load(argument: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Runs a config file and applies overrides; `data.mixture` is resolved to the sources that `prepare` recorded.
 
-    `argument` is `path/to/config.py` or `path/to/config.py:arg`, as for ml_collections; `overrides` are strings
-    `--config.a.b=value`. Raises UserError: no such file, or as `from_config_dict`.
+    Args:
+      argument: `path/to/config.py` or `path/to/config.py:arg`, as for ml_collections.
+      overrides: strings `--config.a.b=value`.
+
+    Raises:
+      UserError: no such file, an unknown key (the nearest one is named), a value of the wrong type, or one
+        that cannot work.
     """
     config = from_config_dict(load_config_dict(argument, overrides))
     if config.data.mixture and config.data.mixture_record.exists():

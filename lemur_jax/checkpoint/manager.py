@@ -96,9 +96,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._broadcast = broadcast
         self._max_failures = max_failures
         self._failures = 0
-        self.finished = (
-            self._manager.latest_step() or 0
-        )  # the newest finished step, which may be damaged; 0: none
+        # The newest finished step, which may be damaged; 0: none.
+        self.finished = self._manager.latest_step() or 0
         self._pending: int | None = None  # the step whose save has not been seen to end
         self._threads: set[threading.Thread] = set()  # those of this process before the last save
 

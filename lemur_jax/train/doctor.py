@@ -81,8 +81,14 @@ def doctor(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) 
         saved = jax.tree.leaves((program.state.params, program.state.optimizer))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in saved)
         if tokenizer:
-            sources = config.init, config.adapter, config.seed, tokenizer, program
-            initial = InitialParams(*sources, config.distill.teacher)
+            initial = InitialParams(
+                init=config.init,
+                adapter=config.adapter,
+                seed=config.seed,
+                tokenizer=tokenizer,
+                program=program,
+                teacher=config.distill.teacher,
+            )
     skipped = "not looked at, as another check failed"
     if config.init.checkpoint or config.distill.teacher:
         # By each host alone: one that cannot read them goes on to the next check.

@@ -22,7 +22,7 @@ from lemur_jax.train.state import shardings_of
 from lemur_jax.train.step import Program
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InitialParams:
     """The first parameters of a run, made when they are asked for; `teacher` is `config.distill.teacher`."""
 

@@ -69,8 +69,10 @@ def train(
       extend: accept a config that differs from the run's in what may change from its newest step on.
       open_inputs: (config, build) -> Inputs; default the mixture of `config.data`.
 
-    Returns whether a request to stop came: no other work should start. Raises UserError: config, data, workdir and
-    `profile` do not fit together, or the loss is not finite.
+    Returns: whether a request to stop came: no other work should start.
+
+    Raises:
+      UserError: config, data, workdir and `profile` do not fit together, or the loss is not finite.
     """
     began, started = time.perf_counter(), time.time()
     check_steps(profile, config.train.steps)
@@ -205,8 +207,14 @@ def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
         config=config.to_json(),
         data=inputs.mixture.digests(),
     )
-    sources = config.init, config.adapter, config.seed, inputs.tokenizer, inputs.program
-    initial = InitialParams(*sources, config.distill.teacher)
+    initial = InitialParams(
+        init=config.init,
+        adapter=config.adapter,
+        seed=config.seed,
+        tokenizer=inputs.tokenizer,
+        program=inputs.program,
+        teacher=config.distill.teacher,
+    )
     return Saves(
         config.checkpoint,
         workdir,

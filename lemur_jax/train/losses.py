@@ -23,9 +23,13 @@ class RowSums(NamedTuple):
 def row_sums(model: Decoder, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> RowSums:
     """Cross-entropy of the head's logits, in chunks of positions.
 
-    A chunk is the largest divisor of T up to `compute.loss_chunk`: logits [B, T, V] are never there at once. `hidden`
-    [B, T, D] is after the final norm; `targets`, int32 [B, T], are already shifted inside each document; `weights`,
-    float32 [B, T], are 0 where nothing is to be predicted.
+    A chunk is the largest divisor of T up to `compute.loss_chunk`: logits [B, T, V] are never there at once.
+
+    Args:
+      model: for its head and for `compute.loss_chunk`.
+      hidden: [B, T, D] after the final norm.
+      targets: int32 [B, T], already shifted inside each document.
+      weights: float32 [B, T]; 0 where nothing is to be predicted.
     """
     chosen, log_z = _target_logits(model, hidden, targets)
     return RowSums(

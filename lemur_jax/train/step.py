@@ -85,8 +85,15 @@ def check(train: TrainConfig, sequence_length: int, model: DecoderConfig, mesh: 
 def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective | None = None) -> Program:
     """The program of a config on a mesh, which may be of real or of described devices.
 
-    `num_sources` is S. `objective` is what is minimized; None: as the config says, next-token loss or that of
-    `config.preference` or `config.distill`. Raises UserError: the mesh does not divide the model or the batch.
+    Args:
+      config: a run config.
+      mesh: from `parallel.mesh.make_mesh`.
+      num_sources: S, sources of the mixture.
+      objective: what is minimized; None: as the config says, next-token loss or that of `config.preference` or
+        `config.distill`.
+
+    Raises:
+      UserError: the mesh does not divide the model or the batch.
     """
     check(config.train, config.data.sequence_length, config.model, mesh)
     device_kind = mesh.devices.flat[0].device_kind
@@ -102,9 +109,18 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
         own = (objective.teacher, compute.dtype) if objective.teacher else (model, dtype)
         frozen = decoder.abstract_params(*own, mesh)
     state = run_state(model, config.adapter, dtype, optimizer, mesh, frozen)
-    copies = _copies(config.train, model, compute, objective, state)
-    sections = config.adapter, config.train, config.seed
-    step = _Step(model, compute, objective, optimizer, *sections, mesh, num_sources, copies)
+    step = _Step(
+        model=model,
+        compute=compute,
+        objective=objective,
+        optimizer=optimizer,
+        adapter=config.adapter,
+        train=config.train,
+        seed=config.seed,
+        mesh=mesh,
+        num_sources=num_sources,
+        copies=_copies(config.train, model, compute, objective, state),
+    )
 
     def sums(params, batch: Batch) -> RowSums:
         return next_token().loss(decoder.bind(model, compute, params), batch).rows
@@ -154,7 +170,7 @@ def _copies(
     return Copies(mesh=mesh_of_copies(mesh), shardings=shardings_of(state.params), dtype=dtype)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Step:
     """The update of a state by a batch, and what it is computed from; see `Program`."""
 
