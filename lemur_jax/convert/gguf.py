@@ -93,19 +93,25 @@ class GgufTensor:
     shape: tuple[int, ...]
     heads: int  # > 0: rows of these heads are in llama.cpp's order
     offset: float  # added to the values in the file
-    tensor: Any
+    quantization: Any
+    data: np.ndarray  # mapped; a row is one of the tensor's
     dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
 
     def read(self) -> np.ndarray:
         """The tensor in float32."""
         import gguf
 
-        data = gguf.quants.dequantize(self.tensor.data, self.tensor.tensor_type).reshape(self.shape)
+        data = gguf.quants.dequantize(self.data, self.quantization).reshape(self.shape)
         if not self.heads:
             return data - np.float32(self.offset) if self.offset else data
         # llama.cpp rotates channels 2i and 2i + 1 of a head, this model and transformers i and i + N/2.
         halves = data.reshape(self.heads, -1, 2, self.shape[1])
         return halves.swapaxes(1, 2).reshape(self.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> "GgufTensor":
+        """Some rows of a matrix, in the order of the file, as a tensor of its own."""
+        shape, part = (stop - start, self.shape[1]), self.data[start:stop]
+        return dataclasses.replace(self, name=name, shape=shape, heads=0, data=part)
 
 
 def read_config(path: epath.PathLike) -> dict[str, Any]:
@@ -196,6 +202,7 @@ def open_weights(path: epath.PathLike) -> dict[str, GgufTensor]:
             shape=tuple(int(size) for size in reversed(tensor.shape)),
             heads=heads.get(kind, 0),
             offset=architecture.norm_offset if kind.endswith("norm") else 0.0,
-            tensor=tensor,
+            quantization=tensor.tensor_type,
+            data=tensor.data,
         )
     return tensors

@@ -14,6 +14,7 @@ from lemur_jax.convert.families import number
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.gguf_files import is_gguf
 
+ADAPTER_CONFIG = "adapter_config.json"
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _INTEGERS = "num_key_value_heads", "head_dim", "max_position_embeddings"
 _FLOATS = "rms_norm_eps", "initializer_range"
@@ -49,6 +50,11 @@ def read_config(hf_dir: epath.PathLike) -> DecoderConfig:
     if is_gguf(hf_dir):
         return from_hf(gguf.read_config(hf_dir), os.fspath(hf_dir))
     path = epath.Path(hf_dir) / "config.json"
+    if path.with_name(ADAPTER_CONFIG).exists():
+        raise UserError(
+            f"{hf_dir} holds a PEFT adapter ({ADAPTER_CONFIG}): train from it with its base as config.init.checkpoint"
+            " and this directory as config.adapter.checkpoint, or merge it with peft and name the result"
+        )
     if not path.parent.exists():  # `is_dir` would say no of a store that cannot be reached
         raise UserError(f"{path.parent} is not a directory: download the model there first")
     return from_hf(read_json(path), str(path))

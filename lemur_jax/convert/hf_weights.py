@@ -13,7 +13,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.common.paths import recovery_hint
 from lemur_jax.convert import gguf, layout
 from lemur_jax.convert.dtypes import DTYPES
-from lemur_jax.convert.hf_config import read_json
+from lemur_jax.convert.hf_config import ADAPTER_CONFIG, read_json
 from lemur_jax.convert.safetensors import StoredTensor, brief, read_header
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.gguf_files import is_gguf
@@ -58,11 +58,12 @@ _OTHER_PARTS = (
 
 
 def holds_weights(directory: epath.PathLike) -> bool:
-    """Whether `open_weights` opens this: a directory with weights, or a GGUF file."""
-    return is_gguf(directory) or any(path.exists() for files in _weight_files(directory) for path in files)
+    """Whether this is a directory with weights, an adapter's among them, or a GGUF file."""
+    files = [*_weight_files(directory), (epath.Path(directory) / ADAPTER_CONFIG,)]
+    return is_gguf(directory) or any(path.exists() for pair in files for path in pair)
 
 
-def _weight_files(directory: epath.PathLike) -> list[tuple[epath.Path, epath.Path]]:
+def _weight_files(directory: epath.PathLike) -> list[tuple[epath.Path, ...]]:
     """(single file, index), in transformers' order."""
     names = [epath.Path(directory) / name for name in ("model.safetensors", "pytorch_model.bin")]
     return [(single, single.with_name(f"{single.name}.index.json")) for single in names]
@@ -166,8 +167,8 @@ def open_checked(config: DecoderConfig, hf_dir: epath.PathLike) -> dict[str, Ten
     }
     for ending, parts in fused.items():
         for name in [name for name in tensors if name.endswith(ending)]:
-            whole: Any = tensors[name]
-            if whole.shape != (sum(parts.values()), config.hidden_size) or is_gguf(hf_dir):
+            whole = tensors[name]
+            if whole.shape != (sum(parts.values()), config.hidden_size):
                 continue  # the check says so
             del tensors[name]
             start = 0

@@ -22,7 +22,7 @@ from lemur_jax.common.sections import from_plain
 from lemur_jax.convert import layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
-from lemur_jax.convert.hf_config import read_config, read_json
+from lemur_jax.convert.hf_config import ADAPTER_CONFIG, read_config, read_json
 from lemur_jax.convert.hf_weights import check_shapes, open_weights
 from lemur_jax.convert.safetensors import read_header, write_weights
 from lemur_jax.models import lora
@@ -31,7 +31,7 @@ from lemur_jax.models.decoder import Params
 from lemur_jax.parallel.rules import with_shardings
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 # Values of `init_lora_weights` with which peft leaves the base as it is; PiSSA, OLoRA and others subtract from it.
 _KEEP_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
@@ -71,7 +71,7 @@ def read_peft(options: AdapterConfig, model: DecoderConfig, dtype: str) -> Param
     directory = epath.Path(options.checkpoint)
     if not (directory / WEIGHTS).exists():
         raise UserError(f"config.adapter.checkpoint {directory} has no {WEIGHTS}: it is no PEFT adapter")
-    theirs = read_json(directory / CONFIG)
+    theirs = read_json(directory / ADAPTER_CONFIG)
     wants, one = "config.adapter wants", "one rank and one alpha are possible"
     for key, accepted, reason in (
         ("r", theirs.get("r") == options.rank, f"{wants} rank {options.rank}"),
@@ -84,7 +84,7 @@ def read_peft(options: AdapterConfig, model: DecoderConfig, dtype: str) -> Param
          "peft changes the base with it: save the adapter with path_initial_model_for_weight_conversion"),
     ):  # fmt: skip
         if not accepted:
-            raise UserError(f"{directory / CONFIG} has {key} {theirs.get(key)!r:.100}: {reason}")
+            raise UserError(f"{directory / ADAPTER_CONFIG} has {key} {theirs.get(key)!r:.100}: {reason}")
     tensors = read_header(directory / WEIGHTS)
     abstract = flatten_dict(lora.abstract_adapter(options, model, dtype), sep="/")
     names = _names(options, model)
@@ -115,7 +115,7 @@ def export_peft(
     Arguments as of `export_hf`. Raises UserError if the checkpoint holds no adapter, or `peft_dir` exists.
     """
     target = epath.Path(peft_dir)
-    known = {CONFIG, WEIGHTS, *FILE_NAMES, GENERATION_CONFIG}
+    known = {ADAPTER_CONFIG, WEIGHTS, *FILE_NAMES, GENERATION_CONFIG}
     check_target(target, overwrite, lambda path: {child.name for child in path.iterdir()} <= known)
     metadata = read_metadata(ckpt_dir, step)
     options, model = adapter_of(metadata), DecoderConfig.from_dict(metadata["model"])
@@ -145,7 +145,7 @@ def export_peft(
         (directory / "model.safetensors").rename(directory / WEIGHTS)
         for name, content in tokenizer_files(metadata).items():
             (directory / name).write_bytes(content)
-        write_json(directory / CONFIG, described)
+        write_json(directory / ADAPTER_CONFIG, described)
     return model
 
 

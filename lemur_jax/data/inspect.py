@@ -67,9 +67,7 @@ def inspect_mixture(
             + (f", {cut:,} documents longer than a row are cut" if cut else "")
         )
     for index, source in enumerate(mixture.sources):
-        stage = next((stage for stage in mixture.stages if stage.shares.get(source.name)), mixture.stages[0])
-        source_ids, row_indices = mixture.locate(stage.step)
-        for row in row_indices[source_ids == index][:samples]:
+        for row in mixture.visits(index, 0, min(samples, len(source.rows))):
             documents = source.rows.documents(int(row))
             more = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
             lines += ["", f"--- {source.name}, row {row:,}: {printable(documents[0])}{more}"]

@@ -133,7 +133,7 @@ class Mixture:
             taken = np.diff(turns) > 0
             mine, left = left[taken], left[~taken]
             source_ids[mine] = index
-            row_indices[mine] = self._visit(index, visited, len(mine))
+            row_indices[mine] = self.visits(index, visited, len(mine))
             first -= visited - stretch.visited[index]
         return source_ids, row_indices
 
@@ -162,7 +162,7 @@ class Mixture:
         """Digests of the sources' stores."""
         return {source.name: source.rows.store.manifest.digest for source in self.sources}
 
-    def _visit(self, index: int, visited: int, count: int) -> np.ndarray:
+    def visits(self, index: int, visited: int, count: int) -> np.ndarray:
         """Row indices of a source's reads number `visited` to `visited + count - 1`."""
         size = len(self.sources[index].rows)
         epoch, place = divmod(visited, size)

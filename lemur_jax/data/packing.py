@@ -44,6 +44,7 @@ class PackingCounts:
     # documents without a supervised token in their first T; of pairs: where one answer has none
     without_targets: int
     arrays: Mapping[str, str]  # sha256 (hex) of each array's `zarr.json`
+    store: str = ""  # the store's digest; packings of earlier versions have none
 
 
 class Packing:
@@ -83,10 +84,13 @@ def open_packing(store: TokenStore, length: int) -> Packing:
             return packing
         _put_in_place(_write(store, length, partial), folder)
     try:
-        return Packing(folder)
+        packing = Packing(folder)
+        if packing.counts.store not in ("", store.manifest.digest):
+            raise ValueError("it was made from another store")
+        return packing
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{folder} is damaged ({reason_of(error)}): remove that directory, and it is made again"
+            f"{folder} cannot be used ({reason_of(error)}): remove that directory, and it is made again"
         ) from error
 
 
@@ -129,7 +133,7 @@ def _write(store: TokenStore, length: int, folder: epath.Path) -> epath.Path:
     for writer in writers.values():
         writer.close()
     arrays = {name: metadata_digest(folder / name) for name in writers}
-    write_sealed(folder / "packing.json", {**totals, "arrays": arrays})
+    write_sealed(folder / "packing.json", {**totals, "arrays": arrays, "store": store.manifest.digest})
     return folder
 
 

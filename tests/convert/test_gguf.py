@@ -10,8 +10,9 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
+from lemur_jax.cluster import hosts
 from lemur_jax.common.errors import UserError
-from lemur_jax.convert.gguf import _NAMES
+from lemur_jax.convert.gguf import _NAMES, open_weights
 from lemur_jax.convert.hf_config import read_config
 from lemur_jax.convert.import_hf import import_hf, load_hf_params
 from lemur_jax.convert.source import open_source
@@ -79,6 +80,19 @@ def test_weights_are_those_of_the_directory(make_model, tmp_path, kind, largest)
     assert config == expected_config
     for ours, theirs in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
         assert np.abs(ours - theirs).max() <= largest * np.abs(theirs).max()
+    for tensor in open_weights(tmp_path / "model.gguf").values():
+        if len(tensor.shape) == 2 and not tensor.heads:
+            np.testing.assert_array_equal(tensor.rows("part", 5, 7).read(), tensor.read()[5:7])
+
+
+def test_hosts_tell_files_of_one_shape_apart(make_model, tmp_path, monkeypatch):
+    model, digests = make_model(**SHAPE), []
+    monkeypatch.setattr(hosts, "agree", lambda what, digest: digests.append(digest()))
+    for change in (0, 0, 1):
+        model.state()["model.layers.2.mlp.down_proj.weight"].add_(change)
+        with pytest.raises(KeyError):  # no parameter has a place
+            load_hf_params(write(tmp_path / "model.gguf", model, "Q8_0"), {})
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize("kind", [{}, {"rope.scaling.type": "linear"}])

@@ -114,6 +114,8 @@ def test_a_config_shows_what_it_trains_on(config):
     assert "talks: 3 rows, 0.00% padding, 3 documents longer than a row are cut" in shown
     assert "tokens wanted" in shown
     assert shown.count("--- code, row") == shown.count("--- talks, row") == 1
+    rare = replace(config, {"data.sources.talks.share": 1e-4})  # not in the first batch
+    assert inspect_config(rare).count("--- talks, row") == 1
 
 
 def test_stages_are_shown_each_for_itself(config):

@@ -65,7 +65,7 @@ def test_locate_agrees_with_python_integers(first, later):
         (taken,) = [i for i in range(5) if after[i] != counts[i]]
         assert source_ids[place] == taken
         # The row is that of this visit alone, whatever batch it is in.
-        assert row_indices[place] == mixture._visit(taken, counts[taken], 1)[0]
+        assert row_indices[place] == mixture.visits(taken, counts[taken], 1)[0]
         counts = after
     assert source_ids.dtype == np.int32
     assert row_indices.dtype == np.int64

@@ -1,6 +1,7 @@
 """Packing: best fit decreasing as the textbook has it, and its files beside the store."""
 
 import itertools
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -14,6 +15,7 @@ from lemur_jax.data.manifest import REJECTED
 from lemur_jax.data.mixture import Source
 from lemur_jax.data.packing import open_packing, pack
 from lemur_jax.data.rows import FitRows
+from lemur_jax.data.store import TokenStore
 from lemur_jax.train.inputs import check_preferences
 
 
@@ -85,6 +87,15 @@ def test_two_processes_at_once_leave_one_packing(store, monkeypatch):
     monkeypatch.setattr(packing, "_write", slow)
     assert open_packing(store, 48).counts.rows == open_packing(store, 48).counts.rows
     assert sorted(path.name for path in store.path.iterdir() if "packed" in path.name) == ["packed-48"]
+
+
+def test_a_packing_beside_another_store_is_refused(make_store):
+    """As left by a copy of a new store over an old one."""
+    old, new = (make_store([[1] * 9] * count, name=f"{count}/train") for count in (7, 8))
+    open_packing(old, 48)
+    shutil.copytree(new.path, old.path, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"packed-48 cannot be used \(it was made from another store\)"):
+        open_packing(TokenStore.open(old.path), 48)
 
 
 def test_a_store_that_cannot_be_written_is_packed_elsewhere(store, monkeypatch):

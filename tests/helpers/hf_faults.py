@@ -72,5 +72,9 @@ FAULTS = {
     "a million million layers": (config(num_hidden_layers=10**12), "num_hidden_layers is 1000000000000"),
     "tied but two heads": (config(tie_word_embeddings=True), r"lm_head\.weight differs from"),
     "biases": (config(attention_bias=True), "q_proj.bias is missing"),
+    "an adapter beside it": (
+        lambda hf: (hf.path / "adapter_config.json").write_text("{}"),
+        r"hf holds a PEFT adapter \(adapter_config\.json\): train from it with its base",
+    ),
     "no config": (lambda hf: (hf.path / "config.json").unlink(), "config.json does not exist"),
 }
