@@ -18,7 +18,10 @@ import tokenize
 from typing import Any
 
 from lemur_jax.config import RunConfig
+from lemur_jax.data.config import SourceConfig, StageConfig
 
+# Sections of a section whose names are the user's own.
+NAMED = {"data": {"sources": SourceConfig, "stages": StageConfig}}
 PAGE = pathlib.Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration reference
 
@@ -65,7 +68,7 @@ def table(section: type, prefix: str) -> list[str]:
         default = default_of(field)
         shown = "required" if default is dataclasses.MISSING else f"`{default!r}`"
         meaning = comments[field.name].replace("|", "\\|")
-        rows.append(f"| `{prefix}{field.name}` | `{kind}` | {shown} | {meaning} |".replace("`{}`", "`{}`"))
+        rows.append(f"| `{prefix}{field.name}` | `{kind}` | {shown} | {meaning} |")
     return rows
 
 
@@ -79,7 +82,10 @@ def page() -> str:
     for field in dataclasses.fields(RunConfig):
         if dataclasses.is_dataclass(field.type):
             summary = inspect.cleandoc(field.type.__doc__).partition("\n\n")[0]
-            lines += [f"## config.{field.name}", "", summary, "", *table(field.type, ""), ""]
+            lines += [f"## config.{field.name}", "", summary, "", *table(field.type, "")]
+            for name, section in NAMED.get(field.name, {}).items():
+                lines += table(section, f"{name}.NAME.")[2:]
+            lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
 
