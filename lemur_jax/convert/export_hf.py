@@ -1,11 +1,10 @@
 """Our checkpoint -> Hugging Face directory that `transformers` opens without this package."""
 
 import contextlib
-import dataclasses
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +15,7 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from lemur_jax.checkpoint.digest import RunningDigest
-from lemur_jax.checkpoint.metadata import Damaged, Leaf, tokenizer_files
+from lemur_jax.checkpoint.metadata import Damaged, tokenizer_files
 from lemur_jax.checkpoint.reading import (
     chunk_slices,
     open_arrays,
@@ -43,6 +42,7 @@ from lemur_jax.text.chat_template import CHATML_TEMPLATE, stop_ids
 from lemur_jax.text.tokenizer import FILE_NAMES, GENERATION_CONFIG, Tokenizer
 
 logger = logging.getLogger(__name__)
+Tensors = Iterator[tuple[str, np.ndarray]]  # with Hugging Face's names
 MAX_SHARD_BYTES = 5e9  # per safetensors file; a larger tensor gets its own
 # The files of an export.
 _WRITTEN = {*FILE_NAMES, INDEX, "README.md", "config.json", "generation_config.json", "model.safetensors"}
@@ -84,86 +84,63 @@ def export_hf(
     target = epath.Path(hf_dir)
     check_target(target, overwrite, _is_export)
     with _merged(ckpt_dir, read_metadata(ckpt_dir, step)) as (ckpt_dir, metadata):
-        opened = _open(ckpt_dir, metadata, change)
-        config, tokenizer = opened.written, opened.tokenizer
+        config, tokenizer, tensors = _open(ckpt_dir, metadata, change, dtype)
         with suggest_other_steps(ckpt_dir, metadata["step"]), staged(target) as directory:
             shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
-            write_weights(directory, shapes, dtype, _ahead(opened.tensors(dtype)), MAX_SHARD_BYTES)
+            write_weights(directory, shapes, dtype, _ahead(tensors()), MAX_SHARD_BYTES)
             card = model_card(config, metadata, dtype, chatml=_has_chatml(tokenizer))
             (directory / "README.md").write_text(card)
             _write_files(directory, config, dtype, tokenizer)
             if verify:
-                logger.info("%s", compare_tensors(directory, config, opened.tensors(dtype)))
+                logger.info("%s", compare_tensors(directory, config, tensors()))
                 logger.info("%s", compare_logits(directory, config, tokenizer))
     return config
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OpenedCheckpoint:
-    """A checkpoint that is read for an export."""
-
-    where: str  # names it in errors
-    stored: DecoderConfig  # the model in the checkpoint
-    written: DecoderConfig  # with the vocabulary of the export
-    arrays: Mapping[str, ts.TensorStore]  # the stored parameters, by path
-    leaves: Mapping[str, Leaf]  # their digests
-    tokenizer: Tokenizer | None  # with the changes of the vocabulary
-    change: Change
-
-    def tensors(self, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, tensor) parameter by parameter in the order of the table, all layers of each.
-
-        Raises Damaged after the last tensor of a parameter whose digest differs from that of the saved one.
-        """
-        for before, after in zip(layout.weights(self.stored), layout.weights(self.written), strict=True):
-            yield from self._stream(before, after, dtype)
-
-    def _stream(
-        self, weight: layout.Weight, written: layout.Weight, dtype: str
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        array, digest = self.arrays[weight.path], RunningDigest()
-
-        def convert(block: np.ndarray, name: str) -> np.ndarray:
-            summed = pool.submit(digest.update, block)
-            tensor = np.empty(written.hf_shape, numpy_dtype(dtype))
-            source = weight.to_hf(block)
-            if name in layout.VOCABULARY:
-                source = self.change.resized(source, written.hf_shape[0])
-            copy_cast(tensor, source, name)
-            summed.result()
-            return tensor
-
-        cuts = chunk_slices(array) if weight.stacked else [...]
-        blocks = read_slices(array, cuts, f"{self.where}: parameter {weight.path}")
-        parts = (part for block in blocks for part in block.reshape(-1, *weight.shape[len(weight.lead) :]))
-        with ThreadPoolExecutor(1) as pool:  # NumPy releases the GIL: digest and cast run side by side
-            for name, part in zip(weight.names, parts, strict=True):
-                yield name, convert(part, name)
-        if digest.value != self.leaves[weight.path].digest:
-            raise Damaged(f"{self.where}: parameter {weight.path} is damaged: it is not what was saved")
-
-
-def _open(ckpt_dir: epath.PathLike, metadata: dict[str, Any], change: Change) -> OpenedCheckpoint:
+def _open(
+    ckpt_dir: epath.PathLike, metadata: dict[str, Any], change: Change, dtype: str
+) -> tuple[DecoderConfig, Tokenizer | None, Callable[[], Tensors]]:
+    """The model and the tokenizer that are written, and a function that reads the tensors, in the table's order."""
     stored = DecoderConfig.from_dict(metadata["model"])
     leaves = metadata["leaves"]["params"]
     arrays = open_arrays(ckpt_dir, metadata["step"], leaves)
-    where = f"checkpoint {ckpt_dir}, step {metadata['step']}"
+    where = f"checkpoint {ckpt_dir}, step {metadata['step']}: parameter"
     expected = {weight.path: weight.shape for weight in layout.weights(stored)}
-    check_shapes(expected, {path: array.shape for path, array in arrays.items()}, f"{where}: parameter")
+    check_shapes(expected, {path: array.shape for path, array in arrays.items()}, where)
     files = tokenizer_files(metadata)
     if unknown := sorted(files.keys() - {*FILE_NAMES, GENERATION_CONFIG}):
         raise UserError(f"{ckpt_dir}: {unknown[0]!r} among the tokenizer's files is not a tokenizer file")
     written, files = change.apply(stored, files, ckpt_dir)
-    tokenizer = Tokenizer.from_files(files) if files else None
-    return OpenedCheckpoint(
-        where=where,
-        stored=stored,
-        written=written,
-        arrays=arrays,
-        leaves=leaves,
-        tokenizer=tokenizer,
-        change=change,
-    )
+
+    def tensors() -> Tensors:
+        for weight, after in zip(layout.weights(stored), layout.weights(written), strict=True):
+            path = weight.path
+            for name, part in read_parameter(arrays[path], weight, leaves[path].digest, f"{where} {path}"):
+                tensor = np.empty(after.hf_shape, numpy_dtype(dtype))
+                if name in layout.VOCABULARY:
+                    part = change.resized(part, len(tensor))
+                copy_cast(tensor, part, name)
+                yield name, tensor
+
+    return written, Tokenizer.from_files(files) if files else None, tensors
+
+
+def read_parameter(array: ts.TensorStore, weight: layout.Weight, digest: str, where: str) -> Tensors:
+    """(name, tensor) of all layers of a stored parameter, one chunk of layers at a time.
+
+    Raises Damaged after the last tensor if its digest differs from `digest`, that of the saved one.
+    """
+    found = RunningDigest()
+    cuts = chunk_slices(array) if weight.stacked else [...]
+    blocks = read_slices(array, cuts, where)
+    parts = (part for block in blocks for part in block.reshape(-1, *weight.shape[len(weight.lead) :]))
+    with ThreadPoolExecutor(1) as pool:  # NumPy releases the GIL: digest and cast run side by side
+        for name, part in zip(weight.names, parts, strict=True):
+            summed = pool.submit(found.update, part)
+            yield name, weight.to_hf(part)
+            summed.result()
+    if found.value != digest:
+        raise Damaged(f"{where} is damaged: it is not what was saved")
 
 
 @contextlib.contextmanager
@@ -223,7 +200,7 @@ def _write_files(
         )
 
 
-def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+def _ahead(tensors: Tensors) -> Tensors:
     """The same tensors; the next is made in a thread while the caller writes the last."""
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(next, tensors, None)

@@ -142,7 +142,8 @@ def spec_fields(family: Family, raw: Raw, where: str) -> dict[str, Any]:
     Raises UserError: a key says what the specification cannot.
     """
     fields: dict[str, Any] = dict(family.spec)
-    fields |= {field: _float(raw.get(key), key, where) for key, field in family.keys.items()}
+    for key, field in family.keys.items():
+        fields[field] = 0.0 if raw.get(key) is None else number(raw[key], float, key, where)
     named = raw[family.activation]
     if named not in _ACTIVATIONS:
         raise UserError(
@@ -170,7 +171,12 @@ def spec_fields(family: Family, raw: Raw, where: str) -> dict[str, Any]:
     window, every = _window(family, raw, where)
     fields |= {"sliding_window": window, "full_attention_every": every}
     if family.local_theta and window:
-        fields["rope_local_theta"] = _local_theta(raw["rope_parameters"][SLIDING], where)
+        rope = raw["rope_parameters"][SLIDING]
+        if rope["rope_type"] != "default":
+            raise UserError(
+                f"{where}: rope_parameters.{SLIDING} has the type {rope['rope_type']!r}; only default is implemented"
+            )
+        fields["rope_local_theta"] = number(rope["rope_theta"], float, "rope_local_base_freq", where)
     if family.skips_rope:
         rotated = raw["no_rope_layers"]  # 1: has a rotary embedding
         fields["rope_skip_every"] = _period([not each for each in rotated], "no_rope_layers", where)
@@ -197,10 +203,6 @@ def _experts(family: Family, raw: Raw, where: str) -> dict[str, Any]:
         "intermediate_size": number(raw[family.expert_width], int, family.expert_width, where),
         "normalize_expert_weights": family.normalized or raw["norm_topk_prob"],
     }
-
-
-def _float(value: Any, key: str, where: str) -> float:
-    return 0.0 if value is None else number(value, float, key, where)
 
 
 def _window(family: Family, raw: Raw, where: str) -> tuple[int, int]:
@@ -230,14 +232,6 @@ def _period(marked: list[bool], key: str, where: str) -> int:
     if marked != [(layer + 1) % every == 0 for layer in range(len(marked))]:
         raise UserError(f"{where}: {key} has no period; only every n-th layer may differ from the others")
     return every
-
-
-def _local_theta(rope: Raw, where: str) -> float:
-    if rope["rope_type"] != "default":
-        raise UserError(
-            f"{where}: rope_parameters.{SLIDING} has the type {rope['rope_type']!r}; only default is implemented"
-        )
-    return number(rope["rope_theta"], float, "rope_local_base_freq", where)
 
 
 def config_keys(family: Family, config: DecoderConfig, rope: Raw) -> Raw:

@@ -152,8 +152,6 @@ def read_config(path: epath.PathLike) -> dict[str, Any]:
         raise UserError(
             f"{path}: {kind}.rope.scaling.type is {scaling!r}; only none and linear are implemented"
         )
-    if scaling == "linear" and "rope.scaling.factor" not in data:
-        raise UserError(f"{path}: {kind}.rope.scaling.factor is missing")
     linear = {"rope_type": "linear", "factor": data.get("rope.scaling.factor")}
     raw = {
         "model_type": architecture.model_type,

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from lemur_jax.checkpoint.digest import RunningDigest
-from lemur_jax.checkpoint.metadata import Damaged, Leaf, make_metadata
+from lemur_jax.checkpoint.metadata import Damaged, make_metadata
 from lemur_jax.checkpoint.reading import read_metadata, read_slices, restore_params
 from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
@@ -22,7 +22,6 @@ from lemur_jax.convert import layout
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.convert.model_card import model_card
-from lemur_jax.convert.vocabulary import AS_IT_IS
 from lemur_jax.models.decoder import abstract_params
 from lemur_jax.models.presets import preset
 from lemur_jax.text.chat_template import CHATML_TOKENS
@@ -111,26 +110,18 @@ def test_layers_are_read_chunk_by_chunk(monkeypatch):
     monkeypatch.setattr(export_module, "read_slices", watched)
     digest = RunningDigest()
     digest.update(values)
-    stored = Leaf(shape=values.shape, dtype=str(values.dtype), digest=digest.value)
-    monkeypatch.setattr(layout, "weights", lambda config: (weight,))
-    config = preset("tiny")
-    opened = export_module.OpenedCheckpoint(
-        where="here",
-        stored=config,
-        written=config,
-        arrays={weight.path: array},
-        leaves={weight.path: stored},
-        tokenizer=None,
-        change=AS_IT_IS,
-    )
-    streamed = dict(opened.tensors("float32"))
+
+    def read():
+        return export_module.read_parameter(array, weight, digest.value, "here: parameter query")
+
+    streamed = dict(read())
     assert sizes == [2, 2, 1]
     assert list(streamed) == list(weight.names)
     for layer, name in enumerate(weight.names):
         np.testing.assert_array_equal(weight.from_hf(streamed[name]), values[layer])
     array[3, 1, 2, 3].write(9.0).result()
-    with pytest.raises(Damaged, match="here: parameter .*query .* is not what was saved"):
-        list(opened.tensors("float32"))
+    with pytest.raises(Damaged, match="here: parameter query is damaged: it is not what was saved"):
+        list(read())
 
 
 @pytest.fixture

@@ -53,10 +53,26 @@ QWEN3_MOE = dict(
     norm_topk_prob=True,
     rope_parameters={"rope_type": "default", "rope_theta": 1e6},
 )
+LLAMA3 = {
+    **{
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+    "original_max_position_embeddings": 256,  # so that 640 positions are beyond it
+}
 FAMILIES = {
-    "llama with biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "llama 3, tied": ("Llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "llama with linear scaling": (
+        "Llama",
+        dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    ),
+    "llama with biases": ("Llama", dict(attention_bias=True, mlp_bias=True, num_key_value_heads=4)),
     "llama with yarn": ("Llama", dict(rope_parameters=YARN)),
     "mistral": ("Mistral", dict(sliding_window=40)),
+    "mistral without a window": ("Mistral", dict(sliding_window=None)),  # exported as a Llama
     "gemma2 without window and caps": (
         "Gemma2",
         dict(layer_types=["full_attention"] * 3, attn_logit_softcapping=None, final_logit_softcapping=None),
@@ -153,7 +169,7 @@ def test_an_export_is_the_same_model_bit_for_bit(model, tmp_path):
             for name in [name for name in theirs if fused in name]:
                 prefix = name.replace(fused.split(".")[1] + ".weight", "")
                 ours[name] = torch.cat([ours.pop(f"{prefix}{part}_proj.weight") for part in parts])
-    else:
+    elif model.config.model_type != "mistral" or model.config.sliding_window:
         assert type(again) is type(model)
     assert theirs.keys() == ours.keys()
     for name, tensor in theirs.items():
@@ -194,6 +210,13 @@ def logit_difference(theirs, config, params):
     positions = jnp.broadcast_to(jnp.arange(100), ids.shape)
     ours = forward(config, Compute(), params, jnp.asarray(ids), positions, jnp.ones_like(positions))
     return np.abs(ours - expected).max()
+
+
+@pytest.mark.parametrize("model", ["llama with biases"], indirect=True)
+def test_a_rotary_fault_is_seen(model, tmp_path):
+    config, params = load_hf_params(tmp_path / "model")
+    assert logit_difference(model, config, params) <= 1e-4
+    assert logit_difference(model, dataclasses.replace(config, rope_theta=10_100.0), params) > 1e-3
 
 
 def test_the_text_part_of_a_multimodal_gemma(tmp_path):
