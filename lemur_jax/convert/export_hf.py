@@ -26,6 +26,7 @@ from lemur_jax.checkpoint.reading import (
 from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import write_json
+from lemur_jax.common.paths import absolute
 from lemur_jax.convert import hf_config, layout
 from lemur_jax.convert.directory import check_target, staged
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
@@ -83,7 +84,10 @@ def export_hf(
     numpy_dtype(dtype)
     target = epath.Path(hf_dir)
     check_target(target, overwrite, _is_export)
-    with _merged(ckpt_dir, read_metadata(ckpt_dir, step)) as (ckpt_dir, metadata):
+    metadata = read_metadata(ckpt_dir, step)
+    if adapter_of(metadata) and absolute(metadata["config"]["init"]["checkpoint"]) == absolute(target):
+        raise UserError(f"{target} is the base of the adapter in {ckpt_dir}: choose another directory")
+    with _merged(ckpt_dir, metadata) as (ckpt_dir, metadata):
         config, tokenizer, tensors = _open(ckpt_dir, metadata, change, dtype)
         with suggest_other_steps(ckpt_dir, metadata["step"]), staged(target) as directory:
             shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}

@@ -36,6 +36,8 @@ def test_peft_computes_what_the_merged_model_computes(make_model, tmp_path):
     write_adapter(tmp_path / "adapter", model.path)
     export_peft(tmp_path / "adapter", tmp_path / "peft")
     export_hf(tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    with pytest.raises(UserError, match="hf is the base of the adapter in"):
+        export_hf(tmp_path / "adapter", model.path, overwrite=True)
     tokens = torch.arange(1, 61)[None]
     with torch.no_grad():
         before = model.model(tokens).logits
