@@ -33,12 +33,12 @@ class Need:
 def budget(mixture: Mixture, steps: int) -> list[Need]:
     """What a run of `steps` updates needs of each source."""
     wanted = mixture.rows_before(steps * mixture.batch_rows)
-    stages = [stage for stage in mixture.stages if stage.step < steps]
-    shares = {}
-    for number, stage in enumerate(stages):
-        stop = stages[number + 1].step if stage is not stages[-1] else steps
-        label = f"{stage.name}, step {stage.step:,} on"
-        shares[label] = _token_shares(mixture, stage.step, stop)
+    stages = [(name, stage.step) for name, stage in mixture.stages if stage.step < steps]
+    stops = [*(start for _, start in stages[1:]), steps]
+    shares = {
+        f"{name}, step {start:,} on": _token_shares(mixture, start, stop)
+        for (name, start), stop in zip(stages, stops, strict=True)
+    }
     return [
         Need(
             name=source.name,

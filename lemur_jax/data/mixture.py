@@ -8,14 +8,14 @@ Axes: B rows of the global batch, T position in a row.
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.data.config import DataConfig
+from lemur_jax.data.config import DataConfig, StageConfig
 from lemur_jax.data.permutation import key_of, permute
 from lemur_jax.data.rows import Batch, ConcatRows, FitRows, Rows
 from lemur_jax.data.store import TokenStore
@@ -35,15 +35,6 @@ class Source:
     rows: Rows
     share: float
     max_epochs: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """Shares of tokens, by source, from update `step` on until the next stage begins; others have none."""
-
-    name: str
-    step: int
-    shares: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +65,7 @@ class Mixture:
 
     Args:
       sources: all with rows of one length.
-      stages: those after the first, which begins at step 0 with the sources' own shares.
+      stages: name and config of those after the first, which begins at step 0 with the sources' own shares.
 
     Attributes:
       stages: all of them, in order.
@@ -83,7 +74,13 @@ class Mixture:
       UserError: no sources.
     """
 
-    def __init__(self, sources: Sequence[Source], seed: int, batch_rows: int, stages: Sequence[Stage] = ()):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        seed: int,
+        batch_rows: int,
+        stages: Iterable[tuple[str, StageConfig]] = (),
+    ):
         if not sources:
             raise UserError(
                 "data.sources is empty: name at least one seqio task with a share, e.g. code=dict(share=1.0)"
@@ -91,15 +88,15 @@ class Mixture:
         own = {source.name: source.share for source in sources}
         self.sources = tuple(sources)
         self.stages = (
-            Stage(name="start", step=0, shares=own),
-            *sorted(stages, key=lambda stage: stage.step),
+            ("start", StageConfig(step=0, shares=own)),
+            *sorted(stages, key=lambda named: named[1].step),
         )
         self.seed = seed
         self.batch_rows = batch_rows
         self.length = sources[0].rows.length
         self._keys = [key_of("rows", int(seed), source.name) for source in sources]
         self._stretches: list[_Stretch] = []
-        for stage in self.stages:
+        for _, stage in self.stages:
             row = stage.step * batch_rows
             visited = self.rows_before(row) if row else [0] * len(sources)
             splits = _splits(sources, stage.shares)
@@ -188,8 +185,7 @@ def open_mixture(data: DataConfig, tokenizer: Tokenizer, *, seed: int, batch_row
         )
         for name, source in data.sources.items()
     ]
-    stages = [Stage(name=name, step=stage.step, shares=stage.shares) for name, stage in data.stages.items()]
-    return Mixture(sources, seed, batch_rows, stages)
+    return Mixture(sources, seed, batch_rows, data.stages.items())
 
 
 def open_rows(data: DataConfig, tokenizer: Tokenizer, task: str, split: str, packing: str = "") -> Rows:

@@ -2,7 +2,8 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.data.budget import budget, check_budget, format_budget
-from lemur_jax.data.mixture import Mixture, Stage
+from lemur_jax.data.config import StageConfig
+from lemur_jax.data.mixture import Mixture
 from tests.helpers.fake_rows import source
 
 
@@ -28,7 +29,7 @@ def test_budget():
 
 def test_a_cap_holds_over_all_stages_together():
     sources = [source("code", 1.0, rows=100, max_epochs=1.0), source("text", 1.0, rows=100)]
-    anneal = Stage(name="anneal", step=8, shares={"code": 3.0, "text": 1.0})
+    anneal = ("anneal", StageConfig(step=8, shares={"code": 3.0, "text": 1.0}))
     mixture = Mixture(sources, seed=0, batch_rows=20, stages=[anneal])
     needs = budget(mixture, steps=9)
     assert [need.rows_wanted for need in needs] == [80 + 15, 80 + 5]

@@ -10,7 +10,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.common.sections import from_plain
 from lemur_jax.config import default_config, from_config_dict
 from lemur_jax.data.config import DataConfig, SourceConfig, StageConfig
-from lemur_jax.data.mixture import Mixture, Stage, open_mixture, open_rows
+from lemur_jax.data.mixture import Mixture, open_mixture, open_rows
 from lemur_jax.data.rows import ConcatRows, FitRows
 from lemur_jax.models.presets import preset
 from tests.helpers.documents import rewrite_manifest
@@ -18,7 +18,7 @@ from tests.helpers.fake_rows import ids_of, source
 
 
 def stages(*pairs):
-    return [Stage(name=f"stage{step}", step=step, shares=shares) for step, shares in pairs]
+    return [(f"stage{step}", StageConfig(step=step, shares=shares)) for step, shares in pairs]
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,7 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from lemur_jax.data.mixture import Mixture, Source, Stage
+from lemur_jax.data.config import StageConfig
+from lemur_jax.data.mixture import Mixture, Source
 from lemur_jax.data.rows import ConcatRows, FitRows
 from tests.helpers.fake_rows import FakeRows
 
@@ -87,7 +88,7 @@ def test_a_late_step_costs_what_the_first_one_costs(make_store, random_documents
         reads.clear()
         tracemalloc.start()
         rows = rows_of(store, 24)
-        stages = [Stage(name="anneal", step=900_000, shares={"late": 1.0, "code": 1.0})]
+        stages = [("anneal", StageConfig(step=900_000, shares={"late": 1.0, "code": 1.0}))]
         sources = [Source(name=name, rows=rows, share=1.0) for name in ("code", "late")]
         mixture = Mixture(sources, seed=7, batch_rows=64, stages=stages)
         mixture.read(*mixture.locate(step))
