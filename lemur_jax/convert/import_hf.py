@@ -154,7 +154,7 @@ def import_hf(
     overwrite: bool = False,
     change: Change = AS_IT_IS,
 ) -> DecoderConfig:
-    """Writes a Hugging Face Llama as a checkpoint of parameters only, step 0, one tensor at a time.
+    """Writes a Hugging Face model as a checkpoint of parameters only, step 0, one tensor at a time.
 
     Args:
       hf_dir: directory with `config.json`, weights and tokenizer files if it has some, local or gs://.
