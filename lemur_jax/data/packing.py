@@ -68,7 +68,7 @@ class Packing:
 
 
 def open_packing(store: TokenStore, length: int) -> Packing:
-    """The packing of a store, made first if it is not there; UserError: it is damaged.
+    """The packing of a store, made first if it is not there; UserError: it is damaged, or of another store.
 
     Where the store cannot be written, each process that needs it makes it in a temporary directory.
     """
@@ -85,13 +85,13 @@ def open_packing(store: TokenStore, length: int) -> Packing:
         _put_in_place(_write(store, length, partial), folder)
     try:
         packing = Packing(folder)
-        if packing.counts.store not in ("", store.manifest.digest):
-            raise ValueError("it was made from another store")
-        return packing
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{folder} cannot be used ({reason_of(error)}): remove that directory, and it is made again"
+            f"{folder} is damaged ({reason_of(error)}): remove that directory, and it is made again"
         ) from error
+    if packing.counts.store not in ("", store.manifest.digest):
+        raise UserError(f"{folder} was made from another store: remove that directory, and it is made again")
+    return packing
 
 
 def _put_in_place(partial: epath.Path, folder: epath.Path) -> None:
