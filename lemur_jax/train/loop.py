@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,10 +105,7 @@ def train(
         log = StepLog(history, stack.enter_context(bar), inputs.mixture, inputs.program, began)
         log.write_start(first)
         if unscored:
-            with log.paused("eval"):
-                evaluations.score(inputs.program.weights(state), first, unscored)
-            log.sync()
-            barrier("evaluation", WAIT_SECONDS)  # each host may look for the records
+            score_before_the_first_step(evaluations, log, inputs.program.weights(state), first, unscored)
         run = Run(config=config, inputs=inputs, saves=saves, evaluations=evaluations, log=log, stop=stop)
         with jax.transfer_guard("disallow"):  # what moves between host and device says so
             return run_steps(run, state, first, profile, workdir / "profile")
@@ -224,6 +221,16 @@ def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
         held_out={each.task: f"{each.task}, {each.num_bytes} bytes" for each in inputs.held_out},
         rollouts=inputs.rollouts,
     )
+
+
+def score_before_the_first_step(
+    evaluations: Evaluations, log: StepLog, params: Any, first: int, tasks: Sequence[str]
+) -> None:
+    """Held-out loss of the state from which this process starts."""
+    with log.paused("eval"):
+        evaluations.score(params, first, tasks)
+    log.sync()
+    barrier("evaluation", WAIT_SECONDS)  # each host may look for the records
 
 
 def describe(inputs: Inputs, steps: int, first: int, profile: range) -> str:
