@@ -89,8 +89,7 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
       config: a run config.
       mesh: from `parallel.mesh.make_mesh`.
       num_sources: S, sources of the mixture.
-      objective: what is minimized; None: as the config says, next-token loss or that of `config.preference` or
-        `config.distill`.
+      objective: what is minimized; None: next-token loss, or as `config.preference` or `config.distill` say.
 
     Raises:
       UserError: the mesh does not divide the model or the batch.
