@@ -16,9 +16,7 @@ PACKINGS = ("concat", "fit")
 class SourceConfig:
     """One ingredient of the mixture."""
 
-    share: float = (
-        -1.0
-    )  # its part of the tokens, in proportion to the other sources'; needed without `epochs`
+    share: float = -1.0  # its part of the tokens, in proportion to the others'; needed without `epochs`
     packing: str = "concat"  # "concat": one stream cut into rows; "fit": whole documents, as many as fit
     max_epochs: float = 0.0  # how often each row may be seen; 0: without limit
     epochs: float = 0.0  # passes over the source; given for all sources, it sets shares and train.steps

@@ -45,7 +45,9 @@ def start_run(base, options=None, shape=(1, 1, 1, 1)):
     """(config, program, first state) of an adapter of `base`."""
     config = tiny_config({"init.checkpoint": base, **LORA, **(options or {})})
     program = program_on(shape, config)
-    initial = InitialParams(config.init, config.adapter, config.seed, None, program)
+    initial = InitialParams(
+        init=config.init, adapter=config.adapter, seed=config.seed, tokenizer=None, program=program
+    )
     params = jax.tree.map(lambda leaf: leaf, initial.params())
     return config, program, start(params, program.optimizer, program.state, frozen=initial.frozen()[0])
 

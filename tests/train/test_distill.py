@@ -74,7 +74,9 @@ def test_a_student_comes_nearer(teacher, batch):
     }  # fmt: skip
     config = tiny_config(options)
     program = program_on((1, 2, 1, 2), config)
-    initial = InitialParams(config.init, config.adapter, 0, None, program, path)
+    initial = InitialParams(
+        init=config.init, adapter=config.adapter, seed=0, tokenizer=None, program=program, teacher=path
+    )
     student = first_state(program).params
     arrays = (batch["tokens"], batch["positions"], batch["segment_ids"])
     logprobs = [
@@ -100,7 +102,10 @@ def test_a_student_comes_nearer(teacher, batch):
 def test_teachers_that_do_not_fit(teacher):
     path = teacher[2]
     config = tiny_config({"distill.teacher": path}, vocab_size=600)
-    initial = InitialParams(config.init, config.adapter, 0, None, program_on((1, 1, 1, 1), config), path)
+    initial = InitialParams(
+        init=config.init, adapter=config.adapter, seed=0, tokenizer=None, program=program_on((1, 1, 1, 1), config),
+        teacher=path,
+    )  # fmt: skip
     with pytest.raises(UserError, match="has a vocabulary of 512, config.model.vocab_size is 600"):
         initial.frozen()
     with pytest.raises(UserError, match="leave out adapter.rank"):
