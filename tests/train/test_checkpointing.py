@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 
+from lemur_jax.checkpoint.manager import Checkpoints
 from lemur_jax.checkpoint.reading import read_metadata, steps_in
 from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import load
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
+from lemur_jax.train import saves
 from lemur_jax.train.evaluate import Evaluations
 from lemur_jax.train.saves import Saves
 from tests.helpers.limits import files_of_at_most
@@ -162,6 +164,25 @@ def test_a_full_disk_for_some_steps_ends_nothing(train, tmp_path, monkeypatch, c
     assert any("metrics.jsonl: File too large" in line for line in lines)
     assert any("metrics.jsonl can be written again, and no record is missing" in line for line in lines)
     assert [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "train"] == list(range(1, 7))
+    assert steps_in(tmp_path)[1][-1] == 6
+
+
+def test_the_last_save_is_tried_again_where_it_fails(train, tmp_path, monkeypatch):
+    """No later update would save it."""
+    save, refused = Checkpoints.save, []
+
+    def refused_once(self, step, *args):
+        if step < 6 or refused:
+            return save(self, step, *args)
+        refused.append(step)
+        with files_of_at_most(600):
+            save(self, step, *args)
+            self.wait()
+
+    monkeypatch.setattr(Checkpoints, "save", refused_once)
+    monkeypatch.setattr(saves, "_RETRY_SECONDS", 0.1)
+    train(tmp_path)
+    assert refused == [6]
     assert steps_in(tmp_path)[1][-1] == 6
 
 
