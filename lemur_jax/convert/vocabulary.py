@@ -85,14 +85,7 @@ class Change:
         if self.add_tokens and not files:
             raise UserError(f"--add-tokens: {where} has no tokenizer to add them to")
         if files and (self.drop_rows_above or self.add_tokens):
-            tokenizer = Tokenizer(files, str(where))
-            for token in self.add_tokens:
-                known = tokenizer.find(token)
-                if known is not None and token not in tokenizer.control_tokens:
-                    raise UserError(
-                        f"--add-tokens: {where} has {token!r} already, as the id {known} of plain text: leave it out"
-                    )
-            files = revise(tokenizer, keep=self.drop_rows_above, add=self.add_tokens)
+            files = revise(Tokenizer(files, str(where)), keep=self.drop_rows_above, add=self.add_tokens)
         tokens = Tokenizer(files, str(where)).vocab_size if files else 0
         size = self.vocab_size or (max(rows, tokens) if self.add_tokens else rows)
         if size < rows:

@@ -11,12 +11,12 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from lemur_jax.common.progress import duration
 from lemur_jax.config import RunConfig
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.plan import analytic, cost, hlo
 from lemur_jax.plan.compile import Compiled, compile_program, device_bytes
 from lemur_jax.plan.topologies import Slice, described_devices, find_slice
-from lemur_jax.report.charts import compact
 from lemur_jax.telemetry import flops
 from lemur_jax.train.step import build
 
@@ -294,6 +294,9 @@ def _format_step(plan: Plan) -> list[str]:
     lines += ["", f"  {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip"]
     if plan.mfu is not None:
         lines[-1] += f", MFU {plan.mfu:.1%} with causal attention, {plan.mfu_full_attention:.1%} with full"
-        days, hours = compact(plan.days or 0), compact(plan.chip_hours or 0)
-        lines.append(f"  {days} days, {hours} chip-hours for the config's updates")
+        hours = plan.chip_hours or 0.0
+        shown = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
+        lines.append(
+            f"  {duration(86_400 * (plan.days or 0.0))}, {shown} chip-hours for the config's updates"
+        )
     return lines

@@ -71,8 +71,8 @@ def revise(
     """The files of a tokenizer with fewer and with more control tokens.
 
     With `keep` above 0, control tokens with ids from this one on are dropped first, and a chat template that names one.
-    Those of `add` get the next ids, as in `extend`. Raises UserError for a token twice in `add`, or ids of the model
-    file from `keep` on.
+    Those of `add` get the next ids, as in `extend`. Raises UserError for a token twice in `add` or known as plain text,
+    or ids of the model file from `keep` on.
     """
     if len(set(add)) != len(add):
         raise UserError(f"tokenizer.add_tokens names a token twice: {', '.join(add)}")
@@ -86,6 +86,8 @@ def revise(
         )
     size = max([tokenizer.model_size, *(index + 1 for index in kept.values())])
     new = [token for token in add if token in dropped or token not in tokenizer.control_tokens]
+    if known := [token for token in new if token not in dropped and tokenizer.find(token) is not None]:
+        raise UserError(f"cannot add {known[0]!r}: it is plain text in the vocabulary already; leave it out")
     old = tokenizer.chat_template
     if old is not None and any(token in old for token in dropped):
         old = None

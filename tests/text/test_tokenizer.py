@@ -151,6 +151,8 @@ def test_extend_adds_ids_at_the_end(tokenizer, chat_tokenizer, chat_dir, tmp_pat
     assert hf.encode("a<|new|> b") == [1, *again.encode("a"), 705, *again.encode(" b", prefix=False)]
     with pytest.raises(UserError, match="twice"):
         extend(chat_dir, tmp_path / "twice", ["<|a|>", "<|a|>"])
+    with pytest.raises(UserError, match="cannot add 'in': it is plain text"):
+        extend(chat_dir, tmp_path / "text", ["in"])
 
 
 def test_extend_a_directory_as_others_write_it(tokenizer, tmp_path):
