@@ -38,7 +38,7 @@ PROCESS_MODULES = {
     "faults": "drill",
     "hosts": "checkpoints two_hosts",
     "infer": "engine generate quantize serve smoke verbs",
-    "models": "attention decoder experts",
+    "models": "attention decoder experts splash",
     "plan": "generate plan search",
     "prepare": "beam prepare_files readers",
     "report": "samples",
@@ -47,7 +47,7 @@ PROCESS_MODULES = {
     "telemetry": "profiler",
     "": "benchmarks cli docs_data docs_tune layers quickstart_tasks recipe recipe_data",
     "text": "real_tokenizers tokenizer_parity",
-    "train": "adapters checkpointing losses objectives optimizer preferences resume spikes step workdir",
+    "train": "adapters checkpointing doctor losses objectives optimizer preferences resume spikes step workdir",
 }
 
 

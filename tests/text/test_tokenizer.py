@@ -235,6 +235,7 @@ def test_a_byte_level_tokenizer(byte_level_dir, tmp_path):
     assert "<|im_end|>" not in [wide.token(index) for index in wide.encode("<|im_end|>")]
 
 
+@pytest.mark.process  # takes seconds
 def test_bytes_of_tokens_are_those_of_the_text(chat_tokenizer, byte_level_dir):
     """Joined, without the space that SentencePiece puts in front, they are the text."""
     for tokenizer, space in ((chat_tokenizer, b" "), (Tokenizer.load(byte_level_dir), b"")):
