@@ -23,9 +23,10 @@ import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lemur_jax.common.cores import available_cores
 from lemur_jax.config import default_config, from_config_dict
 from lemur_jax.models.presets import preset
-from lemur_jax.prepare.encoding import CHUNK_BYTES, available_cores
+from lemur_jax.prepare.encoding import CHUNK_BYTES
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import train_sentencepiece
 

@@ -149,6 +149,15 @@ def test_the_platform_is_settled_before_a_config_file_may_import_jax(verb, tmp_p
     assert order == [2 if verb in ("train", "rl", "sweep") else 0]
 
 
+def test_a_mistake_ends_the_process_with_one_line(tmp_path):
+    """Nothing that ends with the process adds a line of its own."""
+    (tmp_path / "c.py").write_text(CONFIG)
+    command = [sys.executable, "-m", "lemur_jax", *TRAIN.split(), "--config.mesh.fsdp=3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
 @pytest.mark.parametrize(
     "words",
     [

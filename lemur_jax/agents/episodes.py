@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from lemur_jax.agents import environments, intercode, intercode_bash, mint, tools
 from lemur_jax.agents.environments import Environment, PythonEnvironment, Step
@@ -26,8 +26,12 @@ from lemur_jax.text.chat_template import Message, encode_chat, stop_ids
 from lemur_jax.text.tokenizer import Tokenizer
 
 EXPERT_STOPS = ("\nObservation:", "\nTask:", "\nAssistant:")
-# A conversation, and the strings that end an answer, to the next turn of the assistant.
-Agent = Callable[..., str]
+
+
+class Agent(Protocol):
+    """The next turn of the assistant in a conversation; it ends before the first of `stops`."""
+
+    def __call__(self, messages: Sequence[Message], stops: Sequence[str] = ...) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.agents import answer_process
-from lemur_jax.agents.sandbox import Limits, Result, processors, run
+from lemur_jax.agents.sandbox import Limits, Result, run
+from lemur_jax.common.cores import available_cores
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import Message
 
@@ -155,7 +156,7 @@ def judge(problems: Sequence[Problem], answers: Sequence[str]) -> list[Verdict]:
         verdict, errors = check(problem.head + answer, problem.check)
         return Verdict(id=problem.id, answer=answer, verdict=verdict, errors=errors[-2000:])
 
-    with concurrent.futures.ThreadPoolExecutor(processors()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
         return list(pool.map(one, problems, answers))
 
 

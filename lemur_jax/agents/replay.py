@@ -15,7 +15,7 @@ from lemur_jax.agents.environments import Environment, NotScored
 from lemur_jax.agents.episodes import Trace, Turn, open_environments
 from lemur_jax.agents.mint import Recorded
 from lemur_jax.agents.mint_sets import open_mint
-from lemur_jax.agents.sandbox import processors
+from lemur_jax.common.cores import available_cores
 from lemur_jax.common.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def replay(environments: Iterable[Environment], recorded: Iterable[Recorded]) ->
     """
     by_id = {environment.id.removeprefix("mint-"): environment for environment in environments}
     pairs = [(by_id[episode.id], episode) for episode in recorded if episode.id in by_id]
-    with concurrent.futures.ThreadPoolExecutor(processors()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
         return [found for found in pool.map(lambda pair: _replay(*pair), pairs) if found]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lemur_jax.agents.environments import Environment, NotScored
 from lemur_jax.agents.episodes import Agent, SessionAgent, Trace, Turn, from_json
-from lemur_jax.agents.sandbox import processors
+from lemur_jax.common.cores import available_cores
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import Message
 
@@ -110,7 +110,7 @@ def run_episodes(
     running: list[_Running] = []
     logger.info("episodes: %d of %d, up to %d at once", len(traces), len(ids), batch)
     turns = skipped = 0
-    gate = threading.Semaphore(max(4, processors()))
+    gate = threading.Semaphore(max(4, available_cores()))  # with more boxes at once programs run out of time
 
     def gated(function: Callable[..., Any], *arguments: Any) -> Any:
         with gate:

@@ -158,11 +158,6 @@ def run_python(program: str, *, limits: Limits = Limits(), **options) -> Result:
     return run(["python", "-I", "-S", "main.py"], files={"main.py": program}, limits=limits, **options)
 
 
-def processors() -> int:
-    """Those that this process may use, as in a Slurm job: with more boxes at once, programs run out of time."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _interpreter() -> str:
     """The interpreter itself and not a virtual environment's link to it, which the box does not see."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)

@@ -154,7 +154,7 @@ def suggest_other_steps(path: epath.PathLike, step: int) -> Iterator[None]:
 
 
 def restore_metadata(manager: ocp.CheckpointManager, directory: epath.Path, step: int) -> dict[str, Any]:
-    """The unsealed `metadata` item; all hosts must call it. UserError, too: it is of another step."""
+    """The unsealed `metadata` item; all hosts must call it. UserError: it is damaged, or of another step."""
 
     def read() -> Any:
         item = ocp.args.Composite(metadata=ocp.args.JsonRestore())

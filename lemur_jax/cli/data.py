@@ -20,7 +20,8 @@ def add_verbs(verbs: Verbs) -> None:
         action="store_true",
         help="replace stores whose data, steps or tokenizer have changed; runs that read them cannot continue",
     )
-    sub.add_argument("--runner", default="", help="of Apache Beam; default: processes of this machine")
+    what = "runner of Apache Beam, e.g. FnApiRunner (local); default: processes of this machine"
+    sub.add_argument("--runner", default="", help=what)
     what = "of Beam's pipeline, e.g. --runner-options='--region=X --project=Y'"
     sub.add_argument("--runner-options", type=shlex.split, default="", help=what)
 

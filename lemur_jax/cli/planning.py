@@ -29,8 +29,10 @@ def add_verbs(verbs: Verbs) -> None:
     search = sub.add_argument_group("--search")
     search.add_argument("--search", action="store_true", help="find the best mesh, remat and options")
     search.add_argument("--minutes", type=float, help="time for the search (default: %(default)s)")
-    search.add_argument("--processes", type=int, help="at a time, 2 to 3 GiB each (default: %(default)s)")
-    search.add_argument("--output", metavar="DIR", help="for best.py and tables (default: %(default)s)")
+    what = "compilations at a time, 2 to 3 GiB each (default: %(default)s)"
+    search.add_argument("--processes", type=int, help=what)
+    what = "for best.py, pareto.html and search.json (default: %(default)s)"
+    search.add_argument("--output", metavar="DIR", help=what)
     search.add_argument("--cache", metavar="DIR", help="finished plans (default: %(default)s)")
 
     generate = sub.add_argument_group("--mode generate, and --prompt-length of --mode rl")

@@ -46,7 +46,7 @@ def barrier(name: str, seconds: float) -> None:
 
 
 def exchange(name: str, value: str, seconds: float) -> list[str]:
-    """The value of every host, by its index; a `barrier` with values."""
+    """Waits as `barrier`, and returns the value of every host, by its index; UserError as there."""
     service = client()
     if service is None:
         return [value]

@@ -5,7 +5,6 @@ import contextvars
 import glob
 import logging
 import os
-import pathlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 from lemur_jax.cluster import coordination
 from lemur_jax.cluster.exit import TRY_AGAIN, end_process
 from lemur_jax.common.errors import UserError
-from lemur_jax.common.json_files import digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -187,12 +185,6 @@ def agree(name: str, value: Callable[[], str]) -> None:
     """UserError, which names the host, where one makes another value; all must call it, except inside `alone`."""
     if not _alone.get() and coordination.process()[1] > 1:
         coordination.agree(name, value(), AGREE_SECONDS)
-
-
-def code_digest() -> str:
-    """Of the source files of this package."""
-    package = pathlib.Path(__file__).parents[1]
-    return digest_of([file.read_text(encoding="utf-8") for file in sorted(package.rglob("*.py"))])
 
 
 def any_host(flag: bool) -> bool:

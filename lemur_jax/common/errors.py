@@ -18,7 +18,7 @@ class Diverged(UserError):
 
 
 def reason_of(error: BaseException, most: int = 500) -> str:
-    """An error's class and message, without TensorStore's details; beyond `most` characters without its middle."""
+    """An error's class and message, without TensorStore's details; above `most` characters the middle is left out."""
     text = str(error)
     if isinstance(error, KeyError) and " " in text:  # a sentence rather than a key
         text = str(error.args[0])

@@ -234,7 +234,8 @@ class _Server:
             gone.cancel()
 
     async def _stream(self, request: Request, body: Json, asked: Asked, kind: str) -> Response:
-        head, with_usage, ((generation,), ends) = self._head(kind, "stream"), usage_wanted(body), asked
+        (generation,), ends = asked
+        head, with_usage = self._head(kind, "stream"), usage_wanted(body)
         if with_usage:
             head["usage"] = None  # in all chunks but the last, which has no choices
 

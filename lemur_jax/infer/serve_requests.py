@@ -19,9 +19,12 @@ Json = dict[str, Any]
 MOST_ANSWERS, MOST_TOP, MOST_STOPS = 64, 20, 64
 MOST_BYTES, BODY_SECONDS = 4 << 20, 30.0
 # Fields of OpenAI and vLLM that would change an answer and are not supported; an empty value asks for nothing.
-_UNSUPPORTED = """tools functions response_format logit_bias presence_penalty frequency_penalty suffix reasoning_effort
-chat_template chat_template_kwargs documents continue_final_message min_tokens ignore_eos stop_token_ids bad_words
-allowed_token_ids use_beam_search structured_outputs guided_json guided_regex guided_choice guided_grammar"""
+_UNSUPPORTED = (
+    "tools", "functions", "response_format", "logit_bias", "presence_penalty", "frequency_penalty", "suffix",
+    "reasoning_effort", "chat_template", "chat_template_kwargs", "documents", "continue_final_message", "min_tokens",
+    "ignore_eos", "stop_token_ids", "bad_words", "allowed_token_ids", "use_beam_search", "structured_outputs",
+    "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+)  # fmt: skip
 
 
 def check_host(request: Request, hosts: Sequence[str] | None) -> None:
@@ -57,7 +60,7 @@ async def read_body(request: Request, hosts: Sequence[str] | None) -> Json:
         raise UserError(f"the request is not JSON: {str(error)[:200]}") from error
     if not isinstance(body, dict):
         raise UserError("the request must be a JSON object")
-    for field in _UNSUPPORTED.split():
+    for field in _UNSUPPORTED:
         if body.get(field) and (field, body[field]) != ("response_format", {"type": "text"}):
             raise UserError(f"{field} is not supported: leave it out")
     return body

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -193,7 +192,7 @@ def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
         a result if a process dies while it writes one."""
         if not hasattr(own, "pipe"):
             own.pipe, theirs = _SPAWN.Pipe()
-            process = _SPAWN.Process(target=_work, args=(theirs, tokenizer), daemon=True)
+            process = _SPAWN.Process(target=_run_worker, args=(theirs, tokenizer), daemon=True)
             process.start()
             theirs.close()
             started.append((process, own.pipe))
@@ -225,11 +224,6 @@ def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
             process.join()
 
 
-def available_cores() -> int:
-    """The cores that this process may use; in a container fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _encode_here(
     tokenizer: Tokenizer, records: Iterable[Record | None], steps: str
 ) -> Iterator[Result | None]:
@@ -251,7 +245,7 @@ def _chunks(records: Iterable[Record | None]) -> Iterator[list[Record | None]]:
         yield chunk
 
 
-def _work(pipe: Connection, tokenizer: Tokenizer) -> None:
+def _run_worker(pipe: Connection, tokenizer: Tokenizer) -> None:
     """A worker process: encodes chunks until its parent closes the pipe, or is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent stops its workers
     with contextlib.suppress(EOFError, ConnectionError):

@@ -161,7 +161,7 @@ def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
 
 
 def _without_ids(value: dict[str, Any]) -> dict[str, Any]:
-    """Of calls, whose ids are drawn at random: `exact_duplicates` does not look at them either."""
+    """An object without ids. Those of calls are random: conversations that differ in them alone stay on one side."""
     return {key: item for key, item in value.items() if key not in ("id", "tool_call_id")}
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.cluster.lock import workdir_lock
+from lemur_jax.common.cores import available_cores
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.json_files import digest_of
 from lemur_jax.common.paths import is_refused_by_store
@@ -33,7 +34,7 @@ from lemur_jax.prepare import beam, duplicates, tasks
 from lemur_jax.prepare.cleaning import NO_STEPS, Removed, check_fields, parse_steps
 from lemur_jax.prepare.code_layout import check_content, check_tokens
 from lemur_jax.prepare.digests import input_digest, task_digest
-from lemur_jax.prepare.encoding import BadRecord, Encode, Record, Result, available_cores, encoder
+from lemur_jax.prepare.encoding import BadRecord, Encode, Record, Result, encoder
 from lemur_jax.prepare.mixtures import record_mixture, resolve_mixture
 from lemur_jax.prepare.parts import check_part, copy_part, split_name
 from lemur_jax.prepare.prepare_tokenizer import prepare_tokenizer

@@ -25,7 +25,9 @@ def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
         "data.sources.NAME.epochs": config.data.by_epochs,
     }
     if named := [name for name, value in of_training.items() if value]:
-        raise UserError(f"lemur rl takes no config.{', config.'.join(named)}: unset what is of lemur train")
+        raise UserError(
+            f"lemur rl does not use config.{', config.'.join(named)}: unset what is for lemur train"
+        )
     mesh = make_mesh(config.mesh)
     tokenizer = Tokenizer.from_config(config.tokenizer)
     chat_template(tokenizer)  # raises where there is none, before weights are read

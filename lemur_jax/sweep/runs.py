@@ -71,7 +71,7 @@ def parse_ratio(ratio: str) -> list[float]:
 
 
 def shares_of(ratio: str) -> tuple[float, ...]:
-    """The shares in "10:1", of which the sum is 1."""
+    """The shares in a ratio such as "10:1", scaled to add up to 1."""
     shares = parse_ratio(ratio)
     return tuple(share / sum(shares) for share in shares)
 

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 
+from lemur_jax.common.json_files import digest_of
 from lemur_jax.telemetry.metrics import Record
 
 _PACKAGES = (
@@ -51,6 +52,12 @@ def _git(directory: pathlib.Path, *words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):  # no git, or a slow network disk
         return None
     return done.stdout.strip() or None
+
+
+def code_digest() -> str:
+    """sha256 (hex) of the source files of this package."""
+    package = pathlib.Path(__file__).parents[1]
+    return digest_of([file.read_text(encoding="utf-8") for file in sorted(package.rglob("*.py"))])
 
 
 def versions() -> list[str]:

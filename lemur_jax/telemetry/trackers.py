@@ -4,6 +4,7 @@ A number of a record is named `kind/key`, or `kind/task/key` if the record names
 """
 
 import hashlib
+import importlib.util
 import os
 import tempfile
 import uuid
@@ -14,6 +15,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.paths import absolute
+from lemur_jax.telemetry.config import LogConfig
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -26,6 +28,15 @@ def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def check_installed(log: LogConfig) -> None:
+    """Raises UserError where a tracker is on and its package is missing."""
+    for option, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        if getattr(log, option) and not importlib.util.find_spec(package):
+            raise UserError(
+                f"config.log.{option} needs {package}: pip install 'lemur_jax[{option}]', or set it to False"
+            )
+
+
 class TensorBoard:
     """Writes records as scalars below `WORKDIR/tensorboard`; TensorFlow is not needed.
 
@@ -36,16 +47,14 @@ class TensorBoard:
         directory = os.fspath(epath.Path(workdir) / "tensorboard")
         # Files are named by the second and the host: two starts within one would overwrite each other.
         suffix = f".{step:09d}"
-        try:
-            from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(
-                directory, purge_step=step + 1, flush_secs=30, filename_suffix=suffix
-            )
-        except ImportError as error:  # it imports google-cloud-storage for gs:// alone
+        options = {"purge_step": step + 1, "flush_secs": 30, "filename_suffix": suffix}
+        try:
+            self._writer = SummaryWriter(directory, **options)
+        except ImportError as error:
             raise UserError(
-                f"config.log.tensorboard: {error}; pip install 'lemur_jax[tensorboard]', on gs:// google-cloud-storage"
-                " too, or set it to False"
+                f"config.log.tensorboard on gs:// needs google-cloud-storage ({error}): install it, or set it to False"
             ) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -67,12 +76,8 @@ class WeightsAndBiases:
     """
 
     def __init__(self, workdir: epath.PathLike, fresh: bool):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "config.log.wandb needs wandb: pip install 'lemur_jax[wandb]', or set it to False"
-            ) from error
+        import wandb
+
         path, key = os.fspath(absolute(workdir)), epath.Path(workdir) / "wandb-id.txt"
         if fresh:
             key.write_text(uuid.uuid4().hex)

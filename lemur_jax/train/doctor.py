@@ -20,12 +20,12 @@ from lemur_jax.checkpoint.config import CheckpointConfig
 from lemur_jax.checkpoint.manager import check_state
 from lemur_jax.checkpoint.reading import newest_metadata
 from lemur_jax.cluster import coordination
-from lemur_jax.cluster.hosts import alone, code_digest, is_primary
+from lemur_jax.cluster.hosts import alone, is_primary
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.data.mixture import Mixture
 from lemur_jax.parallel.mesh import make_mesh
-from lemur_jax.telemetry.provenance import versions
+from lemur_jax.telemetry.provenance import code_digest, versions
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.inputs import open_stores

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import logging
 import time
 import uuid
@@ -14,16 +13,17 @@ from etils import epath
 
 from lemur_jax.checkpoint.metadata import make_metadata
 from lemur_jax.cluster.coordination import barrier, from_primary
-from lemur_jax.cluster.hosts import agree, code_digest, inform, is_primary
+from lemur_jax.cluster.hosts import agree, inform, is_primary
 from lemur_jax.cluster.lock import WAIT_SECONDS, workdir_lock
 from lemur_jax.cluster.preemption import Interruption
-from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import digest_of
 from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig
 from lemur_jax.models.decoder import num_params
+from lemur_jax.telemetry.config import LogConfig
 from lemur_jax.telemetry.profiler import check_steps, trace_steps
-from lemur_jax.telemetry.provenance import versions
+from lemur_jax.telemetry.provenance import code_digest, versions
+from lemur_jax.telemetry.trackers import check_installed
 from lemur_jax.train import step
 from lemur_jax.train.evaluate import Evaluations, EvaluationSteps
 from lemur_jax.train.history import open_history
@@ -78,7 +78,8 @@ def train(
     check_steps(profile, config.train.steps)
     workdir, values, steps = epath.Path(workdir), config.to_json(), config.train.steps
     inputs = open_inputs(config, build)
-    check_inputs(inputs, values)
+    check_before_start(inputs, config.log)
+    warn_of_unused_options(values)
     config_changes(values, workdir, extend=extend)  # refuses before anything is made
     with contextlib.ExitStack() as stack:
         if is_primary():
@@ -111,25 +112,20 @@ def train(
             return run_steps(run, state, first, profile, workdir / "profile")
 
 
-def check_inputs(inputs: Inputs, values: Mapping[str, Any]) -> None:
-    """UserError: a kernel refuses the batch, a package of `config.log` is missing, or hosts have other code or data.
-
-    What has no effect in `values`, the config as JSON, is logged.
-    """
+def check_before_start(inputs: Inputs, log: LogConfig) -> None:
+    """UserError: a kernel refuses the batch, a package of `config.log` is missing, or hosts have other code or data."""
+    check_installed(log)
     inputs.program.trace()
     code = "the code of lemur_jax, or the version of Python or a library (`lemur doctor` shows them),"
     agree(code, lambda: digest_of([code_digest(), *versions()]))
     held_out = {f"{each.task}, held out": each.rows.store.manifest.digest for each in inputs.held_out}
     agree("the data in config.data.stores", lambda: digest_of({**inputs.mixture.digests(), **held_out}))
-    if not is_primary():
-        return
-    if unused := unused_options(values):
+
+
+def warn_of_unused_options(values: Mapping[str, Any]) -> None:
+    """Logs which options of a config, as JSON, have no effect."""
+    if is_primary() and (unused := unused_options(values)):
         logger.warning("options of the config without effect: %s", ", ".join(unused))
-    for key, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
-        if values["log"][key] and not importlib.util.find_spec(package):  # before a large state is read
-            raise UserError(
-                f"config.log.{key} needs {package}: pip install 'lemur_jax[{key}]', or set it to False"
-            )
 
 
 def check_same_workdir(workdir: epath.Path) -> None:
@@ -172,7 +168,7 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
         stopping = stop.reached()
         if due(done, config.log.every_steps):
             saves.poll()  # ... and on whether a save is late or has failed
-        save = saves.due(done, anyway=rolled_back or stopping)
+        save = saves.due(done, force=rolled_back or stopping)
         losses: dict[str, float] = {}
         if evaluations.due(done, save) and not stopping:
             log.flush()

@@ -104,9 +104,9 @@ class Saves(contextlib.AbstractContextManager):
         with jax.transfer_guard("allow"):  # of several hosts' flags
             self._early = any_host(late or self._checkpoints.failed)
 
-    def due(self, step: int, *, anyway: bool = False) -> bool:
-        """Whether to save after an update; the same on all hosts. `anyway`: whatever the step."""
-        return anyway or self._early or step == self._last or due(step, self._options.every_steps)
+    def due(self, step: int, *, force: bool = False) -> bool:
+        """Whether to save after an update; the same on all hosts. `force`: whatever the step."""
+        return force or self._early or step == self._last or due(step, self._options.every_steps)
 
     def save(self, step: int, state: TrainState, losses: Mapping[str, float], *, stop: bool) -> None:
         """Saves the state after `step` updates, with held-out losses by task if there are any, in the background.

@@ -279,7 +279,7 @@ def test_runs_that_cannot_go_on_say_why(play):
     with pytest.raises(UserError, match="must be a multiple of config.rl.group_size 3"):
         play("groups", group_size=3)
     with pytest.raises(
-        UserError, match="takes no config.preference.loss, config.train.batch_documents: unset"
+        UserError, match="does not use config.preference.loss, config.train.batch_documents: unset"
     ):
         play("pairs", **{"preference.loss": "dpo", "train.batch_documents": 9})
     with pytest.raises(UserError, match="config.rl.environment 'echo' has fewer than two tasks"):

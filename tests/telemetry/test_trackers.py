@@ -11,8 +11,9 @@ from unittest.mock import Mock
 import pytest
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.telemetry.config import LogConfig
 from lemur_jax.telemetry.metrics import MetricsWriter
-from lemur_jax.telemetry.trackers import TensorBoard, WeightsAndBiases
+from lemur_jax.telemetry.trackers import TensorBoard, WeightsAndBiases, check_installed
 
 
 def write_records(workdir, **trackers):
@@ -100,7 +101,8 @@ def test_on_gs_tensorboard_names_what_it_needs_more(monkeypatch):
     monkeypatch.setattr(record_writer, "GCS_ENABLED", False)
     monkeypatch.delattr(record_writer.GCSRecordWriter, "__del__")
     with pytest.raises(
-        UserError, match=r"log.tensorboard: `google-cloud-storage` must be .* on gs:// google"
+        UserError,
+        match=r"on gs:// needs google-cloud-storage \(`google-cloud-storage` must be .*: install it",
     ):
         TensorBoard("gs://bucket/run", -1)
 
@@ -129,8 +131,8 @@ def test_a_run_that_resumes_is_the_same_and_one_that_begins_another(tmp_path, mo
 
 
 @pytest.mark.parametrize(("package", "tracker"), [("tensorboardX", "tensorboard"), ("wandb", "wandb")])
-def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch, package, tracker):
+def test_without_the_package_one_line_says_what_to_install(monkeypatch, package, tracker):
     monkeypatch.setitem(sys.modules, package, None)  # cannot be imported
-    writer = MetricsWriter(tmp_path, **{tracker: True})
-    with writer, pytest.raises(UserError, match=rf"pip install 'lemur_jax\[{tracker}\]'"):
-        writer.truncate_after(0)
+    check_installed(LogConfig())
+    with pytest.raises(UserError, match=rf"pip install 'lemur_jax\[{tracker}\]'"):
+        check_installed(LogConfig(**{tracker: True}))
