@@ -122,11 +122,6 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, 
     assert {path.name for path in tmp_path.iterdir()} <= {"c.py", "__pycache__"}
 
 
-def test_an_error_of_several_lines_is_one(monkeypatch, capsys):
-    assert raising(monkeypatch, PermissionError(errno.EACCES, "two\n\tlines", "gs://bucket/x")) == 2
-    assert capsys.readouterr().err == "lemur checkpoints: two lines: gs://bucket/x\n"
-
-
 def test_a_home_directory_is_no_directory_of_that_name(tmp_path, monkeypatch, capsys):
     """A shell leaves `~` alone in `--workdir=~/run`."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -204,9 +199,8 @@ def raising(monkeypatch, error):
     "number", ["EACCES", "EPERM", "EROFS", "EMFILE", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG"]
 )
 def test_a_file_system_that_refuses_is_one_line(number, monkeypatch, capsys):
-    number = getattr(errno, number)
-    assert raising(monkeypatch, OSError(number, os.strerror(number), "runs/file")) == 2
-    assert capsys.readouterr().err == f"lemur checkpoints: {os.strerror(number)}: runs/file\n"
+    assert raising(monkeypatch, OSError(getattr(errno, number), "two\n\tlines", "gs://bucket/x")) == 2
+    assert capsys.readouterr().err == "lemur checkpoints: two lines: gs://bucket/x\n"
 
 
 @pytest.mark.parametrize(

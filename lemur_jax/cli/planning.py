@@ -1,5 +1,7 @@
 """What a run would cost: `plan`."""
 
+import dataclasses
+import json
 from typing import Any
 
 from lemur_jax.cli.arguments import Verbs, add_config, add_verb, check_output_file, open_config
@@ -81,7 +83,7 @@ def _plan(args) -> int:
     if args.json:
         from etils import epath
 
-        epath.Path(args.json).write_text(made.to_json() + "\n")
+        epath.Path(args.json).write_text(json.dumps(dataclasses.asdict(made), indent=2) + "\n")
     return 0 if made.fits else 1
 
 

@@ -87,14 +87,16 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
         (int(tokens / microbatches * size), f"activations kept: {name}, all layers")
         for name, size in stored_bytes(model, compute, length, mesh, "keep")
     ]
-    if microbatches > 1:
-        backward.append((parameters, "gradients, summed so far"))
+    gradients = parameters
+    if microbatches > 1:  # their sums are float32
+        gradients = parameters * 4 // jnp.dtype(compute.param_dtype).itemsize
+        backward.append((gradients, "gradients, summed so far"))
     # All gradients exist when the last one is done; with one microbatch there are activations in their place before.
-    update = [(parameters, "gradients")]
+    update = [(gradients, "gradients")]
     buffers = [(moments, "optimizer state"), (parameters, "parameters"), (frozen, "frozen parameters")]
     buffers += max(backward, update, key=lambda each: sum(size for size, _ in each))
     # Each parameter, moment and gradient is read; parameter and moment are written.
-    moved = 2 * (parameters + moments) + parameters + frozen
+    moved = 2 * (parameters + moments) + gradients + frozen
     chip = tpu.generation
     offloaded = sum(size for _, size in stored_bytes(model, compute, length, mesh, "host"))
     network, exchange = _transfers(model, jnp.dtype(compute.dtype).itemsize, microbatches, mesh, tokens, tpu)
@@ -127,7 +129,7 @@ def _state(
 def remat_decision(policy: str, name: str) -> str:
     """What a policy of models/remat.py does with a named value: "keep", "host" or "recompute"."""
     chosen = POLICIES[policy]
-    if chosen is None:
+    if chosen is None or (policy == "dots" and name != "attention_out"):  # "dots" knows products, not names
         return "keep"
     # The primitive that carries a name, as the policies see it.
     named = jax.make_jaxpr(lambda x: checkpoint_name(x, name))(0.0).eqns[0]
@@ -151,20 +153,16 @@ def stored_bytes(
       length: tokens of a row.
       where: "keep" for HBM, or "host".
     """
-    policy = compute.remat
     D, F = model.hidden_size, model.active_mlp_width
     HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
     elements = {
         "layer_in": D, "attention_out": HN, "query": HN, "key_value": 2 * KN, "residual": D,
         "gate_part": compute.gate_share * F, "gate": (1 - compute.gate_share) * F, "up": F,
     }  # fmt: skip
-    places = {name: remat_decision(policy, name) for name in elements}
     itemsize = jnp.dtype(compute.dtype).itemsize
-    if policy == "none":
+    if compute.remat == "none":
         elements |= {"norms": 4 * D * 4 // itemsize, "activation function": 3 * F}
-        places = dict.fromkeys(elements, "keep")
-    if policy == "dots":
-        places = dict.fromkeys(elements, "keep") | {"attention_out": "recompute"}
+    places = {name: remat_decision(compute.remat, name) for name in elements}
     if places["layer_in"] == "recompute":
         places["layer_in"] = "keep"
     size = itemsize * model.num_hidden_layers
@@ -186,12 +184,7 @@ def _flops_per_token(model: DecoderConfig, compute: ComputeConfig, T: int, adapt
         "key_value": 4 * D * KN, "residual": 2 * D * HN, "up": 2 * D * F,
         "gate_part": compute.gate_share * 2 * D * F, "gate": (1 - compute.gate_share) * 2 * D * F,
     }  # fmt: skip
-    policy = compute.remat
-    repeated = 0.0
-    if policy == "dots":
-        repeated = again["attention_out"]
-    elif policy != "none":
-        repeated = sum(cost for name, cost in again.items() if remat_decision(policy, name) == "recompute")
+    repeated = sum(cost for name, cost in again.items() if remat_decision(compute.remat, name) == "recompute")
     return flops.train_flops_per_token(model, T, adapted) + L * repeated
 
 

@@ -6,7 +6,6 @@ It compiles the functions of infer/programs.py. Every time is an estimate.
 """
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
@@ -51,21 +50,6 @@ class GeneratePlan:
     @property
     def fits(self) -> bool:
         return self.prefill.fits and self.decode.fits
-
-    @property
-    def prefill_tokens_per_second(self) -> float | None:
-        """Of the whole batch."""
-        rate = self.prefill.tokens_per_second_per_chip
-        return rate and rate * self.prefill.chips
-
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        """Of the whole batch."""
-        rate = self.decode.tokens_per_second_per_chip
-        return rate and rate * self.decode.chips
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
 
 
 def plan_generate(
@@ -157,8 +141,8 @@ def format_generate_plan(plan: GeneratePlan) -> str:
     """The plan as text."""
     if plan.fits:
         end = (
-            f"ESTIMATED {plan.prefill_tokens_per_second:,.0f} prompt tokens/s and"
-            f" {plan.decode_tokens_per_second:,.0f} generated tokens/s, all sequences together (not measured)"
+            f"ESTIMATED {plan.prefill.tokens_per_second:,.0f} prompt tokens/s and"
+            f" {plan.decode.tokens_per_second:,.0f} generated tokens/s, all sequences together (not measured)"
         )
     else:
         end = "use a larger --config.mesh.tensor or --topology, or a smaller --batch or --cache-length"

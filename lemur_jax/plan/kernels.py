@@ -66,10 +66,7 @@ def grouped_cycles(
       inside: the instructions of a fusion.
     """
     if each.opcode == "custom-call" and each.name.startswith("ragged-dot-none"):
-        listed = each.attributes.partition("operand_layout_constraints=")[2].partition(
-            "}, frontend_attributes"
-        )
-        left, right = _matrices(listed[0])[:2]
+        left, right = _operand_matrices(each)[:2]
         products = 2.0 * math.prod(left) * right[-1]
     elif each.opcode == "fusion" and '"is_ragged_dot":true' in each.attributes:
         shapes = [each.shape, *(one.shape for one in inside if one.opcode == "parameter")]
@@ -81,6 +78,12 @@ def grouped_cycles(
     else:
         return None
     return products / (chip(generation.device_kind).flops_per_device * GROUPED_EFFICIENCY) * generation.clock
+
+
+def _operand_matrices(kernel: hlo.Instruction) -> list[tuple[int, ...]]:
+    """Sizes of a kernel's operands of floats; its layout constraints list them."""
+    listed = kernel.attributes.partition("operand_layout_constraints=")[2]
+    return _matrices(listed.partition("}, frontend_attributes")[0])
 
 
 def _matrices(text: str) -> list[tuple[int, ...]]:
@@ -99,9 +102,7 @@ def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
     if not each.is_kernel or not named:
         return None
     phase = named[1]
-    # The layout constraints list the operands; the first two matrices are q [..., T, N] and k [..., S, N].
-    listed = each.attributes.partition("operand_layout_constraints=")[2].partition("}, frontend_attributes")
-    matrices = _matrices(listed[0])
+    matrices = _operand_matrices(each)  # the first two are q [..., T, N] and k [..., S, N]
     suffix = "" if phase == "fwd" else f"_{phase}"
     sizes = [re.search(rf'{key}{suffix}\\": (\d+)', each.attributes) for key in ("block_q", "block_kv")]
     if len(matrices) < 2 or None in sizes:

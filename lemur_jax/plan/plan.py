@@ -1,7 +1,6 @@
 """`lemur plan`: whether a config fits a TPU slice, and an estimate of how fast it trains there."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from importlib import metadata
@@ -43,7 +42,7 @@ class Plan:
       step_seconds: of one execution.
       unestimated: executed instructions for which the compiler has no estimate; `step_seconds` leaves them out.
       parts: seconds by part: matmul, attention kernels, other compute, exposed communication.
-      collectives: one row per kind: count, bytes, seconds, exposed, hidden.
+      collectives: one row per kind: count, bytes of each chip, seconds, exposed, hidden.
       tokens_per_second_per_chip: of the step.
       mfu, mfu_full_attention: of an update, with attention counted causal, and full.
       days, chip_hours: for all updates of the config.
@@ -74,8 +73,10 @@ class Plan:
     chip_hours: float | None = None
     versions: dict[str, str]
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all chips; None if the program does not fit."""
+        return self.step_seconds and self.tokens_per_step / self.step_seconds
 
 
 def plan(config: RunConfig, topology: str, *, slices: int = 1, hlo_path: str | None = None) -> Plan:
@@ -113,19 +114,15 @@ def plan(config: RunConfig, topology: str, *, slices: int = 1, hlo_path: str | N
     estimate = estimate_cost(compiled, tpu, program.mesh)
     length = config.data.sequence_length
     made = program_plan(compiled, estimate, tpu, program.mesh, known, config.train.batch_rows * length)
-    if made.step_seconds is None:
+    rate = made.tokens_per_second
+    if rate is None:
         return made
-    rate = made.tokens_per_step / made.step_seconds
-    peak = tpu.chips * flops.chip(tpu.generation.device_kind).bf16_flops
+    peak, adapted = tpu.chips * flops.chip(tpu.generation.device_kind).bf16_flops, config.adapter.rank > 0
     causal, full = (
-        flops.mfu(
-            rate,
-            flops.train_flops_per_token(config.model, length, config.adapter.rank > 0, causal=only),
-            peak,
-        )
+        flops.mfu(rate, flops.train_flops_per_token(config.model, length, adapted, causal=only), peak)
         for only in (True, False)
     )
-    hours = config.train.steps * made.step_seconds / 3600
+    hours = config.train.steps * made.tokens_per_step / rate / 3600
     return dataclasses.replace(
         made, mfu=causal, mfu_full_attention=full, days=hours / 24, chip_hours=hours * tpu.chips
     )
@@ -180,7 +177,9 @@ def program_plan(
         unestimated=round(estimate.unestimated),
         parts={**estimate.compute, "exposed communication": estimate.exposed},
         collectives=[
-            dict(kind=kind, **dataclasses.asdict(traffic), hidden=max(0.0, traffic.seconds - traffic.exposed))
+            dataclasses.asdict(traffic)
+            | {"kind": kind, "bytes": traffic.bytes * per_chip}
+            | {"hidden": max(0.0, traffic.seconds - traffic.exposed)}
             for kind, traffic in sorted(estimate.traffic.items(), key=lambda item: -item[1].seconds)
         ],
         tokens_per_second_per_chip=tokens / estimate.seconds / tpu.chips,
@@ -286,7 +285,7 @@ def _format_step(plan: Plan) -> list[str]:
     if plan.collectives:
         lines += [
             "",
-            f"  {'collective':<22}{'count':>8}{'GB':>10}{'on wire':>12}{'exposed':>12}{'hidden':>12}",
+            f"  {'collective':<22}{'count':>8}{'GB a chip':>10}{'on wire':>12}{'exposed':>12}{'hidden':>12}",
         ]
     for row in plan.collectives:
         times = (f"{scale * row[time]:9.3f} {unit:<2}" for time in ("seconds", "exposed", "hidden"))

@@ -9,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -22,9 +21,10 @@ from importlib import metadata
 from typing import Any
 
 import jax
+from etils import epath
 
-import lemur_jax
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import digest_of, write_json
 from lemur_jax.config import RunConfig, replace
 from lemur_jax.models.config import ComputeConfig
 from lemur_jax.parallel.compiler_flags import compiler_options
@@ -33,6 +33,7 @@ from lemur_jax.plan import analytic, candidates
 from lemur_jax.plan.candidates import Candidate, Changes, Trial
 from lemur_jax.plan.plan import GIB, Plan, plan
 from lemur_jax.plan.topologies import Slice, described_devices, find_slice
+from lemur_jax.telemetry.provenance import code_digest
 
 logger = logging.getLogger(__name__)
 
@@ -249,12 +250,10 @@ def write_plan(make: Callable[[], Plan], path: pathlib.Path) -> None:
     What the user can mend, such as a package that is missing, is tried again by the next search.
     """
     try:
-        text = make().to_json()
+        facts = dataclasses.asdict(make())
     except (UserError, jax.errors.JaxRuntimeError) as error:
-        text = json.dumps({"error": str(error).partition("\n")[0], "retry": isinstance(error, UserError)})
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.rename(path)
+        facts = {"error": str(error).partition("\n")[0], "retry": isinstance(error, UserError)}
+    write_json(epath.Path(path), facts)
 
 
 def cache_key(values: Mapping[str, Any], topology: str, slices: int) -> str:
@@ -266,19 +265,6 @@ def cache_key(values: Mapping[str, Any], topology: str, slices: int) -> str:
         "slice": [topology, slices],
         "flags": [os.environ.get(name) for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")],
         "versions": [jax.__version__, metadata.version("libtpu")],
-        "package": _source_digest(),
+        "package": code_digest(),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-@functools.cache
-def _source_digest() -> str:
-    """Of the modules that make the step and the estimate; those of the search choose among plans."""
-    root = pathlib.Path(lemur_jax.__file__).parent
-    digest = hashlib.sha256()
-    for package in ("models", "parallel", "plan", "train"):
-        for file in sorted((root / package).glob("*.py")):
-            if file.stem in ("candidates", "pareto", "search"):
-                continue
-            digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
+    return digest_of(facts)[:32]

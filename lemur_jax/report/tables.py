@@ -27,7 +27,16 @@ def with_start(runs: Sequence[Run]) -> list[Run]:
 
 def bits_per_byte_cells(runs: Sequence[Run]) -> dict[str, list[Cell]]:
     """Task -> a cell for each run."""
-    return {task: _cells([run.last_eval(task) for run in runs]) for task in all_tasks(runs)}
+    cells = {}
+    for task in all_tasks(runs):
+        records = [run.last_eval(task) for run in runs]
+        values = [record["bits_per_byte"] if record else None for record in records]
+        earlier = [(None, None), *((values[0], value) for value in values[:-1])]
+        cells[task] = [
+            Cell(value=value, first=_change(value, first), previous=_change(value, previous))
+            for value, (first, previous) in zip(values, earlier, strict=True)
+        ]
+    return cells
 
 
 def byte_notes(runs: Sequence[Run]) -> list[str]:
@@ -81,18 +90,6 @@ def percent(change: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _cells(records: Sequence[dict | None]) -> list[Cell]:
-    values = [record["bits_per_byte"] if record else None for record in records]
-    return [
-        Cell(
-            value=value,
-            first=_change(value, values[0]) if index else None,
-            previous=_change(value, values[index - 1]) if index else None,
-        )
-        for index, value in enumerate(values)
-    ]
 
 
 def _change(value: float | None, reference: float | None) -> float | None:

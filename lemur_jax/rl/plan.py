@@ -4,7 +4,6 @@ It compiles the update with the policy objective, and prefill and decode of the 
 """
 
 import dataclasses
-import json
 import math
 
 from lemur_jax.common.errors import UserError
@@ -55,9 +54,6 @@ class RlPlan:
             and self.engine.fits
             and self.hbm_sampling <= self.update.hbm_limit_bytes_per_chip
         )
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
 
 
 def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length: int) -> RlPlan:

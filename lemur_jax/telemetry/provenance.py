@@ -1,6 +1,7 @@
 """What a process of a run was made of: git commit, host, devices and versions."""
 
 import contextlib
+import functools
 import importlib.metadata
 import pathlib
 import platform
@@ -54,6 +55,7 @@ def _git(directory: pathlib.Path, *words: str) -> str | None:
     return done.stdout.strip() or None
 
 
+@functools.cache
 def code_digest() -> str:
     """sha256 (hex) of the source files of this package."""
     package = pathlib.Path(__file__).parents[1]

@@ -43,8 +43,14 @@ def test_transfer_takes_the_short_way_round():
     assert net.transfer([(0, 4)], 45e9) == pytest.approx(4.0, rel=1e-3)
 
 
-def module(body):
-    return hlo.parse(f"HloModule m\n\nENTRY %main (q: f32[8]) -> f32[8] {{\n{body}\n}}\n")
+def module(body, others=""):
+    """A module with this body of the entry, and other computations."""
+    return hlo.parse(f"{others}\nENTRY %main (q: f32[8]) -> f32[8] {{\n{body}\n}}\n")
+
+
+def estimate(body, name, slices=1, others="", **options):
+    """The cost of such a module on a slice."""
+    return cost.Estimator(module(body, others), network(name, slices), **options).run()
 
 
 CYCLES = 'backend_config={"estimated_cycles":"1050000"}'  # 1 ms on v4
@@ -58,11 +64,11 @@ def test_asynchronous_collective_hides_behind_computation():
   %one = f32[8]{{0}} fusion(%q), kind=kLoop, {CYCLES}
   %done = bf16[{size}]{{0}} all-gather-done(%ag)
   ROOT %two = f32[8]{{0}} fusion(%done), kind=kLoop, {CYCLES}"""
-    hidden = cost.Estimator(module(text), network("v4-512")).run()
+    hidden = estimate(text, "v4-512")
     wire = hidden.traffic["all-gather"].seconds
     assert wire == pytest.approx(1e-3, rel=0.02)
     assert hidden.seconds == pytest.approx(1e-3 + max(1e-3, wire))
-    late = cost.Estimator(module(text.replace(CYCLES, "", 1)), network("v4-512")).run()
+    late = estimate(text.replace(CYCLES, "", 1), "v4-512")
     assert late.exposed == pytest.approx(wire)
     assert late.seconds == pytest.approx(wire + 1e-3)
     assert late.seconds == pytest.approx(sum(late.compute.values()) + late.exposed)
@@ -79,7 +85,7 @@ def test_what_has_no_estimate_adds_no_time_and_is_counted(unknown):
     text = f"""  %q = f32[8]{{0}} parameter(0)
   %one = f32[8]{{0}} {unknown}
   ROOT %two = f32[8]{{0}} fusion(%one), kind=kLoop, {CYCLES}"""
-    found = cost.Estimator(module(text), network("v4-512")).run()
+    found = estimate(text, "v4-512")
     assert (found.seconds, found.unestimated) == (pytest.approx(1e-3), 1)
 
 
@@ -87,7 +93,7 @@ def test_synchronous_collective_is_exposed():
     text = f"""  %q = f32[8]{{0}} parameter(0)
   %one = f32[8]{{0}} fusion(%q), kind=kLoop, {CYCLES}
   ROOT %ar = f32[67500000]{{0}} all-reduce(%one), {GATHER}"""
-    result = cost.Estimator(module(text), network("v4-512")).run()
+    result = estimate(text, "v4-512")
     assert result.exposed == pytest.approx(2e-3, rel=0.02)  # 270 MB, twice
     assert result.seconds == pytest.approx(3e-3, rel=0.02)
 
@@ -102,8 +108,7 @@ def test_a_slice_of_an_all_reduce_is_a_reduce_scatter():
 """
     body = """  %q = f32[67500000]{0} parameter(0)
   ROOT %f = f32[263672]{0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1"""
-    text = f"HloModule m\n\n{scatter}\nENTRY %main (q: f32[67500000]) -> f32[263672] {{\n{body}\n}}\n"
-    found = cost.Estimator(hlo.parse(text), network("v4-512")).run().traffic
+    found = estimate(body, "v4-512", others=scatter).traffic
     assert set(found) == {"reduce-scatter"}
     assert found["reduce-scatter"].bytes == 270e6
     assert found["reduce-scatter"].exposed == pytest.approx(1e-3, rel=0.02)
@@ -114,7 +119,7 @@ def test_copies_to_the_host_have_their_own_link():
   %out = (f32[3000000]{{0:S(5)}}, f32[3000000]{{0}}, u32[]) copy-start(%q)
   %one = f32[8]{{0}} fusion(%q), kind=kLoop, {CYCLES}
   ROOT %done = f32[3000000]{{0:S(5)}} copy-done(%out)"""
-    result = cost.Estimator(module(text), network("v4-512")).run()
+    result = estimate(text, "v4-512")
     assert result.traffic[cost.HOST].seconds == pytest.approx(1e-3, rel=1e-4)  # 12 MB at 12 GB/s
     assert result.seconds == pytest.approx(1e-3, rel=1e-4)
 
@@ -171,24 +176,18 @@ def test_grouped_products_take_the_time_of_their_flops(right):
 def test_a_grouped_product_in_a_fusion_does_not_take_the_compilers_cycles(parameters, result):
     """Spelled as the compiler spells it for v6e, cycles included."""
     inner = "\n".join(f"  %p{n} = {shape} parameter({n})" for n, shape in enumerate(parameters))
-    outer = "\n".join(f"  %q{n} = {shape} parameter({n})" for n, shape in enumerate(parameters))
     config = '{"convolution_algorithm_config":{"is_ragged_dot":true},"window_config":{"estimated_cycles":"956218411"}}'
-    text = f"""HloModule m
-
-%inner (p0: bf16[1], p1: bf16[1]) -> bf16[1] {{
+    called = f"""%inner (p0: bf16[1], p1: bf16[1]) -> bf16[1] {{
 {inner}
   ROOT %convolution.1 = {result} convolution(%p0, %p1), window={{size=8}}
 }}
-
-ENTRY %main (q0: bf16[1], q1: bf16[1]) -> bf16[1] {{
-{outer}
-  ROOT %fusion.1 = {result} fusion(%q0, %q1), kind=kCustom, calls=%inner, backend_config={config}
-}}
 """
-    module = hlo.parse(text)
-    (each,) = (one for one in module.computations[module.entry] if one.opcode == "fusion")
-    chip = topologies.GENERATIONS["v6e"]
-    seconds = kernels.grouped_cycles(each, chip, module.inside(each)) / chip.clock
+    body = (
+        f"  ROOT %fusion.1 = {result} fusion(%q0, %q1), kind=kCustom, calls=%inner, backend_config={config}"
+    )
+    made, chip = module(body, called), topologies.GENERATIONS["v6e"]
+    each = made.instruction("main", "fusion.1")
+    seconds = kernels.grouped_cycles(each, chip, made.inside(each)) / chip.clock
     assert seconds == pytest.approx(2 * 8192 * 4096 * 14336 / 918e12 / kernels.GROUPED_EFFICIENCY)
 
 
@@ -196,23 +195,18 @@ def test_a_sparsecore_starts_when_it_has_the_operands_and_who_needs_the_result_w
     """Spelled as the compiler spells it for v6e: prepared by async-start, given the operands by async-update."""
     groups = "replica_groups=mesh['axis_0'=4] {'axis_0'}"
     work = 'backend_config={"estimated_cycles":"17500"}'  # 10 us at v6e's 1.75 GHz
-    text = f"""HloModule m
-
-%async (p: f32[1000000]) -> f32[1000000] {{
+    called = f"""%async (p: f32[1000000]) -> f32[1000000] {{
   %p = f32[1000000]{{0}} parameter(0)
   ROOT %all-reduce.1 = f32[1000000]{{0}} all-reduce(%p), {groups}
 }}
-
-ENTRY %main (q: f32[1000000]) -> f32[1000000] {{
-  %q = f32[1000000]{{0}} parameter(0)
+"""
+    body = f"""  %q = f32[1000000]{{0}} parameter(0)
   %call-start = ((), (), (s32[1]{{0}})) async-start(), async_execution_thread="sparsecore", calls=%async
   %before = f32[1000000]{{0}} add(%q, %q), {work}
   %call-update = ((f32[1000000]{{0}}), f32[1000000]{{0}}, (s32[1]{{0}})) async-update(%call-start, %before)
   %beside = f32[1000000]{{0}} add(%q, %q), {work}
-  ROOT %call-done = f32[1000000]{{0}} async-done(%call-update)
-}}
-"""
-    found = cost.Estimator(hlo.parse(text), network("v6e-4")).run()
+  ROOT %call-done = f32[1000000]{{0}} async-done(%call-update)"""
+    found = estimate(body, "v6e-4", others=called)
     traffic, part = found.traffic["all-reduce"], found.compute[cost.OTHER] / 2
     assert part > 0
     assert traffic.bytes == 4e6
@@ -226,7 +220,7 @@ def test_a_collective_that_leaves_its_slice_is_charged_to_the_slow_network():
     text = f"""  %q = f32[8]{{0}} parameter(0)
   %inside = f32[1000000]{{0}} all-reduce(%q), replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}
   ROOT %across = f32[1000000]{{0}} all-reduce(%q), {groups}"""
-    result = cost.Estimator(module(text), network("v4-8", slices=2)).run()
+    result = estimate(text, "v4-8", slices=2)
     assert set(result.traffic) == {"all-reduce", "all-reduce" + cost.BETWEEN}
     across = result.traffic["all-reduce" + cost.BETWEEN]
     assert across.seconds == pytest.approx(2 * 4e6 / 2 / 6.25e9)  # two ways, half of it each time
@@ -245,7 +239,7 @@ def test_hosts_carry_what_goes_between_slices():
   %one = f32[8]{{0}} fusion(%q), kind=kLoop, {CYCLES}
   %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
   ROOT %got = (bf16[3125000,2]{{1,0}}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true"""
-    result = cost.Estimator(module(text), network("v4-8", slices=2)).run()
+    result = estimate(text, "v4-8", slices=2)
     between = result.traffic["all-reduce" + cost.BETWEEN]
     assert between.bytes == 12.5e6
     assert between.seconds == pytest.approx(2e-3)  # 12.5 MB, two ways, half of it each, at 6.25 GB/s
@@ -254,9 +248,7 @@ def test_hosts_carry_what_goes_between_slices():
 
 
 def test_a_loop_that_ends_with_the_data():
-    text = f"""HloModule m
-
-%body (p: (f32[8])) -> (f32[8]) {{
+    called = f"""%body (p: (f32[8])) -> (f32[8]) {{
   %p = (f32[8]{{0}}) parameter(0)
   ROOT %work = (f32[8]{{0}}) fusion(%p), kind=kLoop, {CYCLES}
 }}
@@ -265,13 +257,10 @@ def test_a_loop_that_ends_with_the_data():
   %p.1 = (f32[8]{{0}}) parameter(0)
   ROOT %any = pred[] fusion(%p.1), kind=kLoop
 }}
-
-ENTRY %main (q: f32[8]) -> f32[8] {{
-  %q = (f32[8]{{0}}) parameter(0)
-  ROOT %loop = (f32[8]{{0}}) while(%q), condition=%until, body=%body
-}}
 """
+    body = """  %q = (f32[8]{0}) parameter(0)
+  ROOT %loop = (f32[8]{0}) while(%q), condition=%until, body=%body"""
     with pytest.raises(ValueError, match="cannot count the trips of loop"):
-        cost.Estimator(hlo.parse(text), network("v4-8")).run()
-    twice = cost.Estimator(hlo.parse(text), network("v4-8"), uncounted=2).run()
+        estimate(body, "v4-8", others=called)
+    twice = estimate(body, "v4-8", others=called, uncounted=2)
     assert twice.seconds == pytest.approx(2e-3)

@@ -6,9 +6,7 @@ import pytest
 
 from lemur_jax.plan import hlo
 
-MODULE = """HloModule jit_update, is_scheduled=true
-
-%body.1 (arg: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+MODULE = """%body.1 (arg: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %arg = (s32[]{:T(128)}, bf16[4,8]{1,0:T(8,128)(2,1)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
   %two = s32[]{:T(128)} constant(2)

@@ -1,9 +1,8 @@
 """The page: complete, self-contained, and safe against names that are HTML."""
 
-import html
-import html.parser
 import json
 import re
+import xml.etree.ElementTree as ElementTree
 
 import pytest
 
@@ -11,45 +10,17 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.report import write_report
 from lemur_jax.telemetry.metrics import MetricsWriter
 
-VOID = {"meta", "br", "wbr", "path", "link", "img", "input"}
 
-
-class Outline(html.parser.HTMLParser):
-    """Checks that elements nest, and gathers the text of tables and headings."""
+class Outline:
+    """The page read as XML, which its elements must nest for: tags, rows of tables, titles of charts and samples."""
 
     def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.rows: list[list[str]] = []
-        self.titles: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("th", "td"):
-            self.rows[-1].append("")
-        if tag == "h3":
-            self.titles.append("")
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.add(tag)
-
-    def handle_data(self, data):
-        if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data
-        if "h3" in self.open:
-            self.titles[-1] += data
+        text = re.sub(r"<!doctype html>|<(script|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+        text = re.sub(r"<((?:meta|wbr|input)\b[^>]*)>", r"<\1/>", text).replace(" hidden>", ">")
+        tree = ElementTree.fromstring(text)
+        self.tags = {element.tag for element in tree.iter()}
+        self.rows = [["".join(cell.itertext()) for cell in row] for row in tree.iter("tr")]
+        self.titles = ["".join(title.itertext()) for title in tree.iter("h3")]
 
 
 def written(workdirs, output) -> tuple[str, Outline]:

@@ -129,11 +129,8 @@ def test_varied_values(printed, varied, values):
 
 
 def test_sources_with_epochs_have_no_shares_to_vary():
-    sources = {
-        name: {"share": 0.0, "packing": "concat", "max_epochs": 0.0, "epochs": 2.0}
-        for name in ("code", "text")
-    }
-    plain = config_of().to_json()
-    plain["data"]["sources"] = sources
+    source = {"share": 0.0, "packing": "concat", "max_epochs": 0.0, "epochs": 2.0}
+    config = config_of().to_json()
+    config["data"]["sources"] = dict.fromkeys(("code", "text"), source)
     with pytest.raises(UserError, match="have `epochs`: a sweep varies shares"):
-        plan_runs(from_json(plain), ["1:1"], 1)
+        plan_runs(from_json(config), ["1:1"], 1)

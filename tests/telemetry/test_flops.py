@@ -12,14 +12,9 @@ from lemur_jax.models.presets import preset
 from lemur_jax.telemetry.flops import chip, flops_per_token, mfu
 
 SMALL = DecoderConfig(
-    vocab_size=40,
-    hidden_size=24,
-    intermediate_size=56,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=8,  # wider than hidden_size / heads
-)
+    vocab_size=40, hidden_size=24, intermediate_size=56, num_hidden_layers=3, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=8,  # wider than hidden_size / heads
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("window", [1, 7, 20, 64])
@@ -41,30 +36,22 @@ def llama(params, tokens, config: DecoderConfig):
     """A Llama without norms, rotary embedding and softmax, which are not counted: [T] -> scalar."""
     H, K, N = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     x = params["embedding"][tokens]
-    for layer in params["layers"]:
-        query = (x @ layer["q"]).reshape(-1, H, N)
-        key = jnp.repeat((x @ layer["k"]).reshape(-1, K, N), H // K, axis=1)
-        value = jnp.repeat((x @ layer["v"]).reshape(-1, K, N), H // K, axis=1)
-        scores = jnp.einsum("THN,SHN->HTS", query, key)
-        mixed = jnp.einsum("HTS,SHN->THN", scores, value)
-        x = x + mixed.reshape(-1, H * N) @ layer["o"]
-        x = x + (jax.nn.silu(x @ layer["gate"]) * (x @ layer["up"])) @ layer["down"]
+    for _ in range(config.num_hidden_layers):
+        query = (x @ params["q"]).reshape(-1, H, N)
+        key, value = (jnp.repeat((x @ params[name]).reshape(-1, K, N), H // K, axis=1) for name in ("k", "v"))
+        mixed = jnp.einsum("HTS,SHN->THN", jnp.einsum("THN,SHN->HTS", query, key), value)
+        x = x + mixed.reshape(-1, H * N) @ params["o"]
+        x = x + (jax.nn.silu(x @ params["gate"]) * (x @ params["up"])) @ params["down"]
     return jnp.sum(jnp.square(x @ params["head"]))
 
 
-def shapes(config: DecoderConfig):
-    def array(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    D, F = config.hidden_size, config.intermediate_size
+def arrays(config: DecoderConfig):
+    """Its parameters; the layers share theirs."""
+    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     HN, KN = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    layer = {"q": array(D, HN), "k": array(D, KN), "v": array(D, KN), "o": array(HN, D)}
-    layer |= {"gate": array(D, F), "up": array(D, F), "down": array(F, D)}
-    return {
-        "embedding": array(config.vocab_size, D),
-        "layers": [layer] * config.num_hidden_layers,
-        "head": array(D, config.vocab_size),
-    }
+    shapes = {"embedding": (V, D), "q": (D, HN), "k": (D, KN), "v": (D, KN), "o": (HN, D)}
+    shapes |= {"gate": (D, F), "up": (D, F), "down": (F, D), "head": (D, V)}
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
 
 def product_flops(jaxpr) -> int:
@@ -87,7 +74,7 @@ def test_formula_counts_the_products_of_a_traced_llama(backward):
     T = 16
     function = jax.grad(llama) if backward else llama
     tokens = jax.ShapeDtypeStruct((T,), jnp.int32)
-    traced = jax.make_jaxpr(lambda params, tokens: function(params, tokens, SMALL))(shapes(SMALL), tokens)
+    traced = jax.make_jaxpr(function, static_argnums=2)(arrays(SMALL), tokens, SMALL)
     expected = flops_per_token(SMALL, T, causal=False, backward=backward).total * T
     assert product_flops(traced.jaxpr) == expected
 
