@@ -8,8 +8,6 @@ from typing import Any
 
 from lemur_jax.common.errors import UserError
 
-CONFIG_HELP = "config file, optionally with an argument: path.py or path.py:arg"
-
 LOST_SECONDS = 100.0  # as `config.hosts.lost_seconds`, which a checkpoint need not have
 
 Verbs = Any  # what `ArgumentParser.add_subparsers` returns; its class has no public name
@@ -30,7 +28,8 @@ def add_verb(verbs: Verbs, run, summary: str, example: str) -> argparse.Argument
 
 def add_config(sub: argparse.ArgumentParser) -> None:
     """`--config FILE`, and `--config.a.b=value` in `args.overrides`."""
-    sub.add_argument("--config", required=True, help=CONFIG_HELP)
+    what = "config file, optionally with an argument: path.py or path.py:arg"
+    sub.add_argument("--config", required=True, help=what)
     sub.set_defaults(takes_config=True)
 
 

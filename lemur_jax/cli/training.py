@@ -22,11 +22,13 @@ def add_verbs(verbs: Verbs) -> None:
         add(verbs)
 
 
-def _add_run(sub: argparse.ArgumentParser, what: str) -> None:
-    """`--config`, `--workdir`, which is `what`, and the devices."""
+def _add_run(sub: argparse.ArgumentParser, what: str, extend: str = "") -> None:
+    """`--config`, `--workdir`, which is `what`, the devices, and `--extend`, if it means something."""
     add_config(sub)
     sub.add_argument("--workdir", required=True, help=what)
     add_devices(sub)
+    if extend:
+        sub.add_argument("--extend", action="store_true", help=extend)
 
 
 def _add_train(verbs: Verbs) -> None:
@@ -36,13 +38,12 @@ def _add_train(verbs: Verbs) -> None:
         "train or resume; pretraining and chat tuning alike",
         "lemur train --config configs/smollm2_lemur.py --workdir quickstart/smollm2/lemur",
     )
-    _add_run(sub, "directory of the run, local or gs://")
+    what = "continue the run with more steps, another learning rate, or other stages of the mixture"
+    _add_run(sub, "directory of the run, local or gs://", what)
     what = (
         "trace these steps into WORKDIR/profile, for TensorBoard and Perfetto: 10:13 for steps 10, 11 and 12"
     )
     sub.add_argument("--profile", default="", metavar="FIRST:STOP", help=what)
-    what = "continue the run with more steps, another learning rate, or other stages of the mixture"
-    sub.add_argument("--extend", action="store_true", help=what)
 
 
 def _add_rl(verbs: Verbs) -> None:
@@ -52,9 +53,8 @@ def _add_rl(verbs: Verbs) -> None:
         "train a chat model by reinforcement in environments, or resume",
         "lemur rl --config configs/quickstart_rl.py --workdir quickstart/runs/rl",
     )
-    _add_run(sub, "directory of the run, local or gs://")
     what = "continue the run with more steps or another learning rate"
-    sub.add_argument("--extend", action="store_true", help=what)
+    _add_run(sub, "directory of the run, local or gs://", what)
 
 
 def _add_sweep(verbs: Verbs) -> None:
@@ -90,9 +90,8 @@ def _add_doctor(verbs: Verbs) -> None:
         "look at everything that a run needs, on every host, before the run",
         "lemur doctor --config configs/smollm2_lemur.py --workdir quickstart/smollm2/lemur",
     )
-    _add_run(sub, "directory of the run; left as it is")
     what = "before `train --extend`: what that may change may differ"
-    sub.add_argument("--extend", action="store_true", help=what)
+    _add_run(sub, "directory of the run; left as it is", what)
 
 
 def _add_checkpoints(verbs: Verbs) -> None:
@@ -176,10 +175,10 @@ def _sweep(args) -> int:
     ratios, merges = (
         [word.strip() for word in text.split(",") if word.strip()] for text in (args.ratios, args.merge)
     )
-    from lemur_jax.sweep.runs import command, plan_runs, run_config
+    from lemur_jax.sweep.runs import command, plan_runs, run_configs
 
     runs = plan_runs(config, ratios, args.seeds, varied, args.sources)
-    configs = {run: run_config(args.config, args.overrides, run) for run in runs}
+    configs = run_configs(args.config, args.overrides, runs)
     if args.print:
         for run in runs:
             print(command(args.config, args.overrides, run, args.workdir))

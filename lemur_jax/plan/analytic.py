@@ -153,15 +153,11 @@ def stored_bytes(
       length: tokens of a row.
       where: "keep" for HBM, or "host".
     """
-    D, F = model.hidden_size, model.active_mlp_width
-    HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
-    elements = {
-        "layer_in": D, "attention_out": HN, "query": HN, "key_value": 2 * KN, "residual": D,
-        "gate_part": compute.gate_share * F, "gate": (1 - compute.gate_share) * F, "up": F,
-    }  # fmt: skip
+    elements = {name: number for name, (number, _) in _named_values(model, compute, length).items()}
     itemsize = jnp.dtype(compute.dtype).itemsize
     if compute.remat == "none":
-        elements |= {"norms": 4 * D * 4 // itemsize, "activation function": 3 * F}
+        norms = 4 * model.hidden_size * 4 // itemsize
+        elements |= {"norms": norms, "activation function": 3 * model.active_mlp_width}
     places = {name: remat_decision(compute.remat, name) for name in elements}
     if places["layer_in"] == "recompute":
         places["layer_in"] = "keep"
@@ -177,15 +173,21 @@ def stored_bytes(
 
 def _flops_per_token(model: DecoderConfig, compute: ComputeConfig, T: int, adapted: bool) -> float:
     """FLOPs per token of an update: three passes, and what the policy recomputes; attention causal."""
-    D, F, L = model.hidden_size, model.active_mlp_width, model.num_hidden_layers
+    named = _named_values(model, compute, T).items()
+    repeated = sum(cost for name, (_, cost) in named if remat_decision(compute.remat, name) == "recompute")
+    return flops.train_flops_per_token(model, T, adapted) + model.num_hidden_layers * repeated
+
+
+def _named_values(model: DecoderConfig, compute: ComputeConfig, T: int) -> dict[str, tuple[float, float]]:
+    """What the policies of models/remat.py name: elements per token of a layer, and FLOPs to compute them."""
+    D, F, share = model.hidden_size, model.active_mlp_width, compute.gate_share
     HN, KN = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
-    again = {
-        "attention_out": flops.flops_per_token(model, T, backward=False).attention / L, "query": 2 * D * HN,
-        "key_value": 4 * D * KN, "residual": 2 * D * HN, "up": 2 * D * F,
-        "gate_part": compute.gate_share * 2 * D * F, "gate": (1 - compute.gate_share) * 2 * D * F,
+    attention = flops.flops_per_token(model, T, backward=False).attention / model.num_hidden_layers
+    return {
+        "layer_in": (D, 0), "attention_out": (HN, attention), "query": (HN, 2 * D * HN),
+        "key_value": (2 * KN, 4 * D * KN), "residual": (D, 2 * D * HN), "up": (F, 2 * D * F),
+        "gate_part": (share * F, share * 2 * D * F), "gate": ((1 - share) * F, (1 - share) * 2 * D * F),
     }  # fmt: skip
-    repeated = sum(cost for name, cost in again.items() if remat_decision(compute.remat, name) == "recompute")
-    return flops.train_flops_per_token(model, T, adapted) + L * repeated
 
 
 def _transfers(

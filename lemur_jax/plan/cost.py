@@ -159,7 +159,7 @@ class Estimator:
         cost = Cost()
         busy: dict[str, float] = collections.defaultdict(float)  # link -> when it is free again
         pending: dict[str, tuple[float, str]] = {}
-        for each in self.module.computations[name]:
+        for each in self.module.computations[name].values():
             stage, key, kind, wire = self._communication(each)
             link = HOST if kind == HOST else BETWEEN if kind.endswith(BETWEEN) else "network"
             if stage == "start":

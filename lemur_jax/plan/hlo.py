@@ -86,25 +86,18 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Module:
-    """The computations by name, each a list of instructions in issue order, and the name of the entry computation."""
+    """The computations by name, each its instructions by name in issue order, and the name of the entry computation."""
 
-    computations: dict[str, list[Instruction]]
+    computations: dict[str, dict[str, Instruction]]
     entry: str
 
-    @functools.cached_property
-    def _by_name(self) -> dict[str, dict[str, Instruction]]:
-        return {name: {each.name: each for each in body} for name, body in self.computations.items()}
-
-    def instruction(self, computation: str, name: str) -> Instruction | None:
-        return self._by_name[computation].get(name)
-
     def root(self, computation: str) -> Instruction:
-        return next(each for each in self.computations[computation] if each.root)
+        return next(each for each in self.computations[computation].values() if each.root)
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
         """The instructions of all computations that it calls, recursively."""
         for name in instruction.called:
-            for each in self.computations.get(name, ()):
+            for each in self.computations.get(name, {}).values():
                 yield each
                 yield from self.inside(each)
 
@@ -115,16 +108,17 @@ def parse(text: str) -> Module:
     Raises:
       ValueError: there is no entry computation.
     """
-    computations: dict[str, list[Instruction]] = {}
+    computations: dict[str, dict[str, Instruction]] = {}
     entry, current, pending = "", None, ""
     for line in text.splitlines():
         header = _HEADER.match(line)
         starts = _NAME.match(line)
         if pending and (starts or header or line == "}"):
-            current.append(_instruction(pending))
+            each = _instruction(pending)
+            current[each.name] = each
             pending = ""
         if header:
-            current = computations.setdefault(header[2], [])
+            current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
         elif starts and current is not None:
             pending = line
@@ -137,26 +131,25 @@ def parse(text: str) -> Module:
     )
 
 
-def _named_elements(body: list[Instruction]) -> list[Instruction]:
+def _named_elements(body: dict[str, Instruction]) -> dict[str, Instruction]:
     """A computation in which an element of a tuple is an instruction of its own: JAX 0.12 writes `%tuple#1` instead."""
-    if not any("#" in each.arguments for each in body):
+    if not any("#" in each.arguments for each in body.values()):
         return body
-    known, result = {each.name: each for each in body}, []
-    for each in body:
+    result: dict[str, Instruction] = {}
+    for each in body.values():
         arguments = each.arguments
         for name, indices in _ELEMENT.findall(arguments):
-            element = known[name]
+            element = result[name]
             for index in indices[1:].split("#"):
                 named = f"{element.name}.element.{index}"
-                if named not in known:
-                    known[named] = Instruction(
+                if named not in result:
+                    result[named] = Instruction(
                         name=named, opcode="get-tuple-element", shape=_elements(element.shape)[int(index)],
                         arguments=f"%{element.name}", attributes=f", index={index}", root=False,
                     )  # fmt: skip
-                    result.append(known[named])
-                element = known[named]
+                element = result[named]
             arguments = arguments.replace(f"%{name}{indices}", f"%{element.name}", 1)
-        result.append(dataclasses.replace(each, arguments=arguments))
+        result[each.name] = dataclasses.replace(each, arguments=arguments)
     return result
 
 
@@ -255,10 +248,10 @@ def trip_count(module: Module, computation: str, loop: Instruction) -> int:
         test = next((each for each in module.inside(test) if each.opcode == "compare"), test)
     if test.opcode != "compare" or test.attribute("direction") != "LT":
         raise ValueError(f"cannot count the trips of {loop.name}: its condition is {test.opcode}")
-    initial = module.instruction(computation, loop.operands[0])
+    initial = module.computations[computation][loop.operands[0]]
     bounds = []
     for name in test.operands:
-        element = module.instruction(condition, name)
+        element = module.computations[condition].get(name)
         if element is not None and element.opcode == "get-tuple-element":
             index = int(element.attribute("index"))
             bounds.append((_constant(module, computation, initial.operands[index]), index))
@@ -272,9 +265,10 @@ def trip_count(module: Module, computation: str, loop: Instruction) -> int:
 
 def _source(module: Module, computation: str, name: str) -> Instruction | None:
     """The instruction that makes a value, through copies."""
-    found = module.instruction(computation, name)
+    body = module.computations[computation]
+    found = body.get(name)
     while found is not None and found.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-        found = module.instruction(computation, found.operands[0])
+        found = body.get(found.operands[0])
     return found
 
 

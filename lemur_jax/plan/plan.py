@@ -234,7 +234,7 @@ def forward_loops(module: hlo.Module, layers: int) -> Iterator[tuple[hlo.Instruc
     """
     for computation, body in module.computations.items():
         peeled = False
-        for loop in (each for each in body if each.opcode == "while"):
+        for loop in (each for each in body.values() if each.opcode == "while"):
             named = "jvp(" in loop.op_name and "transpose(" not in loop.op_name
             if not named and (loop.op_name or peeled):
                 continue

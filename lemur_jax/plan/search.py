@@ -186,13 +186,13 @@ def _finish(
         facts = json.loads(path.read_text())
     if facts.get("retry"):
         path.unlink()
-    if "error" in facts:
-        trial = Trial(changes=candidate.changes, bound=candidate.bound, error=facts["error"])
-        outcome = f"refused         {facts['error']}: "
-    else:
-        trial = Trial(changes=candidate.changes, bound=candidate.bound, plan=Plan(**facts))
+    error = facts.get("error", "")
+    made = None if error else Plan(**facts)
+    trial = Trial(changes=candidate.changes, bound=candidate.bound, plan=made, error=error)
+    outcome = f"refused         {error}: "
+    if made:
         time_of = f"{trial.seconds:10.3f} s" if trial.fits else "does not fit"
-        outcome = f"{time_of}  {trial.plan.hbm_bytes_per_chip / GIB:6.2f} GiB  "
+        outcome = f"{time_of}  {made.hbm_bytes_per_chip / GIB:6.2f} GiB  "
     result.trials.append(trial)
     logger.info("  %s%s", outcome, candidates.format_changes(trial.changes))
 

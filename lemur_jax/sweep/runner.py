@@ -48,6 +48,11 @@ def sweep(
                 f"{run.variant}: --merge is of whole models, and config.adapter.rank is {config.adapter.rank}: leave"
                 " --merge out, or set it to 0"
             )
+        if config.data.stages and any(merge.kind == "arithmetic" for merge in merges):
+            raise UserError(
+                "--merge arithmetic adds up runs of one part of the data each, and config.data.stages mixes others in:"
+                " leave one of them out"
+            )
         try:
             tokenizer = Tokenizer.from_config(config.tokenizer)
             open_run_mixture(config.data, config.train, tokenizer, config.seed)

@@ -170,9 +170,16 @@ def _check_varied(keys: Sequence[str]) -> None:
             raise UserError(f"cannot vary config.{key}: {why}")
 
 
-def run_config(argument: str, overrides: Sequence[str], run: SweepRun) -> RunConfig:
-    """The config of a run."""
-    return load(argument, [*overrides, *run.overrides]).with_counts()
+def run_configs(
+    argument: str, overrides: Sequence[str], runs: Sequence[SweepRun]
+) -> dict[SweepRun, RunConfig]:
+    """The config of each run; UserError where two have the same, as of --vary KEY=1e-3,0.001."""
+    configs = {run: load(argument, [*overrides, *run.overrides]).with_counts() for run in runs}
+    first: dict[str, SweepRun] = {}
+    for run, config in configs.items():
+        if (same := first.setdefault(config.fingerprint(), run)) != run:
+            raise UserError(f"{same.variant} and {run.variant} are the same run: name every value once")
+    return configs
 
 
 def command(argument: str, overrides: Sequence[str], run: SweepRun, workdir: epath.PathLike) -> str:

@@ -24,9 +24,9 @@ def test_the_text_of_a_program_with_sparse_cores(tpu_compiler, name):
     found = compile_program(look_up, table, ids, what="a lookup")
     assert found.fits
     module = hlo.parse(found.hlo)
-    opcodes = {each.opcode for body in module.computations.values() for each in body}
+    opcodes = {each.opcode for body in module.computations.values() for each in body.values()}
     assert ("async-update" in opcodes) == (name == "v6e-8")
-    assert sum(each.cycles for each in module.computations[module.entry]) > 0
+    assert sum(each.cycles for each in module.computations[module.entry].values()) > 0
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_grouped_product_in_a_fusion_does_not_take_the_compilers_cycles(parame
         f"  ROOT %fusion.1 = {result} fusion(%q0, %q1), kind=kCustom, calls=%inner, backend_config={config}"
     )
     made, chip = module(body, called), topologies.GENERATIONS["v6e"]
-    each = made.instruction("main", "fusion.1")
+    each = made.computations["main"]["fusion.1"]
     seconds = kernels.grouped_cycles(each, chip, made.inside(each)) / chip.clock
     assert seconds == pytest.approx(2 * 8192 * 4096 * 14336 / 918e12 / kernels.GROUPED_EFFICIENCY)
 

@@ -49,20 +49,20 @@ def module():
 
 def test_instructions(module):
     assert module.entry == "main"
-    body = {each.name: each for each in module.computations["body.1"]}
+    body = module.computations["body.1"]
     fusion = body["fusion.1"]
     assert (fusion.opcode, fusion.cycles, fusion.operands) == ("fusion", 1000, ("x",))
     assert fusion.op_name == "jit(f)/dot"
     assert [each.opcode for each in module.inside(fusion)] == ["parameter", "convolution"]
     assert body["t"].root
     assert not fusion.root
-    kernel = module.instruction("main", "kernel")  # over several lines
+    kernel = module.computations["main"]["kernel"]  # over several lines
     assert kernel.cycles == 7
     assert '"a":"b"' in kernel.attributes
 
 
 def test_trip_count_from_start_stop_and_stride(module):
-    loop = module.instruction("main", "while.1")
+    loop = module.computations["main"]["while.1"]
     assert hlo.trip_count(module, "main", loop) == 4  # 1, 3, 5, 7
 
 
@@ -73,18 +73,18 @@ def test_elements_of_tuples_without_a_name(module):
         text = re.sub(rf"%{name}\b", f"%{element}", text)
     assert "#1), calls=%fused.1" in text
     short = hlo.parse(text)
-    assert hlo.trip_count(short, "main", short.instruction("main", "while.1")) == 4
-    (name,) = short.instruction("body.1", "fusion.1").operands
-    element, known = short.instruction("body.1", name), module.instruction("body.1", "x")
+    assert hlo.trip_count(short, "main", short.computations["main"]["while.1"]) == 4
+    (name,) = short.computations["body.1"]["fusion.1"].operands
+    element, known = short.computations["body.1"][name], module.computations["body.1"]["x"]
     assert (element.opcode, element.shape, element.operands) == (known.opcode, known.shape, known.operands)
     assert element.attribute("index") == "1"
-    assert [each.opcode for each in short.computations["body.1"]].count("get-tuple-element") == 2
+    assert [each.opcode for each in short.computations["body.1"].values()].count("get-tuple-element") == 2
 
 
 def test_unknown_loop_is_an_error_rather_than_a_guess():
     module = hlo.parse(MODULE.replace("direction=LT", "direction=NE"))
     with pytest.raises(ValueError, match=r"cannot count the trips of while\.1"):
-        hlo.trip_count(module, "main", module.instruction("main", "while.1"))
+        hlo.trip_count(module, "main", module.computations["main"]["while.1"])
 
 
 def test_sizes(module):
@@ -133,4 +133,4 @@ _IN = "((bf16[4,2,64,8]{3,2,1,0:T(8,128)(2,1)S(5)}, s32[], s32[]), bf16[1,2,64,8
 )
 def test_transfers_between_device_and_host(instruction, moved):
     module = hlo.parse(f"ENTRY %main (q: bf16[64]) -> bf16[64] {{\n  ROOT %x = {instruction}\n}}\n")
-    assert hlo.host_transfer_bytes(module.instruction("main", "x")) == moved
+    assert hlo.host_transfer_bytes(module.computations["main"]["x"]) == moved

@@ -252,7 +252,7 @@ def test_two_slices_exchange_gradients_alone(tpu_compiler, tmp_path, microbatche
     made = plan(config, "v5e-4", slices=2, hlo_path=str(tmp_path / "step.hlo"))
     assert made.chips == 8
     module = hlo.parse((tmp_path / "step.hlo").read_text())
-    instructions = [each for body in module.computations.values() for each in body]
+    instructions = [each for body in module.computations.values() for each in body.values()]
     for each in instructions:
         if each.opcode.removesuffix("-start") in hlo.COLLECTIVES:
             assert len(hlo.group(each.attributes, 8)) <= 4, each.name  # stays inside a slice

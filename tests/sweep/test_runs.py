@@ -7,7 +7,7 @@ import pytest
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import from_json, load
-from lemur_jax.sweep.runs import plan_runs, run_config
+from lemur_jax.sweep.runs import plan_runs, run_configs
 from tests.helpers.sweeps import config_of
 
 
@@ -47,7 +47,7 @@ def test_languages_of_one_corpus_are_a_part(project, monkeypatch):
     monkeypatch.chdir(project)
     config = load("config.py:languages")
     (run,) = plan_runs(config, ["10:1"], 1, sources="code/C++&code/Java,web")
-    sources = run_config("config.py:languages", [], run).data.sources
+    sources = run_configs("config.py:languages", [], [run])[run].data.sources
     assert [sources[name].share for name in ("code/C++", "code/Java", "web")] == [7.5, 2.5, 1.0]
 
 
@@ -113,6 +113,10 @@ def test_printed_commands_train_the_same_runs(printed):
         ("train.steps=12,14", ["12", "14"]),
         ("compute.attention_blocks=(0,512), (1024,0)", ["(0,512)", "(1024,0)"]),
         *((f"train.steps{wrong}", "cannot read --vary 'train.steps") for wrong in ("", "=", "=12,,14")),
+        (
+            "optimizer.learning_rate=1e-3,2e-3,0.001",
+            "1:1, learning_rate 1e-3 and 1:1, learning_rate 0.001 are",
+        ),
         ("train.step=12,14", "unknown config key train.step"),
         ("train.steps=12,x", "--config.train.steps=x"),
     ],
