@@ -99,11 +99,12 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     moved = 2 * (parameters + moments) + gradients + frozen
     chip = tpu.generation
     offloaded = sum(size for _, size in stored_bytes(model, compute, length, mesh, "host"))
-    network, exchange = _transfers(model, jnp.dtype(compute.dtype).itemsize, microbatches, mesh, tokens, tpu)
+    network, exchange = _transfers(model, compute, config.adapter, microbatches, mesh, tokens, tpu)
     update_flops = batch_tokens * _flops_per_token(model, compute, length, config.adapter.rank > 0)
+    speed = 2 if compute.product_dtype else 1  # of 8-bit products, over the peak of bfloat16
     return Bound(
         buffers=tuple(sorted((each for each in buffers if each[0]), reverse=True)),
-        compute=update_flops / (tpu.devices * flops.chip(chip.device_kind).flops_per_device),
+        compute=update_flops / (tpu.devices * flops.chip(chip.device_kind).flops_per_device * speed),
         memory=moved / chip.bandwidth,
         network=network,
         exchange=exchange,
@@ -191,21 +192,29 @@ def _named_values(model: DecoderConfig, compute: ComputeConfig, T: int) -> dict[
 
 
 def _transfers(
-    model: DecoderConfig, size: int, microbatches: int, mesh: Any, tokens: float, tpu: Slice
+    model: DecoderConfig,
+    compute: ComputeConfig,
+    adapter: AdapterConfig,
+    microbatches: int,
+    mesh: Any,
+    tokens: float,
+    tpu: Slice,
 ) -> tuple[float, float]:
     """Seconds of everything that moves, over all links at once, and seconds of the activations alone over one link.
 
     Moved are gathered weights, summed activations, and positions exchanged for heads.
 
-    `size`: bytes per element; `tokens`: tokens per device.
+    `tokens`: of a device.
     """
     data, fsdp, expert, sequence, tensor = (mesh.shape[axis] for axis in AXES)
+    size = jnp.dtype(compute.dtype).itemsize
+    narrow = compute.product_dtype or (adapter.rank and adapter.base_dtype == "int8")
     sizes, weights, shards = param_sizes(model), 0.0, 0.0
     # Weights of experts are gathered over fsdp alone.
     routed = sum(size for path, size in sizes.items() if "/mlp/" in path) if model.num_experts else 0
     for number, ways in ((sum(sizes.values()) - routed, fsdp * expert), (routed / expert, fsdp)):
-        weights += number * size / tensor * (ways - 1) / ways
-        shards += number * size / tensor / ways
+        weights += number / tensor * (ways - 1) / ways
+        shards += number / tensor / ways
     # Two sums of the layer's width forward and two backward, each a reduce-scatter and a gather.
     layers = model.num_hidden_layers
     activations = 8 * layers * tokens * model.hidden_size * size * (tensor - 1) / tensor
@@ -217,5 +226,7 @@ def _transfers(
     axes = [2 if wrap else 1 for wrap, length in zip(tpu.wrap, tpu.shape, strict=True) if length > 1]
     all_links = max(1, sum(axes)) * tpu.generation.link
     # Gathered in both passes of a microbatch; gradients are reduced once at least, over `fsdp` and over `data`.
-    moved = (2 * microbatches + 1) * weights + 2 * shards * (data - 1) / data
+    moved = 2 * microbatches * weights * (1 if narrow else size)
+    if not adapter.rank:
+        moved += size * (weights + 2 * shards * (data - 1) / data)
     return (moved + activations) / all_links, activations / tpu.generation.link

@@ -42,13 +42,17 @@ def test_the_bound_of_keeping_everything_is_the_largest():
     assert max(size, key=size.get) == "none"
 
 
-def test_bounds_by_hand():
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_bounds_by_hand(dtype, size):
+    """Sums of gradients and moments are float32, whatever the parameters are."""
     options = {"train.batch_rows": 64, "train.microbatches": 2, "compute.remat": "attention"}
-    config = seven_billion(options | {"data.sequence_length": 4096})
+    config = seven_billion(options | {"data.sequence_length": 4096, "compute.param_dtype": dtype})
     bound = analytic.lower_bound(config, topologies.find_slice("v5e-16"))
     buffers = {what.partition(",")[0]: size for size, what in bound.buffers}
-    assert buffers["parameters"] == pytest.approx(6_738_415_616 * 4 / 16, rel=1e-3)
-    assert buffers["optimizer state"] == pytest.approx(2 * buffers["parameters"], rel=1e-3)
+    wide = 6_738_415_616 * 4 / 16
+    assert buffers["parameters"] == pytest.approx(wide * size / 4, rel=1e-3)
+    assert buffers["gradients"] == pytest.approx(wide, rel=1e-3)
+    assert buffers["optimizer state"] == pytest.approx(2 * wide, rel=1e-3)
     rows = 64 / 2 / 16
     assert buffers["activations kept: attention_out"] == rows * 4096 * 4096 * 2 * 32
     assert buffers["activations kept: layer_in"] == rows * 4096 * 4096 * 2 * 32
@@ -60,7 +64,7 @@ def test_bounds_by_hand():
 
 def test_gradients_are_reduced_once_at_least():
     """Weights are gathered twice a microbatch; a gradient moves as much once."""
-    options = {"data.sequence_length": 4096, "train.batch_rows": 32}
+    options = {"data.sequence_length": 4096, "train.batch_rows": 32, "init.checkpoint": "base"}
 
     def network(**changes):
         config = seven_billion(options | {name.replace("__", "."): value for name, value in changes.items()})
@@ -69,6 +73,10 @@ def test_gradients_are_reduced_once_at_least():
     once = network(train__microbatches=1)
     assert once == pytest.approx(3 * 6_738_415_616 * 2 * 15 / 16 / (2 * 45e9), rel=1e-3)
     assert network(train__microbatches=2) / once == pytest.approx(5 / 3)
+    # With an adapter weights have no gradient; in 8 bits half as much travels, and products take half the time.
+    assert network(adapter__rank=8) / once == pytest.approx(2 / 3)
+    assert network(adapter__rank=8, adapter__base_dtype="int8") / once == pytest.approx(1 / 3)
+    assert network(compute__product_dtype="int8") / once == pytest.approx(2 / 3)
     # Over 2 x 8: seven eighths of the weights move over fsdp, and an eighth of the gradients twice half of its size.
     parts = network(mesh__data=2, mesh__fsdp=8) / once
     assert parts == pytest.approx((3 * 7 / 8 + 2 * 1 / 8 * 1 / 2) / (3 * 15 / 16))

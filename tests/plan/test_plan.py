@@ -5,6 +5,7 @@ import logging
 import re
 
 import pytest
+from jax.sharding import AbstractMesh
 
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
@@ -22,6 +23,7 @@ from lemur_jax.plan.plan import (
     forward_loops,
     kept_activations,
     plan,
+    program_plan,
 )
 from lemur_jax.train.step import build
 
@@ -267,6 +269,19 @@ def test_two_slices_exchange_gradients_alone(tpu_compiler, tmp_path, microbatche
     assert row["seconds"] == pytest.approx(row["bytes"] / 3.125e9)
 
 
+def test_all_bytes_are_those_of_a_chip(tpu_compiler):
+    """Of tpu7x a chip is two devices."""
+    compiled = Compiled(fits=True, seconds=1.0, peak_bytes=7, host_bytes=5)
+    estimate = cost.Cost(seconds=1.0)
+    estimate.traffic["all-gather"].bytes = 3
+    made = program_plan(
+        compiled, estimate, topologies.find_slice("tpu7x-8"), AbstractMesh((8,), ("fsdp",)), {"batch": 1}, 1
+    )
+    assert made.hbm == {"batch": 2, "temporaries": 12}
+    assert (made.hbm_bytes_per_chip, made.host_bytes_per_chip) == (14, 10)
+    assert made.collectives[0]["bytes"] == 6
+
+
 @pytest.mark.parametrize("moved", [0, 100, 149])  # none; one direction; less than both of a peeled layer
 def test_an_estimate_without_the_transfers_of_offloaded_arrays_is_refused(moved):
     estimate = cost.Cost()
@@ -291,7 +306,7 @@ def test_an_update_that_offloads(tpu_compiler, narrow, topology, share):
     """
     options = narrow({"compute.remat": "offload_full", "compute.gate_share": share})
     made = plan(options, topology)
-    stored = options.model.num_hidden_layers * 512 * 1024 * 2 * 8 / topologies.find_slice(topology).devices
+    stored = options.model.num_hidden_layers * 512 * 1024 * 2 * 8 / topologies.find_slice(topology).chips
     stored *= 1 + 2 * share
     (row,) = [row for row in made.collectives if row["kind"] == cost.HOST]
     assert 1.99 * stored < row["bytes"] < 2.51 * stored
