@@ -74,11 +74,6 @@ _PATHS = {
     "checkpoint", "config", "data", "hf", "hlo", "html", "include_path", "json", "output", "reference", "replay",
     "tokenizer", "traces", "workdir", "write_reference",
 }  # fmt: skip
-# What the file system says of a path.
-_OF_A_PATH = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
-)
 
 
 def _one_line(error: Exception) -> str | None:
@@ -93,7 +88,8 @@ def _one_line(error: Exception) -> str | None:
     # As text: where a disk or a quota is full, TensorStore raises a ValueError.
     if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
         return f"{reason_of(error)}; free some space, or name another place, and run the same command again"
-    if isinstance(error, OSError) and error.filename and error.errno in _OF_A_PATH:
+    # What the file system says of a path; a file of ours that is not there is a fault of ours.
+    if isinstance(error, OSError) and error.filename and error.errno not in (None, errno.ENOENT):
         return f"{error.strerror}: {error.filename}"
     return None
 

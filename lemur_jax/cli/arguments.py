@@ -40,12 +40,8 @@ def add_devices(sub: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
-    sub.add_argument(
-        "--checkpoint",
-        required=required,
-        default="",
-        help="checkpoint directory, workdir, Hugging Face directory or ORG/NAME[@REVISION]",
-    )
+    what = "checkpoint directory, workdir, Hugging Face directory or ORG/NAME[@REVISION]"
+    sub.add_argument("--checkpoint", required=required, default="", help=what)
     sub.add_argument("--step", type=int, help="default: the newest")
     sub.add_argument("--mesh", default="", help="e.g. fsdp=4,tensor=2; default: all devices fsdp")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")

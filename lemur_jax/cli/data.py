@@ -15,11 +15,8 @@ def add_verbs(verbs: Verbs) -> None:
         "lemur prepare --config configs/smollm2_lemur.py",
     )
     add_config(sub)
-    sub.add_argument(
-        "--replace",
-        action="store_true",
-        help="replace stores whose data, steps or tokenizer have changed; runs that read them cannot continue",
-    )
+    what = "replace stores whose data, steps or tokenizer have changed; runs that read them cannot continue"
+    sub.add_argument("--replace", action="store_true", help=what)
     what = "runner of Apache Beam, e.g. FnApiRunner (local); default: processes of this machine"
     sub.add_argument("--runner", default="", help=what)
     what = "of Beam's pipeline, e.g. --runner-options='--region=X --project=Y'"

@@ -14,6 +14,7 @@ from lemur_jax.cli.arguments import (
     check_output_file,
     open_session,
 )
+from lemur_jax.cluster import coordination
 from lemur_jax.common.errors import UserError
 
 ENDPOINT_BATCH = 32  # episodes at a time of an endpoint, if --batch is not given
@@ -143,9 +144,7 @@ def _check_options(args) -> None:
 
 def _is_first() -> bool:
     """Whether this host writes; without devices, which an endpoint or a replay does not touch."""
-    from lemur_jax.cluster.coordination import process
-
-    return process()[0] == 0
+    return coordination.process()[0] == 0
 
 
 def _journal_path(args) -> str:

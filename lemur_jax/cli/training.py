@@ -40,9 +40,7 @@ def _add_train(verbs: Verbs) -> None:
     )
     what = "continue the run with more steps, another learning rate, or other stages of the mixture"
     _add_run(sub, "directory of the run, local or gs://", what)
-    what = (
-        "trace these steps into WORKDIR/profile, for TensorBoard and Perfetto: 10:13 for steps 10, 11 and 12"
-    )
+    what = "trace steps into WORKDIR/profile, for TensorBoard and Perfetto: 10:13 for steps 10, 11 and 12"
     sub.add_argument("--profile", default="", metavar="FIRST:STOP", help=what)
 
 
@@ -67,19 +65,13 @@ def _add_sweep(verbs: Verbs) -> None:
     )
     _add_run(sub, "directory of the sweep; its runs lie below it")
     sub.add_argument("--ratios", default="", help="e.g. 1:0,10:1,1:1: shares of the tokens")
-    sub.add_argument(
-        "--sources", default="", metavar="NAME,NAME",
-        help="whose shares; python&java,text: a part may be several (default: the order of config.eval.tasks)",
-    )  # fmt: skip
+    what = "whose shares; python&java,text: a part may be several (default: the order of config.eval.tasks)"
+    sub.add_argument("--sources", default="", metavar="NAME,NAME", help=what)
     sub.add_argument("--seeds", type=int, default=3, help="runs of each mixture")
-    sub.add_argument(
-        "--vary", action="append", default=[], metavar="KEY=VALUE,VALUE",
-        help="also another config key, e.g. optimizer.learning_rate=1e-3,3e-3; may be given several times",
-    )  # fmt: skip
-    sub.add_argument(
-        "--merge", default="", metavar="KIND:WEIGHT,...",
-        help="afterwards, merge with the base: linear:0.5 each run, arithmetic:0.5 the sum of one-source runs",
-    )  # fmt: skip
+    what = "also another config key, e.g. optimizer.learning_rate=1e-3,3e-3; may be given several times"
+    sub.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE", help=what)
+    what = "afterwards, merge with the base: linear:0.5 each run, arithmetic:0.5 the sum of one-source runs"
+    sub.add_argument("--merge", default="", metavar="KIND:WEIGHT,...", help=what)
     sub.add_argument("--print", action="store_true", help="only print a `lemur train` command for each run")
 
 

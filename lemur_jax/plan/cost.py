@@ -202,9 +202,9 @@ class Estimator:
         """Adds a computing instruction; returns its seconds."""
         kernel = kernels.cycles(each, self.chip)
         grouped = kernels.grouped_cycles(each, self.chip, self.module.inside(each))
-        unknown = each.lacks_estimate or (each.is_kernel and not each.cycles)
+        unknown = each.cycles is None or (each.is_kernel and not each.cycles)
         cost.unestimated += unknown and kernel is None and grouped is None
-        counted = (each.cycles if kernel is None else kernel) if grouped is None else grouped
+        counted = next(filter(None, (grouped, kernel, each.cycles)), 0)
         seconds = counted / self.chip.clock
         if not seconds:
             return 0.0

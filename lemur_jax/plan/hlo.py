@@ -52,14 +52,10 @@ class Instruction:
         return tuple(_NAMES.findall(self.arguments))
 
     @functools.cached_property
-    def cycles(self) -> int:
-        """The compiler's estimate for one execution; 0 if it gives none."""
-        return 0 if self.lacks_estimate else sum(map(int, _CYCLES.findall(self.attributes)))
-
-    @functools.cached_property
-    def lacks_estimate(self) -> bool:
-        """Whether the compiler says that it cannot estimate the cycles."""
-        return any(int(count) == _NO_ESTIMATE for count in _CYCLES.findall(self.attributes))
+    def cycles(self) -> int | None:
+        """The compiler's estimate for one execution: 0 if it gives none, None if it says that it has none."""
+        counts = [int(count) for count in _CYCLES.findall(self.attributes)]
+        return None if _NO_ESTIMATE in counts else sum(counts)
 
     @property
     def is_kernel(self) -> bool:

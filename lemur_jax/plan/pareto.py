@@ -33,15 +33,10 @@ def format_search(found: SearchResult) -> str:
     if front:
         rows = [(*_COLUMNS[:-1], "(estimated; MFU with causal attention)"), *front]
         lines = ["  {:>10}{:>15}{:>8}{:>10}  {}".format(*row) for row in rows]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"compiled {found.compiled}, from the cache {found.cached}: {sum(each.fits for each in found.trials)} fit",
-            *(f"{count} not compiled: {reason}" for reason, count in sorted(found.pruned.items())),
-            f"{found.untried} left when it ended after {found.seconds:.0f} s",
-        ]
-    )
+    fit = sum(each.fits for each in found.trials)
+    lines += ["", f"compiled {found.compiled}, from the cache {found.cached}: {fit} fit"]
+    lines += [f"{count} not compiled: {reason}" for reason, count in sorted(found.pruned.items())]
+    return "\n".join([*lines, f"{found.untried} left when it ended after {found.seconds:.0f} s"])
 
 
 def plot(found: SearchResult, title: str) -> str:

@@ -153,7 +153,22 @@ def program_plan(
     # A program may leave some parameters unread, as prefill the head: they are in memory nevertheless.
     peak = max(compiled.peak_bytes, sum(known.values())) if compiled.fits else compiled.peak_bytes
     kinds = {**known, "temporaries": max(0, peak - sum(known.values()))}
-    made = Plan(
+    estimated: dict[str, Any] = {}
+    if estimate:
+        rows = sorted(estimate.traffic.items(), key=lambda item: -item[1].seconds)
+        estimated = {
+            "step_seconds": estimate.seconds,
+            "unestimated": round(estimate.unestimated),
+            "parts": {**estimate.compute, "exposed communication": estimate.exposed},
+            "collectives": [
+                dataclasses.asdict(traffic)
+                | {"kind": kind, "bytes": traffic.bytes * per_chip}
+                | {"hidden": max(0.0, traffic.seconds - traffic.exposed)}
+                for kind, traffic in rows
+            ],
+            "tokens_per_second_per_chip": tokens / estimate.seconds / tpu.chips,
+        }
+    return Plan(
         topology=tpu.name,
         slices=tpu.slices,
         chips=tpu.chips,
@@ -168,21 +183,7 @@ def program_plan(
         largest_buffers=[[size * per_chip, what] for size, what in compiled.largest],
         tokens_per_step=tokens,
         versions={"jax": jax.__version__, "libtpu": metadata.version("libtpu")},
-    )
-    if estimate is None:
-        return made
-    return dataclasses.replace(
-        made,
-        step_seconds=estimate.seconds,
-        unestimated=round(estimate.unestimated),
-        parts={**estimate.compute, "exposed communication": estimate.exposed},
-        collectives=[
-            dataclasses.asdict(traffic)
-            | {"kind": kind, "bytes": traffic.bytes * per_chip}
-            | {"hidden": max(0.0, traffic.seconds - traffic.exposed)}
-            for kind, traffic in sorted(estimate.traffic.items(), key=lambda item: -item[1].seconds)
-        ],
-        tokens_per_second_per_chip=tokens / estimate.seconds / tpu.chips,
+        **estimated,
     )
 
 

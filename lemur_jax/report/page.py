@@ -27,6 +27,12 @@ _CURVES = (
     ("Model FLOPs utilization", "share of the peak", "mfu", False, True),
     ("Device memory", "bytes in use, fullest device of the first host", "hbm_bytes", False, True),
 )
+# Other fields of training, with those of single sources and hosts. What is left only some kinds of runs record.
+_NO_CURVE = (
+    *("step", "kind", "loss", "tokens", "seconds", "data_wait_seconds", "tokens_per_second_per_chip"),
+    *("grad_norm_limit", "update_norm", "hbm_peak_bytes"),
+)
+_OF_PARTS = ("loss/", "tokens/", "host_seconds/")
 _SUMMARY = (
     *("run", "parameters", "updates", "target tokens", "tokens per update", "last loss"),
     "median tokens/s",
@@ -148,7 +154,7 @@ def _charts(runs: Sequence[Run]) -> str:
         line_chart("Held-out loss", "nats per token", lanes, held_out("loss")),
         line_chart("Since the start of the run", "relative change of bits per byte", lanes, changes),
     ]
-    for title, unit, field, log, zero in _CURVES:
+    for title, unit, field, log, zero in (*_own_curves(runs), *_CURVES):
         lines = [line for index, run in enumerate(runs) for line in _curve(index, run, title, field)]
         charts.append(line_chart(title, unit, lanes, lines, log=log, zero=zero))
     return "".join(charts)
@@ -178,6 +184,17 @@ def _changes(index: int, run: Run, colours: dict[str, int]) -> list[Line]:
         name = f"{group}, change"
         lines.append(Line(run=index, name=name, colour=colours[group], points=points, dots=True))
     return lines
+
+
+def _own_curves(runs: Sequence[Run]) -> list[tuple[str, str, str, bool, bool]]:
+    """As `_CURVES`: rewards of `lemur rl`, accuracy of preferences, loads of experts."""
+    fields = dict.fromkeys(field for run in runs for record in run.train for field in record)
+    known = {*_NO_CURVE, *(field for _, _, field, _, _ in _CURVES)}
+    own = [field for field in fields if field not in known and not field.startswith(_OF_PARTS)]
+    return [
+        (field.replace("_", " ").capitalize(), f"{field} of metrics.jsonl", field, False, False)
+        for field in own
+    ]
 
 
 def _curve(index: int, run: Run, title: str, field: str) -> list[Line]:

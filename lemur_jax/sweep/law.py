@@ -93,13 +93,12 @@ class Laws:
     def best_measured(self, weight: float) -> str:
         """The ratio that is best by the same measure, of those that were trained."""
         weights = self._weights(weight)
-        last = [point for point in self.points if point.tokens == self.tokens]
-        return min(
-            last,
-            key=lambda point: sum(
-                weights[group] * np.log(bits / self.laws[group].base) for group, bits in point.bits.items()
-            ),
-        ).ratio
+
+        def score(point: Point) -> float:
+            parts = point.bits.items()
+            return sum(weights[group] * math.log(bits / self.laws[group].base) for group, bits in parts)
+
+        return min((point for point in self.points if point.tokens == self.tokens), key=score).ratio
 
     def _weights(self, weight: float) -> dict[str, float]:
         rest = (1 - weight) / max(1, len(self.laws) - 1)
@@ -191,14 +190,10 @@ def fit_laws(base: Mapping[str, float], points: Sequence[Point], first: str) -> 
     for ratio in (ratio for ratio, shares in ratios.items() if all(shares)):
         others = [point for point in points if point.ratio != ratio]
         last = max((point for point in points if point.ratio == ratio), key=lambda point: point.tokens)
+        fitted = {group: _fit(base[group], others, group, law.part) for group, law in laws.items()}
         held_out[ratio] = {
-            group: float(
-                np.log(
-                    _fit(base[group], others, group, law.part).bits(last.shares, last.tokens)
-                    / last.bits[group]
-                )
-            )
-            for group, law in laws.items()
+            group: math.log(law.bits(last.shares, last.tokens) / last.bits[group])
+            for group, law in fitted.items()
         }
     return Laws(laws=laws, first=first, points=points, held_out=held_out)
 

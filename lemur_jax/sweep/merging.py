@@ -22,7 +22,7 @@ from lemur_jax.common.json_files import digest_of
 from lemur_jax.config import RunConfig
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.sweep.law import check_same_start
-from lemur_jax.sweep.runs import SweepRun
+from lemur_jax.sweep.runs import SweepRun, shares_of
 from lemur_jax.telemetry.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.evaluate import Evaluations, EvaluationSteps, evaluate, open_held_out
@@ -75,7 +75,7 @@ def plan_merges(merges: Sequence[str], runs: Sequence[SweepRun]) -> list[Merge]:
             continue
         by_settings = collections.defaultdict(list)
         for run in runs:
-            if run.specialist:
+            if max(shares_of(run.ratio)) == 1:  # it sees one part of the data alone
                 by_settings[run.settings, run.seed].append(run)
         groups = [tuple(by_settings[key]) for key in sorted(by_settings)]
         if not groups or min(map(len, groups)) < 2:

@@ -51,11 +51,6 @@ class SweepRun:
         """The run's workdir, in that of the sweep."""
         return epath.Path(workdir) / "runs" / self.name
 
-    @property
-    def specialist(self) -> bool:
-        """Whether it sees one part of the data alone."""
-        return sum(share > 0 for share in parse_ratio(self.ratio)) == 1
-
 
 def parse_ratio(ratio: str) -> list[float]:
     """The shares in "10:1"; UserError if they are not that, or all 0."""

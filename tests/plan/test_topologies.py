@@ -40,14 +40,8 @@ def test_every_name_finds_itself():
 @pytest.mark.parametrize(
     ("wrong", "near"),
     [
-        ("v4-500", "v4-512"),
-        ("v5-8", "v5p-8"),
-        ("v6e-300", "v6e-256"),
-        ("v5p", "v5p-8"),
-        ("", "v4-8"),
-        ("v5e-4x4x4", "v5e-16"),
-        ("v4-4x4x6", "v4-8"),
-        ("v4-0x4x4", "v4-8"),
+        *(("v4-500", "v4-512"), ("v5-8", "v5p-8"), ("v6e-300", "v6e-256"), ("v5p", "v5p-8"), ("", "v4-8")),
+        *(("v5e-4x4x4", "v5e-16"), ("v4-4x4x6", "v4-8"), ("v4-0x4x4", "v4-8")),
     ],
 )
 def test_unknown_name_lists_the_known_ones(wrong, near):

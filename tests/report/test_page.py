@@ -105,6 +105,18 @@ def test_a_run_on_its_way_shows_how_far_it_is(write_stage, tmp_path):
     assert "Held-out loss" not in outline.titles
 
 
+def test_what_only_some_runs_record_has_a_chart_too(stages, tmp_path):
+    """As `lemur rl` records rewards, and success now and then."""
+    with MetricsWriter(stages[2]) as writer:
+        for step in (41, 42, 43):
+            record = {"step": step, "kind": "train", "loss": 1.0, "reward": 0.25, "episodes/cut": 3}
+            writer.write(record | {"host_seconds/1": 2.0} | ({"held_out_success": 0.5} if step == 42 else {}))
+    text, outline = written(stages, tmp_path / "report.html")
+    assert outline.titles[3:6] == ["Reward", "Episodes/cut", "Held out success"]
+    (success,) = [figure for figure in figures(text) if figure["title"] == "Held out success"]
+    assert [(line["run"], line["x"], line["y"]) for line in success["lines"]] == [(2, [42], [0.5])]
+
+
 def test_balance_and_one_colour_for_each_name(stages, tmp_path):
     for stage, groups in ((stages[1], ("code", "text")), (stages[2], ("text", "code"))):
         with MetricsWriter(stage) as writer:

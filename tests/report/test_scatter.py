@@ -38,16 +38,15 @@ def random(seed):
 
 
 def names(root, results):
-    """Box of each name, and whether it is bold."""
+    """Box of each name."""
     wanted = {*(one.name for one in results.variants), "base"}
     found = {}
     for text in root.findall("s:text", SPACE):
         if text.text in wanted:
-            bold = "front-name" in text.get("class")
-            width, _ = labels.text_size(text.text, bold)
+            width, _ = labels.text_size(text.text, "front-name" in text.get("class"))
             share = {"start": 0, "middle": 0.5, "end": 1}[text.get("text-anchor")]
             left, baseline = float(text.get("x")) - share * width, float(text.get("y"))
-            found[text.text] = (left, baseline - 11, left + width, baseline + 3), bold
+            found[text.text] = left, baseline - 11, left + width, baseline + 3
     assert found.keys() == wanted
     return found
 
@@ -72,22 +71,13 @@ def drawn(root):
 def test_names_cover_no_bar_no_point_and_no_other_name(name):
     results = random(name) if isinstance(name, int) else committed(name)
     root = ElementTree.fromstring(pareto.pareto_plot(results, "text", "code"))
-    found = {name: box for name, (box, _) in names(root, results).items()}
+    found = names(root, results)
     for name, box in found.items():
         assert box[0] >= charts.MARGINS[0], name
         assert box[2] <= 760, name
         assert not [other for other in drawn(root) if labels.overlap(box, other)], name
     for one, other in itertools.combinations(found, 2):
         assert not labels.overlap(found[one], found[other]), (one, other)
-
-
-def test_names_on_the_front_are_bold():
-    results = committed("rewarm")
-    plot = pareto.pareto_plot(results, "text", "code")
-    bold = {name for name, (_, bold) in names(ElementTree.fromstring(plot), results).items() if bold}
-    assert bold == {one.name for one in results.front(["text", "code"])}
-    # A class: what a style sheet says of all text goes before an attribute.
-    assert ".front-name{font-weight:600}" in plot
 
 
 @pytest.mark.parametrize("name", COMMITTED)
