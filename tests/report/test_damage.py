@@ -17,14 +17,14 @@ PIECES = (b"\x00", b"\xff", b"\n", b"{", b"null\n", b"[1]\n", b'{"step": "x"}\n'
 
 
 def damage(random_, data):
-    """One of: a flipped bit, a cut, a piece put in, another value in place of one."""
+    """One of: a flipped bit, a cut, a piece put in, another value in place of the first of a line."""
     at = random_.randrange(len(data))
-    value = random_.choice(list(re.finditer(rb"(?<=: )[^,}\]]+", data)))
+    value = random_.choice(list(re.finditer(rb"(?m)^[^:\n]*: ([^,}]+)", data)))
     return {
         "flip": data[:at] + bytes([data[at] ^ 1 << random_.randrange(8)]) + data[at + 1 :],
         "cut": data[:at],
         "insert": data[:at] + random_.choice(PIECES) + data[at:],
-        "replace": data[: value.start()] + random_.choice(VALUES) + data[value.end() :],
+        "replace": data[: value.start(1)] + random_.choice(VALUES) + data[value.end(1) :],
     }
 
 
