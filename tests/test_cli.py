@@ -245,3 +245,12 @@ def test_version_and_defaults_are_shown(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["plan", "--help"])
     assert "(default: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("value", "colored"), [("", True), ("1", False)])
+def test_no_color_is_heard_in_a_terminal(value, colored, make_store, monkeypatch, capsys):
+    """https://no-color.org."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", value)
+    assert main(["inspect", str(make_store([[7, 8]]).path)]) == 0
+    assert ("\x1b" in capsys.readouterr().out) == colored

@@ -1,5 +1,6 @@
 """What a run reads: `prepare`, `inspect`."""
 
+import os
 import shlex
 import sys
 
@@ -51,7 +52,8 @@ def _inspect(args) -> None:
     from lemur_jax.data.inspect import inspect_mixture, inspect_store
     from lemur_jax.text.tokenizer import Tokenizer
 
-    show = {"samples": args.samples, "color": bool(args.html) or bool(sys.stdout and sys.stdout.isatty())}
+    terminal = bool(sys.stdout and sys.stdout.isatty()) and not os.environ.get("NO_COLOR")
+    show = {"samples": args.samples, "color": bool(args.html) or terminal}
     is_config = args.target.partition(":")[0].endswith(".py")
     if is_config and args.tokenizer:
         raise UserError("--tokenizer is for a store, a config names its own: leave it out")

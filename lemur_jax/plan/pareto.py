@@ -18,7 +18,7 @@ _COLUMNS = ("step, s", "tokens/s/chip", "MFU", "HBM, GiB", "layout")
 def _row(trial: Trial) -> tuple[str, ...]:
     """The cells of `_COLUMNS`."""
     return (
-        f"{trial.plan.step_seconds:.3f}",
+        f"{trial.plan.step_seconds:.4g}",
         f"{trial.plan.tokens_per_second_per_chip:,.0f}",
         f"{trial.plan.mfu:.1%}",
         f"{trial.plan.hbm_bytes_per_chip / GIB:.2f}",
@@ -81,7 +81,7 @@ def config_text(best: Trial, base: str, overrides: Sequence[str], directory: pat
     versions = f"jax {made.versions['jax']} and libtpu {made.versions['libtpu']}"
     return f'''"""{path} as `lemur plan --search` would run it on {slice_name(made.topology, made.slices)}.
 
-Estimated, not measured: {made.step_seconds:.3f} s a step, {made.tokens_per_second_per_chip:,.0f} tokens/s/chip,
+Estimated, not measured: {made.step_seconds:.4g} s a step, {made.tokens_per_second_per_chip:,.0f} tokens/s/chip,
 {made.hbm_bytes_per_chip / GIB:.2f} GiB of HBM a chip, with {versions}.
 """
 
@@ -114,5 +114,7 @@ def write(
     facts = vars(found) | {"trials": trials}
     (directory / "search.json").write_text(json.dumps(facts, indent=1) + "\n")
     if found.best:
-        (directory / "pareto.html").write_text(plot(found, title))
-        (directory / "best.py").write_text(config_text(found.best, base, overrides, directory))
+        (directory / "pareto.html").write_text(plot(found, title), encoding="utf-8")
+        text = config_text(found.best, base, overrides, directory)
+        # A path may have bytes that are no UTF-8, and is kept as they are (PEP 383).
+        (directory / "best.py").write_text(text, encoding="utf-8", errors="backslashreplace")

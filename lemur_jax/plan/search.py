@@ -191,7 +191,7 @@ def _finish(
     trial = Trial(changes=candidate.changes, bound=candidate.bound, plan=made, error=error)
     outcome = f"refused         {error}: "
     if made:
-        time_of = f"{trial.seconds:10.3f} s" if trial.fits else "does not fit"
+        time_of = f"{trial.seconds:10.4g} s" if trial.fits else "does not fit"
         outcome = f"{time_of}  {made.hbm_bytes_per_chip / GIB:6.2f} GiB  "
     result.trials.append(trial)
     logger.info("  %s%s", outcome, candidates.format_changes(trial.changes))

@@ -108,6 +108,7 @@ def result_files(results: Results, command: str) -> dict[str, str]:
     """File name -> contents of the table, the page and a plot for every two groups; `command` is shown beside the
     table.
     """
+    command = command.encode(errors="backslashreplace").decode()  # a path may have bytes that are no UTF-8
     files = {"table.md": f"{markdown_table(results)}\n    {command}\n", "index.html": _page(results, command)}
     for number, (y, x) in enumerate(itertools.combinations(results.groups, 2)):
         name = f"pareto-{y}-{x}.svg".replace("/", "-") if number else "pareto.svg"

@@ -139,7 +139,9 @@ def test_the_fragment_is_a_config_with_the_same_plan(first, base, tmp_path):
     found = first[2]
     (tmp_path / "other/disk").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "other/disk")
-    pareto.write(found, tmp_path / "out", f"{base}:2", ["--config.train.steps=20"], "title")
+    odd = tmp_path / "base\udcff.py"  # a byte that is no UTF-8
+    odd.symlink_to(base)
+    pareto.write(found, tmp_path / "out", f"{odd}:2", ["--config.train.steps=20"], f"{odd} on v5e-4")
     loaded = load(str(tmp_path / "out" / "best.py"))
     assert loaded.train.steps == 20
     assert loaded.mesh.fsdp == 4

@@ -66,8 +66,9 @@ def test_table():
 
 
 def test_plot():
-    files = pareto.result_files(FOUND, "lemur sweep --ratios '1:0,<x>'")
+    files = pareto.result_files(FOUND, "lemur sweep --config \udcff.py --ratios '1:0,<x>'")
     assert set(files) == {"table.md", "index.html", "pareto.svg"}
+    assert b"\\udcff.py" in files["table.md"].encode()
     root = ElementTree.fromstring(files["pareto.svg"])
     space = {"s": "http://www.w3.org/2000/svg"}
     circles = root.findall("s:circle", space)
