@@ -189,7 +189,7 @@ def raising(monkeypatch, error):
 
 
 @pytest.mark.parametrize(
-    "number", ["EACCES", "EPERM", "EROFS", "EMFILE", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG"]
+    "number", ["EACCES", "EPERM", "EROFS", "EMFILE", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG", "ELOOP"]
 )
 def test_a_file_system_that_refuses_is_one_line(number, monkeypatch, capsys):
     assert raising(monkeypatch, OSError(getattr(errno, number), "two\n\tlines", "gs://bucket/x")) == 2
