@@ -7,13 +7,7 @@ import pathlib
 import signal
 import sys
 
-from lemur_jax.cli.arguments import (
-    Verbs,
-    add_checkpoint,
-    add_verb,
-    check_output_file,
-    open_session,
-)
+from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, check_output_file, open_session
 from lemur_jax.cluster import coordination
 from lemur_jax.common.errors import UserError
 

@@ -9,14 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lemur_jax.cli.arguments import (
-    Verbs,
-    add_checkpoint,
-    add_verb,
-    check_texts,
-    one_host_alone,
-    open_session,
-)
+from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, check_texts, one_host_alone, open_session
 from lemur_jax.common.errors import UserError
 
 

@@ -188,13 +188,10 @@ def _changes(index: int, run: Run, colours: dict[str, int]) -> list[Line]:
 
 def _own_curves(runs: Sequence[Run]) -> list[tuple[str, str, str, bool, bool]]:
     """As `_CURVES`: rewards of `lemur rl`, accuracy of preferences, loads of experts."""
-    fields = dict.fromkeys(field for run in runs for record in run.train for field in record)
     known = {*_NO_CURVE, *(field for _, _, field, _, _ in _CURVES)}
+    fields = dict.fromkeys(field for run in runs for record in run.train for field in record)
     own = [field for field in fields if field not in known and not field.startswith(_OF_PARTS)]
-    return [
-        (field.replace("_", " ").capitalize(), f"{field} of metrics.jsonl", field, False, False)
-        for field in own
-    ]
+    return [(field, "as in metrics.jsonl", field, False, False) for field in own]
 
 
 def _curve(index: int, run: Run, title: str, field: str) -> list[Line]:

@@ -25,10 +25,7 @@ _NOT_COMPILED = ("seed", "init", "tokenizer", "prepare", "eval", "checkpoint", "
 
 
 def sweep(
-    runs: Mapping[SweepRun, RunConfig],
-    merges: Sequence[merging.Merge],
-    workdir: epath.PathLike,
-    command: str,
+    runs: Mapping[SweepRun, RunConfig], merges: Sequence[merging.Merge], workdir: epath.PathLike, command: str
 ) -> results.Results | None:
     """Trains and scores what is missing, then writes `results.json` and what `pareto.result_files` makes.
 

@@ -112,8 +112,8 @@ def test_what_only_some_runs_record_has_a_chart_too(stages, tmp_path):
             record = {"step": step, "kind": "train", "loss": 1.0, "reward": 0.25, "episodes/cut": 3}
             writer.write(record | {"host_seconds/1": 2.0} | ({"held_out_success": 0.5} if step == 42 else {}))
     text, outline = written(stages, tmp_path / "report.html")
-    assert outline.titles[3:6] == ["Reward", "Episodes/cut", "Held out success"]
-    (success,) = [figure for figure in figures(text) if figure["title"] == "Held out success"]
+    assert outline.titles[3:6] == ["reward", "episodes/cut", "held_out_success"]
+    (success,) = [figure for figure in figures(text) if figure["title"] == "held_out_success"]
     assert [(line["run"], line["x"], line["y"]) for line in success["lines"]] == [(2, [42], [0.5])]
 
 
