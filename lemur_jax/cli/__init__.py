@@ -33,10 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     if not words[0].startswith("-") and words[0] not in verbs:
-        print(
-            f"lemur: there is no verb {words[0]!r}{did_you_mean(words[0], verbs)}; see lemur --help",
-            file=sys.stderr,
-        )
+        meant = did_you_mean(words[0], verbs)
+        print(f"lemur: there is no verb {words[0]!r}{meant}; see lemur --help", file=sys.stderr)
         return USER_ERROR
     known, rest = parser.parse_known_args(words)
     try:
@@ -62,10 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lemur {known.verb}: {' '.join(map(str.strip, line.splitlines()))}", file=sys.stderr)
         return leave(USER_ERROR)
     except KeyboardInterrupt:
-        print(
-            f"lemur {known.verb}: interrupted; the same command goes on from what is finished",
-            file=sys.stderr,
-        )
+        text = "interrupted; the same command goes on from what is finished"
+        print(f"lemur {known.verb}: {text}", file=sys.stderr)
         return leave(INTERRUPTED)
 
 

@@ -11,8 +11,19 @@ from lemur_jax.plan import analytic, search, topologies
 from lemur_jax.plan.plan import plan
 
 
-def seven_billion(options, **model):
-    return replace(RunConfig(model=preset("llama2_7b", **model)), options)
+def seven_billion(positions=4096, **changes):
+    """Llama-2-7B with rows of so many positions; `train__steps` is config.train.steps."""
+    options = {"data.sequence_length": positions, "train.batch_rows": 32, "init.checkpoint": "base"}
+    options |= {name.replace("__", "."): value for name, value in changes.items()}
+    return replace(RunConfig(model=preset("llama2_7b", max_position_embeddings=positions)), options)
+
+
+def bound_of(slice_, *positions, **changes):
+    return analytic.lower_bound(seven_billion(*positions, **changes), topologies.find_slice(slice_))
+
+
+def buffers_of(bound):
+    return {what.partition(",")[0]: size for size, what in bound.buffers}
 
 
 @pytest.mark.slow
@@ -30,14 +41,7 @@ def test_no_policy_keeps_less_than_its_bound(tpu_compiler, narrow, policy, share
 
 
 def test_the_bound_of_keeping_everything_is_the_largest():
-    options = {"data.sequence_length": 4096, "train.batch_rows": 32}
-    config = replace(RunConfig(model=preset("llama2_70b")), options)
-    size = {
-        policy: analytic.lower_bound(
-            replace(config, {"compute.remat": policy}), topologies.find_slice("v5p-32")
-        ).bytes
-        for policy in POLICIES
-    }
+    size = {policy: bound_of("v5p-32", compute__remat=policy).bytes for policy in POLICIES}
     assert size["full"] < size["attention"] < size["mlp"] < size["dots"] <= size["mlp_all"] < size["none"]
     assert max(size, key=size.get) == "none"
 
@@ -45,11 +49,9 @@ def test_the_bound_of_keeping_everything_is_the_largest():
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_bounds_by_hand(dtype, size):
     """Sums of gradients and moments are float32, whatever the parameters are."""
-    options = {"train.batch_rows": 64, "train.microbatches": 2, "compute.remat": "attention"}
-    config = seven_billion(options | {"data.sequence_length": 4096, "compute.param_dtype": dtype})
-    bound = analytic.lower_bound(config, topologies.find_slice("v5e-16"))
-    buffers = {what.partition(",")[0]: size for size, what in bound.buffers}
-    wide = 6_738_415_616 * 4 / 16
+    options = {"train__batch_rows": 64, "train__microbatches": 2, "compute__remat": "attention"}
+    bound = bound_of("v5e-16", compute__param_dtype=dtype, **options)
+    buffers, wide = buffers_of(bound), 6_738_415_616 * 4 / 16
     assert buffers["parameters"] == pytest.approx(wide * size / 4, rel=1e-3)
     assert buffers["gradients"] == pytest.approx(wide, rel=1e-3)
     assert buffers["optimizer state"] == pytest.approx(2 * wide, rel=1e-3)
@@ -60,20 +62,21 @@ def test_bounds_by_hand(dtype, size):
     tokens = 64 * 4096
     assert bound.compute > 6 * 6.6e9 * tokens / (16 * 197e12)
     assert bound.compute < 8.5 * 6.74e9 * tokens / (16 * 197e12) * 1.2
+    # Products in 8 bits take half the time.
+    narrow = bound_of("v5e-16", compute__product_dtype="int8", **options)
+    assert narrow.compute == pytest.approx(bound.compute / 2)
 
 
 def test_gradients_are_reduced_once_at_least():
     """Weights are gathered twice a microbatch; a gradient moves as much once."""
-    options = {"data.sequence_length": 4096, "train.batch_rows": 32, "init.checkpoint": "base"}
 
     def network(**changes):
-        config = seven_billion(options | {name.replace("__", "."): value for name, value in changes.items()})
-        return analytic.lower_bound(config, topologies.find_slice("v5e-16")).network
+        return bound_of("v5e-16", **changes).network
 
     once = network(train__microbatches=1)
     assert once == pytest.approx(3 * 6_738_415_616 * 2 * 15 / 16 / (2 * 45e9), rel=1e-3)
     assert network(train__microbatches=2) / once == pytest.approx(5 / 3)
-    # With an adapter weights have no gradient; in 8 bits half as much travels, and products take half the time.
+    # With an adapter weights have no gradient; in 8 bits half as much travels.
     assert network(adapter__rank=8) / once == pytest.approx(2 / 3)
     assert network(adapter__rank=8, adapter__base_dtype="int8") / once == pytest.approx(1 / 3)
     assert network(compute__product_dtype="int8") / once == pytest.approx(2 / 3)
@@ -83,8 +86,7 @@ def test_gradients_are_reduced_once_at_least():
 
 
 def test_positions_traded_for_heads_cost_time():
-    options = {"data.sequence_length": 16_384, "train.batch_rows": 16, "mesh.fsdp": 1, "mesh.sequence": 16}
-    config = seven_billion(options, max_position_embeddings=16_384)
+    config = seven_billion(16_384, train__batch_rows=16, mesh__fsdp=1, mesh__sequence=16)
     # Query, key, value and output: 15 of 16 parts of 4 x 4096 numbers a position go to others, in 32 layers, both ways.
     moved = 2 * 32 * 16_384 * 4 * 4096 * 2 * 15 / 16
     bound = analytic.lower_bound(config, topologies.find_slice("v5e-16"))
@@ -98,23 +100,16 @@ def test_positions_traded_for_heads_cost_time():
 
 
 def test_what_layers_keep_is_cut_over_tensor():
-    options = {"data.sequence_length": 4096, "train.batch_rows": 16, "compute.remat": "mlp_all"}
-
-    def buffers(tensor):
-        config = seven_billion(options | {"mesh.tensor": tensor})
-        bound = analytic.lower_bound(config, topologies.find_slice("v5e-4"))
-        return {what.partition(",")[0]: size for size, what in bound.buffers}
-
-    by_name, whole = buffers(4), buffers(1)
-    # A row lies on 4 chips instead of one, so each has four times the tokens and a fourth of every array.
+    """A row lies on 4 chips instead of one, so each has four times the tokens and a fourth of every array."""
+    by_name, whole = (
+        buffers_of(bound_of("v5e-4", compute__remat="mlp_all", mesh__tensor=tensor)) for tensor in (4, 1)
+    )
     kept = [name for name in whole if name.startswith("activations kept")]
     assert len(kept) == 7
     assert all(by_name[name] == whole[name] for name in kept)
 
 
 def test_host_memory_costs_time():
-    options = {"data.sequence_length": 4096, "train.batch_rows": 16, "compute.remat": "offload_full"}
-    config = seven_billion(options)
-    bound = analytic.lower_bound(config, topologies.find_slice("v5e-16"))
+    bound = bound_of("v5e-16", compute__remat="offload_full", train__batch_rows=16)
     assert bound.host == pytest.approx(2 * 4096 * 4096 * 2 * 32 / 12e9)  # there and back
     assert not any("activations" in what for _, what in bound.buffers)
