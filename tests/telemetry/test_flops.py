@@ -1,4 +1,4 @@
-"""FLOPs against published figures and against the products in a traced Llama; peaks against JAX's kinds."""
+"""FLOPs against published figures and against the products in a traced model; peaks against JAX's kinds."""
 
 import dataclasses
 import math
@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lemur_jax.models import decoder
 from lemur_jax.models.config import DecoderConfig
+from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
 from lemur_jax.telemetry.flops import chip, flops_per_token, mfu
 
@@ -32,28 +34,6 @@ def test_llama2_70b_costs_what_is_known(causal, gflop):
     assert round(flops.total / 1e9, 1) == gflop
 
 
-def llama(params, tokens, config: DecoderConfig):
-    """A Llama without norms, rotary embedding and softmax, which are not counted: [T] -> scalar."""
-    H, K, N = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    x = params["embedding"][tokens]
-    for _ in range(config.num_hidden_layers):
-        query = (x @ params["q"]).reshape(-1, H, N)
-        key, value = (jnp.repeat((x @ params[name]).reshape(-1, K, N), H // K, axis=1) for name in ("k", "v"))
-        mixed = jnp.einsum("HTS,SHN->THN", jnp.einsum("THN,SHN->HTS", query, key), value)
-        x = x + mixed.reshape(-1, H * N) @ params["o"]
-        x = x + (jax.nn.silu(x @ params["gate"]) * (x @ params["up"])) @ params["down"]
-    return jnp.sum(jnp.square(x @ params["head"]))
-
-
-def arrays(config: DecoderConfig):
-    """Its parameters; the layers share theirs."""
-    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    HN, KN = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    shapes = {"embedding": (V, D), "q": (D, HN), "k": (D, KN), "v": (D, KN), "o": (HN, D)}
-    shapes |= {"gate": (D, F), "up": (D, F), "down": (F, D), "head": (D, V)}
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-
-
 def product_flops(jaxpr) -> int:
     """FLOPs of all matrix products in a traced function."""
     total = 0
@@ -64,18 +44,20 @@ def product_flops(jaxpr) -> int:
             depth = math.prod(left[axis] for axis in contracted)
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
         for inner in equation.params.values():
-            if hasattr(inner, "jaxpr"):
-                total += product_flops(inner.jaxpr)
+            if hasattr(inner, "jaxpr"):  # a scan has its number of turns
+                total += equation.params.get("length", 1) * product_flops(inner.jaxpr)
     return total
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_formula_counts_the_products_of_a_traced_llama(backward):
-    T = 16
-    function = jax.grad(llama) if backward else llama
-    tokens = jax.ShapeDtypeStruct((T,), jnp.int32)
-    traced = jax.make_jaxpr(function, static_argnums=2)(arrays(SMALL), tokens, SMALL)
-    expected = flops_per_token(SMALL, T, causal=False, backward=backward).total * T
+def test_formula_counts_the_products_of_the_decoder(backward):
+    def logits(params, tokens):
+        return jnp.sum(decoder.forward(SMALL, Compute(dtype="float32"), params, tokens, tokens, tokens))
+
+    params = jax.eval_shape(lambda: decoder.init_params(SMALL, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    traced = jax.make_jaxpr(jax.grad(logits) if backward else logits)(params, tokens)
+    expected = flops_per_token(SMALL, 16, causal=False, backward=backward).total * 16
     assert product_flops(traced.jaxpr) == expected
 
 
