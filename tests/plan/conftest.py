@@ -34,6 +34,19 @@ def narrow():
 
 
 @pytest.fixture(scope="session")
+def write_config():
+    """`write_config(directory, *lines)`: a config file with these lines; returns its path."""
+    imports = "from lemur_jax.config import default_config\nfrom lemur_jax.models.presets import preset\n"
+
+    def write(directory, *lines):
+        path = directory / "config.py"
+        path.write_text("\n    ".join([f"{imports}def get_config(arg=''):", *lines, "return config"]))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def narrow_plan(tpu_compiler, narrow, tmp_path_factory):
     """(config, plan, HLO text) of its update on a v4-16."""
     path = tmp_path_factory.mktemp("plan") / "step.hlo"

@@ -74,29 +74,16 @@ def test_an_update_on_v4(narrow_plan):
     assert float(re.search(r"(\S+) chip-hours", printed)[1]) == pytest.approx(
         made.chip_hours, rel=0.05
     )  # not 0
+    if (
+        made.versions["libtpu"] == "0.0.52"
+    ):  # the compiler's cycles: what makes Llama's step slower is noticed
+        cycles = (made.parts["matmul"] + made.parts["other compute"]) * topologies.GENERATIONS["v4"].clock
+        assert cycles == pytest.approx(1_387_678, rel=0.005)
 
 
-def test_llamas_step_is_as_fast_as_before_other_families(narrow_plan):
-    """The compiler's cycles of the optimized program, against those before the decoder had a specification.
-
-    1,376,688 then; the embedding's gradient is summed in float32 since (`parallel/lookup.py`).
-    """
-    _, made, _ = narrow_plan
-    if made.versions["libtpu"] != "0.0.52":
-        pytest.skip("recorded with libtpu 0.0.52")
-    cycles = (made.parts["matmul"] + made.parts["other compute"]) * topologies.GENERATIONS["v4"].clock
-    assert cycles == pytest.approx(1_387_678, rel=0.005)
-
-
-def write_config(directory, *lines):
-    """A config file with these lines; returns its path."""
-    imports = ("from lemur_jax.config import default_config", "from lemur_jax.models.presets import preset")
-    path = directory / "config.py"
-    path.write_text("\n    ".join(["\n".join([*imports, "def get_config():"]), *lines, "return config"]))
-    return str(path)
-
-
-def test_what_does_not_fit_names_the_way_out(tpu_compiler, tmp_path, capsys, monkeypatch, caplog):
+def test_what_does_not_fit_names_the_way_out(
+    tpu_compiler, write_config, tmp_path, capsys, monkeypatch, caplog
+):
     """From the command line, with exit code 1 and lines of progress."""
     caplog.set_level(logging.INFO, "lemur_jax")
     monkeypatch.setattr("lemur_jax.plan.compile._PROGRESS", 0.01)
@@ -144,7 +131,9 @@ def test_wrong_options(tpu_compiler, narrow, changes, message):
         plan(narrow(changes), "v4-16")
 
 
-def test_rows_and_updates_that_follow_from_the_stores_are_planned(tmp_path, monkeypatch, capsys):
+def test_rows_and_updates_that_follow_from_the_stores_are_planned(
+    write_config, tmp_path, monkeypatch, capsys
+):
     """As `lemur train` works them out: 2 epochs of 40 rows of 4 documents, 12 documents an update."""
     counts = {"chat": {"packing": "fit", "documents": 160, "rows": 40, "tokens": 4000}}
     (tmp_path / "counts-128.json").write_text(json.dumps(counts))

@@ -15,24 +15,14 @@ from lemur_jax.models.config import ComputeConfig
 from lemur_jax.plan import analytic, candidates, pareto, search
 from lemur_jax.plan.plan import plan
 
-BASE = """
-from lemur_jax.config import default_config
-from lemur_jax.models.presets import preset
-
-def get_config(arg=""):
-    config = default_config(preset("tiny", num_hidden_layers=int(arg or 2)))
-    config.data.sequence_length = 128
-    config.train.batch_rows = 8
-    config.train.steps = 10
-    return config
-"""
-
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "base.py"
-    path.write_text(BASE)
-    return path
+def base(tmp_path_factory, write_config):
+    return write_config(
+        tmp_path_factory.mktemp("config"),
+        "config = default_config(preset('tiny', num_hidden_layers=int(arg or 2)))",
+        "config.data.sequence_length, config.train.batch_rows, config.train.steps = 128, 8, 10",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +38,7 @@ def few(monkeypatch):
 def first(tpu_compiler, base, tmp_path_factory):
     """A search that ended by itself, and its cache."""
     cache = tmp_path_factory.mktemp("cache")
-    config = load(str(base))
+    config = load(base)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "all_layouts", two)
         patch.setattr(candidates, "REFINEMENTS", ())
@@ -86,7 +76,7 @@ def test_the_best_is_refined_and_what_helps_stays(tpu_compiler, base, tmp_path, 
     refinements.append(({candidates.OPTIONS: (option,)}, 0.9))
     monkeypatch.setattr(candidates, "REFINEMENTS", refinements)
     monkeypatch.setattr(search, "all_layouts", lambda *arguments: two(*arguments)[:1])
-    config = replace(load(str(base)), {"compute.loss_chunk": 32})
+    config = replace(load(base), {"compute.loss_chunk": 32})
     caplog.set_level(logging.INFO, "lemur_jax")
     found = search.search(config, "v5e-4", minutes=10, processes=2, cache=tmp_path)
     tried = [trial.changes for trial in found.trials]
@@ -113,7 +103,7 @@ def test_a_second_run_reads_the_cache_and_leaves_out_what_the_config_does_not_al
 def test_an_option_that_xla_does_not_know_ends_the_search(tpu_compiler, base, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "all_layouts", two)
     for option, compiled in (("xla_tpu_nonsense=true", 1), ("nonsense", 0)):
-        config = replace(load(str(base)), {"compute.compiler_options": (option,)})
+        config = replace(load(base), {"compute.compiler_options": (option,)})
         with (
             contextlib.nullcontext() if compiled else pytest.raises(UserError, match="cannot read 'nonsense'")
         ):
@@ -155,13 +145,13 @@ def test_the_fragment_is_a_config_with_the_same_plan(first, base, tmp_path):
     page = (tmp_path / "out" / "pareto.html").read_text()
     assert page.count("<circle") == 4  # two dots, on a screen and on a phone
     # Where nothing fits, the config of an earlier search is not left for the next command.
-    pareto.write(search.SearchResult(), tmp_path / "out", str(base), [], "title")
+    pareto.write(search.SearchResult(), tmp_path / "out", base, [], "title")
     assert not (tmp_path / "out" / "best.py").exists()
     assert not (tmp_path / "out" / "pareto.html").exists()
 
 
 def test_the_verb(tpu_compiler, base, tmp_path, capsys):
-    verb = ["plan", "--config", str(base), "--topology", "v5e-4"]
+    verb = ["plan", "--config", base, "--topology", "v5e-4"]
     out = tmp_path / "out"
     searching = [*verb, "--search", "--cache", str(tmp_path / "cache"), "--output", str(out)]
     # The time is over at once, but it does not end before something fits.
@@ -170,10 +160,10 @@ def test_the_verb(tpu_compiler, base, tmp_path, capsys):
     written = json.loads((out / "search.json").read_text())
     assert (written["compiled"], len(written["trials"])) == (1, 1)
     assert written["untried"] > 0
-    unsized = load(str(base), ["--config.mesh.fsdp=1", "--config.mesh.expert=-1"])
+    unsized = load(base, ["--config.mesh.fsdp=1", "--config.mesh.expert=-1"])
     with pytest.raises(UserError, match=r"give config\.mesh\.expert a size"):
         search.search(unsized, "v5e-4", minutes=1, processes=1, cache=tmp_path)
-    assert load(str(out / "best.py")).compute.remat == load(str(base)).compute.remat
+    assert load(str(out / "best.py")).compute.remat == load(base).compute.remat
     for wrong, message in (
         ([*searching, "--json", "plan.json"], "leave out --mode, --json and --hlo"),
         ([*searching, "--minutes", "0"], "--minutes must be above 0"),
@@ -186,7 +176,7 @@ def test_the_verb(tpu_compiler, base, tmp_path, capsys):
 
 def test_the_key_follows_what_the_plan_depends_on(base, monkeypatch):
     def key(slice_: str, slices: int, *words: str) -> str:
-        return search.cache_key(load(str(base), words).to_json(), slice_, slices)
+        return search.cache_key(load(base, words).to_json(), slice_, slices)
 
     known = key("v5e-4", 1)
     assert key("v5e-4", 1, "--config.log.every_steps=3") == known
