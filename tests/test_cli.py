@@ -238,13 +238,13 @@ def test_bare_lemur_prints_help_and_unknown_verbs_name_the_nearest(capsys):
     assert capsys.readouterr().err == said
 
 
-def test_version_and_defaults_are_shown(capsys):
+@pytest.mark.parametrize(
+    ("words", "shown"), [("--version", f"lemur_jax {lemur_jax.__version__}\n"), ("plan --help", "(default: ")]
+)
+def test_version_and_defaults_are_shown(words, shown, capsys):
     with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
-    assert capsys.readouterr().out == f"lemur_jax {lemur_jax.__version__}\n"
-    with pytest.raises(SystemExit, match="0"):
-        main(["plan", "--help"])
-    assert "(default: " in capsys.readouterr().out
+        main(words.split())
+    assert shown in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("value", "colored"), [("", True), ("1", False)])

@@ -20,7 +20,7 @@ from lemur_jax.plan import topologies
         ("v5e-16x16", (16, 16), 256, (True, True)),
         ("v5p-8x4x12", (4, 8, 12), 384, (True, True, True)),
         ("v4-512", (4, 8, 8), 256, (True, True, True)),
-        ("v5e-16", (4, 4), 16, (False, False)),
+        ("v5litepod-16", (4, 4), 16, (False, False)),
         ("v5e-128", (8, 16), 128, (False, True)),
         ("v5p-128", (4, 4, 4), 64, (True, True, True)),
         ("tpu7x-128", (4, 4, 4), 64, (True, True, True)),
@@ -44,8 +44,7 @@ def test_unknown_name_lists_the_known_ones(wrong, near):
         topologies.find_slice(wrong)
 
 
-def test_arguments():
-    assert topologies.find_slice("v5litepod-16") == topologies.find_slice("v5e-16")  # gcloud's name
+def test_there_is_a_slice_at_least():
     with pytest.raises(UserError, match="--slices is 0"):
         topologies.find_slice("v4-8", 0)
 
@@ -70,8 +69,7 @@ def test_without_the_compiler_one_line_says_what_to_install():
     found_here = "TPU_LIBRARY_PATH"  # set where libtpu was imported
     environment = {name: value for name, value in os.environ.items() if name != found_here}
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert ended.returncode == 2
-    assert ended.stdout == ""
-    assert ended.stderr.splitlines() == [
-        "lemur plan: planning needs the TPU compiler libtpu (Linux on x86_64): python -m pip install libtpu"
-    ]
+    said = (
+        "lemur plan: planning needs the TPU compiler libtpu (Linux on x86_64): python -m pip install libtpu\n"
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", said)
