@@ -146,10 +146,13 @@ def _charts(runs: Sequence[Run]) -> str:
             for task, records in run.evals.items()
         ]
 
+    # A pair, a sequence or an episode is no token (docs/metrics.md).
+    others = any(run.config.get("preference.loss") or "reward" in run.train[-1] for run in runs if run.train)
+    loss_unit = "mean of what the objective counts" if others else "nats per target token"
     losses = [line for index, run in enumerate(runs) for line in _losses(index, run, colours)]
     changes = [line for index, run in enumerate(runs) for line in _changes(index, run, colours)]
     charts = [
-        line_chart("Training loss", "nats per target token", lanes, losses, log=True),
+        line_chart("Training loss", loss_unit, lanes, losses, log=True),
         line_chart("Held-out bits per byte", "bits per byte of text", lanes, held_out("bits_per_byte")),
         line_chart("Held-out loss", "nats per token", lanes, held_out("loss")),
         line_chart("Since the start of the run", "relative change of bits per byte", lanes, changes),

@@ -115,8 +115,9 @@ def read_bits(
         if record.get("kind") == "eval" and step in (None, record["step"])
     }
     if missing := [task for of in groups.values() for task in of if not tasks.get(task)]:
+        where = "" if step is None else f" at step {step}"
         raise UserError(
-            f"{directory} has no held-out figure of {missing[0]}{'' if step is None else f' at step {step}'}"
+            f"{directory} has no held-out figure of {missing[0]}{where}: delete it to train it again"
         )
     return {name: statistics.geometric_mean(tasks[task] for task in of) for name, of in groups.items()}
 
@@ -156,10 +157,8 @@ def read_points(
     for run, config in runs.items():
         directory, optimizer = run.directory(workdir), config.optimizer
         steps = {record["step"] for record in read_metrics(directory) if record.get("kind") == "eval"}
-        if optimizer.final_learning_rate == optimizer.learning_rate:
-            kept = {step for step in steps if step > optimizer.warmup_steps}
-        else:
-            kept = {max(steps)}
+        constant = optimizer.final_learning_rate == optimizer.learning_rate
+        kept = {step for step in steps if step > optimizer.warmup_steps} if constant else {max(steps)}
         for step in kept:
             tokens = step * config.train.batch_rows * config.data.sequence_length
             found.setdefault((run.ratio, tokens), []).append(read_bits(directory, groups, step))

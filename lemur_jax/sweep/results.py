@@ -121,10 +121,8 @@ def read_results(
     if not config.data.stages and all(key == "train.steps" for run in runs for key, _ in run.settings):
         points = read_points(runs, workdir, groups)
         # Groups have no order of their own; the one of the first task is that of the first part of a ratio.
-        tasks = config.eval.tasks
-        laws = fit_laws(
-            base, points, next((name for name in groups if tasks[0] in groups[name]), next(iter(groups)))
-        )
+        named = [name for name in groups if config.eval.tasks[0] in groups[name]] or list(groups)
+        laws = fit_laws(base, points, named[0])
     return Results(
         base=base,
         variants=summaries,

@@ -113,6 +113,7 @@ def test_what_only_some_runs_record_has_a_chart_too(stages, tmp_path):
             writer.write(record | {"host_seconds/1": 2.0} | ({"held_out_success": 0.5} if step == 42 else {}))
     text, outline = written(stages, tmp_path / "report.html")
     assert outline.titles[3:6] == ["reward", "episodes/cut", "held_out_success"]
+    assert "mean of what the objective counts" in text
     (success,) = [figure for figure in figures(text) if figure["title"] == "held_out_success"]
     assert [(line["run"], line["x"], line["y"]) for line in success["lines"]] == [(2, [42], [0.5])]
 
