@@ -142,7 +142,7 @@ def check_same_start(
 
 
 def _is_start(record: Record) -> bool:
-    return record.get("kind") == "eval" and record["step"] == 0
+    return record.get("kind") == "eval" and record["step"] == 0 and record.get("bits_per_byte") is not None
 
 
 def read_points(

@@ -137,9 +137,10 @@ def test_a_base_that_goes_on_between_two_runs_is_told(tmp_path, factor, same):
         read_results(dict.fromkeys(runs, config_of()), [], tmp_path)
 
 
-def test_a_run_without_a_start_is_named(tmp_path):
+@pytest.mark.parametrize("changes", [{10: 1.0}, {0: float("nan"), 10: 1.0}])
+def test_a_run_without_a_start_is_named(tmp_path, changes):
     config = config_of()
     (run,) = plan_runs(config, ["1:1"], 1)
-    write_run(tmp_path, run, {"code": 1.0}, {10: 1.0})
+    write_run(tmp_path, run, {"code": 1.0}, changes)
     with pytest.raises(UserError, match="1-1_seed-42 has no held-out figure of code at step 0"):
         read_results({run: config}, [], tmp_path)
