@@ -89,6 +89,7 @@ def test_help_of_a_verb_has_an_example(verb, capsys):
         ("plan --config c.py --topology v5e-1 --batch 5", "--batch is for --mode generate"),
         ("plan --config c.py --topology v5e-1 --minutes 5", "--minutes is for --search"),
         ("plan --config c.py --topology v5e-3 --search", "unknown TPU slice 'v5e-3'"),
+        ("plan --config c.py --topology v5e-1 --slices 0", "--slices is 0: it must be at least 1"),
         ("inspect no_store --config.train.steps=3", "--config.train.steps=3 is for a config"),
         ("inspect c.py --tokenizer t", "--tokenizer is for a store"),
         ("export-traces --traces t --output o --config.seed=3", "--config.seed=3 changes a config"),

@@ -118,10 +118,7 @@ def test_what_does_not_fit_names_the_way_out(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {OPTIONS: ("xla_no_such=true",)},
-            "^No such compile option: 'xla_no_such': correct config.compute.comp",
-        ),
+        ({OPTIONS: ("xla_no_such=true",)}, "^No such compile option: 'xla_no_such': correct config.comp"),
         ({OPTIONS: ("xla_tpu_scoped_vmem_limit_kib=much",)}, "^Failed to parse 'much' into flag .*: correct"),
         ({"mesh.fsdp": 3}, "does not multiply to the 8 devices"),
     ],

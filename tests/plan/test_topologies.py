@@ -44,11 +44,6 @@ def test_unknown_name_lists_the_known_ones(wrong, near):
         topologies.find_slice(wrong)
 
 
-def test_there_is_a_slice_at_least():
-    with pytest.raises(UserError, match="--slices is 0"):
-        topologies.find_slice("v4-8", 0)
-
-
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("name", ["v4-32", "v4-384", "v5e-8", "v5p-8", "v6e-4x4", "tpu7x-8"])
 def test_described_devices(tpu_compiler, name, slices):
