@@ -26,9 +26,8 @@ def add_verbs(verbs: Verbs) -> None:
     what = "the update, prefill and decode, or both of lemur rl"
     sub.add_argument("--mode", choices=modes, default="train", help=what)
     sub.add_argument("--json", default="", metavar="FILE", help="also write the plan as JSON")
-    sub.add_argument(
-        "--hlo", default="", metavar="FILE", help="also write the update's optimized HLO text, if it fits"
-    )
+    what = "also write the update's optimized HLO text, if it fits"
+    sub.add_argument("--hlo", default="", metavar="FILE", help=what)
 
     search = sub.add_argument_group("--search")
     search.add_argument("--search", action="store_true", help="find the best mesh, remat and options")
