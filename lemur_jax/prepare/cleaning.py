@@ -160,14 +160,20 @@ class Filters:
         value = meta.get(self.steps.get("label", {}).get("field"))
         return "" if value is None else str(value)
 
-    def fingerprints(self, text: str) -> dict[str, bytes]:
-        """`exact`: 16 bytes of the text's sha256; `near`: 2 bytes of each MinHash; those whose steps there are."""
+    def fingerprints(self, texts: Mapping[str, str]) -> dict[str, bytes]:
+        """What documents are compared by: `digests`, 16 bytes of a sha256, and `minhashes`, 2 bytes of each MinHash.
+
+        Those whose steps there are. `texts`: one under "", or of preferences by side, as what is chosen here and
+        rejected there is not the same.
+        """
         found = {}
         if "exact_duplicates" in self.steps:
-            found["exact"] = hashlib.sha256(text.strip().encode()).digest()[:16]
+            whole = "\0".join(f"{side}{text.strip()}" for side, text in sorted(texts.items()))
+            found["digests"] = hashlib.sha256(whole.encode()).digest()[:16]
         if "near_duplicates" in self.steps:
             options = self.steps["near_duplicates"]
-            found["near"] = minhash(shingles(text, options["words"]), options["hashes"])
+            runs = [side + run for side, text in texts.items() for run in shingles(text, options["words"])]
+            found["minhashes"] = minhash(runs, options["hashes"])
         return found
 
 

@@ -22,7 +22,7 @@ from etils import epath
 from lemur_jax.common.paths import is_object_store
 from lemur_jax.data.arrays import finish, map_array
 from lemur_jax.data.store import TokenStore
-from lemur_jax.prepare.cleaning import Removed
+from lemur_jax.prepare.cleaning import Removed, filters
 from lemur_jax.prepare.encoding import Encoded
 from lemur_jax.prepare.rejects import EXAMPLES, Rejects
 from lemur_jax.prepare.store_writer import StoreWriter
@@ -30,6 +30,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 
 EXCERPT_TOKENS = 60
 
+_FINGERPRINTS = {"digests": "uint64", "minhashes": "uint16"}  # of `Filters.fingerprints`, and their dtypes
 _READ = 1 << 16  # documents whose fingerprints are read together
 _SORTED = 1 << 19  # keys that are sorted together
 _COMPARED = 4  # predecessors in a group with the same key that each document is compared with
@@ -43,18 +44,14 @@ def fingerprint_arrays(steps: str) -> dict[str, str]:
 
     `steps` as of `cleaning.parse_steps`.
     """
-    options = json.loads(steps)
-    arrays = {"digests": "uint64"} if "exact_duplicates" in options else {}
-    arrays |= {"minhashes": "uint16"} if "near_duplicates" in options else {}
+    arrays = {name: _FINGERPRINTS[name] for name in filters(steps).fingerprints({})}
     return arrays | {"n_bytes": "int64"} if arrays else {}
 
 
 def append_fingerprint(draft: StoreWriter, document: Encoded) -> None:
     """Appends the two halves of the digest, the MinHashes and the document's length in bytes."""
-    if document.exact:
-        draft.append("digests", np.frombuffer(document.exact, np.uint64))
-    if document.near:
-        draft.append("minhashes", np.frombuffer(document.near, np.uint16))
+    for name, data in document.fingerprints.items():
+        draft.append(name, np.frombuffer(data, _FINGERPRINTS[name]))
     draft.append("n_bytes", [document.n_bytes])
 
 

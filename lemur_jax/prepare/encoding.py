@@ -46,8 +46,7 @@ class Encoded:
     mask: np.ndarray | None  # uint8 [n], 1 on supervised targets; None for text
     # UTF-8 bytes of the text and its repository header; of a conversation, those of its supervised tokens
     n_bytes: int
-    exact: bytes = b""  # from `Filters.fingerprints`, by which duplicates are found
-    near: bytes = b""
+    fingerprints: Mapping[str, bytes] = dataclasses.field(default_factory=dict)  # of `Filters.fingerprints`
     label: str = ""  # the value of its label field
 
 
@@ -83,7 +82,10 @@ def encode(tokenizer: Tokenizer, record: Record, steps: str = NO_STEPS) -> Resul
             return removed
         marks: dict[str, Any] = {}
         if cleaning.steps:
-            marks = {**cleaning.fingerprints(text), "label": cleaning.label(meta)}
+            texts = {"": text}
+            if content == "preferences" and isinstance(messages, dict):
+                texts = {side: conversation_text(said) for side, said in messages.items()}
+            marks = {"fingerprints": cleaning.fingerprints(texts), "label": cleaning.label(meta)}
         if content == "preferences":
             return _encode_preferences(tokenizer, messages, name, marks)
         if content == "messages":
@@ -104,7 +106,7 @@ def read_content(record: Record) -> tuple[str, Any, str]:
     for content in ("messages", "preferences"):
         if content in record:
             messages = _messages(record[content])
-            return content, messages, _joined(messages)
+            return content, messages, conversation_text(messages)
     return "text", None, record["text"].decode("utf-8")
 
 
@@ -125,15 +127,15 @@ def _messages(data: bytes) -> Any:
     return messages
 
 
-def _joined(messages: Any) -> str:
+def conversation_text(messages: Any) -> str:
     """What a conversation says, thoughts and calls without their random ids too; "" if malformed (refused later)."""
-    if isinstance(messages, dict):
-        return "\n\n".join(_joined(part) for key, part in messages.items() if key != "tools")
-    if not isinstance(messages, list):
+    if isinstance(messages, Mapping):
+        return "\n\n".join(conversation_text(part) for key, part in messages.items() if key != "tools")
+    if not isinstance(messages, list | tuple):
         return ""
-    said = [message.get(key) for message in messages if isinstance(message, dict) for key in _SAID_KEYS]
+    said = [message.get(key) for message in messages if isinstance(message, Mapping) for key in _SAID_KEYS]
     parts = (part if isinstance(part, str) else _calls(part) for part in said if part)
-    return "\n\n".join(parts)
+    return "\n\n".join(parts).strip()
 
 
 def _calls(calls: Any) -> str:

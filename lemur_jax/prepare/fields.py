@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.prepare.encoding import conversation_text
 from lemur_jax.prepare.readers import EXCERPT, BadRow, Row, bad_reason
 
 logger = logging.getLogger(__name__)
@@ -138,18 +139,16 @@ def is_held_out(key: bytes, share: float) -> bool:
 def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
     if convert := fields.preferences or fields.messages:
         found = convert(_plain(row))
-        content = json.dumps(
-            found if isinstance(found, Mapping) else list(found), ensure_ascii=False
-        ).encode()
+        found = found if isinstance(found, Mapping) else list(found)
+        content, text = json.dumps(found, ensure_ascii=False).encode(), conversation_text(found)
     else:
         content = _text(_look_up(row, fields.text), fields.text)
+        text = content.decode()
     id = _look_up(row, fields.id) if fields.id else None
     meta = {name: _look_up(row, name, None) for name in fields.meta}
     group = _look_up(row, fields.group) if fields.group else None
-    said = content.decode().strip()  # bytes would keep a no-break space, unlike `exact_duplicates`
-    if convert and '"tool_calls"' in said:
-        said = json.dumps(json.loads(said, object_hook=_without_ids), ensure_ascii=False)
-    key = hashlib.sha256(said.encode()).digest() if _is_missing(group) else _bytes(str(group))
+    # As `exact_duplicates` compares texts, but for the sides of preferences.
+    key = hashlib.sha256(text.strip().encode()).digest() if _is_missing(group) else _bytes(str(group))
     features = {
         fields.content: content,
         "id": where if _is_missing(id) else id if isinstance(id, str | bytes) else str(id),
@@ -158,11 +157,6 @@ def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
         "error": "",
     }
     return {name: _bytes(value) for name, value in features.items()}, key
-
-
-def _without_ids(value: dict[str, Any]) -> dict[str, Any]:
-    """An object without ids. Those of calls are random: conversations that differ in them alone stay on one side."""
-    return {key: item for key, item in value.items() if key not in ("id", "tool_call_id")}
 
 
 def _is_missing(value: Any) -> bool:

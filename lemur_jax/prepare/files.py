@@ -37,10 +37,10 @@ class Files:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        return (*self.patterns, *["validation"] * self._divides)
+        return (*self.patterns, *["validation"] * self.divides)
 
     @property
-    def _divides(self) -> bool:
+    def divides(self) -> bool:
         """Whether both splits read the same files."""
         return bool(self.held_out) and "validation" not in self.patterns
 
@@ -52,7 +52,7 @@ class Files:
             raise UserError(f"no file matches {patterns} (split {split})")
         for file in files if not self.kind else ():
             readers.format_of(file)
-        if split == "validation" and not self._divides:
+        if split == "validation" and not self.divides:
             shared = sorted(set(files) & set(readers.find_files(self.patterns.get("train", ()))))
             if shared:
                 logger.warning("held-out files that are trained on too: %d, e.g. %s", len(shared), shared[0])
@@ -72,7 +72,7 @@ class Files:
             else:
                 rows = readers.read_rows(local, kind, *self._columns(), self.max_bytes)
             for document, key in to_documents(file, rows, self.fields):
-                if not self._divides or is_held_out(key, self.held_out) == (split == "validation"):
+                if not self.divides or is_held_out(key, self.held_out) == (split == "validation"):
                     yield document
 
     def _columns(self) -> tuple[Sequence[str] | None, Sequence[str]]:

@@ -53,11 +53,7 @@ VERIFIED_TOKENS = 1 << 28  # finished stores up to this size are read and checke
 
 
 def prepare(
-    config: RunConfig,
-    *,
-    replace: bool = False,
-    runner: str = "",
-    runner_options: Sequence[str] = (),
+    config: RunConfig, *, replace: bool = False, runner: str = "", runner_options: Sequence[str] = ()
 ) -> None:
     """Makes the tokenizer and the token stores of a config that do not exist yet.
 

@@ -1,12 +1,10 @@
 """The tokenizer of a run: loaded, trained, or made from another by adding control tokens."""
 
-import contextlib
 import hashlib
 import heapq
 import logging
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -48,8 +46,7 @@ def prepare_tokenizer(options: TokenizerConfig, modules: Sequence[str], vocab_si
 
 def _extend(options: TokenizerConfig, path: epath.Path) -> None:
     template = read_template(options.chat_template) if options.chat_template else None
-    with _written_whole(path) as partial:
-        tokenizer = extend(options.extend, partial, options.add_tokens, template)
+    tokenizer = extend(options.extend, path, options.add_tokens, template)
     added = ", ".join(options.add_tokens)
     logger.info("%s: %s tokens, %s and %s", path, f"{tokenizer.vocab_size:,}", options.extend, added)
 
@@ -67,8 +64,7 @@ def _train(options: TokenizerConfig, modules: Sequence[str], path: epath.Path) -
             if not any(found):
                 raise UserError(f"task {name!r} has no text in its train split to train a tokenizer on")
             texts += found
-    with _written_whole(path) as partial:
-        train_sentencepiece(texts, partial, size)
+    train_sentencepiece(texts, path, size)
     n_bytes = sum(len(text.encode()) for text in texts)
     made_of = f"{n_bytes / 1e6:.1f} MB of {', '.join(names)}"
     logger.info("%s: %s tokens, trained on %s, %.1f s", path, f"{size:,}", made_of, time.monotonic() - begin)
@@ -98,22 +94,6 @@ def _plain_text(record: Record) -> bytes:
         return read_content(record)[2].encode()
     except ValueError:
         return b""
-
-
-@contextlib.contextmanager
-def _written_whole(path: epath.Path) -> Iterator[epath.Path]:
-    """A temporary directory that becomes `path`, or is removed after an exception."""
-    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}"  # another process may make it too
-    try:
-        yield partial
-        if path.exists():  # a user's directory with other files, which stay
-            for file in partial.iterdir():
-                file.copy(path / file.name, overwrite=True)
-        else:
-            partial.rename(path)
-    finally:
-        if partial.exists():
-            partial.rmtree()
 
 
 def _check_tokenizer(options: TokenizerConfig, vocab_size: int, tokenizer: Tokenizer) -> None:

@@ -11,7 +11,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from etils import epath
 
@@ -32,10 +32,11 @@ try:
 except ModuleNotFoundError as error:
     raise UserError(f"preparing data needs {error.name}: pip install 'lemur_jax[prepare]'") from error
 
-Task = seqio.Task
+Task: TypeAlias = seqio.Task
 MixtureRegistry = seqio.MixtureRegistry
 CONTENTS = ("messages", "preferences", "text")
-FEATURES = (*CONTENTS, "id", "source", "meta", "where", "error")
+_BESIDE_CONTENT = ("id", "meta", "where", "error")  # features of documents of `Fields`
+FEATURES = (*CONTENTS, "source", *_BESIDE_CONTENT)
 
 # TensorFlow only reads here; the accelerators are JAX's. It raises if it is already in use.
 with contextlib.suppress(RuntimeError):
@@ -60,9 +61,7 @@ class GeneratorSource(seqio.FunctionDataSource):
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # documents come in a fixed order: rows are drawn from the store
-        return tf.data.Dataset.from_generator(
-            lambda: self._documents(split), output_signature=_signature(self.content, "id")
-        )
+        return _dataset_of(lambda: self._documents(split), self.content, "id")
 
     def documents(self, split: str, *_: int) -> Iterator[Document]:
         """The documents of a split, which is one shard; one without an id has its number."""
@@ -83,8 +82,12 @@ class GeneratorSource(seqio.FunctionDataSource):
         return self._fingerprint() if self._fingerprint else split
 
 
-def _signature(*names: str) -> dict[str, tf.TensorSpec]:
-    return {name: tf.TensorSpec((), tf.string) for name in names}
+def _dataset_of(
+    documents: Callable[[], Iterable[Mapping[str, str | bytes]]], *features: str
+) -> tf.data.Dataset:
+    """Documents of a Python function, with these string features."""
+    signature = {name: tf.TensorSpec((), tf.string) for name in features}
+    return tf.data.Dataset.from_generator(documents, output_signature=signature)
 
 
 class FileSource(seqio.DataSource):
@@ -98,7 +101,9 @@ class FileSource(seqio.DataSource):
         super().__init__(splits=files.splits)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._files})"
+        # Earlier versions divided conversations by their JSON: a store of theirs and one of ours may share documents.
+        by_text = ", held out by text" * (self._files.divides and self.content != "text")
+        return f"{type(self).__name__}({self._files}{by_text})"
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -125,10 +130,7 @@ class FileSource(seqio.DataSource):
     ) -> tf.data.Dataset:
         del shuffle, seed  # documents come in a fixed order: rows are drawn from the store
         shard, shards = (0, 1) if shard_info is None else (shard_info.index, shard_info.num_shards)
-        return tf.data.Dataset.from_generator(
-            lambda: self.documents(split, shard, shards),
-            output_signature=_signature(self.content, "id", "meta", "where", "error"),
-        )
+        return _dataset_of(lambda: self.documents(split, shard, shards), self.content, *_BESIDE_CONTENT)
 
     def documents(self, split: str, shard: int, shards: int) -> Iterator[Document]:
         """The documents of every `shards`-th file from number `shard` on."""
@@ -228,8 +230,7 @@ def add_generator(
       splits: names of the splits.
       fingerprint: its value changes with the documents; without one, `prepare` does not notice a change.
     """
-    source = GeneratorSource(documents, content, splits, fingerprint)
-    return _add(name, source, content)
+    return _add(name, GeneratorSource(documents, content, splits, fingerprint), content)
 
 
 def add_tfds(
@@ -265,8 +266,7 @@ def _tfds_documents(dataset: tf.data.Dataset, name: str, fields: Fields) -> tf.d
         rows = ((f"example {number}", dict(_flat(example))) for number, example in examples)
         return (document for document, _ in to_documents(name, rows, fields))
 
-    signature = _signature(fields.content, "id", "meta", "where", "error")
-    return tf.data.Dataset.from_generator(documents, output_signature=signature)
+    return _dataset_of(documents, fields.content, *_BESIDE_CONTENT)
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

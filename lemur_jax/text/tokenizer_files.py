@@ -2,6 +2,7 @@
 
 import io
 import json
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 
 from etils import epath
@@ -60,9 +61,7 @@ def extend(
     A token that `source` has already keeps its id. Without a `chat_template` it is the source's, or ChatML if the
     result has ChatML's tokens. Raises UserError without a tokenizer in `source`, or for a token twice in `tokens`.
     """
-    files = revise(Tokenizer.load(source), add=tokens, chat_template=chat_template)
-    _replace_files(epath.Path(target), files)
-    return Tokenizer.load(target)
+    return _write(target, revise(Tokenizer.load(source), add=tokens, chat_template=chat_template))
 
 
 def revise(
@@ -110,18 +109,20 @@ def revise(
 
 def write_directory(path: epath.PathLike, model: bytes) -> Tokenizer:
     """Writes the directory of a SentencePiece BPE."""
-    _replace_files(epath.Path(path), make_files(model))
-    return Tokenizer.load(path)
+    return _write(path, make_files(model))
 
 
-def _replace_files(directory: epath.Path, files: Mapping[str, bytes]) -> None:
-    """Writes a directory's tokenizer files, and removes those of another tokenizer."""
-    directory.mkdir(parents=True, exist_ok=True)
+def _write(path: epath.PathLike, files: Mapping[str, bytes]) -> Tokenizer:
+    """Writes a tokenizer's files in place of another one's; a new directory appears whole."""
+    tokenizer, directory = Tokenizer(files, str(path)), epath.Path(path)
+    is_new = not directory.exists()
+    # Another process may make it too.
+    target = directory.parent / f".{directory.name}.{uuid.uuid4().hex}" if is_new else directory
+    target.mkdir(parents=True, exist_ok=True)
     for name in FILE_NAMES:
-        content = files.get(name)
-        if content is not None:
-            (directory / name).write_bytes(content)
-        elif (directory / name).exists():
-            (directory / name).unlink()
-    if GENERATION_CONFIG in files:
-        (directory / GENERATION_CONFIG).write_bytes(files[GENERATION_CONFIG])
+        (target / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        (target / name).write_bytes(content)
+    if is_new:
+        target.rename(directory)
+    return tokenizer

@@ -24,10 +24,8 @@ def dedup(tmp_path):
             for name, dtype in duplicates.fingerprint_arrays(steps).items()
         }
         for text in texts:
-            found = filters(steps).fingerprints(text)
-            for name, kind in (("digests", "exact"), ("minhashes", "near")):
-                if name in writers:
-                    writers[name].append(np.frombuffer(found[kind], writers[name].dtype))
+            for name, data in filters(steps).fingerprints({"": text}).items():
+                writers[name].append(np.frombuffer(data, writers[name].dtype))
         for writer in writers.values():
             writer.close()
         arrays = {name: open_array(folder / name).result() for name in writers}
@@ -107,7 +105,7 @@ def test_a_search_through_every_pair_finds_the_same(dedup, sizes):
     """Families of versions, in which what is like a removed document may be unlike each that stays."""
     texts = families(random.Random(2), 40, 12)
     steps = json.loads(parse_steps("t", {"near_duplicates": {}}))
-    marks = [filters(json.dumps(steps)).fingerprints(text)["near"] for text in texts]
+    marks = [filters(json.dumps(steps)).fingerprints({"": text})["minhashes"] for text in texts]
     minhashes = np.array([np.frombuffer(mark, np.uint16) for mark in marks])
     bands = minhashes.reshape(len(texts), 32, 4)
     expected, digests = {"exact_duplicates": [], "near_duplicates": []}, {}

@@ -7,6 +7,7 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import fields as field_maps
 from lemur_jax.prepare.cleaning import filters, parse_steps
+from lemur_jax.prepare.encoding import read_content
 from lemur_jax.prepare.fields import Fields, gather, is_held_out, to_documents
 from lemur_jax.prepare.readers import BadRow
 
@@ -67,13 +68,24 @@ def test_a_row_that_a_function_cannot_use_is_a_bad_record(function, turns, reaso
     assert other["error"] == b""
 
 
+def _said(row):
+    return [{"role": "assistant", "content": row["text"], "weight": int(row["text"][0] == "s")}]
+
+
+def _judged(row):
+    return {"chosen" if row["text"][0] == "s" else "rejected": _said(row)}
+
+
 @pytest.mark.parametrize("space", ["\n", "\u00a0", "\u3000\n", "\x1c"])
 def test_what_the_step_for_duplicates_takes_for_equal_is_held_out_together(space):
     steps = parse_steps("t", {"exact_duplicates": {}})
-    texts = ["some text", f"{space}some text{space}"]
-    assert len({filters(steps).fingerprints(text)["exact"] for text in texts}) == 1
-    rows = [(f"row {n}", {"text": text}) for n, text in enumerate(texts)]
-    assert len({key for _, key in to_documents("f", rows, Fields())}) == 1
+    rows = [(f"row {n}", {"text": text}) for n, text in enumerate(["some text", f"{space}some text{space}"])]
+    for fields in (Fields(), Fields(messages=_said), Fields(preferences=_judged)):
+        documents, keys = zip(*to_documents("f", rows, fields), strict=True)
+        assert len(set(keys)) == 1
+        if fields.preferences is None:
+            texts = [read_content(document)[2] for document in documents]
+            assert len({filters(steps).fingerprints({"": text})["digests"] for text in texts}) == 1
 
 
 def test_a_metadata_field_that_no_row_has_is_named_once(caplog):

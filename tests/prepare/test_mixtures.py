@@ -96,10 +96,7 @@ def test_load_finds_the_sources_that_prepare_recorded(registered, tmp_path, toke
         open_mixture(before.data, tokenizer, seed=0, batch_rows=4)
     run(before)
     after = load(str(path))
-    assert {name: each.share for name, each in after.data.sources.items()} == {
-        "m_books": 1.0,
-        "m_code": 3.0,
-    }
+    assert {name: each.share for name, each in after.data.sources.items()} == {"m_books": 1.0, "m_code": 3.0}
     open_mixture(after.data, tokenizer, seed=0, batch_rows=4)
     # Other rates count from the next `prepare` on, which asks seqio again.
     seqio.MixtureRegistry.remove("m_both")

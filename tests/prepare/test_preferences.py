@@ -12,6 +12,7 @@ from lemur_jax.data.config import DataConfig
 from lemur_jax.data.manifest import REJECTED, Manifest
 from lemur_jax.data.mixture import Source, open_rows
 from lemur_jax.data.rows import ConcatRows, FitRows
+from lemur_jax.prepare.cleaning import parse_steps
 from lemur_jax.prepare.encoding import BadRecord, encode
 from lemur_jax.prepare.fields import Fields
 from lemur_jax.prepare.files import Files
@@ -150,6 +151,17 @@ def test_what_cannot_be_used_is_said(data, chat_tokenizer):
     same = json.dumps({"chosen": PAIR["chosen"], "rejected": PAIR["chosen"]}).encode()
     for content in (same, b"{}", b"[]"):
         assert isinstance(encode(chat_tokenizer, {"preferences": content}), BadRecord)
+
+
+@pytest.mark.parametrize("step", ["exact_duplicates", "near_duplicates"])
+def test_what_is_chosen_here_and_rejected_there_is_no_duplicate(chat_tokenizer, step):
+    swapped = {"rejected": PAIR["chosen"], "chosen": PAIR["rejected"]}
+    records = [PAIR, swapped, {"chosen": PAIR["chosen"]}, {"rejected": PAIR["chosen"]}]
+    found = [
+        encode(chat_tokenizer, {"preferences": json.dumps(record).encode()}, parse_steps("t", {step: {}}))
+        for record in [*records, *records]
+    ]
+    assert len({tuple(each.fingerprints.values()) for each in found}) == len(records)
 
 
 def test_a_loss_that_does_not_fit_the_data_is_refused(data, chat_tokenizer, make_store):

@@ -180,7 +180,7 @@ def test_prepare_writes_tools_and_tells_calls_apart(chat_tokenizer):
     steps = json.dumps({"exact_duplicates": True})
     found = list(to_documents("f", [("row", row) for row in rows], Fields(messages=formats.openai)))
     encoded = [encode(chat_tokenizer, document, steps) for document, _ in found]
-    for same in ([each.exact for each in encoded], [key for _, key in found]):
+    for same in ([each.fingerprints["digests"] for each in encoded], [key for _, key in found]):
         assert same[0] == same[2] != same[1]
     assert "these tools" in chat_tokenizer.decode(encoded[0].tokens.tolist())
 
