@@ -31,6 +31,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 Record = Mapping[str, bytes]
 
 _SAID_KEYS = ("reasoning_content", "thinking", "content", "tool_calls")  # of a message
+_BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 _KEPT = ("text", "messages", "preferences", "id", "source", "meta")  # of a bad record
 CHUNK_BYTES = 1 << 18
 CHUNK_RECORDS = 256
@@ -130,7 +131,8 @@ def _messages(data: bytes) -> Any:
 def conversation_text(messages: Any) -> str:
     """What a conversation says, thoughts and calls without their random ids too; "" if malformed (refused later)."""
     if isinstance(messages, Mapping):
-        return "\n\n".join(conversation_text(part) for key, part in messages.items() if key != "tools")
+        sides = [value for key, value in messages.items() if key not in _BESIDE_MESSAGES]
+        return "\n\n".join(map(conversation_text, sides))
     if not isinstance(messages, list | tuple):
         return ""
     said = [message.get(key) for message in messages if isinstance(message, Mapping) for key in _SAID_KEYS]
@@ -145,10 +147,11 @@ def _calls(calls: Any) -> str:
 
 
 def _encode_messages(tokenizer: Tokenizer, messages: Any, name: str, marks: Mapping[str, Any]) -> Encoded:
-    tools = ()
-    if isinstance(messages, dict) and set(messages) == {"messages", "tools"}:
-        messages, tools = messages["messages"], messages["tools"] or ()
-    ids, mask = encode_chat(tokenizer, messages, tools=tools)
+    beside: dict[str, Any] = {}
+    if isinstance(messages, dict) and set(messages) <= {"messages", *_BESIDE_MESSAGES}:
+        beside = {key: messages[key] for key in _BESIDE_MESSAGES if messages.get(key)}
+        messages = messages.get("messages")
+    ids, mask = encode_chat(tokenizer, messages, **beside)
     for message in messages:
         says = message["content"].strip() or message.get("tool_calls")
         if message["role"] == "assistant" and is_trained(message) and not says:

@@ -29,8 +29,8 @@ class Fields:
     Attributes:
       text: the field of the text.
       messages: for chat, instead of text: a function from a row to messages, e.g. `conversation_formats.sharegpt`, or
-        to {"messages": messages, "tools": OpenAI's tools}; bytes in the row, which TFDS and TFRecord have, are strings
-        where they are UTF-8.
+        to {"messages": messages, "tools": OpenAI's tools, "chat_template_kwargs": variables of the chat template};
+        bytes in the row, which TFDS and TFRecord have, are strings where they are UTF-8.
       preferences: instead of both: a function from a row to {"chosen": messages, "rejected": messages}, or one of them,
         e.g. `conversation_formats.preference`.
       id: the document's name; "", or null in a row: its file and position.

@@ -1,9 +1,9 @@
 """seqio tasks of files, of TFDS and of Python functions, and reading any task.
 
 `prepare` reads tasks whose examples have a string feature `text`; or `messages`, JSON: a list of {"role", "content"} or
-{"messages": list, "tools": list}; or `preferences`, JSON: `chosen` and `rejected`, each as `messages`, or one of them.
-`id`, `source`, `meta` (JSON), `where` and `error` (JSON with a `reason`) are optional. Your own tasks are ordinary
-seqio tasks, registered by a module of `config.data.modules`; `add_files`, `add_tfds`, `add_generator` make some.
+{"messages", "tools", "chat_template_kwargs"}; or `preferences`, JSON: `chosen` and `rejected`, each as `messages`, or
+one of them. `id`, `source`, `meta` (JSON), `where` and `error` (JSON with a `reason`) are optional. Your own tasks are
+ordinary seqio tasks, registered by a module of `config.data.modules`; `add_files` and its like make some.
 """
 
 import contextlib

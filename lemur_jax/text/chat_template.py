@@ -64,6 +64,7 @@ def encode_chat(
     messages: Sequence[Message],
     *,
     tools: tool_calls.Tools = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Ids of a conversation and its loss mask.
@@ -71,6 +72,7 @@ def encode_chat(
     Args:
       messages: the turns, in any order of roles; an assistant's may have OpenAI's `tool_calls`.
       tools: OpenAI's `tools`, which the assistant may call.
+      chat_template_kwargs: other variables that the template reads, e.g. {"enable_thinking": False}.
       add_generation_prompt: end with the header of an assistant's turn, for the model to continue.
 
     Returns:
@@ -78,10 +80,11 @@ def encode_chat(
       assistant's content and its closing `<|im_end|>\\n`.
 
     Raises:
-      UserError: malformed messages, or a template that leaves out a content, a call or a tool; without a generation
-        prompt, no supervised token, or a template without marks that does not write a turn as it would be generated.
+      UserError: malformed messages, or a template that leaves out a content, a call, a tool or a variable with text;
+        without a generation prompt, no supervised token, or a template without marks that does not write a turn as it
+        would be generated.
     """
-    text, spans = _render(tokenizer, messages, tools, add_generation_prompt)
+    text, spans = _render(tokenizer, messages, tools, add_generation_prompt, chat_template_kwargs or {})
     ids, offsets = tokenizer.encode_marked(text)
     mask = _overlaps(offsets, spans)
     if not add_generation_prompt and not any(mask):
@@ -96,7 +99,7 @@ def render_chat(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> str:
     """A conversation as its template writes it, control tokens spelled out; UserError if it is malformed or refused."""
-    return tokenizer.unmark(_render(tokenizer, messages, (), add_generation_prompt, as_given=False)[0])
+    return tokenizer.unmark(_render(tokenizer, messages, (), add_generation_prompt, {}, as_given=False)[0])
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
@@ -123,6 +126,7 @@ def _render(
     messages: Sequence[Message],
     tools: tool_calls.Tools,
     add_generation_prompt: bool,
+    options: Mapping[str, Any],
     as_given: bool = True,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text for `Tokenizer.encode_marked`, and the characters [begin, end) of it that are supervised.
@@ -133,29 +137,34 @@ def _render(
     """
     _check_messages(messages, tools)
     template = chat_template(tokenizer)
+    for name, value in options.items():
+        if isinstance(value, str | list) and value and not re.search(rf"\b{re.escape(name)}\b", template):
+            raise UserError(f"the chat template leaves out {name!r} of chat_template_kwargs, {value!r:.40}")
     turns, tools = tool_calls.for_template(template, messages, tools)
-    spelled = json.dumps([turns, tools], ensure_ascii=False, default=str) + template
+    spelled = json.dumps([turns, tools, options], ensure_ascii=False, default=str) + template
     unused = (chr(code) for code in _MARKS if chr(code) not in spelled)
     begin, end, separator, untrained, place = itertools.islice(unused, 5)
     # So that a control token spelled in a message is not taken for one of the template's.
-    turns, tools = _map_strings([turns, tools], lambda text: tokenizer.break_control_tokens(text, separator))
+    turns, tools, options = _map_strings(
+        [turns, tools, options], lambda text: tokenizer.break_control_tokens(text, separator)
+    )
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
     given = [turn if is_trained(turn) else _mark_turn(turn, lambda _: untrained) for turn in turns]
-    values = {"tools": tools or None, "documents": None, **tokenizer.special_names}
+    values = {"documents": None, **tokenizer.special_names, **options}
 
-    def write(turns: Sequence[Message], prompt: bool = False, **options: Any) -> str:
+    def write(turns: Sequence[Message], prompt: bool = False, *, tools: tool_calls.Tools) -> str:
         program = _compile(template, begin, end)
-        return program.render(messages=turns, add_generation_prompt=prompt, **values | options)
+        return program.render(messages=turns, add_generation_prompt=prompt, tools=tools or None, **values)
 
-    def compose(turns: Sequence[Message], **options: Any) -> str:
+    def compose(turns: Sequence[Message], tools: tool_calls.Tools) -> str:
         if not as_given or add_generation_prompt or _GENERATION.search(template):
-            return write(turns, add_generation_prompt, **options)
+            return write(turns, add_generation_prompt, tools=tools)
         return _with_marked_answers(
-            turns, functools.partial(write, **options), (begin, end, place), tokenizer
+            turns, functools.partial(write, tools=tools), (begin, end, place), tokenizer
         )
 
     try:
-        text = compose(given)
+        text = compose(given, tools)
         _check_complete(compose, turns, tools, unused)
     except UserError:
         raise
@@ -203,7 +212,7 @@ def _check_complete(
     for tool in tools:
         function = _mark_name(tool.get("function", tool), mark("a tool"))
         named.append({**tool, "function": function} if "function" in tool else function)
-    text = compose(shown, tools=named or None)
+    text = compose(shown, named)
     lost = [what for character, what in expected.items() if character not in text]
     if lost:
         raise UserError(

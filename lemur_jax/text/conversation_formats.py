@@ -5,7 +5,7 @@ the assistant with `weight: 0`, or `train`, `training` or `loss` false, gets `"t
 Null fields count as absent. Each function takes a row and raises ValueError with a reason where it cannot read it:
 `fields.Fields(messages=...)`. Turns may be spelled {"role", "content"} or {"from", "value"} everywhere.
 A row's `system` or `system_prompt` becomes the first turn, unless it is there. Where a row has `tools` or `functions`
-(a list, or JSON), the result is {"messages": messages, "tools": tools}. Preferences give
+(a list, or JSON) or `chat_template_kwargs`, the result is {"messages": messages, "tools": tools, ...}. Preferences give
 {"chosen": messages, "rejected": messages}, or one of them, for `Fields(preferences=...)`.
 """
 
@@ -237,11 +237,16 @@ def _conversation(row: Row, messages: Messages) -> Conversation:
     _checked(messages)
     tools = _values(row.get("tools") or row.get("functions") or [], "`tools`") or []
     check_tools(tools)
+    options = _values(row.get("chat_template_kwargs") or {}, "`chat_template_kwargs`")
+    if not isinstance(options, Mapping):
+        raise ValueError(f"`chat_template_kwargs` is {options!s:.40}, not an object")
     # In Hermes' data the first turn describes them already.
-    if not tools or (messages[0]["role"] == "system" and "<tools>" in messages[0]["content"]):
-        return messages
+    if messages[0]["role"] == "system" and "<tools>" in messages[0]["content"]:
+        tools = ()
     wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    return {"messages": messages, "tools": wrapped}
+    beside = {"tools": wrapped, "chat_template_kwargs": options}
+    kept = {key: value for key, value in beside.items() if value}
+    return {"messages": messages, **kept} if kept else messages
 
 
 def _values(value: Any, what: str) -> Any:

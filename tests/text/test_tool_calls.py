@@ -75,6 +75,27 @@ def test_ids_and_mask_are_those_of_transformers(with_template, name, tools):
         assert mask == expected["assistant_masks"]
 
 
+def test_variables_of_a_row_reach_the_template(with_template):
+    ours, theirs = with_template("gptoss_training")
+
+    def encoded(given):
+        row = {"messages": conversation(), "tools": TOOLS, "chat_template_kwargs": given}
+        ((document, _),) = to_documents("f", [("row", row)], Fields(messages=formats.openai))
+        return encode(ours, document)
+
+    options = {"reasoning_effort": "high", "model_identity": "I am Köln."}
+    expected = theirs.apply_chat_template(
+        formats.openai({"messages": conversation()}), tools=TOOLS, return_dict=True,
+        return_assistant_tokens_mask=True, **options
+    )  # fmt: skip
+    for given in (options | {"custom_instructions": "", "xml_tools": None}, json.dumps(options)):
+        found = encoded(given)
+        assert found.tokens.tolist() == expected["input_ids"]
+        assert found.mask.tolist() == expected["assistant_masks"]
+    assert "leaves out 'custom_instructions'" in encoded({"custom_instructions": "Be brief."}).reason
+    assert "is [1], not an object" in encoded([1]).reason
+
+
 @pytest.mark.parametrize("name", ["qwen3_training", "llama3_1"])
 def test_a_call_that_is_not_trained_on(with_template, name):
     ours, _ = with_template(name)
