@@ -41,8 +41,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     # Duplicates: the Jaccard similarity of their n-grams of `words` words, estimated by `hashes` MinHashes, is at
     # least `threshold`. `bands` bands of hashes select the candidates.
     "near_duplicates": {"threshold": 0.7, "words": 5, "hashes": 128, "bands": 32},
-    "repository": {"name": "", "path": ""},  # metadata fields that follow <reponame> and <filename>
-    "fim": {"rate": 0.0, "spm": 0.5},  # share of documents changed, and share of SPM among these
+    # Metadata fields that follow <reponame> and <filename>, and other tokens for these.
+    "repository": {"name": "", "path": "", "tokens": ()},
+    # Share of documents changed, share of SPM among these, and other tokens for <fim_prefix> <fim_middle> <fim_suffix>.
+    "fim": {"rate": 0.0, "spm": 0.5, "tokens": ()},
     "separators": {"begin": (), "end": ()},  # tokens around a document in place of the tokenizer's own
     "label": {"field": ""},  # metadata field, e.g. the language, by which `data.sources` can name parts
 }
@@ -76,6 +78,8 @@ def parse_steps(task: str, options: Mapping[str, Mapping[str, Any]]) -> str:
             _check_name(where, key, known)
             _check_value(f"{where}.{key}", value, known[key])
         steps[name] = known | dict(given)
+        if not steps[name].get("tokens", True):  # as in the digests of earlier versions' stores
+            del steps[name]["tokens"]
     near = steps.get("near_duplicates", DEFAULTS["near_duplicates"])
     if near["hashes"] % near["bands"]:
         raise UserError(f"prepare.steps.{task}.near_duplicates: bands must divide hashes ({near['hashes']})")
@@ -101,7 +105,7 @@ def check_fields(task: str, steps: Mapping[str, Mapping[str, Any]], kept: Sequen
     """Refuses steps that read metadata fields which the documents of a task do not have; `kept` are those."""
     repository, label = steps.get("repository", {}), steps.get("label", {})
     read = [("metadata", name) for name in steps.get("metadata", ())]
-    read += [("repository", name) for name in repository.values() if name]
+    read += [("repository", repository[key]) for key in ("name", "path") if repository.get(key)]
     read += [("label", name) for name in label.values()]
     for step, name in read:
         spelled = name.replace("/", ".") if step == "metadata" else name  # values of a config may have dots

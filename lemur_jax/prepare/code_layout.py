@@ -20,6 +20,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 
 REPOSITORY_TOKENS = ("<reponame>", "<filename>")
 FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+_STARCODER = {"repository": REPOSITORY_TOKENS, "fim": FIM_TOKENS}
 
 Pieces = list[tuple[str, bool]]  # (text or name of a token, whether it is a control token)
 
@@ -36,32 +37,41 @@ def check_content(steps: Mapping[str, Any], content: str, task: str) -> None:
 
 def check_tokens(steps: Mapping[str, Any], tokenizer: Tokenizer, task: str) -> bool:
     """Whether the steps of a task write control tokens; UserError if the tokenizer lacks one of them."""
-    wanted = REPOSITORY_TOKENS * ("repository" in steps) + FIM_TOKENS * ("fim" in steps)
-    for tokens in steps.get("separators", {}).values():
-        wanted += tuple(tokens)
-    missing = [token for token in wanted if token not in tokenizer.control_tokens]
+    wanted = [token for tokens in steps.get("separators", {}).values() for token in tokens]
+    for step in _STARCODER.keys() & steps:
+        if len(tokens := _tokens(steps, step)) != len(_STARCODER[step]):
+            names = " ".join(_STARCODER[step])
+            raise UserError(
+                f"prepare.steps.{task}.{step}.tokens must be one for each of {names}, in this order"
+            )
+        wanted += tokens
+    known = tokenizer.control_tokens.keys() | tokenizer.added_tokens.keys()  # Qwen's for code are not special
+    missing = [token for token in wanted if token not in known]
     if missing:
         raise UserError(
-            f"prepare.steps.{task} writes {' '.join(wanted)}, and the tokenizer has no {missing[0]}: add them"
-            " with tokenizer.extend and tokenizer.add_tokens"
+            f"prepare.steps.{task} writes {' '.join(wanted)}, and the tokenizer has no {missing[0]}: name its own in"
+            " `tokens` of `fim` and `repository`, or add these with tokenizer.extend and tokenizer.add_tokens"
         )
     return bool(wanted)
+
+
+def _tokens(steps: Mapping[str, Any], step: str) -> Sequence[str]:
+    """The tokens that the step `repository` or `fim` writes."""
+    return steps[step].get("tokens") or _STARCODER[step]
 
 
 def separators(tokenizer: Tokenizer, steps: Mapping[str, Any]) -> Sequence[list[int]]:
     """The ids before and after a document: those of the step, else the tokenizer's own."""
     if "separators" not in steps:
         return tokenizer.separators
-    return [
-        [tokenizer.control_tokens[token] for token in steps["separators"][side]] for side in ("begin", "end")
-    ]
+    return [[tokenizer.find(token) for token in steps["separators"][side]] for side in ("begin", "end")]
 
 
 def layout(text: str, meta: Mapping[str, Any], id: str, steps: Mapping[str, Any]) -> Pieces:
     """The pieces of a document; the same for the same text, id and options."""
     header: Pieces = []
     if "repository" in steps:
-        for token, key in zip(REPOSITORY_TOKENS, ("name", "path"), strict=True):
+        for token, key in zip(_tokens(steps, "repository"), ("name", "path"), strict=True):
             if value := meta.get(steps["repository"][key]):
                 header += [(token, True), (str(value), False)]
         header += [("\n", False)] * bool(header)
@@ -83,7 +93,7 @@ def _turn(text: str, id: str, steps: Mapping[str, Any]) -> Pieces:
         return [(text, False)]
     first, last = sorted(generator.randint(0, len(text)) for _ in range(2))
     prefix, middle, suffix = text[:first], text[first:last], text[last:]
-    begin, between, after = ((token, True) for token in FIM_TOKENS)
+    begin, between, after = ((token, True) for token in _tokens(steps, "fim"))
     if generator.random() < steps["fim"]["spm"]:
         pieces: Pieces = [begin, after, (suffix, False), between, (prefix + middle, False)]
     else:
@@ -95,5 +105,8 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[tuple[str, bool]]) -> l
     """Ids of the pieces; only a text at the beginning gets SentencePiece's dummy space."""
     ids: list[int] = []
     for position, (piece, control) in enumerate(pieces):
-        ids += [tokenizer.control_tokens[piece]] if control else tokenizer.encode(piece, prefix=position == 0)
+        if control:
+            ids.append(tokenizer.find(piece))
+        else:
+            ids += tokenizer.encode(piece, prefix=position == 0)
     return ids

@@ -2,12 +2,17 @@
 
 import collections
 import json
+import re
+import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.prepare.cleaning import parse_steps
 from lemur_jax.prepare.code_layout import FIM_TOKENS, REPOSITORY_TOKENS, check_tokens, encode_pieces, layout
 from lemur_jax.prepare.encoding import encode
+from lemur_jax.text.sentencepiece_model import added_token
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import extend
 
@@ -98,6 +103,32 @@ def test_a_tokenizer_without_the_tokens_is_refused(tokenizer, code_tokenizer):
     assert not check_tokens({}, tokenizer, "t")
     with pytest.raises(UserError, match=r"prepare\.steps\.t writes .*no <reponame>.*add_tokens"):
         check_tokens(REPOSITORY, tokenizer, "t")
+
+
+def test_tokens_of_another_model(byte_level_dir, tmp_path):
+    """As Qwen2.5-Coder has them: added tokens that are not special."""
+    names = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|repo_name|>", "<|file_sep|>")
+    path = shutil.copytree(byte_level_dir, tmp_path / "code")
+    spec = json.loads((path / "tokenizer.json").read_text())
+    size = Tokenizer.load(path).vocab_size
+    spec["added_tokens"] += [added_token(t, size + n, {"special": False}) for n, t in enumerate(names)]
+    (path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = Tokenizer.load(path)
+    options = {"fim": {"rate": 1.0, "spm": 0.0, "tokens": names[:3]}}
+    options["repository"] = {"name": "repo", "path": "file", "tokens": names[3:]}
+    steps = json.loads(parse_steps("t", options))
+    assert check_tokens(steps, tokenizer, "t")
+    record = {"text": TEXT.encode(), "meta": json.dumps(META).encode()}
+    tokens = encode(tokenizer, record, json.dumps(steps)).tokens.tolist()[:-1]
+    text = tokenizer.decode(tokens)
+    parts = re.fullmatch(r"(?s)<\|repo_name\|>me/it<\|file_sep\|>src/ä\.py\n<\|fim_prefix\|>(.*)"
+                         r"<\|fim_suffix\|>(.*)<\|fim_middle\|>(.*)", text)  # fmt: skip
+    assert parts[1] + parts[3] + parts[2] == TEXT
+    assert AutoTokenizer.from_pretrained(path).encode(text, add_special_tokens=False) == tokens
+    with pytest.raises(
+        UserError, match=r"fim\.tokens must be one for each of <fim_prefix> <fim_middle> <fim"
+    ):
+        check_tokens({"fim": {"tokens": names}}, tokenizer, "t")
 
 
 def test_the_header_counts_in_the_bytes(code_tokenizer):
