@@ -10,17 +10,6 @@ from lemur_jax.text.chat_template import check_template, encode_chat, render_cha
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import extend, revise
 
-CONVERSATIONS = {
-    "ordinary": [("system", "Be brief."), *[("user", "hi"), ("assistant", "hello")] * 2],
-    "assistant first": [("assistant", "hello"), ("user", "hi"), ("assistant", "again")],
-    "assistant twice": [("user", "go on"), ("assistant", "one"), ("assistant", "two")],
-    "user last": [("assistant", "one"), ("user", "two")],
-    "empty turn": [("user", ""), ("assistant", "")],
-    "spaces": [("user", "  hi \n"), ("assistant", "\n\n  def f():\n    return 1\n\n ")],
-    "other scripts": [("user", "漢字 😀"), ("assistant", "👩‍👩‍👧‍👦 naïve \x00 ▁ 12345")],
-    "other roles": [("function", "{}"), ("user", "assistant\nno"), ("assistant", "yes")],
-}
-
 
 def messages_of(turns):
     return [{"role": role, "content": content} for role, content in turns]
@@ -46,15 +35,6 @@ def with_template(chat_dir, tmp_path_factory):
         return extend(chat_dir, tmp_path_factory.mktemp("template"), [], chat_template=template)
 
     return make
-
-
-@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
-def test_transformers_gives_the_same_ids_and_mask(chat_tokenizer, hf, turns):
-    messages = messages_of(turns)
-    assert encode_chat(chat_tokenizer, messages) == hf_chat(hf, messages)
-    ids, _ = encode_chat(chat_tokenizer, messages, add_generation_prompt=True)
-    assert ids == hf_chat(hf, messages, add_generation_prompt=True)[0]
-    assert chat_tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
 
 
 def test_a_conversation_as_text(chat_tokenizer):
@@ -99,23 +79,6 @@ def test_stop_ids(tokenizer, chat_tokenizer, chat_dir, tokenizer_dir, tmp_path):
     assert stop_ids(llama_3) == (llama_3.control_tokens["<|eot_id|>"], 2)
     both = extend(chat_dir, tmp_path / "both", ["<|eot_id|>"])
     assert stop_ids(both) == (*(both.control_tokens[name] for name in ("<|im_end|>", "<|eot_id|>")), 2)
-
-
-def test_a_template_may_begin_with_text(with_template, hf):
-    first, second = (f"{{{{ messages[{turn}]['content'] }}}}" for turn in (0, 1))
-    template = first + "{% generation %}" + second + "<|im_end|>{% endgeneration %}"
-    messages = messages_of([("user", " Q"), ("assistant", " A")])
-    ids, mask = encode_chat(with_template(template), messages)
-    assert (ids, mask) == hf_chat(hf, messages, chat_template=template)
-
-
-def test_a_template_without_marks(with_template, hf):
-    template = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
-    tokenizer, messages = with_template(template), messages_of([("user", "x"), ("assistant", "y")])
-    ids, mask = encode_chat(tokenizer, messages, add_generation_prompt=True)
-    assert ids == hf.apply_chat_template(messages, chat_template=template, return_dict=False)
-    assert not any(mask)
-    assert supervised_text(tokenizer, messages) == "y<|im_end|>"
 
 
 def published(name: str) -> str:

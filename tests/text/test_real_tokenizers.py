@@ -18,7 +18,6 @@ from transformers import AutoTokenizer
 from lemur_jax.common.errors import UserError
 from lemur_jax.text.chat_template import encode_chat
 from lemur_jax.text.tokenizer import Tokenizer
-from tests.helpers.documents import hard_texts, write_byte_level
 
 MISTRAL = (
     "tokenizer.model.v1",
@@ -102,47 +101,3 @@ def test_ids_and_masks_are_those_of_transformers(kind, tmp_path_factory):
         assert encode_chat(ours, messages) == (expected["input_ids"], expected["assistant_masks"])
 
     check()
-
-
-DIGITS = {"type": "Digits", "individual_digits": True}
-CLASSES = [
-    "GPT2Tokenizer",
-    "GPT2TokenizerFast",
-    "GPTNeoXTokenizer",
-    "Qwen2Tokenizer",
-    "PreTrainedTokenizerFast",
-]
-
-
-def class_directory(kind, path, byte_level_dir):
-    """A byte-level BPE whose tokenizer.json also splits digits, as SmolLM2's."""
-    before = json.loads((byte_level_dir / "tokenizer.json").read_text())["pre_tokenizer"]
-    names = {} if kind in CLASSES[:-1] else {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-    return write_byte_level(
-        byte_level_dir,
-        path,
-        ("<|endoftext|>", "<|padding|>", "<|im_end|>"),
-        {"tokenizer_class": kind, **names},
-        pre_tokenizer={"type": "Sequence", "pretokenizers": [DIGITS, before]},
-    )
-
-
-@pytest.mark.parametrize("kind", CLASSES)
-def test_classes_that_build_their_pipeline_in_code(kind, byte_level_dir, tmp_path, caplog):
-    class_directory(kind, tmp_path, byte_level_dir)
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATE.replace("{{ bos_token }}", ""))
-    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (
-        len(theirs),
-        theirs.bos_token_id,
-        theirs.eos_token_id,
-    )
-    for text in [*hard_texts(150), "  12 345\n    6 a1b2", "e\u0301 \u212b"]:
-        if any(token in text for token in ours.control_tokens):
-            continue
-        assert ours.encode_prompt(text) == theirs(text)["input_ids"], text
-        assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text)["input_ids"])
-        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text + "."}]
-        expected = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        assert encode_chat(ours, messages)[0] == expected["input_ids"]
-    assert ("splits text for" in caplog.text) == (kind != "PreTrainedTokenizerFast")

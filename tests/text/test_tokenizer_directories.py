@@ -248,6 +248,20 @@ def test_tokens_that_a_class_adds_by_itself_get_no_id(vocabularies, tmp_path):
     assert ours.encode("def f():") == theirs("def f():", add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_class_that_splits_text_in_its_own_way_is_named(vocabularies, tmp_path, caplog, kind):
+    """As SmolLM2's, whose tokenizer.json splits digits too."""
+    spec = json.loads(json.dumps(vocabularies[0]["digits"]))
+    add_tokens(spec, random.Random(0), "<|begin|>", "<|end|>", True)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    config = {"tokenizer_class": kind, "bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS[-8:-2]:
+        assert ours.encode_with_control_tokens(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ("splits text for" in caplog.text) == (kind != "PreTrainedTokenizerFast")
+
+
 def test_one_of_several_templates(vocabularies, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(vocabularies[0]["ours"]))
     templates = {"default": "A", "tool_use": "B"}

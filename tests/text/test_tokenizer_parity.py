@@ -122,6 +122,7 @@ def base_directory(kind, path, tokenizer_dir, byte_level_dir):
     (path / "tokenizer.json").write_text(json.dumps(spec))
     config = json.loads((path / "tokenizer_config.json").read_text())
     config["added_tokens_decoder"]["700"] = {key: value for key, value in odd.items() if key != "id"}
+    config["model_max_length"] = 4096
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
 
@@ -139,6 +140,7 @@ def test_transformers_reads_back_what_extend_writes(kind, tmp_path, tokenizer_di
     assert wide_flags == flags | {i: [token, False, False, False, False, True] for token, i in new.items()}
     assert wide_flags[size - 1] == ["<tool>", False, True, True, False, False]
     assert (after.chat_template, wide.chat_template) == (template, template)
+    assert after.model_max_length == before.model_max_length
     assert wide.added_tokens.items() >= new.items()
     assert [after.bos_token_id, after.eos_token_id, after.pad_token_id] == [wide.bos_id, wide.eos_id, size]
     # And once more through transformers' own writer.
