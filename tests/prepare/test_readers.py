@@ -116,18 +116,14 @@ def test_a_truncated_file_gives_what_is_whole_and_counts_what_is_missing(tmp_pat
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_what_is_kept_of_a_long_line_is_its_beginning(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(streams, "_READ_BYTES", chunk)
-    line = b'{"text": "' + bytes(range(97, 123)) * 100 + b'"}'
+    lines = [b'{"text": "' + bytes(range(97, 123)) * 100 + b'"}', b" " * 1000 + b'{"text": "b"}']
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
-    _, (place, found), _ = readers.read_rows(str(path), "jsonl", max_bytes=1000)
-    assert (place, found.excerpt) == ("line 2", line[: readers.EXCERPT])
-
-
-def test_a_long_line_that_begins_with_blanks_is_bad_too(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + " " * 1000 + '{"text": "b"}\n')
-    found = read(tmp_path / "a.jsonl", max_bytes=1000)
-    assert good(found) == ["a"]
-    assert bad(found) == [("line 2", "longer than 1,000 bytes", 1)]
+    path.write_bytes(b"\n".join([b'{"text": "before"}', *lines, b'{"text": "after"}']))
+    _, *found, (place, _) = readers.read_rows(str(path), "jsonl", max_bytes=1000)
+    assert place == "line 4"
+    for number, (place, row) in enumerate(found):
+        assert (place, row.excerpt) == (f"line {2 + number}", lines[number][: readers.EXCERPT])
+        assert row.reason == "longer than 1,000 bytes"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
@@ -269,16 +265,21 @@ def test_parquet_by_columns_with_nested_fields(tmp_path):
             "meta": [{"repo": f"r{n % 3}", "stars": n} for n in range(300)],
             "other": [0] * 300,
             "tags": pyarrow.array([[("k", n)] for n in range(300)], pyarrow.map_("string", "int64")),
+            # As RedPajama and RefinedWeb have them.
+            "json": ['{"license": "mit"}'] * 300,
+            "time": [datetime.datetime(2013, 5, 18)] * 300,
+            "images": [[["a.png", "b"]]] * 300,
         }
     )
     pyarrow.parquet.write_table(table, path, row_group_size=100)
-    fields = Fields(text="content", meta=("meta.repo", "tags.k"), group="meta.repo")
-    rows = readers.read_rows(str(path), "parquet", ["content", "meta", "tags"])
+    names = ("meta.repo", "tags.k", "json.license", "time", "images")
+    fields = Fields(text="content", meta=names, group="meta.repo")
+    rows = readers.read_rows(str(path), "parquet", [name.partition(".")[0] for name in ("content", *names)])
     found = list(to_documents(str(path), rows, fields))
     assert [doc["text"].decode() for doc, _ in found] == [f"text {n}" for n in range(300)]
-    assert [json.loads(doc["meta"]) for doc, _ in found[:2]] == [
-        {"meta.repo": f"r{n}", "tags.k": n} for n in (0, 1)
-    ]
+    for number, (document, _) in enumerate(found[:2]):
+        values = (f"r{number}", number, "mit", "2013-05-18 00:00:00", [["a.png", "b"]])
+        assert json.loads(document["meta"]) == dict(zip(names, values, strict=True))
     assert {key for _, key in found} == {b"r0", b"r1", b"r2"}
     assert found[299][0]["where"].decode() == f"{path}: row 299"
 
@@ -302,46 +303,6 @@ def test_a_parquet_file_without_a_column_names_those_that_are_there(tmp_path):
     assert [(document["text"], document["id"], document["error"]) for document in found] == [
         (b"text", b"1", b"")
     ] * 3
-
-
-# What stands in a row of each, as its card on the hub has it, and how to read it.
-PUBLISHED = {
-    "the-stack/data/python/train-00000-of-00206.parquet": (
-        {
-            **{"hexsha": "a1", "size": 17, "lang": "Python", "content": "print('hello')"},
-            **{"max_stars_repo_licenses": ["MIT"], "alphanum_fraction": 0.6},
-        },
-        Fields(text="content", id="hexsha", meta=("lang", "max_stars_repo_licenses")),
-        {"lang": "Python", "max_stars_repo_licenses": ["MIT"]},
-    ),
-    "falcon-refinedweb/data/train-00000-of-05534-b8fc5348cbe605a5.parquet": (
-        {
-            **{"content": "A web page.", "url": "http://example.org", "dump": "CC-MAIN-2013-20"},
-            **{"timestamp": datetime.datetime(2013, 5, 18), "image_urls": [["a.png", "b"]]},
-        },
-        Fields(text="content", id="url", meta=("dump", "timestamp", "image_urls")),
-        {"dump": "CC-MAIN-2013-20", "timestamp": "2013-05-18 00:00:00", "image_urls": [["a.png", "b"]]},
-    ),
-    "RedPajama-Data-1T-Sample/data/train-00000-of-00002.parquet": (
-        {"text": "A page.", "meta": '{"source": "github", "license": "mit"}', "red_pajama_subset": "github"},
-        Fields(meta=("meta.license", "red_pajama_subset")),
-        {"meta.license": "mit", "red_pajama_subset": "github"},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_directories_of_parquet_as_published(tmp_path, name):
-    row, fields, meta = PUBLISHED[name]
-    path = tmp_path / name
-    path.parent.mkdir(parents=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 3), path, row_group_size=2)
-    (path.parent / "README.md").write_text("not data")
-    (file,) = readers.find_files(f"{tmp_path}/*/data/{'*/' * ('python' in name)}*.parquet")
-    found = read(file, fields)
-    assert good(found) == [row[fields.text]] * 3
-    assert [json.loads(document["meta"]) for document in found] == [meta] * 3
-    assert found[2]["id"].decode() == (row[fields.id] if fields.id else f"{path}: row 2")
 
 
 def test_a_corrupt_parquet_page_loses_its_row_group_and_says_how_much(tmp_path):
