@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.common.sections import did_you_mean
+from lemur_jax.common.sections import did_you_mean, require
 from lemur_jax.prepare.decontamination import evaluation_set, problems
 
 # Every step with its options; 0 or empty: no limit.
@@ -126,16 +126,16 @@ def _check_value(where: str, value: Any, default: Any) -> None:
     _check_type(where, value, default)
     for item in value if default == () else ():
         _check_type(where, item, "")
-    if isinstance(default, float) and not 0 <= value <= 1:
-        raise UserError(f"{where} is {value}: it must be between 0 and 1")
-    if isinstance(default, int) and value < min(default, 1):
-        raise UserError(f"{where} is {value}: it must be {min(default, 1)} or more")
+    if isinstance(default, float):
+        require(0 <= value <= 1, where, value, "between 0 and 1")
+    if isinstance(default, int):
+        require(value >= min(default, 1), where, value, f"{min(default, 1)} or more")
 
 
 def _check_type(where: str, value: Any, default: Any) -> None:
     kinds = {float: (int, float), tuple: (list, tuple), dict: Mapping}.get(type(default), type(default))
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise UserError(f"{where} is {value!r}: it must be of the type {type(default).__name__}")
+    right = isinstance(value, kinds) and not isinstance(value, bool)
+    require(right, where, value, f"of the type {type(default).__name__}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -246,13 +246,8 @@ def _language(text, meta, keep, chars):
 
 
 def _foreign_letters(text, meta, run):
-    if found := _foreign_run(run).search(text):
+    if found := re.search(rf"(?:(?![\x00-\x7f])[^\W\d_]){{{run}}}", text):
         return f"{run} letters that are not English: {found[0]!r}"
-
-
-@functools.cache
-def _foreign_run(run: int) -> re.Pattern:
-    return re.compile(rf"(?:(?![\x00-\x7f])[^\W\d_]){{{run}}}")
 
 
 def _decontaminate(text, meta, against, n, distinct, share):

@@ -41,9 +41,7 @@ def check_tokens(steps: Mapping[str, Any], tokenizer: Tokenizer, task: str) -> b
     for step in _STARCODER.keys() & steps:
         if len(tokens := _tokens(steps, step)) != len(_STARCODER[step]):
             names = " ".join(_STARCODER[step])
-            raise UserError(
-                f"prepare.steps.{task}.{step}.tokens must be one for each of {names}, in this order"
-            )
+            raise UserError(f"prepare.steps.{task}.{step}.tokens must stand for {names}, in this order")
         wanted += tokens
     known = tokenizer.control_tokens.keys() | tokenizer.added_tokens.keys()  # Qwen's for code are not special
     missing = [token for token in wanted if token not in known]

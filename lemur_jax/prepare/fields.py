@@ -8,12 +8,12 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare.encoding import conversation_text
-from lemur_jax.prepare.readers import EXCERPT, BadRow, Row, bad_reason
+from lemur_jax.prepare.readers import EXCERPT, BadRow, Row, Rows, bad_reason
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +65,7 @@ class Fields:
         return "text" if self.messages is None else "messages"
 
 
-def to_documents(
-    path: str, found: Iterable[tuple[str, Row | BadRow]], fields: Fields
-) -> Iterator[tuple[Document, bytes]]:
+def to_documents(path: str, found: Rows, fields: Fields) -> Iterator[tuple[Document, bytes]]:
     """(document, key that decides whether it is held out) of each row.
 
     A document has the string features `text` or `messages`, `id`, `meta` (JSON), `where`, and `error`: empty, or JSON
@@ -97,12 +95,10 @@ def to_documents(
 
 @functools.cache  # once, not for each of many files
 def _warn_of_absent(names: str) -> None:
-    logger.warning(
-        "a file has no row with the metadata field %s: is it misspelled in Fields(meta=...)?", names
-    )
+    logger.warning("no row of a file has the metadata field %s: is it misspelled in Fields(meta=...)?", names)
 
 
-def gather(found: Iterable[tuple[str, Row | BadRow]], name: str) -> Iterator[tuple[str, Row | BadRow]]:
+def gather(found: Rows, name: str) -> Rows:
     """Merges consecutive rows with the same value in a field, at the place of the first; passes bad rows on."""
     held: list[Row] = []
     place, value, count = "", None, 0

@@ -8,12 +8,12 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.common.hub import local_file
 from lemur_jax.prepare import readers
 from lemur_jax.prepare.fields import Document, Fields, is_held_out, to_documents
-from lemur_jax.prepare.readers import BadRow, Row
+from lemur_jax.prepare.readers import Rows
 
 logger = logging.getLogger(__name__)
 
 # Reads a file whose format is not one of `readers.read_rows`.
-ReadRows = Callable[[str], Iterator[tuple[str, Row | BadRow]]]
+ReadRows = Callable[[str], Rows]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

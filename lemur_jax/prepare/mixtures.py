@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.common.json_files import write_json
 from lemur_jax.common.sections import did_you_mean
 from lemur_jax.data.config import DataConfig, SourceConfig
 from lemur_jax.prepare import tasks
@@ -39,9 +38,3 @@ def resolve_mixture(data: DataConfig) -> DataConfig:
         packing = "concat" if tasks.content_of(task, "train") == "text" else "fit"
         sources[task.name] = SourceConfig(share=share, packing=packing)
     return dataclasses.replace(data, sources=sources)
-
-
-def record_mixture(data: DataConfig) -> None:
-    """Writes the sources beside their stores, where `config.load` finds them without seqio."""
-    sources = {name: dataclasses.asdict(source) for name, source in data.sources.items()}
-    write_json(data.mixture_record, sources)

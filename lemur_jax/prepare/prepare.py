@@ -20,7 +20,7 @@ from etils import epath
 from lemur_jax.cluster.lock import workdir_lock
 from lemur_jax.common.cores import available_cores
 from lemur_jax.common.errors import UserError, reason_of
-from lemur_jax.common.json_files import digest_of
+from lemur_jax.common.json_files import digest_of, write_json
 from lemur_jax.common.paths import is_refused_by_store
 from lemur_jax.common.progress import Progress
 from lemur_jax.config import RunConfig
@@ -35,7 +35,7 @@ from lemur_jax.prepare.cleaning import NO_STEPS, Removed, check_fields, parse_st
 from lemur_jax.prepare.code_layout import check_content, check_tokens
 from lemur_jax.prepare.digests import input_digest, task_digest
 from lemur_jax.prepare.encoding import BadRecord, Encode, Record, Result, encoder
-from lemur_jax.prepare.mixtures import record_mixture, resolve_mixture
+from lemur_jax.prepare.mixtures import resolve_mixture
 from lemur_jax.prepare.parts import check_part, copy_part, split_name
 from lemur_jax.prepare.prepare_tokenizer import prepare_tokenizer
 from lemur_jax.prepare.rejects import Rejects
@@ -99,7 +99,8 @@ def prepare(
             else:
                 _prepare_part(run, found[name], name, split)
     if config.data.mixture:
-        record_mixture(config.data)
+        sources = {name: dataclasses.asdict(source) for name, source in config.data.sources.items()}
+        write_json(config.data.mixture_record, sources)  # where `config.load` finds them without seqio
     if not config.data.sources:
         return
     if config.data.by_epochs or config.train.batch_documents:
@@ -127,9 +128,7 @@ def _lock(data: DataConfig) -> Iterator[None]:
         except Exception as error:  # the stores of a directory that cannot be written may be complete
             if not (isinstance(error, OSError) or is_refused_by_store(error)):
                 raise
-            logger.warning(
-                "%s cannot be locked (%s): start no second `prepare`", data.stores, reason_of(error)
-            )
+            logger.warning("%s cannot be locked (%s): start no second prepare", data.stores, reason_of(error))
         yield
 
 
@@ -204,8 +203,9 @@ def _fill(run: _Run, task: tasks.Task, split: str, writer: StoreWriter) -> Rejec
                     rejects.check(run.max_bad_share, label, finished=False)
                     writer.save({"place": (shard, done), "rejects": rejects.save()})
                     last_save = time.monotonic()
+        if rejects.records:
+            rejects.check(run.max_bad_share, label, finished=True)
         _check_any(task, split, rejects, writer)
-        rejects.check(run.max_bad_share, label, finished=True)
         if writer.is_draft:
             writer.save({"place": (tasks.count_shards(task, split), 0), "rejects": rejects.save()})
     except BaseException:
@@ -281,7 +281,7 @@ def _check_any(task: tasks.Task, split: str, rejects: Rejects, writer: StoreWrit
         raise UserError(
             f"task {task.name!r} has no documents in its {split} split: look at its source, and at its `held_out`"
         )
-    if not writer.documents and rejects.all_removed:
+    if not writer.documents:
         raise UserError(
             f"every document of task {task.name!r} in its {split} split is removed ({rejects.summary()[:-2]}): look at"
             f" prepare.steps.{task.name}, and at the field that its text is read from"

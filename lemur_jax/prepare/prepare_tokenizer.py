@@ -1,5 +1,6 @@
 """The tokenizer of a run: loaded, trained, or made from another by adding control tokens."""
 
+import contextlib
 import hashlib
 import heapq
 import logging
@@ -88,12 +89,10 @@ def sample(records: Iterable[Record], limit: int, shown: Any = None) -> list[str
 
 def _plain_text(record: Record) -> bytes:
     """The text of a record; b"" of a bad one, which is counted elsewhere."""
-    if record.get("error"):
-        return b""
-    try:
-        return read_content(record)[2].encode()
-    except ValueError:
-        return b""
+    with contextlib.suppress(ValueError):
+        if not record.get("error"):
+            return read_content(record)[2].encode()
+    return b""
 
 
 def _check_tokenizer(options: TokenizerConfig, vocab_size: int, tokenizer: Tokenizer) -> None:

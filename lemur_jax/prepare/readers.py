@@ -46,6 +46,10 @@ class BadRow:
     excerpt: bytes = b""
 
 
+# (position in the file, row), in the order of the file.
+Rows = Iterable[tuple[str, Row | BadRow]]
+
+
 def find_files(patterns: str | Iterable[str]) -> list[str]:
     """The files that match globs, sorted, local, gs:// or hf://datasets/; a directory stands for its files.
 
@@ -98,7 +102,7 @@ def read_rows(
     columns: Sequence[str] | None = None,
     required: Sequence[str] = (),
     max_bytes: int = MAX_BYTES,
-) -> Iterator[tuple[str, Row | BadRow]]:
+) -> Rows:
     """(position in the file, row), in the file's order.
 
     Args:
@@ -121,7 +125,7 @@ def read_rows(
     yield from up_to_damage(path, found)
 
 
-def up_to_damage(path: str, found: Iterable[tuple[str, Row | BadRow]]) -> Iterator[tuple[str, Row | BadRow]]:
+def up_to_damage(path: str, found: Rows) -> Rows:
     """The rows of a file, and at its damage a bad row for the missing ones."""
     place, count = "file", 0
     try:
@@ -144,7 +148,7 @@ def bad_reason(error: Exception) -> str:
     return text.partition("\n")[0] or type(error).__name__
 
 
-def _lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row | BadRow]]:
+def _lines(chunks: Iterable[bytes], max_bytes: int) -> Rows:
     """The text of each line that is not blank, with at most `max_bytes` and one chunk in memory."""
     number, held, length = 1, b"", 0  # `held`: the line so far; of a long one its beginning
     for chunk in itertools.chain(chunks, [None]):
@@ -157,7 +161,7 @@ def _lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row |
                 number, held, length = number + 1, b"", 0
 
 
-def _whole(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[str, Row | BadRow]]:
+def _whole(chunks: Iterable[bytes], max_bytes: int) -> Rows:
     data = b""
     for chunk in chunks:
         data += chunk
@@ -177,7 +181,7 @@ def _text_row(text: bytes, length: int, max_bytes: int) -> Row | BadRow:
     return {"text": text}
 
 
-def _json(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Row | BadRow]]:
+def _json(chunks: Iterator[bytes], max_bytes: int) -> Rows:
     """An object per line, or the elements of one array."""
     head = b""
     while not head.strip() and (chunk := next(chunks, b"")):
@@ -203,7 +207,7 @@ def _object(source: bytes) -> Row | BadRow:
     return row
 
 
-def _elements(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Row | BadRow]]:
+def _elements(chunks: Iterator[bytes], max_bytes: int) -> Rows:
     """The text of each element of a JSON array, with no more than one and a chunk in memory."""
     parse = json.JSONDecoder().raw_decode
     # Invalid UTF-8 passes here: each element is checked by itself.
@@ -230,9 +234,7 @@ def _elements(chunks: Iterator[bytes], max_bytes: int) -> Iterator[tuple[str, Ro
         raise Unreadable("it is a JSON array, and more follows")
 
 
-def _parquet(
-    path: str, columns: Sequence[str] | None, required: Sequence[str]
-) -> Iterator[tuple[str, Row | BadRow]]:
+def _parquet(path: str, columns: Sequence[str] | None, required: Sequence[str]) -> Rows:
     import pyarrow
     import pyarrow.parquet
 

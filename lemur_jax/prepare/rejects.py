@@ -108,10 +108,6 @@ class Rejects:
         if self._work.exists() and not keep:
             self._work.rmtree()
 
-    @property
-    def all_removed(self) -> bool:
-        return not self._state["good"] and bool(self._state["removed"])
-
     def _collect(self) -> None:
         self._close()
         self._quarantine.unlink(missing_ok=True)

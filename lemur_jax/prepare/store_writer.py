@@ -43,7 +43,7 @@ class StoreWriter:
 
     def __init__(self, path: epath.PathLike, manifest: Manifest, draft: Mapping[str, str] | None = None):
         self._path = epath.Path(path)
-        self._draft = draft
+        self._draft, self.is_draft = draft, draft is not None
         self.manifest = manifest
         # Each attempt uses the same name, so that it removes what a killed one left.
         self._partial = self._path.parent / f".{self._path.name}.{'partial' if draft is None else 'draft'}"
@@ -56,10 +56,6 @@ class StoreWriter:
     @property
     def documents(self) -> int:
         return self._counts["documents"]
-
-    @property
-    def is_draft(self) -> bool:
-        return self._draft is not None
 
     def __enter__(self) -> "StoreWriter":
         lengths: dict[str, int] = {}
@@ -112,12 +108,9 @@ class StoreWriter:
         tokens, vocab_size = np.asarray(ids), self.manifest.vocab_size
         if not tokens.size or tokens.min() < 0 or tokens.max() >= vocab_size:
             raise ValueError(f"document {id!r}: no tokens, or one outside [0, {vocab_size})")
-        if (mask is not None) != self.manifest.has_loss_mask or (
-            mask is not None and len(mask) != tokens.size
-        ):
-            raise ValueError(
-                f"document {id!r}: a loss mask of {tokens.size} entries is wanted if has_loss_mask, else none"
-            )
+        wanted = tokens.size if self.manifest.has_loss_mask else None
+        if (None if mask is None else len(mask)) != wanted:
+            raise ValueError(f"document {id!r}: the loss mask must have {wanted} entries")
         counts = self._counts
         start, stop = counts["tokens"], counts["tokens"] + tokens.size
         blocks = -(-stop // BLOCK) - -(-start // BLOCK)  # multiples of BLOCK in [start, stop)
@@ -168,7 +161,7 @@ class StoreWriter:
 
     def __exit__(self, kind, value, traceback) -> None:
         try:
-            if kind is None and self._draft is None:
+            if kind is None and not self.is_draft:
                 for array in self._arrays.values():
                     array.close()
                 self._commit()

@@ -70,9 +70,7 @@ def _read_utf8(path: str) -> Iterator[bytes]:
             yield decoder.decode(chunk).encode()
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise Unreadable(
-            f"invalid {encoding.upper()}, as its byte-order mark names it: {error.reason}"
-        ) from error
+        raise Unreadable(f"invalid {encoding.upper()}, by its byte-order mark: {error.reason}") from error
 
 
 def read_bytes(path: str) -> Iterator[bytes]:

@@ -138,7 +138,7 @@ class FileSource(seqio.DataSource):
         return self._files.documents(split, files, {"tfrecord": _tfrecord_rows})
 
 
-def _tfrecord_rows(file: str) -> Iterator[tuple[str, readers.Row | readers.BadRow]]:
+def _tfrecord_rows(file: str) -> readers.Rows:
     """The features of each tf.Example: a single value as itself, several as a list."""
     # TensorFlow does not report a gzip stream that ends early, so we decompress.
     plain = contextlib.nullcontext((file, None))
@@ -146,9 +146,7 @@ def _tfrecord_rows(file: str) -> Iterator[tuple[str, readers.Row | readers.BadRo
         yield from readers.up_to_damage(file, _examples(path, damage))
 
 
-def _examples(
-    path: str, damage: streams.Unreadable | None
-) -> Iterator[tuple[str, readers.Row | readers.BadRow]]:
+def _examples(path: str, damage: streams.Unreadable | None) -> readers.Rows:
     number = size = 0
     try:
         for number, data in enumerate(tf.data.TFRecordDataset(path).as_numpy_iterator(), 1):

@@ -53,9 +53,7 @@ def is_trained(message: Message) -> bool:
     flags = {key: message[key] for key in TRAIN_FLAGS if message.get(key) is not None}
     for key, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise ValueError(
-                f"a turn has {key} {value!r:.40}: only 0 and 1, or false and true, are supported"
-            )
+            raise ValueError(f"a turn has {key} {value!r:.40}: only 0 and 1, false and true, are supported")
     return all(flags.values())
 
 
@@ -145,9 +143,8 @@ def _render(
     unused = (chr(code) for code in _MARKS if chr(code) not in spelled)
     begin, end, separator, untrained, place = itertools.islice(unused, 5)
     # So that a control token spelled in a message is not taken for one of the template's.
-    turns, tools, options = _map_strings(
-        [turns, tools, options], lambda text: tokenizer.break_control_tokens(text, separator)
-    )
+    broken = functools.partial(tokenizer.break_control_tokens, separator=separator)
+    turns, tools, options = _map_strings([turns, tools, options], broken)
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
     given = [turn if is_trained(turn) else _mark_turn(turn, lambda _: untrained) for turn in turns]
     values = {"documents": None, **tokenizer.special_names, **options}

@@ -130,9 +130,7 @@ def _resolve(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
     theirs, spec = _open(files, read, name)
     config = read.get("tokenizer_config.json", {})
     if config.get("split_special_tokens") or spec["model"].get("dropout"):
-        raise UserError(
-            f"{name}: split_special_tokens and dropout are not supported: set them to false and null"
-        )
+        raise UserError(f"{name}: split_special_tokens and dropout are not supported: unset them")
     listed = _check_ids(spec, read, name)
     vocab = vocabulary(spec)
     mentioned = {*vocab, *listed, *_strings([config, read.get("special_tokens_map.json", {})])}

@@ -47,9 +47,7 @@ def train_sentencepiece(texts: Iterable[str], path: epath.PathLike, vocab_size: 
     except (RuntimeError, OSError, ValueError) as error:
         # The library's message ends in "[the condition that failed] what it means".
         reason = str(error).rpartition("]")[2].strip() or "the texts are empty"
-        raise UserError(
-            f"cannot train a tokenizer with vocab_size {vocab_size} for {path}: {reason}"
-        ) from error
+        raise UserError(f"cannot train a tokenizer of {vocab_size} tokens for {path}: {reason}") from error
     return write_directory(path, model.getvalue())
 
 

@@ -125,9 +125,7 @@ def test_tokens_of_another_model(byte_level_dir, tmp_path):
                          r"<\|fim_suffix\|>(.*)<\|fim_middle\|>(.*)", text)  # fmt: skip
     assert parts[1] + parts[3] + parts[2] == TEXT
     assert AutoTokenizer.from_pretrained(path).encode(text, add_special_tokens=False) == tokens
-    with pytest.raises(
-        UserError, match=r"fim\.tokens must be one for each of <fim_prefix> <fim_middle> <fim"
-    ):
+    with pytest.raises(UserError, match=r"fim\.tokens must stand for <fim_prefix> <fim_middle> <fim"):
         check_tokens({"fim": {"tokens": names}}, tokenizer, "t")
 
 

@@ -95,5 +95,5 @@ def test_a_metadata_field_that_no_row_has_is_named_once(caplog):
         assert len(list(to_documents(path, rows, fields))) == 2
     assert not list(to_documents("empty", [], fields))
     assert [each.split(":")[0] for each in caplog.messages] == [
-        "a file has no row with the metadata field languge"
+        "no row of a file has the metadata field languge"
     ]

@@ -145,7 +145,7 @@ def test_a_byte_order_mark_names_the_encoding(tmp_path, monkeypatch, encoding):
         ('{"text": "a"}\n'.encode("utf-16-le"), "NUL bytes: UTF-16 without a byte-order mark"),
         ('{"text": "a"}\n'.encode("utf-32-be"), "NUL bytes"),
         ('{"text": "café"}\n'.encode("latin-1"), r"invalid UTF-8 \(byte 0xe9 at 13\): Latin-1"),
-        ('{"text": "café"}\n'.encode("utf-16")[:-1], "invalid UTF-16, as its byte-order mark names it"),
+        ('{"text": "café"}\n'.encode("utf-16")[:-1], "invalid UTF-16, by its byte-order mark"),
         (b'{"text": "a\0"}\n', "NUL bytes"),
     ],
 )
