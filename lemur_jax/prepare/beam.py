@@ -16,7 +16,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.prepare import tasks
-from lemur_jax.prepare.encoding import Result, encode
+from lemur_jax.prepare.encoding import Results, encode
 from lemur_jax.text.config import TokenizerConfig
 from lemur_jax.text.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ class Job:
         return tasks.examples(tasks.find_task(self.task, self.modules), self.split, shard, self.shards)
 
 
-def results(job: Job, runner: str, options: Sequence[str]) -> Iterator[Result | None]:
+def results(job: Job, runner: str, options: Sequence[str]) -> Results:
     """The results of `encoding.encoder` for the records of a split, with a None after each of several shards.
 
     `runner` is e.g. "DirectRunner", with options of its pipeline such as "--region=europe-west4". Raises UserError if

@@ -27,8 +27,9 @@ from lemur_jax.prepare.code_layout import encode_pieces, layout, separators
 from lemur_jax.text.chat_template import encode_chat, is_trained
 from lemur_jax.text.tokenizer import Tokenizer
 
-# The features of one document of a task.
+# The features of one document of a task; a None among records ends a shard.
 Record = Mapping[str, bytes]
+Records = Iterable[Record | None]
 
 _SAID_KEYS = ("reasoning_content", "thinking", "content", "tool_calls")  # of a message
 _BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
@@ -63,6 +64,7 @@ class BadRecord:
 
 
 Result = Encoded | BadRecord | Removed
+Results = Iterator[Result | None]
 
 
 def encode(tokenizer: Tokenizer, record: Record, steps: str = NO_STEPS) -> Result:
@@ -176,8 +178,8 @@ def _encode_preferences(tokenizer: Tokenizer, pair: Any, name: str, marks: Mappi
     return Encoded(id=name, tokens=tokens, mask=mask, n_bytes=n_bytes, **marks)
 
 
-# encode(records, steps): results in order; a None among the records ends a shard and is passed on.
-Encode = Callable[[Iterable[Record | None], str], Iterator[Result | None]]
+# encode(records, steps): results in order; a None is passed on.
+Encode = Callable[[Records, str], Results]
 
 
 @contextlib.contextmanager
@@ -210,7 +212,7 @@ def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
                 f" lower prepare.workers (now {workers})"
             ) from error
 
-    def encode_all(records: Iterable[Record | None], steps: str = NO_STEPS) -> Iterator[Result | None]:
+    def encode_all(records: Records, steps: str = NO_STEPS) -> Results:
         waiting: collections.deque[Future] = collections.deque()
         for chunk in _chunks(records):
             waiting.append(threads.submit(encode_chunk, chunk, steps))
@@ -229,14 +231,12 @@ def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
             process.join()
 
 
-def _encode_here(
-    tokenizer: Tokenizer, records: Iterable[Record | None], steps: str
-) -> Iterator[Result | None]:
+def _encode_here(tokenizer: Tokenizer, records: Records, steps: str) -> Results:
     for record in records:
         yield None if record is None else encode(tokenizer, record, steps)
 
 
-def _chunks(records: Iterable[Record | None]) -> Iterator[list[Record | None]]:
+def _chunks(records: Records) -> Iterator[list[Record | None]]:
     """The records in chunks of about `CHUNK_BYTES`."""
     chunk: list[Record | None] = []
     size = 0

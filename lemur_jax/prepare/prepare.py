@@ -34,7 +34,7 @@ from lemur_jax.prepare import beam, duplicates, tasks
 from lemur_jax.prepare.cleaning import NO_STEPS, Removed, check_fields, parse_steps
 from lemur_jax.prepare.code_layout import check_content, check_tokens
 from lemur_jax.prepare.digests import input_digest, task_digest
-from lemur_jax.prepare.encoding import BadRecord, Encode, Record, Result, encoder
+from lemur_jax.prepare.encoding import BadRecord, Encode, Records, Result, Results, encoder
 from lemur_jax.prepare.mixtures import resolve_mixture
 from lemur_jax.prepare.parts import check_part, copy_part, split_name
 from lemur_jax.prepare.prepare_tokenizer import prepare_tokenizer
@@ -227,9 +227,7 @@ def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
     logger.info("%s; %.1f s", _summary(read_manifest(path)), time.monotonic() - begin)
 
 
-def _results(
-    run: _Run, task: tasks.Task, split: str, writer: StoreWriter, place: tuple[int, int]
-) -> Iterator[Result | None]:
+def _results(run: _Run, task: tasks.Task, split: str, writer: StoreWriter, place: tuple[int, int]) -> Results:
     """The results of the records from `place` = (shard, records of it) on, in order."""
     steps = run.steps[task.name]
     shard, done = place
@@ -254,7 +252,7 @@ def _remove_leftovers(store: epath.Path) -> None:
         (store.parent / f".{store.name}.{kind}").rmtree(missing_ok=True)
 
 
-def _records(task: tasks.Task, split: str, first_shard: int, done: int) -> Iterator[Record | None]:
+def _records(task: tasks.Task, split: str, first_shard: int, done: int) -> Records:
     """The records of a split without the first `done` of the first shard; a None after each of several shards."""
     shards = tasks.count_shards(task, split)
     for shard in range(first_shard, shards):
