@@ -24,14 +24,14 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.data.manifest import REJECTED
 from lemur_jax.prepare.cleaning import NO_STEPS, Removed, filters
 from lemur_jax.prepare.code_layout import encode_pieces, layout, separators
-from lemur_jax.text.chat_template import encode_chat, is_trained
+from lemur_jax.text.chat_template import THOUGHTS, encode_chat, is_trained
 from lemur_jax.text.tokenizer import Tokenizer
 
 # The features of one document of a task; a None among records ends a shard.
 Record = Mapping[str, bytes]
 Records = Iterable[Record | None]
 
-_SAID_KEYS = ("reasoning_content", "thinking", "content", "tool_calls")  # of a message
+_SAID_KEYS = (*THOUGHTS, "content", "tool_calls")  # of a message
 _BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 _KEPT = ("text", "messages", "preferences", "id", "source", "meta")  # of a bad record
 CHUNK_BYTES = 1 << 18

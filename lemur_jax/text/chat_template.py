@@ -37,6 +37,8 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*ends, tokenizer.eos_id, *tokenizer.generation_stop_ids]))
 
 
+# Keys of what the assistant thinks before it answers.
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 # Keys of a turn that say whether it is trained on: `weight` of OpenAI and Mistral, `train` and `training` of axolotl,
 # `loss` of ms-swift.
 TRAIN_FLAGS = ("weight", "train", "training", "loss")
@@ -135,6 +137,8 @@ def _render(
     """
     _check_messages(messages, tools)
     template = chat_template(tokenizer)
+    if not isinstance(options, Mapping):
+        raise UserError(f"chat_template_kwargs is {options!r:.40}, not an object")
     for name, value in options.items():
         if isinstance(value, str | list) and value and not re.search(rf"\b{re.escape(name)}\b", template):
             raise UserError(f"the chat template leaves out {name!r} of chat_template_kwargs, {value!r:.40}")
@@ -145,7 +149,7 @@ def _render(
     # So that a control token spelled in a message is not taken for one of the template's.
     broken = functools.partial(tokenizer.break_control_tokens, separator=separator)
     turns, tools, options = _map_strings([turns, tools, options], broken)
-    turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+    turns = [_with_thoughts(turn) for turn in turns]
     given = [turn if is_trained(turn) else _mark_turn(turn, lambda _: untrained) for turn in turns]
     values = {"documents": None, **tokenizer.special_names, **options}
 
@@ -168,6 +172,13 @@ def _render(
     except Exception as error:  # a template is a program of the user's: it can fail in any way
         raise UserError(f"the chat template says: {error}") from error
     return _take_marks_out(tokenizer.mark_control_tokens(text), begin, end, separator, untrained)
+
+
+def _with_thoughts(turn: Message) -> Message:
+    """The turn without nulls, and with its thoughts under each name that a template may read, as in transformers."""
+    kept = {key: value for key, value in turn.items() if value is not None}
+    thoughts = [kept[name] for name in THOUGHTS if name in kept]
+    return {"thinking": thoughts[0], **kept, "reasoning_content": thoughts[0]} if thoughts else kept
 
 
 def _mark_turn(turn: Message, mark: Callable[[str], str]) -> Message:

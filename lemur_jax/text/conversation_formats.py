@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lemur_jax.text.chat_template import is_trained
+from lemur_jax.text.chat_template import THOUGHTS, is_trained
 from lemur_jax.text.tool_calls import check_tools
 
 Row = Mapping[str, Any]
@@ -28,7 +28,7 @@ _ROLES = (
     | dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "function_call"), "assistant")
     | dict.fromkeys(("tool", "function", "observation", "function_response"), "tool")
 )
-_KEPT_KEYS = {"assistant": ("reasoning_content", "thinking"), "tool": ("name", "tool_call_id")}
+_KEPT_KEYS = {"assistant": THOUGHTS, "tool": ("name", "tool_call_id")}
 
 
 def sharegpt(row: Row) -> Conversation:
@@ -102,7 +102,7 @@ def openai(row: Row) -> Conversation:
     """OpenAI `messages`: contents as strings or parts, tool calls and tool results; perhaps `tools`.
 
     Calls are trained on, results are not. `tools` and calls are written by the chat template, or as text where it has
-    no place for them. `reasoning_content` and `thinking` go to the chat template, which may write them.
+    no place for them. `reasoning_content`, `thinking` or `reasoning` go to the chat template, which may write them.
     """
     return _conversation(row, [_turn(turn) for turn in _list(row, "messages")])
 
@@ -238,8 +238,6 @@ def _conversation(row: Row, messages: Messages) -> Conversation:
     tools = _values(row.get("tools") or row.get("functions") or [], "`tools`") or []
     check_tools(tools)
     options = _values(row.get("chat_template_kwargs") or {}, "`chat_template_kwargs`")
-    if not isinstance(options, Mapping):
-        raise ValueError(f"`chat_template_kwargs` is {options!s:.40}, not an object")
     # In Hermes' data the first turn describes them already.
     if messages[0]["role"] == "system" and "<tools>" in messages[0]["content"]:
         tools = ()

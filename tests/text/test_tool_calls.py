@@ -96,6 +96,17 @@ def test_variables_of_a_row_reach_the_template(with_template):
     assert "is [1], not an object" in encoded([1]).reason
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("name", ["qwen3_training", "gptoss_training"])
+def test_thoughts_are_written_under_any_name(with_template, name, key):
+    ours, theirs = with_template(name)
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: "because"}]
+    expected = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert "because" in theirs.decode(expected["input_ids"])
+    found = encode_chat(ours, formats.openai({"messages": messages}))
+    assert found == (expected["input_ids"], expected["assistant_masks"])
+
+
 @pytest.mark.parametrize("name", ["qwen3_training", "llama3_1"])
 def test_a_call_that_is_not_trained_on(with_template, name):
     ours, _ = with_template(name)
