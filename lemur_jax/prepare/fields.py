@@ -52,6 +52,8 @@ class Fields:
     def __post_init__(self) -> None:
         if isinstance(self.meta, str):
             raise UserError(f"Fields(meta={self.meta!r}) is a string: write a tuple, ({self.meta!r},)")
+        if self.messages is not None and self.preferences is not None:
+            raise UserError("Fields has messages and preferences: name one, a task has one content")
         if self.gather and self.content == "text":
             raise UserError(
                 f"Fields(gather={self.gather!r}) would keep the text of each document's first row alone: name a"

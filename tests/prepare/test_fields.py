@@ -38,6 +38,8 @@ def test_rows_are_gathered_while_they_follow_each_other(monkeypatch):
         Fields(gather="t")
     with pytest.raises(UserError, match=r"meta='lang'\) is a string: write a tuple, \('lang',\)"):
         Fields(meta="lang")
+    with pytest.raises(UserError, match=r"Fields has messages and preferences: name one"):
+        Fields(messages=_said, preferences=_judged)
 
 
 def test_metadata_of_any_bytes_keeps_its_document():

@@ -315,6 +315,8 @@ def test_a_source_without_files_or_of_no_known_format(tmp_path):
         list(tasks.examples(task, "train"))
     with pytest.raises(UserError, match=r"no format 'jason'.*jsonl"):
         tasks.add_files("t_kind", str(tmp_path), kind="jason")
+    with pytest.raises(UserError, match=r"held_out has no effect beside files of the validation split"):
+        tasks.add_files("t_split", {"train": "a.jsonl", "validation": "b.jsonl"}, held_out=0.1)
 
 
 def test_files_to_train_on_that_are_held_out_too_are_named(tmp_path, caplog):
