@@ -303,6 +303,8 @@ def _writer(
     content = tasks.content_of(task, split)
     is_chat = content != "text"
     has_control_tokens = is_chat or check_tokens(json.loads(steps), tokenizer, task.name)
+    # Plain text gives no control tokens, so that a tokenizer without them can read it.
+    absent = () if has_control_tokens else tokenizer.control_tokens
     definition = task_digest(task) + steps * (steps != NO_STEPS)
     definition += (chat_template(tokenizer) if is_chat else "") + part
     if not is_chat and tokenizer.separators != ([tokenizer.bos_id], [tokenizer.eos_id]):
@@ -312,8 +314,7 @@ def _writer(
         split=split,
         source=task.name,
         tokenizer_digest=tokenizer.digest,
-        # Plain text contains no control tokens: a tokenizer without them can read it.
-        added_tokens=tokenizer.added_tokens if has_control_tokens else {},
+        added_tokens={token: id for token, id in tokenizer.added_tokens.items() if token not in absent},
         vocab_size=tokenizer.vocab_size,
         has_loss_mask=is_chat,
         preferences=content == "preferences",

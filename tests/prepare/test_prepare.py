@@ -18,6 +18,7 @@ from lemur_jax.prepare import prepare_tokenizer
 from lemur_jax.prepare.prepare import prepare  # first: it keeps TensorFlow quiet
 from lemur_jax.text.chat_template import CHATML_TOKENS, encode_chat
 from lemur_jax.text.tokenizer import Tokenizer
+from tests.helpers.documents import write_byte_level
 from tests.helpers.list_source import files_of, run
 from tests.helpers.processes import hold_workdir
 
@@ -110,6 +111,23 @@ def test_what_is_there_is_not_made_again(task, make_config, tmp_path, chat_dir):
     said = run(make_config("made_up", held_out=["made_up"]), replace=True)
     assert said[0].startswith("made_up/train: 11 documents")
     assert said[1].endswith("unchanged")
+
+
+def test_text_with_added_tokens_that_are_not_special_needs_a_tokenizer_that_has_them(
+    task, make_config, tmp_path, byte_level_dir
+):
+    """As <think> of Qwen3, which Qwen2.5 with the same vocabulary lacks."""
+    task([{"text": "a <think> b"}])
+    think = write_byte_level(byte_level_dir, tmp_path, ["<think>"], {"eos_token": "<|end_of_text|>"})
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["added_tokens"][-1]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    run(make_config("made_up", **{"tokenizer.path": str(tmp_path)}))
+    store = TokenStore.open(tmp_path / "stores" / "made_up" / "train")
+    assert think.find("<think>") in store.document(0)[0]
+    with pytest.raises(UserError, match="tokenizer"):
+        TokenStore.open(store.path, Tokenizer.load(byte_level_dir))
+    assert run(make_config("made_up", **{"tokenizer.path": str(tmp_path)}))[0].endswith("unchanged")
 
 
 def test_another_tokenizer_or_template_makes_stores_again(
