@@ -140,8 +140,11 @@ def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
         found = found if isinstance(found, Mapping) else list(found)
         content, text = json.dumps(found, ensure_ascii=False).encode(), conversation_text(found)
     else:
-        content = _text(_look_up(row, fields.text), fields.text)
-        text = content.decode()
+        text = _look_up(row, fields.text)
+        text = text.decode() if isinstance(text, bytes) else text
+        if not isinstance(text, str):
+            raise ValueError(f"field {fields.text!r} is {type(text).__name__}, not a string")
+        content = text.encode()
     id = _look_up(row, fields.id) if fields.id else None
     meta = {name: _look_up(row, name, None) for name in fields.meta}
     group = _look_up(row, fields.group) if fields.group else None
@@ -176,15 +179,6 @@ def _look_up(row: Row, name: str, default: Any = _NOTHING) -> Any:
             return default
         value = value[part]
     return value
-
-
-def _text(value: Any, name: str) -> bytes:
-    if isinstance(value, bytes):
-        value.decode("utf-8")
-        return value
-    if not isinstance(value, str):
-        raise ValueError(f"field {name!r} is {type(value).__name__}, not a string")
-    return value.encode("utf-8")
 
 
 def _plain(value: Any) -> Any:

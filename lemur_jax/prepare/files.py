@@ -12,9 +12,6 @@ from lemur_jax.prepare.readers import Rows
 
 logger = logging.getLogger(__name__)
 
-# Reads a file whose format is not one of `readers.read_rows`.
-ReadRows = Callable[[str], Rows]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Files:
@@ -63,16 +60,16 @@ class Files:
         return files
 
     def documents(
-        self, split: str, files: Sequence[str], other: Mapping[str, ReadRows]
+        self, split: str, files: Sequence[str], read_tfrecord: Callable[[str], Rows] | None = None
     ) -> Iterator[Document]:
         """The documents of some files of a split.
 
-        `other` has functions for formats that `readers.read_rows` does not read.
+        `read_tfrecord` needs TensorFlow, which this module does not import.
         """
         for file in files:
             kind, local = self.kind or readers.format_of(file), local_file(file)
-            if kind in other:
-                rows = other[kind](local)
+            if kind == "tfrecord" and read_tfrecord:
+                rows = read_tfrecord(local)
             else:
                 rows = readers.read_rows(local, kind, *self._columns(), self.max_bytes)
             for document, key in to_documents(file, rows, self.fields):

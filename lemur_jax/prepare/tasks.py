@@ -135,7 +135,7 @@ class FileSource(seqio.DataSource):
     def documents(self, split: str, shard: int, shards: int) -> Iterator[Document]:
         """The documents of every `shards`-th file from number `shard` on."""
         files = self.list_shards(split)[shard::shards]
-        return self._files.documents(split, files, {"tfrecord": _tfrecord_rows})
+        return self._files.documents(split, files, _tfrecord_rows)
 
 
 def _tfrecord_rows(file: str) -> readers.Rows:

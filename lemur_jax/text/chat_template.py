@@ -47,15 +47,15 @@ TRAIN_FLAGS = ("weight", "train", "training", "loss")
 def is_trained(message: Message) -> bool:
     """Whether a turn may be supervised: not if one of its `TRAIN_FLAGS` is 0 or false.
 
-    Raises ValueError: a weight other than 0 and 1, a flag that is neither true nor false, or marks of parts of a
+    Raises UserError: a weight other than 0 and 1, a flag that is neither true nor false, or marks of parts of a
     turn.
     """
     if message.get("train_detail"):
-        raise ValueError("a turn has train_detail, marks of its parts: only whole turns can be left out")
+        raise UserError("a turn has train_detail, marks of its parts: only whole turns can be left out")
     flags = {key: message[key] for key in TRAIN_FLAGS if message.get(key) is not None}
     for key, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise ValueError(f"a turn has {key} {value!r:.40}: only 0 and 1, false and true, are supported")
+            raise UserError(f"a turn has {key} {value!r:.40}: only 0 and 1, false and true, are supported")
     return all(flags.values())
 
 
@@ -336,9 +336,7 @@ def _compile(template: str, begin: str, end: str):
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
-        value, ensure_ascii=ensure_ascii, **options
-    )
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda style: datetime.datetime.now().strftime(style)
     return environment.from_string(template)
@@ -357,13 +355,9 @@ def _check_messages(messages: Sequence[Message], tools: tool_calls.Tools) -> Non
             raise UserError(
                 f"message {position} is {message!s:.80}; expected a mapping with the strings 'role' and 'content'"
             )
-    try:
-        for message in messages:
-            is_trained(message)
-            tool_calls.check_calls(message)
-        tool_calls.check_tools(tools)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        is_trained(message)
+        tool_calls.check_calls(message)
+    tool_calls.check_tools(tools)
 
 
 def _map_strings(value: Any, function: Callable[[str], str]) -> Any:

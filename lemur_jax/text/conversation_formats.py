@@ -2,8 +2,8 @@
 
 Roles are system, user, assistant and tool; contents are strings; calls of tools are OpenAI's `tool_calls`. A turn of
 the assistant with `weight: 0`, or `train`, `training` or `loss` false, gets `"train": False` and is not supervised.
-Null fields count as absent. Each function takes a row and raises ValueError with a reason where it cannot read it:
-`fields.Fields(messages=...)`. Turns may be spelled {"role", "content"} or {"from", "value"} everywhere.
+Null fields count as absent. Each function takes a row and raises ValueError or UserError with a reason where it cannot
+read it: `fields.Fields(messages=...)`. Turns may be spelled {"role", "content"} or {"from", "value"} everywhere.
 A row's `system` or `system_prompt` becomes the first turn, unless it is there. Where a row has `tools` or `functions`
 (a list, or JSON) or `chat_template_kwargs`, the result is {"messages": messages, "tools": tools, ...}. Preferences give
 {"chosen": messages, "rejected": messages}, or one of them, for `Fields(preferences=...)`.

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lemur_jax.common.errors import UserError
+
 # A template that writes tools reads this variable; `builtin_tools` and the like are others.
 _TOOLS = re.compile(r"\btools\b")
 
@@ -39,16 +41,16 @@ def for_template(
 
 
 def check_calls(message: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the message's `tool_calls`, if any, are a list of calls with names."""
+    """Raises UserError unless the message's `tool_calls`, if any, are a list of calls with names."""
     calls = message.get("tool_calls") or []
     if not (_are_objects(calls) and all(_is_named(call.get("function")) for call in calls)):
-        raise ValueError(f'tool_calls are {calls!s:.80}; expected [{{"function": {{"name", "arguments"}}}}]')
+        raise UserError(f'tool_calls are {calls!s:.80}; expected [{{"function": {{"name", "arguments"}}}}]')
 
 
 def check_tools(tools: Any) -> None:
-    """Raises ValueError unless `tools` are a list of OpenAI's tools, or of functions, with names."""
+    """Raises UserError unless `tools` are a list of OpenAI's tools, or of functions, with names."""
     if not (_are_objects(tools) and all(_is_named(tool.get("function", tool)) for tool in tools)):
-        raise ValueError(f"`tools` is not a list of tools with names: {tools!s:.80}")
+        raise UserError(f"`tools` is not a list of tools with names: {tools!s:.80}")
 
 
 def _are_objects(value: Any) -> bool:

@@ -22,7 +22,7 @@ from lemur_jax.prepare.files import Files
 for pattern in json.loads(sys.argv[1]):
     try:
         files = Files(patterns={"train": pattern}, fields=Fields(text="text"))
-        documents = [each for _ in range(2) for each in files.documents("train", files.list("train"), {})]
+        documents = [each for _ in range(2) for each in files.documents("train", files.list("train"))]
         print(json.dumps([files.list("train"), [[each[k].decode() for k in ("text", "where")] for each in documents]]))
     except UserError as error:
         print(json.dumps(str(error)))

@@ -110,7 +110,7 @@ def test_pairs_are_read_from_parquet(tmp_path):
     path = str(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
     files = Files(patterns={"train": path}, fields=Fields(preferences=conversation_formats.preference))
-    (document,) = files.documents("train", [path], {})
+    (document,) = files.documents("train", [path])
     assert (json.loads(document["preferences"]), document["error"]) == (PAIR, b"")
 
 

@@ -295,11 +295,11 @@ def test_a_parquet_file_without_a_column_names_those_that_are_there(tmp_path):
         (Fields(messages=lambda row: row["content"], gather="tree"), "tree"),
     ):
         files = Files(patterns={"train": str(path)}, fields=fields)
-        (document,) = files.documents("train", [str(path)], {})
+        (document,) = files.documents("train", [str(path)])
         reason = f"no column {missing!r}; there are content, meta, a.b"
         assert json.loads(document["error"]) == {"reason": reason, "records": 3}
     fields = Fields(text="content", id="a.b", group="meta.repo", meta=("not.there",))
-    found = list(Files(patterns={"train": str(path)}, fields=fields).documents("train", [str(path)], {}))
+    found = list(Files(patterns={"train": str(path)}, fields=fields).documents("train", [str(path)]))
     assert [(document["text"], document["id"], document["error"]) for document in found] == [
         (b"text", b"1", b"")
     ] * 3
