@@ -16,12 +16,7 @@ from lemur_jax.text.chat_template import CHATML_TOKENS
 from lemur_jax.text.tokenizer_files import extend
 from tests.helpers.list_source import files_of, planted_texts
 
-STEPS = {
-    "length": {"min_chars": 40},
-    "exact_duplicates": {},
-    "near_duplicates": {},
-    "label": {"field": "lang"},
-}
+STEPS = dict(length={"min_chars": 40}, exact_duplicates={}, near_duplicates={}, label={"field": "lang"})
 
 
 def text_rows(generator, earlier):
@@ -75,9 +70,7 @@ def test_a_beam_runner_makes_the_same_stores(config, tmp_path):
     assert sorted(found["beam"]) == sorted(found["local"])  # and nothing is left of the pipeline's own files
     for name, content in found["local"].items():
         assert found["beam"][name] == content, name
-    manifests = [
-        json.loads(content) for name, content in found["beam"].items() if name.endswith("manifest.json")
-    ]
+    manifests = [json.loads(each) for name, each in found["beam"].items() if name.endswith("manifest.json")]
     assert len(manifests) == 3
     assert all(manifest["documents"] > 5 for manifest in manifests)
     removed = json.loads(found["beam"]["texts/train.removed.json"])

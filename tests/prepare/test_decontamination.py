@@ -74,10 +74,8 @@ def test_digits_tables_and_short_phrases_are_no_copies():
     found = EvaluationSet([text], n=4, distinct=3)
     assert found.find("1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16", 0.01) is None
     assert found.find("the sum of all", 0.25) is None
-    assert found.find("x RETURN (the sum of all of the) even, more numbers y", 0.25) == (
-        0,
-        pytest.approx(9 / 12),
-    )
+    copy = "x RETURN (the sum of all of the) even, more numbers y"
+    assert found.find(copy, 0.25) == (0, pytest.approx(9 / 12))
 
 
 def test_an_evaluation_set_of_ones_own(tmp_path):

@@ -108,25 +108,18 @@ def test_a_search_through_every_pair_finds_the_same(dedup, sizes):
     marks = [filters(json.dumps(steps)).fingerprints({"": text})["minhashes"] for text in texts]
     minhashes = np.array([np.frombuffer(mark, np.uint16) for mark in marks])
     bands = minhashes.reshape(len(texts), 32, 4)
-    expected, digests = {"exact_duplicates": [], "near_duplicates": []}, {}
+    exact, near, digests = [], [], {}
     for index, text in enumerate(texts):
-        expected["exact_duplicates"].append(digests.get(text, -1))
+        exact.append(digests.get(text, -1))
         digests.setdefault(text, index)
-        stay = [
-            n for n in range(index) if expected["exact_duplicates"][n] == expected["near_duplicates"][n] == -1
-        ]
-        near = [
-            n
-            for n in stay
-            if (bands[n] == bands[index]).all(axis=1).any()
-            and (minhashes[n] == minhashes[index]).mean() >= 0.7
-        ]
-        repeats = expected["exact_duplicates"][index] >= 0
-        expected["near_duplicates"].append(-1 if repeats or not near else near[0])
+        stay = [n for n in range(index) if exact[n] == near[n] == -1]
+        similar = [n for n in stay if (minhashes[n] == minhashes[index]).mean() >= 0.7]
+        similar = [n for n in similar if (bands[n] == bands[index]).all(axis=1).any()]
+        near.append(-1 if exact[index] >= 0 or not similar else similar[0])
+    expected = {"exact_duplicates": exact, "near_duplicates": near}
     assert dedup(texts, exact_duplicates={}, near_duplicates={}) == expected
-    chained = sum(other >= 0 for other in expected["near_duplicates"])
-    assert chained > 50
-    assert expected["exact_duplicates"].count(-1) < len(texts)
+    assert sum(other >= 0 for other in near) > 50
+    assert exact.count(-1) < len(texts)
 
 
 def test_what_is_removed_is_similar_to_what_stays_also_in_large_groups(dedup, sizes):
@@ -152,11 +145,7 @@ def test_settings_of_bands_and_threshold(dedup):
     texts = families(generator, 30, 3)
     counts = [
         sum(other >= 0 for other in dedup(texts, near_duplicates=options)["near_duplicates"])
-        for options in (
-            {"threshold": 0.95},
-            {"threshold": 0.7},
-            {"threshold": 0.3, "hashes": 64, "bands": 64},
-        )
+        for options in ({"threshold": 0.95}, {}, {"threshold": 0.3, "hashes": 64, "bands": 64})
     ]
     assert 0 < counts[0] < counts[1] < counts[2]
     assert dedup(texts, near_duplicates={"hashes": 128, "bands": 1})["near_duplicates"].count(-1) > 0

@@ -21,17 +21,14 @@ def test_held_out_share():
 def test_rows_are_gathered_while_they_follow_each_other(monkeypatch):
     monkeypatch.setattr(field_maps, "MAX_GATHERED", 3)
     rows = [{"t": name, "n": n} for n, name in enumerate("aabacccca")]
-    found = [
-        *((f"row {n}", row) for n, row in enumerate(rows)),
-        ("row 9", BadRow(reason="x")),
-        ("row 10", {}),
-    ]
+    bad = BadRow(reason="x")
+    found = [*((f"row {n}", row) for n, row in enumerate(rows)), ("row 9", bad), ("row 10", {})]
     gathered = dict(gather(found, "t"))
     assert gathered["row 0"] == {"t": "a", "n": 0, "rows": rows[:2]}
     assert gathered["row 3"] == {"t": "a", "n": 3, "rows": rows[3:4]}
     assert gathered["row 8"]["rows"] == rows[8:9]
     assert gathered["row 4"] == BadRow(reason="4 rows have one 't', more than 3", records=4)
-    assert gathered["row 9"] == BadRow(reason="x")
+    assert gathered["row 9"] == bad
     assert gathered["row 10"] == BadRow(reason="no field 't', or it is empty")
     assert len(gathered) == 7
     with pytest.raises(UserError, match=r"gather='t'\) would keep the text of each document's first row"):
@@ -96,6 +93,4 @@ def test_a_metadata_field_that_no_row_has_is_named_once(caplog):
     for path in "fg":
         assert len(list(to_documents(path, rows, fields))) == 2
     assert not list(to_documents("empty", [], fields))
-    assert [each.split(":")[0] for each in caplog.messages] == [
-        "no row of a file has the metadata field languge"
-    ]
+    assert [m.split(":")[0] for m in caplog.messages] == ["no row of a file has the metadata field languge"]

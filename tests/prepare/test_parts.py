@@ -27,9 +27,8 @@ def labelled(tmp_path, random_documents):
     rng = np.random.default_rng(3)
     languages = rng.choice([*LANGUAGES, ""], 200).tolist()
     masks = [rng.integers(0, 2, len(ids)) for ids in documents]
-    with StoreWriter(
-        tmp_path / "t/train", Manifest(**FIELDS, has_loss_mask=True, label_field="lang")
-    ) as writer:
+    manifest = Manifest(**FIELDS, has_loss_mask=True, label_field="lang")
+    with StoreWriter(tmp_path / "t/train", manifest) as writer:
         for index, (ids, mask, language) in enumerate(zip(documents, masks, languages, strict=True)):
             writer.add(ids, f"doc-{index}", 7 * len(ids), mask, language)
     return TokenStore.open(tmp_path / "t/train"), documents, masks, languages
@@ -115,9 +114,7 @@ def test_parts_are_sources_with_exact_shares(task, make_config, tokenizer):
     mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
     names = [source.name for source in mixture.sources]
     ids = np.concatenate([mixture.locate(step)[0] for step in range(500)])
-    tokens = [
-        (ids == index).sum() * source.rows.tokens_per_row for index, source in enumerate(mixture.sources)
-    ]
+    tokens = [(ids == n).sum() * source.rows.tokens_per_row for n, source in enumerate(mixture.sources)]
     assert tokens[names.index("made_up/Python")] / sum(tokens) == pytest.approx(0.75, abs=0.002)
     expected = [r["id"] for r in records(300) if "Python" in r["meta"]]
     python = mixture.sources[names.index("made_up/Python")].rows.store

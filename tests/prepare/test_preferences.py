@@ -76,30 +76,23 @@ def test_transcripts_of_anthropic():
     ],
 )
 def test_answers_to_nothing_are_refused(row):
-    with pytest.raises(
-        ValueError, match="answer nothing: the row needs `prompt`|the prompt ends with an answer"
-    ):
+    with pytest.raises(ValueError, match="answer nothing: the row needs|the prompt ends with an answer"):
         conversation_formats.preference(row)
 
 
 def test_scores_and_labels():
-    scored = [
-        {"response": GOOD["content"], "overall_score": 9},
-        {"response": BAD["content"], "overall_score": 2},
-    ]
+    scored = [{"response": each["content"], "overall_score": n} for each, n in ((GOOD, 9), (BAD, 2))]
     assert conversation_formats.ultrafeedback({"instruction": "Sky?", "completions": scored}) == PAIR
     with pytest.raises(ValueError, match="different scores"):
         conversation_formats.ultrafeedback({"instruction": "Sky?", "completions": scored[:1] * 2})
     row = {"prompt": "Sky?", "completion": BAD["content"], "label": False}
-    with_label = conversation_formats.labelled(row)
-    assert with_label == {"rejected": [USER, BAD]}
-    assert conversation_formats.labelled({"messages": [USER, GOOD], "label": True}) == {
-        "chosen": [USER, GOOD]
-    }
+    labelled = conversation_formats.labelled
+    assert labelled(row) == {"rejected": [USER, BAD]}
+    assert labelled({"messages": [USER, GOOD], "label": True}) == {"chosen": [USER, GOOD]}
     with pytest.raises(ValueError, match="field 'prompt' has no turns"):
-        conversation_formats.labelled({"messages": [GOOD], "label": True})
+        labelled({"messages": [GOOD], "label": True})
     with pytest.raises(ValueError, match="label is 'False', neither true nor false"):
-        conversation_formats.labelled(row | {"label": "False"})
+        labelled(row | {"label": "False"})
     scored.append({"response": "Red.", "overall_score": "nan"})
     with pytest.raises(ValueError, match="overall_score is NaN"):
         conversation_formats.ultrafeedback({"instruction": "Sky?", "completions": scored})

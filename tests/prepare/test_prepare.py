@@ -103,9 +103,7 @@ def test_what_is_there_is_not_made_again(task, make_config, tmp_path, chat_dir):
     run(make_config("made_up", **in_chat))
     assert run(make_config("made_up", **{"data.stores": in_chat["data.stores"]}))[0].endswith("unchanged")
     source.records["train"] = list(text_records(11))
-    with pytest.raises(
-        UserError, match=r"made_up/train was made before the input of the task made_up changed"
-    ):
+    with pytest.raises(UserError, match=r"train was made before the input of the task made_up changed"):
         run(make_config("made_up", held_out=["made_up"]))
     assert manifest.stat().st_mtime_ns == before
     said = run(make_config("made_up", held_out=["made_up"]), replace=True)
@@ -130,9 +128,7 @@ def test_text_with_added_tokens_that_are_not_special_needs_a_tokenizer_that_has_
     assert run(make_config("made_up", **{"tokenizer.path": str(tmp_path)}))[0].endswith("unchanged")
 
 
-def test_another_tokenizer_or_template_makes_stores_again(
-    task, make_config, tmp_path, tokenizer_dir, chat_dir
-):
+def test_another_tokenizer_or_template_makes_new_stores(task, make_config, tmp_path, tokenizer_dir, chat_dir):
     task(text_records(10))
     task(chat_records(5), name="chat")
     run(make_config("made_up", "chat", **{"tokenizer.path": str(chat_dir)}))
@@ -195,9 +191,7 @@ def test_empty_texts_are_removed_and_counted(task, make_config, tmp_path):
     assert removed["empty_texts"]["documents"] == 20
     assert removed["empty_texts"]["examples"][0]["id"] == "__init__-0.py"
     task([{"text": "", "id": "a"}], name="nothing")
-    with pytest.raises(
-        UserError, match=r"every document of task 'nothing' .*is removed \(empty_texts removed 1"
-    ):
+    with pytest.raises(UserError, match=r"every document .*'nothing' .*is removed \(empty_texts removed 1"):
         run(make_config("nothing"))
 
 
@@ -207,9 +201,7 @@ def test_too_many_bad_records_are_an_error_and_the_old_store_stays(task, make_co
     run(config)
     before = files_of(tmp_path / "stores" / "made_up" / "train")
     source.records["train"] = [*text_records(50), {"text": b"\xff", "id": "bad-1"}]
-    with pytest.raises(
-        UserError, match=r"made_up/train: 1 of 51 .*max_bad_share = 0\.01.*bad-1: invalid UTF-8"
-    ):
+    with pytest.raises(UserError, match=r"train: 1 of 51 .*max_bad_share = 0\.01.*bad-1: invalid UTF-8"):
         run(config, replace=True)
     assert files_of(tmp_path / "stores" / "made_up" / "train") == before
     assert "bad-1" in (tmp_path / "stores" / "made_up" / "train.quarantine.jsonl").read_text()
@@ -296,12 +288,7 @@ def test_stores_that_cannot_be_written_are_read(task, make_config, tmp_path, mon
     ("sources", "held_out", "options", "message"),
     [
         (["made_upp"], [], {}, r"'made_upp'; did you mean 'made_up'"),
-        (
-            ["made_up"],
-            [],
-            {"prepare.steps": {"x": {}}},
-            r"steps names 'x'; the tasks of this config are made_up",
-        ),
+        (["made_up"], [], {"prepare.steps": {"x": {}}}, r"steps names 'x'; the tasks .* are made_up"),
         (["made_up"], ["no_such"], {}, r"'no_such'"),
         (["made_up"], [], {"prepare.workers": -1}, r"prepare\.workers is -1"),
         (["made_up"], [], {"tokenizer.path": ""}, r"tokenizer\.path is empty"),
@@ -309,12 +296,7 @@ def test_stores_that_cannot_be_written_are_read(task, make_config, tmp_path, mon
         (["made_up"], [], {"tokenizer.chat_template": "x.jinja"}, r"chat_template x\.jinja cannot be read"),
         (["made_up"], [], {"tokenizer.train_vocab_size": 800}, r"has 700 tokens, .*train_vocab_size is 800"),
         (["made_up"], [], {"model.vocab_size": 600}, r"has 700 tokens, model\.vocab_size is 600"),
-        (
-            ["made_up"],
-            [],
-            {"data.stages": {"late": {"step": 1, "shares": {"x": 1.0}}}},
-            r"late\.shares is 'x'",
-        ),
+        (["made_up"], [], {"data.stages": {"a": {"step": 1, "shares": {"x": 1.0}}}}, r"a\.shares is 'x'"),
         (["made_up"], [], {"data.modules": ("no_module",)}, r"'no_module' of data\.modules"),
     ],
 )

@@ -29,9 +29,7 @@ def good(documents, content="text"):
 
 def bad(documents):
     """(place in the file, reason, records) of each bad one."""
-    failures = [
-        (doc["where"].decode().rpartition(": ")[2], doc["error"]) for doc in documents if doc["error"]
-    ]
+    failures = [(d["where"].decode().rpartition(": ")[2], d["error"]) for d in documents if d["error"]]
     return [(where, *(json.loads(error)[key] for key in ("reason", "records"))) for where, error in failures]
 
 
@@ -71,26 +69,13 @@ def test_text_files_whole_and_by_line(tmp_path):
 
 def test_lines_that_are_bad_are_named_and_the_others_stay(tmp_path):
     path = tmp_path / "a.jsonl"
-    lines = [
-        b'{"text": "a"}',
-        b'{"text": "\xff"}',
-        b"{]",
-        b"[1]",
-        b'{"content": "x"}',
-        b'{"text": 3}',
-        b"[" * 99_999,
-    ]
-    path.write_bytes(b"\n".join([*lines, b'{"text": "\\ud800"}', b'{"text": "z"}']))
+    lines = [b'{"text": "a"}', b'{"text": "\xff"}', b"{]", b"[1]", b'{"content": "x"}', b'{"text": 3}']
+    lines += [b"[" * 99_999, b'{"text": "\\ud800"}', b'{"text": "z"}']
+    path.write_bytes(b"\n".join(lines))
     found = read(path)
     assert good(found) == ["a", "z"]
     reasons = [reason for _, reason, _ in bad(found)]
-    expected = [
-        "invalid UTF-8",
-        "not JSON",
-        "list, not an object",
-        "no field 'text'; there are content",
-        "is int",
-    ]
+    expected = ["invalid UTF-8", "not JSON", "list, not an object", "'text'; there are content", "is int"]
     for reason, part in zip(reasons, [*expected, "too deep", "invalid UTF-8"], strict=True):
         assert part in reason
     assert [where for where, _, _ in bad(found)] == [f"line {n}" for n in range(2, 9)]
@@ -131,12 +116,9 @@ def test_a_byte_order_mark_names_the_encoding(tmp_path, monkeypatch, encoding):
     monkeypatch.setattr(streams, "_READ_BYTES", 7)  # cuts characters
     mark = "\ufeff" if encoding.endswith("be") else ""  # Python writes none of these two
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in ("A hűvös 漢字 😀", "z")]
-    for name, kind, text in (
-        ("a.jsonl", "jsonl", "\r\n".join(lines)),
-        ("a.txt", "lines", "A hűvös 漢字 😀\r\nz"),
-    ):
-        (tmp_path / name).write_bytes((mark + text).encode(encoding))
-        assert good(read(tmp_path / name, kind=kind)) == ["A hűvös 漢字 😀", "z"]
+    for kind, text in (("jsonl", "\r\n".join(lines)), ("lines", "A hűvös 漢字 😀\r\nz")):
+        (tmp_path / "a").write_bytes((mark + text).encode(encoding))
+        assert good(read(tmp_path / "a", kind=kind)) == ["A hűvös 漢字 😀", "z"]
 
 
 @pytest.mark.parametrize(
@@ -166,13 +148,11 @@ def test_what_gzip_reads_without_complaint_is_no_damage(tmp_path):
         assert len(bad(found)) == lost
 
 
-@pytest.mark.parametrize(
-    ("name", "records"), [("a.jsonl", 0), ("a.jsonl.gz", 1), ("a.jsonl.zst", 1), ("a.parquet", 1)]
-)
-def test_an_empty_file_is_named(tmp_path, caplog, name, records):
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_an_empty_file_is_named(tmp_path, caplog, name):
     (tmp_path / name).write_bytes(b"")
     found = bad(read(tmp_path / name))
-    assert sum(count for *_, count in found) == records
+    assert sum(count for *_, count in found) == (name != "a.jsonl")
     assert found or caplog.messages == [f"{tmp_path / name} is empty"]
 
 
@@ -194,9 +174,8 @@ def test_damage_is_weighed_by_what_follows_it(tmp_path):
     packed = bytearray(gzip.compress(b'{"text": "a"}\n' * 50))
     packed[-8] ^= 1
     (tmp_path / "a.jsonl.gz").write_bytes(packed)
-    assert [(where, records) for where, _, records in bad(read(tmp_path / "a.jsonl.gz"))] == [
-        ("after line 50", 50)
-    ]
+    ((where, _, records),) = bad(read(tmp_path / "a.jsonl.gz"))
+    assert (where, records) == ("after line 50", 50)
 
 
 def test_a_zstd_frame_with_a_window_of_2_gib(tmp_path):
@@ -221,9 +200,7 @@ def test_a_json_array_is_read_by_element(tmp_path, monkeypatch, chunk, options):
     path.write_text(source[:-1])
     assert bad(read(path))[-1][0] == "after element 5"
     path.write_text("[1]\n[2]\n")
-    assert [reason for _, reason, _ in bad(read(path))][
-        -1
-    ] == "cannot be read on: it is a JSON array, and more follows"
+    assert bad(read(path))[-1][1] == "cannot be read on: it is a JSON array, and more follows"
     path.write_text('[{"text": "a"}, {"text" "b"}]')
     assert good(read(path)) == ["a"]
     assert "element 2 of its JSON array" in bad(read(path))[0][1]
@@ -300,9 +277,7 @@ def test_a_parquet_file_without_a_column_names_those_that_are_there(tmp_path):
         assert json.loads(document["error"]) == {"reason": reason, "records": 3}
     fields = Fields(text="content", id="a.b", group="meta.repo", meta=("not.there",))
     found = list(Files(patterns={"train": str(path)}, fields=fields).documents("train", [str(path)]))
-    assert [(document["text"], document["id"], document["error"]) for document in found] == [
-        (b"text", b"1", b"")
-    ] * 3
+    assert [(d["text"], d["id"], d["error"]) for d in found] == [(b"text", b"1", b"")] * 3
 
 
 def test_a_corrupt_parquet_page_loses_its_row_group_and_says_how_much(tmp_path):

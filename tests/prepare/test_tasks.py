@@ -67,18 +67,14 @@ def test_a_document_of_a_function_that_is_no_string_is_one_line(document):
     found = tasks.examples(tasks.add_generator("t_strings", documents), "train")
     assert next(found) == {"id": b"000000000", "text": b"a\xed\xa0\x80"}
     wrong = "id" if document.get("text") else "text"
-    with pytest.raises(
-        UserError, match=rf"'{wrong}' of document 1 of a function's train split is .*a string"
-    ):
+    with pytest.raises(UserError, match=rf"'{wrong}' of document 1 of a function's train split .*a string"):
         next(found)
 
 
 def test_a_function_that_gives_no_documents_is_one_line():
     assert not list(tasks.examples(tasks.add_generator("t_none", lambda split: None), "train"))
     task = tasks.add_generator("t_nothing", lambda split: ["a"])
-    with pytest.raises(
-        UserError, match="document 0 of a function's train split is 'a': it must be a mapping"
-    ):
+    with pytest.raises(UserError, match="0 of a function's train split is 'a': it must be a mapping"):
         list(tasks.examples(task, "train"))
 
 
@@ -253,9 +249,7 @@ def test_files_are_shards_that_can_be_read_alone(tmp_path):
     assert tasks.count_shards(task, "train") == 3
     parts = [[e["text"].decode() for e in tasks.examples(task, "train", shard, 3)] for shard in range(3)]
     assert parts == [[f"{index}/{line}" for line in range(4)] for index in range(3)]
-    assert [e["text"].decode() for e in tasks.examples(task, "train")] == [
-        text for part in parts for text in part
-    ]
+    assert [e["text"].decode() for e in tasks.examples(task, "train")] == [*itertools.chain(*parts)]
     first = next(tasks.examples(task, "train"))
     assert first["where"].decode() == f"{tmp_path}/0.jsonl: line 1"
     assert first["error"] == b""

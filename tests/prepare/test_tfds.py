@@ -74,10 +74,8 @@ class Trees(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        text, labels = (
-            tfds.features.Text(),
-            tfds.features.Sequence(tfds.features.Sequence(tfds.features.Text())),
-        )
+        text = tfds.features.Text()
+        labels = tfds.features.Sequence(tfds.features.Sequence(text))
         features = tfds.features.FeaturesDict({"tree": text, "text": text, "labels": labels})
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
@@ -106,9 +104,7 @@ def test_tfds_examples_with_lists_in_lists_and_rows_that_are_one_document(tmp_pa
     assert json.loads(second["error"])["reason"] == "another tree"
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [("nothing:1.0.0", "nothing not found"), (None, "Could not read")]
-)
+@pytest.mark.parametrize(("name", "message"), [("none:1.0.0", "none not found"), (None, "Could not read")])
 def test_a_tfds_set_that_is_not_there_is_one_line(tmp_path, name, message):
     task = tasks.add_tfds("t_absent", name, data_dir=str(tmp_path))
     with pytest.raises(UserError, match=f"cannot read the train split of task 't_absent': .*{message}"):

@@ -134,9 +134,7 @@ def under_other_names(source, target, template):
     Offsets that leave out a token's leading space are asked not to: where what is generated begins with
     a space, transformers looks its character up, finds no token, and drops the rest of the mask.
     """
-    names = {
-        token: chr(0xE000 + number) for number, token in enumerate(Tokenizer.load(source).control_tokens)
-    }
+    names = {token: chr(0xE000 + n) for n, token in enumerate(Tokenizer.load(source).control_tokens)}
 
     def rename(value):
         if isinstance(value, str):
@@ -181,9 +179,8 @@ def test_transformers_gives_the_same_tokens_and_mask(directory, name, tmp_path):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_without_marks_gives_the_same_mask(directory, name, tmp_path):
     marked = extend(directory, tmp_path / "marked", [], chat_template=TEMPLATES[name])
-    template = re.sub(r"(?<=\{%)(-? ?)generation", r"\1if true", TEMPLATES[name]).replace(
-        "endgeneration", "endif"
-    )
+    template = re.sub(r"(?<=\{%)(-? ?)generation", r"\1if true", TEMPLATES[name])
+    template = template.replace("endgeneration", "endif")
     plain = extend(directory, tmp_path / "plain", [], chat_template=template)
     assert "generation " not in template.replace("if add_generation_prompt ", "")
     for messages in conversations(name):

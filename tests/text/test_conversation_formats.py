@@ -186,9 +186,8 @@ def test_openai_with_tools():
         {"role": "tool", "tool_call_id": "1", "content": "3"},
         {"role": "assistant", "content": "It is 3."},
     ]
-    expected = talk(
-        ("system", "D"), ("user", "1 + 2?"), ("assistant", ""), ("tool", "3"), ("assistant", "It is 3.")
-    )
+    question, answer = talk(("system", "D"), ("user", "1 + 2?")), talk(("assistant", "It is 3."))
+    expected = [*question, *talk(("assistant", ""), ("tool", "3")), *answer]
     expected[2]["tool_calls"] = [{**call, "function": {"name": "add", "arguments": {"a": 1}}}] * 2
     expected[3]["tool_call_id"] = "1"
     assert formats.openai({"messages": messages}) == expected
@@ -202,12 +201,8 @@ def test_turns_that_are_not_to_be_trained_on():
     assert formats.openai({"messages": [empty, good | {"weight": 1}]}) == [empty, good]
     prompt, other = talk(("user", "q"), ("assistant", "b"))
     row = {"prompt": [prompt], "chosen": [bad | {"loss": False}, prompt, good], "rejected": [other]}
-    assert [turn.get("train", True) for turn in formats.preference(row)["chosen"]] == [
-        True,
-        False,
-        True,
-        True,
-    ]
+    chosen = formats.preference(row)["chosen"]
+    assert [turn.get("train", True) for turn in chosen] == [True, False, True, True]
 
 
 def test_thoughts_are_kept_for_the_template():

@@ -22,7 +22,7 @@ def make(byte_level_dir, tmp_path):
         base = Tokenizer.load(byte_level_dir)
         ids = base.control_tokens | {token: base.vocab_size + index for index, token in enumerate(CHAT)}
         left, right = (
-            [{"SpecialToken": {"id": name, "type_id": 0}} for name in names] for names in (before, after)
+            [{"SpecialToken": {"id": n, "type_id": 0}} for n in names] for names in (before, after)
         )
         single = [*left, {"Sequence": {"id": "A", "type_id": 0}}, *right]
         processor = {

@@ -300,11 +300,7 @@ def test_damaged_files_are_one_clear_line(tokenizer, tmp_path, file, content, hi
         ("tokenizer.json", b'{"added_tokens": []}', "Model missing"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"one": {"content": "<a>"}}}', "'one'"),
         ("tokenizer_config.json", b'{"tokenizer_class": "BertJapaneseTokenizer"}', "PreTrainedTokenizerFast"),
-        (
-            "tokenizer_config.json",
-            b'{"eos_token": "</s>", "split_special_tokens": true}',
-            "split_special_tokens",
-        ),
+        ("tokenizer_config.json", b'{"eos_token": "</s>", "split_special_tokens": true}', "split_special"),
         ("added_tokens.json", b'{"<a>": null}', "its files give '<a>' the id None"),
     ],
 )

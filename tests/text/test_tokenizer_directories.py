@@ -43,13 +43,7 @@ TEMPLATE = (
 )
 # What this program refuses though transformers reads it.
 REFUSED = (
-    *(
-        "no eos token",
-        "is no token of its vocabulary",
-        "split_special_tokens",
-        "correct the files",
-        "never found",
-    ),
+    *("no eos token", "is no token of its", "split_special_tokens", "correct the files", "never found"),
     *("is not in its vocabulary", "remove the file", "must follow each other"),
 )
 TEXTS = (
@@ -235,12 +229,7 @@ def test_500_directories(vocabularies, tmp_path_factory):
 def test_tokens_that_a_class_adds_by_itself_get_no_id(vocabularies, tmp_path):
     """CodeLlama-34b has 32,000 rows and no infilling tokens; transformers adds them with ids from 32,000 on."""
     (tmp_path / "tokenizer.model").write_bytes(vocabularies[1])
-    names = {
-        "tokenizer_class": "CodeLlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-    }
+    names = dict(tokenizer_class="CodeLlamaTokenizer", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.load(tmp_path)
     assert theirs.get_vocab()["▁<PRE>"] == SIZE

@@ -18,6 +18,8 @@ from lemur_jax.text.tool_calls import for_template
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
+MARKED = ("qwen2_5_training", "qwen3_training", "glm4moe_training", "gptoss_training", "lfm2_v2_training")
+
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": CITY}}]
 
@@ -47,17 +49,7 @@ def with_template(chat_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), None], ids=["list", "json", "none"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "qwen2_5_training",
-        "qwen3_training",
-        "glm4moe_training",
-        "gptoss_training",
-        "lfm2_v2_training",
-        "llama3_1",
-    ],
-)
+@pytest.mark.parametrize("name", [*MARKED, "llama3_1"])
 def test_ids_and_mask_are_those_of_transformers(with_template, name, tools):
     ours, theirs = with_template(name)
     talk = formats.openai({"messages": conversation(), "tools": tools})
@@ -110,10 +102,8 @@ def test_thoughts_are_written_under_any_name(with_template, name, key):
 @pytest.mark.parametrize("name", ["qwen3_training", "llama3_1"])
 def test_a_call_that_is_not_trained_on(with_template, name):
     ours, _ = with_template(name)
-    trained, untrained = (
-        formats.openai({"messages": conversation(**flags)}) for flags in ({}, {"weight": 0})
-    )
-    (ids, mask), (same, fewer) = encode_chat(ours, trained), encode_chat(ours, untrained)
+    both, last = (formats.openai({"messages": conversation(**flags)}) for flags in ({}, {"weight": 0}))
+    (ids, mask), (same, fewer) = encode_chat(ours, both), encode_chat(ours, last)
     assert ids == same
     said = ours.decode([i for i, flag in zip(ids, fewer, strict=True) if flag])
     assert "The sun shines." in said
@@ -205,10 +195,8 @@ def test_a_control_token_in_a_tool_is_text(with_template):
 def test_prepare_writes_tools_and_tells_calls_apart(chat_tokenizer):
     """Calls that differ in their ids alone are the same, and fall on one side of `held_out`."""
     spelled = json.dumps({"messages": conversation(), "tools": TOOLS})
-    rows = [
-        json.loads(text)
-        for text in (spelled, spelled.replace("K\\u00f6ln", "Oslo"), spelled.replace("abc", "x"))
-    ]
+    texts = (spelled, spelled.replace("K\\u00f6ln", "Oslo"), spelled.replace("abc", "x"))
+    rows = [json.loads(text) for text in texts]
     steps = json.dumps({"exact_duplicates": True})
     found = list(to_documents("f", [("row", row) for row in rows], Fields(messages=formats.openai)))
     encoded = [encode(chat_tokenizer, document, steps) for document, _ in found]
