@@ -95,12 +95,10 @@ def _report(
         count += len(removed)
         for document in removed[: EXAMPLES - len(examples)].tolist():
             ids, _ = store.document(document)
-            other = store.document_id(int(earlier[document]))
+            name, other = (store.document_id(number) for number in (document, int(earlier[document])))
             reason = f"{'the same text as' if step == 'exact_duplicates' else 'similar to'} {other}"
             excerpt = tokenizer.decode(ids[:EXCERPT_TOKENS].tolist(), skip_special=True)
-            examples.append(
-                Removed(step=step, reason=reason, id=store.document_id(document), excerpt=excerpt)
-            )
+            examples.append(Removed(step=step, reason=reason, id=name, excerpt=excerpt))
     if count:
         rejects.remove_added(step, count, examples)
 

@@ -32,9 +32,7 @@ class Files:
         if not 0 <= self.held_out < 1:
             raise UserError(f"held_out is {self.held_out}: it must be a share, 0 or more and below 1")
         if self.held_out and "validation" in self.patterns:
-            raise UserError(
-                "held_out has no effect beside files of the validation split: leave one of them out"
-            )
+            raise UserError("held_out has no effect beside files of the validation split: leave one out")
 
     @property
     def splits(self) -> tuple[str, ...]:

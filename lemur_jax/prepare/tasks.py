@@ -82,9 +82,7 @@ class GeneratorSource(seqio.FunctionDataSource):
         return self._fingerprint() if self._fingerprint else split
 
 
-def _dataset_of(
-    documents: Callable[[], Iterable[Mapping[str, str | bytes]]], *features: str
-) -> tf.data.Dataset:
+def _dataset_of(documents: Callable[[], Iterable[Mapping[str, Any]]], *features: str) -> tf.data.Dataset:
     """Documents of a Python function, with these string features."""
     signature = {name: tf.TensorSpec((), tf.string) for name in features}
     return tf.data.Dataset.from_generator(documents, output_signature=signature)
@@ -376,9 +374,7 @@ def _string_features(task: seqio.Task, dataset: tf.data.Dataset) -> tf.data.Data
     spec = dataset.element_spec
     found = [name for name in FEATURES if name in spec]
     if not set(CONTENTS) & set(found):
-        tokens = [
-            name for name, each in spec.items() if name in task.output_features and each.dtype.is_integer
-        ]
+        tokens = [key for key, each in spec.items() if key in task.output_features and each.dtype.is_integer]
         if tokens:
             raise UserError(
                 f"task {task.name!r} gives tokens of its own vocabulary ({', '.join(tokens)}): stores have those of"

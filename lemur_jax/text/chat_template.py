@@ -158,11 +158,10 @@ def _render(
         return program.render(messages=turns, add_generation_prompt=prompt, tools=tools or None, **values)
 
     def compose(turns: Sequence[Message], tools: tool_calls.Tools) -> str:
+        with_tools = functools.partial(write, tools=tools)
         if not as_given or add_generation_prompt or _GENERATION.search(template):
-            return write(turns, add_generation_prompt, tools=tools)
-        return _with_marked_answers(
-            turns, functools.partial(write, tools=tools), (begin, end, place), tokenizer
-        )
+            return with_tools(turns, add_generation_prompt)
+        return _with_marked_answers(turns, with_tools, (begin, end, place), tokenizer)
 
     try:
         text = compose(given, tools)

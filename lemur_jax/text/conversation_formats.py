@@ -53,9 +53,7 @@ def evol_code_alpaca(row: Row) -> Conversation:
     if row.get("input"):
         question = f"{question}\n\n{row['input']}"
     said = [*(row.get("history") or ()), (question, _get(row, "output"))]
-    turns = [
-        turn for user, answer in said for turn in (_message("user", user), _message("assistant", answer))
-    ]
+    turns = [turn for user, reply in said for turn in (_message("user", user), _message("assistant", reply))]
     return _conversation(row, turns)
 
 

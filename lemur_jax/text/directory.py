@@ -116,11 +116,7 @@ def _read_model(data: bytes) -> list[str]:
     return [] if sentencepiece_model.is_tiktoken(data) else sentencepiece_model.read_pieces(data)
 
 
-_READERS: dict[str, Callable[[bytes], Any]] = {
-    ".json": json_object,
-    ".jinja": bytes.decode,
-    ".model": _read_model,
-}
+_READERS: dict[str, Callable] = {".json": json_object, ".jinja": bytes.decode, ".model": _read_model}
 
 
 def _resolve(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
@@ -143,15 +139,13 @@ def _resolve(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
                 f"{name}: {kind} {names[kind]!r} of tokenizer_config.json is no token of its vocabulary"
             )
     begin, end = surrounding_ids(spec)
-    kept = {
-        key: value for key, value in config.items() if key not in _RESOLVED and not key.endswith("_token")
-    }
+    own = {key: value for key, value in config.items() if key not in _RESOLVED and not key.endswith("_token")}
     model = files.get("tokenizer.model")
     made = make_files(
         None if model is None or sentencepiece_model.is_tiktoken(model) else model,
         tokenizer_json=spec,
         chat_template=_template(theirs.chat_template, name),
-        config={**kept, **names, "add_bos_token": bool(begin), "add_eos_token": bool(end)},
+        config={**own, **names, "add_bos_token": bool(begin), "add_eos_token": bool(end)},
     )
     if GENERATION_CONFIG in files:
         made[GENERATION_CONFIG] = files[GENERATION_CONFIG]

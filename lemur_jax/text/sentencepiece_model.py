@@ -101,9 +101,7 @@ def convert(model: bytes) -> dict[str, Any]:
 def merges_by_score(scores: Mapping[str, float], vocab: Mapping[str, int]) -> list[list[str]]:
     """Merges ranked by the score of what they make; among equal scores the longest left side comes first."""
     splits = ((piece, piece[:cut], piece[cut:]) for piece in scores for cut in range(1, len(piece)))
-    ranked = [
-        (-scores[whole], -len(a), vocab[a], a, b) for whole, a, b in splits if a in scores and b in scores
-    ]
+    ranked = [(-scores[whole], -len(a), vocab[a], a, b) for whole, a, b in splits if {a, b} <= scores.keys()]
     return [[a, b] for *_, a, b in sorted(ranked)]
 
 

@@ -277,6 +277,5 @@ def compatible(tokenizer: Tokenizer, digest: str, added_tokens: Mapping[str, int
 
     So a tokenizer reads what was made with it before tokens were added, and not the reverse.
     """
-    return tokenizer.digest == digest and all(
-        tokenizer.find(token) == index for token, index in added_tokens.items()
-    )
+    found = {token: tokenizer.find(token) for token in added_tokens}
+    return tokenizer.digest == digest and found == added_tokens

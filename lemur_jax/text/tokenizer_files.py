@@ -90,15 +90,13 @@ def revise(
         old = None
     spec = json.loads(tokenizer.files()["tokenizer.json"])
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in dropped]
-    forgotten = [
-        key for key, token in tokenizer.config.items() if key.endswith("_token") and token in dropped
-    ]
+    obsolete = [key for key, token in tokenizer.config.items() if key.endswith("_token") and token in dropped]
     made = make_files(
         tokenizer.sentencepiece,
         tokenizer_json=spec,
         added_tokens=kept | {token: size + index for index, token in enumerate(new)},
         chat_template=chat_template or old,
-        config={key: value for key, value in tokenizer.config.items() if key not in forgotten},
+        config={key: value for key, value in tokenizer.config.items() if key not in obsolete},
     )
     if stops := [index for index in tokenizer.generation_stop_ids if index < keep]:
         made[GENERATION_CONFIG] = dump({"eos_token_id": stops})
