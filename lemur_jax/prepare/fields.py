@@ -3,6 +3,7 @@
 A row that cannot be used becomes a document with a reason in `error`, which `prepare` counts and puts aside.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -182,15 +183,15 @@ def _look_up(row: Row, name: str, default: Any = _NOTHING) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value with text in place of the bytes that TFDS and TFRecord have; bytes that are no UTF-8 stay."""
+    """A value with text in place of the bytes that TFDS and TFRecord have, where they are UTF-8, and null for NaN."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    try:
-        return value.decode("utf-8") if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
-        return value
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
+    return value if value == value else None  # NaN is pandas' null
 
 
 def _as_text(value: Any) -> str:

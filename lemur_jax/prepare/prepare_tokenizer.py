@@ -66,8 +66,7 @@ def _train(options: TokenizerConfig, modules: Sequence[str], path: epath.Path) -
                 raise UserError(f"task {name!r} has no text in its train split to train a tokenizer on")
             texts += found
     train_sentencepiece(texts, path, size)
-    n_bytes = sum(len(text.encode()) for text in texts)
-    made_of = f"{n_bytes / 1e6:.1f} MB of {', '.join(names)}"
+    made_of = f"{sum(len(text.encode()) for text in texts) / 1e6:.1f} MB of {', '.join(names)}"
     logger.info("%s: %s tokens, trained on %s, %.1f s", path, f"{size:,}", made_of, time.monotonic() - begin)
 
 

@@ -10,6 +10,7 @@ from lemur_jax.prepare.cleaning import filters, parse_steps
 from lemur_jax.prepare.encoding import read_content
 from lemur_jax.prepare.fields import Fields, gather, is_held_out, to_documents
 from lemur_jax.prepare.readers import BadRow
+from lemur_jax.text.conversation_formats import evol_code_alpaca
 
 
 def test_held_out_share():
@@ -44,6 +45,12 @@ def test_metadata_of_any_bytes_keeps_its_document():
     ((document, _),) = to_documents("f", rows, Fields(meta=("uuid", "names")))
     assert document["error"] == b""
     assert json.loads(document["meta"]) == {"uuid": "\\x82\\xff", "names": ["é"]}
+
+
+def test_nan_is_null_to_a_function_as_pandas_means_it():
+    row = {"instruction": "q", "input": float("nan"), "output": "a", "system": float("nan"), "history": None}
+    ((document, _),) = to_documents("f", [("row 0", row)], Fields(messages=evol_code_alpaca))
+    assert [turn["content"] for turn in json.loads(document["messages"])] == ["q", "a"]
 
 
 def _first(row):
