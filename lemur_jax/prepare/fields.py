@@ -147,7 +147,7 @@ def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
             raise ValueError(f"field {fields.text!r} is {type(text).__name__}, not a string")
         content = text.encode()
     id = _look_up(row, fields.id) if fields.id else None
-    meta = {name: _look_up(row, name, None) for name in fields.meta}
+    meta = {name: _plain(_look_up(row, name, None)) for name in fields.meta}
     group = _look_up(row, fields.group) if fields.group else None
     # As `exact_duplicates` compares texts, but for the sides of preferences.
     key = hashlib.sha256(text.strip().encode()).digest() if _is_missing(group) else _bytes(str(group))

@@ -47,10 +47,12 @@ def test_metadata_of_any_bytes_keeps_its_document():
     assert json.loads(document["meta"]) == {"uuid": "\\x82\\xff", "names": ["é"]}
 
 
-def test_nan_is_null_to_a_function_as_pandas_means_it():
+def test_nan_is_null_as_pandas_means_it():
     row = {"instruction": "q", "input": float("nan"), "output": "a", "system": float("nan"), "history": None}
-    ((document, _),) = to_documents("f", [("row 0", row)], Fields(messages=evol_code_alpaca))
+    fields = Fields(messages=evol_code_alpaca, meta=("system", "output"))
+    ((document, _),) = to_documents("f", [("row 0", row)], fields)
     assert [turn["content"] for turn in json.loads(document["messages"])] == ["q", "a"]
+    assert json.loads(document["meta"]) == {"system": None, "output": "a"}  # not a label or repository "nan"
 
 
 def _first(row):
