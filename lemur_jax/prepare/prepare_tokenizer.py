@@ -37,19 +37,15 @@ def prepare_tokenizer(options: TokenizerConfig, modules: Sequence[str], vocab_si
     path = epath.Path(options.path)
     if not any((path / name).exists() for name in FILE_NAMES):
         if options.extend:
-            _extend(options, path)
+            template = read_template(options.chat_template) if options.chat_template else None
+            made = extend(options.extend, path, options.add_tokens, template)
+            made_of = f"{options.extend} and {', '.join(options.add_tokens)}"
+            logger.info("%s: %s tokens, %s", path, f"{made.vocab_size:,}", made_of)
         elif options.train_vocab_size:
             _train(options, modules, path)
     tokenizer = Tokenizer.from_config(options)
     _check_tokenizer(options, vocab_size, tokenizer)
     return tokenizer
-
-
-def _extend(options: TokenizerConfig, path: epath.Path) -> None:
-    template = read_template(options.chat_template) if options.chat_template else None
-    tokenizer = extend(options.extend, path, options.add_tokens, template)
-    added = ", ".join(options.add_tokens)
-    logger.info("%s: %s tokens, %s and %s", path, f"{tokenizer.vocab_size:,}", options.extend, added)
 
 
 def _train(options: TokenizerConfig, modules: Sequence[str], path: epath.Path) -> None:

@@ -219,6 +219,8 @@ def _call(call: Row) -> dict[str, Any]:
     name = _get(function, "name")
     given = function.get("arguments") or function.get("parameters") or {}
     arguments = _values(given, f"the arguments of the call of {name!r}")
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"the arguments of the call of {name!r} are {arguments!r:.40}, not an object")
     named = {"id": call["id"]} if _has(call, "id") else {}
     return {**named, "type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -231,7 +233,8 @@ def _conversation(row: Row, messages: Messages) -> Conversation:
             raise ValueError(f"the row has a field for its <{kind}>; only text can be trained on")
     if given := row.get("system") or row.get("system_prompt"):
         system = _message("system", given)
-        messages = messages if system in messages else [system, *messages]
+        there = [turn["content"].strip() for turn in messages if turn["role"] == "system"]
+        messages = messages if given.strip() in there else [system, *messages]
     _checked(messages)
     tools = _values(row.get("tools") or row.get("functions") or [], "`tools`") or []
     check_tools(tools)

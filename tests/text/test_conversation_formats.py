@@ -88,6 +88,7 @@ def test_calls_as_others_spell_them(calls):
 def test_the_system_prompt_of_a_row_comes_first(name, row, key):
     assert getattr(formats, name)(row | {key: "S"}) == [*talk(("system", "S")), *QUESTION_ANSWER]
     assert getattr(formats, name)(row | {key: ""})[-2:] == QUESTION_ANSWER
+    assert len(getattr(formats, name)(row | {key: "S\n"})) == 3
 
 
 def test_evol_code_alpaca():
@@ -265,6 +266,15 @@ def test_null_fields_are_absent():
             "openai",
             {"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": "{"}}]},
             "arguments of the call of 'f' are not JSON",
+        ),
+        (
+            "openai",
+            {
+                "messages": [
+                    {"role": "assistant", "function_call": {"name": "f", "arguments": json.dumps("{}")}}
+                ]
+            },
+            "arguments of the call of 'f' are '{}', not an object",
         ),
     ],
 )
