@@ -38,7 +38,7 @@ def check_content(steps: Mapping[str, Any], content: str, task: str) -> None:
 def check_tokens(steps: Mapping[str, Any], tokenizer: Tokenizer, task: str) -> bool:
     """Whether the steps of a task write control tokens; UserError if the tokenizer lacks one of them."""
     wanted = [token for tokens in steps.get("separators", {}).values() for token in tokens]
-    for step in _STARCODER.keys() & steps:
+    for step in [step for step in _STARCODER if step in steps]:
         if len(tokens := _tokens(steps, step)) != len(_STARCODER[step]):
             names = " ".join(_STARCODER[step])
             raise UserError(f"prepare.steps.{task}.{step}.tokens must stand for {names}, in this order")
