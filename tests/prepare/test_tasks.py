@@ -303,6 +303,15 @@ def test_held_out_documents_are_in_one_split_alone(tmp_path):
             assert len(texts["validation"]) in (10 * len(numbers), 10 * len(numbers) + 1)
 
 
+def test_stores_of_conversations_that_were_divided_otherwise_are_not_current(tmp_path):
+    """Those of earlier versions: a new held-out store could share documents with an old one that is trained on."""
+    talks = Fields(messages=conversation_formats.openai)
+    for share, fields, says in ((0.0, talks, False), (0.1, Fields(), False), (0.1, talks, True)):
+        task = tasks.add_files("t_divided", str(tmp_path), fields, held_out=share)
+        assert ("held out by text" in repr(task.source)) == says
+        seqio.TaskRegistry.remove("t_divided")
+
+
 def test_a_source_without_files_or_of_no_known_format(tmp_path):
     task = tasks.add_files("t_none", f"{tmp_path}/*.jsonl")
     with pytest.raises(UserError, match=r"no file matches .*\*\.jsonl"):
