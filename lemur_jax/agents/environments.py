@@ -9,6 +9,7 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from lemur_jax.agents.problems import LIMITS, Problem, check
 from lemur_jax.agents.sandbox import run
@@ -49,6 +50,7 @@ class Environment(abc.ABC):
     """One task."""
 
     id: str
+    content: Any = None  # JSON: what the user's files say of the task; a run goes on with the same alone
     max_turns: int | None = None  # where its protocol fixes them
     stops: tuple[str, ...] = ()  # an action of an agent ends before the first of these
     cumulative_rewards = False  # whether a reward is for all turns so far, not for the last one alone

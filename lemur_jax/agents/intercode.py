@@ -93,14 +93,12 @@ class InterCodeSql(Environment):
     cumulative_rewards = True
 
     def __init__(self, number: int, task: Mapping[str, Any], socket: pathlib.Path):
-        self.id = f"intercode-sql/{number}"
+        self.id, self.content = f"intercode-sql/{number}", task
         self._task, self._socket = task, socket
         self._connection: Any = None
-        self._steps = 0
 
     def reset(self) -> str:
         self.close()
-        self._steps = 0
         self._connection = connect(self._socket, self._task["db"])
         # Before the agent's first query: USE and SET would change what the solution finds.
         expected = self.execute(self._task["gold"])
@@ -113,14 +111,12 @@ class InterCodeSql(Environment):
         )
 
     def step(self, action: str) -> Step:
-        self._steps += 1
-        done = self._steps >= MAX_STEPS
         if "```" not in action:
-            return Step(observation=NO_CODE, verdict="invalid action", done=done)
+            return Step(observation=NO_CODE, verdict="invalid action")
         found = self.execute(block(action, "sql", "mysql"))
         reward = sql_reward(found, self._expected)
         verdict = "passed" if reward == 1 else "execution error" if isinstance(found, str) else "wrong answer"
-        return Step(observation=in_mysql_wording(str(found)), verdict=verdict, reward=reward, done=done)
+        return Step(observation=in_mysql_wording(str(found)), verdict=verdict, reward=reward)
 
     def execute(self, query: str) -> Any:
         """The rows, None for a statement without any, or the error as a text."""

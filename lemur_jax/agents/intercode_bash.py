@@ -111,14 +111,15 @@ class _World:
         for directory, folders, names in os.walk(self.box):
             for name in (*folders, *names):  # a link to a directory is among the folders
                 path = pathlib.Path(directory, name)
-                mode = path.lstat().st_mode
-                if stat.S_ISLNK(mode):
-                    found[str(path.relative_to(self.box))] = 0, os.readlink(path)
-                elif stat.S_ISREG(mode):
-                    digest = "unreadable"  # after chmod, where the box runs as the user of this process
-                    with contextlib.suppress(PermissionError):
-                        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                    found[str(path.relative_to(self.box))] = mode & 0o111, digest
+                place = str(path.relative_to(self.box))
+                # After chmod of a file or its directory, where the box runs as the user of this process.
+                with contextlib.suppress(PermissionError):
+                    mode = path.lstat().st_mode
+                    if stat.S_ISLNK(mode):
+                        found[place] = 0, os.readlink(path)
+                    elif stat.S_ISREG(mode):
+                        found[place] = mode & 0o111, "unreadable"
+                        found[place] = mode & 0o111, hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 
 
@@ -129,14 +130,12 @@ class InterCodeBash(Environment):
     cumulative_rewards = True
 
     def __init__(self, id: str, task: Mapping[str, str], setup: str):
-        self.id = f"intercode-bash/{id}"
+        self.id, self.content = f"intercode-bash/{id}", [task, setup]
         self._task, self._setup = task, setup
         self._world: _World | None = None
-        self._steps = 0
 
     def reset(self) -> str:
         self.close()
-        self._steps = 0
         self._world = _World(self._setup)
         # A copy: a second run of the script would differ in times, also inside archives.
         solved = _World(like=self._world)
@@ -155,11 +154,10 @@ class InterCodeBash(Environment):
 
     def step(self, action: str) -> Step:
         assert self._world is not None, "reset comes first"
-        self._steps += 1
         seen, succeeded = self._world.execute(block(action, "bash", "sh", "shell"))
         reward = bash_reward(self._before, self._world.files(), self._wanted, seen, self._expected)
         verdict = "passed" if reward >= 1 else "wrong answer" if succeeded else "execution error"
-        return Step(observation=seen, verdict=verdict, reward=reward, done=self._steps >= MAX_STEPS)
+        return Step(observation=seen, verdict=verdict, reward=reward)
 
     def close(self) -> None:
         if self._world is not None:

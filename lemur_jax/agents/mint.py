@@ -48,11 +48,13 @@ class Task:
     Attributes:
       opening: the first message: protocol, tools, an example and the question.
       solved: answer -> whether it is right; ALFWorld's game decides itself.
+      row: of the file of its set, which has the reference.
     """
 
     id: str
     opening: str
     solved: Callable[[str], bool]
+    row: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,33 +91,37 @@ def recorded_run(directory: pathlib.Path, only: Sequence[str] = ()) -> dict[str,
             raise UserError(f"{path} is not a run of the protocol {PROTOCOL}")
         if name in found:
             raise UserError(f"{directory} holds several runs of {name}: name the directory of one")
-        found[name] = [_recorded(path, line) for line in path.open("rb")]
+        found[name] = _read_lines(path, "an episode", functools.partial(_recorded, name))
     if not found:
         raise UserError(f"{directory} holds no results.jsonl of MINT ({', '.join(only or SETS)})")
     return found
 
 
-def _recorded(path: pathlib.Path, line: bytes) -> Recorded:
+def _read_lines(path: pathlib.Path, what: str, parse: Callable[[Any], Any]) -> list[Any]:
+    """What `parse` makes of each line; UserError where one is not `what`."""
     try:
-        row = json.loads(line)
-        state, task = row["state"], row["task"]
-        opening, *rest = state["history"]
-        turns: list[tuple[str, str | None]] = []
-        for message in rest:
-            if message["role"] == "assistant":
-                said = re.sub(r"\A\s*Assistant:\n?", "", message["content"])  # see `MintEnvironment.as_turn`
-                turns.append((said.removesuffix("\n"), None))
-            elif turns and turns[-1][1] is None:
-                turns[-1] = (turns[-1][0], message["content"])
-            else:  # an empty action is not recorded
-                turns.append(("", message["content"]))
-        failed = state["terminate_reason"] == "error"  # of the model, e.g. its context was full
-        if failed and turns and turns[-1][1] and turns[-1][1].startswith("Observation:\nAn error occurred."):
-            turns.pop()
-        id = f"{path.parent.name}/{task['task_id']}"
-        return Recorded(id=id, opening=opening["content"], turns=turns, success=state["success"])
+        return [parse(json.loads(line)) for line in path.open("rb")]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"a line of {path} is not an episode of MINT ({error!r}): {WHERE}") from error
+        raise UserError(f"a line of {path} is not {what} of MINT ({error!r}): {WHERE}") from error
+
+
+def _recorded(name: str, row: Mapping[str, Any]) -> Recorded:
+    state = row["state"]
+    opening, *rest = state["history"]
+    turns: list[tuple[str, str | None]] = []
+    for message in rest:
+        if message["role"] == "assistant":
+            said = re.sub(r"\A\s*Assistant:\n?", "", message["content"])  # see `MintEnvironment.as_turn`
+            turns.append((said.removesuffix("\n"), None))
+        elif turns and turns[-1][1] is None:
+            turns[-1] = (turns[-1][0], message["content"])
+        else:  # an empty action is not recorded
+            turns.append(("", message["content"]))
+    failed = state["terminate_reason"] == "error"  # of the model, e.g. its context was full
+    if failed and turns and turns[-1][1] and turns[-1][1].startswith("Observation:\nAn error occurred."):
+        turns.pop()
+    id = f"{name}/{row['task']['task_id']}"
+    return Recorded(id=id, opening=opening["content"], turns=turns, success=state["success"])
 
 
 def load_tasks(data: pathlib.Path, name: str, openings: Mapping[str, str]) -> list[Task]:
@@ -123,19 +129,16 @@ def load_tasks(data: pathlib.Path, name: str, openings: Mapping[str, str]) -> li
     path = data / "processed" / name / "test_prompts.json"
     if not path.exists():
         raise UserError(f"{path} is missing: {WHERE}")
-    tasks = []
-    for line in path.open("rb"):
-        try:
-            row = json.loads(line)
-            id, solved = f"{name}/{row['id']}", _checker(name, row)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"a line of {path} is not a task of MINT ({error!r}): {WHERE}") from error
+
+    def task(row: Mapping[str, Any]) -> Task:
+        id, solved = f"{name}/{row['id']}", _checker(name, row)
         if id not in openings:
             raise UserError(
                 f"{path} has the task {id}, the recorded runs have not: another version of the set"
             )
-        tasks.append(Task(id=id, opening=openings[id], solved=solved))
-    return tasks
+        return Task(id=id, opening=openings[id], solved=solved, row=row)
+
+    return _read_lines(path, "a task", task)
 
 
 def _checker(name: str, row: Mapping[str, Any]) -> Callable[[str], bool]:
@@ -205,7 +208,7 @@ class MintEnvironment(Environment):
     expert: Callable[[Sequence[Message]], str] | None = None
 
     def __init__(self, task: Task, functions: Mapping[str, Callable[..., str]], python: str = sys.executable):
-        self.id = f"mint-{task.id}"
+        self.id, self.content = f"mint-{task.id}", [task.opening, task.row]
         self._task = task
         self._functions, self._python = functions, python
         self._shell: Shell | None = None

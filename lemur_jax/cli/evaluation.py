@@ -112,6 +112,7 @@ def _eval(args) -> None:
         finally:
             # A task or an endpoint that fails, or Ctrl-C, does not lose finished work.
             if args.json and written and _is_first():
+                written["run"] = _record(args, session)
                 epath.Path(args.json).write_text(json.dumps(written, indent=1))
     # All is in the JSON file now. A journal left behind would answer for a checkpoint that has been trained further.
     if args.agents and args.json and _is_first():
@@ -139,6 +140,15 @@ def _check_options(args) -> None:
 def _is_first() -> bool:
     """Whether this host writes; without devices, which an endpoint or a replay does not touch."""
     return coordination.process()[0] == 0
+
+
+def _record(args, session) -> dict:
+    """What results depend on: all options, also those by default, the checkpoint's step, and versions."""
+    from lemur_jax.telemetry.provenance import git_commit, versions
+
+    options = {name: value for name, value in vars(args).items() if isinstance(value, str | int | None)}
+    step = session.step if session else None
+    return {"options": options, "step": step, "commit": git_commit(), "versions": versions()}
 
 
 def _journal_path(args) -> str:
@@ -185,6 +195,8 @@ def _agents(args, session, written: dict) -> None:
     run = {"agents": args.agents, "agent": name, "endpoint": args.endpoint, "step": step}
     run |= {"turns": args.turns, "max_new_tokens": limit, "dtype": args.dtype, "weights": args.weights}
     run["cell_python"] = args.cell_python
+    if "mint" in args.agents or "intercode" in args.agents:
+        run["data"] = str(pathlib.Path(args.data).resolve())
     if args.feedback_endpoint:
         run["feedback"] = args.feedback_model
     journal, found = runner.Journal(path, run), None

@@ -1,6 +1,7 @@
 """Episodes of a policy in environments: turns, what the environment answers, and how an episode ends."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.agents.episodes import takes_tools
 from lemur_jax.agents.runner import call_all
 from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.infer.complete import with_text
 from lemur_jax.infer.engine import Engine, Request
+from lemur_jax.infer.generate import Completion
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.rl.config import RlConfig
 from lemur_jax.text.chat_template import encode_chat, stop_ids
@@ -83,16 +86,18 @@ class Player:
             id(request): (request, one) for one in episodes if (request := self._ask(engine, one, sampling))
         }
         while playing:
-            ended = [playing.pop(id(request)) for request in engine.step() if request.finish_reason]
-            for request, one in ended:
-                one.add(request.tokens, request.logprobs)
-            actions = [self._text(request) for request, _ in ended]
-            calls = [
-                lambda one=one, action=action: one.environment.step(action)
-                for (_, one), action in zip(ended, actions, strict=True)
-            ]
-            for (request, one), found in zip(ended, call_all(calls, seconds, AT_ONCE), strict=True):
-                self._observe(one, found, request.finish_reason)
+            ended = []
+            for request in engine.step():
+                _, one = playing[id(request)]
+                turn = with_text(engine.session, request, one.environment.stops)
+                if turn.finish_reason:
+                    engine.cancel(request)  # after a stop string it would go on
+                    del playing[id(request)]
+                    one.add(turn.tokens, turn.logprobs)
+                    ended.append((one, turn))
+            calls = [functools.partial(one.environment.step, turn.text.strip()) for one, turn in ended]
+            for (one, turn), found in zip(ended, call_all(calls, seconds, AT_ONCE), strict=True):
+                self._observe(one, found, turn)
                 if following := self._ask(engine, one, sampling):
                     playing[id(following)] = (following, one)
         call_all([one.environment.close for one in episodes], seconds, AT_ONCE)
@@ -114,11 +119,7 @@ class Player:
             )
         )
 
-    def _text(self, request: Request) -> str:
-        ids = request.tokens[:-1] if request.finish_reason == "stop" else request.tokens
-        return self._tokenizer.decode(ids, skip_special=True).strip()
-
-    def _observe(self, one: Episode, found: Any, reason: str) -> None:
+    def _observe(self, one: Episode, found: Any, turn: Completion) -> None:
         """Takes the environment's answer to a turn."""
         try:
             if not isinstance(found, Step):
@@ -131,14 +132,14 @@ class Player:
             return
         one.solved = reward >= 1
         one.rewards.append(reward - sum(one.rewards) if one.environment.cumulative_rewards else reward)
-        if reason == "length" and len(one.ids) == self._slots:
+        if turn.finish_reason == "length" and len(one.ids) == self._slots:
             one.end = "cut"
         elif found.done or one.solved:
             one.end = "done"
         elif len(one.rewards) >= (one.environment.max_turns or self._options.max_turns):
             one.end = "turns"
         else:
-            more = self._following(found, ended=reason == "stop")
+            more = self._following(found, ended=turn.stop_id)
             if len(one.ids) + len(more) < self._slots:
                 one.add(more)
             else:

@@ -118,7 +118,7 @@ class Rollouts:
         """Of the tasks, which are taken by number, and of what turns them into ids."""
         tokenizer = self.tokenizer
         return {
-            "tasks": digest_of([one.id for one in self._tasks]),
+            "tasks": digest_of([[one.id, one.content] if one.content else one.id for one in self._tasks]),
             "chat template and tokenizer": digest_of([tokenizer.chat_template, tokenizer.digest]),
         }
 

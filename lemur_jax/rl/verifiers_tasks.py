@@ -48,6 +48,7 @@ class TasksetEnvironment(Environment):
 
     def __init__(self, server: TasksetServer, id: str, task: vf.Task):
         self.id, self._server, self._task = id, server, task
+        self.content = task.data.model_dump(mode="json")
 
     def reset(self) -> str:
         self._events: queue.Queue[Sequence[Mapping[str, Any]] | Future] = queue.Queue()

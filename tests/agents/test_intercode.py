@@ -150,20 +150,27 @@ def test_no_query_of_the_agent_changes_what_the_solution_finds(monkeypatch):
     environment.close()
 
 
-def test_a_file_that_nobody_can_read_is_compared_by_its_name(tmp_path, monkeypatch):
-    """As after `chmod 000`, where box and evaluation are of one user that is not root."""
-    script = "mkdir -p /testbed && echo 1 > /testbed/a.txt"
-    environment = InterCodeBash("1-0", {"query": "", "gold": "chmod 000 /testbed/a.txt"}, script)
+@pytest.mark.parametrize("path", ["/testbed/a.txt", "/testbed"])
+def test_what_nobody_can_read_is_compared_by_its_name(path, monkeypatch):
+    """As after `chmod -R 600`, where box and evaluation are of one user that is not root."""
+    script = "mkdir -p /testbed && echo 1 > /testbed/a.txt; cd /testbed; ln -s . loop; ln -s no dangling; mkfifo pipe"
+    environment = InterCodeBash("1-0", {"query": "", "gold": f"chmod 0 {path}"}, script)
 
-    def read(path):
-        if path.stat().st_mode & 0o400:
-            return read_bytes(path)
-        raise PermissionError(path)
+    def as_user(name, place):
+        """A method of paths, where the owner needs rights of `place`."""
+        whole = getattr(pathlib.Path, name)
 
-    read_bytes = pathlib.Path.read_bytes
-    monkeypatch.setattr(pathlib.Path, "read_bytes", read)
+        def method(path):
+            if os.stat(place(path)).st_mode & 0o700:
+                return whole(path)
+            raise PermissionError(path)
+
+        monkeypatch.setattr(pathlib.Path, name, method)
+
+    as_user("read_bytes", lambda path: path)
+    as_user("lstat", lambda path: path.parent)
     environment.reset()
-    rewards = [environment.step(f"```bash\n{text}\n```").reward for text in ("ls", "chmod 0 /testbed/a.txt")]
+    rewards = [environment.step(f"```bash\n{text}\n```").reward for text in ("ls", f"chmod 0 {path}")]
     environment.close()
     assert rewards[0] < rewards[1] == 1
 

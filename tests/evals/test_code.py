@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from lemur_jax.agents import intercode_bash
+from lemur_jax.agents.environments import bash_environments
 from lemur_jax.agents.episodes import SessionAgent
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
@@ -40,21 +42,28 @@ def test_humaneval_and_agents_from_a_checkpoint_to_json(problems, chat_model, tm
     written = json.loads((tmp_path / "out.json").read_text())
     (result,) = written["results"]
     assert result["task"] == "HumanEval"
+    options = written["run"]["options"]
+    assert (options["limit"], options["chat"], options["seed"], options["turns"]) == (1, False, 0, 2)
     assert [answer["id"] for answer in result["detail"]["answers"]] == ["HumanEval/0"]
     assert 1 <= len(written["agents"]["traces"][0]["turns"]) <= 2
 
 
-def test_episodes_of_another_step_are_not_gone_on_with(problems, chat_model, tmp_path, capsys, monkeypatch):
+def test_episodes_of_other_data_or_another_step_are_not_gone_on_with(
+    chat_model, tmp_path, capsys, monkeypatch
+):
     def fail(*_, **__):
         raise UserError("killed")
 
-    words = f"eval --checkpoint {chat_model} --json {tmp_path / 'out.json'} --agents bash --turns 1 --max-new-tokens 8"
+    words = f"eval --checkpoint {chat_model} --json {tmp_path / 'out.json'} --agents intercode-bash"
+    words = f"{words} --turns 1 --limit 1 --max-new-tokens 8".split()
     monkeypatch.setattr(SessionAgent, "end", fail)
-    assert main([*words.split(), "--limit", "1"]) == 2
+    monkeypatch.setattr(intercode_bash, "open_bash", lambda data: bash_environments())
+    assert main(words) == 2
+    assert main([*words, "--data", str(tmp_path)]) == 2
     opened = open_source(chat_model)
     monkeypatch.setattr("lemur_jax.infer.session.open_source", lambda *_: dataclasses.replace(opened, step=9))
-    assert main(words.split()) == 2
-    assert "holds episodes of {" in capsys.readouterr().err
+    assert main(words) == 2
+    assert capsys.readouterr().err.count("holds episodes of {") == 2
 
 
 def test_a_chat_model_is_asked_in_its_template(session, problems, monkeypatch):

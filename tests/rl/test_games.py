@@ -41,12 +41,13 @@ def test_the_database_server_lives_until_the_process_ends(tmp_path, monkeypatch)
     monkeypatch.setattr(episodes.atexit, "register", at_exit.append)
     files = tmp_path / "sql" / "spider"
     files.mkdir(parents=True)
-    task = '{"db": "", "db_tables": {}, "query": "", "gold": ""}'
+    task = '{"db": "", "db_tables": {}, "query": "", "gold": "SELECT 1"}'
     (files / "ic_spider_dev.json").write_text(f"[{task}, {task}]")
     (files / "ic_spider_dbs.sql").write_text("")
     train, held_out = games.tasks("intercode-sql", str(tmp_path))
     gc.collect()
     assert (len(train), len(held_out), len(running)) == (1, 1, 1)
+    assert train[0].content["gold"] == "SELECT 1"  # with which a run goes on
     at_exit.pop()()
     assert not running
 

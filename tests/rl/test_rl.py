@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import types
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,18 @@ import numpy as np
 import pytest
 
 from lemur_jax.agents.environments import Step
+from lemur_jax.agents.mint import MintEnvironment
 from lemur_jax.checkpoint.reading import restore_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import from_config_dict
 from lemur_jax.convert.source import open_source
+from lemur_jax.infer.sampling import Sampling
 from lemur_jax.models import decoder, lora
 from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
 from lemur_jax.rl import games, run
+from lemur_jax.rl.config import RlConfig
+from lemur_jax.rl.episodes import Episode, Player
 from lemur_jax.rl.rollouts import Played, Rollouts
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.text.files import CHATML_TEMPLATE
@@ -173,6 +178,49 @@ def test_distillation_on_the_policys_own_tokens(play, small_chat_tokenizer, tmp_
     assert records[-1]["divergence"] < records[0]["divergence"]
 
 
+class Repeats:
+    """An engine that gives each turn the same text, again and again."""
+
+    def __init__(self, tokenizer, text):
+        self.session = types.SimpleNamespace(need_tokenizer=lambda: tokenizer)
+        self.ids, self.asked = tokenizer.encode(text, prefix=False), []
+
+    def submit(self, request):
+        self.asked.append(request)
+        return request
+
+    def step(self):
+        last = self.asked[-1]
+        last.tokens += self.ids
+        last.logprobs += [-1.0] * len(self.ids)
+        last.finish_reason = "length" if len(last.tokens) >= last.max_new_tokens else ""
+        return [last]
+
+    def cancel(self, request):
+        request.finish_reason = request.finish_reason or "cancelled"
+
+
+def test_a_stop_string_of_the_environment_ends_a_turn(small_chat_tokenizer):
+    """As in `lemur eval`: MINT cuts an answer that goes on with turns of the environment."""
+    actions = []
+
+    class Cuts(Echo):
+        stops = MintEnvironment.stops
+
+        def step(self, action):
+            actions.append(action)
+            return super().step(action)
+
+    engine = Repeats(small_chat_tokenizer, "go north\nObservation: a lamp")
+    one = Episode(environment=Cuts(), seed=0)
+    Player(RlConfig(max_turns=2), small_chat_tokenizer, 400).play(engine, [one], Sampling())
+    assert (actions, one.end) == (["go north"] * 2, "turns")
+    assert [request.finish_reason for request in engine.asked] == ["cancelled"] * 2
+    own = [id for id, turn in zip(one.ids, one.turns, strict=True) if turn >= 0]
+    assert small_chat_tokenizer.decode(own) == "go north\nObservation:" * 2
+    assert "Observation:<|im_end|>\n<|im_start|>user\nno 8" in small_chat_tokenizer.decode(one.ids)
+
+
 class Hangs(Echo):
     def step(self, action):
         if len(action) % 2:
@@ -286,9 +334,13 @@ def test_runs_that_cannot_go_on_say_why(play):
         play("one", tasks=([], [Echo()]))
 
 
+class Changed(Echo):
+    content: ClassVar = {"gold": "another answer"}
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"tasks": ([Echo(), Dies()], [])}, "tasks"), ({"template": "{{ 1 }}"}, "chat template")],
+    [({"environment": Changed}, "tasks"), ({"template": "{{ 1 }}"}, "chat template")],
 )
 def test_a_run_goes_on_with_its_own_tasks_and_template(play, small_chat_tokenizer, tmp_path, changes, named):
     template = tmp_path / "template.jinja"
