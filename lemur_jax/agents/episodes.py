@@ -167,19 +167,21 @@ def endpoint_agent(
     def answer(messages: Sequence[Message], stops: Sequence[str] = stops) -> str:
         turns: list[Any] = _without_tools(messages)  # OpenAI accepts them only after a call of its own form
         options: dict[str, Any] = {"stop": list(stops[:4])} if stops else {}  # OpenAI takes four
+        reply: Any = None
         try:
             reply = client.chat.completions.create(
                 model=model, messages=turns, max_tokens=max_new_tokens, temperature=0.0, **options
             )
+            # A lone surrogate could not be sent back in the next turn.
+            text = (reply.choices[0].message.content or "").encode(errors="replace").decode()
         except OpenAIError as error:
             refused = isinstance(error, APIStatusError) and error.status_code in (400, 413, 422)
             if refused and len(messages) > 1 and (shorter := shortened(messages)):
                 return answer(shorter, stops)
             raise UserError(f"the endpoint {base_url}, model {model!r}: {error}") from error
-        if not reply.choices:
-            raise UserError(f"the endpoint {base_url}, model {model!r}, sent no answer: {reply}")
-        # A lone surrogate could not be sent back in the next turn.
-        text = (reply.choices[0].message.content or "").encode(errors="replace").decode()
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # as of a web page, or no JSON
+            text = f"the endpoint {base_url}, model {model!r}, sent no answer: {reply or error!s:.500}"
+            raise UserError(text) from error
         return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))].strip()
 
     return answer

@@ -9,7 +9,9 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from lemur_jax.agents.sandbox import Limits, run
 from lemur_jax.common.errors import UserError
@@ -19,6 +21,7 @@ CELL_SECONDS = 30
 BOX_SECONDS = 24 * 3600
 # For Python's start and a cell that catches its TimeoutError; a cell that blocks its alarm takes longer.
 GRACE_SECONDS = 60
+MOST_BYTES = 1 << 20  # of a message
 _SCRIPT = pathlib.Path(__file__).with_name("shell_process.py")
 ENDED = "The Python process has ended. A new one has been started."
 _ASK = """
@@ -67,8 +70,7 @@ class Shell:
             self._start()
         try:
             self._send(code)
-            while self._answered() and (line := self._replies.readline()):
-                message = json.loads(line)
+            while message := self._receive():
                 if "output" in message:
                     return str(message["output"])
                 self._send(self._functions[message["call"]](*message["arguments"]))
@@ -77,10 +79,18 @@ class Shell:
         self.close()
         return ENDED
 
-    def _answered(self) -> bool:
+    def _receive(self) -> Any:
+        """The next message; None: the process has ended, or what came in time is none. A cell can write here too."""
+        line, end = b"", time.monotonic() + CELL_SECONDS + GRACE_SECONDS
         replies = select.poll()  # `select.select` takes no descriptor above 1,023
         replies.register(self._replies, select.POLLIN)
-        return bool(replies.poll(1000 * (CELL_SECONDS + GRACE_SECONDS)))
+        while len(line) < MOST_BYTES and replies.poll(1000 * max(0.0, end - time.monotonic())):
+            line += (part := self._replies.read1())
+            if not part:
+                break
+            if part.endswith(b"\n"):
+                return json.loads(line)
+        return None
 
     def _send(self, text: str) -> None:
         self._requests.write(json.dumps(text).encode() + b"\n")
@@ -104,7 +114,7 @@ class Shell:
             target=self._run_box, args=(command, limits, [reading, writing]), daemon=True
         )
         self._box.start()
-        if not (self._answered() and self._replies.readline()):
+        if not self._receive():
             self.close()
             raise self._ended or UserError(f"IPython of {self._python} does not start in the sandbox in time")
 

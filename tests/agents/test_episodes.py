@@ -175,8 +175,11 @@ def test_odd_answers_of_an_endpoint(tmp_path, capsys):
     """The turn that is no text is kept; an answer without choices is one line. The episodes are of the endpoint's
     model, also where a checkpoint is named for `--tasks`."""
     pytest.importorskip("openai", reason="openai is not installed: pip install '.[eval]'")
+    odd = [[], None, {"choices": [{}]}, {"choices": "x"}, {"choices": [{"message": {"content": 5}}]}]
 
     def answer(body):
+        if body["model"] == "odd":
+            return 200, odd.pop()
         return "x\ud83d" if len(body["messages"]) == 1 else (200, {"error": "overloaded"})
 
     path = tmp_path / "a.json"
@@ -189,6 +192,9 @@ def test_odd_answers_of_an_endpoint(tmp_path, capsys):
         assert "overloaded" in err
         assert len(err.splitlines()) == 1
         assert main(["eval", *words, "--turns", "1"]) == 0
+        while odd:
+            with pytest.raises(UserError, match="model 'odd', sent no answer: "):
+                episodes.endpoint_agent(url, "odd")([])
     assert "theirs: 0 of 1 episodes solved" in (tmp_path / "a.html").read_text(encoding="utf-8")
     (trace,) = json.loads(path.read_text())["agents"]["traces"]
     assert trace["turns"][0]["action"] == "x?"
