@@ -18,9 +18,8 @@ def _close(reference: str, answer: str) -> bool:
         expected, found = float(reference), float(answer)
     except ValueError:
         return reference in answer
-    return (
-        abs(expected - found) <= 0.05 * expected
-    )  # never true for a negative reference, in the recorded runs too
+    # Never true for a negative reference, in the recorded runs too.
+    return abs(expected - found) <= 0.05 * expected
 
 
 def reasoning(reference: Any, answer: str) -> bool:
@@ -64,22 +63,17 @@ def theorem(reference: Any, answer: str, kind: str) -> bool:
         return found is not None and found == reference
     if kind in ("integer", "float"):
         return _equal(found, reference)
-    if not isinstance(found, list) or len(found) != len(reference):
-        return False
-    if not all(isinstance(item, int | float) for item in found):
-        return False
-    return all(map(_equal, sorted(found), sorted(reference)))
+    numbers = isinstance(found, list) and all(isinstance(item, int | float) for item in found)
+    return numbers and len(found) == len(reference) and all(map(_equal, sorted(found), sorted(reference)))
 
 
 def _equal(found: Any, expected: float) -> bool:
     # A whole number may be too large for a float, which `math.isfinite` would want.
     if type(found) not in (int, float) or not abs(found) <= sys.float_info.max:
         return False
-    return (
-        abs(found - expected) <= 0.04 * abs(expected)
-        if isinstance(expected, float)
-        else round(found) == expected
-    )
+    if isinstance(expected, float):
+        return abs(found - expected) <= 0.04 * abs(expected)
+    return round(found) == expected
 
 
 def _normalize(text: str) -> str:

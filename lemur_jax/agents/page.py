@@ -21,6 +21,7 @@ def agents_page(traces: Sequence[Trace], turns: int, name: str) -> str:
       name: of the agent.
     """
     kinds = by_kind(traces)
+    paper, *ours = agents_table(paper_scores(traces), escape(name))
     solved = [trace for trace in traces if trace.solved_at]
     failed = [trace for trace in traces if not trace.solved_at]
     head = ["environment", "episodes", *(f"turn {turn}" for turn in range(1, turns + 1))]
@@ -33,18 +34,14 @@ def agents_page(traces: Sequence[Trace], turns: int, name: str) -> str:
 {html_table(head, rows)}
 <h2>Episodes by the turn that solved them</h2>
 {_bars(kinds, turns)}
-{_paper(traces, name)}<h2>Solved episodes</h2>
+{f"<h2>Beside the paper's Tables 4 to 7</h2>{html_table(paper, ours)}" if ours else ""}
+<h2>Solved episodes</h2>
 {_traces(solved)}
 <h2>Causes of failure</h2>
 {_failures(kinds)}
 <h2>Other episodes</h2>
 {_traces(sorted(failed, key=lambda trace: failure(trace) or ""))}"""
     return html_page(f"Agents · {name}", body)
-
-
-def _paper(traces: Sequence[Trace], name: str) -> str:
-    head, *rows = agents_table(paper_scores(traces), escape(name))
-    return f"<h2>Beside the paper's Tables 4 to 7</h2>\n{html_table(head, rows)}\n" if rows else ""
 
 
 def _bars(kinds: Mapping[str, Sequence[Trace]], turns: int) -> str:

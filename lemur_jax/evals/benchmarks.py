@@ -17,6 +17,7 @@ from typing import Any
 
 from etils import epath
 
+from lemur_jax.agents import problems
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.evals import code
 from lemur_jax.evals.published import ELSEWHERE, PUBLISHED
@@ -102,29 +103,23 @@ def check_tasks(tasks: Sequence[str], options: Options) -> None:
 
 
 def _run_code(session: Session, task: str, options: Options) -> TaskResult:
-    how: dict[str, Any]
+    how: dict[str, Any] = {"chat": options.chat, "max_new_tokens": options.max_new_tokens or 512}
     if task == "humaneval":
-        problems, how = code.humaneval(), {"stops": code.HUMANEVAL_STOPS}
+        found = problems.humaneval()
         sampling = dataclasses.replace(code.HUMANEVAL_SAMPLING, seed=options.seed)
+        how |= {"stops": code.HUMANEVAL_STOPS, "sampling": sampling}
     else:
-        problems, how = _mbpp(options), {"stops": code.MBPP_STOPS, "cut": code.cut_mbpp}
-        sampling = code.MBPP_SAMPLING
-    verdicts = code.solve(
-        session,
-        problems[: options.limit],
-        sampling=sampling,
-        chat=options.chat,
-        max_new_tokens=options.max_new_tokens or 512,
-        **how,
-    )
-    counts = dict(collections.Counter(one.verdict for one in verdicts).most_common())
+        found = _mbpp(options)
+        how |= {"stops": code.MBPP_STOPS, "sampling": code.MBPP_SAMPLING, "cut": code.cut_mbpp}
+    verdicts = code.solve(session, found[: options.limit], **how)
+    counts = collections.Counter(one.verdict for one in verdicts)
     answers = [dataclasses.asdict(one) for one in verdicts]
-    detail = {"problems": len(verdicts), "verdicts": counts, "answers": answers}
-    return TaskResult(task=CODE[task], score=code.pass_rate(verdicts), detail=detail)
+    detail = {"problems": len(verdicts), "verdicts": dict(counts.most_common()), "answers": answers}
+    return TaskResult(task=CODE[task], score=100 * counts["passed"] / len(verdicts), detail=detail)
 
 
-def _mbpp(options: Options) -> list[code.Problem]:
-    return code.mbpp(epath.Path(options.data) / "mbpp.jsonl")
+def _mbpp(options: Options) -> list[problems.Problem]:
+    return problems.mbpp(epath.Path(options.data) / "mbpp.jsonl")
 
 
 def _run_paper_task(session: Session, name: str, options: Options) -> TaskResult:

@@ -6,13 +6,11 @@ bigcode-evaluation-harness ends them, so verdicts on the same text are the same.
 
 from collections.abc import Callable, Sequence
 
-from lemur_jax.agents.problems import Problem, Verdict, humaneval, judge, mbpp
+from lemur_jax.agents.problems import Problem, Verdict, judge
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 from lemur_jax.text.chat_template import encode_chat
-
-__all__ = ["Problem", "Verdict", "humaneval", "judge", "mbpp", "pass_rate", "solve"]
 
 HUMANEVAL_STOPS: tuple[str, ...] = (
     "\nclass",
@@ -71,8 +69,3 @@ def solve(
     prompts = [ids(problem) for problem in problems]
     texts = complete(session, prompts, max_new_tokens=limit, stops=stops, sampling=sampling)
     return judge(problems, [cut(text.text) for text in texts])
-
-
-def pass_rate(verdicts: Sequence[Verdict]) -> float:
-    """Share that passed, in percent."""
-    return 100 * sum(verdict.verdict == "passed" for verdict in verdicts) / len(verdicts)

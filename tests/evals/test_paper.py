@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from lemur_jax.agents import problems
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.evals import code
@@ -155,7 +156,7 @@ def all_knowing_score(session, pairs, **_):
 @pytest.fixture
 def all_knowing(data, monkeypatch):
     """Nothing is computed: answers come from `KNOWN`."""
-    monkeypatch.setattr(code, "humaneval", lambda: code.mbpp(data / "none.jsonl"))
+    monkeypatch.setattr(problems, "humaneval", lambda: problems.mbpp(data / "none.jsonl"))
     for module in (code, harness):
         monkeypatch.setattr(module, "complete", all_knowing_complete)
     monkeypatch.setattr(harness, "score", all_knowing_score)
