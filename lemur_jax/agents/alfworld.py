@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from lemur_jax.agents.mint import MintEnvironment, Task
 from lemur_jax.common.errors import UserError
@@ -39,7 +40,7 @@ class AlfworldEnvironment(MintEnvironment):
     def __init__(self, task: Task, game: pathlib.Path, python: str = sys.executable):
         super().__init__(task, {}, python)
         self._game = game
-        self._process: subprocess.Popen | None = None
+        self._process: Any = None  # with both pipes
         self._won, self._actions = False, 0
 
     def reset(self) -> str:
@@ -57,8 +58,6 @@ class AlfworldEnvironment(MintEnvironment):
         return super().reset()
 
     def _play(self, command: str, *arguments: str) -> str:
-        assert self._process
-        assert self._process.stdin
         self._process.stdin.write(json.dumps(command.format(*arguments)) + "\n")
         self._process.stdin.flush()
         feedback, won = self._read()
@@ -67,8 +66,6 @@ class AlfworldEnvironment(MintEnvironment):
         return re.sub(r"^You arrive at loc .*?\. ", "", feedback)
 
     def _read(self) -> tuple[str, bool]:
-        assert self._process
-        assert self._process.stdout
         if not (line := self._process.stdout.readline()):
             raise UserError(f"the game {self._game} has ended: see its messages above")
         return tuple(json.loads(line))

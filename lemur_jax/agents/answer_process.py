@@ -11,6 +11,7 @@ bytes, lists, tuples, sets, dicts) pass by value; every other object stays with 
 import builtins
 import importlib
 import json
+import operator
 import os
 import sys
 import traceback
@@ -73,10 +74,7 @@ def run_answer(receive, send):
         positional, named = decode(arguments, lambda kind, content: kept[content])
         return operations[operation](kept[number], *positional, **named)
 
-    def call(function, *positional, **named):
-        return function(*positional, **named)
-
-    operations = {"call": call, "list": list, "attribute": getattr}
+    operations = {"call": operator.call, "list": list, "attribute": getattr}
     work = load, ()
     while work:
         function, arguments = work

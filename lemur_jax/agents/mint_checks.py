@@ -12,19 +12,15 @@ from lemur_jax.agents.problems import check
 _NUMBER = r"[-+]?(?:[\d,]*\.*\d+)"
 
 
-def _close(reference: str, answer: str) -> bool:
-    """Whether a number is within 5% where both are numbers, else whether the reference is part of the answer."""
+def reasoning(reference: Any, answer: str) -> bool:
+    """GSM8K, MATH and HotpotQA: within 5% where both are numbers, else whether the reference is part of the answer."""
+    reference, answer = str(reference).strip().lower(), answer.lower().strip()
     try:
         expected, found = float(reference), float(answer)
     except ValueError:
         return reference in answer
     # Never true for a negative reference, in the recorded runs too.
     return abs(expected - found) <= 0.05 * expected
-
-
-def reasoning(reference: Any, answer: str) -> bool:
-    """GSM8K, MATH and HotpotQA."""
-    return _close(str(reference).strip().lower(), answer.lower().strip())
 
 
 def choice(reference: str, answer: str, prompt: str) -> bool:

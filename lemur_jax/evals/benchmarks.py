@@ -191,20 +191,17 @@ def _cache_without_hub() -> Iterator[None]:
     from huggingface_hub import constants
 
     url = urllib.parse.urlsplit(constants.ENDPOINT)
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     try:
         if not urllib.request.getproxies():
-            socket.create_connection(
-                (url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443)), timeout=5
-            ).close()
+            place = url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443)
+            socket.create_connection(place, timeout=5).close()
     except OSError:
-        before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-        try:
-            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-            yield
-        finally:
-            constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-    else:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
         yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 @functools.lru_cache(maxsize=4)

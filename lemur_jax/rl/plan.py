@@ -49,11 +49,8 @@ class RlPlan:
 
     @property
     def fits(self) -> bool:
-        return (
-            self.update.fits
-            and self.engine.fits
-            and self.hbm_sampling <= self.update.hbm_limit_bytes_per_chip
-        )
+        limit = self.update.hbm_limit_bytes_per_chip
+        return self.update.fits and self.engine.fits and self.hbm_sampling <= limit
 
 
 def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length: int) -> RlPlan:
@@ -97,11 +94,9 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
     prompts = _read_lengths(prompt_length, new, turns, kept=rows == episodes)
     # The prompts of a group's first turn are read once.
     counts = [episodes // config.rl.group_size, *[episodes] * (turns - 1)]
+    reads = list(zip(counts, prompts, strict=True))
     at_once = min(rows, PROMPTS * ways)
-    chunks = sum(
-        math.ceil(count / at_once) * math.ceil(size / LANES)
-        for count, size in zip(counts, prompts, strict=True)
-    )
+    chunks = sum(math.ceil(count / at_once) * math.ceil(size / LANES) for count, size in reads)
     new_tokens = min(new, config.rl.max_new_tokens)
     prefill, decode = engine.prefill.step_seconds, engine.decode.step_seconds
     sampling = _hbm_sampling(update, engine, config.compute, config.rl)
@@ -111,7 +106,7 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
         episodes=episodes,
         rows=rows,
         hbm_sampling=sampling + engine.decode.hbm["kv_cache"] * at_once // rows,
-        prompt_tokens=sum(count * size for count, size in zip(counts, prompts, strict=True)),
+        prompt_tokens=sum(count * size for count, size in reads),
         new_tokens=episodes * turns * new_tokens,
         prefill_seconds=prefill and prefill * at_once / rows * chunks,
         decode_seconds=decode and decode * math.ceil(episodes / rows) * turns * new_tokens,

@@ -42,15 +42,6 @@ def count():
     return environments.sql_environments()[0]
 
 
-def test_an_episode_that_feedback_solves(count):
-    agent = scripted("SELECT * FROM nowhere", "SELECT count(*) FROM book", "never said")
-    trace = run_episode(count, agent, max_turns=5)
-    assert trace.solved_at == 2
-    assert failure(trace) is None
-    assert "no such table" in agent.seen[1][-1]["content"]
-    assert [message["role"] for message in agent.seen[1]] == ["user", "assistant", "user"]
-
-
 def test_an_episode_that_fails(count):
     trace = run_episode(count, scripted("SELECT 1", "SELECT 2"), max_turns=2)
     assert (trace.solved_at, failure(trace)) == (None, "wrong answer")
@@ -92,12 +83,16 @@ def test_a_long_conversation_keeps_its_task(small_chat_tokenizer, monkeypatch):
 
 
 def test_success_by_turn(count):
-    solved = run_episode(count, scripted("x", "SELECT 6"), max_turns=3)
+    agent = scripted("SELECT * FROM nowhere", "SELECT 6", "never said")
+    solved = run_episode(count, agent, max_turns=3)
+    assert (solved.solved_at, failure(solved)) == (2, None)
+    assert "no such table" in agent.seen[1][-1]["content"]
+    assert [message["role"] for message in agent.seen[1]] == ["user", "assistant", "user"]
     failed = run_episode(count, scripted("x", "y", "z"), max_turns=3)
     assert success_by_turn([solved, failed], 3) == [0, 50, 50]
     assert "sql                   2      0.0     50.0     50.0" in format_episodes([solved, failed], 3)
     kept = to_json([solved], 3)["traces"][0]
-    assert [turn["action"] for turn in kept["turns"]] == ["x", "SELECT 6"]
+    assert [turn["action"] for turn in kept["turns"]] == ["SELECT * FROM nowhere", "SELECT 6"]
 
 
 def test_rows_of_the_paper_and_those_with_feedback():
