@@ -20,19 +20,21 @@ from lemur_jax.text.chat_template import Message
 logger = logging.getLogger(__name__)
 
 
-class _Running:
-    """An episode that goes on."""
+class Running:
+    """An episode that goes on: the `messages` so far, and the `reward` of the last turn."""
 
     def __init__(self, environment: Environment, max_turns: int):
         self.environment = environment
         self._left = environment.max_turns or max_turns
         self._task = environment.reset()
         self._turns: list[Turn] = []
+        self.reward = 0.0
         self.messages: list[Message] = [{"role": "user", "content": self._task}]
 
     def act(self, action: str) -> Trace | None:
         """Takes a turn; returns the trace when it was the last."""
         step = self.environment.step(action)
+        self.reward = step.reward
         self._turns.append(Turn(action=action, step=step))
         self.messages += [
             {"role": "assistant", "content": self.environment.as_turn(action)},
@@ -107,7 +109,7 @@ def run_episodes(
     ids = [environment.id for environment in environments]
     traces = {id: journal.traces[id] for id in ids if id in journal.traces}
     waiting = [environment for environment in environments if environment.id not in traces]
-    running: list[_Running] = []
+    running: list[Running] = []
     logger.info("episodes: %d of %d, up to %d at once", len(traces), len(ids), batch)
     turns = skipped = 0
     gate = threading.Semaphore(max(4, available_cores()))  # with more boxes at once programs run out of time
@@ -120,8 +122,8 @@ def run_episodes(
         while waiting or running:
             while waiting and len(running) < batch:
                 fresh = [waiting.pop(0) for _ in range(min(len(waiting), batch - len(running)))]
-                started = call_all([functools.partial(gated, _Running, one, max_turns) for one in fresh])
-                running += [one for one in started if isinstance(one, _Running)]
+                started = call_all([functools.partial(gated, Running, one, max_turns) for one in fresh])
+                running += [one for one in started if isinstance(one, Running)]
                 for why in (one for one in started if isinstance(one, NotScored)):
                     logger.warning("not scored: %s", why)
                     skipped += 1

@@ -9,9 +9,9 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator
 
-from lemur_jax.agents.environments import Environment, Step
+from lemur_jax.agents.environments import Step
 from lemur_jax.agents.episodes import Trace, Turn, open_environments
-from lemur_jax.agents.runner import Journal
+from lemur_jax.agents.runner import Journal, Running
 from lemur_jax.common.errors import UserError
 
 try:
@@ -61,22 +61,13 @@ class LemurEnv(vf.Env[LemurEnvConfig]):
         environment = copy.copy(self.taskset.environments[task.data.name])  # it holds one episode
         async with agents.agent.interaction(task) as interaction:
             try:
-                reward = await self._play(environment, interaction)
+                episode = await asyncio.to_thread(Running, environment, self.config.taskset.turns)
+                while not (segment := await interaction.turn(episode.messages[-1]["content"])).terminated:
+                    if await asyncio.to_thread(episode.act, segment.last_reply):
+                        break
             finally:
                 await asyncio.to_thread(environment.close)
-        interaction.trace.record_reward("reward", reward)
-
-    async def _play(self, environment: Environment, interaction: vf.Interaction) -> float:
-        text, reward = await asyncio.to_thread(environment.reset), 0.0
-        for _ in range(environment.max_turns or self.config.taskset.turns):
-            segment = await interaction.turn(text)
-            if segment.terminated:
-                break
-            step = await asyncio.to_thread(environment.step, segment.last_reply)
-            text, reward = step.observation, step.reward
-            if reward >= 1 or step.done:
-                break
-        return reward
+        interaction.trace.record_reward("reward", episode.reward)
 
     async def stop(self) -> None:
         self.taskset.stack.close()

@@ -240,16 +240,14 @@ class Rollouts:
 
     def _groups(self, engine: Engine, step: int) -> list[Episode]:
         """Episodes of all groups; those whose rewards are equal are replaced while there are rounds left."""
-        options, wanted = self.options, self.batch_rows // self.options.group_size
+        options, members = self.options, range(self.options.group_size)
+        wanted = self.batch_rows // len(members)
         kept: list[list[Episode]] = []
         for number in range(options.max_rounds):
             keys = [(self.seed, step, number, group) for group in range(wanted - len(kept))]
             tasks = [self._tasks[seed_of(*key) % len(self._tasks)] for key in keys]
             groups = [
-                [
-                    Episode(environment=copy.copy(task), seed=seed_of(*key, n))
-                    for n in range(options.group_size)
-                ]
+                [Episode(environment=copy.copy(task), seed=seed_of(*key, n)) for n in members]
                 for key, task in zip(keys, tasks, strict=True)
             ]
             self._player.play(engine, [one for group in groups for one in group], Sampling(temperature=1.0))
