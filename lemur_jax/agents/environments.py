@@ -8,7 +8,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lemur_jax.agents.problems import LIMITS, Problem, check
@@ -76,6 +76,11 @@ def find_data(data: str, file: str, where: str) -> pathlib.Path:
         if (path / file).exists():
             return path
     raise UserError(f"--data {data} has no {file}: {where}")
+
+
+def before_stops(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the stop strings."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
 def block(action: str, *languages: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from lemur_jax.agents import environments, intercode, intercode_bash, mint, tools
-from lemur_jax.agents.environments import Environment, PythonEnvironment, Step
+from lemur_jax.agents.environments import Environment, PythonEnvironment, Step, before_stops
 from lemur_jax.agents.mint_sets import open_mint
 from lemur_jax.agents.problems import humaneval
 from lemur_jax.cluster.coordination import from_primary
@@ -182,7 +182,7 @@ def endpoint_agent(
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # as of a web page, or no JSON
             text = f"the endpoint {base_url}, model {model!r}, sent no answer: {reply or error!s:.500}"
             raise UserError(text) from error
-        return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))].strip()
+        return before_stops(text, stops).strip()
 
     return answer
 

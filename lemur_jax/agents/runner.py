@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lemur_jax.agents.environments import Environment, NotScored
+from lemur_jax.agents.environments import Environment, NotScored, before_stops
 from lemur_jax.agents.episodes import Agent, SessionAgent, Trace, Turn, from_json
 from lemur_jax.common.cores import available_cores
 from lemur_jax.common.errors import UserError
@@ -33,6 +33,7 @@ class Running:
 
     def act(self, action: str) -> Trace | None:
         """Takes a turn; returns the trace when it was the last."""
+        action = before_stops(action, self.environment.stops)
         step = self.environment.step(action)
         self.reward = step.reward
         self._turns.append(Turn(action=action, step=step))

@@ -6,6 +6,7 @@ bigcode-evaluation-harness ends them, so verdicts on the same text are the same.
 
 from collections.abc import Callable, Sequence
 
+from lemur_jax.agents.environments import before_stops
 from lemur_jax.agents.problems import Problem, Verdict, judge
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.sampling import Sampling
@@ -32,9 +33,7 @@ MBPP_SAMPLING = Sampling(temperature=0.0)
 
 def cut_mbpp(answer: str) -> str:
     """The answer without the prompt's newline, up to the first stop."""
-    text = answer.removeprefix("\n")
-    ends = [text.find(stop) for stop in (*MBPP_STOPS, *_MBPP_BEGINNINGS) if stop in text]
-    return text[: min(ends, default=len(text))]
+    return before_stops(answer.removeprefix("\n"), (*MBPP_STOPS, *_MBPP_BEGINNINGS))
 
 
 def solve(

@@ -83,7 +83,8 @@ def test_a_long_conversation_keeps_its_task(small_chat_tokenizer, monkeypatch):
 
 
 def test_success_by_turn(count):
-    agent = scripted("SELECT * FROM nowhere", "SELECT 6", "never said")
+    count.stops = MintEnvironment.stops
+    agent = scripted("SELECT * FROM nowhere", "SELECT 6\nObservation:\n6", "never said")
     solved = run_episode(count, agent, max_turns=3)
     assert (solved.solved_at, failure(solved)) == (2, None)
     assert "no such table" in agent.seen[1][-1]["content"]
