@@ -114,18 +114,14 @@ def test_rows_of_the_paper_and_those_with_feedback():
     assert mmlu == ["M-MMLU", "42.11", "30.26", "56.58", "56.58", "80.26", "0.00"]
 
 
-def test_an_endpoint_that_is_not_there_is_one_line(capsys):
+def test_an_endpoint_that_is_not_there_is_one_line_on_the_first_host(capsys, monkeypatch):
     pytest.importorskip("openai", reason="openai is not installed: pip install '.[eval]'")
     words = "eval --agents bash --limit 1 --endpoint http://127.0.0.1:9/v1 --endpoint-model x"
     assert main(words.split()) == 2
     err = capsys.readouterr().err
     assert "the endpoint http://127.0.0.1:9/v1, model 'x': Connection error" in err
     assert len(err.splitlines()) == 1
-
-
-def test_of_several_hosts_the_first_asks_an_endpoint(monkeypatch, capsys):
     monkeypatch.setattr("lemur_jax.cluster.coordination.process", lambda: (1, 2))
-    words = "eval --agents bash --limit 1 --endpoint http://127.0.0.1:9/v1 --endpoint-model x"
     assert main(words.split()) == 0
     assert capsys.readouterr() == ("", "")
 
@@ -260,9 +256,11 @@ def test_some_tasks_of_each_kind(monkeypatch):
         ("--agents bash --feedback-endpoint x", "--feedback-endpoint is for --agents mint"),
         ("--tasks humaneval --skip 3", "--skip is for --agents that play"),
         ("--agents intercode-sql --replay runs --skip 3", "--skip is for --agents that play"),
+        ("--tasks humaneval --html a.html", "--html has no effect without --agents"),
+        ("--tasks humaneval --scores Spider=62", "--scores has no effect without --suite"),
     ],
 )
-def test_counts_out_of_range_are_refused(words, expected, capsys):
+def test_options_out_of_range_or_without_effect_are_refused(words, expected, capsys):
     assert main(["eval", *words.split()]) == 2
     assert capsys.readouterr().err.startswith(f"lemur eval: {expected}")
 

@@ -9,39 +9,42 @@ import torch
 
 from lemur_jax.rl import objective
 from lemur_jax.rl.config import RlConfig
-from lemur_jax.rl.objective import advantages, policy, row_losses, token_losses
+from lemur_jax.rl.objective import advantages, policy
+from lemur_jax.train.objectives import REFERENCE
 
 B, T = 6, 11
 CASES = [
     {"algorithm": "grpo"},
     {"algorithm": "dr_grpo", "kl": 0.1},
-    {"algorithm": "dapo", "clip_high": 0.28, "importance": "sequence"},
+    {"algorithm": "dapo", "clip_high": 0.05, "importance": "sequence"},
     {"algorithm": "dapo", "clip_low": 0.1, "kl": 0.05},
 ]
 
 
 @pytest.fixture
-def arrays():
+def arrays(monkeypatch):
     """New, old and reference log-probabilities, advantages and a ragged mask with a hole; no row is empty."""
     rng = np.random.default_rng(0)
     new, reference = (-rng.exponential(size=(B, T)).astype(np.float32) for _ in range(2))
     mask = (np.arange(T) < rng.integers(3, T + 1, B)[:, None]).astype(np.float32)
     mask[:, 1] = 0
+    monkeypatch.setattr(objective, "token_logprobs", lambda *_: new)
     return new, (new + rng.normal(size=(B, T)) / 3).astype(np.float32), reference, rng.normal(size=B), mask
 
 
 def ours(options, arrays):
-    new, old, reference, scores, mask = arrays
-    losses = token_losses(options, new, old, scores[:, None].astype(np.float32), mask, reference)
-    rows = row_losses(options, losses, mask)
-    return float(rows.loss.sum() / rows.weight.sum())
+    """The loss, and the metrics as (sum, weight)."""
+    _, old, reference, scores, mask = arrays
+    batch = {"loss_weights": mask, "sampling_logprobs": old, "advantages": scores[:, None].astype(np.float32)}
+    found = policy(options).loss(None, batch | {REFERENCE: reference})
+    return float(found.rows.loss.sum() / found.rows.weight.sum()), found.metrics
 
 
 @pytest.mark.parametrize("changes", CASES)
 def test_losses_in_float64(arrays, changes):
     options = RlConfig(**changes)
     new, old, reference, scores, mask = (array.astype(np.float64) for array in arrays)
-    per_row = []
+    per_row, outside = [], 0
     for b in range(B):
         own = np.flatnonzero(mask[b])
         difference = new[b, own] - old[b, own]
@@ -49,6 +52,7 @@ def test_losses_in_float64(arrays, changes):
             difference.mean() * np.ones(len(own)) if options.importance == "sequence" else difference
         )
         low, high = 1 - options.clip_low, 1 + options.clip_high
+        outside += np.sum((ratio < low) | (ratio > high))
         losses = [-min(r * scores[b], min(max(r, low), high) * scores[b]) for r in ratio]
         excess = reference[b, own] - new[b, own]
         per_row.append(losses + options.kl * (np.exp(excess) - excess - 1))
@@ -57,7 +61,10 @@ def test_losses_in_float64(arrays, changes):
         "dr_grpo": sum(row.sum() for row in per_row) / (B * T),
         "dapo": np.concatenate(per_row).mean(),
     }[options.algorithm]
-    assert ours(options, arrays) == pytest.approx(expected, abs=1e-5)
+    loss, metrics = ours(options, arrays)
+    assert loss == pytest.approx(expected, abs=1e-5)
+    assert tuple(map(int, metrics["clip_fraction"])) == (outside, mask.sum())
+    assert 0 < outside < mask.sum()
 
 
 @pytest.mark.parametrize("changes", CASES)
@@ -84,23 +91,7 @@ def test_losses_of_trl(arrays, changes):
         "ref_per_token_logps": reference, "num_items_in_batch": mask.sum(),
     }  # fmt: skip
     expected = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
-    assert ours(options, arrays) == pytest.approx(float(expected), abs=1e-5)
-
-
-@pytest.mark.parametrize("importance", ["token", "sequence"])
-def test_the_share_of_tokens_whose_ratio_is_clipped(arrays, importance, monkeypatch):
-    new, old, _, scores, mask = arrays
-    options = RlConfig(importance=importance, clip_low=0.05, clip_high=0.05)
-    monkeypatch.setattr(objective, "token_logprobs", lambda *_: new)
-    batch = {"loss_weights": mask, "sampling_logprobs": old, "advantages": scores[:, None].astype(np.float32)}
-    clipped, tokens = policy(options).loss(None, batch).metrics["clip_fraction"]
-    outside = 0
-    for row in range(B):
-        difference = (new[row] - old[row])[mask[row] > 0].astype(np.float64)
-        difference = np.full(len(difference), difference.mean()) if importance == "sequence" else difference
-        outside += np.sum(abs(np.exp(difference) - 1) > 0.05)
-    assert (int(clipped), int(tokens)) == (outside, mask.sum())
-    assert 0 < outside < mask.sum()
+    assert ours(options, arrays)[0] == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_advantages():
