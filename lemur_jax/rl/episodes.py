@@ -89,6 +89,8 @@ class Player:
             ended = []
             for request in engine.step():
                 _, one = playing[id(request)]
+                if not (request.finish_reason or one.environment.stops):
+                    continue
                 turn = with_text(engine.session, request, one.environment.stops)
                 if turn.finish_reason:
                     engine.cancel(request)  # after a stop string it would go on

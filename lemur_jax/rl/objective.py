@@ -38,25 +38,6 @@ def advantages(rewards: np.ndarray, valid: np.ndarray, algorithm: str) -> np.nda
     return centred / (np.sqrt(np.square(centred).sum(1, keepdims=True) / others) + EPSILON)
 
 
-def token_losses(
-    options: RlConfig, new: Any, old: Any, advantages: Any, mask: Any, reference: Any = None
-) -> jax.Array:
-    """Clipped losses of each token, float32 [B, T]: 0 where the mask is.
-
-    Args:
-      new, old: log-probabilities [B, T] under the parameters that are trained, and while sampling.
-      advantages: [B, T].
-      mask: [B, T], 1 where the token is the policy's own.
-      reference: log-probabilities [B, T] under the first parameters; needed for `options.kl`.
-    """
-    ratio = importance_ratios(options, new, old, mask)
-    clipped = jnp.clip(ratio, 1 - options.clip_low, 1 + options.clip_high)
-    loss = -jnp.minimum(ratio * advantages, clipped * advantages)
-    if options.kl:
-        loss += options.kl * divergences(new, reference, mask)
-    return jnp.where(mask > 0, loss, 0.0)
-
-
 def importance_ratios(options: RlConfig, new: Any, old: Any, mask: Any) -> jax.Array:
     """What is clipped: new over old probability of each token [B, T], or the geometric mean over a sequence [B, 1]."""
     log_ratio = jnp.where(mask > 0, new - old, 0.0)
@@ -64,12 +45,6 @@ def importance_ratios(options: RlConfig, new: Any, old: Any, mask: Any) -> jax.A
         tokens = jnp.sum(mask, axis=-1, keepdims=True)
         log_ratio = jnp.sum(log_ratio, axis=-1, keepdims=True) / jnp.maximum(tokens, 1.0)
     return jnp.exp(log_ratio)
-
-
-def divergences(new: Any, reference: Any, mask: Any) -> jax.Array:
-    """An estimate of KL(new, reference) for each token [B, T] (Schulman's k3); 0 where the mask is."""
-    excess = jnp.where(mask > 0, reference - new, 0.0)
-    return jnp.exp(excess) - excess - 1
 
 
 def row_losses(options: RlConfig, losses: jax.Array, mask: jax.Array) -> RowSums:
@@ -84,25 +59,33 @@ def row_losses(options: RlConfig, losses: jax.Array, mask: jax.Array) -> RowSums
 
 
 def policy(options: RlConfig) -> Objective:
-    """The objective of `lemur rl`; `loss_weights` is the mask of the policy's own tokens."""
+    """The clipped objective of `lemur rl`.
+
+    Of a batch it reads `loss_weights` [B, T], 1 where the token is the policy's own, `sampling_logprobs` [B, T],
+    `advantages` [B, T], and for `options.kl` the log-probabilities under the first parameters.
+    """
+    low, high = 1 - options.clip_low, 1 + options.clip_high
 
     def loss(model: Decoder, batch: dict[str, Any]) -> Loss:
-        mask, old = batch["loss_weights"], batch["sampling_logprobs"]
+        mask, old, scores = batch["loss_weights"], batch["sampling_logprobs"], batch["advantages"]
         new = token_logprobs(model, batch)
-        losses = token_losses(options, new, old, batch["advantages"], mask, batch.get(REFERENCE))
-        rows = row_losses(options, losses, mask)
         tokens, own = jnp.sum(mask), mask > 0
-        gap = jnp.where(own, jnp.abs(new - old), 0.0)
         ratio = importance_ratios(options, new, old, mask)
-        outside = own & ((ratio < 1 - options.clip_low) | (ratio > 1 + options.clip_high))
+        losses = -jnp.minimum(ratio * scores, jnp.clip(ratio, low, high) * scores)
+        gap = jnp.where(own, jnp.abs(new - old), 0.0)
         metrics = {
             # Off-policy, the parameters differ too: `Rollouts` compares those of the same ones.
             "policy_shift" if options.off_policy else "logprob_gap": (jnp.sum(gap), tokens),
-            "clip_fraction": (jnp.sum(outside), tokens),
+            "clip_fraction": (jnp.sum(own & ((ratio < low) | (ratio > high))), tokens),
             "negative_logprob": (-jnp.sum(jnp.where(own, new, 0.0)), tokens),  # estimates the entropy
         }
         if options.kl:
-            metrics["kl"] = (jnp.sum(divergences(new, batch[REFERENCE], mask)), tokens)
+            # An estimate of KL(new, reference) for each token (Schulman's k3).
+            excess = jnp.where(own, batch[REFERENCE] - new, 0.0)
+            divergence = jnp.exp(excess) - excess - 1
+            losses += options.kl * divergence
+            metrics["kl"] = (jnp.sum(divergence), tokens)
+        rows = row_losses(options, jnp.where(own, losses, 0.0), mask)
         return Loss(jnp.sum(rows.loss), rows, metrics)
 
     return Objective(loss=loss, arrays=ARRAYS, reference=reference_logprobs if options.kl else None)
