@@ -14,15 +14,13 @@ def main(game):
     import textworld
     from alfworld.agents.environment.alfred_tw_env import AlfredDemangler, AlfredInfos
 
-    environment = textworld.start(
-        game, textworld.EnvInfos(won=True), wrappers=[AlfredDemangler(), AlfredInfos]
-    )
-    state = environment.reset()
+    world = textworld.start(game, textworld.EnvInfos(won=True), wrappers=[AlfredDemangler(), AlfredInfos])
+    state = world.reset()
     while True:
         print(json.dumps([state.feedback.strip(), bool(state.won)]), file=results, flush=True)
         if not (line := sys.stdin.readline()):
             break
-        state, _, _ = environment.step(json.loads(line))
+        state, _, _ = world.step(json.loads(line))
 
 
 if __name__ == "__main__":

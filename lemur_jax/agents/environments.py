@@ -271,10 +271,7 @@ CHORES = {
 
 
 def sql_environments() -> list[SqlEnvironment]:
-    return [
-        SqlEnvironment(f"sql/{name}", SCHEMA, question, query)
-        for name, (question, query) in QUESTIONS.items()
-    ]
+    return [SqlEnvironment(f"sql/{name}", SCHEMA, *asked) for name, asked in QUESTIONS.items()]
 
 
 def bash_environments() -> list[BashEnvironment]:

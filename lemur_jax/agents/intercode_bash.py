@@ -176,9 +176,7 @@ def open_bash(data: str) -> list[InterCodeBash]:
         script = f"docker/bash_scripts/setup_nl2b_fs_{number}.sh"
         setups = [path for path in (root / script, root.parent / script) if path.exists()]
         if not setups:
-            raise UserError(
-                f"--data {data} has no {script}, which makes the files of InterCode-Bash: {WHERE}"
-            )
+            raise UserError(f"--data {data} has no {script}, which makes InterCode-Bash's files: {WHERE}")
         tasks = read_tasks(root / "nl2bash" / f"nl2bash_fs_{number}.json", "query", "gold")
         setup = setups[0].read_text(encoding="utf-8")
         for index, task in enumerate(tasks):

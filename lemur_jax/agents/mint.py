@@ -133,9 +133,7 @@ def load_tasks(data: pathlib.Path, name: str, openings: Mapping[str, str]) -> li
     def task(row: Mapping[str, Any]) -> Task:
         id, solved = f"{name}/{row['id']}", _checker(name, row)
         if id not in openings:
-            raise UserError(
-                f"{path} has the task {id}, the recorded runs have not: another version of the set"
-            )
+            raise UserError(f"{path} has task {id}, the recorded runs have not: another version of the set")
         return Task(id=id, opening=openings[id], solved=solved, row=row)
 
     return _read_lines(path, "a task", task)

@@ -44,9 +44,7 @@ def choice(reference: str, answer: str, prompt: str) -> bool:
     for option in wrong:  # MINT removes while it iterates, which skips the next option
         if option in right:
             wrong.remove(option)
-    return not any(holds(option) or option in answer for option in wrong) and (
-        holds(right) or right in answer
-    )
+    return not any(holds(one) or one in answer for one in wrong) and (holds(right) or right in answer)
 
 
 def theorem(reference: Any, answer: str, kind: str) -> bool:

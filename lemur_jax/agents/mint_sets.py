@@ -37,9 +37,7 @@ def open_mint(
     for path in paths:
         runs += [run for of_set in mint.recorded_run(path, only).values() for run in of_set]
     if not runs:
-        raise UserError(
-            f"--data {data} has no outputs/MODEL/F=None of MINT, which hold the prompts: {mint.WHERE}"
-        )
+        raise UserError(f"--data {data} has no outputs/MODEL/F=None of MINT (the prompts): {mint.WHERE}")
     openings = {run.id: run.opening for run in reversed(runs)}
     searches = mint.recorded_searches(runs)
     functions = {"wikipedia_search(query)": lambda query: searches.get(query, mint.NOT_FOUND)}
@@ -49,9 +47,8 @@ def open_mint(
             found += alfworld_environments(root, openings, python)
         else:
             tools = {} if name in mint.CODE else functions
-            found += [
-                mint.MintEnvironment(task, tools, python) for task in mint.load_tasks(root, name, openings)
-            ]
+            tasks = mint.load_tasks(root, name, openings)
+            found += [mint.MintEnvironment(task, tools, python) for task in tasks]
     for environment in found:
         environment.expert = expert
     return found

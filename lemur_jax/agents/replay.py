@@ -119,24 +119,24 @@ def _without_paths(text: str) -> str:
     return re.sub(r"<hidden_filepath>:\S*", "<hidden_filepath>", re.sub(r"/[^\s()]*-packages/", "", text))
 
 
+# Why two observations differ, most likely: the first that is found in both texts, with a NUL between them.
+_CAUSES = {
+    "(Syntax|Indentation)Error": "wording of Python's syntax errors",
+    "TimeoutError": "time-out",
+    "Page: |[Ww]ikipedia": "live search",
+    " at 0x": "addresses",
+    "(site|dist)-packages": "traceback inside a library",
+    "Error.*\0.*Error": "wording of errors",
+    "Error": "an error in one only: library versions",
+}
+
+
 def _cause(theirs: str, ours: str) -> str:
-    """Why two observations differ, most likely."""
-    for mark, cause in (
-        ("(Syntax|Indentation)Error", "wording of Python's syntax errors"),
-        ("TimeoutError", "time-out"),
-        ("Page: |[Ww]ikipedia", "live search"),
-        (" at 0x", "addresses"),
-        ("(site|dist)-packages", "traceback inside a library"),
-    ):
-        if re.search(mark, theirs + ours):
+    for mark, cause in _CAUSES.items():
+        if re.search(mark, f"{theirs}\0{ours}", re.DOTALL):
             return cause
-    if "Error" in theirs and "Error" in ours:
-        return "wording of errors"
-    if "Error" in theirs + ours:
-        return "an error in one only: library versions"
-    if re.sub(r"[\d.e+-]+", "0", theirs) == re.sub(r"[\d.e+-]+", "0", ours):
-        return "numbers: random or last digits"
-    return "other text: library versions, order of sets"
+    same = re.sub(r"[\d.e+-]+", "0", theirs) == re.sub(r"[\d.e+-]+", "0", ours)
+    return "numbers: random or last digits" if same else "other text: library versions, order of sets"
 
 
 def format_replay(name: str, episodes: Sequence[Replayed]) -> str:

@@ -71,13 +71,9 @@ class Journal:
             header, *episodes = map(json.loads, whole.splitlines() or [b"null"])
             self.traces = {trace.id: trace for trace in map(from_json, episodes)}
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} is not a journal of episodes ({error!r}): name another --json"
-            ) from error
+            raise UserError(f"{path} is not a journal ({error!r}): name another --json") from error
         if whole and header != run:
-            raise UserError(
-                f"{path} holds episodes of {header}, not of {run}: remove it, or name another --json"
-            )
+            raise UserError(f"{path} holds episodes of {header}, not {run}: remove it or name another --json")
         if whole != content:  # the kill cut a line
             os.truncate(path, len(whole))
         if whole:

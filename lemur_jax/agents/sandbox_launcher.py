@@ -162,12 +162,8 @@ def install_filter(namespaces):
         answers |= dict.fromkeys(IGNORED_WITHOUT_NAMESPACES.values(), 0)
         conditions |= REFUSED_IF_WITHOUT_NAMESPACES
     # Lines of (code, lines to skip if true, if false, operand). Architecture is at 4, number at 0, arguments from 16.
-    lines = [
-        (load, 0, 0, 4),
-        (equal, 1, 0, architecture),
-        (answer, 0, 0, fail | errno.EPERM),
-        (load, 0, 0, 0),
-    ]
+    lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, fail | errno.EPERM)]
+    lines.append((load, 0, 0, 0))
     if column == 0:
         lines += [(at_least, 0, 1, X32), (answer, 0, 0, fail | errno.EPERM)]
     lines += [(equal, 0, 1, CLONE3), (answer, 0, 0, fail | errno.ENOSYS)]

@@ -41,9 +41,8 @@ def main(reading, writing, seconds, names, *paths):
         name, _, parameters = signature.rstrip(")").partition("(")
         scope = {"ask": ask}
         exec(f"def __call__(self, {parameters}): return ask({name!r}, {parameters})", scope)
-        return name, scope["__call__"].__get__(
-            ask
-        )  # as in MINT a bound method, which its error messages show
+        # As in MINT a bound method, which its error messages show.
+        return name, scope["__call__"].__get__(ask)
 
     def expire(*_):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

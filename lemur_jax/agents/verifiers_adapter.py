@@ -104,9 +104,7 @@ def open_taskset(name: str, limit: int | None = None) -> vf.Env:
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the taskset {name!r} of verifiers cannot be loaded: {error}") from error
     if limit is None and not env.taskset.bounded:
-        raise UserError(
-            f"the taskset {name!r} has no end: lemur eval needs a --limit, lemur rl another taskset"
-        )
+        raise UserError(f"the taskset {name!r} has no end: lemur eval needs a --limit, lemur rl another one")
     return env
 
 

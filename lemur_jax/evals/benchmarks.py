@@ -176,7 +176,7 @@ def _load_task(manager: Any, task: str) -> list[Any]:
         ) from error
     groups, tasks = loaded["groups"], loaded["tasks"]
     for mark, what in (
-        ("UNSAFE_CODE", "runs answers outside of the sandbox"),
+        ("UNSAFE_CODE", "runs answers outside the sandbox"),
         ("MULTIMODAL", "shows pictures"),
     ):
         if any(getattr(one, mark, False) for one in tasks.values()):

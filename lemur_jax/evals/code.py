@@ -13,16 +13,7 @@ from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 from lemur_jax.text.chat_template import encode_chat
 
-HUMANEVAL_STOPS: tuple[str, ...] = (
-    "\nclass",
-    "\ndef",
-    "\n#",
-    "\nif",
-    "\nprint",
-    "\n@",
-    "\n```",
-    "<file_sep>",
-)
+HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```", "<file_sep>")
 # The first two close the paper's examples. The prompt's newline is part of the answer: before `_MBPP_BEGINNINGS` it is
 # no stop.
 MBPP_STOPS: tuple[str, ...] = ("[DONE]", "[/PYTHON]", "\nassert", "\nprint", "\n<|/", "\n```")

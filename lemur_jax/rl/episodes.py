@@ -162,9 +162,7 @@ class Player:
         for index in range(start, len(ids)):
             if ids[index] in self._stops:
                 return ids[index + ended :]
-        raise UserError(
-            "the chat template does not end the assistant's turn with a token that stops generation"
-        )
+        raise UserError("the chat template ends the assistant's turn with no token that stops generation")
 
 
 def _reason(error: Any, one: Episode) -> str:

@@ -53,9 +53,8 @@ def row_losses(options: RlConfig, losses: jax.Array, mask: jax.Array) -> RowSums
     there = (tokens > 0).astype(jnp.float32)
     if options.algorithm == "grpo":
         return RowSums(loss=total / jnp.maximum(tokens, 1.0), z=None, weight=there)
-    return RowSums(
-        loss=total, z=None, weight=tokens if options.algorithm == "dapo" else there * losses.shape[1]
-    )
+    weight = tokens if options.algorithm == "dapo" else there * losses.shape[1]
+    return RowSums(loss=total, z=None, weight=weight)
 
 
 def policy(options: RlConfig) -> Objective:

@@ -87,9 +87,7 @@ class Rollouts:
 
     def __init__(self, options: RlConfig, tokenizer: Tokenizer, program: Program, *, seed: int, steps: int):
         if jax.process_count() > 1:
-            raise UserError(
-                "lemur rl runs on one host: several hosts would have to share what environments answer"
-            )
+            raise UserError("lemur rl runs on one host: several would have to share what environments answer")
         self.sources = (types.SimpleNamespace(name="episodes"),)  # the one of the batches, as metrics name it
         self.batch_rows, self.length = program.batch["tokens"].shape
         options.check_rows(self.batch_rows)

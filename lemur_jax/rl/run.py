@@ -25,9 +25,7 @@ def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
         "data.sources.NAME.epochs": config.data.by_epochs,
     }
     if named := [name for name, value in of_training.items() if value]:
-        raise UserError(
-            f"lemur rl does not use config.{', config.'.join(named)}: unset what is for lemur train"
-        )
+        raise UserError(f"lemur rl does not use config.{', config.'.join(named)}: unset those of lemur train")
     mesh = make_mesh(config.mesh)
     tokenizer = Tokenizer.from_config(config.tokenizer)
     chat_template(tokenizer)  # raises where there is none, before weights are read

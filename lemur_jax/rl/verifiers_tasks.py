@@ -80,9 +80,7 @@ class TasksetEnvironment(Environment):
         if not isinstance(event, Future):
             roles = [message["role"] for message in event]
             new = event[max((at + 1 for at, role in enumerate(roles) if role == "assistant"), default=0) :]
-            return Step(
-                observation="\n".join(_text(message["content"]) for message in new), verdict="unfinished"
-            )
+            return Step(observation="\n".join(_text(one["content"]) for one in new), verdict="unfinished")
         episode = event.result()
         for error in [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]:
             raise RuntimeError(f"{error.type}: {error.message}")
@@ -122,6 +120,4 @@ def taskset_environments(name: str) -> list[Environment]:
       UserError: there is no such taskset, or it has no end.
     """
     server = TasksetServer(name)
-    return [
-        TasksetEnvironment(server, id, task) for id, task in tasks_by_id(name, server.env.taskset).items()
-    ]
+    return [TasksetEnvironment(server, id, one) for id, one in tasks_by_id(name, server.env.taskset).items()]

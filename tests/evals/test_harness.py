@@ -205,7 +205,7 @@ def test_filters_of_a_task_are_used_and_beams_refused(ours):
         ("{{question}}", "{{nothing}}", "'nothing' is undefined"),
         ("test_split: test", "test_split: none", "KeyError: 'none'"),
         ("doc_to_target: 1", "doc_to_target: 9", "IndexError"),
-        ("test_split: test", "test_split: test\nunsafe_code: true", "runs answers outside of the sandbox"),
+        ("test_split: test", "test_split: test\nunsafe_code: true", "runs answers outside the sandbox"),
     ],
 )
 def test_a_task_whose_file_does_not_fit_its_data_is_one_line(ours, tmp_path, old, new, reason):
