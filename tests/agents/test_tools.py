@@ -52,9 +52,7 @@ TURNS = "{% for m in messages %}WHICH<|im_start|>{{ m.role }}\n{{ m.content }}<|
 KNOWN = "{% if m.role in ('user', 'assistant') %}"
 TEMPLATES = {
     "shows": TURNS.replace("WHICH", "").replace("END", ""),
-    "refuses": TURNS.replace("WHICH", KNOWN).replace(
-        "END", "{% else %}{{ raise_exception('no') }}{% endif %}"
-    ),
+    "refuses": TURNS.replace("WHICH", KNOWN).replace("END", "{% else %}{{ raise_exception('') }}{% endif %}"),
     "leaves out": TURNS.replace("WHICH", KNOWN).replace("END", "{% endif %}"),
 }
 
@@ -71,9 +69,8 @@ def test_results_of_calls_are_the_users_where_the_template_knows_no_tools(small_
     role = "tool" if name == "shows" else "user"
     assert f"{role}\n[1001]" in tokenizer.decode(ids)
     step = Step(observation="[1001]", verdict="", role="tool")
-    assert f"{role}\n[1001]" in tokenizer.decode(
-        Player(RlConfig(), tokenizer, 64)._following(step, ended=True)
-    )
+    player = Player(RlConfig(), tokenizer, 64)
+    assert f"{role}\n[1001]" in tokenizer.decode(player._following(step, ended=True))
 
 
 def test_an_observation_is_text_that_tokenizers_take():

@@ -54,9 +54,8 @@ def test_tasksets_both_ways(model, tmp_path, monkeypatch, capsys, caplog):
     assert run("lemur-test-sums") == [first, second]
     assert not asked
     # One episode with an error is named, and the others count.
-    broken = TASKSET.replace(
-        "return float(", "assert self.data.answer == '2', 'no judge'\n        return float("
-    )
+    judge = "assert self.data.answer == '2', 'no judge'\n        return float("
+    broken = TASKSET.replace("return float(", judge)
     assert broken != TASKSET
     (tmp_path / "lemur_test_broken.py").write_text(broken)
     (only,) = run("lemur-test-broken")

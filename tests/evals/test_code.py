@@ -110,9 +110,8 @@ def test_answers_end_where_bigcode_ends_them():
         generated = until(text, code.HUMANEVAL_STOPS)  # as `complete` does
         assert generated == until(text, BIGCODE["humaneval"])
         ours, theirs = code.cut_mbpp(until("\n" + text, code.MBPP_STOPS)), until(text, BIGCODE["mbpp"])
-        fails = theirs.startswith(
-            ("assert", "print", "<|/", "```")
-        )  # for them no stop, but no function either
+        # For them no stop, but no function either.
+        fails = theirs.startswith(("assert", "print", "<|/", "```"))
         assert ours == ("" if fails else theirs)
 
 

@@ -150,9 +150,8 @@ def test_a_prefilled_answer_is_left_open(ours, theirs):
 
 
 def test_a_template_without_system_turns_leaves_a_description_out(ours, theirs, monkeypatch, caplog):
-    template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML_TEMPLATE
-    )
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template = refuses + CHATML_TEMPLATE
     for model in (ours, theirs):
         monkeypatch.setattr(model.tokenizer, "chat_template", template)
     turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1"}]
@@ -192,9 +191,8 @@ def test_filters_of_a_task_are_used_and_beams_refused(ours):
     greedy = ours.generate_until(instances("generate_until", ("x", options | {"do_sample": False})))
     assert ours.generate_until(filtered) == greedy != ours.generate_until(free)
     nothing = {"min_p": None, "top_p": None, "top_k": None, "repetition_penalty": None, "num_beams": 1}
-    assert ours.generate_until(instances("generate_until", ("x", options | nothing))) == ours.generate_until(
-        free
-    )
+    given = instances("generate_until", ("x", options | nothing))
+    assert ours.generate_until(given) == ours.generate_until(free)
     with pytest.raises(UserError, match="wants num_beams 4"):
         ours.generate_until(instances("generate_until", ("x", options | {"num_beams": 4})))
 

@@ -163,9 +163,7 @@ def all_knowing(data, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
-def test_a_model_that_knows_everything_gets_full_marks(
-    data, roomy, all_knowing, tmp_path, capsys, monkeypatch
-):
+def test_a_model_that_knows_all_gets_full_marks(data, roomy, all_knowing, tmp_path, capsys, monkeypatch):
     # 128 tokens of an answer leave the end of the longest prompts in this model's 1,024.
     words = f"eval --checkpoint {roomy} --suite paper --data {data} --max-new-tokens 128".split()
     for options in ([], ["--chat"]):

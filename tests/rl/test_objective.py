@@ -48,9 +48,9 @@ def test_losses_in_float64(arrays, changes):
     for b in range(B):
         own = np.flatnonzero(mask[b])
         difference = new[b, own] - old[b, own]
-        ratio = np.exp(
-            difference.mean() * np.ones(len(own)) if options.importance == "sequence" else difference
-        )
+        if options.importance == "sequence":
+            difference = np.full(len(own), difference.mean())
+        ratio = np.exp(difference)
         low, high = 1 - options.clip_low, 1 + options.clip_high
         outside += np.sum((ratio < low) | (ratio > high))
         losses = [-min(r * scores[b], min(max(r, low), high) * scores[b]) for r in ratio]

@@ -54,9 +54,8 @@ def play(monkeypatch, small_chat_tokenizer, tmp_path):
 
 def target_logprobs(model, params, batch):
     """[B, T] of the plain forward pass, and the mask of the policy's own tokens."""
-    logits = decoder.forward(
-        model, Compute(), params, batch["tokens"], batch["positions"], batch["segment_ids"]
-    )
+    places = batch["positions"], batch["segment_ids"]
+    logits = decoder.forward(model, Compute(), params, batch["tokens"], *places)
     found = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["targets"][..., None], -1)
     return found[..., 0], batch["loss_weights"] > 0
 
@@ -105,9 +104,8 @@ def test_only_the_policys_own_tokens_train(small_chat_tokenizer, tmp_path, monke
 def test_off_policy_episodes_are_of_the_parameters_before(small_chat_tokenizer, tmp_path, monkeypatch):
     """Log-probabilities are those of the policy that sampled, and a checkpoint's episodes lead to the same bits."""
     monkeypatch.setattr(games, "tasks", only_echo)
-    config = from_config_dict(
-        make_config(small_chat_tokenizer, tmp_path, off_policy=True, eval_every_steps=0)
-    )
+    options = {"off_policy": True, "eval_every_steps": 0}
+    config = from_config_dict(make_config(small_chat_tokenizer, tmp_path, **options))
     inputs = run.open_inputs(config)
     program, rollouts = inputs.program, inputs.rollouts
     play = rollouts.play
@@ -328,9 +326,7 @@ def test_runs_that_cannot_go_on_say_why(play):
         play("dead", Dies)
     with pytest.raises(UserError, match="must be a multiple of config.rl.group_size 3"):
         play("groups", group_size=3)
-    with pytest.raises(
-        UserError, match="does not use config.preference.loss, config.train.batch_documents: unset"
-    ):
+    with pytest.raises(UserError, match="use config.preference.loss, config.train.batch_documents: unset"):
         play("pairs", **{"preference.loss": "dpo", "train.batch_documents": 9})
     with pytest.raises(UserError, match="config.rl.environment 'echo' has fewer than two tasks"):
         play("one", tasks=([], [Echo()]))
@@ -392,9 +388,8 @@ def test_a_killed_run_reaches_the_same_bits(small_chat_tokenizer, tmp_path, off_
     for process in (whole, again):
         _, errors = process.communicate(timeout=500)
         assert process.returncode == 0, errors
-    jax.tree.map(
-        np.testing.assert_array_equal, *(final_params(tmp_path / name, STEPS) for name in ("whole", "killed"))
-    )
+    params = [final_params(tmp_path / name, STEPS) for name in ("whole", "killed")]
+    jax.tree.map(np.testing.assert_array_equal, *params)
     records = [
         [record for record in read_metrics(tmp_path / name) if record["kind"] == "train"]
         for name in ("whole", "killed")
