@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -302,7 +303,8 @@ def test_an_evaluation_goes_on_after_a_kill_and_exports_what_was_solved(tmp_path
     (tmp_path / "agents.json").write_text(json.dumps({"agents": to_json(traces, 1)}))
     words = ["export-traces", "--traces", f"{tmp_path}/agents.json", "--output", f"{tmp_path}/new/out.jsonl"]
     made = []
-    monkeypatch.setattr("lemur_jax.prepare.prepare.prepare", lambda config, *, replace: made.append(config))
+    fake = types.SimpleNamespace(prepare=lambda config, *, replace: made.append(config))
+    monkeypatch.setitem(sys.modules, "lemur_jax.prepare.prepare", fake)  # which imports TensorFlow
     config = pathlib.Path(__file__).parents[2] / "configs" / "quickstart_base.py"
     assert main([*words, "--config", str(config), "--config.seed=5"]) == 0
     assert [config.seed for config in made] == [5]

@@ -17,18 +17,14 @@ import numpy as np
 import pytest
 
 from lemur_jax.agents.environments import Step
-from lemur_jax.agents.mint import MintEnvironment
 from lemur_jax.checkpoint.reading import restore_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import from_config_dict
 from lemur_jax.convert.source import open_source
-from lemur_jax.infer.sampling import Sampling
 from lemur_jax.models import decoder, lora
 from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
 from lemur_jax.rl import games, run
-from lemur_jax.rl.config import RlConfig
-from lemur_jax.rl.episodes import Episode, Player
 from lemur_jax.rl.rollouts import Played, Rollouts
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.text.files import CHATML_TEMPLATE
@@ -63,10 +59,12 @@ def target_logprobs(model, params, batch):
 def test_only_the_policys_own_tokens_train(small_chat_tokenizer, tmp_path, monkeypatch):
     """Every number of a batch against the plain forward pass and against the episodes themselves."""
     monkeypatch.setattr(games, "tasks", only_echo)
+    monkeypatch.setattr(Echo, "stops", ("e", "i"))
     template = tmp_path / "own.jinja"
     # As of models that think: a prompt says more than the head of a turn.
     template.write_text(CHATML_TEMPLATE + "{% if add_generation_prompt %}so: {% endif %}")
     options = {"rewards": "turn", "algorithm": "dr_grpo", "tokenizer.chat_template": str(template)}
+    options["max_new_tokens"] = 8
     config = from_config_dict(make_config(small_chat_tokenizer, tmp_path, **options))
     inputs = run.open_inputs(config)
     assert inputs.tokenizer.chat_template == template.read_text()
@@ -83,6 +81,15 @@ def test_only_the_policys_own_tokens_train(small_chat_tokenizer, tmp_path, monke
     text = small_chat_tokenizer.decode(batch["targets"][~own & (batch["segment_ids"] > 0)].tolist())
     assert "say" in text
     assert "\nno " in text  # what the environment answers
+    # A turn ends with the token that has a stop string of the environment.
+    stopped = []
+    for row, mask in zip(batch["targets"], own, strict=True):
+        for sampled, pairs in itertools.groupby(zip(row.tolist(), mask, strict=True), lambda pair: pair[1]):
+            if sampled:
+                *words, last = [small_chat_tokenizer.decode([id]) for id, _ in pairs]
+                assert not {"e", "i"} & set("".join(words))
+                stopped.append({"e", "i"} & set(last))
+    assert any(stopped)
     # Rewards of a turn and those after it, less the mean of the group: they add up to 0 over the group's first turns.
     first = [row[mask][0] for row, mask in zip(batch["advantages"], own, strict=True)]
     np.testing.assert_allclose(np.reshape(first, (2, 4)).sum(1), 0, atol=1e-6)
@@ -174,49 +181,6 @@ def test_distillation_on_the_policys_own_tokens(play, small_chat_tokenizer, tmp_
     records = play("run", **options)
     assert all(record["logprob_gap"] < 1e-4 for record in records)
     assert records[-1]["divergence"] < records[0]["divergence"]
-
-
-class Repeats:
-    """An engine that gives each turn the same text, again and again."""
-
-    def __init__(self, tokenizer, text):
-        self.session = types.SimpleNamespace(need_tokenizer=lambda: tokenizer)
-        self.ids, self.asked = tokenizer.encode(text, prefix=False), []
-
-    def submit(self, request):
-        self.asked.append(request)
-        return request
-
-    def step(self):
-        last = self.asked[-1]
-        last.tokens += self.ids
-        last.logprobs += [-1.0] * len(self.ids)
-        last.finish_reason = "length" if len(last.tokens) >= last.max_new_tokens else ""
-        return [last]
-
-    def cancel(self, request):
-        request.finish_reason = request.finish_reason or "cancelled"
-
-
-def test_a_stop_string_of_the_environment_ends_a_turn(small_chat_tokenizer):
-    """As in `lemur eval`: MINT cuts an answer that goes on with turns of the environment."""
-    actions = []
-
-    class Cuts(Echo):
-        stops = MintEnvironment.stops
-
-        def step(self, action):
-            actions.append(action)
-            return super().step(action)
-
-    engine = Repeats(small_chat_tokenizer, "go north\nObservation: a lamp")
-    one = Episode(environment=Cuts(), seed=0)
-    Player(RlConfig(max_turns=2), small_chat_tokenizer, 400).play(engine, [one], Sampling())
-    assert (actions, one.end) == (["go north"] * 2, "turns")
-    assert [request.finish_reason for request in engine.asked] == ["cancelled"] * 2
-    own = [id for id, turn in zip(one.ids, one.turns, strict=True) if turn >= 0]
-    assert small_chat_tokenizer.decode(own) == "go north\nObservation:" * 2
-    assert "Observation:<|im_end|>\n<|im_start|>user\nno 8" in small_chat_tokenizer.decode(one.ids)
 
 
 class Hangs(Echo):
