@@ -82,9 +82,8 @@ def test_success_by_turn(count):
     assert [message["role"] for message in agent.seen[1]] == ["user", "assistant", "user"]
     failed = run_episode(count, scripted("x", "y", "z"), max_turns=3)
     assert success_by_turn([solved, failed], 3) == [0, 50, 50]
-    assert "sql                   2      0.0     50.0     50.0" in episodes.format_episodes(
-        [solved, failed], 3
-    )
+    shown = episodes.format_episodes([solved, failed], 3)
+    assert "sql                   2      0.0     50.0     50.0" in shown
     kept = to_json([solved], 3)["traces"][0]
     assert [turn["action"] for turn in kept["turns"]] == ["SELECT * FROM nowhere", "SELECT 6"]
 
@@ -118,24 +117,23 @@ def test_an_endpoint_that_is_not_there_is_one_line_on_the_first_host(capsys, mon
 
 def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, capsys, caplog):
     caplog.set_level("INFO", "lemur_jax.agents.runner")
-
     answers = iter(["SELECT count(*) FROM book"])
 
-    def agent(*_, **__):
-        def answer(messages, stops):
-            if (text := next(answers, None)) is None:
-                raise UserError("the endpoint is gone")
-            return text
+    def agent(messages, stops):
+        if (text := next(answers, None)) is None:
+            raise UserError("the endpoint is gone")
+        return text
 
-        return answer
+    def written():
+        return json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"]
 
-    monkeypatch.setattr(episodes, "endpoint_agent", agent)
+    monkeypatch.setattr(episodes, "endpoint_agent", lambda *_, **__: agent)
     words = ["eval", "--agents", "sql", "--endpoint", "http://x", "--json", str(tmp_path / "traces.json")]
     assert main([*words, "--html", str(tmp_path / "page.html")]) == 2
     found = capsys.readouterr()
     assert "the endpoint is gone" in found.err
     assert "100.0" in found.out
-    (trace,) = json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"]
+    (trace,) = written()
     assert trace["solved_at"] == 1
     journal = tmp_path / "traces.json.episodes.jsonl"
     assert journal.exists()
@@ -144,11 +142,11 @@ def test_what_was_done_before_an_endpoint_fails_is_kept(monkeypatch, tmp_path, c
     caplog.clear()
     assert main([*words, "--skip", "1", "--limit", "1"]) == 0
     assert "episodes: 0 of 1, up to 32 at once" in caplog.messages
-    (trace,) = json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"]
+    (trace,) = written()
     assert trace["id"] != "sql/count"  # what an earlier run has played too is not of this one
     journal.write_bytes(kept)
     assert main(words) == 0
-    assert len(json.loads((tmp_path / "traces.json").read_text())["agents"]["traces"]) > 1
+    assert len(written()) > 1
     assert not journal.exists()  # it would answer for a checkpoint that has been trained further
     assert "sql/count: solved in turn 1" in (tmp_path / "page.html").read_text()
 
@@ -211,14 +209,10 @@ def test_an_endpoint_gets_what_its_model_has_room_for():
 
 
 def test_an_error_of_one_episode_does_not_lose_those_that_end_with_it(count):
-    class Broken(environments.SqlEnvironment):
-        def step(self, action):
-            raise UserError("no feedback")
-
-    journal = Journal(None, {})
-    worlds = [Broken("sql/broken", "", "", ""), count]
+    journal, broken = Journal(None, {}), environments.SqlEnvironment("sql/broken", "", "", "")
+    broken.step = lambda action: (_ for _ in ()).throw(UserError("no feedback"))
     with pytest.raises(UserError, match="no feedback"):
-        run_episodes(worlds, scripted("SELECT 1", "SELECT 6"), max_turns=1, journal=journal)
+        run_episodes([broken, count], scripted("SELECT 1", "SELECT 6"), max_turns=1, journal=journal)
     assert list(journal.traces) == [count.id]
 
 
@@ -262,11 +256,9 @@ def test_an_endpoint_is_asked_for_the_whole_batch_together():
         together.wait(20)  # raises where it waits in vain
         return "x"
 
-    class Short(environments.SqlEnvironment):
-        def step(self, action):
-            return Step(observation="", verdict="wrong answer", done=True)
-
-    worlds = [Short(f"sql/{number}", "", "", "") for number in range(count)]
+    worlds = [environments.SqlEnvironment(f"sql/{number}", "", "", "") for number in range(count)]
+    for world in worlds:
+        world.step = lambda action: Step(observation="", verdict="wrong answer", done=True)
     assert len(run_episodes(worlds, agent, max_turns=1, batch=count)) == count
 
 
