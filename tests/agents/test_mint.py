@@ -80,7 +80,9 @@ def test_an_episode_runs_cells_and_counts_turns():
 def test_cells_run_in_another_interpreter(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    (tmp_path / "pyvenv.cfg").write_text(f"home = {sys.base_prefix}/bin\n")
+    (tmp_path / "pyvenv.cfg").write_text(
+        f"home = {sys.base_prefix}/bin\ninclude-system-site-packages = false\n"
+    )
     packages = tmp_path / f"lib/python3.{sys.version_info.minor}/site-packages"
     packages.mkdir(parents=True)
     python = str(tmp_path / "bin" / "python")
