@@ -110,7 +110,8 @@ def with_text(session: Session, request: Request, stops: Sequence[str] = ()) -> 
     tokens, stops = answer.content, [stop for stop in stops if stop]
 
     def text_of(count: int) -> str:
-        return continuation(tokenizer, request.prompt, tokens[:count])
+        start, text = request.decoded if count >= request.decoded[0] else (0, "")
+        return text + continuation(tokenizer, [*request.prompt, *tokens[:start]], tokens[start:count])
 
     def stopped(text: str) -> bool:
         whole = text.rstrip(INCOMPLETE)  # of a character that goes on nothing is known yet
@@ -119,6 +120,8 @@ def with_text(session: Session, request: Request, stops: Sequence[str] = ()) -> 
     known = len(tokens) if answer.finish_reason else settled(tokenizer, tokens)
     text = text_of(known)
     if not stopped(text):
+        if not text.endswith(INCOMPLETE):
+            request.decoded = known, text
         return dataclasses.replace(answer, text=text if answer.finish_reason else text.rstrip(INCOMPLETE))
     first = bisect.bisect_left(
         range(known), True, key=lambda count: stopped(text_of(settled(tokenizer, tokens[:count])))

@@ -37,6 +37,7 @@ class Request:
     Attributes:
       tokens, logprobs: chosen ids and their log-probabilities in nats under the model's own distribution.
       finish_reason: "" until it ends; then "stop" (a stop id), "length" or "cancelled".
+      decoded: a number of first tokens and their text, from which `complete.with_text` goes on.
     """
 
     prompt: Sequence[int]
@@ -47,6 +48,7 @@ class Request:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     finish_reason: str = ""
+    decoded: tuple[int, str] = (0, "")
 
     @property
     def length(self) -> int:

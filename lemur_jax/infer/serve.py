@@ -32,6 +32,8 @@ from lemur_jax.infer.generate import Completion, make_requests
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.score import score
 from lemur_jax.infer.serve_requests import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
     MOST_TOP,
     Json,
     answers_wanted,
@@ -49,6 +51,7 @@ from lemur_jax.infer.serve_requests import (
 )
 from lemur_jax.infer.serve_worker import END, Job, Worker
 from lemur_jax.infer.session import Session
+from lemur_jax.infer.text import offsets, spelled
 from lemur_jax.text.chat_template import encode_chat, stop_ids
 
 logger = logging.getLogger(__name__)
@@ -99,6 +102,7 @@ def application(session: Session, name: str, hosts: Sequence[str] | None = None)
     app = Starlette(
         routes=[
             Route("/v1/models", server.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", server.models, methods=["GET"]),
             Route("/v1/completions", server.completions, methods=["POST"]),
             Route("/v1/chat/completions", server.chat, methods=["POST"]),
         ],
@@ -140,11 +144,14 @@ class _Server:
 
     async def models(self, request: Request) -> Response:
         check_host(request, self.hosts)
+        name = request.path_params.get("name")
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "lemur_jax"}
-        return JSONResponse({"object": "list", "data": [model]})
+        if name not in (None, self.name):
+            raise HTTPException(404, f"there is no model {name!r:.100}, only {self.name!r}")
+        return JSONResponse(model if name else {"object": "list", "data": [model]})
 
     async def completions(self, request: Request) -> Response:
-        body = await read_body(request, self.hosts)
+        body = await read_body(request, self.hosts, COMPLETION_FIELDS)
         copies = answers_wanted(body)
         texts = prompts_of(body)
         if len(texts) * copies > MOST_PROMPTS:
@@ -167,8 +174,11 @@ class _Server:
         return JSONResponse(await self._first(request, job))
 
     async def chat(self, request: Request) -> Response:
-        body = await read_body(request, self.hosts)
+        body = await read_body(request, self.hosts, CHAT_FIELDS)
         copies, top = answers_wanted(body), integer(body, "top_logprobs", 0, 0, MOST_TOP)
+        wanted = top if flag(body, "logprobs") else None
+        if top and wanted is None:
+            raise UserError("top_logprobs needs logprobs: true")
         messages = messages_of(body)
         self._check_length(sum(len(message["content"]) for message in messages))
         prompt, _ = await run_in_threadpool(encode_chat, self.tokenizer, messages, add_generation_prompt=True)
@@ -176,7 +186,6 @@ class _Server:
         if flag(body, "stream"):
             check_stream(body, copies)
             return await self._stream(request, body, asked, "chat.completion.chunk")
-        wanted = top if flag(body, "logprobs") else None
         job = Job(lambda engine: self._chat(engine, asked, wanted))
         return JSONResponse(await self._first(request, job))
 
@@ -198,7 +207,11 @@ class _Server:
     def _asked(self, body: Json, prompts: list[list[int]], default: int) -> Asked:
         """What to generate, checked; `default` tokens at most, or what there is space for, if the client names none."""
         longest = self.session.model.max_position_embeddings
-        key = "max_tokens" if body.get("max_tokens") is not None else "max_completion_tokens"
+        key, other = "max_tokens", "max_completion_tokens"
+        if body.get(key) is None:
+            key, other = other, key
+        if body.get(other) not in (None, body.get(key)):
+            raise UserError(f"{key} and {other} differ: give one of them")
         space = longest - max(map(len, prompts))
         limit = integer(body, key, max(1, min(default, space)), 1, longest)
         for prompt in prompts:
@@ -292,15 +305,8 @@ class _Server:
         if asked:
             completions = yield from self._answers(engine, asked)
         for index, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
-            text, tokens = answer.text, list(answer.content)
-            logprobs = list(answer.logprobs[: len(tokens)])
-            first = prompt[:0]
-            if echo:
-                first, text = prompt[:1], self.tokenizer.decode(prompt, skip_special=True) + text
-                tokens = prompt[1:] + tokens
-                if top is not None and prompt[1:]:
-                    logprobs = [*score(self.session, [(first, prompt[1:])])[0].logprobs, *logprobs]
-            shown = None if top is None else self._logprobs(first, first or prompt, tokens, logprobs, top)
+            text = self.tokenizer.decode(prompt if echo else [], skip_special=True) + answer.text
+            shown = None if top is None else self._logprobs(prompt, echo, answer, text, top)
             choice = {"index": index, "text": text, "logprobs": shown, "finish_reason": answer.finish_reason}
             choices.append(choice)
         yield self._response("text_completion", "cmpl", choices, prompts[::copies], completions)
@@ -319,31 +325,35 @@ class _Server:
         ]
         yield self._response("chat.completion", "chatcmpl", choices, prompts[:1], completions)
 
-    def _logprobs(
-        self, first: list[int], before: list[int], tokens: list[int], logprobs: list[float], top: int
-    ) -> Json:
+    def _logprobs(self, prompt: list[int], echo: bool, answer: Completion, text: str, top: int) -> Json:
         """Log-probabilities as completions have them; the first token of an echoed prompt has none."""
+        asked, before = (prompt, prompt[:1]) if echo else ([], prompt)
+        tokens, logprobs = [*asked[1:], *answer.content], list(answer.logprobs[: len(answer.content)])
+        if asked[1:]:
+            logprobs = [*score(self.session, [(before, asked[1:])])[0].logprobs, *logprobs]
         tops = self._tops(before, tokens, logprobs, top)
 
         def by_text(top: dict[int, float]) -> dict[str, float]:
             found: dict[str, float] = {}
             for token, value in top.items():
-                found.setdefault(self._spelled(token)[0], value)  # the likeliest of those with one text
+                found.setdefault(
+                    spelled(self.tokenizer, token)[0], value
+                )  # the likeliest of those with one text
             return found
 
-        none = [None] * len(first)
+        none = [None] * len(asked[:1])
         return {
-            "tokens": [self._spelled(token)[0] for token in [*first, *tokens]],
+            "tokens": [spelled(self.tokenizer, token)[0] for token in [*asked[:1], *tokens]],
             "token_logprobs": [*none, *logprobs],
             "top_logprobs": [*none, *map(by_text, tops)] if top else None,
-            "text_offset": None,
+            "text_offset": offsets(self.tokenizer, asked, answer.content, text),
         }
 
     def _chat_logprobs(self, prompt: Sequence[int], answer: Completion, top: int) -> Json:
         """Log-probabilities as chat completions have them."""
 
         def entry(token: int, value: float) -> Json:
-            text, data = self._spelled(token)
+            text, data = spelled(self.tokenizer, token)
             return {"token": text, "logprob": value, "bytes": list(data)}
 
         tokens = list(answer.content)
@@ -355,14 +365,6 @@ class _Server:
                 for token, value, likeliest in zip(tokens, logprobs, tops, strict=True)
             ]
         }
-
-    def _spelled(self, token: int) -> tuple[str, bytes]:
-        """A token as text, or where it is no whole characters as OpenAI writes it, and its bytes."""
-        data = self.tokenizer.token_bytes(token)
-        try:
-            return data.decode(), data
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
 
     def _tops(
         self, before: Sequence[int], tokens: list[int], logprobs: list[float], count: int

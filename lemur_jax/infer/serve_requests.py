@@ -3,7 +3,7 @@
 import asyncio
 import json
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -18,13 +18,35 @@ Json = dict[str, Any]
 # OpenAI's own limits for n and logprobs are 128 and 20.
 MOST_ANSWERS, MOST_TOP, MOST_STOPS = 64, 20, 64
 MOST_BYTES, BODY_SECONDS = 4 << 20, 30.0
-# Fields of OpenAI and vLLM that would change an answer and are not supported; an empty value asks for nothing.
-_UNSUPPORTED = (
-    "tools", "functions", "response_format", "logit_bias", "presence_penalty", "frequency_penalty", "suffix",
-    "reasoning_effort", "chat_template", "chat_template_kwargs", "documents", "continue_final_message", "min_tokens",
-    "ignore_eos", "stop_token_ids", "bad_words", "allowed_token_ids", "use_beam_search", "structured_outputs",
-    "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-)  # fmt: skip
+# Fields that the routes read, those that change no answer, and values of others that ask for what is done anyway.
+# What is in no list is refused if it is neither null nor empty: ignored, it would change an answer silently.
+_READ = {
+    *(
+        "max_tokens",
+        "max_completion_tokens",
+        "n",
+        "best_of",
+        "stop",
+        "stream",
+        "stream_options",
+        "logprobs",
+        "seed",
+    ),
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+}
+COMPLETION_FIELDS, CHAT_FIELDS = {*_READ, "prompt", "echo"}, {*_READ, "messages", "top_logprobs"}
+_WITHOUT_EFFECT = {
+    *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+    *("parallel_tool_calls", "request_id", "priority"),
+}
+_DEFAULTS = {
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tool_choice": ("auto", "none"),
+    "function_call": ("auto", "none"),
+    "length_penalty": (1,),
+    "add_generation_prompt": (True,),
+}
 
 
 def check_host(request: Request, hosts: Sequence[str] | None) -> None:
@@ -36,8 +58,11 @@ def check_host(request: Request, hosts: Sequence[str] | None) -> None:
         raise HTTPException(403, "web pages of other sites may not use this server")
 
 
-async def read_body(request: Request, hosts: Sequence[str] | None) -> Json:
-    """The request's JSON object; UserError or HTTPException if it is invalid, too large, too slow or not allowed."""
+async def read_body(request: Request, hosts: Sequence[str] | None, fields: Set[str]) -> Json:
+    """The request's JSON object; UserError or HTTPException if it is invalid, too large, too slow or not allowed.
+
+    `fields` are those that the route reads.
+    """
     check_host(request, hosts)
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
@@ -60,9 +85,9 @@ async def read_body(request: Request, hosts: Sequence[str] | None) -> Json:
         raise UserError(f"the request is not JSON: {str(error)[:200]}") from error
     if not isinstance(body, dict):
         raise UserError("the request must be a JSON object")
-    for field in _UNSUPPORTED:
-        if body.get(field) and (field, body[field]) != ("response_format", {"type": "text"}):
-            raise UserError(f"{field} is not supported: leave it out")
+    for field, value in body.items():
+        if value and field not in fields | _WITHOUT_EFFECT and value not in _DEFAULTS.get(field, ()):
+            raise UserError(f"{field:.50} is not supported: leave it out")
     return body
 
 

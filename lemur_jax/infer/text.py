@@ -1,5 +1,7 @@
 """Generated ids as text."""
 
+import codecs
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -34,3 +36,27 @@ def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[i
     if not whole.startswith(shown):  # the tokens complete a character whose first bytes the prompt has
         shown = shown.rstrip(INCOMPLETE)
     return whole[len(shown) :]
+
+
+def spelled(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:
+    """A token as text, or where it is no whole characters as OpenAI writes it, and its bytes."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode(), data
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
+
+
+def offsets(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int], text: str) -> list[int]:
+    """Where each token begins in `text`: a prompt without its control tokens, and an answer up to a stop string.
+
+    A part of a character begins where the character does.
+    """
+    hidden = tokenizer.control_tokens.values()
+    added = [b"" if token in hidden else tokenizer.token_bytes(token) for token in prompt]
+    added += map(tokenizer.token_bytes, answer)
+    pieces = list(map(codecs.getincrementaldecoder("utf-8")("replace").decode, added))
+    joined = "".join(pieces)
+    space = int(joined.startswith(" ") and not joined.startswith(text))  # SentencePiece's, in front of a text
+    places = itertools.accumulate(map(len, pieces), initial=-space)
+    return [min(max(0, place), len(text)) for _, place in zip(pieces, places, strict=False)]

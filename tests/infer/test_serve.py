@@ -22,7 +22,9 @@ def client(url):
 
 
 def test_models(client):
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert list(client.models.list()) == [client.models.retrieve("tiny")]
+    with pytest.raises(openai.NotFoundError, match="there is no model 'x/y', only 'tiny'"):
+        client.models.retrieve("x/y")
 
 
 def test_completions_with_logprobs(client, session):
@@ -58,7 +60,8 @@ def test_top_logprobs(client, session):
     options = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 6}
     told = client.completions.create(**options, logprobs=3, echo=True).choices[0].logprobs
     assert told.top_logprobs[0] is None
-    assert len(told.top_logprobs) == len(told.tokens) == len(prompt) + 6
+    assert len(told.top_logprobs) == len(told.tokens) == len(told.text_offset) == len(prompt) + 6
+    assert told.text_offset[len(prompt)] == len("def f(x):")
     (found,) = generate(session, [prompt], max_new_tokens=6, stop_ids=())
     expected = reference(session, [*prompt, *found.tokens])
     for place, top in enumerate(told.top_logprobs[1:]):
@@ -171,6 +174,9 @@ def test_chat(client, url):
         ({"suffix": "y"}, "suffix is not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
         ({"extra_body": {"ignore_eos": True}}, "ignore_eos is not supported"),
+        ({"extra_body": {"of_another_server": 1}}, "of_another_server is not supported"),
+        ({"extra_body": {"top_logprobs": 2}}, "top_logprobs is not supported"),
+        ({"max_tokens": 2, "extra_body": {"max_completion_tokens": 3}}, "max_completion_tokens differ"),
         ({"extra_body": {"max_tokens": False}}, "max_tokens is False"),
         ({"extra_body": {"max_tokens": 0.0}}, "max_tokens is 0.0"),
         ({"extra_body": {"min_p": 2}}, "min_p is 2"),
@@ -193,10 +199,15 @@ def test_what_a_chat_cannot_do_is_refused_and_what_asks_for_nothing_is_not(clien
         {"tools": [tool]},
         {"response_format": {"type": "json_object"}},
         {"logit_bias": {"5": 1}},
+        {"tool_choice": "required"},
+        {"verbosity": "low"},
     ):
         with pytest.raises(openai.BadRequestError, match=f"{next(iter(changes))} is not supported"):
             client.chat.completions.create(**options, **changes)
+    with pytest.raises(openai.BadRequestError, match="top_logprobs needs logprobs"):
+        client.chat.completions.create(**options, top_logprobs=2)
     nothing = {"tools": [], "response_format": {"type": "text"}, "logit_bias": {}, "frequency_penalty": 0}
+    nothing |= {"user": "me", "tool_choice": "auto", "extra_body": {"tools": None}}
     assert client.chat.completions.create(**options, **nothing).usage.completion_tokens == 2
 
 

@@ -1,8 +1,9 @@
 import pytest
 
+from lemur_jax.infer import complete
 from lemur_jax.infer.complete import pieces, with_text
 from lemur_jax.infer.engine import Engine, Request
-from lemur_jax.infer.text import continuation
+from lemur_jax.infer.text import continuation, offsets
 from tests.helpers.sessions import recite
 
 TEXT = "def naïve(x):\n    return '漢字 😀', x  # ça"
@@ -32,6 +33,17 @@ def test_a_prompt_may_end_with_the_replacement_character(chat_tokenizer):
     assert continuation(chat_tokenizer, prompt, more) == "b"
 
 
+def test_offsets_are_lengths_of_the_text_before(chat_tokenizer):
+    text = "def naïve(x): '漢 😀'"
+    prompt, answer = (chat_tokenizer.encode(text, prefix=prefix) for prefix in (True, False))
+    ids = [chat_tokenizer.bos_id, *prompt, *answer]
+    shown = [chat_tokenizer.decode(ids[:count], skip_special=True) for count in range(len(ids))]
+    before = [len(each.rstrip("\ufffd")) for each in shown]
+    assert offsets(chat_tokenizer, ids[: len(prompt) + 1], answer, text + text) == before
+    cut = offsets(chat_tokenizer, [], answer, text[:5])  # at a stop string
+    assert cut == [min(5, place - len(text)) for place in before[len(prompt) + 1 :]]
+
+
 def test_a_character_that_never_ends_is_shown_as_broken(chat_tokenizer):
     prompt, ids = chat_tokenizer.encode("a"), chat_tokenizer.encode("😀", prefix=False)
     assert continuation(chat_tokenizer, prompt, ids) == "😀"
@@ -59,11 +71,16 @@ def test_a_stop_string_of_a_broken_character_is_not_the_beginning_of_a_whole_one
 @pytest.mark.parametrize(
     "spelled", [["<0x3D>", "<0xBD>"], ["<0x0A>", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]]
 )
-def test_a_stream_is_the_text_of_the_whole_answer(chat_tokenizer, spelled):
-    """A byte shows U+FFFD once another one beside it is no UTF-8."""
-    first, *ids = map(chat_tokenizer.find, ["a", "b", *spelled, "c", "d"])
+def test_a_stream_is_the_text_of_the_whole_answer(chat_tokenizer, spelled, monkeypatch):
+    """A byte shows U+FFFD once another one beside it is no UTF-8. No look decodes what is known."""
+    first, *ids = map(chat_tokenizer.find, ["a", "b", *spelled, *"cdefghijk"])
+    counts = []
+    monkeypatch.setattr(
+        complete, "continuation", lambda *args: counts.append(len(args[2])) or continuation(*args)
+    )
     text = "".join(text for text, _ in streamed(chat_tokenizer, first, ids))
     assert text == continuation(chat_tokenizer, [first], ids)
+    assert counts[-8:] == [1] * 8
 
 
 EQUALS = ["<0x3D>", "<0x0A>", "<0xBD>"]  # together no UTF-8
