@@ -41,11 +41,10 @@ from lemur_jax.infer.serve_requests import (
     check_stream,
     disconnect,
     flag,
-    integer,
     messages_of,
+    number,
     prompts_of,
     read_body,
-    real,
     stops,
     usage_wanted,
 )
@@ -162,22 +161,34 @@ class _Server:
         prompts = [prompt for prompt in ids for _ in range(copies)]
         echo, top = flag(body, "echo"), None
         if body.get("logprobs") is not None and body["logprobs"] is not False:
-            top = integer(body, "logprobs", 0, 0, MOST_TOP)
+            top = number(body, "logprobs", 0, 0, MOST_TOP)
         if flag(body, "stream"):
             check_stream(body, len(prompts))
             return await self._stream(request, body, self._asked(body, prompts, 16), "text_completion")
         # With max_tokens 0 nothing is generated: the prompt is scored.
         longest = self.session.model.max_position_embeddings
-        nothing = integer(body, "max_tokens", 1, 0, longest) == 0
+        nothing = number(body, "max_tokens", 1, 0, longest) == 0
         asked = None if nothing else self._asked(body, prompts, 16)
-        job = Job(lambda engine: self._complete(engine, prompts, asked, echo, top, copies))
-        return JSONResponse(await self._first(request, job))
+
+        def work(engine: Engine) -> Generator[Json | None]:
+            completions = [Completion(tokens=(), logprobs=(), finish_reason="length")] * len(prompts)
+            if asked:
+                completions = yield from self._answers(engine, asked)
+            choices = []
+            for index, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
+                text = self.tokenizer.decode(prompt if echo else [], skip_special=True) + answer.text
+                shown = None if top is None else self._logprobs(prompt, echo, answer, text, top)
+                reason = answer.finish_reason
+                choices.append({"index": index, "text": text, "logprobs": shown, "finish_reason": reason})
+            yield self._response("text_completion", "cmpl", choices, prompts[::copies], completions)
+
+        return JSONResponse(await self._first(request, Job(work)))
 
     async def chat(self, request: Request) -> Response:
         body = await read_body(request, self.hosts, CHAT_FIELDS)
-        copies, top = answers_wanted(body), integer(body, "top_logprobs", 0, 0, MOST_TOP)
-        wanted = top if flag(body, "logprobs") else None
-        if top and wanted is None:
+        copies, top = answers_wanted(body), number(body, "top_logprobs", 0, 0, MOST_TOP)
+        with_logprobs = flag(body, "logprobs")
+        if top and not with_logprobs:
             raise UserError("top_logprobs needs logprobs: true")
         messages = messages_of(body)
         self._check_length(sum(len(message["content"]) for message in messages))
@@ -186,8 +197,22 @@ class _Server:
         if flag(body, "stream"):
             check_stream(body, copies)
             return await self._stream(request, body, asked, "chat.completion.chunk")
-        job = Job(lambda engine: self._chat(engine, asked, wanted))
-        return JSONResponse(await self._first(request, job))
+
+        def work(engine: Engine) -> Generator[Json | None]:
+            completions = yield from self._answers(engine, asked)
+            prompts = [generation.prompt for generation in asked[0]]
+            choices = [
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": answer.text},
+                    "logprobs": self._chat_logprobs(prompt, answer, top) if with_logprobs else None,
+                    "finish_reason": answer.finish_reason,
+                }
+                for index, (prompt, answer) in enumerate(zip(prompts, completions, strict=True))
+            ]
+            yield self._response("chat.completion", "chatcmpl", choices, prompts[:1], completions)
+
+        return JSONResponse(await self._first(request, Job(work)))
 
     def _check_length(self, characters: int) -> None:
         longest = self.session.model.max_position_embeddings
@@ -213,17 +238,17 @@ class _Server:
         if body.get(other) not in (None, body.get(key)):
             raise UserError(f"{key} and {other} differ: give one of them")
         space = longest - max(map(len, prompts))
-        limit = integer(body, key, max(1, min(default, space)), 1, longest)
+        limit = number(body, key, max(1, min(default, space)), 1, longest)
         for prompt in prompts:
             check_request(self.session, "the prompt", prompt, limit)
-        seed = integer(body, "seed", secrets.randbits(32), -(2**63), 2**63)
-        top_k = integer(body, "top_k", 0, -1, 2**31)
+        seed = number(body, "seed", secrets.randbits(32), -(2**63), 2**63)
+        top_k = number(body, "top_k", 0, -1, 2**31)
         sampling = Sampling(
-            temperature=real(body, "temperature", 1.0, 0.0, 100.0),  # OpenAI's default
-            top_p=real(body, "top_p", 1.0, 0.0, 1.0),
+            temperature=number(body, "temperature", 1.0, 0.0, 100.0),  # OpenAI's default
+            top_p=number(body, "top_p", 1.0, 0.0, 1.0),
             top_k=max(0, top_k),  # -1 is vLLM's word for all
-            min_p=real(body, "min_p", 0.0, 0.0, 1.0),
-            repetition_penalty=real(body, "repetition_penalty", 1.0, 0.0, 100.0),
+            min_p=number(body, "min_p", 0.0, 0.0, 1.0),
+            repetition_penalty=number(body, "repetition_penalty", 1.0, 0.0, 100.0),
             seed=seed % 2**32,
         )
         seeds = [seed + index for index in range(len(prompts))]
@@ -291,39 +316,6 @@ class _Server:
     def _answers(self, engine: Engine, asked: Asked) -> Generator[None, None, list[Completion]]:
         generations, ends = asked
         return answers(self.session, engine, [*map(engine.submit, generations)], ends)
-
-    def _complete(
-        self,
-        engine: Engine,
-        prompts: list[list[int]],
-        asked: Asked | None,
-        echo: bool,
-        top: int | None,
-        copies: int,
-    ) -> Generator[Json | None]:
-        choices, completions = [], [Completion(tokens=(), logprobs=(), finish_reason="length")] * len(prompts)
-        if asked:
-            completions = yield from self._answers(engine, asked)
-        for index, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
-            text = self.tokenizer.decode(prompt if echo else [], skip_special=True) + answer.text
-            shown = None if top is None else self._logprobs(prompt, echo, answer, text, top)
-            choice = {"index": index, "text": text, "logprobs": shown, "finish_reason": answer.finish_reason}
-            choices.append(choice)
-        yield self._response("text_completion", "cmpl", choices, prompts[::copies], completions)
-
-    def _chat(self, engine: Engine, asked: Asked, top: int | None) -> Generator[Json | None]:
-        completions = yield from self._answers(engine, asked)
-        prompts = [generation.prompt for generation in asked[0]]
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": answer.text},
-                "logprobs": None if top is None else self._chat_logprobs(prompt, answer, top),
-                "finish_reason": answer.finish_reason,
-            }
-            for index, (prompt, answer) in enumerate(zip(prompts, completions, strict=True))
-        ]
-        yield self._response("chat.completion", "chatcmpl", choices, prompts[:1], completions)
 
     def _logprobs(self, prompt: list[int], echo: bool, answer: Completion, text: str, top: int) -> Json:
         """Log-probabilities as completions have them; the first token of an echoed prompt has none."""

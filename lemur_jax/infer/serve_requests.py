@@ -4,7 +4,7 @@ import asyncio
 import json
 import urllib.parse
 from collections.abc import Sequence, Set
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -14,6 +14,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.text.conversation_formats import openai_messages
 
 Json = dict[str, Any]
+Number = TypeVar("Number", int, float)
 
 # OpenAI's own limits for n and logprobs are 128 and 20.
 MOST_ANSWERS, MOST_TOP, MOST_STOPS = 64, 20, 64
@@ -109,7 +110,7 @@ def _no_constant(name: str) -> None:
 
 
 def answers_wanted(body: Json) -> int:
-    wanted = integer(body, "n", 1, 1, MOST_ANSWERS)
+    wanted = number(body, "n", 1, 1, MOST_ANSWERS)
     if body.get("best_of") not in (None, wanted):
         raise UserError(f"n is {wanted}: best_of must be the same")
     return wanted
@@ -167,22 +168,16 @@ def stops(body: Json) -> list[str]:
     return [stop for stop in stops if stop]
 
 
-def integer(body: Json, key: str, default: int, low: int, high: int) -> int:
+def number(body: Json, key: str, default: Number, low: float, high: float) -> Number:
+    """A number of the type of `default`, which stands for null; UserError if it is none or out of range."""
     value = body.get(key)
     if value is None:
         return default
-    if type(value) is not int or not low <= value <= high:
-        raise UserError(f"{key} is {value!r:.50}: it must be an integer between {low} and {high}")
-    return value
-
-
-def real(body: Json, key: str, default: float, low: float, high: float) -> float:
-    value = body.get(key)
-    if value is None:
-        return default
-    if type(value) not in (int, float) or not low <= value <= high:
-        raise UserError(f"{key} is {value!r:.50}: it must be a number between {low:g} and {high:g}")
-    return float(value)
+    whole = type(default) is int
+    if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
+        kind = "an integer" if whole else "a number"
+        raise UserError(f"{key} is {value!r:.50}: it must be {kind} between {low} and {high}")
+    return type(default)(value)
 
 
 def flag(body: Json, key: str) -> bool:

@@ -31,6 +31,7 @@ _LLAMA3: dict[str, Any] = dict(
     rope_scaling="llama3",
     rope_factor=8.0,
 )
+_LLAMA32: dict[str, Any] = _LLAMA3 | dict(rope_factor=32.0, tie_word_embeddings=True)
 _SMOLLM2: dict[str, Any] = dict(vocab_size=49_152, max_position_embeddings=8192, tie_word_embeddings=True)
 _MISTRAL: dict[str, Any] = _8B | dict(vocab_size=32_000, max_position_embeddings=32_768)
 _QWEN: dict[str, Any] = dict(max_position_embeddings=32_768, rope_theta=1_000_000.0, rms_norm_eps=1e-6)
@@ -63,15 +64,9 @@ PRESETS: dict[str, DecoderConfig] = {
     "quickstart": DecoderConfig(**_SMALL, vocab_size=4000, **_shape(128, 352, 4, 4, 2, 32)),
     # GPT-2 small's proportions with Llama's blocks and Llama-2's vocabulary.
     "llama_125m": DecoderConfig(**_LLAMA2, **_shape(768, 2048, 12, 12, 12, 64)),
-    "llama3.2_1b": DecoderConfig(
-        **_LLAMA3 | _shape(2048, 8192, 16, 32, 8, 64) | dict(rope_factor=32.0, tie_word_embeddings=True)
-    ),
-    "llama3.2_3b": DecoderConfig(
-        **_LLAMA3 | _shape(3072, 8192, 28, 24, 8) | dict(rope_factor=32.0, tie_word_embeddings=True)
-    ),
-    "llama1_7b": DecoderConfig(
-        **_LLAMA2 | _7B | dict(max_position_embeddings=2048, rms_norm_eps=1e-6),
-    ),
+    "llama3.2_1b": DecoderConfig(**_LLAMA32, **_shape(2048, 8192, 16, 32, 8, 64)),
+    "llama3.2_3b": DecoderConfig(**_LLAMA32, **_shape(3072, 8192, 28, 24, 8)),
+    "llama1_7b": DecoderConfig(**_LLAMA2 | _7B | dict(max_position_embeddings=2048, rms_norm_eps=1e-6)),
     "llama2_7b": DecoderConfig(**_LLAMA2, **_7B),
     "llama2_13b": DecoderConfig(**_LLAMA2, **_shape(5120, 13_824, 40, 40, 40)),
     "llama2_70b": DecoderConfig(**_LLAMA2, **_70B),

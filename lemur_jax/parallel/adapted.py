@@ -38,11 +38,6 @@ class Adapted:
         return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
 
 
-def base_of(weight: Any) -> Any:
-    """The weight without its update."""
-    return weight.base if isinstance(weight, Adapted) else weight
-
-
 def is_adapted(params: Any) -> bool:
     """Whether a tree of parameters holds an `Adapted`."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Adapted))

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lemur_jax.parallel.adapted import Adapted, base_of, num_inputs
+from lemur_jax.parallel.adapted import Adapted, num_inputs
 from lemur_jax.parallel.compiler_flags import exchanges_gradients
 from lemur_jax.parallel.lookup import look_up
 from lemur_jax.parallel.mesh import platform
@@ -147,7 +147,7 @@ class Projection:
             for equation, weight in products
         )
         values = tuple(weight.get_value() for _, weight in products)
-        weights = tuple(map(base_of, values))
+        weights = tuple(value.base if isinstance(value, Adapted) else value for value in values)
         if reduction is None or any(map(is_quantized, weights)):  # integers have no gradient
             results = tuple(product(x, weight) for product, weight in zip(each, weights, strict=True))
         else:
