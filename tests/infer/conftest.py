@@ -1,6 +1,5 @@
 """What the tests of inference share; each session compiles its programs once."""
 
-import pathlib
 import threading
 
 import jax
@@ -11,15 +10,7 @@ from lemur_jax.infer.serve import application
 from lemur_jax.infer.session import Session, load, make_session
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import parse_mesh
-from lemur_jax.text.tokenizer import Tokenizer
-from tests.helpers.chat_models import write_chat_model
 from tests.helpers.sessions import fresh_params, mesh_of
-
-
-@pytest.fixture(scope="session")
-def chat_tokenizer(small_chat_tokenizer) -> Tokenizer:
-    """500 SentencePiece pieces and ChatML's control tokens."""
-    return small_chat_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -29,12 +20,6 @@ def tiny_session() -> Session:
     params = fresh_params(config)
     params["head"]["kernel"] *= 10
     return make_session(config, params, mesh_of("fsdp=2,tensor=2"), "float32")
-
-
-@pytest.fixture(scope="session")
-def chat_checkpoint(tmp_path_factory, chat_tokenizer) -> pathlib.Path:
-    """A random model with its tokenizer, its logits spread out."""
-    return write_chat_model(tmp_path_factory.mktemp("checkpoint") / "model", chat_tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ ANSWER = "yes: 😀!"
 
 
 @pytest.fixture(scope="module")
-def parrot(chat_tokenizer):
+def parrot(small_chat_tokenizer):
     """Says ANSWER after the newline of an assistant's header, whatever it was asked."""
-    newline = chat_tokenizer.encode("\n", prefix=False)
-    answer = chat_tokenizer.encode(ANSWER, prefix=False)
-    ids = [*newline, *answer, chat_tokenizer.control_tokens["<|im_end|>"]]
-    return recite(chat_tokenizer, ids)
+    newline = small_chat_tokenizer.encode("\n", prefix=False)
+    answer = small_chat_tokenizer.encode(ANSWER, prefix=False)
+    ids = [*newline, *answer, small_chat_tokenizer.control_tokens["<|im_end|>"]]
+    return recite(small_chat_tokenizer, ids)
 
 
 def test_an_answer_is_streamed_without_its_end(parrot, monkeypatch):
@@ -32,9 +32,9 @@ def test_an_answer_is_streamed_without_its_end(parrot, monkeypatch):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_llama_3_ends_a_turn_with_its_own_token(chat_tokenizer, tmp_path):
+def test_llama_3_ends_a_turn_with_its_own_token(small_chat_tokenizer, tmp_path):
     """In chat and in completions; the model goes on after it, and nobody is to see that."""
-    for name, content in chat_tokenizer.files().items():
+    for name, content in small_chat_tokenizer.files().items():
         (tmp_path / name).write_bytes(content)
     template = (
         "{% for message in messages %}{% generation %}{{ message['content'] + '<|eot_id|>\n' }}"
@@ -124,8 +124,10 @@ def test_an_answer_cut_short_is_kept(parrot):
     assert messages[3]["content"] == ANSWER
 
 
-def test_a_base_model_cannot_chat(chat_tokenizer):
-    base = type(chat_tokenizer).from_files({"tokenizer.model": chat_tokenizer.files()["tokenizer.model"]})
+def test_a_base_model_cannot_chat(small_chat_tokenizer):
+    base = type(small_chat_tokenizer).from_files(
+        {"tokenizer.model": small_chat_tokenizer.files()["tokenizer.model"]}
+    )
     session = recite(base, [3, 4])
     with pytest.raises(UserError, match="no chat template"):
         list(reply(session, [{"role": "user", "content": "hello"}]))

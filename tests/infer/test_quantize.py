@@ -23,12 +23,12 @@ T = 64
 
 
 @pytest.fixture(scope="module")
-def trained(chat_tokenizer):
+def trained(small_chat_tokenizer):
     """A model that has read some Python, and text that it has not read."""
-    ids = chat_tokenizer.encode(pathlib.Path(pydoc.__file__).read_text(encoding="utf-8")[:60_000])
+    ids = small_chat_tokenizer.encode(pathlib.Path(pydoc.__file__).read_text(encoding="utf-8")[:60_000])
     rows = np.array(ids[: len(ids) // (T + 1) * (T + 1)], np.int32).reshape(-1, T + 1)
     train, held_out = rows[:-8], rows[-8:]
-    config = preset("tiny", vocab_size=chat_tokenizer.vocab_size)
+    config = preset("tiny", vocab_size=small_chat_tokenizer.vocab_size)
     params, optimizer = fresh_params(config), optax.adam(3e-3)
 
     @jax.jit

@@ -20,17 +20,17 @@ ONE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, chat_tokenizer):
+def checkpoint(tmp_path_factory, small_chat_tokenizer):
     path = tmp_path_factory.mktemp("checkpoint") / "model"
-    metadata = make_metadata(model=CONFIG.to_dict(), tokenizer_files=chat_tokenizer.files())
+    metadata = make_metadata(model=CONFIG.to_dict(), tokenizer_files=small_chat_tokenizer.files())
     write_params(path, fresh_params(CONFIG), metadata, step=7)
     return path
 
 
-def test_a_checkpoint_generates_on_a_mesh(checkpoint, chat_tokenizer, tiny_session):
+def test_a_checkpoint_generates_on_a_mesh(checkpoint, small_chat_tokenizer, tiny_session):
     session = load(checkpoint, ONE | {"fsdp": -1, "tensor": 2}, "float32", step=7, devices=jax.devices()[:4])
     assert session.model == CONFIG
-    assert session.tokenizer.files() == chat_tokenizer.files()
+    assert session.tokenizer.files() == small_chat_tokenizer.files()
     query = session.params["layers"]["attention"]["query"]
     assert {shard.data.shape for shard in query.addressable_shards} == {(2, 32, 2, 16)}
     params = fresh_params(CONFIG)

@@ -30,15 +30,15 @@ from tests.helpers.sessions import fresh_params, mesh_of
 
 
 @pytest.fixture(scope="module")
-def session_on(chat_tokenizer):
-    """session_on(mesh, head): the model of `chat_checkpoint`, perhaps with another head."""
-    config = preset("tiny", vocab_size=chat_tokenizer.vocab_size)
+def session_on(small_chat_tokenizer):
+    """session_on(mesh, head): the model of `chat_model`, perhaps with another head."""
+    config = preset("tiny", vocab_size=small_chat_tokenizer.vocab_size)
     params = fresh_params(config)
     params["head"]["kernel"] *= 10
 
     def make(mesh, head=None):
         tree = params if head is None else {**params, "head": {"kernel": head}}
-        return make_session(config, tree, mesh_of(mesh), "float32", tokenizer=chat_tokenizer)
+        return make_session(config, tree, mesh_of(mesh), "float32", tokenizer=small_chat_tokenizer)
 
     return make
 
@@ -120,7 +120,7 @@ def test_another_file_is_no_reference(tmp_path):
 
 
 @pytest.fixture
-def refused(chat_checkpoint, tmp_path, capsys, monkeypatch):
+def refused(chat_model, tmp_path, capsys, monkeypatch):
     """refused(words): the one line with which the verb ends before the weights are read."""
 
     def loaded(*_):
@@ -130,7 +130,7 @@ def refused(chat_checkpoint, tmp_path, capsys, monkeypatch):
 
     def go(*words):
         words = [word.format(tmp_path) for word in words]
-        assert main(["smoke", "--checkpoint", str(chat_checkpoint), *words]) == 2
+        assert main(["smoke", "--checkpoint", str(chat_model), *words]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         return error
@@ -144,7 +144,7 @@ def test_a_comparison_without_transformers_is_refused(monkeypatch, tmp_path):
         check_hf(str(tmp_path), "float32", "float")
 
 
-def test_what_cannot_be_is_said_before_anything_is_loaded(refused, tmp_path, chat_tokenizer):
+def test_what_cannot_be_is_said_before_anything_is_loaded(refused, tmp_path, small_chat_tokenizer):
     pytest.importorskip("transformers")
     for name in ("empty", "bare", "hf"):
         (tmp_path / name).mkdir()
@@ -163,7 +163,7 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(refused, tmp_path, cha
     ):
         assert message in refused(*words)
 
-    prompts = [[chat_tokenizer.bos_id, *chat_tokenizer.encode(prompt)] for prompt in PROMPTS]
+    prompts = [[small_chat_tokenizer.bos_id, *small_chat_tokenizer.encode(prompt)] for prompt in PROMPTS]
     rows = [[1] * NEW_TOKENS for _ in PROMPTS]
     fitting = Reference(dtype="float32", weights="float", prompts=prompts, tokens=rows, logprobs=rows)
     for number, (changes, message) in enumerate(
@@ -180,11 +180,11 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(refused, tmp_path, cha
         assert message in refused("--reference", str(file))
 
 
-def test_the_verb_compares_or_writes_as_it_is_told(chat_checkpoint, tmp_path, capsys):
+def test_the_verb_compares_or_writes_as_it_is_told(chat_model, tmp_path, capsys):
     file = tmp_path / "new" / "reference.json"
 
     def verb(*words):
-        status = main(["smoke", "--checkpoint", str(chat_checkpoint), *words])
+        status = main(["smoke", "--checkpoint", str(chat_model), *words])
         said = capsys.readouterr()
         return status, said.out if status == 0 else said.err
 

@@ -13,41 +13,41 @@ BYTES = "a ሰላምሰላም"  # each letter is three byte tokens
 @pytest.mark.parametrize(
     ("text", "cut"), [*((TEXT, cut) for cut in (0, 1, 3, 9, 20)), *((BYTES, cut) for cut in range(9, 18))]
 )
-def test_prompt_and_continuation_make_up_the_text(chat_tokenizer, text, cut):
+def test_prompt_and_continuation_make_up_the_text(small_chat_tokenizer, text, cut):
     """Wherever the prompt is cut, even inside the bytes of a character."""
-    ids = [chat_tokenizer.bos_id, *chat_tokenizer.encode(text)]
+    ids = [small_chat_tokenizer.bos_id, *small_chat_tokenizer.encode(text)]
     prompt, rest = ids[: cut + 1], ids[cut + 1 :]
-    shown = chat_tokenizer.decode(prompt).rstrip("\ufffd")
-    assert shown + continuation(chat_tokenizer, prompt, rest) == chat_tokenizer.decode(ids)
+    shown = small_chat_tokenizer.decode(prompt).rstrip("\ufffd")
+    assert shown + continuation(small_chat_tokenizer, prompt, rest) == small_chat_tokenizer.decode(ids)
 
 
-def test_the_space_in_front_is_kept(chat_tokenizer):
-    prompt, whole = chat_tokenizer.encode("print the"), chat_tokenizer.encode("print the value")
+def test_the_space_in_front_is_kept(small_chat_tokenizer):
+    prompt, whole = small_chat_tokenizer.encode("print the"), small_chat_tokenizer.encode("print the value")
     assert whole[: len(prompt)] == prompt
-    assert continuation(chat_tokenizer, prompt, whole[len(prompt) :]) == " value"
+    assert continuation(small_chat_tokenizer, prompt, whole[len(prompt) :]) == " value"
 
 
-def test_a_prompt_may_end_with_the_replacement_character(chat_tokenizer):
-    prompt, more = chat_tokenizer.encode("a\ufffd"), chat_tokenizer.encode("b", prefix=False)
-    assert chat_tokenizer.decode(prompt) == "a\ufffd"
-    assert continuation(chat_tokenizer, prompt, more) == "b"
+def test_a_prompt_may_end_with_the_replacement_character(small_chat_tokenizer):
+    prompt, more = small_chat_tokenizer.encode("a\ufffd"), small_chat_tokenizer.encode("b", prefix=False)
+    assert small_chat_tokenizer.decode(prompt) == "a\ufffd"
+    assert continuation(small_chat_tokenizer, prompt, more) == "b"
 
 
-def test_offsets_are_lengths_of_the_text_before(chat_tokenizer):
+def test_offsets_are_lengths_of_the_text_before(small_chat_tokenizer):
     text = "def naïve(x): '漢 😀'"
-    prompt, answer = (chat_tokenizer.encode(text, prefix=prefix) for prefix in (True, False))
-    ids = [chat_tokenizer.bos_id, *prompt, *answer]
-    shown = [chat_tokenizer.decode(ids[:count], skip_special=True) for count in range(len(ids))]
+    prompt, answer = (small_chat_tokenizer.encode(text, prefix=prefix) for prefix in (True, False))
+    ids = [small_chat_tokenizer.bos_id, *prompt, *answer]
+    shown = [small_chat_tokenizer.decode(ids[:count], skip_special=True) for count in range(len(ids))]
     before = [len(each.rstrip("\ufffd")) for each in shown]
-    assert offsets(chat_tokenizer, ids[: len(prompt) + 1], answer, text + text) == before
-    cut = offsets(chat_tokenizer, [], answer, text[:5])  # at a stop string
+    assert offsets(small_chat_tokenizer, ids[: len(prompt) + 1], answer, text + text) == before
+    cut = offsets(small_chat_tokenizer, [], answer, text[:5])  # at a stop string
     assert cut == [min(5, place - len(text)) for place in before[len(prompt) + 1 :]]
 
 
-def test_a_character_that_never_ends_is_shown_as_broken(chat_tokenizer):
-    prompt, ids = chat_tokenizer.encode("a"), chat_tokenizer.encode("😀", prefix=False)
-    assert continuation(chat_tokenizer, prompt, ids) == "😀"
-    assert set(continuation(chat_tokenizer, prompt, ids[:-1])) == {"\ufffd"}
+def test_a_character_that_never_ends_is_shown_as_broken(small_chat_tokenizer):
+    prompt, ids = small_chat_tokenizer.encode("a"), small_chat_tokenizer.encode("😀", prefix=False)
+    assert continuation(small_chat_tokenizer, prompt, ids) == "😀"
+    assert set(continuation(small_chat_tokenizer, prompt, ids[:-1])) == {"\ufffd"}
 
 
 def streamed(tokenizer, first, ids, stops=()):
@@ -62,24 +62,24 @@ def streamed(tokenizer, first, ids, stops=()):
             yield piece
 
 
-def test_a_stop_string_of_a_broken_character_is_not_the_beginning_of_a_whole_one(chat_tokenizer):
-    first, *ids = chat_tokenizer.encode("a😀b", prefix=False)
-    *found, end = streamed(chat_tokenizer, first, ids, ["\ufffd"])
+def test_a_stop_string_of_a_broken_character_is_not_the_beginning_of_a_whole_one(small_chat_tokenizer):
+    first, *ids = small_chat_tokenizer.encode("a😀b", prefix=False)
+    *found, end = streamed(small_chat_tokenizer, first, ids, ["\ufffd"])
     assert ("".join(text for text, _ in found), end) == ("😀b", ("", "length"))
 
 
 @pytest.mark.parametrize(
     "spelled", [["<0x3D>", "<0xBD>"], ["<0x0A>", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]]
 )
-def test_a_stream_is_the_text_of_the_whole_answer(chat_tokenizer, spelled, monkeypatch):
+def test_a_stream_is_the_text_of_the_whole_answer(small_chat_tokenizer, spelled, monkeypatch):
     """A byte shows U+FFFD once another one beside it is no UTF-8. No look decodes what is known."""
-    first, *ids = map(chat_tokenizer.find, ["a", "b", *spelled, *"cdefghijk"])
+    first, *ids = map(small_chat_tokenizer.find, ["a", "b", *spelled, *"cdefghijk"])
     counts = []
     monkeypatch.setattr(
         complete, "continuation", lambda *args: counts.append(len(args[2])) or continuation(*args)
     )
-    text = "".join(text for text, _ in streamed(chat_tokenizer, first, ids))
-    assert text == continuation(chat_tokenizer, [first], ids)
+    text = "".join(text for text, _ in streamed(small_chat_tokenizer, first, ids))
+    assert text == continuation(small_chat_tokenizer, [first], ids)
     assert counts[-8:] == [1] * 8
 
 
@@ -97,10 +97,10 @@ EQUALS = ["<0x3D>", "<0x0A>", "<0xBD>"]  # together no UTF-8
     ],
 )
 def test_an_answer_ends_at_its_stop_string_however_many_steps_the_engine_makes(
-    chat_tokenizer, spelled, stops, text
+    small_chat_tokenizer, spelled, stops, text
 ):
-    first, *ids = map(chat_tokenizer.find, ["*", *spelled])
-    session = recite(chat_tokenizer, [first, *ids])
+    first, *ids = map(small_chat_tokenizer.find, ["*", *spelled])
+    session = recite(small_chat_tokenizer, [first, *ids])
     found = []
     for steps in (1, 5, 64):
         engine = Engine(session)
@@ -111,5 +111,5 @@ def test_an_answer_ends_at_its_stop_string_however_many_steps_the_engine_makes(
     assert found[0] == found[1] == found[2]
     assert (found[0].text, found[0].finish_reason) == (text, "stop")
     assert len(found[0].logprobs) == len(found[0].tokens)
-    before = continuation(chat_tokenizer, [first], found[0].tokens[:-1])
+    before = continuation(small_chat_tokenizer, [first], found[0].tokens[:-1])
     assert not any(stop in before for stop in stops)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.models.decoder import Compute, abstract_params, forward, init_params, logical_axes
+from lemur_jax.models.decoder import Compute, forward, init_params
 from lemur_jax.models.presets import preset
 from lemur_jax.models.remat import POLICIES
 
@@ -84,12 +84,3 @@ def test_bfloat16_compute_gives_float32_logits_close_to_float32(params, tokens):
     )
     assert narrow.dtype == jnp.float32
     assert 0 < np.abs(wide - narrow).max() < 0.1 * np.abs(wide).max()
-
-
-def test_axes_name_every_dimension():
-    tied = preset("llama3.2_1b")
-    for config in (CONFIG, tied):
-        shapes = jax.tree.leaves(abstract_params(config))
-        axes = jax.tree.leaves(logical_axes(config), is_leaf=lambda x: isinstance(x, tuple))
-        assert [leaf.ndim for leaf in shapes] == [len(names) for names in axes]
-    assert "head" not in abstract_params(tied)

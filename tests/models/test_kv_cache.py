@@ -12,18 +12,6 @@ from lemur_jax.models.presets import preset
 from tests.helpers.sessions import mesh_of
 
 
-def test_write_touches_its_slots_alone():
-    cache = kv_cache.empty(preset("tiny"), Compute(), rows=3, slots=5)
-    key = jnp.arange(3 * 2 * 2 * 16, dtype=jnp.float32).reshape(3, 2, 2, 16) + 1
-    after = kv_cache.write(cache, jnp.int32(1), jnp.array([2, 0, 3]), key, -key)
-    expected = np.zeros((2, 3, 5, 2, 16))
-    for row, start in enumerate((2, 0, 3)):
-        expected[1, row, start : start + 2] = key[row]
-    expected = expected.swapaxes(2, 3)
-    np.testing.assert_array_equal(after.key, expected)
-    np.testing.assert_array_equal(after.value, -expected)
-
-
 @pytest.mark.parametrize("T", [1, 2])
 @pytest.mark.parametrize(
     ("S", "starts", "read"), [(6, [3, 0], 6), (300, [0, 127], 256), (300, [255, 7], 300)]

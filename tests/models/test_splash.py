@@ -15,9 +15,10 @@ from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
 from lemur_jax.models.scores import ScoreOptions
 from lemur_jax.models.splash import splash_attention
+from tests.helpers.attention import arrays, assert_close
 from tests.helpers.sessions import mesh_of
 
-B, T, H, K, N = 2, 256, 4, 2, 16
+T = 256
 
 
 @pytest.fixture(autouse=True)
@@ -31,62 +32,15 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(splash, "block_sizes", small)
 
 
-def arrays(heads=H, key_heads=K):
-    rng = np.random.default_rng(0)
-    query, weight = rng.normal(size=(2, B, T, heads, N))
-    key, value = rng.normal(size=(2, B, T, key_heads, N))
-    segments = np.sort(rng.integers(1, 4, size=(B, T)), axis=1)
-    return query, key, value, segments, weight
-
-
-def reference(query, key, value, segments, weight):
-    """Output, and gradients of sum(output · weight) by the formulas of softmax attention."""
-    G = query.shape[2] // key.shape[2]
-    key, value = (np.repeat(x, G, axis=2) for x in (key, value))
-    visible = np.tril(np.ones((T, T), bool)) & (segments[:, :, None] == segments[:, None])
-    scores = np.where(visible[:, None], np.einsum("bthn,bshn->bhts", query, key) / np.sqrt(N), -np.inf)
-    shares = np.exp(scores - scores.max(-1, keepdims=True))
-    shares /= shares.sum(-1, keepdims=True)
-    out = np.einsum("bhts,bshn->bthn", shares, value)
-    upstream = np.einsum("bthn,bshn->bhts", weight, value)
-    inner = shares * (upstream - np.einsum("bhts,bhts->bht", shares, upstream)[..., None]) / np.sqrt(N)
-
-    def grouped(x):  # the gradient of a key head is the sum over its query heads
-        return x.reshape(B, T, -1, G, N).sum(3)
-
-    return (
-        out,
-        np.einsum("bhts,bshn->bthn", inner, key),
-        grouped(np.einsum("bhts,bthn->bshn", inner, query)),
-        grouped(np.einsum("bhts,bthn->bshn", shares, weight)),
-    )
-
-
-def on_device(inputs, dtype=jnp.float32):
-    return [jnp.asarray(x, jnp.int32 if x.dtype == int else dtype) for x in inputs]
-
-
-def computed(inputs, mesh, dtype=jnp.float32):
-    *qkv, segments, weight = on_device(inputs, dtype)
-
-    @jax.jit
-    def both(query, key, value):
-        out, pull = jax.vjp(lambda *qkv: splash_attention(*qkv, segments, mesh), query, key, value)
-        return out, *pull(weight)
-
-    return both(*qkv)
-
-
-def test_forward_and_backward_against_float64():
-    inputs = arrays()
-    for ours, theirs in zip(computed(inputs, None), reference(*inputs), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+def on_device(dtype=jnp.float32):
+    *qkv, segments, _ = arrays(T)
+    return *(jnp.asarray(x, dtype) for x in qkv), jnp.asarray(segments)
 
 
 @pytest.mark.process
 def test_parts_of_dq_are_added_without_a_reduction(monkeypatch):
     def gradients():
-        query, key, value, segments, _ = on_device(arrays(), jnp.bfloat16)
+        query, key, value, segments = on_device(jnp.bfloat16)
         both = jax.grad(
             lambda *qkv: splash_attention(*qkv, segments, None).astype(jnp.float32).sum(), (0, 1, 2)
         )
@@ -105,7 +59,7 @@ def test_parts_of_dq_are_added_without_a_reduction(monkeypatch):
 
 def test_window_cap_and_scale_are_those_of_xla():
     """`tests/convert/test_families.py` compares these with transformers."""
-    query, key, value, segments, _ = on_device(arrays())
+    query, key, value, segments = on_device()
     options = ScoreOptions(divisor=24.0, softcap=2.0, window=40)
 
     def both(attend):
@@ -119,23 +73,22 @@ def test_window_cap_and_scale_are_those_of_xla():
 @pytest.mark.parametrize(
     ("mesh", "heads", "key_heads"),
     [
+        (None, 4, 2),
         ("fsdp=2,tensor=2", 4, 2),  # heads cut over tensor
         ("sequence=2,tensor=2", 8, 4),  # positions traded for heads, key heads too
         ("sequence=4", 4, 2),  # fewer key heads than devices: repeated for the trade
     ],
 )
-def test_cut_over_a_mesh(mesh, heads, key_heads):
-    inputs = arrays(heads, key_heads)
-    for ours, theirs in zip(computed(inputs, mesh_of(mesh)), reference(*inputs), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+def test_forward_and_backward_against_float64(mesh, heads, key_heads):
+    assert_close(splash_attention, arrays(T, heads, key_heads), mesh and mesh_of(mesh), atol=5e-6)
 
 
 def test_refuses_what_the_kernels_cannot_do():
-    query, key, value, segments, _ = arrays()
+    *qkv, segments = on_device()
     with pytest.raises(UserError, match=r"sequence_length 100 .* multiple of 128"):
-        splash_attention(query[:, :100], key[:, :100], value[:, :100], segments[:, :100], None)
+        splash_attention(*(x[:, :100] for x in qkv), segments[:, :100], None)
     with pytest.raises(UserError, match=r"cannot be cut over config.mesh.sequence 8"):
-        splash_attention(query, key, value, segments, mesh_of("sequence=8"))
+        splash_attention(*qkv, segments, mesh_of("sequence=8"))
 
 
 @pytest.mark.parametrize(
@@ -149,21 +102,16 @@ def test_refuses_what_the_kernels_cannot_do():
 def test_block_sizes_of_real_runs(monkeypatch, kind, dtype, tolerance):
     """Blocks of another size in the backward pass, and there a computation finer than the block."""
     monkeypatch.undo()
-    monkeypatch.setitem(globals(), "T", 1024)
-    sizes = splash.block_sizes(T, N, kind)
+    sizes = splash.block_sizes(1024, 16, kind)
     assert (sizes.block_kv, sizes.block_kv_dkv, sizes.block_kv_dkv_compute) == (512, 1024, 512)
     assert sizes.use_fused_bwd_kernel == (kind == "TPU v4")
     monkeypatch.setattr(splash, "block_sizes", lambda *_: sizes)
-    inputs = arrays(2, 1)
-    rounded = [np.asarray(jnp.asarray(x, dtype), np.float64) for x in (*inputs[:3], inputs[4])]
-    wanted = reference(*rounded[:3], inputs[3], rounded[3])
-    for ours, theirs in zip(computed(inputs, None, dtype), wanted, strict=True):
-        np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, atol=tolerance)
+    assert_close(splash_attention, arrays(1024, 2, 1), None, dtype, atol=tolerance)
 
 
 def test_residuals_kept_by_name_save_the_forward_kernel():
     """With the output alone and not its log-sum-exp, the kernel would run again in the backward pass."""
-    query, key, value, segments, _ = on_device(arrays())
+    query, key, value, segments = on_device()
 
     def kernels_in(policy):
         body = jax.checkpoint(lambda *qkv: splash_attention(*qkv, segments, None), policy=policy)

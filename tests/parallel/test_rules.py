@@ -28,32 +28,21 @@ def test_axis_without_a_rule_is_an_error_that_names_the_leaf():
         spec(mesh_of("fsdp=8"), ("state", "embed"), (4, 64), "layers/mixer")
 
 
-def test_heads_that_tensor_does_not_divide():
-    config = preset("tiny")  # 2 key-value heads
-    with pytest.raises(UserError, match=r"attention/key.*kv_heads.*size 2 is not divisible by 4"):
-        param_shardings(mesh_of("fsdp=2,tensor=4"), abstract_params(config), logical_axes(config))
+BATCH = ("data", "fsdp", "expert")
+RESIDUAL = ("batch", "residual_length", "width")
 
 
 @pytest.mark.parametrize(
-    ("axes", "shape", "placed"),
+    ("mesh", "axes", "shape", "placed"),
     [
-        (
-            ("layers", "embed", "heads", "head_dim"),
-            (2, 64, 4, 16),
-            (None, ("fsdp", "expert"), "tensor", None),
-        ),
-        (("vocab", "embed"), (32_005, 64), (None, ("fsdp", "expert"))),  # an odd vocabulary stays whole
+        ("fsdp=4,tensor=2", ("layers", "embed", "heads"), (2, 64, 4), (None, ("fsdp", "expert"), "tensor")),
+        # An odd vocabulary stays whole.
+        ("fsdp=4,tensor=2", ("vocab", "embed"), (32_005, 64), (None, ("fsdp", "expert"))),
+        # Positions are cut over `tensor` where it divides them; in decoding there is one.
+        ("fsdp=2,sequence=2,tensor=2", RESIDUAL, (4, 8, 64), (BATCH, ("sequence", "tensor"), None)),
+        ("fsdp=2,sequence=2,tensor=2", RESIDUAL, (4, 6, 64), (BATCH, "sequence", None)),
+        ("data=2,fsdp=2,tensor=2", RESIDUAL, (4, 1, 64), (BATCH, "sequence", None)),
     ],
 )
-def test_placement(axes, shape, placed):
-    assert spec(mesh_of("fsdp=4,tensor=2"), axes, shape) == PartitionSpec(*placed)
-
-
-def test_residual_positions_are_cut_over_tensor_where_positions_allow():
-    mesh = mesh_of("fsdp=2,sequence=2,tensor=2")
-    axes = ("batch", "residual_length", "width")
-    assert spec(mesh, axes, (4, 8, 64)) == PartitionSpec(
-        ("data", "fsdp", "expert"), ("sequence", "tensor"), None
-    )
-    assert spec(mesh, axes, (4, 6, 64)) == PartitionSpec(("data", "fsdp", "expert"), "sequence", None)
-    assert spec(mesh_of("data=2,fsdp=2,tensor=2"), axes, (4, 1, 64))[1] in ("sequence", None)  # decoding
+def test_placement(mesh, axes, shape, placed):
+    assert spec(mesh_of(mesh), axes, shape) == PartitionSpec(*placed)
