@@ -175,10 +175,8 @@ class Programs:
         return jax.tree.map(lambda x: constrain(x, mesh, *("batch", "width")[: x.ndim]), rows)
 
 
-@functools.lru_cache(maxsize=8)
-def programs(config: DecoderConfig, compute: Compute) -> Programs:
-    """The functions for one model on one mesh; the same ones for the same arguments."""
-    return Programs(config, compute)
+# The functions for one model on one mesh; the same ones for the same arguments.
+programs = functools.lru_cache(maxsize=8)(Programs)
 
 
 def _advance(rows: DecodeRows, logits: jax.Array) -> tuple[DecodeRows, jax.Array, jax.Array]:

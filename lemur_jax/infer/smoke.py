@@ -3,13 +3,13 @@
 import dataclasses
 import importlib.util
 import json
-import logging
 import time
 
 import jax
 import numpy as np
 from etils import epath
 
+from lemur_jax.cluster.hosts import inform
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert.hf_config import read_config
 from lemur_jax.convert.hf_weights import holds_weights
@@ -18,8 +18,6 @@ from lemur_jax.infer.generate import generate
 from lemur_jax.infer.score import score
 from lemur_jax.infer.session import Session
 from lemur_jax.text.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 48
 
@@ -103,7 +101,7 @@ def smoke(session: Session, hf_dir: str = "", reference: Reference | None = None
             "smoke test failed: two greedy runs gave different tokens on this mesh; check the devices"
         )
     axes = [f"{axis} {size}" for axis, size in session.mesh.shape.items() if size > 1]
-    _log_once(
+    inform(
         f"{len(prompts)} prompts × {NEW_TOKENS} tokens on {session.mesh.size} {jax.devices()[0].platform} devices"
         f" ({' × '.join(axes) or 'one device'}): {len(prompts) * NEW_TOKENS / seconds:,.0f} tokens/s,"
         f" {_memory(session)}"
@@ -116,16 +114,10 @@ def smoke(session: Session, hf_dir: str = "", reference: Reference | None = None
         logprobs=[list(completion.logprobs) for completion in first],
     )
     if reference:
-        _log_once(_compare_reference(session, reference, found))
+        inform(_compare_reference(session, reference, found))
     if hf_dir:
-        _log_once(_compare_transformers(hf_dir, found))
+        inform(_compare_transformers(hf_dir, found))
     return found
-
-
-def _log_once(line: str) -> None:
-    """Every host finds the same; one logs it."""
-    if jax.process_index() == 0:
-        logger.info("%s", line)
 
 
 def check_hf(hf_dir: str, dtype: str, weights: str) -> None:

@@ -6,7 +6,6 @@ saved. The parameters of the model are frozen. `adapt` puts both together withou
 
 import fnmatch
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,9 +95,9 @@ def adapt(options: AdapterConfig, base: Params, adapter: Params, key: jax.Array 
       adapter: as of `abstract_adapter`.
       key: of the dropout, another one for each update and microbatch; None: no dropout.
     """
-    flat = flatten_dict(base, sep="/")
-    for number, (path, a, b) in enumerate(_pairs(adapter)):
-        own = None
+    flat, factors = (flatten_dict(tree, sep="/") for tree in (base, adapter))
+    for number, path in enumerate(sorted({factor.rpartition("/")[0] for factor in factors})):
+        a, b, own = factors[f"{path}/a"], factors[f"{path}/b"], None
         if key is not None and options.dropout:
             own = jax.random.fold_in(key, number)
             own = jax.random.key_data(jax.random.split(own, len(a)) if path.startswith("layers/") else own)
@@ -115,10 +114,3 @@ def merge(options: AdapterConfig, weight: jax.Array, a: jax.Array, b: jax.Array)
     stacked = a.ndim + b.ndim == weight.ndim + 3  # L is in both
     change = (jax.vmap(product) if stacked else product)(a, b)
     return (weight.astype(jnp.float32) + options.scale * change).astype(weight.dtype)
-
-
-def _pairs(adapter: Params) -> list[tuple[str, Any, Any]]:
-    """(path, a, b) of each adapted weight, in the order of the paths."""
-    flat = flatten_dict(adapter, sep="/")
-    paths = sorted(path.removesuffix("/a") for path in flat if path.endswith("/a"))
-    return [(path, flat[f"{path}/a"], flat[f"{path}/b"]) for path in paths]

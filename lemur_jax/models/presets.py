@@ -38,11 +38,7 @@ _QWEN: dict[str, Any] = dict(max_position_embeddings=32_768, rope_theta=1_000_00
 _QWEN25: dict[str, Any] = _QWEN | dict(vocab_size=152_064, attention_bias="qkv")
 _QWEN3: dict[str, Any] = _QWEN | dict(max_position_embeddings=40_960, vocab_size=151_936, qk_norm="head")
 _GEMMA: dict[str, Any] = dict(
-    rms_norm_eps=1e-6,
-    norm_position="both",
-    norm_offset=1.0,
-    activation="gelu_tanh",
-    tie_word_embeddings=True,
+    rms_norm_eps=1e-6, norm_position="both", norm_offset=1.0, activation="gelu_tanh", tie_word_embeddings=True
 )
 _GEMMA3: dict[str, Any] = _GEMMA | dict(
     max_position_embeddings=131_072,

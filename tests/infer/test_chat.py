@@ -4,7 +4,7 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer import chat
-from lemur_jax.infer.chat import converse, fit, reply
+from lemur_jax.infer.chat import converse, reply
 from lemur_jax.infer.complete import complete
 from lemur_jax.text.chat_template import encode_chat
 from lemur_jax.text.tokenizer_files import extend
@@ -100,13 +100,6 @@ def test_a_turn_that_is_too_long_is_told_and_forgotten(parrot):
     assert any("max_position_embeddings 96" in text for text in written)
     with pytest.raises(UserError, match="max_position_embeddings 96"):
         converse(parrot, lines, written.append, **options)
-
-
-def test_fit_keeps_the_last_turn_however_long(parrot):
-    turns = [{"role": role, "content": "x y z " * 30} for role in ("system", "user", "assistant", "user")]
-    assert fit(parrot, turns, 20) == [turns[0], turns[3]]
-    with pytest.raises(UserError, match="max_position_embeddings 96"):
-        list(reply(parrot, fit(parrot, turns, 20), max_new_tokens=20))
 
 
 def test_an_answer_cut_short_is_kept(parrot):

@@ -177,17 +177,20 @@ top_logprobs seed model anything"""
 
 def fuzzed(rng):
     """A body for one of the two routes: values of all kinds in the fields that the server reads."""
-    role, content = rng.choice(["user", "assistant", "tool", "", 3]), rng.choice([*KINDS, "hello"])
-    message = {"role": role, "content": content}
-    messages = [{"role": "user", "content": "hi"}, message][: rng.randint(1, 2)]
-    body = {"prompt": "a b", "messages": messages, "max_tokens": 2}
+    message = {
+        "role": rng.choice(["user", "assistant", "tool", "", 3]),
+        "content": rng.choice([*KINDS, "hello"]),
+    }
+    route, body = rng.choice(
+        [
+            ("completions", {"prompt": "a b"}),
+            ("chat/completions", {"messages": [{"role": "user", "content": "hi"}, message]}),
+        ]
+    )
+    body |= {"max_tokens": 2}
     for field in rng.sample(FIELDS.split(), rng.randint(1, 3)):
         body[field] = rng.choice([*KINDS, [message], [rng.choice(KINDS)]])
-    text = json.dumps(body)
-    if rng.random() < 0.2:
-        place, noise = rng.randrange(len(text)), rng.choice(["", "{", "[" * 3000, "\0", '"', "NaN"])
-        text = text[:place] + noise + text[place + rng.randint(0, 3) :]
-    return rng.choice(["/v1/completions", "/v1/chat/completions"]), text
+    return f"/v1/{route}", json.dumps(body)
 
 
 @pytest.mark.slow

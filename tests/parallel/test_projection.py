@@ -30,6 +30,32 @@ def sharded_product(equation, axes, mesh, reduction, x, weight):
     return sharded_products((Product(equation, axes, mesh, reduction),), x, (weight,))[0]
 
 
+def assert_as_autodiff(cases, x_axes, x_shape, mesh, exchange, gather=lambda x, mesh: x):
+    """Products of one input with the weights of `cases`, and all gradients, placed as what they belong to."""
+    rng, reduction = np.random.default_rng(0), Reduction("float32", exchange)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (x_shape, *(c[2] for c in cases))]
+    products = tuple(Product(equation, axes, mesh, reduction) for equation, axes, _ in cases)
+
+    def plain(x, *weights):
+        pairs = zip(cases, weights, strict=True)
+        return sum(jnp.sum(jnp.sin(einsum(equation, x, weight))) for (equation, *_), weight in pairs)
+
+    def ours(x, *weights):
+        return sum(jnp.sum(jnp.sin(y)) for y in sharded_products(products, gather(x, mesh), weights))
+
+    of_all = range(len(arrays))
+    expected = jax.value_and_grad(plain, argnums=of_all)(*arrays)
+    places = [
+        NamedSharding(mesh, spec(mesh, axes, x.shape))
+        for axes, x in zip((x_axes, *(c[1] for c in cases)), arrays, strict=True)
+    ]
+    value, gradients = jax.jit(jax.value_and_grad(ours, argnums=of_all))(*map(jax.device_put, arrays, places))
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    for mine, theirs, place in zip(gradients, expected[1], places, strict=True):
+        assert mine.sharding.is_equivalent_to(place, mine.ndim)
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("mesh", "exchange"),
     [
@@ -41,54 +67,18 @@ def sharded_product(equation, axes, mesh, reduction, x, weight):
 )
 @pytest.mark.parametrize(("equation", "axes", "weight_shape", "x_shape"), CASES)
 def test_same_result_and_gradients_as_autodiff(equation, axes, weight_shape, x_shape, mesh, exchange):
-    mesh, rng = mesh_of(mesh), np.random.default_rng(0)
-    x, weight = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in (x_shape, weight_shape))
-
-    def loss(multiply):
-        return lambda x, weight: jnp.sum(jnp.sin(multiply(x, weight)))
-
-    plain = jax.value_and_grad(loss(lambda x, w: einsum(equation, x, w)), argnums=(0, 1))(x, weight)
-    reduction = Reduction("float32", exchange)
-    placed = NamedSharding(mesh, spec(mesh, axes, weight_shape))
-    batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
-    ours = jax.jit(
-        jax.value_and_grad(
-            loss(lambda x, w: sharded_product(equation, axes, mesh, reduction, x, w)), argnums=(0, 1)
-        )
-    )(jax.device_put(x, batch), jax.device_put(weight, placed))
-    assert ours[1][1].sharding.is_equivalent_to(placed, weight.ndim)
-    for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=2e-5)
+    summed = axes[:-1] if axes[-1] == "embed" else ("width",)
+    x_axes = ("batch", "length", *summed)
+    assert_as_autodiff([(equation, axes, weight_shape)], x_axes, x_shape, mesh_of(mesh), exchange)
 
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_products_of_one_input_and_the_stream_between_them(exchange):
     """Two weights read activations that are cut over `tensor` by positions; everything as plain autodiff has it."""
-    mesh, rng = mesh_of("fsdp=2,sequence=2,tensor=2"), np.random.default_rng(0)
-    equations, axes = ("BTD,DF->BTF", "BTD,DHN->BTHN"), (("embed", "mlp"), ("embed", "heads", "head_dim"))
-    x, first, second = (
-        jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((4, 8, 16), (16, 32), (16, 4, 8))
-    )
-
-    def plain(x, first, second):
-        a, b = einsum(equations[0], x, first), einsum(equations[1], x, second)
-        return jnp.sum(jnp.sin(a)) + jnp.sum(jnp.cos(b))
-
-    def ours(x, first, second):
-        reduction = Reduction("float32", exchange)
-        products = tuple(
-            Product(equation, names, mesh, reduction) for equation, names in zip(equations, axes, strict=True)
-        )
-        a, b = sharded_products(products, gather_sequence(x, mesh), (first, second))
-        return jnp.sum(jnp.sin(a)) + jnp.sum(jnp.cos(b))
-
-    stream = NamedSharding(mesh, spec(mesh, ("batch", "residual_length", "width"), x.shape))
-    assert stream.shard_shape(x.shape) == (2, 2, 16)
-    expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(x, first, second)
-    found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(jax.device_put(x, stream), first, second)
-    assert found[1][0].sharding.is_equivalent_to(stream, 3)  # its gradient is cut as it is
-    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=2e-5)
+    mesh, stream = mesh_of("fsdp=2,sequence=2,tensor=2"), ("batch", "residual_length", "width")
+    assert NamedSharding(mesh, spec(mesh, stream, (4, 8, 16))).shard_shape((4, 8, 16)) == (2, 2, 16)
+    cases = [case[:3] for case in (CASES[0], CASES[2])]
+    assert_as_autodiff(cases, stream, (4, 8, 16), mesh, exchange, gather_sequence)
 
 
 def test_the_gradient_travels_by_all_to_all():
