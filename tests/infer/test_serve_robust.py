@@ -16,6 +16,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.infer import serve
 from lemur_jax.infer.complete import complete
 from lemur_jax.infer.serve import application, listen
+from lemur_jax.infer.serve_requests import CHAT_FIELDS, COMPLETION_FIELDS
 from lemur_jax.infer.serve_worker import Job
 
 
@@ -171,25 +172,20 @@ KINDS = json.loads(
     '[null, true, 0, 1, 3, -1, 1.5, -0.5, 1e300, "", "x", "\\ud83d", "<s>", "é", [], [1], {}, [[1, 5]]]'
 )
 KINDS += [10**400, "a" * 9000]
-FIELDS = """prompt messages max_tokens max_completion_tokens temperature top_p n best_of stop stream echo logprobs
-top_logprobs seed model anything"""
 
 
 def fuzzed(rng):
-    """A body for one of the two routes: values of all kinds in the fields that the server reads."""
+    """A body for one of the two routes: values of all kinds in the fields that it reads."""
     message = {
         "role": rng.choice(["user", "assistant", "tool", "", 3]),
         "content": rng.choice([*KINDS, "hello"]),
     }
-    route, body = rng.choice(
-        [
-            ("completions", {"prompt": "a b"}),
-            ("chat/completions", {"messages": [{"role": "user", "content": "hi"}, message]}),
-        ]
-    )
-    body |= {"max_tokens": 2}
-    for field in rng.sample(FIELDS.split(), rng.randint(1, 3)):
-        body[field] = rng.choice([*KINDS, [message], [rng.choice(KINDS)]])
+    hello = {"role": "user", "content": "hi"}
+    bodies = {"completions": {"prompt": "a b"}, "chat/completions": {"messages": [hello]}}
+    route, fields = rng.choice([("completions", COMPLETION_FIELDS), ("chat/completions", CHAT_FIELDS)])
+    body = {**bodies[route], "max_tokens": 2}
+    for field in rng.sample(sorted(fields), rng.randint(1, 2)):
+        body[field] = rng.choice([*KINDS, [hello, message], [rng.choice(KINDS)]])
     return f"/v1/{route}", json.dumps(body)
 
 
