@@ -8,7 +8,6 @@ and as cheap on a vocabulary that is cut over devices.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 
@@ -94,7 +93,7 @@ def choose(
     tokens = jax.lax.cond(
         jnp.any(knobs["temperature"] > 0),
         _draw,
-        lambda scores, *_: _best(scores),
+        lambda scores, *_: jnp.argmax(scores, axis=-1),
         scores,
         knobs,
         seeds,
@@ -102,10 +101,6 @@ def choose(
     )
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _best(scores: jax.Array) -> jax.Array:
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
 def _penalize(scores: jax.Array, knobs: Knobs, history: jax.Array) -> jax.Array:
@@ -121,14 +116,14 @@ def _draw(scores: jax.Array, knobs: Knobs, seeds: jax.Array, positions: jax.Arra
     scores -= jnp.max(scores, axis=-1, keepdims=True)
     filtered = restrict(scores / jnp.where(temperature > 0, temperature, 1), knobs)
     bases = jnp.broadcast_to(knobs["seed"], seeds.shape)
+
+    def gumbel(base: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(base), seed), position)
+        return jax.random.gumbel(key, scores.shape[1:])
+
     # The argmax of scores plus Gumbel noise is a draw from their softmax.
-    noise = jax.vmap(functools.partial(_gumbel, scores.shape[1:]))(bases, seeds, positions)
-    return jnp.where(temperature[:, 0] > 0, _best(filtered + noise), _best(scores))
-
-
-def _gumbel(shape: tuple[int, ...], base: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array:
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(base), seed), position)
-    return jax.random.gumbel(key, shape)
+    noisy = filtered + jax.vmap(gumbel)(bases, seeds, positions)
+    return jnp.argmax(jnp.where(temperature > 0, noisy, scores), axis=-1)
 
 
 def _column(knob: np.generic | jax.Array) -> jax.Array:
@@ -149,12 +144,12 @@ def restrict(scores: jax.Array, knobs: Knobs) -> jax.Array:
 
     scores = where(top_k > 0, lambda x: _keep_top(x, jnp.ones_like(x), top_k), scores)
     scores = where(top_p < 1, lambda x: _keep_top(x, jax.nn.softmax(x, axis=-1), top_p), scores)
-    return where(min_p > 0, lambda x: _keep_likely(x, min_p), scores)
 
+    def keep_likely(scores: jax.Array) -> jax.Array:
+        limit = jnp.max(scores, axis=-1, keepdims=True) + jnp.log(min_p)
+        return jnp.where(scores >= limit, scores, -jnp.inf)
 
-def _keep_likely(scores: jax.Array, min_p: jax.Array) -> jax.Array:
-    limit = jnp.max(scores, axis=-1, keepdims=True) + jnp.log(min_p)
-    return jnp.where(scores >= limit, scores, -jnp.inf)
+    return where(min_p > 0, keep_likely, scores)
 
 
 def _keep_top(scores: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:

@@ -143,9 +143,9 @@ class _Server:
 
     async def models(self, request: Request) -> Response:
         check_host(request, self.hosts)
-        name = request.path_params.get("name")
+        name = request.path_params.get("name", "")
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "lemur_jax"}
-        if name not in (None, self.name):
+        if name not in ("", self.name):
             raise HTTPException(404, f"there is no model {name!r:.100}, only {self.name!r}")
         return JSONResponse(model if name else {"object": "list", "data": [model]})
 
@@ -176,6 +176,7 @@ class _Server:
                 completions = yield from self._answers(engine, asked)
             choices = []
             for index, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
+                yield None  # other clients' answers go on between two prompts that are scored
                 text = self.tokenizer.decode(prompt if echo else [], skip_special=True) + answer.text
                 shown = None if top is None else self._logprobs(prompt, echo, answer, text, top)
                 reason = answer.finish_reason

@@ -47,12 +47,7 @@ class Compute(ComputeConfig):
     def project(self) -> Projection:
         """The products with weights."""
         return Projection(
-            dtype=self.dtype,
-            reduce_dtype=self.reduce_dtype,
-            product_dtype=self.product_dtype,
-            mesh=self.mesh,
-            options=self.compiler_options,
-            frozen=self.frozen,
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Projection)}
         )
 
     @classmethod

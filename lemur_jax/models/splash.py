@@ -103,7 +103,11 @@ def _local(make_kernel: Callable[[int, int], Any], query, key, value, segment_id
     if ways > 1:
         repeats = max(1, ways // key.shape[2])
         key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
-        query, key, value = (_positions_for_heads(x) for x in (query, key, value))
+        # [B, T/ways, H, N] -> [B, T, H/ways, N]
+        trade = functools.partial(
+            jax.lax.all_to_all, axis_name="sequence", split_axis=2, concat_axis=1, tiled=True
+        )
+        query, key, value = map(trade, (query, key, value))
         segment_ids = jax.lax.all_gather(segment_ids, "sequence", axis=1, tiled=True)
     B, T, H, N = query.shape
     K = key.shape[2]
@@ -115,11 +119,6 @@ def _local(make_kernel: Callable[[int, int], Any], query, key, value, segment_id
     out = kernel(query, key, value, kernels.SegmentIds(q=segment_ids, kv=segment_ids))
     out = out.reshape(B, H, T, N).swapaxes(1, 2)
     return jax.lax.all_to_all(out, "sequence", split_axis=1, concat_axis=2, tiled=True) if ways > 1 else out
-
-
-def _positions_for_heads(x: jax.Array) -> jax.Array:
-    """[B, T/ways, H, N] -> [B, T, H/ways, N]."""
-    return jax.lax.all_to_all(x, "sequence", split_axis=2, concat_axis=1, tiled=True)
 
 
 def _kernel(heads: int, length: int, sizes: kernels.BlockSizes, interpret: bool, options: ScoreOptions):

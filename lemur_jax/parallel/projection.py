@@ -66,7 +66,7 @@ class Projection:
     reduce_dtype: str = ""  # of weight gradients in transit; "": `dtype`
     product_dtype: str = ""  # a name in `ROUNDINGS`, for `read` and `write` on a mesh; "": `dtype`
     mesh: Mesh | None = None  # None: no sharding
-    options: tuple[str, ...] = ()  # `config.compute.compiler_options`: may choose how gradients are reduced
+    compiler_options: tuple[str, ...] = ()  # may choose how gradients are reduced
     frozen: bool = False  # weights have no gradient; only what is `Adapted` beside them has one
 
     def read(self, x: jax.Array, *products: tuple[str, nnx.Param]) -> tuple[jax.Array, ...]:
@@ -136,7 +136,7 @@ class Projection:
             return None
         dtype = self.reduce_dtype or self.dtype
         kind = self.mesh.devices.flat[0].device_kind
-        exchange = exchange and _fsdp_ways(self.mesh) > 1 and exchanges_gradients(kind, self.options)
+        exchange = exchange and _fsdp_ways(self.mesh) > 1 and exchanges_gradients(kind, self.compiler_options)
         by_hand = exchange or dtype != self.dtype or bool(self.product_dtype) or not self.on_tpu
         return Reduction(dtype, exchange) if by_hand else None
 

@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("openai", reason="openai is not installed: pip install '.[eval]'")
 
+import httpx
 import openai
 
 from lemur_jax.agents.episodes import endpoint_agent
@@ -23,6 +24,10 @@ def client(url):
 
 def test_models(client):
     assert list(client.models.list()) == [client.models.retrieve("tiny")]
+    assert (
+        client.get("/models/", cast_to=httpx.Response).json()
+        == client.get("/models", cast_to=httpx.Response).json()
+    )
     with pytest.raises(openai.NotFoundError, match="there is no model 'x/y', only 'tiny'"):
         client.models.retrieve("x/y")
 

@@ -15,6 +15,8 @@ from starlette.testclient import TestClient
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer import serve
 from lemur_jax.infer.complete import complete
+from lemur_jax.infer.engine import Engine
+from lemur_jax.infer.score import score
 from lemur_jax.infer.serve import application, listen
 from lemur_jax.infer.serve_requests import CHAT_FIELDS, COMPLETION_FIELDS
 from lemur_jax.infer.serve_worker import Job
@@ -63,6 +65,18 @@ def test_only_the_first_part_of_a_stream_has_a_time_limit(session, monkeypatch):
     lines = answer.text.split("\n\n")
     assert [json.loads(line[6:])["choices"][0]["text"] for line in lines[:2]] == ["a", "b"]
     assert lines[2] == "data: [DONE]"
+
+
+def test_answers_go_on_between_the_prompts_that_another_client_has_scored(session, monkeypatch):
+    events, step = [], Engine.step
+    monkeypatch.setattr(
+        serve, "score", lambda session, pairs: events.append("score") or score(session, pairs)
+    )
+    monkeypatch.setattr(Engine, "step", lambda *args: events.append("step") or step(*args))
+    server = TestClient(application(session, "tiny"))
+    body = {"prompt": ["a", "b", "c"], "max_tokens": 0, "echo": True, "logprobs": 0}
+    assert server.post("/v1/completions", json=body).status_code == 200
+    assert " ".join(events[:6]) == "step score step score step score"
 
 
 def test_the_work_of_a_client_that_has_left_is_not_begun():
