@@ -55,10 +55,9 @@ def test_all_filters_in_the_order_of_transformers(logits):
         scores = processor(torch.tensor(ids), scores)
     expected = scores.softmax(-1).numpy()
     draws = 3000
-    draw = jax.jit(
-        jax.vmap(lambda seeds: choose(logits, Sampling(**options).knobs(), seeds, jnp.zeros(B, int), ids))
-    )
-    tokens, logprobs = draw(jnp.arange(draws * B, dtype=jnp.uint32).reshape(draws, B))
+    knobs, seeds = Sampling(**options).knobs(), jnp.arange(B, dtype=jnp.uint32)
+    draw = jax.jit(jax.vmap(lambda place: choose(logits, knobs, seeds, jnp.full(B, place), ids)))
+    tokens, logprobs = draw(jnp.arange(draws))
     counts = np.stack([np.bincount(column, minlength=V) for column in np.asarray(tokens).T])
     assert not counts[expected == 0].any()
     # Each frequency within five standard deviations of a binomial.
@@ -103,14 +102,3 @@ def test_greedy_takes_the_best_whatever_the_filters(logits):
 def test_bad_values(options, message):
     with pytest.raises(UserError, match=message):
         Sampling(**options)
-
-
-def test_a_row_draws_alike_in_any_batch(logits):
-    knobs = Sampling(temperature=2.0, seed=5).knobs()
-    seeds, positions = jnp.arange(B, dtype=jnp.uint32), jnp.arange(B) + 10
-    tokens, _ = choose(jnp.asarray(logits), knobs, seeds, positions, NONE)
-    some = np.array([9, 2, 4])
-    again, _ = choose(jnp.asarray(logits[some]), knobs, seeds[some], positions[some], NONE[some])
-    np.testing.assert_array_equal(again, tokens[some])
-    later, _ = choose(jnp.asarray(logits), knobs, seeds, positions + 1, NONE)
-    assert (np.asarray(later) != tokens).sum() > B // 3

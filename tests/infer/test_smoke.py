@@ -158,8 +158,6 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(refused, tmp_path, sma
         (["--hf", "{}/bare"], "bare holds no weights"),
         (["--hf", "{}/hf", "--dtype", "bfloat16"], "--hf compares with transformers in float32"),
         (["--hf", "{}/hf", "--weights", "int8"], "--hf compares with transformers in float32"),
-        (["--mesh", "sequence=2"], "generation cannot shard the sequence"),
-        (["--mesh", "fsdp=3"], "set --mesh so that it does"),
     ):
         assert message in refused(*words)
 

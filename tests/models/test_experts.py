@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from lemur_jax.common.errors import UserError
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.session import make_session
 from lemur_jax.models.experts import choose, router_statistics
@@ -84,16 +83,3 @@ def test_sharded_experts_generate_the_same_tokens():
         answers.append([list(answer.tokens) for answer in found])
     assert answers[1] == answers[0] == answers[2]
     assert len({tuple(answer) for answer in answers[0]}) == 4
-
-
-def test_impossible_numbers_of_experts():
-    with pytest.raises(
-        UserError, match="'experts' of size 8 is not divisible by 3, the size of mesh axis 'expert'"
-    ):
-        program_on(
-            {"fsdp": 1, "expert": 3}, tiny_config({"train.batch_rows": 6}, **EXPERTS | dict(hidden_size=96))
-        )
-    with pytest.raises(UserError, match="experts_per_token is 3: it must be 1 to model.num_experts 2"):
-        preset("tiny", num_experts=2, experts_per_token=3)
-    with pytest.raises(UserError, match="model.mlp_bias"):
-        preset("tiny", **EXPERTS, mlp_bias=True)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lemur_jax.common.errors import UserError
 from lemur_jax.models import kv_cache
 from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
@@ -46,8 +45,3 @@ def test_it_is_sharded_like_the_model():
     cache = jax.jit(lambda: kv_cache.empty(preset("tiny"), compute, rows=8, slots=32))()
     assert cache.key.dtype == jnp.bfloat16
     assert {shard.data.shape for shard in cache.key.addressable_shards} == {(2, 2, 1, 32, 16)}
-
-
-def test_rows_that_the_mesh_does_not_divide():
-    with pytest.raises(UserError, match="'batch' of size 6 is not divisible by 4"):
-        kv_cache.empty(preset("tiny"), Compute(mesh=mesh_of("data=4,tensor=2")), rows=6, slots=32)

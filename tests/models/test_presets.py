@@ -68,6 +68,8 @@ def test_unknown_preset_lists_the_known():
         ({"rope_scaling": "spiral"}, "rope_scaling"),
         ({"rope_scaling": "longrope"}, "rope_short_factor"),
         ({"vocab_size": 0}, "vocab_size"),
+        ({"num_experts": 2, "experts_per_token": 3}, "is 3: it must be 1 to model.num_experts 2"),
+        ({"num_experts": 8, "experts_per_token": 3, "mlp_bias": True}, "model.mlp_bias"),
     ],
 )
 def test_impossible_shape_is_named(change, words):
