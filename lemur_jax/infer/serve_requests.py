@@ -19,34 +19,26 @@ Number = TypeVar("Number", int, float)
 # OpenAI's own limits for n and logprobs are 128 and 20.
 MOST_ANSWERS, MOST_TOP, MOST_STOPS = 64, 20, 64
 MOST_BYTES, BODY_SECONDS = 4 << 20, 30.0
-# Fields that the routes read, those that change no answer, and values of others that ask for what is done anyway.
-# What is in no list is refused if it is neither null nor empty: ignored, it would change an answer silently.
+# Fields that the routes read, and those that change no answer. Others would, if they were ignored: they are refused,
+# unless their value is null, or one that asks for what is done anyway.
 _READ = {
-    *(
-        "max_tokens",
-        "max_completion_tokens",
-        "n",
-        "best_of",
-        "stop",
-        "stream",
-        "stream_options",
-        "logprobs",
-        "seed",
-    ),
-    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-}
+    "max_tokens", "max_completion_tokens", "n", "best_of", "stop", "stream", "stream_options", "logprobs", "seed",
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+}  # fmt: skip
 COMPLETION_FIELDS, CHAT_FIELDS = {*_READ, "prompt", "echo"}, {*_READ, "messages", "top_logprobs"}
 _WITHOUT_EFFECT = {
-    *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-    *("parallel_tool_calls", "request_id", "priority"),
-}
-_DEFAULTS = {
+    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id",
+    "parallel_tool_calls", "priority",
+}  # fmt: skip
+_NOTHING: tuple[Any, ...] = (False, 0, "", [], {})
+_DONE_ANYWAY = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "tool_choice": ("auto", "none"),
     "function_call": ("auto", "none"),
     "length_penalty": (1,),
     "add_generation_prompt": (True,),
+    "add_special_tokens": (True,),
 }
 
 
@@ -87,7 +79,8 @@ async def read_body(request: Request, hosts: Sequence[str] | None, fields: Set[s
     if not isinstance(body, dict):
         raise UserError("the request must be a JSON object")
     for field, value in body.items():
-        if value and field not in fields | _WITHOUT_EFFECT and value not in _DEFAULTS.get(field, ()):
+        accepted = value is None or value in _DONE_ANYWAY.get(field, _NOTHING)
+        if not accepted and field not in fields | _WITHOUT_EFFECT:
             raise UserError(f"{field:.50} is not supported: leave it out")
     return body
 

@@ -181,6 +181,7 @@ def test_chat(client, url):
         ({"extra_body": {"ignore_eos": True}}, "ignore_eos is not supported"),
         ({"extra_body": {"of_another_server": 1}}, "of_another_server is not supported"),
         ({"extra_body": {"top_logprobs": 2}}, "top_logprobs is not supported"),
+        ({"extra_body": {"add_special_tokens": False}}, "add_special_tokens is not supported"),
         ({"max_tokens": 2, "extra_body": {"max_completion_tokens": 3}}, "max_completion_tokens differ"),
         ({"extra_body": {"max_tokens": False}}, "max_tokens is False"),
         ({"extra_body": {"max_tokens": 0.0}}, "max_tokens is 0.0"),
@@ -212,7 +213,11 @@ def test_what_a_chat_cannot_do_is_refused_and_what_asks_for_nothing_is_not(clien
     with pytest.raises(openai.BadRequestError, match="top_logprobs needs logprobs"):
         client.chat.completions.create(**options, top_logprobs=2)
     nothing = {"tools": [], "response_format": {"type": "text"}, "logit_bias": {}, "frequency_penalty": 0}
-    nothing |= {"user": "me", "tool_choice": "auto", "extra_body": {"tools": None}}
+    nothing |= {
+        "user": "me",
+        "tool_choice": "auto",
+        "extra_body": {"tools": None, "add_special_tokens": True},
+    }
     assert client.chat.completions.create(**options, **nothing).usage.completion_tokens == 2
 
 
