@@ -67,15 +67,17 @@ def test_rows_grow_from_the_models_that_their_config_names(monkeypatch):
     starts = {"32k": llama, "yarn32k": llama, "yarn128k": extended, "128k": preset("llama3.1_8b")}
     for argument, model in starts.items():
         config = load(f"{path}:{argument}")
-        source = ModelSource(model=model, tokenizer_files={}, restore=lambda *_: None)
-        monkeypatch.setattr(initial, "open_source", lambda *_, source=source: source)
-        assert initial.open_initial(config.init, None, config.model) is source
+        source = ModelSource(model=model, tokenizer_files={}, restore=lambda *_: None, digest=str)
+        monkeypatch.setattr(initial, "open_again", lambda *_, source=source: (source, {"digest": ""}))
+        assert initial.open_initial(config.init, None, config.model, {}) is source
         if argument != "128k":
             fixed = dataclasses.replace(config.init, change_rope=False)
             with pytest.raises(UserError, match=r"must be the same model, or set config\.init\.change_rope"):
-                initial.open_initial(fixed, None, config.model)
+                initial.open_initial(fixed, None, config.model, {})
         with pytest.raises(UserError, match="must be the same model$"):
-            initial.open_initial(config.init, None, dataclasses.replace(config.model, num_hidden_layers=3))
+            initial.open_initial(
+                config.init, None, dataclasses.replace(config.model, num_hidden_layers=3), {}
+            )
 
 
 def test_pretraining_has_the_recipes_numbers():

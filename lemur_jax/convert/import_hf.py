@@ -68,7 +68,7 @@ def load_hf_params(
     config = read_config(hf_dir)
     tensors = open_checked(config, hf_dir)
     if shardings is not None:
-        hosts.agree("the Hugging Face model that is read", lambda: _digest_of_rows(tensors))
+        hosts.agree("the Hugging Face model that is read", lambda: digest_of_rows(tensors))
     flat: dict[str, Any] = {}
     for weight in layout.weights(config):
         if shardings is None:
@@ -80,7 +80,7 @@ def load_hf_params(
     return config, unflatten_dict(flat, sep="/")
 
 
-def _digest_of_rows(tensors: Mapping[str, Tensor]) -> str:
+def digest_of_rows(tensors: Mapping[str, Tensor]) -> str:
     """A digest of one row of each matrix: models of one shape differ in it, as two downloads of one name may be.
 
     Without the experts: models have up to tens of thousands of their matrices, each a request to an object store.

@@ -11,9 +11,10 @@ from lemur_jax.checkpoint.metadata import tokenizer_files
 from lemur_jax.checkpoint.reading import read_metadata, restore_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.hub import local_model
+from lemur_jax.common.json_files import digest_of
 from lemur_jax.convert.hf_config import read_config, read_json
 from lemur_jax.convert.hf_weights import holds_weights, open_checked, open_weights
-from lemur_jax.convert.import_hf import hf_tokenizer_files, load_hf_params
+from lemur_jax.convert.import_hf import digest_of_rows, hf_tokenizer_files, load_hf_params
 from lemur_jax.convert.peft import adapter_of, merge_into
 from lemur_jax.convert.vocabulary import AS_IT_IS
 from lemur_jax.models.config import AdapterConfig, DecoderConfig
@@ -29,6 +30,7 @@ class ModelSource:
     # Abstract tree with shardings -> parameters of its dtypes; UserError if they are damaged or not finite.
     # A second argument is applied to each leaf as soon as it is there: (path, leaf) -> leaf.
     restore: Callable[..., Params]
+    digest: Callable[[], str]  # differs where the weights differ; reads at most one row of a matrix
     run_config: dict[str, Any] | None = None  # of the run that made it, as JSON
     step: int | None = None  # of a checkpoint
 
@@ -57,9 +59,25 @@ def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
         model=DecoderConfig.from_dict(metadata["model"]),
         tokenizer_files=tokenizer_files(metadata),
         restore=lambda wanted, each=_as_it_is: restore_params(path, wanted, metadata["step"], each),
+        digest=lambda: _digest_of_leaves(metadata),
         run_config=metadata.get("config"),
         step=metadata["step"],
     )
+
+
+def open_again(path: epath.PathLike, origin: Mapping[str, Any]) -> tuple[ModelSource, dict[str, Any]]:
+    """`open_source` of what a run has read before, and its origin, {"step", "digest"}; empty: the newest step.
+
+    Raises UserError: its weights are others than those of `origin`.
+    """
+    source = open_source(path, origin.get("step"))
+    found = {"step": source.step, "digest": source.digest()}
+    if origin and origin["digest"] != found["digest"]:
+        raise UserError(
+            f"{path} was made again since this run began: its weights are others; put back what was there"
+            " (ORG/NAME@REVISION names it on the hub), or start in a new --workdir"
+        )
+    return source, found
 
 
 def _as_it_is(name: str, leaf: Any) -> Any:
@@ -70,7 +88,7 @@ def _adapted(path: epath.PathLike, metadata: Mapping[str, Any], adapter: Adapter
     """The base of an adapter, with the adapter merged where it is read."""
     base_path = metadata["config"]["init"]["checkpoint"]
     try:
-        base = open_source(base_path, metadata.get("frozen_step"))
+        base, _ = open_again(base_path, metadata.get("origins", {}).get("init.checkpoint", {}))
     except UserError as error:
         raise UserError(f"{path} is an adapter of {base_path}, which cannot be read: {error}") from error
 
@@ -82,9 +100,14 @@ def _adapted(path: epath.PathLike, metadata: Mapping[str, Any], adapter: Adapter
         model=DecoderConfig.from_dict(metadata["model"]),
         tokenizer_files=tokenizer_files(metadata),
         restore=restore,
+        digest=lambda: _digest_of_leaves(metadata),
         run_config=metadata["config"],
         step=metadata["step"],
     )
+
+
+def _digest_of_leaves(metadata: Mapping[str, Any]) -> str:
+    return digest_of({name: leaf.digest for name, leaf in metadata["leaves"]["params"].items()})
 
 
 def _hugging_face(path: epath.PathLike, step: int | None) -> ModelSource:
@@ -97,5 +120,7 @@ def _hugging_face(path: epath.PathLike, step: int | None) -> ModelSource:
         return load_hf_params(path, shardings, dtype.name, each)[1]
 
     model, files = AS_IT_IS.apply(read_config(path), hf_tokenizer_files(path), path)
-    open_checked(model, path)
-    return ModelSource(model=model, tokenizer_files=files, restore=restore)
+    tensors = open_checked(model, path)
+    return ModelSource(
+        model=model, tokenizer_files=files, restore=restore, digest=lambda: digest_of_rows(tensors)
+    )

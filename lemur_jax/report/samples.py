@@ -23,15 +23,16 @@ def sample(
     """Continues prompts by at most 96 tokens, and answers questions in the chat template, with each newest checkpoint.
 
     Returns by stage the texts for the prompts and questions, computed in float32. The first stage, `start`, is the
-    model that the first run started from, if it is still there: at the step that the run has recorded, as one with an
-    adapter or a reference does, else at the newest. Raises UserError if a workdir has no complete checkpoint, or one
+    model that the first run started from, if it is still there: at the step that the run has recorded, else at
+    the newest. Raises UserError if a workdir has no complete checkpoint, or one
     has no tokenizer or no chat template.
     """
     runs = read_runs(workdirs)
     stages = {run.name: (run.workdir, None) for run in runs}
     config = runs[0].config
     if (start := config.get("init.checkpoint")) and epath.Path(start).exists():
-        step = None if config.get("distill.teacher") else read_metadata(runs[0].workdir).get("frozen_step")
+        origin = read_metadata(runs[0].workdir).get("origins", {}).get("init.checkpoint", {})
+        step = origin.get("step")
         if step is None or step in steps_in(start)[1]:
             stages = {"start": (start, step)} | stages
     answers = {}

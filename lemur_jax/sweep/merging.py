@@ -128,7 +128,8 @@ def evaluate_all(
         config = configs[merge.parts[0]]
         tokenizer = Tokenizer.from_config(config.tokenizer)
         program = build(config, make_mesh(config.mesh), len(config.data.sources))
-        base = initial_params(config.init, config.seed, tokenizer, program)
+        origins = read_metadata(first).get("origins", {})
+        base = initial_params(config.init, config.seed, tokenizer, program, origins)
         held_out = open_held_out(config.data, config.eval, tokenizer)
         rows, before = config.train.microbatch_rows, read_metrics(first)
         again = evaluate(program, base, held_out[0], config.eval.batch_rows or rows, config.eval.max_rows)

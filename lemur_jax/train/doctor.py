@@ -94,7 +94,8 @@ def doctor(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) 
         # By each host alone: one that cannot read them goes on to the next check.
         with _finding(found, "first parameters") as detail, alone():
             resumed = any((workdir / "checkpoints").glob("[0-9]*"))
-            names = initial.check(resumed) if initial else []
+            origins = dict(newest_metadata(workdir / "checkpoints").get("origins", {}))
+            names = initial.check(resumed, origins) if initial else []
             fit = f"{', '.join(names)}: fit the model and the tokenizer"
             detail.append(fit if names else "not needed: the run has checkpoints" if initial else skipped)
     is_good = all(one.good for one in found)

@@ -2,16 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from lemur_jax.checkpoint.reading import read_metadata
+from lemur_jax.cluster.hosts import agree
 from lemur_jax.common.errors import UserError
-from lemur_jax.common.json_files import digest_of
 from lemur_jax.convert.peft import read_peft
-from lemur_jax.convert.source import ModelSource, open_source
+from lemur_jax.convert.source import ModelSource, open_again
 from lemur_jax.convert.vocabulary import resize
 from lemur_jax.infer.quantize import leaf_quantizer
 from lemur_jax.models import decoder, lora
@@ -21,10 +20,17 @@ from lemur_jax.train.config import InitConfig
 from lemur_jax.train.state import shardings_of
 from lemur_jax.train.step import Program
 
+# Config key -> step and digest of the model that it named when the run began; every checkpoint has them.
+Origins = dict[str, dict[str, Any]]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitialParams:
-    """The first parameters of a run, made when they are asked for; `teacher` is `config.distill.teacher`."""
+    """The first parameters of a run, made when they are asked for; `teacher` is `config.distill.teacher`.
+
+    What is in the given `Origins` is read again at that step, and refused where it was made again since; the rest is
+    read at its newest step, and added to them.
+    """
 
     init: InitConfig
     adapter: AdapterConfig
@@ -33,10 +39,10 @@ class InitialParams:
     program: Program
     teacher: str = ""
 
-    def params(self) -> Any:
+    def params(self, origins: Origins) -> Any:
         """What is trained; UserError as `initial_params`, or the PEFT adapter does not fit the config."""
         if not self.adapter.rank:
-            return initial_params(self.init, self.seed, self.tokenizer, self.program)
+            return initial_params(self.init, self.seed, self.tokenizer, self.program, origins)
         program, key = self.program, jax.random.key(self.seed)
         shardings, dtype = shardings_of(program.state.params), program.param_dtype
         if self.adapter.checkpoint:
@@ -46,50 +52,42 @@ class InitialParams:
         )
         return fresh(key)
 
-    def frozen(self, stored: Mapping[str, Any] = {}) -> tuple[Any, dict[str, Any]]:
-        """What is not trained, and step and digest of the checkpoint of ours that it is read from.
-
-        It is the base of an adapter, a reference, a teacher of the same vocabulary, or None. `stored` has what the
-        first start returned: that step is read, else the newest. UserError: it was made again since.
-        """
+    def frozen(self, origins: Origins) -> Any:
+        """What is not trained: the base of an adapter, a reference, a teacher of the same vocabulary, or None."""
         program = self.program
         if program.state.frozen is None:
-            return None, {}
-        if not (path := self.teacher or self.init.checkpoint):
-            return self.params(), {}
-        step = stored.get("frozen_step")
-        source = self._open_teacher(step) if self.teacher else self._open_base(step)
-        origin = _origin(path, source.step, stored)
+            return None
         if self.teacher:
-            return source.restore(program.state.frozen), origin
+            return self._open_teacher(origins).restore(program.state.frozen)
         if not self.adapter.rank:
-            return _read(source, self.init, program), origin
+            return self.params(origins)
+        source = self._open_base(origins)
         model, mesh, dtype = program.model, program.mesh, self.adapter.base_dtype
         if dtype != "int8":
-            return source.restore(decoder.abstract_params(model, dtype, mesh)), origin
+            return source.restore(decoder.abstract_params(model, dtype, mesh))
         # Leaf by leaf: the whole model in bfloat16 may be more than the devices hold.
         wanted = decoder.abstract_params(model, "bfloat16", mesh)
-        return source.restore(wanted, leaf_quantizer(model, mesh)), origin
+        return source.restore(wanted, leaf_quantizer(model, mesh))
 
-    def check(self, resumed: bool) -> list[str]:
+    def check(self, resumed: bool, origins: Origins) -> list[str]:
         """Opens what a start reads, without the weights of a model, and names it; `resumed`: the run has checkpoints.
 
         Raises UserError as `params` and `frozen`.
         """
         names = []
         if self.teacher:
-            self._open_teacher(None)
+            self._open_teacher(origins)
             names.append(self.teacher)
         if self.init.checkpoint and not (resumed and (self.teacher or self.program.state.frozen is None)):
-            self._open_base(None)
+            self._open_base(origins)
             names.append(self.init.checkpoint)
         if self.adapter.checkpoint and not resumed:
             read_peft(self.adapter, self.program.model, self.program.param_dtype)
             names.append(self.adapter.checkpoint)
         return names
 
-    def _open_teacher(self, step: int | None) -> ModelSource:
-        source = open_source(self.teacher, step)
+    def _open_teacher(self, origins: Origins) -> ModelSource:
+        source = _open("distill.teacher", self.teacher, origins)
         if source.model.vocab_size != self.program.model.vocab_size:
             raise UserError(
                 f"config.distill.teacher {self.teacher} has a vocabulary of {source.model.vocab_size},"
@@ -99,9 +97,12 @@ class InitialParams:
             _check_tokenizer("distill.teacher", self.teacher, source, self.tokenizer)
         return source
 
-    def _open_base(self, step: int | None) -> ModelSource:
+    def _open_base(self, origins: Origins) -> ModelSource:
         """`config.init.checkpoint`, which an adapter or a reference may need at each start."""
-        source, model = open_initial(self.init, self.tokenizer, self.program.model, step), self.program.model
+        source, model = (
+            open_initial(self.init, self.tokenizer, self.program.model, origins),
+            self.program.model,
+        )
         if self.adapter.rank and (source.model.vocab_size != model.vocab_size or self.init.drop_rows_above):
             raise UserError(
                 f"config.init.checkpoint {self.init.checkpoint} has a vocabulary of {source.model.vocab_size},"
@@ -110,26 +111,22 @@ class InitialParams:
         return source
 
 
-def _origin(path: str, step: int | None, stored: Mapping[str, Any]) -> dict[str, Any]:
-    if step is None:
-        return {}
-    leaves = read_metadata(path, step)["leaves"]["params"]
-    digest = digest_of({name: leaf.digest for name, leaf in leaves.items()})
-    if stored.get("frozen_digest", digest) != digest:
-        raise UserError(
-            f"{path} was made again since this run began: its step {step} has other parameters; put back what was"
-            " there, or start in a new --workdir"
-        )
-    return {"frozen_step": step, "frozen_digest": digest}
+def _open(key: str, path: str, origins: Origins) -> ModelSource:
+    """What a key of the config names, the same on all hosts, as `InitialParams` says."""
+    source, origins[key] = open_again(path, origins.get(key, {}))
+    agree(f"the model that config.{key} names", lambda: origins[key]["digest"])
+    return source
 
 
-def initial_params(init: InitConfig, seed: int, tokenizer: Tokenizer, program: Program) -> Any:
-    """Fresh parameters from the seed, or those of the newest step of `config.init.checkpoint`.
+def initial_params(
+    init: InitConfig, seed: int, tokenizer: Tokenizer, program: Program, origins: Origins
+) -> Any:
+    """Fresh parameters from the seed, or those of `config.init.checkpoint`, whose step `origins` may have.
 
     Raises UserError as `open_initial`.
     """
     if init.checkpoint:
-        return _read(open_initial(init, tokenizer, program.model), init, program)
+        return _read(open_initial(init, tokenizer, program.model, origins), init, program)
     model, dtype = program.model, program.param_dtype
     shardings = shardings_of(decoder.abstract_params(model, dtype, program.mesh))
     fresh = jax.jit(lambda key: decoder.init_params(model, key, dtype), out_shardings=shardings)
@@ -152,13 +149,14 @@ def _resize_to(init: InitConfig, model: DecoderConfig) -> Callable[[Any], Any]:
 
 
 def open_initial(
-    init: InitConfig, tokenizer: Tokenizer, model: DecoderConfig, step: int | None = None
+    init: InitConfig, tokenizer: Tokenizer, model: DecoderConfig, origins: Origins
 ) -> ModelSource:
     """`config.init.checkpoint`, opened.
 
-    Raises UserError: it is not there, of another shape or tokenizer, or `config.init` does not allow its vocabulary.
+    Raises UserError: it is not there, made again, of another shape or tokenizer, or `config.init` does not allow its
+    vocabulary.
     """
-    source = open_source(init.checkpoint, step)
+    source = _open("init.checkpoint", init.checkpoint, origins)
     _check_shape(source.model, model, init)
     if source.tokenizer_files:
         _check_tokenizer("init.checkpoint", init.checkpoint, source, tokenizer, init.drop_rows_above)

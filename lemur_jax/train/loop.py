@@ -103,7 +103,7 @@ def train(
             return False
         inform(describe(inputs, steps, first, profile))
         bar = Progress(steps, f"train {workdir.name}", "steps", initial=first, enabled=is_primary())
-        log = StepLog(history, stack.enter_context(bar), inputs.mixture, inputs.program, began)
+        log = StepLog(history, stack.enter_context(bar), inputs.mixture, inputs.program, began, saves.tokens)
         log.write_start(first)
         if unscored:
             score_before_the_first_step(evaluations, log, inputs.program.weights(state), first, unscored)
@@ -181,7 +181,7 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
             with log.paused("checkpoint"):
                 log.write_time(done, saves.finished())
                 log.sync()
-                saves.save(done, state, losses, stop=stopping)
+                saves.save(done, state, losses, log.tokens, stop=stopping)
         elif due(done, config.log.every_steps):
             log.flush(keep=1)  # the newest step may still be running
         if stopping:

@@ -45,7 +45,9 @@ class Saves(contextlib.AbstractContextManager):
         held_out: Mapping[str, str],
         rollouts: Any = None,
     ):
-        self._options, self._program, self._metadata = options, initial.program, metadata
+        self._options, self._program = options, initial.program
+        self._metadata = {**metadata, "origins": {}}
+        self.tokens: Mapping[str, int] = {}  # what `save` got with the checkpoint that `first_state` read
         self._initial, self._last, self._rollouts = initial, last, rollouts
         self._held_out = held_out
         self._checkpoints = Checkpoints(
@@ -86,11 +88,12 @@ class Saves(contextlib.AbstractContextManager):
         step, params, optimizer = found or (0, None, None)
         if self._rollouts:
             self._rollouts.restore(stored.get("episodes"))
+        self.tokens, origins = stored.get("tokens", {}), self._metadata["origins"]
+        origins |= stored.get("origins", {})
         if params is None:
-            params = self._initial.params()
+            params = self._initial.params(origins)
         if frozen is None:
-            frozen, origin = self._initial.frozen(stored)
-            self._metadata.update(origin)
+            frozen = self._initial.frozen(origins)
         if optimizer is None:
             return states.start(params, program.optimizer, program.state, step, frozen), step
         counter = jax.device_put(np.int32(step), program.state.step.sharding)
@@ -108,16 +111,27 @@ class Saves(contextlib.AbstractContextManager):
         """Whether to save after an update; the same on all hosts. `force`: whatever the step."""
         return force or self._early or step == self._last or due(step, self._options.every_steps)
 
-    def save(self, step: int, state: TrainState, losses: Mapping[str, float], *, stop: bool) -> None:
-        """Saves the state after `step` updates, with held-out losses by task if there are any, in the background.
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        losses: Mapping[str, float],
+        tokens: Mapping[str, int],
+        *,
+        stop: bool,
+    ) -> None:
+        """Saves the state after `step` updates in the background.
+
+        With it held-out losses by task, if there are any, and the target tokens until then, by their key in a record.
 
         Where no update follows, as of the last step or with `stop`, it returns when all is written, and tries again
         while that fails. Raises UserError if too many saves failed, or a leaf is not finite.
         """
         with jax.transfer_guard("allow"):  # Orbax copies to the host
-            scored, metadata = {self._held_out[task]: losses[task] for task in losses}, self._metadata
+            scored = {self._held_out[task]: losses[task] for task in losses}
+            metadata = {**self._metadata, "tokens": tokens}
             if self._rollouts:
-                metadata = {**metadata, "episodes": self._rollouts.pending()}
+                metadata["episodes"] = self._rollouts.pending()
             self._checkpoints.save(step, state.params, state.optimizer, metadata, scored)
             self._saved_at, self._early = time.monotonic(), False
             if not stop and step != self._last:

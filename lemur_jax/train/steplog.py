@@ -50,19 +50,26 @@ class StepLog:
     """Collects what `Program.step` returns and writes it out in batches.
 
     Between two flushes nothing is read back, so the device always has the next step queued. `mixture` names the
-    sources, and the documents of a bad batch; `began` is `time.perf_counter()` when the run began.
+    sources, and the documents of a bad batch; `began` is `time.perf_counter()` when the run began; `tokens` are those
+    of the checkpoint from which it continues, for the case that there are no records of earlier steps.
     """
 
     def __init__(
-        self, history: RunHistory, progress: Progress, mixture: BatchSource, program: Program, began: float
+        self,
+        history: RunHistory,
+        progress: Progress,
+        mixture: BatchSource,
+        program: Program,
+        began: float,
+        tokens: Mapping[str, int],
     ):
         self._writer = history.writer
         self._progress = progress
         self._mixture = mixture
         # Target tokens since step 0, of all sources and of each, by their keys in a record.
         names = ["tokens", *(f"tokens/{source.name}" for source in mixture.sources)]
-        last = next((each for each in reversed(history.records) if each.get("kind") == "train"), {})
-        self._tokens = {name: last.get(name, 0) for name in names}
+        last = next((each for each in reversed(history.records) if each.get("kind") == "train"), tokens)
+        self.tokens = {name: last.get(name, 0) for name in names}
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._since = time.perf_counter()
         self._program = program
@@ -126,9 +133,9 @@ class StepLog:
             skipped = metrics.get("skips_in_a_row", 0) > 0
             if not skipped:
                 self._check_finite(step, metrics)
-            self._tokens["tokens"] += int(metrics["source_tokens"].sum())
+            self.tokens["tokens"] += int(metrics["source_tokens"].sum())
             for source, tokens in zip(self._mixture.sources, metrics["source_tokens"], strict=True):
-                self._tokens[f"tokens/{source.name}"] += int(tokens)
+                self.tokens[f"tokens/{source.name}"] += int(tokens)
             record = self._record(step, metrics, seconds) | {"data_wait_seconds": data_wait} | hosts
             if self._writer:
                 self._writer.write(record)
@@ -193,7 +200,7 @@ class StepLog:
         of_objective = {key: float(metrics[key]) for key in metrics if key.startswith("objective/")}
         record |= {key.removeprefix("objective/"): value for key, value in of_objective.items()}
         record["update_ratio"] = record["update_norm"] / max(record["param_norm"], 1e-30)
-        record |= self._tokens
+        record |= self.tokens
         record["tokens_per_second"] = float(metrics["source_tokens"].sum()) / max(seconds, 1e-9)
         record["seconds"] = seconds
         if metrics.get("grad_norm_limit", 0) > 0:

@@ -21,8 +21,8 @@ FREE = (
     "data.modules", "data.mixture", "tokenizer.",  # the sources themselves count, and know their tokenizer
     "rl.data", "rl.eval_", "rl.max_logprob_gap",
 )  # fmt: skip
-# These of them are logged and recorded: they affect rounding more than a mesh does.
-PRECISION = ("compute.dtype", "compute.product_dtype", "compute.reduce_dtype")
+# These of them are logged and recorded: they affect rounding more than a mesh does, or an adapter's dropout.
+RECORDED = ("compute.dtype", "compute.product_dtype", "compute.reduce_dtype", "mesh.data")
 # What may also differ with --extend: it affects the steps after the newest checkpoint alone.
 EXTENDABLE = (
     "train.steps", "train.microbatches", "optimizer.", "spikes.", "data.sources.", "data.stages.",
@@ -49,14 +49,16 @@ def _is_free(key: str, values: Mapping[str, Any]) -> bool:
         return not (means or values["adapter"]["dropout"])
     if key == "checkpoint.every_steps":
         return not values["spikes"]["rollback_after"]
-    return key.startswith(FREE) and key not in PRECISION
+    if key == "mesh.data":  # of which each copy draws its own noise
+        return not values["adapter"]["dropout"]
+    return key.startswith(FREE) and key not in RECORDED
 
 
 def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bool = False) -> Changes:
     """How a config, as JSON, differs from the one that the workdir belongs to; nothing is written.
 
     Only changes that affect results; empty where the workdir belongs to no config. A UserError names all keys that may
-    not change; those of `PRECISION` may, and with `extend` those of `EXTENDABLE`.
+    not change; those of `RECORDED` may, and with `extend` those of `EXTENDABLE`.
     """
     from lemur_jax.checkpoint.reading import newest_metadata  # `lemur report` needs no Orbax
 
@@ -67,7 +69,7 @@ def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bo
         raise UserError(f"{workdir}/config.json is not that of a run: use another --workdir")
     stored = json.loads(json.dumps(fill(RunConfig, stored)))  # defaults have tuples
     changes = {key: pair for key, pair in differences(stored, values).items() if not _is_free(key, values)}
-    may = PRECISION + (EXTENDABLE if extend else ())
+    may = RECORDED + (EXTENDABLE if extend else ())
     if values["checkpoint"]["other_optimizer"] == "fresh":
         may = (*may, "optimizer.")
     fixed = {key: pair for key, pair in changes.items() if not key.startswith(may)}

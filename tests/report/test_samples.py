@@ -48,14 +48,14 @@ def test_the_page_shows_what_the_checkpoint_says(chat_model, stages, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "recorded", "started"),
-    [("", 6, [6]), ("", None, [None]), ("", 3, []), ("teacher", 6, [None])],  # the base keeps steps 6 and 9
+    ("recorded", "started"),
+    [({"step": 6}, [6]), ({}, [None]), ({"step": 3}, [])],  # the base keeps steps 6 and 9
 )
-def test_the_start_is_the_step_that_the_run_has_recorded(tmp_path, monkeypatch, teacher, recorded, started):
+def test_the_start_is_the_step_that_the_run_has_recorded(tmp_path, monkeypatch, recorded, started):
     base, loaded = str(tmp_path), []
-    run = Mock(workdir="run", config={"init.checkpoint": base, "distill.teacher": teacher})
+    run = Mock(workdir="run", config={"init.checkpoint": base})
     monkeypatch.setattr(samples, "read_runs", lambda _: [run])
-    monkeypatch.setattr(samples, "read_metadata", lambda _: {"frozen_step": recorded})
+    monkeypatch.setattr(samples, "read_metadata", lambda _: {"origins": {"init.checkpoint": recorded}})
     monkeypatch.setattr(samples, "steps_in", lambda path: (path, [6, 9]))
     monkeypatch.setattr(
         samples, "load", lambda path, mesh, dtype, step: loaded.append((path, step)) or Mock()

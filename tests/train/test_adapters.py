@@ -15,7 +15,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import load, replace
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.peft import export_peft, read_peft
-from lemur_jax.convert.source import open_source
+from lemur_jax.convert.source import open_again, open_source
 from lemur_jax.models import decoder, lora
 from lemur_jax.models.config import AdapterConfig
 from lemur_jax.train import loop
@@ -48,8 +48,8 @@ def start_run(base, options=None, shape=(1, 1, 1, 1)):
     initial = InitialParams(
         init=config.init, adapter=config.adapter, seed=config.seed, tokenizer=None, program=program
     )
-    params = jax.tree.map(lambda leaf: leaf, initial.params())
-    return config, program, start(params, program.optimizer, program.state, frozen=initial.frozen()[0])
+    params = jax.tree.map(lambda leaf: leaf, initial.params({}))
+    return config, program, start(params, program.optimizer, program.state, frozen=initial.frozen({}))
 
 
 def trained(base, batch, options=None, shape=(1, 1, 1, 1), steps=3):
@@ -145,12 +145,26 @@ def test_a_resumed_run_reaches_the_same_bits(base, project, monkeypatch, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, whole, restore_params(workdir, wanted))
     shutil.rmtree(base)
     write_params(base, later, make_metadata(model=config.model.to_dict(), tokenizer_files={}))
-    with pytest.raises(
-        UserError, match="base was made again since this run began: its step 0 has other parameters"
-    ):
+    with pytest.raises(UserError, match="base was made again since this run began: its weights are others"):
         loop.train(config, workdir)
+    with pytest.raises(UserError, match="is an adapter of .* its weights are others"):
+        open_source(workdir)
     start = restore_params(workdir, wanted, 2)
     assert abs(start["layers"]["mlp"]["down"]["b"] - whole["layers"]["mlp"]["down"]["b"]).max() > 0
+
+
+def test_a_hugging_face_base_that_changed_is_refused(base, tmp_path):
+    """As a name on the hub without a revision may; files that were only copied are the same model."""
+    export_hf(base, tmp_path / "hf", dtype="float32")
+    origin = open_again(tmp_path / "hf", {})[1]
+    shutil.copytree(tmp_path / "hf", tmp_path / "copy")
+    assert open_again(tmp_path / "copy", origin)[1] == origin
+    file = tmp_path / "copy" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.001
+    safetensors.numpy.save_file(tensors, file)
+    with pytest.raises(UserError, match=r"copy was made again since this run began: .*ORG/NAME@REVISION"):
+        open_again(tmp_path / "copy", origin)
 
 
 def test_rslora_and_targets():

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,16 +13,18 @@ import numpy as np
 import pytest
 
 from lemur_jax.checkpoint.manager import Checkpoints
-from lemur_jax.checkpoint.reading import read_metadata, steps_in
+from lemur_jax.checkpoint.reading import read_metadata, restore_params, steps_in
 from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import load
+from lemur_jax.models import decoder
 from lemur_jax.telemetry.metrics import MetricsWriter, read_metrics
-from lemur_jax.train import saves
+from lemur_jax.train import loop, saves
 from lemur_jax.train.evaluate import Evaluations
+from lemur_jax.train.inputs import open_data
 from lemur_jax.train.saves import Saves
 from tests.helpers.limits import files_of_at_most
-from tests.helpers.runs import asked_at, final_params, run_in_process, without_clock
+from tests.helpers.runs import asked_at, build_once, final_params, run_in_process, without_clock
 
 
 def changed_at(workdir):
@@ -256,6 +259,39 @@ def undisturbed(project, tmp_path_factory):
         patch.chdir(project)
         run_in_process(workdir, **EVALUATED)
     return workdir
+
+
+def test_a_checkpoint_knows_what_its_run_began_with_and_how_many_tokens_it_saw(
+    train, tmp_path, monkeypatch, undisturbed
+):
+    """A roll back to step 0 reads that step again; a run whose records are gone counts on."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    options = {"init.checkpoint": base, "eval.tasks": ()}
+    shutil.copytree(undisturbed, base)
+    shutil.rmtree(base / "checkpoints" / "4")
+    with monkeypatch.context() as sigterm:
+        sigterm.setattr(Interruption, "reached", asked_at(3))
+        train(run, **options)
+    shutil.copytree(undisturbed, base, dirs_exist_ok=True)  # the base has gone on
+    (run / "metrics.jsonl").unlink()
+    train(run, **options)
+    assert read_metadata(run)["origins"]["init.checkpoint"]["step"] == 2
+    counts = [
+        {
+            record["step"]: (record["tokens"], record["tokens/code"])
+            for record in read_metrics(path)
+            if record["kind"] == "train"
+        }
+        for path in (run, undisturbed)  # which has seen the same batches
+    ]
+    assert counts[0][4] == counts[1][4]
+    config = load("config.py", [f"--config.init.checkpoint={base}"])
+    with loop.open_saves(config, run, open_data(config, build_once)) as saves:
+        saves.first_state()
+        state, step = saves.first_state(at_most=0)
+    assert step == 0
+    first = restore_params(base, decoder.abstract_params(config.model), 2)
+    jax.tree.map(np.testing.assert_array_equal, state.params, first)
 
 
 def test_an_evaluation_of_the_first_parameters_is_made_anew(train, tmp_path, monkeypatch, undisturbed):

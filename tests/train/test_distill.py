@@ -90,7 +90,7 @@ def test_a_student_comes_nearer(teacher, batch):
     given = batch | objective.reference(decoder.bind(model, decoder.Compute(), params), batch)
     loss = objective.loss(decoder.bind(config.model, decoder.Compute(), jax.device_get(student)), given)
     assert float(loss.total) == pytest.approx((weights * (0.75 * kl + 0.25 * nll)).sum(), rel=1e-4)
-    state = start(student, program.optimizer, program.state, frozen=initial.frozen()[0])
+    state = start(student, program.optimizer, program.state, frozen=initial.frozen({}))
     found = []
     for _ in range(8):
         state, metrics = program.step(state, placed(batch, program))
@@ -107,6 +107,6 @@ def test_teachers_that_do_not_fit(teacher):
         teacher=path,
     )  # fmt: skip
     with pytest.raises(UserError, match="has a vocabulary of 512, config.model.vocab_size is 600"):
-        initial.frozen()
+        initial.frozen({})
     with pytest.raises(UserError, match="leave out adapter.rank"):
         replace(config, {"preference.loss": "dpo"})

@@ -86,6 +86,7 @@ def run(clock, steps=4, kind="TPU v4", devices=256, spent=None, handing=0.0, **m
         mixture,
         program(kind, devices),
         clock.now - 7.0,
+        {},
     )
     keys = ("loss", "learning_rate", "grad_norm", "param_norm", "update_norm")
     metrics = {key: np.float32(1.5) for key in keys}
@@ -202,7 +203,7 @@ def test_reader_is_closed_when_the_loop_is_left(clock):
             closed.append(True)
 
     mixture = types.SimpleNamespace(sources=[], batch_rows=1, length=1)
-    log = StepLog(RunHistory(), Keep(), mixture, program("cpu", 1), clock.now)
+    log = StepLog(RunHistory(), Keep(), mixture, program("cpu", 1), clock.now, {})
     waiting = log.waiting(batches())
     next(waiting)
     waiting.close()

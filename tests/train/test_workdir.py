@@ -88,11 +88,13 @@ def test_what_has_an_effect_with_some_options_changes_only_with_extend(tmp_path,
     assert list(config_changes(values, tmp_path, extend=True)) == [key]
 
 
-def test_a_change_of_precision_is_recorded(tmp_path):
-    first = tiny_config({"data.sources": SOURCES})
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_change_of_precision_or_of_noise_is_recorded(tmp_path, dropout):
+    first = tiny_config({"data.sources": SOURCES, "adapter.dropout": dropout})
     claim(first.to_json(), tmp_path)
-    values = replace(first, {"compute.dtype": "bfloat16", "compute.remat": "none"}).to_json()
-    assert config_changes(values, tmp_path) == {"compute.dtype": ("float32", "bfloat16")}
+    options = {"compute.dtype": "bfloat16", "compute.remat": "none", "mesh.data": 2, "mesh.fsdp": 2}
+    recorded = {"compute.dtype": ("float32", "bfloat16")} | ({"mesh.data": (1, 2)} if dropout else {})
+    assert config_changes(replace(first, options).to_json(), tmp_path) == recorded
 
 
 def test_without_a_config_of_its_own_a_workdir_has_that_of_its_checkpoints(train, tmp_path):
