@@ -132,12 +132,12 @@ def _rl(args) -> int:
 def _run(args, config, **options) -> int:
     """Joins the hosts and trains."""
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
-    from lemur_jax.cluster import coordination
+    from lemur_jax.cluster.hosts import agree
     from lemur_jax.cluster.watchdog import host_watchdog
     from lemur_jax.train.loop import train
 
     with host_watchdog(config.hosts.lost_seconds):
-        coordination.agree("the config", config.fingerprint(), config.hosts.connect_seconds)
+        agree("the config", config.fingerprint)
         stopped = train(config, args.workdir, extend=args.extend, **options)
     return _status(stopped)
 

@@ -81,16 +81,6 @@ def from_primary(text: str) -> str:
     return found[0][1]
 
 
-def agree(name: str, value: str, seconds: float) -> None:
-    """Makes sure that every host has the same value; a UserError names one that has another or sends none in time."""
-    values = exchange(name, value, seconds)
-    other = [host_name(host, client()) for host in range(len(values)) if values[host] != values[0]]
-    if other:
-        raise UserError(
-            f"{name} differs between hosts: {', '.join(other)} has another than {host_name(0, client())}"
-        )
-
-
 def host_name(host: int, service: Any) -> str:
     """`host 3 (its name)`, where the host has sent a heartbeat."""
     found = read_heartbeats(service).get(host, "").split(" ")

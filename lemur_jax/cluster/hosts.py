@@ -183,8 +183,12 @@ def alone() -> Iterator[None]:
 
 def agree(name: str, value: Callable[[], str]) -> None:
     """UserError, which names the host, where one makes another value; all must call it, except inside `alone`."""
-    if not _alone.get() and coordination.process()[1] > 1:
-        coordination.agree(name, value(), AGREE_SECONDS)
+    if _alone.get() or (service := coordination.client()) is None:
+        return
+    values = coordination.exchange(name, value(), AGREE_SECONDS)
+    names = [coordination.host_name(host, service) for host in range(len(values))]
+    if other := [names[host] for host in range(len(values)) if values[host] != values[0]]:
+        raise UserError(f"{name} differs between hosts: {', '.join(other)} has another than {names[0]}")
 
 
 def any_host(flag: bool) -> bool:

@@ -181,7 +181,7 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
             with log.paused("checkpoint"):
                 log.write_time(done, saves.finished())
                 log.sync()
-                saves.save(done, state, losses, log.tokens, stop=stopping)
+                saves.save(done, state, losses, log.tokens, stopping)
         elif due(done, config.log.every_steps):
             log.flush(keep=1)  # the newest step may still be running
         if stopping:

@@ -112,13 +112,7 @@ class Saves(contextlib.AbstractContextManager):
         return force or self._early or step == self._last or due(step, self._options.every_steps)
 
     def save(
-        self,
-        step: int,
-        state: TrainState,
-        losses: Mapping[str, float],
-        tokens: Mapping[str, int],
-        *,
-        stop: bool,
+        self, step: int, state: TrainState, losses: Mapping[str, float], tokens: Mapping[str, int], stop: bool
     ) -> None:
         """Saves the state after `step` updates in the background.
 

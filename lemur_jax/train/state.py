@@ -27,21 +27,6 @@ class TrainState:
     frozen: Any = None  # parameters without gradient, never saved: what an adapter adapts, or a reference
 
 
-def abstract_state(
-    params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, frozen: Any = None
-) -> TrainState:
-    """The state as ShapeDtypeStructs that carry their shardings; UserError: a leaf of the optimizer has no rule.
-
-    `params` and `frozen` are abstract: what is trained, and what is not.
-    """
-    return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
-        params=params,
-        optimizer=_place_like(params, jax.eval_shape(optimizer.init, params), mesh),
-        frozen=frozen,
-    )
-
-
 def trained_axes(model: DecoderConfig, adapter: AdapterConfig) -> Any:
     """Logical axes of what is trained: the adapter, or all parameters."""
     return lora.logical_axes(adapter, model) if adapter.rank else decoder.logical_axes(model)
@@ -55,20 +40,25 @@ def run_state(
     mesh: Mesh,
     frozen: Any = None,
 ) -> TrainState:
-    """The abstract state of a run; `dtype` is that of the parameters that are trained.
+    """The state of a run as ShapeDtypeStructs that carry their shardings.
 
-    `frozen` is abstract: what is not trained, if there is no adapter.
+    `dtype` is that of the parameters that are trained. `frozen` is abstract: what is not trained, if there is no
+    adapter. UserError: a leaf of the optimizer has no rule.
     """
-    if not adapter.rank:
-        return abstract_state(decoder.abstract_params(model, dtype, mesh), optimizer, mesh, frozen)
-    int8 = adapter.base_dtype == "int8"
-    frozen = decoder.abstract_params(model, "bfloat16" if int8 else adapter.base_dtype, mesh)
-    if int8:
-        frozen = quantize(model, mesh, frozen)
-    params = with_shardings(
-        mesh, lora.abstract_adapter(adapter, model, dtype), lora.logical_axes(adapter, model)
+    if adapter.rank:
+        int8 = adapter.base_dtype == "int8"
+        frozen = decoder.abstract_params(model, "bfloat16" if int8 else adapter.base_dtype, mesh)
+        frozen = quantize(model, mesh, frozen) if int8 else frozen
+        abstract, axes = lora.abstract_adapter(adapter, model, dtype), lora.logical_axes(adapter, model)
+        params = with_shardings(mesh, abstract, axes)
+    else:
+        params = decoder.abstract_params(model, dtype, mesh)
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        params=params,
+        optimizer=_place_like(params, jax.eval_shape(optimizer.init, params), mesh),
+        frozen=frozen,
     )
-    return abstract_state(params, optimizer, mesh, frozen)
 
 
 # What is not of a parameter (counters, rates, coefficients, remembered norms) is no larger.

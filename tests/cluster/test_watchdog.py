@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from lemur_jax.checkpoint.metadata import Damaged
-from lemur_jax.cluster import coordination
+from lemur_jax.cluster import coordination, hosts
 from lemur_jax.cluster.watchdog import Watch, host_watchdog
 from lemur_jax.common.errors import UserError
 
@@ -140,6 +140,6 @@ def test_one_host_needs_nobody():
     """Neither a barrier without time to wait nor a watch over nobody holds one process up or leaves a thread."""
     threads = threading.active_count()
     assert coordination.barrier("alone", 0) is None
-    assert coordination.agree("alone", "x", 0) is None
+    assert hosts.agree("alone", None) is None
     with host_watchdog(1):
         assert threading.active_count() == threads

@@ -12,11 +12,13 @@ import torch
 from optax import contrib
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.models.config import AdapterConfig
 from lemur_jax.models.decoder import abstract_params, logical_axes
 from lemur_jax.models.presets import preset
+from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.train.config import OPTIMIZER_NAMES, OptimizerConfig
 from lemur_jax.train.optimizer import OPTIMIZERS, decayed, make_optimizer, schedule
-from lemur_jax.train.state import abstract_state, shardings_of
+from lemur_jax.train.state import run_state, shardings_of
 from tests.helpers.tiny import program_on, tiny_config
 
 AXES = {"matrix": ("embed", "mlp"), "layers": {"scale": ("layers", "norm")}}
@@ -238,7 +240,7 @@ def test_unknown_optimizer_is_named():
 
 
 def test_a_large_leaf_without_a_parameter_is_refused():
-    program = program_on((1, 8, 1, 1))
+    mesh = make_mesh({"fsdp": 8})
     odd = optax.GradientTransformation(lambda params: np.zeros(10_000), lambda g, s, p=None: (g, s))
     with pytest.raises(UserError, match="no sharding rule"):
-        abstract_state(program.state.params, odd, program.mesh)
+        run_state(preset("tiny"), AdapterConfig(), "float32", odd, mesh)
