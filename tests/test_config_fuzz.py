@@ -9,18 +9,10 @@ import pytest
 from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import flatten, load
+from tests import test_config
 
 CASES = 500
-CONFIG = """
-from lemur_jax.config import default_config
-from lemur_jax.models.presets import preset
-
-def get_config(arg=""):
-    config = default_config(preset("tiny"))
-    config.data.sources = {"code": {"share": 10.0, "packing": "concat", "max_epochs": 1.0}}
-    config.eval.tasks = ("code",)
-    return config
-"""
+CONFIG = test_config.CONFIG.replace("    if arg:", "    config.eval.tasks = ('code',)\n    if arg:")
 PLAIN = """
     1 0 -1 3.5 1e-3 -0.0 1e999 nan -inf 1_000 0x10 007 1e3 None True false yes concat adamw bfloat16
     full 'a' a=b () ( (1,) ('code',) code,text [1] ['a'] {} __import__('os')

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lemur_jax.common.errors import UserError
 from lemur_jax.train.balance import balance, group_ratios
 from lemur_jax.train.config import EvalConfig
 
@@ -47,11 +46,3 @@ def test_groups_are_geometric_means_over_the_tasks_known_at_the_start():
 
 def test_without_groups_each_task_is_one():
     assert EvalConfig(tasks=("a", "b")).task_groups == {"a": ("a",), "b": ("b",)}
-
-
-@pytest.mark.parametrize("group", [("python", "x"), ()])
-def test_bad_groups(group):
-    with pytest.raises(
-        UserError, match=r"eval.groups.code is .*: it must be one or more of config.eval.tasks"
-    ):
-        EvalConfig(groups={"code": group}, tasks=("python",))

@@ -10,13 +10,11 @@ import optax
 import pytest
 
 from lemur_jax.cluster.preemption import Interruption
-from lemur_jax.common.errors import UserError
 from lemur_jax.models import decoder
 from lemur_jax.telemetry.metrics import read_metrics
-from lemur_jax.train.config import SpikesConfig
 from lemur_jax.train.losses import row_sums
-from lemur_jax.train.optimizer import decayed, make_optimizer, schedule
-from lemur_jax.train.spikes import memory, rollback_target, skip_spikes
+from lemur_jax.train.optimizer import decayed, schedule
+from lemur_jax.train.spikes import rollback_target, skip_spikes
 from tests.helpers.planted import plant
 from tests.helpers.runs import STEPS, asked_at, final_params, without_clock
 from tests.helpers.tiny import first_state, placed, program_on, tiny_config
@@ -96,16 +94,6 @@ def test_planted_spikes_change_nothing(spiking, batch):
     assert max(jax.tree.leaves(differences)) > 1e-3  # the spike would have been seen
 
 
-def test_off_is_the_program_without_it():
-    config = tiny_config()
-    program = program_on((1, 1, 1, 1), config)
-    plain = make_optimizer(config.optimizer, config.train.steps, decoder.logical_axes(program.model))
-    assert jax.tree.structure(program.state.optimizer) == jax.tree.structure(
-        jax.eval_shape(plain.init, program.state.params)
-    )
-    assert memory(program.state.optimizer) is None
-
-
 @pytest.mark.parametrize(
     ("step", "in_a_row", "rolled_back_at", "target"),
     [(9, 3, 0, 6), (8, 3, 0, 3), (2, 2, 0, 0), (9, 3, 5, 6), (10, 3, 7, 7)],
@@ -114,14 +102,6 @@ def test_rollback_goes_to_the_last_regular_checkpoint_before_the_skips(
     step, in_a_row, rolled_back_at, target
 ):
     assert rollback_target(step, in_a_row, 3, rolled_back_at) == target
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [("factor", 0.5), ("factor", -2.0), ("window", 0), ("rollback_after", 2)]
-)
-def test_options_that_make_no_sense_are_named(key, value):
-    with pytest.raises(UserError, match=f"config.spikes.{key}"):
-        SpikesConfig(**{"factor": 0.0 if key == "rollback_after" else 2.0, key: value})
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.models import decoder
 from lemur_jax.train.losses import RowSums
 from lemur_jax.train.objectives import Loss, Objective
+from lemur_jax.train.state import shardings_of
 from tests.helpers.tiny import first_state, placed, program_on, tiny_config
 
 STEPS = 3
@@ -28,35 +29,26 @@ def alone(batch):
     return losses(program_on((1, 1, 1, 1)), batch)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)])
-def test_same_loss_on_every_mesh(alone, batch, shape):
-    found, _, state = losses(program_on(shape), batch)
-    np.testing.assert_allclose(found, alone[0], rtol=1e-5)
-    assert int(state.step) == STEPS
-
-
-@pytest.mark.parametrize(("microbatches", "chunk"), [(4, 0), (1, 16), (2, 32)])
-def test_same_loss_in_any_split(alone, batch, microbatches, chunk):
+@pytest.mark.parametrize(
+    ("shape", "microbatches", "chunk"),
+    [
+        *(((1, 8, 1, 1), 1, 0), ((2, 2, 1, 2), 1, 0), ((1, 2, 2, 2), 1, 0)),
+        *(((1, 1, 1, 1), 4, 0), ((1, 1, 1, 1), 1, 16), ((1, 1, 1, 1), 2, 32)),
+        # Positions and chunks are cut over devices.
+        ((1, 2, 4, 1), 1, 16),
+        # Gradients are summed over copies after the last microbatch.
+        *(((2, 2, 1, 2), 2, 0), ((4, 1, 2, 1), 2, 0)),
+    ],
+)
+def test_same_loss_on_every_mesh_and_in_any_split(alone, batch, shape, microbatches, chunk):
     config = tiny_config({"train.microbatches": microbatches, "compute.loss_chunk": chunk})
-    found, metrics, _ = losses(program_on((1, 1, 1, 1), config), batch)
-    np.testing.assert_allclose(found, alone[0], rtol=1e-5)
-    for key in ("grad_norm", "source_loss", "source_weight"):
-        np.testing.assert_allclose(metrics[key], alone[1][key], rtol=2e-5)
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 1, 2), (4, 1, 2, 1)])
-def test_same_loss_by_copy(alone, batch, shape):
-    """With microbatches and a `data` axis gradients are summed over copies after the last microbatch."""
-    config = tiny_config({"train.microbatches": 2})
     program = program_on(shape, config)
     found, metrics, state = losses(program, batch)
     np.testing.assert_allclose(found, alone[0], rtol=1e-5)
     for key in ("grad_norm", "source_loss", "source_weight", "finite_rows"):
         np.testing.assert_allclose(metrics[key], alone[1][key], rtol=2e-5)
-    places = jax.tree.map(
-        lambda now, wanted: now.sharding == wanted.sharding, state.params, program.state.params
-    )
-    assert all(jax.tree.leaves(places))
+    assert int(state.step) == STEPS
+    assert shardings_of(state.params) == shardings_of(program.state.params)
 
 
 @pytest.mark.parametrize(("shape", "microbatches"), [((1, 1, 1, 1), 1), ((2, 2, 1, 2), 2), ((1, 2, 2, 1), 1)])
@@ -94,13 +86,6 @@ def test_bfloat16_parameters_get_the_whole_sum_of_many_microbatches(copies):
     batch = {name: jnp.ones(like.shape, like.dtype) for name, like in program.batch.items()}
     _, metrics = program.step(first_state(program), placed(batch, program))
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(config.model.hidden_size), rtol=1e-5)
-
-
-def test_same_loss_with_positions_and_chunks_cut_over_devices(alone, batch):
-    config = tiny_config({"compute.loss_chunk": 16})
-    found, metrics, _ = losses(program_on((1, 2, 4, 1), config), batch)
-    np.testing.assert_allclose(found, alone[0], rtol=1e-5)
-    np.testing.assert_allclose(metrics["grad_norm"], alone[1]["grad_norm"], rtol=2e-5)
 
 
 def test_policies_that_keep_every_product_compute_none_again():
@@ -178,11 +163,8 @@ def test_narrow_products_change_losses_a_little(batch, dtype):
 
 
 def test_state_lies_where_the_rules_say(batch):
-    program = program_on((1, 4, 1, 2))
-    _, _, state = losses(program, batch, steps=1)
-    moments = state.optimizer.inner_state[1].mu
-    for parameter, moment in zip(jax.tree.leaves(state.params), jax.tree.leaves(moments), strict=True):
-        assert parameter.sharding == moment.sharding
+    state = losses(program_on((1, 4, 1, 2)), batch, steps=1)[2]
+    assert shardings_of(state.optimizer.inner_state[1].mu) == shardings_of(state.params)
     assert state.params["layers"]["mlp"]["gate"].sharding.shard_shape((2, 64, 160)) == (2, 16, 80)
 
 
