@@ -115,7 +115,7 @@ def evaluate_all(
 ) -> None:
     """Scores the merged models that have no figures yet of these runs, as the runs were scored at their end.
 
-    Raises UserError where `config.init.checkpoint` is not what the runs began with, as of a base that has gone on.
+    Raises UserError where `config.init.checkpoint` is not what the runs began with, as of a base that was made again.
     """
     for number, merge in enumerate(merges, start=1):
         directory, first = merge.directory(workdir), merge.parts[0].directory(workdir)

@@ -43,18 +43,12 @@ def open_history(log: LogConfig, workdir: epath.Path, step: int, started: float)
         return
     spent = earlier_time(workdir, step, started)
     with MetricsWriter(workdir, tensorboard=log.tensorboard, wandb=log.wandb) as writer:
-        if not step:
-            _check_saved(read_metrics(workdir), workdir)
+        times = (record for record in read_metrics(workdir) if record.get("kind") == "time")
+        saved = max((record.get("checkpoint", 0) for record in times), default=0)
+        if saved and not step:
+            raise UserError(
+                f"there is no checkpoint in {workdir}/checkpoints, but {METRICS_FILE} says that step {saved} was"
+                f" saved: put them back, or remove {METRICS_FILE} to begin again at step 0"
+            )
         writer.truncate_after(step or -1)
         yield RunHistory(writer=writer, records=read_metrics(workdir), spent=spent)
-
-
-def _check_saved(records: Sequence[Record], workdir: epath.Path) -> None:
-    saved = max(
-        (record.get("checkpoint", 0) for record in records if record.get("kind") == "time"), default=0
-    )
-    if saved:
-        raise UserError(
-            f"there is no checkpoint in {workdir}/checkpoints, but {METRICS_FILE} says that step {saved} was saved: put"
-            f" them back, or remove {METRICS_FILE} to begin again at step 0"
-        )

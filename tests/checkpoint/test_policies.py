@@ -140,7 +140,8 @@ def test_refused_writes_are_reported_and_tried_again(state, tmp_path, caplog, re
     assert len(messages(caplog)) == 1
 
 
-def test_too_many_failures_in_a_row_stop(state, tmp_path, caplog):
+def test_too_many_failures_in_a_row_stop(state, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(manager, "_LAST_WRITES_SECONDS", 0.1)
     checkpoints = manager.Checkpoints(tmp_path, max_failures=2)
     with full_disk():
         checkpoints.save(1, state.params, state.optimizer, METADATA)

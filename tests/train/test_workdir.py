@@ -39,6 +39,7 @@ LATE = {"late": StageConfig(step=4, shares={"text": 1.0})}
         ({"hosts.lost_seconds": 7, "train.microbatches": 2}, False, ""),
         ({"data.modules": ("more_tasks",)}, False, ""),  # whose sources have the share 0 until a stage
         ({"data.stores": "moved/stores", "tokenizer.path": "moved/tokenizer"}, False, ""),  # with what is in it
+        ({"compute.param_dtype": "bfloat16"}, True, "config: compute.param_dtype was 'float32' .*; use the old"),
         ({"train.steps": 3}, True, "config.train.steps is 3, but 4 updates are made"),
         ({"rl.max_logprob_gap": 0.1, "rl.data": "moved", "rl.eval_every_steps": 3}, False, ""),
         ({"rl.data": "moved", "rl.group_size": 3}, True, "config: rl.group_size was 8 .*; use the old"),
