@@ -99,10 +99,8 @@ class InitialParams:
 
     def _open_base(self, origins: Origins) -> ModelSource:
         """`config.init.checkpoint`, which an adapter or a reference may need at each start."""
-        source, model = (
-            open_initial(self.init, self.tokenizer, self.program.model, origins),
-            self.program.model,
-        )
+        model = self.program.model
+        source = open_initial(self.init, self.tokenizer, model, origins)
         if self.adapter.rank and (source.model.vocab_size != model.vocab_size or self.init.drop_rows_above):
             raise UserError(
                 f"config.init.checkpoint {self.init.checkpoint} has a vocabulary of {source.model.vocab_size},"

@@ -28,27 +28,22 @@ def chosen(monkeypatch):
     return choose
 
 
-def test_virtual_devices_are_cpu_devices_whatever_else_is_asked(chosen):
-    flags = chosen(4, JAX_PLATFORMS="tpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+def test_virtual_devices_are_cpu_devices_and_other_flags_of_the_user_stay(chosen):
+    mine = "--xla_dump_hlo_as_text --xla_cpu_collective_call_terminate_timeout_seconds=7"
+    count = "--xla_force_host_platform_device_count"
+    flags = chosen(4, JAX_PLATFORMS="tpu", XLA_FLAGS=f"{mine} {count}=2")
     assert os.environ["JAX_PLATFORMS"] == "cpu"
-    assert flags["--xla_force_host_platform_device_count"] == "4"
+    assert flags[count] == "4"
+    assert flags["--xla_dump_hlo_as_text"] == ""
+    assert flags["--xla_cpu_collective_call_terminate_timeout_seconds"] == "7"
+    # Collectives follow one another on the CPU.
+    assert flags["--xla_cpu_enable_concurrency_optimized_scheduler"] == "false"
 
 
 def test_fewer_virtual_devices_than_none_are_refused(chosen):
     with pytest.raises(UserError, match=r"--virtual-devices is -3"):
         chosen(-3)
     assert "XLA_FLAGS" not in os.environ
-
-
-def test_collectives_follow_one_another_on_the_cpu(chosen):
-    assert chosen(JAX_PLATFORMS="cpu")["--xla_cpu_enable_concurrency_optimized_scheduler"] == "false"
-
-
-def test_flags_of_the_user_stay(chosen):
-    mine = "--xla_dump_hlo_as_text --xla_cpu_collective_call_terminate_timeout_seconds=7"
-    flags = chosen(8, XLA_FLAGS=mine)
-    assert flags["--xla_dump_hlo_as_text"] == ""
-    assert flags["--xla_cpu_collective_call_terminate_timeout_seconds"] == "7"
 
 
 def test_flags_of_another_platform_are_left_alone(chosen):

@@ -77,7 +77,7 @@ def test_one_thing_wrong(examine, overrides, check, detail):
     assert said.endswith(f"verdict: not ready, because of {check}")
 
 
-def test_first_parameters_are_looked_at_until_the_run_has_its_own(examine, project, tmp_path):
+def test_first_parameters_are_looked_at_until_the_run_has_its_own(examine, project, tmp_path, monkeypatch):
     files = Tokenizer.load(project.root / "tokenizer").files()
     write_model(tmp_path / "init", load("config.py").model, files)
     option = f"--config.init.checkpoint={tmp_path / 'init'}"
@@ -98,6 +98,9 @@ def test_first_parameters_are_looked_at_until_the_run_has_its_own(examine, proje
     assert "first parameters   not needed: the run has checkpoints" in said
     assert "FAIL" not in examine(*adapter, peft)
     assert "no checkpoint directory at gone" in examine("--config.init.checkpoint=gone", *adapter[1:])
+    stored = {"origins": {"init.checkpoint": {"step": 0, "digest": "of other weights"}}}
+    monkeypatch.setattr(module, "newest_metadata", lambda directory: stored)
+    assert "init was made again since this run began" in examine(*adapter)
 
 
 def test_a_workdir_of_another_config_is_not_ready(examine, tmp_path):
