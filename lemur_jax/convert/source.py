@@ -53,13 +53,14 @@ def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
     if not checkpoints and config.exists() and "model_type" in read_json(config):  # a run's config has none
         open_weights(path)  # its error names what is missing
     metadata = read_metadata(path, step)
-    if adapter := adapter_of(metadata):
-        return _adapted(path, metadata, adapter)
+    leaves, adapter = metadata["leaves"]["params"], adapter_of(metadata)
     return ModelSource(
         model=DecoderConfig.from_dict(metadata["model"]),
         tokenizer_files=tokenizer_files(metadata),
-        restore=lambda wanted, each=_as_it_is: restore_params(path, wanted, metadata["step"], each),
-        digest=lambda: _digest_of_leaves(metadata),
+        restore=_adapted(path, metadata, adapter)
+        if adapter
+        else lambda wanted, each=_as_it_is: restore_params(path, wanted, metadata["step"], each),
+        digest=lambda: digest_of({name: leaf.digest for name, leaf in leaves.items()}),
         run_config=metadata.get("config"),
         step=metadata["step"],
     )
@@ -84,8 +85,10 @@ def _as_it_is(name: str, leaf: Any) -> Any:
     return leaf
 
 
-def _adapted(path: epath.PathLike, metadata: Mapping[str, Any], adapter: AdapterConfig) -> ModelSource:
-    """The base of an adapter, with the adapter merged where it is read."""
+def _adapted(
+    path: epath.PathLike, metadata: Mapping[str, Any], adapter: AdapterConfig
+) -> Callable[..., Params]:
+    """`restore` of an adapter's base, with the adapter merged where it is read."""
     base_path = metadata["config"]["init"]["checkpoint"]
     try:
         base, _ = open_again(base_path, metadata.get("origins", {}).get("init.checkpoint", {}))
@@ -96,18 +99,7 @@ def _adapted(path: epath.PathLike, metadata: Mapping[str, Any], adapter: Adapter
         merged = merge_into(path, metadata, adapter, wanted)
         return base.restore(wanted, lambda name, leaf: each(name, merged(name, leaf)))
 
-    return ModelSource(
-        model=DecoderConfig.from_dict(metadata["model"]),
-        tokenizer_files=tokenizer_files(metadata),
-        restore=restore,
-        digest=lambda: _digest_of_leaves(metadata),
-        run_config=metadata["config"],
-        step=metadata["step"],
-    )
-
-
-def _digest_of_leaves(metadata: Mapping[str, Any]) -> str:
-    return digest_of({name: leaf.digest for name, leaf in metadata["leaves"]["params"].items()})
+    return restore
 
 
 def _hugging_face(path: epath.PathLike, step: int | None) -> ModelSource:
