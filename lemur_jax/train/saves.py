@@ -29,9 +29,10 @@ _RETRY_SECONDS = 10.0
 class Saves(contextlib.AbstractContextManager):
     """A context in which `WORKDIR/checkpoints` is open.
 
-    `metadata` goes into every checkpoint; `initial` gives the first parameters and those that are frozen; `last` is the
-    last update; with `rollouts` of `lemur rl`, checkpoints hold the episodes that it has sampled ahead. `held_out`
-    names the text of each scored task: losses on other texts, as after a change of `eval.max_rows`, are not compared.
+    `metadata` goes into every checkpoint, with the `Origins` of the run and its target tokens so far; `initial` gives
+    the first parameters and those that are frozen; `last` is the last update; with `rollouts` of `lemur rl`,
+    checkpoints hold the episodes that it has sampled ahead. `held_out` names the text of each scored task: losses on
+    other texts, as after a change of `eval.max_rows`, are not compared.
     """
 
     def __init__(
