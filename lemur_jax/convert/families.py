@@ -24,7 +24,6 @@ class Family:
     """One `model_type` of transformers."""
 
     model_type: str
-    architecture: str
     # Fields of the specification that all models of the family have in common.
     spec: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # Key of config.json -> field of the specification; null there is 0 here.
@@ -60,62 +59,26 @@ _GEMMA: dict[str, Any] = dict(
 )
 # In the order in which an export tries them.
 FAMILIES = (
-    Family(model_type="llama", architecture="LlamaForCausalLM", bias="qkvo", mlp_bias=True),
-    Family(model_type="mistral", architecture="MistralForCausalLM", windows="all"),
-    Family(
-        model_type="qwen2",
-        architecture="Qwen2ForCausalLM",
-        spec={"attention_bias": "qkv"},
-        windows="some",
-    ),
-    Family(
-        model_type="qwen3",
-        architecture="Qwen3ForCausalLM",
-        spec={"qk_norm": "head"},
-        bias="qkvo",
-        windows="some",
-    ),
+    Family(model_type="llama", bias="qkvo", mlp_bias=True),
+    Family(model_type="mistral", windows="all"),
+    Family(model_type="qwen2", spec={"attention_bias": "qkv"}, windows="some"),
+    Family(model_type="qwen3", spec={"qk_norm": "head"}, bias="qkvo", windows="some"),
     # Fused projections are cut on import (`hf_weights.py`); an export is of the first family that says the same.
-    Family(model_type="phi3", architecture="Phi3ForCausalLM", windows="all"),
-    Family(
-        model_type="mixtral",
-        architecture="MixtralForCausalLM",
-        windows="all",
-        experts="num_local_experts",
-        normalized=True,
-    ),
+    Family(model_type="phi3", windows="all"),
+    Family(model_type="mixtral", windows="all", experts="num_local_experts", normalized=True),
     Family(
         model_type="qwen3_moe",
-        architecture="Qwen3MoeForCausalLM",
         spec={"qk_norm": "head"},
         bias="qkvo",
         windows="all",
         experts="num_experts",
         expert_width="moe_intermediate_size",
     ),
-    Family(
-        model_type="olmoe",
-        architecture="OlmoeForCausalLM",
-        spec={"qk_norm": "width"},
-        bias="qkvo",
-        experts="num_experts",
-    ),
-    Family(
-        model_type="smollm3",
-        architecture="SmolLM3ForCausalLM",
-        bias="qkvo",
-        mlp_bias=True,
-        skips_rope=True,
-    ),
-    Family(
-        model_type="olmo2",
-        architecture="Olmo2ForCausalLM",
-        spec={"qk_norm": "width", "norm_position": "post"},
-        bias="qkvo",
-    ),
+    Family(model_type="olmoe", spec={"qk_norm": "width"}, bias="qkvo", experts="num_experts"),
+    Family(model_type="smollm3", bias="qkvo", mlp_bias=True, skips_rope=True),
+    Family(model_type="olmo2", spec={"qk_norm": "width", "norm_position": "post"}, bias="qkvo"),
     Family(
         model_type="gemma2",
-        architecture="Gemma2ForCausalLM",
         windows="some",
         bias="qkvo",
         # Gemma 3's config.json may have this key too; transformers does not cap its scores.
@@ -123,7 +86,6 @@ FAMILIES = (
     ),
     Family(
         model_type="gemma3_text",
-        architecture="Gemma3ForCausalLM",
         text_of="gemma3",
         windows="some",
         local_theta=10_000.0,

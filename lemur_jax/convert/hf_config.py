@@ -166,10 +166,12 @@ def to_hf(
 
     A token id of None switches it off.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     for family in families.FAMILIES:
         raw = {
-            "architectures": [family.architecture],
+            "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]],
             "model_type": family.model_type,
             **{
                 name: getattr(config, name)

@@ -20,13 +20,13 @@ def config_from_checkpoint(path: epath.PathLike) -> ConfigDict:
     one of our checkpoints the hosts of a run join here, within the default times of `config.hosts`. Raises
     UserError if there is no model, or its tokenizer is no longer where its run found it.
     """
-    if not holds_weights(local_model(path)):
+    ours = not holds_weights(local_model(path))
+    if ours:
         hosts.join()  # reading a checkpoint makes JAX's devices
     source = open_source(path)
     config = default_config(source.model.to_dict())
-    config.init.checkpoint = os.fspath(path)
-    tokenizer = os.fspath(path)
-    if not holds_weights(local_model(path)):
+    config.init.checkpoint = tokenizer = os.fspath(path)
+    if ours:
         options = source.run_config["tokenizer"] if source.run_config else {}
         tokenizer = options.get("path", "")
         if not tokenizer or not epath.Path(local_model(tokenizer)).exists():

@@ -26,8 +26,6 @@ def resize(
     become the mean of the others, so that a new token starts as likely as an average one (Hewitt 2021, "Initializing
     New Word Embeddings for Pretrained Language Models").
     """
-    if new_rows not in ("mean", "refuse"):
-        raise UserError(f"config.init.new_rows is {new_rows!r}: it must be 'mean' or 'refuse'")
     stored = params["embed"]["embedding"].shape[0]
     rows = drop_rows_above or stored
     if not 0 < rows <= stored:

@@ -86,7 +86,6 @@ def test_dropped_rows_do_not_count():
         (8, {}, "drop_rows_above=8"),
         (8, {"new_rows": "mean"}, "drop_rows_above=8"),
         (12, {"drop_rows_above": 11, "new_rows": "mean"}, "first 11 vocabulary rows of a model that has 10"),
-        (12, {"new_rows": "zeros"}, "must be 'mean' or 'refuse'"),
     ],
 )
 def test_refused(size, options, message):

@@ -1,6 +1,3 @@
-import socket
-import subprocess
-import sys
 import threading
 
 import jax
@@ -122,52 +119,31 @@ def test_the_rows_that_are_scored_are_spread_over_the_store_and_always_the_same(
     assert chosen_rows(5, 0).tolist() == chosen_rows(5, 9).tolist() == [0, 1, 2, 3, 4]
 
 
-HOST = """
-import sys
-import numpy as np
-import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from lemur_jax.data.loader import Loader
-from lemur_jax.data.mixture import Mixture, Source
-from lemur_jax.data.rows import ConcatRows
-from lemur_jax.data.store import TokenStore
+def test_a_host_reads_its_own_rows_alone(mixture, monkeypatch):
+    """Also where groups of four rows go to the first host, the second, the first, the second."""
+    devices = np.array(jax.devices())[[0, 1, 4, 5, 2, 3, 6, 7]].reshape(4, 2)
+    sharding = NamedSharding(Mesh(devices, ("rows", "columns")), BOTH)
+    whole = expected_batch(mixture, 3)
+    of_all = NamedSharding.addressable_devices_indices_map
+    blocks = []
 
-path, port, process, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-jax.config.update("jax_num_cpu_devices", 4)
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
-assert jax.device_count() == 8
-# Groups of four rows go to the first host, the second, the first, the second.
-devices = np.array(jax.devices())[[0, 1, 4, 5, 2, 3, 6, 7]].reshape(4, 2)
-sharding = NamedSharding(Mesh(devices, ("a", "b")), PartitionSpec("a", "b"))
-rows = ConcatRows(TokenStore.open(path), 24)
-read, count = rows.read, []
-rows.read = lambda indices: count.append(len(indices)) or read(indices)
-loader = Loader(Mixture([Source(name="text", rows=rows, share=1.0)], seed=7, batch_rows=16), sharding)
-batch = loader.batch(3)
-tokens = np.full((16, 24), -1)
-for shard in batch["tokens"].addressable_shards:
-    tokens[shard.index] = shard.data
-np.savez(out, tokens=tokens, read=count)
-"""
+    def take(shape, sharding, block):
+        places = sharding.addressable_devices_indices_map(shape).values()
+        blocks.extend((place, block(place)) for place in places if len(place) == 2)
 
-
-def test_each_host_reads_its_own_rows_alone(make_store, random_documents, tmp_path):
-    store = make_store(random_documents(200, 40))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", HOST, str(store.path), str(port)]
-    hosts = [subprocess.Popen([*command, str(i), str(tmp_path / f"{i}.npz")]) for i in range(2)]
-    try:
-        assert [host.wait(timeout=60) for host in hosts] == [0, 0]
-    finally:
-        for host in hosts:
-            host.kill()
-    mixture = Mixture([Source(name="text", rows=ConcatRows(store, LENGTH), share=1.0)], seed=7, batch_rows=16)
-    expected = expected_batch(mixture, 3)["tokens"]
-    for number in range(2):
-        with np.load(tmp_path / f"{number}.npz") as host:
-            held = np.arange(16) // 4 % 2 == number
-            assert host["read"].tolist() == [held.sum()]
-            np.testing.assert_array_equal(host["tokens"][held], expected[held])
-            assert (host["tokens"][~held] == -1).all()
+    monkeypatch.setattr(jax, "make_array_from_callback", take)
+    monkeypatch.setattr(
+        NamedSharding,
+        "addressable_devices_indices_map",
+        lambda self, shape: {device: place for device, place in of_all(self, shape).items() if device.id < 4},
+    )
+    loader = Loader(mixture, sharding)
+    own = np.arange(16) // 4 % 2 == 0
+    read = []
+    monkeypatch.setattr(mixture, "read", lambda *rows: read.append(rows) or Mixture.read(mixture, *rows))
+    loader.batch(3)
+    assert [len(rows) for rows in read[0]] == [own.sum()] * 2
+    tokens = np.full((16, LENGTH), -1)
+    for place, values in blocks[:4]:  # of `tokens`, the first key
+        tokens[place] = values
+    np.testing.assert_array_equal(tokens, np.where(own[:, None], whole["tokens"], -1))

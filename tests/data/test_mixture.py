@@ -158,13 +158,6 @@ def config_with(**later):
     return from_config_dict(config)
 
 
-def test_stages_of_a_config():
-    shares = {"code": 1.0, "text": 2.0}
-    config = config_with(anneal={"step": 900, "shares": shares})
-    assert config.data.stages == {"anneal": StageConfig(step=900, shares=shares)}
-    assert config_with().data.stages == {}
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -56,6 +56,12 @@ class Project:
         words = ("-m", "lemur_jax", *words, "--virtual-devices", str(8 // hosts))
         return finish(self.start(hosts, *words, errors=errors))
 
+    def patched(self, code: str, *words: str) -> list[subprocess.Popen]:
+        """`lemur WORDS` on two hosts, each of which runs `code` first; `host` is its number there."""
+        begin = "import os, sys\nfrom lemur_jax.cli import main\nhost = os.environ['JAX_PROCESS_ID']\n"
+        end = "\nsys.exit(main(sys.argv[1:]))"
+        return self.start(2, "-c", begin + code + end, *words, "--virtual-devices", "4")
+
     def train_words(self, workdir: pathlib.Path) -> list[str]:
         return ["train", "--config", "config.py", "--workdir", str(workdir)]
 

@@ -10,12 +10,9 @@ from tests.helpers.runs import write_model
 
 # Each host's environments say something else, of another length.
 OWN_OBSERVATIONS = """
-import os, sys
 from lemur_jax.agents.environments import SqlEnvironment, Step
-from lemur_jax.cli import main
-seen = f"host {os.environ['JAX_PROCESS_ID']} " * (1 + 200 * int(os.environ["JAX_PROCESS_ID"]))
+seen = f"host {host} " * (1 + 200 * int(host))
 SqlEnvironment.step = lambda self, action: Step(observation=seen, verdict="wrong answer")
-sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -23,19 +20,9 @@ sys.exit(main(sys.argv[1:]))
 def test_agents_of_two_hosts_see_what_the_first_sees(hosts_project, small_chat_tokenizer, tmp_path):
     model = preset("tiny", vocab_size=small_chat_tokenizer.vocab_size)
     write_model(tmp_path / "chat", model, small_chat_tokenizer.files())
-    words = [
-        "eval",
-        "--agents",
-        "sql",
-        "--limit",
-        "2",
-        "--turns",
-        "3",
-        "--checkpoint",
-        str(tmp_path / "chat"),
-    ]
-    words += ["--max-new-tokens", "16", "--json", str(tmp_path / "agents.json"), "--virtual-devices", "4"]
-    primary, other = finish(hosts_project.start(2, "-c", OWN_OBSERVATIONS, *words))
+    words = ["eval", "--agents", "sql", "--limit", "2", "--turns", "3", "--max-new-tokens", "16"]
+    words += ["--checkpoint", str(tmp_path / "chat"), "--json", str(tmp_path / "agents.json")]
+    primary, other = finish(hosts_project.patched(OWN_OBSERVATIONS, *words))
     assert "sql failures" in primary
     assert "episodes" not in other
     traces = json.loads((tmp_path / "agents.json").read_text())["agents"]["traces"]

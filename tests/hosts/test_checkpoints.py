@@ -44,17 +44,15 @@ def test_a_notice_of_the_cloud_ends_both_with_the_same_step_saved(stopped):
 
 # A batch of an evaluation takes a second; a file tells of the first one.
 SLOWLY_SCORED = """
-import os, sys, time
-from lemur_jax.cli import main
+import time
 from lemur_jax.train import evaluate
 batches = evaluate.held_out_batches
 def slow(*args, **kwargs):
     for batch in batches(*args, **kwargs):
-        open("scoring-" + os.environ["JAX_PROCESS_ID"], "w")
+        open("scoring-" + host, "w")
         time.sleep(1)
         yield batch
 evaluate.held_out_batches = slow
-sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -65,7 +63,7 @@ def test_sigterm_on_one_host_ends_an_evaluation_on_both_and_the_next_start_makes
     marks = [hosts_project.root / f"scoring-{host}" for host in (0, 1)]
     for mark in marks:
         mark.unlink(missing_ok=True)
-    processes = hosts_project.start(2, "-c", SLOWLY_SCORED, *words, "--virtual-devices", "4")
+    processes = hosts_project.patched(SLOWLY_SCORED, *words)
     wait_until(lambda: all(mark.exists() for mark in marks), processes[1])
     os.kill(processes[1].pid, signal.SIGTERM)
     said = finish(processes)
@@ -115,20 +113,18 @@ def test_a_sigterm_beside_a_save_is_not_lost(hosts_project, tmp_path):
 
 # The save of the sixth step is refused on one host: a file too large, or a directory that cannot be made.
 REFUSED = """
-import os, resource, signal, sys
+import resource, signal
 from lemur_jax.checkpoint import manager
-from lemur_jax.cli import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 save, mkdir = manager.Checkpoints.save, os.mkdir
 def refuse(path, *_, **__):
     raise OSError(28, "No space left on device")
 def refused(self, step, *args, **kwargs):
-    if step == 6 and os.environ["JAX_PROCESS_ID"] == os.environ["REFUSED"]:
+    if step == 6 and host == os.environ["REFUSED"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         os.mkdir = refuse
     save(self, step, *args, **kwargs)
 manager.Checkpoints.save = refused
-sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -141,9 +137,7 @@ def test_a_save_refused_on_one_host_ends_both_and_the_same_command_goes_on(
     run = tmp_path / "run"
     words = hosts_project.train_words(run)
     monkeypatch.setenv("REFUSED", str(host))
-    said = finish(
-        hosts_project.start(2, "-c", REFUSED, *words, "--virtual-devices", "4"), TRY_AGAIN, TRY_AGAIN
-    )
+    said = finish(hosts_project.patched(REFUSED, *words), TRY_AGAIN, TRY_AGAIN)
     (verdict,) = [line for line in said[1 - host].splitlines() if line.startswith("lemur: ")]
     assert verdict.startswith(f"lemur: host {host} failed: the checkpoint of step 6 could not be saved")
     assert steps_in(run)[1] == [3]
@@ -155,25 +149,21 @@ def test_a_save_refused_on_one_host_ends_both_and_the_same_command_goes_on(
 
 # The sixth step's save meets values that are not finite, which is known while it is written.
 NOT_FINITE = """
-import sys
 import jax
 from lemur_jax.checkpoint import manager
-from lemur_jax.cli import main
 save = manager.Checkpoints.save
 def poisoned(self, step, params, *args, **kwargs):
     if step == 6:
         params = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf / 0, tree))(params)
     save(self, step, params, *args, **kwargs)
 manager.Checkpoints.save = poisoned
-sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
 def test_values_that_are_not_finite_end_both_hosts_and_the_checkpoint_before_stays(hosts_project, tmp_path):
     workdir = tmp_path / "run"
-    words = [*hosts_project.train_words(workdir), "--virtual-devices", "4"]
-    said = finish(hosts_project.start(2, "-c", NOT_FINITE, *words), 2, 2)
+    said = finish(hosts_project.patched(NOT_FINITE, *hosts_project.train_words(workdir)), 2, 2)
     assert "step 6 is not saved: params: embed/embedding has values that are not finite" in said[0]
     assert steps_in(workdir)[1] == [3]
     assert not list((workdir / "checkpoints").glob("*tmp*"))
@@ -239,12 +229,8 @@ def test_one_host_reads_and_sends_to_the_other(hosts_project, stopped, tmp_path)
 
 def test_hosts_with_other_workdirs_are_refused(hosts_project, tmp_path):
     """As where each has its own disk: each checkpoint would lie on both, one half here and one there."""
-    code = (
-        "import os, sys\nfrom lemur_jax.cli import main\n"
-        "sys.argv[5] += os.environ['JAX_PROCESS_ID']\nsys.exit(main(sys.argv[1:]))"
-    )
-    words = [*hosts_project.train_words(tmp_path / "run"), "--virtual-devices", "4"]
-    outputs = finish(hosts_project.start(2, "-c", code, *words), 2, 2)
+    words = hosts_project.train_words(tmp_path / "run")
+    outputs = finish(hosts_project.patched("sys.argv[5] += host", *words), 2, 2)
     reason = "the workdir (all hosts must see the same files) differs between hosts: host 1"
     assert reason in outputs[0] + outputs[1]
     assert not list(tmp_path.rglob("checkpoints"))
@@ -260,11 +246,7 @@ def test_hosts_with_other_data_are_refused(hosts_project, tmp_path):
     store = tmp_path / "host-1/stores/code/train"
     shutil.rmtree(store)
     shutil.copytree(tmp_path / "host-1/stores/code/validation", store)
-    code = (
-        "import os, sys\nfrom lemur_jax.cli import main\n"
-        f"os.chdir({str(tmp_path)!r} + '/host-' + os.environ['JAX_PROCESS_ID'])\nsys.exit(main(sys.argv[1:]))"
-    )
-    words = [*hosts_project.train_words(tmp_path / "run"), "--virtual-devices", "4"]
-    outputs = finish(hosts_project.start(2, "-c", code, *words), 2, 2)
+    code = f"os.chdir({str(tmp_path)!r} + '/host-' + host)"
+    outputs = finish(hosts_project.patched(code, *hosts_project.train_words(tmp_path / "run")), 2, 2)
     assert "the data in config.data.stores differs between hosts: host 1" in outputs[0] + outputs[1]
     assert not (tmp_path / "run").exists()

@@ -14,14 +14,10 @@ import pytest
 
 from lemur_jax.checkpoint.reading import steps_in
 from lemur_jax.cluster.exit import TRY_AGAIN
-from lemur_jax.convert.export_hf import export_hf
-from lemur_jax.models.presets import preset
 from lemur_jax.telemetry.metrics import read_metrics
-from lemur_jax.text.tokenizer import Tokenizer
 from tests.helpers.hosts import STEPS, Project, final_params, finish, wait_until
 from tests.helpers.planted import plant
 from tests.helpers.processes import hold_workdir
-from tests.helpers.runs import write_model
 
 # Prints what this process holds of three batches: {"step row key": digest}.
 BATCHES = """
@@ -61,10 +57,7 @@ def losses(workdir):
 
 # Where a model is named, this host's own is.
 OWN_MODEL = """
-import os, sys
-from lemur_jax.cli import main
-own = f"host-{os.environ['JAX_PROCESS_ID']}"
-sys.exit(main([word.replace("model", own) if word.endswith("model") else word for word in sys.argv[1:]]))
+sys.argv = [word.replace("model", f"host-{host}") if word.endswith("model") else word for word in sys.argv]
 """
 
 
@@ -116,10 +109,10 @@ def test_two_hosts_train_as_one_and_one_of_them_writes(hosts_project, one, two):
     )
 
 
-def export(hosts_project, hosts, workdir, directory):
-    """All hosts are told to export; they must make what one makes alone."""
+def export(hosts_project, workdir, directory):
+    """Both hosts are told to export; they must make what one makes alone."""
     made = []
-    for count in (hosts, 1):
+    for count in (2, 1):
         target = directory / f"hf-{count}"
         words = ["-m", "lemur_jax", "export-hf", str(workdir), str(target)]
         finish(hosts_project.start(count, *words))
@@ -143,7 +136,7 @@ def test_two_hosts_generate_and_one_of_them_exports(hosts_project, two, tmp_path
     assert primary.endswith(alone)
     assert GLOO.fullmatch(primary.removesuffix(alone))
     assert GLOO.fullmatch(other)
-    export(hosts_project, 2, workdir, tmp_path)
+    export(hosts_project, workdir, tmp_path)
 
 
 @pytest.mark.slow
@@ -156,22 +149,6 @@ def test_each_host_reads_its_own_part_of_an_exported_model(hosts_project, two, t
     primary, other = hosts_project.lemur(2, *words, "fsdp=4,tensor=2", "--reference", str(reference))
     assert "192 tokens equal the reference's" in primary
     assert "tokens" not in other
-
-
-@pytest.mark.slow
-def test_hosts_with_other_downloads_of_a_model_are_refused(hosts_project, tmp_path):
-    """Each would read its part of another model."""
-    tokenizer = Tokenizer.load(hosts_project.root / "tokenizer").files()
-    for host in range(2):
-        write_model(tmp_path / f"ours-{host}", preset("tiny", vocab_size=300), tokenizer, seed=host)
-        export_hf(tmp_path / f"ours-{host}", tmp_path / f"model-{host}")
-    code = (
-        "import os, sys\nfrom lemur_jax.cli import main\n"
-        f"os.chdir({str(tmp_path)!r} + '/model-' + os.environ['JAX_PROCESS_ID'])\nsys.exit(main(sys.argv[1:]))"
-    )
-    words = "generate --checkpoint . --mesh fsdp=8 --prompt value --virtual-devices 4"
-    outputs = finish(hosts_project.start(2, "-c", code, *words.split()), 2, 2)
-    assert "the Hugging Face model that is read differs between hosts: host 1" in outputs[0] + outputs[1]
 
 
 @pytest.mark.slow
@@ -191,8 +168,8 @@ def test_what_one_host_refuses_ends_generation_on_both(hosts_project, two, tmp_p
     shutil.copytree(whole, tmp_path / "host-1")
     weights = tmp_path / "host-1" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    words = ["smoke", "--checkpoint", str(tmp_path / "model"), "--mesh", "fsdp=8", "--virtual-devices", "4"]
-    said = finish(hosts_project.start(2, "-c", OWN_MODEL, *words), 2, 2)
+    words = ["smoke", "--checkpoint", str(tmp_path / "model"), "--mesh", "fsdp=8"]
+    said = finish(hosts_project.patched(OWN_MODEL, *words), 2, 2)
     assert "is not a whole safetensors file" in said[0]
     assert "lemur: host 1 failed: UserError" in said[0]
 
@@ -240,37 +217,21 @@ def test_death_of_host_0_is_named_too(hosts_project, tmp_path):
     assert "terminating process" in said.lower(), said
 
 
-@pytest.mark.slow
-def test_four_hosts_train_evaluate_generate_and_export_as_one(hosts_project, one, tmp_path):
-    primary, *others = hosts_project.lemur(4, *hosts_project.train_words(tmp_path / "run"))
-    assert "held-out text" in primary
-    assert not any("held-out" in output for output in others)
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(one), rtol=1e-5)
-    words = ["--prompt", "value_1 =", "--max-new-tokens", "8"]
-    primary, *_ = hosts_project.lemur(4, "generate", "--checkpoint", str(tmp_path / "run"), *words)
-    (alone,) = hosts_project.lemur(1, "generate", "--checkpoint", str(tmp_path / "run"), *words)
-    assert alone.strip() in primary
-    export(hosts_project, 4, tmp_path / "run", tmp_path)
-
-
 # A host whose data are slow: each of its batches takes 2 s longer.
 SLOW = """
-import os, sys, time
-from lemur_jax.cli import main
+import time
 from lemur_jax.data.loader import Loader
 batch = Loader.batch
 def late(self, step):
-    time.sleep(2 * (os.environ["JAX_PROCESS_ID"] == "1"))
+    time.sleep(2 * (host == "1"))
     return batch(self, step)
 Loader.batch = late
-sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
 def test_straggler_is_seen_in_the_metrics(hosts_project, tmp_path):
-    words = [*hosts_project.train_words(tmp_path / "run"), "--virtual-devices", "4"]
-    finish(hosts_project.start(2, "-c", SLOW, *words))
+    finish(hosts_project.patched(SLOW, *hosts_project.train_words(tmp_path / "run")))
     records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
     # The slow host has told nothing yet where the other writes its first.
     both = [record for record in records if "host_seconds/1" in record]
@@ -303,17 +264,14 @@ def test_two_hosts_skip_and_roll_back_as_one(hosts_project, tmp_path):
 
 # Files tell how far a host has come.
 TOLD = """
-import os, sys
-from lemur_jax.cli import main
 from lemur_jax.train import loop
 def told(name, call):
     def first(*args, **options):
-        open(os.environ["MARKS"] + "/" + name + os.environ["JAX_PROCESS_ID"], "w")
+        open(os.environ["MARKS"] + "/" + name + host, "w")
         return call(*args, **options)
     return first
 loop.barrier = told("waiting", loop.barrier)
 loop.Saves = told("saves", loop.Saves)
-sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -325,8 +283,7 @@ def test_all_hosts_wait_where_another_run_has_the_workdir(hosts_project, tmp_pat
     marks.mkdir()
     monkeypatch.setenv("MARKS", str(marks))
     other = hold_workdir(run)
-    words = [*hosts_project.train_words(run), "--virtual-devices", "4"]
-    processes = hosts_project.start(2, "-c", TOLD, *words)
+    processes = hosts_project.patched(TOLD, *hosts_project.train_words(run))
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(marks.glob("*1")):
         time.sleep(0.1)
@@ -340,12 +297,8 @@ def test_all_hosts_wait_where_another_run_has_the_workdir(hosts_project, tmp_pat
 
 
 def test_hosts_with_other_configs_are_refused(hosts_project, tmp_path):
-    words = [*hosts_project.train_words(tmp_path / "run"), "--virtual-devices", "4"]
-    code = (
-        "import os, sys\nfrom lemur_jax.cli import main\n"
-        "sys.exit(main(sys.argv[1:] + ['--config.seed=' + os.environ['JAX_PROCESS_ID']]))"
-    )
-    outputs = finish(hosts_project.start(2, "-c", code, *words), 2, 2)
+    code = "sys.argv.append('--config.seed=' + host)"
+    outputs = finish(hosts_project.patched(code, *hosts_project.train_words(tmp_path / "run")), 2, 2)
     assert "the config differs between hosts: host 1" in outputs[0] + outputs[1]
     assert not (tmp_path / "run").exists()
 
@@ -364,9 +317,9 @@ def test_doctor_looks_at_both_hosts(hosts_project, tmp_path):
 def test_doctor_says_which_host_cannot_read_the_first_parameters(hosts_project, two, tmp_path):
     workdir, _ = two
     shutil.copytree(workdir, tmp_path / "host-0")
-    words = ["doctor", "--config", "config.py", "--workdir", str(tmp_path / "run"), "--virtual-devices", "4"]
+    words = ["doctor", "--config", "config.py", "--workdir", str(tmp_path / "run")]
     said = finish(
-        hosts_project.start(2, "-c", OWN_MODEL, *words, f"--config.init.checkpoint={tmp_path}/model"), 2, 2
+        hosts_project.patched(OWN_MODEL, *words, f"--config.init.checkpoint={tmp_path}/model"), 2, 2
     )
     (line,) = [line for line in said[0].splitlines() if line.startswith("FAIL  first parameters")]
     assert "host 1" in line
