@@ -49,6 +49,7 @@ FAULTS = {
         edit(model__layers__0__self_attn__q_proj__bias=torch.zeros(32)),
         r"model\.layers\.0\.self_attn\.q_proj\.bias is not part",
     ),
+    "a name that is a path": (edit(**{"../../outside": torch.zeros(2)}), r"\.\./outside is not part of this"),
     "one layer more": (
         edit(model__layers__3__mlp__up_proj__weight=torch.zeros(80, 32)),
         r"layers\.3\.mlp\.up_proj\.weight is not part",
